@@ -1,0 +1,3 @@
+//! map comes later
+pub mod models;
+pub mod ops;

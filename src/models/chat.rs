@@ -1,0 +1,268 @@
+//! Chat templates: Jinja rendered by minijinja, with the helpers that published templates expect.
+//!
+//! A template is a peer's text twice over (the publisher wrote it, the client fills it), so
+//! rendering runs on fuel and its result is bounded.
+
+use super::checkpoint::Checkpoint;
+use super::error::{LoadError, read};
+use super::tokenizer::{TextTokenizer, optional_json};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Instructions a rendering may take.
+const FUEL_MAX: u64 = 20_000_000;
+const NAME: &str = "chat_template";
+
+/// A compiled chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: String,
+    eos_token: String,
+}
+
+/// Why a conversation cannot be rendered.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// The template itself refused the conversation.
+    #[error("the chat template refused the conversation (line {line}): {message}")]
+    Raised {
+        /// Line of the template.
+        line: usize,
+        /// What it said.
+        message: String,
+    },
+    /// The template failed.
+    #[error("the chat template failed (line {line}): {message}")]
+    Failed {
+        /// Line of the template.
+        line: usize,
+        /// What failed.
+        message: String,
+    },
+}
+
+impl ChatTemplate {
+    /// The template of a checkpoint; `None` when it has none.
+    ///
+    /// # Errors
+    /// When a file is malformed or the template does not compile.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        tokenizer: &TextTokenizer,
+    ) -> Result<Option<Self>, LoadError> {
+        if let Some(gguf) = &checkpoint.gguf {
+            let token = |key: &str| {
+                let id = gguf.integer(&format!("tokenizer.ggml.{key}")).unwrap_or(u64::MAX);
+                u32::try_from(id).map(|id| tokenizer.text_of(id)).unwrap_or_default()
+            };
+            let Some(source) = gguf.string("tokenizer.chat_template") else { return Ok(None) };
+            let tokens = (token("bos_token_id"), token("eos_token_id"));
+            return Self::compile(&checkpoint.path, source, tokens).map(Some);
+        }
+        let dir = &checkpoint.path;
+        let config = optional_json(dir, "tokenizer_config.json")?.unwrap_or_default();
+        let tokens = (special(&config, "bos_token"), special(&config, "eos_token"));
+        let file = dir.join("chat_template.jinja");
+        if file.exists() {
+            let source = String::from_utf8(read(&file)?)
+                .map_err(|_| LoadError::invalid(&file, "must be UTF-8"))?;
+            return Self::compile(&file, &source, tokens).map(Some);
+        }
+        let path = dir.join("tokenizer_config.json");
+        match source(&config) {
+            Some(source) => Self::compile(&path, source, tokens).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Compiles `source`; `path` is named in errors, tokens are (beginning, end).
+    ///
+    /// # Errors
+    /// When it is not a valid template.
+    pub fn compile(
+        path: &Path,
+        source: &str,
+        (bos_token, eos_token): (String, String),
+    ) -> Result<Self, LoadError> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(FUEL_MAX));
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime_now);
+        environment.add_filter("tojson", to_json);
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(|e| LoadError::invalid(path, format!("chat template: {e:#}")))?;
+        Ok(Self { environment, bos_token, eos_token })
+    }
+
+    /// The prompt text of a conversation. `variables` are the template's inputs: `messages`,
+    /// `tools`, `add_generation_prompt`, and whatever the client adds.
+    ///
+    /// # Errors
+    /// When the template raises, fails or runs too long.
+    pub fn render(&self, mut variables: Map<String, Value>) -> Result<String, TemplateError> {
+        for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
+            variables.entry(name).or_insert_with(|| token.clone().into());
+        }
+        let rendered = self
+            .environment
+            .get_template(NAME)
+            .and_then(|t| t.render(minijinja::Value::from_serialize(&variables)));
+        rendered.map_err(|e| {
+            let line = e.line().unwrap_or(0);
+            let detail = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+            match detail.strip_prefix(RAISED) {
+                Some(message) => TemplateError::Raised { line, message: message.to_owned() },
+                None if e.kind() == ErrorKind::OutOfFuel => {
+                    TemplateError::Failed { line, message: "took too many steps".into() }
+                }
+                None => TemplateError::Failed { line, message: detail },
+            }
+        })
+    }
+}
+
+/// Marks errors that the template raised itself.
+const RAISED: &str = "\u{1}raised:";
+
+fn raise_exception(message: String) -> Result<String, minijinja::Error> {
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
+}
+
+/// Python's `json.dumps` as templates use it: keys in order, `, ` and `: `, nothing escaped for
+/// HTML; `indent` as in Python.
+fn to_json(
+    value: minijinja::Value,
+    options: minijinja::value::Kwargs,
+) -> Result<minijinja::Value, minijinja::Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let invalid =
+        |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let json = serde_json::to_value(&value).map_err(invalid)?;
+    let mut text = Vec::new();
+    match indent {
+        Some(width) => {
+            let indent = b" ".repeat(width);
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(&indent);
+            let mut serializer = serde_json::Serializer::with_formatter(&mut text, formatter);
+            serde::Serialize::serialize(&json, &mut serializer).map_err(invalid)?;
+        }
+        None => {
+            let mut serializer = serde_json::Serializer::with_formatter(&mut text, PythonSpacing);
+            serde::Serialize::serialize(&json, &mut serializer).map_err(invalid)?;
+        }
+    }
+    let text = String::from_utf8(text)
+        .map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    Ok(minijinja::Value::from_safe_string(text))
+}
+
+/// `", "` and `": "` between elements.
+struct PythonSpacing;
+
+impl serde_json::ser::Formatter for PythonSpacing {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+    ) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+/// Today's date in the given format (UTC).
+fn strftime_now(format: String) -> Result<String, minijinja::Error> {
+    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+    jiff::fmt::strtime::format(&format, &now)
+        .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))
+}
+
+/// A special token's text: a string, or an object with `content`.
+fn special(config: &Value, key: &str) -> String {
+    let value = &config[key];
+    value.as_str().or_else(|| value["content"].as_str()).unwrap_or_default().to_owned()
+}
+
+/// The template text: a string, or a list of named ones of which `default` counts.
+fn source(config: &Value) -> Option<&str> {
+    let template = &config["chat_template"];
+    let named = || {
+        let list = template.as_array()?;
+        list.iter().find(|t| t["name"] == "default")?["template"].as_str()
+    };
+    template.as_str().or_else(named)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn render(source: &str, variables: Value) -> Result<String, String> {
+        let tokens = ("<s>".to_owned(), "</s>".to_owned());
+        let template = ChatTemplate::compile(Path::new("t.jinja"), source, tokens);
+        let template = template.map_err(|e| e.to_string())?;
+        let Value::Object(variables) = variables else { unreachable!() };
+        template.render(variables).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_conversation_is_rendered_with_python_habits() {
+        let source = "{{ bos_token }}{% for m in messages %}\n    {% if m.role == 'user' %}\nU: \
+            {{ m['content'].strip() | upper }}{% endif %}\n{% endfor %}{{ tools | tojson }}";
+        let got = render(
+            source,
+            json!({
+                "messages": [{"role": "user", "content": " hi "}],
+                "tools": [{"b": 1, "a": "é<"}],
+            }),
+        );
+        assert_eq!(got.unwrap(), "<s>U: HI[{\"b\": 1, \"a\": \"é<\"}]");
+    }
+
+    #[test]
+    fn failures_name_the_line() {
+        for (source, want) in [
+            (
+                "\n{{ raise_exception('no system role') }}",
+                "refused the conversation (line 2): no s",
+            ),
+            ("\n\n{{ messages.missing.field }}", "failed (line 3)"),
+            (
+                "{% for a in range(9000) %}{% for b in range(9000) %}{% endfor %}{% endfor %}",
+                "took too many steps",
+            ),
+        ] {
+            let error = render(source, json!({"messages": []})).unwrap_err();
+            assert!(error.contains(want), "{source}: {error}");
+        }
+        assert!(render("{% if %}", json!({})).unwrap_err().starts_with("t.jinja: chat template:"));
+    }
+
+    #[test]
+    fn dates_follow_strftime() {
+        let year = render("{{ strftime_now('%d %b %Y') }}", json!({})).unwrap();
+        assert!(year.len() == 11 && year.ends_with(char::is_numeric), "{year}");
+    }
+}

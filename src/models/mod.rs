@@ -1,0 +1,81 @@
+//! Models: checkpoints, tokenizers, chat templates, and weights to hidden rows to logits.
+//!
+//! [`Model::load`] opens a checkpoint, turns its configuration into a [`spec::Spec`], packs the
+//! weights, and keeps the file mapped. A dense family is data for the one [`decoder`]; mixtures
+//! of experts have their own file. Nothing here knows about requests or scheduling.
+
+pub mod chat;
+pub mod checkpoint;
+pub mod config;
+pub mod decoder;
+pub mod error;
+pub mod gguf;
+mod gguf_tokenizer;
+pub mod hub;
+pub mod moe;
+pub mod spec;
+pub mod tensor;
+pub mod tokenizer;
+pub mod weights;
+
+use crate::ops::dtype::Dtype;
+use crate::ops::pool::Pool;
+use crate::ops::rope::Rope;
+use chat::ChatTemplate;
+use checkpoint::Checkpoint;
+use decoder::Decoder;
+use error::LoadError;
+use std::path::Path;
+use tokenizer::TextTokenizer;
+use weights::{Loader, choose_dtype};
+
+/// A loaded model.
+pub struct Model {
+    /// The files, still mapped.
+    pub checkpoint: Checkpoint,
+    /// Weights and forward pass.
+    pub decoder: Decoder,
+    /// Text to ids and back.
+    pub tokenizer: TextTokenizer,
+    /// How conversations become text; base models have none.
+    pub chat: Option<ChatTemplate>,
+    /// Ids that end a generation.
+    pub stop_ids: Vec<u32>,
+}
+
+impl Model {
+    /// Loads a checkpoint directory or a GGUF file. `dtype` overrides the stored type;
+    /// `progress(done, layers)` is called after each layer.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed, or asks for something that is not implemented.
+    pub fn load(
+        path: &Path,
+        dtype: Option<Dtype>,
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let checkpoint = Checkpoint::open(path)?;
+        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
+        let tokenizer = TextTokenizer::load(&checkpoint)?;
+        let chat = ChatTemplate::load(&checkpoint, &tokenizer)?;
+        let dtype = dtype.map_or_else(|| choose_dtype(&checkpoint, &spec), Ok)?;
+        let loader = Loader {
+            checkpoint: &checkpoint,
+            spec: &spec,
+            dtype,
+            turn: &pool.turn(),
+            progress: &|done| progress(done, spec.layers),
+        };
+        let weights = loader.load()?;
+        let mut rope = Rope::new(spec.attention.head_dim, spec.rope.theta, spec.rope.scaling);
+        if checkpoint.has("rope_freqs.weight") {
+            let half = [spec.attention.head_dim / 2];
+            let divisors = checkpoint.tensor("rope_freqs.weight")?.expect(&half)?;
+            rope = rope.divided_by(&divisors.read_f32()?);
+        }
+        let stop_ids = tokenizer::stop_ids(&checkpoint);
+        let decoder = Decoder { spec, dtype, weights, rope };
+        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids })
+    }
+}

@@ -1,0 +1,137 @@
+//! What distinguishes the dense decoder families, as data: one forward pass reads a [`Spec`].
+
+use crate::ops::attention::KvDims;
+use crate::ops::rope::RopeScaling;
+use crate::ops::rowwise::Activation;
+
+/// Shape and options of a decoder-only transformer.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Spec {
+    /// Family, as `model_type` of the configuration names it.
+    pub family: &'static str,
+    /// Rows of the embedding (and of the logits).
+    pub vocab: usize,
+    /// Elements of the residual stream.
+    pub hidden: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Longest sequence the model was made for.
+    pub context: usize,
+    /// Attention.
+    pub attention: AttentionSpec,
+    /// Feed-forward layers.
+    pub feed_forward: FeedForwardSpec,
+    /// Norms.
+    pub norm: NormSpec,
+    /// Rotary embedding.
+    pub rope: RopeSpec,
+    /// Factor on the embedding (Gemma).
+    pub embed_scale: Option<f32>,
+    /// Soft cap on the logits (Gemma 2).
+    pub logit_softcap: Option<f32>,
+    /// The head is the embedding.
+    pub tied: bool,
+    /// Where f32 weights would overflow or lose f16 range, the family asks for bf16.
+    pub prefers_bf16: bool,
+}
+
+/// Options of the attention layers.
+#[derive(Clone, PartialEq, Debug)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Biases on q, k and v.
+    pub qkv_bias: bool,
+    /// A bias on the output projection.
+    pub out_bias: bool,
+    /// RMS norms on each head's q and k (Qwen 3).
+    pub qk_norm: bool,
+    /// q, k and v are one stored matrix (Phi-3).
+    pub fused: bool,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Soft cap on the scores (Gemma 2).
+    pub softcap: Option<f32>,
+    /// Per layer: how many positions a query sees, where that is limited.
+    pub windows: Vec<Option<usize>>,
+}
+
+/// The feed-forward half of a layer.
+#[derive(Clone, PartialEq, Debug)]
+pub struct FeedForwardSpec {
+    /// Rows of the gate and up matrices (of one expert).
+    pub inter: usize,
+    /// Activation of the gate.
+    pub activation: Activation,
+    /// Gate and up are one stored matrix (Phi-3).
+    pub fused: bool,
+    /// Routing, for mixtures of experts.
+    pub experts: Option<ExpertSpec>,
+}
+
+/// Routing of a mixture of experts.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ExpertSpec {
+    /// Experts of a layer.
+    pub count: usize,
+    /// Experts that a token visits.
+    pub used: usize,
+    /// The chosen experts' weights are scaled to sum to one.
+    pub renormalise: bool,
+    /// Tensor names within a layer.
+    pub names: ExpertNames,
+}
+
+/// Tensor names of a mixture, within `model.layers.N`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExpertNames {
+    /// The router and the experts live below this module.
+    pub module: &'static str,
+    /// Gate, up and down projection of an expert.
+    pub projections: [&'static str; 3],
+}
+
+/// RMS norms.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct NormSpec {
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Added to the stored weight (Gemma stores `w - 1`).
+    pub offset: f32,
+    /// A norm after attention and after the feed-forward layer as well (Gemma 2).
+    pub post: bool,
+}
+
+/// Rotary embedding.
+#[derive(Clone, PartialEq, Debug)]
+pub struct RopeSpec {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Stretching.
+    pub scaling: RopeScaling,
+}
+
+impl Spec {
+    /// Rows of the joint q, k, v matrix.
+    pub fn qkv_rows(&self) -> usize {
+        (self.attention.heads + 2 * self.attention.kv_heads) * self.attention.head_dim
+    }
+
+    /// Columns of the attention result.
+    pub fn attention_cols(&self) -> usize {
+        self.attention.heads * self.attention.head_dim
+    }
+
+    /// Shape of the KV cache.
+    pub fn kv_dims(&self) -> KvDims {
+        KvDims {
+            layers: self.layers,
+            kv_heads: self.attention.kv_heads,
+            head_dim: self.attention.head_dim,
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! Checkpoint tensors into the engine's packed matrices, for dense layers and mixtures alike.
+
+use super::checkpoint::Checkpoint;
+use super::error::LoadError;
+use super::moe::Mixture;
+use super::spec::{ExpertSpec, Spec};
+use super::tensor::{Stored, Tensor};
+use crate::ops::dtype::Dtype;
+use crate::ops::matmul::{Packed, gated_row, gated_rows};
+use crate::ops::pool::Turn;
+use crate::ops::rowwise::Norm;
+
+/// All weights of a model.
+pub struct Weights {
+    /// Rows by token id.
+    pub embedding: Embedding,
+    /// The output head, where it is not the embedding.
+    pub head: Option<Packed>,
+    /// The norm before the head.
+    pub norm: Norm,
+    /// Decoder layers.
+    pub layers: Vec<Layer>,
+}
+
+/// Where embedding rows are read from.
+pub enum Embedding {
+    /// The packed matrix that is also the head.
+    Tied(Packed),
+    /// The memory-mapped file: a lookup needs no packed copy.
+    Stored(Tensor),
+}
+
+/// One decoder layer.
+pub struct Layer {
+    /// Norm before attention.
+    pub attention_norm: Norm,
+    /// q, k and v rows of one matrix.
+    pub qkv: Packed,
+    /// Their bias.
+    pub qkv_bias: Option<Vec<f32>>,
+    /// Norm of each query head.
+    pub q_norm: Option<Norm>,
+    /// Norm of each key head.
+    pub k_norm: Option<Norm>,
+    /// Output projection.
+    pub out: Packed,
+    /// Its bias.
+    pub out_bias: Option<Vec<f32>>,
+    /// Norm after attention (Gemma 2).
+    pub post_attention_norm: Option<Norm>,
+    /// Norm before the feed-forward layer.
+    pub feed_forward_norm: Norm,
+    /// Feed-forward layer.
+    pub feed_forward: FeedForward,
+    /// Norm after it (Gemma 2).
+    pub post_feed_forward_norm: Option<Norm>,
+}
+
+/// The second half of a layer.
+pub enum FeedForward {
+    /// One gated perceptron.
+    Dense(Mlp),
+    /// A mixture of them.
+    Experts(Mixture),
+}
+
+/// `down(activation(gate x) * (up x))`.
+pub struct Mlp {
+    /// Gate and up rows in alternating blocks.
+    pub gate_up: Packed,
+    /// Back to the residual stream.
+    pub down: Packed,
+}
+
+/// What is being loaded, into what.
+pub(super) struct Loader<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) spec: &'a Spec,
+    pub(super) dtype: Dtype,
+    pub(super) turn: &'a Turn<'a>,
+    /// Called after every layer with the layers done so far.
+    pub(super) progress: &'a dyn Fn(usize),
+}
+
+/// The engine's dtype for a checkpoint: bf16 stays bf16, f16 stays f16, f32 becomes f16 unless the
+/// family asks for bf16 or a value overflows; GGUF becomes bf16.
+pub(super) fn choose_dtype(checkpoint: &Checkpoint, spec: &Spec) -> Result<Dtype, LoadError> {
+    if checkpoint.gguf.is_some() || spec.prefers_bf16 {
+        return Ok(Dtype::Bf16);
+    }
+    match checkpoint.tensor("model.embed_tokens.weight")?.stored {
+        Stored::F16 => Ok(Dtype::F16),
+        Stored::F32 => {
+            for tensor in checkpoint.tensors() {
+                for row in 0..tensor.rows() {
+                    if tensor.row_max(row)? > half::f16::MAX.to_f32() {
+                        return Ok(Dtype::Bf16);
+                    }
+                }
+            }
+            Ok(Dtype::F16)
+        }
+        Stored::Bf16 | Stored::Quantised(_) => Ok(Dtype::Bf16),
+    }
+}
+
+impl Loader<'_> {
+    pub(super) fn load(&self) -> Result<Weights, LoadError> {
+        let spec = self.spec;
+        let shape = [spec.vocab, spec.hidden];
+        let stored = self.checkpoint.tensor("model.embed_tokens.weight")?.expect(&shape)?;
+        let (embedding, head) = if spec.tied {
+            (Embedding::Tied(self.pack(&[stored])?), None)
+        } else {
+            let head = self.matrix("lm_head.weight", shape)?;
+            (Embedding::Stored(stored), Some(head))
+        };
+        let layers = (0..spec.layers)
+            .map(|index| {
+                let layer = self.layer(index)?;
+                (self.progress)(index + 1);
+                Ok(layer)
+            })
+            .collect::<Result<_, LoadError>>()?;
+        Ok(Weights { embedding, head, norm: self.norm("model.norm.weight", spec.hidden)?, layers })
+    }
+
+    fn layer(&self, index: usize) -> Result<Layer, LoadError> {
+        let (spec, a) = (self.spec, &self.spec.attention);
+        let name = |part: &str| format!("model.layers.{index}.{part}.weight");
+        let norm = |part: &str| self.norm(&name(part), spec.hidden);
+        let optional = |wanted: bool, part: &str, cols: usize| {
+            if wanted { self.norm(&name(part), cols).map(Some) } else { Ok(None) }
+        };
+        // With post-norms, `post_attention_layernorm` comes after attention, not before the
+        // feed-forward layer.
+        let before_feed_forward =
+            if spec.norm.post { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let out = [spec.hidden, spec.attention_cols()];
+        Ok(Layer {
+            attention_norm: norm("input_layernorm")?,
+            qkv: self.qkv(index)?,
+            qkv_bias: self.qkv_bias(index)?,
+            q_norm: optional(a.qk_norm, "self_attn.q_norm", a.head_dim)?,
+            k_norm: optional(a.qk_norm, "self_attn.k_norm", a.head_dim)?,
+            out: self.matrix(&name("self_attn.o_proj"), out)?,
+            out_bias: self.bias(a.out_bias, index, "self_attn.o_proj", spec.hidden)?,
+            post_attention_norm: optional(spec.norm.post, "post_attention_layernorm", spec.hidden)?,
+            feed_forward_norm: norm(before_feed_forward)?,
+            feed_forward: match spec.feed_forward.experts {
+                None => FeedForward::Dense(self.mlp(index)?),
+                Some(experts) => FeedForward::Experts(self.mixture(index, experts)?),
+            },
+            post_feed_forward_norm: optional(
+                spec.norm.post,
+                "post_feedforward_layernorm",
+                spec.hidden,
+            )?,
+        })
+    }
+
+    fn qkv(&self, index: usize) -> Result<Packed, LoadError> {
+        let (a, hidden) = (&self.spec.attention, self.spec.hidden);
+        let tensor = |part: &str, rows: usize| {
+            let name = format!("model.layers.{index}.self_attn.{part}.weight");
+            self.checkpoint.tensor(&name)?.expect(&[rows, hidden])
+        };
+        if a.fused {
+            return self.pack(&[tensor("qkv_proj", self.spec.qkv_rows())?]);
+        }
+        let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        self.pack(&[tensor("q_proj", q)?, tensor("k_proj", kv)?, tensor("v_proj", kv)?])
+    }
+
+    fn qkv_bias(&self, index: usize) -> Result<Option<Vec<f32>>, LoadError> {
+        let a = &self.spec.attention;
+        let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        let mut joint = Vec::new();
+        for (part, len) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
+            match self.bias(a.qkv_bias, index, &format!("self_attn.{part}"), len)? {
+                Some(bias) => joint.extend(bias),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(joint))
+    }
+
+    fn bias(
+        &self,
+        wanted: bool,
+        index: usize,
+        part: &str,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, LoadError> {
+        let name = format!("model.layers.{index}.{part}.bias");
+        if !wanted {
+            return match self.checkpoint.has(&name) {
+                // Computing without it would give other logits than the model's.
+                true => {
+                    Err(self.checkpoint.tensor(&name)?.error("unexpected: the family has none"))
+                }
+                false => Ok(None),
+            };
+        }
+        self.checkpoint.tensor(&name)?.expect(&[len])?.read_vector(self.dtype).map(Some)
+    }
+
+    fn mlp(&self, index: usize) -> Result<Mlp, LoadError> {
+        let (hidden, inter) = (self.spec.hidden, self.spec.feed_forward.inter);
+        let name = |part: &str| format!("model.layers.{index}.mlp.{part}.weight");
+        if self.spec.feed_forward.fused {
+            let joint = self.checkpoint.tensor(&name("gate_up_proj"))?;
+            let joint = joint.expect(&[2 * inter, hidden])?;
+            let gate_up = self.pack_gated((&joint, 0), (&joint, inter), [inter, hidden])?;
+            return Ok(Mlp { gate_up, down: self.matrix(&name("down_proj"), [hidden, inter])? });
+        }
+        self.gated_mlp(["gate_proj", "up_proj", "down_proj"].map(name))
+    }
+
+    /// A perceptron from the names of its gate, up and down matrices.
+    fn gated_mlp(&self, [gate, up, down]: [String; 3]) -> Result<Mlp, LoadError> {
+        let shape = [self.spec.feed_forward.inter, self.spec.hidden];
+        let gate = self.checkpoint.tensor(&gate)?.expect(&shape)?;
+        let up = self.checkpoint.tensor(&up)?.expect(&shape)?;
+        let gate_up = self.pack_gated((&gate, 0), (&up, 0), shape)?;
+        Ok(Mlp { gate_up, down: self.matrix(&down, [shape[1], shape[0]])? })
+    }
+
+    fn mixture(&self, index: usize, spec: ExpertSpec) -> Result<Mixture, LoadError> {
+        let module = format!("model.layers.{index}.{}", spec.names.module);
+        let router = format!("{module}.gate.weight");
+        let router = self.matrix(&router, [spec.count, self.spec.hidden])?;
+        let expert = |e: usize| {
+            let name = |part: &str| format!("{module}.experts.{e}.{part}.weight");
+            self.gated_mlp(spec.names.projections.map(name))
+        };
+        let experts = (0..spec.count).map(expert).collect::<Result<_, _>>()?;
+        Ok(Mixture { spec, router, experts })
+    }
+
+    fn norm(&self, name: &str, cols: usize) -> Result<Norm, LoadError> {
+        let mut weight = self.checkpoint.tensor(name)?.expect(&[cols])?.read_vector(self.dtype)?;
+        weight.iter_mut().for_each(|w| *w += self.spec.norm.offset);
+        Ok(Norm::new(weight, self.spec.norm.eps))
+    }
+
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Packed, LoadError> {
+        self.pack(&[self.checkpoint.tensor(name)?.expect(&shape)?])
+    }
+
+    /// Packs the rows of `parts`, one below the other.
+    fn pack(&self, parts: &[Tensor]) -> Result<Packed, LoadError> {
+        let (rows, dtype) = (parts.iter().map(Tensor::rows).sum(), self.dtype);
+        let packed = Packed::pack(self.turn, (rows, parts[0].cols()), dtype, |row, out| {
+            let mut row = row;
+            for part in parts {
+                if row < part.rows() {
+                    return part.read_row(row, dtype, out);
+                }
+                row -= part.rows();
+            }
+            unreachable!("rows are counted above")
+        })?;
+        parts.iter().for_each(Tensor::release);
+        Ok(packed)
+    }
+
+    /// Packs gate and up rows in alternating blocks; each is a tensor and the row it begins at.
+    fn pack_gated(
+        &self,
+        gate: (&Tensor, usize),
+        up: (&Tensor, usize),
+        [inter, cols]: [usize; 2],
+    ) -> Result<Packed, LoadError> {
+        let (rows, dtype) = (gated_rows(inter), self.dtype);
+        let packed =
+            Packed::pack(self.turn, (rows, cols), dtype, |row, out| match gated_row(row, inter) {
+                Some(Ok(row)) => gate.0.read_row(gate.1 + row, dtype, out),
+                Some(Err(row)) => up.0.read_row(up.1 + row, dtype, out),
+                None => {
+                    out.fill(0);
+                    Ok(())
+                }
+            })?;
+        gate.0.release();
+        up.0.release();
+        Ok(packed)
+    }
+}
+
+impl Weights {
+    /// The head's matrix.
+    pub fn head(&self) -> &Packed {
+        match (&self.head, &self.embedding) {
+            (Some(head), _) | (None, Embedding::Tied(head)) => head,
+            (None, Embedding::Stored(_)) => unreachable!("an untied model is loaded with a head"),
+        }
+    }
+
+    /// Bytes of all packed matrices.
+    pub fn bytes(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| {
+            let feed_forward = match &layer.feed_forward {
+                FeedForward::Dense(mlp) => mlp.bytes(),
+                FeedForward::Experts(m) => {
+                    m.router.bytes() + m.experts.iter().map(Mlp::bytes).sum::<usize>()
+                }
+            };
+            layer.qkv.bytes() + layer.out.bytes() + feed_forward
+        });
+        layers.sum::<usize>() + self.head().bytes()
+    }
+}
+
+impl Mlp {
+    fn bytes(&self) -> usize {
+        self.gate_up.bytes() + self.down.bytes()
+    }
+}

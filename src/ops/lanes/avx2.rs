@@ -1,0 +1,152 @@
+//! AVX2 lanes: two registers each.
+
+use super::{BfPair, Kernel, Lanes};
+use std::arch::x86_64::*;
+
+/// Sixteen lanes in two registers.
+#[derive(Clone, Copy)]
+pub struct Avx2(__m256, __m256);
+
+/// Runs `kernel` with AVX2.
+///
+/// # Safety
+/// The CPU must have the features named here.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run::<Avx2>()
+}
+
+/// Calls intrinsics of the features above.
+macro_rules! simd {
+    ($e:expr) => {
+        // SAFETY: the type is only named by `dispatch`, which checked the CPU's features;
+        // pointers are covered by the contract of the method that uses them.
+        unsafe { $e }
+    };
+}
+
+impl Avx2 {
+    #[inline(always)]
+    fn each(self, b: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
+        Self(f(self.0, b.0), f(self.1, b.1))
+    }
+
+    /// Two integer registers reinterpreted.
+    #[inline(always)]
+    fn from_bits(lo: __m256i, hi: __m256i) -> Self {
+        simd!(Self(_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)))
+    }
+}
+
+impl Lanes for Avx2 {
+    const ROW_VECS: usize = 1;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        let v = simd!(_mm256_set1_ps(x));
+        Self(v, v)
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        simd!(Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        simd!({
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.add(8), self.1);
+        })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        simd!(Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)))
+    }
+
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        self.each(b, |a, b| simd!(_mm256_add_ps(a, b)))
+    }
+
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        self.each(b, |a, b| simd!(_mm256_sub_ps(a, b)))
+    }
+
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        self.each(b, |a, b| simd!(_mm256_mul_ps(a, b)))
+    }
+
+    #[inline(always)]
+    fn div(self, b: Self) -> Self {
+        self.each(b, |a, b| simd!(_mm256_div_ps(a, b)))
+    }
+
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        self.each(b, |a, b| simd!(_mm256_max_ps(a, b)))
+    }
+
+    #[inline(always)]
+    fn min(self, b: Self) -> Self {
+        self.each(b, |a, b| simd!(_mm256_min_ps(a, b)))
+    }
+
+    #[inline(always)]
+    fn zero_where_lt(self, x: Self, limit: Self) -> Self {
+        let mask = x.each(limit, |x, l| simd!(_mm256_cmp_ps::<_CMP_NLT_UQ>(x, l)));
+        self.each(mask, |a, m| simd!(_mm256_and_ps(a, m)))
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, magic: Self) -> Self {
+        self.each(magic, |a, m| {
+            simd!(_mm256_castsi256_ps(_mm256_add_epi32(
+                _mm256_castps_si256(a),
+                _mm256_slli_epi32::<23>(_mm256_castps_si256(m))
+            )))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn odd_bf16(pairs: *const u16) -> Self {
+        simd!({
+            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            Self::from_bits(
+                _mm256_and_si256(_mm256_loadu_si256(pairs.cast()), mask),
+                _mm256_and_si256(_mm256_loadu_si256(pairs.add(16).cast()), mask),
+            )
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn even_bf16(pairs: *const u16) -> Self {
+        simd!(Self::from_bits(
+            _mm256_slli_epi32::<16>(_mm256_loadu_si256(pairs.cast())),
+            _mm256_slli_epi32::<16>(_mm256_loadu_si256(pairs.add(16).cast())),
+        ))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        let widen = |at: *const u16| {
+            simd!(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()))))
+        };
+        simd!(Self::from_bits(widen(from), widen(from.add(8))))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        let widen = |at: *const u16| simd!(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())));
+        simd!(Self(widen(from), widen(from.add(8))))
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self {
+        let (odd, even) = simd!((Self::odd_bf16(pairs), Self::even_bf16(pairs)));
+        even.mul_add(Self::splat(x.even()), odd.mul_add(Self::splat(x.odd()), self))
+    }
+}

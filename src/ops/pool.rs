@@ -1,0 +1,327 @@
+//! A pool of threads with low-latency barriers, shared by every engine of the process.
+//!
+//! A forward pass is a few hundred short parallel phases, so workers spin for the next phase before
+//! they park. Tasks of a phase are handed out one by one: work is split over output rows or heads,
+//! never over a reduction, so who runs a task does not change a bit.
+//!
+//! An engine takes a [`Turn`] for one step. Turns are fair (first come, first served), which is
+//! what keeps one busy model from starving another.
+
+use super::lanes::Isa;
+use parking_lot::{Mutex, MutexGuard};
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Polls before a waiting thread parks: some tens of microseconds.
+const SPINS_MAX: u32 = 3_000;
+
+/// A cloneable handle on the threads.
+#[derive(Clone)]
+pub struct Pool(Arc<Threads>);
+
+struct Threads {
+    isa: Isa,
+    turn: Mutex<()>,
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    phase: AtomicUsize,   // counts phases; a change wakes the workers
+    job: UnsafeCell<Job>, // written before `phase`, read after it
+    next: AtomicUsize,    // next task of the phase
+    busy: AtomicUsize,    // workers that have not finished the phase
+    parked: Vec<AtomicBool>,
+    failed: AtomicBool, // a task of the phase panicked
+    stop: AtomicBool,
+}
+
+#[derive(Clone)]
+struct Job {
+    tasks: usize,
+    run: *const (dyn Fn(usize) + Sync),
+    caller: Option<Thread>,
+}
+
+// SAFETY: `job` is written only by the thread that holds the turn while `busy` is zero, and read by
+// workers only between the release of `phase` and their decrement of `busy`; its pointer is only
+// followed in that time, during which the caller keeps the closure alive. The rest is atomic.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; nothing in it is tied to a thread.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// `threads` threads in all (the caller of a phase is one of them), running kernels for `isa`.
+    ///
+    /// # Errors
+    /// When the system refuses to start a thread.
+    pub fn new(threads: usize, isa: Isa) -> std::io::Result<Self> {
+        let workers = threads.max(1) - 1;
+        let shared = Arc::new(Shared {
+            phase: AtomicUsize::new(0),
+            job: UnsafeCell::new(Job { tasks: 0, run: &|_| {}, caller: None }),
+            next: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+            parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
+            failed: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let workers = (0..workers)
+            .map(|me| {
+                let shared = Arc::clone(&shared);
+                thread::Builder::new()
+                    .name(format!("compute-{}", me + 1))
+                    .spawn(move || shared.work(me))
+            })
+            .collect::<std::io::Result<Vec<_>>>()?;
+        Ok(Self(Arc::new(Threads { isa, turn: Mutex::new(()), shared, workers })))
+    }
+
+    /// Waits for exclusive use of the threads.
+    pub fn turn(&self) -> Turn<'_> {
+        Turn { guard: Some(self.0.turn.lock()), threads: &self.0 }
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.0.workers.len() + 1
+    }
+
+    /// Instruction set of the kernels.
+    pub fn isa(&self) -> Isa {
+        self.0.isa
+    }
+}
+
+/// Exclusive use of the pool until dropped.
+pub struct Turn<'a> {
+    guard: Option<MutexGuard<'a, ()>>,
+    threads: &'a Threads,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            MutexGuard::unlock_fair(guard);
+        }
+    }
+}
+
+impl Turn<'_> {
+    /// Instruction set of the kernels.
+    pub fn isa(&self) -> Isa {
+        self.threads.isa
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.threads.workers.len() + 1
+    }
+
+    /// Runs `task(0)` to `task(tasks - 1)` on all threads and returns when all are done.
+    ///
+    /// # Panics
+    /// When a task panicked.
+    pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        if tasks <= 1 || self.threads.workers.is_empty() {
+            (0..tasks).for_each(task);
+            return;
+        }
+        self.run_parallel(tasks, &task);
+    }
+
+    fn run_parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let shared = &*self.threads.shared;
+        // SAFETY: only the lifetime changes; the pointer is not used after this function returns,
+        // because it waits for `busy` to reach zero.
+        let run: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
+        // SAFETY: this thread holds the turn and no worker is busy, so nobody reads `job` now.
+        unsafe { *shared.job.get() = Job { tasks, run, caller: Some(thread::current()) } };
+        shared.next.store(0, Ordering::Relaxed);
+        shared.busy.store(self.threads.workers.len(), Ordering::Relaxed);
+        shared.phase.fetch_add(1, Ordering::SeqCst);
+        for (parked, worker) in shared.parked.iter().zip(&self.threads.workers) {
+            if parked.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.drain(tasks, run)));
+        wait(|| shared.busy.load(Ordering::Acquire) == 0);
+        let theirs = shared.failed.swap(false, Ordering::Relaxed);
+        if let Err(panic) = mine {
+            std::panic::resume_unwind(panic);
+        }
+        assert!(!theirs, "a task of the compute pool panicked");
+    }
+
+    /// Like [`run`](Self::run) over `len` items in contiguous ranges of at least `grain`.
+    pub fn run_ranges(&self, len: usize, grain: usize, task: impl Fn(Range<usize>) + Sync) {
+        let pieces = (len / grain.max(1)).clamp(1, self.threads() * 4);
+        let size = len.div_ceil(pieces);
+        self.run(len.div_ceil(size.max(1)), |i| task(i * size..((i + 1) * size).min(len)));
+    }
+}
+
+impl Shared {
+    fn drain(&self, tasks: usize, run: &(dyn Fn(usize) + Sync)) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                return;
+            }
+            run(task);
+        }
+    }
+
+    fn work(&self, me: usize) {
+        let mut seen = 0;
+        loop {
+            self.await_phase(me, seen);
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            seen = seen.wrapping_add(1);
+            // SAFETY: `phase` moved on, so `job` is set and stays until `busy` is decremented.
+            let job = unsafe { (*self.job.get()).clone() };
+            // SAFETY: the caller keeps the closure alive until `busy` is zero.
+            let run = unsafe { &*job.run };
+            if catch_unwind(AssertUnwindSafe(|| self.drain(job.tasks, run))).is_err() {
+                self.failed.store(true, Ordering::Relaxed);
+            }
+            if self.busy.fetch_sub(1, Ordering::AcqRel) == 1
+                && let Some(caller) = job.caller
+            {
+                caller.unpark();
+            }
+        }
+    }
+
+    fn await_phase(&self, me: usize, seen: usize) {
+        let moved =
+            || self.phase.load(Ordering::SeqCst) != seen || self.stop.load(Ordering::SeqCst);
+        for _ in 0..SPINS_MAX {
+            if moved() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        self.parked[me].store(true, Ordering::SeqCst);
+        while !moved() {
+            thread::park();
+        }
+        self.parked[me].store(false, Ordering::SeqCst);
+    }
+}
+
+/// Spins, then parks, until `done`; whoever makes it true unparks this thread.
+fn wait(done: impl Fn() -> bool) {
+    for _ in 0..SPINS_MAX {
+        if done() {
+            return;
+        }
+        std::hint::spin_loop();
+    }
+    while !done() {
+        thread::park();
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its tasks, so joining cannot fail.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// A mutable slice that tasks of one phase write in disjoint pieces.
+pub struct Disjoint<'a, T> {
+    data: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: handing out pieces is `unsafe` and demands that they do not overlap.
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+// SAFETY: it stands for a `&mut [T]`.
+unsafe impl<T: Send> Send for Disjoint<'_, T> {}
+
+impl<'a, T> Disjoint<'a, T> {
+    /// Shares `slice` between tasks.
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { data: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
+    }
+
+    /// The elements in `range`.
+    ///
+    /// # Safety
+    /// No two live pieces may overlap.
+    ///
+    /// # Panics
+    /// When `range` is out of bounds.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "that is the purpose; see the contract")]
+    pub unsafe fn piece(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: in bounds of the borrowed slice; the caller keeps pieces apart.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_in_every_phase() {
+        let pool = Pool::new(3, Isa::Scalar).unwrap();
+        let turn = pool.turn();
+        for phase in 0..2_000 {
+            let counts: Vec<AtomicUsize> = (0..phase % 37).map(|_| AtomicUsize::new(0)).collect();
+            turn.run(counts.len(), |i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "phase {phase}");
+        }
+    }
+
+    #[test]
+    fn ranges_cover_everything_once() {
+        let pool = Pool::new(2, Isa::Scalar).unwrap();
+        let turn = pool.turn();
+        for len in [0, 1, 5, 64, 1000] {
+            let mut hits = vec![0_u8; len];
+            let shared = Disjoint::new(&mut hits);
+            turn.run_ranges(len, 16, |r| {
+                // SAFETY: `run_ranges` hands out disjoint ranges.
+                unsafe { shared.piece(r) }.iter_mut().for_each(|h| *h += 1);
+            });
+            assert!(hits.iter().all(|h| *h == 1), "{len}");
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2, Isa::Scalar).unwrap();
+        let turn = pool.turn();
+        for _ in 0..20 {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                turn.run(8, |i| assert!(i != 5, "task five"));
+            }));
+            assert!(outcome.is_err());
+            let sum = AtomicUsize::new(0);
+            turn.run(8, |i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 28);
+        }
+    }
+}
