@@ -1,3 +1,5 @@
 //! map comes later
+pub mod engine;
 pub mod models;
 pub mod ops;
+pub mod proof;

@@ -1,3 +1,549 @@
-//! placeholder
+//! Downloads from the Hugging Face Hub into the cache that all Hugging Face tools share.
+//!
+//! A revision is resolved to a commit; files are fetched by range, so a dropped connection resumes
+//! where it stopped, and are checked against the Hub's own checksum (SHA-256 for large files, the
+//! git blob id for small ones) before they get their place. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`,
+//! `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean elsewhere.
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use reqwest::{Client, Response, StatusCode, header};
+use serde::Deserialize;
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Attempts in a row that bring no new byte before a download is given up.
+const ATTEMPTS_MAX: u32 = 5;
+/// Files fetched at once.
+const FILES_AT_ONCE: usize = 4;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of a model description.
+const LISTING_MAX: usize = 16 << 20;
+
+/// Why the Hub could not give a file.
 #[derive(Debug, thiserror::Error)]
-pub enum HubError {}
+pub enum HubError {
+    /// Offline and not in the cache.
+    #[error("{what} is not in the cache ({cache}) and HF_HUB_OFFLINE is set")]
+    Offline {
+        /// The repository or file.
+        what: String,
+        /// Where it was looked for.
+        cache: PathBuf,
+    },
+    /// The Hub answered with an error.
+    #[error("{url} answered {status}{}", hint(*status))]
+    Status {
+        /// The request.
+        url: String,
+        /// The answer.
+        status: StatusCode,
+    },
+    /// The Hub could not be reached, or the connection broke for good.
+    #[error("cannot reach {url}: {source}")]
+    Network {
+        /// The request.
+        url: String,
+        /// The cause.
+        source: reqwest::Error,
+    },
+    /// A file is not what the Hub promised.
+    #[error("{file}: expected {expected}, got {got}")]
+    Corrupt {
+        /// The file.
+        file: String,
+        /// Promised size or checksum.
+        expected: String,
+        /// Received.
+        got: String,
+    },
+    /// The repository lacks a file that a checkpoint needs.
+    #[error("repository {repo} at {commit} has no {file}")]
+    Missing {
+        /// The repository.
+        repo: String,
+        /// The commit.
+        commit: String,
+        /// The file.
+        file: String,
+    },
+    /// A name that would leave the cache directory.
+    #[error("`{0}` is not a valid name for a repository, revision or file")]
+    Name(String),
+    /// The cache cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+fn hint(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+            "; a gated or private repository needs HF_TOKEN and accepted terms"
+        }
+        StatusCode::NOT_FOUND => "; check the repository's name and revision",
+        _ => "",
+    }
+}
+
+/// What to fetch of a repository.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted<'a> {
+    /// Everything a safetensors checkpoint needs.
+    Checkpoint,
+    /// One file.
+    File(&'a str),
+}
+
+/// `(file, bytes done, bytes in all)`, called as bytes arrive.
+pub type Progress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
+
+/// Access to one Hub and the local cache.
+pub struct Hub {
+    endpoint: String,
+    cache: PathBuf,
+    token: Option<String>,
+    offline: bool,
+    client: Client,
+}
+
+/// A repository on disk.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// The commit that the revision stood for.
+    pub commit: String,
+    /// The directory with the files.
+    pub directory: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Listing {
+    sha: String,
+    siblings: Vec<Entry>,
+}
+
+#[derive(Deserialize, Clone)]
+#[serde(rename_all = "camelCase")]
+struct Entry {
+    rfilename: String,
+    #[serde(default)]
+    size: u64,
+    blob_id: Option<String>,
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize, Clone)]
+struct Lfs {
+    sha256: String,
+    size: u64,
+}
+
+impl Entry {
+    fn size(&self) -> u64 {
+        self.lfs.as_ref().map_or(self.size, |lfs| lfs.size)
+    }
+
+    /// The blob's name in the cache, which is its checksum.
+    fn blob(&self) -> Option<&str> {
+        self.lfs.as_ref().map(|lfs| lfs.sha256.as_str()).or(self.blob_id.as_deref())
+    }
+}
+
+impl Hub {
+    /// The Hub and cache that the environment names.
+    ///
+    /// # Errors
+    /// When no HTTP client can be made (no usable TLS roots).
+    pub fn from_env() -> Result<Self, HubError> {
+        let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+        let home = var("HF_HOME").map_or_else(
+            || PathBuf::from(var("HOME").unwrap_or_default()).join(".cache/huggingface"),
+            PathBuf::from,
+        );
+        let stored = || std::fs::read_to_string(home.join("token")).ok();
+        let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned());
+        let offline = var("HF_HUB_OFFLINE")
+            .is_some_and(|v| ["1", "true", "yes", "on"].contains(&v.to_ascii_lowercase().as_str()));
+        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        let cache = var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
+        Self::new(&endpoint, cache, token, offline)
+    }
+
+    /// A Hub at `endpoint` with its cache in `cache`.
+    ///
+    /// # Errors
+    /// As for [`from_env`](Self::from_env).
+    pub fn new(
+        endpoint: &str,
+        cache: PathBuf,
+        token: Option<String>,
+        offline: bool,
+    ) -> Result<Self, HubError> {
+        // The first caller installs the provider; later ones find it there.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Client::builder()
+            .user_agent(concat!("targon-engine/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(READ_TIMEOUT)
+            .build()
+            .map_err(|source| HubError::Network { url: endpoint.to_owned(), source })?;
+        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        Ok(Self { endpoint, cache, token: token.filter(|t| !t.is_empty()), offline, client })
+    }
+
+    /// Makes `wanted` of `repo` at `revision` present and returns where it is.
+    ///
+    /// # Errors
+    /// When it is neither cached nor to be had, or a file does not match its checksum.
+    pub async fn fetch(
+        &self,
+        repo: &str,
+        revision: &str,
+        wanted: Wanted<'_>,
+        progress: Progress<'_>,
+    ) -> Result<Snapshot, HubError> {
+        check_name(repo)?;
+        check_name(revision)?;
+        let root = self.cache.join(format!("models--{}", repo.replace('/', "--")));
+        if self.offline {
+            return offline(&root, repo, revision, wanted);
+        }
+        let listing = self.listing(repo, revision).await?;
+        check_name(&listing.sha)?;
+        let entries = choose(repo, &listing, wanted)?;
+        let directory = root.join("snapshots").join(&listing.sha);
+        let commit = listing.sha.as_str();
+        stream::iter(entries)
+            .map(|entry| {
+                let place = Place { root: root.clone(), directory: directory.clone() };
+                self.file(repo, commit, entry, place, progress)
+            })
+            .buffer_unordered(FILES_AT_ONCE)
+            .try_collect::<()>()
+            .await?;
+        let reference = root.join("refs").join(revision);
+        write_small(&reference, listing.sha.as_bytes())?;
+        Ok(Snapshot { commit: listing.sha, directory })
+    }
+
+    async fn listing(&self, repo: &str, revision: &str) -> Result<Listing, HubError> {
+        let url = format!("{}/api/models/{repo}/revision/{revision}?blobs=true", self.endpoint);
+        let response = self.get(&url, None).await?;
+        let network = |source| HubError::Network { url: url.clone(), source };
+        let mut body = Vec::new();
+        let mut chunks = response.bytes_stream();
+        while let Some(chunk) = chunks.next().await {
+            body.extend_from_slice(&chunk.map_err(network)?);
+            if body.len() > LISTING_MAX {
+                return Err(corrupt(&url, format!("at most {LISTING_MAX} bytes"), "more"));
+            }
+        }
+        serde_json::from_slice(&body).map_err(|e| corrupt(&url, "a model description", e))
+    }
+
+    async fn get(&self, url: &str, from: Option<u64>) -> Result<Response, HubError> {
+        let mut request = self.client.get(url);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(from) = from {
+            request = request.header(header::RANGE, format!("bytes={from}-"));
+        }
+        let network = |source| HubError::Network { url: url.to_owned(), source };
+        let response = request.send().await.map_err(network)?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(HubError::Status { url: url.to_owned(), status });
+        }
+        Ok(response)
+    }
+
+    /// One file of a snapshot, from the cache or the Hub.
+    async fn file(
+        &self,
+        repo: &str,
+        commit: &str,
+        entry: Entry,
+        place: Place,
+        progress: Progress<'_>,
+    ) -> Result<(), HubError> {
+        let name = &entry.rfilename;
+        check_name(name)?;
+        let Some(blob) = entry.blob().map(str::to_owned) else {
+            return Err(corrupt(name, "a checksum in the listing", "none"));
+        };
+        check_name(&blob)?;
+        let path = place.root.join("blobs").join(&blob);
+        let url = format!("{}/{repo}/resolve/{commit}/{name}", self.endpoint);
+        if !has_size(&path, entry.size()) {
+            make_parent(&path)?;
+            let _lock = lock(&path.with_extension("lock"))?;
+            if !has_size(&path, entry.size()) {
+                self.download(&url, &entry, &path, progress).await?;
+            }
+        }
+        progress(name, entry.size(), entry.size());
+        link(&path, &place.directory.join(name))
+    }
+
+    /// Downloads until the file is whole, resuming after every break that brought new bytes.
+    async fn download(
+        &self,
+        url: &str,
+        entry: &Entry,
+        path: &Path,
+        progress: Progress<'_>,
+    ) -> Result<(), HubError> {
+        let partial = path.with_extension("incomplete");
+        let mut barren = 0;
+        loop {
+            let before = size_of(&partial);
+            let outcome = self.append(url, entry, &partial, progress).await;
+            if size_of(&partial) == entry.size() {
+                match verify(entry, &partial) {
+                    Ok(()) => {
+                        let io = |source| HubError::Io { path: path.to_owned(), source };
+                        return std::fs::rename(&partial, path).map_err(io);
+                    }
+                    Err(e) => {
+                        // Nothing of it can be trusted; the next attempt starts over.
+                        std::fs::remove_file(&partial)
+                            .map_err(|source| HubError::Io { path: partial.clone(), source })?;
+                        barren += 1;
+                        if barren >= 2 {
+                            return Err(e);
+                        }
+                        continue;
+                    }
+                }
+            }
+            barren = if size_of(&partial) > before { 0 } else { barren + 1 };
+            match outcome {
+                Err(e @ (HubError::Io { .. } | HubError::Corrupt { .. })) => return Err(e),
+                Err(HubError::Status { status, url }) if status.is_client_error() => {
+                    return Err(HubError::Status { url, status });
+                }
+                Err(e) if barren >= ATTEMPTS_MAX => return Err(e),
+                Ok(()) if barren >= ATTEMPTS_MAX => {
+                    let (want, got) = (entry.size(), size_of(&partial));
+                    return Err(corrupt(url, format!("{want} bytes"), format!("{got} bytes")));
+                }
+                _ => tokio::time::sleep(Duration::from_millis(200 << barren.min(5))).await,
+            }
+        }
+    }
+
+    /// One request that appends to `partial` what the Hub sends.
+    async fn append(
+        &self,
+        url: &str,
+        entry: &Entry,
+        partial: &Path,
+        progress: Progress<'_>,
+    ) -> Result<(), HubError> {
+        let io = |source| HubError::Io { path: partial.to_owned(), source };
+        let mut at = size_of(partial).min(entry.size());
+        let response = self.get(url, (at > 0).then_some(at)).await?;
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            at = 0; // the server sends the whole file again
+        }
+        let mut file = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(partial)
+            .map_err(io)?;
+        file.set_len(at).map_err(io)?;
+        file.seek(SeekFrom::End(0)).map_err(io)?;
+        let mut chunks = response.bytes_stream();
+        while let Some(chunk) = chunks.next().await {
+            let chunk =
+                chunk.map_err(|source| HubError::Network { url: url.to_owned(), source })?;
+            at += chunk.len() as u64;
+            if at > entry.size() {
+                let (want, got) = (entry.size(), format!("at least {at} bytes"));
+                return Err(corrupt(url, format!("{want} bytes"), got));
+            }
+            file.write_all(&chunk).map_err(io)?;
+            progress(&entry.rfilename, at, entry.size());
+        }
+        file.sync_all().map_err(io)
+    }
+}
+
+/// Where a file goes.
+struct Place {
+    root: PathBuf,
+    directory: PathBuf,
+}
+
+fn corrupt(file: &str, expected: impl ToString, got: impl ToString) -> HubError {
+    let (expected, got) = (expected.to_string(), got.to_string());
+    HubError::Corrupt { file: file.to_owned(), expected, got }
+}
+
+/// Only names that stay inside the cache: no empty, hidden or parent components.
+fn check_name(name: &str) -> Result<(), HubError> {
+    let good = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.+@=".contains(c))
+    };
+    let sound = name.len() <= 200 && name.split('/').all(good);
+    if sound { Ok(()) } else { Err(HubError::Name(name.to_owned())) }
+}
+
+/// The files of a checkpoint: configuration, tokenizer, template, and `model*.safetensors`.
+fn is_checkpoint_file(name: &str) -> bool {
+    let small = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    ];
+    let weights = name.starts_with("model") && name.ends_with(".safetensors");
+    small.contains(&name) || (weights && !name.contains('/'))
+}
+
+fn choose(repo: &str, listing: &Listing, wanted: Wanted<'_>) -> Result<Vec<Entry>, HubError> {
+    let missing = |file: &str| HubError::Missing {
+        repo: repo.to_owned(),
+        commit: listing.sha.clone(),
+        file: file.to_owned(),
+    };
+    let files = listing.siblings.iter().cloned();
+    match wanted {
+        Wanted::File(name) => {
+            let entry = listing.siblings.iter().find(|e| e.rfilename == name);
+            entry.map(|e| vec![e.clone()]).ok_or_else(|| missing(name))
+        }
+        Wanted::Checkpoint => {
+            let entries: Vec<Entry> = files.filter(|e| is_checkpoint_file(&e.rfilename)).collect();
+            let has = |test: &dyn Fn(&str) -> bool| entries.iter().any(|e| test(&e.rfilename));
+            for name in ["config.json", "tokenizer.json"] {
+                if !has(&|n| n == name) {
+                    return Err(missing(name));
+                }
+            }
+            if !has(&|n| n.ends_with(".safetensors")) {
+                return Err(missing("model.safetensors"));
+            }
+            Ok(entries)
+        }
+    }
+}
+
+/// A snapshot from the cache alone.
+fn offline(
+    root: &Path,
+    repo: &str,
+    revision: &str,
+    wanted: Wanted<'_>,
+) -> Result<Snapshot, HubError> {
+    let absent = |what: String| HubError::Offline { what, cache: root.to_owned() };
+    let commit = std::fs::read_to_string(root.join("refs").join(revision))
+        .map_or_else(|_| revision.to_owned(), |c| c.trim().to_owned());
+    check_name(&commit)?;
+    let directory = root.join("snapshots").join(&commit);
+    if !directory.is_dir() {
+        return Err(absent(format!("{repo} at {revision}")));
+    }
+    let needed = match wanted {
+        Wanted::File(name) => vec![name],
+        Wanted::Checkpoint => vec!["config.json", "tokenizer.json"],
+    };
+    for name in needed {
+        if !directory.join(name).exists() {
+            return Err(absent(format!("{repo}/{name} at {revision}")));
+        }
+    }
+    Ok(Snapshot { commit, directory })
+}
+
+fn verify(entry: &Entry, path: &Path) -> Result<(), HubError> {
+    let io = |source| HubError::Io { path: path.to_owned(), source };
+    let mut file = std::fs::File::open(path).map_err(io)?;
+    let (expected, got) = match &entry.lfs {
+        Some(lfs) => (lfs.sha256.clone(), digest(&mut file, Sha256::new()).map_err(io)?),
+        None => {
+            let mut hasher = Sha1::new();
+            hasher.update(format!("blob {}\0", entry.size).as_bytes());
+            let got = digest(&mut file, hasher).map_err(io)?;
+            (entry.blob_id.clone().unwrap_or_default(), got)
+        }
+    };
+    if expected.eq_ignore_ascii_case(&got) {
+        return Ok(());
+    }
+    Err(corrupt(&entry.rfilename, format!("checksum {expected}"), got))
+}
+
+fn digest(file: &mut std::fs::File, mut hasher: impl Digest) -> io::Result<String> {
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect());
+        }
+        hasher.update(&buffer[..count]);
+    }
+}
+
+fn size_of(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |m| m.len())
+}
+
+fn has_size(path: &Path, size: u64) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| m.len() == size)
+}
+
+fn make_parent(path: &Path) -> Result<(), HubError> {
+    let parent = path.parent().unwrap_or(path);
+    std::fs::create_dir_all(parent)
+        .map_err(|source| HubError::Io { path: parent.to_owned(), source })
+}
+
+fn write_small(path: &Path, bytes: &[u8]) -> Result<(), HubError> {
+    make_parent(path)?;
+    std::fs::write(path, bytes).map_err(|source| HubError::Io { path: path.to_owned(), source })
+}
+
+/// Held while a blob is written, so that two processes do not write the same one.
+fn lock(path: &Path) -> Result<std::fs::File, HubError> {
+    let io = |source| HubError::Io { path: path.to_owned(), source };
+    let file = std::fs::File::create(path).map_err(io)?;
+    file.lock().map_err(io)?;
+    Ok(file)
+}
+
+/// Puts a blob into a snapshot: a relative link, or a copy where links are refused.
+fn link(blob: &Path, at: &Path) -> Result<(), HubError> {
+    make_parent(at)?;
+    if at.exists() {
+        return Ok(());
+    }
+    let io = |source| HubError::Io { path: at.to_owned(), source };
+    // A dangling link is left over from an earlier, broken download.
+    let _ = std::fs::remove_file(at);
+    #[cfg(unix)]
+    {
+        let name = blob.file_name().unwrap_or_default();
+        let nested = at.components().count() - blob.components().count();
+        let target =
+            (0..nested + 1).fold(PathBuf::new(), |p, _| p.join("..")).join("blobs").join(name);
+        if std::os::unix::fs::symlink(&target, at).is_ok() && at.exists() {
+            return Ok(());
+        }
+        let _ = std::fs::remove_file(at);
+    }
+    std::fs::copy(blob, at).map(|_| ()).map_err(io)
+}

@@ -56,12 +56,29 @@ impl Model {
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
         let checkpoint = Checkpoint::open(path)?;
-        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
         let tokenizer = TextTokenizer::load(&checkpoint)?;
         let chat = ChatTemplate::load(&checkpoint, &tokenizer)?;
-        let dtype = dtype.map_or_else(|| choose_dtype(&checkpoint, &spec), Ok)?;
+        let decoder = Decoder::load(&checkpoint, dtype, pool, progress)?;
+        let stop_ids = tokenizer::stop_ids(&checkpoint);
+        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids })
+    }
+}
+
+impl Decoder {
+    /// Packs the weights of a checkpoint; arguments as for [`Model::load`].
+    ///
+    /// # Errors
+    /// As for [`Model::load`].
+    pub fn load(
+        checkpoint: &Checkpoint,
+        dtype: Option<Dtype>,
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
+        let dtype = dtype.map_or_else(|| choose_dtype(checkpoint, &spec), Ok)?;
         let loader = Loader {
-            checkpoint: &checkpoint,
+            checkpoint,
             spec: &spec,
             dtype,
             turn: &pool.turn(),
@@ -74,8 +91,6 @@ impl Model {
             let divisors = checkpoint.tensor("rope_freqs.weight")?.expect(&half)?;
             rope = rope.divided_by(&divisors.read_f32()?);
         }
-        let stop_ids = tokenizer::stop_ids(&checkpoint);
-        let decoder = Decoder { spec, dtype, weights, rope };
-        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids })
+        Ok(Decoder { spec, dtype, weights, rope })
     }
 }

@@ -285,12 +285,12 @@ impl<S: Fn(usize, usize, &[f32])> Tile<'_, S> {
                 + self.kv_head * head_len;
             let mut scores = [[0.0_f32; BLOCK_TOKENS]; T];
             self.scores::<L, T, F16>(&self.layer.keys[at..at + head_len], &mut scores);
-            let mut rescale = [1.0; T];
-            for t in 0..T {
-                let valid = seen[t].start.clamp(base, base + BLOCK_TOKENS) - base
-                    ..seen[t].end.clamp(base, base + BLOCK_TOKENS) - base;
-                rescale[t] = self.soften::<L>(&mut scores[t], valid, &mut running[t]);
+            let mut valid = [const { 0..0 }; T];
+            for (valid, seen) in valid.iter_mut().zip(&seen) {
+                *valid = seen.start.clamp(base, base + BLOCK_TOKENS) - base
+                    ..seen.end.clamp(base, base + BLOCK_TOKENS) - base;
             }
+            let rescale = self.soften::<L, T>(&mut scores, &valid, &mut running);
             let keys = (end - base).min(BLOCK_TOKENS);
             let values = &self.layer.values[at..at + keys * head_dim];
             accumulate::<L, T, F16>(values, head_dim, &scores, rescale, &mut out);
@@ -341,19 +341,47 @@ impl<S: Fn(usize, usize, &[f32])> Tile<'_, S> {
         }
     }
 
-    /// Turns one query's scores into weights relative to the new maximum, updates its running sums
-    /// and returns the factor on what was accumulated before.
+    /// Turns scores into weights relative to each query's new maximum, updates the running sums
+    /// and returns the factors on what was accumulated before. A query that sees nothing of the
+    /// block gets weights of zero and a factor of one.
     #[inline(always)]
-    fn soften<L: Lanes>(
+    fn soften<L: Lanes, const T: usize>(
         &self,
-        scores: &mut [f32; BLOCK_TOKENS],
-        valid: Range<usize>,
-        running: &mut Running,
-    ) -> f32 {
-        if valid.is_empty() {
-            scores.fill(0.0);
-            return 1.0;
+        scores: &mut [[f32; BLOCK_TOKENS]; T],
+        valid: &[Range<usize>; T],
+        running: &mut [Running; T],
+    ) -> [f32; T] {
+        let mut falls = [0.0_f32; LANES]; // old maximum - new maximum
+        for t in 0..T {
+            let block_max = self.mask::<L>(&mut scores[t], &valid[t]);
+            let old = running[t].max;
+            running[t].max = if old > block_max { old } else { block_max };
+            falls[t] = if valid[t].is_empty() { 0.0 } else { old - running[t].max };
         }
+        // SAFETY: the array holds 16 values.
+        let factors = math::exp(unsafe { L::load(falls.as_ptr()) }).to_array();
+        let mut rescale = [1.0; T];
+        for t in 0..T {
+            rescale[t] = factors[t];
+            if valid[t].is_empty() {
+                scores[t].fill(0.0);
+                continue;
+            }
+            let mut vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
+            let max = L::splat(running[t].max);
+            for v in &mut vecs {
+                *v = math::exp(v.sub(max));
+            }
+            store_vecs(&vecs, &mut scores[t]);
+            running[t].sum = running[t].sum.mul_add(rescale[t], vecs[0].add(vecs[1]).sum());
+        }
+        rescale
+    }
+
+    /// Scales and caps one query's scores, puts -infinity where it does not see, and returns the
+    /// largest.
+    #[inline(always)]
+    fn mask<L: Lanes>(&self, scores: &mut [f32; BLOCK_TOKENS], valid: &Range<usize>) -> f32 {
         let mut vecs: [L; KEY_VECS] = load_vecs(scores);
         for v in &mut vecs {
             *v = v.mul(L::splat(self.attention.scale));
@@ -361,22 +389,13 @@ impl<S: Fn(usize, usize, &[f32])> Tile<'_, S> {
                 *v = math::tanh(v.div(L::splat(cap))).mul(L::splat(cap));
             }
         }
-        if valid != (0..BLOCK_TOKENS) {
-            store_vecs(&vecs, scores);
+        store_vecs(&vecs, scores);
+        if *valid != (0..BLOCK_TOKENS) {
             scores[..valid.start].fill(f32::NEG_INFINITY);
             scores[valid.end..].fill(f32::NEG_INFINITY);
             vecs = load_vecs(scores);
         }
-        let block_max = vecs[0].max(vecs[1]).max_lane();
-        let max = if running.max > block_max { running.max } else { block_max };
-        for v in &mut vecs {
-            *v = math::exp(v.sub(L::splat(max)));
-        }
-        store_vecs(&vecs, scores);
-        let rescale = math::exp(L::splat(running.max - max)).to_array()[0];
-        let sum = vecs[0].add(vecs[1]).sum();
-        *running = Running { max, sum: running.sum.mul_add(rescale, sum) };
-        rescale
+        vecs[0].max(vecs[1]).max_lane()
     }
 }
 

@@ -288,7 +288,9 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
         let pairs = self.w.cols / 2;
         let acc = match (self.w.dtype, T) {
-            (Dtype::Bf16, 1) => dot_bf16::<L, T, V>(w, pairs, self.x.bits(first)),
+            (Dtype::Bf16, _) if T == 1 || L::DOT_TILES => {
+                dot_tile::<L, T, V>(w, pairs, |t| self.x.bits(first + t))
+            }
             (Dtype::Bf16, _) => {
                 fma_tile::<L, T, V, PAIR_STRIDE, false>(w, pairs, |t| self.x.values(first + t))
             }
@@ -304,23 +306,33 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
     }
 }
 
-/// The matrix-vector form for bf16: one two-element dot product for each pair.
+/// The form for bf16 hardware: one two-element dot product for each pair.
 #[inline(always)]
-fn dot_bf16<L: Lanes, const T: usize, const V: usize>(
+fn dot_tile<'x, L: Lanes, const T: usize, const V: usize>(
     w: &[u16],
     pairs: usize,
-    x: &[u16],
+    x: impl Fn(usize) -> &'x [u16],
 ) -> [[L; V]; T] {
-    assert!(x.len() == 2 * pairs && w.len() >= (pairs - 1) * PAIR_STRIDE + V * VEC_STRIDE);
-    let mut acc = [L::splat(0.0); V];
+    assert!(w.len() >= (pairs - 1) * PAIR_STRIDE + V * VEC_STRIDE);
+    let mut inputs = [std::ptr::null::<u32>(); T];
+    for (t, input) in inputs.iter_mut().enumerate() {
+        assert!(x(t).len() == 2 * pairs);
+        *input = x(t).as_ptr().cast();
+    }
+    let mut acc = [[L::splat(0.0); V]; T];
     for p in 0..pairs {
-        let pair = BfPair(u32::from(x[2 * p]) | u32::from(x[2 * p + 1]) << 16);
-        for (v, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: in bounds by the assertion above.
-            *acc = unsafe { acc.dot_bf16(w.as_ptr().add(p * PAIR_STRIDE + v * VEC_STRIDE), pair) };
+        for t in 0..T {
+            // SAFETY: `inputs[t]` has `pairs` pairs; the element type needs no alignment of 4.
+            let pair = BfPair(u32::from_le(unsafe { inputs[t].add(p).read_unaligned() }));
+            for v in 0..V {
+                // SAFETY: in bounds by the assertions above.
+                acc[t][v] = unsafe {
+                    acc[t][v].dot_bf16(w.as_ptr().add(p * PAIR_STRIDE + v * VEC_STRIDE), pair)
+                };
+            }
         }
     }
-    [acc; T]
+    acc
 }
 
 /// The FMA form: `T` tokens by `V` vectors of rows in registers; pairs of k lie `STRIDE` apart.

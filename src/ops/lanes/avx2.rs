@@ -38,8 +38,35 @@ impl Avx2 {
     }
 }
 
+/// The last three levels of the tree of [`Lanes::sum`].
+///
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+pub(super) unsafe fn sum_tree(v: __m256) -> f32 {
+    simd!({
+        let quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+        _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+    })
+}
+
+/// The last three levels of the tree of [`Lanes::max_lane`].
+///
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+pub(super) unsafe fn max_tree(v: __m256) -> f32 {
+    simd!({
+        let quarter = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+        _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+    })
+}
+
 impl Lanes for Avx2 {
     const ROW_VECS: usize = 1;
+    const DOT_TILES: bool = false;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -142,6 +169,16 @@ impl Lanes for Avx2 {
     unsafe fn load_f16(from: *const u16) -> Self {
         let widen = |at: *const u16| simd!(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())));
         simd!(Self(widen(from), widen(from.add(8))))
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        simd!(sum_tree(_mm256_add_ps(self.0, self.1)))
+    }
+
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        simd!(max_tree(_mm256_max_ps(self.0, self.1)))
     }
 
     #[inline(always)]

@@ -1,11 +1,15 @@
-//! AVX-512 lanes: one register each; `BF16` adds the two-element dot product.
+//! AVX-512 lanes: one register each; `DOT` says where the two-element dot product is used.
 
 use super::{BfPair, Kernel, Lanes};
 use std::arch::x86_64::*;
 
 /// Sixteen lanes in one register.
 #[derive(Clone, Copy)]
-pub struct Avx512<const BF16: bool>(__m512);
+pub struct Avx512<const DOT: u8>(__m512);
+
+const DOT_NEVER: u8 = 0;
+const DOT_VECTORS: u8 = 1;
+const DOT_ALWAYS: u8 = 2;
 
 /// Runs `kernel` with AVX-512.
 ///
@@ -13,7 +17,7 @@ pub struct Avx512<const BF16: bool>(__m512);
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run::<Avx512<false>>()
+    kernel.run::<Avx512<DOT_NEVER>>()
 }
 
 /// Runs `kernel` with AVX-512 and its BF16 dot product.
@@ -22,7 +26,16 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
 pub unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run::<Avx512<true>>()
+    kernel.run::<Avx512<DOT_ALWAYS>>()
+}
+
+/// Runs `kernel` with AVX-512, its BF16 dot product in matrix-vector products only.
+///
+/// # Safety
+/// The CPU must have the features named here.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+pub unsafe fn run_bf16_fma<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run::<Avx512<DOT_VECTORS>>()
 }
 
 /// Calls intrinsics of the features above.
@@ -34,8 +47,9 @@ macro_rules! simd {
     };
 }
 
-impl<const BF16: bool> Lanes for Avx512<BF16> {
+impl<const DOT: u8> Lanes for Avx512<DOT> {
     const ROW_VECS: usize = 4;
+    const DOT_TILES: bool = DOT == DOT_ALWAYS;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -126,8 +140,26 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn sum(self) -> f32 {
+        simd!({
+            let half =
+                _mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0));
+            super::avx2::sum_tree(half)
+        })
+    }
+
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        simd!({
+            let half =
+                _mm256_max_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0));
+            super::avx2::max_tree(half)
+        })
+    }
+
+    #[inline(always)]
     unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self {
-        if BF16 {
+        if DOT != DOT_NEVER {
             return Self(simd!(_mm512_dpbf16_ps(
                 self.0,
                 std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(pairs.cast())),

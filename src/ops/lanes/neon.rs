@@ -33,6 +33,7 @@ impl Neon {
 
 impl Lanes for Neon {
     const ROW_VECS: usize = 1;
+    const DOT_TILES: bool = false;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

@@ -22,6 +22,7 @@ impl Scalar {
 
 impl Lanes for Scalar {
     const ROW_VECS: usize = 1;
+    const DOT_TILES: bool = false;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

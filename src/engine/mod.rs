@@ -1,0 +1,6 @@
+//! x
+pub mod blocks;
+pub mod request;
+pub mod sampler;
+pub mod scheduler;
+pub mod stop;

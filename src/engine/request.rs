@@ -1,0 +1,139 @@
+//! What a caller asks of the engine, checked once: past [`Request::validate`] nothing is checked again.
+
+use super::sampler::Sampling;
+
+/// Stop strings of a request.
+pub const STOP_STRINGS_MAX: usize = 16;
+/// Bytes of one stop string.
+pub const STOP_BYTES_MAX: usize = 1024;
+/// Alternatives reported for each token.
+pub const TOP_LOGPROBS_MAX: usize = 20;
+/// Entries of a logit bias.
+pub const LOGIT_BIAS_MAX: usize = 1024;
+
+/// Which distribution log-probabilities describe.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LogprobMode {
+    /// The model's own: softmax of the raw logits.
+    #[default]
+    Raw,
+    /// After penalties and temperature, before truncation: what Targon's verifiers compare.
+    Scaled,
+}
+
+impl LogprobMode {
+    /// The name in requests, responses and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            LogprobMode::Raw => "raw",
+            LogprobMode::Scaled => "scaled",
+        }
+    }
+}
+
+/// When a generation ends.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct StopRules {
+    /// Ids that end it, the model's own and the request's.
+    pub ids: Vec<u32>,
+    /// Strings that end it.
+    pub strings: Vec<String>,
+    /// Whether the text that matched is part of the output.
+    pub include_in_output: bool,
+    /// The model's own end tokens do not count.
+    pub ignore_eos: bool,
+}
+
+/// One sequence to generate from (or only to score).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Request {
+    /// Prompt ids.
+    pub prompt: Vec<u32>,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// When to stop.
+    pub stop: StopRules,
+    /// Most tokens to generate; 0 only with `prompt_logprobs`.
+    pub max_tokens: usize,
+    /// No end before this many tokens.
+    pub min_tokens: usize,
+    /// Alternatives reported with each generated token.
+    pub top_logprobs: usize,
+    /// Which distribution log-probabilities describe.
+    pub logprob_mode: LogprobMode,
+    /// Report every prompt token's log-probability, with this many alternatives.
+    pub prompt_logprobs: Option<usize>,
+    /// Leave special tokens out of the text.
+    pub skip_special_tokens: bool,
+    /// Whether the prefix cache may be read.
+    pub reads_cache: bool,
+    /// Separates prefix caches of different owners.
+    pub cache_salt: u64,
+}
+
+impl Request {
+    /// A request with neutral settings: greedy, no stop rules, nothing reported but tokens.
+    pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Self {
+        Self {
+            prompt,
+            sampling: Sampling::greedy(),
+            stop: StopRules::default(),
+            max_tokens,
+            min_tokens: 0,
+            top_logprobs: 0,
+            logprob_mode: LogprobMode::Raw,
+            prompt_logprobs: None,
+            skip_special_tokens: true,
+            reads_cache: true,
+            cache_salt: 0,
+        }
+    }
+
+    /// Checks every field against its bounds.
+    ///
+    /// # Errors
+    /// The field, the rule and the fact.
+    pub fn validate(&self, vocab: usize) -> Result<(), InvalidRequest> {
+        let rule = |field: &'static str, what: String| Err(InvalidRequest { field, what });
+        if let Some(id) = self.prompt.iter().find(|id| **id as usize >= vocab) {
+            return rule("prompt", format!("holds token id {id}, but the vocabulary has {vocab}"));
+        }
+        if self.max_tokens == 0 && self.prompt_logprobs.is_none() {
+            return rule("max_tokens", "must be at least 1, got 0".into());
+        }
+        if self.min_tokens > self.max_tokens {
+            let (min, max) = (self.min_tokens, self.max_tokens);
+            return rule("min_tokens", format!("must be at most max_tokens = {max}, got {min}"));
+        }
+        for (field, count) in [
+            ("logprobs", self.top_logprobs),
+            ("prompt_logprobs", self.prompt_logprobs.unwrap_or(0)),
+        ] {
+            if count > TOP_LOGPROBS_MAX {
+                return rule(field, format!("must be at most {TOP_LOGPROBS_MAX}, got {count}"));
+            }
+        }
+        let strings = &self.stop.strings;
+        if strings.len() > STOP_STRINGS_MAX {
+            let what = format!("must hold at most {STOP_STRINGS_MAX}, got {}", strings.len());
+            return rule("stop", what);
+        }
+        if strings.iter().any(|s| s.is_empty() || s.len() > STOP_BYTES_MAX) {
+            return rule("stop", format!("strings must have 1 to {STOP_BYTES_MAX} bytes"));
+        }
+        if let Some(id) = self.stop.ids.iter().find(|id| **id as usize >= vocab) {
+            return rule("stop_token_ids", format!("holds {id}, but the vocabulary has {vocab}"));
+        }
+        self.sampling.validate(vocab)
+    }
+}
+
+/// A field outside its bounds.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("`{field}` {what}")]
+pub struct InvalidRequest {
+    /// The field, as the API names it.
+    pub field: &'static str,
+    /// Rule and fact.
+    pub what: String,
+}

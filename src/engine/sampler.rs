@@ -1,0 +1,484 @@
+//! Noise-synced sampling: a token is a function of its logits, the request, and a key.
+//!
+//! The winner is `argmax_v(logit_v / T + g_v)` over the survivors of min-p, top-k and top-p, with
+//! Gumbel noise g from Philox keyed by `(noise_key, position)`; the lowest id wins ties; at T = 0
+//! there is no noise. Nothing depends on the batch, on earlier draws or on a generator's state, so
+//! a verifier that knows the key can replay every draw.
+//!
+//! Noise: `u = (x + 0.5) / 2^32` for the 32-bit word x of token v (word `v mod 4` of counter
+//! `(position, v / 4, 0, DOMAIN)`), `g = -ln(-ln u)` in f64.
+
+use super::request::{InvalidRequest, LOGIT_BIAS_MAX};
+use crate::ops::lanes::{Isa, Kernel, Lanes, dispatch};
+use crate::ops::logits::{LogSumExp, argmax, top_k};
+use crate::ops::math::{exp64, ln64};
+use crate::proof::philox::{philox, philox_lanes};
+use std::collections::HashMap;
+
+/// Fourth counter word of the sampler's noise.
+const DOMAIN: u32 = 0x736d_706c;
+/// Temperatures below this are greedy.
+pub const TEMPERATURE_MIN: f32 = 1e-5;
+/// Candidates that are sorted before truncation looks further.
+const CANDIDATES: usize = 256;
+/// Noise words drawn at once.
+const GROUPS: usize = 16;
+
+/// How tokens are drawn.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Sampling {
+    /// Divides the logits; below 1e-5 the largest logit wins.
+    pub temperature: f32,
+    /// Keeps the k largest; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the smallest set with this much probability.
+    pub top_p: f32,
+    /// Drops tokens less probable than this share of the most probable one.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen anywhere.
+    pub repetition_penalty: f32,
+    /// Subtracted once for tokens generated before.
+    pub presence_penalty: f32,
+    /// Subtracted for each time a token was generated.
+    pub frequency_penalty: f32,
+    /// Added to single logits.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Key of the noise.
+    pub noise_key: u64,
+}
+
+impl Sampling {
+    /// The largest logit wins.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            noise_key: 0,
+        }
+    }
+
+    /// Whether there is no noise.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature < TEMPERATURE_MIN
+    }
+
+    /// The temperature that log-probabilities are scaled with: 1 where there is no noise.
+    pub fn logprob_temperature(&self) -> f32 {
+        if self.is_greedy() { 1.0 } else { self.temperature }
+    }
+
+    pub(super) fn validate(&self, vocab: usize) -> Result<(), InvalidRequest> {
+        let rules = [
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("top_p", self.top_p, f32::MIN_POSITIVE, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+        ];
+        for (field, value, low, high) in rules {
+            if !(low..=high).contains(&value) {
+                let low = if low == f32::MIN_POSITIVE { "above 0".into() } else { low.to_string() };
+                let what = format!("must lie between {low} and {high}, got {value}");
+                return Err(InvalidRequest { field, what });
+            }
+        }
+        let field = "logit_bias";
+        if self.logit_bias.len() > LOGIT_BIAS_MAX {
+            let what = format!("must hold at most {LOGIT_BIAS_MAX}, got {}", self.logit_bias.len());
+            return Err(InvalidRequest { field, what });
+        }
+        for (id, bias) in &self.logit_bias {
+            if *id as usize >= vocab {
+                let what = format!("names token {id}, but the vocabulary has {vocab}");
+                return Err(InvalidRequest { field, what });
+            }
+            if !(-100.0..=100.0).contains(bias) {
+                let what = format!("must lie between -100 and 100, got {bias} for token {id}");
+                return Err(InvalidRequest { field, what });
+            }
+        }
+        Ok(())
+    }
+
+    fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || self.presence_penalty != 0.0
+            || self.frequency_penalty != 0.0
+    }
+}
+
+/// How often tokens were seen, for penalties.
+#[derive(Clone, Default, Debug)]
+pub struct Seen {
+    counts: HashMap<u32, u32>, // by token: times generated; 0 for prompt tokens
+}
+
+impl Seen {
+    /// The tokens of a prompt; empty when `sampling` does not penalise.
+    pub fn new(sampling: &Sampling, prompt: &[u32]) -> Self {
+        let counted: &[u32] = if sampling.has_penalties() { prompt } else { &[] };
+        Self { counts: counted.iter().map(|id| (*id, 0)).collect() }
+    }
+
+    /// Counts a generated token.
+    pub fn push(&mut self, sampling: &Sampling, id: u32) {
+        if sampling.has_penalties() {
+            *self.counts.entry(id).or_insert(0) += 1;
+        }
+    }
+}
+
+/// Applies bias, banned ids and penalties to a row of logits, in place.
+pub fn process(row: &mut [f32], sampling: &Sampling, seen: &Seen, banned: &[u32]) {
+    for (id, bias) in &sampling.logit_bias {
+        row[*id as usize] += bias;
+    }
+    for id in banned {
+        row[*id as usize] = f32::NEG_INFINITY;
+    }
+    if !sampling.has_penalties() {
+        return;
+    }
+    for (id, count) in &seen.counts {
+        let logit = &mut row[*id as usize];
+        let r = sampling.repetition_penalty;
+        *logit = if *logit > 0.0 { *logit / r } else { *logit * r };
+        if *count > 0 {
+            *logit -= sampling.frequency_penalty * *count as f32 + sampling.presence_penalty;
+        }
+    }
+}
+
+/// Draws the token of the row at `position` from processed logits.
+pub fn sample(isa: Isa, row: &[f32], sampling: &Sampling, position: u32) -> u32 {
+    if sampling.is_greedy() {
+        return argmax(isa, row);
+    }
+    let inverse = 1.0 / f64::from(sampling.temperature);
+    match survivors(isa, row, sampling) {
+        Some(kept) => {
+            let noisy = kept.into_iter().map(|(id, logit)| {
+                (id, f64::from(logit) * inverse + gumbel(sampling.noise_key, position, id))
+            });
+            winner(noisy)
+        }
+        None => race(isa, row, inverse, sampling.noise_key, position),
+    }
+}
+
+/// Gumbel noise of one token.
+pub fn gumbel(key: u64, position: u32, token: u32) -> f64 {
+    gumbel_of(philox(key, [position, token / 4, 0, DOMAIN])[token as usize % 4])
+}
+
+fn gumbel_of(word: u32) -> f64 {
+    let u = (f64::from(word) + 0.5) / 4_294_967_296.0;
+    -ln64(-ln64(u))
+}
+
+/// Largest value, lowest id among equals.
+fn winner(candidates: impl Iterator<Item = (u32, f64)>) -> u32 {
+    let better = |a: (u32, f64), b: (u32, f64)| b.1 > a.1 || (b.1 == a.1 && b.0 < a.0);
+    let best = candidates.reduce(|a, b| if better(a, b) { b } else { a });
+    best.map_or(0, |(id, _)| id)
+}
+
+/// What min-p, top-k and top-p leave, in this order; `None` when nothing truncates.
+pub fn survivors(isa: Isa, row: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f32)>> {
+    let top_k_active = sampling.top_k > 0 && sampling.top_k < row.len();
+    if !top_k_active && sampling.top_p >= 1.0 && sampling.min_p <= 0.0 {
+        return None;
+    }
+    let limit = if top_k_active { sampling.top_k } else { row.len() };
+    let mut count = CANDIDATES.min(limit);
+    loop {
+        let sorted = largest(isa, row, count);
+        if let Some(kept) = truncate(isa, row, sampling, &sorted, sorted.len() == limit) {
+            return Some(kept);
+        }
+        count = (count * 8).min(limit);
+    }
+}
+
+/// The `count` largest logits in order.
+fn largest(isa: Isa, row: &[f32], count: usize) -> Vec<(u32, f32)> {
+    if count <= CANDIDATES {
+        return top_k(isa, row, count);
+    }
+    let mut all: Vec<(u32, f32)> = row.iter().enumerate().map(|(i, x)| (i as u32, *x)).collect();
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if count < all.len() {
+        all.select_nth_unstable_by(count, order);
+        all.truncate(count);
+    }
+    all.sort_unstable_by(order);
+    all
+}
+
+/// Truncates the sorted candidates; `None` when more of them are needed to know.
+fn truncate(
+    isa: Isa,
+    row: &[f32],
+    sampling: &Sampling,
+    sorted: &[(u32, f32)],
+    complete: bool,
+) -> Option<Vec<(u32, f32)>> {
+    let temperature = f64::from(sampling.temperature);
+    let max = sorted.first()?.1;
+    let weight = |logit: f32| exp64(f64::from(logit - max) / temperature);
+    let mut kept = sorted;
+    if sampling.min_p > 0.0 {
+        let end = kept.partition_point(|(_, x)| weight(*x) >= f64::from(sampling.min_p));
+        if end == kept.len() && !complete {
+            return None;
+        }
+        kept = &kept[..end.max(1)];
+    }
+    if sampling.top_p < 1.0 {
+        // What is known to be the whole set is summed; else the row's own sum counts.
+        let whole = complete && sampling.top_k > 0 || kept.len() < sorted.len();
+        let total = match whole {
+            true => kept.iter().map(|(_, x)| weight(*x)).sum::<f64>(),
+            false => exp64(-LogSumExp::new(isa, row, sampling.temperature).logprob(max)),
+        };
+        let mut sum = 0.0;
+        let crossing = kept.iter().position(|(_, x)| {
+            sum += weight(*x);
+            sum >= f64::from(sampling.top_p) * total
+        });
+        match crossing {
+            Some(last) => kept = &kept[..=last],
+            None if !complete => return None,
+            None => {}
+        }
+    } else if !complete && sampling.min_p <= 0.0 {
+        return None;
+    }
+    Some(kept.to_vec())
+}
+
+/// The race over the whole vocabulary.
+fn race(isa: Isa, row: &[f32], inverse: f64, key: u64, position: u32) -> u32 {
+    dispatch(isa, Race { row, inverse, key, position })
+}
+
+struct Race<'a> {
+    row: &'a [f32],
+    inverse: f64,
+    key: u64,
+    position: u32,
+}
+
+/// Largest value that Gumbel noise takes: `-ln(-ln(1 - 2^-33))`, rounded up.
+const NOISE_MAX: f64 = 22.9;
+
+impl Kernel for Race<'_> {
+    type Out = u32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> u32 {
+        let scaled = |id: usize| f64::from(self.row[id]) * self.inverse;
+        // The largest logit sets a bar that most tokens cannot reach even with the best noise.
+        let first = argmax(Isa::Scalar, self.row);
+        let mut best = (first, scaled(first as usize) + gumbel(self.key, self.position, first));
+        for (block, logits) in self.row.chunks(4 * GROUPS).enumerate() {
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            if f64::from(largest) * self.inverse + NOISE_MAX < best.1 {
+                continue;
+            }
+            let mut counter = [[self.position; GROUPS], [0; GROUPS], [0; GROUPS], [DOMAIN; GROUPS]];
+            for (i, group) in counter[1].iter_mut().enumerate() {
+                *group = (block * GROUPS + i) as u32;
+            }
+            let words = philox_lanes::<GROUPS>(self.key, counter);
+            for (i, logit) in logits.iter().enumerate() {
+                let word = words[i % 4][i / 4];
+                let value = f64::from(*logit) * self.inverse;
+                if value + noise_bound(word) < best.1 {
+                    continue;
+                }
+                let candidate = ((block * 4 * GROUPS + i) as u32, value + gumbel_of(word));
+                if candidate.1 > best.1 || (candidate.1 == best.1 && candidate.0 < best.0) {
+                    best = candidate;
+                }
+            }
+        }
+        best.0
+    }
+}
+
+/// A cheap upper bound on the noise of `word`: `1 - u >= 2^-(lz + 1)` for lz leading one bits,
+/// and `-ln u >= 1 - u`.
+#[inline(always)]
+fn noise_bound(word: u32) -> f64 {
+    f64::from(word.leading_ones() + 2) * std::f64::consts::LN_2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn row(n: usize, spread: f32, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state as f32 / u32::MAX as f32) * spread
+            })
+            .collect()
+    }
+
+    fn sampling(temperature: f32, key: u64) -> Sampling {
+        Sampling { temperature, noise_key: key, ..Sampling::greedy() }
+    }
+
+    /// The definition, word for word.
+    fn naive(row: &[f32], sampling: &Sampling, position: u32) -> u32 {
+        let inverse = 1.0 / f64::from(sampling.temperature);
+        winner(row.iter().enumerate().map(|(id, x)| {
+            let id = id as u32;
+            (id, f64::from(*x) * inverse + gumbel(sampling.noise_key, position, id))
+        }))
+    }
+
+    #[test]
+    fn the_noise_bound_holds() {
+        let mut words = vec![0, 1, u32::MAX, u32::MAX - 1, 1 << 31, (1 << 31) - 1];
+        words.extend((0..200_000_u32).map(|i| i.wrapping_mul(2_654_435_761)));
+        words.extend((0..32).map(|b| !(u32::MAX >> b)));
+        for word in words {
+            let g = gumbel_of(word);
+            assert!(g <= noise_bound(word) && g <= NOISE_MAX, "{word:#x} {g}");
+        }
+    }
+
+    #[test]
+    fn the_pruned_race_equals_the_definition_on_every_instruction_set() {
+        for (n, spread) in [(5, 1.0), (64, 0.0), (1_000, 8.0), (3_001, 40.0)] {
+            for key in 0..20 {
+                let x = row(n, spread, key as u32 + 1);
+                let s = sampling(0.7, key);
+                let want = naive(&x, &s, key as u32 * 3);
+                for isa in Isa::available() {
+                    assert_eq!(sample(isa, &x, &s, key as u32 * 3), want, "{isa} {n} {key}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let x = [1.0, 0.0, 2.0, -1.0, 0.5];
+        let total: f64 = x.iter().map(|v| (f64::from(*v) / 0.8).exp()).sum();
+        let draws = 40_000;
+        let mut counts = [0; 5];
+        for key in 0..draws {
+            counts[sample(Isa::best(), &x, &sampling(0.8, key), 11) as usize] += 1;
+        }
+        for (v, count) in x.iter().zip(counts) {
+            let p = (f64::from(*v) / 0.8).exp() / total;
+            let deviation =
+                (f64::from(count) / draws as f64 - p) / (p * (1.0 - p) / draws as f64).sqrt();
+            assert!(deviation.abs() < 4.5, "{counts:?}: {v} off by {deviation} sigma");
+        }
+    }
+
+    #[test]
+    fn truncation_keeps_what_it_should() {
+        let x = [3.0_f32, 2.0, 1.0, 0.0];
+        let p: Vec<f32> = x.iter().map(|v| (v - 3.0).exp()).collect();
+        let z: f32 = p.iter().sum();
+        let ids = |s: &Sampling| -> Vec<u32> {
+            survivors(Isa::best(), &x, s).unwrap().into_iter().map(|(id, _)| id).collect()
+        };
+        let base = sampling(1.0, 0);
+        assert_eq!(survivors(Isa::best(), &x, &base), None);
+        assert_eq!(ids(&Sampling { top_k: 2, ..base.clone() }), [0, 1]);
+        assert_eq!(ids(&Sampling { top_p: 0.5, ..base.clone() }), [0]);
+        assert_eq!(ids(&Sampling { top_p: (p[0] + p[1]) / z + 1e-3, ..base.clone() }), [0, 1, 2]);
+        assert_eq!(ids(&Sampling { min_p: 0.2, ..base.clone() }), [0, 1]);
+        // top-p counts within what top-k left: 0.73 of the two.
+        assert_eq!(ids(&Sampling { top_k: 2, top_p: 0.72, ..base.clone() }), [0]);
+        assert_eq!(ids(&Sampling { top_k: 2, top_p: 0.74, ..base.clone() }), [0, 1]);
+    }
+
+    #[test]
+    fn flat_rows_need_more_candidates_than_the_first_few() {
+        let x = row(5_000, 0.01, 3);
+        let kept =
+            survivors(Isa::best(), &x, &Sampling { top_p: 0.5, ..sampling(1.0, 0) }).unwrap();
+        assert!((2_400..2_600).contains(&kept.len()), "{}", kept.len());
+        let kept =
+            survivors(Isa::best(), &x, &Sampling { min_p: 0.995, ..sampling(1.0, 0) }).unwrap();
+        assert!((2_300..2_700).contains(&kept.len()), "{}", kept.len());
+        let kept =
+            survivors(Isa::best(), &x, &Sampling { top_k: 700, ..sampling(1.0, 0) }).unwrap();
+        assert_eq!(kept.len(), 700);
+    }
+
+    #[test]
+    fn penalties_bias_and_bans_change_the_winner() {
+        let x = [2.0_f32, 1.9, 1.0];
+        let pick = |s: &Sampling, seen: &Seen, banned: &[u32]| {
+            let mut row = x.to_vec();
+            process(&mut row, s, seen, banned);
+            sample(Isa::best(), &row, s, 0)
+        };
+        let plain = Sampling::greedy();
+        assert_eq!(pick(&plain, &Seen::default(), &[]), 0);
+        assert_eq!(pick(&plain, &Seen::default(), &[0]), 1);
+        let biased = Sampling { logit_bias: vec![(2, 5.0)], ..plain.clone() };
+        assert_eq!(pick(&biased, &Seen::default(), &[]), 2);
+        let repetition = Sampling { repetition_penalty: 1.2, ..plain.clone() };
+        assert_eq!(pick(&repetition, &Seen::new(&repetition, &[0]), &[]), 1);
+        let presence = Sampling { presence_penalty: 0.2, ..plain };
+        let mut seen = Seen::new(&presence, &[0]);
+        assert_eq!(pick(&presence, &seen, &[]), 0, "a prompt token was not generated");
+        seen.push(&presence, 0);
+        assert_eq!(pick(&presence, &seen, &[]), 1);
+    }
+
+    #[test]
+    fn bounds_are_named() {
+        for (sampling, want) in [
+            (
+                Sampling { temperature: -0.1, ..Sampling::greedy() },
+                "`temperature` must lie between 0",
+            ),
+            (Sampling { temperature: f32::NAN, ..Sampling::greedy() }, "`temperature`"),
+            (
+                Sampling { top_p: 0.0, ..Sampling::greedy() },
+                "`top_p` must lie between above 0 and 1",
+            ),
+            (
+                Sampling { logit_bias: vec![(9, 0.0)], ..Sampling::greedy() },
+                "`logit_bias` names token 9",
+            ),
+        ] {
+            let error = sampling.validate(5).unwrap_err().to_string();
+            assert!(error.starts_with(want), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn truncated_draws_are_survivors(
+            logits in proptest::collection::vec(-20.0_f32..20.0, 1..400),
+            top_k in 0..50_usize, top_p in 0.01_f32..1.0, min_p in 0.0_f32..0.9, key: u64,
+        ) {
+            let s = Sampling { top_k, top_p, min_p, ..sampling(1.3, key) };
+            let kept = survivors(Isa::best(), &logits, &s).unwrap();
+            let token = sample(Isa::best(), &logits, &s, 5);
+            prop_assert!(kept.iter().any(|(id, _)| *id == token));
+            prop_assert!(top_k == 0 || kept.len() <= top_k);
+        }
+    }
+}

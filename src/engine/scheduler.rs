@@ -1,0 +1,382 @@
+//! Which rows run in the next step: a pure state machine over tokens, counts and blocks.
+//!
+//! Each step takes one row of every sequence that is past its prefill, then fills the token budget
+//! with prefill chunks, oldest first. A sequence that cannot get a block preempts the youngest
+//! running one, whose tokens are kept and recomputed later (often from the prefix cache). A request
+//! that could never fit is refused at submission, so a lone sequence always makes progress.
+//!
+//! No clock, no tensors, no channels: `tests/scheduler_sim.rs` drives it from a seed.
+
+use super::blocks::{BlockId, BlockPool, BlockTable};
+use crate::ops::attention::BLOCK_TOKENS;
+use std::collections::VecDeque;
+
+/// Names a sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct SequenceId(pub u64);
+
+/// Bounds of the scheduler.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Rows of a step that only prefills.
+    pub step_tokens_max: usize,
+    /// Rows of a step in which sequences decode: bounds how long a prefill delays them.
+    pub mixed_tokens_max: usize,
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+    /// Sequences that wait.
+    pub waiting_max: usize,
+    /// Tokens of one sequence.
+    pub context_max: usize,
+}
+
+/// A sequence as it is submitted.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// Its name, larger than all before.
+    pub id: SequenceId,
+    /// The prompt (and, for scoring, the output).
+    pub tokens: Vec<u32>,
+    /// Most tokens that may still be pushed.
+    pub growth_max: usize,
+    /// Separates prefix caches.
+    pub salt: u64,
+    /// Whether cached prefixes may be read.
+    pub reads_cache: bool,
+}
+
+/// Why a sequence is not accepted.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// There is nothing to compute.
+    #[error("the prompt is empty")]
+    Empty,
+    /// Longer than the model's context.
+    #[error("this model's context is {limit} tokens, but {tokens} are asked for")]
+    Context {
+        /// Prompt and output together.
+        tokens: usize,
+        /// The context.
+        limit: usize,
+    },
+    /// Larger than the whole KV cache.
+    #[error("the KV cache holds {limit} tokens, but {tokens} are asked for")]
+    Memory {
+        /// Prompt and output together.
+        tokens: usize,
+        /// What the cache holds.
+        limit: usize,
+    },
+    /// The queue is full.
+    #[error("{waiting} requests are waiting already, the limit")]
+    QueueFull {
+        /// The limit.
+        waiting: usize,
+    },
+}
+
+/// The rows of one sequence in a step.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Slice {
+    /// Whose.
+    pub id: SequenceId,
+    /// Position of the first row.
+    pub start: usize,
+    /// Tokens at `start..start + tokens.len()`.
+    pub tokens: Vec<u32>,
+    /// Whether these reach the sequence's last known token.
+    pub is_last: bool,
+    /// Block table.
+    pub blocks: Vec<BlockId>,
+}
+
+/// One step.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// Rows by sequence, decoding ones first.
+    pub slices: Vec<Slice>,
+    /// Sequences that lost their blocks.
+    pub preempted: Vec<SequenceId>,
+}
+
+impl Plan {
+    /// Rows of the step.
+    pub fn rows(&self) -> usize {
+        self.slices.iter().map(|s| s.tokens.len()).sum()
+    }
+}
+
+struct Sequence {
+    id: SequenceId,
+    tokens: Vec<u32>,
+    computed: usize, // tokens whose keys and values are in the cache
+    growth_max: usize,
+    salt: u64,
+    reads_cache: bool,
+    table: BlockTable,
+    cached_tokens: usize, // found in the prefix cache when last admitted
+}
+
+impl Sequence {
+    fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// Sequences, their blocks, and the order in which they run.
+pub struct Scheduler {
+    limits: Limits,
+    pool: BlockPool,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>, // oldest first
+    preemptions: u64,
+}
+
+/// Figures for operators.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Load {
+    /// Sequences in steps.
+    pub running: usize,
+    /// Sequences in the queue.
+    pub waiting: usize,
+    /// Blocks held by sequences.
+    pub blocks_used: usize,
+    /// All blocks.
+    pub blocks_total: usize,
+    /// Preemptions so far.
+    pub preemptions: u64,
+}
+
+impl Scheduler {
+    /// An empty scheduler over `blocks` KV blocks.
+    pub fn new(limits: Limits, blocks: usize) -> Self {
+        assert!(limits.step_tokens_max > 0 && limits.sequences_max > 0 && blocks > 0);
+        assert!(limits.mixed_tokens_max > limits.sequences_max, "prefill must make progress");
+        Self {
+            limits,
+            pool: BlockPool::new(blocks),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            preemptions: 0,
+        }
+    }
+
+    /// Whether a sequence of these sizes would be accepted.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn can_accept(&self, tokens: usize, growth_max: usize) -> Result<(), Refusal> {
+        if tokens == 0 {
+            return Err(Refusal::Empty);
+        }
+        // The last token that is pushed is never computed.
+        let tokens = tokens.saturating_add(growth_max.saturating_sub(1));
+        if tokens > self.limits.context_max {
+            return Err(Refusal::Context { tokens, limit: self.limits.context_max });
+        }
+        let limit = self.pool.total() * BLOCK_TOKENS;
+        if tokens > limit {
+            return Err(Refusal::Memory { tokens, limit });
+        }
+        if self.waiting.len() >= self.limits.waiting_max {
+            return Err(Refusal::QueueFull { waiting: self.limits.waiting_max });
+        }
+        Ok(())
+    }
+
+    /// Queues a sequence.
+    ///
+    /// # Errors
+    /// As for [`can_accept`](Self::can_accept).
+    pub fn submit(&mut self, new: NewSequence) -> Result<(), Refusal> {
+        self.can_accept(new.tokens.len(), new.growth_max)?;
+        self.waiting.push_back(Sequence {
+            id: new.id,
+            tokens: new.tokens,
+            computed: 0,
+            growth_max: new.growth_max,
+            salt: new.salt,
+            reads_cache: new.reads_cache,
+            table: BlockTable::default(),
+            cached_tokens: 0,
+        });
+        Ok(())
+    }
+
+    /// Chooses the rows of the next step and reserves their blocks.
+    pub fn schedule(&mut self) -> Plan {
+        let mut plan = Plan::default();
+        self.plan_decodes(&mut plan);
+        let budget = match plan.slices.is_empty() {
+            true => self.limits.step_tokens_max,
+            false => self.limits.mixed_tokens_max.min(self.limits.step_tokens_max),
+        };
+        self.plan_prefills(&mut plan, budget);
+        self.admit(&mut plan, budget);
+        plan
+    }
+
+    /// One row of every sequence that has exactly one token to compute.
+    fn plan_decodes(&mut self, plan: &mut Plan) {
+        let mut index = 0;
+        while index < self.running.len() {
+            if self.running[index].pending() == 1 && self.secure(index, 1, plan) {
+                plan.slices.push(self.slice(index, 1));
+            }
+            // `secure` may have preempted this very sequence, the last of the list.
+            index += 1;
+        }
+    }
+
+    /// Chunks of running sequences that still have tokens to compute.
+    fn plan_prefills(&mut self, plan: &mut Plan, budget: usize) {
+        let mut index = 0;
+        while index < self.running.len() {
+            let room = budget.saturating_sub(plan.rows());
+            let pending = self.running[index].pending();
+            let planned = plan.slices.iter().any(|s| s.id == self.running[index].id);
+            let count = pending.min(room);
+            if count > 0 && !planned && self.secure(index, count, plan) {
+                plan.slices.push(self.slice(index, count));
+            }
+            index += 1;
+        }
+    }
+
+    /// Starts waiting sequences while rows and blocks last.
+    fn admit(&mut self, plan: &mut Plan, budget: usize) {
+        while plan.preempted.is_empty() && self.running.len() < self.limits.sequences_max {
+            let room = budget.saturating_sub(plan.rows());
+            let Some(mut next) = self.waiting.pop_front().filter(|_| room > 0) else { return };
+            if next.reads_cache {
+                next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
+                next.cached_tokens = next.computed;
+            }
+            // Room for all known tokens, so that a newcomer does not preempt at once.
+            if !self.pool.grow(&mut next.table, next.tokens.len()) {
+                self.pool.release(&mut next.table);
+                next.computed = 0;
+                self.waiting.push_front(next);
+                return;
+            }
+            self.running.push(next);
+            let index = self.running.len() - 1;
+            let count = self.running[index].pending().min(room);
+            plan.slices.push(self.slice(index, count));
+        }
+    }
+
+    /// Makes room for `count` more computed tokens of sequence `index`, preempting from the young
+    /// end; false when that was the sequence itself.
+    fn secure(&mut self, index: usize, count: usize, plan: &mut Plan) -> bool {
+        loop {
+            let sequence = &mut self.running[index];
+            if self.pool.grow(&mut sequence.table, sequence.computed + count) {
+                return true;
+            }
+            let victim = self.running.len() - 1;
+            self.preempt(victim, plan);
+            if victim == index {
+                return false;
+            }
+        }
+    }
+
+    fn preempt(&mut self, index: usize, plan: &mut Plan) {
+        let mut victim = self.running.remove(index);
+        self.pool.release(&mut victim.table);
+        victim.computed = 0;
+        self.preemptions += 1;
+        plan.slices.retain(|s| s.id != victim.id);
+        plan.preempted.push(victim.id);
+        self.waiting.push_front(victim);
+    }
+
+    fn slice(&self, index: usize, count: usize) -> Slice {
+        let sequence = &self.running[index];
+        let end = sequence.computed + count;
+        Slice {
+            id: sequence.id,
+            start: sequence.computed,
+            tokens: sequence.tokens[sequence.computed..end].to_vec(),
+            is_last: end == sequence.tokens.len(),
+            blocks: sequence.table.ids().to_vec(),
+        }
+    }
+
+    /// Records that a plan was computed.
+    pub fn commit(&mut self, plan: &Plan) {
+        for slice in &plan.slices {
+            let Some(index) = self.position(slice.id) else { continue };
+            let sequence = &mut self.running[index];
+            sequence.computed = slice.start + slice.tokens.len();
+            let computed = &sequence.tokens[..sequence.computed];
+            self.pool.register(&mut sequence.table, sequence.salt, computed);
+        }
+    }
+
+    /// Appends a sampled token.
+    ///
+    /// # Panics
+    /// When the sequence is unknown, has uncomputed tokens, or was promised to grow less.
+    pub fn push(&mut self, id: SequenceId, token: u32) {
+        let index = self.position(id).unwrap_or_else(|| unreachable!("{id:?} is not running"));
+        let sequence = &mut self.running[index];
+        assert!(sequence.pending() == 0 && sequence.growth_max > 0);
+        sequence.growth_max -= 1;
+        sequence.tokens.push(token);
+    }
+
+    /// Removes a sequence, finished or not; false when it is unknown.
+    pub fn remove(&mut self, id: SequenceId) -> bool {
+        if let Some(index) = self.position(id) {
+            let mut sequence = self.running.remove(index);
+            self.pool.release(&mut sequence.table);
+            return true;
+        }
+        let before = self.waiting.len();
+        self.waiting.retain(|s| s.id != id);
+        self.waiting.len() < before
+    }
+
+    /// Tokens of a sequence that were found in the prefix cache.
+    pub fn cached_tokens(&self, id: SequenceId) -> usize {
+        self.position(id).map_or(0, |index| self.running[index].cached_tokens)
+    }
+
+    /// Whether nothing runs or waits.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Figures for operators.
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            blocks_used: self.pool.total() - self.pool.available(),
+            blocks_total: self.pool.total(),
+            preemptions: self.preemptions,
+        }
+    }
+
+    fn position(&self, id: SequenceId) -> Option<usize> {
+        self.running.iter().position(|s| s.id == id)
+    }
+
+    /// Panics when an invariant is broken; for simulations.
+    pub fn check(&self, plan: &Plan) {
+        self.pool.check(self.running.iter().map(|s| &s.table));
+        for sequence in &self.running {
+            assert!(sequence.computed <= sequence.tokens.len());
+            assert!(sequence.table.capacity() >= sequence.computed);
+        }
+        assert!(self.waiting.iter().all(|s| s.table.ids().is_empty() && s.computed == 0));
+        assert!(self.running.len() <= self.limits.sequences_max);
+        let decodes = plan.slices.iter().filter(|s| s.tokens.len() == 1).count();
+        assert!(plan.rows() <= self.limits.step_tokens_max.max(decodes));
+        for slice in &plan.slices {
+            assert!(slice.blocks.len() * BLOCK_TOKENS >= slice.start + slice.tokens.len());
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Pure arithmetic of proofs: bytes in, bytes out; no clock, no I/O, no tensors.
+
+pub mod philox;
