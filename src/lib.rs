@@ -1,4 +1,5 @@
 //! map comes later
+pub mod clock;
 pub mod engine;
 pub mod models;
 pub mod ops;

@@ -1,6 +1,181 @@
-//! x
+//! The engine: a cloneable handle over one owner thread per model.
+//!
+//! [`Engine::submit`] checks a request and queues it; tokens come back on a [`Generation`]. The
+//! owner ([`core`]) asks the pure [`scheduler`] which rows run next, the [`runner`] computes them
+//! on the shared compute pool, [`sampler`] and [`live`] turn logits into tokens and text. Async
+//! stays outside: the owner is a plain thread, and every channel and queue is bounded.
+
 pub mod blocks;
+mod core;
+mod live;
+pub mod output;
+pub mod plan;
 pub mod request;
+mod runner;
 pub mod sampler;
 pub mod scheduler;
+pub mod stats;
 pub mod stop;
+
+use self::core::{Command, Core, Submission};
+use crate::clock::Clock;
+use crate::models::Model;
+use crate::ops::attention::BLOCK_TOKENS;
+use crate::ops::pool::Pool;
+use output::{Fault, Generation};
+use request::{InvalidRequest, Request};
+use runner::Runner;
+use scheduler::{Limits, Refusal, Scheduler};
+use stats::Stats;
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use tokio::sync::{Semaphore, mpsc};
+
+/// Sizes of one engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// Tokens of one sequence.
+    pub context_max: usize,
+    /// KV blocks.
+    pub blocks: usize,
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+    /// Requests that wait.
+    pub waiting_max: usize,
+    /// Rows of a step that only prefills.
+    pub step_tokens_max: usize,
+}
+
+/// Prefill rows that may join a step in which sequences decode.
+const MIXED_PREFILL_TOKENS: usize = 128;
+
+impl Options {
+    fn limits(&self) -> Limits {
+        Limits {
+            step_tokens_max: self.step_tokens_max,
+            mixed_tokens_max: self.sequences_max + MIXED_PREFILL_TOKENS.min(self.step_tokens_max),
+            sequences_max: self.sequences_max,
+            waiting_max: self.sequences_max + self.waiting_max,
+            context_max: self.context_max,
+        }
+    }
+}
+
+/// Why a request was not taken.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// A field is outside its bounds.
+    #[error(transparent)]
+    Invalid(#[from] InvalidRequest),
+    /// It cannot fit, or not now.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The engine is gone.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+}
+
+/// A handle on a running engine.
+#[derive(Clone)]
+pub struct Engine(Arc<Shared>);
+
+struct Shared {
+    commands: SyncSender<Command>,
+    model: Arc<Model>,
+    options: Options,
+    permits: Arc<Semaphore>,
+    stats: Arc<Stats>,
+    is_dead: Arc<AtomicBool>,
+}
+
+impl Engine {
+    /// Starts the owner thread for `model` on the shared `pool`.
+    ///
+    /// # Errors
+    /// When the system refuses memory or a thread.
+    pub fn start(model: Model, pool: Pool, options: Options, clock: Clock) -> io::Result<Self> {
+        let model = Arc::new(model);
+        let in_flight_max = options.sequences_max + options.waiting_max;
+        let (commands, receiver) = sync_channel(in_flight_max);
+        let stats = Arc::new(Stats::default());
+        let core = Core {
+            runner: Runner::new(&model.decoder, options.blocks)?,
+            scheduler: Scheduler::new(options.limits(), options.blocks),
+            model: Arc::clone(&model),
+            pool,
+            commands: receiver,
+            stats: Arc::clone(&stats),
+            clock,
+            live: HashMap::new(),
+            next_id: 0,
+        };
+        stats.record_load(core.scheduler.load());
+        let is_dead = Arc::new(AtomicBool::new(false));
+        let alarm = Arc::clone(&is_dead);
+        std::thread::Builder::new().name("engine".into()).spawn(move || {
+            // Waiters learn of a panic by their channels closing; handles by this flag.
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| core.run()));
+            alarm.store(outcome.is_err(), Ordering::SeqCst);
+        })?;
+        let permits = Arc::new(Semaphore::new(in_flight_max));
+        Ok(Self(Arc::new(Shared { commands, model, options, permits, stats, is_dead })))
+    }
+
+    /// Checks and queues a request; never waits.
+    ///
+    /// # Errors
+    /// When a field is out of bounds, the request cannot fit, or the queue is full.
+    pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
+        let Shared { options, model, permits, .. } = &*self.0;
+        request.validate(model.decoder.spec.vocab)?;
+        self.check_size(&request)?;
+        let permit = Arc::clone(permits)
+            .try_acquire_owned()
+            .map_err(|_| Refusal::QueueFull { waiting: options.waiting_max })?;
+        // One event for each token, the prompt's rows, and the end.
+        let (sender, events) = mpsc::channel(request.max_tokens + 2);
+        let submission = Submission { request, events: sender, permit };
+        let command = Command::Submit(Box::new(submission));
+        self.0.commands.try_send(command).map_err(|_| Fault::Stopped)?;
+        Ok(Generation { events })
+    }
+
+    fn check_size(&self, request: &Request) -> Result<(), Refusal> {
+        if request.prompt.is_empty() {
+            return Err(Refusal::Empty);
+        }
+        let tokens = request.prompt.len() + request.max_tokens.saturating_sub(1);
+        let Options { context_max, blocks, .. } = self.0.options;
+        if tokens > context_max {
+            return Err(Refusal::Context { tokens, limit: context_max });
+        }
+        let limit = blocks * BLOCK_TOKENS;
+        if tokens > limit {
+            return Err(Refusal::Memory { tokens, limit });
+        }
+        Ok(())
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.0.model
+    }
+
+    /// The sizes it was started with.
+    pub fn options(&self) -> Options {
+        self.0.options
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> &Stats {
+        &self.0.stats
+    }
+
+    /// Whether the owner thread died of a panic.
+    pub fn is_dead(&self) -> bool {
+        self.0.is_dead.load(Ordering::SeqCst)
+    }
+}

@@ -107,7 +107,7 @@ impl Sampling {
         Ok(())
     }
 
-    fn has_penalties(&self) -> bool {
+    pub(super) fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0

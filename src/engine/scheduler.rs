@@ -247,7 +247,10 @@ impl Scheduler {
     fn admit(&mut self, plan: &mut Plan, budget: usize) {
         while plan.preempted.is_empty() && self.running.len() < self.limits.sequences_max {
             let room = budget.saturating_sub(plan.rows());
-            let Some(mut next) = self.waiting.pop_front().filter(|_| room > 0) else { return };
+            if room == 0 {
+                return;
+            }
+            let Some(mut next) = self.waiting.pop_front() else { return };
             if next.reads_cache {
                 next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
                 next.cached_tokens = next.computed;

@@ -1,0 +1,190 @@
+//! The owner thread: takes commands, runs one step after another, hands out tokens.
+//!
+//! `schedule, run, record` is the whole loop. Between steps it takes new requests and drops those
+//! that nobody listens to any more; while nothing runs it sleeps in the channel.
+
+use super::live::{Live, Row};
+use super::output::{Event, Fault, FinishReason};
+use super::request::Request;
+use super::runner::{RowAt, Runner};
+use super::scheduler::{NewSequence, Plan, Scheduler, SequenceId};
+use super::stats::Stats;
+use crate::clock::Clock;
+use crate::models::Model;
+use crate::ops::pool::Pool;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+/// What handles send to the owner.
+pub(super) enum Command {
+    /// Run a request.
+    Submit(Box<Submission>),
+}
+
+pub(super) struct Submission {
+    pub(super) request: Request,
+    pub(super) events: mpsc::Sender<Event>,
+    pub(super) permit: OwnedSemaphorePermit,
+}
+
+/// The state of the owner thread.
+pub(super) struct Core {
+    pub(super) model: Arc<Model>,
+    pub(super) pool: Pool,
+    pub(super) scheduler: Scheduler,
+    pub(super) runner: Runner,
+    pub(super) commands: Receiver<Command>,
+    pub(super) stats: Arc<Stats>,
+    pub(super) clock: Clock,
+    pub(super) live: HashMap<SequenceId, Live>,
+    pub(super) next_id: u64,
+}
+
+impl Core {
+    /// Runs until every handle is gone.
+    pub(super) fn run(mut self) {
+        while self.take_commands() {
+            self.drop_abandoned();
+            self.step();
+            self.stats.record_load(self.scheduler.load());
+        }
+    }
+
+    /// Takes what has arrived, or waits for something while idle; false when no handle is left.
+    fn take_commands(&mut self) -> bool {
+        if self.live.is_empty() {
+            match self.commands.recv() {
+                Ok(command) => self.take(command),
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return !self.live.is_empty(),
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        let Command::Submit(submission) = command;
+        let Submission { request, events, permit } = *submission;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let new = NewSequence {
+            id,
+            tokens: request.prompt.clone(),
+            growth_max: request.max_tokens,
+            salt: request.cache_salt,
+            reads_cache: request.reads_cache && request.prompt_logprobs.is_none(),
+        };
+        let live = Live::new(request, &self.model, events, permit);
+        match self.scheduler.submit(new) {
+            Ok(()) => {
+                self.live.insert(id, live);
+            }
+            // Handles check the same limits, so this is a disagreement of ours.
+            Err(refusal) => live.send(Event::Fault(Fault::Refused(refusal.to_string()))),
+        }
+    }
+
+    fn drop_abandoned(&mut self) {
+        let gone: Vec<SequenceId> =
+            self.live.iter().filter(|(_, l)| l.is_abandoned()).map(|(id, _)| *id).collect();
+        for id in gone {
+            self.stats.record_abort();
+            self.end(id);
+        }
+    }
+
+    fn end(&mut self, id: SequenceId) {
+        self.scheduler.remove(id);
+        self.live.remove(&id);
+    }
+
+    fn step(&mut self) {
+        let plan = self.scheduler.schedule();
+        if plan.slices.is_empty() {
+            return;
+        }
+        let started = self.clock.elapsed();
+        let outcome = self.compute(&plan);
+        self.stats.record_step(&plan, started, self.clock.elapsed());
+        self.scheduler.commit(&plan);
+        for slice in &plan.slices {
+            let cached = self.scheduler.cached_tokens(slice.id);
+            if let Some(live) = self.live.get_mut(&slice.id) {
+                live.cached_tokens = live.cached_tokens.max(cached.min(live.request.prompt.len()));
+            }
+        }
+        match outcome {
+            Ok(rows) => rows.into_iter().for_each(|(at, row)| self.record(&plan, at, row)),
+            Err(fault) => {
+                for slice in &plan.slices {
+                    self.fail(slice.id, fault.clone());
+                }
+            }
+        }
+    }
+
+    fn compute(&mut self, plan: &Plan) -> Result<Vec<(RowAt, Option<Row>)>, Fault> {
+        let turn = self.pool.turn();
+        let live: Vec<&Live> = plan.slices.iter().map(|s| &self.live[&s.id]).collect();
+        let isa = turn.isa();
+        self.runner
+            .run(
+                &self.model.decoder,
+                &turn,
+                plan,
+                |slice, position| live[slice].wants_row(position),
+                |at, row| live[at.slice].reduce(isa, row, at.position),
+            )
+            .map_err(|e| Fault::Weights(e.to_string()))
+    }
+
+    /// What a row led to; rows of one sequence come in ascending position.
+    fn record(&mut self, plan: &Plan, at: RowAt, row: Option<Row>) {
+        let id = plan.slices[at.slice].id;
+        // A sequence that failed at an earlier row of this step is gone.
+        let Some(live) = self.live.get_mut(&id) else { return };
+        let Some(row) = row else {
+            return self.fail(id, Fault::NotFinite { position: at.position });
+        };
+        live.next_row = at.position + 1;
+        if live.target(at.position).is_some() {
+            live.push_prompt_row(row);
+            let is_whole = at.position + 2 == live.request.prompt.len();
+            if is_whole && live.request.max_tokens == 0 {
+                self.finish_scored(id);
+            }
+            return;
+        }
+        let token = row.token;
+        if live.push_token(&self.model, row) {
+            self.stats.record_end(live);
+            self.end(id);
+        } else {
+            self.scheduler.push(id, token);
+        }
+    }
+
+    /// Ends a request that only scores its prompt.
+    fn finish_scored(&mut self, id: SequenceId) {
+        if let Some(live) = self.live.get(&id) {
+            live.send(Event::Finish(live.finish(FinishReason::Length)));
+            self.stats.record_end(live);
+        }
+        self.end(id);
+    }
+
+    fn fail(&mut self, id: SequenceId, fault: Fault) {
+        if let Some(live) = self.live.get(&id) {
+            live.send(Event::Fault(fault));
+            self.stats.record_fault();
+        }
+        self.end(id);
+    }
+}

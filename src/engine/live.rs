@@ -1,0 +1,210 @@
+//! One running request: from rows of logits to tokens, text and an end.
+
+use super::output::{Event, Finish, FinishReason, PromptRow, Step, TopLogprob};
+use super::request::{LogprobMode, Request};
+use super::sampler::{Seen, process, sample};
+use super::stop::{Scan, StopStrings};
+use crate::models::Model;
+use crate::models::tokenizer::Detokenizer;
+use crate::ops::lanes::Isa;
+use crate::ops::logits::{LogSumExp, rank, top_k};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+/// What one row of logits led to.
+pub(super) struct Row {
+    pub(super) token: u32,
+    pub(super) logprob: f64,
+    pub(super) rank: u32,
+    pub(super) top: Vec<TopLogprob>,
+}
+
+/// A request with its channel and everything that outlives a step.
+pub(super) struct Live {
+    pub(super) request: Request,
+    events: mpsc::Sender<Event>,
+    _permit: OwnedSemaphorePermit,
+    seen: Seen,
+    detokenizer: Detokenizer,
+    stop: StopStrings,
+    end_ids: Vec<u32>,
+    output: Vec<u32>,
+    prompt_rows: Vec<PromptRow>,
+    /// Position of the next row to report: rows before it were reported or not asked for.
+    pub(super) next_row: usize,
+    pub(super) cached_tokens: usize,
+}
+
+impl Live {
+    pub(super) fn new(
+        request: Request,
+        model: &Model,
+        events: mpsc::Sender<Event>,
+        permit: OwnedSemaphorePermit,
+    ) -> Self {
+        let stop = StopStrings::new(request.stop.strings.clone(), request.stop.include_in_output);
+        let end_ids = if request.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() };
+        Self {
+            seen: Seen::new(&request.sampling, &request.prompt),
+            detokenizer: Detokenizer::new(&model.tokenizer, request.skip_special_tokens),
+            next_row: if request.prompt_logprobs.is_some() { 0 } else { request.prompt.len() - 1 },
+            stop,
+            end_ids,
+            output: Vec::new(),
+            prompt_rows: Vec::new(),
+            cached_tokens: 0,
+            events,
+            _permit: permit,
+            request,
+        }
+    }
+
+    /// Whether nobody listens any more.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Sends an event. The channel holds everything a request can produce, so it is never full;
+    /// a receiver that is gone is noticed at the next step.
+    pub(super) fn send(&self, event: Event) {
+        let _ = self.events.try_send(event);
+    }
+
+    /// The known token after the row at `position`, if it is one of the prompt's.
+    pub(super) fn target(&self, position: usize) -> Option<u32> {
+        self.request.prompt.get(position + 1).copied()
+    }
+
+    /// Whether the row at `position` has anything to report.
+    pub(super) fn wants_row(&self, position: usize) -> bool {
+        position >= self.next_row
+            && (self.target(position).is_some() || self.request.max_tokens > 0)
+    }
+
+    /// Reduces one row of logits: scores the known token, or draws one. `None` when the row is not
+    /// finite. May change `row`.
+    pub(super) fn reduce(&self, isa: Isa, row: &mut [f32], position: usize) -> Option<Row> {
+        match self.target(position) {
+            Some(token) => {
+                let lse = LogSumExp::new(isa, row, 1.0);
+                let count = self.request.prompt_logprobs.unwrap_or(0);
+                lse.is_finite().then(|| report(isa, row, &lse, token, count))
+            }
+            None => self.draw(isa, row, position),
+        }
+    }
+
+    fn draw(&self, isa: Isa, row: &mut [f32], position: usize) -> Option<Row> {
+        let (sampling, count) = (&self.request.sampling, self.request.top_logprobs);
+        let raw = LogSumExp::new(isa, row, 1.0);
+        if !raw.is_finite() {
+            return None;
+        }
+        let banned = self.banned_ids();
+        match self.request.logprob_mode {
+            LogprobMode::Raw if self.changes_logits(&banned) => {
+                let mut processed = row.to_vec();
+                process(&mut processed, sampling, &self.seen, &banned);
+                let token = sample(isa, &processed, sampling, position as u32);
+                Some(report(isa, row, &raw, token, count))
+            }
+            LogprobMode::Raw => {
+                let token = sample(isa, row, sampling, position as u32);
+                Some(report(isa, row, &raw, token, count))
+            }
+            LogprobMode::Scaled => {
+                process(row, sampling, &self.seen, &banned);
+                let scaled = LogSumExp::new(isa, row, sampling.logprob_temperature());
+                let token = sample(isa, row, sampling, position as u32);
+                Some(report(isa, row, &scaled, token, count))
+            }
+        }
+    }
+
+    fn changes_logits(&self, banned: &[u32]) -> bool {
+        let sampling = &self.request.sampling;
+        !banned.is_empty() || !sampling.logit_bias.is_empty() || sampling.has_penalties()
+    }
+
+    /// Ids that may not be drawn yet: those that would end the output before `min_tokens`.
+    fn banned_ids(&self) -> Vec<u32> {
+        if self.output.len() >= self.request.min_tokens {
+            return Vec::new();
+        }
+        [self.end_ids.as_slice(), &self.request.stop.ids].concat()
+    }
+
+    /// Records the row of a prompt token; sends all of them once the last is there.
+    pub(super) fn push_prompt_row(&mut self, row: Row) {
+        let Row { token, logprob, rank, top } = row;
+        self.prompt_rows.push(PromptRow { token, logprob, rank, top });
+        if self.prompt_rows.len() + 1 == self.request.prompt.len() {
+            let rows = std::mem::take(&mut self.prompt_rows);
+            self.send(Event::Prompt(rows));
+        }
+    }
+
+    /// Records a drawn token and sends it; true when the request has ended.
+    pub(super) fn push_token(&mut self, model: &Model, row: Row) -> bool {
+        let Row { token, logprob, rank, top } = row;
+        self.output.push(token);
+        self.seen.push(&self.request.sampling, token);
+        let (text, reason) = self.advance(model, token);
+        let ended = reason.is_some();
+        let finish = reason.map(|reason| self.finish(reason));
+        self.send(Event::Step(Step { token, text, logprob, rank, top, finish }));
+        ended
+    }
+
+    /// The visible text that `token` adds, and the reason if it ends the output.
+    fn advance(&mut self, model: &Model, token: u32) -> (String, Option<FinishReason>) {
+        let may_end = self.output.len() >= self.request.min_tokens;
+        let stop_id = match token {
+            id if may_end && self.end_ids.contains(&id) => Some(FinishReason::EndToken(id)),
+            id if may_end && self.request.stop.ids.contains(&id) => Some(FinishReason::StopId(id)),
+            _ => None,
+        };
+        if let Some(reason) = stop_id {
+            // The token that ends the output is not part of its text, unless that was asked for.
+            let mut text = self.stop.finish();
+            if self.request.stop.include_in_output {
+                text.push_str(&self.detokenizer.push(&model.tokenizer, token));
+            }
+            text.push_str(&self.detokenizer.finish());
+            return (text, Some(reason));
+        }
+        let piece = self.detokenizer.push(&model.tokenizer, token);
+        let mut text = match if may_end { self.stop.push(&piece) } else { Scan::Show(piece) } {
+            Scan::Show(text) => text,
+            Scan::Stop { text, matched } => return (text, Some(FinishReason::StopString(matched))),
+        };
+        if self.output.len() == self.request.max_tokens {
+            text.push_str(&self.stop.finish());
+            text.push_str(&self.detokenizer.finish());
+            return (text, Some(FinishReason::Length));
+        }
+        (text, None)
+    }
+
+    pub(super) fn finish(&self, reason: FinishReason) -> Finish {
+        Finish {
+            reason,
+            prompt_tokens: self.request.prompt.len(),
+            cached_tokens: self.cached_tokens,
+            completion_tokens: self.output.len(),
+        }
+    }
+}
+
+fn report(isa: Isa, row: &[f32], lse: &LogSumExp, token: u32, count: usize) -> Row {
+    let sorted = top_k(isa, row, count);
+    let top = sorted.iter().map(|(token, logit)| {
+        let rank = 1 + sorted.partition_point(|(_, other)| other > logit) as u32;
+        TopLogprob { token: *token, logprob: lse.logprob(*logit), rank }
+    });
+    Row {
+        token,
+        logprob: lse.logprob(row[token as usize]),
+        rank: rank(row, token),
+        top: top.collect(),
+    }
+}

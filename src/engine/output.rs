@@ -1,0 +1,141 @@
+//! What a running request sends back.
+
+use tokio::sync::mpsc;
+
+/// A token with its log-probability, for alternatives.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct TopLogprob {
+    /// The token.
+    pub token: u32,
+    /// Its natural log-probability.
+    pub logprob: f64,
+    /// 1 + how many tokens are more probable.
+    pub rank: u32,
+}
+
+/// One token of the output.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Step {
+    /// The token.
+    pub token: u32,
+    /// Text that became visible with it; often, but not always, its own.
+    pub text: String,
+    /// Its natural log-probability, in the request's mode.
+    pub logprob: f64,
+    /// 1 + how many tokens are more probable.
+    pub rank: u32,
+    /// The most probable tokens, as many as were asked for.
+    pub top: Vec<TopLogprob>,
+    /// Set on the last token.
+    pub finish: Option<Finish>,
+}
+
+/// One token of the prompt, given those before it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct PromptRow {
+    /// The token.
+    pub token: u32,
+    /// Its natural log-probability.
+    pub logprob: f64,
+    /// 1 + how many tokens are more probable.
+    pub rank: u32,
+    /// The most probable tokens.
+    pub top: Vec<TopLogprob>,
+}
+
+/// Why a generation ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum FinishReason {
+    /// An end token of the model.
+    EndToken(u32),
+    /// A stop id of the request.
+    StopId(u32),
+    /// A stop string of the request.
+    StopString(String),
+    /// `max_tokens`.
+    Length,
+}
+
+/// The end of a generation.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Of those, found in the prefix cache.
+    pub cached_tokens: usize,
+    /// Generated tokens, a final end token included.
+    pub completion_tokens: usize,
+}
+
+/// The engine's own failure; never the caller's fault.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Fault {
+    /// The model computed a NaN or an infinity.
+    #[error("the model's logits at position {position} are not finite numbers")]
+    NotFinite {
+        /// Position of the row.
+        position: usize,
+    },
+    /// Weights could not be read.
+    #[error("weights cannot be read: {0}")]
+    Weights(String),
+    /// The scheduler refused what was promised to fit.
+    #[error("the engine could not take the request: {0}")]
+    Refused(String),
+    /// The engine's thread is gone.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// What arrives on a [`Generation`].
+#[derive(Clone, PartialEq, Debug)]
+pub enum Event {
+    /// The prompt's rows, all at once, where they were asked for. The first token has no row.
+    Prompt(Vec<PromptRow>),
+    /// A token.
+    Step(Step),
+    /// The end of a request that generates nothing.
+    Finish(Finish),
+    /// The request failed.
+    Fault(Fault),
+}
+
+/// A running request. Dropping it cancels the request within one step.
+pub struct Generation {
+    pub(super) events: mpsc::Receiver<Event>,
+}
+
+impl Generation {
+    /// The next event; `None` once the request has ended and everything was received.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// Like [`next`](Self::next) from a thread that may block.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+
+    /// All tokens and the end, from a thread that may block.
+    ///
+    /// # Errors
+    /// When the engine failed.
+    pub fn collect_blocking(mut self) -> Result<(Vec<Step>, Option<Finish>), Fault> {
+        let mut steps: Vec<Step> = Vec::new();
+        let mut finish = None;
+        while let Some(event) = self.next_blocking() {
+            match event {
+                Event::Step(step) => {
+                    finish = step.finish.clone().or(finish);
+                    steps.push(step);
+                }
+                Event::Finish(end) => finish = Some(end),
+                Event::Fault(fault) => return Err(fault),
+                Event::Prompt(_) => {}
+            }
+        }
+        Ok((steps, finish))
+    }
+}

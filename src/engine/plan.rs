@@ -1,0 +1,231 @@
+//! The memory plan: what a model will need, before anything of it is loaded.
+
+use super::Options;
+use super::runner::logit_rows_max;
+use crate::models::decoder::Scratch;
+use crate::models::spec::Spec;
+use crate::ops::attention::BLOCK_TOKENS;
+use std::fmt;
+
+/// Rows of a step that only prefills.
+pub const STEP_TOKENS: usize = 512;
+/// Requests that wait.
+pub const WAITING_MAX: usize = 256;
+
+/// How much memory the KV cache may take.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum KvMemory {
+    /// Enough for `sequences_max` full contexts, or what the machine has left.
+    Auto,
+    /// This many bytes.
+    Bytes(u64),
+    /// This share of the machine's available memory.
+    Share(f64),
+}
+
+/// What the user asks for.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Wanted {
+    /// Tokens of one sequence; the model's own context where absent.
+    pub context_max: Option<usize>,
+    /// Memory of the KV cache.
+    pub kv_memory: KvMemory,
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+}
+
+/// Bytes that one model needs, and the engine's sizes that follow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemoryPlan {
+    /// Packed weights.
+    pub weights: u64,
+    /// KV cache.
+    pub kv: u64,
+    /// Buffers of a step and logits.
+    pub workspace: u64,
+    /// Sizes of the engine.
+    pub options: Options,
+}
+
+/// Why a plan cannot be made.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+pub enum PlanError {
+    /// More tokens than the model was made for.
+    #[error("`context_max` = {wanted} is more than the model's context of {context} tokens")]
+    Context {
+        /// Asked for.
+        wanted: usize,
+        /// The model's.
+        context: usize,
+    },
+    /// The KV cache would not hold one sequence.
+    #[error(
+        "{} for the KV cache hold {tokens} tokens, but one sequence of {context} needs {}; \
+         lower `context_max` or raise `kv_memory`",
+        Bytes(*kv),
+        Bytes(*needed)
+    )]
+    KvTooSmall {
+        /// Memory of the cache.
+        kv: u64,
+        /// Tokens that it holds.
+        tokens: usize,
+        /// Tokens of one sequence.
+        context: usize,
+        /// Memory for one sequence.
+        needed: u64,
+    },
+    /// More memory than there is.
+    #[error("needs {}, but only {} are available: {} short", Bytes(*needed), Bytes(*available),
+            Bytes(needed - available))]
+    Memory {
+        /// Weights, KV cache and workspace.
+        needed: u64,
+        /// What the machine has.
+        available: u64,
+    },
+}
+
+impl MemoryPlan {
+    /// Plans a model into `available` bytes.
+    ///
+    /// # Errors
+    /// When it cannot fit, with the numbers.
+    pub fn new(spec: &Spec, wanted: Wanted, available: u64) -> Result<Self, PlanError> {
+        let context_max = wanted.context_max.unwrap_or(spec.context);
+        if context_max > spec.context {
+            return Err(PlanError::Context { wanted: context_max, context: spec.context });
+        }
+        let weights = weight_bytes(spec);
+        let step_tokens_max = STEP_TOKENS.min(context_max);
+        let rows = step_tokens_max.max(wanted.sequences_max + 128);
+        let logits = logit_rows_max(spec.vocab) * spec.vocab * 4;
+        let workspace = (Scratch::bytes(spec, rows) + logits) as u64;
+        let left = available.saturating_sub(weights + workspace);
+        let block_bytes = spec.kv_dims().block_bytes() as u64;
+        let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;
+        let wanted_blocks = match wanted.kv_memory {
+            KvMemory::Auto => {
+                (per_sequence * wanted.sequences_max as u64).min(left * 8 / 10 / block_bytes)
+            }
+            KvMemory::Bytes(bytes) => bytes / block_bytes,
+            KvMemory::Share(share) => (available as f64 * share) as u64 / block_bytes,
+        };
+        let kv = wanted_blocks * block_bytes;
+        if wanted_blocks < per_sequence {
+            return Err(PlanError::KvTooSmall {
+                kv,
+                tokens: wanted_blocks as usize * BLOCK_TOKENS,
+                context: context_max,
+                needed: per_sequence * block_bytes,
+            });
+        }
+        let needed = weights + kv + workspace;
+        if needed > available {
+            return Err(PlanError::Memory { needed, available });
+        }
+        let options = Options {
+            context_max,
+            blocks: wanted_blocks as usize,
+            sequences_max: wanted.sequences_max,
+            waiting_max: WAITING_MAX,
+            step_tokens_max,
+        };
+        Ok(Self { weights, kv, workspace, options })
+    }
+
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights + self.kv + self.workspace
+    }
+}
+
+/// Bytes of the packed weights: two for each parameter, rows padded to blocks of 64.
+pub fn weight_bytes(spec: &Spec) -> u64 {
+    let padded = |rows: usize| rows.next_multiple_of(64) as u64;
+    let (hidden, inter) = (spec.hidden as u64, spec.feed_forward.inter);
+    let mlp = 2 * padded(inter) * hidden + padded(spec.hidden) * inter as u64;
+    let feed_forward = match spec.feed_forward.experts {
+        None => mlp,
+        Some(e) => e.count as u64 * mlp + padded(e.count) * hidden,
+    };
+    let attention =
+        padded(spec.qkv_rows()) * hidden + padded(spec.hidden) * spec.attention_cols() as u64;
+    2 * (spec.layers as u64 * (attention + feed_forward) + padded(spec.vocab) * hidden)
+}
+
+/// A number of bytes for people.
+#[derive(Clone, Copy)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.0 as f64;
+        match self.0 {
+            0..1024 => write!(f, "{} B", self.0),
+            1024..1_048_576 => write!(f, "{:.1} KiB", value / 1024.0),
+            1_048_576..1_073_741_824 => write!(f, "{:.1} MiB", value / 1_048_576.0),
+            _ => write!(f, "{:.2} GiB", value / 1_073_741_824.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::config;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn spec() -> Spec {
+        let json = json!({
+            "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
+            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "intermediate_size": 1536, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true,
+        });
+        config::parse(Path::new("config.json"), &json).unwrap()
+    }
+
+    fn plan(wanted: Wanted, available: u64) -> Result<MemoryPlan, String> {
+        MemoryPlan::new(&spec(), wanted, available).map_err(|e| e.to_string())
+    }
+
+    const WANTED: Wanted =
+        Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 8 };
+
+    #[test]
+    fn weights_are_two_bytes_a_parameter() {
+        assert_eq!(weight_bytes(&spec()), 268_959_744);
+    }
+
+    #[test]
+    fn auto_takes_full_contexts_or_most_of_what_is_left() {
+        let roomy = plan(WANTED, 64 << 30).unwrap();
+        assert_eq!(roomy.options.blocks, 8 * 256);
+        assert_eq!(roomy.kv, 8 * 8192 * 30 * 2 * 192 * 2);
+        let tight = plan(WANTED, 1 << 30).unwrap();
+        assert!(tight.options.blocks < 8 * 256 && tight.total() <= 1 << 30);
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_numbers() {
+        for (wanted, available, want) in [
+            (
+                Wanted { context_max: Some(9000), ..WANTED },
+                1 << 34,
+                "more than the model's context",
+            ),
+            (WANTED, 300 << 20, "hold"),
+            (
+                Wanted { kv_memory: KvMemory::Bytes(1 << 20), ..WANTED },
+                1 << 34,
+                "lower `context_max`",
+            ),
+            (Wanted { kv_memory: KvMemory::Bytes(4 << 30), ..WANTED }, 1 << 30, "short"),
+        ] {
+            let error = plan(wanted, available).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+}

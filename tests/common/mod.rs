@@ -1,0 +1,168 @@
+//! Tiny seeded models, and what integration tests share.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use half::bf16;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use targon_engine::clock::Clock;
+use targon_engine::engine::{Engine, Options};
+use targon_engine::models::Model;
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
+
+/// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
+pub fn smollm2() -> PathBuf {
+    let file = "SmolLM2-135M-Instruct.Q4_1.gguf";
+    let dir = std::env::var("TARGON_ENGINE_MODELS").map_or_else(
+        |_| Path::new(&std::env::var("HOME").unwrap()).join(".cache/targon-engine/models"),
+        PathBuf::from,
+    );
+    let path = dir.join(file);
+    assert!(path.exists(), "{} is missing: run scripts/fetch-model first", path.display());
+    path
+}
+
+/// Numbers from a linear congruential generator, uniform in -0.5..0.5.
+pub struct Noise(pub u32);
+
+impl Noise {
+    pub fn next(&mut self) -> f32 {
+        (self.next_u32() as f32 / u32::MAX as f32) - 0.5
+    }
+
+    pub fn next_u32(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        // The low bits of this generator are poor.
+        self.0 ^ (self.0 >> 15)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        self.next_u32() as usize % limit
+    }
+}
+
+/// The configuration of a tiny Llama with 261 tokens: every byte, four words, an end token.
+pub fn tiny_config() -> Value {
+    json!({
+        "model_type": "llama", "vocab_size": 261, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 96, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": true, "eos_token_id": 260,
+    })
+}
+
+/// Names and shapes of the tensors of a Llama configuration.
+pub fn llama_shapes(config: &Value) -> Vec<(String, Vec<usize>)> {
+    let get = |key: &str| config[key].as_u64().unwrap() as usize;
+    let (hidden, inter, head) = (get("hidden_size"), get("intermediate_size"), get("head_dim"));
+    let (q, kv) = (get("num_attention_heads") * head, get("num_key_value_heads") * head);
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![get("vocab_size"), hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    if config["tie_word_embeddings"] == false {
+        shapes.push(("lm_head.weight".to_owned(), vec![get("vocab_size"), hidden]));
+    }
+    for layer in 0..get("num_hidden_layers") {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        shapes.extend([
+            (name("self_attn.q_proj"), vec![q, hidden]),
+            (name("self_attn.k_proj"), vec![kv, hidden]),
+            (name("self_attn.v_proj"), vec![kv, hidden]),
+            (name("self_attn.o_proj"), vec![hidden, q]),
+            (name("mlp.gate_proj"), vec![inter, hidden]),
+            (name("mlp.up_proj"), vec![inter, hidden]),
+            (name("mlp.down_proj"), vec![hidden, inter]),
+            (name("input_layernorm"), vec![hidden]),
+            (name("post_attention_layernorm"), vec![hidden]),
+        ]);
+    }
+    shapes
+}
+
+/// Writes a checkpoint with seeded random bf16 weights into `dir`.
+pub fn write_checkpoint(dir: &Path, config: &Value, seed: u32) {
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let mut noise = Noise(seed);
+    let tensors: HashMap<String, (Vec<usize>, Vec<u8>)> = llama_shapes(config)
+        .into_iter()
+        .map(|(name, shape)| {
+            let count: usize = shape.iter().product();
+            let fan_in = *shape.last().unwrap() as f32;
+            let value = |noise: &mut Noise| match shape.len() {
+                1 => 1.0 + 0.3 * noise.next(),
+                _ => 4.0 * noise.next() / fan_in.sqrt(),
+            };
+            let bytes =
+                (0..count).flat_map(|_| bf16::from_f32(value(&mut noise)).to_le_bytes()).collect();
+            (name, (shape, bytes))
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, (shape, bytes))| {
+        (name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap())
+    });
+    let path = dir.join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    std::fs::write(dir.join("tokenizer.json"), tokenizer_json().to_string()).unwrap();
+    let chat = json!({"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\
+        {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"});
+    std::fs::write(dir.join("tokenizer_config.json"), chat.to_string()).unwrap();
+}
+
+/// A byte-level tokenizer: 256 bytes, four words, `<|end|>`.
+pub fn tokenizer_json() -> Value {
+    let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut extra = 256;
+    let chars: Vec<char> = (0..256)
+        .map(|b| {
+            let code = if printable(b) { b } else { extra };
+            extra += u32::from(!printable(b));
+            char::from_u32(code).unwrap()
+        })
+        .collect();
+    let mut vocab = serde_json::Map::new();
+    for (id, c) in chars.iter().enumerate() {
+        vocab.insert(c.to_string(), id.into());
+    }
+    for (i, text) in ["é", "日", " the", "\u{1f600}"].iter().enumerate() {
+        let token: String = text.bytes().map(|b| chars[usize::from(b)]).collect();
+        vocab.insert(token, (256 + i).into());
+    }
+    json!({
+        "version": "1.0", "added_tokens": [
+            {"id": 260, "content": "<|end|>", "single_word": false, "lstrip": false,
+             "rstrip": false, "normalized": false, "special": true}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+            "use_regex": true},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
+            "use_regex": true},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+}
+
+/// The tiny model, loaded.
+pub fn tiny_model(seed: u32, pool: &Pool) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &tiny_config(), seed);
+    Model::load(dir.path(), None, pool, |_, _| {}).unwrap()
+}
+
+pub fn options() -> Options {
+    Options {
+        context_max: 512,
+        blocks: 64,
+        sequences_max: 16,
+        waiting_max: 64,
+        step_tokens_max: 512,
+    }
+}
+
+/// An engine over the tiny model.
+pub fn tiny_engine(seed: u32, options: Options) -> Engine {
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    Engine::start(tiny_model(seed, &pool), pool, options, Clock::system()).unwrap()
+}
