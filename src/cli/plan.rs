@@ -1,0 +1,37 @@
+//! `plan`: the memory that models need.
+
+use super::load::{DownloadBars, available_memory, locate, plan, table};
+use super::{Failure, runtime};
+use crate::config::models_toml;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Arguments of `plan`.
+#[derive(Args)]
+pub(super) struct PlanArgs {
+    /// Which models.
+    #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
+    models: PathBuf,
+}
+
+pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
+    let models = models_toml::read(&args.models)
+        .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
+    let available = available_memory();
+    let bars = DownloadBars::new();
+    let runtime = runtime()?;
+    let mut left = available;
+    let mut rows = Vec::new();
+    for model in models {
+        let name = model.name.clone();
+        let located = runtime.block_on(locate(model, &bars));
+        let planned = located.and_then(|located| plan(&located, left));
+        left -= planned.as_ref().map_or(0, |p| p.total());
+        rows.push((name, planned));
+    }
+    println!("{}", table(&rows, available));
+    match rows.iter().find_map(|(name, plan)| plan.as_ref().err().map(|why| (name, why))) {
+        Some((name, why)) => Err(Failure::user(format!("{name} cannot be served: {why}"))),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,199 @@
+//! `serve`: models behind HTTP until a signal comes.
+
+use super::load::{self, DownloadBars, Planned};
+use super::{Failure, runtime};
+use crate::clock::Clock;
+use crate::config::models_toml::{self, ModelConfig};
+use crate::engine::request::LogprobMode;
+use crate::ops::lanes::Isa;
+use crate::ops::pool::Pool;
+use crate::server::registry::{Registry, State};
+use crate::server::state::ServerState;
+use crate::server::translate::Defaults;
+use clap::{Args, ValueEnum};
+use futures_util::future::join_all;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Arguments of `serve`.
+#[derive(Args)]
+pub(super) struct ServeArgs {
+    /// Which models: a file with [[model]] entries.
+    #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
+    models: PathBuf,
+    /// Address to listen on. The open server has no authentication: keep it on loopback.
+    #[arg(long, env = "TARGON_HOST", default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, env = "TARGON_PORT", default_value_t = 8000)]
+    port: u16,
+    /// Compute threads for all models; all cores where absent.
+    #[arg(long, env = "TARGON_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Instruction set of the kernels; the fastest where absent. Results do not change.
+    #[arg(long, env = "TARGON_ISA")]
+    isa: Option<Isa>,
+    /// Seconds that running requests may go on after SIGTERM.
+    #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    shutdown_timeout: u64,
+    /// Name tokens `token_id:<n>` in log-probabilities, as Targon's validators expect.
+    #[arg(long, env = "TARGON_RETURN_TOKENS_AS_TOKEN_IDS")]
+    return_tokens_as_token_ids: bool,
+    /// Which distribution log-probabilities describe where a request does not say.
+    #[arg(long, env = "TARGON_LOGPROBS_MODE", default_value = "raw")]
+    logprobs_mode: Mode,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Mode {
+    /// Softmax of the model's own logits.
+    Raw,
+    /// After penalties and temperature.
+    Scaled,
+}
+
+pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
+    let models = models_toml::read(&args.models)
+        .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.map_or(cores, usize::from);
+    let pool = Pool::new(threads, args.isa.unwrap_or_else(Isa::best))
+        .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
+    tracing::info!(threads, isa = %pool.isa(), "compute pool");
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(serve(args, models, pool));
+    // Loading threads may still be busy; nothing waits for them.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve(args: ServeArgs, models: Vec<ModelConfig>, pool: Pool) -> Result<(), Failure> {
+    let address = format!("{}:{}", args.host, args.port);
+    let listener = TcpListener::bind(&address)
+        .await
+        .map_err(|e| Failure::user(format!("cannot listen on {address}: {e}")))?;
+    let local = listener.local_addr().map_err(Failure::ours)?;
+    warn_if_open(local);
+    let registry = Registry::default();
+    registry.announce(models.iter().map(|m| m.name.clone()));
+    let defaults = Defaults {
+        tokens_as_ids: args.return_tokens_as_token_ids,
+        logprob_mode: match args.logprobs_mode {
+            Mode::Raw => LogprobMode::Raw,
+            Mode::Scaled => LogprobMode::Scaled,
+        },
+    };
+    let clock = Clock::system();
+    let state = ServerState::new(registry.clone(), defaults, clock.clone());
+    let timeout = Duration::from_secs(args.shutdown_timeout);
+    let stop = stop_signal()?;
+    let serving = tokio::spawn(crate::server::serve(listener, state, stop, timeout));
+    println!("http://{local}");
+    let loading = tokio::spawn(start_models(models, registry.clone(), pool, clock));
+    let mut serving = std::pin::pin!(serving);
+    tokio::select! {
+        outcome = &mut serving => return finish(outcome),
+        ready = loading => if !ready.map_err(Failure::ours)? {
+            return Err(Failure::user(describe_failures(&registry)));
+        },
+    }
+    let dead = engine_death(registry);
+    tokio::select! {
+        outcome = &mut serving => finish(outcome),
+        name = dead => Err(Failure::ours(format!("the engine of {name} has stopped"))),
+    }
+}
+
+fn finish(outcome: Result<std::io::Result<()>, tokio::task::JoinError>) -> Result<(), Failure> {
+    outcome.map_err(Failure::ours)?.map_err(|e| Failure::ours(format!("serving failed: {e}")))?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn warn_if_open(address: SocketAddr) {
+    if !address.ip().is_loopback() {
+        tracing::warn!(%address, "this server has no authentication and is not on loopback");
+    }
+}
+
+/// Completes at the first SIGTERM or SIGINT; a second one ends the process at once.
+fn stop_signal() -> Result<impl Future<Output = ()> + Send, Failure> {
+    let watch =
+        |kind| signal(kind).map_err(|e| Failure::ours(format!("cannot watch signals: {e}")));
+    let (mut terminate, mut interrupt) =
+        (watch(SignalKind::terminate())?, watch(SignalKind::interrupt())?);
+    let (sender, receiver) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let mut sender = Some(sender);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            match sender.take() {
+                // The server may have ended by itself.
+                Some(sender) => drop(sender.send(())),
+                None => std::process::exit(1),
+            }
+        }
+    });
+    Ok(async move {
+        // An error means that the watcher is gone, which ends the server too.
+        let _ = receiver.await;
+    })
+}
+
+/// Locates, plans and loads all models; false when none is ready.
+async fn start_models(
+    models: Vec<ModelConfig>,
+    registry: Registry,
+    pool: Pool,
+    clock: Clock,
+) -> bool {
+    let bars = DownloadBars::new();
+    let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
+    let located = join_all(models.into_iter().map(|m| load::locate(m, &bars))).await;
+    let available = load::available_memory();
+    let (mut left, mut rows, mut planned) = (available, Vec::new(), Vec::new());
+    for (name, located) in names.into_iter().zip(located) {
+        let plan = located.and_then(|located| {
+            let plan = load::plan(&located, left)?;
+            left -= plan.total();
+            registry.set(&name, Some(located.revision.clone()), State::Loading);
+            planned.push(Planned { located, plan });
+            Ok(plan)
+        });
+        if let Err(why) = &plan {
+            tracing::error!(model = name, "cannot be served: {why}");
+            registry.set(&name, None, State::Failed(why.clone()));
+        }
+        rows.push((name, plan));
+    }
+    eprintln!("{}", load::table(&rows, available));
+    let started =
+        tokio::task::spawn_blocking(move || load::start_all(planned, &registry, &pool, &clock) > 0);
+    started.await.unwrap_or(false)
+}
+
+fn describe_failures(registry: &Registry) -> String {
+    let failures = registry.entries().into_iter().filter_map(|e| match e.state {
+        State::Failed(why) => Some(format!("{} cannot be served: {why}", e.name)),
+        State::Loading | State::Ready(_) => None,
+    });
+    failures.collect::<Vec<_>>().join("\n")
+}
+
+/// The name of the first model whose engine dies.
+async fn engine_death(registry: Registry) -> String {
+    loop {
+        for entry in registry.entries() {
+            if matches!(&entry.state, State::Ready(served) if served.engine.is_dead()) {
+                return entry.name;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}

@@ -1,0 +1,278 @@
+//! `models.toml`: one flat `[[model]]` entry for each model that is served.
+
+use super::{nearest, units};
+use crate::engine::plan::{KvMemory, Wanted};
+use crate::ops::dtype::Dtype;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// Sequences that run at once where nothing is said.
+const SEQUENCES_DEFAULT: usize = 64;
+/// Most of them.
+const SEQUENCES_MAX: usize = 1024;
+const KEYS: [&str; 12] = [
+    "name",
+    "source",
+    "repo",
+    "path",
+    "file",
+    "revision",
+    "engine",
+    "dtype",
+    "device",
+    "context_max",
+    "kv_memory",
+    "sequences_max",
+];
+
+/// Where a model's files come from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// A repository of the Hugging Face Hub.
+    Hub {
+        /// `owner/name`.
+        repo: String,
+        /// Branch, tag or commit.
+        revision: String,
+        /// One GGUF file of it, instead of the safetensors checkpoint.
+        file: Option<String>,
+    },
+    /// A checkpoint directory or a GGUF file on this machine.
+    Path(PathBuf),
+}
+
+/// One model to serve.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ModelConfig {
+    /// What requests call it.
+    pub name: String,
+    /// Its files.
+    pub source: Source,
+    /// Overrides the stored type.
+    pub dtype: Option<Dtype>,
+    /// Sizes.
+    pub wanted: Wanted,
+}
+
+/// A fault in the file.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{path}: {what}")]
+pub struct ConfigError {
+    /// The file.
+    pub path: PathBuf,
+    /// Rule and fact.
+    pub what: String,
+    /// What to try.
+    pub hint: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    model: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    name: Option<String>,
+    source: Option<String>,
+    repo: Option<String>,
+    path: Option<PathBuf>,
+    file: Option<String>,
+    revision: Option<String>,
+    engine: Option<String>,
+    dtype: Option<String>,
+    device: Option<String>,
+    context_max: Option<usize>,
+    kv_memory: Option<String>,
+    sequences_max: Option<usize>,
+}
+
+/// Reads and checks the file.
+///
+/// # Errors
+/// When it cannot be read, or an entry is wrong.
+pub fn read(path: &Path) -> Result<Vec<ModelConfig>, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|e| ConfigError {
+        path: path.to_owned(),
+        what: format!("cannot be read: {e}"),
+        hint: None,
+    })?;
+    parse(path, &text)
+}
+
+/// Checks the text of the file; relative paths in it start at its directory.
+///
+/// # Errors
+/// When an entry is wrong.
+pub fn parse(path: &Path, text: &str) -> Result<Vec<ModelConfig>, ConfigError> {
+    let error = |what: String, hint: Option<String>| ConfigError { path: path.into(), what, hint };
+    let file: File = toml::from_str(text).map_err(|e| {
+        let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+        let what = format!("line {line}: {}", e.message());
+        error(what, unknown_key(e.message()))
+    })?;
+    if file.model.is_empty() {
+        let hint = Some("add a [[model]] entry with a name and a source".to_owned());
+        return Err(error("lists no model".into(), hint));
+    }
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut models: Vec<ModelConfig> = Vec::new();
+    for (index, entry) in file.model.into_iter().enumerate() {
+        let label = entry.name.clone().unwrap_or_else(|| format!("number {}", index + 1));
+        let model = check(entry, directory)
+            .map_err(|(key, what)| error(format!("model {label}: `{key}` {what}"), None))?;
+        if models.iter().any(|m| m.name == model.name) {
+            return Err(error(format!("two models are called {}", model.name), None));
+        }
+        models.push(model);
+    }
+    Ok(models)
+}
+
+/// A hint for "unknown field `x`".
+fn unknown_key(message: &str) -> Option<String> {
+    let key = message.strip_prefix("unknown field `")?.split('`').next()?;
+    nearest(key, KEYS).map(|known| format!("did you mean `{known}`?"))
+}
+
+/// A key and what is wrong with it.
+type Fault = (&'static str, String);
+
+fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
+    match entry.engine.as_deref() {
+        None | Some("native") => {}
+        Some("mistralrs") => return Err(("engine", "mistralrs is not part of this build".into())),
+        Some(other) => return Err(("engine", format!("must be native, got {other}"))),
+    }
+    match entry.device.as_deref() {
+        None | Some("auto" | "cpu") => {}
+        Some(other) => {
+            return Err(("device", format!("must be auto or cpu in this build, got {other}")));
+        }
+    }
+    let dtype = match entry.dtype.as_deref() {
+        None | Some("auto") => None,
+        Some("bf16") => Some(Dtype::Bf16),
+        Some("f16") => Some(Dtype::F16),
+        Some(other) => return Err(("dtype", format!("must be auto, bf16 or f16, got {other}"))),
+    };
+    let kv_memory = entry.kv_memory.as_deref().map_or(Ok(KvMemory::Auto), units::kv_memory);
+    let sequences_max = entry.sequences_max.unwrap_or(SEQUENCES_DEFAULT);
+    if !(1..=SEQUENCES_MAX).contains(&sequences_max) {
+        let what = format!("must lie in 1..={SEQUENCES_MAX}, got {sequences_max}");
+        return Err(("sequences_max", what));
+    }
+    if entry.context_max == Some(0) {
+        return Err(("context_max", "must be at least 1, got 0".into()));
+    }
+    let wanted = Wanted {
+        context_max: entry.context_max,
+        kv_memory: kv_memory.map_err(|what| ("kv_memory", what))?,
+        sequences_max,
+    };
+    let (source, default_name) = source(&entry, directory)?;
+    let name = entry.name.or(default_name).ok_or(("name", "is missing".to_owned()))?;
+    if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
+        return Err(("name", "must have 1 to 200 characters, none of them control".into()));
+    }
+    Ok(ModelConfig { name, source, dtype, wanted })
+}
+
+/// The source, and the name it suggests.
+fn source(entry: &Entry, directory: &Path) -> Result<(Source, Option<String>), Fault> {
+    let hub = |file: Option<String>| {
+        let repo = entry.repo.clone().or_else(|| entry.name.clone());
+        let repo = repo.ok_or(("repo", "is missing".to_owned()))?;
+        let revision = entry.revision.clone().unwrap_or_else(|| "main".into());
+        Ok((Source::Hub { repo: repo.clone(), revision, file }, Some(repo)))
+    };
+    let local = |path: &Path| {
+        let name = path.file_stem().map(|s| s.to_string_lossy().into_owned());
+        (Source::Path(directory.join(path)), name)
+    };
+    let kind = entry.source.as_deref();
+    match (kind, &entry.path) {
+        (Some("hf") | None, None) => hub(entry.file.clone()),
+        (Some("hf"), Some(_)) => Err(("path", "does not go with source = \"hf\"".into())),
+        (Some("path" | "gguf") | None, Some(path)) => {
+            if let Some(key) = [("repo", &entry.repo), ("file", &entry.file)]
+                .into_iter()
+                .find_map(|(key, value)| value.is_some().then_some(key))
+            {
+                return Err((key, "does not go with `path`".into()));
+            }
+            Ok(local(path))
+        }
+        (Some("gguf"), None) => match &entry.file {
+            Some(file) => hub(Some(file.clone())),
+            None => Err(("path", "is missing (or `repo` and `file`)".into())),
+        },
+        (Some("path"), None) => Err(("path", "is missing".into())),
+        (Some(other), _) => Err(("source", format!("must be hf, path or gguf, got {other}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Vec<ModelConfig>, (String, Option<String>)> {
+        parse(Path::new("/etc/models.toml"), text).map_err(|e| (e.to_string(), e.hint))
+    }
+
+    #[test]
+    fn entries_are_read_with_their_defaults() {
+        let text = r#"
+            [[model]]
+            name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+            [[model]]
+            name = "small"
+            source = "gguf"
+            path = "weights/m.gguf"
+            dtype = "f16"
+            context_max = 2048
+            kv_memory = "1 GiB"
+            sequences_max = 4
+        "#;
+        let models = parsed(text).unwrap();
+        assert_eq!(
+            models[0].source,
+            Source::Hub {
+                repo: "HuggingFaceTB/SmolLM2-135M-Instruct".into(),
+                revision: "main".into(),
+                file: None
+            }
+        );
+        assert_eq!(models[0].wanted.sequences_max, SEQUENCES_DEFAULT);
+        assert_eq!(models[1].source, Source::Path("/etc/weights/m.gguf".into()));
+        assert_eq!(models[1].dtype, Some(Dtype::F16));
+        assert_eq!(models[1].wanted.kv_memory, KvMemory::Bytes(1 << 30));
+    }
+
+    #[test]
+    fn faults_name_the_line_or_the_key() {
+        for (text, want, hint) in [
+            (
+                "[[model]]\nname = \"a\"\ncontxt_max = 3",
+                "line 3: unknown field `contxt_max`",
+                Some("did you mean `context_max`?"),
+            ),
+            ("", "lists no model", Some("add a [[model]] entry with a name and a source")),
+            ("[[model]]\nsource = \"path\"", "model number 1: `path` is missing", None),
+            ("[[model]]\nname=\"a\"\ndtype=\"int8\"", "model a: `dtype` must be auto, bf16", None),
+            ("[[model]]\nname=\"a\"\ndevice=\"cuda:0\"", "`device` must be auto or cpu", None),
+            ("[[model]]\nname=\"a\"\nkv_memory=\"4\"", "`kv_memory` must be a size", None),
+            ("[[model]]\nname=\"a\"\nsequences_max=0", "`sequences_max` must lie in 1..=", None),
+            ("[[model]]\nname=\"a\"\n[[model]]\nname=\"a\"", "two models are called a", None),
+            ("[[model]]\nname=\"a\"\ncontext_max=\"big\"", "line 3: invalid type", None),
+            ("[[model\n", "line 1:", None),
+        ] {
+            let (error, got_hint) = parsed(text).unwrap_err();
+            assert!(error.starts_with("/etc/models.toml: ") && error.contains(want), "{error}");
+            assert_eq!(got_hint.as_deref(), hint, "{text}");
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! Sizes with units: `4 GiB`, `60%`, `auto`.
+
+use crate::engine::plan::KvMemory;
+
+/// Reads the memory of a KV cache.
+///
+/// # Errors
+/// The rule and the fact.
+pub fn kv_memory(text: &str) -> Result<KvMemory, String> {
+    let text = text.trim();
+    if text == "auto" {
+        return Ok(KvMemory::Auto);
+    }
+    if let Some(number) = text.strip_suffix('%') {
+        let percent: f64 = number.trim().parse().map_err(|_| rule(text))?;
+        if !(percent > 0.0 && percent <= 100.0) {
+            return Err(format!("a share must lie above 0% and up to 100%, got {text}"));
+        }
+        return Ok(KvMemory::Share(percent / 100.0));
+    }
+    bytes(text).map(KvMemory::Bytes).ok_or_else(|| rule(text))
+}
+
+fn rule(text: &str) -> String {
+    format!(
+        "must be a size such as \"4 GiB\", a share such as \"60%\", or \"auto\", got \"{text}\""
+    )
+}
+
+/// A number of bytes with its unit.
+fn bytes(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| c.is_ascii_alphabetic())?;
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim() {
+        "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        "KB" | "kB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        _ => return None,
+    };
+    let number: f64 = number.trim().parse().ok()?;
+    let total = number * factor as f64;
+    (total >= 1.0 && total < 1e18).then_some(total as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_shares_and_auto() {
+        assert_eq!(kv_memory("auto"), Ok(KvMemory::Auto));
+        assert_eq!(kv_memory("4 GiB"), Ok(KvMemory::Bytes(4 << 30)));
+        assert_eq!(kv_memory("1.5GiB"), Ok(KvMemory::Bytes(3 << 29)));
+        assert_eq!(kv_memory("500 MB"), Ok(KvMemory::Bytes(500_000_000)));
+        assert_eq!(kv_memory("60%"), Ok(KvMemory::Share(0.6)));
+        for bad in ["", "4", "GiB", "-1 GiB", "0%", "120%", "4 gigs", "nan GiB"] {
+            assert!(kv_memory(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Failures as OpenAI error objects with the right status.
+
+use crate::engine::SubmitError;
+use crate::engine::output::Fault;
+use crate::engine::request::InvalidRequest;
+use crate::engine::scheduler::Refusal;
+use crate::models::chat::TemplateError;
+use crate::wire::openai::{ErrorBody, ErrorObject};
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+/// Characters of a client's own words that an error repeats.
+const ECHO_MAX: usize = 200;
+
+/// Why a request got no answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ApiError {
+    /// The status.
+    pub status: StatusCode,
+    /// A sentence: rule, then fact.
+    pub message: String,
+    /// The field at fault.
+    pub param: Option<String>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, message: message.into(), param: None }
+    }
+
+    /// A field is wrong.
+    pub fn field(field: &str, what: impl Into<String>) -> Self {
+        let message = format!("`{field}` {}", what.into());
+        Self { param: Some(field.into()), ..Self::new(StatusCode::BAD_REQUEST, message) }
+    }
+
+    /// The request as a whole is wrong.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// There is no such thing.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, message)
+    }
+
+    /// Not now.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+    }
+
+    /// Another status.
+    pub fn with_status(status: StatusCode, message: impl Into<String>) -> Self {
+        Self::new(status, message)
+    }
+
+    /// The error as it is sent, in a response or in a stream.
+    pub fn body(&self) -> ErrorBody {
+        let kind = match self.status {
+            StatusCode::NOT_FOUND => "NotFoundError",
+            StatusCode::UNAUTHORIZED => "AuthenticationError",
+            StatusCode::TOO_MANY_REQUESTS => "RateLimitError",
+            StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailableError",
+            status if status.is_server_error() => "InternalServerError",
+            _ => "BadRequestError",
+        };
+        let error = ErrorObject {
+            message: self.message.clone(),
+            kind,
+            param: self.param.clone(),
+            code: self.status.as_u16(),
+        };
+        ErrorBody { error }
+    }
+}
+
+/// A client's words, shortened for an error message.
+pub fn echo(text: &str) -> String {
+    match text.char_indices().nth(ECHO_MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        let is_busy =
+            matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+        if is_busy {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+impl From<InvalidRequest> for ApiError {
+    fn from(e: InvalidRequest) -> Self {
+        ApiError::field(e.field, e.what)
+    }
+}
+
+impl From<Fault> for ApiError {
+    fn from(fault: Fault) -> Self {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, fault.to_string())
+    }
+}
+
+impl From<TemplateError> for ApiError {
+    fn from(e: TemplateError) -> Self {
+        let message = echo(&e.to_string());
+        Self { param: Some("messages".into()), ..ApiError::bad_request(message) }
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(e: SubmitError) -> Self {
+        match e {
+            SubmitError::Invalid(e) => e.into(),
+            SubmitError::Fault(fault) => fault.into(),
+            SubmitError::Refused(refusal @ Refusal::QueueFull { .. }) => {
+                ApiError::new(StatusCode::TOO_MANY_REQUESTS, refusal.to_string())
+            }
+            SubmitError::Refused(refusal) => ApiError::bad_request(refusal.to_string()),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What handlers share: the models, the defaults, and whether the server still takes requests.
+
+use super::error::ApiError;
+use super::registry::Registry;
+use super::translate::Defaults;
+use crate::clock::Clock;
+use parking_lot::Mutex;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use tokio_util::sync::CancellationToken;
+
+/// Names of unknown request fields that are counted apart.
+const UNKNOWN_FIELDS_MAX: usize = 100;
+
+/// Cloneable state of the server.
+#[derive(Clone)]
+pub struct ServerState(Arc<Inner>);
+
+struct Inner {
+    registry: Registry,
+    defaults: Defaults,
+    clock: Clock,
+    is_draining: AtomicBool,
+    in_flight: AtomicUsize,
+    abort: CancellationToken,
+    unknown_fields: Mutex<BTreeMap<String, u64>>,
+}
+
+impl ServerState {
+    /// A server over `registry`.
+    pub fn new(registry: Registry, defaults: Defaults, clock: Clock) -> Self {
+        Self(Arc::new(Inner {
+            registry,
+            defaults,
+            clock,
+            is_draining: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            abort: CancellationToken::new(),
+            unknown_fields: Mutex::new(BTreeMap::new()),
+        }))
+    }
+
+    /// The models.
+    pub fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
+    /// What applies where a request says nothing.
+    pub fn defaults(&self) -> Defaults {
+        self.0.defaults
+    }
+
+    /// The clock.
+    pub fn clock(&self) -> &Clock {
+        &self.0.clock
+    }
+
+    /// Counts a request in, unless the server is draining.
+    ///
+    /// # Errors
+    /// 503 while draining.
+    pub fn begin(&self) -> Result<InFlight, ApiError> {
+        let guard = InFlight::new(Arc::clone(&self.0));
+        if self.is_draining() {
+            return Err(ApiError::unavailable("the server is shutting down"));
+        }
+        Ok(guard)
+    }
+
+    /// Stops taking requests; running ones go on.
+    pub fn drain(&self) {
+        self.0.is_draining.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether requests are refused because the server is about to stop.
+    pub fn is_draining(&self) -> bool {
+        self.0.is_draining.load(Ordering::SeqCst)
+    }
+
+    /// Requests that run.
+    pub fn in_flight(&self) -> usize {
+        self.0.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// Ends running requests with an error.
+    pub fn abort(&self) {
+        self.0.abort.cancel();
+    }
+
+    pub(super) fn abort_token(&self) -> CancellationToken {
+        self.0.abort.clone()
+    }
+
+    /// Counts request fields that nobody reads, and warns of each name once.
+    pub fn note_unknown(&self, fields: &Map<String, Value>) {
+        let mut counts = self.0.unknown_fields.lock();
+        for name in fields.keys() {
+            if let Some(count) = counts.get_mut(name) {
+                *count += 1;
+            } else if counts.len() < UNKNOWN_FIELDS_MAX {
+                tracing::warn!(field = super::error::echo(name), "unknown request field");
+                counts.insert(name.clone(), 1);
+            }
+        }
+    }
+}
+
+/// A request that runs, until dropped.
+pub struct InFlight {
+    inner: Arc<Inner>,
+    has_ended: bool,
+}
+
+impl InFlight {
+    fn new(inner: Arc<Inner>) -> Self {
+        inner.in_flight.fetch_add(1, Ordering::SeqCst);
+        Self { inner, has_ended: false }
+    }
+
+    /// Ends it before it is dropped: the last frame of a stream has been written.
+    pub fn end(&mut self) {
+        if !std::mem::replace(&mut self.has_ended, true) {
+            self.inner.in_flight.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

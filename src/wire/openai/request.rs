@@ -1,0 +1,239 @@
+//! Request bodies of `/v1/chat/completions` and `/v1/completions`.
+
+use serde::de::{Deserializer, Error, Unexpected};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Body of `/v1/chat/completions`.
+#[derive(Clone, Deserialize, Debug)]
+pub struct ChatRequest {
+    /// The conversation.
+    pub messages: Vec<Message>,
+    /// Newer name of `max_tokens`.
+    pub max_completion_tokens: Option<i64>,
+    /// Alternatives reported for each token.
+    pub top_logprobs: Option<i64>,
+    /// Whether the prompt ends with the assistant's opening; true unless said otherwise.
+    pub add_generation_prompt: Option<bool>,
+    /// More inputs of the template.
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// Fields of both endpoints.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+/// Body of `/v1/completions`.
+#[derive(Clone, Deserialize, Debug)]
+pub struct CompletionRequest {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Prompts are returned before their continuation.
+    pub echo: Option<bool>,
+    /// Accepted when equal to `n`.
+    pub best_of: Option<i64>,
+    /// Text after the insertion: not supported.
+    pub suffix: Option<String>,
+    /// Fields of both endpoints.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+/// Fields of both endpoints. Numbers keep their sign, so that a negative one can be refused by name.
+#[derive(Clone, Deserialize, Default, Debug)]
+pub struct Common {
+    /// Which model.
+    pub model: Option<String>,
+    /// Most tokens to generate.
+    pub max_tokens: Option<i64>,
+    /// No end before this many.
+    pub min_tokens: Option<i64>,
+    /// Divides the logits.
+    pub temperature: Option<f32>,
+    /// Keeps the smallest set with this much probability.
+    pub top_p: Option<f32>,
+    /// Keeps the k most probable; -1 and 0 keep all.
+    pub top_k: Option<i64>,
+    /// Drops tokens below this share of the most probable one.
+    pub min_p: Option<f32>,
+    /// Penalty on tokens seen anywhere.
+    pub repetition_penalty: Option<f32>,
+    /// Penalty on tokens generated before.
+    pub presence_penalty: Option<f32>,
+    /// Penalty on how often a token was generated.
+    pub frequency_penalty: Option<f32>,
+    /// Added to single logits, by token id.
+    pub logit_bias: Option<Map<String, Value>>,
+    /// Seed of the noise.
+    pub seed: Option<i64>,
+    /// Choices for each prompt.
+    pub n: Option<i64>,
+    /// Stop strings.
+    #[serde(default, deserialize_with = "string_or_list")]
+    pub stop: Vec<String>,
+    /// Stop ids.
+    #[serde(default)]
+    pub stop_token_ids: Option<Vec<i64>>,
+    /// Whether the match stays in the text.
+    pub include_stop_str_in_output: Option<bool>,
+    /// The model's own end does not count.
+    pub ignore_eos: Option<bool>,
+    /// Leave special tokens out of the text; true unless said otherwise.
+    pub skip_special_tokens: Option<bool>,
+    /// A boolean (chat) or a number (completions); each endpoint takes both.
+    #[serde(default, deserialize_with = "logprobs")]
+    pub logprobs: Option<Logprobs>,
+    /// `raw` or `scaled`.
+    pub logprobs_mode: Option<String>,
+    /// Send chunks as they come.
+    pub stream: Option<bool>,
+    /// Options of the stream.
+    pub stream_options: Option<StreamOptions>,
+    /// Token strings become `token_id:<n>`.
+    pub return_tokens_as_token_ids: Option<bool>,
+    /// Add integer ids to choices.
+    pub return_token_ids: Option<bool>,
+    /// Who asks; not used.
+    pub user: Option<Value>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub unknown: Map<String, Value>,
+}
+
+/// The `logprobs` field of either endpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Logprobs {
+    /// `true` or `false`.
+    Flag(bool),
+    /// How many alternatives.
+    Count(i64),
+}
+
+/// Options of a stream.
+#[derive(Clone, Copy, Deserialize, Default, Debug)]
+pub struct StreamOptions {
+    /// A last chunk with the usage.
+    #[serde(default)]
+    pub include_usage: bool,
+    /// The usage so far on every chunk.
+    #[serde(default)]
+    pub continuous_usage_stats: bool,
+}
+
+/// One message of a conversation.
+#[derive(Clone, Deserialize, Serialize, Debug)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, ...
+    pub role: String,
+    /// The text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Content>,
+    /// Everything else the template may read.
+    #[serde(flatten)]
+    pub rest: Map<String, Value>,
+}
+
+/// The content of a message.
+#[derive(Clone, Deserialize, Serialize, Debug)]
+#[serde(untagged)]
+pub enum Content {
+    /// Plain text.
+    Text(String),
+    /// Parts, of which only text is supported.
+    Parts(Vec<Value>),
+}
+
+/// The prompt of a completion.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Prompt {
+    /// One or more texts.
+    Texts(Vec<String>),
+    /// One or more lists of token ids.
+    Ids(Vec<Vec<i64>>),
+}
+
+impl<'de> Deserialize<'de> for Prompt {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Text(String),
+            Texts(Vec<String>),
+            Ids(Vec<i64>),
+            Lists(Vec<Vec<i64>>),
+        }
+        let expected = "expected a string, a list of strings, a list of token ids, or a list of \
+                        such lists";
+        let form = Form::deserialize(deserializer).map_err(|_| D::Error::custom(expected))?;
+        Ok(match form {
+            Form::Text(text) => Prompt::Texts(vec![text]),
+            Form::Texts(texts) => Prompt::Texts(texts),
+            Form::Ids(ids) => Prompt::Ids(vec![ids]),
+            Form::Lists(lists) => Prompt::Ids(lists),
+        })
+    }
+}
+
+fn string_or_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        None(()),
+        One(String),
+        Many(Vec<String>),
+    }
+    let form = Form::deserialize(deserializer)
+        .map_err(|_| D::Error::custom("expected a string or a list of strings"))?;
+    Ok(match form {
+        Form::None(()) => Vec::new(),
+        Form::One(text) => vec![text],
+        Form::Many(texts) => texts,
+    })
+}
+
+fn logprobs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Logprobs>, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(None),
+        Value::Bool(flag) => Ok(Some(Logprobs::Flag(flag))),
+        Value::Number(number) if number.is_i64() => Ok(number.as_i64().map(Logprobs::Count)),
+        other => {
+            let got = other.to_string();
+            Err(D::Error::invalid_type(Unexpected::Other(&got), &"a boolean or an integer"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn loose_forms_are_understood() {
+        let chat: ChatRequest = serde_json::from_value(json!({
+            "model": "m", "messages": [{"role": "user", "content": "hi", "name": "x"}],
+            "logprobs": true, "stop": "a", "seed": 7, "made_up": [1],
+        }))
+        .unwrap();
+        assert_eq!(chat.common.logprobs, Some(Logprobs::Flag(true)));
+        assert_eq!(chat.common.stop, ["a"]);
+        assert_eq!(chat.common.unknown.keys().collect::<Vec<_>>(), ["made_up"]);
+        assert_eq!(chat.messages[0].rest["name"], "x");
+    }
+
+    #[test]
+    fn prompts_come_in_four_forms() {
+        for (json, want) in [
+            (json!("a"), Prompt::Texts(vec!["a".into()])),
+            (json!(["a", "b"]), Prompt::Texts(vec!["a".into(), "b".into()])),
+            (json!([1, 2]), Prompt::Ids(vec![vec![1, 2]])),
+            (json!([[1], [2]]), Prompt::Ids(vec![vec![1], vec![2]])),
+        ] {
+            let request: CompletionRequest =
+                serde_json::from_value(json!({"prompt": json, "logprobs": 1})).unwrap();
+            assert_eq!(request.prompt, want);
+            assert_eq!(request.common.logprobs, Some(Logprobs::Count(1)));
+        }
+        let error = serde_json::from_value::<CompletionRequest>(json!({"prompt": {"a": 1}}));
+        assert!(error.unwrap_err().to_string().contains("a list of token ids"));
+    }
+}

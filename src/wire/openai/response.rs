@@ -1,0 +1,225 @@
+//! Response bodies and stream chunks.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// Token counts.
+#[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug)]
+pub struct Usage {
+    /// Tokens of the prompts.
+    pub prompt_tokens: usize,
+    /// Both together.
+    pub total_tokens: usize,
+    /// Generated tokens.
+    pub completion_tokens: usize,
+    /// Details of the prompts.
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+impl Usage {
+    /// From the counts.
+    pub fn new(prompt_tokens: usize, cached_tokens: usize, completion_tokens: usize) -> Self {
+        Self {
+            prompt_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+        }
+    }
+}
+
+/// What of the prompts needed no computing.
+#[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug)]
+pub struct PromptTokensDetails {
+    /// Tokens found in the prefix cache.
+    pub cached_tokens: usize,
+}
+
+/// A response or one chunk of a stream.
+#[derive(Clone, Serialize, Debug)]
+pub struct Response<C> {
+    /// Same for all chunks of a stream.
+    pub id: String,
+    /// What it is.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The model's name.
+    pub model: String,
+    /// Engine, weights and kernels.
+    pub system_fingerprint: String,
+    /// The choices.
+    pub choices: Vec<C>,
+    /// Which distribution log-probabilities describe, where they are reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs_mode: Option<&'static str>,
+    /// Token counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+}
+
+/// A choice of a whole chat response.
+#[derive(Clone, Serialize, Debug)]
+pub struct ChatChoice {
+    /// Its number.
+    pub index: usize,
+    /// What the model said.
+    pub message: ChatMessage,
+    /// Log-probabilities, where asked for.
+    pub logprobs: Option<ChatLogprobs>,
+    /// `stop` or `length`.
+    pub finish_reason: &'static str,
+    /// The stop string or id that matched.
+    pub stop_reason: Option<Value>,
+    /// Token ids, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// An assistant's message.
+#[derive(Clone, Serialize, Debug)]
+pub struct ChatMessage {
+    /// `assistant`.
+    pub role: &'static str,
+    /// Its text.
+    pub content: String,
+}
+
+/// A choice of one chat chunk.
+#[derive(Clone, Serialize, Debug)]
+pub struct ChatChunkChoice {
+    /// Its number.
+    pub index: usize,
+    /// What is new.
+    pub delta: Delta,
+    /// Log-probability of the chunk's token, where asked for.
+    pub logprobs: Option<ChatLogprobs>,
+    /// Set on the last chunk.
+    pub finish_reason: Option<&'static str>,
+    /// The stop string or id that matched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<Value>,
+    /// Ids of this chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// New text of a chat stream.
+#[derive(Clone, Serialize, Default, Debug)]
+pub struct Delta {
+    /// Set on the first chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    /// The text.
+    pub content: String,
+}
+
+/// Log-probabilities in the chat form.
+#[derive(Clone, Serialize, Default, Debug)]
+pub struct ChatLogprobs {
+    /// One entry for each token.
+    pub content: Vec<ChatLogprob>,
+}
+
+/// A token's log-probability in the chat form.
+#[derive(Clone, Serialize, Debug)]
+pub struct ChatLogprob {
+    /// The token and its value.
+    #[serde(flatten)]
+    pub token: TokenLogprob,
+    /// The most probable tokens.
+    pub top_logprobs: Vec<TokenLogprob>,
+}
+
+/// A token, its log-probability, and its bytes.
+#[derive(Clone, Serialize, Debug)]
+pub struct TokenLogprob {
+    /// Text, or `token_id:<n>`.
+    pub token: String,
+    /// Natural logarithm.
+    pub logprob: f64,
+    /// The token's own bytes, half characters included.
+    pub bytes: Vec<u8>,
+}
+
+/// A choice of a completion, whole or one chunk of it: every field is present.
+#[derive(Clone, Serialize, Debug)]
+pub struct CompletionChoice {
+    /// `prompt index * n + i`.
+    pub index: usize,
+    /// The text.
+    pub text: String,
+    /// Log-probabilities, where asked for.
+    pub logprobs: Option<CompletionLogprobs>,
+    /// `stop` or `length`; null while the stream goes on.
+    pub finish_reason: Option<&'static str>,
+    /// The stop string or id that matched.
+    pub stop_reason: Option<Value>,
+    /// Token ids, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// Ids of the prompt, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// Log-probabilities in the completions form: four parallel lists.
+#[derive(Clone, Serialize, Default, Debug)]
+pub struct CompletionLogprobs {
+    /// Where each token's text begins, in characters.
+    pub text_offset: Vec<usize>,
+    /// Log-probabilities; null for a first prompt token.
+    pub token_logprobs: Vec<Option<f64>>,
+    /// Texts, or `token_id:<n>`.
+    pub tokens: Vec<String>,
+    /// The token itself, then the most probable ones; null for a first prompt token.
+    pub top_logprobs: Vec<Option<Map<String, Value>>>,
+}
+
+/// The error object that every failure is wrapped in.
+#[derive(Clone, Serialize, PartialEq, Eq, Debug)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: ErrorObject,
+}
+
+/// What went wrong.
+#[derive(Clone, Serialize, PartialEq, Eq, Debug)]
+pub struct ErrorObject {
+    /// A sentence.
+    pub message: String,
+    /// A stable word.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The field at fault.
+    pub param: Option<String>,
+    /// The HTTP status.
+    pub code: u16,
+}
+
+/// Entry of `/v1/models`.
+#[derive(Clone, Serialize, Debug)]
+pub struct ModelCard {
+    /// The name that requests use.
+    pub id: String,
+    /// `model`.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// `targon-engine`.
+    pub owned_by: &'static str,
+    /// `loading`, `ready` or `failed`.
+    pub status: &'static str,
+    /// Longest sequence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<usize>,
+    /// Type of the weights in memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
+    /// Where the weights came from: a commit or a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
