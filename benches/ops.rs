@@ -139,7 +139,8 @@ fn attention(turn: &Turn<'_>, peak: f64) {
         let pairs: usize = (start..context).map(|p| p + 1).sum();
         let flops = (pairs * heads * dims.head_dim * 4) as f64 / seconds / 1e9;
         println!(
-            "attention {rows:4} rows at context {context}  {:8.1} us  {flops:6.1} GFLOP/s ({:3.0} % of peak)",
+            "attention {rows:4} rows at context {context}  {:8.1} us  {flops:6.1} GFLOP/s \
+             ({:3.0} % of peak)",
             seconds * 1e6,
             100.0 * flops / peak
         );

@@ -1,8 +1,10 @@
-//! Every family against Hugging Face transformers (see scripts/golden.py for how the truth is made).
+//! Every family against Hugging Face transformers (scripts/golden.py says how the truth is made).
 //!
 //! Two comparisons: with the same roundings only the order of additions differs, so the match is
 //! tight; against plain f32 the roundings show as well. A wrong window, cap, bias or rotation is
 //! orders of magnitude above either limit.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};

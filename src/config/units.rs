@@ -44,7 +44,7 @@ fn bytes(text: &str) -> Option<u64> {
     };
     let number: f64 = number.trim().parse().ok()?;
     let total = number * factor as f64;
-    (total >= 1.0 && total < 1e18).then_some(total as u64)
+    (1.0..1e18).contains(&total).then_some(total as u64)
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@
 //! nothing and falsify everything.
 
 use crate::ops::attention::BLOCK_TOKENS;
-use std::collections::HashMap;
-use std::collections::hash_map::DefaultHasher;
+use std::collections::hash_map::{DefaultHasher, Entry};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
@@ -63,9 +63,9 @@ struct Block {
 /// The blocks of one model.
 pub struct BlockPool {
     blocks: Vec<Block>,
-    free: Vec<BlockId>,                             // never used, or forgotten
-    cached: HashMap<u64, BlockId>,                  // by prefix hash
-    idle: std::collections::BTreeMap<u64, BlockId>, // unheld but findable, oldest first
+    free: Vec<BlockId>,            // never used, or forgotten
+    cached: HashMap<u64, BlockId>, // by prefix hash
+    idle: BTreeMap<u64, BlockId>,  // unheld but findable, oldest first
     clock: u64,
 }
 
@@ -97,7 +97,7 @@ impl BlockPool {
             blocks: (0..count).map(|_| Block::default()).collect(),
             free: (0..count as u32).rev().map(BlockId).collect(),
             cached: HashMap::new(),
-            idle: std::collections::BTreeMap::new(),
+            idle: BTreeMap::new(),
             clock: 0,
         }
     }
@@ -180,8 +180,9 @@ impl BlockPool {
                 Some(twin) => self.blocks[twin.0 as usize].prefix.clone().unwrap_or(prefix),
                 None => {
                     let id = table.ids[at];
-                    if !self.cached.contains_key(&prefix.hash) {
-                        self.cached.insert(prefix.hash, id);
+                    // Where two prefixes share a hash, the first stays findable.
+                    if let Entry::Vacant(entry) = self.cached.entry(prefix.hash) {
+                        entry.insert(id);
                         self.blocks[id.0 as usize].prefix = Some(Arc::clone(&prefix));
                     }
                     prefix

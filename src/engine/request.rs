@@ -1,4 +1,5 @@
-//! What a caller asks of the engine, checked once: past [`Request::validate`] nothing is checked again.
+//! What a caller asks of the engine, checked once: past [`Request::validate`] nothing is checked
+//! again.
 
 use super::sampler::Sampling;
 

@@ -13,7 +13,7 @@ use std::io;
 const LOGITS_BYTES_MAX: usize = 32 << 20;
 
 /// Rows of logits that are computed at once for a vocabulary.
-pub fn logit_rows_max(vocab: usize) -> usize {
+pub(super) fn logit_rows_max(vocab: usize) -> usize {
     (LOGITS_BYTES_MAX / (4 * vocab)).max(1)
 }
 

@@ -24,7 +24,7 @@ const BYTE: u64 = 6;
 ///
 /// # Errors
 /// When the metadata lacks a part or names a scheme that is not implemented.
-pub fn build(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
+pub(super) fn build(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
     let key = "tokenizer.ggml.model";
     let parts = Parts::read(gguf)?;
     let json = match gguf.string(key) {

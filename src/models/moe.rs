@@ -25,7 +25,7 @@ pub struct Mixture {
 }
 
 impl Mixture {
-    /// `out[t] = sum over the chosen experts of weight * expert(x[t])`, `out` being (tokens, hidden).
+    /// `out[t] = sum over the chosen experts of weight * expert(x[t])`; `out` is (tokens, hidden).
     pub fn forward(&self, turn: &Turn<'_>, activation: Activation, x: &Rounded, out: &mut [f32]) {
         let tokens = x.rows();
         let hidden = out.len() / tokens;

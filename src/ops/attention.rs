@@ -3,9 +3,9 @@
 //! A block holds 32 positions aligned to absolute positions. Keys lie as a small packed matrix
 //! (positions side by side, head dimension in pairs), so that scores are products of the canon;
 //! values lie row by row. A query walks the blocks in ascending order with an online softmax
-//! (Milakov and Gimelshein, 2018): per block the new maximum, the rescaling of the running sums, the
-//! block's exponentials, then values in ascending position. Masked positions have weight exactly
-//! zero, so a query's result does not depend on which other queries share its tile.
+//! (Milakov and Gimelshein, 2018): per block the new maximum, the rescaling of the running sums,
+//! the block's exponentials, then values in ascending position. Masked positions have weight
+//! exactly zero, so a query's result does not depend on which other queries share its tile.
 
 use super::buffer::Buffer;
 use super::dtype::{Dtype, Rounded};

@@ -10,8 +10,18 @@ use super::lanes::Lanes;
 const MAGIC: f32 = 12_582_912.0;
 const EXP_MIN: f32 = -86.0;
 const EXP_MAX: f32 = 88.0;
-const EXP_POLY: [f32; 6] =
-    [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_58e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+#[expect(clippy::excessive_precision, reason = "the published digits")]
+const EXP_POLY: [f32; 6] = [
+    1.987_569_15e-4,
+    1.398_199_950_7e-3,
+    8.333_451_907_3e-3,
+    4.166_579_589_4e-2,
+    1.666_666_545_9e-1,
+    5.000_000_120_1e-1,
+];
+/// ln 2 in two parts, the first exact in few bits.
+#[expect(clippy::excessive_precision, reason = "the published digits")]
+const LN2_F32: [f32; 2] = [0.693_359_375, -2.121_944_40e-4];
 
 /// `e^x`; zero below -86, clamped above 88, NaN stays NaN. Relative error about 1e-7.
 #[inline(always)]
@@ -19,8 +29,8 @@ pub fn exp<L: Lanes>(x: L) -> L {
     let clamped = L::splat(EXP_MIN).max(L::splat(EXP_MAX).min(x));
     let magic = clamped.mul_add(L::splat(std::f32::consts::LOG2_E), L::splat(MAGIC));
     let n = magic.sub(L::splat(MAGIC));
-    let r = n.mul_add(L::splat(-0.693_359_375), clamped);
-    let r = n.mul_add(L::splat(2.121_944_4e-4), r);
+    let r = n.mul_add(L::splat(-LN2_F32[0]), clamped);
+    let r = n.mul_add(L::splat(-LN2_F32[1]), r);
     let mut poly = L::splat(EXP_POLY[0]);
     for c in &EXP_POLY[1..] {
         poly = poly.mul_add(r, L::splat(*c));
@@ -57,7 +67,7 @@ const LN2_LO: f64 = 1.908_214_929_270_587_7e-10;
 
 /// `e^x` in f64 for |x| < 700, else 0 or infinity.
 pub fn exp64(x: f64) -> f64 {
-    if !(x.abs() < 700.0) {
+    if x.is_nan() || x.abs() >= 700.0 {
         return if x < 0.0 { 0.0 } else { x + f64::INFINITY };
     }
     let n = (x * std::f64::consts::LOG2_E).round_ties_even();

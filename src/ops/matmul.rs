@@ -378,7 +378,8 @@ unsafe fn fma_step<L: Lanes, const T: usize, const V: usize, const F16: bool, co
     k: usize,
     acc: &mut [[L; V]; T],
 ) {
-    // Plain loops: a closure would not inherit the instruction set, and intrinsics would stay calls.
+    // Plain loops: a closure would not inherit the instruction set, and its intrinsics would stay
+    // calls.
     let mut row = [L::splat(0.0); V];
     for v in 0..V {
         // SAFETY: the caller's promise.

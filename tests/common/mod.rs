@@ -1,6 +1,6 @@
 //! Tiny seeded models, and what integration tests share.
 
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test uses its part")]
 
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};

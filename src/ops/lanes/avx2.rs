@@ -5,14 +5,14 @@ use std::arch::x86_64::*;
 
 /// Sixteen lanes in two registers.
 #[derive(Clone, Copy)]
-pub struct Avx2(__m256, __m256);
+pub(super) struct Avx2(__m256, __m256);
 
 /// Runs `kernel` with AVX2.
 ///
 /// # Safety
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
+pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
     kernel.run::<Avx2>()
 }
 

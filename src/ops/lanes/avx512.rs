@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// Sixteen lanes in one register.
 #[derive(Clone, Copy)]
-pub struct Avx512<const DOT: u8>(__m512);
+pub(super) struct Avx512<const DOT: u8>(__m512);
 
 const DOT_NEVER: u8 = 0;
 const DOT_VECTORS: u8 = 1;
@@ -16,7 +16,7 @@ const DOT_ALWAYS: u8 = 2;
 /// # Safety
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
-pub unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
+pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
     kernel.run::<Avx512<DOT_NEVER>>()
 }
 
@@ -25,7 +25,7 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
 /// # Safety
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
-pub unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Out {
+pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Out {
     kernel.run::<Avx512<DOT_ALWAYS>>()
 }
 
@@ -34,7 +34,7 @@ pub unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Out {
 /// # Safety
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
-pub unsafe fn run_bf16_fma<K: Kernel>(kernel: K) -> K::Out {
+pub(super) unsafe fn run_bf16_fma<K: Kernel>(kernel: K) -> K::Out {
     kernel.run::<Avx512<DOT_VECTORS>>()
 }
 

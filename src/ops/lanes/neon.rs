@@ -7,7 +7,7 @@ use std::arch::aarch64::*;
 
 /// Sixteen lanes in four registers.
 #[derive(Clone, Copy)]
-pub struct Neon([float32x4_t; 4]);
+pub(super) struct Neon([float32x4_t; 4]);
 
 /// Calls NEON intrinsics.
 macro_rules! simd {

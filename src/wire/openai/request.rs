@@ -38,7 +38,7 @@ pub struct CompletionRequest {
     pub common: Common,
 }
 
-/// Fields of both endpoints. Numbers keep their sign, so that a negative one can be refused by name.
+/// Fields of both endpoints. Numbers keep their sign, so that a negative one is refused by name.
 #[derive(Clone, Deserialize, Default, Debug)]
 pub struct Common {
     /// Which model.

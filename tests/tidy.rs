@@ -1,0 +1,205 @@
+//! House rules as a test: ranks, sizes, module docs, banned words, blobs.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const FILE_LINES_MAX: usize = 500;
+const FUNCTION_LINES_MAX: usize = 70;
+const COLUMNS_MAX: usize = 100;
+const BLOB_BYTES_MAX: u64 = 1 << 20;
+
+/// A module uses `crate::` only what ranks lower; equals never import each other.
+const RANKS: [(&str, u8); 14] = [
+    ("main", 6),
+    ("cli", 6),
+    ("config", 5),
+    ("miner", 4),
+    ("validator", 4),
+    ("bench", 4),
+    ("server", 3),
+    ("verify", 3),
+    ("engine", 2),
+    ("models", 1),
+    ("ops", 0),
+    ("proof", 0),
+    ("wire", 0),
+    ("clock", 0),
+];
+
+/// Word, where it is allowed, and what to write instead.
+const BANNED: [(&str, &[&str], &str); 9] = [
+    ("dbg!", &[], "a log line, or nothing"),
+    ("todo!", &[], "an error that says what is not built"),
+    ("unimplemented!", &[], "an error that says what is not built"),
+    ("FIXME", &[], "the fix"),
+    ("XXX", &[], "the fix"),
+    ("println!", &["src/cli/", "benches/", "tests/"], "tracing"),
+    ("Instant::now", &["src/clock.rs", "src/ops/lanes/mod.rs", "benches/", "tests/"], "a Clock"),
+    ("unbounded_channel", &[], "a bounded channel"),
+    ("thread_rng", &[], "a seeded generator"),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn files(directory: &str, extensions: &[&str]) -> Vec<PathBuf> {
+    let (mut found, mut open) = (Vec::new(), vec![root().join(directory)]);
+    while let Some(directory) = open.pop() {
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        for path in entries.map(|e| e.unwrap().path()) {
+            if path.is_dir() {
+                open.push(path);
+            } else if extensions.iter().any(|e| path.extension().is_some_and(|x| x == *e)) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn name(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap().display().to_string()
+}
+
+fn is_test_file(path: &Path) -> bool {
+    path.ends_with("tests.rs") || name(path).starts_with("tests/")
+}
+
+/// The lines before the unit tests.
+fn code_lines(text: &str) -> Vec<&str> {
+    text.lines().take_while(|line| line.trim() != "#[cfg(test)]").collect()
+}
+
+fn report(faults: Vec<String>) {
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+#[test]
+fn modules_depend_on_lower_ranks_only() {
+    let ranks: BTreeMap<&str, u8> = RANKS.into_iter().collect();
+    let mut faults = Vec::new();
+    for path in files("src", &["rs"]) {
+        let own = name(&path)["src/".len()..].split(['/', '.']).next().unwrap().to_owned();
+        if own == "lib" {
+            continue;
+        }
+        let Some(rank) = ranks.get(own.as_str()) else {
+            faults.push(format!("{}: module `{own}` has no rank", name(&path)));
+            continue;
+        };
+        let text = fs::read_to_string(&path).unwrap();
+        for (number, line) in text.lines().enumerate() {
+            for used in line.split("crate::").skip(1) {
+                let used = used.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+                let Some(other) = ranks.get(used) else { continue };
+                if used != own && other >= rank {
+                    let place = format!("{}:{}", name(&path), number + 1);
+                    faults.push(format!("{place}: `{own}` must not use `{used}`"));
+                }
+            }
+        }
+    }
+    report(faults);
+}
+
+#[test]
+fn files_functions_and_lines_are_short() {
+    let mut faults = Vec::new();
+    for path in ["src", "tests", "benches"].iter().flat_map(|d| files(d, &["rs"])) {
+        let text = fs::read_to_string(&path).unwrap();
+        for (number, line) in text.lines().enumerate() {
+            let is_literal = line.contains("Split(") || line.contains("_SPLIT: &str");
+            if line.chars().count() > COLUMNS_MAX && !is_literal {
+                faults.push(format!("{}:{}: over {COLUMNS_MAX} columns", name(&path), number + 1));
+            }
+        }
+        let lines = code_lines(&text);
+        if lines.len() > FILE_LINES_MAX && !is_test_file(&path) {
+            faults.push(format!(
+                "{}: {} lines, at most {FILE_LINES_MAX}",
+                name(&path),
+                lines.len()
+            ));
+        }
+        faults.extend(long_functions(&path, &lines));
+    }
+    report(faults);
+}
+
+/// A function reaches from its `fn` line to the closing brace of the same indentation.
+fn long_functions(path: &Path, lines: &[&str]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let trimmed = line.trim_start();
+        let is_function = trimmed.starts_with("fn ")
+            || ["pub fn ", "pub async fn ", "async fn ", "unsafe fn ", "pub unsafe fn "]
+                .iter()
+                .any(|p| trimmed.starts_with(p))
+            || (trimmed.starts_with("pub(") && trimmed.contains(" fn "));
+        if !is_function || trimmed.ends_with(';') {
+            continue;
+        }
+        let indent = line.len() - trimmed.len();
+        let end = lines[start..].iter().position(|l| {
+            l.len() - l.trim_start().len() == indent && l.trim_start().starts_with('}')
+        });
+        let count = end.map_or(1, |end| end + 1);
+        if count > FUNCTION_LINES_MAX {
+            let place = format!("{}:{}", name(path), start + 1);
+            faults.push(format!(
+                "{place}: a function of {count} lines, at most {FUNCTION_LINES_MAX}"
+            ));
+        }
+    }
+    faults
+}
+
+#[test]
+fn every_module_says_what_it_is() {
+    let silent = files("src", &["rs"]).into_iter().filter(|path| {
+        let text = fs::read_to_string(path).unwrap();
+        !is_test_file(path) && !text.starts_with("//! ")
+    });
+    report(silent.map(|path| format!("{}: no `//!` on top", name(&path))).collect());
+}
+
+#[test]
+fn banned_words_stay_out() {
+    let mut faults = Vec::new();
+    for path in ["src", "benches", "tests"].iter().flat_map(|d| files(d, &["rs"])) {
+        let place = name(&path);
+        if place == "tests/tidy.rs" {
+            continue;
+        }
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            for (word, allowed, instead) in BANNED {
+                let inside_word =
+                    |at: usize| line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+                let found = line.match_indices(word).any(|(at, _)| !inside_word(at));
+                if found && !allowed.iter().any(|a| place.starts_with(a)) {
+                    faults.push(format!("{place}:{}: `{word}`; write {instead}", number + 1));
+                }
+            }
+        }
+    }
+    report(faults);
+}
+
+#[test]
+fn no_large_file_is_tracked() {
+    let output = std::process::Command::new("git").arg("ls-files").current_dir(root()).output();
+    // A source archive has no git; there is nothing to check in it.
+    let Some(output) = output.ok().filter(|o| o.status.success()) else { return };
+    let large = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .filter(|f| fs::metadata(root().join(f)).is_ok_and(|m| m.len() > BLOB_BYTES_MAX))
+        .collect::<Vec<_>>();
+    report(large.into_iter().map(|f| format!("{f}: above {BLOB_BYTES_MAX} bytes")).collect());
+}
