@@ -1,4 +1,31 @@
-//! map comes later
+//! targon-engine: one embedded LLM engine and the programs around it.
+//!
+//! # Bird's-eye view
+//!
+//! [`models`] turns a checkpoint into a forward pass over the kernels of [`ops`]; [`engine`] runs
+//! many requests through it at once; [`server`] speaks HTTP. `ARCHITECTURE.md` follows one request
+//! through all of them.
+//!
+//! # Ranks
+//!
+//! A module uses only what ranks lower; equals never import each other (`tests/tidy.rs`).
+//!
+//! | rank | modules | role |
+//! |---|---|---|
+//! | 6 | `main` [`cli`] | parse, wire, print |
+//! | 5 | [`config`] | files, flags and environment into options |
+//! | 3 | [`server`] | a surface over a running engine |
+//! | 2 | [`engine`] | scheduling, KV blocks, sampling |
+//! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`clock`] | leaves |
+//!
+//! # Invariants
+//!
+//! - A row's bits depend on the tokens before it and the weights, and on nothing else
+//!   (`tests/canon.rs`).
+//! - Every queue, body, buffer and wait has a named limit.
+//! - A peer's bytes can at worst be refused; an engine fault is never the peer's fault.
+
 pub mod cli;
 pub mod clock;
 pub mod config;

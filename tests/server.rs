@@ -81,7 +81,9 @@ fn chat(extra: Value) -> Value {
 }
 
 fn completion(extra: Value) -> Value {
-    let mut body = json!({"model": "tiny", "prompt": "hello", "max_tokens": 12, "seed": 4, "ignore_eos": true});
+    let mut body = json!({
+        "model": "tiny", "prompt": "hello", "max_tokens": 12, "seed": 4, "ignore_eos": true,
+    });
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     body
 }

@@ -94,8 +94,10 @@ fn run(command: Command) -> Result<(), Failure> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    // Few, because they compete with the compute threads for cores.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads((cores / 4).clamp(1, 4))
         .enable_all()
         .build()
         .map_err(|e| Failure::ours(format!("cannot start the async runtime: {e}")))

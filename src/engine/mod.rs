@@ -1,8 +1,8 @@
 //! The engine: a cloneable handle over one owner thread per model.
 //!
 //! [`Engine::submit`] checks a request and queues it; tokens come back on a [`Generation`]. The
-//! owner ([`core`]) asks the pure [`scheduler`] which rows run next, the [`runner`] computes them
-//! on the shared compute pool, [`sampler`] and [`live`] turn logits into tokens and text. Async
+//! owner (`core`) asks the pure [`scheduler`] which rows run next, the `runner` computes them
+//! on the shared compute pool, [`sampler`] and `live` turn logits into tokens and text. Async
 //! stays outside: the owner is a plain thread, and every channel and queue is bounded.
 
 pub mod blocks;

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use std::io;
 
 /// Bytes of logits that exist at once.
-const LOGITS_BYTES_MAX: usize = 32 << 20;
+const LOGITS_BYTES_MAX: usize = 16 << 20;
 
 /// Rows of logits that are computed at once for a vocabulary.
 pub(super) fn logit_rows_max(vocab: usize) -> usize {

@@ -41,6 +41,11 @@ impl Gguf {
         Ok(Self { path: path.to_owned(), content, map })
     }
 
+    /// Frees the metadata's lists (the vocabulary), once a tokenizer was built from them.
+    pub fn forget_lists(&mut self) {
+        self.content.metadata.retain(|_, value| !matches!(value, Meta::Array(_)));
+    }
+
     /// The metadata value of `key`.
     pub fn get(&self, key: &str) -> Option<&Meta> {
         self.content.metadata.get(key)

@@ -55,8 +55,11 @@ impl Model {
         pool: &Pool,
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
-        let checkpoint = Checkpoint::open(path)?;
+        let mut checkpoint = Checkpoint::open(path)?;
         let tokenizer = TextTokenizer::load(&checkpoint)?;
+        if let Some(gguf) = &mut checkpoint.gguf {
+            gguf.forget_lists();
+        }
         let chat = ChatTemplate::load(&checkpoint, &tokenizer)?;
         let decoder = Decoder::load(&checkpoint, dtype, pool, progress)?;
         let stop_ids = tokenizer::stop_ids(&checkpoint);

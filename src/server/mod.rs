@@ -2,7 +2,7 @@
 //!
 //! [`router`] makes the routes (tests call them without a socket), [`serve`] runs them on a
 //! listener until it is told to stop, then drains. Handlers parse and check ([`translate`]), submit
-//! to the engine, and write what comes back ([`generate`], [`format`]).
+//! to the engine, and write what comes back ([`generate`], [`mod@format`]).
 
 pub mod error;
 pub mod format;
