@@ -1,4 +1,72 @@
-//! Pure arithmetic of proofs: bytes in, bytes out; no clock, no I/O, no tensors.
+//! Proofs: what commits an answer to the model that computed it. Pure arithmetic on bytes; no
+//! clock, no I/O, no tensors, so one code proves, verifies, is fuzzed and pins vectors.
+//!
+//! [`residue`] sketches a hidden row into four bytes and an exact hash, [`commit`] binds rows to a
+//! request and chains the chunks, [`toploc`] is the published scheme of that name, [`powv`] is
+//! Targon's proof-of-weights value. `docs/proofs.md` gives every format byte by byte.
 
+pub mod codec;
+pub mod commit;
 pub mod philox;
+pub mod powv;
+pub mod residue;
 pub mod seed;
+pub mod toploc;
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Output rows that one chunk of a proof covers.
+pub const CHUNK_ROWS: usize = 32;
+
+/// A proof scheme.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scheme {
+    /// Four projections of eight bits a row, an exact hash a chunk.
+    Residue,
+    /// Eight projections of four bits a row, an exact hash a chunk.
+    ResidueU4,
+    /// The 128 largest activations of a chunk as a polynomial (arXiv 2501.16007).
+    Toploc,
+}
+
+impl Scheme {
+    /// All of them.
+    pub const ALL: [Scheme; 3] = [Scheme::Residue, Scheme::ResidueU4, Scheme::Toploc];
+
+    /// The name in requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scheme::Residue => "residue-v1",
+            Scheme::ResidueU4 => "residue-v1-u4",
+            Scheme::Toploc => "toploc",
+        }
+    }
+
+    /// The tag in hashed structures.
+    pub fn tag(self) -> u8 {
+        match self {
+            Scheme::Residue => 1,
+            Scheme::ResidueU4 => 2,
+            Scheme::Toploc => 3,
+        }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Scheme {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = || Scheme::ALL.map(Scheme::name).join(", ");
+        Scheme::ALL
+            .into_iter()
+            .find(|s| s.name() == name)
+            .ok_or_else(|| format!("must be one of {}", known()))
+    }
+}
