@@ -5,12 +5,13 @@
 //! `scripts/bench-peers` puts the figures beside llama.cpp's.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 use targon_engine::clock::Clock;
 use targon_engine::engine::output::Event;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::models::Model;
+use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, Served, State};
@@ -113,7 +114,10 @@ fn http(engine: &Engine, rows: &mut Rows) {
         .expect("the runtime starts");
     let registry = Registry::default();
     registry.announce(["m".to_owned()]);
-    let served = Served { engine: engine.clone(), fingerprint: "bench".into() };
+    let pool = Pool::new(1, Isa::best()).expect("threads start");
+    let identity = Identity::of(engine.model(), &pool).expect("the identity is computed");
+    let identity = Arc::new(identity);
+    let served = Served { engine: engine.clone(), fingerprint: "bench".into(), identity };
     registry.set("m", None, State::Ready(Box::new(served)));
     let state = ServerState::new(registry, Defaults::default(), Clock::system());
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"));

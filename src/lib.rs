@@ -26,6 +26,7 @@
 //! - Every queue, body, buffer and wait has a named limit.
 //! - A peer's bytes can at worst be refused; an engine fault is never the peer's fault.
 
+pub mod chain;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::time::Duration;
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::state::ServerState;
 use targon_engine::server::translate::Defaults;
 use targon_engine::server::{BODY_BYTES_MAX, router, serve};
@@ -30,8 +30,8 @@ fn site(options: Options) -> Site {
     let engine = common::tiny_engine(3, options);
     let registry = Registry::default();
     registry.announce(["tiny", "slow", "broken"].map(String::from));
-    let served = Served { engine: engine.clone(), fingerprint: "fp".into() };
-    registry.set("tiny", Some("abc".into()), State::Ready(Box::new(served)));
+    let served = Box::new(common::served(&engine));
+    registry.set("tiny", Some("abc".into()), State::Ready(served));
     registry.set("broken", None, State::Failed("no such file".into()));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
     Site { engine, app: router(state.clone()), state }

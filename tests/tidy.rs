@@ -12,7 +12,7 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 14] = [
+const RANKS: [(&str, u8); 15] = [
     ("main", 6),
     ("cli", 6),
     ("config", 5),
@@ -26,6 +26,7 @@ const RANKS: [(&str, u8); 14] = [
     ("ops", 0),
     ("proof", 0),
     ("wire", 0),
+    ("chain", 0),
     ("clock", 0),
 ];
 

@@ -6,8 +6,9 @@ use crate::engine::Engine;
 use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::hub::{Hub, Wanted};
-use crate::models::{Model, config};
+use crate::models::{Identity, Model, config};
 use crate::ops::pool::Pool;
+use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
 use comfy_table::{Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -15,6 +16,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A model whose files are on this machine.
 pub(super) struct Located {
@@ -128,9 +130,10 @@ fn start_one(
     let loaded = Model::load(&located.path, located.config.dtype, &pool, progress)
         .map_err(|e| e.to_string())
         .and_then(|model| {
-            let fingerprint = fingerprint(&model, &pool);
+            let identity = Identity::of(&model, &pool).map_err(|e| e.to_string())?;
+            let fingerprint = fingerprint(&model, &identity, &pool);
             Engine::start(model, pool, plan.options, clock.clone())
-                .map(|engine| Served { engine, fingerprint })
+                .map(|engine| Served { engine, fingerprint, identity: Arc::new(identity) })
                 .map_err(|e| format!("cannot start the engine: {e}"))
         });
     bar.finish_and_clear();
@@ -138,7 +141,8 @@ fn start_one(
         Ok(served) => {
             let seconds = (clock.elapsed() - started).as_secs_f64();
             let dtype = served.engine.model().decoder.dtype.to_string();
-            tracing::info!(model = name, dtype, seconds, "ready");
+            let weights = to_hex(&served.identity.weights_root);
+            tracing::info!(model = name, dtype, weights, seconds, "ready");
             registry.set(name, None, State::Ready(Box::new(served)));
             true
         }
@@ -150,10 +154,11 @@ fn start_one(
     }
 }
 
-/// Version, family, dtype and kernels in one word.
-fn fingerprint(model: &Model, pool: &Pool) -> String {
-    let (version, decoder) = (env!("CARGO_PKG_VERSION"), &model.decoder);
-    format!("targon-engine-{version}-{}-{}-{}", decoder.spec.family, decoder.dtype, pool.isa())
+/// Version, weights root, dtype and kernel set in one word.
+fn fingerprint(model: &Model, identity: &Identity, pool: &Pool) -> String {
+    let root = to_hex(&identity.weights_root[..8]);
+    let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.decoder.dtype);
+    format!("targon-engine-{version}-{root}-{dtype}-{}", pool.isa())
 }
 
 fn draw_target() -> ProgressDrawTarget {

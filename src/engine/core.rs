@@ -140,7 +140,7 @@ impl Core {
                 &turn,
                 plan,
                 |slice, position| live[slice].wants_row(position),
-                |at, row| live[at.slice].reduce(isa, row, at.position),
+                |at, row, hidden| live[at.slice].reduce(isa, row, hidden, at.position),
             )
             .map_err(|e| Fault::Weights(e.to_string()))
     }
@@ -163,11 +163,13 @@ impl Core {
             return;
         }
         let token = row.token;
-        if live.push_token(&self.model, row) {
-            self.stats.record_end(live);
-            self.end(id);
-        } else {
-            self.scheduler.push(id, token);
+        match live.push_token(&self.model, row) {
+            Ok(true) => {
+                self.stats.record_end(live);
+                self.end(id);
+            }
+            Ok(false) => self.scheduler.push(id, token),
+            Err(e) => self.fail(id, Fault::Weights(e.to_string())),
         }
     }
 

@@ -5,9 +5,11 @@ use super::request::{LogprobMode, Request};
 use super::sampler::{Seen, process, sample};
 use super::stop::{Scan, StopStrings};
 use crate::models::Model;
+use crate::models::error::LoadError;
 use crate::models::tokenizer::Detokenizer;
 use crate::ops::lanes::Isa;
 use crate::ops::logits::{LogSumExp, rank, top_k};
+use crate::proof::commit::{Chain, RowData};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// What one row of logits led to.
@@ -16,6 +18,14 @@ pub(super) struct Row {
     pub(super) logprob: f64,
     pub(super) rank: u32,
     pub(super) top: Vec<TopLogprob>,
+    pub(super) proof: Option<RowData>,
+}
+
+/// A final-norm row: its 16-bit patterns and their exact values.
+#[derive(Clone, Copy)]
+pub(super) struct HiddenRow<'a> {
+    pub(super) bits: &'a [u16],
+    pub(super) values: &'a [f32],
 }
 
 /// A request with its channel and everything that outlives a step.
@@ -28,6 +38,9 @@ pub(super) struct Live {
     stop: StopStrings,
     end_ids: Vec<u32>,
     output: Vec<u32>,
+    prompt_sum: u64,
+    output_sum: u64,
+    chain: Option<Chain>,
     prompt_rows: Vec<PromptRow>,
     /// Position of the next row to report: rows before it were reported or not asked for.
     pub(super) next_row: usize,
@@ -50,6 +63,9 @@ impl Live {
             stop,
             end_ids,
             output: Vec::new(),
+            prompt_sum: request.prompt.iter().map(|id| u64::from(*id)).sum(),
+            output_sum: 0,
+            chain: request.proof.as_ref().map(|p| Chain::new(p.root)),
             prompt_rows: Vec::new(),
             cached_tokens: 0,
             events,
@@ -80,16 +96,30 @@ impl Live {
             && (self.target(position).is_some() || self.request.max_tokens > 0)
     }
 
-    /// Reduces one row of logits: scores the known token, or draws one. `None` when the row is not
-    /// finite. May change `row`.
-    pub(super) fn reduce(&self, isa: Isa, row: &mut [f32], position: usize) -> Option<Row> {
+    /// Reduces one row of logits: scores the known token, or draws one and computes what its hidden
+    /// row contributes to the proof. `None` when the row is not finite. May change `row`.
+    pub(super) fn reduce(
+        &self,
+        isa: Isa,
+        row: &mut [f32],
+        hidden: HiddenRow<'_>,
+        position: usize,
+    ) -> Option<Row> {
         match self.target(position) {
             Some(token) => {
                 let lse = LogSumExp::new(isa, row, 1.0);
                 let count = self.request.prompt_logprobs.unwrap_or(0);
                 lse.is_finite().then(|| report(isa, row, &lse, token, count))
             }
-            None => self.draw(isa, row, position),
+            None => {
+                let mut drawn = self.draw(isa, row, position)?;
+                drawn.proof = self
+                    .request
+                    .proof
+                    .as_ref()
+                    .map(|p| p.prover.prove(position as u32, hidden.bits, hidden.values));
+                Some(drawn)
+            }
         }
     }
 
@@ -135,7 +165,7 @@ impl Live {
 
     /// Records the row of a prompt token; sends all of them once the last is there.
     pub(super) fn push_prompt_row(&mut self, row: Row) {
-        let Row { token, logprob, rank, top } = row;
+        let Row { token, logprob, rank, top, .. } = row;
         self.prompt_rows.push(PromptRow { token, logprob, rank, top });
         if self.prompt_rows.len() + 1 == self.request.prompt.len() {
             let rows = std::mem::take(&mut self.prompt_rows);
@@ -144,15 +174,24 @@ impl Live {
     }
 
     /// Records a drawn token and sends it; true when the request has ended.
-    pub(super) fn push_token(&mut self, model: &Model, row: Row) -> bool {
-        let Row { token, logprob, rank, top } = row;
+    ///
+    /// # Errors
+    /// When the weight of its powv cannot be read.
+    pub(super) fn push_token(&mut self, model: &Model, row: Row) -> Result<bool, LoadError> {
+        let Row { token, logprob, rank, top, proof } = row;
+        let powv = model.parameters.powv(self.prompt_sum, self.output_sum)?;
         self.output.push(token);
+        self.output_sum += u64::from(token);
         self.seen.push(&self.request.sampling, token);
         let (text, reason) = self.advance(model, token);
         let ended = reason.is_some();
+        let proof = self.chain.as_mut().zip(proof).and_then(|(chain, row)| {
+            let full = chain.push(token, row);
+            full.or_else(|| if ended { chain.close() } else { None })
+        });
         let finish = reason.map(|reason| self.finish(reason));
-        self.send(Event::Step(Step { token, text, logprob, rank, top, finish }));
-        ended
+        self.send(Event::Step(Step { token, text, logprob, rank, top, powv, proof, finish }));
+        Ok(ended)
     }
 
     /// The visible text that `token` adds, and the reason if it ends the output.
@@ -191,6 +230,7 @@ impl Live {
             prompt_tokens: self.request.prompt.len(),
             cached_tokens: self.cached_tokens,
             completion_tokens: self.output.len(),
+            digest: self.chain.as_ref().map(|c| *c.digest()),
         }
     }
 }
@@ -206,5 +246,6 @@ fn report(isa: Isa, row: &[f32], lse: &LogSumExp, token: u32, count: usize) -> R
         logprob: lse.logprob(row[token as usize]),
         rank: rank(row, token),
         top: top.collect(),
+        proof: None,
     }
 }

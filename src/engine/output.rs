@@ -1,5 +1,7 @@
 //! What a running request sends back.
 
+use crate::proof::codec::Hash;
+use crate::proof::commit::ChunkProof;
 use tokio::sync::mpsc;
 
 /// A token with its log-probability, for alternatives.
@@ -26,6 +28,10 @@ pub struct Step {
     pub rank: u32,
     /// The most probable tokens, as many as were asked for.
     pub top: Vec<TopLogprob>,
+    /// Targon's proof-of-weights value of this token.
+    pub powv: i64,
+    /// The proof of the chunk that this token closes, where proofs were asked for.
+    pub proof: Option<ChunkProof>,
     /// Set on the last token.
     pub finish: Option<Finish>,
 }
@@ -67,6 +73,20 @@ pub struct Finish {
     pub cached_tokens: usize,
     /// Generated tokens, a final end token included.
     pub completion_tokens: usize,
+    /// End of the digest chain, where proofs were asked for.
+    pub digest: Option<Hash>,
+}
+
+impl FinishReason {
+    /// The tag in what a hotkey signs.
+    pub fn tag(&self) -> u8 {
+        match self {
+            FinishReason::EndToken(_) => 1,
+            FinishReason::StopId(_) => 2,
+            FinishReason::StopString(_) => 3,
+            FinishReason::Length => 4,
+        }
+    }
 }
 
 /// The engine's own failure; never the caller's fault.

@@ -2,6 +2,8 @@
 //! again.
 
 use super::sampler::Sampling;
+use crate::proof::codec::Hash;
+use crate::proof::commit::{RequestTerms, RowProver};
 
 /// Stop strings of a request.
 pub const STOP_STRINGS_MAX: usize = 16;
@@ -70,6 +72,17 @@ pub struct Request {
     pub reads_cache: bool,
     /// Separates prefix caches of different owners.
     pub cache_salt: u64,
+    /// Prove the output's hidden rows.
+    pub proof: Option<ProofOptions>,
+}
+
+/// How an output is proved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ProofOptions {
+    /// Root of the digest chain.
+    pub root: Hash,
+    /// Computes what each row contributes.
+    pub prover: RowProver,
 }
 
 impl Request {
@@ -87,6 +100,36 @@ impl Request {
             skip_special_tokens: true,
             reads_cache: true,
             cache_salt: 0,
+            proof: None,
+        }
+    }
+
+    /// What of the request decides its output, for hashing; `seed` and `choice` are the API's.
+    pub fn terms(&self, seed: Option<i64>, choice: u32) -> RequestTerms {
+        let s = &self.sampling;
+        let mut logit_bias = s.logit_bias.clone();
+        logit_bias.sort_by_key(|(id, _)| *id);
+        let mut stop_ids = self.stop.ids.clone();
+        stop_ids.sort_unstable();
+        RequestTerms {
+            prompt: self.prompt.clone(),
+            floats: [
+                s.temperature,
+                s.top_p,
+                s.min_p,
+                s.repetition_penalty,
+                s.presence_penalty,
+                s.frequency_penalty,
+            ],
+            top_k: s.top_k as u32,
+            logit_bias,
+            seed,
+            choice,
+            max_tokens: self.max_tokens as u32,
+            min_tokens: self.min_tokens as u32,
+            ignore_eos: self.stop.ignore_eos,
+            stop_ids,
+            stop_strings: self.stop.strings.clone(),
         }
     }
 

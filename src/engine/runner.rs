@@ -1,6 +1,7 @@
 //! Executes a plan: one forward pass over its rows, then logits for the rows that count, in blocks
 //! small enough that no (rows, vocabulary) buffer of any size ever exists.
 
+use super::live::HiddenRow;
 use super::scheduler::Plan;
 use crate::models::decoder::{Decoder, Scratch};
 use crate::models::error::LoadError;
@@ -46,7 +47,7 @@ impl Runner {
         turn: &Turn<'_>,
         plan: &Plan,
         wants: impl Fn(usize, usize) -> bool,
-        reduce: impl Fn(RowAt, &mut [f32]) -> T + Sync,
+        reduce: impl Fn(RowAt, &mut [f32], HiddenRow<'_>) -> T + Sync,
     ) -> Result<Vec<(RowAt, T)>, LoadError> {
         let (mut ids, mut segments, mut chosen) = (Vec::new(), Vec::new(), Vec::new());
         for (index, slice) in plan.slices.iter().enumerate() {
@@ -67,7 +68,8 @@ impl Runner {
             let hidden = decoder.final_rows(turn, &rows, &self.scratch);
             decoder.logits(turn, &hidden, &mut self.logits);
             let reduced = reduce_rows(turn, decoder.spec.vocab, &mut self.logits, |i, row| {
-                reduce(block[i], row)
+                let hidden = HiddenRow { bits: hidden.bits(i), values: hidden.values(i) };
+                reduce(block[i], row, hidden)
             });
             results.extend(block.iter().copied().zip(reduced));
         }

@@ -4,6 +4,7 @@
 //! weights, and keeps the file mapped. A dense family is data for the one [`decoder`]; mixtures
 //! of experts have their own file. Nothing here knows about requests or scheduling.
 
+pub mod calibration;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
@@ -13,6 +14,8 @@ pub mod gguf;
 mod gguf_tokenizer;
 pub mod hub;
 pub mod moe;
+pub mod parameters;
+pub mod root;
 pub mod spec;
 pub mod tensor;
 pub mod tokenizer;
@@ -21,11 +24,16 @@ pub mod weights;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::ops::rope::Rope;
+use crate::proof::codec::Hash;
+use crate::proof::commit::{calibration_hash, model_hash};
+use crate::proof::residue::Calibration;
 use chat::ChatTemplate;
 use checkpoint::Checkpoint;
 use decoder::Decoder;
 use error::LoadError;
+use parameters::Parameters;
 use std::path::Path;
+use std::sync::Arc;
 use tokenizer::TextTokenizer;
 use weights::{Loader, choose_dtype};
 
@@ -41,6 +49,50 @@ pub struct Model {
     pub chat: Option<ChatTemplate>,
     /// Ids that end a generation.
     pub stop_ids: Vec<u32>,
+    /// The weights as vLLM lists them, for powv.
+    pub parameters: Parameters,
+}
+
+/// What proofs of a model are bound to.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Hash of the stored weights.
+    pub weights_root: Hash,
+    /// Whitening of its hidden rows.
+    pub calibration: Arc<Calibration>,
+    /// Hash of both and of the type they are computed in.
+    pub model_hash: Hash,
+}
+
+impl Identity {
+    /// The identity of a loaded model; root and calibration are computed at most once for a
+    /// checkpoint and remembered.
+    ///
+    /// # Errors
+    /// When a file cannot be read or the calibration pass fails.
+    pub fn of(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
+        let weights_root = root::weights_root(&model.checkpoint, pool)?;
+        let calibration = calibration::of_model(model, &weights_root, pool)?;
+        Ok(Self::new(model, weights_root, calibration))
+    }
+
+    /// The same, computed afresh, reading and writing nothing beside the checkpoint.
+    ///
+    /// # Errors
+    /// When the calibration pass fails.
+    pub fn compute(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
+        let (decoder, tokenizer) = (&model.decoder, &model.tokenizer);
+        let weights_root = root::compute(&model.checkpoint, pool);
+        let honest_error = calibration::HONEST_ERROR;
+        let (calibration, _) = calibration::compute(decoder, tokenizer, pool, honest_error)?;
+        Ok(Self::new(model, weights_root, calibration))
+    }
+
+    fn new(model: &Model, weights_root: Hash, calibration: Calibration) -> Self {
+        let dtype = model.decoder.dtype.to_string();
+        let model_hash = model_hash(&weights_root, &dtype, &calibration_hash(&calibration));
+        Self { weights_root, calibration: Arc::new(calibration), model_hash }
+    }
 }
 
 impl Model {
@@ -63,7 +115,8 @@ impl Model {
         let chat = ChatTemplate::load(&checkpoint, &tokenizer)?;
         let decoder = Decoder::load(&checkpoint, dtype, pool, progress)?;
         let stop_ids = tokenizer::stop_ids(&checkpoint);
-        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids })
+        let parameters = Parameters::new(&checkpoint, &decoder.spec, decoder.dtype)?;
+        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids, parameters })
     }
 }
 

@@ -33,6 +33,16 @@ impl Stored {
         }
     }
 
+    /// The name in files and hashes.
+    pub fn name(self) -> String {
+        match self {
+            Stored::F32 => "F32".into(),
+            Stored::F16 => "F16".into(),
+            Stored::Bf16 => "BF16".into(),
+            Stored::Quantised(dtype) => format!("{dtype:?}"),
+        }
+    }
+
     /// Bytes of `count` elements; `None` when they do not fill whole blocks or overflow.
     pub fn bytes(self, count: usize) -> Option<usize> {
         let (elements, bytes) = self.block();
@@ -139,6 +149,15 @@ impl Tensor {
         Ok(&self.bytes()[row * len..(row + 1) * len])
     }
 
+    /// One stored element, widened; of a quantised row only its block is read.
+    pub fn element(&self, row: usize, col: usize) -> Result<f32, LoadError> {
+        let (elements, bytes) = self.stored.block();
+        let at = col / elements * bytes;
+        let block = self.row_bytes(row)?.get(at..at + bytes);
+        let block = block.ok_or_else(|| self.error(format!("has no column {col}")))?;
+        Ok(self.widen(block)?[col % elements])
+    }
+
     fn widen(&self, bytes: &[u8]) -> Result<Vec<f32>, LoadError> {
         let pairs = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         Ok(match self.stored {
@@ -150,7 +169,7 @@ impl Tensor {
             Stored::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
             Stored::Quantised(dtype) => {
                 let blocks = dtype.from_data(Cow::Borrowed(bytes));
-                match blocks.dequantize(self.cols()) {
+                match blocks.dequantize(bytes.len() / dtype.type_size() * dtype.block_size()) {
                     Ok(candle_core::CpuStorage::F32(values)) => values,
                     Ok(_) => return Err(self.error("dequantised to something other than f32")),
                     Err(e) => return Err(self.error(e)),

@@ -29,6 +29,14 @@ impl Dtype {
         }
     }
 
+    /// The nearest value as f32, tiny ones included: what a checkpoint loader would hold.
+    pub fn nearest(self, x: f32) -> f32 {
+        match self {
+            Dtype::Bf16 => bf16::from_f32(x).to_f32(),
+            Dtype::F16 => f16::from_f32(x).to_f32(),
+        }
+    }
+
     /// The exact f32 of `bits`.
     #[inline(always)]
     pub fn widen(self, bits: u16) -> f32 {

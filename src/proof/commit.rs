@@ -149,7 +149,7 @@ pub enum RowData {
 }
 
 /// Computes what rows contribute; shared by all threads of a step.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct RowProver {
     scheme: Scheme,
     keys: RowKeys,

@@ -68,6 +68,12 @@ pub struct Calibration {
     pub shift: u8,
 }
 
+/// `round(log2(sqrt(x)))` from the exponent of x alone, so that every platform agrees.
+fn log2_of_root(x: f64) -> i32 {
+    let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
+    (exponent + 1).div_euclid(2)
+}
+
 /// What a calibration must satisfy.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CalibrationError {
@@ -123,14 +129,14 @@ impl Calibration {
             let column = || rows.iter().skip(c).step_by(channels).map(|x| f64::from(*x));
             let mean = column().sum::<f64>() / count;
             let variance = column().map(|x| (x - mean).powi(2)).sum::<f64>() / count;
-            let exponent = if variance > 0.0 { -variance.sqrt().log2().round() } else { 0.0 };
-            let exponent = exponent.clamp(-100.0, 100.0);
+            let exponent = if variance > 0.0 { -log2_of_root(variance) } else { 0 };
+            let exponent = exponent.clamp(-100, 100);
             exponents.push(exponent as i8);
-            let scaled = mean * (exponent + 8.0).exp2();
+            let scaled = mean * f64::from_bits(((1023 + exponent + 8) as u64) << 52);
             means.push(scaled.round().clamp(-32_767.0, 32_767.0) as i16);
         }
-        let spread = honest_error * 256.0 * (channels as f64).sqrt() / 6.0;
-        let shift = spread.log2().round().clamp(0.0, 20.0) as u8;
+        let spread = honest_error * 256.0 / 6.0;
+        let shift = log2_of_root(spread * spread * channels as f64).clamp(0, 20) as u8;
         Self { exponents, means, shift }
     }
 
@@ -323,6 +329,15 @@ mod tests {
         assert_ne!(base, sketch(&calibration, Profile::U8, 2, 5, &data[..96]));
         assert_ne!(base, sketch(&calibration, Profile::U8, 1, 6, &data[..96]));
         assert_ne!(base, sketch(&calibration, Profile::U8, 1, 5, &data[96..]));
+    }
+
+    #[test]
+    fn the_logarithm_of_a_root_is_rounded_exactly() {
+        for i in 1..4_000 {
+            let x = f64::from(i) * 0.0137;
+            assert_eq!(log2_of_root(x), x.sqrt().log2().round() as i32, "{x}");
+        }
+        assert_eq!((log2_of_root(0.49), log2_of_root(0.51), log2_of_root(1e-9)), (-1, 0, -15));
     }
 
     #[test]

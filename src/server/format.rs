@@ -1,12 +1,13 @@
 //! Tokens to the JSON of either endpoint: strings, bytes, offsets, reasons.
 
+use super::proof::{ProofHead, chunk};
 use super::translate::Report;
 use crate::engine::output::{FinishReason, Step, TopLogprob};
 use crate::models::tokenizer::TextTokenizer;
 use crate::wire::openai::json_logprob;
 use crate::wire::openai::response::{
-    ChatChunkChoice, ChatLogprob, ChatLogprobs, CompletionChoice, CompletionLogprobs, Delta,
-    TokenLogprob,
+    ChatChoice, ChatChunkChoice, ChatLogprob, ChatLogprobs, ChatMessage, CompletionChoice,
+    CompletionLogprobs, Delta, Extras, Proofs, TokenLogprob,
 };
 use serde_json::{Map, Value};
 
@@ -14,14 +15,20 @@ use serde_json::{Map, Value};
 pub struct Formatter<'a> {
     tokenizer: &'a TextTokenizer,
     report: Report,
+    proof: Option<&'a ProofHead>,
     index: usize,
     text_offset: usize,
 }
 
 impl<'a> Formatter<'a> {
-    /// For choice `index`.
-    pub fn new(tokenizer: &'a TextTokenizer, report: Report, index: usize) -> Self {
-        Self { tokenizer, report, index, text_offset: 0 }
+    /// For choice `index`, proved as `proof` says.
+    pub fn new(
+        tokenizer: &'a TextTokenizer,
+        report: Report,
+        proof: Option<&'a ProofHead>,
+        index: usize,
+    ) -> Self {
+        Self { tokenizer, report, proof, index, text_offset: 0 }
     }
 
     /// Continues at `text_offset` (a formatter is rebuilt for every chunk of a stream).
@@ -45,7 +52,45 @@ impl<'a> Formatter<'a> {
             logprobs,
             finish_reason: reason.map(finish_word),
             stop_reason: reason.and_then(stop_reason),
-            token_ids: self.report.token_ids.then(|| vec![step.token]),
+            extras: self.stream_extras(step),
+        }
+    }
+
+    /// A whole chat choice.
+    pub fn chat_choice(&self, steps: &[Step], reason: &FinishReason) -> ChatChoice {
+        let content = || steps.iter().map(|s| self.chat_logprob(s)).collect();
+        ChatChoice {
+            index: self.index,
+            message: ChatMessage {
+                role: "assistant",
+                content: steps.iter().map(|s| s.text.as_str()).collect(),
+            },
+            logprobs: self.report.logprobs.map(|_| ChatLogprobs { content: content() }),
+            finish_reason: finish_word(reason),
+            stop_reason: stop_reason(reason),
+            extras: self.whole_extras(steps),
+        }
+    }
+
+    /// One token's powv, id and proof.
+    fn stream_extras(&self, step: &Step) -> Extras {
+        Extras {
+            powv: Some(step.powv),
+            token_ids: Some(vec![step.token]),
+            proof: step.proof.as_ref().map(|p| Proofs::One(chunk(p))),
+            proof_end: step.finish.as_ref().zip(self.proof).map(|(f, head)| head.end(f)),
+        }
+    }
+
+    /// Ids where asked for, and all proofs.
+    fn whole_extras(&self, steps: &[Step]) -> Extras {
+        let chunks = || steps.iter().filter_map(|s| s.proof.as_ref().map(chunk)).collect();
+        let finish = steps.last().and_then(|s| s.finish.as_ref());
+        Extras {
+            powv: None,
+            token_ids: self.report.token_ids.then(|| steps.iter().map(|s| s.token).collect()),
+            proof: self.proof.map(|_| Proofs::All(chunks())),
+            proof_end: finish.zip(self.proof).map(|(f, head)| head.end(f)),
         }
     }
 
@@ -57,7 +102,7 @@ impl<'a> Formatter<'a> {
             logprobs: None,
             finish_reason: None,
             stop_reason: None,
-            token_ids: None,
+            extras: Extras::default(),
         }
     }
 
@@ -72,21 +117,26 @@ impl<'a> Formatter<'a> {
         ChatLogprob { token: entry(step.token, step.logprob), top_logprobs: top }
     }
 
-    /// A completion: one chunk of a stream, or all of it.
+    /// One chunk of a completion stream.
+    pub fn completion_chunk(&mut self, step: &Step) -> CompletionChoice {
+        let extras = self.stream_extras(step);
+        CompletionChoice { extras, ..self.completion(std::slice::from_ref(step)) }
+    }
+
+    /// A whole completion.
     pub fn completion(&mut self, steps: &[Step]) -> CompletionChoice {
         let reason = steps.last().and_then(|s| s.finish.as_ref()).map(|f| &f.reason);
         let logprobs = self.report.logprobs.map(|_| self.completion_logprobs(steps));
         if logprobs.is_none() {
             self.text_offset += steps.iter().map(|s| s.text.chars().count()).sum::<usize>();
         }
-        let ids = || steps.iter().map(|s| s.token).collect();
         CompletionChoice {
             index: self.index,
             text: steps.iter().map(|s| s.text.as_str()).collect(),
             logprobs,
             finish_reason: reason.map(finish_word),
             stop_reason: reason.and_then(stop_reason),
-            token_ids: self.report.token_ids.then(ids),
+            extras: self.whole_extras(steps),
             prompt_token_ids: None,
         }
     }

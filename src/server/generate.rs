@@ -4,6 +4,7 @@
 
 use super::error::ApiError;
 use super::format::Formatter;
+use super::proof::{ProofHead, Prover};
 use super::registry::Routed;
 use super::state::{InFlight, ServerState};
 use super::translate::Report;
@@ -11,7 +12,7 @@ use crate::engine::Engine;
 use crate::engine::output::{Event, Finish, Generation, Step};
 use crate::engine::request::Request;
 use crate::wire::openai::Usage;
-use crate::wire::openai::response::{ChatChoice, ChatLogprobs, ChatMessage, Response as Body};
+use crate::wire::openai::response::Response as Body;
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::sse::{Event as Frame, Sse};
@@ -45,6 +46,8 @@ pub struct Job {
     pub n: usize,
     /// How the response is written.
     pub report: Report,
+    /// How its choices are proved.
+    pub prover: Option<Prover>,
     /// Whether chunks are sent as they come.
     pub stream: bool,
 }
@@ -57,6 +60,11 @@ pub async fn run(state: &ServerState, job: Job) -> Result<Response, ApiError> {
     let in_flight = state.begin()?;
     let engine = job.routed.served.engine.clone();
     let prompts = PromptUsage::of(&job);
+    let proofs = job.requests.iter().map(|request| {
+        let prover = job.prover.as_ref()?;
+        Some(prover.head(request.proof.as_ref()?, &job.routed.served.identity))
+    });
+    let proofs = proofs.collect();
     let generations = job
         .requests
         .into_iter()
@@ -69,6 +77,7 @@ pub async fn run(state: &ServerState, job: Job) -> Result<Response, ApiError> {
         model: job.routed.name,
         fingerprint: job.routed.served.fingerprint,
         report: job.report,
+        proofs,
     };
     let abort = state.abort_token();
     if job.stream {
@@ -97,9 +106,15 @@ struct Head {
     model: String,
     fingerprint: String,
     report: Report,
+    proofs: Vec<Option<ProofHead>>, // by choice
 }
 
 impl Head {
+    fn formatter<'a>(&'a self, engine: &'a Engine, index: usize) -> Formatter<'a> {
+        let proof = self.proofs[index].as_ref();
+        Formatter::new(&engine.model().tokenizer, self.report, proof, index)
+    }
+
     fn body<C>(&self, object: &'static str, choices: Vec<C>, usage: Option<Usage>) -> Body<C> {
         Body {
             id: self.id.clone(),
@@ -171,13 +186,12 @@ fn respond(
         results.iter().enumerate().map(cached).sum(),
         results.iter().map(|(_, f)| f.completion_tokens).sum(),
     );
-    let tokenizer = &engine.model().tokenizer;
-    let formatter = |index| Formatter::new(tokenizer, head.report, index);
+    let formatter = |index| head.formatter(engine, index);
     let choices = results.iter().enumerate();
     Ok(match head.endpoint {
         Endpoint::Chat => {
             let choices =
-                choices.map(|(i, (steps, end))| chat_choice(&formatter(i), i, steps, end));
+                choices.map(|(i, (steps, end))| formatter(i).chat_choice(steps, &end.reason));
             Json(head.body("chat.completion", choices.collect(), Some(usage))).into_response()
         }
         Endpoint::Completion => {
@@ -185,29 +199,6 @@ fn respond(
             Json(head.body("text_completion", choices.collect(), Some(usage))).into_response()
         }
     })
-}
-
-fn chat_choice(
-    formatter: &Formatter<'_>,
-    index: usize,
-    steps: &[Step],
-    end: &Finish,
-) -> ChatChoice {
-    let chunks: Vec<_> = steps.iter().map(|s| formatter.chat_chunk(s)).collect();
-    let has_logprobs = chunks.iter().any(|c| c.logprobs.is_some());
-    let content = || steps.iter().map(|s| formatter.chat_logprob(s)).collect();
-    let has_ids = chunks.iter().any(|c| c.token_ids.is_some());
-    ChatChoice {
-        index,
-        message: ChatMessage {
-            role: "assistant",
-            content: steps.iter().map(|s| s.text.as_str()).collect(),
-        },
-        logprobs: has_logprobs.then(|| ChatLogprobs { content: content() }),
-        finish_reason: super::format::finish_word(&end.reason),
-        stop_reason: super::format::stop_reason(&end.reason),
-        token_ids: has_ids.then(|| steps.iter().map(|s| s.token).collect()),
-    }
 }
 
 /// Turns events into frames.
@@ -274,8 +265,7 @@ impl Streaming {
     }
 
     fn formatter(&self, index: usize) -> Formatter<'_> {
-        let tokenizer = &self.writer.engine.model().tokenizer;
-        Formatter::new(tokenizer, self.writer.head.report, index).at(self.offsets[index])
+        self.writer.head.formatter(&self.writer.engine, index).at(self.offsets[index])
     }
 
     async fn next_frame(&mut self) -> Option<String> {
@@ -322,7 +312,7 @@ impl Streaming {
             }
             Endpoint::Completion => {
                 let mut formatter = self.formatter(index);
-                let choice = formatter.completion(std::slice::from_ref(step));
+                let choice = formatter.completion_chunk(step);
                 self.offsets[index] = formatter.text_offset();
                 self.push("text_completion", vec![choice], usage);
             }

@@ -2,7 +2,8 @@
 
 use super::error::{ApiError, echo};
 use super::generate::{Endpoint, Job, run};
-use super::registry::{Entry, Routed, State as ModelState};
+use super::proof::Prover;
+use super::registry::{Entry, Routed, Served, State as ModelState};
 use super::state::ServerState;
 use super::translate::{
     COMPLETION_TOKENS_DEFAULT, ids, refuse_unsupported, report, requests, whole,
@@ -38,15 +39,18 @@ pub async fn chat(
         Some(max) => Some(max),
         None => whole("max_tokens", request.common.max_tokens, 1)?,
     };
-    let engine = &routed.served.engine;
-    let prompt = chat_prompt(engine.model(), &request)?;
-    let requests = requests(engine, &request.common, vec![prompt], max_tokens, &report)?;
+    let served = &routed.served;
+    let prover = prover(&state, served, &request.common)?;
+    let prompts = vec![chat_prompt(served.engine.model(), &request)?];
+    let requests =
+        requests(served, prover.as_ref(), &request.common, prompts, max_tokens, &report)?;
     let job = Job {
         endpoint: Endpoint::Chat,
         n: requests.len(),
         requests,
         routed,
         report,
+        prover,
         stream: request.common.stream.unwrap_or(false),
     };
     run(&state, job).await
@@ -68,16 +72,19 @@ pub async fn completions(
     let report = report(&request.common, None, state.defaults())?;
     let max_tokens = whole("max_tokens", request.common.max_tokens, 1)?;
     let max_tokens = max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT);
-    let engine = &routed.served.engine;
-    let prompts = completion_prompts(engine.model(), &request.prompt)?;
-    let count = prompts.len();
-    let requests = requests(engine, &request.common, prompts, Some(max_tokens), &report)?;
+    let served = &routed.served;
+    let prover = prover(&state, served, &request.common)?;
+    let prompts = completion_prompts(served.engine.model(), &request.prompt)?;
+    let (count, max_tokens) = (prompts.len(), Some(max_tokens));
+    let requests =
+        requests(served, prover.as_ref(), &request.common, prompts, max_tokens, &report)?;
     let job = Job {
         endpoint: Endpoint::Completion,
         n: requests.len() / count,
         requests,
         routed,
         report,
+        prover,
         stream: request.common.stream.unwrap_or(false),
     };
     run(&state, job).await
@@ -111,6 +118,16 @@ fn admit(state: &ServerState, headers: &HeaderMap, common: &Common) -> Result<Ro
     refuse_unsupported(&common.unknown)?;
     state.note_unknown(&common.unknown);
     Ok(routed)
+}
+
+/// What proves the request's choices, where it asks for that.
+fn prover(
+    state: &ServerState,
+    served: &Served,
+    common: &Common,
+) -> Result<Option<Prover>, ApiError> {
+    let dtype = served.engine.model().decoder.dtype;
+    common.proof.as_ref().map(|p| Prover::new(p, dtype, state.signer())).transpose()
 }
 
 /// A JSON body, with errors that name the field.

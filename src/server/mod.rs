@@ -8,6 +8,7 @@ pub mod error;
 pub mod format;
 pub mod generate;
 pub mod handlers;
+pub mod proof;
 pub mod registry;
 pub mod state;
 pub mod translate;

@@ -2,6 +2,7 @@
 
 use super::error::ApiError;
 use crate::engine::Engine;
+use crate::models::Identity;
 use parking_lot::RwLock;
 use std::sync::Arc;
 
@@ -34,6 +35,8 @@ pub struct Served {
     pub engine: Engine,
     /// Version, weights and kernels in one word.
     pub fingerprint: String,
+    /// What its proofs are bound to.
+    pub identity: Arc<Identity>,
 }
 
 impl State {

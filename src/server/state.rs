@@ -3,6 +3,7 @@
 use super::error::ApiError;
 use super::registry::Registry;
 use super::translate::Defaults;
+use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
@@ -26,6 +27,7 @@ struct Inner {
     in_flight: AtomicUsize,
     abort: CancellationToken,
     unknown_fields: Mutex<BTreeMap<String, u64>>,
+    signer: Option<Arc<Keypair>>,
 }
 
 impl ServerState {
@@ -39,7 +41,21 @@ impl ServerState {
             in_flight: AtomicUsize::new(0),
             abort: CancellationToken::new(),
             unknown_fields: Mutex::new(BTreeMap::new()),
+            signer: None,
         }))
+    }
+
+    /// The same server signing its proofs; before it is shared.
+    pub fn signed_by(self, signer: Keypair) -> Self {
+        let Ok(inner) = Arc::try_unwrap(self.0) else {
+            unreachable!("a signer is set before the state is shared")
+        };
+        Self(Arc::new(Inner { signer: Some(Arc::new(signer)), ..inner }))
+    }
+
+    /// The key that signs proofs.
+    pub fn signer(&self) -> Option<Arc<Keypair>> {
+        self.0.signer.clone()
     }
 
     /// The models.

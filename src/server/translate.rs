@@ -1,7 +1,8 @@
 //! API fields to engine requests: defaults, bounds, and what is refused by name.
 
 use super::error::{ApiError, echo};
-use crate::engine::Engine;
+use super::proof::Prover;
+use super::registry::Served;
 use crate::engine::request::{LogprobMode, Request, StopRules};
 use crate::engine::sampler::Sampling;
 use crate::proof::seed::noise_key;
@@ -14,7 +15,7 @@ const CHOICES_MAX: usize = 128;
 pub const COMPLETION_TOKENS_DEFAULT: usize = 16;
 
 /// Fields that would change the output and are not built: refused, never ignored.
-const NOT_BUILT: [&str; 17] = [
+const NOT_BUILT: [&str; 16] = [
     "response_format",
     "tools",
     "tool_choice",
@@ -31,7 +32,6 @@ const NOT_BUILT: [&str; 17] = [
     "allowed_token_ids",
     "truncate_prompt_tokens",
     "use_beam_search",
-    "proof",
 ];
 
 /// How responses are written, beyond the tokens themselves.
@@ -127,12 +127,14 @@ pub fn report(common: &Common, top: Option<i64>, defaults: Defaults) -> Result<R
 /// The engine requests of one API request: `n` for each prompt, choices of a prompt side by side.
 /// `max_tokens` is the endpoint's own reading of that field; without it the context is the limit.
 pub fn requests(
-    engine: &Engine,
+    served: &Served,
+    prover: Option<&Prover>,
     common: &Common,
     prompts: Vec<Vec<u32>>,
     max_tokens: Option<usize>,
     report: &Report,
 ) -> Result<Vec<Request>, ApiError> {
+    let engine = &served.engine;
     let n = whole("n", common.n, 1)?.unwrap_or(1);
     let choices = n.saturating_mul(prompts.len());
     if choices > CHOICES_MAX {
@@ -165,7 +167,7 @@ pub fn requests(
         for _ in 0..n {
             let choice = requests.len() as u32;
             let noise_key = common.seed.map_or_else(random_key, |seed| noise_key(seed, choice));
-            let request = Request {
+            let mut request = Request {
                 prompt: prompt.clone(),
                 sampling: Sampling { noise_key, ..sampling.clone() },
                 stop: stop.clone(),
@@ -177,7 +179,11 @@ pub fn requests(
                 skip_special_tokens: common.skip_special_tokens.unwrap_or(true),
                 reads_cache: true,
                 cache_salt: 0,
+                proof: None,
             };
+            if let Some(prover) = prover {
+                prover.bind(&mut request, &served.identity, common.seed, choice);
+            }
             request.validate(engine.model().decoder.spec.vocab)?;
             requests.push(request);
         }

@@ -7,11 +7,13 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::models::Model;
+use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
+use targon_engine::server::registry::Served;
 
 /// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
 pub fn smollm2() -> PathBuf {
@@ -159,6 +161,13 @@ pub fn options() -> Options {
         waiting_max: 64,
         step_tokens_max: 512,
     }
+}
+
+/// An engine as a server holds it.
+pub fn served(engine: &Engine) -> Served {
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    let identity = Arc::new(Identity::compute(engine.model(), &pool).unwrap());
+    Served { engine: engine.clone(), fingerprint: "fp".into(), identity }
 }
 
 /// An engine over the tiny model.

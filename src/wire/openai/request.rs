@@ -92,6 +92,8 @@ pub struct Common {
     pub return_tokens_as_token_ids: Option<bool>,
     /// Add integer ids to choices.
     pub return_token_ids: Option<bool>,
+    /// Prove the output's hidden rows.
+    pub proof: Option<ProofRequest>,
     /// Who asks; not used.
     pub user: Option<Value>,
     /// Everything else.
@@ -106,6 +108,17 @@ pub enum Logprobs {
     Flag(bool),
     /// How many alternatives.
     Count(i64),
+}
+
+/// The `proof` field.
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct ProofRequest {
+    /// Name of the scheme.
+    pub scheme: String,
+    /// 32 bytes in hexadecimal, chosen by whoever verifies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<String>,
 }
 
 /// Options of a stream.

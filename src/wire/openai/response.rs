@@ -1,6 +1,6 @@
 //! Response bodies and stream chunks.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// Token counts.
@@ -33,6 +33,65 @@ impl Usage {
 pub struct PromptTokensDetails {
     /// Tokens found in the prefix cache.
     pub cached_tokens: usize,
+}
+
+/// The proof of one chunk of output rows.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct ProofChunk {
+    /// Its number.
+    pub index: u32,
+    /// Base 64.
+    pub data: String,
+    /// The chain up to and including it, in hexadecimal.
+    pub digest: String,
+}
+
+/// The end of a proof.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct ProofEnd {
+    /// Name of the scheme.
+    pub scheme: String,
+    /// The nonce that was used.
+    pub nonce: String,
+    /// Hash of the model: weights, type and calibration.
+    pub model: String,
+    /// Root of the chain.
+    pub root: String,
+    /// Tokens of the output.
+    pub tokens: usize,
+    /// The hotkey that signs, as its address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotkey: Option<String>,
+    /// Its signature over the end of the chain, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<String>,
+}
+
+/// One chunk's proof in a stream, all of them in a whole response.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+#[serde(untagged)]
+pub enum Proofs {
+    /// The chunk that this token closes.
+    One(ProofChunk),
+    /// All chunks.
+    All(Vec<ProofChunk>),
+}
+
+/// What Targon adds to a choice; absent fields are left out.
+#[derive(Clone, Serialize, Default, PartialEq, Eq, Debug)]
+pub struct Extras {
+    /// Proof-of-weights value of a streamed token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub powv: Option<i64>,
+    /// Token ids.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// Proofs of hidden rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proof: Option<Proofs>,
+    /// End of the proof.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proof_end: Option<ProofEnd>,
 }
 
 /// A response or one chunk of a stream.
@@ -71,9 +130,9 @@ pub struct ChatChoice {
     pub finish_reason: &'static str,
     /// The stop string or id that matched.
     pub stop_reason: Option<Value>,
-    /// Token ids, where asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_ids: Option<Vec<u32>>,
+    /// Targon's fields.
+    #[serde(flatten)]
+    pub extras: Extras,
 }
 
 /// An assistant's message.
@@ -99,9 +158,9 @@ pub struct ChatChunkChoice {
     /// The stop string or id that matched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<Value>,
-    /// Ids of this chunk.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_ids: Option<Vec<u32>>,
+    /// Targon's fields.
+    #[serde(flatten)]
+    pub extras: Extras,
 }
 
 /// New text of a chat stream.
@@ -155,9 +214,9 @@ pub struct CompletionChoice {
     pub finish_reason: Option<&'static str>,
     /// The stop string or id that matched.
     pub stop_reason: Option<Value>,
-    /// Token ids, where asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_ids: Option<Vec<u32>>,
+    /// Targon's fields.
+    #[serde(flatten)]
+    pub extras: Extras,
     /// Ids of the prompt, where asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,

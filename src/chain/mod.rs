@@ -1,0 +1,3 @@
+//! The Bittensor chain: keys and addresses.
+
+pub mod keys;
