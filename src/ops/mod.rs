@@ -12,6 +12,8 @@
 
 pub mod attention;
 pub mod buffer;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dtype;
 pub mod lanes;
 pub mod logits;
