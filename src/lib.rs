@@ -17,7 +17,7 @@
 //! | 3 | [`server`] | a surface over a running engine |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`clock`] | leaves |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] | leaves |
 //!
 //! # Invariants
 //!

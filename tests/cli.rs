@@ -55,7 +55,8 @@ impl Server {
 
     fn post(&self, path: &str, body: &str) -> (u16, String) {
         self.send(&format!(
-            "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             content-length: {}\r\n\r\n{body}",
             body.len()
         ))
     }

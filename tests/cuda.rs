@@ -10,7 +10,7 @@ use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::sys;
 use candle_core::{DType, Device, Tensor};
 use common::Noise;
-use targon_engine::ops::cuda::{ReduceLogits, SketchEntry, SketchRows};
+use targon_engine::models::cuda::{ReduceLogits, SketchEntry, SketchRows};
 use targon_engine::proof::residue::{Calibration, Profile};
 
 fn device() -> Device {

@@ -274,77 +274,45 @@ fn golden(family: &str) -> Checkpoint {
 }
 
 /// Parameters of one layer, as vLLM registers them.
-fn layer_names(family: &str) -> &'static [&'static str] {
-    let llama: &[&str] = &[
-        "self_attn.qkv_proj.weight",
-        "self_attn.o_proj.weight",
-        "mlp.gate_up_proj.weight",
-        "mlp.down_proj.weight",
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-    ];
-    match family {
+fn layer_names(family: &str) -> Vec<&'static str> {
+    const ATTENTION: &[&str] = &["self_attn.qkv_proj.weight", "self_attn.o_proj.weight"];
+    const MLP: &[&str] = &["mlp.gate_up_proj.weight", "mlp.down_proj.weight"];
+    const NORMS: &[&str] = &["input_layernorm.weight", "post_attention_layernorm.weight"];
+    const QK_NORMS: &[&str] = &["self_attn.q_norm.weight", "self_attn.k_norm.weight"];
+    let parts: &[&[&str]] = match family {
         "llama-linear" => &[
-            "self_attn.qkv_proj.weight",
-            "self_attn.qkv_proj.bias",
-            "self_attn.o_proj.weight",
-            "self_attn.o_proj.bias",
-            "mlp.gate_up_proj.weight",
-            "mlp.down_proj.weight",
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
+            &["self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias"],
+            &["self_attn.o_proj.weight", "self_attn.o_proj.bias"],
+            MLP,
+            NORMS,
         ],
         "qwen2" => &[
-            "self_attn.qkv_proj.weight",
-            "self_attn.qkv_proj.bias",
-            "self_attn.o_proj.weight",
-            "mlp.gate_up_proj.weight",
-            "mlp.down_proj.weight",
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
+            &["self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias", "self_attn.o_proj.weight"],
+            MLP,
+            NORMS,
         ],
-        "qwen3" => &[
-            "self_attn.qkv_proj.weight",
-            "self_attn.o_proj.weight",
-            "self_attn.q_norm.weight",
-            "self_attn.k_norm.weight",
-            "mlp.gate_up_proj.weight",
-            "mlp.down_proj.weight",
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
-        ],
+        "qwen3" => &[ATTENTION, QK_NORMS, MLP, NORMS],
         "gemma2" => &[
-            "self_attn.qkv_proj.weight",
-            "self_attn.o_proj.weight",
-            "mlp.gate_up_proj.weight",
-            "mlp.down_proj.weight",
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
-            "pre_feedforward_layernorm.weight",
-            "post_feedforward_layernorm.weight",
+            ATTENTION,
+            MLP,
+            NORMS,
+            &["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"],
         ],
         "mixtral" => &[
-            "self_attn.qkv_proj.weight",
-            "self_attn.o_proj.weight",
-            "block_sparse_moe.gate.weight",
-            "block_sparse_moe.experts.w13_weight",
-            "block_sparse_moe.experts.w2_weight",
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
+            ATTENTION,
+            &["block_sparse_moe.gate.weight"],
+            &["block_sparse_moe.experts.w13_weight", "block_sparse_moe.experts.w2_weight"],
+            NORMS,
         ],
         "qwen3_moe" => &[
-            "self_attn.qkv_proj.weight",
-            "self_attn.o_proj.weight",
-            "self_attn.q_norm.weight",
-            "self_attn.k_norm.weight",
-            "mlp.experts.w13_weight",
-            "mlp.experts.w2_weight",
-            "mlp.gate.weight",
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
+            ATTENTION,
+            QK_NORMS,
+            &["mlp.experts.w13_weight", "mlp.experts.w2_weight", "mlp.gate.weight"],
+            NORMS,
         ],
-        _ => llama,
-    }
+        _ => &[ATTENTION, MLP, NORMS],
+    };
+    parts.concat()
 }
 
 /// One parameter, fused and padded by brute force: its rows.

@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.
 
+mod calibrate;
 mod fetch;
 mod load;
 mod logging;
@@ -33,6 +34,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Say what memory the models will need, without loading them.
     Plan(plan::PlanArgs),
+    /// Compute the whitening that a model's proofs need, and store it.
+    Calibrate(calibrate::CalibrateArgs),
     /// Download a model from the Hugging Face Hub and print where it is.
     Fetch(fetch::FetchArgs),
 }
@@ -89,6 +92,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(args) => serve::run(args),
         Command::Plan(args) => plan::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Fetch(args) => fetch::run(&args),
     }
 }

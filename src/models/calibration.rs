@@ -17,7 +17,7 @@ use crate::proof::residue::Calibration;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// The text, by paragraphs; about two thousand tokens of prose, code, numbers and dialogue.
+/// The text, by paragraphs; about 1,300 tokens of prose, code, numbers and dialogue.
 const TEXT: &str = include_str!("calibration.txt");
 /// Tokens of one piece.
 const PIECE_TOKENS_MAX: usize = 256;
@@ -118,7 +118,8 @@ pub fn beside(checkpoint: &Path) -> PathBuf {
     checkpoint.with_extension("targon-calibration.json")
 }
 
-fn in_cache(root: &Hash, dtype: Dtype) -> PathBuf {
+/// The file in the cache.
+pub fn in_cache(root: &Hash, dtype: Dtype) -> PathBuf {
     cache_dir().join("calibration").join(format!("{}-{dtype}.json", to_hex(&root[..16])))
 }
 

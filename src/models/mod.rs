@@ -8,6 +8,8 @@ pub mod calibration;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
 pub mod error;
 pub mod gguf;

@@ -12,8 +12,6 @@
 
 pub mod attention;
 pub mod buffer;
-#[cfg(feature = "cuda")]
-pub mod cuda;
 pub mod dtype;
 pub mod lanes;
 pub mod logits;

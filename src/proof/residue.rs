@@ -1,16 +1,16 @@
 //! The residue sketch: a few bits of random projections of a hidden row, and an exact hash of it.
 //!
-//! Channels are whitened with integers ([`Calibration`]), projected on signs drawn from the request's
-//! key and the row's position, and of each projection only the residue is sent: a verifier who has
-//! nearly the same row knows the rest, and everybody else sees uniform noise. All arithmetic after
-//! the first rounding is integer, so the order of additions does not matter and CPU and GPU agree
-//! bit for bit.
+//! Channels are whitened with integers ([`Calibration`]), projected on signs drawn from the key of
+//! the request and the row's position, and of each projection only the residue is sent: a verifier
+//! who has nearly the same row knows the rest, and everybody else sees uniform noise. All
+//! arithmetic after the first rounding is integer, so the order of additions does not matter and
+//! CPU and GPU agree bit for bit.
 
 use super::philox::philox;
 
 /// Bytes of a row's sketch, in either profile.
 pub const SKETCH_BYTES: usize = 4;
-/// Third and fourth counter word of the sign noise: which half of eight projections, and the domain.
+/// Third and fourth counter word of the sign noise: which half of the projections, and the domain.
 const DOMAIN: u32 = 0x7369_676e;
 /// Multiplies the position in the exact hash.
 const POSITION_STEP: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -156,7 +156,7 @@ impl Calibration {
     }
 }
 
-/// The sketch of one row: residues in order, two of four bits to a byte (the first in the low half).
+/// The sketch of one row: residues in order, two of four bits to a byte (the first one low).
 pub type Sketch = [u8; SKETCH_BYTES];
 
 /// Sketches the row at absolute position `position`; `values` are its exact f32 values.

@@ -67,7 +67,7 @@ pub enum DecodeError {
     },
 }
 
-/// Indices of the `k` largest magnitudes of bf16 patterns, largest first, lowest index among equals.
+/// Indices of the `k` largest magnitudes of bf16 patterns: largest first, then lowest index.
 fn top(activations: &[u16], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..activations.len() as u32).collect();
     let key = |i: &u32| (std::cmp::Reverse(activations[*i as usize] & 0x7fff), *i);
