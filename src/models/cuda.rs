@@ -5,8 +5,8 @@
 //! Rust code that the kernel is the twin of. The launch path has run on a driver that executes the
 //! kernels on the CPU (`scripts/cuda-check`); it has never run on a card.
 
-use super::lanes::Isa;
-use super::logits::{LogSumExp, rank, top_k};
+use crate::ops::lanes::Isa;
+use crate::ops::logits::{LogSumExp, rank, top_k};
 use crate::proof::residue::{Calibration, Profile, exact_hash, sketch};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::WrapErr;
