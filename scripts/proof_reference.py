@@ -76,10 +76,10 @@ def exact(key, position, row):
 
 
 def main():
-    floats = struct.pack("<6f", 0.8, 1, 0, 1, 0, 0)
+    floats = struct.pack("<7f", 0.8, 1, 0, 0, 1, 0, 0)
     request = named("targon-engine/request/1", ids([1, 2, 3]), floats, u32(0), u32(0), b"\1",
                     struct.pack("<q", 42), u32(0), u32(64), u32(0), b"\0", ids([]), u32(1),
-                    listed(b"END"))
+                    listed(b"END"), b"\0")
     calibration = named("targon-engine/calibration/1", u32(CHANNELS), bytes([SHIFT]),
                         struct.pack("<40b", *EXPONENTS), struct.pack("<40h", *MEANS))
     model = named("targon-engine/model/1", b"\1" * 32, listed(b"bf16"), b"\2" * 32)

@@ -4,89 +4,18 @@
 
 mod common;
 
-use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
+use common::site::{
+    CHAT, COMPLETION, Site, call, chat, completion, get, post, post_raw, site, stream,
+};
 use serde_json::{Value, json};
 use std::time::Duration;
-use targon_engine::clock::Clock;
-use targon_engine::engine::{Engine, Options};
-use targon_engine::server::registry::{Registry, State};
-use targon_engine::server::state::ServerState;
-use targon_engine::server::translate::Defaults;
-use targon_engine::server::{BODY_BYTES_MAX, router, serve};
+use targon_engine::engine::Options;
+use targon_engine::server::{BODY_BYTES_MAX, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
-
-struct Site {
-    engine: Engine,
-    state: ServerState,
-    app: Router,
-}
-
-/// A server with the ready model `tiny`, and `slow` and `broken`, which are not.
-fn site(options: Options) -> Site {
-    let engine = common::tiny_engine(3, options);
-    let registry = Registry::default();
-    registry.announce(["tiny", "slow", "broken"].map(String::from));
-    let served = Box::new(common::served(&engine));
-    registry.set("tiny", Some("abc".into()), State::Ready(served));
-    registry.set("broken", None, State::Failed("no such file".into()));
-    let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
-    Site { engine, app: router(state.clone()), state }
-}
-
-async fn call(app: &Router, request: Request<Body>) -> (StatusCode, String) {
-    let response = app.clone().oneshot(request).await.unwrap();
-    let status = response.status();
-    let bytes = axum::body::to_bytes(response.into_body(), 64 << 20).await.unwrap();
-    (status, String::from_utf8(bytes.to_vec()).unwrap())
-}
-
-async fn get(app: &Router, path: &str) -> (StatusCode, Value) {
-    let (status, text) = call(app, Request::get(path).body(Body::empty()).unwrap()).await;
-    (status, serde_json::from_str(&text).unwrap())
-}
-
-async fn post_raw(app: &Router, path: &str, body: impl Into<Body>) -> (StatusCode, String) {
-    call(app, Request::post(path).body(body.into()).unwrap()).await
-}
-
-async fn post(app: &Router, path: &str, body: Value) -> (StatusCode, Value) {
-    let (status, text) = post_raw(app, path, body.to_string()).await;
-    (status, serde_json::from_str(&text).unwrap())
-}
-
-/// The frames of a stream, `[DONE]` checked and left out.
-async fn stream(app: &Router, path: &str, body: Value) -> Vec<Value> {
-    let (status, text) = post_raw(app, path, body.to_string()).await;
-    assert_eq!(status, StatusCode::OK, "{text}");
-    let mut frames: Vec<&str> =
-        text.split("\n\n").filter(|f| !f.is_empty()).map(|f| &f["data: ".len()..]).collect();
-    assert_eq!(frames.pop(), Some("[DONE]"));
-    frames.into_iter().map(|f| serde_json::from_str(f).unwrap()).collect()
-}
-
-const CHAT: &str = "/v1/chat/completions";
-const COMPLETION: &str = "/v1/completions";
-
-fn chat(extra: Value) -> Value {
-    let mut body = json!({
-        "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12,
-        "seed": 4, "ignore_eos": true,
-    });
-    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-    body
-}
-
-fn completion(extra: Value) -> Value {
-    let mut body = json!({
-        "model": "tiny", "prompt": "hello", "max_tokens": 12, "seed": 4, "ignore_eos": true,
-    });
-    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-    body
-}
 
 #[tokio::test]
 async fn a_chat_stream_has_one_chunk_for_each_token_and_equals_the_whole_response() {
@@ -249,7 +178,8 @@ async fn bad_requests_are_refused_by_name() {
         (json!({"stop": ["", "a"]}), 400, "stop", "1 to 1024 bytes"),
         (json!({"logit_bias": {"x": 1}}), 400, "logit_bias", "keys must be token ids, got x"),
         (json!({"stream_options": {}}), 400, "stream_options", "needs `stream`"),
-        (json!({"echo": true}), 400, "echo", "not supported"),
+        (json!({"suffix": "x"}), 400, "suffix", "not supported"),
+        (json!({"bad_words": ["a"]}), 400, "bad_words", "not supported"),
         (json!({"best_of": 4}), 400, "best_of", "must equal n = 1, got 4"),
         (json!({"guided_json": {}}), 400, "guided_json", "not supported"),
         (json!({"seed": "a"}), 400, "seed", "not a valid request"),

@@ -17,6 +17,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+/// What a row of the model led to.
+type Reduced = (RowAt, Result<Row, Fault>);
+
 /// What handles send to the owner.
 pub(super) enum Command {
     /// Run a request.
@@ -82,6 +85,14 @@ impl Core {
             reads_cache: request.reads_cache && request.prompt_logprobs.is_none(),
         };
         let live = Live::new(request, &self.model, events, permit);
+        if live.request.prompt.len() == 1 && live.request.prompt_logprobs.is_some() {
+            // The first token follows nothing: there is no row to compute.
+            live.send(Event::Prompt(Vec::new()));
+            if live.request.max_tokens == 0 {
+                live.send(Event::Finish(live.finish(FinishReason::Length)));
+                return self.stats.record_end(&live);
+            }
+        }
         match self.scheduler.submit(new) {
             Ok(()) => {
                 self.live.insert(id, live);
@@ -130,7 +141,7 @@ impl Core {
         }
     }
 
-    fn compute(&mut self, plan: &Plan) -> Result<Vec<(RowAt, Option<Row>)>, Fault> {
+    fn compute(&mut self, plan: &Plan) -> Result<Vec<Reduced>, Fault> {
         let turn = self.pool.turn();
         let live: Vec<&Live> = plan.slices.iter().map(|s| &self.live[&s.id]).collect();
         let isa = turn.isa();
@@ -146,12 +157,13 @@ impl Core {
     }
 
     /// What a row led to; rows of one sequence come in ascending position.
-    fn record(&mut self, plan: &Plan, at: RowAt, row: Option<Row>) {
+    fn record(&mut self, plan: &Plan, at: RowAt, row: Result<Row, Fault>) {
         let id = plan.slices[at.slice].id;
         // A sequence that failed at an earlier row of this step is gone.
         let Some(live) = self.live.get_mut(&id) else { return };
-        let Some(row) = row else {
-            return self.fail(id, Fault::NotFinite { position: at.position });
+        let row = match row {
+            Ok(row) => row,
+            Err(fault) => return self.fail(id, fault),
         };
         live.next_row = at.position + 1;
         if live.target(at.position).is_some() {
@@ -169,7 +181,7 @@ impl Core {
                 self.end(id);
             }
             Ok(false) => self.scheduler.push(id, token),
-            Err(e) => self.fail(id, Fault::Weights(e.to_string())),
+            Err(fault) => self.fail(id, fault),
         }
     }
 

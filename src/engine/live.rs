@@ -1,15 +1,17 @@
 //! One running request: from rows of logits to tokens, text and an end.
 
-use super::output::{Event, Finish, FinishReason, PromptRow, Step, TopLogprob};
+use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step, TopLogprob};
 use super::request::{LogprobMode, Request};
 use super::sampler::{Seen, process, sample};
 use super::stop::{Scan, StopStrings};
 use crate::models::Model;
-use crate::models::error::LoadError;
+use crate::models::grammar::Grammar;
 use crate::models::tokenizer::Detokenizer;
 use crate::ops::lanes::Isa;
 use crate::ops::logits::{LogSumExp, rank, top_k};
 use crate::proof::commit::{Chain, RowData};
+use llguidance::toktrie::SimpleVob;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// What one row of logits led to.
@@ -41,6 +43,7 @@ pub(super) struct Live {
     prompt_sum: u64,
     output_sum: u64,
     chain: Option<Chain>,
+    grammar: Option<Mutex<Grammar>>, // locked by the row that is reduced, then by the owner
     prompt_rows: Vec<PromptRow>,
     /// Position of the next row to report: rows before it were reported or not asked for.
     pub(super) next_row: usize,
@@ -49,7 +52,7 @@ pub(super) struct Live {
 
 impl Live {
     pub(super) fn new(
-        request: Request,
+        mut request: Request,
         model: &Model,
         events: mpsc::Sender<Event>,
         permit: OwnedSemaphorePermit,
@@ -66,6 +69,7 @@ impl Live {
             prompt_sum: request.prompt.iter().map(|id| u64::from(*id)).sum(),
             output_sum: 0,
             chain: request.proof.as_ref().map(|p| Chain::new(p.root)),
+            grammar: request.grammar.take().map(Mutex::new),
             prompt_rows: Vec::new(),
             cached_tokens: 0,
             events,
@@ -97,19 +101,22 @@ impl Live {
     }
 
     /// Reduces one row of logits: scores the known token, or draws one and computes what its hidden
-    /// row contributes to the proof. `None` when the row is not finite. May change `row`.
+    /// row contributes to the proof. May change `row`.
     pub(super) fn reduce(
         &self,
         isa: Isa,
         row: &mut [f32],
         hidden: HiddenRow<'_>,
         position: usize,
-    ) -> Option<Row> {
+    ) -> Result<Row, Fault> {
         match self.target(position) {
             Some(token) => {
                 let lse = LogSumExp::new(isa, row, 1.0);
+                if !lse.is_finite() {
+                    return Err(Fault::NotFinite { position });
+                }
                 let count = self.request.prompt_logprobs.unwrap_or(0);
-                lse.is_finite().then(|| report(isa, row, &lse, token, count))
+                Ok(self.report(isa, row, &lse, token, count))
             }
             None => {
                 let mut drawn = self.draw(isa, row, position)?;
@@ -118,36 +125,36 @@ impl Live {
                     .proof
                     .as_ref()
                     .map(|p| p.prover.prove(position as u32, hidden.bits, hidden.values));
-                Some(drawn)
+                Ok(drawn)
             }
         }
     }
 
-    fn draw(&self, isa: Isa, row: &mut [f32], position: usize) -> Option<Row> {
+    fn draw(&self, isa: Isa, row: &mut [f32], position: usize) -> Result<Row, Fault> {
         let (sampling, count) = (&self.request.sampling, self.request.top_logprobs);
         let raw = LogSumExp::new(isa, row, 1.0);
         if !raw.is_finite() {
-            return None;
+            return Err(Fault::NotFinite { position });
         }
-        let banned = self.banned_ids();
-        match self.request.logprob_mode {
+        let allowed = self.grammar.as_ref().map(|g| g.lock().allowed()).transpose()?;
+        let banned = self.banned_ids(allowed.as_ref());
+        let draw = |row: &[f32]| match &allowed {
+            Some(allowed) => sample(isa, &restricted(row, allowed), sampling, position as u32),
+            None => sample(isa, row, sampling, position as u32),
+        };
+        Ok(match self.request.logprob_mode {
             LogprobMode::Raw if self.changes_logits(&banned) => {
                 let mut processed = row.to_vec();
                 process(&mut processed, sampling, &self.seen, &banned);
-                let token = sample(isa, &processed, sampling, position as u32);
-                Some(report(isa, row, &raw, token, count))
+                self.report(isa, row, &raw, draw(&processed), count)
             }
-            LogprobMode::Raw => {
-                let token = sample(isa, row, sampling, position as u32);
-                Some(report(isa, row, &raw, token, count))
-            }
+            LogprobMode::Raw => self.report(isa, row, &raw, draw(row), count),
             LogprobMode::Scaled => {
                 process(row, sampling, &self.seen, &banned);
                 let scaled = LogSumExp::new(isa, row, sampling.logprob_temperature());
-                let token = sample(isa, row, sampling, position as u32);
-                Some(report(isa, row, &scaled, token, count))
+                self.report(isa, row, &scaled, draw(row), count)
             }
-        }
+        })
     }
 
     fn changes_logits(&self, banned: &[u32]) -> bool {
@@ -155,12 +162,35 @@ impl Live {
         !banned.is_empty() || !sampling.logit_bias.is_empty() || sampling.has_penalties()
     }
 
-    /// Ids that may not be drawn yet: those that would end the output before `min_tokens`.
-    fn banned_ids(&self) -> Vec<u32> {
+    /// Ids that may not be drawn yet: those that would end the output before `min_tokens`, unless
+    /// its grammar leaves nothing else.
+    fn banned_ids(&self, allowed: Option<&SimpleVob>) -> Vec<u32> {
         if self.output.len() >= self.request.min_tokens {
             return Vec::new();
         }
-        [self.end_ids.as_slice(), &self.request.stop.ids].concat()
+        let banned = [self.end_ids.as_slice(), &self.request.stop.ids].concat();
+        match allowed {
+            Some(allowed) if allowed.iter().all(|id| banned.contains(&id)) => Vec::new(),
+            _ => banned,
+        }
+    }
+
+    fn report(&self, isa: Isa, row: &[f32], lse: &LogSumExp, token: u32, count: usize) -> Row {
+        let entry = |id: u32, rank: u32| TopLogprob {
+            token: id,
+            logprob: lse.logprob(row[id as usize]),
+            rank,
+        };
+        let top = match self.request.logprob_ids.as_slice() {
+            [] => {
+                let sorted = top_k(isa, row, count);
+                let above = |logit: f32| sorted.partition_point(|(_, other)| *other > logit) as u32;
+                sorted.iter().map(|(id, logit)| entry(*id, 1 + above(*logit))).collect()
+            }
+            ids => ids.iter().map(|id| entry(*id, rank(row, *id))).collect(),
+        };
+        let logprob = lse.logprob(row[token as usize]);
+        Row { token, logprob, rank: rank(row, token), top, proof: None }
     }
 
     /// Records the row of a prompt token; sends all of them once the last is there.
@@ -176,14 +206,19 @@ impl Live {
     /// Records a drawn token and sends it; true when the request has ended.
     ///
     /// # Errors
-    /// When the weight of its powv cannot be read.
-    pub(super) fn push_token(&mut self, model: &Model, row: Row) -> Result<bool, LoadError> {
+    /// When the weight of its powv cannot be read, or its grammar does not know the token.
+    pub(super) fn push_token(&mut self, model: &Model, row: Row) -> Result<bool, Fault> {
         let Row { token, logprob, rank, top, proof } = row;
-        let powv = model.parameters.powv(self.prompt_sum, self.output_sum)?;
+        let powv = model.parameters.powv(self.prompt_sum, self.output_sum);
+        let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
+        let is_whole = match &mut self.grammar {
+            Some(grammar) => grammar.get_mut().push(token)?,
+            None => false,
+        };
         self.output.push(token);
         self.output_sum += u64::from(token);
         self.seen.push(&self.request.sampling, token);
-        let (text, reason) = self.advance(model, token);
+        let (text, reason) = self.advance(model, token, is_whole);
         let ended = reason.is_some();
         let proof = self.chain.as_mut().zip(proof).and_then(|(chain, row)| {
             let full = chain.push(token, row);
@@ -194,10 +229,17 @@ impl Live {
         Ok(ended)
     }
 
-    /// The visible text that `token` adds, and the reason if it ends the output.
-    fn advance(&mut self, model: &Model, token: u32) -> (String, Option<FinishReason>) {
+    /// The visible text that `token` adds, and the reason if it ends the output; `is_whole` says
+    /// that its grammar ended with it.
+    fn advance(
+        &mut self,
+        model: &Model,
+        token: u32,
+        is_whole: bool,
+    ) -> (String, Option<FinishReason>) {
         let may_end = self.output.len() >= self.request.min_tokens;
         let stop_id = match token {
+            id if is_whole => Some(FinishReason::EndToken(id)),
             id if may_end && self.end_ids.contains(&id) => Some(FinishReason::EndToken(id)),
             id if may_end && self.request.stop.ids.contains(&id) => Some(FinishReason::StopId(id)),
             _ => None,
@@ -235,17 +277,11 @@ impl Live {
     }
 }
 
-fn report(isa: Isa, row: &[f32], lse: &LogSumExp, token: u32, count: usize) -> Row {
-    let sorted = top_k(isa, row, count);
-    let top = sorted.iter().map(|(token, logit)| {
-        let rank = 1 + sorted.partition_point(|(_, other)| other > logit) as u32;
-        TopLogprob { token: *token, logprob: lse.logprob(*logit), rank }
-    });
-    Row {
-        token,
-        logprob: lse.logprob(row[token as usize]),
-        rank: rank(row, token),
-        top: top.collect(),
-        proof: None,
+/// The row with everything that is not allowed ruled out.
+fn restricted(row: &[f32], allowed: &SimpleVob) -> Vec<f32> {
+    let mut kept = vec![f32::NEG_INFINITY; row.len()];
+    for id in allowed.iter().map(|id| id as usize).filter(|id| *id < row.len()) {
+        kept[id] = row[id];
     }
+    kept
 }

@@ -160,7 +160,7 @@ impl Engine {
     }
 
     /// The model.
-    pub fn model(&self) -> &Model {
+    pub fn model(&self) -> &Arc<Model> {
         &self.0.model
     }
 

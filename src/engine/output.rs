@@ -1,5 +1,6 @@
 //! What a running request sends back.
 
+use crate::models::grammar::GrammarError;
 use crate::proof::codec::Hash;
 use crate::proof::commit::ChunkProof;
 use tokio::sync::mpsc;
@@ -98,6 +99,9 @@ pub enum Fault {
         /// Position of the row.
         position: usize,
     },
+    /// What the output must look like could not be followed.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     /// Weights could not be read.
     #[error("weights cannot be read: {0}")]
     Weights(String),

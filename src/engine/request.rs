@@ -2,6 +2,7 @@
 //! again.
 
 use super::sampler::Sampling;
+use crate::models::grammar::Grammar;
 use crate::proof::codec::Hash;
 use crate::proof::commit::{RequestTerms, RowProver};
 
@@ -11,6 +12,8 @@ pub const STOP_STRINGS_MAX: usize = 16;
 pub const STOP_BYTES_MAX: usize = 1024;
 /// Alternatives reported for each token.
 pub const TOP_LOGPROBS_MAX: usize = 20;
+/// Ids whose log-probabilities can be asked for.
+pub const LOGPROB_IDS_MAX: usize = 128;
 /// Entries of a logit bias.
 pub const LOGIT_BIAS_MAX: usize = 1024;
 
@@ -62,6 +65,8 @@ pub struct Request {
     pub min_tokens: usize,
     /// Alternatives reported with each generated token.
     pub top_logprobs: usize,
+    /// Report these ids in place of the most probable ones.
+    pub logprob_ids: Vec<u32>,
     /// Which distribution log-probabilities describe.
     pub logprob_mode: LogprobMode,
     /// Report every prompt token's log-probability, with this many alternatives.
@@ -74,6 +79,8 @@ pub struct Request {
     pub cache_salt: u64,
     /// Prove the output's hidden rows.
     pub proof: Option<ProofOptions>,
+    /// What the output must look like.
+    pub grammar: Option<Grammar>,
 }
 
 /// How an output is proved.
@@ -95,12 +102,14 @@ impl Request {
             max_tokens,
             min_tokens: 0,
             top_logprobs: 0,
+            logprob_ids: Vec::new(),
             logprob_mode: LogprobMode::Raw,
             prompt_logprobs: None,
             skip_special_tokens: true,
             reads_cache: true,
             cache_salt: 0,
             proof: None,
+            grammar: None,
         }
     }
 
@@ -117,6 +126,7 @@ impl Request {
                 s.temperature,
                 s.top_p,
                 s.min_p,
+                s.top_a,
                 s.repetition_penalty,
                 s.presence_penalty,
                 s.frequency_penalty,
@@ -130,6 +140,10 @@ impl Request {
             ignore_eos: self.stop.ignore_eos,
             stop_ids,
             stop_strings: self.stop.strings.clone(),
+            constraint: self.grammar.as_ref().map(|g| {
+                let (kind, text) = g.constraint().tagged();
+                (kind, text.to_owned())
+            }),
         }
     }
 
@@ -167,6 +181,17 @@ impl Request {
         }
         if let Some(id) = self.stop.ids.iter().find(|id| **id as usize >= vocab) {
             return rule("stop_token_ids", format!("holds {id}, but the vocabulary has {vocab}"));
+        }
+        if self.logprob_ids.len() > LOGPROB_IDS_MAX {
+            let what =
+                format!("must hold at most {LOGPROB_IDS_MAX}, got {}", self.logprob_ids.len());
+            return rule("logprob_token_ids", what);
+        }
+        if let Some(id) = self.logprob_ids.iter().find(|id| **id as usize >= vocab) {
+            return rule(
+                "logprob_token_ids",
+                format!("holds {id}, but the vocabulary has {vocab}"),
+            );
         }
         self.sampling.validate(vocab)
     }

@@ -35,6 +35,8 @@ pub struct Sampling {
     pub top_p: f32,
     /// Drops tokens less probable than this share of the most probable one.
     pub min_p: f32,
+    /// Drops tokens less probable than this times the square of the largest probability.
+    pub top_a: f32,
     /// Divides positive and multiplies negative logits of tokens seen anywhere.
     pub repetition_penalty: f32,
     /// Subtracted once for tokens generated before.
@@ -55,6 +57,7 @@ impl Sampling {
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
+            top_a: 0.0,
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
@@ -78,6 +81,7 @@ impl Sampling {
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, f32::MIN_POSITIVE, 1.0),
             ("min_p", self.min_p, 0.0, 1.0),
+            ("top_a", self.top_a, 0.0, 1.0),
             ("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
             ("presence_penalty", self.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
@@ -105,6 +109,11 @@ impl Sampling {
             }
         }
         Ok(())
+    }
+
+    /// Whether improbable tokens are dropped for being so.
+    fn has_floor(&self) -> bool {
+        self.min_p > 0.0 || self.top_a > 0.0
     }
 
     pub(super) fn has_penalties(&self) -> bool {
@@ -190,10 +199,10 @@ fn winner(candidates: impl Iterator<Item = (u32, f64)>) -> u32 {
     best.map_or(0, |(id, _)| id)
 }
 
-/// What min-p, top-k and top-p leave, in this order; `None` when nothing truncates.
+/// What min-p with top-a, top-k and top-p leave, in this order; `None` when nothing truncates.
 pub fn survivors(isa: Isa, row: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f32)>> {
     let top_k_active = sampling.top_k > 0 && sampling.top_k < row.len();
-    if !top_k_active && sampling.top_p >= 1.0 && sampling.min_p <= 0.0 {
+    if !top_k_active && sampling.top_p >= 1.0 && !sampling.has_floor() {
         return None;
     }
     let limit = if top_k_active { sampling.top_k } else { row.len() };
@@ -234,8 +243,13 @@ fn truncate(
     let max = sorted.first()?.1;
     let weight = |logit: f32| exp64(f64::from(logit - max) / temperature);
     let mut kept = sorted;
-    if sampling.min_p > 0.0 {
-        let end = kept.partition_point(|(_, x)| weight(*x) >= f64::from(sampling.min_p));
+    let largest = || exp64(LogSumExp::new(isa, row, sampling.temperature).logprob(max));
+    if sampling.has_floor() {
+        let floor = match sampling.top_a > 0.0 {
+            true => f64::from(sampling.min_p).max(f64::from(sampling.top_a) * largest()),
+            false => f64::from(sampling.min_p),
+        };
+        let end = kept.partition_point(|(_, x)| weight(*x) >= floor);
         if end == kept.len() && !complete {
             return None;
         }
@@ -246,7 +260,7 @@ fn truncate(
         let whole = complete && sampling.top_k > 0 || kept.len() < sorted.len();
         let total = match whole {
             true => kept.iter().map(|(_, x)| weight(*x)).sum::<f64>(),
-            false => exp64(-LogSumExp::new(isa, row, sampling.temperature).logprob(max)),
+            false => 1.0 / largest(),
         };
         let mut sum = 0.0;
         let crossing = kept.iter().position(|(_, x)| {
@@ -258,7 +272,7 @@ fn truncate(
             None if !complete => return None,
             None => {}
         }
-    } else if !complete && sampling.min_p <= 0.0 {
+    } else if !complete && !sampling.has_floor() {
         return None;
     }
     Some(kept.to_vec())
@@ -405,6 +419,9 @@ mod tests {
         assert_eq!(ids(&Sampling { top_p: 0.5, ..base.clone() }), [0]);
         assert_eq!(ids(&Sampling { top_p: (p[0] + p[1]) / z + 1e-3, ..base.clone() }), [0, 1, 2]);
         assert_eq!(ids(&Sampling { min_p: 0.2, ..base.clone() }), [0, 1]);
+        // The largest probability is 0.64: of 0.24, 0.09 and 0.03, what exceeds 0.2 * 0.41.
+        assert_eq!(ids(&Sampling { top_a: 0.2, ..base.clone() }), [0, 1, 2]);
+        assert_eq!(ids(&Sampling { top_a: 0.25, ..base.clone() }), [0, 1]);
         // top-p counts within what top-k left: 0.73 of the two.
         assert_eq!(ids(&Sampling { top_k: 2, top_p: 0.72, ..base.clone() }), [0]);
         assert_eq!(ids(&Sampling { top_k: 2, top_p: 0.74, ..base.clone() }), [0, 1]);
@@ -474,7 +491,7 @@ mod tests {
             logits in proptest::collection::vec(-20.0_f32..20.0, 1..400),
             top_k in 0..50_usize, top_p in 0.01_f32..1.0, min_p in 0.0_f32..0.9, key: u64,
         ) {
-            let s = Sampling { top_k, top_p, min_p, ..sampling(1.3, key) };
+            let s = Sampling { top_k, top_p, min_p, top_a: min_p / 2.0, ..sampling(1.3, key) };
             let kept = survivors(Isa::best(), &logits, &s).unwrap();
             let token = sample(Isa::best(), &logits, &s, 5);
             prop_assert!(kept.iter().any(|(id, _)| *id == token));

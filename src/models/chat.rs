@@ -17,8 +17,36 @@ const NAME: &str = "chat_template";
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    tool_format: Option<ToolFormat>,
     bos_token: String,
     eos_token: String,
+}
+
+/// How a family of models writes calls of tools.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ToolFormat {
+    /// `<tool_call>{"name": .., "arguments": ..}</tool_call>`: Hermes, Qwen.
+    Hermes,
+    /// `{"name": .., "parameters": ..}` as the whole answer: Llama 3.
+    Llama3,
+    /// `[TOOL_CALLS][{"name": .., "arguments": ..}]` or `[TOOL_CALLS]name[ARGS]{..}`: Mistral.
+    Mistral,
+}
+
+impl ToolFormat {
+    /// The format that a template's source speaks of; `None` when it knows no tools.
+    fn of(source: &str) -> Option<Self> {
+        if !source.contains("tools") {
+            return None;
+        }
+        let marks = [
+            ("[TOOL_CALLS]", Self::Mistral),
+            ("<tool_call>", Self::Hermes),
+            ("python_tag", Self::Llama3),
+            ("\"parameters\":", Self::Llama3),
+        ];
+        marks.into_iter().find(|(mark, _)| source.contains(mark)).map(|(_, format)| format)
+    }
 }
 
 /// Why a conversation cannot be rendered.
@@ -98,7 +126,13 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, source.to_owned())
             .map_err(|e| LoadError::invalid(path, format!("chat template: {e:#}")))?;
-        Ok(Self { environment, bos_token, eos_token })
+        let tool_format = ToolFormat::of(source);
+        Ok(Self { environment, tool_format, bos_token, eos_token })
+    }
+
+    /// How the model writes calls of tools; `None` when its template knows no tools.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// The prompt text of a conversation. `variables` are the template's inputs: `messages`,

@@ -14,6 +14,7 @@ pub mod decoder;
 pub mod error;
 pub mod gguf;
 mod gguf_tokenizer;
+pub mod grammar;
 pub mod hub;
 pub mod moe;
 pub mod parameters;
@@ -33,9 +34,10 @@ use chat::ChatTemplate;
 use checkpoint::Checkpoint;
 use decoder::Decoder;
 use error::LoadError;
+use grammar::{Constraint, Grammar, GrammarError, Grammars};
 use parameters::Parameters;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokenizer::TextTokenizer;
 use weights::{Loader, choose_dtype};
 
@@ -53,6 +55,7 @@ pub struct Model {
     pub stop_ids: Vec<u32>,
     /// The weights as vLLM lists them, for powv.
     pub parameters: Parameters,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 /// What proofs of a model are bound to.
@@ -118,7 +121,19 @@ impl Model {
         let decoder = Decoder::load(&checkpoint, dtype, pool, progress)?;
         let stop_ids = tokenizer::stop_ids(&checkpoint);
         let parameters = Parameters::new(&checkpoint, &decoder.spec, decoder.dtype)?;
-        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids, parameters })
+        let grammars = OnceLock::new();
+        Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids, parameters, grammars })
+    }
+
+    /// Compiles what an output must look like. The first call indexes the vocabulary.
+    ///
+    /// # Errors
+    /// When the constraint cannot be used, or the model has no end token.
+    pub fn grammar(&self, constraint: Constraint) -> Result<Grammar, GrammarError> {
+        let vocab = self.decoder.spec.vocab;
+        let grammars =
+            self.grammars.get_or_init(|| Grammars::new(&self.tokenizer, &self.stop_ids, vocab));
+        grammars.as_ref().map_err(Clone::clone)?.compile(constraint)
     }
 }
 

@@ -19,8 +19,8 @@ pub const EXACT_BYTES: usize = 8;
 pub struct RequestTerms {
     /// Prompt ids.
     pub prompt: Vec<u32>,
-    /// Temperature, top-p, min-p, repetition, presence and frequency penalty, in this order.
-    pub floats: [f32; 6],
+    /// Temperature, top-p, min-p, top-a, repetition, presence and frequency penalty, in this order.
+    pub floats: [f32; 7],
     /// Top-k; 0 keeps all.
     pub top_k: u32,
     /// Bias by token id, ascending ids.
@@ -39,6 +39,9 @@ pub struct RequestTerms {
     pub stop_ids: Vec<u32>,
     /// Stop strings in the order given.
     pub stop_strings: Vec<String>,
+    /// What the output must look like: 1 for a JSON schema, 2 for a regular expression, 3 for a
+    /// Lark grammar, and its text.
+    pub constraint: Option<(u8, String)>,
 }
 
 impl RequestTerms {
@@ -60,6 +63,10 @@ impl RequestTerms {
         self.stop_strings.iter().for_each(|s| {
             e.bytes(s.as_bytes());
         });
+        match &self.constraint {
+            None => e.u8(0),
+            Some((kind, text)) => e.u8(*kind).bytes(text.as_bytes()),
+        };
         e.finish()
     }
 }
@@ -310,7 +317,7 @@ mod tests {
     fn terms() -> RequestTerms {
         RequestTerms {
             prompt: vec![1, 2, 3],
-            floats: [0.8, 1.0, 0.0, 1.0, 0.0, 0.0],
+            floats: [0.8, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0],
             seed: Some(42),
             max_tokens: 64,
             stop_strings: vec!["END".into()],
@@ -377,15 +384,15 @@ mod tests {
     }
 
     // Computed by an independent implementation of docs/proofs.md.
-    const REQUEST: &str = "943e8fddaf6b80e6f6d4e9790fee36dbbb631e93a54b4258ab0a1ae117cbb0eb";
+    const REQUEST: &str = "bf076e96f6daa802117932b9528138cb0903a1cf029c9bbe5b30ea57f8060541";
     const CALIBRATION: &str = "c1beae48a5eea0fc7fa227e6671f465c0a94a5cab97d059113c758cdd42e8f32";
     const MODEL: &str = "39e791268345b3143d9eb271f89523526f7c0c4283302213b98968fc496363da";
-    const ROOT: &str = "0b447b4ff6ec9dfcb1dd42115c262c8a3ae8059ab3834bbf70542b06133cb596";
-    const KEYS: &str = "8341819f7eff4065 90be8b5996fe4723";
-    const NOISE: &str = "fb2d43190161573c";
-    const CHUNK: &str = "32a6cbef55fef8f2b4e1f17788c95ce9741ad42b";
-    const DIGEST: &str = "b2c0995636175b22b2f290be91740f77402c5dbf3aed02c635214df0356a2b8a";
-    const END: &str = "639ec1a5b243c52eba88a9c3d84190630c37aff1b9c03c83cbc62b62f5f9a15f";
+    const ROOT: &str = "9a7b3f2334839df9a5f4704207798851529d97f0572296c38702a4fba26c8e14";
+    const KEYS: &str = "a63e3ee3b56e9d71 53b291f32184de05";
+    const NOISE: &str = "4676ad2f934cebe3";
+    const CHUNK: &str = "def4564de9a43d5acdb59ec15903c5e6c9138bc6";
+    const DIGEST: &str = "bdd2827654070e4ad69e4b8880bff65d22b0d087dae2456684e8740014a714ac";
+    const END: &str = "84b7393e968ebcf5b6c15af9ea32370c5ecf3933aabdf2473e5d1ee1e174e7b4";
     const NONCE: &str = "880c1a43471b2efc7234edfc56fe446573b1e125000f73de4d8960002142d669";
 
     #[test]
@@ -398,7 +405,8 @@ mod tests {
         roots.push(Binding { hotkey: [8; 32], ..base }.root());
         let variants = [
             RequestTerms { prompt: vec![1, 2, 4], ..terms() },
-            RequestTerms { floats: [0.9, 1.0, 0.0, 1.0, 0.0, 0.0], ..terms() },
+            RequestTerms { floats: [0.9, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0], ..terms() },
+            RequestTerms { constraint: Some((2, "a".into())), ..terms() },
             RequestTerms { top_k: 1, ..terms() },
             RequestTerms { logit_bias: vec![(1, 1.0)], ..terms() },
             RequestTerms { seed: None, ..terms() },

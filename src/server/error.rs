@@ -103,7 +103,11 @@ impl From<InvalidRequest> for ApiError {
 
 impl From<Fault> for ApiError {
     fn from(fault: Fault) -> Self {
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, fault.to_string())
+        let status = match fault {
+            Fault::Grammar(_) => StatusCode::BAD_REQUEST,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        ApiError::new(status, fault.to_string())
     }
 }
 

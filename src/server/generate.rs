@@ -1,29 +1,24 @@
-//! One API request from submission to response, streamed or whole, for either endpoint.
+//! One API request from submission to a whole response, for either endpoint; [`stream`] writes the
+//! same in chunks.
 //!
 //! Dropping the response (a client that went away) drops the generations, which cancels them.
 
 use super::error::ApiError;
-use super::format::Formatter;
-use super::proof::{ProofHead, Prover};
-use super::registry::Routed;
-use super::state::{InFlight, ServerState};
+use super::format::{Echo, Formatter, prompt_logprobs};
+use super::proof::Prover;
+use super::registry::{Routed, Served};
+use super::state::ServerState;
+use super::stream::{Writer, stream};
+use super::tools::ToolParser;
 use super::translate::Report;
-use crate::engine::Engine;
-use crate::engine::output::{Event, Finish, Generation, Step};
+use crate::engine::output::{Event, Fault, Finish, Generation, PromptRow, Step};
 use crate::engine::request::Request;
+use crate::models::Model;
 use crate::wire::openai::Usage;
-use crate::wire::openai::response::Response as Body;
+use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response as Body};
 use axum::Json;
-use axum::http::{HeaderName, HeaderValue, header};
-use axum::response::sse::{Event as Frame, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::future::join_all;
-use futures_util::stream::{SelectAll, Stream, StreamExt, select_all, unfold};
-use serde::Serialize;
-use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::pin::Pin;
-use tokio_util::sync::CancellationToken;
 
 /// Which endpoint's shapes are written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,6 +27,31 @@ pub enum Endpoint {
     Chat,
     /// `/v1/completions`.
     Completion,
+}
+
+impl Endpoint {
+    /// The `object` of a whole response.
+    fn whole(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "chat.completion",
+            Endpoint::Completion => "text_completion",
+        }
+    }
+
+    /// The `object` of a chunk.
+    pub fn chunk(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "chat.completion.chunk",
+            Endpoint::Completion => "text_completion",
+        }
+    }
+
+    fn id_prefix(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "chatcmpl",
+            Endpoint::Completion => "cmpl",
+        }
+    }
 }
 
 /// A request that is ready to run.
@@ -48,8 +68,45 @@ pub struct Job {
     pub report: Report,
     /// How its choices are proved.
     pub prover: Option<Prover>,
+    /// What finds calls of tools in each choice.
+    pub tools: Option<ToolParser>,
     /// Whether chunks are sent as they come.
     pub stream: bool,
+    /// The client's own name for the request.
+    pub request_id: Option<String>,
+}
+
+impl Job {
+    /// What writes each choice.
+    fn formatters(&self) -> Vec<Formatter> {
+        let Served { engine, identity, .. } = &self.routed.served;
+        let head = |request: &Request| {
+            let prover = self.prover.as_ref()?;
+            Some(prover.head(request.proof.as_ref()?, identity))
+        };
+        let formatter = |(index, request): (usize, &Request)| {
+            let model = engine.model().clone();
+            Formatter::new(model, self.report, head(request), self.tools.clone(), index)
+        };
+        self.requests.iter().enumerate().map(formatter).collect()
+    }
+
+    fn head(&self, created: u64) -> Head {
+        let id = match &self.request_id {
+            Some(id) => id.clone(),
+            None => uuid::Uuid::new_v4().simple().to_string(),
+        };
+        let prompts = self.requests.iter().step_by(self.n).map(|r| r.prompt.clone()).collect();
+        Head {
+            endpoint: self.endpoint,
+            id: format!("{}-{id}", self.endpoint.id_prefix()),
+            created,
+            model: self.routed.name.clone(),
+            fingerprint: self.routed.served.fingerprint.clone(),
+            report: self.report,
+            prompts: Prompts { prompts, n: self.n },
+        }
+    }
 }
 
 /// Submits a job and answers it.
@@ -59,63 +116,67 @@ pub struct Job {
 pub async fn run(state: &ServerState, job: Job) -> Result<Response, ApiError> {
     let in_flight = state.begin()?;
     let engine = job.routed.served.engine.clone();
-    let prompts = PromptUsage::of(&job);
-    let proofs = job.requests.iter().map(|request| {
-        let prover = job.prover.as_ref()?;
-        Some(prover.head(request.proof.as_ref()?, &job.routed.served.identity))
-    });
-    let proofs = proofs.collect();
+    let head = job.head(state.clock().unix_ms() / 1000);
+    let formatters = job.formatters();
     let generations = job
         .requests
         .into_iter()
         .map(|request| engine.submit(request))
         .collect::<Result<Vec<_>, _>>()?;
-    let head = Head {
-        endpoint: job.endpoint,
-        id: new_id(job.endpoint),
-        created: state.clock().unix_ms() / 1000,
-        model: job.routed.name,
-        fingerprint: job.routed.served.fingerprint,
-        report: job.report,
-        proofs,
-    };
     let abort = state.abort_token();
     if job.stream {
-        return Ok(stream(Writer { head, engine, prompts, in_flight, abort }, generations));
+        return Ok(stream(Writer { head, formatters, in_flight, abort }, generations));
     }
     let whole = join_all(generations.into_iter().map(collect));
     tokio::select! {
-        results = whole => respond(&head, &engine, &prompts, results),
+        outcomes = whole => {
+            let outcomes = outcomes.into_iter().collect::<Result<Vec<_>, _>>()?;
+            Ok(respond(&head, formatters, engine.model(), &outcomes))
+        }
         () = abort.cancelled() => Err(ApiError::unavailable("the server is shutting down")),
     }
 }
 
-fn new_id(endpoint: Endpoint) -> String {
-    let prefix = match endpoint {
-        Endpoint::Chat => "chatcmpl",
-        Endpoint::Completion => "cmpl",
-    };
-    format!("{prefix}-{}", uuid::Uuid::new_v4().simple())
+/// The prompts of a request; each has `n` choices, side by side.
+pub struct Prompts {
+    prompts: Vec<Vec<u32>>,
+    n: usize,
+}
+
+impl Prompts {
+    /// The prompt of choice `index`.
+    pub fn of(&self, index: usize) -> &[u32] {
+        &self.prompts[index / self.n]
+    }
+
+    /// Tokens, counted once for each prompt however many choices it has.
+    pub fn tokens(&self) -> usize {
+        self.prompts.iter().map(Vec::len).sum()
+    }
+
+    /// The first choice of the same prompt.
+    pub fn first(&self, index: usize) -> usize {
+        index - index % self.n
+    }
 }
 
 /// What all chunks of a response share.
-struct Head {
-    endpoint: Endpoint,
+pub struct Head {
+    /// Which endpoint.
+    pub endpoint: Endpoint,
+    /// How it is written.
+    pub report: Report,
+    /// What it answers.
+    pub prompts: Prompts,
     id: String,
     created: u64,
     model: String,
     fingerprint: String,
-    report: Report,
-    proofs: Vec<Option<ProofHead>>, // by choice
 }
 
 impl Head {
-    fn formatter<'a>(&'a self, engine: &'a Engine, index: usize) -> Formatter<'a> {
-        let proof = self.proofs[index].as_ref();
-        Formatter::new(&engine.model().tokenizer, self.report, proof, index)
-    }
-
-    fn body<C>(&self, object: &'static str, choices: Vec<C>, usage: Option<Usage>) -> Body<C> {
+    /// A body with these choices.
+    pub fn body<C>(&self, object: &'static str, choices: Vec<C>, usage: Option<Usage>) -> Body<C> {
         Body {
             id: self.id.clone(),
             object,
@@ -123,242 +184,88 @@ impl Head {
             model: self.model.clone(),
             system_fingerprint: self.fingerprint.clone(),
             choices,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
             logprobs_mode: self.report.logprobs.map(|_| self.report.mode.name()),
             usage,
         }
     }
-}
 
-/// Prompt tokens, counted once for each prompt however many choices it has.
-struct PromptUsage {
-    lengths: Vec<usize>,
-    n: usize,
-}
-
-impl PromptUsage {
-    fn of(job: &Job) -> Self {
-        let lengths = job.requests.iter().step_by(job.n).map(|r| r.prompt.len()).collect();
-        Self { lengths, n: job.n }
-    }
-
-    fn tokens(&self) -> usize {
-        self.lengths.iter().sum()
-    }
-
-    /// Whether choice `index` is the first of its prompt.
-    fn counts(&self, index: usize) -> bool {
-        index.is_multiple_of(self.n)
+    /// The ids of choice `index`'s prompt, where asked for.
+    pub fn prompt_ids(&self, index: usize) -> Option<Vec<u32>> {
+        self.report.token_ids.then(|| self.prompts.of(index).to_vec())
     }
 }
 
-async fn collect(mut generation: Generation) -> Result<(Vec<Step>, Finish), ApiError> {
-    let mut steps = Vec::new();
+/// A choice that has ended.
+struct Outcome {
+    rows: Option<Vec<PromptRow>>,
+    steps: Vec<Step>,
+    finish: Finish,
+}
+
+async fn collect(mut generation: Generation) -> Result<Outcome, ApiError> {
+    let (mut rows, mut steps) = (None, Vec::new());
     while let Some(event) = generation.next().await {
         match event {
+            Event::Prompt(all) => rows = Some(all),
             Event::Step(step) => {
                 let finish = step.finish.clone();
                 steps.push(step);
                 if let Some(finish) = finish {
-                    return Ok((steps, finish));
+                    return Ok(Outcome { rows, steps, finish });
                 }
             }
-            Event::Finish(finish) => return Ok((steps, finish)),
+            Event::Finish(finish) => return Ok(Outcome { rows, steps, finish }),
             Event::Fault(fault) => return Err(fault.into()),
-            Event::Prompt(_) => {}
         }
     }
-    Err(crate::engine::output::Fault::Stopped.into())
+    Err(Fault::Stopped.into())
 }
 
 fn respond(
     head: &Head,
-    engine: &Engine,
-    prompts: &PromptUsage,
-    results: Vec<Result<(Vec<Step>, Finish), ApiError>>,
-) -> Result<Response, ApiError> {
-    let results = results.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let cached = |(i, (_, f)): (usize, &(Vec<Step>, Finish))| match prompts.counts(i) {
-        true => f.cached_tokens,
+    formatters: Vec<Formatter>,
+    model: &Model,
+    outcomes: &[Outcome],
+) -> Response {
+    let prompts = &head.prompts;
+    let cached = |(i, o): (usize, &Outcome)| match prompts.first(i) == i {
+        true => o.finish.cached_tokens,
         false => 0,
     };
     let usage = Usage::new(
         prompts.tokens(),
-        results.iter().enumerate().map(cached).sum(),
-        results.iter().map(|(_, f)| f.completion_tokens).sum(),
+        outcomes.iter().enumerate().map(cached).sum(),
+        outcomes.iter().map(|o| o.finish.completion_tokens).sum(),
     );
-    let formatter = |index| head.formatter(engine, index);
-    let choices = results.iter().enumerate();
-    Ok(match head.endpoint {
+    let rows = |index: usize| outcomes[prompts.first(index)].rows.as_deref();
+    let scores = |index: usize| {
+        let count = head.report.prompt_logprobs?;
+        Some(prompt_logprobs(&model.tokenizer, rows(index)?, count))
+    };
+    let choices = formatters.into_iter().zip(outcomes);
+    match head.endpoint {
         Endpoint::Chat => {
-            let choices =
-                choices.map(|(i, (steps, end))| formatter(i).chat_choice(steps, &end.reason));
-            Json(head.body("chat.completion", choices.collect(), Some(usage))).into_response()
+            let choices: Vec<ChatChoice> =
+                choices.map(|(mut f, o)| f.chat_choice(&o.steps, &o.finish.reason)).collect();
+            let mut body = head.body(head.endpoint.whole(), choices, Some(usage));
+            body.prompt_logprobs = scores(0);
+            body.prompt_token_ids = head.prompt_ids(0);
+            Json(body).into_response()
         }
         Endpoint::Completion => {
-            let choices = choices.map(|(i, (steps, _))| formatter(i).completion(steps));
-            Json(head.body("text_completion", choices.collect(), Some(usage))).into_response()
-        }
-    })
-}
-
-/// Turns events into frames.
-struct Writer {
-    head: Head,
-    engine: Engine,
-    prompts: PromptUsage,
-    in_flight: InFlight,
-    abort: CancellationToken,
-}
-
-type Events = Pin<Box<dyn Stream<Item = (usize, Event)> + Send>>;
-
-struct Streaming {
-    writer: Writer,
-    events: SelectAll<Events>,
-    frames: VecDeque<String>,
-    offsets: Vec<usize>, // characters written, by choice
-    open: usize,         // choices that have not ended
-    cached_tokens: usize,
-    completion_tokens: usize,
-    is_done: bool,
-}
-
-fn stream(writer: Writer, generations: Vec<Generation>) -> Response {
-    let count = generations.len();
-    let events = generations.into_iter().enumerate().map(|(index, generation)| {
-        let next = move |mut g: Generation| async move { g.next().await.map(|e| ((index, e), g)) };
-        Box::pin(unfold(generation, next)) as Events
-    });
-    let mut streaming = Streaming {
-        events: select_all(events),
-        frames: VecDeque::new(),
-        offsets: vec![0; count],
-        open: count,
-        cached_tokens: 0,
-        completion_tokens: 0,
-        is_done: false,
-        writer,
-    };
-    streaming.open_choices();
-    let frames = unfold(streaming, |mut s| async move {
-        let frame = s.next_frame().await?;
-        Some((Ok::<_, Infallible>(Frame::default().data(frame)), s))
-    });
-    let mut response = Sse::new(frames).into_response();
-    let headers = response.headers_mut();
-    let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
-    headers.insert(header::CONTENT_TYPE, kind);
-    let no_buffering = HeaderName::from_static("x-accel-buffering");
-    headers.insert(no_buffering, HeaderValue::from_static("no"));
-    response
-}
-
-impl Streaming {
-    /// A chat stream opens with the role of every choice, before the first token is computed.
-    fn open_choices(&mut self) {
-        if self.writer.head.endpoint == Endpoint::Chat {
-            for index in 0..self.offsets.len() {
-                let choice = self.formatter(index).role_chunk();
-                self.push("chat.completion.chunk", vec![choice], None);
-            }
-        }
-    }
-
-    fn formatter(&self, index: usize) -> Formatter<'_> {
-        self.writer.head.formatter(&self.writer.engine, index).at(self.offsets[index])
-    }
-
-    async fn next_frame(&mut self) -> Option<String> {
-        loop {
-            if let Some(frame) = self.frames.pop_front() {
-                return Some(frame);
-            }
-            if self.is_done {
-                return None;
-            }
-            tokio::select! {
-                event = self.events.next() => match event {
-                    Some((index, event)) => self.take(index, event),
-                    None => self.fail(crate::engine::output::Fault::Stopped.into()),
-                },
-                () = self.writer.abort.cancelled() => {
-                    self.fail(ApiError::unavailable("the server is shutting down"));
+            let choice = |(index, (mut formatter, outcome)): (usize, (Formatter, &Outcome))| {
+                let echo = Echo { prompt: prompts.of(index), rows: rows(index) };
+                let echo = head.report.echo.then_some(&echo);
+                CompletionChoice {
+                    prompt_logprobs: scores(index),
+                    prompt_token_ids: head.prompt_ids(index),
+                    ..formatter.completion(echo, &outcome.steps, Some(&outcome.finish))
                 }
-            }
+            };
+            let choices: Vec<CompletionChoice> = choices.enumerate().map(choice).collect();
+            Json(head.body(head.endpoint.whole(), choices, Some(usage))).into_response()
         }
     }
-
-    fn take(&mut self, index: usize, event: Event) {
-        match event {
-            Event::Step(step) => {
-                self.completion_tokens += 1;
-                self.write(index, &step);
-                if let Some(finish) = &step.finish {
-                    self.end_choice(index, finish);
-                }
-            }
-            Event::Finish(finish) => self.end_choice(index, &finish),
-            Event::Fault(fault) => self.fail(fault.into()),
-            Event::Prompt(_) => {}
-        }
-    }
-
-    fn write(&mut self, index: usize, step: &Step) {
-        let usage = self.writer.head.report.continuous_usage.then(|| self.usage());
-        match self.writer.head.endpoint {
-            Endpoint::Chat => {
-                let choice = self.formatter(index).chat_chunk(step);
-                self.push("chat.completion.chunk", vec![choice], usage);
-            }
-            Endpoint::Completion => {
-                let mut formatter = self.formatter(index);
-                let choice = formatter.completion_chunk(step);
-                self.offsets[index] = formatter.text_offset();
-                self.push("text_completion", vec![choice], usage);
-            }
-        }
-    }
-
-    fn end_choice(&mut self, index: usize, finish: &Finish) {
-        if self.writer.prompts.counts(index) {
-            self.cached_tokens += finish.cached_tokens;
-        }
-        self.open -= 1;
-        if self.open > 0 {
-            return;
-        }
-        if self.writer.head.report.include_usage {
-            let usage = Some(self.usage());
-            match self.writer.head.endpoint {
-                Endpoint::Chat => self.push::<()>("chat.completion.chunk", Vec::new(), usage),
-                Endpoint::Completion => self.push::<()>("text_completion", Vec::new(), usage),
-            }
-        }
-        self.done();
-    }
-
-    fn fail(&mut self, error: ApiError) {
-        self.frames.push_back(json(&error.body()));
-        self.done();
-    }
-
-    fn done(&mut self) {
-        self.frames.push_back("[DONE]".into());
-        self.is_done = true;
-        self.writer.in_flight.end();
-    }
-
-    fn usage(&self) -> Usage {
-        Usage::new(self.writer.prompts.tokens(), self.cached_tokens, self.completion_tokens)
-    }
-
-    fn push<C: Serialize>(&mut self, object: &'static str, choices: Vec<C>, usage: Option<Usage>) {
-        let frame = json(&self.writer.head.body(object, choices, usage));
-        self.frames.push_back(frame);
-    }
-}
-
-fn json(body: &impl Serialize) -> String {
-    // Only maps with non-string keys or failing serializers can fail, and there are none here.
-    serde_json::to_string(body).unwrap_or_else(|e| unreachable!("response is not JSON: {e}"))
 }

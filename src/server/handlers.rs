@@ -1,17 +1,17 @@
 //! The routes of the open server.
 
+use super::constraint::{Tooling, grammar};
 use super::error::{ApiError, echo};
 use super::generate::{Endpoint, Job, run};
+use super::prompt::{chat_prompt, completion_prompts};
 use super::proof::Prover;
 use super::registry::{Entry, Routed, Served, State as ModelState};
 use super::state::ServerState;
-use super::translate::{
-    COMPLETION_TOKENS_DEFAULT, ids, refuse_unsupported, report, requests, whole,
-};
-use crate::models::Model;
-use crate::wire::openai::request::{Common, Logprobs, Message};
+use super::translate::{Ask, COMPLETION_TOKENS_DEFAULT, Report, refuse_unsupported, report, whole};
+use crate::models::chat::ChatTemplate;
+use crate::wire::openai::request::{Common, Logprobs};
 use crate::wire::openai::response::ModelCard;
-use crate::wire::openai::{ChatRequest, CompletionRequest, Content, Prompt};
+use crate::wire::openai::{ChatRequest, CompletionRequest};
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
@@ -21,8 +21,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-/// Prompts of one completion request.
-const PROMPTS_MAX: usize = 128;
+/// Characters of a client's name for a request.
+const REQUEST_ID_MAX: usize = 128;
 /// The header by which Targon's validators say which model they mean.
 const MODEL_HEADER: &str = "x-targon-model";
 
@@ -33,25 +33,31 @@ pub async fn chat(
     body: Bytes,
 ) -> Result<Response, ApiError> {
     let request: ChatRequest = parse(&body)?;
-    let routed = admit(&state, &headers, &request.common)?;
-    let report = report(&request.common, request.top_logprobs, state.defaults())?;
+    let common = &request.common;
+    let routed = admit(&state, &headers, common)?;
+    let report = report(common, request.top_logprobs, state.defaults())?;
     let max_tokens = match whole("max_completion_tokens", request.max_completion_tokens, 1)? {
         Some(max) => Some(max),
-        None => whole("max_tokens", request.common.max_tokens, 1)?,
+        None => whole("max_tokens", common.max_tokens, 1)?,
     };
     let served = &routed.served;
-    let prover = prover(&state, served, &request.common)?;
-    let prompts = vec![chat_prompt(served.engine.model(), &request)?];
-    let requests =
-        requests(served, prover.as_ref(), &request.common, prompts, max_tokens, &report)?;
+    let model = served.engine.model();
+    let prover = prover(&state, served, common)?;
+    let tooling = Tooling::new(&request, model.chat.as_ref().and_then(ChatTemplate::tool_format))?;
+    let prompts = vec![chat_prompt(model, &request)?];
+    let grammar = grammar(model.clone(), common, &tooling).await?;
+    let ask = Ask { served, prover: prover.as_ref(), common, max_tokens, grammar, report: &report };
+    let requests = ask.requests(prompts)?;
     let job = Job {
         endpoint: Endpoint::Chat,
         n: requests.len(),
         requests,
-        routed,
         report,
         prover,
-        stream: request.common.stream.unwrap_or(false),
+        tools: tooling.parser(),
+        stream: common.stream.unwrap_or(false),
+        request_id: request_id(common)?,
+        routed,
     };
     run(&state, job).await
 }
@@ -67,33 +73,52 @@ pub async fn completions(
     if request.common.logprobs == Some(Logprobs::Flag(true)) {
         request.common.logprobs = Some(Logprobs::Count(1));
     }
-    let routed = admit(&state, &headers, &request.common)?;
+    let common = &request.common;
+    let routed = admit(&state, &headers, common)?;
     refuse_completion_fields(&request)?;
-    let report = report(&request.common, None, state.defaults())?;
-    let max_tokens = whole("max_tokens", request.common.max_tokens, 1)?;
-    let max_tokens = max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT);
+    let report =
+        Report { echo: request.echo == Some(true), ..report(common, None, state.defaults())? };
+    // Nothing need be generated where the prompt is what is asked about.
+    let low = i64::from(!report.echo && report.prompt_logprobs.is_none());
+    let max_tokens = whole("max_tokens", common.max_tokens, low)?;
+    let max_tokens = Some(max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT));
     let served = &routed.served;
-    let prover = prover(&state, served, &request.common)?;
-    let prompts = completion_prompts(served.engine.model(), &request.prompt)?;
-    let (count, max_tokens) = (prompts.len(), Some(max_tokens));
-    let requests =
-        requests(served, prover.as_ref(), &request.common, prompts, max_tokens, &report)?;
+    let model = served.engine.model();
+    let prover = prover(&state, served, common)?;
+    let prompts = completion_prompts(model, &request.prompt)?;
+    let count = prompts.len();
+    let grammar = grammar(model.clone(), common, &Tooling::default()).await?;
+    let ask = Ask { served, prover: prover.as_ref(), common, max_tokens, grammar, report: &report };
+    let requests = ask.requests(prompts)?;
     let job = Job {
         endpoint: Endpoint::Completion,
         n: requests.len() / count,
         requests,
-        routed,
         report,
         prover,
-        stream: request.common.stream.unwrap_or(false),
+        tools: None,
+        stream: common.stream.unwrap_or(false),
+        request_id: request_id(common)?,
+        routed,
     };
     run(&state, job).await
 }
 
-fn refuse_completion_fields(request: &CompletionRequest) -> Result<(), ApiError> {
-    if request.echo == Some(true) {
-        return Err(ApiError::field("echo", "is not supported by this server"));
+/// The client's own name for the request.
+fn request_id(common: &Common) -> Result<Option<String>, ApiError> {
+    let is_fine = |id: &str| {
+        (1..=REQUEST_ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+    };
+    match &common.request_id {
+        Some(id) if !is_fine(id) => {
+            let what = format!("must have 1 to {REQUEST_ID_MAX} visible ASCII characters");
+            Err(ApiError::field("request_id", what))
+        }
+        id => Ok(id.clone()),
     }
+}
+
+fn refuse_completion_fields(request: &CompletionRequest) -> Result<(), ApiError> {
     if request.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
         return Err(ApiError::field("suffix", "is not supported by this server"));
     }
@@ -141,74 +166,6 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     })?;
     deserializer.end().map_err(|e| ApiError::bad_request(format!("the body goes on: {e}")))?;
     Ok(parsed)
-}
-
-fn chat_prompt(model: &Model, request: &ChatRequest) -> Result<Vec<u32>, ApiError> {
-    let template = model
-        .chat
-        .as_ref()
-        .ok_or_else(|| ApiError::bad_request("this model has no chat template"))?;
-    if request.messages.is_empty() {
-        return Err(ApiError::field("messages", "must hold at least one message"));
-    }
-    let messages = request.messages.iter().enumerate().map(|(i, m)| flatten(i, m));
-    let messages: Vec<Value> = messages.collect::<Result<_, _>>()?;
-    let mut variables = Map::new();
-    variables.insert("messages".into(), messages.into());
-    let opening = request.add_generation_prompt.unwrap_or(true);
-    variables.insert("add_generation_prompt".into(), opening.into());
-    variables.extend(request.chat_template_kwargs.clone().unwrap_or_default());
-    let text = template.render(variables)?;
-    encode(model, "messages", &text, false)
-}
-
-/// A message with its text parts joined.
-fn flatten(index: usize, message: &Message) -> Result<Value, ApiError> {
-    let mut map = Map::new();
-    map.insert("role".into(), message.role.clone().into());
-    let text = match &message.content {
-        None => String::new(),
-        Some(Content::Text(text)) => text.clone(),
-        Some(Content::Parts(parts)) => {
-            let texts = parts.iter().map(|part| {
-                let text = part["text"].as_str().filter(|_| part["type"] == "text");
-                text.ok_or_else(|| {
-                    let field = format!("messages.{index}.content");
-                    ApiError::field(&field, "supports only parts of type text")
-                })
-            });
-            texts.collect::<Result<Vec<_>, _>>()?.concat()
-        }
-    };
-    map.insert("content".into(), text.into());
-    map.extend(message.rest.clone());
-    Ok(map.into())
-}
-
-fn completion_prompts(model: &Model, prompt: &Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
-    let prompts: Vec<Vec<u32>> = match prompt {
-        Prompt::Texts(texts) => {
-            texts.iter().map(|t| encode(model, "prompt", t, true)).collect::<Result<_, _>>()?
-        }
-        Prompt::Ids(lists) => {
-            lists.iter().map(|list| ids("prompt", list)).collect::<Result<_, _>>()?
-        }
-    };
-    if !(1..=PROMPTS_MAX).contains(&prompts.len()) {
-        let what = format!("must hold 1 to {PROMPTS_MAX} prompts, got {}", prompts.len());
-        return Err(ApiError::field("prompt", what));
-    }
-    if prompts.iter().any(Vec::is_empty) {
-        return Err(ApiError::field("prompt", "must have at least one token"));
-    }
-    Ok(prompts)
-}
-
-fn encode(model: &Model, field: &str, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
-    let ids = model.tokenizer.encode(text, special);
-    ids.map_err(|e| {
-        ApiError::field(field, format!("cannot be tokenised: {}", echo(&e.to_string())))
-    })
 }
 
 /// `GET /v1/models`.

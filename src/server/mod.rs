@@ -4,13 +4,17 @@
 //! listener until it is told to stop, then drains. Handlers parse and check ([`translate`]), submit
 //! to the engine, and write what comes back ([`generate`], [`mod@format`]).
 
+pub mod constraint;
 pub mod error;
 pub mod format;
 pub mod generate;
 pub mod handlers;
+pub mod prompt;
 pub mod proof;
 pub mod registry;
 pub mod state;
+pub mod stream;
+pub mod tools;
 pub mod translate;
 
 use axum::Router;

@@ -2,7 +2,7 @@
 
 use super::error::ApiError;
 use super::registry::Registry;
-use super::translate::Defaults;
+use super::translate::{Defaults, is_ignored};
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use parking_lot::Mutex;
@@ -112,7 +112,7 @@ impl ServerState {
     /// Counts request fields that nobody reads, and warns of each name once.
     pub fn note_unknown(&self, fields: &Map<String, Value>) {
         let mut counts = self.0.unknown_fields.lock();
-        for name in fields.keys() {
+        for name in fields.keys().filter(|name| !is_ignored(name)) {
             if let Some(count) = counts.get_mut(name) {
                 *count += 1;
             } else if counts.len() < UNKNOWN_FIELDS_MAX {

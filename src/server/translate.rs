@@ -5,6 +5,7 @@ use super::proof::Prover;
 use super::registry::Served;
 use crate::engine::request::{LogprobMode, Request, StopRules};
 use crate::engine::sampler::Sampling;
+use crate::models::grammar::Grammar;
 use crate::proof::seed::noise_key;
 use crate::wire::openai::request::{Common, Logprobs};
 use serde_json::{Map, Value};
@@ -15,23 +16,26 @@ const CHOICES_MAX: usize = 128;
 pub const COMPLETION_TOKENS_DEFAULT: usize = 16;
 
 /// Fields that would change the output and are not built: refused, never ignored.
-const NOT_BUILT: [&str; 16] = [
-    "response_format",
-    "tools",
-    "tool_choice",
+const NOT_BUILT: [&str; 9] = [
     "functions",
     "function_call",
-    "structured_outputs",
     "guided_json",
     "guided_regex",
     "guided_choice",
     "guided_grammar",
-    "prompt_logprobs",
-    "logprob_token_ids",
     "bad_words",
     "allowed_token_ids",
-    "truncate_prompt_tokens",
     "use_beam_search",
+];
+/// Fields that clients send and that change nothing here.
+const IGNORED: [&str; 7] = [
+    "metadata",
+    "store",
+    "service_tier",
+    "priority",
+    "safety_identifier",
+    "prompt_cache_key",
+    "session_id",
 ];
 
 /// How responses are written, beyond the tokens themselves.
@@ -49,6 +53,20 @@ pub struct Report {
     pub include_usage: bool,
     /// The usage so far on every chunk.
     pub continuous_usage: bool,
+    /// Special tokens are left out of the text.
+    pub skip_special: bool,
+    /// Completions begin with their prompt.
+    pub echo: bool,
+    /// Log-probabilities of the prompt with this many alternatives.
+    pub prompt_logprobs: Option<usize>,
+}
+
+impl Report {
+    /// Alternatives of the prompt's rows, where anything needs them.
+    fn prompt_rows(&self) -> Option<usize> {
+        let echoed = self.logprobs.filter(|_| self.echo);
+        self.prompt_logprobs.max(echoed)
+    }
 }
 
 /// What the server's flags say where a request does not.
@@ -67,17 +85,18 @@ pub fn refuse_unsupported(unknown: &Map<String, Value>) -> Result<(), ApiError> 
             Value::Null => true,
             Value::Bool(on) => !on,
             Value::Array(list) => list.is_empty(),
-            Value::String(word) => field == "tool_choice" && (word == "none" || word == "auto"),
-            Value::Object(object) => {
-                field == "response_format" && object.get("type") == Some(&"text".into())
-            }
-            Value::Number(_) => false,
+            Value::String(_) | Value::Object(_) | Value::Number(_) => false,
         };
         if unknown.get(field).is_some_and(|value| !neutral(value)) {
             return Err(ApiError::field(field, "is not supported by this server"));
         }
     }
     Ok(())
+}
+
+/// Whether a field that no endpoint reads is known to change nothing.
+pub fn is_ignored(field: &str) -> bool {
+    IGNORED.contains(&field)
 }
 
 /// A whole number of at least `low`.
@@ -114,9 +133,19 @@ pub fn report(common: &Common, top: Option<i64>, defaults: Defaults) -> Result<R
     if common.stream_options.is_some() && !stream {
         return Err(ApiError::field("stream_options", "needs `stream` to be true"));
     }
+    let prompt_logprobs = whole("prompt_logprobs", common.prompt_logprobs, 0)?;
+    if prompt_logprobs.is_some() && stream {
+        return Err(ApiError::field("prompt_logprobs", "cannot be combined with `stream`"));
+    }
+    if common.logprob_token_ids.is_some() && logprobs.is_none() {
+        return Err(ApiError::field("logprob_token_ids", "needs `logprobs`"));
+    }
     Ok(Report {
         logprobs,
         mode,
+        skip_special: common.skip_special_tokens.unwrap_or(true),
+        echo: false,
+        prompt_logprobs,
         tokens_as_ids: common.return_tokens_as_token_ids.unwrap_or(defaults.tokens_as_ids),
         token_ids: common.return_token_ids.unwrap_or(false),
         include_usage: options.include_usage,
@@ -124,71 +153,121 @@ pub fn report(common: &Common, top: Option<i64>, defaults: Defaults) -> Result<R
     })
 }
 
-/// The engine requests of one API request: `n` for each prompt, choices of a prompt side by side.
-/// `max_tokens` is the endpoint's own reading of that field; without it the context is the limit.
-pub fn requests(
-    served: &Served,
-    prover: Option<&Prover>,
-    common: &Common,
-    prompts: Vec<Vec<u32>>,
-    max_tokens: Option<usize>,
-    report: &Report,
-) -> Result<Vec<Request>, ApiError> {
-    let engine = &served.engine;
-    let n = whole("n", common.n, 1)?.unwrap_or(1);
-    let choices = n.saturating_mul(prompts.len());
-    if choices > CHOICES_MAX {
-        let what =
-            format!("times the number of prompts must be at most {CHOICES_MAX}, got {choices}");
-        return Err(ApiError::field("n", what));
+/// What makes engine requests of an API request.
+pub struct Ask<'a> {
+    /// The model.
+    pub served: &'a Served,
+    /// What proves the choices.
+    pub prover: Option<&'a Prover>,
+    /// The fields of both endpoints.
+    pub common: &'a Common,
+    /// The endpoint's own reading of that field; without it the context is the limit.
+    pub max_tokens: Option<usize>,
+    /// What the output must look like.
+    pub grammar: Option<Grammar>,
+    /// How the response is written.
+    pub report: &'a Report,
+}
+
+impl Ask<'_> {
+    /// `n` requests for each prompt, choices of a prompt side by side.
+    ///
+    /// # Errors
+    /// 400 for a field out of bounds or a prompt that the context cannot hold.
+    pub fn requests(&self, prompts: Vec<Vec<u32>>) -> Result<Vec<Request>, ApiError> {
+        let n = whole("n", self.common.n, 1)?.unwrap_or(1);
+        let choices = n.saturating_mul(prompts.len());
+        if choices > CHOICES_MAX {
+            let what =
+                format!("times the number of prompts must be at most {CHOICES_MAX}, got {choices}");
+            return Err(ApiError::field("n", what));
+        }
+        let common = self.template()?;
+        let vocab = self.served.engine.model().decoder.spec.vocab;
+        let rows = self.report.prompt_rows().or((self.max_tokens == Some(0)).then_some(0));
+        // The rows of a prompt are the same for all its choices; in a stream each repeats them.
+        let repeats_rows = self.report.echo && self.common.stream == Some(true);
+        let mut requests = Vec::with_capacity(choices);
+        for prompt in prompts {
+            let (prompt, room) = self.fit(prompt)?;
+            for i in 0..n {
+                let mut request = common.clone();
+                let choice = requests.len() as u32;
+                let noise = |seed| noise_key(seed, choice);
+                request.sampling.noise_key = self.common.seed.map_or_else(random_key, noise);
+                request.prompt.clone_from(&prompt);
+                request.max_tokens = self.max_tokens.unwrap_or(room);
+                let is_empty = request.max_tokens == 0;
+                request.prompt_logprobs = rows.filter(|_| i == 0 || repeats_rows || is_empty);
+                if let Some(prover) = self.prover {
+                    prover.bind(&mut request, &self.served.identity, self.common.seed, choice);
+                }
+                request.validate(vocab)?;
+                requests.push(request);
+            }
+        }
+        Ok(requests)
     }
-    let sampling = sampling(common)?;
-    let stop = StopRules {
-        ids: ids("stop_token_ids", common.stop_token_ids.as_deref().unwrap_or_default())?,
-        strings: common.stop.clone(),
-        include_in_output: common.include_stop_str_in_output.unwrap_or(false),
-        ignore_eos: common.ignore_eos.unwrap_or(false),
-    };
-    let min_tokens = whole("min_tokens", common.min_tokens, 0)?.unwrap_or(0);
-    let context = engine.options().context_max;
-    let mut requests = Vec::with_capacity(choices);
-    for prompt in prompts {
-        if prompt.len() >= context {
+
+    /// What all choices share.
+    fn template(&self) -> Result<Request, ApiError> {
+        let common = self.common;
+        let list = |field, list: &Option<Vec<i64>>| ids(field, list.as_deref().unwrap_or_default());
+        Ok(Request {
+            sampling: sampling(common)?,
+            stop: StopRules {
+                ids: list("stop_token_ids", &common.stop_token_ids)?,
+                strings: common.stop.clone(),
+                include_in_output: common.include_stop_str_in_output.unwrap_or(false),
+                ignore_eos: common.ignore_eos.unwrap_or(false),
+            },
+            min_tokens: whole("min_tokens", common.min_tokens, 0)?.unwrap_or(0),
+            top_logprobs: self.report.logprobs.unwrap_or(0),
+            logprob_ids: list("logprob_token_ids", &common.logprob_token_ids)?,
+            logprob_mode: self.report.mode,
+            skip_special_tokens: self.report.skip_special,
+            cache_salt: cache_salt(common.cache_salt.as_deref())?,
+            grammar: self.grammar.clone(),
+            ..Request::greedy(Vec::new(), 0)
+        })
+    }
+
+    /// A prompt cut as `truncate_prompt_tokens` says, and the tokens that may follow it.
+    fn fit(&self, mut prompt: Vec<u32>) -> Result<(Vec<u32>, usize), ApiError> {
+        let context = self.served.engine.options().context_max;
+        let kept = match self.common.truncate_prompt_tokens {
+            // What the context holds beside the answer.
+            Some(-1) => Some(context.saturating_sub(self.max_tokens.unwrap_or(1).max(1)).max(1)),
+            other => whole("truncate_prompt_tokens", other, 1)?,
+        };
+        if let Some(kept) = kept {
+            prompt.drain(..prompt.len().saturating_sub(kept));
+        }
+        let fits =
+            prompt.len() < context || (prompt.len() == context && self.max_tokens == Some(0));
+        if !fits {
             let message = format!(
                 "this model's context is {context} tokens, but the prompt has {}",
                 prompt.len()
             );
-            return Err(ApiError {
-                param: Some("prompt".into()),
-                ..ApiError::bad_request(message)
-            });
+            let param = Some("prompt".into());
+            return Err(ApiError { param, ..ApiError::bad_request(message) });
         }
         let room = context - prompt.len();
-        for _ in 0..n {
-            let choice = requests.len() as u32;
-            let noise_key = common.seed.map_or_else(random_key, |seed| noise_key(seed, choice));
-            let mut request = Request {
-                prompt: prompt.clone(),
-                sampling: Sampling { noise_key, ..sampling.clone() },
-                stop: stop.clone(),
-                max_tokens: max_tokens.unwrap_or(room),
-                min_tokens,
-                top_logprobs: report.logprobs.unwrap_or(0),
-                logprob_mode: report.mode,
-                prompt_logprobs: None,
-                skip_special_tokens: common.skip_special_tokens.unwrap_or(true),
-                reads_cache: true,
-                cache_salt: 0,
-                proof: None,
-            };
-            if let Some(prover) = prover {
-                prover.bind(&mut request, &served.identity, common.seed, choice);
-            }
-            request.validate(engine.model().decoder.spec.vocab)?;
-            requests.push(request);
+        Ok((prompt, room))
+    }
+}
+
+/// Prefixes are shared among requests with the same salt only.
+fn cache_salt(salt: Option<&str>) -> Result<u64, ApiError> {
+    match salt {
+        None => Ok(0),
+        Some("") => Err(ApiError::field("cache_salt", "must not be empty")),
+        Some(salt) => {
+            let hash = blake3::hash(salt.as_bytes());
+            Ok(u64::from_le_bytes(std::array::from_fn(|i| hash.as_bytes()[i])))
         }
     }
-    Ok(requests)
 }
 
 fn sampling(common: &Common) -> Result<Sampling, ApiError> {
@@ -201,6 +280,7 @@ fn sampling(common: &Common) -> Result<Sampling, ApiError> {
         top_k,
         top_p: common.top_p.unwrap_or(1.0),
         min_p: common.min_p.unwrap_or(0.0),
+        top_a: common.top_a.unwrap_or(0.0),
         repetition_penalty: common.repetition_penalty.unwrap_or(1.0),
         presence_penalty: common.presence_penalty.unwrap_or(0.0),
         frequency_penalty: common.frequency_penalty.unwrap_or(0.0),

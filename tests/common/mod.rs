@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test uses its part")]
 
+pub mod site;
+
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};

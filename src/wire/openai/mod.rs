@@ -5,6 +5,7 @@
 
 pub mod request;
 pub mod response;
+pub mod tools;
 
 pub use request::{ChatRequest, Common, CompletionRequest, Content, Message, Prompt};
 pub use response::{ErrorBody, ErrorObject, Usage};

@@ -1,5 +1,6 @@
 //! Request bodies of `/v1/chat/completions` and `/v1/completions`.
 
+use super::tools::{Tool, ToolChoice};
 use serde::de::{Deserializer, Error, Unexpected};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -17,6 +18,14 @@ pub struct ChatRequest {
     pub add_generation_prompt: Option<bool>,
     /// More inputs of the template.
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// An input of templates that know it.
+    pub reasoning_effort: Option<String>,
+    /// Tools that the model may call.
+    pub tools: Option<Vec<Tool>>,
+    /// Whether and which tools are called; `auto` unless said otherwise.
+    pub tool_choice: Option<ToolChoice>,
+    /// Whether more than one call may be made; true unless said otherwise.
+    pub parallel_tool_calls: Option<bool>,
     /// Fields of both endpoints.
     #[serde(flatten)]
     pub common: Common,
@@ -55,6 +64,8 @@ pub struct Common {
     pub top_k: Option<i64>,
     /// Drops tokens below this share of the most probable one.
     pub min_p: Option<f32>,
+    /// Drops tokens below this times the square of the largest probability.
+    pub top_a: Option<f32>,
     /// Penalty on tokens seen anywhere.
     pub repetition_penalty: Option<f32>,
     /// Penalty on tokens generated before.
@@ -84,6 +95,20 @@ pub struct Common {
     pub logprobs: Option<Logprobs>,
     /// `raw` or `scaled`.
     pub logprobs_mode: Option<String>,
+    /// Report every prompt token's log-probability, with this many alternatives.
+    pub prompt_logprobs: Option<i64>,
+    /// Report these ids in place of the most probable ones.
+    pub logprob_token_ids: Option<Vec<i64>>,
+    /// What the output must look like.
+    pub response_format: Option<ResponseFormat>,
+    /// What the output must look like, in vLLM's form.
+    pub structured_outputs: Option<StructuredOutputs>,
+    /// Keeps only the last so many tokens of the prompt; -1 keeps what the context holds.
+    pub truncate_prompt_tokens: Option<i64>,
+    /// Prefixes are shared only among requests with the same salt.
+    pub cache_salt: Option<String>,
+    /// The request's name in the response's `id`.
+    pub request_id: Option<String>,
     /// Send chunks as they come.
     pub stream: Option<bool>,
     /// Options of the stream.
@@ -108,6 +133,46 @@ pub enum Logprobs {
     Flag(bool),
     /// How many alternatives.
     Count(i64),
+}
+
+/// The `response_format` field.
+#[derive(Clone, PartialEq, Deserialize, Debug)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ResponseFormat {
+    /// Anything.
+    Text,
+    /// A JSON object.
+    JsonObject,
+    /// A JSON value that a schema accepts.
+    JsonSchema {
+        /// The schema and its name.
+        json_schema: JsonSchema,
+    },
+}
+
+/// A named JSON schema.
+#[derive(Clone, PartialEq, Deserialize, Debug)]
+pub struct JsonSchema {
+    /// What the client calls it; not used.
+    pub name: Option<String>,
+    /// The schema.
+    pub schema: Map<String, Value>,
+}
+
+/// The `structured_outputs` field: exactly one of its keys.
+#[derive(Clone, PartialEq, Deserialize, Default, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct StructuredOutputs {
+    /// A JSON schema, or its text.
+    pub json: Option<Value>,
+    /// Any JSON object.
+    pub json_object: Option<bool>,
+    /// A regular expression for the whole output.
+    pub regex: Option<String>,
+    /// One of these texts.
+    pub choice: Option<Vec<String>>,
+    /// A Lark grammar.
+    pub grammar: Option<String>,
 }
 
 /// The `proof` field.

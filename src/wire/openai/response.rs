@@ -1,5 +1,6 @@
 //! Response bodies and stream chunks.
 
+use super::tools::ToolCall;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -109,6 +110,12 @@ pub struct Response<C> {
     pub system_fingerprint: String,
     /// The choices.
     pub choices: Vec<C>,
+    /// Log-probabilities of the prompt, where asked for (chat; completions have them in choices).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs>,
+    /// Ids of the prompt, where asked for (chat; completions have them in choices).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
     /// Which distribution log-probabilities describe, where they are reported.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs_mode: Option<&'static str>,
@@ -140,8 +147,11 @@ pub struct ChatChoice {
 pub struct ChatMessage {
     /// `assistant`.
     pub role: &'static str,
-    /// Its text.
-    pub content: String,
+    /// Its text; null beside calls without any.
+    pub content: Option<String>,
+    /// The tools it calls.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
 }
 
 /// A choice of one chat chunk.
@@ -171,6 +181,9 @@ pub struct Delta {
     pub role: Option<&'static str>,
     /// The text.
     pub content: String,
+    /// Calls, or parts of calls.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
 }
 
 /// Log-probabilities in the chat form.
@@ -217,10 +230,17 @@ pub struct CompletionChoice {
     /// Targon's fields.
     #[serde(flatten)]
     pub extras: Extras,
+    /// Log-probabilities of the prompt, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs>,
     /// Ids of the prompt, where asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
 }
+
+/// For each prompt token a map from ids to `{logprob, rank, decoded_token}`, its own first; null
+/// for the first token, which follows nothing.
+pub type PromptLogprobs = Vec<Option<Map<String, Value>>>;
 
 /// Log-probabilities in the completions form: four parallel lists.
 #[derive(Clone, Serialize, Default, Debug)]
