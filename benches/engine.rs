@@ -124,7 +124,12 @@ fn http(engine: &Engine, rows: &mut Rows) {
     let listener = listener.expect("a port is free");
     let address = listener.local_addr().expect("it has an address");
     let forever = std::future::pending::<()>();
-    runtime.spawn(targon_engine::server::serve(listener, state, forever, Default::default()));
+    runtime.spawn(targon_engine::server::listen::serve(
+        listener,
+        state,
+        forever,
+        Default::default(),
+    ));
     for batch in [1, 16] {
         let ratios = (0..2 * REPEATS as u32).map(|repeat| {
             let salt = 1_000 * (repeat + 1) + batch;

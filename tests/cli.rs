@@ -81,9 +81,17 @@ impl Server {
         panic!("{path} never answered {status}");
     }
 
-    fn terminate(mut self) -> (i32, String) {
+    fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").arg(pid).status().unwrap().success());
+        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    }
+
+    fn hang_up(&self) {
+        self.signal("-HUP");
+    }
+
+    fn terminate(mut self) -> (i32, String) {
+        self.signal("-TERM");
         let mut log = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
         (self.child.wait().unwrap().code().unwrap(), log)
@@ -167,4 +175,40 @@ fn a_plan_is_a_table_and_what_cannot_fit_is_refused() {
     let (code, out, err) = run(&["plan", "--models", &models]);
     assert!(code == 1 && out.contains("cannot be served"), "{out}");
     assert!(err.contains("lower `context_max` or raise `kv_memory`"), "{err}");
+}
+
+#[test]
+fn models_and_keys_follow_the_file_while_serving() {
+    let dir = tempfile::tempdir().unwrap();
+    for (seed, name) in ["one", "two"].into_iter().enumerate() {
+        common::write_checkpoint(&dir.path().join(name), &common::tiny_config(), seed as u32);
+    }
+    let entry = |name: &str| format!("[[model]]\nname = \"{name}\"\npath = \"{name}\"\n");
+    let models = write_models(dir.path(), &entry("one"));
+    let server = Server::start(&models);
+    server.wait_until("/ready", 200);
+    let ask = |model: &str| {
+        let body = format!("{{\"model\": \"{model}\", \"prompt\": \"hi\", \"max_tokens\": 2}}");
+        server.post("/v1/completions", &body).0
+    };
+    assert_eq!((ask("one"), ask("two")), (200, 404));
+    // A mistake changes nothing.
+    write_models(dir.path(), "[[model]]\nnam = 1\n");
+    server.hang_up();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(ask("one"), 200);
+    write_models(dir.path(), &entry("two"));
+    server.hang_up();
+    server.wait_until("/ready?model=two", 200);
+    server.wait_until("/ready?model=one", 404);
+    assert_eq!((ask("one"), ask("two")), (404, 200));
+    let keys = format!("{}[server]\napi_keys = [\"0123456789abcdef\"]\n", entry("two"));
+    write_models(dir.path(), &keys);
+    server.hang_up();
+    server.wait_until("/v1/models", 401);
+    assert_eq!(ask("two"), 401);
+    let (code, log) = server.terminate();
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("nothing is reloaded") && log.contains("unknown field `nam`"), "{log}");
+    assert!(!log.contains("0123456789abcdef"), "{log}");
 }

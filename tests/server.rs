@@ -12,7 +12,8 @@ use common::site::{
 use serde_json::{Value, json};
 use std::time::Duration;
 use targon_engine::engine::Options;
-use targon_engine::server::{BODY_BYTES_MAX, serve};
+use targon_engine::server::listen::serve;
+use targon_engine::server::settings::Limits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
@@ -203,7 +204,8 @@ async fn bad_requests_are_refused_by_name() {
         assert_eq!(status, StatusCode::BAD_REQUEST);
         assert!(text.contains(message), "{text}");
     }
-    let (status, text) = post_raw(&site.app, COMPLETION, vec![b' '; BODY_BYTES_MAX + 1]).await;
+    let (status, text) =
+        post_raw(&site.app, COMPLETION, vec![b' '; Limits::default().body_bytes + 1]).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
     assert!(text.contains("\"error\""), "{text}");
     // After all that, the model still answers.

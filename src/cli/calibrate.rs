@@ -32,10 +32,10 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<(), Failure> {
         let message = format!("--honest-error must lie between 0 and 1, got {}", args.honest_error);
         return Err(Failure::user(message));
     }
-    let models = models_toml::read(&args.models)
+    let config = models_toml::read(&args.models, &[])
         .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
     let is_wanted = |name: &str| args.model.as_deref().is_none_or(|m| m == name);
-    let wanted: Vec<_> = models.into_iter().filter(|m| is_wanted(&m.name)).collect();
+    let wanted: Vec<_> = config.models.into_iter().filter(|m| is_wanted(&m.name)).collect();
     if wanted.is_empty() {
         return Err(Failure::user(format!("{} lists no such model", args.models.display())));
     }

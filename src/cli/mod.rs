@@ -8,6 +8,7 @@ mod fetch;
 mod load;
 mod logging;
 mod plan;
+mod reload;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -75,7 +76,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let outcome = logging::start(&cli.log, cli.log_json).and_then(|()| run(cli.command));
+    let outcome = logging::start(&cli.log, cli.log_json).and_then(|()| run(cli.command, cli.log));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -88,9 +89,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<(), Failure> {
+fn run(command: Command, log: String) -> Result<(), Failure> {
     match command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(args, log),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Fetch(args) => fetch::run(&args),

@@ -15,14 +15,14 @@ pub(super) struct PlanArgs {
 }
 
 pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let models = models_toml::read(&args.models)
+    let config = models_toml::read(&args.models, &[])
         .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
     let available = available_memory();
     let bars = DownloadBars::new();
     let runtime = runtime()?;
     let mut left = available;
     let mut rows = Vec::new();
-    for model in models {
+    for model in config.models {
         let name = model.name.clone();
         let located = runtime.block_on(locate(model, &bars));
         let planned = located.and_then(|located| plan(&located, left));

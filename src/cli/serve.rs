@@ -1,12 +1,14 @@
 //! `serve`: models behind HTTP until a signal comes.
 
 use super::load::{self, DownloadBars, Planned};
-use super::{Failure, runtime};
+use super::reload::Reloader;
+use super::{Failure, logging, runtime};
 use crate::clock::Clock;
-use crate::config::models_toml::{self, ModelConfig};
+use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::engine::request::LogprobMode;
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
+use crate::server::metrics::summarize;
 use crate::server::registry::{Registry, State};
 use crate::server::state::ServerState;
 use crate::server::translate::Defaults;
@@ -24,12 +26,15 @@ pub(super) struct ServeArgs {
     /// Which models: a file with [[model]] entries.
     #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
     models: PathBuf,
-    /// Address to listen on. The open server has no authentication: keep it on loopback.
+    /// Address to listen on. Without API keys the server is open: keep it on loopback.
     #[arg(long, env = "TARGON_HOST", default_value = "127.0.0.1")]
     host: String,
     /// Port to listen on; 0 takes a free one.
     #[arg(long, env = "TARGON_PORT", default_value_t = 8000)]
     port: u16,
+    /// Keys that open the API, with commas between them; more in [server] of the models file.
+    #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    api_key: Vec<String>,
     /// Compute threads for all models; all cores where absent.
     #[arg(long, env = "TARGON_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -55,8 +60,8 @@ enum Mode {
     Scaled,
 }
 
-pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
-    let models = models_toml::read(&args.models)
+pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
+    let config = models_toml::read(&args.models, &args.api_key)
         .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.map_or(cores, usize::from);
@@ -64,21 +69,25 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
     tracing::info!(threads, isa = %pool.isa(), "compute pool");
     let runtime = runtime()?;
-    let outcome = runtime.block_on(serve(args, models, pool));
+    if let Some(log) = &config.server.log {
+        let refuse = |e| Failure::user(format!("[server] `log` is not a valid filter: {e}"));
+        logging::set(log).map_err(refuse)?;
+    }
+    let outcome = runtime.block_on(serve(args, log, config, pool));
     // Loading threads may still be busy; nothing waits for them.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(args: ServeArgs, models: Vec<ModelConfig>, pool: Pool) -> Result<(), Failure> {
+async fn serve(args: ServeArgs, log: String, config: Config, pool: Pool) -> Result<(), Failure> {
     let address = format!("{}:{}", args.host, args.port);
     let listener = TcpListener::bind(&address)
         .await
         .map_err(|e| Failure::user(format!("cannot listen on {address}: {e}")))?;
     let local = listener.local_addr().map_err(Failure::ours)?;
-    warn_if_open(local);
+    warn_if_open(local, config.server.settings.keys.is_empty());
     let registry = Registry::default();
-    registry.announce(models.iter().map(|m| m.name.clone()));
+    registry.announce(config.models.iter().map(|m| m.name.clone()));
     let defaults = Defaults {
         tokens_as_ids: args.return_tokens_as_token_ids,
         logprob_mode: match args.logprobs_mode {
@@ -88,11 +97,15 @@ async fn serve(args: ServeArgs, models: Vec<ModelConfig>, pool: Pool) -> Result<
     };
     let clock = Clock::system();
     let state = ServerState::new(registry.clone(), defaults, clock.clone());
+    state.set(config.server.settings.clone());
+    tokio::spawn(summarize(state.clone()));
     let timeout = Duration::from_secs(args.shutdown_timeout);
     let stop = stop_signal()?;
-    let serving = tokio::spawn(crate::server::serve(listener, state, stop, timeout));
+    let serving = crate::server::listen::serve(listener, state.clone(), stop, timeout);
+    let serving = tokio::spawn(serving);
     println!("http://{local}");
-    let loading = tokio::spawn(start_models(models, registry.clone(), pool, clock));
+    let models = config.models.clone();
+    let loading = tokio::spawn(start_models(models, registry.clone(), pool.clone(), clock.clone()));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome),
@@ -100,9 +113,12 @@ async fn serve(args: ServeArgs, models: Vec<ModelConfig>, pool: Pool) -> Result<
             return Err(Failure::user(describe_failures(&registry)));
         },
     }
+    let (path, keys) = (args.models, args.api_key);
+    let reloader = Reloader { path, keys, log, config, state, pool, clock };
     let dead = engine_death(registry);
     tokio::select! {
         outcome = &mut serving => finish(outcome),
+        outcome = reloader.run() => outcome,
         name = dead => Err(Failure::ours(format!("the engine of {name} has stopped"))),
     }
 }
@@ -113,9 +129,9 @@ fn finish(outcome: Result<std::io::Result<()>, tokio::task::JoinError>) -> Resul
     Ok(())
 }
 
-fn warn_if_open(address: SocketAddr) {
-    if !address.ip().is_loopback() {
-        tracing::warn!(%address, "this server has no authentication and is not on loopback");
+fn warn_if_open(address: SocketAddr, is_open: bool) {
+    if is_open && !address.ip().is_loopback() {
+        tracing::warn!(%address, "this server has no API keys and is not on loopback");
     }
 }
 
@@ -147,7 +163,7 @@ fn stop_signal() -> Result<impl Future<Output = ()> + Send, Failure> {
 }
 
 /// Locates, plans and loads all models; false when none is ready.
-async fn start_models(
+pub(super) async fn start_models(
     models: Vec<ModelConfig>,
     registry: Registry,
     pool: Pool,

@@ -1,6 +1,7 @@
 //! models.toml, flags and environment, resolved into options for each part.
 
 pub mod models_toml;
+pub mod server_toml;
 pub mod units;
 
 /// The known word nearest to `word`, for "did you mean" hints.

@@ -1,5 +1,7 @@
-//! `models.toml`: one flat `[[model]]` entry for each model that is served.
+//! `models.toml`: one flat `[[model]]` entry for each model that is served, and one `[server]`
+//! table.
 
+use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
 use crate::engine::plan::{KvMemory, Wanted};
 use crate::ops::dtype::Dtype;
@@ -54,6 +56,15 @@ pub struct ModelConfig {
     pub wanted: Wanted,
 }
 
+/// The whole file.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Config {
+    /// What is served.
+    pub models: Vec<ModelConfig>,
+    /// How.
+    pub server: ServerConfig,
+}
+
 /// A fault in the file.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{path}: {what}")]
@@ -71,6 +82,8 @@ pub struct ConfigError {
 struct File {
     #[serde(default)]
     model: Vec<Entry>,
+    #[serde(default)]
+    server: ServerTable,
 }
 
 #[derive(Deserialize)]
@@ -90,24 +103,24 @@ struct Entry {
     sequences_max: Option<usize>,
 }
 
-/// Reads and checks the file.
+/// Reads and checks the file; `keys` open the API besides those that it names.
 ///
 /// # Errors
 /// When it cannot be read, or an entry is wrong.
-pub fn read(path: &Path) -> Result<Vec<ModelConfig>, ConfigError> {
+pub fn read(path: &Path, keys: &[String]) -> Result<Config, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|e| ConfigError {
         path: path.to_owned(),
         what: format!("cannot be read: {e}"),
         hint: None,
     })?;
-    parse(path, &text)
+    parse(path, &text, keys)
 }
 
 /// Checks the text of the file; relative paths in it start at its directory.
 ///
 /// # Errors
 /// When an entry is wrong.
-pub fn parse(path: &Path, text: &str) -> Result<Vec<ModelConfig>, ConfigError> {
+pub fn parse(path: &Path, text: &str, keys: &[String]) -> Result<Config, ConfigError> {
     let error = |what: String, hint: Option<String>| ConfigError { path: path.into(), what, hint };
     let file: File = toml::from_str(text).map_err(|e| {
         let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
@@ -129,13 +142,16 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<ModelConfig>, ConfigError> {
         }
         models.push(model);
     }
-    Ok(models)
+    let server = file.server.check(directory, keys);
+    let server = server.map_err(|(key, what)| error(format!("[server] `{key}` {what}"), None))?;
+    Ok(Config { models, server })
 }
 
 /// A hint for "unknown field `x`".
 fn unknown_key(message: &str) -> Option<String> {
     let key = message.strip_prefix("unknown field `")?.split('`').next()?;
-    nearest(key, KEYS).map(|known| format!("did you mean `{known}`?"))
+    let known = KEYS.into_iter().chain(server_toml::KEYS).chain(["server", "model"]);
+    nearest(key, known).map(|known| format!("did you mean `{known}`?"))
 }
 
 /// A key and what is wrong with it.
@@ -219,8 +235,8 @@ fn source(entry: &Entry, directory: &Path) -> Result<(Source, Option<String>), F
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> Result<Vec<ModelConfig>, (String, Option<String>)> {
-        parse(Path::new("/etc/models.toml"), text).map_err(|e| (e.to_string(), e.hint))
+    fn parsed(text: &str) -> Result<Config, (String, Option<String>)> {
+        parse(Path::new("/etc/models.toml"), text, &[]).map_err(|e| (e.to_string(), e.hint))
     }
 
     #[test]
@@ -237,7 +253,7 @@ mod tests {
             kv_memory = "1 GiB"
             sequences_max = 4
         "#;
-        let models = parsed(text).unwrap();
+        let models = parsed(text).unwrap().models;
         assert_eq!(
             models[0].source,
             Source::Hub {
@@ -269,6 +285,18 @@ mod tests {
             ("[[model]]\nname=\"a\"\n[[model]]\nname=\"a\"", "two models are called a", None),
             ("[[model]]\nname=\"a\"\ncontext_max=\"big\"", "line 3: invalid type", None),
             ("[[model\n", "line 1:", None),
+            (
+                "[server]\napi_key = [\"x\"]",
+                "line 2: unknown field `api_key`",
+                Some("did you mean `api_keys`?"),
+            ),
+            (
+                "[[model]]\nname=\"a\"\n[server]\napi_keys=[\"short\"]",
+                "[server] `api_keys` must have at least 16 characters each, one has 5",
+                None,
+            ),
+            ("[[model]]\nname=\"a\"\n[server]\nbody_seconds=0", "must lie in 1..=86400", None),
+            ("[[model]]\nname=\"a\"\n[server]\nbody_max=\"8\"", "must be a size such as", None),
         ] {
             let (error, got_hint) = parsed(text).unwrap_err();
             assert!(error.starts_with("/etc/models.toml: ") && error.contains(want), "{error}");

@@ -21,6 +21,15 @@ pub fn kv_memory(text: &str) -> Result<KvMemory, String> {
     bytes(text).map(KvMemory::Bytes).ok_or_else(|| rule(text))
 }
 
+/// Reads a size that fits in memory.
+///
+/// # Errors
+/// The rule and the fact.
+pub fn size(text: &str) -> Result<usize, String> {
+    let size = bytes(text.trim()).and_then(|b| usize::try_from(b).ok()).filter(|b| *b > 0);
+    size.ok_or_else(|| format!("must be a size such as \"8 MiB\", got \"{text}\""))
+}
+
 fn rule(text: &str) -> String {
     format!(
         "must be a size such as \"4 GiB\", a share such as \"60%\", or \"auto\", got \"{text}\""

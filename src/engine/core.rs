@@ -15,6 +15,7 @@ use crate::ops::pool::Pool;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// What a row of the model led to.
@@ -30,6 +31,7 @@ pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) permit: OwnedSemaphorePermit,
+    pub(super) submitted: Duration,
 }
 
 /// The state of the owner thread.
@@ -50,6 +52,7 @@ impl Core {
     pub(super) fn run(mut self) {
         while self.take_commands() {
             self.drop_abandoned();
+            self.stats.record_load(self.scheduler.load());
             self.step();
             self.stats.record_load(self.scheduler.load());
         }
@@ -59,7 +62,10 @@ impl Core {
     fn take_commands(&mut self) -> bool {
         if self.live.is_empty() {
             match self.commands.recv() {
-                Ok(command) => self.take(command),
+                Ok(command) => {
+                    self.stats.record_wake(self.clock.elapsed());
+                    self.take(command);
+                }
                 Err(_) => return false,
             }
         }
@@ -74,7 +80,7 @@ impl Core {
 
     fn take(&mut self, command: Command) {
         let Command::Submit(submission) = command;
-        let Submission { request, events, permit } = *submission;
+        let Submission { request, events, permit, submitted } = *submission;
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let new = NewSequence {
@@ -84,13 +90,13 @@ impl Core {
             salt: request.cache_salt,
             reads_cache: request.reads_cache && request.prompt_logprobs.is_none(),
         };
-        let live = Live::new(request, &self.model, events, permit);
+        let live = Live::new(request, &self.model, events, permit, submitted);
         if live.request.prompt.len() == 1 && live.request.prompt_logprobs.is_some() {
             // The first token follows nothing: there is no row to compute.
             live.send(Event::Prompt(Vec::new()));
             if live.request.max_tokens == 0 {
                 live.send(Event::Finish(live.finish(FinishReason::Length)));
-                return self.stats.record_end(&live);
+                return self.stats.record_end(&live, &FinishReason::Length, self.clock.elapsed());
             }
         }
         match self.scheduler.submit(new) {
@@ -122,8 +128,14 @@ impl Core {
             return;
         }
         let started = self.clock.elapsed();
+        for slice in &plan.slices {
+            if let Some(live) = self.live.get_mut(&slice.id) {
+                live.timeline.schedule(started);
+            }
+        }
         let outcome = self.compute(&plan);
-        self.stats.record_step(&plan, started, self.clock.elapsed());
+        let ended = self.clock.elapsed();
+        self.stats.record_step(&plan, started, ended);
         self.scheduler.commit(&plan);
         for slice in &plan.slices {
             let cached = self.scheduler.cached_tokens(slice.id);
@@ -132,7 +144,9 @@ impl Core {
             }
         }
         match outcome {
-            Ok(rows) => rows.into_iter().for_each(|(at, row)| self.record(&plan, at, row)),
+            Ok(rows) => {
+                rows.into_iter().for_each(|(at, row)| self.record(&plan, at, row, ended));
+            }
             Err(fault) => {
                 for slice in &plan.slices {
                     self.fail(slice.id, fault.clone());
@@ -157,7 +171,7 @@ impl Core {
     }
 
     /// What a row led to; rows of one sequence come in ascending position.
-    fn record(&mut self, plan: &Plan, at: RowAt, row: Result<Row, Fault>) {
+    fn record(&mut self, plan: &Plan, at: RowAt, row: Result<Row, Fault>, now: Duration) {
         let id = plan.slices[at.slice].id;
         // A sequence that failed at an earlier row of this step is gone.
         let Some(live) = self.live.get_mut(&id) else { return };
@@ -170,26 +184,27 @@ impl Core {
             live.push_prompt_row(row);
             let is_whole = at.position + 2 == live.request.prompt.len();
             if is_whole && live.request.max_tokens == 0 {
-                self.finish_scored(id);
+                self.finish_scored(id, now);
             }
             return;
         }
         let token = row.token;
+        self.stats.record_token(&mut live.timeline, now);
         match live.push_token(&self.model, row) {
-            Ok(true) => {
-                self.stats.record_end(live);
+            Ok(Some(reason)) => {
+                self.stats.record_end(live, &reason, now);
                 self.end(id);
             }
-            Ok(false) => self.scheduler.push(id, token),
+            Ok(None) => self.scheduler.push(id, token),
             Err(fault) => self.fail(id, fault),
         }
     }
 
     /// Ends a request that only scores its prompt.
-    fn finish_scored(&mut self, id: SequenceId) {
+    fn finish_scored(&mut self, id: SequenceId, now: Duration) {
         if let Some(live) = self.live.get(&id) {
             live.send(Event::Finish(live.finish(FinishReason::Length)));
-            self.stats.record_end(live);
+            self.stats.record_end(live, &FinishReason::Length, now);
         }
         self.end(id);
     }

@@ -3,6 +3,7 @@
 use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step, TopLogprob};
 use super::request::{LogprobMode, Request};
 use super::sampler::{Seen, process, sample};
+use super::stats::Timeline;
 use super::stop::{Scan, StopStrings};
 use crate::models::Model;
 use crate::models::grammar::Grammar;
@@ -12,6 +13,7 @@ use crate::ops::logits::{LogSumExp, rank, top_k};
 use crate::proof::commit::{Chain, RowData};
 use llguidance::toktrie::SimpleVob;
 use parking_lot::Mutex;
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// What one row of logits led to.
@@ -48,6 +50,7 @@ pub(super) struct Live {
     /// Position of the next row to report: rows before it were reported or not asked for.
     pub(super) next_row: usize,
     pub(super) cached_tokens: usize,
+    pub(super) timeline: Timeline,
 }
 
 impl Live {
@@ -56,6 +59,7 @@ impl Live {
         model: &Model,
         events: mpsc::Sender<Event>,
         permit: OwnedSemaphorePermit,
+        submitted: Duration,
     ) -> Self {
         let stop = StopStrings::new(request.stop.strings.clone(), request.stop.include_in_output);
         let end_ids = if request.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() };
@@ -72,6 +76,7 @@ impl Live {
             grammar: request.grammar.take().map(Mutex::new),
             prompt_rows: Vec::new(),
             cached_tokens: 0,
+            timeline: Timeline::new(submitted),
             events,
             _permit: permit,
             request,
@@ -203,11 +208,20 @@ impl Live {
         }
     }
 
-    /// Records a drawn token and sends it; true when the request has ended.
+    /// Tokens generated so far.
+    pub(super) fn output_tokens(&self) -> usize {
+        self.output.len()
+    }
+
+    /// Records a drawn token and sends it; the reason when it ended the request.
     ///
     /// # Errors
     /// When the weight of its powv cannot be read, or its grammar does not know the token.
-    pub(super) fn push_token(&mut self, model: &Model, row: Row) -> Result<bool, Fault> {
+    pub(super) fn push_token(
+        &mut self,
+        model: &Model,
+        row: Row,
+    ) -> Result<Option<FinishReason>, Fault> {
         let Row { token, logprob, rank, top, proof } = row;
         let powv = model.parameters.powv(self.prompt_sum, self.output_sum);
         let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
@@ -224,9 +238,9 @@ impl Live {
             let full = chain.push(token, row);
             full.or_else(|| if ended { chain.close() } else { None })
         });
-        let finish = reason.map(|reason| self.finish(reason));
+        let finish = reason.clone().map(|reason| self.finish(reason));
         self.send(Event::Step(Step { token, text, logprob, rank, top, powv, proof, finish }));
-        Ok(ended)
+        Ok(reason)
     }
 
     /// The visible text that `token` adds, and the reason if it ends the output; `is_whole` says

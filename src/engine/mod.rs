@@ -32,6 +32,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 
 /// Sizes of one engine.
@@ -89,6 +90,7 @@ struct Shared {
     permits: Arc<Semaphore>,
     stats: Arc<Stats>,
     is_dead: Arc<AtomicBool>,
+    clock: Clock,
 }
 
 impl Engine {
@@ -105,10 +107,10 @@ impl Engine {
             runner: Runner::new(&model.decoder, options.blocks)?,
             scheduler: Scheduler::new(options.limits(), options.blocks),
             model: Arc::clone(&model),
-            pool,
+            pool: pool.separate(),
             commands: receiver,
             stats: Arc::clone(&stats),
-            clock,
+            clock: clock.clone(),
             live: HashMap::new(),
             next_id: 0,
         };
@@ -121,7 +123,7 @@ impl Engine {
             alarm.store(outcome.is_err(), Ordering::SeqCst);
         })?;
         let permits = Arc::new(Semaphore::new(in_flight_max));
-        Ok(Self(Arc::new(Shared { commands, model, options, permits, stats, is_dead })))
+        Ok(Self(Arc::new(Shared { commands, model, options, permits, stats, is_dead, clock })))
     }
 
     /// Checks and queues a request; never waits.
@@ -137,7 +139,8 @@ impl Engine {
             .map_err(|_| Refusal::QueueFull { waiting: options.waiting_max })?;
         // One event for each token, the prompt's rows, and the end.
         let (sender, events) = mpsc::channel(request.max_tokens + 2);
-        let submission = Submission { request, events: sender, permit };
+        let submitted = self.0.clock.elapsed();
+        let submission = Submission { request, events: sender, permit, submitted };
         let command = Command::Submit(Box::new(submission));
         self.0.commands.try_send(command).map_err(|_| Fault::Stopped)?;
         Ok(Generation { events })
@@ -172,6 +175,14 @@ impl Engine {
     /// Counters.
     pub fn stats(&self) -> &Stats {
         &self.0.stats
+    }
+
+    /// How long sequences have waited for a step to finish; `None` while there is nothing to do.
+    pub fn stalled_for(&self) -> Option<Duration> {
+        let s = self.0.stats.snapshot();
+        let has_work = s.load.running + s.load.waiting > 0;
+        let since = s.last_step_at.max(s.busy_since);
+        has_work.then(|| self.0.clock.elapsed().saturating_sub(since))
     }
 
     /// Whether the owner thread died of a panic.

@@ -1,13 +1,37 @@
-//! Counters of one engine: written by its thread, read by anyone.
+//! Counters and timings of one engine: written by its thread, read by anyone.
 
 use super::live::Live;
+use super::output::FinishReason;
 use super::scheduler::{Load, Plan};
 use parking_lot::Mutex;
+use prometheus_client::metrics::histogram::Histogram;
 use std::time::Duration;
 
-/// Counters since the engine started.
+/// Upper bounds of times to a first token, in seconds.
+const FIRST_TOKEN_SECONDS: [f64; 22] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+];
+/// Upper bounds of times between tokens, in seconds.
+const TOKEN_SECONDS: [f64; 22] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
+/// Upper bounds of times of whole requests, in seconds.
+const REQUEST_SECONDS: [f64; 21] = [
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+];
+/// Upper bounds of token counts.
+const TOKEN_COUNTS: [f64; 16] =
+    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5];
+
+/// Counters and timings since the engine started.
 #[derive(Default)]
-pub struct Stats(Mutex<Snapshot>);
+pub struct Stats {
+    counters: Mutex<Snapshot>,
+    timings: Timings,
+}
 
 /// The counters at one moment.
 #[derive(Clone, Copy, Default, Debug)]
@@ -18,6 +42,8 @@ pub struct Snapshot {
     pub steps: u64,
     /// When the last step finished, by the engine's clock.
     pub last_step_at: Duration,
+    /// When the engine last went from idle to busy, by its clock.
+    pub busy_since: Duration,
     /// Time spent in steps.
     pub busy: Duration,
     /// Prompt tokens computed.
@@ -30,44 +56,141 @@ pub struct Snapshot {
     pub cached_tokens: u64,
     /// Requests that ended by themselves.
     pub finished: u64,
+    /// Of those, by their limit of tokens.
+    pub finished_by_length: u64,
     /// Requests whose caller went away.
     pub aborted: u64,
     /// Requests that failed inside the engine.
     pub faults: u64,
 }
 
+/// Distributions over requests and steps; times in seconds.
+pub struct Timings {
+    /// From submission to the first token.
+    pub first_token: Histogram,
+    /// Between two tokens of a request.
+    pub inter_token: Histogram,
+    /// From submission to the end.
+    pub request: Histogram,
+    /// From submission to the first step.
+    pub queue: Histogram,
+    /// From the first step to the first token.
+    pub prefill: Histogram,
+    /// From the first token to the end.
+    pub decode: Histogram,
+    /// Tokens of a prompt.
+    pub prompt_tokens: Histogram,
+    /// Tokens of an output.
+    pub output_tokens: Histogram,
+    /// Rows of a step.
+    pub step_tokens: Histogram,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        let requests = || Histogram::new(REQUEST_SECONDS);
+        let counts = || Histogram::new(TOKEN_COUNTS);
+        Self {
+            first_token: Histogram::new(FIRST_TOKEN_SECONDS),
+            inter_token: Histogram::new(TOKEN_SECONDS),
+            request: requests(),
+            queue: requests(),
+            prefill: requests(),
+            decode: requests(),
+            prompt_tokens: counts(),
+            output_tokens: counts(),
+            step_tokens: counts(),
+        }
+    }
+}
+
+/// When things happened to a request, by the engine's clock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timeline {
+    submitted: Duration,
+    scheduled: Option<Duration>,
+    first_token: Option<Duration>,
+    last_token: Duration,
+}
+
+impl Timeline {
+    pub(super) fn new(submitted: Duration) -> Self {
+        Self { submitted, scheduled: None, first_token: None, last_token: submitted }
+    }
+
+    /// Notes the first step.
+    pub(super) fn schedule(&mut self, at: Duration) {
+        self.scheduled.get_or_insert(at);
+    }
+}
+
 impl Stats {
     /// The counters now.
     pub fn snapshot(&self) -> Snapshot {
-        *self.0.lock()
+        *self.counters.lock()
+    }
+
+    /// The distributions, which go on changing.
+    pub fn timings(&self) -> &Timings {
+        &self.timings
     }
 
     pub(super) fn record_load(&self, load: Load) {
-        self.0.lock().load = load;
+        self.counters.lock().load = load;
+    }
+
+    /// The engine takes up work at `now`.
+    pub(super) fn record_wake(&self, now: Duration) {
+        self.counters.lock().busy_since = now;
     }
 
     pub(super) fn record_step(&self, plan: &Plan, started: Duration, ended: Duration) {
-        let mut s = self.0.lock();
+        self.timings.step_tokens.observe(plan.rows() as f64);
+        let mut s = self.counters.lock();
         s.steps += 1;
         s.last_step_at = ended;
         s.busy += ended.saturating_sub(started);
         let decoded = plan.slices.iter().filter(|s| s.tokens.len() == 1 && s.is_last).count();
-        s.decode_tokens += decoded as u64;
         s.prefill_tokens += (plan.rows() - decoded) as u64;
     }
 
-    pub(super) fn record_end(&self, live: &Live) {
-        let mut s = self.0.lock();
+    /// A token of a request was computed at `now`.
+    pub(super) fn record_token(&self, timeline: &mut Timeline, now: Duration) {
+        let seconds = |since: Duration| now.saturating_sub(since).as_secs_f64();
+        match timeline.first_token {
+            Some(_) => self.timings.inter_token.observe(seconds(timeline.last_token)),
+            None => {
+                timeline.first_token = Some(now);
+                self.timings.first_token.observe(seconds(timeline.submitted));
+            }
+        }
+        timeline.last_token = now;
+        self.counters.lock().decode_tokens += 1;
+    }
+
+    pub(super) fn record_end(&self, live: &Live, reason: &FinishReason, now: Duration) {
+        let (t, line) = (&self.timings, live.timeline);
+        let seconds = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64();
+        let scheduled = line.scheduled.unwrap_or(now);
+        let first_token = line.first_token.unwrap_or(now);
+        t.request.observe(seconds(line.submitted, now));
+        t.queue.observe(seconds(line.submitted, scheduled));
+        t.prefill.observe(seconds(scheduled, first_token));
+        t.decode.observe(seconds(first_token, now));
+        t.prompt_tokens.observe(live.request.prompt.len() as f64);
+        t.output_tokens.observe(live.output_tokens() as f64);
+        let mut s = self.counters.lock();
         s.finished += 1;
+        s.finished_by_length += u64::from(*reason == FinishReason::Length);
         s.prompt_tokens += live.request.prompt.len() as u64;
         s.cached_tokens += live.cached_tokens as u64;
     }
 
     pub(super) fn record_abort(&self) {
-        self.0.lock().aborted += 1;
+        self.counters.lock().aborted += 1;
     }
 
     pub(super) fn record_fault(&self) {
-        self.0.lock().faults += 1;
+        self.counters.lock().faults += 1;
     }
 }

@@ -17,6 +17,7 @@ const NAME: &str = "chat_template";
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     tool_format: Option<ToolFormat>,
     bos_token: String,
     eos_token: String,
@@ -127,7 +128,18 @@ impl ChatTemplate {
             .add_template_owned(NAME, source.to_owned())
             .map_err(|e| LoadError::invalid(path, format!("chat template: {e:#}")))?;
         let tool_format = ToolFormat::of(source);
-        Ok(Self { environment, tool_format, bos_token, eos_token })
+        let source = source.to_owned();
+        Ok(Self { environment, source, tool_format, bos_token, eos_token })
+    }
+
+    /// Its text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Beginning and end of a text; empty where the model has none.
+    pub fn special_tokens(&self) -> (&str, &str) {
+        (&self.bos_token, &self.eos_token)
     }
 
     /// How the model writes calls of tools; `None` when its template knows no tools.

@@ -4,31 +4,66 @@
 //! they park. Tasks of a phase are handed out one by one: work is split over output rows or heads,
 //! never over a reduction, so who runs a task does not change a bit.
 //!
-//! An engine takes a [`Turn`] for one step. Turns are fair (first come, first served), which is
-//! what keeps one busy model from starving another.
+//! An engine takes a [`Turn`] for one step. Among those that wait, the one that has used the
+//! threads least goes first (start-time fair queueing), so a model with long steps cannot starve
+//! one with short steps: both get the same share of time.
 
 use super::lanes::Isa;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Thread};
+use std::time::Instant;
 
 /// Polls before a waiting thread parks: some tens of microseconds.
 const SPINS_MAX: u32 = 3_000;
 
-/// A cloneable handle on the threads.
+/// A cloneable handle on the threads. Clones share one account of the time they use.
 #[derive(Clone)]
-pub struct Pool(Arc<Threads>);
+pub struct Pool {
+    threads: Arc<Threads>,
+    used: Arc<AtomicU64>, // nanoseconds, and what was given for idle times
+}
 
 struct Threads {
     isa: Isa,
-    turn: Mutex<()>,
+    queue: Mutex<Queue>,
+    freed: Condvar,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+}
+
+/// Who wants the threads.
+#[derive(Default)]
+struct Queue {
+    is_taken: bool,
+    waiting: Vec<(u64, u64)>, // (time used, ticket)
+    tickets: u64,
+    now: u64, // time used of whoever had the last turn, when it began
+}
+
+impl Queue {
+    /// Enqueues who has used this much time; being idle saves up nothing.
+    fn enter(&mut self, used: u64) -> (u64, u64) {
+        let ticket = (used.max(self.now), self.tickets);
+        self.tickets += 1;
+        self.waiting.push(ticket);
+        ticket
+    }
+
+    /// Takes the turn if it is this ticket's.
+    fn take(&mut self, ticket: (u64, u64)) -> bool {
+        if self.is_taken || self.waiting.iter().min() != Some(&ticket) {
+            return false;
+        }
+        self.waiting.retain(|other| *other != ticket);
+        (self.is_taken, self.now) = (true, ticket.0);
+        true
+    }
 }
 
 struct Shared {
@@ -79,35 +114,54 @@ impl Pool {
                     .spawn(move || shared.work(me))
             })
             .collect::<std::io::Result<Vec<_>>>()?;
-        Ok(Self(Arc::new(Threads { isa, turn: Mutex::new(()), shared, workers })))
+        let (queue, freed) = (Mutex::new(Queue::default()), Condvar::new());
+        let threads = Arc::new(Threads { isa, queue, freed, shared, workers });
+        Ok(Self { threads, used: Arc::default() })
+    }
+
+    /// A handle with an account of its own: it competes for turns with this one.
+    pub fn separate(&self) -> Self {
+        Self { threads: Arc::clone(&self.threads), used: Arc::default() }
     }
 
     /// Waits for exclusive use of the threads.
     pub fn turn(&self) -> Turn<'_> {
-        Turn { guard: Some(self.0.turn.lock()), threads: &self.0 }
+        let threads = &*self.threads;
+        let mut queue = threads.queue.lock();
+        let ticket = queue.enter(self.used.load(Ordering::Relaxed));
+        while !queue.take(ticket) {
+            threads.freed.wait(&mut queue);
+        }
+        Turn { threads, used: &self.used, before: ticket.0, began: Instant::now() }
     }
 
     /// Number of threads, the caller included.
     pub fn threads(&self) -> usize {
-        self.0.workers.len() + 1
+        self.threads.workers.len() + 1
     }
 
     /// Instruction set of the kernels.
     pub fn isa(&self) -> Isa {
-        self.0.isa
+        self.threads.isa
     }
 }
 
 /// Exclusive use of the pool until dropped.
 pub struct Turn<'a> {
-    guard: Option<MutexGuard<'a, ()>>,
     threads: &'a Threads,
+    used: &'a AtomicU64,
+    before: u64,
+    began: Instant,
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        if let Some(guard) = self.guard.take() {
-            MutexGuard::unlock_fair(guard);
+        let nanoseconds = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.used.store(self.before.saturating_add(nanoseconds), Ordering::Relaxed);
+        let mut queue = self.threads.queue.lock();
+        queue.is_taken = false;
+        if !queue.waiting.is_empty() {
+            self.threads.freed.notify_all();
         }
     }
 }
@@ -306,6 +360,62 @@ mod tests {
             });
             assert!(hits.iter().all(|h| *h == 1), "{len}");
         }
+    }
+
+    #[test]
+    fn long_and_short_turns_get_the_same_share_of_time() {
+        let mut queue = Queue::default();
+        let (lengths, mut used, mut got) = ([100, 7, 1], [0; 3], [0; 3]);
+        let mut tickets = used.map(|u| queue.enter(u));
+        for _ in 0..20_000 {
+            let i = (0..3).find(|i| queue.take(tickets[*i])).unwrap();
+            assert!(tickets.iter().all(|t| !queue.take(*t)), "one at a time");
+            used[i] = tickets[i].0 + lengths[i];
+            got[i] += lengths[i];
+            queue.is_taken = false;
+            tickets[i] = queue.enter(used[i]);
+        }
+        let spread = got.iter().max().unwrap() - got.iter().min().unwrap();
+        assert!(spread <= 200, "{got:?}");
+    }
+
+    #[test]
+    fn who_was_idle_does_not_take_over() {
+        let mut queue = Queue::default();
+        let mut busy = 0;
+        for _ in 0..10 {
+            let ticket = queue.enter(busy);
+            assert!(queue.take(ticket));
+            busy = ticket.0 + 10;
+            queue.is_taken = false;
+        }
+        let late = queue.enter(0);
+        assert_eq!(late.0, 90);
+        let ticket = queue.enter(busy);
+        assert!(!queue.take(ticket) && queue.take(late));
+    }
+
+    #[test]
+    fn turns_of_many_handles_exclude_each_other() {
+        let pool = Pool::new(2, Isa::Scalar).unwrap();
+        let (inside, sum) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                let handle = pool.separate();
+                let (inside, sum) = (&inside, &sum);
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        let turn = handle.turn();
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                        turn.run(3, |i| {
+                            sum.fetch_add(i, Ordering::Relaxed);
+                        });
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 4 * 200 * 3);
     }
 
     #[test]

@@ -63,6 +63,11 @@ impl Registry {
         self.0.write().extend(entries);
     }
 
+    /// Forgets a model. Requests that run on it end as they would.
+    pub fn remove(&self, name: &str) {
+        self.0.write().retain(|e| e.name != name);
+    }
+
     /// Replaces the state of a model.
     pub fn set(&self, name: &str, revision: Option<String>, state: State) {
         if let Some(entry) = self.0.write().iter_mut().find(|e| e.name == name) {

@@ -1,13 +1,15 @@
 //! What handlers share: the models, the defaults, and whether the server still takes requests.
 
-use super::error::ApiError;
+use super::error::{ApiError, echo};
+use super::metrics::Metrics;
 use super::registry::Registry;
+use super::settings::Settings;
 use super::translate::{Defaults, is_ignored};
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio_util::sync::CancellationToken;
@@ -26,13 +28,16 @@ struct Inner {
     is_draining: AtomicBool,
     in_flight: AtomicUsize,
     abort: CancellationToken,
-    unknown_fields: Mutex<BTreeMap<String, u64>>,
+    settings: RwLock<Arc<Settings>>,
+    metrics: Metrics,
+    unknown_fields: Mutex<BTreeSet<String>>,
     signer: Option<Arc<Keypair>>,
 }
 
 impl ServerState {
     /// A server over `registry`.
     pub fn new(registry: Registry, defaults: Defaults, clock: Clock) -> Self {
+        let metrics = Metrics::new(registry.clone());
         Self(Arc::new(Inner {
             registry,
             defaults,
@@ -40,7 +45,9 @@ impl ServerState {
             is_draining: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             abort: CancellationToken::new(),
-            unknown_fields: Mutex::new(BTreeMap::new()),
+            settings: RwLock::default(),
+            metrics,
+            unknown_fields: Mutex::new(BTreeSet::new()),
             signer: None,
         }))
     }
@@ -66,6 +73,21 @@ impl ServerState {
     /// What applies where a request says nothing.
     pub fn defaults(&self) -> Defaults {
         self.0.defaults
+    }
+
+    /// The settings now.
+    pub fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.0.settings.read())
+    }
+
+    /// Replaces the settings; new requests and connections follow them.
+    pub fn set(&self, settings: Settings) {
+        *self.0.settings.write() = Arc::new(settings);
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     /// The clock.
@@ -111,14 +133,14 @@ impl ServerState {
 
     /// Counts request fields that nobody reads, and warns of each name once.
     pub fn note_unknown(&self, fields: &Map<String, Value>) {
-        let mut counts = self.0.unknown_fields.lock();
+        let mut known = self.0.unknown_fields.lock();
         for name in fields.keys().filter(|name| !is_ignored(name)) {
-            if let Some(count) = counts.get_mut(name) {
-                *count += 1;
-            } else if counts.len() < UNKNOWN_FIELDS_MAX {
-                tracing::warn!(field = super::error::echo(name), "unknown request field");
-                counts.insert(name.clone(), 1);
+            if !known.contains(name) && known.len() < UNKNOWN_FIELDS_MAX {
+                tracing::warn!(field = echo(name), "unknown request field");
+                known.insert(name.clone());
             }
+            let label = if known.contains(name) { name } else { "other" };
+            self.metrics().count_unknown_field(label);
         }
     }
 }

@@ -1,0 +1,96 @@
+//! models.toml read again while the server runs: at SIGHUP, and when the file changes.
+
+use super::{Failure, logging, serve};
+use crate::clock::Clock;
+use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::ops::pool::Pool;
+use crate::server::registry::State;
+use crate::server::state::ServerState;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How often the file is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// What a reload needs.
+pub(super) struct Reloader {
+    pub(super) path: PathBuf,
+    pub(super) keys: Vec<String>,
+    pub(super) log: String,
+    pub(super) config: Config,
+    pub(super) state: ServerState,
+    pub(super) pool: Pool,
+    pub(super) clock: Clock,
+}
+
+impl Reloader {
+    /// Reloads for ever.
+    pub(super) async fn run(mut self) -> Result<(), Failure> {
+        let mut hangup = signal(SignalKind::hangup())
+            .map_err(|e| Failure::ours(format!("cannot watch signals: {e}")))?;
+        let mut seen = self.stamp();
+        loop {
+            let is_asked = tokio::select! {
+                _ = hangup.recv() => true,
+                () = tokio::time::sleep(LOOK_EVERY) => false,
+            };
+            let now = self.stamp();
+            if is_asked || now != seen {
+                seen = now;
+                self.reload();
+            }
+        }
+    }
+
+    fn stamp(&self) -> Option<(SystemTime, u64)> {
+        let meta = std::fs::metadata(&self.path).ok()?;
+        Some((meta.modified().ok()?, meta.len()))
+    }
+
+    /// Follows the file where it is whole and right; otherwise everything stays as it is.
+    fn reload(&mut self) {
+        let new = match models_toml::read(&self.path, &self.keys) {
+            Ok(config) => config,
+            Err(e) => return tracing::error!("nothing is reloaded: {e}"),
+        };
+        if new.server.settings.cors_origins != self.config.server.settings.cors_origins {
+            tracing::warn!("[server] cors_origins is read only at start: restart to change it");
+        }
+        if let Err(why) = logging::set(new.server.log.as_deref().unwrap_or(&self.log)) {
+            tracing::error!("[server] log is not followed: {why}");
+        }
+        if new.server != self.config.server {
+            tracing::info!(settings = ?new.server.settings, "reloaded [server]");
+            self.state.set(new.server.settings.clone());
+        }
+        self.follow(&new.models);
+        self.config = new;
+    }
+
+    /// Removes, adds and retries models.
+    fn follow(&self, models: &[ModelConfig]) {
+        let registry = self.state.registry();
+        let old = &self.config.models;
+        for gone in old.iter().filter(|m| !models.contains(m)) {
+            tracing::info!(model = gone.name, "removed; what runs on it goes on to its end");
+            registry.remove(&gone.name);
+        }
+        let has_failed = |name: &str| {
+            let entries = registry.entries();
+            entries.iter().any(|e| e.name == name && matches!(e.state, State::Failed(_)))
+        };
+        let wanted: Vec<ModelConfig> =
+            models.iter().filter(|m| !old.contains(m) || has_failed(&m.name)).cloned().collect();
+        if wanted.is_empty() {
+            return;
+        }
+        for model in &wanted {
+            tracing::info!(model = model.name, "loading");
+            registry.remove(&model.name);
+        }
+        registry.announce(wanted.iter().map(|m| m.name.clone()));
+        let (registry, pool, clock) = (registry.clone(), self.pool.clone(), self.clock.clone());
+        tokio::spawn(serve::start_models(wanted, registry, pool, clock));
+    }
+}

@@ -1,0 +1,104 @@
+//! The `[server]` table of models.toml.
+
+use super::units;
+use crate::server::settings::{ApiKeys, Limits, Settings};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Names of the table's keys, for hints.
+pub const KEYS: [&str; 9] = [
+    "api_keys",
+    "api_keys_file",
+    "cors_origins",
+    "log",
+    "body_max",
+    "header_seconds",
+    "body_seconds",
+    "write_seconds",
+    "stall_seconds",
+];
+/// Characters of a key: shorter ones can be guessed.
+const KEY_CHARS_MIN: usize = 16;
+/// Most seconds of any limit: a day.
+const SECONDS_MAX: u64 = 86_400;
+
+/// The table as it is written.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct ServerTable {
+    api_keys: Option<Vec<String>>,
+    api_keys_file: Option<PathBuf>,
+    cors_origins: Option<Vec<String>>,
+    log: Option<String>,
+    body_max: Option<String>,
+    header_seconds: Option<u64>,
+    body_seconds: Option<u64>,
+    write_seconds: Option<u64>,
+    stall_seconds: Option<u64>,
+}
+
+/// The table, checked.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct ServerConfig {
+    /// What the server follows.
+    pub settings: Settings,
+    /// What is logged; as the flag says where absent.
+    pub log: Option<String>,
+}
+
+impl ServerTable {
+    /// Checks the table; relative paths start at `directory`, `keys` are added to its own.
+    ///
+    /// # Errors
+    /// A key and what is wrong with it.
+    pub fn check(
+        self,
+        directory: &Path,
+        keys: &[String],
+    ) -> Result<ServerConfig, (&'static str, String)> {
+        let mut all = keys.to_vec();
+        all.extend(self.api_keys.unwrap_or_default());
+        if let Some(file) = self.api_keys_file {
+            let path = directory.join(file);
+            let text = std::fs::read_to_string(&path).map_err(|e| {
+                ("api_keys_file", format!("{} cannot be read: {e}", path.display()))
+            })?;
+            all.extend(text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()));
+        }
+        if let Some(short) = all.iter().find(|k| k.chars().count() < KEY_CHARS_MIN) {
+            let got = short.chars().count();
+            let what = format!("must have at least {KEY_CHARS_MIN} characters each, one has {got}");
+            return Err(("api_keys", what));
+        }
+        let defaults = Limits::default();
+        let limits = Limits {
+            body_bytes: match self.body_max {
+                Some(text) => units::size(&text).map_err(|what| ("body_max", what))?,
+                None => defaults.body_bytes,
+            },
+            header_time: seconds("header_seconds", self.header_seconds, defaults.header_time)?,
+            body_time: seconds("body_seconds", self.body_seconds, defaults.body_time)?,
+            write_time: seconds("write_seconds", self.write_seconds, defaults.write_time)?,
+            stall_time: seconds("stall_seconds", self.stall_seconds, defaults.stall_time)?,
+        };
+        let settings = Settings {
+            keys: ApiKeys::new(all.iter().map(String::as_str)),
+            limits,
+            cors_origins: self.cors_origins.unwrap_or_default(),
+        };
+        Ok(ServerConfig { settings, log: self.log })
+    }
+}
+
+fn seconds(
+    key: &'static str,
+    value: Option<u64>,
+    default: Duration,
+) -> Result<Duration, (&'static str, String)> {
+    match value {
+        None => Ok(default),
+        Some(s) if (1..=SECONDS_MAX).contains(&s) => Ok(Duration::from_secs(s)),
+        Some(s) => Err((key, format!("must lie in 1..={SECONDS_MAX}, got {s}"))),
+    }
+}

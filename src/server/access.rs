@@ -1,0 +1,108 @@
+//! What every request passes before its handler: a name, a line in the log, a key, a body in time.
+
+use super::error::ApiError;
+use super::metrics::HttpLabels;
+use super::state::ServerState;
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+
+/// The header that names a request.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Characters of a request's name.
+pub const REQUEST_ID_MAX: usize = 128;
+/// Routes that tell how the server is: open to all, and too many to log.
+const PROBES: [&str; 6] = ["/health", "/health/decode", "/ready", "/version", "/metrics", "/load"];
+
+/// Whether a name is fit for headers and logs.
+pub fn is_request_id(id: &str) -> bool {
+    (1..=REQUEST_ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// Names, times, counts and logs a request.
+pub async fn observe(
+    State(state): State<ServerState>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let started = state.clock().elapsed();
+    let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok());
+    let id = match given.filter(|id| is_request_id(id)) {
+        Some(id) => id.to_owned(),
+        None => uuid::Uuid::new_v4().simple().to_string(),
+    };
+    let name = HeaderValue::from_str(&id)
+        .unwrap_or_else(|_| unreachable!("request ids are visible ASCII: {id}"));
+    request.headers_mut().insert(REQUEST_ID, name.clone());
+    let method = request.method().clone();
+    // The pattern, not the path: clients must not be able to make up labels.
+    let route = request.extensions().get::<MatchedPath>();
+    let route = route.map_or("<unmatched>".to_owned(), |r| r.as_str().to_owned());
+    let mut response = next.run(request).await;
+    response.headers_mut().insert(REQUEST_ID, name);
+    let seconds = state.clock().elapsed().saturating_sub(started).as_secs_f64();
+    let status = response.status().as_u16();
+    state.metrics().observe(
+        HttpLabels { method: method_label(&method), path: route.clone(), status },
+        seconds,
+    );
+    if PROBES.contains(&route.as_str()) {
+        tracing::debug!(%method, route, status, seconds, id, "request");
+    } else {
+        tracing::info!(%method, route, status, seconds, id, "request");
+    }
+    response
+}
+
+fn method_label(method: &axum::http::Method) -> String {
+    let known = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"];
+    known.into_iter().find(|m| *m == method.as_str()).unwrap_or("other").to_owned()
+}
+
+/// Lets requests with a key pass, and probes.
+pub async fn authenticate(
+    State(state): State<ServerState>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_open = !request.uri().path().starts_with("/v1/")
+        && !["/tokenize", "/detokenize", "/tokenizer_info"].contains(&request.uri().path());
+    if is_open || state.settings().keys.admit(request.headers()) {
+        return next.run(request).await;
+    }
+    let what = "this server needs a valid API key in the header `Authorization: Bearer ...`";
+    let mut response = ApiError::with_status(StatusCode::UNAUTHORIZED, what).into_response();
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response
+}
+
+/// Reads the body, which must be small and quick enough.
+pub async fn limit_body(
+    State(state): State<ServerState>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let limits = state.settings().limits;
+    let (head, body) = request.into_parts();
+    let too_large = || {
+        let message = format!("the body must have at most {} bytes", limits.body_bytes);
+        ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, message)
+    };
+    let announced = head.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
+    if announced.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n > limits.body_bytes) {
+        return Err(too_large());
+    }
+    let read = Limited::new(body, limits.body_bytes).collect();
+    match tokio::time::timeout(limits.body_time, read).await {
+        Err(_) => {
+            let message = format!("the body must arrive within {:?}", limits.body_time);
+            Err(ApiError::with_status(StatusCode::REQUEST_TIMEOUT, message))
+        }
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(e)) => Err(ApiError::bad_request(format!("the body cannot be read: {e}"))),
+        Ok(Ok(body)) => Ok(next.run(Request::from_parts(head, Body::from(body.to_bytes()))).await),
+    }
+}

@@ -1,0 +1,109 @@
+//! Connections: accepted up to a limit, each with limits on how long its peer may take.
+
+use super::router;
+use super::state::ServerState;
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
+
+/// Open connections; more wait in the system's queue.
+pub const CONNECTIONS_MAX: usize = 4096;
+/// Bytes of a request's head.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Headers of a request.
+const HEADERS_MAX: usize = 100;
+/// How long answers may still be written once all requests have ended.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Wait after a failed accept: mostly too many open files, which passes.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until `stop` completes, then refuses new requests, lets running ones end for up to
+/// `drain_timeout`, and aborts the rest.
+///
+/// # Errors
+/// When the listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    state: ServerState,
+    stop: impl Future<Output = ()> + Send + 'static,
+    drain_timeout: Duration,
+) -> io::Result<()> {
+    let app = router(state.clone());
+    let graceful = GracefulShutdown::new();
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let accept = async {
+        loop {
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+            let socket = match listener.accept().await {
+                Ok((socket, _)) => socket,
+                Err(e) => {
+                    tracing::warn!("cannot accept a connection: {e}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let connection = graceful.watch(connection(socket, &app, &state));
+            tokio::spawn(async move {
+                // A peer that breaks off or is too slow is no event of ours.
+                if let Err(e) = connection.await {
+                    tracing::debug!("connection ended: {e}");
+                }
+                drop(slot);
+            });
+        }
+    };
+    let drained = async {
+        stop.await;
+        drain(&state, drain_timeout).await;
+    };
+    tokio::select! {
+        () = accept => {}
+        () = drained => {}
+    }
+    // Whoever has not taken the answer by then does not get it.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await;
+    Ok(())
+}
+
+type Connection = http1::Connection<
+    TokioIo<std::pin::Pin<Box<TimeoutStream<TcpStream>>>>,
+    TowerToHyperService<Router>,
+>;
+
+fn connection(socket: TcpStream, app: &Router, state: &ServerState) -> Connection {
+    let limits = state.settings().limits;
+    // Tokens are small and must not wait for each other.
+    let _ = socket.set_nodelay(true);
+    let mut socket = TimeoutStream::new(socket);
+    socket.set_write_timeout(Some(limits.write_time));
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_time)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .serve_connection(TokioIo::new(Box::pin(socket)), TowerToHyperService::new(app.clone()))
+}
+
+async fn drain(state: &ServerState, timeout: Duration) {
+    state.drain();
+    tracing::info!(requests = state.in_flight(), "draining");
+    let idle = async {
+        while state.in_flight() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(timeout, idle).await.is_err() {
+        tracing::warn!(requests = state.in_flight(), "aborting what still runs");
+        state.abort();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}

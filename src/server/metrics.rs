@@ -1,0 +1,224 @@
+//! `/metrics` in the OpenMetrics text format: vLLM's names where it has one, so that existing
+//! boards work, and ours with the prefix `targon_`.
+
+use super::registry::{Registry as Models, State as ModelState};
+use super::state::ServerState;
+use crate::engine::Engine;
+use crate::engine::stats::{Snapshot, Timings};
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use std::fmt;
+use std::time::Duration;
+
+/// Seconds between two lines of the log.
+const SUMMARY_EVERY: Duration = Duration::from_secs(10);
+/// Upper bounds of times of HTTP requests, in seconds.
+const HTTP_SECONDS: [f64; 12] =
+    [0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+
+/// Labels of an HTTP request; `path` is a route's pattern.
+#[derive(Clone, PartialEq, Eq, Hash, EncodeLabelSet, Debug)]
+pub struct HttpLabels {
+    /// GET, POST, ...
+    pub method: String,
+    /// The route.
+    pub path: String,
+    /// The answer.
+    pub status: u16,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, EncodeLabelSet, Debug)]
+struct FieldLabel {
+    field: String,
+}
+
+/// Everything that is counted outside the engines, and the way to all of it.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<HttpLabels, Counter>,
+    seconds: Histogram,
+    unknown_fields: Family<FieldLabel, Counter>,
+}
+
+impl Metrics {
+    /// Over the models of a server.
+    pub fn new(models: Models) -> Self {
+        let requests = Family::<HttpLabels, Counter>::default();
+        let seconds = Histogram::new(HTTP_SECONDS);
+        let unknown_fields = Family::<FieldLabel, Counter>::default();
+        let mut registry = Registry::default();
+        let (r, s, u) = (requests.clone(), seconds.clone(), unknown_fields.clone());
+        registry.register("http_requests", "HTTP requests by route and status", r);
+        registry.register("http_request_duration_seconds", "Time to the head of the answer", s);
+        registry.register("targon_unknown_fields", "Request fields that nobody reads", u);
+        registry.register_collector(Box::new(Engines(models)));
+        Self { registry, requests, seconds, unknown_fields }
+    }
+
+    /// Counts a request.
+    pub fn observe(&self, labels: HttpLabels, seconds: f64) {
+        self.requests.get_or_create(&labels).inc();
+        self.seconds.observe(seconds);
+    }
+
+    /// Counts a request field that nobody reads.
+    pub fn count_unknown_field(&self, field: &str) {
+        self.unknown_fields.get_or_create(&FieldLabel { field: field.into() }).inc();
+    }
+}
+
+/// The engines' counters, read when somebody asks.
+struct Engines(Models);
+
+impl fmt::Debug for Engines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Engines")
+    }
+}
+
+/// Name, help, value.
+type Gauge = (&'static str, &'static str, fn(&Snapshot) -> f64);
+/// Name, help, value.
+type Count = (&'static str, &'static str, fn(&Snapshot) -> u64);
+/// Name, help, distribution.
+type Distribution = (&'static str, &'static str, fn(&Timings) -> &Histogram);
+
+const GAUGES: [Gauge; 3] = [
+    ("vllm:num_requests_running", "Requests in steps", |s| s.load.running as f64),
+    ("vllm:num_requests_waiting", "Requests in the queue", |s| s.load.waiting as f64),
+    ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is all", |s| {
+        s.load.blocks_used as f64 / s.load.blocks_total.max(1) as f64
+    }),
+];
+
+const COUNTS: [Count; 7] = [
+    ("vllm:num_preemptions", "Sequences set back to the queue", |s| s.load.preemptions),
+    ("vllm:prompt_tokens", "Prompt tokens computed", |s| s.prefill_tokens),
+    ("vllm:generation_tokens", "Tokens generated", |s| s.decode_tokens),
+    ("vllm:prefix_cache_queries", "Prompt tokens of ended requests", |s| s.prompt_tokens),
+    ("vllm:prefix_cache_hits", "Of those, found in the prefix cache", |s| s.cached_tokens),
+    ("vllm:corrupted_requests", "Requests that failed inside the engine", |s| s.faults),
+    ("targon_engine_steps", "Steps finished: a heartbeat", |s| s.steps),
+];
+
+const DISTRIBUTIONS: [Distribution; 9] = [
+    ("vllm:time_to_first_token_seconds", "Submission to first token", |t| &t.first_token),
+    ("vllm:inter_token_latency_seconds", "Between two tokens of a request", |t| &t.inter_token),
+    ("vllm:e2e_request_latency_seconds", "Submission to end", |t| &t.request),
+    ("vllm:request_queue_time_seconds", "Submission to first step", |t| &t.queue),
+    ("vllm:request_prefill_time_seconds", "First step to first token", |t| &t.prefill),
+    ("vllm:request_decode_time_seconds", "First token to end", |t| &t.decode),
+    ("vllm:request_prompt_tokens", "Tokens of a prompt", |t| &t.prompt_tokens),
+    ("vllm:request_generation_tokens", "Tokens of an output", |t| &t.output_tokens),
+    ("vllm:iteration_tokens_total", "Rows of a step", |t| &t.step_tokens),
+];
+
+impl Collector for Engines {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let engines = ready(&self.0);
+        let label = |name: &str| [("model_name", name.to_owned())];
+        for (name, help, value) in GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (model, engine) in &engines {
+                let gauge = ConstGauge::new(value(&engine.stats().snapshot()));
+                gauge.encode(family.encode_family(&label(model))?)?;
+            }
+        }
+        for (name, help, value) in COUNTS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (model, engine) in &engines {
+                let counter = ConstCounter::new(value(&engine.stats().snapshot()));
+                counter.encode(family.encode_family(&label(model))?)?;
+            }
+        }
+        for (name, help, of) in DISTRIBUTIONS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for (model, engine) in &engines {
+                of(engine.stats().timings()).encode(family.encode_family(&label(model))?)?;
+            }
+        }
+        outcomes(&mut encoder, &engines)
+    }
+}
+
+fn outcomes(encoder: &mut DescriptorEncoder<'_>, engines: &[(String, Engine)]) -> fmt::Result {
+    let (name, help) = ("vllm:request_success", "Requests by how they ended");
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (model, engine) in engines {
+        let s = engine.stats().snapshot();
+        for (reason, count) in [
+            ("stop", s.finished - s.finished_by_length),
+            ("length", s.finished_by_length),
+            ("abort", s.aborted),
+            ("error", s.faults),
+        ] {
+            let labels = [("model_name", model.as_str()), ("finished_reason", reason)];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
+fn ready(models: &Models) -> Vec<(String, Engine)> {
+    let entries = models.entries().into_iter();
+    let engine = |e: super::registry::Entry| match e.state {
+        ModelState::Ready(served) => Some((e.name, served.engine)),
+        ModelState::Loading | ModelState::Failed(_) => None,
+    };
+    entries.filter_map(engine).collect()
+}
+
+/// `GET /metrics`.
+pub async fn metrics(State(state): State<ServerState>) -> Response {
+    let mut text = String::new();
+    // Writing to a string fails only where an encoder does, and ours do not.
+    let _ = prometheus_client::encoding::text::encode(&mut text, &state.metrics().registry);
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// Logs one line for each model that did something, every ten seconds, for ever.
+pub async fn summarize(state: ServerState) {
+    let mut before: Vec<(String, Snapshot)> = Vec::new();
+    loop {
+        tokio::time::sleep(SUMMARY_EVERY).await;
+        let now: Vec<(String, Snapshot)> = ready(state.registry())
+            .into_iter()
+            .map(|(name, engine)| (name, engine.stats().snapshot()))
+            .collect();
+        for (name, s) in &now {
+            let old = before.iter().find(|(n, _)| n == name).map(|(_, s)| *s).unwrap_or_default();
+            if s.steps != old.steps || s.load.running + s.load.waiting > 0 {
+                summary_line(name, s, &old);
+            }
+        }
+        before = now;
+    }
+}
+
+fn summary_line(model: &str, s: &Snapshot, old: &Snapshot) {
+    let rate = |new: u64, old: u64| {
+        (new.saturating_sub(old) as f64 / SUMMARY_EVERY.as_secs_f64() * 10.0).round() / 10.0
+    };
+    let percent = |part: u64, whole: u64| (100.0 * part as f64 / whole.max(1) as f64).round();
+    tracing::info!(
+        model,
+        prompt_tokens_per_second = rate(s.prefill_tokens, old.prefill_tokens),
+        output_tokens_per_second = rate(s.decode_tokens, old.decode_tokens),
+        running = s.load.running,
+        waiting = s.load.waiting,
+        kv_percent = percent(s.load.blocks_used as u64, s.load.blocks_total as u64),
+        prefix_hit_percent =
+            percent(s.cached_tokens - old.cached_tokens, s.prompt_tokens - old.prompt_tokens),
+        "load"
+    );
+}

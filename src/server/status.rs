@@ -1,0 +1,129 @@
+//! Routes that tell how the server and its models are.
+
+use super::error::{ApiError, echo};
+use super::registry::{Entry, State as ModelState};
+use super::state::ServerState;
+use crate::wire::openai::response::ModelCard;
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+/// `GET /v1/models`.
+pub async fn models(State(state): State<ServerState>) -> Json<Value> {
+    let cards: Vec<ModelCard> =
+        state.registry().entries().iter().map(|e| card(&state, e)).collect();
+    Json(json!({"object": "list", "data": cards}))
+}
+
+/// `GET /v1/models/{id}`.
+pub async fn model(
+    State(state): State<ServerState>,
+    Path(name): Path<String>,
+) -> Result<Json<ModelCard>, ApiError> {
+    let entries = state.registry().entries();
+    let entry = entries.iter().find(|e| e.name == name).ok_or_else(|| {
+        ApiError::not_found(format!("the model `{}` does not exist", echo(&name)))
+    })?;
+    Ok(Json(card(&state, entry)))
+}
+
+fn card(state: &ServerState, entry: &Entry) -> ModelCard {
+    let engine = match &entry.state {
+        ModelState::Ready(served) => Some(&served.engine),
+        ModelState::Loading | ModelState::Failed(_) => None,
+    };
+    ModelCard {
+        id: entry.name.clone(),
+        object: "model",
+        created: state.clock().unix_ms() / 1000,
+        owned_by: "targon-engine",
+        status: entry.state.word(),
+        max_model_len: engine.map(|e| e.options().context_max),
+        dtype: engine.map(|e| e.model().decoder.dtype.to_string()),
+        revision: entry.revision.clone(),
+        error: failure(entry),
+    }
+}
+
+fn failure(entry: &Entry) -> Option<String> {
+    match &entry.state {
+        ModelState::Failed(why) => Some(why.clone()),
+        ModelState::Loading | ModelState::Ready(_) => None,
+    }
+}
+
+/// `GET /health`: the process is alive.
+pub async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// `GET /version`.
+pub async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// `GET /load`: requests that run.
+pub async fn load(State(state): State<ServerState>) -> Json<Value> {
+    Json(json!({"server_load": state.in_flight()}))
+}
+
+/// `GET /health/decode`: every engine that has work makes progress.
+pub async fn decode(State(state): State<ServerState>) -> Response {
+    let limit = state.settings().limits.stall_time;
+    let mut is_fine = true;
+    let mut models = Map::new();
+    for entry in state.registry().entries() {
+        let ModelState::Ready(served) = &entry.state else { continue };
+        let stalled = served.engine.stalled_for();
+        let hangs = served.engine.is_dead() || stalled.is_some_and(|s| s > limit);
+        is_fine &= !hangs;
+        let status = json!({
+            "status": if hangs { "stalled" } else { "ok" },
+            "steps": served.engine.stats().snapshot().steps,
+            "seconds_since_step": stalled.map(|s| s.as_secs_f64()),
+        });
+        models.insert(entry.name, status);
+    }
+    let status = if is_fine { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({"decoding": is_fine, "models": models}))).into_response()
+}
+
+/// Which model a readiness question is about.
+#[derive(Deserialize)]
+pub struct ReadyQuery {
+    model: Option<String>,
+}
+
+/// `GET /ready`: all models answer, or the one that was asked about.
+pub async fn ready(State(state): State<ServerState>, Query(query): Query<ReadyQuery>) -> Response {
+    let entries = state.registry().entries();
+    let asked: Vec<&Entry> = match &query.model {
+        Some(name) => entries.iter().filter(|e| e.name == *name).collect(),
+        None => entries.iter().collect(),
+    };
+    if asked.is_empty() && query.model.is_some() {
+        return ApiError::not_found("no such model").into_response();
+    }
+    let is_ready = !state.is_draining() && asked.iter().all(|e| e.state.word() == "ready");
+    let describe =
+        |e: &&Entry| (e.name.clone(), json!({"status": e.state.word(), "error": failure(e)}));
+    let models: Map<String, Value> = asked.iter().map(describe).collect();
+    let body = Json(json!({
+        "ready": is_ready, "draining": state.is_draining(), "models": models,
+    }));
+    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, body).into_response()
+}
+
+/// Any other path.
+pub async fn no_route() -> ApiError {
+    ApiError::not_found("no such route")
+}
+
+/// A known path with the wrong method.
+pub async fn wrong_method() -> ApiError {
+    ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, "this route does not take that method")
+}
