@@ -130,31 +130,39 @@ fn http(engine: &Engine, rows: &mut Rows) {
         forever,
         Default::default(),
     ));
-    for batch in [1, 16] {
-        let ratios = (0..2 * REPEATS as u32).map(|repeat| {
+    for batch in [1, 16, 64] {
+        let (mut ratios, mut tails) = (Vec::new(), Vec::new());
+        for repeat in 0..REPEATS as u32 {
             let salt = 1_000 * (repeat + 1) + batch;
-            let through_http = through_http(&runtime, address, batch, salt);
-            alone(engine, batch, salt + 500) / through_http
-        });
-        rows.push((format!("http_over_engine_b{batch}"), ratios.collect()));
+            let (seconds, gaps) = through_http(&runtime, address, batch, salt);
+            ratios.push(alone(engine, batch, salt + 500) / seconds);
+            tails.push(gaps[gaps.len() * 99 / 100] / gaps[gaps.len() / 2]);
+        }
+        rows.push((format!("http_over_engine_b{batch}"), ratios));
+        rows.push((format!("gap_p99_over_median_b{batch}"), tails));
     }
 }
 
-/// Seconds for `batch` streams of 128 tokens.
+/// Seconds for `batch` streams of 128 tokens, and the sorted gaps between chunks of a stream.
 fn through_http(
     runtime: &tokio::runtime::Runtime,
     address: std::net::SocketAddr,
     batch: u32,
     salt: u32,
-) -> f64 {
+) -> (f64, Vec<f64>) {
     let bodies: Vec<String> = (0..batch).map(|i| body(salt * 100 + i)).collect();
     let started = Instant::now();
     let streams = bodies.into_iter().map(|b| runtime.spawn(stream(address, b)));
+    let mut gaps = Vec::new();
     for stream in streams.collect::<Vec<_>>() {
         let frames = runtime.block_on(stream).expect("no panic").expect("the stream ends");
-        assert_eq!(frames, 128 + 1, "tokens and [DONE]");
+        assert_eq!(frames.len(), 128 + 1, "tokens and [DONE]");
+        // [DONE] comes with the last token.
+        gaps.extend(frames[..128].windows(2).map(|f| (f[1] - f[0]).as_secs_f64()));
     }
-    started.elapsed().as_secs_f64()
+    let seconds = started.elapsed().as_secs_f64();
+    gaps.sort_by(f64::total_cmp);
+    (seconds, gaps)
 }
 
 /// Seconds for the same without HTTP.
@@ -176,8 +184,8 @@ fn body(seed: u32) -> String {
     )
 }
 
-/// Reads one stream to its end; returns its frames.
-async fn stream(address: std::net::SocketAddr, body: String) -> std::io::Result<usize> {
+/// Reads one stream to its end; returns when each of its frames came.
+async fn stream(address: std::net::SocketAddr, body: String) -> std::io::Result<Vec<Instant>> {
     let mut socket = tokio::net::TcpStream::connect(address).await?;
     let head = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
@@ -185,9 +193,15 @@ async fn stream(address: std::net::SocketAddr, body: String) -> std::io::Result<
         body.len()
     );
     socket.write_all(head.as_bytes()).await?;
-    let mut text = String::new();
-    socket.read_to_string(&mut text).await?;
-    Ok(text.matches("data: ").count())
+    let (mut bytes, mut seen, mut frames) = (Vec::new(), 0, Vec::new());
+    while socket.read_buf(&mut bytes).await? > 0 {
+        // Only what is new is searched, and the end of what is old.
+        let from = seen.max(6) - 6;
+        let new = bytes[from..].windows(7).filter(|w| w == b"\ndata: ").count();
+        frames.extend(std::iter::repeat_n(Instant::now(), new));
+        seen = bytes.len();
+    }
+    Ok(frames)
 }
 
 fn peak_resident_bytes() -> u64 {

@@ -12,6 +12,8 @@ use std::path::Path;
 
 /// Instructions a rendering may take.
 const FUEL_MAX: u64 = 20_000_000;
+/// Bytes of a rendered conversation.
+const TEXT_BYTES_MAX: usize = 32 << 20;
 const NAME: &str = "chat_template";
 
 /// A compiled chat template.
@@ -156,10 +158,11 @@ impl ChatTemplate {
         for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
             variables.entry(name).or_insert_with(|| token.clone().into());
         }
-        let rendered = self
-            .environment
-            .get_template(NAME)
-            .and_then(|t| t.render(minijinja::Value::from_serialize(&variables)));
+        let rendered = self.environment.get_template(NAME).and_then(|t| {
+            let mut text = Bounded(Vec::new());
+            t.render_captured_to(minijinja::Value::from_serialize(&variables), &mut text)?;
+            Ok(String::from_utf8_lossy(&text.0).into_owned())
+        });
         rendered.map_err(|e| {
             let line = e.line().unwrap_or(0);
             let detail = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
@@ -168,9 +171,30 @@ impl ChatTemplate {
                 None if e.kind() == ErrorKind::OutOfFuel => {
                     TemplateError::Failed { line, message: "took too many steps".into() }
                 }
+                None if e.kind() == ErrorKind::WriteFailure => {
+                    let message = format!("wrote more than {TEXT_BYTES_MAX} bytes");
+                    TemplateError::Failed { line, message }
+                }
                 None => TemplateError::Failed { line, message: detail },
             }
         })
+    }
+}
+
+/// A text that may only grow so far.
+struct Bounded(Vec<u8>);
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > TEXT_BYTES_MAX {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -298,6 +322,10 @@ mod tests {
             (
                 "{% for a in range(9000) %}{% for b in range(9000) %}{% endfor %}{% endfor %}",
                 "took too many steps",
+            ),
+            (
+                "{% set t = 'a' * 1000000 %}{% for a in range(90) %}{{ t }}{% endfor %}",
+                "wrote more than 33554432 bytes",
             ),
         ] {
             let error = render(source, json!({"messages": []})).unwrap_err();

@@ -4,6 +4,7 @@ use super::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
 use super::constraint::{Tooling, grammar};
 use super::error::{ApiError, echo};
 use super::generate::{Endpoint, Job, run};
+use super::openapi::Refusals;
 use super::prompt::{chat_prompt, completion_prompts};
 use super::proof::Prover;
 use super::registry::{Routed, Served};
@@ -11,6 +12,7 @@ use super::state::ServerState;
 use super::translate::{Ask, COMPLETION_TOKENS_DEFAULT, Report, refuse_unsupported, report, whole};
 use crate::models::chat::ChatTemplate;
 use crate::wire::openai::request::{Common, Logprobs};
+use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response as Answer};
 use crate::wire::openai::{ChatRequest, CompletionRequest};
 use axum::body::Bytes;
 use axum::extract::State;
@@ -22,6 +24,16 @@ use serde::de::DeserializeOwned;
 const MODEL_HEADER: &str = "x-targon-model";
 
 /// `POST /v1/chat/completions`.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions",
+    request_body = ChatRequest,
+    responses(
+        (status = 200, description = "The answer; with `stream` as server-sent events",
+            content((Answer<ChatChoice> = "application/json"), (String = "text/event-stream"))),
+        Refusals
+    )
+)]
 pub async fn chat(
     State(state): State<ServerState>,
     headers: HeaderMap,
@@ -58,6 +70,19 @@ pub async fn chat(
 }
 
 /// `POST /v1/completions`.
+#[utoipa::path(
+    post,
+    path = "/v1/completions",
+    request_body = CompletionRequest,
+    responses(
+        (status = 200, description = "The continuation; with `stream` as server-sent events",
+            content(
+                (Answer<CompletionChoice> = "application/json"),
+                (String = "text/event-stream")
+            )),
+        Refusals
+    )
+)]
 pub async fn completions(
     State(state): State<ServerState>,
     headers: HeaderMap,

@@ -178,6 +178,14 @@ fn ready(models: &Models) -> Vec<(String, Engine)> {
 }
 
 /// `GET /metrics`.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((
+        status = 200, description = "OpenMetrics", body = String,
+        content_type = "application/openmetrics-text",
+    ))
+)]
 pub async fn metrics(State(state): State<ServerState>) -> Response {
     let mut text = String::new();
     // Writing to a string fails only where an encoder does, and ours do not.

@@ -13,6 +13,8 @@ pub mod generate;
 pub mod handlers;
 pub mod listen;
 pub mod metrics;
+pub mod openapi;
+pub mod page;
 pub mod prompt;
 pub mod proof;
 pub mod registry;
@@ -51,6 +53,10 @@ pub fn router(state: ServerState) -> Router {
         .route("/version", get(status::version))
         .route("/load", get(status::load))
         .route("/metrics", get(metrics::metrics))
+        .merge(openapi::viewer())
+        .route("/", get(page::index))
+        .route("/page/style.css", get(page::style))
+        .route("/page/page.js", get(page::script))
         .fallback(status::no_route)
         .method_not_allowed_fallback(status::wrong_method)
         .layer(DefaultBodyLimit::disable()) // `limit_body` is ours

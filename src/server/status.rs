@@ -1,8 +1,10 @@
 //! Routes that tell how the server and its models are.
 
 use super::error::{ApiError, echo};
+use super::openapi::Refusals;
 use super::registry::{Entry, State as ModelState};
 use super::state::ServerState;
+use crate::wire::openai::ErrorBody;
 use crate::wire::openai::response::ModelCard;
 use axum::Json;
 use axum::extract::{Path, Query, State};
@@ -12,6 +14,11 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 /// `GET /v1/models`.
+#[utoipa::path(
+    get,
+    path = "/v1/models",
+    responses((status = 200, description = "All models", body = Object), Refusals)
+)]
 pub async fn models(State(state): State<ServerState>) -> Json<Value> {
     let cards: Vec<ModelCard> =
         state.registry().entries().iter().map(|e| card(&state, e)).collect();
@@ -19,6 +26,12 @@ pub async fn models(State(state): State<ServerState>) -> Json<Value> {
 }
 
 /// `GET /v1/models/{id}`.
+#[utoipa::path(
+    get,
+    path = "/v1/models/{id}",
+    params(("id" = String, Path, description = "Its name")),
+    responses((status = 200, body = ModelCard), Refusals)
+)]
 pub async fn model(
     State(state): State<ServerState>,
     Path(name): Path<String>,
@@ -56,21 +69,43 @@ fn failure(entry: &Entry) -> Option<String> {
 }
 
 /// `GET /health`: the process is alive.
+#[utoipa::path(
+    get,
+    path = "/health",
+    responses((status = 200, description = "The process is alive", body = Object))
+)]
 pub async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
 /// `GET /version`.
+#[utoipa::path(
+    get,
+    path = "/version",
+    responses((status = 200, description = "The version", body = Object))
+)]
 pub async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
 /// `GET /load`: requests that run.
+#[utoipa::path(
+    get,
+    path = "/load",
+    responses((status = 200, description = "How many requests run", body = Object))
+)]
 pub async fn load(State(state): State<ServerState>) -> Json<Value> {
     Json(json!({"server_load": state.in_flight()}))
 }
 
 /// `GET /health/decode`: every engine that has work makes progress.
+#[utoipa::path(
+    get,
+    path = "/health/decode",
+    responses((status = 200,
+        description = "Every engine with work makes progress", body = Object),
+        (status = 503, description = "One does not", body = Object))
+)]
 pub async fn decode(State(state): State<ServerState>) -> Response {
     let limit = state.settings().limits.stall_time;
     let mut is_fine = true;
@@ -98,6 +133,15 @@ pub struct ReadyQuery {
 }
 
 /// `GET /ready`: all models answer, or the one that was asked about.
+#[utoipa::path(
+    get,
+    path = "/ready",
+    params(("model" = Option<String>, Query, description = "Which model")),
+    responses((status = 200,
+        description = "All models answer, or the one that was asked about", body = Object),
+        (status = 503, description = "They do not",
+        body = Object), (status = 404, body = ErrorBody), (status = 400, body = ErrorBody))
+)]
 pub async fn ready(State(state): State<ServerState>, Query(query): Query<ReadyQuery>) -> Response {
     let entries = state.registry().entries();
     let asked: Vec<&Entry> = match &query.model {

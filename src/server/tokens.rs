@@ -2,6 +2,7 @@
 
 use super::error::ApiError;
 use super::handlers::{parse, route};
+use super::openapi::{Refusals, TokenizeForm};
 use super::prompt::{chat_prompt, encode};
 use super::state::ServerState;
 use super::translate::ids;
@@ -13,10 +14,11 @@ use axum::extract::{Query, State};
 use axum::http::HeaderMap;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 /// Body of `/tokenize` with a text; with `messages` it is a chat's.
-#[derive(Deserialize)]
-struct TokenizeText {
+#[derive(Deserialize, ToSchema)]
+pub(super) struct TokenizeText {
     model: Option<String>,
     prompt: String,
     add_special_tokens: Option<bool>,
@@ -31,6 +33,14 @@ struct Form {
 }
 
 /// `POST /tokenize`.
+#[utoipa::path(
+    post,
+    path = "/tokenize",
+    request_body = TokenizeForm,
+    responses((status = 200,
+        description = "`tokens`, their `count`, and their texts if asked for", body = Object),
+        Refusals)
+)]
 pub async fn tokenize(
     State(state): State<ServerState>,
     headers: HeaderMap,
@@ -60,13 +70,19 @@ pub async fn tokenize(
 }
 
 /// Body of `/detokenize`.
-#[derive(Deserialize)]
-struct Detokenize {
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Detokenize {
     model: Option<String>,
     tokens: Vec<i64>,
 }
 
 /// `POST /detokenize`.
+#[utoipa::path(
+    post,
+    path = "/detokenize",
+    request_body = Detokenize,
+    responses((status = 200, description = "The text as `prompt`", body = Object), Refusals)
+)]
 pub async fn detokenize(
     State(state): State<ServerState>,
     headers: HeaderMap,
@@ -93,6 +109,13 @@ pub struct InfoQuery {
 }
 
 /// `GET /tokenizer_info`.
+#[utoipa::path(
+    get,
+    path = "/tokenizer_info",
+    params(("model" = Option<String>, Query, description = "Which model")),
+    responses((status = 200,
+        description = "Special tokens, stop ids, chat template", body = Object), Refusals)
+)]
 pub async fn tokenizer_info(
     State(state): State<ServerState>,
     headers: HeaderMap,

@@ -1,12 +1,13 @@
 //! Request bodies of `/v1/chat/completions` and `/v1/completions`.
 
-use super::tools::{Tool, ToolChoice};
+use super::tools::{Tool, ToolChoice, ToolChoiceForm};
 use serde::de::{Deserializer, Error, Unexpected};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 /// Body of `/v1/chat/completions`.
-#[derive(Clone, Deserialize, Debug)]
+#[derive(Clone, Deserialize, Debug, ToSchema)]
 pub struct ChatRequest {
     /// The conversation.
     pub messages: Vec<Message>,
@@ -23,6 +24,7 @@ pub struct ChatRequest {
     /// Tools that the model may call.
     pub tools: Option<Vec<Tool>>,
     /// Whether and which tools are called; `auto` unless said otherwise.
+    #[schema(value_type = Option<ToolChoiceForm>)]
     pub tool_choice: Option<ToolChoice>,
     /// Whether more than one call may be made; true unless said otherwise.
     pub parallel_tool_calls: Option<bool>,
@@ -32,9 +34,10 @@ pub struct ChatRequest {
 }
 
 /// Body of `/v1/completions`.
-#[derive(Clone, Deserialize, Debug)]
+#[derive(Clone, Deserialize, Debug, ToSchema)]
 pub struct CompletionRequest {
     /// What to continue.
+    #[schema(value_type = PromptForm)]
     pub prompt: Prompt,
     /// Prompts are returned before their continuation.
     pub echo: Option<bool>,
@@ -48,7 +51,7 @@ pub struct CompletionRequest {
 }
 
 /// Fields of both endpoints. Numbers keep their sign, so that a negative one is refused by name.
-#[derive(Clone, Deserialize, Default, Debug)]
+#[derive(Clone, Deserialize, Default, Debug, ToSchema)]
 pub struct Common {
     /// Which model.
     pub model: Option<String>,
@@ -80,6 +83,7 @@ pub struct Common {
     pub n: Option<i64>,
     /// Stop strings.
     #[serde(default, deserialize_with = "string_or_list")]
+    #[schema(value_type = Option<StringOrList>)]
     pub stop: Vec<String>,
     /// Stop ids.
     #[serde(default)]
@@ -92,6 +96,7 @@ pub struct Common {
     pub skip_special_tokens: Option<bool>,
     /// A boolean (chat) or a number (completions); each endpoint takes both.
     #[serde(default, deserialize_with = "logprobs")]
+    #[schema(value_type = Option<FlagOrCount>)]
     pub logprobs: Option<Logprobs>,
     /// `raw` or `scaled`.
     pub logprobs_mode: Option<String>,
@@ -123,6 +128,7 @@ pub struct Common {
     pub user: Option<Value>,
     /// Everything else.
     #[serde(flatten)]
+    #[schema(ignore)]
     pub unknown: Map<String, Value>,
 }
 
@@ -136,7 +142,7 @@ pub enum Logprobs {
 }
 
 /// The `response_format` field.
-#[derive(Clone, PartialEq, Deserialize, Debug)]
+#[derive(Clone, PartialEq, Deserialize, Debug, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ResponseFormat {
     /// Anything.
@@ -151,7 +157,7 @@ pub enum ResponseFormat {
 }
 
 /// A named JSON schema.
-#[derive(Clone, PartialEq, Deserialize, Debug)]
+#[derive(Clone, PartialEq, Deserialize, Debug, ToSchema)]
 pub struct JsonSchema {
     /// What the client calls it; not used.
     pub name: Option<String>,
@@ -160,7 +166,7 @@ pub struct JsonSchema {
 }
 
 /// The `structured_outputs` field: exactly one of its keys.
-#[derive(Clone, PartialEq, Deserialize, Default, Debug)]
+#[derive(Clone, PartialEq, Deserialize, Default, Debug, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StructuredOutputs {
     /// A JSON schema, or its text.
@@ -176,7 +182,7 @@ pub struct StructuredOutputs {
 }
 
 /// The `proof` field.
-#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, Debug)]
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, Debug, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProofRequest {
     /// Name of the scheme.
@@ -187,7 +193,7 @@ pub struct ProofRequest {
 }
 
 /// Options of a stream.
-#[derive(Clone, Copy, Deserialize, Default, Debug)]
+#[derive(Clone, Copy, Deserialize, Default, Debug, ToSchema)]
 pub struct StreamOptions {
     /// A last chunk with the usage.
     #[serde(default)]
@@ -198,7 +204,7 @@ pub struct StreamOptions {
 }
 
 /// One message of a conversation.
-#[derive(Clone, Deserialize, Serialize, Debug)]
+#[derive(Clone, Deserialize, Serialize, Debug, ToSchema)]
 pub struct Message {
     /// `system`, `user`, `assistant`, ...
     pub role: String,
@@ -207,11 +213,12 @@ pub struct Message {
     pub content: Option<Content>,
     /// Everything else the template may read.
     #[serde(flatten)]
+    #[schema(ignore)]
     pub rest: Map<String, Value>,
 }
 
 /// The content of a message.
-#[derive(Clone, Deserialize, Serialize, Debug)]
+#[derive(Clone, Deserialize, Serialize, Debug, ToSchema)]
 #[serde(untagged)]
 pub enum Content {
     /// Plain text.
@@ -229,42 +236,55 @@ pub enum Prompt {
     Ids(Vec<Vec<i64>>),
 }
 
+/// The forms of a prompt.
+#[derive(Deserialize, ToSchema)]
+#[serde(untagged)]
+enum PromptForm {
+    Text(String),
+    Texts(Vec<String>),
+    Ids(Vec<i64>),
+    Lists(Vec<Vec<i64>>),
+}
+
 impl<'de> Deserialize<'de> for Prompt {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Form {
-            Text(String),
-            Texts(Vec<String>),
-            Ids(Vec<i64>),
-            Lists(Vec<Vec<i64>>),
-        }
         let expected = "expected a string, a list of strings, a list of token ids, or a list of \
                         such lists";
-        let form = Form::deserialize(deserializer).map_err(|_| D::Error::custom(expected))?;
+        let form = PromptForm::deserialize(deserializer).map_err(|_| D::Error::custom(expected))?;
         Ok(match form {
-            Form::Text(text) => Prompt::Texts(vec![text]),
-            Form::Texts(texts) => Prompt::Texts(texts),
-            Form::Ids(ids) => Prompt::Ids(vec![ids]),
-            Form::Lists(lists) => Prompt::Ids(lists),
+            PromptForm::Text(text) => Prompt::Texts(vec![text]),
+            PromptForm::Texts(texts) => Prompt::Texts(texts),
+            PromptForm::Ids(ids) => Prompt::Ids(vec![ids]),
+            PromptForm::Lists(lists) => Prompt::Ids(lists),
         })
     }
 }
 
+/// The forms of a list of stop strings.
+#[derive(Deserialize, ToSchema)]
+#[serde(untagged)]
+enum StringOrList {
+    None(()),
+    One(String),
+    Many(Vec<String>),
+}
+
+/// The forms of `logprobs`, for the description of the API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "describes what `logprobs` reads")]
+enum FlagOrCount {
+    Flag(bool),
+    Count(i64),
+}
+
 fn string_or_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Form {
-        None(()),
-        One(String),
-        Many(Vec<String>),
-    }
-    let form = Form::deserialize(deserializer)
+    let form = StringOrList::deserialize(deserializer)
         .map_err(|_| D::Error::custom("expected a string or a list of strings"))?;
     Ok(match form {
-        Form::None(()) => Vec::new(),
-        Form::One(text) => vec![text],
-        Form::Many(texts) => texts,
+        StringOrList::None(()) => Vec::new(),
+        StringOrList::One(text) => vec![text],
+        StringOrList::Many(texts) => texts,
     })
 }
 

@@ -3,9 +3,10 @@
 use super::tools::ToolCall;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 /// Token counts.
-#[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug, ToSchema)]
 pub struct Usage {
     /// Tokens of the prompts.
     pub prompt_tokens: usize,
@@ -30,14 +31,14 @@ impl Usage {
 }
 
 /// What of the prompts needed no computing.
-#[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug, ToSchema)]
 pub struct PromptTokensDetails {
     /// Tokens found in the prefix cache.
     pub cached_tokens: usize,
 }
 
 /// The proof of one chunk of output rows.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, ToSchema)]
 pub struct ProofChunk {
     /// Its number.
     pub index: u32,
@@ -48,7 +49,7 @@ pub struct ProofChunk {
 }
 
 /// The end of a proof.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, ToSchema)]
 pub struct ProofEnd {
     /// Name of the scheme.
     pub scheme: String,
@@ -69,7 +70,7 @@ pub struct ProofEnd {
 }
 
 /// One chunk's proof in a stream, all of them in a whole response.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, ToSchema)]
 #[serde(untagged)]
 pub enum Proofs {
     /// The chunk that this token closes.
@@ -79,7 +80,7 @@ pub enum Proofs {
 }
 
 /// What Targon adds to a choice; absent fields are left out.
-#[derive(Clone, Serialize, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Serialize, Default, PartialEq, Eq, Debug, ToSchema)]
 pub struct Extras {
     /// Proof-of-weights value of a streamed token.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -96,7 +97,7 @@ pub struct Extras {
 }
 
 /// A response or one chunk of a stream.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct Response<C> {
     /// Same for all chunks of a stream.
     pub id: String,
@@ -112,6 +113,7 @@ pub struct Response<C> {
     pub choices: Vec<C>,
     /// Log-probabilities of the prompt, where asked for (chat; completions have them in choices).
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<Object>>>)]
     pub prompt_logprobs: Option<PromptLogprobs>,
     /// Ids of the prompt, where asked for (chat; completions have them in choices).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -125,7 +127,7 @@ pub struct Response<C> {
 }
 
 /// A choice of a whole chat response.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct ChatChoice {
     /// Its number.
     pub index: usize,
@@ -143,7 +145,7 @@ pub struct ChatChoice {
 }
 
 /// An assistant's message.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct ChatMessage {
     /// `assistant`.
     pub role: &'static str,
@@ -187,14 +189,14 @@ pub struct Delta {
 }
 
 /// Log-probabilities in the chat form.
-#[derive(Clone, Serialize, Default, Debug)]
+#[derive(Clone, Serialize, Default, Debug, ToSchema)]
 pub struct ChatLogprobs {
     /// One entry for each token.
     pub content: Vec<ChatLogprob>,
 }
 
 /// A token's log-probability in the chat form.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct ChatLogprob {
     /// The token and its value.
     #[serde(flatten)]
@@ -204,7 +206,7 @@ pub struct ChatLogprob {
 }
 
 /// A token, its log-probability, and its bytes.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct TokenLogprob {
     /// Text, or `token_id:<n>`.
     pub token: String,
@@ -215,7 +217,7 @@ pub struct TokenLogprob {
 }
 
 /// A choice of a completion, whole or one chunk of it: every field is present.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct CompletionChoice {
     /// `prompt index * n + i`.
     pub index: usize,
@@ -232,6 +234,7 @@ pub struct CompletionChoice {
     pub extras: Extras,
     /// Log-probabilities of the prompt, where asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<Object>>>)]
     pub prompt_logprobs: Option<PromptLogprobs>,
     /// Ids of the prompt, where asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -243,7 +246,7 @@ pub struct CompletionChoice {
 pub type PromptLogprobs = Vec<Option<Map<String, Value>>>;
 
 /// Log-probabilities in the completions form: four parallel lists.
-#[derive(Clone, Serialize, Default, Debug)]
+#[derive(Clone, Serialize, Default, Debug, ToSchema)]
 pub struct CompletionLogprobs {
     /// Where each token's text begins, in characters.
     pub text_offset: Vec<usize>,
@@ -252,18 +255,19 @@ pub struct CompletionLogprobs {
     /// Texts, or `token_id:<n>`.
     pub tokens: Vec<String>,
     /// The token itself, then the most probable ones; null for a first prompt token.
+    #[schema(value_type = Vec<Option<Object>>)]
     pub top_logprobs: Vec<Option<Map<String, Value>>>,
 }
 
 /// The error object that every failure is wrapped in.
-#[derive(Clone, Serialize, PartialEq, Eq, Debug)]
+#[derive(Clone, Serialize, PartialEq, Eq, Debug, ToSchema)]
 pub struct ErrorBody {
     /// The error.
     pub error: ErrorObject,
 }
 
 /// What went wrong.
-#[derive(Clone, Serialize, PartialEq, Eq, Debug)]
+#[derive(Clone, Serialize, PartialEq, Eq, Debug, ToSchema)]
 pub struct ErrorObject {
     /// A sentence.
     pub message: String,
@@ -277,7 +281,7 @@ pub struct ErrorObject {
 }
 
 /// Entry of `/v1/models`.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct ModelCard {
     /// The name that requests use.
     pub id: String,

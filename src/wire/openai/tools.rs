@@ -3,12 +3,13 @@
 use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 /// Tools of one request.
 pub const TOOLS_MAX: usize = 128;
 
 /// A tool that the model may call.
-#[derive(Clone, Deserialize, Serialize, Debug)]
+#[derive(Clone, Deserialize, Serialize, Debug, ToSchema)]
 pub struct Tool {
     /// `function`.
     #[serde(rename = "type")]
@@ -18,7 +19,7 @@ pub struct Tool {
 }
 
 /// A function that the model may call.
-#[derive(Clone, Deserialize, Serialize, Debug)]
+#[derive(Clone, Deserialize, Serialize, Debug, ToSchema)]
 pub struct Function {
     /// Its name.
     pub name: String,
@@ -30,6 +31,7 @@ pub struct Function {
     pub parameters: Option<Map<String, Value>>,
     /// Everything else the template may read.
     #[serde(flatten)]
+    #[schema(ignore)]
     pub rest: Map<String, Value>,
 }
 
@@ -44,6 +46,38 @@ pub enum ToolChoice {
     Required,
     /// This function.
     Named(String),
+}
+
+/// The forms of a tool choice, for the description of the API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "describes what `ToolChoice` reads")]
+pub(super) enum ToolChoiceForm {
+    Word(ToolChoiceWord),
+    Named(NamedTool),
+}
+
+#[derive(ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[expect(dead_code, reason = "describes what `ToolChoice` reads")]
+pub(super) enum ToolChoiceWord {
+    None,
+    Auto,
+    Required,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what `ToolChoice` reads")]
+pub(super) struct NamedTool {
+    #[schema(pattern = "^function$")]
+    r#type: String,
+    function: NamedFunction,
+}
+
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what `ToolChoice` reads")]
+struct NamedFunction {
+    name: String,
 }
 
 impl<'de> Deserialize<'de> for ToolChoice {
@@ -62,7 +96,7 @@ impl<'de> Deserialize<'de> for ToolChoice {
 }
 
 /// A call, or a part of one in a stream.
-#[derive(Clone, Serialize, PartialEq, Eq, Debug)]
+#[derive(Clone, Serialize, PartialEq, Eq, Debug, ToSchema)]
 pub struct ToolCall {
     /// Its number; only in streams.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,7 +112,7 @@ pub struct ToolCall {
 }
 
 /// The function of a call.
-#[derive(Clone, Serialize, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Serialize, PartialEq, Eq, Default, Debug, ToSchema)]
 pub struct CalledFunction {
     /// Its name; with the first part.
     #[serde(skip_serializing_if = "Option::is_none")]
