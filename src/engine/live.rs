@@ -1,18 +1,15 @@
 //! One running request: from rows of logits to tokens, text and an end.
 
+use super::draw::Draw;
 use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step, TopLogprob};
 use super::request::{LogprobMode, Request};
-use super::sampler::{Seen, process, sample};
+use super::sampler::sample;
 use super::stats::Timeline;
-use super::stop::{Scan, StopStrings};
+use super::transcript::Transcript;
 use crate::models::Model;
-use crate::models::grammar::Grammar;
-use crate::models::tokenizer::Detokenizer;
 use crate::ops::lanes::Isa;
 use crate::ops::logits::{LogSumExp, rank, top_k};
 use crate::proof::commit::{Chain, RowData};
-use llguidance::toktrie::SimpleVob;
-use parking_lot::Mutex;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -37,15 +34,11 @@ pub(super) struct Live {
     pub(super) request: Request,
     events: mpsc::Sender<Event>,
     _permit: OwnedSemaphorePermit,
-    seen: Seen,
-    detokenizer: Detokenizer,
-    stop: StopStrings,
-    end_ids: Vec<u32>,
-    output: Vec<u32>,
+    draw: Draw,
+    transcript: Transcript,
     prompt_sum: u64,
     output_sum: u64,
     chain: Option<Chain>,
-    grammar: Option<Mutex<Grammar>>, // locked by the row that is reduced, then by the owner
     prompt_rows: Vec<PromptRow>,
     /// Position of the next row to report: rows before it were reported or not asked for.
     pub(super) next_row: usize,
@@ -55,25 +48,19 @@ pub(super) struct Live {
 
 impl Live {
     pub(super) fn new(
-        mut request: Request,
+        request: Request,
         model: &Model,
         events: mpsc::Sender<Event>,
         permit: OwnedSemaphorePermit,
         submitted: Duration,
     ) -> Self {
-        let stop = StopStrings::new(request.stop.strings.clone(), request.stop.include_in_output);
-        let end_ids = if request.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() };
         Self {
-            seen: Seen::new(&request.sampling, &request.prompt),
-            detokenizer: Detokenizer::new(&model.tokenizer, request.skip_special_tokens),
+            draw: Draw::new(&request, model),
+            transcript: Transcript::new(&request, model),
             next_row: if request.prompt_logprobs.is_some() { 0 } else { request.prompt.len() - 1 },
-            stop,
-            end_ids,
-            output: Vec::new(),
             prompt_sum: request.prompt.iter().map(|id| u64::from(*id)).sum(),
             output_sum: 0,
             chain: request.proof.as_ref().map(|p| Chain::new(p.root)),
-            grammar: request.grammar.take().map(Mutex::new),
             prompt_rows: Vec::new(),
             cached_tokens: 0,
             timeline: Timeline::new(submitted),
@@ -141,43 +128,24 @@ impl Live {
         if !raw.is_finite() {
             return Err(Fault::NotFinite { position });
         }
-        let allowed = self.grammar.as_ref().map(|g| g.lock().allowed()).transpose()?;
-        let banned = self.banned_ids(allowed.as_ref());
-        let draw = |row: &[f32]| match &allowed {
-            Some(allowed) => sample(isa, &restricted(row, allowed), sampling, position as u32),
+        let rules = self.draw.rules(&self.request)?;
+        let draw = |row: &[f32]| match rules.restrict(row) {
+            Some(restricted) => sample(isa, &restricted, sampling, position as u32),
             None => sample(isa, row, sampling, position as u32),
         };
         Ok(match self.request.logprob_mode {
-            LogprobMode::Raw if self.changes_logits(&banned) => {
+            LogprobMode::Raw if !self.draw.keeps_logits(sampling, &rules) => {
                 let mut processed = row.to_vec();
-                process(&mut processed, sampling, &self.seen, &banned);
+                self.draw.process(&mut processed, sampling, &rules);
                 self.report(isa, row, &raw, draw(&processed), count)
             }
             LogprobMode::Raw => self.report(isa, row, &raw, draw(row), count),
             LogprobMode::Scaled => {
-                process(row, sampling, &self.seen, &banned);
+                self.draw.process(row, sampling, &rules);
                 let scaled = LogSumExp::new(isa, row, sampling.logprob_temperature());
                 self.report(isa, row, &scaled, draw(row), count)
             }
         })
-    }
-
-    fn changes_logits(&self, banned: &[u32]) -> bool {
-        let sampling = &self.request.sampling;
-        !banned.is_empty() || !sampling.logit_bias.is_empty() || sampling.has_penalties()
-    }
-
-    /// Ids that may not be drawn yet: those that would end the output before `min_tokens`, unless
-    /// its grammar leaves nothing else.
-    fn banned_ids(&self, allowed: Option<&SimpleVob>) -> Vec<u32> {
-        if self.output.len() >= self.request.min_tokens {
-            return Vec::new();
-        }
-        let banned = [self.end_ids.as_slice(), &self.request.stop.ids].concat();
-        match allowed {
-            Some(allowed) if allowed.iter().all(|id| banned.contains(&id)) => Vec::new(),
-            _ => banned,
-        }
     }
 
     fn report(&self, isa: Isa, row: &[f32], lse: &LogSumExp, token: u32, count: usize) -> Row {
@@ -210,7 +178,7 @@ impl Live {
 
     /// Tokens generated so far.
     pub(super) fn output_tokens(&self) -> usize {
-        self.output.len()
+        self.transcript.tokens()
     }
 
     /// Records a drawn token and sends it; the reason when it ended the request.
@@ -225,14 +193,9 @@ impl Live {
         let Row { token, logprob, rank, top, proof } = row;
         let powv = model.parameters.powv(self.prompt_sum, self.output_sum);
         let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
-        let is_whole = match &mut self.grammar {
-            Some(grammar) => grammar.get_mut().push(token)?,
-            None => false,
-        };
-        self.output.push(token);
+        let is_whole = self.draw.push(&self.request.sampling, token)?;
         self.output_sum += u64::from(token);
-        self.seen.push(&self.request.sampling, token);
-        let (text, reason) = self.advance(model, token, is_whole);
+        let (text, reason) = self.transcript.push(&self.request, model, token, is_whole);
         let ended = reason.is_some();
         let proof = self.chain.as_mut().zip(proof).and_then(|(chain, row)| {
             let full = chain.push(token, row);
@@ -243,59 +206,13 @@ impl Live {
         Ok(reason)
     }
 
-    /// The visible text that `token` adds, and the reason if it ends the output; `is_whole` says
-    /// that its grammar ended with it.
-    fn advance(
-        &mut self,
-        model: &Model,
-        token: u32,
-        is_whole: bool,
-    ) -> (String, Option<FinishReason>) {
-        let may_end = self.output.len() >= self.request.min_tokens;
-        let stop_id = match token {
-            id if is_whole => Some(FinishReason::EndToken(id)),
-            id if may_end && self.end_ids.contains(&id) => Some(FinishReason::EndToken(id)),
-            id if may_end && self.request.stop.ids.contains(&id) => Some(FinishReason::StopId(id)),
-            _ => None,
-        };
-        if let Some(reason) = stop_id {
-            // The token that ends the output is not part of its text, unless that was asked for.
-            let mut text = self.stop.finish();
-            if self.request.stop.include_in_output {
-                text.push_str(&self.detokenizer.push(&model.tokenizer, token));
-            }
-            text.push_str(&self.detokenizer.finish());
-            return (text, Some(reason));
-        }
-        let piece = self.detokenizer.push(&model.tokenizer, token);
-        let mut text = match if may_end { self.stop.push(&piece) } else { Scan::Show(piece) } {
-            Scan::Show(text) => text,
-            Scan::Stop { text, matched } => return (text, Some(FinishReason::StopString(matched))),
-        };
-        if self.output.len() == self.request.max_tokens {
-            text.push_str(&self.stop.finish());
-            text.push_str(&self.detokenizer.finish());
-            return (text, Some(FinishReason::Length));
-        }
-        (text, None)
-    }
-
     pub(super) fn finish(&self, reason: FinishReason) -> Finish {
         Finish {
             reason,
             prompt_tokens: self.request.prompt.len(),
             cached_tokens: self.cached_tokens,
-            completion_tokens: self.output.len(),
+            completion_tokens: self.transcript.tokens(),
             digest: self.chain.as_ref().map(|c| *c.digest()),
         }
     }
-}
-
-/// The row with everything that is not allowed ruled out.
-fn restricted(row: &[f32], allowed: &SimpleVob) -> Vec<f32> {
-    let mut kept = vec![f32::NEG_INFINITY; row.len()];
-    for id in allowed.iter().map(|id| id as usize).filter(|id| *id < row.len()) {
-        kept[id] = row[id];
-    }
-    kept
 }

@@ -7,6 +7,7 @@
 
 pub mod blocks;
 mod core;
+pub mod draw;
 mod live;
 pub mod output;
 pub mod plan;
@@ -16,6 +17,7 @@ pub mod sampler;
 pub mod scheduler;
 pub mod stats;
 pub mod stop;
+pub mod transcript;
 
 use self::core::{Command, Core, Submission};
 use crate::clock::Clock;
