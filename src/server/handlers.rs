@@ -1,17 +1,14 @@
 //! The routes that generate.
 
 use super::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
-use super::constraint::{Tooling, grammar};
 use super::error::{ApiError, echo};
-use super::generate::{Endpoint, Job, run};
+use super::generate::{Job, run};
 use super::openapi::Refusals;
-use super::prompt::{chat_prompt, completion_prompts};
 use super::proof::Prover;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
-use super::translate::{Ask, COMPLETION_TOKENS_DEFAULT, Report, refuse_unsupported, report, whole};
-use crate::models::chat::ChatTemplate;
-use crate::wire::openai::request::{Common, Logprobs};
+use super::understand::{Reader, Understood};
+use crate::wire::openai::request::Common;
 use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response as Answer};
 use crate::wire::openai::{ChatRequest, CompletionRequest};
 use axum::body::Bytes;
@@ -40,33 +37,9 @@ pub async fn chat(
     body: Bytes,
 ) -> Result<Response, ApiError> {
     let request: ChatRequest = parse(&body)?;
-    let common = &request.common;
-    let routed = admit(&state, &headers, common)?;
-    let report = report(common, request.top_logprobs, state.defaults())?;
-    let max_tokens = match whole("max_completion_tokens", request.max_completion_tokens, 1)? {
-        Some(max) => Some(max),
-        None => whole("max_tokens", common.max_tokens, 1)?,
-    };
-    let served = &routed.served;
-    let model = served.engine.model();
-    let prover = prover(&state, served, common)?;
-    let tooling = Tooling::new(&request, model.chat.as_ref().and_then(ChatTemplate::tool_format))?;
-    let prompts = vec![chat_prompt(model, &request)?];
-    let grammar = grammar(model.clone(), common, &tooling).await?;
-    let ask = Ask { served, prover: prover.as_ref(), common, max_tokens, grammar, report: &report };
-    let requests = ask.requests(prompts)?;
-    let job = Job {
-        endpoint: Endpoint::Chat,
-        n: requests.len(),
-        requests,
-        report,
-        prover,
-        tools: tooling.parser(),
-        stream: common.stream.unwrap_or(false),
-        request_id: request_id(&headers, common)?,
-        routed,
-    };
-    run(&state, job).await
+    let routed = admit(&state, &headers, &request.common)?;
+    let understood = reader(&state, &routed.served).chat(&request).await?;
+    answer(&state, &headers, &request.common, routed, understood).await
 }
 
 /// `POST /v1/completions`.
@@ -88,40 +61,36 @@ pub async fn completions(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let mut request: CompletionRequest = parse(&body)?;
-    // Here `true` has always meant one alternative.
-    if request.common.logprobs == Some(Logprobs::Flag(true)) {
-        request.common.logprobs = Some(Logprobs::Count(1));
+    let request: CompletionRequest = parse(&body)?;
+    let routed = admit(&state, &headers, &request.common)?;
+    let understood = reader(&state, &routed.served).completion(&request).await?;
+    answer(&state, &headers, &request.common, routed, understood).await
+}
+
+fn reader<'a>(state: &ServerState, served: &'a Served) -> Reader<'a> {
+    let context_max = served.engine.options().context_max;
+    Reader { model: served.engine.model(), context_max, defaults: state.defaults() }
+}
+
+/// Runs what was understood.
+async fn answer(
+    state: &ServerState,
+    headers: &HeaderMap,
+    common: &Common,
+    routed: Routed,
+    understood: Understood,
+) -> Result<Response, ApiError> {
+    let prover = prover(state, &routed.served, common)?;
+    let Understood { endpoint, mut requests, n, report, tools } = understood;
+    if let Some(prover) = &prover {
+        for (choice, request) in requests.iter_mut().enumerate() {
+            prover.bind(request, &routed.served.identity, common.seed, choice as u32);
+        }
     }
-    let common = &request.common;
-    let routed = admit(&state, &headers, common)?;
-    refuse_completion_fields(&request)?;
-    let report =
-        Report { echo: request.echo == Some(true), ..report(common, None, state.defaults())? };
-    // Nothing need be generated where the prompt is what is asked about.
-    let low = i64::from(!report.echo && report.prompt_logprobs.is_none());
-    let max_tokens = whole("max_tokens", common.max_tokens, low)?;
-    let max_tokens = Some(max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT));
-    let served = &routed.served;
-    let model = served.engine.model();
-    let prover = prover(&state, served, common)?;
-    let prompts = completion_prompts(model, &request.prompt)?;
-    let count = prompts.len();
-    let grammar = grammar(model.clone(), common, &Tooling::default()).await?;
-    let ask = Ask { served, prover: prover.as_ref(), common, max_tokens, grammar, report: &report };
-    let requests = ask.requests(prompts)?;
-    let job = Job {
-        endpoint: Endpoint::Completion,
-        n: requests.len() / count,
-        requests,
-        report,
-        prover,
-        tools: None,
-        stream: common.stream.unwrap_or(false),
-        request_id: request_id(&headers, common)?,
-        routed,
-    };
-    run(&state, job).await
+    let stream = common.stream.unwrap_or(false);
+    let request_id = request_id(headers, common)?;
+    let job = Job { endpoint, routed, requests, n, report, prover, tools, stream, request_id };
+    run(state, job).await
 }
 
 /// The request's name: the client's own, or the one it has in the log.
@@ -139,23 +108,9 @@ fn request_id(headers: &HeaderMap, common: &Common) -> Result<Option<String>, Ap
     }
 }
 
-fn refuse_completion_fields(request: &CompletionRequest) -> Result<(), ApiError> {
-    if request.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
-        return Err(ApiError::field("suffix", "is not supported by this server"));
-    }
-    let n = request.common.n.unwrap_or(1);
-    match request.best_of {
-        Some(best_of) if best_of != n => {
-            Err(ApiError::field("best_of", format!("must equal n = {n}, got {best_of}")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Checks that hold for both endpoints, and the model.
+/// The model of a request, whose unknown fields are counted.
 fn admit(state: &ServerState, headers: &HeaderMap, common: &Common) -> Result<Routed, ApiError> {
     let routed = route(state, headers, common.model.as_deref())?;
-    refuse_unsupported(&common.unknown)?;
     state.note_unknown(&common.unknown);
     Ok(routed)
 }

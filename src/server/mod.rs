@@ -25,6 +25,7 @@ pub mod stream;
 pub mod tokens;
 pub mod tools;
 pub mod translate;
+pub mod understand;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};

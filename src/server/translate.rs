@@ -1,10 +1,9 @@
 //! API fields to engine requests: defaults, bounds, and what is refused by name.
 
 use super::error::{ApiError, echo};
-use super::proof::Prover;
-use super::registry::Served;
 use crate::engine::request::{LogprobMode, Request, StopRules};
 use crate::engine::sampler::Sampling;
+use crate::models::Model;
 use crate::models::grammar::Grammar;
 use crate::proof::seed::noise_key;
 use crate::wire::openai::request::{Common, Logprobs};
@@ -156,9 +155,9 @@ pub fn report(common: &Common, top: Option<i64>, defaults: Defaults) -> Result<R
 /// What makes engine requests of an API request.
 pub struct Ask<'a> {
     /// The model.
-    pub served: &'a Served,
-    /// What proves the choices.
-    pub prover: Option<&'a Prover>,
+    pub model: &'a Model,
+    /// Longest sequence.
+    pub context_max: usize,
     /// The fields of both endpoints.
     pub common: &'a Common,
     /// The endpoint's own reading of that field; without it the context is the limit.
@@ -183,7 +182,7 @@ impl Ask<'_> {
             return Err(ApiError::field("n", what));
         }
         let common = self.template()?;
-        let vocab = self.served.engine.model().decoder.spec.vocab;
+        let vocab = self.model.decoder.spec.vocab;
         let rows = self.report.prompt_rows().or((self.max_tokens == Some(0)).then_some(0));
         // The rows of a prompt are the same for all its choices; in a stream each repeats them.
         let repeats_rows = self.report.echo && self.common.stream == Some(true);
@@ -199,9 +198,6 @@ impl Ask<'_> {
                 request.max_tokens = self.max_tokens.unwrap_or(room);
                 let is_empty = request.max_tokens == 0;
                 request.prompt_logprobs = rows.filter(|_| i == 0 || repeats_rows || is_empty);
-                if let Some(prover) = self.prover {
-                    prover.bind(&mut request, &self.served.identity, self.common.seed, choice);
-                }
                 request.validate(vocab)?;
                 requests.push(request);
             }
@@ -234,7 +230,7 @@ impl Ask<'_> {
 
     /// A prompt cut as `truncate_prompt_tokens` says, and the tokens that may follow it.
     fn fit(&self, mut prompt: Vec<u32>) -> Result<(Vec<u32>, usize), ApiError> {
-        let context = self.served.engine.options().context_max;
+        let context = self.context_max;
         let kept = match self.common.truncate_prompt_tokens {
             // What the context holds beside the answer.
             Some(-1) => Some(context.saturating_sub(self.max_tokens.unwrap_or(1).max(1)).max(1)),
