@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 6 | `main` [`cli`] | parse, wire, print |
 //! | 5 | [`config`] | files, flags and environment into options |
-//! | 3 | [`server`] | a surface over a running engine |
+//! | 3 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
 //! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] | leaves |
@@ -35,4 +35,5 @@ pub mod models;
 pub mod ops;
 pub mod proof;
 pub mod server;
+pub mod verify;
 pub mod wire;

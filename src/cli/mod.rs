@@ -10,6 +10,7 @@ mod logging;
 mod plan;
 mod reload;
 mod serve;
+mod verify;
 
 use clap::{Parser, Subcommand};
 use std::fmt;
@@ -37,6 +38,9 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Compute the whitening that a model's proofs need, and store it.
     Calibrate(calibrate::CalibrateArgs),
+    /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
+    /// not be scored.
+    Verify(verify::VerifyArgs),
     /// Download a model from the Hugging Face Hub and print where it is.
     Fetch(fetch::FetchArgs),
 }
@@ -78,7 +82,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = logging::start(&cli.log, cli.log_json).and_then(|()| run(cli.command, cli.log));
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             eprintln!("error: {}", failure.message);
             if let Some(hint) = failure.hint {
@@ -89,13 +93,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, log: String) -> Result<(), Failure> {
+fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
     match command {
+        Command::Verify(args) => return verify::run(&args),
         Command::Serve(args) => serve::run(args, log),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Fetch(args) => fetch::run(&args),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

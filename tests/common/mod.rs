@@ -11,11 +11,17 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use targon_engine::clock::Clock;
+use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
+use targon_engine::proof::Scheme;
+use targon_engine::proof::codec::{Hash, from_hex, to_hex};
+use targon_engine::proof::commit::{Binding, Chain, ChunkProof, RowProver};
 use targon_engine::server::registry::Served;
+use targon_engine::verify::answer::{Answer, Chunk};
+use targon_engine::verify::{Verifier, prefill};
 
 /// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
 pub fn smollm2() -> PathBuf {
@@ -176,4 +182,35 @@ pub fn served(engine: &Engine) -> Served {
 pub fn tiny_engine(seed: u32, options: Options) -> Engine {
     let pool = Pool::new(2, Isa::best()).unwrap();
     Engine::start(tiny_model(seed, &pool), pool, options, Clock::system()).unwrap()
+}
+
+/// Proves `answer`, whatever its tokens, as a prover would that has the true weights but did not
+/// draw the tokens with them.
+pub fn spoof(
+    verifier: &Verifier,
+    request: &Request,
+    seed: Option<i64>,
+    nonce: &str,
+    answer: &mut Answer,
+) {
+    let nonce: Hash = from_hex(nonce).unwrap();
+    let terms = request.terms(seed, 0).hash();
+    let (scheme, model) = (Scheme::Residue, verifier.identity.model_hash);
+    let root = Binding { scheme, nonce, request: terms, model, hotkey: [0; 32] }.root();
+    let prover = RowProver::new(scheme, &root, Arc::clone(&verifier.identity.calibration));
+    let mut chain = Chain::new(root);
+    let mut chunks = Vec::new();
+    let none = std::collections::BTreeSet::new();
+    let ids = answer.ids.clone();
+    prefill::run(&verifier.model, &verifier.pool, &request.prompt, &ids, &none, |row| {
+        let data = prover.prove(row.position, row.bits, row.values);
+        chunks.extend(chain.push(ids[row.index], data));
+        Ok(())
+    })
+    .unwrap();
+    chunks.extend(chain.close());
+    let chunk = |c: ChunkProof| Chunk { index: c.index, data: c.data, digest: c.digest };
+    answer.chunks = chunks.into_iter().map(chunk).collect();
+    let end = answer.end.as_mut().unwrap();
+    (end.root, end.nonce, end.tokens) = (to_hex(&root), to_hex(&nonce), ids.len());
 }

@@ -1,0 +1,325 @@
+//! Verification of answers: does this output follow from these weights, this prompt and these
+//! rules?
+//!
+//! One prefill over prompt and output gives everything ([`prefill`]): hidden rows for proofs, logits
+//! for ranks, log-probabilities and the sampler's margins. [`Verifier::verify`] first checks what
+//! needs no model ([`structure`]), then the proof's binding ([`proof`]), then rows ([`rows`]), and
+//! ends in a [`Verdict`]. What the peer sent can at worst be rejected; trouble of ours is
+//! [`Verdict::Unscored`].
+
+pub mod answer;
+pub mod prefill;
+pub mod proof;
+pub mod rows;
+pub mod structure;
+pub mod targon;
+
+use crate::engine::request::Request;
+use crate::models::{Identity, Model};
+use crate::ops::pool::Pool;
+use crate::proof::codec::Hash;
+use crate::proof::philox::philox;
+use answer::Answer;
+use proof::ChunkEvidence;
+use rows::RowEvidence;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+
+/// Rows whose logits a fast check computes, besides the last.
+pub const FAST_ROWS: usize = 32;
+
+/// Why an answer is rejected.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Reason {
+    /// It is not an answer at all.
+    BadStream,
+    /// Fewer tokens than an answer can have.
+    TooShort,
+    /// More tokens than were asked for.
+    TooLong,
+    /// Ids outside the vocabulary, or none.
+    BadIds,
+    /// The text is not what the ids spell.
+    TextMismatch,
+    /// It goes on after its end.
+    SkippedEosEot,
+    /// It ends without a reason.
+    EarlyEnd,
+    /// A token that the request's grammar does not allow.
+    Grammar,
+    /// A weight value is wrong or missing.
+    BadPowv,
+    /// No proof, or one that cannot be read.
+    BadProof,
+    /// The proof is bound to something else.
+    WrongRoot,
+    /// The chain of digests is broken.
+    ChainBreak,
+    /// The signature is not the hotkey's.
+    BadSignature,
+    /// Hidden rows differ by more than honest ones do.
+    SketchEnergy,
+    /// A token that the sampler would not have drawn.
+    SamplerMargin,
+    /// Reported log-probabilities are not the model's.
+    LogprobMismatch,
+    /// Too many tokens that are not the most probable one.
+    UnlikelyTokens,
+    /// A token that is hardly possible.
+    UnlikelyToken,
+    /// Log-probabilities too good to be true.
+    Overfit,
+    /// At a place chosen at random, a token that is not among the most probable ones.
+    LogprobRandom,
+}
+
+impl Reason {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::BadStream => "BAD_STREAM",
+            Reason::TooShort => "TOO_SHORT",
+            Reason::TooLong => "TOO_LONG",
+            Reason::BadIds => "BAD_IDS",
+            Reason::TextMismatch => "TEXT_MISMATCH",
+            Reason::SkippedEosEot => "SKIPPED_EOS_EOT",
+            Reason::EarlyEnd => "EARLY_END",
+            Reason::Grammar => "GRAMMAR",
+            Reason::BadPowv => "BAD_POWV",
+            Reason::BadProof => "BAD_PROOF",
+            Reason::WrongRoot => "WRONG_ROOT",
+            Reason::ChainBreak => "CHAIN_BREAK",
+            Reason::BadSignature => "BAD_SIGNATURE",
+            Reason::SketchEnergy => "SKETCH_ENERGY",
+            Reason::SamplerMargin => "SAMPLER_MARGIN",
+            Reason::LogprobMismatch => "LOGPROB_MISMATCH",
+            Reason::UnlikelyTokens => "UNLIKELY_TOKENS",
+            Reason::UnlikelyToken => "UNLIKELY_TOKEN",
+            Reason::Overfit => "OVERFIT",
+            Reason::LogprobRandom => "LOGPROB_RANDOM",
+        }
+    }
+}
+
+/// A rejection: the rule that was broken and the fact that breaks it.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{}: {what}", reason.name())]
+pub struct Rejection {
+    /// Which rule.
+    pub reason: Reason,
+    /// Rule and fact.
+    pub what: String,
+}
+
+impl Rejection {
+    /// For `reason`, in words.
+    pub fn new(reason: Reason, what: impl Into<String>) -> Self {
+        Self { reason, what: what.into() }
+    }
+}
+
+/// What verification ends in.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Nothing speaks against the answer.
+    Pass,
+    /// Something does.
+    Reject(Rejection),
+    /// Nothing can be said, through no fault of the peer.
+    Unscored(String),
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Pass => f.write_str("pass"),
+            Verdict::Reject(rejection) => write!(f, "reject: {rejection}"),
+            Verdict::Unscored(why) => write!(f, "unscored: {why}"),
+        }
+    }
+}
+
+/// Which rules apply.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Profile {
+    /// The weight value of every token (Targon 4.0 and 4.1).
+    Powv,
+    /// Ranks and log-probabilities (Targon 4.2 to 4.4, with its holes mended).
+    Ranks,
+    /// Hidden-state proofs and the sampler's margins: `residue-v1`, `residue-v1-u4` or `toploc`, as
+    /// the request asked.
+    Proof,
+}
+
+impl std::str::FromStr for Profile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "targon-4.1" => Ok(Self::Powv),
+            "targon-4.4" => Ok(Self::Ranks),
+            "proof" | "toploc" => Ok(Self::Proof),
+            other => Err(format!("must be targon-4.1, targon-4.4, proof or toploc, got {other}")),
+        }
+    }
+}
+
+/// How much is computed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Depth {
+    /// Proofs of all rows; logits of [`FAST_ROWS`] random rows and the last.
+    Fast,
+    /// Everything at every row.
+    Slow,
+}
+
+/// Limits between honest and not; the defaults are wide enough for honest miners on other stacks.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Limits {
+    /// Mean energy of a chunk of `residue-v1`.
+    pub energy_u8: f64,
+    /// Mean energy of a chunk of `residue-v1-u4`.
+    pub energy_u4: f64,
+    /// The margin of a single token, in logits.
+    pub margin: f64,
+    /// The mean margin of the tokens that were checked, each clipped at [`rows::MARGIN_CLIP`].
+    pub margin_mean: f64,
+    /// Mean agreement of log-probabilities, 1 is perfect (Targon's rule).
+    pub agreement: f64,
+    /// Demands that hidden rows are equal bit for bit: the miner runs this engine.
+    pub exact: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            energy_u8: 60.0,
+            energy_u4: 4.0,
+            margin: 0.5,
+            margin_mean: 0.02,
+            agreement: 0.75,
+            exact: false,
+        }
+    }
+}
+
+/// An answer with the request that it claims to answer.
+#[derive(Clone, Debug)]
+pub struct Claim<'a> {
+    /// What was asked, as the engine reads it; its noise key is set by the verifier.
+    pub request: &'a Request,
+    /// The API's seed and the number of the choice, which the proof is bound to.
+    pub seed: Option<i64>,
+    /// Number of the choice within its request.
+    pub choice: u32,
+    /// The proof that was asked for.
+    pub proof: Option<proof::Asked>,
+    /// What came back.
+    pub answer: &'a Answer,
+}
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The outcome.
+    pub verdict: Verdict,
+    /// Rows whose logits were computed, ascending.
+    pub rows: Vec<RowEvidence>,
+    /// Chunks of the proof.
+    pub chunks: Vec<ChunkEvidence>,
+}
+
+/// Verifies answers of one model.
+#[derive(Clone)]
+pub struct Verifier {
+    /// The model.
+    pub model: Arc<Model>,
+    /// What its proofs are bound to.
+    pub identity: Arc<Identity>,
+    /// Compute threads.
+    pub pool: Pool,
+    /// Limits.
+    pub limits: Limits,
+    /// Longest sequence.
+    pub context_max: usize,
+}
+
+impl Verifier {
+    /// Verifies one answer. `chance` decides which rows a fast check looks at: the peer must not
+    /// know it beforehand.
+    pub fn verify(&self, claim: &Claim<'_>, profile: Profile, depth: Depth, chance: u64) -> Report {
+        let mut report = Report { verdict: Verdict::Pass, rows: vec![], chunks: vec![] };
+        report.verdict = match self.check(claim, profile, depth, chance, &mut report) {
+            Ok(()) => Verdict::Pass,
+            Err(Stop::Rejected(rejection)) => Verdict::Reject(rejection),
+            Err(Stop::Fault(why)) => Verdict::Unscored(why),
+        };
+        report
+    }
+
+    fn check(
+        &self,
+        claim: &Claim<'_>,
+        profile: Profile,
+        depth: Depth,
+        chance: u64,
+        report: &mut Report,
+    ) -> Result<(), Stop> {
+        structure::check(claim, &self.model, self.context_max)?;
+        structure::check_powv(claim, &self.model, profile == Profile::Powv)?;
+        let bound = match profile {
+            Profile::Proof => Some(proof::bind(claim, &self.identity)?),
+            Profile::Powv | Profile::Ranks => None,
+        };
+        let wanted = match (profile, depth) {
+            (Profile::Powv, _) => return Ok(()),
+            (Profile::Ranks, _) | (_, Depth::Slow) => (0..claim.answer.ids.len()).collect(),
+            (Profile::Proof, Depth::Fast) => random_rows(claim.answer.ids.len(), chance),
+        };
+        let noise = bound.as_ref().map(|b| b.noise_key);
+        let mut judge = rows::Judge::new(claim, &self.model, noise);
+        let mut hidden = proof::HiddenRows::new(bound.as_ref(), self.identity.clone());
+        let prompt = &claim.request.prompt;
+        prefill::run(&self.model, &self.pool, prompt, &claim.answer.ids, &wanted, |row| {
+            hidden.push(&row);
+            judge.push(self.pool.isa(), row)
+        })?;
+        report.rows = judge.finish();
+        if let Some(bound) = &bound {
+            report.chunks = hidden.compare(bound, &claim.answer.ids);
+            proof::judge(&report.chunks, bound.scheme, &self.limits)?;
+            rows::check_margins(&report.rows, &self.limits)?;
+        } else {
+            targon::check(claim, &report.rows, &self.limits, chance)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why checking ends early.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// The peer's fault.
+    Rejected(Rejection),
+    /// Ours.
+    Fault(String),
+}
+
+impl From<Rejection> for Stop {
+    fn from(rejection: Rejection) -> Self {
+        Stop::Rejected(rejection)
+    }
+}
+
+/// The last row and [`FAST_ROWS`] others.
+fn random_rows(count: usize, chance: u64) -> BTreeSet<usize> {
+    let draws = (0..FAST_ROWS as u32).map(|i| {
+        let word = philox(chance, [i, 0, 0, 0])[0];
+        (u64::from(word) * count as u64 >> 32) as usize
+    });
+    draws.chain(count.checked_sub(1)).collect()
+}
+
+/// 32 bytes that a verifier chose, as they are written in requests.
+pub type Nonce = Hash;

@@ -1,0 +1,262 @@
+//! Hidden-state proofs: what they are bound to, their chain, and how far their rows are from ours.
+
+use super::answer::Answer;
+use super::{Claim, Limits, Reason, Rejection, Stop};
+use crate::chain::keys::Hotkey;
+use crate::models::Identity;
+use crate::ops::dtype::Dtype;
+use crate::proof::codec::{Hash, from_hex, to_hex};
+use crate::proof::commit::{
+    Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
+};
+use crate::proof::residue::{Profile, row_energy};
+use crate::proof::{CHUNK_ROWS, Scheme, toploc};
+use std::sync::Arc;
+
+/// The proof that a request asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Asked {
+    /// The scheme.
+    pub scheme: Scheme,
+    /// The verifier's own nonce; without one the prover chose it, and it binds nobody.
+    pub nonce: Option<Hash>,
+    /// Who must have signed; anybody or nobody where absent.
+    pub hotkey: Option<Hotkey>,
+}
+
+/// A proof whose binding, chain and signature hold.
+pub struct Bound {
+    /// The scheme.
+    pub scheme: Scheme,
+    /// Root of the chain.
+    pub root: Hash,
+    /// Key of the sampler's noise.
+    pub noise_key: u64,
+    chunks: Vec<Vec<u8>>,
+}
+
+/// What one chunk of a proof shows.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ChunkEvidence {
+    /// Its number.
+    pub index: usize,
+    /// Whether all rows are ours bit for bit.
+    pub is_exact: bool,
+    /// Mean energy of its rows (residue schemes).
+    pub energy: Option<f64>,
+    /// Distance from our rows (TOPLOC).
+    pub distance: Option<toploc::Distance>,
+}
+
+fn reject(reason: Reason, what: impl Into<String>) -> Stop {
+    Stop::Rejected(Rejection::new(reason, what))
+}
+
+/// Checks everything about a proof that does not need our own rows.
+///
+/// # Errors
+/// The first rule that it breaks.
+pub fn bind(claim: &Claim<'_>, identity: &Identity) -> Result<Bound, Stop> {
+    let Some(asked) = claim.proof else {
+        return Err(Stop::Fault("the request asked for no proof".into()));
+    };
+    let end = claim.answer.end.as_ref();
+    let end = end.ok_or_else(|| reject(Reason::BadProof, "the answer has no proof_end"))?;
+    if end.scheme != asked.scheme.name() {
+        let what = format!("{} was asked for, got {}", asked.scheme, end.scheme);
+        return Err(reject(Reason::BadProof, what));
+    }
+    let hex = |field: &str, text: &str| {
+        from_hex::<32>(text).map_err(|rule| reject(Reason::BadProof, format!("{field} {rule}")))
+    };
+    let nonce = hex("nonce", &end.nonce)?;
+    if asked.nonce.is_some_and(|own| own != nonce) {
+        return Err(reject(Reason::WrongRoot, "the nonce is not the one that was sent"));
+    }
+    if hex("model", &end.model)? != identity.model_hash {
+        let what = format!("the model is {}, got {}", to_hex(&identity.model_hash), end.model);
+        return Err(reject(Reason::WrongRoot, what));
+    }
+    let hotkey = match &end.hotkey {
+        Some(text) => Some(text.parse::<Hotkey>().map_err(|rule| {
+            reject(Reason::BadSignature, format!("the hotkey cannot be read: {rule}"))
+        })?),
+        None => None,
+    };
+    if asked.hotkey.is_some() && asked.hotkey != hotkey {
+        return Err(reject(Reason::BadSignature, "another hotkey, or none, has signed"));
+    }
+    let terms = claim.request.terms(claim.seed, claim.choice).hash();
+    let binding = Binding {
+        scheme: asked.scheme,
+        nonce,
+        request: terms,
+        model: identity.model_hash,
+        hotkey: hotkey.map_or([0; 32], |h| h.0),
+    };
+    let root = binding.root();
+    if hex("root", &end.root)? != root {
+        return Err(reject(Reason::WrongRoot, "the root is not that of this request"));
+    }
+    let digest = chain(claim.answer, root)?;
+    check_signature(claim, &digest, hotkey)?;
+    let chunks = claim.answer.chunks.iter().map(|c| c.data.clone()).collect();
+    Ok(Bound { scheme: asked.scheme, root, noise_key: noise_key(&nonce, &terms), chunks })
+}
+
+/// Follows the chain from the root to its last digest.
+fn chain(answer: &Answer, root: Hash) -> Result<Hash, Stop> {
+    let want = answer.ids.len().div_ceil(CHUNK_ROWS);
+    if answer.chunks.len() != want {
+        let what =
+            format!("{} tokens have {want} chunks, got {}", answer.ids.len(), answer.chunks.len());
+        return Err(reject(Reason::BadProof, what));
+    }
+    let mut digest = root;
+    for (place, (chunk, ids)) in answer.chunks.iter().zip(answer.ids.chunks(CHUNK_ROWS)).enumerate()
+    {
+        digest = link(&digest, place as u32, ids, &chunk.data);
+        if chunk.index as usize != place || chunk.digest != digest {
+            let what = format!("chunk {place} does not follow from those before it");
+            return Err(reject(Reason::ChainBreak, what));
+        }
+    }
+    Ok(digest)
+}
+
+fn check_signature(claim: &Claim<'_>, digest: &Hash, hotkey: Option<Hotkey>) -> Result<(), Stop> {
+    let Some(end) = &claim.answer.end else { return Ok(()) };
+    if end.tokens != claim.answer.ids.len() {
+        let what =
+            format!("the proof ends after {} tokens, not {}", end.tokens, claim.answer.ids.len());
+        return Err(reject(Reason::BadProof, what));
+    }
+    let Some(hotkey) = hotkey else { return Ok(()) };
+    let signature = end.signature.as_deref().unwrap_or_default();
+    let signature = from_hex::<64>(signature)
+        .map_err(|rule| reject(Reason::BadSignature, format!("the signature {rule}")))?;
+    // The reason is one of four; the rules have already said which of them can be.
+    let signs = |tag: u8| hotkey.verify(&end_message(digest, end.tokens as u32, tag), &signature);
+    match (1..=4).any(signs) {
+        true => Ok(()),
+        false => Err(reject(Reason::BadSignature, format!("it is not {hotkey}'s"))),
+    }
+}
+
+/// Our own rows, chunk by chunk.
+pub struct HiddenRows {
+    prover: Option<RowProver>,
+    rows: Vec<RowData>,
+}
+
+impl HiddenRows {
+    /// For a proof; keeps nothing where there is none.
+    pub fn new(bound: Option<&Bound>, identity: Arc<Identity>) -> Self {
+        let prover =
+            bound.map(|b| RowProver::new(b.scheme, &b.root, Arc::clone(&identity.calibration)));
+        Self { prover, rows: Vec::new() }
+    }
+
+    /// Takes the next row.
+    pub fn push(&mut self, row: &super::prefill::Row<'_>) {
+        if let Some(prover) = &self.prover {
+            self.rows.push(prover.prove(row.position, row.bits, row.values));
+        }
+    }
+
+    /// Sets our rows beside those of the proof.
+    pub fn compare(&self, bound: &Bound, ids: &[u32]) -> Vec<ChunkEvidence> {
+        debug_assert_eq!(self.rows.len(), ids.len());
+        let chunks = self.rows.chunks(CHUNK_ROWS).zip(&bound.chunks).enumerate();
+        chunks.map(|(index, (rows, data))| compare(index, bound, rows, data)).collect()
+    }
+}
+
+fn compare(index: usize, bound: &Bound, rows: &[RowData], data: &[u8]) -> ChunkEvidence {
+    let none = ChunkEvidence { index, is_exact: false, energy: None, distance: None };
+    let profile = match bound.scheme {
+        Scheme::Residue => Profile::U8,
+        Scheme::ResidueU4 => Profile::U4,
+        Scheme::Toploc => return compare_toploc(none, rows, data),
+    };
+    let Ok(theirs) = ResidueChunk::from_bytes(data, rows.len()) else { return none };
+    let (mut hashes, mut energy) = (Vec::with_capacity(rows.len()), 0.0);
+    for (row, sketch) in rows.iter().zip(&theirs.sketches) {
+        if let RowData::Residue { sketch: own, exact } = row {
+            hashes.push(*exact);
+            energy += row_energy(profile, own, sketch);
+        }
+    }
+    let is_exact = chunk_hash(&bound.root, &hashes) == theirs.exact;
+    ChunkEvidence { is_exact, energy: Some(energy / rows.len() as f64), ..none }
+}
+
+fn compare_toploc(none: ChunkEvidence, rows: &[RowData], data: &[u8]) -> ChunkEvidence {
+    let mut activations = Vec::new();
+    for row in rows {
+        if let RowData::Bits(bits) = row {
+            activations.extend_from_slice(bits);
+        }
+    }
+    let own = toploc::Proof::build(&activations, toploc::TOP_K);
+    match (own, toploc::Proof::from_bytes(data, toploc::TOP_K)) {
+        // Fewer values than points: neither side has a proof.
+        (None, _) => ChunkEvidence { is_exact: data.is_empty(), ..none },
+        (Some(own), Ok(theirs)) => ChunkEvidence {
+            is_exact: own == theirs,
+            distance: Some(theirs.distance(&activations)),
+            ..none
+        },
+        (Some(_), Err(_)) => none,
+    }
+}
+
+/// Whether a scheme can be served at this type.
+pub fn serves(scheme: Scheme, dtype: Dtype) -> bool {
+    scheme != Scheme::Toploc || dtype == Dtype::Bf16
+}
+
+/// Judges the chunks of a proof.
+///
+/// # Errors
+/// The first chunk that is too far from ours.
+pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Result<(), Stop> {
+    for chunk in chunks.iter().filter(|c| !c.is_exact) {
+        let index = chunk.index;
+        if limits.exact {
+            let what = format!("rows must be equal bit for bit, those of chunk {index} are not");
+            return Err(reject(Reason::SketchEnergy, what));
+        }
+        let limit = match scheme {
+            Scheme::Residue => limits.energy_u8,
+            Scheme::ResidueU4 => limits.energy_u4,
+            Scheme::Toploc => match chunk.distance {
+                Some(distance) if distance.passes_published() => continue,
+                Some(d) => {
+                    let what = format!(
+                        "chunk {index} is too far: {} exponents differ (at most 38), mantissas by \
+                         {:.1} on average (10) and {:.1} at the median (8)",
+                        d.exponent_mismatches, d.mantissa_mean, d.mantissa_median
+                    );
+                    return Err(reject(Reason::SketchEnergy, what));
+                }
+                None => {
+                    let what = format!("chunk {index} is not a TOPLOC proof");
+                    return Err(reject(Reason::BadProof, what));
+                }
+            },
+        };
+        match chunk.energy {
+            None => {
+                let what = format!("chunk {index} has the wrong length");
+                return Err(reject(Reason::BadProof, what));
+            }
+            Some(energy) if energy > limit => {
+                let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
+                return Err(reject(Reason::SketchEnergy, what));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,268 @@
+//! Verification from end to end: what the server answers passes, and what was changed on the way
+//! is rejected for the right reason.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+mod common;
+
+use axum::http::StatusCode;
+use common::site::{CHAT, COMPLETION, Site, chat, completion, post, site, stream};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use targon_engine::engine::Engine;
+use targon_engine::engine::request::Request;
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
+use targon_engine::proof::codec::from_hex;
+use targon_engine::proof::commit::link;
+use targon_engine::proof::{CHUNK_ROWS, Scheme};
+use targon_engine::server::translate::Defaults;
+use targon_engine::server::understand::Reader;
+use targon_engine::verify::answer::Answer;
+use targon_engine::verify::proof::Asked;
+use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Report, Verdict, Verifier};
+
+const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
+
+fn verifier(engine: &Engine) -> Verifier {
+    Verifier {
+        model: Arc::clone(engine.model()),
+        identity: common::served(engine).identity,
+        pool: Pool::new(2, Isa::best()).unwrap(),
+        limits: Limits::default(),
+        context_max: 512,
+    }
+}
+
+async fn understood(verifier: &Verifier, body: &Value) -> Request {
+    let reader = Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+    let understood = match body.get("messages") {
+        Some(_) => reader.chat(&serde_json::from_value(body.clone()).unwrap()).await,
+        None => reader.completion(&serde_json::from_value(body.clone()).unwrap()).await,
+    };
+    understood.unwrap().requests.remove(0)
+}
+
+fn asked(body: &Value) -> Option<Asked> {
+    let scheme: Scheme = body["proof"]["scheme"].as_str()?.parse().unwrap();
+    Some(Asked { scheme, nonce: Some(from_hex(NONCE).unwrap()), hotkey: None })
+}
+
+async fn judge(
+    verifier: &Verifier,
+    body: &Value,
+    answer: &Answer,
+    profile: Profile,
+    depth: Depth,
+) -> Report {
+    let request = understood(verifier, body).await;
+    let seed = body["seed"].as_i64();
+    let claim = Claim { request: &request, seed, choice: 0, proof: asked(body), answer };
+    verifier.verify(&claim, profile, depth, 7)
+}
+
+fn proved(scheme: &str) -> Value {
+    chat(json!({
+        "max_tokens": 70, "temperature": 0.8, "logprobs": true,
+        "proof": {"scheme": scheme, "nonce": NONCE},
+    }))
+}
+
+async fn answer(site: &Site, body: &Value) -> (Value, Answer) {
+    let path = if body.get("messages").is_some() { CHAT } else { COMPLETION };
+    let mut body = body.clone();
+    body["return_token_ids"] = json!(true);
+    let (status, response) = post(&site.app, path, body).await;
+    assert_eq!(status, StatusCode::OK, "{response}");
+    let answer = Answer::of_response(&response, 0).unwrap();
+    (response, answer)
+}
+
+#[tokio::test]
+async fn honest_answers_pass_with_exact_rows_and_no_margin() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    let bodies = [
+        proved("residue-v1"),
+        proved("residue-v1-u4"),
+        proved("toploc"),
+        chat(json!({"proof": {"scheme": "residue-v1", "nonce": NONCE}, "top_p": 0.7, "top_k": 30,
+            "repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {"65": 3},
+            "min_tokens": 5, "ignore_eos": false, "max_tokens": 60})),
+        chat(json!({"proof": {"scheme": "residue-v1", "nonce": NONCE}, "temperature": 0})),
+        chat(json!({"proof": {"scheme": "residue-v1", "nonce": NONCE}, "ignore_eos": false,
+            "max_tokens": 90, "structured_outputs": {"regex": "[a-f]{40}x"}})),
+        completion(json!({"proof": {"scheme": "residue-v1", "nonce": NONCE}, "max_tokens": 33,
+            "stop": ["\u{3}\u{4}"], "logprobs_mode": "scaled", "logprobs": 2})),
+    ];
+    for body in bodies {
+        let (_, whole) = answer(&site, &body).await;
+        let mut streamed = body.clone();
+        streamed["stream"] = json!(true);
+        let path = if body.get("messages").is_some() { CHAT } else { COMPLETION };
+        let frames = stream(&site.app, path, streamed).await;
+        let streamed = Answer::of_stream(&frames, 0).unwrap();
+        assert_eq!((&whole.ids, &whole.text), (&streamed.ids, &streamed.text));
+        for (answer, depth) in [(&whole, Depth::Slow), (&streamed, Depth::Fast)] {
+            let report = judge(&verifier, &body, answer, Profile::Proof, depth).await;
+            assert_eq!(report.verdict, Verdict::Pass, "{body}");
+            assert!(report.chunks.iter().all(|c| c.is_exact));
+            assert!(report.rows.iter().all(|r| r.margin == Some(0.0)), "{body}");
+            assert_eq!(report.rows.last().unwrap().index, answer.ids.len() - 1);
+            for row in &report.rows {
+                assert!(row.reported.is_none() || row.reported == Some(row.logprob), "{row:?}");
+            }
+        }
+        let powv = judge(&verifier, &body, &streamed, Profile::Powv, Depth::Fast).await;
+        assert_eq!(powv.verdict, Verdict::Pass);
+    }
+}
+
+/// The chain over whatever the chunks hold now: a forger can always make one.
+fn rechain(answer: &mut Answer) {
+    let mut digest = from_hex(&answer.end.as_ref().unwrap().root).unwrap();
+    for (chunk, ids) in answer.chunks.iter_mut().zip(answer.ids.chunks(CHUNK_ROWS)) {
+        digest = link(&digest, chunk.index, ids, &chunk.data);
+        chunk.digest = digest;
+    }
+}
+
+#[tokio::test]
+async fn whatever_is_changed_is_rejected_for_the_right_reason() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    let body = proved("residue-v1");
+    let (_, honest) = answer(&site, &body).await;
+    type Change = fn(&mut Answer);
+    let cases: [(&str, Change, Reason); 17] = [
+        ("no tokens", |a| a.ids.clear(), Reason::TooShort),
+        ("one too many", |a| a.ids.push(1), Reason::TooLong),
+        ("unknown id", |a| a.ids[3] = 5000, Reason::BadIds),
+        ("other text", |a| a.text = Some("hello".into()), Reason::TextMismatch),
+        ("cut short", |a| a.ids.truncate(30), Reason::EarlyEnd),
+        ("wrong reason", |a| a.finish_reason = Some("stop".into()), Reason::EarlyEnd),
+        ("infinite", |a| a.logprobs[0] = Some(f64::INFINITY), Reason::LogprobMismatch),
+        ("positive", |a| a.logprobs[0] = Some(1.0), Reason::LogprobMismatch),
+        ("powv", |a| a.powv[1] = Some(1), Reason::BadPowv),
+        ("no end", |a| a.end = None, Reason::BadProof),
+        ("other scheme", |a| a.end.as_mut().unwrap().scheme = "toploc".into(), Reason::BadProof),
+        ("other nonce", |a| a.end.as_mut().unwrap().nonce = "11".repeat(32), Reason::WrongRoot),
+        ("other model", |a| a.end.as_mut().unwrap().model = "11".repeat(32), Reason::WrongRoot),
+        ("other root", |a| a.end.as_mut().unwrap().root = "11".repeat(32), Reason::WrongRoot),
+        (
+            "unsigned hotkey",
+            |a| {
+                let hotkey = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY";
+                a.end.as_mut().unwrap().hotkey = Some(hotkey.into());
+            },
+            Reason::WrongRoot,
+        ),
+        ("chunk dropped", |a| drop(a.chunks.pop()), Reason::BadProof),
+        ("chunks swapped", |a| a.chunks.swap(0, 1), Reason::ChainBreak),
+    ];
+    for (name, change, reason) in cases {
+        let mut changed = honest.clone();
+        change(&mut changed);
+        let report = judge(&verifier, &body, &changed, Profile::Proof, Depth::Slow).await;
+        let Verdict::Reject(rejection) = &report.verdict else { panic!("{name}: {report:?}") };
+        assert_eq!(rejection.reason, reason, "{name}: {rejection}");
+    }
+}
+
+#[tokio::test]
+async fn forged_rows_have_the_energy_of_noise() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    for scheme in ["residue-v1", "residue-v1-u4", "toploc"] {
+        let body = proved(scheme);
+        let (_, honest) = answer(&site, &body).await;
+        let (_, other) = answer(&site, &{
+            let mut other = body.clone();
+            other["messages"][0]["content"] = json!("goodbye");
+            other
+        })
+        .await;
+        type Forge<'a> = Box<dyn Fn(usize, &mut Vec<u8>) + 'a>;
+        let forgeries: [(&str, Forge<'_>); 6] = [
+            ("zeros", Box::new(|_, data| data.fill(0))),
+            ("constant", Box::new(|_, data| data.fill(0x5a))),
+            ("counting", Box::new(|_, data| (0..).zip(data).for_each(|(i, b)| *b = i as u8))),
+            ("shifted by a row", Box::new(|_, data| data.rotate_left(4))),
+            ("replayed", Box::new(|i, data| data.clone_from(&other.chunks[i].data))),
+            ("short", Box::new(|_, data| data.truncate(3))),
+        ];
+        for (name, forge) in forgeries {
+            let mut forged = honest.clone();
+            for (i, chunk) in forged.chunks.iter_mut().enumerate() {
+                forge(i, &mut chunk.data);
+            }
+            rechain(&mut forged);
+            let report = judge(&verifier, &body, &forged, Profile::Proof, Depth::Fast).await;
+            let Verdict::Reject(rejection) = &report.verdict else {
+                panic!("{scheme} {name}: {:?}", report.chunks)
+            };
+            let is_right = matches!(rejection.reason, Reason::SketchEnergy | Reason::BadProof);
+            assert!(is_right, "{scheme} {name}: {rejection}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn true_rows_of_tokens_that_were_not_drawn_do_not_help() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    // Tokens of another seed or temperature, proved afterwards with the true weights.
+    let body = proved("residue-v1");
+    let (_, honest) = answer(&site, &body).await;
+    for change in [json!({"temperature": 0.2}), json!({"temperature": 0.0}), json!({"seed": 99})] {
+        let mut cheap = body.clone();
+        cheap["proof"]["nonce"] = json!("77".repeat(32));
+        cheap.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let (_, mut spoofed) = answer(&site, &cheap).await;
+        assert_ne!(spoofed.ids, honest.ids);
+        let request = understood(&verifier, &body).await;
+        common::spoof(&verifier, &request, body["seed"].as_i64(), NONCE, &mut spoofed);
+        let report = judge(&verifier, &body, &spoofed, Profile::Proof, Depth::Fast).await;
+        let Verdict::Reject(rejection) = &report.verdict else { panic!("{change}: {report:?}") };
+        assert_eq!(rejection.reason, Reason::SamplerMargin, "{change}: {rejection}");
+        assert!(report.chunks.iter().all(|c| c.is_exact), "the rows themselves are true");
+    }
+}
+
+#[tokio::test]
+async fn another_model_or_prompt_is_seen_in_the_first_chunk() {
+    let site = site(common::options());
+    let other = common::tiny_engine(4, common::options());
+    let mut verifier = verifier(&site.engine);
+    let body = proved("residue-v1");
+    let (_, honest) = answer(&site, &body).await;
+    // The same identity over other weights: only rows can tell.
+    verifier.model = Arc::clone(other.model());
+    let report = judge(&verifier, &body, &honest, Profile::Proof, Depth::Fast).await;
+    let Verdict::Reject(rejection) = &report.verdict else { panic!("{report:?}") };
+    assert!(matches!(rejection.reason, Reason::SketchEnergy | Reason::BadPowv), "{rejection}");
+}
+
+#[tokio::test]
+async fn any_response_ends_in_a_rejection_not_a_panic() {
+    for response in [
+        json!(null),
+        json!([]),
+        json!({"choices": 3}),
+        json!({"choices": []}),
+        json!({"choices": [{"index": 0}]}),
+        json!({"choices": [{"index": 0, "token_ids": [-1]}]}),
+        json!({"choices": [{"index": 0, "token_ids": [1e30]}]}),
+        json!({"choices": [{"index": 0, "token_ids": ["1"]}]}),
+        json!({"choices": [{"index": 0, "token_ids": [1], "logprobs": {"content": []},
+            "proof": [{"index": 0, "data": "%%", "digest": ""}]}]}),
+        json!({"choices": [{"index": 0, "token_ids": [1],
+            "logprobs": {"content": [{}, {}]}}]}),
+        json!({"choices": [{"index": 0, "token_ids": [1], "proof_end": 4}]}),
+        json!({"error": {"message": "boo"}}),
+    ] {
+        let whole = Answer::of_response(&response, 0);
+        let streamed = Answer::of_stream(std::slice::from_ref(&response), 0);
+        assert!(whole.is_err() && streamed.is_err(), "{response}");
+    }
+}
