@@ -14,6 +14,7 @@
 //! |---|---|---|
 //! | 6 | `main` [`cli`] | parse, wire, print |
 //! | 5 | [`config`] | files, flags and environment into options |
+//! | 4 | [`validator`] | what validators run |
 //! | 3 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
@@ -35,5 +36,6 @@ pub mod models;
 pub mod ops;
 pub mod proof;
 pub mod server;
+pub mod validator;
 pub mod verify;
 pub mod wire;

@@ -57,7 +57,14 @@ async fn judge(
 ) -> Report {
     let request = understood(verifier, body).await;
     let seed = body["seed"].as_i64();
-    let claim = Claim { request: &request, seed, choice: 0, proof: asked(body), answer };
+    let claim = Claim {
+        request: &request,
+        seed,
+        choice: 0,
+        proof: asked(body),
+        answer,
+        end_is_implied: false,
+    };
     verifier.verify(&claim, profile, depth, 7)
 }
 

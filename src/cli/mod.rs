@@ -10,6 +10,7 @@ mod logging;
 mod plan;
 mod reload;
 mod serve;
+mod verifier;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -38,6 +39,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Compute the whitening that a model's proofs need, and store it.
     Calibrate(calibrate::CalibrateArgs),
+    /// Serve `/verify` and `/generate` as Targon's verifier container does.
+    Verifier(verifier::VerifierArgs),
     /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
     /// not be scored.
     Verify(verify::VerifyArgs),
@@ -97,6 +100,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
     match command {
         Command::Verify(args) => return verify::run(&args),
         Command::Serve(args) => serve::run(args, log),
+        Command::Verifier(args) => verifier::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Fetch(args) => fetch::run(&args),

@@ -136,7 +136,7 @@ fn warn_if_open(address: SocketAddr, is_open: bool) {
 }
 
 /// Completes at the first SIGTERM or SIGINT; a second one ends the process at once.
-fn stop_signal() -> Result<impl Future<Output = ()> + Send, Failure> {
+pub(super) fn stop_signal() -> Result<impl Future<Output = ()> + Send, Failure> {
     let watch =
         |kind| signal(kind).map_err(|e| Failure::ours(format!("cannot watch signals: {e}")));
     let (mut terminate, mut interrupt) =

@@ -197,7 +197,14 @@ async fn judge(
             }
             Ok(answer) => {
                 let seed = body["seed"].as_i64();
-                let claim = Claim { request, seed, choice, proof: asked, answer: &answer };
+                let claim = Claim {
+                    request,
+                    seed,
+                    choice,
+                    proof: asked,
+                    answer: &answer,
+                    end_is_implied: false,
+                };
                 let chance = args.chance.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64);
                 let report = verifier.verify(&claim, profile, depth, chance);
                 (Some(answer), report)

@@ -32,6 +32,11 @@ impl Transcript {
         self.tokens
     }
 
+    /// The text that is still held back, where the output ends here.
+    pub fn finish(&mut self) -> String {
+        self.stop.finish() + &self.detokenizer.finish()
+    }
+
     /// The visible text that `token` adds, and the reason if it ends the output; `is_whole` says
     /// that its grammar ended with it.
     pub fn push(
@@ -64,8 +69,7 @@ impl Transcript {
             Scan::Stop { text, matched } => return (text, Some(FinishReason::StopString(matched))),
         };
         if self.tokens == request.max_tokens {
-            text.push_str(&self.stop.finish());
-            text.push_str(&self.detokenizer.finish());
+            text.push_str(&self.finish());
             return (text, Some(FinishReason::Length));
         }
         (text, None)

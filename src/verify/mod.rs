@@ -1,10 +1,10 @@
 //! Verification of answers: does this output follow from these weights, this prompt and these
 //! rules?
 //!
-//! One prefill over prompt and output gives everything ([`prefill`]): hidden rows for proofs, logits
-//! for ranks, log-probabilities and the sampler's margins. [`Verifier::verify`] first checks what
-//! needs no model ([`structure`]), then the proof's binding ([`proof`]), then rows ([`rows`]), and
-//! ends in a [`Verdict`]. What the peer sent can at worst be rejected; trouble of ours is
+//! One prefill over prompt and output gives everything ([`prefill`]): hidden rows for proofs,
+//! logits for ranks, log-probabilities and the sampler's margins. [`Verifier::verify`] first checks
+//! what needs no model ([`structure`]), then the proof's binding ([`proof`]), then rows ([`rows`]),
+//! and ends in a [`Verdict`]. What the peer sent can at worst be rejected; trouble of ours is
 //! [`Verdict::Unscored`].
 
 pub mod answer;
@@ -16,6 +16,7 @@ pub mod targon;
 
 use crate::engine::request::Request;
 use crate::models::{Identity, Model};
+use crate::ops::logits::rank;
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
 use crate::proof::philox::philox;
@@ -25,6 +26,7 @@ use rows::RowEvidence;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
+use structure::End;
 
 /// Rows whose logits a fast check computes, besides the last.
 pub const FAST_ROWS: usize = 32;
@@ -217,6 +219,8 @@ pub struct Claim<'a> {
     pub proof: Option<proof::Asked>,
     /// What came back.
     pub answer: &'a Answer,
+    /// Whether a final end token may be missing from the answer: some stacks do not send it.
+    pub end_is_implied: bool,
 }
 
 /// What was found.
@@ -266,7 +270,7 @@ impl Verifier {
         chance: u64,
         report: &mut Report,
     ) -> Result<(), Stop> {
-        structure::check(claim, &self.model, self.context_max)?;
+        let end = structure::check(claim, &self.model, self.context_max)?;
         structure::check_powv(claim, &self.model, profile == Profile::Powv)?;
         let bound = match profile {
             Profile::Proof => Some(proof::bind(claim, &self.identity)?),
@@ -286,6 +290,9 @@ impl Verifier {
             judge.push(self.pool.isa(), row)
         })?;
         report.rows = judge.finish();
+        if end == End::Implied {
+            self.check_implied_end(claim)?;
+        }
         if let Some(bound) = &bound {
             report.chunks = hidden.compare(bound, &claim.answer.ids);
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
@@ -294,6 +301,29 @@ impl Verifier {
             targon::check(claim, &report.rows, &self.limits, chance)?;
         }
         Ok(())
+    }
+}
+
+impl Verifier {
+    /// What follows the last token must be likely to be an end.
+    fn check_implied_end(&self, claim: &Claim<'_>) -> Result<(), Stop> {
+        let prompt = [claim.request.prompt.as_slice(), &claim.answer.ids].concat();
+        let mut best = None;
+        // Any token stands for the one that was not sent: only its row counts.
+        prefill::run(&self.model, &self.pool, &prompt, &[0], &BTreeSet::from([0]), |row| {
+            let logits = row.logits.unwrap_or_default();
+            best = self.model.stop_ids.iter().map(|id| rank(logits, *id)).min();
+            Ok(())
+        })?;
+        let known = targon::known(claim.request.sampling.temperature);
+        match best {
+            Some(rank) if rank <= known => Ok(()),
+            Some(rank) => {
+                let what = format!("after the last token an end has rank {rank}, at most {known}");
+                Err(Rejection::new(Reason::EarlyEnd, what).into())
+            }
+            None => Err(Rejection::new(Reason::EarlyEnd, "this model has no end token").into()),
+        }
     }
 }
 
@@ -316,7 +346,7 @@ impl From<Rejection> for Stop {
 fn random_rows(count: usize, chance: u64) -> BTreeSet<usize> {
     let draws = (0..FAST_ROWS as u32).map(|i| {
         let word = philox(chance, [i, 0, 0, 0])[0];
-        (u64::from(word) * count as u64 >> 32) as usize
+        ((u64::from(word) * count as u64) >> 32) as usize
     });
     draws.chain(count.checked_sub(1)).collect()
 }

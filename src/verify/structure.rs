@@ -9,11 +9,20 @@ use crate::models::Model;
 /// Log-probabilities above this are no rounding of zero.
 const LOGPROB_MAX: f64 = 1e-3;
 
+/// Whether the last token of an output ends it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// It does.
+    Sent,
+    /// It does not: an end token must have followed that was not sent.
+    Implied,
+}
+
 /// Checks that the answer is one that the request's own rules can lead to.
 ///
 /// # Errors
 /// The first rule that it breaks.
-pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<(), Stop> {
+pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<End, Stop> {
     let (request, answer) = (claim.request, claim.answer);
     let count = answer.ids.len();
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
@@ -45,13 +54,14 @@ pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<(),
 }
 
 /// Walks the output by the request's rules: text, and where it must or must not end.
-fn replay(claim: &Claim<'_>, model: &Model) -> Result<(), Stop> {
+fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
     let (request, answer) = (claim.request, claim.answer);
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
     let mut draw = Draw::new(request, model);
     let mut transcript = Transcript::new(request, model);
     let mut text = String::new();
     let last = answer.ids.len() - 1;
+    let mut end = End::Sent;
     for (place, id) in answer.ids.iter().enumerate() {
         let is_whole = match draw.push(&request.sampling, *id) {
             Ok(is_whole) => is_whole,
@@ -63,6 +73,10 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<(), Stop> {
             Some(reason) if place < last => {
                 let what = format!("the output ends at token {place} by {}", describe(&reason));
                 return reject(Reason::SkippedEosEot, format!("{what}, but goes on"));
+            }
+            None if place == last && claim.end_is_implied => {
+                text.push_str(&transcript.finish());
+                end = End::Implied;
             }
             None if place == last => {
                 let what = "an output ends by an end token, a stop rule or its limit, this by none";
@@ -78,7 +92,7 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<(), Stop> {
             let what = format!("the ids spell another text, from character {at} on");
             reject(Reason::TextMismatch, what)
         }
-        _ => Ok(()),
+        _ => Ok(end),
     }
 }
 
@@ -109,12 +123,12 @@ fn check_reason(claim: &Claim<'_>, reason: &FinishReason) -> Result<(), Stop> {
 pub fn check_powv(claim: &Claim<'_>, model: &Model, required: bool) -> Result<(), Stop> {
     let input: u64 = claim.request.prompt.iter().map(|id| u64::from(*id)).sum();
     let mut output = 0;
-    for (place, (id, powv)) in claim.answer.ids.iter().zip(&claim.answer.powv).enumerate() {
-        match powv {
+    for (place, id) in claim.answer.ids.iter().enumerate() {
+        match claim.answer.powv.get(place).copied().flatten() {
             Some(sent) => {
                 let value = model.parameters.powv(input, output);
                 let value = value.map_err(|e| Stop::Fault(e.to_string()))?;
-                if *sent != value {
+                if sent != value {
                     let what = format!("the powv of token {place} is {value}, got {sent}");
                     return Err(Rejection::new(Reason::BadPowv, what).into());
                 }

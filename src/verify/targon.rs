@@ -1,6 +1,7 @@
 //! The rules of Targon's verifier 4.2 to 4.4 over ranks and log-probabilities, read from one pass
-//! over ids. Where the original could be bypassed or crashed, the rule is mended: the mean agreement
-//! counts, all end tokens count, ids and text are tied together before, and nothing divides by zero.
+//! over ids. Where the original could be bypassed or crashed, the rule is mended: the mean
+//! agreement counts, all end tokens count, ids and text are tied together before, certainty that
+//! the model does not have counts however it is written, and nothing divides by zero.
 
 use super::rows::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
@@ -20,8 +21,12 @@ const SKIPPED_RANK: u32 = 10;
 const RANDOM_PLACES: u32 = 3;
 /// Above this temperature any token may be drawn anywhere.
 const RANDOM_TEMPERATURE_MAX: f32 = 0.75;
-/// Log-probabilities nearer to zero than this may honestly be reported as zero.
+/// A report above this claims certainty, which the model must have to [`UNCERTAIN`].
 const CERTAIN: f64 = -1e-6;
+const UNCERTAIN: f64 = -0.05;
+/// False certainties that an answer may hold, and one more for each so many tokens.
+const CERTAIN_MAX: usize = 2;
+const CERTAIN_PER: usize = 20;
 
 fn reject(reason: Reason, what: String) -> Result<(), Stop> {
     Err(Rejection::new(reason, what).into())
@@ -43,7 +48,7 @@ pub fn check(
         return reject(Reason::TooShort, what);
     }
     let temperature = claim.request.sampling.temperature.max(0.0);
-    let known = (10.0 * temperature) as u32 + 6;
+    let known = known(temperature);
     let (mut not_first, mut rare, mut perfect, mut total) = (0_usize, 0_usize, 0_usize, 0.0);
     for row in rows {
         let skipped = row.end_rank.is_some_and(|end| end <= known && end < row.rank);
@@ -70,11 +75,10 @@ pub fn check(
         let what = format!("log-probabilities agree by {mean:.3}, at least {}", limits.agreement);
         return reject(Reason::LogprobMismatch, what);
     }
-    let limit = 1.0 - (0.5 * f64::from(temperature)).min(0.6);
-    if perfect as f64 / count as f64 >= limit && perfect > 0 {
-        let what =
-            format!("{perfect} of {count} log-probabilities are exactly 0, below {limit:.2}");
-        return reject(Reason::Overfit, what);
+    let perfect_max = CERTAIN_MAX + count / CERTAIN_PER;
+    if perfect > perfect_max {
+        let what = format!("{perfect} tokens are reported as certain and are not");
+        return reject(Reason::Overfit, format!("{what}, at most {perfect_max}"));
     }
     let rare_max = RARE_MAX * count.div_ceil(RARE_PER);
     if rare >= rare_max {
@@ -84,12 +88,17 @@ pub fn check(
     check_random(rows, temperature, chance)
 }
 
-/// How well the reported log-probability of a row agrees with ours, and whether it is exactly zero
-/// without being certain. No report scores zero.
+/// The ranks that the original asks its engine for.
+pub fn known(temperature: f32) -> u32 {
+    (10.0 * temperature.max(0.0)) as u32 + 6
+}
+
+/// How well the reported log-probability of a row agrees with ours, and whether it claims a
+/// certainty that is not there. No report scores zero.
 fn agreement(row: &RowEvidence, temperature: f32) -> (f64, bool) {
     let Some(reported) = row.reported else { return (0.0, false) };
     let score = 1.0 - (row.logprob.exp() - reported.exp()).abs().min(1.0);
-    let is_perfect = reported == 0.0 && row.logprob < CERTAIN;
+    let is_perfect = reported > CERTAIN && row.logprob < UNCERTAIN;
     let is_good = score >= 0.9 || (row.rank == 1 && temperature >= 0.9 && reported != 0.0);
     (if is_good { 1.0 } else { score }, is_perfect)
 }
@@ -102,7 +111,7 @@ fn check_random(rows: &[RowEvidence], temperature: f32, chance: u64) -> Result<(
     let known = (10.0 * temperature) as u32 + 3;
     let random = (0..RANDOM_PLACES).map(|i| {
         let word = philox(chance, [i, 1, 0, 0])[0];
-        (u64::from(word) * rows.len() as u64 >> 32) as usize
+        ((u64::from(word) * rows.len() as u64) >> 32) as usize
     });
     let places = [0, rows.len() - 1].into_iter().chain(random);
     match places.map(|place| &rows[place]).find(|row| row.rank > known) {

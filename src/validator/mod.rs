@@ -1,0 +1,3 @@
+//! The validator's side. So far: the HTTP service that stands in for Targon's verifier container.
+
+pub mod service;
