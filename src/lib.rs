@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 6 | `main` [`cli`] | parse, wire, print |
 //! | 5 | [`config`] | files, flags and environment into options |
-//! | 4 | [`validator`] | what validators run |
+//! | 4 | [`validator`] [`bench`] | what validators run; measurements |
 //! | 3 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
@@ -27,6 +27,7 @@
 //! - Every queue, body, buffer and wait has a named limit.
 //! - A peer's bytes can at worst be refused; an engine fault is never the peer's fault.
 
+pub mod bench;
 pub mod chain;
 pub mod cli;
 pub mod clock;

@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.
 
+mod attack_bench;
 mod calibrate;
 mod fetch;
 mod load;
@@ -41,6 +42,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Serve `/verify` and `/generate` as Targon's verifier container does.
     Verifier(verifier::VerifierArgs),
+    /// Say what each verification scheme catches, on a model of your choice.
+    AttackBench(attack_bench::AttackBenchArgs),
     /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
     /// not be scored.
     Verify(verify::VerifyArgs),
@@ -100,6 +103,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
     match command {
         Command::Verify(args) => return verify::run(&args),
         Command::Serve(args) => serve::run(args, log),
+        Command::AttackBench(args) => attack_bench::run(&args),
         Command::Verifier(args) => verifier::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),

@@ -2,8 +2,8 @@
 //! the rows that a check needs, in blocks that stay small whatever the vocabulary.
 
 use super::Stop;
-use crate::models::Model;
-use crate::models::decoder::Scratch;
+use crate::models::decoder::{Decoder, Scratch};
+
 use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
 use crate::ops::pool::Pool;
 use std::collections::BTreeSet;
@@ -32,14 +32,13 @@ pub struct Row<'a> {
 /// # Errors
 /// What `visit` says, or a fault of the engine.
 pub fn run(
-    model: &Model,
+    decoder: &Decoder,
     pool: &Pool,
     prompt: &[u32],
     output: &[u32],
     wanted: &BTreeSet<usize>,
     mut visit: impl FnMut(Row<'_>) -> Result<(), Stop>,
 ) -> Result<(), Stop> {
-    let decoder = &model.decoder;
     // The last token decides nothing: its row would predict what follows.
     let ids = [prompt, &output[..output.len().saturating_sub(1)]].concat();
     let first = prompt.len() - 1;

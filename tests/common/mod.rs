@@ -202,7 +202,7 @@ pub fn spoof(
     let mut chunks = Vec::new();
     let none = std::collections::BTreeSet::new();
     let ids = answer.ids.clone();
-    prefill::run(&verifier.model, &verifier.pool, &request.prompt, &ids, &none, |row| {
+    prefill::run(&verifier.model.decoder, &verifier.pool, &request.prompt, &ids, &none, |row| {
         let data = prover.prove(row.position, row.bits, row.values);
         chunks.extend(chain.push(ids[row.index], data));
         Ok(())

@@ -1,0 +1,169 @@
+//! Cheaper stand-ins for a model: its weights on a coarser grid, or with parts replaced.
+
+use crate::models::checkpoint::Checkpoint;
+use crate::models::decoder::Decoder;
+use crate::models::error::LoadError;
+use crate::ops::dtype::Dtype;
+use crate::ops::pool::Pool;
+use safetensors::tensor::{Dtype as Stored, TensorView};
+use serde_json::Value;
+use std::path::Path;
+
+/// How a matrix is changed.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Tamper {
+    /// Symmetric integers of so many bits in groups of so many columns; 0 is a whole row.
+    Integers {
+        /// Bits.
+        bits: u32,
+        /// Columns that share a scale.
+        group: usize,
+    },
+    /// The same, in the last layers only.
+    LastLayers {
+        /// How many.
+        layers: usize,
+        /// Bits.
+        bits: u32,
+    },
+    /// Eight-bit floats with four exponent bits, one scale for a tensor.
+    Fp8,
+    /// One layer does nothing.
+    SkippedLayer(usize),
+    /// A random update of rank 4 on every matrix, with this share of its norm.
+    LowRank(f32),
+}
+
+/// The decoder of a checkpoint with its matrices changed; `scratch` holds the altered file.
+///
+/// # Errors
+/// When the model is not a dense one of Llama's kind, or a file cannot be read or written.
+pub fn tampered(
+    checkpoint: &Checkpoint,
+    pool: &Pool,
+    tamper: Tamper,
+    scratch: &Path,
+) -> Result<Decoder, String> {
+    write(checkpoint, tamper, scratch)?;
+    let altered = Checkpoint::open(scratch).map_err(|e| e.to_string())?;
+    Decoder::load(&altered, Some(Dtype::Bf16), pool, |_, _| {}).map_err(|e| e.to_string())
+}
+
+fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> Result<(), String> {
+    let layers = checkpoint.config["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
+    let mut tensors = Vec::new();
+    for name in names(&checkpoint.config, layers) {
+        let (shape, mut values) = read(checkpoint, &name).map_err(|e| e.to_string())?;
+        if shape.len() == 2 && name.starts_with("model.layers.") {
+            change(tamper, &name, layers, shape[1], &mut values);
+        }
+        let bits = values.iter().flat_map(|x| Dtype::Bf16.round(*x).to_le_bytes());
+        tensors.push((name, shape, bits.collect::<Vec<u8>>()));
+    }
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(Stored::BF16, shape.clone(), bytes);
+        view.map(|v| (name.as_str(), v)).map_err(|e| e.to_string())
+    });
+    let views: Vec<_> = views.collect::<Result<_, _>>()?;
+    safetensors::serialize_to_file(views, None, &scratch.join("model.safetensors"))
+        .map_err(|e| e.to_string())?;
+    let config = checkpoint.config.to_string();
+    std::fs::write(scratch.join("config.json"), config).map_err(|e| e.to_string())
+}
+
+/// The tensors of a dense Llama.
+fn names(config: &Value, layers: usize) -> Vec<String> {
+    let mut names = vec!["model.embed_tokens.weight".to_owned(), "model.norm.weight".to_owned()];
+    if config["tie_word_embeddings"] != true {
+        names.push("lm_head.weight".into());
+    }
+    let parts = [
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+    let of_layer = |i: usize| parts.map(|part| format!("model.layers.{i}.{part}.weight"));
+    names.extend((0..layers).flat_map(of_layer));
+    names
+}
+
+fn read(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<usize>, Vec<f32>), LoadError> {
+    let tensor = checkpoint.tensor(name)?;
+    let mut row = vec![0; tensor.cols()];
+    let mut values = Vec::with_capacity(tensor.rows() * tensor.cols());
+    for index in 0..tensor.rows() {
+        tensor.read_row(index, Dtype::Bf16, &mut row)?;
+        values.extend(row.iter().map(|bits| Dtype::Bf16.widen(*bits)));
+    }
+    Ok((tensor.shape.clone(), values))
+}
+
+fn change(tamper: Tamper, name: &str, layers: usize, cols: usize, values: &mut [f32]) {
+    let layer: usize = name.split('.').nth(2).and_then(|n| n.parse().ok()).unwrap_or(0);
+    match tamper {
+        Tamper::Integers { bits, group } => integers(bits, group, cols, values),
+        Tamper::LastLayers { layers: last, bits } if layer + last >= layers => {
+            integers(bits, 32, cols, values);
+        }
+        Tamper::LastLayers { .. } => {}
+        Tamper::Fp8 => fp8(values),
+        // Both branches of a layer end in these; at zero it adds nothing.
+        Tamper::SkippedLayer(skipped) => {
+            if layer == skipped && (name.contains("o_proj") || name.contains("down_proj")) {
+                values.fill(0.0);
+            }
+        }
+        Tamper::LowRank(share) => low_rank(share, name, cols, values),
+    }
+}
+
+fn integers(bits: u32, group: usize, cols: usize, values: &mut [f32]) {
+    let group = if group == 0 { cols } else { group };
+    let largest = ((1 << (bits - 1)) - 1) as f32;
+    for row in values.chunks_mut(cols) {
+        for part in row.chunks_mut(group) {
+            let max = part.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+            let scale = if max > 0.0 { max / largest } else { 1.0 };
+            part.iter_mut().for_each(|x| *x = (*x / scale).round() * scale);
+        }
+    }
+}
+
+/// E4M3: 3 bits of mantissa, largest 448, smallest normal 2^-6.
+fn fp8(values: &mut [f32]) {
+    let max = values.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+    let scale = if max > 0.0 { max / 448.0 } else { 1.0 };
+    for x in values {
+        let y = *x / scale;
+        let step = 2.0_f32.powi((y.abs().log2().floor() as i32).max(-6) - 3);
+        *x = (y / step).round() * step * scale;
+    }
+}
+
+fn low_rank(share: f32, name: &str, cols: usize, values: &mut [f32]) {
+    const RANK: usize = 4;
+    let rows = values.len() / cols;
+    // The name seeds the update, so that it is the same in every run.
+    let mut state = name.bytes().fold(7_u32, |s, b| s.wrapping_mul(31).wrapping_add(b.into()));
+    let mut draw = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    let left: Vec<f32> = (0..rows * RANK).map(|_| draw()).collect();
+    let right: Vec<f32> = (0..cols * RANK).map(|_| draw()).collect();
+    let update: Vec<f32> = (0..rows * cols)
+        .map(|i| {
+            let (r, c) = (i / cols, i % cols);
+            (0..RANK).map(|k| left[r * RANK + k] * right[c * RANK + k]).sum()
+        })
+        .collect();
+    let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
+    let scale = share * norm(values) / norm(&update).max(f32::MIN_POSITIVE);
+    values.iter_mut().zip(update).for_each(|(x, u)| *x += scale * u);
+}
