@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 6 | `main` [`cli`] | parse, wire, print |
 //! | 5 | [`config`] | files, flags and environment into options |
-//! | 4 | [`validator`] [`bench`] | what validators run; measurements |
+//! | 4 | [`validator`] [`mod@bench`] | what validators run; measurements |
 //! | 3 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
