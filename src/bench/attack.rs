@@ -2,7 +2,8 @@
 //!
 //! Every attack is run on the same prompts. Attacks on weights prove the rows that their own
 //! weights compute over the honest tokens; attacks on sampling and spoofing draw their own tokens
-//! and prove them with true rows. Proofs are judged by the fast check. The limits are those of [`Limits`], fixed beforehand.
+//! and prove them with true rows. Proofs are judged by the fast check. The limits are those of
+//! [`Limits`], fixed beforehand.
 
 use super::tamper::{Tamper, tampered};
 use crate::clock::Clock;

@@ -176,9 +176,9 @@ pub enum Depth {
     Slow,
 }
 
-/// Limits between honest and not. The defaults of the energies leave room for honest miners on other
-/// stacks (`docs/verification.md` says how much is measured of that and how much is not); a miner on
-/// this engine has energy and margin zero, which [`exact`](Self::exact) demands.
+/// Limits between honest and not. The defaults of the energies leave room for honest miners on
+/// other stacks (`docs/verification.md` says how much of that is measured and how much is not); a
+/// miner on this engine has energy and margin zero, which [`exact`](Self::exact) demands.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Limits {
     /// Mean energy of a chunk of `residue-v1`.
