@@ -212,3 +212,30 @@ fn models_and_keys_follow_the_file_while_serving() {
     assert!(log.contains("nothing is reloaded") && log.contains("unknown field `nam`"), "{log}");
     assert!(!log.contains("0123456789abcdef"), "{log}");
 }
+
+#[test]
+fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
+    let models = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
+    let request = r#"{"model": "m", "prompt": "x", "max_tokens": 2}"#;
+    // Without a proof that was asked for, the profile `proof` has nothing to score.
+    let choice = r#"{"index": 0, "token_ids": [104, 104], "text": "hh"}"#;
+    let unscored = format!("{{\"request\": {request}, \"response\": {{\"choices\": [{choice}]}}}}");
+    let rejected = format!("{{\"request\": {request}, \"response\": {{\"choices\": []}}}}");
+    let file = dir.path().join("answers.jsonl");
+    let judge = |lines: &[&String]| {
+        let lines: Vec<&str> = lines.iter().map(|l| l.as_str()).collect();
+        std::fs::write(&file, lines.join("\n")).unwrap();
+        let file = file.display().to_string();
+        run(&["verify", &file, "--models", &models, "--profile", "proof"])
+    };
+    let (code, out, err) = judge(&[&unscored]);
+    assert!(code == 4 && out.contains("unscored: the request asked for no proof"), "{out}{err}");
+    let (code, out, _) = judge(&[&rejected]);
+    assert!(code == 3 && out.contains("reject: BAD_STREAM"), "{out}");
+    assert_eq!(judge(&[&unscored, &rejected]).0, 3);
+    assert_eq!(judge(&[&rejected, &unscored]).0, 3);
+    let (code, _, err) = judge(&[&"{".to_owned()]);
+    assert!(code == 1 && err.contains("answers.jsonl:1 is not a captured answer"), "{err}");
+}

@@ -9,13 +9,17 @@ use axum::http::StatusCode;
 use common::site::{CHAT, COMPLETION, Site, chat, completion, post, site, stream};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use targon_engine::chain::keys::{Hotkey, Keypair};
+use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::proof::codec::from_hex;
-use targon_engine::proof::commit::link;
+use targon_engine::proof::codec::{from_hex, to_hex};
+use targon_engine::proof::commit::{end_message, link};
 use targon_engine::proof::{CHUNK_ROWS, Scheme};
+use targon_engine::server::router;
+use targon_engine::server::state::ServerState;
 use targon_engine::server::translate::Defaults;
 use targon_engine::server::understand::Reader;
 use targon_engine::verify::answer::Answer;
@@ -228,7 +232,9 @@ async fn true_rows_of_tokens_that_were_not_drawn_do_not_help() {
         let (_, mut spoofed) = answer(&site, &cheap).await;
         assert_ne!(spoofed.ids, honest.ids);
         let request = understood(&verifier, &body).await;
-        common::spoof(&verifier, &request, body["seed"].as_i64(), NONCE, &mut spoofed);
+        let seed = body["seed"].as_i64();
+        let asked = (&request, request.prompt.as_slice());
+        common::spoof(&verifier, asked, seed, NONCE, &mut spoofed);
         let report = judge(&verifier, &body, &spoofed, Profile::Proof, Depth::Fast).await;
         let Verdict::Reject(rejection) = &report.verdict else { panic!("{change}: {report:?}") };
         assert_eq!(rejection.reason, Reason::SamplerMargin, "{change}: {rejection}");
@@ -237,17 +243,67 @@ async fn true_rows_of_tokens_that_were_not_drawn_do_not_help() {
 }
 
 #[tokio::test]
-async fn another_model_or_prompt_is_seen_in_the_first_chunk() {
+async fn rows_of_another_model_or_prompt_are_seen_in_the_first_chunk() {
     let site = site(common::options());
     let other = common::tiny_engine(4, common::options());
-    let mut verifier = verifier(&site.engine);
+    let verifier = verifier(&site.engine);
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
-    // The same identity over other weights: only rows can tell.
-    verifier.model = Arc::clone(other.model());
-    let report = judge(&verifier, &body, &honest, Profile::Proof, Depth::Fast).await;
-    let Verdict::Reject(rejection) = &report.verdict else { panic!("{report:?}") };
-    assert!(matches!(rejection.reason, Reason::SketchEnergy | Reason::BadPowv), "{rejection}");
+    let request = understood(&verifier, &body).await;
+    let mut shorter = request.clone();
+    shorter.prompt.remove(0);
+    let cheap = Verifier { model: Arc::clone(other.model()), ..verifier.clone() };
+    for (name, computed_by, prompt) in
+        [("model", &cheap, &request.prompt), ("prompt", &verifier, &shorter.prompt)]
+    {
+        let mut forged = honest.clone();
+        common::spoof(computed_by, (&request, prompt), body["seed"].as_i64(), NONCE, &mut forged);
+        let report = judge(&verifier, &body, &forged, Profile::Proof, Depth::Fast).await;
+        let Verdict::Reject(rejection) = &report.verdict else { panic!("{name}: {report:?}") };
+        assert_eq!(rejection.reason, Reason::SketchEnergy, "{name}: {rejection}");
+        assert!(report.chunks[0].energy.unwrap() > Limits::default().energy_u8, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn only_the_hotkeys_own_signature_over_this_end_counts() {
+    let alice = || Keypair::from_seed(&[7; 32]).unwrap();
+    let unsigned = site(common::options());
+    let verifier = verifier(&unsigned.engine);
+    let registry = unsigned.state.registry().clone();
+    let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
+    let state = state.signed_by(alice());
+    let signed = Site { engine: unsigned.engine, app: router(state.clone()), state };
+    let body = proved("residue-v1");
+    let (_, honest) = answer(&signed, &body).await;
+    let request = understood(&verifier, &body).await;
+    let seed = body["seed"].as_i64();
+    let judge = |answer: &Answer, hotkey: Option<Hotkey>| {
+        let proof = asked(&body).map(|a| Asked { hotkey, ..a });
+        let end_is_implied = false;
+        let claim = Claim { request: &request, seed, choice: 0, proof, answer, end_is_implied };
+        verifier.verify(&claim, Profile::Proof, Depth::Fast, 7).verdict
+    };
+    let reason = |verdict: Verdict| match verdict {
+        Verdict::Reject(rejection) => rejection.reason,
+        other => panic!("{other}"),
+    };
+    assert_eq!(judge(&honest, None), Verdict::Pass);
+    assert_eq!(judge(&honest, Some(alice().hotkey())), Verdict::Pass);
+    let bob = Keypair::from_seed(&[8; 32]).unwrap();
+    assert_eq!(reason(judge(&honest, Some(bob.hotkey()))), Reason::BadSignature);
+    let resigned = |by: &Keypair, tag: u8| {
+        let mut changed = honest.clone();
+        let message = end_message(&honest.chunks.last().unwrap().digest, 70, tag);
+        changed.end.as_mut().unwrap().signature = Some(to_hex(&by.sign(&message)));
+        changed
+    };
+    assert_eq!(judge(&resigned(&alice(), 4), None), Verdict::Pass, "4 stands for the limit");
+    assert_eq!(reason(judge(&resigned(&bob, 4), None)), Reason::BadSignature);
+    assert_eq!(reason(judge(&resigned(&alice(), 1), None)), Reason::BadSignature);
+    let mut missing = honest.clone();
+    missing.end.as_mut().unwrap().signature = None;
+    assert_eq!(reason(judge(&missing, None)), Reason::BadSignature);
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use crate::proof::commit::{Binding, Chain, RowProver, noise_key};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::{Answer, Chunk};
 use crate::verify::proof::{Asked, ChunkEvidence};
-use crate::verify::{Claim, Depth, Limits, Profile, Reason, Report, Verdict, Verifier, prefill};
+use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier, prefill};
 use crate::wire::openai::response::ProofEnd;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -410,12 +410,7 @@ fn fails(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> bool {
 
 /// Answers that were judged and found wanting. What could not be scored counts as neither.
 fn rejected(reports: &[Report]) -> usize {
-    let is_rejected = |r: &&Report| match &r.verdict {
-        // Rank rules differ in what they mind; all of it counts.
-        Verdict::Reject(rejection) => rejection.reason != Reason::BadStream,
-        Verdict::Pass | Verdict::Unscored(_) => false,
-    };
-    reports.iter().filter(is_rejected).count()
+    reports.iter().filter(|r| matches!(r.verdict, Verdict::Reject(_))).count()
 }
 
 fn start(model: Model, pool: &Pool) -> Result<Engine, String> {

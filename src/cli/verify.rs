@@ -39,8 +39,8 @@ pub(super) struct VerifyArgs {
     /// Where the weights are: a file with [[model]] entries.
     #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
     models: PathBuf,
-    /// Which rules: targon-4.1 (powv), targon-4.4 (ranks), proof or toploc. Where absent, the proof
-    /// if the request asked for one, else targon-4.4.
+    /// Which rules: targon-4.1 (powv), targon-4.4 (ranks) or proof (of the scheme that the request
+    /// asked for). Where absent, the proof if there is one to expect, else targon-4.4.
     #[arg(long)]
     profile: Option<Profile>,
     /// Compute logits at every row, not only at 32 random ones and the last.
@@ -84,7 +84,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
     let runtime = runtime()?;
     let mut verifiers = Verifiers { models: config.models, pool, loaded: HashMap::new() };
-    let mut code = 0;
+    let mut worst = 0;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     for (number, line) in lines {
         let place = format!("{path}:{}", number + 1);
@@ -93,17 +93,16 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         let verifier = verifiers.of(&runtime, &capture, args)?;
         let done = runtime.block_on(judge(&verifier, &capture, args));
         let done = done.map_err(|what| Failure::user(format!("{place}: {what}")))?;
-        code = code.max(match done.iter().map(|d| &d.report.verdict).max_by_key(|v| rank(v)) {
-            Some(Verdict::Reject(_)) => REJECTED,
-            Some(Verdict::Unscored(_)) if code != REJECTED => UNSCORED,
-            _ => 0,
-        });
-        done.iter().for_each(|d| print(&place, d, &verifier.model, args));
+        for judged in &done {
+            worst = worst.max(weight(&judged.report.verdict));
+            print(&place, judged, &verifier.model, args);
+        }
     }
-    Ok(ExitCode::from(code))
+    Ok(ExitCode::from([0, UNSCORED, REJECTED][worst]))
 }
 
-fn rank(verdict: &Verdict) -> u8 {
+/// A rejection outweighs an answer that could not be scored, in whatever order they come.
+fn weight(verdict: &Verdict) -> usize {
     match verdict {
         Verdict::Pass => 0,
         Verdict::Unscored(_) => 1,

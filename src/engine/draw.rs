@@ -25,10 +25,9 @@ pub struct Rules {
 impl Draw {
     /// Before the first token of a request.
     pub fn new(request: &Request, model: &Model) -> Self {
-        let end_ids = if request.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() };
         Self {
             seen: Seen::new(&request.sampling, &request.prompt),
-            end_ids,
+            end_ids: request.end_ids(model),
             generated: 0,
             grammar: request.grammar.clone().map(Mutex::new),
         }

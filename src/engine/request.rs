@@ -2,6 +2,7 @@
 //! again.
 
 use super::sampler::Sampling;
+use crate::models::Model;
 use crate::models::grammar::Grammar;
 use crate::proof::codec::Hash;
 use crate::proof::commit::{RequestTerms, RowProver};
@@ -111,6 +112,11 @@ impl Request {
             proof: None,
             grammar: None,
         }
+    }
+
+    /// The end tokens of `model` that count for this request.
+    pub fn end_ids(&self, model: &Model) -> Vec<u32> {
+        if self.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() }
     }
 
     /// What of the request decides its output, for hashing; `seed` and `choice` are the API's.

@@ -18,11 +18,10 @@ pub struct Transcript {
 impl Transcript {
     /// Before the first token of a request.
     pub fn new(request: &Request, model: &Model) -> Self {
-        let end_ids = if request.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() };
         Self {
             detokenizer: Detokenizer::new(&model.tokenizer, request.skip_special_tokens),
             stop: StopStrings::new(request.stop.strings.clone(), request.stop.include_in_output),
-            end_ids,
+            end_ids: request.end_ids(model),
             tokens: 0,
         }
     }

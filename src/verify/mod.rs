@@ -16,9 +16,7 @@ pub mod targon;
 
 use crate::engine::request::Request;
 use crate::models::{Identity, Model};
-use crate::ops::logits::rank;
 use crate::ops::pool::Pool;
-use crate::proof::codec::Hash;
 use crate::proof::philox::philox;
 use answer::Answer;
 use proof::ChunkEvidence;
@@ -161,8 +159,8 @@ impl std::str::FromStr for Profile {
         match text {
             "targon-4.1" => Ok(Self::Powv),
             "targon-4.4" => Ok(Self::Ranks),
-            "proof" | "toploc" => Ok(Self::Proof),
-            other => Err(format!("must be targon-4.1, targon-4.4, proof or toploc, got {other}")),
+            "proof" => Ok(Self::Proof),
+            other => Err(format!("must be targon-4.1, targon-4.4 or proof, got {other}")),
         }
     }
 }
@@ -275,26 +273,33 @@ impl Verifier {
         let end = structure::check(claim, &self.model, self.context_max)?;
         structure::check_powv(claim, &self.model, profile == Profile::Powv)?;
         let bound = match profile {
-            Profile::Proof => Some(proof::bind(claim, &self.identity)?),
+            Profile::Proof => Some(proof::bind(claim, &end, &self.identity)?),
             Profile::Powv | Profile::Ranks => None,
         };
-        let wanted = match (profile, depth) {
+        let count = claim.answer.ids.len();
+        let mut wanted: BTreeSet<usize> = match (profile, depth) {
             (Profile::Powv, _) => return Ok(()),
-            (Profile::Ranks, _) | (_, Depth::Slow) => (0..claim.answer.ids.len()).collect(),
-            (Profile::Proof, Depth::Fast) => random_rows(claim.answer.ids.len(), chance),
+            (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
+            (Profile::Proof, Depth::Fast) => random_rows(count, chance),
         };
         let noise = bound.as_ref().map(|b| b.noise_key);
         let mut judge = rows::Judge::new(claim, &self.model, noise);
         let mut hidden = proof::HiddenRows::new(bound.as_ref(), self.identity.clone());
-        let prompt = &claim.request.prompt;
-        prefill::run(&self.model.decoder, &self.pool, prompt, &claim.answer.ids, &wanted, |row| {
+        let mut output = claim.answer.ids.clone();
+        if end == End::Implied {
+            // Any token stands for the end that was not sent: only its row counts.
+            output.push(0);
+            wanted.insert(count);
+        }
+        let (decoder, prompt) = (&self.model.decoder, &claim.request.prompt);
+        prefill::run(decoder, &self.pool, prompt, &output, &wanted, |row| {
+            if row.index == count {
+                return targon::check_implied_end(claim, &self.model.stop_ids, row);
+            }
             hidden.push(&row);
             judge.push(self.pool.isa(), row)
         })?;
         report.rows = judge.finish();
-        if end == End::Implied {
-            self.check_implied_end(claim)?;
-        }
         if let Some(bound) = &bound {
             report.chunks = hidden.compare(bound, &claim.answer.ids);
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
@@ -303,36 +308,6 @@ impl Verifier {
             targon::check(claim, &report.rows, &self.limits, chance)?;
         }
         Ok(())
-    }
-}
-
-impl Verifier {
-    /// What follows the last token must be likely to be an end.
-    fn check_implied_end(&self, claim: &Claim<'_>) -> Result<(), Stop> {
-        let prompt = [claim.request.prompt.as_slice(), &claim.answer.ids].concat();
-        let mut best = None;
-        // Any token stands for the one that was not sent: only its row counts.
-        prefill::run(
-            &self.model.decoder,
-            &self.pool,
-            &prompt,
-            &[0],
-            &BTreeSet::from([0]),
-            |row| {
-                let logits = row.logits.unwrap_or_default();
-                best = self.model.stop_ids.iter().map(|id| rank(logits, *id)).min();
-                Ok(())
-            },
-        )?;
-        let known = targon::known(claim.request.sampling.temperature);
-        match best {
-            Some(rank) if rank <= known => Ok(()),
-            Some(rank) => {
-                let what = format!("after the last token an end has rank {rank}, at most {known}");
-                Err(Rejection::new(Reason::EarlyEnd, what).into())
-            }
-            None => Err(Rejection::new(Reason::EarlyEnd, "this model has no end token").into()),
-        }
     }
 }
 
@@ -359,6 +334,3 @@ fn random_rows(count: usize, chance: u64) -> BTreeSet<usize> {
     });
     draws.chain(count.checked_sub(1)).collect()
 }
-
-/// 32 bytes that a verifier chose, as they are written in requests.
-pub type Nonce = Hash;

@@ -1,10 +1,11 @@
 //! Hidden-state proofs: what they are bound to, their chain, and how far their rows are from ours.
 
 use super::answer::Answer;
+use super::structure::End;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::chain::keys::Hotkey;
+use crate::engine::output::FinishReason;
 use crate::models::Identity;
-use crate::ops::dtype::Dtype;
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
@@ -56,7 +57,10 @@ fn reject(reason: Reason, what: impl Into<String>) -> Stop {
 ///
 /// # Errors
 /// The first rule that it breaks.
-pub fn bind(claim: &Claim<'_>, identity: &Identity) -> Result<Bound, Stop> {
+pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, Stop> {
+    let End::Sent(reason) = end else {
+        return Err(reject(Reason::EarlyEnd, "a proved output sends its end"));
+    };
     let Some(asked) = claim.proof else {
         return Err(Stop::Fault("the request asked for no proof".into()));
     };
@@ -99,7 +103,7 @@ pub fn bind(claim: &Claim<'_>, identity: &Identity) -> Result<Bound, Stop> {
         return Err(reject(Reason::WrongRoot, "the root is not that of this request"));
     }
     let digest = chain(claim.answer, root)?;
-    check_signature(claim, &digest, hotkey)?;
+    check_signature(claim, &digest, reason, hotkey)?;
     let chunks = claim.answer.chunks.iter().map(|c| c.data.clone()).collect();
     Ok(Bound { scheme: asked.scheme, root, noise_key: noise_key(&nonce, &terms), chunks })
 }
@@ -124,7 +128,12 @@ fn chain(answer: &Answer, root: Hash) -> Result<Hash, Stop> {
     Ok(digest)
 }
 
-fn check_signature(claim: &Claim<'_>, digest: &Hash, hotkey: Option<Hotkey>) -> Result<(), Stop> {
+fn check_signature(
+    claim: &Claim<'_>,
+    digest: &Hash,
+    reason: &FinishReason,
+    hotkey: Option<Hotkey>,
+) -> Result<(), Stop> {
     let Some(end) = &claim.answer.end else { return Ok(()) };
     if end.tokens != claim.answer.ids.len() {
         let what =
@@ -135,9 +144,8 @@ fn check_signature(claim: &Claim<'_>, digest: &Hash, hotkey: Option<Hotkey>) -> 
     let signature = end.signature.as_deref().unwrap_or_default();
     let signature = from_hex::<64>(signature)
         .map_err(|rule| reject(Reason::BadSignature, format!("the signature {rule}")))?;
-    // The reason is one of four; the rules have already said which of them can be.
-    let signs = |tag: u8| hotkey.verify(&end_message(digest, end.tokens as u32, tag), &signature);
-    match (1..=4).any(signs) {
+    let message = end_message(digest, end.tokens as u32, reason.tag());
+    match hotkey.verify(&message, &signature) {
         true => Ok(()),
         false => Err(reject(Reason::BadSignature, format!("it is not {hotkey}'s"))),
     }
@@ -209,11 +217,6 @@ fn compare_toploc(none: ChunkEvidence, rows: &[RowData], data: &[u8]) -> ChunkEv
         },
         (Some(_), Err(_)) => none,
     }
-}
-
-/// Whether a scheme can be served at this type.
-pub fn serves(scheme: Scheme, dtype: Dtype) -> bool {
-    scheme != Scheme::Toploc || dtype == Dtype::Bf16
 }
 
 /// Judges the chunks of a proof.

@@ -167,13 +167,11 @@ fn distance(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u3
 pub fn check_margins(rows: &[RowEvidence], limits: &Limits) -> Result<(), Stop> {
     let margins: Vec<f64> = rows.iter().filter_map(|r| r.margin).collect();
     let reject = |what: String| Err(Rejection::new(Reason::SamplerMargin, what).into());
-    let beyond = |r: &&RowEvidence| {
-        r.margin.is_some_and(|m| m > if limits.exact { 0.0 } else { limits.margin })
-    };
-    if let Some(row) = rows.iter().find(beyond) {
+    let limit = if limits.exact { 0.0 } else { limits.margin };
+    if let Some(row) = rows.iter().find(|r| r.margin.is_some_and(|m| m > limit)) {
         let margin = row.margin.unwrap_or_default();
         let what = format!("token {} is {margin:.3} logits from being drawn", row.index);
-        return reject(format!("{what}, at most {}", limits.margin));
+        return reject(format!("{what}, at most {limit}"));
     }
     let mean = margins.iter().sum::<f64>() / margins.len().max(1) as f64;
     if mean > limits.margin_mean {

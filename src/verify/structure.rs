@@ -10,10 +10,10 @@ use crate::models::Model;
 const LOGPROB_MAX: f64 = 1e-3;
 
 /// Whether the last token of an output ends it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum End {
-    /// It does.
-    Sent,
+    /// It does, for this reason.
+    Sent(FinishReason),
     /// It does not: an end token must have followed that was not sent.
     Implied,
 }
@@ -61,7 +61,7 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
     let mut transcript = Transcript::new(request, model);
     let mut text = String::new();
     let last = answer.ids.len() - 1;
-    let mut end = End::Sent;
+    let mut end = End::Implied;
     for (place, id) in answer.ids.iter().enumerate() {
         let is_whole = match draw.push(&request.sampling, *id) {
             Ok(is_whole) => is_whole,
@@ -76,13 +76,15 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
             }
             None if place == last && claim.end_is_implied => {
                 text.push_str(&transcript.finish());
-                end = End::Implied;
             }
             None if place == last => {
                 let what = "an output ends by an end token, a stop rule or its limit, this by none";
                 return reject(Reason::EarlyEnd, what.into());
             }
-            Some(reason) => check_reason(claim, &reason)?,
+            Some(reason) => {
+                check_reason(claim, &reason)?;
+                end = End::Sent(reason);
+            }
             None => {}
         }
     }

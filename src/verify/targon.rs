@@ -3,8 +3,10 @@
 //! agreement counts, all end tokens count, ids and text are tied together before, certainty that
 //! the model does not have counts however it is written, and nothing divides by zero.
 
+use super::prefill::Row;
 use super::rows::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
+use crate::ops::logits::rank;
 use crate::proof::philox::philox;
 
 /// Tokens of the shortest answer that is judged.
@@ -86,6 +88,26 @@ pub fn check(
         return reject(Reason::UnlikelyToken, what);
     }
     check_random(rows, temperature, chance)
+}
+
+/// Where an answer came without its end token: at `row`, which follows its last token, one of
+/// `ends` must be likely.
+///
+/// # Errors
+/// When none is.
+pub fn check_implied_end(claim: &Claim<'_>, ends: &[u32], row: Row<'_>) -> Result<(), Stop> {
+    let Some(logits) = row.logits else {
+        return Err(Stop::Fault("the row after the last token has no logits".into()));
+    };
+    let known = known(claim.request.sampling.temperature);
+    match ends.iter().map(|id| rank(logits, *id)).min() {
+        Some(rank) if rank <= known => Ok(()),
+        Some(rank) => {
+            let what = format!("after the last token an end has rank {rank}, at most {known}");
+            reject(Reason::EarlyEnd, what)
+        }
+        None => reject(Reason::EarlyEnd, "this model has no end token".into()),
+    }
 }
 
 /// The ranks that the original asks its engine for.

@@ -184,11 +184,11 @@ pub fn tiny_engine(seed: u32, options: Options) -> Engine {
     Engine::start(tiny_model(seed, &pool), pool, options, Clock::system()).unwrap()
 }
 
-/// Proves `answer`, whatever its tokens, as a prover would that has the true weights but did not
-/// draw the tokens with them.
+/// Proves `answer`, whatever its tokens, to a request with the rows that `verifier`'s weights
+/// compute after `prompt`: as a prover would that did not draw the tokens with them.
 pub fn spoof(
     verifier: &Verifier,
-    request: &Request,
+    (request, prompt): (&Request, &[u32]),
     seed: Option<i64>,
     nonce: &str,
     answer: &mut Answer,
@@ -202,7 +202,7 @@ pub fn spoof(
     let mut chunks = Vec::new();
     let none = std::collections::BTreeSet::new();
     let ids = answer.ids.clone();
-    prefill::run(&verifier.model.decoder, &verifier.pool, &request.prompt, &ids, &none, |row| {
+    prefill::run(&verifier.model.decoder, &verifier.pool, prompt, &ids, &none, |row| {
         let data = prover.prove(row.position, row.bits, row.values);
         chunks.extend(chain.push(ids[row.index], data));
         Ok(())
