@@ -50,7 +50,7 @@ async fn keys_guard_the_api_but_not_the_probes() {
         }
         request.body(Body::from(completion(json!({})).to_string())).unwrap()
     };
-    for path in [COMPLETION, CHAT, "/tokenize", "/v1/nothing"] {
+    for path in [COMPLETION, CHAT, "/tokenize", "/v1/nothing", "/nothing", "/docsx"] {
         for key in [None, Some("another-long-key!")] {
             let (status, text) = call(&site.app, ask(path, key)).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{path}");
@@ -59,8 +59,12 @@ async fn keys_guard_the_api_but_not_the_probes() {
     }
     let (status, text) = call(&site.app, ask(COMPLETION, Some("a-long-enough-key"))).await;
     assert_eq!(status, StatusCode::OK, "{text}");
-    for path in ["/health", "/version", "/load", "/health/decode"] {
-        assert_eq!(get(&site.app, path).await.0, StatusCode::OK, "{path}");
+    for path in ["/health", "/version", "/load", "/health/decode", "/", "/page/page.js", "/docs/"] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        assert_eq!(call(&site.app, request).await.0, StatusCode::OK, "{path}");
+    }
+    for path in ["/v1/models", "/v1/models/tiny", "/tokenizer_info"] {
+        assert_eq!(get(&site.app, path).await.0, StatusCode::UNAUTHORIZED, "{path}");
     }
     // A reload takes the key away from running clients.
     site.state.set(Settings { keys: ApiKeys::new(["the-next-key-of-all"]), ..Settings::default() });

@@ -16,6 +16,10 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub const REQUEST_ID_MAX: usize = 128;
 /// Routes that tell how the server is: open to all, and too many to log.
 const PROBES: [&str; 6] = ["/health", "/health/decode", "/ready", "/version", "/metrics", "/load"];
+/// Other routes that need no key: the page and the description of the API, which ask with the key
+/// that their user types. Every route that is not listed needs one.
+const OPEN: [&str; 4] = ["/", "/page/style.css", "/page/page.js", "/api-doc/openapi.json"];
+const OPEN_VIEWER: &str = "/docs";
 
 /// Whether a name is fit for headers and logs.
 pub fn is_request_id(id: &str) -> bool {
@@ -62,14 +66,16 @@ fn method_label(method: &axum::http::Method) -> String {
     known.into_iter().find(|m| *m == method.as_str()).unwrap_or("other").to_owned()
 }
 
-/// Lets requests with a key pass, and probes.
+/// Lets requests with a key pass, and those to open routes.
 pub async fn authenticate(
     State(state): State<ServerState>,
     request: Request,
     next: Next,
 ) -> Response {
-    let is_open = !request.uri().path().starts_with("/v1/")
-        && !["/tokenize", "/detokenize", "/tokenizer_info"].contains(&request.uri().path());
+    let path = request.uri().path();
+    let is_viewer =
+        path.strip_prefix(OPEN_VIEWER).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let is_open = PROBES.contains(&path) || OPEN.contains(&path) || is_viewer;
     if is_open || state.settings().keys.admit(request.headers()) {
         return next.run(request).await;
     }
