@@ -164,18 +164,17 @@ impl Formatter {
     /// One chunk of a completion stream.
     pub fn completion_chunk(&mut self, step: &Step) -> CompletionChoice {
         let (steps, finish) = (std::slice::from_ref(step), step.finish.as_ref());
-        let extras = self.stream_extras(step);
-        CompletionChoice { extras, ..self.completion(None, steps, finish) }
+        self.lists(None, steps, finish, self.stream_extras(step))
     }
 
     /// The chunk of a completion stream that repeats the prompt.
     pub fn echo_chunk(&mut self, echo: &Echo<'_>) -> CompletionChoice {
-        self.completion(Some(echo), &[], None)
+        self.lists(Some(echo), &[], None, Extras::default())
     }
 
     /// The last chunk of a completion without tokens.
     pub fn end_chunk(&mut self, finish: &Finish) -> CompletionChoice {
-        self.completion(None, &[], Some(finish))
+        self.lists(None, &[], Some(finish), Extras::default())
     }
 
     /// A whole completion.
@@ -184,6 +183,16 @@ impl Formatter {
         echo: Option<&Echo<'_>>,
         steps: &[Step],
         finish: Option<&Finish>,
+    ) -> CompletionChoice {
+        self.lists(echo, steps, finish, self.whole_extras(steps))
+    }
+
+    fn lists(
+        &mut self,
+        echo: Option<&Echo<'_>>,
+        steps: &[Step],
+        finish: Option<&Finish>,
+        extras: Extras,
     ) -> CompletionChoice {
         let reason = finish.map(|f| &f.reason);
         let mut lists = CompletionLogprobs::default();
@@ -196,7 +205,7 @@ impl Formatter {
             logprobs: self.report.logprobs.map(|_| lists),
             finish_reason: reason.map(|r| self.finish_word(r)),
             stop_reason: reason.and_then(stop_reason),
-            extras: self.whole_extras(steps),
+            extras,
             prompt_logprobs: None,
             prompt_token_ids: None,
         }
