@@ -1,9 +1,8 @@
 //! `attack-bench`: what each verification scheme catches, on a model of the user's choice.
 
 use super::Failure;
+use super::shared::ComputeArgs;
 use crate::bench::attack::{Bench, Line};
-use crate::ops::lanes::Isa;
-use crate::ops::pool::Pool;
 use clap::Args;
 use comfy_table::{Table, presets};
 use std::path::PathBuf;
@@ -16,15 +15,15 @@ pub(super) struct AttackBenchArgs {
     /// Prompts, each with an answer of 256 tokens.
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(2..=96))]
     prompts: u16,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Print JSON in place of the table.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = Pool::new(cores, Isa::best())
-        .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
+    let pool = args.compute.pool()?;
     let scratch = std::env::temp_dir().join(format!("targon-attack-{}", uuid::Uuid::new_v4()));
     std::fs::create_dir(&scratch)
         .map_err(|e| Failure::user(format!("{} cannot be made: {e}", scratch.display())))?;

@@ -1,13 +1,11 @@
 //! `calibrate`: the whitening of a model's hidden rows, computed and stored.
 
 use super::load::{DownloadBars, locate};
+use super::shared::{ComputeArgs, ModelsArg};
 use super::{Failure, runtime};
-use crate::config::models_toml;
 use crate::models::calibration::{HONEST_ERROR, beside, compute, write};
 use crate::models::root::weights_root;
 use crate::models::{Model, calibration};
-use crate::ops::lanes::Isa;
-use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::proof::commit::calibration_hash;
 use clap::Args;
@@ -16,9 +14,10 @@ use std::path::PathBuf;
 /// Arguments of `calibrate`.
 #[derive(Args)]
 pub(super) struct CalibrateArgs {
-    /// Which models: a file with [[model]] entries.
-    #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
-    models: PathBuf,
+    #[command(flatten)]
+    models: ModelsArg,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Only this one.
     #[arg(long)]
     model: Option<String>,
@@ -32,15 +31,13 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<(), Failure> {
         let message = format!("--honest-error must lie between 0 and 1, got {}", args.honest_error);
         return Err(Failure::user(message));
     }
-    let config = models_toml::read(&args.models, &[])
-        .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
+    let config = args.models.read(&[])?;
     let is_wanted = |name: &str| args.model.as_deref().is_none_or(|m| m == name);
     let wanted: Vec<_> = config.models.into_iter().filter(|m| is_wanted(&m.name)).collect();
     if wanted.is_empty() {
-        return Err(Failure::user(format!("{} lists no such model", args.models.display())));
+        return Err(Failure::user(format!("{} lists no such model", args.models.path.display())));
     }
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = Pool::new(threads, Isa::best()).map_err(Failure::ours)?;
+    let pool = args.compute.pool()?;
     let (runtime, bars) = (runtime()?, DownloadBars::new());
     for config in wanted {
         let (name, dtype) = (config.name.clone(), config.dtype);

@@ -11,6 +11,7 @@ mod logging;
 mod plan;
 mod reload;
 mod serve;
+mod shared;
 mod verifier;
 mod verify;
 

@@ -1,22 +1,19 @@
 //! `plan`: the memory that models need.
 
 use super::load::{DownloadBars, available_memory, locate, plan, table};
+use super::shared::ModelsArg;
 use super::{Failure, runtime};
-use crate::config::models_toml;
 use clap::Args;
-use std::path::PathBuf;
 
 /// Arguments of `plan`.
 #[derive(Args)]
 pub(super) struct PlanArgs {
-    /// Which models.
-    #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
-    models: PathBuf,
+    #[command(flatten)]
+    models: ModelsArg,
 }
 
 pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let config = models_toml::read(&args.models, &[])
-        .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
+    let config = args.models.read(&[])?;
     let available = available_memory();
     let bars = DownloadBars::new();
     let runtime = runtime()?;

@@ -6,16 +6,26 @@ use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::ops::pool::Pool;
 use crate::server::registry::State;
 use crate::server::state::ServerState;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// How often the file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// By what a change of the file is noticed: when it was written, and its length.
+pub(super) type Stamp = (SystemTime, u64);
+
+/// The file's stamp now; taken before it is read, so that no change is missed.
+pub(super) fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.modified().ok()?, meta.len()))
+}
+
 /// What a reload needs.
 pub(super) struct Reloader {
     pub(super) path: PathBuf,
+    pub(super) seen: Option<Stamp>,
     pub(super) keys: Vec<String>,
     pub(super) log: String,
     pub(super) config: Config,
@@ -29,23 +39,17 @@ impl Reloader {
     pub(super) async fn run(mut self) -> Result<(), Failure> {
         let mut hangup = signal(SignalKind::hangup())
             .map_err(|e| Failure::ours(format!("cannot watch signals: {e}")))?;
-        let mut seen = self.stamp();
         loop {
             let is_asked = tokio::select! {
                 _ = hangup.recv() => true,
                 () = tokio::time::sleep(LOOK_EVERY) => false,
             };
-            let now = self.stamp();
-            if is_asked || now != seen {
-                seen = now;
+            let now = stamp(&self.path);
+            if is_asked || now != self.seen {
+                self.seen = now;
                 self.reload();
             }
         }
-    }
-
-    fn stamp(&self) -> Option<(SystemTime, u64)> {
-        let meta = std::fs::metadata(&self.path).ok()?;
-        Some((meta.modified().ok()?, meta.len()))
     }
 
     /// Follows the file where it is whole and right; otherwise everything stays as it is.

@@ -1,12 +1,12 @@
 //! `serve`: models behind HTTP until a signal comes.
 
 use super::load::{self, DownloadBars, Planned};
-use super::reload::Reloader;
+use super::reload::{Reloader, Stamp, stamp};
+use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::{Failure, logging, runtime};
 use crate::clock::Clock;
-use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::config::models_toml::{Config, ModelConfig};
 use crate::engine::request::LogprobMode;
-use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::server::metrics::summarize;
 use crate::server::registry::{Registry, State};
@@ -15,32 +15,21 @@ use crate::server::translate::Defaults;
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Arguments of `serve`.
 #[derive(Args)]
 pub(super) struct ServeArgs {
-    /// Which models: a file with [[model]] entries.
-    #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
-    models: PathBuf,
-    /// Address to listen on. Without API keys the server is open: keep it on loopback.
-    #[arg(long, env = "TARGON_HOST", default_value = "127.0.0.1")]
-    host: String,
-    /// Port to listen on; 0 takes a free one.
-    #[arg(long, env = "TARGON_PORT", default_value_t = 8000)]
-    port: u16,
+    #[command(flatten)]
+    models: ModelsArg,
+    #[command(flatten)]
+    listen: ListenArgs,
     /// Keys that open the API, with commas between them; more in [server] of the models file.
     #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
     api_key: Vec<String>,
-    /// Compute threads for all models; all cores where absent.
-    #[arg(long, env = "TARGON_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
-    /// Instruction set of the kernels; the fastest where absent. Results do not change.
-    #[arg(long, env = "TARGON_ISA")]
-    isa: Option<Isa>,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Seconds that running requests may go on after SIGTERM.
     #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     shutdown_timeout: u64,
@@ -61,30 +50,28 @@ enum Mode {
 }
 
 pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
-    let config = models_toml::read(&args.models, &args.api_key)
-        .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.map_or(cores, usize::from);
-    let pool = Pool::new(threads, args.isa.unwrap_or_else(Isa::best))
-        .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
-    tracing::info!(threads, isa = %pool.isa(), "compute pool");
+    let seen = stamp(&args.models.path);
+    let config = args.models.read(&args.api_key)?;
+    let pool = args.compute.pool()?;
+    tracing::info!(threads = pool.threads(), isa = %pool.isa(), "compute pool");
     let runtime = runtime()?;
     if let Some(log) = &config.server.log {
         let refuse = |e| Failure::user(format!("[server] `log` is not a valid filter: {e}"));
         logging::set(log).map_err(refuse)?;
     }
-    let outcome = runtime.block_on(serve(args, log, config, pool));
+    let outcome = runtime.block_on(serve(args, log, (config, seen), pool));
     // Loading threads may still be busy; nothing waits for them.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(args: ServeArgs, log: String, config: Config, pool: Pool) -> Result<(), Failure> {
-    let address = format!("{}:{}", args.host, args.port);
-    let listener = TcpListener::bind(&address)
-        .await
-        .map_err(|e| Failure::user(format!("cannot listen on {address}: {e}")))?;
-    let local = listener.local_addr().map_err(Failure::ours)?;
+async fn serve(
+    args: ServeArgs,
+    log: String,
+    (config, seen): (Config, Option<Stamp>),
+    pool: Pool,
+) -> Result<(), Failure> {
+    let (listener, local) = args.listen.bind().await?;
     warn_if_open(local, config.server.settings.keys.is_empty());
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
@@ -113,8 +100,8 @@ async fn serve(args: ServeArgs, log: String, config: Config, pool: Pool) -> Resu
             return Err(Failure::user(describe_failures(&registry)));
         },
     }
-    let (path, keys) = (args.models, args.api_key);
-    let reloader = Reloader { path, keys, log, config, state, pool, clock };
+    let (path, keys) = (args.models.path, args.api_key);
+    let reloader = Reloader { path, seen, keys, log, config, state, pool, clock };
     let dead = engine_death(registry);
     tokio::select! {
         outcome = &mut serving => finish(outcome),
@@ -123,8 +110,8 @@ async fn serve(args: ServeArgs, log: String, config: Config, pool: Pool) -> Resu
     }
 }
 
-fn finish(outcome: Result<std::io::Result<()>, tokio::task::JoinError>) -> Result<(), Failure> {
-    outcome.map_err(Failure::ours)?.map_err(|e| Failure::ours(format!("serving failed: {e}")))?;
+fn finish(outcome: Result<(), tokio::task::JoinError>) -> Result<(), Failure> {
+    outcome.map_err(Failure::ours)?;
     tracing::info!("stopped");
     Ok(())
 }

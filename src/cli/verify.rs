@@ -1,12 +1,12 @@
 //! `verify`: judges captured answers, one a line.
 
 use super::load::{self, DownloadBars};
+use super::shared::{ComputeArgs, ModelsArg};
 use super::{Failure, runtime};
 use crate::chain::keys::Hotkey;
-use crate::config::models_toml::{self, ModelConfig};
+use crate::config::models_toml::ModelConfig;
 use crate::engine::request::Request;
 use crate::models::{Identity, Model};
-use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::proof::codec::from_hex;
@@ -36,9 +36,8 @@ pub(super) struct VerifyArgs {
     /// Captured answers, one JSON object a line: `request` (the body), and `response` (a whole
     /// answer) or `chunks` (the events of a stream).
     file: PathBuf,
-    /// Where the weights are: a file with [[model]] entries.
-    #[arg(long, env = "TARGON_MODELS", default_value = "models.toml")]
-    models: PathBuf,
+    #[command(flatten)]
+    models: ModelsArg,
     /// Which rules: targon-4.1 (powv), targon-4.4 (ranks) or proof (of the scheme that the request
     /// asked for). Where absent, the proof if there is one to expect, else targon-4.4.
     #[arg(long)]
@@ -58,9 +57,8 @@ pub(super) struct VerifyArgs {
     /// Decides which rows are looked at; random where absent.
     #[arg(long)]
     chance: Option<u64>,
-    /// Compute threads; all cores where absent.
-    #[arg(long, env = "TARGON_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    compute: ComputeArgs,
 }
 
 /// One line of the file.
@@ -74,14 +72,11 @@ struct Capture {
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
-    let config = models_toml::read(&args.models, &[])
-        .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))?;
+    let config = args.models.read(&[])?;
     let path = args.file.display();
     let text = std::fs::read_to_string(&args.file)
         .map_err(|e| Failure::user(format!("{path} cannot be read: {e}")))?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = Pool::new(args.threads.map_or(cores, usize::from), Isa::best())
-        .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
+    let pool = args.compute.pool()?;
     let runtime = runtime()?;
     let mut verifiers = Verifiers { models: config.models, pool, loaded: HashMap::new() };
     let mut worst = 0;
@@ -131,7 +126,8 @@ impl Verifiers {
             (None, _) => None,
         };
         let config = config.cloned().ok_or_else(|| {
-            let what = format!("{} has no model `{}`", args.models.display(), asked.unwrap_or(""));
+            let what =
+                format!("{} has no model `{}`", args.models.path.display(), asked.unwrap_or(""));
             Failure::user(what).with_hint(Some("add a [[model]] entry of that name"))
         })?;
         if let Some(verifier) = self.loaded.get(&config.name) {

@@ -1,6 +1,7 @@
 //! Connections: accepted up to a limit, each with limits on how long its peer may take.
 
 use super::router;
+use super::settings::Limits;
 use super::state::ServerState;
 use axum::Router;
 use hyper::server::conn::http1;
@@ -8,7 +9,6 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -28,16 +28,26 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `stop` completes, then refuses new requests, lets running ones end for up to
 /// `drain_timeout`, and aborts the rest.
-///
-/// # Errors
-/// When the listener fails.
 pub async fn serve(
     listener: TcpListener,
     state: ServerState,
     stop: impl Future<Output = ()> + Send + 'static,
     drain_timeout: Duration,
-) -> io::Result<()> {
-    let app = router(state.clone());
+) {
+    let drained = async {
+        stop.await;
+        drain(&state, drain_timeout).await;
+    };
+    accept(listener, router(state.clone()), || state.settings().limits, drained).await;
+}
+
+/// Serves `app` until `done` completes; each new connection gets the `limits` of its moment.
+pub async fn accept(
+    listener: TcpListener,
+    app: Router,
+    limits: impl Fn() -> Limits,
+    done: impl Future<Output = ()>,
+) {
     let graceful = GracefulShutdown::new();
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let accept = async {
@@ -51,7 +61,7 @@ pub async fn serve(
                     continue;
                 }
             };
-            let connection = graceful.watch(connection(socket, &app, &state));
+            let connection = graceful.watch(connection(socket, &app, limits()));
             tokio::spawn(async move {
                 // A peer that breaks off or is too slow is no event of ours.
                 if let Err(e) = connection.await {
@@ -61,17 +71,12 @@ pub async fn serve(
             });
         }
     };
-    let drained = async {
-        stop.await;
-        drain(&state, drain_timeout).await;
-    };
     tokio::select! {
         () = accept => {}
-        () = drained => {}
+        () = done => {}
     }
     // Whoever has not taken the answer by then does not get it.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await;
-    Ok(())
 }
 
 type Connection = http1::Connection<
@@ -79,8 +84,7 @@ type Connection = http1::Connection<
     TowerToHyperService<Router>,
 >;
 
-fn connection(socket: TcpStream, app: &Router, state: &ServerState) -> Connection {
-    let limits = state.settings().limits;
+fn connection(socket: TcpStream, app: &Router, limits: Limits) -> Connection {
     // Tokens are small and must not wait for each other.
     let _ = socket.set_nodelay(true);
     let mut socket = TimeoutStream::new(socket);
