@@ -1,5 +1,5 @@
-//! Fuzz targets for whatever parses the bytes of strangers. `cargo test` runs each on random
-//! inputs for a moment; `cargo bolero test fuzz::NAME` searches for longer, with coverage.
+//! Fuzz targets for whatever parses the bytes of strangers, in bolero's harness: as tests, each
+//! runs on random inputs for a second.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 

@@ -18,7 +18,7 @@ struct Mod { std::map<std::string, std::vector<unsigned>> entries; std::map<std:
 typedef std::vector<std::function<int()>> Graph;
 struct Stream { bool capturing = false; Graph g; };
 struct Event { Stream* captured_on = nullptr; bool recorded = false; };
-static Stream legacy, per_thread; static int ctx_dummy; static thread_local void* cur_ctx; static size_t n_launch, n_sync;
+static Stream legacy, per_thread; static int primary_ctx; static thread_local void* cur_ctx; static size_t n_launch, n_sync;
 static int n_capturing;  // calls that may not happen while some stream captures (global/thread-local mode)
 #define NOT_IN_CAPTURE(what) do { if (n_capturing) return fail(900, what " during capture"); } while (0)
 static Stream* S(void* s) { return s == nullptr || s == (void*)1 ? &legacy : s == (void*)2 ? &per_thread : (Stream*)s; }
@@ -31,7 +31,7 @@ API cuDeviceGet(int* d, int o) { if (o) return 101; *d = 0; return 0; }
 API cuDeviceGetName(char* n, int l, int) { snprintf(n, l, "fake H100 (host shim)"); return 0; }
 API cuDeviceTotalMem_v2(size_t* b, int) { *b = 8ull << 30; return 0; }
 API cuDeviceGetAttribute(int* v, int a, int) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 115 ? 1 : a == 16 ? 132 : a == 97 ? 227 * 1024 : a == 1 ? 1024 : a == 10 ? 32 : 0; return 0; }
-API cuDevicePrimaryCtxRetain(void** c, int) { *c = &ctx_dummy; return 0; }
+API cuDevicePrimaryCtxRetain(void** c, int) { *c = &primary_ctx; return 0; }
 API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 API cuCtxGetCurrent(void** c) { *c = cur_ctx; return 0; }
 API cuCtxSetCurrent(void* c) { cur_ctx = c; return 0; }

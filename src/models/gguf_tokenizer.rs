@@ -23,7 +23,7 @@ const BYTE: u64 = 6;
 /// Builds the tokenizer.
 ///
 /// # Errors
-/// When the metadata lacks a part or names a scheme that is not implemented.
+/// When the metadata lacks a part or names a scheme that is refused.
 pub(super) fn build(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
     let key = "tokenizer.ggml.model";
     let parts = Parts::read(gguf)?;

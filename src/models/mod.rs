@@ -105,7 +105,7 @@ impl Model {
     /// `progress(done, layers)` is called after each layer.
     ///
     /// # Errors
-    /// When a file is missing or malformed, or asks for something that is not implemented.
+    /// When a file is missing or malformed, or asks for what this engine refuses by name.
     pub fn load(
         path: &Path,
         dtype: Option<Dtype>,
