@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 6 | `main` [`cli`] | parse, wire, print |
 //! | 5 | [`config`] | files, flags and environment into options |
-//! | 4 | [`validator`] [`mod@bench`] | what validators run; measurements |
+//! | 4 | [`miner`] [`validator`] [`mod@bench`] | what miners and validators run; measurements |
 //! | 3 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
@@ -33,6 +33,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod engine;
+pub mod miner;
 pub mod models;
 pub mod ops;
 pub mod proof;

@@ -162,7 +162,7 @@ fn site() -> (Router, Engine, Arc<Identity>) {
     let identity = Arc::clone(&served.identity);
     registry.set("tiny", None, State::Ready(Box::new(served)));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
-    (router(state.signed_by(alice())), engine, identity)
+    (router(state.signed_by(std::sync::Arc::new(alice()))), engine, identity)
 }
 
 async fn post(app: &Router, body: &Value) -> (StatusCode, String) {

@@ -272,7 +272,7 @@ async fn only_the_hotkeys_own_signature_over_this_end_counts() {
     let verifier = verifier(&unsigned.engine);
     let registry = unsigned.state.registry().clone();
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
-    let state = state.signed_by(alice());
+    let state = state.signed_by(Arc::new(alice()));
     let signed = Site { engine: unsigned.engine, app: router(state.clone()), state };
     let body = proved("residue-v1");
     let (_, honest) = answer(&signed, &body).await;

@@ -110,6 +110,11 @@ impl Keypair {
         Ok(Self(secret.to_keypair()))
     }
 
+    /// The 64 bytes of the expanded secret, as key files hold them.
+    pub(super) fn to_secret(&self) -> [u8; 64] {
+        self.0.secret.to_bytes()
+    }
+
     /// The public key.
     pub fn hotkey(&self) -> Hotkey {
         Hotkey(self.0.public.to_bytes())

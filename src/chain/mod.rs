@@ -1,3 +1,70 @@
-//! The Bittensor chain: keys and addresses.
+//! The Bittensor network: keys and wallets, signed requests, and the chain.
+//!
+//! [`Chain`] is what programs ask of a chain; [`subtensor`] asks a real one. Requests between
+//! members of a subnet are signed by [`epistula`] or [`btauth`].
 
+pub mod btauth;
+pub mod epistula;
+pub mod error;
+pub mod keyfile;
 pub mod keys;
+pub mod metagraph;
+pub mod network;
+pub mod subtensor;
+pub mod wallet;
+
+use error::ChainError;
+use keys::Keypair;
+use metagraph::{Axon, Metagraph};
+use std::future::Future;
+
+/// The head of the chain.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Head {
+    /// Number of the newest block.
+    pub block: u64,
+}
+
+/// A chain with subnets.
+pub trait Chain: Send + Sync + 'static {
+    /// The subnet as of now.
+    ///
+    /// # Errors
+    /// When no endpoint answers, or the subnet does not exist.
+    fn metagraph(
+        &self,
+        netuid: u16,
+    ) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
+
+    /// Registers where `signer` listens, and waits until that is final. What is sent is given to
+    /// `show` in words before it is signed; nothing is signed where `show` says no.
+    ///
+    /// # Errors
+    /// When the chain refuses it.
+    fn serve_axon(
+        &self,
+        signer: &Keypair,
+        netuid: u16,
+        axon: &Axon,
+        show: &(dyn Fn(&str) -> bool + Sync),
+    ) -> impl Future<Output = Result<(), ChainError>> + Send;
+
+    /// Follows the chain for ever: calls `on_head` for every new block, reconnecting as often as it
+    /// takes.
+    ///
+    /// # Errors
+    /// Only what no waiting mends, such as another chain behind the endpoint.
+    fn follow(
+        &self,
+        on_head: &(dyn Fn(Head) + Sync),
+    ) -> impl Future<Output = Result<(), ChainError>> + Send;
+}
+
+#[cfg(test)]
+mod tests {
+    /// A file of test vectors.
+    pub(super) fn vectors(name: &str) -> serde_json::Value {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+}

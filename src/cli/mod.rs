@@ -6,16 +6,22 @@
 mod attack_bench;
 mod calibrate;
 mod fetch;
+mod layers;
 mod load;
 mod logging;
 mod plan;
+mod query;
 mod reload;
 mod serve;
 mod shared;
+mod status;
+mod subnet;
+mod subnet_args;
 mod verifier;
 mod verify;
+mod wallet;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::fmt;
 use std::process::ExitCode;
 
@@ -29,13 +35,37 @@ struct Cli {
     /// Log as one JSON object a line.
     #[arg(long, global = true, env = "TARGON_LOG_JSON")]
     log_json: bool,
+    /// The same as `--log info`, under the SDK's name.
+    #[arg(long = "logging.info", global = true, hide = true)]
+    logging_info: bool,
+    /// The same as `--log debug`, under the SDK's name.
+    #[arg(long = "logging.debug", global = true, env = "BT_LOGGING_DEBUG", hide = true)]
+    logging_debug: bool,
+    /// The same as `--log trace`, under the SDK's name.
+    #[arg(long = "logging.trace", global = true, env = "BT_LOGGING_TRACE", hide = true)]
+    logging_trace: bool,
+    /// A YAML file with values for flags; the command line and the environment are stronger.
+    #[arg(long, global = true, env = "TARGON_CONFIG")]
+    config: Option<std::path::PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
 
+impl Cli {
+    /// What is logged: the SDK's flags are stronger, the most talkative strongest.
+    fn log(&self) -> &str {
+        match (self.logging_trace, self.logging_debug, self.logging_info) {
+            (true, ..) => "trace",
+            (_, true, _) => "debug",
+            (_, _, true) => "info",
+            _ => &self.log,
+        }
+    }
+}
+
 #[derive(Subcommand)]
 enum Command {
-    /// Serve models over HTTP.
+    /// Serve models over HTTP, and with a wallet as a miner on a subnet.
     Serve(serve::ServeArgs),
     /// Say what memory the models will need, without loading them.
     Plan(plan::PlanArgs),
@@ -48,6 +78,12 @@ enum Command {
     /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
     /// not be scored.
     Verify(verify::VerifyArgs),
+    /// Send one request to a miner as a validator would, and print what comes back.
+    Query(Box<query::QueryArgs>),
+    /// Say how a running miner stands on its subnet.
+    Status(status::StatusArgs),
+    /// Look at a wallet, or make a hotkey.
+    Wallet(wallet::Arguments),
     /// Download a model from the Hugging Face Hub and print where it is.
     Fetch(fetch::FetchArgs),
 }
@@ -78,7 +114,13 @@ impl Failure {
 
 /// Parses the arguments, runs the command, prints a failure.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let command = match layers::apply(Cli::command(), &arguments) {
+        Ok(command) => command,
+        Err(failure) => return report(failure),
+    };
+    let parsed = command.try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             // `--help` and `--version` come here too, and are not failures.
@@ -87,17 +129,18 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let outcome = logging::start(&cli.log, cli.log_json).and_then(|()| run(cli.command, cli.log));
-    match outcome {
-        Ok(code) => code,
-        Err(failure) => {
-            eprintln!("error: {}", failure.message);
-            if let Some(hint) = failure.hint {
-                eprintln!("\nhint: {hint}");
-            }
-            ExitCode::from(if failure.is_ours { 2 } else { 1 })
-        }
+    let log = cli.log().to_owned();
+    let outcome = logging::start(&log, cli.log_json).and_then(|()| run(cli.command, log));
+    outcome.unwrap_or_else(report)
+}
+
+/// Prints a failure.
+fn report(failure: Failure) -> ExitCode {
+    eprintln!("error: {}", failure.message);
+    if let Some(hint) = failure.hint {
+        eprintln!("\nhint: {hint}");
     }
+    ExitCode::from(if failure.is_ours { 2 } else { 1 })
 }
 
 fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
@@ -108,6 +151,9 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Verifier(args) => verifier::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Query(args) => query::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),
     }?;
     Ok(ExitCode::SUCCESS)

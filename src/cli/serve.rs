@@ -3,18 +3,24 @@
 use super::load::{self, DownloadBars, Planned};
 use super::reload::{Reloader, Stamp, stamp};
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
+use super::subnet::{Running, Subnet, feed_watchdog, tell};
+use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
 use super::{Failure, logging, runtime};
 use crate::clock::Clock;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::engine::request::LogprobMode;
 use crate::ops::pool::Pool;
+use crate::server::listen::serve_all;
 use crate::server::metrics::summarize;
 use crate::server::registry::{Registry, State};
+use crate::server::router;
 use crate::server::state::ServerState;
 use crate::server::translate::Defaults;
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
+use sd_notify::NotifyState;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,9 +31,17 @@ pub(super) struct ServeArgs {
     models: ModelsArg,
     #[command(flatten)]
     listen: ListenArgs,
+    #[command(flatten)]
+    pub(super) wallet: WalletArgs,
+    #[command(flatten)]
+    pub(super) chain: ChainArgs,
+    #[command(flatten)]
+    pub(super) axon: AxonArgs,
+    #[command(flatten)]
+    original: OriginalArgs,
     /// Keys that open the API, with commas between them; more in [server] of the models file.
     #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
-    api_key: Vec<String>,
+    pub(super) api_key: Vec<String>,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Seconds that running requests may go on after SIGTERM.
@@ -50,6 +64,7 @@ enum Mode {
 }
 
 pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
+    args.original.check()?;
     let seen = stamp(&args.models.path);
     let config = args.models.read(&args.api_key)?;
     let pool = args.compute.pool()?;
@@ -72,7 +87,13 @@ async fn serve(
     pool: Pool,
 ) -> Result<(), Failure> {
     let (listener, local) = args.listen.bind().await?;
-    warn_if_open(local, config.server.settings.keys.is_empty());
+    let clock = Clock::system();
+    let slots = config.models.iter().map(|m| m.wanted.sequences_max).sum();
+    let subnet = match Subnet::is_wanted(&args) {
+        true => Some(Subnet::open(&args, slots, clock.clone()).await?),
+        false => None,
+    };
+    check_open(local, config.server.settings.keys.is_empty(), subnet.is_some())?;
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let defaults = Defaults {
@@ -82,15 +103,30 @@ async fn serve(
             Mode::Scaled => LogprobMode::Scaled,
         },
     };
-    let clock = Clock::system();
-    let state = ServerState::new(registry.clone(), defaults, clock.clone());
+    let mut state = ServerState::new(registry.clone(), defaults, clock.clone());
+    if let Some(subnet) = &subnet {
+        state = state.signed_by(Arc::clone(&subnet.signer)).behind(subnet.gate.clone());
+    }
     state.set(config.server.settings.clone());
     tokio::spawn(summarize(state.clone()));
+    tokio::spawn(feed_watchdog(state.clone()));
+    println!("http://{local}");
+    let mut listeners = vec![(listener, router(state.clone()))];
+    let running = subnet.map(|subnet| {
+        println!("http://{} signed", subnet.local);
+        let signed = crate::server::subnet::router(state.clone(), subnet.gate.clone());
+        let (listener, running) = subnet.split();
+        listeners.push((listener, signed));
+        running
+    });
     let timeout = Duration::from_secs(args.shutdown_timeout);
     let stop = stop_signal()?;
-    let serving = crate::server::listen::serve(listener, state.clone(), stop, timeout);
+    let stop = async {
+        stop.await;
+        tell(NotifyState::Stopping);
+    };
+    let serving = serve_all(listeners, state.clone(), stop, timeout);
     let serving = tokio::spawn(serving);
-    println!("http://{local}");
     let models = config.models.clone();
     let loading = tokio::spawn(start_models(models, registry.clone(), pool.clone(), clock.clone()));
     let mut serving = std::pin::pin!(serving);
@@ -106,7 +142,19 @@ async fn serve(
     tokio::select! {
         outcome = &mut serving => finish(outcome),
         outcome = reloader.run() => outcome,
+        outcome = mine(running) => outcome,
         name = dead => Err(Failure::ours(format!("the engine of {name} has stopped"))),
+    }
+}
+
+/// A miner's life on chain; of a server that is none, nothing.
+async fn mine(running: Option<Running>) -> Result<(), Failure> {
+    match running {
+        Some(running) => running.run().await,
+        None => {
+            tell(NotifyState::Ready);
+            std::future::pending().await
+        }
     }
 }
 
@@ -116,10 +164,19 @@ fn finish(outcome: Result<(), tokio::task::JoinError>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn warn_if_open(address: SocketAddr, is_open: bool) {
-    if is_open && !address.ip().is_loopback() {
-        tracing::warn!(%address, "this server has no API keys and is not on loopback");
+/// Whoever can reach an open listener can use it: a miner's must be on loopback.
+fn check_open(address: SocketAddr, is_open: bool, is_miner: bool) -> Result<(), Failure> {
+    if !is_open || address.ip().is_loopback() {
+        return Ok(());
     }
+    if is_miner {
+        let what = format!("the open routes of a miner must be on loopback, --host is {address}");
+        let hint = "give API keys by --api-key, or leave --host away: signed requests come to \
+                    --axon.port";
+        return Err(Failure::user(what).with_hint(Some(hint)));
+    }
+    tracing::warn!(%address, "this server has no API keys and is not on loopback");
+    Ok(())
 }
 
 /// Completes at the first SIGTERM or SIGINT; a second one ends the process at once.

@@ -2,10 +2,11 @@
 
 use super::error::ApiError;
 use super::metrics::HttpLabels;
+use super::settings::Limits;
 use super::state::ServerState;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -91,13 +92,25 @@ pub async fn limit_body(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let limits = state.settings().limits;
     let (head, body) = request.into_parts();
+    let body = read_body(&head.headers, body, &state.settings().limits).await?;
+    Ok(next.run(Request::from_parts(head, Body::from(body))).await)
+}
+
+/// A body within its limits.
+///
+/// # Errors
+/// 413 where it is too large, 408 where it is too slow, 400 where it breaks off.
+pub async fn read_body(
+    headers: &HeaderMap,
+    body: Body,
+    limits: &Limits,
+) -> Result<Bytes, ApiError> {
     let too_large = || {
         let message = format!("the body must have at most {} bytes", limits.body_bytes);
         ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
-    let announced = head.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
     if announced.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n > limits.body_bytes) {
         return Err(too_large());
     }
@@ -109,6 +122,6 @@ pub async fn limit_body(
         }
         Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(e)) => Err(ApiError::bad_request(format!("the body cannot be read: {e}"))),
-        Ok(Ok(body)) => Ok(next.run(Request::from_parts(head, Body::from(body.to_bytes()))).await),
+        Ok(Ok(body)) => Ok(body.to_bytes()),
     }
 }

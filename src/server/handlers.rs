@@ -2,17 +2,20 @@
 
 use super::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
 use super::error::{ApiError, echo};
+use super::gate::Caller;
 use super::generate::{Job, run};
 use super::openapi::Refusals;
 use super::proof::Prover;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
+use super::translate::Defaults;
 use super::understand::{Reader, Understood};
+use crate::proof::commit::nonce_of;
 use crate::wire::openai::request::Common;
 use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response as Answer};
 use crate::wire::openai::{ChatRequest, CompletionRequest};
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::de::DeserializeOwned;
@@ -33,13 +36,15 @@ const MODEL_HEADER: &str = "x-targon-model";
 )]
 pub async fn chat(
     State(state): State<ServerState>,
+    caller: Option<Extension<Caller>>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, ApiError> {
     let request: ChatRequest = parse(&body)?;
-    let routed = admit(&state, &headers, &request.common)?;
-    let understood = reader(&state, &routed.served).chat(&request).await?;
-    answer(&state, &headers, &request.common, routed, understood).await
+    let asking = Asking { state: &state, headers: &headers, caller: caller.map(|c| c.0) };
+    let routed = asking.admit(&request.common)?;
+    let understood = asking.reader(&routed.served).chat(&request).await?;
+    asking.answer(&request.common, routed, understood).await
 }
 
 /// `POST /v1/completions`.
@@ -58,39 +63,70 @@ pub async fn chat(
 )]
 pub async fn completions(
     State(state): State<ServerState>,
+    caller: Option<Extension<Caller>>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, ApiError> {
     let request: CompletionRequest = parse(&body)?;
-    let routed = admit(&state, &headers, &request.common)?;
-    let understood = reader(&state, &routed.served).completion(&request).await?;
-    answer(&state, &headers, &request.common, routed, understood).await
+    let asking = Asking { state: &state, headers: &headers, caller: caller.map(|c| c.0) };
+    let routed = asking.admit(&request.common)?;
+    let understood = asking.reader(&routed.served).completion(&request).await?;
+    asking.answer(&request.common, routed, understood).await
 }
 
-fn reader<'a>(state: &ServerState, served: &'a Served) -> Reader<'a> {
-    let context_max = served.engine.options().context_max;
-    Reader { model: served.engine.model(), context_max, defaults: state.defaults() }
+/// A request besides its body.
+struct Asking<'a> {
+    state: &'a ServerState,
+    headers: &'a HeaderMap,
+    caller: Option<Caller>,
 }
 
-/// Runs what was understood.
-async fn answer(
-    state: &ServerState,
-    headers: &HeaderMap,
-    common: &Common,
-    routed: Routed,
-    understood: Understood,
-) -> Result<Response, ApiError> {
-    let prover = prover(state, &routed.served, common)?;
-    let Understood { endpoint, mut requests, n, report, tools } = understood;
-    if let Some(prover) = &prover {
-        for (choice, request) in requests.iter_mut().enumerate() {
-            prover.bind(request, &routed.served.identity, common.seed, choice as u32);
-        }
+impl Asking<'_> {
+    /// The model of a request, whose unknown fields are counted.
+    fn admit(&self, common: &Common) -> Result<Routed, ApiError> {
+        let routed = route(self.state, self.headers, common.model.as_deref())?;
+        self.state.note_unknown(&common.unknown);
+        Ok(routed)
     }
-    let stream = common.stream.unwrap_or(false);
-    let request_id = request_id(headers, common)?;
-    let job = Job { endpoint, routed, requests, n, report, prover, tools, stream, request_id };
-    run(state, job).await
+
+    fn reader<'a>(&self, served: &'a Served) -> Reader<'a> {
+        let context_max = served.engine.options().context_max;
+        // Validators expect what Targon's own miners send.
+        let defaults = match &self.caller {
+            Some(_) => Defaults::TARGON,
+            None => self.state.defaults(),
+        };
+        Reader { model: served.engine.model(), context_max, defaults }
+    }
+
+    /// Runs what was understood.
+    async fn answer(
+        &self,
+        common: &Common,
+        routed: Routed,
+        understood: Understood,
+    ) -> Result<Response, ApiError> {
+        let prover = self.prover(&routed.served, common)?;
+        let Understood { endpoint, mut requests, n, report, tools } = understood;
+        if let Some(prover) = &prover {
+            for (choice, request) in requests.iter_mut().enumerate() {
+                prover.bind(request, &routed.served.identity, common.seed, choice as u32);
+            }
+        }
+        let stream = common.stream.unwrap_or(false);
+        let request_id = request_id(self.headers, common)?;
+        let job = Job { endpoint, routed, requests, n, report, prover, tools, stream, request_id };
+        run(self.state, job).await
+    }
+
+    /// What proves the request's choices, where it asks for that. The name of a signed request is
+    /// its nonce where it brings none: its sender chose it.
+    fn prover(&self, served: &Served, common: &Common) -> Result<Option<Prover>, ApiError> {
+        let Some(field) = &common.proof else { return Ok(None) };
+        let dtype = served.engine.model().decoder.dtype;
+        let own = self.caller.as_ref().map(|caller| nonce_of(&caller.name));
+        Prover::new(field, dtype, own, self.state.signer()).map(Some)
+    }
 }
 
 /// The request's name: the client's own, or the one it has in the log.
@@ -106,13 +142,6 @@ fn request_id(headers: &HeaderMap, common: &Common) -> Result<Option<String>, Ap
             Ok(id.filter(|id| is_request_id(id)).map(str::to_owned))
         }
     }
-}
-
-/// The model of a request, whose unknown fields are counted.
-fn admit(state: &ServerState, headers: &HeaderMap, common: &Common) -> Result<Routed, ApiError> {
-    let routed = route(state, headers, common.model.as_deref())?;
-    state.note_unknown(&common.unknown);
-    Ok(routed)
 }
 
 /// The model that a body and its headers name.
@@ -131,16 +160,6 @@ pub fn route(
         None => None,
     };
     state.registry().route(model, header)
-}
-
-/// What proves the request's choices, where it asks for that.
-fn prover(
-    state: &ServerState,
-    served: &Served,
-    common: &Common,
-) -> Result<Option<Prover>, ApiError> {
-    let dtype = served.engine.model().decoder.dtype;
-    common.proof.as_ref().map(|p| Prover::new(p, dtype, state.signer())).transpose()
 }
 
 /// A JSON body, with errors that name the field.

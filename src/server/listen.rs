@@ -4,6 +4,8 @@ use super::router;
 use super::settings::Limits;
 use super::state::ServerState;
 use axum::Router;
+use futures_util::FutureExt;
+use futures_util::future::join_all;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -34,11 +36,25 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
     drain_timeout: Duration,
 ) {
+    let app = router(state.clone());
+    serve_all(vec![(listener, app)], state, stop, drain_timeout).await;
+}
+
+/// Like [`serve`] for several listeners, each with routes of its own over the same state.
+pub async fn serve_all(
+    listeners: Vec<(TcpListener, Router)>,
+    state: ServerState,
+    stop: impl Future<Output = ()> + Send + 'static,
+    drain_timeout: Duration,
+) {
     let drained = async {
         stop.await;
         drain(&state, drain_timeout).await;
     };
-    accept(listener, router(state.clone()), || state.settings().limits, drained).await;
+    let drained = drained.boxed().shared();
+    let limits = || state.settings().limits;
+    let accepting = listeners.into_iter().map(|(l, app)| accept(l, app, limits, drained.clone()));
+    join_all(accepting).await;
 }
 
 /// Serves `app` until `done` completes; each new connection gets the `limits` of its moment.

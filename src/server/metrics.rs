@@ -1,6 +1,7 @@
 //! `/metrics` in the OpenMetrics text format: vLLM's names where it has one, so that existing
 //! boards work, and ours with the prefix `targon_`.
 
+use super::gate::Gate;
 use super::registry::{Registry as Models, State as ModelState};
 use super::state::ServerState;
 use crate::engine::Engine;
@@ -50,8 +51,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Over the models of a server.
-    pub fn new(models: Models) -> Self {
+    /// Over the models of a server, and the door of a miner.
+    pub fn new(models: Models, gate: Option<Gate>) -> Self {
         let requests = Family::<HttpLabels, Counter>::default();
         let seconds = Histogram::new(HTTP_SECONDS);
         let unknown_fields = Family::<FieldLabel, Counter>::default();
@@ -61,6 +62,9 @@ impl Metrics {
         registry.register("http_request_duration_seconds", "Time to the head of the answer", s);
         registry.register("targon_unknown_fields", "Request fields that nobody reads", u);
         registry.register_collector(Box::new(Engines(models)));
+        if let Some(gate) = gate {
+            registry.register_collector(Box::new(gate));
+        }
         Self { registry, requests, seconds, unknown_fields }
     }
 

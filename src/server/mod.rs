@@ -9,6 +9,7 @@ pub mod access;
 pub mod constraint;
 pub mod error;
 pub mod format;
+pub mod gate;
 pub mod generate;
 pub mod handlers;
 pub mod listen;
@@ -22,6 +23,7 @@ pub mod settings;
 pub mod state;
 pub mod status;
 pub mod stream;
+pub mod subnet;
 pub mod tokens;
 pub mod tools;
 pub mod translate;
@@ -53,6 +55,7 @@ pub fn router(state: ServerState) -> Router {
         .route("/ready", get(status::ready))
         .route("/version", get(status::version))
         .route("/load", get(status::load))
+        .route("/targon/status", get(subnet::subnet_status))
         .route("/metrics", get(metrics::metrics))
         .merge(openapi::viewer())
         .route("/", get(page::index))
@@ -64,13 +67,20 @@ pub fn router(state: ServerState) -> Router {
         .layer(from_fn_with_state(state.clone(), access::limit_body))
         .layer(from_fn_with_state(state.clone(), access::authenticate))
         .layer(middleware::from_fn(as_error_objects))
-        .layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
-            ApiError::with_status(StatusCode::INTERNAL_SERVER_ERROR, "a handler failed")
-                .into_response()
-        }));
+        .layer(catch_panics());
     let origins = state.settings().cors_origins.clone();
     let router = if origins.is_empty() { router } else { router.layer(cors(&origins)) };
     router.layer(from_fn_with_state(state.clone(), access::observe)).with_state(state)
+}
+
+type OnPanic = fn(Box<dyn std::any::Any + Send>) -> Response;
+
+/// Answers for a handler that panics.
+fn catch_panics() -> CatchPanicLayer<OnPanic> {
+    CatchPanicLayer::custom(|_| {
+        ApiError::with_status(StatusCode::INTERNAL_SERVER_ERROR, "a handler failed")
+            .into_response()
+    })
 }
 
 /// Lets pages of other origins ask; `*` stands for all.

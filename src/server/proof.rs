@@ -23,13 +23,14 @@ pub struct Prover {
 }
 
 impl Prover {
-    /// Reads the field.
+    /// Reads the field; `own_nonce` is taken where it names none, else one is drawn.
     ///
     /// # Errors
     /// 400 for an unknown scheme, a malformed nonce, or a scheme that the model cannot serve.
     pub fn new(
         field: &ProofRequest,
         dtype: Dtype,
+        own_nonce: Option<Hash>,
         signer: Option<Arc<Keypair>>,
     ) -> Result<Self, ApiError> {
         let scheme: Scheme = field.scheme.parse().map_err(|rule: String| {
@@ -41,7 +42,7 @@ impl Prover {
         }
         let nonce = match &field.nonce {
             Some(text) => from_hex(text).map_err(|rule| ApiError::field("proof.nonce", rule))?,
-            None => random_nonce(),
+            None => own_nonce.unwrap_or_else(random_nonce),
         };
         Ok(Self { scheme, nonce, signer })
     }

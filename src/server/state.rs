@@ -1,6 +1,7 @@
 //! What handlers share: the models, the defaults, and whether the server still takes requests.
 
 use super::error::{ApiError, echo};
+use super::gate::Gate;
 use super::metrics::Metrics;
 use super::registry::Registry;
 use super::settings::Settings;
@@ -32,12 +33,13 @@ struct Inner {
     metrics: Metrics,
     unknown_fields: Mutex<BTreeSet<String>>,
     signer: Option<Arc<Keypair>>,
+    gate: Option<Gate>,
 }
 
 impl ServerState {
     /// A server over `registry`.
     pub fn new(registry: Registry, defaults: Defaults, clock: Clock) -> Self {
-        let metrics = Metrics::new(registry.clone());
+        let metrics = Metrics::new(registry.clone(), None);
         Self(Arc::new(Inner {
             registry,
             defaults,
@@ -49,15 +51,30 @@ impl ServerState {
             metrics,
             unknown_fields: Mutex::new(BTreeSet::new()),
             signer: None,
+            gate: None,
         }))
     }
 
     /// The same server signing its proofs; before it is shared.
-    pub fn signed_by(self, signer: Keypair) -> Self {
+    pub fn signed_by(self, signer: Arc<Keypair>) -> Self {
         let Ok(inner) = Arc::try_unwrap(self.0) else {
             unreachable!("a signer is set before the state is shared")
         };
-        Self(Arc::new(Inner { signer: Some(Arc::new(signer)), ..inner }))
+        Self(Arc::new(Inner { signer: Some(signer), ..inner }))
+    }
+
+    /// The same server as a subnet's miner; before it is shared.
+    pub fn behind(self, gate: Gate) -> Self {
+        let Ok(inner) = Arc::try_unwrap(self.0) else {
+            unreachable!("a gate is set before the state is shared")
+        };
+        let metrics = Metrics::new(inner.registry.clone(), Some(gate.clone()));
+        Self(Arc::new(Inner { gate: Some(gate), metrics, ..inner }))
+    }
+
+    /// The door of the signed routes, where this is a subnet's miner.
+    pub fn gate(&self) -> Option<&Gate> {
+        self.0.gate.as_ref()
     }
 
     /// The key that signs proofs.

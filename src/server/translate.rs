@@ -77,6 +77,11 @@ pub struct Defaults {
     pub logprob_mode: LogprobMode,
 }
 
+impl Defaults {
+    /// What validators of 4.x expect: ids in place of token texts, scaled log-probabilities.
+    pub const TARGON: Self = Self { tokens_as_ids: true, logprob_mode: LogprobMode::Scaled };
+}
+
 /// Refuses fields that would change the output and are not built.
 pub fn refuse_unsupported(unknown: &Map<String, Value>) -> Result<(), ApiError> {
     for field in NOT_BUILT {

@@ -1,3 +1,5 @@
-//! The validator's side. So far: the HTTP service that stands in for Targon's verifier container.
+//! The validator's side. So far: one signed query, and the HTTP service that stands in for Targon's
+//! verifier container.
 
+pub mod query;
 pub mod service;

@@ -1,0 +1,209 @@
+//! What can go wrong with the chain, as sentences that say what to do.
+
+use std::fmt;
+
+/// Why the chain did not do what was asked.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ChainError {
+    /// No endpoint answers.
+    #[error("no endpoint of the chain answers: {0}")]
+    Unreachable(String),
+    /// The connection broke while something was asked.
+    #[error("the connection to {endpoint} broke: {why}")]
+    Broken {
+        /// Which endpoint.
+        endpoint: String,
+        /// What it said.
+        why: String,
+    },
+    /// Another chain than the one that was named.
+    #[error(
+        "{endpoint} serves another chain: its genesis is {got}, expected {expected}; nothing is \
+         signed for it"
+    )]
+    WrongChain {
+        /// Which endpoint.
+        endpoint: String,
+        /// Its genesis.
+        got: String,
+        /// The pinned one.
+        expected: String,
+    },
+    /// The subnet does not exist.
+    #[error("the chain has no subnet {0}")]
+    NoSubnet(u16),
+    /// The runtime's answer cannot be read.
+    #[error("the chain's answer cannot be read (runtime {spec}): {why}")]
+    Runtime {
+        /// Its version.
+        spec: u32,
+        /// What is wrong.
+        why: String,
+    },
+    /// An extrinsic was refused or failed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+impl ChainError {
+    /// Whether another endpoint, or the same one later, may do better.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, ChainError::Unreachable(_) | ChainError::Broken { .. })
+    }
+}
+
+/// Where an extrinsic ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// The pool did not take it.
+    Pool,
+    /// It ran and failed.
+    Dispatch,
+    /// It was lost on the way.
+    Lost,
+}
+
+/// An extrinsic that did not succeed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// Where.
+    pub stage: Stage,
+    /// The chain's own word for it.
+    pub word: String,
+}
+
+impl std::error::Error for Refusal {}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let by = match self.stage {
+            Stage::Pool => "the chain refused the extrinsic",
+            Stage::Dispatch => "the extrinsic ran and failed",
+            Stage::Lost => "the extrinsic was lost",
+        };
+        match self.advice() {
+            Some(advice) => write!(f, "{by}: {advice} ({})", self.word),
+            None => write!(f, "{by}: {}", self.word),
+        }
+    }
+}
+
+/// Codes of `1010 Invalid Transaction: Custom error: N`, in words.
+const CUSTOM: [(u32, &str); 17] = [
+    (1, "the hotkey has too little stake"),
+    (2, "the account's balance is too low"),
+    (3, "this subnet does not exist: check --netuid"),
+    (4, "the chain does not know this hotkey: register it first"),
+    (6, "too soon after the last one: wait some blocks"),
+    (10, "the hotkey is not registered on this subnet: register it with btcli subnets register"),
+    (11, "the address is not one that the chain accepts: give a public one by --axon.external_ip"),
+    (12, "the axon was changed too recently: wait about 50 blocks"),
+    (13, "the port is not one that the chain accepts: give another by --axon.external_port"),
+    (15, "the reveal round is wrong: is this machine's clock right?"),
+    (16, "there is no such commit to reveal"),
+    (17, "this is not the time to reveal that commit"),
+    (18, "uids and weights differ in number"),
+    (19, "one of the uids does not exist"),
+    (22, "the account is not one that may sign this"),
+    (23, "the chain's rules for this call were not met"),
+    (255, "the chain gives no reason"),
+];
+
+/// Names of dispatch errors, in words.
+const DISPATCH: [(&str, &str); 14] = [
+    ("HotKeyNotRegisteredInSubNet", "register the hotkey with btcli subnets register"),
+    ("HotKeyNotRegisteredInNetwork", "register the hotkey with btcli subnets register"),
+    ("ServingRateLimitExceeded", "the axon was changed too recently: wait about 50 blocks"),
+    ("InvalidIpAddress", "the chain does not accept this address: see --axon.external_ip"),
+    ("InvalidIpType", "the chain does not accept this kind of address: see --axon.external_ip"),
+    ("InvalidPort", "the chain does not accept this port: see --axon.external_port"),
+    ("SettingWeightsTooFast", "weights were set too recently: wait for the rate limit"),
+    ("NeuronNoValidatorPermit", "the hotkey has no validator permit: it needs more stake"),
+    ("NotEnoughStakeToSetWeights", "the hotkey has too little stake"),
+    ("IncorrectWeightVersionKey", "the subnet wants a newer version of the software"),
+    ("CommitRevealEnabled", "this subnet wants weights committed and revealed"),
+    ("WeightVecLengthIsLow", "the subnet wants more weights in the vector"),
+    ("MaxWeightExceeded", "one weight is larger than the subnet allows"),
+    ("SubnetNotExists", "this subnet does not exist: check --netuid"),
+];
+
+impl Refusal {
+    /// From what the pool said, whose wording differs from node to node: only the number after
+    /// "custom" counts.
+    pub fn of_pool(text: &str) -> Self {
+        Self { stage: Stage::Pool, word: text.chars().take(300).collect() }
+    }
+
+    /// The number after "custom".
+    pub fn custom_code(&self) -> Option<u32> {
+        let lower = self.word.to_lowercase();
+        let digits = lower[lower.find("custom")?..].trim_start_matches(|c: char| !c.is_numeric());
+        let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+        digits[..end].parse().ok()
+    }
+
+    fn advice(&self) -> Option<&'static str> {
+        let lower = self.word.to_lowercase();
+        match self.stage {
+            Stage::Pool if lower.contains("priority is too low") => {
+                Some("another extrinsic of this hotkey is still in the pool: wait a minute")
+            }
+            Stage::Pool if lower.contains("outdated") || lower.contains("stale") => {
+                Some("its number was used already: another program signs with this hotkey")
+            }
+            Stage::Pool if lower.contains("inability to pay") => {
+                Some("the account cannot pay the fee")
+            }
+            Stage::Pool => {
+                let code = self.custom_code()?;
+                CUSTOM.iter().find(|(known, _)| *known == code).map(|(_, advice)| *advice)
+            }
+            Stage::Dispatch => {
+                let known = DISPATCH.iter().find(|(name, _)| self.word.ends_with(name));
+                known.map(|(_, advice)| *advice)
+            }
+            Stage::Lost => Some("it will be tried again"),
+        }
+    }
+
+    /// Whether the same extrinsic may succeed later without anybody doing anything.
+    pub fn is_passing(&self) -> bool {
+        let lower = self.word.to_lowercase();
+        match self.stage {
+            Stage::Pool => {
+                ["priority is too low", "outdated", "stale"].iter().any(|w| lower.contains(w))
+                    || matches!(self.custom_code(), Some(6 | 12))
+            }
+            Stage::Dispatch => self.word.ends_with("ServingRateLimitExceeded"),
+            Stage::Lost => true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_say_what_to_do_however_the_node_words_them() {
+        for (text, want, is_passing) in [
+            ("Invalid Transaction (1010): Custom error: 10", "btcli subnets register", false),
+            ("{\"invalid\":{\"custom\":11}} (1010)", "--axon.external_ip", false),
+            ("Custom error: 12", "wait about 50 blocks", true),
+            ("Priority is too low: (1 vs 2)", "still in the pool", true),
+            ("Transaction is outdated", "used already", true),
+            ("Custom error: 77", "Custom error: 77", false),
+            ("something else", "something else", false),
+        ] {
+            let refusal = Refusal::of_pool(text);
+            assert!(refusal.to_string().contains(want), "{refusal}");
+            assert_eq!(refusal.is_passing(), is_passing, "{text}");
+        }
+        let word = "SubtensorModule::ServingRateLimitExceeded".to_owned();
+        let failed = Refusal { stage: Stage::Dispatch, word };
+        assert!(failed.to_string().contains("wait about 50 blocks"));
+        assert!(failed.is_passing());
+        assert_eq!(Refusal::of_pool("custom").custom_code(), None);
+        assert_eq!(Refusal::of_pool("custom 99999999999").custom_code(), None);
+    }
+}

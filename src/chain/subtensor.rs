@@ -1,0 +1,420 @@
+//! The chain itself, over WebSocket RPC: what is read is decoded by field name with the metadata of
+//! the runtime that answers, so that runtime upgrades pass unnoticed.
+//!
+//! A connection that breaks or stalls is replaced by one to the next endpoint. The metagraph comes
+//! from one runtime call; where a runtime lacks it, from storage ([`fallback`]).
+
+mod fallback;
+
+use super::error::{ChainError, Refusal, Stage};
+use super::keys::{Hotkey, Keypair};
+use super::metagraph::{Axon, Hyperparameters, Metagraph, Neuron, Rao, share};
+use super::network::Endpoints;
+use super::{Chain, Head};
+use scale_decode::DecodeAsType;
+use std::fmt::Display;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use subxt::backend::LegacyBackend;
+use subxt::client::OnlineClientAtBlock;
+use subxt::config::SubstrateConfig;
+use subxt::dynamic;
+use subxt::error::{BackendError, RpcError, RuntimeApiError};
+use subxt::ext::scale_value::scale::decode_as_type;
+use subxt::tx::Signer;
+use subxt::utils::{AccountId32, MultiSignature};
+use subxt::{OnlineClient, rpcs};
+use tokio::sync::Mutex;
+
+/// How long an extrinsic may take to be final: some ten block times.
+const FINAL_TIMEOUT: Duration = Duration::from_secs(180);
+/// Waits between two tries of following the chain.
+const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+type At = OnlineClientAtBlock<SubstrateConfig>;
+
+/// A chain behind one or more endpoints.
+pub struct Subtensor {
+    endpoints: Endpoints,
+    preferred: AtomicUsize,
+    connection: Mutex<Option<Connection>>,
+}
+
+#[derive(Clone)]
+struct Connection {
+    url: Arc<str>,
+    place: usize,
+    client: OnlineClient<SubstrateConfig>,
+}
+
+impl Connection {
+    fn broken(&self, why: impl Display) -> ChainError {
+        ChainError::Broken { endpoint: self.url.to_string(), why: why.to_string() }
+    }
+}
+
+/// The hotkey as subxt wants it.
+struct Signing<'a>(&'a Keypair);
+
+impl Signer<SubstrateConfig> for Signing<'_> {
+    fn account_id(&self) -> AccountId32 {
+        AccountId32(self.0.hotkey().0)
+    }
+
+    fn sign(&self, payload: &[u8]) -> MultiSignature {
+        MultiSignature::Sr25519(self.0.sign(payload))
+    }
+}
+
+impl Subtensor {
+    /// Behind these endpoints; nothing is connected yet.
+    pub fn new(endpoints: Endpoints) -> Self {
+        // Fails only where a provider is installed already, which serves as well.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        Self { endpoints, preferred: AtomicUsize::new(0), connection: Mutex::new(None) }
+    }
+
+    /// The open connection, or a new one to the first endpoint that answers.
+    async fn connection(&self) -> Result<Connection, ChainError> {
+        let mut open = self.connection.lock().await;
+        if let Some(connection) = &*open {
+            return Ok(connection.clone());
+        }
+        let (urls, start) = (&self.endpoints.urls, self.preferred.load(Ordering::SeqCst));
+        let mut faults = Vec::new();
+        for place in (0..urls.len()).map(|i| (start + i) % urls.len()) {
+            let connecting = self.connect(place);
+            match tokio::time::timeout(self.endpoints.timeout, connecting).await {
+                Ok(Ok(connection)) => {
+                    tracing::info!(endpoint = %connection.url, "connected to the chain");
+                    self.preferred.store(place, Ordering::SeqCst);
+                    *open = Some(connection.clone());
+                    return Ok(connection);
+                }
+                Ok(Err(e @ ChainError::WrongChain { .. })) => return Err(e),
+                Ok(Err(e)) => faults.push(e.to_string()),
+                Err(_) => faults.push(format!("{} does not answer", urls[place])),
+            }
+        }
+        Err(ChainError::Unreachable(faults.join("; ")))
+    }
+
+    async fn connect(&self, place: usize) -> Result<Connection, ChainError> {
+        let url = &self.endpoints.urls[place];
+        let broken = |why: String| ChainError::Broken { endpoint: url.clone(), why };
+        let rpc = rpcs::RpcClient::from_insecure_url(url).await;
+        let rpc = rpc.map_err(|e| broken(e.to_string()))?;
+        // The default backend hides why an extrinsic was refused; this one tells.
+        let backend = LegacyBackend::<SubstrateConfig>::builder().build(rpc);
+        let client = OnlineClient::<SubstrateConfig>::from_backend(Arc::new(backend)).await;
+        let client = client.map_err(|e| broken(e.to_string()))?;
+        let genesis = client.genesis_hash().0;
+        if let Some(expected) = self.endpoints.genesis.filter(|g| *g != genesis) {
+            return Err(ChainError::WrongChain {
+                endpoint: url.clone(),
+                got: format!("0x{}", hex::encode(genesis)),
+                expected: format!("0x{}", hex::encode(expected)),
+            });
+        }
+        Ok(Connection { url: url.as_str().into(), place, client })
+    }
+
+    /// Gives a connection up; the next one is tried at the next endpoint.
+    async fn give_up(&self, connection: &Connection) {
+        let mut open = self.connection.lock().await;
+        // Somebody else may have replaced it already.
+        if open.as_ref().is_some_and(|o| Arc::ptr_eq(&o.url, &connection.url)) {
+            *open = None;
+            let next = (connection.place + 1) % self.endpoints.urls.len();
+            self.preferred.store(next, Ordering::SeqCst);
+        }
+    }
+
+    /// Asks, at another endpoint if need be. `what` must be safe to ask twice.
+    async fn ask<T, F>(&self, what: impl Fn(Connection) -> F) -> Result<T, ChainError>
+    where
+        F: Future<Output = Result<T, ChainError>>,
+    {
+        let mut last = None;
+        for _ in 0..=self.endpoints.urls.len() {
+            let connection = self.connection().await?;
+            let asked = tokio::time::timeout(self.endpoints.timeout, what(connection.clone()));
+            let answer = asked.await.unwrap_or_else(|_| {
+                let seconds = self.endpoints.timeout.as_secs();
+                Err(connection.broken(format!("no answer within {seconds} s")))
+            });
+            match answer {
+                Err(e) if e.is_passing() => {
+                    tracing::warn!("{e}");
+                    self.give_up(&connection).await;
+                    last = Some(e);
+                }
+                other => return other,
+            }
+        }
+        Err(last.unwrap_or_else(|| ChainError::Unreachable("no endpoint".into())))
+    }
+
+    /// One connection's blocks, until it breaks, stalls or ends.
+    async fn follow_one(
+        &self,
+        connection: &Connection,
+        on_head: &(dyn Fn(Head) + Sync),
+    ) -> Result<(), ChainError> {
+        let opening = connection.client.stream_best_blocks();
+        let opened = tokio::time::timeout(self.endpoints.timeout, opening).await;
+        let mut blocks = opened
+            .map_err(|_| connection.broken("blocks cannot be subscribed to in time"))?
+            .map_err(|e| connection.broken(e))?;
+        loop {
+            match tokio::time::timeout(self.endpoints.stall, blocks.next()).await {
+                Ok(Some(Ok(block))) => on_head(Head { block: block.number() }),
+                Ok(Some(Err(e))) => return Err(connection.broken(e)),
+                Ok(None) => return Err(connection.broken("the subscription has ended")),
+                Err(_) => {
+                    let seconds = self.endpoints.stall.as_secs();
+                    return Err(connection.broken(format!("no new block for {seconds} s")));
+                }
+            }
+        }
+    }
+}
+
+impl Chain for Subtensor {
+    async fn metagraph(&self, netuid: u16) -> Result<Metagraph, ChainError> {
+        self.ask(|connection| async move {
+            let at = current(&connection).await?;
+            let call = dynamic::runtime_api_call::<_, Option<RawMetagraph>>(
+                "SubnetInfoRuntimeApi",
+                "get_metagraph",
+                (netuid,),
+            );
+            match at.runtime_apis().call(call).await {
+                Ok(raw) => raw.ok_or(ChainError::NoSubnet(netuid))?.read(netuid, &at),
+                Err(e) if is_missing(&e) => {
+                    tracing::warn!("the metagraph is read from storage: {e}");
+                    fallback::metagraph(&connection, &at, netuid).await
+                }
+                Err(e) => Err(connection.broken(e)),
+            }
+        })
+        .await
+    }
+
+    async fn serve_axon(
+        &self,
+        signer: &Keypair,
+        netuid: u16,
+        axon: &Axon,
+        show: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<(), ChainError> {
+        // Asked once: what was sent may have arrived although the connection broke.
+        let connection = self.connection().await?;
+        let sending = serve(&connection, signer, netuid, axon, show);
+        let sent = tokio::time::timeout(FINAL_TIMEOUT, sending).await;
+        let sent = sent.unwrap_or_else(|_| {
+            let word = format!("not final within {} s", FINAL_TIMEOUT.as_secs());
+            Err(Refusal { stage: Stage::Lost, word }.into())
+        });
+        if sent.as_ref().is_err_and(ChainError::is_passing) {
+            self.give_up(&connection).await;
+        }
+        sent
+    }
+
+    async fn follow(&self, on_head: &(dyn Fn(Head) + Sync)) -> Result<(), ChainError> {
+        let mut wait = BACK_OFF.0;
+        loop {
+            let outcome = match self.connection().await {
+                Ok(connection) => {
+                    let has_begun = std::sync::atomic::AtomicBool::new(false);
+                    let note = |head| {
+                        has_begun.store(true, Ordering::Relaxed);
+                        on_head(head);
+                    };
+                    let outcome = self.follow_one(&connection, &note).await;
+                    if has_begun.into_inner() {
+                        wait = BACK_OFF.0;
+                    }
+                    self.give_up(&connection).await;
+                    outcome
+                }
+                Err(e) => Err(e),
+            };
+            if let Err(e) = outcome {
+                if !e.is_passing() {
+                    return Err(e);
+                }
+                tracing::warn!(seconds = wait.as_secs(), "{e}; following again");
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(BACK_OFF.1);
+        }
+    }
+}
+
+/// The newest final block, with the metadata of its runtime.
+async fn current(connection: &Connection) -> Result<At, ChainError> {
+    connection.client.at_current_block().await.map_err(|e| connection.broken(e))
+}
+
+/// Whether a runtime lacks a call, or answers something else than it used to.
+fn is_missing(error: &RuntimeApiError) -> bool {
+    match error {
+        RuntimeApiError::CannotCallApi(BackendError::Rpc(RpcError::ClientError(e))) => {
+            matches!(e, rpcs::Error::User(_))
+        }
+        RuntimeApiError::CannotCallApi(_) => false,
+        _ => true,
+    }
+}
+
+async fn serve(
+    connection: &Connection,
+    signer: &Keypair,
+    netuid: u16,
+    axon: &Axon,
+    show: &(dyn Fn(&str) -> bool + Sync),
+) -> Result<(), ChainError> {
+    let at = current(connection).await?;
+    let spec = at.spec_version();
+    let (ip, ip_type) = axon.chain_ip();
+    let (version, port, protocol) = (axon.version, axon.address.port(), axon.protocol);
+    let placeholders = (0_u8, 0_u8);
+    let fields =
+        (netuid, version, ip, port, ip_type, protocol, placeholders.0, placeholders.1);
+    let call = dynamic::tx("SubtensorModule", "serve_axon", fields);
+    let unreadable = |why: String| ChainError::Runtime { spec, why };
+    let data = at.tx().call_data(&call).map_err(|e| unreadable(e.to_string()))?;
+    let words = describe(&at, &data).map_err(unreadable)?;
+    if !show(&words) {
+        return Ok(());
+    }
+    let sent = at.tx().sign_and_submit_then_watch_default(&call, &Signing(signer)).await;
+    let progress = sent.map_err(|e| refusal(connection, &e))?;
+    let done = progress.wait_for_finalized_success().await;
+    done.map(drop).map_err(|e| failure(connection, &e))
+}
+
+/// A call's bytes in words, by the metadata that will read them.
+fn describe(at: &At, data: &[u8]) -> Result<String, String> {
+    let metadata = at.metadata_ref();
+    let kind = metadata.outer_enums().call_enum_ty();
+    let value = decode_as_type(&mut &*data, kind, metadata.types()).map_err(|e| e.to_string())?;
+    Ok(value.to_string())
+}
+
+fn refusal(connection: &Connection, error: &subxt::error::ExtrinsicError) -> ChainError {
+    use subxt::error::ExtrinsicError as E;
+    let backend = match error {
+        E::ErrorSubmittingTransaction(e) | E::TransactionStatusStreamError(e) => Some(e),
+        _ => None,
+    };
+    match backend {
+        Some(BackendError::Rpc(RpcError::ClientError(rpcs::Error::User(e)))) => {
+            let data = e.data.as_ref().map(|d| format!(": {}", d.get())).unwrap_or_default();
+            Refusal::of_pool(&format!("{}{data} ({})", e.message, e.code)).into()
+        }
+        Some(e) => connection.broken(e),
+        None => Refusal::of_pool(&error.to_string()).into(),
+    }
+}
+
+fn failure(
+    connection: &Connection,
+    error: &subxt::error::TransactionFinalizedSuccessError,
+) -> ChainError {
+    use subxt::error::{
+        DispatchError, TransactionEventsError, TransactionFinalizedSuccessError as E,
+        TransactionProgressError,
+    };
+    match error {
+        E::SuccessError(TransactionEventsError::ExtrinsicFailed(e)) => {
+            let word = match e {
+                DispatchError::Module(module) => module.details_string(),
+                other => other.to_string(),
+            };
+            Refusal { stage: Stage::Dispatch, word }.into()
+        }
+        E::FinalizationError(TransactionProgressError::TransactionStatusError(e)) => {
+            Refusal { stage: Stage::Lost, word: e.to_string() }.into()
+        }
+        other => connection.broken(other),
+    }
+}
+
+#[derive(DecodeAsType)]
+struct RawAxon {
+    version: u32,
+    ip: u128,
+    port: u16,
+    ip_type: u8,
+    protocol: u8,
+}
+
+impl RawAxon {
+    fn read(&self) -> Option<Axon> {
+        Axon::from_chain(self.ip, self.port, self.ip_type, self.version, self.protocol)
+    }
+}
+
+/// The fields that are used; others may come and go.
+#[derive(DecodeAsType)]
+struct RawMetagraph {
+    block: u64,
+    tempo: u16,
+    min_allowed_weights: u16,
+    max_weights_limit: u16,
+    weights_version: u64,
+    weights_rate_limit: u64,
+    commit_reveal_weights_enabled: bool,
+    hotkeys: Vec<AccountId32>,
+    coldkeys: Vec<AccountId32>,
+    axons: Vec<RawAxon>,
+    validator_permit: Vec<bool>,
+    last_update: Vec<u64>,
+    incentives: Vec<u16>,
+    consensus: Vec<u16>,
+    emission: Vec<u64>,
+    total_stake: Vec<u64>,
+}
+
+impl RawMetagraph {
+    fn read(self, netuid: u16, at: &At) -> Result<Metagraph, ChainError> {
+        let count = self.hotkeys.len();
+        let lengths = [
+            self.coldkeys.len(),
+            self.axons.len(),
+            self.validator_permit.len(),
+            self.total_stake.len(),
+        ];
+        if lengths.iter().any(|l| *l != count) {
+            let why = format!("{count} hotkeys come with lists of {lengths:?}");
+            return Err(ChainError::Runtime { spec: at.spec_version(), why });
+        }
+        let neuron = |i: usize| Neuron {
+            uid: i as u16,
+            hotkey: Hotkey(self.hotkeys[i].0),
+            coldkey: Hotkey(self.coldkeys[i].0),
+            stake: Rao(self.total_stake[i]),
+            permit: self.validator_permit[i],
+            axon: self.axons[i].read(),
+            incentive: self.incentives.get(i).copied().map_or(0.0, share),
+            consensus: self.consensus.get(i).copied().map_or(0.0, share),
+            emission: Rao(self.emission.get(i).copied().unwrap_or(0)),
+            last_update: self.last_update.get(i).copied().unwrap_or(0),
+        };
+        let neurons = (0..count).map(neuron).collect();
+        let hyperparameters = Hyperparameters {
+            tempo: self.tempo,
+            min_allowed_weights: self.min_allowed_weights,
+            max_weights_limit: self.max_weights_limit,
+            weights_version: self.weights_version,
+            weights_rate_limit: self.weights_rate_limit,
+            commit_reveal: self.commit_reveal_weights_enabled,
+        };
+        Ok(Metagraph::new(netuid, self.block, hyperparameters, neurons))
+    }
+}

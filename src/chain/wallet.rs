@@ -1,0 +1,211 @@
+//! Bittensor wallets on disk: `PATH/NAME/hotkeys/HOTKEY` and `PATH/NAME/coldkeypub.txt`.
+//!
+//! A miner or validator signs with its hotkey only; the coldkey's secret is never read.
+
+use super::keyfile;
+use super::keys::{Hotkey, Keypair};
+use secrecy::SecretString;
+use std::fs::{self, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Bytes of a key file: real ones have under a thousand.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// Where a wallet is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Wallet {
+    directory: PathBuf,
+    hotkey: String,
+}
+
+/// Why a wallet cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{} {what}", path.display())]
+pub struct WalletError {
+    /// The file.
+    pub path: PathBuf,
+    /// Rule and fact.
+    pub what: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+fn error(path: &Path, what: impl Into<String>) -> WalletError {
+    WalletError { path: path.into(), what: what.into(), hint: None }
+}
+
+impl Wallet {
+    /// The wallet `name` below `path`, with its hotkey `hotkey`.
+    ///
+    /// # Errors
+    /// When a name is no file name.
+    pub fn new(path: &Path, name: &str, hotkey: &str) -> Result<Self, WalletError> {
+        for (what, word) in [("wallet", name), ("hotkey", hotkey)] {
+            if word.is_empty() || word.starts_with('.') || word.contains(['/', '\0']) {
+                let what = format!("has no {what} of that name: {word:?} is no file name");
+                return Err(error(path, what));
+            }
+        }
+        Ok(Self { directory: path.join(name), hotkey: hotkey.into() })
+    }
+
+    /// The file with the hotkey's secrets.
+    pub fn hotkey_file(&self) -> PathBuf {
+        self.directory.join("hotkeys").join(&self.hotkey)
+    }
+
+    /// The file with the hotkey's public part.
+    fn hotkey_public_file(&self) -> PathBuf {
+        self.directory.join("hotkeys").join(format!("{}pub.txt", self.hotkey))
+    }
+
+    /// The file with the coldkey's public part.
+    pub fn coldkey_file(&self) -> PathBuf {
+        self.directory.join("coldkeypub.txt")
+    }
+
+    /// The coldkey's public part.
+    ///
+    /// # Errors
+    /// When the file is missing or wrong.
+    pub fn coldkey(&self) -> Result<Hotkey, WalletError> {
+        let path = self.coldkey_file();
+        keyfile::public_key(&read(&path)?).map_err(|what| error(&path, what))
+    }
+
+    /// The hotkey. Where its file is encrypted, the password is that of its `BT_PW_` variable, else
+    /// what `ask` gives.
+    ///
+    /// # Errors
+    /// When the file is missing, open to others, or wrong.
+    pub fn keypair(
+        &self,
+        ask: impl FnOnce(&Path) -> Result<SecretString, String>,
+    ) -> Result<Keypair, WalletError> {
+        let path = self.hotkey_file();
+        let wrong = |what: String| error(&path, what);
+        let bytes = read(&path)?;
+        check_permissions(&path)?;
+        if !keyfile::is_encrypted(&bytes).map_err(wrong)? {
+            return keyfile::keypair(&bytes).map_err(wrong);
+        }
+        let variable = keyfile::password_variable(&path);
+        let password = match std::env::var(&variable) {
+            Ok(value) => keyfile::password_of(&variable, &value),
+            Err(_) => ask(&path),
+        };
+        let json = keyfile::decrypt(&bytes, &password.map_err(wrong)?).map_err(wrong)?;
+        keyfile::keypair(&json).map_err(wrong)
+    }
+
+    /// Makes a hotkey and writes its files, readable by their owner only.
+    ///
+    /// # Errors
+    /// When one of them exists or cannot be written.
+    pub fn create_hotkey(&self) -> Result<Keypair, WalletError> {
+        let path = self.hotkey_file();
+        let directory = self.directory.join("hotkeys");
+        let failed = |path: &Path, e: std::io::Error| match e.kind() {
+            ErrorKind::AlreadyExists => WalletError {
+                hint: Some("choose another name, or move the file away yourself".into()),
+                ..error(path, "exists, and keys are never overwritten")
+            },
+            _ => error(path, format!("cannot be written: {e}")),
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)
+            .map_err(|e| failed(&directory, e))?;
+        let (pair, json, public) = keyfile::generate().map_err(|what| error(&path, what))?;
+        write_new(&path, &json).map_err(|e| failed(&path, e))?;
+        let public_path = self.hotkey_public_file();
+        write_new(&public_path, &public).map_err(|e| failed(&public_path, e))?;
+        Ok(pair)
+    }
+}
+
+fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn read(path: &Path) -> Result<zeroize::Zeroizing<Vec<u8>>, WalletError> {
+    let meta = fs::metadata(path).map_err(|e| WalletError {
+        hint: Some("--wallet.path, --wallet.name and --wallet.hotkey say where to look".into()),
+        ..error(path, format!("cannot be read: {e}"))
+    })?;
+    if !meta.is_file() || meta.len() > FILE_BYTES_MAX {
+        let what = format!("is not a key file of at most {FILE_BYTES_MAX} bytes");
+        return Err(error(path, what));
+    }
+    let bytes = fs::read(path).map_err(|e| error(path, format!("cannot be read: {e}")))?;
+    Ok(zeroize::Zeroizing::new(bytes))
+}
+
+/// Secrets must be their owner's alone.
+fn check_permissions(path: &Path) -> Result<(), WalletError> {
+    let meta = fs::metadata(path).map_err(|e| error(path, format!("cannot be read: {e}")))?;
+    let mode = meta.permissions().mode() & 0o777;
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    let what = format!("must be readable by its owner only (0600), its mode is 0{mode:o}");
+    let hint = Some(format!("chmod 600 {}", path.display()));
+    Err(WalletError { hint, ..error(path, what) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn never(_: &Path) -> Result<SecretString, String> {
+        Err("no password was expected".into())
+    }
+
+    #[test]
+    fn a_new_hotkey_is_private_and_never_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(root.path(), "w", "h").unwrap();
+        let made = wallet.create_hotkey().unwrap();
+        assert_eq!(wallet.keypair(never).unwrap().hotkey(), made.hotkey());
+        let mode = fs::metadata(wallet.hotkey_file()).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600);
+        let before = fs::read(wallet.hotkey_file()).unwrap();
+        let error = wallet.create_hotkey().unwrap_err();
+        assert!(error.to_string().contains("never overwritten"), "{error}");
+        assert_eq!(fs::read(wallet.hotkey_file()).unwrap(), before);
+    }
+
+    #[test]
+    fn faults_name_the_file_and_the_rule() {
+        let root = tempfile::tempdir().unwrap();
+        for (name, hotkey) in [("", "h"), ("..", "h"), ("a/b", "h"), ("w", "../k")] {
+            let error = Wallet::new(root.path(), name, hotkey).unwrap_err();
+            assert!(error.to_string().contains("no file name"), "{error}");
+        }
+        let wallet = Wallet::new(root.path(), "w", "h").unwrap();
+        let missing = wallet.keypair(never).unwrap_err();
+        assert!(missing.to_string().contains("w/hotkeys/h cannot be read"), "{missing}");
+        wallet.create_hotkey().unwrap();
+        let open = fs::Permissions::from_mode(0o644);
+        fs::set_permissions(wallet.hotkey_file(), open).unwrap();
+        let error = wallet.keypair(never).unwrap_err();
+        assert!(error.to_string().contains("its mode is 0644"), "{error}");
+        assert!(error.hint.unwrap().starts_with("chmod 600 "));
+    }
+
+    #[test]
+    fn an_encrypted_hotkey_asks_for_its_password() {
+        let vector = &crate::chain::tests::vectors("wallet_vectors.json")["encrypted_coldkey"];
+        let root = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(root.path(), "w", "h").unwrap();
+        fs::create_dir_all(root.path().join("w/hotkeys")).unwrap();
+        let bytes = hex::decode(vector["file_hex"].as_str().unwrap()).unwrap();
+        write_new(&wallet.hotkey_file(), &bytes).unwrap();
+        assert!(wallet.keypair(never).unwrap_err().to_string().contains("no password"));
+    }
+}

@@ -1,0 +1,252 @@
+//! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
+
+use super::subnet_args::{ChainArgs, WalletArgs};
+use super::{Failure, runtime};
+use crate::chain::Chain;
+use crate::chain::keys::Hotkey;
+use crate::chain::subtensor::Subtensor;
+use crate::clock::Clock;
+use crate::proof::codec::to_hex;
+use crate::validator::query::{Arrival, QueryError, Target};
+use clap::Args;
+use serde_json::{Value, json};
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Arguments of `query`.
+#[derive(Args)]
+pub(super) struct QueryArgs {
+    /// The miner's number on the subnet; its address comes from the chain.
+    #[arg(long, required_unless_present = "address")]
+    uid: Option<u16>,
+    /// The miner's address, `ip:port` or a URL.
+    #[arg(long, conflicts_with = "uid")]
+    address: Option<String>,
+    /// The hotkey behind --address: who the request is signed for, and who must have signed proofs.
+    #[arg(long, requires = "address")]
+    hotkey: Option<Hotkey>,
+    /// Which model; where absent, the first that the miner lists.
+    #[arg(long)]
+    model: Option<String>,
+    /// What is asked.
+    prompt: Option<String>,
+    /// A whole request body in place of a prompt: a JSON file.
+    #[arg(long, conflicts_with = "prompt")]
+    body: Option<PathBuf>,
+    /// Ask the completions endpoint; chat where absent.
+    #[arg(long)]
+    completion: bool,
+    /// Most tokens of the answer.
+    #[arg(long, default_value_t = 64)]
+    max_tokens: u32,
+    /// Temperature.
+    #[arg(long, default_value_t = 0.7)]
+    temperature: f32,
+    /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none.
+    #[arg(long, default_value = "residue-v1")]
+    proof: String,
+    /// Append request and answer to this file, for `verify`.
+    #[arg(long)]
+    save: Option<PathBuf>,
+    /// Seconds that may pass between two reads.
+    #[arg(long, default_value_t = 60)]
+    read_timeout: u64,
+    /// A key of the open API; signed requests need none.
+    #[arg(long, env = "TARGON_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    #[command(flatten)]
+    wallet: WalletArgs,
+    #[command(flatten)]
+    chain: ChainArgs,
+}
+
+pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
+    let signer = match args.wallet.is_named() || args.uid.is_some() {
+        true => Some(Arc::new(args.wallet.keypair()?)),
+        false => None,
+    };
+    runtime()?.block_on(async {
+        let (url, hotkey) = find(args).await?;
+        let read_timeout = Duration::from_secs(args.read_timeout);
+        let api_key = args.api_key.clone();
+        ask(args, Target { url, hotkey, signer, api_key, read_timeout }).await
+    })
+}
+
+/// Where the miner listens, and who it is.
+async fn find(args: &QueryArgs) -> Result<(String, Option<Hotkey>), Failure> {
+    if let Some(address) = &args.address {
+        let is_url = address.starts_with("http://") || address.starts_with("https://");
+        let url = if is_url { address.clone() } else { format!("http://{address}") };
+        return Ok((url, args.hotkey));
+    }
+    let (netuid, uid) = (args.chain.netuid(), args.uid.unwrap_or_default());
+    let chain = Subtensor::new(args.chain.endpoints()?);
+    let metagraph = chain.metagraph(netuid).await.map_err(Failure::user)?;
+    let neuron = metagraph
+        .uid(uid)
+        .ok_or_else(|| Failure::user(format!("subnet {netuid} has no uid {uid}")))?;
+    let axon = neuron.axon.ok_or_else(|| {
+        Failure::user(format!("uid {uid} ({}) has announced no address", neuron.hotkey))
+    })?;
+    tracing::info!(uid, hotkey = %neuron.hotkey, axon = %axon.address, "found on chain");
+    Ok((format!("http://{}", axon.address), Some(neuron.hotkey)))
+}
+
+async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
+    let clock = Clock::system();
+    let body = body(args, &target, &clock).await?;
+    let is_chat = body.get("messages").is_some();
+    let path = if is_chat { "/v1/chat/completions" } else { "/v1/completions" };
+    println!("{:>8} {:>9} {:>10} {:>8} {:>12}  text", "ms", "token id", "log-prob", "chunk", "powv");
+    let arrivals = target.stream(path, &body, &clock, print).await.map_err(query_failure)?;
+    summarize(&arrivals);
+    if let Some(path) = &args.save {
+        save(path, &target, &body, &arrivals)?;
+    }
+    let error = arrivals.iter().find_map(|a| a.chunk["error"]["message"].as_str());
+    match error {
+        Some(message) => Err(Failure::user(format!("{}: {message}", target.url))),
+        None => Ok(()),
+    }
+}
+
+fn query_failure(e: QueryError) -> Failure {
+    let hint = match &e {
+        QueryError::Status { body, .. } if body.contains("Epistula version") => {
+            Some("this is a signed listener: name a wallet by --wallet.name and --wallet.hotkey")
+        }
+        QueryError::Status { body, .. } if body.contains("not intended for self") => {
+            Some("name the miner's own hotkey by --hotkey, or ask by --uid")
+        }
+        _ => None,
+    };
+    Failure::user(e).with_hint(hint)
+}
+
+/// The request: a file's, or one made of the flags.
+async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value, Failure> {
+    if let Some(path) = &args.body {
+        let place = path.display();
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Failure::user(format!("--body {place} cannot be read: {e}")))?;
+        let mut body: Value = serde_json::from_str(&text)
+            .map_err(|e| Failure::user(format!("--body {place} is not JSON: {e}")))?;
+        let Some(fields) = body.as_object_mut() else {
+            return Err(Failure::user(format!("--body {place} must hold a JSON object")));
+        };
+        fields.insert("stream".into(), true.into());
+        return Ok(body);
+    }
+    let prompt = args.prompt.as_deref().ok_or_else(|| Failure::user("a prompt is missing"))?;
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => first_model(target, clock).await?,
+    };
+    let mut body = json!({
+        "model": model, "max_tokens": args.max_tokens, "temperature": args.temperature,
+        "seed": i64::from(uuid::Uuid::new_v4().as_u128() as u32), "stream": true,
+        "logprobs": true, "logprobs_mode": "scaled",
+    });
+    match args.completion {
+        true => body["prompt"] = prompt.into(),
+        false => body["messages"] = json!([{"role": "user", "content": prompt}]),
+    }
+    if args.proof != "none" {
+        let nonce: [[u8; 16]; 2] = std::array::from_fn(|_| *uuid::Uuid::new_v4().as_bytes());
+        body["proof"] = json!({"scheme": args.proof, "nonce": to_hex(&nonce.concat())});
+    }
+    Ok(body)
+}
+
+async fn first_model(target: &Target, clock: &Clock) -> Result<String, Failure> {
+    let hint = Some("name one by --model");
+    if target.signer.is_none() {
+        return Err(Failure::user("--model is missing").with_hint(hint));
+    }
+    let models = target.models(clock).await.map_err(query_failure)?;
+    let first = models.into_iter().next();
+    first.ok_or_else(|| Failure::user("the miner lists no model").with_hint(hint))
+}
+
+/// One line for each token.
+fn print(arrival: &Arrival) {
+    let choice = &arrival.chunk["choices"][0];
+    let entry = match choice["logprobs"]["content"].as_array() {
+        Some(content) => content.first().map(|e| (e["token"].clone(), e["logprob"].clone())),
+        None => {
+            let lists = &choice["logprobs"];
+            lists["tokens"].get(0).map(|t| (t.clone(), lists["token_logprobs"][0].clone()))
+        }
+    };
+    let Some((_, logprob)) = entry else { return };
+    let text = choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str());
+    let or_dash = |value: &Value| if value.is_null() { "-".into() } else { value.to_string() };
+    let logprob = logprob.as_f64().map_or("-".into(), |l| format!("{l:.4}"));
+    println!(
+        "{:>8} {:>9} {:>10} {:>8} {:>12}  {:?}",
+        arrival.at.as_millis(),
+        or_dash(&choice["token_ids"][0]),
+        logprob,
+        or_dash(&choice["proof"]["index"]),
+        or_dash(&choice["powv"]),
+        text.unwrap_or_default(),
+    );
+}
+
+fn summarize(arrivals: &[Arrival]) {
+    let tokens = arrivals.iter().filter(|a| a.chunk["choices"][0]["token_ids"].is_array()).count();
+    let text = |a: &Arrival| {
+        let choice = &a.chunk["choices"][0];
+        let text = choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str());
+        text.unwrap_or_default().to_owned()
+    };
+    let first = arrivals.iter().find(|a| !text(a).is_empty()).map(|a| a.at);
+    let end = arrivals.last().map(|a| a.at).unwrap_or_default();
+    println!("\n{}\n", arrivals.iter().map(text).collect::<String>());
+    let seconds = end.as_secs_f64();
+    let chunks = arrivals.iter().filter(|a| !a.chunk["choices"][0]["proof"].is_null()).count();
+    let proof_end = arrivals.iter().find_map(|a| {
+        let end = &a.chunk["choices"][0]["proof_end"];
+        end["scheme"].as_str().map(|s| (s.to_owned(), end["hotkey"].as_str().map(str::to_owned)))
+    });
+    println!(
+        "{tokens} tokens in {seconds:.3} s: {:.1} tokens/s, first text after {:.3} s",
+        tokens as f64 / seconds.max(1e-9),
+        first.unwrap_or(end).as_secs_f64(),
+    );
+    match proof_end {
+        Some((scheme, Some(hotkey))) => {
+            println!("{chunks} proof chunks of {scheme}, signed by {hotkey}");
+        }
+        Some((scheme, None)) => println!("{chunks} proof chunks of {scheme}, unsigned"),
+        None => println!("no proof"),
+    }
+}
+
+/// One more line of a capture file.
+fn save(
+    path: &std::path::Path,
+    target: &Target,
+    body: &Value,
+    arrivals: &[Arrival],
+) -> Result<(), Failure> {
+    let chunks: Vec<&Value> = arrivals.iter().map(|a| &a.chunk).collect();
+    let times: Vec<u128> = arrivals.iter().map(|a| a.at.as_millis()).collect();
+    let mut line = json!({"request": body, "chunks": chunks, "at_ms": times});
+    if let Some(hotkey) = target.hotkey {
+        line["hotkey"] = hotkey.to_string().into();
+    }
+    let place = path.display();
+    let mut file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(|e| Failure::user(format!("--save {place} cannot be opened: {e}")))?;
+    writeln!(file, "{line}").map_err(|e| Failure::user(format!("--save {place}: {e}")))?;
+    tracing::info!(file = %place, "saved for `verify`");
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! `status`: how a running miner stands on its subnet.
+
+use super::{Failure, runtime};
+use clap::Args;
+use comfy_table::{Table, presets};
+use serde_json::Value;
+use std::time::Duration;
+
+/// How long the miner may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Arguments of `status`.
+#[derive(Args)]
+pub(super) struct StatusArgs {
+    /// The open listener of the miner.
+    #[arg(long, env = "TARGON_URL", default_value = "http://127.0.0.1:8000")]
+    url: String,
+    /// A key that opens it, where it has keys.
+    #[arg(long, env = "TARGON_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
+    let status = runtime()?.block_on(ask(args))?;
+    if args.json {
+        println!("{status}");
+    } else {
+        print(&status);
+    }
+    Ok(())
+}
+
+async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
+    // Fails only where a provider is installed already, which serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(Failure::ours)?;
+    let url = format!("{}/targon/status", args.url.trim_end_matches('/'));
+    let mut request = client.get(&url);
+    if let Some(key) = &args.api_key {
+        request = request.bearer_auth(key);
+    }
+    let response = request.send().await.map_err(|e| {
+        let hint = Some("is `targon-engine serve` running, and is --url its open listener?");
+        Failure::user(format!("{url} does not answer: {e}")).with_hint(hint)
+    })?;
+    let status = response.status();
+    let body: Value = response.json().await.map_err(|e| {
+        Failure::user(format!("{url} answered {status}, which is no status of a miner: {e}"))
+    })?;
+    match body["error"]["message"].as_str() {
+        Some(message) => Err(Failure::user(format!("{url}: {message}"))),
+        None => Ok(body),
+    }
+}
+
+fn print(status: &Value) {
+    for (label, key) in [
+        ("hotkey", "hotkey"),
+        ("subnet", "netuid"),
+        ("uid", "uid"),
+        ("stake, TAO", "stake_tao"),
+        ("incentive", "incentive"),
+        ("axon on chain", "axon"),
+        ("members", "members"),
+        ("metagraph of block", "metagraph_block"),
+        ("newest block", "block"),
+        ("seconds since then", "block_age_seconds"),
+        ("signed requests", "signed_requests"),
+    ] {
+        println!("{label:<20}{}", text(&status[key]));
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    let columns = ["hotkey", "uid", "stake_tao", "requests", "running", "waiting", "models"];
+    table.set_header(["validator", "uid", "stake", "requests", "running", "waiting", "last asked"]);
+    let none = Vec::new();
+    let validators = status["validators"].as_array().unwrap_or(&none);
+    for validator in validators {
+        table.add_row(columns.map(|key| text(&validator[key])));
+    }
+    if !validators.is_empty() {
+        println!("{table}");
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "-".into(),
+        Value::String(text) => text.clone(),
+        Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(", "),
+        Value::Object(map) => {
+            let pair = |(key, value): (&String, &Value)| format!("{key} {}", text(value));
+            map.iter().map(pair).collect::<Vec<_>>().join(", ")
+        }
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,124 @@
+//! `serve` on a subnet: the signed listener, the chain, and word to the service manager.
+
+use super::Failure;
+use super::serve::ServeArgs;
+use crate::chain::keys::Keypair;
+use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
+use crate::chain::subtensor::Subtensor;
+use crate::clock::Clock;
+use crate::miner::{Miner, MinerError, Options};
+use crate::server::gate::Gate;
+use crate::server::registry::{Registry, State};
+use crate::server::state::ServerState;
+use sd_notify::NotifyState;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+
+/// Version that is registered with the axon.
+const AXON_VERSION: u32 = 1;
+
+/// A miner before its models are loaded.
+pub(super) struct Subnet {
+    pub(super) signer: Arc<Keypair>,
+    pub(super) gate: Gate,
+    pub(super) listener: TcpListener,
+    pub(super) local: SocketAddr,
+    miner: Miner<Subtensor>,
+}
+
+impl Subnet {
+    /// Whether the flags ask for one.
+    pub(super) fn is_wanted(args: &ServeArgs) -> bool {
+        args.wallet.is_named() || args.chain.netuid.is_some()
+    }
+
+    /// Reads the wallet, takes the port, and checks that the hotkey is registered.
+    pub(super) async fn open(
+        args: &ServeArgs,
+        slots: usize,
+        clock: Clock,
+    ) -> Result<Self, Failure> {
+        let signer = Arc::new(args.wallet.keypair()?);
+        let hotkey = signer.hotkey();
+        let axon = &args.axon;
+        let address = format!("{}:{}", axon.ip, axon.port);
+        let listener = TcpListener::bind(&address)
+            .await
+            .map_err(|e| Failure::user(format!("--axon.port: cannot listen on {address}: {e}")))?;
+        let local = listener.local_addr().map_err(Failure::ours)?;
+        let external = axon.external(local.port()).await?;
+        tracing::info!(%hotkey, netuid = args.chain.netuid(), %external, "subnet miner");
+        let gate = Gate::new(hotkey, axon.policy(slots), clock);
+        let options = Options {
+            netuid: args.chain.netuid(),
+            epoch_length: axon.epoch_length,
+            axon: Axon { address: external, version: AXON_VERSION, protocol: AXON_PROTOCOL },
+            dry_run: axon.dry_run,
+        };
+        let chain = Subtensor::new(args.chain.endpoints()?);
+        let miner = Miner::new(chain, gate.clone(), Arc::clone(&signer), options);
+        miner.join().await.map_err(miner_failure)?;
+        Ok(Self { signer, gate, listener, local, miner })
+    }
+}
+
+/// The miner's part that runs once models answer.
+pub(super) struct Running(Miner<Subtensor>);
+
+impl Subnet {
+    /// What listens, and what goes on to run.
+    pub(super) fn split(self) -> (TcpListener, Running) {
+        (self.listener, Running(self.miner))
+    }
+}
+
+impl Running {
+    /// Announces the address, then follows the chain for ever. Shows what it sends.
+    pub(super) async fn run(self) -> Result<(), Failure> {
+        let show = |words: &str| eprintln!("extrinsic: {words}");
+        self.0.announce(&show).await.map_err(miner_failure)?;
+        tell(NotifyState::Ready);
+        self.0.follow().await.map_err(miner_failure)
+    }
+}
+
+fn miner_failure(e: MinerError) -> Failure {
+    let hint = match &e {
+        MinerError::NotRegistered { netuid, .. } => {
+            Some(format!("btcli subnets register --netuid {netuid}, with the wallet's coldkey"))
+        }
+        MinerError::Chain(e) if e.is_passing() => {
+            Some("other endpoints can be given by --subtensor.chain_endpoint".into())
+        }
+        MinerError::Chain(_) => None,
+    };
+    Failure::user(&e).with_hint(hint)
+}
+
+/// Tells systemd, where it listens.
+pub(super) fn tell(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        tracing::debug!("the service manager does not listen: {e}");
+    }
+}
+
+/// Feeds the service manager's watchdog for as long as every engine with work makes progress.
+pub(super) async fn feed_watchdog(state: ServerState) {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    loop {
+        if is_alive(state.registry(), state.settings().limits.stall_time) {
+            tell(NotifyState::Watchdog);
+        }
+        tokio::time::sleep(limit / 2).await;
+    }
+}
+
+fn is_alive(registry: &Registry, stall: std::time::Duration) -> bool {
+    registry.entries().iter().all(|entry| match &entry.state {
+        State::Ready(served) => {
+            !served.engine.is_dead() && served.engine.stalled_for().is_none_or(|s| s <= stall)
+        }
+        State::Loading | State::Failed(_) => true,
+    })
+}

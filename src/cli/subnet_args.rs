@@ -1,0 +1,257 @@
+//! Flags of whoever takes part in a subnet, under the names that Targon and the Bittensor SDK use.
+//! Dashes and underscores in place of dots work too ([`layers`](super::layers)).
+
+use super::Failure;
+use crate::chain::keys::Hotkey;
+use crate::chain::keys::Keypair;
+use crate::chain::network::{Endpoints, Network};
+use crate::chain::wallet::{Wallet, WalletError};
+use crate::miner::address::CHECK_IP;
+use crate::server::gate::Policy;
+use clap::Args;
+use secrecy::SecretString;
+use std::io::IsTerminal;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+/// Name of a wallet and of a hotkey where none is given.
+const DEFAULT: &str = "default";
+/// Targon's subnet.
+const NETUID: u16 = 4;
+
+/// Which wallet signs.
+#[derive(Args)]
+pub(super) struct WalletArgs {
+    /// The wallet's name; `default` where absent.
+    #[arg(id = "wallet.name", long = "wallet.name", env = "BT_WALLET_NAME", help_heading = "Wallet")]
+    pub(super) name: Option<String>,
+    /// The hotkey's name; `default` where absent.
+    #[arg(id = "wallet.hotkey", long = "wallet.hotkey", env = "BT_WALLET_HOTKEY", help_heading = "Wallet")]
+    pub(super) hotkey: Option<String>,
+    /// Where wallets are.
+    #[arg(
+        id = "wallet.path",
+        long = "wallet.path",
+        env = "BT_WALLET_PATH",
+        default_value = "~/.bittensor/wallets",
+        help_heading = "Wallet"
+    )]
+    pub(super) path: PathBuf,
+}
+
+impl WalletArgs {
+    /// Whether a wallet is asked for.
+    pub(super) fn is_named(&self) -> bool {
+        self.name.is_some() || self.hotkey.is_some()
+    }
+
+    pub(super) fn wallet(&self) -> Result<Wallet, Failure> {
+        let path = match self.path.strip_prefix("~") {
+            Ok(rest) => {
+                let home = std::env::var_os("HOME");
+                let home = home.ok_or_else(|| Failure::user("HOME is not set"))?;
+                Path::new(&home).join(rest)
+            }
+            Err(_) => self.path.clone(),
+        };
+        let name = |given: &Option<String>| given.clone().unwrap_or_else(|| DEFAULT.into());
+        Wallet::new(&path, &name(&self.name), &name(&self.hotkey)).map_err(wallet_failure)
+    }
+
+    /// The hotkey, after a password where its file wants one.
+    pub(super) fn keypair(&self) -> Result<Keypair, Failure> {
+        self.wallet()?.keypair(ask_password).map_err(wallet_failure)
+    }
+}
+
+pub(super) fn wallet_failure(e: WalletError) -> Failure {
+    Failure::user(&e).with_hint(e.hint.as_deref())
+}
+
+fn ask_password(path: &Path) -> Result<SecretString, String> {
+    if !std::io::stdin().is_terminal() {
+        let variable = crate::chain::keyfile::password_variable(path);
+        return Err(format!("is encrypted, and there is no terminal to ask: set {variable}"));
+    }
+    let prompt = format!("password of {}: ", path.display());
+    rpassword::prompt_password(prompt)
+        .map(SecretString::from)
+        .map_err(|e| format!("needs a password, which cannot be read: {e}"))
+}
+
+/// Which chain.
+#[derive(Args)]
+pub(super) struct ChainArgs {
+    /// finney, test or local.
+    #[arg(
+        long = "subtensor.network",
+        env = "BT_SUBTENSOR_NETWORK",
+        default_value = "finney",
+        help_heading = "Chain"
+    )]
+    network: Network,
+    /// `ws://` or `wss://` addresses in place of the network's own, the preferred one first, with
+    /// commas between them.
+    #[arg(
+        long = "subtensor.chain_endpoint",
+        env = "BT_SUBTENSOR_CHAIN_ENDPOINT",
+        value_delimiter = ',',
+        help_heading = "Chain"
+    )]
+    chain_endpoint: Vec<String>,
+    /// The subnet; 4 where absent.
+    #[arg(long, env = "TARGON_NETUID", help_heading = "Chain")]
+    pub(super) netuid: Option<u16>,
+}
+
+impl ChainArgs {
+    pub(super) fn endpoints(&self) -> Result<Endpoints, Failure> {
+        // Another chain behind an endpoint of one's own is what the names are for.
+        Endpoints::new(self.network, &self.chain_endpoint)
+            .map_err(|what| Failure::user(format!("--subtensor.chain_endpoint {what}")))
+    }
+
+    pub(super) fn netuid(&self) -> u16 {
+        self.netuid.unwrap_or(NETUID)
+    }
+}
+
+/// Where a miner listens, and to whom.
+#[derive(Args)]
+pub(super) struct AxonArgs {
+    /// Port of the signed routes.
+    #[arg(
+        id = "axon.port",
+        long = "axon.port",
+        env = "BT_AXON_PORT",
+        default_value_t = 8091,
+        help_heading = "Axon"
+    )]
+    pub(super) port: u16,
+    /// Address that they listen on.
+    #[arg(
+        id = "axon.ip",
+        long = "axon.ip",
+        env = "BT_AXON_IP",
+        default_value = "0.0.0.0",
+        help_heading = "Axon"
+    )]
+    pub(super) ip: String,
+    /// Address to announce on chain; this machine's public one where absent.
+    #[arg(long = "axon.external_ip", env = "BT_AXON_EXTERNAL_IP", help_heading = "Axon")]
+    external_ip: Option<IpAddr>,
+    /// Port to announce on chain; the port itself where absent.
+    #[arg(long = "axon.external_port", env = "BT_AXON_EXTERNAL_PORT", help_heading = "Axon")]
+    external_port: Option<u16>,
+    /// Who is asked for the public address.
+    #[arg(long, env = "TARGON_CHECK_IP", default_value = CHECK_IP, help_heading = "Axon")]
+    check_ip: String,
+    /// Show the extrinsic that would announce the address, decoded, and sign nothing.
+    #[arg(long, env = "TARGON_DRY_RUN", help_heading = "Axon")]
+    pub(super) dry_run: bool,
+    /// Take requests of members whatever their stake; else they need 10,000 TAO.
+    #[arg(long, env = "TARGON_NO_FORCE_VALIDATOR_PERMIT", help_heading = "Axon")]
+    no_force_validator_permit: bool,
+    /// Hotkeys that may ask without membership and stake, with commas between them.
+    #[arg(long, env = "TARGON_ALLOW_HOTKEY", value_delimiter = ',', help_heading = "Axon")]
+    allow_hotkey: Vec<Hotkey>,
+    /// Hotkeys that may not ask, with commas between them.
+    #[arg(long, env = "TARGON_DENY_HOTKEY", value_delimiter = ',', help_heading = "Axon")]
+    deny_hotkey: Vec<Hotkey>,
+    /// Requests a second that one hotkey may send.
+    #[arg(long, env = "TARGON_HOTKEY_RATE", default_value = "50", help_heading = "Axon")]
+    hotkey_rate: NonZeroU32,
+    /// Requests of one hotkey that may wait.
+    #[arg(long, env = "TARGON_HOTKEY_WAITING", default_value_t = 64, help_heading = "Axon")]
+    hotkey_waiting: usize,
+    /// Blocks between two readings of the metagraph.
+    #[arg(
+        long,
+        env = "TARGON_EPOCH_LENGTH",
+        default_value_t = 360,
+        value_parser = clap::value_parser!(u64).range(1..),
+        help_heading = "Axon"
+    )]
+    pub(super) epoch_length: u64,
+}
+
+impl AxonArgs {
+    /// Where others reach it.
+    pub(super) async fn external(&self, listening: u16) -> Result<std::net::SocketAddr, Failure> {
+        let bound = self.ip.trim_matches(['[', ']']).parse::<IpAddr>().ok();
+        let given = self.external_ip.or(bound.filter(|ip| !ip.is_unspecified()));
+        let port = self.external_port.unwrap_or(listening);
+        let found = crate::miner::address::external(given, port, &self.check_ip).await;
+        found.map_err(|what| Failure::user(what).with_hint(Some("give it by --axon.external_ip")))
+    }
+
+    /// Who may ask; `slots` requests run at once.
+    pub(super) fn policy(&self, slots: usize) -> Policy {
+        let defaults = Policy::default();
+        Policy {
+            stake_min: defaults.stake_min.filter(|_| !self.no_force_validator_permit),
+            allow: self.allow_hotkey.iter().copied().collect(),
+            deny: self.deny_hotkey.iter().copied().collect(),
+            rate: self.hotkey_rate,
+            slots,
+            waiting_max: self.hotkey_waiting,
+        }
+    }
+}
+
+/// Flags of the original that mean nothing here: taken, so that command lines can be kept, with a
+/// word on why.
+#[derive(Args)]
+pub(super) struct OriginalArgs {
+    #[arg(long = "neuron.name", hide = true)]
+    neuron_name: Option<String>,
+    #[arg(long = "axon.max_workers", env = "BT_AXON_MAX_WORKERS", hide = true)]
+    max_workers: Option<u32>,
+    #[arg(long = "logging.logging_dir", env = "BT_LOGGING_LOGGING_DIR", hide = true)]
+    logging_dir: Option<PathBuf>,
+    #[arg(long = "logging.record_log", env = "BT_LOGGING_RECORD_LOG", hide = true)]
+    record_log: bool,
+    #[arg(long = "autoupdate-off", hide = true)]
+    autoupdate_off: bool,
+    #[arg(long = "no_version_checking", hide = true)]
+    no_version_checking: bool,
+    #[arg(long = "strict", hide = true)]
+    strict: bool,
+    #[arg(long = "mock", hide = true)]
+    mock: bool,
+    #[arg(long = "model-endpoint", hide = true)]
+    model_endpoint: Option<String>,
+}
+
+impl OriginalArgs {
+    /// Warns of what has no effect.
+    ///
+    /// # Errors
+    /// For what would change what is served.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        if self.mock {
+            return Err(Failure::user("--mock is not built: this program serves real models only"));
+        }
+        if let Some(endpoint) = &self.model_endpoint {
+            let what = format!(
+                "--model-endpoint {endpoint}: this miner runs the models itself and is no proxy"
+            );
+            return Err(Failure::user(what).with_hint(Some("list the models in models.toml")));
+        }
+        for (is_given, flag, why) in [
+            (self.neuron_name.is_some(), "--neuron.name", "it named a log directory"),
+            (self.max_workers.is_some(), "--axon.max_workers", "requests need no workers"),
+            (self.logging_dir.is_some(), "--logging.logging_dir", "logs go to stderr"),
+            (self.record_log, "--logging.record_log", "logs go to stderr"),
+            (self.autoupdate_off, "--autoupdate-off", "this program never updates itself"),
+            (self.no_version_checking, "--no_version_checking", "no version is checked"),
+            (self.strict, "--strict", "unknown flags are always errors"),
+        ] {
+            if is_given {
+                tracing::warn!("{flag} has no effect here: {why}");
+            }
+        }
+        Ok(())
+    }
+}

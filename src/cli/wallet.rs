@@ -1,0 +1,39 @@
+//! `wallet`: look at a wallet, or make a hotkey for tests and small set-ups.
+
+use super::Failure;
+use super::subnet_args::{WalletArgs, wallet_failure};
+use clap::{Args, Subcommand};
+
+/// Arguments of `wallet`.
+#[derive(Args)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Print the addresses and files of a wallet; never a secret.
+    Show(WalletArgs),
+    /// Make a hotkey: its files are readable by their owner only, and none is overwritten.
+    NewHotkey(WalletArgs),
+}
+
+pub(super) fn run(args: &Arguments) -> Result<(), Failure> {
+    let (wallet, pair) = match &args.action {
+        Action::Show(args) => (args.wallet()?, args.keypair()?),
+        Action::NewHotkey(args) => {
+            let wallet = args.wallet()?;
+            let pair = wallet.create_hotkey().map_err(wallet_failure)?;
+            (wallet, pair)
+        }
+    };
+    let hotkey = pair.hotkey();
+    println!("hotkey   {hotkey}  {}", wallet.hotkey_file().display());
+    match wallet.coldkey() {
+        Ok(coldkey) => println!("coldkey  {coldkey}  {}", wallet.coldkey_file().display()),
+        Err(_) if !wallet.coldkey_file().exists() => println!("coldkey  none"),
+        Err(e) => return Err(wallet_failure(e)),
+    }
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! Where others reach this machine.
+
+use reqwest::Client;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+/// Who tells a machine its public address, as the official tools ask it.
+pub const CHECK_IP: &str = "https://checkip.amazonaws.com";
+/// How long that may take.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Characters of an answer.
+const ANSWER_MAX: usize = 64;
+
+/// The address to announce: the given one, else what `check_ip` says.
+///
+/// # Errors
+/// When nobody says, in words.
+pub async fn external(
+    given: Option<IpAddr>,
+    port: u16,
+    check_ip: &str,
+) -> Result<SocketAddr, String> {
+    let ip = match given {
+        Some(ip) => ip,
+        None => ask(check_ip).await.map_err(|why| {
+            format!("the public address of this machine cannot be found out: {why}")
+        })?,
+    };
+    Ok(SocketAddr::new(ip, port))
+}
+
+async fn ask(url: &str) -> Result<IpAddr, String> {
+    // Fails only where a provider is installed already, which serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = Client::builder().timeout(TIMEOUT).build().map_err(|e| e.to_string())?;
+    let asked = client.get(url).send().await.and_then(reqwest::Response::error_for_status);
+    let text = asked.map_err(|e| e.to_string())?.text().await.map_err(|e| e.to_string())?;
+    let text: String = text.trim().chars().take(ANSWER_MAX).collect();
+    text.parse().map_err(|_| format!("{url} answered {text:?}, no IP address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::routing::get;
+
+    #[tokio::test]
+    async fn a_given_address_wins_and_nonsense_is_an_error() {
+        let app = Router::new()
+            .route("/good", get(|| async { "203.0.113.7\n" }))
+            .route("/bad", get(|| async { "<html>" }));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        let of = |path: &str| format!("{base}{path}");
+        let given = Some(IpAddr::from([127, 0, 0, 2]));
+        let address = external(given, 8091, &of("/bad")).await.unwrap();
+        assert_eq!(address.to_string(), "127.0.0.2:8091");
+        let address = external(None, 1, &of("/good")).await.unwrap();
+        assert_eq!(address.to_string(), "203.0.113.7:1");
+        let error = external(None, 1, &of("/bad")).await.unwrap_err();
+        assert!(error.contains("no IP address"), "{error}");
+        assert!(external(None, 1, &of("/none")).await.unwrap_err().contains("404"));
+    }
+}

@@ -1,0 +1,210 @@
+//! A fair door: a limited number of requests run, and whoever runs least is let in next, so that no
+//! caller can starve another however much it asks.
+
+use parking_lot::Mutex;
+use std::collections::{HashMap, VecDeque};
+use std::hash::Hash;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+/// The door, for callers named by `K`.
+pub struct Fair<K: Copy + Eq + Hash>(Arc<Mutex<Lanes<K>>>);
+
+impl<K: Copy + Eq + Hash> Clone for Fair<K> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+struct Lanes<K: Copy + Eq + Hash> {
+    free: usize,
+    waiting_max: usize,
+    running: HashMap<K, usize>,
+    // Callers that wait, whoever was served longest ago first.
+    queues: VecDeque<(K, VecDeque<oneshot::Sender<Ticket<K>>>)>,
+}
+
+/// Leave to run, until dropped.
+pub struct Ticket<K: Copy + Eq + Hash>(Option<(Fair<K>, K)>);
+
+/// Too many requests of one caller wait already.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Busy;
+
+impl<K: Copy + Eq + Hash> Fair<K> {
+    /// A door for `slots` requests at once; of each caller `waiting_max` may wait.
+    pub fn new(slots: usize, waiting_max: usize) -> Self {
+        let (running, queues) = (HashMap::new(), VecDeque::new());
+        Self(Arc::new(Mutex::new(Lanes { free: slots, waiting_max, running, queues })))
+    }
+
+    /// Waits for leave to run. Who stops waiting loses nothing for others.
+    ///
+    /// # Errors
+    /// [`Busy`] where the caller's queue is full.
+    pub async fn enter(&self, caller: K) -> Result<Ticket<K>, Busy> {
+        let receiver = {
+            let mut lanes = self.0.lock();
+            // Only where nobody waits is a slot ever free.
+            if lanes.free > 0 {
+                lanes.free -= 1;
+                *lanes.running.entry(caller).or_default() += 1;
+                return Ok(Ticket(Some((self.clone(), caller))));
+            }
+            let (sender, receiver) = oneshot::channel();
+            lanes.queue(caller, sender)?;
+            receiver
+        };
+        // The sender lives in the queue until it sends.
+        receiver.await.map_err(|_| Busy)
+    }
+
+    /// Requests that run and wait, by caller.
+    pub fn load(&self, caller: &K) -> (usize, usize) {
+        let lanes = self.0.lock();
+        let waiting = lanes.queues.iter().find(|(key, _)| key == caller);
+        let running = lanes.running.get(caller).copied().unwrap_or(0);
+        (running, waiting.map_or(0, |(_, queue)| queue.len()))
+    }
+
+    fn leave(&self, caller: K) {
+        let mut lanes = self.0.lock();
+        lanes.stop(caller);
+        while let Some((next, sender)) = lanes.next() {
+            *lanes.running.entry(next).or_default() += 1;
+            match sender.send(Ticket(Some((self.clone(), next)))) {
+                Ok(()) => return,
+                Err(mut unwanted) => {
+                    // Dropping it as it is would come back here.
+                    unwanted.0 = None;
+                    lanes.stop(next);
+                }
+            }
+        }
+        lanes.free += 1;
+    }
+}
+
+impl<K: Copy + Eq + Hash> Lanes<K> {
+    fn queue(&mut self, caller: K, sender: oneshot::Sender<Ticket<K>>) -> Result<(), Busy> {
+        match self.queues.iter_mut().find(|(key, _)| *key == caller) {
+            Some((_, queue)) => {
+                // Those who have gone do not count.
+                queue.retain(|waiting| !waiting.is_closed());
+                if queue.len() >= self.waiting_max {
+                    return Err(Busy);
+                }
+                queue.push_back(sender);
+            }
+            None if self.waiting_max == 0 => return Err(Busy),
+            None => self.queues.push_back((caller, VecDeque::from([sender]))),
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, caller: K) {
+        if let Some(count) = self.running.get_mut(&caller) {
+            *count -= 1;
+            if *count == 0 {
+                self.running.remove(&caller);
+            }
+        }
+    }
+
+    /// The oldest request of the caller that runs least; among equals, of who waits longest.
+    fn next(&mut self) -> Option<(K, oneshot::Sender<Ticket<K>>)> {
+        let running = |key: &K| self.running.get(key).copied().unwrap_or(0);
+        let place = (0..self.queues.len()).min_by_key(|i| running(&self.queues[*i].0))?;
+        let (caller, mut queue) = self.queues.remove(place)?;
+        let sender = queue.pop_front();
+        if !queue.is_empty() {
+            self.queues.push_back((caller, queue));
+        }
+        sender.map(|sender| (caller, sender))
+    }
+}
+
+impl<K: Copy + Eq + Hash> Drop for Ticket<K> {
+    fn drop(&mut self) {
+        if let Some((door, caller)) = self.0.take() {
+            door.leave(caller);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+    use proptest::prelude::*;
+
+    #[tokio::test]
+    async fn a_quiet_caller_is_next_however_many_a_loud_one_has_waiting() {
+        let door = Fair::new(2, 100);
+        let first = door.enter("loud").await.unwrap();
+        let second = door.enter("loud").await.unwrap();
+        let mut loud: Vec<_> = (0..50).map(|_| Box::pin(door.enter("loud"))).collect();
+        loud.iter_mut().for_each(|f| assert!(f.now_or_never().is_none()));
+        let mut quiet = Box::pin(door.enter("quiet"));
+        assert!((&mut quiet).now_or_never().is_none());
+        drop(first);
+        let quiet = (&mut quiet).now_or_never().unwrap().unwrap();
+        assert!(loud.iter_mut().all(|f| f.now_or_never().is_none()));
+        drop(second);
+        let next: Vec<_> = loud.iter_mut().filter_map(|f| f.now_or_never()).collect();
+        assert_eq!(next.len(), 1);
+        drop(quiet);
+    }
+
+    #[tokio::test]
+    async fn queues_are_bounded_and_those_who_leave_make_room() {
+        let door = Fair::new(1, 1);
+        let running = door.enter(1).await.unwrap();
+        let mut waiting = Box::pin(door.enter(1));
+        assert!((&mut waiting).now_or_never().is_none());
+        assert_eq!(door.enter(1).await.err(), Some(Busy));
+        drop(waiting);
+        let mut again = Box::pin(door.enter(1));
+        assert!((&mut again).now_or_never().is_none());
+        assert_eq!(door.load(&1), (1, 1));
+        drop(running);
+        let ticket = (&mut again).now_or_never().unwrap().unwrap();
+        drop(ticket);
+        assert_eq!(door.load(&1), (0, 0));
+        assert_eq!(door.0.lock().free, 1);
+    }
+
+    proptest! {
+        /// Whatever comes and goes, slots are neither lost nor made, and all get in at last.
+        #[test]
+        fn slots_are_conserved(moves in proptest::collection::vec((0..4_u8, 0..3_u8), 1..120)) {
+            let door = Fair::new(3, 10);
+            let (mut inside, mut waiting) = (Vec::new(), Vec::new());
+            for (caller, kind) in moves {
+                match kind {
+                    0 => waiting.push(Box::pin({
+                        let door = door.clone();
+                        async move { door.enter(caller).await }
+                    })),
+                    1 if !inside.is_empty() => {
+                        drop(inside.swap_remove(usize::from(caller) % inside.len()));
+                    }
+                    _ if !waiting.is_empty() => {
+                        drop(waiting.swap_remove(usize::from(caller) % waiting.len()));
+                    }
+                    _ => {}
+                }
+                waiting.retain_mut(|f| match f.now_or_never() {
+                    Some(outcome) => { inside.extend(outcome.ok()); false }
+                    None => true,
+                });
+                prop_assert!(inside.len() <= 3);
+                prop_assert!(waiting.is_empty() || inside.len() == 3);
+            }
+            drop(waiting);
+            drop(inside);
+            prop_assert_eq!(door.0.lock().free, 3);
+            prop_assert!(door.0.lock().running.is_empty());
+        }
+    }
+}

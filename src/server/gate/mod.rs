@@ -1,0 +1,379 @@
+//! The door of a subnet's miner: requests signed by members with stake pass, each once, and no
+//! member can crowd out another.
+//!
+//! Checks run in the order of [`checks`]: headers, membership, stake, age; then the body is read and
+//! the signature checked; then repetition, rate, and the [`fair`] queue. A request that was refused
+//! leaves no trace that could harm its signer.
+
+pub mod checks;
+pub mod fair;
+pub mod replay;
+pub mod report;
+
+use super::access::read_body;
+use super::state::ServerState;
+use crate::chain::Head;
+use crate::chain::epistula::WINDOW_MS;
+use crate::chain::keys::Hotkey;
+use crate::chain::metagraph::{Metagraph, Rao};
+use crate::clock::Clock;
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use checks::Claimed;
+use fair::{Fair, Ticket};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use http_body::{Frame, SizeHint};
+use parking_lot::{Mutex, RwLock};
+use replay::Replays;
+use report::{Asked, Counts};
+use serde_json::json;
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+/// How long a request is remembered: as long as its timestamp can be accepted.
+const REMEMBER_MS: u64 = 2 * WINDOW_MS;
+/// Bodies above this are hashed on a thread that may block.
+const INLINE_BYTES_MAX: usize = 64 << 10;
+
+/// Who may ask, and how much.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Policy {
+    /// Stake that a signer must have; none where absent.
+    pub stake_min: Option<Rao>,
+    /// Signers that need neither membership nor stake.
+    pub allow: BTreeSet<Hotkey>,
+    /// Signers that are refused.
+    pub deny: BTreeSet<Hotkey>,
+    /// Requests a second of one signer; bursts of twice as many.
+    pub rate: NonZeroU32,
+    /// Requests that run at once.
+    pub slots: usize,
+    /// Requests of one signer that wait.
+    pub waiting_max: usize,
+}
+
+/// What Targon's miner asks for: 10,000 TAO.
+pub const STAKE_MIN: Rao = Rao(10_000_000_000_000);
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            stake_min: Some(STAKE_MIN),
+            allow: BTreeSet::new(),
+            deny: BTreeSet::new(),
+            rate: NonZeroU32::new(50).unwrap_or(NonZeroU32::MIN),
+            slots: 64,
+            waiting_max: 64,
+        }
+    }
+}
+
+/// How a signed request fared at the door.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Outcome {
+    /// It was let in.
+    Accepted,
+    /// A header is missing or malformed, or the request is for somebody else.
+    BadRequest,
+    /// The signer is no member, or denied.
+    UnknownSigner,
+    /// The signer has too little stake.
+    LowStake,
+    /// Too old, or from the future.
+    Stale,
+    /// The signature is not the signer's.
+    BadSignature,
+    /// It was served already.
+    Replayed,
+    /// The signer asks too often.
+    Limited,
+    /// Too many of the signer's requests wait.
+    Busy,
+}
+
+impl Outcome {
+    /// The word in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Outcome::Accepted => "accepted",
+            Outcome::BadRequest => "bad_request",
+            Outcome::UnknownSigner => "unknown_signer",
+            Outcome::LowStake => "low_stake",
+            Outcome::Stale => "stale",
+            Outcome::BadSignature => "bad_signature",
+            Outcome::Replayed => "replayed",
+            Outcome::Limited => "limited",
+            Outcome::Busy => "busy",
+        }
+    }
+}
+
+/// A request that was turned away.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refused {
+    /// The status.
+    pub status: StatusCode,
+    /// Why, for the counters.
+    pub outcome: Outcome,
+    /// Why, for the caller.
+    pub detail: String,
+    /// Seconds after which it may work.
+    pub retry_after: Option<u64>,
+}
+
+impl Refused {
+    /// With a status and a message.
+    pub fn new(status: StatusCode, outcome: Outcome, detail: impl Into<String>) -> Self {
+        Self { status, outcome, detail: detail.into(), retry_after: None }
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        // The shape in which validators expect it.
+        let mut response = (self.status, Json(json!({"detail": self.detail}))).into_response();
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+/// Who sent a request: what handlers may rely on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Caller {
+    /// The signer.
+    pub hotkey: Hotkey,
+    /// What names the request among the signer's: its uuid.
+    pub name: String,
+}
+
+/// The door; a cloneable handle.
+#[derive(Clone)]
+pub struct Gate(Arc<Inner>);
+
+struct Inner {
+    own: Hotkey,
+    policy: Policy,
+    clock: Clock,
+    metagraph: RwLock<Arc<Metagraph>>,
+    head: RwLock<Option<(Head, u64)>>, // and when it came, in Unix ms
+    replays: Mutex<Replays>,
+    rates: DefaultKeyedRateLimiter<Hotkey>,
+    door: Fair<Hotkey>,
+    counts: Counts,
+    asked: Mutex<BTreeMap<Hotkey, Asked>>,
+}
+
+impl Gate {
+    /// The door of `own`. Until a metagraph is set nobody is a member.
+    pub fn new(own: Hotkey, policy: Policy, clock: Clock) -> Self {
+        let burst = policy.rate.saturating_mul(NonZeroU32::MIN.saturating_add(1));
+        let rates = RateLimiter::keyed(Quota::per_second(policy.rate).allow_burst(burst));
+        let door = Fair::new(policy.slots, policy.waiting_max);
+        Self(Arc::new(Inner {
+            own,
+            policy,
+            clock,
+            metagraph: RwLock::default(),
+            head: RwLock::new(None),
+            replays: Mutex::default(),
+            rates,
+            door,
+            counts: Counts::default(),
+            asked: Mutex::default(),
+        }))
+    }
+
+    /// Whose door it is.
+    pub fn own(&self) -> Hotkey {
+        self.0.own
+    }
+
+    /// Who is a member from now on.
+    pub fn set_metagraph(&self, metagraph: Arc<Metagraph>) {
+        *self.0.metagraph.write() = metagraph;
+        // Signers come and go with the metagraph: their rates must not pile up.
+        self.0.rates.retain_recent();
+    }
+
+    /// The members.
+    pub fn metagraph(&self) -> Arc<Metagraph> {
+        Arc::clone(&self.0.metagraph.read())
+    }
+
+    /// A new block has come.
+    pub fn set_head(&self, head: Head) {
+        *self.0.head.write() = Some((head, self.now_ms()));
+    }
+
+    /// The last block, and how long ago it came.
+    pub fn head(&self) -> Option<(Head, Duration)> {
+        let (head, at) = (*self.0.head.read())?;
+        Some((head, Duration::from_millis(self.now_ms().saturating_sub(at))))
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.0.clock.unix_ms()
+    }
+
+    /// The signer's key, where it may ask.
+    fn member(&self, address: Option<&str>) -> Result<Hotkey, Refused> {
+        let unauthorized = |outcome, detail: String| {
+            Refused::new(StatusCode::UNAUTHORIZED, outcome, detail)
+        };
+        let unknown =
+            || unauthorized(Outcome::UnknownSigner, "Signer not in metagraph".to_owned());
+        let signer: Hotkey = address.and_then(|a| a.parse().ok()).ok_or_else(unknown)?;
+        if self.0.policy.deny.contains(&signer) {
+            let detail = "Signer is denied by this miner".to_owned();
+            return Err(unauthorized(Outcome::UnknownSigner, detail));
+        }
+        if self.0.policy.allow.contains(&signer) {
+            return Ok(signer);
+        }
+        let metagraph = self.0.metagraph.read();
+        let stake = metagraph.neuron(&signer).ok_or_else(unknown)?.stake;
+        match self.0.policy.stake_min {
+            Some(floor) if stake < floor => {
+                let detail = format!("Stake below minimum: {} TAO, at least {}", stake, floor);
+                Err(unauthorized(Outcome::LowStake, detail))
+            }
+            _ => Ok(signer),
+        }
+    }
+
+    /// Everything but the queue: reads the body, checks who signed it, and that it is new.
+    async fn admit(&self, request: Request, state: &ServerState) -> Result<Checked, Refused> {
+        let (head, body) = request.into_parts();
+        let claimed = Claimed::read(self, &head.headers, &head.method, &head.uri)?;
+        let body = read_body(&head.headers, body, &state.settings().limits).await;
+        let body = body.map_err(|e| Refused::new(e.status, Outcome::BadRequest, e.message))?;
+        let (claimed, body) = self.check_signature(claimed, body).await?;
+        self.check_new(&claimed)?;
+        Ok(Checked { claimed, request: Request::from_parts(head, Body::from(body)) })
+    }
+
+    async fn check_signature(
+        &self,
+        claimed: Claimed,
+        body: Bytes,
+    ) -> Result<(Claimed, Bytes), Refused> {
+        let own = self.own();
+        let (is_signed, claimed, body) = match body.len() <= INLINE_BYTES_MAX {
+            true => (claimed.is_signed(own, &body), claimed, body),
+            false => {
+                let check = move || (claimed.is_signed(own, &body), claimed, body);
+                tokio::task::spawn_blocking(check).await.map_err(|_| {
+                    let (status, what) = (StatusCode::INTERNAL_SERVER_ERROR, "a check failed");
+                    Refused::new(status, Outcome::BadRequest, what)
+                })?
+            }
+        };
+        match is_signed {
+            true => Ok((claimed, body)),
+            false => Err(Refused::new(
+                StatusCode::BAD_REQUEST,
+                Outcome::BadSignature,
+                "Signature Mismatch",
+            )),
+        }
+    }
+
+    /// A signed request counts once. One that comes too early is not remembered: it may come again.
+    fn check_new(&self, claimed: &Claimed) -> Result<(), Refused> {
+        let (signer, name, now) = (claimed.signer, claimed.name.as_str(), self.now_ms());
+        let mut replays = self.0.replays.lock();
+        if replays.contains(signer, name, now) {
+            let detail = "Request was received already";
+            return Err(Refused::new(StatusCode::BAD_REQUEST, Outcome::Replayed, detail));
+        }
+        if self.0.rates.check_key(&signer).is_err() {
+            let rate = self.0.policy.rate;
+            let detail = format!("Too many requests: at most {rate} a second for one hotkey");
+            let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, Outcome::Limited, detail);
+            return Err(Refused { retry_after: Some(1), ..refused });
+        }
+        replays.insert(signer, name, now, REMEMBER_MS);
+        Ok(())
+    }
+
+    async fn ticket(&self, signer: Hotkey) -> Result<Ticket<Hotkey>, Refused> {
+        self.0.door.enter(signer).await.map_err(|_| {
+            let most = self.0.policy.waiting_max;
+            let detail = format!("Too many requests: {most} of this hotkey wait already");
+            let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, Outcome::Busy, detail);
+            Refused { retry_after: Some(1), ..refused }
+        })
+    }
+}
+
+/// A request that may run once it is its turn.
+struct Checked {
+    claimed: Claimed,
+    request: Request,
+}
+
+/// Lets signed requests pass, in turn.
+pub async fn guard(
+    State((state, gate)): State<(ServerState, Gate)>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let started = state.clock().elapsed();
+    let checked = gate.admit(request, &state).await;
+    gate.0.counts.observe(state.clock().elapsed().saturating_sub(started));
+    let refuse = |refused: Refused| {
+        gate.0.counts.count(refused.outcome);
+        tracing::debug!(outcome = refused.outcome.word(), detail = refused.detail, "refused");
+        refused.into_response()
+    };
+    let Checked { claimed, mut request } = match checked {
+        Ok(checked) => checked,
+        Err(refused) => return refuse(refused),
+    };
+    let ticket = match gate.ticket(claimed.signer).await {
+        Ok(ticket) => ticket,
+        Err(refused) => return refuse(refused),
+    };
+    gate.0.counts.count(Outcome::Accepted);
+    gate.0.counts.count_signer(claimed.signer);
+    request.extensions_mut().insert(Caller { hotkey: claimed.signer, name: claimed.name });
+    let response = next.run(request).await;
+    response.map(|body| Body::new(Held { body, _ticket: ticket }))
+}
+
+/// A body that keeps its request's place until it is written or given up.
+struct Held {
+    body: Body,
+    _ticket: Ticket<Hotkey>,
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+

@@ -1,0 +1,83 @@
+//! A fake subtensor node as a program, for trying commands out without a chain.
+//!
+//! It prints its address, then each extrinsic that it accepts as a line of JSON, and makes blocks
+//! until it is killed.
+
+#[path = "../common/node.rs"]
+mod node;
+
+use node::{FakeNode, Neuron, Subnet};
+use serde_json::json;
+use std::str::FromStr;
+use std::time::Duration;
+use targon_engine::chain::keys::Hotkey;
+
+const USAGE: &str = "usage: fake-node [--port N] [--netuid N] [--block-ms N] \
+    [--neuron SS58_HOTKEY,STAKE_TAO,PERMIT(0|1)]...";
+/// How often new extrinsics are looked for.
+const LOOK: Duration = Duration::from_millis(50);
+
+struct Options {
+    port: u16,
+    netuid: u16,
+    block: Duration,
+    neurons: Vec<Neuron>,
+}
+
+impl Options {
+    fn read(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
+        let block = Duration::from_millis(1000);
+        let mut options = Self { port: 0, netuid: 4, block, neurons: Vec::new() };
+        while let Some(name) = args.next() {
+            let value = args.next().ok_or_else(|| format!("{name} wants a value"))?;
+            match name.as_str() {
+                "--port" => options.port = number(&value)?,
+                "--netuid" => options.netuid = number(&value)?,
+                "--block-ms" => options.block = Duration::from_millis(number(&value)?),
+                "--neuron" => options.neurons.push(neuron(&value)?),
+                _ => return Err(format!("unknown argument {name}")),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn number<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| format!("not a number in range: {text}"))
+}
+
+fn neuron(text: &str) -> Result<Neuron, String> {
+    let parts: Vec<&str> = text.split(',').collect();
+    let [hotkey, stake, permit] = parts[..] else {
+        return Err(format!("a neuron is SS58_HOTKEY,STAKE_TAO,PERMIT, got {text}"));
+    };
+    let hotkey = hotkey.parse::<Hotkey>().map_err(|e| format!("{hotkey}: {e}"))?;
+    let tao: f64 = number(stake)?;
+    let mut neuron = Neuron::new(hotkey.0);
+    neuron.stake_rao = (tao * 1e9).round() as u64;
+    neuron.permit = number::<u8>(permit)? != 0;
+    Ok(neuron)
+}
+
+#[tokio::main]
+async fn main() {
+    let options = Options::read(std::env::args().skip(1)).unwrap_or_else(|e| {
+        eprintln!("{e}\n{USAGE}");
+        std::process::exit(1)
+    });
+    let subnet = Subnet::new(options.netuid, options.neurons);
+    let node = FakeNode::start_on(options.port, subnet).await;
+    println!("{}", node.url());
+    node.auto_blocks(options.block);
+    let mut shown = 0;
+    loop {
+        let calls = node.calls();
+        for call in &calls[shown..] {
+            let signer = Hotkey(call.signer).to_string();
+            let (pallet, name, args) = (&call.pallet, &call.name, &call.args);
+            println!("{}", json!({"signer": signer, "pallet": pallet, "name": name, "args": args}));
+        }
+        shown = calls.len();
+        tokio::time::sleep(LOOK).await;
+    }
+}
