@@ -56,8 +56,11 @@ fn apps() -> (Router, Router) {
     (targon_engine::server::subnet::router(state, gate), open)
 }
 
+/// Headers and body.
+type Signed = (Vec<(String, String)>, Vec<u8>);
+
 /// Heads and body of `count` requests to `path`, all signed beforehand.
-fn requests(path: &str, count: usize) -> Vec<(Vec<(String, String)>, Vec<u8>)> {
+fn requests(path: &str, count: usize) -> Vec<Signed> {
     let body = vec![b' '; BODY_BYTES];
     let signer = key(1);
     let one = |i: usize| {
@@ -133,7 +136,8 @@ async fn paced(app: Router) -> Vec<Duration> {
         .collect();
     let started = tokio::time::Instant::now();
     let clients = (0..CONNECTIONS).map(|first| {
-        let mine: Vec<_> = made.iter().cloned().enumerate().skip(first).step_by(CONNECTIONS).collect();
+        let mine: Vec<_> =
+            made.iter().cloned().enumerate().skip(first).step_by(CONNECTIONS).collect();
         tokio::spawn(async move {
             let mut socket = TcpStream::connect(address).await.unwrap();
             socket.set_nodelay(true).unwrap();
@@ -157,8 +161,8 @@ async fn paced(app: Router) -> Vec<Duration> {
 }
 
 fn main() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all();
-    let runtime = { runtime }.build().unwrap();
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.worker_threads(2).enable_all().build().unwrap();
     let (signed, open) = apps();
     runtime.block_on(async {
         without_sockets(&open, 500).await;

@@ -214,9 +214,8 @@ async fn blocks_are_followed_over_breaks_stalls_and_upgrades() {
     let chain = Arc::new(client(&[&node]));
     let seen = Seen::default();
     let (follower, note) = (Arc::clone(&chain), seen.clone());
-    let following = tokio::spawn(async move {
-        follower.follow(&|head| note.0.lock().push(head.block)).await
-    });
+    let following =
+        tokio::spawn(async move { follower.follow(&|head| note.0.lock().push(head.block)).await });
     seen.wait_beyond(2).await;
     node.drop_connections();
     seen.wait_beyond(node.head()).await;

@@ -194,8 +194,11 @@ async fn every_rule_refuses_with_its_status_and_message() {
         (ok().with(HEADER_TIMESTAMP, &(NOW + 1).to_string()), bad, mismatch),
         (ok().with(HEADER_UUID, "another"), bad, mismatch),
         (other_body(), bad, mismatch),
-        (asks(STRANGER).with("epistula-signed-by", &key(VALIDATOR).hotkey().to_string()), bad,
-            mismatch),
+        (
+            asks(STRANGER).with("epistula-signed-by", &key(VALIDATOR).hotkey().to_string()),
+            bad,
+            mismatch,
+        ),
         (ok().with(HEADER_UUID, "\u{e9}"), bad, "Header epistula-uuid is not text"),
     ];
     for (number, (request, status, detail)) in cases.into_iter().enumerate() {
@@ -235,7 +238,8 @@ async fn a_request_counts_once_and_a_refused_one_leaves_no_trace() {
     let miner = miner();
     let request = asks(VALIDATOR);
     // Somebody spoils it on the way first: that must not use up its name.
-    let spoilt = Signed { body: b"{}".to_vec(), headers: request.headers.clone(), ..asks(VALIDATOR) };
+    let spoilt =
+        Signed { body: b"{}".to_vec(), headers: request.headers.clone(), ..asks(VALIDATOR) };
     assert_eq!(spoilt.send(&miner.app).await.1["detail"], "Signature Mismatch");
     assert_eq!(request.send(&miner.app).await.0, StatusCode::OK);
     for _ in 0..3 {
@@ -375,8 +379,12 @@ async fn sdk_11_signatures_are_taken_beside_epistula() {
     let signed = |path: &'static str, nonce: u64| {
         let (sender, receiver) = (key(VALIDATOR).hotkey(), Some(key(MINER).hotkey()));
         let envelope = btauth::Envelope { method: "POST", path, nonce, sender, receiver };
-        let mut request =
-            Signed { method: "POST", path: COMPLETION.into(), headers: HeaderMap::new(), body: body.clone() };
+        let mut request = Signed {
+            method: "POST",
+            path: COMPLETION.into(),
+            headers: HeaderMap::new(),
+            body: body.clone(),
+        };
         for (name, value) in envelope.sign(&key(VALIDATOR), &request.body) {
             request = request.with(name, &value);
         }
@@ -391,10 +399,14 @@ async fn sdk_11_signatures_are_taken_beside_epistula() {
         (signed(COMPLETION, nonce - 11_000_000_000), "Request is too stale"),
         (signed(COMPLETION, nonce + 3_000_000_000), "Request is too stale"),
         (signed(COMPLETION, nonce + 2).with(btauth::HEADER_VERSION, "2"), "Unknown btauth version"),
-        (signed(COMPLETION, nonce + 3).without(btauth::HEADER_RECEIVER),
-            "Bad Request, message is not intended for self"),
-        (signed(COMPLETION, nonce + 4).with(btauth::HEADER_CRYPTO, "ed25519"),
-            "Only sr25519 signatures are accepted"),
+        (
+            signed(COMPLETION, nonce + 3).without(btauth::HEADER_RECEIVER),
+            "Bad Request, message is not intended for self",
+        ),
+        (
+            signed(COMPLETION, nonce + 4).with(btauth::HEADER_CRYPTO, "ed25519"),
+            "Only sr25519 signatures are accepted",
+        ),
         (signed(COMPLETION, nonce + 5).with(btauth::HEADER_NONCE, "x"), "Invalid nonce"),
     ] {
         let (status, answer) = request.send(&miner.app).await;

@@ -139,7 +139,8 @@ async fn from_registration_to_a_verified_answer() {
     // The miner itself has no stake floor problem, but a stranger is none of the members.
     home.hotkey("stranger");
     let axon = lines[1].strip_suffix(" signed").unwrap();
-    let stranger = ["query", "--address", axon, "--wallet.name", "w", "--wallet.hotkey", "stranger"];
+    let stranger =
+        ["query", "--address", axon, "--wallet.name", "w", "--wallet.hotkey", "stranger"];
     let mut all = stranger.to_vec();
     let hotkey = miner.to_string();
     all.extend(["--hotkey", &hotkey, "hello"]);

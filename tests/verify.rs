@@ -8,6 +8,7 @@ mod common;
 use axum::http::StatusCode;
 use common::site::{CHAT, COMPLETION, Site, chat, completion, post, site, stream};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
@@ -23,8 +24,11 @@ use targon_engine::server::state::ServerState;
 use targon_engine::server::translate::Defaults;
 use targon_engine::server::understand::Reader;
 use targon_engine::verify::answer::Answer;
+use targon_engine::verify::prefill::{self, Prefix, Row};
 use targon_engine::verify::proof::Asked;
-use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Report, Verdict, Verifier};
+use targon_engine::verify::{
+    Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
+};
 
 const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
 
@@ -328,4 +332,89 @@ async fn any_response_ends_in_a_rejection_not_a_panic() {
         let streamed = Answer::of_stream(std::slice::from_ref(&response), 0);
         assert!(whole.is_err() && streamed.is_err(), "{response}");
     }
+}
+
+#[tokio::test]
+async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    let mut body = proved("residue-v1");
+    body["n"] = json!(4);
+    body["return_token_ids"] = json!(true);
+    let (status, response) = post(&site.app, CHAT, body.clone()).await;
+    assert_eq!(status, StatusCode::OK, "{response}");
+    let answers = (0..4).map(|choice| Answer::of_response(&response, choice).unwrap());
+    let mut answers: Vec<Answer> = answers.collect();
+    answers[1].text = Some("hello".into());
+    answers[2].chunks[1].data.fill(0);
+    rechain(&mut answers[2]);
+    let reader = Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+    let understood = reader.chat(&serde_json::from_value(body.clone()).unwrap()).await.unwrap();
+    let (seed, proof) = (body["seed"].as_i64(), asked(&body));
+    let claims: Vec<Claim<'_>> = (0..)
+        .zip(understood.requests.iter().zip(&answers))
+        .map(|(choice, (request, answer))| Claim {
+            request,
+            seed,
+            choice,
+            proof,
+            answer,
+            end_is_implied: false,
+        })
+        .collect();
+    assert_eq!(claims.len(), 4);
+    for (profile, depth) in [
+        (Profile::Proof, Depth::Fast),
+        (Profile::Proof, Depth::Slow),
+        (Profile::Ranks, Depth::Slow),
+        (Profile::Powv, Depth::Fast),
+    ] {
+        let together = verifier.verify_all(&claims, profile, depth, 7);
+        let alone = claims.iter().map(|claim| verifier.verify(claim, profile, depth, 7));
+        assert_eq!(together, alone.collect::<Vec<Report>>(), "{profile:?} {depth:?}");
+    }
+    let reports = verifier.verify_all(&claims, Profile::Proof, Depth::Slow, 7);
+    let reasons = reports.iter().map(|report| match &report.verdict {
+        Verdict::Reject(rejection) => Some(rejection.reason),
+        Verdict::Pass => None,
+        Verdict::Unscored(why) => panic!("{why}"),
+    });
+    let want = [None, Some(Reason::TextMismatch), Some(Reason::SketchEnergy), None];
+    assert_eq!(reasons.collect::<Vec<_>>(), want);
+    assert_eq!(reports[3].rows.len(), 70);
+    assert!(verifier.verify_all(&[], Profile::Proof, Depth::Slow, 7).is_empty());
+}
+
+#[test]
+fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
+    type Seen = (usize, u32, Vec<u16>, Option<Vec<u32>>);
+    let seen = |row: Row<'_>| -> Seen {
+        let logits = row.logits.map(|all| all.iter().map(|x| x.to_bits()).collect());
+        (row.index, row.position, row.bits.to_vec(), logits)
+    };
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    let model = common::tiny_model(3, &pool);
+    let prompt: Vec<u32> = (0..45).map(|i| i * 7 % 256).collect();
+    let wanted: BTreeSet<usize> = (0..300).filter(|i| i % 3 == 0).collect();
+    let mut prefix = Prefix::new(&model.decoder, &pool, &prompt, 300).unwrap();
+    // Someone who stops in the middle leaves nothing behind for those after him.
+    let stop = Stop::Fault("enough".into());
+    assert_eq!(prefix.run(&[1; 200], &wanted, |_| Err(stop.clone())), Err(stop.clone()));
+    for length in [90_u32, 5, 300, 1, 40] {
+        let output: Vec<u32> = (0..length).map(|i| (i * length + 11) % 256).collect();
+        let (mut shared, mut alone) = (Vec::new(), Vec::new());
+        let visit = |row: Row<'_>| {
+            shared.push(seen(row));
+            Ok(())
+        };
+        prefix.run(&output, &wanted, visit).unwrap();
+        let visit = |row: Row<'_>| {
+            alone.push(seen(row));
+            Ok(())
+        };
+        prefill::run(&model.decoder, &pool, &prompt, &output, &wanted, visit).unwrap();
+        assert_eq!(shared.len(), length as usize);
+        assert!(shared == alone, "{length} tokens");
+    }
+    assert!(Prefix::new(&model.decoder, &pool, &[], 3).is_err());
 }

@@ -49,6 +49,12 @@ pub fn tampered(
     Decoder::load(&altered, Some(Dtype::Bf16), pool, |_, _| {}).map_err(|e| e.to_string())
 }
 
+/// One head of a key or value at one position, as a cache of symmetric int8 keeps it: with a scale
+/// of its own.
+pub fn int8_head(head: &mut [f32]) {
+    integers(8, 0, head.len(), head);
+}
+
 fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> Result<(), String> {
     let layers = checkpoint.config["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
     let mut tensors = Vec::new();
@@ -166,4 +172,57 @@ fn low_rank(share: f32, name: &str, cols: usize, values: &mut [f32]) {
     let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
     let scale = share * norm(values) / norm(&update).max(f32::MIN_POSITIVE);
     values.iter_mut().zip(update).for_each(|(x, u)| *x += scale * u);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_lie_on_the_grid_of_their_group() {
+        let original: Vec<f32> = (0..64).map(|i| ((i * 37 % 64) as f32 - 31.0) / 8.0).collect();
+        for (bits, group) in [(4, 16), (4, 0), (8, 16), (8, 0)] {
+            let mut values = original.clone();
+            integers(bits, group, 32, &mut values);
+            let parts = if group == 0 { 32 } else { group };
+            for (new, old) in values.chunks(parts).zip(original.chunks(parts)) {
+                let max = old.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+                let step = max / ((1 << (bits - 1)) - 1) as f32;
+                for (x, y) in new.iter().zip(old) {
+                    assert!((x - y).abs() <= 0.5001 * step, "{bits} {group}: {y} became {x}");
+                    assert!((x / step - (x / step).round()).abs() < 1e-3);
+                }
+            }
+        }
+        let mut zeros = [0.0; 8];
+        int8_head(&mut zeros);
+        assert_eq!(zeros, [0.0; 8]);
+        let mut head = [127.0, -64.4, 0.4, 0.6];
+        int8_head(&mut head);
+        assert_eq!(head, [127.0, -64.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn fp8_keeps_three_bits_of_mantissa_and_zero() {
+        let mut values = [448.0, 1.0, 1.06, 1.07, 0.0, -300.0, 0.001];
+        fp8(&mut values);
+        assert_eq!(values, [448.0, 1.0, 1.0, 1.125, 0.0, -288.0, 0.001_953_125]);
+    }
+
+    #[test]
+    fn a_low_rank_update_has_the_size_it_should_and_is_repeatable() {
+        let original: Vec<f32> =
+            (0..32 * 48).map(|i| ((i * 29 % 97) as f32 - 48.0) / 9.0).collect();
+        let change = |name: &str| {
+            let mut values = original.clone();
+            low_rank(0.01, name, 48, &mut values);
+            values
+        };
+        let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let update: Vec<f32> = change("a").iter().zip(&original).map(|(x, y)| x - y).collect();
+        let share = norm(&update) / norm(&original);
+        assert!((share - 0.01).abs() < 1e-4, "{share}");
+        assert_eq!(change("a"), change("a"));
+        assert_ne!(change("a"), change("b"));
+    }
 }

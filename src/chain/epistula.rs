@@ -20,11 +20,8 @@ pub const HEADER_SIGNED_FOR: &str = "epistula-signed-for";
 /// `Epistula-Request-Signature`: `0x` and 128 hexadecimal digits.
 pub const HEADER_SIGNATURE: &str = "epistula-request-signature";
 /// `Epistula-Secret-Signature-0` to `-2`: sent, never relied on (implementations differ).
-const HEADERS_SECRET: [&str; 3] = [
-    "epistula-secret-signature-0",
-    "epistula-secret-signature-1",
-    "epistula-secret-signature-2",
-];
+const HEADERS_SECRET: [&str; 3] =
+    ["epistula-secret-signature-0", "epistula-secret-signature-1", "epistula-secret-signature-2"];
 /// The version.
 pub const VERSION: &str = "2";
 /// How far a timestamp may lie from now, either way.

@@ -193,11 +193,21 @@ struct Written<'a> {
     address: String,
 }
 
-/// A new key with a phrase of twelve words: the pair, the file with its secrets, and the public one.
+/// A key that is about to be written.
+pub struct NewKey {
+    /// The pair.
+    pub pair: Keypair,
+    /// The file with its secrets.
+    pub json: Zeroizing<Vec<u8>>,
+    /// The public file.
+    pub public_json: Vec<u8>,
+}
+
+/// A new key with a phrase of twelve words.
 ///
 /// # Errors
 /// When the system gives no randomness.
-pub fn generate() -> Result<(Keypair, Zeroizing<Vec<u8>>, Vec<u8>), String> {
+pub fn generate() -> Result<NewKey, String> {
     let words = bip39::Mnemonic::generate_in(bip39::Language::English, 12);
     let phrase = SecretString::from(words.map_err(|e| e.to_string())?.to_string());
     let seed = phrase_seed(&phrase)?;
@@ -224,7 +234,7 @@ pub fn generate() -> Result<(Keypair, Zeroizing<Vec<u8>>, Vec<u8>), String> {
         ..public
     };
     let json = Zeroizing::new(serde_json::to_vec(&whole).map_err(|e| e.to_string())?);
-    Ok((pair, json, public_json))
+    Ok(NewKey { pair, json, public_json })
 }
 
 #[cfg(test)]
@@ -312,7 +322,7 @@ mod tests {
 
     #[test]
     fn new_keys_can_be_read_back() {
-        let (pair, json, public) = generate().unwrap();
+        let NewKey { pair, json, public_json: public } = generate().unwrap();
         assert_eq!(keypair(&json).unwrap().hotkey(), pair.hotkey());
         assert_eq!(public_key(&public), Ok(pair.hotkey()));
         assert!(!String::from_utf8(public).unwrap().contains("secret"));

@@ -31,10 +31,7 @@ pub trait Chain: Send + Sync + 'static {
     ///
     /// # Errors
     /// When no endpoint answers, or the subnet does not exist.
-    fn metagraph(
-        &self,
-        netuid: u16,
-    ) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
+    fn metagraph(&self, netuid: u16) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
 
     /// Registers where `signer` listens, and waits until that is final. What is sent is given to
     /// `show` in words before it is signed; nothing is signed where `show` says no.

@@ -119,11 +119,11 @@ impl Wallet {
             .mode(0o700)
             .create(&directory)
             .map_err(|e| failed(&directory, e))?;
-        let (pair, json, public) = keyfile::generate().map_err(|what| error(&path, what))?;
-        write_new(&path, &json).map_err(|e| failed(&path, e))?;
+        let new = keyfile::generate().map_err(|what| error(&path, what))?;
+        write_new(&path, &new.json).map_err(|e| failed(&path, e))?;
         let public_path = self.hotkey_public_file();
-        write_new(&public_path, &public).map_err(|e| failed(&public_path, e))?;
-        Ok(pair)
+        write_new(&public_path, &new.public_json).map_err(|e| failed(&public_path, e))?;
+        Ok(new.pair)
     }
 }
 

@@ -2,67 +2,181 @@
 
 use super::Failure;
 use super::shared::ComputeArgs;
-use crate::bench::attack::{Bench, Line};
+use crate::bench::attack::{Bench, Options};
+use crate::bench::plot;
+use crate::bench::results::{Line, Outcome, Results, Tokens};
+use crate::bench::stats::{Rate, Stopping};
+use crate::verify::Limits;
 use clap::Args;
 use comfy_table::{Table, presets};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `attack-bench`.
 #[derive(Args)]
 pub(super) struct AttackBenchArgs {
     /// A checkpoint directory or GGUF file of a dense Llama.
     model: PathBuf,
-    /// Prompts, each with an answer of 256 tokens.
-    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(2..=96))]
+    /// Prompts that every attack is run on.
+    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(2..=1000))]
     prompts: u16,
+    /// Honest answers that false positives are counted on, to other prompts.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(0..=4000))]
+    honest: u16,
+    /// Tokens of every answer; 128 of honest and 256 of attacked ones where absent.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(32..=512))]
+    tokens: Option<u16>,
+    /// Run only attacks whose name contains this.
+    #[arg(long)]
+    only: Option<String>,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Print JSON in place of the table.
+    /// Write attack.json and attack.svg into this directory.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Print JSON in place of the tables.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
     let pool = args.compute.pool()?;
+    if let Some(out) = &args.out {
+        std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
+    }
     let scratch = std::env::temp_dir().join(format!("targon-attack-{}", uuid::Uuid::new_v4()));
-    std::fs::create_dir(&scratch)
-        .map_err(|e| Failure::user(format!("{} cannot be made: {e}", scratch.display())))?;
-    let lines = Bench::new(&args.model, &scratch, &pool, args.prompts.into())
+    std::fs::create_dir(&scratch).map_err(|e| cannot_write(&scratch, &e))?;
+    let options = Options {
+        prompts: args.prompts.into(),
+        honest: args.honest.into(),
+        tokens: args.tokens.map(usize::from),
+        only: args.only.clone(),
+    };
+    let results = Bench::new(&args.model, &scratch, &pool, options, Limits::default())
         .and_then(|bench| bench.run(|next| tracing::info!("{next}")));
     // What is left in the temporary directory is the system's to clean.
     let _ = std::fs::remove_dir_all(&scratch);
-    let lines = lines.map_err(Failure::user)?;
+    let results = results.map_err(Failure::user)?;
+    if let Some(out) = &args.out {
+        write(out, &results)?;
+    }
     if args.json {
-        println!("{}", serde_json::to_string(&lines).map_err(Failure::ours)?);
+        println!("{}", serde_json::to_string(&results).map_err(Failure::ours)?);
     } else {
-        println!("{}", table(&lines));
+        print(&results);
     }
     Ok(())
 }
 
-fn table(lines: &[Line]) -> Table {
+fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
+    Failure::user(format!("{} cannot be written: {e}", path.display()))
+}
+
+fn write(out: &Path, results: &Results) -> Result<(), Failure> {
+    let json = serde_json::to_string_pretty(results).map_err(Failure::ours)?;
+    let svg = plot::svg(results).map_err(Failure::ours)?;
+    for (name, text) in [("attack.json", json + "\n"), ("attack.svg", svg)] {
+        let path = out.join(name);
+        std::fs::write(&path, text).map_err(|e| cannot_write(&path, &e))?;
+    }
+    Ok(())
+}
+
+fn print(results: &Results) {
+    println!("{}", lines(&results.lines));
+    if !results.tokens.is_empty() {
+        println!("\nTokens until a cheat is seen: median / 95th percentile of random orders");
+        println!("{}", tokens(&results.tokens));
+    }
+    println!("\nGoals");
+    println!("{}", goals(&results.goals));
+    let ((attacked, attacked_tokens), (honest, honest_tokens)) = (results.attacked, results.honest);
+    println!(
+        "\n{attacked} attacked prompts, answers of {attacked_tokens} tokens; {honest} honest \
+         prompts, {honest_tokens} tokens; intervals of 95 %"
+    );
+}
+
+fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header([
+    table.set_header(header);
+    table
+}
+
+fn or_dash(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".into())
+}
+
+/// A share with its interval, in percent.
+fn rate(rate: &Rate) -> String {
+    let Rate { count, of, low, high } = rate;
+    format!("{count}/{of} ({:.2}..{:.2} %)", 100.0 * low, 100.0 * high)
+}
+
+fn lines(lines: &[Line]) -> Table {
+    let mut table = table([
         "answers that are",
         "judged by",
-        "rejected",
-        "by 1/2/4/8 chunks",
+        "bytes/token",
+        "rejected (95 %)",
+        "missed after 1/2/4/8 chunks",
+        "chunks needed",
         "chunk energy (min..max)",
         "exact chunks",
         "mean margin",
     ]);
     for line in lines {
-        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+        let missed = |all: &Vec<Rate>| {
+            let at = |n: usize| all.get(n - 1).map_or_else(String::new, |r| r.count.to_string());
+            [1, 2, 4, 8].map(at).join("/")
+        };
+        let needed = |n: Option<usize>| or_dash(n.map(|n| n.to_string()));
         table.add_row([
             line.name.clone(),
-            line.scheme.into(),
-            format!("{}/{}", line.rejected, line.answers),
-            or_dash(line.by_chunks.map(|n| n.map(|n| n.to_string()).join("/"))),
+            line.judge.clone(),
+            format!("{:.2}", line.bytes_per_token),
+            rate(&line.rejected),
+            or_dash(line.missed.as_ref().map(missed)),
+            or_dash(line.chunks_needed.map(|both| both.map(needed).join(" / "))),
             or_dash(line.energy.map(|[mid, min, max]| format!("{mid:.1} ({min:.1}..{max:.1})"))),
-            or_dash(line.exact.map(|(n, all)| format!("{n}/{all}"))),
+            or_dash(line.exact.map(|r| format!("{}/{}", r.count, r.of))),
             or_dash(line.margin.map(|m| format!("{m:.4}"))),
         ]);
+    }
+    table
+}
+
+fn tokens(all: &[Tokens]) -> Table {
+    let mut table = table([
+        "cheat",
+        "mismatch (95 %)",
+        "mean margin",
+        "one margin over the limit",
+        "sequential test",
+        "either",
+        "on this engine",
+    ]);
+    for tokens in all {
+        let number = |n: Option<usize>| or_dash(n.map(|n| n.to_string()));
+        let span = |s: &Stopping| format!("{} / {}", number(s.median), number(s.p95));
+        table.add_row([
+            tokens.name.clone(),
+            rate(&tokens.mismatch),
+            format!("{:.4}", tokens.margin),
+            span(&tokens.single),
+            span(&tokens.sequential),
+            span(&tokens.either),
+            span(&tokens.exact),
+        ]);
+    }
+    table
+}
+
+fn goals(all: &[Outcome]) -> Table {
+    let mut table = table(["goal", "measured", ""]);
+    for outcome in all {
+        let met = if outcome.is_met { "met" } else { "missed" };
+        table.add_row([outcome.goal.as_str(), outcome.measured.as_str(), met]);
     }
     table
 }

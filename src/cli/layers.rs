@@ -76,8 +76,7 @@ fn flags(command: &Command) -> Vec<&Arg> {
 }
 
 fn is_called(arg: &Arg, name: &str) -> bool {
-    arg.get_long() == Some(name)
-        || arg.get_all_aliases().unwrap_or_default().iter().any(|alias| *alias == name)
+    arg.get_long() == Some(name) || arg.get_all_aliases().unwrap_or_default().contains(&name)
 }
 
 fn yaml(command: &Command, path: &Path) -> Result<Values, Failure> {
@@ -159,7 +158,8 @@ fn fill(command: Command, values: &Values) -> Command {
         match (given, arg.get_action()) {
             (None, _) => arg,
             (Some(list), ArgAction::SetTrue) => {
-                let is_on = list.first().is_some_and(|v| matches!(v.as_str(), "true" | "1" | "yes"));
+                let is_on =
+                    list.first().is_some_and(|v| matches!(v.as_str(), "true" | "1" | "yes"));
                 arg.default_value(if is_on { "true" } else { "false" })
             }
             (Some(list), _) => arg.default_values(list).required(false),
@@ -183,13 +183,12 @@ mod tests {
         let path = path.display().to_string();
         let mut all: Vec<OsString> = ["x", "serve", "--config", &path].map(OsString::from).into();
         all.extend(arguments.iter().map(OsString::from));
-        let command = apply(super::super::Cli::command(), &all).map_err(|f| {
-            format!("{} {}", f.message, f.hint.unwrap_or_default())
-        })?;
+        let command = apply(super::super::Cli::command(), &all)
+            .map_err(|f| format!("{} {}", f.message, f.hint.unwrap_or_default()))?;
         let matches = command.try_get_matches_from(all).map_err(|e| e.to_string())?;
         let cli = super::super::Cli::from_arg_matches(&matches).map_err(|e| e.to_string())?;
         match cli.command {
-            super::super::Command::Serve(args) => Ok(args),
+            super::super::Command::Serve(args) => Ok(*args),
             _ => Err("another command".into()),
         }
     }
@@ -246,8 +245,9 @@ mod tests {
         let path = directory.path().join("env");
         std::fs::write(&path, "# mine\nBT_AXON_PORT=9001\nOTHER=1\n").unwrap();
         let values = dotenv(&spelled(super::super::Cli::command()), &path).unwrap();
-        assert_eq!(values.into_iter().collect::<Vec<_>>(), [
-            ("axon.port".to_owned(), vec!["9001".to_owned()])
-        ]);
+        assert_eq!(
+            values.into_iter().collect::<Vec<_>>(),
+            [("axon.port".to_owned(), vec!["9001".to_owned()])]
+        );
     }
 }

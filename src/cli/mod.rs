@@ -5,6 +5,7 @@
 
 mod attack_bench;
 mod calibrate;
+mod capture;
 mod fetch;
 mod layers;
 mod load;
@@ -19,6 +20,7 @@ mod subnet;
 mod subnet_args;
 mod verifier;
 mod verify;
+mod verify_html;
 mod wallet;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -66,7 +68,7 @@ impl Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve models over HTTP, and with a wallet as a miner on a subnet.
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Say what memory the models will need, without loading them.
     Plan(plan::PlanArgs),
     /// Compute the whitening that a model's proofs need, and store it.
@@ -146,7 +148,7 @@ fn report(failure: Failure) -> ExitCode {
 fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
     match command {
         Command::Verify(args) => return verify::run(&args),
-        Command::Serve(args) => serve::run(args, log),
+        Command::Serve(args) => serve::run(*args, log),
         Command::AttackBench(args) => attack_bench::run(&args),
         Command::Verifier(args) => verifier::run(&args),
         Command::Plan(args) => plan::run(&args),

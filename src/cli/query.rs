@@ -101,7 +101,10 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
     let body = body(args, &target, &clock).await?;
     let is_chat = body.get("messages").is_some();
     let path = if is_chat { "/v1/chat/completions" } else { "/v1/completions" };
-    println!("{:>8} {:>9} {:>10} {:>8} {:>12}  text", "ms", "token id", "log-prob", "chunk", "powv");
+    println!(
+        "{:>8} {:>9} {:>10} {:>8} {:>12}  text",
+        "ms", "token id", "log-prob", "chunk", "powv"
+    );
     let arrivals = target.stream(path, &body, &clock, print).await.map_err(query_failure)?;
     summarize(&arrivals);
     if let Some(path) = &args.save {

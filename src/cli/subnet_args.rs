@@ -24,10 +24,20 @@ const NETUID: u16 = 4;
 #[derive(Args)]
 pub(super) struct WalletArgs {
     /// The wallet's name; `default` where absent.
-    #[arg(id = "wallet.name", long = "wallet.name", env = "BT_WALLET_NAME", help_heading = "Wallet")]
+    #[arg(
+        id = "wallet.name",
+        long = "wallet.name",
+        env = "BT_WALLET_NAME",
+        help_heading = "Wallet"
+    )]
     pub(super) name: Option<String>,
     /// The hotkey's name; `default` where absent.
-    #[arg(id = "wallet.hotkey", long = "wallet.hotkey", env = "BT_WALLET_HOTKEY", help_heading = "Wallet")]
+    #[arg(
+        id = "wallet.hotkey",
+        long = "wallet.hotkey",
+        env = "BT_WALLET_HOTKEY",
+        help_heading = "Wallet"
+    )]
     pub(super) hotkey: Option<String>,
     /// Where wallets are.
     #[arg(

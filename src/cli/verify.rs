@@ -1,29 +1,21 @@
 //! `verify`: judges captured answers, one a line.
 
-use super::load::{self, DownloadBars};
+use super::Failure;
+use super::capture::{Capture, Captures, Judged, Rules, Verifiers};
 use super::shared::{ComputeArgs, ModelsArg};
-use super::{Failure, runtime};
-use crate::chain::keys::Hotkey;
-use crate::config::models_toml::ModelConfig;
-use crate::engine::request::Request;
-use crate::models::{Identity, Model};
-use crate::ops::pool::Pool;
-use crate::proof::Scheme;
-use crate::proof::codec::from_hex;
-use crate::server::translate::Defaults;
-use crate::server::understand::Reader;
-use crate::verify::answer::Answer;
-use crate::verify::proof::Asked;
-use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
-use crate::wire::openai::{ChatRequest, CompletionRequest};
+use super::verify_html;
+use crate::models::Model;
+use crate::proof::CHUNK_ROWS;
+use crate::verify::evidence::{ALARM, Calibrated, Evidence, Observed, Sums, weigh};
+use crate::verify::evidence_file::EvidenceFile;
+use crate::verify::limits::{self, LimitsFile};
+use crate::verify::proof::ChunkEvidence;
+use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
-use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 /// Exit code where an answer was rejected.
 const REJECTED: u8 = 3;
@@ -34,7 +26,8 @@ const UNSCORED: u8 = 4;
 #[derive(Args)]
 pub(super) struct VerifyArgs {
     /// Captured answers, one JSON object a line: `request` (the body), and `response` (a whole
-    /// answer) or `chunks` (the events of a stream).
+    /// answer) or `chunks` (the events of a stream); `hotkey` says who must have signed, `miner`
+    /// who answered.
     file: PathBuf,
     #[command(flatten)]
     models: ModelsArg,
@@ -48,12 +41,21 @@ pub(super) struct VerifyArgs {
     /// Demand that hidden rows are equal bit for bit: the miner runs this engine.
     #[arg(long)]
     exact: bool,
-    /// Print what was found for every token.
+    /// Limits that `calibrate --pairs` wrote for this model.
+    #[arg(long, value_name = "FILE", env = "TARGON_LIMITS")]
+    limits: Option<PathBuf>,
+    /// Add every answer to what this file says of its miner, over all answers so far.
+    #[arg(long, value_name = "FILE", env = "TARGON_EVIDENCE")]
+    evidence: Option<PathBuf>,
+    /// Print what was found for every token; `!` marks what is over a limit.
     #[arg(long)]
     explain: bool,
     /// Print one JSON object for each answer.
     #[arg(long)]
     json: bool,
+    /// Write a page that shows every token, with plots.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Decides which rows are looked at; random where absent.
     #[arg(long)]
     chance: Option<u64>,
@@ -61,39 +63,77 @@ pub(super) struct VerifyArgs {
     compute: ComputeArgs,
 }
 
-/// One line of the file.
-#[derive(Deserialize)]
-struct Capture {
-    request: Value,
-    response: Option<Value>,
-    chunks: Option<Vec<Value>>,
-    /// The hotkey that must have signed the proof.
-    hotkey: Option<String>,
+/// What many answers of one miner say, with this one.
+pub(super) struct Tally {
+    pub(super) miner: String,
+    pub(super) evidence: Evidence,
+    /// What this answer added.
+    pub(super) gain: Sums,
+}
+
+/// A judged answer with all there is to say of it.
+pub(super) struct Finding<'a> {
+    pub(super) place: &'a str,
+    pub(super) judged: &'a Judged,
+    pub(super) tally: Option<&'a Tally>,
+    pub(super) model: &'a Model,
+    pub(super) limits: &'a Limits,
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
-    let config = args.models.read(&[])?;
-    let path = args.file.display();
-    let text = std::fs::read_to_string(&args.file)
-        .map_err(|e| Failure::user(format!("{path} cannot be read: {e}")))?;
-    let pool = args.compute.pool()?;
-    let runtime = runtime()?;
-    let mut verifiers = Verifiers { models: config.models, pool, loaded: HashMap::new() };
-    let mut worst = 0;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    for (number, line) in lines {
-        let place = format!("{path}:{}", number + 1);
-        let capture: Capture = serde_json::from_str(line)
-            .map_err(|e| Failure::user(format!("{place} is not a captured answer: {e}")))?;
-        let verifier = verifiers.of(&runtime, &capture, args)?;
-        let done = runtime.block_on(judge(&verifier, &capture, args));
-        let done = done.map_err(|what| Failure::user(format!("{place}: {what}")))?;
-        for judged in &done {
+    let file = args.limits.as_deref().map(limits::read).transpose().map_err(Failure::user)?;
+    let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
+    let evidence = evidence.map_err(Failure::user)?;
+    let own = file.as_ref().map_or_else(Limits::default, |f| f.limits);
+    let limits = Limits { exact: args.exact || own.exact, ..own };
+    let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
+    let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, limits)?;
+    let captures = Captures::open(&args.file)?;
+    let mut account = evidence.map(|store| Account { store, rates });
+    let (mut worst, mut sections) = (0, Vec::new());
+    for line in captures.iter() {
+        let (place, capture) = line?;
+        let verifier = verifiers.of(&capture)?;
+        check_model(args, file.as_ref(), &verifier)?;
+        for judged in &verifiers.judge(&verifier, &place, &capture, args.rules())? {
             worst = worst.max(weight(&judged.report.verdict));
-            print(&place, judged, &verifier.model, args);
+            let tally = account.as_mut().map(|a| a.add(&place, &capture, judged, &limits));
+            let tally = tally.transpose()?;
+            let (tally, model) = (tally.as_ref(), &*verifier.model);
+            let finding = Finding { place: &place, judged, tally, model, limits: &limits };
+            print(&finding, args);
+            if args.html.is_some() {
+                sections.push(verify_html::section(&finding).map_err(Failure::ours)?);
+            }
         }
     }
+    if let Some(path) = &args.html {
+        let page = verify_html::page(&args.file.display().to_string(), &sections);
+        std::fs::write(path, page)
+            .map_err(|e| Failure::user(format!("{} cannot be written: {e}", path.display())))?;
+    }
     Ok(ExitCode::from([0, UNSCORED, REJECTED][worst]))
+}
+
+impl VerifyArgs {
+    fn rules(&self) -> Rules {
+        let depth = if self.slow { Depth::Slow } else { Depth::Fast };
+        Rules { profile: self.profile, depth, chance: self.chance }
+    }
+}
+
+/// Limits of one model say nothing about another.
+fn check_model(
+    args: &VerifyArgs,
+    file: Option<&LimitsFile>,
+    verifier: &Verifier,
+) -> Result<(), Failure> {
+    match (&args.limits, file) {
+        (Some(path), Some(file)) => {
+            file.check_model(path, &verifier.identity.model_hash).map_err(Failure::user)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A rejection outweighs an answer that could not be scored, in whatever order they come.
@@ -105,200 +145,161 @@ fn weight(verdict: &Verdict) -> usize {
     }
 }
 
-/// Loads each model once, when it is first needed.
-struct Verifiers {
-    models: Vec<ModelConfig>,
-    pool: Pool,
-    loaded: HashMap<String, Verifier>,
+/// Where evidence is kept, and what it is weighed by.
+struct Account {
+    store: EvidenceFile,
+    rates: Calibrated,
 }
 
-impl Verifiers {
-    fn of(
+impl Account {
+    fn add(
         &mut self,
-        runtime: &tokio::runtime::Runtime,
+        place: &str,
         capture: &Capture,
-        args: &VerifyArgs,
-    ) -> Result<Verifier, Failure> {
-        let asked = capture.request["model"].as_str();
-        let config = match (asked, self.models.as_slice()) {
-            (Some(name), models) => models.iter().find(|m| m.name == name),
-            (None, [only]) => Some(only),
-            (None, _) => None,
-        };
-        let config = config.cloned().ok_or_else(|| {
-            let what =
-                format!("{} has no model `{}`", args.models.path.display(), asked.unwrap_or(""));
-            Failure::user(what).with_hint(Some("add a [[model]] entry of that name"))
+        judged: &Judged,
+        limits: &Limits,
+    ) -> Result<Tally, Failure> {
+        let miner = capture.miner().ok_or_else(|| {
+            let what = format!("{place}: evidence needs a `hotkey` or a `miner`, got neither");
+            Failure::user(what)
         })?;
-        if let Some(verifier) = self.loaded.get(&config.name) {
-            return Ok(verifier.clone());
-        }
-        let name = config.name.clone();
-        let refuse = |why: String| Failure::user(format!("{name} cannot be loaded: {why}"));
-        let bars = DownloadBars::new();
-        let located = runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
-        let plan = load::plan(&located, load::available_memory()).map_err(refuse)?;
-        let model = Model::load(&located.path, located.config.dtype, &self.pool, |_, _| {});
-        let model = model.map_err(|e| refuse(e.to_string()))?;
-        let identity = Identity::of(&model, &self.pool).map_err(|e| refuse(e.to_string()))?;
-        let verifier = Verifier {
-            model: Arc::new(model),
-            identity: Arc::new(identity),
-            pool: self.pool.separate(),
-            limits: Limits { exact: args.exact, ..Limits::default() },
-            context_max: plan.options.context_max,
-        };
-        self.loaded.insert(name.clone(), verifier.clone());
-        Ok(verifier)
+        let observed = Observed::of(&judged.report, judged.scheme, limits);
+        let weighed = weigh(&mut self.store, miner, &self.rates, &observed);
+        let (evidence, gain) = weighed.map_err(Failure::user)?;
+        Ok(Tally { miner: miner.to_owned(), evidence, gain })
     }
 }
 
-/// One choice, judged.
-struct Judged {
-    choice: u32,
-    profile: Profile,
-    answer: Option<Answer>,
-    report: Report,
-    seconds: f64,
-}
-
-/// Judges every choice of a captured answer.
-async fn judge(
-    verifier: &Verifier,
-    capture: &Capture,
-    args: &VerifyArgs,
-) -> Result<Vec<Judged>, String> {
-    let body = &capture.request;
-    let requests = understand(verifier, body).await?;
-    let asked = asked(capture)?;
-    let profile = args.profile.unwrap_or(match asked {
-        Some(_) => Profile::Proof,
-        None => Profile::Ranks,
-    });
-    let depth = if args.slow { Depth::Slow } else { Depth::Fast };
-    let clock = crate::clock::Clock::system();
-    let mut all = Vec::new();
-    for (choice, request) in (0..).zip(&requests) {
-        let answer = match (&capture.response, &capture.chunks) {
-            (Some(response), None) => Answer::of_response(response, choice),
-            (None, Some(chunks)) => Answer::of_stream(chunks, choice),
-            _ => return Err("must have either `response` or `chunks`".into()),
-        };
-        let started = clock.elapsed();
-        let (answer, report) = match answer {
-            Err(rejection) => {
-                let verdict = Verdict::Reject(rejection);
-                (None, Report { verdict, rows: Vec::new(), chunks: Vec::new() })
-            }
-            Ok(answer) => {
-                let seed = body["seed"].as_i64();
-                let claim = Claim {
-                    request,
-                    seed,
-                    choice,
-                    proof: asked,
-                    answer: &answer,
-                    end_is_implied: false,
-                };
-                let chance = args.chance.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64);
-                let report = verifier.verify(&claim, profile, depth, chance);
-                (Some(answer), report)
-            }
-        };
-        let seconds = (clock.elapsed() - started).as_secs_f64();
-        all.push(Judged { choice, profile, answer, report, seconds });
-    }
-    Ok(all)
-}
-
-async fn understand(verifier: &Verifier, body: &Value) -> Result<Vec<Request>, String> {
-    let reader = Reader {
-        model: &verifier.model,
-        context_max: verifier.context_max,
-        defaults: Defaults::default(),
-    };
-    let wrong = |e: serde_json::Error| format!("`request` is not a body: {e}");
-    let understood = if body.get("messages").is_some() {
-        let request: ChatRequest = serde_json::from_value(body.clone()).map_err(wrong)?;
-        reader.chat(&request).await
-    } else {
-        let request: CompletionRequest = serde_json::from_value(body.clone()).map_err(wrong)?;
-        reader.completion(&request).await
-    };
-    understood.map(|u| u.requests).map_err(|e| format!("`request`: {}", e.message))
-}
-
-fn asked(capture: &Capture) -> Result<Option<Asked>, String> {
-    let Some(scheme) = capture.request["proof"]["scheme"].as_str() else { return Ok(None) };
-    let scheme: Scheme = scheme.parse().map_err(|rule| format!("proof.scheme {rule}"))?;
-    let nonce = capture.request["proof"]["nonce"].as_str().map(from_hex).transpose();
-    let nonce = nonce.map_err(|rule| format!("proof.nonce {rule}"))?;
-    let hotkey = capture.hotkey.as_deref().map(str::parse::<Hotkey>).transpose();
-    let hotkey = hotkey.map_err(|e| format!("`hotkey`: {e}"))?;
-    Ok(Some(Asked { scheme, nonce, hotkey }))
-}
-
-fn print(place: &str, judged: &Judged, model: &Model, args: &VerifyArgs) {
-    let Judged { choice, profile, answer, report, seconds } = judged;
-    let tokens = answer.as_ref().map_or(0, |a| a.ids.len());
-    let exact = report.chunks.iter().filter(|c| c.is_exact).count();
+fn print(finding: &Finding<'_>, args: &VerifyArgs) {
     if args.json {
-        let reason = match &report.verdict {
-            Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
-            Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
-            Verdict::Pass => None,
-        };
-        let rows = report.rows.iter().map(|r| {
-            json!({
-                "index": r.index, "token": r.token, "rank": r.rank, "logprob": r.logprob,
-                "reported": r.reported, "margin": r.margin,
-            })
-        });
-        let line = json!({
-            "place": place, "choice": choice, "passed": report.verdict == Verdict::Pass,
-            "reason": reason.as_ref().map(|r| r.0), "what": reason.as_ref().map(|r| &r.1),
-            "tokens": tokens, "seconds": seconds, "chunks": report.chunks.len(),
-            "exact_chunks": exact, "energies":
-                report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),
-            "rows": if args.explain { rows.collect::<Vec<_>>() } else { Vec::new() },
-        });
-        println!("{line}");
+        println!("{}", line(finding, args.explain));
         return;
     }
+    let Finding { place, judged, tally, .. } = finding;
+    let Judged { choice, report, seconds, .. } = judged;
     println!("{place} choice {choice}: {}", report.verdict);
-    let rules = match profile {
-        Profile::Powv => "targon-4.1".to_owned(),
-        Profile::Ranks => "targon-4.4".to_owned(),
-        Profile::Proof => format!("{exact} of {} chunks equal bit for bit", report.chunks.len()),
-    };
+    let (tokens, rules) = (finding.tokens(), finding.rules());
     println!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
-    if args.explain {
-        println!("{}", table(report, model));
+    if let Some(tally) = tally {
+        println!("  {}", tally.describe());
     }
+    if args.explain {
+        println!("{}", table(finding));
+    }
+}
+
+impl Finding<'_> {
+    pub(super) fn tokens(&self) -> usize {
+        self.judged.answer.as_ref().map_or(0, |a| a.ids.len())
+    }
+
+    /// Which rules judged, and what of the proof is equal.
+    pub(super) fn rules(&self) -> String {
+        let chunks = &self.judged.report.chunks;
+        let exact = chunks.iter().filter(|c| c.is_exact).count();
+        match self.judged.profile {
+            Profile::Powv => "targon-4.1".to_owned(),
+            Profile::Ranks => "targon-4.4".to_owned(),
+            Profile::Proof => format!("{exact} of {} chunks equal bit for bit", chunks.len()),
+        }
+    }
+
+    /// The chunk that a token belongs to.
+    pub(super) fn chunk(&self, index: usize) -> Option<&ChunkEvidence> {
+        self.judged.report.chunks.get(index / CHUNK_ROWS)
+    }
+
+    /// Whether a chunk is too far from ours.
+    pub(super) fn is_far(&self, chunk: &ChunkEvidence) -> bool {
+        self.judged.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
+    }
+
+    /// Whether a token is too far from being drawn.
+    pub(super) fn is_unlikely(&self, margin: Option<f64>) -> bool {
+        margin.is_some_and(|m| m > self.limits.margin_max())
+    }
+
+    /// Energy of a token's chunk, in words.
+    pub(super) fn energy(&self, index: usize) -> String {
+        match self.chunk(index) {
+            Some(c) if c.is_exact => "exact".to_owned(),
+            Some(c) => number(c.energy),
+            None => number(None),
+        }
+    }
+}
+
+impl Tally {
+    /// One line for people.
+    pub(super) fn describe(&self) -> String {
+        let Self { miner, evidence: Evidence { answers, sums, .. }, .. } = self;
+        let Sums { margin, energy, joint } = sums;
+        let alarm = match self.evidence.alarm() {
+            Some(test) => format!(" ALARM by {test}"),
+            None => String::new(),
+        };
+        format!(
+            "evidence on {miner} after {answers} answers: margin {margin:.1}, energy {energy:.1}, \
+             joint {joint:.1} of {ALARM:.1}{alarm}"
+        )
+    }
+
+    fn json(&self) -> Value {
+        let Self { miner, evidence, gain } = self;
+        json!({
+            "miner": miner, "answers": evidence.answers, "alarms": evidence.alarms,
+            "sums": evidence.sums, "gain": gain, "threshold": ALARM,
+            "alarm": evidence.alarm().map(|test| test.to_string()),
+        })
+    }
+}
+
+pub(super) fn number(value: Option<f64>) -> String {
+    value.map_or("-".into(), |v| format!("{v:.4}"))
+}
+
+/// An answer as one JSON object.
+fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
+    let Judged { choice, report, seconds, .. } = finding.judged;
+    let reason = match &report.verdict {
+        Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
+        Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
+        Verdict::Pass => None,
+    };
+    let rows = report.rows.iter().filter(|_| with_rows).map(|r| {
+        json!({
+            "index": r.index, "token": r.token, "rank": r.rank, "logprob": r.logprob,
+            "reported": r.reported, "margin": r.margin,
+        })
+    });
+    json!({
+        "place": finding.place, "choice": choice, "passed": report.verdict == Verdict::Pass,
+        "reason": reason.as_ref().map(|r| r.0), "what": reason.as_ref().map(|r| &r.1),
+        "tokens": finding.tokens(), "seconds": seconds, "chunks": report.chunks.len(),
+        "exact_chunks": report.chunks.iter().filter(|c| c.is_exact).count(),
+        "energies": report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),
+        "rows": rows.collect::<Vec<_>>(),
+        "evidence": finding.tally.map(Tally::json),
+    })
 }
 
 /// What was found for every row that was scored.
-fn table(report: &Report, model: &Model) -> Table {
+fn table(finding: &Finding<'_>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header(["token", "id", "text", "log-prob", "reported", "rank", "margin", "energy"]);
-    let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
-    for row in &report.rows {
-        let chunk = report.chunks.get(row.index / crate::proof::CHUNK_ROWS);
-        let energy = match chunk {
-            Some(c) if c.is_exact => "exact".to_owned(),
-            Some(c) => number(c.energy),
-            None => "-".into(),
-        };
+    let marked = |text: String, is_over: bool| if is_over { format!("{text} !") } else { text };
+    for row in &finding.judged.report.rows {
+        let is_far = finding.chunk(row.index).is_some_and(|c| finding.is_far(c));
         table.add_row([
             row.index.to_string(),
             row.token.to_string(),
-            format!("{:?}", model.tokenizer.text_of(row.token)),
+            format!("{:?}", finding.model.tokenizer.text_of(row.token)),
             format!("{:.4}", row.logprob),
             number(row.reported),
             row.rank.to_string(),
-            number(row.margin),
-            energy,
+            marked(number(row.margin), finding.is_unlikely(row.margin)),
+            marked(finding.energy(row.index), is_far),
         ]);
     }
     table

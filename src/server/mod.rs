@@ -78,8 +78,7 @@ type OnPanic = fn(Box<dyn std::any::Any + Send>) -> Response;
 /// Answers for a handler that panics.
 fn catch_panics() -> CatchPanicLayer<OnPanic> {
     CatchPanicLayer::custom(|_| {
-        ApiError::with_status(StatusCode::INTERNAL_SERVER_ERROR, "a handler failed")
-            .into_response()
+        ApiError::with_status(StatusCode::INTERNAL_SERVER_ERROR, "a handler failed").into_response()
     })
 }
 

@@ -4,7 +4,7 @@ use super::access;
 use super::gate::report::Asked;
 use super::gate::{Caller, Gate, guard};
 use super::handlers;
-use super::registry::State as ModelState;
+use super::registry::{Served, State as ModelState};
 use super::state::ServerState;
 use super::status;
 use axum::body::Bytes;
@@ -44,12 +44,12 @@ async fn models(
 ) -> Json<Value> {
     let entries = state.registry().entries();
     let ready = entries.iter().filter_map(|e| match &e.state {
-        ModelState::Ready(served) if !served.engine.is_dead() => Some((&e.name, served)),
+        ModelState::Ready(served) if !served.engine.is_dead() => Some((&e.name, &**served)),
         _ => None,
     });
     if gate.asked(&caller.hotkey).is_some_and(|asked| asked.is_map) {
         // Protocol 5 wants queries a second; what is known is how many run at once.
-        let each = |(name, served): (&String, &Box<super::registry::Served>)| {
+        let each = |(name, served): (&String, &Served)| {
             (name.clone(), json!(served.engine.options().sequences_max))
         };
         return Json(Value::Object(ready.map(each).collect::<Map<_, _>>()));

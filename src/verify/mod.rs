@@ -6,8 +6,17 @@
 //! what needs no model ([`structure`]), then the proof's binding ([`proof`]), then rows ([`rows`]),
 //! and ends in a [`Verdict`]. What the peer sent can at worst be rejected; trouble of ours is
 //! [`Verdict::Unscored`].
+//!
+//! Where the [`limits`] come from is in [`calibrate`]; what many answers of one miner say together
+//! is in [`evidence`].
 
 pub mod answer;
+pub mod bounds;
+pub mod calibrate;
+pub mod evidence;
+pub mod evidence_file;
+pub mod file;
+pub mod limits;
 pub mod prefill;
 pub mod proof;
 pub mod rows;
@@ -19,6 +28,8 @@ use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::philox::philox;
 use answer::Answer;
+pub use limits::Limits;
+use prefill::Prefix;
 use proof::ChunkEvidence;
 use rows::RowEvidence;
 use std::collections::BTreeSet;
@@ -174,38 +185,6 @@ pub enum Depth {
     Slow,
 }
 
-/// Limits between honest and not. The defaults of the energies leave room for honest miners on
-/// other stacks (`docs/verification.md` says how much of that is measured and how much is not); a
-/// miner on this engine has energy and margin zero, which [`exact`](Self::exact) demands.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Limits {
-    /// Mean energy of a chunk of `residue-v1`.
-    pub energy_u8: f64,
-    /// Mean energy of a chunk of `residue-v1-u4`.
-    pub energy_u4: f64,
-    /// The margin of a single token, in logits.
-    pub margin: f64,
-    /// The mean margin of the tokens that were checked, each clipped at [`rows::MARGIN_CLIP`].
-    pub margin_mean: f64,
-    /// Mean agreement of log-probabilities, 1 is perfect (Targon's rule).
-    pub agreement: f64,
-    /// Demands that hidden rows are equal bit for bit: the miner runs this engine.
-    pub exact: bool,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            energy_u8: 150.0,
-            energy_u4: 9.5,
-            margin: 0.5,
-            margin_mean: 0.02,
-            agreement: 0.75,
-            exact: false,
-        }
-    }
-}
-
 /// An answer with the request that it claims to answer.
 #[derive(Clone, Debug)]
 pub struct Claim<'a> {
@@ -224,7 +203,7 @@ pub struct Claim<'a> {
 }
 
 /// What was found.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Report {
     /// The outcome.
     pub verdict: Verdict,
@@ -232,6 +211,13 @@ pub struct Report {
     pub rows: Vec<RowEvidence>,
     /// Chunks of the proof.
     pub chunks: Vec<ChunkEvidence>,
+}
+
+impl Report {
+    /// A verdict that needed no rows.
+    pub fn bare(verdict: Verdict) -> Self {
+        Self { verdict, rows: Vec::new(), chunks: Vec::new() }
+    }
 }
 
 /// Verifies answers of one model.
@@ -249,50 +235,121 @@ pub struct Verifier {
     pub context_max: usize,
 }
 
+/// How answers are verified.
+#[derive(Clone, Copy)]
+struct Rules {
+    profile: Profile,
+    depth: Depth,
+    chance: u64,
+}
+
+/// What is left to do for an answer once everything holds that needs no model.
+struct Work {
+    bound: Option<proof::Bound>,
+    output: Vec<u32>,
+    wanted: BTreeSet<usize>,
+}
+
 impl Verifier {
     /// Verifies one answer. `chance` decides which rows a fast check looks at: the peer must not
     /// know it beforehand.
     pub fn verify(&self, claim: &Claim<'_>, profile: Profile, depth: Depth, chance: u64) -> Report {
-        let mut report = Report { verdict: Verdict::Pass, rows: vec![], chunks: vec![] };
-        report.verdict = match self.check(claim, profile, depth, chance, &mut report) {
-            Ok(()) => Verdict::Pass,
-            Err(Stop::Rejected(rejection)) => Verdict::Reject(rejection),
-            Err(Stop::Fault(why)) => Verdict::Unscored(why),
-        };
-        report
+        self.verify_all(std::slice::from_ref(claim), profile, depth, chance).remove(0)
     }
 
-    fn check(
+    /// Verifies answers, each as [`verify`](Self::verify) would, and returns their reports in
+    /// order. A prompt that several of them answer is run once.
+    pub fn verify_all(
         &self,
-        claim: &Claim<'_>,
+        claims: &[Claim<'_>],
         profile: Profile,
         depth: Depth,
         chance: u64,
-        report: &mut Report,
-    ) -> Result<(), Stop> {
+    ) -> Vec<Report> {
+        let rules = Rules { profile, depth, chance };
+        let mut reports = Vec::new();
+        let mut open: Vec<(usize, Work)> = Vec::new();
+        for (place, claim) in claims.iter().enumerate() {
+            let (verdict, work) = match self.prepare(claim, rules) {
+                Ok(work) => (Verdict::Pass, work),
+                Err(stop) => (stop.into(), None),
+            };
+            reports.push(Report::bare(verdict));
+            open.extend(work.map(|work| (place, work)));
+        }
+        while let Some((first, _)) = open.first() {
+            let prompt = &claims[*first].request.prompt;
+            let is_same = |(place, _): &(usize, Work)| claims[*place].request.prompt == *prompt;
+            let (same, others): (Vec<_>, Vec<_>) = open.into_iter().partition(is_same);
+            open = others;
+            let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
+            match Prefix::new(&self.model.decoder, &self.pool, prompt, longest) {
+                Ok(mut prefix) => {
+                    for (place, work) in same {
+                        reports[place] = self.judge(&claims[place], rules, work, &mut prefix);
+                    }
+                }
+                Err(stop) => {
+                    for (place, _) in same {
+                        reports[place].verdict = stop.clone().into();
+                    }
+                }
+            }
+        }
+        reports
+    }
+
+    /// Checks what needs no rows; what they are needed for is left, if anything.
+    fn prepare(&self, claim: &Claim<'_>, rules: Rules) -> Result<Option<Work>, Stop> {
         let end = structure::check(claim, &self.model, self.context_max)?;
-        structure::check_powv(claim, &self.model, profile == Profile::Powv)?;
-        let bound = match profile {
+        structure::check_powv(claim, &self.model, rules.profile == Profile::Powv)?;
+        let bound = match rules.profile {
             Profile::Proof => Some(proof::bind(claim, &end, &self.identity)?),
             Profile::Powv | Profile::Ranks => None,
         };
-        let count = claim.answer.ids.len();
-        let mut wanted: BTreeSet<usize> = match (profile, depth) {
-            (Profile::Powv, _) => return Ok(()),
-            (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
-            (Profile::Proof, Depth::Fast) => random_rows(count, chance),
-        };
-        let noise = bound.as_ref().map(|b| b.noise_key);
-        let mut judge = rows::Judge::new(claim, &self.model, noise);
-        let mut hidden = proof::HiddenRows::new(bound.as_ref(), self.identity.clone());
         let mut output = claim.answer.ids.clone();
+        let count = output.len();
+        let mut wanted: BTreeSet<usize> = match (rules.profile, rules.depth) {
+            (Profile::Powv, _) => return Ok(None),
+            (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
+            (Profile::Proof, Depth::Fast) => random_rows(count, rules.chance),
+        };
         if end == End::Implied {
             // Any token stands for the end that was not sent: only its row counts.
             output.push(0);
             wanted.insert(count);
         }
-        let (decoder, prompt) = (&self.model.decoder, &claim.request.prompt);
-        prefill::run(decoder, &self.pool, prompt, &output, &wanted, |row| {
+        Ok(Some(Work { bound, output, wanted }))
+    }
+
+    fn judge(
+        &self,
+        claim: &Claim<'_>,
+        rules: Rules,
+        work: Work,
+        prefix: &mut Prefix<'_>,
+    ) -> Report {
+        let mut report = Report::bare(Verdict::Pass);
+        if let Err(stop) = self.check_rows(claim, rules, work, prefix, &mut report) {
+            report.verdict = stop.into();
+        }
+        report
+    }
+
+    fn check_rows(
+        &self,
+        claim: &Claim<'_>,
+        rules: Rules,
+        work: Work,
+        prefix: &mut Prefix<'_>,
+        report: &mut Report,
+    ) -> Result<(), Stop> {
+        let Work { bound, output, wanted } = work;
+        let noise = bound.as_ref().map(|b| b.noise_key);
+        let mut judge = rows::Judge::new(claim, &self.model, noise);
+        let mut hidden = proof::HiddenRows::new(bound.as_ref(), self.identity.clone());
+        let count = claim.answer.ids.len();
+        prefix.run(&output, &wanted, |row| {
             if row.index == count {
                 return targon::check_implied_end(claim, &self.model.stop_ids, row);
             }
@@ -305,7 +362,7 @@ impl Verifier {
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
             rows::check_margins(&report.rows, &self.limits)?;
         } else {
-            targon::check(claim, &report.rows, &self.limits, chance)?;
+            targon::check(claim, &report.rows, &self.limits, rules.chance)?;
         }
         Ok(())
     }
@@ -318,6 +375,15 @@ pub enum Stop {
     Rejected(Rejection),
     /// Ours.
     Fault(String),
+}
+
+impl From<Stop> for Verdict {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Rejected(rejection) => Verdict::Reject(rejection),
+            Stop::Fault(why) => Verdict::Unscored(why),
+        }
+    }
 }
 
 impl From<Rejection> for Stop {

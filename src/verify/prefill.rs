@@ -1,11 +1,12 @@
 //! One pass over prompt and output: the hidden row that each token was drawn from, and logits for
-//! the rows that a check needs, in blocks that stay small whatever the vocabulary.
+//! the rows that a check needs, in blocks that stay small whatever the vocabulary. Outputs of the
+//! same prompt share its keys and values ([`Prefix`]).
 
 use super::Stop;
 use crate::models::decoder::{Decoder, Scratch};
-
 use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
-use crate::ops::pool::Pool;
+use crate::ops::dtype::Rounded;
+use crate::ops::pool::{Pool, Turn};
 use std::collections::BTreeSet;
 
 /// Rows of one step.
@@ -37,54 +38,137 @@ pub fn run(
     prompt: &[u32],
     output: &[u32],
     wanted: &BTreeSet<usize>,
-    mut visit: impl FnMut(Row<'_>) -> Result<(), Stop>,
+    visit: impl FnMut(Row<'_>) -> Result<(), Stop>,
 ) -> Result<(), Stop> {
-    // The last token decides nothing: its row would predict what follows.
-    let ids = [prompt, &output[..output.len().saturating_sub(1)]].concat();
-    let first = prompt.len() - 1;
-    let blocks = ids.len().div_ceil(BLOCK_TOKENS);
-    let mut cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks)
-        .map_err(|e| Stop::Fault(format!("no memory for the KV cache: {e}")))?;
-    let mut scratch = Scratch::new(decoder);
-    let mut logits = Vec::new();
-    let vocab = decoder.spec.vocab;
-    let block_rows = (LOGITS_BYTES_MAX / (4 * vocab)).max(1);
-    let blocks: Vec<u32> = (0..blocks as u32).collect();
-    for start in (0..ids.len()).step_by(STEP_ROWS) {
-        let step = &ids[start..ids.len().min(start + STEP_ROWS)];
-        let segment = Segment {
-            rows: 0..step.len(),
-            start,
-            blocks: blocks[..(start + step.len()).div_ceil(BLOCK_TOKENS)].to_vec(),
+    Prefix::new(decoder, pool, prompt, output.len())?.run(output, wanted, visit)
+}
+
+/// A prompt with the outputs that follow it, one after the other. The first output is run together
+/// with the prompt. Every later one finds the prompt's keys and values, and writes its own over
+/// those of the output before it. Rows have the bits that a pass of their own would give them:
+/// these depend neither on the chunking nor on what lies behind a position.
+pub struct Prefix<'a> {
+    decoder: &'a Decoder,
+    pool: &'a Pool,
+    prompt: &'a [u32],
+    output_max: usize,
+    cache: KvCache,
+    scratch: Scratch,
+    last: Option<Rounded>, // the prompt's last row, once the prompt was run
+}
+
+impl<'a> Prefix<'a> {
+    /// Makes room for `prompt` and outputs of at most `output_max` tokens; runs nothing yet.
+    ///
+    /// # Errors
+    /// When there is no memory, or no prompt.
+    pub fn new(
+        decoder: &'a Decoder,
+        pool: &'a Pool,
+        prompt: &'a [u32],
+        output_max: usize,
+    ) -> Result<Self, Stop> {
+        if prompt.is_empty() {
+            return Err(Stop::Fault("a prompt must have at least one token, got none".into()));
+        }
+        let positions = prompt.len() + output_max.saturating_sub(1);
+        let blocks = positions.div_ceil(BLOCK_TOKENS);
+        let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks)
+            .map_err(|e| Stop::Fault(format!("no memory for the KV cache: {e}")))?;
+        let scratch = Scratch::new(decoder);
+        Ok(Self { decoder, pool, prompt, output_max, cache, scratch, last: None })
+    }
+
+    /// Runs the model over the prompt, where that was not done yet, and `output`, and hands every
+    /// output row to `visit`, in order.
+    ///
+    /// # Errors
+    /// What `visit` says, or a fault of the engine. Other outputs can be run all the same.
+    pub fn run(
+        &mut self,
+        output: &[u32],
+        wanted: &BTreeSet<usize>,
+        visit: impl FnMut(Row<'_>) -> Result<(), Stop>,
+    ) -> Result<(), Stop> {
+        let (room, length) = (self.output_max, output.len());
+        assert!(length <= room, "there is room for {room} tokens, got {length}");
+        let (decoder, pool, prompt) = (self.decoder, self.pool, self.prompt);
+        // The last token decides nothing: its row would predict what follows.
+        let output = &output[..length.saturating_sub(1)];
+        let first = prompt.len() - 1;
+        let mut handing = Handing { decoder, first, wanted, logits: Vec::new(), visit };
+        let (start, ids) = match &self.last {
+            None => (0, [prompt, output].concat()),
+            Some(row) => {
+                handing.rows(&pool.turn(), 0, row)?;
+                (prompt.len(), output.to_vec())
+            }
         };
+        for (number, ids) in ids.chunks(STEP_ROWS).enumerate() {
+            self.step(start + number * STEP_ROWS, ids, &mut handing)?;
+        }
+        Ok(())
+    }
+
+    /// Runs `ids` at the positions from `start` on.
+    fn step<V: FnMut(Row<'_>) -> Result<(), Stop>>(
+        &mut self,
+        start: usize,
+        ids: &[u32],
+        handing: &mut Handing<'_, V>,
+    ) -> Result<(), Stop> {
+        let (decoder, pool, first) = (self.decoder, self.pool, handing.first);
+        let end = start + ids.len();
+        let blocks = (0..end.div_ceil(BLOCK_TOKENS) as u32).collect();
+        let segment = Segment { rows: 0..ids.len(), start, blocks };
         let turn = pool.turn();
         decoder
-            .forward(&turn, &mut cache, step, &[segment], &mut scratch)
+            .forward(&turn, &mut self.cache, ids, &[segment], &mut self.scratch)
             .map_err(|e| Stop::Fault(e.to_string()))?;
-        let rows: Vec<usize> = (first.max(start)..start + step.len()).map(|p| p - start).collect();
-        for rows in rows.chunks(block_rows) {
-            let hidden = decoder.final_rows(&turn, rows, &scratch);
-            let index = |row: usize| start + row - first;
-            let scored: Vec<usize> =
-                rows.iter().copied().filter(|r| wanted.contains(&index(*r))).collect();
-            logits.clear();
-            if scored.len() == rows.len() {
-                decoder.logits(&turn, &hidden, &mut logits);
-            } else if !scored.is_empty() {
-                let some = decoder.final_rows(&turn, &scored, &scratch);
-                decoder.logits(&turn, &some, &mut logits);
-            }
-            let mut scores = logits.chunks_exact_mut(vocab);
-            for (i, row) in rows.iter().enumerate() {
-                visit(Row {
-                    index: index(*row),
-                    position: (start + row) as u32,
-                    bits: hidden.bits(i),
-                    values: hidden.values(i),
-                    logits: if scored.contains(row) { scores.next() } else { None },
-                })?;
-            }
+        if (start..end).contains(&first) {
+            self.last = Some(decoder.final_rows(&turn, &[first - start], &self.scratch));
         }
+        let rows: Vec<usize> = (first.max(start)..end).map(|p| p - start).collect();
+        let block_rows = (LOGITS_BYTES_MAX / (4 * decoder.spec.vocab)).max(1);
+        for rows in rows.chunks(block_rows) {
+            let hidden = decoder.final_rows(&turn, rows, &self.scratch);
+            handing.rows(&turn, start + rows[0] - first, &hidden)?;
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Hands rows over, with logits where they are wanted.
+struct Handing<'a, V> {
+    decoder: &'a Decoder,
+    first: usize, // position of the row that token 0 was drawn from
+    wanted: &'a BTreeSet<usize>,
+    logits: Vec<f32>, // (rows that are wanted, vocab)
+    visit: V,
+}
+
+impl<V: FnMut(Row<'_>) -> Result<(), Stop>> Handing<'_, V> {
+    /// All rows of `hidden`, of which the first belongs to token `index`.
+    fn rows(&mut self, turn: &Turn<'_>, index: usize, hidden: &Rounded) -> Result<(), Stop> {
+        let is_wanted = |row: &usize| self.wanted.contains(&(index + row));
+        let wanted: Vec<usize> = (0..hidden.rows()).filter(is_wanted).collect();
+        self.logits.clear();
+        if !wanted.is_empty() {
+            let mut some = Rounded::new(hidden.dtype(), hidden.cols());
+            some.set_rows(wanted.len());
+            wanted.iter().enumerate().for_each(|(to, from)| some.copy_row(to, hidden, *from));
+            self.decoder.logits(turn, &some, &mut self.logits);
+        }
+        let mut scores = self.logits.chunks_exact_mut(self.decoder.spec.vocab);
+        for row in 0..hidden.rows() {
+            (self.visit)(Row {
+                index: index + row,
+                position: (self.first + index + row) as u32,
+                bits: hidden.bits(row),
+                values: hidden.values(row),
+                logits: if wanted.contains(&row) { scores.next() } else { None },
+            })?;
+        }
+        Ok(())
+    }
 }

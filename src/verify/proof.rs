@@ -230,24 +230,9 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
             let what = format!("rows must be equal bit for bit, those of chunk {index} are not");
             return Err(reject(Reason::SketchEnergy, what));
         }
-        let limit = match scheme {
-            Scheme::Residue => limits.energy_u8,
-            Scheme::ResidueU4 => limits.energy_u4,
-            Scheme::Toploc => match chunk.distance {
-                Some(distance) if distance.passes_published() => continue,
-                Some(d) => {
-                    let what = format!(
-                        "chunk {index} is too far: {} exponents differ (at most 38), mantissas by \
-                         {:.1} on average (10) and {:.1} at the median (8)",
-                        d.exponent_mismatches, d.mantissa_mean, d.mantissa_median
-                    );
-                    return Err(reject(Reason::SketchEnergy, what));
-                }
-                None => {
-                    let what = format!("chunk {index} is not a TOPLOC proof");
-                    return Err(reject(Reason::BadProof, what));
-                }
-            },
+        let Some(limit) = limits.energy(scheme) else {
+            judge_toploc(chunk)?;
+            continue;
         };
         match chunk.energy {
             None => {
@@ -262,4 +247,20 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
         }
     }
     Ok(())
+}
+
+fn judge_toploc(chunk: &ChunkEvidence) -> Result<(), Stop> {
+    let index = chunk.index;
+    match chunk.distance {
+        Some(distance) if distance.passes_published() => Ok(()),
+        Some(d) => {
+            let what = format!(
+                "chunk {index} is too far: {} exponents differ (at most 38), mantissas by {:.1} \
+                 on average (10) and {:.1} at the median (8)",
+                d.exponent_mismatches, d.mantissa_mean, d.mantissa_median
+            );
+            Err(reject(Reason::SketchEnergy, what))
+        }
+        None => Err(reject(Reason::BadProof, format!("chunk {index} is not a TOPLOC proof"))),
+    }
 }

@@ -167,7 +167,7 @@ fn distance(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u3
 pub fn check_margins(rows: &[RowEvidence], limits: &Limits) -> Result<(), Stop> {
     let margins: Vec<f64> = rows.iter().filter_map(|r| r.margin).collect();
     let reject = |what: String| Err(Rejection::new(Reason::SamplerMargin, what).into());
-    let limit = if limits.exact { 0.0 } else { limits.margin };
+    let limit = limits.margin_max();
     if let Some(row) = rows.iter().find(|r| r.margin.is_some_and(|m| m > limit)) {
         let margin = row.margin.unwrap_or_default();
         let what = format!("token {} is {margin:.3} logits from being drawn", row.index);

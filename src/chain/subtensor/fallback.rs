@@ -38,10 +38,7 @@ pub(super) async fn metagraph(
         max_weights_limit: reader.of_subnet("MaxWeightsLimit").await?.unwrap_or(u16::MAX),
         weights_version: reader.of_subnet("WeightsVersionKey").await?.unwrap_or_default(),
         weights_rate_limit: reader.of_subnet("WeightsSetRateLimit").await?.unwrap_or_default(),
-        commit_reveal: reader
-            .of_subnet("CommitRevealWeightsEnabled")
-            .await?
-            .unwrap_or_default(),
+        commit_reveal: reader.of_subnet("CommitRevealWeightsEnabled").await?.unwrap_or_default(),
     };
     let keys = reader.by_second_key::<u16, AccountId32>("Keys").await?;
     let axons = reader.by_second_key::<AccountId32, RawAxon>("Axons").await?;

@@ -227,11 +227,9 @@ impl Gate {
 
     /// The signer's key, where it may ask.
     fn member(&self, address: Option<&str>) -> Result<Hotkey, Refused> {
-        let unauthorized = |outcome, detail: String| {
-            Refused::new(StatusCode::UNAUTHORIZED, outcome, detail)
-        };
-        let unknown =
-            || unauthorized(Outcome::UnknownSigner, "Signer not in metagraph".to_owned());
+        let unauthorized =
+            |outcome, detail: String| Refused::new(StatusCode::UNAUTHORIZED, outcome, detail);
+        let unknown = || unauthorized(Outcome::UnknownSigner, "Signer not in metagraph".to_owned());
         let signer: Hotkey = address.and_then(|a| a.parse().ok()).ok_or_else(unknown)?;
         if self.0.policy.deny.contains(&signer) {
             let detail = "Signer is denied by this miner".to_owned();
@@ -376,4 +374,3 @@ impl http_body::Body for Held {
         self.body.size_hint()
     }
 }
-

@@ -208,7 +208,10 @@ mod tests {
     fn lists_and_maps_of_models_are_understood_and_nothing_else() {
         let read = |text: &str| Asked::read(text.as_bytes(), 5);
         let list = read("[\"a\", \"b\"]").unwrap();
-        assert_eq!((list.models, list.is_map, list.at_ms), (vec!["a".into(), "b".into()], false, 5));
+        assert_eq!(
+            (list.models, list.is_map, list.at_ms),
+            (vec!["a".into(), "b".into()], false, 5)
+        );
         assert!(read("{\"a\": 3}").unwrap().is_map);
         assert_eq!(read("[]").unwrap().models, Vec::<String>::new());
         let many = serde_json::to_string(&vec!["a"; 257]).unwrap();

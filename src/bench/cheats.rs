@@ -1,0 +1,284 @@
+//! Answers of cheats: each attack of the list, carried out on the same questions.
+
+use super::attacks::{Attack, Cheat};
+use super::lockstep::{self, Job, Way};
+use super::stats::choice;
+use super::tamper::{Tamper, int8_head};
+use super::trial::{Ask, Bond, Rows, Subject, Trial};
+use crate::chain::keys::Keypair;
+use crate::engine::Engine;
+use crate::engine::sampler::Sampling;
+use crate::proof::commit::nonce_of;
+use crate::proof::{CHUNK_ROWS, Scheme};
+use crate::verify::answer::{Answer, Chunk};
+
+/// What binds the answer to an ask.
+type Bonds<'a> = &'a dyn Fn(&Ask) -> Bond;
+
+/// Tokens of the shortest answer that is cut.
+const CUT_MIN: usize = 8;
+/// Seeds of the places where answers are cut and where tokens are exchanged.
+const CUTS: u64 = 0x6375_7473;
+const EXCHANGES: u64 = 0x7377_6170;
+
+/// The answers of one attack, by the scheme that they are proved in.
+pub(super) type Proved = Vec<(Scheme, Vec<Trial>)>;
+
+/// Where cheats work.
+pub(super) struct Workshop<'a> {
+    subject: &'a Subject,
+    asks: &'a [Ask],
+    honest: (Vec<Trial>, Vec<Rows>),
+    twin: Option<Twin>,
+}
+
+/// Changed weights, and what they answer.
+struct Twin {
+    tamper: Tamper,
+    engine: Engine,
+    drawn: Vec<Trial>,
+}
+
+impl<'a> Workshop<'a> {
+    /// On these questions; answers them honestly first.
+    pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> Result<Self, String> {
+        let honest = subject.answers(&subject.engine, asks, &|_, _| {})?;
+        let rows = subject.rows(&subject.model.decoder, &honest)?;
+        Ok(Self { subject, asks, honest: (honest, rows), twin: None })
+    }
+
+    /// The answers of an attack.
+    pub(super) fn make(&mut self, attack: &Attack) -> Result<Proved, String> {
+        let schemes = attack.schemes();
+        match attack.cheat {
+            Cheat::Weights(tamper) => {
+                let (engine, drawn) = self.twin(tamper)?;
+                let rows = self.subject.rows(&engine.model().decoder, &drawn)?;
+                Ok(self.proved(schemes, &drawn, &rows))
+            }
+            Cheat::Spoof(tamper) => {
+                let (_, drawn) = self.twin(tamper)?;
+                self.proved_truly(schemes, &drawn)
+            }
+            Cheat::Draft(tamper) => {
+                let (engine, _) = self.twin(tamper)?;
+                let draft = Some(&engine.model().decoder);
+                self.decoded(schemes, Way { draft, cache: None }, |prompt| prompt.to_vec())
+            }
+            Cheat::Int8Cache => {
+                let way = Way { draft: None, cache: Some(int8_head) };
+                self.decoded(schemes, way, |prompt| prompt.to_vec())
+            }
+            Cheat::Prompt(change) => self.decoded(schemes, Way::default(), change),
+            Cheat::Sampler(change) => self.proved_truly(schemes, &self.drawn(change)?),
+            Cheat::Cut => self.proved_truly(schemes, &self.cut()?),
+            Cheat::CutSilently => self.proved_truly(schemes, &self.torn()?),
+            Cheat::EndSkipped => self.proved_truly(schemes, &self.end_skipped()?),
+            Cheat::Exchanged => Ok(self.proved(schemes, &self.exchanged(), &self.honest.1)),
+            Cheat::ExchangedAndProved => self.proved_truly(schemes, &self.exchanged()),
+            Cheat::Replayed => self.replayed(schemes, Keep::Root),
+            Cheat::ReplayedAndBound => self.replayed(schemes, Keep::Rows),
+            Cheat::Copied => self.copied(schemes, Keep::Root),
+            Cheat::CopiedAndBound => self.copied(schemes, Keep::Rows),
+            Cheat::Stolen => Ok(self.stolen(schemes)),
+            Cheat::Forged(forge) => Ok(self.forged(schemes, forge)),
+            // What is malformed is made of honest answers.
+            Cheat::Malformed => Ok(self.proved(schemes, &self.honest.0, &self.honest.1)),
+        }
+    }
+
+    /// The engine with changed weights and its answers; the last one is remembered.
+    fn twin(&mut self, tamper: Tamper) -> Result<(Engine, Vec<Trial>), String> {
+        if self.twin.as_ref().is_none_or(|twin| twin.tamper != tamper) {
+            self.twin = None; // its memory is needed
+            let engine = self.subject.twin(tamper)?;
+            let drawn = self.subject.answers(&engine, self.asks, &|_, _| {})?;
+            self.twin = Some(Twin { tamper, engine, drawn });
+        }
+        let twin = self.twin.as_ref().ok_or("the changed weights are gone")?;
+        Ok((twin.engine.clone(), twin.drawn.clone()))
+    }
+
+    fn proved(&self, schemes: &[Scheme], trials: &[Trial], rows: &[Rows]) -> Proved {
+        schemes.iter().map(|s| (*s, self.subject.proved(*s, trials, rows))).collect()
+    }
+
+    /// Proved with the rows that the true weights compute over whatever was answered.
+    fn proved_truly(&self, schemes: &[Scheme], trials: &[Trial]) -> Result<Proved, String> {
+        let rows = self.subject.rows(&self.subject.model.decoder, trials)?;
+        Ok(self.proved(schemes, trials, &rows))
+    }
+
+    /// Decoded outside the engine, after what `change` makes of each prompt.
+    fn decoded(
+        &self,
+        schemes: &[Scheme],
+        way: Way<'_>,
+        change: impl Fn(&[u32]) -> Vec<u32>,
+    ) -> Result<Proved, String> {
+        let job = |ask: &'a Ask| Job { ask, prompt: change(&ask.request.prompt) };
+        let jobs: Vec<Job<'_>> = self.asks.iter().map(job).collect();
+        let (trials, rows) = lockstep::run(self.subject, way, &jobs)?;
+        Ok(self.proved(schemes, &trials, &rows))
+    }
+
+    /// Answers of the honest engine, drawn otherwise than asked.
+    fn drawn(&self, change: fn(&mut Sampling)) -> Result<Vec<Trial>, String> {
+        let subject = self.subject;
+        subject.answers(&subject.engine, self.asks, &|_, drawn| change(&mut drawn.sampling))
+    }
+
+    /// Honest answers to the same questions, where they may end by themselves.
+    fn ending(&self) -> Result<Vec<Trial>, String> {
+        let asks: Vec<Ask> = self.asks.iter().map(Ask::that_may_end).collect();
+        self.subject.answers(&self.subject.engine, &asks, &|_, _| {})
+    }
+
+    /// Honest answers that stop somewhere in their middle half, as if an end token had been drawn
+    /// and not sent.
+    fn torn(&self) -> Result<Vec<Trial>, String> {
+        let mut trials = self.ending()?;
+        trials.retain(|trial| trial.answer.ids.len() >= CUT_MIN);
+        for Trial { ask, answer, end_is_implied } in &mut trials {
+            let count = answer.ids.len();
+            let kept = count / 4 + choice(CUTS, ask.index as u32, count / 2);
+            answer.ids.truncate(kept);
+            answer.logprobs.truncate(kept);
+            answer.finish_reason = Some("stop".into());
+            answer.text = Some(self.subject.spell(&ask.request, &answer.ids));
+            *end_is_implied = true;
+        }
+        Ok(trials)
+    }
+
+    /// The same with an end token that was not drawn.
+    fn cut(&self) -> Result<Vec<Trial>, String> {
+        let end = self.subject.model.stop_ids.first().ok_or("this model has no end token")?;
+        let mut trials = self.torn()?;
+        for Trial { ask, answer, end_is_implied } in &mut trials {
+            answer.ids.push(*end);
+            answer.logprobs.push(Some(-0.5));
+            answer.text = Some(self.subject.spell(&ask.request, &answer.ids));
+            *end_is_implied = false;
+        }
+        Ok(trials)
+    }
+
+    /// Answers of which the honest version ends by itself, and which go on to the limit.
+    fn end_skipped(&self) -> Result<Vec<Trial>, String> {
+        let ends = &self.subject.model.stop_ids;
+        let ended = |t: &Trial| t.answer.ids.last().is_some_and(|id| ends.contains(id));
+        let asks: Vec<Ask> =
+            self.ending()?.into_iter().filter(ended).map(|trial| trial.ask).collect();
+        self.subject.answers(&self.subject.engine, &asks, &|_, drawn| {
+            drawn.min_tokens = drawn.max_tokens;
+        })
+    }
+
+    /// Honest answers in which one token of each chunk is that of the next answer.
+    fn exchanged(&self) -> Vec<Trial> {
+        let others = self.honest.0.iter().cycle().skip(1);
+        let exchange = |(trial, other): (&Trial, &Trial)| {
+            let mut trial = trial.clone();
+            let ids = &mut trial.answer.ids;
+            for (chunk, start) in (0..ids.len()).step_by(CHUNK_ROWS).enumerate() {
+                let counter = (trial.ask.index * 256 + chunk) as u32;
+                let place = start + choice(EXCHANGES, counter, CHUNK_ROWS.min(ids.len() - start));
+                let donor = other.answer.ids[place];
+                ids[place] = if donor == ids[place] { u32::from(donor == 0) } else { donor };
+            }
+            trial.answer.text = Some(self.subject.spell(&trial.ask.request, &trial.answer.ids));
+            trial
+        };
+        self.honest.0.iter().zip(others).map(exchange).collect()
+    }
+
+    /// Answers that were drawn and proved for an older nonce.
+    fn replayed(&self, schemes: &[Scheme], keep: Keep) -> Result<Proved, String> {
+        let old = |ask: &Ask| Bond {
+            nonce: nonce_of(&format!("attack-bench, earlier {}", ask.index)),
+            signer: None,
+        };
+        let subject = self.subject;
+        let trials = subject.answers(&subject.engine, self.asks, &|ask, drawn| {
+            drawn.sampling.noise_key = ask.noise(&old(ask).nonce);
+        })?;
+        let rows = subject.rows(&subject.model.decoder, &trials)?;
+        let new = |ask: &Ask| ask.bond();
+        Ok(self.rebound(schemes, &trials, &rows, (&old, &new), keep))
+    }
+
+    /// Honest answers with another miner's proof; this one's own signature is asked for.
+    fn copied(&self, schemes: &[Scheme], keep: Keep) -> Result<Proved, String> {
+        let (victim, thief) = (Keypair::from_seed(&[7; 32])?, Keypair::from_seed(&[8; 32])?);
+        let hotkey = Some(thief.hotkey());
+        let mut trials = self.honest.0.clone();
+        trials.iter_mut().for_each(|trial| trial.ask.hotkey = hotkey);
+        let by =
+            |signer: &Keypair, ask: &Ask| Bond { nonce: ask.nonce(), signer: Some(signer.clone()) };
+        let (old, new) = (|ask: &Ask| by(&victim, ask), |ask: &Ask| by(&thief, ask));
+        Ok(self.rebound(schemes, &trials, &self.honest.1, (&old, &new), keep))
+    }
+
+    /// Proved under one bond, and then, if only the rows are kept, bound to another.
+    fn rebound(
+        &self,
+        schemes: &[Scheme],
+        trials: &[Trial],
+        rows: &[Rows],
+        (old, new): (Bonds<'_>, Bonds<'_>),
+        keep: Keep,
+    ) -> Proved {
+        let rebind = |scheme: Scheme, trial: &Trial, rows: &Rows| {
+            let Trial { ask, mut answer, end_is_implied } = trial.clone();
+            self.subject.prove(scheme, &ask, &old(&ask), rows, &mut answer);
+            if keep == Keep::Rows {
+                self.subject.seal(scheme, &ask, &new(&ask), &mut answer);
+            }
+            Trial { ask, answer, end_is_implied }
+        };
+        let all = |scheme: &Scheme| {
+            let rebound = trials.iter().zip(rows).map(|(t, r)| rebind(*scheme, t, r));
+            (*scheme, rebound.collect())
+        };
+        schemes.iter().map(all).collect()
+    }
+
+    /// Honest answers with the chunks of the next one.
+    fn stolen(&self, schemes: &[Scheme]) -> Proved {
+        let mut proved = self.proved(schemes, &self.honest.0, &self.honest.1);
+        for (scheme, trials) in &mut proved {
+            let all: Vec<Vec<Chunk>> = trials.iter().map(|t| t.answer.chunks.clone()).collect();
+            for (trial, chunks) in trials.iter_mut().zip(all.iter().cycle().skip(1)) {
+                trial.answer.chunks.clone_from(chunks);
+                self.reseal(*scheme, &trial.ask, &mut trial.answer);
+            }
+        }
+        proved
+    }
+
+    /// Honest answers whose chunks were made up.
+    fn forged(&self, schemes: &[Scheme], forge: fn(&mut [Chunk])) -> Proved {
+        let mut proved = self.proved(schemes, &self.honest.0, &self.honest.1);
+        for (scheme, trials) in &mut proved {
+            for trial in trials {
+                forge(&mut trial.answer.chunks);
+                self.reseal(*scheme, &trial.ask, &mut trial.answer);
+            }
+        }
+        proved
+    }
+
+    fn reseal(&self, scheme: Scheme, ask: &Ask, answer: &mut Answer) {
+        self.subject.seal(scheme, ask, &ask.bond(), answer);
+    }
+}
+
+/// What remains of a proof that is used again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// All of it.
+    Root,
+    /// Its chunks.
+    Rows,
+}

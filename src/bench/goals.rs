@@ -1,0 +1,117 @@
+//! What was demanded of the verifier, and what became of it.
+
+use super::attacks::{Attack, Goal};
+use super::court::WITH_MARGIN;
+use super::results::{CHUNKS, Detector, Line, Outcome, Tokens};
+use super::stats::{Rate, Stopping, upper_bound};
+use crate::proof::Scheme;
+
+/// Honest requests that may be rejected.
+const FALSE_POSITIVES_MAX: f64 = 1e-3;
+
+/// The outcome of every goal that there are measurements for.
+pub(super) fn judge(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Vec<Outcome> {
+    let mut outcomes: Vec<Outcome> = honest(lines).into_iter().collect();
+    for attack in attacks {
+        let line = |judge: &str| lines.iter().find(|l| l.name == attack.name && l.judge == judge);
+        let outcome = match attack.goal {
+            Some(Goal::Chunks(count)) => {
+                line(Scheme::Residue.name()).and_then(|line| by_chunks(line, count))
+            }
+            Some(Goal::Tokens(count)) => {
+                tokens.iter().find(|t| t.name == attack.name).map(|t| by_tokens(t, count))
+            }
+            Some(Goal::Always) => line(WITH_MARGIN).map(always),
+            None => None,
+        };
+        outcomes.extend(outcome);
+    }
+    outcomes
+}
+
+fn honest(lines: &[Line]) -> Option<Outcome> {
+    let is_it = |l: &&Line| l.detector == Detector::Nothing && l.judge == WITH_MARGIN;
+    let rejected = lines.iter().find(is_it)?.rejected;
+    let bound = upper_bound(rejected.count, rejected.of);
+    Some(Outcome {
+        goal: format!("at most {FALSE_POSITIVES_MAX} of honest requests are rejected"),
+        measured: format!("{}; with 95 % confidence at most {bound:.6}", show(&rejected)),
+        is_met: bound <= FALSE_POSITIVES_MAX,
+    })
+}
+
+fn by_chunks(line: &Line, count: usize) -> Option<Outcome> {
+    let missed = line.missed.as_ref()?.get(count.clamp(1, CHUNKS) - 1)?;
+    let chunks = if count == 1 { "1 chunk".to_owned() } else { format!("{count} chunks") };
+    Some(Outcome {
+        goal: format!("{}: seen in {chunks}", line.name),
+        measured: format!("missed {}", show(missed)),
+        is_met: missed.of > 0 && missed.count == 0,
+    })
+}
+
+fn by_tokens(tokens: &Tokens, count: usize) -> Outcome {
+    let number = |n: Option<usize>| n.map_or_else(|| "never".to_owned(), |n| n.to_string());
+    let span = |stopping: &Stopping| {
+        format!("{} (median) and {} (95 %)", number(stopping.median), number(stopping.p95))
+    };
+    let (either, exact) = (span(&tokens.either), span(&tokens.exact));
+    Outcome {
+        goal: format!("{}: seen in {count} tokens", tokens.name),
+        measured: format!("{either}; against a miner on this engine {exact}"),
+        is_met: tokens.either.p95.is_some_and(|n| n <= count),
+    }
+}
+
+fn always(line: &Line) -> Outcome {
+    Outcome {
+        goal: format!("{}: always rejected", line.name),
+        measured: format!("rejected {}", show(&line.rejected)),
+        is_met: line.rejected.of > 0 && line.rejected.count == line.rejected.of,
+    }
+}
+
+/// A rate with its interval, in words.
+fn show(rate: &Rate) -> String {
+    let Rate { count, of, low, high } = rate;
+    format!("{count} of {of} ({:.3}..{:.3} %)", 100.0 * low, 100.0 * high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::attacks;
+    use super::*;
+
+    #[test]
+    fn goals_are_met_only_by_what_was_measured() {
+        let attacks = attacks::all(30);
+        let honest = |n| Line::bare("honest", Detector::Nothing, WITH_MARGIN, Rate::new(0, n));
+        let missing = judge(&attacks, &[], &[]);
+        assert!(missing.is_empty(), "{missing:?}");
+        assert!(!judge(&attacks, &[honest(1000)], &[])[0].is_met);
+        assert!(judge(&attacks, &[honest(3000)], &[])[0].is_met);
+        let missed = |count| {
+            let line = Line::bare("int8 g32", Detector::Energy, "residue-v1", Rate::new(9, 9));
+            let mut missed = vec![Rate::new(5, 9); CHUNKS];
+            missed[3] = Rate::new(count, 9);
+            Line { missed: Some(missed), ..line }
+        };
+        assert!(judge(&attacks, &[missed(0)], &[])[0].is_met);
+        assert!(!judge(&attacks, &[missed(1)], &[])[0].is_met);
+        let replay = |k| Line::bare("replay", Detector::Binding, WITH_MARGIN, Rate::new(k, 9));
+        assert!(judge(&attacks, &[replay(9)], &[])[0].is_met);
+        assert!(!judge(&attacks, &[replay(8)], &[])[0].is_met);
+        let tokens = |p95| Tokens {
+            name: "another seed".into(),
+            mismatch: Rate::new(4, 9),
+            margin: 0.4,
+            single: Stopping::default(),
+            sequential: Stopping::default(),
+            either: Stopping { median: Some(3), p95, curve: Vec::new() },
+            exact: Stopping::default(),
+        };
+        assert!(judge(&attacks, &[], &[tokens(Some(16))])[0].is_met);
+        assert!(!judge(&attacks, &[], &[tokens(Some(17))])[0].is_met);
+        assert!(!judge(&attacks, &[], &[tokens(None)])[0].is_met);
+    }
+}

@@ -1,0 +1,178 @@
+//! Answers that no prover would send: every byte is the peer's, so all must end in a refusal.
+
+use super::trial::relink;
+use crate::proof::codec::{from_hex, to_hex};
+use crate::verify::Rejection;
+use crate::verify::answer::Answer;
+use crate::wire::openai::response::ProofEnd;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+/// One way to be malformed.
+pub(super) enum Variant {
+    /// After decoding.
+    Decoded(fn(&mut Answer)),
+    /// In the response itself, of which this is the choice.
+    Sent(fn(&mut Value)),
+}
+
+impl Variant {
+    /// The malformed answer, or why it cannot be read.
+    pub(super) fn apply(&self, answer: &Answer) -> Result<Answer, Rejection> {
+        match self {
+            Variant::Decoded(change) => {
+                let mut answer = answer.clone();
+                change(&mut answer);
+                Ok(answer)
+            }
+            Variant::Sent(change) => {
+                let mut choice = choice_of(answer);
+                change(&mut choice);
+                Answer::of_response(&json!({ "choices": [choice] }), 0)
+            }
+        }
+    }
+}
+
+/// All of them, by name.
+pub(super) fn variants() -> Vec<(&'static str, Variant)> {
+    let decoded = DECODED.iter().map(|(name, change)| (*name, Variant::Decoded(*change)));
+    let sent = SENT.iter().map(|(name, change)| (*name, Variant::Sent(*change)));
+    decoded.chain(sent).collect()
+}
+
+type Decoded = fn(&mut Answer);
+type Sent = fn(&mut Value);
+
+const DECODED: [(&str, Decoded); 20] = [
+    ("data without its last byte", |a| {
+        a.chunks[0].data.pop();
+        rechain(a);
+    }),
+    ("data with a byte too many", |a| {
+        a.chunks[0].data.push(0);
+        rechain(a);
+    }),
+    ("data of no bytes", |a| {
+        a.chunks[0].data.clear();
+        rechain(a);
+    }),
+    ("data of a megabyte", |a| {
+        a.chunks[0].data.resize(1 << 20, 7);
+        rechain(a);
+    }),
+    ("data of the largest bytes", |a| {
+        a.chunks[0].data.fill(0xff);
+        rechain(a);
+    }),
+    ("huge chunk number", |a| a.chunks[0].index = u32::MAX),
+    ("no chunks", |a| a.chunks.clear()),
+    ("a chunk twice", |a| {
+        let first = a.chunks[0].clone();
+        a.chunks.push(first);
+    }),
+    ("a digest of zeros", |a| a.chunks[0].digest = [0; 32]),
+    ("log-probability not a number", |a| a.logprobs[0] = Some(f64::NAN)),
+    ("log-probability infinite", |a| a.logprobs[0] = Some(f64::INFINITY)),
+    ("log-probability minus infinite", |a| a.logprobs[0] = Some(f64::NEG_INFINITY)),
+    ("log-probability positive", |a| a.logprobs[0] = Some(1e300)),
+    ("huge token", |a| a.ids[0] = u32::MAX),
+    ("no tokens", |a| a.ids.clear()),
+    ("no end", |a| a.end = None),
+    ("end after a huge number of tokens", |a| change_end(a, |e| e.tokens = usize::MAX)),
+    ("root of no digits", |a| change_end(a, |e| e.root.clear())),
+    ("unknown scheme", |a| change_end(a, |e| e.scheme = "residue-v0".into())),
+    ("hotkey that is none", |a| change_end(a, |e| e.hotkey = Some("5Hot\u{1f600}".into()))),
+];
+
+const SENT: [(&str, Sent); 16] = [
+    ("base64 cut short", |c| {
+        let data = c["proof"][0]["data"].as_str().unwrap_or_default();
+        c["proof"][0]["data"] = data[..data.len().saturating_sub(1)].into();
+    }),
+    ("not base64", |c| c["proof"][0]["data"] = "%%%%".into()),
+    ("data is null", |c| c["proof"][0]["data"] = Value::Null),
+    ("data is a list", |c| c["proof"][0]["data"] = json!([1, 2, 3])),
+    ("digest of three digits", |c| c["proof"][0]["digest"] = "abc".into()),
+    ("digest of other characters", |c| c["proof"][0]["digest"] = "é".repeat(32).into()),
+    ("negative chunk number", |c| c["proof"][0]["index"] = json!(-1)),
+    ("chunk number beyond 32 bits", |c| c["proof"][0]["index"] = json!(1_u64 << 40)),
+    ("chunk number 1e300", |c| c["proof"][0]["index"] = json!(1e300)),
+    ("proof is a number", |c| c["proof"] = json!(7)),
+    ("proof of empty objects", |c| c["proof"] = json!([{}, {}])),
+    ("end is a list", |c| c["proof_end"] = json!([])),
+    ("end after -1 tokens", |c| c["proof_end"]["tokens"] = json!(-1)),
+    ("token beyond 32 bits", |c| c["token_ids"][0] = json!(1_u64 << 40)),
+    ("negative token", |c| c["token_ids"][0] = json!(-1)),
+    ("tokens are text", |c| c["token_ids"] = json!("1, 2, 3")),
+];
+
+fn rechain(answer: &mut Answer) {
+    let root = answer.end.as_ref().and_then(|end| from_hex(&end.root).ok());
+    if let Some(root) = root {
+        relink(&root, answer);
+    }
+}
+
+fn change_end(answer: &mut Answer, change: fn(&mut ProofEnd)) {
+    if let Some(end) = &mut answer.end {
+        change(end);
+    }
+}
+
+/// The choice that a response carries `answer` in.
+fn choice_of(answer: &Answer) -> Value {
+    let chunks = answer.chunks.iter().map(|chunk| {
+        let (data, digest) = (STANDARD.encode(&chunk.data), to_hex(&chunk.digest));
+        json!({"index": chunk.index, "data": data, "digest": digest})
+    });
+    json!({
+        "index": 0,
+        "message": {"role": "assistant", "content": answer.text},
+        "token_ids": answer.ids,
+        "proof": chunks.collect::<Vec<Value>>(),
+        "proof_end": answer.end,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::answer::Chunk;
+
+    fn answer() -> Answer {
+        let end = ProofEnd {
+            scheme: "residue-v1".into(),
+            nonce: "01".repeat(32),
+            model: "02".repeat(32),
+            root: "03".repeat(32),
+            tokens: 2,
+            hotkey: None,
+            signature: None,
+        };
+        let mut answer = Answer {
+            ids: vec![4, 5],
+            text: Some("ab".into()),
+            logprobs: vec![Some(-0.5); 2],
+            chunks: vec![Chunk { index: 0, data: vec![9; 16], digest: [0; 32] }],
+            end: Some(end),
+            ..Answer::default()
+        };
+        rechain(&mut answer);
+        answer
+    }
+
+    #[test]
+    fn an_answer_survives_the_way_and_every_variant_differs() {
+        let answer = answer();
+        let sent = Answer::of_response(&json!({ "choices": [choice_of(&answer)] }), 0).unwrap();
+        assert_eq!((&sent.ids, &sent.text), (&answer.ids, &answer.text));
+        assert_eq!((&sent.chunks, &sent.end), (&answer.chunks, &answer.end));
+        for (name, variant) in variants() {
+            if let Ok(changed) = variant.apply(&answer) {
+                assert_ne!(format!("{changed:?}"), format!("{answer:?}"), "{name}");
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The subnet's rank rules as published (Targon 4.4.1, `verifier.py`), holes included: for the
+//! column beside the mended ones of [`crate::verify::targon`].
+//!
+//! Two things are kinder here than there: ids are taken as they are, where the original tokenises
+//! the text again, and all end tokens of the model count. The check of random places is left out,
+//! as the original does above a temperature of 0.75.
+
+use super::trial::Trial;
+use crate::verify::rows::RowEvidence;
+use crate::verify::{Report, Verdict};
+
+/// Tokens of the shortest answer.
+const TOKENS_MIN: usize = 3;
+/// The last tokens are never looked at.
+const UNSEEN: usize = 3;
+/// Ranks that are impossible, rare, and worse than that of a skipped end token.
+const RANK_MAX: u32 = 75;
+const RANK_RARE: u32 = 25;
+const SKIPPED_RANK: u32 = 10;
+/// Rare ranks that an answer of any length may not hold.
+const RARE_MAX: usize = 5;
+/// What the mean score must reach; it only gates the rule about certainty.
+const SCORE_MIN: f64 = 0.75;
+
+/// The cause by which the original rejects an answer; `None` where it passes or gives up.
+pub(super) fn rejects(trial: &Trial, report: &Report) -> Option<&'static str> {
+    if report.rows.is_empty() {
+        // Rejected for its form or its end, which the mended rules see first.
+        return match &report.verdict {
+            Verdict::Reject(rejection) => Some(rejection.reason.name()),
+            _ => None,
+        };
+    }
+    // Where the end was not sent, its likelihood has been looked at already.
+    let request = &trial.ask.request;
+    let tokens_max = if trial.end_is_implied { report.rows.len() } else { request.max_tokens };
+    judge(&report.rows, request.sampling.temperature, tokens_max)
+}
+
+fn judge(rows: &[RowEvidence], temperature: f32, tokens_max: usize) -> Option<&'static str> {
+    let known = (10.0 * temperature) as u32 + 6;
+    let knows_end = |row: &RowEvidence| row.end_rank.is_some_and(|end| end <= known);
+    if rows.len() < TOKENS_MIN {
+        return Some("TOO_SHORT");
+    }
+    let seen = &rows[..rows.len() - UNSEEN];
+    if seen.is_empty() {
+        // The original divides by zero, and the answer goes unscored.
+        return None;
+    }
+    let (mut not_first, mut rare, mut certain, mut total) = (0, 0, 0, 0.0);
+    for row in seen {
+        let skipped = knows_end(row) && row.end_rank.is_some_and(|end| end < row.rank);
+        match row.rank {
+            rank if skipped && rank > SKIPPED_RANK => return Some("SKIPPED_EOS_EOT"),
+            RANK_MAX.. => return Some("UNLIKELY_TOKEN"),
+            RANK_RARE.. => rare += 1,
+            rank if rank > known => continue,
+            _ => {}
+        }
+        not_first += usize::from(row.rank != 1);
+        let reported = row.reported.unwrap_or(-100.0);
+        certain += usize::from(reported == 0.0);
+        let score = 1.0 - (row.logprob.exp() - reported.exp()).abs().min(1.0);
+        let is_good = score >= 0.9 || (row.rank == 1 && temperature >= 0.9 && reported != 0.0);
+        total += if is_good { 1.0 } else { score };
+    }
+    if 2 * not_first >= rows.len() {
+        return Some("UNLIKELY_TOKENS");
+    }
+    if rows.len() < tokens_max && !rows.last().is_some_and(knows_end) {
+        return Some("EARLY_END");
+    }
+    let share = certain as f64 / seen.len() as f64;
+    let certain_max = 1.0 - (0.5 * f64::from(temperature)).min(0.6);
+    if total / seen.len() as f64 >= SCORE_MIN && share >= certain_max {
+        return Some("OVERFIT");
+    }
+    (rare >= RARE_MAX).then_some("UNLIKELY_TOKEN")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(rank: u32) -> RowEvidence {
+        RowEvidence {
+            index: 0,
+            token: 0,
+            rank,
+            logprob: -0.5,
+            reported: Some(-0.5),
+            end_rank: Some(30),
+            margin: None,
+        }
+    }
+
+    #[test]
+    fn the_published_rules_and_their_holes() {
+        let rows = |ranks: &[u32]| ranks.iter().map(|r| row(*r)).collect::<Vec<_>>();
+        let mut firsts = vec![1; 20];
+        assert_eq!(judge(&rows(&firsts), 0.8, 20), None);
+        assert_eq!(judge(&rows(&firsts), 0.8, 40), Some("EARLY_END"));
+        assert_eq!(judge(&rows(&[1, 1]), 0.8, 20), Some("TOO_SHORT"));
+        assert_eq!(judge(&rows(&[1, 99, 99]), 0.8, 3), None, "three tokens are never looked at");
+        firsts[16] = 75;
+        assert_eq!(judge(&rows(&firsts), 0.8, 20), Some("UNLIKELY_TOKEN"));
+        firsts[16] = 74;
+        assert_eq!(judge(&rows(&firsts), 0.8, 20), None);
+        firsts[..5].fill(25);
+        assert_eq!(judge(&rows(&firsts), 0.8, 20), Some("UNLIKELY_TOKEN"));
+        assert_eq!(judge(&rows(&[20; 20]), 0.8, 20), None, "ranks that are not known do not count");
+        assert_eq!(judge(&rows(&[2; 20]), 0.8, 20), Some("UNLIKELY_TOKENS"));
+        let change = |f: fn(&mut RowEvidence)| {
+            let mut rows = rows(&[1; 20]);
+            rows.iter_mut().for_each(f);
+            judge(&rows, 0.8, 20)
+        };
+        let lies = change(|r| r.reported = Some(-100.0));
+        assert_eq!(lies, None, "the mean score is not enforced");
+        let certain = change(|r| (r.reported, r.logprob) = (Some(0.0), -0.05));
+        assert_eq!(certain, Some("OVERFIT"));
+        let skipped = change(|r| (r.rank, r.end_rank) = (12, Some(2)));
+        assert_eq!(skipped, Some("SKIPPED_EOS_EOT"));
+    }
+}

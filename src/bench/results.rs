@@ -1,0 +1,265 @@
+//! What the attack bench found: plain data, as it is printed, stored and drawn.
+
+use super::stats::{ALARM, Evidence, Rate, Stopping, quantile};
+use crate::proof::Scheme;
+use crate::verify::{Limits, Report, Verdict, proof};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Chunks of the longest answers that are looked at one by one.
+pub const CHUNKS: usize = 8;
+
+/// Everything.
+#[derive(Clone, Serialize, Debug)]
+pub struct Results {
+    /// The model.
+    pub model: String,
+    /// The limits that every line was judged by.
+    pub limits: String,
+    /// Attacked prompts, and tokens of each of their answers.
+    pub attacked: (usize, usize),
+    /// Prompts of honest answers, none of them attacked, and tokens of each answer.
+    pub honest: (usize, usize),
+    /// One for each attack and way to judge.
+    pub lines: Vec<Line>,
+    /// Evidence that grows with tokens.
+    pub tokens: Vec<Tokens>,
+    /// What was demanded.
+    pub goals: Vec<Outcome>,
+}
+
+/// What should show an attack.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[serde(rename_all = "snake_case")]
+pub enum Detector {
+    /// Nothing: the answer is honest.
+    Nothing,
+    /// Hidden rows that differ somewhat.
+    Energy,
+    /// Tokens that the sampler would not have drawn.
+    Margin,
+    /// Rules about roots, chains, ends and encodings, or residues that are mere noise.
+    Binding,
+}
+
+/// How one kind of answers fared under one way to judge.
+#[derive(Clone, Serialize, Debug)]
+pub struct Line {
+    /// The attack; `honest` is none.
+    pub name: String,
+    /// What should show it.
+    pub detector: Detector,
+    /// How it was judged.
+    pub judge: String,
+    /// Bytes of the proof.
+    pub bytes_per_token: f64,
+    /// Answers that were rejected: wrongly (the false-positive rate) where they are honest.
+    pub rejected: Rate,
+    /// Answers that could not be judged; they count as not rejected.
+    pub unscored: usize,
+    /// The reasons of rejections.
+    pub reasons: BTreeMap<String, usize>,
+    /// Answers not rejected by their first 1 to 8 chunks alone: the false-negative rate.
+    pub missed: Option<Vec<Rate>>,
+    /// Chunks needed: median and 95th percentile of answers; `None` where all are not enough.
+    pub chunks_needed: Option<[Option<usize>; 2]>,
+    /// Median and extremes of the energy of a chunk.
+    pub energy: Option<[f64; 3]>,
+    /// Chunks that are equal bit for bit.
+    pub exact: Option<Rate>,
+    /// Mean margin of the tokens that were looked at.
+    pub margin: Option<f64>,
+}
+
+/// How many tokens one attack on the sampler survives.
+#[derive(Clone, Serialize, Debug)]
+pub struct Tokens {
+    /// The attack.
+    pub name: String,
+    /// Tokens that are not the ones that the verifier draws.
+    pub mismatch: Rate,
+    /// Mean margin, each clipped at one.
+    pub margin: f64,
+    /// Until one margin is above the limit.
+    pub single: Stopping,
+    /// Until the sequential test speaks.
+    pub sequential: Stopping,
+    /// Until either does.
+    pub either: Stopping,
+    /// Until the first margin above zero, which is enough against a miner on this engine.
+    pub exact: Stopping,
+}
+
+/// A goal and what became of it.
+#[derive(Clone, Serialize, Debug)]
+pub struct Outcome {
+    /// What was demanded.
+    pub goal: String,
+    /// What was measured.
+    pub measured: String,
+    /// Whether that is enough.
+    pub is_met: bool,
+}
+
+impl Line {
+    /// A line with the verdicts alone.
+    pub(super) fn new(name: &str, detector: Detector, judge: &str, reports: &[Report]) -> Self {
+        let mut reasons = BTreeMap::new();
+        for report in reports {
+            if let Verdict::Reject(rejection) = &report.verdict {
+                *reasons.entry(rejection.reason.name().to_owned()).or_insert(0) += 1;
+            }
+        }
+        let is_unscored = |r: &&Report| matches!(r.verdict, Verdict::Unscored(_));
+        let unscored = reports.iter().filter(is_unscored).count();
+        let rejected = Rate::of(reports, is_rejected);
+        Self { unscored, reasons, ..Self::bare(name, detector, judge, rejected) }
+    }
+
+    /// A line of which only one number is known.
+    pub(super) fn bare(name: &str, detector: Detector, judge: &str, rejected: Rate) -> Self {
+        Self {
+            name: name.into(),
+            detector,
+            judge: judge.into(),
+            bytes_per_token: 0.0,
+            rejected,
+            unscored: 0,
+            reasons: BTreeMap::new(),
+            missed: None,
+            chunks_needed: None,
+            energy: None,
+            exact: None,
+            margin: None,
+        }
+    }
+
+    /// Judged by hidden rows alone, chunk by chunk.
+    pub(super) fn of_rows(
+        name: &str,
+        detector: Detector,
+        scheme: Scheme,
+        reports: &[Report],
+        limits: &Limits,
+    ) -> Self {
+        let fails = |r: &Report, n| fails_by(r, n, scheme, limits);
+        let missed = (1..=CHUNKS).map(|n| Rate::of(reports, |r| !fails(r, n))).collect();
+        let needed = |r: &Report| (1..=CHUNKS).find(|n| fails(r, *n)).unwrap_or(usize::MAX);
+        let mut needed: Vec<usize> = reports.iter().map(needed).collect();
+        needed.sort_unstable();
+        let at = |q| quantile(&needed, q).filter(|n| *n < usize::MAX);
+        let chunks = || reports.iter().flat_map(|r| &r.chunks);
+        let mut energies: Vec<f64> = chunks().filter_map(|c| c.energy).collect();
+        energies.sort_by(f64::total_cmp);
+        let [middle, least, most] = [0.5, 0.0, 1.0].map(|q| quantile(&energies, q));
+        let exact = Rate::new(chunks().filter(|c| c.is_exact).count(), chunks().count());
+        let rejected = Rate::of(reports, |r| fails(r, usize::MAX));
+        Self {
+            missed: (detector != Detector::Nothing).then_some(missed),
+            chunks_needed: (detector != Detector::Nothing).then(|| [at(0.5), at(0.95)]),
+            energy: middle
+                .zip(least)
+                .zip(most)
+                .map(|((middle, least), most)| [middle, least, most]),
+            exact: (exact.of > 0).then_some(exact),
+            rejected,
+            reasons: BTreeMap::new(),
+            ..Self::new(name, detector, scheme.name(), reports)
+        }
+    }
+
+    /// Judged by hidden rows and margins.
+    pub(super) fn of_margins(
+        name: &str,
+        detector: Detector,
+        judge: &str,
+        reports: &[Report],
+    ) -> Self {
+        let margins: Vec<f64> =
+            reports.iter().flat_map(|r| &r.rows).filter_map(|r| r.margin).collect();
+        let mean = margins.iter().sum::<f64>() / margins.len().max(1) as f64;
+        Self {
+            margin: (!margins.is_empty()).then_some(mean),
+            ..Self::new(name, detector, judge, reports)
+        }
+    }
+}
+
+pub(super) fn is_rejected(report: &Report) -> bool {
+    matches!(report.verdict, Verdict::Reject(_))
+}
+
+/// Whether the first `count` chunks speak against an answer. One that was rejected before its rows
+/// were looked at was so from the start.
+fn fails_by(report: &Report, count: usize, scheme: Scheme, limits: &Limits) -> bool {
+    let chunks = &report.chunks[..count.min(report.chunks.len())];
+    match chunks.is_empty() {
+        true => is_rejected(report),
+        false => proof::judge(chunks, scheme, limits).is_err(),
+    }
+}
+
+impl Tokens {
+    /// From the reports of checks of every row.
+    pub(super) fn new(name: &str, reports: &[Report], limit: f64) -> Self {
+        let margins = |r: &Report| r.rows.iter().filter_map(|r| r.margin).collect::<Vec<f64>>();
+        let answers: Vec<Vec<f64>> = reports.iter().map(margins).collect();
+        let all: Vec<f64> = answers.concat();
+        Self {
+            name: name.into(),
+            mismatch: Rate::of(&all, |m| *m > 0.0),
+            margin: all.iter().sum::<f64>() / all.len().max(1) as f64,
+            single: Stopping::new(&answers, || move |m: f64| m > limit),
+            sequential: Stopping::new(&answers, || {
+                let mut evidence = Evidence::default();
+                move |m: f64| evidence.push(m) >= ALARM
+            }),
+            either: Stopping::new(&answers, || {
+                let mut evidence = Evidence::default();
+                move |m: f64| evidence.push(m) >= ALARM || m > limit
+            }),
+            exact: Stopping::new(&answers, || |m: f64| m > 0.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::proof::ChunkEvidence;
+    use crate::verify::{Reason, Rejection};
+
+    fn report(verdict: Verdict, energies: &[f64]) -> Report {
+        let chunk = |(index, energy): (usize, &f64)| ChunkEvidence {
+            index,
+            is_exact: *energy == 0.0,
+            energy: Some(*energy),
+            distance: None,
+        };
+        let chunks = energies.iter().enumerate().map(chunk).collect();
+        Report { verdict, rows: Vec::new(), chunks }
+    }
+
+    #[test]
+    fn chunks_are_counted_from_the_first() {
+        let reject = || Verdict::Reject(Rejection::new(Reason::SketchEnergy, "far"));
+        let (far, near) = (1e4, 0.0);
+        let reports = [
+            report(reject(), &[far, near]),
+            report(reject(), &[near, near, far]),
+            report(reject(), &[]),
+            report(Verdict::Pass, &[near; 8]),
+            report(Verdict::Unscored("broken".into()), &[]),
+        ];
+        let limits = Limits::default();
+        let line = Line::of_rows("x", Detector::Energy, Scheme::Residue, &reports, &limits);
+        let missed: Vec<usize> = line.missed.unwrap().iter().map(|r| r.count).collect();
+        assert_eq!(missed, [3, 3, 2, 2, 2, 2, 2, 2]);
+        assert_eq!((line.rejected.count, line.rejected.of), (3, 5));
+        assert_eq!(line.chunks_needed, Some([Some(3), None]));
+        assert_eq!(line.energy, Some([0.0, 0.0, 1e4]));
+        assert_eq!(line.exact.map(|r| (r.count, r.of)), Some((11, 13)));
+        let line = Line::new("x", Detector::Energy, "all", &reports);
+        assert_eq!((line.unscored, line.reasons["SKETCH_ENERGY"]), (1, 3));
+    }
+}

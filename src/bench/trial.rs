@@ -1,0 +1,309 @@
+//! Answers under test: who is asked what, who answers, and how an answer gets its proof.
+
+use super::tamper::{Tamper, tampered};
+use crate::chain::keys::{Hotkey, Keypair};
+use crate::clock::Clock;
+use crate::engine::output::{FinishReason, Step};
+use crate::engine::request::{ProofOptions, Request};
+use crate::engine::transcript::Transcript;
+use crate::engine::{Engine, Options};
+use crate::models::checkpoint::Checkpoint;
+use crate::models::decoder::Decoder;
+use crate::models::{Identity, Model};
+use crate::ops::pool::Pool;
+use crate::proof::codec::{Hash, to_hex};
+use crate::proof::commit::{
+    Binding, Chain, ChunkProof, RowProver, end_message, link, noise_key, nonce_of,
+};
+use crate::proof::{CHUNK_ROWS, Scheme};
+use crate::verify::answer::{Answer, Chunk};
+use crate::verify::prefill;
+use crate::wire::openai::response::ProofEnd;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Temperature that every answer is asked for at.
+pub(super) const TEMPERATURE: f32 = 0.8;
+
+/// The hidden rows of one answer, as 16-bit patterns.
+pub(super) type Rows = Vec<Vec<u16>>;
+
+/// A question.
+#[derive(Clone)]
+pub(super) struct Ask {
+    /// Its number, from which its nonce follows.
+    pub(super) index: usize,
+    /// What is asked.
+    pub(super) request: Request,
+    /// Who must sign the answer.
+    pub(super) hotkey: Option<Hotkey>,
+}
+
+/// A question with its answer.
+#[derive(Clone)]
+pub(super) struct Trial {
+    /// The question.
+    pub(super) ask: Ask,
+    /// The answer.
+    pub(super) answer: Answer,
+    /// Whether the answer claims that its end token was not sent.
+    pub(super) end_is_implied: bool,
+}
+
+/// What a proof is bound to besides its model and request.
+#[derive(Clone)]
+pub(super) struct Bond {
+    /// The verifier's nonce.
+    pub(super) nonce: Hash,
+    /// Who signs.
+    pub(super) signer: Option<Keypair>,
+}
+
+/// The model under attack, and what everybody knows of it.
+pub(super) struct Subject {
+    /// The model.
+    pub(super) model: Arc<Model>,
+    /// What proofs are bound to.
+    pub(super) identity: Arc<Identity>,
+    /// Its honest engine.
+    pub(super) engine: Engine,
+    /// Compute threads.
+    pub(super) pool: Pool,
+    path: PathBuf,
+    scratch: PathBuf,
+}
+
+impl Ask {
+    /// The nonce that the verifier sends.
+    pub(super) fn nonce(&self) -> Hash {
+        nonce_of(&format!("attack-bench {}", self.index))
+    }
+
+    /// The key of the noise that an honest answer is drawn with under `nonce`.
+    pub(super) fn noise(&self, nonce: &Hash) -> u64 {
+        noise_key(nonce, &self.request.terms(None, 0).hash())
+    }
+
+    /// What an honest proof is bound to.
+    pub(super) fn bond(&self) -> Bond {
+        Bond { nonce: self.nonce(), signer: None }
+    }
+
+    /// The same question to which the answer may end by itself.
+    pub(super) fn that_may_end(&self) -> Self {
+        let mut ask = self.clone();
+        ask.request.stop.ignore_eos = false;
+        ask.request.sampling.noise_key = ask.noise(&ask.nonce());
+        ask
+    }
+}
+
+impl Subject {
+    /// Loads the model at `path`; `scratch` is where changed weights are written.
+    pub(super) fn load(path: &Path, scratch: &Path, pool: &Pool) -> Result<Self, String> {
+        let model = Model::load(path, None, pool, |_, _| {}).map_err(|e| e.to_string())?;
+        let identity = Arc::new(Identity::of(&model, pool).map_err(|e| e.to_string())?);
+        let engine = start(model, pool)?;
+        let model = Arc::clone(engine.model());
+        let (path, scratch) = (path.to_owned(), scratch.to_owned());
+        Ok(Self { model, identity, engine, pool: pool.clone(), path, scratch })
+    }
+
+    /// An engine with changed weights and the model's own tokenizer.
+    pub(super) fn twin(&self, tamper: Tamper) -> Result<Engine, String> {
+        let checkpoint = Checkpoint::open(&self.path).map_err(|e| e.to_string())?;
+        let decoder = tampered(&checkpoint, &self.pool, tamper, &self.scratch)?;
+        let model = Model::load(&self.path, None, &self.pool, |_, _| {});
+        let mut model = model.map_err(|e| e.to_string())?;
+        model.decoder = decoder;
+        start(model, &self.pool)
+    }
+
+    /// Question `index`: `text`, answered with exactly `tokens` tokens.
+    pub(super) fn ask(&self, index: usize, text: &str, tokens: usize) -> Result<Ask, String> {
+        let chat = self.model.chat.as_ref().ok_or("this model has no chat template")?;
+        let variables = serde_json::json!({
+            "messages": [{"role": "user", "content": text}], "add_generation_prompt": true,
+        });
+        let variables = variables.as_object().cloned().unwrap_or_default();
+        let text = chat.render(variables).map_err(|e| e.to_string())?;
+        let prompt = self.model.tokenizer.encode(&text, false).map_err(|e| e.to_string())?;
+        let mut request = Request::greedy(prompt, tokens);
+        request.sampling.temperature = TEMPERATURE;
+        request.stop.ignore_eos = true;
+        let mut ask = Ask { index, request, hotkey: None };
+        ask.request.sampling.noise_key = ask.noise(&ask.nonce());
+        Ok(ask)
+    }
+
+    /// What `engine` answers, drawn as `change` makes of each question.
+    pub(super) fn answers(
+        &self,
+        engine: &Engine,
+        asks: &[Ask],
+        change: &dyn Fn(&Ask, &mut Request),
+    ) -> Result<Vec<Trial>, String> {
+        let mut trials = Vec::with_capacity(asks.len());
+        for batch in asks.chunks(engine.options().sequences_max) {
+            let running = batch.iter().map(|ask| {
+                let mut drawn = ask.request.clone();
+                change(ask, &mut drawn);
+                engine.submit(drawn).map_err(|e| e.to_string())
+            });
+            let running = running.collect::<Result<Vec<_>, _>>()?;
+            for (ask, generation) in batch.iter().zip(running) {
+                let (steps, _) = generation.collect_blocking().map_err(|e| e.to_string())?;
+                trials.push(Trial::new(ask, answer_of(steps)));
+            }
+        }
+        Ok(trials)
+    }
+
+    /// Honest answers, with the proofs that the engine made while it drew them.
+    pub(super) fn honest(&self, scheme: Scheme, asks: &[Ask]) -> Result<Vec<Trial>, String> {
+        let mut trials = self.answers(&self.engine, asks, &|ask, request| {
+            let root = self.root(scheme, ask, &ask.bond());
+            let prover = RowProver::new(scheme, &root, Arc::clone(&self.identity.calibration));
+            request.proof = Some(ProofOptions { root, prover });
+        })?;
+        for Trial { ask, answer, .. } in &mut trials {
+            self.seal(scheme, ask, &ask.bond(), answer);
+        }
+        Ok(trials)
+    }
+
+    /// The hidden rows that `decoder` computes over each answer.
+    pub(super) fn rows(&self, decoder: &Decoder, trials: &[Trial]) -> Result<Vec<Rows>, String> {
+        let of_trial = |trial: &Trial| {
+            let mut rows = Vec::with_capacity(trial.answer.ids.len());
+            let (prompt, ids) = (&trial.ask.request.prompt, &trial.answer.ids);
+            prefill::run(decoder, &self.pool, prompt, ids, &BTreeSet::new(), |row| {
+                rows.push(row.bits.to_vec());
+                Ok(())
+            })
+            .map_err(|stop| format!("{stop:?}"))?;
+            Ok(rows)
+        };
+        trials.iter().map(of_trial).collect()
+    }
+
+    /// The same answers with the proofs that `rows` make.
+    pub(super) fn proved(&self, scheme: Scheme, trials: &[Trial], rows: &[Rows]) -> Vec<Trial> {
+        let prove = |(trial, rows): (&Trial, &Rows)| {
+            let mut trial = trial.clone();
+            self.prove(scheme, &trial.ask, &trial.ask.bond(), rows, &mut trial.answer);
+            trial
+        };
+        trials.iter().zip(rows).map(prove).collect()
+    }
+
+    /// Gives `answer` the proof that `rows` make under `bond`.
+    pub(super) fn prove(
+        &self,
+        scheme: Scheme,
+        ask: &Ask,
+        bond: &Bond,
+        rows: &[Vec<u16>],
+        answer: &mut Answer,
+    ) {
+        let root = self.root(scheme, ask, bond);
+        let prover = RowProver::new(scheme, &root, Arc::clone(&self.identity.calibration));
+        let (dtype, first) = (self.model.decoder.dtype, ask.request.prompt.len() - 1);
+        let mut chain = Chain::new(root);
+        answer.chunks.clear();
+        for (place, (id, bits)) in answer.ids.iter().zip(rows).enumerate() {
+            let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
+            let row = prover.prove((first + place) as u32, bits, &values);
+            answer.chunks.extend(chain.push(*id, row).map(chunk));
+        }
+        answer.chunks.extend(chain.close().map(chunk));
+        self.seal(scheme, ask, bond, answer);
+    }
+
+    /// Binds the chunks of `answer` to `bond`, whatever they hold: a forger can always do that.
+    pub(super) fn seal(&self, scheme: Scheme, ask: &Ask, bond: &Bond, answer: &mut Answer) {
+        let root = self.root(scheme, ask, bond);
+        let (digest, tokens) = (relink(&root, answer), answer.ids.len());
+        let signer = bond.signer.as_ref();
+        let message = end_message(&digest, tokens as u32, FinishReason::Length.tag());
+        answer.end = Some(ProofEnd {
+            scheme: scheme.name().into(),
+            nonce: to_hex(&bond.nonce),
+            model: to_hex(&self.identity.model_hash),
+            root: to_hex(&root),
+            tokens,
+            hotkey: signer.map(|s| s.hotkey().to_string()),
+            signature: signer.map(|s| to_hex(&s.sign(&message))),
+        });
+    }
+
+    fn root(&self, scheme: Scheme, ask: &Ask, bond: &Bond) -> Hash {
+        let hotkey = bond.signer.as_ref().map_or([0; 32], |s| s.hotkey().0);
+        let (model, request) = (self.identity.model_hash, ask.request.terms(None, 0).hash());
+        Binding { scheme, nonce: bond.nonce, request, model, hotkey }.root()
+    }
+
+    /// The text that `ids` spell in answer to `request`.
+    pub(super) fn spell(&self, request: &Request, ids: &[u32]) -> String {
+        let mut transcript = Transcript::new(request, &self.model);
+        let mut text = String::new();
+        for id in ids {
+            let (piece, end) = transcript.push(request, &self.model, *id, false);
+            text.push_str(&piece);
+            if end.is_some() {
+                return text;
+            }
+        }
+        text + &transcript.finish()
+    }
+}
+
+impl Trial {
+    /// An answer that says how it ends.
+    pub(super) fn new(ask: &Ask, answer: Answer) -> Self {
+        Self { ask: ask.clone(), answer, end_is_implied: false }
+    }
+
+    /// Bytes of the proof.
+    pub(super) fn proof_bytes(&self) -> usize {
+        self.answer.chunks.iter().map(|c| c.data.len()).sum()
+    }
+}
+
+/// Makes the chain of `answer`'s chunks hold from `root` on; returns its end.
+pub(super) fn relink(root: &Hash, answer: &mut Answer) -> Hash {
+    let mut digest = *root;
+    for (chunk, ids) in answer.chunks.iter_mut().zip(answer.ids.chunks(CHUNK_ROWS)) {
+        digest = link(&digest, chunk.index, ids, &chunk.data);
+        chunk.digest = digest;
+    }
+    digest
+}
+
+fn chunk(proof: ChunkProof) -> Chunk {
+    Chunk { index: proof.index, data: proof.data, digest: proof.digest }
+}
+
+fn answer_of(steps: Vec<Step>) -> Answer {
+    let mut answer = Answer::default();
+    let mut text = String::new();
+    for step in steps {
+        answer.ids.push(step.token);
+        answer.logprobs.push(Some(step.logprob));
+        answer.chunks.extend(step.proof.map(chunk));
+        text.push_str(&step.text);
+    }
+    Answer { text: Some(text), ..answer }
+}
+
+fn start(model: Model, pool: &Pool) -> Result<Engine, String> {
+    let options = Options {
+        context_max: 1024,
+        blocks: 512,
+        sequences_max: 16,
+        waiting_max: 16,
+        step_tokens_max: 512,
+    };
+    Engine::start(model, pool.clone(), options, Clock::system()).map_err(|e| e.to_string())
+}

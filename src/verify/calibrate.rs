@@ -1,0 +1,242 @@
+//! From honest answers to limits: what miners of one class measured on one half of the prompts
+//! becomes limits, and the other half says how often these reject an honest answer.
+//!
+//! Answers to the same prompt stay on one side: their errors are alike. A limit is the largest
+//! honest value times a factor for what the sample did not show; so the rate that the other half
+//! shows is small, and its upper bound says how small it can be claimed to be.
+
+use super::evidence::{Calibrated, Observed, Side};
+use super::limits::{HeldOut, Limits, LimitsFile, Measured, Share, Spread};
+use super::rows::{MARGIN_CLIP, RowEvidence, check_margins};
+use super::{Report, bounds, proof, random_rows};
+use crate::proof::Scheme;
+use crate::proof::codec::{Encoder, Hash, first_u64};
+use std::collections::BTreeSet;
+
+/// On the largest honest energy. Energy grows with the square of the error, so this is 22 % of
+/// error; the mildest cheat that was measured, int8 weights in groups of 32, has 3.6 times the
+/// energy of an honest stack at the median, int8 per channel has 7 times (SmolLM2-135M).
+pub const ENERGY_FACTOR: f64 = 1.5;
+/// On the largest honest margin, and on the largest mean of them.
+pub const MARGIN_FACTOR: f64 = 1.5;
+/// Least limits: where all honest rows are equal bit for bit, `exact` is the better limit.
+const ENERGY_U8_MIN: f64 = 1.0;
+const ENERGY_U4_MIN: f64 = 0.1;
+const MARGIN_MIN: f64 = 0.01;
+const MARGIN_MEAN_MIN: f64 = 0.001;
+/// Fast checks of each answer whose mean margins are taken: means over few tokens vary more than
+/// those over all of them.
+const FAST_CHECKS: u64 = 32;
+/// The mildest cheat that evidence over many answers is to find: at least this share of tokens...
+const CHEAT_MISMATCH_MIN: f64 = 0.02;
+/// ...and so many times the honest share, margin of a mismatch, and energy.
+const CHEAT_FACTOR: f64 = 2.0;
+/// Margin of an honest mismatch where none was seen, and its bounds, in logits.
+const MISMATCH_MARGIN: (f64, f64, f64) = (0.052, 0.001, 0.45);
+/// Least honest energy, in units of its limit.
+const ENERGY_MEAN_MIN: f64 = 0.05;
+/// Answers from which the spread of energies is taken, and bounds of the shape.
+const SHAPE_ANSWERS_MIN: usize = 20;
+const SHAPE: (f64, f64) = (1.0, 16.0);
+/// Answers until evidence counts half.
+const HALF_LIFE: f64 = 200.0;
+
+/// An honest answer, judged at every row under [`Limits::NONE`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct Sample {
+    /// What was asked.
+    pub prompt: Hash,
+    /// How it was proved.
+    pub scheme: Scheme,
+    /// What was found.
+    pub report: Report,
+}
+
+impl Sample {
+    /// Of an answer to the prompt with these ids.
+    pub fn new(prompt: &[u32], scheme: Scheme, report: Report) -> Self {
+        let prompt = Encoder::new("targon-engine/prompt/1").ids(prompt).finish();
+        Self { prompt, scheme, report }
+    }
+
+    fn margins(&self) -> impl Iterator<Item = f64> {
+        self.report.rows.iter().filter_map(|r| r.margin)
+    }
+
+    /// Energies of its chunks; those that are equal bit for bit have none.
+    fn energies(&self) -> impl Iterator<Item = f64> {
+        let energy = |c: &proof::ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
+        self.report.chunks.iter().filter_map(energy)
+    }
+
+    /// The rows that a fast check of this answer would have looked at.
+    fn fast(&self, chance: u64) -> Vec<RowEvidence> {
+        let wanted = random_rows(self.report.rows.len(), chance);
+        self.report.rows.iter().filter(|r| wanted.contains(&r.index)).cloned().collect()
+    }
+}
+
+/// Calibration samples and those that are held out.
+pub type Split = (Vec<Sample>, Vec<Sample>);
+
+/// Splits samples by prompt; `share` of the prompts is held out. The same samples are always split
+/// in the same way.
+///
+/// # Errors
+/// When a side would be empty.
+pub fn split(samples: Vec<Sample>, share: f64) -> Result<Split, String> {
+    // In the order of their hashes, which nobody chose.
+    let prompts: BTreeSet<Hash> = samples.iter().map(|s| s.prompt).collect();
+    let (count, held) = (prompts.len(), (share * prompts.len() as f64).round() as usize);
+    if held == 0 || held >= count {
+        return Err(format!(
+            "needs prompts on both sides, but {share} of {count} distinct prompts holds {held} out"
+        ));
+    }
+    let held: BTreeSet<Hash> = prompts.into_iter().take(held).collect();
+    Ok(samples.into_iter().partition(|s| !held.contains(&s.prompt)))
+}
+
+/// Limits for the model of hash `model` and miners of `class`, with what they rest on.
+pub fn limits_file(model: &Hash, class: &str, (calibration, held_out): &Split) -> LimitsFile {
+    let limits = limits(calibration);
+    let rates = rates(calibration, &limits);
+    let held_out = hold_out(held_out, &limits);
+    LimitsFile::new(model, class, (limits, rates), measured(calibration), held_out)
+}
+
+fn spread(samples: &[Sample], scheme: Scheme) -> Option<Spread> {
+    let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
+    Spread::of(of_scheme.flat_map(Sample::energies).collect())
+}
+
+fn prompts(samples: &[Sample]) -> usize {
+    samples.iter().map(|s| s.prompt).collect::<BTreeSet<_>>().len()
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (count, sum) = values.fold((0_usize, 0.0), |(n, sum), x| (n + 1, sum + x));
+    sum / count.max(1) as f64
+}
+
+fn mean_margin(rows: &[RowEvidence]) -> f64 {
+    mean(rows.iter().filter_map(|r| r.margin))
+}
+
+fn largest(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(0.0, f64::max)
+}
+
+/// Tokens with a margin above zero, and all.
+fn mismatches(samples: &[Sample]) -> (usize, usize) {
+    let margins = || samples.iter().flat_map(Sample::margins);
+    (margins().filter(|m| *m > 0.0).count(), margins().count())
+}
+
+fn measured(samples: &[Sample]) -> Measured {
+    let margins = || samples.iter().flat_map(Sample::margins);
+    let (mismatched, tokens) = mismatches(samples);
+    Measured {
+        prompts: prompts(samples),
+        answers: samples.len(),
+        tokens: samples.iter().map(|s| s.report.rows.len()).sum(),
+        energy_u8: spread(samples, Scheme::Residue),
+        energy_u4: spread(samples, Scheme::ResidueU4),
+        mismatch_rate: mismatched as f64 / tokens.max(1) as f64,
+        margin_mean: mean(margins()),
+        margin_max: largest(margins()),
+    }
+}
+
+fn limits(samples: &[Sample]) -> Limits {
+    let default = Limits::default();
+    // The largest honest value is never below the 99.9th percentile.
+    let energy = |scheme, least: f64, otherwise| match spread(samples, scheme) {
+        Some(spread) => (spread.max * ENERGY_FACTOR).max(least),
+        None => otherwise,
+    };
+    let margin = largest(samples.iter().flat_map(Sample::margins));
+    let fast_means =
+        samples.iter().flat_map(|s| (0..FAST_CHECKS).map(move |c| mean_margin(&s.fast(c))));
+    let means = largest(samples.iter().map(|s| mean(s.margins())).chain(fast_means));
+    Limits {
+        energy_u8: energy(Scheme::Residue, ENERGY_U8_MIN, default.energy_u8),
+        energy_u4: energy(Scheme::ResidueU4, ENERGY_U4_MIN, default.energy_u4),
+        margin: (margin * MARGIN_FACTOR).clamp(MARGIN_MIN, MARGIN_CLIP),
+        margin_mean: (means * MARGIN_FACTOR).clamp(MARGIN_MEAN_MIN, MARGIN_CLIP),
+        ..default
+    }
+}
+
+/// What evidence over many answers is weighed by: honest rates at their upper bounds.
+fn rates(samples: &[Sample], limits: &Limits) -> Calibrated {
+    let (mismatched, tokens) = mismatches(samples);
+    let (usual, least, most) = MISMATCH_MARGIN;
+    let sum: f64 = samples.iter().flat_map(Sample::margins).sum();
+    let scale = match mismatched {
+        0 => usual,
+        count => (sum / count as f64).clamp(least, most),
+    };
+    let honest_mismatch = bounds::upper(mismatched, tokens).min(0.5);
+    // Never so much that an honest rate above a half has no cheat above it.
+    let cheat_mismatch =
+        (CHEAT_FACTOR * honest_mismatch).max(CHEAT_MISMATCH_MIN).min((1.0 + honest_mismatch) / 2.0);
+    let energies: Vec<f64> = samples.iter().filter_map(|s| answer_energy(s, limits)).collect();
+    let energy = mean(energies.iter().copied());
+    let honest_energy = energy.max(ENERGY_MEAN_MIN);
+    let honest =
+        Side { mismatch: honest_mismatch, margin: honest_mismatch * scale, energy: honest_energy };
+    let cheat = Side {
+        mismatch: cheat_mismatch,
+        margin: cheat_mismatch * CHEAT_FACTOR * scale,
+        energy: CHEAT_FACTOR * honest_energy,
+    };
+    Calibrated { honest, cheat, energy_shape: shape(&energies, energy), half_life: HALF_LIFE }
+}
+
+/// Mean energy of an answer's chunks in units of the limit.
+fn answer_energy(sample: &Sample, limits: &Limits) -> Option<f64> {
+    let energies = Observed::of(&sample.report, Some(sample.scheme), limits).energies;
+    (!energies.is_empty()).then(|| mean(energies.into_iter()))
+}
+
+/// 1 over the squared relative spread; the most careful value where few answers say it.
+fn shape(energies: &[f64], mean: f64) -> f64 {
+    let (low, high) = SHAPE;
+    let variance = self::mean(energies.iter().map(|e| (e - mean).powi(2)));
+    if energies.len() < SHAPE_ANSWERS_MIN || variance <= 0.0 {
+        return low;
+    }
+    (mean * mean / variance).clamp(low, high)
+}
+
+/// Judges honest answers by the limits, as a fast check would.
+fn hold_out(samples: &[Sample], limits: &Limits) -> HeldOut {
+    let is_far =
+        |sample: &Sample| sample.report.chunks.iter().any(|c| limits.is_over(sample.scheme, c));
+    let energy = |scheme: Scheme| {
+        let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
+        let (far, count) =
+            of_scheme.fold((0, 0), |(far, n), s| (far + usize::from(is_far(s)), n + 1));
+        Share::new(far, count)
+    };
+    let fast: Vec<Vec<RowEvidence>> =
+        (0_u64..).zip(samples).map(|(i, s)| s.fast(first_u64(&s.prompt) ^ i)).collect();
+    let of_rows = |is_over: &dyn Fn(&[RowEvidence]) -> bool| {
+        Share::new(fast.iter().filter(|rows| is_over(rows)).count(), fast.len())
+    };
+    let limit = limits.margin_max();
+    let single = |rows: &[RowEvidence]| rows.iter().any(|r| r.margin.is_some_and(|m| m > limit));
+    let on_average = |rows: &[RowEvidence]| mean_margin(rows) > limits.margin_mean;
+    let rejected = samples.iter().zip(&fast);
+    let rejected = rejected.filter(|(s, rows)| is_far(s) || check_margins(rows, limits).is_err());
+    HeldOut {
+        prompts: prompts(samples),
+        answers: samples.len(),
+        energy_u8: energy(Scheme::Residue),
+        energy_u4: energy(Scheme::ResidueU4),
+        margin: of_rows(&single),
+        margin_mean: of_rows(&on_average),
+        rejected: Share::new(rejected.count(), samples.len()),
+    }
+}

@@ -1,0 +1,307 @@
+//! Evidence over many answers of one miner: mild cheats that no single answer shows.
+//!
+//! Each answer adds the logarithm of a likelihood ratio, "a cheat of the mildest kind that must be
+//! seen" against "honest" ([`Calibrated`]): once for the sampler's margins, once for the energies
+//! of hidden rows, once for both. Sums of such ratios are Wald's sequential test (1945); with a
+//! floor at zero they are Page's test for the onset of a cheat (1954). An honest miner's ratio has
+//! mean one before the logarithm, so a given answer starts a rise to [`ALARM`] with a probability
+//! of at most one in a million, for each sum; for that of both only as far as margins and energies
+//! err independently. What an answer adds is capped, which only lowers that: one answer never
+//! decides. Old evidence fades, which lowers it too.
+//!
+//! Nothing here reads a clock or a file; [`EvidenceStore`] is what remembers.
+
+use super::Report;
+use super::limits::Limits;
+use super::proof::ChunkEvidence;
+use super::rows::MARGIN_CLIP;
+use crate::proof::Scheme;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::fmt;
+
+/// A sum that is an alarm: the cheat explains what was seen a million times better.
+pub const ALARM: f64 = 6.0 * std::f64::consts::LN_10;
+/// The most that one answer adds: an alarm takes more than four.
+pub const ANSWER_MAX: f64 = ALARM / 4.0;
+/// Where sums stop: what is certain need not become more so, and a miner that mends is seen to.
+const SUM_MAX: f64 = 2.0 * ALARM;
+
+/// What answers of one kind look like on average.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Side {
+    /// Share of checked tokens with a margin above zero.
+    pub mismatch: f64,
+    /// Mean margin of a checked token, clipped at [`MARGIN_CLIP`].
+    pub margin: f64,
+    /// Mean energy of a chunk, in units of its limit.
+    pub energy: f64,
+}
+
+impl Side {
+    /// Mean margin of the tokens that have one.
+    fn scale(&self) -> f64 {
+        self.margin / self.mismatch
+    }
+}
+
+/// What is weighed against what. The model: a token has a margin with probability `mismatch`, of
+/// exponential size; the mean energy of an answer's chunks follows a gamma distribution. Real
+/// margins and energies do not, so calibrate with bounds, not with means.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibrated {
+    /// Honest miners.
+    pub honest: Side,
+    /// The mildest cheat that must be seen.
+    pub cheat: Side,
+    /// Shape of the gamma distribution: 1 over the squared relative spread of an answer's energy.
+    /// Smaller is more careful.
+    pub energy_shape: f64,
+    /// Answers until evidence counts half.
+    pub half_life: f64,
+}
+
+impl Default for Calibrated {
+    /// Honest: another stack in bf16, measured on SmolLM2-135M. Cheat: tokens as from int8 weights
+    /// per channel; rows with less energy than those of int8 weights in groups of 32.
+    fn default() -> Self {
+        Self {
+            honest: Side { mismatch: 0.025, margin: 0.0013, energy: 0.4 },
+            cheat: Side { mismatch: 0.052, margin: 0.0057, energy: 0.9 },
+            energy_shape: 4.0,
+            half_life: 200.0,
+        }
+    }
+}
+
+impl Calibrated {
+    /// Refuses numbers that the tests cannot work with.
+    ///
+    /// # Errors
+    /// The key, and rule and fact.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        let Self { honest, cheat, energy_shape, half_life } = self;
+        for (key, value, low, high) in [
+            ("rates.honest.mismatch", honest.mismatch, 0.0, 1.0),
+            ("rates.cheat.mismatch", cheat.mismatch, honest.mismatch, 1.0),
+            ("rates.honest.margin", honest.margin, 0.0, MARGIN_CLIP),
+            ("rates.cheat.margin", cheat.margin, honest.margin, MARGIN_CLIP),
+            ("rates.honest.energy", honest.energy, 0.0, f64::MAX),
+            ("rates.cheat.energy", cheat.energy, honest.energy, f64::MAX),
+            ("rates.energy_shape", *energy_shape, 0.0, 1e3),
+            ("rates.half_life", *half_life, 1.0, 1e9),
+        ] {
+            if !(value > low && value < high) {
+                let high = if high == f64::MAX { String::new() } else { format!(" and {high}") };
+                let between = if high.is_empty() { "above" } else { "between" };
+                return Err((key, format!("must lie {between} {low}{high}, got {value}")));
+            }
+        }
+        let (honest, cheat) = (honest.scale(), cheat.scale());
+        if cheat < honest {
+            let what = format!(
+                "a margin must be at least {honest} for each mismatch, as the honest, got {cheat}"
+            );
+            return Err(("rates.cheat.margin", what));
+        }
+        Ok(())
+    }
+
+    /// Logarithm of the likelihood ratio of margins, one of a checked token each.
+    fn margins(&self, margins: &[f64]) -> f64 {
+        let (p0, p1) = (self.honest.mismatch, self.cheat.mismatch);
+        let (a0, a1) = (self.honest.scale(), self.cheat.scale());
+        let (hit, miss) = ((p1 / p0).ln(), ((1.0 - p1) / (1.0 - p0)).ln());
+        let (density, slope) = ((a0 / a1).ln(), 1.0 / a0 - 1.0 / a1);
+        let one = |margin: f64| match margin {
+            none if none <= 0.0 => miss,
+            // All that is known of a clipped margin is that it was larger.
+            clipped if clipped >= MARGIN_CLIP => hit + MARGIN_CLIP * slope,
+            size => hit + density + size * slope,
+        };
+        margins.iter().map(|m| one(*m)).sum()
+    }
+
+    /// The same of energies. Chunks of one answer err together, so they count as one.
+    fn energies(&self, energies: &[f64]) -> f64 {
+        if energies.is_empty() {
+            return 0.0;
+        }
+        let mean = energies.iter().sum::<f64>() / energies.len() as f64;
+        let (e0, e1) = (self.honest.energy, self.cheat.energy);
+        self.energy_shape * ((e0 / e1).ln() + mean * (1.0 / e0 - 1.0 / e1))
+    }
+}
+
+/// What one answer shows.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Observed {
+    /// Margins of the checked tokens, clipped.
+    pub margins: Vec<f64>,
+    /// Energies of its chunks, in units of their limit.
+    pub energies: Vec<f64>,
+}
+
+impl Observed {
+    /// What a report says. A hard failure says nothing here: it fails its answer at once.
+    pub fn of(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Self {
+        let limit = scheme.and_then(|s| limits.energy(s));
+        let energy = |c: &ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
+        Self {
+            margins: report.rows.iter().filter_map(|r| r.margin).collect(),
+            energies: match limit {
+                Some(limit) => report.chunks.iter().filter_map(energy).map(|e| e / limit).collect(),
+                None => Vec::new(),
+            },
+        }
+    }
+
+    /// Whether there is nothing to weigh.
+    pub fn is_empty(&self) -> bool {
+        self.margins.is_empty() && self.energies.is_empty()
+    }
+}
+
+/// One number for each test.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sums {
+    /// The sampler's margins.
+    pub margin: f64,
+    /// Energies of hidden rows.
+    pub energy: f64,
+    /// Both, as if they were independent.
+    pub joint: f64,
+}
+
+impl Sums {
+    fn map2(self, other: Self, f: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            margin: f(self.margin, other.margin),
+            energy: f(self.energy, other.energy),
+            joint: f(self.joint, other.joint),
+        }
+    }
+}
+
+/// Which test raised an alarm.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Test {
+    /// That of the margins.
+    Margin,
+    /// That of the energies.
+    Energy,
+    /// That of both.
+    Joint,
+}
+
+impl fmt::Display for Test {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Test::Margin => "margin",
+            Test::Energy => "energy",
+            Test::Joint => "joint",
+        })
+    }
+}
+
+/// What is known of one miner.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evidence {
+    /// Answers that were weighed.
+    pub answers: u64,
+    /// Of them, those that ended in an alarm.
+    pub alarms: u64,
+    /// The sums, between 0 and twice [`ALARM`].
+    pub sums: Sums,
+}
+
+impl Evidence {
+    /// Weighs one more answer and says what it added. An answer that shows nothing changes nothing.
+    pub fn add(&mut self, rates: &Calibrated, answer: &Observed) -> Sums {
+        if answer.is_empty() {
+            return Sums::default();
+        }
+        let margin = rates.margins(&answer.margins).min(ANSWER_MAX);
+        let energy = rates.energies(&answer.energies).min(ANSWER_MAX);
+        let gain = Sums { margin, energy, joint: (margin + energy).min(ANSWER_MAX) };
+        let keep = 0.5_f64.powf(1.0 / rates.half_life);
+        self.sums = self.sums.map2(gain, |sum, gain| (sum * keep + gain).clamp(0.0, SUM_MAX));
+        self.answers += 1;
+        self.alarms += u64::from(self.alarm().is_some());
+        gain
+    }
+
+    /// The test that says now that this miner cheats.
+    pub fn alarm(&self) -> Option<Test> {
+        let Sums { margin, energy, joint } = self.sums;
+        let tests = [(Test::Margin, margin), (Test::Energy, energy), (Test::Joint, joint)];
+        tests.into_iter().find(|(_, sum)| *sum >= ALARM).map(|(test, _)| test)
+    }
+
+    /// Whether such sums can have come about.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let Sums { margin, energy, joint } = self.sums;
+        match [margin, energy, joint].into_iter().find(|sum| !(0.0..=SUM_MAX).contains(sum)) {
+            Some(sum) => Err(format!("must lie between 0 and {SUM_MAX:.3}, got {sum}")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Remembers the evidence about each miner.
+pub trait EvidenceStore {
+    /// Why something could not be remembered.
+    type Error: fmt::Display;
+
+    /// What is known of `miner`, if anything.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn load(&self, miner: &str) -> Result<Option<Evidence>, Self::Error>;
+
+    /// Replaces what is known of `miner`.
+    ///
+    /// # Errors
+    /// When it cannot be kept; the caller must not act on it then.
+    fn save(&mut self, miner: &str, evidence: &Evidence) -> Result<(), Self::Error>;
+}
+
+/// Weighs an answer of `miner` and remembers the outcome before it is returned.
+///
+/// # Errors
+/// Those of the store.
+pub fn weigh<S: EvidenceStore>(
+    store: &mut S,
+    miner: &str,
+    rates: &Calibrated,
+    answer: &Observed,
+) -> Result<(Evidence, Sums), S::Error> {
+    let mut evidence = store.load(miner)?.unwrap_or_default();
+    let gain = evidence.add(rates, answer);
+    if !answer.is_empty() {
+        store.save(miner, &evidence)?;
+    }
+    Ok((evidence, gain))
+}
+
+/// A store that forgets with the process.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryStore(BTreeMap<String, Evidence>);
+
+impl EvidenceStore for MemoryStore {
+    type Error = Infallible;
+
+    fn load(&self, miner: &str) -> Result<Option<Evidence>, Infallible> {
+        Ok(self.0.get(miner).copied())
+    }
+
+    fn save(&mut self, miner: &str, evidence: &Evidence) -> Result<(), Infallible> {
+        self.0.insert(miner.to_owned(), *evidence);
+        Ok(())
+    }
+}

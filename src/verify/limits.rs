@@ -1,0 +1,279 @@
+//! Limits between honest and not, and the file that says which measurement they come from.
+//!
+//! `calibrate` writes the file from honest pairs ([`super::calibrate`]), `verify` reads it. Limits
+//! without the model, the class of miners and the counts that they rest on are refused.
+
+use super::bounds::upper;
+use super::evidence::Calibrated;
+use super::file::{FileError, read_json, write_json};
+use super::proof::ChunkEvidence;
+use super::rows::MARGIN_CLIP;
+use crate::proof::Scheme;
+use crate::proof::codec::{Hash, from_hex, to_hex};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Version of the file.
+const VERSION: u32 = 1;
+/// Bytes of a class's name.
+const CLASS_BYTES_MAX: usize = 200;
+
+/// Limits between honest and not. The defaults of the energies leave room for honest miners on
+/// other stacks (`docs/verification.md` says how much of that is measured and how much is not); a
+/// miner on this engine has energy and margin zero, which [`exact`](Self::exact) demands.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Mean energy of a chunk of `residue-v1`.
+    pub energy_u8: f64,
+    /// Mean energy of a chunk of `residue-v1-u4`.
+    pub energy_u4: f64,
+    /// The margin of a single token, in logits.
+    pub margin: f64,
+    /// The mean margin of the tokens that were checked, each clipped at [`MARGIN_CLIP`].
+    pub margin_mean: f64,
+    /// Mean agreement of log-probabilities, 1 is perfect (Targon's rule).
+    pub agreement: f64,
+    /// Demands that hidden rows are equal bit for bit: the miner runs this engine.
+    pub exact: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            energy_u8: 150.0,
+            energy_u4: 9.5,
+            margin: 0.5,
+            margin_mean: 0.02,
+            agreement: 0.75,
+            exact: false,
+        }
+    }
+}
+
+impl Limits {
+    /// Limits that no answer exceeds: for measuring.
+    pub const NONE: Self = Self {
+        energy_u8: f64::INFINITY,
+        energy_u4: f64::INFINITY,
+        margin: f64::INFINITY,
+        margin_mean: f64::INFINITY,
+        agreement: 0.0,
+        exact: false,
+    };
+
+    /// The largest energy of a chunk of `scheme`; TOPLOC has none.
+    pub fn energy(&self, scheme: Scheme) -> Option<f64> {
+        match scheme {
+            Scheme::Residue => Some(self.energy_u8),
+            Scheme::ResidueU4 => Some(self.energy_u4),
+            Scheme::Toploc => None,
+        }
+    }
+
+    /// The largest margin of a single token: zero where bits must be equal.
+    pub fn margin_max(&self) -> f64 {
+        if self.exact { 0.0 } else { self.margin }
+    }
+
+    /// Whether a chunk of `scheme` is too far from ours.
+    pub fn is_over(&self, scheme: Scheme, chunk: &ChunkEvidence) -> bool {
+        let is_far = match self.energy(scheme) {
+            Some(limit) => chunk.energy.is_none_or(|e| e > limit),
+            None => chunk.distance.is_none_or(|d| !d.passes_published()),
+        };
+        !chunk.is_exact && (self.exact || is_far)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        for (key, value, most) in [
+            ("limits.energy_u8", self.energy_u8, None),
+            ("limits.energy_u4", self.energy_u4, None),
+            ("limits.margin", self.margin, Some(MARGIN_CLIP)),
+            ("limits.margin_mean", self.margin_mean, Some(MARGIN_CLIP)),
+            ("limits.agreement", self.agreement, Some(1.0)),
+        ] {
+            if !(value > 0.0 && value <= most.unwrap_or(f64::MAX)) {
+                let rule = match most {
+                    Some(most) => format!("must lie above 0 and be at most {most}"),
+                    None => "must be a number above 0".to_owned(),
+                };
+                return Err((key, format!("{rule}, got {value}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Limits with what they rest on.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsFile {
+    /// Version of the file.
+    pub version: u32,
+    /// Hash of the model that was measured, in hexadecimal.
+    pub model: String,
+    /// Which miners: their stack and hardware, in words.
+    pub class: String,
+    /// The limits.
+    pub limits: Limits,
+    /// What honest miners and the mildest cheat look like over many answers.
+    pub rates: Calibrated,
+    /// The honest answers that the limits were taken from.
+    pub calibration: Measured,
+    /// Other honest answers, judged by the limits.
+    pub held_out: HeldOut,
+}
+
+/// What honest answers measured.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measured {
+    /// Distinct prompts.
+    pub prompts: usize,
+    /// Answers.
+    pub answers: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Energies of chunks of `residue-v1`, where there were any.
+    pub energy_u8: Option<Spread>,
+    /// Energies of chunks of `residue-v1-u4`, where there were any.
+    pub energy_u4: Option<Spread>,
+    /// Share of tokens with a margin above zero.
+    pub mismatch_rate: f64,
+    /// Mean margin of a token, clipped.
+    pub margin_mean: f64,
+    /// Largest margin of a token, clipped.
+    pub margin_max: f64,
+}
+
+/// How values lie.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spread {
+    /// How many.
+    pub count: usize,
+    /// Mean.
+    pub mean: f64,
+    /// 99.9th percentile: the value that at most one in a thousand exceeds.
+    pub p999: f64,
+    /// Largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of values, if there are any.
+    pub fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let (count, max) = (values.len(), *values.last()?);
+        let rank = (count * 999).div_ceil(1000);
+        let mean = values.iter().sum::<f64>() / count as f64;
+        Some(Self { count, mean, p999: values[rank.max(1) - 1], max })
+    }
+}
+
+/// What the limits do to honest answers that they were not taken from.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeldOut {
+    /// Distinct prompts.
+    pub prompts: usize,
+    /// Answers.
+    pub answers: usize,
+    /// Answers with a chunk above the energy of `residue-v1`.
+    pub energy_u8: Share,
+    /// Answers with a chunk above the energy of `residue-v1-u4`.
+    pub energy_u4: Share,
+    /// Answers with a single margin above its limit.
+    pub margin: Share,
+    /// Answers with a mean margin above its limit.
+    pub margin_mean: Share,
+    /// Answers that a fast check rejects, for any of these.
+    pub rejected: Share,
+}
+
+/// Answers over a limit.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// Over it.
+    pub over: usize,
+    /// Of how many that it applies to.
+    pub of: usize,
+    /// The false-positive rate that was seen.
+    pub rate: f64,
+    /// The upper 95 % bound on the true one.
+    pub upper95: f64,
+}
+
+impl Share {
+    /// `over` of `of`.
+    pub fn new(over: usize, of: usize) -> Self {
+        Self { over, of, rate: over as f64 / of.max(1) as f64, upper95: upper(over, of) }
+    }
+}
+
+impl LimitsFile {
+    /// The current version of a file, for the model of that hash.
+    pub fn new(
+        model: &Hash,
+        class: &str,
+        (limits, rates): (Limits, Calibrated),
+        calibration: Measured,
+        held_out: HeldOut,
+    ) -> Self {
+        let (version, model, class) = (VERSION, to_hex(model), class.to_owned());
+        Self { version, model, class, limits, rates, calibration, held_out }
+    }
+
+    /// Refuses limits of another model than that of hash `model`.
+    ///
+    /// # Errors
+    /// Both hashes.
+    pub fn check_model(&self, path: &Path, model: &Hash) -> Result<(), FileError> {
+        let (want, got) = (&self.model, to_hex(model));
+        match *want == got {
+            true => Ok(()),
+            false => {
+                let what = format!("is {want}, the model that is loaded has {got}");
+                Err(FileError::key(path, "model", &what))
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.version != VERSION {
+            return Err(("version", format!("must be {VERSION}, got {}", self.version)));
+        }
+        let canonical = from_hex::<32>(&self.model).map(|hash| to_hex(&hash));
+        if canonical.as_ref() != Ok(&self.model) {
+            let what = format!("must be 64 lower-case hexadecimal digits, got {:.80}", self.model);
+            return Err(("model", what));
+        }
+        if self.class.is_empty() || self.class.len() > CLASS_BYTES_MAX {
+            let what = format!("must have 1 to {CLASS_BYTES_MAX} bytes, got {}", self.class.len());
+            return Err(("class", what));
+        }
+        self.limits.check()?;
+        self.rates.check()
+    }
+}
+
+/// Reads a limits file.
+///
+/// # Errors
+/// The file, the key, the rule and the fact.
+pub fn read(path: &Path) -> Result<LimitsFile, FileError> {
+    let file: LimitsFile = read_json(path)?;
+    file.check().map_err(|(key, what)| FileError::key(path, key, &what))?;
+    Ok(file)
+}
+
+/// Writes a limits file in one piece.
+///
+/// # Errors
+/// When a value could not be read back, or the file cannot be written.
+pub fn write(path: &Path, file: &LimitsFile) -> Result<(), FileError> {
+    file.check().map_err(|(key, what)| FileError::key(path, key, &what))?;
+    write_json(path, file)
+}
