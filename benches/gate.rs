@@ -1,6 +1,6 @@
 //! What the signed door adds to a request: the same answer with and without it, one after another
-//! without a socket, then paced at 1,000 requests a second over sockets, with the client on the same
-//! cores. `cargo bench --bench gate`.
+//! without a socket, then paced at 1,000 requests a second over sockets, with the client on the
+//! same cores. `cargo bench --bench gate`.
 
 #![allow(clippy::unwrap_used, reason = "a measurement may fail")]
 

@@ -5,10 +5,14 @@
 
 use serde_json::{Value, json};
 use std::path::Path;
+use targon_engine::chain::error::Refusal;
+use targon_engine::chain::keys::Hotkey;
+use targon_engine::chain::{epistula, keyfile};
 use targon_engine::config::models_toml;
 use targon_engine::models::chat::ChatTemplate;
 use targon_engine::proof::commit::ResidueChunk;
 use targon_engine::proof::toploc;
+use targon_engine::server::gate::report::Asked;
 use targon_engine::verify::answer::Answer;
 use targon_engine::wire::openai::{ChatRequest, CompletionRequest};
 
@@ -70,5 +74,52 @@ fn model_files() {
         if let Err(e) = models_toml::parse(Path::new("models.toml"), text, &[]) {
             assert!(e.to_string().starts_with("models.toml: "));
         }
+    });
+}
+
+#[test]
+fn signed_headers() {
+    bolero::check!().with_type::<(String, String, String, Vec<u8>)>().for_each(
+        |(time, name, signature, body)| {
+            let (time, name) = (epistula::timestamp(time), epistula::uuid(name));
+            let signature = epistula::signature(signature);
+            if let (Some(timestamp_ms), Some(uuid)) = (time, name) {
+                let envelope = epistula::Envelope { timestamp_ms, uuid, signed_for: None };
+                let message = envelope.message(body);
+                assert_eq!(message.iter().filter(|b| **b == b'.').count(), 3);
+                // Nobody's key has signed this.
+                let zeros = signature.unwrap_or([0; 64]);
+                assert!(!envelope.verify(&Hotkey([3; 32]), body, &zeros));
+            }
+        },
+    );
+}
+
+#[test]
+fn lists_of_models() {
+    bolero::check!().for_each(|bytes: &[u8]| {
+        if let Ok(asked) = Asked::read(bytes, 0) {
+            assert!(asked.models.len() <= 256);
+        }
+    });
+}
+
+#[test]
+fn key_files() {
+    bolero::check!().for_each(|bytes: &[u8]| {
+        let _ = keyfile::is_encrypted(bytes);
+        if let Ok(key) = keyfile::public_key(bytes) {
+            assert_eq!(key.to_string().parse(), Ok(key));
+        }
+        assert!(keyfile::keypair(bytes).is_err(), "no random bytes hold a matching key");
+    });
+}
+
+#[test]
+fn refusals_of_nodes() {
+    bolero::check!().with_type::<String>().for_each(|text| {
+        let refusal = Refusal::of_pool(text);
+        assert!(!refusal.to_string().is_empty());
+        let _ = (refusal.custom_code(), refusal.is_passing());
     });
 }

@@ -92,6 +92,7 @@ mod tests {
             reported: Some(-0.5),
             end_rank: Some(30),
             margin: None,
+            is_drawn: None,
         }
     }
 

@@ -65,6 +65,8 @@ pub struct Line {
     pub chunks_needed: Option<[Option<usize>; 2]>,
     /// Median and extremes of the energy of a chunk.
     pub energy: Option<[f64; 3]>,
+    /// The energies of every answer's chunks, rounded: what other limits would have caught.
+    pub energies: Vec<Vec<f64>>,
     /// Chunks that are equal bit for bit.
     pub exact: Option<Rate>,
     /// Mean margin of the tokens that were looked at.
@@ -86,7 +88,7 @@ pub struct Tokens {
     pub sequential: Stopping,
     /// Until either does.
     pub either: Stopping,
-    /// Until the first margin above zero, which is enough against a miner on this engine.
+    /// Until the first token that is not the one drawn: enough against a miner on this engine.
     pub exact: Stopping,
 }
 
@@ -129,6 +131,7 @@ impl Line {
             missed: None,
             chunks_needed: None,
             energy: None,
+            energies: Vec::new(),
             exact: None,
             margin: None,
         }
@@ -161,6 +164,7 @@ impl Line {
                 .zip(least)
                 .zip(most)
                 .map(|((middle, least), most)| [middle, least, most]),
+            energies: reports.iter().map(energies_of).collect(),
             exact: (exact.of > 0).then_some(exact),
             rejected,
             reasons: BTreeMap::new(),
@@ -185,6 +189,10 @@ impl Line {
     }
 }
 
+fn energies_of(report: &Report) -> Vec<f64> {
+    report.chunks.iter().filter_map(|c| c.energy).map(|e| (e * 10.0).round() / 10.0).collect()
+}
+
 pub(super) fn is_rejected(report: &Report) -> bool {
     matches!(report.verdict, Verdict::Reject(_))
 }
@@ -205,9 +213,12 @@ impl Tokens {
         let margins = |r: &Report| r.rows.iter().filter_map(|r| r.margin).collect::<Vec<f64>>();
         let answers: Vec<Vec<f64>> = reports.iter().map(margins).collect();
         let all: Vec<f64> = answers.concat();
+        let lost = |is_drawn: bool| f64::from(u8::from(!is_drawn));
+        let losses = |r: &Report| r.rows.iter().filter_map(|r| r.is_drawn).map(lost).collect();
+        let losses: Vec<Vec<f64>> = reports.iter().map(losses).collect();
         Self {
             name: name.into(),
-            mismatch: Rate::of(&all, |m| *m > 0.0),
+            mismatch: Rate::of(&losses.concat(), |m| *m > 0.0),
             margin: all.iter().sum::<f64>() / all.len().max(1) as f64,
             single: Stopping::new(&answers, || move |m: f64| m > limit),
             sequential: Stopping::new(&answers, || {
@@ -218,7 +229,7 @@ impl Tokens {
                 let mut evidence = Evidence::default();
                 move |m: f64| evidence.push(m) >= ALARM || m > limit
             }),
-            exact: Stopping::new(&answers, || |m: f64| m > 0.0),
+            exact: Stopping::new(&losses, || |m: f64| m > 0.0),
         }
     }
 }

@@ -1,7 +1,8 @@
-//! Bittensor key files: JSON with a key's secrets, plain or encrypted, and JSON with its public part.
+//! Bittensor key files: JSON with a key's secrets, plain or encrypted, and JSON with its public
+//! part.
 //!
-//! The official tools write `$NACL`, a nonce of 24 bytes, and XSalsa20-Poly1305 over the JSON, under
-//! Argon2i of a password with a fixed salt. Known traps: fields come in any order; `cryptoType` may
+//! The official tools write `$NACL`, a nonce of 24 bytes, and XSalsa20-Poly1305 over the JSON,
+//! under Argon2i of a password with a fixed salt. Known traps: fields come in any order; `cryptoType` may
 //! be absent (sr25519); one release wrote a corrupt `secretSeed`. So the secret is taken from the
 //! first field that gives the address that the file names, and from none where they disagree.
 

@@ -6,7 +6,7 @@ use crate::bench::attack::{Bench, Options};
 use crate::bench::plot;
 use crate::bench::results::{Line, Outcome, Results, Tokens};
 use crate::bench::stats::{Rate, Stopping};
-use crate::verify::Limits;
+use crate::verify::{Limits, limits};
 use clap::Args;
 use comfy_table::{Table, presets};
 use std::path::{Path, PathBuf};
@@ -28,6 +28,12 @@ pub(super) struct AttackBenchArgs {
     /// Run only attacks whose name contains this.
     #[arg(long)]
     only: Option<String>,
+    /// Judge by the limits of this file, as `calibrate --pairs` writes it.
+    #[arg(long)]
+    limits: Option<PathBuf>,
+    /// Demand equal bits and equal draws: every miner runs this engine.
+    #[arg(long)]
+    exact: bool,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Write attack.json and attack.svg into this directory.
@@ -51,7 +57,12 @@ pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
     };
-    let results = Bench::new(&args.model, &scratch, &pool, options, Limits::default())
+    let limits = match &args.limits {
+        Some(path) => limits::read(path).map_err(Failure::user)?.limits,
+        None => Limits::default(),
+    };
+    let limits = Limits { exact: args.exact || limits.exact, ..limits };
+    let results = Bench::new(&args.model, &scratch, &pool, options, limits)
         .and_then(|bench| bench.run(|next| tracing::info!("{next}")));
     // What is left in the temporary directory is the system's to clean.
     let _ = std::fs::remove_dir_all(&scratch);

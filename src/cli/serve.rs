@@ -109,7 +109,9 @@ async fn serve(
     }
     state.set(config.server.settings.clone());
     tokio::spawn(summarize(state.clone()));
-    tokio::spawn(feed_watchdog(state.clone()));
+    let settings = state.clone();
+    let stall = move || settings.settings().limits.stall_time;
+    tokio::spawn(feed_watchdog(registry.clone(), stall));
     println!("http://{local}");
     let mut listeners = vec![(listener, router(state.clone()))];
     let running = subnet.map(|subnet| {

@@ -9,10 +9,10 @@ use crate::clock::Clock;
 use crate::miner::{Miner, MinerError, Options};
 use crate::server::gate::Gate;
 use crate::server::registry::{Registry, State};
-use crate::server::state::ServerState;
 use sd_notify::NotifyState;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
 
 /// Version that is registered with the axon.
@@ -104,17 +104,20 @@ pub(super) fn tell(state: NotifyState<'_>) {
 }
 
 /// Feeds the service manager's watchdog for as long as every engine with work makes progress.
-pub(super) async fn feed_watchdog(state: ServerState) {
+pub(super) async fn feed_watchdog(
+    registry: Registry,
+    stall: impl Fn() -> Duration + Send + 'static,
+) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
     loop {
-        if is_alive(state.registry(), state.settings().limits.stall_time) {
+        if is_alive(&registry, stall()) {
             tell(NotifyState::Watchdog);
         }
         tokio::time::sleep(limit / 2).await;
     }
 }
 
-fn is_alive(registry: &Registry, stall: std::time::Duration) -> bool {
+fn is_alive(registry: &Registry, stall: Duration) -> bool {
     registry.entries().iter().all(|entry| match &entry.state {
         State::Ready(served) => {
             !served.engine.is_dead() && served.engine.stalled_for().is_none_or(|s| s <= stall)

@@ -2,6 +2,7 @@
 
 use super::serve::{start_models, stop_signal};
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
+use super::subnet::{feed_watchdog, tell};
 use super::{Failure, runtime};
 use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
@@ -12,6 +13,7 @@ use crate::server::settings::Limits;
 use crate::validator::service::{Entry, router};
 use crate::verify::{self, Verifier};
 use clap::Args;
+use sd_notify::NotifyState;
 use std::sync::Arc;
 
 /// Arguments of `verifier`.
@@ -59,6 +61,12 @@ async fn serve(args: &VerifierArgs, models: Vec<ModelConfig>, pool: Pool) -> Res
         }
     }
     println!("http://{local}");
+    tell(NotifyState::Ready);
+    tokio::spawn(feed_watchdog(registry, || Limits::default().stall_time));
+    let stop = async {
+        stop.await;
+        tell(NotifyState::Stopping);
+    };
     accept(listener, router(entries), Limits::default, stop).await;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! A subnet's miner on top of a running server: registered, announced on chain, and following it.
 //!
-//! [`Miner::join`] checks the registration, [`Miner::announce`] writes the address where it changed,
-//! [`Miner::follow`] keeps the door's list of members fresh for as long as the program runs.
+//! [`Miner::join`] checks the registration, [`Miner::announce`] writes the address where it
+//! changed, [`Miner::follow`] keeps the door's list of members fresh for as long as the program runs.
 
 pub mod address;
 

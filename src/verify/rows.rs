@@ -12,10 +12,12 @@ use crate::ops::logits::{LogSumExp, rank};
 
 /// Margins count at most this much, so that one outlier is one token's worth of evidence.
 pub const MARGIN_CLIP: f64 = 1.0;
-/// How far a truncation's edge may lie from ours: top-p, and tokens of top-k.
-const TOP_P_SLACK: f32 = 0.01;
+/// How far a truncation's edge may lie from ours on another stack: in top-p, in tokens of top-k
+/// (and one of eight), in the share that min-p and top-a ask for. Logits of an honest bf16 stack are off
+/// by a tenth or two.
+const TOP_P_SLACK: f32 = 0.03;
 const TOP_K_SLACK: usize = 2;
-const FLOOR_SLACK: f32 = 0.98;
+const FLOOR_SLACK: f32 = 0.8;
 
 /// What the model says about one token of the output.
 #[derive(Clone, PartialEq, Debug)]
@@ -33,8 +35,11 @@ pub struct RowEvidence {
     /// The best rank of a token that would end the output.
     pub end_rank: Option<u32>,
     /// How far the token is from winning the draw, in logits, clipped at [`MARGIN_CLIP`]; zero
-    /// when it wins. `None` where the noise is not known.
+    /// when it wins, also where it does only with another stack's edge of a truncation. `None`
+    /// where the noise is not known.
     pub margin: Option<f64>,
+    /// Whether the token is the one that this engine would have drawn, where the noise is known.
+    pub is_drawn: Option<bool>,
 }
 
 /// Judges the rows of one output in order.
@@ -114,50 +119,59 @@ impl<'a> Judge<'a> {
             let scaled = LogSumExp::new(isa, logits, sampling.logprob_temperature());
             (place, logprob) = (own(logits).0, scaled.logprob(own(logits).1));
         }
-        let margin = self.sampling.as_ref().map(|sampling| match rules.restrict(logits) {
+        let drawn = self.sampling.as_ref().map(|sampling| match rules.restrict(logits) {
             Some(row) => margin(isa, &row, sampling, position, token),
             None => margin(isa, logits, sampling, position, token),
         });
         let reported = self.reported.get(index).copied().flatten();
-        Ok(RowEvidence { index, token, rank: place, logprob, reported, end_rank, margin })
+        let (margin, is_drawn) = drawn.unzip();
+        Ok(RowEvidence { index, token, rank: place, logprob, reported, end_rank, margin, is_drawn })
     }
 }
 
-/// How far `token` is from winning the draw at `position`, in logits; zero when it wins.
-fn margin(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u32) -> f64 {
-    let strict = distance(isa, row, sampling, position, token);
-    if strict == 0.0 {
-        return 0.0;
-    }
-    // Rounding moves the edge of a truncation: a token just outside is not evidence.
-    let slack = Sampling {
-        top_p: (sampling.top_p + TOP_P_SLACK).min(1.0),
-        top_k: if sampling.top_k == 0 { 0 } else { sampling.top_k + TOP_K_SLACK },
-        min_p: sampling.min_p * FLOOR_SLACK,
-        top_a: sampling.top_a * FLOOR_SLACK,
-        ..sampling.clone()
-    };
-    strict.min(distance(isa, row, &slack, position, token)).min(MARGIN_CLIP)
-}
-
-fn distance(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u32) -> f64 {
+/// How far `token` is from winning the draw at `position`, in logits, and whether it wins outright.
+///
+/// Rounding moves the edge of a truncation. So a token counts as kept that a looser truncation
+/// keeps, and it need only beat what a tighter one keeps.
+fn margin(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u32) -> (f64, bool) {
     let winner = sample(isa, row, sampling, position);
     if winner == token {
-        return 0.0;
+        return (0.0, true);
     }
     if sampling.is_greedy() {
-        return f64::from(row[winner as usize] - row[token as usize]);
+        let distance = f64::from(row[winner as usize] - row[token as usize]);
+        return (distance.min(MARGIN_CLIP), false);
     }
-    let is_kept =
-        survivors(isa, row, sampling).is_none_or(|kept| kept.iter().any(|(id, _)| *id == token));
-    if !is_kept {
-        return f64::INFINITY;
+    let (loose, tight) = edges(sampling);
+    let kept = survivors(isa, row, &loose);
+    if kept.is_some_and(|kept| kept.iter().all(|(id, _)| *id != token)) {
+        return (MARGIN_CLIP, false);
     }
     let temperature = f64::from(sampling.temperature);
     let value = |id: u32| {
         f64::from(row[id as usize]) + temperature * gumbel(sampling.noise_key, position, id)
     };
-    (value(winner) - value(token)).max(f64::MIN_POSITIVE)
+    let distance = value(sample(isa, row, &tight, position)) - value(token);
+    (distance.clamp(0.0, MARGIN_CLIP), false)
+}
+
+/// Truncations whose edges lie on either side of this one's.
+fn edges(sampling: &Sampling) -> (Sampling, Sampling) {
+    let Sampling { top_p, top_k, min_p, top_a, .. } = *sampling;
+    let ranks = TOP_K_SLACK + top_k / 8;
+    let of = |top_p: f32, top_k: usize, floor: f32| Sampling {
+        top_p,
+        top_k,
+        min_p: (min_p * floor).min(1.0),
+        top_a: (top_a * floor).min(1.0),
+        ..sampling.clone()
+    };
+    let is_cut = top_k > 0;
+    let loose =
+        of((top_p + TOP_P_SLACK).min(1.0), if is_cut { top_k + ranks } else { 0 }, FLOOR_SLACK);
+    let fewer = if is_cut { top_k.saturating_sub(ranks).max(1) } else { 0 };
+    let less = if top_p < 1.0 { (top_p - TOP_P_SLACK).max(f32::MIN_POSITIVE) } else { 1.0 };
+    (loose, of(less, fewer, 1.0 / FLOOR_SLACK))
 }
 
 /// Judges the margins.
@@ -167,6 +181,12 @@ fn distance(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u3
 pub fn check_margins(rows: &[RowEvidence], limits: &Limits) -> Result<(), Stop> {
     let margins: Vec<f64> = rows.iter().filter_map(|r| r.margin).collect();
     let reject = |what: String| Err(Rejection::new(Reason::SamplerMargin, what).into());
+    if limits.exact
+        && let Some(row) = rows.iter().find(|r| r.is_drawn == Some(false))
+    {
+        let what = format!("token {} is not the one that is drawn, as must be", row.index);
+        return reject(what);
+    }
     let limit = limits.margin_max();
     if let Some(row) = rows.iter().find(|r| r.margin.is_some_and(|m| m > limit)) {
         let margin = row.margin.unwrap_or_default();

@@ -1,8 +1,8 @@
 //! The door of a subnet's miner: requests signed by members with stake pass, each once, and no
 //! member can crowd out another.
 //!
-//! Checks run in the order of [`checks`]: headers, membership, stake, age; then the body is read and
-//! the signature checked; then repetition, rate, and the [`fair`] queue. A request that was refused
+//! Checks run in the order of [`checks`]: headers, membership, stake, age; then the body is read
+//! and the signature checked; then repetition, rate, and the [`fair`] queue. A request that was refused
 //! leaves no trace that could harm its signer.
 
 pub mod checks;
