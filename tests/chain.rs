@@ -80,7 +80,9 @@ async fn the_metagraph_is_read_in_one_call_or_from_storage() {
     assert_eq!(node.method_counts().get("state_getKeysPaged"), None);
     assert_eq!(chain.metagraph(77).await, Err(ChainError::NoSubnet(77)));
     node.set_runtime_api(false);
-    check(&chain.metagraph(4).await.unwrap());
+    let stored = chain.metagraph(4).await.unwrap();
+    check(&stored);
+    assert!(stored.is_stake_partial);
     assert!(node.method_counts()["state_getKeysPaged"] > 0);
     assert_eq!(chain.metagraph(77).await, Err(ChainError::NoSubnet(77)));
 }
@@ -161,6 +163,9 @@ async fn another_chain_is_never_signed_for() {
     assert!(error.to_string().contains("nothing is signed for it"), "{error}");
     assert!(matches!(chain.follow(&|_| {}).await, Err(ChainError::WrongChain { .. })));
     assert_eq!(node.calls().len(), 0);
+    // One wrong endpoint among right ones is passed over.
+    let right = FakeNode::start(subnet()).await;
+    check(&client(&[&node, &right]).metagraph(4).await.unwrap());
     // A network without a pinned genesis takes it.
     let own = Endpoints { genesis: None, ..endpoints(&[node.url()]) };
     check(&Subtensor::new(own).metagraph(4).await.unwrap());
@@ -241,7 +246,7 @@ async fn blocks_are_followed_over_breaks_stalls_and_upgrades() {
 fn miner(node: &FakeNode, seed: u8, epoch_length: u64) -> (Miner<Subtensor>, Gate) {
     let clock = Clock::system();
     let gate = Gate::new(key(seed).hotkey(), Policy::default(), clock);
-    let options = Options { netuid: 4, epoch_length, axon: axon(8091), dry_run: false };
+    let options = Options { netuid: 4, epoch_length, axon: axon(8091) };
     (Miner::new(client(&[node]), gate.clone(), Arc::new(key(seed)), options), gate)
 }
 
@@ -252,10 +257,10 @@ async fn a_miner_announces_itself_only_where_something_changed() {
     let (miner, gate) = miner(&node, 3, 5);
     miner.join().await.unwrap();
     assert_eq!(gate.metagraph().neurons().len(), 3);
-    miner.announce(&|_| {}).await.unwrap();
+    assert!(miner.announce(&sent).await.unwrap());
     assert_eq!(node.calls().len(), 1);
     miner.join().await.unwrap();
-    miner.announce(&|_| panic!("nothing has changed")).await.unwrap();
+    assert!(!miner.announce(&|_| panic!("nothing has changed")).await.unwrap());
     assert_eq!(node.calls().len(), 1);
     let error = self::miner(&node, 9, 5).0.join().await.unwrap_err();
     assert!(error.to_string().contains("is not registered on subnet 4"), "{error}");

@@ -180,7 +180,7 @@ async fn every_rule_refuses_with_its_status_and_message() {
         (ok().without("epistula-signed-by"), no, "Signer not in metagraph"),
         (ok().with("epistula-signed-by", "5Grw"), no, "Signer not in metagraph"),
         (asks(STRANGER), no, "Signer not in metagraph"),
-        (asks(POOR), no, "Stake below minimum: 10000.000 TAO, at least 10000.000"),
+        (asks(POOR), no, "Stake below minimum: 9999.999999999 TAO, at least 10000"),
         (ok().without(HEADER_SIGNATURE), bad, "Invalid Signature"),
         (ok().with(HEADER_SIGNATURE, "0xzz"), bad, "Invalid Signature"),
         (ok().with(HEADER_SIGNATURE, &long), bad, "Invalid Signature"),
@@ -264,6 +264,43 @@ async fn a_request_counts_once_and_a_refused_one_leaves_no_trace() {
         other = other.with(name, &value);
     }
     assert_eq!(other.send(&miner.app).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_body_that_comes_late_does_not_outlast_the_memory_of_its_request() {
+    let miner = miner();
+    let request = asks(VALIDATOR);
+    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Vec<u8>, std::io::Error>>(1);
+    let mut late = request.request();
+    *late.body_mut() = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(receiver));
+    let app = miner.app.clone();
+    let waiting = tokio::spawn(async move { app.oneshot(late).await.unwrap().status() });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(request.send(&miner.app).await.0, StatusCode::OK);
+    miner.clock.advance(Duration::from_secs(20));
+    // By now the first one is forgotten.
+    let other =
+        Signed::new(SECOND, COMPLETION, &completion(json!({"max_tokens": 3})), NOW + 20_000);
+    assert_eq!(other.send(&miner.app).await.0, StatusCode::OK);
+    sender.send(Ok(request.body.clone())).await.unwrap();
+    drop(sender);
+    assert_eq!(waiting.await.unwrap(), StatusCode::BAD_REQUEST);
+    assert_eq!(miner.gate.counted(Outcome::Accepted), 2);
+}
+
+#[tokio::test]
+async fn a_full_house_still_lists_its_models_and_a_refused_request_may_come_again() {
+    let policy = Policy { slots: 1, waiting_max: 0, ..Policy::default() };
+    let miner = miner_with(policy, common::options());
+    let body = completion(json!({"max_tokens": 300, "stream": true}));
+    let running = Signed::new(VALIDATOR, COMPLETION, &body, NOW).request();
+    let running = miner.app.clone().oneshot(running).await.unwrap();
+    let refused = asks(SECOND);
+    assert_eq!(refused.send(&miner.app).await.0, StatusCode::TOO_MANY_REQUESTS);
+    let list = Signed::new(SECOND, "/models", &Value::Null, NOW).send(&miner.app).await;
+    assert_eq!(list, (StatusCode::OK, json!(["tiny"])));
+    drop(running);
+    assert_eq!(refused.send(&miner.app).await.0, StatusCode::OK);
 }
 
 #[tokio::test]
@@ -433,7 +470,7 @@ async fn a_proof_without_a_nonce_is_bound_to_the_signed_name() {
 async fn large_bodies_are_refused_before_they_are_hashed() {
     let miner = miner();
     let mut large = asks(VALIDATOR);
-    large.body = vec![b' '; (8 << 20) + 1];
+    large.body = vec![b' '; (2 << 20) + 1];
     let (status, answer) = large.send(&miner.app).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{answer}");
     let mut padded = completion(json!({"max_tokens": 3})).to_string();

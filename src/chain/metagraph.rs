@@ -118,6 +118,9 @@ pub struct Metagraph {
     pub block: u64,
     /// Its rules.
     pub hyperparameters: Hyperparameters,
+    /// Whether stake may be more than is known: it was read from storage, where that of the root
+    /// network is missing.
+    pub is_stake_partial: bool,
     neurons: Vec<Neuron>,
     uids: HashMap<Hotkey, usize>,
 }
@@ -131,7 +134,12 @@ impl Metagraph {
         neurons: Vec<Neuron>,
     ) -> Self {
         let uids = neurons.iter().enumerate().map(|(place, n)| (n.hotkey, place)).collect();
-        Self { netuid, block, hyperparameters, neurons, uids }
+        Self { netuid, block, hyperparameters, is_stake_partial: false, neurons, uids }
+    }
+
+    /// The same with stake of which a part is not known.
+    pub(super) fn with_partial_stake(self) -> Self {
+        Self { is_stake_partial: true, ..self }
     }
 
     /// All members.

@@ -83,7 +83,7 @@ impl Subtensor {
             return Ok(connection.clone());
         }
         let (urls, start) = (&self.endpoints.urls, self.preferred.load(Ordering::SeqCst));
-        let mut faults = Vec::new();
+        let (mut faults, mut wrong) = (Vec::new(), Vec::new());
         for place in (0..urls.len()).map(|i| (start + i) % urls.len()) {
             let connecting = self.connect(place);
             match tokio::time::timeout(self.endpoints.timeout, connecting).await {
@@ -93,17 +93,23 @@ impl Subtensor {
                     *open = Some(connection.clone());
                     return Ok(connection);
                 }
-                Ok(Err(e @ ChainError::WrongChain { .. })) => return Err(e),
-                Ok(Err(e)) => faults.push(e.to_string()),
-                Err(_) => faults.push(format!("{} does not answer", urls[place])),
+                Ok(Err(e)) => {
+                    faults.push(e.to_string());
+                    wrong.extend(matches!(e, ChainError::WrongChain { .. }).then_some(e));
+                }
+                Err(_) => faults.push(format!("{} does not answer", shown(&urls[place]))),
             }
         }
-        Err(ChainError::Unreachable(faults.join("; ")))
+        match wrong.pop() {
+            // No waiting mends that.
+            Some(e) if wrong.len() + 1 == urls.len() => Err(e),
+            _ => Err(ChainError::Unreachable(faults.join("; "))),
+        }
     }
 
     async fn connect(&self, place: usize) -> Result<Connection, ChainError> {
         let url = &self.endpoints.urls[place];
-        let broken = |why: String| ChainError::Broken { endpoint: url.clone(), why };
+        let broken = |why: String| ChainError::Broken { endpoint: shown(url), why };
         let rpc = rpcs::RpcClient::from_insecure_url(url).await;
         let rpc = rpc.map_err(|e| broken(e.to_string()))?;
         // The default backend hides why an extrinsic was refused; this one tells.
@@ -113,12 +119,12 @@ impl Subtensor {
         let genesis = client.genesis_hash().0;
         if let Some(expected) = self.endpoints.genesis.filter(|g| *g != genesis) {
             return Err(ChainError::WrongChain {
-                endpoint: url.clone(),
+                endpoint: shown(url),
                 got: format!("0x{}", hex::encode(genesis)),
                 expected: format!("0x{}", hex::encode(expected)),
             });
         }
-        Ok(Connection { url: url.as_str().into(), place, client })
+        Ok(Connection { url: shown(url).into(), place, client })
     }
 
     /// Gives a connection up; the next one is tried at the next endpoint.
@@ -255,6 +261,14 @@ impl Chain for Subtensor {
     }
 }
 
+/// An endpoint without what may be a key: scheme, host and port.
+fn shown(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("ws", url));
+    let host = rest.split(['/', '?']).next().unwrap_or_default();
+    let host = host.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}")
+}
+
 /// The newest final block, with the metadata of its runtime.
 async fn current(connection: &Connection) -> Result<At, ChainError> {
     connection.client.at_current_block().await.map_err(|e| connection.broken(e))
@@ -264,7 +278,8 @@ async fn current(connection: &Connection) -> Result<At, ChainError> {
 fn is_missing(error: &RuntimeApiError) -> bool {
     match error {
         RuntimeApiError::CannotCallApi(BackendError::Rpc(RpcError::ClientError(e))) => {
-            matches!(e, rpcs::Error::User(_))
+            // A node that is busy or behind says something else.
+            matches!(e, rpcs::Error::User(e) if e.message.contains("not found"))
         }
         RuntimeApiError::CannotCallApi(_) => false,
         _ => true,
@@ -311,6 +326,16 @@ fn refusal(connection: &Connection, error: &subxt::error::ExtrinsicError) -> Cha
         E::ErrorSubmittingTransaction(e) | E::TransactionStatusStreamError(e) => Some(e),
         _ => None,
     };
+    match (error, backend) {
+        (E::TransactionStatusError(e), _) => {
+            return Refusal { stage: Stage::Lost, word: e.to_string() }.into();
+        }
+        (E::UnexpectedEndOfTransactionStatusStream, _) => {
+            return Refusal { stage: Stage::Lost, word: error.to_string() }.into();
+        }
+        (E::AccountNonceError { .. }, _) => return connection.broken(error),
+        _ => {}
+    }
     match backend {
         Some(BackendError::Rpc(RpcError::ClientError(rpcs::Error::User(e)))) => {
             let data = e.data.as_ref().map(|d| format!(": {}", d.get())).unwrap_or_default();

@@ -75,6 +75,21 @@ impl Wallet {
         keyfile::public_key(&read(&path)?).map_err(|what| error(&path, what))
     }
 
+    /// The hotkey's public part, from its public file, or from one with secrets that is not
+    /// encrypted.
+    ///
+    /// # Errors
+    /// When neither says.
+    pub fn hotkey(&self) -> Result<Hotkey, WalletError> {
+        let (public, secret) = (self.hotkey_public_file(), self.hotkey_file());
+        let path = if public.exists() { public } else { secret };
+        let bytes = read(&path)?;
+        if keyfile::is_encrypted(&bytes).map_err(|what| error(&path, what))? {
+            return Err(error(&path, "is encrypted, and there is no public file beside it"));
+        }
+        keyfile::public_key(&bytes).map_err(|what| error(&path, what))
+    }
+
     /// The hotkey. Where its file is encrypted, the password is that of its `BT_PW_` variable, else
     /// what `ask` gives.
     ///
@@ -119,9 +134,15 @@ impl Wallet {
             .mode(0o700)
             .create(&directory)
             .map_err(|e| failed(&directory, e))?;
+        let public_path = self.hotkey_public_file();
+        // Neither may be written where the other cannot.
+        for path in [&path, &public_path] {
+            if path.exists() {
+                return Err(failed(path, ErrorKind::AlreadyExists.into()));
+            }
+        }
         let new = keyfile::generate().map_err(|what| error(&path, what))?;
         write_new(&path, &new.json).map_err(|e| failed(&path, e))?;
-        let public_path = self.hotkey_public_file();
         write_new(&public_path, &new.public_json).map_err(|e| failed(&public_path, e))?;
         Ok(new.pair)
     }

@@ -4,6 +4,7 @@
 
 use super::Failure;
 use crate::config::nearest;
+use clap::builder::BoolishValueParser;
 use clap::{Arg, ArgAction, Command};
 use serde_yaml_ng::Value;
 use std::collections::BTreeMap;
@@ -31,6 +32,11 @@ pub(super) fn apply(command: Command, arguments: &[OsString]) -> Result<Command,
 fn spelled(command: Command) -> Command {
     let command = command.mut_args(|arg| {
         let Some(long) = arg.get_long().map(str::to_owned) else { return arg };
+        // A switch is on by true, yes, on or 1, wherever it is written.
+        let arg = match arg.get_action() {
+            ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
+            _ => arg,
+        };
         let mut known = vec![long.clone()];
         known.extend(arg.get_all_aliases().unwrap_or_default().into_iter().map(str::to_owned));
         let dashed = long.replace(['.', '_'], "-");
@@ -139,14 +145,22 @@ fn dotenv(command: &Command, path: &Path) -> Result<Values, Failure> {
         return Ok(Values::new());
     }
     let place = path.display();
-    let unreadable = |e| Failure::user(format!("{place} cannot be read: {e}"));
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::user(format!("{place} cannot be read: {e}")))?;
     let known = flags(command);
     let mut values = Values::new();
-    for pair in dotenvy::from_path_iter(path).map_err(unreadable)? {
-        let (name, value) = pair.map_err(unreadable)?;
+    for (number, pair) in dotenvy::from_read_iter(text.as_bytes()).enumerate() {
+        // It may be another program's file. Its lines may hold secrets and are not repeated.
+        let Ok((name, value)) = pair else {
+            eprintln!("warning: entry {} of {place} cannot be read, nor what follows", number + 1);
+            break;
+        };
         let twin = known.iter().find(|arg| arg.get_env().is_some_and(|e| *e == *name));
         if let Some(long) = twin.and_then(|arg| arg.get_long()) {
-            values.insert(long.to_owned(), vec![value]);
+            let is_list = twin.is_some_and(|arg| arg.get_value_delimiter().is_some());
+            let parts =
+                if is_list { value.split(',').map(str::to_owned).collect() } else { vec![value] };
+            values.insert(long.to_owned(), parts);
         }
     }
     Ok(values)
@@ -154,16 +168,12 @@ fn dotenv(command: &Command, path: &Path) -> Result<Values, Failure> {
 
 fn fill(command: Command, values: &Values) -> Command {
     let command = command.mut_args(|arg| {
-        let given = arg.get_long().and_then(|long| values.get(long)).cloned();
-        match (given, arg.get_action()) {
-            (None, _) => arg,
-            (Some(list), ArgAction::SetTrue) => {
-                let is_on =
-                    list.first().is_some_and(|v| matches!(v.as_str(), "true" | "1" | "yes"));
-                arg.default_value(if is_on { "true" } else { "false" })
-            }
-            (Some(list), _) => arg.default_values(list).required(false),
-        }
+        let Some(list) = arg.get_long().and_then(|long| values.get(long)).cloned() else {
+            return arg;
+        };
+        // What is hidden in the environment is hidden here, too.
+        let is_secret = arg.is_hide_env_values_set();
+        arg.default_values(list).hide_default_value(is_secret).required(false)
     });
     command.mut_subcommands(|sub| fill(sub, values))
 }
@@ -216,7 +226,7 @@ mod tests {
     #[test]
     fn the_command_line_beats_the_file_and_the_file_beats_defaults() {
         let directory = tempfile::tempdir().unwrap();
-        let config = "wallet:\n  name: from-file\nnetuid: 40\naxon.port: 9000\ndry_run: true\n\
+        let config = "wallet:\n  name: from-file\nnetuid: 40\naxon.port: 9000\ndry_run: on\n\
                       subtensor:\n  chain_endpoint: ['ws://a', 'ws://b']\n";
         let args = parsed(directory.path(), config, &["--wallet.name", "mine"]).unwrap();
         assert_eq!(args.wallet.name.as_deref(), Some("mine"));
@@ -232,6 +242,7 @@ mod tests {
             ("- a", "must be a map of flags"),
             ("netuid: {", "is not YAML"),
             ("netuid: four", "invalid value 'four'"),
+            ("dry_run: ture", "invalid value 'ture'"),
             ("netuid: [[1]]", "`netuid` must be a word, a number"),
         ] {
             let error = parsed(directory.path(), config, &[]).err().unwrap();
@@ -243,7 +254,7 @@ mod tests {
     fn an_env_file_fills_the_twins_of_flags() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("env");
-        std::fs::write(&path, "# mine\nBT_AXON_PORT=9001\nOTHER=1\n").unwrap();
+        std::fs::write(&path, "# mine\nBT_AXON_PORT=9001\nOTHER=1\na broken line\n").unwrap();
         let values = dotenv(&spelled(super::super::Cli::command()), &path).unwrap();
         assert_eq!(
             values.into_iter().collect::<Vec<_>>(),

@@ -109,6 +109,11 @@ impl Failure {
         Self { message: message.to_string(), hint: None, is_ours: true }
     }
 
+    /// The sentence alone.
+    fn message(&self) -> &str {
+        &self.message
+    }
+
     fn with_hint(self, hint: Option<impl Into<String>>) -> Self {
         Self { hint: hint.map(Into::into), ..self }
     }

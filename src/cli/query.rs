@@ -1,5 +1,6 @@
 //! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
 
+use super::shared::printable;
 use super::subnet_args::{ChainArgs, WalletArgs};
 use super::{Failure, runtime};
 use crate::chain::Chain;
@@ -7,7 +8,7 @@ use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
 use crate::proof::codec::to_hex;
-use crate::validator::query::{Arrival, QueryError, Target};
+use crate::validator::query::{Arrival, QueryError, Streamed, Target};
 use clap::Args;
 use serde_json::{Value, json};
 use std::fs::OpenOptions;
@@ -54,8 +55,11 @@ pub(super) struct QueryArgs {
     /// Seconds that may pass between two reads.
     #[arg(long, default_value_t = 60)]
     read_timeout: u64,
-    /// A key of the open API; signed requests need none.
-    #[arg(long, env = "TARGON_API_KEY", hide_env_values = true)]
+    /// Seconds that the whole answer may take.
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    /// A key of the open API of your own server; never sent with a signed request.
+    #[arg(long, env = "TARGON_QUERY_API_KEY", hide_env_values = true, requires = "address")]
     api_key: Option<String>,
     #[command(flatten)]
     wallet: WalletArgs,
@@ -70,9 +74,10 @@ pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
     };
     runtime()?.block_on(async {
         let (url, hotkey) = find(args).await?;
-        let read_timeout = Duration::from_secs(args.read_timeout);
-        let api_key = args.api_key.clone();
-        ask(args, Target { url, hotkey, signer, api_key, read_timeout }).await
+        let (read_timeout, timeout) =
+            (Duration::from_secs(args.read_timeout), Duration::from_secs(args.timeout));
+        let api_key = args.api_key.clone().filter(|_| signer.is_none());
+        ask(args, Target { url, hotkey, signer, api_key, read_timeout, timeout }).await
     })
 }
 
@@ -105,11 +110,14 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
         "{:>8} {:>9} {:>10} {:>8} {:>12}  text",
         "ms", "token id", "log-prob", "chunk", "powv"
     );
-    let arrivals = target.stream(path, &body, &clock, print).await.map_err(query_failure)?;
-    summarize(&arrivals);
-    if let Some(path) = &args.save {
-        save(path, &target, &body, &arrivals)?;
+    let Streamed { arrivals, outcome } = target.stream(path, &body, &clock, print).await;
+    if !arrivals.is_empty() {
+        summarize(&arrivals);
+        if let Some(path) = &args.save {
+            save(path, &target, &body, &arrivals)?;
+        }
     }
+    outcome.map_err(query_failure)?;
     let error = arrivals.iter().find_map(|a| a.chunk["error"]["message"].as_str());
     match error {
         Some(message) => Err(Failure::user(format!("{}: {message}", target.url))),
@@ -127,7 +135,7 @@ fn query_failure(e: QueryError) -> Failure {
         }
         _ => None,
     };
-    Failure::user(e).with_hint(hint)
+    Failure::user(printable(&e.to_string())).with_hint(hint)
 }
 
 /// The request: a file's, or one made of the flags.
@@ -209,7 +217,7 @@ fn summarize(arrivals: &[Arrival]) {
     };
     let first = arrivals.iter().find(|a| !text(a).is_empty()).map(|a| a.at);
     let end = arrivals.last().map(|a| a.at).unwrap_or_default();
-    println!("\n{}\n", arrivals.iter().map(text).collect::<String>());
+    println!("\n{}\n", printable(&arrivals.iter().map(text).collect::<String>()));
     let seconds = end.as_secs_f64();
     let chunks = arrivals.iter().filter(|a| !a.chunk["choices"][0]["proof"].is_null()).count();
     let proof_end = arrivals.iter().find_map(|a| {
@@ -223,9 +231,12 @@ fn summarize(arrivals: &[Arrival]) {
     );
     match proof_end {
         Some((scheme, Some(hotkey))) => {
+            let (scheme, hotkey) = (printable(&scheme), printable(&hotkey));
             println!("{chunks} proof chunks of {scheme}, signed by {hotkey}");
         }
-        Some((scheme, None)) => println!("{chunks} proof chunks of {scheme}, unsigned"),
+        Some((scheme, None)) => {
+            println!("{chunks} proof chunks of {}, unsigned", printable(&scheme));
+        }
         None => println!("no proof"),
     }
 }

@@ -6,6 +6,7 @@ use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::ops::pool::Pool;
 use crate::server::registry::State;
 use crate::server::state::ServerState;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -32,6 +33,8 @@ pub(super) struct Reloader {
     pub(super) state: ServerState,
     pub(super) pool: Pool,
     pub(super) clock: Clock,
+    /// Where the open routes listen, and whether this is a miner.
+    pub(super) open: (SocketAddr, bool),
 }
 
 impl Reloader {
@@ -58,6 +61,11 @@ impl Reloader {
             Ok(config) => config,
             Err(e) => return tracing::error!("nothing is reloaded: {e}"),
         };
+        let (address, is_miner) = self.open;
+        let is_open = new.server.settings.keys.is_empty();
+        if let Err(e) = serve::check_open(address, is_open, is_miner) {
+            return tracing::error!("nothing is reloaded: {}", e.message());
+        }
         if new.server.settings.cors_origins != self.config.server.settings.cors_origins {
             tracing::warn!("[server] cors_origins is read only at start: restart to change it");
         }
@@ -69,6 +77,9 @@ impl Reloader {
             self.state.set(new.server.settings.clone());
         }
         self.follow(&new.models);
+        if let Some(gate) = self.state.gate() {
+            gate.set_slots(new.models.iter().map(|m| m.wanted.sequences_max).sum());
+        }
         self.config = new;
     }
 

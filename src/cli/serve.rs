@@ -23,6 +23,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 /// Arguments of `serve`.
 #[derive(Args)]
@@ -89,11 +90,19 @@ async fn serve(
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
     let slots = config.models.iter().map(|m| m.wanted.sequences_max).sum();
-    let subnet = match Subnet::is_wanted(&args) {
+    let is_miner = Subnet::is_wanted(&args);
+    check_open(local, config.server.settings.keys.is_empty(), is_miner)?;
+    let subnet = match is_miner {
         true => Some(Subnet::open(&args, slots, clock.clone()).await?),
         false => None,
     };
-    check_open(local, config.server.settings.keys.is_empty(), subnet.is_some())?;
+    match &subnet {
+        Some(subnet) if args.axon.dry_run => return subnet.dry_run().await,
+        None if args.chain.is_named() => {
+            tracing::warn!("no miner: it wants --wallet.name, --wallet.hotkey or --netuid");
+        }
+        _ => {}
+    }
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let defaults = Defaults {
@@ -123,8 +132,13 @@ async fn serve(
     });
     let timeout = Duration::from_secs(args.shutdown_timeout);
     let stop = stop_signal()?;
-    let stop = async {
-        stop.await;
+    let ended = CancellationToken::new();
+    let end = ended.clone();
+    let stop = async move {
+        tokio::select! {
+            () = stop => {}
+            () = end.cancelled() => {}
+        }
         tell(NotifyState::Stopping);
     };
     let serving = serve_all(listeners, state.clone(), stop, timeout);
@@ -139,12 +153,18 @@ async fn serve(
         },
     }
     let (path, keys) = (args.models.path, args.api_key);
-    let reloader = Reloader { path, seen, keys, log, config, state, pool, clock };
+    let open = (local, is_miner);
+    let reloader = Reloader { path, seen, keys, log, config, state, pool, clock, open };
     let dead = engine_death(registry);
     tokio::select! {
         outcome = &mut serving => finish(outcome),
         outcome = reloader.run() => outcome,
-        outcome = mine(running) => outcome,
+        outcome = mine(running) => {
+            // What runs may end.
+            ended.cancel();
+            finish(serving.await)?;
+            outcome
+        }
         name = dead => Err(Failure::ours(format!("the engine of {name} has stopped"))),
     }
 }
@@ -167,7 +187,11 @@ fn finish(outcome: Result<(), tokio::task::JoinError>) -> Result<(), Failure> {
 }
 
 /// Whoever can reach an open listener can use it: a miner's must be on loopback.
-fn check_open(address: SocketAddr, is_open: bool, is_miner: bool) -> Result<(), Failure> {
+pub(super) fn check_open(
+    address: SocketAddr,
+    is_open: bool,
+    is_miner: bool,
+) -> Result<(), Failure> {
     if !is_open || address.ip().is_loopback() {
         return Ok(());
     }

@@ -25,6 +25,15 @@ impl ModelsArg {
     }
 }
 
+/// A stranger's words for a terminal: what would steer it is shown as an escape.
+pub(super) fn printable(text: &str) -> String {
+    let shown = |c: char| match c.is_control() && c != '\n' {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    text.chars().map(shown).collect()
+}
+
 /// Where to listen.
 #[derive(Args)]
 pub(super) struct ListenArgs {

@@ -1,5 +1,6 @@
 //! `status`: how a running miner stands on its subnet.
 
+use super::shared::printable;
 use super::{Failure, runtime};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -15,9 +16,9 @@ pub(super) struct StatusArgs {
     /// The open listener of the miner.
     #[arg(long, env = "TARGON_URL", default_value = "http://127.0.0.1:8000")]
     url: String,
-    /// A key that opens it, where it has keys.
-    #[arg(long, env = "TARGON_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
+    /// A key that opens it, where it has keys; of several the first is used.
+    #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    api_key: Vec<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -39,7 +40,7 @@ async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
     let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(Failure::ours)?;
     let url = format!("{}/targon/status", args.url.trim_end_matches('/'));
     let mut request = client.get(&url);
-    if let Some(key) = &args.api_key {
+    if let Some(key) = args.api_key.first() {
         request = request.bearer_auth(key);
     }
     let response = request.send().await.map_err(|e| {
@@ -74,8 +75,19 @@ fn print(status: &Value) {
     }
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
-    let columns = ["hotkey", "uid", "stake_tao", "requests", "running", "waiting", "models"];
-    table.set_header(["validator", "uid", "stake", "requests", "running", "waiting", "last asked"]);
+    let columns = [
+        "hotkey",
+        "uid",
+        "stake_tao",
+        "requests",
+        "running",
+        "waiting",
+        "models",
+        "asked_seconds_ago",
+    ];
+    let header =
+        ["validator", "uid", "stake", "requests", "running", "waiting", "wants", "seconds ago"];
+    table.set_header(header);
     let none = Vec::new();
     let validators = status["validators"].as_array().unwrap_or(&none);
     for validator in validators {
@@ -89,7 +101,7 @@ fn print(status: &Value) {
 fn text(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
-        Value::String(text) => text.clone(),
+        Value::String(text) => printable(text),
         Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(", "),
         Value::Object(map) => {
             let pair = |(key, value): (&String, &Value)| format!("{key} {}", text(value));

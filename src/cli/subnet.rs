@@ -2,6 +2,7 @@
 
 use super::Failure;
 use super::serve::ServeArgs;
+use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
 use crate::chain::subtensor::Subtensor;
@@ -42,7 +43,7 @@ impl Subnet {
         let signer = Arc::new(args.wallet.keypair()?);
         let hotkey = signer.hotkey();
         let axon = &args.axon;
-        let address = format!("{}:{}", axon.ip, axon.port);
+        let address = axon.listen()?;
         let listener = TcpListener::bind(&address)
             .await
             .map_err(|e| Failure::user(format!("--axon.port: cannot listen on {address}: {e}")))?;
@@ -54,7 +55,6 @@ impl Subnet {
             netuid: args.chain.netuid(),
             epoch_length: axon.epoch_length,
             axon: Axon { address: external, version: AXON_VERSION, protocol: AXON_PROTOCOL },
-            dry_run: axon.dry_run,
         };
         let chain = Subtensor::new(args.chain.endpoints()?);
         let miner = Miner::new(chain, gate.clone(), Arc::clone(&signer), options);
@@ -74,12 +74,38 @@ impl Subnet {
 }
 
 impl Running {
-    /// Announces the address, then follows the chain for ever. Shows what it sends.
+    /// Announces the address and follows the chain for ever.
     pub(super) async fn run(self) -> Result<(), Failure> {
-        let show = |words: &str| eprintln!("extrinsic: {words}");
-        self.0.announce(&show).await.map_err(miner_failure)?;
-        tell(NotifyState::Ready);
-        self.0.follow().await.map_err(miner_failure)
+        let show = |words: &str| {
+            tracing::info!("extrinsic: {words}");
+            true
+        };
+        let announced = async {
+            // What was announced before may still be right: serving goes on.
+            if let Err(e) = self.0.announce(&show).await {
+                tracing::error!("the address is not announced: {e}");
+            }
+            tell(NotifyState::Ready);
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            followed = self.0.follow() => followed.map_err(miner_failure),
+            () = announced => Ok(()),
+        }
+    }
+}
+
+impl Subnet {
+    /// Prints the extrinsic that would be sent.
+    pub(super) async fn dry_run(&self) -> Result<(), Failure> {
+        let show = |words: &str| {
+            println!("{words}");
+            false
+        };
+        if !self.miner.announce(&show).await.map_err(miner_failure)? {
+            println!("nothing: the chain has this address already");
+        }
+        Ok(())
     }
 }
 
@@ -91,9 +117,14 @@ fn miner_failure(e: MinerError) -> Failure {
         MinerError::Chain(e) if e.is_passing() => {
             Some("other endpoints can be given by --subtensor.chain_endpoint".into())
         }
+        MinerError::Chain(ChainError::WrongChain { .. }) => {
+            Some("--subtensor.network local or test takes other chains".into())
+        }
         MinerError::Chain(_) => None,
     };
-    Failure::user(&e).with_hint(hint)
+    // What passes by itself is worth another start; what does not is the user's to mend.
+    let failure = if e.is_passing() { Failure::ours(&e) } else { Failure::user(&e) };
+    failure.with_hint(hint)
 }
 
 /// Tells systemd, where it listens.

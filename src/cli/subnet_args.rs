@@ -11,7 +11,7 @@ use crate::server::gate::Policy;
 use clap::Args;
 use secrecy::SecretString;
 use std::io::IsTerminal;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
@@ -107,6 +107,7 @@ pub(super) struct ChainArgs {
         long = "subtensor.chain_endpoint",
         env = "BT_SUBTENSOR_CHAIN_ENDPOINT",
         value_delimiter = ',',
+        hide_env_values = true,
         help_heading = "Chain"
     )]
     chain_endpoint: Vec<String>,
@@ -116,8 +117,20 @@ pub(super) struct ChainArgs {
 }
 
 impl ChainArgs {
+    /// Whether flags were given that mean something on a subnet only.
+    pub(super) fn is_named(&self) -> bool {
+        self.netuid.is_some() || !self.chain_endpoint.is_empty()
+    }
+
     pub(super) fn endpoints(&self) -> Result<Endpoints, Failure> {
-        // Another chain behind an endpoint of one's own is what the names are for.
+        let is_near = |url: &str| {
+            ["127.", "localhost", "[::1]"].iter().any(|host| url[5..].starts_with(host))
+        };
+        for url in self.chain_endpoint.iter().filter(|u| u.starts_with("ws://")) {
+            if !is_near(url) {
+                tracing::warn!("a chain endpoint is not encrypted: anybody between can forge it");
+            }
+        }
         Endpoints::new(self.network, &self.chain_endpoint)
             .map_err(|what| Failure::user(format!("--subtensor.chain_endpoint {what}")))
     }
@@ -187,13 +200,23 @@ pub(super) struct AxonArgs {
 }
 
 impl AxonArgs {
+    /// Where the signed routes listen.
+    pub(super) fn listen(&self) -> Result<SocketAddr, Failure> {
+        let text = self.ip.trim_matches(['[', ']']);
+        let ip: IpAddr = text.parse().map_err(|_| {
+            Failure::user(format!("--axon.ip must be an IP address, got {}", self.ip))
+        })?;
+        Ok(SocketAddr::new(ip, self.port))
+    }
+
     /// Where others reach it.
-    pub(super) async fn external(&self, listening: u16) -> Result<std::net::SocketAddr, Failure> {
-        let bound = self.ip.trim_matches(['[', ']']).parse::<IpAddr>().ok();
-        let given = self.external_ip.or(bound.filter(|ip| !ip.is_unspecified()));
+    pub(super) async fn external(&self, listening: u16) -> Result<SocketAddr, Failure> {
+        let bound = self.listen()?.ip();
+        let given = self.external_ip.or(Some(bound).filter(|ip| !ip.is_unspecified()));
         let port = self.external_port.unwrap_or(listening);
         let found = crate::miner::address::external(given, port, &self.check_ip).await;
-        found.map_err(|what| Failure::user(what).with_hint(Some("give it by --axon.external_ip")))
+        // Whoever was asked may answer the next time.
+        found.map_err(|what| Failure::ours(what).with_hint(Some("give it by --axon.external_ip")))
     }
 
     /// Who may ask; `slots` requests run at once.

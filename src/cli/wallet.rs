@@ -20,15 +20,18 @@ enum Action {
 }
 
 pub(super) fn run(args: &Arguments) -> Result<(), Failure> {
-    let (wallet, pair) = match &args.action {
-        Action::Show(args) => (args.wallet()?, args.keypair()?),
+    let (wallet, hotkey) = match &args.action {
+        Action::Show(args) => {
+            let wallet = args.wallet()?;
+            let hotkey = wallet.hotkey().map_err(wallet_failure)?;
+            (wallet, hotkey)
+        }
         Action::NewHotkey(args) => {
             let wallet = args.wallet()?;
             let pair = wallet.create_hotkey().map_err(wallet_failure)?;
-            (wallet, pair)
+            (wallet, pair.hotkey())
         }
     };
-    let hotkey = pair.hotkey();
     println!("hotkey   {hotkey}  {}", wallet.hotkey_file().display());
     match wallet.coldkey() {
         Ok(coldkey) => println!("coldkey  {coldkey}  {}", wallet.coldkey_file().display()),

@@ -1,7 +1,8 @@
 //! A subnet's miner on top of a running server: registered, announced on chain, and following it.
 //!
 //! [`Miner::join`] checks the registration, [`Miner::announce`] writes the address where it
-//! changed, [`Miner::follow`] keeps the door's list of members fresh for as long as the program runs.
+//! changed, [`Miner::follow`] keeps the door's list of members fresh for as long as the program
+//! runs. What passes by itself is waited for; only what an operator must mend ends a miner.
 
 pub mod address;
 
@@ -14,10 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Wait after a passing failure of the announcement.
-const AGAIN: Duration = Duration::from_secs(12);
-/// How often it is tried again.
-const TRIES_MAX: usize = 10;
+/// Waits between two tries of the announcement, at first and at most.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(300));
 
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,8 +27,6 @@ pub struct Options {
     pub epoch_length: u64,
     /// Where others reach this miner.
     pub axon: Axon,
-    /// Whether the announcement is only shown.
-    pub dry_run: bool,
 }
 
 /// Why a miner cannot go on.
@@ -48,6 +45,17 @@ pub enum MinerError {
     Chain(#[from] ChainError),
 }
 
+impl MinerError {
+    /// Whether it passes by itself.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            MinerError::NotRegistered { .. } => false,
+            MinerError::Chain(ChainError::Refused(refusal)) => refusal.is_passing(),
+            MinerError::Chain(e) => e.is_passing(),
+        }
+    }
+}
+
 /// A member of a subnet that serves.
 pub struct Miner<C: Chain> {
     chain: C,
@@ -62,54 +70,64 @@ impl<C: Chain> Miner<C> {
         Self { chain, gate, signer, options }
     }
 
-    /// Reads the metagraph, in which the hotkey must be, and opens the door to its members.
+    /// Reads the metagraph, opens the door to its members, and checks that the hotkey is one.
     ///
     /// # Errors
     /// When the hotkey is not registered or the chain cannot be asked.
     pub async fn join(&self) -> Result<(), MinerError> {
         let metagraph = self.chain.metagraph(self.options.netuid).await?;
+        if metagraph.block < self.gate.metagraph().block {
+            tracing::warn!(block = metagraph.block, "a node that lags behind is not believed");
+            return Ok(());
+        }
         let hotkey = self.signer.hotkey();
-        let Some(own) = metagraph.neuron(&hotkey) else {
+        let own = metagraph.neuron(&hotkey).map(|own| (own.uid, own.stake));
+        let members = metagraph.neurons().len();
+        self.gate.set_metagraph(Arc::new(metagraph));
+        let Some((uid, stake)) = own else {
             let (hotkey, netuid) = (hotkey.to_string(), self.options.netuid);
             return Err(MinerError::NotRegistered { hotkey, netuid });
         };
-        let members = metagraph.neurons().len();
-        tracing::info!(uid = own.uid, stake = %own.stake, members, "registered");
-        self.gate.set_metagraph(Arc::new(metagraph));
+        tracing::info!(uid, %stake, members, "registered");
         Ok(())
     }
 
-    /// Writes the address on chain, where another one stands there. What passes by itself is tried
-    /// again.
+    /// Writes the address on chain, where another one stands there, and says whether it had to.
+    /// What passes by itself is tried again for as long as it takes; `show` is given what is sent, and
+    /// says whether it is.
     ///
     /// # Errors
     /// When the chain refuses it for good.
-    pub async fn announce(&self, show: &(dyn Fn(&str) + Sync)) -> Result<(), MinerError> {
-        let Options { netuid, axon, dry_run, .. } = self.options;
-        let standing = self.gate.metagraph().neuron(&self.signer.hotkey()).and_then(|n| n.axon);
-        if standing == Some(axon) {
-            tracing::info!(axon = %axon.address, "the chain has this address already");
-            return Ok(());
-        }
-        let is_sent = |words: &str| {
-            show(words);
-            !dry_run
-        };
-        for left in (0..TRIES_MAX).rev() {
-            match self.chain.serve_axon(&self.signer, netuid, &axon, &is_sent).await {
-                Ok(()) if dry_run => return Ok(()),
-                Ok(()) => {
-                    tracing::info!(axon = %axon.address, "announced on chain");
-                    return Ok(());
+    pub async fn announce(&self, show: &(dyn Fn(&str) -> bool + Sync)) -> Result<bool, MinerError> {
+        let Options { netuid, axon, .. } = self.options;
+        let mut wait = AGAIN.0;
+        loop {
+            if self.standing() == Some(axon) {
+                tracing::info!(axon = %axon.address, "the chain has this address");
+                return Ok(false);
+            }
+            match self.chain.serve_axon(&self.signer, netuid, &axon, show).await {
+                Ok(()) => return Ok(true),
+                Err(e) => {
+                    let e = MinerError::from(e);
+                    if !e.is_passing() {
+                        return Err(e);
+                    }
+                    tracing::warn!(seconds = wait.as_secs(), "{e}; announcing again");
                 }
-                Err(e) if left > 0 && will_pass(&e) => {
-                    tracing::warn!(seconds = AGAIN.as_secs(), "{e}; announcing again");
-                    tokio::time::sleep(AGAIN).await;
-                }
-                Err(e) => return Err(e.into()),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(AGAIN.1);
+            // It may have arrived although its confirmation was lost.
+            if let Err(e) = self.join().await {
+                tracing::warn!("the metagraph is not refreshed: {e}");
             }
         }
-        unreachable!("the last try returns")
+    }
+
+    /// What the chain says of this miner's address, as far as it was read.
+    fn standing(&self) -> Option<Axon> {
+        self.gate.metagraph().neuron(&self.signer.hotkey()).and_then(|own| own.axon)
     }
 
     /// Follows the chain until the hotkey is gone from the subnet.
@@ -131,16 +149,19 @@ impl<C: Chain> Miner<C> {
 
     async fn keep_fresh(&self, mut heads: watch::Receiver<Head>) -> Result<(), MinerError> {
         let mut read_at = self.gate.metagraph().block;
+        let mut is_missing = false;
         while heads.changed().await.is_ok() {
             let Head { block } = *heads.borrow_and_update();
             self.log(block);
             let is_due = block % self.options.epoch_length == 0
                 || block.saturating_sub(read_at) >= self.options.epoch_length;
-            if !is_due {
+            if !is_due && !is_missing {
                 continue;
             }
             match self.join().await {
-                Ok(()) => read_at = block,
+                Ok(()) => (read_at, is_missing) = (block, false),
+                // One node's word is not enough to give up: the next block tells.
+                Err(MinerError::NotRegistered { .. }) if !is_missing => is_missing = true,
                 Err(e @ MinerError::NotRegistered { .. }) => return Err(e),
                 // The members of a while ago are better than none.
                 Err(e) => tracing::warn!(block, "the metagraph is not refreshed: {e}"),
@@ -162,12 +183,5 @@ impl<C: Chain> Miner<C> {
             emission = %own.emission,
             "chain"
         );
-    }
-}
-
-fn will_pass(error: &ChainError) -> bool {
-    match error {
-        ChainError::Refused(refusal) => refusal.is_passing(),
-        other => other.is_passing(),
     }
 }

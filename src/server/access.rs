@@ -55,9 +55,9 @@ pub async fn observe(
         seconds,
     );
     if PROBES.contains(&route.as_str()) {
-        tracing::debug!(%method, route, status, seconds, id, "request");
+        tracing::debug!(method = method_label(&method), route, status, seconds, id, "request");
     } else {
-        tracing::info!(%method, route, status, seconds, id, "request");
+        tracing::info!(method = method_label(&method), route, status, seconds, id, "request");
     }
     response
 }

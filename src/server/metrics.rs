@@ -229,8 +229,10 @@ fn summary_line(model: &str, s: &Snapshot, old: &Snapshot) {
         running = s.load.running,
         waiting = s.load.waiting,
         kv_percent = percent(s.load.blocks_used as u64, s.load.blocks_total as u64),
-        prefix_hit_percent =
-            percent(s.cached_tokens - old.cached_tokens, s.prompt_tokens - old.prompt_tokens),
+        prefix_hit_percent = percent(
+            s.cached_tokens.saturating_sub(old.cached_tokens),
+            s.prompt_tokens.saturating_sub(old.prompt_tokens)
+        ),
         "load"
     );
 }

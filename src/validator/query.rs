@@ -3,18 +3,19 @@
 use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
-use eventsource_stream::Eventsource;
-use futures_util::StreamExt;
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Client, Response, StatusCode, redirect};
 use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a connection may take (protocol 5.4).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of a whole answer, and of an error's body.
+/// Bytes of a whole answer, of one line of it, and of a body that is no stream.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
-const ERROR_BYTES_MAX: usize = 4096;
+const LINE_BYTES_MAX: usize = 1 << 20;
+const BODY_BYTES_MAX: usize = 256 << 10;
+/// Characters of an error's body that are repeated.
+const ERROR_CHARS_MAX: usize = 1000;
 
 /// A miner's address, and who asks it.
 #[derive(Clone)]
@@ -29,6 +30,8 @@ pub struct Target {
     pub api_key: Option<String>,
     /// How long may pass between two reads.
     pub read_timeout: Duration,
+    /// How long the whole answer may take.
+    pub timeout: Duration,
 }
 
 /// Why there is no whole answer.
@@ -78,6 +81,9 @@ impl Target {
         Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(self.read_timeout)
+            .timeout(self.timeout)
+            // A signed request is for this miner, not for where it points.
+            .redirect(redirect::Policy::none())
             .user_agent(concat!("targon-engine/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|e| self.network(e))
@@ -133,9 +139,22 @@ impl Target {
         if status.is_success() {
             return Ok(response);
         }
-        let body = response.text().await.unwrap_or_default();
-        let body = body.chars().take(ERROR_BYTES_MAX).collect();
+        let body = self.body(response).await.unwrap_or_default();
+        let body = String::from_utf8_lossy(&body).chars().take(ERROR_CHARS_MAX).collect();
         Err(QueryError::Status { url: self.url.clone(), status, body })
+    }
+
+    /// A small body, whatever the peer would like to send.
+    async fn body(&self, mut response: Response) -> Result<Vec<u8>, QueryError> {
+        let mut body = Vec::new();
+        while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
+            body.extend_from_slice(&part);
+            if body.len() > BODY_BYTES_MAX {
+                let what = format!("the answer has more than {BODY_BYTES_MAX} bytes");
+                return Err(self.malformed(what));
+            }
+        }
+        Ok(body)
     }
 
     /// The models that the miner serves, whichever shape it answers in.
@@ -144,8 +163,8 @@ impl Target {
     /// When it does not answer with a list or a map of names.
     pub async fn models(&self, clock: &Clock) -> Result<Vec<String>, QueryError> {
         let response = self.send("/models", None, None, clock).await?;
-        let text = response.text().await.map_err(|e| self.network(e))?;
-        match serde_json::from_str(&text) {
+        let body = self.body(response).await?;
+        match serde_json::from_slice(&body) {
             Ok(Value::Array(list)) => {
                 let names = list.iter().map(|v| v.as_str().map(str::to_owned));
                 names.collect::<Option<_>>().ok_or_else(|| self.malformed("not a list of names"))
@@ -156,48 +175,141 @@ impl Target {
     }
 
     /// Sends a request whose body says `stream: true` and hands each event to `on_event` as it
-    /// arrives.
-    ///
-    /// # Errors
-    /// When the answer is refused, breaks off, or is not a stream of JSON that ends in `[DONE]`.
+    /// arrives. What arrived before a failure is kept: it is evidence.
     pub async fn stream(
         &self,
         path: &str,
         body: &Value,
         clock: &Clock,
         mut on_event: impl FnMut(&Arrival),
-    ) -> Result<Vec<Arrival>, QueryError> {
-        let bytes = serde_json::to_vec(body).map_err(|e| self.malformed(e))?;
-        let started = clock.elapsed();
-        let response = self.send(path, Some(bytes), body["model"].as_str(), clock).await?;
-        let mut read = 0;
-        let mut is_done = false;
+    ) -> Streamed {
         let mut arrivals = Vec::new();
-        let counted = response.bytes_stream().map(|part| {
-            if let Ok(part) = &part {
-                read += part.len();
-            }
-            if read > ANSWER_BYTES_MAX {
-                return Err(format!("the answer has more than {ANSWER_BYTES_MAX} bytes"));
-            }
-            part.map_err(|e| e.to_string())
-        });
-        let mut events = std::pin::pin!(counted.eventsource());
-        while let Some(event) = events.next().await {
-            let at = clock.elapsed().saturating_sub(started);
-            let event = event.map_err(|e| self.malformed(e))?;
-            if event.data == "[DONE]" {
-                is_done = true;
-                break;
-            }
-            let chunk = serde_json::from_str(&event.data).map_err(|e| self.malformed(e))?;
-            let arrival = Arrival { at, chunk };
+        let mut keep = |arrival: Arrival| {
             on_event(&arrival);
             arrivals.push(arrival);
+        };
+        let outcome = self.read(path, body, clock, &mut keep).await;
+        Streamed { arrivals, outcome }
+    }
+
+    async fn read(
+        &self,
+        path: &str,
+        body: &Value,
+        clock: &Clock,
+        keep: &mut impl FnMut(Arrival),
+    ) -> Result<(), QueryError> {
+        let bytes = serde_json::to_vec(body).map_err(|e| self.malformed(e))?;
+        let started = clock.elapsed();
+        let mut response = self.send(path, Some(bytes), body["model"].as_str(), clock).await?;
+        let (mut events, mut read) = (Events::default(), 0);
+        while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
+            // Before anything is parsed: the miner must not wait for us.
+            let at = clock.elapsed().saturating_sub(started);
+            read += part.len();
+            if read > ANSWER_BYTES_MAX {
+                let what = format!("the answer has more than {ANSWER_BYTES_MAX} bytes");
+                return Err(self.malformed(what));
+            }
+            for data in events.push(&part).map_err(|what| self.malformed(what))? {
+                if data == b"[DONE]" {
+                    return Ok(());
+                }
+                let chunk = serde_json::from_slice(&data).map_err(|e| self.malformed(e))?;
+                keep(Arrival { at, chunk });
+            }
         }
-        match is_done {
-            true => Ok(arrivals),
-            false => Err(self.malformed("it ends without [DONE]")),
+        Err(self.malformed("it ends without [DONE]"))
+    }
+}
+
+/// What came of a stream.
+#[derive(Debug)]
+pub struct Streamed {
+    /// Its events.
+    pub arrivals: Vec<Arrival>,
+    /// Whether it ended as it should.
+    pub outcome: Result<(), QueryError>,
+}
+
+/// Server-sent events out of bytes as they come. Not a crate's: the known one breaks on a byte
+/// order mark, and reads an unfinished line again with every part.
+#[derive(Default)]
+struct Events {
+    line: Vec<u8>,
+    data: Vec<u8>,
+    has_data: bool,
+}
+
+impl Events {
+    /// The data of all events that these bytes complete.
+    fn push(&mut self, part: &[u8]) -> Result<Vec<Vec<u8>>, String> {
+        let mut done = Vec::new();
+        let mut rest = part;
+        while let Some(end) = rest.iter().position(|b| *b == b'\n') {
+            self.line.extend_from_slice(&rest[..end]);
+            rest = &rest[end + 1..];
+            let line = std::mem::take(&mut self.line);
+            done.extend(self.take(line.strip_suffix(b"\r").unwrap_or(&line)));
+        }
+        self.line.extend_from_slice(rest);
+        match self.line.len().max(self.data.len()) > LINE_BYTES_MAX {
+            true => Err(format!("an event has more than {LINE_BYTES_MAX} bytes")),
+            false => Ok(done),
+        }
+    }
+
+    /// One line; an empty one ends an event. Comments and other fields mean nothing here.
+    fn take(&mut self, line: &[u8]) -> Option<Vec<u8>> {
+        if line.is_empty() {
+            let is_event = std::mem::take(&mut self.has_data);
+            let data = std::mem::take(&mut self.data);
+            return is_event.then_some(data);
+        }
+        let value = line.strip_prefix(b"data:")?;
+        if std::mem::replace(&mut self.has_data, true) {
+            self.data.push(b'\n');
+        }
+        self.data.extend_from_slice(value.strip_prefix(b" ").unwrap_or(value));
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const STREAM: &[u8] = b"\xef\xbb\xbf: hello\n\ndata: {\"a\":1}\n\ndata:2\r\n\r\nevent: x\n\n\
+        data: 3\ndata: 4\n\ndata: [DONE]\n\n";
+
+    #[test]
+    fn events_are_found_wherever_the_bytes_are_cut() {
+        for size in 1..STREAM.len() {
+            let mut events = Events::default();
+            let parts = STREAM.chunks(size).map(|part| events.push(part).unwrap());
+            let all: Vec<String> =
+                parts.flatten().map(|data| String::from_utf8(data).unwrap()).collect();
+            assert_eq!(all, ["{\"a\":1}", "2", "3\n4", "[DONE]"], "{size}");
+        }
+    }
+
+    #[test]
+    fn a_line_without_end_is_refused() {
+        let mut events = Events::default();
+        let part = [b'x'; 4096];
+        assert!((0..300).any(|_| events.push(&part).is_err()));
+        let mut events = Events::default();
+        assert!(
+            (0..400).any(|_| events.push(&[b"data: ", part.as_slice(), b"\n"].concat()).is_err())
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_events_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let mut events = Events::default();
+            prop_assert!(events.push(&bytes).is_ok());
         }
     }
 }

@@ -13,8 +13,8 @@ use crate::ops::logits::{LogSumExp, rank};
 /// Margins count at most this much, so that one outlier is one token's worth of evidence.
 pub const MARGIN_CLIP: f64 = 1.0;
 /// How far a truncation's edge may lie from ours on another stack: in top-p, in tokens of top-k
-/// (and one of eight), in the share that min-p and top-a ask for. Logits of an honest bf16 stack are off
-/// by a tenth or two.
+/// (and one of eight), in the share that min-p and top-a ask for. Logits of an honest bf16 stack
+/// are off by a tenth or two.
 const TOP_P_SLACK: f32 = 0.03;
 const TOP_K_SLACK: usize = 2;
 const FLOOR_SLACK: f32 = 0.8;

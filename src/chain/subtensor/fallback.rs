@@ -10,6 +10,7 @@ use futures_util::stream::iter;
 use scale_decode::DecodeAsType;
 use std::collections::{BTreeMap, HashMap};
 use subxt::dynamic::storage;
+use subxt::error::StorageError;
 use subxt::utils::AccountId32;
 
 const PALLET: &str = "SubtensorModule";
@@ -46,10 +47,10 @@ pub(super) async fn metagraph(
         axons.into_iter().map(|(key, axon)| (key.0, axon.read())).collect();
     let lists = Lists {
         permits: reader.of_subnet("ValidatorPermit").await?.unwrap_or_default(),
-        updates: reader.of_subnet("LastUpdate").await?.unwrap_or_default(),
-        incentives: reader.of_subnet("Incentive").await?.unwrap_or_default(),
-        consensus: reader.of_subnet("Consensus").await?.unwrap_or_default(),
-        emission: reader.of_subnet("Emission").await?.unwrap_or_default(),
+        updates: reader.shown("LastUpdate").await?,
+        incentives: reader.shown("Incentive").await?,
+        consensus: reader.shown("Consensus").await?,
+        emission: reader.shown("Emission").await?,
     };
     let ordered: BTreeMap<u16, AccountId32> = keys.into_iter().collect();
     let owned = iter(ordered.into_iter().map(|(uid, key)| {
@@ -63,7 +64,8 @@ pub(super) async fn metagraph(
         let axon = axons.get(&hotkey.0).copied().flatten();
         neurons.push(lists.neuron(uid, (hotkey, coldkey), stake, axon));
     }
-    Ok(Metagraph::new(netuid, at.block_number(), hyperparameters, neurons))
+    let whole = Metagraph::new(netuid, at.block_number(), hyperparameters, neurons);
+    Ok(whole.with_partial_stake())
 }
 
 /// Storage entries that list a value for each uid.
@@ -105,11 +107,32 @@ impl Reader<'_> {
         ChainError::Runtime { spec, why: format!("{PALLET}.{entry}: {why}") }
     }
 
+    /// A broken connection is one; an entry that this runtime lacks is another matter.
+    fn failed(&self, entry: &str, error: &StorageError) -> ChainError {
+        match error {
+            StorageError::CannotFetchValue(_)
+            | StorageError::CannotIterateValues(_)
+            | StorageError::StreamFailure(_) => self.connection.broken(error),
+            _ => self.wrong(entry, error),
+        }
+    }
+
     async fn of_subnet<T: DecodeAsType>(&self, entry: &str) -> Result<Option<T>, ChainError> {
         let address = storage::<(u16,), T>(PALLET, entry);
         let value = self.at.storage().try_fetch(address, (self.netuid,)).await;
-        let value = value.map_err(|e| self.connection.broken(e))?;
+        let value = value.map_err(|e| self.failed(entry, &e))?;
         value.map(|v| v.decode()).transpose().map_err(|e| self.wrong(entry, e))
+    }
+
+    /// A list that is only shown: a runtime without it is none the worse.
+    async fn shown<T: DecodeAsType + Default>(&self, entry: &str) -> Result<T, ChainError> {
+        match self.of_subnet(entry).await {
+            Err(ChainError::Runtime { why, .. }) => {
+                tracing::warn!("not shown: {why}");
+                Ok(T::default())
+            }
+            other => Ok(other?.unwrap_or_default()),
+        }
     }
 
     /// The values of all second keys below the subnet.
@@ -119,10 +142,10 @@ impl Reader<'_> {
     ) -> Result<Vec<(K, T)>, ChainError> {
         let address = storage::<(u16, subxt::dynamic::Value), T>(PALLET, entry);
         let entries = self.at.storage().iter(address, (self.netuid,)).await;
-        let mut entries = entries.map_err(|e| self.connection.broken(e))?;
+        let mut entries = entries.map_err(|e| self.failed(entry, &e))?;
         let mut all = Vec::new();
         while let Some(found) = entries.next().await {
-            let found = found.map_err(|e| self.connection.broken(e))?;
+            let found = found.map_err(|e| self.failed(entry, &e))?;
             let key = found.key().map_err(|e| self.wrong(entry, e))?;
             let key = key.part(1).map(|part| part.decode_as::<K>());
             let key = key.transpose().map_err(|e| self.wrong(entry, e))?.flatten();
@@ -135,7 +158,7 @@ impl Reader<'_> {
     async fn owner(&self, hotkey: AccountId32) -> Result<AccountId32, ChainError> {
         let address = storage::<(AccountId32,), AccountId32>(PALLET, "Owner");
         let value = self.at.storage().try_fetch(address, (hotkey,)).await;
-        let value = value.map_err(|e| self.connection.broken(e))?;
+        let value = value.map_err(|e| self.failed("Owner", &e))?;
         let owner = value.map(|v| v.decode()).transpose().map_err(|e| self.wrong("Owner", e))?;
         Ok(owner.unwrap_or(AccountId32([0; 32])))
     }
@@ -144,7 +167,7 @@ impl Reader<'_> {
         let entry = "TotalHotkeyAlpha";
         let address = storage::<(AccountId32, u16), u64>(PALLET, entry);
         let value = self.at.storage().try_fetch(address, (hotkey, self.netuid)).await;
-        let value = value.map_err(|e| self.connection.broken(e))?;
+        let value = value.map_err(|e| self.failed(entry, &e))?;
         let stake = value.map(|v| v.decode()).transpose().map_err(|e| self.wrong(entry, e))?;
         Ok(stake.unwrap_or(0))
     }

@@ -78,13 +78,9 @@ impl Claimed {
         let timestamp_ms = timestamp_ms.ok_or_else(|| malformed("Invalid timestamp"))?;
         let uuid = header(headers, epistula::HEADER_UUID)?.and_then(epistula::uuid);
         let name = uuid.ok_or_else(|| malformed("Invalid uuid"))?.to_owned();
-        if timestamp_ms.saturating_add(WINDOW_MS) < now {
-            return Err(bad(Outcome::Stale, "Request is too stale"));
-        }
-        if timestamp_ms > now + WINDOW_MS {
-            return Err(bad(Outcome::Stale, "Request is dated too far in the future"));
-        }
-        Ok(Self { signer, name, signature, kind: Kind::Epistula { timestamp_ms } })
+        let claimed = Self { signer, name, signature, kind: Kind::Epistula { timestamp_ms } };
+        claimed.check_age(now)?;
+        Ok(claimed)
     }
 
     fn btauth(
@@ -110,18 +106,32 @@ impl Claimed {
         let signer = gate.member(header(headers, btauth::HEADER_HOTKEY)?)?;
         let path = uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
         let method = method.as_str().to_owned();
-        let envelope = btauth::Envelope {
-            method: &method,
-            path: &path,
-            nonce,
-            sender: signer,
-            receiver: Some(gate.own()),
-        };
-        if !envelope.is_fresh(gate.now_ms()) {
-            return Err(bad(Outcome::Stale, "Request is too stale"));
-        }
         let name = nonce.to_string();
-        Ok(Self { signer, name, signature, kind: Kind::Btauth { method, path, nonce } })
+        let claimed = Self { signer, name, signature, kind: Kind::Btauth { method, path, nonce } };
+        claimed.check_age(gate.now_ms())?;
+        Ok(claimed)
+    }
+
+    /// Whether the request may still be served at `now`. Asked before the body is read and again
+    /// when it has come, for a slow body could outlast the memory of the first time.
+    ///
+    /// # Errors
+    /// When it is too old or from the future.
+    pub fn check_age(&self, now: u64) -> Result<(), Refused> {
+        let stale = || Err(bad(Outcome::Stale, "Request is too stale"));
+        match self.kind {
+            Kind::Epistula { timestamp_ms } => {
+                if timestamp_ms.saturating_add(WINDOW_MS) < now {
+                    return stale();
+                }
+                if timestamp_ms > now + WINDOW_MS {
+                    return Err(bad(Outcome::Stale, "Request is dated too far in the future"));
+                }
+                Ok(())
+            }
+            Kind::Btauth { nonce, .. } if !btauth::is_fresh(nonce, now) => stale(),
+            Kind::Btauth { .. } => Ok(()),
+        }
     }
 
     /// Whether the signature is the signer's over this body.

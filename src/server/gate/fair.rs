@@ -17,7 +17,8 @@ impl<K: Copy + Eq + Hash> Clone for Fair<K> {
 }
 
 struct Lanes<K: Copy + Eq + Hash> {
-    free: usize,
+    slots: usize,
+    free: isize, // below zero where slots were taken away while all ran
     waiting_max: usize,
     running: HashMap<K, usize>,
     // Callers that wait, whoever was served longest ago first.
@@ -35,7 +36,8 @@ impl<K: Copy + Eq + Hash> Fair<K> {
     /// A door for `slots` requests at once; of each caller `waiting_max` may wait.
     pub fn new(slots: usize, waiting_max: usize) -> Self {
         let (running, queues) = (HashMap::new(), VecDeque::new());
-        Self(Arc::new(Mutex::new(Lanes { free: slots, waiting_max, running, queues })))
+        let free = slots as isize;
+        Self(Arc::new(Mutex::new(Lanes { slots, free, waiting_max, running, queues })))
     }
 
     /// Waits for leave to run. Who stops waiting loses nothing for others.
@@ -67,21 +69,35 @@ impl<K: Copy + Eq + Hash> Fair<K> {
         (running, waiting.map_or(0, |(_, queue)| queue.len()))
     }
 
+    /// How many may run from now on; those that run go on.
+    pub fn set_slots(&self, slots: usize) {
+        let mut lanes = self.0.lock();
+        lanes.free += slots as isize - lanes.slots as isize;
+        lanes.slots = slots;
+        self.admit(&mut lanes);
+    }
+
     fn leave(&self, caller: K) {
         let mut lanes = self.0.lock();
         lanes.stop(caller);
-        while let Some((next, sender)) = lanes.next() {
+        lanes.free += 1;
+        self.admit(&mut lanes);
+    }
+
+    /// Lets in who is next, for every slot that is free.
+    fn admit(&self, lanes: &mut Lanes<K>) {
+        while lanes.free > 0
+            && let Some((next, sender)) = lanes.next()
+        {
             *lanes.running.entry(next).or_default() += 1;
-            match sender.send(Ticket(Some((self.clone(), next)))) {
-                Ok(()) => return,
-                Err(mut unwanted) => {
-                    // Dropping it as it is would come back here.
-                    unwanted.0 = None;
-                    lanes.stop(next);
-                }
+            lanes.free -= 1;
+            if let Err(mut unwanted) = sender.send(Ticket(Some((self.clone(), next)))) {
+                // Dropping it as it is would lock again.
+                unwanted.0 = None;
+                lanes.stop(next);
+                lanes.free += 1;
             }
         }
-        lanes.free += 1;
     }
 }
 
@@ -113,6 +129,11 @@ impl<K: Copy + Eq + Hash> Lanes<K> {
 
     /// The oldest request of the caller that runs least; among equals, of who waits longest.
     fn next(&mut self) -> Option<(K, oneshot::Sender<Ticket<K>>)> {
+        // Those who have gone must not cost their caller a turn.
+        self.queues.retain_mut(|(_, queue)| {
+            queue.retain(|waiting| !waiting.is_closed());
+            !queue.is_empty()
+        });
         let running = |key: &K| self.running.get(key).copied().unwrap_or(0);
         let place = (0..self.queues.len()).min_by_key(|i| running(&self.queues[*i].0))?;
         let (caller, mut queue) = self.queues.remove(place)?;

@@ -2,8 +2,8 @@
 //! member can crowd out another.
 //!
 //! Checks run in the order of [`checks`]: headers, membership, stake, age; then the body is read
-//! and the signature checked; then repetition, rate, and the [`fair`] queue. A request that was refused
-//! leaves no trace that could harm its signer.
+//! and the signature checked; then repetition, rate, and the [`fair`] queue. A request that was
+//! refused leaves no trace that could harm its signer.
 
 pub mod checks;
 pub mod fair;
@@ -11,6 +11,7 @@ pub mod replay;
 pub mod report;
 
 use super::access::read_body;
+use super::settings::Limits;
 use super::state::ServerState;
 use crate::chain::Head;
 use crate::chain::epistula::WINDOW_MS;
@@ -20,7 +21,7 @@ use crate::clock::Clock;
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use checks::Claimed;
@@ -37,9 +38,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
 /// How long a request is remembered: as long as its timestamp can be accepted.
 const REMEMBER_MS: u64 = 2 * WINDOW_MS;
+/// Bytes of a signed body, and of all that are being received.
+const BODY_BYTES_MAX: usize = 2 << 20;
+const BODIES_BYTES_MAX: usize = 256 << 20;
 /// Bodies above this are hashed on a thread that may block.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
@@ -169,6 +174,7 @@ struct Inner {
     replays: Mutex<Replays>,
     rates: DefaultKeyedRateLimiter<Hotkey>,
     door: Fair<Hotkey>,
+    bodies: Semaphore,
     counts: Counts,
     asked: Mutex<BTreeMap<Hotkey, Asked>>,
 }
@@ -188,6 +194,7 @@ impl Gate {
             replays: Mutex::default(),
             rates,
             door,
+            bodies: Semaphore::new(BODIES_BYTES_MAX),
             counts: Counts::default(),
             asked: Mutex::default(),
         }))
@@ -200,9 +207,18 @@ impl Gate {
 
     /// Who is a member from now on.
     pub fn set_metagraph(&self, metagraph: Arc<Metagraph>) {
-        *self.0.metagraph.write() = metagraph;
-        // Signers come and go with the metagraph: their rates must not pile up.
+        // Signers come and go with the metagraph: what is kept of them must not pile up.
+        let policy = &self.0.policy;
+        let stays = |key: &Hotkey| metagraph.neuron(key).is_some() || policy.allow.contains(key);
+        self.0.asked.lock().retain(|key, _| stays(key));
+        self.0.counts.retain(stays);
         self.0.rates.retain_recent();
+        *self.0.metagraph.write() = metagraph;
+    }
+
+    /// How many requests run at once from now on.
+    pub fn set_slots(&self, slots: usize) {
+        self.0.door.set_slots(slots);
     }
 
     /// The members.
@@ -241,8 +257,10 @@ impl Gate {
         let metagraph = self.0.metagraph.read();
         let stake = metagraph.neuron(&signer).ok_or_else(unknown)?.stake;
         match self.0.policy.stake_min {
-            Some(floor) if stake < floor => {
-                let detail = format!("Stake below minimum: {} TAO, at least {}", stake, floor);
+            // Where stake is known in part only, it is no reason to turn a member away.
+            Some(floor) if stake < floor && !metagraph.is_stake_partial => {
+                let (has, needs) = (stake.tao(), floor.tao());
+                let detail = format!("Stake below minimum: {has} TAO, at least {needs}");
                 Err(unauthorized(Outcome::LowStake, detail))
             }
             _ => Ok(signer),
@@ -253,11 +271,35 @@ impl Gate {
     async fn admit(&self, request: Request, state: &ServerState) -> Result<Checked, Refused> {
         let (head, body) = request.into_parts();
         let claimed = Claimed::read(self, &head.headers, &head.method, &head.uri)?;
-        let body = read_body(&head.headers, body, &state.settings().limits).await;
-        let body = body.map_err(|e| Refused::new(e.status, Outcome::BadRequest, e.message))?;
+        let (body, waited) = self.body(&head.headers, body, state).await?;
         let (claimed, body) = self.check_signature(claimed, body).await?;
         self.check_new(&claimed)?;
-        Ok(Checked { claimed, request: Request::from_parts(head, Body::from(body)) })
+        Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::from(body)) })
+    }
+
+    /// Reads a body, and says how long that took. Whoever sends it is not known yet, so all bodies
+    /// together have a limit, too.
+    async fn body(
+        &self,
+        headers: &HeaderMap,
+        body: Body,
+        state: &ServerState,
+    ) -> Result<(Bytes, Duration), Refused> {
+        let started = self.0.clock.elapsed();
+        let refuse = |status, detail: String| Refused::new(status, Outcome::BadRequest, detail);
+        let limits = state.settings().limits;
+        let limits = Limits { body_bytes: limits.body_bytes.min(BODY_BYTES_MAX), ..limits };
+        let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
+        let announced = announced.and_then(|n| n.parse().ok()).unwrap_or(limits.body_bytes);
+        let share = announced.min(limits.body_bytes) as u32;
+        let Ok(_share) = self.0.bodies.try_acquire_many(share) else {
+            let detail = "Too many bodies are being received".to_owned();
+            let refused = refuse(StatusCode::SERVICE_UNAVAILABLE, detail);
+            return Err(Refused { retry_after: Some(1), ..refused });
+        };
+        let body = read_body(headers, body, &limits).await;
+        let body = body.map_err(|e| refuse(e.status, e.message))?;
+        Ok((body, self.0.clock.elapsed().saturating_sub(started)))
     }
 
     async fn check_signature(
@@ -288,8 +330,11 @@ impl Gate {
 
     /// A signed request counts once. One that comes too early is not remembered: it may come again.
     fn check_new(&self, claimed: &Claimed) -> Result<(), Refused> {
-        let (signer, name, now) = (claimed.signer, claimed.name.as_str(), self.now_ms());
+        let (signer, name) = (claimed.signer, claimed.name.as_str());
         let mut replays = self.0.replays.lock();
+        // After the lock, so that time does not go back between two requests.
+        let now = self.now_ms();
+        claimed.check_age(now)?;
         if replays.contains(signer, name, now) {
             let detail = "Request was received already";
             return Err(Refused::new(StatusCode::BAD_REQUEST, Outcome::Replayed, detail));
@@ -304,8 +349,10 @@ impl Gate {
         Ok(())
     }
 
-    async fn ticket(&self, signer: Hotkey) -> Result<Ticket<Hotkey>, Refused> {
-        self.0.door.enter(signer).await.map_err(|_| {
+    async fn ticket(&self, claimed: &Claimed) -> Result<Ticket<Hotkey>, Refused> {
+        self.0.door.enter(claimed.signer).await.map_err(|_| {
+            // It was not served, so it may come again.
+            self.0.replays.lock().remove(claimed.signer, &claimed.name);
             let most = self.0.policy.waiting_max;
             let detail = format!("Too many requests: {most} of this hotkey wait already");
             let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, Outcome::Busy, detail);
@@ -317,6 +364,7 @@ impl Gate {
 /// A request that may run once it is its turn.
 struct Checked {
     claimed: Claimed,
+    waited: Duration, // for the body
     request: Request,
 }
 
@@ -327,20 +375,29 @@ pub async fn guard(
     next: Next,
 ) -> Response {
     let started = state.clock().elapsed();
+    let is_light = !request.uri().path().starts_with("/v1/");
     let checked = gate.admit(request, &state).await;
-    gate.0.counts.observe(state.clock().elapsed().saturating_sub(started));
+    let took = state.clock().elapsed().saturating_sub(started);
+    if let Ok(checked) = &checked {
+        gate.0.counts.observe(took.saturating_sub(checked.waited));
+    }
     let refuse = |refused: Refused| {
         gate.0.counts.count(refused.outcome);
         tracing::debug!(outcome = refused.outcome.word(), detail = refused.detail, "refused");
         refused.into_response()
     };
-    let Checked { claimed, mut request } = match checked {
+    let Checked { claimed, mut request, .. } = match checked {
         Ok(checked) => checked,
         Err(refused) => return refuse(refused),
     };
-    let ticket = match gate.ticket(claimed.signer).await {
-        Ok(ticket) => ticket,
-        Err(refused) => return refuse(refused),
+    // What costs nothing does not wait behind what does: a validator that gets no list of models in
+    // three seconds counts the miner as serving none.
+    let ticket = match is_light {
+        true => None,
+        false => match gate.ticket(&claimed).await {
+            Ok(ticket) => Some(ticket),
+            Err(refused) => return refuse(refused),
+        },
     };
     gate.0.counts.count(Outcome::Accepted);
     gate.0.counts.count_signer(claimed.signer);
@@ -352,7 +409,7 @@ pub async fn guard(
 /// A body that keeps its request's place until it is written or given up.
 struct Held {
     body: Body,
-    _ticket: Ticket<Hotkey>,
+    _ticket: Option<Ticket<Hotkey>>,
 }
 
 impl http_body::Body for Held {

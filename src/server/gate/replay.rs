@@ -33,6 +33,11 @@ impl Replays {
         }
     }
 
+    /// Forgets one that was not served after all.
+    pub fn remove(&mut self, signer: Hotkey, name: &str) {
+        self.seen.remove(&(signer, Arc::from(name)));
+    }
+
     /// How many are remembered.
     pub fn len(&self) -> usize {
         self.order.len()

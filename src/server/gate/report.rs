@@ -16,6 +16,8 @@ use std::time::Duration;
 
 /// Upper bounds of the time that the checks take, in seconds.
 const AUTH_SECONDS: [f64; 8] = [0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.02, 0.1, 1.0];
+/// Bytes of a list of models.
+const BODY_BYTES_MAX: usize = 256 << 10;
 /// Models of one list that are remembered, and characters of a name.
 const MODELS_MAX: usize = 256;
 const NAME_CHARS_MAX: usize = 200;
@@ -43,6 +45,9 @@ impl Asked {
                  them, of at most {NAME_CHARS_MAX} characters each"
             )
         };
+        if body.len() > BODY_BYTES_MAX {
+            return Err(rule());
+        }
         let value: Value = serde_json::from_slice(body).map_err(|_| rule())?;
         let (names, is_map): (Vec<Option<String>>, bool) = match value {
             Value::Array(list) => {
@@ -85,6 +90,11 @@ impl Counts {
     /// Only members get this far, so there are few of them.
     pub(super) fn count_signer(&self, signer: Hotkey) {
         *self.signers.lock().entry(signer).or_default() += 1;
+    }
+
+    /// Forgets signers that are gone.
+    pub(super) fn retain(&self, stays: impl Fn(&Hotkey) -> bool) {
+        self.signers.lock().retain(|key, _| stays(key));
     }
 
     pub(super) fn observe(&self, took: Duration) {
