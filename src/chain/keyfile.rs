@@ -4,7 +4,8 @@
 //! The official tools write `$NACL`, a nonce of 24 bytes, and XSalsa20-Poly1305 over the JSON,
 //! under Argon2i of a password with a fixed salt. Known traps: fields come in any order;
 //! `cryptoType` may be absent (sr25519); one release wrote a corrupt `secretSeed`. So the secret is
-//! taken from the first field that gives the address that the file names, and from none where they disagree.
+//! taken from the first field that gives the address that the file names, and from none where they
+//! disagree.
 
 use super::keys::{Hotkey, Keypair};
 use argon2::{Algorithm, Argon2, Params, Version};

@@ -16,12 +16,14 @@ use crate::server::registry::{Registry, State};
 use crate::server::router;
 use crate::server::state::ServerState;
 use crate::server::translate::Defaults;
+use axum::Router;
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
 use sd_notify::NotifyState;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -89,60 +91,23 @@ async fn serve(
 ) -> Result<(), Failure> {
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
-    let slots = config.models.iter().map(|m| m.wanted.sequences_max).sum();
     let is_miner = Subnet::is_wanted(&args);
     check_open(local, config.server.settings.keys.is_empty(), is_miner)?;
-    let subnet = match is_miner {
-        true => Some(Subnet::open(&args, slots, clock.clone()).await?),
-        false => None,
-    };
-    match &subnet {
-        Some(subnet) if args.axon.dry_run => return subnet.dry_run().await,
-        None if args.chain.is_named() => {
-            tracing::warn!("no miner: it wants --wallet.name, --wallet.hotkey or --netuid");
-        }
-        _ => {}
+    let subnet = subnet(&args, &config, &clock).await?;
+    if let Some(subnet) = &subnet
+        && args.axon.dry_run
+    {
+        return subnet.dry_run().await;
     }
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
-    let defaults = Defaults {
-        tokens_as_ids: args.return_tokens_as_token_ids,
-        logprob_mode: match args.logprobs_mode {
-            Mode::Raw => LogprobMode::Raw,
-            Mode::Scaled => LogprobMode::Scaled,
-        },
-    };
-    let mut state = ServerState::new(registry.clone(), defaults, clock.clone());
-    if let Some(subnet) = &subnet {
-        state = state.signed_by(Arc::clone(&subnet.signer)).behind(subnet.gate.clone());
-    }
-    state.set(config.server.settings.clone());
-    tokio::spawn(summarize(state.clone()));
-    let settings = state.clone();
-    let stall = move || settings.settings().limits.stall_time;
-    tokio::spawn(feed_watchdog(registry.clone(), stall));
+    let state = state(&args, &config, registry.clone(), subnet.as_ref(), clock.clone());
     println!("http://{local}");
-    let mut listeners = vec![(listener, router(state.clone()))];
-    let running = subnet.map(|subnet| {
-        println!("http://{} signed", subnet.local);
-        let signed = crate::server::subnet::router(state.clone(), subnet.gate.clone());
-        let (listener, running) = subnet.split();
-        listeners.push((listener, signed));
-        running
-    });
+    let (listeners, running) = listeners(listener, &state, subnet);
     let timeout = Duration::from_secs(args.shutdown_timeout);
-    let stop = stop_signal()?;
     let ended = CancellationToken::new();
-    let end = ended.clone();
-    let stop = async move {
-        tokio::select! {
-            () = stop => {}
-            () = end.cancelled() => {}
-        }
-        tell(NotifyState::Stopping);
-    };
-    let serving = serve_all(listeners, state.clone(), stop, timeout);
-    let serving = tokio::spawn(serving);
+    let stop = stopping(ended.clone())?;
+    let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
     let loading = tokio::spawn(start_models(models, registry.clone(), pool.clone(), clock.clone()));
     let mut serving = std::pin::pin!(serving);
@@ -167,6 +132,78 @@ async fn serve(
         }
         name = dead => Err(Failure::ours(format!("the engine of {name} has stopped"))),
     }
+}
+
+/// The subnet's side, where flags ask for it.
+async fn subnet(
+    args: &ServeArgs,
+    config: &Config,
+    clock: &Clock,
+) -> Result<Option<Subnet>, Failure> {
+    if Subnet::is_wanted(args) {
+        let slots = config.models.iter().map(|m| m.wanted.sequences_max).sum();
+        return Subnet::open(args, slots, clock.clone()).await.map(Some);
+    }
+    if args.chain.is_named() {
+        tracing::warn!("no miner: it wants --wallet.name, --wallet.hotkey or --netuid");
+    }
+    Ok(None)
+}
+
+/// What handlers share, and what watches over it.
+fn state(
+    args: &ServeArgs,
+    config: &Config,
+    registry: Registry,
+    subnet: Option<&Subnet>,
+    clock: Clock,
+) -> ServerState {
+    let defaults = Defaults {
+        tokens_as_ids: args.return_tokens_as_token_ids,
+        logprob_mode: match args.logprobs_mode {
+            Mode::Raw => LogprobMode::Raw,
+            Mode::Scaled => LogprobMode::Scaled,
+        },
+    };
+    let mut state = ServerState::new(registry.clone(), defaults, clock);
+    if let Some(subnet) = subnet {
+        state = state.signed_by(Arc::clone(&subnet.signer)).behind(subnet.gate.clone());
+    }
+    state.set(config.server.settings.clone());
+    tokio::spawn(summarize(state.clone()));
+    let settings = state.clone();
+    let stall = move || settings.settings().limits.stall_time;
+    tokio::spawn(feed_watchdog(registry, stall));
+    state
+}
+
+/// All listeners with their routes, and what else a miner runs.
+fn listeners(
+    open: TcpListener,
+    state: &ServerState,
+    subnet: Option<Subnet>,
+) -> (Vec<(TcpListener, Router)>, Option<Running>) {
+    let mut listeners = vec![(open, router(state.clone()))];
+    let running = subnet.map(|subnet| {
+        println!("http://{} signed", subnet.local);
+        let signed = crate::server::subnet::router(state.clone(), subnet.gate.clone());
+        let (listener, running) = subnet.split();
+        listeners.push((listener, signed));
+        running
+    });
+    (listeners, running)
+}
+
+/// Completes at a signal, or when `ended` says so.
+fn stopping(ended: CancellationToken) -> Result<impl Future<Output = ()> + Send, Failure> {
+    let signal = stop_signal()?;
+    Ok(async move {
+        tokio::select! {
+            () = signal => {}
+            () = ended.cancelled() => {}
+        }
+        tell(NotifyState::Stopping);
+    })
 }
 
 /// A miner's life on chain; of a server that is none, nothing.

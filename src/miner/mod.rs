@@ -93,8 +93,8 @@ impl<C: Chain> Miner<C> {
     }
 
     /// Writes the address on chain, where another one stands there, and says whether it had to.
-    /// What passes by itself is tried again for as long as it takes; `show` is given what is sent, and
-    /// says whether it is.
+    /// What passes by itself is tried again for as long as it takes; `show` is given what is sent,
+    /// and says whether it is.
     ///
     /// # Errors
     /// When the chain refuses it for good.
