@@ -27,7 +27,7 @@ use targon_engine::verify::answer::Answer;
 use targon_engine::verify::prefill::{self, Prefix, Row};
 use targon_engine::verify::proof::Asked;
 use targon_engine::verify::{
-    Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
+    Claim, Depth, Limits, Profile, Reason, Report, Rules, Stop, Verdict, Verifier,
 };
 
 const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
@@ -417,4 +417,24 @@ fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
         assert!(shared == alone, "{length} tokens");
     }
     assert!(Prefix::new(&model.decoder, &pool, &[], 3).is_err());
+}
+
+#[tokio::test]
+async fn work_that_nobody_waits_for_is_given_up_unscored() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    let body = proved("residue-v1");
+    let (_, honest) = answer(&site, &body).await;
+    let request = understood(&verifier, &body).await;
+    let claim = Claim {
+        request: &request,
+        seed: body["seed"].as_i64(),
+        choice: 0,
+        proof: asked(&body),
+        answer: &honest,
+        end_is_implied: false,
+    };
+    let rules = Rules { is_wanted: &|| false, ..Rules::new(Profile::Proof, Depth::Fast, 7) };
+    let report = verifier.verify_by(&[claim], rules).remove(0);
+    assert!(matches!(report.verdict, Verdict::Unscored(_)), "{report:?}");
 }

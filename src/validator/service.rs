@@ -7,7 +7,7 @@ use crate::engine::request::Request;
 use crate::server::translate::Defaults;
 use crate::server::understand::Reader;
 use crate::verify::answer::Answer;
-use crate::verify::{Claim, Depth, Profile, Reason, Rejection, Verdict, Verifier};
+use crate::verify::{Claim, Depth, Profile, Reason, Rejection, Rules, Verdict, Verifier};
 use crate::wire::openai::{ChatRequest, CompletionRequest};
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Query, State};
@@ -19,6 +19,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 /// Bytes of a request body.
 const BODY_BYTES_MAX: usize = 16 << 20;
@@ -262,6 +263,9 @@ async fn verdict(service: &Service, request: Verify) -> Result<Verdict, String> 
         answer.text.get_or_insert_default().push_str(&item.text);
     }
     let running = service.running.acquire().await.map_err(|e| e.to_string())?;
+    // A caller that goes away drops this future, and with it the guard: the work is given up.
+    let token = CancellationToken::new();
+    let guard = token.clone().drop_guard();
     let judged = tokio::task::spawn_blocking(move || {
         let claim = Claim {
             request: &asked,
@@ -272,9 +276,13 @@ async fn verdict(service: &Service, request: Verify) -> Result<Verdict, String> 
             end_is_implied: true,
         };
         let chance = uuid::Uuid::new_v4().as_u128() as u64;
-        entry.verifier.verify(&claim, Profile::Ranks, Depth::Slow, chance).verdict
+        let is_wanted = || !token.is_cancelled();
+        let rules =
+            Rules { is_wanted: &is_wanted, ..Rules::new(Profile::Ranks, Depth::Slow, chance) };
+        entry.verifier.verify_by(&[claim], rules).remove(0).verdict
     });
     let verdict = judged.await.map_err(|e| format!("the verifier broke: {e}"));
+    guard.disarm();
     drop(running);
     verdict
 }

@@ -237,10 +237,22 @@ pub struct Verifier {
 
 /// How answers are verified.
 #[derive(Clone, Copy)]
-struct Rules {
-    profile: Profile,
-    depth: Depth,
-    chance: u64,
+pub struct Rules<'a> {
+    /// Which rules.
+    pub profile: Profile,
+    /// How much is computed.
+    pub depth: Depth,
+    /// Decides which rows a fast check looks at: the peer must not know it beforehand.
+    pub chance: u64,
+    /// Verification is given up, unscored, once this says no.
+    pub is_wanted: &'a prefill::IsWanted<'a>,
+}
+
+impl Rules<'_> {
+    /// To the end, whoever waits.
+    pub fn new(profile: Profile, depth: Depth, chance: u64) -> Self {
+        Self { profile, depth, chance, is_wanted: &|| true }
+    }
 }
 
 /// What is left to do for an answer once everything holds that needs no model.
@@ -266,7 +278,11 @@ impl Verifier {
         depth: Depth,
         chance: u64,
     ) -> Vec<Report> {
-        let rules = Rules { profile, depth, chance };
+        self.verify_by(claims, Rules::new(profile, depth, chance))
+    }
+
+    /// Verifies answers by these rules; see [`verify_all`](Self::verify_all).
+    pub fn verify_by(&self, claims: &[Claim<'_>], rules: Rules<'_>) -> Vec<Report> {
         let mut reports = Vec::new();
         let mut open: Vec<(usize, Work)> = Vec::new();
         for (place, claim) in claims.iter().enumerate() {
@@ -284,7 +300,8 @@ impl Verifier {
             open = others;
             let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
             match Prefix::new(&self.model.decoder, &self.pool, prompt, longest) {
-                Ok(mut prefix) => {
+                Ok(prefix) => {
+                    let mut prefix = prefix.while_wanted(rules.is_wanted);
                     for (place, work) in same {
                         reports[place] = self.judge(&claims[place], rules, work, &mut prefix);
                     }
@@ -300,7 +317,7 @@ impl Verifier {
     }
 
     /// Checks what needs no rows; what they are needed for is left, if anything.
-    fn prepare(&self, claim: &Claim<'_>, rules: Rules) -> Result<Option<Work>, Stop> {
+    fn prepare(&self, claim: &Claim<'_>, rules: Rules<'_>) -> Result<Option<Work>, Stop> {
         let end = structure::check(claim, &self.model, self.context_max)?;
         structure::check_powv(claim, &self.model, rules.profile == Profile::Powv)?;
         let bound = match rules.profile {
@@ -325,7 +342,7 @@ impl Verifier {
     fn judge(
         &self,
         claim: &Claim<'_>,
-        rules: Rules,
+        rules: Rules<'_>,
         work: Work,
         prefix: &mut Prefix<'_>,
     ) -> Report {
@@ -339,7 +356,7 @@ impl Verifier {
     fn check_rows(
         &self,
         claim: &Claim<'_>,
-        rules: Rules,
+        rules: Rules<'_>,
         work: Work,
         prefix: &mut Prefix<'_>,
         report: &mut Report,

@@ -55,7 +55,11 @@ pub struct Prefix<'a> {
     cache: KvCache,
     scratch: Scratch,
     last: Option<Rounded>, // the prompt's last row, once the prompt was run
+    is_wanted: &'a IsWanted<'a>,
 }
+
+/// Whether anybody still waits for the outcome; asked before every step.
+pub type IsWanted<'a> = dyn Fn() -> bool + Sync + 'a;
 
 impl<'a> Prefix<'a> {
     /// Makes room for `prompt` and outputs of at most `output_max` tokens; runs nothing yet.
@@ -76,7 +80,13 @@ impl<'a> Prefix<'a> {
         let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks)
             .map_err(|e| Stop::Fault(format!("no memory for the KV cache: {e}")))?;
         let scratch = Scratch::new(decoder);
-        Ok(Self { decoder, pool, prompt, output_max, cache, scratch, last: None })
+        let is_wanted = &|| true;
+        Ok(Self { decoder, pool, prompt, output_max, cache, scratch, last: None, is_wanted })
+    }
+
+    /// The same, given up with a fault once `is_wanted` says no.
+    pub fn while_wanted(self, is_wanted: &'a IsWanted<'a>) -> Self {
+        Self { is_wanted, ..self }
     }
 
     /// Runs the model over the prompt, where that was not done yet, and `output`, and hands every
@@ -117,6 +127,9 @@ impl<'a> Prefix<'a> {
         ids: &[u32],
         handing: &mut Handing<'_, V>,
     ) -> Result<(), Stop> {
+        if !(self.is_wanted)() {
+            return Err(Stop::Fault("nobody waits for the outcome any more".into()));
+        }
         let (decoder, pool, first) = (self.decoder, self.pool, handing.first);
         let end = start + ids.len();
         let blocks = (0..end.div_ceil(BLOCK_TOKENS) as u32).collect();
