@@ -81,9 +81,17 @@ impl Running {
             true
         };
         let announced = async {
-            // What was announced before may still be right: serving goes on.
-            if let Err(e) = self.0.announce(&show).await {
-                tracing::error!("the address is not announced: {e}");
+            match self.0.announce(&show).await {
+                Ok(true) => {
+                    tracing::info!("announced on chain");
+                    // So that `status` shows it.
+                    if let Err(e) = self.0.join().await {
+                        tracing::warn!("the metagraph is not refreshed: {e}");
+                    }
+                }
+                Ok(false) => {}
+                // What was announced before may still be right: serving goes on.
+                Err(e) => tracing::error!("the address is not announced: {e}"),
             }
             tell(NotifyState::Ready);
             std::future::pending::<()>().await;
