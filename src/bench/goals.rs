@@ -3,8 +3,9 @@
 use super::attacks::{Attack, Goal};
 use super::court::WITH_MARGIN;
 use super::results::{CHUNKS, Detector, Line, Outcome, Tokens};
-use super::stats::{Rate, Stopping, upper_bound};
+use super::stats::{Rate, Stopping};
 use crate::proof::Scheme;
+use crate::verify::bounds::upper;
 
 /// Honest requests that may be rejected.
 const FALSE_POSITIVES_MAX: f64 = 1e-3;
@@ -32,7 +33,7 @@ pub(super) fn judge(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Ve
 fn honest(lines: &[Line]) -> Option<Outcome> {
     let is_it = |l: &&Line| l.detector == Detector::Nothing && l.judge == WITH_MARGIN;
     let rejected = lines.iter().find(is_it)?.rejected;
-    let bound = upper_bound(rejected.count, rejected.of);
+    let bound = upper(rejected.count, rejected.of);
     Some(Outcome {
         goal: format!("at most {FALSE_POSITIVES_MAX} of honest requests are rejected"),
         measured: format!("{}; with 95 % confidence at most {bound:.6}", show(&rejected)),

@@ -2,6 +2,7 @@
 //! fixed generator for orders and choices.
 
 use crate::proof::philox::philox;
+use crate::verify::bounds::interval;
 use serde::Serialize;
 
 /// A share of all with its exact (Clopper-Pearson) interval of 95 %.
@@ -20,7 +21,7 @@ pub struct Rate {
 impl Rate {
     /// `count` of `of`.
     pub fn new(count: usize, of: usize) -> Self {
-        let (low, high) = clopper_pearson(count, of);
+        let (low, high) = interval(count, of);
         Self { count, of, low, high }
     }
 
@@ -33,48 +34,6 @@ impl Rate {
     pub fn share(&self) -> f64 {
         self.count as f64 / self.of.max(1) as f64
     }
-}
-
-/// Bounds that hold the true share of something seen `k` times in `n` with 95 %.
-pub fn clopper_pearson(k: usize, n: usize) -> (f64, f64) {
-    if n == 0 {
-        return (0.0, 1.0);
-    }
-    (1.0 - largest_share(n - k, n, 0.025), largest_share(k, n, 0.025))
-}
-
-/// A bound that the true share exceeds in at most 5 % of cases: the rule of three, for any `k`.
-pub fn upper_bound(k: usize, n: usize) -> f64 {
-    if n == 0 { 1.0 } else { largest_share(k, n, 0.05) }
-}
-
-/// The share at which `k` or fewer of `n` still have probability `tail`.
-fn largest_share(k: usize, n: usize, tail: f64) -> f64 {
-    if k >= n {
-        return 1.0;
-    }
-    let (mut low, mut high) = (0.0, 1.0);
-    for _ in 0..60 {
-        let middle = 0.5 * (low + high);
-        if at_most(k, n, middle) > tail {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    0.5 * (low + high)
-}
-
-/// Probability of `k` or fewer of `n`, each with probability `p` (0 < p < 1).
-fn at_most(k: usize, n: usize, p: f64) -> f64 {
-    let odds = p.ln() - (-p).ln_1p();
-    let mut term = n as f64 * (-p).ln_1p(); // logarithm: 0 of n can be below what f64 holds
-    let mut sum = term.exp();
-    for i in 0..k {
-        term += ((n - i) as f64 / (i + 1) as f64).ln() + odds;
-        sum += term.exp();
-    }
-    sum.min(1.0)
 }
 
 /// The value below which a share `q` of the sorted values lies; `None` where there are none.
@@ -178,24 +137,6 @@ impl Stopping {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn intervals_have_their_known_values() {
-        for (k, n, low, high) in [
-            (0, 1000, 0.0, 0.003_682),
-            (0, 3000, 0.0, 0.001_229),
-            (5, 10, 0.187_09, 0.812_91),
-            (10, 10, 0.691_50, 1.0),
-            (1, 100, 0.000_253, 0.054_459),
-        ] {
-            let got = clopper_pearson(k, n);
-            assert!((got.0 - low).abs() < 1e-5 && (got.1 - high).abs() < 1e-5, "{k} {n} {got:?}");
-        }
-        assert_eq!(clopper_pearson(0, 0), (0.0, 1.0));
-        assert!((upper_bound(0, 3000) - 0.000_998).abs() < 1e-6);
-        let (low, high) = clopper_pearson(50_000, 100_000);
-        assert!(low > 0.4968 && low < 0.4970 && high > 0.5030 && high < 0.5032, "{low} {high}");
-    }
 
     #[test]
     fn quantiles_and_orders_are_what_they_say() {
