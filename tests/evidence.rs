@@ -83,6 +83,16 @@ impl Miner {
 }
 
 #[test]
+fn a_check_of_every_row_weighs_no_more_than_a_fast_one() {
+    let all = Observed { margins: (0..1000).map(f64::from).collect(), energies: vec![0.5] };
+    let some = all.clone().thinned(7);
+    assert!((20..=33).contains(&some.margins.len()), "{some:?}");
+    assert_ne!(some, all.clone().thinned(8));
+    let few = Observed { margins: Vec::new(), energies: vec![0.5] };
+    assert_eq!(few.clone().thinned(7), few);
+}
+
+#[test]
 fn honest_miners_raise_no_alarm_in_ten_thousand_answers() {
     let alarms: Vec<u64> =
         (0..500).filter(|seed| HONEST.caught(1000 + seed, 10_000).is_some()).collect();

@@ -11,6 +11,7 @@ use super::court::Court;
 use super::results::{Detector, Line, Results, Tokens};
 use super::trial::{Ask, Subject};
 use super::{goals, prompts};
+use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::verify::{Depth, Limits};
@@ -65,6 +66,10 @@ impl Bench {
             return Err(format!("there are {} prompts, {wanted} were asked for", all.len()));
         }
         let subject = Subject::load(path, scratch, pool)?;
+        if subject.model.decoder.dtype != Dtype::Bf16 {
+            let dtype = subject.model.decoder.dtype;
+            return Err(format!("changed weights are written in bf16, this model is {dtype}"));
+        }
         let court = Court::new(&subject, limits);
         let asks = |from: usize, count: usize, tokens: usize| {
             let tokens = options.tokens.unwrap_or(tokens);

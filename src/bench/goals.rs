@@ -35,7 +35,9 @@ fn honest(lines: &[Line]) -> Option<Outcome> {
     let rejected = lines.iter().find(is_it)?.rejected;
     let bound = upper(rejected.count, rejected.of);
     Some(Outcome {
-        goal: format!("at most {FALSE_POSITIVES_MAX} of honest requests are rejected"),
+        goal: format!(
+            "at most {FALSE_POSITIVES_MAX} of this engine's honest requests are rejected"
+        ),
         measured: format!("{}; with 95 % confidence at most {bound:.6}", show(&rejected)),
         is_met: bound <= FALSE_POSITIVES_MAX,
     })
@@ -58,7 +60,7 @@ fn by_tokens(tokens: &Tokens, count: usize) -> Outcome {
     };
     let (either, exact) = (span(&tokens.either), span(&tokens.exact));
     Outcome {
-        goal: format!("{}: seen in {count} tokens", tokens.name),
+        goal: format!("{}: seen in {count} tokens, all rows checked", tokens.name),
         measured: format!("{either}; against a miner on this engine {exact}"),
         is_met: tokens.either.p95.is_some_and(|n| n <= count),
     }

@@ -15,7 +15,7 @@ use crate::server::translate::Defaults;
 use crate::server::understand::Reader;
 use crate::verify::answer::Answer;
 use crate::verify::proof::Asked;
-use crate::verify::{Claim, Depth, Limits, Profile, Rejection, Report, Verdict, Verifier};
+use crate::verify::{Claim, Depth, Limits, Profile, Reason, Rejection, Report, Verdict, Verifier};
 use crate::wire::openai::{ChatRequest, CompletionRequest};
 use serde::Deserialize;
 use serde_json::Value;
@@ -185,6 +185,16 @@ async fn judge(
     });
     let answers = (0..).zip(&requests).map(|(choice, _)| capture.answer(choice));
     let answers = answers.collect::<Result<Vec<_>, _>>()?;
+    // Calls of tools that nobody offered would only hide the text.
+    let has_tools = capture.request["tools"].as_array().is_some_and(|t| !t.is_empty());
+    let uncalled = |answer: Answer| match answer.text.is_none() && !has_tools {
+        true => {
+            let what = "it calls tools, and the request offered none";
+            Err(Rejection::new(Reason::TextMismatch, what))
+        }
+        false => Ok(answer),
+    };
+    let answers: Vec<_> = answers.into_iter().map(|a| a.and_then(uncalled)).collect();
     let seed = capture.request["seed"].as_i64();
     let claims = (0..).zip(requests.iter().zip(&answers));
     let claims: Vec<Claim<'_>> = claims
@@ -216,6 +226,12 @@ fn random() -> u64 {
 
 /// Reads a body as a server does.
 pub(super) async fn understand(verifier: &Verifier, body: &Value) -> Result<Vec<Request>, String> {
+    let is_limited = ["max_tokens", "max_completion_tokens"].iter().any(|k| !body[*k].is_null());
+    if body["proof"].is_object() && body.get("messages").is_some() && !is_limited {
+        let what = "must name `max_tokens`: without it the limit is the context, which is another \
+                    on every machine, and proofs are bound to it";
+        return Err(format!("`request` {what}"));
+    }
     let reader = Reader {
         model: &verifier.model,
         context_max: verifier.context_max,

@@ -163,7 +163,8 @@ impl Account {
             let what = format!("{place}: evidence needs a `hotkey` or a `miner`, got neither");
             Failure::user(what)
         })?;
-        let observed = Observed::of(&judged.report, judged.scheme, limits);
+        let chance = uuid::Uuid::new_v4().as_u128() as u64;
+        let observed = Observed::of(&judged.report, judged.scheme, limits).thinned(chance);
         let weighed = weigh(&mut self.store, miner, &self.rates, &observed);
         let (evidence, gain) = weighed.map_err(Failure::user)?;
         Ok(Tally { miner: miner.to_owned(), evidence, gain })

@@ -25,6 +25,8 @@ use tokio_util::sync::CancellationToken;
 const BODY_BYTES_MAX: usize = 16 << 20;
 /// Answers that wait or are verified at once; more are told to come back.
 const REQUESTS_MAX: usize = 64;
+/// Answers that are verified at once: each has a KV cache of its own, and they share all cores.
+const RUNNING_MAX: usize = 2;
 /// Tokens of an answer.
 const OUTPUT_MAX: usize = 1 << 16;
 /// Seed and tokens where a request names none.
@@ -48,13 +50,12 @@ struct Service {
     running: Arc<Semaphore>,
 }
 
-/// The routes over `models`. Every core runs one verification at a time, others wait.
+/// The routes over `models`.
 pub fn router(models: Vec<Entry>) -> Router {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let service = Service {
         models: Arc::new(models),
         slots: Arc::new(Semaphore::new(REQUESTS_MAX)),
-        running: Arc::new(Semaphore::new(cores)),
+        running: Arc::new(Semaphore::new(RUNNING_MAX)),
     };
     Router::new()
         .route("/", get(|| async { Json(json!(["", 200])) }))
@@ -262,11 +263,13 @@ async fn verdict(service: &Service, request: Verify) -> Result<Verdict, String> 
         answer.logprobs.push(item.logprob);
         answer.text.get_or_insert_default().push_str(&item.text);
     }
-    let running = service.running.acquire().await.map_err(|e| e.to_string())?;
+    let running = Arc::clone(&service.running).acquire_owned().await.map_err(|e| e.to_string())?;
     // A caller that goes away drops this future, and with it the guard: the work is given up.
     let token = CancellationToken::new();
     let guard = token.clone().drop_guard();
     let judged = tokio::task::spawn_blocking(move || {
+        // As long as the memory is in use, and not as long as somebody waits.
+        let _running = running;
         let claim = Claim {
             request: &asked,
             seed: None,
@@ -283,6 +286,5 @@ async fn verdict(service: &Service, request: Verify) -> Result<Verdict, String> 
     });
     let verdict = judged.await.map_err(|e| format!("the verifier broke: {e}"));
     guard.disarm();
-    drop(running);
     verdict
 }

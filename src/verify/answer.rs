@@ -85,8 +85,12 @@ impl Answer {
 
     fn take(&mut self, choice: &Value, is_whole: bool) -> Result<(), Rejection> {
         let message = if is_whole { &choice["message"] } else { &choice["delta"] };
+        // A client reads one of them; the other must not be what is verified.
+        if !message["content"].is_null() && !choice["text"].is_null() {
+            return Err(bad("a choice has either content or text"));
+        }
         let text = message["content"].as_str().or_else(|| choice["text"].as_str());
-        if message.get("tool_calls").is_some_and(|calls| !calls.is_null()) {
+        if message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty()) {
             self.text = None;
         }
         if let Some(all) = &mut self.text {

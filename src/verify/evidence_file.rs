@@ -5,6 +5,7 @@ use super::evidence::{Evidence, EvidenceStore};
 use super::file::{FileError, read_json, write_json};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Version of the file.
@@ -34,9 +35,12 @@ impl EvidenceFile {
     /// # Errors
     /// The file, the key, the rule and the fact.
     pub fn open(path: &Path) -> Result<Self, FileError> {
-        let stored = match path.exists() {
-            true => read_json(path)?,
-            false => Stored { version: VERSION, miners: BTreeMap::new() },
+        // Only a file that is not there is nobody's: one that cannot be seen must not be replaced.
+        let is_absent =
+            std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+        let stored = match is_absent {
+            false => read_json(path)?,
+            true => Stored { version: VERSION, miners: BTreeMap::new() },
         };
         if stored.version != VERSION {
             let what = format!("must be {VERSION}, got {}", stored.version);

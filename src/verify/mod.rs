@@ -368,7 +368,8 @@ impl Verifier {
         let count = claim.answer.ids.len();
         prefix.run(&output, &wanted, |row| {
             if row.index == count {
-                return targon::check_implied_end(claim, &self.model.stop_ids, row);
+                let ends = [claim.request.end_ids(&self.model), claim.request.stop.ids.clone()];
+                return targon::check_implied_end(claim, &ends.concat(), row);
             }
             hidden.push(&row);
             judge.push(self.pool.isa(), row)

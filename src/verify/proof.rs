@@ -67,7 +67,8 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, 
     let end = claim.answer.end.as_ref();
     let end = end.ok_or_else(|| reject(Reason::BadProof, "the answer has no proof_end"))?;
     if end.scheme != asked.scheme.name() {
-        let what = format!("{} was asked for, got {}", asked.scheme, end.scheme);
+        let got: String = end.scheme.chars().take(40).collect();
+        let what = format!("{} was asked for, got {got:?}", asked.scheme);
         return Err(reject(Reason::BadProof, what));
     }
     let hex = |field: &str, text: &str| {
@@ -239,7 +240,7 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
                 let what = format!("chunk {index} has the wrong length");
                 return Err(reject(Reason::BadProof, what));
             }
-            Some(energy) if energy > limit => {
+            Some(energy) if energy.is_nan() || energy > limit => {
                 let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
                 return Err(reject(Reason::SketchEnergy, what));
             }

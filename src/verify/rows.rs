@@ -12,11 +12,11 @@ use crate::ops::logits::{LogSumExp, rank};
 
 /// Margins count at most this much, so that one outlier is one token's worth of evidence.
 pub const MARGIN_CLIP: f64 = 1.0;
-/// How far a truncation's edge may lie from ours on another stack: in top-p, in tokens of top-k
-/// (and one of eight), in the share that min-p and top-a ask for. Logits of an honest bf16 stack
-/// are off by a tenth or two.
+/// How far a truncation's edge may lie from ours on another stack: in top-p, in logits beside the
+/// last of top-k, in the share that min-p and top-a ask for. Logits of an honest bf16 stack are off
+/// by a tenth or two.
 const TOP_P_SLACK: f32 = 0.03;
-const TOP_K_SLACK: usize = 2;
+const TOP_K_SLACK: f32 = 0.25;
 const FLOOR_SLACK: f32 = 0.8;
 
 /// What the model says about one token of the output.
@@ -62,7 +62,7 @@ impl<'a> Judge<'a> {
             // At T = 0 there is no noise to know.
             None => request.sampling.is_greedy().then(|| request.sampling.clone()),
         };
-        let end_ids = [model.stop_ids.as_slice(), &request.stop.ids].concat();
+        let end_ids = [request.end_ids(model), request.stop.ids.clone()].concat();
         Self {
             request,
             ids: &claim.answer.ids,
@@ -84,7 +84,9 @@ impl<'a> Judge<'a> {
             Stop::Rejected(Rejection::new(Reason::Grammar, format!("token {}: {e}", row.index)))
         };
         if let Some(logits) = row.logits {
-            let rules = self.draw.rules(self.request).map_err(forbidden)?;
+            // What the grammar says next is our own doing.
+            let rules = self.draw.rules(self.request);
+            let rules = rules.map_err(|e| Stop::Fault(e.to_string()))?;
             let evidence = self.judge(isa, row.index, row.position, logits, &rules)?;
             self.rows.push(evidence);
         }
@@ -113,7 +115,9 @@ impl<'a> Judge<'a> {
         let mode = self.request.logprob_mode;
         let own = |row: &[f32]| (rank(row, token), row[token as usize]);
         let (mut place, mut logprob) = (own(logits).0, raw.logprob(own(logits).1));
-        let end_rank = self.end_ids.iter().map(|id| rank(logits, *id)).min();
+        // Where no end may be drawn yet, none was skipped.
+        let may_end = index + 1 >= self.request.min_tokens;
+        let end_rank = self.end_ids.iter().map(|id| rank(logits, *id)).min().filter(|_| may_end);
         self.draw.process(logits, sampling, rules);
         if mode == LogprobMode::Scaled {
             let scaled = LogSumExp::new(isa, logits, sampling.logprob_temperature());
@@ -142,7 +146,7 @@ fn margin(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u32)
         let distance = f64::from(row[winner as usize] - row[token as usize]);
         return (distance.min(MARGIN_CLIP), false);
     }
-    let (loose, tight) = edges(sampling);
+    let (loose, tight) = edges(isa, row, sampling);
     let kept = survivors(isa, row, &loose);
     if kept.is_some_and(|kept| kept.iter().all(|(id, _)| *id != token)) {
         return (MARGIN_CLIP, false);
@@ -156,9 +160,8 @@ fn margin(isa: Isa, row: &[f32], sampling: &Sampling, position: u32, token: u32)
 }
 
 /// Truncations whose edges lie on either side of this one's.
-fn edges(sampling: &Sampling) -> (Sampling, Sampling) {
+fn edges(isa: Isa, row: &[f32], sampling: &Sampling) -> (Sampling, Sampling) {
     let Sampling { top_p, top_k, min_p, top_a, .. } = *sampling;
-    let ranks = TOP_K_SLACK + top_k / 8;
     let of = |top_p: f32, top_k: usize, floor: f32| Sampling {
         top_p,
         top_k,
@@ -166,12 +169,16 @@ fn edges(sampling: &Sampling) -> (Sampling, Sampling) {
         top_a: (top_a * floor).min(1.0),
         ..sampling.clone()
     };
-    let is_cut = top_k > 0;
-    let loose =
-        of((top_p + TOP_P_SLACK).min(1.0), if is_cut { top_k + ranks } else { 0 }, FLOOR_SLACK);
-    let fewer = if is_cut { top_k.saturating_sub(ranks).max(1) } else { 0 };
-    let less = if top_p < 1.0 { (top_p - TOP_P_SLACK).max(f32::MIN_POSITIVE) } else { 1.0 };
-    (loose, of(less, fewer, 1.0 / FLOOR_SLACK))
+    // Ranks change places where logits are close, and only there.
+    let by_rank = Sampling { top_p: 1.0, min_p: 0.0, top_a: 0.0, ..sampling.clone() };
+    let last = survivors(isa, row, &by_rank).and_then(|kept| kept.last().map(|(_, x)| *x));
+    let (more, fewer) = last.map_or((top_k, top_k), |edge| {
+        let above = |edge: f32| row.iter().filter(|x| **x >= edge).count().max(1);
+        (above(edge - TOP_K_SLACK), above(edge + TOP_K_SLACK).min(top_k))
+    });
+    // Close to 1 the slack must not open what is closed.
+    let slack = TOP_P_SLACK.min((1.0 - top_p) / 2.0);
+    (of(top_p + slack, more, FLOOR_SLACK), of(top_p - slack, fewer, 1.0 / FLOOR_SLACK))
 }
 
 /// Judges the margins.
@@ -188,15 +195,63 @@ pub fn check_margins(rows: &[RowEvidence], limits: &Limits) -> Result<(), Stop> 
         return reject(what);
     }
     let limit = limits.margin_max();
-    if let Some(row) = rows.iter().find(|r| r.margin.is_some_and(|m| m > limit)) {
+    let is_over = |m: f64| m.is_nan() || m > limit;
+    if let Some(row) = rows.iter().find(|r| r.margin.is_some_and(is_over)) {
         let margin = row.margin.unwrap_or_default();
         let what = format!("token {} is {margin:.3} logits from being drawn", row.index);
         return reject(format!("{what}, at most {limit}"));
     }
     let mean = margins.iter().sum::<f64>() / margins.len().max(1) as f64;
-    if mean > limits.margin_mean {
+    if mean.is_nan() || mean > limits.margin_mean {
         let what = format!("{} tokens are {mean:.4} logits from being drawn", margins.len());
         return reject(format!("{what} on average, at most {}", limits.margin_mean));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampling(top_k: usize, top_p: f32, min_p: f32) -> Sampling {
+        let base = Request::greedy(vec![1], 1).sampling;
+        Sampling { temperature: 1.0, noise_key: 9, top_k, top_p, min_p, ..base }
+    }
+
+    /// Tokens of a row that have no margin at some position.
+    fn accepted(row: &[f32], sampling: &Sampling) -> Vec<usize> {
+        let is_drawn = |token: usize| {
+            let margin = |position| margin(Isa::best(), row, sampling, position, token as u32);
+            (0..400).any(|position| margin(position).0 == 0.0)
+        };
+        (0..row.len()).filter(|token| is_drawn(*token)).collect()
+    }
+
+    #[test]
+    fn edges_give_way_by_rounding_and_no_further() {
+        let row = [3.0, 2.9, 2.0, 1.9, 0.0];
+        assert_eq!(accepted(&row, &sampling(0, 1.0, 0.0)), [0, 1, 2, 3, 4]);
+        // The second token lies a tenth below the edge, the third a whole logit.
+        assert_eq!(accepted(&row, &sampling(1, 1.0, 0.0)), [0, 1]);
+        assert_eq!(accepted(&row, &sampling(2, 1.0, 0.0)), [0, 1]);
+        assert_eq!(accepted(&row, &sampling(3, 1.0, 0.0)), [0, 1, 2, 3]);
+        // Of the first token's weight, the third has 0.37 and the last 0.05.
+        assert_eq!(accepted(&row, &sampling(0, 1.0, 0.5)), [0, 1]);
+        assert_eq!(accepted(&row, &sampling(0, 1.0, 0.4)), [0, 1, 2, 3]);
+        // Shares: 0.40, 0.36, 0.15, 0.13 before the last, which has 0.02.
+        assert!(!accepted(&row, &sampling(0, 0.9, 0.0)).contains(&4));
+        assert!(!accepted(&row, &sampling(0, 0.97, 0.0)).contains(&4));
+    }
+
+    #[test]
+    fn a_token_that_only_our_edge_keeps_costs_an_honest_miner_nothing() {
+        let row = [3.0, 2.9, 2.0];
+        let cut = sampling(1, 1.0, 0.0);
+        for position in 0..200 {
+            // A stack that has the two the other way round draws the second, always.
+            let (margin, is_drawn) = margin(Isa::best(), &row, &cut, position, 1);
+            assert!(margin <= 0.100_001, "{position}: {margin}");
+            assert!(!is_drawn);
+        }
+    }
 }

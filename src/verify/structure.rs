@@ -36,7 +36,8 @@ pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<End
     let length = request.prompt.len() + count;
     if length > context_max + 1 {
         let what = format!("the model's context is {context_max} tokens, this needs {length}");
-        return reject(Reason::TooLong, what);
+        // The bound is ours, not the miner's.
+        return Err(Stop::Fault(what));
     }
     let vocab = model.decoder.spec.vocab;
     if let Some(place) = answer.ids.iter().position(|id| *id as usize >= vocab) {
@@ -74,7 +75,7 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
                 let what = format!("the output ends at token {place} by {}", describe(&reason));
                 return reject(Reason::SkippedEosEot, format!("{what}, but goes on"));
             }
-            None if place == last && claim.end_is_implied => {
+            None if place == last && may_end_unsent(claim, model) => {
                 text.push_str(&transcript.finish());
             }
             None if place == last => {
@@ -96,6 +97,13 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
         }
         _ => Ok(end),
     }
+}
+
+/// Whether an end token that was not sent may follow the last one.
+fn may_end_unsent(claim: &Claim<'_>, model: &Model) -> bool {
+    let (request, count) = (claim.request, claim.answer.ids.len());
+    let has_ends = !request.end_ids(model).is_empty() || !request.stop.ids.is_empty();
+    claim.end_is_implied && has_ends && count + 1 >= request.min_tokens
 }
 
 fn describe(reason: &FinishReason) -> String {
