@@ -2,7 +2,7 @@
 //! the runtime that answers, so that runtime upgrades pass unnoticed.
 //!
 //! A connection that breaks or stalls is replaced by one to the next endpoint. The metagraph comes
-//! from one runtime call; where a runtime lacks it, from storage ([`fallback`]).
+//! from one runtime call; where a runtime lacks it, from storage (`fallback`).
 
 mod fallback;
 
