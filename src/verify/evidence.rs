@@ -159,8 +159,8 @@ impl Observed {
         }
     }
 
-    /// As much of it as a fast check looks at, chosen by `chance` and not by what was seen: else one
-    /// long honest answer, checked at every row, would outweigh all that is known of a miner.
+    /// As much of it as a fast check looks at, chosen by `chance` and not by what was seen: else
+    /// one long honest answer, checked at every row, would outweigh all that is known of a miner.
     pub fn thinned(self, chance: u64) -> Self {
         let chosen = super::random_rows(self.margins.len(), chance);
         let margins = chosen.into_iter().filter_map(|place| self.margins.get(place).copied());
