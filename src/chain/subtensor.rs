@@ -297,8 +297,9 @@ async fn serve(
     let spec = at.spec_version();
     let (ip, ip_type) = axon.chain_ip();
     let (version, port, protocol) = (axon.version, axon.address.port(), axon.protocol);
-    let placeholders = (0_u8, 0_u8);
-    let fields = (netuid, version, ip, port, ip_type, protocol, placeholders.0, placeholders.1);
+    // The chain's last two fields mean nothing yet.
+    let unused = 0_u8;
+    let fields = (netuid, version, ip, port, ip_type, protocol, unused, unused);
     let call = dynamic::tx("SubtensorModule", "serve_axon", fields);
     let unreadable = |why: String| ChainError::Runtime { spec, why };
     let data = at.tx().call_data(&call).map_err(|e| unreadable(e.to_string()))?;
