@@ -11,12 +11,12 @@ use targon_engine::clock::Clock;
 use targon_engine::engine::output::Event;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
+use targon_engine::intake::translate::Defaults;
 use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::state::ServerState;
-use targon_engine::server::translate::Defaults;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const REPEATS: usize = 6;

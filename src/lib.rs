@@ -12,10 +12,12 @@
 //!
 //! | rank | modules | role |
 //! |---|---|---|
-//! | 6 | `main` [`cli`] | parse, wire, print |
-//! | 5 | [`config`] | files, flags and environment into options |
-//! | 4 | [`miner`] [`validator`] [`mod@bench`] | what miners and validators run; measurements |
-//! | 3 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
+//! | 8 | `main` [`cli`] | parse, wire, print |
+//! | 7 | [`config`] | files, flags and environment into options |
+//! | 6 | [`miner`] [`validator`] [`mod@bench`] | what miners and validators run; measurements |
+//! | 5 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
+//! | 4 | [`reply`] | responses as a server writes them |
+//! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
 //! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] | leaves |
@@ -23,7 +25,7 @@
 //! # Invariants
 //!
 //! - A row's bits depend on the tokens before it and the weights, and on nothing else
-//!   (`tests/canon.rs`).
+//!   (`tests/engine/canon.rs`).
 //! - Every queue, body, buffer and wait has a named limit.
 //! - A peer's bytes can at worst be refused; an engine fault is never the peer's fault.
 
@@ -33,10 +35,12 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod engine;
+pub mod intake;
 pub mod miner;
 pub mod models;
 pub mod ops;
 pub mod proof;
+pub mod reply;
 pub mod server;
 pub mod validator;
 pub mod verify;

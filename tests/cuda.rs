@@ -1,7 +1,6 @@
 //! The launch path of the CUDA kernels through candle: on the driver of `scripts/cuda-check`, which
 //! runs the kernels on the CPU, or on a card.
 
-#![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "a test may fail")]
 
 mod common;

@@ -1,5 +1,5 @@
 // Runs the kernels against plain loops: built with -fsanitize=address and -fsanitize=thread by
-// tests/kernels.rs, which turns out-of-bounds accesses and races into failures.
+// tests/engine/kernels.rs, which turns out-of-bounds accesses and races into failures.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -1,6 +1,7 @@
 //! `attack-bench`: what each verification scheme catches, on a model of the user's choice.
 
 use super::Failure;
+use super::out::outln;
 use super::shared::ComputeArgs;
 use crate::bench::attack::{Bench, Options};
 use crate::bench::plot;
@@ -71,7 +72,7 @@ pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
         write(out, &results)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string(&results).map_err(Failure::ours)?);
+        outln!("{}", serde_json::to_string(&results).map_err(Failure::ours)?);
     } else {
         print(&results);
     }
@@ -93,15 +94,15 @@ fn write(out: &Path, results: &Results) -> Result<(), Failure> {
 }
 
 fn print(results: &Results) {
-    println!("{}", lines(&results.lines));
+    outln!("{}", lines(&results.lines));
     if !results.tokens.is_empty() {
-        println!("\nTokens until a cheat is seen: median / 95th percentile of random orders");
-        println!("{}", tokens(&results.tokens));
+        outln!("\nTokens until a cheat is seen: median / 95th percentile of random orders");
+        outln!("{}", tokens(&results.tokens));
     }
-    println!("\nGoals");
-    println!("{}", goals(&results.goals));
+    outln!("\nGoals");
+    outln!("{}", goals(&results.goals));
     let ((attacked, attacked_tokens), (honest, honest_tokens)) = (results.attacked, results.honest);
-    println!(
+    outln!(
         "\n{attacked} attacked prompts, answers of {attacked_tokens} tokens; {honest} honest \
          prompts, {honest_tokens} tokens; intervals of 95 %"
     );

@@ -3,6 +3,7 @@
 
 use super::capture::{Captures, Judged, Rules, Verifiers, understand};
 use super::load::{DownloadBars, Located, available_memory, locate, plan};
+use super::out::outln;
 use super::shared::{ComputeArgs, ModelsArg};
 use super::{Failure, runtime};
 use crate::bench::prompts;
@@ -11,6 +12,7 @@ use crate::config::models_toml::ModelConfig;
 use crate::engine::Engine;
 use crate::engine::output::{Finish, Step};
 use crate::engine::request::Request;
+use crate::intake::proof::Prover;
 use crate::models::calibration::{HONEST_ERROR, beside, compute, in_cache, write};
 use crate::models::root::weights_root;
 use crate::models::{Identity, Model};
@@ -19,7 +21,6 @@ use crate::proof::codec::{Hash, to_hex};
 use crate::proof::commit::{calibration_hash, nonce_of};
 use crate::proof::residue::Calibration;
 use crate::proof::{CHUNK_ROWS, Scheme};
-use crate::server::proof::Prover;
 use crate::verify::answer::{Answer, Chunk};
 use crate::verify::bounds;
 use crate::verify::calibrate::{ENERGY_FACTOR, MARGIN_FACTOR, Sample, limits_file, split};
@@ -116,11 +117,11 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
         let (calibration, rows) =
             compute(decoder, tokenizer, &pool, args.honest_error).map_err(Failure::user)?;
         let path = store(&model, &root, &calibration, rows)?;
-        println!("{name}");
-        println!("  weights root  {}", to_hex(&root));
-        println!("  calibration   {}", to_hex(&calibration_hash(&calibration)));
+        outln!("{name}");
+        outln!("  weights root  {}", to_hex(&root));
+        outln!("  calibration   {}", to_hex(&calibration_hash(&calibration)));
         let (channels, shift) = (calibration.channels(), calibration.shift);
-        println!("  {channels} channels from {rows} rows, shift {shift}, in {}", path.display());
+        outln!("  {channels} channels from {rows} rows, shift {shift}, in {}", path.display());
     }
     Ok(())
 }
@@ -175,7 +176,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     let file = limits_file(&model, &args.class, &split);
     limits::write(out, &file).map_err(Failure::user)?;
     describe(&file, left_out);
-    println!("written to {}", out.display());
+    outln!("written to {}", out.display());
     Ok(())
 }
 
@@ -201,8 +202,8 @@ fn sample(place: &str, judged: Judged) -> Option<Sample> {
 
 fn describe(file: &LimitsFile, left_out: usize) {
     let LimitsFile { class, calibration, held_out, limits, .. } = file;
-    println!("limits for miners of class `{class}`");
-    println!(
+    outln!("limits for miners of class `{class}`");
+    outln!(
         "taken from {} answers to {} prompts ({} tokens), tested on {} answers to {} others; {} \
          captures could not be used",
         calibration.answers,
@@ -212,17 +213,17 @@ fn describe(file: &LimitsFile, left_out: usize) {
         held_out.prompts,
         left_out
     );
-    println!("{}", table(file));
-    println!(
+    outln!("{}", table(file));
+    outln!(
         "limits: largest honest energy times {ENERGY_FACTOR}, largest honest margin times \
          {MARGIN_FACTOR}"
     );
     let energies = [calibration.energy_u8, calibration.energy_u4];
     if energies.iter().flatten().all(|spread| spread.max == 0.0) && calibration.margin_max == 0.0 {
-        println!("all rows are equal bit for bit: `verify --exact` demands that");
+        outln!("all rows are equal bit for bit: `verify --exact` demands that");
     }
     if limits.margin >= MARGIN_CLIP {
-        println!("honest margins reach {MARGIN_CLIP}: a single one rejects nobody");
+        outln!("honest margins reach {MARGIN_CLIP}: a single one rejects nobody");
     }
 }
 
@@ -304,8 +305,8 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
             tracing::info!("{name}: {equal} answers are equal");
         }
         let lower = 100.0 * bounds::interval(equal, count as usize).0;
-        println!("{name}: {equal} of {count} answers are equal bit for bit and drawn as replayed");
-        println!("  {chunks} chunks, {tokens} tokens; the true rate is above {lower:.2} % (95 %)");
+        outln!("{name}: {equal} of {count} answers are equal bit for bit and drawn as replayed");
+        outln!("  {chunks} chunks, {tokens} tokens; the true rate is above {lower:.2} % (95 %)");
         if equal < count as usize {
             return Err(Failure::ours("an answer of this engine is not what it recomputes"));
         }

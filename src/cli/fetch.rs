@@ -1,6 +1,7 @@
 //! `fetch`: a model from the Hub into the shared cache.
 
 use super::load::DownloadBars;
+use super::out::outln;
 use super::{Failure, runtime};
 use crate::models::hub::{Hub, Wanted};
 use clap::Args;
@@ -30,6 +31,6 @@ pub(super) fn run(args: &FetchArgs) -> Result<(), Failure> {
         Some(file) => snapshot.directory.join(file),
         None => snapshot.directory,
     };
-    println!("{}", path.display());
+    outln!("{}", path.display());
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! defaults, so that clap checks all of them alike.
 
 use super::Failure;
+use super::out::note;
 use crate::config::nearest;
 use clap::builder::BoolishValueParser;
 use clap::{Arg, ArgAction, Command};
@@ -152,7 +153,7 @@ fn dotenv(command: &Command, path: &Path) -> Result<Values, Failure> {
     for (number, pair) in dotenvy::from_read_iter(text.as_bytes()).enumerate() {
         // It may be another program's file. Its lines may hold secrets and are not repeated.
         let Ok((name, value)) = pair else {
-            eprintln!("warning: entry {} of {place} cannot be read, nor what follows", number + 1);
+            note!("warning: entry {} of {place} cannot be read, nor what follows", number + 1);
             break;
         };
         let twin = known.iter().find(|arg| arg.get_env().is_some_and(|e| *e == *name));

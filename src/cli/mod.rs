@@ -10,6 +10,7 @@ mod fetch;
 mod layers;
 mod load;
 mod logging;
+mod out;
 mod plan;
 mod query;
 mod reload;
@@ -24,6 +25,7 @@ mod verify_html;
 mod wallet;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use out::note;
 use std::fmt;
 use std::process::ExitCode;
 
@@ -143,9 +145,9 @@ pub fn main() -> ExitCode {
 
 /// Prints a failure.
 fn report(failure: Failure) -> ExitCode {
-    eprintln!("error: {}", failure.message);
+    note!("error: {}", failure.message);
     if let Some(hint) = failure.hint {
-        eprintln!("\nhint: {hint}");
+        note!("\nhint: {hint}");
     }
     ExitCode::from(if failure.is_ours { 2 } else { 1 })
 }

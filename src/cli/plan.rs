@@ -1,6 +1,7 @@
 //! `plan`: the memory that models need.
 
 use super::load::{DownloadBars, available_memory, locate, plan, table};
+use super::out::outln;
 use super::shared::ModelsArg;
 use super::{Failure, runtime};
 use clap::Args;
@@ -26,7 +27,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
         left -= planned.as_ref().map_or(0, |p| p.total());
         rows.push((name, planned));
     }
-    println!("{}", table(&rows, available));
+    outln!("{}", table(&rows, available));
     match rows.iter().find_map(|(name, plan)| plan.as_ref().err().map(|why| (name, why))) {
         Some((name, why)) => Err(Failure::user(format!("{name} cannot be served: {why}"))),
         None => Ok(()),

@@ -1,5 +1,6 @@
 //! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
 
+use super::out::outln;
 use super::shared::printable;
 use super::subnet_args::{ChainArgs, WalletArgs};
 use super::{Failure, runtime};
@@ -106,10 +107,7 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
     let body = body(args, &target, &clock).await?;
     let is_chat = body.get("messages").is_some();
     let path = if is_chat { "/v1/chat/completions" } else { "/v1/completions" };
-    println!(
-        "{:>8} {:>9} {:>10} {:>8} {:>12}  text",
-        "ms", "token id", "log-prob", "chunk", "powv"
-    );
+    outln!("{:>8} {:>9} {:>10} {:>8} {:>12}  text", "ms", "token id", "log-prob", "chunk", "powv");
     let Streamed { arrivals, outcome } = target.stream(path, &body, &clock, print).await;
     if !arrivals.is_empty() {
         summarize(&arrivals);
@@ -197,7 +195,7 @@ fn print(arrival: &Arrival) {
     let text = choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str());
     let or_dash = |value: &Value| if value.is_null() { "-".into() } else { value.to_string() };
     let logprob = logprob.as_f64().map_or("-".into(), |l| format!("{l:.4}"));
-    println!(
+    outln!(
         "{:>8} {:>9} {:>10} {:>8} {:>12}  {:?}",
         arrival.at.as_millis(),
         or_dash(&choice["token_ids"][0]),
@@ -217,14 +215,14 @@ fn summarize(arrivals: &[Arrival]) {
     };
     let first = arrivals.iter().find(|a| !text(a).is_empty()).map(|a| a.at);
     let end = arrivals.last().map(|a| a.at).unwrap_or_default();
-    println!("\n{}\n", printable(&arrivals.iter().map(text).collect::<String>()));
+    outln!("\n{}\n", printable(&arrivals.iter().map(text).collect::<String>()));
     let seconds = end.as_secs_f64();
     let chunks = arrivals.iter().filter(|a| !a.chunk["choices"][0]["proof"].is_null()).count();
     let proof_end = arrivals.iter().find_map(|a| {
         let end = &a.chunk["choices"][0]["proof_end"];
         end["scheme"].as_str().map(|s| (s.to_owned(), end["hotkey"].as_str().map(str::to_owned)))
     });
-    println!(
+    outln!(
         "{tokens} tokens in {seconds:.3} s: {:.1} tokens/s, first text after {:.3} s",
         tokens as f64 / seconds.max(1e-9),
         first.unwrap_or(end).as_secs_f64(),
@@ -232,12 +230,12 @@ fn summarize(arrivals: &[Arrival]) {
     match proof_end {
         Some((scheme, Some(hotkey))) => {
             let (scheme, hotkey) = (printable(&scheme), printable(&hotkey));
-            println!("{chunks} proof chunks of {scheme}, signed by {hotkey}");
+            outln!("{chunks} proof chunks of {scheme}, signed by {hotkey}");
         }
         Some((scheme, None)) => {
-            println!("{chunks} proof chunks of {}, unsigned", printable(&scheme));
+            outln!("{chunks} proof chunks of {}, unsigned", printable(&scheme));
         }
-        None => println!("no proof"),
+        None => outln!("no proof"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `serve`: models behind HTTP until a signal comes.
 
 use super::load::{self, DownloadBars, Planned};
+use super::out::{announce, note};
 use super::reload::{Reloader, Stamp, stamp};
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{Running, Subnet, feed_watchdog, tell};
@@ -9,13 +10,13 @@ use super::{Failure, logging, runtime};
 use crate::clock::Clock;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::engine::request::LogprobMode;
+use crate::intake::translate::Defaults;
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
 use crate::server::metrics::summarize;
 use crate::server::registry::{Registry, State};
 use crate::server::router;
 use crate::server::state::ServerState;
-use crate::server::translate::Defaults;
 use axum::Router;
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
@@ -102,7 +103,7 @@ async fn serve(
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let state = state(&args, &config, registry.clone(), subnet.as_ref(), clock.clone());
-    println!("http://{local}");
+    announce!("http://{local}");
     let (listeners, running) = listeners(listener, &state, subnet);
     let timeout = Duration::from_secs(args.shutdown_timeout);
     let ended = CancellationToken::new();
@@ -185,7 +186,7 @@ fn listeners(
 ) -> (Vec<(TcpListener, Router)>, Option<Running>) {
     let mut listeners = vec![(open, router(state.clone()))];
     let running = subnet.map(|subnet| {
-        println!("http://{} signed", subnet.local);
+        announce!("http://{} signed", subnet.local);
         let signed = crate::server::subnet::router(state.clone(), subnet.gate.clone());
         let (listener, running) = subnet.split();
         listeners.push((listener, signed));
@@ -295,7 +296,7 @@ pub(super) async fn start_models(
         }
         rows.push((name, plan));
     }
-    eprintln!("{}", load::table(&rows, available));
+    note!("{}", load::table(&rows, available));
     let started =
         tokio::task::spawn_blocking(move || load::start_all(planned, &registry, &pool, &clock) > 0);
     started.await.unwrap_or(false)

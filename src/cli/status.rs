@@ -1,5 +1,6 @@
 //! `status`: how a running miner stands on its subnet.
 
+use super::out::outln;
 use super::shared::printable;
 use super::{Failure, runtime};
 use clap::Args;
@@ -27,7 +28,7 @@ pub(super) struct StatusArgs {
 pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
     let status = runtime()?.block_on(ask(args))?;
     if args.json {
-        println!("{status}");
+        outln!("{status}");
     } else {
         print(&status);
     }
@@ -71,7 +72,7 @@ fn print(status: &Value) {
         ("seconds since then", "block_age_seconds"),
         ("signed requests", "signed_requests"),
     ] {
-        println!("{label:<20}{}", text(&status[key]));
+        outln!("{label:<20}{}", text(&status[key]));
     }
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
@@ -94,7 +95,7 @@ fn print(status: &Value) {
         table.add_row(columns.map(|key| text(&validator[key])));
     }
     if !validators.is_empty() {
-        println!("{table}");
+        outln!("{table}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! `serve` on a subnet: the signed listener, the chain, and word to the service manager.
 
 use super::Failure;
+use super::out::outln;
 use super::serve::ServeArgs;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
@@ -107,11 +108,11 @@ impl Subnet {
     /// Prints the extrinsic that would be sent.
     pub(super) async fn dry_run(&self) -> Result<(), Failure> {
         let show = |words: &str| {
-            println!("{words}");
+            outln!("{words}");
             false
         };
         if !self.miner.announce(&show).await.map_err(miner_failure)? {
-            println!("nothing: the chain has this address already");
+            outln!("nothing: the chain has this address already");
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! `verifier`: the HTTP surface of Targon's verifier container.
 
+use super::out::announce;
 use super::serve::{start_models, stop_signal};
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};
@@ -60,7 +61,7 @@ async fn serve(args: &VerifierArgs, models: Vec<ModelConfig>, pool: Pool) -> Res
             State::Loading => {}
         }
     }
-    println!("http://{local}");
+    announce!("http://{local}");
     tell(NotifyState::Ready);
     tokio::spawn(feed_watchdog(registry, || Limits::default().stall_time));
     let stop = async {

@@ -2,6 +2,7 @@
 
 use super::Failure;
 use super::capture::{Capture, Captures, Judged, Rules, Verifiers};
+use super::out::outln;
 use super::shared::{ComputeArgs, ModelsArg};
 use super::verify_html;
 use crate::models::Model;
@@ -173,19 +174,19 @@ impl Account {
 
 fn print(finding: &Finding<'_>, args: &VerifyArgs) {
     if args.json {
-        println!("{}", line(finding, args.explain));
+        outln!("{}", line(finding, args.explain));
         return;
     }
     let Finding { place, judged, tally, .. } = finding;
     let Judged { choice, report, seconds, .. } = judged;
-    println!("{place} choice {choice}: {}", report.verdict);
+    outln!("{place} choice {choice}: {}", report.verdict);
     let (tokens, rules) = (finding.tokens(), finding.rules());
-    println!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
+    outln!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
     if let Some(tally) = tally {
-        println!("  {}", tally.describe());
+        outln!("  {}", tally.describe());
     }
     if args.explain {
-        println!("{}", table(finding));
+        outln!("{}", table(finding));
     }
 }
 

@@ -1,6 +1,7 @@
 //! `wallet`: look at a wallet, or make a hotkey for tests and small set-ups.
 
 use super::Failure;
+use super::out::outln;
 use super::subnet_args::{WalletArgs, wallet_failure};
 use clap::{Args, Subcommand};
 
@@ -32,10 +33,10 @@ pub(super) fn run(args: &Arguments) -> Result<(), Failure> {
             (wallet, pair.hotkey())
         }
     };
-    println!("hotkey   {hotkey}  {}", wallet.hotkey_file().display());
+    outln!("hotkey   {hotkey}  {}", wallet.hotkey_file().display());
     match wallet.coldkey() {
-        Ok(coldkey) => println!("coldkey  {coldkey}  {}", wallet.coldkey_file().display()),
-        Err(_) if !wallet.coldkey_file().exists() => println!("coldkey  none"),
+        Ok(coldkey) => outln!("coldkey  {coldkey}  {}", wallet.coldkey_file().display()),
+        Err(_) if !wallet.coldkey_file().exists() => outln!("coldkey  none"),
         Err(e) => return Err(wallet_failure(e)),
     }
     Ok(())

@@ -5,7 +5,7 @@
 //! running one, whose tokens are kept and recomputed later (often from the prefix cache). A request
 //! that could never fit is refused at submission, so a lone sequence always makes progress.
 //!
-//! No clock, no tensors, no channels: `tests/scheduler_sim.rs` drives it from a seed.
+//! No clock, no tensors, no channels: `tests/engine/scheduler_sim.rs` drives it from a seed.
 
 use super::blocks::{BlockId, BlockPool, BlockTable};
 use crate::ops::attention::BLOCK_TOKENS;

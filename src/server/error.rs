@@ -2,16 +2,13 @@
 
 use crate::engine::SubmitError;
 use crate::engine::output::Fault;
-use crate::engine::request::InvalidRequest;
 use crate::engine::scheduler::Refusal;
-use crate::models::chat::TemplateError;
+use crate::intake::error::RequestError;
+pub use crate::intake::error::echo;
 use crate::wire::openai::{ErrorBody, ErrorObject};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-
-/// Characters of a client's own words that an error repeats.
-const ECHO_MAX: usize = 200;
 
 /// Why a request got no answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -75,14 +72,6 @@ impl ApiError {
     }
 }
 
-/// A client's words, shortened for an error message.
-pub fn echo(text: &str) -> String {
-    match text.char_indices().nth(ECHO_MAX) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.to_owned(),
-    }
-}
-
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
@@ -95,9 +84,9 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<InvalidRequest> for ApiError {
-    fn from(e: InvalidRequest) -> Self {
-        ApiError::field(e.field, e.what)
+impl From<RequestError> for ApiError {
+    fn from(e: RequestError) -> Self {
+        Self { param: e.param, ..ApiError::bad_request(e.message) }
     }
 }
 
@@ -111,17 +100,10 @@ impl From<Fault> for ApiError {
     }
 }
 
-impl From<TemplateError> for ApiError {
-    fn from(e: TemplateError) -> Self {
-        let message = echo(&e.to_string());
-        Self { param: Some("messages".into()), ..ApiError::bad_request(message) }
-    }
-}
-
 impl From<SubmitError> for ApiError {
     fn from(e: SubmitError) -> Self {
         match e {
-            SubmitError::Invalid(e) => e.into(),
+            SubmitError::Invalid(e) => RequestError::from(e).into(),
             SubmitError::Fault(fault) => fault.into(),
             SubmitError::Refused(refusal @ Refusal::QueueFull { .. }) => {
                 ApiError::new(StatusCode::TOO_MANY_REQUESTS, refusal.to_string())

@@ -5,11 +5,11 @@ use super::error::{ApiError, echo};
 use super::gate::Caller;
 use super::generate::{Job, run};
 use super::openapi::Refusals;
-use super::proof::Prover;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
-use super::translate::Defaults;
-use super::understand::{Reader, Understood};
+use crate::intake::proof::Prover;
+use crate::intake::translate::Defaults;
+use crate::intake::understand::{Reader, Understood};
 use crate::proof::commit::nonce_of;
 use crate::wire::openai::request::Common;
 use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response as Answer};
@@ -125,7 +125,7 @@ impl Asking<'_> {
         let Some(field) = &common.proof else { return Ok(None) };
         let dtype = served.engine.model().decoder.dtype;
         let own = self.caller.as_ref().map(|caller| nonce_of(&caller.name));
-        Prover::new(field, dtype, own, self.state.signer()).map(Some)
+        Ok(Some(Prover::new(field, dtype, own, self.state.signer())?))
     }
 }
 

@@ -1,14 +1,12 @@
 //! The HTTP surface over running engines: OpenAI routes with Targon's rules.
 //!
 //! [`router`] makes the routes (tests call them without a socket), [`serve`](listen::serve) runs
-//! them on a listener until it is told to stop, then drains. Requests pass [`access`]; handlers
-//! parse and check ([`translate`]), submit to the engine, and write what comes back ([`generate`],
-//! [`stream`], [`mod@format`]).
+//! them on a listener until it is told to stop, then drains. Requests pass [`access`]; handlers read
+//! them ([`intake`](crate::intake)), submit them to the engine, and send what
+//! [`reply`](crate::reply) writes ([`generate`], [`stream`]).
 
 pub mod access;
-pub mod constraint;
 pub mod error;
-pub mod format;
 pub mod gate;
 pub mod generate;
 pub mod handlers;
@@ -16,8 +14,6 @@ pub mod listen;
 pub mod metrics;
 pub mod openapi;
 pub mod page;
-pub mod prompt;
-pub mod proof;
 pub mod registry;
 pub mod settings;
 pub mod state;
@@ -25,9 +21,6 @@ pub mod status;
 pub mod stream;
 pub mod subnet;
 pub mod tokens;
-pub mod tools;
-pub mod translate;
-pub mod understand;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};

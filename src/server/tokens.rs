@@ -3,9 +3,9 @@
 use super::error::ApiError;
 use super::handlers::{parse, route};
 use super::openapi::{Refusals, TokenizeForm};
-use super::prompt::{chat_prompt, encode};
 use super::state::ServerState;
-use super::translate::ids;
+use crate::intake::prompt::{chat_prompt, encode};
+use crate::intake::translate::ids;
 use crate::models::Model;
 use crate::wire::openai::ChatRequest;
 use axum::Json;

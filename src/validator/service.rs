@@ -4,8 +4,8 @@
 use crate::engine::Engine;
 use crate::engine::output::Event;
 use crate::engine::request::Request;
-use crate::server::translate::Defaults;
-use crate::server::understand::Reader;
+use crate::intake::translate::Defaults;
+use crate::intake::understand::Reader;
 use crate::verify::answer::Answer;
 use crate::verify::{Claim, Depth, Profile, Reason, Rejection, Rules, Verdict, Verifier};
 use crate::wire::openai::{ChatRequest, CompletionRequest};

@@ -7,10 +7,10 @@ use axum::http::{Request, StatusCode};
 use serde_json::{Value, json};
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
+use targon_engine::intake::translate::Defaults;
 use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
-use targon_engine::server::translate::Defaults;
 use tower::ServiceExt;
 
 pub struct Site {

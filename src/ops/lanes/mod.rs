@@ -3,7 +3,7 @@
 //! Every kernel of the CPU engine is written once over [`Lanes`] and run through [`dispatch`],
 //! which picks the instruction set at run time. All methods are lane-wise IEEE operations with one
 //! rounding each, and the two reductions have a fixed tree, so every instruction set gives the same
-//! bits (`tests/canon.rs`). [`Scalar`] is the reference.
+//! bits (`tests/engine/canon.rs`). [`Scalar`] is the reference.
 //!
 //! The types are only ever named by `dispatch`, after the CPU was asked for the features: that is
 //! what makes the intrinsics inside them sound. Deliberately absent: reciprocal and square-root

@@ -1,0 +1,50 @@
+//! Data to stdout, words to stderr; neither may panic when its reader is gone.
+
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
+
+/// What a shell reports of a program that a closed pipe ended: 128 and the number of SIGPIPE.
+const CLOSED_PIPE: i32 = 141;
+
+/// Prints a line of data. A reader that has gone ends the program, quietly.
+macro_rules! outln {
+    ($($part:tt)*) => { $crate::cli::out::line(format_args!($($part)*)) };
+}
+
+/// Prints a line for the person at the terminal, if anybody reads it.
+macro_rules! note {
+    ($($part:tt)*) => { $crate::cli::out::note_line(format_args!($($part)*)) };
+}
+
+/// Prints a line of data that a server goes on without.
+macro_rules! announce {
+    ($($part:tt)*) => { $crate::cli::out::announce_line(format_args!($($part)*)) };
+}
+
+pub(super) use {announce, note, outln};
+
+pub(super) fn line(text: Arguments<'_>) {
+    let Err(e) = write(text) else { return };
+    if e.kind() != ErrorKind::BrokenPipe {
+        note!("error: stdout cannot be written: {e}");
+        std::process::exit(2);
+    }
+    std::process::exit(CLOSED_PIPE);
+}
+
+pub(super) fn announce_line(text: Arguments<'_>) {
+    if let Err(e) = write(text) {
+        tracing::warn!("stdout cannot be written, so it does not say where this listens: {e}");
+    }
+}
+
+pub(super) fn note_line(text: Arguments<'_>) {
+    // Nobody is left to tell where stderr is gone too.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+fn write(text: Arguments<'_>) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    // At once, so that a full disk or a closed pipe is seen here and not at the program's end.
+    writeln!(stdout, "{text}").and_then(|()| stdout.flush())
+}

@@ -1,0 +1,23 @@
+//! Requests as a server reads them: a body becomes what the engine is asked.
+//!
+//! A server generates by this reading, and a verifier repeats it. [`understand`] is the whole
+//! reading: [`prompt`] makes ids of messages and texts, [`translate`] makes engine requests of
+//! fields, [`constraint`] and [`tools`] say what an output must look like and how calls are found
+//! in it, [`proof`] binds its proof. There is no HTTP here.
+
+pub mod constraint;
+pub mod error;
+pub mod prompt;
+pub mod proof;
+pub mod tools;
+pub mod translate;
+pub mod understand;
+
+/// Which endpoint a request was sent to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Endpoint {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Completion,
+}

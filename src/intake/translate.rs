@@ -1,0 +1,326 @@
+//! API fields to engine requests: defaults, bounds, and what is refused by name.
+
+use super::error::{RequestError, echo};
+use crate::engine::request::{LogprobMode, Request, StopRules};
+use crate::engine::sampler::Sampling;
+use crate::models::Model;
+use crate::models::grammar::Grammar;
+use crate::proof::seed::noise_key;
+use crate::wire::openai::request::{Common, Logprobs};
+use serde_json::{Map, Value};
+
+/// Choices of one request, over all prompts.
+const CHOICES_MAX: usize = 128;
+/// Tokens of a completion where nothing is said.
+pub const COMPLETION_TOKENS_DEFAULT: usize = 16;
+
+/// Fields that would change the output and are not built: refused, never ignored.
+const NOT_BUILT: [&str; 9] = [
+    "functions",
+    "function_call",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "bad_words",
+    "allowed_token_ids",
+    "use_beam_search",
+];
+/// Fields that clients send and that change nothing here.
+const IGNORED: [&str; 7] = [
+    "metadata",
+    "store",
+    "service_tier",
+    "priority",
+    "safety_identifier",
+    "prompt_cache_key",
+    "session_id",
+];
+
+/// How responses are written, beyond the tokens themselves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// Log-probabilities with this many alternatives.
+    pub logprobs: Option<usize>,
+    /// Which distribution they describe.
+    pub mode: LogprobMode,
+    /// Token strings become `token_id:<n>`.
+    pub tokens_as_ids: bool,
+    /// Integer ids beside the text.
+    pub token_ids: bool,
+    /// The usage in a last chunk.
+    pub include_usage: bool,
+    /// The usage so far on every chunk.
+    pub continuous_usage: bool,
+    /// Special tokens are left out of the text.
+    pub skip_special: bool,
+    /// Completions begin with their prompt.
+    pub echo: bool,
+    /// Log-probabilities of the prompt with this many alternatives.
+    pub prompt_logprobs: Option<usize>,
+}
+
+impl Report {
+    /// Alternatives of the prompt's rows, where anything needs them.
+    fn prompt_rows(&self) -> Option<usize> {
+        let echoed = self.logprobs.filter(|_| self.echo);
+        self.prompt_logprobs.max(echoed)
+    }
+}
+
+/// What the server's flags say where a request does not.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Defaults {
+    /// Token strings become `token_id:<n>`.
+    pub tokens_as_ids: bool,
+    /// Which distribution log-probabilities describe.
+    pub logprob_mode: LogprobMode,
+}
+
+impl Defaults {
+    /// What validators of 4.x expect: ids in place of token texts, scaled log-probabilities.
+    pub const TARGON: Self = Self { tokens_as_ids: true, logprob_mode: LogprobMode::Scaled };
+}
+
+/// Refuses fields that would change the output and are not built.
+pub fn refuse_unsupported(unknown: &Map<String, Value>) -> Result<(), RequestError> {
+    for field in NOT_BUILT {
+        let neutral = |value: &Value| match value {
+            Value::Null => true,
+            Value::Bool(on) => !on,
+            Value::Array(list) => list.is_empty(),
+            Value::String(_) | Value::Object(_) | Value::Number(_) => false,
+        };
+        if unknown.get(field).is_some_and(|value| !neutral(value)) {
+            return Err(RequestError::field(field, "is not supported by this server"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a field that no endpoint reads is known to change nothing.
+pub fn is_ignored(field: &str) -> bool {
+    IGNORED.contains(&field)
+}
+
+/// A whole number of at least `low`.
+pub fn whole(field: &str, value: Option<i64>, low: i64) -> Result<Option<usize>, RequestError> {
+    match value {
+        None => Ok(None),
+        Some(v) if v >= low => Ok(usize::try_from(v).ok()),
+        Some(v) => Err(RequestError::field(field, format!("must be at least {low}, got {v}"))),
+    }
+}
+
+/// How the response is to be written; `top` is the chat endpoint's count of alternatives.
+pub fn report(
+    common: &Common,
+    top: Option<i64>,
+    defaults: Defaults,
+) -> Result<Report, RequestError> {
+    let top = whole("top_logprobs", top, 0)?;
+    let logprobs = match (common.logprobs, top) {
+        (None | Some(Logprobs::Flag(false)), Some(1..)) => {
+            return Err(RequestError::field("top_logprobs", "needs `logprobs` to be true"));
+        }
+        (None | Some(Logprobs::Flag(false)), _) => None,
+        (Some(Logprobs::Flag(true)), top) => Some(top.unwrap_or(0)),
+        (Some(Logprobs::Count(count)), _) => whole("logprobs", Some(count), 0)?,
+    };
+    let mode = match common.logprobs_mode.as_deref() {
+        None => defaults.logprob_mode,
+        Some("raw") => LogprobMode::Raw,
+        Some("scaled") => LogprobMode::Scaled,
+        Some(other) => {
+            let what = format!("must be raw or scaled, got {}", echo(other));
+            return Err(RequestError::field("logprobs_mode", what));
+        }
+    };
+    let stream = common.stream.unwrap_or(false);
+    let options = common.stream_options.unwrap_or_default();
+    if common.stream_options.is_some() && !stream {
+        return Err(RequestError::field("stream_options", "needs `stream` to be true"));
+    }
+    let prompt_logprobs = whole("prompt_logprobs", common.prompt_logprobs, 0)?;
+    if prompt_logprobs.is_some() && stream {
+        return Err(RequestError::field("prompt_logprobs", "cannot be combined with `stream`"));
+    }
+    if common.logprob_token_ids.is_some() && logprobs.is_none() {
+        return Err(RequestError::field("logprob_token_ids", "needs `logprobs`"));
+    }
+    Ok(Report {
+        logprobs,
+        mode,
+        skip_special: common.skip_special_tokens.unwrap_or(true),
+        echo: false,
+        prompt_logprobs,
+        tokens_as_ids: common.return_tokens_as_token_ids.unwrap_or(defaults.tokens_as_ids),
+        token_ids: common.return_token_ids.unwrap_or(false),
+        include_usage: options.include_usage,
+        continuous_usage: options.continuous_usage_stats,
+    })
+}
+
+/// What makes engine requests of an API request.
+pub struct Ask<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// Longest sequence.
+    pub context_max: usize,
+    /// The fields of both endpoints.
+    pub common: &'a Common,
+    /// The endpoint's own reading of that field; without it the context is the limit.
+    pub max_tokens: Option<usize>,
+    /// What the output must look like.
+    pub grammar: Option<Grammar>,
+    /// How the response is written.
+    pub report: &'a Report,
+}
+
+impl Ask<'_> {
+    /// `n` requests for each prompt, choices of a prompt side by side.
+    ///
+    /// # Errors
+    /// 400 for a field out of bounds or a prompt that the context cannot hold.
+    pub fn requests(&self, prompts: Vec<Vec<u32>>) -> Result<Vec<Request>, RequestError> {
+        let n = whole("n", self.common.n, 1)?.unwrap_or(1);
+        let choices = n.saturating_mul(prompts.len());
+        if choices > CHOICES_MAX {
+            let what =
+                format!("times the number of prompts must be at most {CHOICES_MAX}, got {choices}");
+            return Err(RequestError::field("n", what));
+        }
+        let common = self.template()?;
+        let vocab = self.model.decoder.spec.vocab;
+        let rows = self.report.prompt_rows().or((self.max_tokens == Some(0)).then_some(0));
+        // The rows of a prompt are the same for all its choices; in a stream each repeats them.
+        let repeats_rows = self.report.echo && self.common.stream == Some(true);
+        let mut requests = Vec::with_capacity(choices);
+        for prompt in prompts {
+            let (prompt, room) = self.fit(prompt)?;
+            for i in 0..n {
+                let mut request = common.clone();
+                let choice = requests.len() as u32;
+                let noise = |seed| noise_key(seed, choice);
+                request.sampling.noise_key = self.common.seed.map_or_else(random_key, noise);
+                request.prompt.clone_from(&prompt);
+                request.max_tokens = self.max_tokens.unwrap_or(room);
+                let is_empty = request.max_tokens == 0;
+                request.prompt_logprobs = rows.filter(|_| i == 0 || repeats_rows || is_empty);
+                request.validate(vocab)?;
+                requests.push(request);
+            }
+        }
+        Ok(requests)
+    }
+
+    /// What all choices share.
+    fn template(&self) -> Result<Request, RequestError> {
+        let common = self.common;
+        let list = |field, list: &Option<Vec<i64>>| ids(field, list.as_deref().unwrap_or_default());
+        Ok(Request {
+            sampling: sampling(common)?,
+            stop: StopRules {
+                ids: list("stop_token_ids", &common.stop_token_ids)?,
+                strings: common.stop.clone(),
+                include_in_output: common.include_stop_str_in_output.unwrap_or(false),
+                ignore_eos: common.ignore_eos.unwrap_or(false),
+            },
+            min_tokens: whole("min_tokens", common.min_tokens, 0)?.unwrap_or(0),
+            top_logprobs: self.report.logprobs.unwrap_or(0),
+            logprob_ids: list("logprob_token_ids", &common.logprob_token_ids)?,
+            logprob_mode: self.report.mode,
+            skip_special_tokens: self.report.skip_special,
+            cache_salt: cache_salt(common.cache_salt.as_deref())?,
+            grammar: self.grammar.clone(),
+            ..Request::greedy(Vec::new(), 0)
+        })
+    }
+
+    /// A prompt cut as `truncate_prompt_tokens` says, and the tokens that may follow it.
+    fn fit(&self, mut prompt: Vec<u32>) -> Result<(Vec<u32>, usize), RequestError> {
+        let context = self.context_max;
+        let kept = match self.common.truncate_prompt_tokens {
+            // What the context holds beside the answer.
+            Some(-1) => Some(context.saturating_sub(self.max_tokens.unwrap_or(1).max(1)).max(1)),
+            other => whole("truncate_prompt_tokens", other, 1)?,
+        };
+        if let Some(kept) = kept {
+            prompt.drain(..prompt.len().saturating_sub(kept));
+        }
+        let fits =
+            prompt.len() < context || (prompt.len() == context && self.max_tokens == Some(0));
+        if !fits {
+            let message = format!(
+                "this model's context is {context} tokens, but the prompt has {}",
+                prompt.len()
+            );
+            let param = Some("prompt".into());
+            return Err(RequestError { param, ..RequestError::new(message) });
+        }
+        let room = context - prompt.len();
+        Ok((prompt, room))
+    }
+}
+
+/// Prefixes are shared among requests with the same salt only.
+fn cache_salt(salt: Option<&str>) -> Result<u64, RequestError> {
+    match salt {
+        None => Ok(0),
+        Some("") => Err(RequestError::field("cache_salt", "must not be empty")),
+        Some(salt) => {
+            let hash = blake3::hash(salt.as_bytes());
+            Ok(u64::from_le_bytes(std::array::from_fn(|i| hash.as_bytes()[i])))
+        }
+    }
+}
+
+fn sampling(common: &Common) -> Result<Sampling, RequestError> {
+    let top_k = match common.top_k {
+        None | Some(-1) => 0,
+        other => whole("top_k", other, 0)?.unwrap_or(0),
+    };
+    Ok(Sampling {
+        temperature: common.temperature.unwrap_or(1.0),
+        top_k,
+        top_p: common.top_p.unwrap_or(1.0),
+        min_p: common.min_p.unwrap_or(0.0),
+        top_a: common.top_a.unwrap_or(0.0),
+        repetition_penalty: common.repetition_penalty.unwrap_or(1.0),
+        presence_penalty: common.presence_penalty.unwrap_or(0.0),
+        frequency_penalty: common.frequency_penalty.unwrap_or(0.0),
+        logit_bias: common.logit_bias.as_ref().map_or_else(|| Ok(Vec::new()), logit_bias)?,
+        noise_key: 0,
+    })
+}
+
+fn logit_bias(map: &Map<String, Value>) -> Result<Vec<(u32, f32)>, RequestError> {
+    map.iter()
+        .map(|(key, value)| {
+            let id = key.parse().map_err(|_| {
+                RequestError::field(
+                    "logit_bias",
+                    format!("keys must be token ids, got {}", echo(key)),
+                )
+            })?;
+            let bias = value.as_f64().ok_or_else(|| {
+                let what = format!("must hold numbers, got {}", echo(&value.to_string()));
+                RequestError::field("logit_bias", what)
+            })?;
+            Ok((id, bias as f32))
+        })
+        .collect()
+}
+
+/// Token ids of a client; whether the vocabulary has them is checked later.
+pub fn ids(field: &str, ids: &[i64]) -> Result<Vec<u32>, RequestError> {
+    let id = |id: &i64| {
+        u32::try_from(*id)
+            .map_err(|_| RequestError::field(field, format!("holds {id}, not a token id")))
+    };
+    ids.iter().map(id).collect()
+}
+
+fn random_key() -> u64 {
+    uuid::Uuid::new_v4().as_u128() as u64
+}

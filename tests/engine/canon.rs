@@ -1,0 +1,196 @@
+//! The numeric canon: a row's bits depend on the tokens before it and the weights, and on nothing
+//! else. Every family is run in every arrangement and on every instruction set of this machine, and
+//! hidden rows and logits must agree bit for bit.
+
+use crate::common;
+use std::path::Path;
+use targon_engine::engine::output::Step;
+use targon_engine::engine::request::Request;
+use targon_engine::engine::sampler::Sampling;
+use targon_engine::models::checkpoint::Checkpoint;
+use targon_engine::models::decoder::{Decoder, Scratch};
+use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
+
+const FAMILIES: [&str; 9] = [
+    "llama",
+    "llama-linear",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+];
+const TOKENS: usize = 70;
+
+/// Bits of a hidden row and of its logits.
+type RowBits = (Vec<u16>, Vec<u32>);
+
+struct Bench {
+    pool: Pool,
+    decoder: Decoder,
+}
+
+impl Bench {
+    fn new(family: &str, isa: Isa, threads: usize) -> Self {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+        let pool = Pool::new(threads, isa).unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
+        Self { pool, decoder }
+    }
+
+    /// Runs `sequences` side by side; sequence s is cut into the chunks `cuts[s]`, one chunk of
+    /// every sequence in each step. Returns every row of every sequence.
+    fn run(&self, sequences: &[Vec<u32>], cuts: &[Vec<usize>]) -> Vec<Vec<RowBits>> {
+        let turn = self.pool.turn();
+        let blocks_each = TOKENS.div_ceil(BLOCK_TOKENS);
+        let total = blocks_each * sequences.len();
+        let mut cache =
+            KvCache::new(self.decoder.spec.kv_dims(), self.decoder.dtype, total).unwrap();
+        let mut scratch = Scratch::new(&self.decoder);
+        let mut rows: Vec<Vec<RowBits>> = vec![Vec::new(); sequences.len()];
+        for step in 0..cuts.iter().map(Vec::len).max().unwrap() {
+            let (mut ids, mut segments, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+            for (s, sequence) in sequences.iter().enumerate() {
+                let Some(count) = cuts[s].get(step) else { continue };
+                let start: usize = cuts[s][..step].iter().sum();
+                let range = ids.len()..ids.len() + count;
+                ids.extend_from_slice(&sequence[start..start + count]);
+                // Blocks of different sequences interleave, so that an index error would show.
+                let blocks = (0..blocks_each).map(|b| (b * sequences.len() + s) as u32).collect();
+                segments.push(Segment { rows: range.clone(), start, blocks });
+                owners.extend(range.map(|_| s));
+            }
+            self.decoder.forward(&turn, &mut cache, &ids, &segments, &mut scratch).unwrap();
+            let all: Vec<usize> = (0..ids.len()).collect();
+            let hidden = self.decoder.final_rows(&turn, &all, &scratch);
+            let mut logits = Vec::new();
+            self.decoder.logits(&turn, &hidden, &mut logits);
+            for (row, owner) in owners.into_iter().enumerate() {
+                let vocab = self.decoder.spec.vocab;
+                let logits = &logits[row * vocab..][..vocab];
+                let bits = logits.iter().map(|x| x.to_bits()).collect();
+                rows[owner].push((hidden.bits(row).to_vec(), bits));
+            }
+        }
+        rows
+    }
+}
+
+fn sequence(seed: u32) -> Vec<u32> {
+    let mut noise = common::Noise(seed);
+    (0..TOKENS).map(|_| noise.below(64) as u32).collect()
+}
+
+/// Chunks that add up to [`TOKENS`].
+fn cuts(size: usize) -> Vec<usize> {
+    let mut cuts = vec![size; TOKENS / size];
+    cuts.extend((!TOKENS.is_multiple_of(size)).then_some(TOKENS % size));
+    cuts
+}
+
+fn check_family(family: &str) {
+    let subject = sequence(1);
+    let whole = [cuts(TOKENS)];
+    let reference = Bench::new(family, Isa::Scalar, 1).run(std::slice::from_ref(&subject), &whole);
+    for isa in Isa::available() {
+        for threads in [1, 2] {
+            let bench = Bench::new(family, isa, threads);
+            for chunk in [TOKENS, 1, 33] {
+                for batch in [1, 4, 16] {
+                    let slow = isa == Isa::Scalar && batch * TOKENS / chunk > 100;
+                    if slow || (threads == 1 && batch != 4) {
+                        continue; // time; the kernels are the same code
+                    }
+                    let others = (1..batch).map(|s| sequence(s as u32 + 10));
+                    let sequences: Vec<_> = [subject.clone()].into_iter().chain(others).collect();
+                    // Neighbours are cut differently, so prefill and decode rows share steps.
+                    let chunks: Vec<_> =
+                        (0..batch).map(|s| cuts([chunk, 5, 64, 1][s % 4])).collect();
+                    let rows = bench.run(&sequences, &chunks);
+                    let place =
+                        format!("{family} {isa} threads {threads} chunk {chunk} batch {batch}");
+                    assert!(rows[0] == reference[0], "{place}");
+                }
+            }
+        }
+    }
+}
+
+macro_rules! families {
+    ($($name:ident $index:literal;)*) => {
+        $(#[test] fn $name() { check_family(FAMILIES[$index]); })*
+    };
+}
+
+families! {
+    llama 0; llama_linear 1; mistral 2; qwen2 3; qwen3 4; gemma2 5; phi3_in_f16 6; mixtral 7;
+    qwen3_moe 8;
+}
+
+/// Tokens and the bits of their log-probabilities.
+fn outcome(steps: &[Step]) -> Vec<(u32, u64, u32)> {
+    steps.iter().map(|s| (s.token, s.logprob.to_bits(), s.rank)).collect()
+}
+
+fn request(seed: u32, prompt: usize, output: usize) -> Request {
+    let mut noise = common::Noise(seed);
+    let prompt = (0..prompt).map(|_| noise.below(256) as u32).collect();
+    let mut request = Request::greedy(prompt, output);
+    request.stop.ignore_eos = true;
+    request.sampling =
+        Sampling { temperature: 1.0, noise_key: u64::from(seed), ..Sampling::greedy() };
+    request
+}
+
+#[test]
+fn a_prefix_hit_changes_no_bit() {
+    let engine = common::tiny_engine(5, common::options());
+    let run = |reads_cache: bool| {
+        let mut request = request(9, 150, 20);
+        request.reads_cache = reads_cache;
+        engine.submit(request).unwrap().collect_blocking().unwrap()
+    };
+    let (cold, cold_end) = run(true);
+    let (warm, warm_end) = run(true);
+    let (bypassed, bypassed_end) = run(false);
+    let cached = |f: Option<targon_engine::engine::output::Finish>| f.unwrap().cached_tokens;
+    assert_eq!((cached(cold_end), cached(warm_end), cached(bypassed_end)), (0, 128, 0));
+    assert_eq!(outcome(&cold), outcome(&warm));
+    assert_eq!(outcome(&cold), outcome(&bypassed));
+}
+
+#[test]
+fn neighbours_and_preemption_change_no_bit() {
+    let alone: Vec<_> = (0..12)
+        .map(|i| {
+            let engine = common::tiny_engine(5, common::options());
+            let (steps, _) = engine
+                .submit(request(i, 40 + 9 * i as usize, 60))
+                .unwrap()
+                .collect_blocking()
+                .unwrap();
+            outcome(&steps)
+        })
+        .collect();
+    // A cache far too small for all of them at once.
+    let tight = targon_engine::engine::Options { blocks: 14, ..common::options() };
+    let engine = common::tiny_engine(5, tight);
+    let running: Vec<_> =
+        (0..12).map(|i| engine.submit(request(i, 40 + 9 * i as usize, 60)).unwrap()).collect();
+    let together: Vec<_> =
+        running.into_iter().map(|g| outcome(&g.collect_blocking().unwrap().0)).collect();
+    assert_eq!(alone, together);
+    let load = || engine.stats().snapshot().load;
+    assert!(load().preemptions > 0, "the cache was not tight enough to test preemption");
+    // The last token is sent a moment before its sequence is removed.
+    let freed = (0..500).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        load().blocks_used == 0
+    });
+    assert!(freed, "blocks leak: {:?}", load());
+}

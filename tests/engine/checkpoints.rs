@@ -1,0 +1,316 @@
+//! Checkpoints as users have them: GGUF against safetensors, every quantised type, broken files.
+
+use crate::common;
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+use candle_core::{Device, Tensor as Candle};
+use serde_json::{Value, json};
+use std::path::Path;
+use targon_engine::engine::output::{Event, Fault};
+use targon_engine::engine::request::Request;
+use targon_engine::models::Model;
+use targon_engine::models::checkpoint::Checkpoint;
+use targon_engine::models::decoder::{Decoder, Scratch};
+use targon_engine::ops::attention::{KvCache, Segment};
+use targon_engine::ops::dtype::Dtype;
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
+
+fn pool() -> Pool {
+    Pool::new(2, Isa::best()).unwrap()
+}
+
+fn logits(dir: &Path, dtype: Option<Dtype>) -> Result<Vec<u32>, String> {
+    let pool = pool();
+    let checkpoint = Checkpoint::open(dir).map_err(|e| e.to_string())?;
+    let decoder = Decoder::load(&checkpoint, dtype, &pool, |_, _| {}).map_err(|e| e.to_string())?;
+    let turn = pool.turn();
+    let mut cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, 1).unwrap();
+    let segment = Segment { rows: 0..5, start: 0, blocks: vec![0] };
+    let mut scratch = Scratch::new(&decoder);
+    decoder.forward(&turn, &mut cache, &[7, 200, 3, 259, 8], &[segment], &mut scratch).unwrap();
+    let rows = decoder.final_rows(&turn, &[4], &scratch);
+    let mut out = Vec::new();
+    decoder.logits(&turn, &rows, &mut out);
+    Ok(out.into_iter().map(f32::to_bits).collect())
+}
+
+/// Writes the tensors of a Hugging Face Llama checkpoint as llama.cpp's converter would.
+fn write_gguf(dir: &Path, config: &Value, path: &Path, dtype: GgmlDType) {
+    use gguf_file::Value as Meta;
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let get = |key: &str| config[key].as_u64().unwrap() as u32;
+    let mut metadata: Vec<(String, Meta)> = vec![
+        ("general.architecture".into(), Meta::String("llama".into())),
+        ("llama.rope.freq_base".into(), Meta::F32(10_000.0)),
+        ("llama.attention.layer_norm_rms_epsilon".into(), Meta::F32(1e-5)),
+        ("tokenizer.ggml.tokens".into(), Meta::Array(vec![Meta::String("a".into())])),
+    ];
+    for (from, to) in [
+        ("num_hidden_layers", "block_count"),
+        ("max_position_embeddings", "context_length"),
+        ("hidden_size", "embedding_length"),
+        ("intermediate_size", "feed_forward_length"),
+        ("num_attention_heads", "attention.head_count"),
+        ("num_key_value_heads", "attention.head_count_kv"),
+        ("head_dim", "attention.key_length"),
+    ] {
+        metadata.push((format!("llama.{to}"), Meta::U32(get(from))));
+    }
+    let head_dim = get("head_dim") as usize;
+    let tensors: Vec<(String, QTensor)> = common::llama_shapes(config)
+        .into_iter()
+        .map(|(name, shape)| {
+            let tensor = checkpoint.tensor(&name).unwrap();
+            let mut row = vec![0; tensor.cols()];
+            let mut values = Vec::new();
+            for r in 0..tensor.rows() {
+                let source = match name.contains("q_proj") || name.contains("k_proj") {
+                    // Row 2i + half of a head is row half * head_dim / 2 + i.
+                    true => {
+                        let (head, at) = (r / head_dim, r % head_dim);
+                        head * head_dim + at % 2 * head_dim / 2 + at / 2
+                    }
+                    false => r,
+                };
+                tensor.read_row(source, Dtype::Bf16, &mut row).unwrap();
+                values.extend(row.iter().map(|b| Dtype::Bf16.widen(*b)));
+            }
+            let dtype = if shape.len() == 1 { GgmlDType::F32 } else { dtype };
+            let candle = Candle::from_vec(values, shape, &Device::Cpu).unwrap();
+            (gguf_name(&name), QTensor::quantize(&candle, dtype).unwrap())
+        })
+        .collect();
+    let metadata: Vec<(&str, &Meta)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let mut file = std::fs::File::create(path).unwrap();
+    gguf_file::write(&mut file, &metadata, &tensors).unwrap();
+}
+
+fn gguf_name(name: &str) -> String {
+    let mut name = name.replace("model.layers.", "blk.");
+    for (from, to) in [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ] {
+        name = name.replace(from, to);
+    }
+    name
+}
+
+fn wide_config(tied: bool) -> Value {
+    let mut config = common::tiny_config();
+    // Rows of 256 fill whole blocks of the K types.
+    config["hidden_size"] = json!(256);
+    config["intermediate_size"] = json!(256);
+    config["num_attention_heads"] = json!(16);
+    config["tie_word_embeddings"] = json!(tied);
+    config
+}
+
+#[test]
+fn gguf_gives_the_same_bits_as_safetensors_and_every_type_loads() {
+    for tied in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = wide_config(tied);
+        common::write_checkpoint(dir.path(), &config, 1);
+        let truth = logits(dir.path(), None).unwrap();
+        let path = dir.path().join("m.gguf");
+        for dtype in [GgmlDType::F32, GgmlDType::BF16] {
+            write_gguf(dir.path(), &config, &path, dtype);
+            assert_eq!(logits(&path, None).unwrap(), truth, "{dtype:?} tied {tied}");
+        }
+        for dtype in [
+            GgmlDType::F16,
+            GgmlDType::Q8_0,
+            GgmlDType::Q6K,
+            GgmlDType::Q5K,
+            GgmlDType::Q5_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q4K,
+            GgmlDType::Q4_1,
+            GgmlDType::Q4_0,
+        ] {
+            write_gguf(dir.path(), &config, &path, dtype);
+            let likeness = cosine(&logits(&path, None).unwrap(), &truth);
+            assert!(likeness > 0.9, "{dtype:?} tied {tied}: cosine {likeness}");
+        }
+        write_gguf(dir.path(), &config, &path, GgmlDType::Q2K);
+        let error = logits(&path, None).unwrap_err();
+        assert!(error.contains("type Q2K is not supported; F32, F16, BF16, Q4_0"), "{error}");
+    }
+}
+
+fn cosine(a: &[u32], b: &[u32]) -> f64 {
+    let value = |x: &u32| f64::from(f32::from_bits(*x));
+    let dot = |a: &[u32], b: &[u32]| a.iter().zip(b).map(|(a, b)| value(a) * value(b)).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+#[test]
+fn f16_and_f32_checkpoints_keep_or_choose_their_type() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(dir.path(), &common::tiny_config(), 2);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let dtype = |checkpoint: &Checkpoint, wanted| {
+        Decoder::load(checkpoint, wanted, &pool(), |_, _| {}).unwrap().dtype
+    };
+    assert_eq!(dtype(&checkpoint, None), Dtype::Bf16);
+    assert_eq!(dtype(&checkpoint, Some(Dtype::F16)), Dtype::F16);
+    for (largest, want) in [(1.0, Dtype::F16), (70_000.0, Dtype::Bf16)] {
+        let dir = tempfile::tempdir().unwrap();
+        common::write_checkpoint(dir.path(), &common::tiny_config(), 2);
+        rewrite(dir.path(), |name, values| {
+            if name == "model.norm.weight" {
+                values[0] = largest;
+            }
+        });
+        assert_eq!(dtype(&Checkpoint::open(dir.path()).unwrap(), None), want);
+    }
+}
+
+/// Rewrites the checkpoint's tensors as f32 after `change`.
+fn rewrite(dir: &Path, change: impl Fn(&str, &mut Vec<f32>)) {
+    use safetensors::tensor::{Dtype as Safe, TensorView};
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = checkpoint
+        .tensors()
+        .map(|t| {
+            let mut values: Vec<f32> = Vec::new();
+            let mut row = vec![0; t.cols()];
+            for r in 0..t.rows() {
+                t.read_row(r, Dtype::Bf16, &mut row).unwrap();
+                values.extend(row.iter().map(|b| Dtype::Bf16.widen(*b)));
+            }
+            change(&t.name, &mut values);
+            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            (t.name.clone(), t.shape.clone(), bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name.as_str(), TensorView::new(Safe::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+}
+
+/// What loading says after `break_it` changed a good checkpoint.
+fn failure(break_it: impl FnOnce(&Path)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(dir.path(), &common::tiny_config(), 3);
+    break_it(dir.path());
+    match Model::load(dir.path(), None, &pool(), |_, _| {}) {
+        Ok(_) => panic!("a broken checkpoint was loaded"),
+        Err(e) => e.to_string(),
+    }
+}
+
+fn edit_config(dir: &Path, key: &str, value: Value) {
+    let mut config = common::tiny_config();
+    config[key] = value;
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn broken_checkpoints_are_refused_by_file_and_name() {
+    let weights = "model.safetensors";
+    let truncate = |dir: &Path| {
+        let bytes = std::fs::read(dir.join(weights)).unwrap();
+        std::fs::write(dir.join(weights), &bytes[..bytes.len() - 10]).unwrap();
+    };
+    let write = |name: &'static str, text: &'static str| {
+        move |dir: &Path| std::fs::write(dir.join(name), text).unwrap()
+    };
+    let index = |dir: &Path| {
+        let map = json!({"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}});
+        std::fs::write(dir.join("model.safetensors.index.json"), map.to_string()).unwrap();
+    };
+    let escape = |dir: &Path| {
+        let map = json!({"weight_map": {"model.norm.weight": "../../etc/passwd"}});
+        std::fs::write(dir.join("model.safetensors.index.json"), map.to_string()).unwrap();
+    };
+    let nan = |dir: &Path| {
+        rewrite(dir, |name, values| {
+            if name.contains("layers.1.mlp.up_proj") {
+                values[70] = f32::NAN;
+            }
+        });
+    };
+    let cases: Vec<(String, &str)> = vec![
+        (failure(truncate), "model.safetensors: not a whole safetensors file"),
+        (failure(|d| std::fs::remove_file(d.join(weights)).unwrap()), "cannot read"),
+        (failure(index), "lists shard `model-00002-of-00002.safetensors`, which is missing"),
+        (failure(escape), "`weight_map.model.norm.weight` must be a file name"),
+        (failure(write("config.json", "{")), "config.json: not valid JSON"),
+        (failure(write("tokenizer.json", "{}")), "tokenizer.json: not a tokenizer"),
+        (failure(|d| edit_config(d, "model_type", json!("mamba"))), "`model_type` = mamba is not"),
+        (
+            failure(|d| edit_config(d, "num_hidden_layers", json!(3))),
+            "tensor `model.layers.2.input_layernorm.weight`",
+        ),
+        (
+            failure(|d| edit_config(d, "intermediate_size", json!(128))),
+            "expected shape [128, 64], got [96, 64]",
+        ),
+        (failure(|d| edit_config(d, "tie_word_embeddings", json!(false))), "`lm_head.weight` in"),
+        (failure(nan), "tensor `model.layers.1.mlp.up_proj.weight` in"),
+        (
+            failure(write("tokenizer_config.json", "{\"chat_template\": \"{% if %}\"}")),
+            "tokenizer_config.json: chat template:",
+        ),
+    ];
+    for (got, want) in cases {
+        assert!(got.contains(want), "expected `{want}` in `{got}`");
+    }
+}
+
+#[test]
+fn broken_gguf_files_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = wide_config(true);
+    common::write_checkpoint(dir.path(), &config, 1);
+    let path = dir.path().join("m.gguf");
+    write_gguf(dir.path(), &config, &path, GgmlDType::BF16);
+    let bytes = std::fs::read(&path).unwrap();
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        logits(&path, None).unwrap_err()
+    };
+    assert!(refused(&bytes[..bytes.len() - 100]).contains("truncated?"));
+    assert!(refused(&bytes[..40]).contains("not a whole GGUF file"));
+    assert!(refused(b"nonsense").contains("not a whole GGUF file"));
+    let mut huge = bytes[..24].to_vec();
+    huge.extend([0xff; 8]);
+    assert!(refused(&huge).contains("GGUF"), "a length of 2^64 - 1");
+}
+
+#[test]
+fn a_logit_that_is_not_finite_fails_that_request_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = common::tiny_config();
+    config["tie_word_embeddings"] = json!(false);
+    common::write_checkpoint(dir.path(), &config, 3);
+    // After token 65 the final row points along dimension 5, where one logit then overflows.
+    rewrite(dir.path(), |name, values| match name {
+        "model.embed_tokens.weight" => values[65 * 64 + 5] = 1e4,
+        "lm_head.weight" => values[9 * 64 + 5] = 1e38,
+        _ => {}
+    });
+    let pool = pool();
+    let model = Model::load(dir.path(), Some(Dtype::Bf16), &pool, |_, _| {}).unwrap();
+    let clock = targon_engine::clock::Clock::system();
+    let engine =
+        targon_engine::engine::Engine::start(model, pool, common::options(), clock).unwrap();
+    let mut bad = engine.submit(Request::greedy(vec![1, 65], 5)).unwrap();
+    let good = engine.submit(Request::greedy(vec![1, 2], 5)).unwrap();
+    assert_eq!(bad.next_blocking(), Some(Event::Fault(Fault::NotFinite { position: 1 })));
+    assert_eq!(good.collect_blocking().unwrap().0.len(), 5);
+}

@@ -1,0 +1,16 @@
+//! The engine and what lies below it: arithmetic, checkpoints, scheduling, proofs.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod canon;
+mod checkpoints;
+mod fuzz;
+mod hub;
+mod kernels;
+mod parity;
+mod proofs;
+mod real_model;
+mod scheduler_sim;

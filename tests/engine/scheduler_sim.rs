@@ -1,0 +1,212 @@
+//! The scheduler driven from seeds: random arrivals, aborts, tiny caches, a two-token vocabulary
+//! (which makes prefixes collide sooner). After every step all invariants are checked, and the
+//! "KV cache" is simulated: each block remembers the tokens it was computed after, so a block
+//! shared across different prefixes is caught even though nothing would crash.
+
+use crate::common::Noise;
+use std::collections::HashMap;
+use targon_engine::engine::scheduler::{
+    Limits, NewSequence, Plan, Refusal, Scheduler, SequenceId, Slice,
+};
+use targon_engine::ops::attention::BLOCK_TOKENS;
+
+/// What a sequence should look like, kept outside the scheduler.
+struct Model {
+    tokens: Vec<u32>,
+    growth: usize,
+    steps_waited: usize,
+}
+
+struct Simulation {
+    noise: Noise,
+    scheduler: Scheduler,
+    live: HashMap<SequenceId, Model>,
+    /// For each block and slot: the tokens up to and including that position.
+    cache: HashMap<(u32, usize), Vec<u32>>,
+    next_id: u64,
+    finished: usize,
+    shared_tokens: usize,
+}
+
+impl Simulation {
+    fn new(seed: u32) -> Self {
+        let mut noise = Noise(seed);
+        let sequences_max = 1 + noise.below(6);
+        let limits = Limits {
+            step_tokens_max: 1 + noise.below(100),
+            mixed_tokens_max: sequences_max + 1 + noise.below(40),
+            sequences_max,
+            waiting_max: 1 + noise.below(8),
+            context_max: 40 + noise.below(200),
+        };
+        let scheduler = Scheduler::new(limits, 1 + noise.below(12));
+        Self {
+            noise,
+            scheduler,
+            live: HashMap::new(),
+            cache: HashMap::new(),
+            next_id: 0,
+            finished: 0,
+            shared_tokens: 0,
+        }
+    }
+
+    fn arrive(&mut self) {
+        let (count, growth) = (self.noise.below(150), 1 + self.noise.below(60));
+        // Runs of equal tokens: prefixes agree often, and often agree after they differed.
+        let mut token = 0;
+        let tokens: Vec<u32> = (0..count)
+            .map(|i| {
+                if i % BLOCK_TOKENS == 0 {
+                    token = self.noise.below(2) as u32;
+                }
+                token
+            })
+            .collect();
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let new = NewSequence {
+            id,
+            tokens: tokens.clone(),
+            growth_max: growth,
+            salt: u64::from(self.noise.below(8) == 0),
+            reads_cache: self.noise.below(5) > 0,
+        };
+        match self.scheduler.submit(new) {
+            Ok(()) => {
+                self.live.insert(id, Model { tokens, growth, steps_waited: 0 });
+            }
+            Err(Refusal::Empty) => assert_eq!(count, 0),
+            Err(_) => {}
+        }
+    }
+
+    fn abort(&mut self) {
+        let mut ids: Vec<SequenceId> = self.live.keys().copied().collect();
+        ids.sort_unstable();
+        if !ids.is_empty() {
+            let id = ids[self.noise.below(ids.len())];
+            assert!(self.scheduler.remove(id));
+            self.live.remove(&id);
+        }
+    }
+
+    fn step(&mut self) {
+        let plan = self.scheduler.schedule();
+        self.scheduler.check(&plan);
+        assert!(!plan.slices.is_empty() || self.live.is_empty(), "nothing runs, but not idle");
+        for slice in &plan.slices {
+            self.compute(slice);
+        }
+        self.scheduler.commit(&plan);
+        for slice in plan.slices.iter().filter(|s| s.is_last) {
+            self.draw(slice.id);
+        }
+        self.note_waiting(&plan);
+        self.scheduler.check(&Plan::default());
+    }
+
+    /// Writes the slice's positions and reads every position before them, as attention does.
+    fn compute(&mut self, slice: &Slice) {
+        let tokens = &self.live[&slice.id].tokens;
+        let end = slice.start + slice.tokens.len();
+        assert_eq!(&tokens[slice.start..end], slice.tokens, "rows of other tokens");
+        assert_eq!(slice.is_last, end == tokens.len());
+        let place =
+            |position: usize| (slice.blocks[position / BLOCK_TOKENS].0, position % BLOCK_TOKENS);
+        for position in slice.start..end {
+            self.cache.insert(place(position), tokens[..=position].to_vec());
+        }
+        for position in 0..slice.start {
+            let stored = self.cache.get(&place(position)).map(Vec::as_slice);
+            assert_eq!(stored, Some(&tokens[..=position]), "position {position} of another prefix");
+        }
+        self.shared_tokens += self.scheduler.cached_tokens(slice.id);
+    }
+
+    fn draw(&mut self, id: SequenceId) {
+        let model = self.live.get_mut(&id).unwrap();
+        model.growth -= 1;
+        if model.growth == 0 || self.noise.below(20) == 0 {
+            self.live.remove(&id);
+            assert!(self.scheduler.remove(id));
+            self.finished += 1;
+            return;
+        }
+        let token = self.noise.below(2) as u32;
+        model.tokens.push(token);
+        self.scheduler.push(id, token);
+    }
+
+    fn note_waiting(&mut self, plan: &Plan) {
+        for (id, model) in &mut self.live {
+            let ran = plan.slices.iter().any(|s| s.id == *id);
+            model.steps_waited = if ran { 0 } else { model.steps_waited + 1 };
+            assert!(model.steps_waited < 3_000, "{id:?} starves");
+        }
+    }
+}
+
+#[test]
+fn random_workloads_keep_every_invariant_and_finish() {
+    let (mut finished, mut shared, mut preempted) = (0, 0, 0);
+    for seed in 0..800 {
+        println!("seed {seed}");
+        let mut simulation = Simulation::new(seed);
+        for _ in 0..150 {
+            match simulation.noise.below(10) {
+                0..3 => simulation.arrive(),
+                3 => simulation.abort(),
+                _ => simulation.step(),
+            }
+        }
+        let mut rounds = 0;
+        while !simulation.live.is_empty() {
+            simulation.step();
+            rounds += 1;
+            assert!(rounds < 20_000, "seed {seed} does not drain");
+        }
+        assert!(simulation.scheduler.is_idle());
+        assert_eq!(simulation.scheduler.load().blocks_used, 0, "seed {seed} leaks blocks");
+        finished += simulation.finished;
+        shared += simulation.shared_tokens;
+        preempted += simulation.scheduler.load().preemptions;
+    }
+    // The workload must reach what it is meant to test.
+    assert!(
+        finished > 2_000 && shared > 10_000 && preempted > 200,
+        "{finished} {shared} {preempted}"
+    );
+}
+
+#[test]
+fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
+    let limits = Limits {
+        step_tokens_max: 64,
+        mixed_tokens_max: 64,
+        sequences_max: 4,
+        waiting_max: 4,
+        context_max: 1_000,
+    };
+    let mut scheduler = Scheduler::new(limits, 4);
+    let sequence = |id: u64, count: usize, growth_max: usize| NewSequence {
+        id: SequenceId(id),
+        tokens: vec![1; count],
+        growth_max,
+        salt: 0,
+        reads_cache: true,
+    };
+    assert_eq!(
+        scheduler.submit(sequence(0, 129, 1)),
+        Err(Refusal::Memory { tokens: 129, limit: 128 })
+    );
+    assert_eq!(
+        scheduler.submit(sequence(1, 1, 1_001)),
+        Err(Refusal::Context { tokens: 1_001, limit: 1_000 })
+    );
+    assert_eq!(scheduler.submit(sequence(2, 128, 1)), Ok(()));
+    let plan = scheduler.schedule();
+    assert_eq!((plan.rows(), plan.slices[0].is_last), (64, false));
+    scheduler.commit(&plan);
+    assert!(scheduler.schedule().slices[0].is_last);
+}

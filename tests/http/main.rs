@@ -1,0 +1,17 @@
+//! Everything behind a socket or a router, and the judgement of what came out of it.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod evidence;
+mod gate;
+mod hostile;
+mod load;
+mod operators;
+mod requests;
+mod server;
+mod soak;
+mod verify;
+mod verify_real;

@@ -1,0 +1,238 @@
+//! The program as a user runs it: exit codes, messages, serving next to a broken model, SIGTERM.
+
+use crate::common;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+    command.env_remove("TARGON_MODELS").env("TARGON_THREADS", "2");
+    command
+}
+
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let Output { status, stdout, stderr } = program().args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+/// A models.toml in `dir` with the given entries.
+fn write_models(dir: &Path, entries: &str) -> String {
+    let path = dir.join("models.toml");
+    std::fs::write(&path, entries).unwrap();
+    path.display().to_string()
+}
+
+/// A running server; killed when dropped.
+struct Server {
+    child: Child,
+    address: String,
+}
+
+impl Server {
+    fn start(models: &str) -> Self {
+        let mut child = program()
+            .args(["serve", "--models", models, "--port", "0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("http://").unwrap().to_owned();
+        Self { child, address }
+    }
+
+    fn get(&self, path: &str) -> (u16, String) {
+        self.send(&format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))
+    }
+
+    fn post(&self, path: &str, body: &str) -> (u16, String) {
+        self.send(&format!(
+            "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+    }
+
+    fn send(&self, request: &str) -> (u16, String) {
+        let mut socket = TcpStream::connect(&self.address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        socket.read_to_string(&mut text).unwrap();
+        let status = text.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, text)
+    }
+
+    fn wait_until(&self, path: &str, status: u16) {
+        for _ in 0..600 {
+            if self.get(path).0 == status {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("{path} never answered {status}");
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    }
+
+    fn hang_up(&self) {
+        self.signal("-HUP");
+    }
+
+    fn terminate(mut self) -> (i32, String) {
+        self.signal("-TERM");
+        let mut log = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code().unwrap(), log)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_broken_model_does_not_stop_the_others_and_sigterm_ends_cleanly() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&dir.path().join("good"), &common::tiny_config(), 1);
+    common::write_checkpoint(&dir.path().join("second"), &common::tiny_config(), 2);
+    common::write_checkpoint(&dir.path().join("bad"), &common::tiny_config(), 3);
+    std::fs::write(dir.path().join("bad/model.safetensors"), b"short").unwrap();
+    let models = write_models(
+        dir.path(),
+        "[[model]]\nname = \"good\"\npath = \"good\"\n\
+         [[model]]\nname = \"second\"\npath = \"second\"\n\
+         [[model]]\nname = \"bad\"\npath = \"bad\"\n\
+         [[model]]\nname = \"absent\"\npath = \"nowhere\"\n",
+    );
+    let server = Server::start(&models);
+    server.wait_until("/ready?model=good", 200);
+    server.wait_until("/ready?model=second", 200);
+    let (status, text) = server.get("/ready?model=bad");
+    assert!(status == 503 && text.contains("not a whole safetensors file"), "{text}");
+    let (status, text) = server.get("/ready?model=absent");
+    assert!(status == 503 && text.contains("cannot read"), "{text}");
+    for model in ["good", "second"] {
+        let body = format!("{{\"model\": \"{model}\", \"prompt\": \"hi\", \"max_tokens\": 3}}");
+        let (status, text) = server.post("/v1/completions", &body);
+        assert!(status == 200 && text.contains("\"completion_tokens\":3"), "{text}");
+    }
+    let (status, _) = server.post("/v1/completions", "{\"model\": \"bad\", \"prompt\": \"hi\"}");
+    assert_eq!(status, 503);
+    let (code, log) = server.terminate();
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("stopped"), "{log}");
+}
+
+#[test]
+fn mistakes_exit_with_one_and_say_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let typo = write_models(dir.path(), "[[model]]\nname = \"a\"\ncontxt_max = 1\n");
+    let (code, out, err) = run(&["serve", "--models", &typo]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("line 3: unknown field `contxt_max`"), "{err}");
+    assert!(err.contains("hint: did you mean `context_max`?"), "{err}");
+    let (code, _, err) = run(&["serve", "--models", "/nowhere/models.toml"]);
+    assert!(code == 1 && err.contains("/nowhere/models.toml: cannot be read"), "{err}");
+    let absent = write_models(dir.path(), "[[model]]\nname = \"a\"\npath = \"absent\"\n");
+    let (code, _, err) = run(&["serve", "--models", &absent, "--port", "0"]);
+    assert!(code == 1 && err.contains("error: a cannot be served: cannot read"), "{err}");
+    let (code, _, err) = run(&["serve", "--isa", "mmx"]);
+    assert!(code == 1 && err.contains("unknown instruction set `mmx`"), "{err}");
+    let (code, _, err) = run(&["srve"]);
+    assert!(code == 1 && err.contains("serve"), "{err}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
+    let good = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
+    let (code, _, err) = run(&["serve", "--models", &good, "--port", &port]);
+    assert!(code == 1 && err.contains("cannot listen on 127.0.0.1:"), "{err}");
+}
+
+#[test]
+fn a_plan_is_a_table_and_what_cannot_fit_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
+    let models = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
+    let (code, out, _) = run(&["plan", "--models", &models]);
+    assert!(code == 0 && out.contains("64 x 512") && out.contains("available memory"), "{out}");
+    let entry = "[[model]]\nname = \"m\"\npath = \"m\"\nkv_memory = \"1 KiB\"\n";
+    let models = write_models(dir.path(), entry);
+    let (code, out, err) = run(&["plan", "--models", &models]);
+    assert!(code == 1 && out.contains("cannot be served"), "{out}");
+    assert!(err.contains("lower `context_max` or raise `kv_memory`"), "{err}");
+}
+
+#[test]
+fn models_and_keys_follow_the_file_while_serving() {
+    let dir = tempfile::tempdir().unwrap();
+    for (seed, name) in ["one", "two"].into_iter().enumerate() {
+        common::write_checkpoint(&dir.path().join(name), &common::tiny_config(), seed as u32);
+    }
+    let entry = |name: &str| format!("[[model]]\nname = \"{name}\"\npath = \"{name}\"\n");
+    let models = write_models(dir.path(), &entry("one"));
+    let server = Server::start(&models);
+    server.wait_until("/ready", 200);
+    let ask = |model: &str| {
+        let body = format!("{{\"model\": \"{model}\", \"prompt\": \"hi\", \"max_tokens\": 2}}");
+        server.post("/v1/completions", &body).0
+    };
+    assert_eq!((ask("one"), ask("two")), (200, 404));
+    // A mistake changes nothing.
+    write_models(dir.path(), "[[model]]\nnam = 1\n");
+    server.hang_up();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(ask("one"), 200);
+    write_models(dir.path(), &entry("two"));
+    server.hang_up();
+    server.wait_until("/ready?model=two", 200);
+    server.wait_until("/ready?model=one", 404);
+    assert_eq!((ask("one"), ask("two")), (404, 200));
+    let keys = format!("{}[server]\napi_keys = [\"0123456789abcdef\"]\n", entry("two"));
+    write_models(dir.path(), &keys);
+    server.hang_up();
+    server.wait_until("/v1/models", 401);
+    assert_eq!(ask("two"), 401);
+    let (code, log) = server.terminate();
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("nothing is reloaded") && log.contains("unknown field `nam`"), "{log}");
+    assert!(!log.contains("0123456789abcdef"), "{log}");
+}
+
+#[test]
+fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
+    let models = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
+    let request = r#"{"model": "m", "prompt": "x", "max_tokens": 2}"#;
+    // Without a proof that was asked for, the profile `proof` has nothing to score.
+    let choice = r#"{"index": 0, "token_ids": [104, 104], "text": "hh"}"#;
+    let unscored = format!("{{\"request\": {request}, \"response\": {{\"choices\": [{choice}]}}}}");
+    let rejected = format!("{{\"request\": {request}, \"response\": {{\"choices\": []}}}}");
+    let file = dir.path().join("answers.jsonl");
+    let judge = |lines: &[&String]| {
+        let lines: Vec<&str> = lines.iter().map(|l| l.as_str()).collect();
+        std::fs::write(&file, lines.join("\n")).unwrap();
+        let file = file.display().to_string();
+        run(&["verify", &file, "--models", &models, "--profile", "proof"])
+    };
+    let (code, out, err) = judge(&[&unscored]);
+    assert!(code == 4 && out.contains("unscored: the request asked for no proof"), "{out}{err}");
+    let (code, out, _) = judge(&[&rejected]);
+    assert!(code == 3 && out.contains("reject: BAD_STREAM"), "{out}");
+    assert_eq!(judge(&[&unscored, &rejected]).0, 3);
+    assert_eq!(judge(&[&rejected, &unscored]).0, 3);
+    let (code, _, err) = judge(&[&"{".to_owned()]);
+    assert!(code == 1 && err.contains("answers.jsonl:1 is not a captured answer"), "{err}");
+}

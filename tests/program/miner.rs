@@ -1,0 +1,196 @@
+//! A miner as its operator runs it: wallet, chain, signed queries by uid, captures that verify.
+
+use crate::common;
+use crate::node::{FakeNode, Neuron, Subnet};
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+use targon_engine::chain::keys::Hotkey;
+
+const MODEL: &str = "tiny";
+
+/// A place with a tiny model, two wallets and nothing of the real home.
+struct Home(tempfile::TempDir);
+
+impl Home {
+    fn new() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let model = home.path().join("model");
+        common::write_checkpoint(&model, &common::tiny_config(), 3);
+        let entry = format!(
+            "[[model]]\nname = \"{MODEL}\"\npath = \"{}\"\nsequences_max = 4\n",
+            model.display()
+        );
+        std::fs::write(home.path().join("models.toml"), entry).unwrap();
+        Self(home)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+        command.current_dir(self.path()).env("HOME", self.path()).env("TARGON_THREADS", "2");
+        command.env("XDG_CACHE_HOME", self.path().join("cache")).args(arguments);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> (i32, String, String) {
+        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (status.code().unwrap(), text(stdout), text(stderr))
+    }
+
+    /// Makes a hotkey by the program itself.
+    fn hotkey(&self, name: &str) -> Hotkey {
+        let wallet = ["wallet", "new-hotkey", "--wallet.name", "w", "--wallet.hotkey", name];
+        let (code, out, err) = self.run(&wallet);
+        assert_eq!(code, 0, "{err}");
+        out.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+/// A running program; killed when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Running {
+    fn lines(&mut self, count: usize) -> Vec<String> {
+        let mut reader = BufReader::new(self.0.stdout.as_mut().unwrap());
+        let mut lines = Vec::new();
+        for _ in 0..count {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            lines.push(line.trim().to_owned());
+        }
+        lines
+    }
+
+    fn ends(mut self) -> (i32, String) {
+        let status = self.0.wait().unwrap();
+        let mut text = String::new();
+        self.0.stderr.as_mut().unwrap().read_to_string(&mut text).unwrap();
+        (status.code().unwrap(), text)
+    }
+}
+
+async fn chain(members: &[Hotkey]) -> FakeNode {
+    let neuron = |key: &Hotkey| Neuron { stake_rao: 20_000_000_000_000, ..Neuron::new(key.0) };
+    let node = FakeNode::start(Subnet::new(4, members.iter().map(neuron).collect())).await;
+    node.auto_blocks(Duration::from_millis(50));
+    node
+}
+
+fn serve(home: &Home, node: &FakeNode, extra: &[&str]) -> Running {
+    let mut command = home.command(&["serve", "--port", "0", "--wallet.name", "w"]);
+    command.args(["--wallet.hotkey", "miner", "--subtensor.chain_endpoint", &node.url()]);
+    // The chain refuses exactly 127.0.0.1; this is the same machine.
+    command.args(["--axon.ip", "127.0.0.2", "--axon.port", "0"]).args(extra);
+    Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_registration_to_a_verified_answer() {
+    let home = Home::new();
+    let (miner, validator) = (home.hotkey("miner"), home.hotkey("validator"));
+    let node = chain(&[miner, validator]).await;
+    let mut serving = serve(&home, &node, &["--epoch_length", "5"]);
+    let lines = serving.lines(2);
+    let open = lines[0].clone();
+    for _ in 0..600 {
+        if !node.calls().is_empty() && node.subnet(|s| s.neurons[0].axon.is_some()) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let url = node.url();
+    let asks = |extra: &[&str]| {
+        let common = ["query", "--uid", "0", "--wallet.name", "w", "--wallet.hotkey", "validator"];
+        let mut all = common.to_vec();
+        all.extend(["--subtensor.chain_endpoint", &url, "--save", "capture.jsonl", "hello"]);
+        all.extend(extra);
+        home.run(&all)
+    };
+    let (code, out, err) = asks(&["--max-tokens", "40"]);
+    assert_eq!(code, 0, "{out}\n{err}");
+    assert!(out.contains(&format!("proof chunks of residue-v1, signed by {miner}")), "{out}");
+    let (code, out, err) = asks(&["--completion", "--max-tokens", "5", "--temperature", "0"]);
+    assert_eq!(code, 0, "{out}\n{err}");
+    let (code, out, err) = home.run(&["verify", "capture.jsonl", "--exact"]);
+    assert_eq!(code, 0, "{out}\n{err}");
+    assert_eq!(out.matches(": pass").count(), 2, "{out}");
+
+    let (code, status, err) = home.run(&["status", "--url", &open]);
+    assert_eq!(code, 0, "{err}");
+    assert!(status.contains(&validator.to_string()) && status.contains("accepted"), "{status}");
+    home.hotkey("stranger");
+    let axon = lines[1].strip_suffix(" signed").unwrap();
+    let stranger =
+        ["query", "--address", axon, "--wallet.name", "w", "--wallet.hotkey", "stranger"];
+    let mut all = stranger.to_vec();
+    let hotkey = miner.to_string();
+    all.extend(["--hotkey", &hotkey, "hello"]);
+    let (code, _, err) = home.run(&all);
+    assert_eq!(code, 1);
+    assert!(err.contains("Signer not in metagraph"), "{err}");
+    // Unsigned requests go to the open listener only.
+    let (code, _, err) = home.run(&["query", "--address", axon, "--model", MODEL, "hello"]);
+    assert!(code == 1 && err.contains("this is a signed listener"), "{err}");
+    let (code, out, err) = home.run(&["query", "--address", &open, "--model", MODEL, "hello"]);
+    assert_eq!(code, 0, "{out}\n{err}");
+    // Deregistered, the program ends by itself and says why.
+    node.subnet(|s| s.neurons[0] = Neuron::new([7; 32]));
+    let (code, err) = serving.ends();
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("is not registered on subnet 4") && err.contains("btcli"), "{err}");
+    assert!(!err.contains("secretSeed") && !err.contains("privateKey"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn starts_that_cannot_work_end_at_once_with_what_to_do() {
+    let home = Home::new();
+    let node = chain(&[Hotkey([5; 32])]).await;
+    let (code, err) = serve(&home, &node, &[]).ends();
+    assert!(code == 1 && err.contains("w/hotkeys/miner cannot be read"), "{err}");
+    home.hotkey("miner");
+    let (code, err) = serve(&home, &node, &[]).ends();
+    assert!(code == 1 && err.contains("is not registered on subnet 4"), "{err}");
+    let (code, err) = serve(&home, &node, &["--netuid", "77"]).ends();
+    assert!(code == 1 && err.contains("the chain has no subnet 77"), "{err}");
+    let (code, err) = serve(&home, &node, &["--model-endpoint", "http://x"]).ends();
+    assert!(code == 1 && err.contains("is no proxy"), "{err}");
+    let (code, err) = serve(&home, &node, &["--walet.name", "x"]).ends();
+    assert!(code == 1 && err.contains("--wallet.name"), "{err}");
+    let key = home.path().join(".bittensor/wallets/w/hotkeys/miner");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(key, mode).unwrap();
+    let (code, err) = serve(&home, &node, &[]).ends();
+    assert!(code == 1 && err.contains("chmod 600"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_miners_open_routes_stay_on_loopback_and_a_dry_run_signs_nothing() {
+    let home = Home::new();
+    let miner = home.hotkey("miner");
+    let node = chain(&[miner]).await;
+    let (code, err) = serve(&home, &node, &["--host", "0.0.0.0"]).ends();
+    assert!(code == 1 && err.contains("must be on loopback"), "{err}");
+    let mut serving = serve(&home, &node, &["--dry-run"]);
+    let words = serving.lines(1).remove(0);
+    assert!(words.contains("serve_axon") && words.contains("netuid: 4"), "{words}");
+    let (code, err) = serving.ends();
+    assert_eq!((code, node.calls().len()), (0, 0), "{err}");
+    // Trouble that passes is not the user's: whoever supervises the program starts it again.
+    node.refuse(true);
+    node.drop_connections();
+    let (code, err) = serve(&home, &node, &[]).ends();
+    assert!(code == 2 && err.contains("no endpoint of the chain answers"), "{err}");
+}
