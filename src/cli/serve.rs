@@ -14,7 +14,7 @@ use crate::intake::translate::Defaults;
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
 use crate::server::metrics::summarize;
-use crate::server::registry::{Registry, State};
+use crate::server::registry::{Entry, Registry, State};
 use crate::server::router;
 use crate::server::state::ServerState;
 use axum::Router;
@@ -121,7 +121,7 @@ async fn serve(
     let (path, keys) = (args.models.path, args.api_key);
     let open = (local, is_miner);
     let reloader = Reloader { path, seen, keys, log, config, state, pool, clock, open };
-    let dead = engine_death(registry);
+    let dead = last_engine_death(registry);
     tokio::select! {
         outcome = &mut serving => finish(outcome),
         outcome = reloader.run() => outcome,
@@ -131,7 +131,7 @@ async fn serve(
             finish(serving.await)?;
             outcome
         }
-        name = dead => Err(Failure::ours(format!("the engine of {name} has stopped"))),
+        name = dead => Err(Failure::ours(format!("the last engine, that of {name}, has stopped"))),
     }
 }
 
@@ -310,13 +310,24 @@ fn describe_failures(registry: &Registry) -> String {
     failures.collect::<Vec<_>>().join("\n")
 }
 
-/// The name of the first model whose engine dies.
-async fn engine_death(registry: Registry) -> String {
+/// Marks models whose engines were given up as failed; completes once that leaves none.
+async fn last_engine_death(registry: Registry) -> String {
     loop {
-        for entry in registry.entries() {
-            if matches!(&entry.state, State::Ready(served) if served.engine.is_dead()) {
-                return entry.name;
-            }
+        let entries = registry.entries();
+        let is_dead =
+            |e: &&Entry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
+        let mut last = None;
+        for Entry { name, .. } in entries.iter().filter(is_dead) {
+            let why = "its engine failed again and again; a reload tries anew".to_owned();
+            tracing::error!(model = name, "{why}");
+            registry.set(name, None, State::Failed(why));
+            last = Some(name.clone());
+        }
+        let is_over = |e: Entry| matches!(e.state, State::Failed(_));
+        if let Some(name) = last
+            && registry.entries().into_iter().all(is_over)
+        {
+            return name;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }

@@ -1,8 +1,11 @@
 //! The owner thread: takes commands, runs one step after another, hands out tokens.
 //!
 //! `schedule, run, record` is the whole loop. Between steps it takes new requests and drops those
-//! that nobody listens to any more; while nothing runs it sleeps in the channel.
+//! that nobody listens to any more; while nothing runs it sleeps in the channel. A panic ends what
+//! it happened in: one request, the requests of the step, or, where the scheduler's own state may
+//! be broken, all requests; then the loop goes on with an empty scheduler.
 
+use super::guard::{Stage, Watch};
 use super::live::{Live, Row};
 use super::output::{Event, Fault, FinishReason};
 use super::request::Request;
@@ -13,10 +16,14 @@ use crate::clock::Clock;
 use crate::models::Model;
 use crate::ops::pool::Pool;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+/// Panics without a whole step between them, after which the engine is given up.
+const PANICS_MAX: u32 = 3;
 
 /// What a row of the model led to.
 type Reduced = (RowAt, Result<Row, Fault>);
@@ -45,17 +52,47 @@ pub(super) struct Core {
     pub(super) clock: Clock,
     pub(super) live: HashMap<SequenceId, Live>,
     pub(super) next_id: u64,
+    pub(super) watch: Watch,
+    pub(super) panics: u32, // since the last whole step
 }
 
 impl Core {
-    /// Runs until every handle is gone.
-    pub(super) fn run(mut self) {
-        while self.take_commands() {
-            self.drop_abandoned();
-            self.stats.record_load(self.scheduler.load());
-            self.step();
-            self.stats.record_load(self.scheduler.load());
+    /// Runs until every handle is gone; false when it gave up after too many panics.
+    pub(super) fn run(mut self) -> bool {
+        loop {
+            let round = catch_unwind(AssertUnwindSafe(|| self.round()));
+            match round {
+                Ok(true) => {}
+                Ok(false) => return true,
+                Err(_) if self.panics == PANICS_MAX => return false,
+                Err(_) => self.recover(),
+            }
         }
+    }
+
+    /// One turn of the loop; false when no handle is left.
+    fn round(&mut self) -> bool {
+        if !self.take_commands() {
+            return false;
+        }
+        self.drop_abandoned();
+        self.stats.record_load(self.scheduler.load());
+        self.step();
+        self.stats.record_load(self.scheduler.load());
+        true
+    }
+
+    /// Starts anew after a panic that may have left the scheduler half-changed. Its requests end;
+    /// blocks of the KV cache are written again before anything reads them.
+    fn recover(&mut self) {
+        self.panics += 1;
+        tracing::error!(requests = self.live.len(), "a step of the engine failed; it starts anew");
+        for (_, live) in self.live.drain() {
+            live.send(Event::Fault(Fault::Panicked(Stage::Schedule)));
+            self.stats.record_fault();
+        }
+        self.scheduler = self.scheduler.emptied();
+        self.stats.record_load(self.scheduler.load());
     }
 
     /// Takes what has arrived, or waits for something while idle; false when no handle is left.
@@ -90,7 +127,18 @@ impl Core {
             salt: request.cache_salt,
             reads_cache: request.reads_cache && request.prompt_logprobs.is_none(),
         };
-        let live = Live::new(request, &self.model, events, permit, submitted);
+        let failing = events.clone();
+        let made = self
+            .watch
+            .guard(Stage::Take, || Ok(Live::new(request, &self.model, events, permit, submitted)));
+        let live = match made {
+            Ok(live) => live,
+            Err(fault) => {
+                self.stats.record_fault();
+                // Whoever does not listen any more need not be told.
+                return drop(failing.try_send(Event::Fault(fault)));
+            }
+        };
         if live.request.prompt.len() == 1 && live.request.prompt_logprobs.is_some() {
             // The first token follows nothing: there is no row to compute.
             live.send(Event::Prompt(Vec::new()));
@@ -123,6 +171,7 @@ impl Core {
     }
 
     fn step(&mut self) {
+        self.watch.enter(Stage::Schedule);
         let plan = self.scheduler.schedule();
         if plan.slices.is_empty() {
             return;
@@ -136,6 +185,12 @@ impl Core {
         let outcome = self.compute(&plan);
         let ended = self.clock.elapsed();
         self.stats.record_step(&plan, started, ended);
+        let rows = match outcome {
+            Ok(rows) => rows,
+            // Blocks of a pass that failed half-way must not reach the prefix cache.
+            Err(fault) => return self.fail_all(&plan, &fault),
+        };
+        self.watch.enter(Stage::Commit);
         self.scheduler.commit(&plan);
         for slice in &plan.slices {
             let cached = self.scheduler.cached_tokens(slice.id);
@@ -143,36 +198,46 @@ impl Core {
                 live.cached_tokens = live.cached_tokens.max(cached.min(live.request.prompt.len()));
             }
         }
-        match outcome {
-            Ok(rows) => {
-                rows.into_iter().for_each(|(at, row)| self.record(&plan, at, row, ended));
+        for (at, row) in rows {
+            let (watch, id) = (self.watch.clone(), plan.slices[at.slice].id);
+            let recorded = watch.guard(Stage::Record, || {
+                self.record(id, at, row, ended);
+                Ok(())
+            });
+            if let Err(fault) = recorded {
+                self.fail(id, fault);
             }
-            Err(fault) => {
-                for slice in &plan.slices {
-                    self.fail(slice.id, fault.clone());
-                }
-            }
+        }
+        self.panics = 0;
+    }
+
+    fn fail_all(&mut self, plan: &Plan, fault: &Fault) {
+        for slice in &plan.slices {
+            self.fail(slice.id, fault.clone());
         }
     }
 
     fn compute(&mut self, plan: &Plan) -> Result<Vec<Reduced>, Fault> {
         let turn = self.pool.turn();
         let live: Vec<&Live> = plan.slices.iter().map(|s| &self.live[&s.id]).collect();
-        let isa = turn.isa();
-        self.runner
-            .run(
+        let (isa, watch, runner) = (turn.isa(), &self.watch, &mut self.runner);
+        watch.guard(Stage::Forward, || {
+            let reduced = runner.run(
                 &self.model.decoder,
                 &turn,
                 plan,
                 |slice, position| live[slice].wants_row(position),
-                |at, row, hidden| live[at.slice].reduce(isa, row, hidden, at.position),
-            )
-            .map_err(|e| Fault::Weights(e.to_string()))
+                |at, row, hidden| {
+                    let reduce = || live[at.slice].reduce(isa, row, hidden, at.position);
+                    watch.guard(Stage::Reduce, reduce)
+                },
+            );
+            reduced.map_err(|e| Fault::Weights(e.to_string()))
+        })
     }
 
     /// What a row led to; rows of one sequence come in ascending position.
-    fn record(&mut self, plan: &Plan, at: RowAt, row: Result<Row, Fault>, now: Duration) {
-        let id = plan.slices[at.slice].id;
+    fn record(&mut self, id: SequenceId, at: RowAt, row: Result<Row, Fault>, now: Duration) {
         // A sequence that failed at an earlier row of this step is gone.
         let Some(live) = self.live.get_mut(&id) else { return };
         let row = match row {

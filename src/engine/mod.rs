@@ -8,6 +8,7 @@
 pub mod blocks;
 mod core;
 pub mod draw;
+pub mod guard;
 mod live;
 pub mod output;
 pub mod plan;
@@ -24,6 +25,7 @@ use crate::clock::Clock;
 use crate::models::Model;
 use crate::ops::attention::BLOCK_TOKENS;
 use crate::ops::pool::Pool;
+use guard::Watch;
 use output::{Fault, Generation};
 use request::{InvalidRequest, Request};
 use runner::Runner;
@@ -101,6 +103,20 @@ impl Engine {
     /// # Errors
     /// When the system refuses memory or a thread.
     pub fn start(model: Model, pool: Pool, options: Options, clock: Clock) -> io::Result<Self> {
+        Self::start_watched(model, pool, options, clock, Watch::default())
+    }
+
+    /// Like [`start`](Self::start); `watch` is told of every stage of the owner's work.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn start_watched(
+        model: Model,
+        pool: Pool,
+        options: Options,
+        clock: Clock,
+        watch: Watch,
+    ) -> io::Result<Self> {
         let model = Arc::new(model);
         let in_flight_max = options.sequences_max + options.waiting_max;
         let (commands, receiver) = sync_channel(in_flight_max);
@@ -115,14 +131,16 @@ impl Engine {
             clock: clock.clone(),
             live: HashMap::new(),
             next_id: 0,
+            watch,
+            panics: 0,
         };
         stats.record_load(core.scheduler.load());
         let is_dead = Arc::new(AtomicBool::new(false));
         let alarm = Arc::clone(&is_dead);
         std::thread::Builder::new().name("engine".into()).spawn(move || {
-            // Waiters learn of a panic by their channels closing; handles by this flag.
+            // Waiters learn of the end by their channels closing; handles by this flag.
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| core.run()));
-            alarm.store(outcome.is_err(), Ordering::SeqCst);
+            alarm.store(!matches!(outcome, Ok(true)), Ordering::SeqCst);
         })?;
         let permits = Arc::new(Semaphore::new(in_flight_max));
         Ok(Self(Arc::new(Shared { commands, model, options, permits, stats, is_dead, clock })))
@@ -187,7 +205,7 @@ impl Engine {
         has_work.then(|| self.0.clock.elapsed().saturating_sub(since))
     }
 
-    /// Whether the owner thread died of a panic.
+    /// Whether the engine was given up after panics.
     pub fn is_dead(&self) -> bool {
         self.0.is_dead.load(Ordering::SeqCst)
     }

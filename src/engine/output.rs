@@ -1,5 +1,6 @@
 //! What a running request sends back.
 
+use super::guard::Stage;
 use crate::models::grammar::GrammarError;
 use crate::proof::codec::Hash;
 use crate::proof::commit::ChunkProof;
@@ -108,6 +109,9 @@ pub enum Fault {
     /// The scheduler refused what was promised to fit.
     #[error("the engine could not take the request: {0}")]
     Refused(String),
+    /// A panic: a mistake of ours.
+    #[error("the engine failed while {0}")]
+    Panicked(Stage),
     /// The engine's thread is gone.
     #[error("the engine has stopped")]
     Stopped,

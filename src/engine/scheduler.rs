@@ -161,6 +161,11 @@ impl Scheduler {
         }
     }
 
+    /// One of the same sizes that holds nothing.
+    pub fn emptied(&self) -> Self {
+        Self::new(self.limits, self.pool.total())
+    }
+
     /// Whether a sequence of these sizes would be accepted.
     ///
     /// # Errors

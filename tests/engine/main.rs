@@ -10,6 +10,7 @@ mod checkpoints;
 mod fuzz;
 mod hub;
 mod kernels;
+mod panics;
 mod parity;
 mod proofs;
 mod real_model;

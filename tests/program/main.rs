@@ -9,4 +9,5 @@ mod node;
 
 mod chain;
 mod cli;
+mod closed_stdout;
 mod miner;
