@@ -20,7 +20,7 @@
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] | leaves |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`files`] | leaves |
 //!
 //! # Invariants
 //!
@@ -35,6 +35,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod engine;
+pub mod files;
 pub mod intake;
 pub mod miner;
 pub mod models;

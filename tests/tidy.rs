@@ -12,7 +12,7 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 17] = [
+const RANKS: [(&str, u8); 18] = [
     ("main", 8),
     ("cli", 8),
     ("config", 7),
@@ -30,6 +30,7 @@ const RANKS: [(&str, u8); 17] = [
     ("wire", 0),
     ("chain", 0),
     ("clock", 0),
+    ("files", 0),
 ];
 
 /// Word, where it is allowed, and what to write instead.
