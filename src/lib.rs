@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 8 | `main` [`cli`] | parse, wire, print |
 //! | 7 | [`config`] | files, flags and environment into options |
-//! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] | what miners and validators run; measurements |
+//! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] | what they run; measurements |
 //! | 5 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |

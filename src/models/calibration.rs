@@ -244,7 +244,7 @@ fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<()
     let Beside { exponents, means, shift, .. } = match found {
         Ok(found) => found,
         Err(why) => {
-            tracing::warn!(path = %path.display(), "a calibration beside a model is ignored: {why}");
+            tracing::warn!(path = %path.display(), "the calibration here is ignored: {why}");
             return Ok(());
         }
     };

@@ -93,8 +93,8 @@ fn parse<T: DeserializeOwned>(text: &[u8], name: &str, kind: &str) -> Result<T, 
     })
 }
 
-/// Reads what was asked by the rules of the server, with the container's defaults. `path` says where
-/// in the body it stands.
+/// Reads what was asked by the rules of the server, with the container's defaults. `path` says
+/// where in the body it stands.
 pub(super) async fn understand(
     served: &Served,
     is_chat: bool,

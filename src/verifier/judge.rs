@@ -66,8 +66,10 @@ async fn judged(service: &Service, headers: &HeaderMap, body: Body) -> Result<Ju
     let served = service.model(name).map_err(|e| Refusal::unscored(e.message))?;
     let mut request = understand(&served, is_chat, params, "request_params").await?;
     let verifier = service.verifier(&served);
+    // Nobody's model goes beyond its own context, whatever was asked. The last token needs no row.
+    let room = (verifier.model.decoder.spec.context + 1).saturating_sub(request.prompt.len());
     let bounds = Bounds {
-        asked: request.max_tokens,
+        asked: if is_endless { room } else { request.max_tokens.min(room) },
         context: verifier.context_max,
         longest: service.longest_token(name.unwrap_or_default(), &served),
     };

@@ -10,8 +10,9 @@ use serde_json::value::RawValue;
 /// Bytes of JSON for one byte of text: `\u0000` at worst, for a control character, half of a
 /// two-byte character, or a byte that is no character.
 const ESCAPED_BYTES: usize = 6;
-/// Bytes of a token besides its text. `{"text": "", "logprob": -1.2345678901234567e-05, "token_id":
-/// 4294967295, "powv": -9223372036854775808}, ` are 106; the rest is for indentation and other keys.
+/// Bytes of a token besides its text. `{"text": "", "logprob": -1.2345678901234567e-05,
+/// "token_id": 4294967295, "powv": -9223372036854775808}, ` are 106; the rest is for indentation
+/// and other keys.
 const TOKEN_BYTES: usize = 256;
 
 /// The most bytes that a sequence of `tokens` can need whose longest token has `longest` bytes.
@@ -23,9 +24,9 @@ pub(super) fn bytes_max(tokens: usize, longest: usize) -> usize {
 /// What an answer can have at most.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
-    /// Tokens that were asked for.
+    /// Tokens that were asked for and that the model can give.
     pub(super) asked: usize,
-    /// Tokens that the model's context holds.
+    /// Tokens that can be verified here.
     pub(super) context: usize,
     /// Bytes of the longest token.
     pub(super) longest: usize,
@@ -63,12 +64,12 @@ impl Sent {
         let Bounds { asked, context, longest } = bounds;
         let count = elements()?.take(asked.min(context) + 1).count();
         if count > asked {
-            let what = format!("at most {asked} tokens were asked for, got more");
+            let what = format!("at most {asked} tokens were asked for and fit, got more");
             return Err(Rejection::new(Reason::TooLong, what).into());
         }
         if count > context {
             // The bound is ours, not the peer's.
-            let what = format!("the model's context is {context} tokens, the answer has more");
+            let what = format!("at most {context} tokens are verified here, the answer has more");
             return Err(Stop::Fault(what));
         }
         let (most, got) = (bytes_max(count, longest), text.len());

@@ -113,6 +113,13 @@ async fn honest_answers_are_verified_with_and_without_a_limit() {
     other[5]["token_id"] = json!(7);
     let (_, rejected) = desk.verify(&endless, &written(&other)).await;
     assert_eq!(rejected["verified"], false);
+    // A peer cannot step out of the model's context in order not to be judged.
+    for max_tokens in [0_i64, 600, 1 << 40] {
+        let asked = params(json!({"max_tokens": max_tokens}));
+        let long: Vec<Value> = honest.iter().cycle().take(600).cloned().collect();
+        let (_, rejected) = desk.verify(&asked, &written(&long)).await;
+        assert_eq!(rejected["cause"], "TOO_LONG", "{max_tokens}: {rejected}");
+    }
 }
 
 /// Sequences that a peer can have caused, and the word for each.
@@ -161,7 +168,7 @@ fn cheats(honest: &[Value]) -> Vec<(&'static str, String, &'static str)> {
         ("one that is a text", with("logprob", "\"-0.5\""), "BAD_STREAM"),
         ("all of them 0", all("logprob", json!(0)), "OVERFIT"),
         ("all of them 0.0", all("logprob", json!(-0.0)), "OVERFIT"),
-        ("all of them -50", all("logprob", json!(-50)), "UNLIKELY_TOKENS"),
+        ("all of them -0.01", all("logprob", json!(-0.01)), "UNLIKELY_TOKENS"),
         ("none of them", all("logprob", Value::Null), "UNLIKELY_TOKENS"),
         ("depth", format!("[{deep}]"), "BAD_STREAM"),
         ("depth in a key that nobody reads", with("powv", &deep), "BAD_STREAM"),
@@ -189,10 +196,14 @@ async fn a_peers_bytes_are_rejected_whatever_they_are() {
         assert!((10..400).contains(&error.len()), "{what}: {error:.500}");
     }
     // Bytes that are no UTF-8 inside a text.
-    let body = written(&honest).replace(honest[2]["text"].as_str().unwrap(), "\u{1}\u{2}");
-    let head = json!({"request_type": "CHAT", "request_params": asked}).to_string();
-    let mut body = format!("{},\"output_sequence\":{body}}}", &head[..head.len() - 1]).into_bytes();
-    body.iter_mut().filter(|b| **b < 3).for_each(|b| *b += 0xfd);
+    let mut changed = honest.clone();
+    changed[2]["text"] = json!("@@@");
+    let body = json!({
+        "request_type": "CHAT", "request_params": asked, "output_sequence": changed,
+    });
+    let mut body = body.to_string().into_bytes();
+    let at = body.windows(3).position(|bytes| bytes == b"@@@").unwrap();
+    body[at..at + 3].copy_from_slice(&[0xff, 0xfe, 0xc3]);
     let (status, answer) = post_raw(&desk.app, "/verify", body).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
     assert!(answer.contains("\"cause\":\"BAD_STREAM\""), "{answer}");
@@ -365,7 +376,7 @@ async fn an_answer_that_is_too_long_for_a_body_is_rejected_and_its_caller_hears_
     let asked = params(json!({}));
     let item = json!({"text": "x".repeat(1000), "logprob": -1, "token_id": 5});
     let body = json!({
-        "request_type": "CHAT", "request_params": asked, "output_sequence": vec![item; 17_000],
+        "request_type": "CHAT", "request_params": asked, "output_sequence": vec![item; 18_000],
     });
     let body = body.to_string();
     assert!(body.len() > 17 << 20);
@@ -486,6 +497,44 @@ async fn a_stop_waits_for_what_runs_and_takes_nothing_new() {
     let response = within(of(5), "what ran", running).await.unwrap();
     assert_eq!(body_of(&response), json!({"verified": true}));
     within(of(5), "the end", serving).await.unwrap();
+}
+
+#[tokio::test]
+async fn callers_that_are_too_many_or_go_away_hold_nothing_up() {
+    let desk = desk(Limits::default());
+    let asked = params(json!({}));
+    let honest = desk.honest(&asked).await;
+    let body = json!({
+        "request_type": "CHAT", "request_params": asked, "output_sequence": honest,
+    });
+    let post = request("POST", "/verify", body.to_string().len(), &body.to_string());
+    let open = open(&desk, of(1)).await;
+    let state = desk.service.state();
+    let count = async |count: usize| {
+        let reached = async {
+            while state.in_flight() != count {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        within(of(20), &format!("{count} requests run"), reached).await;
+    };
+    let busy = Busy::new(&desk.pool);
+    let mut waiting = JoinSet::new();
+    for _ in 0..64 {
+        waiting.spawn(exchange(open.address, post.clone()));
+    }
+    count(64).await;
+    let refused = within(of(5), "one too many", exchange(open.address, post.clone())).await;
+    assert!(refused.starts_with("HTTP/1.1 429"), "{refused}");
+    assert!(refused.contains("retry-after") && body_of(&refused)["cause"] == "INTERNAL_ERROR");
+    // Their sockets close, and their places are free at once.
+    waiting.abort_all();
+    count(0).await;
+    let later = tokio::spawn(exchange(open.address, post));
+    count(1).await;
+    drop(busy);
+    let response = within(of(10), "whoever came later", later).await.unwrap();
+    assert_eq!(body_of(&response), json!({"verified": true}));
 }
 
 #[tokio::test]
