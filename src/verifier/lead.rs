@@ -84,9 +84,9 @@ mod tests {
 
     #[test]
     fn every_split_into_known_tokens_is_found() {
-        let (a, b, c, ab, bc): (&[u8], &[u8], &[u8], &[u8], &[u8]) =
-            (&[1], &[2], &[3], &[1, 2], &[2, 3]);
-        let all = BTreeMap::from([(a, 10), (b, 20), (c, 30), (ab, 12), (bc, 23)]);
+        let known: [(&[u8], u32); 5] =
+            [(&[1], 10), (&[2], 20), (&[3], 30), (&[1, 2], 12), (&[2, 3], 23)];
+        let all = BTreeMap::from(known);
         let found = splits(&[1, 2, 3], &all);
         assert_eq!(found, [vec![10, 20, 30], vec![10, 23], vec![12, 30]]);
         assert!(splits(&[1, 2, 4], &all).is_empty());

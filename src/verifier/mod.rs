@@ -172,22 +172,25 @@ struct ModelQuery {
     model: Option<String>,
 }
 
-fn endpoint_names(service: &Service, query: &ModelQuery) -> Result<Vec<&'static str>, Response> {
-    let served = service.model(query.model.as_deref()).map_err(|e| {
-        let status = if e.status.is_server_error() { e.status } else { StatusCode::BAD_REQUEST };
-        (status, Json(json!({"error": e.message}))).into_response()
-    })?;
+fn endpoint_names(service: &Service, query: &ModelQuery) -> Result<Vec<&'static str>, ApiError> {
+    let served = service.model(query.model.as_deref())?;
     Ok(match served.engine.model().chat {
         Some(_) => vec!["completion", "chat"],
         None => vec!["completion"],
     })
 }
 
+/// A model that is not here is the caller's mistake, one that is not ready yet is not.
+fn no_model(e: ApiError) -> Response {
+    let status = if e.status.is_server_error() { e.status } else { StatusCode::BAD_REQUEST };
+    (status, Json(json!({"error": e.message}))).into_response()
+}
+
 async fn endpoints(State(service): State<Service>, Query(query): Query<ModelQuery>) -> Response {
-    endpoint_names(&service, &query).map_or_else(|e| e, |names| Json(names).into_response())
+    endpoint_names(&service, &query).map_or_else(no_model, |names| Json(names).into_response())
 }
 
 async fn metadata(State(service): State<Service>, Query(query): Query<ModelQuery>) -> Response {
     let names = endpoint_names(&service, &query);
-    names.map_or_else(|e| e, |n| Json(json!({"endpoints": n})).into_response())
+    names.map_or_else(no_model, |n| Json(json!({"endpoints": n})).into_response())
 }

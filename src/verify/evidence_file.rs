@@ -1,8 +1,10 @@
 //! Evidence about miners in one JSON file. One process writes it; every change replaces the whole
-//! file before the answer is acted on.
+//! file before the answer is acted on. What somebody else wrote in the meantime is not replaced.
 
 use super::evidence::{Evidence, EvidenceStore};
-use super::file::{FileError, read_json, write_json};
+use super::file::{FILE_BYTES_MAX, FileError, read_json, write_json};
+use crate::files;
+use crate::proof::codec::Hash;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -20,6 +22,8 @@ const NAME_BYTES_MAX: usize = 128;
 pub struct EvidenceFile {
     path: PathBuf,
     stored: Stored,
+    /// What the file held when it was last read or written.
+    seen: Option<Hash>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,6 +42,8 @@ impl EvidenceFile {
         // Only a file that is not there is nobody's: one that cannot be seen must not be replaced.
         let is_absent =
             std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+        // Before it is read: a change in between is noticed then.
+        let seen = hash(path)?;
         let stored = match is_absent {
             false => read_json(path)?,
             true => Stored { version: VERSION, miners: BTreeMap::new() },
@@ -55,7 +61,16 @@ impl EvidenceFile {
             let key = format!("miners.{miner}.sums");
             evidence.check().map_err(|what| FileError::key(path, &key, &what))?;
         }
-        Ok(Self { path: path.to_owned(), stored })
+        Ok(Self { path: path.to_owned(), stored, seen })
+    }
+}
+
+/// Hash of the file, if there is one.
+fn hash(path: &Path) -> Result<Option<Hash>, FileError> {
+    match files::read(path, FILE_BYTES_MAX) {
+        Ok(bytes) => Ok(Some(blake3::hash(&bytes).into())),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(FileError::new(path, format!("cannot be read: {e}"))),
     }
 }
 
@@ -81,8 +96,14 @@ impl EvidenceStore for EvidenceFile {
             let what = format!("holds at most {MINERS_MAX} miners, {miner} would be one more");
             return Err(FileError::new(&self.path, what));
         }
+        if hash(&self.path)? != self.seen {
+            let what = "was changed by somebody else since it was read, and is not replaced";
+            return Err(FileError::new(&self.path, what));
+        }
         miners.insert(miner.to_owned(), *evidence);
-        write_json(&self.path, &self.stored)
+        write_json(&self.path, &self.stored)?;
+        self.seen = hash(&self.path)?;
+        Ok(())
     }
 }
 
@@ -119,6 +140,22 @@ mod tests {
             assert!(error.contains(want), "{want}: {error}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), damaged);
         }
+    }
+
+    #[test]
+    fn what_somebody_else_wrote_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("evidence.json");
+        let mut first = EvidenceFile::open(&path).unwrap();
+        let mut second = EvidenceFile::open(&path).unwrap();
+        first.save("a", &evidence()).unwrap();
+        first.save("b", &evidence()).unwrap();
+        let error = second.save("c", &evidence()).unwrap_err().to_string();
+        assert!(error.contains("was changed by somebody else"), "{error}");
+        assert_eq!(EvidenceFile::open(&path).unwrap().stored.miners.len(), 2);
+        std::fs::write(&path, "damaged").unwrap();
+        assert!(first.save("d", &evidence()).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "damaged");
     }
 
     #[test]

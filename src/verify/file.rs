@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Bytes of a file: evidence about 1,024 miners, with names of 128 bytes that are written as six
 /// each, is below 2 MiB.
-const FILE_BYTES_MAX: u64 = 4 << 20;
+pub(super) const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// A fault in a file.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
