@@ -317,7 +317,7 @@ class Stack:
             self.file.config(), dtype=dtype, attn_implementation=args.attention).eval()
         self.model.load_state_dict(self.file.state())
         weights = self.file.weights_root()
-        path = args.calibration or self.calibration_path(args.model, weights)
+        path = args.calibration or self.calibration_path(weights)
         self.calibration = json.loads(path.read_text())
         stored = self.calibration["weights_root"]
         assert stored == weights.hex(), f"{path} is for weights {stored}, these are {weights.hex()}"
@@ -328,11 +328,9 @@ class Stack:
         self.model_hash = named("targon-engine/model/1", weights, listed(b"bf16"), calibration)
 
     @staticmethod
-    def calibration_path(model, weights):
-        beside = model.with_suffix(".targon-calibration.json")
-        cached = cache_dir() / "calibration" / f"{weights[:16].hex()}-bf16.json"
-        path = beside if beside.exists() else cached
-        assert path.exists(), f"there is no {cached}: run `targon-engine calibrate` first"
+    def calibration_path(weights):
+        path = cache_dir() / "calibration" / f"{weights[:16].hex()}-bf16.json"
+        assert path.exists(), f"there is no {path}: run `targon-engine calibrate` first"
         return path
 
     def forward(self, tokens, mask, cache):

@@ -14,13 +14,13 @@
 //! |---|---|---|
 //! | 8 | `main` [`cli`] | parse, wire, print |
 //! | 7 | [`config`] | files, flags and environment into options |
-//! | 6 | [`miner`] [`validator`] [`mod@bench`] | what miners and validators run; measurements |
+//! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] | what they run; measurements |
 //! | 5 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] | leaves |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`files`] | leaves |
 //!
 //! # Invariants
 //!
@@ -35,6 +35,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod engine;
+pub mod files;
 pub mod intake;
 pub mod miner;
 pub mod models;
@@ -43,5 +44,6 @@ pub mod proof;
 pub mod reply;
 pub mod server;
 pub mod validator;
+pub mod verifier;
 pub mod verify;
 pub mod wire;

@@ -12,12 +12,13 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 17] = [
+const RANKS: [(&str, u8); 19] = [
     ("main", 8),
     ("cli", 8),
     ("config", 7),
     ("miner", 6),
     ("validator", 6),
+    ("verifier", 6),
     ("bench", 6),
     ("server", 5),
     ("verify", 5),
@@ -30,6 +31,7 @@ const RANKS: [(&str, u8); 17] = [
     ("wire", 0),
     ("chain", 0),
     ("clock", 0),
+    ("files", 0),
 ];
 
 /// Word, where it is allowed, and what to write instead.

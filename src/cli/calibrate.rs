@@ -13,13 +13,13 @@ use crate::engine::Engine;
 use crate::engine::output::{Finish, Step};
 use crate::engine::request::Request;
 use crate::intake::proof::Prover;
-use crate::models::calibration::{HONEST_ERROR, beside, compute, in_cache, write};
+use crate::models::calibration::{compute, store};
+use crate::models::remembered::{Remembered, cache_dir};
 use crate::models::root::weights_root;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Hash, to_hex};
 use crate::proof::commit::{calibration_hash, nonce_of};
-use crate::proof::residue::Calibration;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::{Answer, Chunk};
 use crate::verify::bounds;
@@ -50,9 +50,6 @@ pub(super) struct CalibrateArgs {
     /// Only this one.
     #[arg(long)]
     model: Option<String>,
-    /// Relative error between honest implementations; sets the width of a residue step.
-    #[arg(long, default_value_t = HONEST_ERROR)]
-    honest_error: f64,
     /// Take limits from honest answers with proofs, captured as `verify` reads them; may be given
     /// several times.
     #[arg(long, value_name = "FILE", requires = "limits")]
@@ -73,11 +70,9 @@ pub(super) struct CalibrateArgs {
 }
 
 pub(super) fn run(args: &CalibrateArgs) -> Result<(), Failure> {
-    for (flag, value) in [("--honest-error", args.honest_error), ("--held-out", args.held_out)] {
-        if !(value > 0.0 && value < 1.0) {
-            let message = format!("{flag} must lie between 0 and 1, got {value}");
-            return Err(Failure::user(message));
-        }
+    if !(args.held_out > 0.0 && args.held_out < 1.0) {
+        let message = format!("--held-out must lie between 0 and 1, got {}", args.held_out);
+        return Err(Failure::user(message));
     }
     match (&args.limits, args.answers) {
         (Some(out), _) => take_limits(args, out),
@@ -112,11 +107,12 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
         let (name, dtype) = (config.name.clone(), config.dtype);
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
         let model = Model::load(&located.path, dtype, &pool, |_, _| {}).map_err(Failure::user)?;
-        let root = weights_root(&model.checkpoint, &pool).map_err(Failure::user)?;
+        let cache = cache_dir();
+        let remembered = Remembered(&cache);
+        let root = weights_root(&model.checkpoint, &pool, remembered).map_err(Failure::user)?;
         let (decoder, tokenizer) = (&model.decoder, &model.tokenizer);
-        let (calibration, rows) =
-            compute(decoder, tokenizer, &pool, args.honest_error).map_err(Failure::user)?;
-        let path = store(&model, &root, &calibration, rows)?;
+        let (calibration, rows) = compute(decoder, tokenizer, &pool).map_err(Failure::user)?;
+        let path = store(&model, &root, &calibration, rows, remembered).map_err(Failure::user)?;
         outln!("{name}");
         outln!("  weights root  {}", to_hex(&root));
         outln!("  calibration   {}", to_hex(&calibration_hash(&calibration)));
@@ -126,25 +122,10 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Beside the model, where that is allowed; else in the cache.
-fn store(
-    model: &Model,
-    root: &Hash,
-    calibration: &Calibration,
-    rows: usize,
-) -> Result<PathBuf, Failure> {
-    let path = beside(&model.checkpoint.path);
-    if write(&path, model, root, calibration, rows).is_ok() {
-        return Ok(path);
-    }
-    let path = in_cache(root, model.decoder.dtype);
-    write(&path, model, root, calibration, rows)
-        .map_err(|e| Failure::user(format!("cannot write {}: {e}", path.display())))?;
-    Ok(path)
-}
-
 /// Judges captured honest answers at every row, and writes limits between which they lie.
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
+    // Before the work, not after it.
+    limits::check_place(out).map_err(Failure::user)?;
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, Limits::NONE)?;
     let rules = Rules { profile: Some(Profile::Proof), depth: Depth::Slow, chance: Some(0) };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);

@@ -218,7 +218,7 @@ async fn mine(running: Option<Running>) -> Result<(), Failure> {
     }
 }
 
-fn finish(outcome: Result<(), tokio::task::JoinError>) -> Result<(), Failure> {
+pub(super) fn finish(outcome: Result<(), tokio::task::JoinError>) -> Result<(), Failure> {
     outcome.map_err(Failure::ours)?;
     tracing::info!("stopped");
     Ok(())
@@ -302,7 +302,7 @@ pub(super) async fn start_models(
     started.await.unwrap_or(false)
 }
 
-fn describe_failures(registry: &Registry) -> String {
+pub(super) fn describe_failures(registry: &Registry) -> String {
     let failures = registry.entries().into_iter().filter_map(|e| match e.state {
         State::Failed(why) => Some(format!("{} cannot be served: {why}", e.name)),
         State::Loading | State::Ready(_) => None,
@@ -311,7 +311,7 @@ fn describe_failures(registry: &Registry) -> String {
 }
 
 /// Marks models whose engines were given up as failed; completes once that leaves none.
-async fn last_engine_death(registry: Registry) -> String {
+pub(super) async fn last_engine_death(registry: Registry) -> String {
     loop {
         let entries = registry.entries();
         let is_dead =

@@ -1,21 +1,21 @@
-//! `verifier`: the HTTP surface of Targon's verifier container.
+//! `verifier`: the HTTP surface of Targon's verifier container, until a signal comes.
 
 use super::out::announce;
-use super::serve::{start_models, stop_signal};
+use super::serve::{
+    check_open, describe_failures, last_engine_death, finish, start_models, stop_signal,
+};
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};
 use super::{Failure, runtime};
 use crate::clock::Clock;
-use crate::config::models_toml::ModelConfig;
+use crate::config::models_toml::Config;
 use crate::ops::pool::Pool;
-use crate::server::listen::accept;
+use crate::server::listen::serve_all;
 use crate::server::registry::{Registry, State};
-use crate::server::settings::Limits;
-use crate::validator::service::{Entry, router};
-use crate::verify::{self, Verifier};
+use crate::verifier::Service;
 use clap::Args;
 use sd_notify::NotifyState;
-use std::sync::Arc;
+use std::time::Duration;
 
 /// Arguments of `verifier`.
 #[derive(Args)]
@@ -26,48 +26,56 @@ pub(super) struct VerifierArgs {
     listen: ListenArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    /// Seconds that running verifications may go on after SIGTERM.
+    #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    shutdown_timeout: u64,
 }
 
 pub(super) fn run(args: &VerifierArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
     let pool = args.compute.pool()?;
-    runtime()?.block_on(serve(args, config.models, pool))
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(serve(args, config, pool));
+    // Loading threads may still be busy; nothing waits for them.
+    runtime.shutdown_background();
+    outcome
 }
 
-async fn serve(args: &VerifierArgs, models: Vec<ModelConfig>, pool: Pool) -> Result<(), Failure> {
+async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Failure> {
     let (listener, local) = args.listen.bind().await?;
-    let stop = stop_signal()?;
-    let registry = Registry::default();
-    registry.announce(models.iter().map(|m| m.name.clone()));
-    start_models(models, registry.clone(), pool.clone(), Clock::system()).await;
-    let mut entries = Vec::new();
-    for entry in registry.entries() {
-        match entry.state {
-            State::Ready(served) => entries.push(Entry {
-                name: entry.name,
-                verifier: Verifier {
-                    model: Arc::clone(served.engine.model()),
-                    identity: served.identity,
-                    pool: pool.separate(),
-                    limits: verify::Limits::default(),
-                    context_max: served.engine.options().context_max,
-                },
-                engine: served.engine,
-            }),
-            // A container that lacks its model does not come up; neither does this.
-            State::Failed(why) => {
-                return Err(Failure::user(format!("{} cannot be served: {why}", entry.name)));
-            }
-            State::Loading => {}
-        }
-    }
+    check_open(local, true, false)?;
+    let (registry, clock) = (Registry::default(), Clock::system());
+    registry.announce(config.models.iter().map(|m| m.name.clone()));
+    let settings = config.server.settings;
+    let service = Service::new(registry.clone(), &settings, clock.clone(), &pool);
     announce!("http://{local}");
-    tell(NotifyState::Ready);
-    tokio::spawn(feed_watchdog(registry, || Limits::default().stall_time));
-    let stop = async {
-        stop.await;
+    let signal = stop_signal()?;
+    let stop = async move {
+        signal.await;
         tell(NotifyState::Stopping);
     };
-    accept(listener, router(entries), Limits::default, stop).await;
-    Ok(())
+    let timeout = Duration::from_secs(args.shutdown_timeout);
+    let listeners = vec![(listener, service.router())];
+    let serving = tokio::spawn(serve_all(listeners, service.state().clone(), stop, timeout));
+    let stall_time = settings.limits.stall_time;
+    tokio::spawn(feed_watchdog(registry.clone(), move || stall_time));
+    let loading = tokio::spawn(start_models(config.models, registry.clone(), pool, clock));
+    let mut serving = std::pin::pin!(serving);
+    tokio::select! {
+        outcome = &mut serving => return finish(outcome),
+        loaded = loading => if !loaded.map_err(Failure::ours)? {
+            return Err(Failure::user(describe_failures(&registry)));
+        },
+    }
+    // A container that lacks its model does not come up; neither does this.
+    if registry.entries().iter().any(|e| matches!(e.state, State::Failed(_))) {
+        return Err(Failure::user(describe_failures(&registry)));
+    }
+    tell(NotifyState::Ready);
+    tokio::select! {
+        outcome = &mut serving => finish(outcome),
+        name = last_engine_death(registry) => {
+            Err(Failure::ours(format!("the engine of {name} has stopped")))
+        }
+    }
 }

@@ -1,20 +1,26 @@
 //! The calibration pass: whitening for the residue sketch, from the hidden rows of a fixed text.
 //!
 //! The pass is deterministic (the rows have the same bits everywhere), so any two parties who hold
-//! the same weights compute the same calibration; its hash is part of what proofs are bound to. It
-//! is stored beside the model, or in the cache, under the weights root.
+//! the same model compute the same calibration; its hash is part of what proofs are bound to. It is
+//! always computed here. The cache keeps it under the hash of what it was computed from, and it is
+//! used again only while its own hash is the one that was remembered then. A file beside a model
+//! may have come with it from a stranger (an extreme one makes every sketch zero): it is used for
+//! nothing, and refused where it differs.
 
 use super::Model;
 use super::decoder::{Decoder, Scratch};
 use super::error::LoadError;
-use super::root::{cache_dir, write_atomically};
+use super::remembered::Remembered;
 use super::tokenizer::TextTokenizer;
+use crate::files;
 use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use crate::proof::codec::{Hash, to_hex};
+use crate::proof::codec::{Encoder, Hash, to_hex};
+use crate::proof::commit::calibration_hash;
 use crate::proof::residue::Calibration;
 use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// The text, by paragraphs; about 1,300 tokens of prose, code, numbers and dialogue.
@@ -24,16 +30,20 @@ const PIECE_TOKENS_MAX: usize = 256;
 /// Relative error that honest implementations show against each other (root mean square of
 /// whitened differences), measured between bf16 stacks and this engine on SmolLM2-135M: 0.020 in
 /// the median, 0.029 at most over chunks.
-pub const HONEST_ERROR: f64 = 0.02;
-/// Version of the stored file.
-const VERSION: u32 = 1;
+const HONEST_ERROR: f64 = 0.02;
+/// Version of the stored file and of the pass: a change of what the pass computes is a new one.
+const VERSION: u32 = 2;
+/// Bytes of a stored file: 65,536 channels, each an exponent and a mean of 12 bytes at most.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// A calibration as it is stored.
+/// A calibration as the cache keeps it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct Stored {
     /// Version of this file.
     pub version: u32,
+    /// Hash of everything that it was computed from.
+    pub inputs: String,
     /// The weights it belongs to.
     pub weights_root: String,
     /// The type they were computed in.
@@ -48,21 +58,37 @@ pub struct Stored {
     pub means: Vec<i16>,
 }
 
-/// The calibration of a model: stored, or computed and stored now.
+/// What lies beside a model, of any version.
+#[derive(Deserialize)]
+struct Beside {
+    weights_root: String,
+    dtype: String,
+    shift: u8,
+    exponents: Vec<i8>,
+    means: Vec<i16>,
+}
+
+/// The calibration of a model: the cached one where it is whole, or computed and cached now.
 ///
 /// # Errors
-/// When the forward pass fails, or a stored file is malformed.
-pub fn of_model(model: &Model, root: &Hash, pool: &Pool) -> Result<Calibration, LoadError> {
-    for path in [beside(&model.checkpoint.path), in_cache(root, model.decoder.dtype)] {
-        if let Some(calibration) = read(&path, model, root)? {
-            return Ok(calibration);
+/// When the forward pass fails, or another calibration of this model lies beside it.
+pub fn of_model(
+    model: &Model,
+    root: &Hash,
+    pool: &Pool,
+    remembered: Remembered<'_>,
+) -> Result<Calibration, LoadError> {
+    let calibration = match cached(model, root, remembered)? {
+        Some(calibration) => calibration,
+        None => {
+            let (calibration, rows) = compute(&model.decoder, &model.tokenizer, pool)?;
+            if let Err(e) = store(model, root, &calibration, rows, remembered) {
+                tracing::warn!("the calibration is not cached: {e}");
+            }
+            calibration
         }
-    }
-    let (calibration, rows) = compute(&model.decoder, &model.tokenizer, pool, HONEST_ERROR)?;
-    let path = in_cache(root, model.decoder.dtype);
-    if let Err(e) = write(&path, model, root, &calibration, rows) {
-        tracing::warn!(path = %path.display(), "cannot store the calibration: {e}");
-    }
+    };
+    check_beside(model, root, &calibration)?;
     Ok(calibration)
 }
 
@@ -74,14 +100,13 @@ pub fn compute(
     decoder: &Decoder,
     tokenizer: &TextTokenizer,
     pool: &Pool,
-    honest_error: f64,
 ) -> Result<(Calibration, usize), LoadError> {
     let channels = decoder.spec.hidden;
     let mut rows = Vec::new();
     for piece in pieces(decoder, tokenizer)? {
         rows.extend(hidden_rows(decoder, pool, &piece)?);
     }
-    let calibration = Calibration::from_rows(&rows, channels, honest_error);
+    let calibration = Calibration::from_rows(&rows, channels, HONEST_ERROR);
     Ok((calibration, rows.len() / channels))
 }
 
@@ -110,8 +135,20 @@ fn hidden_rows(decoder: &Decoder, pool: &Pool, ids: &[u32]) -> Result<Vec<f32>, 
     Ok(all.iter().flat_map(|row| rows.values(*row).iter().copied()).collect())
 }
 
-/// The file beside a checkpoint.
-pub fn beside(checkpoint: &Path) -> PathBuf {
+/// Hash of everything that the pass depends on: weights and their type, shape and options of the
+/// model, the ids of the text.
+fn inputs(model: &Model, root: &Hash) -> Result<Hash, LoadError> {
+    let mut e = Encoder::new("targon-engine/calibration-inputs/1");
+    e.u32(VERSION).raw(root).bytes(model.decoder.dtype.to_string().as_bytes());
+    e.bytes(format!("{:?}", model.decoder.spec).as_bytes());
+    for piece in pieces(&model.decoder, &model.tokenizer)? {
+        e.ids(&piece);
+    }
+    Ok(e.finish())
+}
+
+/// The file beside a checkpoint, where earlier versions put it and anybody could.
+fn beside(checkpoint: &Path) -> PathBuf {
     if checkpoint.is_dir() {
         return checkpoint.join("targon-calibration.json");
     }
@@ -119,23 +156,26 @@ pub fn beside(checkpoint: &Path) -> PathBuf {
 }
 
 /// The file in the cache.
-pub fn in_cache(root: &Hash, dtype: Dtype) -> PathBuf {
-    cache_dir().join("calibration").join(format!("{}-{dtype}.json", to_hex(&root[..16])))
+fn in_cache(cache: &Path, root: &Hash, dtype: Dtype) -> PathBuf {
+    cache.join("calibration").join(format!("{}-{dtype}.json", to_hex(&root[..16])))
 }
 
-/// Writes a calibration.
+/// Puts a calibration that was computed here into the cache; returns where it is.
 ///
 /// # Errors
-/// When the file cannot be written.
-pub fn write(
-    path: &Path,
+/// When the file cannot be written, or the text cannot be tokenised.
+pub fn store(
     model: &Model,
     root: &Hash,
     calibration: &Calibration,
     rows: usize,
-) -> std::io::Result<()> {
+    remembered: Remembered<'_>,
+) -> Result<PathBuf, LoadError> {
+    let inputs = inputs(model, root)?;
+    let path = in_cache(remembered.0, root, model.decoder.dtype);
     let stored = Stored {
         version: VERSION,
+        inputs: to_hex(&inputs),
         weights_root: to_hex(root),
         dtype: model.decoder.dtype.to_string(),
         rows,
@@ -143,28 +183,77 @@ pub fn write(
         exponents: calibration.exponents.clone(),
         means: calibration.means.clone(),
     };
-    let text = serde_json::to_string(&stored).map_err(std::io::Error::other)?;
-    write_atomically(path, &text)
+    let written = serde_json::to_vec(&stored)
+        .map_err(std::io::Error::other)
+        .and_then(|bytes| files::replace(&path, &bytes));
+    written.map_err(|e| LoadError::invalid(&path, format!("cannot be written: {e}")))?;
+    remembered.keep_calibration(&inputs, &calibration_hash(calibration));
+    Ok(path)
 }
 
-/// A stored calibration, if there is one for these weights.
-fn read(path: &Path, model: &Model, root: &Hash) -> Result<Option<Calibration>, LoadError> {
-    if !path.exists() {
-        return Ok(None);
+/// The cached calibration of these weights, where it is the one that was computed.
+fn cached(
+    model: &Model,
+    root: &Hash,
+    remembered: Remembered<'_>,
+) -> Result<Option<Calibration>, LoadError> {
+    let path = in_cache(remembered.0, root, model.decoder.dtype);
+    let bytes = match files::read(&path, FILE_BYTES_MAX) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        bytes => bytes.map_err(|e| e.to_string()),
+    };
+    let inputs = inputs(model, root)?;
+    match bytes.and_then(|bytes| parse(&bytes, &inputs, remembered)) {
+        Ok(calibration) => Ok(Some(calibration)),
+        Err(why) => {
+            tracing::warn!(path = %path.display(), "a cached calibration is not used: {why}");
+            Ok(None)
+        }
     }
-    let stored: Stored = serde_json::from_slice(&super::error::read(path)?)
-        .map_err(|e| LoadError::invalid(path, format!("not a calibration: {e}")))?;
-    let dtype = model.decoder.dtype.to_string();
-    if stored.version != VERSION || stored.weights_root != to_hex(root) || stored.dtype != dtype {
-        tracing::warn!(path = %path.display(), "a calibration of other weights is ignored");
-        return Ok(None);
+}
+
+fn parse(bytes: &[u8], inputs: &Hash, remembered: Remembered<'_>) -> Result<Calibration, String> {
+    let stored: Stored = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if stored.inputs != to_hex(inputs) {
+        return Err("it was computed from another model or text".into());
     }
     let Stored { exponents, means, shift, .. } = stored;
     let calibration = Calibration { exponents, means, shift };
-    calibration.validate().map_err(|e| LoadError::invalid(path, e))?;
-    let (want, got) = (model.decoder.spec.hidden, calibration.channels());
-    if want != got {
-        return Err(LoadError::invalid(path, format!("expected {want} channels, got {got}")));
+    match remembered.calibration(inputs) == Some(calibration_hash(&calibration)) {
+        true => Ok(calibration),
+        false => Err("its hash is not that of what was computed".into()),
     }
-    Ok(Some(calibration))
+}
+
+/// Refuses a model that has another calibration of itself lying beside it: whoever put it there
+/// wants proofs that nobody else makes.
+fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<(), LoadError> {
+    let path = beside(&model.checkpoint.path);
+    let bytes = match files::read(&path, FILE_BYTES_MAX) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        bytes => bytes.map_err(|e| e.to_string()),
+    };
+    let found = bytes.and_then(|b| {
+        let found: Beside = serde_json::from_slice(&b).map_err(|e| e.to_string())?;
+        let dtype = model.decoder.dtype.to_string();
+        match found.weights_root == to_hex(root) && found.dtype == dtype {
+            true => Ok(found),
+            false => Err("it is for other weights".to_owned()),
+        }
+    });
+    let Beside { exponents, means, shift, .. } = match found {
+        Ok(found) => found,
+        Err(why) => {
+            tracing::warn!(path = %path.display(), "the calibration here is ignored: {why}");
+            return Ok(());
+        }
+    };
+    let (want, got) = (calibration_hash(computed), Calibration { exponents, means, shift });
+    let got = calibration_hash(&got);
+    if got == want {
+        return Ok(());
+    }
+    let (want, got) = (to_hex(&want), to_hex(&got));
+    let what = format!("must be the calibration that this model gives, {want}, got {got}");
+    Err(LoadError::invalid(&path, format!("{what}; remove the file")))
 }

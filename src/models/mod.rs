@@ -18,6 +18,7 @@ pub mod grammar;
 pub mod hub;
 pub mod moe;
 pub mod parameters;
+pub mod remembered;
 pub mod root;
 pub mod spec;
 pub mod tensor;
@@ -36,6 +37,7 @@ use decoder::Decoder;
 use error::LoadError;
 use grammar::{Constraint, Grammar, GrammarError, Grammars};
 use parameters::Parameters;
+use remembered::Remembered;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use tokenizer::TextTokenizer;
@@ -74,10 +76,20 @@ impl Identity {
     /// checkpoint and remembered.
     ///
     /// # Errors
-    /// When a file cannot be read or the calibration pass fails.
+    /// When a file cannot be read, the calibration pass fails, or another calibration lies beside
+    /// the model.
     pub fn of(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
-        let weights_root = root::weights_root(&model.checkpoint, pool)?;
-        let calibration = calibration::of_model(model, &weights_root, pool)?;
+        Self::cached_in(&remembered::cache_dir(), model, pool)
+    }
+
+    /// The same with this directory as the cache.
+    ///
+    /// # Errors
+    /// As for [`of`](Self::of).
+    pub fn cached_in(cache: &Path, model: &Model, pool: &Pool) -> Result<Self, LoadError> {
+        let remembered = Remembered(cache);
+        let weights_root = root::weights_root(&model.checkpoint, pool, remembered)?;
+        let calibration = calibration::of_model(model, &weights_root, pool, remembered)?;
         Ok(Self::new(model, weights_root, calibration))
     }
 
@@ -86,10 +98,8 @@ impl Identity {
     /// # Errors
     /// When the calibration pass fails.
     pub fn compute(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
-        let (decoder, tokenizer) = (&model.decoder, &model.tokenizer);
         let weights_root = root::compute(&model.checkpoint, pool);
-        let honest_error = calibration::HONEST_ERROR;
-        let (calibration, _) = calibration::compute(decoder, tokenizer, pool, honest_error)?;
+        let (calibration, _) = calibration::compute(&model.decoder, &model.tokenizer, pool)?;
         Ok(Self::new(model, weights_root, calibration))
     }
 

@@ -68,6 +68,11 @@ impl Metrics {
         Self { registry, requests, seconds, unknown_fields }
     }
 
+    /// Reports what is counted elsewhere, too.
+    pub fn collect(&mut self, collector: Box<dyn Collector>) {
+        self.registry.register_collector(collector);
+    }
+
     /// Counts a request.
     pub fn observe(&self, labels: HttpLabels, seconds: f64) {
         self.requests.get_or_create(&labels).inc();

@@ -9,6 +9,7 @@ use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use crate::intake::translate::{Defaults, is_ignored};
 use parking_lot::{Mutex, RwLock};
+use prometheus_client::collector::Collector;
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -70,6 +71,15 @@ impl ServerState {
         };
         let metrics = Metrics::new(inner.registry.clone(), Some(gate.clone()));
         Self(Arc::new(Inner { gate: Some(gate), metrics, ..inner }))
+    }
+
+    /// The same server with more to report in its metrics; before it is shared.
+    pub fn counting(self, collector: Box<dyn Collector>) -> Self {
+        let Ok(mut inner) = Arc::try_unwrap(self.0) else {
+            unreachable!("what is counted is set before the state is shared")
+        };
+        inner.metrics.collect(collector);
+        Self(Arc::new(inner))
     }
 
     /// The door of the signed routes, where this is a subnet's miner.
@@ -144,7 +154,8 @@ impl ServerState {
         self.0.abort.cancel();
     }
 
-    pub(super) fn abort_token(&self) -> CancellationToken {
+    /// Cancelled once running requests must end.
+    pub fn abort_token(&self) -> CancellationToken {
         self.0.abort.clone()
     }
 

@@ -1,5 +1,3 @@
-//! The validator's side. So far: one signed query, and the HTTP service that stands in for Targon's
-//! verifier container.
+//! The validator's side. So far: one signed query.
 
 pub mod query;
-pub mod service;

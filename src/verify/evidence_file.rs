@@ -1,8 +1,10 @@
 //! Evidence about miners in one JSON file. One process writes it; every change replaces the whole
-//! file before the answer is acted on.
+//! file before the answer is acted on. What somebody else wrote in the meantime is not replaced.
 
 use super::evidence::{Evidence, EvidenceStore};
-use super::file::{FileError, read_json, write_json};
+use super::file::{FILE_BYTES_MAX, FileError, read_json, write_json};
+use crate::files;
+use crate::proof::codec::Hash;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -20,6 +22,8 @@ const NAME_BYTES_MAX: usize = 128;
 pub struct EvidenceFile {
     path: PathBuf,
     stored: Stored,
+    /// What the file held when it was last read or written.
+    seen: Option<Hash>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,6 +42,8 @@ impl EvidenceFile {
         // Only a file that is not there is nobody's: one that cannot be seen must not be replaced.
         let is_absent =
             std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+        // Before it is read: a change in between is noticed then.
+        let seen = hash(path)?;
         let stored = match is_absent {
             false => read_json(path)?,
             true => Stored { version: VERSION, miners: BTreeMap::new() },
@@ -46,12 +52,34 @@ impl EvidenceFile {
             let what = format!("must be {VERSION}, got {}", stored.version);
             return Err(FileError::key(path, "version", &what));
         }
+        if stored.miners.len() > MINERS_MAX {
+            let what = format!("must hold at most {MINERS_MAX}, got {}", stored.miners.len());
+            return Err(FileError::key(path, "miners", &what));
+        }
         for (miner, evidence) in &stored.miners {
+            check_name(path, miner)?;
             let key = format!("miners.{miner}.sums");
             evidence.check().map_err(|what| FileError::key(path, &key, &what))?;
         }
-        Ok(Self { path: path.to_owned(), stored })
+        Ok(Self { path: path.to_owned(), stored, seen })
     }
+}
+
+/// Hash of the file, if there is one.
+fn hash(path: &Path) -> Result<Option<Hash>, FileError> {
+    match files::read(path, FILE_BYTES_MAX) {
+        Ok(bytes) => Ok(Some(blake3::hash(&bytes).into())),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(FileError::new(path, format!("cannot be read: {e}"))),
+    }
+}
+
+fn check_name(path: &Path, miner: &str) -> Result<(), FileError> {
+    if (1..=NAME_BYTES_MAX).contains(&miner.len()) {
+        return Ok(());
+    }
+    let what = format!("a miner's name has 1 to {NAME_BYTES_MAX} bytes, got {}", miner.len());
+    Err(FileError::new(path, what))
 }
 
 impl EvidenceStore for EvidenceFile {
@@ -63,16 +91,89 @@ impl EvidenceStore for EvidenceFile {
 
     fn save(&mut self, miner: &str, evidence: &Evidence) -> Result<(), FileError> {
         let miners = &mut self.stored.miners;
-        if miner.is_empty() || miner.len() > NAME_BYTES_MAX {
-            let what =
-                format!("a miner's name has 1 to {NAME_BYTES_MAX} bytes, got {}", miner.len());
-            return Err(FileError::new(&self.path, what));
-        }
+        check_name(&self.path, miner)?;
         if miners.len() >= MINERS_MAX && !miners.contains_key(miner) {
             let what = format!("holds at most {MINERS_MAX} miners, {miner} would be one more");
             return Err(FileError::new(&self.path, what));
         }
+        if hash(&self.path)? != self.seen {
+            let what = "was changed by somebody else since it was read, and is not replaced";
+            return Err(FileError::new(&self.path, what));
+        }
         miners.insert(miner.to_owned(), *evidence);
-        write_json(&self.path, &self.stored)
+        write_json(&self.path, &self.stored)?;
+        self.seen = hash(&self.path)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn evidence() -> Evidence {
+        Evidence::default()
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_error_that_names_it_and_stays_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("evidence.json");
+        let mut file = EvidenceFile::open(&path).unwrap();
+        for name in ["a", &"b".repeat(NAME_BYTES_MAX)] {
+            file.save(name, &evidence()).unwrap();
+        }
+        let whole = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(EvidenceFile::open(&path).unwrap().stored.miners.len(), 2);
+        let name = whole.replace(&"b".repeat(NAME_BYTES_MAX), &"b".repeat(NAME_BYTES_MAX + 1));
+        for (damaged, want) in [
+            (String::new(), "EOF"),
+            (whole[..whole.len() / 2].to_owned(), "EOF"),
+            (format!("{whole}x"), "goes on after its end"),
+            (whole.replace("\"version\": 1", "\"version\": 7"), "`version` must be 1, got 7"),
+            (name, "a miner's name has 1 to 128 bytes, got 129"),
+            (" ".repeat(5 << 20), "it has more than 4194304 bytes"),
+        ] {
+            std::fs::write(&path, &damaged).unwrap();
+            let error = EvidenceFile::open(&path).unwrap_err().to_string();
+            assert!(error.starts_with(&path.display().to_string()), "{error}");
+            assert!(error.contains(want), "{want}: {error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), damaged);
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_wrote_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("evidence.json");
+        let mut first = EvidenceFile::open(&path).unwrap();
+        let mut second = EvidenceFile::open(&path).unwrap();
+        first.save("a", &evidence()).unwrap();
+        first.save("b", &evidence()).unwrap();
+        let error = second.save("c", &evidence()).unwrap_err().to_string();
+        assert!(error.contains("was changed by somebody else"), "{error}");
+        assert_eq!(EvidenceFile::open(&path).unwrap().stored.miners.len(), 2);
+        std::fs::write(&path, "damaged").unwrap();
+        assert!(first.save("d", &evidence()).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "damaged");
+    }
+
+    #[test]
+    fn a_full_file_can_be_read_and_one_that_is_fuller_cannot() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("evidence.json");
+        // Every byte of these names is written as six.
+        let name = |i: usize| format!("{i:08}") + &"\u{1}".repeat(NAME_BYTES_MAX - 8);
+        let mut miners: BTreeMap<String, Evidence> =
+            (0..MINERS_MAX).map(|i| (name(i), evidence())).collect();
+        write_json(&path, &Stored { version: VERSION, miners: miners.clone() }).unwrap();
+        let mut file = EvidenceFile::open(&path).unwrap();
+        file.save(&name(0), &evidence()).unwrap();
+        let error = file.save("one more", &evidence()).unwrap_err().to_string();
+        assert!(error.contains("at most 1024 miners"), "{error}");
+        miners.insert("one more".into(), evidence());
+        write_json(&path, &Stored { version: VERSION, miners }).unwrap();
+        let error = EvidenceFile::open(&path).unwrap_err().to_string();
+        assert!(error.contains("`miners` must hold at most 1024, got 1025"), "{error}");
     }
 }

@@ -1,10 +1,13 @@
 //! Small JSON files that a verifier keeps: read strictly, replaced as a whole or not at all.
 
+use crate::files;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::fs::File;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+
+/// Bytes of a file: evidence about 1,024 miners, with names of 128 bytes that are written as six
+/// each, is below 2 MiB.
+pub(super) const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// A fault in a file.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -28,8 +31,9 @@ impl FileError {
 
 /// Reads a file that must hold one `T` and nothing else.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FileError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| FileError::new(path, format!("cannot be read: {e}")))?;
+    let unread = |e: String| FileError::new(path, format!("cannot be read: {e}"));
+    let bytes = files::read(path, FILE_BYTES_MAX).map_err(|e| unread(e.to_string()))?;
+    let text = String::from_utf8(bytes).map_err(|e| unread(e.to_string()))?;
     let mut deserializer = serde_json::Deserializer::from_str(&text);
     let parsed = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| {
         let (key, what) = (e.path().to_string(), e.inner());
@@ -46,22 +50,6 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FileError
 pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), FileError> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| FileError::new(path, format!("cannot be put into words: {e}")))?;
-    replace(path, &text).map_err(|e| FileError::new(path, format!("cannot be written: {e}")))
-}
-
-/// By way of a temporary file beside it, so that a crash leaves the old or the new one.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.write_all(b"\n")?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
-    };
-    write().inspect_err(|_| {
-        // What is left of it would only confuse; that it failed is reported either way.
-        let _ = std::fs::remove_file(&temporary);
-    })
+    files::replace(path, (text + "\n").as_bytes())
+        .map_err(|e| FileError::new(path, format!("cannot be written: {e}")))
 }

@@ -11,6 +11,7 @@ use super::rows::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// Version of the file.
@@ -270,11 +271,45 @@ pub fn read(path: &Path) -> Result<LimitsFile, FileError> {
     Ok(file)
 }
 
-/// Writes a limits file in one piece.
+/// Refuses to write where another file lies than one of limits: it would be lost.
+///
+/// # Errors
+/// What lies there, and why it is none.
+pub fn check_place(path: &Path) -> Result<(), FileError> {
+    if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+        return Ok(());
+    }
+    read(path).map(|_| ()).map_err(|e| {
+        let what = format!("is in the way, remove it: it is no limits file: {}", e.what);
+        FileError::new(path, what)
+    })
+}
+
+/// Writes a limits file in one piece, in place of an older one if there is one.
 ///
 /// # Errors
 /// When a value could not be read back, or the file cannot be written.
 pub fn write(path: &Path, file: &LimitsFile) -> Result<(), FileError> {
     file.check().map_err(|(key, what)| FileError::key(path, key, &what))?;
+    check_place(path)?;
     write_json(path, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_not_written_over_what_is_something_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("limits.json");
+        check_place(&path).unwrap();
+        for other in ["", "{\"version\": 1}", "my notes"] {
+            std::fs::write(&path, other).unwrap();
+            let error = check_place(&path).unwrap_err().to_string();
+            assert!(error.starts_with(&path.display().to_string()), "{error}");
+            assert!(error.contains("it is no limits file"), "{error}");
+        }
+        assert!(check_place(dir.path()).is_err());
+    }
 }

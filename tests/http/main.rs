@@ -13,6 +13,7 @@ mod load;
 mod operators;
 mod requests;
 mod server;
+mod service;
 mod soak;
 mod verify;
 mod verify_real;

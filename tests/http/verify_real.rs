@@ -12,12 +12,20 @@ use targon_engine::engine::{Engine, Options};
 use targon_engine::models::Model;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::validator::service::{Entry, router};
+use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::settings::Settings;
+use targon_engine::verifier::Service;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Verdict, Verifier};
 use tower::ServiceExt;
 
 const QUESTION: &str = "What is the capital of France?";
+
+/// A model that answers, and what judges it.
+struct Entry {
+    engine: Engine,
+    verifier: Verifier,
+}
 
 fn entry() -> &'static Entry {
     static ENTRY: OnceLock<Entry> = OnceLock::new();
@@ -33,7 +41,7 @@ fn entry() -> &'static Entry {
             limits: Limits::default(),
             context_max: 1024,
         };
-        Entry { name: "smollm2".into(), engine, verifier }
+        Entry { engine, verifier }
     })
 }
 
@@ -159,8 +167,20 @@ fn the_holes_of_the_original_are_closed() {
     }
 }
 
+fn service() -> &'static Service {
+    static SERVICE: OnceLock<Service> = OnceLock::new();
+    SERVICE.get_or_init(|| {
+        let registry = Registry::default();
+        registry.announce(["smollm2".to_owned()]);
+        let Entry { engine, verifier } = entry();
+        let served = common::served(engine);
+        registry.set("smollm2", None, State::Ready(Box::new(served)));
+        Service::new(registry, &Settings::default(), Clock::system(), &verifier.pool)
+    })
+}
+
 async fn call(method: &str, path: &str, body: Value) -> (StatusCode, Value) {
-    let app = router(vec![entry().clone()]);
+    let app = service().router();
     let request = HttpRequest::builder().method(method).uri(path);
     let response = app.oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
     let status = response.status();
@@ -179,7 +199,7 @@ async fn the_containers_routes_answer_in_its_words() {
         json!({"messages": messages, "sampling_params": {"temperature": 0, "max_tokens": 9}});
     let (_, generated) = call("POST", "/generate", body).await;
     assert!(generated["text"].as_str().unwrap().contains("Paris"), "{generated}");
-    assert_eq!(call("POST", "/generate", json!(3)).await.1, json!({"text": null}));
+    assert_eq!(call("POST", "/generate", json!(3)).await.0, StatusCode::UNPROCESSABLE_ENTITY);
 
     let request = request(QUESTION, 0.0, 40);
     let answer = tokio::task::spawn_blocking(move || answered(&request)).await.unwrap();
@@ -215,5 +235,6 @@ async fn the_containers_routes_answer_in_its_words() {
     let (status, unscored) = call("POST", "/verify", absent).await;
     assert_eq!((status, &unscored["cause"]), (StatusCode::OK, &json!("INTERNAL_ERROR")));
     assert!(unscored.get("verified").is_none(), "{unscored}");
-    assert_eq!(call("POST", "/verify", json!({"a": 1})).await.0, StatusCode::BAD_REQUEST);
+    let malformed = call("POST", "/verify", json!({"a": 1})).await.0;
+    assert_eq!(malformed, StatusCode::UNPROCESSABLE_ENTITY);
 }

@@ -11,3 +11,4 @@ mod chain;
 mod cli;
 mod closed_stdout;
 mod miner;
+mod verifier;

@@ -1,0 +1,122 @@
+//! Small files that the program keeps for itself: read up to a limit, replaced as a whole.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+/// Reads a file of at most `limit` bytes.
+///
+/// # Errors
+/// When it cannot be read, is longer, or is a pipe or device, which may never end.
+pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    // Before it is opened: opening a pipe waits for its writer.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::other(format!("it has more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Puts `bytes` in place of the file, if there is one, by way of a temporary file beside it: after
+/// a crash at any point the file is the old or the new one. It keeps its mode, and a link to it
+/// stays a link.
+///
+/// # Errors
+/// When a step fails; the file is then the old one, or not yet safe on the disk.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    std::fs::create_dir_all(&directory)?;
+    // A random name: nobody else writes it, and nobody can lay a link in its place beforehand.
+    let temporary = directory.join(format!(".{}.tmp", uuid::Uuid::new_v4().simple()));
+    write_new(&temporary, path, bytes)
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .inspect_err(|_| {
+            // What is left of it would only confuse; that it failed is reported either way.
+            let _ = std::fs::remove_file(&temporary);
+        })?;
+    // Without this a power cut can undo the rename.
+    File::open(&directory)?.sync_all()
+}
+
+/// Writes a file that must not exist yet down to the disk, with the mode of `like`.
+fn write_new(path: &Path, like: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    if let Ok(old) = std::fs::metadata(like) {
+        file.set_permissions(old.permissions())?;
+    }
+    file.write_all(bytes)?;
+    // Without this a power cut can leave the new name with the contents missing.
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(directory).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_and_keeps_mode_and_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("deep/er/kept.json"), dir.path().join("link.json"));
+        replace(&path, b"one").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        symlink(&path, &link).unwrap();
+        replace(&link, b"two").unwrap();
+        assert_eq!(read(&path, 3).unwrap(), b"two");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(names(path.parent().unwrap()), ["kept.json"]);
+    }
+
+    #[test]
+    fn many_writers_leave_one_whole_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kept");
+        let contents: Vec<Vec<u8>> = (0..8).map(|i| vec![b'a' + i; 40_000]).collect();
+        std::thread::scope(|scope| {
+            for bytes in &contents {
+                scope.spawn(|| (0..5).for_each(|_| replace(&path, bytes).unwrap()));
+            }
+        });
+        assert!(contents.contains(&read(&path, 40_000).unwrap()));
+        assert_eq!(names(dir.path()), ["kept"]);
+    }
+
+    #[test]
+    fn what_cannot_be_replaced_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("taken");
+        std::fs::create_dir_all(path.join("inside")).unwrap();
+        assert!(replace(&path, b"x").is_err());
+        assert_eq!(names(dir.path()), ["taken"]);
+    }
+
+    #[test]
+    fn reading_has_a_limit_and_wants_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("long");
+        std::fs::write(&path, [7; 11]).unwrap();
+        assert_eq!(read(&path, 11).unwrap().len(), 11);
+        assert!(read(&path, 10).unwrap_err().to_string().contains("more than 10 bytes"));
+        for path in [Path::new("/dev/zero"), dir.path()] {
+            assert!(read(path, 10).unwrap_err().to_string().contains("not a file"));
+        }
+        assert_eq!(read(&dir.path().join("no"), 1).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}

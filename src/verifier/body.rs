@@ -1,0 +1,87 @@
+//! Bodies: read in time, kept up to a limit, and not too many bytes of them at once.
+
+use super::reply::Refusal;
+use axum::body::Body;
+use axum::http::{HeaderMap, StatusCode, header};
+use http_body_util::BodyExt;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes of all bodies that are held at once.
+const HELD_BYTES_MAX: usize = 1 << 30;
+/// Bytes for each permit of that.
+const UNIT: usize = 1 << 10;
+/// Bytes beyond the limit that are read and thrown away: a caller that is not heard to the end may
+/// never read its answer, and a peer that makes it too long would be spared.
+const DISCARDED_BYTES_MAX: usize = 256 << 20;
+
+/// The room for bodies.
+#[derive(Clone)]
+pub(super) struct Bodies(Arc<Semaphore>);
+
+/// A body, and its part of the room until dropped.
+pub(super) struct Held {
+    /// What arrived; `None` where it is more than the limit.
+    pub(super) bytes: Option<Vec<u8>>,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Bodies {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Semaphore::new(HELD_BYTES_MAX / UNIT)))
+    }
+
+    /// Reads a body of at most `most` bytes that must arrive within `time`.
+    pub(super) async fn read(
+        &self,
+        headers: &HeaderMap,
+        body: Body,
+        (most, time): (usize, Duration),
+    ) -> Result<Held, Refusal> {
+        let announced =
+            headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+        let room = announced.unwrap_or(most).min(most).min(HELD_BYTES_MAX).div_ceil(UNIT);
+        let room = Arc::clone(&self.0).try_acquire_many_owned(room as u32).map_err(|_| {
+            Refusal::busy(format!("{HELD_BYTES_MAX} bytes of bodies are held already, the limit"))
+        })?;
+        let mut arrived = Arrived { kept: Vec::new(), count: 0, most };
+        let is_over = |arrived: &Arrived| arrived.count > most;
+        match tokio::time::timeout(time, arrived.collect(body)).await {
+            Ok(Err(e)) => {
+                let what = format!("the body cannot be read: {e}");
+                return Err(Refusal::detail(StatusCode::BAD_REQUEST, what));
+            }
+            Err(_) if !is_over(&arrived) => {
+                let what = format!("the body must arrive within {time:?}");
+                return Err(Refusal::detail(StatusCode::REQUEST_TIMEOUT, what));
+            }
+            Ok(Ok(())) | Err(_) => {}
+        }
+        let bytes = (!is_over(&arrived)).then_some(arrived.kept);
+        Ok(Held { bytes, _room: room })
+    }
+}
+
+struct Arrived {
+    kept: Vec<u8>,
+    count: usize,
+    most: usize,
+}
+
+impl Arrived {
+    async fn collect(&mut self, mut body: Body) -> Result<(), axum::Error> {
+        let end = self.most.saturating_add(DISCARDED_BYTES_MAX);
+        while self.count <= end
+            && let Some(frame) = body.frame().await
+        {
+            let Ok(data) = frame?.into_data() else { continue };
+            self.count = self.count.saturating_add(data.len());
+            match self.count <= self.most {
+                true => self.kept.extend_from_slice(&data),
+                false => self.kept = Vec::new(),
+            }
+        }
+        Ok(())
+    }
+}
