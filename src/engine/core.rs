@@ -85,6 +85,7 @@ impl Core {
         self.next_id += 1;
         let new = NewSequence {
             id,
+            owner: request.owner,
             tokens: request.prompt.clone(),
             growth_max: request.max_tokens,
             salt: request.cache_salt,
