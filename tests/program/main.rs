@@ -10,3 +10,8 @@ mod node;
 mod chain;
 mod cli;
 mod miner;
+mod wiped;
+
+/// Keeps what is freed while a test looks for secrets in it.
+#[global_allocator]
+static ALLOCATOR: wiped::Recorder = wiped::Recorder;
