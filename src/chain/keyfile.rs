@@ -275,7 +275,7 @@ mod tests {
             let hotkey: Hotkey = vector["ss58"].as_str().unwrap().parse().unwrap();
             let message = hex::decode(&vector["message_hex"].as_str().unwrap()[2..]).unwrap();
             let signature = bytes(vector["signature"].as_str().unwrap()).unwrap();
-            assert!(hotkey.verify(&message, &*signature));
+            assert!(hotkey.verify(&message, &signature));
             let file = &vector["hotkey_file"];
             if file.is_null() {
                 continue;

@@ -420,6 +420,23 @@ async fn long_answers_of_one_validator_do_not_make_another_wait_for_their_end() 
 }
 
 #[tokio::test]
+async fn the_choices_of_one_validator_leave_places_to_others() {
+    let options = Options { waiting_max: 6, sequences_max: 2, ..common::options() };
+    let miner = miner_with(Policy { slots: 2, ..Policy::default() }, options);
+    let choices = |n: usize| {
+        let body = completion(json!({"max_tokens": 400, "n": n, "stream": true}));
+        Signed::new(VALIDATOR, COMPLETION, &body, NOW).request()
+    };
+    // Of eight places a quarter is never one validator's.
+    let most = miner.app.clone().oneshot(choices(6)).await.unwrap();
+    assert_eq!(most.status(), StatusCode::OK);
+    let more = miner.app.clone().oneshot(choices(1)).await.unwrap();
+    assert_eq!(more.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(asks(SECOND).send(&miner.app).await.0, StatusCode::OK);
+    drop((most, more));
+}
+
+#[tokio::test]
 async fn a_loud_validator_does_not_starve_a_quiet_one() {
     let policy = Policy { slots: 1, waiting_max: 30, ..Policy::default() };
     let miner = miner_with(policy, common::options());
