@@ -75,10 +75,27 @@ impl Envelope<'_> {
     }
 }
 
-/// Whether a nonce lies in the window around `now_ms`.
-pub fn is_fresh(nonce: u64, now_ms: u64) -> bool {
-    let sent_ms = nonce / 1_000_000;
-    sent_ms + AGE_MAX_MS >= now_ms && sent_ms <= now_ms + AHEAD_MAX_MS
+/// How a nonce lies to the present.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Age {
+    /// Within the window.
+    Fresh,
+    /// Before it.
+    Stale,
+    /// Behind it.
+    Ahead,
+}
+
+impl Age {
+    /// Of a nonce at `now_ms`.
+    pub fn of(nonce: u64, now_ms: u64) -> Self {
+        let sent_ms = nonce / 1_000_000;
+        match sent_ms {
+            _ if sent_ms + AGE_MAX_MS < now_ms => Age::Stale,
+            _ if sent_ms > now_ms + AHEAD_MAX_MS => Age::Ahead,
+            _ => Age::Fresh,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -107,9 +124,9 @@ mod tests {
             let elsewhere = Envelope { path: "/elsewhere", ..envelope.clone() };
             assert!(!elsewhere.verify(&body, &sent));
             let now = vector["verify_now_ns"].as_u64().unwrap() / 1_000_000;
-            let is_fresh = |now| is_fresh(envelope.nonce, now);
-            assert!(is_fresh(now) && is_fresh(now + 9_000));
-            assert!(!is_fresh(now + 9_001) && !is_fresh(now - 3_001));
+            let age = |now| Age::of(envelope.nonce, now);
+            assert_eq!((age(now), age(now + 9_000)), (Age::Fresh, Age::Fresh));
+            assert_eq!((age(now + 9_001), age(now - 3_001)), (Age::Stale, Age::Ahead));
         }
     }
 

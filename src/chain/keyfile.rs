@@ -6,9 +6,12 @@
 //! `cryptoType` may be absent (sr25519); one release wrote a corrupt `secretSeed`. So the secret is
 //! taken from the first field that gives the address that the file names, and from none where they
 //! disagree.
+//!
+//! Whatever holds a secret is wiped when it is dropped, and made in its final size: a buffer that
+//! grows or shrinks would leave copies behind.
 
 use super::keys::{Hotkey, Keypair};
-use argon2::{Algorithm, Argon2, Params, Version};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use crypto_secretbox::aead::{Aead, KeyInit};
@@ -16,6 +19,7 @@ use crypto_secretbox::{Nonce, XSalsa20Poly1305};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::fmt::Write;
 use std::path::Path;
 use zeroize::Zeroizing;
 
@@ -28,6 +32,11 @@ const SALT: [u8; 16] = [
 ];
 /// Argon2i: KiB of memory, passes, lanes.
 const COST: (u32, u32, u32) = (524_288, 8, 1);
+/// Words of a new phrase, and bytes of as many of the longest words.
+const WORDS: usize = 12;
+const PHRASE_BYTES_MAX: usize = WORDS * 9;
+/// Bytes of a new key file.
+const JSON_BYTES_MAX: usize = 1024;
 
 /// Whether the bytes of a key file need a password.
 ///
@@ -57,8 +66,10 @@ fn derive(password: &SecretString) -> Result<Zeroizing<[u8; 32]>, String> {
     let mut key = Zeroizing::new([0; 32]);
     let (memory, passes, lanes) = COST;
     let params = Params::new(memory, passes, lanes, Some(key.len())).map_err(|e| e.to_string())?;
+    let mut blocks = Zeroizing::new(vec![Block::default(); params.block_count()]);
+    let password = password.expose_secret().as_bytes();
     Argon2::new(Algorithm::Argon2i, Version::V0x13, params)
-        .hash_password_into(password.expose_secret().as_bytes(), &SALT, key.as_mut_slice())
+        .hash_password_into_with_memory(password, &SALT, key.as_mut_slice(), &mut *blocks)
         .map_err(|e| e.to_string())?;
     Ok(key)
 }
@@ -83,8 +94,9 @@ pub fn password_of(variable: &str, value: &str) -> Result<SecretString, String> 
     let wrong = || format!("the variable {variable} does not hold a password as btcli stores it");
     let mixed = Zeroizing::new(STANDARD.decode(value.trim()).map_err(|_| wrong())?);
     let mask = variable.bytes().cycle();
-    let plain: Vec<u8> = mixed.iter().zip(mask).map(|(byte, key)| byte ^ key).collect();
-    String::from_utf8(plain).map(SecretString::from).map_err(|_| wrong())
+    let mut plain = Zeroizing::new(Vec::with_capacity(mixed.len()));
+    plain.extend(mixed.iter().zip(mask).map(|(byte, key)| byte ^ key));
+    std::str::from_utf8(&plain).map(SecretString::from).map_err(|_| wrong())
 }
 
 #[derive(Deserialize)]
@@ -115,7 +127,7 @@ impl KeyFile {
     fn hotkey(&self) -> Result<Hotkey, String> {
         match (&self.address, &self.public_key) {
             (Some(address), _) => address.parse().map_err(|e| format!("`ss58Address`: {e}")),
-            (None, Some(key)) => Ok(Hotkey(bytes(key).ok_or("`publicKey` must be 32 bytes")?)),
+            (None, Some(key)) => Ok(Hotkey(*bytes(key).ok_or("`publicKey` must be 32 bytes")?)),
             (None, None) => Err("names neither `ss58Address` nor `publicKey`".into()),
         }
     }
@@ -125,16 +137,27 @@ impl KeyFile {
         let phrase = self.secret_phrase.as_ref().and_then(|p| from_phrase(p).ok());
         let seed = self.secret_seed.as_ref().and_then(|s| bytes(s.expose_secret()));
         let secret = self.private_key.as_ref().and_then(|s| bytes(s.expose_secret()));
-        let seed = seed.and_then(|s: [u8; 32]| Keypair::from_seed(&s).ok());
-        let secret = secret.and_then(|s: [u8; 64]| Keypair::from_secret(&s).ok());
+        let seed = seed.and_then(|s: Zeroizing<[u8; 32]>| Keypair::from_seed(&s).ok());
+        let secret = secret.and_then(|s: Zeroizing<[u8; 64]>| Keypair::from_secret(&s).ok());
         [phrase, seed, secret].into_iter().flatten()
     }
 }
 
-fn bytes<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    hex::decode_to_slice(text.strip_prefix("0x").unwrap_or(text), &mut bytes).ok()?;
+fn bytes<const N: usize>(text: &str) -> Option<Zeroizing<[u8; N]>> {
+    let mut bytes = Zeroizing::new([0; N]);
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    hex::decode_to_slice(digits, bytes.as_mut_slice()).ok()?;
     Some(bytes)
+}
+
+/// `0x` and digits.
+fn to_hex(secret: &[u8]) -> Result<Zeroizing<String>, String> {
+    let mut digits = Zeroizing::new(vec![0; 2 * secret.len()]);
+    hex::encode_to_slice(secret, &mut digits).map_err(|e| e.to_string())?;
+    let mut text = Zeroizing::new(String::with_capacity(2 + digits.len()));
+    text.push_str("0x");
+    text.push_str(std::str::from_utf8(&digits).map_err(|e| e.to_string())?);
+    Ok(text)
 }
 
 /// The public key in a file with or without secrets.
@@ -166,18 +189,18 @@ pub fn keypair(json: &[u8]) -> Result<Keypair, String> {
 /// # Errors
 /// When it is not such a phrase.
 pub fn from_phrase(phrase: &SecretString) -> Result<Keypair, String> {
-    let seed = phrase_seed(phrase)?;
+    let words = bip39::Mnemonic::parse_in(bip39::Language::English, phrase.expose_secret());
+    let seed = phrase_seed(&words.map_err(|_| "not a BIP-39 phrase")?);
     Keypair::from_seed(&seed)
 }
 
-fn phrase_seed(phrase: &SecretString) -> Result<Zeroizing<[u8; 32]>, String> {
-    let words = bip39::Mnemonic::parse_in(bip39::Language::English, phrase.expose_secret());
-    let entropy = Zeroizing::new(words.map_err(|_| "not a BIP-39 phrase")?.to_entropy());
+fn phrase_seed(words: &bip39::Mnemonic) -> Zeroizing<[u8; 32]> {
+    let entropy = Zeroizing::new(words.to_entropy());
     let mut long = Zeroizing::new([0; 64]);
     pbkdf2::pbkdf2_hmac::<sha2::Sha512>(&entropy, b"mnemonic", 2048, long.as_mut_slice());
     let mut seed = Zeroizing::new([0; 32]);
     seed.copy_from_slice(&long[..32]);
-    Ok(seed)
+    seed
 }
 
 #[derive(Serialize)]
@@ -210,9 +233,11 @@ pub struct NewKey {
 /// # Errors
 /// When the system gives no randomness.
 pub fn generate() -> Result<NewKey, String> {
-    let words = bip39::Mnemonic::generate_in(bip39::Language::English, 12);
-    let phrase = SecretString::from(words.map_err(|e| e.to_string())?.to_string());
-    let seed = phrase_seed(&phrase)?;
+    let words = bip39::Mnemonic::generate_in(bip39::Language::English, WORDS);
+    let words = words.map_err(|e| e.to_string())?;
+    let mut phrase = Zeroizing::new(String::with_capacity(PHRASE_BYTES_MAX));
+    write!(*phrase, "{words}").map_err(|e| e.to_string())?;
+    let seed = phrase_seed(&words);
     let pair = Keypair::from_seed(&seed)?;
     let hotkey = pair.hotkey();
     let key = format!("0x{}", hex::encode(hotkey.0));
@@ -225,17 +250,16 @@ pub fn generate() -> Result<NewKey, String> {
         address: hotkey.to_string(),
     };
     let public_json = serde_json::to_vec(&public).map_err(|e| e.to_string())?;
-    let secret = Zeroizing::new(pair.to_secret());
-    let secret = Zeroizing::new(format!("0x{}", hex::encode(secret.as_slice())));
-    let seed = Zeroizing::new(format!("0x{}", hex::encode(seed.as_slice())));
+    let (secret, seed) = (to_hex(pair.to_secret().as_slice())?, to_hex(seed.as_slice())?);
     // Without `cryptoType`: one release of the official tools cannot read it.
     let whole = Written {
         private_key: Some(&secret),
-        secret_phrase: Some(phrase.expose_secret()),
+        secret_phrase: Some(&phrase),
         secret_seed: Some(&seed),
         ..public
     };
-    let json = Zeroizing::new(serde_json::to_vec(&whole).map_err(|e| e.to_string())?);
+    let mut json = Zeroizing::new(Vec::with_capacity(JSON_BYTES_MAX));
+    serde_json::to_writer(&mut *json, &whole).map_err(|e| e.to_string())?;
     Ok(NewKey { pair, json, public_json })
 }
 

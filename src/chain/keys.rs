@@ -7,6 +7,7 @@ use blake2::{Blake2b512, Digest};
 use schnorrkel::{ExpansionMode, Keypair as Inner, MiniSecretKey, PublicKey, SecretKey, Signature};
 use std::fmt;
 use std::str::FromStr;
+use zeroize::Zeroizing;
 
 /// Signing context of Substrate.
 const CONTEXT: &[u8] = b"substrate";
@@ -111,8 +112,8 @@ impl Keypair {
     }
 
     /// The 64 bytes of the expanded secret, as key files hold them.
-    pub(super) fn to_secret(&self) -> [u8; 64] {
-        self.0.secret.to_bytes()
+    pub(super) fn to_secret(&self) -> Zeroizing<[u8; 64]> {
+        Zeroizing::new(self.0.secret.to_bytes())
     }
 
     /// The public key.

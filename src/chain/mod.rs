@@ -47,14 +47,17 @@ pub trait Chain: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), ChainError>> + Send;
 
     /// Follows the chain for ever: calls `on_head` for every new block, reconnecting as often as it
-    /// takes.
+    /// takes. Where `on_head` says no, the endpoint is not believed, and another one is followed.
     ///
     /// # Errors
     /// Only what no waiting mends, such as another chain behind the endpoint.
     fn follow(
         &self,
-        on_head: &(dyn Fn(Head) + Sync),
+        on_head: &(dyn Fn(Head) -> bool + Sync),
     ) -> impl Future<Output = Result<(), ChainError>> + Send;
+
+    /// Takes the next answer from another endpoint, where there is one: the last was not believed.
+    fn doubt(&self) -> impl Future<Output = ()> + Send;
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use scale_decode::DecodeAsType;
 use std::fmt::Display;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use subxt::backend::LegacyBackend;
 use subxt::client::OnlineClientAtBlock;
@@ -39,6 +39,7 @@ type At = OnlineClientAtBlock<SubstrateConfig>;
 pub struct Subtensor {
     endpoints: Endpoints,
     preferred: AtomicUsize,
+    reads_storage: AtomicBool, // the last metagraph came from there
     connection: Mutex<Option<Connection>>,
 }
 
@@ -73,7 +74,12 @@ impl Subtensor {
     pub fn new(endpoints: Endpoints) -> Self {
         // Fails only where a provider is installed already, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        Self { endpoints, preferred: AtomicUsize::new(0), connection: Mutex::new(None) }
+        Self {
+            endpoints,
+            preferred: AtomicUsize::new(0),
+            reads_storage: AtomicBool::new(false),
+            connection: Mutex::new(None),
+        }
     }
 
     /// The open connection, or a new one to the first endpoint that answers.
@@ -167,7 +173,7 @@ impl Subtensor {
     async fn follow_one(
         &self,
         connection: &Connection,
-        on_head: &(dyn Fn(Head) + Sync),
+        on_head: &(dyn Fn(Head) -> bool + Sync),
     ) -> Result<(), ChainError> {
         let opening = connection.client.stream_best_blocks();
         let opened = tokio::time::timeout(self.endpoints.timeout, opening).await;
@@ -176,7 +182,11 @@ impl Subtensor {
             .map_err(|e| connection.broken(e))?;
         loop {
             match tokio::time::timeout(self.endpoints.stall, blocks.next()).await {
-                Ok(Some(Ok(block))) => on_head(Head { block: block.number() }),
+                Ok(Some(Ok(block))) => {
+                    if !on_head(Head { block: block.number() }) {
+                        return Err(connection.broken("its block is not believed"));
+                    }
+                }
                 Ok(Some(Err(e))) => return Err(connection.broken(e)),
                 Ok(None) => return Err(connection.broken("the subscription has ended")),
                 Err(_) => {
@@ -198,9 +208,17 @@ impl Chain for Subtensor {
                 (netuid,),
             );
             match at.runtime_apis().call(call).await {
-                Ok(raw) => raw.ok_or(ChainError::NoSubnet(netuid))?.read(netuid, &at),
+                Ok(raw) => {
+                    if self.reads_storage.swap(false, Ordering::Relaxed) {
+                        tracing::info!("the metagraph is read in one call again");
+                    }
+                    raw.ok_or(ChainError::NoSubnet(netuid))?.read(netuid, &at)
+                }
                 Err(e) if is_missing(&e) => {
-                    tracing::warn!("the metagraph is read from storage: {e}");
+                    // Once, not at every reading.
+                    if !self.reads_storage.swap(true, Ordering::Relaxed) {
+                        tracing::warn!("the metagraph is read from storage: {e}");
+                    }
                     fallback::metagraph(&connection, &at, netuid).await
                 }
                 Err(e) => Err(connection.broken(e)),
@@ -230,15 +248,16 @@ impl Chain for Subtensor {
         sent
     }
 
-    async fn follow(&self, on_head: &(dyn Fn(Head) + Sync)) -> Result<(), ChainError> {
+    async fn follow(&self, on_head: &(dyn Fn(Head) -> bool + Sync)) -> Result<(), ChainError> {
         let mut wait = BACK_OFF.0;
         loop {
             let outcome = match self.connection().await {
                 Ok(connection) => {
-                    let has_begun = std::sync::atomic::AtomicBool::new(false);
+                    let has_begun = AtomicBool::new(false);
                     let note = |head| {
-                        has_begun.store(true, Ordering::Relaxed);
-                        on_head(head);
+                        let is_believed = on_head(head);
+                        has_begun.fetch_or(is_believed, Ordering::Relaxed);
+                        is_believed
                     };
                     let outcome = self.follow_one(&connection, &note).await;
                     if has_begun.into_inner() {
@@ -257,6 +276,13 @@ impl Chain for Subtensor {
             }
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(BACK_OFF.1);
+        }
+    }
+
+    async fn doubt(&self) {
+        let open = self.connection.lock().await.clone();
+        if let Some(connection) = open {
+            self.give_up(&connection).await;
         }
     }
 }

@@ -6,9 +6,10 @@ use super::keyfile;
 use super::keys::{Hotkey, Keypair};
 use secrecy::SecretString;
 use std::fs::{self, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use zeroize::Zeroizing;
 
 /// Bytes of a key file: real ones have under a thousand.
 const FILE_BYTES_MAX: u64 = 64 << 10;
@@ -108,7 +109,7 @@ impl Wallet {
         }
         let variable = keyfile::password_variable(&path);
         let password = match std::env::var(&variable) {
-            Ok(value) => keyfile::password_of(&variable, &value),
+            Ok(value) => keyfile::password_of(&variable, &Zeroizing::new(value)),
             Err(_) => ask(&path),
         };
         let json = keyfile::decrypt(&bytes, &password.map_err(wrong)?).map_err(wrong)?;
@@ -154,17 +155,24 @@ fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     file.sync_all()
 }
 
-fn read(path: &Path) -> Result<zeroize::Zeroizing<Vec<u8>>, WalletError> {
-    let meta = fs::metadata(path).map_err(|e| WalletError {
+fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, WalletError> {
+    let failed = |e: std::io::Error| WalletError {
         hint: Some("--wallet.path, --wallet.name and --wallet.hotkey say where to look".into()),
         ..error(path, format!("cannot be read: {e}"))
-    })?;
+    };
+    let wrong = || error(path, format!("is not a key file of at most {FILE_BYTES_MAX} bytes"));
+    let meta = fs::metadata(path).map_err(failed)?;
     if !meta.is_file() || meta.len() > FILE_BYTES_MAX {
-        let what = format!("is not a key file of at most {FILE_BYTES_MAX} bytes");
-        return Err(error(path, what));
+        return Err(wrong());
     }
-    let bytes = fs::read(path).map_err(|e| error(path, format!("cannot be read: {e}")))?;
-    Ok(zeroize::Zeroizing::new(bytes))
+    // Room for all of it: where a buffer grows, secrets stay behind in the old one.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(FILE_BYTES_MAX as usize + 1));
+    let file = fs::File::open(path).map_err(failed)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(wrong());
+    }
+    Ok(bytes)
 }
 
 /// Secrets must be their owner's alone.

@@ -66,6 +66,8 @@ fn print(status: &Value) {
         ("stake, TAO", "stake_tao"),
         ("incentive", "incentive"),
         ("axon on chain", "axon"),
+        ("axon refused", "axon_refused"),
+        ("who may ask", "may_ask"),
         ("members", "members"),
         ("metagraph of block", "metagraph_block"),
         ("newest block", "block"),

@@ -129,6 +129,9 @@ fn miner_failure(e: MinerError) -> Failure {
         MinerError::Chain(ChainError::WrongChain { .. }) => {
             Some("--subtensor.network local or test takes other chains".into())
         }
+        MinerError::Doubted(_) => {
+            Some("other endpoints can be given by --subtensor.chain_endpoint".into())
+        }
         MinerError::Chain(_) => None,
     };
     // What passes by itself is worth another start; what does not is the user's to mend.

@@ -14,6 +14,7 @@ use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use zeroize::Zeroizing;
 
 /// Name of a wallet and of a hotkey where none is given.
 const DEFAULT: &str = "default";
@@ -85,9 +86,11 @@ fn ask_password(path: &Path) -> Result<SecretString, String> {
         return Err(format!("is encrypted, and there is no terminal to ask: set {variable}"));
     }
     let prompt = format!("password of {}: ", path.display());
-    rpassword::prompt_password(prompt)
-        .map(SecretString::from)
-        .map_err(|e| format!("needs a password, which cannot be read: {e}"))
+    let typed = rpassword::prompt_password(prompt)
+        .map_err(|e| format!("needs a password, which cannot be read: {e}"))?;
+    // Made of a copy of the exact length: making a string shorter may leave the old one in memory.
+    let typed = Zeroizing::new(typed);
+    Ok(SecretString::from(typed.as_str()))
 }
 
 /// Which chain.

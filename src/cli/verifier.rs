@@ -2,7 +2,7 @@
 
 use super::out::announce;
 use super::serve::{
-    check_open, describe_failures, last_engine_death, finish, start_models, stop_signal,
+    check_open, describe_failures, finish, last_engine_death, start_models, stop_signal,
 };
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};

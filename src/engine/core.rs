@@ -10,11 +10,12 @@ use super::live::{Live, Row};
 use super::output::{Event, Fault, FinishReason};
 use super::request::Request;
 use super::runner::{RowAt, Runner};
-use super::scheduler::{NewSequence, Plan, Scheduler, SequenceId};
+use super::scheduler::{NewSequence, Owner, Plan, Scheduler, SequenceId};
 use super::stats::Stats;
 use crate::clock::Clock;
 use crate::models::Model;
 use crate::ops::pool::Pool;
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -37,8 +38,27 @@ pub(super) enum Command {
 pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
-    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) place: Place,
     pub(super) submitted: Duration,
+}
+
+/// One of the places of those that run and wait, until dropped.
+pub(super) struct Place {
+    pub(super) owner: Owner,
+    pub(super) owners: Arc<Mutex<HashMap<Owner, usize>>>,
+    pub(super) _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = self.owners.lock();
+        if let Some(count) = held.get_mut(&self.owner) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.owner);
+            }
+        }
+    }
 }
 
 /// The state of the owner thread.
@@ -117,11 +137,12 @@ impl Core {
 
     fn take(&mut self, command: Command) {
         let Command::Submit(submission) = command;
-        let Submission { request, events, permit, submitted } = *submission;
+        let Submission { request, events, place, submitted } = *submission;
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let new = NewSequence {
             id,
+            owner: request.owner,
             tokens: request.prompt.clone(),
             growth_max: request.max_tokens,
             salt: request.cache_salt,
@@ -130,7 +151,7 @@ impl Core {
         let failing = events.clone();
         let made = self
             .watch
-            .guard(Stage::Take, || Ok(Live::new(request, &self.model, events, permit, submitted)));
+            .guard(Stage::Take, || Ok(Live::new(request, &self.model, events, place, submitted)));
         let live = match made {
             Ok(live) => live,
             Err(fault) => {

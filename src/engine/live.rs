@@ -1,5 +1,6 @@
 //! One running request: from rows of logits to tokens, text and an end.
 
+use super::core::Place;
 use super::draw::Draw;
 use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step, TopLogprob};
 use super::request::{LogprobMode, Request};
@@ -11,7 +12,7 @@ use crate::ops::lanes::Isa;
 use crate::ops::logits::{LogSumExp, rank, top_k};
 use crate::proof::commit::{Chain, RowData};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
 /// What one row of logits led to.
 pub(super) struct Row {
@@ -33,7 +34,7 @@ pub(super) struct HiddenRow<'a> {
 pub(super) struct Live {
     pub(super) request: Request,
     events: mpsc::Sender<Event>,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
     draw: Draw,
     transcript: Transcript,
     prompt_sum: u64,
@@ -51,7 +52,7 @@ impl Live {
         request: Request,
         model: &Model,
         events: mpsc::Sender<Event>,
-        permit: OwnedSemaphorePermit,
+        place: Place,
         submitted: Duration,
     ) -> Self {
         Self {
@@ -65,7 +66,7 @@ impl Live {
             cached_tokens: 0,
             timeline: Timeline::new(submitted),
             events,
-            _permit: permit,
+            _place: place,
             request,
         }
     }

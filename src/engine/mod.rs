@@ -20,16 +20,17 @@ pub mod stats;
 pub mod stop;
 pub mod transcript;
 
-use self::core::{Command, Core, Submission};
+use self::core::{Command, Core, Place, Submission};
 use crate::clock::Clock;
 use crate::models::Model;
 use crate::ops::attention::BLOCK_TOKENS;
 use crate::ops::pool::Pool;
 use guard::Watch;
 use output::{Fault, Generation};
+use parking_lot::Mutex;
 use request::{InvalidRequest, Request};
 use runner::Runner;
-use scheduler::{Limits, Refusal, Scheduler};
+use scheduler::{Limits, Owner, Refusal, Scheduler};
 use stats::Stats;
 use std::collections::HashMap;
 use std::io;
@@ -56,14 +57,30 @@ pub struct Options {
 
 /// Prefill rows that may join a step in which sequences decode.
 const MIXED_PREFILL_TOKENS: usize = 128;
+/// The part of all places that an owner who is told from others leaves to them.
+const LEFT_TO_OTHERS: usize = 4;
 
 impl Options {
+    /// Sequences that run and wait.
+    fn in_flight_max(&self) -> usize {
+        self.sequences_max + self.waiting_max
+    }
+
+    /// Sequences of one owner that run and wait: nobody can take all places, however many choices
+    /// its requests have. Those who are not told apart have them all.
+    fn owner_max(&self, owner: Owner) -> usize {
+        match owner == Owner::default() {
+            true => self.in_flight_max(),
+            false => self.in_flight_max() - self.in_flight_max() / LEFT_TO_OTHERS,
+        }
+    }
+
     fn limits(&self) -> Limits {
         Limits {
             step_tokens_max: self.step_tokens_max,
             mixed_tokens_max: self.sequences_max + MIXED_PREFILL_TOKENS.min(self.step_tokens_max),
             sequences_max: self.sequences_max,
-            waiting_max: self.sequences_max + self.waiting_max,
+            waiting_max: self.in_flight_max(),
             context_max: self.context_max,
         }
     }
@@ -92,6 +109,7 @@ struct Shared {
     model: Arc<Model>,
     options: Options,
     permits: Arc<Semaphore>,
+    owners: Arc<Mutex<HashMap<Owner, usize>>>, // the places that each has
     stats: Arc<Stats>,
     is_dead: Arc<AtomicBool>,
     clock: Clock,
@@ -118,7 +136,7 @@ impl Engine {
         watch: Watch,
     ) -> io::Result<Self> {
         let model = Arc::new(model);
-        let in_flight_max = options.sequences_max + options.waiting_max;
+        let in_flight_max = options.in_flight_max();
         let (commands, receiver) = sync_channel(in_flight_max);
         let stats = Arc::new(Stats::default());
         let core = Core {
@@ -143,7 +161,9 @@ impl Engine {
             alarm.store(!matches!(outcome, Ok(true)), Ordering::SeqCst);
         })?;
         let permits = Arc::new(Semaphore::new(in_flight_max));
-        Ok(Self(Arc::new(Shared { commands, model, options, permits, stats, is_dead, clock })))
+        let owners = Arc::default();
+        let shared = Shared { commands, model, options, permits, owners, stats, is_dead, clock };
+        Ok(Self(Arc::new(shared)))
     }
 
     /// Checks and queues a request; never waits.
@@ -151,19 +171,31 @@ impl Engine {
     /// # Errors
     /// When a field is out of bounds, the request cannot fit, or the queue is full.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
-        let Shared { options, model, permits, .. } = &*self.0;
-        request.validate(model.decoder.spec.vocab)?;
+        request.validate(self.0.model.decoder.spec.vocab)?;
         self.check_size(&request)?;
-        let permit = Arc::clone(permits)
-            .try_acquire_owned()
-            .map_err(|_| Refusal::QueueFull { waiting: options.waiting_max })?;
+        let place = self.place(request.owner)?;
         // One event for each token, the prompt's rows, and the end.
         let (sender, events) = mpsc::channel(request.max_tokens + 2);
         let submitted = self.0.clock.elapsed();
-        let submission = Submission { request, events: sender, permit, submitted };
+        let submission = Submission { request, events: sender, place, submitted };
         let command = Command::Submit(Box::new(submission));
         self.0.commands.try_send(command).map_err(|_| Fault::Stopped)?;
         Ok(Generation { events })
+    }
+
+    /// A place among those that run and wait.
+    fn place(&self, owner: Owner) -> Result<Place, Refusal> {
+        let Shared { options, permits, owners, .. } = &*self.0;
+        let permit = Arc::clone(permits).try_acquire_owned();
+        let permit = permit.map_err(|_| Refusal::QueueFull { waiting: options.waiting_max })?;
+        let limit = options.owner_max(owner);
+        let mut held = owners.lock();
+        let count = held.entry(owner).or_default();
+        if *count >= limit {
+            return Err(Refusal::QueueFull { waiting: limit });
+        }
+        *count += 1;
+        Ok(Place { owner, owners: Arc::clone(owners), _permit: permit })
     }
 
     fn check_size(&self, request: &Request) -> Result<(), Refusal> {

@@ -2,6 +2,7 @@
 //! again.
 
 use super::sampler::Sampling;
+use super::scheduler::Owner;
 use crate::models::Model;
 use crate::models::grammar::Grammar;
 use crate::proof::codec::Hash;
@@ -54,6 +55,8 @@ pub struct StopRules {
 /// One sequence to generate from (or only to score).
 #[derive(Clone, PartialEq, Debug)]
 pub struct Request {
+    /// Whose it is.
+    pub owner: Owner,
     /// Prompt ids.
     pub prompt: Vec<u32>,
     /// How tokens are drawn.
@@ -97,6 +100,7 @@ impl Request {
     /// A request with neutral settings: greedy, no stop rules, nothing reported but tokens.
     pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
+            owner: Owner::default(),
             prompt,
             sampling: Sampling::greedy(),
             stop: StopRules::default(),

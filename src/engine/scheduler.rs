@@ -5,15 +5,23 @@
 //! running one, whose tokens are kept and recomputed later (often from the prefix cache). A request
 //! that could never fit is refused at submission, so a lone sequence always makes progress.
 //!
+//! Whoever runs least is started next. Where there is no room for it and another owner runs two
+//! sequences more, that owner's newest one is preempted: nobody waits for the end of an answer of
+//! somebody who has several. The oldest running sequence is never the one, so all end.
+//!
 //! No clock, no tensors, no channels: `tests/engine/scheduler_sim.rs` drives it from a seed.
 
 use super::blocks::{BlockId, BlockPool, BlockTable};
 use crate::ops::attention::BLOCK_TOKENS;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Names a sequence.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct SequenceId(pub u64);
+
+/// Whose a sequence is: owners share an engine evenly. All who are not told apart are one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+pub struct Owner(pub [u8; 32]);
 
 /// Bounds of the scheduler.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +43,8 @@ pub struct Limits {
 pub struct NewSequence {
     /// Its name, larger than all before.
     pub id: SequenceId,
+    /// Whose it is.
+    pub owner: Owner,
     /// The prompt (and, for scoring, the output).
     pub tokens: Vec<u32>,
     /// Most tokens that may still be pushed.
@@ -108,6 +118,7 @@ impl Plan {
 
 struct Sequence {
     id: SequenceId,
+    owner: Owner,
     tokens: Vec<u32>,
     computed: usize, // tokens whose keys and values are in the cache
     growth_max: usize,
@@ -197,6 +208,7 @@ impl Scheduler {
         self.can_accept(new.tokens.len(), new.growth_max)?;
         self.waiting.push_back(Sequence {
             id: new.id,
+            owner: new.owner,
             tokens: new.tokens,
             computed: 0,
             growth_max: new.growth_max,
@@ -250,27 +262,79 @@ impl Scheduler {
 
     /// Starts waiting sequences while rows and blocks last.
     fn admit(&mut self, plan: &mut Plan, budget: usize) {
-        while plan.preempted.is_empty() && self.running.len() < self.limits.sequences_max {
-            let room = budget.saturating_sub(plan.rows());
-            if room == 0 {
+        if !plan.preempted.is_empty() {
+            return;
+        }
+        while plan.rows() < budget {
+            let running = self.running_by_owner();
+            let Some(next) = self.next_waiting(&running, plan) else { return };
+            let owner = self.waiting[next].owner;
+            let is_started = self.running.len() < self.limits.sequences_max
+                && self.start(next, budget - plan.rows(), plan);
+            if !is_started && !self.preempt_for(owner, &running, plan) {
                 return;
             }
-            let Some(mut next) = self.waiting.pop_front() else { return };
-            if next.reads_cache {
-                next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
-                next.cached_tokens = next.computed;
+        }
+    }
+
+    /// How many sequences of each owner run.
+    fn running_by_owner(&self) -> BTreeMap<Owner, usize> {
+        let mut counts = BTreeMap::new();
+        if !self.waiting.is_empty() {
+            self.running.iter().for_each(|s| *counts.entry(s.owner).or_default() += 1);
+        }
+        counts
+    }
+
+    /// Of the owner that runs least, the sequence that waits longest. What this plan preempted
+    /// waits for the next one.
+    fn next_waiting(&self, running: &BTreeMap<Owner, usize>, plan: &Plan) -> Option<usize> {
+        let runs = |owner| running.get(owner).copied().unwrap_or(0);
+        let waiting = self.waiting.iter().enumerate();
+        let candidates = waiting.filter(|(_, s)| !plan.preempted.contains(&s.id));
+        candidates.min_by_key(|(_, s)| runs(&s.owner)).map(|(place, _)| place)
+    }
+
+    /// Starts a waiting sequence, where there are blocks for it.
+    fn start(&mut self, place: usize, rows: usize, plan: &mut Plan) -> bool {
+        let Some(mut next) = self.waiting.remove(place) else { return false };
+        if next.reads_cache {
+            next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
+            next.cached_tokens = next.computed;
+        }
+        // Room for all known tokens, so that a newcomer does not preempt at once.
+        if !self.pool.grow(&mut next.table, next.tokens.len()) {
+            self.pool.release(&mut next.table);
+            next.computed = 0;
+            self.waiting.insert(place, next);
+            return false;
+        }
+        self.running.push(next);
+        let index = self.running.len() - 1;
+        let count = self.running[index].pending().min(rows);
+        plan.slices.push(self.slice(index, count));
+        true
+    }
+
+    /// Makes room for a sequence of `owner` where another owner runs two more: its newest one is
+    /// preempted.
+    fn preempt_for(
+        &mut self,
+        owner: Owner,
+        running: &BTreeMap<Owner, usize>,
+        plan: &mut Plan,
+    ) -> bool {
+        let own = running.get(&owner).copied().unwrap_or(0);
+        let Some((most, count)) = running.iter().max_by_key(|(_, count)| **count) else {
+            return false;
+        };
+        let newest = self.running.iter().rposition(|s| s.owner == *most);
+        match newest {
+            Some(victim) if *count >= own + 2 => {
+                self.preempt(victim, plan);
+                true
             }
-            // Room for all known tokens, so that a newcomer does not preempt at once.
-            if !self.pool.grow(&mut next.table, next.tokens.len()) {
-                self.pool.release(&mut next.table);
-                next.computed = 0;
-                self.waiting.push_front(next);
-                return;
-            }
-            self.running.push(next);
-            let index = self.running.len() - 1;
-            let count = self.running[index].pending().min(room);
-            plan.slices.push(self.slice(index, count));
+            _ => false,
         }
     }
 

@@ -5,18 +5,23 @@
 //! runs. What passes by itself is waited for; only what an operator must mend ends a miner.
 
 pub mod address;
+pub mod pace;
 
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
 use crate::chain::{Chain, Head};
 use crate::server::gate::Gate;
+use pace::{Doubt, Pace};
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
 /// Waits between two tries of the announcement, at first and at most.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(300));
+/// Readings of the metagraph at once, where its block is not believed: each asks another endpoint.
+const READINGS_MAX: usize = 3;
 
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,6 +45,9 @@ pub enum MinerError {
         /// Where.
         netuid: u16,
     },
+    /// What the chain's endpoints say is not believed.
+    #[error("the metagraph is not taken: {0}")]
+    Doubted(#[from] Doubt),
     /// The chain says no.
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -50,6 +58,7 @@ impl MinerError {
     pub fn is_passing(&self) -> bool {
         match self {
             MinerError::NotRegistered { .. } => false,
+            MinerError::Doubted(_) => true,
             MinerError::Chain(ChainError::Refused(refusal)) => refusal.is_passing(),
             MinerError::Chain(e) => e.is_passing(),
         }
@@ -62,24 +71,21 @@ pub struct Miner<C: Chain> {
     gate: Gate,
     signer: Arc<Keypair>,
     options: Options,
+    pace: Mutex<Pace>,
 }
 
 impl<C: Chain> Miner<C> {
     /// Of `signer` behind `gate`.
     pub fn new(chain: C, gate: Gate, signer: Arc<Keypair>, options: Options) -> Self {
-        Self { chain, gate, signer, options }
+        Self { chain, gate, signer, options, pace: Mutex::default() }
     }
 
     /// Reads the metagraph, opens the door to its members, and checks that the hotkey is one.
     ///
     /// # Errors
-    /// When the hotkey is not registered or the chain cannot be asked.
+    /// When the hotkey is not registered, or the chain cannot be asked or is not believed.
     pub async fn join(&self) -> Result<(), MinerError> {
-        let metagraph = self.chain.metagraph(self.options.netuid).await?;
-        if metagraph.block < self.gate.metagraph().block {
-            tracing::warn!(block = metagraph.block, "a node that lags behind is not believed");
-            return Ok(());
-        }
+        let metagraph = self.read_metagraph().await?;
         let hotkey = self.signer.hotkey();
         let own = metagraph.neuron(&hotkey).map(|own| (own.uid, own.stake));
         let members = metagraph.neurons().len();
@@ -90,6 +96,23 @@ impl<C: Chain> Miner<C> {
         };
         tracing::info!(uid, %stake, members, "registered");
         Ok(())
+    }
+
+    /// The metagraph of an endpoint whose block is believed.
+    async fn read_metagraph(&self) -> Result<Metagraph, MinerError> {
+        let mut reading = 1;
+        loop {
+            let metagraph = self.chain.metagraph(self.options.netuid).await?;
+            let (before, now) = (self.gate.metagraph().block, self.gate.clock().unix_ms());
+            let checked = self.pace.lock().members(metagraph.block, before, now);
+            let Err(doubt) = checked else { return Ok(metagraph) };
+            if reading == READINGS_MAX {
+                return Err(doubt.into());
+            }
+            tracing::warn!("{doubt}; asking another endpoint");
+            self.chain.doubt().await;
+            reading += 1;
+        }
     }
 
     /// Writes the address on chain, where another one stands there, and says whether it had to.
@@ -104,13 +127,18 @@ impl<C: Chain> Miner<C> {
         loop {
             if self.standing() == Some(axon) {
                 tracing::info!(axon = %axon.address, "the chain has this address");
+                self.gate.set_refused_axon(None);
                 return Ok(false);
             }
             match self.chain.serve_axon(&self.signer, netuid, &axon, show).await {
-                Ok(()) => return Ok(true),
+                Ok(()) => {
+                    self.gate.set_refused_axon(None);
+                    return Ok(true);
+                }
                 Err(e) => {
                     let e = MinerError::from(e);
                     if !e.is_passing() {
+                        self.gate.set_refused_axon(Some(format!("{}: {e}", axon.address)));
                         return Err(e);
                     }
                     tracing::warn!(seconds = wait.as_secs(), "{e}; announcing again");
@@ -137,9 +165,14 @@ impl<C: Chain> Miner<C> {
     pub async fn follow(&self) -> Result<(), MinerError> {
         let (sender, receiver) = watch::channel(Head::default());
         let on_head = |head: Head| {
+            if let Err(doubt) = self.pace.lock().head(head.block, self.gate.clock().unix_ms()) {
+                tracing::warn!("{doubt}; following another endpoint");
+                return false;
+            }
             self.gate.set_head(head);
             // The receiver lives as long as this function.
             let _ = sender.send(head);
+            true
         };
         tokio::select! {
             followed = self.chain.follow(&on_head) => Ok(followed?),
@@ -149,16 +182,18 @@ impl<C: Chain> Miner<C> {
 
     async fn keep_fresh(&self, mut heads: watch::Receiver<Head>) -> Result<(), MinerError> {
         let mut read_at = self.gate.metagraph().block;
-        let mut is_missing = false;
+        let (mut is_missing, mut is_owed) = (false, false);
         while heads.changed().await.is_ok() {
             let Head { block } = *heads.borrow_and_update();
             self.log(block);
             let is_due = block % self.options.epoch_length == 0
-                || block.saturating_sub(read_at) >= self.options.epoch_length;
-            if !is_due && !is_missing {
+                || block.abs_diff(read_at) >= self.options.epoch_length;
+            if !is_due && !is_missing && !is_owed {
                 continue;
             }
-            match self.join().await {
+            let joined = self.join().await;
+            is_owed = joined.is_err();
+            match joined {
                 Ok(()) => (read_at, is_missing) = (block, false),
                 // One node's word is not enough to give up: the next block tells.
                 Err(MinerError::NotRegistered { .. }) if !is_missing => is_missing = true,

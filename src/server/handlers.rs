@@ -7,6 +7,7 @@ use super::generate::{Job, run};
 use super::openapi::Refusals;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
+use crate::engine::scheduler::Owner;
 use crate::intake::proof::Prover;
 use crate::intake::translate::Defaults;
 use crate::intake::understand::{Reader, Understood};
@@ -108,6 +109,9 @@ impl Asking<'_> {
     ) -> Result<Response, ApiError> {
         let prover = self.prover(&routed.served, common)?;
         let Understood { endpoint, mut requests, n, report, tools } = understood;
+        if let Some(caller) = &self.caller {
+            requests.iter_mut().for_each(|request| request.owner = Owner(caller.hotkey.0));
+        }
         if let Some(prover) = &prover {
             for (choice, request) in requests.iter_mut().enumerate() {
                 prover.bind(request, &routed.served.identity, common.seed, choice as u32);

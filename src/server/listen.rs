@@ -4,18 +4,23 @@ use super::router;
 use super::settings::Limits;
 use super::state::ServerState;
 use axum::Router;
+use axum::extract::{ConnectInfo, Request};
+use axum::response::Response;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
+use std::convert::Infallible;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
+use tower::Service;
 
 /// Open connections; more wait in the system's queue.
 pub const CONNECTIONS_MAX: usize = 4096;
@@ -69,15 +74,15 @@ pub async fn accept(
     let accept = async {
         loop {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-            let socket = match listener.accept().await {
-                Ok((socket, _)) => socket,
+            let (socket, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
                 Err(e) => {
                     tracing::warn!("cannot accept a connection: {e}");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
-            let connection = graceful.watch(connection(socket, &app, limits()));
+            let connection = graceful.watch(connection(socket, peer, &app, limits()));
             tokio::spawn(async move {
                 // A peer that breaks off or is too slow is no event of ours.
                 if let Err(e) = connection.await {
@@ -95,12 +100,27 @@ pub async fn accept(
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await;
 }
 
-type Connection = http1::Connection<
-    TokioIo<std::pin::Pin<Box<TimeoutStream<TcpStream>>>>,
-    TowerToHyperService<Router>,
->;
+type Connection = http1::Connection<TokioIo<std::pin::Pin<Box<TimeoutStream<TcpStream>>>>, Served>;
 
-fn connection(socket: TcpStream, app: &Router, limits: Limits) -> Connection {
+/// The routes for one peer, whose requests carry its address.
+struct Served {
+    app: Router,
+    peer: SocketAddr,
+}
+
+impl hyper::service::Service<Request<Incoming>> for Served {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = <Router as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(ConnectInfo(self.peer));
+        // A router is always ready.
+        self.app.clone().call(request)
+    }
+}
+
+fn connection(socket: TcpStream, peer: SocketAddr, app: &Router, limits: Limits) -> Connection {
     // Tokens are small and must not wait for each other.
     let _ = socket.set_nodelay(true);
     let mut socket = TimeoutStream::new(socket);
@@ -110,7 +130,7 @@ fn connection(socket: TcpStream, app: &Router, limits: Limits) -> Connection {
         .header_read_timeout(limits.header_time)
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
-        .serve_connection(TokioIo::new(Box::pin(socket)), TowerToHyperService::new(app.clone()))
+        .serve_connection(TokioIo::new(Box::pin(socket)), Served { app: app.clone(), peer })
 }
 
 async fn drain(state: &ServerState, timeout: Duration) {

@@ -1,7 +1,7 @@
 //! The routes of a subnet's miner, behind its [`gate`](super::gate).
 
 use super::access;
-use super::gate::report::Asked;
+use super::gate::models::{Asked, Shape};
 use super::gate::{Caller, Gate, guard};
 use super::handlers;
 use super::registry::{Served, State as ModelState};
@@ -9,7 +9,7 @@ use super::state::ServerState;
 use super::status;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Extension, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -36,41 +36,52 @@ pub fn router(state: ServerState, gate: Gate) -> Router {
         .with_state(state)
 }
 
-/// `GET /models`: the models that answer, in the shape in which this validator speaks of them.
+/// `GET /models`: the models that answer, in the shape in which this validator last asked for some.
 async fn models(
     State(state): State<ServerState>,
     Extension(gate): Extension<Gate>,
     Extension(caller): Extension<Caller>,
 ) -> Json<Value> {
+    let shape = gate.asked(&caller.hotkey).map_or(Shape::List, |asked| asked.shape);
+    Json(served(&state, shape))
+}
+
+/// `POST /models`: what a validator wants served. Versions from 5.0 on read what is served out of
+/// the answer.
+async fn note_models(
+    State(state): State<ServerState>,
+    Extension(gate): Extension<Gate>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    match Asked::read(&headers, &body, state.clock().unix_ms()) {
+        Ok(asked) => {
+            tracing::info!(validator = %caller.hotkey, models = ?asked.models, "wants served");
+            let shape = asked.shape;
+            gate.note_models(caller.hotkey, asked);
+            Json(served(&state, shape)).into_response()
+        }
+        Err(rule) => (StatusCode::BAD_REQUEST, Json(json!({"detail": rule}))).into_response(),
+    }
+}
+
+/// The models that answer.
+fn served(state: &ServerState, shape: Shape) -> Value {
     let entries = state.registry().entries();
     let ready = entries.iter().filter_map(|e| match &e.state {
         ModelState::Ready(served) if !served.engine.is_dead() => Some((&e.name, &**served)),
         _ => None,
     });
-    if gate.asked(&caller.hotkey).is_some_and(|asked| asked.is_map) {
-        // Protocol 5 wants queries a second; what is known is how many run at once.
-        let each = |(name, served): (&String, &Served)| {
-            (name.clone(), json!(served.engine.options().sequences_max))
-        };
-        return Json(Value::Object(ready.map(each).collect::<Map<_, _>>()));
-    }
-    Json(ready.map(|(name, _)| name.as_str()).collect())
-}
-
-/// `POST /models`: what a validator wants served.
-async fn note_models(
-    State(state): State<ServerState>,
-    Extension(gate): Extension<Gate>,
-    Extension(caller): Extension<Caller>,
-    body: Bytes,
-) -> Response {
-    match Asked::read(&body, state.clock().unix_ms()) {
-        Ok(asked) => {
-            tracing::info!(validator = %caller.hotkey, models = ?asked.models, "wants served");
-            gate.note_models(caller.hotkey, asked);
-            Json("").into_response()
+    match shape {
+        Shape::List => ready.map(|(name, _)| name.as_str()).collect(),
+        Shape::Map => {
+            // They want queries a second; what is known is how many run at once.
+            let each = |(name, served): (&String, &Served)| {
+                (name.clone(), json!(served.engine.options().sequences_max))
+            };
+            Value::Object(ready.map(each).collect::<Map<_, _>>())
         }
-        Err(rule) => (StatusCode::BAD_REQUEST, Json(json!({"detail": rule}))).into_response(),
     }
 }
 

@@ -265,6 +265,11 @@ impl FakeNode {
         self.shared.chain.lock().has_metagraph_api = present;
     }
 
+    /// A number that heads and metagraphs name in place of that of their block.
+    pub fn claim_block(&self, number: Option<u64>) {
+        self.shared.chain.lock().claimed_block = number;
+    }
+
     /// Another chain. Only before the first block.
     pub fn set_genesis(&self, hash: [u8; 32]) {
         self.shared.chain.lock().set_genesis(hash);

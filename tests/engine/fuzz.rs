@@ -10,7 +10,7 @@ use targon_engine::config::models_toml;
 use targon_engine::models::chat::ChatTemplate;
 use targon_engine::proof::commit::ResidueChunk;
 use targon_engine::proof::toploc;
-use targon_engine::server::gate::report::Asked;
+use targon_engine::server::gate::models::Asked;
 use targon_engine::verify::answer::Answer;
 use targon_engine::wire::openai::{ChatRequest, CompletionRequest};
 
@@ -96,7 +96,7 @@ fn signed_headers() {
 #[test]
 fn lists_of_models() {
     bolero::check!().for_each(|bytes: &[u8]| {
-        if let Ok(asked) = Asked::read(bytes, 0) {
+        if let Ok(asked) = Asked::read(&Default::default(), bytes, 0) {
             assert!(asked.models.len() <= 256);
         }
     });

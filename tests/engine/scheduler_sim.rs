@@ -6,12 +6,13 @@
 use crate::common::Noise;
 use std::collections::HashMap;
 use targon_engine::engine::scheduler::{
-    Limits, NewSequence, Plan, Refusal, Scheduler, SequenceId, Slice,
+    Limits, NewSequence, Owner, Plan, Refusal, Scheduler, SequenceId, Slice,
 };
 use targon_engine::ops::attention::BLOCK_TOKENS;
 
 /// What a sequence should look like, kept outside the scheduler.
 struct Model {
+    owner: Owner,
     tokens: Vec<u32>,
     growth: usize,
     steps_waited: usize,
@@ -19,6 +20,7 @@ struct Model {
 
 struct Simulation {
     noise: Noise,
+    limits: Limits,
     scheduler: Scheduler,
     live: HashMap<SequenceId, Model>,
     /// For each block and slot: the tokens up to and including that position.
@@ -42,6 +44,7 @@ impl Simulation {
         let scheduler = Scheduler::new(limits, 1 + noise.below(12));
         Self {
             noise,
+            limits,
             scheduler,
             live: HashMap::new(),
             cache: HashMap::new(),
@@ -65,8 +68,10 @@ impl Simulation {
             .collect();
         let id = SequenceId(self.next_id);
         self.next_id += 1;
+        let owner = Owner([self.noise.below(3) as u8; 32]);
         let new = NewSequence {
             id,
+            owner,
             tokens: tokens.clone(),
             growth_max: growth,
             salt: u64::from(self.noise.below(8) == 0),
@@ -74,7 +79,7 @@ impl Simulation {
         };
         match self.scheduler.submit(new) {
             Ok(()) => {
-                self.live.insert(id, Model { tokens, growth, steps_waited: 0 });
+                self.live.insert(id, Model { owner, tokens, growth, steps_waited: 0 });
             }
             Err(Refusal::Empty) => assert_eq!(count, 0),
             Err(_) => {}
@@ -94,6 +99,7 @@ impl Simulation {
     fn step(&mut self) {
         let plan = self.scheduler.schedule();
         self.scheduler.check(&plan);
+        self.check_shares(&plan);
         assert!(!plan.slices.is_empty() || self.live.is_empty(), "nothing runs, but not idle");
         for slice in &plan.slices {
             self.compute(slice);
@@ -104,6 +110,27 @@ impl Simulation {
         }
         self.note_waiting(&plan);
         self.scheduler.check(&Plan::default());
+    }
+
+    /// Nobody waits while another owner runs several, but for the step in which room is made.
+    fn check_shares(&self, plan: &Plan) {
+        let budget = self.limits.mixed_tokens_max.min(self.limits.step_tokens_max);
+        if !plan.preempted.is_empty() || plan.rows() >= budget {
+            return;
+        }
+        let mut running: HashMap<Owner, usize> = HashMap::new();
+        for slice in &plan.slices {
+            *running.entry(self.live[&slice.id].owner).or_default() += 1;
+        }
+        let most = running.values().copied().max().unwrap_or(0);
+        for (id, model) in &self.live {
+            let own = running.get(&model.owner).copied().unwrap_or(0);
+            let is_running = plan.slices.iter().any(|slice| slice.id == *id);
+            assert!(
+                is_running || own + 2 > most,
+                "{id:?} waits: {own} of its owner run, {most} of another"
+            );
+        }
     }
 
     /// Writes the slice's positions and reads every position before them, as attention does.
@@ -191,6 +218,7 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
     let mut scheduler = Scheduler::new(limits, 4);
     let sequence = |id: u64, count: usize, growth_max: usize| NewSequence {
         id: SequenceId(id),
+        owner: Owner::default(),
         tokens: vec![1; count],
         growth_max,
         salt: 0,
@@ -209,4 +237,57 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
     assert_eq!((plan.rows(), plan.slices[0].is_last), (64, false));
     scheduler.commit(&plan);
     assert!(scheduler.schedule().slices[0].is_last);
+}
+
+/// Runs one step in which every sequence that is past its prefill draws a token.
+fn step(scheduler: &mut Scheduler) -> Plan {
+    let plan = scheduler.schedule();
+    scheduler.check(&plan);
+    scheduler.commit(&plan);
+    plan.slices.iter().filter(|s| s.is_last).for_each(|s| scheduler.push(s.id, 1));
+    plan
+}
+
+fn ids(plan: &Plan) -> Vec<u64> {
+    plan.slices.iter().map(|slice| slice.id.0).collect()
+}
+
+#[test]
+fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
+    let limits = Limits {
+        step_tokens_max: 64,
+        mixed_tokens_max: 64,
+        sequences_max: 2,
+        waiting_max: 8,
+        context_max: 400,
+    };
+    let mut scheduler = Scheduler::new(limits, 64);
+    let sequence = |id: u64, owner: u8, growth_max: usize| NewSequence {
+        id: SequenceId(id),
+        owner: Owner([owner; 32]),
+        tokens: vec![1; 8],
+        growth_max,
+        salt: id,
+        reads_cache: true,
+    };
+    for id in 0..4 {
+        scheduler.submit(sequence(id, 1, 300)).unwrap();
+    }
+    assert_eq!(ids(&step(&mut scheduler)), [0, 1]);
+    (0..40).for_each(|_| drop(step(&mut scheduler)));
+    // The loud one's own others wait as before; the quiet one runs in the very next step.
+    scheduler.submit(sequence(4, 2, 2)).unwrap();
+    scheduler.submit(sequence(5, 3, 300)).unwrap();
+    let plan = step(&mut scheduler);
+    assert_eq!((ids(&plan), plan.preempted), (vec![0, 4], vec![SequenceId(1)]));
+    // A third owner waits for a slot, as each of the two runs one only, but before the loud one.
+    assert_eq!(ids(&step(&mut scheduler)), [0, 4]);
+    scheduler.remove(SequenceId(4));
+    assert_eq!(ids(&step(&mut scheduler)), [0, 5]);
+    scheduler.remove(SequenceId(5));
+    let plan = step(&mut scheduler);
+    assert_eq!(ids(&plan), [0, 1]);
+    // Some of its 49 tokens are still in the prefix cache.
+    let resumed = &plan.slices[1];
+    assert_eq!((resumed.start, resumed.start + resumed.tokens.len()), (32, 49));
 }

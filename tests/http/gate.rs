@@ -6,6 +6,7 @@ use crate::common::site::{CHAT, COMPLETION, chat, completion};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
+use http_body_util::BodyExt;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::num::NonZeroU32;
@@ -17,13 +18,21 @@ use targon_engine::chain::epistula::{Envelope, HEADER_SIGNATURE, HEADER_TIMESTAM
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
-use targon_engine::engine::Options;
+use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
+use targon_engine::models::Model;
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
+use targon_engine::server::gate::bodies::{GRACE, SHARE_MAX};
 use targon_engine::server::gate::{Gate, Outcome, Policy, STAKE_MIN};
+use targon_engine::server::listen::accept;
 use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::settings::Limits;
 use targon_engine::server::state::ServerState;
 use targon_engine::server::subnet::router;
 use targon_engine::verify::answer::Answer;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
 
 const NOW: u64 = 1_795_333_310_123;
@@ -57,27 +66,35 @@ struct Miner {
     open: Router,
     gate: Gate,
     clock: Clock,
+    engine: Engine,
 }
 
-fn miner_with(policy: Policy, options: Options) -> Miner {
-    let engine = common::tiny_engine(3, options);
-    let registry = Registry::default();
-    registry.announce(["tiny", "broken"].map(String::from));
-    registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
-    registry.set("broken", None, State::Failed("no such file".into()));
-    let clock = Clock::manual(NOW);
-    let gate = Gate::new(key(MINER).hotkey(), policy, clock.clone());
+fn members() -> Metagraph {
     let members = vec![
         neuron(0, VALIDATOR, STAKE_MIN),
         neuron(1, POOR, Rao(STAKE_MIN.0 - 1)),
         neuron(2, MINER, Rao(0)),
         neuron(3, SECOND, STAKE_MIN),
     ];
-    gate.set_metagraph(Arc::new(Metagraph::new(4, 70, Hyperparameters::default(), members)));
+    Metagraph::new(4, 70, Hyperparameters::default(), members)
+}
+
+fn miner_with(policy: Policy, options: Options) -> Miner {
+    miner_over(common::tiny_engine(3, options), policy)
+}
+
+fn miner_over(engine: Engine, policy: Policy) -> Miner {
+    let registry = Registry::default();
+    registry.announce(["tiny", "broken"].map(String::from));
+    registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
+    registry.set("broken", None, State::Failed("no such file".into()));
+    let clock = Clock::manual(NOW);
+    let gate = Gate::new(key(MINER).hotkey(), policy, clock.clone());
+    gate.set_metagraph(Arc::new(members()));
     let state = ServerState::new(registry, Defaults::default(), clock.clone());
     let state = state.signed_by(Arc::new(key(MINER))).behind(gate.clone());
     let open = targon_engine::server::router(state.clone());
-    Miner { app: router(state, gate.clone()), open, gate, clock }
+    Miner { app: router(state, gate.clone()), open, gate, clock, engine }
 }
 
 fn miner() -> Miner {
@@ -335,6 +352,91 @@ async fn one_hotkeys_rate_is_its_own() {
 }
 
 #[tokio::test]
+async fn where_stake_is_known_in_part_only_a_permit_takes_its_place() {
+    let miner = miner();
+    let rule = "members with 10000 TAO of stake";
+    let shown =
+        || async { common::site::get(&miner.open, "/targon/status").await.1["may_ask"].clone() };
+    assert_eq!(shown().await, rule);
+    let mut metagraph = members();
+    metagraph.is_stake_partial = true;
+    miner.gate.set_metagraph(Arc::new(metagraph));
+    // Members have a permit in these tests.
+    assert_eq!(asks(POOR).send(&miner.app).await.0, StatusCode::OK);
+    let words = shown().await;
+    assert!(words.as_str().unwrap().contains("or a validator permit"), "{words}");
+    let without = |seed, stake| Neuron { permit: false, ..neuron(0, seed, stake) };
+    let members = vec![without(VALIDATOR, STAKE_MIN), without(POOR, Rao(7_000_000_000))];
+    let mut metagraph = Metagraph::new(4, 71, Hyperparameters::default(), members);
+    metagraph.is_stake_partial = true;
+    miner.gate.set_metagraph(Arc::new(metagraph));
+    assert_eq!(asks(VALIDATOR).send(&miner.app).await.0, StatusCode::OK);
+    let (status, answer) = asks(POOR).send(&miner.app).await;
+    let detail = "Stake below minimum: 7 TAO are known, at least 10000 or a validator permit";
+    assert_eq!((status, &answer["detail"]), (StatusCode::UNAUTHORIZED, &json!(detail)));
+    assert_eq!(miner.gate.counted(Outcome::LowStake), 1);
+}
+
+/// A tiny engine whose answers can be long.
+fn engine_with_context(context_max: usize, sequences_max: usize) -> Engine {
+    let mut config = common::tiny_config();
+    config["max_position_embeddings"] = context_max.into();
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(dir.path(), &config, 3);
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    let model = Model::load(dir.path(), None, &pool, |_, _| {}).unwrap();
+    let blocks = (sequences_max + 1) * context_max / 32;
+    let options = Options { context_max, blocks, sequences_max, ..common::options() };
+    Engine::start(model, pool, options, Clock::system()).unwrap()
+}
+
+#[tokio::test]
+async fn long_answers_of_one_validator_do_not_make_another_wait_for_their_end() {
+    let policy = Policy { slots: 2, ..Policy::default() };
+    let miner = miner_over(engine_with_context(16_384, 2), policy);
+    let long = completion(json!({"max_tokens": 16_000, "stream": true}));
+    let mut running = Vec::new();
+    for _ in 0..2 {
+        let request = Signed::new(VALIDATOR, COMPLETION, &long, NOW).request();
+        let mut body = miner.app.clone().oneshot(request).await.unwrap().into_body();
+        // The first token: it runs.
+        body.frame().await.unwrap().unwrap();
+        running.push(body);
+    }
+    let started = std::time::Instant::now();
+    let (status, answer) = asks(SECOND).send(&miner.app).await;
+    let took = started.elapsed();
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    assert!(took < Duration::from_secs(1), "three tokens took {took:?}");
+    println!("three tokens of another validator after {took:?}");
+    // Both long ones go on, one of them from where it was set aside; neither has ended.
+    let stats = || miner.engine.stats().snapshot();
+    while stats().finished < 1 || stats().load.running < 2 {
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", stats());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let now = stats();
+    assert!(now.finished == 1 && now.faults == 0 && now.load.preemptions > 0, "{now:?}");
+}
+
+#[tokio::test]
+async fn the_choices_of_one_validator_leave_places_to_others() {
+    let options = Options { waiting_max: 6, sequences_max: 2, ..common::options() };
+    let miner = miner_with(Policy { slots: 2, ..Policy::default() }, options);
+    let choices = |n: usize| {
+        let body = completion(json!({"max_tokens": 400, "n": n, "stream": true}));
+        Signed::new(VALIDATOR, COMPLETION, &body, NOW).request()
+    };
+    // Of eight places a quarter is never one validator's.
+    let most = miner.app.clone().oneshot(choices(6)).await.unwrap();
+    assert_eq!(most.status(), StatusCode::OK);
+    let more = miner.app.clone().oneshot(choices(1)).await.unwrap();
+    assert_eq!(more.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(asks(SECOND).send(&miner.app).await.0, StatusCode::OK);
+    drop((most, more));
+}
+
+#[tokio::test]
 async fn a_loud_validator_does_not_starve_a_quiet_one() {
     let policy = Policy { slots: 1, waiting_max: 30, ..Policy::default() };
     let miner = miner_with(policy, common::options());
@@ -362,17 +464,40 @@ async fn a_loud_validator_does_not_starve_a_quiet_one() {
 }
 
 #[tokio::test]
-async fn models_are_listed_in_the_shape_that_the_validator_speaks() {
+async fn models_are_listed_in_the_shape_that_the_validator_reads() {
     let miner = miner();
-    let list = Signed::new(VALIDATOR, "/models", &Value::Null, NOW).send(&miner.app).await;
-    assert_eq!(list, (StatusCode::OK, json!(["tiny"])));
+    let aiohttp = "Python/3.12 aiohttp/3.10.11";
     let wanted = json!(["tiny", "NousResearch/Meta-Llama-3.1-8B-Instruct"]);
-    let noted = Signed::new(VALIDATOR, "/models", &wanted, NOW).send(&miner.app).await;
-    assert_eq!(noted, (StatusCode::OK, json!("")));
-    let map = Signed::new(SECOND, "/models", &json!({"tiny": 5}), NOW).send(&miner.app).await;
-    assert_eq!(map.0, StatusCode::OK);
-    let list = Signed::new(SECOND, "/models", &Value::Null, NOW + 1).send(&miner.app).await;
-    assert_eq!(list, (StatusCode::OK, json!({"tiny": 16})));
+    let (list, map) = (json!(["tiny"]), json!({"tiny": 16}));
+    let posts = |seed, body: &Value, at_ms, agent: &'static str, is_kind_last: bool| {
+        let signed = Signed::new(seed, "/models", body, at_ms);
+        let mut headers = HeaderMap::new();
+        let kind = ("content-type", HeaderValue::from_static("application/json"));
+        if !is_kind_last {
+            headers.insert(kind.0, kind.1.clone());
+        }
+        headers.extend(signed.headers.clone());
+        if is_kind_last {
+            headers.insert(kind.0, kind.1);
+        }
+        headers.insert("user-agent", HeaderValue::from_static(agent));
+        Signed { headers, ..signed }
+    };
+    let gets = |seed, at_ms| Signed::new(seed, "/models", &Value::Null, at_ms);
+    for (request, want) in [
+        (gets(VALIDATOR, NOW), &list),
+        // 4.x ignores the answer and then asks for a list.
+        (posts(VALIDATOR, &wanted, NOW, "python-httpx/0.27.2", false), &list),
+        (gets(VALIDATOR, NOW + 1), &list),
+        // 5.0 and all later ones read the answer.
+        (posts(SECOND, &wanted, NOW, aiohttp, true), &list),
+        (gets(SECOND, NOW + 1), &list),
+        (posts(SECOND, &wanted, NOW + 2, aiohttp, false), &map),
+        (gets(SECOND, NOW + 3), &map),
+        (posts(SECOND, &json!({"tiny": 5}), NOW + 4, "Go-http-client/1.1", false), &map),
+    ] {
+        assert_eq!(request.send(&miner.app).await, (StatusCode::OK, want.clone()));
+    }
     let wrong = Signed::new(VALIDATOR, "/models", &json!("tiny"), NOW).send(&miner.app).await;
     assert_eq!(wrong.0, StatusCode::BAD_REQUEST);
 
@@ -386,11 +511,11 @@ async fn models_are_listed_in_the_shape_that_the_validator_speaks() {
     let request = Request::get("/metrics").body(Body::empty()).unwrap();
     let (_, metrics) = common::site::call(&miner.open, request).await;
     for line in [
-        "targon_signed_requests_total{outcome=\"accepted\"} 5",
+        "targon_signed_requests_total{outcome=\"accepted\"} 9",
         "targon_chain_block 77.0",
         "targon_uid 2.0",
         "targon_incentive 0.25",
-        "targon_auth_seconds_count 5",
+        "targon_auth_seconds_count 9",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
@@ -431,7 +556,7 @@ async fn sdk_11_signatures_are_taken_beside_epistula() {
         (good, "Request was received already"),
         (signed(CHAT, nonce + 1), "Signature Mismatch"),
         (signed(COMPLETION, nonce - 11_000_000_000), "Request is too stale"),
-        (signed(COMPLETION, nonce + 3_000_000_000), "Request is too stale"),
+        (signed(COMPLETION, nonce + 3_000_000_000), "Request is dated too far in the future"),
         (signed(COMPLETION, nonce + 2).with(btauth::HEADER_VERSION, "2"), "Unknown btauth version"),
         (
             signed(COMPLETION, nonce + 3).without(btauth::HEADER_RECEIVER),
@@ -480,6 +605,79 @@ async fn large_bodies_are_refused_before_they_are_hashed() {
         request = request.with(name, &value);
     }
     assert_eq!(request.send(&miner.app).await.0, StatusCode::OK);
+}
+
+/// Strangers at once, and the bytes that each of them announces.
+const STRANGERS: usize = 200;
+const ANNOUNCED: usize = 2 << 20;
+/// Within this time everybody else must be served meanwhile.
+const SERVED_WITHIN: Duration = Duration::from_secs(1);
+
+/// A signed request as bytes, of which `body` comes and `announced` bytes are said to.
+fn bytes_of(signed: &Signed, body: &[u8], announced: usize) -> Vec<u8> {
+    let mut head = format!("{} {} HTTP/1.1\r\nhost: x\r\n", signed.method, signed.path);
+    for (name, value) in &signed.headers {
+        head.push_str(&format!("{name}: {}\r\n", value.to_str().unwrap()));
+    }
+    let head = format!("{head}content-length: {announced}\r\n\r\n");
+    [head.as_bytes(), body].concat()
+}
+
+/// The head and the first byte of a large request in the name of a member, signed by a stranger.
+fn stalled() -> Vec<u8> {
+    let forged = Signed::new(STRANGER, COMPLETION, &json!({}), NOW);
+    let forged = forged.with("epistula-signed-by", &key(VALIDATOR).hotkey().to_string());
+    bytes_of(&forged, b"{", ANNOUNCED)
+}
+
+/// The status line's beginning.
+async fn status(socket: &mut TcpStream) -> String {
+    let mut begin = [0; 12];
+    socket.read_exact(&mut begin).await.unwrap();
+    String::from_utf8_lossy(&begin).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_who_stall_in_a_members_name_shut_nobody_out() {
+    let miner = miner();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (app, never) = (miner.app.clone(), std::future::pending());
+    let server = tokio::spawn(async move { accept(listener, app, Limits::default, never).await });
+    let mut sockets = Vec::new();
+    for _ in 0..STRANGERS {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(&stalled()).await.unwrap();
+        sockets.push(socket);
+    }
+    let started = std::time::Instant::now();
+    while miner.gate.bodies().0 < SHARE_MAX {
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", miner.gate.bodies());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // What is announced costs nothing, and a share has its limit.
+    let (open, bytes) = miner.gate.bodies();
+    assert!(open <= SHARE_MAX && bytes <= STRANGERS, "{open} bodies, {bytes} bytes");
+    // The member itself, from the same address even, and another one.
+    for seed in [VALIDATOR, SECOND] {
+        let request = asks(seed);
+        let started = std::time::Instant::now();
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        let bytes = bytes_of(&request, &request.body, request.body.len());
+        socket.write_all(&bytes).await.unwrap();
+        let status = status(&mut socket).await;
+        let took = started.elapsed();
+        println!("served after {took:?} with {open} bodies open");
+        assert!(status == "HTTP/1.1 200" && took < SERVED_WITHIN, "{status} after {took:?}");
+    }
+    // Nor do they stay.
+    while miner.gate.bodies().0 > 0 {
+        assert!(started.elapsed() < GRACE + Duration::from_secs(5), "{:?}", miner.gate.bodies());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(status(&mut sockets[0]).await, "HTTP/1.1 503");
+    assert_eq!(status(&mut sockets[STRANGERS - 1]).await, "HTTP/1.1 408");
+    server.abort();
 }
 
 proptest! {

@@ -7,13 +7,14 @@ use parking_lot::Mutex;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
-use targon_engine::chain::Chain;
 use targon_engine::chain::error::{ChainError, Refusal, Stage};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::Axon;
 use targon_engine::chain::network::{Endpoints, Network};
 use targon_engine::chain::subtensor::Subtensor;
+use targon_engine::chain::{Chain, Head};
 use targon_engine::clock::Clock;
+use targon_engine::miner::pace::DOUBT_MAX;
 use targon_engine::miner::{Miner, MinerError, Options};
 use targon_engine::server::gate::{Gate, Policy};
 
@@ -157,7 +158,7 @@ async fn another_chain_is_never_signed_for() {
     assert!(matches!(error, ChainError::WrongChain { .. }), "{error}");
     let error = chain.serve_axon(&key(3), 4, &axon(8091), &sent).await.unwrap_err();
     assert!(error.to_string().contains("nothing is signed for it"), "{error}");
-    assert!(matches!(chain.follow(&|_| {}).await, Err(ChainError::WrongChain { .. })));
+    assert!(matches!(chain.follow(&|_| true).await, Err(ChainError::WrongChain { .. })));
     assert_eq!(node.calls().len(), 0);
     // One wrong endpoint among right ones is passed over.
     let right = FakeNode::start(subnet()).await;
@@ -215,8 +216,13 @@ async fn blocks_are_followed_over_breaks_stalls_and_upgrades() {
     let chain = Arc::new(client(&[&node]));
     let seen = Seen::default();
     let (follower, note) = (Arc::clone(&chain), seen.clone());
-    let following =
-        tokio::spawn(async move { follower.follow(&|head| note.0.lock().push(head.block)).await });
+    let following = tokio::spawn(async move {
+        let on_head = |head: Head| {
+            note.0.lock().push(head.block);
+            true
+        };
+        follower.follow(&on_head).await
+    });
     seen.wait_beyond(2).await;
     node.drop_connections();
     seen.wait_beyond(node.head()).await;
@@ -240,10 +246,14 @@ async fn blocks_are_followed_over_breaks_stalls_and_upgrades() {
 }
 
 fn miner(node: &FakeNode, seed: u8, epoch_length: u64) -> (Miner<Subtensor>, Gate) {
+    miner_of(&[node], seed, epoch_length)
+}
+
+fn miner_of(nodes: &[&FakeNode], seed: u8, epoch_length: u64) -> (Miner<Subtensor>, Gate) {
     let clock = Clock::system();
     let gate = Gate::new(key(seed).hotkey(), Policy::default(), clock);
     let options = Options { netuid: 4, epoch_length, axon: axon(8091) };
-    (Miner::new(client(&[node]), gate.clone(), Arc::new(key(seed)), options), gate)
+    (Miner::new(client(nodes), gate.clone(), Arc::new(key(seed)), options), gate)
 }
 
 #[tokio::test]
@@ -283,4 +293,51 @@ async fn a_miner_notices_new_members_and_that_it_is_gone() {
     node.subnet(|s| s.neurons[2] = Neuron::new(key(7).hotkey().0));
     let ended = tokio::time::timeout(Duration::from_secs(10), following).await.unwrap().unwrap();
     assert!(matches!(ended, Err(MinerError::NotRegistered { .. })), "{ended:?}");
+}
+
+/// Waits until the gate knows this member.
+async fn wait_for_member(gate: &Gate, hotkey: &Hotkey) -> bool {
+    for _ in 0..1000 {
+        if gate.metagraph().neuron(hotkey).is_some() {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    false
+}
+
+#[tokio::test]
+async fn an_endpoint_that_names_a_huge_block_is_left_for_another() {
+    let (first, second) = (FakeNode::start(subnet()).await, FakeNode::start(subnet()).await);
+    first.auto_blocks(BLOCK);
+    second.auto_blocks(BLOCK);
+    let (miner, gate) = miner_of(&[&first, &second], 3, 3);
+    miner.join().await.unwrap();
+    first.claim_block(Some(u64::from(u32::MAX) - 7));
+    let following = tokio::spawn(async move { miner.follow().await });
+    let stranger = key(8).hotkey();
+    second.subnet(|s| s.neurons.push(Neuron::new(stranger.0)));
+    assert!(wait_for_member(&gate, &stranger).await, "no news of members within ten seconds");
+    assert!(gate.metagraph().block <= second.head(), "{}", gate.metagraph().block);
+    assert!(gate.head().unwrap().0.block <= second.head());
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_first_endpoint_that_lied_does_not_freeze_the_members_for_ever() {
+    let node = FakeNode::start(subnet()).await;
+    node.claim_block(Some(1 << 31));
+    let clock = Clock::manual(1_795_333_310_123);
+    let gate = Gate::new(key(3).hotkey(), Policy::default(), clock.clone());
+    let options = Options { netuid: 4, epoch_length: 3, axon: axon(8091) };
+    let miner = Miner::new(client(&[&node]), gate.clone(), Arc::new(key(3)), options);
+    miner.join().await.unwrap();
+    node.claim_block(None);
+    let stranger = key(8).hotkey();
+    node.subnet(|s| s.neurons.push(Neuron::new(stranger.0)));
+    let error = miner.join().await.unwrap_err();
+    assert!(error.is_passing() && error.to_string().contains("is not believed"), "{error}");
+    clock.advance(DOUBT_MAX);
+    miner.join().await.unwrap();
+    assert!(gate.metagraph().neuron(&stranger).is_some());
 }

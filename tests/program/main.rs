@@ -12,3 +12,8 @@ mod cli;
 mod closed_stdout;
 mod miner;
 mod verifier;
+mod wiped;
+
+/// Keeps what is freed while a test looks for secrets in it.
+#[global_allocator]
+static ALLOCATOR: wiped::Recorder = wiped::Recorder;

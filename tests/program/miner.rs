@@ -194,3 +194,23 @@ async fn a_miners_open_routes_stay_on_loopback_and_a_dry_run_signs_nothing() {
     let (code, err) = serve(&home, &node, &[]).ends();
     assert!(code == 2 && err.contains("no endpoint of the chain answers"), "{err}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_the_chain_refuses_for_good_is_shown_as_such() {
+    let home = Home::new();
+    let miner = home.hotkey("miner");
+    let node = chain(&[miner]).await;
+    let mut serving = serve(&home, &node, &["--axon.external_ip", "127.0.0.1"]);
+    let open = serving.lines(2).remove(0);
+    let mut status = String::new();
+    for _ in 0..600 {
+        status = home.run(&["status", "--url", &open]).1;
+        if !status.contains("axon refused        -") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let line = status.lines().find(|line| line.starts_with("axon refused")).unwrap();
+    assert!(line.contains("127.0.0.1:") && line.contains("--axon.external_ip"), "{status}");
+    assert!(status.contains("who may ask         members with 10000 TAO of stake\n"), "{status}");
+}

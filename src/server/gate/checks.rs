@@ -2,7 +2,7 @@
 //! messages, mended where it crashed or let a request through twice.
 
 use super::{Gate, Outcome, Refused};
-use crate::chain::btauth;
+use crate::chain::btauth::{self, Age};
 use crate::chain::epistula::{self, WINDOW_MS};
 use crate::chain::keys::Hotkey;
 use axum::http::{HeaderMap, Method, StatusCode, Uri};
@@ -39,6 +39,14 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>, Ref
     }
     let text = value.to_str().map_err(|_| malformed(format!("Header {name} is not text")))?;
     Ok(Some(text))
+}
+
+fn epistula_age(timestamp_ms: u64, now: u64) -> Age {
+    match timestamp_ms {
+        _ if timestamp_ms.saturating_add(WINDOW_MS) < now => Age::Stale,
+        _ if timestamp_ms > now + WINDOW_MS => Age::Ahead,
+        _ => Age::Fresh,
+    }
 }
 
 impl Claimed {
@@ -118,19 +126,14 @@ impl Claimed {
     /// # Errors
     /// When it is too old or from the future.
     pub fn check_age(&self, now: u64) -> Result<(), Refused> {
-        let stale = || Err(bad(Outcome::Stale, "Request is too stale"));
-        match self.kind {
-            Kind::Epistula { timestamp_ms } => {
-                if timestamp_ms.saturating_add(WINDOW_MS) < now {
-                    return stale();
-                }
-                if timestamp_ms > now + WINDOW_MS {
-                    return Err(bad(Outcome::Stale, "Request is dated too far in the future"));
-                }
-                Ok(())
-            }
-            Kind::Btauth { nonce, .. } if !btauth::is_fresh(nonce, now) => stale(),
-            Kind::Btauth { .. } => Ok(()),
+        let age = match self.kind {
+            Kind::Epistula { timestamp_ms } => epistula_age(timestamp_ms, now),
+            Kind::Btauth { nonce, .. } => Age::of(nonce, now),
+        };
+        match age {
+            Age::Fresh => Ok(()),
+            Age::Stale => Err(bad(Outcome::Stale, "Request is too stale")),
+            Age::Ahead => Err(bad(Outcome::Stale, "Request is dated too far in the future")),
         }
     }
 

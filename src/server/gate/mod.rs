@@ -1,17 +1,18 @@
 //! The door of a subnet's miner: requests signed by members with stake pass, each once, and no
 //! member can crowd out another.
 //!
-//! Checks run in the order of [`checks`]: headers, membership, stake, age; then the body is read
-//! and the signature checked; then repetition, rate, and the [`fair`] queue. A request that was
-//! refused leaves no trace that could harm its signer.
+//! Checks run in the order of [`checks`]: headers, membership, stake, age, repetition; then the body
+//! is read ([`bodies`]) and the signature checked; then repetition again, rate, and the [`fair`]
+//! queue. A request that was refused leaves no trace that could harm its signer.
 
+pub mod bodies;
 pub mod checks;
 pub mod fair;
+pub mod members;
+pub mod models;
 pub mod replay;
 pub mod report;
 
-use super::access::read_body;
-use super::settings::Limits;
 use super::state::ServerState;
 use crate::chain::Head;
 use crate::chain::epistula::WINDOW_MS;
@@ -20,31 +21,30 @@ use crate::chain::metagraph::{Metagraph, Rao};
 use crate::clock::Clock;
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use bodies::{BODIES_BYTES_MAX, BODY_BYTES_MAX, Bodies, BodyError, Received, Terms};
 use checks::Claimed;
 use fair::{Fair, Ticket};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http_body::{Frame, SizeHint};
+use models::Asked;
 use parking_lot::{Mutex, RwLock};
 use replay::Replays;
-use report::{Asked, Counts};
+use report::Counts;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::sync::Semaphore;
 
 /// How long a request is remembered: as long as its timestamp can be accepted.
 const REMEMBER_MS: u64 = 2 * WINDOW_MS;
-/// Bytes of a signed body, and of all that are being received.
-const BODY_BYTES_MAX: usize = 2 << 20;
-const BODIES_BYTES_MAX: usize = 256 << 20;
 /// Bodies above this are hashed on a thread that may block.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
@@ -59,7 +59,8 @@ pub struct Policy {
     pub deny: BTreeSet<Hotkey>,
     /// Requests a second of one signer; bursts of twice as many.
     pub rate: NonZeroU32,
-    /// Requests that run at once.
+    /// Requests that run at once. Up to twice as many are let in where one signer runs more than
+    /// others: the engine then sets its newest aside.
     pub slots: usize,
     /// Requests of one signer that wait.
     pub waiting_max: usize,
@@ -141,6 +142,18 @@ impl Refused {
     }
 }
 
+impl From<BodyError> for Refused {
+    fn from(error: BodyError) -> Self {
+        let (status, retry_after) = match error {
+            BodyError::Large(_) => (StatusCode::PAYLOAD_TOO_LARGE, None),
+            BodyError::Slow { .. } => (StatusCode::REQUEST_TIMEOUT, None),
+            BodyError::Crowded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
+            BodyError::Broken(_) => (StatusCode::BAD_REQUEST, None),
+        };
+        Self { retry_after, ..Self::new(status, Outcome::BadRequest, error.to_string()) }
+    }
+}
+
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         // The shape in which validators expect it.
@@ -174,9 +187,10 @@ struct Inner {
     replays: Mutex<Replays>,
     rates: DefaultKeyedRateLimiter<Hotkey>,
     door: Fair<Hotkey>,
-    bodies: Semaphore,
+    bodies: Bodies,
     counts: Counts,
     asked: Mutex<BTreeMap<Hotkey, Asked>>,
+    refused_axon: RwLock<Option<String>>,
 }
 
 impl Gate {
@@ -185,6 +199,7 @@ impl Gate {
         let burst = policy.rate.saturating_mul(NonZeroU32::MIN.saturating_add(1));
         let rates = RateLimiter::keyed(Quota::per_second(policy.rate).allow_burst(burst));
         let door = Fair::new(policy.slots, policy.waiting_max);
+        let bodies = Bodies::new(BODIES_BYTES_MAX, clock.clone());
         Self(Arc::new(Inner {
             own,
             policy,
@@ -194,9 +209,10 @@ impl Gate {
             replays: Mutex::default(),
             rates,
             door,
-            bodies: Semaphore::new(BODIES_BYTES_MAX),
+            bodies,
             counts: Counts::default(),
             asked: Mutex::default(),
+            refused_axon: RwLock::new(None),
         }))
     }
 
@@ -213,7 +229,27 @@ impl Gate {
         self.0.asked.lock().retain(|key, _| stays(key));
         self.0.counts.retain(stays);
         self.0.rates.retain_recent();
+        let before = self.rule();
         *self.0.metagraph.write() = metagraph;
+        let rule = self.rule();
+        if rule != before {
+            tracing::warn!("from now on {rule} may ask");
+        }
+    }
+
+    /// Why the chain refused this miner's address for good; `None` where it did not.
+    pub fn set_refused_axon(&self, why: Option<String>) {
+        *self.0.refused_axon.write() = why;
+    }
+
+    /// The clock that it goes by.
+    pub fn clock(&self) -> &Clock {
+        &self.0.clock
+    }
+
+    /// Bodies that are being received, and their bytes.
+    pub fn bodies(&self) -> (usize, usize) {
+        self.0.bodies.load()
     }
 
     /// How many requests run at once from now on.
@@ -241,85 +277,56 @@ impl Gate {
         self.0.clock.unix_ms()
     }
 
-    /// The signer's key, where it may ask.
-    fn member(&self, address: Option<&str>) -> Result<Hotkey, Refused> {
-        let unauthorized =
-            |outcome, detail: String| Refused::new(StatusCode::UNAUTHORIZED, outcome, detail);
-        let unknown = || unauthorized(Outcome::UnknownSigner, "Signer not in metagraph".to_owned());
-        let signer: Hotkey = address.and_then(|a| a.parse().ok()).ok_or_else(unknown)?;
-        if self.0.policy.deny.contains(&signer) {
-            let detail = "Signer is denied by this miner".to_owned();
-            return Err(unauthorized(Outcome::UnknownSigner, detail));
-        }
-        if self.0.policy.allow.contains(&signer) {
-            return Ok(signer);
-        }
-        let metagraph = self.0.metagraph.read();
-        let stake = metagraph.neuron(&signer).ok_or_else(unknown)?.stake;
-        match self.0.policy.stake_min {
-            // Where stake is known in part only, it is no reason to turn a member away.
-            Some(floor) if stake < floor && !metagraph.is_stake_partial => {
-                let (has, needs) = (stake.tao(), floor.tao());
-                let detail = format!("Stake below minimum: {has} TAO, at least {needs}");
-                Err(unauthorized(Outcome::LowStake, detail))
-            }
-            _ => Ok(signer),
-        }
-    }
-
-    /// Everything but the queue: reads the body, checks who signed it, and that it is new.
+    /// Everything but the queue: what can be known before the body, the body, who signed it, and
+    /// that it is new.
     async fn admit(&self, request: Request, state: &ServerState) -> Result<Checked, Refused> {
         let (head, body) = request.into_parts();
         let claimed = Claimed::read(self, &head.headers, &head.method, &head.uri)?;
-        let (body, waited) = self.body(&head.headers, body, state).await?;
-        let (claimed, body) = self.check_signature(claimed, body).await?;
+        self.check_unknown(&claimed, &mut self.0.replays.lock(), self.now_ms())?;
+        let peer = head.extensions.get::<ConnectInfo<SocketAddr>>();
+        let from = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.0.ip());
+        let started = self.0.clock.elapsed();
+        let received = self.body(&head.headers, body, (from, claimed.signer), state).await?;
+        let waited = self.0.clock.elapsed().saturating_sub(started);
+        let (claimed, body) = self.check_signature(claimed, received).await?;
         self.check_new(&claimed)?;
         Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::from(body)) })
     }
 
-    /// Reads a body, and says how long that took. Whoever sends it is not known yet, so all bodies
-    /// together have a limit, too.
+    /// Reads a body of whoever says to be this signer.
     async fn body(
         &self,
         headers: &HeaderMap,
         body: Body,
+        (from, signer): (IpAddr, Hotkey),
         state: &ServerState,
-    ) -> Result<(Bytes, Duration), Refused> {
-        let started = self.0.clock.elapsed();
-        let refuse = |status, detail: String| Refused::new(status, Outcome::BadRequest, detail);
+    ) -> Result<Received, Refused> {
         let limits = state.settings().limits;
-        let limits = Limits { body_bytes: limits.body_bytes.min(BODY_BYTES_MAX), ..limits };
+        let bytes_max = limits.body_bytes.min(BODY_BYTES_MAX);
         let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
-        let announced = announced.and_then(|n| n.parse().ok()).unwrap_or(limits.body_bytes);
-        let share = announced.min(limits.body_bytes) as u32;
-        let Ok(_share) = self.0.bodies.try_acquire_many(share) else {
-            let detail = "Too many bodies are being received".to_owned();
-            let refused = refuse(StatusCode::SERVICE_UNAVAILABLE, detail);
-            return Err(Refused { retry_after: Some(1), ..refused });
-        };
-        let body = read_body(headers, body, &limits).await;
-        let body = body.map_err(|e| refuse(e.status, e.message))?;
-        Ok((body, self.0.clock.elapsed().saturating_sub(started)))
+        if announced.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n > bytes_max) {
+            return Err(BodyError::Large(bytes_max).into());
+        }
+        let terms = Terms { from, signer, bytes_max, time_max: limits.body_time };
+        Ok(self.0.bodies.read(terms, body).await?)
     }
 
     async fn check_signature(
         &self,
         claimed: Claimed,
-        body: Bytes,
+        received: Received,
     ) -> Result<(Claimed, Bytes), Refused> {
-        let own = self.own();
-        let (is_signed, claimed, body) = match body.len() <= INLINE_BYTES_MAX {
-            true => (claimed.is_signed(own, &body), claimed, body),
-            false => {
-                let check = move || (claimed.is_signed(own, &body), claimed, body);
-                tokio::task::spawn_blocking(check).await.map_err(|_| {
-                    let (status, what) = (StatusCode::INTERNAL_SERVER_ERROR, "a check failed");
-                    Refused::new(status, Outcome::BadRequest, what)
-                })?
-            }
+        let (own, is_small) = (self.own(), received.bytes.len() <= INLINE_BYTES_MAX);
+        let check = move || (claimed.is_signed(own, &received.bytes), claimed, received);
+        let (is_signed, claimed, received) = match is_small {
+            true => check(),
+            false => tokio::task::spawn_blocking(check).await.map_err(|_| {
+                let (status, what) = (StatusCode::INTERNAL_SERVER_ERROR, "a check failed");
+                Refused::new(status, Outcome::BadRequest, what)
+            })?,
         };
         match is_signed {
-            true => Ok((claimed, body)),
+            true => Ok((claimed, received.bytes)),
             false => Err(Refused::new(
                 StatusCode::BAD_REQUEST,
                 Outcome::BadSignature,
@@ -335,10 +342,7 @@ impl Gate {
         // After the lock, so that time does not go back between two requests.
         let now = self.now_ms();
         claimed.check_age(now)?;
-        if replays.contains(signer, name, now) {
-            let detail = "Request was received already";
-            return Err(Refused::new(StatusCode::BAD_REQUEST, Outcome::Replayed, detail));
-        }
+        self.check_unknown(claimed, &mut replays, now)?;
         if self.0.rates.check_key(&signer).is_err() {
             let rate = self.0.policy.rate;
             let detail = format!("Too many requests: at most {rate} a second for one hotkey");
@@ -347,6 +351,21 @@ impl Gate {
         }
         replays.insert(signer, name, now, REMEMBER_MS);
         Ok(())
+    }
+
+    fn check_unknown(
+        &self,
+        claimed: &Claimed,
+        replays: &mut Replays,
+        now: u64,
+    ) -> Result<(), Refused> {
+        match replays.contains(claimed.signer, &claimed.name, now) {
+            true => {
+                let detail = "Request was received already";
+                Err(Refused::new(StatusCode::BAD_REQUEST, Outcome::Replayed, detail))
+            }
+            false => Ok(()),
+        }
     }
 
     async fn ticket(&self, claimed: &Claimed) -> Result<Ticket<Hotkey>, Refused> {

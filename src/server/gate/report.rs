@@ -1,5 +1,6 @@
 //! What the door counts and remembers for its operator: metrics, and who last asked for what.
 
+use super::models::Asked;
 use super::{Gate, Outcome};
 use crate::chain::keys::Hotkey;
 use parking_lot::Mutex;
@@ -16,55 +17,6 @@ use std::time::Duration;
 
 /// Upper bounds of the time that the checks take, in seconds.
 const AUTH_SECONDS: [f64; 8] = [0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.02, 0.1, 1.0];
-/// Bytes of a list of models.
-const BODY_BYTES_MAX: usize = 256 << 10;
-/// Models of one list that are remembered, and characters of a name.
-const MODELS_MAX: usize = 256;
-const NAME_CHARS_MAX: usize = 200;
-
-/// What a validator last asked this miner to serve.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Asked {
-    /// Names of models.
-    pub models: Vec<String>,
-    /// Whether it spoke of them as a map (protocol 5) and not as a list.
-    pub is_map: bool,
-    /// When, in Unix milliseconds.
-    pub at_ms: u64,
-}
-
-impl Asked {
-    /// From the body of `POST /models`.
-    ///
-    /// # Errors
-    /// The rule, where it is neither a list of names nor a map from names.
-    pub fn read(body: &[u8], at_ms: u64) -> Result<Self, String> {
-        let rule = || {
-            format!(
-                "the body must be a JSON list of at most {MODELS_MAX} model names, or a map from \
-                 them, of at most {NAME_CHARS_MAX} characters each"
-            )
-        };
-        if body.len() > BODY_BYTES_MAX {
-            return Err(rule());
-        }
-        let value: Value = serde_json::from_slice(body).map_err(|_| rule())?;
-        let (names, is_map): (Vec<Option<String>>, bool) = match value {
-            Value::Array(list) => {
-                (list.into_iter().map(|v| v.as_str().map(str::to_owned)).collect(), false)
-            }
-            Value::Object(map) => (map.into_iter().map(|(name, _)| Some(name)).collect(), true),
-            _ => return Err(rule()),
-        };
-        if names.len() > MODELS_MAX {
-            return Err(rule());
-        }
-        let fit = |name: Option<String>| name.filter(|n| n.chars().count() <= NAME_CHARS_MAX);
-        let models = names.into_iter().map(fit).collect::<Option<_>>().ok_or_else(rule)?;
-        Ok(Self { models, is_map, at_ms })
-    }
-}
-
 /// Counters of the door.
 pub(super) struct Counts {
     outcomes: Mutex<BTreeMap<Outcome, u64>>,
@@ -151,6 +103,8 @@ impl Gate {
             "stake_tao": own.map(|n| n.stake.tao()),
             "incentive": own.map(|n| n.incentive),
             "axon": own.and_then(|n| n.axon).map(|a| a.address.to_string()),
+            "axon_refused": *self.0.refused_axon.read(),
+            "may_ask": self.rule().to_string(),
             "metagraph_block": metagraph.block,
             "members": metagraph.neurons().len(),
             "block": self.head().map(|(head, _)| head.block),
@@ -207,27 +161,5 @@ impl Gate {
             ConstCounter::new(*count).encode(family.encode_family(&label)?)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lists_and_maps_of_models_are_understood_and_nothing_else() {
-        let read = |text: &str| Asked::read(text.as_bytes(), 5);
-        let list = read("[\"a\", \"b\"]").unwrap();
-        assert_eq!(
-            (list.models, list.is_map, list.at_ms),
-            (vec!["a".into(), "b".into()], false, 5)
-        );
-        assert!(read("{\"a\": 3}").unwrap().is_map);
-        assert_eq!(read("[]").unwrap().models, Vec::<String>::new());
-        let many = serde_json::to_string(&vec!["a"; 257]).unwrap();
-        let long = format!("[\"{}\"]", "x".repeat(201));
-        for bad in ["", "3", "[3]", "[null]", "nope", many.as_str(), long.as_str()] {
-            assert!(read(bad).unwrap_err().contains("JSON list of at most 256"), "{bad}");
-        }
     }
 }

@@ -110,6 +110,8 @@ pub struct Chain {
     pub outcomes: VecDeque<Outcome>,
     pub counts: BTreeMap<String, usize>,
     pub has_metagraph_api: bool,
+    /// The block number that is told in place of the true one.
+    pub claimed_block: Option<u64>,
     subnet: Subnet,
     /// The subnet as storage, until it changes.
     storage: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
@@ -132,6 +134,7 @@ impl Chain {
             outcomes: VecDeque::new(),
             counts: BTreeMap::new(),
             has_metagraph_api: true,
+            claimed_block: None,
             subnet,
             storage: None,
             places: HashMap::new(),
@@ -218,8 +221,16 @@ impl Chain {
 
     /// Tells of every new head, the present one first.
     pub fn subscribe_heads(&mut self, subscriber: Subscriber) {
-        subscriber.tell(&self.head().header());
+        subscriber.tell(&self.told(self.head().header()));
         self.of_heads.push(subscriber);
+    }
+
+    /// A header as subscribers are told of it.
+    fn told(&self, mut header: Json) -> Json {
+        if let Some(block) = self.claimed_block {
+            header["number"] = format!("0x{block:x}").into();
+        }
+        header
     }
 
     /// Tells of every runtime version, the present one first.
@@ -334,7 +345,7 @@ impl Chain {
         let events = self.runtime.events(&results);
         let extrinsics = ready.iter().map(|pending| pending.bytes.clone()).collect();
         let block = Block::new(number, self.head().hash, extrinsics, events);
-        let (header, hash) = (block.header(), to_hex(block.hash));
+        let (header, hash) = (self.told(block.header()), to_hex(block.hash));
         self.places.insert(block.hash, self.blocks.len());
         self.blocks.push(block);
         self.of_heads.retain(|subscriber| !subscriber.outbox.is_closed());

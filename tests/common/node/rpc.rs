@@ -206,6 +206,7 @@ fn runtime_call(chain: &Chain, function: &str, input: &[u8], block: u64) -> Resu
         "SubnetInfoRuntimeApi_get_metagraph" if chain.has_metagraph_api => {
             let netuid = u16::decode(&mut &*input).map_err(wrong)?;
             let subnet = chain.subnet();
+            let block = chain.claimed_block.unwrap_or(block);
             // `None` of another subnet.
             if netuid == subnet.netuid { runtime.metagraph(subnet, block) } else { Some(vec![0]) }
         }

@@ -1,0 +1,150 @@
+//! Whether the block numbers of an endpoint can be believed: a chain grows as time passes, and does
+//! not shrink. A number far ahead would otherwise make every honest one look old for ever.
+
+use std::time::Duration;
+
+/// Blocks that may come at once: a connection that was away for some hours sees that many.
+pub const JUMP_MAX: u64 = 1_000;
+/// Blocks that a chain makes in a second, at most: finney makes one in twelve seconds, nodes of one's
+/// own make them as fast as they like.
+pub const BLOCKS_A_SECOND_MAX: u64 = 100;
+/// Blocks that an endpoint may be behind the newest one that was believed.
+pub const LAG_MAX: u64 = 300;
+/// After so long without a number that can be believed, the next one is: the one before was wrong.
+pub const DOUBT_MAX: Duration = Duration::from_secs(600);
+
+/// The newest block that was believed, and since when nothing is.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Pace {
+    newest: Option<(u64, u64)>, // and when it came, in Unix ms
+    doubted_ms: Option<u64>,
+}
+
+/// A block number that is not believed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Doubt {
+    /// More blocks than time has passed for.
+    #[error("block {block} is not believed: block {newest} came {seconds} s ago")]
+    Ahead {
+        /// What was said.
+        block: u64,
+        /// What was believed last.
+        newest: u64,
+        /// How long ago that was.
+        seconds: u64,
+    },
+    /// Older than what is known.
+    #[error("block {block} is not believed: block {known} is known already")]
+    Behind {
+        /// What was said.
+        block: u64,
+        /// What must at least be.
+        known: u64,
+    },
+}
+
+impl Pace {
+    /// Whether the newest block can have this number.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn head(&mut self, block: u64, now_ms: u64) -> Result<(), Doubt> {
+        let known = self.newest.map_or(0, |(newest, _)| newest.saturating_sub(LAG_MAX));
+        self.check(block, known, now_ms)
+    }
+
+    /// Whether members can be those of this block, where those of block `before` are known.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn members(&mut self, block: u64, before: u64, now_ms: u64) -> Result<(), Doubt> {
+        let newest = self.newest.map_or(0, |(newest, _)| newest);
+        // Where those before came with a number that is not believed any more, they do not count.
+        let known = if before <= newest { before } else { newest.saturating_sub(LAG_MAX) };
+        self.check(block, known, now_ms)
+    }
+
+    fn check(&mut self, block: u64, known: u64, now_ms: u64) -> Result<(), Doubt> {
+        let doubt = self.doubt(block, known, now_ms);
+        let Some(doubt) = doubt else {
+            let newest = self.newest.filter(|(newest, _)| *newest >= block);
+            (self.newest, self.doubted_ms) = (newest.or(Some((block, now_ms))), None);
+            return Ok(());
+        };
+        let since = *self.doubted_ms.get_or_insert(now_ms);
+        if Duration::from_millis(now_ms.saturating_sub(since)) < DOUBT_MAX {
+            return Err(doubt);
+        }
+        tracing::warn!(block, "{doubt}; but nothing else has been said for long, so it is now");
+        (self.newest, self.doubted_ms) = (Some((block, now_ms)), None);
+        Ok(())
+    }
+
+    fn doubt(&self, block: u64, known: u64, now_ms: u64) -> Option<Doubt> {
+        let (newest, at_ms) = self.newest?;
+        let seconds = now_ms.saturating_sub(at_ms) / 1000;
+        let most = newest.saturating_add(JUMP_MAX + BLOCKS_A_SECOND_MAX.saturating_mul(seconds));
+        match block {
+            _ if block > most => Some(Doubt::Ahead { block, newest, seconds }),
+            _ if block < known => Some(Doubt::Behind { block, known }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: u64 = 60_000;
+
+    #[test]
+    fn numbers_grow_with_time_and_never_by_leaps() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.head(9_000_000, 0), Ok(()));
+        assert_eq!(pace.head(9_001_000, 0), Ok(()));
+        let leap = Doubt::Ahead { block: 1 << 60, newest: 9_001_000, seconds: 12 };
+        assert_eq!(pace.head(1 << 60, 12_000), Err(leap));
+        assert_eq!(
+            pace.head(u64::MAX, 12_000).unwrap_err().to_string(),
+            "block 18446744073709551615 is not believed: block 9001000 came 12 s ago"
+        );
+        // Another endpoint says what is right, some blocks behind or ahead.
+        assert_eq!(pace.head(9_000_700, 12_000), Ok(()));
+        assert_eq!(pace.head(9_001_001, 12_000), Ok(()));
+        assert_eq!(
+            pace.head(9_000_699, 12_000),
+            Err(Doubt::Behind { block: 9_000_699, known: 9_000_701 })
+        );
+        // A day without a connection.
+        assert_eq!(pace.head(9_008_201, 24 * 60 * MINUTE), Ok(()));
+    }
+
+    #[test]
+    fn members_are_never_older_than_those_that_are_known() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.head(100, 0), Ok(()));
+        assert_eq!(pace.members(98, 0, 0), Ok(()));
+        assert_eq!(pace.members(97, 98, 0), Err(Doubt::Behind { block: 97, known: 98 }));
+        assert_eq!(pace.members(99, 98, 0), Ok(()));
+    }
+
+    #[test]
+    fn a_first_word_that_was_wrong_is_given_up_in_time() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.members(1 << 60, 0, 0), Ok(()));
+        let mut believed_at = None;
+        for minute in 1..30 {
+            if pace.head(9_000_000 + minute * 5, minute * MINUTE).is_ok() {
+                believed_at = Some(minute);
+                break;
+            }
+        }
+        assert_eq!(believed_at, Some(11));
+        assert_eq!(pace.members(9_000_054, 1 << 60, 11 * MINUTE), Ok(()));
+        // A number that is believed ends the doubt.
+        assert!(pace.head(1 << 60, 12 * MINUTE).is_err());
+        assert_eq!(pace.head(9_000_060, 21 * MINUTE), Ok(()));
+        assert!(pace.head(1 << 60, 22 * MINUTE).is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! `/models`: what validators want served, and the shape in which each wants to hear what is.
+
+use crate::chain::epistula;
+use axum::http::{HeaderMap, HeaderName, header};
+use serde_json::Value;
+
+/// Bytes of a list of models.
+const BODY_BYTES_MAX: usize = 256 << 10;
+/// Models of one list that are remembered, and characters of a name.
+const MODELS_MAX: usize = 256;
+const NAME_CHARS_MAX: usize = 200;
+
+/// How a validator reads what is served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shape {
+    /// A list of names: versions 4 and 5.0.
+    List,
+    /// A map from names to how much of each can be asked: versions from 5.1.
+    Map,
+}
+
+impl Shape {
+    /// The shape that the sender of a `POST /models` reads. All versions send the same list of
+    /// names, and none says which it is. Those before 5 send it by httpx and ignore the answer.
+    /// From 5.0 on aiohttp sends it and the answer is read; 5.0.0 to 5.0.5 write the content type
+    /// behind the signature, all later ones before it.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let agent = headers.get(header::USER_AGENT).and_then(|v| v.to_str().ok());
+        let place = |name: HeaderName| headers.keys().position(|known| *known == name);
+        let kind = place(header::CONTENT_TYPE);
+        let signature = place(HeaderName::from_static(epistula::HEADER_SIGNATURE));
+        match agent {
+            Some(agent) if agent.contains("aiohttp/") && kind <= signature => Shape::Map,
+            _ => Shape::List,
+        }
+    }
+}
+
+/// What a validator last asked this miner to serve.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Asked {
+    /// Names of models.
+    pub models: Vec<String>,
+    /// How it reads what is served.
+    pub shape: Shape,
+    /// When, in Unix milliseconds.
+    pub at_ms: u64,
+}
+
+impl Asked {
+    /// From a `POST /models`.
+    ///
+    /// # Errors
+    /// The rule, where the body is neither a list of names nor a map from names.
+    pub fn read(headers: &HeaderMap, body: &[u8], at_ms: u64) -> Result<Self, String> {
+        let rule = || {
+            format!(
+                "the body must be a JSON list of at most {MODELS_MAX} model names, or a map from \
+                 them, of at most {NAME_CHARS_MAX} characters each"
+            )
+        };
+        if body.len() > BODY_BYTES_MAX {
+            return Err(rule());
+        }
+        let value: Value = serde_json::from_slice(body).map_err(|_| rule())?;
+        let (names, shape): (Vec<Option<String>>, Shape) = match value {
+            Value::Array(list) => {
+                let names = list.into_iter().map(|v| v.as_str().map(str::to_owned)).collect();
+                (names, Shape::of(headers))
+            }
+            Value::Object(map) => {
+                (map.into_iter().map(|(name, _)| Some(name)).collect(), Shape::Map)
+            }
+            _ => return Err(rule()),
+        };
+        if names.len() > MODELS_MAX {
+            return Err(rule());
+        }
+        let fit = |name: Option<String>| name.filter(|n| n.chars().count() <= NAME_CHARS_MAX);
+        let models = names.into_iter().map(fit).collect::<Option<_>>().ok_or_else(rule)?;
+        Ok(Self { models, shape, at_ms })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::HeaderValue;
+
+    #[test]
+    fn lists_and_maps_of_models_are_understood_and_nothing_else() {
+        let read = |text: &str| Asked::read(&HeaderMap::new(), text.as_bytes(), 5);
+        let list = read("[\"a\", \"b\"]").unwrap();
+        let models: Vec<String> = vec!["a".into(), "b".into()];
+        assert_eq!(list, Asked { models, shape: Shape::List, at_ms: 5 });
+        assert_eq!(read("{\"a\": 3}").unwrap().shape, Shape::Map);
+        assert_eq!(read("[]").unwrap().models, Vec::<String>::new());
+        let many = serde_json::to_string(&vec!["a"; 257]).unwrap();
+        let long = format!("[\"{}\"]", "x".repeat(201));
+        for bad in ["", "3", "[3]", "[null]", "nope", many.as_str(), long.as_str()] {
+            assert!(read(bad).unwrap_err().contains("JSON list of at most 256"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn versions_are_told_apart_by_how_they_send_their_list() {
+        let of = |agent: &'static str, names: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for name in names {
+                headers.insert(*name, HeaderValue::from_static("x"));
+            }
+            headers.insert("user-agent", HeaderValue::from_static(agent));
+            Shape::of(&headers)
+        };
+        let (before, behind) = (
+            ["content-type", "epistula-version", "epistula-request-signature"],
+            ["epistula-version", "epistula-request-signature", "content-type"],
+        );
+        let aiohttp = "Python/3.12 aiohttp/3.10.11";
+        assert_eq!(of(aiohttp, &before), Shape::Map);
+        assert_eq!(of(aiohttp, &behind), Shape::List);
+        assert_eq!(of("python-httpx/0.27.2", &before), Shape::List);
+        assert_eq!(Shape::of(&HeaderMap::new()), Shape::List);
+    }
+}
