@@ -128,7 +128,11 @@ fn attacks() -> Vec<(&'static str, Value, &'static str)> {
             "%json needs JSON behind it: recursion limit exceeded",
         ),
         ("optional letters", regex("a?".repeat(100_000)), "at most 65536 bytes of a regular"),
-        ("fewer of them", regex("a?".repeat(20_000)), "at most 1000 groups and repetitions"),
+        (
+            "fewer of them",
+            regex("a?".repeat(20_000)),
+            "at most 1000 groups, repetitions and classes",
+        ),
         (
             "patterns",
             schema(format!("{{\"allOf\":[{strings}]}}")),
@@ -188,6 +192,101 @@ fn attacks() -> Vec<(&'static str, Value, &'static str)> {
             "at most 128 references combined within each other",
         ),
     ]
+}
+
+/// The costliest constraints of each kind that the limits may let through.
+fn costly() -> Vec<(&'static str, Value)> {
+    let groups = lines(165, |i| format!("r{i}:{}r{}{}", "(".repeat(28), i + 1, ")".repeat(28)));
+    let beside =
+        list(6000, |i| format!("\"{i}\":{{\"type\":\"null\",\"$ref\":\"#/$defs/{}\"}}", i + 1));
+    let within = list(180, |i| {
+        let reference = format!("{{\"$ref\":\"#/$defs/{}\"}}", i + 1);
+        format!("\"{i}\":{}{reference}{}", "{\"items\":".repeat(90), "}".repeat(90))
+    });
+    let chained = |definitions: &str, last: usize| {
+        let definitions = format!("{definitions},\"{last}\":{{}}");
+        schema(format!("{{\"$ref\":\"#/$defs/0\",\"$defs\":{{{definitions}}}}}"))
+    };
+    let letters = lines(8, |i| format!("T{i}: {} \"{i}\"", ["L"; 590].join(" ")));
+    let objects = list(130, |_| "{\"type\":\"object\"}".into());
+    let parts = |count| list(count, |i| format!("\"p{i}\":{{\"type\":\"null\"}}"));
+    let words = |from: usize| {
+        let words = (from..from + 500).map(|i| format!("[a-z{i}]x")).collect::<Vec<_>>();
+        format!("{{\"type\":\"string\",\"pattern\":{:?}}}", words.join("|"))
+    };
+    vec![
+        ("groups", lark(format!("start: r0\n{groups}\nr165:\"x\""))),
+        ("references with more beside them", chained(&beside, 5500)),
+        ("references below", chained(&within, 180)),
+        (
+            "optional letters in terminals",
+            lark(format!(
+                "start: {}\nL: \"a\"?\n{letters}",
+                (0..8).map(|i| format!("T{i}")).collect::<Vec<_>>().join(" | ")
+            )),
+        ),
+        ("optional letters", regex("a?".repeat(1000))),
+        ("repeated letters", regex("[a-z]*".repeat(500))),
+        ("optional groups", regex(format!("(({}){{500}}b?){{500}}", "a?".repeat(400)))),
+        ("classes of letters", regex("(?i)".to_owned() + &"\\pL".repeat(990))),
+        (
+            "optional parts",
+            lark(format!("start: {}", lines(1600, |_| "[\"a\"]".into()).replace('\n', " "))),
+        ),
+        ("an ambiguous rule", lark("start: s\ns: s s s s | \"a\" | \"\"".into())),
+        ("a value list", schema(format!("{{\"enum\":[{}]}}", list(6000, |i| format!("\"{i}\""))))),
+        (
+            "copies for each alternative",
+            schema(format!(
+                "{{\"anyOf\":[{objects}],\"additionalProperties\":{{\"properties\":{{{}}}}}}}",
+                parts(130)
+            )),
+        ),
+        (
+            "a bounded number of properties",
+            schema(format!(
+                "{{\"type\":\"object\",\"minProperties\":1,\"additionalProperties\":false,\
+                \"properties\":{{{}}}}}",
+                parts(135)
+            )),
+        ),
+        (
+            "patterns of properties",
+            schema(format!(
+                "{{\"type\":\"object\",\"patternProperties\":{{{}}}}}",
+                list(130, |i| format!("\"^p{i}_[a-z]*$\":{{}}"))
+            )),
+        ),
+        (
+            "multiples",
+            schema(format!(
+                "{{\"properties\":{{{}}}}}",
+                list(19, |i| format!(
+                    "\"{i}\":{{\"type\":\"number\",\"multipleOf\":{}}}",
+                    9900 + i
+                ))
+            )),
+        ),
+        ("two patterns", schema(format!("{{\"allOf\":[{},{}]}}", words(100), words(300)))),
+    ]
+}
+
+#[tokio::test]
+async fn the_costliest_constraints_take_seconds() {
+    let site = site(common::options());
+    let clock = Clock::system();
+    for (name, extra) in costly() {
+        let (began, before) = (clock.elapsed(), memory());
+        let mut body = completion(extra);
+        body["max_tokens"] = json!(8);
+        let (status, answer) = post(&site.app, COMPLETION, body).await;
+        let (took, grew) = (clock.elapsed() - began, memory().saturating_sub(before));
+        let said = answer["error"]["message"].as_str().unwrap_or_default();
+        println!("{name}: {took:?}, {} MiB, {status} {said}", grew >> 20);
+        assert!([StatusCode::OK, StatusCode::BAD_REQUEST].contains(&status), "{name}: {answer}");
+        assert!(took < Duration::from_secs(SECONDS_MAX), "{name}: {took:?}");
+        assert!(grew < MEMORY_MAX, "{name}: {grew} bytes");
+    }
 }
 
 #[tokio::test]
@@ -270,7 +369,7 @@ fn rpc_schema() -> Value {
         })
     };
     json!({
-        "anyOf": (0..85).map(method).collect::<Vec<_>>(),
+        "anyOf": (0..115).map(method).collect::<Vec<_>>(),
         "$defs": {"account": {"allOf": [
             {"type": "object", "properties": {"name": {"type": "string"}}},
             {"properties": {"kind": {"enum": ["a", "b"]}}, "required": ["name"]},

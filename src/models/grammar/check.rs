@@ -16,8 +16,9 @@ pub const REGEX_BYTES_MAX: usize = 64 << 10;
 /// Bytes of a Lark grammar's text.
 pub const LARK_BYTES_MAX: usize = 64 << 10;
 
-/// Groups and repetitions (`(`, `?`, `*`, `{`) of a regular expression. Each may be left out of a
-/// match, so the work for one character grows with the square of their number: 1,000 take 40 ms.
+/// Groups, repetitions and classes (`(`, `?`, `*`, `{`, `[`, `\\w`, `\\p`) of a regular expression. A
+/// group or a repetition may be left out of a match, so the work for one character grows with the
+/// square of their number: 1,000 take 40 ms. A class of Unicode's may take 40 kB.
 pub const REPEATS_MAX: usize = 1000;
 
 /// Refuses a number above its limit.
@@ -28,12 +29,16 @@ pub(super) fn at_most(what: &str, fact: usize, limit: usize) -> Result<(), Gramm
     }
 }
 
-/// Groups and repetitions that a regular expression spells.
+/// Groups, repetitions and classes that a regular expression spells.
 pub(super) fn repeats(regex: &str) -> usize {
     let mut is_escaped = false;
     let mut count = 0;
     for c in regex.chars() {
-        count += usize::from(!is_escaped && matches!(c, '(' | '?' | '*' | '{'));
+        let counts = match is_escaped {
+            true => "dDpPsSwW".contains(c),
+            false => "([{?*".contains(c),
+        };
+        count += usize::from(counts);
         is_escaped = c == '\\' && !is_escaped;
     }
     count
@@ -42,7 +47,7 @@ pub(super) fn repeats(regex: &str) -> usize {
 /// Checks a regular expression for the whole output.
 pub(super) fn regex(text: &str) -> Result<(), GrammarError> {
     at_most("bytes of a regular expression", text.len(), REGEX_BYTES_MAX)?;
-    at_most("groups and repetitions of a regular expression", repeats(text), REPEATS_MAX)
+    at_most("groups, repetitions and classes of a regular expression", repeats(text), REPEATS_MAX)
 }
 
 /// Levels that JSON text nests, counted before anything recurses into it.
