@@ -1,8 +1,9 @@
 //! What a constraint may cost, known before it is compiled.
 //!
-//! The compiler recurses as deep as a constraint nests, and what it builds can grow with the square
-//! or a power of the text. None of that can be stopped once it runs. So every constraint is measured
-//! first, by rules that depend on its text alone: a server and a verifier refuse the same ones.
+//! The compiler recurses as deep as a constraint nests, and what it builds can grow with the
+//! square or a power of the text. None of that can be stopped once it runs. So every constraint is
+//! measured first, by rules that depend on its text alone: a server and a verifier refuse the same
+//! ones.
 
 use super::GrammarError;
 use serde_json::Value;
@@ -16,8 +17,8 @@ pub const REGEX_BYTES_MAX: usize = 64 << 10;
 /// Bytes of a Lark grammar's text.
 pub const LARK_BYTES_MAX: usize = 64 << 10;
 
-/// Groups, repetitions and classes (`(`, `?`, `*`, `{`, `[`, `\\w`, `\\p`) of a regular expression. A
-/// group or a repetition may be left out of a match, so the work for one character grows with the
+/// Groups, repetitions and classes of a regular expression (`(`, `?`, `*`, `{`, `[`, `\w`).
+/// A group or a repetition may be left out of a match, so the work for one character grows with the
 /// square of their number: 1,000 take 40 ms. A class of Unicode's may take 40 kB.
 pub const REPEATS_MAX: usize = 1000;
 

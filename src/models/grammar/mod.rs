@@ -1,11 +1,12 @@
 //! Structured output: which tokens may come next, from a JSON schema, a regular expression or a
 //! Lark grammar. The grammars are llguidance's; here they meet our vocabulary.
 //!
-//! Their compiler has no limit on its stack and no way to be stopped. So what a constraint costs is
-//! known before it is compiled ([`check`], [`schema`], [`lark`]), and it is compiled on a stack that
-//! holds all that these limits let through ([`on_large_stack`]).
+//! Their compiler has no limit on its stack and no way to be stopped. So what a constraint costs
+//! is known before it is compiled ([`check`], [`schema`], [`lark`]), and it is compiled on a stack
+//! that holds all that these limits let through ([`on_large_stack`]).
 
 pub mod check;
+pub mod decimal;
 pub mod lark;
 pub mod schema;
 
