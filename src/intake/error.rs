@@ -6,7 +6,7 @@ use crate::models::chat::TemplateError;
 /// Characters of a client's own words that an error repeats.
 const ECHO_MAX: usize = 200;
 
-/// A request that cannot be understood; always its sender's fault.
+/// A request that cannot be understood: its sender's fault, unless the server is busy.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct RequestError {
@@ -14,17 +14,25 @@ pub struct RequestError {
     pub message: String,
     /// The field at fault.
     pub param: Option<String>,
+    /// The server has no room for what the field asks for now.
+    pub is_busy: bool,
 }
 
 impl RequestError {
     /// The request as a whole is wrong.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), param: None }
+        Self { message: message.into(), param: None, is_busy: false }
     }
 
     /// A field is wrong.
     pub fn field(field: &str, what: impl Into<String>) -> Self {
-        Self { message: format!("`{field}` {}", what.into()), param: Some(field.into()) }
+        let message = format!("`{field}` {}", what.into());
+        Self { message, param: Some(field.into()), is_busy: false }
+    }
+
+    /// It may be asked again later.
+    pub fn busy(self) -> Self {
+        Self { is_busy: true, ..self }
     }
 }
 
@@ -44,6 +52,7 @@ impl From<InvalidRequest> for RequestError {
 
 impl From<TemplateError> for RequestError {
     fn from(e: TemplateError) -> Self {
-        Self { message: echo(&e.to_string()), param: Some("messages".into()) }
+        let param = Some("messages".into());
+        Self { message: echo(&e.to_string()), param, is_busy: false }
     }
 }

@@ -86,7 +86,11 @@ impl IntoResponse for ApiError {
 
 impl From<RequestError> for ApiError {
     fn from(e: RequestError) -> Self {
-        Self { param: e.param, ..ApiError::bad_request(e.message) }
+        let status = match e.is_busy {
+            true => StatusCode::TOO_MANY_REQUESTS,
+            false => StatusCode::BAD_REQUEST,
+        };
+        Self { param: e.param, ..ApiError::new(status, e.message) }
     }
 }
 

@@ -6,6 +6,7 @@
 mod common;
 
 mod endurance;
+mod constraints;
 mod evidence;
 mod gate;
 mod hostile;

@@ -148,7 +148,10 @@ pub enum ResponseFormat {
     /// Anything.
     Text,
     /// A JSON object.
-    JsonObject,
+    JsonObject {
+        /// What the object must look like, in llama.cpp's form.
+        schema: Option<Map<String, Value>>,
+    },
     /// A JSON value that a schema accepts.
     JsonSchema {
         /// The schema and its name.

@@ -1,15 +1,47 @@
 //! Structured output: which tokens may come next, from a JSON schema, a regular expression or a
 //! Lark grammar. The grammars are llguidance's; here they meet our vocabulary.
+//!
+//! Their compiler has no limit on its stack and no way to be stopped. So what a constraint costs
+//! is known before it is compiled ([`check`], [`schema`], [`lark`]), and it is compiled on a stack
+//! that holds all that these limits let through ([`on_large_stack`]).
+
+pub mod check;
+pub mod decimal;
+pub mod lark;
+pub mod schema;
 
 use super::tokenizer::TextTokenizer;
 use llguidance::api::{ParserLimits, StopReason, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
-use llguidance::{Matcher, ParserFactory};
+use llguidance::{Matcher, ParserFactory, regex_to_lark};
+use serde_json::{Value, json};
 use std::fmt;
+use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
-/// Bytes of a constraint's text.
-pub const CONSTRAINT_BYTES_MAX: usize = 256 << 10;
+/// Stack on which constraints are compiled. The deepest that the limits let through take a quarter
+/// of it; memory is used only as far as the stack is touched.
+pub const STACK_BYTES: usize = 256 << 20;
+
+/// Symbols of a compiled grammar.
+const SYMBOLS_MAX: usize = 60_000;
+
+/// Items of the parser for the tokens of one step: 20 of them take a microsecond.
+const STEP_ITEMS_MAX: usize = 30_000;
+
+/// Work of the lexer for the tokens of one step: 14 units take a microsecond.
+const STEP_FUEL_MAX: u64 = 100_000;
+
+/// States of one output's lexer, 1 to 2 kB each.
+const LEXER_STATES_MAX: usize = 50_000;
+
+/// Characters of a compiler's message that are repeated.
+const MESSAGE_CHARACTERS_MAX: usize = 300;
+
+/// Blanks between two parts of a JSON value. Without a bound, a model that prefers blanks writes
+/// nothing else.
+const BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 
 /// What an output must look like.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,16 +75,49 @@ impl Constraint {
         }
     }
 
+    /// What the compiler takes, checked. In a regular expression `\\d`, `\\w` and `\\s` are the
+    /// ASCII classes.
     fn grammar(&self) -> Result<TopLevelGrammar, GrammarError> {
         Ok(match self {
             Self::JsonSchema(text) => {
-                let schema = serde_json::from_str(text).map_err(|e| GrammarError(e.to_string()))?;
-                TopLevelGrammar::from_json_schema(schema)
+                let schema = check::parse(text)?;
+                schema::check(&schema, &mut 0)?;
+                TopLevelGrammar::from_json_schema(bounded_blanks(schema))
             }
-            Self::Regex(text) => TopLevelGrammar::from_regex(text),
-            Self::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
+            Self::Regex(text) => {
+                check::regex(text)?;
+                TopLevelGrammar::from_lark(format!("start: /{}/", regex_to_lark(text, "dws")))
+            }
+            Self::Lark(text) => TopLevelGrammar::from_lark(lark::check(text)?),
         })
     }
+}
+
+/// A schema that lets at most [`BLANKS`] stand between two parts, unless it says itself which.
+fn bounded_blanks(schema: Value) -> Value {
+    let mut schema = match schema {
+        Value::Bool(true) => json!({}),
+        other => other,
+    };
+    let Some(map) = schema.as_object_mut() else { return schema };
+    let options = map.entry("x-guidance").or_insert_with(|| json!({}));
+    let Some(options) = options.as_object_mut() else { return schema };
+    let is_fixed = options.get("whitespace_flexible") == Some(&Value::Bool(false));
+    let pattern = options.entry("whitespace_pattern").or_insert(Value::Null);
+    if pattern.is_null() && !is_fixed {
+        *pattern = BLANKS.into();
+    }
+    schema
+}
+
+/// Runs `work` on a thread of its own with [`STACK_BYTES`] of stack.
+///
+/// # Errors
+/// When the system has no thread to give.
+pub fn on_large_stack<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    std::thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES).spawn(work)
 }
 
 /// Escapes what means something in a regular expression.
@@ -66,6 +131,29 @@ fn regex_escape(text: &str) -> String {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the grammar cannot be used: {0}")]
 pub struct GrammarError(pub String);
+
+impl GrammarError {
+    fn new(what: impl Into<String>) -> Self {
+        Self(what.into())
+    }
+
+    /// There is more of something than may be.
+    fn limit(what: &str, limit: usize, fact: usize) -> Self {
+        Self(format!("it must have at most {limit} {what}, got {fact}"))
+    }
+
+    /// The compiler's words: their first line, without its names for how an output ends.
+    fn from_compiler(message: &str) -> Self {
+        let line = message.lines().next().unwrap_or_default();
+        if line.starts_with("panic: ") {
+            return Self("it breaks the grammar compiler".into());
+        }
+        match line.strip_prefix("NoExtension") {
+            Some(_) => Self("no text can satisfy it".into()),
+            None => Self(line.chars().take(MESSAGE_CHARACTERS_MAX).collect()),
+        }
+    }
+}
 
 /// Compiles constraints for one vocabulary.
 pub struct Grammars(ParserFactory);
@@ -90,26 +178,32 @@ impl Grammars {
         let mut factory =
             ParserFactory::new_simple(&environment).map_err(|e| GrammarError(e.to_string()))?;
         factory.quiet();
-        *factory.limits_mut() = ParserLimits { verbose_errors: false, ..ParserLimits::default() };
+        *factory.limits_mut() = ParserLimits {
+            verbose_errors: false,
+            max_grammar_size: SYMBOLS_MAX,
+            max_lexer_states: LEXER_STATES_MAX,
+            step_lexer_fuel: STEP_FUEL_MAX,
+            step_max_items: STEP_ITEMS_MAX,
+            ..ParserLimits::default()
+        };
         Ok(Self(factory))
     }
 
-    /// Compiles a constraint: milliseconds, more for large schemas.
+    /// Compiles a constraint: milliseconds, up to two seconds for the largest that are let through.
+    /// To be called on a large stack ([`on_large_stack`]).
     ///
     /// # Errors
-    /// When it is malformed, too large, or uses what is not supported.
+    /// When it is malformed, too large, uses what is not supported, or allows no text.
     pub fn compile(&self, constraint: Constraint) -> Result<Grammar, GrammarError> {
-        let (_, text) = constraint.tagged();
-        if text.len() > CONSTRAINT_BYTES_MAX {
-            let what = format!("has {} bytes, at most {CONSTRAINT_BYTES_MAX}", text.len());
-            return Err(GrammarError(what));
-        }
         let parser = self.0.create_parser(constraint.grammar()?);
         let matcher = Matcher::new(parser);
-        match matcher.get_error() {
-            Some(error) => Err(GrammarError(error)),
-            None => Ok(Grammar { constraint, matcher }),
+        if let Some(error) = matcher.get_error() {
+            return Err(GrammarError::from_compiler(&error));
         }
+        let mut grammar = Grammar { constraint, matcher };
+        // Where no first token can be found, no answer need be begun.
+        grammar.allowed()?;
+        Ok(grammar)
     }
 }
 
@@ -140,7 +234,10 @@ impl Grammar {
     /// # Errors
     /// When the grammar is too complex here.
     pub fn allowed(&mut self) -> Result<SimpleVob, GrammarError> {
-        let mask = self.matcher.compute_mask_or_eos().map_err(|e| GrammarError(e.to_string()))?;
+        let mask = self
+            .matcher
+            .compute_mask_or_eos()
+            .map_err(|e| GrammarError::from_compiler(&e.to_string()))?;
         match mask.is_zero() {
             true => Err(GrammarError("no token of this model can follow".into())),
             false => Ok(mask),
@@ -155,7 +252,9 @@ impl Grammar {
         if self.matcher.is_stopped() && !self.matcher.is_error() {
             return Ok(true);
         }
-        self.matcher.consume_token(token).map_err(|e| GrammarError(e.to_string()))?;
+        self.matcher
+            .consume_token(token)
+            .map_err(|e| GrammarError::from_compiler(&e.to_string()))?;
         Ok(self.matcher.stop_reason() == StopReason::EndOfSentence)
     }
 }
