@@ -169,10 +169,11 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    // Few, because they compete with the compute threads for cores.
+    // Few, because they compete with the compute threads for cores; more than one, because one that
+    // is not scheduled for a while must not hold up every connection.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads((cores / 4).clamp(1, 4))
+        .worker_threads((cores / 4).clamp(2, 4))
         .enable_all()
         .build()
         .map_err(|e| Failure::ours(format!("cannot start the async runtime: {e}")))

@@ -3,9 +3,9 @@
 use crate::engine::SubmitError;
 use crate::engine::output::Fault;
 use crate::engine::scheduler::Refusal;
-use crate::intake::error::RequestError;
 pub use crate::intake::error::echo;
-use crate::wire::openai::{ErrorBody, ErrorObject};
+use crate::intake::error::{Kind, RequestError};
+use crate::wire::openai::{ErrorBody, ErrorCode, ErrorObject};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -19,11 +19,16 @@ pub struct ApiError {
     pub message: String,
     /// The field at fault.
     pub param: Option<String>,
+    /// The word by which clients know this case; the status where there is none.
+    pub code: Option<&'static str>,
 }
+
+/// The context cannot hold the request: clients cut their prompt when they see it.
+const CONTEXT_LENGTH: &str = "context_length_exceeded";
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None }
+        Self { status, message: message.into(), param: None, code: None }
     }
 
     /// A field is wrong.
@@ -66,7 +71,7 @@ impl ApiError {
             message: self.message.clone(),
             kind,
             param: self.param.clone(),
-            code: self.status.as_u16(),
+            code: self.code.map_or(ErrorCode::Status(self.status.as_u16()), ErrorCode::Word),
         };
         ErrorBody { error }
     }
@@ -86,7 +91,15 @@ impl IntoResponse for ApiError {
 
 impl From<RequestError> for ApiError {
     fn from(e: RequestError) -> Self {
-        Self { param: e.param, ..ApiError::bad_request(e.message) }
+        let error = match e.kind {
+            Kind::Wrong => ApiError::bad_request(e.message),
+            Kind::ContextLength => {
+                Self { code: Some(CONTEXT_LENGTH), ..ApiError::bad_request(e.message) }
+            }
+            Kind::Busy => ApiError::unavailable(e.message),
+            Kind::Ours => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.message),
+        };
+        Self { param: e.param, ..error }
     }
 }
 
