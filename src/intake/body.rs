@@ -164,7 +164,7 @@ mod tests {
                 "seed",
                 "from -2^63 to 2^63 - 1, got 18446744073709551615",
             ),
-            (json!({"seed": 2e19}), "seed", "from -2^63 to 2^63 - 1, got 2e19"),
+            (json!({"seed": 2e19}), "seed", "from -2^63 to 2^63 - 1, got 2e+19"),
             (json!({"stop": 5}), "stop", "must be a string or a list of strings, got 5"),
             (
                 json!({"stop": ["a", 5]}),

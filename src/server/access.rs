@@ -20,7 +20,7 @@ const PROBES: [&str; 6] = ["/health", "/health/decode", "/ready", "/version", "/
 /// Other routes that need no key: the page and the description of the API, which ask with the key
 /// that their user types. Every route that is not listed needs one.
 const OPEN: [&str; 4] = ["/", "/page/style.css", "/page/page.js", "/api-doc/openapi.json"];
-const OPEN_VIEWER: &str = "/docs";
+pub(super) const OPEN_VIEWER: &str = "/docs";
 
 /// Whether a route asks for no key.
 pub(super) fn is_open(path: &str) -> bool {

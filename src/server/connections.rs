@@ -148,7 +148,7 @@ impl Table {
     fn give_way(&mut self, now: Duration, is_meant: impl Fn(IpAddr) -> bool) -> bool {
         let may_end = |open: &Open| {
             let is_new = now.saturating_sub(open.since) < GRACE;
-            !is_new && !open.peer.0.is_answered.load(Ordering::SeqCst)
+            !is_new && !open.peer.is_answered()
         };
         let waiting = self.open.iter().filter(|(_, o)| is_meant(o.address) && may_end(o));
         let order = |(id, o): &(&u64, &Open)| (o.peer.0.was_answered.load(Ordering::SeqCst), **id);
@@ -198,6 +198,11 @@ impl Drop for Place {
 }
 
 impl Peer {
+    /// Whether a whole request has arrived whose answer is not written yet.
+    pub(super) fn is_answered(&self) -> bool {
+        self.0.is_answered.load(Ordering::SeqCst)
+    }
+
     /// A whole request has arrived.
     pub(super) fn arrived(&self) {
         self.0.is_answered.store(true, Ordering::SeqCst);

@@ -41,6 +41,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How often a peer that has sent more than is read yet is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Unread bytes that a peer may have sent ahead of the answer to its request.
+const AHEAD_BYTES_MAX: usize = 32 << 10;
 /// Between two lines in the log about connections that were not taken.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
@@ -114,7 +116,8 @@ pub async fn accept_within(
                     continue;
                 }
             };
-            let (connection, socket) = connection(socket, &app, place.peer(), limits);
+            let peer = place.peer();
+            let (connection, socket) = connection(socket, &app, peer.clone(), limits);
             let connection = graceful.watch(connection);
             tokio::spawn(async move {
                 tokio::select! {
@@ -122,7 +125,7 @@ pub async fn accept_within(
                     ended = connection => if let Err(e) = ended {
                         tracing::debug!("connection ended: {e}");
                     },
-                    () = gone(socket.as_ref().as_ref()) => tracing::debug!("a peer has left"),
+                    () = gone(socket.as_ref().as_ref(), &peer) => tracing::debug!("a peer has left"),
                     () = place.given_up() => tracing::debug!("an idle connection gave way"),
                 }
             });
@@ -159,16 +162,22 @@ fn connection(
     (connection, read)
 }
 
-/// Completes once the peer has closed its sending side, whatever it sent before that: hyper reads
-/// on only where it has nothing unread, so it would not notice before its answer is written.
-async fn gone(socket: &TcpStream) {
+/// Completes once the peer has left, whatever it sent before that. Hyper reads on only where it has
+/// nothing unread, so it would not notice before its answer is written.
+async fn gone(socket: &TcpStream, peer: &Peer) {
     while let Ok(ready) = socket.ready(Interest::READABLE).await {
-        if ready.is_read_closed() {
+        if ready.is_read_closed() || (peer.is_answered() && has_too_much(socket).await) {
             return;
         }
         // More than is read yet: what comes after it does not wake us.
         tokio::time::sleep(LOOK_EVERY).await;
     }
+}
+
+/// Whether the peer has sent so much beyond its request that its leaving may be stuck behind it.
+async fn has_too_much(socket: &TcpStream) -> bool {
+    let mut unread = vec![0; AHEAD_BYTES_MAX];
+    socket.peek(&mut unread).await.is_ok_and(|bytes| bytes == AHEAD_BYTES_MAX)
 }
 
 /// A socket whose state can be watched while it is read and written.

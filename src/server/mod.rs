@@ -75,14 +75,13 @@ pub fn router(state: ServerState) -> Router {
 /// The API's viewer has relative links, for which its own slash matters.
 fn tidy_path(mut request: Request) -> Request {
     let path = request.uri().path();
-    let is_viewer = path.starts_with("/docs");
-    if !path.contains("//") && (is_viewer || path == "/" || !path.ends_with('/')) {
-        return request;
-    }
-    let mut tidy: String =
-        path.split('/').filter(|part| !part.is_empty()).flat_map(|part| ["/", part]).collect();
-    if tidy.is_empty() || (is_viewer && path.ends_with('/')) {
+    let parts = path.split('/').filter(|part| !part.is_empty()).flat_map(|part| ["/", part]);
+    let mut tidy: String = parts.collect();
+    if tidy.is_empty() || (path.ends_with('/') && tidy.starts_with(access::OPEN_VIEWER)) {
         tidy.push('/');
+    }
+    if tidy == path {
+        return request;
     }
     if let Some(query) = request.uri().query() {
         tidy.push('?');
