@@ -53,15 +53,15 @@ fn at_top(body: &[u8], e: &Error) -> RequestError {
         Ok(other) => return whole(&format!("it must be a JSON object, got {}", kind_of(&other))),
         Err(_) => return whole(&echo(&text)),
     };
-    if let Some(field) = quoted(&text, "missing field ") {
-        return RequestError::field(field, "is missing");
-    }
     let wrong = fields.into_iter().find_map(|(key, value)| {
         let alone = Value::Object(Map::from_iter([(key, value)]));
         let e = serde_path_to_error::deserialize::<_, Common>(alone).err()?;
         Some(fault(&dotted(e.path())?, e.inner()))
     });
-    wrong.unwrap_or_else(|| whole(&echo(&text)))
+    wrong.unwrap_or_else(|| match quoted(&text, "missing field ") {
+        Some(field) => RequestError::field(field, "is missing"),
+        None => whole(&echo(&text)),
+    })
 }
 
 /// What is wrong with the field at `path`.

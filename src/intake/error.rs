@@ -6,6 +6,9 @@ use crate::models::chat::TemplateError;
 /// Characters of a client's own words that an error repeats.
 const ECHO_MAX: usize = 200;
 
+/// The code of a request that the context cannot hold: clients cut their prompt when they see it.
+pub const CONTEXT_LENGTH: &str = "context_length_exceeded";
+
 /// A request that cannot be understood.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{message}")]
@@ -42,11 +45,14 @@ impl RequestError {
         Self { param: Some(field.into()), ..Self::new(format!("`{field}` {}", what.into())) }
     }
 
-    /// The context cannot hold it. The words are those by which clients know this case.
+    /// The context cannot hold it. The words are those by which clients know this case; some look
+    /// for its code in the message alone.
     pub fn context(field: &str, context: usize, however: impl Into<String>) -> Self {
         let however = however.into();
-        let message =
-            format!("This model's maximum context length is {context} tokens. However, {however}");
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, {however} \
+             ({CONTEXT_LENGTH})"
+        );
         Self { param: Some(field.into()), kind: Kind::ContextLength, ..Self::new(message) }
     }
 

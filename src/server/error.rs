@@ -4,7 +4,7 @@ use crate::engine::SubmitError;
 use crate::engine::output::Fault;
 use crate::engine::scheduler::Refusal;
 pub use crate::intake::error::echo;
-use crate::intake::error::{Kind, RequestError};
+use crate::intake::error::{CONTEXT_LENGTH, Kind, RequestError};
 use crate::wire::openai::{ErrorBody, ErrorCode, ErrorObject};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -22,9 +22,6 @@ pub struct ApiError {
     /// The word by which clients know this case; the status where there is none.
     pub code: Option<&'static str>,
 }
-
-/// The context cannot hold the request: clients cut their prompt when they see it.
-const CONTEXT_LENGTH: &str = "context_length_exceeded";
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 /// Within this a probe is answered, whatever else goes on.
 const PROBE_MAX: Duration = Duration::from_millis(700);
 /// Within this what cannot be used is refused.
-const REFUSE_MAX: Duration = Duration::from_secs(4);
+const REFUSE_MAX: Duration = Duration::from_secs(2);
 /// Within this a client that has left is noticed.
 const LEAVE_MAX: Duration = Duration::from_secs(1);
 
@@ -69,9 +69,9 @@ fn ask(to: SocketAddr, path: &str, body: &Value) -> (u16, Value) {
 
 const CLOSE: &str = "host: x\r\nconnection: close";
 
-/// The slowest of many probes while `asked` are answered by a server with one thread: what holds
-/// that thread holds the probes.
-fn slowest_probe(asked: &[(&str, Value)]) -> (Duration, Vec<(u16, Value)>) {
+/// The slowest of many probes while `asked` are answered by a server with one thread, how long that
+/// took, and the answers: what holds that thread holds the probes.
+fn slowest_probe(asked: &[(&str, Value)]) -> (Duration, Duration, Vec<(u16, Value)>) {
     let (sender, address) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -82,6 +82,7 @@ fn slowest_probe(asked: &[(&str, Value)]) -> (Duration, Vec<(u16, Value)>) {
         });
     });
     let to = address.recv().unwrap();
+    let all = Instant::now();
     std::thread::scope(|scope| {
         let asking: Vec<_> =
             asked.iter().map(|(path, body)| scope.spawn(move || ask(to, path, body))).collect();
@@ -98,7 +99,9 @@ fn slowest_probe(asked: &[(&str, Value)]) -> (Duration, Vec<(u16, Value)>) {
             slowest = slowest.max(started.elapsed());
             std::thread::sleep(Duration::from_millis(2));
         }
-        (slowest, asking.into_iter().map(|thread| thread.join().unwrap()).collect())
+        let took = all.elapsed();
+        println!("slowest probe {slowest:?}, answers after {took:?}");
+        (slowest, took, asking.into_iter().map(|thread| thread.join().unwrap()).collect())
     })
 }
 
@@ -109,14 +112,13 @@ fn words(bytes: usize) -> String {
 #[test]
 fn what_no_context_can_hold_is_refused_before_it_is_tokenised() {
     let long = completion(json!({"prompt": words(2 << 20)}));
-    let started = Instant::now();
-    let (slowest, answers) = slowest_probe(&[(COMPLETION, long.clone()), (COMPLETION, long)]);
+    let (slowest, took, answers) = slowest_probe(&[(COMPLETION, long.clone()), (COMPLETION, long)]);
     for (status, answer) in answers {
         assert_eq!((status, &answer["error"]["code"]), (400, &json!("context_length_exceeded")));
         let message = answer["error"]["message"].as_str().unwrap();
         assert!(message.contains("has 2097152 bytes and so at least 299594 tokens"), "{message}");
     }
-    assert!(started.elapsed() < REFUSE_MAX, "{:?}", started.elapsed());
+    assert!(took < REFUSE_MAX, "{took:?}");
     assert!(slowest < PROBE_MAX, "{slowest:?}");
 }
 
@@ -126,7 +128,7 @@ fn long_texts_are_read_beside_the_others() {
     let ids = json!({"model": "tiny", "prompt": words(1 << 20)});
     let tokens = json!({"model": "tiny", "tokens": vec![97; 1 << 20]});
     let asked = [(COMPLETION, cut), ("/tokenize", ids), ("/detokenize", tokens)];
-    let (slowest, answers) = slowest_probe(&asked);
+    let (slowest, _, answers) = slowest_probe(&asked);
     assert!(answers.iter().all(|(status, _)| *status == 200), "{answers:?}");
     assert_eq!(answers[0].1["usage"]["prompt_tokens"], 5);
     assert_eq!(answers[1].1["count"], 1 << 20);
@@ -194,7 +196,8 @@ async fn a_flood_of_half_sent_requests_displaces_only_itself() {
     // A request that runs, and one whose client waits for nothing: the first keeps its place.
     let body = completion(json!({"max_tokens": 450, "stream": true})).to_string();
     let mut running = connect([127, 0, 0, 1], address).await;
-    running.write_all(post_text(COMPLETION, &body).as_bytes()).await.unwrap();
+    let text = post_text(COMPLETION, &body).replacen("host: x", CLOSE, 1);
+    running.write_all(text.as_bytes()).await.unwrap();
     let mut first = [0; 16];
     running.read_exact(&mut first).await.unwrap();
     let mut flood = Vec::new();
