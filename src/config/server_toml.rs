@@ -1,18 +1,20 @@
 //! The `[server]` table of models.toml.
 
 use super::units;
+use crate::server::connections::CONNECTIONS_MAX;
 use crate::server::settings::{ApiKeys, Limits, Settings};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Names of the table's keys, for hints.
-pub const KEYS: [&str; 9] = [
+pub const KEYS: [&str; 10] = [
     "api_keys",
     "api_keys_file",
     "cors_origins",
     "log",
     "body_max",
+    "connections_per_address",
     "header_seconds",
     "body_seconds",
     "write_seconds",
@@ -32,6 +34,7 @@ pub struct ServerTable {
     cors_origins: Option<Vec<String>>,
     log: Option<String>,
     body_max: Option<String>,
+    connections_per_address: Option<u64>,
     header_seconds: Option<u64>,
     body_seconds: Option<u64>,
     write_seconds: Option<u64>,
@@ -77,6 +80,10 @@ impl ServerTable {
                 Some(text) => units::size(&text).map_err(|what| ("body_max", what))?,
                 None => defaults.body_bytes,
             },
+            connections_per_address: connections(
+                self.connections_per_address,
+                defaults.connections_per_address,
+            )?,
             header_time: seconds("header_seconds", self.header_seconds, defaults.header_time)?,
             body_time: seconds("body_seconds", self.body_seconds, defaults.body_time)?,
             write_time: seconds("write_seconds", self.write_seconds, defaults.write_time)?,
@@ -88,6 +95,17 @@ impl ServerTable {
             cors_origins: self.cors_origins.unwrap_or_default(),
         };
         Ok(ServerConfig { settings, log: self.log })
+    }
+}
+
+fn connections(value: Option<u64>, default: usize) -> Result<usize, (&'static str, String)> {
+    match value {
+        None => Ok(default),
+        Some(n) if (1..=CONNECTIONS_MAX as u64).contains(&n) => Ok(n as usize),
+        Some(n) => {
+            let what = format!("must lie in 1..={CONNECTIONS_MAX}, got {n}");
+            Err(("connections_per_address", what))
+        }
     }
 }
 

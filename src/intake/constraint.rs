@@ -218,16 +218,16 @@ async fn compile(
     let cannot = |why: &str| RequestError::field(field, format!("cannot be used: {why}"));
     let Ok(_waiting) = COMPILES_WAITING.try_acquire() else {
         let why = format!("{COMPILES_WAITING_MAX} grammars wait to be compiled already, the limit");
-        return Err(cannot(&why).busy());
+        return Err(cannot(&why).later());
     };
     let compiled = tokio::time::timeout(COMPILE_WAIT_MAX, async {
-        let place = COMPILES.acquire().await.map_err(|e| cannot(&e.to_string()).busy())?;
+        let place = COMPILES.acquire().await.map_err(|e| cannot(&e.to_string()).later())?;
         let (sender, receiver) = oneshot::channel();
         let work = move || {
             let _place = place;
             let _ = sender.send(model.grammar(constraint));
         };
-        on_large_stack(work).map_err(|e| cannot(&e.to_string()).busy())?;
+        on_large_stack(work).map_err(|e| cannot(&e.to_string()).later())?;
         receiver.await.map_err(|_| cannot("it breaks the grammar compiler"))
     });
     match compiled.await {
@@ -235,7 +235,7 @@ async fn compile(
         Ok(Err(e)) => Err(e),
         Err(_) => {
             let seconds = COMPILE_WAIT_MAX.as_secs();
-            Err(cannot(&format!("it was not compiled within {seconds} seconds")).busy())
+            Err(cannot(&format!("it was not compiled within {seconds} seconds")).later())
         }
     }
 }

@@ -6,7 +6,10 @@ use crate::models::chat::TemplateError;
 /// Characters of a client's own words that an error repeats.
 const ECHO_MAX: usize = 200;
 
-/// A request that cannot be understood: its sender's fault, unless the server is busy.
+/// The code of a request that the context cannot hold: clients cut their prompt when they see it.
+pub const CONTEXT_LENGTH: &str = "context_length_exceeded";
+
+/// A request that cannot be understood.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct RequestError {
@@ -14,25 +17,58 @@ pub struct RequestError {
     pub message: String,
     /// The field at fault.
     pub param: Option<String>,
-    /// The server has no room for what the field asks for now.
-    pub is_busy: bool,
+    /// Whose fault it is.
+    pub kind: Kind,
+}
+
+/// Whose fault it is that a request is not understood.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Its sender's.
+    Wrong,
+    /// Its sender's: the context cannot hold it.
+    ContextLength,
+    /// Nobody's: too much is being read at once.
+    Busy,
+    /// Ours.
+    Ours,
 }
 
 impl RequestError {
     /// The request as a whole is wrong.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), param: None, is_busy: false }
+        Self { message: message.into(), param: None, kind: Kind::Wrong }
     }
 
     /// A field is wrong.
     pub fn field(field: &str, what: impl Into<String>) -> Self {
-        let message = format!("`{field}` {}", what.into());
-        Self { message, param: Some(field.into()), is_busy: false }
+        Self { param: Some(field.into()), ..Self::new(format!("`{field}` {}", what.into())) }
+    }
+
+    /// The context cannot hold it. The words are those by which clients know this case; some look
+    /// for its code in the message alone.
+    pub fn context(field: &str, context: usize, however: impl Into<String>) -> Self {
+        let however = however.into();
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, {however} \
+             ({CONTEXT_LENGTH})"
+        );
+        Self { param: Some(field.into()), kind: Kind::ContextLength, ..Self::new(message) }
     }
 
     /// It may be asked again later.
-    pub fn busy(self) -> Self {
-        Self { is_busy: true, ..self }
+    pub fn later(self) -> Self {
+        Self { kind: Kind::Busy, ..self }
+    }
+
+    /// Not now.
+    pub fn busy(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Busy, ..Self::new(message) }
+    }
+
+    /// A fault of this program.
+    pub fn ours(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Ours, ..Self::new(message) }
     }
 }
 
@@ -52,7 +88,6 @@ impl From<InvalidRequest> for RequestError {
 
 impl From<TemplateError> for RequestError {
     fn from(e: TemplateError) -> Self {
-        let param = Some("messages".into());
-        Self { message: echo(&e.to_string()), param, is_busy: false }
+        Self { param: Some("messages".into()), ..Self::new(echo(&e.to_string())) }
     }
 }

@@ -1,10 +1,11 @@
 //! Requests as a server reads them: a body becomes what the engine is asked.
 //!
-//! A server generates by this reading, and a verifier repeats it. [`understand`] is the whole
-//! reading: [`prompt`] makes ids of messages and texts, [`translate`] makes engine requests of
+//! A server generates by this reading, and a verifier repeats it. [`body`] parses, [`understand`] is
+//! the whole reading (its slow parts on the threads of [`work`]): [`prompt`] makes ids of messages and texts, [`translate`] makes engine requests of
 //! fields, [`constraint`] and [`tools`] say what an output must look like and how calls are found
 //! in it, [`proof`] binds its proof. There is no HTTP here.
 
+pub mod body;
 pub mod constraint;
 pub mod error;
 pub mod prompt;
@@ -12,6 +13,7 @@ pub mod proof;
 pub mod tools;
 pub mod translate;
 pub mod understand;
+pub mod work;
 
 /// Which endpoint a request was sent to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

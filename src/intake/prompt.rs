@@ -9,19 +9,74 @@ use serde_json::{Map, Value};
 
 /// Prompts of one completion request.
 const PROMPTS_MAX: usize = 128;
+/// Bytes of a text that is tokenised though no context need hold it: to be cut, or for its ids.
+/// Where the context holds more, more is read.
+pub const FREE_TEXT_BYTES_MAX: usize = 1 << 20;
+/// Marks the end of the message that is continued; transformers uses the same text.
+const CONTINUE_MARK: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// How much text is tokenised. Tokenising takes about a second for a megabyte, so what cannot be
+/// used is refused before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Room {
+    /// A text that a context of so many tokens must hold.
+    Context(usize),
+    /// A text whose last tokens are kept, or whose ids are asked for, beside a context of so many.
+    Free(usize),
+}
+
+impl Room {
+    /// Refuses a text that is too long. A token stands for at most as many bytes as the longest
+    /// one has, so a text of more bytes than the context's tokens can have does not fit.
+    fn check(self, model: &Model, field: &str, text: &str) -> Result<(), RequestError> {
+        let (Self::Context(context) | Self::Free(context)) = self;
+        // No token is shorter than a byte.
+        if text.len() <= context {
+            return Ok(());
+        }
+        let tokenizer = &model.tokenizer;
+        let lengths = (0..tokenizer.len() as u32).map(|id| tokenizer.bytes_of(id).len());
+        let longest = lengths.max().unwrap_or(0).max(1);
+        let fits = context.saturating_mul(longest);
+        match self {
+            Self::Context(_) if text.len() > fits => {
+                let (bytes, least) = (text.len(), text.len().div_ceil(longest));
+                let what = format!(
+                    "the prompt has {bytes} bytes and so at least {least} tokens: the longest \
+                     token has {longest} bytes"
+                );
+                Err(RequestError::context(field, context, what))
+            }
+            Self::Free(_) if text.len() > fits.max(FREE_TEXT_BYTES_MAX) => {
+                let (most, got) = (fits.max(FREE_TEXT_BYTES_MAX), text.len());
+                let what = format!("must be a text of at most {most} bytes, got {got}");
+                Err(RequestError::field(field, what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
 /// The prompt of a chat: its messages through the model's template.
 ///
 /// # Errors
-/// 400 for messages that the template cannot render.
-pub fn chat_prompt(model: &Model, request: &ChatRequest) -> Result<Vec<u32>, RequestError> {
+/// 400 for messages that the template cannot render, or that do not fit.
+pub fn chat_prompt(
+    model: &Model,
+    request: &ChatRequest,
+    room: Room,
+) -> Result<Vec<u32>, RequestError> {
     let template =
         model.chat.as_ref().ok_or_else(|| RequestError::new("this model has no chat template"))?;
     if request.messages.is_empty() {
         return Err(RequestError::field("messages", "must hold at least one message"));
     }
     let messages = request.messages.iter().enumerate().map(|(i, m)| flatten(i, m));
-    let messages: Vec<Value> = messages.collect::<Result<_, _>>()?;
+    let mut messages: Vec<Value> = messages.collect::<Result<_, _>>()?;
+    let continued = match request.continue_final_message {
+        Some(true) => Some(mark_end(&mut messages, request.add_generation_prompt)?),
+        _ => None,
+    };
     let tools = request.tools.as_ref().filter(|tools| !tools.is_empty());
     let tools = tools.map_or(Ok(Value::Null), serde_json::to_value);
     let tools = tools.map_err(|e| RequestError::field("tools", e.to_string()))?;
@@ -29,17 +84,54 @@ pub fn chat_prompt(model: &Model, request: &ChatRequest) -> Result<Vec<u32>, Req
     variables.insert("messages".into(), messages.into());
     variables.insert("tools".into(), tools);
     variables.insert("documents".into(), Value::Null);
-    let opening = request.add_generation_prompt.unwrap_or(true);
+    let opening = request.add_generation_prompt.unwrap_or(continued.is_none());
     variables.insert("add_generation_prompt".into(), opening.into());
     if let Some(effort) = &request.reasoning_effort {
         variables.insert("reasoning_effort".into(), effort.clone().into());
     }
     variables.extend(request.chat_template_kwargs.clone().unwrap_or_default());
-    let text = template.render(variables)?;
-    encode(model, "messages", &text, false)
+    let mut text = template.render(variables)?;
+    if let Some(content) = continued {
+        cut_at_mark(&mut text, &content)?;
+    }
+    encode(model, "messages", &text, request.common.add_special_tokens.unwrap_or(false), room)
 }
 
-/// A message as templates know it: text parts joined, arguments of calls as objects.
+/// Marks where the last message's text ends, and returns that text.
+fn mark_end(messages: &mut [Value], opening: Option<bool>) -> Result<String, RequestError> {
+    let refuse = |what| Err(RequestError::field("continue_final_message", what));
+    if opening == Some(true) {
+        return refuse("cannot be combined with `add_generation_prompt`");
+    }
+    let last = messages.last_mut().map(|message| &mut message["content"]);
+    match last {
+        Some(Value::String(text)) if !text.is_empty() => {
+            let content = text.clone();
+            text.push_str(CONTINUE_MARK);
+            Ok(content)
+        }
+        _ => refuse("needs text in the last message"),
+    }
+}
+
+/// Ends a rendered conversation where the marked text ends in it, as transformers does: with the
+/// text's own blanks at its end where the template keeps them.
+fn cut_at_mark(text: &mut String, content: &str) -> Result<(), RequestError> {
+    let mark = CONTINUE_MARK.trim_end();
+    let Some(end) = text.rfind(mark).filter(|_| text.contains(content.trim())) else {
+        let what = "cannot be had: the chat template leaves the last message out";
+        return Err(RequestError::field("continue_final_message", what));
+    };
+    let keeps_blanks = text[end..].starts_with(CONTINUE_MARK);
+    text.truncate(end);
+    if !keeps_blanks {
+        text.truncate(text.trim_end().len());
+    }
+    Ok(())
+}
+
+/// A message as templates know it: text parts joined by newlines, as vLLM and llama.cpp join them,
+/// arguments of calls as objects.
 fn flatten(index: usize, message: &Message) -> Result<Value, RequestError> {
     let mut map = Map::new();
     map.insert("role".into(), message.role.clone().into());
@@ -54,7 +146,7 @@ fn flatten(index: usize, message: &Message) -> Result<Value, RequestError> {
                     RequestError::field(&field, "supports only parts of type text")
                 })
             });
-            texts.collect::<Result<Vec<_>, _>>()?.concat()
+            texts.collect::<Result<Vec<_>, _>>()?.join("\n")
         }
     };
     map.insert("content".into(), text.into());
@@ -92,23 +184,40 @@ fn parse_calls(field: &str, calls: Value) -> Result<Option<Value>, RequestError>
     Ok(Some(calls.into()))
 }
 
-/// The prompts of a completion.
+/// How many prompts a completion has.
 ///
 /// # Errors
-/// 400 for none, too many, or an empty one.
-pub fn completion_prompts(model: &Model, prompt: &Prompt) -> Result<Vec<Vec<u32>>, RequestError> {
+/// 400 for none or too many.
+pub fn count_prompts(prompt: &Prompt) -> Result<usize, RequestError> {
+    let count = match prompt {
+        Prompt::Texts(texts) => texts.len(),
+        Prompt::Ids(lists) => lists.len(),
+    };
+    if (1..=PROMPTS_MAX).contains(&count) {
+        return Ok(count);
+    }
+    let what = format!("must hold 1 to {PROMPTS_MAX} prompts, got {count}");
+    Err(RequestError::field("prompt", what))
+}
+
+/// The prompts of a completion; `special` adds the tokenizer's beginning token to texts.
+///
+/// # Errors
+/// 400 for none, too many, an empty one, or one that does not fit.
+pub fn completion_prompts(
+    model: &Model,
+    prompt: &Prompt,
+    special: bool,
+    room: Room,
+) -> Result<Vec<Vec<u32>>, RequestError> {
+    count_prompts(prompt)?;
+    let encode = |text: &String| encode(model, "prompt", text, special, room);
     let prompts: Vec<Vec<u32>> = match prompt {
-        Prompt::Texts(texts) => {
-            texts.iter().map(|t| encode(model, "prompt", t, true)).collect::<Result<_, _>>()?
-        }
+        Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
         Prompt::Ids(lists) => {
             lists.iter().map(|list| ids("prompt", list)).collect::<Result<_, _>>()?
         }
     };
-    if !(1..=PROMPTS_MAX).contains(&prompts.len()) {
-        let what = format!("must hold 1 to {PROMPTS_MAX} prompts, got {}", prompts.len());
-        return Err(RequestError::field("prompt", what));
-    }
     if prompts.iter().any(Vec::is_empty) {
         return Err(RequestError::field("prompt", "must have at least one token"));
     }
@@ -124,9 +233,34 @@ pub fn encode(
     field: &str,
     text: &str,
     special: bool,
+    room: Room,
 ) -> Result<Vec<u32>, RequestError> {
+    room.check(model, field, text)?;
     let ids = model.tokenizer.encode(text, special);
     ids.map_err(|e| {
         RequestError::field(field, format!("cannot be tokenised: {}", echo(&e.to_string())))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_continued_text_ends_where_its_message_does() {
+        for (rendered, content, want) in [
+            ("<a>so TAG</a>", "so ", "<a>so "),
+            ("<a>so TAG </a>", "so ", "<a>so "),
+            ("<a>CONTINUE_FINAL_MESSAGE_TAG x TAG </a>", "x ", "<a>CONTINUE_FINAL_MESSAGE_TAG x "),
+        ] {
+            // A template that trims takes the mark's blank, and with it the text's own.
+            let trims = !rendered.contains("TAG </a>");
+            let mut text = rendered.replace(" TAG", " CONTINUE_FINAL_MESSAGE_TAG");
+            cut_at_mark(&mut text, content).unwrap();
+            let want = if trims { want.trim_end() } else { want };
+            assert_eq!(text, want, "{rendered}");
+        }
+        let e = cut_at_mark(&mut "<a></a>".to_owned(), "gone").unwrap_err();
+        assert_eq!(e.param.as_deref(), Some("continue_final_message"));
+    }
 }

@@ -1,7 +1,7 @@
 //! API fields to engine requests: defaults, bounds, and what is refused by name.
 
 use super::error::{RequestError, echo};
-use crate::engine::request::{LogprobMode, Request, StopRules};
+use crate::engine::request::{LogprobMode, Request, StopRules, TOP_LOGPROBS_MAX};
 use crate::engine::sampler::Sampling;
 use crate::models::Model;
 use crate::models::grammar::Grammar;
@@ -14,26 +14,63 @@ const CHOICES_MAX: usize = 128;
 /// Tokens of a completion where nothing is said.
 pub const COMPLETION_TOKENS_DEFAULT: usize = 16;
 
-/// Fields that would change the output and are not built: refused, never ignored.
-const NOT_BUILT: [&str; 9] = [
-    "functions",
-    "function_call",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "bad_words",
-    "allowed_token_ids",
-    "use_beam_search",
+/// Fields that would change the output and are not built: refused, never ignored. Null, false and
+/// an empty list ask for nothing; so does the number beside a field.
+const NOT_BUILT: [(&str, Option<f64>); 41] = [
+    ("functions", None),
+    ("function_call", None),
+    ("guided_json", None),
+    ("guided_regex", None),
+    ("guided_choice", None),
+    ("guided_grammar", None),
+    ("structural_tag", None),
+    ("regex", None),
+    ("ebnf", None),
+    ("grammar", None),
+    ("json_schema", None),
+    ("format", None),
+    ("bad_words", None),
+    ("allowed_token_ids", None),
+    ("use_beam_search", None),
+    ("length_penalty", Some(1.0)),
+    ("repeat_penalty", Some(1.0)),
+    ("typical_p", Some(1.0)),
+    ("tfs_z", Some(1.0)),
+    ("top_n_sigma", Some(-1.0)),
+    ("mirostat", Some(0.0)),
+    ("dynatemp_range", Some(0.0)),
+    ("dry_multiplier", Some(0.0)),
+    ("xtc_probability", Some(0.0)),
+    ("n_predict", Some(-1.0)),
+    ("samplers", None),
+    ("custom_logit_processor", None),
+    ("logits_processors", None),
+    ("watermark", None),
+    ("thinking_token_budget", None),
+    ("stop_regex", None),
+    ("no_stop_trim", None),
+    ("documents", None),
+    ("chat_template", None),
+    ("audio", None),
+    ("web_search_options", None),
+    ("prompt_embeds", None),
+    ("input_ids", None),
+    ("input_embeds", None),
+    ("lora_path", None),
+    ("return_hidden_states", None),
 ];
 /// Fields that clients send and that change nothing here.
-const IGNORED: [&str; 7] = [
+const IGNORED: [&str; 11] = [
     "metadata",
     "store",
     "service_tier",
     "priority",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "modalities",
+    "spaces_between_special_tokens",
     "session_id",
 ];
 
@@ -84,18 +121,44 @@ impl Defaults {
 
 /// Refuses fields that would change the output and are not built.
 pub fn refuse_unsupported(unknown: &Map<String, Value>) -> Result<(), RequestError> {
-    for field in NOT_BUILT {
-        let neutral = |value: &Value| match value {
-            Value::Null => true,
-            Value::Bool(on) => !on,
-            Value::Array(list) => list.is_empty(),
-            Value::String(_) | Value::Object(_) | Value::Number(_) => false,
-        };
-        if unknown.get(field).is_some_and(|value| !neutral(value)) {
-            return Err(RequestError::field(field, "is not supported by this server"));
+    for (field, neutral) in NOT_BUILT {
+        if unknown.get(field).is_some_and(|value| !asks_nothing(value, neutral)) {
+            return Err(not_built(field));
         }
     }
-    Ok(())
+    let is_text = |value: &Value| {
+        value.is_null() || value.as_array().is_some_and(|l| l.iter().all(|kind| kind == "text"))
+    };
+    match unknown.get("modalities") {
+        Some(value) if !is_text(value) => {
+            Err(RequestError::field("modalities", "must be [\"text\"]: this server makes no other"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses what only completions have.
+pub fn refuse_in_chats(unknown: &Map<String, Value>) -> Result<(), RequestError> {
+    match unknown.get("echo") {
+        Some(value) if !asks_nothing(value, None) => {
+            Err(RequestError::field("echo", "is supported by /v1/completions only"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn not_built(field: &str) -> RequestError {
+    RequestError::field(field, "is not supported by this server")
+}
+
+fn asks_nothing(value: &Value, neutral: Option<f64>) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(on) => !on,
+        Value::Array(list) => list.is_empty(),
+        Value::Number(number) => neutral.is_some() && number.as_f64() == neutral,
+        Value::String(_) | Value::Object(_) => false,
+    }
 }
 
 /// Whether a field that no endpoint reads is known to change nothing.
@@ -119,6 +182,10 @@ pub fn report(
     defaults: Defaults,
 ) -> Result<Report, RequestError> {
     let top = whole("top_logprobs", top, 0)?;
+    if let Some(count) = top.filter(|count| *count > TOP_LOGPROBS_MAX) {
+        let what = format!("must be at most {TOP_LOGPROBS_MAX}, got {count}");
+        return Err(RequestError::field("top_logprobs", what));
+    }
     let logprobs = match (common.logprobs, top) {
         (None | Some(Logprobs::Flag(false)), Some(1..)) => {
             return Err(RequestError::field("top_logprobs", "needs `logprobs` to be true"));
@@ -161,6 +228,15 @@ pub fn report(
     })
 }
 
+/// What the fields at fault are called where the context does not hold a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Names {
+    /// The field with the prompt.
+    pub prompt: &'static str,
+    /// The field with the most tokens.
+    pub limit: &'static str,
+}
+
 /// What makes engine requests of an API request.
 pub struct Ask<'a> {
     /// The model.
@@ -173,6 +249,8 @@ pub struct Ask<'a> {
     pub max_tokens: Option<usize>,
     /// What the output must look like.
     pub grammar: Option<Grammar>,
+    /// What fields are called.
+    pub names: Names,
     /// How the response is written.
     pub report: &'a Report,
 }
@@ -248,18 +326,27 @@ impl Ask<'_> {
         if let Some(kept) = kept {
             prompt.drain(..prompt.len().saturating_sub(kept));
         }
-        let fits =
-            prompt.len() < context || (prompt.len() == context && self.max_tokens == Some(0));
-        if !fits {
-            let message = format!(
-                "this model's context is {context} tokens, but the prompt has {}",
-                prompt.len()
-            );
-            let param = Some("prompt".into());
-            return Err(RequestError { param, ..RequestError::new(message) });
+        let scores_only = self.max_tokens == Some(0);
+        let most = if scores_only { context } else { context.saturating_sub(1) };
+        let length = prompt.len();
+        if length > most {
+            let what = match length > context {
+                true => format!("the prompt has {length} tokens"),
+                false => format!("the prompt has {length} tokens and leaves no room for an answer"),
+            };
+            return Err(RequestError::context(self.names.prompt, context, what));
         }
-        let room = context - prompt.len();
-        Ok((prompt, room))
+        // The last token of an answer is never computed on.
+        let asked = self.max_tokens.unwrap_or(0);
+        if length + asked.saturating_sub(1) > context {
+            let field = self.names.limit;
+            let what = format!(
+                "you requested {} tokens ({length} in the prompt, {asked} by `{field}`)",
+                length + asked
+            );
+            return Err(RequestError::context(field, context, what));
+        }
+        Ok((prompt, context - length))
     }
 }
 
@@ -268,11 +355,17 @@ fn cache_salt(salt: Option<&str>) -> Result<u64, RequestError> {
     match salt {
         None => Ok(0),
         Some("") => Err(RequestError::field("cache_salt", "must not be empty")),
-        Some(salt) => {
-            let hash = blake3::hash(salt.as_bytes());
-            Ok(u64::from_le_bytes(std::array::from_fn(|i| hash.as_bytes()[i])))
-        }
+        Some(salt) => Ok(short(&blake3::hash(salt.as_bytes()))),
     }
+}
+
+/// The salt of one caller's requests: others, whatever salt they give, share nothing with it.
+pub fn salt_of(owner: &[u8; 32], salt: u64) -> u64 {
+    short(&blake3::keyed_hash(owner, &salt.to_le_bytes()))
+}
+
+fn short(hash: &blake3::Hash) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|i| hash.as_bytes()[i]))
 }
 
 fn sampling(common: &Common) -> Result<Sampling, RequestError> {

@@ -4,16 +4,18 @@
 use super::Endpoint;
 use super::constraint::{Tooling, grammar};
 use super::error::RequestError;
-use super::prompt::{chat_prompt, completion_prompts};
+use super::prompt::{Room, chat_prompt, completion_prompts, count_prompts};
 use super::tools::ToolParser;
 use super::translate::{
-    Ask, COMPLETION_TOKENS_DEFAULT, Defaults, Report, refuse_unsupported, report, whole,
+    Ask, COMPLETION_TOKENS_DEFAULT, Defaults, Names, Report, refuse_in_chats, refuse_unsupported,
+    report, whole,
 };
+use super::work::{self, weight};
 use crate::engine::request::Request;
 use crate::models::Model;
 use crate::models::chat::ChatTemplate;
 use crate::wire::openai::request::{Common, Logprobs};
-use crate::wire::openai::{ChatRequest, CompletionRequest};
+use crate::wire::openai::{ChatRequest, CompletionRequest, Prompt};
 use std::sync::Arc;
 
 /// A request body, understood for one model.
@@ -47,17 +49,29 @@ impl Reader<'_> {
     /// # Errors
     /// 400 that names the field.
     pub async fn chat(self, request: &ChatRequest) -> Result<Understood, RequestError> {
-        let (model, common) = (self.model, &request.common);
+        self.shared_chat(&Arc::new(request.clone())).await
+    }
+
+    /// The same without a copy.
+    ///
+    /// # Errors
+    /// As for [`Reader::chat`].
+    pub async fn shared_chat(self, request: &Arc<ChatRequest>) -> Result<Understood, RequestError> {
+        let common = &request.common;
         refuse_unsupported(&common.unknown)?;
+        refuse_in_chats(&common.unknown)?;
         let report = report(common, request.top_logprobs, self.defaults)?;
-        let max_tokens = match whole("max_completion_tokens", request.max_completion_tokens, 1)? {
-            Some(max) => Some(max),
-            None => whole("max_tokens", common.max_tokens, 1)?,
-        };
-        let format = model.chat.as_ref().and_then(ChatTemplate::tool_format);
+        let newer = whole("max_completion_tokens", request.max_completion_tokens, 1)?;
+        let older = whole("max_tokens", common.max_tokens, 1)?;
+        let limit = if newer.is_some() { "max_completion_tokens" } else { "max_tokens" };
+        let format = self.model.chat.as_ref().and_then(ChatTemplate::tool_format);
         let tooling = Tooling::new(request, format)?;
-        let prompts = vec![chat_prompt(model, request)?];
-        self.finish(Endpoint::Chat, common, report, max_tokens, (prompts, tooling)).await
+        let (model, room, asked) = (Arc::clone(self.model), self.room(common), Arc::clone(request));
+        let inputs = (&request.messages, &request.tools, &request.chat_template_kwargs);
+        let prompt = work::run(weight(&inputs), move || chat_prompt(&model, &asked, room)).await?;
+        let names = Names { prompt: "messages", limit };
+        let what = (Endpoint::Chat, names, report, newer.or(older));
+        self.finish(common, what, (vec![prompt], tooling)).await
     }
 
     /// Reads a body of `/v1/completions`.
@@ -78,22 +92,44 @@ impl Reader<'_> {
         let low = i64::from(!report.echo && report.prompt_logprobs.is_none());
         let max_tokens = whole("max_tokens", common.max_tokens, low)?;
         let max_tokens = Some(max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT));
-        let prompts = completion_prompts(self.model, &request.prompt)?;
-        let rest = (prompts, Tooling::default());
-        self.finish(Endpoint::Completion, &common, report, max_tokens, rest).await
+        let prompts = self.prompts(&request.prompt, &common).await?;
+        let names = Names { prompt: "prompt", limit: "max_tokens" };
+        let what = (Endpoint::Completion, names, report, max_tokens);
+        self.finish(&common, what, (prompts, Tooling::default())).await
+    }
+
+    /// How much text makes sense: a prompt that is cut may be longer than the context.
+    fn room(self, common: &Common) -> Room {
+        match common.truncate_prompt_tokens {
+            Some(_) => Room::Free(self.context_max),
+            None => Room::Context(self.context_max),
+        }
+    }
+
+    async fn prompts(
+        self,
+        prompt: &Prompt,
+        common: &Common,
+    ) -> Result<Vec<Vec<u32>>, RequestError> {
+        count_prompts(prompt)?;
+        let (room, special) = (self.room(common), common.add_special_tokens.unwrap_or(true));
+        let Prompt::Texts(texts) = prompt else {
+            return completion_prompts(self.model, prompt, special, room);
+        };
+        let bytes = texts.iter().map(String::len).sum();
+        let (model, prompt) = (Arc::clone(self.model), prompt.clone());
+        work::run(bytes, move || completion_prompts(&model, &prompt, special, room)).await
     }
 
     async fn finish(
         self,
-        endpoint: Endpoint,
         common: &Common,
-        report: Report,
-        max_tokens: Option<usize>,
+        (endpoint, names, report, max_tokens): (Endpoint, Names, Report, Option<usize>),
         (prompts, tooling): (Vec<Vec<u32>>, Tooling),
     ) -> Result<Understood, RequestError> {
         let grammar = grammar(Arc::clone(self.model), common, &tooling).await?;
         let Self { model, context_max, .. } = self;
-        let ask = Ask { model, context_max, common, max_tokens, grammar, report: &report };
+        let ask = Ask { model, context_max, common, max_tokens, grammar, names, report: &report };
         let count = prompts.len();
         let requests = ask.requests(prompts)?;
         let n = requests.len() / count;

@@ -1,6 +1,6 @@
 //! What every request passes before its handler: a name, a line in the log, a key, a body in time.
 
-use super::error::ApiError;
+use super::error::{ApiError, echo};
 use super::metrics::HttpLabels;
 use super::settings::Limits;
 use super::state::ServerState;
@@ -20,7 +20,14 @@ const PROBES: [&str; 6] = ["/health", "/health/decode", "/ready", "/version", "/
 /// Other routes that need no key: the page and the description of the API, which ask with the key
 /// that their user types. Every route that is not listed needs one.
 const OPEN: [&str; 4] = ["/", "/page/style.css", "/page/page.js", "/api-doc/openapi.json"];
-const OPEN_VIEWER: &str = "/docs";
+pub(super) const OPEN_VIEWER: &str = "/docs";
+
+/// Whether a route asks for no key.
+pub(super) fn is_open(path: &str) -> bool {
+    let is_viewer =
+        path.strip_prefix(OPEN_VIEWER).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    PROBES.contains(&path) || OPEN.contains(&path) || is_viewer
+}
 
 /// Whether a name is fit for headers and logs.
 pub fn is_request_id(id: &str) -> bool {
@@ -73,11 +80,7 @@ pub async fn authenticate(
     request: Request,
     next: Next,
 ) -> Response {
-    let path = request.uri().path();
-    let is_viewer =
-        path.strip_prefix(OPEN_VIEWER).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    let is_open = PROBES.contains(&path) || OPEN.contains(&path) || is_viewer;
-    if is_open || state.settings().keys.admit(request.headers()) {
+    if is_open(request.uri().path()) || state.settings().keys.admit(request.headers()) {
         return next.run(request).await;
     }
     let what = "this server needs a valid API key in the header `Authorization: Bearer ...`";
@@ -100,12 +103,14 @@ pub async fn limit_body(
 /// A body within its limits.
 ///
 /// # Errors
-/// 413 where it is too large, 408 where it is too slow, 400 where it breaks off.
+/// 415 where it is compressed, 413 where it is too large, 408 where it is too slow, 400 where it
+/// breaks off.
 pub async fn read_body(
     headers: &HeaderMap,
     body: Body,
     limits: &Limits,
 ) -> Result<Bytes, ApiError> {
+    check_encoding(headers)?;
     let too_large = || {
         let message = format!("the body must have at most {} bytes", limits.body_bytes);
         ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, message)
@@ -124,4 +129,15 @@ pub async fn read_body(
         Ok(Err(e)) => Err(ApiError::bad_request(format!("the body cannot be read: {e}"))),
         Ok(Ok(body)) => Ok(body.to_bytes()),
     }
+}
+
+/// Bodies come as they are: a compressed one could grow beyond every limit.
+fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(encoding) = headers.get(header::CONTENT_ENCODING) else { return Ok(()) };
+    if encoding.as_bytes().eq_ignore_ascii_case(b"identity") {
+        return Ok(());
+    }
+    let got = echo(&String::from_utf8_lossy(encoding.as_bytes()));
+    let message = format!("the header `Content-Encoding` must be identity or absent, got {got}");
+    Err(ApiError::with_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
 }

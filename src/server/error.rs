@@ -3,9 +3,9 @@
 use crate::engine::SubmitError;
 use crate::engine::output::Fault;
 use crate::engine::scheduler::Refusal;
-use crate::intake::error::RequestError;
 pub use crate::intake::error::echo;
-use crate::wire::openai::{ErrorBody, ErrorObject};
+use crate::intake::error::{CONTEXT_LENGTH, Kind, RequestError};
+use crate::wire::openai::{ErrorBody, ErrorCode, ErrorObject};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -19,11 +19,13 @@ pub struct ApiError {
     pub message: String,
     /// The field at fault.
     pub param: Option<String>,
+    /// The word by which clients know this case; the status where there is none.
+    pub code: Option<&'static str>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None }
+        Self { status, message: message.into(), param: None, code: None }
     }
 
     /// A field is wrong.
@@ -66,7 +68,7 @@ impl ApiError {
             message: self.message.clone(),
             kind,
             param: self.param.clone(),
-            code: self.status.as_u16(),
+            code: self.code.map_or(ErrorCode::Status(self.status.as_u16()), ErrorCode::Word),
         };
         ErrorBody { error }
     }
@@ -86,11 +88,15 @@ impl IntoResponse for ApiError {
 
 impl From<RequestError> for ApiError {
     fn from(e: RequestError) -> Self {
-        let status = match e.is_busy {
-            true => StatusCode::TOO_MANY_REQUESTS,
-            false => StatusCode::BAD_REQUEST,
+        let error = match e.kind {
+            Kind::Wrong => ApiError::bad_request(e.message),
+            Kind::ContextLength => {
+                Self { code: Some(CONTEXT_LENGTH), ..ApiError::bad_request(e.message) }
+            }
+            Kind::Busy => ApiError::new(StatusCode::TOO_MANY_REQUESTS, e.message),
+            Kind::Ours => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.message),
         };
-        Self { param: e.param, ..ApiError::new(status, e.message) }
+        Self { param: e.param, ..error }
     }
 }
 

@@ -1,15 +1,16 @@
 //! The routes that generate.
 
 use super::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
-use super::error::{ApiError, echo};
+use super::error::ApiError;
 use super::gate::Caller;
 use super::generate::{Job, run};
 use super::openapi::Refusals;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
 use crate::engine::scheduler::Owner;
+use crate::intake::body;
 use crate::intake::proof::Prover;
-use crate::intake::translate::Defaults;
+use crate::intake::translate::{Defaults, salt_of};
 use crate::intake::understand::{Reader, Understood};
 use crate::proof::commit::nonce_of;
 use crate::wire::openai::request::Common;
@@ -19,7 +20,7 @@ use axum::body::Bytes;
 use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
-use serde::de::DeserializeOwned;
+use std::sync::Arc;
 
 /// The header by which Targon's validators say which model they mean.
 const MODEL_HEADER: &str = "x-targon-model";
@@ -41,10 +42,10 @@ pub async fn chat(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let request: ChatRequest = parse(&body)?;
+    let request: Arc<ChatRequest> = Arc::new(body::read(body).await?);
     let asking = Asking { state: &state, headers: &headers, caller: caller.map(|c| c.0) };
     let routed = asking.admit(&request.common)?;
-    let understood = asking.reader(&routed.served).chat(&request).await?;
+    let understood = asking.reader(&routed.served).shared_chat(&request).await?;
     asking.answer(&request.common, routed, understood).await
 }
 
@@ -68,7 +69,7 @@ pub async fn completions(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let request: CompletionRequest = parse(&body)?;
+    let request: CompletionRequest = body::read(body).await?;
     let asking = Asking { state: &state, headers: &headers, caller: caller.map(|c| c.0) };
     let routed = asking.admit(&request.common)?;
     let understood = asking.reader(&routed.served).completion(&request).await?;
@@ -100,6 +101,15 @@ impl Asking<'_> {
         Reader { model: served.engine.model(), context_max, defaults }
     }
 
+    /// Who owns the prefixes that a request leaves in the cache: what one caller has sent must not
+    /// show in how many tokens another finds there.
+    fn owner(&self) -> Option<[u8; 32]> {
+        match &self.caller {
+            Some(caller) => Some(caller.hotkey.0),
+            None => self.state.settings().keys.owner(self.headers),
+        }
+    }
+
     /// Runs what was understood.
     async fn answer(
         &self,
@@ -111,6 +121,11 @@ impl Asking<'_> {
         let Understood { endpoint, mut requests, n, report, tools } = understood;
         if let Some(caller) = &self.caller {
             requests.iter_mut().for_each(|request| request.owner = Owner(caller.hotkey.0));
+        }
+        if let Some(owner) = self.owner() {
+            for request in &mut requests {
+                request.cache_salt = salt_of(&owner, request.cache_salt);
+            }
         }
         if let Some(prover) = &prover {
             for (choice, request) in requests.iter_mut().enumerate() {
@@ -164,20 +179,4 @@ pub fn route(
         None => None,
     };
     state.registry().route(model, header)
-}
-
-/// A JSON body, with errors that name the field.
-///
-/// # Errors
-/// 400 for anything else.
-pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let parsed = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| {
-        let path = e.path().to_string();
-        let message = echo(&format!("the body is not a valid request: {}", e.inner()));
-        let param = (path != "." && !e.inner().is_syntax()).then_some(path);
-        ApiError { param, ..ApiError::bad_request(message) }
-    })?;
-    deserializer.end().map_err(|e| ApiError::bad_request(format!("the body goes on: {e}")))?;
-    Ok(parsed)
 }

@@ -6,6 +6,7 @@
 //! [`reply`](crate::reply) writes ([`generate`], [`stream`]).
 
 pub mod access;
+pub mod connections;
 pub mod error;
 pub mod gate;
 pub mod generate;
@@ -24,12 +25,13 @@ pub mod tokens;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode, Uri};
 use axum::middleware::{self, Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::ApiError;
 use state::ServerState;
+use tower::util::MapRequest;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{Any, CorsLayer};
 
@@ -63,7 +65,34 @@ pub fn router(state: ServerState) -> Router {
         .layer(catch_panics());
     let origins = state.settings().cors_origins.clone();
     let router = if origins.is_empty() { router } else { router.layer(cors(&origins)) };
-    router.layer(from_fn_with_state(state.clone(), access::observe)).with_state(state)
+    let router = router.layer(from_fn_with_state(state.clone(), access::observe));
+    // Around the routes, because what it changes decides which of them is meant.
+    let router = MapRequest::new(router.with_state(state), tidy_path);
+    Router::new().fallback_service(router)
+}
+
+/// Takes `//v1/models/` for `/v1/models`: base URLs come with and without a slash at their end.
+/// The API's viewer has relative links, for which its own slash matters.
+fn tidy_path(mut request: Request) -> Request {
+    let path = request.uri().path();
+    let parts = path.split('/').filter(|part| !part.is_empty()).flat_map(|part| ["/", part]);
+    let mut tidy: String = parts.collect();
+    if tidy.is_empty() || (path.ends_with('/') && tidy.starts_with(access::OPEN_VIEWER)) {
+        tidy.push('/');
+    }
+    if tidy == path {
+        return request;
+    }
+    if let Some(query) = request.uri().query() {
+        tidy.push('?');
+        tidy.push_str(query);
+    }
+    let mut parts = request.uri().clone().into_parts();
+    parts.path_and_query = tidy.parse().ok();
+    if let Ok(uri) = Uri::from_parts(parts) {
+        *request.uri_mut() = uri;
+    }
+    request
 }
 
 type OnPanic = fn(Box<dyn std::any::Any + Send>) -> Response;

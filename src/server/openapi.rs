@@ -33,6 +33,9 @@ pub(super) enum Refusals {
     /// The body is too large.
     #[response(status = 413)]
     TooLarge(ErrorBody),
+    /// The body is compressed.
+    #[response(status = 415)]
+    Compressed(ErrorBody),
     /// The queue is full: try again after `Retry-After` seconds.
     #[response(status = 429)]
     Busy(ErrorBody),

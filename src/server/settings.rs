@@ -22,6 +22,8 @@ pub struct Settings {
 pub struct Limits {
     /// Bytes of a request body.
     pub body_bytes: usize,
+    /// Connections of one address.
+    pub connections_per_address: usize,
     /// For a request's head to arrive, and between requests of a connection.
     pub header_time: Duration,
     /// For a request's body to arrive.
@@ -36,6 +38,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             body_bytes: 8 << 20,
+            connections_per_address: 1024,
             header_time: Duration::from_secs(30),
             body_time: Duration::from_secs(30),
             write_time: Duration::from_secs(30),
@@ -67,17 +70,18 @@ impl ApiKeys {
     /// Whether a request carries one of them. The time it takes does not tell how much of a key
     /// was right.
     pub fn admit(&self, headers: &HeaderMap) -> bool {
-        if self.is_empty() {
-            return true;
+        self.is_empty() || self.owner(headers).is_some()
+    }
+
+    /// The hash of the key that a request carries, where it is one of them.
+    pub fn owner(&self, headers: &HeaderMap) -> Option<[u8; 32]> {
+        let (scheme, key) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked(7)?;
+        if !scheme.eq_ignore_ascii_case(b"bearer ") {
+            return None;
         }
-        let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
-            let (scheme, key) = value.as_bytes().split_at_checked(7)?;
-            scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
-        });
-        let Some(key) = bearer else { return false };
         let hash: [u8; 32] = Sha256::digest(key.trim_ascii()).into();
         let is_known = self.0.iter().fold(Choice::from(0), |found, k| found | k.ct_eq(&hash));
-        is_known.into()
+        bool::from(is_known).then_some(hash)
     }
 }
 
@@ -107,5 +111,12 @@ mod tests {
         assert!(!keys.admit(&HeaderMap::new()));
         assert!(ApiKeys::default().admit(&HeaderMap::new()));
         assert_eq!(format!("{keys:?}"), "2 keys");
+        let mut headers = HeaderMap::new();
+        let owner = |headers: &HeaderMap| keys.owner(headers);
+        assert_eq!(owner(&headers), None);
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer first"));
+        let first = owner(&headers).unwrap();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer second"));
+        assert_ne!(owner(&headers).unwrap(), first);
     }
 }

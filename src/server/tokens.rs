@@ -1,17 +1,22 @@
 //! Texts to ids and back, without the model.
 
 use super::error::ApiError;
-use super::handlers::{parse, route};
+use super::handlers::route;
 use super::openapi::{Refusals, TokenizeForm};
 use super::state::ServerState;
-use crate::intake::prompt::{chat_prompt, encode};
+use crate::engine::Engine;
+use crate::intake::body;
+use crate::intake::error::RequestError;
+use crate::intake::prompt::{Room, chat_prompt, encode};
 use crate::intake::translate::ids;
+use crate::intake::work;
 use crate::models::Model;
 use crate::wire::openai::ChatRequest;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Query, State};
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -25,11 +30,65 @@ pub(super) struct TokenizeText {
     return_token_strs: Option<bool>,
 }
 
-/// What tells the two bodies of `/tokenize` apart.
+/// A body of `/tokenize`, told apart by whether it has `messages`.
+enum Form {
+    Text(TokenizeText),
+    Chat(Box<ChatRequest>, Option<bool>),
+}
+
+/// What tells the two apart.
 #[derive(Deserialize)]
-struct Form {
+struct Mark {
     messages: Option<serde::de::IgnoredAny>,
     return_token_strs: Option<bool>,
+}
+
+impl Form {
+    fn parse(body: &[u8]) -> Result<Self, RequestError> {
+        let mark: Mark = body::parse(body)?;
+        match mark.messages {
+            Some(_) => Ok(Self::Chat(Box::new(body::parse(body)?), mark.return_token_strs)),
+            None => body::parse(body).map(Self::Text),
+        }
+    }
+
+    fn model(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => text.model.as_deref(),
+            Self::Chat(chat, _) => chat.common.model.as_deref(),
+        }
+    }
+
+    /// The answer.
+    fn tokenize(&self, engine: &Engine) -> Result<Bytes, RequestError> {
+        let (model, context_max) = (engine.model(), engine.options().context_max);
+        let room = Room::Free(context_max);
+        let (tokens, shows) = match self {
+            Self::Text(text) => {
+                let special = text.add_special_tokens.unwrap_or(true);
+                (encode(model, "prompt", &text.prompt, special, room)?, text.return_token_strs)
+            }
+            Self::Chat(chat, shows) => (chat_prompt(model, chat, room)?, *shows),
+        };
+        let text_of = |id: &u32| model.tokenizer.text_of(*id);
+        let texts = shows.unwrap_or(false).then(|| tokens.iter().map(text_of).collect::<Vec<_>>());
+        json_bytes(&json!({
+            "count": tokens.len(),
+            "max_model_len": context_max,
+            "tokens": tokens,
+            "token_strs": texts,
+        }))
+    }
+}
+
+/// Written where it is computed: a long list takes a while.
+fn json_bytes(value: &Value) -> Result<Bytes, RequestError> {
+    let bytes = serde_json::to_vec(value).map_err(|e| RequestError::ours(e.to_string()))?;
+    Ok(bytes.into())
+}
+
+fn json_response(bytes: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], bytes).into_response()
 }
 
 /// `POST /tokenize`.
@@ -45,28 +104,11 @@ pub async fn tokenize(
     State(state): State<ServerState>,
     headers: HeaderMap,
     body: Bytes,
-) -> Result<Json<Value>, ApiError> {
-    let form: Form = parse(&body)?;
-    let (engine, tokens, shows) = if form.messages.is_some() {
-        let request: ChatRequest = parse(&body)?;
-        let engine = route(&state, &headers, request.common.model.as_deref())?.served.engine;
-        let tokens = chat_prompt(engine.model(), &request)?;
-        (engine, tokens, form.return_token_strs)
-    } else {
-        let request: TokenizeText = parse(&body)?;
-        let engine = route(&state, &headers, request.model.as_deref())?.served.engine;
-        let special = request.add_special_tokens.unwrap_or(true);
-        let tokens = encode(engine.model(), "prompt", &request.prompt, special)?;
-        (engine, tokens, request.return_token_strs)
-    };
-    let text_of = |id: &u32| engine.model().tokenizer.text_of(*id);
-    let texts = shows.unwrap_or(false).then(|| tokens.iter().map(text_of).collect::<Vec<_>>());
-    Ok(Json(json!({
-        "count": tokens.len(),
-        "max_model_len": engine.options().context_max,
-        "tokens": tokens,
-        "token_strs": texts,
-    })))
+) -> Result<Response, ApiError> {
+    let size = body.len();
+    let form = work::run(size, move || Form::parse(&body)).await?;
+    let engine = route(&state, &headers, form.model())?.served.engine;
+    Ok(json_response(work::run(size, move || form.tokenize(&engine)).await?))
 }
 
 /// Body of `/detokenize`.
@@ -87,19 +129,21 @@ pub async fn detokenize(
     State(state): State<ServerState>,
     headers: HeaderMap,
     body: Bytes,
-) -> Result<Json<Value>, ApiError> {
-    let request: Detokenize = parse(&body)?;
+) -> Result<Response, ApiError> {
+    let size = body.len();
+    let request: Detokenize = body::read(body).await?;
     let engine = route(&state, &headers, request.model.as_deref())?.served.engine;
-    let tokens = ids("tokens", &request.tokens)?;
-    let tokenizer = &engine.model().tokenizer;
-    let vocab = engine.model().decoder.spec.vocab;
-    if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
-        return Err(ApiError::field(
-            "tokens",
-            format!("holds {id}, but the vocabulary has {vocab}"),
-        ));
-    }
-    Ok(Json(json!({"prompt": tokenizer.decode(&tokens)})))
+    let answer = work::run(size, move || {
+        let model = engine.model();
+        let tokens = ids("tokens", &request.tokens)?;
+        let vocab = model.decoder.spec.vocab;
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
+            let what = format!("holds {id}, but the vocabulary has {vocab}");
+            return Err(RequestError::field("tokens", what));
+        }
+        json_bytes(&json!({"prompt": model.tokenizer.decode(&tokens)}))
+    });
+    Ok(json_response(answer.await?))
 }
 
 /// Which model's tokenizer is asked about.

@@ -245,8 +245,8 @@ async fn bad_proof_fields_are_refused_by_name() {
         (json!({"scheme": "magic"}), "must be one of residue-v1, residue-v1-u4, toploc, got magic"),
         (json!({"scheme": "residue-v1", "nonce": "12"}), "must be 32 bytes as 64 hexadecimal"),
         (json!({"scheme": "residue-v1", "none": 1}), "unknown field `none`"),
-        (json!({}), "missing field `scheme`"),
-        (json!(7), "not a valid request"),
+        (json!({}), "`proof` lacks `scheme`"),
+        (json!(7), "`proof` must be an object, got 7"),
     ] {
         let mut body = chat("residue-v1");
         body["proof"] = proof;

@@ -28,7 +28,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-const FIELDS: [&str; 40] = [
+const FIELDS: [&str; 43] = [
     "messages",
     "prompt",
     "model",
@@ -68,6 +68,9 @@ const FIELDS: [&str; 40] = [
     "echo",
     "suffix",
     "chat_template_kwargs",
+    "continue_final_message",
+    "add_generation_prompt",
+    "add_special_tokens",
     "skip_special_tokens",
 ];
 

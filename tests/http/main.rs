@@ -5,8 +5,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod endurance;
 mod constraints;
+mod endurance;
 mod evidence;
 mod gate;
 mod hostile;
@@ -16,5 +16,6 @@ mod requests;
 mod server;
 mod service;
 mod soak;
+mod stall;
 mod verify;
 mod verify_real;

@@ -217,3 +217,38 @@ async fn slow_and_oversized_requests_are_cut_off() {
     let text = until_closed(&mut socket).await;
     assert!(text.starts_with("HTTP/1.1 413"), "{text}");
 }
+
+#[tokio::test]
+async fn slashes_that_base_urls_bring_along_do_not_matter() {
+    let site = site(common::options());
+    for path in ["//v1/models", "/v1/models/", "/v1//models", "/health/", "//health"] {
+        assert_eq!(get(&site.app, path).await.0, StatusCode::OK, "{path}");
+    }
+    assert_eq!(get(&site.app, "/ready/?model=tiny").await.0, StatusCode::OK);
+    let (status, answer) = post(&site.app, "//v1/chat/completions/", chat(json!({}))).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    // A key is needed however the path is written.
+    let keys = ApiKeys::new(["a-long-enough-key"]);
+    site.state.set(Settings { keys, ..Settings::default() });
+    for path in ["//v1/models", "/v1/models/", "/health/../v1/models", "/docs/../v1/models"] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        assert_ne!(call(&site.app, request).await.0, StatusCode::OK, "{path}");
+    }
+    for path in ["/", "//", "/docs/", "//docs/", "/page/page.js"] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        assert_eq!(call(&site.app, request).await.0, StatusCode::OK, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_body_is_refused_by_the_name_of_its_header() {
+    let site = site(common::options());
+    let ask = |encoding: &str| {
+        let body = Body::from(completion(json!({})).to_string());
+        Request::post(COMPLETION).header("content-encoding", encoding).body(body).unwrap()
+    };
+    let (status, text) = call(&site.app, ask("gzip")).await;
+    assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+    assert!(text.contains("`Content-Encoding` must be identity or absent, got gzip"), "{text}");
+    assert_eq!(call(&site.app, ask("identity")).await.0, StatusCode::OK);
+}

@@ -1,9 +1,13 @@
 //! What requests may ask for beyond plain generation: structure, tools, echoes, scores.
 
 use crate::common;
-use crate::common::site::{CHAT, COMPLETION, Site, chat, completion, post, site, stream};
-use axum::http::StatusCode;
+use crate::common::site::{CHAT, COMPLETION, Site, call, chat, completion, post, site, stream};
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
 use serde_json::{Value, json};
+use targon_engine::chain::keys::Hotkey;
+use targon_engine::server::gate::Caller;
+use targon_engine::server::settings::{ApiKeys, Settings};
 
 fn weather() -> Value {
     json!({"type": "function", "function": {
@@ -292,5 +296,194 @@ async fn what_cannot_be_had_is_refused_by_name() {
         assert_eq!(status, StatusCode::BAD_REQUEST, "{extra} {body}");
         assert_eq!(body["error"]["param"], param, "{extra} {body}");
         assert!(body["error"]["message"].as_str().unwrap().contains(message), "{extra} {body}");
+    }
+}
+
+/// What a request finds in the cache, and the root of its proof and its text.
+async fn cached(site: &Site, request: Request<Body>) -> (u64, Value) {
+    let (status, text) = call(&site.app, request).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    let found = answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let choice = &answer["choices"][0];
+    (found, json!([choice["proof_end"]["root"], choice["text"], choice["proof"]]))
+}
+
+#[tokio::test]
+async fn what_one_caller_sent_does_not_show_to_another() {
+    let site = site(common::options());
+    let keys = ApiKeys::new(["the-key-of-the-first", "the-key-of-the-second"]);
+    site.state.set(Settings { keys, ..Settings::default() });
+    let body = |salt: Option<&str>| {
+        completion(json!({
+            "prompt": "x".repeat(64), "cache_salt": salt,
+            "proof": {"scheme": "residue-v1", "nonce": "12".repeat(32)},
+        }))
+        .to_string()
+    };
+    let ask = |key: &str, salt| {
+        let request = Request::post(COMPLETION).header("authorization", format!("Bearer {key}"));
+        request.body(Body::from(body(salt))).unwrap()
+    };
+    let (first, second) = ("the-key-of-the-first", "the-key-of-the-second");
+    let (none, proof) = cached(&site, ask(first, None)).await;
+    assert_eq!(none, 0);
+    let mut proofs = Vec::new();
+    for (key, salt, finds) in [
+        (first, None, true),
+        (second, None, false),
+        (second, None, true),
+        (second, Some("a"), false),
+        (first, Some("a"), false),
+        (first, Some("a"), true),
+    ] {
+        let (found, proof) = cached(&site, ask(key, salt)).await;
+        assert_eq!(found > 0, finds, "{key} {salt:?}");
+        proofs.push(proof);
+    }
+    // Signers are callers of their own, too.
+    site.state.set(Settings::default());
+    let signed = |seed: u8| {
+        let caller = Caller { hotkey: Hotkey([seed; 32]), name: "n".into() };
+        Request::post(COMPLETION).extension(caller).body(Body::from(body(None))).unwrap()
+    };
+    for (seed, finds) in [(1, false), (1, true), (2, false)] {
+        let (found, proof) = cached(&site, signed(seed)).await;
+        assert_eq!(found > 0, finds, "{seed}");
+        proofs.push(proof);
+    }
+    assert!(proofs.iter().all(|other| *other == proof), "no proof depends on who asks");
+    assert!(proof[0].is_string(), "{proof}");
+}
+
+#[tokio::test]
+async fn what_is_not_built_is_refused_by_name_and_never_ignored() {
+    let site = site(common::options());
+    let fields = json!({
+        "documents": [{"title": "a"}], "chat_template": "{{ 1 }}", "audio": {"voice": "a"},
+        "modalities": ["text", "audio"], "regex": "a+", "ebnf": "root ::= a", "grammar": "root",
+        "json_schema": {}, "format": "json", "length_penalty": 0.5, "prompt_embeds": "AAAA",
+        "stop_regex": "a", "no_stop_trim": true, "input_ids": [1], "lora_path": "a",
+        "repeat_penalty": 1.1, "typical_p": 0.9, "mirostat": 2, "min_p": "a", "n_predict": 5,
+        "custom_logit_processor": "a", "thinking_token_budget": 5, "return_hidden_states": true,
+    });
+    for (field, value) in fields.as_object().unwrap() {
+        for (path, body) in
+            [(CHAT, chat(json!({field: value}))), (COMPLETION, completion(json!({field: value})))]
+        {
+            let (status, answer) = post(&site.app, path, body).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{field} {answer}");
+            assert_eq!(answer["error"]["param"], json!(field), "{answer}");
+        }
+    }
+    let (status, answer) = post(&site.app, CHAT, chat(json!({"echo": true}))).await;
+    assert_eq!((status, &answer["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("echo")));
+    // What asks for nothing is let go.
+    let neutral = json!({
+        "documents": [], "chat_template": null, "modalities": ["text"], "length_penalty": 1.0,
+        "repeat_penalty": 1, "n_predict": -1, "no_stop_trim": false, "mirostat": 0, "echo": false,
+    });
+    ok(&site, CHAT, chat(neutral)).await;
+}
+
+#[tokio::test]
+async fn an_overflow_is_told_in_the_words_that_clients_know() {
+    let site = site(common::options());
+    let long = "x".repeat(600);
+    let messages = json!([{"role": "user", "content": long}]);
+    let however = "However, the prompt has 6";
+    let cases = [
+        (
+            COMPLETION,
+            completion(json!({"prompt": long})),
+            "prompt",
+            "However, the prompt has 600 tok",
+        ),
+        (COMPLETION, completion(json!({"prompt": vec![7; 600]})), "prompt", however),
+        (COMPLETION, completion(json!({"prompt": "x".repeat(1 << 20)})), "prompt", "1048576 bytes"),
+        (CHAT, chat(json!({"messages": messages})), "messages", however),
+        (COMPLETION, completion(json!({"prompt": vec![7; 512]})), "prompt", "leaves no room"),
+        (
+            COMPLETION,
+            completion(json!({"max_tokens": 9000})),
+            "max_tokens",
+            "requested 9005 tokens",
+        ),
+        (COMPLETION, completion(json!({"max_tokens": 509})), "max_tokens", "requested 514 tokens"),
+        (CHAT, chat(json!({"max_tokens": 9000})), "max_tokens", "(22 in the prompt, 9000 by"),
+        (
+            CHAT,
+            chat(json!({"max_completion_tokens": 9000})),
+            "max_completion_tokens",
+            "9000 by `max_completion_tokens`",
+        ),
+    ];
+    for (path, body, param, message) in cases {
+        let (status, answer) = post(&site.app, path, body).await;
+        let error = &answer["error"];
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        assert_eq!(error["code"], "context_length_exceeded", "{answer}");
+        assert_eq!(error["param"], param, "{answer}");
+        let text = error["message"].as_str().unwrap();
+        let start = "This model's maximum context length is 512 tokens. However, ";
+        assert!(text.starts_with(start) && text.contains(message), "{text}");
+    }
+    ok(&site, COMPLETION, completion(json!({"max_tokens": 508}))).await;
+}
+
+#[tokio::test]
+async fn a_final_message_is_continued_where_it_ends() {
+    let site = site(common::options());
+    let messages = json!([
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so, "},
+    ]);
+    let asked = json!({
+        "messages": messages, "continue_final_message": true, "return_token_ids": true,
+    });
+    let answer = ok(&site, CHAT, chat(asked.clone())).await;
+    let ids: Vec<u8> = "<user>hi<assistant>so, ".into();
+    assert_eq!(answer["prompt_token_ids"], json!(ids), "{answer}");
+    // The answer is that of the text itself.
+    let text = json!({"prompt": "<user>hi<assistant>so, ", "return_token_ids": true});
+    let same = ok(&site, COMPLETION, completion(text)).await;
+    assert_eq!(answer["choices"][0]["token_ids"], same["choices"][0]["token_ids"]);
+    for (extra, message) in [
+        (json!({"add_generation_prompt": true}), "cannot be combined"),
+        (json!({"messages": [{"role": "assistant", "content": null}]}), "needs text"),
+    ] {
+        let mut body = chat(asked.clone());
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let (status, answer) = post(&site.app, CHAT, body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        assert_eq!(answer["error"]["param"], "continue_final_message");
+        assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn loose_forms_are_read_as_the_servers_that_clients_know_read_them() {
+    let site = site(common::options());
+    let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+    let messages = json!([{"role": "user", "content": parts}]);
+    let extra = json!({"messages": messages, "max_tokens": 3.0, "return_token_ids": true});
+    let answer = ok(&site, CHAT, chat(extra)).await;
+    let ids: Vec<u8> = "<user>a\nb<assistant>".into();
+    assert_eq!(answer["prompt_token_ids"], json!(ids), "parts are joined by newlines");
+    assert_eq!(answer["usage"]["completion_tokens"], 3);
+    let options = json!({"stream": true, "stream_options": {"include_usage": null}});
+    stream(&site.app, CHAT, chat(options)).await;
+    for (body, param, message) in [
+        (json!({"max_tokens": "5"}), "max_tokens", "`max_tokens` must be an integer, got a string"),
+        (json!({"top_logprobs": 21, "logprobs": true}), "top_logprobs", "at most 20, got 21"),
+        (
+            json!({"content": 5, "messages": [{"role": "user", "content": 5}]}),
+            "messages.0.content",
+            "must be a string or a list of parts, got 5",
+        ),
+    ] {
+        let (status, answer) = post(&site.app, CHAT, chat(body)).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        assert_eq!(answer["error"]["param"], param, "{answer}");
+        assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");
     }
 }

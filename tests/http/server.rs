@@ -154,24 +154,17 @@ async fn bad_requests_are_refused_by_name() {
     let cases = [
         (json!({"max_tokens": -1}), 400, "max_tokens", "must be at least 1, got -1"),
         (json!({"max_tokens": 0}), 400, "max_tokens", "must be at least 1, got 0"),
-        (json!({"max_tokens": 9000}), 400, "", "context is 512 tokens, but 9004 are asked for"),
         (json!({"model": "nope"}), 404, "model", "does not exist; known: tiny, slow, broken"),
         (json!({"model": "slow"}), 503, "", "still loading"),
         (json!({"model": "broken"}), 503, "", "could not be loaded: no such file"),
         (json!({"temperature": -1}), 400, "temperature", "between 0 and 100, got -1"),
         (json!({"top_p": 2}), 400, "top_p", "between above 0 and 1"),
         (json!({"logprobs": 21}), 400, "logprobs", "at most 20, got 21"),
-        (json!({"logprobs": "yes"}), 400, "", "a boolean or an integer"),
+        (json!({"logprobs": "yes"}), 400, "logprobs", "a boolean or an integer, got a string"),
         (json!({"prompt": [1, -2]}), 400, "prompt", "holds -2, not a token id"),
         (json!({"prompt": [1, 999]}), 400, "prompt", "vocabulary has 261"),
         (json!({"prompt": ""}), 400, "prompt", "at least one token"),
         (json!({"prompt": vec!["a"; 129]}), 400, "prompt", "1 to 128 prompts, got 129"),
-        (
-            json!({"prompt": "x".repeat(600)}),
-            400,
-            "prompt",
-            "context is 512 tokens, but the prompt",
-        ),
         (json!({"n": 200}), 400, "n", "at most 128, got 200"),
         (json!({"stop": ["", "a"]}), 400, "stop", "1 to 1024 bytes"),
         (json!({"logit_bias": {"x": 1}}), 400, "logit_bias", "keys must be token ids, got x"),
@@ -180,7 +173,7 @@ async fn bad_requests_are_refused_by_name() {
         (json!({"bad_words": ["a"]}), 400, "bad_words", "not supported"),
         (json!({"best_of": 4}), 400, "best_of", "must equal n = 1, got 4"),
         (json!({"guided_json": {}}), 400, "guided_json", "not supported"),
-        (json!({"seed": "a"}), 400, "seed", "not a valid request"),
+        (json!({"seed": "a"}), 400, "seed", "must be an integer, got a string"),
     ];
     for (extra, status, param, message) in cases {
         let (got, body) = post(&site.app, COMPLETION, completion(extra.clone())).await;
@@ -188,7 +181,7 @@ async fn bad_requests_are_refused_by_name() {
         assert_eq!((got.as_u16(), &error["code"]), (status, &json!(status)), "{extra} {body}");
         assert!(error["message"].as_str().unwrap().contains(message), "{extra} {body}");
         let want = if param.is_empty() { Value::Null } else { json!(param) };
-        assert!(error["param"] == want || extra.get("seed").is_some(), "{extra} {body}");
+        assert_eq!(error["param"], want, "{extra} {body}");
     }
     for (body, message) in [
         (&b"{\"prompt\": \"a\""[..], "not a valid request"),

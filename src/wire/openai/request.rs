@@ -1,9 +1,13 @@
 //! Request bodies of `/v1/chat/completions` and `/v1/completions`.
 
+use super::loose::{
+    PromptItem, flag, integer, integers, invalid, items, logprobs, numbers, string_or_list,
+};
 use super::tools::{Tool, ToolChoice, ToolChoiceForm};
-use serde::de::{Deserializer, Error, Unexpected};
+use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::fmt;
 use utoipa::ToSchema;
 
 /// Body of `/v1/chat/completions`.
@@ -12,11 +16,15 @@ pub struct ChatRequest {
     /// The conversation.
     pub messages: Vec<Message>,
     /// Newer name of `max_tokens`.
+    #[serde(default, deserialize_with = "integer")]
     pub max_completion_tokens: Option<i64>,
     /// Alternatives reported for each token.
+    #[serde(default, deserialize_with = "integer")]
     pub top_logprobs: Option<i64>,
     /// Whether the prompt ends with the assistant's opening; true unless said otherwise.
     pub add_generation_prompt: Option<bool>,
+    /// Whether the prompt ends inside the last message, which the answer then continues.
+    pub continue_final_message: Option<bool>,
     /// More inputs of the template.
     pub chat_template_kwargs: Option<Map<String, Value>>,
     /// An input of templates that know it.
@@ -42,6 +50,7 @@ pub struct CompletionRequest {
     /// Prompts are returned before their continuation.
     pub echo: Option<bool>,
     /// Accepted when equal to `n`.
+    #[serde(default, deserialize_with = "integer")]
     pub best_of: Option<i64>,
     /// Text after the insertion: not supported.
     pub suffix: Option<String>,
@@ -56,14 +65,17 @@ pub struct Common {
     /// Which model.
     pub model: Option<String>,
     /// Most tokens to generate.
+    #[serde(default, deserialize_with = "integer")]
     pub max_tokens: Option<i64>,
     /// No end before this many.
+    #[serde(default, deserialize_with = "integer")]
     pub min_tokens: Option<i64>,
     /// Divides the logits.
     pub temperature: Option<f32>,
     /// Keeps the smallest set with this much probability.
     pub top_p: Option<f32>,
     /// Keeps the k most probable; -1 and 0 keep all.
+    #[serde(default, deserialize_with = "integer")]
     pub top_k: Option<i64>,
     /// Drops tokens below this share of the most probable one.
     pub min_p: Option<f32>,
@@ -78,20 +90,25 @@ pub struct Common {
     /// Added to single logits, by token id.
     pub logit_bias: Option<Map<String, Value>>,
     /// Seed of the noise.
+    #[serde(default, deserialize_with = "integer")]
     pub seed: Option<i64>,
     /// Choices for each prompt.
+    #[serde(default, deserialize_with = "integer")]
     pub n: Option<i64>,
     /// Stop strings.
     #[serde(default, deserialize_with = "string_or_list")]
     #[schema(value_type = Option<StringOrList>)]
     pub stop: Vec<String>,
     /// Stop ids.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "integers")]
     pub stop_token_ids: Option<Vec<i64>>,
     /// Whether the match stays in the text.
     pub include_stop_str_in_output: Option<bool>,
     /// The model's own end does not count.
     pub ignore_eos: Option<bool>,
+    /// Whether the tokenizer adds its beginning token; true for completions and false for chats,
+    /// whose template writes it, unless said otherwise.
+    pub add_special_tokens: Option<bool>,
     /// Leave special tokens out of the text; true unless said otherwise.
     pub skip_special_tokens: Option<bool>,
     /// A boolean (chat) or a number (completions); each endpoint takes both.
@@ -101,14 +118,17 @@ pub struct Common {
     /// `raw` or `scaled`.
     pub logprobs_mode: Option<String>,
     /// Report every prompt token's log-probability, with this many alternatives.
+    #[serde(default, deserialize_with = "integer")]
     pub prompt_logprobs: Option<i64>,
     /// Report these ids in place of the most probable ones.
+    #[serde(default, deserialize_with = "integers")]
     pub logprob_token_ids: Option<Vec<i64>>,
     /// What the output must look like.
     pub response_format: Option<ResponseFormat>,
     /// What the output must look like, in vLLM's form.
     pub structured_outputs: Option<StructuredOutputs>,
     /// Keeps only the last so many tokens of the prompt; -1 keeps what the context holds.
+    #[serde(default, deserialize_with = "integer")]
     pub truncate_prompt_tokens: Option<i64>,
     /// Prefixes are shared only among requests with the same salt.
     pub cache_salt: Option<String>,
@@ -199,10 +219,10 @@ pub struct ProofRequest {
 #[derive(Clone, Copy, Deserialize, Default, Debug, ToSchema)]
 pub struct StreamOptions {
     /// A last chunk with the usage.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flag")]
     pub include_usage: bool,
     /// The usage so far on every chunk.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flag")]
     pub continuous_usage_stats: bool,
 }
 
@@ -221,13 +241,23 @@ pub struct Message {
 }
 
 /// The content of a message.
-#[derive(Clone, Deserialize, Serialize, Debug, ToSchema)]
+#[derive(Clone, Serialize, Debug, ToSchema)]
 #[serde(untagged)]
 pub enum Content {
     /// Plain text.
     Text(String),
     /// Parts, of which only text is supported.
     Parts(Vec<Value>),
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Array(parts) => Ok(Self::Parts(parts)),
+            other => Err(invalid(&other, &"a string or a list of parts")),
+        }
+    }
 }
 
 /// The prompt of a completion.
@@ -239,9 +269,10 @@ pub enum Prompt {
     Ids(Vec<Vec<i64>>),
 }
 
-/// The forms of a prompt.
-#[derive(Deserialize, ToSchema)]
+/// The forms of a prompt, for the description of the API.
+#[derive(ToSchema)]
 #[serde(untagged)]
+#[expect(dead_code, reason = "describes what `Prompt` reads")]
 enum PromptForm {
     Text(String),
     Texts(Vec<String>),
@@ -251,21 +282,44 @@ enum PromptForm {
 
 impl<'de> Deserialize<'de> for Prompt {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let expected = "expected a string, a list of strings, a list of token ids, or a list of \
-                        such lists";
-        let form = PromptForm::deserialize(deserializer).map_err(|_| D::Error::custom(expected))?;
-        Ok(match form {
-            PromptForm::Text(text) => Prompt::Texts(vec![text]),
-            PromptForm::Texts(texts) => Prompt::Texts(texts),
-            PromptForm::Ids(ids) => Prompt::Ids(vec![ids]),
-            PromptForm::Lists(lists) => Prompt::Ids(lists),
+        deserializer.deserialize_any(PromptVisitor)
+    }
+}
+
+struct PromptVisitor;
+
+impl<'de> Visitor<'de> for PromptVisitor {
+    type Value = Prompt;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string, a list of strings, a list of token ids, or a list of such lists")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Prompt, E> {
+        Ok(Prompt::Texts(vec![text.to_owned()]))
+    }
+
+    fn visit_string<E: Error>(self, text: String) -> Result<Prompt, E> {
+        Ok(Prompt::Texts(vec![text]))
+    }
+
+    /// The first item says what the others must be.
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Prompt, A::Error> {
+        Ok(match list.next_element()? {
+            None => Prompt::Texts(Vec::new()),
+            Some(PromptItem::Text(first)) => Prompt::Texts(items(first, list)?),
+            Some(PromptItem::Id(first)) => Prompt::Ids(vec![numbers(items(first, list)?)]),
+            Some(PromptItem::Ids(first)) => {
+                Prompt::Ids(items(first, list)?.into_iter().map(numbers).collect())
+            }
         })
     }
 }
 
-/// The forms of a list of stop strings.
-#[derive(Deserialize, ToSchema)]
+/// The forms of a list of stop strings, for the description of the API.
+#[derive(ToSchema)]
 #[serde(untagged)]
+#[expect(dead_code, reason = "describes what `stop` reads")]
 enum StringOrList {
     None(()),
     One(String),
@@ -279,28 +333,6 @@ enum StringOrList {
 enum FlagOrCount {
     Flag(bool),
     Count(i64),
-}
-
-fn string_or_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    let form = StringOrList::deserialize(deserializer)
-        .map_err(|_| D::Error::custom("expected a string or a list of strings"))?;
-    Ok(match form {
-        StringOrList::None(()) => Vec::new(),
-        StringOrList::One(text) => vec![text],
-        StringOrList::Many(texts) => texts,
-    })
-}
-
-fn logprobs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Logprobs>, D::Error> {
-    match Value::deserialize(deserializer)? {
-        Value::Null => Ok(None),
-        Value::Bool(flag) => Ok(Some(Logprobs::Flag(flag))),
-        Value::Number(number) if number.is_i64() => Ok(number.as_i64().map(Logprobs::Count)),
-        other => {
-            let got = other.to_string();
-            Err(D::Error::invalid_type(Unexpected::Other(&got), &"a boolean or an integer"))
-        }
-    }
 }
 
 #[cfg(test)]
@@ -336,5 +368,22 @@ mod tests {
         }
         let error = serde_json::from_value::<CompletionRequest>(json!({"prompt": {"a": 1}}));
         assert!(error.unwrap_err().to_string().contains("a list of token ids"));
+    }
+
+    #[test]
+    fn numbers_and_nulls_are_read_as_pydantic_reads_them() {
+        let chat: ChatRequest = serde_json::from_value(json!({
+            "messages": [], "max_tokens": 16.0, "seed": -3.0, "top_logprobs": 2.0, "logprobs": 1.0,
+            "stop_token_ids": [7.0], "stop": null, "min_tokens": null,
+            "stream_options": {"include_usage": null},
+        }))
+        .unwrap();
+        let common = &chat.common;
+        assert_eq!((common.max_tokens, common.seed, common.min_tokens), (Some(16), Some(-3), None));
+        assert_eq!((chat.top_logprobs, common.logprobs), (Some(2), Some(Logprobs::Count(1))));
+        assert_eq!(common.stop_token_ids, Some(vec![7]));
+        assert!(!common.stream_options.unwrap().include_usage);
+        let ids: CompletionRequest = serde_json::from_value(json!({"prompt": [1.0, 2]})).unwrap();
+        assert_eq!(ids.prompt, Prompt::Ids(vec![vec![1, 2]]));
     }
 }

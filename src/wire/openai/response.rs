@@ -276,8 +276,28 @@ pub struct ErrorObject {
     pub kind: &'static str,
     /// The field at fault.
     pub param: Option<String>,
+    /// The HTTP status, or a word by which clients know the case.
+    #[schema(value_type = CodeForm)]
+    pub code: ErrorCode,
+}
+
+/// The `code` of an error.
+#[derive(Clone, Copy, Serialize, PartialEq, Eq, Debug)]
+#[serde(untagged)]
+pub enum ErrorCode {
     /// The HTTP status.
-    pub code: u16,
+    Status(u16),
+    /// A stable word.
+    Word(&'static str),
+}
+
+/// The forms of a code, for the description of the API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "describes `ErrorCode`")]
+enum CodeForm {
+    Status(u16),
+    Word(String),
 }
 
 /// Entry of `/v1/models`.
