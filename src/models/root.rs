@@ -7,12 +7,12 @@
 use super::checkpoint::Checkpoint;
 use super::error::LoadError;
 use super::tensor::Tensor;
+use super::weight_file::WeightFile;
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Encoder, Hash, from_hex, to_hex};
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
-use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Where the program keeps what it can compute again: `TARGON_CACHE`, or the user's cache
@@ -28,26 +28,27 @@ pub fn cache_dir() -> PathBuf {
 /// The root of a checkpoint, from the cache where its files are unchanged.
 ///
 /// # Errors
-/// When a file's identity cannot be read.
+/// When a file cannot be read, or was changed since it was opened.
 pub fn weights_root(checkpoint: &Checkpoint, pool: &Pool) -> Result<Hash, LoadError> {
     let cache = cache_dir().join("roots.json");
-    let identity = identity(checkpoint)?;
+    let identity = identity(checkpoint);
     if let Some(root) = remembered(&cache, &identity) {
         return Ok(root);
     }
-    let root = compute(checkpoint, pool);
+    let root = compute(checkpoint, pool)?;
     remember(&cache, identity, &root);
     Ok(root)
 }
 
 /// The root, computed from the tensors on all threads.
-pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Hash {
+///
+/// # Errors
+/// When a file cannot be read, or was changed since it was opened.
+pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Result<Hash, LoadError> {
     let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
-    let hashes: Vec<Mutex<Hash>> = tensors.iter().map(|_| Mutex::new([0; 32])).collect();
-    pool.turn().run(tensors.len(), |i| {
-        *hashes[i].lock() = *blake3::hash(tensors[i].bytes()).as_bytes();
-        tensors[i].release();
-    });
+    let hashes: Vec<Mutex<Option<Result<blake3::Hash, LoadError>>>> =
+        tensors.iter().map(|_| Mutex::new(None)).collect();
+    pool.turn().run(tensors.len(), |i| *hashes[i].lock() = Some(tensors[i].hash()));
     let mut e = Encoder::new("targon-engine/weights/1");
     e.u32(tensors.len() as u32);
     for (tensor, hash) in tensors.iter().zip(hashes) {
@@ -56,24 +57,18 @@ pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Hash {
         tensor.shape.iter().for_each(|d| {
             e.i64(*d as i64);
         });
-        e.raw(&hash.into_inner());
+        let hash = hash.into_inner().unwrap_or_else(|| tensor.hash())?;
+        e.raw(hash.as_bytes());
     }
-    e.finish()
+    Ok(e.finish())
 }
 
-/// Path, device, inode, size and time of change of every file: what changes when a file does.
-fn identity(checkpoint: &Checkpoint) -> Result<String, LoadError> {
-    let paths: BTreeSet<&PathBuf> = checkpoint.tensors().map(|t| &t.path).collect();
-    let mut parts = Vec::new();
-    for path in paths {
-        let io = |source| LoadError::Io { path: path.clone(), source };
-        let real = std::fs::canonicalize(path).map_err(io)?;
-        let m = std::fs::metadata(&real).map_err(io)?;
-        let (device, inode, size) = (m.dev(), m.ino(), m.size());
-        let changed = format!("{}.{}", m.mtime(), m.mtime_nsec());
-        parts.push(format!("{}:{device}:{inode}:{size}:{changed}", real.display()));
-    }
-    Ok(parts.join("\n"))
+/// What changes when one of the files does, as they were when they were opened.
+fn identity(checkpoint: &Checkpoint) -> String {
+    let files: BTreeMap<&Path, &WeightFile> =
+        checkpoint.tensors().map(|t| (t.file.path(), &*t.file)).collect();
+    let parts: Vec<String> = files.into_values().map(WeightFile::identity).collect();
+    parts.join("\n")
 }
 
 fn read_cache(cache: &Path) -> Map<String, Value> {

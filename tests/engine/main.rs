@@ -8,6 +8,7 @@ mod common;
 mod canon;
 mod checkpoints;
 mod fuzz;
+mod gguf_files;
 mod hub;
 mod kernels;
 mod parity;

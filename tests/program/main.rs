@@ -10,3 +10,4 @@ mod node;
 mod chain;
 mod cli;
 mod miner;
+mod weight_files;
