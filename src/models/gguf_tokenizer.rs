@@ -114,11 +114,11 @@ fn strings(gguf: &Gguf, key: &str) -> Result<Vec<String>, LoadError> {
     let Some(List::Texts(texts)) = gguf.list(key) else {
         return Err(gguf.error(key, "is missing"));
     };
-    let text = |(index, text): (usize, &Box<[u8]>)| {
+    let text = |(index, text): (usize, &[u8])| {
         let text = std::str::from_utf8(text).map(str::to_owned);
         text.map_err(|_| gguf.error(key, format!("entry {index} is not UTF-8")))
     };
-    texts.iter().enumerate().map(text).collect()
+    texts.iter().map(AsRef::as_ref).enumerate().map(text).collect()
 }
 
 fn byte_level(gguf: &Gguf, parts: &Parts) -> Result<Value, LoadError> {
