@@ -118,8 +118,7 @@ fn start_one(
     clock: Clock,
     bars: &MultiProgress,
 ) -> bool {
-    let Planned { located, plan } = planned;
-    let name = &located.config.name;
+    let name = &planned.located.config.name;
     let started = clock.elapsed();
     let bar = bars.add(ProgressBar::new(0).with_message(name.clone()));
     bar.set_style(style("{msg} {wide_bar} layer {pos}/{len}"));
@@ -127,15 +126,10 @@ fn start_one(
         bar.set_length(layers as u64);
         bar.set_position(done as u64);
     };
-    let loaded = Model::load(&located.path, located.config.dtype, &pool, progress)
-        .map_err(|e| e.to_string())
-        .and_then(|model| {
-            let identity = Identity::of(&model, &pool).map_err(|e| e.to_string())?;
-            let fingerprint = fingerprint(&model, &identity, &pool);
-            Engine::start(model, pool, plan.options, clock.clone())
-                .map(|engine| Served { engine, fingerprint, identity: Arc::new(identity) })
-                .map_err(|e| format!("cannot start the engine: {e}"))
-        });
+    let load = || load_one(planned, pool, clock.clone(), progress);
+    // What a library does with a stranger's files must not leave the model loading for ever.
+    let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load))
+        .unwrap_or_else(|_| Err("loading it panicked; the log says where".into()));
     bar.finish_and_clear();
     match loaded {
         Ok(served) => {
@@ -152,6 +146,22 @@ fn start_one(
             false
         }
     }
+}
+
+fn load_one(
+    planned: &Planned,
+    pool: Pool,
+    clock: Clock,
+    progress: impl Fn(usize, usize),
+) -> Result<Served, String> {
+    let Planned { located, plan } = planned;
+    let model = Model::load(&located.path, located.config.dtype, &pool, progress)
+        .map_err(|e| e.to_string())?;
+    let identity = Identity::of(&model, &pool).map_err(|e| e.to_string())?;
+    let fingerprint = fingerprint(&model, &identity, &pool);
+    let engine = Engine::start(model, pool, plan.options, clock)
+        .map_err(|e| format!("cannot start the engine: {e}"))?;
+    Ok(Served { engine, fingerprint, identity: Arc::new(identity) })
 }
 
 /// Version, weights root, dtype and kernel set in one word.

@@ -1,19 +1,29 @@
 //! A checkpoint on disk: configuration, tensors by their Hugging Face names, tokenizer files.
 //!
 //! Two formats: a directory with `config.json` and safetensors (single or sharded), and one GGUF
-//! file, whose metadata and tensor names are translated (see [`super::gguf`]). Files are memory
-//! mapped and stay mapped: proofs of weights read single elements later.
+//! file, whose metadata and tensor names are translated (see [`super::gguf`]). Files stay open:
+//! proofs of weights read single elements later. They are never mapped (see
+//! [`super::weight_file`]).
+//!
+//! A tensor may have a type that the engine does not compute with, as long as nothing asks for it:
+//! [`Checkpoint::tensor`] refuses it by name.
 
 use super::error::{LoadError, read_json};
 use super::gguf::Gguf;
 use super::tensor::{Stored, Tensor};
-use memmap2::Mmap;
-use safetensors::SafeTensors;
-use safetensors::tensor::Dtype as SafeDtype;
+use super::weight_file::WeightFile;
+use safetensors::tensor::{Dtype as SafeDtype, Metadata};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Bytes of a safetensors header, as the format has it.
+const SAFETENSORS_HEADER_MAX: u64 = 100_000_000;
+
+/// The types that are computed with.
+const SAFETENSORS_TYPES: &str = "F32, F16 and BF16";
+const GGUF_TYPES: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K";
 
 /// An opened checkpoint.
 pub struct Checkpoint {
@@ -75,13 +85,18 @@ impl Checkpoint {
     /// The tensor `name`.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is none, or the engine does not compute with its type.
     pub fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
-        self.tensors.get(name).cloned().ok_or_else(|| LoadError::Tensor {
+        let tensor = self.tensors.get(name).ok_or_else(|| LoadError::Tensor {
             name: name.to_owned(),
             path: self.path.clone(),
             what: format!("missing; the checkpoint has {} tensors", self.tensors.len()),
-        })
+        })?;
+        if let Stored::Unread(kind) = &tensor.stored {
+            let supported = if self.gguf.is_some() { GGUF_TYPES } else { SAFETENSORS_TYPES };
+            return Err(tensor.error(format!("type {kind} is not supported; {supported} are")));
+        }
+        Ok(tensor.clone())
     }
 
     /// Whether there is a tensor `name`.
@@ -125,46 +140,54 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(names.into_iter().map(|n| dir.join(n)).collect())
 }
 
-/// Maps a whole file read-only.
-pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, LoadError> {
-    let io = |source| LoadError::Io { path: path.to_owned(), source };
-    let file = std::fs::File::open(path).map_err(io)?;
-    // SAFETY: the map is read only and private; a checkpoint that another process rewrites while it
-    // is served can change values, or end this process with SIGBUS if it shrinks, as with any
-    // memory-mapped loader.
-    Ok(Arc::new(unsafe { Mmap::map(&file) }.map_err(io)?))
-}
-
 fn read_shard(path: &Path, tensors: &mut BTreeMap<String, Tensor>) -> Result<(), LoadError> {
-    let map = map(path)?;
-    let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
-        let what = format!("not a whole safetensors file ({} bytes): {e}", map.len());
-        LoadError::invalid(path, what)
-    })?;
+    let file = Arc::new(WeightFile::open(path)?);
+    let (metadata, data) = safetensors_header(&file)?;
     for (name, info) in metadata.tensors() {
         let stored = match info.dtype {
             SafeDtype::F32 => Stored::F32,
             SafeDtype::F16 => Stored::F16,
             SafeDtype::BF16 => Stored::Bf16,
-            other => {
-                return Err(LoadError::Tensor {
-                    name,
-                    path: path.to_owned(),
-                    what: format!("dtype {other:?} is not supported; F32, F16 and BF16 are"),
-                });
-            }
+            other => Stored::Unread(format!("{other:?}")),
         };
-        let base = header + 8;
+        let (start, end) = info.data_offsets;
         let tensor = Tensor {
             name: name.clone(),
-            path: path.to_owned(),
             stored,
             shape: info.shape.clone(),
-            map: Arc::clone(&map),
-            range: base + info.data_offsets.0..base + info.data_offsets.1,
+            file: Arc::clone(&file),
+            range: data + start as u64..data + end as u64,
             order: None,
         };
+        if let Some(other) = tensors.get(&name) {
+            let other = other.file.path().display();
+            return Err(tensor.error(format!("is also in {other}")));
+        }
         tensors.insert(name, tensor);
     }
     Ok(())
+}
+
+/// The header of a safetensors file, and where its data begins.
+fn safetensors_header(file: &WeightFile) -> Result<(Metadata, u64), LoadError> {
+    let whole = |what: String| {
+        let what = format!("not a whole safetensors file ({} bytes): {what}", file.len());
+        LoadError::invalid(file.path(), what)
+    };
+    let rest = file.len().checked_sub(8).ok_or_else(|| whole("it has no header".into()))?;
+    let mut len = [0; 8];
+    file.read_at(&mut len, 0)?;
+    let len = u64::from_le_bytes(len);
+    if len > rest || len > SAFETENSORS_HEADER_MAX {
+        let what = format!("a header of {len} bytes, at most {SAFETENSORS_HEADER_MAX} are read");
+        return Err(whole(what));
+    }
+    let mut header = vec![0; len as usize];
+    file.read_at(&mut header, 8)?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| whole(e.to_string()))?;
+    let (wanted, there) = (metadata.data_len() as u64, rest - len);
+    if wanted != there {
+        return Err(whole(format!("its tensors take {wanted} bytes, {there} are there")));
+    }
+    Ok((metadata, 8 + len))
 }

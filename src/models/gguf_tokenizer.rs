@@ -4,15 +4,20 @@
 //! because a near miss splits text differently and nobody would notice.
 
 use super::error::LoadError;
-use super::gguf::Gguf;
-use candle_core::quantized::gguf_file::Value as Meta;
+use super::gguf::{Gguf, List, Meta, is_end_text};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use tokenizers::{AddedToken, Tokenizer};
 
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const KNOWN_PRE: &str = "default, gpt-2, smollm, llama-bpe, llama3, smaug-bpe and qwen2 are";
+const KNOWN_PRE: &str =
+    "default, gpt-2, smollm, llama-bpe, llama3, llama-v3, smaug-bpe and qwen2 are";
+/// Bytes of a piece of a SentencePiece vocabulary: every cut of one is looked at.
+const PIECE_BYTES_MAX: usize = 256;
+
+/// Names of Llama 3's pre-tokenizer.
+const LLAMA3_PRE: [&str; 3] = ["llama-bpe", "llama3", "llama-v3"];
 
 /// Token types of the metadata.
 const UNKNOWN: u64 = 2;
@@ -34,7 +39,7 @@ pub(super) fn build(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
             let what = format!("= {other} is not supported; gpt2 and llama are");
             return Err(gguf.error(key, what));
         }
-        None => return Err(gguf.error(key, "is missing or not a string")),
+        None => return Err(gguf.error(key, "is missing")),
     };
     let bytes = json.to_string();
     let mut tokenizer = Tokenizer::from_bytes(bytes.as_bytes())
@@ -52,38 +57,68 @@ struct Parts {
 impl Parts {
     fn read(gguf: &Gguf) -> Result<Self, LoadError> {
         let tokens = strings(gguf, "tokenizer.ggml.tokens")?;
-        let types = gguf.array("tokenizer.ggml.token_type").unwrap_or_default();
-        let scores = gguf.array("tokenizer.ggml.scores").unwrap_or_default();
-        Ok(Self {
-            types: types.iter().map(integer).collect(),
-            scores: scores.iter().map(|v| v.to_f32().unwrap_or(0.0)).collect(),
-            tokens,
-        })
+        let types =
+            numbers(gguf, "tokenizer.ggml.token_type", tokens.len(), |value| match value {
+                Meta::Integer(v) => u64::try_from(v).unwrap_or(0),
+                _ => 0,
+            })?;
+        let scores = numbers(gguf, "tokenizer.ggml.scores", tokens.len(), |value| match value {
+            Meta::Float(v) => v as f32,
+            _ => 0.0,
+        })?;
+        let parts = Self { tokens, types, scores };
+        parts.check_distinct(gguf)?;
+        Ok(parts)
     }
 
+    /// The type of a token; without a list of types all are normal.
     fn kind(&self, id: usize) -> u64 {
+        if is_end_text(&self.tokens[id]) {
+            return CONTROL;
+        }
         self.types.get(id).copied().unwrap_or(1)
     }
 
     fn vocab(&self) -> Value {
         self.tokens.iter().enumerate().map(|(id, t)| (t.clone(), Value::from(id))).collect()
     }
-}
 
-fn integer(value: &Meta) -> u64 {
-    match value {
-        Meta::U32(v) => u64::from(*v),
-        Meta::I32(v) => u64::try_from(*v).unwrap_or(0),
-        _ => 0,
+    fn check_distinct(&self, gguf: &Gguf) -> Result<(), LoadError> {
+        let mut ids = HashMap::new();
+        for (id, token) in self.tokens.iter().enumerate() {
+            // Empty ones are padding, which no text becomes.
+            if let Some(other) = ids.insert(token, id).filter(|_| !token.is_empty()) {
+                let what = format!("lists {token:?} as {other} and as {id}");
+                return Err(gguf.error("tokenizer.ggml.tokens", what));
+            }
+        }
+        Ok(())
     }
 }
 
+/// The list of `key` with one number for each token; empty where there is none.
+fn numbers<T>(
+    gguf: &Gguf,
+    key: &str,
+    tokens: usize,
+    read: impl Fn(Meta) -> T,
+) -> Result<Vec<T>, LoadError> {
+    let Some(list) = gguf.list(key) else { return Ok(Vec::new()) };
+    if list.len() != tokens {
+        return Err(gguf.error(key, format!("needs {tokens} entries, got {}", list.len())));
+    }
+    Ok(list.scalars().map(read).collect())
+}
+
 fn strings(gguf: &Gguf, key: &str) -> Result<Vec<String>, LoadError> {
-    let array = gguf.array(key).ok_or_else(|| gguf.error(key, "is missing or not an array"))?;
-    array
-        .iter()
-        .map(|v| v.to_string().cloned().map_err(|_| gguf.error(key, "must hold strings")))
-        .collect()
+    let Some(List::Texts(texts)) = gguf.list(key) else {
+        return Err(gguf.error(key, "is missing"));
+    };
+    let text = |(index, text): (usize, &[u8])| {
+        let text = std::str::from_utf8(text).map(str::to_owned);
+        text.map_err(|_| gguf.error(key, format!("entry {index} is not UTF-8")))
+    };
+    texts.iter().map(AsRef::as_ref).enumerate().map(text).collect()
 }
 
 fn byte_level(gguf: &Gguf, parts: &Parts) -> Result<Value, LoadError> {
@@ -107,7 +142,7 @@ fn byte_level(gguf: &Gguf, parts: &Parts) -> Result<Value, LoadError> {
             let both = json!({"type": "Sequence", "pretokenizers": [digits, byte_level(true)]});
             (both, Value::Null, false)
         }
-        "llama-bpe" | "llama3" => (split(LLAMA3_SPLIT), Value::Null, true),
+        pre if LLAMA3_PRE.contains(&pre) => (split(LLAMA3_SPLIT), Value::Null, true),
         "smaug-bpe" => (split(LLAMA3_SPLIT), Value::Null, false),
         "qwen2" => (split(QWEN2_SPLIT), json!({"type": "NFC"}), false),
         other => {
@@ -116,7 +151,9 @@ fn byte_level(gguf: &Gguf, parts: &Parts) -> Result<Value, LoadError> {
         }
     };
     let mut post: Vec<Value> = vec![byte_level(false)];
-    post.extend(template(gguf, parts, false)?);
+    // What llama.cpp adds where the metadata does not say.
+    let bos = LLAMA3_PRE.contains(&pre);
+    post.extend(template(gguf, parts, bos)?);
     Ok(json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
@@ -157,19 +194,25 @@ fn sentence_piece(gguf: &Gguf, parts: &Parts) -> Result<Value, LoadError> {
             "unk_token": unknown.map(|id| parts.tokens[id].clone()),
             "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": true,
             "byte_fallback": true, "ignore_merges": false, "vocab": parts.vocab(),
-            "merges": merges_from_scores(parts)},
+            "merges": merges_from_scores(gguf, parts)?},
     }))
 }
 
 /// SentencePiece keeps scores instead of merges; every pair of pieces that makes a third becomes a
 /// merge, best score first, then by the parts' ids.
-fn merges_from_scores(parts: &Parts) -> Vec<Value> {
+fn merges_from_scores(gguf: &Gguf, parts: &Parts) -> Result<Vec<Value>, LoadError> {
     let ids: HashMap<&str, usize> =
         parts.tokens.iter().enumerate().map(|(id, t)| (t.as_str(), id)).collect();
     let mut merges: Vec<(usize, usize, usize)> = Vec::new();
     for (whole, token) in parts.tokens.iter().enumerate() {
         if matches!(parts.kind(whole), CONTROL | UNKNOWN | BYTE) {
             continue;
+        }
+        if token.len() > PIECE_BYTES_MAX {
+            let (key, len) = ("tokenizer.ggml.tokens", token.len());
+            let what =
+                format!("entry {whole} must have at most {PIECE_BYTES_MAX} bytes, has {len}");
+            return Err(gguf.error(key, what));
         }
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
@@ -183,7 +226,7 @@ fn merges_from_scores(parts: &Parts) -> Vec<Value> {
         by_score.then(a.0.cmp(&b.0)).then((a.1, a.2).cmp(&(b.1, b.2)))
     });
     let token = |id: usize| parts.tokens[id].clone();
-    merges.into_iter().map(|(_, l, r)| json!([token(l), token(r)])).collect()
+    Ok(merges.into_iter().map(|(_, l, r)| json!([token(l), token(r)])).collect())
 }
 
 /// The post-processor that adds beginning and end tokens, where the metadata asks for them.
@@ -193,10 +236,8 @@ fn template(gguf: &Gguf, parts: &Parts, bos: bool) -> Result<Option<Value>, Load
             return Ok::<_, LoadError>(None);
         }
         let key = format!("tokenizer.ggml.{id_key}");
-        let id = gguf.integer(&key).ok_or_else(|| gguf.error(&key, "is missing"))?;
-        let token = parts.tokens.get(id as usize);
-        let token = token.ok_or_else(|| gguf.error(&key, format!("names no token: {id}")))?;
-        Ok(Some((token.clone(), id)))
+        let id = gguf.token_id(id_key)?.ok_or_else(|| gguf.error(&key, "is missing"))?;
+        Ok(Some((parts.tokens[id as usize].clone(), id)))
     };
     let bos = special("add_bos_token", "bos_token_id", bos)?;
     let eos = special("add_eos_token", "eos_token_id", false)?;

@@ -1,7 +1,7 @@
 //! Models: checkpoints, tokenizers, chat templates, and weights to hidden rows to logits.
 //!
 //! [`Model::load`] opens a checkpoint, turns its configuration into a [`spec::Spec`], packs the
-//! weights, and keeps the file mapped. A dense family is data for the one [`decoder`]; mixtures
+//! weights, and keeps the files open. A dense family is data for the one [`decoder`]; mixtures
 //! of experts have their own file. Nothing here knows about requests or scheduling.
 
 pub mod calibration;
@@ -23,6 +23,7 @@ pub mod root;
 pub mod spec;
 pub mod tensor;
 pub mod tokenizer;
+pub mod weight_file;
 pub mod weights;
 
 use crate::ops::dtype::Dtype;
@@ -45,7 +46,7 @@ use weights::{Loader, choose_dtype};
 
 /// A loaded model.
 pub struct Model {
-    /// The files, still mapped.
+    /// The files, still open.
     pub checkpoint: Checkpoint,
     /// Weights and forward pass.
     pub decoder: Decoder,
@@ -96,9 +97,9 @@ impl Identity {
     /// The same, computed afresh, reading and writing nothing beside the checkpoint.
     ///
     /// # Errors
-    /// When the calibration pass fails.
+    /// When a file cannot be read or the calibration pass fails.
     pub fn compute(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
-        let weights_root = root::compute(&model.checkpoint, pool);
+        let weights_root = root::compute(&model.checkpoint, pool)?;
         let (calibration, _) = calibration::compute(&model.decoder, &model.tokenizer, pool)?;
         Ok(Self::new(model, weights_root, calibration))
     }

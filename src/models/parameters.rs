@@ -7,8 +7,8 @@
 //! parameters, before the router in `qwen3_moe.py`, after it in `mixtral.py`. The original cannot
 //! take an element of a three-dimensional parameter; ours reads row `out mod experts` flat.
 //!
-//! Elements are read one by one from the memory-mapped checkpoint and rounded to the engine's type,
-//! which is what vLLM would hold.
+//! Elements are read one by one from the checkpoint's files, each by its position, and rounded to
+//! the engine's type, which is what vLLM would hold.
 
 use super::checkpoint::Checkpoint;
 use super::error::LoadError;

@@ -8,40 +8,40 @@ use super::checkpoint::Checkpoint;
 use super::error::LoadError;
 use super::remembered::Remembered;
 use super::tensor::Tensor;
+use super::weight_file::WeightFile;
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Encoder, Hash};
 use parking_lot::Mutex;
-use std::collections::BTreeSet;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The root of a checkpoint, from what is remembered where its files are unchanged.
 ///
 /// # Errors
-/// When a file's identity cannot be read.
+/// When a file cannot be read, or was changed since it was opened.
 pub fn weights_root(
     checkpoint: &Checkpoint,
     pool: &Pool,
     remembered: Remembered<'_>,
 ) -> Result<Hash, LoadError> {
-    let identity = identity(checkpoint)?;
+    let identity = identity(checkpoint);
     if let Some(root) = remembered.root(&identity) {
         return Ok(root);
     }
-    let root = compute(checkpoint, pool);
+    let root = compute(checkpoint, pool)?;
     remembered.keep_root(&identity, &root);
     Ok(root)
 }
 
 /// The root, computed from the tensors on all threads.
-pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Hash {
+///
+/// # Errors
+/// When a file cannot be read, or was changed since it was opened.
+pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Result<Hash, LoadError> {
     let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
-    let hashes: Vec<Mutex<Hash>> = tensors.iter().map(|_| Mutex::new([0; 32])).collect();
-    pool.turn().run(tensors.len(), |i| {
-        *hashes[i].lock() = *blake3::hash(tensors[i].bytes()).as_bytes();
-        tensors[i].release();
-    });
+    let hashes: Vec<Mutex<Option<Result<blake3::Hash, LoadError>>>> =
+        tensors.iter().map(|_| Mutex::new(None)).collect();
+    pool.turn().run(tensors.len(), |i| *hashes[i].lock() = Some(tensors[i].hash()));
     let mut e = Encoder::new("targon-engine/weights/1");
     e.u32(tensors.len() as u32);
     for (tensor, hash) in tensors.iter().zip(hashes) {
@@ -50,27 +50,19 @@ pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Hash {
         tensor.shape.iter().for_each(|d| {
             e.i64(*d as i64);
         });
-        e.raw(&hash.into_inner());
-    }
-    e.finish()
-}
-
-/// Path, device, inode, size and times of every file: what changes when a file does. The time of
-/// the last change of the inode is among them, because a copying tool can set the other one back.
-fn identity(checkpoint: &Checkpoint) -> Result<Hash, LoadError> {
-    let paths: BTreeSet<&PathBuf> = checkpoint.tensors().map(|t| &t.path).collect();
-    let mut e = Encoder::new("targon-engine/files/1");
-    for path in paths {
-        let io = |source| LoadError::Io { path: path.clone(), source };
-        let real = std::fs::canonicalize(path).map_err(io)?;
-        let m = std::fs::metadata(&real).map_err(io)?;
-        e.bytes(real.as_os_str().as_bytes());
-        for number in [m.dev(), m.ino(), m.size()] {
-            e.i64(number as i64);
-        }
-        for number in [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()] {
-            e.i64(number);
-        }
+        let hash = hash.into_inner().unwrap_or_else(|| tensor.hash())?;
+        e.raw(hash.as_bytes());
     }
     Ok(e.finish())
+}
+
+/// What changes when one of the files does, as they were when they were opened.
+fn identity(checkpoint: &Checkpoint) -> Hash {
+    let files: BTreeMap<&Path, &WeightFile> =
+        checkpoint.tensors().map(|t| (t.file.path(), &*t.file)).collect();
+    let mut e = Encoder::new("targon-engine/files/1");
+    for file in files.into_values() {
+        file.identify(&mut e);
+    }
+    e.finish()
 }

@@ -1,17 +1,24 @@
 //! One stored tensor: where its bytes lie and how a row becomes 16-bit values.
 
 use super::error::LoadError;
+use super::weight_file::WeightFile;
 use crate::ops::dtype::Dtype;
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
-use memmap2::Mmap;
+use parking_lot::Mutex;
 use std::borrow::Cow;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 
+/// Rows that are read at once: as many as one task of packing takes.
+const RUN_ROWS: usize = 64;
+/// Bytes that are read at once, if one row is not longer.
+const RUN_BYTES_MAX: usize = 4 << 20;
+/// Bytes that hashing reads at once.
+const HASH_BYTES: usize = 1 << 20;
+
 /// Element type in the file.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Stored {
     /// 32-bit floats.
     F32,
@@ -21,31 +28,36 @@ pub enum Stored {
     Bf16,
     /// A block-quantised GGUF type.
     Quantised(GgmlDType),
+    /// A type of this name, which the engine does not compute with.
+    Unread(String),
 }
 
 impl Stored {
     /// Elements of one block, and its bytes.
-    fn block(self) -> (usize, usize) {
+    fn block(&self) -> Option<(usize, usize)> {
         match self {
-            Stored::F32 => (1, 4),
-            Stored::F16 | Stored::Bf16 => (1, 2),
-            Stored::Quantised(dtype) => (dtype.block_size(), dtype.type_size()),
+            Stored::F32 => Some((1, 4)),
+            Stored::F16 | Stored::Bf16 => Some((1, 2)),
+            Stored::Quantised(dtype) => Some((dtype.block_size(), dtype.type_size())),
+            Stored::Unread(_) => None,
         }
     }
 
     /// The name in files and hashes.
-    pub fn name(self) -> String {
+    pub fn name(&self) -> String {
         match self {
             Stored::F32 => "F32".into(),
             Stored::F16 => "F16".into(),
             Stored::Bf16 => "BF16".into(),
             Stored::Quantised(dtype) => format!("{dtype:?}"),
+            Stored::Unread(name) => name.clone(),
         }
     }
 
-    /// Bytes of `count` elements; `None` when they do not fill whole blocks or overflow.
-    pub fn bytes(self, count: usize) -> Option<usize> {
-        let (elements, bytes) = self.block();
+    /// Bytes of `count` elements; `None` when they do not fill whole blocks, overflow, or the type
+    /// is not known.
+    pub fn bytes(&self, count: usize) -> Option<usize> {
+        let (elements, bytes) = self.block()?;
         if !count.is_multiple_of(elements) {
             return None;
         }
@@ -53,29 +65,24 @@ impl Stored {
     }
 }
 
-/// A tensor in a memory-mapped file.
+/// A tensor in a file.
 #[derive(Clone)]
 pub struct Tensor {
     /// Name in the file.
     pub name: String,
-    /// The file.
-    pub path: PathBuf,
     /// Element type.
     pub stored: Stored,
     /// Shape, slowest dimension first.
     pub shape: Vec<usize>,
-    pub(super) map: Arc<Mmap>,
-    pub(super) range: Range<usize>,
+    /// The file.
+    pub file: Arc<WeightFile>,
+    /// Its bytes, which lie in the file as it was opened.
+    pub(super) range: Range<u64>,
     /// Stored row of each logical row, where a format keeps them in another order.
     pub(super) order: Option<Arc<dyn Fn(usize) -> usize + Send + Sync>>,
 }
 
 impl Tensor {
-    /// The stored bytes.
-    pub fn bytes(&self) -> &[u8] {
-        &self.map[self.range.clone()]
-    }
-
     /// Elements of the fastest dimension.
     pub fn cols(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
@@ -98,15 +105,94 @@ impl Tensor {
     pub(super) fn error(&self, what: impl ToString) -> LoadError {
         LoadError::Tensor {
             name: self.name.clone(),
-            path: self.path.clone(),
+            path: self.file.path().to_owned(),
             what: what.to_string(),
         }
     }
 
     /// Writes row `row` as `dtype`.
     pub fn read_row(&self, row: usize, dtype: Dtype, out: &mut [u16]) -> Result<(), LoadError> {
-        let bytes = self.row_bytes(row)?;
-        match (self.stored, dtype) {
+        self.decode(row, &self.row_bytes(row)?, dtype, out)
+    }
+
+    /// All values of a one-dimensional tensor, rounded to `dtype` and widened again.
+    pub fn read_vector(&self, dtype: Dtype) -> Result<Vec<f32>, LoadError> {
+        let mut bits = vec![0; self.cols()];
+        self.read_row(0, dtype, &mut bits)?;
+        Ok(bits.into_iter().map(|b| dtype.widen(b)).collect())
+    }
+
+    /// All values of a one-dimensional tensor as they are stored.
+    pub fn read_f32(&self) -> Result<Vec<f32>, LoadError> {
+        self.widen(&self.row_bytes(0)?)
+    }
+
+    /// One stored element, widened; of a quantised row only its block is read.
+    pub fn element(&self, row: usize, col: usize) -> Result<f32, LoadError> {
+        let (elements, len) = self.block()?;
+        if col >= self.cols() {
+            return Err(self.error(format!("has no column {col}")));
+        }
+        let mut block = vec![0; len];
+        let at = self.row_at(self.stored_row(row))? + (col / elements * len) as u64;
+        self.file.read_at(&mut block, at)?;
+        Ok(self.widen(&block)?[col % elements])
+    }
+
+    /// The hash of the stored bytes.
+    pub(super) fn hash(&self) -> Result<blake3::Hash, LoadError> {
+        let mut hasher = blake3::Hasher::new();
+        let mut bytes = vec![0; HASH_BYTES];
+        let mut at = self.range.start;
+        while at < self.range.end {
+            let len = (self.range.end - at).min(HASH_BYTES as u64);
+            let piece = &mut bytes[..len as usize];
+            self.file.read_at(piece, at)?;
+            hasher.update(piece);
+            at += len;
+        }
+        Ok(hasher.finalize())
+    }
+
+    fn block(&self) -> Result<(usize, usize), LoadError> {
+        let what = || format!("type {} cannot be computed with", self.stored.name());
+        self.stored.block().ok_or_else(|| self.error(what()))
+    }
+
+    /// Bytes of a row.
+    fn row_len(&self) -> Result<usize, LoadError> {
+        self.block()?;
+        self.stored.bytes(self.cols()).ok_or_else(|| {
+            self.error(format!("rows of {} do not fill whole quantisation blocks", self.cols()))
+        })
+    }
+
+    fn stored_row(&self, row: usize) -> usize {
+        self.order.as_ref().map_or(row, |order| order(row))
+    }
+
+    /// Where a row as stored begins in the file.
+    fn row_at(&self, stored_row: usize) -> Result<u64, LoadError> {
+        if stored_row >= self.rows() {
+            return Err(self.error(format!("has no row {stored_row}")));
+        }
+        Ok(self.range.start + (stored_row * self.row_len()?) as u64)
+    }
+
+    fn row_bytes(&self, row: usize) -> Result<Vec<u8>, LoadError> {
+        let mut bytes = vec![0; self.row_len()?];
+        self.file.read_at(&mut bytes, self.row_at(self.stored_row(row))?)?;
+        Ok(bytes)
+    }
+
+    fn decode(
+        &self,
+        row: usize,
+        bytes: &[u8],
+        dtype: Dtype,
+        out: &mut [u16],
+    ) -> Result<(), LoadError> {
+        match (&self.stored, dtype) {
             (Stored::Bf16, Dtype::Bf16) | (Stored::F16, Dtype::F16) => {
                 for (to, from) in out.iter_mut().zip(bytes.chunks_exact(2)) {
                     *to = u16::from_le_bytes([from[0], from[1]]);
@@ -123,44 +209,9 @@ impl Tensor {
         Ok(())
     }
 
-    /// All values of a one-dimensional tensor, rounded to `dtype` and widened again.
-    pub fn read_vector(&self, dtype: Dtype) -> Result<Vec<f32>, LoadError> {
-        let mut bits = vec![0; self.cols()];
-        self.read_row(0, dtype, &mut bits)?;
-        Ok(bits.into_iter().map(|b| dtype.widen(b)).collect())
-    }
-
-    /// All values of a one-dimensional tensor as they are stored.
-    pub fn read_f32(&self) -> Result<Vec<f32>, LoadError> {
-        self.widen(self.row_bytes(0)?)
-    }
-
-    /// Largest magnitude of row `row`.
-    pub fn row_max(&self, row: usize) -> Result<f32, LoadError> {
-        let values = self.widen(self.row_bytes(row)?)?;
-        Ok(values.into_iter().fold(0.0, |m, x| x.abs().max(m)))
-    }
-
-    fn row_bytes(&self, row: usize) -> Result<&[u8], LoadError> {
-        let row = self.order.as_ref().map_or(row, |order| order(row));
-        let len = self.stored.bytes(self.cols()).ok_or_else(|| {
-            self.error(format!("rows of {} do not fill whole quantisation blocks", self.cols()))
-        })?;
-        Ok(&self.bytes()[row * len..(row + 1) * len])
-    }
-
-    /// One stored element, widened; of a quantised row only its block is read.
-    pub fn element(&self, row: usize, col: usize) -> Result<f32, LoadError> {
-        let (elements, bytes) = self.stored.block();
-        let at = col / elements * bytes;
-        let block = self.row_bytes(row)?.get(at..at + bytes);
-        let block = block.ok_or_else(|| self.error(format!("has no column {col}")))?;
-        Ok(self.widen(block)?[col % elements])
-    }
-
     fn widen(&self, bytes: &[u8]) -> Result<Vec<f32>, LoadError> {
         let pairs = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-        Ok(match self.stored {
+        Ok(match &self.stored {
             Stored::F32 => bytes
                 .chunks_exact(4)
                 .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
@@ -171,24 +222,74 @@ impl Tensor {
                 let blocks = dtype.from_data(Cow::Borrowed(bytes));
                 match blocks.dequantize(bytes.len() / dtype.type_size() * dtype.block_size()) {
                     Ok(candle_core::CpuStorage::F32(values)) => values,
-                    Ok(_) => return Err(self.error("dequantised to something other than f32")),
-                    Err(e) => return Err(self.error(e)),
+                    // The error's own text may hold a backtrace.
+                    Ok(_) | Err(_) => return Err(self.error("a row cannot be dequantised")),
                 }
             }
+            Stored::Unread(_) => return self.block().map(|_| Vec::new()),
         })
     }
+}
 
-    /// Lets the system take the file's pages back: they were copied into the packed layout.
-    pub fn release(&self) {
-        #[cfg(unix)]
-        {
-            let (start, len) = (self.range.start, self.range.len());
-            // SAFETY: the map is private and read only: dropped pages are read from the file again.
-            let advice = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
-            };
-            // Only a hint: without it more memory counts as resident.
-            let _ = advice;
+/// Reads a tensor's rows in runs, so that few of them need a call to the system. Rows near each
+/// other may be asked for from several threads.
+pub struct Runs<'a> {
+    tensor: &'a Tensor,
+    row_len: usize,
+    rows: usize, // of a run
+    slots: Vec<Mutex<Option<Arc<Run>>>>,
+}
+
+struct Run {
+    number: usize,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Runs<'a> {
+    /// Keeps as many runs as `threads` need.
+    pub fn new(tensor: &'a Tensor, threads: usize) -> Result<Self, LoadError> {
+        let row_len = tensor.row_len()?;
+        let rows = (RUN_BYTES_MAX / row_len.max(1)).clamp(1, RUN_ROWS);
+        let slots = (0..threads * 2).map(|_| Mutex::new(None)).collect();
+        Ok(Self { tensor, row_len, rows, slots })
+    }
+
+    /// Writes row `row` as `dtype`.
+    pub fn read_row(&self, row: usize, dtype: Dtype, out: &mut [u16]) -> Result<(), LoadError> {
+        self.with_row(row, |bytes| self.tensor.decode(row, bytes, dtype, out))
+    }
+
+    /// Largest magnitude of row `row`.
+    pub fn row_max(&self, row: usize) -> Result<f32, LoadError> {
+        let values = self.with_row(row, |bytes| self.tensor.widen(bytes))?;
+        Ok(values.into_iter().fold(0.0, |m, x| x.abs().max(m)))
+    }
+
+    fn with_row<T>(
+        &self,
+        row: usize,
+        read: impl FnOnce(&[u8]) -> Result<T, LoadError>,
+    ) -> Result<T, LoadError> {
+        let row = self.tensor.stored_row(row);
+        let run = self.run(row / self.rows)?;
+        read(&run.bytes[row % self.rows * self.row_len..][..self.row_len])
+    }
+
+    fn run(&self, number: usize) -> Result<Arc<Run>, LoadError> {
+        let mut slot = self.slots[number % self.slots.len()].lock();
+        if let Some(run) = slot.as_ref().filter(|run| run.number == number) {
+            return Ok(Arc::clone(run));
         }
+        let first = number * self.rows;
+        let rows = self.rows.min(self.tensor.rows().saturating_sub(first));
+        let at = self.tensor.row_at(first)?;
+        // The memory of the run before, where nobody reads it any more.
+        let mut bytes =
+            slot.take().and_then(Arc::into_inner).map_or_else(Vec::new, |run| run.bytes);
+        bytes.resize(rows * self.row_len, 0);
+        self.tensor.file.read_at(&mut bytes, at)?;
+        let run = Arc::new(Run { number, bytes });
+        *slot = Some(Arc::clone(&run));
+        Ok(run)
     }
 }

@@ -4,7 +4,7 @@ use super::checkpoint::Checkpoint;
 use super::error::LoadError;
 use super::moe::Mixture;
 use super::spec::{ExpertSpec, Spec};
-use super::tensor::{Stored, Tensor};
+use super::tensor::{Runs, Stored, Tensor};
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
 use crate::ops::pool::Turn;
@@ -26,7 +26,7 @@ pub struct Weights {
 pub enum Embedding {
     /// The packed matrix that is also the head.
     Tied(Packed),
-    /// The memory-mapped file: a lookup needs no packed copy.
+    /// The file: a lookup reads one row of it, so no packed copy is needed.
     Stored(Tensor),
 }
 
@@ -91,16 +91,17 @@ pub(super) fn choose_dtype(checkpoint: &Checkpoint, spec: &Spec) -> Result<Dtype
     match checkpoint.tensor("model.embed_tokens.weight")?.stored {
         Stored::F16 => Ok(Dtype::F16),
         Stored::F32 => {
-            for tensor in checkpoint.tensors() {
+            for tensor in checkpoint.tensors().filter(|t| !matches!(t.stored, Stored::Unread(_))) {
+                let runs = Runs::new(tensor, 1)?;
                 for row in 0..tensor.rows() {
-                    if tensor.row_max(row)? > half::f16::MAX.to_f32() {
+                    if runs.row_max(row)? > half::f16::MAX.to_f32() {
                         return Ok(Dtype::Bf16);
                     }
                 }
             }
             Ok(Dtype::F16)
         }
-        Stored::Bf16 | Stored::Quantised(_) => Ok(Dtype::Bf16),
+        Stored::Bf16 | Stored::Quantised(_) | Stored::Unread(_) => Ok(Dtype::Bf16),
     }
 }
 
@@ -251,18 +252,17 @@ impl Loader<'_> {
     /// Packs the rows of `parts`, one below the other.
     fn pack(&self, parts: &[Tensor]) -> Result<Packed, LoadError> {
         let (rows, dtype) = (parts.iter().map(Tensor::rows).sum(), self.dtype);
-        let packed = Packed::pack(self.turn, (rows, parts[0].cols()), dtype, |row, out| {
+        let runs: Vec<Runs<'_>> = parts.iter().map(|p| self.runs(p)).collect::<Result<_, _>>()?;
+        Packed::pack(self.turn, (rows, parts[0].cols()), dtype, |row, out| {
             let mut row = row;
-            for part in parts {
+            for (part, runs) in parts.iter().zip(&runs) {
                 if row < part.rows() {
-                    return part.read_row(row, dtype, out);
+                    return runs.read_row(row, dtype, out);
                 }
                 row -= part.rows();
             }
             unreachable!("rows are counted above")
-        })?;
-        parts.iter().for_each(Tensor::release);
-        Ok(packed)
+        })
     }
 
     /// Packs gate and up rows in alternating blocks; each is a tensor and the row it begins at.
@@ -273,18 +273,19 @@ impl Loader<'_> {
         [inter, cols]: [usize; 2],
     ) -> Result<Packed, LoadError> {
         let (rows, dtype) = (gated_rows(inter), self.dtype);
-        let packed =
-            Packed::pack(self.turn, (rows, cols), dtype, |row, out| match gated_row(row, inter) {
-                Some(Ok(row)) => gate.0.read_row(gate.1 + row, dtype, out),
-                Some(Err(row)) => up.0.read_row(up.1 + row, dtype, out),
-                None => {
-                    out.fill(0);
-                    Ok(())
-                }
-            })?;
-        gate.0.release();
-        up.0.release();
-        Ok(packed)
+        let (gate_runs, up_runs) = (self.runs(gate.0)?, self.runs(up.0)?);
+        Packed::pack(self.turn, (rows, cols), dtype, |row, out| match gated_row(row, inter) {
+            Some(Ok(row)) => gate_runs.read_row(gate.1 + row, dtype, out),
+            Some(Err(row)) => up_runs.read_row(up.1 + row, dtype, out),
+            None => {
+                out.fill(0);
+                Ok(())
+            }
+        })
+    }
+
+    fn runs<'t>(&self, tensor: &'t Tensor) -> Result<Runs<'t>, LoadError> {
+        Runs::new(tensor, self.turn.threads())
     }
 }
 

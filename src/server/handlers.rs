@@ -101,8 +101,8 @@ impl Asking<'_> {
         Reader { model: served.engine.model(), context_max, defaults }
     }
 
-    /// Who owns the prefixes that a request leaves in the cache: what one caller has sent must not
-    /// show in how many tokens another finds there.
+    /// Whose a request is, by hotkey or key: owners share the engine, and what one has sent must not
+    /// show in how many tokens another finds in the prefix cache.
     fn owner(&self) -> Option<[u8; 32]> {
         match &self.caller {
             Some(caller) => Some(caller.hotkey.0),
@@ -119,11 +119,9 @@ impl Asking<'_> {
     ) -> Result<Response, ApiError> {
         let prover = self.prover(&routed.served, common)?;
         let Understood { endpoint, mut requests, n, report, tools } = understood;
-        if let Some(caller) = &self.caller {
-            requests.iter_mut().for_each(|request| request.owner = Owner(caller.hotkey.0));
-        }
         if let Some(owner) = self.owner() {
             for request in &mut requests {
+                request.owner = Owner(owner);
                 request.cache_salt = salt_of(&owner, request.cache_salt);
             }
         }

@@ -1,13 +1,19 @@
 //! Fuzz targets for whatever parses the bytes of strangers, in bolero's harness: as tests, each
 //! runs on random inputs for a second.
 
+use crate::common;
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::LazyLock;
 use targon_engine::chain::error::Refusal;
 use targon_engine::chain::keys::Hotkey;
 use targon_engine::chain::{epistula, keyfile};
 use targon_engine::config::models_toml;
+use targon_engine::models::Model;
 use targon_engine::models::chat::ChatTemplate;
+use targon_engine::models::gguf::{HEADER_BYTES_MAX, Header};
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
 use targon_engine::proof::commit::ResidueChunk;
 use targon_engine::proof::toploc;
 use targon_engine::server::gate::models::Asked;
@@ -119,5 +125,58 @@ fn refusals_of_nodes() {
         let refusal = Refusal::of_pool(text);
         assert!(!refusal.to_string().is_empty());
         let _ = (refusal.custom_code(), refusal.is_passing());
+    });
+}
+
+#[test]
+fn gguf_headers() {
+    bolero::check!().for_each(|bytes: &[u8]| {
+        let file = [b"GGUF\x03\0\0\0", bytes].concat();
+        if let Ok(header) = Header::read(&file[..], file.len() as u64) {
+            assert!(header.data <= HEADER_BYTES_MAX + header.alignment);
+            assert!(header.tensors.iter().all(|t| !t.shape.contains(&0)));
+        }
+    });
+}
+
+/// A tiny GGUF file, where its tensors begin, a place for changed ones, and threads to load them.
+static GGUF: LazyLock<(Vec<u8>, usize, tempfile::TempDir, Pool)> = LazyLock::new(|| {
+    let bytes = common::gguf::tiny(1, true).bytes();
+    let data = Header::read(&bytes[..], bytes.len() as u64).unwrap().data as usize;
+    (bytes, data, tempfile::tempdir().unwrap(), Pool::new(2, Isa::best()).unwrap())
+});
+
+/// Changes `bytes` at `at` in one of four ways.
+fn damage(bytes: &mut Vec<u8>, at: usize, way: u8, value: u8) {
+    const NUMBERS: [u64; 10] =
+        [0, 1, 2, 33, 1 << 16, 1 << 31, 1 << 32, 1 << 62, u64::MAX - 31, u64::MAX];
+    let number = NUMBERS[usize::from(value) % NUMBERS.len()].to_le_bytes();
+    let mut put = |new: &[u8]| {
+        let end = (at + new.len()).min(bytes.len());
+        bytes[at.min(end)..end].copy_from_slice(&new[..end - at.min(end)]);
+    };
+    match way % 16 {
+        0..9 => put(&[value]),
+        9..12 => put(&number[..4]),
+        12..15 => put(&number),
+        _ => bytes.truncate(at),
+    }
+}
+
+#[test]
+fn gguf_files() {
+    bolero::check!().with_type::<Vec<(u16, u8, u8)>>().for_each(|changes| {
+        let (good, data, dir, pool) = &*GGUF;
+        let mut bytes = good.clone();
+        for (at, way, value) in changes.iter().take(4) {
+            damage(&mut bytes, usize::from(*at) % data, *way, *value);
+        }
+        let path = dir.path().join("m.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        // Whatever it is, it is a model or it is refused with the file's name.
+        match Model::load(&path, None, pool, |_, _| {}) {
+            Ok(model) => assert_eq!(model.decoder.spec.hidden, 64),
+            Err(e) => assert!(e.to_string().contains("m.gguf"), "{e}"),
+        }
     });
 }

@@ -20,20 +20,20 @@ fn run(arguments: &[&str]) -> (i32, String, String) {
 }
 
 /// A models.toml in `dir` with the given entries.
-fn write_models(dir: &Path, entries: &str) -> String {
+pub(super) fn write_models(dir: &Path, entries: &str) -> String {
     let path = dir.join("models.toml");
     std::fs::write(&path, entries).unwrap();
     path.display().to_string()
 }
 
 /// A running server; killed when dropped.
-struct Server {
+pub(super) struct Server {
     child: Child,
     address: String,
 }
 
 impl Server {
-    fn start(models: &str) -> Self {
+    pub(super) fn start(models: &str) -> Self {
         let mut child = program()
             .args(["serve", "--models", models, "--port", "0"])
             .stdout(Stdio::piped())
@@ -46,11 +46,11 @@ impl Server {
         Self { child, address }
     }
 
-    fn get(&self, path: &str) -> (u16, String) {
+    pub(super) fn get(&self, path: &str) -> (u16, String) {
         self.send(&format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))
     }
 
-    fn post(&self, path: &str, body: &str) -> (u16, String) {
+    pub(super) fn post(&self, path: &str, body: &str) -> (u16, String) {
         self.send(&format!(
             "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
              content-length: {}\r\n\r\n{body}",
@@ -68,7 +68,7 @@ impl Server {
         (status, text)
     }
 
-    fn wait_until(&self, path: &str, status: u16) {
+    pub(super) fn wait_until(&self, path: &str, status: u16) {
         for _ in 0..600 {
             if self.get(path).0 == status {
                 return;
@@ -83,11 +83,11 @@ impl Server {
         assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
     }
 
-    fn hang_up(&self) {
+    pub(super) fn hang_up(&self) {
         self.signal("-HUP");
     }
 
-    fn terminate(mut self) -> (i32, String) {
+    pub(super) fn terminate(mut self) -> (i32, String) {
         self.signal("-TERM");
         let mut log = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();

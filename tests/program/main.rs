@@ -17,3 +17,4 @@ mod wiped;
 /// Keeps what is freed while a test looks for secrets in it.
 #[global_allocator]
 static ALLOCATOR: wiped::Recorder = wiped::Recorder;
+mod weight_files;
