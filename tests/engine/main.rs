@@ -14,3 +14,4 @@ mod parity;
 mod proofs;
 mod real_model;
 mod scheduler_sim;
+mod text;
