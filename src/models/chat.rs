@@ -2,8 +2,9 @@
 //!
 //! A template is a peer's text twice over (the publisher wrote it, the client fills it), so
 //! rendering runs on fuel and its result is bounded. What Python does differently from minijinja
-//! lies in `python.rs`, what Jinja2's syntax has beyond it in `source.rs`.
+//! lies in `python.rs` and `dumps.rs`, what Jinja2's syntax has beyond it in `source.rs`.
 
+mod dumps;
 mod python;
 mod source;
 
@@ -214,7 +215,7 @@ fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
     environment.add_function(source::TEXT, python::text);
     environment.add_filter("string", python::text);
     environment.add_filter("join", python::join);
-    environment.add_filter("tojson", python::to_json);
+    environment.add_filter("tojson", dumps::to_json);
     environment.add_template_owned(NAME, source::rewrite(source))?;
     Ok(environment)
 }

@@ -87,8 +87,8 @@ pub(super) fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<(), LoadError>
     if !bytes.starts_with(LFS_POINTER) {
         return Ok(());
     }
-    let what = "is a Git LFS pointer, not the file itself: run `git lfs pull`, or get the model with \
-        `targon-engine fetch`";
+    let what = "is a Git LFS pointer, not the file itself: run `git lfs pull`, or get the model \
+        with `targon-engine fetch`";
     Err(LoadError::invalid(path, what))
 }
 

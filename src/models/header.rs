@@ -5,6 +5,7 @@ use super::error::LoadError;
 use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry as MapEntry;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
@@ -177,12 +178,15 @@ impl<'de> Deserialize<'de> for Header {
                 while let Some(name) = entries.next_key::<String>()? {
                     if name == METADATA {
                         entries.next_value::<BTreeMap<String, IgnoredAny>>()?;
-                    } else if tensors.contains_key(&name) {
-                        let what = format!("the tensor `{name}` stands in it twice");
-                        return Err(A::Error::custom(what));
-                    } else {
-                        tensors.insert(name, entries.next_value()?);
+                        continue;
                     }
+                    match tensors.entry(name) {
+                        MapEntry::Vacant(place) => place.insert(entries.next_value()?),
+                        MapEntry::Occupied(other) => {
+                            let what = format!("the tensor `{}` stands in it twice", other.key());
+                            return Err(A::Error::custom(what));
+                        }
+                    };
                 }
                 Ok(Header(tensors))
             }

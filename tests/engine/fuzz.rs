@@ -126,10 +126,10 @@ fn safetensors_headers() {
     bolero::check!().with_type::<(Vec<Tensor>, Vec<u8>, Option<u64>)>().for_each(
         |(tensors, data, length)| {
             let entry = |(name, kind, shape, start, stop): &Tensor| {
-                format!(
-                    r#""{name}":{{"dtype":"{}","shape":{shape:?},"data_offsets":[{start},{stop}]}}"#,
-                    TYPES[usize::from(*kind) % TYPES.len()]
-                )
+                let dtype = TYPES[usize::from(*kind) % TYPES.len()];
+                let offsets = [start, stop];
+                let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+                format!("\"{name}\":{entry}")
             };
             // Random offsets hardly ever fit: the second header has those that do.
             let mut at = 0;
@@ -138,7 +138,7 @@ fn safetensors_headers() {
                 .enumerate()
                 .map(|(i, (_, kind, shape, ..))| {
                     let kind = kind % 2;
- let shape: Vec<u16> = shape.iter().take(2).map(|d| d % 9).collect();
+                    let shape: Vec<u16> = shape.iter().take(2).map(|d| d % 9).collect();
                     let count = shape.iter().product::<u16>() * if kind == 0 { 4 } else { 2 };
                     at += count;
                     (i as u8, kind, shape, at - count, at)

@@ -18,6 +18,9 @@ use targon_engine::models::hub::{Hub, HubError, Wanted};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
+/// A change of the listing.
+type Lie = fn(&mut Value);
+
 /// What the server does wrong.
 #[derive(Clone, Copy, Default)]
 struct Faults {
@@ -30,7 +33,7 @@ struct Faults {
     /// Answer 401 without this token.
     token: Option<&'static str>,
     /// Change what the listing says.
-    lie: Option<fn(&mut Value)>,
+    lie: Option<Lie>,
     /// Send a byte at a time, with pauses.
     drips: bool,
 }
@@ -257,7 +260,7 @@ fn entry<'a>(listing: &'a mut Value, name: &str) -> &'a mut Value {
 
 #[tokio::test]
 async fn a_lying_hub_writes_nothing_outside_and_is_refused() {
-    let cases: [(fn(&mut Value), &str); 14] = [
+    let cases: [(Lie, &str); 14] = [
         (|l| entry(l, "config.json")["blobId"] = json!("x.lock"), "checksum of 40 hexadecimal"),
         (|l| entry(l, "config.json")["blobId"] = json!("../../../evil"), "40 hexadecimal digits"),
         (|l| entry(l, "config.json")["blobId"] = json!(null), "config.json: expected a checksum"),

@@ -109,7 +109,8 @@ fn rewrite_tag(tag: &str) -> String {
     }
 }
 
-/// Bytes of the token that `text` begins with: blanks, a word or number, a quoted text, an operator.
+/// Bytes of the token that `text` begins with: blanks, a word or number, a quoted text or an
+/// operator.
 fn token_len(text: &str) -> usize {
     let first = text.chars().next().unwrap_or(' ');
     let run = |test: fn(char) -> bool| text.find(|c| !test(c)).unwrap_or(text.len());
