@@ -19,7 +19,11 @@ impl Transcript {
     /// Before the first token of a request.
     pub fn new(request: &Request, model: &Model) -> Self {
         Self {
-            detokenizer: Detokenizer::new(&model.tokenizer, request.skip_special_tokens),
+            detokenizer: Detokenizer::after(
+                &model.tokenizer,
+                request.skip_special_tokens,
+                &request.prompt,
+            ),
             stop: StopStrings::new(request.stop.strings.clone(), request.stop.include_in_output),
             end_ids: request.end_ids(model),
             tokens: 0,

@@ -1,26 +1,40 @@
 //! Chat templates: Jinja rendered by minijinja, with the helpers that published templates expect.
 //!
 //! A template is a peer's text twice over (the publisher wrote it, the client fills it), so
-//! rendering runs on fuel and its result is bounded.
+//! rendering runs on fuel and its result is bounded. What Python does differently from minijinja
+//! lies in `python.rs` and `dumps.rs`, what Jinja2's syntax has beyond it in `source.rs`.
+
+mod dumps;
+mod python;
+mod source;
 
 use super::checkpoint::Checkpoint;
-use super::error::{LoadError, read};
-use super::tokenizer::{TextTokenizer, optional_json};
+use super::error::LoadError;
+use super::tokenizer::TextTokenizer;
+use super::tokenizer_config::TokenizerConfig;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use serde_json::{Map, Value};
 use std::path::Path;
 
 /// Instructions a rendering may take.
-const FUEL_MAX: u64 = 20_000_000;
+const FUEL_MAX: u64 = 5_000_000;
+/// Bytes of a template.
+const SOURCE_BYTES_MAX: usize = 256 << 10;
+/// The stack to compile and render on. Expressions and values nest as deeply as source and fuel
+/// allow, and minijinja drops both by recursion. Only what is touched takes memory.
+const STACK_BYTES: usize = 512 << 20;
 /// Bytes of a rendered conversation.
 const TEXT_BYTES_MAX: usize = 32 << 20;
 const NAME: &str = "chat_template";
+/// How a template names the role `developer`, where it knows it.
+const DEVELOPER: [&str; 2] = ["'developer'", "\"developer\""];
 
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
     tool_format: Option<ToolFormat>,
+    knows_developer: bool,
     bos_token: String,
     eos_token: String,
 }
@@ -85,24 +99,16 @@ impl ChatTemplate {
         if let Some(gguf) = &checkpoint.gguf {
             let token = |key: &str| {
                 let id = gguf.integer(&format!("tokenizer.ggml.{key}")).unwrap_or(u64::MAX);
-                u32::try_from(id).map(|id| tokenizer.text_of(id)).unwrap_or_default()
+                u32::try_from(id).ok().and_then(|id| tokenizer.content_of(id)).unwrap_or_default()
             };
             let Some(source) = gguf.string("tokenizer.chat_template") else { return Ok(None) };
             let tokens = (token("bos_token_id"), token("eos_token_id"));
             return Self::compile(&checkpoint.path, source, tokens).map(Some);
         }
-        let dir = &checkpoint.path;
-        let config = optional_json(dir, "tokenizer_config.json")?.unwrap_or_default();
-        let tokens = (special(&config, "bos_token"), special(&config, "eos_token"));
-        let file = dir.join("chat_template.jinja");
-        if file.exists() {
-            let source = String::from_utf8(read(&file)?)
-                .map_err(|_| LoadError::invalid(&file, "must be UTF-8"))?;
-            return Self::compile(&file, &source, tokens).map(Some);
-        }
-        let path = dir.join("tokenizer_config.json");
-        match source(&config) {
-            Some(source) => Self::compile(&path, source, tokens).map(Some),
+        let config = TokenizerConfig::read(&checkpoint.path)?;
+        let tokens = (config.bos.unwrap_or_default(), config.eos.unwrap_or_default());
+        match config.template {
+            Some((path, source)) => Self::compile(&path, &source, tokens).map(Some),
             None => Ok(None),
         }
     }
@@ -116,22 +122,24 @@ impl ChatTemplate {
         source: &str,
         (bos_token, eos_token): (String, String),
     ) -> Result<Self, LoadError> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_fuel(Some(FUEL_MAX));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|e| LoadError::invalid(path, format!("chat template: {e:#}")))?;
-        let tool_format = ToolFormat::of(source);
-        let source = source.to_owned();
-        Ok(Self { environment, source, tool_format, bos_token, eos_token })
+        if source.len() > SOURCE_BYTES_MAX {
+            let what = format!(
+                "chat template: must be at most {SOURCE_BYTES_MAX} bytes, got {}",
+                source.len()
+            );
+            return Err(LoadError::invalid(path, what));
+        }
+        let environment = on_large_stack(|| environment(source))
+            .and_then(|made| made.map_err(|e| format!("{e:#}")))
+            .map_err(|e| LoadError::invalid(path, format!("chat template: {e}")))?;
+        Ok(Self {
+            environment,
+            tool_format: ToolFormat::of(source),
+            knows_developer: DEVELOPER.iter().any(|word| source.contains(word)),
+            source: source.to_owned(),
+            bos_token,
+            eos_token,
+        })
     }
 
     /// Its text.
@@ -150,7 +158,8 @@ impl ChatTemplate {
     }
 
     /// The prompt text of a conversation. `variables` are the template's inputs: `messages`,
-    /// `tools`, `add_generation_prompt`, and whatever the client adds.
+    /// `tools`, `add_generation_prompt`, and whatever the client adds. The role `developer` is
+    /// `system` to a template that does not know it.
     ///
     /// # Errors
     /// When the template raises, fails or runs too long.
@@ -158,6 +167,16 @@ impl ChatTemplate {
         for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
             variables.entry(name).or_insert_with(|| token.clone().into());
         }
+        if let Some(Value::Array(messages)) = variables.get_mut("messages")
+            && !self.knows_developer
+        {
+            messages.iter_mut().for_each(developer_is_system);
+        }
+        let rendered = on_large_stack(|| self.write(variables));
+        rendered.unwrap_or_else(|message| Err(TemplateError::Failed { line: 0, message }))
+    }
+
+    fn write(&self, variables: Map<String, Value>) -> Result<String, TemplateError> {
         let rendered = self.environment.get_template(NAME).and_then(|t| {
             let mut text = Bounded(Vec::new());
             t.render_captured_to(minijinja::Value::from_serialize(&variables), &mut text)?;
@@ -179,6 +198,35 @@ impl ChatTemplate {
             }
         })
     }
+}
+
+/// What the template `source` is rendered in.
+fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_fuel(Some(FUEL_MAX));
+    environment.set_formatter(python::write_value);
+    environment.set_unknown_method_callback(python::method);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_function(source::MODULO, python::modulo);
+    environment.add_function(source::TEXT, python::text);
+    environment.add_filter("string", python::text);
+    environment.add_filter("join", python::join);
+    environment.add_filter("tojson", dumps::to_json);
+    environment.add_template_owned(NAME, source::rewrite(source))?;
+    Ok(environment)
+}
+
+/// Runs `work` on a thread with [`STACK_BYTES`].
+fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
+        let thread = thread.map_err(|e| format!("cannot start a thread: {e}"))?;
+        thread.join().map_err(|_| "it cannot be computed".to_owned())
+    })
 }
 
 /// A text that may only grow so far.
@@ -205,59 +253,10 @@ fn raise_exception(message: String) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
 }
 
-/// Python's `json.dumps` as templates use it: keys in order, `, ` and `: `, nothing escaped for
-/// HTML; `indent` as in Python.
-fn to_json(
-    value: minijinja::Value,
-    options: minijinja::value::Kwargs,
-) -> Result<minijinja::Value, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let invalid =
-        |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
-    let json = serde_json::to_value(&value).map_err(invalid)?;
-    let mut text = Vec::new();
-    match indent {
-        Some(width) => {
-            let indent = b" ".repeat(width);
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(&indent);
-            let mut serializer = serde_json::Serializer::with_formatter(&mut text, formatter);
-            serde::Serialize::serialize(&json, &mut serializer).map_err(invalid)?;
-        }
-        None => {
-            let mut serializer = serde_json::Serializer::with_formatter(&mut text, PythonSpacing);
-            serde::Serialize::serialize(&json, &mut serializer).map_err(invalid)?;
-        }
-    }
-    let text = String::from_utf8(text)
-        .map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    Ok(minijinja::Value::from_safe_string(text))
-}
-
-/// `", "` and `": "` between elements.
-struct PythonSpacing;
-
-impl serde_json::ser::Formatter for PythonSpacing {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-    ) -> std::io::Result<()> {
-        writer.write_all(b": ")
+/// Renames the role of a message for templates made before `developer`, which would drop it.
+fn developer_is_system(message: &mut Value) {
+    if let Some(role) = message.get_mut("role").filter(|role| *role == "developer") {
+        *role = "system".into();
     }
 }
 
@@ -266,22 +265,6 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
     jiff::fmt::strtime::format(&format, &now)
         .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))
-}
-
-/// A special token's text: a string, or an object with `content`.
-fn special(config: &Value, key: &str) -> String {
-    let value = &config[key];
-    value.as_str().or_else(|| value["content"].as_str()).unwrap_or_default().to_owned()
-}
-
-/// The template text: a string, or a list of named ones of which `default` counts.
-fn source(config: &Value) -> Option<&str> {
-    let template = &config["chat_template"];
-    let named = || {
-        let list = template.as_array()?;
-        list.iter().find(|t| t["name"] == "default")?["template"].as_str()
-    };
-    template.as_str().or_else(named)
 }
 
 #[cfg(test)]
@@ -332,6 +315,25 @@ mod tests {
             assert!(error.contains(want), "{source}: {error}");
         }
         assert!(render("{% if %}", json!({})).unwrap_err().starts_with("t.jinja: chat template:"));
+    }
+
+    #[test]
+    fn nothing_nests_so_deeply_that_the_stack_ends() {
+        let nest = "{% set ns = namespace(x=[]) %}{% for a in range(900) %}{% for b in \
+            range(500) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}";
+        assert_eq!(render(&format!("{nest}done"), json!({})).unwrap(), "done");
+        for end in ["{{ ns.x }}", "{{ ns.x ~ '' }}", "{{ ns.x | tojson }}", "{{ ns.x | string }}"] {
+            let error = render(&format!("{nest}{end}"), json!({})).unwrap_err();
+            assert!(error.contains("values may be nested 128 deep"), "{end}: {error}");
+        }
+        let chain = format!("{{{{ 1{} }}}}", "+1".repeat(100_000));
+        assert_eq!(render(&chain, json!({})).unwrap(), "100001");
+        let chain = format!("{{{{ ''{} }}}}", "|e".repeat(100_000));
+        assert_eq!(render(&chain, json!({})).unwrap(), "");
+        let brackets = format!("{{{{ {}{} }}}}", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(render(&brackets, json!({})).is_err());
+        let long = " ".repeat(SOURCE_BYTES_MAX + 1);
+        assert!(render(&long, json!({})).unwrap_err().contains("must be at most 262144 bytes"));
     }
 
     #[test]

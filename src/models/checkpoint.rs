@@ -10,20 +10,30 @@
 
 use super::error::{LoadError, read_json};
 use super::gguf::Gguf;
+use super::header::{self, Entry};
+use super::spec::Spec;
 use super::tensor::{Stored, Tensor};
 use super::weight_file::WeightFile;
-use safetensors::tensor::{Dtype as SafeDtype, Metadata};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Bytes of a safetensors header, as the format has it.
-const SAFETENSORS_HEADER_MAX: u64 = 100_000_000;
 
 /// The types that are computed with.
 const SAFETENSORS_TYPES: &str = "F32, F16 and BF16";
 const GGUF_TYPES: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K";
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Ends of the names of tensors that no model is computed with: tables that follow from the
+/// configuration, and masks of training.
+const HARMLESS: [&str; 6] = [
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".position_ids",
+    ".attn.masked_bias",
+    ".self_attn.masked_bias",
+];
 
 /// An opened checkpoint.
 pub struct Checkpoint {
@@ -55,14 +65,15 @@ impl Checkpoint {
         let config_path = dir.join("config.json");
         let generation = dir.join("generation_config.json");
         let generation_config =
-            if generation.exists() { Some(read_json(&generation)?) } else { None };
-        let mut tensors = BTreeMap::new();
-        for shard in shards(dir)? {
-            read_shard(&shard, &mut tensors)?;
-        }
+            if generation.exists() { Some(read_object(&generation)?) } else { None };
+        let config = read_object(&config_path)?;
+        let tensors = match read_index(dir)? {
+            Some(index) => index.tensors()?,
+            None => read_shard(&dir.join(SINGLE))?,
+        };
         Ok(Self {
             path: dir.to_owned(),
-            config: read_json(&config_path)?,
+            config,
             config_path,
             generation_config,
             gguf: None,
@@ -108,86 +119,160 @@ impl Checkpoint {
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.tensors.values()
     }
+
+    /// Fails where a tensor is not one that `spec` computes with: the model would be another one
+    /// without it.
+    ///
+    /// # Errors
+    /// The first such tensor.
+    pub fn refuse_unused(&self, spec: &Spec) -> Result<(), LoadError> {
+        let experts = spec.feed_forward.experts.map_or(1, |e| e.count);
+        if spec.layers.saturating_mul(experts) > self.tensors.len() {
+            return Ok(()); // tensors are missing, and loading says which
+        }
+        let used = spec.tensor_names();
+        for (name, tensor) in &self.tensors {
+            if used.contains(name) || is_harmless(name) {
+                continue;
+            }
+            if spec.tied && name == "lm_head.weight" {
+                self.check_tied(tensor)?;
+                continue;
+            }
+            let what = format!(
+                "is no part of a {} model of {} layers as its configuration describes it; without \
+                    it the model would be another one",
+                spec.family, spec.layers
+            );
+            return Err(tensor.error(what));
+        }
+        Ok(())
+    }
+
+    /// A stored head beside `tie_word_embeddings` must be the embedding.
+    fn check_tied(&self, head: &Tensor) -> Result<(), LoadError> {
+        let embedding = self.tensor("model.embed_tokens.weight")?;
+        let differs =
+            || head.error("differs from the embedding, though tie_word_embeddings is true");
+        if (head.stored, &head.shape) != (embedding.stored, &embedding.shape) {
+            return Err(differs());
+        }
+        let (mut ours, mut other) = (vec![0; head.cols()], vec![0; head.cols()]);
+        let dtype = if head.stored == Stored::F16 { Dtype::F16 } else { Dtype::Bf16 };
+        for row in 0..head.rows() {
+            head.read_row(row, dtype, &mut ours)?;
+            embedding.read_row(row, dtype, &mut other)?;
+            if ours != other {
+                return Err(differs());
+            }
+        }
+        Ok(())
+    }
 }
 
-/// The safetensors files of a directory, after checking that all exist.
-fn shards(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
-    let index = dir.join("model.safetensors.index.json");
-    if !index.exists() {
-        return Ok(vec![dir.join("model.safetensors")]);
-    }
-    let json = read_json(&index)?;
-    let map = json
-        .get("weight_map")
-        .and_then(Value::as_object)
-        .ok_or_else(|| LoadError::invalid(&index, "expected an object `weight_map`"))?;
-    let mut names: Vec<&str> = Vec::new();
-    for (tensor, shard) in map {
-        let shard =
-            shard.as_str().filter(|s| !s.contains(['/', '\\']) && !s.starts_with('.')).ok_or_else(
-                || LoadError::invalid(&index, format!("`weight_map.{tensor}` must be a file name")),
-            )?;
-        if !names.contains(&shard) {
-            names.push(shard);
-        }
-    }
-    for name in &names {
-        if !dir.join(name).exists() {
-            let what = format!("lists shard `{name}`, which is missing from the directory");
-            return Err(LoadError::invalid(&index, what));
-        }
-    }
-    Ok(names.into_iter().map(|n| dir.join(n)).collect())
+fn is_harmless(name: &str) -> bool {
+    HARMLESS.iter().any(|end| name.ends_with(end))
 }
 
-fn read_shard(path: &Path, tensors: &mut BTreeMap<String, Tensor>) -> Result<(), LoadError> {
+/// A JSON file that holds an object.
+fn read_object(path: &Path) -> Result<Value, LoadError> {
+    let json = read_json(path)?;
+    if json.is_object() { Ok(json) } else { Err(LoadError::invalid(path, "must be an object")) }
+}
+
+/// Which shard holds which tensor.
+pub struct Index {
+    path: PathBuf,
+    shards: BTreeMap<String, String>, // by tensor
+}
+
+impl Index {
+    /// Reads the map of an index file; `path` is named in errors.
+    ///
+    /// # Errors
+    /// When there is no map, or a shard is not the name of a file beside it.
+    pub fn parse(path: &Path, json: &Value) -> Result<Self, LoadError> {
+        let map = json
+            .get("weight_map")
+            .and_then(Value::as_object)
+            .ok_or_else(|| LoadError::invalid(path, "expected an object `weight_map`"))?;
+        let mut shards = BTreeMap::new();
+        for (tensor, shard) in map {
+            let name = shard.as_str().filter(|s| is_file_name(s)).ok_or_else(|| {
+                LoadError::invalid(path, format!("`weight_map.{tensor}` must be a file name"))
+            })?;
+            shards.insert(tensor.clone(), name.to_owned());
+        }
+        Ok(Self { path: path.to_owned(), shards })
+    }
+
+    /// The shards, each once.
+    pub fn shards(&self) -> BTreeSet<&str> {
+        self.shards.values().map(String::as_str).collect()
+    }
+
+    /// The tensors of all shards, which hold what the index says and nothing else.
+    fn tensors(&self) -> Result<BTreeMap<String, Tensor>, LoadError> {
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        let error = |what: String| Err(LoadError::invalid(&self.path, what));
+        let shards = self.shards();
+        if dir.join(SINGLE).exists() && !shards.contains(SINGLE) {
+            return error(format!(
+                "does not list `{SINGLE}`, which stands beside it: remove the one that is stale"
+            ));
+        }
+        if let Some(absent) = shards.iter().find(|shard| !dir.join(shard).exists()) {
+            return error(format!("lists shard `{absent}`, which is missing from the directory"));
+        }
+        let mut tensors = BTreeMap::new();
+        for shard in shards {
+            for (name, tensor) in read_shard(&dir.join(shard))? {
+                match self.shards.get(&name) {
+                    Some(listed) if listed != shard => {
+                        return error(format!(
+                            "says that `{name}` is in `{listed}`, but `{shard}` has it"
+                        ));
+                    }
+                    None if !is_harmless(&name) => {
+                        return error(format!("does not list `{name}`, which `{shard}` has"));
+                    }
+                    _ => tensors.insert(name, tensor),
+                };
+            }
+        }
+        match self.shards.iter().find(|(name, _)| !tensors.contains_key(*name)) {
+            Some((name, shard)) if !is_harmless(name) => {
+                error(format!("says that `{name}` is in `{shard}`, which has no such tensor"))
+            }
+            _ => Ok(tensors),
+        }
+    }
+}
+
+/// A name without a way out of the directory.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['/', '\\', '\0']) && !name.starts_with('.')
+}
+
+/// The index of a directory, where it has one.
+fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
+    let path = dir.join(INDEX);
+    if path.exists() { Index::parse(&path, &read_json(&path)?).map(Some) } else { Ok(None) }
+}
+
+/// The tensors of one safetensors file.
+fn read_shard(path: &Path) -> Result<BTreeMap<String, Tensor>, LoadError> {
     let file = Arc::new(WeightFile::open(path)?);
-    let (metadata, data) = safetensors_header(&file)?;
-    for (name, info) in metadata.tensors() {
-        let stored = match info.dtype {
-            SafeDtype::F32 => Stored::F32,
-            SafeDtype::F16 => Stored::F16,
-            SafeDtype::BF16 => Stored::Bf16,
-            other => Stored::Unread(format!("{other:?}")),
+    let entries = header::read(path, file.len(), |bytes, at| file.read_at(bytes, at))?;
+    let tensor = |Entry { name, dtype, shape, range }| {
+        let stored = match dtype.as_str() {
+            "F32" => Stored::F32,
+            "F16" => Stored::F16,
+            "BF16" => Stored::Bf16,
+            other => Stored::Unread(other.to_owned()),
         };
-        let (start, end) = info.data_offsets;
-        let tensor = Tensor {
-            name: name.clone(),
-            stored,
-            shape: info.shape.clone(),
-            file: Arc::clone(&file),
-            range: data + start as u64..data + end as u64,
-            order: None,
-        };
-        if let Some(other) = tensors.get(&name) {
-            let other = other.file.path().display();
-            return Err(tensor.error(format!("is also in {other}")));
-        }
-        tensors.insert(name, tensor);
-    }
-    Ok(())
-}
-
-/// The header of a safetensors file, and where its data begins.
-fn safetensors_header(file: &WeightFile) -> Result<(Metadata, u64), LoadError> {
-    let whole = |what: String| {
-        let what = format!("not a whole safetensors file ({} bytes): {what}", file.len());
-        LoadError::invalid(file.path(), what)
+        let file = Arc::clone(&file);
+        (name.clone(), Tensor { name, stored, shape, file, range, order: None })
     };
-    let rest = file.len().checked_sub(8).ok_or_else(|| whole("it has no header".into()))?;
-    let mut len = [0; 8];
-    file.read_at(&mut len, 0)?;
-    let len = u64::from_le_bytes(len);
-    if len > rest || len > SAFETENSORS_HEADER_MAX {
-        let what = format!("a header of {len} bytes, at most {SAFETENSORS_HEADER_MAX} are read");
-        return Err(whole(what));
-    }
-    let mut header = vec![0; len as usize];
-    file.read_at(&mut header, 8)?;
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| whole(e.to_string()))?;
-    let (wanted, there) = (metadata.data_len() as u64, rest - len);
-    if wanted != there {
-        return Err(whole(format!("its tensors take {wanted} bytes, {there} are there")));
-    }
-    Ok((metadata, 8 + len))
+    Ok(entries.into_iter().map(tensor).collect())
 }

@@ -1,16 +1,25 @@
 //! `config.json` to [`Spec`]: every family reads its own keys, and a value that the engine cannot
 //! honour is refused by name, never ignored.
 
+mod rope;
+
 use super::error::LoadError;
-use super::spec::{
-    AttentionSpec, ExpertNames, ExpertSpec, FeedForwardSpec, NormSpec, RopeSpec, Spec,
-};
+use super::spec::{AttentionSpec, ExpertNames, ExpertSpec, FeedForwardSpec, NormSpec, Spec};
 use crate::ops::attention::HEAD_DIM_MAX;
 use crate::ops::lanes::LANES;
-use crate::ops::rope::RopeScaling;
 use crate::ops::rowwise::Activation;
 use serde_json::Value;
 use std::path::Path;
+
+/// What a shape may be. The largest published models have 128 layers of 16384 elements; with these
+/// limits no size in bytes overflows 64 bits.
+const LAYERS_MAX: usize = 1 << 10;
+const EXPERTS_MAX: usize = 1 << 12;
+const HEADS_MAX: usize = 1 << 10;
+const HIDDEN_MAX: usize = 1 << 17;
+const INTER_MAX: usize = 1 << 20;
+const VOCAB_MAX: usize = 1 << 22;
+const CONTEXT_MAX: usize = 1 << 28;
 
 /// Families by `model_type`.
 const FAMILIES: &str = "llama, mistral, qwen2, qwen3, gemma2, phi3, mixtral and qwen3_moe are";
@@ -25,6 +34,9 @@ const QWEN_MOE: ExpertNames =
 /// When a key is missing, has the wrong type, or a value is not supported.
 pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
     let config = Config { path, json };
+    if !json.is_object() {
+        return Err(LoadError::invalid(path, "must be an object"));
+    }
     config.refuse_quantised()?;
     let spec = match config.string("model_type")?.as_str() {
         "llama" => llama(&config)?,
@@ -37,6 +49,7 @@ pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
         "qwen3_moe" => qwen3_moe(&config)?,
         other => return Err(config.unsupported("model_type", other, FAMILIES)),
     };
+    config.check_architecture(spec.family)?;
     check_shape(&config, &spec)?;
     Ok(spec)
 }
@@ -135,7 +148,7 @@ fn qwen3_moe(c: &Config<'_>) -> Result<Spec, LoadError> {
 /// What all families share; options are off.
 fn dense(c: &Config<'_>, family: &'static str) -> Result<Spec, LoadError> {
     let (hidden, heads) = (c.usize("hidden_size")?, c.usize("num_attention_heads")?);
-    let layers = c.usize("num_hidden_layers")?;
+    let layers = c.layers()?;
     let head_dim = c.optional_usize("head_dim")?.unwrap_or(hidden / heads.max(1));
     c.refuse_partial_rotary()?;
     Ok(Spec {
@@ -177,18 +190,17 @@ fn dense(c: &Config<'_>, family: &'static str) -> Result<Spec, LoadError> {
 
 fn check_shape(c: &Config<'_>, spec: &Spec) -> Result<(), LoadError> {
     let a = &spec.attention;
-    for (key, value) in [
-        ("vocab_size", spec.vocab),
-        ("hidden_size", spec.hidden),
-        ("num_hidden_layers", spec.layers),
-        ("max_position_embeddings", spec.context),
-        ("num_attention_heads", a.heads),
-        ("num_key_value_heads", a.kv_heads),
-        ("intermediate_size", spec.feed_forward.inter),
+    let experts = spec.feed_forward.experts;
+    for (key, value, max) in [
+        ("vocab_size", spec.vocab, VOCAB_MAX),
+        ("hidden_size", spec.hidden, HIDDEN_MAX),
+        ("max_position_embeddings", spec.context, CONTEXT_MAX),
+        ("num_attention_heads", a.heads, HEADS_MAX),
+        ("num_key_value_heads", a.kv_heads, HEADS_MAX),
+        ("intermediate_size", spec.feed_forward.inter, INTER_MAX),
+        ("num_experts", experts.map_or(1, |e| e.count), EXPERTS_MAX),
     ] {
-        if value == 0 || value > 1 << 28 {
-            return Err(c.error(key, format!("must lie in 1..2^28, got {value}")));
-        }
+        c.within(key, value, max)?;
     }
     if !a.heads.is_multiple_of(a.kv_heads) {
         let what = format!("must divide num_attention_heads = {}, got {}", a.heads, a.kv_heads);
@@ -205,7 +217,7 @@ fn check_shape(c: &Config<'_>, spec: &Spec) -> Result<(), LoadError> {
             return Err(c.unsupported(key, &value.to_string(), "even numbers are"));
         }
     }
-    if let Some(e) = spec.feed_forward.experts
+    if let Some(e) = experts
         && !(1..=e.count).contains(&e.used)
     {
         let what = format!("must lie in 1..={}, got {}", e.count, e.used);
@@ -261,6 +273,36 @@ impl Config<'_> {
         self.optional_usize(key)?.ok_or_else(|| self.error(key, "is missing"))
     }
 
+    fn within(&self, key: &str, value: usize, max: usize) -> Result<(), LoadError> {
+        if (1..=max).contains(&value) {
+            return Ok(());
+        }
+        Err(self.error(key, format!("must lie in 1..={max}, got {value}")))
+    }
+
+    /// The number of layers, checked at once because lists have their length.
+    fn layers(&self) -> Result<usize, LoadError> {
+        let key = "num_hidden_layers";
+        let layers = self.usize(key)?;
+        self.within(key, layers, LAYERS_MAX)?;
+        Ok(layers)
+    }
+
+    /// Refuses a model whose output is not the next token, such as a classifier of the family.
+    fn check_architecture(&self, family: &str) -> Result<(), LoadError> {
+        let key = "architectures";
+        let Some(value) = self.get(key) else { return Ok(()) };
+        let class: String = family.split('_').map(capitalised).collect::<String>() + "ForCausalLM";
+        let list = value.as_array();
+        let list = list.ok_or_else(|| self.error(key, format!("must be a list, got {value}")))?;
+        match list.iter().find(|name| **name != class.as_str()) {
+            Some(other) => {
+                Err(self.unsupported(key, &other.to_string(), &format!("{class} is for {family}")))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn optional_f64(&self, key: &str) -> Result<Option<f64>, LoadError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_f64().filter(|v| v.is_finite() && *v > 0.0);
@@ -312,60 +354,6 @@ impl Config<'_> {
         }
     }
 
-    fn refuse_partial_rotary(&self) -> Result<(), LoadError> {
-        for source in [Some(self.json), self.get("rope_parameters")].into_iter().flatten() {
-            let factor = source.get("partial_rotary_factor").filter(|v| !v.is_null());
-            if let Some(value) = factor.filter(|v| v.as_f64() != Some(1.0)) {
-                return Err(self.unsupported(
-                    "partial_rotary_factor",
-                    &value.to_string(),
-                    "1.0 is",
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn rope(&self) -> Result<RopeSpec, LoadError> {
-        // Newer files keep theta and scaling in one object.
-        let joint = self.get("rope_parameters");
-        let theta = match joint.and_then(|p| p.get("rope_theta")) {
-            Some(value) => value.as_f64().filter(|v| *v > 0.0).ok_or_else(|| {
-                self.error("rope_parameters.rope_theta", format!("must be positive, got {value}"))
-            })?,
-            None => self.optional_f64("rope_theta")?.unwrap_or(10_000.0),
-        };
-        let scaling = match joint.or_else(|| self.get("rope_scaling")) {
-            Some(object) => self.rope_scaling(object)?,
-            None => RopeScaling::None,
-        };
-        Ok(RopeSpec { theta, scaling })
-    }
-
-    fn rope_scaling(&self, object: &Value) -> Result<RopeScaling, LoadError> {
-        let number = |key: &str| {
-            let value = object.get(key).and_then(Value::as_f64).filter(|v| *v > 0.0);
-            value.ok_or_else(|| {
-                self.error(&format!("rope_scaling.{key}"), "must be a positive number")
-            })
-        };
-        let kind = object.get("rope_type").or_else(|| object.get("type")).and_then(Value::as_str);
-        match kind.unwrap_or("default") {
-            "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low: number("low_freq_factor")?,
-                high: number("high_freq_factor")?,
-                original_context: number("original_max_position_embeddings")?,
-            }),
-            other => {
-                let supported = "default, linear and llama3 are";
-                Err(self.unsupported("rope_scaling.rope_type", other, supported))
-            }
-        }
-    }
-
     /// Which layers slide, from `layer_types`.
     fn layer_types(&self, layers: usize) -> Result<Option<Vec<bool>>, LoadError> {
         let key = "layer_types";
@@ -384,6 +372,11 @@ impl Config<'_> {
         });
         sliding.collect::<Result<_, _>>().map(Some)
     }
+}
+
+fn capitalised(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
 }
 
 #[cfg(test)]
@@ -420,6 +413,42 @@ mod tests {
             ("mlp_bias", json!(true), "`mlp_bias` = true is not supported; false is"),
             ("rope_scaling", json!({"type": "yarn"}), "`rope_scaling.rope_type` = yarn is not"),
             ("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` must be a positive"),
+            ("rope_scaling", json!("linear"), "`rope_scaling` must be an object, got \"linear\""),
+            ("rope_scaling", json!([]), "`rope_scaling` must be an object, got []"),
+            ("rope_parameters", json!(1), "`rope_parameters` must be an object, got 1"),
+            ("rope_scaling", json!({"type": 3}), "`rope_scaling.type` must be text, got 3"),
+            ("rope_scaling", json!({"factor": 4.0}), "`rope_scaling.factor` = 4 is not supported"),
+            ("rope_scaling", json!({"type": "linear", "factor": "2"}), "number, got \"2\""),
+            (
+                "rope_scaling",
+                json!({"rope_type": "default", "type": "linear", "factor": 2}),
+                "`rope_scaling.type` is \"linear\", but `rope_scaling.rope_type` is \"default\"",
+            ),
+            (
+                "rope_scaling",
+                json!({"partial_rotary_factor": 0.5}),
+                "`rope_scaling.partial_rotary_factor` = 0.5 is not supported",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_type": "default", "mrope_section": [1, 2]}),
+                "`rope_parameters.mrope_section` = [1,2] is not supported",
+            ),
+            (
+                "rope_scaling",
+                json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
+                    "high_freq_factor": 4, "original_max_position_embeddings": 8192}),
+                "`rope_scaling.high_freq_factor` must be above low_freq_factor = 4, got 4",
+            ),
+            (
+                "architectures",
+                json!(["LlamaForSequenceClassification"]),
+                "`architectures` = \"LlamaForSequenceClassification\" is not supported; \
+                    LlamaForCausalLM is for llama",
+            ),
+            ("architectures", json!("LlamaForCausalLM"), "`architectures` must be a list"),
+            ("num_hidden_layers", json!(u64::MAX), "`num_hidden_layers` must lie in 1..=1024"),
+            ("vocab_size", json!(1 << 23), "`vocab_size` must lie in 1..=4194304, got 8388608"),
             ("quantization_config", json!({"quant_method": "awq"}), "= \"awq\" is not supported"),
             ("partial_rotary_factor", json!(0.5), "`partial_rotary_factor` = 0.5 is not supported"),
             ("head_dim", json!(20), "`head_dim` = 20 is not supported; multiples of 16"),
@@ -438,9 +467,37 @@ mod tests {
         let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5});
         let new = parse_with("rope_parameters", llama3.clone()).unwrap().rope;
-        let old = parse_with("rope_scaling", llama3).unwrap().rope;
-        assert_eq!((new.theta, old.theta), (5e5, 10_000.0));
+        let old = parse_with("rope_scaling", llama3.clone()).unwrap().rope;
+        assert_eq!((new.theta, old.theta), (5e5, 5e5));
         assert_eq!(new.scaling, old.scaling);
+        // What is said twice must be the same.
+        let mut json = base();
+        json["rope_parameters"] = llama3.clone();
+        json["rope_scaling"] = llama3;
+        json["rope_theta"] = json!(5e5);
+        assert_eq!(parse(Path::new("config.json"), &json).unwrap().rope, new);
+        for (key, value, want) in [
+            (
+                "rope_theta",
+                json!(1e4),
+                "`rope_parameters.rope_theta` is 500000.0, but `rope_theta`",
+            ),
+            ("rope_scaling", json!({"type": "linear", "factor": 2}), "`rope_scaling` is Linear"),
+        ] {
+            let mut json = json.clone();
+            json[key] = value;
+            let error = parse(Path::new("config.json"), &json).unwrap_err().to_string();
+            assert!(error.contains(want), "expected `{want}` in `{error}`");
+        }
+    }
+
+    #[test]
+    fn only_models_of_the_next_token_are_served() {
+        for (family, class) in [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM")] {
+            let mut json = base();
+            (json["model_type"], json["architectures"]) = (json!(family), json!([class]));
+            assert_eq!(parse(Path::new("config.json"), &json).unwrap().family, family);
+        }
     }
 
     #[test]

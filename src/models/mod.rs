@@ -15,6 +15,7 @@ pub mod error;
 pub mod gguf;
 mod gguf_tokenizer;
 pub mod grammar;
+pub mod header;
 pub mod hub;
 pub mod moe;
 pub mod parameters;
@@ -23,6 +24,7 @@ pub mod root;
 pub mod spec;
 pub mod tensor;
 pub mod tokenizer;
+mod tokenizer_config;
 pub mod weight_file;
 pub mod weights;
 
@@ -129,8 +131,9 @@ impl Model {
             gguf.forget_lists();
         }
         let chat = ChatTemplate::load(&checkpoint, &tokenizer)?;
+        let vocab = config::parse(&checkpoint.config_path, &checkpoint.config)?.vocab;
+        let stop_ids = tokenizer::stop_ids(&checkpoint, vocab)?;
         let decoder = Decoder::load(&checkpoint, dtype, pool, progress)?;
-        let stop_ids = tokenizer::stop_ids(&checkpoint);
         let parameters = Parameters::new(&checkpoint, &decoder.spec, decoder.dtype)?;
         let grammars = OnceLock::new();
         Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids, parameters, grammars })
@@ -160,6 +163,7 @@ impl Decoder {
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
         let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
+        checkpoint.refuse_unused(&spec)?;
         let dtype = dtype.map_or_else(|| choose_dtype(checkpoint, &spec), Ok)?;
         let loader = Loader {
             checkpoint,

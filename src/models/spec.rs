@@ -3,6 +3,7 @@
 use crate::ops::attention::KvDims;
 use crate::ops::rope::RopeScaling;
 use crate::ops::rowwise::Activation;
+use std::collections::BTreeSet;
 
 /// Shape and options of a decoder-only transformer.
 #[derive(Clone, PartialEq, Debug)]
@@ -132,6 +133,60 @@ impl Spec {
             layers: self.layers,
             kv_heads: self.attention.kv_heads,
             head_dim: self.attention.head_dim,
+        }
+    }
+
+    /// The names of all tensors that the model is computed with.
+    pub fn tensor_names(&self) -> BTreeSet<String> {
+        let mut names =
+            BTreeSet::from(["model.embed_tokens.weight".into(), "model.norm.weight".into()]);
+        // A table of divisors that GGUF files of Llama 3 hold.
+        names.insert("rope_freqs.weight".into());
+        if !self.tied {
+            names.insert("lm_head.weight".into());
+        }
+        for layer in 0..self.layers {
+            self.layer_names(|part| {
+                names.insert(format!("model.layers.{layer}.{part}"));
+            });
+        }
+        names
+    }
+
+    /// The names of the tensors of a layer, within it.
+    fn layer_names(&self, mut name: impl FnMut(String)) {
+        let a = &self.attention;
+        let qkv: &[&str] = if a.fused { &["qkv_proj"] } else { &["q_proj", "k_proj", "v_proj"] };
+        for (projection, has_bias) in
+            qkv.iter().map(|p| (p, a.qkv_bias)).chain([(&"o_proj", a.out_bias)])
+        {
+            name(format!("self_attn.{projection}.weight"));
+            if has_bias {
+                name(format!("self_attn.{projection}.bias"));
+            }
+        }
+        let mut norms = vec!["input_layernorm", "post_attention_layernorm"];
+        if self.norm.post {
+            norms.extend(["pre_feedforward_layernorm", "post_feedforward_layernorm"]);
+        }
+        if a.qk_norm {
+            norms.extend(["self_attn.q_norm", "self_attn.k_norm"]);
+        }
+        norms.iter().for_each(|norm| name(format!("{norm}.weight")));
+        match self.feed_forward.experts {
+            Some(ExpertSpec { count, names: ExpertNames { module, projections }, .. }) => {
+                name(format!("{module}.gate.weight"));
+                for (expert, part) in (0..count).flat_map(|e| projections.map(|p| (e, p))) {
+                    name(format!("{module}.experts.{expert}.{part}.weight"));
+                }
+            }
+            None if self.feed_forward.fused => {
+                ["gate_up_proj", "down_proj"].iter().for_each(|p| name(format!("mlp.{p}.weight")));
+            }
+            None => {
+                let parts = ["gate_proj", "up_proj", "down_proj"];
+                parts.iter().for_each(|p| name(format!("mlp.{p}.weight")));
+            }
         }
     }
 }

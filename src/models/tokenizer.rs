@@ -5,27 +5,48 @@
 //! character once all its bytes have come, and the concatenation of what it emits equals
 //! [`TextTokenizer::decode`] of all ids, which equals the crate's decoding wherever the bytes are
 //! valid UTF-8.
+//!
+//! The text of an output is what the text of prompt and output has beyond the whole characters of
+//! the prompt ([`Detokenizer::after`]). So an output keeps the blank that a decoder takes off the
+//! start of a text, and a character whose bytes begin in the prompt belongs to the output.
+
+mod scheme;
 
 use super::checkpoint::Checkpoint;
-use super::error::{LoadError, read_json};
+use super::error::{LoadError, read};
 use super::gguf_tokenizer;
-use serde_json::Value;
+use super::tokenizer_config::TokenizerConfig;
+use scheme::{Scheme, Strip, unicode_to_byte};
+use serde::Deserialize;
 use std::collections::HashSet;
 use std::path::Path;
 use tokenizers::Tokenizer;
 
+/// Ids lie below this: the table of bytes is as long as the largest id.
+pub const TOKENS_MAX: usize = 1 << 22;
+/// Bytes that a character is incomplete with, at most.
+const INCOMPLETE_MAX: usize = 3;
+
 /// A tokenizer with its byte table.
 pub struct TextTokenizer {
     inner: Tokenizer,
+    scheme: Scheme,
+    strip: Strip,
     bytes: Vec<Option<Box<[u8]>>>, // by id; None where the vocabulary has a hole
     special: HashSet<u32>,
-    strip_leading_space: bool,
 }
 
-/// How the tokenizer file says that tokens become text.
-enum Scheme {
-    ByteLevel,
-    SentencePiece { strip: bool },
+/// The part of `tokenizer.json` that the crate reads without checking.
+#[derive(Deserialize)]
+struct Listed {
+    #[serde(default)]
+    added_tokens: Vec<ListedToken>,
+}
+
+#[derive(Deserialize)]
+struct ListedToken {
+    id: u32,
+    content: String,
 }
 
 impl TextTokenizer {
@@ -34,38 +55,35 @@ impl TextTokenizer {
     /// # Errors
     /// When `tokenizer.json` (or the GGUF metadata) is missing, malformed, or of an unknown kind.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self, LoadError> {
-        match &checkpoint.gguf {
-            Some(gguf) => Self::new(&checkpoint.path, gguf_tokenizer::build(gguf)?),
-            None => {
-                let path = checkpoint.path.join("tokenizer.json");
-                let bytes = super::error::read(&path)?;
-                let tokenizer = Tokenizer::from_bytes(&bytes)
-                    .map_err(|e| LoadError::invalid(&path, format!("not a tokenizer: {e}")))?;
-                Self::new(&path, tokenizer)
-            }
+        if let Some(gguf) = &checkpoint.gguf {
+            return Self::new(&checkpoint.path, gguf_tokenizer::build(gguf)?);
         }
+        let path = checkpoint.path.join("tokenizer.json");
+        let mut tokenizer = from_bytes(&path, &read(&path)?)?;
+        TokenizerConfig::read(&checkpoint.path)?.apply(&path, &mut tokenizer)?;
+        Self::new(&path, tokenizer)
     }
 
     /// Wraps a tokenizer; `path` is named in errors.
     ///
     /// # Errors
-    /// When its decoder is of an unknown kind.
+    /// When its decoder is of an unknown kind, or an id is too large.
     pub fn new(path: &Path, mut inner: Tokenizer) -> Result<Self, LoadError> {
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
-        let scheme = scheme(path, &inner)?;
-        let added = inner.get_added_tokens_decoder();
-        let size = inner.get_vocab(true).values().max().map_or(0, |max| *max as usize + 1);
+        let (scheme, strip) = Scheme::of(path, &inner)?;
+        let last = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
+        if let Some((token, id)) = last.as_ref().filter(|(_, id)| *id as usize >= TOKENS_MAX) {
+            let what = format!("ids must lie below {TOKENS_MAX}, token `{token}` has {id}");
+            return Err(LoadError::invalid(path, what));
+        }
+        let size = last.map_or(0, |(_, id)| id + 1);
         let unicode = unicode_to_byte();
-        let bytes = (0..size as u32)
-            .map(|id| match added.get(&id) {
-                Some(token) => Some(token.content.as_bytes().into()),
-                None => inner.id_to_token(id).map(|t| token_bytes(&scheme, &unicode, &t)),
-            })
-            .collect();
+        let bytes = |id| inner.id_to_token(id).map(|t| scheme.bytes(&unicode, &t, false));
+        let bytes = (0..size).map(bytes).collect();
+        let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, t)| t.special).map(|(id, _)| *id).collect();
-        let strip_leading_space = matches!(scheme, Scheme::SentencePiece { strip: true });
-        Ok(Self { inner, bytes, special, strip_leading_space })
+        Ok(Self { inner, scheme, strip, bytes, special })
     }
 
     /// Token ids of `text`, with the beginning token if `add_special` and the model has one.
@@ -91,6 +109,11 @@ impl TextTokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// A token as the vocabulary spells it.
+    pub fn content_of(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The raw bytes of a token; empty for an id without one.
     pub fn bytes_of(&self, id: u32) -> &[u8] {
         self.bytes.get(id as usize).and_then(Option::as_deref).unwrap_or_default()
@@ -106,6 +129,12 @@ impl TextTokenizer {
         self.special.contains(&id)
     }
 
+    /// The bytes of a token that starts a text.
+    fn first_bytes(&self, id: u32) -> Box<[u8]> {
+        let token = self.inner.id_to_token(id).unwrap_or_default();
+        self.scheme.bytes(&unicode_to_byte(), &token, true)
+    }
+
     /// The text of `ids`, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut decoder = Detokenizer::new(self, true);
@@ -115,85 +144,88 @@ impl TextTokenizer {
     }
 }
 
-fn scheme(path: &Path, tokenizer: &Tokenizer) -> Result<Scheme, LoadError> {
-    let json = serde_json::to_value(tokenizer.get_decoder())
-        .map_err(|e| LoadError::invalid(path, format!("decoder: {e}")))?;
-    let kinds: Vec<&Value> = match json["decoders"].as_array() {
-        Some(list) => list.iter().collect(),
-        None => vec![&json],
-    };
-    let kind = |name: &str| kinds.iter().find(|d| d["type"] == name);
-    if kind("ByteLevel").is_some() {
-        return Ok(Scheme::ByteLevel);
-    }
-    if kind("ByteFallback").is_some() || kind("Metaspace").is_some() {
-        let strips = kind("Strip").is_some_and(|d| d["content"] == " " && d["start"] != 0);
-        let metaspace = kind("Metaspace")
-            .is_some_and(|d| d["prepend_scheme"] != "never" && d["add_prefix_space"] != false);
-        return Ok(Scheme::SentencePiece { strip: strips || metaspace });
-    }
-    let what = format!("decoder {json} is not supported; ByteLevel and SentencePiece ones are");
-    Err(LoadError::invalid(path, what))
-}
-
-fn token_bytes(scheme: &Scheme, unicode: &dyn Fn(char) -> Option<u8>, token: &str) -> Box<[u8]> {
-    match scheme {
-        Scheme::ByteLevel => {
-            let bytes: Option<Vec<u8>> = token.chars().map(unicode).collect();
-            bytes.unwrap_or_else(|| token.as_bytes().to_vec()).into()
-        }
-        Scheme::SentencePiece { .. } => {
-            let hex = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
-            match hex.filter(|h| h.len() == 2).and_then(|h| u8::from_str_radix(h, 16).ok()) {
-                Some(byte) => Box::new([byte]),
-                None => token.replace('▁', " ").into_bytes().into(),
-            }
+/// Reads `tokenizer.json`.
+fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Tokenizer, LoadError> {
+    // The crate indexes by numbers of the file in places; a panic is a fault of the file.
+    let tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes))
+        .map_err(|_| LoadError::invalid(path, "not a tokenizer: its parts contradict each other"))?
+        .map_err(|e| LoadError::invalid(path, format!("not a tokenizer: {e}")))?;
+    let listed: Listed = serde_json::from_slice(bytes)
+        .map_err(|e| LoadError::invalid(path, format!("not a tokenizer: {e}")))?;
+    for token in listed.added_tokens {
+        let id = tokenizer.token_to_id(&token.content);
+        if id != Some(token.id) {
+            let what = format!(
+                "`added_tokens`: ids must follow the vocabulary without a gap, `{}` has {}",
+                token.content, token.id
+            );
+            return Err(LoadError::invalid(path, what));
         }
     }
-}
-
-/// The reverse of GPT-2's table that gives every byte a printable character.
-fn unicode_to_byte() -> impl Fn(char) -> Option<u8> {
-    let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
-    let mut table = vec![None; 512];
-    let mut next = 256;
-    for byte in 0..=255_u8 {
-        if printable(byte) {
-            table[usize::from(byte)] = Some(byte);
-        } else {
-            table[next] = Some(byte);
-            next += 1;
-        }
-    }
-    move |c| table.get(c as usize).copied().flatten()
+    Ok(tokenizer)
 }
 
 /// Turns a stream of ids into a stream of whole characters.
 pub struct Detokenizer {
     pending: Vec<u8>,
     skip_special: bool,
-    strip_leading_space: bool,
+    is_first: bool, // no token of the text has come
+    strip: usize,   // characters that may still be taken off the start
 }
 
 impl Detokenizer {
     /// A fresh stream; `skip_special` leaves special tokens out.
     pub fn new(tokenizer: &TextTokenizer, skip_special: bool) -> Self {
-        let strip_leading_space = tokenizer.strip_leading_space;
-        Self { pending: Vec::new(), skip_special, strip_leading_space }
+        let strip = tokenizer.strip.count;
+        Self { pending: Vec::new(), skip_special, is_first: true, strip }
+    }
+
+    /// The stream of what follows `prompt`.
+    pub fn after(tokenizer: &TextTokenizer, skip_special: bool, prompt: &[u32]) -> Self {
+        let mut stream = Self::new(tokenizer, skip_special);
+        let mut rest = prompt;
+        while let Some((id, others)) = rest.split_first().filter(|_| stream.is_at_start(tokenizer))
+        {
+            stream.push(tokenizer, *id);
+            rest = others;
+        }
+        // Beyond the start only an incomplete character at the end counts.
+        let mut bytes = 0;
+        let tail = rest.iter().rposition(|id| {
+            bytes += stream.bytes_of(tokenizer, *id).map_or(0, <[u8]>::len);
+            bytes >= INCOMPLETE_MAX
+        });
+        if let Some(tail) = tail {
+            stream.pending.clear();
+            rest = &rest[tail..];
+        }
+        rest.iter().for_each(|id| drop(stream.push(tokenizer, *id)));
+        stream
+    }
+
+    /// Whether the next token may lose something because it starts the text.
+    fn is_at_start(&self, tokenizer: &TextTokenizer) -> bool {
+        self.strip > 0 || (self.is_first && tokenizer.scheme.strips_first())
+    }
+
+    /// The bytes of a token that is part of the text.
+    fn bytes_of<'a>(&self, tokenizer: &'a TextTokenizer, id: u32) -> Option<&'a [u8]> {
+        if self.skip_special && tokenizer.is_special(id) {
+            return None;
+        }
+        tokenizer.bytes.get(id as usize)?.as_deref()
     }
 
     /// The text that `id` completes; empty while a character is incomplete.
     pub fn push(&mut self, tokenizer: &TextTokenizer, id: u32) -> String {
-        if self.skip_special && tokenizer.is_special(id) {
-            return String::new();
+        let Some(bytes) = self.bytes_of(tokenizer, id) else { return String::new() };
+        if std::mem::take(&mut self.is_first) && tokenizer.scheme.strips_first() {
+            self.pending.extend_from_slice(&tokenizer.first_bytes(id));
+        } else {
+            self.pending.extend_from_slice(bytes);
         }
-        let mut bytes = tokenizer.bytes_of(id);
-        if self.strip_leading_space && !bytes.is_empty() {
-            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
-            self.strip_leading_space = false;
-        }
-        self.pending.extend_from_slice(bytes);
-        self.take_complete()
+        let text = self.take_complete();
+        self.strip_start(tokenizer, text)
     }
 
     /// What is left at the end, an incomplete character replaced by U+FFFD.
@@ -201,6 +233,17 @@ impl Detokenizer {
         let rest = String::from_utf8_lossy(&self.pending).into_owned();
         self.pending.clear();
         rest
+    }
+
+    fn strip_start(&mut self, tokenizer: &TextTokenizer, text: String) -> String {
+        let mut rest = text.as_str();
+        while self.strip > 0 && !rest.is_empty() {
+            match rest.strip_prefix(tokenizer.strip.character) {
+                Some(others) => (rest, self.strip) = (others, self.strip - 1),
+                None => self.strip = 0,
+            }
+        }
+        if rest.len() == text.len() { text } else { rest.to_owned() }
     }
 
     fn take_complete(&mut self) -> String {
@@ -224,13 +267,32 @@ impl Detokenizer {
 }
 
 /// Ids that end a generation: `eos_token_id` of the generation and model configurations, and the
-/// end tokens of GGUF metadata.
-pub fn stop_ids(checkpoint: &Checkpoint) -> Vec<u32> {
-    let configs = [checkpoint.generation_config.as_ref(), Some(&checkpoint.config)];
+/// end tokens of GGUF metadata. `vocab` is the number of ids that can be drawn.
+///
+/// # Errors
+/// When one is no id of the vocabulary: the model would never end by it.
+pub fn stop_ids(checkpoint: &Checkpoint, vocab: usize) -> Result<Vec<u32>, LoadError> {
+    let generation = checkpoint.path.join("generation_config.json");
+    let configs = [
+        (generation.as_path(), checkpoint.generation_config.as_ref()),
+        (checkpoint.config_path.as_path(), Some(&checkpoint.config)),
+    ];
     let mut ids: Vec<u32> = Vec::new();
-    for value in configs.into_iter().flatten().filter_map(|c| c.get("eos_token_id")) {
+    for (path, config) in configs {
+        let Some(value) = config.and_then(|c| c.get("eos_token_id")) else { continue };
+        if value.is_null() {
+            continue;
+        }
         let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-        ids.extend(list.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()));
+        for id in list {
+            let found = id.as_u64().filter(|id| *id < vocab as u64);
+            let wrong = || LoadError::Key {
+                path: path.to_owned(),
+                key: "eos_token_id".into(),
+                what: format!("must be an id below {vocab} or a list of such, got {value}"),
+            };
+            ids.push(found.and_then(|id| u32::try_from(id).ok()).ok_or_else(wrong)?);
+        }
     }
     if let Some(gguf) = &checkpoint.gguf {
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
@@ -240,13 +302,7 @@ pub fn stop_ids(checkpoint: &Checkpoint) -> Vec<u32> {
     }
     ids.sort_unstable();
     ids.dedup();
-    ids
-}
-
-/// A file of the checkpoint directory as JSON, where it exists.
-pub(super) fn optional_json(dir: &Path, name: &str) -> Result<Option<Value>, LoadError> {
-    let path = dir.join(name);
-    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    Ok(ids)
 }
 
 #[cfg(test)]

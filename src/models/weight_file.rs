@@ -2,16 +2,13 @@
 //! model is loaded or served is an error of the read that meets it, not a signal that ends the
 //! process.
 
-use super::error::LoadError;
+use super::error::{LoadError, POINTER_BYTES, refuse_pointer};
 use crate::proof::codec::Encoder;
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// How the file begins that Git LFS leaves in place of one that it did not fetch.
-const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 /// An open file whose content must stay what it was.
 pub struct WeightFile {
@@ -60,14 +57,9 @@ impl WeightFile {
         let metadata = file.metadata().map_err(io)?;
         let (opened, changed) = (Stamp::of(&metadata), (metadata.ctime(), metadata.ctime_nsec()));
         let file = Self { path: path.to_owned(), real, file, opened, changed };
-        let mut start = [0; LFS_POINTER.len()];
-        if file.len() >= start.len() as u64 {
-            file.read_at(&mut start, 0)?;
-        }
-        if start == LFS_POINTER {
-            let what = "is a Git LFS pointer, not the weights; `git lfs pull` fetches them";
-            return Err(LoadError::invalid(path, what));
-        }
+        let mut start = vec![0; file.len().min(POINTER_BYTES) as usize];
+        file.read_at(&mut start, 0)?;
+        refuse_pointer(path, &start)?;
         Ok(file)
     }
 

@@ -22,6 +22,8 @@ pub struct Formatter {
     tools: Option<ToolParser>,
     index: usize,
     text_offset: usize,
+    /// The incomplete character that a repeated prompt ends in; an output completes it.
+    cut: String,
 }
 
 /// The beginning of a completion that repeats its prompt.
@@ -41,7 +43,7 @@ impl Formatter {
         tools: Option<ToolParser>,
         index: usize,
     ) -> Self {
-        Self { model, report, proof, tools, index, text_offset: 0 }
+        Self { model, report, proof, tools, index, text_offset: 0, cut: String::new() }
     }
 
     fn tokenizer(&self) -> &TextTokenizer {
@@ -199,6 +201,9 @@ impl Formatter {
         let mut text = echo.map(|e| self.echo(e, &mut lists)).unwrap_or_default();
         steps.iter().for_each(|step| self.list(step, &mut lists));
         text.extend(steps.iter().map(|s| s.text.as_str()));
+        if steps.is_empty() && finish.is_some() {
+            text.push_str(&std::mem::take(&mut self.cut));
+        }
         CompletionChoice {
             index: self.index,
             text,
@@ -229,9 +234,8 @@ impl Formatter {
             self.text_offset += piece.chars().count();
             text.push_str(&piece);
         }
-        let rest = detokenizer.finish();
-        self.text_offset += rest.chars().count();
-        text + &rest
+        self.cut = detokenizer.finish();
+        text
     }
 
     fn list(&mut self, step: &Step, lists: &mut CompletionLogprobs) {
@@ -241,6 +245,7 @@ impl Formatter {
         lists.tokens.push(self.token_string(step.token));
         lists.top_logprobs.push(Some(self.alternatives(own, &step.top)));
         self.text_offset += step.text.chars().count();
+        self.cut.clear();
     }
 
     /// The token itself, then the most probable ones, by name.

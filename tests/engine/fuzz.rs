@@ -11,7 +11,10 @@ use targon_engine::chain::{epistula, keyfile};
 use targon_engine::config::models_toml;
 use targon_engine::models::Model;
 use targon_engine::models::chat::ChatTemplate;
+use targon_engine::models::checkpoint::Index;
+use targon_engine::models::error::LoadError;
 use targon_engine::models::gguf::{HEADER_BYTES_MAX, Header};
+use targon_engine::models::{config, header};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::commit::ResidueChunk;
@@ -41,6 +44,161 @@ fn chat_templates() {
             let variables = json!({"messages": [{"role": "user", "content": content}]});
             let text = template.render(variables.as_object().unwrap().clone());
             assert!(text.is_err() || text.unwrap().len() <= 32 << 20);
+        }
+    });
+}
+
+/// A JSON value out of random numbers.
+fn json_of(kind: u8, number: i64) -> Value {
+    match kind % 12 {
+        0 => Value::Null,
+        1 => json!(number > 0),
+        2 => json!(number % 300),
+        3 => json!(number),
+        4 => json!(number as u64),
+        5 => json!(number as f64 / 1e3),
+        6 => json!(number.to_string()),
+        7 => json!([number, null]),
+        8 => json!({"type": "linear", "factor": number}),
+        9 => json!({"rope_type": "llama3", "factor": 2, "low_freq_factor": number % 9,
+            "high_freq_factor": 4, "original_max_position_embeddings": 64}),
+        10 => json!(["LlamaForCausalLM"]),
+        _ => json!(["sliding_attention", "full_attention"]),
+    }
+}
+
+#[test]
+fn model_configurations() {
+    const FAMILIES: [&str; 8] =
+        ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "qwen3_moe"];
+    const KEYS: [&str; 28] = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "num_key_value_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "hidden_act",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "partial_rotary_factor",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "sliding_window",
+        "layer_types",
+        "architectures",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "query_pre_attn_scalar",
+        "norm_topk_prob",
+        "quantization_config",
+        "final_logit_softcapping",
+    ];
+    bolero::check!().with_type::<(u8, Vec<(u8, u8, i64)>, Vec<u8>)>().for_each(
+        |(family, changes, bytes)| {
+            let mut json = json!({
+                "model_type": FAMILIES[usize::from(*family) % 8], "vocab_size": 100,
+                "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "intermediate_size": 96, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+                "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            });
+            for (key, kind, number) in changes {
+                json[KEYS[usize::from(*key) % KEYS.len()]] = json_of(*kind, *number);
+            }
+            let whole: Value = serde_json::from_slice(bytes).unwrap_or_default();
+            for json in [&json, &whole] {
+                match config::parse(Path::new("config.json"), json) {
+                    Ok(spec) => {
+                        assert_eq!(spec.attention.windows.len(), spec.layers);
+                        assert!(spec.vocab > 0 && spec.qkv_rows() > 0);
+                    }
+                    Err(e) => assert!(e.to_string().starts_with("config.json: "), "{e}"),
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn safetensors_headers() {
+    const TYPES: [&str; 6] = ["F32", "BF16", "F16", "I64", "F4", "none"];
+    type Tensor = (u8, u8, Vec<u16>, u16, u16);
+    bolero::check!().with_type::<(Vec<Tensor>, Vec<u8>, Option<u64>)>().for_each(
+        |(tensors, data, length)| {
+            let entry = |(name, kind, shape, start, stop): &Tensor| {
+                let dtype = TYPES[usize::from(*kind) % TYPES.len()];
+                let offsets = [start, stop];
+                let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+                format!("\"{name}\":{entry}")
+            };
+            // Random offsets hardly ever fit: the second header has those that do.
+            let mut at = 0;
+            let fitting: Vec<Tensor> = tensors
+                .iter()
+                .enumerate()
+                .map(|(i, (_, kind, shape, ..))| {
+                    let kind = kind % 2;
+                    let shape: Vec<u16> = shape.iter().take(2).map(|d| d % 9).collect();
+                    let count = shape.iter().product::<u16>() * if kind == 0 { 4 } else { 2 };
+                    at += count;
+                    (i as u8, kind, shape, at - count, at)
+                })
+                .take(50)
+                .collect();
+            for tensors in [tensors, &fitting] {
+                let list: Vec<String> = tensors.iter().map(entry).collect();
+                let header = format!("{{{}}}", list.join(","));
+                let length = length.unwrap_or(header.len() as u64);
+                let mut file = length.to_le_bytes().to_vec();
+                file.extend(header.as_bytes());
+                file.extend(data);
+                let fits = tensors.len() == fitting.len() && tensors == &fitting;
+                if fits && length == header.len() as u64 {
+                    file.resize(8 + header.len() + usize::from(at), 0);
+                }
+                match read_header(&file) {
+                    Ok(entries) => {
+                        assert!(entries.iter().all(|e| e.range.end <= file.len() as u64));
+                        let bytes: u64 = entries.iter().map(|e| e.range.end - e.range.start).sum();
+                        assert!(bytes <= file.len() as u64 - 8);
+                    }
+                    Err(e) => assert!(!e.to_string().is_empty()),
+                }
+            }
+            if let Ok(entries) = read_header(data) {
+                assert!(entries.iter().all(|e| e.range.end <= data.len() as u64));
+            }
+        },
+    );
+}
+
+fn read_header(file: &[u8]) -> Result<Vec<header::Entry>, LoadError> {
+    header::read(Path::new("m"), file.len() as u64, |bytes, at| {
+        bytes.copy_from_slice(&file[at as usize..][..bytes.len()]);
+        Ok(())
+    })
+}
+
+#[test]
+fn safetensors_indexes() {
+    bolero::check!().with_type::<(Vec<(String, String)>, Vec<u8>)>().for_each(|(map, bytes)| {
+        let map: serde_json::Map<String, Value> =
+            map.iter().map(|(tensor, shard)| (tensor.clone(), json!(shard))).collect();
+        let whole: Value = serde_json::from_slice(bytes).unwrap_or_default();
+        for json in [json!({"weight_map": map}), json!({"weight_map": whole}), whole] {
+            if let Ok(index) = Index::parse(Path::new("i"), &json) {
+                for shard in index.shards() {
+                    let inside = Path::new("d").join(shard);
+                    assert_eq!(inside.parent(), Some(Path::new("d")), "{shard:?}");
+                }
+            }
         }
     });
 }

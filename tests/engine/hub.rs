@@ -18,6 +18,9 @@ use targon_engine::models::hub::{Hub, HubError, Wanted};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
+/// A change of the listing.
+type Lie = fn(&mut Value);
+
 /// What the server does wrong.
 #[derive(Clone, Copy, Default)]
 struct Faults {
@@ -29,6 +32,10 @@ struct Faults {
     ignores_range: bool,
     /// Answer 401 without this token.
     token: Option<&'static str>,
+    /// Change what the listing says.
+    lie: Option<Lie>,
+    /// Send a byte at a time, with pauses.
+    drips: bool,
 }
 
 struct Site {
@@ -61,7 +68,11 @@ async fn listing(State(site): State<Arc<Site>>, headers: HeaderMap) -> Response<
             entry
         })
         .collect();
-    Json(json!({"sha": COMMIT, "siblings": siblings})).into_response()
+    let mut listing = json!({"sha": COMMIT, "siblings": siblings});
+    if let Some(lie) = site.faults.lie {
+        lie(&mut listing);
+    }
+    Json(listing).into_response()
 }
 
 async fn resolve(Path((commit, name)): Path<(String, String)>) -> Response<Body> {
@@ -89,6 +100,14 @@ async fn cdn(
     let status = if from > 0 { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
     let rest = bytes.split_off(from);
     let length = rest.len();
+    if site.faults.drips {
+        let bytes = futures_util::stream::iter(rest).then(|byte| async move {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            Ok::<_, std::io::Error>(Bytes::from(vec![byte]))
+        });
+        let answer = Response::builder().status(status).header("content-length", length);
+        return answer.body(Body::from_stream(bytes)).unwrap();
+    }
     let body = match site.faults.drop_after.filter(|n| *n < length) {
         None => Body::from(rest),
         Some(count) => {
@@ -120,6 +139,8 @@ impl Setup {
             ("model.safetensors", weights.clone()),
             ("m.Q4_1.gguf", weights[..1000].to_vec()),
             ("README.md", b"not fetched".to_vec()),
+            // The same bytes as another file's: one blob.
+            ("generation_config.json", b"{}".to_vec()),
         ]);
         let site = Arc::new(Site { files, faults, requests: Mutex::new(Vec::new()) });
         let app = Router::new()
@@ -229,4 +250,102 @@ async fn refusals_say_what_to_do() {
         let error = hub.fetch(name, "main", Wanted::Checkpoint, &|_, _, _| {}).await;
         assert!(matches!(error, Err(HubError::Name(_))), "{name}");
     }
+}
+
+/// The entry of a file in a listing.
+fn entry<'a>(listing: &'a mut Value, name: &str) -> &'a mut Value {
+    let list = listing["siblings"].as_array_mut().unwrap();
+    list.iter_mut().find(|e| e["rfilename"] == name).unwrap()
+}
+
+#[tokio::test]
+async fn a_lying_hub_writes_nothing_outside_and_is_refused() {
+    let cases: [(Lie, &str); 14] = [
+        (|l| entry(l, "config.json")["blobId"] = json!("x.lock"), "checksum of 40 hexadecimal"),
+        (|l| entry(l, "config.json")["blobId"] = json!("../../../evil"), "40 hexadecimal digits"),
+        (|l| entry(l, "config.json")["blobId"] = json!(null), "config.json: expected a checksum"),
+        (|l| entry(l, "config.json")["blobId"] = json!("A".repeat(40)), "40 hexadecimal digits"),
+        (
+            |l| entry(l, "model.safetensors")["lfs"]["sha256"] = json!("0".repeat(40)),
+            "a checksum of 64 hexadecimal digits",
+        ),
+        (|l| l["sha"] = json!("main"), "expected a commit of 40 hexadecimal digits, got \"main\""),
+        (|l| l["sha"] = json!("../../x"), "expected a commit of 40 hexadecimal digits"),
+        (
+            |l| {
+                l["siblings"].as_array_mut().unwrap().push(json!({
+                "rfilename": "model/../../../x.safetensors", "size": 1, "blobId": "0".repeat(40)}))
+            },
+            "", // not a name that anybody asked for
+        ),
+        (
+            |l| {
+                l["siblings"].as_array_mut().unwrap().push(json!({
+                "rfilename": "model\\..\\x.safetensors", "size": 1, "blobId": "0".repeat(40)}))
+            },
+            "is not a valid name",
+        ),
+        (
+            |l| {
+                let twice = entry(l, "config.json").clone();
+                l["siblings"].as_array_mut().unwrap().push(twice);
+            },
+            "config.json: expected one file of this name, got two",
+        ),
+        (|l| entry(l, "config.json")["size"] = json!(u64::MAX), "at most 268435456 bytes"),
+        (
+            |l| entry(l, "model.safetensors")["lfs"]["size"] = json!(1_u64 << 41),
+            "model.safetensors: expected at most 1099511627776 bytes",
+        ),
+        (|l| entry(l, "generation_config.json")["size"] = json!(3), "expected 2 bytes, got 3"),
+        (
+            |l| l["siblings"] = json!(vec![entry(l, "config.json").clone(); 10_001]),
+            "expected at most 10000 files, got 10001",
+        ),
+    ];
+    for (lie, want) in cases {
+        let setup = Setup::new(Faults { lie: Some(lie), ..Faults::default() }).await;
+        match setup.fetch(Wanted::Checkpoint).await {
+            Ok(_) => assert_eq!(want, ""),
+            Err(e) => {
+                let e = e.to_string();
+                assert!(!want.is_empty() && e.contains(want), "expected `{want}` in `{e}`");
+            }
+        }
+        let outside: Vec<PathBuf> = std::fs::read_dir(setup.cache.path())
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .filter(|p| !p.ends_with("models--o--m"))
+            .collect();
+        assert!(outside.is_empty(), "{outside:?}");
+    }
+    let setup = Setup::new(Faults::default()).await;
+    let hub = setup.hub(None, false);
+    for repo in ["o/m/x", "o--m/x", "o/.."] {
+        let error = hub.fetch(repo, "main", Wanted::Checkpoint, &|_, _, _| {}).await;
+        assert!(matches!(error, Err(HubError::Name(_))), "{repo}");
+    }
+}
+
+#[tokio::test]
+async fn equal_files_are_one_blob_and_do_not_wait_for_each_other() {
+    let setup = Setup::new(Faults::default()).await;
+    let fetch = setup.fetch(Wanted::Checkpoint);
+    let fetched = tokio::time::timeout(std::time::Duration::from_secs(20), fetch).await;
+    let dir = fetched.expect("two names of one blob wait for each other").unwrap();
+    for name in ["config.json", "generation_config.json"] {
+        assert_eq!(std::fs::read(dir.join(name)).unwrap(), b"{}", "{name}");
+    }
+    let requests = setup.site.requests.lock();
+    assert_eq!(requests.iter().filter(|r| r.contains("config.json")).count(), 1, "{requests:?}");
+}
+
+#[tokio::test]
+async fn a_hub_that_sends_a_byte_now_and_then_is_given_up() {
+    let setup = Setup::new(Faults { drips: true, ..Faults::default() }).await;
+    let hub = setup.hub(None, false).with_patience(std::time::Duration::from_millis(100));
+    let fetch = hub.fetch("o/m", "main", Wanted::File("model.safetensors"), &|_, _, _| {});
+    let error = fetch.await.unwrap_err();
+    assert!(matches!(error, HubError::Slow { .. }), "{error}");
+    assert!(error.to_string().contains("sent less than 65536 bytes in 0.1 seconds"), "{error}");
 }

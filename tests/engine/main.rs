@@ -17,3 +17,4 @@ mod parity;
 mod proofs;
 mod real_model;
 mod scheduler_sim;
+mod text;

@@ -5,18 +5,23 @@
 //! git blob id for small ones) before they get their place. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`,
 //! `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean elsewhere.
 
+mod listing;
 mod store;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
+use listing::{Entry, Listing, check_commit, check_name, check_repo};
 use reqwest::{Client, Response, StatusCode, header};
-use serde::Deserialize;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use store::{has_size, link, lock, make_parent, size_of, verify, write_small};
 
-/// Attempts in a row that bring no new byte before a download is given up.
+/// Attempts in a row that bring less than a burst before a download is given up.
 const ATTEMPTS_MAX: u32 = 5;
+/// What must arrive within [`PATIENCE`], unless the file ends.
+const BURST_BYTES: u64 = 64 << 10;
+/// The time for a burst, and for a model description.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Files fetched at once.
 const FILES_AT_ONCE: usize = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,6 +55,20 @@ pub enum HubError {
         url: String,
         /// The cause.
         source: reqwest::Error,
+    },
+    /// Bytes come so slowly that there is no end to it.
+    #[error("{url} sent less than {BURST_BYTES} bytes in {seconds} seconds")]
+    Slow {
+        /// The request.
+        url: String,
+        /// The time it had.
+        seconds: f64,
+    },
+    /// Another process holds a file of the cache.
+    #[error("{path} is held by another process")]
+    Locked {
+        /// The lock.
+        path: PathBuf,
     },
     /// A file is not what the Hub promised.
     #[error("{file}: expected {expected}, got {got}")]
@@ -112,6 +131,7 @@ pub struct Hub {
     cache: PathBuf,
     token: Option<String>,
     offline: bool,
+    patience: Duration,
     client: Client,
 }
 
@@ -122,39 +142,6 @@ pub struct Snapshot {
     pub commit: String,
     /// The directory with the files.
     pub directory: PathBuf,
-}
-
-#[derive(Deserialize)]
-struct Listing {
-    sha: String,
-    siblings: Vec<Entry>,
-}
-
-#[derive(Deserialize, Clone)]
-#[serde(rename_all = "camelCase")]
-struct Entry {
-    rfilename: String,
-    #[serde(default)]
-    size: u64,
-    blob_id: Option<String>,
-    lfs: Option<Lfs>,
-}
-
-#[derive(Deserialize, Clone)]
-struct Lfs {
-    sha256: String,
-    size: u64,
-}
-
-impl Entry {
-    fn size(&self) -> u64 {
-        self.lfs.as_ref().map_or(self.size, |lfs| lfs.size)
-    }
-
-    /// The blob's name in the cache, which is its checksum.
-    fn blob(&self) -> Option<&str> {
-        self.lfs.as_ref().map(|lfs| lfs.sha256.as_str()).or(self.blob_id.as_deref())
-    }
 }
 
 impl Hub {
@@ -196,7 +183,14 @@ impl Hub {
             .build()
             .map_err(|source| HubError::Network { url: endpoint.to_owned(), source })?;
         let endpoint = endpoint.trim_end_matches('/').to_owned();
-        Ok(Self { endpoint, cache, token: token.filter(|t| !t.is_empty()), offline, client })
+        let token = token.filter(|t| !t.is_empty());
+        Ok(Self { endpoint, cache, token, offline, patience: PATIENCE, client })
+    }
+
+    /// Gives up on answers that take longer than this for 64 KiB.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Makes `wanted` of `repo` at `revision` present and returns where it is.
@@ -210,21 +204,20 @@ impl Hub {
         wanted: Wanted<'_>,
         progress: Progress<'_>,
     ) -> Result<Snapshot, HubError> {
-        check_name(repo)?;
+        check_repo(repo)?;
         check_name(revision)?;
         let root = self.cache.join(format!("models--{}", repo.replace('/', "--")));
         if self.offline {
             return offline(&root, repo, revision, wanted);
         }
         let listing = self.listing(repo, revision).await?;
-        check_name(&listing.sha)?;
-        let entries = choose(repo, &listing, wanted)?;
+        let blobs = listing.choose(repo, wanted)?;
         let directory = root.join("snapshots").join(&listing.sha);
         let commit = listing.sha.as_str();
-        stream::iter(entries)
-            .map(|entry| {
-                let place = Place { root: root.clone(), directory: directory.clone() };
-                self.file(repo, commit, entry, place, progress)
+        stream::iter(blobs)
+            .map(|(blob, entries)| {
+                let place = Place { blob: root.join("blobs").join(blob), directory: &directory };
+                self.file(repo, commit, entries, place, progress)
             })
             .buffer_unordered(FILES_AT_ONCE)
             .try_collect::<()>()
@@ -236,17 +229,29 @@ impl Hub {
 
     async fn listing(&self, repo: &str, revision: &str) -> Result<Listing, HubError> {
         let url = format!("{}/api/models/{repo}/revision/{revision}?blobs=true", self.endpoint);
-        let response = self.get(&url, None).await?;
-        let network = |source| HubError::Network { url: url.clone(), source };
+        let body = self.in_time(&url, self.small(&url)).await??;
+        Listing::parse(&url, &body)
+    }
+
+    /// A model description's bytes.
+    async fn small(&self, url: &str) -> Result<Vec<u8>, HubError> {
+        let response = self.get(url, None).await?;
+        let network = |source| HubError::Network { url: url.to_owned(), source };
         let mut body = Vec::new();
         let mut chunks = response.bytes_stream();
         while let Some(chunk) = chunks.next().await {
             body.extend_from_slice(&chunk.map_err(network)?);
             if body.len() > LISTING_MAX {
-                return Err(corrupt(&url, format!("at most {LISTING_MAX} bytes"), "more"));
+                return Err(corrupt(url, format!("at most {LISTING_MAX} bytes"), "more"));
             }
         }
-        serde_json::from_slice(&body).map_err(|e| corrupt(&url, "a model description", e))
+        Ok(body)
+    }
+
+    /// What comes of `work`, unless it takes too long.
+    async fn in_time<T>(&self, url: &str, work: impl Future<Output = T>) -> Result<T, HubError> {
+        let slow = |_| HubError::Slow { url: url.to_owned(), seconds: self.patience.as_secs_f64() };
+        tokio::time::timeout(self.patience, work).await.map_err(slow)
     }
 
     async fn get(&self, url: &str, from: Option<u64>) -> Result<Response, HubError> {
@@ -266,35 +271,33 @@ impl Hub {
         Ok(response)
     }
 
-    /// One file of a snapshot, from the cache or the Hub.
+    /// One blob of a snapshot, from the cache or the Hub, under all its names.
     async fn file(
         &self,
         repo: &str,
         commit: &str,
-        entry: Entry,
-        place: Place,
+        entries: Vec<Entry>,
+        place: Place<'_>,
         progress: Progress<'_>,
     ) -> Result<(), HubError> {
-        let name = &entry.rfilename;
-        check_name(name)?;
-        let Some(blob) = entry.blob().map(str::to_owned) else {
-            return Err(corrupt(name, "a checksum in the listing", "none"));
-        };
-        check_name(&blob)?;
-        let path = place.root.join("blobs").join(&blob);
-        let url = format!("{}/{repo}/resolve/{commit}/{name}", self.endpoint);
-        if !has_size(&path, entry.size()) {
-            make_parent(&path)?;
-            let _lock = lock(&path.with_extension("lock"))?;
-            if !has_size(&path, entry.size()) {
-                self.download(&url, &entry, &path, progress).await?;
+        let Some(entry) = entries.first() else { return Ok(()) };
+        let path = &place.blob;
+        let url = format!("{}/{repo}/resolve/{commit}/{}", self.endpoint, entry.rfilename);
+        if !has_size(path, entry.size()) {
+            make_parent(path)?;
+            let _lock = lock(&path.with_extension("lock")).await?;
+            if !has_size(path, entry.size()) {
+                self.download(&url, entry, path, progress).await?;
             }
         }
-        progress(name, entry.size(), entry.size());
-        link(&path, &place.directory.join(name))
+        for entry in &entries {
+            progress(&entry.rfilename, entry.size(), entry.size());
+            link(path, &place.directory.join(&entry.rfilename))?;
+        }
+        Ok(())
     }
 
-    /// Downloads until the file is whole, resuming after every break that brought new bytes.
+    /// Downloads until the file is whole, resuming after every break that brought a burst.
     async fn download(
         &self,
         url: &str,
@@ -325,7 +328,7 @@ impl Hub {
                     }
                 }
             }
-            barren = if size_of(&partial) > before { 0 } else { barren + 1 };
+            barren = if size_of(&partial) >= before + BURST_BYTES { 0 } else { barren + 1 };
             match outcome {
                 Err(e @ (HubError::Io { .. } | HubError::Corrupt { .. })) => return Err(e),
                 Err(HubError::Status { status, url }) if status.is_client_error() => {
@@ -364,83 +367,39 @@ impl Hub {
         file.set_len(at).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
         let mut chunks = response.bytes_stream();
-        while let Some(chunk) = chunks.next().await {
-            let chunk =
-                chunk.map_err(|source| HubError::Network { url: url.to_owned(), source })?;
-            at += chunk.len() as u64;
-            if at > entry.size() {
-                let (want, got) = (entry.size(), format!("at least {at} bytes"));
-                return Err(corrupt(url, format!("{want} bytes"), got));
-            }
-            file.write_all(&chunk).map_err(io)?;
-            progress(&entry.rfilename, at, entry.size());
+        let mut has_ended = false;
+        while !has_ended {
+            let burst = async {
+                let full = at + BURST_BYTES;
+                while at < full {
+                    let Some(chunk) = chunks.next().await else { return Ok(true) };
+                    let network = |source| HubError::Network { url: url.to_owned(), source };
+                    let chunk = chunk.map_err(network)?;
+                    at += chunk.len() as u64;
+                    if at > entry.size() {
+                        let (want, got) = (entry.size(), format!("at least {at} bytes"));
+                        return Err(corrupt(url, format!("{want} bytes"), got));
+                    }
+                    file.write_all(&chunk).map_err(io)?;
+                    progress(&entry.rfilename, at, entry.size());
+                }
+                Ok(false)
+            };
+            has_ended = self.in_time(url, burst).await??;
         }
         file.sync_all().map_err(io)
     }
 }
 
-/// Where a file goes.
-struct Place {
-    root: PathBuf,
-    directory: PathBuf,
+/// Where a blob and the names of it go.
+struct Place<'a> {
+    blob: PathBuf,
+    directory: &'a Path,
 }
 
 fn corrupt(file: &str, expected: impl ToString, got: impl ToString) -> HubError {
     let (expected, got) = (expected.to_string(), got.to_string());
     HubError::Corrupt { file: file.to_owned(), expected, got }
-}
-
-/// Only names that stay inside the cache: no empty, hidden or parent components.
-fn check_name(name: &str) -> Result<(), HubError> {
-    let good = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.+@=".contains(c))
-    };
-    let sound = name.len() <= 200 && name.split('/').all(good);
-    if sound { Ok(()) } else { Err(HubError::Name(name.to_owned())) }
-}
-
-/// The files of a checkpoint: configuration, tokenizer, template, and `model*.safetensors`.
-fn is_checkpoint_file(name: &str) -> bool {
-    let small = [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "model.safetensors.index.json",
-    ];
-    let weights = name.starts_with("model") && name.ends_with(".safetensors");
-    small.contains(&name) || (weights && !name.contains('/'))
-}
-
-fn choose(repo: &str, listing: &Listing, wanted: Wanted<'_>) -> Result<Vec<Entry>, HubError> {
-    let missing = |file: &str| HubError::Missing {
-        repo: repo.to_owned(),
-        commit: listing.sha.clone(),
-        file: file.to_owned(),
-    };
-    let files = listing.siblings.iter().cloned();
-    match wanted {
-        Wanted::File(name) => {
-            let entry = listing.siblings.iter().find(|e| e.rfilename == name);
-            entry.map(|e| vec![e.clone()]).ok_or_else(|| missing(name))
-        }
-        Wanted::Checkpoint => {
-            let entries: Vec<Entry> = files.filter(|e| is_checkpoint_file(&e.rfilename)).collect();
-            let has = |test: &dyn Fn(&str) -> bool| entries.iter().any(|e| test(&e.rfilename));
-            for name in ["config.json", "tokenizer.json"] {
-                if !has(&|n| n == name) {
-                    return Err(missing(name));
-                }
-            }
-            if !has(&|n| n.ends_with(".safetensors")) {
-                return Err(missing("model.safetensors"));
-            }
-            Ok(entries)
-        }
-    }
 }
 
 /// A snapshot from the cache alone.
@@ -453,7 +412,9 @@ fn offline(
     let absent = |what: String| HubError::Offline { what, cache: root.to_owned() };
     let commit = std::fs::read_to_string(root.join("refs").join(revision))
         .map_or_else(|_| revision.to_owned(), |c| c.trim().to_owned());
-    check_name(&commit)?;
+    if check_commit(revision, &commit).is_err() {
+        return Err(absent(format!("{repo} at {revision}")));
+    }
     let directory = root.join("snapshots").join(&commit);
     if !directory.is_dir() {
         return Err(absent(format!("{repo} at {revision}")));

@@ -1,10 +1,17 @@
 //! Files of the cache: sizes, checksums, locks, links.
 
-use super::{Entry, HubError, corrupt};
+use super::listing::Entry;
+use super::{HubError, corrupt};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
+use std::fs::TryLockError;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Another process may take this long for a blob: six hours.
+const LOCK_TRIES_MAX: u32 = 6 * 60 * 60 * 4;
+const LOCK_PAUSE: Duration = Duration::from_millis(250);
 
 pub(super) fn verify(entry: &Entry, path: &Path) -> Result<(), HubError> {
     let io = |source| HubError::Io { path: path.to_owned(), source };
@@ -55,11 +62,17 @@ pub(super) fn write_small(path: &Path, bytes: &[u8]) -> Result<(), HubError> {
 }
 
 /// Held while a blob is written, so that two processes do not write the same one.
-pub(super) fn lock(path: &Path) -> Result<std::fs::File, HubError> {
+pub(super) async fn lock(path: &Path) -> Result<std::fs::File, HubError> {
     let io = |source| HubError::Io { path: path.to_owned(), source };
     let file = std::fs::File::create(path).map_err(io)?;
-    file.lock().map_err(io)?;
-    Ok(file)
+    for _ in 0..LOCK_TRIES_MAX {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_PAUSE).await,
+            Err(TryLockError::Error(source)) => return Err(io(source)),
+        }
+    }
+    Err(HubError::Locked { path: path.to_owned() })
 }
 
 /// Puts a blob into a snapshot: a relative link, or a copy where links are refused.
