@@ -7,18 +7,26 @@
 //! and ends in a [`Verdict`]. What the peer sent can at worst be rejected; trouble of ours is
 //! [`Verdict::Unscored`].
 //!
+//! What a client received is a whole response: [`capture`] reads the request ([`question`]), lets the
+//! server's own writer write the answer again ([`mirror`]) and compares every field ([`compare`]).
+//!
 //! Where the [`limits`] come from is in [`calibrate`]; what many answers of one miner say together
 //! is in [`evidence`].
 
 pub mod answer;
 pub mod bounds;
 pub mod calibrate;
+pub mod capture;
+mod compare;
 pub mod evidence;
 pub mod evidence_file;
 pub mod file;
 pub mod limits;
+pub mod mirror;
 pub mod prefill;
 pub mod proof;
+pub mod question;
+mod reports;
 pub mod rows;
 pub mod structure;
 pub mod targon;
@@ -318,7 +326,7 @@ impl Verifier {
 
     /// Checks what needs no rows; what they are needed for is left, if anything.
     fn prepare(&self, claim: &Claim<'_>, rules: Rules<'_>) -> Result<Option<Work>, Stop> {
-        let end = structure::check(claim, &self.model, self.context_max)?;
+        let end = structure::check(claim, &self.model, self.context_max)?.end;
         structure::check_powv(claim, &self.model, rules.profile == Profile::Powv)?;
         let bound = match rules.profile {
             Profile::Proof => Some(proof::bind(claim, &end, &self.identity)?),
@@ -379,8 +387,11 @@ impl Verifier {
             report.chunks = hidden.compare(bound, &claim.answer.ids);
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
             rows::check_margins(&report.rows, &self.limits)?;
+            reports::check(&report.rows, Some((bound.scheme, &report.chunks)), &self.limits)?;
+            proof::check_nonce(claim)?;
         } else {
             targon::check(claim, &report.rows, &self.limits, rules.chance)?;
+            reports::check(&report.rows, None, &self.limits)?;
         }
         Ok(())
     }

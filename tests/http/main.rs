@@ -13,5 +13,6 @@ mod operators;
 mod requests;
 mod server;
 mod soak;
+mod tampers;
 mod verify;
 mod verify_real;
