@@ -60,8 +60,10 @@ fn field(key: &str, place: Place<'_>) -> Field {
         "id" if place.is_call => of(Reason::TextMismatch, false, Rule::Name),
         "type" | "index" if place.is_call => of(Reason::TextMismatch, true, Rule::Equal),
         "arguments" => of(Reason::TextMismatch, false, Rule::Json),
-        "content" | "text" | "tool_calls" | "function" | "name" | "reasoning"
-        | "reasoning_content" | "refusal" => of(Reason::TextMismatch, false, Rule::Equal),
+        "message" | "delta" | "content" | "text" | "tool_calls" | "function" | "name"
+        | "reasoning" | "reasoning_content" | "refusal" => {
+            of(Reason::TextMismatch, false, Rule::Equal)
+        }
         "role" => of(Reason::BadStream, true, Rule::Equal),
         "finish_reason" => of(Reason::EarlyEnd, false, Rule::Equal),
         "stop_reason" => of(Reason::EarlyEnd, true, Rule::Equal),
@@ -127,11 +129,14 @@ impl Compare<'_> {
             let may_miss = field.is_optional && !self.is_own;
             match (field.rule, is_empty(sent)) {
                 (_, true) if may_miss || is_empty(want) => {}
-                (_, true) => {
+                (_, true) if !want.is_object() => {
                     let what = format!("{name} is missing, it must be {}", short(want));
                     return Err(Rejection::new(field.reason, what));
                 }
-                (rule, false) => {
+                (rule, _) => {
+                    // What is missing of an object is its fields.
+                    let nothing = Value::Object(Map::new());
+                    let sent = if sent.is_null() { &nothing } else { sent };
                     let is_below = matches!(key.as_str(), "logprobs" | "proof" | "proof_end");
                     let below = Place {
                         name: &name,

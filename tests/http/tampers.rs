@@ -446,7 +446,7 @@ fn offers(extra: Value) -> Value {
     let tool = json!({"type": "function", "function": {"name": "f", "parameters":
         {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
         "additionalProperties": false}}});
-    let mut body = json!({"tools": [tool], "max_tokens": 120, "ignore_eos": false});
+    let mut body = json!({"tools": [tool], "max_tokens": 400, "ignore_eos": false});
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     body
 }
