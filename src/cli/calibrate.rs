@@ -397,6 +397,7 @@ impl Own {
             text: Some(steps.iter().map(|s| s.text.as_str()).collect()),
             logprobs: steps.iter().map(|s| Some(s.logprob)).collect(),
             tops: Vec::new(),
+            prompt: Vec::new(),
             powv: steps.iter().map(|s| Some(s.powv)).collect(),
             finish_reason: None,
             chunks: steps.iter().filter_map(chunk).collect(),

@@ -25,6 +25,8 @@ pub struct Answer {
     pub logprobs: Vec<Option<f64>>,
     /// Reported alternatives, by token; empty where none came.
     pub tops: Vec<Vec<Top>>,
+    /// What was reported of the prompt's tokens.
+    pub prompt: Vec<Reported>,
     /// Reported weight values, by token.
     pub powv: Vec<Option<i64>>,
     /// Why it ended.
@@ -44,6 +46,19 @@ pub struct Top {
     pub bytes: Option<Vec<u8>>,
     /// Its log-probability.
     pub logprob: f64,
+}
+
+/// What was reported of a token of the prompt.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Reported {
+    /// Number of the token before it, whose row says how probable it is.
+    pub place: usize,
+    /// Its log-probability, where it does not stand among the others.
+    pub logprob: Option<f64>,
+    /// Probable tokens.
+    pub top: Vec<Top>,
+    /// Their ranks, where they came.
+    pub ranks: Vec<u64>,
 }
 
 /// A chunk of a proof, decoded.
@@ -93,7 +108,7 @@ impl Answer {
     /// When it is not a response. One without tokens is fine.
     pub fn read(sent: Sent<'_>, choice: u32, echoed: usize) -> Result<Self, Rejection> {
         let answer = Self { text: Some(String::new()), ..Self::default() };
-        let mut reading = Reading { answer, echoed };
+        let mut reading = Reading { answer, echoed, place: 0 };
         match sent {
             Sent::Whole(body) => reading.whole(body, choice)?,
             Sent::Stream(chunks) => reading.stream(chunks, choice)?,
@@ -120,6 +135,7 @@ impl Answer {
 struct Reading {
     answer: Answer,
     echoed: usize, // tokens of the prompt that are still to come
+    place: usize,  // tokens of the prompt that have come
 }
 
 impl Reading {
@@ -129,7 +145,12 @@ impl Reading {
             found.next().ok_or_else(|| bad(format!("the response has no choice {choice}")))?;
         match found.next() {
             Some(_) => Err(bad(format!("the response has choice {choice} twice"))),
-            None => self.take(one, true),
+            None => {
+                // Chats have one prompt, so theirs stand beside the choices.
+                self.take_prompt(&body["prompt_logprobs"])?;
+                self.take_prompt(&one["prompt_logprobs"])?;
+                self.take(one, true)
+            }
         }
     }
 
@@ -171,6 +192,32 @@ impl Reading {
         Ok(())
     }
 
+    /// The prompt's log-probabilities by id, null for the first token.
+    fn take_prompt(&mut self, list: &Value) -> Result<(), Rejection> {
+        let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
+        for (place, map) in list.iter().skip(1).enumerate().take(TOKENS_MAX) {
+            let Some(map) = map.as_object() else { return Err(not_alternatives()) };
+            check_top(map.len())?;
+            let one = |(id, entry): (&String, &Value)| {
+                let (name, logprob) = (format!("token_id:{id}"), entry["logprob"].as_f64()?);
+                Some((Top { name, bytes: None, logprob }, entry["rank"].as_u64()?))
+            };
+            let all: Option<Vec<(Top, u64)>> = map.iter().map(one).collect();
+            let (top, ranks) = all.ok_or_else(not_alternatives)?.into_iter().unzip();
+            self.answer.prompt.push(Reported { place, logprob: None, top, ranks });
+        }
+        Ok(())
+    }
+
+    /// An entry that repeats a token of the prompt; the first follows nothing.
+    fn take_echo(&mut self, entry: Entry<'_>) {
+        if let Some(place) = self.place.checked_sub(1) {
+            let Entry { logprob, top, .. } = entry;
+            self.answer.prompt.push(Reported { place, logprob, top, ranks: Vec::new() });
+        }
+        self.place += 1;
+    }
+
     fn take_text(&mut self, choice: &Value, is_whole: bool) -> Result<(), Rejection> {
         let message = if is_whole { &choice["message"] } else { &choice["delta"] };
         // A client reads one of them; the other must not be what is verified.
@@ -195,7 +242,7 @@ impl Reading {
         let mut entries = entries(&choice["logprobs"])?;
         let echoed = self.echoed.min(entries.len());
         self.echoed -= echoed;
-        entries.drain(..echoed);
+        entries.drain(..echoed).for_each(|entry| self.take_echo(entry));
         let ids: Vec<u32> = match choice["token_ids"].as_array() {
             Some(ids) => ids.iter().map(id).collect::<Result<_, _>>()?,
             None => entries.iter().map(|e| named_id(e.name)).collect::<Result<_, _>>()?,

@@ -257,6 +257,11 @@ fn fold(whole: &mut Map<String, Value>, part: &Map<String, Value>) -> Result<(),
             ("content" | "text" | "arguments", Some(Value::String(all)), Value::String(more)) => {
                 all.push_str(more);
             }
+            (_, None, Value::Object(part)) => {
+                let mut object = Map::new();
+                fold(&mut object, part)?;
+                whole.insert(key.clone(), object.into());
+            }
             (_, None, value) => drop(whole.insert(key.clone(), value.clone())),
             (_, Some(Value::Array(all)), Value::Array(more)) => all.extend(more.iter().cloned()),
             (_, Some(Value::Object(all)), Value::Object(more)) => fold(all, more)?,

@@ -6,10 +6,12 @@
 //! id and powv) is compared chunk by chunk; other honest servers cut their text otherwise, so of
 //! theirs the whole is compared.
 
-use super::answer::{Answer, Chunk, Sent, Top, id_of_name};
+mod tops;
+
+use super::answer::{Answer, Chunk, Reported, Sent, Top};
 use super::compare::{Compare, is_empty, is_name, merge, short};
 use super::question::Question;
-use super::structure::{End, LOGPROB_MAX, Walk};
+use super::structure::{End, Walk};
 use super::{Reason, Rejection};
 use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::Endpoint;
@@ -33,6 +35,7 @@ pub struct Told {
     chunks: Vec<Chunk>,
     end: Option<ProofEnd>,
     tops: Vec<Vec<Top>>,
+    prompt: Vec<Reported>,
 }
 
 impl Told {
@@ -71,6 +74,7 @@ impl Told {
             chunks: answer.chunks.clone(),
             end: answer.end.clone(),
             tops: answer.tops.clone(),
+            prompt: answer.prompt.clone(),
             finish,
         }
     }
@@ -223,8 +227,8 @@ impl Mirror<'_> {
         Compare { is_own, has_prompt_rows: false, prompt: self.question.prompts.of(index) }
     }
 
-    /// The fields beside the choices; `has_prompt_rows` says that the prompt's log-probabilities may
-    /// be among them.
+    /// The fields beside the choices; `has_prompt_rows` says that the prompt's log-probabilities
+    /// may be among them.
     fn check_head(
         &self,
         name: &str,
@@ -356,103 +360,6 @@ impl Mirror<'_> {
         }
         parts
     }
-
-    /// The form of the alternatives: as many as were asked for, and named as they must be.
-    fn check_tops(&self, index: usize, told: &Told) -> Result<(), Rejection> {
-        let report = &self.question.understood.report;
-        let Some(count) = report.logprobs else { return Ok(()) };
-        let ids = &self.question.requests()[index].logprob_ids;
-        let count =
-            if ids.is_empty() { count.min(self.model.decoder.spec.vocab) } else { ids.len() };
-        for (place, (step, top)) in told.steps.iter().zip(&told.tops).enumerate() {
-            let is_fine = top.iter().all(|top| self.is_top(top))
-                && match self.endpoint() {
-                    Endpoint::Chat => top.len() == count && are_distinct(report.tokens_as_ids, top),
-                    // The token itself stands among them. Of names that are texts some are equal.
-                    Endpoint::Completion => {
-                        let least = if report.tokens_as_ids { count.max(1) } else { 1 };
-                        let own =
-                            |t: &Top| t.logprob == step.logprob && self.is_named(t, step.token);
-                        let is_complete = (least..=count + 1).contains(&top.len());
-                        is_complete && top.iter().any(own) || count == 0 && top.is_empty()
-                    }
-                };
-            if !is_fine {
-                let got = top.len();
-                let what = format!("token {place} must have {count} alternatives, each a token");
-                return Err(Rejection::new(Reason::LogprobMismatch, format!("{what}, got {got}")));
-            }
-        }
-        Ok(())
-    }
-
-    fn is_named(&self, top: &Top, token: u32) -> bool {
-        match self.question.understood.report.tokens_as_ids {
-            true => top.name == format!("token_id:{token}"),
-            false => top.name == self.model.tokenizer.text_of(token),
-        }
-    }
-
-    /// Whether an alternative has the form of one.
-    fn is_top(&self, top: &Top) -> bool {
-        let is_logprob = top.logprob.is_finite() && top.logprob <= LOGPROB_MAX;
-        let bytes = top.bytes.as_deref();
-        let is_named = match self.question.understood.report.tokens_as_ids {
-            true => id_of_name(&top.name).is_some_and(|id| {
-                let is_known = (id as usize) < self.model.decoder.spec.vocab;
-                let own = self.model.tokenizer.bytes_of(id);
-                is_known && self.is_named(top, id) && bytes.is_none_or(|b| b == own)
-            }),
-            false => bytes.is_none_or(|b| top.name == String::from_utf8_lossy(b)),
-        };
-        is_logprob && is_named
-    }
-
-    /// The form of the prompt's log-probabilities, where they were asked for.
-    fn check_prompt_logprobs(&self, index: usize, sent: &Value) -> Result<(), Rejection> {
-        let wrong = |what: String| Err(Rejection::new(Reason::LogprobMismatch, what));
-        let Some(count) = self.question.understood.report.prompt_logprobs else {
-            return match is_empty(sent) {
-                true => Ok(()),
-                false => wrong("prompt_logprobs were not asked for".into()),
-            };
-        };
-        let prompt = self.question.prompts.of(index);
-        let list = sent.as_array().map(Vec::as_slice).unwrap_or_default();
-        if list.len() != prompt.len() || !list[0].is_null() {
-            let (want, got) = (prompt.len(), list.len());
-            return wrong(format!(
-                "prompt_logprobs must have {want} places, null first, got {got}"
-            ));
-        }
-        let count = count.min(self.model.decoder.spec.vocab);
-        for (place, (token, sent)) in prompt.iter().zip(list).enumerate().skip(1) {
-            let own = token.to_string();
-            let is_place = sent.as_object().is_some_and(|map| {
-                let is_complete = (count.max(1)..=count + 1).contains(&map.len());
-                let is_right = map.iter().all(|(id, entry)| self.is_prompt_entry(id, entry));
-                is_complete && map.contains_key(&own) && is_right
-            });
-            if !is_place {
-                return wrong(format!(
-                    "prompt_logprobs of token {place} are not {count} and its own"
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn is_prompt_entry(&self, id: &str, entry: &Value) -> bool {
-        let vocab = self.model.decoder.spec.vocab;
-        let known = id.parse::<u32>().ok().filter(|n| (*n as usize) < vocab);
-        let Some(number) = known.filter(|n| n.to_string() == id) else { return false };
-        let text = self.model.tokenizer.text_of(number);
-        let is_known = |key: &String| ["logprob", "rank", "decoded_token"].contains(&key.as_str());
-        entry.as_object().is_some_and(|map| map.keys().all(is_known))
-            && entry["decoded_token"] == text
-            && entry["rank"].as_u64().is_some_and(|r| r >= 1 && r <= vocab as u64)
-            && entry["logprob"].as_f64().is_some_and(|l| l.is_finite() && l <= LOGPROB_MAX)
-    }
 }
 
 fn place(index: usize) -> String {
@@ -462,11 +369,6 @@ fn place(index: usize) -> String {
 fn value(part: &impl Serialize) -> Value {
     // Only maps with non-string keys or failing serializers can fail, and there are none here.
     serde_json::to_value(part).unwrap_or_else(|e| unreachable!("a response is not JSON: {e}"))
-}
-
-/// Names that are ids are those of one token each.
-fn are_distinct(as_ids: bool, top: &[Top]) -> bool {
-    !as_ids || (1..top.len()).all(|i| top[..i].iter().all(|other| other.name != top[i].name))
 }
 
 /// Whether chunks, of which the first may repeat `echoed` tokens, have the form of this engine's

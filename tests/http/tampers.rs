@@ -662,6 +662,47 @@ async fn a_prompt_that_is_repeated_must_be_the_one_that_was_sent() {
 }
 
 #[tokio::test]
+async fn what_is_reported_of_a_prompt_is_true() {
+    let site = site(common::options());
+    let verifier = verifier(&site.engine);
+    let asked = json!({"prompt_logprobs": 2, "max_tokens": 9, "return_token_ids": true,
+        "proof": {"scheme": "residue-v1", "nonce": NONCE}});
+    for body in [chat(asked.clone()), completion(asked)] {
+        let honest = ask(&site, &body).await;
+        assert_eq!(verdict(&verifier, &body, &honest).await, Verdict::Pass);
+        type Change = fn(&mut Value);
+        let changes: [(&str, Change); 5] = [
+            ("value", |entry| entry["logprob"] = json!(-0.25)),
+            ("rank", |entry| entry["rank"] = (entry["rank"].as_u64().unwrap() % 200 + 1).into()),
+            ("text", |entry| entry["decoded_token"] = json!("lies")),
+            ("field", |entry| entry["note"] = json!("lies")),
+            ("no value", |entry| drop(remove(entry, "logprob"))),
+        ];
+        for (name, change) in changes {
+            let mut sent = honest.clone();
+            let is_chat = body.get("messages").is_some();
+            let around = if is_chat { &mut sent } else { &mut sent["choices"][0] };
+            let place = around["prompt_logprobs"][3].as_object_mut().unwrap();
+            change(place.values_mut().last().unwrap());
+            expect(&verdict(&verifier, &body, &sent).await, Reason::LogprobMismatch, name);
+        }
+    }
+    for form in TEXTS {
+        let body = form.body(json!({"echo": true, "prompt": "hello"}));
+        let honest = ask(&site, &body).await;
+        for list in ["token_logprobs", "top_logprobs"] {
+            let mut sent = honest.clone();
+            let value = &mut form.part(&mut sent, 0)["logprobs"][list][2];
+            match value {
+                Value::Object(map) => *map.values_mut().last().unwrap() = json!(-0.25),
+                value => *value = json!(-0.25),
+            }
+            expect(&verdict(&verifier, &body, &sent).await, Reason::LogprobMismatch, list);
+        }
+    }
+}
+
+#[tokio::test]
 async fn usage_that_was_asked_for_is_there_and_right() {
     let site = site(common::options());
     let verifier = verifier(&site.engine);
