@@ -15,8 +15,10 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
+use targon_engine::verify::answer::Answer;
 use targon_engine::verify::capture::{Capture, Judged, Rules, judge};
-use targon_engine::verify::{Depth, Limits, Reason, Verdict, Verifier};
+use targon_engine::verify::question::Question;
+use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Verdict, Verifier};
 
 const NONCE: &str = "4444444444444444444444444444444444444444444444444444444444444444";
 /// Tokens of the answers that are changed: more than one chunk of a proof.
@@ -141,7 +143,8 @@ fn expect(verdict: &Verdict, reason: Reason, name: &str) {
     assert_eq!(rejection.reason, reason, "{name}: {rejection}");
 }
 
-/// A change of an answer. A control was rejected before whole answers were compared as well.
+/// A change of an answer. A control shows in the ids and their proof as well; everything else shows
+/// only where the whole answer is compared.
 struct Row {
     forms: &'static [Form],
     name: &'static str,
@@ -215,10 +218,12 @@ const AROUND: &[Row] = &[
         f.body_of(s)["prompt_logprobs"] = json!([null, {}]);
     }),
     row(&[TextWhole], "scores of the prompt", Reason::LogprobMismatch, |s, f| {
-        f.part(s, 0)["prompt_logprobs"] = json!([null, {"4": {"logprob": -1.0}}]);
+        f.part(s, 0)["prompt_logprobs"] =
+            json!([null, {"4": {"logprob": -1.0, "rank": 1, "decoded_token": ""}}]);
     }),
     row(&[ChatWhole], "scores of the prompt", Reason::LogprobMismatch, |s, _| {
-        s["prompt_logprobs"] = json!([null, {"4": {"logprob": -1.0}}]);
+        s["prompt_logprobs"] =
+            json!([null, {"4": {"logprob": -1.0, "rank": 1, "decoded_token": ""}}]);
     }),
 ];
 
@@ -399,6 +404,34 @@ const NUMBERS: &[Row] = &[
     }),
 ];
 
+/// Whether the ids, their text, their proof and their end alone show a change: what was judged of an
+/// answer before all of it was.
+async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> bool {
+    let answer = match sent.as_array() {
+        Some(chunks) => Answer::of_stream(chunks, 0),
+        None => {
+            let choices = sent["choices"].as_array().unwrap();
+            let first = choices.iter().find(|c| c["index"] == 0);
+            Answer::of_response(&json!({ "choices": Vec::from_iter(first) }), 0)
+        }
+    };
+    let Ok(Answer { text: Some(text), ids, powv, finish_reason, chunks, end, .. }) = answer else {
+        return true;
+    };
+    let text = Some(text);
+    let answer = Answer { text, ids, powv, finish_reason, chunks, end, ..Answer::default() };
+    let question = Question::read(verifier, "tiny", body, None).await.unwrap();
+    let claim = Claim {
+        request: &question.requests()[0],
+        seed: question.seed,
+        choice: 0,
+        proof: question.proof,
+        answer: &answer,
+        end_is_implied: false,
+    };
+    verifier.verify(&claim, Profile::Proof, Depth::Fast, 7).verdict != Verdict::Pass
+}
+
 #[tokio::test]
 async fn every_field_that_is_changed_is_rejected_for_its_reason() {
     let site = site(common::options());
@@ -418,6 +451,7 @@ async fn every_field_that_is_changed_is_rejected_for_its_reason() {
             let kind = if row.is_control { "control" } else { "tamper" };
             let name = format!("{form:?}, {kind}: {}", row.name);
             expect(&verdict(&verifier, &body, &sent).await, row.reason, &name);
+            assert_eq!(shows_in_the_proof(&verifier, &body, &sent).await, row.is_control, "{name}");
             count += 1;
         }
     }
