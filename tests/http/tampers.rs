@@ -404,8 +404,8 @@ const NUMBERS: &[Row] = &[
     }),
 ];
 
-/// Whether the ids, their text, their proof and their end alone show a change: what was judged of an
-/// answer before all of it was.
+/// Whether the ids, their text, their proof and their end alone show a change: what was judged of
+/// an answer before all of it was.
 async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> bool {
     let answer = match sent.as_array() {
         Some(chunks) => Answer::of_stream(chunks, 0),
