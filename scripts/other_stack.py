@@ -41,6 +41,7 @@ FLOATS = {"temperature": 1, "top_p": 1, "min_p": 0, "top_a": 0, "repetition_pena
 READ = {"prompt", "messages", "max_tokens", "ignore_eos", "seed", "top_k", "proof", *FLOATS}
 WITHOUT_EFFECT = {"model", "stream", "logprobs", "top_logprobs", "return_token_ids",
                   "return_tokens_as_token_ids", "logprobs_mode"}
+UNANSWERED = {"stream", "logprobs", "top_logprobs", "logprobs_mode"}
 
 
 def cache_dir():
@@ -405,9 +406,15 @@ class Stack:
         end = {"scheme": request.scheme, "nonce": request.nonce.hex(),
                "model": self.model_hash.hex(), "root": root.hex(), "tokens": len(output)}
         shown = output[:-1] if reason == "stop" else output
-        choice = {"index": 0, "text": request.choice.get("text") or self.file.text(shown),
-                  "token_ids": output, "finish_reason": reason, "proof": chunks, "proof_end": end}
-        return {"request": request.body, "response": {"choices": [choice]}}
+        text = request.choice.get("text") or self.file.text(shown)
+        is_chat = "messages" in request.body
+        words = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        choice = {"index": 0, **words, "token_ids": output, "finish_reason": reason,
+                  "proof": chunks, "proof_end": end}
+        # What was asked and is not answered here would be missed; a proof is bound to its nonce.
+        asked = {field: value for field, value in request.body.items() if field not in UNANSWERED}
+        asked["proof"] = {**asked["proof"], "nonce": request.nonce.hex()}
+        return {"request": asked, "response": {"choices": [choice]}}
 
 
 def bits_of(rows):

@@ -1,17 +1,24 @@
 //! Judging: every answer under every scheme, and what becomes of broken ones.
 
 use super::attacks::Attack;
-use super::malformed::{self, Variant};
+use super::malformed::{self, Changed, Variant};
 use super::published;
 use super::results::{Detector, Line, is_rejected};
 use super::stats::Rate;
 use super::trial::{Subject, Trial};
+use crate::engine::request::Request;
 use crate::proof::Scheme;
+use crate::proof::codec::to_hex;
 use crate::verify::answer::Answer;
+use crate::verify::capture::{Capture, Rules, judge};
+use crate::verify::mirror::{Mirror, Told};
 use crate::verify::proof::Asked;
-use crate::verify::{Claim, Depth, Limits, Profile, Report, Verifier};
+use crate::verify::question::Question;
+use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure};
+use serde_json::{Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use tokio::runtime::Runtime;
 
 /// A verifier that knows every question.
 pub(super) struct Court(Verifier);
@@ -47,6 +54,10 @@ impl Court {
     ) -> Report {
         let ask = &trial.ask;
         let asked = |scheme| Asked { scheme, nonce: Some(ask.nonce()), hotkey: ask.hotkey };
+        // Who can prove true rows can report their log-probabilities: here rows and draws count.
+        let is_silent = scheme.is_some() && answer.logprobs.iter().flatten().all(|l| l.is_finite());
+        let silent = is_silent.then(|| Answer { logprobs: Vec::new(), ..answer.clone() });
+        let answer = silent.as_ref().unwrap_or(answer);
         let claim = Claim {
             request: &ask.request,
             seed: None,
@@ -102,11 +113,19 @@ impl Court {
     pub(super) fn malformed(&self, attack: &Attack, scheme: Scheme, trials: &[Trial]) -> Line {
         let (mut refused, mut of) = (0, 0);
         for trial in trials {
+            let received = match Received::new(&self.0, trial, scheme) {
+                Ok(received) => received,
+                Err(why) => {
+                    tracing::warn!("{scheme}: an honest stream cannot be made: {why}");
+                    of += 1;
+                    continue;
+                }
+            };
             for (name, variant) in malformed::variants() {
                 of += 1;
                 // A panic is what must not happen; here it counts as not refused.
                 let outcome =
-                    catch_unwind(AssertUnwindSafe(|| self.refuses(trial, scheme, &variant)));
+                    catch_unwind(AssertUnwindSafe(|| self.refuses(trial, &received, &variant)));
                 match outcome {
                     Ok(true) => refused += 1,
                     Ok(false) => tracing::warn!("{scheme}: {name} is not refused"),
@@ -118,12 +137,81 @@ impl Court {
         Line::bare(attack.name, attack.detector, judge, Rate::new(refused, of))
     }
 
-    fn refuses(&self, trial: &Trial, scheme: Scheme, variant: &Variant) -> bool {
-        match variant.apply(&trial.answer) {
-            Ok(answer) => is_rejected(&self.verify(trial, &answer, Some(scheme), Depth::Fast)),
-            Err(_) => true,
+    fn refuses(&self, trial: &Trial, received: &Received, variant: &Variant) -> bool {
+        match variant.apply(&trial.answer, &received.chunks) {
+            Changed::Answer(Ok(answer)) => {
+                let scheme = Some(received.scheme);
+                is_rejected(&self.verify(trial, &answer, scheme, Depth::Fast))
+            }
+            Changed::Answer(Err(_)) => true,
+            Changed::Chunks(chunks) => {
+                received.judge(&self.0, chunks).is_ok_and(|r| is_rejected(&r))
+            }
         }
     }
+}
+
+/// An answer as a client receives it, who asked in HTTP.
+struct Received {
+    scheme: Scheme,
+    body: Value,
+    chunks: Vec<Value>,
+    runtime: Runtime,
+}
+
+impl Received {
+    /// The honest stream of a trial, which passes.
+    fn new(verifier: &Verifier, trial: &Trial, scheme: Scheme) -> Result<Self, String> {
+        let Trial { ask, answer, .. } = trial;
+        let request = &ask.request;
+        let body = json!({
+            "model": "attacked", "prompt": request.prompt, "max_tokens": request.max_tokens,
+            "temperature": request.sampling.temperature, "ignore_eos": request.stop.ignore_eos,
+            "stream": true, "proof": {"scheme": scheme.name(), "nonce": to_hex(&ask.nonce())},
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let runtime = runtime.map_err(|e| e.to_string())?;
+        let question = Question::read(verifier, "attacked", &body, None);
+        let question = runtime.block_on(question)?;
+        let claim = Claim {
+            request,
+            seed: None,
+            choice: 0,
+            proof: None,
+            answer,
+            end_is_implied: trial.end_is_implied,
+        };
+        let walk = structure::check(&claim, &verifier.model, verifier.context_max);
+        let walk = walk.map_err(|stop| format!("{stop:?}"))?;
+        let mut answer = answer.clone();
+        answer.powv = powv(verifier, request, &answer.ids)?;
+        let told = [Some(Told::new(&answer, &walk, request.prompt.len()))];
+        let mirror = Mirror { model: &verifier.model, question: &question, told: &told };
+        let received = Self { scheme, chunks: mirror.chunks(), body, runtime };
+        let verdict = received.judge(verifier, received.chunks.clone())?.verdict;
+        match verdict {
+            Verdict::Pass => Ok(received),
+            other => Err(other.to_string()),
+        }
+    }
+
+    fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> Result<Report, String> {
+        let capture = Capture::of_stream(self.body.clone(), chunks);
+        let rules = Rules { profile: None, depth: Depth::Fast, chance: Some(0) };
+        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, rules))?;
+        judged.into_iter().next().map(|j| j.report).ok_or_else(|| "there is no choice".into())
+    }
+}
+
+fn powv(verifier: &Verifier, request: &Request, ids: &[u32]) -> Result<Vec<Option<i64>>, String> {
+    let input: u64 = request.prompt.iter().map(|id| u64::from(*id)).sum();
+    let mut output = 0;
+    let value = |id: &u32| {
+        let value = verifier.model.parameters.powv(input, output).map_err(|e| e.to_string())?;
+        output += u64::from(*id);
+        Ok(Some(value))
+    };
+    ids.iter().map(value).collect()
 }
 
 /// How lines with margins are judged.

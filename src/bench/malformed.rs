@@ -15,21 +15,36 @@ pub(super) enum Variant {
     Decoded(fn(&mut Answer)),
     /// In the response itself, of which this is the choice.
     Sent(fn(&mut Value)),
+    /// In the chunks of a stream, which a client reads as they are.
+    Received(fn(&mut Vec<Value>)),
+}
+
+/// An answer that was changed.
+pub(super) enum Changed {
+    /// One that can be read, or why it cannot.
+    Answer(Result<Answer, Rejection>),
+    /// A stream.
+    Chunks(Vec<Value>),
 }
 
 impl Variant {
-    /// The malformed answer, or why it cannot be read.
-    pub(super) fn apply(&self, answer: &Answer) -> Result<Answer, Rejection> {
+    /// The malformed answer, of which `chunks` are the stream.
+    pub(super) fn apply(&self, answer: &Answer, chunks: &[Value]) -> Changed {
         match self {
             Variant::Decoded(change) => {
                 let mut answer = answer.clone();
                 change(&mut answer);
-                Ok(answer)
+                Changed::Answer(Ok(answer))
             }
             Variant::Sent(change) => {
                 let mut choice = choice_of(answer);
                 change(&mut choice);
-                Answer::of_response(&json!({ "choices": [choice] }), 0)
+                Changed::Answer(Answer::of_response(&json!({ "choices": [choice] }), 0))
+            }
+            Variant::Received(change) => {
+                let mut chunks = chunks.to_vec();
+                change(&mut chunks);
+                Changed::Chunks(chunks)
             }
         }
     }
@@ -39,11 +54,13 @@ impl Variant {
 pub(super) fn variants() -> Vec<(&'static str, Variant)> {
     let decoded = DECODED.iter().map(|(name, change)| (*name, Variant::Decoded(*change)));
     let sent = SENT.iter().map(|(name, change)| (*name, Variant::Sent(*change)));
-    decoded.chain(sent).collect()
+    let received = RECEIVED.iter().map(|(name, change)| (*name, Variant::Received(*change)));
+    decoded.chain(sent).chain(received).collect()
 }
 
 type Decoded = fn(&mut Answer);
 type Sent = fn(&mut Value);
+type Received = fn(&mut Vec<Value>);
 
 const DECODED: [(&str, Decoded); 20] = [
     ("data without its last byte", |a| {
@@ -108,6 +125,41 @@ const SENT: [(&str, Sent); 16] = [
     ("tokens are text", |c| c["token_ids"] = json!("1, 2, 3")),
 ];
 
+const RECEIVED: [(&str, Received); 14] = [
+    ("a chunk of another choice", |c| c.insert(1, lie(json!(1)))),
+    ("a chunk of no choice", |c| c.insert(1, lie(Value::Null))),
+    ("a chunk of choice text", |c| c.insert(1, lie(json!("0")))),
+    ("a chunk beside the others", |c| c.insert(1, json!({"choices": [], "note": "lies"}))),
+    ("a decoy before the choice", |c| {
+        let real = c[1]["choices"].take();
+        c[1]["choices"] = json!([lie(json!(1))["choices"][0], real[0]]);
+    }),
+    ("two choices of one number", |c| {
+        let real = c[1]["choices"].take();
+        c[1]["choices"] = json!([real[0], lie(json!(0))["choices"][0]]);
+    }),
+    ("text in a field of chats", |c| {
+        let text = c[1]["choices"][0]["text"].take();
+        c[1]["choices"][0]["delta"] = json!({ "content": text });
+    }),
+    ("text in a field of reasoning", |c| c[1]["choices"][0]["reasoning_content"] = json!("lies")),
+    ("text in a field of its own", |c| c[1]["choices"][0]["note"] = json!("lies")),
+    ("a call", |c| c[1]["choices"][0]["tool_calls"] = json!([{}])),
+    ("another model", |c| c[1]["model"] = json!("gpt")),
+    ("false usage", |c| c[1]["usage"] = json!({"prompt_tokens": 1, "completion_tokens": 1 << 20})),
+    ("a log-probability unasked", |c| c[1]["choices"][0]["logprobs"] = json!({"refusal": ["x"]})),
+    ("no finish reason", |c| {
+        if let Some(last) = c.last_mut() {
+            last["choices"][0]["finish_reason"] = Value::Null;
+        }
+    }),
+];
+
+/// A chunk that says what the model did not.
+fn lie(index: Value) -> Value {
+    json!({"choices": [{"index": index, "text": "lies", "delta": {"content": "lies"}}]})
+}
+
 fn rechain(answer: &mut Answer) {
     let root = answer.end.as_ref().and_then(|end| from_hex(&end.root).ok());
     if let Some(root) = root {
@@ -169,9 +221,18 @@ mod tests {
         let sent = Answer::of_response(&json!({ "choices": [choice_of(&answer)] }), 0).unwrap();
         assert_eq!((&sent.ids, &sent.text), (&answer.ids, &answer.text));
         assert_eq!((&sent.chunks, &sent.end), (&answer.chunks, &answer.end));
+        let chunk = |text: &str| {
+            json!({"choices": [{"index": 0, "text": text,
+            "finish_reason": "length"}], "model": "m"})
+        };
+        let chunks = [chunk("a"), chunk("b")];
         for (name, variant) in variants() {
-            if let Ok(changed) = variant.apply(&answer) {
-                assert_ne!(format!("{changed:?}"), format!("{answer:?}"), "{name}");
+            match variant.apply(&answer, &chunks) {
+                Changed::Answer(Ok(changed)) => {
+                    assert_ne!(format!("{changed:?}"), format!("{answer:?}"), "{name}");
+                }
+                Changed::Answer(Err(_)) => {}
+                Changed::Chunks(changed) => assert_ne!(changed, chunks, "{name}"),
             }
         }
     }

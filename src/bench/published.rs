@@ -93,6 +93,7 @@ mod tests {
             end_rank: Some(30),
             margin: None,
             is_drawn: None,
+            top_error: None,
         }
     }
 

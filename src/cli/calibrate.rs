@@ -130,9 +130,10 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     let rules = Rules { profile: Some(Profile::Proof), depth: Depth::Slow, chance: Some(0) };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
     for path in &args.pairs {
-        let captures = Captures::open(path)?;
+        let mut captures = Captures::open(path)?;
         for line in captures.iter() {
             let (place, capture) = line?;
+            let capture = capture.map_err(|e| Failure::user(format!("{place}: {e}")))?;
             if capture.request["model"].as_str().is_some_and(|name| !args.is_wanted(name)) {
                 continue;
             }
@@ -376,6 +377,8 @@ impl Own {
             ids: steps.iter().map(|s| s.token).collect(),
             text: Some(steps.iter().map(|s| s.text.as_str()).collect()),
             logprobs: steps.iter().map(|s| Some(s.logprob)).collect(),
+            tops: Vec::new(),
+            prompt: Vec::new(),
             powv: steps.iter().map(|s| Some(s.powv)).collect(),
             finish_reason: None,
             chunks: steps.iter().filter_map(chunk).collect(),

@@ -1,5 +1,7 @@
-//! Data to stdout, words to stderr; neither may panic when its reader is gone.
+//! Data to stdout, words to stderr; neither may panic when its reader is gone, and neither carries
+//! what would steer a terminal: strangers' words are in both.
 
+use super::shared::printable_lines;
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 
@@ -40,11 +42,11 @@ pub(super) fn announce_line(text: Arguments<'_>) {
 
 pub(super) fn note_line(text: Arguments<'_>) {
     // Nobody is left to tell where stderr is gone too.
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", printable_lines(&text.to_string()));
 }
 
 fn write(text: Arguments<'_>) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     // At once, so that a full disk or a closed pipe is seen here and not at the program's end.
-    writeln!(stdout, "{text}").and_then(|()| stdout.flush())
+    writeln!(stdout, "{}", printable_lines(&text.to_string())).and_then(|()| stdout.flush())
 }

@@ -1,7 +1,7 @@
 //! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
 
 use super::out::outln;
-use super::shared::printable;
+use super::shared::{printable, printable_lines};
 use super::subnet_args::{ChainArgs, WalletArgs};
 use super::{Failure, runtime};
 use crate::chain::Chain;
@@ -9,7 +9,7 @@ use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
 use crate::proof::codec::to_hex;
-use crate::validator::query::{Arrival, QueryError, Streamed, Target};
+use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Streamed, Target, is_deeper};
 use clap::Args;
 use serde_json::{Value, json};
 use std::fs::OpenOptions;
@@ -118,7 +118,7 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
     outcome.map_err(query_failure)?;
     let error = arrivals.iter().find_map(|a| a.chunk["error"]["message"].as_str());
     match error {
-        Some(message) => Err(Failure::user(format!("{}: {message}", target.url))),
+        Some(message) => Err(Failure::user(format!("{}: {}", target.url, printable(message)))),
         None => Ok(()),
     }
 }
@@ -148,6 +148,16 @@ async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value,
             return Err(Failure::user(format!("--body {place} must hold a JSON object")));
         };
         fields.insert("stream".into(), true.into());
+        if let Some(proof) = fields.get_mut("proof").and_then(Value::as_object_mut)
+            && proof.get("nonce").is_none_or(Value::is_null)
+        {
+            // Without one of ours the answer may be another's.
+            proof.insert("nonce".into(), fresh_nonce().into());
+        }
+        if is_deeper(&body, DEPTH_MAX) {
+            let what = format!("--body {place} must nest at most {DEPTH_MAX} deep");
+            return Err(Failure::user(what));
+        }
         return Ok(body);
     }
     let prompt = args.prompt.as_deref().ok_or_else(|| Failure::user("a prompt is missing"))?;
@@ -165,10 +175,14 @@ async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value,
         false => body["messages"] = json!([{"role": "user", "content": prompt}]),
     }
     if args.proof != "none" {
-        let nonce: [[u8; 16]; 2] = std::array::from_fn(|_| *uuid::Uuid::new_v4().as_bytes());
-        body["proof"] = json!({"scheme": args.proof, "nonce": to_hex(&nonce.concat())});
+        body["proof"] = json!({"scheme": args.proof, "nonce": fresh_nonce()});
     }
     Ok(body)
+}
+
+fn fresh_nonce() -> String {
+    let nonce: [[u8; 16]; 2] = std::array::from_fn(|_| *uuid::Uuid::new_v4().as_bytes());
+    to_hex(&nonce.concat())
 }
 
 async fn first_model(target: &Target, clock: &Clock) -> Result<String, Failure> {
@@ -215,7 +229,7 @@ fn summarize(arrivals: &[Arrival]) {
     };
     let first = arrivals.iter().find(|a| !text(a).is_empty()).map(|a| a.at);
     let end = arrivals.last().map(|a| a.at).unwrap_or_default();
-    outln!("\n{}\n", printable(&arrivals.iter().map(text).collect::<String>()));
+    outln!("\n{}\n", printable_lines(&arrivals.iter().map(text).collect::<String>()));
     let seconds = end.as_secs_f64();
     let chunks = arrivals.iter().filter(|a| !a.chunk["choices"][0]["proof"].is_null()).count();
     let proof_end = arrivals.iter().find_map(|a| {

@@ -3,7 +3,7 @@
 use super::Failure;
 use super::capture::{Capture, Captures, Judged, Rules, Verifiers};
 use super::out::outln;
-use super::shared::{ComputeArgs, ModelsArg};
+use super::shared::{ComputeArgs, ModelsArg, printable};
 use super::verify_html;
 use crate::models::Model;
 use crate::proof::CHUNK_ROWS;
@@ -14,6 +14,7 @@ use crate::verify::proof::ChunkEvidence;
 use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
+use maud::Markup;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -89,14 +90,31 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let limits = Limits { exact: args.exact || own.exact, ..own };
     let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, limits)?;
-    let captures = Captures::open(&args.file)?;
+    let mut captures = Captures::open(&args.file)?;
     let mut account = evidence.map(|store| Account { store, rates });
     let (mut worst, mut sections) = (0, Vec::new());
     for line in captures.iter() {
         let (place, capture) = line?;
+        let capture = match capture {
+            Ok(capture) => capture,
+            Err(rejection) => {
+                let unread = Unread { place: &place, verdict: Verdict::Reject(rejection) };
+                worst = worst.max(unread.tell(args, &mut sections));
+                continue;
+            }
+        };
         let verifier = verifiers.of(&capture)?;
         check_model(args, file.as_ref(), &verifier)?;
-        for judged in &verifiers.judge(&verifier, &place, &capture, args.rules())? {
+        let judged = match verifiers.judge(&verifier, &place, &capture, args.rules()) {
+            Ok(judged) => judged,
+            Err(failure) => {
+                let verdict = Verdict::Unscored(failure.message().to_owned());
+                let unread = Unread { place: &place, verdict };
+                worst = worst.max(unread.tell(args, &mut sections));
+                continue;
+            }
+        };
+        for judged in &judged {
             worst = worst.max(weight(&judged.report.verdict));
             let tally = account.as_mut().map(|a| a.add(&place, &capture, judged, &limits));
             let tally = tally.transpose()?;
@@ -120,6 +138,41 @@ impl VerifyArgs {
     fn rules(&self) -> Rules {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
         Rules { profile: self.profile, depth, chance: self.chance }
+    }
+}
+
+/// A line of which no choice could be judged; those after it are.
+struct Unread<'a> {
+    place: &'a str,
+    verdict: Verdict,
+}
+
+impl Unread<'_> {
+    /// Says so; returns the weight of the verdict.
+    fn tell(&self, args: &VerifyArgs, sections: &mut Vec<Markup>) -> usize {
+        let Self { place, verdict } = self;
+        if args.json {
+            let (reason, what) = reason(verdict).unzip();
+            let line = json!({
+                "place": place, "choice": null, "passed": false, "reason": reason, "what": what,
+            });
+            outln!("{line}");
+        } else {
+            outln!("{place}: {}", printable(&verdict.to_string()));
+        }
+        if args.html.is_some() {
+            sections.push(verify_html::unread(place, verdict));
+        }
+        weight(verdict)
+    }
+}
+
+/// Name and words of a verdict that is no pass.
+fn reason(verdict: &Verdict) -> Option<(&'static str, String)> {
+    match verdict {
+        Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
+        Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
+        Verdict::Pass => None,
     }
 }
 
@@ -179,11 +232,11 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
     }
     let Finding { place, judged, tally, .. } = finding;
     let Judged { choice, report, seconds, .. } = judged;
-    outln!("{place} choice {choice}: {}", report.verdict);
+    outln!("{place} choice {choice}: {}", printable(&report.verdict.to_string()));
     let (tokens, rules) = (finding.tokens(), finding.rules());
     outln!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
     if let Some(tally) = tally {
-        outln!("  {}", tally.describe());
+        outln!("  {}", printable(&tally.describe()));
     }
     if args.explain {
         outln!("{}", table(finding));
@@ -263,11 +316,7 @@ pub(super) fn number(value: Option<f64>) -> String {
 /// An answer as one JSON object.
 fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
     let Judged { choice, report, seconds, .. } = finding.judged;
-    let reason = match &report.verdict {
-        Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
-        Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
-        Verdict::Pass => None,
-    };
+    let (reason, what) = reason(&report.verdict).unzip();
     let rows = report.rows.iter().filter(|_| with_rows).map(|r| {
         json!({
             "index": r.index, "token": r.token, "rank": r.rank, "logprob": r.logprob,
@@ -276,7 +325,7 @@ fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
     });
     json!({
         "place": finding.place, "choice": choice, "passed": report.verdict == Verdict::Pass,
-        "reason": reason.as_ref().map(|r| r.0), "what": reason.as_ref().map(|r| &r.1),
+        "reason": reason, "what": what,
         "tokens": finding.tokens(), "seconds": seconds, "chunks": report.chunks.len(),
         "exact_chunks": report.chunks.iter().filter(|c| c.is_exact).count(),
         "energies": report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),

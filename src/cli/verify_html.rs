@@ -79,21 +79,37 @@ fn legend() -> Markup {
     }
 }
 
-/// One answer.
-pub(super) fn section(finding: &Finding<'_>) -> Result<Markup, String> {
-    let Judged { choice, report, seconds, .. } = finding.judged;
-    let class = match report.verdict {
+/// A line of which no choice could be judged.
+pub(super) fn unread(place: &str, verdict: &Verdict) -> Markup {
+    html! {
+        section {
+            h2 { (place) }
+            (outcome(verdict))
+        }
+    }
+}
+
+fn outcome(verdict: &Verdict) -> Markup {
+    let class = match verdict {
         Verdict::Pass => "pass",
         Verdict::Reject(_) => "reject",
         Verdict::Unscored(_) => "unscored",
     };
+    html! {
+        p class=(class) { strong { (verdict.to_string()) } }
+    }
+}
+
+/// One answer.
+pub(super) fn section(finding: &Finding<'_>) -> Result<Markup, String> {
+    let Judged { choice, report, seconds, .. } = finding.judged;
     let (tokens, scored, rules) = (finding.tokens(), report.rows.len(), finding.rules());
     let summary = format!("{tokens} tokens, {scored} rows scored, {rules}, {seconds:.3} s");
     let plots = plots(finding)?;
     Ok(html! {
         section {
             h2 { (finding.place) ", choice " (choice) }
-            p class=(class) { strong { (report.verdict.to_string()) } }
+            (outcome(&report.verdict))
             p { (summary) }
             @if let Some(tally) = finding.tally {
                 p { (tally.describe()) }

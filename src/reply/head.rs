@@ -7,7 +7,7 @@ use crate::wire::openai::response::Response;
 
 impl Endpoint {
     /// The `object` of a whole response.
-    pub(super) fn whole(self) -> &'static str {
+    pub fn whole(self) -> &'static str {
         match self {
             Endpoint::Chat => "chat.completion",
             Endpoint::Completion => "text_completion",
@@ -15,7 +15,7 @@ impl Endpoint {
     }
 
     /// The `object` of a chunk.
-    pub(super) fn chunk(self) -> &'static str {
+    pub fn chunk(self) -> &'static str {
         match self {
             Endpoint::Chat => "chat.completion.chunk",
             Endpoint::Completion => "text_completion",

@@ -14,6 +14,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 const LINE_BYTES_MAX: usize = 1 << 20;
 const BODY_BYTES_MAX: usize = 256 << 10;
+/// How deep a request or a chunk may nest: a file of captures holds it a little deeper, and must be
+/// read again.
+pub const DEPTH_MAX: usize = 64;
 /// Characters of an error's body that are repeated.
 const ERROR_CHARS_MAX: usize = 1000;
 
@@ -216,10 +219,23 @@ impl Target {
                     return Ok(());
                 }
                 let chunk = serde_json::from_slice(&data).map_err(|e| self.malformed(e))?;
+                if is_deeper(&chunk, DEPTH_MAX) {
+                    return Err(self.malformed(format!("a chunk nests more than {DEPTH_MAX} deep")));
+                }
                 keep(Arrival { at, chunk });
             }
         }
         Err(self.malformed("it ends without [DONE]"))
+    }
+}
+
+/// Whether a value nests more than `depth` lists and objects.
+pub fn is_deeper(value: &Value, depth: usize) -> bool {
+    let below = |value: &Value| is_deeper(value, depth.saturating_sub(1));
+    match value {
+        Value::Array(list) => depth == 0 || list.iter().any(below),
+        Value::Object(map) => depth == 0 || map.values().any(below),
+        _ => false,
     }
 }
 

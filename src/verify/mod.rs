@@ -7,18 +7,27 @@
 //! and ends in a [`Verdict`]. What the peer sent can at worst be rejected; trouble of ours is
 //! [`Verdict::Unscored`].
 //!
+//! What a client received is a whole response: [`capture`] reads the request ([`question`]), lets
+//! the server's own writer write the answer again ([`mirror`]) and compares every field
+//! (`compare`).
+//!
 //! Where the [`limits`] come from is in [`calibrate`]; what many answers of one miner say together
 //! is in [`evidence`].
 
 pub mod answer;
 pub mod bounds;
 pub mod calibrate;
+pub mod capture;
+mod compare;
 pub mod evidence;
 pub mod evidence_file;
 pub mod file;
 pub mod limits;
+pub mod mirror;
 pub mod prefill;
 pub mod proof;
+pub mod question;
+mod reports;
 pub mod rows;
 pub mod structure;
 pub mod targon;
@@ -26,6 +35,7 @@ pub mod targon;
 use crate::engine::request::Request;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
+use crate::proof::Scheme;
 use crate::proof::philox::philox;
 use answer::Answer;
 pub use limits::Limits;
@@ -39,6 +49,10 @@ use structure::End;
 
 /// Rows whose logits a fast check computes, besides the last.
 pub const FAST_ROWS: usize = 32;
+
+/// Rows of a prompt whose logits a slow check computes at most, where it was reported on; a fast
+/// one computes [`FAST_ROWS`].
+const PROMPT_ROWS_MAX: usize = 256;
 
 /// Why an answer is rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -299,9 +313,11 @@ impl Verifier {
             let (same, others): (Vec<_>, Vec<_>) = open.into_iter().partition(is_same);
             open = others;
             let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
+            let is_scored = same.iter().any(|(place, _)| !claims[*place].answer.prompt.is_empty());
+            let scored = if is_scored { prompt_rows(prompt.len(), rules) } else { BTreeSet::new() };
             match Prefix::new(&self.model.decoder, &self.pool, prompt, longest) {
                 Ok(prefix) => {
-                    let mut prefix = prefix.while_wanted(rules.is_wanted);
+                    let mut prefix = prefix.while_wanted(rules.is_wanted).keeping(scored);
                     for (place, work) in same {
                         reports[place] = self.judge(&claims[place], rules, work, &mut prefix);
                     }
@@ -318,7 +334,7 @@ impl Verifier {
 
     /// Checks what needs no rows; what they are needed for is left, if anything.
     fn prepare(&self, claim: &Claim<'_>, rules: Rules<'_>) -> Result<Option<Work>, Stop> {
-        let end = structure::check(claim, &self.model, self.context_max)?;
+        let end = structure::check(claim, &self.model, self.context_max)?.end;
         structure::check_powv(claim, &self.model, rules.profile == Profile::Powv)?;
         let bound = match rules.profile {
             Profile::Proof => Some(proof::bind(claim, &end, &self.identity)?),
@@ -379,10 +395,32 @@ impl Verifier {
             report.chunks = hidden.compare(bound, &claim.answer.ids);
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
             rows::check_margins(&report.rows, &self.limits)?;
+            let proof = Some((bound.scheme, report.chunks.as_slice()));
+            reports::check(&report.rows, proof, &self.limits)?;
+            self.check_prompt(claim, proof, prefix)?;
+            proof::check_nonce(claim)?;
         } else {
             targon::check(claim, &report.rows, &self.limits, rules.chance)?;
+            reports::check(&report.rows, None, &self.limits)?;
+            self.check_prompt(claim, None, prefix)?;
         }
         Ok(())
+    }
+}
+
+impl Verifier {
+    /// What was reported of the prompt, on the rows that were kept.
+    fn check_prompt(
+        &self,
+        claim: &Claim<'_>,
+        proof: Option<(Scheme, &[ChunkEvidence])>,
+        prefix: &Prefix<'_>,
+    ) -> Result<(), Stop> {
+        if claim.answer.prompt.is_empty() {
+            return Ok(());
+        }
+        let judge = reports::PromptJudge::new(claim, &self.model, proof, &self.limits);
+        prefix.score(|position, logits| judge.check(self.pool.isa(), position, logits))
     }
 }
 
@@ -417,4 +455,18 @@ fn random_rows(count: usize, chance: u64) -> BTreeSet<usize> {
         ((u64::from(word) * count as u64) >> 32) as usize
     });
     draws.chain(count.checked_sub(1)).collect()
+}
+
+/// Rows of a prompt that are scored, chosen at random; its last row belongs to the output.
+fn prompt_rows(tokens: usize, rules: Rules<'_>) -> BTreeSet<usize> {
+    let most = if rules.depth == Depth::Slow { PROMPT_ROWS_MAX } else { FAST_ROWS };
+    let count = tokens.saturating_sub(1);
+    if count <= most {
+        return (0..count).collect();
+    }
+    let draw = |i: u32| {
+        let word = philox(rules.chance, [i, 2, 0, 0])[0];
+        ((u64::from(word) * count as u64) >> 32) as usize
+    };
+    (0..most as u32).map(draw).collect()
 }

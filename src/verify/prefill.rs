@@ -54,7 +54,9 @@ pub struct Prefix<'a> {
     output_max: usize,
     cache: KvCache,
     scratch: Scratch,
-    last: Option<Rounded>, // the prompt's last row, once the prompt was run
+    last: Option<Rounded>,   // the prompt's last row, once the prompt was run
+    scored: BTreeSet<usize>, // rows of the prompt, before its last, whose logits are wanted
+    kept: Vec<(Vec<usize>, Rounded)>, // those that were run
     is_wanted: &'a IsWanted<'a>,
 }
 
@@ -81,7 +83,45 @@ impl<'a> Prefix<'a> {
             .map_err(|e| Stop::Fault(format!("no memory for the KV cache: {e}")))?;
         let scratch = Scratch::new(decoder);
         let is_wanted = &|| true;
-        Ok(Self { decoder, pool, prompt, output_max, cache, scratch, last: None, is_wanted })
+        let (last, scored, kept) = (None, BTreeSet::new(), Vec::new());
+        Ok(Self {
+            decoder,
+            pool,
+            prompt,
+            output_max,
+            cache,
+            scratch,
+            last,
+            scored,
+            kept,
+            is_wanted,
+        })
+    }
+
+    /// The same, which keeps these rows of the prompt for [`score`](Self::score).
+    pub fn keeping(self, scored: BTreeSet<usize>) -> Self {
+        Self { scored, ..self }
+    }
+
+    /// Hands the position and the logits of every row of the prompt that was kept to `visit`, once
+    /// an output was run.
+    ///
+    /// # Errors
+    /// What `visit` says.
+    pub fn score(
+        &self,
+        mut visit: impl FnMut(usize, &mut [f32]) -> Result<(), Stop>,
+    ) -> Result<(), Stop> {
+        let mut logits = Vec::new();
+        for (positions, rows) in &self.kept {
+            logits.clear();
+            self.decoder.logits(&self.pool.turn(), rows, &mut logits);
+            let scores = logits.chunks_exact_mut(self.decoder.spec.vocab);
+            for (position, scores) in positions.iter().zip(scores) {
+                visit(*position, scores)?;
+            }
+        }
+        Ok(())
     }
 
     /// The same, given up with a fault once `is_wanted` says no.
@@ -138,11 +178,21 @@ impl<'a> Prefix<'a> {
         decoder
             .forward(&turn, &mut self.cache, ids, &[segment], &mut self.scratch)
             .map_err(|e| Stop::Fault(e.to_string()))?;
+        if start == 0 {
+            self.kept.clear();
+        }
+        let block_rows = (LOGITS_BYTES_MAX / (4 * decoder.spec.vocab)).max(1);
+        let scored = self.scored.range(start..end.min(first).max(start));
+        let scored: Vec<usize> = scored.copied().collect();
+        for positions in scored.chunks(block_rows) {
+            let rows: Vec<usize> = positions.iter().map(|p| p - start).collect();
+            let hidden = decoder.final_rows(&turn, &rows, &self.scratch);
+            self.kept.push((positions.to_vec(), hidden));
+        }
         if (start..end).contains(&first) {
             self.last = Some(decoder.final_rows(&turn, &[first - start], &self.scratch));
         }
         let rows: Vec<usize> = (first.max(start)..end).map(|p| p - start).collect();
-        let block_rows = (LOGITS_BYTES_MAX / (4 * decoder.spec.vocab)).max(1);
         for rows in rows.chunks(block_rows) {
             let hidden = decoder.final_rows(&turn, rows, &self.scratch);
             handing.rows(&turn, start + rows[0] - first, &hidden)?;

@@ -109,6 +109,22 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, 
     Ok(Bound { scheme: asked.scheme, root, noise_key: noise_key(&nonce, &terms), chunks })
 }
 
+/// A proof binds only to a nonce that the verifier chose: an answer to any other may be as old as
+/// the prover likes, and be sold twice.
+///
+/// # Errors
+/// A fault, because it is the request that named none.
+pub fn check_nonce(claim: &Claim<'_>) -> Result<(), Stop> {
+    match claim.proof {
+        Some(Asked { nonce: None, .. }) => {
+            let what = "the request named no `proof.nonce`, so this may be the answer to another \
+                        request: send a fresh nonce with every one";
+            Err(Stop::Fault(what.into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Follows the chain from the root to its last digest.
 fn chain(answer: &Answer, root: Hash) -> Result<Hash, Stop> {
     let want = answer.ids.len().div_ceil(CHUNK_ROWS);

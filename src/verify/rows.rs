@@ -2,6 +2,7 @@
 //! is known.
 
 use super::prefill::Row;
+use super::reports::Tops;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::engine::draw::{Draw, Rules};
 use crate::engine::request::{LogprobMode, Request};
@@ -40,6 +41,9 @@ pub struct RowEvidence {
     pub margin: Option<f64>,
     /// Whether the token is the one that this engine would have drawn, where the noise is known.
     pub is_drawn: Option<bool>,
+    /// How far the reported alternatives are from the most probable tokens, the worst of them;
+    /// `None` where none were reported.
+    pub top_error: Option<f64>,
 }
 
 /// Judges the rows of one output in order.
@@ -47,6 +51,7 @@ pub struct Judge<'a> {
     request: &'a Request,
     ids: &'a [u32],
     reported: &'a [Option<f64>],
+    tops: Tops<'a>,
     sampling: Option<Sampling>, // with the noise, where it is known
     end_ids: Vec<u32>,
     draw: Draw,
@@ -55,7 +60,7 @@ pub struct Judge<'a> {
 
 impl<'a> Judge<'a> {
     /// For a claim; `noise_key` is the key of its sampler, where it is known.
-    pub fn new(claim: &Claim<'a>, model: &Model, noise_key: Option<u64>) -> Self {
+    pub fn new(claim: &Claim<'a>, model: &'a Model, noise_key: Option<u64>) -> Self {
         let request = claim.request;
         let sampling = match noise_key {
             Some(noise_key) => Some(Sampling { noise_key, ..request.sampling.clone() }),
@@ -67,6 +72,7 @@ impl<'a> Judge<'a> {
             request,
             ids: &claim.answer.ids,
             reported: &claim.answer.logprobs,
+            tops: Tops::new(claim, model),
             sampling,
             end_ids,
             draw: Draw::new(request, model),
@@ -118,10 +124,15 @@ impl<'a> Judge<'a> {
         // Where no end may be drawn yet, none was skipped.
         let may_end = index + 1 >= self.request.min_tokens;
         let end_rank = self.end_ids.iter().map(|id| rank(logits, *id)).min().filter(|_| may_end);
+        let mut top_error = match mode {
+            LogprobMode::Raw => self.tops.error(isa, index, logits, &raw),
+            LogprobMode::Scaled => None,
+        };
         self.draw.process(logits, sampling, rules);
         if mode == LogprobMode::Scaled {
             let scaled = LogSumExp::new(isa, logits, sampling.logprob_temperature());
             (place, logprob) = (own(logits).0, scaled.logprob(own(logits).1));
+            top_error = self.tops.error(isa, index, logits, &scaled);
         }
         let drawn = self.sampling.as_ref().map(|sampling| match rules.restrict(logits) {
             Some(row) => margin(isa, &row, sampling, position, token),
@@ -129,7 +140,17 @@ impl<'a> Judge<'a> {
         });
         let reported = self.reported.get(index).copied().flatten();
         let (margin, is_drawn) = drawn.unzip();
-        Ok(RowEvidence { index, token, rank: place, logprob, reported, end_rank, margin, is_drawn })
+        Ok(RowEvidence {
+            index,
+            token,
+            rank: place,
+            logprob,
+            reported,
+            end_rank,
+            margin,
+            is_drawn,
+            top_error,
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use crate::engine::transcript::Transcript;
 use crate::models::Model;
 
 /// Log-probabilities above this are no rounding of zero.
-const LOGPROB_MAX: f64 = 1e-3;
+pub(super) const LOGPROB_MAX: f64 = 1e-3;
 
 /// Whether the last token of an output ends it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -18,11 +18,20 @@ pub enum End {
     Implied,
 }
 
+/// An output as the request's rules read it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Walk {
+    /// The text that each token adds.
+    pub pieces: Vec<String>,
+    /// Whether the last token ends it.
+    pub end: End,
+}
+
 /// Checks that the answer is one that the request's own rules can lead to.
 ///
 /// # Errors
 /// The first rule that it breaks.
-pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<End, Stop> {
+pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<Walk, Stop> {
     let (request, answer) = (claim.request, claim.answer);
     let count = answer.ids.len();
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
@@ -55,12 +64,12 @@ pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<End
 }
 
 /// Walks the output by the request's rules: text, and where it must or must not end.
-fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
+fn replay(claim: &Claim<'_>, model: &Model) -> Result<Walk, Stop> {
     let (request, answer) = (claim.request, claim.answer);
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
     let mut draw = Draw::new(request, model);
     let mut transcript = Transcript::new(request, model);
-    let mut text = String::new();
+    let mut pieces = Vec::with_capacity(answer.ids.len());
     let last = answer.ids.len() - 1;
     let mut end = End::Implied;
     for (place, id) in answer.ids.iter().enumerate() {
@@ -68,15 +77,14 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
             Ok(is_whole) => is_whole,
             Err(e) => return reject(Reason::Grammar, format!("token {place}: {e}")),
         };
-        let (piece, reason) = transcript.push(request, model, *id, is_whole);
-        text.push_str(&piece);
+        let (mut piece, reason) = transcript.push(request, model, *id, is_whole);
         match reason {
             Some(reason) if place < last => {
                 let what = format!("the output ends at token {place} by {}", describe(&reason));
                 return reject(Reason::SkippedEosEot, format!("{what}, but goes on"));
             }
             None if place == last && may_end_unsent(claim, model) => {
-                text.push_str(&transcript.finish());
+                piece.push_str(&transcript.finish());
             }
             None if place == last => {
                 let what = "an output ends by an end token, a stop rule or its limit, this by none";
@@ -88,15 +96,22 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<End, Stop> {
             }
             None => {}
         }
+        pieces.push(piece);
     }
-    match &answer.text {
-        Some(sent) if *sent != text => {
-            let at = sent.chars().zip(text.chars()).take_while(|(a, b)| a == b).count();
-            let what = format!("the ids spell another text, from character {at} on");
-            reject(Reason::TextMismatch, what)
-        }
-        _ => Ok(end),
+    check_text(answer.text.as_deref(), &pieces)?;
+    Ok(Walk { pieces, end })
+}
+
+/// The text that was sent, if any, is the one that the ids spell.
+fn check_text(sent: Option<&str>, pieces: &[String]) -> Result<(), Stop> {
+    let Some(sent) = sent else { return Ok(()) };
+    let text = pieces.concat();
+    if sent == text {
+        return Ok(());
     }
+    let at = sent.chars().zip(text.chars()).take_while(|(a, b)| a == b).count();
+    let what = format!("the ids spell another text, from character {at} on");
+    Err(Rejection::new(Reason::TextMismatch, what).into())
 }
 
 /// Whether an end token that was not sent may follow the last one.

@@ -204,6 +204,7 @@ fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> Sample {
         end_rank: None,
         margin: Some(*margin),
         is_drawn: Some(*margin == 0.0),
+        top_error: None,
     };
     let chunk = |(index, energy): (usize, &f64)| ChunkEvidence {
         index,

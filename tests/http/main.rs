@@ -17,5 +17,6 @@ mod server;
 mod service;
 mod soak;
 mod stall;
+mod tampers;
 mod verify;
 mod verify_real;

@@ -217,7 +217,8 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let models = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
     let request = r#"{"model": "m", "prompt": "x", "max_tokens": 2}"#;
     // Without a proof that was asked for, the profile `proof` has nothing to score.
-    let choice = r#"{"index": 0, "token_ids": [104, 104], "text": "hh"}"#;
+    let choice =
+        r#"{"index": 0, "token_ids": [104, 104], "text": "hh", "finish_reason": "length"}"#;
     let unscored = format!("{{\"request\": {request}, \"response\": {{\"choices\": [{choice}]}}}}");
     let rejected = format!("{{\"request\": {request}, \"response\": {{\"choices\": []}}}}");
     let file = dir.path().join("answers.jsonl");
@@ -233,6 +234,29 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     assert!(code == 3 && out.contains("reject: BAD_STREAM"), "{out}");
     assert_eq!(judge(&[&unscored, &rejected]).0, 3);
     assert_eq!(judge(&[&rejected, &unscored]).0, 3);
-    let (code, _, err) = judge(&[&"{".to_owned()]);
-    assert!(code == 1 && err.contains("answers.jsonl:1 is not a captured answer"), "{err}");
+    // A line that is none is refused, and so is one of a request that is none; the next is judged.
+    let nested =
+        format!("{{\"request\": {request}, \"chunks\": [{}{}]}}", "[".repeat(126), "]".repeat(126));
+    for bad in ["{", "\u{1b}[2J", &nested] {
+        let (code, out, err) = judge(&[&bad.to_owned(), &unscored]);
+        assert_eq!(code, 3, "{out}{err}");
+        assert!(
+            out.contains("answers.jsonl:1: reject: BAD_STREAM: this is not a captured"),
+            "{out}"
+        );
+        assert!(out.contains("answers.jsonl:2 choice 0: unscored"), "{out}");
+    }
+    let no_request = r#"{"request": {"max_tokens": "x", "prompt": "x"}, "chunks": []}"#.to_owned();
+    let (code, out, _) = judge(&[&no_request, &rejected]);
+    assert!(code == 3 && out.contains("answers.jsonl:1: unscored: "), "{out}");
+    assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
+    // What a peer says neither steers the terminal nor looks like a verdict of ours.
+    let words = r#""\u001b[2J\u009b31m\u202e\nanswers.jsonl:9 choice 0: pass""#;
+    let steers = format!(
+        "{{\"request\": {request}, \"chunks\": [{{\"error\": {{\"message\": {words}}}}}]}}"
+    );
+    let (code, out, _) = judge(&[&steers]);
+    assert!(code == 3 && out.contains(r"\u001b[2J\u009b31m\u202e\nanswers"), "{out}");
+    assert!(out.chars().all(|c| c == '\n' || (!c.is_control() && c != '\u{202e}')), "{out:?}");
+    assert!(out.lines().all(|line| !line.starts_with("answers.jsonl:9")), "{out}");
 }

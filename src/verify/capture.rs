@@ -1,0 +1,245 @@
+//! Captured answers: a request with the response that a client received, judged as it received it.
+//!
+//! A [`Capture`] is one line of a file. [`judge`] reads the request as a server does
+//! ([`Question`]), takes the response apart ([`Answer`]), writes it again and compares every field
+//! ([`Mirror`]), and then asks the model ([`Verifier`]). A line that cannot be read is the peer's:
+//! its bytes are in it.
+
+use super::answer::{Answer, Sent};
+use super::mirror::{Mirror, Told};
+use super::question::Question;
+use super::structure::Walk;
+use super::{Claim, Depth, Profile, Reason, Rejection, Report, Verdict, Verifier, structure};
+use crate::clock::Clock;
+use crate::engine::request::Request;
+use crate::proof::Scheme;
+use serde::Deserialize;
+use serde_json::Value;
+
+/// Characters of a fault in a line that are repeated.
+const FAULT_CHARS_MAX: usize = 200;
+
+/// One line of a file.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Capture {
+    /// The body of the request.
+    pub request: Value,
+    response: Option<Value>,
+    chunks: Option<Vec<Value>>,
+    /// The hotkey that must have signed the proof.
+    hotkey: Option<String>,
+    /// Who answered, where there is no hotkey.
+    miner: Option<String>,
+}
+
+impl Capture {
+    /// A request with its answer in one piece.
+    pub fn of_response(request: Value, response: Value) -> Self {
+        Self { request, response: Some(response), chunks: None, hotkey: None, miner: None }
+    }
+
+    /// A request with its answer in chunks.
+    pub fn of_stream(request: Value, chunks: Vec<Value>) -> Self {
+        Self { request, response: None, chunks: Some(chunks), hotkey: None, miner: None }
+    }
+
+    /// Reads a line. JSON that nests too deep to be read is refused like any other.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(line: &[u8]) -> Result<Self, Rejection> {
+        let wrong = |what: String| {
+            let what: String = what.chars().take(FAULT_CHARS_MAX).collect();
+            Rejection::new(Reason::BadStream, format!("this is not a captured answer: {what}"))
+        };
+        let capture: Self = serde_json::from_slice(line).map_err(|e| wrong(e.to_string()))?;
+        match (&capture.response, &capture.chunks) {
+            (Some(_), None) | (None, Some(_)) => Ok(capture),
+            _ => Err(wrong("it must have either `response` or `chunks`".into())),
+        }
+    }
+
+    /// Whom evidence is about.
+    pub fn miner(&self) -> Option<&str> {
+        self.hotkey.as_deref().or(self.miner.as_deref())
+    }
+
+    /// The model that was asked, where it was named.
+    pub fn model(&self) -> Option<&str> {
+        self.request["model"].as_str()
+    }
+
+    fn sent(&self) -> Sent<'_> {
+        match (&self.response, &self.chunks) {
+            (Some(body), _) => Sent::Whole(body),
+            (None, chunks) => Sent::Stream(chunks.as_deref().unwrap_or_default()),
+        }
+    }
+}
+
+/// How captures are judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Where absent, the proof if there is one to expect, else Targon's ranks.
+    pub profile: Option<Profile>,
+    /// How much is computed.
+    pub depth: Depth,
+    /// Decides which rows are looked at; random where absent.
+    pub chance: Option<u64>,
+}
+
+/// One choice, judged.
+#[derive(Clone, Debug)]
+pub struct Judged {
+    /// Its number.
+    pub choice: u32,
+    /// The rules that judged.
+    pub profile: Profile,
+    /// The proof that was asked for.
+    pub scheme: Option<Scheme>,
+    /// What was asked.
+    pub request: Request,
+    /// What came, where it can be read.
+    pub answer: Option<Answer>,
+    /// What was found.
+    pub report: Report,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// Judges every choice of a capture; the model's name is `model` where the request names none.
+///
+/// # Errors
+/// The request cannot be read, which is no fault of the peer.
+pub async fn judge(
+    verifier: &Verifier,
+    model: &str,
+    capture: &Capture,
+    rules: Rules,
+) -> Result<Vec<Judged>, String> {
+    let hotkey = capture.hotkey.as_deref();
+    let question = Question::read(verifier, model, &capture.request, hotkey).await?;
+    Ok(judge_question(verifier, question, capture, rules))
+}
+
+/// Judges the answer to a question that is understood already.
+pub fn judge_question(
+    verifier: &Verifier,
+    mut question: Question,
+    capture: &Capture,
+    rules: Rules,
+) -> Vec<Judged> {
+    let (clock, sent) = (Clock::system(), capture.sent());
+    question.adapt(sent);
+    let profile = rules.profile.unwrap_or(match question.proof {
+        Some(_) => Profile::Proof,
+        None => Profile::Ranks,
+    });
+    let answers = read(verifier, &question, sent);
+    let claims: Vec<Claim<'_>> = claims(&question, &answers).collect();
+    let chance = rules.chance.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64);
+    let mut reports = verifier.verify_all(&claims, profile, rules.depth, chance).into_iter();
+    drop(claims);
+    let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
+    let scheme = question.proof.map(|asked| asked.scheme);
+    let judged = (0..).zip(question.understood.requests).zip(answers);
+    let judged = judged.map(|((choice, request), answer)| {
+        let (answer, report) = match answer {
+            Read::Refused(verdict, answer) => (answer, Report::bare(verdict)),
+            Read::Fine(answer) => {
+                let left_out = || Verdict::Unscored("the answer was left without a report".into());
+                (Some(answer), reports.next().unwrap_or_else(|| Report::bare(left_out())))
+            }
+        };
+        Judged { choice, profile, scheme, request, answer, report, seconds }
+    });
+    judged.collect()
+}
+
+/// A choice once everything was compared that needs no model.
+enum Read {
+    /// The verdict stands.
+    Refused(Verdict, Option<Answer>),
+    /// The model has the last word.
+    Fine(Answer),
+}
+
+/// The answers that must still be verified, in order.
+fn claims<'a>(question: &'a Question, read: &'a [Read]) -> impl Iterator<Item = Claim<'a>> {
+    (0..).zip(question.requests().iter().zip(read)).filter_map(|(choice, (request, read))| {
+        let Read::Fine(answer) = read else { return None };
+        Some(claim(question, choice, request, answer))
+    })
+}
+
+fn claim<'a>(
+    question: &'a Question,
+    choice: u32,
+    request: &'a Request,
+    answer: &'a Answer,
+) -> Claim<'a> {
+    let (seed, proof) = (question.seed, question.proof);
+    Claim { request, seed, choice, proof, answer, end_is_implied: false }
+}
+
+/// Reads every choice, writes all of them again, and compares.
+fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
+    let walked: Vec<Result<(Answer, Walk), Verdict>> = (0..)
+        .zip(question.requests())
+        .map(|(choice, request)| walk(verifier, question, sent, choice, request))
+        .collect();
+    let told = walked.iter().zip(question.requests()).map(|(walked, request)| {
+        let (answer, walk) = walked.as_ref().ok()?;
+        Some(Told::new(answer, walk, request.prompt.len()))
+    });
+    let told: Vec<Option<Told>> = told.collect();
+    let mirror = Mirror { model: &verifier.model, question, told: &told };
+    let compared = mirror.compare(sent).into_iter();
+    let read =
+        walked.into_iter().zip(compared).map(|(walked, compared)| match (walked, compared) {
+            (Err(verdict), _) => Read::Refused(verdict, None),
+            (Ok((answer, _)), Err(rejection)) => {
+                Read::Refused(Verdict::Reject(rejection), Some(answer))
+            }
+            (Ok((answer, _)), Ok(())) if answer.ids.is_empty() => {
+                let what = "nothing was to be generated, so there are no rows to judge";
+                Read::Refused(Verdict::Unscored(what.into()), Some(answer))
+            }
+            (Ok((answer, _)), Ok(())) => Read::Fine(answer),
+        });
+    read.collect()
+}
+
+/// Takes one choice apart and follows its tokens.
+fn walk(
+    verifier: &Verifier,
+    question: &Question,
+    sent: Sent<'_>,
+    choice: u32,
+    request: &Request,
+) -> Result<(Answer, Walk), Verdict> {
+    let answer = Answer::read(sent, choice, question.echoed(choice as usize));
+    if let (0, Ok(answer)) = (request.max_tokens, &answer)
+        && answer.ids.is_empty()
+    {
+        let walk = Walk { pieces: Vec::new(), end: structure::End::Implied };
+        return Ok((answer.clone(), walk));
+    }
+    let answer = answer.and_then(Answer::with_tokens).map_err(|rejection| {
+        let may_lack_ids = matches!(sent, Sent::Whole(_)) && !question.asks_ids();
+        match rejection.reason {
+            Reason::BadIds if may_lack_ids => {
+                let what = "the request asked for no ids of tokens: it needs `return_token_ids`";
+                Verdict::Unscored(what.into())
+            }
+            _ => Verdict::Reject(rejection),
+        }
+    })?;
+    // Its text is compared where everything is that a client can read.
+    let answer = Answer { text: None, ..answer };
+    let claim = claim(question, choice, request, &answer);
+    match structure::check(&claim, &verifier.model, verifier.context_max) {
+        Ok(walk) => Ok((answer, walk)),
+        Err(stop) => Err(stop.into()),
+    }
+}

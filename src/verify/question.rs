@@ -1,0 +1,142 @@
+//! A request as the verifier reads it: what the engine was asked, and how the answer is written.
+
+use super::Verifier;
+use super::answer::{Sent, id_of_name};
+use super::proof::Asked;
+use crate::chain::keys::Hotkey;
+use crate::engine::request::{LogprobMode, Request};
+use crate::intake::translate::Defaults;
+use crate::intake::understand::{Reader, Understood};
+use crate::proof::Scheme;
+use crate::proof::codec::from_hex;
+use crate::reply::head::Prompts;
+use crate::wire::openai::{ChatRequest, CompletionRequest};
+use serde_json::Value;
+
+/// A request body, understood.
+pub struct Question {
+    /// What the engine was asked, and how the answer is written.
+    pub understood: Understood,
+    /// The model's name.
+    pub model: String,
+    /// The API's seed.
+    pub seed: Option<i64>,
+    /// The proof that was asked for.
+    pub proof: Option<Asked>,
+    /// The prompts.
+    pub prompts: Prompts,
+    /// The server chooses how tokens are named.
+    names_are_free: bool,
+    /// The server chooses which distribution log-probabilities describe.
+    mode_is_free: bool,
+}
+
+impl Question {
+    /// Reads `body` as a server does whose model is `model`; `hotkey` must have signed proofs.
+    ///
+    /// # Errors
+    /// The field, and rule and fact.
+    pub async fn read(
+        verifier: &Verifier,
+        model: &str,
+        body: &Value,
+        hotkey: Option<&str>,
+    ) -> Result<Self, String> {
+        let understood = understand(verifier, body).await?;
+        let prompts = understood.requests.iter().step_by(understood.n);
+        let prompts = prompts.map(|request| request.prompt.clone()).collect();
+        Ok(Self {
+            model: body["model"].as_str().unwrap_or(model).to_owned(),
+            seed: body["seed"].as_i64(),
+            proof: asked(body, hotkey)?,
+            prompts: Prompts { prompts, n: understood.n },
+            names_are_free: body["return_tokens_as_token_ids"].is_null(),
+            mode_is_free: body["logprobs_mode"].is_null(),
+            understood,
+        })
+    }
+
+    /// The request of each choice.
+    pub fn requests(&self) -> &[Request] {
+        &self.understood.requests
+    }
+
+    /// Tokens of the prompt with which the log-probabilities of choice `index` begin.
+    pub fn echoed(&self, index: usize) -> usize {
+        if self.understood.report.echo { self.prompts.of(index).len() } else { 0 }
+    }
+
+    /// Whether an honest answer says which tokens it has, however it is sent.
+    pub fn asks_ids(&self) -> bool {
+        let report = &self.understood.report;
+        report.token_ids || (report.logprobs.is_some() && report.tokens_as_ids)
+    }
+
+    /// Takes from an answer what the request leaves to the server, and its flags decide.
+    pub(super) fn adapt(&mut self, sent: Sent<'_>) {
+        let bodies = match sent {
+            Sent::Whole(body) => std::slice::from_ref(body),
+            Sent::Stream(chunks) => chunks,
+        };
+        if self.names_are_free {
+            let name = bodies.iter().find_map(first_name);
+            self.understood.report.tokens_as_ids = name.is_some_and(|n| id_of_name(n).is_some());
+        }
+        let mode = bodies.iter().find_map(|body| body["logprobs_mode"].as_str());
+        if self.mode_is_free && mode == Some(LogprobMode::Scaled.name()) {
+            self.understood.report.mode = LogprobMode::Scaled;
+            for request in &mut self.understood.requests {
+                request.logprob_mode = LogprobMode::Scaled;
+            }
+        }
+    }
+}
+
+/// The first token that a body names.
+fn first_name(body: &Value) -> Option<&str> {
+    body["choices"].as_array()?.iter().find_map(|choice| {
+        let logprobs = &choice["logprobs"];
+        let name = match logprobs["content"].get(0) {
+            Some(entry) => &entry["token"],
+            None => logprobs["tokens"].get(0)?,
+        };
+        name.as_str()
+    })
+}
+
+fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Asked>, String> {
+    let Some(scheme) = body["proof"]["scheme"].as_str() else { return Ok(None) };
+    let scheme: Scheme = scheme.parse().map_err(|rule| format!("proof.scheme {rule}"))?;
+    let nonce = body["proof"]["nonce"].as_str().map(from_hex).transpose();
+    let nonce = nonce.map_err(|rule| format!("proof.nonce {rule}"))?;
+    let hotkey = hotkey.map(str::parse::<Hotkey>).transpose();
+    let hotkey = hotkey.map_err(|e| format!("`hotkey`: {e}"))?;
+    Ok(Some(Asked { scheme, nonce, hotkey }))
+}
+
+/// Reads a body as a server does.
+///
+/// # Errors
+/// The field, and rule and fact.
+pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood, String> {
+    let is_limited = ["max_tokens", "max_completion_tokens"].iter().any(|k| !body[*k].is_null());
+    if body["proof"].is_object() && body.get("messages").is_some() && !is_limited {
+        let what = "must name `max_tokens`: without it the limit is the context, which is another \
+                    on every machine, and proofs are bound to it";
+        return Err(format!("`request` {what}"));
+    }
+    let reader = Reader {
+        model: &verifier.model,
+        context_max: verifier.context_max,
+        defaults: Defaults::default(),
+    };
+    let wrong = |e: serde_json::Error| format!("`request` is not a body: {e}");
+    let understood = if body.get("messages").is_some() {
+        let request: ChatRequest = serde_json::from_value(body.clone()).map_err(wrong)?;
+        reader.chat(&request).await
+    } else {
+        let request: CompletionRequest = serde_json::from_value(body.clone()).map_err(wrong)?;
+        reader.completion(&request).await
+    };
+    understood.map_err(|e| format!("`request`: {}", e.message))
+}
