@@ -176,6 +176,16 @@ fn sentence_piece_engine() -> Engine {
     Engine::start(model, pool, common::options(), Clock::system()).unwrap()
 }
 
+fn verifier(engine: &Engine) -> Verifier {
+    Verifier {
+        model: Arc::clone(engine.model()),
+        identity: common::served(engine).identity,
+        pool: Pool::new(2, Isa::best()).unwrap(),
+        limits: Limits::default(),
+        context_max: 512,
+    }
+}
+
 #[tokio::test]
 async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank() {
     const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
@@ -184,13 +194,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
     registry.announce(["tiny".to_owned()]);
     registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
     let app = router(ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000)));
-    let verifier = Verifier {
-        model: Arc::clone(engine.model()),
-        identity: common::served(&engine).identity,
-        pool: Pool::new(2, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        context_max: 512,
-    };
+    let verifier = verifier(&engine);
     let (the, grin) = (258, [0xf0, 0x9f, 0x98]);
     for (prompt, bias, extra, want) in [
         (vec![0x61, 0x62], the, json!({}), " the the the"),
