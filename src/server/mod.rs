@@ -1,8 +1,8 @@
 //! The HTTP surface over running engines: OpenAI routes with Targon's rules.
 //!
 //! [`router`] makes the routes (tests call them without a socket), [`serve`](listen::serve) runs
-//! them on a listener until it is told to stop, then drains. Requests pass [`access`]; handlers read
-//! them ([`intake`](crate::intake)), submit them to the engine, and send what
+//! them on a listener until it is told to stop, then drains. Requests pass [`access`]; handlers
+//! read them ([`intake`](crate::intake)), submit them to the engine, and send what
 //! [`reply`](crate::reply) writes ([`generate`], [`stream`]).
 
 pub mod access;
