@@ -126,7 +126,7 @@ pub async fn accept_within(
                     ended = connection => if let Err(e) = ended {
                         tracing::debug!("connection ended: {e}");
                     },
-                    () = gone(socket.as_ref().as_ref(), &peer) => tracing::debug!("a peer has left"),
+                    () = gone(socket.as_ref().as_ref(), &peer) => tracing::debug!("a peer left"),
                     () = place.given_up() => tracing::debug!("an idle connection gave way"),
                 }
             });
