@@ -5,8 +5,8 @@ use std::time::Duration;
 
 /// Blocks that may come at once: a connection that was away for some hours sees that many.
 pub const JUMP_MAX: u64 = 1_000;
-/// Blocks that a chain makes in a second, at most: finney makes one in twelve seconds, nodes of one's
-/// own make them as fast as they like.
+/// Blocks that a chain makes in a second, at most: finney makes one in twelve seconds, nodes of
+/// one's own make them as fast as they like.
 pub const BLOCKS_A_SECOND_MAX: u64 = 100;
 /// Blocks that an endpoint may be behind the newest one that was believed.
 pub const LAG_MAX: u64 = 300;

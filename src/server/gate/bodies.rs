@@ -1,9 +1,9 @@
 //! Bodies on their way to the door, whose senders have only said who they are.
 //!
-//! Bytes count as they arrive, not as they are announced, and a body must keep up a least pace. What
-//! one address sends in one signer's name is a share, and shares do not touch each other: whoever
-//! opens one body too many loses its own oldest. Where all memory is taken, the address that holds
-//! most gives way. So a crowd that claims to be a member cannot shut that member out.
+//! Bytes count as they arrive, not as they are announced, and a body must keep up a least pace.
+//! What one address sends in one signer's name is a share, and shares do not touch each other:
+//! whoever opens one body too many loses its own oldest. Where all memory is taken, the address
+//! that holds most gives way. So a crowd that claims to be a member cannot shut that member out.
 
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;

@@ -1,9 +1,9 @@
 //! The door of a subnet's miner: requests signed by members with stake pass, each once, and no
 //! member can crowd out another.
 //!
-//! Checks run in the order of [`checks`]: headers, membership, stake, age, repetition; then the body
-//! is read ([`bodies`]) and the signature checked; then repetition again, rate, and the [`fair`]
-//! queue. A request that was refused leaves no trace that could harm its signer.
+//! Checks run in the order of [`checks`]: headers, membership, stake, age, repetition; then the
+//! body is read ([`bodies`]) and the signature checked; then repetition again, rate, and the
+//! [`fair`] queue. A request that was refused leaves no trace that could harm its signer.
 
 pub mod bodies;
 pub mod checks;
