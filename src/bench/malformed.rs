@@ -22,7 +22,7 @@ pub(super) enum Variant {
 /// An answer that was changed.
 pub(super) enum Changed {
     /// One that can be read, or why it cannot.
-    Answer(Result<Answer, Rejection>),
+    Answer(Result<Box<Answer>, Rejection>),
     /// A stream.
     Chunks(Vec<Value>),
 }
@@ -34,12 +34,13 @@ impl Variant {
             Variant::Decoded(change) => {
                 let mut answer = answer.clone();
                 change(&mut answer);
-                Changed::Answer(Ok(answer))
+                Changed::Answer(Ok(Box::new(answer)))
             }
             Variant::Sent(change) => {
                 let mut choice = choice_of(answer);
                 change(&mut choice);
-                Changed::Answer(Answer::of_response(&json!({ "choices": [choice] }), 0))
+                let answer = Answer::of_response(&json!({ "choices": [choice] }), 0);
+                Changed::Answer(answer.map(Box::new))
             }
             Variant::Received(change) => {
                 let mut chunks = chunks.to_vec();

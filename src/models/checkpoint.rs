@@ -14,6 +14,7 @@ use super::header::{self, Entry};
 use super::spec::Spec;
 use super::tensor::{Stored, Tensor};
 use super::weight_file::WeightFile;
+use crate::ops::dtype::Dtype;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -154,7 +155,7 @@ impl Checkpoint {
         let embedding = self.tensor("model.embed_tokens.weight")?;
         let differs =
             || head.error("differs from the embedding, though tie_word_embeddings is true");
-        if (head.stored, &head.shape) != (embedding.stored, &embedding.shape) {
+        if (&head.stored, &head.shape) != (&embedding.stored, &embedding.shape) {
             return Err(differs());
         }
         let (mut ours, mut other) = (vec![0; head.cols()], vec![0; head.cols()]);

@@ -132,7 +132,10 @@ pub async fn read_body(
 }
 
 /// Bodies come as they are: a compressed one could grow beyond every limit.
-fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+///
+/// # Errors
+/// 415 that names the encoding.
+pub fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
     let Some(encoding) = headers.get(header::CONTENT_ENCODING) else { return Ok(()) };
     if encoding.as_bytes().eq_ignore_ascii_case(b"identity") {
         return Ok(());

@@ -589,6 +589,16 @@ async fn a_proof_without_a_nonce_is_bound_to_the_signed_name() {
 }
 
 #[tokio::test]
+async fn compressed_bodies_are_refused_by_the_name_of_their_encoding() {
+    let miner = miner();
+    let mut packed = asks(VALIDATOR);
+    packed.headers.insert("content-encoding", HeaderValue::from_static("gzip"));
+    let (status, answer) = packed.send(&miner.app).await;
+    assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE, "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains("got gzip"), "{answer}");
+}
+
+#[tokio::test]
 async fn large_bodies_are_refused_before_they_are_hashed() {
     let miner = miner();
     let mut large = asks(VALIDATOR);

@@ -86,7 +86,7 @@ impl Form {
     }
 
     /// What carries a choice's text, and its name.
-    fn text_of<'a>(self, part: &'a mut Value) -> (&'a mut Value, &'static str) {
+    fn text_of(self, part: &mut Value) -> (&mut Value, &'static str) {
         match self {
             ChatStream => (&mut part["delta"], "content"),
             ChatWhole => (&mut part["message"], "content"),

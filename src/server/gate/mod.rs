@@ -13,6 +13,7 @@ pub mod models;
 pub mod replay;
 pub mod report;
 
+use super::access::check_encoding;
 use super::state::ServerState;
 use crate::chain::Head;
 use crate::chain::epistula::WINDOW_MS;
@@ -301,6 +302,8 @@ impl Gate {
         (from, signer): (IpAddr, Hotkey),
         state: &ServerState,
     ) -> Result<Received, Refused> {
+        check_encoding(headers)
+            .map_err(|e| Refused::new(e.status, Outcome::BadRequest, e.message))?;
         let limits = state.settings().limits;
         let bytes_max = limits.body_bytes.min(BODY_BYTES_MAX);
         let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
