@@ -170,8 +170,8 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     // Few, because they compete with the compute threads for cores: what takes long is read on
-    // other threads, and with 1, 2 and 4 of these a busy server answers probes equally fast. Two, so
-    // that one that is not scheduled for a while does not hold up every connection.
+    // other threads, and with 1, 2 and 4 of these a busy server answers probes equally fast. Two,
+    // so that one that is not scheduled for a while does not hold up every connection.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads((cores / 4).clamp(2, 4))

@@ -1,9 +1,10 @@
 //! Requests as a server reads them: a body becomes what the engine is asked.
 //!
 //! A server generates by this reading, and a verifier repeats it. [`body`] parses, [`understand`]
-//! is the whole reading, its slow parts on the threads of [`work`]: [`prompt`] makes ids of messages
-//! and texts, [`translate`] makes engine requests of fields, [`constraint`] and [`tools`] say what an
-//! output must look like and how calls are found in it, [`proof`] binds its proof. There is no HTTP here.
+//! is the whole reading, its slow parts on the threads of [`work`]: [`prompt`] makes ids of
+//! messages and texts, [`translate`] makes engine requests of fields, [`constraint`] and [`tools`]
+//! say what an output must look like and how calls are found in it, [`proof`] binds its proof.
+//! There is no HTTP here.
 
 pub mod body;
 pub mod constraint;

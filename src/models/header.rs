@@ -56,12 +56,12 @@ pub struct Entry {
     pub range: Range<u64>,
 }
 
-/// The tensors of a file of `len` bytes, in the order of their bytes; `read_at` fills a buffer from a
-/// place on. Together the tensors fill the file.
+/// The tensors of a file of `len` bytes, in the order of their bytes; `read_at` fills a buffer from
+/// a place on. Together the tensors fill the file.
 ///
 /// # Errors
-/// When the file cannot be read, or its header is longer than the file or [`HEADER_BYTES_MAX`], names
-/// a tensor twice, or describes bytes that are not there, belong to two tensors, or to none.
+/// When the file cannot be read, or its header is longer than the file or [`HEADER_BYTES_MAX`],
+/// names a tensor twice, or describes bytes that are not there, belong to two tensors, or to none.
 pub fn read(
     path: &Path,
     len: u64,

@@ -101,8 +101,8 @@ impl Asking<'_> {
         Reader { model: served.engine.model(), context_max, defaults }
     }
 
-    /// Whose a request is, by hotkey or key: owners share the engine, and what one has sent must not
-    /// show in how many tokens another finds in the prefix cache.
+    /// Whose a request is, by hotkey or key: owners share the engine, and what one has sent must
+    /// not show in how many tokens another finds in the prefix cache.
     fn owner(&self) -> Option<[u8; 32]> {
         match &self.caller {
             Some(caller) => Some(caller.hotkey.0),

@@ -390,13 +390,14 @@ async fn more_constraints_than_may_wait_are_refused() {
         body["max_tokens"] = json!(1);
         post(&site.app, COMPLETION, body)
     };
-    let answers = futures_util::future::join_all((0..80).map(ask)).await;
+    // Some are compiled while the others are still read.
+    let answers = futures_util::future::join_all((0..200).map(ask)).await;
     let busy = answers.iter().filter(|a| a.0 == StatusCode::TOO_MANY_REQUESTS);
     let busy: Vec<_> = busy.collect();
-    assert_eq!(busy.len(), 80 - 64, "{busy:?}");
+    assert!((1..=200 - 64).contains(&busy.len()), "{}", busy.len());
     let message = busy[0].1["error"]["message"].as_str().unwrap();
     assert!(message.contains("64 grammars wait to be compiled already"), "{message}");
-    assert!(answers.iter().filter(|a| a.0 == StatusCode::OK).count() == 64);
+    assert_eq!(answers.iter().filter(|a| a.0 == StatusCode::OK).count(), 200 - busy.len());
 }
 
 /// The grammar that a chat with these fields asks for.

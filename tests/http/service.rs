@@ -114,11 +114,18 @@ async fn honest_answers_are_verified_with_and_without_a_limit() {
     let (_, rejected) = desk.verify(&endless, &written(&other)).await;
     assert_eq!(rejected["verified"], false);
     // A peer cannot step out of the model's context in order not to be judged.
-    for max_tokens in [0_i64, 600, 1 << 40] {
+    let long: Vec<Value> = honest.iter().cycle().take(600).cloned().collect();
+    let (_, rejected) = desk.verify(&endless, &written(&long)).await;
+    assert_eq!(rejected["cause"], "TOO_LONG", "{rejected}");
+    // A caller that asks for more than the context holds is told so.
+    for max_tokens in [600_i64, 1 << 40] {
         let asked = params(json!({"max_tokens": max_tokens}));
-        let long: Vec<Value> = honest.iter().cycle().take(600).cloned().collect();
-        let (_, rejected) = desk.verify(&asked, &written(&long)).await;
-        assert_eq!(rejected["cause"], "TOO_LONG", "{max_tokens}: {rejected}");
+        let (_, refused) = desk.verify(&asked, &written(&long)).await;
+        assert_eq!(
+            (&refused["cause"], &refused["verified"]),
+            (&json!("INTERNAL_ERROR"), &json!(null))
+        );
+        assert!(refused["error"].as_str().unwrap().contains("maximum context length"), "{refused}");
     }
 }
 
