@@ -54,10 +54,18 @@ pub(super) async fn locate(config: ModelConfig, bars: &DownloadBars) -> Result<L
 
 /// Plans one model into `available` bytes, from its headers alone.
 pub(super) fn plan(located: &Located, available: u64) -> Result<MemoryPlan, String> {
-    let checkpoint = Checkpoint::open(&located.path).map_err(|e| e.to_string())?;
-    let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
-    let spec = spec.map_err(|e| e.to_string())?;
-    MemoryPlan::new(&spec, located.config.wanted, available).map_err(|e| e.to_string())
+    contained("planning", || {
+        let checkpoint = Checkpoint::open(&located.path).map_err(|e| e.to_string())?;
+        let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
+        let spec = spec.map_err(|e| e.to_string())?;
+        MemoryPlan::new(&spec, located.config.wanted, available).map_err(|e| e.to_string())
+    })
+}
+
+/// What a library panics at in a stranger's files is a failure of that model and of nothing else.
+fn contained<T>(doing: &str, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(format!("{doing} it panicked; the log says where")))
 }
 
 /// The plans as a table for people.
@@ -126,10 +134,7 @@ fn start_one(
         bar.set_length(layers as u64);
         bar.set_position(done as u64);
     };
-    let load = || load_one(planned, pool, clock.clone(), progress);
-    // What a library does with a stranger's files must not leave the model loading for ever.
-    let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load))
-        .unwrap_or_else(|_| Err("loading it panicked; the log says where".into()));
+    let loaded = contained("loading", || load_one(planned, pool, clock.clone(), progress));
     bar.finish_and_clear();
     match loaded {
         Ok(served) => {

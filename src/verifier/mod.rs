@@ -3,8 +3,8 @@
 //!
 //! Whoever calls `/verify` is trusted, whoever gave the answer in it is not: `model`,
 //! `request_type` and `request_params` are the caller's, and what is wrong with them is said to it
-//! ([`asked`]); all of `output_sequence` is the peer's, and whatever is wrong with it is a
-//! rejection ([`sent`]). [`judge`] brings both together.
+//! (`asked`); all of `output_sequence` is the peer's, and whatever is wrong with it is a
+//! rejection (`sent`). `judge` brings both together.
 
 mod asked;
 mod body;

@@ -1,6 +1,7 @@
 //! Constraints of the output: what they allow, and that none can stall or end the process.
 
 use crate::common;
+use crate::common::budget::resident_bytes;
 use crate::common::site::{COMPLETION, completion, post, site};
 use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
@@ -39,12 +40,6 @@ fn schema(text: String) -> Value {
 
 fn regex(text: String) -> Value {
     json!({"structured_outputs": {"regex": text}})
-}
-
-fn memory() -> usize {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let resident: usize = pages.split(' ').nth(1).unwrap().parse().unwrap();
-    resident * 4096
 }
 
 /// A constraint with its name, and what the refusal says, or nothing where it can be had.
@@ -235,11 +230,11 @@ async fn the_costliest_constraints_take_seconds() {
     let site = site(common::options());
     let clock = Clock::system();
     for (name, extra) in [costly_grammars(), costly_schemas()].concat() {
-        let (began, before) = (clock.elapsed(), memory());
+        let (began, before) = (clock.elapsed(), resident_bytes());
         let mut body = completion(extra);
         body["max_tokens"] = json!(8);
         let (status, answer) = post(&site.app, COMPLETION, body).await;
-        let (took, grew) = (clock.elapsed() - began, memory().saturating_sub(before));
+        let (took, grew) = (clock.elapsed() - began, resident_bytes().saturating_sub(before));
         let said = answer["error"]["message"].as_str().unwrap_or_default();
         println!("{name}: {took:?}, {} MiB, {status} {said}", grew >> 20);
         assert!([StatusCode::OK, StatusCode::BAD_REQUEST].contains(&status), "{name}: {answer}");
@@ -253,11 +248,11 @@ async fn no_constraint_stalls_or_ends_the_process() {
     let site = site(common::options());
     let clock = Clock::system();
     for (name, extra, refusal) in [grammars(), references(), combinations()].concat() {
-        let (began, before) = (clock.elapsed(), memory());
+        let (began, before) = (clock.elapsed(), resident_bytes());
         let mut body = completion(extra);
         body["max_tokens"] = json!(2);
         let (status, answer) = post(&site.app, COMPLETION, body).await;
-        let (took, grew) = (clock.elapsed() - began, memory().saturating_sub(before));
+        let (took, grew) = (clock.elapsed() - began, resident_bytes().saturating_sub(before));
         println!("{name}: {took:?}, {} MiB", grew >> 20);
         if refusal.is_empty() {
             assert_eq!(status, StatusCode::OK, "{name}: {answer}");

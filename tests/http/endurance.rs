@@ -3,6 +3,7 @@
 
 use crate::common;
 use crate::common::Noise;
+use crate::common::budget::resident_bytes;
 use crate::common::site::{CHAT, COMPLETION, completion, site};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -28,11 +29,6 @@ const GROWTH_BYTES_MAX: usize = 96 << 20;
 fn soak_time() -> Duration {
     let seconds = std::env::var("TARGON_SOAK_SECONDS").ok().map(|s| s.parse().unwrap());
     Duration::from_secs(seconds.unwrap_or(6))
-}
-
-fn resident_bytes() -> usize {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
 fn post(path: &str, body: &[u8]) -> Vec<u8> {

@@ -1,6 +1,8 @@
-//! Bytes of strangers: whatever arrives, the answer is a 2xx or a 4xx with an error object.
+//! Bytes of strangers: whatever arrives, the answer is a 2xx or a 4xx with an error object, within a
+//! budget of time, memory and threads.
 
 use crate::common;
+use crate::common::budget::Budget;
 use crate::common::site::{CHAT, COMPLETION, chat, completion, post_raw, site};
 use axum::Router;
 use proptest::prelude::*;
@@ -76,7 +78,9 @@ const FIELDS: [&str; 43] = [
 
 fn check(runtime: &tokio::runtime::Runtime, app: &Router, path: &str, body: Vec<u8>) {
     let shown = String::from_utf8_lossy(&body).into_owned();
+    let budget = Budget::start();
     let (status, text) = runtime.block_on(post_raw(app, path, body));
+    budget.check(&format!("{path} {}", shown.chars().take(500).collect::<String>()));
     assert!(status.is_success() || status.is_client_error(), "{path} {shown}: {status} {text}");
     if status.is_client_error() {
         let error: Value = serde_json::from_str(&text).unwrap();
@@ -140,7 +144,9 @@ proptest! {
             let variables = json!({"messages": [{"role": "user", "content": content}]});
             let Value::Object(variables) = variables else { unreachable!() };
             // Nothing to compare with: it must come back, and soon.
+            let budget = Budget::start();
             let _ = template.render(variables);
+            budget.check(&parts.concat());
         }
     }
 }

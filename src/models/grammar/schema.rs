@@ -2,7 +2,7 @@
 //! `allOf`, `anyOf`, `oneOf`, `enum` and `$ref` ask for is written out.
 //!
 //! The compiler writes them out without a limit of its own on their size: thirty definitions that
-//! each refer twice to the next become 2^30 nodes. [`Estimate`] walks the schema as the compiler
+//! each refer twice to the next become 2^30 nodes. `Estimate` walks the schema as the compiler
 //! does, but keeps alternatives as counts, and stops at [`NODES_MAX`].
 
 use super::GrammarError;
