@@ -1,5 +1,5 @@
-//! Bytes of strangers: whatever arrives, the answer is a 2xx or a 4xx with an error object, within a
-//! budget of time, memory and threads.
+//! Bytes of strangers: whatever arrives, the answer is a 2xx or a 4xx with an error object, within
+//! a budget of time, memory and threads.
 
 use crate::common;
 use crate::common::budget::Budget;
