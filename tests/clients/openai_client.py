@@ -65,7 +65,7 @@ for arguments, kind, param in [
 
 # Aborted streams end their sequences.
 def abort():
-    stream = chat(max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    stream = chat(max_tokens=400, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
 

@@ -36,7 +36,7 @@ assert.match(await page.inputValue('#speed').catch(() => page.textContent('#spee
 if (screenshot) await page.screenshot({ path: screenshot });
 
 // A long answer stops when told to, and an error is shown in words.
-await page.fill('#max_tokens', '900');
+await page.fill('#max_tokens', '400');
 await page.fill('#text', 'Count from one to one thousand.');
 await page.click('#send');
 await page.waitForFunction((n) => document.querySelectorAll('.token').length > n + 3, tokens);
