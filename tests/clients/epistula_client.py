@@ -176,11 +176,11 @@ def _():
     return ", ".join(names)
 
 
-@check("POST /models takes a validator's models")
+@check("POST /models takes a validator's models and answers with those that are served")
 def _():
     body = json.dumps([model, "another/model-é"]).encode()
     answer = ok(post("/models", body, epistula(body)))
-    assert answer == "", answer
+    assert answer == [model], answer
 
 
 @check("chat stream, named as the extra body asks")
