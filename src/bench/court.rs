@@ -40,9 +40,14 @@ impl Court {
         &self.0.limits
     }
 
-    /// Verifies answers with their proofs.
+    /// Verifies answers with their proofs. Who can prove true rows can report their
+    /// log-probabilities, so these are left out: here rows and draws count.
     pub(super) fn proofs(&self, trials: &[Trial], scheme: Scheme, depth: Depth) -> Vec<Report> {
-        trials.iter().map(|t| self.verify(t, &t.answer, Some(scheme), depth)).collect()
+        let verify = |t: &Trial| {
+            let silent = Answer { logprobs: Vec::new(), ..t.answer.clone() };
+            self.verify(t, &silent, Some(scheme), depth)
+        };
+        trials.iter().map(verify).collect()
     }
 
     fn verify(
@@ -54,10 +59,6 @@ impl Court {
     ) -> Report {
         let ask = &trial.ask;
         let asked = |scheme| Asked { scheme, nonce: Some(ask.nonce()), hotkey: ask.hotkey };
-        // Who can prove true rows can report their log-probabilities: here rows and draws count.
-        let is_silent = scheme.is_some() && answer.logprobs.iter().flatten().all(|l| l.is_finite());
-        let silent = is_silent.then(|| Answer { logprobs: Vec::new(), ..answer.clone() });
-        let answer = silent.as_ref().unwrap_or(answer);
         let claim = Claim {
             request: &ask.request,
             seed: None,
@@ -121,6 +122,12 @@ impl Court {
                     continue;
                 }
             };
+            // Where the honest answer is refused, a refusal of its variants says nothing.
+            if is_rejected(&self.verify(trial, &trial.answer, Some(scheme), Depth::Fast)) {
+                tracing::warn!("{scheme}: an honest answer is refused");
+                of += 1;
+                continue;
+            }
             for (name, variant) in malformed::variants() {
                 of += 1;
                 // A panic is what must not happen; here it counts as not refused.
