@@ -158,8 +158,14 @@ pub fn tokenizer_json() -> Value {
 
 /// The tiny model, loaded.
 pub fn tiny_model(seed: u32, pool: &Pool) -> Model {
+    tiny_model_with_context(seed, pool, 512)
+}
+
+fn tiny_model_with_context(seed: u32, pool: &Pool, context_max: usize) -> Model {
+    let mut config = tiny_config();
+    config["max_position_embeddings"] = context_max.into();
     let dir = tempfile::tempdir().unwrap();
-    write_checkpoint(dir.path(), &tiny_config(), seed);
+    write_checkpoint(dir.path(), &config, seed);
     Model::load(dir.path(), None, pool, |_, _| {}).unwrap()
 }
 
@@ -173,6 +179,17 @@ pub fn options() -> Options {
     }
 }
 
+/// As many tokens take a second at least, so that a test can do something while they are computed.
+/// What fits into [`options`] may have ended before a client is found to have left.
+pub const LASTING_TOKENS: usize = 16_000;
+
+/// Options for answers of [`LASTING_TOKENS`], as many at once as there are places.
+pub fn lasting(sequences_max: usize) -> Options {
+    let context_max = 16_384;
+    let blocks = (sequences_max + 1) * context_max / 32;
+    Options { context_max, blocks, sequences_max, ..options() }
+}
+
 /// An engine as a server holds it.
 pub fn served(engine: &Engine) -> Served {
     let pool = Pool::new(2, Isa::best()).unwrap();
@@ -183,7 +200,8 @@ pub fn served(engine: &Engine) -> Served {
 /// An engine over the tiny model.
 pub fn tiny_engine(seed: u32, options: Options) -> Engine {
     let pool = Pool::new(2, Isa::best()).unwrap();
-    Engine::start(tiny_model(seed, &pool), pool, options, Clock::system()).unwrap()
+    let model = tiny_model_with_context(seed, &pool, options.context_max.max(512));
+    Engine::start(model, pool, options, Clock::system()).unwrap()
 }
 
 /// Proves `answer`, whatever its tokens, to a request with the rows that `verifier`'s weights

@@ -1,8 +1,8 @@
 //! The signed door of a miner: every rule of the protocol in its order and words, each malformed
 //! header, replays, and the limits that keep one validator from crowding out another.
 
-use crate::common;
 use crate::common::site::{CHAT, COMPLETION, chat, completion};
+use crate::common::{self, LASTING_TOKENS};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
@@ -20,9 +20,6 @@ use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
-use targon_engine::models::Model;
-use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::pool::Pool;
 use targon_engine::server::gate::bodies::{GRACE, SHARE_MAX};
 use targon_engine::server::gate::{Gate, Outcome, Policy, STAKE_MIN};
 use targon_engine::server::listen::accept;
@@ -305,8 +302,8 @@ async fn a_body_that_comes_late_does_not_outlast_the_memory_of_its_request() {
 #[tokio::test]
 async fn a_full_house_still_lists_its_models_and_a_refused_request_may_come_again() {
     let policy = Policy { slots: 1, waiting_max: 0, ..Policy::default() };
-    let miner = miner_with(policy, common::options());
-    let body = completion(json!({"max_tokens": 300, "stream": true}));
+    let miner = miner_with(policy, common::lasting(1));
+    let body = completion(json!({"max_tokens": LASTING_TOKENS, "stream": true}));
     let running = Signed::new(VALIDATOR, COMPLETION, &body, NOW).request();
     let running = miner.app.clone().oneshot(running).await.unwrap();
     let refused = asks(SECOND);
@@ -377,24 +374,11 @@ async fn where_stake_is_known_in_part_only_a_permit_takes_its_place() {
     assert_eq!(miner.gate.counted(Outcome::LowStake), 1);
 }
 
-/// A tiny engine whose answers can be long.
-fn engine_with_context(context_max: usize, sequences_max: usize) -> Engine {
-    let mut config = common::tiny_config();
-    config["max_position_embeddings"] = context_max.into();
-    let dir = tempfile::tempdir().unwrap();
-    common::write_checkpoint(dir.path(), &config, 3);
-    let pool = Pool::new(2, Isa::best()).unwrap();
-    let model = Model::load(dir.path(), None, &pool, |_, _| {}).unwrap();
-    let blocks = (sequences_max + 1) * context_max / 32;
-    let options = Options { context_max, blocks, sequences_max, ..common::options() };
-    Engine::start(model, pool, options, Clock::system()).unwrap()
-}
-
 #[tokio::test]
 async fn long_answers_of_one_validator_do_not_make_another_wait_for_their_end() {
     let policy = Policy { slots: 2, ..Policy::default() };
-    let miner = miner_over(engine_with_context(16_384, 2), policy);
-    let long = completion(json!({"max_tokens": 16_000, "stream": true}));
+    let miner = miner_with(policy, common::lasting(2));
+    let long = completion(json!({"max_tokens": LASTING_TOKENS, "stream": true}));
     let mut running = Vec::new();
     for _ in 0..2 {
         let request = Signed::new(VALIDATOR, COMPLETION, &long, NOW).request();
@@ -421,10 +405,10 @@ async fn long_answers_of_one_validator_do_not_make_another_wait_for_their_end() 
 
 #[tokio::test]
 async fn the_choices_of_one_validator_leave_places_to_others() {
-    let options = Options { waiting_max: 6, sequences_max: 2, ..common::options() };
+    let options = Options { waiting_max: 6, ..common::lasting(2) };
     let miner = miner_with(Policy { slots: 2, ..Policy::default() }, options);
     let choices = |n: usize| {
-        let body = completion(json!({"max_tokens": 400, "n": n, "stream": true}));
+        let body = completion(json!({"max_tokens": LASTING_TOKENS, "n": n, "stream": true}));
         Signed::new(VALIDATOR, COMPLETION, &body, NOW).request()
     };
     // Of eight places a quarter is never one validator's.

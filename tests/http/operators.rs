@@ -122,13 +122,14 @@ async fn metrics_speak_of_every_model_in_vllms_words() {
 
 #[tokio::test]
 async fn the_heartbeat_tells_an_idle_engine_from_a_stalled_one() {
-    let site = site(common::options());
+    let site = site(common::lasting(1));
     let (status, body) = get(&site.app, "/health/decode").await;
     assert_eq!((status, &body["models"]["tiny"]["status"]), (StatusCode::OK, &json!("ok")));
     let limits = Limits { stall_time: Duration::ZERO, ..Limits::default() };
     site.state.set(Settings { limits, ..Settings::default() });
     let request = Request::post(COMPLETION);
-    let long = completion(json!({"max_tokens": 500, "stream": true})).to_string();
+    let long =
+        completion(json!({"max_tokens": common::LASTING_TOKENS, "stream": true})).to_string();
     let response = site.app.clone().oneshot(request.body(Body::from(long)).unwrap()).await.unwrap();
     // With no patience at all, any engine that has work counts as stalled.
     let mut seen = json!(null);

@@ -1,9 +1,9 @@
 //! The HTTP surface over a tiny model: shapes, Targon's rules, refusals, cancellation, draining.
 
-use crate::common;
 use crate::common::site::{
     CHAT, COMPLETION, Site, call, chat, completion, get, post, post_raw, site, stream,
 };
+use crate::common::{self, LASTING_TOKENS};
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use serde_json::{Value, json};
@@ -246,9 +246,9 @@ async fn the_model_header_must_not_contradict_the_body() {
 
 #[tokio::test]
 async fn a_full_queue_is_429_with_retry_after() {
-    let tight = Options { sequences_max: 1, waiting_max: 0, ..common::options() };
+    let tight = Options { waiting_max: 0, ..common::lasting(1) };
     let site = site(tight);
-    let long = completion(json!({"max_tokens": 500, "stream": true}));
+    let long = completion(json!({"max_tokens": LASTING_TOKENS, "stream": true}));
     let response = site
         .app
         .clone()
@@ -301,10 +301,10 @@ async fn send(address: std::net::SocketAddr, body: &Value) -> TcpStream {
 
 #[tokio::test]
 async fn a_client_that_goes_away_ends_its_sequence() {
-    let site = site(common::options());
+    let site = site(common::lasting(1));
     let (address, _stop) = listening(&site, Duration::from_secs(5)).await;
     for streams in [true, false] {
-        let body = completion(json!({"max_tokens": 500, "stream": streams}));
+        let body = completion(json!({"max_tokens": LASTING_TOKENS, "stream": streams}));
         let mut socket = send(address, &body).await;
         if streams {
             let mut first = [0; 64];
@@ -320,9 +320,9 @@ async fn a_client_that_goes_away_ends_its_sequence() {
 
 #[tokio::test]
 async fn draining_ends_what_runs_and_refuses_what_comes() {
-    let site = site(common::options());
+    let site = site(common::lasting(1));
     let (address, stop) = listening(&site, Duration::from_secs(20)).await;
-    let mut running = send(address, &completion(json!({"max_tokens": 500, "stream": true}))).await;
+    let mut running = send(address, &completion(json!({"max_tokens": 4000, "stream": true}))).await;
     assert!(eventually(|| site.engine.stats().snapshot().decode_tokens > 0).await);
     stop.sender.send(()).unwrap();
     assert!(eventually(|| site.state.is_draining()).await);
@@ -338,9 +338,10 @@ async fn draining_ends_what_runs_and_refuses_what_comes() {
 
 #[tokio::test]
 async fn a_drain_that_takes_too_long_ends_with_an_error_frame() {
-    let site = site(common::options());
+    let site = site(common::lasting(1));
     let (address, stop) = listening(&site, Duration::from_millis(1)).await;
-    let mut running = send(address, &completion(json!({"max_tokens": 500, "stream": true}))).await;
+    let body = completion(json!({"max_tokens": LASTING_TOKENS, "stream": true}));
+    let mut running = send(address, &body).await;
     assert!(eventually(|| site.engine.stats().snapshot().decode_tokens > 0).await);
     stop.sender.send(()).unwrap();
     let mut text = String::new();

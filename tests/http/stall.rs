@@ -156,12 +156,12 @@ async fn texts_that_no_context_need_hold_have_a_limit_too() {
 
 #[tokio::test]
 async fn a_client_that_sends_too_much_and_leaves_ends_its_sequence() {
-    let site = site(common::options());
+    let site = site(common::lasting(1));
     let (address, connections) = listening(&site, 64, 64).await;
     let mut aborted = 0;
     for stream in [true, false] {
         for more in ["X".to_owned(), post_text(COMPLETION, "{}"), "X".repeat(1 << 20)] {
-            let body = completion(json!({"max_tokens": 500, "stream": stream}));
+            let body = completion(json!({"max_tokens": common::LASTING_TOKENS, "stream": stream}));
             let mut socket = TcpStream::connect(address).await.unwrap();
             let text = post_text(COMPLETION, &body.to_string()) + &more;
             // The server need not take all of it.
@@ -189,10 +189,11 @@ async fn a_client_that_sends_too_much_and_leaves_ends_its_sequence() {
 
 #[tokio::test]
 async fn a_flood_of_half_sent_requests_displaces_only_itself() {
-    let site = site(common::options());
+    let site = site(common::lasting(1));
     let (address, connections) = listening(&site, 32, 24).await;
     // A request that runs, and one whose client waits for nothing: the first keeps its place.
-    let body = completion(json!({"max_tokens": 450, "stream": true})).to_string();
+    let body =
+        completion(json!({"max_tokens": common::LASTING_TOKENS, "stream": true})).to_string();
     let mut running = connect([127, 0, 0, 1], address).await;
     let text = post_text(COMPLETION, &body).replacen("host: x", CLOSE, 1);
     running.write_all(text.as_bytes()).await.unwrap();
