@@ -15,7 +15,7 @@
 //! | 8 | `main` [`cli`] | parse, wire, print |
 //! | 7 | [`config`] | files, flags and environment into options |
 //! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] | what they run; measurements |
-//! | 5 | [`server`] [`verify`] | a surface over a running engine; judgement of others' answers |
+//! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
@@ -43,6 +43,7 @@ pub mod ops;
 pub mod proof;
 pub mod reply;
 pub mod server;
+pub mod store;
 pub mod validator;
 pub mod verifier;
 pub mod verify;

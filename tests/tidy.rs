@@ -12,7 +12,7 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 19] = [
+const RANKS: [(&str, u8); 20] = [
     ("main", 8),
     ("cli", 8),
     ("config", 7),
@@ -21,6 +21,7 @@ const RANKS: [(&str, u8); 19] = [
     ("verifier", 6),
     ("bench", 6),
     ("server", 5),
+    ("store", 5),
     ("verify", 5),
     ("reply", 4),
     ("intake", 3),

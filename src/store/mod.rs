@@ -1,0 +1,3 @@
+//! What a validator remembers: rounds, verdicts, scores and weights.
+
+pub mod record;

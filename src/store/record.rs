@@ -1,0 +1,161 @@
+//! Records of a validator, as plain data: the round machine makes them, the store keeps them, scores
+//! and `explain` read them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A model was asked for of a set of miners, with one request, and their answers were judged.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Round {
+    /// Unique over all rounds: 32 hexadecimal digits.
+    pub id: String,
+    /// The subnet.
+    pub netuid: u16,
+    /// The chain's block when the round began.
+    pub block: u64,
+    /// When it began, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// When its last verdict was known.
+    pub ended_ms: u64,
+    /// The model's name.
+    pub model: String,
+    /// `/v1/chat/completions` or `/v1/completions`.
+    pub endpoint: String,
+    /// The request body that every miner got, without what differs between them (nonces).
+    pub request: Value,
+    /// The scoring profile in force: `default` or `targon-4.4`.
+    pub profile: String,
+    /// Of whom it asked, in the order of uids.
+    pub responses: Vec<Response>,
+}
+
+/// What one miner did in a round.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Response {
+    /// Its place on the subnet.
+    pub uid: u16,
+    /// Its hotkey, as SS58.
+    pub hotkey: String,
+    /// Its coldkey, as SS58.
+    pub coldkey: String,
+    /// When what arrived.
+    pub timing: Timing,
+    /// The verdict over it.
+    pub outcome: Outcome,
+    /// The cause's name (protocol 4.2, or a reason of ours) where it is not [`Outcome::Verified`].
+    pub cause: Option<String>,
+    /// One sentence about the cause, which names the token, field or time.
+    pub error: Option<String>,
+    /// What the round adds to the miner's samples: see [`Sample`].
+    pub sample: Sampled,
+    /// Request and answer as `verify` reads them (a capture), and the evidence of the check, where
+    /// they are kept.
+    pub capture: Option<Value>,
+    /// The check's evidence, as `verify --json` prints it.
+    pub report: Option<Value>,
+}
+
+/// Times of one answer, since the request was sent, in seconds (protocol 5.4).
+#[derive(Clone, Copy, Default, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Timing {
+    /// `time_to_first_token`.
+    pub first_token: f64,
+    /// `time_for_all_tokens`: from the first token to the end.
+    pub all_tokens: f64,
+    /// `total_time`.
+    pub total: f64,
+    /// Tokens a second: `min(tokens, max_tokens) / total`.
+    pub tps: f64,
+    /// Tokens with text that arrived.
+    pub tokens: u32,
+}
+
+/// What was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The answer came from the model that was asked for.
+    Verified,
+    /// The answer breaks a rule.
+    Rejected,
+    /// The miner gave no whole answer.
+    Failed,
+    /// The miner does not serve the model.
+    NotServed,
+    /// Trouble of the validator's own: nothing is concluded.
+    Unscored,
+}
+
+/// What a round adds to the samples of one miner and model.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sampled {
+    /// A verified answer's tokens a second.
+    Tps(f64),
+    /// A miss: counts against consistency.
+    Miss,
+    /// Nothing is added.
+    Nothing,
+}
+
+/// One entry of a miner's history for one model, oldest first.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Sample {
+    /// The round that it comes from.
+    pub round: String,
+    /// The miner's place.
+    pub uid: u16,
+    /// Its hotkey then, as SS58: another key at the same place has none of these samples.
+    pub hotkey: String,
+    /// The model.
+    pub model: String,
+    /// The block of the round.
+    pub block: u64,
+    /// Tokens a second, or none for a miss.
+    pub tps: Option<f64>,
+}
+
+/// Weights that were decided for one epoch: written before they are sent.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Weights {
+    /// The subnet.
+    pub netuid: u16,
+    /// The epoch: the number of the subnet's epoch where the chain counts them, else the block at
+    /// which the epoch began. At most one entry an epoch is ever sent.
+    pub epoch: u64,
+    /// The block at which they were decided.
+    pub block: u64,
+    /// Who gets what, by ascending uid, scaled so that the largest is 65,535.
+    pub values: Vec<(u16, u16)>,
+    /// How each number came about, for `explain`: one object for each uid.
+    pub explanation: Value,
+    /// How far they are.
+    pub state: WeightsState,
+}
+
+/// How far weights are.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum WeightsState {
+    /// Decided, not sent yet.
+    Planned,
+    /// Sent under this hash; the chain has not been seen to hold them.
+    Sent {
+        /// The extrinsic's hash.
+        hash: String,
+    },
+    /// Committed, to be revealed at this drand round.
+    Committed {
+        /// The extrinsic's hash.
+        hash: String,
+        /// The drand round.
+        reveal_round: u64,
+    },
+    /// Read back from the chain as sent.
+    Confirmed,
+    /// Not on the chain, for this reason.
+    Failed {
+        /// One sentence.
+        why: String,
+    },
+}
