@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 8 | `main` [`cli`] | parse, wire, print |
 //! | 7 | [`config`] | files, flags and environment into options |
-//! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] | what they run; measurements |
+//! | 6 | [`miner`] [`validator`] [`verifier`] [`doctor`] [`mod@bench`] | what they run |
 //! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
@@ -34,6 +34,7 @@ pub mod chain;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod engine;
 pub mod files;
 pub mod intake;

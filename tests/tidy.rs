@@ -12,13 +12,14 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 20] = [
+const RANKS: [(&str, u8); 21] = [
     ("main", 8),
     ("cli", 8),
     ("config", 7),
     ("miner", 6),
     ("validator", 6),
     ("verifier", 6),
+    ("doctor", 6),
     ("bench", 6),
     ("server", 5),
     ("store", 5),

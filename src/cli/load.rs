@@ -3,6 +3,7 @@
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, Source};
 use crate::engine::Engine;
+use crate::engine::memory::memory;
 use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::hub::{Hub, Wanted};
@@ -89,15 +90,9 @@ pub(super) fn table(rows: &[(String, Result<MemoryPlan, String>)], available: u6
     format!("{table}\navailable memory: {}", Bytes(available))
 }
 
-/// Memory that this process may still take: the machine's, or its control group's.
+/// Memory that this process may still take.
 pub(super) fn available_memory() -> u64 {
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
-    let machine = system.available_memory();
-    match system.cgroup_limits() {
-        Some(limits) if limits.free_memory > 0 => machine.min(limits.free_memory),
-        _ => machine,
-    }
+    memory().available
 }
 
 /// Loads weights and starts the engine of each planned model, side by side, and records the outcome

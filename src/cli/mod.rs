@@ -6,10 +6,13 @@
 mod attack_bench;
 mod calibrate;
 mod capture;
+mod config;
+mod doctor;
 mod fetch;
 mod layers;
 mod load;
 mod logging;
+mod manual;
 mod out;
 mod plan;
 mod query;
@@ -90,6 +93,16 @@ enum Command {
     Wallet(wallet::Arguments),
     /// Download a model from the Hugging Face Hub and print where it is.
     Fetch(fetch::FetchArgs),
+    /// Look at machine, clock, wallet, chain, ports and models, and say what is wrong: exit code 1
+    /// when something does not work.
+    Doctor(Box<doctor::DoctorArgs>),
+    /// Look at configuration files.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    /// Print a script with which a shell completes commands and flags.
+    Completions(manual::CompletionsArgs),
+    /// Write manual pages, one for each command.
+    Man(manual::ManArgs),
 }
 
 /// A failure of a command.
@@ -155,6 +168,7 @@ fn report(failure: Failure) -> ExitCode {
 fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
     match command {
         Command::Verify(args) => return verify::run(&args),
+        Command::Doctor(args) => return doctor::run(&args),
         Command::Serve(args) => serve::run(*args, log),
         Command::AttackBench(args) => attack_bench::run(&args),
         Command::Verifier(args) => verifier::run(&args),
@@ -164,6 +178,9 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Status(args) => status::run(&args),
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),
+        Command::Config(command) => config::run(&command),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::pages(&args),
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -26,7 +26,17 @@ macro_rules! announce {
 pub(super) use {announce, note, outln};
 
 pub(super) fn line(text: Arguments<'_>) {
-    let Err(e) = write(text) else { return };
+    end_on(write(text));
+}
+
+/// Prints bytes of our own making as they are. A reader that has gone ends the program, quietly.
+pub(super) fn write_all(bytes: &[u8]) {
+    let mut stdout = std::io::stdout().lock();
+    end_on(stdout.write_all(bytes).and_then(|()| stdout.flush()));
+}
+
+fn end_on(written: std::io::Result<()>) {
+    let Err(e) = written else { return };
     if e.kind() != ErrorKind::BrokenPipe {
         note!("error: stdout cannot be written: {e}");
         std::process::exit(2);

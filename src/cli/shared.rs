@@ -65,6 +65,11 @@ pub(super) struct ListenArgs {
 }
 
 impl ListenArgs {
+    /// The address, where it is given by number.
+    pub(super) fn address(&self) -> Option<SocketAddr> {
+        format!("{}:{}", self.host, self.port).parse().ok()
+    }
+
     pub(super) async fn bind(&self) -> Result<(TcpListener, SocketAddr), Failure> {
         let address = format!("{}:{}", self.host, self.port);
         let listener = TcpListener::bind(&address)

@@ -10,6 +10,7 @@ mod core;
 pub mod draw;
 pub mod guard;
 mod live;
+pub mod memory;
 pub mod output;
 pub mod plan;
 pub mod request;

@@ -43,6 +43,10 @@ fn commands_that_print_end_quietly() {
     let body = "{\"request\": {\"prompt\": \"a\", \"max_tokens\": 1}, \"chunks\": []}\n";
     std::fs::write(home.join("capture.jsonl"), body).unwrap();
     check(home, &["plan", "--models", "models.toml"]);
+    check(home, &["config", "check"]);
+    check(home, &["completions", "zsh"]);
+    check(home, &["doctor", "--offline"]);
+    check(home, &["doctor", "--offline", "--json"]);
     check(home, &["calibrate", "--models", "models.toml"]);
     check(home, &["verify", "capture.jsonl", "--models", "models.toml"]);
     check(home, &["verify", "capture.jsonl", "--models", "models.toml", "--json"]);

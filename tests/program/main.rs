@@ -10,6 +10,7 @@ mod node;
 mod chain;
 mod cli;
 mod closed_stdout;
+mod doctor;
 mod miner;
 mod verifier;
 mod wiped;

@@ -193,6 +193,47 @@ impl Hub {
         Self { patience, ..self }
     }
 
+    /// Its address.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// The directory that its files are kept in.
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// Whether only what is kept may be used.
+    pub fn is_offline(&self) -> bool {
+        self.offline
+    }
+
+    /// The commit that `revision` of `repo` stands for, as the Hub says now; nothing is downloaded.
+    ///
+    /// # Errors
+    /// When the Hub cannot be asked or has no such revision.
+    pub async fn commit(&self, repo: &str, revision: &str) -> Result<String, HubError> {
+        check_repo(repo)?;
+        check_name(revision)?;
+        Ok(self.listing(repo, revision).await?.sha)
+    }
+
+    /// Where `wanted` of `repo` at `revision` is kept; nothing is asked of the Hub.
+    ///
+    /// # Errors
+    /// When it is not kept whole.
+    pub fn kept(
+        &self,
+        repo: &str,
+        revision: &str,
+        wanted: Wanted<'_>,
+    ) -> Result<Snapshot, HubError> {
+        check_repo(repo)?;
+        check_name(revision)?;
+        let root = self.cache.join(format!("models--{}", repo.replace('/', "--")));
+        offline(&root, repo, revision, wanted)
+    }
+
     /// Makes `wanted` of `repo` at `revision` present and returns where it is.
     ///
     /// # Errors

@@ -1,0 +1,36 @@
+//! `completions` and `man`: what shells and `man` say of the command line.
+
+use super::out::write_all;
+use super::{Cli, Failure};
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+use std::path::PathBuf;
+
+/// Arguments of `completions`.
+#[derive(Args)]
+pub(super) struct CompletionsArgs {
+    /// Whose script.
+    shell: Shell,
+}
+
+/// Arguments of `man`.
+#[derive(Args)]
+pub(super) struct ManArgs {
+    /// The directory that the pages are written into, such as /usr/local/share/man/man1.
+    directory: PathBuf,
+}
+
+pub(super) fn completions(args: &CompletionsArgs) -> Result<(), Failure> {
+    let mut script = Vec::new();
+    let mut command = Cli::command();
+    clap_complete::generate(args.shell, &mut command, "targon-engine", &mut script);
+    write_all(&script);
+    Ok(())
+}
+
+pub(super) fn pages(args: &ManArgs) -> Result<(), Failure> {
+    let place = args.directory.display();
+    let failed = |e| Failure::user(format!("{place}: manual pages cannot be written: {e}"));
+    std::fs::create_dir_all(&args.directory).map_err(failed)?;
+    clap_mangen::generate_to(Cli::command(), &args.directory).map_err(failed)
+}
