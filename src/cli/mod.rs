@@ -4,6 +4,7 @@
 //! can mend, 2 is our own failure.
 
 mod attack_bench;
+mod bench;
 mod calibrate;
 mod capture;
 mod config;
@@ -80,6 +81,9 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Serve `/verify` and `/generate` as Targon's verifier container does.
     Verifier(verifier::VerifierArgs),
+    /// Help to choose what to run on.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Say what each verification scheme catches, on a model of your choice.
     AttackBench(attack_bench::AttackBenchArgs),
     /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
@@ -170,6 +174,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Verify(args) => return verify::run(&args),
         Command::Doctor(args) => return doctor::run(&args),
         Command::Serve(args) => serve::run(*args, log),
+        Command::Bench(command) => bench::run(&command),
         Command::AttackBench(args) => attack_bench::run(&args),
         Command::Verifier(args) => verifier::run(&args),
         Command::Plan(args) => plan::run(&args),

@@ -115,7 +115,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, LoadError> {
 
 /// Reads a JSON file. A key that stands twice in an object is an error: which value counts would
 /// be a guess.
-pub(super) fn read_json(path: &Path) -> Result<Value, LoadError> {
+pub(crate) fn read_json(path: &Path) -> Result<Value, LoadError> {
     let json: Result<Strict, _> = serde_json::from_slice(&read(path)?);
     json.map(|j| j.0).map_err(|e| LoadError::invalid(path, format!("not valid JSON: {e}")))
 }

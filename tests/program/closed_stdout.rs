@@ -43,6 +43,7 @@ fn commands_that_print_end_quietly() {
     let body = "{\"request\": {\"prompt\": \"a\", \"max_tokens\": 1}, \"chunks\": []}\n";
     std::fs::write(home.join("capture.jsonl"), body).unwrap();
     check(home, &["plan", "--models", "models.toml"]);
+    check(home, &["bench", "plan", "m", "--context", "64", "--prompt", "64", "--answer", "8"]);
     check(home, &["config", "check"]);
     check(home, &["completions", "zsh"]);
     check(home, &["doctor", "--offline"]);

@@ -7,6 +7,7 @@ mod common;
 #[path = "../common/node.rs"]
 mod node;
 
+mod bench;
 mod chain;
 mod cli;
 mod closed_stdout;

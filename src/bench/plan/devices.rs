@@ -1,0 +1,129 @@
+//! Devices by their datasheets: memory, bandwidth, arithmetic, power. Each row names its source.
+
+/// What computes on a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A graphics card; products run on tensor cores in bf16 with f32 sums.
+    Gpu,
+    /// A processor; products run as f32 fused multiply-adds on widened bf16.
+    Cpu,
+}
+
+/// A device.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Device {
+    /// What `--devices` calls it.
+    pub name: &'static str,
+    /// What computes.
+    pub kind: Kind,
+    /// Bytes of memory; of processors the memory is the machine's and counts as unlimited.
+    pub memory: u64,
+    /// Bytes a second.
+    pub bandwidth: f64,
+    /// Floating-point operations a second of the products, without sparsity.
+    pub peak: f64,
+    /// Watts.
+    pub power: f64,
+    /// Where the numbers come from.
+    pub source: &'static str,
+}
+
+const GB: u64 = 1_000_000_000;
+
+/// A card: memory in GB, bandwidth in GB/s, dense bf16 in TFLOP/s, watts.
+const fn gpu(
+    name: &'static str,
+    (memory, bandwidth, peak, power): (u64, f64, f64, f64),
+    source: &'static str,
+) -> Device {
+    let (bandwidth, peak) = (bandwidth * 1e9, peak * 1e12);
+    Device { name, kind: Kind::Gpu, memory: memory * GB, bandwidth, peak, power, source }
+}
+
+/// A processor: cores, GHz with all of them busy on vectors, f32 operations a core and cycle,
+/// bandwidth in GB/s, watts.
+const fn cpu(
+    name: &'static str,
+    (cores, ghz, per_cycle, bandwidth, power): (f64, f64, f64, f64, f64),
+    source: &'static str,
+) -> Device {
+    let (bandwidth, peak) = (bandwidth * 1e9, cores * ghz * 1e9 * per_cycle);
+    Device { name, kind: Kind::Cpu, memory: u64::MAX, bandwidth, peak, power, source }
+}
+
+/// All that is known.
+pub const DEVICES: [Device; 11] = [
+    gpu("a100-80gb", (80, 2039.0, 312.0, 400.0), "NVIDIA A100 80GB SXM datasheet, 2021"),
+    gpu("h100-sxm", (80, 3350.0, 989.4, 700.0), "NVIDIA H100 SXM5 datasheet, 2023"),
+    gpu("h200", (141, 4800.0, 989.4, 700.0), "NVIDIA H200 SXM datasheet, 2024"),
+    gpu("b200", (180, 8000.0, 2250.0, 1000.0), "NVIDIA HGX B200 datasheet, 2025, one of 8 GPUs"),
+    gpu("l40s", (48, 864.0, 362.05, 350.0), "NVIDIA L40S datasheet, 2023"),
+    gpu("rtx-4090", (24, 1008.0, 165.2, 450.0), "NVIDIA Ada whitepaper 2.1, f32 accumulation"),
+    gpu(
+        "rtx-5090",
+        (32, 1792.0, 209.5, 575.0),
+        "NVIDIA Blackwell RTX whitepaper, f32 accumulation",
+    ),
+    cpu(
+        "epyc-9654",
+        (96.0, 2.4, 32.0, 460.8, 360.0),
+        "AMD EPYC 9654 at base clock, 12 channels DDR5-4800, two 256-bit FMA units",
+    ),
+    cpu(
+        "epyc-9965",
+        (192.0, 2.25, 64.0, 576.0, 500.0),
+        "AMD EPYC 9965 at base clock, 12 channels DDR5-6000, two 512-bit FMA units",
+    ),
+    cpu(
+        "xeon-8480",
+        (56.0, 2.0, 64.0, 307.2, 350.0),
+        "Intel Xeon Platinum 8480+ at base clock, 8 channels DDR5-4800, AVX-512 without AMX",
+    ),
+    cpu(
+        "ryzen-9950x",
+        (16.0, 4.3, 64.0, 89.6, 170.0),
+        "AMD Ryzen 9 9950X at base clock, 2 channels DDR5-5600, two 512-bit FMA units",
+    ),
+];
+
+/// The devices that `names` list; all where it is empty or says `all`.
+///
+/// # Errors
+/// A name that is not in the table, with those that are.
+pub fn named(names: &[String]) -> Result<Vec<Device>, String> {
+    if names.is_empty() || names.iter().any(|n| n == "all") {
+        return Ok(DEVICES.to_vec());
+    }
+    let find = |name: &String| {
+        DEVICES.into_iter().find(|d| d.name == name).ok_or_else(|| {
+            let known: Vec<&str> = DEVICES.iter().map(|d| d.name).collect();
+            format!("there is no device {name} in the table, only {}", known.join(", "))
+        })
+    };
+    names.iter().map(find).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_complete_and_names_are_unique() {
+        for (index, device) in DEVICES.iter().enumerate() {
+            let numbers = [device.bandwidth, device.peak, device.power, device.memory as f64];
+            assert!(numbers.iter().all(|n| n.is_finite() && *n > 0.0), "{device:?}");
+            // A mistyped unit is off by a thousand: all of these do 10 to 600 operations a byte.
+            let ridge = device.peak / device.bandwidth;
+            assert!((10.0..600.0).contains(&ridge), "{}: {ridge} FLOP a byte", device.name);
+            assert!(DEVICES[..index].iter().all(|d| d.name != device.name));
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_refused_with_the_known_ones() {
+        assert_eq!(named(&[]).unwrap().len(), DEVICES.len());
+        assert_eq!(named(&["h200".into()]).unwrap()[0].memory, 141 * GB);
+        let error = named(&["h300".into()]).unwrap_err();
+        assert!(error.contains("no device h300") && error.contains("h100-sxm"), "{error}");
+    }
+}

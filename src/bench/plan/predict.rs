@@ -1,0 +1,192 @@
+//! The roofline: a step takes as long as its bytes or its operations, whichever takes longer.
+
+use super::devices::{Device, Kind};
+use super::work::{Work, decode, prefill};
+use crate::engine::plan::weight_bytes;
+use crate::models::spec::Spec;
+use serde::Serialize;
+
+/// The share of a datasheet's numbers that an engine reaches.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Efficiency {
+    /// Of the bandwidth.
+    pub memory: f64,
+    /// Of the arithmetic.
+    pub compute: f64,
+}
+
+impl Efficiency {
+    /// What well-tuned engines are known to reach. This engine was measured on processors only, and
+    /// against their measured ceilings, so for every card this is an assumption.
+    pub fn assumed(kind: Kind) -> Self {
+        match kind {
+            Kind::Gpu => Self { memory: 0.7, compute: 0.5 },
+            Kind::Cpu => Self { memory: 0.7, compute: 0.6 },
+        }
+    }
+}
+
+/// What holds a step back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bound {
+    /// Reading weights and cache.
+    Memory,
+    /// Multiplying.
+    Compute,
+}
+
+/// What is asked of a model.
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// Sequences that decode at once.
+    pub batches: Vec<usize>,
+    /// Positions of each.
+    pub context: usize,
+    /// Tokens of a prompt.
+    pub prompt: usize,
+    /// Tokens of an answer.
+    pub answer: usize,
+}
+
+/// Decoding with a batch.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Decode {
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens a second of all of them.
+    pub tokens_per_second: f64,
+    /// What holds it back.
+    pub bound: Bound,
+    /// Whether weights and all sequences fit into the device's memory.
+    pub fits: bool,
+}
+
+/// A model on a device.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Prediction {
+    /// The device.
+    pub device: &'static str,
+    /// Where its numbers come from.
+    pub source: &'static str,
+    /// Shares of the datasheet's numbers.
+    pub efficiency: Efficiency,
+    /// Bytes of weights.
+    pub weights: u64,
+    /// Devices that one copy of the weights needs.
+    pub devices: u64,
+    /// Seconds to the first token after the prompt.
+    pub first_token_seconds: f64,
+    /// Tokens a second of the prompt.
+    pub prefill_tokens_per_second: f64,
+    /// A row for each batch.
+    pub decode: Vec<Decode>,
+    /// Answers that a validator checks in a minute: one pass over prompt and answer each.
+    pub checks_per_minute: f64,
+    /// Watts of the device.
+    pub power: f64,
+}
+
+/// Share of a card's memory that is left to weights and cache.
+const USABLE: f64 = 0.9;
+/// Rows whose logits a fast check computes.
+const CHECKED_ROWS: usize = crate::verify::FAST_ROWS + 1;
+
+/// Predicts `spec` on `device`. A model that does not fit is spread over several, which are taken
+/// to add up without loss: an upper bound.
+pub fn predict(spec: &Spec, device: &Device, load: &Load, own: Option<Efficiency>) -> Prediction {
+    let efficiency = own.unwrap_or_else(|| Efficiency::assumed(device.kind));
+    let weights = weight_bytes(spec);
+    let usable = device.memory as f64 * USABLE;
+    let cache = |batch: usize| {
+        let row = spec.kv_dims().block_bytes() as f64 / crate::ops::attention::BLOCK_TOKENS as f64;
+        row * (batch * (load.context + load.answer)) as f64
+    };
+    let devices = ((weights as f64 + cache(1)) / usable).ceil().max(1.0);
+    let time = |work: Work| seconds(work, device, devices, efficiency);
+    let decode = |batch: &usize| {
+        let (seconds, bound) = time(decode(spec, *batch, load.context));
+        Decode {
+            batch: *batch,
+            tokens_per_second: *batch as f64 / seconds,
+            bound,
+            fits: weights as f64 + cache(*batch) <= usable * devices,
+        }
+    };
+    let first_token_seconds = time(prefill(spec, load.prompt, 1)).0;
+    let check = time(prefill(spec, load.prompt + load.answer, CHECKED_ROWS)).0;
+    Prediction {
+        device: device.name,
+        source: device.source,
+        efficiency,
+        weights,
+        devices: devices as u64,
+        first_token_seconds,
+        prefill_tokens_per_second: load.prompt as f64 / first_token_seconds,
+        decode: load.batches.iter().map(decode).collect(),
+        checks_per_minute: 60.0 / check,
+        power: device.power * devices,
+    }
+}
+
+fn seconds(work: Work, device: &Device, devices: f64, share: Efficiency) -> (f64, Bound) {
+    let memory = work.bytes / (device.bandwidth * devices * share.memory);
+    let compute = work.operations / (device.peak * devices * share.compute);
+    match memory >= compute {
+        true => (memory, Bound::Memory),
+        false => (compute, Bound::Compute),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::plan::devices::named;
+    use crate::models::config;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn llama(layers: usize, hidden: usize, inter: usize) -> Spec {
+        let json = json!({
+            "model_type": "llama", "vocab_size": 128_256, "hidden_size": hidden,
+            "num_hidden_layers": layers, "num_attention_heads": hidden / 128,
+            "num_key_value_heads": 8, "intermediate_size": inter,
+            "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+        });
+        config::parse(Path::new("config.json"), &json).unwrap()
+    }
+
+    fn load() -> Load {
+        Load { batches: vec![1, 256], context: 0, prompt: 2048, answer: 512 }
+    }
+
+    #[test]
+    fn the_roof_of_an_8b_model_on_an_h100_is_known() {
+        let h100 = named(&["h100-sxm".into()]).unwrap()[0];
+        let roof = Some(Efficiency { memory: 1.0, compute: 1.0 });
+        let p = predict(&llama(32, 4096, 14_336), &h100, &load(), roof);
+        // 15.0 GB of weights without the embedding at 3.35 TB/s.
+        assert!((220.0..226.0).contains(&p.decode[0].tokens_per_second), "{p:?}");
+        assert_eq!((p.decode[0].bound, p.decode[1].bound), (Bound::Memory, Bound::Memory));
+        assert_eq!((p.devices, p.decode[0].fits), (1, true));
+        let assumed = predict(&llama(32, 4096, 14_336), &h100, &load(), None);
+        let ratio = assumed.decode[0].tokens_per_second / p.decode[0].tokens_per_second;
+        assert!((ratio - 0.7).abs() < 1e-9);
+        // Prefill is bound by arithmetic: 2 * 6.98e9 a token without the head, and attention.
+        let roof = 989.4e12 / (2.0 * 6.98e9);
+        assert!((0.95 * roof..roof).contains(&p.prefill_tokens_per_second), "{p:?}");
+    }
+
+    #[test]
+    fn what_does_not_fit_takes_several_devices() {
+        let big = llama(80, 8192, 28_672);
+        let cards = named(&["rtx-4090".into(), "h200".into()]).unwrap();
+        let p: Vec<Prediction> = cards.iter().map(|d| predict(&big, d, &load(), None)).collect();
+        assert_eq!((p[0].devices, p[1].devices), (7, 2));
+        let small = llama(16, 2048, 8192);
+        assert!(
+            !predict(&small, &cards[0], &Load { batches: vec![4096], ..load() }, None).decode[0]
+                .fits
+        );
+    }
+}

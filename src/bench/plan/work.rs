@@ -1,0 +1,164 @@
+//! Bytes moved and operations done by the steps of a model, from its shape alone.
+//!
+//! Weights and the KV cache have two bytes an element. A multiply-add counts as two operations.
+
+use crate::models::spec::Spec;
+
+const ELEMENT: f64 = 2.0;
+
+/// What a step moves and computes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Work {
+    /// Bytes read from memory: weights that are touched once, and the KV cache.
+    pub bytes: f64,
+    /// Floating-point operations.
+    pub operations: f64,
+}
+
+/// Parameters that all tokens share, that a token's experts add, and that the head has.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Parameters {
+    /// Attention, and the feed-forward layers of dense models, over all layers; routers too.
+    pub shared: f64,
+    /// One expert, over all layers; 0 in dense models.
+    pub expert: f64,
+    /// The head; the embedding is read by rows and does not count.
+    pub head: f64,
+}
+
+impl Parameters {
+    /// Of a model.
+    pub fn of(spec: &Spec) -> Self {
+        let (hidden, layers) = (spec.hidden as f64, spec.layers as f64);
+        let attention = (spec.qkv_rows() + spec.attention_cols()) as f64 * hidden;
+        let mlp = 3.0 * spec.feed_forward.inter as f64 * hidden;
+        let head = spec.vocab as f64 * hidden;
+        match spec.feed_forward.experts {
+            None => Self { shared: layers * (attention + mlp), expert: 0.0, head },
+            Some(e) => {
+                let router = e.count as f64 * hidden;
+                Self { shared: layers * (attention + router), expert: layers * mlp, head }
+            }
+        }
+    }
+}
+
+/// Experts of a layer that `tokens` tokens visit at least once, where each visits `used` of
+/// `count` at random: `count * (1 - (1 - used / count)^tokens)`.
+fn touched(count: usize, used: usize, tokens: f64) -> f64 {
+    let (count, used) = (count as f64, used as f64);
+    count * (1.0 - (1.0 - used / count).powf(tokens))
+}
+
+/// Bytes of the KV cache that a query at the end of `context` positions reads.
+fn kv_read(spec: &Spec, context: f64) -> f64 {
+    let row = 2.0 * ELEMENT * (spec.attention.kv_heads * spec.attention.head_dim) as f64;
+    seen(spec, context) * row
+}
+
+/// Positions that a query sees, summed over layers.
+fn seen(spec: &Spec, context: f64) -> f64 {
+    let in_layer = |layer: usize| match spec.attention.windows.get(layer).copied().flatten() {
+        Some(window) => context.min(window as f64),
+        None => context,
+    };
+    (0..spec.layers).map(in_layer).sum()
+}
+
+/// Operations of attention for one query: two products over the positions that it sees.
+fn attention(spec: &Spec, context: f64) -> f64 {
+    4.0 * spec.attention_cols() as f64 * seen(spec, context)
+}
+
+/// Parameters that one token is multiplied with, without the head.
+fn active(spec: &Spec, parameters: &Parameters) -> f64 {
+    let used = spec.feed_forward.experts.map_or(0.0, |e| e.used as f64);
+    parameters.shared + used * parameters.expert
+}
+
+/// Bytes of the weights that a step of `tokens` tokens touches, without the head.
+fn weights_touched(spec: &Spec, parameters: &Parameters, tokens: f64) -> f64 {
+    let experts = spec.feed_forward.experts.map_or(0.0, |e| touched(e.count, e.used, tokens));
+    ELEMENT * (parameters.shared + experts * parameters.expert)
+}
+
+/// One token for each of `batch` sequences, each `context` positions long.
+pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
+    let (p, batch, context) = (Parameters::of(spec), batch as f64, context as f64);
+    let weights = weights_touched(spec, &p, batch) + ELEMENT * p.head;
+    let per_token = 2.0 * (active(spec, &p) + p.head) + attention(spec, context);
+    Work { bytes: weights + batch * kv_read(spec, context), operations: batch * per_token }
+}
+
+/// A prompt of `tokens` tokens whose last `scored` rows go through the head.
+pub fn prefill(spec: &Spec, tokens: usize, scored: usize) -> Work {
+    let (p, tokens, scored) = (Parameters::of(spec), tokens as f64, scored as f64);
+    // The mean query sees half of the prompt.
+    let attended = tokens * attention(spec, (tokens + 1.0) / 2.0);
+    Work {
+        bytes: weights_touched(spec, &p, tokens) + ELEMENT * p.head + kv_read(spec, tokens),
+        operations: 2.0 * (active(spec, &p) * tokens + p.head * scored) + attended,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::plan::weight_bytes;
+    use crate::models::config;
+    use serde_json::{Value, json};
+    use std::path::Path;
+
+    fn spec(extra: Value) -> Spec {
+        let mut json = json!({
+            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "intermediate_size": 14_336, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+        });
+        json.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        config::parse(Path::new("config.json"), &json).unwrap()
+    }
+
+    fn near(a: f64, b: f64) -> bool {
+        (a - b).abs() <= 1e-3 * b.abs()
+    }
+
+    #[test]
+    fn an_8b_llama_has_its_known_numbers() {
+        let spec = spec(json!({}));
+        let p = Parameters::of(&spec);
+        // 8.03e9 parameters with the embedding of 0.525e9, norms left out.
+        assert!(near(p.shared + 2.0 * p.head, 8.03e9), "{p:?}");
+        let one = decode(&spec, 1, 0);
+        assert!(near(one.bytes, weight_bytes(&spec) as f64), "{one:?}");
+        assert!(near(one.operations, 2.0 * (p.shared + p.head)));
+        // 128 KiB of cache a token.
+        let deep = decode(&spec, 1, 1000);
+        assert!(near(deep.bytes - one.bytes, 131_072.0 * 1000.0));
+        let batch = decode(&spec, 8, 1000);
+        assert!(near(batch.bytes - one.bytes, 8.0 * 131_072.0 * 1000.0));
+    }
+
+    #[test]
+    fn experts_are_touched_by_more_tokens_but_computed_by_each() {
+        let moe = spec(json!({
+            "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
+            "vocab_size": 32_000,
+        }));
+        assert!(near(touched(8, 2, 1.0), 2.0) && touched(8, 2, 1000.0) > 7.99);
+        let (one, many) = (decode(&moe, 1, 0), decode(&moe, 64, 0));
+        assert!(many.bytes > 3.0 * one.bytes && many.bytes < 4.0 * one.bytes, "{one:?} {many:?}");
+        assert!(near(many.operations, 64.0 * one.operations));
+        assert!(near(many.bytes, weight_bytes(&moe) as f64), "{many:?}");
+    }
+
+    #[test]
+    fn windows_bound_what_is_read() {
+        let wide = spec(json!({"model_type": "mistral", "sliding_window": null}));
+        let narrow = spec(json!({"model_type": "mistral", "sliding_window": 4096}));
+        let read = |spec: &Spec| decode(spec, 1, 32_768).bytes - decode(spec, 1, 0).bytes;
+        assert!(near(read(&wide), 8.0 * read(&narrow)));
+        let (short, long) = (prefill(&wide, 512, 1), prefill(&wide, 1024, 1));
+        assert!(long.operations > 2.0 * short.operations && long.bytes < 1.01 * short.bytes);
+    }
+}

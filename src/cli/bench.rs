@@ -1,0 +1,237 @@
+//! `bench plan`: what a model would do on devices that are not here.
+
+use super::out::outln;
+use super::shared::printable;
+use super::{Failure, runtime};
+use crate::bench::plan::devices::named;
+use crate::bench::plan::predict::{Efficiency, Load, Prediction, predict};
+use crate::bench::plan::prices::{self, Price, per_million};
+use crate::engine::plan::Bytes;
+use crate::models::checkpoint::Checkpoint;
+use crate::models::config;
+use crate::models::error::read_json;
+use crate::models::hub::{Hub, Wanted};
+use crate::models::spec::Spec;
+use clap::{Args, Subcommand};
+use comfy_table::{Table, presets};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// What is measured or predicted.
+#[derive(Subcommand)]
+pub(super) enum BenchCommand {
+    /// Predict a model on a table of devices, from its configuration alone: tokens a second, what
+    /// holds them back, and what they cost.
+    Plan(PlanArgs),
+}
+
+/// Arguments of `bench plan`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  targon-engine bench plan HuggingFaceTB/SmolLM2-135M-Instruct
+  targon-engine bench plan ./Llama-3.1-8B/config.json --devices h100-sxm,h200 --batch 1,64
+  targon-engine bench plan model.gguf --prices prices.toml --csv > plan.csv")]
+pub(super) struct PlanArgs {
+    /// A config.json, a checkpoint directory, a GGUF file, or OWNER/NAME on the Hub (of which only
+    /// the configuration is fetched).
+    model: String,
+    /// Devices of the table, with commas between them; all where absent.
+    #[arg(long, value_delimiter = ',')]
+    devices: Vec<String>,
+    /// Sequences that decode at once, with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "1,8,64",
+          value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: Vec<u16>,
+    /// Positions of each sequence while it decodes.
+    #[arg(long, default_value_t = 1024)]
+    context: usize,
+    /// Tokens of a prompt.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: u32,
+    /// Tokens of an answer.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    answer: u32,
+    /// Share of the datasheet's bandwidth that is reached, in place of the assumed one.
+    #[arg(long, requires = "compute_share", value_parser = share)]
+    memory_share: Option<f64>,
+    /// Share of the datasheet's arithmetic that is reached, in place of the assumed one.
+    #[arg(long, requires = "memory_share", value_parser = share)]
+    compute_share: Option<f64>,
+    /// A TOML file with [[price]] entries: device, per_hour (dollars), date, source.
+    #[arg(long)]
+    prices: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long, conflicts_with = "csv")]
+    json: bool,
+    /// Print one line of comma-separated values for each device and batch.
+    #[arg(long)]
+    csv: bool,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("must lie above 0 and at most at 1".into()),
+    }
+}
+
+pub(super) fn run(command: &BenchCommand) -> Result<(), Failure> {
+    let BenchCommand::Plan(args) = command;
+    plan(args)
+}
+
+fn plan(args: &PlanArgs) -> Result<(), Failure> {
+    let devices = named(&args.devices).map_err(|e| Failure::user(format!("--devices: {e}")))?;
+    let prices = args.prices.as_deref().map(prices::read).transpose().map_err(Failure::user)?;
+    let prices = prices.unwrap_or_default();
+    let spec = spec(&args.model)?;
+    let (prompt, answer) = (args.prompt as usize, args.answer as usize);
+    let longest = prompt.max(args.context) + answer;
+    if longest > spec.context {
+        let what = format!(
+            "{longest} tokens are asked for, but the model's context is {} tokens",
+            spec.context
+        );
+        return Err(Failure::user(what).with_hint(Some("lower --prompt, --context or --answer")));
+    }
+    let batches = args.batch.iter().map(|b| usize::from(*b)).collect();
+    let load = Load { batches, context: args.context, prompt, answer };
+    let own = args.memory_share.zip(args.compute_share);
+    let own = own.map(|(memory, compute)| Efficiency { memory, compute });
+    let predictions: Vec<Prediction> =
+        devices.iter().map(|device| predict(&spec, device, &load, own)).collect();
+    if args.json {
+        outln!("{}", json!({"model": args.model, "predictions": predictions, "prices": prices}));
+    } else if args.csv {
+        print_csv(&predictions, &prices);
+    } else {
+        print(args, &spec, &predictions, &prices);
+    }
+    Ok(())
+}
+
+/// The model's shape.
+fn spec(model: &str) -> Result<Spec, Failure> {
+    let path = Path::new(model);
+    let fetched = match path.exists() {
+        true => path.to_owned(),
+        false => runtime()?.block_on(fetch(model))?,
+    };
+    let is_json = fetched.extension().is_some_and(|e| e == "json");
+    let (place, json) = match is_json {
+        true => {
+            let json = read_json(&fetched).map_err(Failure::user)?;
+            (fetched, json)
+        }
+        false => {
+            let checkpoint = Checkpoint::open(&fetched).map_err(Failure::user)?;
+            (checkpoint.config_path, checkpoint.config)
+        }
+    };
+    config::parse(&place, &json).map_err(Failure::user)
+}
+
+async fn fetch(repo: &str) -> Result<PathBuf, Failure> {
+    if repo.split('/').count() != 2 || repo.starts_with(['.', '/']) {
+        let what = format!("{} is neither a file here nor OWNER/NAME", printable(repo));
+        return Err(Failure::user(what));
+    }
+    let hub = Hub::from_env().map_err(Failure::ours)?;
+    let wanted = Wanted::File("config.json");
+    let snapshot = hub.fetch(repo, "main", wanted, &|_, _, _| {}).await.map_err(Failure::user)?;
+    Ok(snapshot.directory.join("config.json"))
+}
+
+fn price<'a>(prices: &'a [Price], device: &str) -> Option<&'a Price> {
+    prices.iter().find(|p| p.device == device)
+}
+
+fn print(args: &PlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Price]) {
+    let weights = predictions.first().map_or(0, |p| p.weights);
+    outln!("{}, {} of weights in 16 bits", printable(&args.model), Bytes(weights));
+    outln!(
+        "prompt {}, context {}, answer {} tokens; {} bytes of KV cache a token",
+        args.prompt,
+        args.context,
+        args.answer,
+        spec.kv_dims().block_bytes() / crate::ops::attention::BLOCK_TOKENS
+    );
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    let mut header: Vec<String> =
+        ["device", "needs", "first token", "prefill tok/s"].map(String::from).to_vec();
+    header.extend(args.batch.iter().map(|b| format!("tok/s, batch {b}")));
+    header.extend(["checks/min", "$/Mtok"].map(String::from));
+    table.set_header(header);
+    for p in predictions {
+        let mut row = vec![
+            p.device.to_owned(),
+            p.devices.to_string(),
+            format!("{:.1} ms", p.first_token_seconds * 1e3),
+            number(p.prefill_tokens_per_second),
+        ];
+        row.extend(p.decode.iter().map(|d| match d.fits {
+            true => format!("{} ({:?})", number(d.tokens_per_second), d.bound).to_lowercase(),
+            false => "no room".into(),
+        }));
+        row.push(number(p.checks_per_minute));
+        row.push(cheapest(p, prices).map_or("-".into(), |dollars| format!("{dollars:.3}")));
+        table.add_row(row);
+    }
+    outln!("{table}");
+    outln!("Predicted, not measured: the datasheet's numbers times the share that is reached.");
+    for p in predictions {
+        let (memory, compute) = (p.efficiency.memory * 100.0, p.efficiency.compute * 100.0);
+        let shares = format!("{memory:.0} % of bandwidth, {compute:.0} % of arithmetic");
+        outln!("  {:<12} {shares}; {}", p.device, p.source);
+    }
+    outln!("Time between kernels is not counted, so small models are slower on cards than this.");
+    outln!("This engine has run on processors only: rows of cards say what their roofline allows.");
+    for price in prices.iter().filter(|p| predictions.iter().any(|q| q.device == p.device)) {
+        let source = price.source.as_deref().map_or(String::new(), |s| format!(", {s}"));
+        let (device, per_hour, date) = (&price.device, price.per_hour, &price.date);
+        outln!("  {device}: ${per_hour} an hour on {date}{}", printable(&source));
+    }
+}
+
+/// Dollars for a million tokens at the best batch that fits.
+fn cheapest(p: &Prediction, prices: &[Price]) -> Option<f64> {
+    let per_hour = price(prices, p.device)?.per_hour * p.devices as f64;
+    let fitting = p.decode.iter().filter(|d| d.fits).map(|d| d.tokens_per_second);
+    fitting.reduce(f64::max).map(|best| per_million(per_hour, best))
+}
+
+/// Three significant digits below a thousand, none after the point above.
+fn number(value: f64) -> String {
+    match value {
+        v if v >= 100.0 => format!("{v:.0}"),
+        v if v >= 10.0 => format!("{v:.1}"),
+        v => format!("{v:.2}"),
+    }
+}
+
+fn print_csv(predictions: &[Prediction], prices: &[Price]) {
+    outln!(
+        "device,devices,first_token_seconds,prefill_tokens_per_second,batch,tokens_per_second,\
+         bound,fits,checks_per_minute,dollars_per_million_tokens"
+    );
+    for p in predictions {
+        for d in &p.decode {
+            let per_hour = price(prices, p.device).map(|q| q.per_hour * p.devices as f64);
+            let dollars = per_hour.map(|h| per_million(h, d.tokens_per_second).to_string());
+            outln!(
+                "{},{},{},{},{},{},{},{},{},{}",
+                p.device,
+                p.devices,
+                p.first_token_seconds,
+                p.prefill_tokens_per_second,
+                d.batch,
+                d.tokens_per_second,
+                format!("{:?}", d.bound).to_lowercase(),
+                d.fits,
+                p.checks_per_minute,
+                dollars.unwrap_or_default()
+            );
+        }
+    }
+}
