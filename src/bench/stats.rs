@@ -42,6 +42,14 @@ pub fn quantile<T: Copy>(sorted: &[T], q: f64) -> Option<T> {
     sorted.get(((last as f64 * q).round() as usize).min(last)).copied()
 }
 
+/// The value in the middle, or the mean of the two there: a noisy neighbour moves it least.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let upper = sorted.get(sorted.len() / 2)?;
+    Some((sorted[(sorted.len() - 1) / 2] + upper) / 2.0)
+}
+
 /// Shuffles (Fisher and Yates) by a seed.
 pub fn shuffle<T>(items: &mut [T], seed: u64) {
     for i in (1..items.len()).rev() {
@@ -143,6 +151,7 @@ mod tests {
         assert_eq!(quantile(&[1, 2, 3, 4, 5], 0.5), Some(3));
         assert_eq!(quantile(&[1, 2, 3, 4, 5], 0.95), Some(5));
         assert_eq!(quantile::<u8>(&[], 0.5), None);
+        assert_eq!((median(&[3.0, 1.0, 2.0, 10.0]), median(&[])), (Some(2.5), None));
         let mut order: Vec<u32> = (0..100).collect();
         shuffle(&mut order, 1);
         assert!(order.iter().enumerate().any(|(i, x)| i as u32 != *x));

@@ -3,9 +3,9 @@
 use super::Failure;
 use super::out::outln;
 use super::shared::ComputeArgs;
+use crate::bench::attack::plot;
+use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
 use crate::bench::attack::{Bench, Options};
-use crate::bench::plot;
-use crate::bench::results::{Line, Outcome, Results, Tokens};
 use crate::bench::stats::{Rate, Stopping};
 use crate::verify::{Limits, limits};
 use clap::Args;

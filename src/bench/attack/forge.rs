@@ -1,10 +1,10 @@
 //! Answers of cheats: each attack of the list, carried out on the same questions.
 
-use super::attacks::{Attack, Cheat};
+use super::catalogue::{Attack, Cheat};
 use super::lockstep::{self, Job, Way};
-use super::stats::choice;
 use super::tamper::{Tamper, int8_head};
 use super::trial::{Ask, Bond, Rows, Subject, Trial};
+use crate::bench::stats::choice;
 use crate::chain::keys::Keypair;
 use crate::engine::Engine;
 use crate::engine::sampler::Sampling;
@@ -24,8 +24,8 @@ const EXCHANGES: u64 = 0x7377_6170;
 /// The answers of one attack, by the scheme that they are proved in.
 pub(super) type Proved = Vec<(Scheme, Vec<Trial>)>;
 
-/// Where cheats work.
-pub(super) struct Workshop<'a> {
+/// Makes the answers of cheats.
+pub(super) struct Forge<'a> {
     subject: &'a Subject,
     asks: &'a [Ask],
     honest: (Vec<Trial>, Vec<Rows>),
@@ -39,7 +39,7 @@ struct Twin {
     drawn: Vec<Trial>,
 }
 
-impl<'a> Workshop<'a> {
+impl<'a> Forge<'a> {
     /// On these questions; answers them honestly first.
     pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> Result<Self, String> {
         let honest = subject.answers(&subject.engine, asks, &|_, _| {})?;

@@ -1,10 +1,11 @@
 //! What the attack bench found: plain data, as it is printed, stored and drawn.
 
-use super::stats::{ALARM, Evidence, Rate, Stopping, quantile};
+use crate::bench::stats::{ALARM, Evidence, Rate, Stopping, quantile};
 use crate::proof::Scheme;
 use crate::verify::{Limits, Report, Verdict, proof};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Chunks of the longest answers that are looked at one by one.
 pub const CHUNKS: usize = 8;
@@ -101,6 +102,21 @@ pub struct Outcome {
     pub measured: String,
     /// Whether that is enough.
     pub is_met: bool,
+}
+
+/// The shares that are rejected and the goals, for a terminal without tables.
+impl fmt::Display for Results {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Line { name, judge, rejected, .. } in &self.lines {
+            let rejected = format!("{}/{}", rejected.count, rejected.of);
+            writeln!(f, "{name:36} {judge:32} {rejected:>9}")?;
+        }
+        for (place, Outcome { goal, measured, is_met }) in self.goals.iter().enumerate() {
+            let end = if place > 0 { "\n" } else { "" };
+            write!(f, "{end}{:7} {goal}: {measured}", if *is_met { "met" } else { "missed" })?;
+        }
+        Ok(())
+    }
 }
 
 impl Line {

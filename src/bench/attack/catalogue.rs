@@ -1,8 +1,8 @@
 //! The list of attacks: what is done, what should show it, and what is demanded.
 
 use super::results::Detector;
-use super::stats::choice;
 use super::tamper::Tamper;
+use crate::bench::stats::choice;
 use crate::engine::sampler::Sampling;
 use crate::proof::Scheme;
 use crate::verify::answer::Chunk;
