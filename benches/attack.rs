@@ -2,9 +2,10 @@
 //! size; `targon-engine attack-bench` is the same with tables, JSON and a picture.
 
 use std::path::Path;
-use targon_engine::bench::attack::{Bench, Options};
+use targon_engine::bench::attack::{Bench, Setup};
 use targon_engine::bench::host;
 use targon_engine::verify::Limits;
+use targon_engine::verify::evidence::Calibrated;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -12,10 +13,16 @@ fn main() -> anyhow::Result<()> {
     let number = |place: usize, default: usize| {
         arguments.get(place).map_or(default, |text| text.parse().expect("a number"))
     };
-    let options =
-        Options { prompts: number(1, 4), honest: number(2, 32), tokens: None, only: None };
+    let setup = Setup {
+        prompts: number(1, 4),
+        honest: number(2, 32),
+        tokens: None,
+        only: None,
+        limits: Limits::default(),
+        rates: Calibrated::default(),
+    };
     let (scratch, pool) = (tempfile::tempdir()?, host::pool()?);
-    let bench = Bench::new(Path::new(path), scratch.path(), &pool, options, Limits::default());
+    let bench = Bench::new(Path::new(path), scratch.path(), &pool, setup);
     let results = bench.and_then(|bench| bench.run(|next| eprintln!("{next}")));
     println!("{}", results.map_err(anyhow::Error::msg)?);
     Ok(())

@@ -25,6 +25,7 @@ use super::prompts;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
+use crate::verify::evidence::Calibrated;
 use crate::verify::{Depth, Limits};
 use catalogue::{Attack, Cheat};
 use forge::Forge;
@@ -41,9 +42,9 @@ const PART: usize = 160;
 /// Answers of which every malformed variant is tried.
 const MALFORMED: usize = 4;
 
-/// What is run.
+/// What is run, and what it is judged by.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Options {
+pub struct Setup {
     /// Prompts that are attacked; all of [`prompts::all`] from the first on.
     pub prompts: usize,
     /// Honest answers, to the prompts after those.
@@ -52,13 +53,17 @@ pub struct Options {
     pub tokens: Option<usize>,
     /// Only attacks whose name holds this.
     pub only: Option<String>,
+    /// Limits of one answer.
+    pub limits: Limits,
+    /// What evidence over many answers is weighed by.
+    pub rates: Calibrated,
 }
 
 /// The model under attack.
 pub struct Bench {
     subject: Subject,
     judge: Judge,
-    options: Options,
+    setup: Setup,
     model: String,
     attacked: Vec<Ask>,
     honest: Vec<Ask>,
@@ -69,15 +74,9 @@ impl Bench {
     ///
     /// # Errors
     /// When the model cannot be loaded, has no chat template, or there are too few prompts.
-    pub fn new(
-        path: &Path,
-        scratch: &Path,
-        pool: &Pool,
-        options: Options,
-        limits: Limits,
-    ) -> Result<Self, String> {
+    pub fn new(path: &Path, scratch: &Path, pool: &Pool, setup: Setup) -> Result<Self, String> {
         let all = prompts::all();
-        let wanted = options.prompts + options.honest;
+        let wanted = setup.prompts + setup.honest;
         if wanted > all.len() {
             return Err(format!("there are {} prompts, {wanted} were asked for", all.len()));
         }
@@ -86,17 +85,17 @@ impl Bench {
             let dtype = subject.model.decoder.dtype;
             return Err(format!("changed weights are written in bf16, this model is {dtype}"));
         }
-        let judge = Judge::new(&subject, limits);
+        let judge = Judge::new(&subject, setup.limits);
         let asks = |from: usize, count: usize, tokens: usize| {
-            let tokens = options.tokens.unwrap_or(tokens);
+            let tokens = setup.tokens.unwrap_or(tokens);
             let some = all.iter().enumerate().skip(from).take(count);
             some.map(|(index, text)| subject.ask(index, text, tokens)).collect()
         };
-        let attacked: Result<Vec<Ask>, String> = asks(0, options.prompts, ATTACKED_TOKENS);
-        let honest: Result<Vec<Ask>, String> = asks(options.prompts, options.honest, HONEST_TOKENS);
+        let attacked: Result<Vec<Ask>, String> = asks(0, setup.prompts, ATTACKED_TOKENS);
+        let honest: Result<Vec<Ask>, String> = asks(setup.prompts, setup.honest, HONEST_TOKENS);
         let (attacked, honest) = (attacked?, honest?);
         let model = path.display().to_string();
-        Ok(Self { subject, judge, options, model, attacked, honest })
+        Ok(Self { subject, judge, setup, model, attacked, honest })
     }
 
     /// Runs everything; `progress` is told what comes next.
@@ -107,7 +106,7 @@ impl Bench {
         let mut lines = self.honest(&progress)?;
         let mut tokens = Vec::new();
         let mut attacks = catalogue::all(self.subject.model.decoder.spec.layers);
-        if let Some(only) = &self.options.only {
+        if let Some(only) = &self.setup.only {
             attacks.retain(|attack| attack.name.contains(only.as_str()));
         }
         if !attacks.is_empty() {
@@ -177,7 +176,8 @@ impl Bench {
                 let slow = judge.proofs(trials, *scheme, Depth::Slow);
                 lines.push(judge.slow_line(attack, trials, &slow));
                 if attack.adds_up() {
-                    tokens.push(Tokens::new(attack.name, &slow, judge.limits().margin));
+                    let (limits, rates) = (judge.limits(), &self.setup.rates);
+                    tokens.push(Tokens::new(attack.name, &slow, *scheme, limits, rates));
                 }
             }
         }
