@@ -8,20 +8,20 @@
 use super::host::{self, Say};
 use super::stats::median;
 use crate::clock::Clock;
-use crate::engine::request::{ProofOptions, Request};
+use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
+use crate::intake::proof::Prover;
 use crate::models::decoder::{Decoder, Scratch};
 use crate::models::{Identity, Model};
 use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
 use crate::ops::logits::{LogSumExp, top_k};
 use crate::ops::pool::{Pool, Turn};
 use crate::proof::Scheme;
-use crate::proof::codec::{Hash, to_hex};
-use crate::proof::commit::{Binding, RowProver, noise_key, nonce_of};
-use crate::verify::answer::{Answer, Chunk};
+use crate::proof::codec::Hash;
+use crate::proof::commit::nonce_of;
+use crate::verify::answer::Answer;
 use crate::verify::proof::Asked;
 use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
-use crate::wire::openai::response::ProofEnd;
 use anyhow::{Context, ensure};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
@@ -134,37 +134,15 @@ fn respond(engine: &Engine, identity: &Identity, index: usize) -> anyhow::Result
     let mut request = Request::greedy(prompt, OUTPUT);
     request.sampling.temperature = TEMPERATURE;
     request.stop.ignore_eos = true;
-    let (scheme, model) = (Scheme::Residue, identity.model_hash);
-    let (nonce, terms) = (nonce_of(&format!("bench {index}")), request.terms(None, 0).hash());
-    request.sampling.noise_key = noise_key(&nonce, &terms);
-    let root = Binding { scheme, nonce, request: terms, model, hotkey: [0; 32] }.root();
+    let nonce = nonce_of(&format!("bench {index}"));
+    let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
     let mut drawn = request.clone();
-    let prover = RowProver::new(scheme, &root, Arc::clone(&identity.calibration));
-    drawn.proof = Some(ProofOptions { root, prover });
-    let (steps, _) = engine.submit(drawn)?.collect_blocking()?;
-    let chunks = steps.iter().filter_map(|s| s.proof.clone());
-    let chunk = |c: crate::proof::commit::ChunkProof| Chunk {
-        index: c.index,
-        data: c.data,
-        digest: c.digest,
-    };
-    let end = ProofEnd {
-        scheme: scheme.name().into(),
-        nonce: to_hex(&nonce),
-        model: to_hex(&model),
-        root: to_hex(&root),
-        tokens: steps.len(),
-        hotkey: None,
-        signature: None,
-    };
-    let answer = Answer {
-        ids: steps.iter().map(|s| s.token).collect(),
-        text: Some(steps.iter().map(|s| s.text.as_str()).collect()),
-        logprobs: steps.iter().map(|s| Some(s.logprob)).collect(),
-        chunks: chunks.map(chunk).collect(),
-        end: Some(end),
-        ..Answer::default()
-    };
+    let head = prover.bind(&mut drawn, identity, None, 0);
+    let (steps, finish) = engine.submit(drawn)?.collect_blocking()?;
+    let finish = finish.context("the answer has no end")?;
+    let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
+    // Without weight values: looking them up is not what is measured.
+    let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, Some(end)) };
     Ok((request, nonce, answer))
 }
 
