@@ -1,21 +1,29 @@
-//! Measurements and predictions that tell users what to expect: [`plan`] predicts models on devices
-//! that are not here; the rest says what each verification scheme catches.
+//! Measurements and predictions that tell users what to expect; `cargo bench` runs the measurements,
+//! one for each file of `benches/`.
 //!
-//! [`attack`] runs the list of attacks: cheats make answers, a court judges them, [`results`] are
-//! plain data that [`plot`] draws. Nothing here prints or writes.
+//! | module | measures |
+//! |---|---|
+//! | [`ops`] | kernels against the ceilings of this machine |
+//! | [`engine`] | prefill, decode, memory and load time of a model, then `serve`: what HTTP costs |
+//! | [`gate`] | what the signed door costs a request |
+//! | [`proof`] | what proving costs a token |
+//! | [`verify`] | what a check costs beside the passes of Targon's verifier |
+//! | [`attack`] | what each verification scheme catches |
+//! | [`plan`] | nothing: it predicts models on devices that are not here |
+//!
+//! Nothing here prints: figures are data ([`figures`]) or lines that the caller takes
+//! ([`host::Say`]).
 
 pub mod attack;
-mod attacks;
-mod cheats;
-mod court;
-mod goals;
-mod lockstep;
-mod malformed;
+pub mod engine;
+pub mod figures;
+pub mod gate;
+pub mod host;
+mod load;
+pub mod ops;
 pub mod plan;
-pub mod plot;
 pub mod prompts;
-mod published;
-pub mod results;
+pub mod proof;
+mod serve;
 pub mod stats;
-pub mod tamper;
-mod trial;
+pub mod verify;

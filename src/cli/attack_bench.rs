@@ -3,10 +3,11 @@
 use super::Failure;
 use super::out::outln;
 use super::shared::ComputeArgs;
-use crate::bench::attack::{Bench, Options};
-use crate::bench::plot;
-use crate::bench::results::{Line, Outcome, Results, Tokens};
+use crate::bench::attack::plot;
+use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
+use crate::bench::attack::{Bench, Setup};
 use crate::bench::stats::{Rate, Stopping};
+use crate::verify::evidence::Calibrated;
 use crate::verify::{Limits, limits};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -52,18 +53,19 @@ pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
     }
     let scratch = std::env::temp_dir().join(format!("targon-attack-{}", uuid::Uuid::new_v4()));
     std::fs::create_dir(&scratch).map_err(|e| cannot_write(&scratch, &e))?;
-    let options = Options {
+    let (limits, rates) = match &args.limits {
+        Some(path) => limits::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?,
+        None => (Limits::default(), Calibrated::default()),
+    };
+    let setup = Setup {
         prompts: args.prompts.into(),
         honest: args.honest.into(),
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
+        limits: Limits { exact: args.exact || limits.exact, ..limits },
+        rates,
     };
-    let limits = match &args.limits {
-        Some(path) => limits::read(path).map_err(Failure::user)?.limits,
-        None => Limits::default(),
-    };
-    let limits = Limits { exact: args.exact || limits.exact, ..limits };
-    let results = Bench::new(&args.model, &scratch, &pool, options, limits)
+    let results = Bench::new(&args.model, &scratch, &pool, setup)
         .and_then(|bench| bench.run(|next| tracing::info!("{next}")));
     // What is left in the temporary directory is the system's to clean.
     let _ = std::fs::remove_dir_all(&scratch);

@@ -10,7 +10,6 @@ use crate::bench::prompts;
 use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
 use crate::engine::Engine;
-use crate::engine::output::{Finish, Step};
 use crate::engine::request::Request;
 use crate::intake::proof::Prover;
 use crate::models::calibration::{compute, store};
@@ -21,14 +20,13 @@ use crate::ops::pool::Pool;
 use crate::proof::codec::{Hash, to_hex};
 use crate::proof::commit::{calibration_hash, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
-use crate::verify::answer::{Answer, Chunk};
+use crate::verify::answer::Answer;
 use crate::verify::bounds;
 use crate::verify::calibrate::{ENERGY_FACTOR, MARGIN_FACTOR, Sample, limits_file, split};
 use crate::verify::limits::{self, LimitsFile, Share, Spread};
 use crate::verify::proof::Asked;
 use crate::verify::rows::MARGIN_CLIP;
 use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
-use crate::wire::openai::request::ProofRequest;
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::json;
@@ -337,15 +335,16 @@ impl Own {
     fn reports(&self, indices: &[u32], asked: Vec<Request>) -> Result<Vec<Report>, Failure> {
         let mut running = Vec::new();
         for (index, mut request) in indices.iter().zip(asked) {
-            let prover = prover(*index, &self.verifier)?;
-            prover.bind(&mut request, &self.verifier.identity, None, 0);
+            let prover = Prover { scheme: Scheme::Residue, nonce: nonce(*index), signer: None };
+            let head = prover.bind(&mut request, &self.verifier.identity, None, 0);
             let generation = self.engine.submit(request.clone()).map_err(Failure::user)?;
-            running.push((*index, prover, request, generation));
+            running.push((*index, head, request, generation));
         }
         let mut reports = Vec::new();
-        for (index, prover, request, generation) in running {
+        for (index, head, request, generation) in running {
             let (steps, finish) = generation.collect_blocking().map_err(Failure::ours)?;
-            let answer = self.answer(&prover, &request, steps, finish);
+            let end = finish.map(|f| head.end(f.digest, f.completion_tokens, &f.reason));
+            let answer = Answer::of_steps(&steps, end);
             let (scheme, nonce) = (Scheme::Residue, Some(nonce(index)));
             let claim = Claim {
                 request: &request,
@@ -359,41 +358,8 @@ impl Own {
         }
         Ok(reports)
     }
-
-    fn answer(
-        &self,
-        prover: &Prover,
-        request: &Request,
-        steps: Vec<Step>,
-        finish: Option<Finish>,
-    ) -> Answer {
-        let head = request.proof.as_ref().map(|p| prover.head(p, &self.verifier.identity));
-        let end = head.zip(finish).map(|(head, finish)| head.end(&finish));
-        let chunk = |step: &Step| {
-            let proof = step.proof.clone()?;
-            Some(Chunk { index: proof.index, data: proof.data, digest: proof.digest })
-        };
-        Answer {
-            ids: steps.iter().map(|s| s.token).collect(),
-            text: Some(steps.iter().map(|s| s.text.as_str()).collect()),
-            logprobs: steps.iter().map(|s| Some(s.logprob)).collect(),
-            tops: Vec::new(),
-            prompt: Vec::new(),
-            powv: steps.iter().map(|s| Some(s.powv)).collect(),
-            finish_reason: None,
-            chunks: steps.iter().filter_map(chunk).collect(),
-            end,
-        }
-    }
 }
 
 fn nonce(index: u32) -> Hash {
     nonce_of(&format!("calibrate {index}"))
-}
-
-fn prover(index: u32, verifier: &Verifier) -> Result<Prover, Failure> {
-    let field =
-        ProofRequest { scheme: Scheme::Residue.name().into(), nonce: Some(to_hex(&nonce(index))) };
-    let dtype = verifier.model.decoder.dtype;
-    Prover::new(&field, dtype, None, None).map_err(|e| Failure::ours(e.message))
 }

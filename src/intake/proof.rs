@@ -2,7 +2,7 @@
 
 use super::error::{RequestError, echo};
 use crate::chain::keys::Keypair;
-use crate::engine::output::Finish;
+use crate::engine::output::FinishReason;
 use crate::engine::request::{ProofOptions, Request};
 use crate::models::Identity;
 use crate::ops::dtype::Dtype;
@@ -15,11 +15,15 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use std::sync::Arc;
 
-/// Proves the choices of one request.
+/// Proves the choices of one request: all of them in one scheme, under one nonce, by one signer.
+#[derive(Clone)]
 pub struct Prover {
-    scheme: Scheme,
-    nonce: Hash,
-    signer: Option<Arc<Keypair>>,
+    /// The scheme.
+    pub scheme: Scheme,
+    /// The verifier's nonce, or one of the prover's own.
+    pub nonce: Hash,
+    /// Who signs; nobody where absent.
+    pub signer: Option<Arc<Keypair>>,
 }
 
 impl Prover {
@@ -27,7 +31,7 @@ impl Prover {
     ///
     /// # Errors
     /// 400 for an unknown scheme, a malformed nonce, or a scheme that the model cannot serve.
-    pub fn new(
+    pub fn read(
         field: &ProofRequest,
         dtype: Dtype,
         own_nonce: Option<Hash>,
@@ -50,30 +54,30 @@ impl Prover {
     }
 
     /// Binds one choice: its noise comes from the nonce, its rows are proved under its own root.
-    pub fn bind(&self, request: &mut Request, identity: &Identity, seed: Option<i64>, choice: u32) {
-        let terms = request.terms(seed, choice).hash();
-        request.sampling.noise_key = noise_key(&self.nonce, &terms);
+    pub fn bind(
+        &self,
+        request: &mut Request,
+        identity: &Identity,
+        seed: Option<i64>,
+        choice: u32,
+    ) -> ProofHead {
+        let head = self.head(&request.terms(seed, choice).hash(), identity);
+        request.sampling.noise_key = head.noise_key;
+        request.proof = Some(ProofOptions { root: head.root, prover: head.rows(identity) });
+        head
+    }
+
+    /// What the proof of the choice with these terms ([`Request::terms`]) is bound to.
+    pub fn head(&self, terms: &Hash, identity: &Identity) -> ProofHead {
         let binding = Binding {
             scheme: self.scheme,
             nonce: self.nonce,
-            request: terms,
+            request: *terms,
             model: identity.model_hash,
             hotkey: self.signer.as_ref().map_or([0; 32], |s| s.hotkey().0),
         };
-        let root = binding.root();
-        let prover = RowProver::new(self.scheme, &root, Arc::clone(&identity.calibration));
-        request.proof = Some(ProofOptions { root, prover });
-    }
-
-    /// What the end of a choice's proof repeats.
-    pub fn head(&self, options: &ProofOptions, identity: &Identity) -> ProofHead {
-        ProofHead {
-            scheme: self.scheme,
-            nonce: self.nonce,
-            root: options.root,
-            model: identity.model_hash,
-            signer: self.signer.clone(),
-        }
+        let noise_key = noise_key(&self.nonce, terms);
+        ProofHead { prover: self.clone(), root: binding.root(), model: binding.model, noise_key }
     }
 }
 
@@ -87,29 +91,44 @@ fn random_nonce() -> Hash {
 
 /// The proof of one choice, but for its rows.
 pub struct ProofHead {
-    scheme: Scheme,
-    nonce: Hash,
-    root: Hash,
+    prover: Prover,
+    /// Root of the chain.
+    pub root: Hash,
+    /// Key of the noise that the choice is drawn with.
+    pub noise_key: u64,
     model: Hash,
-    signer: Option<Arc<Keypair>>,
 }
 
 impl ProofHead {
-    /// The end of the proof, signed where there is a key.
-    pub fn end(&self, finish: &Finish) -> ProofEnd {
-        let tokens = finish.completion_tokens;
-        let digest = finish.digest.unwrap_or(self.root);
-        let message = end_message(&digest, tokens as u32, finish.reason.tag());
+    /// What turns rows into chunks.
+    pub fn rows(&self, identity: &Identity) -> RowProver {
+        RowProver::new(self.prover.scheme, &self.root, Arc::clone(&identity.calibration))
+    }
+
+    /// The end of the proof of `tokens` tokens whose chain ends in `digest` (the root where it has
+    /// no chunk), signed where there is a key.
+    pub fn end(&self, digest: Option<Hash>, tokens: usize, reason: &FinishReason) -> ProofEnd {
+        let Prover { scheme, nonce, signer } = &self.prover;
+        let message = end_message(&digest.unwrap_or(self.root), tokens as u32, reason.tag());
         ProofEnd {
-            scheme: self.scheme.name().into(),
-            nonce: to_hex(&self.nonce),
+            scheme: scheme.name().into(),
+            nonce: to_hex(nonce),
             model: to_hex(&self.model),
             root: to_hex(&self.root),
             tokens,
-            hotkey: self.signer.as_ref().map(|s| s.hotkey().to_string()),
-            signature: self.signer.as_ref().map(|s| to_hex(&s.sign(&message))),
+            hotkey: signer.as_ref().map(|s| s.hotkey().to_string()),
+            signature: signer.as_ref().map(|s| to_hex(&s.sign(&message))),
         }
     }
+}
+
+/// Reads a chunk's proof.
+///
+/// # Errors
+/// What is not base 64 or hexadecimal in it.
+pub fn read_chunk(sent: &ProofChunk) -> Result<ChunkProof, String> {
+    let data = STANDARD.decode(&sent.data).map_err(|e| e.to_string())?;
+    Ok(ChunkProof { index: sent.index, data, digest: from_hex(&sent.digest)? })
 }
 
 /// A chunk's proof as it is sent.

@@ -124,7 +124,11 @@ impl Formatter {
             powv: Some(step.powv),
             token_ids: Some(vec![step.token]),
             proof: step.proof.as_ref().map(|p| Proofs::One(chunk(p))),
-            proof_end: step.finish.as_ref().zip(self.proof.as_ref()).map(|(f, p)| p.end(f)),
+            proof_end: step
+                .finish
+                .as_ref()
+                .zip(self.proof.as_ref())
+                .map(|(f, p)| p.end(f.digest, f.completion_tokens, &f.reason)),
         }
     }
 
@@ -136,7 +140,9 @@ impl Formatter {
             powv: None,
             token_ids: self.report.token_ids.then(|| steps.iter().map(|s| s.token).collect()),
             proof: self.proof.as_ref().map(|_| Proofs::All(chunks())),
-            proof_end: finish.zip(self.proof.as_ref()).map(|(f, p)| p.end(f)),
+            proof_end: finish
+                .zip(self.proof.as_ref())
+                .map(|(f, p)| p.end(f.digest, f.completion_tokens, &f.reason)),
         }
     }
 

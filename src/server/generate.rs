@@ -4,13 +4,13 @@
 //! Dropping the response (a client that went away) drops the generations, which cancels them.
 
 use super::error::ApiError;
-use super::registry::{Routed, Served};
+use super::registry::Routed;
 use super::state::ServerState;
 use super::stream::{Streaming, stream};
 use crate::engine::output::{Event, Fault, Generation};
 use crate::engine::request::Request;
 use crate::intake::Endpoint;
-use crate::intake::proof::Prover;
+use crate::intake::proof::ProofHead;
 use crate::intake::tools::ToolParser;
 use crate::intake::translate::Report;
 use crate::reply::format::Formatter;
@@ -33,8 +33,8 @@ pub struct Job {
     pub n: usize,
     /// How the response is written.
     pub report: Report,
-    /// How its choices are proved.
-    pub prover: Option<Prover>,
+    /// What the proof of each choice is bound to; none where no proof was asked for.
+    pub proofs: Vec<ProofHead>,
     /// What finds calls of tools in each choice.
     pub tools: Option<ToolParser>,
     /// Whether chunks are sent as they come.
@@ -45,17 +45,14 @@ pub struct Job {
 
 impl Job {
     /// What writes each choice.
-    fn formatters(&self) -> Vec<Formatter> {
-        let Served { engine, identity, .. } = &self.routed.served;
-        let head = |request: &Request| {
-            let prover = self.prover.as_ref()?;
-            Some(prover.head(request.proof.as_ref()?, identity))
+    fn formatters(&mut self) -> Vec<Formatter> {
+        let model = self.routed.served.engine.model();
+        let mut proofs = std::mem::take(&mut self.proofs).into_iter();
+        let mut formatter = |index: usize| {
+            let (model, tools) = (model.clone(), self.tools.clone());
+            Formatter::new(model, self.report, proofs.next(), tools, index)
         };
-        let formatter = |(index, request): (usize, &Request)| {
-            let model = engine.model().clone();
-            Formatter::new(model, self.report, head(request), self.tools.clone(), index)
-        };
-        self.requests.iter().enumerate().map(formatter).collect()
+        (0..self.requests.len()).map(&mut formatter).collect()
     }
 
     fn head(&self, created: u64) -> Head {
@@ -80,7 +77,7 @@ impl Job {
 ///
 /// # Errors
 /// When a sequence is not accepted (then none of them runs), or one fails.
-pub async fn run(state: &ServerState, job: Job) -> Result<Response, ApiError> {
+pub async fn run(state: &ServerState, mut job: Job) -> Result<Response, ApiError> {
     let in_flight = state.begin()?;
     let engine = job.routed.served.engine.clone();
     let head = job.head(state.clock().unix_ms() / 1000);

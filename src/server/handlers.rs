@@ -125,14 +125,15 @@ impl Asking<'_> {
                 request.cache_salt = salt_of(&owner, request.cache_salt);
             }
         }
+        let mut proofs = Vec::new();
         if let Some(prover) = &prover {
-            for (choice, request) in requests.iter_mut().enumerate() {
-                prover.bind(request, &routed.served.identity, common.seed, choice as u32);
-            }
+            let (identity, seed) = (&routed.served.identity, common.seed);
+            let choices = (0..).zip(&mut requests);
+            proofs.extend(choices.map(|(n, request)| prover.bind(request, identity, seed, n)));
         }
         let stream = common.stream.unwrap_or(false);
         let request_id = request_id(self.headers, common)?;
-        let job = Job { endpoint, routed, requests, n, report, prover, tools, stream, request_id };
+        let job = Job { endpoint, routed, requests, n, report, proofs, tools, stream, request_id };
         run(self.state, job).await
     }
 
@@ -142,7 +143,7 @@ impl Asking<'_> {
         let Some(field) = &common.proof else { return Ok(None) };
         let dtype = served.engine.model().decoder.dtype;
         let own = self.caller.as_ref().map(|caller| nonce_of(&caller.name));
-        Ok(Some(Prover::new(field, dtype, own, self.state.signer())?))
+        Ok(Some(Prover::read(field, dtype, own, self.state.signer())?))
     }
 }
 

@@ -1,10 +1,10 @@
 //! Responses as they were received, streamed or whole, taken apart without trusting anything.
 
 use super::{Reason, Rejection};
-use crate::proof::codec::{Hash, from_hex};
+use crate::engine::output::Step;
+use crate::intake::proof::read_chunk;
+use crate::proof::commit::ChunkProof;
 use crate::wire::openai::response::{ProofChunk, ProofEnd};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 /// Tokens of an answer.
@@ -32,7 +32,7 @@ pub struct Answer {
     /// Why it ended.
     pub finish_reason: Option<String>,
     /// Chunks of its proof.
-    pub chunks: Vec<Chunk>,
+    pub chunks: Vec<ChunkProof>,
     /// End of its proof.
     pub end: Option<ProofEnd>,
 }
@@ -61,17 +61,6 @@ pub struct Reported {
     pub ranks: Vec<u64>,
 }
 
-/// A chunk of a proof, decoded.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Chunk {
-    /// Its number.
-    pub index: u32,
-    /// Sketches and hash.
-    pub data: Vec<u8>,
-    /// The chain up to and including it.
-    pub digest: Hash,
-}
-
 /// A response in the form that it came in.
 #[derive(Clone, Copy, Debug)]
 pub enum Sent<'a> {
@@ -86,6 +75,19 @@ fn bad(what: impl Into<String>) -> Rejection {
 }
 
 impl Answer {
+    /// What an engine drew, and the end of its proof, as an honest client would hold them.
+    pub fn of_steps(steps: &[Step], end: Option<ProofEnd>) -> Self {
+        Self {
+            ids: steps.iter().map(|s| s.token).collect(),
+            text: Some(steps.iter().map(|s| s.text.as_str()).collect()),
+            logprobs: steps.iter().map(|s| Some(s.logprob)).collect(),
+            powv: steps.iter().map(|s| Some(s.powv)).collect(),
+            chunks: steps.iter().filter_map(|s| s.proof.clone()).collect(),
+            end,
+            ..Self::default()
+        }
+    }
+
     /// Choice `choice` of a whole response.
     ///
     /// # Errors
@@ -274,9 +276,7 @@ impl Reading {
             |what: String| Rejection::new(Reason::BadProof, format!("chunk {place} {what}"));
         let chunk: ProofChunk =
             serde_json::from_value(chunk.clone()).map_err(|e| wrong(e.to_string()))?;
-        let data = STANDARD.decode(&chunk.data).map_err(|e| wrong(e.to_string()))?;
-        let digest = from_hex(&chunk.digest).map_err(wrong)?;
-        chunks.push(Chunk { index: chunk.index, data, digest });
+        chunks.push(read_chunk(&chunk).map_err(wrong)?);
         Ok(())
     }
 }

@@ -8,13 +8,14 @@
 
 mod tops;
 
-use super::answer::{Answer, Chunk, Reported, Sent, Top};
+use super::answer::{Answer, Reported, Sent, Top};
 use super::compare::{Compare, is_empty, is_name, merge, short};
 use super::question::Question;
 use super::structure::{End, Walk};
 use super::{Reason, Rejection};
 use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::Endpoint;
+use crate::intake::proof::chunk;
 use crate::models::Model;
 use crate::proof::CHUNK_ROWS;
 use crate::proof::commit::ChunkProof;
@@ -32,7 +33,7 @@ const SERVICE_TIERS: [&str; 5] = ["auto", "default", "flex", "priority", "scale"
 pub struct Told {
     steps: Vec<Step>,
     finish: Finish,
-    chunks: Vec<Chunk>,
+    chunks: Vec<ChunkProof>,
     end: Option<ProofEnd>,
     tops: Vec<Vec<Top>>,
     prompt: Vec<Reported>,
@@ -65,7 +66,7 @@ impl Told {
                 rank: 1,
                 top: Vec::new(),
                 powv: answer.powv.get(place).copied().flatten().unwrap_or_default(),
-                proof: chunk.cloned().map(proof),
+                proof: chunk.cloned(),
                 finish: is_last.then(|| finish.clone()),
             }
         };
@@ -78,10 +79,6 @@ impl Told {
             finish,
         }
     }
-}
-
-fn proof(chunk: Chunk) -> ChunkProof {
-    ChunkProof { index: chunk.index, data: chunk.data, digest: chunk.digest }
 }
 
 fn bad(what: impl Into<String>) -> Rejection {
@@ -325,9 +322,7 @@ impl Mirror<'_> {
             }),
         };
         if self.question.proof.is_some() {
-            let chunks = told.chunks.iter().cloned().map(proof);
-            let chunks = chunks.map(|c| crate::intake::proof::chunk(&c)).collect();
-            choice["proof"] = value(&Proofs::All(chunks));
+            choice["proof"] = value(&Proofs::All(told.chunks.iter().map(chunk).collect()));
             choice["proof_end"] = value(&told.end);
         }
         choice["token_ids"] = told.steps.iter().map(|s| s.token).collect();

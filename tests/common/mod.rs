@@ -13,16 +13,18 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use targon_engine::clock::Clock;
+use targon_engine::engine::output::FinishReason;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
+use targon_engine::intake::proof::Prover;
 use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
-use targon_engine::proof::codec::{Hash, from_hex, to_hex};
-use targon_engine::proof::commit::{Binding, Chain, ChunkProof, RowProver};
+use targon_engine::proof::codec::{Hash, from_hex};
+use targon_engine::proof::commit::Chain;
 use targon_engine::server::registry::Served;
-use targon_engine::verify::answer::{Answer, Chunk};
+use targon_engine::verify::answer::Answer;
 use targon_engine::verify::{Verifier, prefill};
 
 /// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
@@ -214,11 +216,10 @@ pub fn spoof(
     answer: &mut Answer,
 ) {
     let nonce: Hash = from_hex(nonce).unwrap();
-    let terms = request.terms(seed, 0).hash();
-    let (scheme, model) = (Scheme::Residue, verifier.identity.model_hash);
-    let root = Binding { scheme, nonce, request: terms, model, hotkey: [0; 32] }.root();
-    let prover = RowProver::new(scheme, &root, Arc::clone(&verifier.identity.calibration));
-    let mut chain = Chain::new(root);
+    let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
+    let head = prover.head(&request.terms(seed, 0).hash(), &verifier.identity);
+    let prover = head.rows(&verifier.identity);
+    let mut chain = Chain::new(head.root);
     let mut chunks = Vec::new();
     let none = std::collections::BTreeSet::new();
     let ids = answer.ids.clone();
@@ -229,8 +230,6 @@ pub fn spoof(
     })
     .unwrap();
     chunks.extend(chain.close());
-    let chunk = |c: ChunkProof| Chunk { index: c.index, data: c.data, digest: c.digest };
-    answer.chunks = chunks.into_iter().map(chunk).collect();
-    let end = answer.end.as_mut().unwrap();
-    (end.root, end.nonce, end.tokens) = (to_hex(&root), to_hex(&nonce), ids.len());
+    answer.chunks = chunks;
+    answer.end = Some(head.end(Some(*chain.digest()), ids.len(), &FinishReason::Length));
 }

@@ -13,10 +13,11 @@ use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::output::Step;
-use targon_engine::engine::request::{ProofOptions, Request};
+use targon_engine::engine::request::Request;
 use targon_engine::engine::sampler::Sampling;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
+use targon_engine::intake::proof::Prover;
 use targon_engine::models::Identity;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::decoder::{Decoder, Scratch};
@@ -27,7 +28,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::from_hex;
-use targon_engine::proof::commit::{Binding, Chain, ChunkProof, RowProver, end_message, noise_key};
+use targon_engine::proof::commit::{Binding, Chain, ChunkProof, RowProver, end_message};
 use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
@@ -74,14 +75,8 @@ fn request(
     let mut request = Request::greedy(ids, output);
     request.stop.ignore_eos = true;
     request.sampling = Sampling { temperature: 1.0, ..Sampling::greedy() };
-    let nonce = [seed as u8; 32];
-    let terms = request.terms(None, 0).hash();
-    request.sampling.noise_key = noise_key(&nonce, &terms);
-    let binding =
-        Binding { scheme, nonce, request: terms, model: identity.model_hash, hotkey: [0; 32] };
-    let root = binding.root();
-    let prover = RowProver::new(scheme, &root, Arc::clone(&identity.calibration));
-    request.proof = Some(ProofOptions { root, prover });
+    let prover = Prover { scheme, nonce: [seed as u8; 32], signer: None };
+    prover.bind(&mut request, identity, None, 0);
     request
 }
 

@@ -1,24 +1,22 @@
 //! Answers under test: who is asked what, who answers, and how an answer gets its proof.
 
 use super::tamper::{Tamper, tampered};
-use crate::chain::keys::{Hotkey, Keypair};
+use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
-use crate::engine::output::{FinishReason, Step};
-use crate::engine::request::{ProofOptions, Request};
+use crate::engine::output::FinishReason;
+use crate::engine::request::Request;
 use crate::engine::transcript::Transcript;
 use crate::engine::{Engine, Options};
+use crate::intake::proof::{ProofHead, Prover};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::decoder::Decoder;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
-use crate::proof::codec::{Hash, to_hex};
-use crate::proof::commit::{
-    Binding, Chain, ChunkProof, RowProver, end_message, link, noise_key, nonce_of,
-};
+use crate::proof::codec::Hash;
+use crate::proof::commit::{Chain, link, noise_key, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
-use crate::verify::answer::{Answer, Chunk};
+use crate::verify::answer::Answer;
 use crate::verify::prefill;
-use crate::wire::openai::response::ProofEnd;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -51,15 +49,6 @@ pub(super) struct Trial {
     pub(super) end_is_implied: bool,
 }
 
-/// What a proof is bound to besides its model and request.
-#[derive(Clone)]
-pub(super) struct Bond {
-    /// The verifier's nonce.
-    pub(super) nonce: Hash,
-    /// Who signs.
-    pub(super) signer: Option<Keypair>,
-}
-
 /// The model under attack, and what everybody knows of it.
 pub(super) struct Subject {
     /// The model.
@@ -85,9 +74,9 @@ impl Ask {
         noise_key(nonce, &self.request.terms(None, 0).hash())
     }
 
-    /// What an honest proof is bound to.
-    pub(super) fn bond(&self) -> Bond {
-        Bond { nonce: self.nonce(), signer: None }
+    /// How an honest answer is proved.
+    pub(super) fn prover(&self, scheme: Scheme) -> Prover {
+        Prover { scheme, nonce: self.nonce(), signer: None }
     }
 
     /// The same question to which the answer may end by itself.
@@ -154,7 +143,9 @@ impl Subject {
             let running = running.collect::<Result<Vec<_>, _>>()?;
             for (ask, generation) in batch.iter().zip(running) {
                 let (steps, _) = generation.collect_blocking().map_err(|e| e.to_string())?;
-                trials.push(Trial::new(ask, answer_of(steps)));
+                // Weight values are not what attacks are about; the judge adds those it needs.
+                let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, None) };
+                trials.push(Trial::new(ask, answer));
             }
         }
         Ok(trials)
@@ -163,12 +154,10 @@ impl Subject {
     /// Honest answers, with the proofs that the engine made while it drew them.
     pub(super) fn honest(&self, scheme: Scheme, asks: &[Ask]) -> Result<Vec<Trial>, String> {
         let mut trials = self.answers(&self.engine, asks, &|ask, request| {
-            let root = self.root(scheme, ask, &ask.bond());
-            let prover = RowProver::new(scheme, &root, Arc::clone(&self.identity.calibration));
-            request.proof = Some(ProofOptions { root, prover });
+            ask.prover(scheme).bind(request, &self.identity, None, 0);
         })?;
         for Trial { ask, answer, .. } in &mut trials {
-            self.seal(scheme, ask, &ask.bond(), answer);
+            self.seal(ask, &ask.prover(scheme), answer);
         }
         Ok(trials)
     }
@@ -192,56 +181,38 @@ impl Subject {
     pub(super) fn proved(&self, scheme: Scheme, trials: &[Trial], rows: &[Rows]) -> Vec<Trial> {
         let prove = |(trial, rows): (&Trial, &Rows)| {
             let mut trial = trial.clone();
-            self.prove(scheme, &trial.ask, &trial.ask.bond(), rows, &mut trial.answer);
+            let prover = trial.ask.prover(scheme);
+            self.prove(&trial.ask, &prover, rows, &mut trial.answer);
             trial
         };
         trials.iter().zip(rows).map(prove).collect()
     }
 
-    /// Gives `answer` the proof that `rows` make under `bond`.
-    pub(super) fn prove(
-        &self,
-        scheme: Scheme,
-        ask: &Ask,
-        bond: &Bond,
-        rows: &[Vec<u16>],
-        answer: &mut Answer,
-    ) {
-        let root = self.root(scheme, ask, bond);
-        let prover = RowProver::new(scheme, &root, Arc::clone(&self.identity.calibration));
+    /// Gives `answer` the proof that `prover` makes of `rows`.
+    pub(super) fn prove(&self, ask: &Ask, prover: &Prover, rows: &[Vec<u16>], answer: &mut Answer) {
+        let head = self.head(ask, prover);
+        let row_prover = head.rows(&self.identity);
         let (dtype, first) = (self.model.decoder.dtype, ask.request.prompt.len() - 1);
-        let mut chain = Chain::new(root);
+        let mut chain = Chain::new(head.root);
         answer.chunks.clear();
         for (place, (id, bits)) in answer.ids.iter().zip(rows).enumerate() {
             let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
-            let row = prover.prove((first + place) as u32, bits, &values);
-            answer.chunks.extend(chain.push(*id, row).map(chunk));
+            let row = row_prover.prove((first + place) as u32, bits, &values);
+            answer.chunks.extend(chain.push(*id, row));
         }
-        answer.chunks.extend(chain.close().map(chunk));
-        self.seal(scheme, ask, bond, answer);
+        answer.chunks.extend(chain.close());
+        self.seal(ask, prover, answer);
     }
 
-    /// Binds the chunks of `answer` to `bond`, whatever they hold: a forger can always do that.
-    pub(super) fn seal(&self, scheme: Scheme, ask: &Ask, bond: &Bond, answer: &mut Answer) {
-        let root = self.root(scheme, ask, bond);
-        let (digest, tokens) = (relink(&root, answer), answer.ids.len());
-        let signer = bond.signer.as_ref();
-        let message = end_message(&digest, tokens as u32, FinishReason::Length.tag());
-        answer.end = Some(ProofEnd {
-            scheme: scheme.name().into(),
-            nonce: to_hex(&bond.nonce),
-            model: to_hex(&self.identity.model_hash),
-            root: to_hex(&root),
-            tokens,
-            hotkey: signer.map(|s| s.hotkey().to_string()),
-            signature: signer.map(|s| to_hex(&s.sign(&message))),
-        });
+    /// Binds the chunks of `answer` as `prover` does, whatever they hold: a forger can always do that.
+    pub(super) fn seal(&self, ask: &Ask, prover: &Prover, answer: &mut Answer) {
+        let head = self.head(ask, prover);
+        let digest = relink(&head.root, answer);
+        answer.end = Some(head.end(Some(digest), answer.ids.len(), &FinishReason::Length));
     }
 
-    fn root(&self, scheme: Scheme, ask: &Ask, bond: &Bond) -> Hash {
-        let hotkey = bond.signer.as_ref().map_or([0; 32], |s| s.hotkey().0);
-        let (model, request) = (self.identity.model_hash, ask.request.terms(None, 0).hash());
-        Binding { scheme, nonce: bond.nonce, request, model, hotkey }.root()
+    fn head(&self, ask: &Ask, prover: &Prover) -> ProofHead {
+        prover.head(&ask.request.terms(None, 0).hash(), &self.identity)
     }
 
     /// The text that `ids` spell in answer to `request`.
@@ -279,22 +250,6 @@ pub(super) fn relink(root: &Hash, answer: &mut Answer) -> Hash {
         chunk.digest = digest;
     }
     digest
-}
-
-fn chunk(proof: ChunkProof) -> Chunk {
-    Chunk { index: proof.index, data: proof.data, digest: proof.digest }
-}
-
-fn answer_of(steps: Vec<Step>) -> Answer {
-    let mut answer = Answer::default();
-    let mut text = String::new();
-    for step in steps {
-        answer.ids.push(step.token);
-        answer.logprobs.push(Some(step.logprob));
-        answer.chunks.extend(step.proof.map(chunk));
-        text.push_str(&step.text);
-    }
-    Answer { text: Some(text), ..answer }
 }
 
 fn start(model: Model, pool: &Pool) -> Result<Engine, String> {

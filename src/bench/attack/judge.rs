@@ -1,11 +1,11 @@
 //! Judging: every answer under every scheme, and what becomes of broken ones.
 
-use super::attacks::Attack;
+use super::catalogue::Attack;
 use super::malformed::{self, Changed, Variant};
 use super::published;
 use super::results::{Detector, Line, is_rejected};
-use super::stats::Rate;
 use super::trial::{Subject, Trial};
+use crate::bench::stats::Rate;
 use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::to_hex;
@@ -20,10 +20,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tokio::runtime::Runtime;
 
-/// A verifier that knows every question.
-pub(super) struct Court(Verifier);
+/// A verifier that knows every question, and how its verdicts become lines of results.
+pub(super) struct Judge(Verifier);
 
-impl Court {
+impl Judge {
     /// With the model's true weights.
     pub(super) fn new(subject: &Subject, limits: Limits) -> Self {
         Self(Verifier {

@@ -1,9 +1,9 @@
 //! What was demanded of the verifier, and what became of it.
 
-use super::attacks::{Attack, Goal};
-use super::court::WITH_MARGIN;
+use super::catalogue::{Attack, Goal};
+use super::judge::WITH_MARGIN;
 use super::results::{CHUNKS, Detector, Line, Outcome, Tokens};
-use super::stats::{Rate, Stopping};
+use crate::bench::stats::{Rate, Stopping};
 use crate::proof::Scheme;
 use crate::verify::bounds::upper;
 
@@ -82,12 +82,12 @@ fn show(rate: &Rate) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::attacks;
+    use super::super::catalogue;
     use super::*;
 
     #[test]
     fn goals_are_met_only_by_what_was_measured() {
-        let attacks = attacks::all(30);
+        let attacks = catalogue::all(30);
         let honest = |n| Line::bare("honest", Detector::Nothing, WITH_MARGIN, Rate::new(0, n));
         let missing = judge(&attacks, &[], &[]);
         assert!(missing.is_empty(), "{missing:?}");

@@ -1,19 +1,21 @@
 //! Answers of cheats: each attack of the list, carried out on the same questions.
 
-use super::attacks::{Attack, Cheat};
+use super::catalogue::{Attack, Cheat};
 use super::lockstep::{self, Job, Way};
-use super::stats::choice;
 use super::tamper::{Tamper, int8_head};
-use super::trial::{Ask, Bond, Rows, Subject, Trial};
+use super::trial::{Ask, Rows, Subject, Trial};
+use crate::bench::stats::choice;
 use crate::chain::keys::Keypair;
 use crate::engine::Engine;
 use crate::engine::sampler::Sampling;
-use crate::proof::commit::nonce_of;
+use crate::intake::proof::Prover;
+use crate::proof::commit::{ChunkProof, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
-use crate::verify::answer::{Answer, Chunk};
+use crate::verify::answer::Answer;
+use std::sync::Arc;
 
-/// What binds the answer to an ask.
-type Bonds<'a> = &'a dyn Fn(&Ask) -> Bond;
+/// How the answer to an ask is proved in a scheme.
+type Provers<'a> = &'a dyn Fn(Scheme, &Ask) -> Prover;
 
 /// Tokens of the shortest answer that is cut.
 const CUT_MIN: usize = 8;
@@ -24,8 +26,8 @@ const EXCHANGES: u64 = 0x7377_6170;
 /// The answers of one attack, by the scheme that they are proved in.
 pub(super) type Proved = Vec<(Scheme, Vec<Trial>)>;
 
-/// Where cheats work.
-pub(super) struct Workshop<'a> {
+/// Makes the answers of cheats.
+pub(super) struct Forge<'a> {
     subject: &'a Subject,
     asks: &'a [Ask],
     honest: (Vec<Trial>, Vec<Rows>),
@@ -39,7 +41,7 @@ struct Twin {
     drawn: Vec<Trial>,
 }
 
-impl<'a> Workshop<'a> {
+impl<'a> Forge<'a> {
     /// On these questions; answers them honestly first.
     pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> Result<Self, String> {
         let honest = subject.answers(&subject.engine, asks, &|_, _| {})?;
@@ -195,16 +197,14 @@ impl<'a> Workshop<'a> {
 
     /// Answers that were drawn and proved for an older nonce.
     fn replayed(&self, schemes: &[Scheme], keep: Keep) -> Result<Proved, String> {
-        let old = |ask: &Ask| Bond {
-            nonce: nonce_of(&format!("attack-bench, earlier {}", ask.index)),
-            signer: None,
-        };
+        let earlier = |ask: &Ask| nonce_of(&format!("attack-bench, earlier {}", ask.index));
+        let old = |scheme, ask: &Ask| Prover { nonce: earlier(ask), ..ask.prover(scheme) };
         let subject = self.subject;
         let trials = subject.answers(&subject.engine, self.asks, &|ask, drawn| {
-            drawn.sampling.noise_key = ask.noise(&old(ask).nonce);
+            drawn.sampling.noise_key = ask.noise(&earlier(ask));
         })?;
         let rows = subject.rows(&subject.model.decoder, &trials)?;
-        let new = |ask: &Ask| ask.bond();
+        let new = |scheme, ask: &Ask| ask.prover(scheme);
         Ok(self.rebound(schemes, &trials, &rows, (&old, &new), keep))
     }
 
@@ -214,26 +214,28 @@ impl<'a> Workshop<'a> {
         let hotkey = Some(thief.hotkey());
         let mut trials = self.honest.0.clone();
         trials.iter_mut().for_each(|trial| trial.ask.hotkey = hotkey);
-        let by =
-            |signer: &Keypair, ask: &Ask| Bond { nonce: ask.nonce(), signer: Some(signer.clone()) };
-        let (old, new) = (|ask: &Ask| by(&victim, ask), |ask: &Ask| by(&thief, ask));
+        let by = |signer: Keypair| {
+            let signer = Arc::new(signer);
+            move |scheme, ask: &Ask| Prover { signer: Some(signer.clone()), ..ask.prover(scheme) }
+        };
+        let (old, new) = (by(victim), by(thief));
         Ok(self.rebound(schemes, &trials, &self.honest.1, (&old, &new), keep))
     }
 
-    /// Proved under one bond, and then, if only the rows are kept, bound to another.
+    /// Proved by one prover, and then, if only the rows are kept, bound by another.
     fn rebound(
         &self,
         schemes: &[Scheme],
         trials: &[Trial],
         rows: &[Rows],
-        (old, new): (Bonds<'_>, Bonds<'_>),
+        (old, new): (Provers<'_>, Provers<'_>),
         keep: Keep,
     ) -> Proved {
         let rebind = |scheme: Scheme, trial: &Trial, rows: &Rows| {
             let Trial { ask, mut answer, end_is_implied } = trial.clone();
-            self.subject.prove(scheme, &ask, &old(&ask), rows, &mut answer);
+            self.subject.prove(&ask, &old(scheme, &ask), rows, &mut answer);
             if keep == Keep::Rows {
-                self.subject.seal(scheme, &ask, &new(&ask), &mut answer);
+                self.subject.seal(&ask, &new(scheme, &ask), &mut answer);
             }
             Trial { ask, answer, end_is_implied }
         };
@@ -248,7 +250,8 @@ impl<'a> Workshop<'a> {
     fn stolen(&self, schemes: &[Scheme]) -> Proved {
         let mut proved = self.proved(schemes, &self.honest.0, &self.honest.1);
         for (scheme, trials) in &mut proved {
-            let all: Vec<Vec<Chunk>> = trials.iter().map(|t| t.answer.chunks.clone()).collect();
+            let all: Vec<Vec<ChunkProof>> =
+                trials.iter().map(|t| t.answer.chunks.clone()).collect();
             for (trial, chunks) in trials.iter_mut().zip(all.iter().cycle().skip(1)) {
                 trial.answer.chunks.clone_from(chunks);
                 self.reseal(*scheme, &trial.ask, &mut trial.answer);
@@ -258,7 +261,7 @@ impl<'a> Workshop<'a> {
     }
 
     /// Honest answers whose chunks were made up.
-    fn forged(&self, schemes: &[Scheme], forge: fn(&mut [Chunk])) -> Proved {
+    fn forged(&self, schemes: &[Scheme], forge: fn(&mut [ChunkProof])) -> Proved {
         let mut proved = self.proved(schemes, &self.honest.0, &self.honest.1);
         for (scheme, trials) in &mut proved {
             for trial in trials {
@@ -270,7 +273,7 @@ impl<'a> Workshop<'a> {
     }
 
     fn reseal(&self, scheme: Scheme, ask: &Ask, answer: &mut Answer) {
-        self.subject.seal(scheme, ask, &ask.bond(), answer);
+        self.subject.seal(ask, &ask.prover(scheme), answer);
     }
 }
 

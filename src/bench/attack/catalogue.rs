@@ -1,11 +1,11 @@
 //! The list of attacks: what is done, what should show it, and what is demanded.
 
 use super::results::Detector;
-use super::stats::choice;
 use super::tamper::Tamper;
+use crate::bench::stats::choice;
 use crate::engine::sampler::Sampling;
 use crate::proof::Scheme;
-use crate::verify::answer::Chunk;
+use crate::proof::commit::ChunkProof;
 
 /// One attack.
 pub(super) struct Attack {
@@ -55,7 +55,7 @@ pub(super) enum Cheat {
     /// The chunks of the answer to another question.
     Stolen,
     /// Chunks that were not computed.
-    Forged(fn(&mut [Chunk])),
+    Forged(fn(&mut [ChunkProof])),
     /// What no prover would send.
     Malformed,
 }
@@ -172,7 +172,7 @@ fn tokens() -> Vec<Attack> {
 
 fn bindings() -> Vec<Attack> {
     let always = |name, cheat| attack(name, cheat, Detector::Binding, Some(Goal::Always));
-    let forged = |name, forge: fn(&mut [Chunk])| always(name, Cheat::Forged(forge));
+    let forged = |name, forge: fn(&mut [ChunkProof])| always(name, Cheat::Forged(forge));
     vec![
         always("replay", Cheat::Replayed),
         always("replay under the new root", Cheat::ReplayedAndBound),
@@ -204,7 +204,7 @@ fn drop_the_start(prompt: &[u32]) -> Vec<u32> {
     prompt[8.min(prompt.len() - 1)..].to_vec()
 }
 
-fn randomise(chunks: &mut [Chunk]) {
+fn randomise(chunks: &mut [ChunkProof]) {
     for chunk in chunks {
         let seed = u64::from(chunk.index) + 1;
         for (place, byte) in (0_u32..).zip(&mut chunk.data) {
@@ -213,7 +213,7 @@ fn randomise(chunks: &mut [Chunk]) {
     }
 }
 
-fn exchange_chunks(chunks: &mut [Chunk]) {
+fn exchange_chunks(chunks: &mut [ChunkProof]) {
     for pair in chunks.chunks_exact_mut(2) {
         let (even, odd) = pair.split_at_mut(1);
         std::mem::swap(&mut even[0].data, &mut odd[0].data);
@@ -236,8 +236,8 @@ mod tests {
 
     #[test]
     fn forgeries_change_what_they_should() {
-        let chunk = |index: u32| Chunk { index, data: vec![index as u8; 8], digest: [0; 32] };
-        let mut chunks: Vec<Chunk> = (0..3).map(chunk).collect();
+        let chunk = |index: u32| ChunkProof { index, data: vec![index as u8; 8], digest: [0; 32] };
+        let mut chunks: Vec<ChunkProof> = (0..3).map(chunk).collect();
         exchange_chunks(&mut chunks);
         let firsts: Vec<u8> = chunks.iter().map(|c| c.data[0]).collect();
         assert_eq!(firsts, [1, 0, 2]);

@@ -1,10 +1,12 @@
 //! What the attack bench found: plain data, as it is printed, stored and drawn.
 
-use super::stats::{ALARM, Evidence, Rate, Stopping, quantile};
+use crate::bench::stats::{Rate, Stopping, quantile};
 use crate::proof::Scheme;
+use crate::verify::evidence::{Calibrated, Evidence, Observed};
 use crate::verify::{Limits, Report, Verdict, proof};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Chunks of the longest answers that are looked at one by one.
 pub const CHUNKS: usize = 8;
@@ -84,7 +86,8 @@ pub struct Tokens {
     pub margin: f64,
     /// Until one margin is above the limit.
     pub single: Stopping,
-    /// Until the sequential test speaks.
+    /// Until the evidence of whole answers is an alarm, as `verify --evidence` weighs it
+    /// ([`crate::verify::evidence`]).
     pub sequential: Stopping,
     /// Until either does.
     pub either: Stopping,
@@ -101,6 +104,21 @@ pub struct Outcome {
     pub measured: String,
     /// Whether that is enough.
     pub is_met: bool,
+}
+
+/// The shares that are rejected and the goals, for a terminal without tables.
+impl fmt::Display for Results {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Line { name, judge, rejected, .. } in &self.lines {
+            let rejected = format!("{}/{}", rejected.count, rejected.of);
+            writeln!(f, "{name:36} {judge:32} {rejected:>9}")?;
+        }
+        for (place, Outcome { goal, measured, is_met }) in self.goals.iter().enumerate() {
+            let end = if place > 0 { "\n" } else { "" };
+            write!(f, "{end}{:7} {goal}: {measured}", if *is_met { "met" } else { "missed" })?;
+        }
+        Ok(())
+    }
 }
 
 impl Line {
@@ -208,28 +226,52 @@ fn fails_by(report: &Report, count: usize, scheme: Scheme, limits: &Limits) -> b
 }
 
 impl Tokens {
-    /// From the reports of checks of every row.
-    pub(super) fn new(name: &str, reports: &[Report], limit: f64) -> Self {
+    /// From the reports of checks of every row of answers proved in `scheme`.
+    pub(super) fn new(
+        name: &str,
+        reports: &[Report],
+        scheme: Scheme,
+        limits: &Limits,
+        rates: &Calibrated,
+    ) -> Self {
         let margins = |r: &Report| r.rows.iter().filter_map(|r| r.margin).collect::<Vec<f64>>();
         let answers: Vec<Vec<f64>> = reports.iter().map(margins).collect();
+        let lengths: Vec<usize> = answers.iter().map(Vec::len).collect();
         let all: Vec<f64> = answers.concat();
-        let lost = |is_drawn: bool| f64::from(u8::from(!is_drawn));
-        let losses = |r: &Report| r.rows.iter().filter_map(|r| r.is_drawn).map(lost).collect();
-        let losses: Vec<Vec<f64>> = reports.iter().map(losses).collect();
+        let drawn: Vec<bool> =
+            reports.iter().flat_map(|r| &r.rows).filter_map(|r| r.is_drawn).collect();
+        let observed = |(place, report): (usize, &Report)| {
+            Observed::of(report, Some(scheme), limits).thinned(place as u64)
+        };
+        let observed: Vec<Observed> = reports.iter().enumerate().map(observed).collect();
+        // Evidence is weighed once an answer is whole.
+        let sequential = || {
+            let (mut evidence, observed, lengths) = (Evidence::default(), &observed, &lengths);
+            move |answer: usize| {
+                evidence.add(rates, &observed[answer]);
+                evidence.alarm().map(|_| lengths[answer])
+            }
+        };
+        let over = |margin: &f64| *margin > limits.margin;
+        let single = |answer: usize| answers[answer].iter().position(over).map(|at| at + 1);
+        let exact = |answer: usize| {
+            let mut drawn = reports[answer].rows.iter().filter_map(|r| r.is_drawn);
+            drawn.position(|is_drawn| !is_drawn).map(|at| at + 1)
+        };
         Self {
             name: name.into(),
-            mismatch: Rate::of(&losses.concat(), |m| *m > 0.0),
+            mismatch: Rate::of(&drawn, |is_drawn| !is_drawn),
             margin: all.iter().sum::<f64>() / all.len().max(1) as f64,
-            single: Stopping::new(&answers, || move |m: f64| m > limit),
-            sequential: Stopping::new(&answers, || {
-                let mut evidence = Evidence::default();
-                move |m: f64| evidence.push(m) >= ALARM
+            single: Stopping::new(&lengths, || single),
+            sequential: Stopping::new(&lengths, sequential),
+            either: Stopping::new(&lengths, || {
+                let mut weighs = sequential();
+                move |answer| {
+                    let whole = weighs(answer);
+                    single(answer).or(whole)
+                }
             }),
-            either: Stopping::new(&answers, || {
-                let mut evidence = Evidence::default();
-                move |m: f64| evidence.push(m) >= ALARM || m > limit
-            }),
-            exact: Stopping::new(&losses, || |m: f64| m > 0.0),
+            exact: Stopping::new(&lengths, || exact),
         }
     }
 }
@@ -238,6 +280,7 @@ impl Tokens {
 mod tests {
     use super::*;
     use crate::verify::proof::ChunkEvidence;
+    use crate::verify::rows::RowEvidence;
     use crate::verify::{Reason, Rejection};
 
     fn report(verdict: Verdict, energies: &[f64]) -> Report {
@@ -272,5 +315,39 @@ mod tests {
         assert_eq!(line.exact.map(|r| (r.count, r.of)), Some((11, 13)));
         let line = Line::new("x", Detector::Energy, "all", &reports);
         assert_eq!((line.unscored, line.reasons["SKETCH_ENERGY"]), (1, 3));
+    }
+
+    #[test]
+    fn evidence_is_that_of_the_verifier() {
+        let row = |(index, margin): (usize, &f64)| RowEvidence {
+            index,
+            token: 0,
+            rank: 1,
+            logprob: -0.5,
+            reported: None,
+            end_rank: None,
+            margin: Some(*margin),
+            is_drawn: Some(*margin == 0.0),
+            top_error: None,
+        };
+        let report = |margins: &[f64]| Report {
+            rows: margins.iter().enumerate().map(row).collect(),
+            ..Report::bare(Verdict::Pass)
+        };
+        let tokens = |margins: &[f64]| {
+            let reports = vec![report(margins); 20];
+            let (limits, rates) = (Limits::default(), Calibrated::default());
+            Tokens::new("x", &reports, Scheme::Residue, &limits, &rates)
+        };
+        // No margin is over the limit, so only whole answers show it: each adds at most a quarter
+        // of an alarm, so that the fifth is the first that can raise one.
+        let cheat = tokens(&[0.4; 16]);
+        assert_eq!((cheat.single.median, cheat.exact.median), (None, Some(1)));
+        assert_eq!(cheat.sequential.median, Some(5 * 16));
+        assert_eq!(cheat.either.p95, cheat.sequential.p95);
+        let honest = tokens(&[0.0; 16]);
+        assert_eq!((honest.sequential.median, honest.exact.median), (None, None));
+        let bold = tokens(&[0.0, 0.0, 0.9, 0.0]);
+        assert_eq!((bold.single.median, bold.either.median), (Some(3), Some(3)));
     }
 }

@@ -1,12 +1,11 @@
 //! Answers that no prover would send: every byte is the peer's, so all must end in a refusal.
 
 use super::trial::relink;
-use crate::proof::codec::{from_hex, to_hex};
+use crate::intake::proof::chunk;
+use crate::proof::codec::from_hex;
 use crate::verify::Rejection;
 use crate::verify::answer::Answer;
-use crate::wire::openai::response::ProofEnd;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use crate::wire::openai::response::{ProofChunk, ProofEnd};
 use serde_json::{Value, json};
 
 /// One way to be malformed.
@@ -176,15 +175,11 @@ fn change_end(answer: &mut Answer, change: fn(&mut ProofEnd)) {
 
 /// The choice that a response carries `answer` in.
 fn choice_of(answer: &Answer) -> Value {
-    let chunks = answer.chunks.iter().map(|chunk| {
-        let (data, digest) = (STANDARD.encode(&chunk.data), to_hex(&chunk.digest));
-        json!({"index": chunk.index, "data": data, "digest": digest})
-    });
     json!({
         "index": 0,
         "message": {"role": "assistant", "content": answer.text},
         "token_ids": answer.ids,
-        "proof": chunks.collect::<Vec<Value>>(),
+        "proof": answer.chunks.iter().map(chunk).collect::<Vec<ProofChunk>>(),
         "proof_end": answer.end,
     })
 }
@@ -192,7 +187,7 @@ fn choice_of(answer: &Answer) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::verify::answer::Chunk;
+    use crate::proof::commit::ChunkProof;
 
     fn answer() -> Answer {
         let end = ProofEnd {
@@ -208,7 +203,7 @@ mod tests {
             ids: vec![4, 5],
             text: Some("ab".into()),
             logprobs: vec![Some(-0.5); 2],
-            chunks: vec![Chunk { index: 0, data: vec![9; 16], digest: [0; 32] }],
+            chunks: vec![ChunkProof { index: 0, data: vec![9; 16], digest: [0; 32] }],
             end: Some(end),
             ..Answer::default()
         };

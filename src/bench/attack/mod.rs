@@ -1,21 +1,38 @@
 //! What verification catches: honest answers and cheats on one model, judged side by side.
 //!
+//! `catalogue` lists the attacks, `forge` makes their answers (`trial`, `tamper`, `lockstep`,
+//! `malformed`), `judge` verifies them, [`results`] are plain data that [`plot`] draws and `goals`
+//! measures. Nothing here prints or writes but changed weights in a directory of the caller's.
+//!
 //! Every attack is run on the same prompts; the honest answers that false positives are counted on
 //! have prompts of their own, and limits come from elsewhere. Cheats on weights, caches and prompts
 //! prove the rows that they really compute; cheats on sampling prove true rows over the tokens that
 //! they chose. Proofs are judged by fast checks, margins by checks of every row as well.
 
-use super::attacks::{self, Attack, Cheat};
-use super::cheats::Workshop;
-use super::court::Court;
-use super::results::{Detector, Line, Results, Tokens};
-use super::trial::{Ask, Subject};
-use super::{goals, prompts};
+mod catalogue;
+mod forge;
+mod goals;
+mod judge;
+mod lockstep;
+mod malformed;
+pub mod plot;
+mod published;
+pub mod results;
+pub mod tamper;
+mod trial;
+
+use super::prompts;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
+use crate::verify::evidence::Calibrated;
 use crate::verify::{Depth, Limits};
+use catalogue::{Attack, Cheat};
+use forge::Forge;
+use judge::Judge;
+use results::{Detector, Line, Results, Tokens};
 use std::path::Path;
+use trial::{Ask, Subject};
 
 /// Tokens of an honest answer, and of an attacked one: eight chunks.
 const HONEST_TOKENS: usize = 128;
@@ -25,9 +42,9 @@ const PART: usize = 160;
 /// Answers of which every malformed variant is tried.
 const MALFORMED: usize = 4;
 
-/// What is run.
+/// What is run, and what it is judged by.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Options {
+pub struct Setup {
     /// Prompts that are attacked; all of [`prompts::all`] from the first on.
     pub prompts: usize,
     /// Honest answers, to the prompts after those.
@@ -36,13 +53,17 @@ pub struct Options {
     pub tokens: Option<usize>,
     /// Only attacks whose name holds this.
     pub only: Option<String>,
+    /// Limits of one answer.
+    pub limits: Limits,
+    /// What evidence over many answers is weighed by.
+    pub rates: Calibrated,
 }
 
 /// The model under attack.
 pub struct Bench {
     subject: Subject,
-    court: Court,
-    options: Options,
+    judge: Judge,
+    setup: Setup,
     model: String,
     attacked: Vec<Ask>,
     honest: Vec<Ask>,
@@ -53,15 +74,9 @@ impl Bench {
     ///
     /// # Errors
     /// When the model cannot be loaded, has no chat template, or there are too few prompts.
-    pub fn new(
-        path: &Path,
-        scratch: &Path,
-        pool: &Pool,
-        options: Options,
-        limits: Limits,
-    ) -> Result<Self, String> {
+    pub fn new(path: &Path, scratch: &Path, pool: &Pool, setup: Setup) -> Result<Self, String> {
         let all = prompts::all();
-        let wanted = options.prompts + options.honest;
+        let wanted = setup.prompts + setup.honest;
         if wanted > all.len() {
             return Err(format!("there are {} prompts, {wanted} were asked for", all.len()));
         }
@@ -70,17 +85,17 @@ impl Bench {
             let dtype = subject.model.decoder.dtype;
             return Err(format!("changed weights are written in bf16, this model is {dtype}"));
         }
-        let court = Court::new(&subject, limits);
+        let judge = Judge::new(&subject, setup.limits);
         let asks = |from: usize, count: usize, tokens: usize| {
-            let tokens = options.tokens.unwrap_or(tokens);
+            let tokens = setup.tokens.unwrap_or(tokens);
             let some = all.iter().enumerate().skip(from).take(count);
             some.map(|(index, text)| subject.ask(index, text, tokens)).collect()
         };
-        let attacked: Result<Vec<Ask>, String> = asks(0, options.prompts, ATTACKED_TOKENS);
-        let honest: Result<Vec<Ask>, String> = asks(options.prompts, options.honest, HONEST_TOKENS);
+        let attacked: Result<Vec<Ask>, String> = asks(0, setup.prompts, ATTACKED_TOKENS);
+        let honest: Result<Vec<Ask>, String> = asks(setup.prompts, setup.honest, HONEST_TOKENS);
         let (attacked, honest) = (attacked?, honest?);
         let model = path.display().to_string();
-        Ok(Self { subject, court, options, model, attacked, honest })
+        Ok(Self { subject, judge, setup, model, attacked, honest })
     }
 
     /// Runs everything; `progress` is told what comes next.
@@ -90,22 +105,22 @@ impl Bench {
     pub fn run(&self, progress: impl Fn(&str)) -> Result<Results, String> {
         let mut lines = self.honest(&progress)?;
         let mut tokens = Vec::new();
-        let mut attacks = attacks::all(self.subject.model.decoder.spec.layers);
-        if let Some(only) = &self.options.only {
+        let mut attacks = catalogue::all(self.subject.model.decoder.spec.layers);
+        if let Some(only) = &self.setup.only {
             attacks.retain(|attack| attack.name.contains(only.as_str()));
         }
         if !attacks.is_empty() {
             progress("honest answers to the prompts that are attacked");
-            let mut workshop = Workshop::new(&self.subject, &self.attacked)?;
+            let mut forge = Forge::new(&self.subject, &self.attacked)?;
             for attack in &attacks {
                 progress(attack.name);
-                self.attack(attack, &mut workshop, &mut lines, &mut tokens)?;
+                self.attack(attack, &mut forge, &mut lines, &mut tokens)?;
             }
         }
         let length = |asks: &[Ask]| asks.first().map_or(0, |ask| ask.request.max_tokens);
         Ok(Results {
             model: self.model.clone(),
-            limits: format!("{:?}", self.court.limits()),
+            limits: format!("{:?}", self.judge.limits()),
             attacked: (self.attacked.len(), length(&self.attacked)),
             honest: (self.honest.len(), length(&self.honest)),
             goals: goals::judge(&attacks, &lines, &tokens),
@@ -127,13 +142,13 @@ impl Bench {
                 let (done, all) = (trials.len(), self.honest.len());
                 progress(&format!("honest answers with {scheme}: {done} of {all}"));
                 let some = self.subject.honest(scheme, part)?;
-                reports.extend(self.court.proofs(&some, scheme, Depth::Fast));
+                reports.extend(self.judge.proofs(&some, scheme, Depth::Fast));
                 trials.extend(some);
             }
-            lines.extend(self.court.lines(what, scheme, &trials, &reports));
+            lines.extend(self.judge.lines(what, scheme, &trials, &reports));
             if scheme == Scheme::Residue {
                 progress("the same answers under the subnet's rules");
-                lines.extend(self.court.rank_lines(what.0, what.1, &trials));
+                lines.extend(self.judge.rank_lines(what.0, what.1, &trials));
             }
         }
         Ok(lines)
@@ -142,31 +157,32 @@ impl Bench {
     fn attack(
         &self,
         attack: &Attack,
-        workshop: &mut Workshop<'_>,
+        forge: &mut Forge<'_>,
         lines: &mut Vec<Line>,
         tokens: &mut Vec<Tokens>,
     ) -> Result<(), String> {
         let what = (attack.name, attack.detector);
-        let court = &self.court;
-        let proved = workshop.make(attack)?;
+        let judge = &self.judge;
+        let proved = forge.make(attack)?;
         for (scheme, trials) in &proved {
             if matches!(attack.cheat, Cheat::Malformed) {
                 let some = &trials[..MALFORMED.min(trials.len())];
-                lines.push(court.malformed(attack, *scheme, some));
+                lines.push(judge.malformed(attack, *scheme, some));
                 continue;
             }
-            let reports = court.proofs(trials, *scheme, Depth::Fast);
-            lines.extend(court.lines(what, *scheme, trials, &reports));
+            let reports = judge.proofs(trials, *scheme, Depth::Fast);
+            lines.extend(judge.lines(what, *scheme, trials, &reports));
             if *scheme == Scheme::Residue && attack.detector == Detector::Margin {
-                let slow = court.proofs(trials, *scheme, Depth::Slow);
-                lines.push(court.slow_line(attack, trials, &slow));
+                let slow = judge.proofs(trials, *scheme, Depth::Slow);
+                lines.push(judge.slow_line(attack, trials, &slow));
                 if attack.adds_up() {
-                    tokens.push(Tokens::new(attack.name, &slow, court.limits().margin));
+                    let (limits, rates) = (judge.limits(), &self.setup.rates);
+                    tokens.push(Tokens::new(attack.name, &slow, *scheme, limits, rates));
                 }
             }
         }
         if let Some((_, trials)) = proved.first().filter(|_| attack.changes_tokens()) {
-            lines.extend(court.rank_lines(what.0, what.1, trials));
+            lines.extend(judge.rank_lines(what.0, what.1, trials));
         }
         Ok(())
     }

@@ -121,8 +121,8 @@ fn draw(
 
 #[cfg(test)]
 mod tests {
-    use super::super::stats::{Rate, Stopping};
     use super::*;
+    use crate::bench::stats::{Rate, Stopping};
 
     #[test]
     fn a_picture_names_every_curve() {

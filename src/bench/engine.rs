@@ -1,0 +1,96 @@
+//! The engine on a real model, as llama-bench and llama-batched-bench measure: prefill of 512,
+//! decode at several batch sizes, memory and load time; then the same through HTTP ([`serve`]).
+
+use super::figures::Figures;
+use super::load::{REPEATS, request};
+use super::{host, serve};
+use crate::clock::Clock;
+use crate::engine::output::Event;
+use crate::engine::{Engine, Options};
+use crate::models::Model;
+use std::path::Path;
+
+const OPTIONS: Options = Options {
+    context_max: 2048,
+    blocks: 256,
+    sequences_max: 64,
+    waiting_max: 64,
+    step_tokens_max: 512,
+};
+
+/// Measures the model at `path`, on an otherwise idle machine: tokens a second, seconds and bytes.
+///
+/// # Errors
+/// When the model cannot be loaded, or the engine or its server fails.
+pub fn run(path: &Path) -> anyhow::Result<Figures> {
+    let pool = host::pool()?;
+    let started = Clock::system();
+    let model = Model::load(path, None, &pool, |_, _| {})?;
+    let weights = model.decoder.weights.bytes();
+    let engine = Engine::start(model, pool, OPTIONS, Clock::system())?;
+    let mut figures = Figures::default();
+    figures.push("load_seconds", vec![started.elapsed().as_secs_f64()]);
+    measure(&engine, &mut figures)?;
+    let peak = host::resident_bytes("VmHWM:")?;
+    let kv = engine.options().blocks * engine.model().decoder.spec.kv_dims().block_bytes();
+    figures.push("weights_bytes", vec![weights as f64]);
+    figures.push("kv_bytes", vec![kv as f64]);
+    figures.push("peak_resident_bytes", vec![peak]);
+    serve::measure(&engine, &mut figures)?;
+    Ok(figures)
+}
+
+fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
+    generate(engine, 1, 32, 16, 0)?; // warm-up
+    let mut salt = 1;
+    let mut repeat = |name: &str, f: &dyn Fn(u32) -> anyhow::Result<f64>| {
+        let values = (0..REPEATS).map(|_| {
+            salt += 1;
+            f(salt)
+        });
+        figures.push(name, values.collect::<Result<_, _>>()?);
+        anyhow::Ok(())
+    };
+    repeat("pp512", &|salt| Ok(generate(engine, 1, 512, 1, salt)?.prefill))?;
+    repeat("tg128", &|salt| Ok(generate(engine, 1, 1, 128, salt)?.decode))?;
+    for batch in [4, 8, 16] {
+        let name = format!("tg64_b{batch}");
+        repeat(&name, &|salt| Ok(generate(engine, batch, 16, 64, salt)?.decode))?;
+    }
+    Ok(())
+}
+
+/// Tokens a second.
+struct Speed {
+    prefill: f64,
+    decode: f64,
+}
+
+/// Runs `batch` sequences side by side; every prompt is new, so nothing is cached.
+fn generate(
+    engine: &Engine,
+    batch: usize,
+    prompt: usize,
+    output: usize,
+    salt: u32,
+) -> anyhow::Result<Speed> {
+    let requests = (0..batch).map(|i| request(prompt, output, salt * 100 + i as u32));
+    let started = Clock::system();
+    let running = requests.map(|r| engine.submit(r));
+    let mut running = running.collect::<Result<Vec<_>, _>>()?;
+    let mut first = 0.0_f64;
+    for generation in &mut running {
+        match generation.next_blocking() {
+            Some(Event::Step(_)) => first = first.max(started.elapsed().as_secs_f64()),
+            other => anyhow::bail!("no first token: {other:?}"),
+        }
+    }
+    for generation in running {
+        generation.collect_blocking()?;
+    }
+    let decode = started.elapsed().as_secs_f64() - first;
+    Ok(Speed {
+        prefill: (batch * prompt) as f64 / first,
+        decode: (batch * (output - 1)) as f64 / decode,
+    })
+}

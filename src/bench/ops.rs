@@ -1,0 +1,157 @@
+//! Kernels against the ceilings of this machine, measured in the same run.
+
+use super::host::{self, Say};
+use crate::clock::Clock;
+use crate::ops::attention::{Attention, KvCache, KvDims, Segment};
+use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::lanes::{Kernel, Lanes, dispatch};
+use crate::ops::matmul::{Packed, matmul_into};
+use crate::ops::pool::Turn;
+use std::hint::black_box;
+
+/// Measures matrix products and attention, on an otherwise idle machine.
+///
+/// # Errors
+/// When threads cannot be started or there is not enough memory.
+pub fn run(say: Say<'_>) -> anyhow::Result<()> {
+    let pool = host::pool()?;
+    let turn = pool.turn();
+    say(format!("{} threads, {}", turn.threads(), turn.isa()));
+    let bandwidth = read_bandwidth(&turn);
+    let peak = fma_peak(&turn);
+    say(format!("read bandwidth {bandwidth:6.1} GB/s   FMA peak {peak:6.1} GFLOP/s"));
+    for (rows, cols) in [(576, 576), (3072, 576), (576, 1536), (49_152, 576)] {
+        product(say, &turn, (rows, cols), (bandwidth, peak))?;
+    }
+    attention(say, &turn, peak)
+}
+
+/// Seconds of the fastest of several runs.
+fn best_of(runs: usize, mut f: impl FnMut()) -> f64 {
+    (0..runs)
+        .map(|_| {
+            let started = Clock::system();
+            f();
+            started.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min)
+}
+
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let mut acc = [L::splat(0.0); 8];
+        for chunk in self.0.chunks_exact(128) {
+            for (i, a) in acc.iter_mut().enumerate() {
+                // SAFETY: the chunk has 128 values.
+                *a = a.add(unsafe { L::load(chunk.as_ptr().add(16 * i)) });
+            }
+        }
+        acc.into_iter().map(L::sum).sum()
+    }
+}
+
+fn read_bandwidth(turn: &Turn<'_>) -> f64 {
+    let data = vec![1.0_f32; 128 << 20];
+    let pieces = 256;
+    let piece = data.len() / pieces;
+    let seconds = best_of(5, || {
+        turn.run(pieces, |i| {
+            black_box(dispatch(turn.isa(), Sum(&data[i * piece..][..piece])));
+        });
+    });
+    data.len() as f64 * 4.0 / seconds / 1e9
+}
+
+struct Fma(usize);
+
+impl Kernel for Fma {
+    type Out = f32;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let (b, c) = (L::splat(black_box(0.999)), L::splat(black_box(0.001)));
+        let mut acc = [L::splat(1.0); 12];
+        for _ in 0..self.0 {
+            for a in &mut acc {
+                *a = a.mul_add(b, c);
+            }
+        }
+        acc.into_iter().map(L::sum).sum()
+    }
+}
+
+fn fma_peak(turn: &Turn<'_>) -> f64 {
+    let (tasks, rounds) = (turn.threads(), 2_000_000);
+    let seconds = best_of(3, || {
+        turn.run(tasks, |_| {
+            black_box(dispatch(turn.isa(), Fma(rounds)));
+        });
+    });
+    (tasks * rounds * 12 * 16 * 2) as f64 / seconds / 1e9
+}
+
+fn product(
+    say: Say<'_>,
+    turn: &Turn<'_>,
+    (rows, cols): (usize, usize),
+    (bandwidth, peak): (f64, f64),
+) -> anyhow::Result<()> {
+    // Copies enough to defeat the cache, as the layers of a model do.
+    let copies = (256_usize << 20).div_ceil(rows * cols * 2);
+    let fill = |r: usize, out: &mut [u16]| {
+        out.iter_mut().enumerate().for_each(|(k, o)| *o = 0x3c00 + ((r * 31 + k * 7) % 512) as u16);
+        Ok::<_, std::io::Error>(())
+    };
+    let weights = (0..copies).map(|_| Packed::pack(turn, (rows, cols), Dtype::Bf16, fill));
+    let weights = weights.collect::<Result<Vec<Packed>, _>>()?;
+    for tokens in [1, 4, 16, 512] {
+        let mut x = Rounded::new(Dtype::Bf16, cols);
+        x.set_rows(tokens);
+        (0..tokens).for_each(|t| x.set_row(t, &vec![0.01 * (t + 1) as f32; cols]));
+        let mut out = vec![0.0; tokens * rows];
+        let used = if tokens > 16 { copies.min(8) } else { copies };
+        let seconds = best_of(3, || {
+            weights[..used].iter().for_each(|w| matmul_into(turn, w, &x, &mut out));
+        });
+        let bytes = (used * rows * cols * 2) as f64 / seconds / 1e9;
+        let flops = (used * rows * cols * 2 * tokens) as f64 / seconds / 1e9;
+        say(format!(
+            "matmul {rows:6} x {cols:4}  tokens {tokens:4}  {bytes:6.1} GB/s ({:3.0} % of read)  \
+             {flops:6.1} GFLOP/s ({:3.0} % of peak)",
+            100.0 * bytes / bandwidth,
+            100.0 * flops / peak
+        ));
+    }
+    Ok(())
+}
+
+fn attention(say: Say<'_>, turn: &Turn<'_>, peak: f64) -> anyhow::Result<()> {
+    let dims = KvDims { layers: 1, kv_heads: 3, head_dim: 64 };
+    let (heads, context) = (9, 512);
+    let row_len = (heads + 2 * dims.kv_heads) * dims.head_dim;
+    let qkv = vec![0.1; context * row_len];
+    let mut cache = KvCache::new(dims, Dtype::Bf16, 16)?;
+    let args = Attention { heads, scale: 0.125, softcap: None, window: None };
+    for (rows, runs) in [(context, 5), (1, 200)] {
+        let start = context - rows;
+        let segments = [Segment { rows: 0..rows, start, blocks: (0..16).collect() }];
+        let mut out = Rounded::new(Dtype::Bf16, heads * dims.head_dim);
+        let qkv = &qkv[..rows * row_len];
+        let seconds = best_of(runs, || {
+            cache.store(turn, 0, &segments, (qkv, row_len, heads * dims.head_dim));
+            cache.attend(turn, 0, args, &segments, (qkv, row_len), &mut out);
+        });
+        let pairs: usize = (start..context).map(|p| p + 1).sum();
+        let flops = (pairs * heads * dims.head_dim * 4) as f64 / seconds / 1e9;
+        say(format!(
+            "attention {rows:4} rows at context {context}  {:8.1} us  {flops:6.1} GFLOP/s \
+             ({:3.0} % of peak)",
+            seconds * 1e6,
+            100.0 * flops / peak
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,390 @@
+//! What verifying costs: CPU time of one response against the passes that Targon's verifier (4.4)
+//! makes, a fast check against a bare prefill, and the memory that checks need beside a model with
+//! a large vocabulary.
+//!
+//! Every pass of the original runs here on this engine, from an empty cache, as often as the
+//! original runs it: nothing is shared between them.
+
+use super::host::{self, Say};
+use super::stats::median;
+use crate::clock::Clock;
+use crate::engine::request::Request;
+use crate::engine::{Engine, Options};
+use crate::intake::proof::Prover;
+use crate::models::decoder::{Decoder, Scratch};
+use crate::models::{Identity, Model};
+use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
+use crate::ops::logits::{LogSumExp, top_k};
+use crate::ops::pool::{Pool, Turn};
+use crate::proof::Scheme;
+use crate::proof::codec::Hash;
+use crate::proof::commit::nonce_of;
+use crate::verify::answer::Answer;
+use crate::verify::proof::Asked;
+use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
+use anyhow::{Context, ensure};
+use half::bf16;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::hint::black_box;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+const PROMPT: usize = 200;
+const OUTPUT: usize = 256;
+/// Responses that share a prompt, where sharing is measured.
+const SHARED: usize = 8;
+const ROUNDS: usize = 5;
+const TEMPERATURE: f32 = 0.7;
+/// Rows of a step of the passes that are made here, as the verifier has.
+const STEP_ROWS: usize = 256;
+/// Rows of logits at once, and entries of the original's table: 10 T + 6.
+const LOGIT_ROWS: usize = 32;
+const TABLE: usize = 13;
+const OPTIONS: Options = Options {
+    context_max: 512,
+    blocks: 256,
+    sequences_max: 16,
+    waiting_max: 16,
+    step_tokens_max: 512,
+};
+
+/// Measures on the model at `path`, on an otherwise idle machine; `scratch` is an empty directory
+/// for a small model with a large vocabulary.
+///
+/// # Errors
+/// When a model cannot be written or loaded, its engine fails, or an honest answer does not pass.
+pub fn run(path: &Path, scratch: &Path, say: Say<'_>) -> anyhow::Result<()> {
+    let pool = host::pool()?;
+    // First, while little memory has been used and freed.
+    memory(say, scratch, &pool)?;
+    let model = Model::load(path, None, &pool, |_, _| {})?;
+    let case = Case::new(model, &pool, SHARED)?;
+    let threads = pool.threads();
+    say(format!("\n{}, {threads} threads, {PROMPT} + {OUTPUT} tokens", path.display()));
+    speed(say, &case)
+}
+
+/// Honest responses to one prompt, and who verifies them.
+struct Case {
+    verifier: Verifier,
+    trials: Vec<Trial>,
+}
+
+/// A request, the nonce of its proof, and the answer.
+type Trial = (Request, Hash, Answer);
+
+impl Case {
+    fn new(model: Model, pool: &Pool, count: usize) -> anyhow::Result<Self> {
+        let identity = Arc::new(Identity::compute(&model, pool)?);
+        let engine = Engine::start(model, pool.clone(), OPTIONS, Clock::system())?;
+        let trials = (0..count).map(|i| respond(&engine, &identity, i));
+        let trials = trials.collect::<anyhow::Result<_>>()?;
+        let verifier = Verifier {
+            model: Arc::clone(engine.model()),
+            identity,
+            pool: pool.clone(),
+            limits: Limits::default(),
+            context_max: OPTIONS.context_max,
+        };
+        Ok(Self { verifier, trials })
+    }
+
+    fn claim(&self, index: usize, profile: Profile) -> Claim<'_> {
+        let (request, nonce, answer) = &self.trials[index];
+        let asked = Asked { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
+        Claim {
+            request,
+            seed: None,
+            choice: 0,
+            proof: (profile == Profile::Proof).then_some(asked),
+            answer,
+            end_is_implied: false,
+        }
+    }
+
+    fn verify(&self, profile: Profile, depth: Depth) -> anyhow::Result<()> {
+        let report = self.verifier.verify(&self.claim(0, profile), profile, depth, 7);
+        // Random weights sample tokens that no rule about ranks likes; their cost is the same.
+        ensure!(profile == Profile::Ranks || report.verdict == Verdict::Pass, "{report:?}");
+        ensure!(!report.rows.is_empty(), "{:?}", report.verdict);
+        Ok(())
+    }
+
+    fn verify_shared(&self) -> anyhow::Result<()> {
+        let claims: Vec<Claim<'_>> =
+            (0..self.trials.len()).map(|i| self.claim(i, Profile::Proof)).collect();
+        let reports = self.verifier.verify_all(&claims, Profile::Proof, Depth::Fast, 7);
+        ensure!(reports.iter().all(|r: &Report| r.verdict == Verdict::Pass), "{reports:?}");
+        Ok(())
+    }
+
+    /// The tokens of response 0: those of the prompt, then all.
+    fn ids(&self) -> (usize, Vec<u32>) {
+        let (request, _, answer) = &self.trials[0];
+        (request.prompt.len(), [request.prompt.as_slice(), &answer.ids].concat())
+    }
+}
+
+/// Asks the engine for response `index` to the one prompt, with its proof.
+fn respond(engine: &Engine, identity: &Identity, index: usize) -> anyhow::Result<Trial> {
+    let vocab = engine.model().decoder.spec.vocab as u32;
+    let prompt = (0..PROMPT as u32).map(|i| 3 + i * 7919 % (vocab - 3)).collect();
+    let mut request = Request::greedy(prompt, OUTPUT);
+    request.sampling.temperature = TEMPERATURE;
+    request.stop.ignore_eos = true;
+    let nonce = nonce_of(&format!("bench {index}"));
+    let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
+    let mut drawn = request.clone();
+    let head = prover.bind(&mut drawn, identity, None, 0);
+    let (steps, finish) = engine.submit(drawn)?.collect_blocking()?;
+    let finish = finish.context("the answer has no end")?;
+    let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
+    // Without weight values: looking them up is not what is measured.
+    let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, Some(end)) };
+    Ok((request, nonce, answer))
+}
+
+/// Runs the layers over `ids` from an empty cache; `after` sees the rows of each step.
+fn forward(
+    decoder: &Decoder,
+    pool: &Pool,
+    ids: &[u32],
+    mut after: impl FnMut(&Turn<'_>, Range<usize>, &Scratch),
+) {
+    let blocks = ids.len().div_ceil(BLOCK_TOKENS);
+    let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks);
+    let (mut cache, mut scratch) = (cache.expect("memory for the cache"), Scratch::new(decoder));
+    for (number, step) in ids.chunks(STEP_ROWS).enumerate() {
+        let start = number * STEP_ROWS;
+        let end = start + step.len();
+        let blocks = (0..end.div_ceil(BLOCK_TOKENS) as u32).collect();
+        let segment = Segment { rows: 0..step.len(), start, blocks };
+        let turn = pool.turn();
+        let done = decoder.forward(&turn, &mut cache, step, &[segment], &mut scratch);
+        done.expect("weights can be read");
+        after(&turn, start..end, &scratch);
+    }
+}
+
+/// What the original asks of rows of a step: log-probabilities of the most probable tokens.
+fn table(decoder: &Decoder, turn: &Turn<'_>, rows: &[usize], scratch: &Scratch) {
+    let mut logits = Vec::new();
+    for rows in rows.chunks(LOGIT_ROWS) {
+        let hidden = decoder.final_rows(turn, rows, scratch);
+        decoder.logits(turn, &hidden, &mut logits);
+        for row in logits.chunks_exact(decoder.spec.vocab).take(rows.len()) {
+            black_box(LogSumExp::new(turn.isa(), row, 1.0));
+            black_box(top_k(turn.isa(), row, TABLE));
+        }
+    }
+}
+
+/// The original's first pass: prompt and output, a table for every row.
+fn first_pass(case: &Case) {
+    let (decoder, pool, (_, ids)) = (&case.verifier.model.decoder, &case.verifier.pool, case.ids());
+    forward(decoder, pool, &ids, |turn, rows, scratch| {
+        table(decoder, turn, &(0..rows.len()).collect::<Vec<_>>(), scratch);
+    });
+}
+
+/// Its passes for the random check: up to five places of the output, a table for each last row.
+fn random_passes(case: &Case) {
+    let (decoder, pool) = (&case.verifier.model.decoder, &case.verifier.pool);
+    let (prompt, ids) = case.ids();
+    for quarter in 0..=4 {
+        let length = prompt + (ids.len() - prompt) * quarter / 4;
+        forward(decoder, pool, &ids[..length], |turn, rows, scratch| {
+            if rows.end == length {
+                table(decoder, turn, &[rows.len() - 1], scratch);
+            }
+        });
+    }
+}
+
+/// Nothing but the layers, over the tokens that a check runs over.
+fn bare_prefill(case: &Case) {
+    let (_, ids) = case.ids();
+    let decoder = &case.verifier.model.decoder;
+    forward(decoder, &case.verifier.pool, &ids[..ids.len() - 1], |_, _, _| {});
+}
+
+/// Median CPU seconds and wall seconds of each piece of work, taking turns.
+fn measure<const N: usize>(
+    work: [&dyn Fn() -> anyhow::Result<()>; N],
+) -> anyhow::Result<[(f64, f64); N]> {
+    let mut times: [(Vec<f64>, Vec<f64>); N] = std::array::from_fn(|_| Default::default());
+    for _ in 0..=ROUNDS {
+        for (run, times) in work.iter().zip(&mut times) {
+            let (cpu, wall) = (host::cpu_seconds(), Clock::system());
+            run()?;
+            times.0.push(host::cpu_seconds() - cpu);
+            times.1.push(wall.elapsed().as_secs_f64());
+        }
+    }
+    // The first round warms caches.
+    let middle = |values: &[f64]| median(&values[1..]).unwrap_or(f64::NAN);
+    Ok(times.map(|(cpu, wall)| (middle(&cpu), middle(&wall))))
+}
+
+fn speed(say: Say<'_>, case: &Case) -> anyhow::Result<()> {
+    let [first, random, fast, slow, ranks, bare, shared] = measure([
+        &|| {
+            first_pass(case);
+            Ok(())
+        },
+        &|| {
+            random_passes(case);
+            Ok(())
+        },
+        &|| case.verify(Profile::Proof, Depth::Fast),
+        &|| case.verify(Profile::Proof, Depth::Slow),
+        &|| case.verify(Profile::Ranks, Depth::Slow),
+        &|| {
+            bare_prefill(case);
+            Ok(())
+        },
+        &|| case.verify_shared(),
+    ])?;
+    let shared = (shared.0 / SHARED as f64, shared.1 / SHARED as f64);
+    let ms = |seconds: f64| format!("{:.0} ms", 1e3 * seconds);
+    let (hot, cold) = (first.0, first.0 + random.0);
+    let mean = first.0 + 0.75 * random.0;
+    say("\nCPU time of the original's passes for one response, nothing shared".to_owned());
+    say(format!("  T above 0.75: {}; below: {}; T uniform: {}", ms(hot), ms(cold), ms(mean)));
+    say("\nCPU time of one check, and how many times less than the original's".to_owned());
+    let header = ["CPU", "T uniform", "T <= 0.75", "T > 0.75"].map(|h| format!("{h:>10}"));
+    say(format!("{}{}", " ".repeat(26), header.join(" ")));
+    let of_a_prompt = format!("proof, fast, {SHARED} of a prompt");
+    for (name, (cpu, _)) in [
+        ("proof, fast", fast),
+        ("proof, slow", slow),
+        ("ranks", ranks),
+        (of_a_prompt.as_str(), shared),
+    ] {
+        let ratios = [mean, cold, hot].map(|original| format!("{:10.2}", original / cpu));
+        say(format!("{name:26}{:>10} {}", ms(cpu), ratios.join(" ")));
+    }
+    goal(say, "a fast check costs at least 8 times less (T uniform)", mean / fast.0, |x| x >= 8.0);
+    goal(say, "the same, where responses share a prompt", mean / shared.0, |x| x >= 8.0);
+    let (cpu, wall) = (fast.0 / bare.0, fast.1 / bare.1);
+    say(format!("\nA bare prefill of the same tokens: {} CPU, {} wall", ms(bare.0), ms(bare.1)));
+    goal(say, "a fast check costs at most 1.15 times as much CPU time", cpu, |x| x <= 1.15);
+    goal(say, "and takes at most 1.15 times as long", wall, |x| x <= 1.15);
+    Ok(())
+}
+
+fn goal(say: Say<'_>, what: &str, value: f64, is_met: impl Fn(f64) -> bool) {
+    let met = if is_met(value) { "met" } else { "missed" };
+    say(format!("goal: {what}: {value:.3}, {met}"));
+}
+
+/// The memory that checks take beside a loaded model with 131072 tokens.
+fn memory(say: Say<'_>, scratch: &Path, pool: &Pool) -> anyhow::Result<()> {
+    write_model(scratch)?;
+    let case = Case::new(Model::load(scratch, None, pool, |_, _| {})?, pool, 1)?;
+    say(format!(
+        "Peak memory of checks beside a model with 131072 tokens, {PROMPT} + {OUTPUT} tokens"
+    ));
+    let mut most = 0.0_f64;
+    for (name, profile, depth) in [
+        ("proof, fast", Profile::Proof, Depth::Fast),
+        ("proof, slow", Profile::Proof, Depth::Slow),
+        ("ranks", Profile::Ranks, Depth::Slow),
+    ] {
+        host::trim();
+        host::reset_peak()?;
+        let before = host::resident_bytes("VmRSS:")?;
+        case.verify(profile, depth)?;
+        let extra = (host::resident_bytes("VmHWM:")? - before) / 1e6;
+        say(format!("  {name:12} {extra:8.1} MB"));
+        most = most.max(extra);
+    }
+    goal(say, "a check takes less than 256 MB", most, |x| x < 256.0);
+    Ok(())
+}
+
+/// A checkpoint of a small Llama with a large vocabulary and seeded random weights.
+fn write_model(directory: &Path) -> anyhow::Result<()> {
+    let (vocab, hidden, inter, layers) = (131_072, 256, 512, 2);
+    let config = json!({
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "intermediate_size": inter, "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "eos_token_id": 2,
+    });
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    for layer in 0..layers {
+        shapes.extend(
+            [
+                ("self_attn.q_proj", vec![hidden, hidden]),
+                ("self_attn.k_proj", vec![hidden / 2, hidden]),
+                ("self_attn.v_proj", vec![hidden / 2, hidden]),
+                ("self_attn.o_proj", vec![hidden, hidden]),
+                ("mlp.gate_proj", vec![inter, hidden]),
+                ("mlp.up_proj", vec![inter, hidden]),
+                ("mlp.down_proj", vec![hidden, inter]),
+                ("input_layernorm", vec![hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+            ]
+            .map(|(part, shape)| (format!("model.layers.{layer}.{part}.weight"), shape)),
+        );
+    }
+    let mut state = 11_u32;
+    let tensors = shapes.into_iter().map(|(name, shape)| {
+        let bytes = values(&shape, &mut state).flat_map(bf16::to_le_bytes).collect::<Vec<u8>>();
+        (name, shape, bytes)
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        Ok((name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), bytes)?))
+    });
+    let views = views.collect::<anyhow::Result<Vec<_>>>()?;
+    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors"))?;
+    let write = |name: &str, value: Value| {
+        let path = directory.join(name);
+        std::fs::write(&path, value.to_string())
+            .with_context(|| format!("{} cannot be written", path.display()))
+    };
+    write("config.json", config)?;
+    write("tokenizer.json", tokenizer())
+}
+
+/// Random numbers of a size that keeps rows at the scale of one; norms are about one.
+fn values<'a>(shape: &[usize], state: &'a mut u32) -> impl Iterator<Item = bf16> + use<'a> {
+    let count: usize = shape.iter().product();
+    let (middle, spread) = match shape {
+        [_] => (1.0, 0.3),
+        _ => (0.0, 4.0 / (shape[1] as f32).sqrt()),
+    };
+    (0..count).map(move |_| {
+        *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let uniform = (*state ^ (*state >> 15)) as f32 / u32::MAX as f32 - 0.5;
+        bf16::from_f32(middle + spread * uniform)
+    })
+}
+
+/// A byte-level tokenizer of single bytes.
+fn tokenizer() -> Value {
+    let mut extra = 256;
+    let mut vocab = serde_json::Map::new();
+    for byte in 0..256_u32 {
+        let printable = matches!(byte, 33..=126 | 161..=172 | 174..=255);
+        let code = if printable { byte } else { extra };
+        extra += u32::from(!printable);
+        // Each of these 256 numbers is a character.
+        let symbol = char::from_u32(code).unwrap_or_default();
+        vocab.insert(symbol.to_string(), byte.into());
+    }
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": bytes, "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+}
