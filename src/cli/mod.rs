@@ -9,6 +9,8 @@ mod calibrate;
 mod capture;
 mod config;
 mod doctor;
+#[cfg_attr(not(test), expect(dead_code, reason = "nothing reads records yet"))]
+mod explain;
 mod fetch;
 mod layers;
 mod load;
