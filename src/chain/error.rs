@@ -110,7 +110,7 @@ const CUSTOM: [(u32, &str); 17] = [
 ];
 
 /// Names of dispatch errors, in words.
-const DISPATCH: [(&str, &str); 14] = [
+const DISPATCH: [(&str, &str); 25] = [
     ("HotKeyNotRegisteredInSubNet", "register the hotkey with btcli subnets register"),
     ("HotKeyNotRegisteredInNetwork", "register the hotkey with btcli subnets register"),
     ("ServingRateLimitExceeded", "the axon was changed too recently: wait about 50 blocks"),
@@ -118,13 +118,33 @@ const DISPATCH: [(&str, &str); 14] = [
     ("InvalidIpType", "the chain does not accept this kind of address: see --axon.external_ip"),
     ("InvalidPort", "the chain does not accept this port: see --axon.external_port"),
     ("SettingWeightsTooFast", "weights were set too recently: wait for the rate limit"),
+    ("CommittingWeightsTooFast", "weights were committed too recently: wait for the rate limit"),
     ("NeuronNoValidatorPermit", "the hotkey has no validator permit: it needs more stake"),
     ("NotEnoughStakeToSetWeights", "the hotkey has too little stake"),
     ("IncorrectWeightVersionKey", "the subnet wants a newer version of the software"),
+    ("IncorrectCommitRevealVersion", "the chain wants another version of commits"),
     ("CommitRevealEnabled", "this subnet wants weights committed and revealed"),
+    ("CommitRevealDisabled", "this subnet wants weights set and not committed"),
+    ("TooManyUnrevealedCommits", "too many commits of this hotkey wait for their revelation"),
+    ("InvalidRevealRound", "the reveal round is past: is this machine's clock right?"),
     ("WeightVecLengthIsLow", "the subnet wants more weights in the vector"),
+    ("WeightVecNotEqualSize", "uids and weights differ in number"),
     ("MaxWeightExceeded", "one weight is larger than the subnet allows"),
+    ("DuplicateUids", "a uid comes twice"),
+    ("UidVecContainInvalidOne", "one of the uids does not exist"),
+    ("UidsLengthExceedUidsInSubNet", "there are more weights than members"),
+    ("CanNotSetRootNetworkWeights", "weights cannot be set on subnet 0"),
+    ("MechanismDoesNotExist", "the subnet has no such mechanism"),
     ("SubnetNotExists", "this subnet does not exist: check --netuid"),
+];
+/// Dispatch errors that pass: by waiting, or as the flag is read anew.
+const PASSING: [&str; 6] = [
+    "ServingRateLimitExceeded",
+    "SettingWeightsTooFast",
+    "CommittingWeightsTooFast",
+    "TooManyUnrevealedCommits",
+    "CommitRevealEnabled",
+    "CommitRevealDisabled",
 ];
 
 impl Refusal {
@@ -166,6 +186,14 @@ impl Refusal {
         }
     }
 
+    /// Whether the pool's reason is gone within seconds: another extrinsic before this one, or a
+    /// runtime upgrade since it was signed.
+    pub fn is_momentary(&self) -> bool {
+        let lower = self.word.to_lowercase();
+        let words = ["priority is too low", "outdated", "stale", "bad signature"];
+        self.stage == Stage::Pool && words.iter().any(|word| lower.contains(word))
+    }
+
     /// Whether the same extrinsic may succeed later without anybody doing anything.
     pub fn is_passing(&self) -> bool {
         let lower = self.word.to_lowercase();
@@ -174,7 +202,7 @@ impl Refusal {
                 ["priority is too low", "outdated", "stale"].iter().any(|w| lower.contains(w))
                     || matches!(self.custom_code(), Some(6 | 12))
             }
-            Stage::Dispatch => self.word.ends_with("ServingRateLimitExceeded"),
+            Stage::Dispatch => PASSING.iter().any(|name| self.word.ends_with(name)),
             Stage::Lost => true,
         }
     }

@@ -12,11 +12,14 @@ pub mod metagraph;
 pub mod network;
 pub mod subtensor;
 pub mod wallet;
+pub mod weights;
 
 use error::ChainError;
-use keys::Keypair;
+use keys::{Hotkey, Keypair};
 use metagraph::{Axon, Metagraph};
 use std::future::Future;
+use weights::outcome::{Asked, Order, ReadBack, SendError, Sent};
+use weights::standing::Standing;
 
 /// The head of the chain.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -45,6 +48,33 @@ pub trait Chain: Send + Sync + 'static {
         axon: &Axon,
         show: &(dyn Fn(&str) -> bool + Sync),
     ) -> impl Future<Output = Result<(), ChainError>> + Send;
+
+    /// What the chain asks of weights that `hotkey` sets, as of now.
+    ///
+    /// # Errors
+    /// When no endpoint answers, or the subnet does not exist.
+    fn weight_standing(
+        &self,
+        netuid: u16,
+        mechanism: u8,
+        hotkey: &Hotkey,
+    ) -> impl Future<Output = Result<Standing, ChainError>> + Send;
+
+    /// Sets weights by the call that the chain wants now, and waits until it is final. `None` where
+    /// `asked` says no. No extrinsic is followed by a second one that may be in a block as well.
+    ///
+    /// # Errors
+    /// When a rule of the chain is not met or the chain refuses it; or when it is not known whether
+    /// it arrived.
+    fn set_weights(
+        &self,
+        signer: &Keypair,
+        order: &Order,
+        asked: &Asked<'_>,
+    ) -> impl Future<Output = Result<Option<Sent>, SendError>> + Send;
+
+    /// What stands on the chain, now, for weights that were sent.
+    fn read_back(&self, sent: &Sent) -> impl Future<Output = ReadBack> + Send;
 
     /// Follows the chain for ever: calls `on_head` for every new block, reconnecting as often as it
     /// takes. Where `on_head` says no, the endpoint is not believed, and another one is followed.

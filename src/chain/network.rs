@@ -59,6 +59,8 @@ pub struct Endpoints {
     pub timeout: Duration,
     /// How long no new block may come before the connection counts as dead: several block times.
     pub stall: Duration,
+    /// How long to wait before a refused extrinsic is signed and sent anew.
+    pub again: Duration,
 }
 
 impl Endpoints {
@@ -82,7 +84,8 @@ impl Endpoints {
         };
         let genesis = (network == Network::Finney).then_some(FINNEY_GENESIS);
         let (timeout, stall) = (Duration::from_secs(30), Duration::from_secs(60));
-        Ok(Self { urls, genesis, timeout, stall })
+        let again = Duration::from_secs(15);
+        Ok(Self { urls, genesis, timeout, stall, again })
     }
 }
 

@@ -5,13 +5,19 @@
 //! from one runtime call; where a runtime lacks it, from storage (`fallback`).
 
 mod fallback;
+mod raw;
+mod reader;
+mod send;
+mod weights;
 
 use super::error::{ChainError, Refusal, Stage};
 use super::keys::{Hotkey, Keypair};
-use super::metagraph::{Axon, Hyperparameters, Metagraph, Neuron, Rao, share};
+use super::metagraph::{Axon, Metagraph};
 use super::network::Endpoints;
+use super::weights::outcome::{Asked, Order, ReadBack, SendError, Sent};
+use super::weights::standing::Standing;
 use super::{Chain, Head};
-use scale_decode::DecodeAsType;
+use raw::RawMetagraph;
 use std::fmt::Display;
 use std::future::Future;
 use std::sync::Arc;
@@ -22,9 +28,6 @@ use subxt::client::OnlineClientAtBlock;
 use subxt::config::SubstrateConfig;
 use subxt::dynamic;
 use subxt::error::{BackendError, RpcError, RuntimeApiError};
-use subxt::ext::scale_value::scale::decode_as_type;
-use subxt::tx::Signer;
-use subxt::utils::{AccountId32, MultiSignature};
 use subxt::{OnlineClient, rpcs};
 use tokio::sync::Mutex;
 
@@ -53,19 +56,6 @@ struct Connection {
 impl Connection {
     fn broken(&self, why: impl Display) -> ChainError {
         ChainError::Broken { endpoint: self.url.to_string(), why: why.to_string() }
-    }
-}
-
-/// The hotkey as subxt wants it.
-struct Signing<'a>(&'a Keypair);
-
-impl Signer<SubstrateConfig> for Signing<'_> {
-    fn account_id(&self) -> AccountId32 {
-        AccountId32(self.0.hotkey().0)
-    }
-
-    fn sign(&self, payload: &[u8]) -> MultiSignature {
-        MultiSignature::Sr25519(self.0.sign(payload))
     }
 }
 
@@ -169,6 +159,36 @@ impl Subtensor {
         Err(last.unwrap_or_else(|| ChainError::Unreachable("no endpoint".into())))
     }
 
+    /// The subnet at one block.
+    async fn metagraph_at(
+        &self,
+        connection: &Connection,
+        at: &At,
+        netuid: u16,
+    ) -> Result<Metagraph, ChainError> {
+        let call = dynamic::runtime_api_call::<_, Option<RawMetagraph>>(
+            "SubnetInfoRuntimeApi",
+            "get_metagraph",
+            (netuid,),
+        );
+        match at.runtime_apis().call(call).await {
+            Ok(raw) => {
+                if self.reads_storage.swap(false, Ordering::Relaxed) {
+                    tracing::info!("the metagraph is read in one call again");
+                }
+                raw.ok_or(ChainError::NoSubnet(netuid))?.read(netuid, at)
+            }
+            Err(e) if is_missing(&e) => {
+                // Once, not at every reading.
+                if !self.reads_storage.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("the metagraph is read from storage: {e}");
+                }
+                fallback::metagraph(connection, at, netuid).await
+            }
+            Err(e) => Err(connection.broken(e)),
+        }
+    }
+
     /// One connection's blocks, until it breaks, stalls or ends.
     async fn follow_one(
         &self,
@@ -202,27 +222,7 @@ impl Chain for Subtensor {
     async fn metagraph(&self, netuid: u16) -> Result<Metagraph, ChainError> {
         self.ask(|connection| async move {
             let at = current(&connection).await?;
-            let call = dynamic::runtime_api_call::<_, Option<RawMetagraph>>(
-                "SubnetInfoRuntimeApi",
-                "get_metagraph",
-                (netuid,),
-            );
-            match at.runtime_apis().call(call).await {
-                Ok(raw) => {
-                    if self.reads_storage.swap(false, Ordering::Relaxed) {
-                        tracing::info!("the metagraph is read in one call again");
-                    }
-                    raw.ok_or(ChainError::NoSubnet(netuid))?.read(netuid, &at)
-                }
-                Err(e) if is_missing(&e) => {
-                    // Once, not at every reading.
-                    if !self.reads_storage.swap(true, Ordering::Relaxed) {
-                        tracing::warn!("the metagraph is read from storage: {e}");
-                    }
-                    fallback::metagraph(&connection, &at, netuid).await
-                }
-                Err(e) => Err(connection.broken(e)),
-            }
+            self.metagraph_at(&connection, &at, netuid).await
         })
         .await
     }
@@ -246,6 +246,36 @@ impl Chain for Subtensor {
             self.give_up(&connection).await;
         }
         sent
+    }
+
+    async fn weight_standing(
+        &self,
+        netuid: u16,
+        mechanism: u8,
+        hotkey: &Hotkey,
+    ) -> Result<Standing, ChainError> {
+        self.ask(|connection| async move {
+            let at = current(&connection).await?;
+            self.standing_at(&connection, &at, (netuid, mechanism), hotkey).await
+        })
+        .await
+    }
+
+    async fn set_weights(
+        &self,
+        signer: &Keypair,
+        order: &Order,
+        asked: &Asked<'_>,
+    ) -> Result<Option<Sent>, SendError> {
+        self.send_weights(signer, order, asked).await
+    }
+
+    async fn read_back(&self, sent: &Sent) -> ReadBack {
+        let found = self.ask(|connection| async move { weights::find(&connection, sent).await });
+        match found.await {
+            Ok(found) => ReadBack::judge(sent, found),
+            Err(e) => ReadBack::Unreadable(e),
+        }
     }
 
     async fn follow(&self, on_head: &(dyn Fn(Head) -> bool + Sync)) -> Result<(), ChainError> {
@@ -312,6 +342,7 @@ fn is_missing(error: &RuntimeApiError) -> bool {
     }
 }
 
+/// Announces an axon; `show` may say no.
 async fn serve(
     connection: &Connection,
     signer: &Keypair,
@@ -320,152 +351,15 @@ async fn serve(
     show: &(dyn Fn(&str) -> bool + Sync),
 ) -> Result<(), ChainError> {
     let at = current(connection).await?;
-    let spec = at.spec_version();
     let (ip, ip_type) = axon.chain_ip();
     let (version, port, protocol) = (axon.version, axon.address.port(), axon.protocol);
     // The chain's last two fields mean nothing yet.
     let unused = 0_u8;
     let fields = (netuid, version, ip, port, ip_type, protocol, unused, unused);
     let call = dynamic::tx("SubtensorModule", "serve_axon", fields);
-    let unreadable = |why: String| ChainError::Runtime { spec, why };
-    let data = at.tx().call_data(&call).map_err(|e| unreadable(e.to_string()))?;
-    let words = describe(&at, &data).map_err(unreadable)?;
-    if !show(&words) {
+    if !show(&send::describe(&at, &call)?) {
         return Ok(());
     }
-    let sent = at.tx().sign_and_submit_then_watch_default(&call, &Signing(signer)).await;
-    let progress = sent.map_err(|e| refusal(connection, &e))?;
-    let done = progress.wait_for_finalized_success().await;
-    done.map(drop).map_err(|e| failure(connection, &e))
-}
-
-/// A call's bytes in words, by the metadata that will read them.
-fn describe(at: &At, data: &[u8]) -> Result<String, String> {
-    let metadata = at.metadata_ref();
-    let kind = metadata.outer_enums().call_enum_ty();
-    let value = decode_as_type(&mut &*data, kind, metadata.types()).map_err(|e| e.to_string())?;
-    Ok(value.to_string())
-}
-
-fn refusal(connection: &Connection, error: &subxt::error::ExtrinsicError) -> ChainError {
-    use subxt::error::ExtrinsicError as E;
-    let backend = match error {
-        E::ErrorSubmittingTransaction(e) | E::TransactionStatusStreamError(e) => Some(e),
-        _ => None,
-    };
-    match (error, backend) {
-        (E::TransactionStatusError(e), _) => {
-            return Refusal { stage: Stage::Lost, word: e.to_string() }.into();
-        }
-        (E::UnexpectedEndOfTransactionStatusStream, _) => {
-            return Refusal { stage: Stage::Lost, word: error.to_string() }.into();
-        }
-        (E::AccountNonceError { .. }, _) => return connection.broken(error),
-        _ => {}
-    }
-    match backend {
-        Some(BackendError::Rpc(RpcError::ClientError(rpcs::Error::User(e)))) => {
-            let data = e.data.as_ref().map(|d| format!(": {}", d.get())).unwrap_or_default();
-            Refusal::of_pool(&format!("{}{data} ({})", e.message, e.code)).into()
-        }
-        Some(e) => connection.broken(e),
-        None => Refusal::of_pool(&error.to_string()).into(),
-    }
-}
-
-fn failure(
-    connection: &Connection,
-    error: &subxt::error::TransactionFinalizedSuccessError,
-) -> ChainError {
-    use subxt::error::{
-        DispatchError, TransactionEventsError, TransactionFinalizedSuccessError as E,
-        TransactionProgressError,
-    };
-    match error {
-        E::SuccessError(TransactionEventsError::ExtrinsicFailed(e)) => {
-            let word = match e {
-                DispatchError::Module(module) => module.details_string(),
-                other => other.to_string(),
-            };
-            Refusal { stage: Stage::Dispatch, word }.into()
-        }
-        E::FinalizationError(TransactionProgressError::TransactionStatusError(e)) => {
-            Refusal { stage: Stage::Lost, word: e.to_string() }.into()
-        }
-        other => connection.broken(other),
-    }
-}
-
-#[derive(DecodeAsType)]
-struct RawAxon {
-    version: u32,
-    ip: u128,
-    port: u16,
-    ip_type: u8,
-    protocol: u8,
-}
-
-impl RawAxon {
-    fn read(&self) -> Option<Axon> {
-        Axon::from_chain(self.ip, self.port, self.ip_type, self.version, self.protocol)
-    }
-}
-
-/// The fields that are used; others may come and go.
-#[derive(DecodeAsType)]
-struct RawMetagraph {
-    block: u64,
-    tempo: u16,
-    min_allowed_weights: u16,
-    max_weights_limit: u16,
-    weights_version: u64,
-    weights_rate_limit: u64,
-    commit_reveal_weights_enabled: bool,
-    hotkeys: Vec<AccountId32>,
-    coldkeys: Vec<AccountId32>,
-    axons: Vec<RawAxon>,
-    validator_permit: Vec<bool>,
-    last_update: Vec<u64>,
-    incentives: Vec<u16>,
-    consensus: Vec<u16>,
-    emission: Vec<u64>,
-    total_stake: Vec<u64>,
-}
-
-impl RawMetagraph {
-    fn read(self, netuid: u16, at: &At) -> Result<Metagraph, ChainError> {
-        let count = self.hotkeys.len();
-        let lengths = [
-            self.coldkeys.len(),
-            self.axons.len(),
-            self.validator_permit.len(),
-            self.total_stake.len(),
-        ];
-        if lengths.iter().any(|l| *l != count) {
-            let why = format!("{count} hotkeys come with lists of {lengths:?}");
-            return Err(ChainError::Runtime { spec: at.spec_version(), why });
-        }
-        let neuron = |i: usize| Neuron {
-            uid: i as u16,
-            hotkey: Hotkey(self.hotkeys[i].0),
-            coldkey: Hotkey(self.coldkeys[i].0),
-            stake: Rao(self.total_stake[i]),
-            permit: self.validator_permit[i],
-            axon: self.axons[i].read(),
-            incentive: self.incentives.get(i).copied().map_or(0.0, share),
-            consensus: self.consensus.get(i).copied().map_or(0.0, share),
-            emission: Rao(self.emission.get(i).copied().unwrap_or(0)),
-            last_update: self.last_update.get(i).copied().unwrap_or(0),
-        };
-        let neurons = (0..count).map(neuron).collect();
-        let hyperparameters = Hyperparameters {
-            tempo: self.tempo,
-            min_allowed_weights: self.min_allowed_weights,
-            max_weights_limit: self.max_weights_limit,
-            weights_version: self.weights_version,
-            weights_rate_limit: self.weights_rate_limit,
-            commit_reveal: self.commit_reveal_weights_enabled,
-        };
-        Ok(Metagraph::new(netuid, self.block, hyperparameters, neurons))
-    }
+    let signed = send::sign(connection, &at, &call, signer).await?;
+    send::submit(connection, &signed).await.map_err(|failed| failed.error)
 }

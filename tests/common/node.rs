@@ -3,20 +3,24 @@
 //! It serves the metadata of finney's spec 365 and everything that subxt's `LegacyBackend` asks
 //! for, decodes what is submitted, checks signatures, and fails on request: refused extrinsics,
 //! dropped or silent connections, runtime upgrades. State is the newest whatever block is asked
-//! about; only headers, bodies and events have a history. It proves encodings and control flow,
-//! not the chain's rules.
+//! about; only headers, bodies and events have a history. It proves encodings and control flow; of
+//! the chain's rules it has those for weights.
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test uses its part")]
 
 // Named, for this file is also included by `fake_node/program.rs`.
 #[path = "node/chain.rs"]
 mod chain;
+#[path = "node/drand.rs"]
+pub mod drand;
 #[path = "node/extrinsic.rs"]
 mod extrinsic;
 #[path = "node/rpc.rs"]
 mod rpc;
 #[path = "node/runtime.rs"]
 mod runtime;
+#[path = "node/weights.rs"]
+mod weights;
 
 use chain::Chain;
 use futures_util::{SinkExt, StreamExt};
@@ -61,8 +65,35 @@ pub struct Subnet {
     pub commit_reveal_period: u64,
     pub serving_rate_limit: u64,
     pub max_uids: u16,
-    /// The last weights of each uid: other uids and values.
-    pub weights: BTreeMap<u16, Vec<(u16, u16)>>,
+    /// Stake from which on weights may be set.
+    pub stake_threshold_rao: u64,
+    /// The hotkey that owns the subnet.
+    pub owner: Option<[u8; 32]>,
+    pub mechanisms: u8,
+    pub commit_reveal_version: u16,
+    /// Whether the pool checks stake, rate and reveal round, as new runtimes do; else these are
+    /// errors of the call.
+    pub checks_in_pool: bool,
+    /// Whether commits are revealed; else they are forgotten when they are due.
+    pub reveals: bool,
+    /// Commits that wait for their revelation.
+    pub commits: Vec<Commit>,
+    /// The last weights for each mechanism's storage index and uid: other uids and values.
+    pub weights: BTreeMap<(u16, u16), Vec<(u16, u16)>>,
+    /// Blocks of the last weights for mechanisms beyond the first, likewise.
+    pub updates: BTreeMap<(u16, u16), u64>,
+}
+
+/// Weights that are revealed later.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Commit {
+    pub hotkey: [u8; 32],
+    /// The mechanism's storage index.
+    pub index: u16,
+    pub epoch: u64,
+    pub block: u64,
+    pub bytes: Vec<u8>,
+    pub round: u64,
 }
 
 impl Subnet {
@@ -80,7 +111,15 @@ impl Subnet {
             commit_reveal_period: 1,
             serving_rate_limit: 50,
             max_uids: 256,
+            stake_threshold_rao: 0,
+            owner: None,
+            mechanisms: 1,
+            commit_reveal_version: 4,
+            checks_in_pool: true,
+            reveals: true,
+            commits: Vec::new(),
             weights: BTreeMap::new(),
+            updates: BTreeMap::new(),
         }
     }
 }

@@ -18,14 +18,14 @@ use targon_engine::miner::pace::DOUBT_MAX;
 use targon_engine::miner::{Miner, MinerError, Options};
 use targon_engine::server::gate::{Gate, Policy};
 
-const BLOCK: Duration = Duration::from_millis(20);
+pub(crate) const BLOCK: Duration = Duration::from_millis(20);
 const TAO: u64 = 1_000_000_000;
 
-fn key(seed: u8) -> Keypair {
+pub(crate) fn key(seed: u8) -> Keypair {
     Keypair::from_seed(&[seed; 32]).unwrap()
 }
 
-fn subnet() -> Subnet {
+pub(crate) fn subnet() -> Subnet {
     let neuron = |seed: u8, stake: u64, permit| Neuron {
         stake_rao: stake * TAO,
         permit,
@@ -39,10 +39,11 @@ fn subnet() -> Subnet {
 
 fn endpoints(urls: &[String]) -> Endpoints {
     let (timeout, stall) = (Duration::from_secs(5), Duration::from_millis(400));
-    Endpoints { timeout, stall, ..Endpoints::new(Network::Finney, urls).unwrap() }
+    let again = 5 * BLOCK;
+    Endpoints { timeout, stall, again, ..Endpoints::new(Network::Finney, urls).unwrap() }
 }
 
-fn client(nodes: &[&FakeNode]) -> Subtensor {
+pub(crate) fn client(nodes: &[&FakeNode]) -> Subtensor {
     let urls: Vec<String> = nodes.iter().map(|node| node.url()).collect();
     Subtensor::new(endpoints(&urls))
 }

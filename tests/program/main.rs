@@ -14,9 +14,10 @@ mod closed_stdout;
 mod doctor;
 mod miner;
 mod verifier;
+mod weight_files;
+mod weights;
 mod wiped;
 
 /// Keeps what is freed while a test looks for secrets in it.
 #[global_allocator]
 static ALLOCATOR: wiped::Recorder = wiped::Recorder;
-mod weight_files;

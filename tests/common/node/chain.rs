@@ -1,7 +1,9 @@
 //! The chain: blocks, the pool, and what extrinsics do to the subnet.
 
+use super::drand;
 use super::extrinsic::Extrinsic;
 use super::runtime::{Hash, PALLET, Runtime, TX_VERSION, blake2_256};
+use super::weights;
 use super::{Axon, Call, Outcome, Subnet};
 use serde_json::{Value as Json, json};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -211,6 +213,12 @@ impl Chain {
         if key == encode_storage_key_prefix("System", "Events") {
             return Some(self.blocks[block as usize].events.clone());
         }
+        if key == encode_storage_key_prefix("Timestamp", "Now") {
+            return Some(drand::time_ms(block).encode());
+        }
+        if key == encode_storage_key_prefix("Drand", "LastStoredRound") {
+            return Some(drand::stored_round(block).encode());
+        }
         self.storage().get(key).cloned()
     }
 
@@ -320,6 +328,11 @@ impl Chain {
         if !is_here || !is_member {
             return Err(Fault::custom(10));
         }
+        // The pool judges by the block that comes next.
+        let next = self.head().number + 1;
+        if let Some(code) = weights::pool_refusal(&self.subnet, call, next) {
+            return Err(Fault::custom(code));
+        }
         if call.name.starts_with("serve_axon") {
             let ip = number(&call.args, "ip");
             let loopback: u128 = match number(&call.args, "ip_type") {
@@ -340,6 +353,7 @@ impl Chain {
     pub fn advance(&mut self) -> u64 {
         let ready = self.take_ready();
         let number = self.head().number + 1;
+        weights::reveal(self.subnet_mut(), number);
         let results: Vec<Result<(), String>> =
             ready.iter().map(|pending| self.execute(pending, number)).collect();
         let events = self.runtime.events(&results);
@@ -376,17 +390,15 @@ impl Chain {
         *self.nonces.entry(pending.call.signer).or_default() += 1;
         match &pending.failure {
             Some(name) => Err(name.clone()),
-            None => {
-                apply(self.subnet_mut(), &pending.call, block);
-                Ok(())
-            }
+            None => apply(self.subnet_mut(), &pending.call, block),
         }
     }
 }
 
-fn apply(subnet: &mut Subnet, call: &Call, block: u64) {
+/// `Err` is the name of the pallet's error.
+fn apply(subnet: &mut Subnet, call: &Call, block: u64) -> Result<(), String> {
     let place = subnet.neurons.iter().position(|n| n.hotkey == call.signer);
-    let Some(uid) = place.filter(|_| call.pallet == PALLET) else { return };
+    let Some(uid) = place.filter(|_| call.pallet == PALLET) else { return Ok(()) };
     let neuron = &mut subnet.neurons[uid];
     let number = |name: &str| number(&call.args, name);
     match call.name.as_str() {
@@ -400,26 +412,20 @@ fn apply(subnet: &mut Subnet, call: &Call, block: u64) {
                 block,
             });
         }
-        "set_weights" | "set_mechanism_weights" => {
-            neuron.last_update = block;
-            let uids = numbers(&call.args, "dests").into_iter();
-            let weights = uids.zip(numbers(&call.args, "weights")).collect();
-            subnet.weights.insert(uid as u16, weights);
-        }
-        name if name.starts_with("commit_") => neuron.last_update = block,
-        _ => {}
+        _ => return weights::run(subnet, call, block).map_err(str::to_owned),
     }
+    Ok(())
 }
 
 /// A number among a call's arguments; 0 where there is none.
-fn number(args: &Json, name: &str) -> u128 {
+pub fn number(args: &Json, name: &str) -> u128 {
     match &args[name] {
         Json::String(text) => text.parse().unwrap_or(0),
         value => value.as_u64().unwrap_or(0).into(),
     }
 }
 
-fn numbers(args: &Json, name: &str) -> Vec<u16> {
+pub fn numbers(args: &Json, name: &str) -> Vec<u16> {
     let values = args[name].as_array().into_iter().flatten();
     values.map(|value| value.as_u64().unwrap_or(0) as u16).collect()
 }

@@ -1,6 +1,7 @@
 //! The runtime as its metadata describes it: answers are encoded as the metadata's own types.
 
-use super::{Axon, Neuron, Subnet};
+use super::weights::{index, last_updates};
+use super::{Axon, Commit, Neuron, Subnet};
 use blake2::digest::consts::U32;
 use blake2::{Blake2b, Digest};
 use scale_value::scale::{decode_as_type, encode_as_type};
@@ -207,14 +208,50 @@ fn subnet_entries(subnet: &Subnet) -> Vec<Entry> {
         ("ServingRateLimit", number(subnet.serving_rate_limit)),
         ("CommitRevealWeightsEnabled", Value::bool(subnet.commit_reveal)),
         ("RevealPeriodEpochs", number(subnet.commit_reveal_period)),
+        ("MechanismCountCurrent", number(subnet.mechanisms)),
         ("Active", each(subnet, |_| Value::bool(true))),
         ("ValidatorPermit", each(subnet, |n| Value::bool(n.permit))),
-        ("LastUpdate", each(subnet, |n| number(n.last_update))),
         ("Incentive", each(subnet, |n| number(n.incentive))),
         ("Consensus", each(subnet, |n| number(n.consensus))),
         ("Emission", each(subnet, |n| number(n.emission))),
     ];
-    values.into_iter().map(|(entry, value)| (entry, vec![number(subnet.netuid)], value)).collect()
+    let of_netuid = |(entry, value)| (entry, vec![number(subnet.netuid)], value);
+    let mut entries: Vec<Entry> = values.into_iter().map(of_netuid).collect();
+    let threshold = number(subnet.stake_threshold_rao);
+    entries.push(("StakeThreshold", Vec::new(), threshold));
+    let version = number(subnet.commit_reveal_version);
+    entries.push(("CommitRevealWeightsVersion", Vec::new(), version));
+    if let Some(owner) = subnet.owner {
+        let owner = Value::from_bytes(owner);
+        entries.push(("SubnetOwnerHotkey", vec![number(subnet.netuid)], owner));
+    }
+    entries.extend((0..subnet.mechanisms).map(|mechanism| {
+        let updates = last_updates(subnet, mechanism).into_iter().map(number);
+        ("LastUpdate", vec![number(index(subnet, mechanism))], list(updates))
+    }));
+    let pair = |(uid, weight): &(u16, u16)| list([number(*uid), number(*weight)]);
+    entries.extend(subnet.weights.iter().map(|((index, uid), weights)| {
+        ("Weights", vec![number(*index), number(*uid)], list(weights.iter().map(pair)))
+    }));
+    entries.extend(commits(subnet));
+    entries
+}
+
+/// Commits by storage index and epoch.
+fn commits(subnet: &Subnet) -> Vec<Entry> {
+    let mut queues: BTreeMap<(u16, u64), Vec<&Commit>> = BTreeMap::new();
+    for commit in &subnet.commits {
+        queues.entry((commit.index, commit.epoch)).or_default().push(commit);
+    }
+    let value = |commit: &&Commit| {
+        let (hotkey, bytes) = (Value::from_bytes(commit.hotkey), Value::from_bytes(&commit.bytes));
+        list([hotkey, number(commit.block), bytes, number(commit.round)])
+    };
+    let entry = |((index, epoch), queue): ((u16, u64), Vec<&Commit>)| {
+        let keys = vec![number(index), number(epoch)];
+        ("TimelockedWeightCommits", keys, list(queue.iter().map(value)))
+    };
+    queues.into_iter().map(entry).collect()
 }
 
 fn neuron_entries(subnet: &Subnet, uid: u16, neuron: &Neuron) -> Vec<Entry> {
@@ -224,16 +261,12 @@ fn neuron_entries(subnet: &Subnet, uid: u16, neuron: &Neuron) -> Vec<Entry> {
     let mut entries = vec![
         ("Keys", of_uid.clone(), hotkey.clone()),
         ("Uids", of_hotkey.clone(), number(uid)),
-        ("BlockAtRegistration", of_uid.clone(), number(0_u64)),
+        ("BlockAtRegistration", of_uid, number(0_u64)),
         ("Owner", vec![hotkey.clone()], Value::from_bytes(neuron.coldkey)),
         ("TotalHotkeyAlpha", vec![hotkey, netuid], number(neuron.stake_rao)),
     ];
     if neuron.axon.is_some() {
         entries.push(("Axons", of_hotkey, axon(neuron.axon.as_ref())));
-    }
-    if let Some(weights) = subnet.weights.get(&uid) {
-        let pair = |(uid, weight): &(u16, u16)| list([number(*uid), number(*weight)]);
-        entries.push(("Weights", of_uid, list(weights.iter().map(pair))));
     }
     entries
 }
