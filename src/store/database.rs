@@ -4,7 +4,7 @@ use super::error::{Cause, StoreError};
 use super::lock::Lock;
 use super::place::{Place, sqlite_url};
 use super::schema::{self, VERSIONS};
-use super::session::{Access, Connections, Session};
+use super::session::{Access, Connections, LIMITS, Limits, Session};
 use crate::clock::Clock;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ impl Store {
     /// # Errors
     /// When it cannot be reached, another process writes it, or a newer program has written it.
     pub async fn open(url: &str) -> Result<Self, StoreError> {
-        Self::open_as(url, VERSIONS).await
+        Self::open_as(url, VERSIONS, LIMITS).await
     }
 
     /// Opens a store that exists to read it, beside the process that writes it.
@@ -50,17 +50,14 @@ impl Store {
     pub async fn open_to_read(url: &str) -> Result<Self, StoreError> {
         let place = located(Place::parse(url)?)?;
         let refuse = |cause| failed(&place, cause);
-        let (reads, file) = match &place {
+        let (url, file) = match &place {
             Place::Sqlite(path) => {
                 let file = identity(path).map_err(|e| refuse(Cause::File(e)))?;
-                let url = sqlite_url(path, "ro").map_err(refuse)?;
-                (Connections::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX), Some(file))
+                (sqlite_url(path, "ro").map_err(refuse)?, Some(file))
             }
-            Place::Postgres(postgres) => {
-                let url = postgres.url.as_str();
-                (Connections::new(place.clone(), url, Access::Read, CONNECTIONS_MAX), None)
-            }
+            Place::Postgres(postgres) => (postgres.url.to_string(), None),
         };
+        let reads = Connections::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX, LIMITS);
         let reads = Arc::new(reads.map_err(refuse)?);
         let mut session = reads.begin(OPEN).await?;
         schema::check(&mut session, &place, VERSIONS).await?;
@@ -68,8 +65,12 @@ impl Store {
         Ok(Self::of(place, reads, None, file, None))
     }
 
-    /// [`Store::open`] with a schema of these versions.
-    pub(super) async fn open_as(url: &str, versions: &[&str]) -> Result<Self, StoreError> {
+    /// [`Store::open`] with a schema of these versions, and these limits.
+    pub(super) async fn open_as(
+        url: &str,
+        versions: &[&str],
+        limits: Limits,
+    ) -> Result<Self, StoreError> {
         let place = located(Place::parse(url)?)?;
         let refuse = |cause| failed(&place, cause);
         let (url, max, lock) = match &place {
@@ -79,13 +80,13 @@ impl Store {
             }
             Place::Postgres(postgres) => (postgres.url.to_string(), CONNECTIONS_MAX, None),
         };
-        let writes = Connections::new(place.clone(), &url, Access::Write, max).map_err(refuse)?;
-        let writes = Arc::new(writes);
+        let writes = Connections::new(place.clone(), &url, Access::Write, max, limits);
+        let writes = Arc::new(writes.map_err(refuse)?);
         let mut session = writes.begin(OPEN).await?;
         check_journal(&mut session, &place).await?;
         schema::migrate(&mut session, &place, versions).await?;
         session.commit().await?;
-        let reads = Connections::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX);
+        let reads = Connections::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX, limits);
         let reads = Arc::new(reads.map_err(refuse)?);
         let file = match &place {
             Place::Sqlite(path) => Some(identity(path).map_err(|e| refuse(Cause::File(e)))?),

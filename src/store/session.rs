@@ -16,16 +16,37 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// How long to wait for a connection that others use.
-const TURN_LIMIT: Duration = Duration::from_secs(30);
-/// How long a connection may take to be made.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// How long an idle connection may take to show that it lives.
-const PING_LIMIT: Duration = Duration::from_secs(5);
-/// How long one statement may take.
-const STATEMENT_LIMIT: Duration = Duration::from_secs(30);
-/// How long a connection may take to be closed.
-const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a store waits.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    /// For a connection that others use.
+    turn: Duration,
+    /// For a connection to be made.
+    connect: Duration,
+    /// For an idle connection to show that it lives.
+    ping: Duration,
+    /// For one statement. The server's own limit is a little less.
+    statement: Duration,
+    /// For a connection to be closed.
+    close: Duration,
+}
+
+/// How long a store waits unless a test has no time for it.
+pub(super) const LIMITS: Limits = Limits {
+    turn: Duration::from_secs(30),
+    connect: Duration::from_secs(10),
+    ping: Duration::from_secs(5),
+    statement: Duration::from_secs(30),
+    close: Duration::from_secs(5),
+};
+
+impl Limits {
+    /// The same limit for everything.
+    #[cfg(test)]
+    pub(super) fn all(limit: Duration) -> Self {
+        Self { turn: limit, connect: limit, ping: limit, statement: limit, close: limit }
+    }
+}
 
 /// What each connection to a SQLite file that is written begins with: readers go on while a round
 /// is written, and what is committed is on the disk.
@@ -122,11 +143,18 @@ pub(super) struct Connections {
     permits: Arc<Semaphore>,
     /// How many there may be.
     max: u32,
+    limits: Limits,
 }
 
 impl Connections {
     /// Up to `max` connections for `access` by the driver's `url`; none is made yet.
-    pub(super) fn new(place: Place, url: &str, access: Access, max: u32) -> Result<Self, Cause> {
+    pub(super) fn new(
+        place: Place,
+        url: &str,
+        access: Access,
+        max: u32,
+        limits: Limits,
+    ) -> Result<Self, Cause> {
         sqlx::any::install_default_drivers();
         let options: AnyConnectOptions =
             url.parse().map_err(|e: sqlx::Error| Cause::Place(place.scrub(e.to_string())))?;
@@ -138,18 +166,19 @@ impl Connections {
             (Place::Postgres(_), Access::Read) => (None, POSTGRES_READ),
         };
         let permits = Arc::new(Semaphore::new(max as usize));
-        Ok(Self { place, options, setup, begin, idle: Mutex::new(Vec::new()), permits, max })
+        let idle = Mutex::new(Vec::new());
+        Ok(Self { place, options, setup, begin, idle, permits, max, limits })
     }
 
     /// Begins a transaction.
     pub(super) async fn begin(self: &Arc<Self>, operation: &str) -> Result<Session, StoreError> {
         let refuse = |cause| self.error(operation, cause);
         let turn = self.permits.clone().acquire_owned();
-        let permit = match tokio::time::timeout(TURN_LIMIT, turn).await {
+        let permit = match tokio::time::timeout(self.limits.turn, turn).await {
             Ok(Ok(permit)) => permit,
             Ok(Err(_)) => return Err(refuse(Cause::Database("the store is closed".into()))),
             Err(_) => {
-                return Err(refuse(Cause::TooSlow { what: "others", limit: TURN_LIMIT }));
+                return Err(refuse(Cause::TooSlow { what: "others", limit: self.limits.turn }));
             }
         };
         let connection = self.connection().await.map_err(refuse)?;
@@ -171,7 +200,7 @@ impl Connections {
     async fn connection(&self) -> Result<AnyConnection, Cause> {
         loop {
             let Some(mut idle) = self.idle.lock().pop() else { return self.connect().await };
-            if matches!(tokio::time::timeout(PING_LIMIT, idle.ping()).await, Ok(Ok(()))) {
+            if matches!(tokio::time::timeout(self.limits.ping, idle.ping()).await, Ok(Ok(()))) {
                 return Ok(idle);
             }
         }
@@ -179,10 +208,10 @@ impl Connections {
 
     async fn connect(&self) -> Result<AnyConnection, Cause> {
         let made = AnyConnection::connect_with(&self.options);
-        let mut connection = self.within("connecting", CONNECT_LIMIT, made).await?;
+        let mut connection = self.within("connecting", self.limits.connect, made).await?;
         if let Some(setup) = self.setup {
             let run = connection.execute(setup);
-            self.within("setting up a connection", STATEMENT_LIMIT, run).await?;
+            self.within("setting up a connection", self.limits.statement, run).await?;
         }
         Ok(connection)
     }
@@ -201,13 +230,13 @@ impl Connections {
 
     /// Waits for those that are in use, and closes all; nothing can begin then.
     pub(super) async fn close(&self) {
-        let all = tokio::time::timeout(TURN_LIMIT, self.permits.acquire_many(self.max)).await;
+        let all = tokio::time::timeout(self.limits.turn, self.permits.acquire_many(self.max)).await;
         self.permits.close();
         drop(all);
         let idle: Vec<_> = std::mem::take(&mut *self.idle.lock());
         for connection in idle {
             // What is committed is safe without it.
-            let _ = tokio::time::timeout(CLOSE_LIMIT, connection.close()).await;
+            let _ = tokio::time::timeout(self.limits.close, connection.close()).await;
         }
     }
 }
@@ -238,7 +267,7 @@ impl Session {
     pub(super) async fn script(&mut self, sql: &str) -> Result<(), StoreError> {
         let (connections, connection) = self.parts()?;
         let run = connection.execute(sql);
-        let done = connections.within("a statement", STATEMENT_LIMIT, run).await;
+        let done = connections.within("a statement", connections.limits.statement, run).await;
         done.map(|_| ()).map_err(|cause| self.error(cause))
     }
 
@@ -250,7 +279,7 @@ impl Session {
     ) -> Result<u64, StoreError> {
         let (connections, connection) = self.parts()?;
         let run = connection.execute(query(sql, values));
-        let done = connections.within("a statement", STATEMENT_LIMIT, run).await;
+        let done = connections.within("a statement", connections.limits.statement, run).await;
         done.map(|done| done.rows_affected()).map_err(|cause| self.error(cause))
     }
 
@@ -262,7 +291,7 @@ impl Session {
     ) -> Result<Vec<AnyRow>, StoreError> {
         let (connections, connection) = self.parts()?;
         let run = connection.fetch_all(query(sql, values));
-        let done = connections.within("a query", STATEMENT_LIMIT, run).await;
+        let done = connections.within("a query", connections.limits.statement, run).await;
         done.map_err(|cause| self.error(cause))
     }
 

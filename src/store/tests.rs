@@ -1,13 +1,19 @@
 //! The same tests run on SQLite, and on PostgreSQL where `TARGON_TEST_POSTGRES` names a server:
 //! each in a database of its own.
 
+use super::place::Place;
 use super::record::{Outcome, Response, Round, Sampled, Timing, Weights, WeightsState};
+use super::schema::VERSIONS;
+use super::session::{LIMITS, Limits};
 use super::{Cause, Claim, Filter, Retention, Store, StoreError, What};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sqlx::Connection;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::net::{TcpListener, TcpStream};
 
 /// A database for one test.
 struct Site {
@@ -626,7 +632,7 @@ fn another_version_of_the_schema_is_brought_up_to_date_or_refused() {
         let broken =
             [two[0], two[1], "CREATE TABLE second (a BIGINT); CREATE TABLE first (x TEXT)"];
         let open = async |versions: &[&str]| {
-            let store = Store::open_as(&site.url, versions).await?;
+            let store = Store::open_as(&site.url, versions, LIMITS).await?;
             store.close().await;
             Ok::<_, StoreError>(())
         };
@@ -648,7 +654,7 @@ fn another_version_of_the_schema_is_brought_up_to_date_or_refused() {
 #[test]
 fn an_older_schema_is_not_read() {
     on_each(async |site| {
-        let store = Store::open_as(&site.url, &[]).await.unwrap();
+        let store = Store::open_as(&site.url, &[], LIMITS).await.unwrap();
         store.close().await;
         drop(store);
         let read = Store::open_to_read(&site.url).await.err().unwrap().to_string();
@@ -656,5 +662,235 @@ fn an_older_schema_is_not_read() {
         assert!(read.contains(older), "{read}");
         Store::open(&site.url).await.unwrap();
         Store::open_to_read(&site.url).await.unwrap();
+    });
+}
+
+#[test]
+fn a_full_disk_refuses_a_round_and_loses_none() {
+    block_on(async {
+        let site = sqlite();
+        let store = Store::open(&site.url).await.unwrap();
+        let large = |number| {
+            let mut large = round(number, number, vec![response(1, "a", Sampled::Tps(1.0))]);
+            large.responses[0].capture = Some("x".repeat(100_000).into());
+            large
+        };
+        store.save_round(&large(0)).await.unwrap();
+        let mut session = store.write("set a quota").await.unwrap();
+        session.rows("PRAGMA max_page_count = 120", Vec::new()).await.unwrap();
+        session.commit().await.unwrap();
+        let mut saved = 0;
+        let words = loop {
+            match store.save_round(&large(saved + 1)).await {
+                Ok(()) => saved += 1,
+                Err(e) => break e.to_string(),
+            }
+            assert!(saved < 10, "the quota holds nothing back");
+        };
+        let expected = format!("cannot save round {}: database or disk is full", id(saved + 1));
+        assert!(words.contains(&expected) && words.starts_with(&site.url), "{words}");
+        assert_eq!(store.round(&id(saved + 1)).await.unwrap(), None);
+        assert_eq!(store.samples(4, 100, 0).await.unwrap().len(), saved as usize + 1);
+        // Space again: the next run goes on where this one stopped.
+        store.close().await;
+        drop(store);
+        let store = Store::open(&site.url).await.unwrap();
+        store.save_round(&large(saved + 1)).await.unwrap();
+        for number in 0..=saved + 1 {
+            assert_eq!(store.round(&id(number)).await.unwrap(), Some(large(number)));
+        }
+    });
+}
+
+#[test]
+fn a_file_that_is_gone_or_replaced_is_written_no_more() {
+    block_on(async {
+        let site = sqlite();
+        let store = Store::open(&site.url).await.unwrap();
+        store.save_round(&round(1, 1, vec![])).await.unwrap();
+        let aside = Path::new(&site.url).with_extension("aside");
+        std::fs::rename(&site.url, &aside).unwrap();
+        let gone = "the file was removed or replaced since it was opened";
+        let words = store.save_round(&round(2, 2, vec![])).await.unwrap_err().to_string();
+        assert!(words.ends_with(gone), "{words}");
+        std::fs::write(&site.url, "").unwrap();
+        let words = store.last_block(4).await.unwrap_err().to_string();
+        assert!(words.ends_with(gone), "{words}");
+        std::fs::rename(&aside, &site.url).unwrap();
+        store.save_round(&round(2, 2, vec![])).await.unwrap();
+        assert_eq!(store.last_block(4).await.unwrap(), Some(2));
+    });
+}
+
+#[test]
+fn a_damaged_file_is_reported() {
+    block_on(async {
+        let site = sqlite();
+        let store = Store::open(&site.url).await.unwrap();
+        for number in 0..50 {
+            let next = round(number, number, vec![response(1, "a", Sampled::Tps(1.0))]);
+            store.save_round(&next).await.unwrap();
+        }
+        store.close().await;
+        drop(store);
+        let mut bytes = std::fs::read(&site.url).unwrap();
+        // The first page, with the schema, stays.
+        bytes[4096..].fill(0xaa);
+        std::fs::write(&site.url, &bytes).unwrap();
+        let read = async {
+            let store = Store::open(&site.url).await?;
+            store.round(&id(25)).await
+        };
+        let words = read.await.unwrap_err().to_string();
+        assert!(words.starts_with(&site.url) && words.contains("malformed"), "{words}");
+        // A file that was cut says so too.
+        std::fs::write(&site.url, &bytes[..6000]).unwrap();
+        let words = refusal(&site.url).await;
+        assert!(words.starts_with(&site.url) && words.contains("malformed"), "{words}");
+    });
+}
+
+/// Passes connections on to `server`, each until the client has sent `bytes`.
+async fn cut_after(server: String, bytes: u64) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut server = TcpStream::connect(&server).await.unwrap();
+            tokio::spawn(async move {
+                let (client_in, mut client_out) = client.split();
+                let (mut server_in, mut server_out) = server.split();
+                let mut some = client_in.take(bytes);
+                tokio::select! {
+                    _ = copy(&mut some, &mut server_out) => {}
+                    _ = copy(&mut server_in, &mut client_out) => {}
+                }
+            });
+        }
+    });
+    port
+}
+
+/// The server vanishes after every so many bytes of a round: none is kept by half.
+#[test]
+fn a_server_that_goes_away_keeps_a_round_whole_or_not_at_all() {
+    block_on(async {
+        let Some(site) = postgres().await else { return };
+        let direct = Store::open(&site.url).await.unwrap();
+        let url = url::Url::parse(&site.url).unwrap();
+        let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap());
+        let responses = || (0..20).map(|uid| response(uid, "a", Sampled::Tps(1.0))).collect();
+        let (mut failed, mut kept) = (0, 0);
+        for number in 0..60 {
+            let mut through = url.clone();
+            let port = cut_after(server.clone(), 1_500 + number * 300).await;
+            through.set_port(Some(port)).unwrap();
+            let next = round(number, number, responses());
+            let saved = async {
+                let store = Store::open(through.as_str()).await?;
+                store.save_round(&next).await
+            };
+            let saved = saved.await;
+            let found = direct.round(&id(number)).await.unwrap();
+            match (&saved, &found) {
+                (Ok(()), Some(found)) => assert_eq!(*found, next),
+                (Err(e), found) => {
+                    assert!(e.to_string().starts_with("postgres://"), "{e}");
+                    // The answer to the commit may be lost; the next try finds it done.
+                    assert!(found.as_ref().is_none_or(|found| *found == next));
+                    direct.save_round(&next).await.unwrap();
+                    failed += 1;
+                }
+                (Ok(()), None) => panic!("round {number} was reported as kept and is not"),
+            }
+            kept += usize::from(saved.is_ok());
+            assert_eq!(direct.round(&id(number)).await.unwrap(), Some(next));
+        }
+        assert!(failed > 10 && kept > 10, "{failed} failed, {kept} kept");
+        let samples = direct.samples(4, 100, 0).await.unwrap();
+        assert_eq!(samples.len(), 60 * 20);
+    });
+}
+
+#[test]
+fn a_server_that_does_not_answer_is_given_up() {
+    block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (mut silent, _) = listener.accept().await.unwrap();
+            let mut bytes = [0; 64];
+            while silent.read(&mut bytes).await.is_ok_and(|n| n > 0) {}
+            silent.shutdown().await.unwrap();
+        });
+        let url = format!("postgres://me:secret@127.0.0.1:{port}/db");
+        let limits = Limits::all(Duration::from_millis(200));
+        let words = Store::open_as(&url, VERSIONS, limits).await.err().unwrap().to_string();
+        let expected = format!(
+            "postgres://me@127.0.0.1:{port}/db: cannot open the store: connecting took longer than \
+             200ms"
+        );
+        assert_eq!(words, expected);
+    });
+}
+
+#[test]
+fn a_server_without_encryption_is_refused_where_the_url_demands_it() {
+    block_on(async {
+        let Some(site) = postgres().await else { return };
+        let url = format!("{}?sslmode=require", site.url);
+        let words = refusal(&url).await;
+        assert!(words.contains("server does not support TLS"), "{words}");
+        let words = refusal(&format!("{}?sslmode=sometimes", site.url)).await;
+        assert!(words.contains("sometimes"), "{words}");
+    });
+}
+
+#[test]
+fn passwords_are_never_shown() {
+    let shown = |url| Place::parse(url).ok().unwrap().shown();
+    let url = "postgres://me:s%40crt@db.example.com:6543/postgres?sslmode=require";
+    assert_eq!(shown(url), "postgres://me@db.example.com:6543/postgres");
+    let asked = "postgresql://db.example.com/x?user=me&password=s3crt";
+    assert_eq!(shown(asked), "postgres://db.example.com/x");
+    let scrubbed = |url, words: &str| Place::parse(url).ok().unwrap().scrub(words.to_owned());
+    assert_eq!(scrubbed(url, "not s@crt, not s%40crt"), "not ***, not ***");
+    assert_eq!(scrubbed(asked, "not s3crt"), "not ***");
+    for url in [
+        "postgres://me:s3crt#x@host/db",
+        "postgres://me:12#s3crt@host/db",
+        "postgres://me:12?s3crt@host/db",
+        "postgres://me:12/s3crt@host/db",
+        "postgres://me:12?s3crt=@host/db",
+        "postgres://me:s3crt@host:port/db",
+    ] {
+        let words = Place::parse(url).err().unwrap().to_string();
+        assert!(words.contains("percent-encoded") && !words.contains("s3crt"), "{url}: {words}");
+    }
+    let words = Place::parse("postgres://me@host/db?pgbouncer=true").err().unwrap().to_string();
+    assert!(words.contains("the parameter `pgbouncer` is unknown; known are"), "{words}");
+    for (url, why) in [
+        ("sqlite://", "it names no file"),
+        ("sqlite::memory:", "a store in memory would forget with the process"),
+        ("sqlite://a.sqlite?mode=ro", "a SQLite URL takes no parameters"),
+    ] {
+        let words = Place::parse(url).err().unwrap().to_string();
+        assert!(words.ends_with(why), "{url}: {words}");
+    }
+}
+
+/// Names that mean something in a URL.
+#[test]
+fn any_file_name_is_taken_as_it_is() {
+    block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["a b", "50%41?x=1#y", "ü.sqlite", "file:x"] {
+            let path = directory.path().join(name);
+            let store = Store::open(path.to_str().unwrap()).await.unwrap();
+            store.save_round(&round(1, 1, vec![])).await.unwrap();
+            assert!(path.exists(), "{name}");
+            Store::open_to_read(path.to_str().unwrap()).await.unwrap();
+        }
     });
 }

@@ -12,6 +12,7 @@ mod cli;
 mod closed_stdout;
 mod doctor;
 mod miner;
+mod store;
 mod verifier;
 mod wiped;
 
