@@ -11,6 +11,7 @@ mod config;
 mod doctor;
 #[cfg_attr(not(test), expect(dead_code, reason = "nothing reads records yet"))]
 mod explain;
+mod export;
 mod fetch;
 mod layers;
 mod load;
@@ -93,6 +94,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Send one request to a miner as a validator would, and print what comes back.
     Query(Box<query::QueryArgs>),
+    /// Print what a validator has recorded: rounds, responses, samples or weights.
+    Export(export::ExportArgs),
     /// Say how a running miner stands on its subnet.
     Status(status::StatusArgs),
     /// Look at a wallet, or make a hotkey.
@@ -182,6 +185,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Query(args) => query::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),

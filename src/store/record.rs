@@ -86,6 +86,27 @@ pub enum Outcome {
     Unscored,
 }
 
+impl Outcome {
+    const ALL: [Self; 5] =
+        [Self::Verified, Self::Rejected, Self::Failed, Self::NotServed, Self::Unscored];
+
+    /// Its name, as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Verified => "verified",
+            Self::Rejected => "rejected",
+            Self::Failed => "failed",
+            Self::NotServed => "not_served",
+            Self::Unscored => "unscored",
+        }
+    }
+
+    /// The outcome of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|outcome| outcome.name() == name)
+    }
+}
+
 /// What a round adds to the samples of one miner and model.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,6 +117,40 @@ pub enum Sampled {
     Miss,
     /// Nothing is added.
     Nothing,
+}
+
+/// A round without its request and its responses.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RoundHead {
+    /// As in [`Round`].
+    pub id: String,
+    /// The subnet.
+    pub netuid: u16,
+    /// The chain's block when the round began.
+    pub block: u64,
+    /// When it began, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// When its last verdict was known.
+    pub ended_ms: u64,
+    /// The model's name.
+    pub model: String,
+    /// The endpoint's path.
+    pub endpoint: String,
+    /// The scoring profile in force.
+    pub profile: String,
+    /// How many miners it asked.
+    pub asked: u64,
+    /// How many of them gave a verified answer.
+    pub verified: u64,
+}
+
+/// What one miner did in a round, with that round.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Answered {
+    /// The round.
+    pub round: RoundHead,
+    /// What the miner did.
+    pub response: Response,
 }
 
 /// One entry of a miner's history for one model, oldest first.

@@ -34,6 +34,29 @@ fn check(home: &Path, arguments: &[&str]) {
     assert_eq!(output.status.code(), Some(CLOSED_PIPE), "{arguments:?}: {words}");
 }
 
+/// A validator's records with one round.
+fn write_store(path: &Path) {
+    use targon_engine::store::{Store, record::Round};
+    let round = Round {
+        id: "0".repeat(32),
+        netuid: 4,
+        block: 1,
+        started_ms: 1,
+        ended_ms: 2,
+        model: "m".into(),
+        endpoint: "/v1/completions".into(),
+        request: serde_json::Value::Null,
+        profile: "default".into(),
+        responses: Vec::new(),
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let store = Store::open(path.to_str().unwrap()).await.unwrap();
+        store.save_round(&round).await.unwrap();
+        store.close().await;
+    });
+}
+
 #[test]
 fn commands_that_print_end_quietly() {
     let dir = tempfile::tempdir().unwrap();
@@ -51,6 +74,9 @@ fn commands_that_print_end_quietly() {
     check(home, &["calibrate", "--models", "models.toml"]);
     check(home, &["verify", "capture.jsonl", "--models", "models.toml"]);
     check(home, &["verify", "capture.jsonl", "--models", "models.toml", "--json"]);
+    write_store(&home.join("validator.sqlite"));
+    check(home, &["export", "--what", "rounds"]);
+    check(home, &["export", "--format", "csv"]);
     check(home, &["wallet", "new-hotkey", "--wallet.name", "w", "--wallet.hotkey", "h"]);
     check(home, &["wallet", "show", "--wallet.name", "w", "--wallet.hotkey", "h"]);
 }

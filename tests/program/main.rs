@@ -13,6 +13,7 @@ mod cli;
 mod closed_stdout;
 mod doctor;
 mod miner;
+mod store;
 mod verifier;
 mod weight_files;
 mod weights;

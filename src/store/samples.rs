@@ -1,0 +1,75 @@
+//! What scores are made of: each miner's newest samples for each model.
+
+use super::database::Store;
+use super::error::{Cause, StoreError};
+use super::record::Sample;
+use super::rows::{get, get_number, number};
+use sqlx::any::AnyRow;
+
+/// The newest samples of whoever holds the uid now, since he does.
+const NEWEST: &str = "WITH held AS (
+        SELECT h.uid, h.hotkey, h.since_block FROM hotkeys h
+        WHERE h.netuid = $1 AND h.since_block = (SELECT MAX(l.since_block) FROM hotkeys l
+            WHERE l.netuid = h.netuid AND l.uid = h.uid)
+    ), aged AS (
+        SELECT s.round, s.uid, s.hotkey, s.model, s.block, s.at_ms, s.tps, ROW_NUMBER() OVER (
+            PARTITION BY s.uid, s.hotkey, s.model
+            ORDER BY s.block DESC, s.at_ms DESC, s.round DESC) AS age
+        FROM samples s
+        JOIN held ON held.uid = s.uid AND held.hotkey = s.hotkey AND held.since_block <= s.block
+        WHERE s.netuid = $1
+    )
+    SELECT round, uid, hotkey, model, block, tps FROM aged
+    WHERE age <= $2 AND EXISTS (SELECT 1 FROM rounds WHERE netuid = $1 AND block >= $3)
+    ORDER BY uid, hotkey, model, block, at_ms, round";
+
+impl Store {
+    /// The block of the newest round of a subnet, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn last_block(&self, netuid: u16) -> Result<Option<u64>, StoreError> {
+        let mut session = self.read(&format!("read the last block of netuid {netuid}")).await?;
+        let sql = "SELECT MAX(block) FROM rounds WHERE netuid = $1";
+        let block = session.integer(sql, vec![netuid.into()]).await?;
+        session.commit().await?;
+        Ok(block.and_then(|block| u64::try_from(block).ok()))
+    }
+
+    /// The newest `last` samples of each miner and model, by uid, hotkey and model, oldest first.
+    /// Only who holds a uid now has samples there, and only those since then.
+    ///
+    /// All of them count or none: none where no round of the subnet began at or after
+    /// `not_before_block`, for a validator that was away for longer starts anew (protocol 5.7: 360
+    /// blocks). A single sample may be older.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn samples(
+        &self,
+        netuid: u16,
+        last: u32,
+        not_before_block: u64,
+    ) -> Result<Vec<Sample>, StoreError> {
+        let operation = format!("read the samples of netuid {netuid}");
+        // No round has a greater number than the databases can hold.
+        let since = number("not_before_block", not_before_block).unwrap_or(i64::MAX);
+        let mut session = self.read(&operation).await?;
+        let rows = session.rows(NEWEST, vec![netuid.into(), last.into(), since.into()]).await?;
+        let samples = rows.iter().map(sample).collect::<Result<_, _>>();
+        let samples = samples.map_err(|cause| session.error(cause))?;
+        session.commit().await?;
+        Ok(samples)
+    }
+}
+
+fn sample(row: &AnyRow) -> Result<Sample, Cause> {
+    Ok(Sample {
+        round: get(row, "round")?,
+        uid: get_number(row, "uid")?,
+        hotkey: get(row, "hotkey")?,
+        model: get(row, "model")?,
+        block: get_number(row, "block")?,
+        tps: get(row, "tps")?,
+    })
+}

@@ -1,0 +1,214 @@
+//! Weights: written before they are sent, so that no crash and no second process sends twice.
+
+use super::database::Store;
+use super::error::{Cause, StoreError};
+use super::record::{Weights, WeightsState};
+use super::rows::{get, get_json, get_number, json, number};
+use super::session::{Bound, Session};
+use sqlx::any::AnyRow;
+
+const COLUMNS: &str = "netuid, epoch, block, state, extrinsic, reveal_round, why, planner, weights, \
+                       explanation";
+const PLAN: &str = "INSERT INTO weights
+        (netuid, epoch, block, planned_ms, progress, state, planner, weights, explanation)
+    VALUES ($1, $2, $3, $4, 0, 'planned', $5, $6, $7)
+    ON CONFLICT (netuid, epoch) DO UPDATE SET
+        block = excluded.block, planned_ms = excluded.planned_ms, planner = excluded.planner,
+        weights = excluded.weights, explanation = excluded.explanation
+    WHERE weights.progress = 0";
+/// Forwards only; and what is planned is sent by the run that planned it last.
+const MARK: &str = "UPDATE weights SET progress = $3, state = $4,
+        extrinsic = COALESCE($5, extrinsic), reveal_round = COALESCE($6, reveal_round),
+        why = COALESCE($7, why)
+    WHERE netuid = $1 AND epoch = $2 AND progress < $3
+        AND (progress > 0 OR $3 = 3 OR planner = $8)";
+
+/// Whether a step was taken.
+#[must_use = "weights may be sent only by whoever took the step"]
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Claim {
+    /// It was, by this run of the program.
+    Ours,
+    /// It was not, for the entry has come this far by another run, or further. Planned means that
+    /// another run has planned since.
+    Taken(WeightsState),
+}
+
+impl Store {
+    /// Plans the weights of an epoch. A plan of the same epoch that was not sent is replaced, one
+    /// that went any further stays: nothing is to be sent then.
+    ///
+    /// # Errors
+    /// When they cannot be kept, or are more than planned already.
+    pub async fn plan_weights(&self, weights: &Weights) -> Result<Claim, StoreError> {
+        let Weights { netuid, epoch, .. } = *weights;
+        let operation = format!("plan the weights of netuid {netuid}, epoch {epoch}");
+        let values = self.plan(weights).map_err(|cause| self.error(&operation, cause))?;
+        let mut session = self.write(&operation).await?;
+        let claim = match session.execute(PLAN, values).await? {
+            0 => Claim::Taken(found(&mut session, netuid, epoch).await?.0.state),
+            _ => Claim::Ours,
+        };
+        session.commit().await?;
+        Ok(claim)
+    }
+
+    fn plan(&self, weights: &Weights) -> Result<Vec<Bound<'_>>, Cause> {
+        if weights.state != WeightsState::Planned {
+            return Err(Cause::Record("`state` must be planned where weights are planned".into()));
+        }
+        if let Some(pair) = weights.values.windows(2).find(|pair| pair[0].0 >= pair[1].0) {
+            let words = format!(
+                "`values` must be by ascending uid, got {} before {}",
+                pair[0].0, pair[1].0
+            );
+            return Err(Cause::Record(words));
+        }
+        Ok(vec![
+            weights.netuid.into(),
+            number("epoch", weights.epoch)?.into(),
+            number("block", weights.block)?.into(),
+            number("planned_ms", self.unix_ms())?.into(),
+            self.planner().into(),
+            json("values", &weights.values)?.into(),
+            json("explanation", &weights.explanation)?.into(),
+        ])
+    }
+
+    /// Says how far the weights of an epoch are. They are marked as sent *before* they are sent, and
+    /// sent only where that was [`Claim::Ours`]. The same step once more by the same run is `Ours`
+    /// again, for an answer that was lost.
+    ///
+    /// # Errors
+    /// When it cannot be kept, or nothing is planned for the epoch.
+    pub async fn mark_weights(
+        &self,
+        netuid: u16,
+        epoch: u64,
+        state: &WeightsState,
+    ) -> Result<Claim, StoreError> {
+        let operation = format!("mark the weights of netuid {netuid}, epoch {epoch}");
+        let values = self.mark(netuid, epoch, state);
+        let values = values.map_err(|cause| self.error(&operation, cause))?;
+        let mut session = self.write(&operation).await?;
+        let claim = match session.execute(MARK, values).await? {
+            0 => {
+                let (weights, planner) = found(&mut session, netuid, epoch).await?;
+                match weights.state == *state && planner == self.planner() {
+                    true => Claim::Ours,
+                    false => Claim::Taken(weights.state),
+                }
+            }
+            _ => Claim::Ours,
+        };
+        session.commit().await?;
+        Ok(claim)
+    }
+
+    fn mark<'a>(
+        &'a self,
+        netuid: u16,
+        epoch: u64,
+        state: &'a WeightsState,
+    ) -> Result<Vec<Bound<'a>>, Cause> {
+        let (progress, name, extrinsic, reveal, why) = match state {
+            WeightsState::Planned => {
+                return Err(Cause::Record("`state` must be more than planned".into()));
+            }
+            WeightsState::Sent { hash } => (1, "sent", Some(hash), None, None),
+            WeightsState::Committed { hash, reveal_round } => {
+                let reveal = number("reveal_round", *reveal_round)?;
+                (2, "committed", Some(hash), Some(reveal), None)
+            }
+            WeightsState::Failed { why } => (3, "failed", None, None, Some(why)),
+            WeightsState::Confirmed => (4, "confirmed", None, None, None),
+        };
+        Ok(vec![
+            netuid.into(),
+            number("epoch", epoch)?.into(),
+            i64::from(progress).into(),
+            name.into(),
+            extrinsic.map(String::as_str).into(),
+            Bound::Integer(reveal),
+            why.map(String::as_str).into(),
+            self.planner().into(),
+        ])
+    }
+
+    /// The newest weights of a subnet, if there are any.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn last_weights(&self, netuid: u16) -> Result<Option<Weights>, StoreError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM weights WHERE netuid = $1 ORDER BY block DESC, epoch DESC LIMIT 1"
+        );
+        let operation = format!("read the last weights of netuid {netuid}");
+        Ok(self.weights(&operation, &sql, vec![netuid.into()]).await?.pop())
+    }
+
+    /// All weights whose end is not known: planned, sent or committed; oldest first.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn unfinished_weights(&self) -> Result<Vec<Weights>, StoreError> {
+        let sql =
+            format!("SELECT {COLUMNS} FROM weights WHERE progress < 3 ORDER BY block, netuid");
+        self.weights("read the unfinished weights", &sql, Vec::new()).await
+    }
+
+    async fn weights(
+        &self,
+        operation: &str,
+        sql: &str,
+        values: Vec<Bound<'_>>,
+    ) -> Result<Vec<Weights>, StoreError> {
+        let mut session = self.read(operation).await?;
+        let rows = session.rows(sql, values).await?;
+        let read = rows.iter().map(|row| weights(row).map(|(weights, _)| weights));
+        let read = read.collect::<Result<_, _>>().map_err(|cause| session.error(cause))?;
+        session.commit().await?;
+        Ok(read)
+    }
+}
+
+/// The entry of an epoch, and who planned it.
+async fn found(
+    session: &mut Session,
+    netuid: u16,
+    epoch: u64,
+) -> Result<(Weights, String), StoreError> {
+    let epoch = number("epoch", epoch).map_err(|cause| session.error(cause))?;
+    let sql = format!("SELECT {COLUMNS} FROM weights WHERE netuid = $1 AND epoch = $2");
+    let rows = session.rows(&sql, vec![netuid.into(), epoch.into()]).await?;
+    let none = || Cause::Record("nothing is planned for this epoch".into());
+    let found = rows.first().ok_or_else(none).and_then(weights);
+    found.map_err(|cause| session.error(cause))
+}
+
+fn weights(row: &AnyRow) -> Result<(Weights, String), Cause> {
+    let hash = || get::<Option<String>>(row, "extrinsic").map(Option::unwrap_or_default);
+    let name: String = get(row, "state")?;
+    let state = match name.as_str() {
+        "planned" => WeightsState::Planned,
+        "sent" => WeightsState::Sent { hash: hash()? },
+        "committed" => WeightsState::Committed {
+            hash: hash()?,
+            reveal_round: get_number(row, "reveal_round")?,
+        },
+        "failed" => {
+            WeightsState::Failed { why: get::<Option<String>>(row, "why")?.unwrap_or_default() }
+        }
+        "confirmed" => WeightsState::Confirmed,
+        other => return Err(Cause::Stored(format!("column `state`: unknown state {other:?}"))),
+    };
+    let weights = Weights {
+        netuid: get_number(row, "netuid")?,
+        epoch: get_number(row, "epoch")?,
+        block: get_number(row, "block")?,
+        values: get_json(row, "weights")?,
+        explanation: get_json(row, "explanation")?,
+        state,
+    };
+    Ok((weights, get(row, "planner")?))
+}
