@@ -10,6 +10,8 @@ mod capture;
 mod config;
 mod doctor;
 mod fetch;
+#[cfg(test)]
+mod guides;
 mod layers;
 mod load;
 mod logging;
