@@ -13,6 +13,8 @@ mod doctor;
 mod explain;
 mod export;
 mod fetch;
+#[cfg(test)]
+mod guides;
 mod layers;
 mod load;
 mod logging;
