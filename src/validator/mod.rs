@@ -1,3 +1,4 @@
-//! The validator's side. So far: one signed query.
+//! The validator's side: one signed query, and weights out of what was seen.
 
 pub mod query;
+pub mod scores;

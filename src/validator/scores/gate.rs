@@ -1,0 +1,90 @@
+//! Pay and evidence: whoever an alarm of [`crate::verify::evidence`] points at is not paid.
+//!
+//! Mild cheats pass each single check, so that their samples are as good as anybody's; only the sum
+//! over many answers shows them. That is why an alarm takes away the whole pay rather than one
+//! sample. The gate opens again when later answers have brought every sum down to [`REOPEN`]: a
+//! miner that has mended is paid after some honest answers, and one whose sums hover at the alarm
+//! is not paid by turns. Evidence belongs to a hotkey, as samples do.
+
+use super::rules::Profile;
+use crate::verify::evidence::{ALARM, Evidence, Sums};
+use serde::{Deserialize, Serialize};
+
+/// The gate stays shut until every sum is at most this: a thousand to one for the cheat, where an
+/// alarm is a million to one.
+pub const REOPEN: f64 = ALARM / 2.0;
+
+/// The alarm that shut the gate.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Alarm {
+    /// The round whose answer raised it.
+    pub round: String,
+    /// Its block.
+    pub block: u64,
+    /// Which sum: `margin`, `energy` or `joint`.
+    pub test: String,
+    /// The sums then.
+    pub sums: Sums,
+}
+
+/// What is known of one hotkey over all its answers, and whether it is paid.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Standing {
+    /// The sums.
+    pub evidence: Evidence,
+    /// The alarm that keeps the gate shut, where it is.
+    pub shut_by: Option<Alarm>,
+}
+
+impl Standing {
+    /// After an answer of this round has been weighed.
+    pub fn after(self, evidence: Evidence, round: &str, block: u64) -> Self {
+        let Sums { margin, energy, joint } = evidence.sums;
+        let is_low = [margin, energy, joint].into_iter().all(|sum| sum <= REOPEN);
+        let shut_by = match (self.shut_by, evidence.alarm()) {
+            (None, Some(test)) => Some(Alarm {
+                round: round.to_owned(),
+                block,
+                test: test.to_string(),
+                sums: evidence.sums,
+            }),
+            (shut, _) => shut.filter(|_| !is_low),
+        };
+        Self { evidence, shut_by }
+    }
+
+    /// What it means for pay. A standing that was kept without its gate (an evidence file) is
+    /// judged by its sums alone.
+    pub fn explained(&self, profile: Profile) -> Gate {
+        let is_shut = self.shut_by.is_some() || self.evidence.alarm().is_some();
+        Gate {
+            // Targon 4.4 looks at single answers only.
+            pays: profile == Profile::Targon44 || !is_shut,
+            answers: self.evidence.answers,
+            alarms: self.evidence.alarms,
+            sums: self.evidence.sums,
+            alarm_at: ALARM,
+            reopens_at: REOPEN,
+            shut_by: self.shut_by.clone(),
+        }
+    }
+}
+
+/// The gate in numbers.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Gate {
+    /// Whether the miner is paid.
+    pub pays: bool,
+    /// Answers that were weighed.
+    pub answers: u64,
+    /// Of them, those that ended in an alarm.
+    pub alarms: u64,
+    /// The sums now.
+    pub sums: Sums,
+    /// A sum that is an alarm.
+    pub alarm_at: f64,
+    /// The gate opens when no sum is above this.
+    pub reopens_at: f64,
+    /// The alarm that shut it.
+    pub shut_by: Option<Alarm>,
+}
