@@ -9,6 +9,7 @@ use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
 use crate::proof::codec::to_hex;
+use crate::validator::models;
 use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Streamed, Target, is_deeper};
 use clap::Args;
 use serde_json::{Value, json};
@@ -190,7 +191,7 @@ async fn first_model(target: &Target, clock: &Clock) -> Result<String, Failure> 
     if target.signer.is_none() {
         return Err(Failure::user("--model is missing").with_hint(hint));
     }
-    let models = target.models(clock).await.map_err(query_failure)?;
+    let models = models::served(target, clock).await.map_err(query_failure)?;
     let first = models.into_iter().next();
     first.ok_or_else(|| Failure::user("the miner lists no model").with_hint(hint))
 }

@@ -103,7 +103,8 @@ impl Target {
         QueryError::Network { url: self.url.clone(), what }
     }
 
-    fn malformed(&self, what: impl std::fmt::Display) -> QueryError {
+    /// An answer that is not what it should be.
+    pub(super) fn malformed(&self, what: impl std::fmt::Display) -> QueryError {
         let what = what.to_string().chars().take(200).collect();
         QueryError::Stream { url: self.url.clone(), what }
     }
@@ -160,21 +161,18 @@ impl Target {
         Ok(body)
     }
 
-    /// The models that the miner serves, whichever shape it answers in.
+    /// Posts a body, or gets what is there without one, and reads the whole answer.
     ///
     /// # Errors
-    /// When it does not answer with a list or a map of names.
-    pub async fn models(&self, clock: &Clock) -> Result<Vec<String>, QueryError> {
-        let response = self.send("/models", None, None, clock).await?;
-        let body = self.body(response).await?;
-        match serde_json::from_slice(&body) {
-            Ok(Value::Array(list)) => {
-                let names = list.iter().map(|v| v.as_str().map(str::to_owned));
-                names.collect::<Option<_>>().ok_or_else(|| self.malformed("not a list of names"))
-            }
-            Ok(Value::Object(map)) => Ok(map.into_iter().map(|(name, _)| name).collect()),
-            _ => Err(self.malformed("not a list of names")),
-        }
+    /// When it does not answer, says no, or says more than a small body holds.
+    pub async fn call(
+        &self,
+        path: &str,
+        body: Option<Vec<u8>>,
+        clock: &Clock,
+    ) -> Result<Vec<u8>, QueryError> {
+        let response = self.send(path, body, None, clock).await?;
+        self.body(response).await
     }
 
     /// Sends a request whose body says `stream: true` and hands each event to `on_event` as it

@@ -1,9 +1,10 @@
 //! Python's `json.dumps` with its options, as templates use it.
 
-use super::python::{DEPTH_MAX, check_depth, failed, float, text};
+use super::python::{DEPTH_MAX, check_depth, failed, text};
+use crate::wire::python::{float, quote};
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, Value};
-use std::fmt::{self, Write};
+use std::fmt::Write;
 
 /// The filter `tojson`: Python's `json.dumps` with its options.
 pub(super) fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
@@ -48,7 +49,7 @@ impl Json {
     fn write(&self, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
         check_depth(depth)?;
         match value.kind() {
-            ValueKind::String => self.quote(out, value.as_str().unwrap_or_default())?,
+            ValueKind::String => quote(out, value.as_str().unwrap_or_default(), self.ascii),
             ValueKind::None | ValueKind::Undefined => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => match f64::try_from(value.clone()).ok() {
@@ -85,7 +86,7 @@ impl Json {
     /// Keys that are no text become one.
     fn write_key(&self, out: &mut String, key: &Value) -> Result<(), Error> {
         match key.as_str() {
-            Some(text) => self.quote(out, text)?,
+            Some(text) => quote(out, text, self.ascii),
             None => {
                 out.push('"');
                 self.write(out, key, DEPTH_MAX)?;
@@ -122,29 +123,5 @@ impl Json {
             out.push('\n');
             (0..depth).for_each(|_| out.push_str(indent));
         }
-    }
-
-    fn quote(&self, out: &mut String, text: &str) -> fmt::Result {
-        out.push('"');
-        for c in text.chars() {
-            match c {
-                '"' => out.push_str("\\\""),
-                '\\' => out.push_str("\\\\"),
-                '\n' => out.push_str("\\n"),
-                '\r' => out.push_str("\\r"),
-                '\t' => out.push_str("\\t"),
-                '\u{8}' => out.push_str("\\b"),
-                '\u{c}' => out.push_str("\\f"),
-                c if u32::from(c) < 0x20 => write!(out, "\\u{:04x}", u32::from(c))?,
-                c if self.ascii && !c.is_ascii() => {
-                    for unit in c.encode_utf16(&mut [0; 2]) {
-                        write!(out, "\\u{unit:04x}")?;
-                    }
-                }
-                c => out.push(c),
-            }
-        }
-        out.push('"');
-        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! What Python does to values in a template: `str`, `repr`, `%`, methods of strings and lists.
 
+use crate::wire::python::float;
 use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, FormatStyle, Output, State, Value, format_filter};
 use std::fmt::{self, Write};
@@ -106,25 +107,6 @@ fn write_quoted(out: &mut dyn Write, text: &str) -> fmt::Result {
 /// `str.isprintable`. The standard library knows it, but for marks that combine with a letter.
 fn is_printable(c: char) -> bool {
     c.is_ascii_graphic() || c == ' ' || !format!("a{c}").escape_debug().skip(1).any(|e| e == '\\')
-}
-
-/// `repr` of a float: the shortest digits, an exponent below 1e-4 and from 1e16 on.
-pub(super) fn float(number: f64) -> String {
-    if number.is_nan() {
-        return "nan".into();
-    }
-    if number.is_infinite() {
-        return if number > 0.0 { "inf".into() } else { "-inf".into() };
-    }
-    let scientific = format!("{number:e}");
-    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or(0);
-    if number != 0.0 && !(-4..16).contains(&exponent) {
-        let sign = if exponent < 0 { '-' } else { '+' };
-        return format!("{digits}e{sign}{:02}", exponent.abs());
-    }
-    let plain = number.to_string();
-    if plain.contains('.') { plain } else { plain + ".0" }
 }
 
 /// `left % right`: Python's formatting where the left side is a text.
