@@ -1,0 +1,495 @@
+//! `explain`: every number behind a miner's weight, down to the round and token that cost it.
+//!
+//! What is shown is a pure function of records ([`Shown`]): the last weights with their
+//! explanation, and what the miner did last.
+
+use super::out::outln;
+use super::shared::printable;
+use super::{Failure, runtime};
+use crate::store::record::{Answered, Outcome, Response, Sampled, Weights, WeightsState};
+use crate::store::{Store, StoreError};
+use crate::validator::scores::explanation::{Explanation, Stored};
+use crate::validator::scores::series::{Point, Series};
+use clap::Args;
+use comfy_table::{Table, presets};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// Characters of a round's id that are shown in text.
+const ID_CHARS: usize = 12;
+/// Rounds that are read for causes that the weights do not know: few, since captures come along.
+const ROUNDS_READ_MIN: u32 = 100;
+
+/// Arguments of `explain`.
+#[derive(Args)]
+pub(super) struct ExplainArgs {
+    /// The miner's place on the subnet.
+    #[arg(long, env = "TARGON_EXPLAIN_UID")]
+    uid: u16,
+    /// The subnet.
+    #[arg(long, env = "TARGON_NETUID", default_value_t = 4)]
+    netuid: u16,
+    /// The validator's records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
+    #[arg(
+        id = "database.url",
+        long = "database.url",
+        env = "TARGON_DATABASE_URL",
+        hide_env_values = true,
+        default_value = "validator.sqlite"
+    )]
+    database: String,
+    /// Rounds that are shown, the newest first.
+    #[arg(
+        long,
+        env = "TARGON_EXPLAIN_ROUNDS",
+        default_value_t = 20,
+        value_parser = clap::value_parser!(u32).range(0..=1000)
+    )]
+    rounds: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &ExplainArgs) -> Result<(), Failure> {
+    let (weights, mut seen) = runtime()?.block_on(read(args)).map_err(|e| {
+        let hint = Some("give the --database.url that `validate` writes to");
+        Failure::user(e).with_hint(hint)
+    })?;
+    let mut shown = Shown::new(args.netuid, args.uid, weights, &seen)?;
+    seen.truncate(args.rounds as usize);
+    shown.rounds = seen;
+    if args.json {
+        outln!("{}", shown.json());
+    } else {
+        outln!("{}", shown.text().trim_end());
+    }
+    Ok(())
+}
+
+/// The last weights, and what the miner did last.
+async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<Answered>), StoreError> {
+    let store = Store::open_to_read(&args.database).await?;
+    let weights = store.last_weights(args.netuid).await?;
+    let seen = store.responses(args.netuid, args.uid, args.rounds.max(ROUNDS_READ_MIN)).await?;
+    store.close().await;
+    Ok((weights, seen))
+}
+
+/// What is known of one miner.
+pub(super) struct Shown {
+    weights: Weights,
+    stored: Stored,
+    miner: Explanation,
+    rounds: Vec<Answered>,
+}
+
+impl Shown {
+    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not at
+    /// hand when the weights were decided from what is known by now of the miner's rounds.
+    pub(super) fn new(
+        netuid: u16,
+        uid: u16,
+        weights: Option<Weights>,
+        seen: &[Answered],
+    ) -> Result<Self, Failure> {
+        let weights = weights.ok_or_else(|| {
+            let hint = Some("they are decided once an epoch while `validate` runs");
+            Failure::user(format!("no weights are remembered for subnet {netuid}")).with_hint(hint)
+        })?;
+        let stored = Stored::read(&weights.explanation).map_err(|e| {
+            let block = weights.block;
+            Failure::ours(format!("the explanation of the weights of block {block} is none: {e}"))
+        })?;
+        let mut miner = stored.miners.get(&uid).cloned().ok_or_else(|| {
+            let (first, last) = (stored.miners.first_key_value(), stored.miners.last_key_value());
+            let known = match (first, last) {
+                (Some((first, _)), Some((last, _))) => {
+                    format!("uids lie between {first} and {last}")
+                }
+                _ => "the subnet had no members".to_owned(),
+            };
+            let block = weights.block;
+            Failure::user(format!("uid {uid} had no place when block {block} was weighed: {known}"))
+        })?;
+        complete(&mut miner, seen);
+        Ok(Self { weights, stored, miner, rounds: Vec::new() })
+    }
+
+    /// For programs.
+    pub(super) fn json(&self) -> Value {
+        let round = |Answered { round, response }: &Answered| {
+            let Response { timing, outcome, cause, error, sample, .. } = response;
+            json!({
+                "round": round.id, "block": round.block, "model": round.model,
+                "outcome": outcome, "cause": cause, "error": error, "sample": sample,
+                "timing": timing,
+            })
+        };
+        json!({
+            "netuid": self.weights.netuid,
+            "epoch": self.weights.epoch,
+            "block": self.weights.block,
+            "state": self.weights.state,
+            "profile": self.stored.profile,
+            "window": self.stored.window,
+            "no_weights": self.stored.none,
+            "best_score": self.best(),
+            "miner": self.miner,
+            "rounds": self.rounds.iter().map(round).collect::<Vec<_>>(),
+        })
+    }
+
+    fn best(&self) -> f64 {
+        self.stored.miners.values().map(|m| m.score).fold(0.0, f64::max)
+    }
+
+    /// For people: from the weight down to what it is made of.
+    pub(super) fn text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a text does not fail.
+        let _ = self.write(&mut out);
+        out
+    }
+
+    fn write(&self, out: &mut String) -> std::fmt::Result {
+        let Self { weights, stored, miner, .. } = self;
+        writeln!(
+            out,
+            "uid {} of subnet {}, {}",
+            miner.uid,
+            weights.netuid,
+            printable(&miner.hotkey)
+        )?;
+        let (state, block, epoch) = (state(&weights.state), weights.block, weights.epoch);
+        writeln!(out, "weights of epoch {epoch}, decided at block {block}: {state}")?;
+        let (profile, window) = (stored.profile, stored.window);
+        writeln!(out, "scores by {profile}, from the last {window} samples of each model")?;
+        if let Some(none) = &stored.none {
+            writeln!(out, "nobody has a weight: {}", printable(none))?;
+        }
+        writeln!(out)?;
+        let of = self.best();
+        writeln!(out, "weight      {:>10}  of 65535", miner.weight)?;
+        writeln!(out, "normalised  {:>10.4}  the best score is {of:.4}", miner.normalised)?;
+        let gate = if miner.gate.pays { "the gate is open" } else { "the gate is shut: no pay" };
+        writeln!(out, "score       {:>10.4}  {gate}", miner.score)?;
+        writeln!(out, "sum         {:>10.4}  over all series below", miner.sum)?;
+        writeln!(out)?;
+        self.write_series(out)?;
+        self.write_gate(out)?;
+        self.write_misses(out)?;
+        self.write_rounds(out)
+    }
+
+    fn series(&self) -> impl Iterator<Item = &Series> {
+        self.miner.models.iter().chain(&self.miner.organics)
+    }
+
+    fn write_series(&self, out: &mut String) -> std::fmt::Result {
+        if self.series().next().is_none() {
+            return writeln!(out, "no samples, and no model that counts\n");
+        }
+        let mut table = table(["series", "answers", "misses", "mean", "consistency", "score"]);
+        for series in self.series() {
+            table.add_row([
+                printable(&series.model),
+                series.answers.to_string(),
+                series.misses.to_string(),
+                format!("{:.4}", series.mean),
+                format!("{:.4}", series.consistency),
+                format!("{:.4}", series.score),
+            ]);
+        }
+        writeln!(out, "{table}")?;
+        for series in self.series() {
+            let model = printable(&series.model);
+            if let Some(why) = &series.left_out {
+                writeln!(out, "{model} does not count: {}", printable(why))?;
+            }
+            if series.of_others > 0 {
+                let count = series.of_others;
+                writeln!(out, "{model}: {count} samples of an earlier hotkey do not count")?;
+            }
+            if series.older > 0 {
+                writeln!(out, "{model}: {} samples have left the window", series.older)?;
+            }
+        }
+        writeln!(out)
+    }
+
+    fn write_gate(&self, out: &mut String) -> std::fmt::Result {
+        let gate = &self.miner.gate;
+        let sums = gate.sums;
+        writeln!(
+            out,
+            "evidence over {} answers: margin {:.3}, energy {:.3}, joint {:.3}; {:.3} is an alarm",
+            gate.answers, sums.margin, sums.energy, sums.joint, gate.alarm_at
+        )?;
+        if let Some(alarm) = &gate.shut_by {
+            writeln!(
+                out,
+                "the sum of {} raised an alarm in round {} at block {}; it ends when no sum is \
+                 above {:.3}",
+                printable(&alarm.test),
+                printable(&alarm.round),
+                alarm.block,
+                gate.reopens_at
+            )?;
+        }
+        writeln!(out)
+    }
+
+    /// What cost it: misses, newest first.
+    fn write_misses(&self, out: &mut String) -> std::fmt::Result {
+        let of = |series: &Series| {
+            let model = printable(&series.model);
+            let missed = series.points.iter().filter(|p| p.tps.is_none() && !p.round.is_empty());
+            missed.map(move |point| (model.clone(), point.clone())).collect::<Vec<_>>()
+        };
+        let mut misses: Vec<(String, Point)> = self.series().flat_map(of).collect();
+        misses.sort_by_key(|(_, point)| std::cmp::Reverse(point.block));
+        if misses.is_empty() {
+            return writeln!(out, "no misses among the samples that count\n");
+        }
+        writeln!(out, "misses among the samples that count, newest first:")?;
+        for (model, point) in misses {
+            let why = why(point.cause.as_deref(), point.error.as_deref());
+            let (block, round) = (point.block, printable(&point.round));
+            writeln!(out, "  block {block}, round {round}, {model}: {why}")?;
+        }
+        writeln!(out)
+    }
+
+    fn write_rounds(&self, out: &mut String) -> std::fmt::Result {
+        if self.rounds.is_empty() {
+            return writeln!(out, "no rounds to show");
+        }
+        writeln!(out, "last rounds, newest first:")?;
+        let mut table = table(["block", "round", "model", "outcome", "tokens/s", "sample", "why"]);
+        for Answered { round, response } in &self.rounds {
+            let why = match response.outcome {
+                Outcome::Verified => String::new(),
+                _ => why(response.cause.as_deref(), response.error.as_deref()),
+            };
+            table.add_row([
+                round.block.to_string(),
+                short(&round.id),
+                printable(&round.model),
+                response.outcome.name().replace('_', " "),
+                format!("{:.2}", response.timing.tps),
+                sample(response.sample),
+                why,
+            ]);
+        }
+        writeln!(out, "{table}")
+    }
+}
+
+/// Gives misses without a cause the one of their round.
+fn complete(miner: &mut Explanation, seen: &[Answered]) {
+    let known: BTreeMap<&str, &Response> =
+        seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
+    let points = miner.models.iter_mut().flat_map(|series| &mut series.points);
+    for point in points.filter(|point| point.cause.is_none() && point.error.is_none()) {
+        if let Some(response) = known.get(point.round.as_str()) {
+            point.cause.clone_from(&response.cause);
+            point.error.clone_from(&response.error);
+        }
+    }
+}
+
+fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(header);
+    table
+}
+
+fn short(round: &str) -> String {
+    printable(&round.chars().take(ID_CHARS).collect::<String>())
+}
+
+fn why(cause: Option<&str>, error: Option<&str>) -> String {
+    match (cause, error) {
+        (Some(cause), Some(error)) => format!("{}: {}", printable(cause), printable(error)),
+        (Some(text), None) | (None, Some(text)) => printable(text),
+        (None, None) => "the cause is not remembered".to_owned(),
+    }
+}
+
+fn sample(sample: Sampled) -> String {
+    match sample {
+        Sampled::Tps(tps) => format!("{tps:.2}"),
+        Sampled::Miss => "miss".into(),
+        Sampled::Nothing => "-".into(),
+    }
+}
+
+fn state(state: &WeightsState) -> String {
+    match state {
+        WeightsState::Planned => "not sent yet".into(),
+        WeightsState::Sent { hash } => {
+            format!("sent as {}, not seen on the chain", printable(hash))
+        }
+        WeightsState::Committed { hash, reveal_round } => {
+            format!("committed as {}, revealed at drand round {reveal_round}", printable(hash))
+        }
+        WeightsState::Confirmed => "on the chain".into(),
+        WeightsState::Failed { why } => format!("not on the chain: {}", printable(why)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::record::{RoundHead, Sample, Timing};
+    use crate::validator::scores::emission::ChainLimits;
+    use crate::validator::scores::gate::{Alarm, Standing};
+    use crate::validator::scores::rules::{Profile, Rules};
+    use crate::validator::scores::{Input, Seat, decide};
+    use crate::verify::evidence::{ALARM, Evidence, Sums};
+
+    const MODEL: &str = "a/model";
+
+    fn seen(block: u64, outcome: Outcome, sample: Sampled, why: Option<(&str, &str)>) -> Answered {
+        let tps = if let Sampled::Tps(tps) = sample { tps } else { 0.0 };
+        let response = Response {
+            uid: 1,
+            hotkey: "key-1".into(),
+            coldkey: "cold".into(),
+            timing: Timing { tps, ..Timing::default() },
+            outcome,
+            cause: why.map(|(cause, _)| cause.into()),
+            error: why.map(|(_, error)| error.into()),
+            sample,
+            capture: None,
+            report: None,
+        };
+        let round = RoundHead {
+            id: format!("{block:032}"),
+            netuid: 4,
+            block,
+            started_ms: block,
+            ended_ms: block,
+            model: MODEL.into(),
+            endpoint: "/v1/completions".into(),
+            profile: "default".into(),
+            asked: 3,
+            verified: 1,
+        };
+        Answered { round, response }
+    }
+
+    /// Weights over three miners: a fast one, one with a miss, one behind an alarm.
+    fn weights() -> Weights {
+        let mut seats = BTreeMap::new();
+        for uid in 0..3 {
+            let models = vec![MODEL.to_owned()];
+            let seat = Seat { hotkey: format!("key-{uid}"), models, ..Seat::default() };
+            seats.insert(uid, seat);
+        }
+        let sums = Sums { margin: ALARM, energy: 1.5, joint: ALARM };
+        let alarm = Alarm { round: "f".repeat(32), block: 77, test: "margin".into(), sums };
+        let evidence = Evidence { answers: 40, alarms: 1, sums };
+        if let Some(seat) = seats.get_mut(&2) {
+            seat.standing = Standing { evidence, shut_by: Some(alarm) };
+        }
+        let sample = |uid: u16, block: u64, tps| Sample {
+            round: format!("{block:032}"),
+            uid,
+            hotkey: format!("key-{uid}"),
+            model: MODEL.into(),
+            block,
+            tps,
+        };
+        let samples = [
+            sample(0, 10, Some(80.0)),
+            sample(1, 10, Some(60.0)),
+            sample(1, 11, None),
+            sample(2, 10, Some(60.0)),
+        ];
+        let models = [MODEL.to_owned()];
+        let limits = ChainLimits::NONE;
+        let input =
+            Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
+        let decision = decide(&Rules::of(Profile::Default), &input);
+        Weights {
+            netuid: 4,
+            epoch: 5,
+            block: 12,
+            values: decision.values.clone(),
+            explanation: decision.explanation().unwrap(),
+            state: WeightsState::Confirmed,
+        }
+    }
+
+    #[test]
+    fn a_weight_is_followed_down_to_the_token() {
+        let rounds = vec![
+            seen(13, Outcome::Unscored, Sampled::Nothing, Some(("ENGINE", "no memory\nleft"))),
+            seen(11, Outcome::Rejected, Sampled::Miss, Some(("UNLIKELY_TOKEN", "token 17\u{1b}"))),
+            seen(10, Outcome::Verified, Sampled::Tps(60.0), None),
+        ];
+        let mut shown = Shown::new(4, 1, Some(weights()), &rounds).map_err(|e| e.message).unwrap();
+        shown.rounds = rounds;
+        let text = shown.text();
+        for part in [
+            "uid 1 of subnet 4, key-1\n",
+            "weights of epoch 5, decided at block 12: on the chain\n",
+            "scores by default, from the last 30 samples of each model\n",
+            "weight           12371  of 65535\n",
+            "the best score is 79.4646\n",
+            "score          15.0000  the gate is open\n",
+            "│ a/model ┆ 1       ┆ 1      ┆ 30.0000 ┆ 0.5000      ┆ 15.0000 │",
+            "  block 11, round 00000000000000000000000000000011, a/model: UNLIKELY_TOKEN: \
+             token 17\\u001b\n",
+            "ENGINE: no memory\\nleft",
+            "evidence over 0 answers",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+        let json = shown.json();
+        assert_eq!(json["miner"]["weight"], 12_371);
+        assert_eq!(json["miner"]["models"][0]["points"][1]["error"], "token 17\u{1b}");
+        assert_eq!(json["rounds"][0]["outcome"], "unscored");
+        assert_eq!((&json["state"]["state"], &json["epoch"]), (&json!("confirmed"), &json!(5)));
+    }
+
+    #[test]
+    fn a_shut_gate_names_its_alarm_and_its_end() {
+        let shown = Shown::new(4, 2, Some(weights()), &[]).map_err(|e| e.message).unwrap();
+        let text = shown.text();
+        for part in [
+            "weight               0  of 65535\n",
+            "score           0.0000  the gate is shut: no pay\n",
+            "sum            59.5984  over all series below\n",
+            "evidence over 40 answers: margin 13.816, energy 1.500, joint 13.816; 13.816 is \
+             an alarm\n",
+            "the sum of margin raised an alarm in round ffffffffffffffffffffffffffffffff at block \
+             77; it ends when no sum is above 6.908\n",
+            "no misses among the samples that count\n",
+            "no rounds to show\n",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_said() {
+        let fails = |uid, weights| match Shown::new(4, uid, weights, &[]) {
+            Ok(_) => panic!("nothing can be shown"),
+            Err(failure) => (failure.message, failure.is_ours),
+        };
+        let none = ("no weights are remembered for subnet 4".to_owned(), false);
+        assert_eq!(fails(1, None), none);
+        let (message, _) = fails(9, Some(weights()));
+        assert_eq!(
+            message,
+            "uid 9 had no place when block 12 was weighed: uids lie between 0 and 2"
+        );
+        let odd = Weights { explanation: json!({"profile": "x"}), ..weights() };
+        assert!(fails(1, Some(odd)).1);
+    }
+}
