@@ -344,7 +344,7 @@ fn state(state: &WeightsState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::record::{RoundHead, Sample, Timing};
+    use crate::store::record::{Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
     use crate::validator::scores::gate::{Alarm, Standing};
     use crate::validator::scores::rules::{Profile, Rules};
@@ -474,6 +474,39 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn records_are_read_beside_the_validator_that_writes_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let database = directory.path().join("validator.sqlite").display().to_string();
+        let args = ExplainArgs { uid: 1, netuid: 4, database, rounds: 20, json: false };
+        assert!(read(&args).await.is_err(), "there are no records yet");
+        let store = Store::open(&args.database).await.unwrap();
+        let why = Some(("UNLIKELY_TOKEN", "token 17 has rank 90"));
+        let Answered { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
+        let round = Round {
+            id: round.id,
+            netuid: 4,
+            block: 11,
+            started_ms: 1,
+            ended_ms: 2,
+            model: MODEL.into(),
+            endpoint: round.endpoint,
+            request: json!({"model": MODEL}),
+            profile: round.profile,
+            responses: vec![response],
+        };
+        store.save_round(&round).await.unwrap();
+        let planned = Weights { state: WeightsState::Planned, ..weights() };
+        store.plan_weights(&planned).await.unwrap();
+        let (weights, seen) = read(&args).await.unwrap();
+        assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
+        let shown = Shown::new(4, 1, weights, &seen).map_err(|e| e.message).unwrap();
+        let text = shown.text();
+        assert!(text.contains("a/model: UNLIKELY_TOKEN: token 17 has rank 90\n"), "{text}");
+        assert!(text.contains("decided at block 12: not sent yet\n"), "{text}");
+        store.close().await;
     }
 
     #[test]
