@@ -3,11 +3,14 @@
 //! What is shown is a pure function of records ([`Shown`]): the last weights with their
 //! explanation, and what the miner did last.
 
-use super::Failure;
+use super::out::outln;
 use super::shared::printable;
-use crate::store::record::{Outcome, Response, Sampled, Weights, WeightsState};
+use super::{Failure, runtime};
+use crate::store::record::{Answered, Outcome, Response, Sampled, Weights, WeightsState};
+use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, Stored};
 use crate::validator::scores::series::{Point, Series};
+use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -15,17 +18,63 @@ use std::fmt::Write;
 
 /// Characters of a round's id that are shown in text.
 const ID_CHARS: usize = 12;
+/// Rounds that are read for causes that the weights do not know: few, since captures come along.
+const ROUNDS_READ_MIN: u32 = 100;
 
-/// What the miner did in one round.
-pub(super) struct Seen {
-    /// The round.
-    pub(super) round: String,
-    /// Its block.
-    pub(super) block: u64,
-    /// The model.
-    pub(super) model: String,
-    /// What was found.
-    pub(super) response: Response,
+/// Arguments of `explain`.
+#[derive(Args)]
+pub(super) struct ExplainArgs {
+    /// The miner's place on the subnet.
+    #[arg(long, env = "TARGON_EXPLAIN_UID")]
+    uid: u16,
+    /// The subnet.
+    #[arg(long, env = "TARGON_NETUID", default_value_t = 4)]
+    netuid: u16,
+    /// The validator's records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
+    #[arg(
+        id = "database.url",
+        long = "database.url",
+        env = "TARGON_DATABASE_URL",
+        hide_env_values = true,
+        default_value = "validator.sqlite"
+    )]
+    database: String,
+    /// Rounds that are shown, the newest first.
+    #[arg(
+        long,
+        env = "TARGON_EXPLAIN_ROUNDS",
+        default_value_t = 20,
+        value_parser = clap::value_parser!(u32).range(0..=1000)
+    )]
+    rounds: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &ExplainArgs) -> Result<(), Failure> {
+    let (weights, mut seen) = runtime()?.block_on(read(args)).map_err(|e| {
+        let hint = Some("give the --database.url that `validate` writes to");
+        Failure::user(e).with_hint(hint)
+    })?;
+    let mut shown = Shown::new(args.netuid, args.uid, weights, &seen)?;
+    seen.truncate(args.rounds as usize);
+    shown.rounds = seen;
+    if args.json {
+        outln!("{}", shown.json());
+    } else {
+        outln!("{}", shown.text().trim_end());
+    }
+    Ok(())
+}
+
+/// The last weights, and what the miner did last.
+async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<Answered>), StoreError> {
+    let store = Store::open_to_read(&args.database).await?;
+    let weights = store.last_weights(args.netuid).await?;
+    let seen = store.responses(args.netuid, args.uid, args.rounds.max(ROUNDS_READ_MIN)).await?;
+    store.close().await;
+    Ok((weights, seen))
 }
 
 /// What is known of one miner.
@@ -33,17 +82,17 @@ pub(super) struct Shown {
     weights: Weights,
     stored: Stored,
     miner: Explanation,
-    seen: Vec<Seen>,
+    rounds: Vec<Answered>,
 }
 
 impl Shown {
-    /// Of the last weights that are remembered for `netuid`, and of what the miner at `uid` did
-    /// last, newest first.
+    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not at
+    /// hand when the weights were decided from what is known by now of the miner's rounds.
     pub(super) fn new(
         netuid: u16,
         uid: u16,
         weights: Option<Weights>,
-        seen: Vec<Seen>,
+        seen: &[Answered],
     ) -> Result<Self, Failure> {
         let weights = weights.ok_or_else(|| {
             let hint = Some("they are decided once an epoch while `validate` runs");
@@ -53,7 +102,7 @@ impl Shown {
             let block = weights.block;
             Failure::ours(format!("the explanation of the weights of block {block} is none: {e}"))
         })?;
-        let miner = stored.miners.get(&uid).cloned().ok_or_else(|| {
+        let mut miner = stored.miners.get(&uid).cloned().ok_or_else(|| {
             let (first, last) = (stored.miners.first_key_value(), stored.miners.last_key_value());
             let known = match (first, last) {
                 (Some((first, _)), Some((last, _))) => {
@@ -64,30 +113,16 @@ impl Shown {
             let block = weights.block;
             Failure::user(format!("uid {uid} had no place when block {block} was weighed: {known}"))
         })?;
-        let mut shown = Self { weights, stored, miner, seen };
-        shown.complete();
-        Ok(shown)
-    }
-
-    /// Gives samples the causes that were not at hand when the weights were decided.
-    fn complete(&mut self) {
-        let of = |seen: &Seen| (seen.round.clone(), seen.response.clone());
-        let known: BTreeMap<String, Response> = self.seen.iter().map(of).collect();
-        for point in self.miner.models.iter_mut().flat_map(|series| &mut series.points) {
-            let Some(response) = known.get(&point.round) else { continue };
-            if point.cause.is_none() {
-                point.cause.clone_from(&response.cause);
-                point.error.clone_from(&response.error);
-            }
-        }
+        complete(&mut miner, seen);
+        Ok(Self { weights, stored, miner, rounds: Vec::new() })
     }
 
     /// For programs.
     pub(super) fn json(&self) -> Value {
-        let seen = |seen: &Seen| {
-            let Response { timing, outcome, cause, error, sample, .. } = &seen.response;
+        let round = |Answered { round, response }: &Answered| {
+            let Response { timing, outcome, cause, error, sample, .. } = response;
             json!({
-                "round": seen.round, "block": seen.block, "model": seen.model,
+                "round": round.id, "block": round.block, "model": round.model,
                 "outcome": outcome, "cause": cause, "error": error, "sample": sample,
                 "timing": timing,
             })
@@ -102,7 +137,7 @@ impl Shown {
             "no_weights": self.stored.none,
             "best_score": self.best(),
             "miner": self.miner,
-            "rounds": self.seen.iter().map(seen).collect::<Vec<_>>(),
+            "rounds": self.rounds.iter().map(round).collect::<Vec<_>>(),
         })
     }
 
@@ -228,28 +263,40 @@ impl Shown {
     }
 
     fn write_rounds(&self, out: &mut String) -> std::fmt::Result {
-        if self.seen.is_empty() {
-            return writeln!(out, "no rounds are remembered");
+        if self.rounds.is_empty() {
+            return writeln!(out, "no rounds to show");
         }
         writeln!(out, "last rounds, newest first:")?;
         let mut table = table(["block", "round", "model", "outcome", "tokens/s", "sample", "why"]);
-        for seen in &self.seen {
-            let response = &seen.response;
+        for Answered { round, response } in &self.rounds {
             let why = match response.outcome {
                 Outcome::Verified => String::new(),
                 _ => why(response.cause.as_deref(), response.error.as_deref()),
             };
             table.add_row([
-                seen.block.to_string(),
-                short(&seen.round),
-                printable(&seen.model),
-                outcome(response.outcome).to_owned(),
+                round.block.to_string(),
+                short(&round.id),
+                printable(&round.model),
+                response.outcome.name().replace('_', " "),
                 format!("{:.2}", response.timing.tps),
                 sample(response.sample),
                 why,
             ]);
         }
         writeln!(out, "{table}")
+    }
+}
+
+/// Gives misses without a cause the one of their round.
+fn complete(miner: &mut Explanation, seen: &[Answered]) {
+    let known: BTreeMap<&str, &Response> =
+        seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
+    let points = miner.models.iter_mut().flat_map(|series| &mut series.points);
+    for point in points.filter(|point| point.cause.is_none() && point.error.is_none()) {
+        if let Some(response) = known.get(point.round.as_str()) {
+            point.cause.clone_from(&response.cause);
+            point.error.clone_from(&response.error);
+        }
     }
 }
 
@@ -269,16 +316,6 @@ fn why(cause: Option<&str>, error: Option<&str>) -> String {
         (Some(cause), Some(error)) => format!("{}: {}", printable(cause), printable(error)),
         (Some(text), None) | (None, Some(text)) => printable(text),
         (None, None) => "the cause is not remembered".to_owned(),
-    }
-}
-
-fn outcome(outcome: Outcome) -> &'static str {
-    match outcome {
-        Outcome::Verified => "verified",
-        Outcome::Rejected => "rejected",
-        Outcome::Failed => "failed",
-        Outcome::NotServed => "not served",
-        Outcome::Unscored => "unscored",
     }
 }
 
@@ -307,7 +344,7 @@ fn state(state: &WeightsState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::record::{Sample, Timing};
+    use crate::store::record::{Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
     use crate::validator::scores::gate::{Alarm, Standing};
     use crate::validator::scores::rules::{Profile, Rules};
@@ -316,7 +353,7 @@ mod tests {
 
     const MODEL: &str = "a/model";
 
-    fn seen(block: u64, outcome: Outcome, sample: Sampled, why: Option<(&str, &str)>) -> Seen {
+    fn seen(block: u64, outcome: Outcome, sample: Sampled, why: Option<(&str, &str)>) -> Answered {
         let tps = if let Sampled::Tps(tps) = sample { tps } else { 0.0 };
         let response = Response {
             uid: 1,
@@ -330,7 +367,19 @@ mod tests {
             capture: None,
             report: None,
         };
-        Seen { round: format!("{block:032}"), block, model: MODEL.into(), response }
+        let round = RoundHead {
+            id: format!("{block:032}"),
+            netuid: 4,
+            block,
+            started_ms: block,
+            ended_ms: block,
+            model: MODEL.into(),
+            endpoint: "/v1/completions".into(),
+            profile: "default".into(),
+            asked: 3,
+            verified: 1,
+        };
+        Answered { round, response }
     }
 
     /// Weights over three miners: a fast one, one with a miss, one behind an alarm.
@@ -383,7 +432,8 @@ mod tests {
             seen(11, Outcome::Rejected, Sampled::Miss, Some(("UNLIKELY_TOKEN", "token 17\u{1b}"))),
             seen(10, Outcome::Verified, Sampled::Tps(60.0), None),
         ];
-        let shown = Shown::new(4, 1, Some(weights()), rounds).map_err(|e| e.message).unwrap();
+        let mut shown = Shown::new(4, 1, Some(weights()), &rounds).map_err(|e| e.message).unwrap();
+        shown.rounds = rounds;
         let text = shown.text();
         for part in [
             "uid 1 of subnet 4, key-1\n",
@@ -393,7 +443,8 @@ mod tests {
             "the best score is 79.4646\n",
             "score          15.0000  the gate is open\n",
             "│ a/model ┆ 1       ┆ 1      ┆ 30.0000 ┆ 0.5000      ┆ 15.0000 │",
-            "  block 11, round 00000000000000000000000000000011, a/model: UNLIKELY_TOKEN: token 17\\u001b\n",
+            "  block 11, round 00000000000000000000000000000011, a/model: UNLIKELY_TOKEN: \
+             token 17\\u001b\n",
             "ENGINE: no memory\\nleft",
             "evidence over 0 answers",
         ] {
@@ -408,25 +459,59 @@ mod tests {
 
     #[test]
     fn a_shut_gate_names_its_alarm_and_its_end() {
-        let shown = Shown::new(4, 2, Some(weights()), Vec::new()).map_err(|e| e.message).unwrap();
+        let shown = Shown::new(4, 2, Some(weights()), &[]).map_err(|e| e.message).unwrap();
         let text = shown.text();
         for part in [
             "weight               0  of 65535\n",
             "score           0.0000  the gate is shut: no pay\n",
             "sum            59.5984  over all series below\n",
-            "evidence over 40 answers: margin 13.816, energy 1.500, joint 13.816; 13.816 is an alarm",
-            "the sum of margin raised an alarm in round ffffffffffffffffffffffffffffffff at block 77; it ends when no \
-             sum is above 6.908\n",
+            "evidence over 40 answers: margin 13.816, energy 1.500, joint 13.816; 13.816 is \
+             an alarm\n",
+            "the sum of margin raised an alarm in round ffffffffffffffffffffffffffffffff at block \
+             77; it ends when no sum is above 6.908\n",
             "no misses among the samples that count\n",
-            "no rounds are remembered\n",
+            "no rounds to show\n",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }
     }
 
+    #[tokio::test]
+    async fn records_are_read_beside_the_validator_that_writes_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let database = directory.path().join("validator.sqlite").display().to_string();
+        let args = ExplainArgs { uid: 1, netuid: 4, database, rounds: 20, json: false };
+        assert!(read(&args).await.is_err(), "there are no records yet");
+        let store = Store::open(&args.database).await.unwrap();
+        let why = Some(("UNLIKELY_TOKEN", "token 17 has rank 90"));
+        let Answered { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
+        let round = Round {
+            id: round.id,
+            netuid: 4,
+            block: 11,
+            started_ms: 1,
+            ended_ms: 2,
+            model: MODEL.into(),
+            endpoint: round.endpoint,
+            request: json!({"model": MODEL}),
+            profile: round.profile,
+            responses: vec![response],
+        };
+        store.save_round(&round).await.unwrap();
+        let planned = Weights { state: WeightsState::Planned, ..weights() };
+        store.plan_weights(&planned).await.unwrap();
+        let (weights, seen) = read(&args).await.unwrap();
+        assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
+        let shown = Shown::new(4, 1, weights, &seen).map_err(|e| e.message).unwrap();
+        let text = shown.text();
+        assert!(text.contains("a/model: UNLIKELY_TOKEN: token 17 has rank 90\n"), "{text}");
+        assert!(text.contains("decided at block 12: not sent yet\n"), "{text}");
+        store.close().await;
+    }
+
     #[test]
     fn what_is_not_there_is_said() {
-        let fails = |uid, weights| match Shown::new(4, uid, weights, Vec::new()) {
+        let fails = |uid, weights| match Shown::new(4, uid, weights, &[]) {
             Ok(_) => panic!("nothing can be shown"),
             Err(failure) => (failure.message, failure.is_ours),
         };

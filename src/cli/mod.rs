@@ -9,7 +9,6 @@ mod calibrate;
 mod capture;
 mod config;
 mod doctor;
-#[cfg_attr(not(test), expect(dead_code, reason = "nothing reads records yet"))]
 mod explain;
 mod export;
 mod fetch;
@@ -98,6 +97,8 @@ enum Command {
     Query(Box<query::QueryArgs>),
     /// Print what a validator has recorded: rounds, responses, samples or weights.
     Export(export::ExportArgs),
+    /// Show every number behind a miner's weight, down to the round and token that cost it.
+    Explain(explain::ExplainArgs),
     /// Say how a running miner stands on its subnet.
     Status(status::StatusArgs),
     /// Look at a wallet, or make a hotkey.
@@ -188,6 +189,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Query(args) => query::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),
