@@ -118,6 +118,12 @@ fn kept(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 
+/// Any characters, NUL among them.
+fn any_text() -> impl Strategy<Value = String> {
+    let character = prop_oneof![9 => any::<char>(), 1 => Just('\0')];
+    prop::collection::vec(character, 0..12).prop_map(|characters| characters.into_iter().collect())
+}
+
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -125,12 +131,12 @@ fn any_json() -> impl Strategy<Value = Value> {
         any::<i64>().prop_map(Value::from),
         any::<u64>().prop_map(Value::from),
         (-1e300_f64..1e300).prop_map(Value::from),
-        any::<String>().prop_map(Value::from),
+        any_text().prop_map(Value::from),
     ];
     leaf.prop_recursive(3, 24, 4, |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::vec((any::<String>(), inner), 0..4)
+            prop::collection::vec((any_text(), inner), 0..4)
                 .prop_map(|pairs| Value::Object(pairs.into_iter().collect())),
         ]
     })
@@ -149,7 +155,7 @@ fn any_response() -> impl Strategy<Value = Response> {
     let sample =
         prop_oneof![number.prop_map(Sampled::Tps), Just(Sampled::Miss), Just(Sampled::Nothing)];
     let texts =
-        (any::<String>(), any::<String>(), any::<Option<String>>(), any::<Option<String>>());
+        (any_text(), any_text(), prop::option::of(any_text()), prop::option::of(any_text()));
     let values = (prop::option::of(any_json()), prop::option::of(any_json()));
     (numbers, any::<u32>(), outcome, sample, texts, values).prop_map(
         |([first_token, all_tokens, total, tps], tokens, outcome, sample, texts, values)| {
@@ -172,7 +178,7 @@ fn any_response() -> impl Strategy<Value = Response> {
 fn any_round() -> impl Strategy<Value = Round> {
     let responses = prop::collection::btree_map(any::<u16>(), any_response(), 0..5);
     let numbers = (any::<u16>(), 0..=i64::MAX as u64, 0..=i64::MAX as u64, 0..=i64::MAX as u64);
-    let texts = (any::<String>(), any::<String>(), any::<String>());
+    let texts = (any_text(), any_text(), any_text());
     (any::<u128>(), numbers, texts, any_json(), responses).prop_map(
         |(
             id,
