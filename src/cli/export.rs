@@ -197,7 +197,9 @@ mod tests {
             Cell::Json("not JSON".into()),
         ];
         let names = ["none", "n", "x", "text", "json", "broken"];
-        let expected = r#"{"none":null,"n":-7,"x":0.1,"text":"a \"b\", c\nd","json":{"a": [1, 2.50]},"broken":"not JSON"}"#;
+        let (start, end) = (r#"{"none":null,"n":-7,"x":0.1,"#, r#""broken":"not JSON"}"#);
+        let middle = r#""text":"a \"b\", c\nd","json":{"a": [1, 2.50]},"#;
+        let expected = format!("{start}{middle}{end}");
         assert_eq!(object(&names, &row), expected);
         let expected = ",-7,0.1,\"a \"\"b\"\", c\nd\",\"{\"\"a\"\": [1, 2.50]}\",not JSON";
         assert_eq!(record(&row), expected);

@@ -33,9 +33,8 @@ struct Inner {
 }
 
 impl Store {
-    /// Opens a store to write it, and makes it where it does not exist: a path,
-    /// `sqlite://PATH` or `postgres://USER:PASSWORD@HOST/DATABASE`. Only one process writes a SQLite
-    /// file at a time.
+    /// Opens a store to write it, and makes it where it does not exist: a path, `sqlite://PATH` or
+    /// `postgres://USER:PASSWORD@HOST/DATABASE`. One process writes a SQLite file at a time.
     ///
     /// # Errors
     /// When it cannot be reached, another process writes it, or a newer program has written it.
@@ -76,7 +75,8 @@ impl Store {
         let (url, max, lock) = match &place {
             Place::Sqlite(path) => {
                 let lock = Lock::take(path).map_err(refuse)?;
-                (sqlite_url(path, "rwc").map_err(refuse)?, 1, Some(lock))
+                create(path).map_err(|e| refuse(Cause::File(e)))?;
+                (sqlite_url(path, "rw").map_err(refuse)?, 1, Some(lock))
             }
             Place::Postgres(postgres) => (postgres.url.to_string(), CONNECTIONS_MAX, None),
         };
@@ -163,6 +163,12 @@ impl Store {
 
 fn failed(place: &Place, cause: Cause) -> StoreError {
     StoreError { database: place.shown(), operation: OPEN.to_owned(), cause }
+}
+
+/// An empty file is an empty database. No connection makes one, so none can put a new file in the
+/// place of one that was removed.
+fn create(path: &Path) -> std::io::Result<()> {
+    std::fs::OpenOptions::new().append(true).create(true).open(path).map(|_| ())
 }
 
 fn identity(path: &Path) -> std::io::Result<(u64, u64)> {

@@ -26,7 +26,8 @@ pub struct Filter {
     /// Those of this time or later, in milliseconds since 1970: a round's start, a sample's end of
     /// round, when weights were planned.
     pub since_ms: u64,
-    /// Those of the miner at this place; of rounds, those in which it was asked. Weights are of all.
+    /// Those of the miner at this place; of rounds, those in which it was asked. Weights are of
+    /// all.
     pub uid: Option<u16>,
 }
 

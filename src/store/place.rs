@@ -150,7 +150,7 @@ fn decoded(text: &str) -> String {
     pairs.next().map_or_else(String::new, |(_, value)| value.into_owned())
 }
 
-/// The driver's URL of a SQLite file at an absolute path; `mode` is `ro` or `rwc`.
+/// The driver's URL of a SQLite file at an absolute path; `mode` is `ro` or `rw`.
 ///
 /// # Errors
 /// When the path is not UTF-8.

@@ -48,8 +48,8 @@ const HEAD: &str =
     (SELECT COUNT(*) FROM responses a WHERE a.round = r.id AND a.outcome = 'verified') AS verified";
 
 impl Store {
-    /// Keeps a round with its responses, and adds its samples: all of it or nothing. A round that is
-    /// kept already changes nothing.
+    /// Keeps a round with its responses, and adds its samples: all of it or nothing. A round that
+    /// is kept already changes nothing.
     ///
     /// # Errors
     /// When it cannot be kept: the field that cannot, or the database's words.

@@ -7,8 +7,8 @@ use super::rows::{get, get_json, get_number, json, number};
 use super::session::{Bound, Session};
 use sqlx::any::AnyRow;
 
-const COLUMNS: &str = "netuid, epoch, block, state, extrinsic, reveal_round, why, planner, weights, \
-                       explanation";
+const COLUMNS: &str = "netuid, epoch, block, state, extrinsic, reveal_round, why, planner,
+    weights, explanation";
 const PLAN: &str = "INSERT INTO weights
         (netuid, epoch, block, planned_ms, progress, state, planner, weights, explanation)
     VALUES ($1, $2, $3, $4, 0, 'planned', $5, $6, $7)
@@ -75,9 +75,9 @@ impl Store {
         ])
     }
 
-    /// Says how far the weights of an epoch are. They are marked as sent *before* they are sent, and
-    /// sent only where that was [`Claim::Ours`]. The same step once more by the same run is `Ours`
-    /// again, for an answer that was lost.
+    /// Says how far the weights of an epoch are. They are marked as sent *before* they are sent,
+    /// and sent only where that was [`Claim::Ours`]. The same step once more by the same run is
+    /// `Ours` again, for an answer that was lost.
     ///
     /// # Errors
     /// When it cannot be kept, or nothing is planned for the epoch.
@@ -141,7 +141,8 @@ impl Store {
     /// When they cannot be read.
     pub async fn last_weights(&self, netuid: u16) -> Result<Option<Weights>, StoreError> {
         let sql = format!(
-            "SELECT {COLUMNS} FROM weights WHERE netuid = $1 ORDER BY block DESC, epoch DESC LIMIT 1"
+            "SELECT {COLUMNS} FROM weights WHERE netuid = $1
+             ORDER BY block DESC, epoch DESC LIMIT 1"
         );
         let operation = format!("read the last weights of netuid {netuid}");
         Ok(self.weights(&operation, &sql, vec![netuid.into()]).await?.pop())
