@@ -24,6 +24,18 @@ __device__ __forceinline__ float widen(u16 bits, bool is_f16) {
     return __uint_as_float(sign | __float_as_uint(rebased));
 }
 
+// Orders by logit, then by lower id; larger is better. -0 and +0 compare equal.
+__device__ __forceinline__ u64 key_of(float logit, u32 id) {
+    u32 bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);
+    u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (u64)ordered << 32 | (0xffffffffu - id);
+}
+
+__device__ __forceinline__ float logit_of(u64 key) {
+    u32 ordered = (u32)(key >> 32);
+    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
 // Philox4x32-10 (Salmon et al., 2011).
 __device__ __forceinline__ void philox(u64 key, u32 c[4]) {
     u32 k0 = (u32)key, k1 = (u32)(key >> 32);

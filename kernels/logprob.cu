@@ -15,18 +15,6 @@
 
 extern __shared__ u64 heap[];  // (THREADS, k): keys, largest first
 
-// Orders by logit, then by lower id; larger is better. -0 and +0 compare equal.
-__device__ __forceinline__ u64 key_of(float logit, u32 id) {
-    u32 bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);
-    u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (u64)ordered << 32 | (0xffffffffu - id);
-}
-
-__device__ __forceinline__ float logit_of(u64 key) {
-    u32 ordered = (u32)(key >> 32);
-    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
 // Results of one row.
 struct Result {
     float max, sum, target_logit;

@@ -107,6 +107,11 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
+    /// Cosines and sines, (rows, head_dim / 2) each: what a device is given.
+    pub fn parts(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates one head of row `row` in place.
     pub fn rotate(&self, isa: super::lanes::Isa, row: usize, head: &mut [f32]) {
         let at = row * self.half..(row + 1) * self.half;

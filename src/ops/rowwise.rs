@@ -25,6 +25,11 @@ impl Norm {
         self.weight.len()
     }
 
+    /// The factors, and what is added to the mean square: what a device is given.
+    pub fn parts(&self) -> (&[f32], f32) {
+        (&self.weight, self.eps)
+    }
+
     /// Normalises every row of `x` (tokens, cols) into `out`, rounded to its dtype.
     pub fn apply_rounded(&self, turn: &Turn<'_>, x: &[f32], out: &mut super::dtype::Rounded) {
         let (cols, dtype) = (self.cols(), out.dtype());

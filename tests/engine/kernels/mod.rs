@@ -6,6 +6,9 @@
 
 #![allow(clippy::undocumented_unsafe_blocks, reason = "a test may fail")]
 
+mod attention;
+mod draw;
+mod experts;
 mod logits;
 mod matmul;
 mod proof;
@@ -19,7 +22,18 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// The kernels' host builds, one for each `.cu`.
-const SOURCES: [&str; 6] = ["embed", "gate", "logprob", "matmul_portable", "norm", "proof"];
+const SOURCES: [&str; 10] = [
+    "attend",
+    "draw",
+    "embed",
+    "experts",
+    "gate",
+    "logprob",
+    "matmul_portable",
+    "norm",
+    "proof",
+    "qkv_finish",
+];
 const FLAGS: [&str; 7] =
     ["-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"];
 
@@ -41,7 +55,7 @@ fn digest_of_sources() -> String {
         .filter(|p| p.extension().is_some_and(|x| x != "ptx"))
         .collect();
     paths.sort();
-    let mut digest = Sha256::new();
+    let mut digest = Sha256::new_with_prefix(FLAGS.concat());
     for path in paths {
         digest.update(path.to_string_lossy().as_bytes());
         digest.update(fs::read(path).unwrap());
@@ -115,10 +129,12 @@ fn kernels() -> &'static Kernels {
     LIBRARY.get_or_init(|| Kernels::load(&compile("kernels.so", &["-shared"], &SOURCES)))
 }
 
-/// A control arm: one file built with a macro that breaks it. A test has to notice.
-fn broken(source: &str, define: &str) -> Kernels {
+/// A control arm: one file built with a macro that breaks it. A test has to notice. It stays loaded,
+/// because threads keep storage of it until they end.
+fn broken(source: &str, define: &str) -> &'static Kernels {
     let name = format!("{source}-{}.so", define.replace('=', "-"));
-    Kernels::load(&compile(&name, &["-shared", &format!("-D{define}")], &[source]))
+    let path = compile(&name, &["-shared", &format!("-D{define}")], &[source]);
+    Box::leak(Box::new(Kernels::load(&path)))
 }
 
 impl Kernels {
