@@ -7,9 +7,12 @@ Run once, by hand, when a family is added: `pip install torch transformers safet
 Each directory holds a checkpoint as Hugging Face writes it and golden.safetensors:
   ids            (tokens)          input
   logits         (tokens, vocab)   transformers in f32
-  canon_logits   (tokens, vocab)   the same with the inputs of every matrix product, and the keys
-  canon_hidden   (tokens, hidden)  and values, rounded to the checkpoint's type: what the engine
+  canon_logits   (tokens, vocab)   the same with the inputs of every matrix product rounded to the
+  canon_hidden   (tokens, hidden)  checkpoint's type, those of attention as well: what the engine
                                    computes but for the order of additions
+
+`scripts/golden.py tests/data/golden --again` keeps checkpoints, ids and logits, and computes the other
+two anew.
 """
 
 import importlib
@@ -19,7 +22,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 BASE = dict(
@@ -78,15 +81,29 @@ def run(model, ids):
 
 
 def rounded(model, dtype, ids):
-    """The same forward pass with inputs of matrix products, keys and values rounded."""
+    """The same forward pass with the inputs of matrix products rounded: activations, and queries,
+    keys, values and softmax weights, which are relative to the running maximum of blocks of 32."""
     modeling = importlib.import_module(type(model).__module__)
     linear, attention = F.linear, modeling.eager_attention_forward
 
     def round_(x):
         return x.to(dtype).float()
 
-    def attend(module, query, key, value, *args, **kwargs):
-        return attention(module, query, round_(key), round_(value), *args, **kwargs)
+    def attend(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (round_(x).repeat_interleave(groups, 1) for x in (key, value))
+        scores = round_(query) @ key.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores + mask[..., :key.shape[2]]
+        top, total, out = torch.full(scores.shape[:3] + (1,), -torch.inf), 0.0, 0.0
+        for block, values in zip(scores.split(32, 3), value.split(32, 2)):
+            new = torch.maximum(top, block.amax(3, keepdim=True))
+            weights, fall = round_(torch.exp(block - new)), torch.exp(top - new)
+            total = total * fall + weights.sum(3, keepdim=True)
+            out, top = out * fall + weights @ values, new
+        return (out / total).transpose(1, 2).contiguous(), None
 
     F.linear = lambda x, w, b=None: linear(round_(x), w, b)
     modeling.eager_attention_forward = attend
@@ -116,5 +133,23 @@ def main(out):
         print(f"{name:12} rms {logits.pow(2).mean().sqrt():.3f}  rounding moves logits by {error:.1e}")
 
 
+def again(out):
+    for name, (_, dtype, _) in FAMILIES.items():
+        path = out / name
+        golden = load_file(path / "golden.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager",
+                                                     dtype=torch.float32).eval()
+        model.config._experts_implementation = "eager"
+        ids = golden["ids"].long()[None]
+        logits, _ = run(model, ids)
+        assert (logits - golden["logits"]).norm() < 1e-5 * logits.norm(), name
+        canon_logits, canon_hidden = rounded(model, dtype, ids)
+        moved = (canon_logits - golden["canon_logits"]).norm() / logits.norm()
+        error = (canon_logits - logits).norm() / logits.norm()
+        save_file({**golden, "canon_logits": canon_logits.contiguous(),
+                   "canon_hidden": canon_hidden.contiguous()}, path / "golden.safetensors")
+        print(f"{name:12} moved by {moved:.1e}  rounding moves logits by {error:.1e}")
+
+
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    (again if "--again" in sys.argv else main)(pathlib.Path(sys.argv[1]))

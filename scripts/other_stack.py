@@ -326,7 +326,10 @@ class Stack:
         calibration = named(
             "targon-engine/calibration/1", u32(len(means)), bytes([self.calibration["shift"]]),
             struct.pack(f"<{len(means)}b", *exponents), struct.pack(f"<{len(means)}h", *means))
-        self.model_hash = named("targon-engine/model/1", weights, listed(b"bf16"), calibration)
+        # Not the engine's order of additions: a verifier compares by energies.
+        self.canon = f"transformers-{args.dtype}"
+        self.model_hash = named("targon-engine/model/2", weights, listed(b"bf16"),
+                                listed(self.canon.encode()), calibration)
 
     @staticmethod
     def calibration_path(weights):
@@ -403,7 +406,7 @@ class Stack:
             digest = blake3(digest + u32(index) + ids(output[own]) + listed(data)).digest()
             chunks.append({"index": index, "data": base64.b64encode(data).decode(),
                            "digest": digest.hex()})
-        end = {"scheme": request.scheme, "nonce": request.nonce.hex(),
+        end = {"scheme": request.scheme, "canon": self.canon, "nonce": request.nonce.hex(),
                "model": self.model_hash.hex(), "root": root.hex(), "tokens": len(output)}
         shown = output[:-1] if reason == "stop" else output
         text = request.choice.get("text") or self.file.text(shown)

@@ -82,7 +82,8 @@ def main():
                     listed(b"END"), b"\0")
     calibration = named("targon-engine/calibration/1", u32(CHANNELS), bytes([SHIFT]),
                         struct.pack("<40b", *EXPONENTS), struct.pack("<40h", *MEANS))
-    model = named("targon-engine/model/1", b"\1" * 32, listed(b"bf16"), b"\2" * 32)
+    model = named("targon-engine/model/2", b"\1" * 32, listed(b"bf16"), listed(b"canon-2"),
+                  b"\2" * 32)
     root = named("targon-engine/proof/1", b"\1", b"\7" * 32, request, model, b"\3" * 32)
     sign_key = first_u64(named("targon-engine/sketch/1", root))
     exact_key = first_u64(named("targon-engine/exact/1", root))

@@ -8,6 +8,7 @@ use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::{Identity, Model, config};
+use crate::ops::CANON;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
@@ -164,11 +165,11 @@ fn load_one(
     Ok(Served { engine, fingerprint, identity: Arc::new(identity) })
 }
 
-/// Version, weights root, dtype and kernel set in one word.
+/// Version, canon, weights root, dtype and kernel set in one word.
 fn fingerprint(model: &Model, identity: &Identity, pool: &Pool) -> String {
     let root = to_hex(&identity.weights_root[..8]);
     let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.decoder.dtype);
-    format!("targon-engine-{version}-{root}-{dtype}-{}", pool.isa())
+    format!("targon-engine-{version}-{CANON}-{root}-{dtype}-{}", pool.isa())
 }
 
 fn draw_target() -> ProgressDrawTarget {

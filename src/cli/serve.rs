@@ -11,6 +11,7 @@ use crate::clock::Clock;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::engine::request::LogprobMode;
 use crate::intake::translate::Defaults;
+use crate::ops::CANON;
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
 use crate::server::metrics::summarize;
@@ -72,7 +73,7 @@ pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
     let seen = stamp(&args.models.path);
     let config = args.models.read(&args.api_key)?;
     let pool = args.compute.pool()?;
-    tracing::info!(threads = pool.threads(), isa = %pool.isa(), "compute pool");
+    tracing::info!(threads = pool.threads(), isa = %pool.isa(), canon = CANON, "compute pool");
     let runtime = runtime()?;
     if let Some(log) = &config.server.log {
         let refuse = |e| Failure::user(format!("[server] `log` is not a valid filter: {e}"));

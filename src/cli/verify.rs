@@ -6,7 +6,9 @@ use super::out::outln;
 use super::shared::{ComputeArgs, ModelsArg, printable};
 use super::verify_html;
 use crate::models::Model;
+use crate::ops::CANON;
 use crate::proof::CHUNK_ROWS;
+use crate::verify::answer::Answer;
 use crate::verify::evidence::{ALARM, Calibrated, Evidence, Observed, Sums, weigh};
 use crate::verify::evidence_file::EvidenceFile;
 use crate::verify::limits::{self, LimitsFile};
@@ -255,7 +257,15 @@ impl Finding<'_> {
         match self.judged.profile {
             Profile::Powv => "targon-4.1".to_owned(),
             Profile::Ranks => "targon-4.4".to_owned(),
-            Profile::Proof => format!("{exact} of {} chunks equal bit for bit", chunks.len()),
+            Profile::Proof => match self.judged.answer.as_ref().and_then(Answer::other_canon) {
+                Some(canon) => format!(
+                    "{} chunks of {}, whose rows were compared by energy and not bit for bit, \
+                     because ours are of {CANON}",
+                    chunks.len(),
+                    printable(canon)
+                ),
+                None => format!("{exact} of {} chunks equal bit for bit", chunks.len()),
+            },
         }
     }
 
@@ -327,6 +337,7 @@ fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
         "place": finding.place, "choice": choice, "passed": report.verdict == Verdict::Pass,
         "reason": reason, "what": what,
         "tokens": finding.tokens(), "seconds": seconds, "chunks": report.chunks.len(),
+        "canon": finding.judged.answer.as_ref().and_then(|a| Some(&a.end.as_ref()?.canon)),
         "exact_chunks": report.chunks.iter().filter(|c| c.is_exact).count(),
         "energies": report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),
         "rows": rows.collect::<Vec<_>>(),

@@ -5,6 +5,7 @@ use crate::chain::keys::Keypair;
 use crate::engine::output::FinishReason;
 use crate::engine::request::{ProofOptions, Request};
 use crate::models::Identity;
+use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::proof::Scheme;
 use crate::proof::codec::{Hash, from_hex, to_hex};
@@ -112,6 +113,7 @@ impl ProofHead {
         let message = end_message(&digest.unwrap_or(self.root), tokens as u32, reason.tag());
         ProofEnd {
             scheme: scheme.name().into(),
+            canon: CANON.into(),
             nonce: to_hex(nonce),
             model: to_hex(&self.model),
             root: to_hex(&self.root),

@@ -13,6 +13,7 @@ use super::error::LoadError;
 use super::remembered::Remembered;
 use super::tokenizer::TextTokenizer;
 use crate::files;
+use crate::ops::CANON;
 use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
@@ -135,11 +136,12 @@ fn hidden_rows(decoder: &Decoder, pool: &Pool, ids: &[u32]) -> Result<Vec<f32>, 
     Ok(all.iter().flat_map(|row| rows.values(*row).iter().copied()).collect())
 }
 
-/// Hash of everything that the pass depends on: weights and their type, shape and options of the
-/// model, the ids of the text.
+/// Hash of everything that the pass depends on: the canon, weights and their type, shape and
+/// options of the model, the ids of the text.
 fn inputs(model: &Model, root: &Hash) -> Result<Hash, LoadError> {
     let mut e = Encoder::new("targon-engine/calibration-inputs/1");
-    e.u32(VERSION).raw(root).bytes(model.decoder.dtype.to_string().as_bytes());
+    e.u32(VERSION).bytes(CANON.as_bytes());
+    e.raw(root).bytes(model.decoder.dtype.to_string().as_bytes());
     e.bytes(format!("{:?}", model.decoder.spec).as_bytes());
     for piece in pieces(&model.decoder, &model.tokenizer)? {
         e.ids(&piece);

@@ -28,6 +28,7 @@ mod tokenizer_config;
 pub mod weight_file;
 pub mod weights;
 
+use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::ops::rope::Rope;
@@ -70,7 +71,9 @@ pub struct Identity {
     pub weights_root: Hash,
     /// Whitening of its hidden rows.
     pub calibration: Arc<Calibration>,
-    /// Hash of both and of the type they are computed in.
+    /// Type of weights and arithmetic.
+    pub dtype: Dtype,
+    /// Hash of all of these and of the [canon](CANON).
     pub model_hash: Hash,
 }
 
@@ -107,9 +110,16 @@ impl Identity {
     }
 
     fn new(model: &Model, weights_root: Hash, calibration: Calibration) -> Self {
-        let dtype = model.decoder.dtype.to_string();
-        let model_hash = model_hash(&weights_root, &dtype, &calibration_hash(&calibration));
-        Self { weights_root, calibration: Arc::new(calibration), model_hash }
+        let (dtype, calibration) = (model.decoder.dtype, Arc::new(calibration));
+        let mut identity = Self { weights_root, calibration, dtype, model_hash: [0; 32] };
+        identity.model_hash = identity.hash_under(CANON);
+        identity
+    }
+
+    /// What the hash would be if rows were computed in another canon, with the same calibration.
+    pub fn hash_under(&self, canon: &str) -> Hash {
+        let calibration = calibration_hash(&self.calibration);
+        model_hash(&self.weights_root, &self.dtype.to_string(), canon, &calibration)
     }
 }
 

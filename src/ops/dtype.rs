@@ -2,7 +2,7 @@
 //!
 //! A product of two such values is exact in f32. bf16 magnitudes below [`BF16_FLUSH`] become zero
 //! when weights are packed and when inputs are rounded: then no product and no partial sum can be
-//! subnormal, and instruction sets that flush subnormals (VDPBF16PS) agree with those that do not.
+//! subnormal, and instruction sets that flush subnormals (AMX) agree with those that do not.
 
 use half::{bf16, f16};
 use std::fmt;

@@ -1,17 +1,17 @@
-//! Matrix products with packed 16-bit weights: the layout and the tile that carry the canon.
+//! Matrix products with packed 16-bit weights.
 //!
-//! [`Packed`] keeps blocks of 64 output rows side by side, k interleaved in pairs, so one layout
-//! feeds matrix-vector and matrix-matrix products: lanes are output rows and no horizontal sum
-//! exists. bf16 pairs are interleaved element by element (what VDPBF16PS reads); f16 pairs keep 16
-//! odd elements, then 16 even ones (what a widening load reads).
+//! [`Packed`] keeps blocks of 64 output rows side by side, k in pairs
+//! ([`product`](super::product)), so one layout feeds matrix-vector and matrix-matrix products:
+//! lanes are output rows and no horizontal sum exists.
 //!
-//! A product is `out[t][r] = sum_k w[r][k] * x[t][k]`, each element one accumulator in the order of
-//! the canon. Tiles of up to 6 tokens by 64 rows are handed to an epilogue as plain slices.
+//! A product is `out[t][r] = sum_k w[r][k] * x[t][k]`, each element in the order of the canon.
+//! Tiles of up to 6 tokens by 64 rows are handed to an epilogue as plain slices.
 
 use super::buffer::Buffer;
 use super::dtype::{Dtype, Rounded, round_bf16};
-use super::lanes::{BfPair, Kernel, LANES, Lanes, dispatch};
+use super::lanes::{Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Turn};
+use super::product::{VEC_STRIDE, offset, product};
 use std::ops::Range;
 
 /// Output rows packed side by side.
@@ -20,8 +20,6 @@ pub const BLOCK_ROWS: usize = 64;
 const TILE_TOKENS: usize = 6;
 /// 16-bit values of one pair of k over a block.
 const PAIR_STRIDE: usize = 2 * BLOCK_ROWS;
-/// 16-bit values of one pair of k over 16 rows.
-pub(super) const VEC_STRIDE: usize = 2 * LANES;
 
 /// A weight matrix in the engine's layout.
 pub struct Packed {
@@ -106,16 +104,6 @@ impl Packed {
     /// Rows of `block` that exist (the last block may be padded).
     fn rows_of(&self, block: usize) -> Range<usize> {
         block * BLOCK_ROWS..((block + 1) * BLOCK_ROWS).min(self.rows)
-    }
-}
-
-/// Where element `k` of row `lane` lies in a block whose pairs of k are `stride` apart.
-#[inline(always)]
-pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usize {
-    let vec = k / 2 * stride + lane / LANES * VEC_STRIDE;
-    match dtype {
-        Dtype::Bf16 => vec + lane % LANES * 2 + k % 2,
-        Dtype::F16 => vec + lane % LANES + (1 - k % 2) * LANES,
     }
 }
 
@@ -286,17 +274,10 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
         out: &mut [[f32; BLOCK_ROWS]; T],
     ) {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
-        let pairs = self.w.cols / 2;
-        let acc = match (self.w.dtype, T) {
-            (Dtype::Bf16, _) if T == 1 || L::DOT_TILES => {
-                dot_tile::<L, T, V>(w, pairs, |t| self.x.bits(first + t))
-            }
-            (Dtype::Bf16, _) => {
-                fma_tile::<L, T, V, PAIR_STRIDE, false>(w, pairs, |t| self.x.values(first + t))
-            }
-            (Dtype::F16, _) => {
-                fma_tile::<L, T, V, PAIR_STRIDE, true>(w, pairs, |t| self.x.values(first + t))
-            }
+        let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.values(first + t));
+        let acc = match self.w.dtype {
+            Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x),
+            Dtype::F16 => product::<L, T, V, true>(w, pairs, x),
         };
         for t in 0..T {
             for v in 0..V {
@@ -306,195 +287,5 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
     }
 }
 
-/// The form for bf16 hardware: one two-element dot product for each pair.
-#[inline(always)]
-fn dot_tile<'x, L: Lanes, const T: usize, const V: usize>(
-    w: &[u16],
-    pairs: usize,
-    x: impl Fn(usize) -> &'x [u16],
-) -> [[L; V]; T] {
-    assert!(w.len() >= (pairs - 1) * PAIR_STRIDE + V * VEC_STRIDE);
-    let mut inputs = [std::ptr::null::<u32>(); T];
-    for (t, input) in inputs.iter_mut().enumerate() {
-        assert!(x(t).len() == 2 * pairs);
-        *input = x(t).as_ptr().cast();
-    }
-    let mut acc = [[L::splat(0.0); V]; T];
-    for p in 0..pairs {
-        for t in 0..T {
-            // SAFETY: `inputs[t]` has `pairs` pairs; the element type needs no alignment of 4.
-            let pair = BfPair(u32::from_le(unsafe { inputs[t].add(p).read_unaligned() }));
-            for v in 0..V {
-                // SAFETY: in bounds by the assertions above.
-                acc[t][v] = unsafe {
-                    acc[t][v].dot_bf16(w.as_ptr().add(p * PAIR_STRIDE + v * VEC_STRIDE), pair)
-                };
-            }
-        }
-    }
-    acc
-}
-
-/// The FMA form: `T` tokens by `V` vectors of rows in registers; pairs of k lie `STRIDE` apart.
-#[inline(always)]
-pub(super) fn fma_tile<
-    'x,
-    L: Lanes,
-    const T: usize,
-    const V: usize,
-    const STRIDE: usize,
-    const F16: bool,
->(
-    w: &[u16],
-    pairs: usize,
-    x: impl Fn(usize) -> &'x [f32],
-) -> [[L; V]; T] {
-    assert!(w.len() >= (pairs - 1) * STRIDE + V * VEC_STRIDE);
-    let mut inputs = [std::ptr::null::<f32>(); T];
-    for (t, input) in inputs.iter_mut().enumerate() {
-        assert!(x(t).len() == 2 * pairs);
-        *input = x(t).as_ptr();
-    }
-    let mut acc = [[L::splat(0.0); V]; T];
-    for p in 0..pairs {
-        // SAFETY: in bounds by the assertions above.
-        unsafe {
-            let w = w.as_ptr().add(p * STRIDE);
-            fma_step::<L, T, V, F16, true>(w, &inputs, 2 * p + 1, &mut acc);
-            fma_step::<L, T, V, F16, false>(w, &inputs, 2 * p, &mut acc);
-        }
-    }
-    acc
-}
-
-/// One k of a tile: the odd or the even elements of the pairs at `w`.
-///
-/// # Safety
-/// `w` must be readable for `V` vectors of pairs, each input at `k`.
-#[inline(always)]
-unsafe fn fma_step<L: Lanes, const T: usize, const V: usize, const F16: bool, const ODD: bool>(
-    w: *const u16,
-    inputs: &[*const f32; T],
-    k: usize,
-    acc: &mut [[L; V]; T],
-) {
-    // Plain loops: a closure would not inherit the instruction set, and its intrinsics would stay
-    // calls.
-    let mut row = [L::splat(0.0); V];
-    for v in 0..V {
-        // SAFETY: the caller's promise.
-        row[v] = unsafe { widen::<L, F16, ODD>(w.add(v * VEC_STRIDE)) };
-    }
-    for t in 0..T {
-        // SAFETY: the caller's promise.
-        let x = L::splat(unsafe { *inputs[t].add(k) });
-        for v in 0..V {
-            acc[t][v] = row[v].mul_add(x, acc[t][v]);
-        }
-    }
-}
-
-/// The odd or even elements of 16 packed pairs.
-///
-/// # Safety
-/// `pairs` must be readable for 32 values.
-#[inline(always)]
-unsafe fn widen<L: Lanes, const F16: bool, const ODD: bool>(pairs: *const u16) -> L {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (F16, ODD) {
-            (true, true) => L::load_f16(pairs),
-            (true, false) => L::load_f16(pairs.add(LANES)),
-            (false, true) => L::odd_bf16(pairs),
-            (false, false) => L::even_bf16(pairs),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::super::lanes::Isa;
-    use super::super::pool::Pool;
-    use super::*;
-
-    fn values(count: usize, seed: u32, scale: f32) -> Vec<f32> {
-        let mut state = seed;
-        (0..count)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state as f32 / u32::MAX as f32 - 0.5) * scale
-            })
-            .collect()
-    }
-
-    fn packed(turn: &Turn<'_>, rows: usize, cols: usize, dtype: Dtype) -> (Packed, Vec<u16>) {
-        let bits: Vec<u16> =
-            values(rows * cols, 7, 2.0).into_iter().map(|x| dtype.round(x)).collect();
-        let w = Packed::pack::<std::io::Error>(turn, (rows, cols), dtype, |r, out| {
-            out.copy_from_slice(&bits[r * cols..][..cols]);
-            Ok(())
-        });
-        (w.unwrap(), bits)
-    }
-
-    /// The canon, word for word.
-    fn reference(w: &[u16], x: &[f32], dtype: Dtype) -> f32 {
-        let mut acc = 0.0_f32;
-        for p in 0..x.len() / 2 {
-            acc = dtype.widen(w[2 * p + 1]).mul_add(x[2 * p + 1], acc);
-            acc = dtype.widen(w[2 * p]).mul_add(x[2 * p], acc);
-        }
-        acc
-    }
-
-    #[test]
-    fn products_follow_the_canon_on_every_instruction_set_and_shape() {
-        for (rows, cols, tokens) in [(1, 2, 1), (64, 64, 1), (130, 34, 13), (192, 96, 64)] {
-            for dtype in [Dtype::Bf16, Dtype::F16] {
-                for isa in Isa::available() {
-                    let pool = Pool::new(2, isa).unwrap();
-                    let turn = pool.turn();
-                    let (w, bits) = packed(&turn, rows, cols, dtype);
-                    let mut x = Rounded::new(dtype, cols);
-                    x.set_rows(tokens);
-                    for t in 0..tokens {
-                        x.set_row(t, &values(cols, 99 + t as u32, 8.0));
-                    }
-                    let mut out = vec![f32::NAN; rows * tokens];
-                    matmul_into(&turn, &w, &x, &mut out);
-                    for t in 0..tokens {
-                        for r in 0..rows {
-                            let want = reference(&bits[r * cols..][..cols], x.values(t), dtype);
-                            let got = out[t * rows + r];
-                            assert_eq!(got.to_bits(), want.to_bits(), "{isa} {dtype} {r} {t}");
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn rows_come_back_out_of_the_packed_layout() {
-        let pool = Pool::new(1, Isa::Scalar).unwrap();
-        for dtype in [Dtype::Bf16, Dtype::F16] {
-            let (w, bits) = packed(&pool.turn(), 70, 6, dtype);
-            let mut row = [0.0; 6];
-            for r in 0..70 {
-                w.row_into(r, &mut row);
-                let want: Vec<f32> = bits[r * 6..][..6].iter().map(|b| dtype.widen(*b)).collect();
-                assert_eq!(row.as_slice(), want, "{dtype} row {r}");
-            }
-        }
-    }
-
-    #[test]
-    fn gated_rows_alternate_in_blocks() {
-        assert_eq!(gated_rows(65), 256);
-        assert_eq!(gated_row(0, 65), Some(Ok(0)));
-        assert_eq!(gated_row(64, 65), Some(Err(0)));
-        assert_eq!(gated_row(128, 65), Some(Ok(64)));
-        assert_eq!(gated_row(192, 65), Some(Err(64)));
-        assert_eq!(gated_row(129, 65), None);
-    }
-}
+mod tests;

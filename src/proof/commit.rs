@@ -84,10 +84,11 @@ pub fn calibration_hash(calibration: &Calibration) -> Hash {
     e.finish()
 }
 
-/// Hash of a model: weights, the type they are computed in, and the calibration of its sketch.
-pub fn model_hash(weights_root: &Hash, dtype: &str, calibration: &Hash) -> Hash {
-    let mut e = Encoder::new("targon-engine/model/1");
-    e.raw(weights_root).bytes(dtype.as_bytes()).raw(calibration).finish()
+/// Hash of a model: weights, the type and the canon they are computed in, and the calibration of
+/// its sketch.
+pub fn model_hash(weights_root: &Hash, dtype: &str, canon: &str, calibration: &Hash) -> Hash {
+    let mut e = Encoder::new("targon-engine/model/2");
+    e.raw(weights_root).bytes(dtype.as_bytes()).bytes(canon.as_bytes()).raw(calibration).finish()
 }
 
 /// Key of the sampler's noise for a validator's nonce.
@@ -330,7 +331,7 @@ mod tests {
             scheme: Scheme::Residue,
             nonce: [7; 32],
             request: terms().hash(),
-            model: model_hash(&[1; 32], "bf16", &[2; 32]),
+            model: model_hash(&[1; 32], "bf16", "canon-2", &[2; 32]),
             hotkey: [3; 32],
         }
     }
@@ -386,13 +387,13 @@ mod tests {
     // Computed by an independent implementation of docs/proofs.md.
     const REQUEST: &str = "bf076e96f6daa802117932b9528138cb0903a1cf029c9bbe5b30ea57f8060541";
     const CALIBRATION: &str = "c1beae48a5eea0fc7fa227e6671f465c0a94a5cab97d059113c758cdd42e8f32";
-    const MODEL: &str = "39e791268345b3143d9eb271f89523526f7c0c4283302213b98968fc496363da";
-    const ROOT: &str = "9a7b3f2334839df9a5f4704207798851529d97f0572296c38702a4fba26c8e14";
-    const KEYS: &str = "a63e3ee3b56e9d71 53b291f32184de05";
+    const MODEL: &str = "d76519c2dc0e29c5b7f2dc755b55b336cc8866f0ea9b54b02fc528d8d01f0552";
+    const ROOT: &str = "ec1689324a1edcee788d39601667f5b71eff7d4c9921179fe42b7bd7be1ae4e9";
+    const KEYS: &str = "3d17dd595db4f189 9da37d925edb57c0";
     const NOISE: &str = "4676ad2f934cebe3";
-    const CHUNK: &str = "def4564de9a43d5acdb59ec15903c5e6c9138bc6";
-    const DIGEST: &str = "bdd2827654070e4ad69e4b8880bff65d22b0d087dae2456684e8740014a714ac";
-    const END: &str = "84b7393e968ebcf5b6c15af9ea32370c5ecf3933aabdf2473e5d1ee1e174e7b4";
+    const CHUNK: &str = "47ebf751562a43e046c23eb70a28bd87440e3a09";
+    const DIGEST: &str = "5cef9aade6d0ac42cf6140b5c3fec39e9caab7a0f53198c6a3c05009575b1b2e";
+    const END: &str = "6ce589210d0369d374c25395346092506590795e84db2671ce4a08058fc8b9cb";
     const NONCE: &str = "880c1a43471b2efc7234edfc56fe446573b1e125000f73de4d8960002142d669";
 
     #[test]

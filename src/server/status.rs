@@ -4,6 +4,7 @@ use super::error::{ApiError, echo};
 use super::openapi::Refusals;
 use super::registry::{Entry, State as ModelState};
 use super::state::ServerState;
+use crate::ops::CANON;
 use crate::wire::openai::ErrorBody;
 use crate::wire::openai::response::ModelCard;
 use axum::Json;
@@ -82,10 +83,10 @@ pub async fn health() -> Json<Value> {
 #[utoipa::path(
     get,
     path = "/version",
-    responses((status = 200, description = "The version", body = Object))
+    responses((status = 200, description = "The version and the numeric canon", body = Object))
 )]
 pub async fn version() -> Json<Value> {
-    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+    Json(json!({"version": env!("CARGO_PKG_VERSION"), "canon": CANON}))
 }
 
 /// `GET /load`: requests that run.

@@ -393,6 +393,7 @@ impl Verifier {
         report.rows = judge.finish();
         if let Some(bound) = &bound {
             report.chunks = hidden.compare(bound, &claim.answer.ids);
+            proof::check_canon(claim, &self.limits)?;
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
             rows::check_margins(&report.rows, &self.limits)?;
             let proof = Some((bound.scheme, report.chunks.as_slice()));

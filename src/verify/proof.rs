@@ -6,13 +6,18 @@ use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::chain::keys::Hotkey;
 use crate::engine::output::FinishReason;
 use crate::models::Identity;
+use crate::ops::CANON;
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
 };
 use crate::proof::residue::{Profile, row_energy};
 use crate::proof::{CHUNK_ROWS, Scheme, toploc};
+use crate::wire::openai::response::ProofEnd;
 use std::sync::Arc;
+
+/// Bytes of a canon's name.
+const CANON_BYTES_MAX: usize = 40;
 
 /// The proof that a request asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,6 +34,8 @@ pub struct Asked {
 pub struct Bound {
     /// The scheme.
     pub scheme: Scheme,
+    /// Whether its rows come from the canon of ours, so that they can be equal bit for bit.
+    pub is_our_canon: bool,
     /// Root of the chain.
     pub root: Hash,
     /// Key of the sampler's noise.
@@ -78,10 +85,7 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, 
     if asked.nonce.is_some_and(|own| own != nonce) {
         return Err(reject(Reason::WrongRoot, "the nonce is not the one that was sent"));
     }
-    if hex("model", &end.model)? != identity.model_hash {
-        let what = format!("the model is {}, got {}", to_hex(&identity.model_hash), end.model);
-        return Err(reject(Reason::WrongRoot, what));
-    }
+    let model = model_hash(end, identity)?;
     let hotkey = match &end.hotkey {
         Some(text) => Some(text.parse::<Hotkey>().map_err(|rule| {
             reject(Reason::BadSignature, format!("the hotkey cannot be read: {rule}"))
@@ -96,7 +100,7 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, 
         scheme: asked.scheme,
         nonce,
         request: terms,
-        model: identity.model_hash,
+        model,
         hotkey: hotkey.map_or([0; 32], |h| h.0),
     };
     let root = binding.root();
@@ -106,7 +110,29 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, 
     let digest = chain(claim.answer, root)?;
     check_signature(claim, &digest, reason, hotkey)?;
     let chunks = claim.answer.chunks.iter().map(|c| c.data.clone()).collect();
-    Ok(Bound { scheme: asked.scheme, root, noise_key: noise_key(&nonce, &terms), chunks })
+    let (scheme, is_our_canon) = (asked.scheme, end.canon == CANON);
+    Ok(Bound { scheme, is_our_canon, root, noise_key: noise_key(&nonce, &terms), chunks })
+}
+
+/// The hash of our model in the canon that the prover names, which must be the one that it sent.
+fn model_hash(end: &ProofEnd, identity: &Identity) -> Result<Hash, Stop> {
+    let canon = &end.canon;
+    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if !(1..=CANON_BYTES_MAX).contains(&canon.len()) || !canon.chars().all(is_name) {
+        let what = format!("canon must have 1 to {CANON_BYTES_MAX} of a-z, 0-9 and `-`");
+        return Err(reject(Reason::BadProof, what));
+    }
+    let model = match canon == CANON {
+        true => identity.model_hash,
+        false => identity.hash_under(canon),
+    };
+    let sent = from_hex::<32>(&end.model)
+        .map_err(|rule| reject(Reason::BadProof, format!("model {rule}")))?;
+    if sent != model {
+        let what = format!("the model in {canon} is {}, got {}", to_hex(&model), end.model);
+        return Err(reject(Reason::WrongRoot, what));
+    }
+    Ok(model)
 }
 
 /// A proof binds only to a nonce that the verifier chose: an answer to any other may be as old as
@@ -202,7 +228,7 @@ fn compare(index: usize, bound: &Bound, rows: &[RowData], data: &[u8]) -> ChunkE
     let profile = match bound.scheme {
         Scheme::Residue => Profile::U8,
         Scheme::ResidueU4 => Profile::U4,
-        Scheme::Toploc => return compare_toploc(none, rows, data),
+        Scheme::Toploc => return compare_toploc(none, bound.is_our_canon, rows, data),
     };
     let Ok(theirs) = ResidueChunk::from_bytes(data, rows.len()) else { return none };
     let (mut hashes, mut energy) = (Vec::with_capacity(rows.len()), 0.0);
@@ -212,11 +238,16 @@ fn compare(index: usize, bound: &Bound, rows: &[RowData], data: &[u8]) -> ChunkE
             energy += row_energy(profile, own, sketch);
         }
     }
-    let is_exact = chunk_hash(&bound.root, &hashes) == theirs.exact;
+    let is_exact = bound.is_our_canon && chunk_hash(&bound.root, &hashes) == theirs.exact;
     ChunkEvidence { is_exact, energy: Some(energy / rows.len() as f64), ..none }
 }
 
-fn compare_toploc(none: ChunkEvidence, rows: &[RowData], data: &[u8]) -> ChunkEvidence {
+fn compare_toploc(
+    none: ChunkEvidence,
+    is_our_canon: bool,
+    rows: &[RowData],
+    data: &[u8],
+) -> ChunkEvidence {
     let mut activations = Vec::new();
     for row in rows {
         if let RowData::Bits(bits) = row {
@@ -228,11 +259,26 @@ fn compare_toploc(none: ChunkEvidence, rows: &[RowData], data: &[u8]) -> ChunkEv
         // Fewer values than points: neither side has a proof.
         (None, _) => ChunkEvidence { is_exact: data.is_empty(), ..none },
         (Some(own), Ok(theirs)) => ChunkEvidence {
-            is_exact: own == theirs,
+            is_exact: is_our_canon && own == theirs,
             distance: Some(theirs.distance(&activations)),
             ..none
         },
         (Some(_), Err(_)) => none,
+    }
+}
+
+/// Rows of two canons are never equal bit for bit, so nobody can demand it of them.
+///
+/// # Errors
+/// The canon, where equal bits are demanded and it is another than ours.
+pub fn check_canon(claim: &Claim<'_>, limits: &Limits) -> Result<(), Stop> {
+    match claim.answer.other_canon() {
+        Some(canon) if limits.exact => {
+            let what =
+                format!("rows must be equal bit for bit, so they must be of {CANON}, not {canon}");
+            Err(reject(Reason::SketchEnergy, what))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -210,13 +210,25 @@ pub fn tiny_engine(seed: u32, options: Options) -> Engine {
 /// compute after `prompt`: as a prover would that did not draw the tokens with them.
 pub fn spoof(
     verifier: &Verifier,
+    asked: (&Request, &[u32]),
+    seed: Option<i64>,
+    nonce: &str,
+    answer: &mut Answer,
+) {
+    spoof_by(Scheme::Residue, verifier, asked, seed, nonce, answer);
+}
+
+/// The same by any scheme.
+pub fn spoof_by(
+    scheme: Scheme,
+    verifier: &Verifier,
     (request, prompt): (&Request, &[u32]),
     seed: Option<i64>,
     nonce: &str,
     answer: &mut Answer,
 ) {
     let nonce: Hash = from_hex(nonce).unwrap();
-    let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
+    let prover = Prover { scheme, nonce, signer: None };
     let head = prover.head(&request.terms(seed, 0).hash(), &verifier.identity);
     let prover = head.rows(&verifier.identity);
     let mut chain = Chain::new(head.root);

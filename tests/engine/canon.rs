@@ -9,7 +9,7 @@ use targon_engine::engine::request::Request;
 use targon_engine::engine::sampler::Sampling;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::decoder::{Decoder, Scratch};
-use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
+use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, PARTITION_TOKENS, Segment};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
@@ -47,7 +47,8 @@ impl Bench {
     /// every sequence in each step. Returns every row of every sequence.
     fn run(&self, sequences: &[Vec<u32>], cuts: &[Vec<usize>]) -> Vec<Vec<RowBits>> {
         let turn = self.pool.turn();
-        let blocks_each = TOKENS.div_ceil(BLOCK_TOKENS);
+        let longest = sequences.iter().map(Vec::len).max().unwrap();
+        let blocks_each = longest.div_ceil(BLOCK_TOKENS);
         let total = blocks_each * sequences.len();
         let mut cache =
             KvCache::new(self.decoder.spec.kv_dims(), self.decoder.dtype, total).unwrap();
@@ -82,8 +83,12 @@ impl Bench {
 }
 
 fn sequence(seed: u32) -> Vec<u32> {
+    tokens(seed, TOKENS)
+}
+
+fn tokens(seed: u32, count: usize) -> Vec<u32> {
     let mut noise = common::Noise(seed);
-    (0..TOKENS).map(|_| noise.below(64) as u32).collect()
+    (0..count).map(|_| noise.below(64) as u32).collect()
 }
 
 /// Chunks that add up to [`TOKENS`].
@@ -130,6 +135,67 @@ macro_rules! families {
 families! {
     llama 0; llama_linear 1; mistral 2; qwen2 3; qwen3 4; gemma2 5; phi3_in_f16 6; mixtral 7;
     qwen3_moe 8;
+}
+
+/// A context of more than one partition: rows decoded alone have it split over threads, rows of a
+/// prompt do not, and chunks end before, at and behind the border of the partitions.
+#[test]
+fn partitions_change_no_bit() {
+    const LONG: usize = PARTITION_TOKENS + 20;
+    let subject = [tokens(3, LONG)];
+    let whole = vec![LONG];
+    let reference = Bench::new("llama", Isa::Scalar, 1).run(&subject, std::slice::from_ref(&whole));
+    let singles = |from: usize| [vec![from], vec![1; LONG - from]].concat();
+    let cuts = [
+        whole,
+        singles(PARTITION_TOKENS - 3),
+        vec![PARTITION_TOKENS, 20],
+        vec![PARTITION_TOKENS - 1, 2, 19],
+        vec![17, PARTITION_TOKENS, 3],
+    ];
+    for isa in Isa::available() {
+        for threads in [1, 5] {
+            let bench = Bench::new("llama", isa, threads);
+            for cuts in &cuts {
+                if isa == Isa::Scalar && (threads == 1 || cuts.len() > 3) {
+                    continue; // time; the kernels are the same code
+                }
+                let rows = bench.run(&subject, std::slice::from_ref(cuts));
+                assert!(rows == reference, "{isa} threads {threads} {cuts:?}");
+            }
+        }
+    }
+}
+
+/// The control of this file: rows that do depend on the order are told apart. Two products that
+/// differ in their order of additions alone give other bits on a golden checkpoint's own rows.
+#[test]
+fn another_order_of_additions_shows() {
+    let bench = Bench::new("llama", Isa::best(), 1);
+    let rows = bench.run(&[sequence(1)], &[cuts(TOKENS)]);
+    let head = bench.decoder.weights.head();
+    let (mut weights, widen) = (vec![0.0; head.cols()], |b: &u16| bench.decoder.dtype.widen(*b));
+    let (mut canon, mut other) = (0, 0);
+    for (hidden, logits) in &rows[0] {
+        let hidden: Vec<f32> = hidden.iter().map(widen).collect();
+        for (row, logit) in logits.iter().enumerate() {
+            head.row_into(row, &mut weights);
+            let chain = |k: &[usize], from: f32| {
+                k.iter().fold(from, |sum, k| weights[*k].mul_add(hidden[*k], sum))
+            };
+            let blocks = (0..hidden.len()).collect::<Vec<_>>();
+            let sum = blocks.chunks(32).fold(0.0, |sum, block| {
+                let of = |odd| block.iter().copied().filter(move |k| k % 2 == odd);
+                let [even, odd] = [0, 1].map(|odd| chain(&of(odd).collect::<Vec<_>>(), 0.0));
+                sum + (even + odd)
+            });
+            canon += usize::from(sum.to_bits() == *logit);
+            other += usize::from(chain(&blocks, 0.0).to_bits() == *logit);
+        }
+    }
+    let count = rows[0].len() * head.rows();
+    assert_eq!(canon, count, "the canon by its text");
+    assert!(other < count * 9 / 10, "one chain in ascending order gave {other} of {count}");
 }
 
 /// Tokens and the bits of their log-probabilities.

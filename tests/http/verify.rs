@@ -13,6 +13,7 @@ use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
+use targon_engine::models::Identity;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::codec::{from_hex, to_hex};
@@ -146,7 +147,14 @@ async fn whatever_is_changed_is_rejected_for_the_right_reason() {
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
     type Change = fn(&mut Answer);
-    let cases: [(&str, Change, Reason); 17] = [
+    let cases: [(&str, Change, Reason); 20] = [
+        ("other canon", |a| a.end.as_mut().unwrap().canon = "canon-1".into(), Reason::WrongRoot),
+        ("canon without a name", |a| a.end.as_mut().unwrap().canon.clear(), Reason::BadProof),
+        (
+            "no canon's name",
+            |a| a.end.as_mut().unwrap().canon = "\u{1b}[2J".into(),
+            Reason::BadProof,
+        ),
         ("no tokens", |a| a.ids.clear(), Reason::TooShort),
         ("one too many", |a| a.ids.push(1), Reason::TooLong),
         ("unknown id", |a| a.ids[3] = 5000, Reason::BadIds),
@@ -178,6 +186,50 @@ async fn whatever_is_changed_is_rejected_for_the_right_reason() {
         let report = judge(&verifier, &body, &changed, Profile::Proof, Depth::Slow).await;
         let Verdict::Reject(rejection) = &report.verdict else { panic!("{name}: {report:?}") };
         assert_eq!(rejection.reason, reason, "{name}: {rejection}");
+    }
+}
+
+/// The prover computes in a canon of another name; here with our bits, so that nothing but the name
+/// decides what is compared.
+#[tokio::test]
+async fn rows_of_another_canon_are_compared_by_energy_and_never_exactly() {
+    let site = site(common::options());
+    let own = verifier(&site.engine);
+    for (scheme, canon) in
+        [("residue-v1", "canon-2"), ("residue-v1", "mma-sm90-1"), ("toploc", "mma-sm90-1")]
+    {
+        let identity = (*own.identity).clone();
+        let model_hash = identity.hash_under(canon);
+        let identity = Arc::new(Identity { model_hash, ..identity });
+        let theirs = Verifier { identity, ..own.clone() };
+        let body = proved(scheme);
+        let (_, mut answer) = answer(&site, &body).await;
+        let request = understood(&own, &body).await;
+        let scheme = scheme.parse().unwrap();
+        common::spoof_by(
+            scheme,
+            &theirs,
+            (&request, &request.prompt),
+            body["seed"].as_i64(),
+            NONCE,
+            &mut answer,
+        );
+        answer.end.as_mut().unwrap().canon = canon.into();
+        let is_ours = canon == "canon-2";
+        assert_eq!(answer.other_canon().is_none(), is_ours);
+        let report = judge(&own, &body, &answer, Profile::Proof, Depth::Slow).await;
+        assert_eq!(report.verdict, Verdict::Pass, "{canon}");
+        for chunk in &report.chunks {
+            assert_eq!(chunk.is_exact, is_ours, "{canon} {chunk:?}");
+            assert!(chunk.energy.is_none_or(|e| e == 0.0), "{chunk:?}");
+        }
+        let exact = Verifier { limits: Limits { exact: true, ..own.limits }, ..own.clone() };
+        let verdict = judge(&exact, &body, &answer, Profile::Proof, Depth::Slow).await.verdict;
+        match verdict {
+            Verdict::Pass => assert!(is_ours),
+            Verdict::Reject(r) => assert!(!is_ours && r.what.contains(canon), "{r}"),
+            Verdict::Unscored(why) => panic!("{why}"),
+        }
     }
 }
 

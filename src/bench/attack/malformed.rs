@@ -187,11 +187,13 @@ fn choice_of(answer: &Answer) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::CANON;
     use crate::proof::commit::ChunkProof;
 
     fn answer() -> Answer {
         let end = ProofEnd {
             scheme: "residue-v1".into(),
+            canon: CANON.into(),
             nonce: "01".repeat(32),
             model: "02".repeat(32),
             root: "03".repeat(32),

@@ -1,6 +1,6 @@
 //! AVX2 lanes: two registers each.
 
-use super::{BfPair, Kernel, Lanes};
+use super::{Kernel, Lanes};
 use std::arch::x86_64::*;
 
 /// Sixteen lanes in two registers.
@@ -66,7 +66,7 @@ pub(super) unsafe fn max_tree(v: __m256) -> f32 {
 
 impl Lanes for Avx2 {
     const ROW_VECS: usize = 1;
-    const DOT_TILES: bool = false;
+    const CHAINS: usize = 6; // of two registers each; 16 in all
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -179,11 +179,5 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn max_lane(self) -> f32 {
         simd!(max_tree(_mm256_max_ps(self.0, self.1)))
-    }
-
-    #[inline(always)]
-    unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self {
-        let (odd, even) = simd!((Self::odd_bf16(pairs), Self::even_bf16(pairs)));
-        even.mul_add(Self::splat(x.even()), odd.mul_add(Self::splat(x.odd()), self))
     }
 }

@@ -1,15 +1,14 @@
-//! AVX-512 lanes: one register each; `DOT` says where the two-element dot product is used.
+//! AVX-512 lanes: one register each.
+//!
+//! VDPBF16PS has no place here: it adds the odd and the even product of a pair to one accumulator,
+//! and the canon keeps them in two chains.
 
-use super::{BfPair, Kernel, Lanes};
+use super::{Kernel, Lanes};
 use std::arch::x86_64::*;
 
 /// Sixteen lanes in one register.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const DOT: u8>(__m512);
-
-const DOT_NEVER: u8 = 0;
-const DOT_VECTORS: u8 = 1;
-const DOT_ALWAYS: u8 = 2;
+pub(super) struct Avx512(__m512);
 
 /// Runs `kernel` with AVX-512.
 ///
@@ -17,25 +16,7 @@ const DOT_ALWAYS: u8 = 2;
 /// The CPU must have the features named here.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run::<Avx512<DOT_NEVER>>()
-}
-
-/// Runs `kernel` with AVX-512 and its BF16 dot product.
-///
-/// # Safety
-/// The CPU must have the features named here.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
-pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run::<Avx512<DOT_ALWAYS>>()
-}
-
-/// Runs `kernel` with AVX-512, its BF16 dot product in matrix-vector products only.
-///
-/// # Safety
-/// The CPU must have the features named here.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
-pub(super) unsafe fn run_bf16_fma<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run::<Avx512<DOT_VECTORS>>()
+    kernel.run::<Avx512>()
 }
 
 /// Calls intrinsics of the features above.
@@ -47,9 +28,9 @@ macro_rules! simd {
     };
 }
 
-impl<const DOT: u8> Lanes for Avx512<DOT> {
+impl Lanes for Avx512 {
     const ROW_VECS: usize = 4;
-    const DOT_TILES: bool = DOT == DOT_ALWAYS;
+    const CHAINS: usize = 24; // of 32 registers
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -155,18 +136,5 @@ impl<const DOT: u8> Lanes for Avx512<DOT> {
                 _mm256_max_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0));
             super::avx2::max_tree(half)
         })
-    }
-
-    #[inline(always)]
-    unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self {
-        if DOT != DOT_NEVER {
-            return Self(simd!(_mm512_dpbf16_ps(
-                self.0,
-                std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(pairs.cast())),
-                std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x.0 as i32))
-            )));
-        }
-        let (odd, even) = simd!((Self::odd_bf16(pairs), Self::even_bf16(pairs)));
-        even.mul_add(Self::splat(x.even()), odd.mul_add(Self::splat(x.odd()), self))
     }
 }

@@ -19,7 +19,6 @@ mod scalar;
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::OnceLock;
 
 pub use scalar::Scalar;
 
@@ -30,9 +29,9 @@ pub const LANES: usize = 16;
 pub trait Lanes: Copy + Send + Sync {
     /// Vectors of 16 output rows that a matrix tile keeps in registers.
     const ROW_VECS: usize;
-    /// Whether matrix tiles use [`dot_bf16`](Self::dot_bf16) (as matrix-vector products always do)
-    /// or widen and use [`mul_add`](Self::mul_add). The bits are the same.
-    const DOT_TILES: bool;
+    /// Accumulators that a tile keeps in registers. Where the two chains of all its outputs fit,
+    /// they run side by side, else one after the other. The bits are the same.
+    const CHAINS: usize;
 
     /// All lanes `x`.
     fn splat(x: f32) -> Self;
@@ -85,11 +84,6 @@ pub trait Lanes: Copy + Send + Sync {
     /// # Safety
     /// `from` must be readable for 16 values.
     unsafe fn load_f16(from: *const u16) -> Self;
-    /// `self + odd * odd(x)`, then `+ even * even(x)`: one step of the numeric canon for bf16.
-    ///
-    /// # Safety
-    /// `pairs` must be readable for 32 values.
-    unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self;
 
     /// The lanes as an array.
     #[inline(always)]
@@ -125,32 +119,9 @@ pub trait Lanes: Copy + Send + Sync {
     }
 }
 
-/// Two neighbouring bf16 inputs, the even one in the low half.
-#[derive(Clone, Copy)]
-pub struct BfPair(pub u32);
-
-impl BfPair {
-    /// The even (first) element.
-    #[inline(always)]
-    pub fn even(self) -> f32 {
-        f32::from_bits(self.0 << 16)
-    }
-
-    /// The odd (second) element.
-    #[inline(always)]
-    pub fn odd(self) -> f32 {
-        f32::from_bits(self.0 & 0xffff_0000)
-    }
-}
-
 /// Instruction set of the CPU kernels. All give equal bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Isa {
-    /// AVX-512 with the BF16 dot product throughout.
-    Avx512Bf16,
-    /// The same, with fused multiply-adds in matrix tiles: faster where VDPBF16PS has half their
-    /// rate.
-    Avx512Bf16Fma,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
     /// AVX2 with FMA and F16C.
@@ -162,17 +133,11 @@ pub enum Isa {
 }
 
 impl Isa {
-    const ALL: [Isa; 6] =
-        [Isa::Avx512Bf16, Isa::Avx512Bf16Fma, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar];
+    const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar];
 
-    /// The fastest set this CPU has. Between the two uses of the BF16 dot product a measurement of
-    /// about a millisecond decides; it changes the speed only, never a bit.
+    /// The fastest set this CPU has.
     pub fn best() -> Isa {
-        static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| match Isa::available()[0] {
-            Isa::Avx512Bf16 if seconds(TileProbe) > seconds(FmaProbe) => Isa::Avx512Bf16Fma,
-            first => first,
-        })
+        Isa::available()[0]
     }
 
     /// Every set this CPU has, fastest first; never empty.
@@ -189,9 +154,6 @@ impl Isa {
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
         match self {
-            Isa::Avx512Bf16 | Isa::Avx512Bf16Fma => {
-                avx512 && is_x86_feature_detected!("avx512bf16")
-            }
             Isa::Avx512 => avx512,
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2")
@@ -208,7 +170,7 @@ impl Isa {
         match self {
             Isa::Neon => cfg!(target_arch = "aarch64"),
             Isa::Scalar => true,
-            Isa::Avx512Bf16 | Isa::Avx512Bf16Fma | Isa::Avx512 | Isa::Avx2 => false,
+            Isa::Avx512 | Isa::Avx2 => false,
         }
     }
 }
@@ -216,8 +178,6 @@ impl Isa {
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Isa::Avx512Bf16 => "avx512-bf16",
-            Isa::Avx512Bf16Fma => "avx512-bf16-fma",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
             Isa::Neon => "neon",
@@ -257,12 +217,6 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `isa` comes from `Isa::available`, so the CPU has the features.
-        Isa::Avx512Bf16 => unsafe { avx512::run_bf16(kernel) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx512Bf16Fma => unsafe { avx512::run_bf16_fma(kernel) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
         Isa::Avx512 => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -273,57 +227,4 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
         #[allow(unreachable_patterns, reason = "the sets of other architectures")]
         other => panic!("this CPU has no {other}"),
     }
-}
-
-/// Products of each probe: some tens of microseconds.
-const PROBE_ROUNDS: usize = 20_000;
-
-/// Products of bf16 pairs by the dot product.
-#[derive(Clone, Copy)]
-struct TileProbe;
-
-impl Kernel for TileProbe {
-    type Out = f32;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) -> f32 {
-        let pairs = std::hint::black_box([0x3f80_u16; 2 * LANES]);
-        let mut acc = [L::splat(0.0); 16];
-        for _ in 0..PROBE_ROUNDS {
-            for a in &mut acc {
-                // SAFETY: the array has 32 values.
-                *a = unsafe { a.dot_bf16(pairs.as_ptr(), BfPair(0x3c00_3c00)) };
-            }
-        }
-        acc.into_iter().map(L::sum).sum()
-    }
-}
-
-/// The same work by fused multiply-adds.
-#[derive(Clone, Copy)]
-struct FmaProbe;
-
-impl Kernel for FmaProbe {
-    type Out = f32;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) -> f32 {
-        let (x, y) = (L::splat(std::hint::black_box(1.0)), L::splat(std::hint::black_box(0.01)));
-        let mut acc = [L::splat(0.0); 16];
-        for _ in 0..2 * PROBE_ROUNDS {
-            for a in &mut acc {
-                *a = x.mul_add(y, *a);
-            }
-        }
-        acc.into_iter().map(L::sum).sum()
-    }
-}
-
-fn seconds(probe: impl Kernel<Out = f32> + Copy) -> f64 {
-    let timed = (0..3).map(|_| {
-        let start = std::time::Instant::now();
-        std::hint::black_box(dispatch(Isa::Avx512Bf16, probe));
-        start.elapsed().as_secs_f64()
-    });
-    timed.fold(f64::INFINITY, f64::min)
 }

@@ -2,7 +2,7 @@
 //!
 //! Stable Rust has no f16 conversions for NEON, so f16 is widened with integer operations.
 
-use super::{BfPair, Lanes};
+use super::Lanes;
 use std::arch::aarch64::*;
 
 /// Sixteen lanes in four registers.
@@ -33,7 +33,7 @@ impl Neon {
 
 impl Lanes for Neon {
     const ROW_VECS: usize = 1;
-    const DOT_TILES: bool = false;
+    const CHAINS: usize = 6; // of four registers each; 32 in all
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -139,11 +139,5 @@ impl Lanes for Neon {
                 vorrq_u32(sign, vbslq_u32(is_special, special, finite))
             })
         })
-    }
-
-    #[inline(always)]
-    unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self {
-        let (odd, even) = simd!((Self::odd_bf16(pairs), Self::even_bf16(pairs)));
-        even.mul_add(Self::splat(x.even()), odd.mul_add(Self::splat(x.odd()), self))
     }
 }

@@ -1,6 +1,6 @@
 //! The reference lanes: plain arrays, one IEEE operation per lane.
 
-use super::{BfPair, LANES, Lanes};
+use super::{LANES, Lanes};
 use half::{bf16, f16};
 
 /// Sixteen lanes in an array.
@@ -22,7 +22,7 @@ impl Scalar {
 
 impl Lanes for Scalar {
     const ROW_VECS: usize = 1;
-    const DOT_TILES: bool = false;
+    const CHAINS: usize = 6;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -111,13 +111,6 @@ impl Lanes for Scalar {
     unsafe fn load_f16(from: *const u16) -> Self {
         // SAFETY: the caller promises 16 readable values.
         Self::from_fn(|i| f16::from_bits(unsafe { from.add(i).read() }).to_f32())
-    }
-
-    #[inline(always)]
-    unsafe fn dot_bf16(self, pairs: *const u16, x: BfPair) -> Self {
-        // SAFETY: the caller promises 32 readable values.
-        let (odd, even) = unsafe { (Self::odd_bf16(pairs), Self::even_bf16(pairs)) };
-        even.mul_add(Self::splat(x.even()), odd.mul_add(Self::splat(x.odd()), self))
     }
 }
 

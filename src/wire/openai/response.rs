@@ -53,9 +53,11 @@ pub struct ProofChunk {
 pub struct ProofEnd {
     /// Name of the scheme.
     pub scheme: String,
+    /// The numeric canon in which the rows were computed.
+    pub canon: String,
     /// The nonce that was used.
     pub nonce: String,
-    /// Hash of the model: weights, type and calibration.
+    /// Hash of the model: weights, type, canon and calibration.
     pub model: String,
     /// Root of the chain.
     pub root: String,

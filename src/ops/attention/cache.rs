@@ -1,0 +1,150 @@
+//! The paged KV cache: blocks of 32 positions, packed for the products of attention.
+//!
+//! Keys of a head are a packed matrix with positions side by side and the head dimension in pairs;
+//! values one with the head dimension side by side and positions in pairs
+//! ([`product`](crate::ops::product)). So scores and weighted values are both products of the
+//! canon, and both are what an AMX tile reads.
+
+use crate::ops::buffer::Buffer;
+use crate::ops::dtype::Dtype;
+use crate::ops::pool::{Disjoint, Turn};
+use crate::ops::product::offset;
+use std::io;
+use std::ops::Range;
+
+/// Positions in a KV block.
+pub const BLOCK_TOKENS: usize = 32;
+/// Largest head dimension.
+pub const HEAD_DIM_MAX: usize = 256;
+/// 16-bit values of one pair of the head dimension over the positions of a block.
+pub(super) const KEY_STRIDE: usize = 2 * BLOCK_TOKENS;
+
+/// Shape of the KV cache of one model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KvDims {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl KvDims {
+    /// 16-bit values in the keys (or values) of one block, one layer.
+    fn block_len(self) -> usize {
+        self.kv_heads * BLOCK_TOKENS * self.head_dim
+    }
+
+    /// Bytes of one block over all layers, keys and values.
+    pub fn block_bytes(self) -> usize {
+        self.layers * self.block_len() * 2 * 2
+    }
+}
+
+/// Keys and values of all blocks.
+pub struct KvCache {
+    pub(super) dims: KvDims,
+    pub(super) dtype: Dtype,
+    layers: Vec<KvLayer>,
+}
+
+struct KvLayer {
+    keys: Buffer,   // (blocks, kv_heads, head_dim / 2, BLOCK_TOKENS, 2)
+    values: Buffer, // (blocks, kv_heads, BLOCK_TOKENS / 2, head_dim, 2)
+}
+
+/// The rows of one sequence in a step, consecutive in the batch and in position.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Rows of the batch.
+    pub rows: Range<usize>,
+    /// Absolute position of the first row.
+    pub start: usize,
+    /// Block table: the block that holds each 32 positions, from position 0.
+    pub blocks: Vec<u32>,
+}
+
+impl Segment {
+    pub(super) fn position(&self, row: usize) -> usize {
+        self.start + row - self.rows.start
+    }
+}
+
+impl KvCache {
+    /// Room for `blocks` blocks; memory is only backed once it is written.
+    ///
+    /// # Errors
+    /// When the system refuses the address space.
+    pub fn new(dims: KvDims, dtype: Dtype, blocks: usize) -> io::Result<Self> {
+        let len = blocks * dims.block_len();
+        let layer = || Ok(KvLayer { keys: Buffer::zeroed(len)?, values: Buffer::zeroed(len)? });
+        let layers = (0..dims.layers).map(|_| layer()).collect::<io::Result<_>>()?;
+        Ok(Self { dims, dtype, layers })
+    }
+
+    /// Stores the keys and values of a step in `layer`. `qkv` is (rows, row_len); keys start at
+    /// column `k_at`, values follow them.
+    pub fn store(
+        &mut self,
+        turn: &Turn<'_>,
+        layer: usize,
+        segments: &[Segment],
+        (qkv, row_len, k_at): (&[f32], usize, usize),
+    ) {
+        let KvDims { kv_heads, head_dim, .. } = self.dims;
+        let (block_len, head_len, dtype) =
+            (self.dims.block_len(), BLOCK_TOKENS * head_dim, self.dtype);
+        let KvLayer { keys, values } = &mut self.layers[layer];
+        let (keys, values) = (Disjoint::new(keys), Disjoint::new(values));
+        turn.run(segments.len() * kv_heads, |task| {
+            let (segment, head) = (&segments[task / kv_heads], task % kv_heads);
+            for row in segment.rows.clone() {
+                let position = segment.position(row);
+                let (block, slot) = (position / BLOCK_TOKENS, position % BLOCK_TOKENS);
+                let at = segment.blocks[block] as usize * block_len + head * head_len;
+                // SAFETY: a block that is written belongs to one sequence, a head to one task.
+                let (keys, values) =
+                    unsafe { (keys.piece(at..at + head_len), values.piece(at..at + head_len)) };
+                if slot == 0 {
+                    // Stale values would meet a weight of zero; they must be finite.
+                    values.fill(0);
+                }
+                let k = &qkv[row * row_len + k_at + head * head_dim..][..head_dim];
+                let v = &qkv[row * row_len + k_at + (kv_heads + head) * head_dim..][..head_dim];
+                for (d, (k, v)) in k.iter().zip(v).enumerate() {
+                    keys[offset(dtype, KEY_STRIDE, slot, d)] = dtype.round(*k);
+                    values[offset(dtype, 2 * head_dim, d, slot)] = dtype.round(*v);
+                }
+            }
+        });
+    }
+
+    /// Passes every key and value head stored at `slot` of `block` through `change`, as a coarser
+    /// cache would.
+    pub fn rewrite(&mut self, block: u32, slot: usize, mut change: impl FnMut(&mut [f32])) {
+        let (KvDims { kv_heads, head_dim, .. }, dtype) = (self.dims, self.dtype);
+        let (first, mut head) = (block as usize * self.dims.block_len(), vec![0.0; head_dim]);
+        for KvLayer { keys, values } in &mut self.layers {
+            for at in (0..kv_heads).map(|h| first + h * BLOCK_TOKENS * head_dim) {
+                let key = |d| at + offset(dtype, KEY_STRIDE, slot, d);
+                let value = |d| at + offset(dtype, 2 * head_dim, d, slot);
+                (0..head_dim).for_each(|d| head[d] = dtype.widen(keys[key(d)]));
+                change(&mut head);
+                (0..head_dim).for_each(|d| keys[key(d)] = dtype.round(head[d]));
+                (0..head_dim).for_each(|d| head[d] = dtype.widen(values[value(d)]));
+                change(&mut head);
+                (0..head_dim).for_each(|d| values[value(d)] = dtype.round(head[d]));
+            }
+        }
+    }
+
+    /// Keys and values of one head of a block in `layer`.
+    #[inline(always)]
+    pub(super) fn head(&self, layer: usize, block: u32, kv_head: usize) -> (&[u16], &[u16]) {
+        let head_len = BLOCK_TOKENS * self.dims.head_dim;
+        let at = block as usize * self.dims.block_len() + kv_head * head_len;
+        let KvLayer { keys, values } = &self.layers[layer];
+        (&keys[at..at + head_len], &values[at..at + head_len])
+    }
+}

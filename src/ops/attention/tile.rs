@@ -1,0 +1,321 @@
+//! Attention of a few queries that share a key/value head: scores, softmax, values.
+
+use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
+use super::partial::Partial;
+use super::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
+use crate::ops::dtype::Dtype;
+use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::ops::math;
+use crate::ops::product::{VEC_STRIDE, block, product};
+use std::ops::Range;
+
+/// Queries of one tile at most.
+pub(super) const TILE_QUERIES: usize = 6;
+const KEY_VECS: usize = BLOCK_TOKENS / LANES;
+const VALUE_VECS: usize = 4;
+
+/// Scores or weights of the positions of a block.
+type Scores = [f32; BLOCK_TOKENS];
+
+/// Up to six queries that share a key/value head.
+pub(super) struct Tile<'a> {
+    pub(super) cache: &'a KvCache,
+    pub(super) layer: usize,
+    pub(super) attention: Attention,
+    pub(super) segment: &'a Segment,
+    pub(super) kv_head: usize,
+    /// `row * group + head-in-group`.
+    pub(super) queries: Range<usize>,
+    /// Only the positions of this one, or all.
+    pub(super) partition: Option<usize>,
+    /// (rows, row_len), and row_len.
+    pub(super) qkv: (&'a [f32], usize),
+}
+
+/// Computes a tile; `sink` gets the row, the head and the result of each query. Each width is a
+/// function of its own, whose frame stays small without optimisation too.
+pub(super) fn run(isa: Isa, tile: Tile<'_>, sink: impl Fn(usize, usize, &mut Partial)) {
+    match (tile.cache.dtype, tile.queries.len()) {
+        (Dtype::Bf16, 1) => dispatch(isa, Run::<_, 1, false> { tile, sink }),
+        (Dtype::Bf16, 2) => dispatch(isa, Run::<_, 2, false> { tile, sink }),
+        (Dtype::Bf16, 3) => dispatch(isa, Run::<_, 3, false> { tile, sink }),
+        (Dtype::Bf16, 4) => dispatch(isa, Run::<_, 4, false> { tile, sink }),
+        (Dtype::Bf16, 5) => dispatch(isa, Run::<_, 5, false> { tile, sink }),
+        (Dtype::Bf16, _) => dispatch(isa, Run::<_, TILE_QUERIES, false> { tile, sink }),
+        (Dtype::F16, 1) => dispatch(isa, Run::<_, 1, true> { tile, sink }),
+        (Dtype::F16, 2) => dispatch(isa, Run::<_, 2, true> { tile, sink }),
+        (Dtype::F16, 3) => dispatch(isa, Run::<_, 3, true> { tile, sink }),
+        (Dtype::F16, 4) => dispatch(isa, Run::<_, 4, true> { tile, sink }),
+        (Dtype::F16, 5) => dispatch(isa, Run::<_, 5, true> { tile, sink }),
+        (Dtype::F16, _) => dispatch(isa, Run::<_, TILE_QUERIES, true> { tile, sink }),
+    }
+}
+
+/// A tile of `T` queries.
+struct Run<'a, S, const T: usize, const F16: bool> {
+    tile: Tile<'a>,
+    sink: S,
+}
+
+/// Appends stored partitions in ascending order.
+pub(super) struct Join<'a> {
+    pub(super) parts: &'a [f32], // (partitions, stored_len)
+    pub(super) head_dim: usize,
+}
+
+impl Kernel for Join<'_> {
+    type Out = Partial;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> Partial {
+        let mut total = Partial::NOTHING;
+        for part in self.parts.chunks_exact(Partial::stored_len(self.head_dim)) {
+            total.append::<L>(&Partial::load(part), self.head_dim);
+        }
+        total
+    }
+}
+
+impl<S, const T: usize, const F16: bool> Kernel for Run<'_, S, T, F16>
+where
+    S: Fn(usize, usize, &mut Partial),
+{
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let tile = &self.tile;
+        let head_dim = tile.cache.dims.head_dim;
+        let (mut queries, mut seen) = ([[0.0_f32; HEAD_DIM_MAX]; T], [const { 0..0 }; T]);
+        for t in 0..T {
+            let ((row, head), (qkv, row_len)) = (tile.query(t), tile.qkv);
+            let from = &qkv[row * row_len + head * head_dim..][..head_dim];
+            round_to(tile.cache.dtype, from, &mut queries[t]);
+            seen[t] = tile.attention.seen(tile.segment.position(row));
+        }
+        let mut total = [Partial::NOTHING; T];
+        if let Some(partition) = tile.partition {
+            tile.partition::<L, T, F16>(partition, &queries, &seen, &mut total);
+        } else {
+            let mut part = [Partial::NOTHING; T];
+            for partition in partitions(&seen) {
+                part.fill(Partial::NOTHING);
+                tile.partition::<L, T, F16>(partition, &queries, &seen, &mut part);
+                for t in 0..T {
+                    total[t].append::<L>(&part[t], head_dim);
+                }
+            }
+        }
+        for (t, result) in total.iter_mut().enumerate() {
+            let (row, head) = tile.query(t);
+            (self.sink)(row, head, result);
+        }
+    }
+}
+
+impl Tile<'_> {
+    /// Row and head of query `t` of the tile.
+    #[inline(always)]
+    fn query(&self, t: usize) -> (usize, usize) {
+        let group = self.attention.heads / self.cache.dims.kv_heads;
+        let index = self.queries.start + t;
+        (self.segment.rows.start + index / group, self.kv_head * group + index % group)
+    }
+
+    /// The online softmax over the blocks of one partition, ascending, into `part`.
+    #[inline(always)]
+    fn partition<L: Lanes, const T: usize, const F16: bool>(
+        &self,
+        partition: usize,
+        queries: &[[f32; HEAD_DIM_MAX]; T],
+        seen: &[Range<usize>; T],
+        part: &mut [Partial; T],
+    ) {
+        let head_dim = self.cache.dims.head_dim;
+        let first = seen.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
+        let end = seen.iter().map(|s| s.end).max().unwrap_or(0);
+        let own = partition * PARTITION_BLOCKS..(partition + 1) * PARTITION_BLOCKS;
+        for block in first.max(own.start)..end.div_ceil(BLOCK_TOKENS).min(own.end) {
+            let base = block * BLOCK_TOKENS;
+            let (keys, values) =
+                self.cache.head(self.layer, self.segment.blocks[block], self.kv_head);
+            let mut scores = scores::<L, T, F16>(keys, head_dim, queries);
+            let mut valid = [const { 0..0 }; T];
+            for (valid, seen) in valid.iter_mut().zip(seen) {
+                *valid = seen.start.clamp(base, base + BLOCK_TOKENS) - base
+                    ..seen.end.clamp(base, base + BLOCK_TOKENS) - base;
+            }
+            let rescale = self.soften::<L, T>(&mut scores, &valid, part);
+            let pairs = (end - base).min(BLOCK_TOKENS).div_ceil(2);
+            accumulate::<L, T, F16>(values, (pairs, head_dim), &scores, rescale, part);
+        }
+    }
+
+    /// Turns scores into weights relative to each query's new maximum, rounded to the cache's type,
+    /// updates the sums and returns the factors on what was accumulated before. A query that sees
+    /// nothing of the block gets weights of zero and a factor of one.
+    #[inline(always)]
+    fn soften<L: Lanes, const T: usize>(
+        &self,
+        scores: &mut [Scores; T],
+        valid: &[Range<usize>; T],
+        part: &mut [Partial; T],
+    ) -> [f32; T] {
+        let mut falls = [0.0_f32; LANES]; // old maximum - new maximum
+        for t in 0..T {
+            let block_max = self.mask::<L>(&mut scores[t], &valid[t]);
+            let old = part[t].max;
+            part[t].max = if old > block_max { old } else { block_max };
+            falls[t] = if valid[t].is_empty() { 0.0 } else { old - part[t].max };
+        }
+        // SAFETY: the array holds 16 values.
+        let factors = math::exp(unsafe { L::load(falls.as_ptr()) }).to_array();
+        let mut rescale = [1.0; T];
+        for t in 0..T {
+            rescale[t] = factors[t];
+            if valid[t].is_empty() {
+                scores[t].fill(0.0);
+                continue;
+            }
+            let mut vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
+            let max = L::splat(part[t].max);
+            for v in &mut vecs {
+                *v = math::exp(v.sub(max));
+            }
+            let mut exact = [0.0; BLOCK_TOKENS];
+            store_vecs(&vecs, &mut exact);
+            round_to(self.cache.dtype, &exact, &mut scores[t]);
+            let vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
+            part[t].sum = part[t].sum.mul_add(rescale[t], vecs[0].add(vecs[1]).sum());
+        }
+        rescale
+    }
+
+    /// Scales and caps one query's scores, puts -infinity where it does not see, and returns the
+    /// largest.
+    #[inline(always)]
+    fn mask<L: Lanes>(&self, scores: &mut Scores, valid: &Range<usize>) -> f32 {
+        let mut vecs: [L; KEY_VECS] = load_vecs(scores);
+        for v in &mut vecs {
+            *v = v.mul(L::splat(self.attention.scale));
+            if let Some(cap) = self.attention.softcap {
+                *v = math::tanh(v.div(L::splat(cap))).mul(L::splat(cap));
+            }
+        }
+        store_vecs(&vecs, scores);
+        if *valid != (0..BLOCK_TOKENS) {
+            scores[..valid.start].fill(f32::NEG_INFINITY);
+            scores[valid.end..].fill(f32::NEG_INFINITY);
+            vecs = load_vecs(scores);
+        }
+        vecs[0].max(vecs[1]).max_lane()
+    }
+}
+
+/// Partitions that hold what these queries see.
+fn partitions(seen: &[Range<usize>]) -> Range<usize> {
+    let first = seen.iter().map(|s| s.start).min().unwrap_or(0) / PARTITION_TOKENS;
+    first..seen.iter().map(|s| s.end).max().unwrap_or(0).div_ceil(PARTITION_TOKENS)
+}
+
+/// Rounds `from` to `dtype`, as values.
+#[inline(always)]
+fn round_to(dtype: Dtype, from: &[f32], to: &mut [f32]) {
+    for (to, x) in to.iter_mut().zip(from) {
+        *to = dtype.widen(dtype.round(*x));
+    }
+}
+
+/// `scores[t][j] = sum_d queries[t][d] * keys[j][d]`.
+#[inline(always)]
+fn scores<L: Lanes, const T: usize, const F16: bool>(
+    keys: &[u16],
+    head_dim: usize,
+    queries: &[[f32; HEAD_DIM_MAX]; T],
+) -> [Scores; T] {
+    let (pairs, query) = ((head_dim / 2, KEY_STRIDE), |t: usize| &queries[t][..head_dim]);
+    let mut scores = [[0.0_f32; BLOCK_TOKENS]; T];
+    if L::ROW_VECS >= KEY_VECS {
+        let acc = product::<L, T, KEY_VECS, F16>(keys, pairs, query);
+        for t in 0..T {
+            store_vecs(&acc[t], &mut scores[t]);
+        }
+        return scores;
+    }
+    for v in 0..KEY_VECS {
+        let acc = product::<L, T, 1, F16>(&keys[v * VEC_STRIDE..], pairs, query);
+        for t in 0..T {
+            scores[t][v * LANES..][..LANES].copy_from_slice(&acc[t][0].to_array());
+        }
+    }
+    scores
+}
+
+#[inline(always)]
+fn load_vecs<L: Lanes>(from: &Scores) -> [L; KEY_VECS] {
+    let mut vecs = [L::splat(0.0); KEY_VECS];
+    for (v, vec) in vecs.iter_mut().enumerate() {
+        // SAFETY: the array holds KEY_VECS times 16 values.
+        *vec = unsafe { L::load(from.as_ptr().add(v * LANES)) };
+    }
+    vecs
+}
+
+#[inline(always)]
+fn store_vecs<L: Lanes>(vecs: &[L; KEY_VECS], to: &mut Scores) {
+    for (v, vec) in vecs.iter().enumerate() {
+        to[v * LANES..][..LANES].copy_from_slice(&vec.to_array());
+    }
+}
+
+/// `out[t] = out[t] * rescale[t] + sum_j weights[t][j] * values[j]`, the sum one block of the canon
+/// over the first `pairs` pairs of positions.
+#[inline(always)]
+fn accumulate<L: Lanes, const T: usize, const F16: bool>(
+    values: &[u16],
+    (pairs, head_dim): (usize, usize),
+    weights: &[Scores; T],
+    rescale: [f32; T],
+    part: &mut [Partial; T],
+) {
+    let mut d = 0;
+    while d < head_dim {
+        let shape = (pairs, head_dim, d);
+        if L::ROW_VECS == VALUE_VECS && head_dim - d >= VALUE_VECS * LANES {
+            accumulate_vecs::<L, T, VALUE_VECS, F16>(values, shape, weights, rescale, part);
+            d += VALUE_VECS * LANES;
+        } else {
+            accumulate_vecs::<L, T, 1, F16>(values, shape, weights, rescale, part);
+            d += LANES;
+        }
+    }
+}
+
+#[inline(always)]
+fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
+    values: &[u16],
+    (pairs, head_dim, d): (usize, usize, usize),
+    weights: &[Scores; T],
+    rescale: [f32; T],
+    part: &mut [Partial; T],
+) {
+    assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX && pairs <= BLOCK_TOKENS / 2);
+    assert!(pairs == 0 || values.len() >= (pairs - 1) * 2 * head_dim + 2 * (d + V * LANES));
+    let mut inputs = [std::ptr::null::<f32>(); T];
+    for t in 0..T {
+        inputs[t] = weights[t].as_ptr();
+    }
+    // SAFETY: in bounds by the assertions above; a row of weights has two for each pair.
+    let sums = unsafe {
+        block::<L, T, V, F16>(values.as_ptr().add(2 * d), (pairs, 2 * head_dim), &inputs)
+    };
+    for t in 0..T {
+        for v in 0..V {
+            // SAFETY: `d + V * LANES` is within the row, asserted above.
+            unsafe {
+                let out = part[t].out.as_mut_ptr().add(d + v * LANES);
+                L::load(out).mul_add(L::splat(rescale[t]), sums[t][v]).store(out);
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The product of the canon: its order of additions, the layout of its pairs, its register tile.
+//!
+//! # Order
+//!
+//! k is cut into blocks of [`BLOCK_K`] from 0; the last one is filled up with zeros. A block has
+//! two chains of fused multiply-adds, both from +0: `even` over its elements 0, 2, ..., 30 and
+//! `odd` over 1, 3, ..., 31. Its sum is `even + odd`; the result starts from +0 and adds the sums
+//! in ascending order. This is what one TDPBF16PS of AMX does per block (Intel's manual, and
+//! 512,000 outputs of a Sapphire Rapids), and what two FMAs repeat on every other CPU and on a GPU.
+//! There is no AMX path yet; the layout below is what its tiles read.
+//!
+//! # Zeros
+//!
+//! A sum of two numbers is -0 only if both are -0, rounding to nearest. A chain starts from +0 and
+//! its products are exact, so no product rounds to -0 from below: `even`, `odd`, the sums and the
+//! result are never -0. Hence the zeros of the last block change nothing (`0 * 0 + a` is `a` unless
+//! `a` is -0) and the tile leaves them out. A chain that began with its first product instead would
+//! differ only where all products are zero and negative: its -0 would meet the `0 +` of the result
+//! and vanish. Where a chain starts can therefore reach no result.
+//!
+//! # No subnormals
+//!
+//! AMX flushes subnormals, IEEE arithmetic does not; here neither meets one. bf16 magnitudes below
+//! 2^-50 are zero ([`BF16_FLUSH`](super::dtype::BF16_FLUSH)) and bf16 has eight significant bits,
+//! so every input is a multiple of 2^-57 and every product one of 2^-114. If a and b are multiples
+//! of 2^-114, so is their exact sum; rounding it to 24 bits leaves it as it is where its last bit
+//! is worth 2^-114 or less, and makes it a multiple of a larger power of two elsewhere. So by
+//! induction every value of a chain, every `even + odd` and every sum of blocks is a multiple of
+//! 2^-114: zero, or at least 2^-114, far above the smallest normal 2^-126. The order does not enter
+//! the argument. f16 inputs are multiples of 2^-24, so the same holds with 2^-48.
+//!
+//! # Layout
+//!
+//! 16 outputs lie side by side, k in pairs. bf16 pairs are interleaved element by element; f16
+//! pairs keep 16 odd elements, then 16 even ones (what a widening load reads). 16 pairs of bf16
+//! over 16 outputs, loaded with the stride of a pair, are a B tile of AMX, and rows of inputs as
+//! they lie are its A tiles; a last block shorter than 32 is a tile of fewer rows. f16 would need
+//! interleaved pairs for that.
+
+use super::dtype::Dtype;
+use super::lanes::{LANES, Lanes};
+
+/// Elements of k in a block: two chains of half as many.
+pub const BLOCK_K: usize = 32;
+/// Pairs of k in a block.
+const BLOCK_PAIRS: usize = BLOCK_K / 2;
+/// 16-bit values of one pair of k over 16 outputs.
+pub(super) const VEC_STRIDE: usize = 2 * LANES;
+
+/// Where element `k` of output `lane` lies in a matrix whose pairs of k are `stride` apart.
+#[inline(always)]
+pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usize {
+    let vec = k / 2 * stride + lane / LANES * VEC_STRIDE;
+    match dtype {
+        Dtype::Bf16 => vec + lane % LANES * 2 + k % 2,
+        Dtype::F16 => vec + lane % LANES + (1 - k % 2) * LANES,
+    }
+}
+
+/// Products of `T` rows of inputs with `V` vectors of 16 outputs from `w` on: `pairs` pairs of k
+/// that lie `stride` apart. Input `t` is `x(t)`, 2 * `pairs` values.
+#[inline(always)]
+pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: bool>(
+    w: &[u16],
+    (pairs, stride): (usize, usize),
+    x: impl Fn(usize) -> &'x [f32],
+) -> [[L; V]; T] {
+    assert!(pairs > 0 && w.len() >= (pairs - 1) * stride + V * VEC_STRIDE);
+    let mut inputs = [std::ptr::null::<f32>(); T];
+    for (t, input) in inputs.iter_mut().enumerate() {
+        assert!(x(t).len() == 2 * pairs);
+        *input = x(t).as_ptr();
+    }
+    let mut acc = [[L::splat(0.0); V]; T];
+    let mut first = 0;
+    while first < pairs {
+        let count = (pairs - first).min(BLOCK_PAIRS);
+        let mut at = inputs;
+        for x in &mut at {
+            // SAFETY: each input has 2 * `pairs` values.
+            *x = unsafe { x.add(2 * first) };
+        }
+        // SAFETY: `first + count` pairs are in bounds by the assertions above.
+        let sums =
+            unsafe { block::<L, T, V, F16>(w.as_ptr().add(first * stride), (count, stride), &at) };
+        for t in 0..T {
+            for v in 0..V {
+                acc[t][v] = acc[t][v].add(sums[t][v]);
+            }
+        }
+        first += count;
+    }
+    acc
+}
+
+/// One block: `even + odd`. With many outputs the chains take turns, because both would not fit
+/// into the registers; the block's weights are in the nearest cache by then.
+///
+/// # Safety
+/// `w` must be readable for `count` pairs `stride` apart of `V` vectors each, each input for
+/// 2 * `count` values.
+#[inline(always)]
+pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: bool>(
+    w: *const u16,
+    (count, stride): (usize, usize),
+    inputs: &[*const f32; T],
+) -> [[L; V]; T] {
+    let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if 2 * T * V <= L::CHAINS {
+            for p in 0..count {
+                step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
+                step::<L, T, V, F16, true>(w.add(p * stride), inputs, 2 * p + 1, &mut odd);
+            }
+        } else {
+            for p in 0..count {
+                step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
+            }
+            for p in 0..count {
+                step::<L, T, V, F16, true>(w.add(p * stride), inputs, 2 * p + 1, &mut odd);
+            }
+        }
+    }
+    for t in 0..T {
+        for v in 0..V {
+            even[t][v] = even[t][v].add(odd[t][v]);
+        }
+    }
+    even
+}
+
+/// One k of a tile: the odd or the even elements of the pairs at `w`.
+///
+/// # Safety
+/// `w` must be readable for `V` vectors of pairs, each input at `k`.
+#[inline(always)]
+unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const ODD: bool>(
+    w: *const u16,
+    inputs: &[*const f32; T],
+    k: usize,
+    acc: &mut [[L; V]; T],
+) {
+    // Plain loops: a closure would not inherit the instruction set, and its intrinsics would stay
+    // calls.
+    let mut row = [L::splat(0.0); V];
+    for v in 0..V {
+        // SAFETY: the caller's promise.
+        row[v] = unsafe { widen::<L, F16, ODD>(w.add(v * VEC_STRIDE)) };
+    }
+    for t in 0..T {
+        // SAFETY: the caller's promise.
+        let x = L::splat(unsafe { *inputs[t].add(k) });
+        for v in 0..V {
+            acc[t][v] = row[v].mul_add(x, acc[t][v]);
+        }
+    }
+}
+
+/// The odd or even elements of 16 packed pairs.
+///
+/// # Safety
+/// `pairs` must be readable for 32 values.
+#[inline(always)]
+unsafe fn widen<L: Lanes, const F16: bool, const ODD: bool>(pairs: *const u16) -> L {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (F16, ODD) {
+            (true, true) => L::load_f16(pairs),
+            (true, false) => L::load_f16(pairs.add(LANES)),
+            (false, true) => L::odd_bf16(pairs),
+            (false, false) => L::even_bf16(pairs),
+        }
+    }
+}
