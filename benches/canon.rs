@@ -1,8 +1,8 @@
 //! What the canon costs and what its partitions give: `cargo bench --bench canon`.
 //!
-//! A product of the canon and one with a single chain for each output take turns on one thread; then
-//! attention of one row over a long context on one thread and on all. Every figure is that of the
-//! fastest of many short runs.
+//! A product of the canon and one with a single chain for each output take turns on one thread;
+//! then attention of one row over a long context on one thread and on all. Every figure is that of
+//! the fastest of many short runs.
 
 use std::hint::black_box;
 use std::time::Instant;
