@@ -27,10 +27,11 @@ const SURPLUS_SAMPLES: &str = "DELETE FROM samples WHERE (round, uid) IN (
     WHERE age > $1 LIMIT $2)";
 /// Samples of hotkeys that no longer hold their uid.
 const FORMER_SAMPLES: &str = "DELETE FROM samples WHERE (round, uid) IN (
-    SELECT s.round, s.uid FROM samples s WHERE s.at_ms < $1 AND NOT EXISTS (
-        SELECT 1 FROM hotkeys h WHERE h.netuid = s.netuid AND h.uid = s.uid
-            AND h.hotkey = s.hotkey AND h.since_block = (SELECT MAX(l.since_block) FROM hotkeys l
-                WHERE l.netuid = h.netuid AND l.uid = h.uid))
+    SELECT s.round, s.uid FROM samples s
+    WHERE s.at_ms < $1 AND (s.netuid, s.uid, s.hotkey) NOT IN (
+        SELECT h.netuid, h.uid, h.hotkey FROM hotkeys h
+        WHERE h.since_block = (SELECT MAX(l.since_block) FROM hotkeys l
+            WHERE l.netuid = h.netuid AND l.uid = h.uid))
     LIMIT $2)";
 
 /// What to forget; what is none stays.

@@ -306,6 +306,7 @@ fn samples_are_the_newest_of_each_miner_and_model_oldest_first() {
         assert_eq!(store.samples(4, 100, 110).await.unwrap(), []);
         assert_eq!(store.samples(4, 100, u64::MAX).await.unwrap(), []);
         assert_eq!(store.samples(5, 100, 0).await.unwrap(), []);
+        assert_eq!(store.samples(4, 0, 0).await.unwrap(), []);
     });
 }
 
