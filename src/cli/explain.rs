@@ -344,6 +344,7 @@ fn state(state: &WeightsState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Claim;
     use crate::store::record::{Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
     use crate::validator::scores::gate::{Alarm, Standing};
@@ -499,7 +500,7 @@ mod tests {
         };
         store.save_round(&round).await.unwrap();
         let planned = Weights { state: WeightsState::Planned, ..weights() };
-        store.plan_weights(&planned).await.unwrap();
+        assert_eq!(store.plan_weights(&planned).await.unwrap(), Claim::Ours);
         let (weights, seen) = read(&args).await.unwrap();
         assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
         let shown = Shown::new(4, 1, weights, &seen).map_err(|e| e.message).unwrap();
