@@ -9,6 +9,7 @@ mod sdk;
 pub mod standing;
 mod targon;
 
+pub use sdk::clipped;
 use std::fmt;
 use std::str::FromStr;
 

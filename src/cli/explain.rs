@@ -86,8 +86,8 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not at
-    /// hand when the weights were decided from what is known by now of the miner's rounds.
+    /// Of the last weights that are remembered for `netuid`. Misses whose cause was not at hand
+    /// when the weights were decided get it from what is known by now of the miner's rounds.
     pub(super) fn new(
         netuid: u16,
         uid: u16,
@@ -344,6 +344,7 @@ fn state(state: &WeightsState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Claim;
     use crate::store::record::{Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
     use crate::validator::scores::gate::{Alarm, Standing};
@@ -499,7 +500,7 @@ mod tests {
         };
         store.save_round(&round).await.unwrap();
         let planned = Weights { state: WeightsState::Planned, ..weights() };
-        store.plan_weights(&planned).await.unwrap();
+        assert_eq!(store.plan_weights(&planned).await.unwrap(), Claim::Ours);
         let (weights, seen) = read(&args).await.unwrap();
         assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
         let shown = Shown::new(4, 1, weights, &seen).map_err(|e| e.message).unwrap();

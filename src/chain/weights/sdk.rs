@@ -16,7 +16,10 @@ pub(super) fn shares(raw: &[(u16, f64)], limits: &Limits) -> Result<Vec<(u16, f6
 }
 
 /// Shares whose sum is 1, none above `limit`; where that cannot be, all the same.
-fn clipped(weights: &[f64], limit: f64) -> Result<Vec<f64>, VectorError> {
+///
+/// # Errors
+/// When all weights are zero.
+pub fn clipped(weights: &[f64], limit: f64) -> Result<Vec<f64>, VectorError> {
     let count = weights.len();
     let total: f64 = weights.iter().sum();
     if total <= 0.0 {

@@ -93,15 +93,16 @@ pub fn decide(rules: &Rules, input: &Input<'_>) -> Decision {
         Profile::Default => share_of_best(&scores),
         Profile::Targon44 => min_max(&scores),
     };
-    let outcome = normalised.map(|normalised| {
+    let outcome = normalised.map_err(|none| none.to_string()).and_then(|normalised| {
         let raw: Vec<(u16, f64)> = input.seats.keys().copied().zip(normalised).collect();
         for (miner, (_, value)) in miners.iter_mut().zip(&raw) {
             miner.normalised = *value;
         }
-        match rules.profile {
-            Profile::Default => emission::ours(&raw, input.limits),
+        let values = match rules.profile {
+            Profile::Default => emission::ours(&raw, spare(&miners), input.limits),
             Profile::Targon44 => emission::targon(&raw, input.limits),
-        }
+        };
+        values.map_err(|none| none.to_string())
     });
     let values = outcome.as_deref().unwrap_or_default();
     let weights: BTreeMap<u16, u16> = values.iter().copied().collect();
@@ -110,9 +111,16 @@ pub fn decide(rules: &Rules, input: &Input<'_>) -> Decision {
     }
     let (values, none) = match outcome {
         Ok(values) => (values, None),
-        Err(why) => (Vec::new(), Some(why.to_string())),
+        Err(why) => (Vec::new(), Some(why)),
     };
     Decision { profile: rules.profile, window: rules.window, values, none, miners }
+}
+
+/// Who is named where the chain wants more uids than have earned something: whoever is behind an
+/// alarm comes last.
+fn spare(miners: &[Explanation]) -> impl Iterator<Item = u16> + '_ {
+    let of = |pays| miners.iter().filter(move |miner| miner.gate.pays == pays);
+    of(true).chain(of(false)).map(|miner| miner.uid)
 }
 
 /// One miner's numbers, up to its score.

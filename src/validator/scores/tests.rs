@@ -248,16 +248,20 @@ fn an_explanation_leads_to_the_round_and_comes_back_from_json() {
 fn the_chain_gets_enough_uids_and_no_share_above_its_limit() {
     let raw = [(0, 0.0), (1, 1.0), (2, 0.0), (3, 0.5)];
     let at_least = |min_allowed| ChainLimits { min_allowed, max_weight: u16::MAX };
-    assert_eq!(emission::ours(&raw, at_least(3)), [(0, 0), (1, 65_535), (3, 32_768)]);
-    assert_eq!(emission::ours(&raw, at_least(9)), [(0, 0), (1, 65_535), (2, 0), (3, 32_768)]);
+    let ours = |raw: &[(u16, f64)], limits| {
+        let spare: Vec<u16> = raw.iter().rev().map(|(uid, _)| *uid).collect();
+        emission::ours(raw, spare.into_iter(), limits).unwrap()
+    };
+    let targon = |raw: &[(u16, f64)], limits| emission::targon(raw, limits).unwrap();
+    assert_eq!(ours(&raw, at_least(2)), [(1, 65_535), (3, 32_768)]);
+    assert_eq!(ours(&raw, at_least(3)), [(1, 65_535), (2, 1), (3, 32_768)]);
+    assert_eq!(ours(&raw, at_least(9)), [(0, 1), (1, 65_535), (2, 1), (3, 32_768)]);
     // 1e-5 for all: 65,535e-5 rounds to 1.
-    let filled = [(0, 1), (1, 65_535), (2, 1), (3, 32_768)];
-    assert_eq!(emission::targon(&raw, at_least(3)), filled);
-    assert_eq!(emission::targon(&raw, at_least(9)), [0, 1, 2, 3].map(|uid| (uid, 65_535)));
+    assert_eq!(targon(&raw, at_least(3)), [(0, 1), (1, 65_535), (2, 1), (3, 32_768)]);
+    assert_eq!(targon(&raw, at_least(9)), [0, 1, 2, 3].map(|uid| (uid, 65_535)));
     let capped = ChainLimits { min_allowed: 0, max_weight: 6_554 };
     let raw: Vec<(u16, f64)> = (0..20).map(|uid| (uid, 0.8_f64.powi(uid.into()))).collect();
-    for encode in [emission::ours, emission::targon] {
-        let values = encode(&raw, capped);
+    for values in [ours(&raw, capped), targon(&raw, capped)] {
         let sum: f64 = values.iter().map(|(_, w)| f64::from(*w)).sum();
         let largest = f64::from(values[0].1) / sum;
         assert!((largest - 0.1).abs() < 1e-3, "{largest}");
@@ -265,7 +269,26 @@ fn the_chain_gets_enough_uids_and_no_share_above_its_limit() {
         assert!(values[19].1 < values[18].1, "{values:?}");
     }
     // Two uids cannot have a tenth each: equal shares, as the SDK gives them.
-    assert_eq!(emission::ours(&raw[..2], capped), [(0, 65_535), (1, 65_535)]);
+    assert_eq!(ours(&raw[..2], capped), [(0, 65_535), (1, 65_535)]);
+}
+
+#[test]
+fn whoever_is_behind_an_alarm_is_the_last_to_be_named() {
+    let mut seats = seats(4);
+    let sums = Sums { margin: ALARM, ..Sums::default() };
+    let evidence = Evidence { answers: 9, alarms: 1, sums };
+    seats.get_mut(&0).unwrap().standing = Standing { evidence, shut_by: None };
+    let samples = history(&[vec![Some(50.0)], vec![], vec![], vec![Some(50.0)]]);
+    let models = [MODEL.to_owned()];
+    let named = |min_allowed| {
+        let limits = ChainLimits { min_allowed, max_weight: u16::MAX };
+        let input =
+            Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
+        decide(&Rules::of(Profile::Default), &input).values
+    };
+    assert_eq!(named(1), [(3, 65_535)]);
+    assert_eq!(named(3), [(1, 1), (2, 1), (3, 65_535)]);
+    assert_eq!(named(4), [(0, 1), (1, 1), (2, 1), (3, 65_535)]);
 }
 
 fn answers() -> impl Strategy<Value = Vec<Option<f64>>> {
