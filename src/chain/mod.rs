@@ -11,6 +11,7 @@ pub mod keys;
 pub mod metagraph;
 pub mod network;
 pub mod subtensor;
+pub mod timelock;
 pub mod wallet;
 pub mod weights;
 

@@ -1,5 +1,6 @@
 //! Networks by name: their endpoints and the genesis that must be behind them.
 
+use super::timelock::{Drand, QUICKNET};
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -61,6 +62,8 @@ pub struct Endpoints {
     pub stall: Duration,
     /// How long to wait before a refused extrinsic is signed and sent anew.
     pub again: Duration,
+    /// Whose rounds reveal committed weights.
+    pub drand: Drand,
 }
 
 impl Endpoints {
@@ -85,7 +88,7 @@ impl Endpoints {
         let genesis = (network == Network::Finney).then_some(FINNEY_GENESIS);
         let (timeout, stall) = (Duration::from_secs(30), Duration::from_secs(60));
         let again = Duration::from_secs(15);
-        Ok(Self { urls, genesis, timeout, stall, again })
+        Ok(Self { urls, genesis, timeout, stall, again, drand: QUICKNET })
     }
 }
 

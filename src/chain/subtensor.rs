@@ -4,6 +4,7 @@
 //! A connection that breaks or stalls is replaced by one to the next endpoint. The metagraph comes
 //! from one runtime call; where a runtime lacks it, from storage (`fallback`).
 
+mod commit;
 mod fallback;
 mod raw;
 mod reader;

@@ -5,6 +5,7 @@
 //! sent that it would refuse; [`outcome`] says what became of what was sent. All of it is pure.
 
 pub mod outcome;
+pub mod reveal;
 mod sdk;
 pub mod standing;
 mod targon;

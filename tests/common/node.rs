@@ -9,12 +9,16 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test uses its part")]
 
 // Named, for this file is also included by `fake_node/program.rs`.
+#[path = "node/apis.rs"]
+mod apis;
 #[path = "node/chain.rs"]
 mod chain;
 #[path = "node/drand.rs"]
 pub mod drand;
 #[path = "node/extrinsic.rs"]
 mod extrinsic;
+#[path = "node/metadata.rs"]
+mod metadata;
 #[path = "node/rpc.rs"]
 mod rpc;
 #[path = "node/runtime.rs"]
@@ -78,6 +82,8 @@ pub struct Subnet {
     pub reveals: bool,
     /// Commits that wait for their revelation.
     pub commits: Vec<Commit>,
+    /// Those whose weights were stored: their blocks and the blocks of their revelation.
+    pub revealed: Vec<(u64, u64)>,
     /// The last weights for each mechanism's storage index and uid: other uids and values.
     pub weights: BTreeMap<(u16, u16), Vec<(u16, u16)>>,
     /// Blocks of the last weights for mechanisms beyond the first, likewise.
@@ -118,6 +124,7 @@ impl Subnet {
             checks_in_pool: true,
             reveals: true,
             commits: Vec::new(),
+            revealed: Vec::new(),
             weights: BTreeMap::new(),
             updates: BTreeMap::new(),
         }

@@ -1,18 +1,21 @@
 //! A fake subtensor node as a program, for trying commands out without a chain.
 //!
-//! It prints its address, then each extrinsic that it accepts as a line of JSON, and makes blocks
-//! until it is killed.
+//! It prints its address, then as lines of JSON each extrinsic that it accepts and all weights that
+//! it stores, and makes blocks until it is killed. Commits of weights can be opened only where they
+//! are encrypted to the fake's own drand; those to quicknet wait, and are forgotten at their epoch.
 
 #[path = "../common/node.rs"]
 mod node;
 
 use node::{FakeNode, Neuron, Subnet};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::time::Duration;
 use targon_engine::chain::keys::Hotkey;
 
 const USAGE: &str = "usage: fake-node [--port N] [--netuid N] [--block-ms N] \
+    [--tempo BLOCKS] [--commit-reveal 0|1] [--weights-rate-limit BLOCKS] \
     [--neuron SS58_HOTKEY,STAKE_TAO,PERMIT(0|1)]...";
 /// How often new extrinsics are looked for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -21,19 +24,32 @@ struct Options {
     port: u16,
     netuid: u16,
     block: Duration,
+    tempo: u16,
+    commit_reveal: bool,
+    weights_rate_limit: u64,
     neurons: Vec<Neuron>,
 }
 
 impl Options {
     fn read(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
-        let block = Duration::from_millis(1000);
-        let mut options = Self { port: 0, netuid: 4, block, neurons: Vec::new() };
+        let mut options = Self {
+            port: 0,
+            netuid: 4,
+            block: Duration::from_millis(1000),
+            tempo: 360,
+            commit_reveal: false,
+            weights_rate_limit: 100,
+            neurons: Vec::new(),
+        };
         while let Some(name) = args.next() {
             let value = args.next().ok_or_else(|| format!("{name} wants a value"))?;
             match name.as_str() {
                 "--port" => options.port = number(&value)?,
                 "--netuid" => options.netuid = number(&value)?,
                 "--block-ms" => options.block = Duration::from_millis(number(&value)?),
+                "--tempo" => options.tempo = number(&value)?,
+                "--commit-reveal" => options.commit_reveal = number::<u8>(&value)? != 0,
+                "--weights-rate-limit" => options.weights_rate_limit = number(&value)?,
                 "--neuron" => options.neurons.push(neuron(&value)?),
                 _ => return Err(format!("unknown argument {name}")),
             }
@@ -65,11 +81,13 @@ async fn main() {
         eprintln!("{e}\n{USAGE}");
         std::process::exit(1)
     });
-    let subnet = Subnet::new(options.netuid, options.neurons);
+    let mut subnet = Subnet::new(options.netuid, options.neurons);
+    (subnet.tempo, subnet.commit_reveal) = (options.tempo, options.commit_reveal);
+    subnet.weights_rate_limit = options.weights_rate_limit;
     let node = FakeNode::start_on(options.port, subnet).await;
     println!("{}", node.url());
     node.auto_blocks(options.block);
-    let mut shown = 0;
+    let (mut shown, mut stored) = (0, BTreeMap::new());
     loop {
         let calls = node.calls();
         for call in &calls[shown..] {
@@ -78,6 +96,13 @@ async fn main() {
             println!("{}", json!({"signer": signer, "pallet": pallet, "name": name, "args": args}));
         }
         shown = calls.len();
+        let weights = node.subnet(|s| s.weights.clone());
+        for ((index, uid), values) in &weights {
+            if stored.get(&(*index, *uid)) != Some(values) {
+                println!("{}", json!({"storage_index": index, "uid": uid, "weights": values}));
+            }
+        }
+        stored = weights;
         tokio::time::sleep(LOOK).await;
     }
 }

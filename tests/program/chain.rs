@@ -39,8 +39,8 @@ pub(crate) fn subnet() -> Subnet {
 
 fn endpoints(urls: &[String]) -> Endpoints {
     let (timeout, stall) = (Duration::from_secs(5), Duration::from_millis(400));
-    let again = 5 * BLOCK;
-    Endpoints { timeout, stall, again, ..Endpoints::new(Network::Finney, urls).unwrap() }
+    let (again, drand) = (5 * BLOCK, node::drand::network());
+    Endpoints { timeout, stall, again, drand, ..Endpoints::new(Network::Finney, urls).unwrap() }
 }
 
 pub(crate) fn client(nodes: &[&FakeNode]) -> Subtensor {

@@ -2,10 +2,11 @@
 //! sent again, and what is read back.
 
 use crate::chain::{BLOCK, client, key, subnet};
-use crate::node::{FakeNode, Outcome, SPEC, Subnet};
+use crate::node::{Commit, FakeNode, Outcome, SPEC, Subnet, drand};
 use parking_lot::Mutex;
 use targon_engine::chain::Chain;
 use targon_engine::chain::subtensor::Subtensor;
+use targon_engine::chain::timelock::QUICKNET;
 use targon_engine::chain::weights::Vector;
 use targon_engine::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Sent};
 use targon_engine::chain::weights::standing::Unmet;
@@ -320,4 +321,137 @@ async fn weights_that_arrived_unseen_are_found() {
     }
     assert_eq!(chain.read_back(&sent).await, ReadBack::Confirmed);
     assert_eq!(node.calls().len(), 1);
+}
+
+#[test]
+fn commits_are_opened_by_the_signature_of_their_round() {
+    let vectors: serde_json::Value =
+        serde_json::from_slice(include_bytes!("../data/tlock_vectors.json")).unwrap();
+    let bytes = |value: &serde_json::Value| hex::decode(value.as_str().unwrap()).unwrap();
+    let signature = bytes(&vectors["drand_quicknet"]["round_1000_signature"]);
+    for name in ["crv4_payload", "legacy_payload_spec293"] {
+        let (plain, official) = (&vectors[name]["plaintext_hex"], &vectors[name]["inner_hex"]);
+        let plain = bytes(plain);
+        assert_eq!(drand::decrypt(&bytes(official), &signature), Some(plain.clone()));
+        let mut ours = QUICKNET.encrypt(&plain, 1000).unwrap();
+        assert_eq!(drand::decrypt(&ours, &signature), Some(plain.clone()), "{name}");
+        // Another round's signature opens nothing, and no changed byte goes unnoticed.
+        let other = drand::network().encrypt(&plain, 1000).unwrap();
+        assert_eq!(drand::decrypt(&other, &signature), None);
+        assert_eq!(drand::decrypt(&other, &drand::signature(1000)), Some(plain));
+        assert_eq!(drand::decrypt(&other, &drand::signature(1001)), None);
+        let last = ours.len() - 40;
+        ours[last] ^= 1;
+        assert_eq!(drand::decrypt(&ours, &signature), None);
+    }
+}
+
+/// Short epochs, so that a commit is soon revealed.
+fn committing(subnet: &mut Subnet) {
+    (subnet.commit_reveal, subnet.tempo) = (true, 20);
+}
+
+/// Blocks that come slowly enough for a build without optimisation to encrypt in between.
+async fn committing_node() -> FakeNode {
+    let node = node(committing).await;
+    node.auto_blocks(5 * BLOCK);
+    node
+}
+
+async fn wait_for(node: &FakeNode, block: u64) {
+    while node.head() < block {
+        tokio::time::sleep(BLOCK / 2).await;
+    }
+}
+
+#[tokio::test]
+async fn weights_are_committed_and_revealed_where_the_subnet_wants_it() {
+    let node = committing_node().await;
+    let chain = client(&[&node]);
+    let sent = Signed::default().set(&chain, &order()).await.unwrap().unwrap();
+    assert_eq!(sent.call, Call::CommitMechanism);
+    let call = node.calls().remove(0);
+    assert_eq!(call.name, "commit_timelocked_mechanism_weights");
+    assert_eq!(call.args["commit_reveal_version"], 4);
+    assert_eq!(call.args["reveal_round"], sent.reveal_round.unwrap());
+    let commit = node.subnet(|s| s.commits[0].clone());
+    assert!(sent.reveal_round.unwrap() > drand::stored_round(commit.block));
+    let waiting = ReadBack::Waiting { epoch: commit.epoch, period: 1 };
+    assert_eq!(chain.read_back(&sent).await, waiting);
+    assert!(node.subnet(|s| s.weights.is_empty()));
+    // One epoch later, and the three blocks until the round is there.
+    let first = (commit.epoch + 1) * 21 - 5;
+    wait_for(&node, first + 4).await;
+    assert_eq!(chain.read_back(&sent).await, ReadBack::Confirmed);
+    assert_eq!(node.subnet(|s| s.weights[&(4, 0)].clone()), VALUES);
+    let revealed = node.subnet(|s| s.revealed.clone());
+    assert_eq!(revealed, [(commit.block, first + 3)]);
+}
+
+#[tokio::test]
+async fn weights_that_were_not_revealed_are_noticed() {
+    let node = committing_node().await;
+    let chain = client(&[&node]);
+    // A rule that is broken only when it comes to the revelation, and a chain that reveals nothing.
+    let breaches: [fn(&mut Subnet); 2] = [|s| s.min_allowed_weights = 3, |s| s.reveals = false];
+    for breach in breaches {
+        node.subnet(|s| (s.weights_rate_limit, s.min_allowed_weights) = (0, 1));
+        let sent = Signed::default().set(&chain, &order()).await.unwrap().unwrap();
+        node.subnet(breach);
+        let epoch = node.subnet(|s| s.commits.last().unwrap().epoch);
+        wait_for(&node, (epoch + 1) * 21 - 5 + 4).await;
+        let ReadBack::NotThere { why, may_come: false } = chain.read_back(&sent).await else {
+            panic!("the commit was not revealed")
+        };
+        assert!(why.contains("it was not revealed"), "{why}");
+    }
+}
+
+#[tokio::test]
+async fn the_call_for_commits_is_the_one_that_the_metadata_has() {
+    let node = committing_node().await;
+    node.set_metadata(&without(&["commit_timelocked_mechanism_weights"]));
+    let chain = client(&[&node]);
+    let sent = Signed::default().set(&chain, &order()).await.unwrap().unwrap();
+    assert_eq!(sent.call, Call::Commit);
+    assert_eq!(node.calls()[0].name, "commit_timelocked_weights");
+    assert!(matches!(chain.read_back(&sent).await, ReadBack::Waiting { .. }));
+    let other = committing_node().await;
+    let calls = ["commit_timelocked_mechanism_weights", "commit_timelocked_weights"];
+    other.set_metadata(&without(&calls));
+    let error = Signed::default().set(&client(&[&other]), &order()).await.unwrap_err();
+    assert!(error.to_string().contains("commit_crv3_weights"), "{error}");
+    assert_eq!(other.calls().len(), 0);
+}
+
+#[tokio::test]
+async fn commits_have_rules_of_their_own() {
+    let node = committing_node().await;
+    let chain = client(&[&node]);
+    let signed = Signed::default();
+    signed.set(&chain, &order()).await.unwrap();
+    let error = signed.set(&chain, &order()).await.unwrap_err();
+    assert!(matches!(error, SendError::Unmet(Unmet::TooFast { .. })), "{error}");
+    node.subnet(|s| {
+        s.weights_rate_limit = 0;
+        let commit = s.commits[0].clone();
+        // Whatever epoch comes next.
+        s.commits =
+            (0..40).map(|i| Commit { epoch: commit.epoch + i / 10, ..commit.clone() }).collect();
+    });
+    let error = signed.set(&chain, &order()).await.unwrap_err();
+    assert!(matches!(error, SendError::Unmet(Unmet::TooManyCommits { count: 10 })), "{error}");
+    for (breach, want) in [
+        ((|s| s.commit_reveal_version = 5) as fn(&mut Subnet), "another version of commits"),
+        (|s| s.commit_reveal = false, "wants weights set and not committed"),
+    ] {
+        let node = committing_node().await;
+        let chain = client(&[&node]);
+        let show = |_: &str| {
+            node.subnet(breach);
+            true
+        };
+        let error = Signed::default().set_after(&chain, &order(), &show).await.unwrap_err();
+        assert!(error.to_string().contains(want), "{error}, not {want}");
+    }
 }

@@ -49,9 +49,38 @@ impl<'a> Reader<'a> {
         K: IntoEncodableValues + IntoDecodableValues,
         T: DecodeAsType,
     {
-        let value = self.at.storage().try_fetch(storage::<K, T>(PALLET, entry), keys).await;
+        self.value_in(PALLET, entry, keys).await
+    }
+
+    /// The same of another pallet.
+    pub(super) async fn value_in<K, T>(
+        &self,
+        pallet: &str,
+        entry: &str,
+        keys: K,
+    ) -> Result<Option<T>, ChainError>
+    where
+        K: IntoEncodableValues + IntoDecodableValues,
+        T: DecodeAsType,
+    {
+        let value = self.at.storage().try_fetch(storage::<K, T>(pallet, entry), keys).await;
         let value = value.map_err(|e| self.failed(entry, &e))?;
         value.map(|v| v.decode()).transpose().map_err(|e| self.wrong(entry, e))
+    }
+
+    /// The value below these keys, which must be there.
+    pub(super) async fn known<K, T>(
+        &self,
+        pallet: &str,
+        entry: &str,
+        keys: K,
+    ) -> Result<T, ChainError>
+    where
+        K: IntoEncodableValues + IntoDecodableValues,
+        T: DecodeAsType,
+    {
+        let value = self.value_in(pallet, entry, keys).await?;
+        value.ok_or_else(|| self.wrong(entry, "there is no value"))
     }
 
     /// The subnet's value.

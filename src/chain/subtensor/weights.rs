@@ -2,7 +2,7 @@
 //! for it, and what stands there afterwards.
 
 use super::reader::{PALLET, Reader};
-use super::{At, Connection, FINAL_TIMEOUT, Subtensor, current, send};
+use super::{At, Connection, FINAL_TIMEOUT, Subtensor, commit, current, send};
 use crate::chain::error::ChainError;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::Rao;
@@ -65,7 +65,10 @@ impl Subtensor {
             min_allowed: asked.min_allowed_weights,
             max_limit: asked.max_weights_limit,
             commit_reveal: asked.commit_reveal,
-            commits: 0,
+            commits: match asked.commit_reveal {
+                true => commit::waiting(at, &reader, index(&reader, mechanism)?, hotkey).await?,
+                false => 0,
+            },
         })
     }
 
@@ -108,7 +111,11 @@ impl Subtensor {
         });
         let (connection, at, standing) = reading.await?;
         standing.check(&order.vector, order.version_key)?;
-        let (call, fields) = choose(&at, order, &standing)?;
+        let call = choose(&at, standing.commit_reveal)?;
+        let preparing = self.fields(&connection, &at, call, &hotkey, order);
+        let prepared = tokio::time::timeout(self.endpoints.timeout, preparing).await;
+        let (fields, reveal_round) =
+            prepared.map_err(|_| connection.broken("no answer while preparing"))??;
         let payload = dynamic::tx(PALLET, call.name(), fields);
         if !(asked.show)(&send::describe(&at, &payload)?) {
             return Ok(None);
@@ -128,12 +135,29 @@ impl Subtensor {
             call,
             block,
             until: block + send::MORTAL_BLOCKS,
-            reveal_round: None,
+            reveal_round,
         };
         if !(asked.signed)(&sent) {
             return Ok(None);
         }
         self.submit_weights(&connection, &signed, sent).await.map(Some)
+    }
+
+    /// The call's fields by name, and the round that reveals them where it is a commit.
+    async fn fields(
+        &self,
+        connection: &Connection,
+        at: &At,
+        call: Call,
+        hotkey: &Hotkey,
+        order: &Order,
+    ) -> Result<(Composite<()>, Option<u64>), ChainError> {
+        if matches!(call, Call::Set | Call::SetMechanism) {
+            return Ok((set_fields(call, order), None));
+        }
+        let reader = Reader::new(connection, at, order.netuid);
+        let made = commit::make(at, &reader, &self.endpoints.drand, call, hotkey, order).await?;
+        Ok((made.fields(call, order), Some(made.round)))
     }
 
     async fn submit_weights(
@@ -154,22 +178,21 @@ impl Subtensor {
     }
 }
 
-/// The call that this runtime wants for weights, with its fields by name.
-fn choose(
-    at: &At,
-    order: &Order,
-    standing: &Standing,
-) -> Result<(Call, Composite<()>), ChainError> {
+/// The call that this runtime wants for weights.
+fn choose(at: &At, is_commit: bool) -> Result<Call, ChainError> {
     let pallet = at.metadata_ref().pallet_by_name(PALLET);
-    let has =
-        |call: Call| pallet.as_ref().is_some_and(|p| p.call_variant_by_name(call.name()).is_some());
-    let missing = |why: &str| ChainError::Runtime { spec: at.spec_version(), why: why.to_owned() };
-    if standing.commit_reveal {
-        return Err(missing("committing weights is not built yet"));
-    }
-    let call = [Call::SetMechanism, Call::Set].into_iter().find(|call| has(*call));
-    let call = call.ok_or_else(|| missing("it has no call that sets weights"))?;
-    Ok((call, set_fields(call, order)))
+    let has = |call: &Call| {
+        pallet.as_ref().is_some_and(|p| p.call_variant_by_name(call.name()).is_some())
+    };
+    let known: &[Call] = match is_commit {
+        true => &[Call::CommitMechanism, Call::Commit, Call::CommitCrv3],
+        false => &[Call::SetMechanism, Call::Set],
+    };
+    known.iter().copied().find(has).ok_or_else(|| {
+        let names: Vec<&str> = known.iter().map(|call| call.name()).collect();
+        let why = format!("it has none of the calls {}", names.join(", "));
+        ChainError::Runtime { spec: at.spec_version(), why }
+    })
 }
 
 fn set_fields(call: Call, order: &Order) -> Composite<()> {
@@ -203,8 +226,8 @@ pub(super) async fn find(connection: &Connection, sent: &Sent) -> Result<Found, 
         uid,
         last_update: last_update(&reader, sent.mechanism, uid).await?,
         weights,
-        commit_epoch: None,
-        period: 0,
+        commit_epoch: commit::find(&reader, index, sent).await?,
+        period: reader.of_subnet("RevealPeriodEpochs").await?.unwrap_or_default(),
     })
 }
 
@@ -225,6 +248,7 @@ async fn last_update(
 
 #[cfg(test)]
 mod tests {
+    use super::commit::Commit;
     use super::*;
     use crate::chain::weights::Vector;
     use subxt::Metadata;
@@ -252,5 +276,12 @@ mod tests {
         ] {
             assert_eq!(bytes(call, &set_fields(call, &order)), golden, "{}", call.name());
         }
+        let made = Commit { bytes: vec![0xaa, 0xbb], round: 1000, version: 4 };
+        let call = Call::CommitMechanism;
+        let golden = "077604000008aabbe8030000000000000400";
+        assert_eq!(bytes(call, &made.fields(call, &order)), golden);
+        let call = Call::Commit;
+        let golden = "0771040008aabbe8030000000000000400";
+        assert_eq!(bytes(call, &made.fields(call, &order)), golden);
     }
 }

@@ -143,6 +143,11 @@ fn json_of_primitive(primitive: &Primitive) -> Json {
     }
 }
 
+/// The type of a list's elements.
+pub fn element(metadata: &subxt::Metadata, ty: u32) -> Option<u32> {
+    visit(metadata.types(), ty, Element)
+}
+
 fn visit<'r, R, V>(types: &'r R, ty: u32, visitor: V) -> V::Value
 where
     R: TypeResolver<TypeId = u32>,

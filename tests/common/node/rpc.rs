@@ -1,6 +1,7 @@
 //! The methods that clients call.
 
 use super::chain::{Block, Chain, Fault, Outbox};
+use super::{apis, metadata};
 use serde_json::{Value as Json, json};
 use std::ops::Bound;
 use subxt::ext::codec::{self, Decode, Encode};
@@ -9,13 +10,15 @@ use targon_engine::chain::keys::Hotkey;
 
 static NULL: Json = Json::Null;
 
-const METHODS: [&str; 29] = [
+const METHODS: [&str; 32] = [
+    "account_nextIndex",
     "author_submitAndWatchExtrinsic",
     "author_submitExtrinsic",
     "author_unwatchExtrinsic",
     "chain_getBlock",
     "chain_getBlockHash",
     "chain_getFinalizedHead",
+    "chain_getHead",
     "chain_getHeader",
     "chain_subscribeAllHeads",
     "chain_subscribeFinalizedHeads",
@@ -29,6 +32,7 @@ const METHODS: [&str; 29] = [
     "state_getMetadata",
     "state_getRuntimeVersion",
     "state_getStorage",
+    "state_getStorageAt",
     "state_queryStorageAt",
     "state_subscribeRuntimeVersion",
     "state_unsubscribeRuntimeVersion",
@@ -72,6 +76,7 @@ fn call(chain: &mut Chain, method: &str, params: Params, outbox: &Outbox) -> Ans
         return Err(Fault::new(-32601, "Method not found"));
     }
     match method.split_once('_') {
+        Some(("account", _)) => system(chain, "accountNextIndex", params),
         Some(("author", name)) => author(chain, name, params, outbox),
         Some(("chain", name)) => blocks(chain, name, params, outbox),
         Some(("state", name)) => state(chain, name, params, outbox),
@@ -104,7 +109,7 @@ fn blocks(chain: &mut Chain, name: &str, params: Params, outbox: &Outbox) -> Ans
         "subscribeFinalizedHeads" => "chain_finalizedHead",
         "subscribeNewHeads" => "chain_newHead",
         "getBlock" => return Ok(params.block(chain, 0)?.map_or(Json::Null, whole)),
-        "getBlockHash" => return Ok(block_hash(chain, params.get(0))),
+        "getBlockHash" | "getHead" => return Ok(block_hash(chain, params.get(0))),
         "getFinalizedHead" => return Ok(to_hex(chain.head().hash).into()),
         "getHeader" => return Ok(params.block(chain, 0)?.map_or(Json::Null, Block::header)),
         _ => {
@@ -142,9 +147,12 @@ fn state(chain: &mut Chain, name: &str, params: Params, outbox: &Outbox) -> Answ
             Ok(to_hex(runtime_call(chain, function, &input, block)?).into())
         }
         "getKeysPaged" => keys_paged(chain, params),
-        "getMetadata" => Ok(to_hex(&chain.runtime.bytes).into()),
+        "getMetadata" => {
+            let bytes = &chain.runtime.bytes;
+            Ok(to_hex(metadata::v14_of(bytes).unwrap_or_else(|| bytes.clone())).into())
+        }
         "getRuntimeVersion" => Ok(chain.runtime_version()),
-        "getStorage" => {
+        "getStorage" | "getStorageAt" => {
             let block = params.known_block(chain, 1)?.number;
             let value = chain.storage_value(&params.bytes(0)?, block);
             Ok(value.map_or(Json::Null, |value| to_hex(value).into()))
@@ -193,24 +201,26 @@ fn runtime_call(chain: &Chain, function: &str, input: &[u8], block: u64) -> Resu
     let answer = match function {
         "Core_version" => Some(runtime.version()),
         "Metadata_metadata" => Some(runtime.bytes.encode()),
-        "Metadata_metadata_versions" => Some(vec![runtime.metadata_version()].encode()),
+        "Metadata_metadata_versions" => Some(vec![14, 15, runtime.metadata_version()].encode()),
         "Metadata_metadata_at_version" => {
             let version = u32::decode(&mut &*input).map_err(wrong)?;
-            let is_known = version == runtime.metadata_version();
-            Some(is_known.then(|| runtime.bytes.clone()).encode())
+            let bytes = match version {
+                14 => metadata::v14_of(&runtime.bytes),
+                15 => metadata::v15_of(&runtime.bytes),
+                version if version == runtime.metadata_version() => Some(runtime.bytes.clone()),
+                _ => None,
+            };
+            Some(bytes.encode())
         }
         "AccountNonceApi_account_nonce" => {
             let account = <[u8; 32]>::decode(&mut &*input).map_err(wrong)?;
             Some((chain.nonce(&account) as u32).encode())
         }
-        "SubnetInfoRuntimeApi_get_metagraph" if chain.has_metagraph_api => {
-            let netuid = u16::decode(&mut &*input).map_err(wrong)?;
-            let subnet = chain.subnet();
+        "SubnetInfoRuntimeApi_get_metagraph" if !chain.has_metagraph_api => None,
+        _ => {
             let block = chain.claimed_block.unwrap_or(block);
-            // `None` of another subnet.
-            if netuid == subnet.netuid { runtime.metagraph(subnet, block) } else { Some(vec![0]) }
+            apis::answer(runtime, chain.subnet(), block, function, input)
         }
-        _ => None,
     };
     answer.ok_or_else(|| {
         let why = format!("Other: Exported method {function} is not found");
@@ -275,7 +285,8 @@ impl<'a> Params<'a> {
 }
 
 fn bytes(value: &Json) -> Result<Vec<u8>, Fault> {
-    let digits = value.as_str().and_then(|text| text.strip_prefix("0x"));
+    // Official clients leave the prefix out here and there, and nodes do not mind.
+    let digits = value.as_str().map(|text| text.strip_prefix("0x").unwrap_or(text));
     let bytes = digits.and_then(|digits| hex::decode(digits).ok());
     bytes.ok_or_else(|| Fault::new(-32602, format!("Invalid params: {value} is not hexadecimal")))
 }

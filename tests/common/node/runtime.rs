@@ -5,7 +5,7 @@ use super::{Axon, Commit, Neuron, Subnet};
 use blake2::digest::consts::U32;
 use blake2::{Blake2b, Digest};
 use scale_value::scale::{decode_as_type, encode_as_type};
-use scale_value::{Composite, Value, ValueDef};
+use scale_value::{Composite, Value};
 use std::collections::BTreeMap;
 use subxt::Metadata;
 use subxt::ext::codec::Encode;
@@ -44,22 +44,6 @@ impl Runtime {
         let apis: Vec<([u8; 8], u32)> = Vec::new();
         let name = "node-subtensor";
         (name, name, 1_u32, self.spec, 1_u32, apis, TX_VERSION, 1_u8).encode()
-    }
-
-    /// The answer of `SubnetInfoRuntimeApi_get_metagraph`; `None` where the runtime lacks it.
-    pub fn metagraph(&self, subnet: &Subnet, block: u64) -> Option<Vec<u8>> {
-        let api = self.metadata.runtime_api_trait_by_name("SubnetInfoRuntimeApi")?;
-        let ty = api.method_by_name("get_metagraph")?.output_ty();
-        // `Some` of a metagraph of zeros, in which the known fields are set.
-        let mut value = self.zero(&[1], ty);
-        let fields = some_fields(&mut value)?;
-        for (name, new) in metagraph_fields(subnet, block) {
-            // Fields come and go between versions; a missing one is left out.
-            if let Some((_, old)) = fields.iter_mut().find(|(known, _)| known == name) {
-                *old = new;
-            }
-        }
-        Some(self.encode(&value, ty))
     }
 
     /// The pallet's storage.
@@ -125,7 +109,7 @@ impl Runtime {
         Some(storage.entry_by_name(entry)?.value_ty())
     }
 
-    fn encode(&self, value: &Value, ty: u32) -> Vec<u8> {
+    pub fn encode(&self, value: &Value, ty: u32) -> Vec<u8> {
         let mut bytes = Vec::new();
         encode_as_type(value, ty, self.metadata.types(), &mut bytes).unwrap();
         bytes
@@ -133,63 +117,12 @@ impl Runtime {
 
     /// What `head` and then zeros decode to: numbers 0, options `None`, lists empty, enums their
     /// first variant.
-    fn zero(&self, head: &[u8], ty: u32) -> Value {
+    pub fn zero(&self, head: &[u8], ty: u32) -> Value {
         let mut bytes = [0_u8; ZEROS];
         bytes[..head.len()].copy_from_slice(head);
         let value = decode_as_type(&mut &bytes[..], ty, self.metadata.types()).unwrap();
         value.remove_context()
     }
-}
-
-/// The fields of the struct in a `Some`.
-fn some_fields(value: &mut Value) -> Option<&mut Vec<(String, Value)>> {
-    let ValueDef::Variant(some) = &mut value.value else { return None };
-    let Composite::Unnamed(inner) = &mut some.values else { return None };
-    match &mut inner.first_mut()?.value {
-        ValueDef::Composite(Composite::Named(fields)) => Some(fields),
-        _ => None,
-    }
-}
-
-fn metagraph_fields(subnet: &Subnet, block: u64) -> Vec<(&'static str, Value)> {
-    let epoch = u64::from(subnet.tempo) + 1;
-    let last_step = block / epoch * epoch;
-    vec![
-        ("netuid", number(subnet.netuid)),
-        ("name", Value::from_bytes(&subnet.name)),
-        ("block", number(block)),
-        ("tempo", number(subnet.tempo)),
-        ("last_step", number(last_step)),
-        ("blocks_since_last_step", number(block - last_step)),
-        ("min_allowed_weights", number(subnet.min_allowed_weights)),
-        ("max_weights_limit", number(subnet.max_weights_limit)),
-        ("weights_version", number(subnet.weights_version)),
-        ("weights_rate_limit", number(subnet.weights_rate_limit)),
-        ("num_uids", number(subnet.neurons.len() as u16)),
-        ("max_uids", number(subnet.max_uids)),
-        ("serving_rate_limit", number(subnet.serving_rate_limit)),
-        ("commit_reveal_weights_enabled", Value::bool(subnet.commit_reveal)),
-        ("commit_reveal_period", number(subnet.commit_reveal_period)),
-        ("registration_allowed", Value::bool(true)),
-        ("hotkeys", each(subnet, |n| Value::from_bytes(n.hotkey))),
-        ("coldkeys", each(subnet, |n| Value::from_bytes(n.coldkey))),
-        ("identities", each(subnet, |_| unit("None"))),
-        ("axons", each(subnet, |n| axon(n.axon.as_ref()))),
-        ("active", each(subnet, |_| Value::bool(true))),
-        ("validator_permit", each(subnet, |n| Value::bool(n.permit))),
-        ("pruning_score", each(subnet, |_| number(0_u16))),
-        ("last_update", each(subnet, |n| number(n.last_update))),
-        ("emission", each(subnet, |n| number(n.emission))),
-        ("dividends", each(subnet, |_| number(0_u16))),
-        ("incentives", each(subnet, |n| number(n.incentive))),
-        ("consensus", each(subnet, |n| number(n.consensus))),
-        ("trust", each(subnet, |_| number(0_u16))),
-        ("rank", each(subnet, |_| number(0_u16))),
-        ("block_at_registration", each(subnet, |_| number(0_u64))),
-        ("alpha_stake", each(subnet, |n| number(n.stake_rao))),
-        ("tao_stake", each(subnet, |_| number(0_u64))),
-        ("total_stake", each(subnet, |n| number(n.stake_rao))),
-    ]
 }
 
 /// Entry, keys and value.
@@ -271,7 +204,7 @@ fn neuron_entries(subnet: &Subnet, uid: u16, neuron: &Neuron) -> Vec<Entry> {
     entries
 }
 
-fn axon(axon: Option<&Axon>) -> Value {
+pub fn axon(axon: Option<&Axon>) -> Value {
     let none = Axon { ip: 0, port: 0, ip_type: 0, version: 0, protocol: 0, block: 0 };
     let axon = axon.unwrap_or(&none);
     Value::named_composite([
@@ -296,18 +229,18 @@ fn dispatch_info() -> Value {
     ])
 }
 
-fn each(subnet: &Subnet, value: impl Fn(&Neuron) -> Value) -> Value {
+pub fn each(subnet: &Subnet, value: impl Fn(&Neuron) -> Value) -> Value {
     list(subnet.neurons.iter().map(value))
 }
 
-fn number(value: impl Into<u128>) -> Value {
+pub fn number(value: impl Into<u128>) -> Value {
     Value::u128(value.into())
 }
 
-fn list(values: impl IntoIterator<Item = Value>) -> Value {
+pub fn list(values: impl IntoIterator<Item = Value>) -> Value {
     Value::unnamed_composite(values)
 }
 
-fn unit(name: &str) -> Value {
+pub fn unit(name: &str) -> Value {
     Value::variant(name, Composite::Unnamed(Vec::new()))
 }

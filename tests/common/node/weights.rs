@@ -171,7 +171,8 @@ pub fn reveal(subnet: &mut Subnet, block: u64) {
         if due > now || (due == now && commit.round > stored) {
             subnet.commits.push(commit);
         } else if due == now && subnet.reveals {
-            let _ = open(subnet, &commit, block);
+            let is_set = open(subnet, &commit, block).is_some();
+            subnet.revealed.extend(is_set.then_some((commit.block, block)));
         }
     }
 }

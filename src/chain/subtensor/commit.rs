@@ -1,0 +1,142 @@
+//! Commits of weights: encrypted to the drand round that reveals them, and found again while they
+//! wait.
+
+use super::At;
+use super::reader::{PALLET, Reader};
+use crate::chain::error::ChainError;
+use crate::chain::keys::Hotkey;
+use crate::chain::timelock::{Drand, QUICKNET};
+use crate::chain::weights::outcome::{Call, Order, Sent};
+use crate::chain::weights::reveal::{Epochs, Retries, Schedule, payload};
+use subxt::constants;
+use subxt::dynamic::Value;
+use subxt::ext::scale_value::Composite;
+use subxt::utils::AccountId32;
+
+/// Bytes that the chain takes for a commit.
+const COMMIT_MAX: usize = 5000;
+/// Where commits wait, since August 2025.
+const COMMITS: &str = "TimelockedWeightCommits";
+/// Where they waited before, and before that.
+const COMMITS_BEFORE: [&str; 2] = ["CRV3WeightCommitsV2", "CRV3WeightCommits"];
+
+/// Committed by whom, at which block, what, for which round.
+type Waiting = (AccountId32, u64, Vec<u8>, u64);
+/// The same before there was a block.
+type WaitingBefore = (AccountId32, Vec<u8>, u64);
+
+/// Weights that are encrypted.
+pub(super) struct Commit {
+    /// As they go to the chain.
+    pub(super) bytes: Vec<u8>,
+    /// The drand round that reveals them.
+    pub(super) round: u64,
+    /// Version of commits that the chain wants.
+    pub(super) version: u16,
+}
+
+impl Commit {
+    /// The call's fields by name.
+    pub(super) fn fields(&self, call: Call, order: &Order) -> Composite<()> {
+        let mut fields = vec![("netuid", Value::u128(order.netuid.into()))];
+        if call == Call::CommitMechanism {
+            fields.push(("mecid", Value::u128(order.mechanism.into())));
+        }
+        fields.push(("commit", Value::from_bytes(&self.bytes)));
+        fields.push(("reveal_round", Value::u128(self.round.into())));
+        if call != Call::CommitCrv3 {
+            fields.push(("commit_reveal_version", Value::u128(self.version.into())));
+        }
+        Composite::named(fields)
+    }
+}
+
+/// Encrypts weights so that the chain can read them when it reveals them.
+pub(super) async fn make(
+    at: &At,
+    reader: &Reader<'_>,
+    drand: &Drand,
+    call: Call,
+    hotkey: &Hotkey,
+    order: &Order,
+) -> Result<Commit, ChainError> {
+    let wrong = |why: String| ChainError::Runtime { spec: at.spec_version(), why };
+    let schedule = schedule(at, reader).await?;
+    let (version, named, retries) = match call {
+        Call::CommitCrv3 => (0, None, Retries::Once),
+        _ => {
+            let version = reader.known(PALLET, "CommitRevealWeightsVersion", ()).await?;
+            (version, Some(hotkey), Retries::EachBlock)
+        }
+    };
+    let round = schedule.reveal(drand, retries).map_err(wrong)?.round;
+    let message = payload(named, &order.vector, order.version_key);
+    let drand = *drand;
+    let encrypting = tokio::task::spawn_blocking(move || drand.encrypt(&message, round));
+    let bytes = encrypting.await.map_err(|e| wrong(e.to_string()))?.map_err(wrong)?;
+    if bytes.len() > COMMIT_MAX {
+        let why = format!("the commit has {} bytes: at most {COMMIT_MAX}", bytes.len());
+        return Err(wrong(why));
+    }
+    Ok(Commit { bytes, round, version })
+}
+
+/// The subnet's epochs as of now.
+async fn schedule(at: &At, reader: &Reader<'_>) -> Result<Schedule, ChainError> {
+    let wrong = |why: String| ChainError::Runtime { spec: at.spec_version(), why };
+    let slot = constants::dynamic::<u64>("Aura", "SlotDuration");
+    let block_ms = at.constants().entry(slot).map_err(|e| wrong(e.to_string()))?;
+    let epochs = match reader.has("LastEpochBlock") {
+        true => Epochs::Counted {
+            last: reader.of_subnet("LastEpochBlock").await?.unwrap_or_default(),
+            pending: reader.of_subnet("PendingEpochAt").await?.unwrap_or_default(),
+            index: reader.of_subnet("SubnetEpochIndex").await?.unwrap_or_default(),
+            since_step: reader.of_subnet("BlocksSinceLastStep").await?.unwrap_or_default(),
+        },
+        false => Epochs::Modular,
+    };
+    Ok(Schedule {
+        netuid: reader.netuid,
+        block: at.block_number(),
+        unix_ms: reader.known("Timestamp", "Now", ()).await?,
+        block_ms,
+        tempo: reader.known(PALLET, "Tempo", (reader.netuid,)).await?,
+        period: reader.known(PALLET, "RevealPeriodEpochs", (reader.netuid,)).await?,
+        epochs,
+    })
+}
+
+/// Commits of a hotkey in the epoch to which another one would belong now.
+pub(super) async fn waiting(
+    at: &At,
+    reader: &Reader<'_>,
+    index: u16,
+    hotkey: &Hotkey,
+) -> Result<usize, ChainError> {
+    if !reader.has(COMMITS) {
+        return Ok(0);
+    }
+    // The epoch does not depend on whose rounds reveal.
+    let reveal = schedule(at, reader).await?.reveal(&QUICKNET, Retries::EachBlock);
+    let reveal = reveal.map_err(|why| reader.wrong("Tempo", why))?;
+    let queue: Option<Vec<Waiting>> = reader.value(COMMITS, (index, reveal.epoch)).await?;
+    Ok(queue.unwrap_or_default().iter().filter(|commit| commit.0.0 == hotkey.0).count())
+}
+
+/// The epoch of a commit that was sent, where it still waits.
+pub(super) async fn find(
+    reader: &Reader<'_>,
+    index: u16,
+    sent: &Sent,
+) -> Result<Option<u64>, ChainError> {
+    let Some(round) = sent.reveal_round else { return Ok(None) };
+    let is_own = |hotkey: &AccountId32, its: u64| hotkey.0 == sent.hotkey.0 && its == round;
+    if let Some(entry) = [COMMITS, COMMITS_BEFORE[0]].into_iter().find(|entry| reader.has(entry)) {
+        let queues = reader.below::<u64, Vec<Waiting>>(entry, index).await?;
+        let own = queues.into_iter().find(|(_, queue)| queue.iter().any(|c| is_own(&c.0, c.3)));
+        return Ok(own.map(|(epoch, _)| epoch));
+    }
+    let queues = reader.below::<u64, Vec<WaitingBefore>>(COMMITS_BEFORE[1], index).await?;
+    let own = queues.into_iter().find(|(_, queue)| queue.iter().any(|c| is_own(&c.0, c.2)));
+    Ok(own.map(|(epoch, _)| epoch))
+}
