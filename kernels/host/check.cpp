@@ -155,7 +155,7 @@ static int check_products(int tokens, int rows, int cols) {
     int failed = 0;
     for (auto& v : variants)
         failed += !same_in_every_order(v.name, out, [&](uint64_t seed) {
-            Grid grid((rows + v.rows - 1) / v.rows, (tokens + v.tokens - 1) / v.tokens);
+            Grid grid((tokens + v.tokens - 1) / v.tokens, (rows + v.rows - 1) / v.rows);
             return run(v.launch, grid, v.threads, 0, seed, w.data(), x.data(), out.data(), rows, cols, tokens);
         });
     return failed;
