@@ -284,11 +284,12 @@ impl Case {
         let (shape, split) = (self.shape, i32::from(is_split));
         let args = args![q, k, v, t, tl, p, o, shape, partitions, split];
         let padded = head_dim.next_multiple_of(32);
-        let smem = 4 * size * (PARTITION + padded + 4 * head_dim);
+        let warps = if size == 8 { 4 } else { 8 };
+        let smem = 4 * size * (PARTITION + padded + warps * head_dim);
         let depth = if is_split { partitions as u32 } else { 1 };
         let grid = [tiles.len() as u32, self.shape.kv_heads as u32, depth];
         let name = format!("attend_{}_{size}", self.dtype);
-        kernels.launch(&name, grid, 128, smem, seed, &args);
+        kernels.launch(&name, grid, 32 * warps as u32, smem, seed, &args);
         if is_split {
             let (at, f16) = (positions.as_ptr(), i32::from(self.dtype == Dtype::F16));
             let args = args![p, at, o, shape, partitions, f16];
