@@ -17,7 +17,7 @@
 //
 // Prefill (64 tokens by 64 rows a thread block): all k in order, 4 rows by 8 tokens a thread, 32 FMA
 // for three 16-byte loads from shared memory. The roof is arithmetic: 30 T FMA/s on an H100, so 8 G
-// weights cost 0.27 ms a token. Bytes: 128 for each row and each token of a block of k.
+// weights cost 0.27 ms a token. Bytes: 64 for each row and each token of a block of k.
 //
 // Never timed on a card.
 #include "canon.cuh"
