@@ -10,18 +10,19 @@
 // A thread block takes Q queries of one key/value head (rows times heads of the group), so grouped
 // heads share every load. With `split`, grid.z is the partition and results go to `parts`, which
 // attend_merge appends; else the thread block walks all partitions and finishes. Scores and value
-// sums of the blocks are independent, so four warps take four blocks at once; what must be in order
-// is one operation a block.
+// sums of the blocks are independent, so the warps take a block each; what must be in order is one
+// operation a block.
 //
-// grid (tiles of queries, kv_heads, partitions or 1), block 128, dynamic shared memory
-// 4 * Q * (512 + 5 * padded head_dim) bytes: at most 36 KiB. Per position and key/value head
-// 4 * head_dim bytes and Q * 2 * head_dim FMA. At 8B (32 layers, 8 heads of 128) a context of 8192 is
-// 1 GiB a token, 0.32 ms at 3.35 TB/s; four queries make 2 FMA a byte, so memory is the roof for
-// decode. Never timed on a card.
+// grid (tiles of queries, kv_heads, partitions or 1), block 256 (128 where Q is 8), dynamic shared
+// memory 4 * Q * (512 + padded head_dim + warps * head_dim) bytes: at most 45 KiB, with Q at most 4
+// for heads wider than 128. Per position and key/value head 4 * head_dim bytes and Q * 2 * head_dim
+// FMA. At 8B (32 layers, 8 heads of 128) a context of 8192 is 1 GiB a token, 0.32 ms at 3.35 TB/s;
+// four queries make 2 FMA a byte, so memory is the roof for decode. At batch 1 and short contexts it is
+// latency: 1024 positions are 16 thread blocks of 256 KiB each, and 8 warps with 2 KiB on the way
+// need about 10 us for that. Never timed on a card.
 #include "canon.cuh"
 
-#define THREADS 128
-#define WARPS (THREADS / WARP)
+#define MERGE_THREADS 128
 #define BLOCKS 16                   // of a partition
 #define PARTITION (BLOCKS * TILE)   // positions
 #define NOTHING_SEEN -1.0f          // in place of a factor
@@ -76,7 +77,7 @@ struct Queries {
 
 template <bool F16, int Q>
 struct Attend {
-    // Shared memory: weights (512, Q), queries (Q, padded), sums of values (4, Q, head_dim).
+    // Shared memory: weights (512, Q), queries (Q, padded), sums of values (warps, Q, head_dim).
     float *weights, *inputs, *sums;
     const Queries<Q>& queries;
     const u16 *keys, *values;  // of this key/value head in block 0
@@ -90,7 +91,7 @@ struct Attend {
         float score[Q];
 #pragma unroll
         for (int q = 0; q < Q; ++q) score[q] = 0.0f;
-#pragma unroll 1
+#pragma unroll(Q == 1 ? 2 : 1)  // two tiles of more queries would spill
         for (int t = 0; t < padded / TILE; ++t) {
             uint4 word[4];
 #pragma unroll
@@ -171,17 +172,18 @@ struct Attend {
     }
 };
 
-template <bool F16, int Q>
+template <bool F16, int Q, int WARPS>
 __device__ __forceinline__ void attend(
     const u16* inputs, const u16* keys, const u16* values, const u32* tables, const Tile* tiles,
     float* parts, u16* out, const Shape& shape, int partitions_max, int split) {
-    // A thread owns dimension tid of all queries, and of the wide heads tid + 128 as well.
-    constexpr int ITEMS = Q == 8 ? 8 : 2 * Q;
+    // A thread owns some elements of the result: (query, column), with 128 columns or 256.
+    constexpr int THREADS = WARPS * WARP;
+    constexpr int ITEMS = Q == 8 ? 8 : (Q * 256 + THREADS - 1) / THREADS;
     __shared__ float maxima[Q][BLOCKS], block_sums[Q][BLOCKS], factors[Q][BLOCKS];
     __shared__ float part_max[Q], part_sum[Q], total_max[Q], total_sum[Q], own_factor[Q], part_factor[Q];
     __shared__ Queries<Q> queries;
     const int tid = threadIdx.x, head_dim = shape.head_dim;
-    const int padded = (head_dim + TILE - 1) / TILE * TILE;
+    const int padded = (head_dim + TILE - 1) / TILE * TILE, wide = head_dim > 128 ? 8 : 7;
     const Tile tile = tiles[blockIdx.x];
     if (tid < Q) {
         // Queries past the last one repeat it, and are not written.
@@ -256,8 +258,8 @@ __device__ __forceinline__ void attend(
             for (int b = 0; b < count; ++b)
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i) {
-                    const int q = i % Q, d = tid + i / Q * THREADS;
-                    if (d < head_dim)
+                    const int item = tid + i * THREADS, q = item >> wide, d = item & ((1 << wide) - 1);
+                    if (q < Q && d < head_dim)
                         part[i] = __fmaf_rn(part[i], factors[q][(round + b) % BLOCKS],
                                             a.sums[(b * Q + q) * head_dim + d]);
                 }
@@ -266,7 +268,7 @@ __device__ __forceinline__ void attend(
         if (split) {
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
-                const int q = i % Q, d = tid + i / Q * THREADS;
+                const int item = tid + i * THREADS, q = item >> wide, d = item & ((1 << wide) - 1);
                 if (d >= head_dim || q >= tile.queries) continue;
                 float* to = parts + (queries.at[q] * partitions_max + partition) * (head_dim + 2);
                 to[2 + d] = part[i];
@@ -290,40 +292,42 @@ __device__ __forceinline__ void attend(
         }
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < ITEMS; ++i)
-            if (own_factor[i % Q] != NOTHING_SEEN)
-                total[i] = __fmaf_rn(total[i], own_factor[i % Q], __fmul_rn(part[i], part_factor[i % Q]));
+        for (int i = 0; i < ITEMS; ++i) {
+            const int q = (tid + i * THREADS) >> wide;
+            if (q < Q && own_factor[q] != NOTHING_SEEN)
+                total[i] = __fmaf_rn(total[i], own_factor[q], __fmul_rn(part[i], part_factor[q]));
+        }
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const int q = i % Q, d = tid + i / Q * THREADS;
+        const int item = tid + i * THREADS, q = item >> wide, d = item & ((1 << wide) - 1);
         if (d < head_dim && q < tile.queries)
             out[queries.at[q] * head_dim + d] = round_to(__fdiv_rn(total[i], total_sum[q]), F16);
     }
 }
 
-#define ATTEND(name, is_f16, count, resident)                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, resident) name(                            \
+#define ATTEND(name, is_f16, count, warps, resident)                                                        \
+    extern "C" __global__ void __launch_bounds__(warps * WARP, resident) name(                            \
         const u16* queries, const u16* keys, const u16* values, const u32* tables, const Tile* tiles, \
         float* parts, u16* out, Shape shape, int partitions_max, int split) {                        \
-        attend<is_f16, count>(queries, keys, values, tables, tiles, parts, out, shape,               \
+        attend<is_f16, count, warps>(queries, keys, values, tables, tiles, parts, out, shape,               \
                               partitions_max, split);                                                \
     }
-ATTEND(attend_bf16_1, false, 1, 6)
-ATTEND(attend_bf16_4, false, 4, 4)
-ATTEND(attend_bf16_8, false, 8, 3)
-ATTEND(attend_f16_1, true, 1, 6)
-ATTEND(attend_f16_4, true, 4, 4)
-ATTEND(attend_f16_8, true, 8, 3)
+ATTEND(attend_bf16_1, false, 1, 8, 3)
+ATTEND(attend_bf16_4, false, 4, 8, 2)
+ATTEND(attend_bf16_8, false, 8, 4, 3)
+ATTEND(attend_f16_1, true, 1, 8, 3)
+ATTEND(attend_f16_4, true, 4, 8, 2)
+ATTEND(attend_f16_8, true, 8, 4, 3)
 
 // Appends the partitions of each row and head. grid (rows, heads), block 128; positions (rows).
 // Per row, head and partition 4 * (head_dim + 2) bytes.
-extern "C" __global__ void __launch_bounds__(THREADS) attend_merge(
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(
     const float* parts, const u32* positions, u16* out, Shape shape, int partitions_max, int is_f16) {
     const int position = positions[blockIdx.x], head_dim = shape.head_dim;
     const u64 query = (u64)blockIdx.x * shape.heads + blockIdx.y;
     const int first = first_seen(position, shape.window) / PARTITION, last = position / PARTITION;
-    for (int d = threadIdx.x; d < head_dim; d += THREADS) {
+    for (int d = threadIdx.x; d < head_dim; d += MERGE_THREADS) {
         float max = NEG_INFINITY, sum = 0.0f, total = 0.0f;
         for (int i = 0; i <= last - first; ++i) {
 #ifdef CONTROL_MERGES_DESCENDING

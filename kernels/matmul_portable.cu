@@ -17,7 +17,7 @@
 //
 // Prefill (64 tokens by 64 rows a thread block): all k in order, 4 rows by 8 tokens a thread, 32 FMA
 // for three 16-byte loads from shared memory. The roof is arithmetic: 30 T FMA/s on an H100, so 8 G
-// weights cost 0.27 ms a token. Bytes: 128 for each row and each token of a block of k.
+// weights cost 0.27 ms a token. Bytes: 64 for each row and each token of a block of k.
 //
 // Never timed on a card.
 #include "canon.cuh"
@@ -50,9 +50,9 @@ __device__ __forceinline__ void decode(
     __shared__ float totals[T][TILE];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int tiles = (cols + TILE - 1) / TILE, rounds = (tiles + ROUND - 1) / ROUND;
-    const uint4* row_tiles = w + (u64)blockIdx.x * tiles * TILE_WORDS;
-    const int first = blockIdx.y * T;
-    const int row = blockIdx.x * TILE + lane;
+    const uint4* row_tiles = w + (u64)blockIdx.y * tiles * TILE_WORDS;
+    const int first = blockIdx.x * T;
+    const int row = blockIdx.y * TILE + lane;
     uint4 now[4], next[4], after[4];
     load_tile(next, row_tiles, warp, tiles, lane);
     load_tile(after, row_tiles, warp + DECODE_WARPS, tiles, lane);
@@ -120,14 +120,14 @@ __device__ __forceinline__ void prefill(
     __shared__ __align__(16) float ws[2][TILE][PREFILL_TILE], xs[2][TILE][PREFILL_TILE];
     const int tid = threadIdx.x;
     const int tiles = (cols + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
-    const int first_row = blockIdx.x * PREFILL_TILE, first = blockIdx.y * PREFILL_TILE;
+    const int first_row = blockIdx.y * PREFILL_TILE, first = blockIdx.x * PREFILL_TILE;
     // Words 0 to 255 of either operand: a thread takes two of each.
     uint4 weights[2], inputs[2];
     auto load = [&](int k) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int word = tid + i * PREFILL_THREADS;
-            const int tile = blockIdx.x * 2 + word / TILE_WORDS;
+            const int tile = blockIdx.y * 2 + word / TILE_WORDS;
             const uint4* from = w + ((u64)tile * tiles + k) * TILE_WORDS + word % TILE_WORDS;
             weights[i] = tile < row_tiles ? __ldg(from) : make_uint4(0, 0, 0, 0);
             const int token = first + word % PREFILL_TILE, plane = word / PREFILL_TILE;
@@ -178,8 +178,9 @@ __device__ __forceinline__ void prefill(
                 out[(u64)(first + token + t) * rows + first_row + row + r] = totals[t][r];
 }
 
-// w packed, x (tokens, cols) as 16-bit patterns, out (tokens, rows). Decode: grid (tiles of 32 rows,
-// groups of T tokens), block 256. Prefill: grid (tiles of 64 rows, tiles of 64 tokens), block 128.
+// w packed, x (tokens, cols) as 16-bit patterns, out (tokens, rows). Decode: grid (groups of T tokens,
+// tiles of 32 rows), block 256. Prefill: grid (tiles of 64 tokens, tiles of 64 rows), block 128. Tokens
+// come first, so that thread blocks with the same weights run side by side and share them in L2.
 #define DECODE(name, is_f16, count)                                                          \
     extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP, 2) name(               \
         const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {          \

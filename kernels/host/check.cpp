@@ -155,7 +155,7 @@ static int check_products(int tokens, int rows, int cols) {
     int failed = 0;
     for (auto& v : variants)
         failed += !same_in_every_order(v.name, out, [&](uint64_t seed) {
-            Grid grid((rows + v.rows - 1) / v.rows, (tokens + v.tokens - 1) / v.tokens);
+            Grid grid((tokens + v.tokens - 1) / v.tokens, (rows + v.rows - 1) / v.rows);
             return run(v.launch, grid, v.threads, 0, seed, w.data(), x.data(), out.data(), rows, cols, tokens);
         });
     return failed;
@@ -196,9 +196,10 @@ static int check_attention(int head_dim, int start) {
         for (int q = 0; q < rows * heads / kv_heads; q += v.size)
             all.push_back({0, start, q, std::min(v.size, rows * heads / kv_heads - q), 0, 0});
         failed += !same_in_every_order(v.name, out, [&](uint64_t seed) {
-            size_t memory = 4 * v.size * (512 + tiles * 32 + 4 * head_dim);
+            const int warps = v.size == 8 ? 4 : 8;
+            size_t memory = 4 * v.size * (512 + tiles * 32 + warps * head_dim);
             Grid grid(all.size(), kv_heads, v.split ? partitions : 1);
-            if (!run(v.launch, grid, 128, memory, seed, queries.data(), keys.data(), values.data(),
+            if (!run(v.launch, grid, 32 * warps, memory, seed, queries.data(), keys.data(), values.data(),
                      table.data(), all.data(), parts.data(), out.data(), shape, partitions, v.split))
                 return false;
             return !v.split || run(emu_attend_merge, Grid(rows, heads), 128, 0, seed, parts.data(),

@@ -284,11 +284,12 @@ impl Case {
         let (shape, split) = (self.shape, i32::from(is_split));
         let args = args![q, k, v, t, tl, p, o, shape, partitions, split];
         let padded = head_dim.next_multiple_of(32);
-        let smem = 4 * size * (PARTITION + padded + 4 * head_dim);
+        let warps = if size == 8 { 4 } else { 8 };
+        let smem = 4 * size * (PARTITION + padded + warps * head_dim);
         let depth = if is_split { partitions as u32 } else { 1 };
         let grid = [tiles.len() as u32, self.shape.kv_heads as u32, depth];
         let name = format!("attend_{}_{size}", self.dtype);
-        kernels.launch(&name, grid, 128, smem, seed, &args);
+        kernels.launch(&name, grid, 32 * warps as u32, smem, seed, &args);
         if is_split {
             let (at, f16) = (positions.as_ptr(), i32::from(self.dtype == Dtype::F16));
             let args = args![p, at, o, shape, partitions, f16];
@@ -397,11 +398,7 @@ fn control_arms_of_attention_are_noticed() {
         &sequences(&[[1_700, 2], [90, 1]]),
     );
     let want = case.want();
-    for (define, is_split) in [
-        ("CANON_BLOCK=16", true),
-        ("CONTROL_NO_BARRIER", false),
-        ("CONTROL_MERGES_DESCENDING", true),
-    ] {
+    for (define, is_split) in [("CANON_BLOCK=16", true), ("CONTROL_NO_BARRIER", false)] {
         let broken = broken("attend", define);
         let caught = (0..3).any(|seed| {
             let got = case.run(broken, 4, is_split, seed);
@@ -409,6 +406,26 @@ fn control_arms_of_attention_are_noticed() {
         });
         assert!(caught, "{define}");
     }
+}
+
+#[test]
+fn partitions_are_appended_in_ascending_order() {
+    // (1e8 - 1e8) + 1 is 1, (1 - 1e8) + 1e8 is 0.
+    let (head_dim, dtype) = (16_usize, Dtype::Bf16);
+    let part = |value: f32| [vec![0.0, 1.0], vec![value; head_dim]].concat();
+    let parts = [part(1e8), part(-1e8), part(1.0)].concat();
+    let run = |kernels: &Kernels| -> Vec<f32> {
+        let (positions, mut out) = ([1_100_u32], vec![0_u16; head_dim]);
+        let (p, at, o) = (parts.as_ptr(), positions.as_ptr(), out.as_mut_ptr());
+        let (shape, partitions, f16) = (shape(1, 1, 16, 0, 0.0), 3_i32, 0_i32);
+        let args = args![p, at, o, shape, partitions, f16];
+        kernels.launch("attend_merge", [1, 1, 1], 128, 0, 0, &args);
+        out.iter().map(|b| dtype.widen(*b)).collect()
+    };
+    let want = dtype.widen(dtype.round(1.0 / 3.0));
+    assert_same(&run(kernels()), &vec![want; head_dim], "ascending");
+    let descending = run(broken("attend", "CONTROL_MERGES_DESCENDING"));
+    assert_eq!(descending, vec![0.0; head_dim]);
 }
 
 #[test]

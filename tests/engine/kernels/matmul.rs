@@ -89,7 +89,7 @@ impl Case {
             0 => (format!("prefill_{dtype}"), [64, 64], 128),
             t => (format!("decode_{dtype}_{t}"), [32, t], 256),
         };
-        let grid = [self.rows.div_ceil(tile[0]) as u32, self.tokens().div_ceil(tile[1]) as u32, 1];
+        let grid = [self.tokens().div_ceil(tile[1]) as u32, self.rows.div_ceil(tile[0]) as u32, 1];
         kernels.launch(&name, grid, threads, 0, seed, &args);
         out
     }

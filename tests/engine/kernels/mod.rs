@@ -129,8 +129,8 @@ fn kernels() -> &'static Kernels {
     LIBRARY.get_or_init(|| Kernels::load(&compile("kernels.so", &["-shared"], &SOURCES)))
 }
 
-/// A control arm: one file built with a macro that breaks it. A test has to notice. It stays loaded,
-/// because threads keep storage of it until they end.
+/// A control arm: one file built with a macro that breaks it. A test has to notice. It stays
+/// loaded, because threads keep storage of it until they end.
 fn broken(source: &str, define: &str) -> &'static Kernels {
     let name = format!("{source}-{}.so", define.replace('=', "-"));
     let path = compile(&name, &["-shared", &format!("-D{define}")], &[source]);
@@ -205,4 +205,58 @@ fn no_access_is_out_of_bounds() {
 #[test]
 fn no_two_threads_race() {
     sanitized("thread");
+}
+
+/// The kernels of a PTX text with the sizes of their parameters in bytes.
+fn entries(ptx: &str) -> Vec<(String, Vec<u32>)> {
+    let size_of = |parameter: &str| -> u32 {
+        // `.param .align 8 .b8 name[24]`, or `.param .u64 name`.
+        if let Some((_, len)) = parameter.split_once('[') {
+            return len.trim_end_matches(']').parse().unwrap();
+        }
+        let kind =
+            parameter.split('.').find(|part| part.starts_with(['u', 's', 'b', 'f'])).unwrap();
+        kind.split_whitespace().next().unwrap()[1..].parse::<u32>().unwrap() / 8
+    };
+    let of_entry = |text: &str| {
+        let (name, rest) = text.split_once('(').unwrap();
+        let parameters = rest.split_once(')').unwrap().0;
+        let sizes = parameters.split(',').map(str::trim).filter(|p| !p.is_empty()).map(size_of);
+        (name.trim().to_owned(), sizes.collect())
+    };
+    ptx.split(".entry ").skip(1).map(of_entry).collect()
+}
+
+#[test]
+fn ptx_has_the_parameters_of_the_sources() {
+    let mut count = 0;
+    for name in SOURCES {
+        let text = fs::read_to_string(directory().join(format!("{name}.sm_80.ptx"))).unwrap();
+        let source = fs::read_to_string(directory().join(format!("{name}.cu"))).unwrap();
+        let entries = entries(&text);
+        assert!(source.contains("__global__") && !entries.is_empty(), "{name}");
+        for (kernel, want) in entries {
+            type Sizes = unsafe extern "C" fn(*mut u32) -> i32;
+            let symbol = format!("emu_sizes_{kernel}");
+            let sizes: libloading::Symbol<Sizes> =
+                unsafe { kernels().library.get(symbol.as_bytes()) }
+                    .unwrap_or_else(|_| panic!("{kernel} of {name} has no host build"));
+            let mut got = [0; 64];
+            let len = unsafe { sizes(got.as_mut_ptr()) } as usize;
+            assert_eq!(got[..len], want, "{kernel}: scripts/kernels was not run");
+            count += 1;
+        }
+    }
+    assert!(count >= 31, "{count} kernels");
+}
+
+#[test]
+fn every_source_has_a_host_build_that_is_tested() {
+    let found = fs::read_dir(directory()).unwrap().map(|e| e.unwrap().path());
+    let mut names: Vec<String> = found
+        .filter(|p| p.extension().is_some_and(|x| x == "cu"))
+        .map(|p| p.file_stem().unwrap().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    assert_eq!(names, SOURCES);
 }
