@@ -8,7 +8,7 @@ use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
 use crate::bench::attack::{Bench, Setup};
 use crate::bench::stats::{Rate, Stopping};
 use crate::verify::evidence::Calibrated;
-use crate::verify::{Limits, limits};
+use crate::verify::{Limits, limits_file};
 use clap::Args;
 use comfy_table::{Table, presets};
 use std::path::{Path, PathBuf};
@@ -54,7 +54,9 @@ pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
     let scratch = std::env::temp_dir().join(format!("targon-attack-{}", uuid::Uuid::new_v4()));
     std::fs::create_dir(&scratch).map_err(|e| cannot_write(&scratch, &e))?;
     let (limits, rates) = match &args.limits {
-        Some(path) => limits::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?,
+        Some(path) => {
+            limits_file::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?
+        }
         None => (Limits::default(), Calibrated::default()),
     };
     let setup = Setup {

@@ -1,7 +1,7 @@
 //! `calibrate`: the whitening of a model's hidden rows, computed and stored; limits from captured
 //! honest answers; how many of this engine's own answers are equal bit for bit.
 
-use super::capture::{Captures, Judged, Rules, Verifiers, understand};
+use super::capture::{Captures, CheckOptions, Judged, Verifiers, understand};
 use super::load::{DownloadBars, Located, available_memory, locate, plan};
 use super::out::outln;
 use super::shared::{ComputeArgs, ModelsArg};
@@ -23,10 +23,9 @@ use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::bounds;
 use crate::verify::calibrate::{ENERGY_FACTOR, MARGIN_FACTOR, Sample, limits_file, split};
-use crate::verify::limits::{self, LimitsFile, Share, Spread};
-use crate::verify::proof::Asked;
-use crate::verify::rows::MARGIN_CLIP;
-use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
+use crate::verify::limits::MARGIN_CLIP;
+use crate::verify::limits_file::{self, LimitsFile, Share, Spread};
+use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::json;
@@ -123,9 +122,10 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 /// Judges captured honest answers at every row, and writes limits between which they lie.
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
-    limits::check_place(out).map_err(Failure::user)?;
+    limits_file::check_place(out).map_err(Failure::user)?;
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, Limits::NONE)?;
-    let rules = Rules { profile: Some(Profile::Proof), depth: Depth::Slow, chance: Some(0) };
+    let options =
+        CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: Some(0) };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
     for path in &args.pairs {
         let mut captures = Captures::open(path)?;
@@ -141,7 +141,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
                 let what = format!("{place}: limits belong to one model, this is a second one");
                 return Err(Failure::user(what).with_hint(Some("choose one with --model")));
             }
-            for judged in verifiers.judge(&verifier, &place, &capture, rules)? {
+            for judged in verifiers.judge(&verifier, &place, &capture, options)? {
                 match sample(&place, judged) {
                     Some(sample) => samples.push(sample),
                     None => left_out += 1,
@@ -154,7 +154,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     };
     let split = split(samples, args.held_out).map_err(Failure::user)?;
     let file = limits_file(&model, &args.class, &split);
-    limits::write(out, &file).map_err(Failure::user)?;
+    limits_file::write(out, &file).map_err(Failure::user)?;
     describe(&file, left_out);
     outln!("written to {}", out.display());
     Ok(())
@@ -350,11 +350,11 @@ impl Own {
                 request: &request,
                 seed: None,
                 choice: 0,
-                proof: Some(Asked { scheme, nonce, hotkey: None }),
+                proof: Some(Challenge { scheme, nonce, hotkey: None }),
                 answer: &answer,
                 end_is_implied: false,
             };
-            reports.push(self.verifier.verify(&claim, Profile::Proof, Depth::Slow, 0));
+            reports.push(self.verifier.verify(Profile::Proof, 0).depth(Depth::Slow).answer(&claim));
         }
         Ok(reports)
     }

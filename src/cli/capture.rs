@@ -8,7 +8,7 @@ use crate::engine::request::Request;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::verify::capture::judge;
-pub(super) use crate::verify::capture::{Capture, Judged, Rules};
+pub(super) use crate::verify::capture::{Capture, CheckOptions, Judged};
 use crate::verify::{Limits, Reason, Rejection, Verifier, question};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -106,11 +106,11 @@ impl Verifiers {
         verifier: &Verifier,
         place: &str,
         capture: &Capture,
-        rules: Rules,
+        options: CheckOptions,
     ) -> Result<Vec<Judged>, Failure> {
         let only = self.models.first().map_or("", |model| model.name.as_str());
         let name = capture.model().unwrap_or(only);
-        let judged = self.runtime.block_on(judge(verifier, name, capture, rules));
+        let judged = self.runtime.block_on(judge(verifier, name, capture, options));
         judged.map_err(|what| Failure::user(format!("{place}: {what}")))
     }
 

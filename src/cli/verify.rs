@@ -1,16 +1,16 @@
 //! `verify`: judges captured answers, one a line.
 
 use super::Failure;
-use super::capture::{Capture, Captures, Judged, Rules, Verifiers};
+use super::capture::{Capture, Captures, CheckOptions, Judged, Verifiers};
 use super::out::outln;
 use super::shared::{ComputeArgs, ModelsArg, printable};
 use super::verify_html;
 use crate::models::Model;
 use crate::proof::CHUNK_ROWS;
+use crate::verify::ChunkEvidence;
 use crate::verify::evidence::{ALARM, Calibrated, Evidence, Observed, Sums, weigh};
 use crate::verify::evidence_file::EvidenceFile;
-use crate::verify::limits::{self, LimitsFile};
-use crate::verify::proof::ChunkEvidence;
+use crate::verify::limits_file::{self, LimitsFile};
 use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -83,7 +83,7 @@ pub(super) struct Finding<'a> {
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
-    let file = args.limits.as_deref().map(limits::read).transpose().map_err(Failure::user)?;
+    let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
     let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
     let evidence = evidence.map_err(Failure::user)?;
     let own = file.as_ref().map_or_else(Limits::default, |f| f.limits);
@@ -135,9 +135,9 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 impl VerifyArgs {
-    fn rules(&self) -> Rules {
+    fn rules(&self) -> CheckOptions {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
-        Rules { profile: self.profile, depth, chance: self.chance }
+        CheckOptions { profile: self.profile, depth, chance: self.chance }
     }
 }
 

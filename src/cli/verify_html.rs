@@ -3,9 +3,9 @@
 
 use super::capture::Judged;
 use super::verify::{Finding, number};
+use crate::verify::ChunkEvidence;
+use crate::verify::RowEvidence;
 use crate::verify::Verdict;
-use crate::verify::proof::ChunkEvidence;
-use crate::verify::rows::RowEvidence;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use plotters::prelude::{
     BLUE, ChartBuilder, Circle, Color, DrawingAreaErrorKind, IntoDrawingArea, LineSeries, RED,

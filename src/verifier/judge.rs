@@ -9,9 +9,7 @@ use super::sent::{Bounds, Sent};
 use super::{REQUESTS_MAX, RUNNING_MAX};
 use crate::engine::request::Request;
 use crate::verify::answer::Answer;
-use crate::verify::{
-    Claim, Depth, Profile, Reason, Rejection, Report, Rules, Stop, Verdict, Verifier,
-};
+use crate::verify::{Claim, Depth, Profile, Reason, Rejection, Report, Stop, Verdict, Verifier};
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -176,8 +174,8 @@ fn run(verifier: &Verifier, request: &Request, sent: Sent, token: &CancellationT
     let claims: Vec<Claim<'_>> = answers.iter().map(claim).collect();
     let chance = uuid::Uuid::new_v4().as_u128() as u64;
     let is_wanted = || !token.is_cancelled();
-    let rules = Rules { is_wanted: &is_wanted, ..Rules::new(Profile::Ranks, Depth::Slow, chance) };
-    best(verifier.verify_by(&claims, rules))
+    let check = verifier.verify(Profile::Ranks, chance).depth(Depth::Slow);
+    best(check.while_wanted(&is_wanted).answers(&claims))
 }
 
 /// Of readings of one answer: that one of them passes, that one cannot be judged, or what is wrong

@@ -2,7 +2,7 @@
 
 use super::Verifier;
 use super::answer::{Sent, id_of_name};
-use super::proof::Asked;
+use super::claim::Challenge;
 use crate::chain::keys::Hotkey;
 use crate::engine::request::{LogprobMode, Request};
 use crate::intake::translate::Defaults;
@@ -22,7 +22,7 @@ pub struct Question {
     /// The API's seed.
     pub seed: Option<i64>,
     /// The proof that was asked for.
-    pub proof: Option<Asked>,
+    pub proof: Option<Challenge>,
     /// The prompts.
     pub prompts: Prompts,
     /// The server chooses how tokens are named.
@@ -104,14 +104,14 @@ fn first_name(body: &Value) -> Option<&str> {
     })
 }
 
-fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Asked>, String> {
+fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, String> {
     let Some(scheme) = body["proof"]["scheme"].as_str() else { return Ok(None) };
     let scheme: Scheme = scheme.parse().map_err(|rule| format!("proof.scheme {rule}"))?;
     let nonce = body["proof"]["nonce"].as_str().map(from_hex).transpose();
     let nonce = nonce.map_err(|rule| format!("proof.nonce {rule}"))?;
     let hotkey = hotkey.map(str::parse::<Hotkey>).transpose();
     let hotkey = hotkey.map_err(|e| format!("`hotkey`: {e}"))?;
-    Ok(Some(Asked { scheme, nonce, hotkey }))
+    Ok(Some(Challenge { scheme, nonce, hotkey }))
 }
 
 /// Reads a body as a server does.

@@ -4,7 +4,7 @@
 //! the model does not have counts however it is written, and nothing divides by zero.
 
 use super::prefill::Row;
-use super::rows::RowEvidence;
+use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::ops::logits::rank;
 use crate::proof::philox::philox;
