@@ -8,7 +8,7 @@ use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use crate::clock::Clock;
 use crate::intake::translate::Defaults;
-use crate::server::gate::{Gate, Policy, STAKE_MIN};
+use crate::server::door::{Gate, Policy, STAKE_MIN};
 use crate::server::listen::accept;
 use crate::server::registry::Registry;
 use crate::server::settings::Limits;

@@ -13,7 +13,7 @@ use crate::engine::request::LogprobMode;
 use crate::intake::translate::Defaults;
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
-use crate::server::metrics::summarize;
+use crate::server::operations::metrics::summarize;
 use crate::server::registry::{Entry, Registry, State};
 use crate::server::router;
 use crate::server::state::ServerState;

@@ -9,7 +9,7 @@ use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
 use crate::miner::{Miner, MinerError, Options};
-use crate::server::gate::Gate;
+use crate::server::door::Gate;
 use crate::server::registry::{Registry, State};
 use sd_notify::NotifyState;
 use std::net::SocketAddr;

@@ -11,7 +11,7 @@ use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
 use crate::chain::{Chain, Head};
-use crate::server::gate::Gate;
+use crate::server::door::Gate;
 use pace::{Doubt, Pace};
 use parking_lot::Mutex;
 use std::sync::Arc;

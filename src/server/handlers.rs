@@ -1,10 +1,10 @@
 //! The routes that generate.
 
-use super::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
+use super::door::Caller;
+use super::door::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
 use super::error::ApiError;
-use super::gate::Caller;
 use super::generate::{Job, run};
-use super::openapi::Refusals;
+use super::refusals::Refusals;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
 use crate::engine::scheduler::Owner;

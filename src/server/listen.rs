@@ -1,8 +1,8 @@
 //! Connections: accepted up to a limit, each with limits on how long its peer may take, and ended
 //! once its peer has left.
 
-use super::access::is_open;
 use super::connections::{Connections, Full, Peer, connections_max};
+use super::door::access::is_open;
 use super::error::ApiError;
 use super::router;
 use super::settings::Limits;

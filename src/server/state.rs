@@ -1,8 +1,8 @@
 //! What handlers share: the models, the defaults, and whether the server still takes requests.
 
+use super::door::Gate;
 use super::error::{ApiError, echo};
-use super::gate::Gate;
-use super::metrics::Metrics;
+use super::operations::counters::Metrics;
 use super::registry::Registry;
 use super::settings::Settings;
 use crate::chain::keys::Keypair;

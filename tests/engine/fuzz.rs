@@ -19,7 +19,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::commit::ResidueChunk;
 use targon_engine::proof::toploc;
-use targon_engine::server::gate::models::Asked;
+use targon_engine::server::door::models::Asked;
 use targon_engine::verify::answer::Answer;
 use targon_engine::wire::openai::{ChatRequest, CompletionRequest};
 

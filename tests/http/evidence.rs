@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use targon_engine::proof::Scheme;
 use targon_engine::verify::ChunkEvidence;
 use targon_engine::verify::RowEvidence;
-use targon_engine::verify::calibrate::{ENERGY_FACTOR, Sample, limits, split};
+use targon_engine::verify::calibrate::{ENERGY_FACTOR, Sample, limits_file, split};
 use targon_engine::verify::evidence::{
     ALARM, ANSWER_MAX, Calibrated, Evidence, EvidenceStore, MemoryStore, Observed, Test, weigh,
 };

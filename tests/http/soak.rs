@@ -12,7 +12,7 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::server::gate::{Gate, Outcome, Policy, STAKE_MIN};
+use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
 use targon_engine::server::listen::accept;
 use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::settings::Limits;

@@ -16,7 +16,7 @@ use targon_engine::chain::{Chain, Head};
 use targon_engine::clock::Clock;
 use targon_engine::miner::pace::DOUBT_MAX;
 use targon_engine::miner::{Miner, MinerError, Options};
-use targon_engine::server::gate::{Gate, Policy};
+use targon_engine::server::door::{Gate, Policy};
 
 pub(crate) const BLOCK: Duration = Duration::from_millis(20);
 const TAO: u64 = 1_000_000_000;

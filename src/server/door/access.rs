@@ -1,9 +1,9 @@
 //! What every request passes before its handler: a name, a line in the log, a key, a body in time.
 
-use super::error::{ApiError, echo};
-use super::metrics::HttpLabels;
-use super::settings::Limits;
-use super::state::ServerState;
+use crate::server::error::{ApiError, echo};
+use crate::server::operations::counters::HttpLabels;
+use crate::server::settings::Limits;
+use crate::server::state::ServerState;
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -20,10 +20,10 @@ const PROBES: [&str; 6] = ["/health", "/health/decode", "/ready", "/version", "/
 /// Other routes that need no key: the page and the description of the API, which ask with the key
 /// that their user types. Every route that is not listed needs one.
 const OPEN: [&str; 4] = ["/", "/page/style.css", "/page/page.js", "/api-doc/openapi.json"];
-pub(super) const OPEN_VIEWER: &str = "/docs";
+pub(in crate::server) const OPEN_VIEWER: &str = "/docs";
 
 /// Whether a route asks for no key.
-pub(super) fn is_open(path: &str) -> bool {
+pub(in crate::server) fn is_open(path: &str) -> bool {
     let is_viewer =
         path.strip_prefix(OPEN_VIEWER).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     PROBES.contains(&path) || OPEN.contains(&path) || is_viewer
