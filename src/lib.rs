@@ -12,7 +12,8 @@
 //!
 //! | rank | modules | role |
 //! |---|---|---|
-//! | 8 | `main` [`cli`] | parse, wire, print |
+//! | 9 | `main` [`cli`] | parse, wire, print |
+//! | 8 | [`lifecycle`] | models of a file: loaded, followed, watched |
 //! | 7 | [`config`] | files, flags and environment into options |
 //! | 6 | [`miner`] [`validator`] [`verifier`] [`doctor`] [`mod@bench`] | what they run |
 //! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
@@ -38,6 +39,7 @@ pub mod doctor;
 pub mod engine;
 pub mod files;
 pub mod intake;
+pub mod lifecycle;
 pub mod miner;
 pub mod models;
 pub mod ops;

@@ -12,9 +12,10 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 21] = [
-    ("main", 8),
-    ("cli", 8),
+const RANKS: [(&str, u8); 22] = [
+    ("main", 9),
+    ("cli", 9),
+    ("lifecycle", 8),
     ("config", 7),
     ("miner", 6),
     ("validator", 6),

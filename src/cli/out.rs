@@ -1,7 +1,7 @@
 //! Data to stdout, words to stderr; neither may panic when its reader is gone, and neither carries
 //! what would steer a terminal: strangers' words are in both.
 
-use super::shared::printable_lines;
+use super::printable::printable_lines;
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 

@@ -1,9 +1,10 @@
 //! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
 
+use super::Failure;
 use super::out::outln;
-use super::shared::{printable, printable_lines};
+use super::printable::{printable, printable_lines};
+use super::shared::runtime;
 use super::subnet_args::{ChainArgs, WalletArgs};
-use super::{Failure, runtime};
 use crate::chain::Chain;
 use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;

@@ -2,13 +2,12 @@
 
 use super::Failure;
 use super::capture::{Capture, Captures, CheckOptions, Judged, Verifiers};
+use super::finding::{Finding, Tally, number, reason};
 use super::out::outln;
-use super::shared::{ComputeArgs, ModelsArg, printable};
+use super::printable::printable;
+use super::shared::{ComputeArgs, ModelsArg};
 use super::verify_html;
-use crate::models::Model;
-use crate::proof::CHUNK_ROWS;
-use crate::verify::ChunkEvidence;
-use crate::verify::evidence::{ALARM, Calibrated, Evidence, Observed, Sums, weigh};
+use crate::verify::evidence::{Calibrated, Observed, weigh};
 use crate::verify::evidence_file::EvidenceFile;
 use crate::verify::limits_file::{self, LimitsFile};
 use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
@@ -63,23 +62,6 @@ pub(super) struct VerifyArgs {
     chance: Option<u64>,
     #[command(flatten)]
     compute: ComputeArgs,
-}
-
-/// What many answers of one miner say, with this one.
-pub(super) struct Tally {
-    pub(super) miner: String,
-    pub(super) evidence: Evidence,
-    /// What this answer added.
-    pub(super) gain: Sums,
-}
-
-/// A judged answer with all there is to say of it.
-pub(super) struct Finding<'a> {
-    pub(super) place: &'a str,
-    pub(super) judged: &'a Judged,
-    pub(super) tally: Option<&'a Tally>,
-    pub(super) model: &'a Model,
-    pub(super) limits: &'a Limits,
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
@@ -167,15 +149,6 @@ impl Unread<'_> {
     }
 }
 
-/// Name and words of a verdict that is no pass.
-fn reason(verdict: &Verdict) -> Option<(&'static str, String)> {
-    match verdict {
-        Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
-        Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
-        Verdict::Pass => None,
-    }
-}
-
 /// Limits of one model say nothing about another.
 fn check_model(
     args: &VerifyArgs,
@@ -241,76 +214,6 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
     if args.explain {
         outln!("{}", table(finding));
     }
-}
-
-impl Finding<'_> {
-    pub(super) fn tokens(&self) -> usize {
-        self.judged.answer.as_ref().map_or(0, |a| a.ids.len())
-    }
-
-    /// Which rules judged, and what of the proof is equal.
-    pub(super) fn rules(&self) -> String {
-        let chunks = &self.judged.report.chunks;
-        let exact = chunks.iter().filter(|c| c.is_exact).count();
-        match self.judged.profile {
-            Profile::Powv => "targon-4.1".to_owned(),
-            Profile::Ranks => "targon-4.4".to_owned(),
-            Profile::Proof => format!("{exact} of {} chunks equal bit for bit", chunks.len()),
-        }
-    }
-
-    /// The chunk that a token belongs to.
-    pub(super) fn chunk(&self, index: usize) -> Option<&ChunkEvidence> {
-        self.judged.report.chunks.get(index / CHUNK_ROWS)
-    }
-
-    /// Whether a chunk is too far from ours.
-    pub(super) fn is_far(&self, chunk: &ChunkEvidence) -> bool {
-        self.judged.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
-    }
-
-    /// Whether a token is too far from being drawn.
-    pub(super) fn is_unlikely(&self, margin: Option<f64>) -> bool {
-        margin.is_some_and(|m| m > self.limits.margin_max())
-    }
-
-    /// Energy of a token's chunk, in words.
-    pub(super) fn energy(&self, index: usize) -> String {
-        match self.chunk(index) {
-            Some(c) if c.is_exact => "exact".to_owned(),
-            Some(c) => number(c.energy),
-            None => number(None),
-        }
-    }
-}
-
-impl Tally {
-    /// One line for people.
-    pub(super) fn describe(&self) -> String {
-        let Self { miner, evidence: Evidence { answers, sums, .. }, .. } = self;
-        let Sums { margin, energy, joint } = sums;
-        let alarm = match self.evidence.alarm() {
-            Some(test) => format!(" ALARM by {test}"),
-            None => String::new(),
-        };
-        format!(
-            "evidence on {miner} after {answers} answers: margin {margin:.1}, energy {energy:.1}, \
-             joint {joint:.1} of {ALARM:.1}{alarm}"
-        )
-    }
-
-    fn json(&self) -> Value {
-        let Self { miner, evidence, gain } = self;
-        json!({
-            "miner": miner, "answers": evidence.answers, "alarms": evidence.alarms,
-            "sums": evidence.sums, "gain": gain, "threshold": ALARM,
-            "alarm": evidence.alarm().map(|test| test.to_string()),
-        })
-    }
-}
-
-pub(super) fn number(value: Option<f64>) -> String {
-    value.map_or("-".into(), |v| format!("{v:.4}"))
 }
 
 /// An answer as one JSON object.

@@ -2,7 +2,7 @@
 //! nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
 use super::capture::Judged;
-use super::verify::{Finding, number};
+use super::finding::{Finding, number};
 use crate::verify::ChunkEvidence;
 use crate::verify::RowEvidence;
 use crate::verify::Verdict;

@@ -342,3 +342,19 @@ async fn drain(state: &ServerState, timeout: Duration) {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
+
+/// Whoever can reach an open listener can use it: a miner's must be on loopback.
+///
+/// # Errors
+/// The rule and the address.
+pub fn check_open(address: SocketAddr, is_open: bool, is_miner: bool) -> Result<(), String> {
+    if !is_open || address.ip().is_loopback() {
+        return Ok(());
+    }
+    if is_miner {
+        let what = format!("the open routes of a miner must be on loopback, --host is {address}");
+        return Err(what);
+    }
+    tracing::warn!(%address, "this server has no API keys and is not on loopback");
+    Ok(())
+}

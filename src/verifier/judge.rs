@@ -6,7 +6,7 @@ use super::body::Held;
 use super::lead::readings;
 use super::reply::{Judged, Refusal};
 use super::sent::{Bounds, Sent};
-use super::{REQUESTS_MAX, RUNNING_MAX};
+use super::service::{REQUESTS_MAX, RUNNING_MAX};
 use crate::engine::request::Request;
 use crate::verify::answer::Answer;
 use crate::verify::{Claim, Depth, Profile, Reason, Rejection, Report, Stop, Verdict, Verifier};

@@ -14,7 +14,7 @@ use targon_engine::verify::evidence::{
     ALARM, ANSWER_MAX, Calibrated, Evidence, EvidenceStore, MemoryStore, Observed, Test, weigh,
 };
 use targon_engine::verify::evidence_file::EvidenceFile;
-use targon_engine::verify::{Report, Verdict, limits_file};
+use targon_engine::verify::{Limits, Report, Verdict, limits_file};
 
 /// Tokens that a fast check looks at.
 const TOKENS: usize = 33;
@@ -242,7 +242,7 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     let largest = halves.0.iter().flat_map(|s| &s.report.chunks).filter_map(|c| c.energy);
     let largest = largest.fold(0.0, f64::max);
     assert_eq!(file.limits.energy_u8, ENERGY_FACTOR * largest);
-    assert_eq!(file.limits.energy_u4, limits::Limits::default().energy_u4, "none was measured");
+    assert_eq!(file.limits.energy_u4, Limits::default().energy_u4, "none was measured");
     let spread = file.calibration.energy_u8.unwrap();
     assert!(spread.mean < spread.p999 && spread.p999 <= spread.max && spread.count == 120);
     let held = &file.held_out;
