@@ -167,8 +167,8 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),
         Command::Config(command) => config::run(&command),
-        Command::Completions(args) => manual::completions(&args),
-        Command::Man(args) => manual::pages(&args),
+        Command::Completions(args) => manual::completions(&args, Cli::command()),
+        Command::Man(args) => manual::pages(&args, Cli::command()),
     }?;
     Ok(ExitCode::SUCCESS)
 }

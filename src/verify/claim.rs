@@ -34,7 +34,7 @@ impl std::str::FromStr for Profile {
 /// How much is computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Depth {
-    /// Proofs of all rows; logits of [`FAST_ROWS`](super::places::FAST_ROWS) random rows and the last.
+    /// Proofs of all rows; logits of [`FAST_ROWS`](super::FAST_ROWS) random rows and the last.
     Fast,
     /// Everything at every row.
     Slow,

@@ -1,7 +1,7 @@
 //! The file of [`Limits`]: what they are, and which measurement they come from.
 //!
-//! `calibrate` writes it from honest pairs ([`super::calibrate`]), `verify` reads it. Limits without
-//! the model, the class of miners and the counts that they rest on are refused.
+//! `calibrate` writes it from honest pairs ([`super::calibrate`]), `verify` reads it. Limits
+//! without the model, the class of miners and the counts that they rest on are refused.
 
 use super::bounds::upper;
 use super::evidence::Calibrated;

@@ -1,6 +1,6 @@
-//! The door: what every request passes before its handler ([`access`]), and what a subnet's miner asks
-//! of signed ones ([`guard`]): requests signed by members with stake pass, each once, and no member
-//! can crowd out another.
+//! The door: what every request passes before its handler ([`access`]), and what a subnet's miner
+//! asks of signed ones ([`guard()`]): requests signed by members with stake pass, each once, and no
+//! member can crowd out another.
 //!
 //! Checks of a signed request run in the order of [`checks`]: headers, membership, stake, age,
 //! repetition; then the body is read ([`bodies`]) and the signature checked; then repetition again,
