@@ -21,7 +21,7 @@
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`files`] | leaves |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`entropy`] [`files`] | leaves |
 //!
 //! # Invariants
 //!
@@ -37,6 +37,7 @@ pub mod clock;
 pub mod config;
 pub mod doctor;
 pub mod engine;
+pub mod entropy;
 pub mod files;
 pub mod intake;
 pub mod lifecycle;

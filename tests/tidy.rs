@@ -16,7 +16,7 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 22] = [
+const RANKS: [(&str, u8); 23] = [
     ("main", 9),
     ("cli", 9),
     ("lifecycle", 8),
@@ -38,6 +38,7 @@ const RANKS: [(&str, u8); 22] = [
     ("wire", 0),
     ("chain", 0),
     ("clock", 0),
+    ("entropy", 0),
     ("files", 0),
 ];
 

@@ -7,6 +7,7 @@ use crate::bench::attack::plot;
 use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
 use crate::bench::attack::{Bench, Setup};
 use crate::bench::stats::{Rate, Stopping};
+use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
 use crate::verify::{Limits, limits_file};
 use clap::Args;
@@ -51,7 +52,7 @@ pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
     }
-    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", uuid::Uuid::new_v4()));
+    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", Entropy::system().uuid()));
     std::fs::create_dir(&scratch).map_err(|e| cannot_write(&scratch, &e))?;
     let (limits, rates) = match &args.limits {
         Some(path) => {

@@ -113,8 +113,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, Limits::NONE)?;
-    let options =
-        CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: Some(0) };
+    let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
     for path in &args.pairs {
         let mut captures = Captures::open(path)?;

@@ -132,7 +132,7 @@ pub fn main() -> ExitCode {
         Err(e) => {
             // `--help` and `--version` come here too, and are not failures.
             let code = if e.use_stderr() { 1 } else { 0 };
-            let _ = e.print();
+            out::help(&e);
             return ExitCode::from(code);
         }
     };

@@ -35,6 +35,14 @@ pub(super) fn write_all(bytes: &[u8]) {
     end_on(stdout.write_all(bytes).and_then(|()| stdout.flush()));
 }
 
+/// Prints what clap has to say. A reader of help that has gone ends the program, quietly.
+pub(super) fn help(e: &clap::Error) {
+    let printed = e.print().and_then(|()| std::io::stdout().flush());
+    if !e.use_stderr() {
+        end_on(printed);
+    }
+}
+
 fn end_on(written: std::io::Result<()>) {
     let Err(e) = written else { return };
     if e.kind() != ErrorKind::BrokenPipe {

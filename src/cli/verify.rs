@@ -7,6 +7,7 @@ use super::out::outln;
 use super::printable::printable;
 use super::shared::{ComputeArgs, ModelsArg};
 use super::verify_html;
+use crate::entropy::Entropy;
 use crate::verify::evidence::{Calibrated, Observed, weigh};
 use crate::verify::evidence_file::EvidenceFile;
 use crate::verify::limits_file::{self, LimitsFile};
@@ -73,7 +74,8 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, limits)?;
     let mut captures = Captures::open(&args.file)?;
-    let mut account = evidence.map(|store| Account { store, rates });
+    let entropy = Entropy::system();
+    let mut account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
     let (mut worst, mut sections) = (0, Vec::new());
     for line in captures.iter() {
         let (place, capture) = line?;
@@ -87,7 +89,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         };
         let verifier = verifiers.of(&capture)?;
         check_model(args, file.as_ref(), &verifier)?;
-        let judged = match verifiers.judge(&verifier, &place, &capture, args.rules()) {
+        let judged = match verifiers.judge(&verifier, &place, &capture, args.options(&entropy)) {
             Ok(judged) => judged,
             Err(failure) => {
                 let verdict = Verdict::Unscored(failure.message().to_owned());
@@ -117,9 +119,13 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 impl VerifyArgs {
-    fn rules(&self) -> CheckOptions {
+    fn options(&self, entropy: &Entropy) -> CheckOptions {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
-        CheckOptions { profile: self.profile, depth, chance: self.chance }
+        CheckOptions {
+            profile: self.profile,
+            depth,
+            chance: self.chance.unwrap_or_else(|| entropy.word()),
+        }
     }
 }
 
@@ -176,6 +182,7 @@ fn weight(verdict: &Verdict) -> usize {
 struct Account {
     store: EvidenceFile,
     rates: Calibrated,
+    entropy: Entropy,
 }
 
 impl Account {
@@ -190,7 +197,7 @@ impl Account {
             let what = format!("{place}: evidence needs a `hotkey` or a `miner`, got neither");
             Failure::user(what)
         })?;
-        let chance = uuid::Uuid::new_v4().as_u128() as u64;
+        let chance = self.entropy.word();
         let observed = Observed::of(&judged.report, judged.scheme, limits).thinned(chance);
         let weighed = weigh(&mut self.store, miner, &self.rates, &observed);
         let (evidence, gain) = weighed.map_err(Failure::user)?;

@@ -84,8 +84,8 @@ pub struct CheckOptions {
     pub profile: Option<Profile>,
     /// How much is computed.
     pub depth: Depth,
-    /// Decides which rows are looked at; random where absent.
-    pub chance: Option<u64>,
+    /// Decides which rows are looked at: the peer must not know it beforehand.
+    pub chance: u64,
 }
 
 /// One choice, judged.
@@ -137,9 +137,8 @@ pub fn judge_question(
     });
     let answers = read(verifier, &question, sent);
     let claims: Vec<Claim<'_>> = claims(&question, &answers).collect();
-    let chance = options.chance.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64);
     let mut reports =
-        verifier.verify(profile, chance).depth(options.depth).answers(&claims).into_iter();
+        verifier.verify(profile, options.chance).depth(options.depth).answers(&claims).into_iter();
     drop(claims);
     let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
     let scheme = question.proof.map(|asked| asked.scheme);

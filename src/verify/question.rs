@@ -5,6 +5,7 @@ use super::answer::{Sent, id_of_name};
 use super::claim::Challenge;
 use crate::chain::keys::Hotkey;
 use crate::engine::request::{LogprobMode, Request};
+use crate::entropy::Entropy;
 use crate::intake::translate::Defaults;
 use crate::intake::understand::{Reader, Understood};
 use crate::proof::Scheme;
@@ -125,10 +126,13 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
                     on every machine, and proofs are bound to it";
         return Err(format!("`request` {what}"));
     }
+    // What is drawn here is replaced by what the proof is bound to, or never looked at.
+    let entropy = Entropy::system();
     let reader = Reader {
         model: &verifier.model,
         context_max: verifier.context_max,
         defaults: Defaults::default(),
+        entropy: &entropy,
     };
     let wrong = |e: serde_json::Error| format!("`request` is not a body: {e}");
     let understood = if body.get("messages").is_some() {

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
+use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
 use targon_engine::models::Model;
@@ -230,8 +231,12 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
             continue; // its text is that of prompt and output
         }
         let answer = Answer::of_response(&whole, 0).unwrap();
-        let reader =
-            Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+        let reader = Reader {
+            model: &verifier.model,
+            context_max: 512,
+            defaults: Defaults::default(),
+            entropy: &Entropy::system(),
+        };
         let read = reader.completion(&serde_json::from_value(body).unwrap()).await;
         let asked = Challenge {
             scheme: "residue-v1".parse().unwrap(),

@@ -130,7 +130,7 @@ async fn judged(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<Judged> 
         Some(chunks) => Capture::of_stream(body.clone(), chunks.clone()),
         None => Capture::of_response(body.clone(), sent.clone()),
     };
-    let rules = CheckOptions { profile: None, depth: Depth::Slow, chance: Some(7) };
+    let rules = CheckOptions { profile: None, depth: Depth::Slow, chance: 7 };
     judge(verifier, "tiny", &capture, rules).await.unwrap()
 }
 

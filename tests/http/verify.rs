@@ -11,6 +11,7 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
+use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
 use targon_engine::ops::lanes::Isa;
@@ -40,7 +41,12 @@ fn verifier(engine: &Engine) -> Verifier {
 }
 
 async fn understood(verifier: &Verifier, body: &Value) -> Request {
-    let reader = Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+    let reader = Reader {
+        model: &verifier.model,
+        context_max: 512,
+        defaults: Defaults::default(),
+        entropy: &Entropy::system(),
+    };
     let understood = match body.get("messages") {
         Some(_) => reader.chat(&serde_json::from_value(body.clone()).unwrap()).await,
         None => reader.completion(&serde_json::from_value(body.clone()).unwrap()).await,
@@ -345,7 +351,12 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     answers[1].text = Some("hello".into());
     answers[2].chunks[1].data.fill(0);
     rechain(&mut answers[2]);
-    let reader = Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+    let reader = Reader {
+        model: &verifier.model,
+        context_max: 512,
+        defaults: Defaults::default(),
+        entropy: &Entropy::system(),
+    };
     let understood = reader.chat(&serde_json::from_value(body.clone()).unwrap()).await.unwrap();
     let (seed, proof) = (body["seed"].as_i64(), asked(&body));
     let claims: Vec<Claim<'_>> = (0..)

@@ -19,7 +19,7 @@ struct Used {
 }
 
 /// The files of a crate by module, and what each of them names.
-pub struct Crate {
+pub(crate) struct Crate {
     files: BTreeMap<Segments, PathBuf>,
     used: BTreeMap<Segments, Vec<Used>>,
     words: BTreeMap<Segments, BTreeMap<String, usize>>,
@@ -27,7 +27,7 @@ pub struct Crate {
 
 impl Crate {
     /// Of `files`, each a path below `src` and its text.
-    pub fn new(files: Vec<(PathBuf, String)>) -> Self {
+    pub(crate) fn new(files: Vec<(PathBuf, String)>) -> Self {
         let texts: BTreeMap<Segments, (PathBuf, String)> =
             files.into_iter().map(|(path, text)| (module_of(&path), (path, text))).collect();
         let modules: BTreeSet<Segments> = texts.keys().cloned().collect();
@@ -79,7 +79,7 @@ impl Crate {
     }
 
     /// Every circle: its files, and one way around it in words.
-    pub fn circles(&self) -> Vec<(BTreeSet<PathBuf>, String)> {
+    pub(crate) fn circles(&self) -> Vec<(BTreeSet<PathBuf>, String)> {
         let edges = self.edges();
         let reach: BTreeMap<&Segments, _> = edges.keys().map(|m| (m, reached(&edges, m))).collect();
         let mut left: BTreeSet<&Segments> = edges.keys().collect();

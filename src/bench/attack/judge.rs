@@ -205,7 +205,7 @@ impl Received {
 
     fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> Result<Report, String> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
-        let options = CheckOptions { profile: None, depth: Depth::Fast, chance: Some(0) };
+        let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
         let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options))?;
         judged.into_iter().next().map(|j| j.report).ok_or_else(|| "there is no choice".into())
     }

@@ -44,7 +44,7 @@ pub async fn observe(
     let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok());
     let id = match given.filter(|id| is_request_id(id)) {
         Some(id) => id.to_owned(),
-        None => uuid::Uuid::new_v4().simple().to_string(),
+        None => state.entropy().uuid().simple().to_string(),
     };
     let name = HeaderValue::from_str(&id)
         .unwrap_or_else(|_| unreachable!("request ids are visible ASCII: {id}"));
