@@ -1,5 +1,5 @@
-//! Measurements and predictions that tell users what to expect; `cargo bench` runs the measurements,
-//! one for each file of `benches/`.
+//! Measurements and predictions that tell users what to expect; `cargo bench` runs the
+//! measurements, one for each file of `benches/`.
 //!
 //! | module | measures |
 //! |---|---|

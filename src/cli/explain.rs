@@ -3,9 +3,10 @@
 //! What is shown is a pure function of records ([`Shown`]): the last weights with their
 //! explanation, and what the miner did last.
 
+use super::Failure;
 use super::out::outln;
-use super::shared::printable;
-use super::{Failure, runtime};
+use super::printable::printable;
+use super::shared::runtime;
 use crate::store::record::{Answered, Outcome, Response, Sampled, Weights, WeightsState};
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, Stored};

@@ -138,8 +138,9 @@ fn a_query_ends_quietly_before_its_answer_and_within_it() {
             let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\
                         connection: close\r\n\r\n";
             let _ = socket.write_all(head.as_bytes());
-            let chunk = "{\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"token_ids\":[1],\
-                         \"logprobs\":{\"content\":[{\"token\":\"a\",\"logprob\":-0.5}]}}]}";
+            let chunk = "{\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\
+                         \"token_ids\":[1],\"logprobs\":{\"content\":[{\"token\":\"a\",\
+                         \"logprob\":-0.5}]}}]}";
             for _ in 0..50 {
                 if write!(socket, "data: {chunk}\n\n").is_err() {
                     break;

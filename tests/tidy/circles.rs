@@ -149,30 +149,68 @@ fn module_of(path: &Path) -> Segments {
     segments
 }
 
+/// The code of a file without its unit tests.
+fn without_tests(text: &str) -> String {
+    let (mut code, mut lines) = (String::new(), text.lines());
+    while let Some(line) = lines.next() {
+        if line.trim() == "#[cfg(test)]" {
+            match lines.next() {
+                // One declaration; what follows is code again.
+                Some(next) if next.trim_end().ends_with(';') => continue,
+                _ => break,
+            }
+        }
+        code.push_str(line);
+        code.push('\n');
+    }
+    code
+}
+
 /// Words, `::` and single characters of the code, without comments, texts and tests.
 fn tokens(text: &str) -> Vec<String> {
-    let mut tokens = Vec::new();
-    let code = text.lines().take_while(|line| line.trim() != "#[cfg(test)]");
-    for line in code {
-        let line = line.split("//").next().unwrap_or_default();
-        let mut rest = line;
-        while let Some(c) = rest.chars().next() {
-            let length = match c {
-                'A'..='Z' | 'a'..='z' | '0'..='9' | '_' => {
-                    rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len())
-                }
-                ':' if rest.starts_with("::") => 2,
-                '"' => rest[1..].find('"').map_or(rest.len(), |end| end + 2),
-                c => c.len_utf8(),
-            };
-            let token = &rest[..length];
-            if !token.trim().is_empty() && !token.starts_with('"') {
-                tokens.push(token.to_owned());
+    let (code, mut tokens) = (without_tests(text), Vec::new());
+    let mut rest = code.as_str();
+    while let Some(c) = rest.chars().next() {
+        let until = |end: &str| rest[1..].find(end).map_or(rest.len(), |at| 1 + at + end.len());
+        let length = match c {
+            '/' if rest.starts_with("//") => until("\n"),
+            '"' => text_length(rest),
+            'r' if rest.starts_with("r\"") => 2 + rest[2..].find('"').map_or(0, |at| at + 1),
+            'r' if rest.starts_with("r#\"") => until("\"#"),
+            // A character or a lifetime.
+            '\'' if rest[1..].starts_with('\\') => 2 + rest[2..].find('\'').map_or(0, |at| at + 1),
+            '\'' => match rest.char_indices().nth(2) {
+                Some((at, '\'')) => at + 1,
+                _ => 1,
+            },
+            'A'..='Z' | 'a'..='z' | '0'..='9' | '_' => {
+                rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len())
             }
-            rest = &rest[length..];
+            ':' if rest.starts_with("::") => 2,
+            c => c.len_utf8(),
+        };
+        let token = &rest[..length];
+        let is_code = !token.trim().is_empty() && !token.contains(['"', '\'', '/']);
+        if is_code {
+            tokens.push(token.to_owned());
         }
+        rest = &rest[length..];
     }
     tokens
+}
+
+/// Bytes of the text that `rest` begins with, quotes included.
+fn text_length(rest: &str) -> usize {
+    let mut is_escaped = false;
+    for (at, c) in rest.char_indices().skip(1) {
+        match c {
+            _ if is_escaped => is_escaped = false,
+            '\\' => is_escaped = true,
+            '"' => return at + 1,
+            _ => {}
+        }
+    }
+    rest.len()
 }
 
 /// What a file names, from its tokens.
@@ -266,10 +304,10 @@ fn circles_are_found_and_what_is_handed_on_is_none() {
         circles.into_iter().map(|(_, words)| words).collect::<Vec<_>>()
     };
     let tree = [
-        ("a/mod.rs", "mod b;\nmod c;\npub use b::{B, D as E};\n"),
+        ("a/mod.rs", "#[cfg(test)]\nmod d;\nmod b;\nmod c;\npub use b::{B, D as E};\n"),
         ("a/b.rs", "use super::c::C;\npub(in crate::a) struct B; // crate::a::c\n"),
         ("a/c.rs", "use crate::clock;\n#[cfg(test)]\nuse super::b::B;\n"),
-        ("clock.rs", "let x = \"crate::a::b\";"),
+        ("clock.rs", "let x = \"\\\"\\\ncrate::a::b use\";\nlet y = r#\"crate::a \" \"#;"),
     ];
     assert_eq!(check(&tree), [""; 0]);
     let with = |path: &'static str, text: &'static str| {
