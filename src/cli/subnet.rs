@@ -8,7 +8,7 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
-use crate::miner::{Miner, MinerError, Options};
+use crate::miner::{Miner, MinerError, MinerOptions};
 use crate::server::door::Gate;
 use crate::server::registry::{Registry, State};
 use sd_notify::NotifyState;
@@ -51,7 +51,7 @@ impl Subnet {
         let external = axon.external(local.port()).await?;
         tracing::info!(%hotkey, netuid = chain.netuid(), %external, "subnet miner");
         let gate = Gate::new(hotkey, axon.policy(slots), clock);
-        let options = Options {
+        let options = MinerOptions {
             netuid: chain.netuid(),
             epoch_length: axon.epoch_length,
             axon: Axon { address: external, version: AXON_VERSION, protocol: AXON_PROTOCOL },

@@ -5,7 +5,7 @@ use super::connections::{Connections, Full, Peer, connections_max};
 use super::door::access::is_open;
 use super::error::ApiError;
 use super::router;
-use super::settings::Limits;
+use super::settings::HttpLimits;
 use super::state::ServerState;
 use crate::clock::Clock;
 use axum::Router;
@@ -83,7 +83,7 @@ pub async fn serve_all(
 pub async fn accept(
     listener: TcpListener,
     app: Router,
-    limits: impl Fn() -> Limits,
+    limits: impl Fn() -> HttpLimits,
     done: impl Future<Output = ()>,
 ) {
     accept_within(listener, app, limits, Connections::new(connections_max(1)), done).await;
@@ -93,7 +93,7 @@ pub async fn accept(
 pub async fn accept_within(
     listener: TcpListener,
     app: Router,
-    limits: impl Fn() -> Limits,
+    limits: impl Fn() -> HttpLimits,
     connections: Connections,
     done: impl Future<Output = ()>,
 ) {
@@ -147,7 +147,7 @@ fn connection(
     address: SocketAddr,
     app: &Router,
     peer: Peer,
-    limits: Limits,
+    limits: HttpLimits,
 ) -> (Connection, Arc<OwnedReadHalf>) {
     // Tokens are small and must not wait for each other.
     let _ = socket.set_nodelay(true);

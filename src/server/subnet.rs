@@ -1,7 +1,7 @@
 //! The routes of a subnet's miner, behind its [`gate`](super::gate).
 
 use super::door::access;
-use super::door::models::{Asked, Shape};
+use super::door::models::{Shape, WantedModels};
 use super::door::{Caller, Gate, guard};
 use super::handlers;
 use super::operations::status;
@@ -55,7 +55,7 @@ async fn note_models(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    match Asked::read(&headers, &body, state.clock().unix_ms()) {
+    match WantedModels::read(&headers, &body, state.clock().unix_ms()) {
         Ok(asked) => {
             tracing::info!(validator = %caller.hotkey, models = ?asked.models, "wants served");
             let shape = asked.shape;

@@ -159,7 +159,7 @@ impl HiddenRows {
     }
 
     /// Takes the next row.
-    pub fn push(&mut self, row: &super::prefill::Row<'_>) {
+    pub fn push(&mut self, row: &super::prefill::PrefillRow<'_>) {
         if let Some(prover) = &self.prover {
             self.rows.push(prover.prove(row.position, row.bits, row.values));
         }

@@ -3,7 +3,7 @@
 
 use super::limits::MARGIN_CLIP;
 use super::logprobs::Tops;
-use super::prefill::Row;
+use super::prefill::PrefillRow;
 use super::{Claim, Limits, Reason, Rejection, RowEvidence, Stop};
 use crate::engine::draw::{Draw, Rules};
 use crate::engine::request::{LogprobMode, Request};
@@ -57,7 +57,7 @@ impl<'a> Judge<'a> {
     ///
     /// # Errors
     /// A fault where logits are not finite, a rejection where the grammar forbids the token.
-    pub fn push(&mut self, isa: Isa, row: Row<'_>) -> Result<(), Stop> {
+    pub fn push(&mut self, isa: Isa, row: PrefillRow<'_>) -> Result<(), Stop> {
         let token = self.ids[row.index];
         let forbidden = |e: crate::models::grammar::GrammarError| {
             Stop::Rejected(Rejection::new(Reason::Grammar, format!("token {}: {e}", row.index)))

@@ -23,7 +23,7 @@ use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::Challenge;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::prefill::{self, Prefix, Row};
+use targon_engine::verify::prefill::{self, PrefillRow, Prefix};
 use targon_engine::verify::{
     Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
 };
@@ -397,7 +397,7 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
 #[test]
 fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
     type Seen = (usize, u32, Vec<u16>, Option<Vec<u32>>);
-    let seen = |row: Row<'_>| -> Seen {
+    let seen = |row: PrefillRow<'_>| -> Seen {
         let logits = row.logits.map(|all| all.iter().map(|x| x.to_bits()).collect());
         (row.index, row.position, row.bits.to_vec(), logits)
     };
@@ -412,12 +412,12 @@ fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
     for length in [90_u32, 5, 300, 1, 40] {
         let output: Vec<u32> = (0..length).map(|i| (i * length + 11) % 256).collect();
         let (mut shared, mut alone) = (Vec::new(), Vec::new());
-        let visit = |row: Row<'_>| {
+        let visit = |row: PrefillRow<'_>| {
             shared.push(seen(row));
             Ok(())
         };
         prefix.run(&output, &wanted, visit).unwrap();
-        let visit = |row: Row<'_>| {
+        let visit = |row: PrefillRow<'_>| {
             alone.push(seen(row));
             Ok(())
         };

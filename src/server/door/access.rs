@@ -2,7 +2,7 @@
 
 use crate::server::error::{ApiError, echo};
 use crate::server::operations::counters::HttpLabels;
-use crate::server::settings::Limits;
+use crate::server::settings::HttpLimits;
 use crate::server::state::ServerState;
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
@@ -108,7 +108,7 @@ pub async fn limit_body(
 pub async fn read_body(
     headers: &HeaderMap,
     body: Body,
-    limits: &Limits,
+    limits: &HttpLimits,
 ) -> Result<Bytes, ApiError> {
     check_encoding(headers)?;
     let too_large = || {

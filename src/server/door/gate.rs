@@ -3,7 +3,7 @@
 use super::bodies::{BODIES_BYTES_MAX, Bodies};
 use super::counts::Counts;
 use super::fair::Fair;
-use super::models::Asked;
+use super::models::WantedModels;
 use super::replay::Replays;
 use crate::chain::Head;
 use crate::chain::keys::Hotkey;
@@ -66,7 +66,7 @@ pub(super) struct Inner {
     pub(super) door: Fair<Hotkey>,
     pub(super) bodies: Bodies,
     pub(super) counts: Counts,
-    pub(super) asked: Mutex<BTreeMap<Hotkey, Asked>>,
+    pub(super) asked: Mutex<BTreeMap<Hotkey, WantedModels>>,
     pub(super) refused_axon: RwLock<Option<String>>,
 }
 

@@ -1,6 +1,6 @@
 //! What the door counts and remembers for its operator: metrics, and who last asked for what.
 
-use super::models::Asked;
+use super::models::WantedModels;
 use super::{Gate, Outcome};
 use crate::chain::keys::Hotkey;
 use prometheus_client::collector::Collector;
@@ -13,12 +13,12 @@ use std::fmt;
 
 impl Gate {
     /// Remembers what a validator wants served.
-    pub fn note_models(&self, signer: Hotkey, asked: Asked) {
+    pub fn note_models(&self, signer: Hotkey, asked: WantedModels) {
         self.0.asked.lock().insert(signer, asked);
     }
 
     /// What a validator last wanted served.
-    pub fn asked(&self, signer: &Hotkey) -> Option<Asked> {
+    pub fn asked(&self, signer: &Hotkey) -> Option<WantedModels> {
         self.0.asked.lock().get(signer).cloned()
     }
 
