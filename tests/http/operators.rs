@@ -7,9 +7,14 @@ use axum::http::{Request, StatusCode};
 use serde_json::json;
 use std::net::SocketAddr;
 use std::time::Duration;
+use targon_engine::clock::Clock;
+use targon_engine::entropy::Entropy;
+use targon_engine::intake::translate::Defaults;
 use targon_engine::server::listen::serve;
+use targon_engine::server::registry::Registry;
 use targon_engine::server::router;
 use targon_engine::server::settings::{ApiKeys, HttpLimits, Settings};
+use targon_engine::server::state::ServerState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
@@ -256,12 +261,10 @@ async fn a_compressed_body_is_refused_by_the_name_of_its_header() {
 
 #[tokio::test]
 async fn names_of_requests_come_from_the_servers_own_source() {
-    use axum::body::Body;
-    use targon_engine::entropy::Entropy;
     let name = |entropy: Entropy| async {
         let (registry, clock) = (Registry::default(), Clock::manual(1_000));
         let state = ServerState::new(registry, Defaults::default(), clock).drawing_from(entropy);
-        let request = axum::http::Request::get("/health").body(Body::empty()).unwrap();
+        let request = Request::get("/health").body(Body::empty()).unwrap();
         let response = router(state).oneshot(request).await.unwrap();
         response.headers()["x-request-id"].to_str().unwrap().to_owned()
     };
