@@ -87,8 +87,8 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not at
-    /// hand when the weights were decided from what is known by now of the miner's rounds.
+    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not
+    /// at hand when the weights were decided from what is known by now of the miner's rounds.
     pub(super) fn new(
         netuid: u16,
         uid: u16,

@@ -129,8 +129,8 @@ fn kernels() -> &'static Kernels {
     LIBRARY.get_or_init(|| Kernels::load(&compile("kernels.so", &["-shared"], &SOURCES)))
 }
 
-/// A control arm: one file built with a macro that breaks it. A test has to notice. It stays loaded,
-/// because threads keep storage of it until they end.
+/// A control arm: one file built with a macro that breaks it. A test has to notice. It stays
+/// loaded, because threads keep storage of it until they end.
 fn broken(source: &str, define: &str) -> &'static Kernels {
     let name = format!("{source}-{}.so", define.replace('=', "-"));
     let path = compile(&name, &["-shared", &format!("-D{define}")], &[source]);
