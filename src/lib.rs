@@ -8,7 +8,8 @@
 //!
 //! # Ranks
 //!
-//! A module uses only what ranks lower; equals never import each other (`tests/tidy.rs`).
+//! A module uses only what ranks lower; equals never import each other, and files of a module do
+//! not use each other in circles (`tests/tidy.rs`).
 //!
 //! | rank | modules | role |
 //! |---|---|---|
