@@ -8,11 +8,13 @@
 //!
 //! # Ranks
 //!
-//! A module uses only what ranks lower; equals never import each other (`tests/tidy.rs`).
+//! A module uses only what ranks lower; equals never import each other, and files of a module do
+//! not use each other in circles (`tests/tidy.rs`).
 //!
 //! | rank | modules | role |
 //! |---|---|---|
-//! | 8 | `main` [`cli`] | parse, wire, print |
+//! | 9 | `main` [`cli`] | parse, wire, print |
+//! | 8 | [`lifecycle`] | models of a file: loaded, followed, watched |
 //! | 7 | [`config`] | files, flags and environment into options |
 //! | 6 | [`miner`] [`validator`] [`verifier`] [`doctor`] [`mod@bench`] | what they run |
 //! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
@@ -20,7 +22,7 @@
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, sampling |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`files`] | leaves |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`entropy`] [`files`] | leaves |
 //!
 //! # Invariants
 //!
@@ -36,8 +38,10 @@ pub mod clock;
 pub mod config;
 pub mod doctor;
 pub mod engine;
+pub mod entropy;
 pub mod files;
 pub mod intake;
+pub mod lifecycle;
 pub mod miner;
 pub mod models;
 pub mod ops;

@@ -8,10 +8,10 @@ use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use crate::clock::Clock;
 use crate::intake::translate::Defaults;
-use crate::server::gate::{Gate, Policy, STAKE_MIN};
+use crate::server::door::{Gate, Policy, STAKE_MIN};
 use crate::server::listen::accept;
 use crate::server::registry::Registry;
-use crate::server::settings::Limits;
+use crate::server::settings::HttpLimits;
 use crate::server::state::ServerState;
 use anyhow::Context;
 use axum::Router;
@@ -124,7 +124,8 @@ async fn paced(app: Router) -> anyhow::Result<Vec<Duration>> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let stop = std::future::pending();
-    let server = tokio::spawn(async move { accept(listener, app, Limits::default, stop).await });
+    let server =
+        tokio::spawn(async move { accept(listener, app, HttpLimits::default, stop).await });
     let count = (RATE * SECONDS) as usize;
     let made: Vec<Vec<u8>> = requests(ROUTE, count)?
         .into_iter()

@@ -1,5 +1,5 @@
-//! Measurements and predictions that tell users what to expect; `cargo bench` runs the measurements,
-//! one for each file of `benches/`.
+//! Measurements and predictions that tell users what to expect; `cargo bench` runs the
+//! measurements, one for each file of `benches/`.
 //!
 //! | module | measures |
 //! |---|---|
@@ -8,6 +8,7 @@
 //! | [`gate`] | what the signed door costs a request |
 //! | [`proof`] | what proving costs a token |
 //! | [`verify`] | what a check costs beside the passes of Targon's verifier |
+//! | [`own`] | how many of this engine's own answers are equal when they are recomputed |
 //! | [`attack`] | what each verification scheme catches |
 //! | [`plan`] | nothing: it predicts models on devices that are not here |
 //!
@@ -21,6 +22,7 @@ pub mod gate;
 pub mod host;
 mod load;
 pub mod ops;
+pub mod own;
 pub mod plan;
 pub mod prompts;
 pub mod proof;

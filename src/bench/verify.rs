@@ -20,8 +20,7 @@ use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
-use crate::verify::proof::Asked;
-use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
+use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
 use anyhow::{Context, ensure};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
@@ -93,7 +92,7 @@ impl Case {
 
     fn claim(&self, index: usize, profile: Profile) -> Claim<'_> {
         let (request, nonce, answer) = &self.trials[index];
-        let asked = Asked { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
+        let asked = Challenge { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
         Claim {
             request,
             seed: None,
@@ -105,7 +104,7 @@ impl Case {
     }
 
     fn verify(&self, profile: Profile, depth: Depth) -> anyhow::Result<()> {
-        let report = self.verifier.verify(&self.claim(0, profile), profile, depth, 7);
+        let report = self.verifier.verify(profile, 7).depth(depth).answer(&self.claim(0, profile));
         // Random weights sample tokens that no rule about ranks likes; their cost is the same.
         ensure!(profile == Profile::Ranks || report.verdict == Verdict::Pass, "{report:?}");
         ensure!(!report.rows.is_empty(), "{:?}", report.verdict);
@@ -115,7 +114,7 @@ impl Case {
     fn verify_shared(&self) -> anyhow::Result<()> {
         let claims: Vec<Claim<'_>> =
             (0..self.trials.len()).map(|i| self.claim(i, Profile::Proof)).collect();
-        let reports = self.verifier.verify_all(&claims, Profile::Proof, Depth::Fast, 7);
+        let reports = self.verifier.verify(Profile::Proof, 7).answers(&claims);
         ensure!(reports.iter().all(|r: &Report| r.verdict == Verdict::Pass), "{reports:?}");
         Ok(())
     }

@@ -7,8 +7,9 @@ use crate::bench::attack::plot;
 use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
 use crate::bench::attack::{Bench, Setup};
 use crate::bench::stats::{Rate, Stopping};
+use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
-use crate::verify::{Limits, limits};
+use crate::verify::{Limits, limits_file};
 use clap::Args;
 use comfy_table::{Table, presets};
 use std::path::{Path, PathBuf};
@@ -51,10 +52,12 @@ pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
     }
-    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", uuid::Uuid::new_v4()));
+    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", Entropy::system().uuid()));
     std::fs::create_dir(&scratch).map_err(|e| cannot_write(&scratch, &e))?;
     let (limits, rates) = match &args.limits {
-        Some(path) => limits::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?,
+        Some(path) => {
+            limits_file::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?
+        }
         None => (Limits::default(), Calibrated::default()),
     };
     let setup = Setup {

@@ -1,8 +1,9 @@
 //! `bench plan`: what a model would do on devices that are not here.
 
+use super::Failure;
 use super::out::outln;
-use super::shared::printable;
-use super::{Failure, runtime};
+use super::printable::printable;
+use super::shared::runtime;
 use crate::bench::plan::devices::named;
 use crate::bench::plan::predict::{Efficiency, Load, Prediction, predict};
 use crate::bench::plan::prices::{self, Price, per_million};

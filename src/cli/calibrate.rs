@@ -1,42 +1,30 @@
 //! `calibrate`: the whitening of a model's hidden rows, computed and stored; limits from captured
 //! honest answers; how many of this engine's own answers are equal bit for bit.
 
-use super::capture::{Captures, Judged, Rules, Verifiers, understand};
-use super::load::{DownloadBars, Located, available_memory, locate, plan};
+use super::Failure;
+use super::capture::{Captures, CheckOptions, Judged, Verifiers};
 use super::out::outln;
+use super::progress::Bars;
+use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
-use super::{Failure, runtime};
-use crate::bench::prompts;
-use crate::clock::Clock;
+use crate::bench::own::{Own, OwnError};
 use crate::config::models_toml::ModelConfig;
-use crate::engine::Engine;
-use crate::engine::request::Request;
-use crate::intake::proof::Prover;
+use crate::lifecycle::load::{available_memory, locate, plan};
+use crate::models::Model;
 use crate::models::calibration::{compute, store};
 use crate::models::remembered::{Remembered, cache_dir};
 use crate::models::root::weights_root;
-use crate::models::{Identity, Model};
-use crate::ops::pool::Pool;
-use crate::proof::codec::{Hash, to_hex};
-use crate::proof::commit::{calibration_hash, nonce_of};
-use crate::proof::{CHUNK_ROWS, Scheme};
-use crate::verify::answer::Answer;
+use crate::proof::Scheme;
+use crate::proof::codec::to_hex;
+use crate::proof::commit::calibration_hash;
 use crate::verify::bounds;
 use crate::verify::calibrate::{ENERGY_FACTOR, MARGIN_FACTOR, Sample, limits_file, split};
-use crate::verify::limits::{self, LimitsFile, Share, Spread};
-use crate::verify::proof::Asked;
-use crate::verify::rows::MARGIN_CLIP;
-use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
+use crate::verify::limits::MARGIN_CLIP;
+use crate::verify::limits_file::{self, LimitsFile, Share, Spread};
+use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
-use serde_json::json;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-/// Tokens of one of this engine's own answers: four chunks.
-const OWN_TOKENS: usize = 4 * CHUNK_ROWS;
-/// Own answers that run at once.
-const OWN_BATCH: usize = 16;
 
 /// Arguments of `calibrate`.
 #[derive(Args)]
@@ -100,7 +88,7 @@ impl CalibrateArgs {
 fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
     let wanted = args.wanted()?;
     let pool = args.compute.pool()?;
-    let (runtime, bars) = (runtime()?, DownloadBars::new());
+    let (runtime, bars) = (runtime()?, Bars::new());
     for config in wanted {
         let (name, dtype) = (config.name.clone(), config.dtype);
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
@@ -123,9 +111,9 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 /// Judges captured honest answers at every row, and writes limits between which they lie.
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
-    limits::check_place(out).map_err(Failure::user)?;
+    limits_file::check_place(out).map_err(Failure::user)?;
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, Limits::NONE)?;
-    let rules = Rules { profile: Some(Profile::Proof), depth: Depth::Slow, chance: Some(0) };
+    let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
     for path in &args.pairs {
         let mut captures = Captures::open(path)?;
@@ -141,7 +129,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
                 let what = format!("{place}: limits belong to one model, this is a second one");
                 return Err(Failure::user(what).with_hint(Some("choose one with --model")));
             }
-            for judged in verifiers.judge(&verifier, &place, &capture, rules)? {
+            for judged in verifiers.judge(&verifier, &place, &capture, options)? {
                 match sample(&place, judged) {
                     Some(sample) => samples.push(sample),
                     None => left_out += 1,
@@ -154,7 +142,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     };
     let split = split(samples, args.held_out).map_err(Failure::user)?;
     let file = limits_file(&model, &args.class, &split);
-    limits::write(out, &file).map_err(Failure::user)?;
+    limits_file::write(out, &file).map_err(Failure::user)?;
     describe(&file, left_out);
     outln!("written to {}", out.display());
     Ok(())
@@ -261,20 +249,19 @@ fn rate(share: &Share) -> (String, String) {
 fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
     let wanted = args.wanted()?;
     let pool = args.compute.pool()?;
-    let (runtime, bars) = (runtime()?, DownloadBars::new());
+    let (runtime, bars) = (runtime()?, Bars::new());
     for config in wanted {
         let name = config.name.clone();
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
-        let own = Own::start(&located, &pool)?;
-        let ask = |index: u32| {
-            let asked = runtime.block_on(own.request(index));
-            asked.map_err(|why| Failure::user(format!("{name}: {why}")))
-        };
+        let options = plan(&located, available_memory()).map_err(Failure::user)?.options;
+        let model = Model::load(&located.path, located.config.dtype, &pool, |_, _| {});
+        let own = Own::start(model.map_err(Failure::user)?, options, &pool);
+        let own = own.map_err(own_failure)?;
         let (mut equal, mut chunks, mut tokens) = (0_usize, 0, 0);
-        let batch = own.engine.options().sequences_max.clamp(1, OWN_BATCH);
-        for indices in (0..count).collect::<Vec<_>>().chunks(batch) {
-            let asked = indices.iter().map(|i| ask(*i)).collect::<Result<Vec<_>, _>>()?;
-            for report in own.reports(indices, asked)? {
+        for indices in (0..count).collect::<Vec<_>>().chunks(own.batch()) {
+            let asked = runtime.block_on(own.requests(indices));
+            let asked = asked.map_err(|why| Failure::user(format!("{name}: {why}")))?;
+            for report in own.reports(indices, asked).map_err(own_failure)? {
                 equal += usize::from(report.verdict == Verdict::Pass);
                 chunks += report.chunks.len();
                 tokens += report.rows.len();
@@ -294,72 +281,9 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-/// An engine beside a verifier of the same model that demands equal bits.
-struct Own {
-    engine: Engine,
-    verifier: Verifier,
-    prompts: Vec<String>,
-}
-
-impl Own {
-    fn start(located: &Located, pool: &Pool) -> Result<Self, Failure> {
-        let options = plan(located, available_memory()).map_err(Failure::user)?.options;
-        let model = Model::load(&located.path, located.config.dtype, pool, |_, _| {});
-        let model = model.map_err(Failure::user)?;
-        let identity = Identity::of(&model, pool).map_err(Failure::user)?;
-        let engine = Engine::start(model, pool.clone(), options, Clock::system());
-        let engine = engine.map_err(Failure::ours)?;
-        let verifier = Verifier {
-            model: Arc::clone(engine.model()),
-            identity: Arc::new(identity),
-            pool: pool.separate(),
-            limits: Limits { exact: true, ..Limits::default() },
-            context_max: options.context_max,
-        };
-        Ok(Self { engine, verifier, prompts: prompts::all() })
+fn own_failure(e: OwnError) -> Failure {
+    match e {
+        OwnError::Refused(_) => Failure::user(e),
+        OwnError::Engine(_) => Failure::ours(e),
     }
-
-    /// Answer `index` as a client would ask for it.
-    async fn request(&self, index: u32) -> Result<Request, String> {
-        let prompt = &self.prompts[index as usize % self.prompts.len()];
-        let mut body = json!({"temperature": 0.8, "max_tokens": OWN_TOKENS});
-        match self.verifier.model.chat {
-            Some(_) => body["messages"] = json!([{"role": "user", "content": prompt}]),
-            None => body["prompt"] = json!(prompt),
-        }
-        let requests = understand(&self.verifier, &body).await?;
-        requests.into_iter().next().ok_or_else(|| "the request has no choice".into())
-    }
-
-    /// Generates answers side by side, then recomputes each.
-    fn reports(&self, indices: &[u32], asked: Vec<Request>) -> Result<Vec<Report>, Failure> {
-        let mut running = Vec::new();
-        for (index, mut request) in indices.iter().zip(asked) {
-            let prover = Prover { scheme: Scheme::Residue, nonce: nonce(*index), signer: None };
-            let head = prover.bind(&mut request, &self.verifier.identity, None, 0);
-            let generation = self.engine.submit(request.clone()).map_err(Failure::user)?;
-            running.push((*index, head, request, generation));
-        }
-        let mut reports = Vec::new();
-        for (index, head, request, generation) in running {
-            let (steps, finish) = generation.collect_blocking().map_err(Failure::ours)?;
-            let end = finish.map(|f| head.end(f.digest, f.completion_tokens, &f.reason));
-            let answer = Answer::of_steps(&steps, end);
-            let (scheme, nonce) = (Scheme::Residue, Some(nonce(index)));
-            let claim = Claim {
-                request: &request,
-                seed: None,
-                choice: 0,
-                proof: Some(Asked { scheme, nonce, hotkey: None }),
-                answer: &answer,
-                end_is_implied: false,
-            };
-            reports.push(self.verifier.verify(&claim, Profile::Proof, Depth::Slow, 0));
-        }
-        Ok(reports)
-    }
-}
-
-fn nonce(index: u32) -> Hash {
-    nonce_of(&format!("calibrate {index}"))
 }

@@ -1,16 +1,16 @@
 //! Files of captured answers, and the models that judge them.
 
-use super::load::{self, DownloadBars};
+use super::Failure;
+use super::progress::Bars;
 use super::shared::ModelsArg;
-use super::{Failure, runtime};
+use super::shared::runtime;
 use crate::config::models_toml::ModelConfig;
-use crate::engine::request::Request;
+use crate::lifecycle::load;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::verify::capture::judge;
-pub(super) use crate::verify::capture::{Capture, Judged, Rules};
-use crate::verify::{Limits, Reason, Rejection, Verifier, question};
-use serde_json::Value;
+pub(super) use crate::verify::capture::{Capture, CheckOptions, Judged};
+use crate::verify::{Limits, Reason, Rejection, Verifier};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -106,11 +106,11 @@ impl Verifiers {
         verifier: &Verifier,
         place: &str,
         capture: &Capture,
-        rules: Rules,
+        options: CheckOptions,
     ) -> Result<Vec<Judged>, Failure> {
         let only = self.models.first().map_or("", |model| model.name.as_str());
         let name = capture.model().unwrap_or(only);
-        let judged = self.runtime.block_on(judge(verifier, name, capture, rules));
+        let judged = self.runtime.block_on(judge(verifier, name, capture, options));
         judged.map_err(|what| Failure::user(format!("{place}: {what}")))
     }
 
@@ -131,7 +131,7 @@ impl Verifiers {
         }
         let name = config.name.clone();
         let refuse = |why: String| Failure::user(format!("{name} cannot be loaded: {why}"));
-        let bars = DownloadBars::new();
+        let bars = Bars::new();
         let located = self.runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
         let plan = load::plan(&located, load::available_memory()).map_err(refuse)?;
         let model = Model::load(&located.path, located.config.dtype, &self.pool, |_, _| {});
@@ -147,9 +147,4 @@ impl Verifiers {
         self.loaded.insert(name.clone(), verifier.clone());
         Ok(verifier)
     }
-}
-
-/// What a body asks of the engine.
-pub(super) async fn understand(verifier: &Verifier, body: &Value) -> Result<Vec<Request>, String> {
-    Ok(question::understand(verifier, body).await?.requests)
 }

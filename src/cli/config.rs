@@ -2,7 +2,8 @@
 
 use super::Failure;
 use super::out::outln;
-use super::shared::{ModelsArg, printable};
+use super::printable::printable;
+use super::shared::ModelsArg;
 use crate::config::models_toml::Source;
 use clap::{Args, Subcommand};
 

@@ -1,14 +1,16 @@
 //! `doctor`: what is wrong before anything is started.
 
-use super::load::available_memory;
+use super::Failure;
 use super::out::outln;
-use super::shared::{ListenArgs, ModelsArg, printable};
+use super::printable::printable;
+use super::shared::runtime;
+use super::shared::{ListenArgs, ModelsArg};
 use super::subnet_args::{AxonArgs, ChainArgs, WalletArgs};
-use super::{Failure, runtime};
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, Source};
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
+use crate::lifecycle::load::available_memory;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::remembered::cache_dir;
 use clap::Args;

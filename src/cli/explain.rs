@@ -3,9 +3,10 @@
 //! What is shown is a pure function of records ([`Shown`]): the last weights with their
 //! explanation, and what the miner did last.
 
+use super::Failure;
 use super::out::outln;
-use super::shared::printable;
-use super::{Failure, runtime};
+use super::printable::printable;
+use super::shared::runtime;
 use crate::store::record::{Answered, Outcome, Response, Sampled, Weights, WeightsState};
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, Stored};
@@ -86,8 +87,8 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    /// Of the last weights that are remembered for `netuid`. Misses whose cause was not at hand
-    /// when the weights were decided get it from what is known by now of the miner's rounds.
+    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not
+    /// at hand when the weights were decided from what is known by now of the miner's rounds.
     pub(super) fn new(
         netuid: u16,
         uid: u16,

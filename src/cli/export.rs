@@ -1,7 +1,8 @@
 //! `export`: what a validator has recorded, as lines of JSON or CSV.
 
+use super::Failure;
 use super::out::outln;
-use super::{Failure, runtime};
+use super::shared::runtime;
 use crate::clock::Clock;
 use crate::store::{Cell, Filter, Store, StoreError, What};
 use clap::{Args, ValueEnum};

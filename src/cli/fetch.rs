@@ -1,8 +1,10 @@
 //! `fetch`: a model from the Hub into the shared cache.
 
-use super::load::DownloadBars;
+use super::Failure;
 use super::out::outln;
-use super::{Failure, runtime};
+use super::progress::Bars;
+use super::shared::runtime;
+use crate::lifecycle::load::Progress;
 use crate::models::hub::{Hub, Wanted};
 use clap::Args;
 
@@ -22,8 +24,8 @@ pub(super) struct FetchArgs {
 pub(super) fn run(args: &FetchArgs) -> Result<(), Failure> {
     let hub = Hub::from_env().map_err(Failure::user)?;
     let wanted = args.file.as_deref().map_or(Wanted::Checkpoint, Wanted::File);
-    let bars = DownloadBars::new();
-    let progress = |file: &str, done, total| bars.update(file, done, total);
+    let bars = Bars::new();
+    let progress = |file: &str, done, total| bars.file(file, done, total);
     let fetched = runtime()?.block_on(hub.fetch(&args.repo, &args.revision, wanted, &progress));
     let snapshot = fetched.map_err(Failure::user)?;
     tracing::info!(repo = args.repo, commit = snapshot.commit, "fetched");

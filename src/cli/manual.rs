@@ -1,8 +1,8 @@
 //! `completions` and `man`: what shells and `man` say of the command line.
 
+use super::Failure;
 use super::out::write_all;
-use super::{Cli, Failure};
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 use std::path::PathBuf;
 
@@ -20,17 +20,16 @@ pub(super) struct ManArgs {
     directory: PathBuf,
 }
 
-pub(super) fn completions(args: &CompletionsArgs) -> Result<(), Failure> {
+pub(super) fn completions(args: &CompletionsArgs, mut command: Command) -> Result<(), Failure> {
     let mut script = Vec::new();
-    let mut command = Cli::command();
     clap_complete::generate(args.shell, &mut command, "targon-engine", &mut script);
     write_all(&script);
     Ok(())
 }
 
-pub(super) fn pages(args: &ManArgs) -> Result<(), Failure> {
+pub(super) fn pages(args: &ManArgs, command: Command) -> Result<(), Failure> {
     let place = args.directory.display();
     let failed = |e| Failure::user(format!("{place}: manual pages cannot be written: {e}"));
     std::fs::create_dir_all(&args.directory).map_err(failed)?;
-    clap_mangen::generate_to(Cli::command(), &args.directory).map_err(failed)
+    clap_mangen::generate_to(command, &args.directory).map_err(failed)
 }

@@ -11,17 +11,19 @@ mod config;
 mod doctor;
 mod explain;
 mod export;
+mod failure;
 mod fetch;
+mod finding;
 #[cfg(test)]
 mod guides;
 mod layers;
-mod load;
 mod logging;
 mod manual;
 mod out;
 mod plan;
+mod printable;
+mod progress;
 mod query;
-mod reload;
 mod serve;
 mod shared;
 mod status;
@@ -33,8 +35,8 @@ mod verify_html;
 mod wallet;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+pub use failure::Failure;
 use out::note;
-use std::fmt;
 use std::process::ExitCode;
 
 /// Miner and validator for Bittensor subnet 4 on one embedded LLM engine.
@@ -117,35 +119,6 @@ enum Command {
     Man(manual::ManArgs),
 }
 
-/// A failure of a command.
-#[derive(Debug)]
-pub struct Failure {
-    message: String,
-    hint: Option<String>,
-    is_ours: bool,
-}
-
-impl Failure {
-    /// Something the user can mend.
-    fn user(message: impl fmt::Display) -> Self {
-        Self { message: message.to_string(), hint: None, is_ours: false }
-    }
-
-    /// Our own failure.
-    fn ours(message: impl fmt::Display) -> Self {
-        Self { message: message.to_string(), hint: None, is_ours: true }
-    }
-
-    /// The sentence alone.
-    fn message(&self) -> &str {
-        &self.message
-    }
-
-    fn with_hint(self, hint: Option<impl Into<String>>) -> Self {
-        Self { hint: hint.map(Into::into), ..self }
-    }
-}
-
 /// Parses the arguments, runs the command, prints a failure.
 pub fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
@@ -159,7 +132,7 @@ pub fn main() -> ExitCode {
         Err(e) => {
             // `--help` and `--version` come here too, and are not failures.
             let code = if e.use_stderr() { 1 } else { 0 };
-            let _ = e.print();
+            out::help(&e);
             return ExitCode::from(code);
         }
     };
@@ -194,20 +167,8 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),
         Command::Config(command) => config::run(&command),
-        Command::Completions(args) => manual::completions(&args),
-        Command::Man(args) => manual::pages(&args),
+        Command::Completions(args) => manual::completions(&args, Cli::command()),
+        Command::Man(args) => manual::pages(&args, Cli::command()),
     }?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    // Few, because they compete with the compute threads for cores: what takes long is read on
-    // other threads, and with 1, 2 and 4 of these a busy server answers probes equally fast. Two,
-    // so that one that is not scheduled for a while does not hold up every connection.
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads((cores / 4).clamp(2, 4))
-        .enable_all()
-        .build()
-        .map_err(|e| Failure::ours(format!("cannot start the async runtime: {e}")))
 }

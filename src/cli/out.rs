@@ -1,7 +1,7 @@
 //! Data to stdout, words to stderr; neither may panic when its reader is gone, and neither carries
 //! what would steer a terminal: strangers' words are in both.
 
-use super::shared::printable_lines;
+use super::printable::printable_lines;
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 
@@ -33,6 +33,14 @@ pub(super) fn line(text: Arguments<'_>) {
 pub(super) fn write_all(bytes: &[u8]) {
     let mut stdout = std::io::stdout().lock();
     end_on(stdout.write_all(bytes).and_then(|()| stdout.flush()));
+}
+
+/// Prints what clap has to say. A reader of help that has gone ends the program, quietly.
+pub(super) fn help(e: &clap::Error) {
+    let printed = e.print().and_then(|()| std::io::stdout().flush());
+    if !e.use_stderr() {
+        end_on(printed);
+    }
 }
 
 fn end_on(written: std::io::Result<()>) {

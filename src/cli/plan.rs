@@ -1,9 +1,11 @@
 //! `plan`: the memory that models need.
 
-use super::load::{DownloadBars, available_memory, locate, plan, table};
+use super::Failure;
 use super::out::outln;
+use super::progress::{Bars, table};
 use super::shared::ModelsArg;
-use super::{Failure, runtime};
+use super::shared::runtime;
+use crate::lifecycle::load::{available_memory, locate, plan};
 use clap::Args;
 
 /// Arguments of `plan`.
@@ -16,7 +18,7 @@ pub(super) struct PlanArgs {
 pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
     let available = available_memory();
-    let bars = DownloadBars::new();
+    let bars = Bars::new();
     let runtime = runtime()?;
     let mut left = available;
     let mut rows = Vec::new();

@@ -1,13 +1,15 @@
 //! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
 
+use super::Failure;
 use super::out::outln;
-use super::shared::{printable, printable_lines};
+use super::printable::{printable, printable_lines};
+use super::shared::runtime;
 use super::subnet_args::{ChainArgs, WalletArgs};
-use super::{Failure, runtime};
 use crate::chain::Chain;
 use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::models;
 use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Streamed, Target, is_deeper};
@@ -139,6 +141,7 @@ fn query_failure(e: QueryError) -> Failure {
 
 /// The request: a file's, or one made of the flags.
 async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value, Failure> {
+    let entropy = Entropy::system();
     if let Some(path) = &args.body {
         let place = path.display();
         let text = std::fs::read_to_string(path)
@@ -153,7 +156,7 @@ async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value,
             && proof.get("nonce").is_none_or(Value::is_null)
         {
             // Without one of ours the answer may be another's.
-            proof.insert("nonce".into(), fresh_nonce().into());
+            proof.insert("nonce".into(), fresh_nonce(&entropy).into());
         }
         if is_deeper(&body, DEPTH_MAX) {
             let what = format!("--body {place} must nest at most {DEPTH_MAX} deep");
@@ -168,7 +171,7 @@ async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value,
     };
     let mut body = json!({
         "model": model, "max_tokens": args.max_tokens, "temperature": args.temperature,
-        "seed": i64::from(uuid::Uuid::new_v4().as_u128() as u32), "stream": true,
+        "seed": i64::from(entropy.word() as u32), "stream": true,
         "logprobs": true, "logprobs_mode": "scaled",
     });
     match args.completion {
@@ -176,14 +179,13 @@ async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value,
         false => body["messages"] = json!([{"role": "user", "content": prompt}]),
     }
     if args.proof != "none" {
-        body["proof"] = json!({"scheme": args.proof, "nonce": fresh_nonce()});
+        body["proof"] = json!({"scheme": args.proof, "nonce": fresh_nonce(&entropy)});
     }
     Ok(body)
 }
 
-fn fresh_nonce() -> String {
-    let nonce: [[u8; 16]; 2] = std::array::from_fn(|_| *uuid::Uuid::new_v4().as_bytes());
-    to_hex(&nonce.concat())
+fn fresh_nonce(entropy: &Entropy) -> String {
+    to_hex(&entropy.nonce())
 }
 
 async fn first_model(target: &Target, clock: &Clock) -> Result<String, Failure> {

@@ -1,26 +1,28 @@
 //! `serve`: models behind HTTP until a signal comes.
 
-use super::load::{self, DownloadBars, Planned};
-use super::out::{announce, note};
-use super::reload::{Reloader, Stamp, stamp};
+use super::out::announce;
+use super::progress::Bars;
+use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{Running, Subnet, feed_watchdog, tell};
 use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
-use super::{Failure, logging, runtime};
+use super::{Failure, logging};
 use crate::clock::Clock;
-use crate::config::models_toml::{Config, ModelConfig};
+use crate::config::models_toml::Config;
 use crate::engine::request::LogprobMode;
 use crate::intake::translate::Defaults;
+use crate::lifecycle::load::{Progress, start_models};
+use crate::lifecycle::reload::{Reloader, Stamp, stamp};
+use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::ops::CANON;
 use crate::ops::pool::Pool;
-use crate::server::listen::serve_all;
-use crate::server::metrics::summarize;
-use crate::server::registry::{Entry, Registry, State};
+use crate::server::listen::{check_open, serve_all};
+use crate::server::operations::metrics::summarize;
+use crate::server::registry::Registry;
 use crate::server::router;
 use crate::server::state::ServerState;
 use axum::Router;
 use clap::{Args, ValueEnum};
-use futures_util::future::join_all;
 use sd_notify::NotifyState;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -93,8 +95,8 @@ async fn serve(
 ) -> Result<(), Failure> {
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
-    let is_miner = Subnet::is_wanted(&args);
-    check_open(local, config.server.settings.keys.is_empty(), is_miner)?;
+    let is_miner = Subnet::is_wanted(&args.wallet, &args.chain);
+    check_host(local, config.server.settings.keys.is_empty(), is_miner)?;
     let subnet = subnet(&args, &config, &clock).await?;
     if let Some(subnet) = &subnet
         && args.axon.dry_run
@@ -111,7 +113,9 @@ async fn serve(
     let stop = stopping(ended.clone())?;
     let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
-    let loading = tokio::spawn(start_models(models, registry.clone(), pool.clone(), clock.clone()));
+    let shown: Arc<dyn Progress> = Arc::new(Bars::new());
+    let (own, threads, time) = (registry.clone(), pool.clone(), clock.clone());
+    let loading = tokio::spawn(start_models(models, own, threads, time, shown.clone()));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome),
@@ -121,11 +125,15 @@ async fn serve(
     }
     let (path, keys) = (args.models.path, args.api_key);
     let open = (local, is_miner);
-    let reloader = Reloader { path, seen, keys, log, config, state, pool, clock, open };
+    let set_log = logging::set;
+    let reloader =
+        Reloader { path, seen, keys, log, set_log, config, state, pool, clock, open, shown };
     let dead = last_engine_death(registry);
     tokio::select! {
         outcome = &mut serving => finish(outcome),
-        outcome = reloader.run() => outcome,
+        outcome = reloader.run() => {
+            outcome.map_err(|e| Failure::ours(format!("cannot watch signals: {e}")))
+        }
         outcome = mine(running) => {
             // What runs may end.
             ended.cancel();
@@ -142,9 +150,11 @@ async fn subnet(
     config: &Config,
     clock: &Clock,
 ) -> Result<Option<Subnet>, Failure> {
-    if Subnet::is_wanted(args) {
+    if Subnet::is_wanted(&args.wallet, &args.chain) {
         let slots = config.models.iter().map(|m| m.wanted.sequences_max).sum();
-        return Subnet::open(args, slots, clock.clone()).await.map(Some);
+        return Subnet::open((&args.wallet, &args.chain, &args.axon), slots, clock.clone())
+            .await
+            .map(Some);
     }
     if args.chain.is_named() {
         tracing::warn!("no miner: it wants --wallet.name, --wallet.hotkey or --netuid");
@@ -225,23 +235,15 @@ pub(super) fn finish(outcome: Result<(), tokio::task::JoinError>) -> Result<(), 
     Ok(())
 }
 
-/// Whoever can reach an open listener can use it: a miner's must be on loopback.
-pub(super) fn check_open(
+/// [`check_open`] with what helps.
+pub(super) fn check_host(
     address: SocketAddr,
     is_open: bool,
     is_miner: bool,
 ) -> Result<(), Failure> {
-    if !is_open || address.ip().is_loopback() {
-        return Ok(());
-    }
-    if is_miner {
-        let what = format!("the open routes of a miner must be on loopback, --host is {address}");
-        let hint = "give API keys by --api-key, or leave --host away: signed requests come to \
-                    --axon.port";
-        return Err(Failure::user(what).with_hint(Some(hint)));
-    }
-    tracing::warn!(%address, "this server has no API keys and is not on loopback");
-    Ok(())
+    let hint = "give API keys by --api-key, or leave --host away: signed requests come to \
+                --axon.port";
+    check_open(address, is_open, is_miner).map_err(|e| Failure::user(e).with_hint(Some(hint)))
 }
 
 /// Completes at the first SIGTERM or SIGINT; a second one ends the process at once.
@@ -269,67 +271,4 @@ pub(super) fn stop_signal() -> Result<impl Future<Output = ()> + Send, Failure> 
         // An error means that the watcher is gone, which ends the server too.
         let _ = receiver.await;
     })
-}
-
-/// Locates, plans and loads all models; false when none is ready.
-pub(super) async fn start_models(
-    models: Vec<ModelConfig>,
-    registry: Registry,
-    pool: Pool,
-    clock: Clock,
-) -> bool {
-    let bars = DownloadBars::new();
-    let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
-    let located = join_all(models.into_iter().map(|m| load::locate(m, &bars))).await;
-    let available = load::available_memory();
-    let (mut left, mut rows, mut planned) = (available, Vec::new(), Vec::new());
-    for (name, located) in names.into_iter().zip(located) {
-        let plan = located.and_then(|located| {
-            let plan = load::plan(&located, left)?;
-            left -= plan.total();
-            registry.set(&name, Some(located.revision.clone()), State::Loading);
-            planned.push(Planned { located, plan });
-            Ok(plan)
-        });
-        if let Err(why) = &plan {
-            tracing::error!(model = name, "cannot be served: {why}");
-            registry.set(&name, None, State::Failed(why.clone()));
-        }
-        rows.push((name, plan));
-    }
-    note!("{}", load::table(&rows, available));
-    let started =
-        tokio::task::spawn_blocking(move || load::start_all(planned, &registry, &pool, &clock) > 0);
-    started.await.unwrap_or(false)
-}
-
-pub(super) fn describe_failures(registry: &Registry) -> String {
-    let failures = registry.entries().into_iter().filter_map(|e| match e.state {
-        State::Failed(why) => Some(format!("{} cannot be served: {why}", e.name)),
-        State::Loading | State::Ready(_) => None,
-    });
-    failures.collect::<Vec<_>>().join("\n")
-}
-
-/// Marks models whose engines were given up as failed; completes once that leaves none.
-pub(super) async fn last_engine_death(registry: Registry) -> String {
-    loop {
-        let entries = registry.entries();
-        let is_dead =
-            |e: &&Entry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
-        let mut last = None;
-        for Entry { name, .. } in entries.iter().filter(is_dead) {
-            let why = "its engine failed again and again; a reload tries anew".to_owned();
-            tracing::error!(model = name, "{why}");
-            registry.set(name, None, State::Failed(why));
-            last = Some(name.clone());
-        }
-        let is_over = |e: Entry| matches!(e.state, State::Failed(_));
-        if let Some(name) = last
-            && registry.entries().into_iter().all(is_over)
-        {
-            return name;
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }

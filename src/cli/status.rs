@@ -1,8 +1,9 @@
 //! `status`: how a running miner stands on its subnet.
 
+use super::Failure;
 use super::out::outln;
-use super::shared::printable;
-use super::{Failure, runtime};
+use super::printable::printable;
+use super::shared::runtime;
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::Value;

@@ -2,14 +2,14 @@
 
 use super::Failure;
 use super::out::outln;
-use super::serve::ServeArgs;
+use super::subnet_args::{AxonArgs, ChainArgs, WalletArgs};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
-use crate::miner::{Miner, MinerError, Options};
-use crate::server::gate::Gate;
+use crate::miner::{Miner, MinerError, MinerOptions};
+use crate::server::door::Gate;
 use crate::server::registry::{Registry, State};
 use sd_notify::NotifyState;
 use std::net::SocketAddr;
@@ -31,34 +31,33 @@ pub(super) struct Subnet {
 
 impl Subnet {
     /// Whether the flags ask for one.
-    pub(super) fn is_wanted(args: &ServeArgs) -> bool {
-        args.wallet.is_named() || args.chain.netuid.is_some()
+    pub(super) fn is_wanted(wallet: &WalletArgs, chain: &ChainArgs) -> bool {
+        wallet.is_named() || chain.netuid.is_some()
     }
 
     /// Reads the wallet, takes the port, and checks that the hotkey is registered.
     pub(super) async fn open(
-        args: &ServeArgs,
+        (wallet, chain, axon): (&WalletArgs, &ChainArgs, &AxonArgs),
         slots: usize,
         clock: Clock,
     ) -> Result<Self, Failure> {
-        let signer = Arc::new(args.wallet.keypair()?);
+        let signer = Arc::new(wallet.keypair()?);
         let hotkey = signer.hotkey();
-        let axon = &args.axon;
         let address = axon.listen()?;
         let listener = TcpListener::bind(&address)
             .await
             .map_err(|e| Failure::user(format!("--axon.port: cannot listen on {address}: {e}")))?;
         let local = listener.local_addr().map_err(Failure::ours)?;
         let external = axon.external(local.port()).await?;
-        tracing::info!(%hotkey, netuid = args.chain.netuid(), %external, "subnet miner");
+        tracing::info!(%hotkey, netuid = chain.netuid(), %external, "subnet miner");
         let gate = Gate::new(hotkey, axon.policy(slots), clock);
-        let options = Options {
-            netuid: args.chain.netuid(),
+        let options = MinerOptions {
+            netuid: chain.netuid(),
             epoch_length: axon.epoch_length,
             axon: Axon { address: external, version: AXON_VERSION, protocol: AXON_PROTOCOL },
         };
-        let chain = Subtensor::new(args.chain.endpoints()?);
-        let miner = Miner::new(chain, gate.clone(), Arc::clone(&signer), options);
+        let subtensor = Subtensor::new(chain.endpoints()?);
+        let miner = Miner::new(subtensor, gate.clone(), Arc::clone(&signer), options);
         miner.join().await.map_err(miner_failure)?;
         Ok(Self { signer, gate, listener, local, miner })
     }

@@ -7,7 +7,7 @@ use crate::chain::keys::Keypair;
 use crate::chain::network::{Endpoints, Network};
 use crate::chain::wallet::{Wallet, WalletError};
 use crate::miner::address::CHECK_IP;
-use crate::server::gate::Policy;
+use crate::server::door::Policy;
 use clap::Args;
 use secrecy::SecretString;
 use std::io::IsTerminal;

@@ -1,20 +1,23 @@
 //! `verifier`: the HTTP surface of Targon's verifier container, until a signal comes.
 
+use super::Failure;
 use super::out::announce;
-use super::serve::{
-    check_open, describe_failures, finish, last_engine_death, start_models, stop_signal,
-};
+use super::progress::Bars;
+use super::serve::{check_host, finish, stop_signal};
+use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};
-use super::{Failure, runtime};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
+use crate::lifecycle::load::start_models;
+use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
 use crate::server::registry::{Registry, State};
 use crate::verifier::Service;
 use clap::Args;
 use sd_notify::NotifyState;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Arguments of `verifier`.
@@ -43,7 +46,7 @@ pub(super) fn run(args: &VerifierArgs) -> Result<(), Failure> {
 
 async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Failure> {
     let (listener, local) = args.listen.bind().await?;
-    check_open(local, true, false)?;
+    check_host(local, true, false)?;
     let (registry, clock) = (Registry::default(), Clock::system());
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let settings = config.server.settings;
@@ -59,7 +62,8 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     let serving = tokio::spawn(serve_all(listeners, service.state().clone(), stop, timeout));
     let stall_time = settings.limits.stall_time;
     tokio::spawn(feed_watchdog(registry.clone(), move || stall_time));
-    let loading = tokio::spawn(start_models(config.models, registry.clone(), pool, clock));
+    let shown = Arc::new(Bars::new());
+    let loading = tokio::spawn(start_models(config.models, registry.clone(), pool, clock, shown));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome),

@@ -1,18 +1,16 @@
 //! `verify`: judges captured answers, one a line.
 
 use super::Failure;
-use super::capture::{Capture, Captures, Judged, Rules, Verifiers};
+use super::capture::{Capture, Captures, CheckOptions, Judged, Verifiers};
+use super::finding::{Finding, Tally, number, reason};
 use super::out::outln;
-use super::shared::{ComputeArgs, ModelsArg, printable};
+use super::printable::printable;
+use super::shared::{ComputeArgs, ModelsArg};
 use super::verify_html;
-use crate::models::Model;
-use crate::ops::CANON;
-use crate::proof::CHUNK_ROWS;
-use crate::verify::answer::Answer;
-use crate::verify::evidence::{ALARM, Calibrated, Evidence, Observed, Sums, weigh};
+use crate::entropy::Entropy;
+use crate::verify::evidence::{Calibrated, Observed, weigh};
 use crate::verify::evidence_file::EvidenceFile;
-use crate::verify::limits::{self, LimitsFile};
-use crate::verify::proof::ChunkEvidence;
+use crate::verify::limits_file::{self, LimitsFile};
 use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -67,25 +65,8 @@ pub(super) struct VerifyArgs {
     compute: ComputeArgs,
 }
 
-/// What many answers of one miner say, with this one.
-pub(super) struct Tally {
-    pub(super) miner: String,
-    pub(super) evidence: Evidence,
-    /// What this answer added.
-    pub(super) gain: Sums,
-}
-
-/// A judged answer with all there is to say of it.
-pub(super) struct Finding<'a> {
-    pub(super) place: &'a str,
-    pub(super) judged: &'a Judged,
-    pub(super) tally: Option<&'a Tally>,
-    pub(super) model: &'a Model,
-    pub(super) limits: &'a Limits,
-}
-
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
-    let file = args.limits.as_deref().map(limits::read).transpose().map_err(Failure::user)?;
+    let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
     let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
     let evidence = evidence.map_err(Failure::user)?;
     let own = file.as_ref().map_or_else(Limits::default, |f| f.limits);
@@ -93,7 +74,8 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
     let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, limits)?;
     let mut captures = Captures::open(&args.file)?;
-    let mut account = evidence.map(|store| Account { store, rates });
+    let entropy = Entropy::system();
+    let mut account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
     let (mut worst, mut sections) = (0, Vec::new());
     for line in captures.iter() {
         let (place, capture) = line?;
@@ -107,7 +89,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         };
         let verifier = verifiers.of(&capture)?;
         check_model(args, file.as_ref(), &verifier)?;
-        let judged = match verifiers.judge(&verifier, &place, &capture, args.rules()) {
+        let judged = match verifiers.judge(&verifier, &place, &capture, args.options(&entropy)) {
             Ok(judged) => judged,
             Err(failure) => {
                 let verdict = Verdict::Unscored(failure.message().to_owned());
@@ -137,9 +119,13 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 impl VerifyArgs {
-    fn rules(&self) -> Rules {
+    fn options(&self, entropy: &Entropy) -> CheckOptions {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
-        Rules { profile: self.profile, depth, chance: self.chance }
+        CheckOptions {
+            profile: self.profile,
+            depth,
+            chance: self.chance.unwrap_or_else(|| entropy.word()),
+        }
     }
 }
 
@@ -166,15 +152,6 @@ impl Unread<'_> {
             sections.push(verify_html::unread(place, verdict));
         }
         weight(verdict)
-    }
-}
-
-/// Name and words of a verdict that is no pass.
-fn reason(verdict: &Verdict) -> Option<(&'static str, String)> {
-    match verdict {
-        Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
-        Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
-        Verdict::Pass => None,
     }
 }
 
@@ -205,6 +182,7 @@ fn weight(verdict: &Verdict) -> usize {
 struct Account {
     store: EvidenceFile,
     rates: Calibrated,
+    entropy: Entropy,
 }
 
 impl Account {
@@ -219,7 +197,7 @@ impl Account {
             let what = format!("{place}: evidence needs a `hotkey` or a `miner`, got neither");
             Failure::user(what)
         })?;
-        let chance = uuid::Uuid::new_v4().as_u128() as u64;
+        let chance = self.entropy.word();
         let observed = Observed::of(&judged.report, judged.scheme, limits).thinned(chance);
         let weighed = weigh(&mut self.store, miner, &self.rates, &observed);
         let (evidence, gain) = weighed.map_err(Failure::user)?;
@@ -243,84 +221,6 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
     if args.explain {
         outln!("{}", table(finding));
     }
-}
-
-impl Finding<'_> {
-    pub(super) fn tokens(&self) -> usize {
-        self.judged.answer.as_ref().map_or(0, |a| a.ids.len())
-    }
-
-    /// Which rules judged, and what of the proof is equal.
-    pub(super) fn rules(&self) -> String {
-        let chunks = &self.judged.report.chunks;
-        let exact = chunks.iter().filter(|c| c.is_exact).count();
-        match self.judged.profile {
-            Profile::Powv => "targon-4.1".to_owned(),
-            Profile::Ranks => "targon-4.4".to_owned(),
-            Profile::Proof => match self.judged.answer.as_ref().and_then(Answer::other_canon) {
-                Some(canon) => format!(
-                    "{} chunks of {}, whose rows were compared by energy and not bit for bit, \
-                     because ours are of {CANON}",
-                    chunks.len(),
-                    printable(canon)
-                ),
-                None => format!("{exact} of {} chunks equal bit for bit", chunks.len()),
-            },
-        }
-    }
-
-    /// The chunk that a token belongs to.
-    pub(super) fn chunk(&self, index: usize) -> Option<&ChunkEvidence> {
-        self.judged.report.chunks.get(index / CHUNK_ROWS)
-    }
-
-    /// Whether a chunk is too far from ours.
-    pub(super) fn is_far(&self, chunk: &ChunkEvidence) -> bool {
-        self.judged.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
-    }
-
-    /// Whether a token is too far from being drawn.
-    pub(super) fn is_unlikely(&self, margin: Option<f64>) -> bool {
-        margin.is_some_and(|m| m > self.limits.margin_max())
-    }
-
-    /// Energy of a token's chunk, in words.
-    pub(super) fn energy(&self, index: usize) -> String {
-        match self.chunk(index) {
-            Some(c) if c.is_exact => "exact".to_owned(),
-            Some(c) => number(c.energy),
-            None => number(None),
-        }
-    }
-}
-
-impl Tally {
-    /// One line for people.
-    pub(super) fn describe(&self) -> String {
-        let Self { miner, evidence: Evidence { answers, sums, .. }, .. } = self;
-        let Sums { margin, energy, joint } = sums;
-        let alarm = match self.evidence.alarm() {
-            Some(test) => format!(" ALARM by {test}"),
-            None => String::new(),
-        };
-        format!(
-            "evidence on {miner} after {answers} answers: margin {margin:.1}, energy {energy:.1}, \
-             joint {joint:.1} of {ALARM:.1}{alarm}"
-        )
-    }
-
-    fn json(&self) -> Value {
-        let Self { miner, evidence, gain } = self;
-        json!({
-            "miner": miner, "answers": evidence.answers, "alarms": evidence.alarms,
-            "sums": evidence.sums, "gain": gain, "threshold": ALARM,
-            "alarm": evidence.alarm().map(|test| test.to_string()),
-        })
-    }
-}
-
-pub(super) fn number(value: Option<f64>) -> String {
-    value.map_or("-".into(), |v| format!("{v:.4}"))
 }
 
 /// An answer as one JSON object.

@@ -2,10 +2,10 @@
 //! nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
 use super::capture::Judged;
-use super::verify::{Finding, number};
+use super::finding::{Finding, number};
+use crate::verify::ChunkEvidence;
+use crate::verify::RowEvidence;
 use crate::verify::Verdict;
-use crate::verify::proof::ChunkEvidence;
-use crate::verify::rows::RowEvidence;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use plotters::prelude::{
     BLUE, ChartBuilder, Circle, Color, DrawingAreaErrorKind, IntoDrawingArea, LineSeries, RED,

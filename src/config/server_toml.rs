@@ -2,7 +2,7 @@
 
 use super::units;
 use crate::server::connections::CONNECTIONS_MAX;
-use crate::server::settings::{ApiKeys, Limits, Settings};
+use crate::server::settings::{ApiKeys, HttpLimits, Settings};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -74,8 +74,8 @@ impl ServerTable {
             let what = format!("must have at least {KEY_CHARS_MIN} characters each, one has {got}");
             return Err(("api_keys", what));
         }
-        let defaults = Limits::default();
-        let limits = Limits {
+        let defaults = HttpLimits::default();
+        let limits = HttpLimits {
             body_bytes: match self.body_max {
                 Some(text) => units::size(&text).map_err(|what| ("body_max", what))?,
                 None => defaults.body_bytes,

@@ -7,7 +7,7 @@ use crate::chain::metagraph::{Metagraph, Neuron};
 use crate::chain::network::Endpoints;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
-use crate::server::gate::STAKE_MIN;
+use crate::server::door::STAKE_MIN;
 use std::time::Duration;
 
 /// How long an endpoint may take.

@@ -3,6 +3,7 @@
 
 use super::error::{RequestError, echo};
 use super::tools::{CallStyle, ToolParser};
+use crate::entropy::Entropy;
 use crate::models::Model;
 use crate::models::chat::ToolFormat;
 use crate::models::grammar::{Constraint, Grammar, on_large_stack};
@@ -82,8 +83,8 @@ impl Tooling {
     }
 
     /// What finds the calls of one choice.
-    pub fn parser(&self) -> Option<ToolParser> {
-        self.style.clone().map(|style| ToolParser::new(style, self.calls_max))
+    pub fn parser(&self, entropy: &Entropy) -> Option<ToolParser> {
+        self.style.clone().map(|style| ToolParser::new(style, self.calls_max, entropy.clone()))
     }
 }
 

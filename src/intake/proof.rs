@@ -28,14 +28,15 @@ pub struct Prover {
 }
 
 impl Prover {
-    /// Reads the field; `own_nonce` is taken where it names none, else one is drawn.
+    /// Reads the field; `own_nonce` is taken where it names none. One that the server drew shows
+    /// consistency, and binds nobody.
     ///
     /// # Errors
     /// 400 for an unknown scheme, a malformed nonce, or a scheme that the model cannot serve.
     pub fn read(
         field: &ProofRequest,
         dtype: Dtype,
-        own_nonce: Option<Hash>,
+        own_nonce: Hash,
         signer: Option<Arc<Keypair>>,
     ) -> Result<Self, RequestError> {
         let scheme: Scheme = field.scheme.parse().map_err(|rule: String| {
@@ -49,7 +50,7 @@ impl Prover {
             Some(text) => {
                 from_hex(text).map_err(|rule| RequestError::field("proof.nonce", rule))?
             }
-            None => own_nonce.unwrap_or_else(random_nonce),
+            None => own_nonce,
         };
         Ok(Self { scheme, nonce, signer })
     }
@@ -80,14 +81,6 @@ impl Prover {
         let noise_key = noise_key(&self.nonce, terms);
         ProofHead { prover: self.clone(), root: binding.root(), model: binding.model, noise_key }
     }
-}
-
-/// A nonce of the server's own: it shows consistency, and binds nobody.
-fn random_nonce() -> Hash {
-    let mut nonce = [0; 32];
-    nonce[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    nonce[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    nonce
 }
 
 /// The proof of one choice, but for its rows.

@@ -2,6 +2,7 @@
 //!
 //! What looks like a call and cannot be parsed stays content, so nothing a model said is lost.
 
+use crate::entropy::Entropy;
 use crate::models::chat::ToolFormat;
 use crate::models::tokenizer::TextTokenizer;
 use crate::wire::openai::tools::{CalledFunction, ToolCall};
@@ -48,11 +49,12 @@ pub struct ToolParser {
     is_after_call: bool, // Hermes: only blanks have followed a call
     is_content: bool,    // Llama 3: the answer has begun as prose
     calls: usize,
+    entropy: Entropy,
 }
 
 impl ToolParser {
-    /// For a choice of `style` that makes at most `calls_max` calls.
-    pub fn new(style: CallStyle, calls_max: usize) -> Self {
+    /// For a choice of `style` that makes at most `calls_max` calls, named out of `entropy`.
+    pub fn new(style: CallStyle, calls_max: usize, entropy: Entropy) -> Self {
         Self {
             style,
             calls_max,
@@ -61,6 +63,7 @@ impl ToolParser {
             is_after_call: false,
             is_content: false,
             calls: 0,
+            entropy,
         }
     }
 
@@ -216,7 +219,7 @@ impl ToolParser {
     }
 
     fn new_id(&self) -> String {
-        let random = uuid::Uuid::new_v4().simple().to_string();
+        let random = self.entropy.uuid().simple().to_string();
         match self.style {
             // Mistral's templates insist on nine letters or digits.
             CallStyle::Auto(ToolFormat::Mistral) => random[..9].to_owned(),
@@ -312,7 +315,7 @@ mod tests {
 
     /// Content and (name, arguments) of `text` that comes in pieces of `size` characters.
     fn parse(style: CallStyle, text: &str, size: usize) -> (String, Vec<(String, String)>) {
-        let mut parser = ToolParser::new(style, 9);
+        let mut parser = ToolParser::new(style, 9, Entropy::seeded(1));
         let (mut content, mut parts) = (String::new(), Vec::new());
         let letters: Vec<char> = text.chars().collect();
         for piece in letters.chunks(size) {
@@ -400,7 +403,7 @@ mod tests {
 
     #[test]
     fn further_calls_are_left_out_where_only_one_is_wanted() {
-        let mut parser = ToolParser::new(CallStyle::Required, 1);
+        let mut parser = ToolParser::new(CallStyle::Required, 1, Entropy::seeded(1));
         let call = r#"{"name":"f","parameters":{}}"#;
         parser.push_text(&format!("[{call},{call}]"));
         assert_eq!(parser.finish().calls.len(), 1);

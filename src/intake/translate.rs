@@ -3,6 +3,7 @@
 use super::error::{RequestError, echo};
 use crate::engine::request::{LogprobMode, Request, StopRules, TOP_LOGPROBS_MAX};
 use crate::engine::sampler::Sampling;
+use crate::entropy::Entropy;
 use crate::models::Model;
 use crate::models::grammar::Grammar;
 use crate::proof::seed::noise_key;
@@ -253,6 +254,8 @@ pub struct Ask<'a> {
     pub names: Names,
     /// How the response is written.
     pub report: &'a Report,
+    /// Where seeds come from.
+    pub entropy: &'a Entropy,
 }
 
 impl Ask<'_> {
@@ -280,7 +283,8 @@ impl Ask<'_> {
                 let mut request = common.clone();
                 let choice = requests.len() as u32;
                 let noise = |seed| noise_key(seed, choice);
-                request.sampling.noise_key = self.common.seed.map_or_else(random_key, noise);
+                request.sampling.noise_key =
+                    self.common.seed.map_or_else(|| self.entropy.word(), noise);
                 request.prompt.clone_from(&prompt);
                 request.max_tokens = self.max_tokens.unwrap_or(room);
                 let is_empty = request.max_tokens == 0;
@@ -412,8 +416,4 @@ pub fn ids(field: &str, ids: &[i64]) -> Result<Vec<u32>, RequestError> {
             .map_err(|_| RequestError::field(field, format!("holds {id}, not a token id")))
     };
     ids.iter().map(id).collect()
-}
-
-fn random_key() -> u64 {
-    uuid::Uuid::new_v4().as_u128() as u64
 }

@@ -12,6 +12,7 @@ use super::translate::{
 };
 use super::work::{self, weight};
 use crate::engine::request::Request;
+use crate::entropy::Entropy;
 use crate::models::Model;
 use crate::models::chat::ChatTemplate;
 use crate::wire::openai::request::{Common, Logprobs};
@@ -41,6 +42,8 @@ pub struct Reader<'a> {
     pub context_max: usize,
     /// The flags.
     pub defaults: Defaults,
+    /// Where seeds and names of calls come from.
+    pub entropy: &'a Entropy,
 }
 
 impl Reader<'_> {
@@ -128,12 +131,21 @@ impl Reader<'_> {
         (prompts, tooling): (Vec<Vec<u32>>, Tooling),
     ) -> Result<Understood, RequestError> {
         let grammar = grammar(Arc::clone(self.model), common, &tooling).await?;
-        let Self { model, context_max, .. } = self;
-        let ask = Ask { model, context_max, common, max_tokens, grammar, names, report: &report };
+        let Self { model, context_max, entropy, .. } = self;
+        let ask = Ask {
+            model,
+            context_max,
+            common,
+            max_tokens,
+            grammar,
+            names,
+            report: &report,
+            entropy,
+        };
         let count = prompts.len();
         let requests = ask.requests(prompts)?;
         let n = requests.len() / count;
-        Ok(Understood { endpoint, requests, n, report, tools: tooling.parser() })
+        Ok(Understood { endpoint, requests, n, report, tools: tooling.parser(entropy) })
     }
 }
 

@@ -11,7 +11,7 @@ use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
 use crate::chain::{Chain, Head};
-use crate::server::gate::Gate;
+use crate::server::door::Gate;
 use pace::{Doubt, Pace};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const READINGS_MAX: usize = 3;
 
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Options {
+pub struct MinerOptions {
     /// The subnet.
     pub netuid: u16,
     /// Blocks between two readings of the metagraph.
@@ -70,13 +70,13 @@ pub struct Miner<C: Chain> {
     chain: C,
     gate: Gate,
     signer: Arc<Keypair>,
-    options: Options,
+    options: MinerOptions,
     pace: Mutex<Pace>,
 }
 
 impl<C: Chain> Miner<C> {
     /// Of `signer` behind `gate`.
-    pub fn new(chain: C, gate: Gate, signer: Arc<Keypair>, options: Options) -> Self {
+    pub fn new(chain: C, gate: Gate, signer: Arc<Keypair>, options: MinerOptions) -> Self {
         Self { chain, gate, signer, options, pace: Mutex::default() }
     }
 
@@ -122,7 +122,7 @@ impl<C: Chain> Miner<C> {
     /// # Errors
     /// When the chain refuses it for good.
     pub async fn announce(&self, show: &(dyn Fn(&str) -> bool + Sync)) -> Result<bool, MinerError> {
-        let Options { netuid, axon, .. } = self.options;
+        let MinerOptions { netuid, axon, .. } = self.options;
         let mut wait = AGAIN.0;
         loop {
             if self.standing() == Some(axon) {

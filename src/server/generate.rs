@@ -55,16 +55,16 @@ impl Job {
         (0..self.requests.len()).map(&mut formatter).collect()
     }
 
-    fn head(&self, created: u64) -> Head {
+    fn head(&self, state: &ServerState) -> Head {
         let id = match &self.request_id {
             Some(id) => id.clone(),
-            None => uuid::Uuid::new_v4().simple().to_string(),
+            None => state.entropy().uuid().simple().to_string(),
         };
         let prompts = self.requests.iter().step_by(self.n).map(|r| r.prompt.clone()).collect();
         Head {
             endpoint: self.endpoint,
             id,
-            created,
+            created: state.clock().unix_ms() / 1000,
             model: self.routed.name.clone(),
             fingerprint: self.routed.served.fingerprint.clone(),
             report: self.report,
@@ -80,7 +80,7 @@ impl Job {
 pub async fn run(state: &ServerState, mut job: Job) -> Result<Response, ApiError> {
     let in_flight = state.begin()?;
     let engine = job.routed.served.engine.clone();
-    let head = job.head(state.clock().unix_ms() / 1000);
+    let head = job.head(state);
     let formatters = job.formatters();
     let generations = job
         .requests

@@ -1,10 +1,10 @@
 //! The routes that generate.
 
-use super::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
+use super::door::Caller;
+use super::door::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};
 use super::error::ApiError;
-use super::gate::Caller;
 use super::generate::{Job, run};
-use super::openapi::Refusals;
+use super::refusals::Refusals;
 use super::registry::{Routed, Served};
 use super::state::ServerState;
 use crate::engine::scheduler::Owner;
@@ -91,14 +91,19 @@ impl Asking<'_> {
         Ok(routed)
     }
 
-    fn reader<'a>(&self, served: &'a Served) -> Reader<'a> {
+    fn reader<'a>(&'a self, served: &'a Served) -> Reader<'a> {
         let context_max = served.engine.options().context_max;
         // Validators expect what Targon's own miners send.
         let defaults = match &self.caller {
             Some(_) => Defaults::TARGON,
             None => self.state.defaults(),
         };
-        Reader { model: served.engine.model(), context_max, defaults }
+        Reader {
+            model: served.engine.model(),
+            context_max,
+            defaults,
+            entropy: self.state.entropy(),
+        }
     }
 
     /// Whose a request is, by hotkey or key: owners share the engine, and what one has sent must
@@ -142,7 +147,10 @@ impl Asking<'_> {
     fn prover(&self, served: &Served, common: &Common) -> Result<Option<Prover>, ApiError> {
         let Some(field) = &common.proof else { return Ok(None) };
         let dtype = served.engine.model().decoder.dtype;
-        let own = self.caller.as_ref().map(|caller| nonce_of(&caller.name));
+        let own = match &self.caller {
+            Some(caller) => nonce_of(&caller.name),
+            None => self.state.entropy().nonce(),
+        };
         Ok(Some(Prover::read(field, dtype, own, self.state.signer())?))
     }
 }

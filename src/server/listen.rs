@@ -1,11 +1,11 @@
 //! Connections: accepted up to a limit, each with limits on how long its peer may take, and ended
 //! once its peer has left.
 
-use super::access::is_open;
 use super::connections::{Connections, Full, Peer, connections_max};
+use super::door::access::is_open;
 use super::error::ApiError;
 use super::router;
-use super::settings::Limits;
+use super::settings::HttpLimits;
 use super::state::ServerState;
 use crate::clock::Clock;
 use axum::Router;
@@ -83,7 +83,7 @@ pub async fn serve_all(
 pub async fn accept(
     listener: TcpListener,
     app: Router,
-    limits: impl Fn() -> Limits,
+    limits: impl Fn() -> HttpLimits,
     done: impl Future<Output = ()>,
 ) {
     accept_within(listener, app, limits, Connections::new(connections_max(1)), done).await;
@@ -93,7 +93,7 @@ pub async fn accept(
 pub async fn accept_within(
     listener: TcpListener,
     app: Router,
-    limits: impl Fn() -> Limits,
+    limits: impl Fn() -> HttpLimits,
     connections: Connections,
     done: impl Future<Output = ()>,
 ) {
@@ -147,7 +147,7 @@ fn connection(
     address: SocketAddr,
     app: &Router,
     peer: Peer,
-    limits: Limits,
+    limits: HttpLimits,
 ) -> (Connection, Arc<OwnedReadHalf>) {
     // Tokens are small and must not wait for each other.
     let _ = socket.set_nodelay(true);
@@ -341,4 +341,20 @@ async fn drain(state: &ServerState, timeout: Duration) {
         state.abort();
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// Whoever can reach an open listener can use it: a miner's must be on loopback.
+///
+/// # Errors
+/// The rule and the address.
+pub fn check_open(address: SocketAddr, is_open: bool, is_miner: bool) -> Result<(), String> {
+    if !is_open || address.ip().is_loopback() {
+        return Ok(());
+    }
+    if is_miner {
+        let what = format!("the open routes of a miner must be on loopback, --host is {address}");
+        return Err(what);
+    }
+    tracing::warn!(%address, "this server has no API keys and is not on loopback");
+    Ok(())
 }

@@ -12,14 +12,14 @@ pub struct Settings {
     /// Who may ask.
     pub keys: ApiKeys,
     /// What one client may cost.
-    pub limits: Limits,
+    pub limits: HttpLimits,
     /// Origins whose pages may ask; read once, when the server starts.
     pub cors_origins: Vec<String>,
 }
 
 /// Limits on connections and bodies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
+pub struct HttpLimits {
     /// Bytes of a request body.
     pub body_bytes: usize,
     /// Connections of one address.
@@ -34,7 +34,7 @@ pub struct Limits {
     pub stall_time: Duration,
 }
 
-impl Default for Limits {
+impl Default for HttpLimits {
     fn default() -> Self {
         Self {
             body_bytes: 8 << 20,

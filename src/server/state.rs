@@ -1,12 +1,13 @@
 //! What handlers share: the models, the defaults, and whether the server still takes requests.
 
+use super::door::Gate;
 use super::error::{ApiError, echo};
-use super::gate::Gate;
-use super::metrics::Metrics;
+use super::operations::counters::Metrics;
 use super::registry::Registry;
 use super::settings::Settings;
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
+use crate::entropy::Entropy;
 use crate::intake::translate::{Defaults, is_ignored};
 use parking_lot::{Mutex, RwLock};
 use prometheus_client::collector::Collector;
@@ -27,6 +28,7 @@ struct Inner {
     registry: Registry,
     defaults: Defaults,
     clock: Clock,
+    entropy: Entropy,
     is_draining: AtomicBool,
     in_flight: AtomicUsize,
     abort: CancellationToken,
@@ -45,6 +47,7 @@ impl ServerState {
             registry,
             defaults,
             clock,
+            entropy: Entropy::system(),
             is_draining: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             abort: CancellationToken::new(),
@@ -71,6 +74,14 @@ impl ServerState {
         };
         let metrics = Metrics::new(inner.registry.clone(), Some(gate.clone()));
         Self(Arc::new(Inner { gate: Some(gate), metrics, ..inner }))
+    }
+
+    /// The same server with another source of names and seeds; before it is shared.
+    pub fn drawing_from(self, entropy: Entropy) -> Self {
+        let Ok(inner) = Arc::try_unwrap(self.0) else {
+            unreachable!("a source is set before the state is shared")
+        };
+        Self(Arc::new(Inner { entropy, ..inner }))
     }
 
     /// The same server with more to report in its metrics; before it is shared.
@@ -120,6 +131,11 @@ impl ServerState {
     /// The clock.
     pub fn clock(&self) -> &Clock {
         &self.0.clock
+    }
+
+    /// Where names of requests, nonces and seeds come from.
+    pub fn entropy(&self) -> &Entropy {
+        &self.0.entropy
     }
 
     /// Counts a request in, unless the server is draining.

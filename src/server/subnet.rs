@@ -1,12 +1,12 @@
 //! The routes of a subnet's miner, behind its [`gate`](super::gate).
 
-use super::access;
-use super::gate::models::{Asked, Shape};
-use super::gate::{Caller, Gate, guard};
+use super::door::access;
+use super::door::models::{Shape, WantedModels};
+use super::door::{Caller, Gate, guard};
 use super::handlers;
+use super::operations::status;
 use super::registry::{Served, State as ModelState};
 use super::state::ServerState;
-use super::status;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Extension, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -31,7 +31,7 @@ pub fn router(state: ServerState, gate: Gate) -> Router {
     Router::new()
         .route("/", get(|| async { StatusCode::OK }))
         .merge(signed)
-        .layer(super::catch_panics())
+        .layer(super::layers::catch_panics())
         .layer(from_fn_with_state(state.clone(), access::observe))
         .with_state(state)
 }
@@ -55,7 +55,7 @@ async fn note_models(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    match Asked::read(&headers, &body, state.clock().unix_ms()) {
+    match WantedModels::read(&headers, &body, state.clock().unix_ms()) {
         Ok(asked) => {
             tracing::info!(validator = %caller.hotkey, models = ?asked.models, "wants served");
             let shape = asked.shape;

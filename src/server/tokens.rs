@@ -2,7 +2,7 @@
 
 use super::error::ApiError;
 use super::handlers::route;
-use super::openapi::{Refusals, TokenizeForm};
+use super::refusals::Refusals;
 use super::state::ServerState;
 use crate::engine::Engine;
 use crate::intake::body;
@@ -28,6 +28,15 @@ pub(super) struct TokenizeText {
     prompt: String,
     add_special_tokens: Option<bool>,
     return_token_strs: Option<bool>,
+}
+
+/// Bodies of `/tokenize`.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, clippy::large_enum_variant, reason = "describes what `/tokenize` reads")]
+pub(super) enum TokenizeForm {
+    Text(TokenizeText),
+    Chat(ChatRequest),
 }
 
 /// A body of `/tokenize`, told apart by whether it has `messages`.

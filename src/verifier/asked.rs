@@ -5,6 +5,7 @@
 use super::reply::{Refusal, fault};
 use super::scan::members;
 use crate::engine::request::Request;
+use crate::entropy::Entropy;
 use crate::intake::error::echo;
 use crate::intake::translate::Defaults;
 use crate::intake::understand::Reader;
@@ -100,6 +101,7 @@ pub(super) async fn understand(
     is_chat: bool,
     mut params: Map<String, Value>,
     path: &str,
+    entropy: &Entropy,
 ) -> Result<Request, Refusal> {
     // The rules of a server refuse it.
     let is_endless = is_endless(&params);
@@ -119,7 +121,7 @@ pub(super) async fn understand(
     }
     let context_max = served.engine.options().context_max;
     let (model, defaults) = (served.engine.model(), Defaults::default());
-    let reader = Reader { model, context_max, defaults };
+    let reader = Reader { model, context_max, defaults, entropy };
     let understood = match is_chat {
         true => reader.chat(&body::<ChatRequest>(params, path)?).await,
         false => reader.completion(&body::<CompletionRequest>(params, path)?).await,

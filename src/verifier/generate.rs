@@ -59,7 +59,8 @@ async fn generated(service: &Service, headers: &HeaderMap, body: Body) -> Result
         true => params.insert("messages".into(), request.messages.into()),
         false => params.insert("prompt".into(), lines(&request.messages).into()),
     };
-    let request = understand(&served, is_chat, params, "sampling_params").await?;
+    let request =
+        understand(&served, is_chat, params, "sampling_params", service.state.entropy()).await?;
     let generation = served.engine.submit(request);
     let mut generation = generation.map_err(|e| Refusal::unscored(e.to_string()))?;
     let abort = service.state.abort_token();

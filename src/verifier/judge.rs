@@ -6,12 +6,10 @@ use super::body::Held;
 use super::lead::readings;
 use super::reply::{Judged, Refusal};
 use super::sent::{Bounds, Sent};
-use super::{REQUESTS_MAX, RUNNING_MAX};
+use super::service::{REQUESTS_MAX, RUNNING_MAX};
 use crate::engine::request::Request;
 use crate::verify::answer::Answer;
-use crate::verify::{
-    Claim, Depth, Profile, Reason, Rejection, Report, Rules, Stop, Verdict, Verifier,
-};
+use crate::verify::{Claim, Depth, Profile, Reason, Rejection, Report, Stop, Verdict, Verifier};
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -64,7 +62,8 @@ async fn judged(service: &Service, headers: &HeaderMap, body: Body) -> Result<Ju
     let Asked { model, is_chat, is_endless, params, output } = asked;
     let name = model.as_deref();
     let served = service.model(name).map_err(|e| Refusal::unscored(e.message))?;
-    let mut request = understand(&served, is_chat, params, "request_params").await?;
+    let mut request =
+        understand(&served, is_chat, params, "request_params", service.state.entropy()).await?;
     let verifier = service.verifier(&served);
     // Nobody's model goes beyond its own context, whatever was asked. The last token needs no row.
     let room = (verifier.model.decoder.spec.context + 1).saturating_sub(request.prompt.len());
@@ -151,11 +150,11 @@ async fn verdict(
             return Err(Refusal::busy(what));
         }
     };
-    let work = token.clone();
+    let (work, chance) = (token.clone(), service.state.entropy().word());
     let done = off(move || {
         // As long as the memory is in use, and not as long as somebody waits.
         let _running = running;
-        run(&verifier, &request, sent, &work)
+        run(&verifier, &request, sent, (&work, chance))
     });
     tokio::select! {
         done = done => done,
@@ -163,7 +162,12 @@ async fn verdict(
     }
 }
 
-fn run(verifier: &Verifier, request: &Request, sent: Sent, token: &CancellationToken) -> Verdict {
+fn run(
+    verifier: &Verifier,
+    request: &Request,
+    sent: Sent,
+    (token, chance): (&CancellationToken, u64),
+) -> Verdict {
     let answers = readings(&verifier.model, sent);
     let claim = |answer| Claim {
         request,
@@ -174,10 +178,9 @@ fn run(verifier: &Verifier, request: &Request, sent: Sent, token: &CancellationT
         end_is_implied: true,
     };
     let claims: Vec<Claim<'_>> = answers.iter().map(claim).collect();
-    let chance = uuid::Uuid::new_v4().as_u128() as u64;
     let is_wanted = || !token.is_cancelled();
-    let rules = Rules { is_wanted: &is_wanted, ..Rules::new(Profile::Ranks, Depth::Slow, chance) };
-    best(verifier.verify_by(&claims, rules))
+    let check = verifier.verify(Profile::Ranks, chance).depth(Depth::Slow);
+    best(check.while_wanted(&is_wanted).answers(&claims))
 }
 
 /// Of readings of one answer: that one of them passes, that one cannot be judged, or what is wrong

@@ -6,9 +6,11 @@
 //! shows is small, and its upper bound says how small it can be claimed to be.
 
 use super::evidence::{Calibrated, Observed, Side};
-use super::limits::{HeldOut, Limits, LimitsFile, Measured, Share, Spread};
-use super::rows::{MARGIN_CLIP, RowEvidence, check_margins};
-use super::{Report, bounds, proof, random_rows};
+use super::limits::{Limits, MARGIN_CLIP};
+use super::limits_file::{HeldOut, LimitsFile, Measured, Share, Spread};
+use super::places::random_rows;
+use super::rows::check_margins;
+use super::{ChunkEvidence, Report, RowEvidence, bounds};
 use crate::proof::Scheme;
 use crate::proof::codec::{Encoder, Hash, first_u64};
 use std::collections::BTreeSet;
@@ -65,7 +67,7 @@ impl Sample {
 
     /// Energies of its chunks; those that are equal bit for bit have none.
     fn energies(&self) -> impl Iterator<Item = f64> {
-        let energy = |c: &proof::ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
+        let energy = |c: &ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
         self.report.chunks.iter().filter_map(energy)
     }
 

@@ -79,13 +79,13 @@ impl Capture {
 
 /// How captures are judged.
 #[derive(Clone, Copy, Debug)]
-pub struct Rules {
+pub struct CheckOptions {
     /// Where absent, the proof if there is one to expect, else Targon's ranks.
     pub profile: Option<Profile>,
     /// How much is computed.
     pub depth: Depth,
-    /// Decides which rows are looked at; random where absent.
-    pub chance: Option<u64>,
+    /// Decides which rows are looked at: the peer must not know it beforehand.
+    pub chance: u64,
 }
 
 /// One choice, judged.
@@ -115,11 +115,11 @@ pub async fn judge(
     verifier: &Verifier,
     model: &str,
     capture: &Capture,
-    rules: Rules,
+    options: CheckOptions,
 ) -> Result<Vec<Judged>, String> {
     let hotkey = capture.hotkey.as_deref();
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
-    Ok(judge_question(verifier, question, capture, rules))
+    Ok(judge_question(verifier, question, capture, options))
 }
 
 /// Judges the answer to a question that is understood already.
@@ -127,18 +127,18 @@ pub fn judge_question(
     verifier: &Verifier,
     mut question: Question,
     capture: &Capture,
-    rules: Rules,
+    options: CheckOptions,
 ) -> Vec<Judged> {
     let (clock, sent) = (Clock::system(), capture.sent());
     question.adapt(sent);
-    let profile = rules.profile.unwrap_or(match question.proof {
+    let profile = options.profile.unwrap_or(match question.proof {
         Some(_) => Profile::Proof,
         None => Profile::Ranks,
     });
     let answers = read(verifier, &question, sent);
     let claims: Vec<Claim<'_>> = claims(&question, &answers).collect();
-    let chance = rules.chance.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64);
-    let mut reports = verifier.verify_all(&claims, profile, rules.depth, chance).into_iter();
+    let mut reports =
+        verifier.verify(profile, options.chance).depth(options.depth).answers(&claims).into_iter();
     drop(claims);
     let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
     let scheme = question.proof.map(|asked| asked.scheme);

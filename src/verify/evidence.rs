@@ -13,8 +13,8 @@
 
 use super::Report;
 use super::limits::Limits;
-use super::proof::ChunkEvidence;
-use super::rows::MARGIN_CLIP;
+use super::limits::MARGIN_CLIP;
+use super::report::ChunkEvidence;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -162,7 +162,7 @@ impl Observed {
     /// As much of it as a fast check looks at, chosen by `chance` and not by what was seen: else
     /// one long honest answer, checked at every row, would outweigh all that is known of a miner.
     pub fn thinned(self, chance: u64) -> Self {
-        let chosen = super::random_rows(self.margins.len(), chance);
+        let chosen = super::places::random_rows(self.margins.len(), chance);
         let margins = chosen.into_iter().filter_map(|place| self.margins.get(place).copied());
         Self { margins: margins.collect(), energies: self.energies }
     }

@@ -15,7 +15,7 @@ const STEP_ROWS: usize = 256;
 const LOGITS_BYTES_MAX: usize = 8 << 20;
 
 /// The row that one token of the output was drawn from.
-pub struct Row<'a> {
+pub struct PrefillRow<'a> {
     /// Number of the token in the output.
     pub index: usize,
     /// Absolute position of the row.
@@ -38,7 +38,7 @@ pub fn run(
     prompt: &[u32],
     output: &[u32],
     wanted: &BTreeSet<usize>,
-    visit: impl FnMut(Row<'_>) -> Result<(), Stop>,
+    visit: impl FnMut(PrefillRow<'_>) -> Result<(), Stop>,
 ) -> Result<(), Stop> {
     Prefix::new(decoder, pool, prompt, output.len())?.run(output, wanted, visit)
 }
@@ -138,7 +138,7 @@ impl<'a> Prefix<'a> {
         &mut self,
         output: &[u32],
         wanted: &BTreeSet<usize>,
-        visit: impl FnMut(Row<'_>) -> Result<(), Stop>,
+        visit: impl FnMut(PrefillRow<'_>) -> Result<(), Stop>,
     ) -> Result<(), Stop> {
         let (room, length) = (self.output_max, output.len());
         assert!(length <= room, "there is room for {room} tokens, got {length}");
@@ -161,7 +161,7 @@ impl<'a> Prefix<'a> {
     }
 
     /// Runs `ids` at the positions from `start` on.
-    fn step<V: FnMut(Row<'_>) -> Result<(), Stop>>(
+    fn step<V: FnMut(PrefillRow<'_>) -> Result<(), Stop>>(
         &mut self,
         start: usize,
         ids: &[u32],
@@ -210,7 +210,7 @@ struct Handing<'a, V> {
     visit: V,
 }
 
-impl<V: FnMut(Row<'_>) -> Result<(), Stop>> Handing<'_, V> {
+impl<V: FnMut(PrefillRow<'_>) -> Result<(), Stop>> Handing<'_, V> {
     /// All rows of `hidden`, of which the first belongs to token `index`.
     fn rows(&mut self, turn: &Turn<'_>, index: usize, hidden: &Rounded) -> Result<(), Stop> {
         let is_wanted = |row: &usize| self.wanted.contains(&(index + row));
@@ -224,7 +224,7 @@ impl<V: FnMut(Row<'_>) -> Result<(), Stop>> Handing<'_, V> {
         }
         let mut scores = self.logits.chunks_exact_mut(self.decoder.spec.vocab);
         for row in 0..hidden.rows() {
-            (self.visit)(Row {
+            (self.visit)(PrefillRow {
                 index: index + row,
                 position: (self.first + index + row) as u32,
                 bits: hidden.bits(row),

@@ -2,7 +2,7 @@
 
 use super::answer::Answer;
 use super::structure::End;
-use super::{Claim, Limits, Reason, Rejection, Stop};
+use super::{Challenge, ChunkEvidence, Claim, Limits, Reason, Rejection, Stop};
 use crate::chain::keys::Hotkey;
 use crate::engine::output::FinishReason;
 use crate::models::Identity;
@@ -19,17 +19,6 @@ use std::sync::Arc;
 /// Bytes of a canon's name.
 const CANON_BYTES_MAX: usize = 40;
 
-/// The proof that a request asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Asked {
-    /// The scheme.
-    pub scheme: Scheme,
-    /// The verifier's own nonce; without one the prover chose it, and it binds nobody.
-    pub nonce: Option<Hash>,
-    /// Who must have signed; anybody or nobody where absent.
-    pub hotkey: Option<Hotkey>,
-}
-
 /// A proof whose binding, chain and signature hold.
 pub struct Bound {
     /// The scheme.
@@ -41,19 +30,6 @@ pub struct Bound {
     /// Key of the sampler's noise.
     pub noise_key: u64,
     chunks: Vec<Vec<u8>>,
-}
-
-/// What one chunk of a proof shows.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct ChunkEvidence {
-    /// Its number.
-    pub index: usize,
-    /// Whether all rows are ours bit for bit.
-    pub is_exact: bool,
-    /// Mean energy of its rows (residue schemes).
-    pub energy: Option<f64>,
-    /// Distance from our rows (TOPLOC).
-    pub distance: Option<toploc::Distance>,
 }
 
 fn reject(reason: Reason, what: impl Into<String>) -> Stop {
@@ -142,7 +118,7 @@ fn model_hash(end: &ProofEnd, identity: &Identity) -> Result<Hash, Stop> {
 /// A fault, because it is the request that named none.
 pub fn check_nonce(claim: &Claim<'_>) -> Result<(), Stop> {
     match claim.proof {
-        Some(Asked { nonce: None, .. }) => {
+        Some(Challenge { nonce: None, .. }) => {
             let what = "the request named no `proof.nonce`, so this may be the answer to another \
                         request: send a fresh nonce with every one";
             Err(Stop::Fault(what.into()))
@@ -209,7 +185,7 @@ impl HiddenRows {
     }
 
     /// Takes the next row.
-    pub fn push(&mut self, row: &super::prefill::Row<'_>) {
+    pub fn push(&mut self, row: &super::prefill::PrefillRow<'_>) {
         if let Some(prover) = &self.prover {
             self.rows.push(prover.prove(row.position, row.bits, row.values));
         }

@@ -2,9 +2,10 @@
 
 use super::Verifier;
 use super::answer::{Sent, id_of_name};
-use super::proof::Asked;
+use super::claim::Challenge;
 use crate::chain::keys::Hotkey;
 use crate::engine::request::{LogprobMode, Request};
+use crate::entropy::Entropy;
 use crate::intake::translate::Defaults;
 use crate::intake::understand::{Reader, Understood};
 use crate::proof::Scheme;
@@ -22,7 +23,7 @@ pub struct Question {
     /// The API's seed.
     pub seed: Option<i64>,
     /// The proof that was asked for.
-    pub proof: Option<Asked>,
+    pub proof: Option<Challenge>,
     /// The prompts.
     pub prompts: Prompts,
     /// The server chooses how tokens are named.
@@ -104,14 +105,14 @@ fn first_name(body: &Value) -> Option<&str> {
     })
 }
 
-fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Asked>, String> {
+fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, String> {
     let Some(scheme) = body["proof"]["scheme"].as_str() else { return Ok(None) };
     let scheme: Scheme = scheme.parse().map_err(|rule| format!("proof.scheme {rule}"))?;
     let nonce = body["proof"]["nonce"].as_str().map(from_hex).transpose();
     let nonce = nonce.map_err(|rule| format!("proof.nonce {rule}"))?;
     let hotkey = hotkey.map(str::parse::<Hotkey>).transpose();
     let hotkey = hotkey.map_err(|e| format!("`hotkey`: {e}"))?;
-    Ok(Some(Asked { scheme, nonce, hotkey }))
+    Ok(Some(Challenge { scheme, nonce, hotkey }))
 }
 
 /// Reads a body as a server does.
@@ -125,10 +126,13 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
                     on every machine, and proofs are bound to it";
         return Err(format!("`request` {what}"));
     }
+    // What is drawn here is replaced by what the proof is bound to, or never looked at.
+    let entropy = Entropy::system();
     let reader = Reader {
         model: &verifier.model,
         context_max: verifier.context_max,
         defaults: Defaults::default(),
+        entropy: &entropy,
     };
     let wrong = |e: serde_json::Error| format!("`request` is not a body: {e}");
     let understood = if body.get("messages").is_some() {

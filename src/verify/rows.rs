@@ -1,9 +1,10 @@
 //! Rows of logits: rank and log-probability of each token, and the sampler's margin where its noise
 //! is known.
 
-use super::prefill::Row;
-use super::reports::Tops;
-use super::{Claim, Limits, Reason, Rejection, Stop};
+use super::limits::MARGIN_CLIP;
+use super::logprobs::Tops;
+use super::prefill::PrefillRow;
+use super::{Claim, Limits, Reason, Rejection, RowEvidence, Stop};
 use crate::engine::draw::{Draw, Rules};
 use crate::engine::request::{LogprobMode, Request};
 use crate::engine::sampler::{Sampling, gumbel, sample, survivors};
@@ -11,40 +12,12 @@ use crate::models::Model;
 use crate::ops::lanes::Isa;
 use crate::ops::logits::{LogSumExp, rank};
 
-/// Margins count at most this much, so that one outlier is one token's worth of evidence.
-pub const MARGIN_CLIP: f64 = 1.0;
 /// How far a truncation's edge may lie from ours on another stack: in top-p, in logits beside the
 /// last of top-k, in the share that min-p and top-a ask for. Logits of an honest bf16 stack are off
 /// by a tenth or two.
 const TOP_P_SLACK: f32 = 0.03;
 const TOP_K_SLACK: f32 = 0.25;
 const FLOOR_SLACK: f32 = 0.8;
-
-/// What the model says about one token of the output.
-#[derive(Clone, PartialEq, Debug)]
-pub struct RowEvidence {
-    /// Number of the token.
-    pub index: usize,
-    /// The token.
-    pub token: u32,
-    /// 1 + how many tokens are more probable.
-    pub rank: u32,
-    /// Its log-probability in the request's mode.
-    pub logprob: f64,
-    /// What was reported.
-    pub reported: Option<f64>,
-    /// The best rank of a token that would end the output.
-    pub end_rank: Option<u32>,
-    /// How far the token is from winning the draw, in logits, clipped at [`MARGIN_CLIP`]; zero
-    /// when it wins, also where it does only with another stack's edge of a truncation. `None`
-    /// where the noise is not known.
-    pub margin: Option<f64>,
-    /// Whether the token is the one that this engine would have drawn, where the noise is known.
-    pub is_drawn: Option<bool>,
-    /// How far the reported alternatives are from the most probable tokens, the worst of them;
-    /// `None` where none were reported.
-    pub top_error: Option<f64>,
-}
 
 /// Judges the rows of one output in order.
 pub struct Judge<'a> {
@@ -84,7 +57,7 @@ impl<'a> Judge<'a> {
     ///
     /// # Errors
     /// A fault where logits are not finite, a rejection where the grammar forbids the token.
-    pub fn push(&mut self, isa: Isa, row: Row<'_>) -> Result<(), Stop> {
+    pub fn push(&mut self, isa: Isa, row: PrefillRow<'_>) -> Result<(), Stop> {
         let token = self.ids[row.index];
         let forbidden = |e: crate::models::grammar::GrammarError| {
             Stop::Rejected(Rejection::new(Reason::Grammar, format!("token {}: {e}", row.index)))

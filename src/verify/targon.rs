@@ -3,8 +3,8 @@
 //! agreement counts, all end tokens count, ids and text are tied together before, certainty that
 //! the model does not have counts however it is written, and nothing divides by zero.
 
-use super::prefill::Row;
-use super::rows::RowEvidence;
+use super::prefill::PrefillRow;
+use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::ops::logits::rank;
 use crate::proof::philox::philox;
@@ -95,7 +95,7 @@ pub fn check(
 ///
 /// # Errors
 /// When none is.
-pub fn check_implied_end(claim: &Claim<'_>, ends: &[u32], row: Row<'_>) -> Result<(), Stop> {
+pub fn check_implied_end(claim: &Claim<'_>, ends: &[u32], row: PrefillRow<'_>) -> Result<(), Stop> {
     let Some(logits) = row.logits else {
         return Err(Stop::Fault("the row after the last token has no logits".into()));
     };

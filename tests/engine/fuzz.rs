@@ -19,7 +19,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::commit::ResidueChunk;
 use targon_engine::proof::toploc;
-use targon_engine::server::gate::models::Asked;
+use targon_engine::server::door::models::WantedModels;
 use targon_engine::verify::answer::Answer;
 use targon_engine::wire::openai::{ChatRequest, CompletionRequest};
 
@@ -260,7 +260,7 @@ fn signed_headers() {
 #[test]
 fn lists_of_models() {
     bolero::check!().for_each(|bytes: &[u8]| {
-        if let Ok(asked) = Asked::read(&Default::default(), bytes, 0) {
+        if let Ok(asked) = WantedModels::read(&Default::default(), bytes, 0) {
             assert!(asked.models.len() <= 256);
         }
     });

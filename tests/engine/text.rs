@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
+use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
 use targon_engine::models::Model;
@@ -21,9 +22,9 @@ use targon_engine::proof::codec::from_hex;
 use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
+use targon_engine::verify::Challenge;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::proof::Asked;
-use targon_engine::verify::{Claim, Depth, Limits, Profile, Verdict, Verifier};
+use targon_engine::verify::{Claim, Limits, Profile, Verdict, Verifier};
 use tokenizers::Tokenizer;
 
 /// Tokens after the 256 bytes; the last two are special and added.
@@ -230,10 +231,14 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
             continue; // its text is that of prompt and output
         }
         let answer = Answer::of_response(&whole, 0).unwrap();
-        let reader =
-            Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+        let reader = Reader {
+            model: &verifier.model,
+            context_max: 512,
+            defaults: Defaults::default(),
+            entropy: &Entropy::system(),
+        };
         let read = reader.completion(&serde_json::from_value(body).unwrap()).await;
-        let asked = Asked {
+        let asked = Challenge {
             scheme: "residue-v1".parse().unwrap(),
             nonce: Some(from_hex(NONCE).unwrap()),
             hotkey: None,
@@ -246,7 +251,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
             answer: &answer,
             end_is_implied: false,
         };
-        let report = verifier.verify(&claim, Profile::Proof, Depth::Fast, 7);
+        let report = verifier.verify(Profile::Proof, 7).answer(&claim);
         assert!(matches!(report.verdict, Verdict::Pass), "{:?}", report.verdict);
     }
     let body = json!({"model": "tiny", "prompt": grin, "max_tokens": 0, "echo": true});

@@ -13,7 +13,7 @@ use std::time::Duration;
 use targon_engine::clock::Clock;
 use targon_engine::engine::Options;
 use targon_engine::server::listen::serve;
-use targon_engine::server::settings::{Limits, Settings};
+use targon_engine::server::settings::{HttpLimits, Settings};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -161,11 +161,11 @@ fn start_clients(address: SocketAddr) -> (JoinSet<()>, Arc<Counts>) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn honest_clients_are_served_while_others_attack() {
     let site = site(Options { blocks: 512, sequences_max: 8, ..common::options() });
-    let limits = Limits {
+    let limits = HttpLimits {
         write_time: Duration::from_millis(500),
         header_time: Duration::from_millis(500),
         body_time: Duration::from_millis(500),
-        ..Limits::default()
+        ..HttpLimits::default()
     };
     site.state.set(Settings { limits, ..Settings::default() });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -7,14 +7,14 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
 use targon_engine::proof::Scheme;
+use targon_engine::verify::ChunkEvidence;
+use targon_engine::verify::RowEvidence;
 use targon_engine::verify::calibrate::{ENERGY_FACTOR, Sample, limits_file, split};
 use targon_engine::verify::evidence::{
     ALARM, ANSWER_MAX, Calibrated, Evidence, EvidenceStore, MemoryStore, Observed, Test, weigh,
 };
 use targon_engine::verify::evidence_file::EvidenceFile;
-use targon_engine::verify::proof::ChunkEvidence;
-use targon_engine::verify::rows::RowEvidence;
-use targon_engine::verify::{Report, Verdict, limits};
+use targon_engine::verify::{Limits, Report, Verdict, limits_file};
 
 /// Tokens that a fast check looks at.
 const TOKENS: usize = 33;
@@ -242,7 +242,7 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     let largest = halves.0.iter().flat_map(|s| &s.report.chunks).filter_map(|c| c.energy);
     let largest = largest.fold(0.0, f64::max);
     assert_eq!(file.limits.energy_u8, ENERGY_FACTOR * largest);
-    assert_eq!(file.limits.energy_u4, limits::Limits::default().energy_u4, "none was measured");
+    assert_eq!(file.limits.energy_u4, Limits::default().energy_u4, "none was measured");
     let spread = file.calibration.energy_u8.unwrap();
     assert!(spread.mean < spread.p999 && spread.p999 <= spread.max && spread.count == 120);
     let held = &file.held_out;
@@ -264,8 +264,8 @@ fn a_limits_file_is_read_back_or_its_fault_is_named() {
     let path = dir.path().join("limits.json");
     let halves = split(honest_samples(20), 0.3).unwrap();
     let file = limits_file(&[7; 32], "a stack", &halves);
-    limits::write(&path, &file).unwrap();
-    assert_eq!(limits::read(&path).unwrap(), file);
+    limits_file::write(&path, &file).unwrap();
+    assert_eq!(limits_file::read(&path).unwrap(), file);
     assert!(file.check_model(&path, &[7; 32]).is_ok());
     let other = file.check_model(&path, &[8; 32]).unwrap_err().to_string();
     assert!(other.contains("`model` is 0707") && other.contains("0808"), "{other}");
@@ -283,15 +283,15 @@ fn a_limits_file_is_read_back_or_its_fault_is_named() {
         let mut bad = good.clone();
         *bad.pointer_mut(pointer).unwrap() = value;
         std::fs::write(&path, bad.to_string()).unwrap();
-        let refused = limits::read(&path).unwrap_err().to_string();
+        let refused = limits_file::read(&path).unwrap_err().to_string();
         assert!(refused.contains("limits.json: ") && refused.contains(want), "{refused}");
     }
     let mut missing = good.clone();
     missing.as_object_mut().unwrap().remove("held_out");
     std::fs::write(&path, missing.to_string()).unwrap();
-    let refused = limits::read(&path).unwrap_err().to_string();
+    let refused = limits_file::read(&path).unwrap_err().to_string();
     assert!(refused.contains("missing field `held_out`"), "{refused}");
-    let absent = limits::read(&dir.path().join("absent")).unwrap_err().to_string();
+    let absent = limits_file::read(&dir.path().join("absent")).unwrap_err().to_string();
     assert!(absent.contains("absent: cannot be read"), "{absent}");
 }
 
@@ -345,7 +345,7 @@ async fn the_program_calibrates_judges_and_remembers() {
     for want in ["class `this engine`", "6 answers to 3 prompts", "0 of 6", "equal bit for bit"] {
         assert!(table.contains(want), "{want}: {table}");
     }
-    assert_eq!(limits::read(Path::new(&out)).unwrap().class, class);
+    assert_eq!(limits_file::read(Path::new(&out)).unwrap().class, class);
     let judge = |more: &[&str]| {
         let base: [&str; 8] =
             ["verify", &file, "--limits", &out, "--evidence", &store, "--html", &page];

@@ -20,11 +20,11 @@ use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
-use targon_engine::server::gate::bodies::{GRACE, SHARE_MAX};
-use targon_engine::server::gate::{Gate, Outcome, Policy, STAKE_MIN};
+use targon_engine::server::door::bodies::{GRACE, SHARE_MAX};
+use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
 use targon_engine::server::listen::accept;
 use targon_engine::server::registry::{Registry, State};
-use targon_engine::server::settings::Limits;
+use targon_engine::server::settings::HttpLimits;
 use targon_engine::server::state::ServerState;
 use targon_engine::server::subnet::router;
 use targon_engine::verify::answer::Answer;
@@ -637,7 +637,8 @@ async fn strangers_who_stall_in_a_members_name_shut_nobody_out() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (app, never) = (miner.app.clone(), std::future::pending());
-    let server = tokio::spawn(async move { accept(listener, app, Limits::default, never).await });
+    let server =
+        tokio::spawn(async move { accept(listener, app, HttpLimits::default, never).await });
     let mut sockets = Vec::new();
     for _ in 0..STRANGERS {
         let mut socket = TcpStream::connect(address).await.unwrap();

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use targon_engine::engine::Options;
 use targon_engine::server::listen::serve;
-use targon_engine::server::settings::{Limits, Settings};
+use targon_engine::server::settings::{HttpLimits, Settings};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
@@ -116,7 +116,7 @@ async fn nothing_is_left_after_clients_that_leave_stall_and_half_close() {
         ..common::options()
     };
     let site = site(options);
-    let limits = Limits { write_time: Duration::from_millis(500), ..Limits::default() };
+    let limits = HttpLimits { write_time: Duration::from_millis(500), ..HttpLimits::default() };
     site.state.set(Settings { limits, ..Settings::default() });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

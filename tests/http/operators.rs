@@ -7,9 +7,14 @@ use axum::http::{Request, StatusCode};
 use serde_json::json;
 use std::net::SocketAddr;
 use std::time::Duration;
+use targon_engine::clock::Clock;
+use targon_engine::entropy::Entropy;
+use targon_engine::intake::translate::Defaults;
 use targon_engine::server::listen::serve;
+use targon_engine::server::registry::Registry;
 use targon_engine::server::router;
-use targon_engine::server::settings::{ApiKeys, Limits, Settings};
+use targon_engine::server::settings::{ApiKeys, HttpLimits, Settings};
+use targon_engine::server::state::ServerState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
@@ -22,9 +27,9 @@ async fn listening(site: &Site) -> SocketAddr {
     address
 }
 
-fn quick() -> Limits {
+fn quick() -> HttpLimits {
     let short = Duration::from_millis(200);
-    Limits { header_time: short, body_time: short, write_time: short, ..Limits::default() }
+    HttpLimits { header_time: short, body_time: short, write_time: short, ..HttpLimits::default() }
 }
 
 /// Everything the server sends until it closes the connection.
@@ -125,7 +130,7 @@ async fn the_heartbeat_tells_an_idle_engine_from_a_stalled_one() {
     let site = site(common::lasting(1));
     let (status, body) = get(&site.app, "/health/decode").await;
     assert_eq!((status, &body["models"]["tiny"]["status"]), (StatusCode::OK, &json!("ok")));
-    let limits = Limits { stall_time: Duration::ZERO, ..Limits::default() };
+    let limits = HttpLimits { stall_time: Duration::ZERO, ..HttpLimits::default() };
     site.state.set(Settings { limits, ..Settings::default() });
     let request = Request::post(COMPLETION);
     let long =
@@ -252,4 +257,19 @@ async fn a_compressed_body_is_refused_by_the_name_of_its_header() {
     assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
     assert!(text.contains("`Content-Encoding` must be identity or absent, got gzip"), "{text}");
     assert_eq!(call(&site.app, ask("identity")).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn names_of_requests_come_from_the_servers_own_source() {
+    let name = |entropy: Entropy| async {
+        let (registry, clock) = (Registry::default(), Clock::manual(1_000));
+        let state = ServerState::new(registry, Defaults::default(), clock).drawing_from(entropy);
+        let request = Request::get("/health").body(Body::empty()).unwrap();
+        let response = router(state).oneshot(request).await.unwrap();
+        response.headers()["x-request-id"].to_str().unwrap().to_owned()
+    };
+    let first = name(Entropy::seeded(3)).await;
+    assert_eq!((first.len(), &first), (32, &name(Entropy::seeded(3)).await));
+    assert_ne!(first, name(Entropy::seeded(4)).await);
+    assert_ne!(name(Entropy::system()).await, name(Entropy::system()).await);
 }

@@ -6,7 +6,7 @@ use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use serde_json::{Value, json};
 use targon_engine::chain::keys::Hotkey;
-use targon_engine::server::gate::Caller;
+use targon_engine::server::door::Caller;
 use targon_engine::server::settings::{ApiKeys, Settings};
 
 fn weather() -> Value {

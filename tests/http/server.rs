@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::time::Duration;
 use targon_engine::engine::Options;
 use targon_engine::server::listen::serve;
-use targon_engine::server::settings::Limits;
+use targon_engine::server::settings::HttpLimits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
@@ -195,7 +195,7 @@ async fn bad_requests_are_refused_by_name() {
         assert!(text.contains(message), "{text}");
     }
     let (status, text) =
-        post_raw(&site.app, COMPLETION, vec![b' '; Limits::default().body_bytes + 1]).await;
+        post_raw(&site.app, COMPLETION, vec![b' '; HttpLimits::default().body_bytes + 1]).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
     assert!(text.contains("\"error\""), "{text}");
     // After all that, the model still answers.

@@ -14,7 +14,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::server::listen::serve_all;
 use targon_engine::server::registry::{Registry, State};
-use targon_engine::server::settings::{Limits, Settings};
+use targon_engine::server::settings::{HttpLimits, Settings};
 use targon_engine::verifier::Service;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -32,7 +32,7 @@ struct Desk {
     pool: Pool,
 }
 
-fn desk(limits: Limits) -> Desk {
+fn desk(limits: HttpLimits) -> Desk {
     let site = site(common::options());
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
@@ -98,7 +98,7 @@ fn written(items: &[Value]) -> String {
 
 #[tokio::test]
 async fn honest_answers_are_verified_with_and_without_a_limit() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let asked = params(json!({}));
     let honest = desk.honest(&asked).await;
     assert_eq!(honest.len(), TOKENS);
@@ -190,7 +190,7 @@ fn cheats(honest: &[Value]) -> Vec<(&'static str, String, &'static str)> {
 
 #[tokio::test]
 async fn a_peers_bytes_are_rejected_whatever_they_are() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let asked = params(json!({}));
     let honest = desk.honest(&asked).await;
     for (what, output, cause) in cheats(&honest) {
@@ -218,7 +218,7 @@ async fn a_peers_bytes_are_rejected_whatever_they_are() {
 
 #[tokio::test]
 async fn what_is_wrong_with_the_callers_part_is_said_as_fastapi_says_it() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let whole = json!({"request_type": "CHAT", "request_params": {}, "output_sequence": []});
     let with = |key: &str, value: Value| {
         let mut body = whole.clone();
@@ -278,7 +278,7 @@ async fn what_is_wrong_with_the_callers_part_is_said_as_fastapi_says_it() {
 
 #[tokio::test]
 async fn an_answer_that_begins_inside_a_character_is_understood() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     // The two bytes of é one after the other, then whatever comes.
     let asked = params(json!({
         "logit_bias": {"195": 60.0, "169": 40.0}, "repetition_penalty": 100.0, "max_tokens": 12,
@@ -342,7 +342,7 @@ fn body_of(response: &str) -> Value {
 #[tokio::test]
 async fn requests_that_never_end_are_ended() {
     let short = Duration::from_millis(300);
-    let limits = Limits { header_time: short, body_time: short, ..Limits::default() };
+    let limits = HttpLimits { header_time: short, body_time: short, ..HttpLimits::default() };
     let desk = desk(limits);
     let open = open(&desk, of(1)).await;
     let mut waiting = JoinSet::new();
@@ -378,7 +378,7 @@ async fn requests_that_never_end_are_ended() {
 
 #[tokio::test]
 async fn an_answer_that_is_too_long_for_a_body_is_rejected_and_its_caller_hears_it() {
-    let desk = desk(Limits { body_bytes: 1 << 20, ..Limits::default() });
+    let desk = desk(HttpLimits { body_bytes: 1 << 20, ..HttpLimits::default() });
     let open = open(&desk, of(1)).await;
     let asked = params(json!({}));
     let item = json!({"text": "x".repeat(1000), "logprob": -1, "token_id": 5});
@@ -411,7 +411,7 @@ async fn an_answer_that_is_too_long_for_a_body_is_rejected_and_its_caller_hears_
 
 #[tokio::test]
 async fn the_service_says_how_it_is() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let asked = params(json!({}));
     let honest = desk.honest(&asked).await;
     desk.verify(&asked, &written(&honest)).await;
@@ -468,7 +468,7 @@ impl Drop for Busy {
 
 #[tokio::test]
 async fn a_stop_waits_for_what_runs_and_takes_nothing_new() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let asked = params(json!({}));
     let honest = desk.honest(&asked).await;
     let body = json!({
@@ -508,7 +508,7 @@ async fn a_stop_waits_for_what_runs_and_takes_nothing_new() {
 
 #[tokio::test]
 async fn callers_that_are_too_many_or_go_away_hold_nothing_up() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let asked = params(json!({}));
     let honest = desk.honest(&asked).await;
     let body = json!({
@@ -546,7 +546,7 @@ async fn callers_that_are_too_many_or_go_away_hold_nothing_up() {
 
 #[tokio::test]
 async fn a_verification_that_outlasts_the_stop_is_given_up() {
-    let desk = desk(Limits::default());
+    let desk = desk(HttpLimits::default());
     let asked = params(json!({}));
     let honest = desk.honest(&asked).await;
     let body = json!({

@@ -12,10 +12,10 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::server::gate::{Gate, Outcome, Policy, STAKE_MIN};
+use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
 use targon_engine::server::listen::accept;
 use targon_engine::server::registry::{Registry, State};
-use targon_engine::server::settings::Limits;
+use targon_engine::server::settings::HttpLimits;
 use targon_engine::server::state::ServerState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -150,7 +150,8 @@ async fn ten_thousand_signed_requests() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let never = std::future::pending();
-    let server = tokio::spawn(async move { accept(listener, app, Limits::default, never).await });
+    let server =
+        tokio::spawn(async move { accept(listener, app, HttpLimits::default, never).await });
     let started = std::time::Instant::now();
     let clients: Vec<_> = (0..CLIENTS).map(|c| tokio::spawn(client(address, c))).collect();
     let mut counts = BTreeMap::new();

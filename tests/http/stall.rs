@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use targon_engine::server::connections::Connections;
 use targon_engine::server::listen::accept_within;
 use targon_engine::server::router;
-use targon_engine::server::settings::Limits;
+use targon_engine::server::settings::HttpLimits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
@@ -26,7 +26,8 @@ const LEAVE_MAX: Duration = Duration::from_secs(1);
 async fn listening(site: &Site, most: usize, per_address: usize) -> (SocketAddr, Connections) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let limits = move || Limits { connections_per_address: per_address, ..Limits::default() };
+    let limits =
+        move || HttpLimits { connections_per_address: per_address, ..HttpLimits::default() };
     let (app, connections) = (router(site.state.clone()), Connections::new(most));
     let never = std::future::pending();
     tokio::spawn(accept_within(listener, app, limits, connections.clone(), never));

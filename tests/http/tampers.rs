@@ -16,7 +16,7 @@ use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::capture::{Capture, Judged, Rules, judge};
+use targon_engine::verify::capture::{Capture, CheckOptions, Judged, judge};
 use targon_engine::verify::question::Question;
 use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Verdict, Verifier};
 
@@ -130,7 +130,7 @@ async fn judged(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<Judged> 
         Some(chunks) => Capture::of_stream(body.clone(), chunks.clone()),
         None => Capture::of_response(body.clone(), sent.clone()),
     };
-    let rules = Rules { profile: None, depth: Depth::Slow, chance: Some(7) };
+    let rules = CheckOptions { profile: None, depth: Depth::Slow, chance: 7 };
     judge(verifier, "tiny", &capture, rules).await.unwrap()
 }
 
@@ -429,7 +429,7 @@ async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> 
         answer: &answer,
         end_is_implied: false,
     };
-    verifier.verify(&claim, Profile::Proof, Depth::Fast, 7).verdict != Verdict::Pass
+    verifier.verify(Profile::Proof, 7).answer(&claim).verdict != Verdict::Pass
 }
 
 #[tokio::test]

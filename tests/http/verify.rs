@@ -11,6 +11,7 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
+use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
 use targon_engine::models::Identity;
@@ -21,11 +22,11 @@ use targon_engine::proof::commit::{end_message, link};
 use targon_engine::proof::{CHUNK_ROWS, Scheme};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
+use targon_engine::verify::Challenge;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::prefill::{self, Prefix, Row};
-use targon_engine::verify::proof::Asked;
+use targon_engine::verify::prefill::{self, PrefillRow, Prefix};
 use targon_engine::verify::{
-    Claim, Depth, Limits, Profile, Reason, Report, Rules, Stop, Verdict, Verifier,
+    Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
 };
 
 const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
@@ -41,7 +42,12 @@ fn verifier(engine: &Engine) -> Verifier {
 }
 
 async fn understood(verifier: &Verifier, body: &Value) -> Request {
-    let reader = Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+    let reader = Reader {
+        model: &verifier.model,
+        context_max: 512,
+        defaults: Defaults::default(),
+        entropy: &Entropy::system(),
+    };
     let understood = match body.get("messages") {
         Some(_) => reader.chat(&serde_json::from_value(body.clone()).unwrap()).await,
         None => reader.completion(&serde_json::from_value(body.clone()).unwrap()).await,
@@ -49,9 +55,9 @@ async fn understood(verifier: &Verifier, body: &Value) -> Request {
     understood.unwrap().requests.remove(0)
 }
 
-fn asked(body: &Value) -> Option<Asked> {
+fn asked(body: &Value) -> Option<Challenge> {
     let scheme: Scheme = body["proof"]["scheme"].as_str()?.parse().unwrap();
-    Some(Asked { scheme, nonce: Some(from_hex(NONCE).unwrap()), hotkey: None })
+    Some(Challenge { scheme, nonce: Some(from_hex(NONCE).unwrap()), hotkey: None })
 }
 
 async fn judge(
@@ -71,7 +77,7 @@ async fn judge(
         answer,
         end_is_implied: false,
     };
-    verifier.verify(&claim, profile, depth, 7)
+    verifier.verify(profile, 7).depth(depth).answer(&claim)
 }
 
 fn proved(scheme: &str) -> Value {
@@ -332,10 +338,10 @@ async fn only_the_hotkeys_own_signature_over_this_end_counts() {
     let request = understood(&verifier, &body).await;
     let seed = body["seed"].as_i64();
     let judge = |answer: &Answer, hotkey: Option<Hotkey>| {
-        let proof = asked(&body).map(|a| Asked { hotkey, ..a });
+        let proof = asked(&body).map(|a| Challenge { hotkey, ..a });
         let end_is_implied = false;
         let claim = Claim { request: &request, seed, choice: 0, proof, answer, end_is_implied };
-        verifier.verify(&claim, Profile::Proof, Depth::Fast, 7).verdict
+        verifier.verify(Profile::Proof, 7).answer(&claim).verdict
     };
     let reason = |verdict: Verdict| match verdict {
         Verdict::Reject(rejection) => rejection.reason,
@@ -397,7 +403,12 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     answers[1].text = Some("hello".into());
     answers[2].chunks[1].data.fill(0);
     rechain(&mut answers[2]);
-    let reader = Reader { model: &verifier.model, context_max: 512, defaults: Defaults::default() };
+    let reader = Reader {
+        model: &verifier.model,
+        context_max: 512,
+        defaults: Defaults::default(),
+        entropy: &Entropy::system(),
+    };
     let understood = reader.chat(&serde_json::from_value(body.clone()).unwrap()).await.unwrap();
     let (seed, proof) = (body["seed"].as_i64(), asked(&body));
     let claims: Vec<Claim<'_>> = (0..)
@@ -418,11 +429,12 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
         (Profile::Ranks, Depth::Slow),
         (Profile::Powv, Depth::Fast),
     ] {
-        let together = verifier.verify_all(&claims, profile, depth, 7);
-        let alone = claims.iter().map(|claim| verifier.verify(claim, profile, depth, 7));
+        let together = verifier.verify(profile, 7).depth(depth).answers(&claims);
+        let alone =
+            claims.iter().map(|claim| verifier.verify(profile, 7).depth(depth).answer(claim));
         assert_eq!(together, alone.collect::<Vec<Report>>(), "{profile:?} {depth:?}");
     }
-    let reports = verifier.verify_all(&claims, Profile::Proof, Depth::Slow, 7);
+    let reports = verifier.verify(Profile::Proof, 7).depth(Depth::Slow).answers(&claims);
     let reasons = reports.iter().map(|report| match &report.verdict {
         Verdict::Reject(rejection) => Some(rejection.reason),
         Verdict::Pass => None,
@@ -431,13 +443,13 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     let want = [None, Some(Reason::TextMismatch), Some(Reason::SketchEnergy), None];
     assert_eq!(reasons.collect::<Vec<_>>(), want);
     assert_eq!(reports[3].rows.len(), 70);
-    assert!(verifier.verify_all(&[], Profile::Proof, Depth::Slow, 7).is_empty());
+    assert!(verifier.verify(Profile::Proof, 7).depth(Depth::Slow).answers(&[]).is_empty());
 }
 
 #[test]
 fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
     type Seen = (usize, u32, Vec<u16>, Option<Vec<u32>>);
-    let seen = |row: Row<'_>| -> Seen {
+    let seen = |row: PrefillRow<'_>| -> Seen {
         let logits = row.logits.map(|all| all.iter().map(|x| x.to_bits()).collect());
         (row.index, row.position, row.bits.to_vec(), logits)
     };
@@ -452,12 +464,12 @@ fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
     for length in [90_u32, 5, 300, 1, 40] {
         let output: Vec<u32> = (0..length).map(|i| (i * length + 11) % 256).collect();
         let (mut shared, mut alone) = (Vec::new(), Vec::new());
-        let visit = |row: Row<'_>| {
+        let visit = |row: PrefillRow<'_>| {
             shared.push(seen(row));
             Ok(())
         };
         prefix.run(&output, &wanted, visit).unwrap();
-        let visit = |row: Row<'_>| {
+        let visit = |row: PrefillRow<'_>| {
             alone.push(seen(row));
             Ok(())
         };
@@ -483,7 +495,6 @@ async fn work_that_nobody_waits_for_is_given_up_unscored() {
         answer: &honest,
         end_is_implied: false,
     };
-    let rules = Rules { is_wanted: &|| false, ..Rules::new(Profile::Proof, Depth::Fast, 7) };
-    let report = verifier.verify_by(&[claim], rules).remove(0);
+    let report = verifier.verify(Profile::Proof, 7).while_wanted(&|| false).answer(&claim);
     assert!(matches!(report.verdict, Verdict::Unscored(_)), "{report:?}");
 }

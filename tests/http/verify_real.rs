@@ -73,7 +73,7 @@ fn answered(request: &Request) -> Answer {
 
 fn verdict(request: &Request, answer: &Answer, end_is_implied: bool) -> Verdict {
     let claim = Claim { request, seed: None, choice: 0, proof: None, answer, end_is_implied };
-    entry().verifier.verify(&claim, Profile::Ranks, Depth::Slow, 3).verdict
+    entry().verifier.verify(Profile::Ranks, 3).depth(Depth::Slow).answer(&claim).verdict
 }
 
 fn reason(verdict: Verdict) -> Option<Reason> {

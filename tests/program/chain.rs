@@ -15,8 +15,8 @@ use targon_engine::chain::subtensor::Subtensor;
 use targon_engine::chain::{Chain, Head};
 use targon_engine::clock::Clock;
 use targon_engine::miner::pace::DOUBT_MAX;
-use targon_engine::miner::{Miner, MinerError, Options};
-use targon_engine::server::gate::{Gate, Policy};
+use targon_engine::miner::{Miner, MinerError, MinerOptions};
+use targon_engine::server::door::{Gate, Policy};
 
 pub(crate) const BLOCK: Duration = Duration::from_millis(20);
 const TAO: u64 = 1_000_000_000;
@@ -253,7 +253,7 @@ fn miner(node: &FakeNode, seed: u8, epoch_length: u64) -> (Miner<Subtensor>, Gat
 fn miner_of(nodes: &[&FakeNode], seed: u8, epoch_length: u64) -> (Miner<Subtensor>, Gate) {
     let clock = Clock::system();
     let gate = Gate::new(key(seed).hotkey(), Policy::default(), clock);
-    let options = Options { netuid: 4, epoch_length, axon: axon(8091) };
+    let options = MinerOptions { netuid: 4, epoch_length, axon: axon(8091) };
     (Miner::new(client(nodes), gate.clone(), Arc::new(key(seed)), options), gate)
 }
 
@@ -330,7 +330,7 @@ async fn a_first_endpoint_that_lied_does_not_freeze_the_members_for_ever() {
     node.claim_block(Some(1 << 31));
     let clock = Clock::manual(1_795_333_310_123);
     let gate = Gate::new(key(3).hotkey(), Policy::default(), clock.clone());
-    let options = Options { netuid: 4, epoch_length: 3, axon: axon(8091) };
+    let options = MinerOptions { netuid: 4, epoch_length: 3, axon: axon(8091) };
     let miner = Miner::new(client(&[&node]), gate.clone(), Arc::new(key(3)), options);
     miner.join().await.unwrap();
     node.claim_block(None);

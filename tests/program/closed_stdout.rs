@@ -1,34 +1,49 @@
 //! Every command that prints ends quietly once nobody reads what it prints.
 
 use crate::common;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// What a shell reports of a program that SIGPIPE ended.
 const CLOSED_PIPE: i32 = 141;
 
-/// Runs the program with a stdout that nobody reads any more.
-fn run(home: &Path, arguments: &[&str]) -> Output {
-    let (reader, writer) = std::io::pipe().unwrap();
+/// Runs the program with a stdout of which `read` bytes are read, as by `head -c`.
+fn run(home: &Path, read: usize, arguments: &[&str]) -> Output {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut command = command(home, arguments);
+    let running = command.stdout(Stdio::from(writer)).spawn().unwrap();
+    // The command holds the other end, too.
+    drop(command);
+    std::io::Read::read_exact(&mut reader, &mut vec![0; read]).unwrap();
     drop(reader);
-    Command::new(env!("CARGO_BIN_EXE_targon-engine"))
+    running.wait_with_output().unwrap()
+}
+
+fn command(home: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+    command
         .args(arguments)
         .env_clear()
+        .env("HF_HOME", home.join("hub"))
+        .env("HF_HUB_OFFLINE", "1")
         .env("HOME", home)
         .env("XDG_CACHE_HOME", home.join("cache"))
         .current_dir(home)
         .stdin(Stdio::null())
-        .stdout(Stdio::from(writer))
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-        .wait_with_output()
-        .unwrap()
+        .stderr(Stdio::piped());
+    command
 }
 
 #[track_caller]
 fn check(home: &Path, arguments: &[&str]) {
-    let output = run(home, arguments);
+    check_after(home, 0, arguments);
+}
+
+/// Fails unless the program ends as one does that SIGPIPE ends, once `read` bytes were read.
+#[track_caller]
+fn check_after(home: &Path, read: usize, arguments: &[&str]) {
+    let output = run(home, read, arguments);
     let words = String::from_utf8_lossy(&output.stderr);
     assert!(!words.contains("panicked"), "{arguments:?}: {words}");
     assert_eq!(output.status.code(), Some(CLOSED_PIPE), "{arguments:?}: {words}");
@@ -68,6 +83,10 @@ fn commands_that_print_end_quietly() {
     check(home, &["plan", "--models", "models.toml"]);
     check(home, &["bench", "plan", "m", "--context", "64", "--prompt", "64", "--answer", "8"]);
     check(home, &["config", "check"]);
+    check(home, &["--help"]);
+    check(home, &["help", "serve"]);
+    check(home, &["--version"]);
+    check(home, &["calibrate", "--models", "models.toml", "--answers", "2"]);
     check(home, &["completions", "zsh"]);
     check(home, &["doctor", "--offline"]);
     check(home, &["doctor", "--offline", "--json"]);
@@ -79,6 +98,60 @@ fn commands_that_print_end_quietly() {
     check(home, &["export", "--format", "csv"]);
     check(home, &["wallet", "new-hotkey", "--wallet.name", "w", "--wallet.hotkey", "h"]);
     check(home, &["wallet", "show", "--wallet.name", "w", "--wallet.hotkey", "h"]);
+}
+
+#[test]
+fn the_attack_bench_ends_quietly() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    let bench = ["attack-bench", "m", "--prompts", "2", "--honest", "0", "--tokens", "32"];
+    let only = ["--only", "another seed"];
+    check(home, &[&bench[..], &only].concat());
+    check(home, &[&bench[..], &only, &["--json"]].concat());
+}
+
+#[test]
+fn a_model_that_was_fetched_is_named_quietly() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path();
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let model = home.join("hub/hub/models--a--b");
+    let snapshot = model.join("snapshots").join(commit);
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(model.join("refs")).unwrap();
+    std::fs::write(model.join("refs/main"), commit).unwrap();
+    std::fs::write(snapshot.join("m.gguf"), "GGUF").unwrap();
+    check(home, &["fetch", "a/b", "--file", "m.gguf"]);
+}
+
+#[test]
+fn a_query_ends_quietly_before_its_answer_and_within_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut socket = socket.unwrap();
+            let _ = std::io::Read::read(&mut socket, &mut [0; 4096]);
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\
+                        connection: close\r\n\r\n";
+            let _ = socket.write_all(head.as_bytes());
+            let chunk = "{\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\
+                         \"token_ids\":[1],\"logprobs\":{\"content\":[{\"token\":\"a\",\
+                         \"logprob\":-0.5}]}}]}";
+            for _ in 0..50 {
+                if write!(socket, "data: {chunk}\n\n").is_err() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
+    });
+    let query = ["query", "--address", &address, "--model", "m", "--proof", "none", "hello"];
+    check(home, &query);
+    check_after(home, 1, &query);
 }
 
 #[test]

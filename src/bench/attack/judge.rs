@@ -10,11 +10,12 @@ use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::to_hex;
 use crate::verify::answer::Answer;
-use crate::verify::capture::{Capture, Rules, judge};
+use crate::verify::capture::{Capture, CheckOptions, judge};
 use crate::verify::mirror::{Mirror, Told};
-use crate::verify::proof::Asked;
 use crate::verify::question::Question;
-use crate::verify::{Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure};
+use crate::verify::{
+    Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure,
+};
 use serde_json::{Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -58,7 +59,7 @@ impl Judge {
         depth: Depth,
     ) -> Report {
         let ask = &trial.ask;
-        let asked = |scheme| Asked { scheme, nonce: Some(ask.nonce()), hotkey: ask.hotkey };
+        let asked = |scheme| Challenge { scheme, nonce: Some(ask.nonce()), hotkey: ask.hotkey };
         let claim = Claim {
             request: &ask.request,
             seed: None,
@@ -68,7 +69,7 @@ impl Judge {
             end_is_implied: trial.end_is_implied,
         };
         let profile = if scheme.is_some() { Profile::Proof } else { Profile::Ranks };
-        self.0.verify(&claim, profile, depth, ask.index as u64)
+        self.0.verify(profile, ask.index as u64).depth(depth).answer(&claim)
     }
 
     /// The lines of one scheme: hidden rows alone, and for `residue-v1` with margins as well.
@@ -204,8 +205,8 @@ impl Received {
 
     fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> Result<Report, String> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
-        let rules = Rules { profile: None, depth: Depth::Fast, chance: Some(0) };
-        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, rules))?;
+        let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
+        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options))?;
         judged.into_iter().next().map(|j| j.report).ok_or_else(|| "there is no choice".into())
     }
 }

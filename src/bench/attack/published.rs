@@ -6,7 +6,7 @@
 //! as the original does above a temperature of 0.75.
 
 use super::trial::Trial;
-use crate::verify::rows::RowEvidence;
+use crate::verify::RowEvidence;
 use crate::verify::{Report, Verdict};
 
 /// Tokens of the shortest answer.

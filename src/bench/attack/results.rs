@@ -279,8 +279,8 @@ impl Tokens {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::verify::proof::ChunkEvidence;
-    use crate::verify::rows::RowEvidence;
+    use crate::verify::ChunkEvidence;
+    use crate::verify::RowEvidence;
     use crate::verify::{Reason, Rejection};
 
     fn report(verdict: Verdict, energies: &[f64]) -> Report {

@@ -204,7 +204,8 @@ impl Subject {
         self.seal(ask, prover, answer);
     }
 
-    /// Binds the chunks of `answer` as `prover` does, whatever they hold: a forger can always do that.
+    /// Binds the chunks of `answer` as `prover` does, whatever they hold: a forger can always do
+    /// that.
     pub(super) fn seal(&self, ask: &Ask, prover: &Prover, answer: &mut Answer) {
         let head = self.head(ask, prover);
         let digest = relink(&head.root, answer);

@@ -3,11 +3,19 @@
 //! The servers that clients are written for read bodies by pydantic: `16.0` is an integer there,
 //! and null stands for a field that is left out.
 
-use super::request::Logprobs;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, Expected, SeqAccess, Unexpected, Visitor};
 use serde_json::Value;
 use std::fmt;
+
+/// The `logprobs` field of either endpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Logprobs {
+    /// `true` or `false`.
+    Flag(bool),
+    /// How many alternatives.
+    Count(i64),
+}
 
 /// An integer, also where it is written with a point.
 #[derive(Clone, Copy)]

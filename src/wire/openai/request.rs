@@ -1,5 +1,6 @@
 //! Request bodies of `/v1/chat/completions` and `/v1/completions`.
 
+pub use super::loose::Logprobs;
 use super::loose::{
     PromptItem, flag, integer, integers, invalid, items, logprobs, numbers, string_or_list,
 };
@@ -150,15 +151,6 @@ pub struct Common {
     #[serde(flatten)]
     #[schema(ignore)]
     pub unknown: Map<String, Value>,
-}
-
-/// The `logprobs` field of either endpoint.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Logprobs {
-    /// `true` or `false`.
-    Flag(bool),
-    /// How many alternatives.
-    Count(i64),
 }
 
 /// The `response_format` field.

@@ -1,67 +1,24 @@
 //! What the door counts and remembers for its operator: metrics, and who last asked for what.
 
-use super::models::Asked;
+use super::models::WantedModels;
 use super::{Gate, Outcome};
 use crate::chain::keys::Hotkey;
-use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::metrics::histogram::Histogram;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
-
-/// Upper bounds of the time that the checks take, in seconds.
-const AUTH_SECONDS: [f64; 8] = [0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.02, 0.1, 1.0];
-/// Counters of the door.
-pub(super) struct Counts {
-    outcomes: Mutex<BTreeMap<Outcome, u64>>,
-    signers: Mutex<BTreeMap<Hotkey, u64>>,
-    seconds: Histogram,
-}
-
-impl Default for Counts {
-    fn default() -> Self {
-        Self {
-            outcomes: Mutex::default(),
-            signers: Mutex::default(),
-            seconds: Histogram::new(AUTH_SECONDS),
-        }
-    }
-}
-
-impl Counts {
-    pub(super) fn count(&self, outcome: Outcome) {
-        *self.outcomes.lock().entry(outcome).or_default() += 1;
-    }
-
-    /// Only members get this far, so there are few of them.
-    pub(super) fn count_signer(&self, signer: Hotkey) {
-        *self.signers.lock().entry(signer).or_default() += 1;
-    }
-
-    /// Forgets signers that are gone.
-    pub(super) fn retain(&self, stays: impl Fn(&Hotkey) -> bool) {
-        self.signers.lock().retain(|key, _| stays(key));
-    }
-
-    pub(super) fn observe(&self, took: Duration) {
-        self.seconds.observe(took.as_secs_f64());
-    }
-}
 
 impl Gate {
     /// Remembers what a validator wants served.
-    pub fn note_models(&self, signer: Hotkey, asked: Asked) {
+    pub fn note_models(&self, signer: Hotkey, asked: WantedModels) {
         self.0.asked.lock().insert(signer, asked);
     }
 
     /// What a validator last wanted served.
-    pub fn asked(&self, signer: &Hotkey) -> Option<Asked> {
+    pub fn asked(&self, signer: &Hotkey) -> Option<WantedModels> {
         self.0.asked.lock().get(signer).cloned()
     }
 

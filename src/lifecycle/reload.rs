@@ -1,13 +1,15 @@
 //! models.toml read again while the server runs: at SIGHUP, and when the file changes.
 
-use super::{Failure, logging, serve};
+use super::load::{Progress, start_models};
 use crate::clock::Clock;
 use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::ops::pool::Pool;
+use crate::server::listen::check_open;
 use crate::server::registry::State;
 use crate::server::state::ServerState;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,33 +17,47 @@ use tokio::signal::unix::{SignalKind, signal};
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// By what a change of the file is noticed: when it was written, and its length.
-pub(super) type Stamp = (SystemTime, u64);
+pub type Stamp = (SystemTime, u64);
 
 /// The file's stamp now; taken before it is read, so that no change is missed.
-pub(super) fn stamp(path: &Path) -> Option<Stamp> {
+pub fn stamp(path: &Path) -> Option<Stamp> {
     let meta = std::fs::metadata(path).ok()?;
     Some((meta.modified().ok()?, meta.len()))
 }
 
 /// What a reload needs.
-pub(super) struct Reloader {
-    pub(super) path: PathBuf,
-    pub(super) seen: Option<Stamp>,
-    pub(super) keys: Vec<String>,
-    pub(super) log: String,
-    pub(super) config: Config,
-    pub(super) state: ServerState,
-    pub(super) pool: Pool,
-    pub(super) clock: Clock,
+pub struct Reloader {
+    /// The file.
+    pub path: PathBuf,
+    /// Its stamp when it was last read.
+    pub seen: Option<Stamp>,
+    /// Keys that open the API besides those that the file names.
+    pub keys: Vec<String>,
+    /// What is logged where the file does not say.
+    pub log: String,
+    /// Follows another filter of the log.
+    pub set_log: fn(&str) -> Result<(), String>,
+    /// What the file said.
+    pub config: Config,
+    /// The server.
+    pub state: ServerState,
+    /// Compute threads.
+    pub pool: Pool,
+    /// The clock.
+    pub clock: Clock,
     /// Where the open routes listen, and whether this is a miner.
-    pub(super) open: (SocketAddr, bool),
+    pub open: (SocketAddr, bool),
+    /// Shows how loading goes.
+    pub shown: Arc<dyn Progress>,
 }
 
 impl Reloader {
     /// Reloads for ever.
-    pub(super) async fn run(mut self) -> Result<(), Failure> {
-        let mut hangup = signal(SignalKind::hangup())
-            .map_err(|e| Failure::ours(format!("cannot watch signals: {e}")))?;
+    ///
+    /// # Errors
+    /// When signals cannot be watched.
+    pub async fn run(mut self) -> std::io::Result<()> {
+        let mut hangup = signal(SignalKind::hangup())?;
         loop {
             let is_asked = tokio::select! {
                 _ = hangup.recv() => true,
@@ -63,13 +79,13 @@ impl Reloader {
         };
         let (address, is_miner) = self.open;
         let is_open = new.server.settings.keys.is_empty();
-        if let Err(e) = serve::check_open(address, is_open, is_miner) {
-            return tracing::error!("nothing is reloaded: {}", e.message());
+        if let Err(e) = check_open(address, is_open, is_miner) {
+            return tracing::error!("nothing is reloaded: {e}");
         }
         if new.server.settings.cors_origins != self.config.server.settings.cors_origins {
             tracing::warn!("[server] cors_origins is read only at start: restart to change it");
         }
-        if let Err(why) = logging::set(new.server.log.as_deref().unwrap_or(&self.log)) {
+        if let Err(why) = (self.set_log)(new.server.log.as_deref().unwrap_or(&self.log)) {
             tracing::error!("[server] log is not followed: {why}");
         }
         if new.server != self.config.server {
@@ -106,6 +122,6 @@ impl Reloader {
         }
         registry.announce(wanted.iter().map(|m| m.name.clone()));
         let (registry, pool, clock) = (registry.clone(), self.pool.clone(), self.clock.clone());
-        tokio::spawn(serve::start_models(wanted, registry, pool, clock));
+        tokio::spawn(start_models(wanted, registry, pool, clock, self.shown.clone()));
     }
 }

@@ -1,10 +1,10 @@
 //! Routes that tell how the server and its models are.
 
-use super::error::{ApiError, echo};
-use super::openapi::Refusals;
-use super::registry::{Entry, State as ModelState};
-use super::state::ServerState;
 use crate::ops::CANON;
+use crate::server::error::{ApiError, echo};
+use crate::server::refusals::Refusals;
+use crate::server::registry::{Entry, State as ModelState};
+use crate::server::state::ServerState;
 use crate::wire::openai::ErrorBody;
 use crate::wire::openai::response::ModelCard;
 use axum::Json;

@@ -4,7 +4,7 @@ use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, Source};
 use crate::engine::Engine;
 use crate::engine::memory::memory;
-use crate::engine::plan::{Bytes, MemoryPlan};
+use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::{Identity, Model, config};
@@ -12,35 +12,54 @@ use crate::ops::CANON;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
-use comfy_table::{Table, presets};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use parking_lot::Mutex;
-use std::collections::HashMap;
-use std::io::IsTerminal;
+use futures_util::future::join_all;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A model whose files are on this machine.
-pub(super) struct Located {
-    pub(super) config: ModelConfig,
-    pub(super) path: PathBuf,
-    pub(super) revision: String,
+pub struct Located {
+    /// What the file says of it.
+    pub config: ModelConfig,
+    /// Its directory, or its GGUF file.
+    pub path: PathBuf,
+    /// Its commit on the Hub, or where it lies.
+    pub revision: String,
 }
 
 /// A model with its memory plan.
-pub(super) struct Planned {
-    pub(super) located: Located,
-    pub(super) plan: MemoryPlan,
+pub struct Planned {
+    /// The model.
+    pub located: Located,
+    /// The plan.
+    pub plan: MemoryPlan,
+}
+
+/// Each model's name and its plan, or why it has none.
+pub type Plans = Vec<(String, Result<MemoryPlan, String>)>;
+
+/// Shows how far loading has come.
+pub trait Progress: Send + Sync {
+    /// Bytes of a file that is being downloaded.
+    fn file(&self, file: &str, done: u64, total: u64);
+    /// What models will need, before any is loaded, of so many bytes.
+    fn planned(&self, plans: &Plans, available: u64);
+    /// Layers of a model that are loaded.
+    fn layers(&self, model: &str, done: usize, total: usize);
+    /// Loading of a model has ended, well or not.
+    fn ended(&self, model: &str);
 }
 
 /// Finds or downloads a model's files.
-pub(super) async fn locate(config: ModelConfig, bars: &DownloadBars) -> Result<Located, String> {
+///
+/// # Errors
+/// What is wrong with the files or the Hub, in words.
+pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> Result<Located, String> {
     let (path, revision) = match &config.source {
         Source::Path(path) => (path.clone(), path.display().to_string()),
         Source::Hub { repo, revision, file } => {
             let hub = Hub::from_env().map_err(|e| e.to_string())?;
             let wanted = file.as_deref().map_or(Wanted::Checkpoint, Wanted::File);
-            let progress = |file: &str, done, total| bars.update(file, done, total);
+            let progress = |file: &str, done, total| shown.file(file, done, total);
             let snapshot =
                 hub.fetch(repo, revision, wanted, &progress).await.map_err(|e| e.to_string())?;
             tracing::info!(repo, revision, commit = snapshot.commit, "resolved");
@@ -55,7 +74,10 @@ pub(super) async fn locate(config: ModelConfig, bars: &DownloadBars) -> Result<L
 }
 
 /// Plans one model into `available` bytes, from its headers alone.
-pub(super) fn plan(located: &Located, available: u64) -> Result<MemoryPlan, String> {
+///
+/// # Errors
+/// Why it does not fit or cannot be planned, in words.
+pub fn plan(located: &Located, available: u64) -> Result<MemoryPlan, String> {
     contained("planning", || {
         let checkpoint = Checkpoint::open(&located.path).map_err(|e| e.to_string())?;
         let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
@@ -70,45 +92,57 @@ fn contained<T>(doing: &str, work: impl FnOnce() -> Result<T, String>) -> Result
         .unwrap_or_else(|_| Err(format!("{doing} it panicked; the log says where")))
 }
 
-/// The plans as a table for people.
-pub(super) fn table(rows: &[(String, Result<MemoryPlan, String>)], available: u64) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["model", "weights", "KV cache", "workspace", "total", "sequences x context"]);
-    for (name, plan) in rows {
-        match plan {
-            Ok(p) => table.add_row([
-                name.clone(),
-                Bytes(p.weights).to_string(),
-                Bytes(p.kv).to_string(),
-                Bytes(p.workspace).to_string(),
-                Bytes(p.total()).to_string(),
-                format!("{} x {}", p.options.sequences_max, p.options.context_max),
-            ]),
-            Err(why) => table.add_row([name.clone(), format!("cannot be served: {why}")]),
-        };
-    }
-    format!("{table}\navailable memory: {}", Bytes(available))
+/// Memory that this process may still take.
+pub fn available_memory() -> u64 {
+    memory().available
 }
 
-/// Memory that this process may still take.
-pub(super) fn available_memory() -> u64 {
-    memory().available
+/// Locates, plans and loads all models; false when none is ready.
+pub async fn start_models(
+    models: Vec<ModelConfig>,
+    registry: Registry,
+    pool: Pool,
+    clock: Clock,
+    shown: Arc<dyn Progress>,
+) -> bool {
+    let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
+    let located = join_all(models.into_iter().map(|m| locate(m, &*shown))).await;
+    let available = available_memory();
+    let (mut left, mut rows, mut planned) = (available, Vec::new(), Vec::new());
+    for (name, located) in names.into_iter().zip(located) {
+        let plan = located.and_then(|located| {
+            let plan = plan(&located, left)?;
+            left -= plan.total();
+            registry.set(&name, Some(located.revision.clone()), State::Loading);
+            planned.push(Planned { located, plan });
+            Ok(plan)
+        });
+        if let Err(why) = &plan {
+            tracing::error!(model = name, "cannot be served: {why}");
+            registry.set(&name, None, State::Failed(why.clone()));
+        }
+        rows.push((name, plan));
+    }
+    shown.planned(&rows, available);
+    let started = tokio::task::spawn_blocking(move || {
+        start_all(planned, &registry, &pool, &clock, &*shown) > 0
+    });
+    started.await.unwrap_or(false)
 }
 
 /// Loads weights and starts the engine of each planned model, side by side, and records the outcome
 /// in the registry. Returns how many are ready.
-pub(super) fn start_all(
+fn start_all(
     planned: Vec<Planned>,
     registry: &Registry,
     pool: &Pool,
     clock: &Clock,
+    shown: &dyn Progress,
 ) -> usize {
-    let bars = MultiProgress::with_draw_target(draw_target());
     let outcomes = std::thread::scope(|scope| {
         let threads: Vec<_> = planned
             .iter()
-            .map(|p| scope.spawn(|| start_one(p, registry, pool.clone(), clock.clone(), &bars)))
+            .map(|p| scope.spawn(|| start_one(p, registry, pool.clone(), clock.clone(), shown)))
             .collect();
         threads.into_iter().map(|t| t.join().unwrap_or(false)).collect::<Vec<_>>()
     });
@@ -120,18 +154,13 @@ fn start_one(
     registry: &Registry,
     pool: Pool,
     clock: Clock,
-    bars: &MultiProgress,
+    shown: &dyn Progress,
 ) -> bool {
     let name = &planned.located.config.name;
     let started = clock.elapsed();
-    let bar = bars.add(ProgressBar::new(0).with_message(name.clone()));
-    bar.set_style(style("{msg} {wide_bar} layer {pos}/{len}"));
-    let progress = |done: usize, layers: usize| {
-        bar.set_length(layers as u64);
-        bar.set_position(done as u64);
-    };
+    let progress = |done: usize, layers: usize| shown.layers(name, done, layers);
     let loaded = contained("loading", || load_one(planned, pool, clock.clone(), progress));
-    bar.finish_and_clear();
+    shown.ended(name);
     match loaded {
         Ok(served) => {
             let seconds = (clock.elapsed() - started).as_secs_f64();
@@ -170,45 +199,4 @@ fn fingerprint(model: &Model, identity: &Identity, pool: &Pool) -> String {
     let root = to_hex(&identity.weights_root[..8]);
     let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.decoder.dtype);
     format!("targon-engine-{version}-{CANON}-{root}-{dtype}-{}", pool.isa())
-}
-
-fn draw_target() -> ProgressDrawTarget {
-    match std::io::stderr().is_terminal() {
-        true => ProgressDrawTarget::stderr(),
-        false => ProgressDrawTarget::hidden(),
-    }
-}
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|e| unreachable!("template {template}: {e}"))
-}
-
-/// One bar for each file that is being downloaded; without a terminal, one log line a file.
-pub(super) struct DownloadBars {
-    all: MultiProgress,
-    bars: Mutex<HashMap<String, ProgressBar>>,
-}
-
-impl DownloadBars {
-    pub(super) fn new() -> Self {
-        Self {
-            all: MultiProgress::with_draw_target(draw_target()),
-            bars: Mutex::new(HashMap::new()),
-        }
-    }
-
-    pub(super) fn update(&self, file: &str, done: u64, total: u64) {
-        let mut bars = self.bars.lock();
-        let bar = bars.entry(file.to_owned()).or_insert_with(|| {
-            let bar = self.all.add(ProgressBar::new(total).with_message(file.to_owned()));
-            bar.set_style(style("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}"));
-            bar
-        });
-        bar.set_position(done);
-        if done == total && !bar.is_finished() {
-            bar.finish_and_clear();
-            tracing::info!(file, bytes = total, "fetched");
-        }
-    }
 }

@@ -38,7 +38,7 @@ impl Shape {
 
 /// What a validator last asked this miner to serve.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Asked {
+pub struct WantedModels {
     /// Names of models.
     pub models: Vec<String>,
     /// How it reads what is served.
@@ -47,7 +47,7 @@ pub struct Asked {
     pub at_ms: u64,
 }
 
-impl Asked {
+impl WantedModels {
     /// From a `POST /models`.
     ///
     /// # Errors
@@ -89,10 +89,10 @@ mod tests {
 
     #[test]
     fn lists_and_maps_of_models_are_understood_and_nothing_else() {
-        let read = |text: &str| Asked::read(&HeaderMap::new(), text.as_bytes(), 5);
+        let read = |text: &str| WantedModels::read(&HeaderMap::new(), text.as_bytes(), 5);
         let list = read("[\"a\", \"b\"]").unwrap();
         let models: Vec<String> = vec!["a".into(), "b".into()];
-        assert_eq!(list, Asked { models, shape: Shape::List, at_ms: 5 });
+        assert_eq!(list, WantedModels { models, shape: Shape::List, at_ms: 5 });
         assert_eq!(read("{\"a\": 3}").unwrap().shape, Shape::Map);
         assert_eq!(read("[]").unwrap().models, Vec::<String>::new());
         let many = serde_json::to_string(&vec!["a"; 257]).unwrap();

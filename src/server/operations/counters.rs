@@ -1,14 +1,10 @@
-//! `/metrics` in the OpenMetrics text format: vLLM's names where it has one, so that existing
-//! boards work, and ours with the prefix `targon_`.
+//! What is counted: vLLM's names where it has one, so that existing boards work, and ours with the
+//! prefix `targon_`.
 
-use super::gate::Gate;
-use super::registry::{Registry as Models, State as ModelState};
-use super::state::ServerState;
 use crate::engine::Engine;
 use crate::engine::stats::{Snapshot, Timings};
-use axum::extract::State;
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use crate::server::door::Gate;
+use crate::server::registry::{Entry, Registry as Models, State as ModelState};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -18,10 +14,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use std::fmt;
-use std::time::Duration;
 
-/// Seconds between two lines of the log.
-const SUMMARY_EVERY: Duration = Duration::from_secs(10);
 /// Upper bounds of times of HTTP requests, in seconds.
 const HTTP_SECONDS: [f64; 12] =
     [0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
@@ -71,6 +64,14 @@ impl Metrics {
     /// Reports what is counted elsewhere, too.
     pub fn collect(&mut self, collector: Box<dyn Collector>) {
         self.registry.register_collector(collector);
+    }
+
+    /// All of it in the OpenMetrics text format.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string fails only where an encoder does, and ours do not.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
     }
 
     /// Counts a request.
@@ -177,67 +178,12 @@ fn outcomes(encoder: &mut DescriptorEncoder<'_>, engines: &[(String, Engine)]) -
     Ok(())
 }
 
-fn ready(models: &Models) -> Vec<(String, Engine)> {
+/// The engines of the models that answer, by name.
+pub(super) fn ready(models: &Models) -> Vec<(String, Engine)> {
     let entries = models.entries().into_iter();
-    let engine = |e: super::registry::Entry| match e.state {
+    let engine = |e: Entry| match e.state {
         ModelState::Ready(served) => Some((e.name, served.engine)),
         ModelState::Loading | ModelState::Failed(_) => None,
     };
     entries.filter_map(engine).collect()
-}
-
-/// `GET /metrics`.
-#[utoipa::path(
-    get,
-    path = "/metrics",
-    responses((
-        status = 200, description = "OpenMetrics", body = String,
-        content_type = "application/openmetrics-text",
-    ))
-)]
-pub async fn metrics(State(state): State<ServerState>) -> Response {
-    let mut text = String::new();
-    // Writing to a string fails only where an encoder does, and ours do not.
-    let _ = prometheus_client::encoding::text::encode(&mut text, &state.metrics().registry);
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], text).into_response()
-}
-
-/// Logs one line for each model that did something, every ten seconds, for ever.
-pub async fn summarize(state: ServerState) {
-    let mut before: Vec<(String, Snapshot)> = Vec::new();
-    loop {
-        tokio::time::sleep(SUMMARY_EVERY).await;
-        let now: Vec<(String, Snapshot)> = ready(state.registry())
-            .into_iter()
-            .map(|(name, engine)| (name, engine.stats().snapshot()))
-            .collect();
-        for (name, s) in &now {
-            let old = before.iter().find(|(n, _)| n == name).map(|(_, s)| *s).unwrap_or_default();
-            if s.steps != old.steps || s.load.running + s.load.waiting > 0 {
-                summary_line(name, s, &old);
-            }
-        }
-        before = now;
-    }
-}
-
-fn summary_line(model: &str, s: &Snapshot, old: &Snapshot) {
-    let rate = |new: u64, old: u64| {
-        (new.saturating_sub(old) as f64 / SUMMARY_EVERY.as_secs_f64() * 10.0).round() / 10.0
-    };
-    let percent = |part: u64, whole: u64| (100.0 * part as f64 / whole.max(1) as f64).round();
-    tracing::info!(
-        model,
-        prompt_tokens_per_second = rate(s.prefill_tokens, old.prefill_tokens),
-        output_tokens_per_second = rate(s.decode_tokens, old.decode_tokens),
-        running = s.load.running,
-        waiting = s.load.waiting,
-        kv_percent = percent(s.load.blocks_used as u64, s.load.blocks_total as u64),
-        prefix_hit_percent = percent(
-            s.cached_tokens.saturating_sub(old.cached_tokens),
-            s.prompt_tokens.saturating_sub(old.prompt_tokens)
-        ),
-        "load"
-    );
 }

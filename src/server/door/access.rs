@@ -1,9 +1,9 @@
 //! What every request passes before its handler: a name, a line in the log, a key, a body in time.
 
-use super::error::{ApiError, echo};
-use super::metrics::HttpLabels;
-use super::settings::Limits;
-use super::state::ServerState;
+use crate::server::error::{ApiError, echo};
+use crate::server::operations::counters::HttpLabels;
+use crate::server::settings::HttpLimits;
+use crate::server::state::ServerState;
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -20,10 +20,10 @@ const PROBES: [&str; 6] = ["/health", "/health/decode", "/ready", "/version", "/
 /// Other routes that need no key: the page and the description of the API, which ask with the key
 /// that their user types. Every route that is not listed needs one.
 const OPEN: [&str; 4] = ["/", "/page/style.css", "/page/page.js", "/api-doc/openapi.json"];
-pub(super) const OPEN_VIEWER: &str = "/docs";
+pub(in crate::server) const OPEN_VIEWER: &str = "/docs";
 
 /// Whether a route asks for no key.
-pub(super) fn is_open(path: &str) -> bool {
+pub(in crate::server) fn is_open(path: &str) -> bool {
     let is_viewer =
         path.strip_prefix(OPEN_VIEWER).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     PROBES.contains(&path) || OPEN.contains(&path) || is_viewer
@@ -44,7 +44,7 @@ pub async fn observe(
     let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok());
     let id = match given.filter(|id| is_request_id(id)) {
         Some(id) => id.to_owned(),
-        None => uuid::Uuid::new_v4().simple().to_string(),
+        None => state.entropy().uuid().simple().to_string(),
     };
     let name = HeaderValue::from_str(&id)
         .unwrap_or_else(|_| unreachable!("request ids are visible ASCII: {id}"));
@@ -108,7 +108,7 @@ pub async fn limit_body(
 pub async fn read_body(
     headers: &HeaderMap,
     body: Body,
-    limits: &Limits,
+    limits: &HttpLimits,
 ) -> Result<Bytes, ApiError> {
     check_encoding(headers)?;
     let too_large = || {

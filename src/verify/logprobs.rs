@@ -5,8 +5,8 @@
 //! say how far that is, and reports get several times as much.
 
 use super::answer::{Reported, Top, id_of_name};
-use super::proof::ChunkEvidence;
-use super::rows::RowEvidence;
+use super::report::ChunkEvidence;
+use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::engine::request::{LogprobMode, Request};
 use crate::models::Model;

@@ -1,0 +1,32 @@
+//! Why a command fails, and whose fault it is.
+
+use std::fmt;
+
+/// A failure of a command.
+#[derive(Debug)]
+pub struct Failure {
+    pub(super) message: String,
+    pub(super) hint: Option<String>,
+    pub(super) is_ours: bool,
+}
+
+impl Failure {
+    /// Something the user can mend.
+    pub(super) fn user(message: impl fmt::Display) -> Self {
+        Self { message: message.to_string(), hint: None, is_ours: false }
+    }
+
+    /// Our own failure.
+    pub(super) fn ours(message: impl fmt::Display) -> Self {
+        Self { message: message.to_string(), hint: None, is_ours: true }
+    }
+
+    /// The sentence alone.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
+    pub(super) fn with_hint(self, hint: Option<impl Into<String>>) -> Self {
+        Self { hint: hint.map(Into::into), ..self }
+    }
+}

@@ -1,0 +1,115 @@
+//! A judged answer with all there is to say of it, as `verify` shows it.
+
+use super::capture::Judged;
+use super::printable::printable;
+use crate::models::Model;
+use crate::ops::CANON;
+use crate::proof::CHUNK_ROWS;
+use crate::verify::answer::Answer;
+use crate::verify::evidence::{ALARM, Evidence, Sums};
+use crate::verify::{ChunkEvidence, Limits, Profile, Verdict};
+use serde_json::{Value, json};
+
+/// What many answers of one miner say, with this one.
+pub(super) struct Tally {
+    pub(super) miner: String,
+    pub(super) evidence: Evidence,
+    /// What this answer added.
+    pub(super) gain: Sums,
+}
+
+/// A judged answer with all there is to say of it.
+pub(super) struct Finding<'a> {
+    pub(super) place: &'a str,
+    pub(super) judged: &'a Judged,
+    pub(super) tally: Option<&'a Tally>,
+    pub(super) model: &'a Model,
+    pub(super) limits: &'a Limits,
+}
+
+impl Finding<'_> {
+    pub(super) fn tokens(&self) -> usize {
+        self.judged.answer.as_ref().map_or(0, |a| a.ids.len())
+    }
+
+    /// Which rules judged, and what of the proof is equal.
+    pub(super) fn rules(&self) -> String {
+        let chunks = &self.judged.report.chunks;
+        let exact = chunks.iter().filter(|c| c.is_exact).count();
+        match self.judged.profile {
+            Profile::Powv => "targon-4.1".to_owned(),
+            Profile::Ranks => "targon-4.4".to_owned(),
+            Profile::Proof => match self.judged.answer.as_ref().and_then(Answer::other_canon) {
+                Some(canon) => format!(
+                    "{} chunks of {}, whose rows were compared by energy and not bit for bit, \
+                     because ours are of {CANON}",
+                    chunks.len(),
+                    printable(canon)
+                ),
+                None => format!("{exact} of {} chunks equal bit for bit", chunks.len()),
+            },
+        }
+    }
+
+    /// The chunk that a token belongs to.
+    pub(super) fn chunk(&self, index: usize) -> Option<&ChunkEvidence> {
+        self.judged.report.chunks.get(index / CHUNK_ROWS)
+    }
+
+    /// Whether a chunk is too far from ours.
+    pub(super) fn is_far(&self, chunk: &ChunkEvidence) -> bool {
+        self.judged.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
+    }
+
+    /// Whether a token is too far from being drawn.
+    pub(super) fn is_unlikely(&self, margin: Option<f64>) -> bool {
+        margin.is_some_and(|m| m > self.limits.margin_max())
+    }
+
+    /// Energy of a token's chunk, in words.
+    pub(super) fn energy(&self, index: usize) -> String {
+        match self.chunk(index) {
+            Some(c) if c.is_exact => "exact".to_owned(),
+            Some(c) => number(c.energy),
+            None => number(None),
+        }
+    }
+}
+
+impl Tally {
+    /// One line for people.
+    pub(super) fn describe(&self) -> String {
+        let Self { miner, evidence: Evidence { answers, sums, .. }, .. } = self;
+        let Sums { margin, energy, joint } = sums;
+        let alarm = match self.evidence.alarm() {
+            Some(test) => format!(" ALARM by {test}"),
+            None => String::new(),
+        };
+        format!(
+            "evidence on {miner} after {answers} answers: margin {margin:.1}, energy {energy:.1}, \
+             joint {joint:.1} of {ALARM:.1}{alarm}"
+        )
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let Self { miner, evidence, gain } = self;
+        json!({
+            "miner": miner, "answers": evidence.answers, "alarms": evidence.alarms,
+            "sums": evidence.sums, "gain": gain, "threshold": ALARM,
+            "alarm": evidence.alarm().map(|test| test.to_string()),
+        })
+    }
+}
+
+pub(super) fn number(value: Option<f64>) -> String {
+    value.map_or("-".into(), |v| format!("{v:.4}"))
+}
+
+/// Name and words of a verdict that is no pass.
+pub(super) fn reason(verdict: &Verdict) -> Option<(&'static str, String)> {
+    match verdict {
+        Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),
+        Verdict::Unscored(why) => Some(("UNSCORED", why.clone())),
+        Verdict::Pass => None,
+    }
+}

@@ -1,0 +1,74 @@
+//! Chance as a parameter: where names of requests, nonces and seeds come from.
+//!
+//! [`Entropy::system`] asks the operating system; [`Entropy::seeded`] gives a test the same in
+//! every run. Nothing of the engine's own draws comes from here: those follow from keys.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use uuid::{Builder, Uuid};
+
+/// A cloneable source; clones go on where the others are.
+#[derive(Clone, Debug)]
+pub struct Entropy(Source);
+
+#[derive(Clone, Debug)]
+enum Source {
+    System,
+    Seeded { seed: u64, drawn: Arc<AtomicU64> },
+}
+
+impl Entropy {
+    /// The operating system's.
+    pub fn system() -> Self {
+        Self(Source::System)
+    }
+
+    /// The same for the same seed. Whoever knows the seed knows all of it.
+    pub fn seeded(seed: u64) -> Self {
+        Self(Source::Seeded { seed, drawn: Arc::default() })
+    }
+
+    /// A random (version 4) uuid.
+    pub fn uuid(&self) -> Uuid {
+        match &self.0 {
+            Source::System => Uuid::new_v4(),
+            Source::Seeded { seed, drawn } => {
+                let count = drawn.fetch_add(1, Ordering::SeqCst);
+                let input = [seed.to_le_bytes(), count.to_le_bytes()].concat();
+                let mut bytes = [0; 16];
+                bytes.copy_from_slice(&blake3::hash(&input).as_bytes()[..16]);
+                Builder::from_random_bytes(bytes).into_uuid()
+            }
+        }
+    }
+
+    /// 64 bits: the lower half of a uuid, whose form fixes two of them.
+    pub fn word(&self) -> u64 {
+        self.uuid().as_u128() as u64
+    }
+
+    /// 32 bytes: two uuids, whose form fixes six bits of each.
+    pub fn nonce(&self) -> [u8; 32] {
+        let mut nonce = [0; 32];
+        nonce[..16].copy_from_slice(self.uuid().as_bytes());
+        nonce[16..].copy_from_slice(self.uuid().as_bytes());
+        nonce
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_repeats_and_clones_go_on() {
+        let (one, two) = (Entropy::seeded(7), Entropy::seeded(7));
+        let first = one.uuid();
+        assert_eq!((first, first.get_version_num()), (two.uuid(), 4));
+        let clone = one.clone();
+        assert_eq!((clone.word(), one.nonce()), (two.word(), two.nonce()));
+        assert_ne!(one.uuid(), first);
+        assert_ne!(Entropy::seeded(8).uuid(), first);
+        assert_ne!(Entropy::system().uuid(), Entropy::system().uuid());
+    }
+}

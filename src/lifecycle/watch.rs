@@ -1,0 +1,39 @@
+//! Models that failed: which, why, and when none is left.
+
+use crate::server::registry::{Entry, Registry, State};
+use std::time::Duration;
+
+/// How often engines are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Every model that cannot be served, a line each.
+pub fn describe_failures(registry: &Registry) -> String {
+    let failures = registry.entries().into_iter().filter_map(|e| match e.state {
+        State::Failed(why) => Some(format!("{} cannot be served: {why}", e.name)),
+        State::Loading | State::Ready(_) => None,
+    });
+    failures.collect::<Vec<_>>().join("\n")
+}
+
+/// Marks models whose engines were given up as failed; completes once that leaves none.
+pub async fn last_engine_death(registry: Registry) -> String {
+    loop {
+        let entries = registry.entries();
+        let is_dead =
+            |e: &&Entry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
+        let mut last = None;
+        for Entry { name, .. } in entries.iter().filter(is_dead) {
+            let why = "its engine failed again and again; a reload tries anew".to_owned();
+            tracing::error!(model = name, "{why}");
+            registry.set(name, None, State::Failed(why));
+            last = Some(name.clone());
+        }
+        let is_over = |e: Entry| matches!(e.state, State::Failed(_));
+        if let Some(name) = last
+            && registry.entries().into_iter().all(is_over)
+        {
+            return name;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}

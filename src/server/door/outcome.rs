@@ -1,0 +1,90 @@
+//! How a signed request fared, and how one that is turned away is answered.
+
+use super::bodies::BodyError;
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+/// How a signed request fared at the door.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Outcome {
+    /// It was let in.
+    Accepted,
+    /// A header is missing or malformed, or the request is for somebody else.
+    BadRequest,
+    /// The signer is no member, or denied.
+    UnknownSigner,
+    /// The signer has too little stake.
+    LowStake,
+    /// Too old, or from the future.
+    Stale,
+    /// The signature is not the signer's.
+    BadSignature,
+    /// It was served already.
+    Replayed,
+    /// The signer asks too often.
+    Limited,
+    /// Too many of the signer's requests wait.
+    Busy,
+}
+
+impl Outcome {
+    /// The word in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Outcome::Accepted => "accepted",
+            Outcome::BadRequest => "bad_request",
+            Outcome::UnknownSigner => "unknown_signer",
+            Outcome::LowStake => "low_stake",
+            Outcome::Stale => "stale",
+            Outcome::BadSignature => "bad_signature",
+            Outcome::Replayed => "replayed",
+            Outcome::Limited => "limited",
+            Outcome::Busy => "busy",
+        }
+    }
+}
+
+/// A request that was turned away.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refused {
+    /// The status.
+    pub status: StatusCode,
+    /// Why, for the counters.
+    pub outcome: Outcome,
+    /// Why, for the caller.
+    pub detail: String,
+    /// Seconds after which it may work.
+    pub retry_after: Option<u64>,
+}
+
+impl Refused {
+    /// With a status and a message.
+    pub fn new(status: StatusCode, outcome: Outcome, detail: impl Into<String>) -> Self {
+        Self { status, outcome, detail: detail.into(), retry_after: None }
+    }
+}
+
+impl From<BodyError> for Refused {
+    fn from(error: BodyError) -> Self {
+        let (status, retry_after) = match error {
+            BodyError::Large(_) => (StatusCode::PAYLOAD_TOO_LARGE, None),
+            BodyError::Slow { .. } => (StatusCode::REQUEST_TIMEOUT, None),
+            BodyError::Crowded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
+            BodyError::Broken(_) => (StatusCode::BAD_REQUEST, None),
+        };
+        Self { retry_after, ..Self::new(status, Outcome::BadRequest, error.to_string()) }
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        // The shape in which validators expect it.
+        let mut response = (self.status, Json(json!({"detail": self.detail}))).into_response();
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

@@ -1,0 +1,200 @@
+//! One check of an answer: what needs no model, then one prefill and the judges of its rows.
+
+use super::places::{prompt_rows, random_rows};
+use super::prefill::{IsWanted, Prefix};
+use super::structure::End;
+use super::{ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
+use super::{logprobs, proof, rows, structure, targon};
+use crate::models::{Identity, Model};
+use crate::ops::pool::Pool;
+use crate::proof::Scheme;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// Verifies answers of one model.
+#[derive(Clone)]
+pub struct Verifier {
+    /// The model.
+    pub model: Arc<Model>,
+    /// What its proofs are bound to.
+    pub identity: Arc<Identity>,
+    /// Compute threads.
+    pub pool: Pool,
+    /// Limits.
+    pub limits: Limits,
+    /// Longest sequence.
+    pub context_max: usize,
+}
+
+/// How answers are verified: made by [`Verifier::verify`], run by [`answer`](Self::answer) or
+/// [`answers`](Self::answers).
+#[must_use]
+#[derive(Clone, Copy)]
+pub struct Verification<'a> {
+    verifier: &'a Verifier,
+    profile: Profile,
+    depth: Depth,
+    chance: u64,
+    is_wanted: &'a IsWanted<'a>,
+}
+
+/// What is left to do for an answer once everything holds that needs no model.
+struct Work {
+    bound: Option<proof::Bound>,
+    output: Vec<u32>,
+    wanted: BTreeSet<usize>,
+}
+
+impl Verifier {
+    /// Verification by the rules of `profile`: fast, and to the end. `chance` decides which rows a
+    /// fast check looks at: the peer must not know it beforehand.
+    pub fn verify(&self, profile: Profile, chance: u64) -> Verification<'_> {
+        Verification { verifier: self, profile, depth: Depth::Fast, chance, is_wanted: &|| true }
+    }
+}
+
+impl<'a> Verification<'a> {
+    /// How much is computed.
+    pub fn depth(self, depth: Depth) -> Self {
+        Self { depth, ..self }
+    }
+
+    /// Gives up, unscored, once `is_wanted` says no.
+    pub fn while_wanted(self, is_wanted: &'a IsWanted<'a>) -> Self {
+        Self { is_wanted, ..self }
+    }
+
+    /// Verifies one answer.
+    pub fn answer(self, claim: &Claim<'_>) -> Report {
+        let report = self.answers(std::slice::from_ref(claim)).pop();
+        report.unwrap_or_else(|| Report::bare(Verdict::Unscored("there is no report".into())))
+    }
+
+    /// Verifies answers, each as [`answer`](Self::answer) would, and returns their reports in
+    /// order. A prompt that several of them answer is run once.
+    pub fn answers(self, claims: &[Claim<'_>]) -> Vec<Report> {
+        let mut reports = Vec::new();
+        let mut open: Vec<(usize, Work)> = Vec::new();
+        for (place, claim) in claims.iter().enumerate() {
+            let (verdict, work) = match self.prepare(claim) {
+                Ok(work) => (Verdict::Pass, work),
+                Err(stop) => (stop.into(), None),
+            };
+            reports.push(Report::bare(verdict));
+            open.extend(work.map(|work| (place, work)));
+        }
+        while let Some((first, _)) = open.first() {
+            let prompt = &claims[*first].request.prompt;
+            let is_same = |(place, _): &(usize, Work)| claims[*place].request.prompt == *prompt;
+            let (same, others): (Vec<_>, Vec<_>) = open.into_iter().partition(is_same);
+            open = others;
+            let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
+            let is_scored = same.iter().any(|(place, _)| !claims[*place].answer.prompt.is_empty());
+            let scored = match is_scored {
+                true => prompt_rows(prompt.len(), self.depth, self.chance),
+                false => BTreeSet::new(),
+            };
+            let Verifier { model, pool, .. } = self.verifier;
+            match Prefix::new(&model.decoder, pool, prompt, longest) {
+                Ok(prefix) => {
+                    let mut prefix = prefix.while_wanted(self.is_wanted).keeping(scored);
+                    for (place, work) in same {
+                        reports[place] = self.judge(&claims[place], work, &mut prefix);
+                    }
+                }
+                Err(stop) => {
+                    for (place, _) in same {
+                        reports[place].verdict = stop.clone().into();
+                    }
+                }
+            }
+        }
+        reports
+    }
+
+    /// Checks what needs no rows; what they are needed for is left, if anything.
+    fn prepare(self, claim: &Claim<'_>) -> Result<Option<Work>, Stop> {
+        let Verifier { model, identity, context_max, .. } = self.verifier;
+        let end = structure::check(claim, model, *context_max)?.end;
+        structure::check_powv(claim, model, self.profile == Profile::Powv)?;
+        let bound = match self.profile {
+            Profile::Proof => Some(proof::bind(claim, &end, identity)?),
+            Profile::Powv | Profile::Ranks => None,
+        };
+        let mut output = claim.answer.ids.clone();
+        let count = output.len();
+        let mut wanted: BTreeSet<usize> = match (self.profile, self.depth) {
+            (Profile::Powv, _) => return Ok(None),
+            (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
+            (Profile::Proof, Depth::Fast) => random_rows(count, self.chance),
+        };
+        if end == End::Implied {
+            // Any token stands for the end that was not sent: only its row counts.
+            output.push(0);
+            wanted.insert(count);
+        }
+        Ok(Some(Work { bound, output, wanted }))
+    }
+
+    fn judge(self, claim: &Claim<'_>, work: Work, prefix: &mut Prefix<'_>) -> Report {
+        let mut report = Report::bare(Verdict::Pass);
+        if let Err(stop) = self.check_rows(claim, work, prefix, &mut report) {
+            report.verdict = stop.into();
+        }
+        report
+    }
+
+    fn check_rows(
+        self,
+        claim: &Claim<'_>,
+        work: Work,
+        prefix: &mut Prefix<'_>,
+        report: &mut Report,
+    ) -> Result<(), Stop> {
+        let Work { bound, output, wanted } = work;
+        let Verifier { model, identity, pool, limits, .. } = self.verifier;
+        let noise = bound.as_ref().map(|b| b.noise_key);
+        let mut judge = rows::Judge::new(claim, model, noise);
+        let mut hidden = proof::HiddenRows::new(bound.as_ref(), identity.clone());
+        let count = claim.answer.ids.len();
+        prefix.run(&output, &wanted, |row| {
+            if row.index == count {
+                let ends = [claim.request.end_ids(model), claim.request.stop.ids.clone()];
+                return targon::check_implied_end(claim, &ends.concat(), row);
+            }
+            hidden.push(&row);
+            judge.push(pool.isa(), row)
+        })?;
+        report.rows = judge.finish();
+        if let Some(bound) = &bound {
+            report.chunks = hidden.compare(bound, &claim.answer.ids);
+            proof::check_canon(claim, limits)?;
+            proof::judge(&report.chunks, bound.scheme, limits)?;
+            rows::check_margins(&report.rows, limits)?;
+            let proof = Some((bound.scheme, report.chunks.as_slice()));
+            logprobs::check(&report.rows, proof, limits)?;
+            self.check_prompt(claim, proof, prefix)?;
+            proof::check_nonce(claim)?;
+        } else {
+            targon::check(claim, &report.rows, limits, self.chance)?;
+            logprobs::check(&report.rows, None, limits)?;
+            self.check_prompt(claim, None, prefix)?;
+        }
+        Ok(())
+    }
+
+    /// What was reported of the prompt, on the rows that were kept.
+    fn check_prompt(
+        self,
+        claim: &Claim<'_>,
+        proof: Option<(Scheme, &[ChunkEvidence])>,
+        prefix: &Prefix<'_>,
+    ) -> Result<(), Stop> {
+        if claim.answer.prompt.is_empty() {
+            return Ok(());
+        }
+        let Verifier { model, pool, limits, .. } = self.verifier;
+        let judge = logprobs::PromptJudge::new(claim, model, proof, limits);
+        prefix.score(|position, logits| judge.check(pool.isa(), position, logits))
+    }
+}

@@ -1,0 +1,62 @@
+//! What was found of an answer: the verdict, and the evidence of its rows and of the chunks of its
+//! proof.
+
+use super::verdict::Verdict;
+use crate::proof::toploc;
+
+/// What was found.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Report {
+    /// The outcome.
+    pub verdict: Verdict,
+    /// Rows whose logits were computed, ascending.
+    pub rows: Vec<RowEvidence>,
+    /// Chunks of the proof.
+    pub chunks: Vec<ChunkEvidence>,
+}
+
+impl Report {
+    /// A verdict that needed no rows.
+    pub fn bare(verdict: Verdict) -> Self {
+        Self { verdict, rows: Vec::new(), chunks: Vec::new() }
+    }
+}
+
+/// What the model says about one token of the output.
+#[derive(Clone, PartialEq, Debug)]
+pub struct RowEvidence {
+    /// Number of the token.
+    pub index: usize,
+    /// The token.
+    pub token: u32,
+    /// 1 + how many tokens are more probable.
+    pub rank: u32,
+    /// Its log-probability in the request's mode.
+    pub logprob: f64,
+    /// What was reported.
+    pub reported: Option<f64>,
+    /// The best rank of a token that would end the output.
+    pub end_rank: Option<u32>,
+    /// How far the token is from winning the draw, in logits, clipped at [`MARGIN_CLIP`];
+    /// zero when it wins, also where it does only with another stack's edge of a truncation. `None`
+    /// where the noise is not known.
+    pub margin: Option<f64>,
+    /// Whether the token is the one that this engine would have drawn, where the noise is known.
+    pub is_drawn: Option<bool>,
+    /// How far the reported alternatives are from the most probable tokens, the worst of them;
+    /// `None` where none were reported.
+    pub top_error: Option<f64>,
+}
+
+/// What one chunk of a proof shows.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ChunkEvidence {
+    /// Its number.
+    pub index: usize,
+    /// Whether all rows are ours bit for bit.
+    pub is_exact: bool,
+    /// Mean energy of its rows (residue schemes).
+    pub energy: Option<f64>,
+    /// Distance from our rows (TOPLOC).
+    pub distance: Option<toploc::Distance>,
+}
