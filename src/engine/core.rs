@@ -5,15 +5,16 @@
 //! it happened in: one request, the requests of the step, or, where the scheduler's own state may
 //! be broken, all requests; then the loop goes on with an empty scheduler.
 
+use super::asks::{Row, RowAt, ask, lay_out, row};
 use super::guard::{Stage, Watch};
-use super::live::{Live, Row};
+use super::live::Live;
 use super::output::{Event, Fault, FinishReason};
 use super::request::Request;
-use super::runner::{RowAt, Runner};
 use super::scheduler::{NewSequence, Owner, Plan, Scheduler, SequenceId};
 use super::stats::Stats;
 use crate::clock::Clock;
 use crate::models::Model;
+use crate::models::pass::Pass;
 use crate::ops::pool::Pool;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -26,8 +27,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 /// Panics without a whole step between them, after which the engine is given up.
 const PANICS_MAX: u32 = 3;
 
-/// What a row of the model led to.
-type Reduced = (RowAt, Result<Row, Fault>);
+/// A row and what is known of it.
+type Reported = (RowAt, Result<Row, Fault>);
 
 /// What handles send to the owner.
 pub(super) enum Command {
@@ -66,7 +67,7 @@ pub(super) struct Core {
     pub(super) model: Arc<Model>,
     pub(super) pool: Pool,
     pub(super) scheduler: Scheduler,
-    pub(super) runner: Runner,
+    pub(super) pass: Box<dyn Pass>,
     pub(super) commands: Receiver<Command>,
     pub(super) stats: Arc<Stats>,
     pub(super) clock: Clock,
@@ -238,23 +239,27 @@ impl Core {
         }
     }
 
-    fn compute(&mut self, plan: &Plan) -> Result<Vec<Reduced>, Fault> {
-        let turn = self.pool.turn();
+    fn compute(&mut self, plan: &Plan) -> Result<Vec<Reported>, Fault> {
         let live: Vec<&Live> = plan.slices.iter().map(|s| &self.live[&s.id]).collect();
-        let (isa, watch, runner) = (turn.isa(), &self.watch, &mut self.runner);
-        watch.guard(Stage::Forward, || {
-            let reduced = runner.run(
-                &self.model.decoder,
-                &turn,
-                plan,
-                |slice, position| live[slice].wants_row(position),
-                |at, row, hidden| {
-                    let reduce = || live[at.slice].reduce(isa, row, hidden, at.position);
-                    watch.guard(Stage::Reduce, reduce)
-                },
-            );
-            reduced.map_err(|e| Fault::Weights(e.to_string()))
-        })
+        let (batch, rows) = lay_out(plan, &live);
+        let asked = ask(&rows, &live, &self.watch, &self.pool);
+        let (mut asks, mut refused) = (Vec::with_capacity(rows.len()), Vec::new());
+        for asked in asked {
+            refused.push(asked.map(|ask| asks.push(ask)).err());
+        }
+        let pass = &mut self.pass;
+        let results = self.watch.guard(Stage::Forward, || {
+            pass.step(&batch, &asks).map_err(|e| Fault::Weights(e.to_string()))
+        })?;
+        let mut results = results.into_iter();
+        let answered = |(at, refused): (RowAt, Option<Fault>)| {
+            let row = match refused {
+                Some(fault) => Err(fault),
+                None => row(at.position, results.next()),
+            };
+            (at, row)
+        };
+        Ok(rows.into_iter().zip(refused).map(answered).collect())
     }
 
     /// What a row led to; rows of one sequence come in ascending position.
@@ -267,14 +272,14 @@ impl Core {
         };
         live.next_row = at.position + 1;
         if live.target(at.position).is_some() {
-            live.push_prompt_row(row);
+            live.push_prompt_row(row.0);
             let is_whole = at.position + 2 == live.request.prompt.len();
             if is_whole && live.request.max_tokens == 0 {
                 self.finish_scored(id, now);
             }
             return;
         }
-        let token = row.token;
+        let token = row.0.token.token;
         self.stats.record_token(&mut live.timeline, now);
         match live.push_token(&self.model, row) {
             Ok(Some(reason)) => {

@@ -14,7 +14,7 @@ pub enum Stage {
     Schedule,
     /// The rows are computed; a panic here costs the requests of the step.
     Forward,
-    /// A row of logits becomes a token; on a compute thread.
+    /// It is said what is asked of a row, and a token is read off it.
     Reduce,
     /// A token becomes text and is sent.
     Record,

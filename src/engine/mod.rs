@@ -1,10 +1,12 @@
 //! The engine: a cloneable handle over one owner thread per model.
 //!
 //! [`Engine::submit`] checks a request and queues it; tokens come back on a [`Generation`]. The
-//! owner (`core`) asks the pure [`scheduler`] which rows run next, the `runner` computes them
-//! on the shared compute pool, [`sampler`] and `live` turn logits into tokens and text. Async
-//! stays outside: the owner is a plain thread, and every channel and queue is bounded.
+//! owner (`core`) asks the pure [`scheduler`] which rows run next, `asks` says what is to be known
+//! of them, a [`Pass`](crate::models::pass::Pass) computes them, and `live` makes tokens and text
+//! of the answers. Async stays outside: the owner is a plain thread, and every channel and queue is
+//! bounded.
 
+mod asks;
 pub mod blocks;
 mod core;
 pub mod draw;
@@ -14,8 +16,6 @@ pub mod memory;
 pub mod output;
 pub mod plan;
 pub mod request;
-mod runner;
-pub mod sampler;
 pub mod scheduler;
 pub mod stats;
 pub mod stop;
@@ -30,7 +30,6 @@ use guard::Watch;
 use output::{Fault, Generation};
 use parking_lot::Mutex;
 use request::{InvalidRequest, Request};
-use runner::Runner;
 use scheduler::{Limits, Owner, Refusal, Scheduler};
 use stats::Stats;
 use std::collections::HashMap;
@@ -140,11 +139,12 @@ impl Engine {
         let in_flight_max = options.in_flight_max();
         let (commands, receiver) = sync_channel(in_flight_max);
         let stats = Arc::new(Stats::default());
+        let pool = pool.separate();
         let core = Core {
-            runner: Runner::new(&model.decoder, options.blocks)?,
+            pass: model.pass(&pool, options.blocks)?,
             scheduler: Scheduler::new(options.limits(), options.blocks),
             model: Arc::clone(&model),
-            pool: pool.separate(),
+            pool,
             commands: receiver,
             stats: Arc::clone(&stats),
             clock: clock.clone(),

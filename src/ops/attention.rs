@@ -7,6 +7,10 @@
 //! the block's exponentials, then values in ascending position. Masked positions have weight
 //! exactly zero, so a query's result does not depend on which other queries share its tile.
 
+mod heads;
+
+pub use heads::HeadAt;
+
 use super::buffer::Buffer;
 use super::dtype::{Dtype, Rounded};
 use super::lanes::{Kernel, LANES, Lanes, dispatch};
@@ -104,6 +108,16 @@ impl KvCache {
         Ok(Self { dims, dtype, layers })
     }
 
+    /// Shape of the cache.
+    pub fn dims(&self) -> KvDims {
+        self.dims
+    }
+
+    /// Type of the keys and values.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// Stores the keys and values of a step in `layer`. `qkv` is (rows, row_len); keys start at
     /// column `k_at`, values follow them.
     pub fn store(
@@ -141,25 +155,6 @@ impl KvCache {
                 }
             }
         });
-    }
-
-    /// Passes every key and value head stored at `slot` of `block` through `change`, as a coarser
-    /// cache would.
-    pub fn rewrite(&mut self, block: u32, slot: usize, mut change: impl FnMut(&mut [f32])) {
-        let (KvDims { kv_heads, head_dim, .. }, dtype) = (self.dims, self.dtype);
-        let (first, mut head) = (block as usize * self.dims.block_len(), vec![0.0; head_dim]);
-        for KvLayer { keys, values } in &mut self.layers {
-            for at in (0..kv_heads).map(|h| first + h * BLOCK_TOKENS * head_dim) {
-                let key = |d| at + offset(dtype, PAIR_STRIDE, slot, d);
-                (0..head_dim).for_each(|d| head[d] = dtype.widen(keys[key(d)]));
-                change(&mut head);
-                (0..head_dim).for_each(|d| keys[key(d)] = dtype.round(head[d]));
-                let value = &mut values[at + slot * head_dim..][..head_dim];
-                value.iter().zip(&mut head).for_each(|(v, x)| *x = dtype.widen(*v));
-                change(&mut head);
-                value.iter_mut().zip(&head).for_each(|(v, x)| *v = dtype.round(*x));
-            }
-        }
     }
 
     /// Attends in `layer`: queries are the first `heads * head_dim` columns of `qkv`

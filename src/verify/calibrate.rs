@@ -7,8 +7,9 @@
 
 use super::evidence::{Calibrated, Observed, Side};
 use super::limits::{HeldOut, Limits, LimitsFile, Measured, Share, Spread};
-use super::rows::{MARGIN_CLIP, RowEvidence, check_margins};
+use super::rows::{RowEvidence, check_margins};
 use super::{Report, bounds, proof, random_rows};
+use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::codec::{Encoder, Hash, first_u64};
 use std::collections::BTreeSet;

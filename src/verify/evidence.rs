@@ -14,7 +14,7 @@
 use super::Report;
 use super::limits::Limits;
 use super::proof::ChunkEvidence;
-use super::rows::MARGIN_CLIP;
+use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -7,7 +7,7 @@ use super::bounds::upper;
 use super::evidence::Calibrated;
 use super::file::{FileError, read_json, write_json};
 use super::proof::ChunkEvidence;
-use super::rows::MARGIN_CLIP;
+use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use serde::{Deserialize, Serialize};

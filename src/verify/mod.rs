@@ -313,11 +313,12 @@ impl Verifier {
             let (same, others): (Vec<_>, Vec<_>) = open.into_iter().partition(is_same);
             open = others;
             let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
-            let is_scored = same.iter().any(|(place, _)| !claims[*place].answer.prompt.is_empty());
-            let scored = if is_scored { prompt_rows(prompt.len(), rules) } else { BTreeSet::new() };
-            match Prefix::new(&self.model.decoder, &self.pool, prompt, longest) {
+            let of_prompt = same.iter().map(|(place, _)| &claims[*place]);
+            let asked =
+                reports::prompt_asks(of_prompt, &self.model, |tokens| prompt_rows(tokens, rules));
+            match Prefix::new(|blocks| self.model.pass(&self.pool, blocks), prompt, longest) {
                 Ok(prefix) => {
-                    let mut prefix = prefix.while_wanted(rules.is_wanted).keeping(scored);
+                    let mut prefix = prefix.while_wanted(rules.is_wanted).asking(asked);
                     for (place, work) in same {
                         reports[place] = self.judge(&claims[place], rules, work, &mut prefix);
                     }
@@ -378,21 +379,13 @@ impl Verifier {
         report: &mut Report,
     ) -> Result<(), Stop> {
         let Work { bound, output, wanted } = work;
-        let noise = bound.as_ref().map(|b| b.noise_key);
-        let mut judge = rows::Judge::new(claim, &self.model, noise);
-        let mut hidden = proof::HiddenRows::new(bound.as_ref(), self.identity.clone());
-        let count = claim.answer.ids.len();
-        prefix.run(&output, &wanted, |row| {
-            if row.index == count {
-                let ends = [claim.request.end_ids(&self.model), claim.request.stop.ids.clone()];
-                return targon::check_implied_end(claim, &ends.concat(), row);
-            }
-            hidden.push(&row);
-            judge.push(self.pool.isa(), row)
-        })?;
-        report.rows = judge.finish();
+        let proved = bound.as_ref().map(|bound| (bound, &*self.identity));
+        let mut judge = rows::Judge::new(claim, &self.model, proved, &wanted);
+        prefix.run(&output, &mut judge)?;
+        let (rows, proofs) = judge.finish();
+        report.rows = rows;
         if let Some(bound) = &bound {
-            report.chunks = hidden.compare(bound, &claim.answer.ids);
+            report.chunks = bound.compare(&proofs);
             proof::judge(&report.chunks, bound.scheme, &self.limits)?;
             rows::check_margins(&report.rows, &self.limits)?;
             let proof = Some((bound.scheme, report.chunks.as_slice()));
@@ -420,7 +413,7 @@ impl Verifier {
             return Ok(());
         }
         let judge = reports::PromptJudge::new(claim, &self.model, proof, &self.limits);
-        prefix.score(|position, logits| judge.check(self.pool.isa(), position, logits))
+        prefix.scored().iter().try_for_each(|(place, scored)| judge.check(*place, scored))
     }
 }
 
