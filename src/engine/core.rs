@@ -6,23 +6,21 @@
 //! be broken, all requests; then the loop goes on with an empty scheduler.
 
 use super::asks::{Row, RowAt, ask, lay_out, row};
+use super::backend::{Backend, Command, Submission};
 use super::guard::{Stage, Watch};
 use super::live::Live;
 use super::output::{Event, Fault, FinishReason};
-use super::request::Request;
-use super::scheduler::{NewSequence, Owner, Plan, Scheduler, SequenceId};
+use super::scheduler::{NewSequence, Plan, Scheduler, SequenceId};
 use super::stats::Stats;
 use crate::clock::Clock;
 use crate::models::Model;
 use crate::models::pass::Pass;
 use crate::ops::pool::Pool;
-use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// Panics without a whole step between them, after which the engine is given up.
 const PANICS_MAX: u32 = 3;
@@ -30,45 +28,12 @@ const PANICS_MAX: u32 = 3;
 /// A row and what is known of it.
 type Reported = (RowAt, Result<Row, Fault>);
 
-/// What handles send to the owner.
-pub(super) enum Command {
-    /// Run a request.
-    Submit(Box<Submission>),
-}
-
-pub(super) struct Submission {
-    pub(super) request: Request,
-    pub(super) events: mpsc::Sender<Event>,
-    pub(super) place: Place,
-    pub(super) submitted: Duration,
-}
-
-/// One of the places of those that run and wait, until dropped.
-pub(super) struct Place {
-    pub(super) owner: Owner,
-    pub(super) owners: Arc<Mutex<HashMap<Owner, usize>>>,
-    pub(super) _permit: OwnedSemaphorePermit,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut held = self.owners.lock();
-        if let Some(count) = held.get_mut(&self.owner) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(&self.owner);
-            }
-        }
-    }
-}
-
 /// The state of the owner thread.
 pub(super) struct Core {
     pub(super) model: Arc<Model>,
     pub(super) pool: Pool,
     pub(super) scheduler: Scheduler,
     pub(super) pass: Box<dyn Pass>,
-    pub(super) commands: Receiver<Command>,
     pub(super) stats: Arc<Stats>,
     pub(super) clock: Clock,
     pub(super) live: HashMap<SequenceId, Live>,
@@ -77,11 +42,11 @@ pub(super) struct Core {
     pub(super) panics: u32, // since the last whole step
 }
 
-impl Core {
-    /// Runs until every handle is gone; false when it gave up after too many panics.
-    pub(super) fn run(mut self) -> bool {
+impl Backend for Core {
+    /// False when it gave up after too many panics.
+    fn run(mut self: Box<Self>, commands: Receiver<Command>) -> bool {
         loop {
-            let round = catch_unwind(AssertUnwindSafe(|| self.round()));
+            let round = catch_unwind(AssertUnwindSafe(|| self.round(&commands)));
             match round {
                 Ok(true) => {}
                 Ok(false) => return true,
@@ -90,10 +55,12 @@ impl Core {
             }
         }
     }
+}
 
+impl Core {
     /// One turn of the loop; false when no handle is left.
-    fn round(&mut self) -> bool {
-        if !self.take_commands() {
+    fn round(&mut self, commands: &Receiver<Command>) -> bool {
+        if !self.take_commands(commands) {
             return false;
         }
         self.drop_abandoned();
@@ -117,9 +84,9 @@ impl Core {
     }
 
     /// Takes what has arrived, or waits for something while idle; false when no handle is left.
-    fn take_commands(&mut self) -> bool {
+    fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
         if self.live.is_empty() {
-            match self.commands.recv() {
+            match commands.recv() {
                 Ok(command) => {
                     self.stats.record_wake(self.clock.elapsed());
                     self.take(command);
@@ -128,7 +95,7 @@ impl Core {
             }
         }
         loop {
-            match self.commands.try_recv() {
+            match commands.try_recv() {
                 Ok(command) => self.take(command),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return !self.live.is_empty(),
@@ -166,7 +133,8 @@ impl Core {
             live.send(Event::Prompt(Vec::new()));
             if live.request.max_tokens == 0 {
                 live.send(Event::Finish(live.finish(FinishReason::Length)));
-                return self.stats.record_end(&live, &FinishReason::Length, self.clock.elapsed());
+                let ended = live.ended(&FinishReason::Length);
+                return self.stats.record_end(&ended, self.clock.elapsed());
             }
         }
         match self.scheduler.submit(new) {
@@ -283,7 +251,7 @@ impl Core {
         self.stats.record_token(&mut live.timeline, now);
         match live.push_token(&self.model, row) {
             Ok(Some(reason)) => {
-                self.stats.record_end(live, &reason, now);
+                self.stats.record_end(&live.ended(&reason), now);
                 self.end(id);
             }
             Ok(None) => self.scheduler.push(id, token),
@@ -295,7 +263,7 @@ impl Core {
     fn finish_scored(&mut self, id: SequenceId, now: Duration) {
         if let Some(live) = self.live.get(&id) {
             live.send(Event::Finish(live.finish(FinishReason::Length)));
-            self.stats.record_end(live, &FinishReason::Length, now);
+            self.stats.record_end(&live.ended(&FinishReason::Length), now);
         }
         self.end(id);
     }

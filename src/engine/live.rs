@@ -1,11 +1,11 @@
 //! One running request: what it asks of its rows, and from their answers to tokens, text and an
 //! end.
 
-use super::core::Place;
+use super::backend::Place;
 use super::draw::Draw;
 use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step};
 use super::request::Request;
-use super::stats::Timeline;
+use super::stats::{Ended, Timeline};
 use super::transcript::Transcript;
 use crate::models::Model;
 use crate::models::pass::{Ranked, RowAsk, Scored, Scores, Token};
@@ -117,11 +117,6 @@ impl Live {
         }
     }
 
-    /// Tokens generated so far.
-    pub(super) fn output_tokens(&self) -> usize {
-        self.transcript.tokens()
-    }
-
     /// Records a drawn token and sends it; the reason when it ended the request.
     ///
     /// # Errors
@@ -146,6 +141,17 @@ impl Live {
         let finish = reason.clone().map(|reason| self.finish(reason));
         self.send(Event::Step(Step { token, text, logprob, rank, top, powv, proof, finish }));
         Ok(reason)
+    }
+
+    /// What statistics keep of it once it has ended.
+    pub(super) fn ended(&self, reason: &FinishReason) -> Ended {
+        Ended {
+            timeline: self.timeline,
+            prompt_tokens: self.request.prompt.len(),
+            cached_tokens: self.cached_tokens,
+            output_tokens: self.transcript.tokens(),
+            by_length: *reason == FinishReason::Length,
+        }
     }
 
     pub(super) fn finish(&self, reason: FinishReason) -> Finish {

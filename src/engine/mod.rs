@@ -7,6 +7,7 @@
 //! bounded.
 
 mod asks;
+pub mod backend;
 pub mod blocks;
 mod core;
 pub mod draw;
@@ -17,15 +18,17 @@ pub mod output;
 pub mod plan;
 pub mod request;
 pub mod scheduler;
+mod stage;
 pub mod stats;
 pub mod stop;
 pub mod transcript;
 
-use self::core::{Command, Core, Place, Submission};
+use self::core::Core;
 use crate::clock::Clock;
 use crate::models::Model;
 use crate::ops::attention::BLOCK_TOKENS;
 use crate::ops::pool::Pool;
+use backend::{Backend, Command, Place, Submission};
 use guard::Watch;
 use output::{Fault, Generation};
 use parking_lot::Mutex;
@@ -136,8 +139,6 @@ impl Engine {
         watch: Watch,
     ) -> io::Result<Self> {
         let model = Arc::new(model);
-        let in_flight_max = options.in_flight_max();
-        let (commands, receiver) = sync_channel(in_flight_max);
         let stats = Arc::new(Stats::default());
         let pool = pool.separate();
         let core = Core {
@@ -145,7 +146,6 @@ impl Engine {
             scheduler: Scheduler::new(options.limits(), options.blocks),
             model: Arc::clone(&model),
             pool,
-            commands: receiver,
             stats: Arc::clone(&stats),
             clock: clock.clone(),
             live: HashMap::new(),
@@ -154,11 +154,25 @@ impl Engine {
             panics: 0,
         };
         stats.record_load(core.scheduler.load());
+        Self::over(Box::new(core), model, options, stats, clock)
+    }
+
+    /// A handle over a backend, which runs on a thread of its own from now on.
+    fn over(
+        backend: Box<dyn Backend>,
+        model: Arc<Model>,
+        options: Options,
+        stats: Arc<Stats>,
+        clock: Clock,
+    ) -> io::Result<Self> {
+        let in_flight_max = options.in_flight_max();
+        let (commands, receiver) = sync_channel(in_flight_max);
         let is_dead = Arc::new(AtomicBool::new(false));
         let alarm = Arc::clone(&is_dead);
         std::thread::Builder::new().name("engine".into()).spawn(move || {
             // Waiters learn of the end by their channels closing; handles by this flag.
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| core.run()));
+            let outcome =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| backend.run(receiver)));
             alarm.store(!matches!(outcome, Ok(true)), Ordering::SeqCst);
         })?;
         let permits = Arc::new(Semaphore::new(in_flight_max));

@@ -1,6 +1,6 @@
 //! What a running request sends back.
 
-use super::guard::Stage;
+use super::stage::Stage;
 use crate::models::grammar::GrammarError;
 use crate::models::pass::Ranked;
 use crate::proof::codec::Hash;

@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn routing_takes_the_largest_and_breaks_ties_downwards() {
-        let names = ExpertNames { module: "", projections: [""; 3] };
+        let names = ExpertNames { module: "", projections: [""; 3], router_first: false };
         let spec = ExpertSpec { count: 5, used: 2, renormalise: true, names };
         let mut scores = [0.0, 2.0, 1.0, 2.0, 2.0];
         let chosen = route(Isa::best(), &spec, &mut scores);
