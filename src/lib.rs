@@ -20,8 +20,8 @@
 //! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
-//! | 2 | [`engine`] | scheduling, KV blocks, sampling |
-//! | 1 | [`models`] | checkpoints, tokenizers, weights to logits |
+//! | 2 | [`engine`] | scheduling, KV blocks, requests to tokens and text |
+//! | 1 | [`models`] | checkpoints, tokenizers, weights to rows and what they say |
 //! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`entropy`] [`files`] | leaves |
 //!
 //! # Invariants

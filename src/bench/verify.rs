@@ -11,11 +11,10 @@ use crate::clock::Clock;
 use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
 use crate::intake::proof::Prover;
-use crate::models::decoder::{Decoder, Scratch};
+use crate::models::pass::{Batch, RowAsk, Scores, Token, blocks_of};
+use crate::models::sampler::Sampling;
 use crate::models::{Identity, Model};
-use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
-use crate::ops::logits::{LogSumExp, top_k};
-use crate::ops::pool::{Pool, Turn};
+use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
@@ -38,8 +37,7 @@ const ROUNDS: usize = 5;
 const TEMPERATURE: f32 = 0.7;
 /// Rows of a step of the passes that are made here, as the verifier has.
 const STEP_ROWS: usize = 256;
-/// Rows of logits at once, and entries of the original's table: 10 T + 6.
-const LOGIT_ROWS: usize = 32;
+/// Entries of the original's table: 10 T + 6.
 const TABLE: usize = 13;
 const OPTIONS: Options = Options {
     context_max: 512,
@@ -145,68 +143,45 @@ fn respond(engine: &Engine, identity: &Identity, index: usize) -> anyhow::Result
     Ok((request, nonce, answer))
 }
 
-/// Runs the layers over `ids` from an empty cache; `after` sees the rows of each step.
-fn forward(
-    decoder: &Decoder,
-    pool: &Pool,
-    ids: &[u32],
-    mut after: impl FnMut(&Turn<'_>, Range<usize>, &Scratch),
-) {
-    let blocks = ids.len().div_ceil(BLOCK_TOKENS);
-    let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks);
-    let (mut cache, mut scratch) = (cache.expect("memory for the cache"), Scratch::new(decoder));
+/// Runs the layers over `ids` from an empty cache, and makes the original's table for the rows at
+/// the positions `tables`: log-probabilities of the most probable tokens.
+fn forward(case: &Case, ids: &[u32], tables: Range<usize>) -> anyhow::Result<()> {
+    let Verifier { model, pool, .. } = &case.verifier;
+    let mut pass = model.pass(pool, blocks_of(ids.len()))?;
+    let sampling = Sampling::greedy();
     for (number, step) in ids.chunks(STEP_ROWS).enumerate() {
         let start = number * STEP_ROWS;
-        let end = start + step.len();
-        let blocks = (0..end.div_ceil(BLOCK_TOKENS) as u32).collect();
-        let segment = Segment { rows: 0..step.len(), start, blocks };
-        let turn = pool.turn();
-        let done = decoder.forward(&turn, &mut cache, step, &[segment], &mut scratch);
-        done.expect("weights can be read");
-        after(&turn, start..end, &scratch);
+        let table = |position: usize| {
+            let scores = Scores { top: TABLE, ..Scores::new(Token::Known(0), &sampling) };
+            RowAsk { scores: Some(scores), ..RowAsk::new(position - start, position) }
+        };
+        let rows = tables.start.max(start)..tables.end.min(start + step.len());
+        let asks: Vec<RowAsk<'_>> = rows.map(table).collect();
+        black_box(pass.step(&Batch::of(step, start), &asks)?);
     }
-}
-
-/// What the original asks of rows of a step: log-probabilities of the most probable tokens.
-fn table(decoder: &Decoder, turn: &Turn<'_>, rows: &[usize], scratch: &Scratch) {
-    let mut logits = Vec::new();
-    for rows in rows.chunks(LOGIT_ROWS) {
-        let hidden = decoder.final_rows(turn, rows, scratch);
-        decoder.logits(turn, &hidden, &mut logits);
-        for row in logits.chunks_exact(decoder.spec.vocab).take(rows.len()) {
-            black_box(LogSumExp::new(turn.isa(), row, 1.0));
-            black_box(top_k(turn.isa(), row, TABLE));
-        }
-    }
+    Ok(())
 }
 
 /// The original's first pass: prompt and output, a table for every row.
-fn first_pass(case: &Case) {
-    let (decoder, pool, (_, ids)) = (&case.verifier.model.decoder, &case.verifier.pool, case.ids());
-    forward(decoder, pool, &ids, |turn, rows, scratch| {
-        table(decoder, turn, &(0..rows.len()).collect::<Vec<_>>(), scratch);
-    });
+fn first_pass(case: &Case) -> anyhow::Result<()> {
+    let (_, ids) = case.ids();
+    forward(case, &ids, 0..ids.len())
 }
 
 /// Its passes for the random check: up to five places of the output, a table for each last row.
-fn random_passes(case: &Case) {
-    let (decoder, pool) = (&case.verifier.model.decoder, &case.verifier.pool);
+fn random_passes(case: &Case) -> anyhow::Result<()> {
     let (prompt, ids) = case.ids();
     for quarter in 0..=4 {
         let length = prompt + (ids.len() - prompt) * quarter / 4;
-        forward(decoder, pool, &ids[..length], |turn, rows, scratch| {
-            if rows.end == length {
-                table(decoder, turn, &[rows.len() - 1], scratch);
-            }
-        });
+        forward(case, &ids[..length], length - 1..length)?;
     }
+    Ok(())
 }
 
 /// Nothing but the layers, over the tokens that a check runs over.
-fn bare_prefill(case: &Case) {
+fn bare_prefill(case: &Case) -> anyhow::Result<()> {
     let (_, ids) = case.ids();
-    let decoder = &case.verifier.model.decoder;
-    forward(decoder, &case.verifier.pool, &ids[..ids.len() - 1], |_, _, _| {});
+    forward(case, &ids[..ids.len() - 1], 0..0)
 }
 
 /// Median CPU seconds and wall seconds of each piece of work, taking turns.
@@ -229,21 +204,12 @@ fn measure<const N: usize>(
 
 fn speed(say: Say<'_>, case: &Case) -> anyhow::Result<()> {
     let [first, random, fast, slow, ranks, bare, shared] = measure([
-        &|| {
-            first_pass(case);
-            Ok(())
-        },
-        &|| {
-            random_passes(case);
-            Ok(())
-        },
+        &|| first_pass(case),
+        &|| random_passes(case),
         &|| case.verify(Profile::Proof, Depth::Fast),
         &|| case.verify(Profile::Proof, Depth::Slow),
         &|| case.verify(Profile::Ranks, Depth::Slow),
-        &|| {
-            bare_prefill(case);
-            Ok(())
-        },
+        &|| bare_prefill(case),
         &|| case.verify_shared(),
     ])?;
     let shared = (shared.0 / SHARED as f64, shared.1 / SHARED as f64);

@@ -12,6 +12,7 @@ use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::load::{available_memory, locate, plan};
 use crate::models::Model;
 use crate::models::calibration::{compute, store};
+use crate::models::margin::MARGIN_CLIP;
 use crate::models::remembered::{Remembered, cache_dir};
 use crate::models::root::weights_root;
 use crate::proof::Scheme;

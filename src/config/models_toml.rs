@@ -3,7 +3,9 @@
 
 use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
+use crate::engine::backend::BackendKind;
 use crate::engine::plan::{KvMemory, Wanted};
+use crate::models::pass::Device;
 use crate::ops::dtype::Dtype;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -50,6 +52,10 @@ pub struct ModelConfig {
     pub name: String,
     /// Its files.
     pub source: Source,
+    /// What runs it.
+    pub backend: BackendKind,
+    /// Where it is computed.
+    pub device: Device,
     /// Overrides the stored type.
     pub dtype: Option<Dtype>,
     /// Sizes.
@@ -158,17 +164,10 @@ fn unknown_key(message: &str) -> Option<String> {
 type Fault = (&'static str, String);
 
 fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
-    match entry.engine.as_deref() {
-        None | Some("native") => {}
-        Some("mistralrs") => return Err(("engine", "mistralrs is not part of this build".into())),
-        Some(other) => return Err(("engine", format!("must be native, got {other}"))),
-    }
-    match entry.device.as_deref() {
-        None | Some("auto" | "cpu") => {}
-        Some(other) => {
-            return Err(("device", format!("must be auto or cpu in this build, got {other}")));
-        }
-    }
+    let backend = entry.engine.as_deref().map_or(Ok(BackendKind::default()), str::parse);
+    let backend = backend.map_err(|what| ("engine", what))?;
+    let device = entry.device.as_deref().map_or(Ok(Device::default()), str::parse);
+    let device = device.map_err(|what| ("device", what))?;
     let dtype = match entry.dtype.as_deref() {
         None | Some("auto") => None,
         Some("bf16") => Some(Dtype::Bf16),
@@ -194,7 +193,7 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
         return Err(("name", "must have 1 to 200 characters, none of them control".into()));
     }
-    Ok(ModelConfig { name, source, dtype, wanted })
+    Ok(ModelConfig { name, source, backend, device, dtype, wanted })
 }
 
 /// The source, and the name it suggests.
@@ -248,6 +247,8 @@ mod tests {
             name = "small"
             source = "gguf"
             path = "weights/m.gguf"
+            engine = "native"
+            device = "cpu"
             dtype = "f16"
             context_max = 2048
             kv_memory = "1 GiB"
@@ -264,6 +265,8 @@ mod tests {
         );
         assert_eq!(models[0].wanted.sequences_max, SEQUENCES_DEFAULT);
         assert_eq!(models[1].source, Source::Path("/etc/weights/m.gguf".into()));
+        assert_eq!(models[0].device, Device::Auto);
+        assert_eq!((models[1].backend, models[1].device), (BackendKind::Native, Device::Cpu));
         assert_eq!(models[1].dtype, Some(Dtype::F16));
         assert_eq!(models[1].wanted.kv_memory, KvMemory::Bytes(1 << 30));
     }
@@ -280,6 +283,8 @@ mod tests {
             ("[[model]]\nsource = \"path\"", "model number 1: `path` is missing", None),
             ("[[model]]\nname=\"a\"\ndtype=\"int8\"", "model a: `dtype` must be auto, bf16", None),
             ("[[model]]\nname=\"a\"\ndevice=\"cuda:0\"", "`device` must be auto or cpu", None),
+            ("[[model]]\nname=\"a\"\nengine=\"mistralrs\"", "`engine` mistralrs is not part", None),
+            ("[[model]]\nname=\"a\"\nengine=\"vllm\"", "`engine` must be native, got vllm", None),
             ("[[model]]\nname=\"a\"\nkv_memory=\"4\"", "`kv_memory` must be a size", None),
             ("[[model]]\nname=\"a\"\nsequences_max=0", "`sequences_max` must lie in 1..=", None),
             ("[[model]]\nname=\"a\"\n[[model]]\nname=\"a\"", "two models are called a", None),

@@ -5,69 +5,35 @@
 //! it happened in: one request, the requests of the step, or, where the scheduler's own state may
 //! be broken, all requests; then the loop goes on with an empty scheduler.
 
+use super::asks::{Row, RowAt, ask, lay_out, row};
+use super::backend::{Backend, Command, Submission};
 use super::guard::{Stage, Watch};
-use super::live::{Live, Row};
+use super::live::Live;
 use super::output::{Event, Fault, FinishReason};
-use super::request::Request;
-use super::runner::{RowAt, Runner};
-use super::scheduler::{NewSequence, Owner, Plan, Scheduler, SequenceId};
+use super::scheduler::{NewSequence, Plan, Scheduler, SequenceId};
 use super::stats::Stats;
 use crate::clock::Clock;
 use crate::models::Model;
+use crate::models::pass::Pass;
 use crate::ops::pool::Pool;
-use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// Panics without a whole step between them, after which the engine is given up.
 const PANICS_MAX: u32 = 3;
 
-/// What a row of the model led to.
-type Reduced = (RowAt, Result<Row, Fault>);
-
-/// What handles send to the owner.
-pub(super) enum Command {
-    /// Run a request.
-    Submit(Box<Submission>),
-}
-
-pub(super) struct Submission {
-    pub(super) request: Request,
-    pub(super) events: mpsc::Sender<Event>,
-    pub(super) place: Place,
-    pub(super) submitted: Duration,
-}
-
-/// One of the places of those that run and wait, until dropped.
-pub(super) struct Place {
-    pub(super) owner: Owner,
-    pub(super) owners: Arc<Mutex<HashMap<Owner, usize>>>,
-    pub(super) _permit: OwnedSemaphorePermit,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut held = self.owners.lock();
-        if let Some(count) = held.get_mut(&self.owner) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(&self.owner);
-            }
-        }
-    }
-}
+/// A row and what is known of it.
+type Reported = (RowAt, Result<Row, Fault>);
 
 /// The state of the owner thread.
 pub(super) struct Core {
     pub(super) model: Arc<Model>,
     pub(super) pool: Pool,
     pub(super) scheduler: Scheduler,
-    pub(super) runner: Runner,
-    pub(super) commands: Receiver<Command>,
+    pub(super) pass: Box<dyn Pass>,
     pub(super) stats: Arc<Stats>,
     pub(super) clock: Clock,
     pub(super) live: HashMap<SequenceId, Live>,
@@ -76,11 +42,11 @@ pub(super) struct Core {
     pub(super) panics: u32, // since the last whole step
 }
 
-impl Core {
-    /// Runs until every handle is gone; false when it gave up after too many panics.
-    pub(super) fn run(mut self) -> bool {
+impl Backend for Core {
+    /// False when it gave up after too many panics.
+    fn run(mut self: Box<Self>, commands: Receiver<Command>) -> bool {
         loop {
-            let round = catch_unwind(AssertUnwindSafe(|| self.round()));
+            let round = catch_unwind(AssertUnwindSafe(|| self.round(&commands)));
             match round {
                 Ok(true) => {}
                 Ok(false) => return true,
@@ -89,10 +55,12 @@ impl Core {
             }
         }
     }
+}
 
+impl Core {
     /// One turn of the loop; false when no handle is left.
-    fn round(&mut self) -> bool {
-        if !self.take_commands() {
+    fn round(&mut self, commands: &Receiver<Command>) -> bool {
+        if !self.take_commands(commands) {
             return false;
         }
         self.drop_abandoned();
@@ -116,9 +84,9 @@ impl Core {
     }
 
     /// Takes what has arrived, or waits for something while idle; false when no handle is left.
-    fn take_commands(&mut self) -> bool {
+    fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
         if self.live.is_empty() {
-            match self.commands.recv() {
+            match commands.recv() {
                 Ok(command) => {
                     self.stats.record_wake(self.clock.elapsed());
                     self.take(command);
@@ -127,7 +95,7 @@ impl Core {
             }
         }
         loop {
-            match self.commands.try_recv() {
+            match commands.try_recv() {
                 Ok(command) => self.take(command),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return !self.live.is_empty(),
@@ -165,7 +133,8 @@ impl Core {
             live.send(Event::Prompt(Vec::new()));
             if live.request.max_tokens == 0 {
                 live.send(Event::Finish(live.finish(FinishReason::Length)));
-                return self.stats.record_end(&live, &FinishReason::Length, self.clock.elapsed());
+                let ended = live.ended(&FinishReason::Length);
+                return self.stats.record_end(&ended, self.clock.elapsed());
             }
         }
         match self.scheduler.submit(new) {
@@ -238,23 +207,27 @@ impl Core {
         }
     }
 
-    fn compute(&mut self, plan: &Plan) -> Result<Vec<Reduced>, Fault> {
-        let turn = self.pool.turn();
+    fn compute(&mut self, plan: &Plan) -> Result<Vec<Reported>, Fault> {
         let live: Vec<&Live> = plan.slices.iter().map(|s| &self.live[&s.id]).collect();
-        let (isa, watch, runner) = (turn.isa(), &self.watch, &mut self.runner);
-        watch.guard(Stage::Forward, || {
-            let reduced = runner.run(
-                &self.model.decoder,
-                &turn,
-                plan,
-                |slice, position| live[slice].wants_row(position),
-                |at, row, hidden| {
-                    let reduce = || live[at.slice].reduce(isa, row, hidden, at.position);
-                    watch.guard(Stage::Reduce, reduce)
-                },
-            );
-            reduced.map_err(|e| Fault::Weights(e.to_string()))
-        })
+        let (batch, rows) = lay_out(plan, &live);
+        let asked = ask(&rows, &live, &self.watch, &self.pool);
+        let (mut asks, mut refused) = (Vec::with_capacity(rows.len()), Vec::new());
+        for asked in asked {
+            refused.push(asked.map(|ask| asks.push(ask)).err());
+        }
+        let pass = &mut self.pass;
+        let results = self.watch.guard(Stage::Forward, || {
+            pass.step(&batch, &asks).map_err(|e| Fault::Weights(e.to_string()))
+        })?;
+        let mut results = results.into_iter();
+        let answered = |(at, refused): (RowAt, Option<Fault>)| {
+            let row = match refused {
+                Some(fault) => Err(fault),
+                None => row(at.position, results.next()),
+            };
+            (at, row)
+        };
+        Ok(rows.into_iter().zip(refused).map(answered).collect())
     }
 
     /// What a row led to; rows of one sequence come in ascending position.
@@ -267,18 +240,18 @@ impl Core {
         };
         live.next_row = at.position + 1;
         if live.target(at.position).is_some() {
-            live.push_prompt_row(row);
+            live.push_prompt_row(row.0);
             let is_whole = at.position + 2 == live.request.prompt.len();
             if is_whole && live.request.max_tokens == 0 {
                 self.finish_scored(id, now);
             }
             return;
         }
-        let token = row.token;
+        let token = row.0.token.token;
         self.stats.record_token(&mut live.timeline, now);
         match live.push_token(&self.model, row) {
             Ok(Some(reason)) => {
-                self.stats.record_end(live, &reason, now);
+                self.stats.record_end(&live.ended(&reason), now);
                 self.end(id);
             }
             Ok(None) => self.scheduler.push(id, token),
@@ -290,7 +263,7 @@ impl Core {
     fn finish_scored(&mut self, id: SequenceId, now: Duration) {
         if let Some(live) = self.live.get(&id) {
             live.send(Event::Finish(live.finish(FinishReason::Length)));
-            self.stats.record_end(live, &FinishReason::Length, now);
+            self.stats.record_end(&live.ended(&FinishReason::Length), now);
         }
         self.end(id);
     }

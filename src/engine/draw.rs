@@ -2,35 +2,36 @@
 //! from the tokens so far. The engine draws by it; a verifier replays it.
 
 use super::request::Request;
-use super::sampler::{Sampling, Seen, process};
 use crate::models::Model;
 use crate::models::grammar::{Grammar, GrammarError};
+use crate::models::rules::{Rules, Seen};
+use crate::models::sampler::Sampling;
 use llguidance::toktrie::SimpleVob;
 use parking_lot::Mutex;
+use std::sync::Arc;
 
 /// The state of one output between two draws.
 pub struct Draw {
-    seen: Seen,
+    seen: Arc<Seen>,
     end_ids: Vec<u32>,
     generated: usize,
-    grammar: Option<Mutex<Grammar>>, // locked by the row that is reduced, then by the owner
-}
-
-/// What holds for one row.
-pub struct Rules {
-    allowed: Option<SimpleVob>,
-    banned: Vec<u32>,
+    grammar: Option<Mutex<Grammar>>, // locked by who asks for its mask, then by the owner
 }
 
 impl Draw {
     /// Before the first token of a request.
     pub fn new(request: &Request, model: &Model) -> Self {
         Self {
-            seen: Seen::new(&request.sampling, &request.prompt),
+            seen: Arc::new(Seen::new(&request.sampling, &request.prompt)),
             end_ids: request.end_ids(model),
             generated: 0,
             grammar: request.grammar.clone().map(Mutex::new),
         }
+    }
+
+    /// Whether there is a grammar, whose mask takes a while to compute.
+    pub fn has_grammar(&self) -> bool {
+        self.grammar.is_some()
     }
 
     /// What holds for the next row.
@@ -40,7 +41,7 @@ impl Draw {
     pub fn rules(&self, request: &Request) -> Result<Rules, GrammarError> {
         let allowed = self.grammar.as_ref().map(|g| g.lock().allowed()).transpose()?;
         let banned = self.banned_ids(request, allowed.as_ref());
-        Ok(Rules { allowed, banned })
+        Ok(Rules { seen: Arc::clone(&self.seen), banned, allowed })
     }
 
     /// Ids that may not be drawn yet: those that would end the output before `min_tokens`, unless
@@ -56,16 +57,6 @@ impl Draw {
         }
     }
 
-    /// Whether [`process`](Self::process) leaves a row as it is.
-    pub fn keeps_logits(&self, sampling: &Sampling, rules: &Rules) -> bool {
-        rules.banned.is_empty() && sampling.logit_bias.is_empty() && !sampling.has_penalties()
-    }
-
-    /// Applies bias, bans and penalties to a row of logits, in place.
-    pub fn process(&self, row: &mut [f32], sampling: &Sampling, rules: &Rules) {
-        process(row, sampling, &self.seen, &rules.banned);
-    }
-
     /// Moves on by a token; true when the grammar ended with it.
     ///
     /// # Errors
@@ -76,20 +67,9 @@ impl Draw {
             None => false,
         };
         self.generated += 1;
-        self.seen.push(sampling, token);
-        Ok(is_whole)
-    }
-}
-
-impl Rules {
-    /// The row with everything that the grammar rules out at minus infinity; `None` when there is
-    /// no grammar.
-    pub fn restrict(&self, row: &[f32]) -> Option<Vec<f32>> {
-        let allowed = self.allowed.as_ref()?;
-        let mut kept = vec![f32::NEG_INFINITY; row.len()];
-        for id in allowed.iter().map(|id| id as usize).filter(|id| *id < row.len()) {
-            kept[id] = row[id];
+        if sampling.has_penalties() {
+            Arc::make_mut(&mut self.seen).push(sampling, token);
         }
-        Some(kept)
+        Ok(is_whole)
     }
 }

@@ -1,45 +1,9 @@
 //! What a panic may cost: the request that it happened in, or the step, and never the process.
 
 use super::output::Fault;
-use std::fmt;
+pub use super::stage::Stage;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-
-/// A part of the owner's work.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Stage {
-    /// A request is taken over.
-    Take,
-    /// Rows are chosen; a panic here costs all requests of the engine.
-    Schedule,
-    /// The rows are computed; a panic here costs the requests of the step.
-    Forward,
-    /// A row of logits becomes a token; on a compute thread.
-    Reduce,
-    /// A token becomes text and is sent.
-    Record,
-    /// Blocks are entered in the prefix cache; a panic here costs all requests of the engine.
-    Commit,
-}
-
-impl Stage {
-    /// All of them.
-    pub const ALL: [Stage; 6] =
-        [Stage::Take, Stage::Schedule, Stage::Forward, Stage::Reduce, Stage::Record, Stage::Commit];
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Stage::Take => "taking the request over",
-            Stage::Schedule => "scheduling",
-            Stage::Forward => "computing its rows",
-            Stage::Reduce => "drawing a token",
-            Stage::Record => "writing a token",
-            Stage::Commit => "keeping its blocks",
-        })
-    }
-}
 
 /// Is told of every stage before it begins. Tests let it panic; a program has none.
 #[derive(Clone, Default)]

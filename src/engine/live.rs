@@ -1,34 +1,17 @@
-//! One running request: from rows of logits to tokens, text and an end.
+//! One running request: what it asks of its rows, and from their answers to tokens, text and an
+//! end.
 
-use super::core::Place;
+use super::backend::Place;
 use super::draw::Draw;
-use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step, TopLogprob};
-use super::request::{LogprobMode, Request};
-use super::sampler::sample;
-use super::stats::Timeline;
+use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step};
+use super::request::Request;
+use super::stats::{Ended, Timeline};
 use super::transcript::Transcript;
 use crate::models::Model;
-use crate::ops::lanes::Isa;
-use crate::ops::logits::{LogSumExp, rank, top_k};
+use crate::models::pass::{Ranked, RowAsk, Scored, Scores, Token};
 use crate::proof::commit::{Chain, RowData};
 use std::time::Duration;
 use tokio::sync::mpsc;
-
-/// What one row of logits led to.
-pub(super) struct Row {
-    pub(super) token: u32,
-    pub(super) logprob: f64,
-    pub(super) rank: u32,
-    pub(super) top: Vec<TopLogprob>,
-    pub(super) proof: Option<RowData>,
-}
-
-/// A final-norm row: its 16-bit patterns and their exact values.
-#[derive(Clone, Copy)]
-pub(super) struct HiddenRow<'a> {
-    pub(super) bits: &'a [u16],
-    pub(super) values: &'a [f32],
-}
 
 /// A request with its channel and everything that outlives a step.
 pub(super) struct Live {
@@ -93,93 +76,45 @@ impl Live {
             && (self.target(position).is_some() || self.request.max_tokens > 0)
     }
 
-    /// Reduces one row of logits: scores the known token, or draws one and computes what its hidden
-    /// row contributes to the proof. May change `row`.
-    pub(super) fn reduce(
-        &self,
-        isa: Isa,
-        row: &mut [f32],
-        hidden: HiddenRow<'_>,
-        position: usize,
-    ) -> Result<Row, Fault> {
-        match self.target(position) {
-            Some(token) => {
-                let lse = LogSumExp::new(isa, row, 1.0);
-                if !lse.is_finite() {
-                    return Err(Fault::NotFinite { position });
-                }
-                let count = self.request.prompt_logprobs.unwrap_or(0);
-                Ok(self.report(isa, row, &lse, token, count))
-            }
-            None => {
-                let mut drawn = self.draw(isa, row, position)?;
-                drawn.proof = self
-                    .request
-                    .proof
-                    .as_ref()
-                    .map(|p| p.prover.prove(position as u32, hidden.bits, hidden.values));
-                Ok(drawn)
-            }
-        }
+    /// Whether its draws wait for a grammar.
+    pub(super) fn has_grammar(&self) -> bool {
+        self.draw.has_grammar()
     }
 
-    fn draw(&self, isa: Isa, row: &mut [f32], position: usize) -> Result<Row, Fault> {
-        let (sampling, count) = (&self.request.sampling, self.request.top_logprobs);
-        let raw = LogSumExp::new(isa, row, 1.0);
-        if !raw.is_finite() {
-            return Err(Fault::NotFinite { position });
-        }
-        let rules = self.draw.rules(&self.request)?;
-        let draw = |row: &[f32]| match rules.restrict(row) {
-            Some(restricted) => sample(isa, &restricted, sampling, position as u32),
-            None => sample(isa, row, sampling, position as u32),
+    /// What is asked of its row at `position`, which is row `row` of the batch: a score of the
+    /// known token, or a draw and what the hidden row contributes to the proof.
+    ///
+    /// # Errors
+    /// When its grammar is too complex here.
+    pub(super) fn ask(&self, row: usize, position: usize) -> Result<RowAsk<'_>, Fault> {
+        let request = &self.request;
+        let is_drawn = self.target(position).is_none();
+        let (token, count) = match self.target(position) {
+            Some(token) => (Token::Known(token), request.prompt_logprobs.unwrap_or(0)),
+            None => (Token::Drawn, request.top_logprobs),
         };
-        Ok(match self.request.logprob_mode {
-            LogprobMode::Raw if !self.draw.keeps_logits(sampling, &rules) => {
-                let mut processed = row.to_vec();
-                self.draw.process(&mut processed, sampling, &rules);
-                self.report(isa, row, &raw, draw(&processed), count)
-            }
-            LogprobMode::Raw => self.report(isa, row, &raw, draw(row), count),
-            LogprobMode::Scaled => {
-                self.draw.process(row, sampling, &rules);
-                let scaled = LogSumExp::new(isa, row, sampling.logprob_temperature());
-                self.report(isa, row, &scaled, draw(row), count)
-            }
-        })
-    }
-
-    fn report(&self, isa: Isa, row: &[f32], lse: &LogSumExp, token: u32, count: usize) -> Row {
-        let entry = |id: u32, rank: u32| TopLogprob {
-            token: id,
-            logprob: lse.logprob(row[id as usize]),
-            rank,
+        let plain = Scores::new(token, &request.sampling);
+        let scores = Scores {
+            rules: if is_drawn { self.draw.rules(request)? } else { plain.rules },
+            mode: if is_drawn { request.logprob_mode } else { plain.mode },
+            top: if request.logprob_ids.is_empty() { count } else { 0 },
+            ids: request.logprob_ids.clone(),
+            ..plain
         };
-        let top = match self.request.logprob_ids.as_slice() {
-            [] => {
-                let sorted = top_k(isa, row, count);
-                let above = |logit: f32| sorted.partition_point(|(_, other)| *other > logit) as u32;
-                sorted.iter().map(|(id, logit)| entry(*id, 1 + above(*logit))).collect()
-            }
-            ids => ids.iter().map(|id| entry(*id, rank(row, *id))).collect(),
-        };
-        let logprob = lse.logprob(row[token as usize]);
-        Row { token, logprob, rank: rank(row, token), top, proof: None }
+        let proof = request.proof.as_ref().filter(|_| is_drawn);
+        let prover = proof.map(|p| &p.prover);
+        Ok(RowAsk { prover, scores: Some(scores), ..RowAsk::new(row, position) })
     }
 
     /// Records the row of a prompt token; sends all of them once the last is there.
-    pub(super) fn push_prompt_row(&mut self, row: Row) {
-        let Row { token, logprob, rank, top, .. } = row;
+    pub(super) fn push_prompt_row(&mut self, scored: Scored) {
+        let Ranked { token, logprob, rank } = scored.token;
+        let top = alternatives(scored);
         self.prompt_rows.push(PromptRow { token, logprob, rank, top });
         if self.prompt_rows.len() + 1 == self.request.prompt.len() {
             let rows = std::mem::take(&mut self.prompt_rows);
             self.send(Event::Prompt(rows));
         }
-    }
-
-    /// Tokens generated so far.
-    pub(super) fn output_tokens(&self) -> usize {
-        self.transcript.tokens()
     }
 
     /// Records a drawn token and sends it; the reason when it ended the request.
@@ -189,9 +124,10 @@ impl Live {
     pub(super) fn push_token(
         &mut self,
         model: &Model,
-        row: Row,
+        (scored, proof): (Scored, Option<RowData>),
     ) -> Result<Option<FinishReason>, Fault> {
-        let Row { token, logprob, rank, top, proof } = row;
+        let Ranked { token, logprob, rank } = scored.token;
+        let top = alternatives(scored);
         let powv = model.parameters.powv(self.prompt_sum, self.output_sum);
         let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
         let is_whole = self.draw.push(&self.request.sampling, token)?;
@@ -207,6 +143,17 @@ impl Live {
         Ok(reason)
     }
 
+    /// What statistics keep of it once it has ended.
+    pub(super) fn ended(&self, reason: &FinishReason) -> Ended {
+        Ended {
+            timeline: self.timeline,
+            prompt_tokens: self.request.prompt.len(),
+            cached_tokens: self.cached_tokens,
+            output_tokens: self.transcript.tokens(),
+            by_length: *reason == FinishReason::Length,
+        }
+    }
+
     pub(super) fn finish(&self, reason: FinishReason) -> Finish {
         Finish {
             reason,
@@ -216,4 +163,9 @@ impl Live {
             digest: self.chain.as_ref().map(|c| *c.digest()),
         }
     }
+}
+
+/// The tokens that were asked for by their ids, else the most probable ones.
+fn alternatives(scored: Scored) -> Vec<Ranked> {
+    if scored.ids.is_empty() { scored.top } else { scored.ids }
 }

@@ -1,10 +1,13 @@
 //! The engine: a cloneable handle over one owner thread per model.
 //!
 //! [`Engine::submit`] checks a request and queues it; tokens come back on a [`Generation`]. The
-//! owner (`core`) asks the pure [`scheduler`] which rows run next, the `runner` computes them
-//! on the shared compute pool, [`sampler`] and `live` turn logits into tokens and text. Async
-//! stays outside: the owner is a plain thread, and every channel and queue is bounded.
+//! owner (`core`) asks the pure [`scheduler`] which rows run next, `asks` says what is to be known
+//! of them, a [`Pass`](crate::models::pass::Pass) computes them, and `live` makes tokens and text
+//! of the answers. Async stays outside: the owner is a plain thread, and every channel and queue is
+//! bounded.
 
+mod asks;
+pub mod backend;
 pub mod blocks;
 mod core;
 pub mod draw;
@@ -14,23 +17,22 @@ pub mod memory;
 pub mod output;
 pub mod plan;
 pub mod request;
-mod runner;
-pub mod sampler;
 pub mod scheduler;
+mod stage;
 pub mod stats;
 pub mod stop;
 pub mod transcript;
 
-use self::core::{Command, Core, Place, Submission};
+use self::core::Core;
 use crate::clock::Clock;
 use crate::models::Model;
 use crate::ops::attention::BLOCK_TOKENS;
 use crate::ops::pool::Pool;
+use backend::{Backend, Command, Place, Submission};
 use guard::Watch;
 use output::{Fault, Generation};
 use parking_lot::Mutex;
 use request::{InvalidRequest, Request};
-use runner::Runner;
 use scheduler::{Limits, Owner, Refusal, Scheduler};
 use stats::Stats;
 use std::collections::HashMap;
@@ -137,15 +139,13 @@ impl Engine {
         watch: Watch,
     ) -> io::Result<Self> {
         let model = Arc::new(model);
-        let in_flight_max = options.in_flight_max();
-        let (commands, receiver) = sync_channel(in_flight_max);
         let stats = Arc::new(Stats::default());
+        let pool = pool.separate();
         let core = Core {
-            runner: Runner::new(&model.decoder, options.blocks)?,
+            pass: model.pass(&pool, options.blocks)?,
             scheduler: Scheduler::new(options.limits(), options.blocks),
             model: Arc::clone(&model),
-            pool: pool.separate(),
-            commands: receiver,
+            pool,
             stats: Arc::clone(&stats),
             clock: clock.clone(),
             live: HashMap::new(),
@@ -154,11 +154,25 @@ impl Engine {
             panics: 0,
         };
         stats.record_load(core.scheduler.load());
+        Self::over(Box::new(core), model, options, stats, clock)
+    }
+
+    /// A handle over a backend, which runs on a thread of its own from now on.
+    fn over(
+        backend: Box<dyn Backend>,
+        model: Arc<Model>,
+        options: Options,
+        stats: Arc<Stats>,
+        clock: Clock,
+    ) -> io::Result<Self> {
+        let in_flight_max = options.in_flight_max();
+        let (commands, receiver) = sync_channel(in_flight_max);
         let is_dead = Arc::new(AtomicBool::new(false));
         let alarm = Arc::clone(&is_dead);
         std::thread::Builder::new().name("engine".into()).spawn(move || {
             // Waiters learn of the end by their channels closing; handles by this flag.
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| core.run()));
+            let outcome =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| backend.run(receiver)));
             alarm.store(!matches!(outcome, Ok(true)), Ordering::SeqCst);
         })?;
         let permits = Arc::new(Semaphore::new(in_flight_max));

@@ -1,21 +1,11 @@
 //! What a running request sends back.
 
-use super::guard::Stage;
+use super::stage::Stage;
 use crate::models::grammar::GrammarError;
+use crate::models::pass::Ranked;
 use crate::proof::codec::Hash;
 use crate::proof::commit::ChunkProof;
 use tokio::sync::mpsc;
-
-/// A token with its log-probability, for alternatives.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct TopLogprob {
-    /// The token.
-    pub token: u32,
-    /// Its natural log-probability.
-    pub logprob: f64,
-    /// 1 + how many tokens are more probable.
-    pub rank: u32,
-}
 
 /// One token of the output.
 #[derive(Clone, PartialEq, Debug)]
@@ -29,7 +19,7 @@ pub struct Step {
     /// 1 + how many tokens are more probable.
     pub rank: u32,
     /// The most probable tokens, as many as were asked for.
-    pub top: Vec<TopLogprob>,
+    pub top: Vec<Ranked>,
     /// Targon's proof-of-weights value of this token.
     pub powv: i64,
     /// The proof of the chunk that this token closes, where proofs were asked for.
@@ -48,7 +38,7 @@ pub struct PromptRow {
     /// 1 + how many tokens are more probable.
     pub rank: u32,
     /// The most probable tokens.
-    pub top: Vec<TopLogprob>,
+    pub top: Vec<Ranked>,
 }
 
 /// Why a generation ended.

@@ -1,8 +1,7 @@
 //! The memory plan: what a model will need, before anything of it is loaded.
 
 use super::Options;
-use super::runner::logit_rows_max;
-use crate::models::decoder::Scratch;
+use crate::models::cpu::workspace_bytes;
 use crate::models::spec::Spec;
 use crate::ops::attention::BLOCK_TOKENS;
 use std::fmt;
@@ -99,8 +98,7 @@ impl MemoryPlan {
         let weights = weight_bytes(spec);
         let step_tokens_max = STEP_TOKENS.min(context_max);
         let rows = step_tokens_max.max(wanted.sequences_max + 128);
-        let logits = logit_rows_max(spec.vocab) * spec.vocab * 4;
-        let workspace = (Scratch::bytes(spec, rows) + logits) as u64;
+        let workspace = workspace_bytes(spec, rows) as u64;
         let left = available.saturating_sub(weights + workspace);
         let block_bytes = spec.kv_dims().block_bytes() as u64;
         let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;

@@ -1,10 +1,11 @@
 //! What a caller asks of the engine, checked once: past [`Request::validate`] nothing is checked
 //! again.
 
-use super::sampler::Sampling;
 use super::scheduler::Owner;
 use crate::models::Model;
 use crate::models::grammar::Grammar;
+use crate::models::pass::LogprobMode;
+use crate::models::sampler::Sampling;
 use crate::proof::codec::Hash;
 use crate::proof::commit::{RequestTerms, RowProver};
 
@@ -18,26 +19,6 @@ pub const TOP_LOGPROBS_MAX: usize = 20;
 pub const LOGPROB_IDS_MAX: usize = 128;
 /// Entries of a logit bias.
 pub const LOGIT_BIAS_MAX: usize = 1024;
-
-/// Which distribution log-probabilities describe.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum LogprobMode {
-    /// The model's own: softmax of the raw logits.
-    #[default]
-    Raw,
-    /// After penalties and temperature, before truncation: what Targon's verifiers compare.
-    Scaled,
-}
-
-impl LogprobMode {
-    /// The name in requests, responses and flags.
-    pub fn name(self) -> &'static str {
-        match self {
-            LogprobMode::Raw => "raw",
-            LogprobMode::Scaled => "scaled",
-        }
-    }
-}
 
 /// When a generation ends.
 #[derive(Clone, PartialEq, Debug, Default)]
@@ -203,8 +184,43 @@ impl Request {
                 format!("holds {id}, but the vocabulary has {vocab}"),
             );
         }
-        self.sampling.validate(vocab)
+        check_sampling(&self.sampling, vocab)
     }
+}
+
+fn check_sampling(sampling: &Sampling, vocab: usize) -> Result<(), InvalidRequest> {
+    let rules = [
+        ("temperature", sampling.temperature, 0.0, 100.0),
+        ("top_p", sampling.top_p, f32::MIN_POSITIVE, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("top_a", sampling.top_a, 0.0, 1.0),
+        ("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0),
+        ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
+        ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
+    ];
+    for (field, value, low, high) in rules {
+        if !(low..=high).contains(&value) {
+            let low = if low == f32::MIN_POSITIVE { "above 0".into() } else { low.to_string() };
+            let what = format!("must lie between {low} and {high}, got {value}");
+            return Err(InvalidRequest { field, what });
+        }
+    }
+    let field = "logit_bias";
+    if sampling.logit_bias.len() > LOGIT_BIAS_MAX {
+        let what = format!("must hold at most {LOGIT_BIAS_MAX}, got {}", sampling.logit_bias.len());
+        return Err(InvalidRequest { field, what });
+    }
+    for (id, bias) in &sampling.logit_bias {
+        if *id as usize >= vocab {
+            let what = format!("names token {id}, but the vocabulary has {vocab}");
+            return Err(InvalidRequest { field, what });
+        }
+        if !(-100.0..=100.0).contains(bias) {
+            let what = format!("must lie between -100 and 100, got {bias} for token {id}");
+            return Err(InvalidRequest { field, what });
+        }
+    }
+    Ok(())
 }
 
 /// A field outside its bounds.
@@ -215,4 +231,31 @@ pub struct InvalidRequest {
     pub field: &'static str,
     /// Rule and fact.
     pub what: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_are_named() {
+        for (sampling, want) in [
+            (
+                Sampling { temperature: -0.1, ..Sampling::greedy() },
+                "`temperature` must lie between 0",
+            ),
+            (Sampling { temperature: f32::NAN, ..Sampling::greedy() }, "`temperature`"),
+            (
+                Sampling { top_p: 0.0, ..Sampling::greedy() },
+                "`top_p` must lie between above 0 and 1",
+            ),
+            (
+                Sampling { logit_bias: vec![(9, 0.0)], ..Sampling::greedy() },
+                "`logit_bias` names token 9",
+            ),
+        ] {
+            let error = check_sampling(&sampling, 5).unwrap_err().to_string();
+            assert!(error.starts_with(want), "{error}");
+        }
+    }
 }

@@ -1,7 +1,5 @@
 //! Counters and timings of one engine: written by its thread, read by anyone.
 
-use super::live::Live;
-use super::output::FinishReason;
 use super::scheduler::{Load, Plan};
 use parking_lot::Mutex;
 use prometheus_client::metrics::histogram::Histogram;
@@ -113,6 +111,18 @@ pub(super) struct Timeline {
     last_token: Duration,
 }
 
+/// A request that has ended by itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub(super) timeline: Timeline,
+    pub(super) prompt_tokens: usize,
+    /// Of those, found in the prefix cache.
+    pub(super) cached_tokens: usize,
+    pub(super) output_tokens: usize,
+    /// Whether it ended by its limit of tokens.
+    pub(super) by_length: bool,
+}
+
 impl Timeline {
     pub(super) fn new(submitted: Duration) -> Self {
         Self { submitted, scheduled: None, first_token: None, last_token: submitted }
@@ -168,8 +178,8 @@ impl Stats {
         self.counters.lock().decode_tokens += 1;
     }
 
-    pub(super) fn record_end(&self, live: &Live, reason: &FinishReason, now: Duration) {
-        let (t, line) = (&self.timings, live.timeline);
+    pub(super) fn record_end(&self, ended: &Ended, now: Duration) {
+        let (t, line) = (&self.timings, ended.timeline);
         let seconds = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64();
         let scheduled = line.scheduled.unwrap_or(now);
         let first_token = line.first_token.unwrap_or(now);
@@ -177,13 +187,13 @@ impl Stats {
         t.queue.observe(seconds(line.submitted, scheduled));
         t.prefill.observe(seconds(scheduled, first_token));
         t.decode.observe(seconds(first_token, now));
-        t.prompt_tokens.observe(live.request.prompt.len() as f64);
-        t.output_tokens.observe(live.output_tokens() as f64);
+        t.prompt_tokens.observe(ended.prompt_tokens as f64);
+        t.output_tokens.observe(ended.output_tokens as f64);
         let mut s = self.counters.lock();
         s.finished += 1;
-        s.finished_by_length += u64::from(*reason == FinishReason::Length);
-        s.prompt_tokens += live.request.prompt.len() as u64;
-        s.cached_tokens += live.cached_tokens as u64;
+        s.finished_by_length += u64::from(ended.by_length);
+        s.prompt_tokens += ended.prompt_tokens as u64;
+        s.cached_tokens += ended.cached_tokens as u64;
     }
 
     pub(super) fn record_abort(&self) {

@@ -1,11 +1,12 @@
 //! API fields to engine requests: defaults, bounds, and what is refused by name.
 
 use super::error::{RequestError, echo};
-use crate::engine::request::{LogprobMode, Request, StopRules, TOP_LOGPROBS_MAX};
-use crate::engine::sampler::Sampling;
+use crate::engine::request::{Request, StopRules, TOP_LOGPROBS_MAX};
 use crate::entropy::Entropy;
 use crate::models::Model;
 use crate::models::grammar::Grammar;
+use crate::models::pass::LogprobMode;
+use crate::models::sampler::Sampling;
 use crate::proof::seed::noise_key;
 use crate::wire::openai::request::{Common, Logprobs};
 use serde_json::{Map, Value};

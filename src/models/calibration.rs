@@ -8,13 +8,14 @@
 //! nothing, and refused where it differs.
 
 use super::Model;
-use super::decoder::{Decoder, Scratch};
+use super::cpu::CpuPass;
+use super::cpu::decoder::Decoder;
 use super::error::LoadError;
+use super::pass::{Batch, Fault, Pass, RowAsk, RowResult, blocks_of};
 use super::remembered::Remembered;
 use super::tokenizer::TextTokenizer;
 use crate::files;
 use crate::ops::CANON;
-use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Encoder, Hash, to_hex};
@@ -23,6 +24,7 @@ use crate::proof::residue::Calibration;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The text, by paragraphs; about 1,300 tokens of prose, code, numbers and dialogue.
 const TEXT: &str = include_str!("calibration.txt");
@@ -98,14 +100,16 @@ pub fn of_model(
 /// # Errors
 /// When weights cannot be read or the text cannot be tokenised.
 pub fn compute(
-    decoder: &Decoder,
+    decoder: &Arc<Decoder>,
     tokenizer: &TextTokenizer,
     pool: &Pool,
 ) -> Result<(Calibration, usize), LoadError> {
-    let channels = decoder.spec.hidden;
+    let (channels, dtype) = (decoder.spec.hidden, decoder.dtype);
+    let mut pass = CpuPass::new(decoder, pool, blocks_of(PIECE_TOKENS_MAX))?;
     let mut rows = Vec::new();
     for piece in pieces(decoder, tokenizer)? {
-        rows.extend(hidden_rows(decoder, pool, &piece)?);
+        let bits = hidden_rows(&mut pass, &piece)?;
+        rows.extend(bits.into_iter().flatten().map(|bits| dtype.widen(bits)));
     }
     let calibration = Calibration::from_rows(&rows, channels, HONEST_ERROR);
     Ok((calibration, rows.len() / channels))
@@ -124,16 +128,19 @@ fn pieces(decoder: &Decoder, tokenizer: &TextTokenizer) -> Result<Vec<Vec<u32>>,
     Ok(pieces)
 }
 
-fn hidden_rows(decoder: &Decoder, pool: &Pool, ids: &[u32]) -> Result<Vec<f32>, LoadError> {
-    let turn = pool.turn();
-    let blocks = ids.len().div_ceil(BLOCK_TOKENS);
-    let mut cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks)?;
-    let segment = Segment { rows: 0..ids.len(), start: 0, blocks: (0..blocks as u32).collect() };
-    let mut scratch = Scratch::new(decoder);
-    decoder.forward(&turn, &mut cache, ids, &[segment], &mut scratch)?;
-    let all: Vec<usize> = (0..ids.len()).collect();
-    let rows = decoder.final_rows(&turn, &all, &scratch);
-    Ok(all.iter().flat_map(|row| rows.values(*row).iter().copied()).collect())
+/// The hidden row of every token of a piece, which begins a sequence.
+fn hidden_rows(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadError> {
+    let ask = |row| RowAsk { hidden: true, ..RowAsk::new(row, row) };
+    let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
+    let results = match pass.step(&Batch::of(ids, 0), &asks) {
+        Ok(results) => results,
+        Err(Fault::Weights(e)) => return Err(e),
+    };
+    let row = |result: RowResult| {
+        let report = result.map_err(|e| LoadError::invalid(Path::new("calibration text"), e))?;
+        Ok(report.hidden.unwrap_or_default())
+    };
+    results.into_iter().map(row).collect()
 }
 
 /// Hash of everything that the pass depends on: the canon, weights and their type, shape and

@@ -24,9 +24,12 @@ const CONTEXT_MAX: usize = 1 << 28;
 /// Families by `model_type`.
 const FAMILIES: &str = "llama, mistral, qwen2, qwen3, gemma2, phi3, mixtral and qwen3_moe are";
 const MIXTRAL: ExpertNames =
-    ExpertNames { module: "block_sparse_moe", projections: ["w1", "w3", "w2"] };
-const QWEN_MOE: ExpertNames =
-    ExpertNames { module: "mlp", projections: ["gate_proj", "up_proj", "down_proj"] };
+    ExpertNames { module: "block_sparse_moe", projections: ["w1", "w3", "w2"], router_first: true };
+const QWEN_MOE: ExpertNames = ExpertNames {
+    module: "mlp",
+    projections: ["gate_proj", "up_proj", "down_proj"],
+    router_first: false,
+};
 
 /// Reads the model's shape and options.
 ///
@@ -97,8 +100,11 @@ fn gemma2(c: &Config<'_>) -> Result<Spec, LoadError> {
     let sliding = sliding.unwrap_or_else(|| (0..spec.layers).map(|i| i % 2 == 0).collect());
     spec.attention.windows = sliding.into_iter().map(|s| window.filter(|_| s)).collect();
     spec.norm.offset = if c.flag("norm_includes_one")? { 0.0 } else { 1.0 };
+    spec.norm.published_offset = 1.0;
     spec.norm.post = true;
     spec.embed_scale = Some((spec.hidden as f32).sqrt());
+    // The default of the library for this key.
+    spec.tied |= c.json.get("tie_word_embeddings").is_none();
     spec.prefers_bf16 = true;
     Ok(spec)
 }
@@ -175,15 +181,16 @@ fn dense(c: &Config<'_>, family: &'static str) -> Result<Spec, LoadError> {
             fused: false,
             experts: None,
         },
-        norm: NormSpec { eps: c.f64("rms_norm_eps")? as f32, offset: 0.0, post: false },
+        norm: NormSpec {
+            eps: c.f64("rms_norm_eps")? as f32,
+            offset: 0.0,
+            published_offset: 0.0,
+            post: false,
+        },
         rope: c.rope()?,
         embed_scale: None,
         logit_softcap: None,
-        tied: match c.json.get("tie_word_embeddings") {
-            // The default of the library for this key.
-            None => family == "gemma2",
-            Some(_) => c.flag("tie_word_embeddings")?,
-        },
+        tied: c.flag("tie_word_embeddings")?,
         prefers_bf16: false,
     })
 }

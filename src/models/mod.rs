@@ -1,58 +1,63 @@
 //! Models: checkpoints, tokenizers, chat templates, and weights to hidden rows to logits.
 //!
 //! [`Model::load`] opens a checkpoint, turns its configuration into a [`spec::Spec`], packs the
-//! weights, and keeps the files open. A dense family is data for the one [`decoder`]; mixtures
-//! of experts have their own file. Nothing here knows about requests or scheduling.
+//! weights, and keeps the files open. A family is data for the one decoder of a device; [`pass`] is
+//! how everybody runs it, [`cpu`] is the pass on the CPU. Nothing here knows about requests or
+//! scheduling.
 
 pub mod calibration;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-pub mod decoder;
 pub mod error;
 pub mod gguf;
 mod gguf_tokenizer;
 pub mod grammar;
 pub mod header;
 pub mod hub;
-pub mod moe;
+pub mod margin;
 pub mod parameters;
+pub mod pass;
 pub mod remembered;
 pub mod root;
+pub mod rows;
+pub mod rules;
+pub mod sampler;
 pub mod spec;
 pub mod tensor;
 pub mod tokenizer;
 mod tokenizer_config;
 pub mod weight_file;
-pub mod weights;
 
 use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use crate::ops::rope::Rope;
 use crate::proof::codec::Hash;
 use crate::proof::commit::{calibration_hash, model_hash};
 use crate::proof::residue::Calibration;
 use chat::ChatTemplate;
 use checkpoint::Checkpoint;
-use decoder::Decoder;
+use cpu::CpuPass;
+use cpu::decoder::Decoder;
 use error::LoadError;
 use grammar::{Constraint, Grammar, GrammarError, Grammars};
 use parameters::Parameters;
+use pass::Pass;
 use remembered::Remembered;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use tokenizer::TextTokenizer;
-use weights::{Loader, choose_dtype};
 
 /// A loaded model.
 pub struct Model {
     /// The files, still open.
     pub checkpoint: Checkpoint,
     /// Weights and forward pass.
-    pub decoder: Decoder,
+    pub decoder: Arc<Decoder>,
     /// Text to ids and back.
     pub tokenizer: TextTokenizer,
     /// How conversations become text; base models have none.
@@ -143,10 +148,18 @@ impl Model {
         let chat = ChatTemplate::load(&checkpoint, &tokenizer)?;
         let vocab = config::parse(&checkpoint.config_path, &checkpoint.config)?.vocab;
         let stop_ids = tokenizer::stop_ids(&checkpoint, vocab)?;
-        let decoder = Decoder::load(&checkpoint, dtype, pool, progress)?;
+        let decoder = Arc::new(Decoder::load(&checkpoint, dtype, pool, progress)?);
         let parameters = Parameters::new(&checkpoint, &decoder.spec, decoder.dtype)?;
         let grammars = OnceLock::new();
         Ok(Self { checkpoint, decoder, tokenizer, chat, stop_ids, parameters, grammars })
+    }
+
+    /// A pass of this model with an empty KV cache of `blocks` blocks.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub fn pass(&self, pool: &Pool, blocks: usize) -> io::Result<Box<dyn Pass>> {
+        Ok(Box::new(CpuPass::new(&self.decoder, pool, blocks)?))
     }
 
     /// Compiles what an output must look like. The first call indexes the vocabulary.
@@ -158,37 +171,5 @@ impl Model {
         let grammars =
             self.grammars.get_or_init(|| Grammars::new(&self.tokenizer, &self.stop_ids, vocab));
         grammars.as_ref().map_err(Clone::clone)?.compile(constraint)
-    }
-}
-
-impl Decoder {
-    /// Packs the weights of a checkpoint; arguments as for [`Model::load`].
-    ///
-    /// # Errors
-    /// As for [`Model::load`].
-    pub fn load(
-        checkpoint: &Checkpoint,
-        dtype: Option<Dtype>,
-        pool: &Pool,
-        progress: impl Fn(usize, usize),
-    ) -> Result<Self, LoadError> {
-        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
-        checkpoint.refuse_unused(&spec)?;
-        let dtype = dtype.map_or_else(|| choose_dtype(checkpoint, &spec), Ok)?;
-        let loader = Loader {
-            checkpoint,
-            spec: &spec,
-            dtype,
-            turn: &pool.turn(),
-            progress: &|done| progress(done, spec.layers),
-        };
-        let weights = loader.load()?;
-        let mut rope = Rope::new(spec.attention.head_dim, spec.rope.theta, spec.rope.scaling);
-        if checkpoint.has("rope_freqs.weight") {
-            let half = [spec.attention.head_dim / 2];
-            let divisors = checkpoint.tensor("rope_freqs.weight")?.expect(&half)?;
-            rope = rope.divided_by(&divisors.read_f32()?);
-        }
-        Ok(Decoder { spec, dtype, weights, rope })
     }
 }

@@ -171,7 +171,7 @@ impl Builder<'_> {
     fn mixture(&mut self, layer: &str, experts: ExpertSpec) -> Result<(), LoadError> {
         let module = format!("{layer}.{}", experts.names.module);
         let [gate, up, down] = experts.names.projections;
-        let router_first = experts.names.module == "block_sparse_moe";
+        let router_first = experts.names.router_first;
         let router = format!("{module}.gate.weight");
         if router_first {
             self.matrix(&router, std::slice::from_ref(&router))?;
@@ -213,9 +213,9 @@ impl Builder<'_> {
 
     fn norm(&mut self, name: &str) -> Result<(), LoadError> {
         self.vector(name)?;
-        let holds_one_more = self.spec.family == "gemma2" && self.spec.norm.offset == 0.0;
-        if let Some(last) = self.list.last_mut().filter(|_| holds_one_more) {
-            last.offset = -1.0;
+        let norm = &self.spec.norm;
+        if let Some(last) = self.list.last_mut() {
+            last.offset = norm.offset - norm.published_offset;
         }
         Ok(())
     }

@@ -94,6 +94,8 @@ pub struct ExpertNames {
     pub module: &'static str,
     /// Gate, up and down projection of an expert.
     pub projections: [&'static str; 3],
+    /// vLLM registers the router before the experts.
+    pub router_first: bool,
 }
 
 /// RMS norms.
@@ -103,6 +105,8 @@ pub struct NormSpec {
     pub eps: f32,
     /// Added to the stored weight (Gemma stores `w - 1`).
     pub offset: f32,
+    /// Added to the weight as the family publishes it: the same but where a file holds the sum.
+    pub published_offset: f32,
     /// A norm after attention and after the feed-forward layer as well (Gemma 2).
     pub post: bool,
 }
@@ -174,7 +178,7 @@ impl Spec {
         }
         norms.iter().for_each(|norm| name(format!("{norm}.weight")));
         match self.feed_forward.experts {
-            Some(ExpertSpec { count, names: ExpertNames { module, projections }, .. }) => {
+            Some(ExpertSpec { count, names: ExpertNames { module, projections, .. }, .. }) => {
                 name(format!("{module}.gate.weight"));
                 for (expert, part) in (0..count).flat_map(|e| projections.map(|p| (e, p))) {
                     name(format!("{module}.experts.{expert}.{part}.weight"));

@@ -13,10 +13,12 @@
 //! can be split over threads.
 
 mod cache;
+mod heads;
 mod partial;
 mod tile;
 
 pub use cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KvCache, KvDims, Segment};
+pub use heads::HeadAt;
 
 use super::dtype::Rounded;
 use super::lanes::dispatch;

@@ -189,6 +189,16 @@ impl Turn<'_> {
         self.run_parallel(tasks, &task);
     }
 
+    /// What `task` makes of 0 to `tasks - 1`, in this order; see [`run`](Self::run).
+    pub fn map<T: Send>(&self, tasks: usize, task: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let made: Vec<Mutex<Option<T>>> = (0..tasks).map(|_| Mutex::new(None)).collect();
+        self.run(tasks, |i| {
+            let one = task(i);
+            *made[i].lock() = Some(one);
+        });
+        made.into_iter().filter_map(Mutex::into_inner).collect()
+    }
+
     fn run_parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.threads.shared;
         // SAFETY: only the lifetime changes; the pointer is not used after this function returns,

@@ -1,10 +1,11 @@
 //! Tokens to the JSON of either endpoint: strings, bytes, offsets, calls, reasons.
 
-use crate::engine::output::{Finish, FinishReason, PromptRow, Step, TopLogprob};
+use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::proof::{ProofHead, chunk};
 use crate::intake::tools::{Parsed, ToolParser, merge};
 use crate::intake::translate::Report;
 use crate::models::Model;
+use crate::models::pass::Ranked;
 use crate::models::tokenizer::{Detokenizer, TextTokenizer};
 use crate::wire::openai::json_logprob;
 use crate::wire::openai::response::{
@@ -232,7 +233,7 @@ impl Formatter {
             lists.tokens.push(self.token_string(*token));
             lists.token_logprobs.push(row.map(|r| json_logprob(r.logprob)));
             lists.top_logprobs.push(row.map(|r| {
-                let own = TopLogprob { token: *token, logprob: r.logprob, rank: r.rank };
+                let own = Ranked { token: *token, logprob: r.logprob, rank: r.rank };
                 let count = self.report.logprobs.unwrap_or(0);
                 self.alternatives(own, &r.top[..r.top.len().min(count)])
             }));
@@ -245,7 +246,7 @@ impl Formatter {
     }
 
     fn list(&mut self, step: &Step, lists: &mut CompletionLogprobs) {
-        let own = TopLogprob { token: step.token, logprob: step.logprob, rank: step.rank };
+        let own = Ranked { token: step.token, logprob: step.logprob, rank: step.rank };
         lists.text_offset.push(self.text_offset);
         lists.token_logprobs.push(Some(json_logprob(step.logprob)));
         lists.tokens.push(self.token_string(step.token));
@@ -255,9 +256,9 @@ impl Formatter {
     }
 
     /// The token itself, then the most probable ones, by name.
-    fn alternatives(&self, own: TopLogprob, top: &[TopLogprob]) -> Map<String, Value> {
+    fn alternatives(&self, own: Ranked, top: &[Ranked]) -> Map<String, Value> {
         let mut map = Map::new();
-        for TopLogprob { token, logprob, .. } in std::iter::once(&own).chain(top) {
+        for Ranked { token, logprob, .. } in std::iter::once(&own).chain(top) {
             map.entry(self.token_string(*token)).or_insert(json_logprob(*logprob).into());
         }
         map
@@ -279,7 +280,7 @@ pub fn prompt_logprobs(
     count: usize,
 ) -> PromptLogprobs {
     let place = |row: &PromptRow| {
-        let own = TopLogprob { token: row.token, logprob: row.logprob, rank: row.rank };
+        let own = Ranked { token: row.token, logprob: row.logprob, rank: row.rank };
         let mut map = Map::new();
         for entry in std::iter::once(&own).chain(row.top.iter().take(count)) {
             map.entry(entry.token.to_string()).or_insert_with(|| {

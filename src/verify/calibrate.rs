@@ -6,11 +6,12 @@
 //! shows is small, and its upper bound says how small it can be claimed to be.
 
 use super::evidence::{Calibrated, Observed, Side};
-use super::limits::{Limits, MARGIN_CLIP};
+use super::limits::Limits;
 use super::limits_file::{HeldOut, LimitsFile, Measured, Share, Spread};
 use super::places::random_rows;
 use super::rows::check_margins;
 use super::{ChunkEvidence, Report, RowEvidence, bounds};
+use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::codec::{Encoder, Hash, first_u64};
 use std::collections::BTreeSet;

@@ -89,15 +89,14 @@ impl<'a> Verification<'a> {
             let (same, others): (Vec<_>, Vec<_>) = open.into_iter().partition(is_same);
             open = others;
             let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
-            let is_scored = same.iter().any(|(place, _)| !claims[*place].answer.prompt.is_empty());
-            let scored = match is_scored {
-                true => prompt_rows(prompt.len(), self.depth, self.chance),
-                false => BTreeSet::new(),
-            };
+            let of_prompt = same.iter().map(|(place, _)| &claims[*place]);
             let Verifier { model, pool, .. } = self.verifier;
-            match Prefix::new(&model.decoder, pool, prompt, longest) {
+            let asked = logprobs::prompt_asks(of_prompt, model, |tokens| {
+                prompt_rows(tokens, self.depth, self.chance)
+            });
+            match Prefix::new(|blocks| model.pass(pool, blocks), prompt, longest) {
                 Ok(prefix) => {
-                    let mut prefix = prefix.while_wanted(self.is_wanted).keeping(scored);
+                    let mut prefix = prefix.while_wanted(self.is_wanted).asking(asked);
                     for (place, work) in same {
                         reports[place] = self.judge(&claims[place], work, &mut prefix);
                     }
@@ -152,22 +151,14 @@ impl<'a> Verification<'a> {
         report: &mut Report,
     ) -> Result<(), Stop> {
         let Work { bound, output, wanted } = work;
-        let Verifier { model, identity, pool, limits, .. } = self.verifier;
-        let noise = bound.as_ref().map(|b| b.noise_key);
-        let mut judge = rows::Judge::new(claim, model, noise);
-        let mut hidden = proof::HiddenRows::new(bound.as_ref(), identity.clone());
-        let count = claim.answer.ids.len();
-        prefix.run(&output, &wanted, |row| {
-            if row.index == count {
-                let ends = [claim.request.end_ids(model), claim.request.stop.ids.clone()];
-                return targon::check_implied_end(claim, &ends.concat(), row);
-            }
-            hidden.push(&row);
-            judge.push(pool.isa(), row)
-        })?;
-        report.rows = judge.finish();
+        let Verifier { model, identity, limits, .. } = self.verifier;
+        let proved = bound.as_ref().map(|bound| (bound, &**identity));
+        let mut judge = rows::Judge::new(claim, model, proved, &wanted);
+        prefix.run(&output, &mut judge)?;
+        let (rows, proofs) = judge.finish();
+        report.rows = rows;
         if let Some(bound) = &bound {
-            report.chunks = hidden.compare(bound, &claim.answer.ids);
+            report.chunks = bound.compare(&proofs);
             proof::check_canon(claim, limits)?;
             proof::judge(&report.chunks, bound.scheme, limits)?;
             rows::check_margins(&report.rows, limits)?;
@@ -193,8 +184,8 @@ impl<'a> Verification<'a> {
         if claim.answer.prompt.is_empty() {
             return Ok(());
         }
-        let Verifier { model, pool, limits, .. } = self.verifier;
+        let Verifier { model, limits, .. } = self.verifier;
         let judge = logprobs::PromptJudge::new(claim, model, proof, limits);
-        prefix.score(|position, logits| judge.check(pool.isa(), position, logits))
+        prefix.scored().iter().try_for_each(|(place, scored)| judge.check(*place, scored))
     }
 }

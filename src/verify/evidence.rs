@@ -13,8 +13,8 @@
 
 use super::Report;
 use super::limits::Limits;
-use super::limits::MARGIN_CLIP;
 use super::report::ChunkEvidence;
+use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -1,6 +1,7 @@
 //! Limits between honest and not.
 
 use super::report::ChunkEvidence;
+use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
 

@@ -8,13 +8,13 @@ use super::answer::{Reported, Top, id_of_name};
 use super::report::ChunkEvidence;
 use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
-use crate::engine::request::{LogprobMode, Request};
+use crate::engine::request::Request;
 use crate::models::Model;
+use crate::models::pass::{Near, RowAsk, Scored, Scores, Token};
 use crate::models::tokenizer::TextTokenizer;
-use crate::ops::lanes::Isa;
-use crate::ops::logits::{LogSumExp, rank, top_k};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::wire::openai::json_logprob;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What decimal digits may lose of a number.
 const EXACT: f64 = 1e-9;
@@ -33,6 +33,7 @@ pub(super) struct Tops<'a> {
     tokens: &'a [u32],
     request: &'a Request,
     tokenizer: &'a TextTokenizer,
+    vocab: usize,
 }
 
 impl<'a> Tops<'a> {
@@ -42,62 +43,84 @@ impl<'a> Tops<'a> {
             tokens: &claim.answer.ids,
             request: claim.request,
             tokenizer: &model.tokenizer,
+            vocab: model.decoder.spec.vocab,
         }
     }
 
+    /// How many of our most probable tokens the alternatives of token `index` are held against.
+    pub(super) fn count(&self, index: usize) -> usize {
+        self.of(index).map_or(0, |_| self.request.top_logprobs)
+    }
+
+    /// The tokens that the alternatives of token `index` may stand for.
+    pub(super) fn near(&self, index: usize) -> Option<Near> {
+        let meant = Meant { own: self.tokens[index], asked: &self.request.logprob_ids };
+        Some(meant.near(self.of(index)?, self.vocab))
+    }
+
     /// How far the worst alternative of token `index` is from the truth.
-    pub(super) fn error(
-        &self,
-        isa: Isa,
-        index: usize,
-        row: &[f32],
-        lse: &LogSumExp,
-    ) -> Option<f64> {
-        let top = self.reported.get(index).filter(|top| !top.is_empty())?;
-        let temperature = match self.request.logprob_mode {
-            LogprobMode::Raw => 1.0,
-            LogprobMode::Scaled => self.request.sampling.logprob_temperature(),
-        };
-        let (own, count) = (self.tokens[index], self.request.top_logprobs);
-        let scored = Scored { isa, row, lse, temperature, own, count };
-        Some(scored.error(top, &self.request.logprob_ids, self.tokenizer))
+    pub(super) fn error(&self, index: usize, scored: &Scored) -> Option<f64> {
+        let meant = Meant { own: self.tokens[index], asked: &self.request.logprob_ids };
+        let count = self.request.top_logprobs;
+        Some(meant.error(self.of(index)?, (count, scored), self.tokenizer))
+    }
+
+    fn of(&self, index: usize) -> Option<&'a [Top]> {
+        self.reported.get(index).map(Vec::as_slice).filter(|top| !top.is_empty())
     }
 }
 
-/// A row of ours, and the token that followed it.
-struct Scored<'a> {
-    isa: Isa,
-    row: &'a [f32],
-    lse: &'a LogSumExp,
-    temperature: f32,
+/// What alternatives may stand for, besides our most probable tokens.
+struct Meant<'a> {
+    /// The token that followed.
     own: u32,
-    count: usize, // alternatives that were asked for
+    /// Tokens that were asked for by their ids.
+    asked: &'a [u32],
 }
 
-impl Scored<'_> {
-    /// How far the worst alternative is from the truth: by its value, or by how much less probable
-    /// it is than the last that should have been named. `asked` were asked for by their ids.
-    fn error(&self, top: &[Top], asked: &[u32], tokenizer: &TextTokenizer) -> f64 {
-        let best = top_k(self.isa, self.row, self.count);
-        let last = best.last().map(|(_, logit)| *logit);
-        let is_asked = |id: u32| id == self.own || asked.contains(&id);
+impl Meant<'_> {
+    fn is_asked(&self, id: u32) -> bool {
+        id == self.own || self.asked.contains(&id)
+    }
+
+    /// The tokens that `top` may stand for, of which a row is asked.
+    fn near(&self, top: &[Top], vocab: usize) -> Near {
+        match ids_of(top) {
+            Some(mut ids) => {
+                ids.retain(|id| (*id as usize) < vocab);
+                Near { ids, reach: None }
+            }
+            None => {
+                let ids = std::iter::once(self.own).chain(self.asked.iter().copied()).collect();
+                Near { ids, reach: Some(SEARCH as f32) }
+            }
+        }
+    }
+
+    /// How far the worst of `top` is from the truth: by its value, or by how much less probable
+    /// it is than the last that should have been named, which is number `count` of `scored`.
+    fn error(
+        &self,
+        top: &[Top],
+        (count, scored): (usize, &Scored),
+        tokenizer: &TextTokenizer,
+    ) -> f64 {
+        let last = scored.top[..count.min(scored.top.len())].last().map(|last| last.logprob);
         // Each stands for a token of its own.
-        let mut near = self.near(top, last, &is_asked);
+        let mut near = self.candidates(top, last, scored);
         let mut worst = 0.0_f64;
         for top in top {
-            let error = |id: u32| {
-                let logit = *self.row.get(id as usize)?;
-                let value = (json_logprob(self.lse.logprob(logit)) - top.logprob).abs();
+            let error = |(id, logprob): (u32, f64)| {
+                let value = (json_logprob(logprob) - top.logprob).abs();
                 let short = match last {
-                    _ if is_asked(id) => 0.0,
-                    Some(last) if last > logit => self.lse.logprob(last) - self.lse.logprob(logit),
-                    Some(_) => 0.0,
+                    _ if self.is_asked(id) => 0.0,
+                    Some(last) => (last - logprob).max(0.0),
                     None => return None,
                 };
                 Some(value.max(short))
             };
-            let found = near.iter().enumerate().filter(|(_, id)| is_named(tokenizer, **id, top));
-            let found = found.filter_map(|(place, id)| Some((place, error(*id)?)));
+            let found = near.iter().enumerate().filter(|(_, c)| is_named(tokenizer, c.0, top));
+            let found = found.filter_map(|(place, c)| Some((place, error(*c)?)));
             let Some((place, error)) = found.min_by(|a, b| a.1.total_cmp(&b.1)) else {
                 return f64::INFINITY;
             };
@@ -107,18 +130,20 @@ impl Scored<'_> {
         worst
     }
 
-    /// The tokens that alternatives may stand for.
-    fn near(&self, top: &[Top], last: Option<f32>, is_asked: &dyn Fn(u32) -> bool) -> Vec<u32> {
-        let ids = top.iter().map(|top| id_of_name(&top.name));
-        if let Some(mut ids) = ids.collect::<Option<Vec<u32>>>() {
-            ids.sort_unstable();
-            ids.dedup();
-            return ids;
-        }
-        let edge = last.map(|last| last - SEARCH as f32 * self.temperature);
-        let is_near = |id: u32| edge.is_some_and(|edge| self.row[id as usize] >= edge);
-        (0..self.row.len() as u32).filter(|id| is_asked(*id) || is_near(*id)).collect()
+    /// Those of a row's near tokens that `top` may stand for; others may have been asked for too.
+    fn candidates(&self, top: &[Top], last: Option<f64>, scored: &Scored) -> Vec<(u32, f64)> {
+        let ids = ids_of(top);
+        let is_meant = |(id, logprob): &(u32, f64)| match &ids {
+            Some(ids) => ids.contains(id),
+            None => self.is_asked(*id) || last.is_some_and(|last| *logprob >= last - SEARCH),
+        };
+        scored.near.iter().filter(|c| is_meant(c)).copied().collect()
     }
+}
+
+/// The ids of alternatives that are all named by their ids.
+fn ids_of(top: &[Top]) -> Option<Vec<u32>> {
+    top.iter().map(|top| id_of_name(&top.name)).collect()
 }
 
 fn is_named(tokenizer: &TextTokenizer, id: u32, top: &Top) -> bool {
@@ -160,25 +185,20 @@ impl<'a> PromptJudge<'a> {
         }
     }
 
-    /// Sets everything that was reported at `place` beside our row.
+    /// Sets everything that was reported at `place` beside what our row says.
     ///
     /// # Errors
     /// What is too far off.
-    pub(super) fn check(&self, isa: Isa, place: usize, row: &[f32]) -> Result<(), Stop> {
-        let lse = LogSumExp::new(isa, row, 1.0);
-        if !lse.is_finite() {
-            return Err(Stop::Fault(format!("our logits at position {place} are not finite")));
-        }
-        let own = self.request.prompt[place + 1];
+    pub(super) fn check(&self, place: usize, scored: &Scored) -> Result<(), Stop> {
+        let (own, asked) = (self.request.prompt[place + 1], &self.request.logprob_ids);
         for reported in self.reported.iter().filter(|r| r.place == place) {
-            // Only the first choice of a prompt was asked for its rows; all repeat them.
-            let count = reported.top.len();
-            let scored = Scored { isa, row, lse: &lse, temperature: 1.0, own, count };
-            let value = lse.logprob(row[own as usize]);
+            let value = scored.token.logprob;
             let value = reported.logprob.map_or(0.0, |r| distance(r, value, self.is_exact));
-            let top = scored.error(&reported.top, &self.request.logprob_ids, self.tokenizer);
+            // Only the first choice of a prompt was asked for its rows; all repeat them.
+            let held = (reported.top.len(), scored);
+            let top = Meant { own, asked }.error(&reported.top, held, self.tokenizer);
             let error = value.max(top);
-            let is_ranked = !self.is_exact || are_ranks(row, reported);
+            let is_ranked = !self.is_exact || are_ranks(scored, reported);
             if error.is_nan() || error > self.limit || !is_ranked {
                 let what = format!("what is reported of the prompt's token {}", place + 1);
                 let what = match is_ranked {
@@ -192,11 +212,49 @@ impl<'a> PromptJudge<'a> {
     }
 }
 
-fn are_ranks(row: &[f32], reported: &Reported) -> bool {
+fn are_ranks(scored: &Scored, reported: &Reported) -> bool {
     reported.top.iter().zip(&reported.ranks).all(|(top, sent)| {
-        let id = id_of_name(&top.name).filter(|id| (*id as usize) < row.len());
-        id.is_some_and(|id| u64::from(rank(row, id)) == *sent)
+        let id = id_of_name(&top.name);
+        let own = scored.ids.iter().find(|own| id == Some(own.token));
+        own.is_some_and(|own| u64::from(own.rank) == *sent)
     })
+}
+
+/// What is asked of rows of the prompt that these claims answer, by their position: what any of
+/// them reports on those that `chosen` picks of so many tokens.
+pub(super) fn prompt_asks<'a>(
+    claims: impl Iterator<Item = &'a Claim<'a>>,
+    model: &Model,
+    chosen: impl Fn(usize) -> BTreeSet<usize>,
+) -> BTreeMap<usize, RowAsk<'a>> {
+    let vocab = model.decoder.spec.vocab;
+    let mut asks = BTreeMap::new();
+    for claim in claims.filter(|claim| !claim.answer.prompt.is_empty()) {
+        let request: &'a Request = claim.request;
+        let places = chosen(request.prompt.len());
+        for reported in claim.answer.prompt.iter().filter(|r| places.contains(&r.place)) {
+            let own = request.prompt[reported.place + 1];
+            let ask = asks.entry(reported.place).or_insert_with(|| {
+                let scores = Scores::new(Token::Known(own), &request.sampling);
+                RowAsk { scores: Some(scores), ..RowAsk::new(0, reported.place) }
+            });
+            let Some(scores) = &mut ask.scores else { continue };
+            scores.top = scores.top.max(reported.top.len());
+            let more = Meant { own, asked: &request.logprob_ids }.near(&reported.top, vocab);
+            if !reported.ranks.is_empty() {
+                let named = reported.top.iter().filter_map(|top| id_of_name(&top.name));
+                scores.ids.extend(named.filter(|id| (*id as usize) < vocab));
+            }
+            let near = scores.near.get_or_insert_default();
+            near.ids.extend(more.ids);
+            near.reach = near.reach.or(more.reach);
+        }
+    }
+    for scores in asks.values_mut().filter_map(|ask| ask.scores.as_mut()) {
+        scores.ids.sort_unstable();
+        scores.ids.dedup();
+    }
+    asks
 }
 
 /// How far a single report may be off.

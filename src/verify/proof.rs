@@ -170,32 +170,16 @@ fn check_signature(
     }
 }
 
-/// Our own rows, chunk by chunk.
-pub struct HiddenRows {
-    prover: Option<RowProver>,
-    rows: Vec<RowData>,
-}
-
-impl HiddenRows {
-    /// For a proof; keeps nothing where there is none.
-    pub fn new(bound: Option<&Bound>, identity: Arc<Identity>) -> Self {
-        let prover =
-            bound.map(|b| RowProver::new(b.scheme, &b.root, Arc::clone(&identity.calibration)));
-        Self { prover, rows: Vec::new() }
+impl Bound {
+    /// Computes what our own rows would contribute.
+    pub fn prover(&self, identity: &Identity) -> RowProver {
+        RowProver::new(self.scheme, &self.root, Arc::clone(&identity.calibration))
     }
 
-    /// Takes the next row.
-    pub fn push(&mut self, row: &super::prefill::PrefillRow<'_>) {
-        if let Some(prover) = &self.prover {
-            self.rows.push(prover.prove(row.position, row.bits, row.values));
-        }
-    }
-
-    /// Sets our rows beside those of the proof.
-    pub fn compare(&self, bound: &Bound, ids: &[u32]) -> Vec<ChunkEvidence> {
-        debug_assert_eq!(self.rows.len(), ids.len());
-        let chunks = self.rows.chunks(CHUNK_ROWS).zip(&bound.chunks).enumerate();
-        chunks.map(|(index, (rows, data))| compare(index, bound, rows, data)).collect()
+    /// Sets what our own rows contribute beside the proof, chunk by chunk.
+    pub fn compare(&self, rows: &[RowData]) -> Vec<ChunkEvidence> {
+        let chunks = rows.chunks(CHUNK_ROWS).zip(&self.chunks).enumerate();
+        chunks.map(|(index, (rows, data))| compare(index, self, rows, data)).collect()
     }
 }
 

@@ -37,9 +37,9 @@ pub struct RowEvidence {
     pub reported: Option<f64>,
     /// The best rank of a token that would end the output.
     pub end_rank: Option<u32>,
-    /// How far the token is from winning the draw, in logits, clipped at [`MARGIN_CLIP`];
-    /// zero when it wins, also where it does only with another stack's edge of a truncation. `None`
-    /// where the noise is not known.
+    /// How far the token is from winning the draw, in logits, clipped at
+    /// [`MARGIN_CLIP`](crate::models::margin::MARGIN_CLIP); zero when it wins, also where it does
+    /// only with another stack's edge of a truncation. `None` where the noise is not known.
     pub margin: Option<f64>,
     /// Whether the token is the one that this engine would have drawn, where the noise is known.
     pub is_drawn: Option<bool>,

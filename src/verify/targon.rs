@@ -3,10 +3,8 @@
 //! agreement counts, all end tokens count, ids and text are tied together before, certainty that
 //! the model does not have counts however it is written, and nothing divides by zero.
 
-use super::prefill::PrefillRow;
 use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
-use crate::ops::logits::rank;
 use crate::proof::philox::philox;
 
 /// Tokens of the shortest answer that is judged.
@@ -90,17 +88,14 @@ pub fn check(
     check_random(rows, temperature, chance)
 }
 
-/// Where an answer came without its end token: at `row`, which follows its last token, one of
-/// `ends` must be likely.
+/// Where an answer came without its end token: `rank` is the best one of an end after its last
+/// token, and must be likely.
 ///
 /// # Errors
-/// When none is.
-pub fn check_implied_end(claim: &Claim<'_>, ends: &[u32], row: PrefillRow<'_>) -> Result<(), Stop> {
-    let Some(logits) = row.logits else {
-        return Err(Stop::Fault("the row after the last token has no logits".into()));
-    };
+/// When it is not, or the model has no end token.
+pub fn check_implied_end(claim: &Claim<'_>, rank: Option<u32>) -> Result<(), Stop> {
     let known = known(claim.request.sampling.temperature);
-    match ends.iter().map(|id| rank(logits, *id)).min() {
+    match rank {
         Some(rank) if rank <= known => Ok(()),
         Some(rank) => {
             let what = format!("after the last token an end has rank {rank}, at most {known}");

@@ -233,14 +233,14 @@ pub fn spoof_by(
     let prover = head.rows(&verifier.identity);
     let mut chain = Chain::new(head.root);
     let mut chunks = Vec::new();
-    let none = std::collections::BTreeSet::new();
     let ids = answer.ids.clone();
-    prefill::run(&verifier.model.decoder, &verifier.pool, prompt, &ids, &none, |row| {
-        let data = prover.prove(row.position, row.bits, row.values);
-        chunks.extend(chain.push(ids[row.index], data));
-        Ok(())
-    })
-    .unwrap();
+    let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
+    let rows = prefill::hidden_rows(pass, prompt, &ids).unwrap();
+    let (dtype, first) = (verifier.model.decoder.dtype, prompt.len() - 1);
+    for (place, (id, bits)) in ids.iter().zip(rows).enumerate() {
+        let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
+        chunks.extend(chain.push(*id, prover.prove((first + place) as u32, &bits, &values)));
+    }
     chunks.extend(chain.close());
     answer.chunks = chunks;
     answer.end = Some(head.end(Some(*chain.digest()), ids.len(), &FinishReason::Length));

@@ -4,12 +4,15 @@
 
 use crate::common;
 use std::path::Path;
+use std::sync::Arc;
 use targon_engine::engine::output::Step;
 use targon_engine::engine::request::Request;
-use targon_engine::engine::sampler::Sampling;
 use targon_engine::models::checkpoint::Checkpoint;
-use targon_engine::models::decoder::{Decoder, Scratch};
-use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, PARTITION_TOKENS, Segment};
+use targon_engine::models::cpu::CpuPass;
+use targon_engine::models::cpu::decoder::Decoder;
+use targon_engine::models::pass::{Batch, Pass, RowAsk, RowReport, blocks_of};
+use targon_engine::models::sampler::Sampling;
+use targon_engine::ops::attention::PARTITION_TOKENS;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
@@ -31,7 +34,7 @@ type RowBits = (Vec<u16>, Vec<u32>);
 
 struct Bench {
     pool: Pool,
-    decoder: Decoder,
+    decoder: Arc<Decoder>,
 }
 
 impl Bench {
@@ -40,42 +43,34 @@ impl Bench {
         let pool = Pool::new(threads, isa).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
-        Self { pool, decoder }
+        Self { pool, decoder: Arc::new(decoder) }
     }
 
     /// Runs `sequences` side by side; sequence s is cut into the chunks `cuts[s]`, one chunk of
     /// every sequence in each step. Returns every row of every sequence.
     fn run(&self, sequences: &[Vec<u32>], cuts: &[Vec<usize>]) -> Vec<Vec<RowBits>> {
-        let turn = self.pool.turn();
         let longest = sequences.iter().map(Vec::len).max().unwrap();
-        let blocks_each = longest.div_ceil(BLOCK_TOKENS);
-        let total = blocks_each * sequences.len();
-        let mut cache =
-            KvCache::new(self.decoder.spec.kv_dims(), self.decoder.dtype, total).unwrap();
-        let mut scratch = Scratch::new(&self.decoder);
+        let blocks_each = blocks_of(longest);
+        let mut pass =
+            CpuPass::new(&self.decoder, &self.pool, blocks_each * sequences.len()).unwrap();
         let mut rows: Vec<Vec<RowBits>> = vec![Vec::new(); sequences.len()];
         for step in 0..cuts.iter().map(Vec::len).max().unwrap() {
-            let (mut ids, mut segments, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut batch, mut owners) = (Batch::default(), Vec::new());
             for (s, sequence) in sequences.iter().enumerate() {
                 let Some(count) = cuts[s].get(step) else { continue };
                 let start: usize = cuts[s][..step].iter().sum();
-                let range = ids.len()..ids.len() + count;
-                ids.extend_from_slice(&sequence[start..start + count]);
                 // Blocks of different sequences interleave, so that an index error would show.
                 let blocks = (0..blocks_each).map(|b| (b * sequences.len() + s) as u32).collect();
-                segments.push(Segment { rows: range.clone(), start, blocks });
+                let range = batch.push(&sequence[start..start + count], start, blocks);
                 owners.extend(range.map(|_| s));
             }
-            self.decoder.forward(&turn, &mut cache, &ids, &segments, &mut scratch).unwrap();
-            let all: Vec<usize> = (0..ids.len()).collect();
-            let hidden = self.decoder.final_rows(&turn, &all, &scratch);
-            let mut logits = Vec::new();
-            self.decoder.logits(&turn, &hidden, &mut logits);
-            for (row, owner) in owners.into_iter().enumerate() {
-                let vocab = self.decoder.spec.vocab;
-                let logits = &logits[row * vocab..][..vocab];
-                let bits = logits.iter().map(|x| x.to_bits()).collect();
-                rows[owner].push((hidden.bits(row).to_vec(), bits));
+            let ask = |row| RowAsk { hidden: true, logits: true, ..RowAsk::new(row, 0) };
+            let asks: Vec<RowAsk<'_>> = (0..owners.len()).map(ask).collect();
+            let reports = pass.step(&batch, &asks).unwrap();
+            for (report, owner) in reports.into_iter().zip(owners) {
+                let RowReport { hidden, logits, .. } = report.unwrap();
+                let bits = logits.unwrap().iter().map(|x| x.to_bits()).collect();
+                rows[owner].push((hidden.unwrap(), bits));
             }
         }
         rows

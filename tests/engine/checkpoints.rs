@@ -5,13 +5,15 @@ use candle_core::quantized::GgmlDType;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use targon_engine::engine::output::{Event, Fault};
 use targon_engine::engine::request::Request;
 use targon_engine::models::Model;
 use targon_engine::models::checkpoint::Checkpoint;
-use targon_engine::models::decoder::{Decoder, Scratch};
+use targon_engine::models::cpu::CpuPass;
+use targon_engine::models::cpu::decoder::Decoder;
+use targon_engine::models::pass::{Batch, Pass, RowAsk};
 use targon_engine::models::tokenizer::TextTokenizer;
-use targon_engine::ops::attention::{KvCache, Segment};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
@@ -24,15 +26,11 @@ fn logits(dir: &Path, dtype: Option<Dtype>) -> Result<Vec<u32>, String> {
     let pool = pool();
     let checkpoint = Checkpoint::open(dir).map_err(|e| e.to_string())?;
     let decoder = Decoder::load(&checkpoint, dtype, &pool, |_, _| {}).map_err(|e| e.to_string())?;
-    let turn = pool.turn();
-    let mut cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, 1).unwrap();
-    let segment = Segment { rows: 0..5, start: 0, blocks: vec![0] };
-    let mut scratch = Scratch::new(&decoder);
-    decoder.forward(&turn, &mut cache, &[7, 200, 3, 259, 8], &[segment], &mut scratch).unwrap();
-    let rows = decoder.final_rows(&turn, &[4], &scratch);
-    let mut out = Vec::new();
-    decoder.logits(&turn, &rows, &mut out);
-    Ok(out.into_iter().map(f32::to_bits).collect())
+    let mut pass = CpuPass::new(&Arc::new(decoder), &pool, 1).unwrap();
+    let ask = RowAsk { logits: true, ..RowAsk::new(4, 4) };
+    let reports = pass.step(&Batch::of(&[7, 200, 3, 259, 8], 0), &[ask]).unwrap();
+    let report = reports.into_iter().next().unwrap().unwrap();
+    Ok(report.logits.unwrap().into_iter().map(f32::to_bits).collect())
 }
 
 fn write_gguf(dir: &Path, config: &Value, path: &Path, dtype: GgmlDType) {

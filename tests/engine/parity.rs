@@ -6,9 +6,11 @@
 
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use targon_engine::models::checkpoint::Checkpoint;
-use targon_engine::models::decoder::{Decoder, Scratch};
-use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
+use targon_engine::models::cpu::CpuPass;
+use targon_engine::models::cpu::decoder::Decoder;
+use targon_engine::models::pass::{Batch, Pass, RowAsk, blocks_of};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
@@ -39,19 +41,19 @@ fn error(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Hidden rows and logits of all tokens in one step.
-fn run(decoder: &Decoder, pool: &Pool, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
-    let turn = pool.turn();
-    let blocks = ids.len().div_ceil(BLOCK_TOKENS);
-    let mut cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks).unwrap();
-    let segment =
-        Segment { rows: 0..ids.len(), start: 0, blocks: (0..blocks as u32).rev().collect() };
-    let mut scratch = Scratch::new(decoder);
-    decoder.forward(&turn, &mut cache, ids, &[segment], &mut scratch).unwrap();
-    let all: Vec<usize> = (0..ids.len()).collect();
-    let rows = decoder.final_rows(&turn, &all, &scratch);
-    let mut logits = Vec::new();
-    decoder.logits(&turn, &rows, &mut logits);
-    let hidden = all.iter().flat_map(|r| rows.values(*r).to_vec()).collect();
+fn run(decoder: &Arc<Decoder>, pool: &Pool, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
+    let blocks = blocks_of(ids.len());
+    let mut pass = CpuPass::new(decoder, pool, blocks).unwrap();
+    let mut batch = Batch::default();
+    batch.push(ids, 0, (0..blocks as u32).rev().collect());
+    let ask = |row| RowAsk { hidden: true, logits: true, ..RowAsk::new(row, row) };
+    let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
+    let (mut hidden, mut logits) = (Vec::new(), Vec::new());
+    for report in pass.step(&batch, &asks).unwrap() {
+        let report = report.unwrap();
+        hidden.extend(report.hidden.unwrap().iter().map(|bits| decoder.dtype.widen(*bits)));
+        logits.extend(report.logits.unwrap());
+    }
     (hidden, logits)
 }
 
@@ -64,7 +66,7 @@ fn check(family: &str) {
         ids.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
     let pool = Pool::new(2, Isa::best()).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
+    let decoder = Arc::new(Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap());
     let (hidden, logits) = run(&decoder, &pool, &ids);
     let canon = error(&logits, &floats(&truth, "canon_logits"));
     let plain = error(&logits, &floats(&truth, "logits"));

@@ -14,15 +14,16 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::output::Step;
 use targon_engine::engine::request::Request;
-use targon_engine::engine::sampler::Sampling;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::models::Identity;
 use targon_engine::models::checkpoint::Checkpoint;
-use targon_engine::models::decoder::{Decoder, Scratch};
+use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::parameters::Parameters;
-use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
+use targon_engine::models::pass::{Batch, RowAsk, blocks_of};
+use targon_engine::models::sampler::Sampling;
+use targon_engine::models::{Identity, Model};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
@@ -36,28 +37,22 @@ use tower::ServiceExt;
 
 /// All chunks of an output, from one prefill over prompt and output.
 fn recompute(
-    decoder: &Decoder,
+    model: &Model,
     prover: &RowProver,
     root: [u8; 32],
     prompt: &[u32],
     output: &[u32],
 ) -> Vec<ChunkProof> {
     let pool = Pool::new(2, Isa::best()).unwrap();
-    let turn = pool.turn();
     let ids = [prompt, &output[..output.len() - 1]].concat();
-    let blocks = ids.len().div_ceil(BLOCK_TOKENS);
-    let mut cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks).unwrap();
-    let segment = Segment { rows: 0..ids.len(), start: 0, blocks: (0..blocks as u32).collect() };
-    let mut scratch = Scratch::new(decoder);
-    decoder.forward(&turn, &mut cache, &ids, &[segment], &mut scratch).unwrap();
-    let first = prompt.len() - 1;
-    let rows: Vec<usize> = (first..first + output.len()).collect();
-    let hidden = decoder.final_rows(&turn, &rows, &scratch);
+    let ask = |row| RowAsk { prover: Some(prover), ..RowAsk::new(row, row) };
+    let asks: Vec<RowAsk<'_>> = (prompt.len() - 1..ids.len()).map(ask).collect();
+    let mut pass = model.pass(&pool, blocks_of(ids.len())).unwrap();
+    let reports = pass.step(&Batch::of(&ids, 0), &asks).unwrap();
     let mut chain = Chain::new(root);
     let mut chunks = Vec::new();
-    for (i, id) in output.iter().enumerate() {
-        let row = prover.prove((first + i) as u32, hidden.bits(i), hidden.values(i));
-        chunks.extend(chain.push(*id, row));
+    for (id, report) in output.iter().zip(reports) {
+        chunks.extend(chain.push(*id, report.unwrap().proof.unwrap()));
     }
     chunks.extend(chain.close());
     chunks
@@ -93,7 +88,7 @@ fn proofs_survive_batching_chunking_preemption_and_prefix_reuse() {
     let tight = Options { blocks: 14, step_tokens_max: 40, ..common::options() };
     let engine = common::tiny_engine(5, tight);
     let identity = common::served(&engine).identity;
-    let decoder = &engine.model().decoder;
+    let model = engine.model();
     for scheme in Scheme::ALL {
         let requests: Vec<Request> =
             (0..10).map(|i| request(&identity, scheme, i, 40 + 9 * i as usize, 70)).collect();
@@ -102,7 +97,7 @@ fn proofs_survive_batching_chunking_preemption_and_prefix_reuse() {
             let (steps, finish) = generation.collect_blocking().unwrap();
             let ids: Vec<u32> = steps.iter().map(|s| s.token).collect();
             let options = request.proof.as_ref().unwrap();
-            let want = recompute(decoder, &options.prover, options.root, &request.prompt, &ids);
+            let want = recompute(model, &options.prover, options.root, &request.prompt, &ids);
             assert_eq!(chunks(&steps), want, "{scheme}");
             assert_eq!(want.len(), 3);
             assert_eq!(finish.unwrap().digest, Some(want[2].digest));
@@ -124,20 +119,20 @@ fn rows_of_another_model_prompt_or_token_make_other_proofs() {
     let honest = chunks(&steps);
     let ids: Vec<u32> = steps.iter().map(|s| s.token).collect();
     let options = request.proof.as_ref().unwrap();
-    let with = |decoder: &Decoder, prompt: &[u32], output: &[u32]| {
-        recompute(decoder, &options.prover, options.root, prompt, output)
+    let with = |model: &Model, prompt: &[u32], output: &[u32]| {
+        recompute(model, &options.prover, options.root, prompt, output)
     };
-    let decoder = &engine.model().decoder;
-    assert_eq!(with(decoder, &request.prompt, &ids), honest);
+    let model = engine.model();
+    assert_eq!(with(model, &request.prompt, &ids), honest);
     let pool = Pool::new(2, Isa::best()).unwrap();
     let other = common::tiny_model(6, &pool);
-    assert_ne!(with(&other.decoder, &request.prompt, &ids)[0].data, honest[0].data);
+    assert_ne!(with(&other, &request.prompt, &ids)[0].data, honest[0].data);
     let mut prompt = request.prompt.clone();
     prompt[3] += 1;
-    assert_ne!(with(decoder, &prompt, &ids)[0].data, honest[0].data);
+    assert_ne!(with(model, &prompt, &ids)[0].data, honest[0].data);
     let mut output = ids;
     output[40] = (output[40] + 1) % 256;
-    let tampered = with(decoder, &request.prompt, &output);
+    let tampered = with(model, &request.prompt, &output);
     assert_eq!(tampered[0], honest[0], "rows before the change are the same");
     assert_ne!(tampered[1].digest, honest[1].digest);
 }

@@ -5,7 +5,7 @@ use crate::common;
 use crate::common::site::{CHAT, COMPLETION, Site, chat, completion, post, site, stream};
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
@@ -15,6 +15,7 @@ use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
 use targon_engine::models::Identity;
+use targon_engine::models::pass::{RowAsk, RowReport};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::codec::{from_hex, to_hex};
@@ -24,7 +25,7 @@ use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::Challenge;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::prefill::{self, PrefillRow, Prefix};
+use targon_engine::verify::prefill::{Prefix, Rows};
 use targon_engine::verify::{
     Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
 };
@@ -446,38 +447,63 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     assert!(verifier.verify(Profile::Proof, 7).depth(Depth::Slow).answers(&[]).is_empty());
 }
 
+/// Every row of an output, the logits of every third, and where it is.
+#[derive(Default)]
+struct Seen(Vec<(usize, Vec<u16>, Option<Vec<u32>>)>);
+
+impl Rows for Seen {
+    fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
+        let ask = |(index, position): (usize, usize)| RowAsk {
+            hidden: true,
+            logits: index % 3 == 0,
+            ..RowAsk::new(0, position)
+        };
+        Ok(indices.zip(position..).map(ask).collect())
+    }
+
+    fn take(&mut self, index: usize, report: RowReport) -> Result<(), Stop> {
+        let logits = report.logits.map(|all| all.iter().map(|x| x.to_bits()).collect());
+        self.0.push((index, report.hidden.unwrap(), logits));
+        Ok(())
+    }
+}
+
+/// Stops at the first row.
+struct Stopping(Stop);
+
+impl Rows for Stopping {
+    fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
+        Ok(indices.zip(position..).map(|(_, position)| RowAsk::new(0, position)).collect())
+    }
+
+    fn take(&mut self, _: usize, _: RowReport) -> Result<(), Stop> {
+        Err(self.0.clone())
+    }
+}
+
 #[test]
 fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
-    type Seen = (usize, u32, Vec<u16>, Option<Vec<u32>>);
-    let seen = |row: PrefillRow<'_>| -> Seen {
-        let logits = row.logits.map(|all| all.iter().map(|x| x.to_bits()).collect());
-        (row.index, row.position, row.bits.to_vec(), logits)
-    };
     let pool = Pool::new(2, Isa::best()).unwrap();
     let model = common::tiny_model(3, &pool);
-    let prompt: Vec<u32> = (0..45).map(|i| i * 7 % 256).collect();
-    let wanted: BTreeSet<usize> = (0..300).filter(|i| i % 3 == 0).collect();
-    let mut prefix = Prefix::new(&model.decoder, &pool, &prompt, 300).unwrap();
-    // Someone who stops in the middle leaves nothing behind for those after him.
-    let stop = Stop::Fault("enough".into());
-    assert_eq!(prefix.run(&[1; 200], &wanted, |_| Err(stop.clone())), Err(stop.clone()));
-    for length in [90_u32, 5, 300, 1, 40] {
-        let output: Vec<u32> = (0..length).map(|i| (i * length + 11) % 256).collect();
-        let (mut shared, mut alone) = (Vec::new(), Vec::new());
-        let visit = |row: PrefillRow<'_>| {
-            shared.push(seen(row));
-            Ok(())
-        };
-        prefix.run(&output, &wanted, visit).unwrap();
-        let visit = |row: PrefillRow<'_>| {
-            alone.push(seen(row));
-            Ok(())
-        };
-        prefill::run(&model.decoder, &pool, &prompt, &output, &wanted, visit).unwrap();
-        assert_eq!(shared.len(), length as usize);
-        assert!(shared == alone, "{length} tokens");
+    let pass = |blocks| model.pass(&pool, blocks);
+    // The last row of the second prompt is the first of a block.
+    for tokens in [45, 33] {
+        let prompt: Vec<u32> = (0..tokens).map(|i| i * 7 % 256).collect();
+        let mut prefix = Prefix::new(pass, &prompt, 300).unwrap();
+        // Someone who stops in the middle leaves nothing behind for those after him.
+        let stop = Stop::Fault("enough".into());
+        assert_eq!(prefix.run(&[1; 200], &mut Stopping(stop.clone())), Err(stop));
+        for length in [90_u32, 5, 300, 1, 40] {
+            let output: Vec<u32> = (0..length).map(|i| (i * length + 11) % 256).collect();
+            let (mut shared, mut alone) = (Seen::default(), Seen::default());
+            prefix.run(&output, &mut shared).unwrap();
+            let mut own = Prefix::new(pass, &prompt, output.len()).unwrap();
+            own.run(&output, &mut alone).unwrap();
+            assert_eq!(shared.0.len(), length as usize);
+            assert!(shared.0 == alone.0, "{tokens} and {length} tokens");
+        }
     }
-    assert!(Prefix::new(&model.decoder, &pool, &[], 3).is_err());
+    assert!(Prefix::new(pass, &[], 3).is_err());
 }
 
 #[tokio::test]

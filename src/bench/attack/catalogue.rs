@@ -3,7 +3,7 @@
 use super::results::Detector;
 use super::tamper::Tamper;
 use crate::bench::stats::choice;
-use crate::engine::sampler::Sampling;
+use crate::models::sampler::Sampling;
 use crate::proof::Scheme;
 use crate::proof::commit::ChunkProof;
 

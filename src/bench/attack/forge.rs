@@ -7,8 +7,8 @@ use super::trial::{Ask, Rows, Subject, Trial};
 use crate::bench::stats::choice;
 use crate::chain::keys::Keypair;
 use crate::engine::Engine;
-use crate::engine::sampler::Sampling;
 use crate::intake::proof::Prover;
+use crate::models::sampler::Sampling;
 use crate::proof::commit::{ChunkProof, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
@@ -45,7 +45,7 @@ impl<'a> Forge<'a> {
     /// On these questions; answers them honestly first.
     pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> Result<Self, String> {
         let honest = subject.answers(&subject.engine, asks, &|_, _| {})?;
-        let rows = subject.rows(&subject.model.decoder, &honest)?;
+        let rows = subject.rows(&subject.model, &honest)?;
         Ok(Self { subject, asks, honest: (honest, rows), twin: None })
     }
 
@@ -55,7 +55,7 @@ impl<'a> Forge<'a> {
         match attack.cheat {
             Cheat::Weights(tamper) => {
                 let (engine, drawn) = self.twin(tamper)?;
-                let rows = self.subject.rows(&engine.model().decoder, &drawn)?;
+                let rows = self.subject.rows(engine.model(), &drawn)?;
                 Ok(self.proved(schemes, &drawn, &rows))
             }
             Cheat::Spoof(tamper) => {
@@ -64,7 +64,7 @@ impl<'a> Forge<'a> {
             }
             Cheat::Draft(tamper) => {
                 let (engine, _) = self.twin(tamper)?;
-                let draft = Some(&engine.model().decoder);
+                let draft = Some(&**engine.model());
                 self.decoded(schemes, Way { draft, cache: None }, |prompt| prompt.to_vec())
             }
             Cheat::Int8Cache => {
@@ -107,7 +107,7 @@ impl<'a> Forge<'a> {
 
     /// Proved with the rows that the true weights compute over whatever was answered.
     fn proved_truly(&self, schemes: &[Scheme], trials: &[Trial]) -> Result<Proved, String> {
-        let rows = self.subject.rows(&self.subject.model.decoder, trials)?;
+        let rows = self.subject.rows(&self.subject.model, trials)?;
         Ok(self.proved(schemes, trials, &rows))
     }
 
@@ -203,7 +203,7 @@ impl<'a> Forge<'a> {
         let trials = subject.answers(&subject.engine, self.asks, &|ask, drawn| {
             drawn.sampling.noise_key = ask.noise(&earlier(ask));
         })?;
-        let rows = subject.rows(&subject.model.decoder, &trials)?;
+        let rows = subject.rows(&subject.model, &trials)?;
         let new = |scheme, ask: &Ask| ask.prover(scheme);
         Ok(self.rebound(schemes, &trials, &rows, (&old, &new), keep))
     }

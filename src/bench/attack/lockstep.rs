@@ -3,13 +3,11 @@
 //! one row each at a time; a cheat claims the positions that an honest answer would have.
 
 use super::trial::{Ask, Rows, Subject, Trial};
-use crate::engine::sampler::{Sampling, sample};
-use crate::models::decoder::{Decoder, Scratch};
-use crate::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
-use crate::ops::dtype::Rounded;
-use crate::ops::lanes::Isa;
-use crate::ops::logits::LogSumExp;
-use crate::ops::pool::Turn;
+use crate::models::Model;
+use crate::models::cpu::CpuPass;
+use crate::models::pass::{Batch, Pass, Ranked, RowAsk, RowReport, Scores, Token, blocks_of};
+use crate::models::sampler::Sampling;
+use crate::ops::attention::{BLOCK_TOKENS, HeadAt, KvCache};
 use crate::verify::answer::Answer;
 
 /// Sequences that advance together.
@@ -23,7 +21,7 @@ const DELTA: f64 = 0.3;
 #[derive(Clone, Copy, Default)]
 pub(super) struct Way<'a> {
     /// Proposes tokens; one that is not typical is drawn as it should be.
-    pub(super) draft: Option<&'a Decoder>,
+    pub(super) draft: Option<&'a Model>,
     /// What becomes of each head of a key or value before later positions see it.
     pub(super) cache: Option<fn(&mut [f32])>,
 }
@@ -64,8 +62,12 @@ pub(super) fn run(
 fn decode(subject: &Subject, way: Way<'_>, jobs: &[Job<'_>]) -> Result<Vec<Drawn>, String> {
     let lengths = jobs.iter().map(|j| j.prompt.len() + j.ask.request.max_tokens);
     let length = lengths.max().unwrap_or(0);
-    let mut truth = Track::new(&subject.model.decoder, jobs.len(), length)?;
-    let mut draft = way.draft.map(|d| Track::new(d, jobs.len(), length)).transpose()?;
+    let blocks = blocks_of(length); // of one sequence
+    let no_memory = |e: std::io::Error| format!("no memory for the KV cache: {e}");
+    let truth = CpuPass::new(&subject.model.decoder, &subject.pool, jobs.len() * blocks);
+    let mut truth = truth.map_err(no_memory)?;
+    let draft = way.draft.map(|model| model.pass(&subject.pool, jobs.len() * blocks));
+    let mut draft = draft.transpose().map_err(no_memory)?;
     let mut drawn: Vec<Drawn> = jobs.iter().map(|_| Drawn::default()).collect();
     for position in 0..length {
         let fed = fed(jobs, &drawn, position);
@@ -74,27 +76,61 @@ fn decode(subject: &Subject, way: Way<'_>, jobs: &[Job<'_>]) -> Result<Vec<Drawn
         }
         let is_drawn = |row: &usize| position + 1 >= jobs[fed[*row].0].prompt.len();
         let rows: Vec<usize> = (0..fed.len()).filter(is_drawn).collect();
-        let turn = subject.pool.turn();
-        let hidden = truth.step(&turn, position, &fed, &rows)?;
+        let asks: Vec<RowAsk<'_>> =
+            rows.iter().map(|row| jobs[fed[*row].0].ask_row(*row, position)).collect();
+        let batch = batch(position, &fed, blocks);
+        let proposed = match &mut draft {
+            Some(draft) => Some(step(draft.as_mut(), &batch, &asks)?),
+            None => None,
+        };
+        let own = step(&mut truth, &batch, &asks_beside(asks, proposed.as_deref()))?;
         if let Some(change) = way.cache {
-            truth.rewrite(position, &fed, change);
+            for (sequence, _) in &fed {
+                let block = sequence * blocks + position / BLOCK_TOKENS;
+                rewrite(truth.cache_mut(), block as u32, position % BLOCK_TOKENS, change);
+            }
         }
-        if let Some(draft) = &mut draft {
-            draft.step(&turn, position, &fed, &rows)?;
-        }
-        for (place, row) in rows.iter().enumerate() {
+        for (place, (row, report)) in rows.iter().zip(own).enumerate() {
             let sequence = fed[*row].0;
-            let logits = truth.logits(place);
-            let proposal = draft.as_ref().map(|d| d.logits(place));
-            let token = jobs[sequence].draw(turn.isa(), position, logits, proposal);
-            let logprob = LogSumExp::new(turn.isa(), logits, 1.0).logprob(logits[token as usize]);
-            let Drawn { answer, rows } = &mut drawn[sequence];
-            answer.ids.push(token);
-            answer.logprobs.push(Some(logprob));
-            rows.push(hidden.bits(place).to_vec());
+            let proposal = proposed.as_ref().map(|reports| token(&reports[place]));
+            drawn[sequence].push(&jobs[sequence].ask.request.sampling, report, proposal);
         }
     }
     Ok(drawn)
+}
+
+/// One row of each fed sequence; sequences lie one after the other in the cache.
+fn batch(position: usize, fed: &[(usize, u32)], blocks: usize) -> Batch {
+    let mut batch = Batch::default();
+    for (sequence, token) in fed {
+        let first = sequence * blocks;
+        let table = first..=first + position / BLOCK_TOKENS;
+        batch.push(&[*token], position, table.map(|block| block as u32).collect());
+    }
+    batch
+}
+
+fn step(pass: &mut dyn Pass, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowReport>, String> {
+    let results = pass.step(batch, asks).map_err(|e| e.to_string())?;
+    results.into_iter().map(|r| r.map_err(|e| e.to_string())).collect()
+}
+
+/// The same of the true model, with what is needed to judge what was proposed.
+fn asks_beside<'a>(asks: Vec<RowAsk<'a>>, proposed: Option<&[RowReport]>) -> Vec<RowAsk<'a>> {
+    let beside = |(place, mut ask): (usize, RowAsk<'a>)| {
+        ask.hidden = true;
+        if let Some(reports) = proposed {
+            ask.logits = true;
+            ask.scores.iter_mut().for_each(|scores| scores.ids = vec![token(&reports[place])]);
+        }
+        ask
+    };
+    asks.into_iter().enumerate().map(beside).collect()
+}
+
+/// The token that was drawn.
+fn token(report: &RowReport) -> u32 {
+    report.scores.as_ref().map_or(0, |scored| scored.token.token)
 }
 
 /// The sequences that are not done, each with its token at `position`.
@@ -114,14 +150,28 @@ fn fed(jobs: &[Job<'_>], drawn: &[Drawn], position: usize) -> Vec<(usize, u32)> 
 }
 
 impl Job<'_> {
-    /// The token after `position` of what is really computed.
-    fn draw(&self, isa: Isa, position: usize, logits: &[f32], proposal: Option<&[f32]>) -> u32 {
+    /// What is asked of row `row`, after which a token is drawn: as if the prompt were the one that
+    /// was asked.
+    fn ask_row(&self, row: usize, position: usize) -> RowAsk<'_> {
         let request = &self.ask.request;
-        let claimed = (position + request.prompt.len() - self.prompt.len()) as u32;
-        let own = sample(isa, logits, &request.sampling, claimed);
-        let Some(proposal) = proposal else { return own };
-        let proposed = sample(isa, proposal, &request.sampling, claimed);
-        if is_typical(logits, &request.sampling, proposed) { proposed } else { own }
+        let claimed = position + request.prompt.len() - self.prompt.len();
+        let scores = Scores::new(Token::Drawn, &request.sampling);
+        RowAsk { scores: Some(scores), ..RowAsk::new(row, claimed) }
+    }
+}
+
+impl Drawn {
+    /// Takes the token of a row: the one that was proposed, where it is typical.
+    fn push(&mut self, sampling: &Sampling, report: RowReport, proposal: Option<u32>) {
+        let Some(scored) = report.scores else { return };
+        let proposed = proposal.filter(|token| {
+            report.logits.as_ref().is_some_and(|logits| is_typical(logits, sampling, *token))
+        });
+        let of_proposal = proposed.and_then(|_| scored.ids.first().copied());
+        let Ranked { token, logprob, .. } = of_proposal.unwrap_or(scored.token);
+        self.answer.ids.push(token);
+        self.answer.logprobs.push(Some(logprob));
+        self.rows.extend(report.hidden);
     }
 }
 
@@ -139,58 +189,20 @@ fn is_typical(logits: &[f32], sampling: &Sampling, token: u32) -> bool {
     probability >= EPSILON.min(DELTA * (-entropy).exp())
 }
 
-/// A decoder with the caches of some sequences.
-struct Track<'a> {
-    decoder: &'a Decoder,
-    cache: KvCache,
-    scratch: Scratch,
-    logits: Vec<f32>,
-    blocks: usize, // of one sequence
-}
-
-impl<'a> Track<'a> {
-    fn new(decoder: &'a Decoder, sequences: usize, length: usize) -> Result<Self, String> {
-        let blocks = length.div_ceil(BLOCK_TOKENS);
-        let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, sequences * blocks);
-        let cache = cache.map_err(|e| format!("no memory for the KV cache: {e}"))?;
-        Ok(Self { decoder, cache, scratch: Scratch::new(decoder), logits: Vec::new(), blocks })
-    }
-
-    /// Computes the row of each fed token; returns those of `rows` and keeps their logits.
-    fn step(
-        &mut self,
-        turn: &Turn<'_>,
-        position: usize,
-        fed: &[(usize, u32)],
-        rows: &[usize],
-    ) -> Result<Rounded, String> {
-        let ids: Vec<u32> = fed.iter().map(|(_, token)| *token).collect();
-        let segment = |(row, (sequence, _)): (usize, &(usize, u32))| {
-            let first = sequence * self.blocks;
-            let blocks = first..=first + position / BLOCK_TOKENS;
-            let blocks = blocks.map(|block| block as u32).collect();
-            Segment { rows: row..row + 1, start: position, blocks }
-        };
-        let segments: Vec<Segment> = fed.iter().enumerate().map(segment).collect();
-        let done = self.decoder.forward(turn, &mut self.cache, &ids, &segments, &mut self.scratch);
-        done.map_err(|e| e.to_string())?;
-        let hidden = self.decoder.final_rows(turn, rows, &self.scratch);
-        self.logits.clear();
-        if !rows.is_empty() {
-            self.decoder.logits(turn, &hidden, &mut self.logits);
-        }
-        Ok(hidden)
-    }
-
-    fn logits(&self, place: usize) -> &[f32] {
-        let vocab = self.decoder.spec.vocab;
-        &self.logits[place * vocab..][..vocab]
-    }
-
-    fn rewrite(&mut self, position: usize, fed: &[(usize, u32)], change: fn(&mut [f32])) {
-        for (sequence, _) in fed {
-            let block = sequence * self.blocks + position / BLOCK_TOKENS;
-            self.cache.rewrite(block as u32, position % BLOCK_TOKENS, change);
+/// Passes every key and value head stored at `slot` of `block` through `change`, as a coarser cache
+/// would.
+fn rewrite(cache: &mut KvCache, block: u32, slot: usize, change: fn(&mut [f32])) {
+    let (dims, dtype) = (cache.dims(), cache.dtype());
+    let through = |bits: Vec<u16>| -> Vec<u16> {
+        let mut head: Vec<f32> = bits.into_iter().map(|bits| dtype.widen(bits)).collect();
+        change(&mut head);
+        head.into_iter().map(|x| dtype.round(x)).collect()
+    };
+    for layer in 0..dims.layers {
+        for kv_head in 0..dims.kv_heads {
+            let at = HeadAt { layer, block, slot, kv_head };
+            let (key, value) = cache.head(at);
+            cache.set_head(at, &through(key), &through(value));
         }
     }
 }
@@ -198,8 +210,9 @@ impl<'a> Track<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::attention::{Attention, KvDims};
-    use crate::ops::dtype::Dtype;
+    use crate::ops::attention::{Attention, KvDims, Segment};
+    use crate::ops::dtype::{Dtype, Rounded};
+    use crate::ops::lanes::Isa;
     use crate::ops::pool::Pool;
 
     #[test]
@@ -233,7 +246,7 @@ mod tests {
             for position in 0..rows {
                 if let Some(change) = change {
                     let block = blocks[position / BLOCK_TOKENS];
-                    cache.rewrite(block, position % BLOCK_TOKENS, change);
+                    rewrite(&mut cache, block, position % BLOCK_TOKENS, change);
                 }
             }
             let mut out = Rounded::new(Dtype::Bf16, 2 * 16);

@@ -1,7 +1,7 @@
 //! Cheaper stand-ins for a model: its weights on a coarser grid, or with parts replaced.
 
 use crate::models::checkpoint::Checkpoint;
-use crate::models::decoder::Decoder;
+use crate::models::cpu::decoder::Decoder;
 use crate::models::error::LoadError;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;

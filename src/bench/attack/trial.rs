@@ -9,7 +9,6 @@ use crate::engine::transcript::Transcript;
 use crate::engine::{Engine, Options};
 use crate::intake::proof::{ProofHead, Prover};
 use crate::models::checkpoint::Checkpoint;
-use crate::models::decoder::Decoder;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
@@ -17,7 +16,6 @@ use crate::proof::commit::{Chain, link, noise_key, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::prefill;
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -105,7 +103,7 @@ impl Subject {
         let decoder = tampered(&checkpoint, &self.pool, tamper, &self.scratch)?;
         let model = Model::load(&self.path, None, &self.pool, |_, _| {});
         let mut model = model.map_err(|e| e.to_string())?;
-        model.decoder = decoder;
+        model.decoder = Arc::new(decoder);
         start(model, &self.pool)
     }
 
@@ -162,17 +160,12 @@ impl Subject {
         Ok(trials)
     }
 
-    /// The hidden rows that `decoder` computes over each answer.
-    pub(super) fn rows(&self, decoder: &Decoder, trials: &[Trial]) -> Result<Vec<Rows>, String> {
+    /// The hidden rows that `model` computes over each answer.
+    pub(super) fn rows(&self, model: &Model, trials: &[Trial]) -> Result<Vec<Rows>, String> {
         let of_trial = |trial: &Trial| {
-            let mut rows = Vec::with_capacity(trial.answer.ids.len());
             let (prompt, ids) = (&trial.ask.request.prompt, &trial.answer.ids);
-            prefill::run(decoder, &self.pool, prompt, ids, &BTreeSet::new(), |row| {
-                rows.push(row.bits.to_vec());
-                Ok(())
-            })
-            .map_err(|stop| format!("{stop:?}"))?;
-            Ok(rows)
+            let rows = prefill::hidden_rows(|blocks| model.pass(&self.pool, blocks), prompt, ids);
+            rows.map_err(|stop| format!("{stop:?}"))
         };
         trials.iter().map(of_trial).collect()
     }

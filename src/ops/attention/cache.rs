@@ -83,6 +83,16 @@ impl KvCache {
         Ok(Self { dims, dtype, layers })
     }
 
+    /// Shape of the cache.
+    pub fn dims(&self) -> KvDims {
+        self.dims
+    }
+
+    /// Type of the keys and values.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// Stores the keys and values of a step in `layer`. `qkv` is (rows, row_len); keys start at
     /// column `k_at`, values follow them.
     pub fn store(
@@ -120,31 +130,25 @@ impl KvCache {
         });
     }
 
-    /// Passes every key and value head stored at `slot` of `block` through `change`, as a coarser
-    /// cache would.
-    pub fn rewrite(&mut self, block: u32, slot: usize, mut change: impl FnMut(&mut [f32])) {
-        let (KvDims { kv_heads, head_dim, .. }, dtype) = (self.dims, self.dtype);
-        let (first, mut head) = (block as usize * self.dims.block_len(), vec![0.0; head_dim]);
-        for KvLayer { keys, values } in &mut self.layers {
-            for at in (0..kv_heads).map(|h| first + h * BLOCK_TOKENS * head_dim) {
-                let key = |d| at + offset(dtype, KEY_STRIDE, slot, d);
-                let value = |d| at + offset(dtype, 2 * head_dim, d, slot);
-                (0..head_dim).for_each(|d| head[d] = dtype.widen(keys[key(d)]));
-                change(&mut head);
-                (0..head_dim).for_each(|d| keys[key(d)] = dtype.round(head[d]));
-                (0..head_dim).for_each(|d| head[d] = dtype.widen(values[value(d)]));
-                change(&mut head);
-                (0..head_dim).for_each(|d| values[value(d)] = dtype.round(head[d]));
-            }
-        }
-    }
-
     /// Keys and values of one head of a block in `layer`.
     #[inline(always)]
-    pub(super) fn head(&self, layer: usize, block: u32, kv_head: usize) -> (&[u16], &[u16]) {
+    pub(super) fn block(&self, layer: usize, block: u32, kv_head: usize) -> (&[u16], &[u16]) {
         let head_len = BLOCK_TOKENS * self.dims.head_dim;
         let at = block as usize * self.dims.block_len() + kv_head * head_len;
         let KvLayer { keys, values } = &self.layers[layer];
         (&keys[at..at + head_len], &values[at..at + head_len])
+    }
+
+    /// The same, to be changed.
+    pub(super) fn block_mut(
+        &mut self,
+        layer: usize,
+        block: u32,
+        kv_head: usize,
+    ) -> (&mut [u16], &mut [u16]) {
+        let head_len = BLOCK_TOKENS * self.dims.head_dim;
+        let at = block as usize * self.dims.block_len() + kv_head * head_len;
+        let KvLayer { keys, values } = &mut self.layers[layer];
+        (&mut keys[at..at + head_len], &mut values[at..at + head_len])
     }
 }

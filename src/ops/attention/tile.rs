@@ -138,7 +138,7 @@ impl Tile<'_> {
         for block in first.max(own.start)..end.div_ceil(BLOCK_TOKENS).min(own.end) {
             let base = block * BLOCK_TOKENS;
             let (keys, values) =
-                self.cache.head(self.layer, self.segment.blocks[block], self.kv_head);
+                self.cache.block(self.layer, self.segment.blocks[block], self.kv_head);
             let mut scores = scores::<L, T, F16>(keys, head_dim, queries);
             let mut valid = [const { 0..0 }; T];
             for (valid, seen) in valid.iter_mut().zip(seen) {

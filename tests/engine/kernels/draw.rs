@@ -3,7 +3,7 @@
 use super::{args, broken, kernels};
 use crate::common::Noise;
 use std::ffi::c_void;
-use targon_engine::engine::sampler::{Sampling, sample};
+use targon_engine::models::sampler::{Distribution, Sampling};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::logits::{LogSumExp, top_k};
 use targon_engine::ops::math::ln64;
@@ -159,7 +159,8 @@ fn draws_equal_those_of_the_cpu() {
                     noise_key: rules[r].key,
                     ..Sampling::greedy()
                 };
-                let want = sample(Isa::best(), row, &sampling, rules[r].position);
+                let drawn = Distribution::new(Isa::best(), row, &sampling);
+                let want = drawn.draw(&sampling, rules[r].position);
                 count += 1;
                 match tokens[r] {
                     u32::MAX => left += 1,

@@ -1,90 +1,64 @@
 //! Checkpoint tensors into the engine's packed matrices, for dense layers and mixtures alike.
 
-use super::checkpoint::Checkpoint;
-use super::error::LoadError;
-use super::moe::Mixture;
-use super::spec::{ExpertSpec, Spec};
-use super::tensor::{Runs, Stored, Tensor};
+use super::decoder::Decoder;
+use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};
+use crate::models::checkpoint::Checkpoint;
+use crate::models::config;
+use crate::models::error::LoadError;
+use crate::models::spec::{ExpertSpec, Spec};
+use crate::models::tensor::{Runs, Stored, Tensor};
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
-use crate::ops::pool::Turn;
+use crate::ops::pool::{Pool, Turn};
+use crate::ops::rope::Rope;
 use crate::ops::rowwise::Norm;
 
-/// All weights of a model.
-pub struct Weights {
-    /// Rows by token id.
-    pub embedding: Embedding,
-    /// The output head, where it is not the embedding.
-    pub head: Option<Packed>,
-    /// The norm before the head.
-    pub norm: Norm,
-    /// Decoder layers.
-    pub layers: Vec<Layer>,
-}
-
-/// Where embedding rows are read from.
-pub enum Embedding {
-    /// The packed matrix that is also the head.
-    Tied(Packed),
-    /// The file: a lookup reads one row of it, so no packed copy is needed.
-    Stored(Tensor),
-}
-
-/// One decoder layer.
-pub struct Layer {
-    /// Norm before attention.
-    pub attention_norm: Norm,
-    /// q, k and v rows of one matrix.
-    pub qkv: Packed,
-    /// Their bias.
-    pub qkv_bias: Option<Vec<f32>>,
-    /// Norm of each query head.
-    pub q_norm: Option<Norm>,
-    /// Norm of each key head.
-    pub k_norm: Option<Norm>,
-    /// Output projection.
-    pub out: Packed,
-    /// Its bias.
-    pub out_bias: Option<Vec<f32>>,
-    /// Norm after attention (Gemma 2).
-    pub post_attention_norm: Option<Norm>,
-    /// Norm before the feed-forward layer.
-    pub feed_forward_norm: Norm,
-    /// Feed-forward layer.
-    pub feed_forward: FeedForward,
-    /// Norm after it (Gemma 2).
-    pub post_feed_forward_norm: Option<Norm>,
-}
-
-/// The second half of a layer.
-pub enum FeedForward {
-    /// One gated perceptron.
-    Dense(Mlp),
-    /// A mixture of them.
-    Experts(Mixture),
-}
-
-/// `down(activation(gate x) * (up x))`.
-pub struct Mlp {
-    /// Gate and up rows in alternating blocks.
-    pub gate_up: Packed,
-    /// Back to the residual stream.
-    pub down: Packed,
+impl Decoder {
+    /// Packs the weights of a checkpoint; arguments as for a whole
+    /// [model](crate::models::Model::load).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        dtype: Option<Dtype>,
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
+        checkpoint.refuse_unused(&spec)?;
+        let dtype = dtype.map_or_else(|| choose_dtype(checkpoint, &spec), Ok)?;
+        let loader = Loader {
+            checkpoint,
+            spec: &spec,
+            dtype,
+            turn: &pool.turn(),
+            progress: &|done| progress(done, spec.layers),
+        };
+        let weights = loader.load()?;
+        let mut rope = Rope::new(spec.attention.head_dim, spec.rope.theta, spec.rope.scaling);
+        if checkpoint.has("rope_freqs.weight") {
+            let half = [spec.attention.head_dim / 2];
+            let divisors = checkpoint.tensor("rope_freqs.weight")?.expect(&half)?;
+            rope = rope.divided_by(&divisors.read_f32()?);
+        }
+        Ok(Decoder { spec, dtype, weights, rope })
+    }
 }
 
 /// What is being loaded, into what.
-pub(super) struct Loader<'a> {
-    pub(super) checkpoint: &'a Checkpoint,
-    pub(super) spec: &'a Spec,
-    pub(super) dtype: Dtype,
-    pub(super) turn: &'a Turn<'a>,
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    spec: &'a Spec,
+    dtype: Dtype,
+    turn: &'a Turn<'a>,
     /// Called after every layer with the layers done so far.
-    pub(super) progress: &'a dyn Fn(usize),
+    progress: &'a dyn Fn(usize),
 }
 
 /// The engine's dtype for a checkpoint: bf16 stays bf16, f16 stays f16, f32 becomes f16 unless the
 /// family asks for bf16 or a value overflows; GGUF becomes bf16.
-pub(super) fn choose_dtype(checkpoint: &Checkpoint, spec: &Spec) -> Result<Dtype, LoadError> {
+fn choose_dtype(checkpoint: &Checkpoint, spec: &Spec) -> Result<Dtype, LoadError> {
     if checkpoint.gguf.is_some() || spec.prefers_bf16 {
         return Ok(Dtype::Bf16);
     }
@@ -106,7 +80,7 @@ pub(super) fn choose_dtype(checkpoint: &Checkpoint, spec: &Spec) -> Result<Dtype
 }
 
 impl Loader<'_> {
-    pub(super) fn load(&self) -> Result<Weights, LoadError> {
+    fn load(&self) -> Result<Weights, LoadError> {
         let spec = self.spec;
         let shape = [spec.vocab, spec.hidden];
         let stored = self.checkpoint.tensor("model.embed_tokens.weight")?.expect(&shape)?;
@@ -286,35 +260,5 @@ impl Loader<'_> {
 
     fn runs<'t>(&self, tensor: &'t Tensor) -> Result<Runs<'t>, LoadError> {
         Runs::new(tensor, self.turn.threads())
-    }
-}
-
-impl Weights {
-    /// The head's matrix.
-    pub fn head(&self) -> &Packed {
-        match (&self.head, &self.embedding) {
-            (Some(head), _) | (None, Embedding::Tied(head)) => head,
-            (None, Embedding::Stored(_)) => unreachable!("an untied model is loaded with a head"),
-        }
-    }
-
-    /// Bytes of all packed matrices.
-    pub fn bytes(&self) -> usize {
-        let layers = self.layers.iter().map(|layer| {
-            let feed_forward = match &layer.feed_forward {
-                FeedForward::Dense(mlp) => mlp.bytes(),
-                FeedForward::Experts(m) => {
-                    m.router.bytes() + m.experts.iter().map(Mlp::bytes).sum::<usize>()
-                }
-            };
-            layer.qkv.bytes() + layer.out.bytes() + feed_forward
-        });
-        layers.sum::<usize>() + self.head().bytes()
-    }
-}
-
-impl Mlp {
-    fn bytes(&self) -> usize {
-        self.gate_up.bytes() + self.down.bytes()
     }
 }

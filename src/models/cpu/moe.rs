@@ -4,25 +4,15 @@
 //! experts are added in ascending order, whatever else is in the batch, so its bits do not depend
 //! on its neighbours.
 
-use super::decoder::gated;
-use super::spec::ExpertSpec;
-use super::weights::Mlp;
+use super::mlp::gated;
+use super::weights::Mixture;
+use crate::models::spec::ExpertSpec;
 use crate::ops::dtype::Rounded;
 use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::ops::math;
-use crate::ops::matmul::{Packed, matmul_into};
+use crate::ops::matmul::matmul_into;
 use crate::ops::pool::Turn;
 use crate::ops::rowwise::Activation;
-
-/// The experts of one layer.
-pub struct Mixture {
-    /// How tokens are routed.
-    pub spec: ExpertSpec,
-    /// Scores the experts.
-    pub router: Packed,
-    /// The experts.
-    pub experts: Vec<Mlp>,
-}
 
 impl Mixture {
     /// `out[t] = sum over the chosen experts of weight * expert(x[t])`; `out` is (tokens, hidden).
@@ -99,12 +89,12 @@ impl Kernel for Softmax<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::spec::ExpertNames;
     use super::*;
+    use crate::models::spec::ExpertNames;
 
     #[test]
     fn routing_takes_the_largest_and_breaks_ties_downwards() {
-        let names = ExpertNames { module: "", projections: [""; 3] };
+        let names = ExpertNames { module: "", projections: [""; 3], router_first: false };
         let spec = ExpertSpec { count: 5, used: 2, renormalise: true, names };
         let mut scores = [0.0, 2.0, 1.0, 2.0, 2.0];
         let chosen = route(Isa::best(), &spec, &mut scores);

@@ -8,12 +8,11 @@
 //! Noise: `u = (x + 0.5) / 2^32` for the 32-bit word x of token v (word `v mod 4` of counter
 //! `(position, v / 4, 0, DOMAIN)`), `g = -ln(-ln u)` in f64.
 
-use super::request::{InvalidRequest, LOGIT_BIAS_MAX};
 use crate::ops::lanes::{Isa, Kernel, Lanes, dispatch};
 use crate::ops::logits::{LogSumExp, argmax, top_k};
 use crate::ops::math::{exp64, ln64};
 use crate::proof::philox::{philox, philox_lanes};
-use std::collections::HashMap;
+use std::cell::OnceCell;
 
 /// Fourth counter word of the sampler's noise.
 const DOMAIN: u32 = 0x736d_706c;
@@ -76,109 +75,127 @@ impl Sampling {
         if self.is_greedy() { 1.0 } else { self.temperature }
     }
 
-    pub(super) fn validate(&self, vocab: usize) -> Result<(), InvalidRequest> {
-        let rules = [
-            ("temperature", self.temperature, 0.0, 100.0),
-            ("top_p", self.top_p, f32::MIN_POSITIVE, 1.0),
-            ("min_p", self.min_p, 0.0, 1.0),
-            ("top_a", self.top_a, 0.0, 1.0),
-            ("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
-            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
-            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
-        ];
-        for (field, value, low, high) in rules {
-            if !(low..=high).contains(&value) {
-                let low = if low == f32::MIN_POSITIVE { "above 0".into() } else { low.to_string() };
-                let what = format!("must lie between {low} and {high}, got {value}");
-                return Err(InvalidRequest { field, what });
-            }
-        }
-        let field = "logit_bias";
-        if self.logit_bias.len() > LOGIT_BIAS_MAX {
-            let what = format!("must hold at most {LOGIT_BIAS_MAX}, got {}", self.logit_bias.len());
-            return Err(InvalidRequest { field, what });
-        }
-        for (id, bias) in &self.logit_bias {
-            if *id as usize >= vocab {
-                let what = format!("names token {id}, but the vocabulary has {vocab}");
-                return Err(InvalidRequest { field, what });
-            }
-            if !(-100.0..=100.0).contains(bias) {
-                let what = format!("must lie between -100 and 100, got {bias} for token {id}");
-                return Err(InvalidRequest { field, what });
-            }
-        }
-        Ok(())
-    }
-
     /// Whether improbable tokens are dropped for being so.
     fn has_floor(&self) -> bool {
         self.min_p > 0.0 || self.top_a > 0.0
     }
 
-    pub(super) fn has_penalties(&self) -> bool {
+    /// Whether tokens that were seen count less.
+    pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0
     }
 }
 
-/// How often tokens were seen, for penalties.
-#[derive(Clone, Default, Debug)]
-pub struct Seen {
-    counts: HashMap<u32, u32>, // by token: times generated; 0 for prompt tokens
+/// A row of logits as a token is drawn from it: after bias, bans, penalties and grammar.
+pub struct Distribution<'a> {
+    isa: Isa,
+    row: &'a [f32],
+    temperature: f32,
+    sum: OnceCell<LogSumExp>, // at this temperature, computed at most once
 }
 
-impl Seen {
-    /// The tokens of a prompt; empty when `sampling` does not penalise.
-    pub fn new(sampling: &Sampling, prompt: &[u32]) -> Self {
-        let counted: &[u32] = if sampling.has_penalties() { prompt } else { &[] };
-        Self { counts: counted.iter().map(|id| (*id, 0)).collect() }
+impl<'a> Distribution<'a> {
+    /// Of `row`; `sampling` gives the temperature.
+    pub fn new(isa: Isa, row: &'a [f32], sampling: &Sampling) -> Self {
+        Self { isa, row, temperature: sampling.logprob_temperature(), sum: OnceCell::new() }
     }
 
-    /// Counts a generated token.
-    pub fn push(&mut self, sampling: &Sampling, id: u32) {
-        if sampling.has_penalties() {
-            *self.counts.entry(id).or_insert(0) += 1;
+    /// The same where the row's sum at this temperature is known.
+    pub fn with_sum(self, sum: LogSumExp) -> Self {
+        Self { sum: OnceCell::from(sum), ..self }
+    }
+
+    /// The row.
+    pub fn row(&self) -> &'a [f32] {
+        self.row
+    }
+
+    /// What log-probabilities at the temperature follow from.
+    pub fn sum(&self) -> &LogSumExp {
+        self.sum.get_or_init(|| LogSumExp::new(self.isa, self.row, self.temperature))
+    }
+
+    /// Draws the token of the row at `position`.
+    pub fn draw(&self, sampling: &Sampling, position: u32) -> u32 {
+        if sampling.is_greedy() {
+            return argmax(self.isa, self.row);
+        }
+        let inverse = 1.0 / f64::from(sampling.temperature);
+        match self.survivors(sampling) {
+            Some(kept) => {
+                let noisy = kept.into_iter().map(|(id, logit)| {
+                    (id, f64::from(logit) * inverse + gumbel(sampling.noise_key, position, id))
+                });
+                winner(noisy)
+            }
+            None => race(self.isa, self.row, inverse, sampling.noise_key, position),
         }
     }
-}
 
-/// Applies bias, banned ids and penalties to a row of logits, in place.
-pub fn process(row: &mut [f32], sampling: &Sampling, seen: &Seen, banned: &[u32]) {
-    for (id, bias) in &sampling.logit_bias {
-        row[*id as usize] += bias;
-    }
-    for id in banned {
-        row[*id as usize] = f32::NEG_INFINITY;
-    }
-    if !sampling.has_penalties() {
-        return;
-    }
-    for (id, count) in &seen.counts {
-        let logit = &mut row[*id as usize];
-        let r = sampling.repetition_penalty;
-        *logit = if *logit > 0.0 { *logit / r } else { *logit * r };
-        if *count > 0 {
-            *logit -= sampling.frequency_penalty * *count as f32 + sampling.presence_penalty;
+    /// What min-p with top-a, top-k and top-p leave, in this order; `None` when nothing truncates.
+    pub fn survivors(&self, sampling: &Sampling) -> Option<Vec<(u32, f32)>> {
+        let (isa, row) = (self.isa, self.row);
+        let top_k_active = sampling.top_k > 0 && sampling.top_k < row.len();
+        if !top_k_active && sampling.top_p >= 1.0 && !sampling.has_floor() {
+            return None;
+        }
+        let limit = if top_k_active { sampling.top_k } else { row.len() };
+        let mut count = CANDIDATES.min(limit);
+        loop {
+            let sorted = largest(isa, row, count);
+            if let Some(kept) = self.truncate(sampling, &sorted, sorted.len() == limit) {
+                return Some(kept);
+            }
+            count = (count * 8).min(limit);
         }
     }
-}
 
-/// Draws the token of the row at `position` from processed logits.
-pub fn sample(isa: Isa, row: &[f32], sampling: &Sampling, position: u32) -> u32 {
-    if sampling.is_greedy() {
-        return argmax(isa, row);
-    }
-    let inverse = 1.0 / f64::from(sampling.temperature);
-    match survivors(isa, row, sampling) {
-        Some(kept) => {
-            let noisy = kept.into_iter().map(|(id, logit)| {
-                (id, f64::from(logit) * inverse + gumbel(sampling.noise_key, position, id))
+    /// Truncates the sorted candidates; `None` when more of them are needed to know.
+    fn truncate(
+        &self,
+        sampling: &Sampling,
+        sorted: &[(u32, f32)],
+        complete: bool,
+    ) -> Option<Vec<(u32, f32)>> {
+        let temperature = f64::from(sampling.temperature);
+        let max = sorted.first()?.1;
+        let weight = |logit: f32| exp64(f64::from(logit - max) / temperature);
+        let mut kept = sorted;
+        let largest = || exp64(self.sum().logprob(max));
+        if sampling.has_floor() {
+            let floor = match sampling.top_a > 0.0 {
+                true => f64::from(sampling.min_p).max(f64::from(sampling.top_a) * largest()),
+                false => f64::from(sampling.min_p),
+            };
+            let end = kept.partition_point(|(_, x)| weight(*x) >= floor);
+            if end == kept.len() && !complete {
+                return None;
+            }
+            kept = &kept[..end.max(1)];
+        }
+        if sampling.top_p < 1.0 {
+            // What is known to be the whole set is summed; else the row's own sum counts.
+            let whole = complete && sampling.top_k > 0 || kept.len() < sorted.len();
+            let total = match whole {
+                true => kept.iter().map(|(_, x)| weight(*x)).sum::<f64>(),
+                false => 1.0 / largest(),
+            };
+            let mut sum = 0.0;
+            let crossing = kept.iter().position(|(_, x)| {
+                sum += weight(*x);
+                sum >= f64::from(sampling.top_p) * total
             });
-            winner(noisy)
+            match crossing {
+                Some(last) => kept = &kept[..=last],
+                None if !complete => return None,
+                None => {}
+            }
+        } else if !complete && !sampling.has_floor() {
+            return None;
         }
-        None => race(isa, row, inverse, sampling.noise_key, position),
+        Some(kept.to_vec())
     }
 }
 
@@ -199,23 +216,6 @@ fn winner(candidates: impl Iterator<Item = (u32, f64)>) -> u32 {
     best.map_or(0, |(id, _)| id)
 }
 
-/// What min-p with top-a, top-k and top-p leave, in this order; `None` when nothing truncates.
-pub fn survivors(isa: Isa, row: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f32)>> {
-    let top_k_active = sampling.top_k > 0 && sampling.top_k < row.len();
-    if !top_k_active && sampling.top_p >= 1.0 && !sampling.has_floor() {
-        return None;
-    }
-    let limit = if top_k_active { sampling.top_k } else { row.len() };
-    let mut count = CANDIDATES.min(limit);
-    loop {
-        let sorted = largest(isa, row, count);
-        if let Some(kept) = truncate(isa, row, sampling, &sorted, sorted.len() == limit) {
-            return Some(kept);
-        }
-        count = (count * 8).min(limit);
-    }
-}
-
 /// The `count` largest logits in order.
 fn largest(isa: Isa, row: &[f32], count: usize) -> Vec<(u32, f32)> {
     if count <= CANDIDATES {
@@ -229,53 +229,6 @@ fn largest(isa: Isa, row: &[f32], count: usize) -> Vec<(u32, f32)> {
     }
     all.sort_unstable_by(order);
     all
-}
-
-/// Truncates the sorted candidates; `None` when more of them are needed to know.
-fn truncate(
-    isa: Isa,
-    row: &[f32],
-    sampling: &Sampling,
-    sorted: &[(u32, f32)],
-    complete: bool,
-) -> Option<Vec<(u32, f32)>> {
-    let temperature = f64::from(sampling.temperature);
-    let max = sorted.first()?.1;
-    let weight = |logit: f32| exp64(f64::from(logit - max) / temperature);
-    let mut kept = sorted;
-    let largest = || exp64(LogSumExp::new(isa, row, sampling.temperature).logprob(max));
-    if sampling.has_floor() {
-        let floor = match sampling.top_a > 0.0 {
-            true => f64::from(sampling.min_p).max(f64::from(sampling.top_a) * largest()),
-            false => f64::from(sampling.min_p),
-        };
-        let end = kept.partition_point(|(_, x)| weight(*x) >= floor);
-        if end == kept.len() && !complete {
-            return None;
-        }
-        kept = &kept[..end.max(1)];
-    }
-    if sampling.top_p < 1.0 {
-        // What is known to be the whole set is summed; else the row's own sum counts.
-        let whole = complete && sampling.top_k > 0 || kept.len() < sorted.len();
-        let total = match whole {
-            true => kept.iter().map(|(_, x)| weight(*x)).sum::<f64>(),
-            false => 1.0 / largest(),
-        };
-        let mut sum = 0.0;
-        let crossing = kept.iter().position(|(_, x)| {
-            sum += weight(*x);
-            sum >= f64::from(sampling.top_p) * total
-        });
-        match crossing {
-            Some(last) => kept = &kept[..=last],
-            None if !complete => return None,
-            None => {}
-        }
-    } else if !complete && !sampling.has_floor() {
-        return None;
-    }
-    Some(kept.to_vec())
 }
 
 /// The race over the whole vocabulary.
@@ -352,6 +305,14 @@ mod tests {
 
     fn sampling(temperature: f32, key: u64) -> Sampling {
         Sampling { temperature, noise_key: key, ..Sampling::greedy() }
+    }
+
+    fn sample(isa: Isa, row: &[f32], sampling: &Sampling, position: u32) -> u32 {
+        Distribution::new(isa, row, sampling).draw(sampling, position)
+    }
+
+    fn survivors(isa: Isa, row: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f32)>> {
+        Distribution::new(isa, row, sampling).survivors(sampling)
     }
 
     /// The definition, word for word.
@@ -439,50 +400,6 @@ mod tests {
         let kept =
             survivors(Isa::best(), &x, &Sampling { top_k: 700, ..sampling(1.0, 0) }).unwrap();
         assert_eq!(kept.len(), 700);
-    }
-
-    #[test]
-    fn penalties_bias_and_bans_change_the_winner() {
-        let x = [2.0_f32, 1.9, 1.0];
-        let pick = |s: &Sampling, seen: &Seen, banned: &[u32]| {
-            let mut row = x.to_vec();
-            process(&mut row, s, seen, banned);
-            sample(Isa::best(), &row, s, 0)
-        };
-        let plain = Sampling::greedy();
-        assert_eq!(pick(&plain, &Seen::default(), &[]), 0);
-        assert_eq!(pick(&plain, &Seen::default(), &[0]), 1);
-        let biased = Sampling { logit_bias: vec![(2, 5.0)], ..plain.clone() };
-        assert_eq!(pick(&biased, &Seen::default(), &[]), 2);
-        let repetition = Sampling { repetition_penalty: 1.2, ..plain.clone() };
-        assert_eq!(pick(&repetition, &Seen::new(&repetition, &[0]), &[]), 1);
-        let presence = Sampling { presence_penalty: 0.2, ..plain };
-        let mut seen = Seen::new(&presence, &[0]);
-        assert_eq!(pick(&presence, &seen, &[]), 0, "a prompt token was not generated");
-        seen.push(&presence, 0);
-        assert_eq!(pick(&presence, &seen, &[]), 1);
-    }
-
-    #[test]
-    fn bounds_are_named() {
-        for (sampling, want) in [
-            (
-                Sampling { temperature: -0.1, ..Sampling::greedy() },
-                "`temperature` must lie between 0",
-            ),
-            (Sampling { temperature: f32::NAN, ..Sampling::greedy() }, "`temperature`"),
-            (
-                Sampling { top_p: 0.0, ..Sampling::greedy() },
-                "`top_p` must lie between above 0 and 1",
-            ),
-            (
-                Sampling { logit_bias: vec![(9, 0.0)], ..Sampling::greedy() },
-                "`logit_bias` names token 9",
-            ),
-        ] {
-            let error = sampling.validate(5).unwrap_err().to_string();
-            assert!(error.starts_with(want), "{error}");
-        }
     }
 
     proptest! {

@@ -3,15 +3,16 @@
 //! One step takes the rows of all sequences at once; sequences differ only in their [`Segment`].
 //! Everything between two matrix products happens row by row or head by head.
 
-use super::error::LoadError;
-use super::spec::Spec;
-use super::weights::{Embedding, FeedForward, Layer, Mlp, Weights};
+use super::mlp::gated;
+use super::weights::{Embedding, FeedForward, Layer, Weights};
+use crate::models::error::LoadError;
+use crate::models::spec::Spec;
 use crate::ops::attention::{Attention, KvCache, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
-use crate::ops::matmul::{matmul_add, matmul_gated, matmul_into};
+use crate::ops::matmul::{matmul_add, matmul_into};
 use crate::ops::pool::{Disjoint, Turn};
 use crate::ops::rope::{Rope, RopeTable};
-use crate::ops::rowwise::{Activation, Norm, round_piece, softcap};
+use crate::ops::rowwise::{Norm, softcap};
 
 /// A loaded transformer.
 pub struct Decoder {
@@ -237,25 +238,4 @@ fn add_bias(x: &mut [f32], bias: Option<&[f32]>) {
             row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
         }
     }
-}
-
-/// `out = round(activation(gate x) * (up x))`, both halves of a block in one task.
-pub(super) fn gated(
-    turn: &Turn<'_>,
-    mlp: &Mlp,
-    activation: Activation,
-    x: &Rounded,
-    out: &mut Rounded,
-) {
-    let (inter, dtype, isa) = (out.cols(), out.dtype(), turn.isa());
-    out.set_rows(x.rows());
-    let (bits, values) = out.parts_mut();
-    let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
-    matmul_gated(turn, &mlp.gate_up, x, |token, rows, gate, up| {
-        let len = inter.min(rows.end) - rows.start;
-        let gate = &mut gate[..len];
-        activation.gate(isa, gate, &up[..len]);
-        // SAFETY: rows of one token are disjoint between calls.
-        unsafe { round_piece(dtype, gate, &bits, &values, token * inter + rows.start) };
-    });
 }

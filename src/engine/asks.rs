@@ -1,0 +1,63 @@
+//! From a plan to the rows of a step and what is asked of them.
+
+use super::guard::{Stage, Watch};
+use super::live::Live;
+use super::output::Fault;
+use super::scheduler::Plan;
+use crate::models::pass::{Batch, RowAsk, RowFault, RowResult, Scored};
+use crate::ops::pool::Pool;
+use crate::proof::commit::RowData;
+
+/// A row of a plan that has something to report.
+#[derive(Clone, Copy)]
+pub(super) struct RowAt {
+    pub(super) slice: usize,
+    pub(super) position: usize,
+    row: usize, // in the batch
+}
+
+/// What a row says of its token, and what it contributes to the proof.
+pub(super) type Row = (Scored, Option<RowData>);
+
+/// What is asked of a row, or why its request ends before it is computed.
+type Asked<'a> = Result<RowAsk<'a>, Fault>;
+
+/// The batch of a plan, and its rows that `live`, the request of each slice, wants.
+pub(super) fn lay_out(plan: &Plan, live: &[&Live]) -> (Batch, Vec<RowAt>) {
+    let (mut batch, mut chosen) = (Batch::default(), Vec::new());
+    for (slice, (planned, live)) in plan.slices.iter().zip(live).enumerate() {
+        let blocks = planned.blocks.iter().map(|b| b.0).collect();
+        let rows = batch.push(&planned.tokens, planned.start, blocks);
+        let rows = rows.zip(planned.start..).filter(|(_, position)| live.wants_row(*position));
+        chosen.extend(rows.map(|(row, position)| RowAt { slice, position, row }));
+    }
+    (batch, chosen)
+}
+
+/// What is asked of `rows`, in their order. Masks of grammars are computed on all threads.
+pub(super) fn ask<'a>(
+    rows: &[RowAt],
+    live: &[&'a Live],
+    watch: &Watch,
+    pool: &Pool,
+) -> Vec<Asked<'a>> {
+    let ask = |RowAt { slice, position, row }: RowAt| {
+        watch.guard(Stage::Reduce, || live[slice].ask(row, position))
+    };
+    match rows.iter().filter(|at| live[at.slice].has_grammar()).count() {
+        0 | 1 => rows.iter().map(|at| ask(*at)).collect(),
+        _ => pool.turn().map(rows.len(), |i| ask(rows[i])),
+    }
+}
+
+/// What the row at `position` says.
+pub(super) fn row(position: usize, result: Option<RowResult>) -> Result<Row, Fault> {
+    match result {
+        Some(Ok(report)) => match report.scores {
+            Some(scored) => Ok((scored, report.proof)),
+            None => Err(Fault::Panicked(Stage::Reduce)),
+        },
+        Some(Err(RowFault::NotFinite)) => Err(Fault::NotFinite { position }),
+        Some(Err(RowFault::Panicked)) | None => Err(Fault::Panicked(Stage::Reduce)),
+    }
+}

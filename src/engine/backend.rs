@@ -1,0 +1,77 @@
+//! Who runs requests behind a handle: every backend takes the same commands and sends the same
+//! events.
+
+use super::output::Event;
+use super::request::Request;
+use super::scheduler::Owner;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+/// The backends that can be asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum BackendKind {
+    /// The engine of this crate.
+    #[default]
+    Native,
+}
+
+impl FromStr for BackendKind {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "native" => Ok(Self::Native),
+            "mistralrs" => Err("mistralrs is not part of this build".into()),
+            other => Err(format!("must be native, got {other}")),
+        }
+    }
+}
+
+/// Runs the requests of one model on a thread of its own.
+pub trait Backend: Send {
+    /// Takes commands until every handle is gone; false when it gave up before. A request's events
+    /// end with the last token, a finish or a fault; when its channel is closed it is dropped.
+    fn run(self: Box<Self>, commands: Receiver<Command>) -> bool;
+}
+
+/// What handles send to a backend. All that it says was checked.
+pub enum Command {
+    /// Run a request.
+    Submit(Box<Submission>),
+}
+
+/// A request that was taken.
+pub struct Submission {
+    /// What is asked.
+    pub request: Request,
+    /// Where its events go: there is room for all that it can have.
+    pub events: mpsc::Sender<Event>,
+    /// Its place among those that run and wait; it is free again once this is dropped.
+    pub place: Place,
+    /// When, by the engine's clock.
+    pub submitted: Duration,
+}
+
+/// One of the places of those that run and wait, until dropped.
+pub struct Place {
+    pub(super) owner: Owner,
+    pub(super) owners: Arc<Mutex<HashMap<Owner, usize>>>,
+    pub(super) _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = self.owners.lock();
+        if let Some(count) = held.get_mut(&self.owner) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.owner);
+            }
+        }
+    }
+}

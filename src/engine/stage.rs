@@ -1,0 +1,39 @@
+//! The parts of the owner's work, by which failures are named.
+
+use std::fmt;
+
+/// A part of the owner's work.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Stage {
+    /// A request is taken over.
+    Take,
+    /// Rows are chosen; a panic here costs all requests of the engine.
+    Schedule,
+    /// The rows are computed; a panic here costs the requests of the step.
+    Forward,
+    /// It is said what is asked of a row, and a token is read off it.
+    Reduce,
+    /// A token becomes text and is sent.
+    Record,
+    /// Blocks are entered in the prefix cache; a panic here costs all requests of the engine.
+    Commit,
+}
+
+impl Stage {
+    /// All of them.
+    pub const ALL: [Stage; 6] =
+        [Stage::Take, Stage::Schedule, Stage::Forward, Stage::Reduce, Stage::Record, Stage::Commit];
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stage::Take => "taking the request over",
+            Stage::Schedule => "scheduling",
+            Stage::Forward => "computing its rows",
+            Stage::Reduce => "drawing a token",
+            Stage::Record => "writing a token",
+            Stage::Commit => "keeping its blocks",
+        })
+    }
+}

@@ -1,0 +1,28 @@
+//! The gated perceptron, of dense layers and of experts.
+
+use super::weights::Mlp;
+use crate::ops::dtype::Rounded;
+use crate::ops::matmul::matmul_gated;
+use crate::ops::pool::{Disjoint, Turn};
+use crate::ops::rowwise::{Activation, round_piece};
+
+/// `out = round(activation(gate x) * (up x))`, both halves of a block in one task.
+pub(super) fn gated(
+    turn: &Turn<'_>,
+    mlp: &Mlp,
+    activation: Activation,
+    x: &Rounded,
+    out: &mut Rounded,
+) {
+    let (inter, dtype, isa) = (out.cols(), out.dtype(), turn.isa());
+    out.set_rows(x.rows());
+    let (bits, values) = out.parts_mut();
+    let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
+    matmul_gated(turn, &mlp.gate_up, x, |token, rows, gate, up| {
+        let len = inter.min(rows.end) - rows.start;
+        let gate = &mut gate[..len];
+        activation.gate(isa, gate, &up[..len]);
+        // SAFETY: rows of one token are disjoint between calls.
+        unsafe { round_piece(dtype, gate, &bits, &values, token * inter + rows.start) };
+    });
+}

@@ -1,0 +1,102 @@
+//! The pass on the CPU: the decoder, its KV cache and its buffers.
+
+pub mod decoder;
+mod load;
+mod mlp;
+mod moe;
+pub mod weights;
+
+use super::pass::{Batch, Fault, Pass, RowAsk, RowFault, RowResult};
+use super::rows::{HiddenRow, answer};
+use super::spec::Spec;
+use crate::ops::attention::KvCache;
+use crate::ops::dtype::Rounded;
+use crate::ops::pool::{Disjoint, Pool, Turn};
+use decoder::{Decoder, Scratch};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Bytes of logits that exist at once, whatever the batch and the vocabulary.
+const LOGITS_BYTES_MAX: usize = 16 << 20;
+
+/// Rows of logits that are computed at once for a vocabulary.
+fn logit_rows_max(vocab: usize) -> usize {
+    (LOGITS_BYTES_MAX / (4 * vocab)).max(1)
+}
+
+/// Bytes of buffers and logits for steps of `rows` rows.
+pub fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
+    Scratch::bytes(spec, rows) + logit_rows_max(spec.vocab) * spec.vocab * 4
+}
+
+/// Runs a decoder on the compute pool. Each step takes a turn of it.
+pub struct CpuPass {
+    decoder: Arc<Decoder>,
+    pool: Pool,
+    cache: KvCache,
+    scratch: Scratch,
+    logits: Vec<f32>,
+}
+
+impl CpuPass {
+    /// With an empty cache of `blocks` blocks; memory is backed as it is written.
+    ///
+    /// # Errors
+    /// When the system refuses the address space.
+    pub fn new(decoder: &Arc<Decoder>, pool: &Pool, blocks: usize) -> io::Result<Self> {
+        let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks)?;
+        let (scratch, logits) = (Scratch::new(decoder), Vec::new());
+        Ok(Self { decoder: Arc::clone(decoder), pool: pool.clone(), cache, scratch, logits })
+    }
+
+    /// The keys and values, for those who want others than the model's.
+    pub fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+}
+
+impl Pass for CpuPass {
+    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, Fault> {
+        let Self { decoder, pool, cache, scratch, logits } = self;
+        let turn = pool.turn();
+        decoder.forward(&turn, cache, &batch.ids, &batch.segments, scratch)?;
+        let mut results = Vec::with_capacity(asks.len());
+        for asks in asks.chunks(logit_rows_max(decoder.spec.vocab)) {
+            let rows: Vec<usize> = asks.iter().map(|ask| ask.row).collect();
+            let hidden = decoder.final_rows(&turn, &rows, scratch);
+            results.extend(read(decoder, &turn, asks, &hidden, logits));
+        }
+        Ok(results)
+    }
+}
+
+/// Answers `asks` from their rows, each on a thread of the pool. The head's product is made for
+/// those that need it; `logits` is where it goes.
+fn read(
+    decoder: &Decoder,
+    turn: &Turn<'_>,
+    asks: &[RowAsk<'_>],
+    hidden: &Rounded,
+    logits: &mut Vec<f32>,
+) -> Vec<RowResult> {
+    let vocab = decoder.spec.vocab;
+    let needy: Vec<usize> = (0..asks.len()).filter(|i| asks[*i].needs_logits()).collect();
+    if !needy.is_empty() {
+        let mut some = Rounded::new(hidden.dtype(), hidden.cols());
+        some.set_rows(needy.len());
+        needy.iter().enumerate().for_each(|(to, from)| some.copy_row(to, hidden, *from));
+        decoder.logits(turn, &some, logits);
+    }
+    let logits = Disjoint::new(logits);
+    turn.map(asks.len(), |i| {
+        let row = needy.binary_search(&i).ok().map(|place| {
+            // SAFETY: each row of logits belongs to one ask, which is one task.
+            unsafe { logits.piece(place * vocab..(place + 1) * vocab) }
+        });
+        let hidden = HiddenRow { bits: hidden.bits(i), values: hidden.values(i) };
+        // The panic's own words and place are in the log by the panic hook.
+        catch_unwind(AssertUnwindSafe(|| answer(turn.isa(), &asks[i], hidden, row)))
+            .unwrap_or(Err(RowFault::Panicked))
+    })
+}

@@ -1,0 +1,108 @@
+//! The weights of a model as the CPU multiplies by them.
+
+use crate::models::spec::ExpertSpec;
+use crate::models::tensor::Tensor;
+use crate::ops::matmul::Packed;
+use crate::ops::rowwise::Norm;
+
+/// All weights of a model.
+pub struct Weights {
+    /// Rows by token id.
+    pub embedding: Embedding,
+    /// The output head, where it is not the embedding.
+    pub head: Option<Packed>,
+    /// The norm before the head.
+    pub norm: Norm,
+    /// Decoder layers.
+    pub layers: Vec<Layer>,
+}
+
+/// Where embedding rows are read from.
+pub enum Embedding {
+    /// The packed matrix that is also the head.
+    Tied(Packed),
+    /// The file: a lookup reads one row of it, so no packed copy is needed.
+    Stored(Tensor),
+}
+
+/// One decoder layer.
+pub struct Layer {
+    /// Norm before attention.
+    pub attention_norm: Norm,
+    /// q, k and v rows of one matrix.
+    pub qkv: Packed,
+    /// Their bias.
+    pub qkv_bias: Option<Vec<f32>>,
+    /// Norm of each query head.
+    pub q_norm: Option<Norm>,
+    /// Norm of each key head.
+    pub k_norm: Option<Norm>,
+    /// Output projection.
+    pub out: Packed,
+    /// Its bias.
+    pub out_bias: Option<Vec<f32>>,
+    /// Norm after attention (Gemma 2).
+    pub post_attention_norm: Option<Norm>,
+    /// Norm before the feed-forward layer.
+    pub feed_forward_norm: Norm,
+    /// Feed-forward layer.
+    pub feed_forward: FeedForward,
+    /// Norm after it (Gemma 2).
+    pub post_feed_forward_norm: Option<Norm>,
+}
+
+/// The second half of a layer.
+pub enum FeedForward {
+    /// One gated perceptron.
+    Dense(Mlp),
+    /// A mixture of them.
+    Experts(Mixture),
+}
+
+/// `down(activation(gate x) * (up x))`.
+pub struct Mlp {
+    /// Gate and up rows in alternating blocks.
+    pub gate_up: Packed,
+    /// Back to the residual stream.
+    pub down: Packed,
+}
+
+/// The experts of one layer.
+pub struct Mixture {
+    /// How tokens are routed.
+    pub spec: ExpertSpec,
+    /// Scores the experts.
+    pub router: Packed,
+    /// The experts.
+    pub experts: Vec<Mlp>,
+}
+
+impl Weights {
+    /// The head's matrix.
+    pub fn head(&self) -> &Packed {
+        match (&self.head, &self.embedding) {
+            (Some(head), _) | (None, Embedding::Tied(head)) => head,
+            (None, Embedding::Stored(_)) => unreachable!("an untied model is loaded with a head"),
+        }
+    }
+
+    /// Bytes of all packed matrices.
+    pub fn bytes(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| {
+            let feed_forward = match &layer.feed_forward {
+                FeedForward::Dense(mlp) => mlp.bytes(),
+                FeedForward::Experts(m) => {
+                    m.router.bytes() + m.experts.iter().map(Mlp::bytes).sum::<usize>()
+                }
+            };
+            layer.qkv.bytes() + layer.out.bytes() + feed_forward
+        });
+        layers.sum::<usize>() + self.head().bytes()
+    }
+}
+
+impl Mlp {
+    fn bytes(&self) -> usize {
+        self.gate_up.bytes() + self.down.bytes()
+    }
+}
