@@ -20,7 +20,6 @@ use crate::proof::codec::to_hex;
 use crate::proof::commit::calibration_hash;
 use crate::verify::bounds;
 use crate::verify::calibrate::{ENERGY_FACTOR, MARGIN_FACTOR, Sample, limits_file, split};
-use crate::verify::limits::MARGIN_CLIP;
 use crate::verify::limits_file::{self, LimitsFile, Share, Spread};
 use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;

@@ -5,9 +5,6 @@ use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
 
-/// Margins count at most this much, so that one outlier is one token's worth of evidence.
-pub const MARGIN_CLIP: f64 = 1.0;
-
 /// Limits between honest and not. The defaults spare an honest miner that computes in bf16 with
 /// another library (`docs/verification.md` has the measurement); classes of miners with smaller
 /// errors deserve limits of their own. A miner on this engine has energy zero and draws what we

@@ -1,9 +1,9 @@
 //! The rows of an output: what is asked of each, and what is found of its token: rank,
 //! log-probability, and the sampler's margin where its noise is known.
 
+use super::logprobs::Tops;
 use super::prefill::Rows;
 use super::proof::Bound;
-use super::logprobs::Tops;
 use super::{Claim, Limits, Reason, Rejection, RowEvidence, Stop, targon};
 use crate::engine::draw::Draw;
 use crate::models::pass::{Ranked, RowAsk, RowReport, Scored, Scores, Token};

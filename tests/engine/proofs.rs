@@ -17,7 +17,6 @@ use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::models::Identity;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::parameters::Parameters;
