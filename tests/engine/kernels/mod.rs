@@ -11,6 +11,7 @@ mod draw;
 mod experts;
 mod logits;
 mod matmul;
+mod pass;
 mod proof;
 mod rows;
 
