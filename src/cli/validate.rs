@@ -2,11 +2,12 @@
 
 use super::capture::load_verifier;
 use super::out::outln;
+use super::printable::printable;
 use super::serve::stop_signal;
-use super::shared::printable;
+use super::shared::runtime;
 use super::subnet::tell;
 pub(super) use super::validate_args::ValidateArgs;
-use super::{Failure, runtime, validate_table};
+use super::{Failure, validate_table};
 use crate::chain::Chain;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;

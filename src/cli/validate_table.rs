@@ -1,6 +1,6 @@
 //! What `validate` prints: the verdicts of a round, and the weights at the end.
 
-use super::shared::printable;
+use super::printable::printable;
 use crate::store::record::{Response, Round, Weights, WeightsState};
 use comfy_table::{CellAlignment, Table, presets};
 

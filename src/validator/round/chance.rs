@@ -3,9 +3,9 @@
 //! [`Chance::system`] asks the machine, whose numbers nobody can foresee; [`Chance::seeded`] is the
 //! same sequence every time, for tests.
 
+use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::proof::philox::philox;
-use uuid::Uuid;
 
 /// Separates this sequence from others with the same key.
 const DOMAIN: u32 = 0x7661_6c69;
@@ -44,7 +44,7 @@ impl Chance {
         match &mut self.0 {
             Source::System => {
                 // A UUID of version 4 has six bits that are not random, all between bit 62 and 80.
-                let uuid = Uuid::new_v4().as_u128();
+                let uuid = Entropy::system().uuid().as_u128();
                 ((uuid >> 80) as u64) << 16 | u64::from(uuid as u16)
             }
             Source::Seeded { key, count } => {

@@ -2,6 +2,7 @@
 
 use super::ports::{Case, Decided};
 use super::subnet::Subnet;
+use crate::entropy::Entropy;
 use crate::store::Store;
 use crate::store::record::Sample;
 use crate::validator::round::{Judged, Judgement};
@@ -10,7 +11,7 @@ use crate::validator::scores::gate::Standing;
 use crate::validator::scores::rules::Rules;
 use crate::validator::scores::series::Finding;
 use crate::validator::scores::{self, Input, Seat};
-use crate::verify::capture::{self, Capture, judge_question};
+use crate::verify::capture::{Capture, CheckOptions, judge_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
 use crate::verify::{Depth, Report, Verdict, Verifier};
@@ -54,8 +55,10 @@ pub(super) async fn judge(
         Ok(question) => question,
         Err(e) => return unscored(format!("the request cannot be read: {e}")),
     };
-    let (own, rules) = (verifier.clone(), capture::Rules { profile: None, depth, chance: None });
-    let work = move || judge_question(&own, question, &capture, rules);
+    // Drawn now: the miner has answered and cannot know it.
+    let options = CheckOptions { profile: None, depth, chance: Entropy::system().word() };
+    let own = verifier.clone();
+    let work = move || judge_question(&own, question, &capture, options);
     let judged = match tokio::task::spawn_blocking(work).await {
         Ok(judged) => judged,
         Err(e) => return unscored(format!("the verification broke: {e}")),
@@ -63,7 +66,7 @@ pub(super) async fn judge(
     let Some(first) = judged.into_iter().next() else {
         return unscored("the request asks for no answer");
     };
-    let chance = uuid::Uuid::new_v4().as_u128() as u64;
+    let chance = Entropy::system().word();
     let observed = Observed::of(&first.report, first.scheme, &verifier.limits).thinned(chance);
     let known = match standing {
         Some(standing) => add(store, rates, &case, (standing, &observed)).await,
