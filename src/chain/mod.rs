@@ -10,6 +10,7 @@ pub mod keyfile;
 pub mod keys;
 pub mod metagraph;
 pub mod network;
+pub mod pace;
 pub mod subtensor;
 pub mod timelock;
 pub mod wallet;

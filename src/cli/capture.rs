@@ -130,21 +130,32 @@ impl Verifiers {
             return Ok(verifier.clone());
         }
         let name = config.name.clone();
-        let refuse = |why: String| Failure::user(format!("{name} cannot be loaded: {why}"));
-        let bars = Bars::new();
-        let located = self.runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
-        let plan = load::plan(&located, load::available_memory()).map_err(refuse)?;
-        let model = Model::load(&located.path, located.config.dtype, &self.pool, |_, _| {});
-        let model = model.map_err(|e| refuse(e.to_string()))?;
-        let identity = Identity::of(&model, &self.pool).map_err(|e| refuse(e.to_string()))?;
-        let verifier = Verifier {
-            model: Arc::new(model),
-            identity: Arc::new(identity),
-            pool: self.pool.separate(),
-            limits: self.limits,
-            context_max: plan.options.context_max,
-        };
-        self.loaded.insert(name.clone(), verifier.clone());
+        let verifier = load_verifier(&self.runtime, config, &self.pool, self.limits)?;
+        self.loaded.insert(name, verifier.clone());
         Ok(verifier)
     }
+}
+
+/// Loads a model to verify with.
+pub(super) fn load_verifier(
+    runtime: &Runtime,
+    config: ModelConfig,
+    pool: &Pool,
+    limits: Limits,
+) -> Result<Verifier, Failure> {
+    let name = config.name.clone();
+    let refuse = |why: String| Failure::user(format!("{name} cannot be loaded: {why}"));
+    let bars = Bars::new();
+    let located = runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
+    let plan = load::plan(&located, load::available_memory()).map_err(refuse)?;
+    let model = Model::load(&located.path, located.config.dtype, pool, |_, _| {});
+    let model = model.map_err(|e| refuse(e.to_string()))?;
+    let identity = Identity::of(&model, pool).map_err(|e| refuse(e.to_string()))?;
+    Ok(Verifier {
+        model: Arc::new(model),
+        identity: Arc::new(identity),
+        pool: pool.separate(),
+        limits,
+        context_max: plan.options.context_max,
+    })
 }

@@ -29,6 +29,9 @@ mod shared;
 mod status;
 mod subnet;
 mod subnet_args;
+mod validate;
+mod validate_args;
+mod validate_table;
 mod verifier;
 mod verify;
 mod verify_html;
@@ -101,6 +104,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Show every number behind a miner's weight, down to the round and token that cost it.
     Explain(explain::ExplainArgs),
+    /// Validate a subnet: ask miners, judge their answers by these models, set weights.
+    Validate(Box<validate::ValidateArgs>),
     /// Say how a running miner stands on its subnet.
     Status(status::StatusArgs),
     /// Look at a wallet, or make a hotkey.
@@ -163,6 +168,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Query(args) => query::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Validate(args) => validate::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),

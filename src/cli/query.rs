@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::models;
-use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Streamed, Target, is_deeper};
+use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Size, Streamed, Target, is_deeper};
 use clap::Args;
 use serde_json::{Value, json};
 use std::fs::OpenOptions;
@@ -81,7 +81,8 @@ pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
         let (read_timeout, timeout) =
             (Duration::from_secs(args.read_timeout), Duration::from_secs(args.timeout));
         let api_key = args.api_key.clone().filter(|_| signer.is_none());
-        ask(args, Target { url, hotkey, signer, api_key, read_timeout, timeout }).await
+        let size = Size::LARGE;
+        ask(args, Target { url, hotkey, signer, api_key, read_timeout, timeout, size }).await
     })
 }
 
@@ -111,7 +112,7 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
     let is_chat = body.get("messages").is_some();
     let path = if is_chat { "/v1/chat/completions" } else { "/v1/completions" };
     outln!("{:>8} {:>9} {:>10} {:>8} {:>12}  text", "ms", "token id", "log-prob", "chunk", "powv");
-    let Streamed { arrivals, outcome } = target.stream(path, &body, &clock, print).await;
+    let Streamed { arrivals, outcome, .. } = target.stream(path, &body, &clock, print).await;
     if !arrivals.is_empty() {
         summarize(&arrivals);
         if let Some(path) = &args.save {

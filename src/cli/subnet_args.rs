@@ -138,6 +138,11 @@ impl ChainArgs {
             .map_err(|what| Failure::user(format!("--subtensor.chain_endpoint {what}")))
     }
 
+    /// Whether the network is for tests: validators need no permit there.
+    pub(super) fn is_test(&self) -> bool {
+        matches!(self.network, Network::Test | Network::Local)
+    }
+
     pub(super) fn netuid(&self) -> u16 {
         self.netuid.unwrap_or(NETUID)
     }

@@ -5,14 +5,13 @@
 //! runs. What passes by itself is waited for; only what an operator must mend ends a miner.
 
 pub mod address;
-pub mod pace;
 
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
+use crate::chain::pace::{Doubt, Pace};
 use crate::chain::{Chain, Head};
 use crate::server::door::Gate;
-use pace::{Doubt, Pace};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;

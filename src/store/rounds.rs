@@ -263,8 +263,11 @@ async fn insert(
 async fn check_same(session: &mut Session, round: &Round) -> Result<(), StoreError> {
     let sql = "SELECT COUNT(*) FROM rounds
         WHERE id = $1 AND netuid = $2 AND block = $3 AND started_ms = $4 AND model = $5";
-    let number = |field, value| number(field, value).map_err(|cause| session.error(cause));
-    let (block, started) = (number("block", round.block)?, number("started_ms", round.started_ms)?);
+    let (block, started) = {
+        // Gone before anything is waited for: a future that holds it cannot change its thread.
+        let number = |field, value| number(field, value).map_err(|cause| session.error(cause));
+        (number("block", round.block)?, number("started_ms", round.started_ms)?)
+    };
     let values = vec![
         round.id.as_str().into(),
         round.netuid.into(),

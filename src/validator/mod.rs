@@ -1,6 +1,14 @@
-//! The validator's side: one signed query, and weights out of what was seen.
+//! The validator's side: signed queries, rounds of them, and weights out of what was seen.
+//!
+//! [`round`] is a pure state machine; [`run`] executes what it says; [`scores`] makes weights of
+//! what rounds have found, [`prompt`] what they ask.
 
+pub mod eligible;
 pub mod models;
 pub mod prompt;
 pub mod query;
+pub mod round;
+pub mod run;
 pub mod scores;
+#[cfg(test)]
+mod simulation;

@@ -7,7 +7,7 @@
 
 pub mod names;
 
-use super::query::{QueryError, Target};
+use super::query::{QueryError, Size, Target};
 use crate::clock::Clock;
 use crate::files;
 use crate::wire::python::dumps;
@@ -131,6 +131,7 @@ async fn fetch(url: &str, clock: &Clock) -> Result<Vec<String>, ModelsError> {
         api_key: None,
         read_timeout: ENDPOINT_TIMEOUT,
         timeout: ENDPOINT_TIMEOUT,
+        size: Size::of_tokens(0),
     };
     let bytes = server.call("", None, clock).await?;
     let names = names::read(&bytes).map_err(failed)?;

@@ -10,15 +10,54 @@ use std::time::Duration;
 
 /// How long a connection may take (protocol 5.4).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of a whole answer, of one line of it, and of a body that is no stream.
-const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// Bytes of one line of an answer, and of a body that is no stream.
 const LINE_BYTES_MAX: usize = 1 << 20;
 const BODY_BYTES_MAX: usize = 256 << 10;
+/// What a validator takes of an answer besides its tokens, and for each token: a chunk with
+/// log-probability, weight value and its share of a proof has a few hundred bytes.
+const ANSWER_EXTRA: Size = Size { bytes: 256 << 10, events: 16, marks: 16 << 10 };
+const ANSWER_TOKEN: Size = Size { bytes: 4 << 10, events: 1, marks: 256 };
 /// How deep a request or a chunk may nest: a file of captures holds it a little deeper, and must be
 /// read again.
 pub const DEPTH_MAX: usize = 64;
 /// Characters of an error's body that are repeated.
 const ERROR_CHARS_MAX: usize = 1000;
+
+/// How much of an answer is taken; more is refused, and no more of it is read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Size {
+    /// Bytes.
+    pub bytes: usize,
+    /// Events.
+    pub events: usize,
+    /// Values of all events, counted by what opens or separates them: a value of one byte takes
+    /// many in memory.
+    pub marks: usize,
+}
+
+impl Size {
+    /// For an operator that looks at a miner.
+    pub const LARGE: Self = Self { bytes: 64 << 20, events: 1 << 20, marks: 8 << 20 };
+
+    /// Enough for every honest answer of `tokens` tokens.
+    pub fn of_tokens(tokens: u32) -> Self {
+        let tokens = usize::try_from(tokens).unwrap_or(usize::MAX);
+        let of = |extra: usize, each: usize| extra.saturating_add(tokens.saturating_mul(each));
+        Self {
+            bytes: of(ANSWER_EXTRA.bytes, ANSWER_TOKEN.bytes),
+            events: of(ANSWER_EXTRA.events, ANSWER_TOKEN.events),
+            marks: of(ANSWER_EXTRA.marks, ANSWER_TOKEN.marks),
+        }
+    }
+
+    /// Takes an event off what is left.
+    fn take(&mut self, data: &[u8]) -> Result<(), &'static str> {
+        let marks = data.iter().filter(|b| matches!(b, b',' | b':' | b'[' | b'{')).count();
+        self.events = self.events.checked_sub(1).ok_or("more events than it can need")?;
+        self.marks = self.marks.checked_sub(marks).ok_or("more values than it can need")?;
+        Ok(())
+    }
+}
 
 /// A miner's address, and who asks it.
 #[derive(Clone)]
@@ -35,6 +74,25 @@ pub struct Target {
     pub read_timeout: Duration,
     /// How long the whole answer may take.
     pub timeout: Duration,
+    /// How much of an answer is taken.
+    pub size: Size,
+}
+
+/// Whose a failure is, and of which kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// Ours: this machine lacks something.
+    Own,
+    /// Nobody takes the connection.
+    Unreachable,
+    /// It takes too long.
+    Late,
+    /// The connection breaks, or does not speak HTTP.
+    Broken,
+    /// A status that is no success.
+    Status,
+    /// A stream that is none, or has too much in it.
+    Malformed,
 }
 
 /// Why there is no whole answer.
@@ -47,6 +105,8 @@ pub enum QueryError {
         url: String,
         /// What happened.
         what: String,
+        /// Of which kind.
+        fault: Fault,
     },
     /// The miner says no.
     #[error("{url} answered {status}: {body}")]
@@ -66,6 +126,32 @@ pub enum QueryError {
         /// What is wrong with it.
         what: String,
     },
+}
+
+impl QueryError {
+    /// Whose it is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            QueryError::Network { fault, .. } => *fault,
+            QueryError::Status { .. } => Fault::Status,
+            QueryError::Stream { .. } => Fault::Malformed,
+        }
+    }
+}
+
+/// Errors of the operating system that say nothing about the other side: no descriptors, memory or
+/// ports left, no network.
+fn is_own(e: &std::io::Error) -> bool {
+    let own = [
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOMEM,
+        libc::ENOBUFS,
+        libc::EADDRNOTAVAIL,
+        libc::ENETDOWN,
+        libc::ENETUNREACH,
+    ];
+    e.raw_os_error().is_some_and(|code| own.contains(&code))
 }
 
 /// An event of a stream, with the time since the request at which it was read.
@@ -93,14 +179,23 @@ impl Target {
     }
 
     fn network(&self, e: reqwest::Error) -> QueryError {
+        let mut fault = match &e {
+            e if e.is_builder() => Fault::Own,
+            e if e.is_connect() => Fault::Unreachable,
+            e if e.is_timeout() => Fault::Late,
+            _ => Fault::Broken,
+        };
         // The reason is often only in the source.
         let mut what = e.to_string();
         let mut source = std::error::Error::source(&e);
         while let Some(inner) = source {
             what = format!("{what}: {inner}");
+            if inner.downcast_ref::<std::io::Error>().is_some_and(is_own) {
+                fault = Fault::Own;
+            }
             source = inner.source();
         }
-        QueryError::Network { url: self.url.clone(), what }
+        QueryError::Network { url: self.url.clone(), what, fault }
     }
 
     /// An answer that is not what it should be.
@@ -189,8 +284,10 @@ impl Target {
             on_event(&arrival);
             arrivals.push(arrival);
         };
+        let started = clock.elapsed();
         let outcome = self.read(path, body, clock, &mut keep).await;
-        Streamed { arrivals, outcome }
+        let ended = clock.elapsed().saturating_sub(started);
+        Streamed { arrivals, ended, outcome }
     }
 
     async fn read(
@@ -203,19 +300,20 @@ impl Target {
         let bytes = serde_json::to_vec(body).map_err(|e| self.malformed(e))?;
         let started = clock.elapsed();
         let mut response = self.send(path, Some(bytes), body["model"].as_str(), clock).await?;
-        let (mut events, mut read) = (Events::default(), 0);
+        let (mut events, mut read, mut left) = (Events::default(), 0, self.size);
         while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
             // Before anything is parsed: the miner must not wait for us.
             let at = clock.elapsed().saturating_sub(started);
             read += part.len();
-            if read > ANSWER_BYTES_MAX {
-                let what = format!("the answer has more than {ANSWER_BYTES_MAX} bytes");
+            if read > self.size.bytes {
+                let what = format!("the answer has more than {} bytes", self.size.bytes);
                 return Err(self.malformed(what));
             }
             for data in events.push(&part).map_err(|what| self.malformed(what))? {
                 if data == b"[DONE]" {
                     return Ok(());
                 }
+                left.take(&data).map_err(|what| self.malformed(what))?;
                 let chunk = serde_json::from_slice(&data).map_err(|e| self.malformed(e))?;
                 if is_deeper(&chunk, DEPTH_MAX) {
                     return Err(self.malformed(format!("a chunk nests more than {DEPTH_MAX} deep")));
@@ -242,6 +340,8 @@ pub fn is_deeper(value: &Value, depth: usize) -> bool {
 pub struct Streamed {
     /// Its events.
     pub arrivals: Vec<Arrival>,
+    /// When it ended, since the request was sent.
+    pub ended: Duration,
     /// Whether it ended as it should.
     pub outcome: Result<(), QueryError>,
 }
@@ -317,6 +417,20 @@ mod tests {
         assert!(
             (0..400).any(|_| events.push(&[b"data: ", part.as_slice(), b"\n"].concat()).is_err())
         );
+    }
+
+    #[test]
+    fn an_honest_answer_fits_and_one_of_many_small_values_does_not() {
+        let size = Size::of_tokens(100);
+        let chunk =
+            br#"{"id":"a","choices":[{"index":0,"delta":{"content":"x"},"logprobs":null}]}"#;
+        let mut left = size;
+        assert!((0..100).all(|_| left.take(chunk).is_ok()));
+        let mut left = size;
+        assert_eq!((0..200).filter(|_| left.take(chunk).is_ok()).count(), size.events);
+        let bomb = format!("[{}0]", "0,".repeat(size.marks));
+        assert_eq!({ size }.take(bomb.as_bytes()), Err("more values than it can need"));
+        assert_eq!(Size::of_tokens(u32::MAX).bytes, (256 << 10) + (4 << 10) * u32::MAX as usize);
     }
 
     proptest! {

@@ -7,16 +7,17 @@
 #[path = "../common/node.rs"]
 mod node;
 
-use node::{FakeNode, Neuron, Subnet};
+use node::{Axon, FakeNode, Neuron, Subnet};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::net::SocketAddrV4;
 use std::str::FromStr;
 use std::time::Duration;
 use targon_engine::chain::keys::Hotkey;
 
 const USAGE: &str = "usage: fake-node [--port N] [--netuid N] [--block-ms N] \
     [--tempo BLOCKS] [--commit-reveal 0|1] [--weights-rate-limit BLOCKS] \
-    [--neuron SS58_HOTKEY,STAKE_TAO,PERMIT(0|1)]...";
+    [--neuron SS58_HOTKEY,STAKE_TAO,PERMIT(0|1)[,IPV4:PORT]]...";
 /// How often new extrinsics are looked for.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -64,14 +65,18 @@ fn number<T: FromStr>(text: &str) -> Result<T, String> {
 
 fn neuron(text: &str) -> Result<Neuron, String> {
     let parts: Vec<&str> = text.split(',').collect();
-    let [hotkey, stake, permit] = parts[..] else {
-        return Err(format!("a neuron is SS58_HOTKEY,STAKE_TAO,PERMIT, got {text}"));
+    let (hotkey, stake, permit, axon) = match parts[..] {
+        [hotkey, stake, permit] => (hotkey, stake, permit, None),
+        [hotkey, stake, permit, axon] => (hotkey, stake, permit, Some(axon)),
+        _ => return Err(format!("a neuron is SS58_HOTKEY,STAKE_TAO,PERMIT, got {text}")),
     };
     let hotkey = hotkey.parse::<Hotkey>().map_err(|e| format!("{hotkey}: {e}"))?;
     let tao: f64 = number(stake)?;
     let mut neuron = Neuron::new(hotkey.0);
     neuron.stake_rao = (tao * 1e9).round() as u64;
     neuron.permit = number::<u8>(permit)? != 0;
+    let address = axon.map(number::<SocketAddrV4>).transpose()?;
+    neuron.axon = address.map(|address| Axon::new(*address.ip(), address.port()));
     Ok(neuron)
 }
 

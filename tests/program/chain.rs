@@ -11,10 +11,10 @@ use targon_engine::chain::error::{ChainError, Refusal, Stage};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::Axon;
 use targon_engine::chain::network::{Endpoints, Network};
+use targon_engine::chain::pace::DOUBT_MAX;
 use targon_engine::chain::subtensor::Subtensor;
 use targon_engine::chain::{Chain, Head};
 use targon_engine::clock::Clock;
-use targon_engine::miner::pace::DOUBT_MAX;
 use targon_engine::miner::{Miner, MinerError, MinerOptions};
 use targon_engine::server::door::{Gate, Policy};
 

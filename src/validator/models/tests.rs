@@ -26,7 +26,8 @@ fn answer(body: impl Into<String>) -> MethodRouter {
 fn miner(url: String, signer: Option<Keypair>) -> Target {
     let (read_timeout, timeout) = (Duration::from_secs(60), Duration::from_secs(60));
     let hotkey = signer.as_ref().map(Keypair::hotkey);
-    Target { url, hotkey, signer: signer.map(Arc::new), api_key: None, read_timeout, timeout }
+    let (signer, size) = (signer.map(Arc::new), Size::LARGE);
+    Target { url, hotkey, signer, api_key: None, read_timeout, timeout, size }
 }
 
 #[test]

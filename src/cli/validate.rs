@@ -1,0 +1,241 @@
+//! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
+
+use super::capture::load_verifier;
+use super::out::outln;
+use super::printable::printable;
+use super::serve::stop_signal;
+use super::shared::runtime;
+use super::subnet::tell;
+pub(super) use super::validate_args::ValidateArgs;
+use super::{Failure, validate_table};
+use crate::chain::Chain;
+use crate::chain::keys::Keypair;
+use crate::chain::metagraph::Metagraph;
+use crate::chain::subtensor::Subtensor;
+use crate::clock::Clock;
+use crate::store::Store;
+use crate::store::record::{Round, WeightsState};
+use crate::validator::eligible::{self, NoPermit, Rules};
+use crate::validator::prompt::dataset::Source;
+use crate::validator::round::chance::Chance;
+use crate::validator::run::progress::Progress;
+use crate::validator::run::reading::{Reading, SubnetError};
+use crate::validator::run::world::{Memory, World};
+use crate::validator::run::{Driver, Options, RunError, Settled};
+use crate::verify::evidence::Calibrated;
+use crate::verify::{Limits, Verifier};
+use axum::Router;
+use axum::routing::get;
+use sd_notify::NotifyState;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+/// A loop that stands still for so long is ended with the program: whoever supervises it starts it
+/// again, and nothing that was finished is lost.
+const STUCK_TIME: Duration = Duration::from_secs(300);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_secs(5);
+/// Wait between two looks at weights that were sent.
+const WEIGHTS_WAIT: Duration = Duration::from_secs(6);
+
+pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
+    args.original.check()?;
+    let settings = args.round.settings(args.chain.netuid())?;
+    let source = Source::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
+    let signer = Arc::new(args.wallet.keypair()?);
+    let runtime = runtime()?;
+    let chain = Subtensor::new(args.chain.endpoints()?);
+    // Before anything large is loaded.
+    let metagraph = runtime.block_on(check(args, &chain, &signer))?;
+    let store = runtime.block_on(Store::open(&args.database));
+    let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
+    let verifiers = verifiers(args, &runtime)?;
+    let world = World {
+        chain,
+        netuid: args.chain.netuid(),
+        store: store.clone(),
+        clock: Clock::system(),
+        verifiers,
+        mode: args.listed.mode(),
+        source,
+        scoring: args.weights.scoring(args.round.profile)?,
+        rates: Calibrated::default(),
+        waits: args.round.waits(),
+        away_max: args.weights.epoch_length,
+        version_key: args.weights.version_key(args.round.profile),
+        memory: Memory::default(),
+        signer: Arc::clone(&signer),
+    };
+    let options = Options {
+        round: settings,
+        reading: reading(args, &signer),
+        epoch_length: args.weights.epoch_length,
+        rounds: args.round.count(),
+        is_dry: args.weights.dry_run,
+        stop_time: Duration::from_secs(args.shutdown_timeout),
+        weights_wait: WEIGHTS_WAIT,
+        spill: Some(args.unsaved.clone()),
+    };
+    let outcome = runtime.block_on(async {
+        let outcome = validate(args, world, options, &metagraph).await;
+        store.close().await;
+        outcome
+    });
+    // A verification that was given up may still compute; nothing waits for it.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
+    let rules = Rules {
+        own: signer.hotkey(),
+        vpermit_tao_limit: args.round.vpermit_tao_limit,
+        private_axons: args.round.private_axons,
+    };
+    let is_permit_needed = !args.round.allow_no_permit && !args.chain.is_test();
+    Reading { rules, is_permit_needed }
+}
+
+/// Whether this key may validate.
+async fn check(
+    args: &ValidateArgs,
+    chain: &Subtensor,
+    signer: &Keypair,
+) -> Result<Metagraph, Failure> {
+    let metagraph = chain.metagraph(args.chain.netuid()).await;
+    let metagraph = metagraph.map_err(|e| run_failure(SubnetError::from(e).into()))?;
+    let needs = reading(args, signer).is_permit_needed;
+    let own = eligible::validator(&metagraph, &signer.hotkey(), needs);
+    own.map_err(|e| run_failure(SubnetError::from(e).into()))?;
+    Ok(metagraph)
+}
+
+/// The models to verify with, loaded one after the other.
+fn verifiers(
+    args: &ValidateArgs,
+    runtime: &Runtime,
+) -> Result<BTreeMap<String, Verifier>, Failure> {
+    let pool = args.compute.pool()?;
+    let mut loaded = BTreeMap::new();
+    for config in args.models.read(&[])?.models {
+        let name = config.name.clone();
+        let verifier = load_verifier(runtime, config, &pool, Limits::default())?;
+        tracing::info!(model = name, "ready");
+        loaded.insert(name, verifier);
+    }
+    Ok(loaded)
+}
+
+async fn validate(
+    args: &ValidateArgs,
+    world: World<Subtensor>,
+    options: Options,
+    metagraph: &Metagraph,
+) -> Result<(), Failure> {
+    let is_bounded = options.rounds.is_some();
+    let clock = world.clock.clone();
+    let driver = Driver::new(Arc::new(world), options, clock, Chance::system()).await;
+    let driver = driver.map_err(run_failure)?;
+    let progress = driver.progress();
+    if let Some(address) = args.metrics {
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|e| Failure::user(format!("--metrics: cannot listen on {address}: {e}")))?;
+        tokio::spawn(serve_metrics(listener, Arc::clone(&progress)));
+    }
+    watch(Arc::clone(&progress))?;
+    let stop = CancellationToken::new();
+    let (signal, token) = (stop_signal()?, stop.clone());
+    tokio::spawn(async move {
+        signal.await;
+        tell(NotifyState::Stopping);
+        token.cancel();
+    });
+    tell(NotifyState::Ready);
+    let on_round = |round: &Round| {
+        if is_bounded {
+            let Round { id, block, model, endpoint, .. } = round;
+            outln!("round {id} at block {block}: {} on {endpoint}", printable(model));
+            outln!("{}", validate_table::verdicts(round));
+        }
+    };
+    let summary = driver.run(stop, &on_round).await.map_err(run_failure)?;
+    tell(NotifyState::Stopping);
+    summary.weights.map_or(Ok(()), |settled| show(settled, metagraph))
+}
+
+/// The weights at the end.
+fn show(settled: Settled, metagraph: &Metagraph) -> Result<(), Failure> {
+    let weights = match settled {
+        Settled::None(why) => {
+            outln!("no weights: {why}");
+            return Ok(());
+        }
+        Settled::Later(why) => return Err(Failure::ours(format!("weights are not set: {why}"))),
+        Settled::Weights(weights) => weights,
+    };
+    let hotkey = |uid| metagraph.uid(uid).map(|neuron| neuron.hotkey.to_string());
+    outln!("{}", validate_table::state(&weights));
+    outln!("{}", validate_table::weights(&weights, hotkey));
+    match weights.state {
+        WeightsState::Failed { why } => Err(Failure::user(format!("weights are not set: {why}"))),
+        _ => Ok(()),
+    }
+}
+
+async fn serve_metrics(listener: TcpListener, progress: Arc<Progress>) {
+    let metrics = move || {
+        let text = progress.prometheus();
+        async move { ([("content-type", "text/plain; version=0.0.4")], text) }
+    };
+    let router = Router::new().route("/metrics", get(metrics));
+    if let Err(e) = axum::serve(listener, router).await {
+        tracing::error!("metrics are no longer served: {e}");
+    }
+}
+
+/// Ends the program where its loop stands still; feeds the service manager's watchdog where not.
+fn watch(progress: Arc<Progress>) -> Result<(), Failure> {
+    let feeds = sd_notify::watchdog_enabled().is_some();
+    let look = move || {
+        let (mut seen, mut still) = (0, Duration::ZERO);
+        loop {
+            std::thread::sleep(LOOK);
+            let beat = progress.beat_ms();
+            still = if beat == seen { still + LOOK } else { Duration::ZERO };
+            seen = beat;
+            if still >= STUCK_TIME {
+                tracing::error!("the validator has stood still for {STUCK_TIME:?}; it ends");
+                std::process::exit(2);
+            }
+            if feeds && still < STUCK_TIME / 2 {
+                tell(NotifyState::Watchdog);
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("watch".into()).spawn(look);
+    thread.map(drop).map_err(|e| Failure::ours(format!("cannot start a thread: {e}")))
+}
+
+fn run_failure(e: RunError) -> Failure {
+    match &e {
+        RunError::Subnet(SubnetError::NoPermit(NoPermit::NotRegistered { netuid, .. })) => {
+            let hint = format!("btcli subnets register --netuid {netuid}, with the coldkey");
+            Failure::user(&e).with_hint(Some(hint))
+        }
+        RunError::Subnet(SubnetError::NoPermit(NoPermit::NoPermit { .. })) => {
+            let hint = "add stake; --allow-no-permit, or the networks test and local, need none";
+            Failure::user(&e).with_hint(Some(hint))
+        }
+        RunError::Subnet(fault) if fault.is_passing() => {
+            let hint = "other endpoints can be given by --subtensor.chain_endpoint";
+            Failure::ours(&e).with_hint(Some(hint))
+        }
+        RunError::Subnet(_) | RunError::Chain(_) => Failure::user(&e),
+        RunError::Records(_) => Failure::ours(&e),
+    }
+}

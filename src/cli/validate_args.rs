@@ -1,0 +1,276 @@
+//! Flags of `validate`, under Targon's names where it has them.
+
+use super::Failure;
+use super::shared::{ComputeArgs, ModelsArg};
+use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
+use crate::proof::Scheme;
+use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
+use crate::validator::round::{Keep, Settings, Times};
+use crate::validator::scores::rules::{Profile, Rules};
+use clap::{Args, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Longest time for a prompt: it is made in this process.
+const PROMPT_TIME: Duration = Duration::from_secs(60);
+/// What a query may take beyond its own limit before the round goes on without it.
+const QUERY_GRACE: Duration = Duration::from_secs(10);
+/// Longest time for the verdicts of a round, from its last answer on.
+const VERDICTS_TIME: Duration = Duration::from_secs(1800);
+/// Version that weights of the profile `targon-4.4` name: 4.4.1 (protocol 0).
+const TARGON_VERSION: u64 = 404_010;
+
+/// Arguments of `validate`.
+#[derive(Args)]
+pub(super) struct ValidateArgs {
+    #[command(flatten)]
+    pub(super) models: ModelsArg,
+    #[command(flatten)]
+    pub(super) wallet: WalletArgs,
+    #[command(flatten)]
+    pub(super) chain: ChainArgs,
+    #[command(flatten)]
+    pub(super) original: OriginalArgs,
+    #[command(flatten)]
+    pub(super) listed: ListArgs,
+    #[command(flatten)]
+    pub(super) round: RoundArgs,
+    #[command(flatten)]
+    pub(super) weights: WeightsArgs,
+    /// Records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
+    #[arg(
+        id = "database.url",
+        long = "database.url",
+        env = "TARGON_DATABASE_URL",
+        hide_env_values = true,
+        default_value = "validator.sqlite"
+    )]
+    pub(super) database: String,
+    /// Where rounds go that the database does not take before the program ends.
+    #[arg(long, env = "TARGON_UNSAVED", default_value = "unsaved-rounds.jsonl")]
+    pub(super) unsaved: PathBuf,
+    /// Serve metrics at http://ADDRESS/metrics.
+    #[arg(long, env = "TARGON_METRICS", value_name = "ADDRESS")]
+    pub(super) metrics: Option<SocketAddr>,
+    /// Seconds that verifications may go on after SIGTERM.
+    #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    pub(super) shutdown_timeout: u64,
+    #[command(flatten)]
+    pub(super) compute: ComputeArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ListMode {
+    /// The model that Targon's validators ask for by default.
+    Default,
+    /// A file with one name a line.
+    Config,
+    /// A server that answers with a JSON list.
+    Endpoint,
+}
+
+/// Which models miners are asked for.
+#[derive(Args)]
+pub(super) struct ListArgs {
+    /// Where the list of models comes from that miners are told; where absent, it is the models of
+    /// --models. Only models of --models can be verified, so only they are asked for.
+    #[arg(
+        id = "models.mode",
+        long = "models.mode",
+        env = "TARGON_MODELS_MODE",
+        help_heading = "Models"
+    )]
+    mode: Option<ListMode>,
+    /// The file of --models.mode config.
+    #[arg(
+        id = "models.config",
+        long = "models.config",
+        env = "TARGON_MODELS_CONFIG",
+        default_value = CONFIG_FILE,
+        help_heading = "Models"
+    )]
+    config: PathBuf,
+    /// The server of --models.mode endpoint.
+    #[arg(
+        id = "models.endpoint",
+        long = "models.endpoint",
+        env = "TARGON_MODELS_ENDPOINT",
+        default_value = ENDPOINT,
+        help_heading = "Models"
+    )]
+    endpoint: String,
+}
+
+impl ListArgs {
+    /// Where the list comes from; the verified models where it is not said.
+    pub(super) fn mode(&self) -> Option<Mode> {
+        self.mode.map(|mode| match mode {
+            ListMode::Default => Mode::Default,
+            ListMode::Config => Mode::Config(self.config.clone()),
+            ListMode::Endpoint => Mode::Endpoint(self.endpoint.clone()),
+        })
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KeepArg {
+    /// None.
+    None,
+    /// Those of answers that were not verified.
+    Faults,
+    /// All.
+    All,
+}
+
+/// How rounds are held.
+#[derive(Args)]
+pub(super) struct RoundArgs {
+    /// Stop after so many rounds, print their verdicts, and set weights by them.
+    #[arg(long, env = "TARGON_ROUNDS", help_heading = "Rounds",
+        value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) rounds: Option<u64>,
+    /// One round: the same as --rounds 1.
+    #[arg(long, conflicts_with = "rounds", help_heading = "Rounds")]
+    pub(super) once: bool,
+    /// Requests, scores and weights: default (proofs asked for, bugs mended) or targon-4.4.
+    #[arg(long, env = "TARGON_PROFILE", default_value = "default", help_heading = "Rounds")]
+    pub(super) profile: Profile,
+    /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none. Where absent, residue-v1,
+    /// and none in the profile targon-4.4.
+    #[arg(long, env = "TARGON_PROOF", help_heading = "Rounds")]
+    proof: Option<String>,
+    /// Miners that are asked in a round, at most.
+    #[arg(long, env = "TARGON_MINERS_MAX", default_value_t = 37, help_heading = "Rounds",
+        value_parser = clap::value_parser!(u16).range(1..=256))]
+    miners_max: u16,
+    /// Fewest tokens that are asked for at most.
+    #[arg(long, env = "TARGON_TOKENS_MIN", default_value_t = 512, help_heading = "Rounds",
+        value_parser = clap::value_parser!(u32).range(8..=65_536))]
+    tokens_min: u32,
+    /// Most tokens that are asked for.
+    #[arg(long, env = "TARGON_TOKENS_MAX", default_value_t = 1920, help_heading = "Rounds",
+        value_parser = clap::value_parser!(u32).range(8..=65_536))]
+    tokens_max: u32,
+    /// Seconds that may pass between two reads of an answer.
+    #[arg(long, env = "TARGON_READ_TIMEOUT", default_value_t = 5, help_heading = "Rounds",
+        value_parser = clap::value_parser!(u64).range(1..=600))]
+    read_timeout: u64,
+    /// Seconds that a whole answer may take.
+    #[arg(long, env = "TARGON_QUERY_TIMEOUT", default_value_t = 120, help_heading = "Rounds",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    query_timeout: u64,
+    /// Share of the answers of which every row is verified, between 0 and 1.
+    #[arg(long, env = "TARGON_SLOW_SHARE", default_value_t = 0.1, help_heading = "Rounds")]
+    slow_share: f64,
+    /// Which requests and answers the records keep in full.
+    #[arg(long, env = "TARGON_CAPTURES", default_value = "faults", help_heading = "Rounds")]
+    captures: KeepArg,
+    /// A file of JSON lines with a `text` or `conversations` field: what prompts are about.
+    #[arg(long, env = "TARGON_DATASET", help_heading = "Rounds")]
+    pub(super) dataset: Option<String>,
+    /// A member with a permit and more stake than this, in TAO, is a validator and is not asked.
+    #[arg(
+        id = "vpermit_tao_limit",
+        long = "vpermit-tao-limit",
+        env = "TARGON_VPERMIT_TAO_LIMIT",
+        default_value_t = 4096.0,
+        help_heading = "Rounds"
+    )]
+    pub(super) vpermit_tao_limit: f64,
+    /// Ask miners at addresses that no public network has, such as those of this machine.
+    #[arg(long, env = "TARGON_PRIVATE_AXONS", help_heading = "Rounds")]
+    pub(super) private_axons: bool,
+    /// Validate without a validator permit. The networks test and local need none.
+    #[arg(long, env = "IS_TESTNET", help_heading = "Rounds")]
+    pub(super) allow_no_permit: bool,
+}
+
+impl RoundArgs {
+    /// After how many rounds it ends.
+    pub(super) fn count(&self) -> Option<u64> {
+        self.rounds.or(self.once.then_some(1))
+    }
+
+    /// How long a query waits: between two reads, and in all.
+    pub(super) fn waits(&self) -> (Duration, Duration) {
+        (Duration::from_secs(self.read_timeout), Duration::from_secs(self.query_timeout))
+    }
+
+    pub(super) fn settings(&self, netuid: u16) -> Result<Settings, Failure> {
+        if self.tokens_min > self.tokens_max {
+            let (min, max) = (self.tokens_min, self.tokens_max);
+            let what = format!("--tokens-min must be at most --tokens-max, {max}, got {min}");
+            return Err(Failure::user(what));
+        }
+        if !(0.0..=1.0).contains(&self.slow_share) {
+            let what = format!("--slow-share must lie between 0 and 1, got {}", self.slow_share);
+            return Err(Failure::user(what));
+        }
+        let (_, query) = self.waits();
+        Ok(Settings {
+            netuid,
+            profile: self.profile.to_string(),
+            asked_max: usize::from(self.miners_max),
+            lengths: self.tokens_min..=self.tokens_max,
+            proof: self.proof()?,
+            slow_share: self.slow_share,
+            keep: match self.captures {
+                KeepArg::None => Keep::Nothing,
+                KeepArg::Faults => Keep::Faults,
+                KeepArg::All => Keep::All,
+            },
+            times: Times {
+                prompt: PROMPT_TIME,
+                answers: query + QUERY_GRACE,
+                verdicts: VERDICTS_TIME,
+            },
+        })
+    }
+
+    fn proof(&self) -> Result<Option<Scheme>, Failure> {
+        match (self.proof.as_deref(), self.profile) {
+            (Some("none"), _) | (None, Profile::Targon44) => Ok(None),
+            (None, Profile::Default) => Ok(Some(Scheme::Residue)),
+            (Some(name), _) => {
+                let scheme = name.parse::<Scheme>();
+                scheme.map(Some).map_err(|e| Failure::user(format!("--proof {name}: {e}, none")))
+            }
+        }
+    }
+}
+
+/// When and how weights are set.
+#[derive(Args)]
+pub(super) struct WeightsArgs {
+    /// Blocks between two settings of weights and readings of the metagraph.
+    #[arg(
+        long,
+        env = "TARGON_EPOCH_LENGTH",
+        default_value_t = 360,
+        value_parser = clap::value_parser!(u64).range(1..),
+        help_heading = "Weights"
+    )]
+    pub(super) epoch_length: u64,
+    /// Newest samples of a miner and model that count; 30, and 15 in the profile targon-4.4.
+    #[arg(long, env = "TARGON_WINDOW", help_heading = "Weights")]
+    window: Option<usize>,
+    /// Decide weights and show them; sign nothing for the chain.
+    #[arg(long, env = "TARGON_DRY_RUN", help_heading = "Weights")]
+    pub(super) dry_run: bool,
+}
+
+impl WeightsArgs {
+    pub(super) fn scoring(&self, profile: Profile) -> Result<Rules, Failure> {
+        let rules = Rules::of(profile);
+        match self.window {
+            Some(window) => rules.with_window(window).map_err(Failure::user),
+            None => Ok(rules),
+        }
+    }
+
+    /// Version that weights name; the subnet's own where absent.
+    pub(super) fn version_key(&self, profile: Profile) -> Option<u64> {
+        (profile == Profile::Targon44).then_some(TARGON_VERSION)
+    }
+}

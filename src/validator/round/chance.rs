@@ -1,0 +1,122 @@
+//! Chance as a parameter: what a validator calls instead of a random generator.
+//!
+//! [`Chance::system`] asks the machine, whose numbers nobody can foresee; [`Chance::seeded`] is the
+//! same sequence every time, for tests.
+
+use crate::entropy::Entropy;
+use crate::proof::codec::to_hex;
+use crate::proof::philox::philox;
+
+/// Separates this sequence from others with the same key.
+const DOMAIN: u32 = 0x7661_6c69;
+
+/// A source of random numbers.
+#[derive(Clone, Debug)]
+pub struct Chance(Source);
+
+#[derive(Clone, Debug)]
+enum Source {
+    System,
+    Seeded { key: u64, count: u64 },
+}
+
+impl Chance {
+    /// The machine's.
+    pub fn system() -> Self {
+        Self(Source::System)
+    }
+
+    /// A sequence that `key` decides.
+    pub fn seeded(key: u64) -> Self {
+        Self(Source::Seeded { key, count: 0 })
+    }
+
+    /// A source of its own, for somebody else.
+    pub fn fork(&mut self) -> Self {
+        match &self.0 {
+            Source::System => Self::system(),
+            Source::Seeded { .. } => Self::seeded(self.bits()),
+        }
+    }
+
+    /// 64 random bits.
+    pub fn bits(&mut self) -> u64 {
+        match &mut self.0 {
+            Source::System => {
+                // A UUID of version 4 has six bits that are not random, all between bit 62 and 80.
+                let uuid = Entropy::system().uuid().as_u128();
+                ((uuid >> 80) as u64) << 16 | u64::from(uuid as u16)
+            }
+            Source::Seeded { key, count } => {
+                let words = philox(*key, [*count as u32, (*count >> 32) as u32, 0, DOMAIN]);
+                *count += 1;
+                u64::from(words[0]) << 32 | u64::from(words[1])
+            }
+        }
+    }
+
+    /// Uniform over `0..limit`; 0 where the limit is 0.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        ((u128::from(self.bits()) * u128::from(limit)) >> 64) as u64
+    }
+
+    /// Uniform over [0, 1), a multiple of 2^-16: equal in every float type and after every printer.
+    pub fn share(&mut self) -> f64 {
+        self.below(1 << 16) as f64 / f64::from(1_u32 << 16)
+    }
+
+    /// One of a list.
+    pub fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
+        list.get(self.below(list.len() as u64) as usize)
+    }
+
+    /// Puts a list into random order (Fisher and Yates).
+    pub fn shuffle<T>(&mut self, list: &mut [T]) {
+        for last in (1..list.len()).rev() {
+            list.swap(last, self.below(last as u64 + 1) as usize);
+        }
+    }
+
+    /// `N` random bytes in hexadecimal.
+    pub fn hex<const N: usize>(&mut self) -> String {
+        let bytes: [u8; N] = std::array::from_fn(|_| self.bits() as u8);
+        to_hex(&bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_decides_and_every_place_is_reached() {
+        let draw = |seed| {
+            let mut chance = Chance::seeded(seed);
+            let mut list: Vec<u8> = (0..5).collect();
+            let mut seen = [[0_u32; 5]; 5];
+            for _ in 0..2_000 {
+                chance.shuffle(&mut list);
+                for (place, value) in list.iter().enumerate() {
+                    seen[place][usize::from(*value)] += 1;
+                }
+            }
+            assert!(seen.iter().flatten().all(|n| (300..500).contains(n)), "{seen:?}");
+            (list, chance.hex::<16>())
+        };
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+    }
+
+    #[test]
+    fn the_machines_bits_are_all_random() {
+        let mut chance = Chance::system();
+        let (mut ones, mut zeros) = (0, 0);
+        for _ in 0..100 {
+            let bits = chance.bits();
+            (ones, zeros) = (ones | bits, zeros | !bits);
+            assert!((0.0..1.0).contains(&chance.share()) && chance.below(3) < 3);
+        }
+        assert_eq!((ones, zeros), (u64::MAX, u64::MAX));
+        assert_eq!((chance.below(0), chance.pick::<u8>(&[])), (0, None));
+    }
+}

@@ -1,0 +1,427 @@
+//! A round as a pure state machine: events go in, actions come out.
+//!
+//! [`Machine::start`] chooses a model, an endpoint and the miners, and asks for a prompt. With the
+//! prompt it asks all miners at once; each answer is timed ([`measure`]) and handed to
+//! verification; when the last verdict is known, or its deadline has passed, the round ends as a
+//! [`record::Round`]. Clock and chance are given; nothing here waits, reads or sends.
+//!
+//! What a miner does wrong is the miner's, and counts against it. Trouble of the validator's own
+//! (no prompt, no verdict, a network that reaches nobody, the end of the program) is
+//! [`Outcome::Unscored`] and adds no sample. Every phase has a deadline, so a round always ends.
+
+pub mod ask;
+pub mod chance;
+pub mod measure;
+mod terms;
+
+use crate::clock::Clock;
+use crate::store::record::{self, Outcome, Response, Sampled, Timing};
+use crate::validator::query::Arrival;
+use ask::{Endpoint, Prompt, Sampling};
+use chance::Chance;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+pub use terms::{
+    Action, Answered, Ending, Event, Judged, Judgement, Keep, Miner, Offer, Scene, Settings, Times,
+};
+
+/// Where so many miners were asked and none could be reached, the network is the validator's own
+/// trouble.
+const ALONE_MIN: usize = 4;
+/// The cause of a miner that nobody could connect to.
+pub const UNREACHABLE: &str = "UNREACHABLE";
+/// The cause of an answer that is none.
+pub const BAD_STREAM: &str = "BAD_STREAM";
+
+/// Where a round is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// It waits for a prompt.
+    Prompting,
+    /// It waits for answers.
+    Asking,
+    /// It waits for verdicts only: the next round may ask.
+    Judging,
+    /// It is over.
+    Ended,
+}
+
+/// A miner in this round.
+struct Slot {
+    miner: Miner,
+    body: Value,
+    state: State,
+}
+
+enum State {
+    /// It does not serve the model.
+    NotServed,
+    /// It is to be asked, or was.
+    Open,
+    /// Its answer is being judged.
+    Judging(Timing, Arc<Value>),
+    /// It is done with.
+    Closed(Box<Found>),
+}
+
+struct Found {
+    timing: Timing,
+    outcome: Outcome,
+    cause: Option<String>,
+    error: Option<String>,
+    capture: Option<Arc<Value>>,
+    report: Option<Value>,
+}
+
+impl Found {
+    fn failed(timing: Timing, cause: &str, error: String) -> Self {
+        let (cause, error) = (Some(cause.to_owned()), Some(error));
+        let outcome = Outcome::Failed;
+        Self { timing, outcome, cause, error, capture: None, report: None }
+    }
+
+    fn unscored(timing: Timing, why: &str) -> Self {
+        Self { outcome: Outcome::Unscored, ..Self::failed(timing, "UNSCORED", why.to_owned()) }
+    }
+}
+
+/// A running round.
+pub struct Machine {
+    settings: Arc<Settings>,
+    clock: Clock,
+    chance: Chance,
+    phase: Phase,
+    deadline: Duration,
+    endpoint: Endpoint,
+    sampling: Sampling,
+    context_max: usize,
+    record: record::Round,
+    slots: BTreeMap<u16, Slot>,
+}
+
+impl Machine {
+    /// Starts a round, unless there is no model to ask for or nobody to ask. The second part is to
+    /// be done now.
+    pub fn start(
+        scene: Scene,
+        settings: Arc<Settings>,
+        clock: Clock,
+        mut chance: Chance,
+    ) -> Option<(Self, Vec<Action>)> {
+        let offer = chance.pick(&scene.models)?.clone();
+        let endpoint = *chance.pick(&offer.endpoints)?;
+        let sampling = Sampling::draw(&mut chance, &settings.lengths);
+        let slots = choose(scene.miners, &offer.name, settings.asked_max, &mut chance);
+        if slots.is_empty() {
+            return None;
+        }
+        let record = record::Round {
+            id: chance.hex::<16>(),
+            netuid: settings.netuid,
+            block: scene.block,
+            started_ms: clock.unix_ms(),
+            ended_ms: 0,
+            model: offer.name,
+            endpoint: endpoint.path().to_owned(),
+            request: Value::Null,
+            profile: settings.profile.clone(),
+            responses: Vec::new(),
+        };
+        let deadline = clock.elapsed() + settings.times.prompt;
+        let (phase, context_max) = (Phase::Prompting, offer.context_max);
+        let mut machine = Self {
+            settings,
+            clock,
+            chance,
+            phase,
+            deadline,
+            endpoint,
+            sampling,
+            context_max,
+            record,
+            slots,
+        };
+        let is_open = |slot: &Slot| matches!(slot.state, State::Open);
+        if !machine.slots.values().any(is_open) {
+            // Nobody serves the model, so nothing need be asked to know it.
+            machine.phase = Phase::Asking;
+            let actions = machine.settle(Vec::new());
+            return Some((machine, actions));
+        }
+        let (model, seed) = (machine.record.model.clone(), sampling.seed);
+        Some((machine, vec![Action::Prompt { model, endpoint, seed }]))
+    }
+
+    /// The round's name.
+    pub fn id(&self) -> &str {
+        &self.record.id
+    }
+
+    /// Its own and its model's name.
+    pub fn name(&self) -> (String, String) {
+        (self.record.id.clone(), self.record.model.clone())
+    }
+
+    /// Where it is.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// When it must be told that time has passed, on its clock.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    /// Takes what happened and says what is to be done. What comes too late changes nothing.
+    pub fn handle(&mut self, event: Event) -> Vec<Action> {
+        if self.phase == Phase::Ended {
+            return Vec::new();
+        }
+        let actions = match event {
+            Event::Prompted(prompt) => self.prompted(prompt),
+            Event::Answered { uid, answer } => self.answered(uid, answer),
+            Event::Judged { uid, judgement } => {
+                self.judged(uid, judgement);
+                Vec::new()
+            }
+            Event::Tick => Vec::new(),
+            Event::Stop => {
+                self.give_up("the validator was stopped");
+                Vec::new()
+            }
+        };
+        self.settle(actions)
+    }
+
+    fn prompted(&mut self, prompt: Result<Prompt, String>) -> Vec<Action> {
+        if self.phase != Phase::Prompting {
+            return Vec::new();
+        }
+        let model = &self.record.model;
+        let made = prompt.and_then(|prompt| {
+            ask::body(model, self.endpoint, self.sampling, prompt, self.context_max)
+        });
+        let (mut body, sampling) = match made {
+            Ok(made) => made,
+            Err(why) => {
+                self.give_up(&format!("there is no prompt: {why}"));
+                return Vec::new();
+            }
+        };
+        if let Some(scheme) = self.settings.proof {
+            body = ask::with_proof(body, scheme);
+        }
+        (self.sampling, self.phase) = (sampling, Phase::Asking);
+        self.deadline = self.clock.elapsed() + self.settings.times.answers;
+        let mut actions = Vec::new();
+        for (uid, slot) in &mut self.slots {
+            if matches!(slot.state, State::Open) {
+                slot.body = ask::with_nonce(&body, &mut self.chance);
+                let (path, max_tokens) = (self.endpoint.path(), sampling.max_tokens);
+                actions.push(Action::Ask { uid: *uid, path, body: slot.body.clone(), max_tokens });
+            }
+        }
+        self.record.request = body;
+        actions
+    }
+
+    fn answered(&mut self, uid: u16, answer: Answered) -> Vec<Action> {
+        let Some(slot) = self.slots.get_mut(&uid) else { return Vec::new() };
+        if self.phase != Phase::Asking || !matches!(slot.state, State::Open) {
+            return Vec::new();
+        }
+        let Answered { arrivals, ended, ending } = answer;
+        let timing = measure::timing(&arrivals, ended, self.sampling.max_tokens);
+        let fault = match ending {
+            Ending::Ours(why) => {
+                slot.state = State::Closed(Box::new(Found::unscored(timing, &why)));
+                return Vec::new();
+            }
+            Ending::Fault { cause, what } => Some((cause, what)),
+            Ending::Whole => measure::said_error(&arrivals)
+                .map(|said| (BAD_STREAM, format!("the miner reports an error: {said}"))),
+        };
+        let fault = fault.or_else(|| {
+            let is_late = measure::is_not_streamed(&arrivals, ended);
+            is_late.then(|| (BAD_STREAM, "Likely non-streamed response".to_owned()))
+        });
+        let is_empty = arrivals.is_empty();
+        let capture =
+            Arc::new(capture(&slot.miner.hotkey, std::mem::take(&mut slot.body), arrivals));
+        match fault {
+            Some((cause, what)) => {
+                let capture = Some(capture).filter(|_| !is_empty);
+                let found = Found { capture, ..Found::failed(timing, cause, what) };
+                slot.state = State::Closed(Box::new(found));
+                Vec::new()
+            }
+            None => {
+                slot.state = State::Judging(timing, Arc::clone(&capture));
+                let is_slow = self.chance.share() < self.settings.slow_share;
+                vec![Action::Judge { uid, capture, is_slow }]
+            }
+        }
+    }
+
+    fn judged(&mut self, uid: u16, judgement: Judgement) {
+        let Some(slot) = self.slots.get_mut(&uid) else { return };
+        let State::Judging(timing, capture) = &slot.state else { return };
+        let (timing, capture) = (*timing, Some(Arc::clone(capture)));
+        let report = judgement.report;
+        let found = match judgement.verdict {
+            Judged::Pass => {
+                let (outcome, cause, error) = (Outcome::Verified, None, None);
+                Found { timing, outcome, cause, error, capture, report }
+            }
+            Judged::Reject { cause, what } => {
+                let outcome = Outcome::Rejected;
+                Found { outcome, capture, report, ..Found::failed(timing, &cause, what) }
+            }
+            Judged::Unscored(why) => Found { capture, report, ..Found::unscored(timing, &why) },
+        };
+        slot.state = State::Closed(Box::new(found));
+    }
+
+    /// Closes what is open, unscored.
+    fn give_up(&mut self, why: &str) {
+        for slot in self.slots.values_mut() {
+            let timing = match slot.state {
+                State::Open => Timing::default(),
+                State::Judging(timing, _) => timing,
+                State::NotServed | State::Closed(_) => continue,
+            };
+            slot.state = State::Closed(Box::new(Found::unscored(timing, why)));
+        }
+    }
+
+    /// Goes on to the phase that the slots are in, and ends the round with the last of them.
+    fn settle(&mut self, mut actions: Vec<Action>) -> Vec<Action> {
+        let now = self.clock.elapsed();
+        if now >= self.deadline {
+            let why = match self.phase {
+                Phase::Prompting => "there is no prompt: it was not made in time",
+                Phase::Asking => "the query did not end in time",
+                Phase::Judging | Phase::Ended => "the answer was not verified in time",
+            };
+            self.give_up_phase(why);
+        }
+        let has = |is: fn(&State) -> bool| self.slots.values().any(|slot| is(&slot.state));
+        let is_open = has(|state| matches!(state, State::Open));
+        let is_judging = has(|state| matches!(state, State::Judging(..)));
+        if self.phase == Phase::Asking && !is_open && is_judging {
+            (self.phase, self.deadline) = (Phase::Judging, now + self.settings.times.verdicts);
+        }
+        if !is_open && !is_judging {
+            actions.push(Action::End(Box::new(self.end())));
+        }
+        actions
+    }
+
+    /// Closes what this phase waits for.
+    fn give_up_phase(&mut self, why: &str) {
+        if self.phase != Phase::Asking {
+            return self.give_up(why);
+        }
+        for slot in self.slots.values_mut() {
+            if matches!(slot.state, State::Open) {
+                slot.state = State::Closed(Box::new(Found::unscored(Timing::default(), why)));
+            }
+        }
+    }
+
+    fn end(&mut self) -> record::Round {
+        let was_asked = self.phase != Phase::Prompting;
+        self.phase = Phase::Ended;
+        self.excuse();
+        let keep = self.settings.keep;
+        let slots = std::mem::take(&mut self.slots);
+        let responses = slots.into_values().map(|slot| response(slot, keep, was_asked));
+        self.record.responses = responses.collect();
+        self.record.ended_ms = self.clock.unix_ms();
+        self.record.clone()
+    }
+
+    /// Where not one of several miners could be reached, that is not theirs.
+    fn excuse(&mut self) {
+        let asked = self.slots.values().filter(|slot| !matches!(slot.state, State::NotServed));
+        let is_lost = |slot: &Slot| match &slot.state {
+            State::Closed(found) => found.cause.as_deref() == Some(UNREACHABLE),
+            _ => false,
+        };
+        let (count, is_alone) =
+            asked.fold((0, true), |(n, all), slot| (n + 1, all && is_lost(slot)));
+        if count < ALONE_MIN || !is_alone {
+            return;
+        }
+        let why =
+            format!("none of {count} miners can be reached: this machine's network is in doubt");
+        for slot in self.slots.values_mut().filter(|slot| is_lost(slot)) {
+            slot.state = State::Closed(Box::new(Found::unscored(Timing::default(), &why)));
+        }
+    }
+}
+
+/// The miners of a round: in random order until enough of them serve the model.
+fn choose(
+    mut miners: Vec<Miner>,
+    model: &str,
+    asked_max: usize,
+    chance: &mut Chance,
+) -> BTreeMap<u16, Slot> {
+    chance.shuffle(&mut miners);
+    let (mut slots, mut asked) = (BTreeMap::new(), 0);
+    for miner in miners {
+        if asked == asked_max {
+            break;
+        }
+        let serves = miner.models.contains(model);
+        asked += usize::from(serves);
+        let state = if serves { State::Open } else { State::NotServed };
+        slots.insert(miner.uid, Slot { miner, body: Value::Null, state });
+    }
+    slots
+}
+
+/// Request and answer as `query --save` writes them.
+fn capture(hotkey: &str, body: Value, arrivals: Vec<Arrival>) -> Value {
+    let times: Vec<u64> = arrivals.iter().map(|a| a.at.as_millis() as u64).collect();
+    let chunks: Vec<Value> = arrivals.into_iter().map(|arrival| arrival.chunk).collect();
+    let mut capture = json!({"hotkey": hotkey, "at_ms": times});
+    (capture["request"], capture["chunks"]) = (body, Value::Array(chunks));
+    capture
+}
+
+fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
+    let Slot { miner, state, .. } = slot;
+    let found = match state {
+        State::Closed(found) => *found,
+        State::NotServed => {
+            let error = "the miner does not list the model".to_owned();
+            let found = Found::failed(Timing::default(), "NOT_SERVED", error);
+            Found { outcome: Outcome::NotServed, ..found }
+        }
+        // No round ends with these.
+        State::Open | State::Judging(..) => Found::unscored(Timing::default(), "it was left open"),
+    };
+    let Found { timing, outcome, cause, error, capture, report } = found;
+    let sample = match outcome {
+        Outcome::Verified if timing.tps > 0.0 => Sampled::Tps(timing.tps),
+        Outcome::Unscored => Sampled::Nothing,
+        // A round that asked nobody says nothing about anybody.
+        _ if !was_asked => Sampled::Nothing,
+        _ => Sampled::Miss,
+    };
+    let is_kept = match keep {
+        Keep::Nothing => false,
+        Keep::Faults => outcome != Outcome::Verified,
+        Keep::All => true,
+    };
+    let capture = capture.filter(|_| is_kept).map(Arc::unwrap_or_clone);
+    let Miner { uid, hotkey, coldkey, .. } = miner;
+    Response { uid, hotkey, coldkey, timing, outcome, cause, error, sample, capture, report }
+}
+
+#[cfg(test)]
+mod tests;

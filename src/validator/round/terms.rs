@@ -1,0 +1,202 @@
+//! What goes into a round and what comes out of it, as plain data.
+
+use super::ask::{Endpoint, Prompt};
+use crate::proof::Scheme;
+use crate::store::record;
+use crate::validator::query::Arrival;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How rounds are held.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Settings {
+    /// The subnet.
+    pub netuid: u16,
+    /// Name of the scoring profile, for the record.
+    pub profile: String,
+    /// Miners that are asked at most; 37 in the protocol.
+    pub asked_max: usize,
+    /// From which the most tokens of an answer are drawn.
+    pub lengths: RangeInclusive<u32>,
+    /// The proof that is asked for.
+    pub proof: Option<Scheme>,
+    /// Share of the answers that are verified at every row.
+    pub slow_share: f64,
+    /// Which captures the record keeps.
+    pub keep: Keep,
+    /// How long each phase may take.
+    pub times: Times,
+}
+
+/// Which requests and answers a record keeps in full.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keep {
+    /// None.
+    Nothing,
+    /// Those that were not verified, as far as anything came.
+    Faults,
+    /// All.
+    All,
+}
+
+/// How long each phase may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Times {
+    /// Until there is a prompt.
+    pub prompt: Duration,
+    /// Until all answers have ended: more than a query may take.
+    pub answers: Duration,
+    /// From the last answer until the last verdict.
+    pub verdicts: Duration,
+}
+
+/// A model that can be verified.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Offer {
+    /// Its name.
+    pub name: String,
+    /// Where it can be asked; at least one.
+    pub endpoints: Vec<Endpoint>,
+    /// Tokens of prompt and answer together.
+    pub context_max: usize,
+}
+
+/// A miner that can be asked.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Miner {
+    /// Its place.
+    pub uid: u16,
+    /// Its hotkey, as SS58.
+    pub hotkey: String,
+    /// Its coldkey, as SS58.
+    pub coldkey: String,
+    /// The models that it says it serves.
+    pub models: BTreeSet<String>,
+}
+
+/// What a round starts from.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Scene {
+    /// The chain's block.
+    pub block: u64,
+    /// Models that can be verified.
+    pub models: Vec<Offer>,
+    /// Miners that can be asked.
+    pub miners: Vec<Miner>,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The prompt is there, or there is none for this reason.
+    Prompted(Result<Prompt, String>),
+    /// A miner's answer has ended.
+    Answered {
+        /// Whose.
+        uid: u16,
+        /// What came.
+        answer: Answered,
+    },
+    /// An answer was judged.
+    Judged {
+        /// Whose.
+        uid: u16,
+        /// What was found.
+        judgement: Judgement,
+    },
+    /// Time has passed.
+    Tick,
+    /// The program ends: what is open stays unscored.
+    Stop,
+}
+
+/// What is to be done.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Action {
+    /// Make a prompt; answered by [`Event::Prompted`].
+    Prompt {
+        /// For which model.
+        model: String,
+        /// For which endpoint.
+        endpoint: Endpoint,
+        /// The seed of the request.
+        seed: u64,
+    },
+    /// Ask a miner; answered by [`Event::Answered`].
+    Ask {
+        /// Whom.
+        uid: u16,
+        /// On which route.
+        path: &'static str,
+        /// What.
+        body: Value,
+        /// Tokens that it may answer.
+        max_tokens: u32,
+    },
+    /// Judge an answer; answered by [`Event::Judged`].
+    Judge {
+        /// Whose.
+        uid: u16,
+        /// The request with the answer, as `verify` reads it.
+        capture: Arc<Value>,
+        /// Whether every row is looked at.
+        is_slow: bool,
+    },
+    /// The round is over.
+    End(Box<record::Round>),
+}
+
+/// An answer as far as it came.
+#[derive(Debug)]
+pub struct Answered {
+    /// Its events, each with the time of the read.
+    pub arrivals: Vec<Arrival>,
+    /// When it ended, since the request was sent.
+    pub ended: Duration,
+    /// How it ended.
+    pub ending: Ending,
+}
+
+/// How an answer ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// As it should.
+    Whole,
+    /// By the miner's fault.
+    Fault {
+        /// Its name.
+        cause: &'static str,
+        /// One sentence.
+        what: String,
+    },
+    /// By trouble of the validator's own.
+    Ours(String),
+}
+
+/// What verification found.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Judgement {
+    /// The verdict.
+    pub verdict: Judged,
+    /// The evidence, for the record.
+    pub report: Option<Value>,
+}
+
+/// A verdict.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Judged {
+    /// It is the model's.
+    Pass,
+    /// It is not.
+    Reject {
+        /// The rule that is broken.
+        cause: String,
+        /// Rule and fact.
+        what: String,
+    },
+    /// Nothing can be concluded.
+    Unscored(String),
+}

@@ -1,0 +1,271 @@
+//! The machine, event by event. Thousands of rounds with a whole subnet are in the simulation.
+
+use super::*;
+use crate::proof::Scheme;
+use crate::validator::round::ask::Content;
+use Phase::{Asking, Ended, Judging, Prompting};
+use std::collections::BTreeSet;
+
+fn settings() -> Settings {
+    Settings {
+        netuid: 4,
+        profile: "default".into(),
+        asked_max: 3,
+        lengths: 20..=20,
+        proof: Some(Scheme::Residue),
+        slow_share: 0.0,
+        keep: Keep::Faults,
+        times: Times {
+            prompt: Duration::from_secs(10),
+            answers: Duration::from_secs(100),
+            verdicts: Duration::from_secs(1000),
+        },
+    }
+}
+
+fn miner(uid: u16, model: &str) -> Miner {
+    let models = BTreeSet::from([model.to_owned()]);
+    Miner { uid, hotkey: format!("hot{uid}"), coldkey: format!("cold{uid}"), models }
+}
+
+struct Test {
+    machine: Machine,
+    clock: Clock,
+    actions: Vec<Action>,
+}
+
+impl Test {
+    fn new(miners: Vec<Miner>) -> Self {
+        let clock = Clock::manual(1_000);
+        let offer =
+            Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };
+        let scene = Scene { block: 7, models: vec![offer], miners };
+        let started = Machine::start(scene, Arc::new(settings()), clock.clone(), Chance::seeded(3));
+        let (machine, actions) = started.unwrap();
+        Self { machine, clock, actions }
+    }
+
+    /// Four miners, of which three are asked, after the prompt.
+    fn asking() -> Self {
+        let mut test = Self::new((0..4).map(|uid| miner(uid, "m")).collect());
+        test.give(Event::Prompted(Ok(prompt())));
+        test
+    }
+
+    fn give(&mut self, event: Event) {
+        self.actions = self.machine.handle(event);
+    }
+
+    fn asked(&self) -> Vec<u16> {
+        let uid = |action: &Action| match action {
+            Action::Ask { uid, .. } => Some(*uid),
+            _ => None,
+        };
+        self.actions.iter().filter_map(uid).collect()
+    }
+
+    fn pass(&mut self, seconds: u64) {
+        self.clock.advance(Duration::from_secs(seconds));
+        self.give(Event::Tick);
+    }
+
+    fn ended(&self) -> &record::Round {
+        match self.actions.as_slice() {
+            [Action::End(round)] => round,
+            other => panic!("not the end: {other:?}"),
+        }
+    }
+}
+
+fn prompt() -> Prompt {
+    Prompt { content: Content::Text("hello".into()), tokens: 2 }
+}
+
+fn answer(tokens: u64, ending: Ending) -> Answered {
+    let chunk = |i: u64| Arrival {
+        at: Duration::from_millis(100 * (i + 1)),
+        chunk: json!({"choices": [{"text": "x"}]}),
+    };
+    let ended = Duration::from_millis(100 * tokens.max(1));
+    Answered { arrivals: (0..tokens).map(chunk).collect(), ended, ending }
+}
+
+fn fault(cause: &'static str) -> Ending {
+    Ending::Fault { cause, what: "a reason".into() }
+}
+
+fn judged(uid: u16, verdict: Judged) -> Event {
+    Event::Judged { uid, judgement: Judgement { verdict, report: Some(json!({"rows": 1})) } }
+}
+
+#[test]
+fn a_round_goes_from_prompt_to_verdicts() {
+    let mut test = Test::asking();
+    let asked = test.asked();
+    assert_eq!((asked.len(), test.machine.phase()), (3, Asking));
+    let nonces: BTreeSet<String> = test
+        .actions
+        .iter()
+        .map(|action| match action {
+            Action::Ask { body, max_tokens: 20, path: "/v1/completions", .. } => {
+                body["proof"]["nonce"].as_str().unwrap().to_owned()
+            }
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(nonces.len(), 3, "each miner has a nonce of its own");
+    for uid in &asked {
+        test.give(Event::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
+        let [Action::Judge { uid: judged, capture, is_slow: false }] = test.actions.as_slice()
+        else {
+            panic!("{:?}", test.actions)
+        };
+        assert_eq!(judged, uid);
+        assert_eq!(capture["chunks"].as_array().unwrap().len(), 10);
+        assert_eq!(capture["hotkey"], format!("hot{uid}"));
+        assert!(nonces.contains(capture["request"]["proof"]["nonce"].as_str().unwrap()));
+    }
+    assert_eq!(test.machine.phase(), Judging);
+    test.give(judged(asked[0], Judged::Pass));
+    let reject = Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() };
+    test.give(judged(asked[1], reject));
+    test.give(judged(asked[2], Judged::Unscored("out of memory".into())));
+    let round = test.ended();
+    assert_eq!((round.block, round.model.as_str(), round.started_ms), (7, "m", 1_000));
+    assert!(round.request["proof"]["nonce"].is_null(), "{}", round.request);
+    let of = |uid| round.responses.iter().find(|r| r.uid == uid).unwrap();
+    let [good, bad, unknown] = [of(asked[0]), of(asked[1]), of(asked[2])];
+    assert_eq!((good.outcome, good.sample), (Outcome::Verified, Sampled::Tps(10.0)));
+    assert_eq!((bad.outcome, bad.sample), (Outcome::Rejected, Sampled::Miss));
+    assert_eq!(bad.cause.as_deref(), Some("SAMPLER_MARGIN"));
+    assert_eq!((unknown.outcome, unknown.sample), (Outcome::Unscored, Sampled::Nothing));
+    assert_eq!([good, bad, unknown].map(|r| r.capture.is_some()), [false, true, true]);
+    assert_eq!(good.report, Some(json!({"rows": 1})));
+    // Nothing changes what is over.
+    assert_eq!(test.machine.phase(), Ended);
+    test.give(judged(asked[1], Judged::Pass));
+    assert_eq!(test.actions, []);
+}
+
+#[test]
+fn whoever_does_not_list_the_model_misses_it() {
+    let mut test = Test::new(vec![miner(0, "other"), miner(1, "m")]);
+    test.give(Event::Prompted(Ok(prompt())));
+    assert_eq!(test.asked(), [1]);
+    test.give(Event::Answered { uid: 1, answer: answer(0, fault(BAD_STREAM)) });
+    let found: Vec<_> = test.ended().responses.iter().map(|r| (r.outcome, r.sample)).collect();
+    assert_eq!(found, [(Outcome::NotServed, Sampled::Miss), (Outcome::Failed, Sampled::Miss)]);
+    // Where nobody lists it, nobody need be asked.
+    let test = Test::new(vec![miner(0, "other")]);
+    assert_eq!(test.ended().responses[0].sample, Sampled::Miss);
+}
+
+#[test]
+fn without_a_prompt_nobody_is_blamed() {
+    let ways: [fn(&mut Test); 4] = [
+        |test| test.pass(10),
+        |test| test.give(Event::Stop),
+        |test| test.give(Event::Prompted(Err("the engine has stopped".into()))),
+        |test| test.give(Event::Prompted(Ok(Prompt { tokens: 510, ..prompt() }))),
+    ];
+    for way in ways {
+        let mut test = Test::new(vec![miner(0, "other"), miner(1, "m")]);
+        test.pass(9);
+        assert_eq!((test.machine.phase(), test.actions.len()), (Prompting, 0));
+        way(&mut test);
+        let round = test.ended();
+        assert!(round.responses.iter().all(|r| r.sample == Sampled::Nothing), "{round:?}");
+        assert_eq!(round.responses[1].outcome, Outcome::Unscored);
+    }
+}
+
+#[test]
+fn every_phase_ends_at_its_deadline_and_what_came_is_kept() {
+    let mut test = Test::asking();
+    let asked = test.asked();
+    test.give(Event::Answered { uid: asked[0], answer: answer(10, Ending::Whole) });
+    test.give(Event::Answered { uid: asked[1], answer: answer(10, fault("LATE")) });
+    test.pass(99);
+    assert_eq!(test.machine.phase(), Asking);
+    test.pass(1);
+    assert_eq!(test.machine.phase(), Judging);
+    assert_eq!(test.machine.deadline(), Duration::from_secs(1100));
+    // Too late.
+    test.give(Event::Answered { uid: asked[2], answer: answer(10, Ending::Whole) });
+    assert_eq!(test.actions, []);
+    test.pass(1000);
+    let round = test.ended();
+    let of = |uid| round.responses.iter().find(|r| r.uid == uid).unwrap();
+    let error = |uid| of(uid).error.clone().unwrap();
+    assert_eq!(error(asked[0]), "the answer was not verified in time");
+    assert_eq!(
+        (of(asked[1]).outcome, of(asked[1]).cause.as_deref()),
+        (Outcome::Failed, Some("LATE"))
+    );
+    assert_eq!(error(asked[2]), "the query did not end in time");
+    let missed = round.responses.iter().filter(|r| r.sample == Sampled::Miss);
+    assert_eq!(missed.count(), 1);
+}
+
+#[test]
+fn what_was_not_streamed_or_reports_an_error_failed() {
+    let mut test = Test::asking();
+    let asked = test.asked();
+    let mut late = answer(61, Ending::Whole);
+    late.arrivals.iter_mut().for_each(|arrival| arrival.at = late.ended);
+    test.give(Event::Answered { uid: asked[0], answer: late });
+    let mut sorry = answer(1, Ending::Whole);
+    sorry.arrivals[0].chunk = json!({"error": {"message": "overloaded"}});
+    test.give(Event::Answered { uid: asked[1], answer: sorry });
+    test.give(Event::Answered {
+        uid: asked[2],
+        answer: answer(1, Ending::Ours("no files".into())),
+    });
+    let mut found: Vec<_> =
+        test.ended().responses.iter().map(|r| (r.outcome, r.error.clone().unwrap())).collect();
+    found.sort_by(|a, b| a.1.cmp(&b.1));
+    assert_eq!(
+        found,
+        [
+            (Outcome::Failed, "Likely non-streamed response".to_owned()),
+            (Outcome::Unscored, "no files".to_owned()),
+            (Outcome::Failed, "the miner reports an error: overloaded".to_owned()),
+        ]
+    );
+}
+
+#[test]
+fn a_network_that_reaches_nobody_is_ours() {
+    for (lost, reached, blamed) in [(4, 0, 0), (3, 0, 3), (4, 1, 4)] {
+        let count = lost + reached;
+        let clock = Clock::manual(0);
+        let offer =
+            Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };
+        let miners = (0..count).map(|uid| miner(uid, "m")).collect();
+        let scene = Scene { block: 7, models: vec![offer], miners };
+        let settings = Arc::new(Settings { asked_max: 10, ..settings() });
+        let (mut machine, _) = Machine::start(scene, settings, clock, Chance::seeded(1)).unwrap();
+        machine.handle(Event::Prompted(Ok(prompt())));
+        let mut actions = Vec::new();
+        for uid in 0..count {
+            let cause = if uid < lost { UNREACHABLE } else { "STATUS" };
+            actions = machine.handle(Event::Answered { uid, answer: answer(0, fault(cause)) });
+        }
+        let [Action::End(round)] = actions.as_slice() else { panic!("{actions:?}") };
+        let missed = round.responses.iter().filter(|r| r.sample == Sampled::Miss).count();
+        assert_eq!(missed, usize::from(blamed + reached), "{lost} {reached}");
+    }
+}
+
+#[test]
+fn without_models_or_miners_there_is_no_round() {
+    let start = |models: Vec<Offer>, miners| {
+        let scene = Scene { block: 7, models, miners };
+        let clock = Clock::manual(0);
+        Machine::start(scene, Arc::new(settings()), clock, Chance::seeded(1)).is_some()
+    };
+    let offer = Offer { name: "m".into(), endpoints: vec![Endpoint::Chat], context_max: 512 };
+    assert!(!start(vec![], vec![miner(0, "m")]));
+    assert!(!start(vec![offer.clone()], vec![]));
+    assert!(start(vec![offer], vec![miner(0, "m")]));
+}

@@ -1,0 +1,35 @@
+//! What reports to the owner of a validator's state, and the rounds that it holds.
+
+use super::emission::Settled;
+use super::reading::SubnetError;
+use super::subnet::Subnet;
+use crate::validator::eligible::Member;
+use crate::validator::round::{Event, Machine};
+use std::collections::BTreeMap;
+use tokio::task::JoinSet;
+
+/// A report to the owner of the state.
+pub(super) enum Message {
+    /// Something happened in a round.
+    Round(u64, Event),
+    /// The subnet was read.
+    Subnet(Result<Box<Subnet>, SubnetError>),
+    /// The weights of an epoch are as far as they get.
+    Weights(u64, Result<Settled, String>),
+}
+
+/// A running round.
+pub(super) struct Live {
+    pub(super) machine: Machine,
+    pub(super) block: u64,
+    pub(super) members: BTreeMap<u16, Member>,
+    /// What runs for it; ended when dropped.
+    pub(super) tasks: JoinSet<()>,
+}
+
+impl Live {
+    pub(super) fn new(machine: Machine, block: u64, members: &[Member]) -> Self {
+        let members = members.iter().map(|member| (member.uid, *member)).collect();
+        Self { machine, block, members, tasks: JoinSet::new() }
+    }
+}

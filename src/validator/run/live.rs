@@ -1,0 +1,238 @@
+//! Running rounds: what their machines say is done, and what happens is told to them.
+
+use super::emission::Settled;
+use super::inbox::Message;
+use super::ports::{Case, Ports, Query};
+use super::reading::SubnetError;
+use super::subnet::Subnet;
+use super::{Driver, RunError, SAVE_AGAIN, SAVE_TIME, spill};
+use crate::store::record::{Outcome, Round};
+use crate::validator::round::{Action, Answered, Ending, Event, Judged, Judgement};
+use futures_util::FutureExt;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+impl<P: Ports> Driver<P> {
+    pub(super) fn take(&mut self, message: Message) -> Result<(), RunError> {
+        match message {
+            Message::Round(key, event) => self.tell(key, event),
+            Message::Subnet(read) => self.take_subnet(read)?,
+            Message::Weights(epoch, settled) => self.take_weights(epoch, settled),
+        }
+        Ok(())
+    }
+
+    fn take_subnet(&mut self, read: Result<Box<Subnet>, SubnetError>) -> Result<(), RunError> {
+        self.epoch.is_reading = false;
+        match read {
+            Ok(subnet) => {
+                // A later epoch may have begun meanwhile.
+                self.epoch.is_read =
+                    subnet.metagraph.block + self.options.epoch_length > self.epoch.began;
+                self.subnet = Arc::new(*subnet);
+                self.is_doubted = false;
+                Ok(())
+            }
+            // The members of a while ago are better than none; and one node's word is not enough to
+            // give up: the next block tells.
+            Err(e) if e.is_passing() || !self.is_doubted => {
+                tracing::warn!("the subnet is not read anew: {e}");
+                self.is_doubted |= !e.is_passing();
+                self.epoch.again_at = self.heads.borrow().block + 1;
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn take_weights(&mut self, epoch: u64, settled: Result<Settled, String>) {
+        self.epoch.is_settling = false;
+        let is_current = epoch == self.epoch.began;
+        let block = self.heads.borrow().block;
+        match settled {
+            Ok(Settled::Weights(weights)) => {
+                self.progress.set_weights(&weights);
+                tracing::info!(epoch, state = ?weights.state, "weights");
+                self.epoch.is_settled |= is_current;
+            }
+            Ok(Settled::None(why)) => {
+                tracing::warn!(epoch, "no weights: {why}");
+                self.epoch.is_settled |= is_current;
+            }
+            Ok(Settled::Later(why)) | Err(why) => {
+                tracing::warn!(epoch, "weights are not set yet: {why}");
+                self.epoch.again_at = block + 1;
+            }
+        }
+    }
+
+    pub(super) fn tell_tick(&mut self, key: u64) {
+        self.tell(key, Event::Tick);
+    }
+
+    pub(super) fn tell_stop(&mut self, key: u64) {
+        self.tell(key, Event::Stop);
+    }
+
+    fn tell(&mut self, key: u64, event: Event) {
+        // What comes after its round is over is of no use.
+        let Some(live) = self.live.get_mut(&key) else { return };
+        let actions = live.machine.handle(event);
+        self.perform(key, actions);
+    }
+
+    /// Does what a round wants done.
+    pub(super) fn perform(&mut self, key: u64, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::End(round) => self.end(key, *round),
+                other => self.spawn(key, other),
+            }
+        }
+    }
+
+    fn end(&mut self, key: u64, round: Round) {
+        self.live.remove(&key);
+        let count = |outcome| round.responses.iter().filter(|r| r.outcome == outcome).count();
+        tracing::info!(
+            round = round.id,
+            model = round.model,
+            verified = count(Outcome::Verified),
+            rejected = count(Outcome::Rejected),
+            failed = count(Outcome::Failed),
+            not_served = count(Outcome::NotServed),
+            unscored = count(Outcome::Unscored),
+            "a round is over"
+        );
+        self.progress.end_round(&round);
+        self.unsaved.push_back(round);
+    }
+
+    fn spawn(&mut self, key: u64, action: Action) {
+        let Some(live) = self.live.get_mut(&key) else { return };
+        let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
+        match action {
+            Action::Prompt { model, endpoint, seed } => {
+                live.tasks.spawn(async move {
+                    let made = AssertUnwindSafe(ports.prompt(&model, endpoint, seed));
+                    let made = made.catch_unwind().await.unwrap_or_else(|_| Err(broke()));
+                    let _ = sender.send(Message::Round(key, Event::Prompted(made))).await;
+                });
+            }
+            Action::Ask { uid, path, body, max_tokens } => {
+                let Some(member) = live.members.get(&uid).copied() else { return };
+                live.tasks.spawn(async move {
+                    let query = Query { member, path, body, max_tokens };
+                    let asked = AssertUnwindSafe(ports.ask(query)).catch_unwind().await;
+                    let answer = asked.unwrap_or_else(|_| Answered {
+                        arrivals: Vec::new(),
+                        ended: Duration::ZERO,
+                        ending: Ending::Ours(broke()),
+                    });
+                    let event = Event::Answered { uid, answer };
+                    let _ = sender.send(Message::Round(key, event)).await;
+                });
+            }
+            Action::Judge { uid, capture, is_slow } => {
+                let Some(member) = live.members.get(&uid).copied() else { return };
+                let (round, model) = live.machine.name();
+                let case = Case { model, member, round, block: live.block, capture, is_slow };
+                let judges = Arc::clone(&self.judges);
+                live.tasks.spawn(async move {
+                    // Never closed.
+                    let _permit = judges.acquire_owned().await;
+                    let judged = AssertUnwindSafe(ports.judge(case)).catch_unwind().await;
+                    let judgement = judged.unwrap_or_else(|_| Judgement {
+                        verdict: Judged::Unscored(broke()),
+                        report: None,
+                    });
+                    let event = Event::Judged { uid, judgement };
+                    let _ = sender.send(Message::Round(key, event)).await;
+                });
+            }
+            Action::End(_) => {}
+        }
+    }
+
+    /// Remembers what is over, as far as the records can be written; else it is tried again.
+    pub(super) async fn save(&mut self, on_round: &(dyn Fn(&Round) + Sync)) {
+        while self.clock.elapsed() >= self.save_at.0
+            && let Some(round) = self.unsaved.front()
+        {
+            match save_one(&*self.ports, round).await {
+                Ok(()) => {
+                    on_round(round);
+                    self.unsaved.pop_front();
+                    self.save_at = (Duration::ZERO, SAVE_AGAIN.0);
+                }
+                Err(e) => {
+                    let (count, wait) = (self.unsaved.len(), self.save_at.1);
+                    tracing::error!(
+                        unsaved = count,
+                        seconds = wait.as_secs(),
+                        "a round cannot be remembered yet: {e}"
+                    );
+                    self.progress.set_unsaved(count);
+                    let next = (wait * 2).min(SAVE_AGAIN.1);
+                    self.save_at = (self.clock.elapsed() + wait, next);
+                    return;
+                }
+            }
+        }
+        self.progress.set_unsaved(self.unsaved.len());
+    }
+
+    /// Remembers all that is over, before the program ends; what cannot be goes into a file.
+    pub(super) async fn save_all(
+        &mut self,
+        on_round: &(dyn Fn(&Round) + Sync),
+    ) -> Result<(), RunError> {
+        let until = self.clock.elapsed() + self.options.stop_time;
+        while !self.unsaved.is_empty() {
+            self.save_at.0 = self.clock.elapsed();
+            self.save(on_round).await;
+            if self.unsaved.is_empty() || self.clock.elapsed() >= until {
+                break;
+            }
+            tokio::time::sleep(SAVE_AGAIN.0).await;
+        }
+        if self.unsaved.is_empty() {
+            return Ok(());
+        }
+        let count = self.unsaved.len();
+        let Some(path) = &self.options.spill else {
+            let what = format!("{count} rounds could not be remembered, and there is no file");
+            return Err(RunError::Records(what));
+        };
+        spill::write(path, self.unsaved.make_contiguous()).map_err(RunError::Records)?;
+        let place = path.display();
+        let what = format!("{count} rounds could not be remembered; they are in {place}");
+        Err(RunError::Records(format!("{what}, and the next start takes them from there")))
+    }
+
+    /// Takes over the rounds that an earlier run could not remember.
+    pub(super) async fn recover(&mut self) -> Result<(), RunError> {
+        let Some(path) = self.options.spill.clone() else { return Ok(()) };
+        let rounds = spill::read(&path).map_err(RunError::Records)?;
+        for round in &rounds {
+            save_one(&*self.ports, round).await.map_err(RunError::Records)?;
+        }
+        if !rounds.is_empty() {
+            let file = path.display();
+            tracing::info!(rounds = rounds.len(), %file, "rounds of an earlier run are remembered");
+            spill::remove(&path).map_err(RunError::Records)?;
+        }
+        Ok(())
+    }
+}
+
+async fn save_one<P: Ports>(ports: &P, round: &Round) -> Result<(), String> {
+    let saved = tokio::time::timeout(SAVE_TIME, ports.save(round)).await;
+    saved.unwrap_or_else(|_| Err(format!("the records do not answer within {SAVE_TIME:?}")))
+}
+
+/// A panic in a port is ours.
+fn broke() -> String {
+    "a part of the validator broke; the log says where".to_owned()
+}

@@ -1,0 +1,395 @@
+//! A running validator: it does what rounds say, follows the chain, and sets weights.
+//!
+//! One task owns all state ([`Driver`]); queries, verifications and what an epoch needs run beside
+//! it and report to it over one bounded channel. A round that only waits for verdicts does not hold
+//! up the next one's queries. A finished round is remembered before anything is made of it; while
+//! the records cannot be written, rounds are kept in memory, and soon no new one begins.
+
+mod emission;
+mod inbox;
+mod live;
+pub mod ports;
+pub mod progress;
+pub mod reading;
+mod spill;
+pub mod subnet;
+mod trial;
+pub mod world;
+
+use crate::chain::Head;
+use crate::chain::error::ChainError;
+use crate::chain::pace::Pace;
+use crate::clock::Clock;
+use crate::store::record::Round;
+use crate::validator::round::chance::Chance;
+use crate::validator::round::{Machine, Phase, Scene, Settings};
+pub use emission::Settled;
+use emission::When;
+use inbox::{Live, Message};
+use parking_lot::Mutex;
+use ports::Ports;
+use progress::Progress;
+use reading::{Reading, SubnetError};
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use subnet::Subnet;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Rounds at once: one that asks, and others that wait for verdicts.
+const ROUNDS_MAX: usize = 3;
+/// Rounds that are over and not remembered yet; with more, no new one begins.
+const UNSAVED_MAX: usize = 4;
+/// Reports that may wait for the owner.
+const INBOX_MAX: usize = 256;
+/// Answers that are judged at once: each has a KV cache of its own, and they share all cores.
+const JUDGES_MAX: usize = 2;
+/// How long to wait where there is nothing to ask or nobody.
+const PAUSE: Duration = Duration::from_secs(5);
+/// How long one try of remembering may take, and waits between two, at first and at most.
+const SAVE_TIME: Duration = Duration::from_secs(20);
+const SAVE_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How long settling weights may take in all.
+const WEIGHTS_TIME: Duration = Duration::from_secs(600);
+
+/// How a validator runs.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Options {
+    /// How rounds are held.
+    pub round: Settings,
+    /// How the subnet is read.
+    pub reading: Reading,
+    /// Blocks of an epoch: the subnet is read and weights are set where one begins.
+    pub epoch_length: u64,
+    /// After so many rounds it ends, with weights; never where absent.
+    pub rounds: Option<u64>,
+    /// Decide weights and send none.
+    pub is_dry: bool,
+    /// How long what runs may go on after a stop.
+    pub stop_time: Duration,
+    /// Waits between two tries of sending weights or looking them up.
+    pub weights_wait: Duration,
+    /// Where rounds go that cannot be remembered when the program ends, and are read from when it
+    /// starts.
+    pub spill: Option<PathBuf>,
+}
+
+/// Why a validator cannot go on.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+pub enum RunError {
+    /// There is no subnet to validate on.
+    #[error(transparent)]
+    Subnet(#[from] SubnetError),
+    /// The chain turns out to be another one.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// Rounds could not be remembered.
+    #[error("{0}")]
+    Records(String),
+}
+
+/// What a run came to.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Summary {
+    /// Rounds that ended.
+    pub rounds: u64,
+    /// The weights with which a run of some rounds ends.
+    pub weights: Option<Settled>,
+}
+
+/// The owner of a validator's state.
+pub struct Driver<P: Ports> {
+    ports: Arc<P>,
+    options: Options,
+    settings: Arc<Settings>,
+    clock: Clock,
+    chance: Chance,
+    pace: Arc<Mutex<Pace>>,
+    progress: Arc<Progress>,
+    subnet: Arc<Subnet>,
+    heads: watch::Sender<Head>,
+    inbox: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
+    judges: Arc<Semaphore>,
+    live: BTreeMap<u64, Live>,
+    begun: u64,
+    not_before: Duration,
+    unsaved: VecDeque<Round>,
+    save_at: (Duration, Duration), // next try, wait after it
+    epoch: Epoch,
+    stopping: Option<Duration>, // until when
+    /// Whether the last reading says that this validator may not validate.
+    is_doubted: bool,
+}
+
+/// Which epoch's work is done, and which is under way.
+#[derive(Clone, Copy, Default, Debug)]
+struct Epoch {
+    /// The first block of the newest epoch that has begun.
+    began: u64,
+    is_reading: bool,
+    is_read: bool,
+    is_settling: bool,
+    is_settled: bool,
+    /// Tried again from this block on.
+    again_at: u64,
+}
+
+impl<P: Ports> Driver<P> {
+    /// Reads the subnet and checks that this validator may validate.
+    ///
+    /// # Errors
+    /// When it may not, or the chain cannot be asked or is not believed.
+    pub async fn new(
+        ports: Arc<P>,
+        options: Options,
+        clock: Clock,
+        chance: Chance,
+    ) -> Result<Self, RunError> {
+        let pace = Arc::new(Mutex::new(Pace::default()));
+        let nobody = Subnet::default();
+        let subnet = reading::read(&*ports, options.reading, &nobody, &pace, &clock).await?;
+        let block = subnet.metagraph.block;
+        let epoch = Epoch {
+            began: block - block % options.epoch_length,
+            is_read: true,
+            // The first to be set are those of the next epoch.
+            is_settled: true,
+            ..Epoch::default()
+        };
+        tracing::info!(uid = subnet.own, block, miners = subnet.members.len(), "validator");
+        Ok(Self {
+            ports,
+            settings: Arc::new(options.round.clone()),
+            options,
+            clock,
+            chance,
+            pace,
+            progress: Arc::default(),
+            subnet: Arc::new(subnet),
+            heads: watch::Sender::new(Head { block }),
+            inbox: mpsc::channel(INBOX_MAX),
+            judges: Arc::new(Semaphore::new(JUDGES_MAX)),
+            live: BTreeMap::new(),
+            begun: 0,
+            not_before: Duration::ZERO,
+            unsaved: VecDeque::new(),
+            save_at: (Duration::ZERO, SAVE_AGAIN.0),
+            epoch,
+            stopping: None,
+            is_doubted: false,
+        })
+    }
+
+    /// What an operator watches.
+    pub fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
+    }
+
+    /// Runs until the rounds that were asked for are over, or `stop` says so. Every round that ends
+    /// is given to `on_round` once it is remembered.
+    ///
+    /// # Errors
+    /// When the chain is another one, this validator may not validate any more, or rounds could not
+    /// be remembered.
+    pub async fn run(
+        mut self,
+        stop: CancellationToken,
+        on_round: &(dyn Fn(&Round) + Sync),
+    ) -> Result<Summary, RunError> {
+        self.recover().await?;
+        let (ports, pace, clock) =
+            (Arc::clone(&self.ports), Arc::clone(&self.pace), self.clock.clone());
+        let heads = self.heads.clone();
+        let on_head = move |head: Head| {
+            if let Err(doubt) = pace.lock().head(head.block, clock.unix_ms()) {
+                tracing::warn!("{doubt}; following another endpoint");
+                return false;
+            }
+            heads.send_replace(head);
+            true
+        };
+        let ended = tokio::select! {
+            followed = ports.follow(&on_head) => followed.map_err(RunError::from),
+            ended = self.drive(&stop, on_round) => ended,
+        };
+        // What is finished is remembered whatever ended the run.
+        self.save_all(on_round).await?;
+        ended?;
+        let mut summary = Summary { rounds: self.progress.rounds(), weights: None };
+        if self.options.rounds.is_some() && !stop.is_cancelled() {
+            summary.weights = Some(self.last_weights().await?);
+        }
+        Ok(summary)
+    }
+
+    async fn drive(
+        &mut self,
+        stop: &CancellationToken,
+        on_round: &(dyn Fn(&Round) + Sync),
+    ) -> Result<(), RunError> {
+        let mut heads = self.heads.subscribe();
+        loop {
+            self.progress.beat(self.clock.unix_ms());
+            self.save(on_round).await;
+            self.begin_rounds();
+            self.begin_epoch_work();
+            if self.is_over() {
+                return Ok(());
+            }
+            let wait = self.next_wait();
+            tokio::select! {
+                Some(message) = self.inbox.1.recv() => self.take(message)?,
+                changed = heads.changed() => {
+                    // The sender is this validator's own, so it is there.
+                    let _ = changed;
+                    let block = heads.borrow_and_update().block;
+                    self.on_block(block);
+                }
+                () = tokio::time::sleep(wait) => self.tick(),
+                () = stop.cancelled(), if self.stopping.is_none() => self.stop(),
+            }
+        }
+    }
+
+    /// Whether nothing is left to be done.
+    fn is_over(&self) -> bool {
+        let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
+        let has_ended = self.live.is_empty() && (is_enough || self.stopping.is_some());
+        // Weights that are on their way are waited for.
+        let is_settling = self.epoch.is_settling
+            && self.stopping.is_none_or(|until| self.clock.elapsed() < until);
+        has_ended && !is_settling
+    }
+
+    /// Until the next deadline of a round, of remembering, or of the end.
+    fn next_wait(&self) -> Duration {
+        let now = self.clock.elapsed();
+        let rounds = self.live.values().map(|live| live.machine.deadline());
+        let save = (!self.unsaved.is_empty()).then_some(self.save_at.0);
+        let next = rounds.chain(save).chain(self.stopping).chain([now + PAUSE]).min();
+        next.unwrap_or(now).saturating_sub(now).max(Duration::from_millis(1))
+    }
+
+    fn begin_rounds(&mut self) {
+        let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
+        let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
+        let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
+        let is_early = self.clock.elapsed() < self.not_before;
+        if is_enough || is_full || is_early || self.stopping.is_some() {
+            return;
+        }
+        if self.live.values().any(is_asking) {
+            return;
+        }
+        let block = self.heads.borrow().block;
+        let scene = Scene { block, models: self.ports.offers(), miners: self.subnet.miners() };
+        let chance = self.chance.fork();
+        let settings = Arc::clone(&self.settings);
+        let Some((machine, actions)) = Machine::start(scene, settings, self.clock.clone(), chance)
+        else {
+            tracing::info!(block, "no round: there is no model to ask for, or nobody to ask");
+            self.not_before = self.clock.elapsed() + PAUSE;
+            return;
+        };
+        self.begun += 1;
+        tracing::info!(round = machine.id(), block, "a round begins");
+        let key = self.begun;
+        self.live.insert(key, Live::new(machine, block, &self.subnet.members));
+        self.perform(key, actions);
+    }
+
+    /// All rounds learn that time has passed.
+    fn tick(&mut self) {
+        let now = self.clock.elapsed();
+        if self.stopping.is_some_and(|until| now >= until) {
+            let keys: Vec<u64> = self.live.keys().copied().collect();
+            keys.into_iter().for_each(|key| self.tell_stop(key));
+        }
+        let due = self.live.iter().filter(|(_, live)| now >= live.machine.deadline());
+        let keys: Vec<u64> = due.map(|(key, _)| *key).collect();
+        for key in keys {
+            self.tell_tick(key);
+        }
+    }
+
+    /// No new round; what asks is given up, what only waits for verdicts may go on for a while.
+    fn stop(&mut self) {
+        self.stopping = Some(self.clock.elapsed() + self.options.stop_time);
+        let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
+        let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
+        let keys: Vec<u64> = asking.collect();
+        tracing::info!(rounds = self.live.len(), given_up = keys.len(), "stopping");
+        keys.into_iter().for_each(|key| self.tell_stop(key));
+    }
+
+    /// A block has come: where an epoch begins with it, there is work.
+    fn on_block(&mut self, block: u64) {
+        self.progress.see_block(block);
+        let began = block - block % self.options.epoch_length;
+        if began > self.epoch.began {
+            let is_reading = self.epoch.is_reading;
+            let is_settling = self.epoch.is_settling;
+            self.epoch = Epoch { began, is_reading, is_settling, ..Epoch::default() };
+        }
+    }
+
+    fn begin_epoch_work(&mut self) {
+        let block = self.heads.borrow().block;
+        if self.stopping.is_some() || block < self.epoch.again_at {
+            return;
+        }
+        if !self.epoch.is_read && !self.epoch.is_reading {
+            self.epoch.is_reading = true;
+            self.read_subnet();
+        }
+        let is_due = self.epoch.is_read && !self.epoch.is_settled;
+        if is_due && !self.epoch.is_settling && self.options.rounds.is_none() {
+            self.epoch.is_settling = true;
+            self.settle_weights(block);
+        }
+    }
+
+    fn read_subnet(&self) {
+        let (ports, pace) = (Arc::clone(&self.ports), Arc::clone(&self.pace));
+        let (clock, before) = (self.clock.clone(), Arc::clone(&self.subnet));
+        let (how, sender) = (self.options.reading, self.inbox.0.clone());
+        tokio::spawn(async move {
+            let read = reading::read(&*ports, how, &before, &pace, &clock).await;
+            // Without a receiver the program ends.
+            let _ = sender.send(Message::Subnet(read.map(Box::new))).await;
+        });
+    }
+
+    fn when(&self, block: u64) -> When {
+        let (epoch, wait, is_dry) =
+            (self.epoch.began, self.options.weights_wait, self.options.is_dry);
+        When { epoch, block, wait, is_dry }
+    }
+
+    fn settle_weights(&self, block: u64) {
+        let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
+        let (when, sender) = (self.when(block), self.inbox.0.clone());
+        tokio::spawn(async move {
+            let settled = settle(&*ports, &subnet, when).await;
+            let _ = sender.send(Message::Weights(when.epoch, settled)).await;
+        });
+    }
+
+    /// The weights at the end of a run of some rounds.
+    async fn last_weights(&self) -> Result<Settled, RunError> {
+        let block = self.heads.borrow().block;
+        settle(&*self.ports, &self.subnet, self.when(block)).await.map_err(RunError::Records)
+    }
+}
+
+/// Settles weights, within a limit of time.
+async fn settle<P: Ports>(ports: &P, subnet: &Subnet, when: When) -> Result<Settled, String> {
+    let settling = tokio::time::timeout(WEIGHTS_TIME, emission::settle(ports, subnet, when));
+    let late = || Ok(Settled::Later(format!("weights are not settled after {WEIGHTS_TIME:?}")));
+    settling.await.unwrap_or_else(|_| late())
+}
+
+#[cfg(test)]
+mod tests;

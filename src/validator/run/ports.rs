@@ -1,0 +1,152 @@
+//! What a running validator asks of the world: the chain, miners, the engine, and its records.
+//!
+//! [`Ports`] is all of it, so that a test can be the world. The real one is put together in
+//! [`super::world`].
+
+use super::subnet::Subnet;
+use crate::chain::Head;
+use crate::chain::error::ChainError;
+use crate::chain::metagraph::Metagraph;
+use crate::store::record::{Round, Weights, WeightsState};
+use crate::validator::eligible::Member;
+use crate::validator::round::ask::{Endpoint, Prompt};
+use crate::validator::round::{Answered, Judgement, Offer};
+use serde_json::Value;
+use std::future::Future;
+use std::sync::Arc;
+
+/// One query, as a round wants it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Query {
+    /// Whom.
+    pub member: Member,
+    /// On which route.
+    pub path: &'static str,
+    /// What.
+    pub body: Value,
+    /// Tokens that it may answer.
+    pub max_tokens: u32,
+}
+
+/// An answer that is to be judged.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Case {
+    /// The model that was asked for.
+    pub model: String,
+    /// Who answered.
+    pub member: Member,
+    /// The round.
+    pub round: String,
+    /// Its block.
+    pub block: u64,
+    /// The request with the answer.
+    pub capture: Arc<Value>,
+    /// Whether every row is looked at.
+    pub is_slow: bool,
+}
+
+/// Weights that were decided, or why there are none.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Decided {
+    /// Who gets what; empty where there are none.
+    pub values: Vec<(u16, u16)>,
+    /// Why there are none.
+    pub none: Option<String>,
+    /// How each number came about.
+    pub explanation: Value,
+}
+
+/// Why weights are not sent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NotSent {
+    /// Nothing was sent, and the same may be sent later.
+    Later(String),
+    /// Nothing was sent, and only an operator can change that.
+    Never(String),
+    /// They were remembered as sent, and may have been: what stands on the chain tells, some blocks
+    /// later.
+    Unknown(String),
+}
+
+/// What stands on the chain for weights that were decided.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Stand {
+    /// They do.
+    Confirmed,
+    /// A commit of them waits for its revelation.
+    Waiting,
+    /// This validator's last weights are newer than these, and others.
+    Others(Vec<(u16, u16)>),
+    /// Nothing of them, for this reason.
+    NotThere(String),
+}
+
+/// The world around a validator. Every wait in it has an end.
+pub trait Ports: Send + Sync + 'static {
+    /// The subnet as of now.
+    fn metagraph(&self) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
+
+    /// Follows the chain, as [`crate::chain::Chain::follow`] does.
+    fn follow(
+        &self,
+        on_head: &(dyn Fn(Head) -> bool + Sync),
+    ) -> impl Future<Output = Result<(), ChainError>> + Send;
+
+    /// The last answer of the chain was not believed: the next is another endpoint's.
+    fn doubt(&self) -> impl Future<Output = ()> + Send;
+
+    /// Sends weights, once, and waits until the chain has taken them. They are remembered as sent
+    /// before they are sent, and not sent where that fails.
+    fn send(&self, weights: &Weights)
+    -> impl Future<Output = Result<WeightsState, NotSent>> + Send;
+
+    /// What stands on the chain for weights.
+    fn look_up(&self, weights: &Weights) -> impl Future<Output = Result<Stand, String>> + Send;
+
+    /// Reads the list of models anew that miners are told.
+    fn list(&self) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Tells a miner which models are asked for, and asks which ones it serves.
+    fn models(&self, member: &Member) -> impl Future<Output = Result<Vec<String>, String>> + Send;
+
+    /// Asks a miner.
+    fn ask(&self, query: Query) -> impl Future<Output = Answered> + Send;
+
+    /// The models that can be verified now.
+    fn offers(&self) -> Vec<Offer>;
+
+    /// Makes a prompt.
+    fn prompt(
+        &self,
+        model: &str,
+        endpoint: Endpoint,
+        seed: u64,
+    ) -> impl Future<Output = Result<Prompt, String>> + Send;
+
+    /// Judges an answer.
+    fn judge(&self, case: Case) -> impl Future<Output = Judgement> + Send;
+
+    /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
+    /// again changes nothing.
+    fn save(&self, round: &Round) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Decides weights by what is remembered.
+    fn decide(&self, subnet: &Subnet) -> impl Future<Output = Result<Decided, String>> + Send;
+
+    /// The weights that are remembered for an epoch.
+    fn planned(&self, epoch: u64) -> impl Future<Output = Result<Option<Weights>, String>> + Send;
+
+    /// Remembers weights that were decided, in place of those that were decided for the same epoch
+    /// and not sent. Where those have gone further, says how far: nothing is to be sent then.
+    fn plan(
+        &self,
+        weights: &Weights,
+    ) -> impl Future<Output = Result<Option<WeightsState>, String>> + Send;
+
+    /// Remembers how far the weights of an epoch are.
+    fn mark(
+        &self,
+        epoch: u64,
+        state: &WeightsState,
+    ) -> impl Future<Output = Result<(), String>> + Send;
+}

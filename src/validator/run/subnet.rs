@@ -1,0 +1,32 @@
+//! The subnet as a running validator knows it.
+
+use crate::chain::metagraph::Metagraph;
+use crate::validator::eligible::Member;
+use crate::validator::round::Miner;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Who is there, and who serves what.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Subnet {
+    /// As the chain has it.
+    pub metagraph: Metagraph,
+    /// This validator's place.
+    pub own: u16,
+    /// Those that can be asked.
+    pub members: Vec<Member>,
+    /// What they say that they serve, by uid.
+    pub models: BTreeMap<u16, BTreeSet<String>>,
+}
+
+impl Subnet {
+    /// The miners of a round.
+    pub fn miners(&self) -> Vec<Miner> {
+        let miner = |member: &Member| Miner {
+            uid: member.uid,
+            hotkey: member.hotkey.to_string(),
+            coldkey: member.coldkey.to_string(),
+            models: self.models.get(&member.uid).cloned().unwrap_or_default(),
+        };
+        self.members.iter().map(miner).collect()
+    }
+}

@@ -1,0 +1,460 @@
+//! The driver against a world that a test has in its hands.
+
+use super::ports::{Case, Decided, NotSent, Query, Stand};
+use super::*;
+use crate::chain::keys::Hotkey;
+use crate::chain::metagraph::{AXON_PROTOCOL, Axon, Hyperparameters, Metagraph, Neuron, Rao};
+use crate::store::record::{Outcome, Sampled, Weights, WeightsState};
+use crate::validator::eligible::{Member, Rules};
+use crate::validator::query::Arrival;
+use crate::validator::round::ask::{Content, Endpoint, Prompt};
+use crate::validator::round::{Answered, Ending, Judged, Judgement, Keep, Offer, Times};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::future::pending;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+
+/// A world without a network: miners are numbers, the records are lists.
+struct Fake {
+    heads: watch::Sender<u64>,
+    own: Hotkey,
+    permit: bool,
+    /// Whether the records answer.
+    records: AtomicBool,
+    /// Whether judging never ends, or breaks.
+    hangs: AtomicBool,
+    panics: AtomicBool,
+    /// Whether the chain answers.
+    chain: AtomicBool,
+    judging: AtomicUsize,
+    judging_max: AtomicUsize,
+    saved: Mutex<Vec<Round>>,
+    weights: Mutex<BTreeMap<u64, Weights>>,
+    sends: Mutex<Vec<(u64, Vec<(u16, u16)>)>>,
+    /// What becomes of the next sendings, and what stands on the chain then.
+    fates: Mutex<VecDeque<NotSent>>,
+    stand: Mutex<Stand>,
+    readings: AtomicU64,
+}
+
+impl Fake {
+    fn new() -> Self {
+        Self {
+            heads: watch::Sender::new(10),
+            own: Hotkey([0; 32]),
+            permit: true,
+            records: true.into(),
+            hangs: false.into(),
+            panics: false.into(),
+            chain: true.into(),
+            judging: 0.into(),
+            judging_max: 0.into(),
+            saved: Mutex::default(),
+            weights: Mutex::default(),
+            sends: Mutex::default(),
+            fates: Mutex::default(),
+            stand: Mutex::new(Stand::Confirmed),
+            readings: 0.into(),
+        }
+    }
+
+    fn records(&self) -> Result<(), String> {
+        match self.records.load(SeqCst) {
+            true => Ok(()),
+            false => Err("the database is gone".into()),
+        }
+    }
+}
+
+impl Ports for Fake {
+    async fn metagraph(&self) -> Result<Metagraph, ChainError> {
+        self.readings.fetch_add(1, SeqCst);
+        if !self.chain.load(SeqCst) {
+            return Err(ChainError::Unreachable("gone".into()));
+        }
+        let neuron = |uid: u16| Neuron {
+            uid,
+            hotkey: Hotkey([uid as u8; 32]),
+            coldkey: Hotkey([9; 32]),
+            stake: Rao(0),
+            permit: uid == 0 && self.permit,
+            axon: Some(Axon {
+                address: ([8, 8, 8, 8], 1000 + uid).into(),
+                version: 1,
+                protocol: AXON_PROTOCOL,
+            }),
+            incentive: 0.0,
+            consensus: 0.0,
+            emission: Rao(0),
+            last_update: 0,
+        };
+        let neurons = (0..6).map(neuron).collect();
+        Ok(Metagraph::new(4, *self.heads.borrow(), Hyperparameters::default(), neurons))
+    }
+
+    async fn follow(&self, on_head: &(dyn Fn(Head) -> bool + Sync)) -> Result<(), ChainError> {
+        let mut heads = self.heads.subscribe();
+        loop {
+            let block = *heads.borrow_and_update();
+            on_head(Head { block });
+            if heads.changed().await.is_err() {
+                return pending().await;
+            }
+        }
+    }
+
+    async fn doubt(&self) {}
+
+    async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
+        if let Some(fate) = self.fates.lock().pop_front() {
+            return Err(fate);
+        }
+        self.sends.lock().push((weights.epoch, weights.values.clone()));
+        Ok(WeightsState::Sent { hash: format!("0x{}", weights.epoch) })
+    }
+
+    async fn look_up(&self, _: &Weights) -> Result<Stand, String> {
+        Ok(self.stand.lock().clone())
+    }
+
+    async fn list(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn models(&self, member: &Member) -> Result<Vec<String>, String> {
+        match member.uid {
+            5 => Err("no answer".into()),
+            _ => Ok(vec!["m".into(), "m".into()]),
+        }
+    }
+
+    async fn ask(&self, query: Query) -> Answered {
+        let chunk = |i| Arrival {
+            at: Duration::from_millis(i),
+            chunk: json!({"choices": [{"text": "x"}]}),
+        };
+        let ended = Duration::from_millis(100);
+        match query.member.uid {
+            1 | 2 => {
+                Answered { arrivals: (0..10).map(chunk).collect(), ended, ending: Ending::Whole }
+            }
+            3 => {
+                let ending = Ending::Fault { cause: "LATE", what: "too slow".into() };
+                Answered { arrivals: vec![], ended, ending }
+            }
+            _ => panic!("a part breaks"),
+        }
+    }
+
+    fn offers(&self) -> Vec<Offer> {
+        let endpoints = vec![Endpoint::Completion];
+        vec![Offer { name: "m".into(), endpoints, context_max: 512 }]
+    }
+
+    async fn prompt(&self, _: &str, _: Endpoint, _: u64) -> Result<Prompt, String> {
+        Ok(Prompt { content: Content::Text("hello".into()), tokens: 2 })
+    }
+
+    async fn judge(&self, case: Case) -> Judgement {
+        let now = self.judging.fetch_add(1, SeqCst) + 1;
+        self.judging_max.fetch_max(now, SeqCst);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        while self.hangs.load(SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.judging.fetch_sub(1, SeqCst);
+        assert!(!self.panics.load(SeqCst), "a part breaks");
+        let verdict = match case.member.uid {
+            1 => Judged::Pass,
+            _ => Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() },
+        };
+        Judgement { verdict, report: None }
+    }
+
+    async fn save(&self, round: &Round) -> Result<(), String> {
+        self.records()?;
+        self.saved.lock().push(round.clone());
+        Ok(())
+    }
+
+    async fn decide(&self, _: &Subnet) -> Result<Decided, String> {
+        self.records()?;
+        let values = vec![(1, u16::MAX)];
+        Ok(Decided { values, none: None, explanation: Value::Null })
+    }
+
+    async fn planned(&self, epoch: u64) -> Result<Option<Weights>, String> {
+        self.records()?;
+        Ok(self.weights.lock().get(&epoch).cloned())
+    }
+
+    async fn plan(&self, weights: &Weights) -> Result<Option<WeightsState>, String> {
+        self.records()?;
+        self.weights.lock().insert(weights.epoch, weights.clone());
+        Ok(None)
+    }
+
+    async fn mark(&self, epoch: u64, state: &WeightsState) -> Result<(), String> {
+        self.records()?;
+        self.weights.lock().get_mut(&epoch).unwrap().state = state.clone();
+        Ok(())
+    }
+}
+
+fn options(rounds: Option<u64>) -> Options {
+    let round = Settings {
+        netuid: 4,
+        profile: "default".into(),
+        asked_max: 37,
+        lengths: 20..=20,
+        proof: None,
+        slow_share: 0.0,
+        keep: Keep::Nothing,
+        times: Times {
+            prompt: Duration::from_secs(5),
+            answers: Duration::from_secs(5),
+            verdicts: Duration::from_millis(700),
+        },
+    };
+    let rules = Rules { own: Hotkey([0; 32]), vpermit_tao_limit: 4096.0, private_axons: false };
+    Options {
+        round,
+        reading: Reading { rules, is_permit_needed: true },
+        epoch_length: 100,
+        rounds,
+        is_dry: false,
+        stop_time: Duration::from_millis(300),
+        weights_wait: Duration::from_millis(1),
+        spill: None,
+    }
+}
+
+async fn driver(world: &Arc<Fake>, options: Options) -> Driver<Fake> {
+    let (clock, chance) = (Clock::system(), Chance::seeded(1));
+    Driver::new(Arc::clone(world), options, clock, chance).await.unwrap()
+}
+
+/// Waits until something is so; tests fail where it never is.
+async fn until(what: &str, is_so: impl Fn() -> bool) {
+    for _ in 0..2_000 {
+        if is_so() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("never: {what}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rounds_end_in_records_and_weights() {
+    let world = Arc::new(Fake::new());
+    let seen = AtomicUsize::new(0);
+    let running = driver(&world, options(Some(3))).await;
+    let on_round = |_: &Round| {
+        seen.fetch_add(1, SeqCst);
+    };
+    let summary = running.run(CancellationToken::new(), &on_round).await.unwrap();
+    assert_eq!((summary.rounds, seen.load(SeqCst)), (3, 3));
+    let saved = world.saved.lock();
+    assert_eq!(saved.iter().map(|r| r.id.clone()).collect::<BTreeSet<_>>().len(), 3);
+    for round in saved.iter() {
+        let found: Vec<_> =
+            round.responses.iter().map(|r| (r.uid, r.outcome, r.cause.as_deref())).collect();
+        assert_eq!(
+            found,
+            [
+                (1, Outcome::Verified, None),
+                (2, Outcome::Rejected, Some("SAMPLER_MARGIN")),
+                (3, Outcome::Failed, Some("LATE")),
+                (4, Outcome::Unscored, Some("UNSCORED")), // its query broke
+                (5, Outcome::NotServed, Some("NOT_SERVED")),
+            ]
+        );
+        assert_eq!(round.responses[0].sample, Sampled::Tps(100.0));
+        assert_eq!(round.responses[3].sample, Sampled::Nothing);
+    }
+    assert_eq!(world.judging_max.load(SeqCst), JUDGES_MAX);
+    assert_eq!(*world.sends.lock(), [(0, vec![(1, u16::MAX)])]);
+    let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
+    assert_eq!((weights.state, weights.block), (WeightsState::Confirmed, 10));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_are_set_where_an_epoch_begins_and_once() {
+    let world = Arc::new(Fake::new());
+    let running = driver(&world, options(None)).await;
+    let progress = running.progress();
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+    until("a round", || progress.rounds() > 0).await;
+    world.heads.send_replace(99);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!((world.sends.lock().len(), world.readings.load(SeqCst)), (0, 1));
+    // The block itself was missed; and the chain says no once for what passes.
+    world.fates.lock().push_back(NotSent::Later("the rate limit".into()));
+    world.heads.send_replace(103);
+    until("the subnet read anew", || world.readings.load(SeqCst) == 2).await;
+    until("a refusal", || world.fates.lock().is_empty()).await;
+    assert_eq!(world.sends.lock().len(), 0);
+    for block in [104, 105, 150, 199] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    until("weights", || world.sends.lock().len() == 1).await;
+    assert_eq!(world.weights.lock()[&100].state, WeightsState::Confirmed);
+    // The chain is gone where the next epoch begins: the members of before are asked on.
+    world.chain.store(false, SeqCst);
+    world.heads.send_replace(200);
+    until("a try", || world.readings.load(SeqCst) > 2).await;
+    let before = progress.rounds();
+    until("rounds without a chain", || progress.rounds() > before + 2).await;
+    world.chain.store(true, SeqCst);
+    world.heads.send_replace(205);
+    until("weights of the next epoch", || world.sends.lock().len() == 2).await;
+    assert_eq!(world.sends.lock()[1].0, 200);
+    stop.cancel();
+    let summary = run.await.unwrap().unwrap();
+    assert_eq!(summary.weights, None);
+    assert_eq!(summary.rounds, world.saved.lock().len() as u64);
+    let text = progress.prometheus();
+    assert!(text.contains("targon_validator_weights_epoch 200\n"), "{text}");
+    assert!(text.contains("targon_validator_weights_confirmed 1\n"), "{text}");
+    assert!(progress.beat_ms() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_gone_costs_no_round() {
+    let world = Arc::new(Fake::new());
+    let dir = tempfile::tempdir().unwrap();
+    let spill = dir.path().join("rounds.jsonl");
+    let options = Options { spill: Some(spill.clone()), ..options(None) };
+    let running = driver(&world, options.clone()).await;
+    let progress = running.progress();
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+    until("a round", || !world.saved.lock().is_empty()).await;
+    world.records.store(false, SeqCst);
+    let at = world.saved.lock().len() as u64;
+    until("all places taken", || progress.rounds() >= at + UNSAVED_MAX as u64).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let held = progress.rounds() - world.saved.lock().len() as u64;
+    assert!(held <= (UNSAVED_MAX + ROUNDS_MAX) as u64, "{held} rounds are held in memory");
+    stop.cancel();
+    let error = run.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("could not be remembered; they are in"), "{error}");
+    // The next start takes them over, in order and each once.
+    world.records.store(true, SeqCst);
+    let options = Options { rounds: Some(1), ..options };
+    let (clock, chance) = (Clock::system(), Chance::seeded(2));
+    let next = Driver::new(Arc::clone(&world), options, clock, chance).await.unwrap();
+    next.run(CancellationToken::new(), &|_| {}).await.unwrap();
+    assert!(!spill.exists());
+    let ids: Vec<String> = world.saved.lock().iter().map(|r| r.id.clone()).collect();
+    assert_eq!(ids.len() as u64, progress.rounds() + 1);
+    assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), ids.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verification_that_hangs_or_breaks_holds_up_nothing_and_blames_nobody() {
+    for is_hanging in [true, false] {
+        let world = Arc::new(Fake::new());
+        world.hangs.store(is_hanging, SeqCst);
+        world.panics.store(!is_hanging, SeqCst);
+        let running = driver(&world, options(Some(2))).await;
+        running.run(CancellationToken::new(), &|_| {}).await.unwrap();
+        for round in world.saved.lock().iter() {
+            let of = |uid| round.responses.iter().find(|r| r.uid == uid).unwrap();
+            assert_eq!(of(1).outcome, Outcome::Unscored);
+            assert_eq!((of(2).sample, of(3).sample), (Sampled::Nothing, Sampled::Miss));
+            let why = of(1).error.clone().unwrap();
+            let expected = if is_hanging { "not verified in time" } else { "validator broke" };
+            assert!(why.contains(expected), "{why}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_ends_in_time_with_everything_remembered() {
+    let world = Arc::new(Fake::new());
+    world.hangs.store(true, SeqCst);
+    let mut options = options(None);
+    options.round.times.verdicts = Duration::from_secs(600);
+    let running = driver(&world, options).await;
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+    until("verifications", || world.judging.load(SeqCst) == JUDGES_MAX).await;
+    stop.cancel();
+    let summary = tokio::time::timeout(Duration::from_secs(5), run).await.unwrap().unwrap();
+    let saved = world.saved.lock();
+    assert_eq!(summary.unwrap().rounds, saved.len() as u64);
+    assert!(!saved.is_empty());
+    let stopped = saved.iter().flat_map(|round| &round.responses);
+    let why = |r: &crate::store::record::Response| r.error.clone().unwrap_or_default();
+    assert!(stopped.filter(|r| r.uid == 1).all(|r| why(r).contains("was stopped")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_permit_nothing_begins() {
+    let world = Arc::new(Fake { permit: false, ..Fake::new() });
+    let (clock, chance) = (Clock::system(), Chance::seeded(1));
+    let refused = Driver::new(Arc::clone(&world), options(None), clock.clone(), chance.clone());
+    let error = refused.await.map(drop).unwrap_err().to_string();
+    assert!(error.contains("uid 0") && error.contains("no validator permit"), "{error}");
+    let mut options = options(Some(1));
+    options.reading.is_permit_needed = false;
+    assert!(Driver::new(world, options, clock, chance).await.is_ok());
+}
+
+/// Weights of epoch 0 in a state, as an earlier run has left them.
+fn left(state: WeightsState) -> Arc<Fake> {
+    let world = Arc::new(Fake::new());
+    let weights = Weights {
+        netuid: 4,
+        epoch: 0,
+        block: 3,
+        values: vec![(2, u16::MAX)],
+        explanation: Value::Null,
+        state,
+    };
+    world.weights.lock().insert(0, weights);
+    world
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_at_any_step_never_sends_twice() {
+    let sent = || WeightsState::Sent { hash: "0x1".into() };
+    let failed = |why: &str| WeightsState::Failed { why: why.into() };
+    let gone = || Stand::NotThere("nothing".into());
+    for (state, stand, block, sends, expected) in [
+        // Planned is not sent.
+        (WeightsState::Planned, Stand::Confirmed, 10, 1, WeightsState::Confirmed),
+        (sent(), Stand::Confirmed, 10, 0, WeightsState::Confirmed),
+        // It may still arrive.
+        (sent(), gone(), 10, 0, sent()),
+        (sent(), gone(), 90, 0, failed("nothing")),
+        (WeightsState::Confirmed, gone(), 90, 0, WeightsState::Confirmed),
+        (failed("why"), gone(), 90, 0, failed("why")),
+    ] {
+        let world = left(state.clone());
+        world.heads.send_replace(block);
+        *world.stand.lock() = stand;
+        let running = driver(&world, options(Some(1))).await;
+        running.run(CancellationToken::new(), &|_| {}).await.unwrap();
+        assert_eq!(world.sends.lock().len(), sends, "{state:?}");
+        assert_eq!(world.weights.lock()[&0].state, expected, "{state:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_sends_and_remembers_no_weights() {
+    let world = Arc::new(Fake::new());
+    let options = Options { is_dry: true, ..options(Some(1)) };
+    let running = driver(&world, options).await;
+    let summary = running.run(CancellationToken::new(), &|_| {}).await.unwrap();
+    let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
+    assert_eq!((weights.state, weights.values), (WeightsState::Planned, vec![(1, u16::MAX)]));
+    assert!(world.sends.lock().is_empty() && world.weights.lock().is_empty());
+}

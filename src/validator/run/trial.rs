@@ -1,0 +1,201 @@
+//! Judging one answer with what is known of its miner, and deciding weights by all of it.
+
+use super::ports::{Case, Decided};
+use super::subnet::Subnet;
+use crate::entropy::Entropy;
+use crate::store::Store;
+use crate::store::record::Sample;
+use crate::validator::round::{Judged, Judgement};
+use crate::validator::scores::emission::ChainLimits;
+use crate::validator::scores::gate::Standing;
+use crate::validator::scores::rules::Rules;
+use crate::validator::scores::series::Finding;
+use crate::validator::scores::{self, Input, Seat};
+use crate::verify::capture::{Capture, CheckOptions, judge_question};
+use crate::verify::evidence::{ALARM, Calibrated, Observed};
+use crate::verify::question::Question;
+use crate::verify::{Depth, Report, Verdict, Verifier};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Rows of a report that are kept.
+const ROWS_MAX: usize = 64;
+/// A miner with a sum of evidence above this is looked at closely.
+const SOFT_ALARM: f64 = ALARM / 2.0;
+
+fn unscored(why: impl ToString) -> Judgement {
+    Judgement { verdict: Judged::Unscored(why.to_string()), report: None }
+}
+
+/// Judges an answer, and adds it to what is known of its miner.
+pub(super) async fn judge(
+    verifier: &Verifier,
+    store: &Store,
+    rates: &Calibrated,
+    case: Case,
+) -> Judgement {
+    let hotkey = case.member.hotkey.to_string();
+    let standing = match standing(store, &hotkey, &case.model).await {
+        Ok(standing) => standing,
+        Err(e) => {
+            tracing::warn!(hotkey, "the evidence cannot be read, so none is added: {e}");
+            None
+        }
+    };
+    let sums = standing.as_ref().map(|known| known.evidence.sums).unwrap_or_default();
+    let is_suspect = [sums.margin, sums.energy, sums.joint].iter().any(|sum| *sum > SOFT_ALARM);
+    let depth = if case.is_slow || is_suspect { Depth::Slow } else { Depth::Fast };
+    let capture = match Capture::deserialize(&*case.capture) {
+        Ok(capture) => capture,
+        Err(e) => return unscored(format!("the capture cannot be read: {e}")),
+    };
+    let question = Question::read(verifier, &case.model, &capture.request, Some(&hotkey)).await;
+    let question = match question {
+        Ok(question) => question,
+        Err(e) => return unscored(format!("the request cannot be read: {e}")),
+    };
+    // Drawn now: the miner has answered and cannot know it.
+    let options = CheckOptions { profile: None, depth, chance: Entropy::system().word() };
+    let own = verifier.clone();
+    let work = move || judge_question(&own, question, &capture, options);
+    let judged = match tokio::task::spawn_blocking(work).await {
+        Ok(judged) => judged,
+        Err(e) => return unscored(format!("the verification broke: {e}")),
+    };
+    let Some(first) = judged.into_iter().next() else {
+        return unscored("the request asks for no answer");
+    };
+    let chance = Entropy::system().word();
+    let observed = Observed::of(&first.report, first.scheme, &verifier.limits).thinned(chance);
+    let known = match standing {
+        Some(standing) => add(store, rates, &case, (standing, &observed)).await,
+        None => None,
+    };
+    let mut report = report(&first.report, depth);
+    report["seconds"] = first.seconds.into();
+    report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
+    Judgement { verdict: verdict(first.report.verdict), report: Some(report) }
+}
+
+fn verdict(verdict: Verdict) -> Judged {
+    match verdict {
+        Verdict::Pass => Judged::Pass,
+        Verdict::Reject(r) => Judged::Reject { cause: r.reason.name().to_owned(), what: r.what },
+        Verdict::Unscored(why) => Judged::Unscored(why),
+    }
+}
+
+/// What is known of a miner; nobody's is empty.
+async fn standing(store: &Store, hotkey: &str, model: &str) -> Result<Option<Standing>, String> {
+    let known = store.evidence(hotkey, model).await.map_err(|e| e.to_string())?;
+    let Some(known) = known else { return Ok(Some(Standing::default())) };
+    serde_json::from_value(known).map(Some).map_err(|e| e.to_string())
+}
+
+/// Weighs an answer and remembers the outcome.
+async fn add(
+    store: &Store,
+    rates: &Calibrated,
+    case: &Case,
+    (standing, observed): (Standing, &Observed),
+) -> Option<Standing> {
+    if observed.is_empty() {
+        return Some(standing);
+    }
+    let mut evidence = standing.evidence;
+    evidence.add(rates, observed);
+    let standing = standing.after(evidence, &case.round, case.block);
+    let hotkey = case.member.hotkey.to_string();
+    let saved = match serde_json::to_value(&standing) {
+        Ok(state) => store.save_evidence(&hotkey, &case.model, &state).await,
+        Err(e) => {
+            tracing::error!(hotkey, "the evidence cannot be written: {e}");
+            return None;
+        }
+    };
+    if let Err(e) = saved {
+        tracing::warn!(hotkey, "the evidence is not remembered, so it does not count: {e}");
+        return None;
+    }
+    Some(standing)
+}
+
+/// What was found, for the record.
+fn report(report: &Report, depth: Depth) -> Value {
+    let rows = report.rows.iter().take(ROWS_MAX).map(|row| {
+        json!({
+            "index": row.index, "token": row.token, "rank": row.rank, "logprob": row.logprob,
+            "reported": row.reported, "margin": row.margin,
+        })
+    });
+    json!({
+        "depth": if depth == Depth::Slow { "slow" } else { "fast" },
+        "rows_scored": report.rows.len(),
+        "rows": rows.collect::<Vec<_>>(),
+        "chunks": report.chunks.len(),
+        "exact_chunks": report.chunks.iter().filter(|chunk| chunk.is_exact).count(),
+        "energies": report.chunks.iter().map(|chunk| chunk.energy).collect::<Vec<_>>(),
+    })
+}
+
+/// Decides weights by what is remembered of a subnet's members.
+pub(super) async fn decide(
+    store: &Store,
+    rules: &Rules,
+    subnet: &Subnet,
+    models: &[String],
+    away_max: u64,
+) -> Result<Decided, String> {
+    let metagraph = &subnet.metagraph;
+    let (netuid, block) = (metagraph.netuid, metagraph.block);
+    let keys = metagraph.neurons().iter().map(|n| (n.uid, n.hotkey.to_string()));
+    let hotkeys: BTreeMap<u16, String> = keys.collect();
+    let fault = |e: crate::store::StoreError| e.to_string();
+    store.save_hotkeys(netuid, block, &hotkeys).await.map_err(fault)?;
+    let (last, since) = (rules.window as u32, block.saturating_sub(away_max));
+    let samples = store.samples(netuid, last, since).await.map_err(fault)?;
+    let findings = findings(store, netuid, &samples, last).await?;
+    let mut seats = BTreeMap::new();
+    for (uid, hotkey) in hotkeys {
+        let listed = subnet.models.get(&uid).into_iter().flatten().cloned().collect();
+        let standing = worst(store, &hotkey, models).await?;
+        seats.insert(uid, Seat { hotkey, models: listed, organics: None, standing });
+    }
+    let asked = metagraph.hyperparameters;
+    let limits =
+        ChainLimits { min_allowed: asked.min_allowed_weights, max_weight: asked.max_weights_limit };
+    let input = Input { seats: &seats, models, samples: &samples, findings: &findings, limits };
+    let decision = scores::decide(rules, &input);
+    let explanation = decision.explanation().map_err(|e| e.to_string())?;
+    Ok(Decided { values: decision.values, none: decision.none, explanation })
+}
+
+/// Why samples are misses, for the explanation.
+async fn findings(
+    store: &Store,
+    netuid: u16,
+    samples: &[Sample],
+    last: u32,
+) -> Result<Vec<Finding>, String> {
+    let missed: BTreeSet<u16> = samples.iter().filter(|s| s.tps.is_none()).map(|s| s.uid).collect();
+    let mut findings = Vec::new();
+    for uid in missed {
+        let answered = store.responses(netuid, uid, last).await.map_err(|e| e.to_string())?;
+        findings.extend(answered.iter().map(|a| Finding::of(&a.round.id, &a.response)));
+    }
+    Ok(findings)
+}
+
+/// What is known of a hotkey with the model that it does worst with: a gate that is shut stays so.
+async fn worst(store: &Store, hotkey: &str, models: &[String]) -> Result<Standing, String> {
+    let mut worst = Standing::default();
+    for model in models {
+        let Some(known) = standing(store, hotkey, model).await? else { continue };
+        let weight = |s: &Standing| (s.shut_by.is_some(), s.evidence.sums.joint);
+        if weight(&known) >= weight(&worst) {
+            worst = known;
+        }
+    }
+    Ok(worst)
+}

@@ -1,0 +1,458 @@
+//! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
+
+use super::ports::{Case, Decided, NotSent, Ports, Query, Stand};
+use super::subnet::Subnet;
+use super::trial;
+use crate::chain::error::ChainError;
+use crate::chain::keys::Keypair;
+use crate::chain::metagraph::Metagraph;
+use crate::chain::weights::Vector;
+use crate::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Sent};
+use crate::chain::{Chain, Head};
+use crate::clock::Clock;
+use crate::store::record::{Round, Weights, WeightsState};
+use crate::store::{Claim, Store};
+use crate::validator::eligible::Member;
+use crate::validator::models::{self, Mode};
+use crate::validator::prompt::dataset::Source;
+use crate::validator::prompt::{self, Draft};
+use crate::validator::query::{Fault, QueryError, Size, Streamed, Target};
+use crate::validator::round::ask::{Content, Endpoint, Prompt};
+use crate::validator::round::chance::Chance;
+use crate::validator::round::{
+    Answered, BAD_STREAM, Ending, Judged, Judgement, Offer, UNREACHABLE,
+};
+use crate::validator::scores::rules::Rules;
+use crate::verify::Verifier;
+use crate::verify::evidence::Calibrated;
+use crate::verify::question::understand;
+use parking_lot::Mutex;
+use serde_json::json;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+/// Blocks that a commit or an extrinsic may need to be in one.
+const MORTAL_BLOCKS: u64 = 64;
+
+/// What a validator is made of.
+pub struct World<C: Chain> {
+    /// The chain.
+    pub chain: C,
+    /// Who signs.
+    pub signer: Arc<Keypair>,
+    /// The subnet.
+    pub netuid: u16,
+    /// Its records.
+    pub store: Store,
+    /// Time.
+    pub clock: Clock,
+    /// The models that it verifies with, by name.
+    pub verifiers: BTreeMap<String, Verifier>,
+    /// Where the list of models comes from that miners are told.
+    pub mode: Option<Mode>,
+    /// What prompts are about.
+    pub source: Source,
+    /// How samples become weights.
+    pub scoring: Rules,
+    /// What evidence over many answers is weighed by.
+    pub rates: Calibrated,
+    /// How queries wait: between two reads, and in all.
+    pub waits: (Duration, Duration),
+    /// Blocks after the last round from which on old samples do not count.
+    pub away_max: u64,
+    /// Version that weights name; the subnet's own where absent.
+    pub version_key: Option<u64>,
+    /// What is remembered between two calls.
+    pub memory: Memory,
+}
+
+/// What the world remembers between two calls.
+#[derive(Default)]
+pub struct Memory {
+    listed: Mutex<Vec<String>>,
+    /// Epochs whose weights this process has remembered as sent.
+    marked: Mutex<BTreeSet<u64>>,
+    version: Mutex<u64>,
+}
+
+impl<C: Chain> World<C> {
+    fn target(&self, member: &Member, size: Size) -> Target {
+        Target {
+            url: format!("http://{}", member.address),
+            hotkey: Some(member.hotkey),
+            signer: Some(Arc::clone(&self.signer)),
+            api_key: None,
+            read_timeout: self.waits.0,
+            timeout: self.waits.1,
+            size,
+        }
+    }
+
+    /// The models that miners are told and scored for.
+    pub fn listed(&self) -> Vec<String> {
+        self.memory.listed.lock().clone()
+    }
+
+    /// Remembers an extrinsic as sent, before it is: whether it may be.
+    fn remember(&self, epoch: u64, sent: &Sent) -> Result<(), String> {
+        if self.memory.marked.lock().contains(&epoch) {
+            // The pool has refused the one before for certain.
+            return Ok(());
+        }
+        let state = WeightsState::Sent { hash: sent.hash.clone() };
+        // The chain asks from inside its own future, and does not send before it is told.
+        let marking = self.store.mark_weights(self.netuid, epoch, &state);
+        let marked = tokio::task::block_in_place(|| Handle::current().block_on(marking));
+        match marked.map_err(|e| e.to_string())? {
+            Claim::Ours => {
+                self.memory.marked.lock().insert(epoch);
+                Ok(())
+            }
+            Claim::Taken(state) => Err(format!("another process has them: {state:?}")),
+        }
+    }
+
+    async fn draft(&self, model: &str, endpoint: Endpoint) -> Result<Prompt, String> {
+        let verifier = self.verifiers.get(model).ok_or("the model is not loaded")?;
+        let date = prompt::date(self.clock.unix_ms())?;
+        let mut chance = Chance::system();
+        let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
+        let prompt = draft.finish(None);
+        let mut body = json!({"model": model, "max_tokens": 1});
+        let content = match endpoint {
+            Endpoint::Chat => {
+                body["messages"] = prompt.messages();
+                Content::Messages(prompt.messages())
+            }
+            Endpoint::Completion => {
+                body["prompt"] = prompt.text().into();
+                Content::Text(prompt.text())
+            }
+        };
+        let understood = understand(verifier, &body).await?;
+        let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
+        Ok(Prompt { content, tokens })
+    }
+
+    /// What a record of sent weights says of the extrinsic.
+    fn sent(&self, weights: &Weights) -> Result<Sent, String> {
+        let (hash, reveal_round) = match &weights.state {
+            WeightsState::Sent { hash } => (hash.clone(), None),
+            WeightsState::Committed { hash, reveal_round } => (hash.clone(), Some(*reveal_round)),
+            other => return Err(format!("nothing was sent: {other:?}")),
+        };
+        Ok(Sent {
+            netuid: weights.netuid,
+            mechanism: 0,
+            hotkey: self.signer.hotkey(),
+            vector: vector(weights)?,
+            hash,
+            call: if reveal_round.is_some() { Call::Commit } else { Call::Set },
+            block: weights.block,
+            until: weights.block + MORTAL_BLOCKS,
+            reveal_round,
+        })
+    }
+}
+
+/// Who gets something; the chain keeps no zeros.
+fn vector(weights: &Weights) -> Result<Vector, String> {
+    let paid = weights.values.iter().copied().filter(|(_, value)| *value > 0);
+    Vector::new(paid.collect()).map_err(|e| e.to_string())
+}
+
+/// How an answer ended, by whose fault.
+fn ending(outcome: Result<(), QueryError>) -> Ending {
+    let Err(e) = outcome else { return Ending::Whole };
+    let what = e.to_string();
+    let cause = match e.fault() {
+        Fault::Own => return Ending::Ours(what),
+        Fault::Unreachable => UNREACHABLE,
+        Fault::Late => "LATE",
+        Fault::Broken => "BROKEN_OFF",
+        Fault::Status => "STATUS",
+        Fault::Malformed => BAD_STREAM,
+    };
+    Ending::Fault { cause, what }
+}
+
+impl<C: Chain> Ports for World<C> {
+    async fn metagraph(&self) -> Result<Metagraph, ChainError> {
+        let metagraph = self.chain.metagraph(self.netuid).await?;
+        *self.memory.version.lock() = metagraph.hyperparameters.weights_version;
+        Ok(metagraph)
+    }
+
+    async fn follow(&self, on_head: &(dyn Fn(Head) -> bool + Sync)) -> Result<(), ChainError> {
+        self.chain.follow(on_head).await
+    }
+
+    async fn doubt(&self) {
+        self.chain.doubt().await;
+    }
+
+    async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
+        let vector = vector(weights).map_err(NotSent::Never)?;
+        let version_key = self.version_key.unwrap_or(*self.memory.version.lock());
+        let order = Order { netuid: self.netuid, mechanism: 0, vector, version_key };
+        let show = |words: &str| {
+            tracing::info!("extrinsic: {words}");
+            true
+        };
+        let refused = Mutex::new(None);
+        let signed = |sent: &Sent| match self.remember(weights.epoch, sent) {
+            Ok(()) => true,
+            Err(why) => {
+                *refused.lock() = Some(why);
+                false
+            }
+        };
+        let asked = Asked { show: &show, signed: &signed };
+        match self.chain.set_weights(&self.signer, &order, &asked).await {
+            Ok(Some(Sent { hash, reveal_round: Some(reveal_round), .. })) => {
+                Ok(WeightsState::Committed { hash, reveal_round })
+            }
+            Ok(Some(Sent { hash, .. })) => Ok(WeightsState::Sent { hash }),
+            Ok(None) => {
+                let why = refused.lock().take();
+                let why = why.unwrap_or_else(|| "they were not to be sent".into());
+                Err(NotSent::Later(format!("weights are not remembered as sent: {why}")))
+            }
+            Err(e @ SendError::Uncertain { .. }) => Err(NotSent::Unknown(e.to_string())),
+            Err(e) if e.is_passing() => Err(NotSent::Later(e.to_string())),
+            Err(e) => Err(NotSent::Never(e.to_string())),
+        }
+    }
+
+    async fn look_up(&self, weights: &Weights) -> Result<Stand, String> {
+        match self.chain.read_back(&self.sent(weights)?).await {
+            ReadBack::Confirmed => Ok(Stand::Confirmed),
+            ReadBack::Waiting { .. } => Ok(Stand::Waiting),
+            ReadBack::Differs { found } => Ok(Stand::Others(found)),
+            ReadBack::NotThere { why, .. } => Ok(Stand::NotThere(why)),
+            ReadBack::Unreadable(e) => Err(e.to_string()),
+        }
+    }
+
+    async fn list(&self) -> Result<(), String> {
+        let listed = match &self.mode {
+            Some(mode) => mode.list(&self.clock).await.map_err(|e| e.to_string())?,
+            None => self.verifiers.keys().cloned().collect(),
+        };
+        *self.memory.listed.lock() = listed;
+        Ok(())
+    }
+
+    async fn models(&self, member: &Member) -> Result<Vec<String>, String> {
+        let target = self.target(member, Size::of_tokens(0));
+        let broadcast = models::broadcast(&self.listed());
+        models::exchange(&target, broadcast, &self.clock).await.map_err(|e| e.to_string())
+    }
+
+    async fn ask(&self, query: Query) -> Answered {
+        let Query { member, path, body, max_tokens } = query;
+        let target = self.target(&member, Size::of_tokens(max_tokens));
+        let streamed = target.stream(path, &body, &self.clock, |_| {}).await;
+        let Streamed { arrivals, ended, outcome } = streamed;
+        Answered { arrivals, ended, ending: ending(outcome) }
+    }
+
+    fn offers(&self) -> Vec<Offer> {
+        let listed = self.memory.listed.lock();
+        let is_listed = |(name, _): &(&String, &Verifier)| listed.contains(*name);
+        let offer = |(name, verifier): (&String, &Verifier)| {
+            let chat = verifier.model.chat.as_ref().map(|_| Endpoint::Chat);
+            let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
+            Offer { name: name.clone(), endpoints, context_max: verifier.context_max }
+        };
+        self.verifiers.iter().filter(is_listed).map(offer).collect()
+    }
+
+    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> Result<Prompt, String> {
+        self.draft(model, endpoint).await
+    }
+
+    async fn judge(&self, case: Case) -> Judgement {
+        let Some(verifier) = self.verifiers.get(&case.model) else {
+            let verdict = Judged::Unscored(format!("the model {} is not loaded", case.model));
+            return Judgement { verdict, report: None };
+        };
+        trial::judge(verifier, &self.store, &self.rates, case).await
+    }
+
+    async fn save(&self, round: &Round) -> Result<(), String> {
+        self.store.save_round(round).await.map_err(|e| e.to_string())
+    }
+
+    async fn decide(&self, subnet: &Subnet) -> Result<Decided, String> {
+        let models = self.listed();
+        trial::decide(&self.store, &self.scoring, subnet, &models, self.away_max).await
+    }
+
+    async fn planned(&self, epoch: u64) -> Result<Option<Weights>, String> {
+        let last = self.store.last_weights(self.netuid).await.map_err(|e| e.to_string())?;
+        Ok(last.filter(|weights| weights.epoch == epoch))
+    }
+
+    async fn plan(&self, weights: &Weights) -> Result<Option<WeightsState>, String> {
+        match self.store.plan_weights(weights).await.map_err(|e| e.to_string())? {
+            Claim::Ours => Ok(None),
+            Claim::Taken(state) => Ok(Some(state)),
+        }
+    }
+
+    async fn mark(&self, epoch: u64, state: &WeightsState) -> Result<(), String> {
+        let marked = self.store.mark_weights(self.netuid, epoch, state).await;
+        if let Claim::Taken(found) = marked.map_err(|e| e.to_string())? {
+            tracing::debug!(epoch, ?found, "weights are as far already");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
+    const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+
+    /// What a peer does with a connection, once it has read something of the request.
+    #[derive(Clone, Copy, Debug)]
+    enum Peer {
+        /// Says this and closes.
+        Says(&'static str),
+        /// Says the first once and the second for ever.
+        Repeats(&'static str, &'static str),
+        /// Says the first once, and a byte of the second every 20 ms.
+        Drips(&'static str, &'static str),
+        /// Says the first and nothing more.
+        Hangs(&'static str),
+        /// Closes at once, with what was sent unread.
+        Leaves,
+    }
+
+    async fn act(peer: Peer, mut stream: TcpStream) -> std::io::Result<()> {
+        if matches!(peer, Peer::Leaves) {
+            return Ok(());
+        }
+        let mut request = [0; 4096];
+        let _ = stream.read(&mut request).await?;
+        match peer {
+            Peer::Says(text) => stream.write_all(text.as_bytes()).await,
+            Peer::Repeats(once, again) => {
+                stream.write_all(once.as_bytes()).await?;
+                let block = again.repeat(1 + 65_536 / again.len());
+                loop {
+                    stream.write_all(block.as_bytes()).await?;
+                }
+            }
+            Peer::Drips(once, again) => {
+                stream.write_all(once.as_bytes()).await?;
+                for byte in again.bytes().cycle() {
+                    stream.write_all(&[byte]).await?;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Ok(())
+            }
+            Peer::Hangs(once) => {
+                stream.write_all(once.as_bytes()).await?;
+                std::future::pending().await
+            }
+            Peer::Leaves => Ok(()),
+        }
+    }
+
+    async fn listen(peer: Peer) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                // A peer whose reader leaves has an error, which is its own.
+                tokio::spawn(act(peer, stream));
+            }
+        });
+        address
+    }
+
+    async fn ask(address: SocketAddr) -> Answered {
+        let target = Target {
+            url: format!("http://{address}"),
+            hotkey: None,
+            signer: None,
+            api_key: None,
+            read_timeout: Duration::from_millis(300),
+            timeout: Duration::from_millis(1500),
+            size: Size::of_tokens(100),
+        };
+        let body = json!({"model": "m", "stream": true});
+        let streamed = target.stream("/v1/completions", &body, &Clock::system(), |_| {}).await;
+        let Streamed { arrivals, ended, outcome } = streamed;
+        Answered { arrivals, ended, ending: ending(outcome) }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_hostile_answer_ends_soon_with_a_name_of_its_own() {
+        const TOKEN: &str = "data: {\"choices\":[{\"text\":\"x\"}]}\n\n";
+        const ENDLESS: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n40000000\r\n";
+        const MOVED: &str = "HTTP/1.1 307 Moved\r\nlocation: http://127.0.0.1:1/\r\n\
+            content-length: 0\r\n\r\n";
+        const TLS: &str = "\u{15}\u{3}\u{3}\0\u{2}\u{2}\u{46}";
+        for (peer, cause, words) in [
+            (Peer::Repeats(HEAD, TOKEN), BAD_STREAM, "more events than it can need"),
+            (Peer::Repeats(HEAD, ": hello\n"), BAD_STREAM, "the answer has more than"),
+            (Peer::Repeats(HEAD, "x"), BAD_STREAM, "the answer has more than"),
+            (Peer::Repeats(ENDLESS, "a"), BAD_STREAM, "the answer has more than"),
+            (Peer::Repeats(HEAD, "data: [[[[[[[[[[[[[[[[[["), BAD_STREAM, "more than"),
+            (Peer::Repeats("HTTP/1.1 200 OK\r\n", "a: b\r\n"), "BROKEN_OFF", "http"),
+            (Peer::Drips(HEAD, TOKEN), "LATE", "timed out"),
+            (Peer::Drips("HTTP/1.1 200 OK\r\n", "a"), "LATE", "timed out"),
+            (Peer::Hangs(HEAD), "LATE", "timed out"),
+            (Peer::Hangs(""), "LATE", "timed out"),
+            (Peer::Leaves, "BROKEN_OFF", "http"),
+            (Peer::Says(TLS), "BROKEN_OFF", "http"),
+            (Peer::Says(MOVED), "STATUS", "307"),
+            (Peer::Says("HTTP/1.1 500 No\r\n\r\nno room"), "STATUS", "no room"),
+            (Peer::Says(HEAD), BAD_STREAM, "ends without [DONE]"),
+        ] {
+            let address = listen(peer).await;
+            let asked = tokio::time::timeout(Duration::from_secs(10), ask(address)).await;
+            let Answered { arrivals, ended, ending } = asked.unwrap();
+            let Ending::Fault { cause: got, what } = ending else { panic!("{peer:?}: {ending:?}") };
+            assert_eq!(got, cause, "{peer:?}: {what}");
+            assert!(what.contains(words), "{peer:?}: {what}");
+            assert!(ended < Duration::from_secs(5) && arrivals.len() <= 116, "{peer:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn bombs_of_json_are_refused_and_nobody_at_home_is_told_apart() {
+        for (bomb, words) in [
+            (format!("data: [{}0]\n\n", "0,".repeat(90_000)), "more values than it can need"),
+            (format!("data: {}{}\n\n", "[".repeat(70), "]".repeat(70)), "nests more than 64 deep"),
+            (format!("data: {}\n\n", "[".repeat(9_000)), "recursion limit"),
+            (format!("data: \"{}\"\n\n", "x".repeat(700_000)), "the answer has more than"),
+        ] {
+            let text: &'static str = Box::leak(format!("{HEAD}{bomb}").into_boxed_str());
+            let answered = ask(listen(Peer::Says(text)).await).await;
+            let Ending::Fault { cause: BAD_STREAM, what } = answered.ending else {
+                panic!("{words}: {:?}", answered.ending)
+            };
+            assert!(what.contains(words), "{what}");
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let ending = ask(address).await.ending;
+        assert!(matches!(ending, Ending::Fault { cause: UNREACHABLE, .. }), "{ending:?}");
+        // A chunk that is fine keeps what came before the connection broke.
+        let cut = "HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\ndata: {\"choices\":[]}\n\n";
+        let answered = ask(listen(Peer::Says(cut)).await).await;
+        assert_eq!(answered.arrivals.len(), 1);
+        assert!(matches!(answered.ending, Ending::Fault { cause: "BROKEN_OFF", .. }));
+    }
+}
