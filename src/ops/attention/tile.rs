@@ -3,7 +3,7 @@
 use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
 use super::partial::Partial;
 use super::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
-use crate::ops::dtype::Dtype;
+use crate::ops::dtype::{Dtype, round_bf16, round_f16};
 use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::ops::math;
 use crate::ops::product::{VEC_STRIDE, block, product};
@@ -90,7 +90,7 @@ where
         for t in 0..T {
             let ((row, head), (qkv, row_len)) = (tile.query(t), tile.qkv);
             let from = &qkv[row * row_len + head * head_dim..][..head_dim];
-            round_to(tile.cache.dtype, from, &mut queries[t]);
+            round_to::<L, F16>(from, &mut queries[t]);
             seen[t] = tile.attention.seen(tile.segment.position(row));
         }
         let mut total = [Partial::NOTHING; T];
@@ -145,7 +145,7 @@ impl Tile<'_> {
                 *valid = seen.start.clamp(base, base + BLOCK_TOKENS) - base
                     ..seen.end.clamp(base, base + BLOCK_TOKENS) - base;
             }
-            let rescale = self.soften::<L, T>(&mut scores, &valid, part);
+            let rescale = self.soften::<L, T, F16>(&mut scores, &valid, part);
             let pairs = (end - base).min(BLOCK_TOKENS).div_ceil(2);
             accumulate::<L, T, F16>(values, (pairs, head_dim), &scores, rescale, part);
         }
@@ -155,7 +155,7 @@ impl Tile<'_> {
     /// updates the sums and returns the factors on what was accumulated before. A query that sees
     /// nothing of the block gets weights of zero and a factor of one.
     #[inline(always)]
-    fn soften<L: Lanes, const T: usize>(
+    fn soften<L: Lanes, const T: usize, const F16: bool>(
         &self,
         scores: &mut [Scores; T],
         valid: &[Range<usize>; T],
@@ -184,7 +184,7 @@ impl Tile<'_> {
             }
             let mut exact = [0.0; BLOCK_TOKENS];
             store_vecs(&vecs, &mut exact);
-            round_to(self.cache.dtype, &exact, &mut scores[t]);
+            round_to::<L, F16>(&exact, &mut scores[t]);
             let vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
             part[t].sum = part[t].sum.mul_add(rescale[t], vecs[0].add(vecs[1]).sum());
         }
@@ -218,11 +218,19 @@ fn partitions(seen: &[Range<usize>]) -> Range<usize> {
     first..seen.iter().map(|s| s.end).max().unwrap_or(0).div_ceil(PARTITION_TOKENS)
 }
 
-/// Rounds `from` to `dtype`, as values.
+/// Rounds `from`, whole vectors, to the cache's type, as values.
 #[inline(always)]
-fn round_to(dtype: Dtype, from: &[f32], to: &mut [f32]) {
-    for (to, x) in to.iter_mut().zip(from) {
-        *to = dtype.widen(dtype.round(*x));
+fn round_to<L: Lanes, const F16: bool>(from: &[f32], to: &mut [f32]) {
+    for (from, to) in from.chunks_exact(LANES).zip(to.chunks_exact_mut(LANES)) {
+        let mut bits = [0; LANES];
+        for (bits, x) in bits.iter_mut().zip(from) {
+            *bits = if F16 { round_f16(*x) } else { round_bf16(*x) };
+        }
+        // SAFETY: arrays and chunks have 16 values.
+        unsafe {
+            let values = if F16 { L::load_f16(bits.as_ptr()) } else { L::load_bf16(bits.as_ptr()) };
+            values.store(to.as_mut_ptr());
+        }
     }
 }
 
