@@ -14,11 +14,13 @@
 
 mod cache;
 mod heads;
+mod layer;
 mod partial;
 mod tile;
 
 pub use cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KvCache, KvDims, Segment};
 pub use heads::HeadAt;
+pub use layer::{Attention, PARTITION_TOKENS};
 
 use super::dtype::Rounded;
 use super::lanes::dispatch;
@@ -28,41 +30,8 @@ use partial::Partial;
 use std::ops::Range;
 use tile::{Join, TILE_QUERIES, Tile};
 
-/// Blocks of a partition.
-const PARTITION_BLOCKS: usize = 16;
-/// Positions of a partition.
-pub const PARTITION_TOKENS: usize = PARTITION_BLOCKS * BLOCK_TOKENS;
-
 /// Tasks for each thread, so that none waits long for the last one.
 const TASKS_PER_THREAD: usize = 3;
-
-/// What attention needs to know of a layer.
-#[derive(Clone, Copy, Debug)]
-pub struct Attention {
-    /// Query heads.
-    pub heads: usize,
-    /// Factor on the scores.
-    pub scale: f32,
-    /// `cap * tanh(score / cap)` before the softmax.
-    pub softcap: Option<f32>,
-    /// A query sees this many positions, its own included.
-    pub window: Option<usize>,
-}
-
-impl Attention {
-    /// Positions that the query at `position` sees.
-    #[inline(always)]
-    fn seen(&self, position: usize) -> Range<usize> {
-        (position + 1).saturating_sub(self.window.unwrap_or(usize::MAX))..position + 1
-    }
-
-    /// Partitions that hold what the queries of `segment` see.
-    fn partitions(&self, segment: &Segment) -> Range<usize> {
-        let last = segment.start + segment.rows.len().max(1) - 1;
-        let (start, end) = (self.seen(segment.start).start, self.seen(last).end);
-        start / PARTITION_TOKENS..end.div_ceil(PARTITION_TOKENS)
-    }
-}
 
 impl KvCache {
     /// Attends in `layer`: queries are the first `heads * head_dim` columns of `qkv`

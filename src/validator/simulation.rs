@@ -112,7 +112,7 @@ impl Kind {
         match self {
             Kind::Silent => return fault("LATE", 5),
             Kind::Malformed => return fault(BAD_STREAM, 1),
-            Kind::Flapping if number / 10 % 3 > 0 => return fault(UNREACHABLE, 5),
+            Kind::Flapping if !(number / 10).is_multiple_of(3) => return fault(UNREACHABLE, 5),
             _ => {}
         }
         let at = |i: u32| match self {
@@ -409,18 +409,19 @@ fn honest_miners_rank_above_every_cheat_over_thousands_of_rounds() {
         assert!(world.events_max < 2_000, "{} events at once", world.events_max);
         for (profile, sees_mild) in [(Profile::Default, true), (Profile::Targon44, false)] {
             let ranges = range(&world.decide(profile), &BTreeSet::new());
-            let honest = [Kind::Honest, Kind::Slow].map(|kind| ranges[&kind].0);
-            let worst = honest.into_iter().fold(f64::MAX, f64::min);
+            // In Targon's arithmetic a quick cheat that passes a third of its window is ahead of an
+            // honest miner at a quarter of its speed; so there only the quick ones are compared.
+            let honest = match profile {
+                Profile::Default => ranges[&Kind::Honest].0.min(ranges[&Kind::Slow].0),
+                Profile::Targon44 => ranges[&Kind::Honest].0,
+            };
             let cheats = ranges.iter().filter(|(kind, _)| !kind.is_honest());
             for (kind, (_, best)) in cheats.filter(|(kind, _)| sees_mild || **kind != Kind::Mild) {
-                assert!(
-                    *best < worst,
-                    "seed {seed} {profile}: {kind:?} has {best}, honest {worst}"
-                );
+                assert!(*best < honest, "seed {seed} {profile}: {kind:?} {best}, honest {honest}");
             }
             // The control: what nothing sees is paid as if it were honest.
             let mild = ranges[&Kind::Mild];
-            assert_eq!(sees_mild, mild.1 < worst, "{profile}: {mild:?}");
+            assert_eq!(sees_mild, mild.1 < honest, "{profile}: {mild:?}");
             assert!(ranges[&Kind::Honest].0 > ranges[&Kind::Slow].1, "{profile}: {ranges:?}");
             assert!(ranges[&Kind::Honest].0 > ranges[&Kind::Flapping].1, "{profile}: {ranges:?}");
         }
@@ -442,11 +443,10 @@ fn a_place_with_a_new_hotkey_starts_from_nothing() {
     assert!(before[&uid] > 0.0 && Kind::of(uid) == Kind::Honest);
     world.replaced.insert(uid);
     world.standings.remove(&uid);
-    for profile in [Profile::Default, Profile::Targon44] {
-        let after = world.decide(profile);
-        assert_eq!(after[&uid], 0.0, "{profile}");
-        assert!(after[&(uid + 14)] > 0.0);
-    }
+    let after = world.decide(Profile::Default);
+    assert!(after[&uid] == 0.0 && after[&(uid + 14)] > 0.0, "{after:?}");
+    // The control: version 4.4 passes samples on to the next hotkey.
+    assert!(world.decide(Profile::Targon44)[&uid] > 0.0);
     // And earns its own.
     while world.ended < 600 {
         world.step();

@@ -322,7 +322,7 @@ async fn a_client_that_goes_away_ends_its_sequence() {
 async fn draining_ends_what_runs_and_refuses_what_comes() {
     let site = site(common::lasting(1));
     let (address, stop) = listening(&site, Duration::from_secs(20)).await;
-    let mut running = send(address, &completion(json!({"max_tokens": 4000, "stream": true}))).await;
+    let mut running = send(address, &completion(json!({"max_tokens": 1000, "stream": true}))).await;
     assert!(eventually(|| site.engine.stats().snapshot().decode_tokens > 0).await);
     stop.sender.send(()).unwrap();
     assert!(eventually(|| site.state.is_draining()).await);

@@ -1,7 +1,6 @@
 //! One head of one position, read from the cache and put back.
 
-use super::KvCache;
-use super::cache::KEY_STRIDE;
+use super::cache::{KEY_STRIDE, KvCache};
 use crate::ops::product::offset;
 
 /// Where a key and a value of the cache lie.

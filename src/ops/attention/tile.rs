@@ -1,8 +1,8 @@
 //! Attention of a few queries that share a key/value head: scores, softmax, values.
 
 use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
+use super::layer::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
 use super::partial::Partial;
-use super::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
 use crate::ops::dtype::{Dtype, round_bf16, round_f16};
 use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::ops::math;

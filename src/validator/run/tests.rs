@@ -14,10 +14,12 @@ use std::collections::BTreeSet;
 use std::future::pending;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 
+/// An epoch, and the weights that were sent for it.
+type Sent = (u64, Vec<(u16, u16)>);
+
 /// A world without a network: miners are numbers, the records are lists.
 struct Fake {
     heads: watch::Sender<u64>,
-    own: Hotkey,
     permit: bool,
     /// Whether the records answer.
     records: AtomicBool,
@@ -30,7 +32,7 @@ struct Fake {
     judging_max: AtomicUsize,
     saved: Mutex<Vec<Round>>,
     weights: Mutex<BTreeMap<u64, Weights>>,
-    sends: Mutex<Vec<(u64, Vec<(u16, u16)>)>>,
+    sends: Mutex<Vec<Sent>>,
     /// What becomes of the next sendings, and what stands on the chain then.
     fates: Mutex<VecDeque<NotSent>>,
     stand: Mutex<Stand>,
@@ -41,7 +43,6 @@ impl Fake {
     fn new() -> Self {
         Self {
             heads: watch::Sender::new(10),
-            own: Hotkey([0; 32]),
             permit: true,
             records: true.into(),
             hangs: false.into(),

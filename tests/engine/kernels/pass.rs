@@ -1,5 +1,5 @@
-//! The whole forward pass by the kernels, launch by launch, against the CPU's decoder: equal bits for
-//! every family, whatever the batch, the chunks and the variants of a kernel.
+//! The whole forward pass by the kernels, launch by launch, against the CPU's decoder: equal bits
+//! for every family, whatever the batch, the chunks and the variants of a kernel.
 
 use super::matmul::packed;
 use super::{args, first_difference, kernels};
@@ -7,8 +7,8 @@ use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::{Decoder, Scratch};
-use targon_engine::models::spec::Spec;
 use targon_engine::models::cpu::weights::{Embedding, FeedForward, Layer, Mlp};
+use targon_engine::models::spec::Spec;
 use targon_engine::ops::attention::{BLOCK_TOKENS, KvCache, Segment};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
