@@ -1,5 +1,5 @@
 //! The engine on a real model, as llama-bench and llama-batched-bench measure: prefill of 512,
-//! decode at several batch sizes, memory and load time; then the same through HTTP ([`serve`]).
+//! decode at several batch sizes, memory and load time; then the same through HTTP (`serve`).
 
 use super::figures::Figures;
 use super::load::{REPEATS, request};

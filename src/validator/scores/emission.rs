@@ -32,7 +32,7 @@ pub fn targon(raw: &[(u16, f64)], limits: ChainLimits) -> Result<Vec<(u16, u16)>
     Ok(Rule::Targon44.vector(raw, &limits)?.values().to_vec())
 }
 
-/// Ours: where too few have earned something for the chain, `spare` uids get [`LEAST`], in this
+/// Ours: where too few have earned something for the chain, `spare` uids get `LEAST`, in this
 /// order. Targon's way would pay all of the subnet in earnest where the subnet is small.
 ///
 /// # Errors

@@ -6,7 +6,7 @@
 //!
 //! Two profiles. [`Profile::Targon44`] is the arithmetic of Targon 4.4 (protocol 5.5 and 5.6), for
 //! validators that must agree with it. [`Profile::Default`] mends it; each rule stands, with its
-//! reason, where it is applied: misses and windows in [`series`], shares in [`share_of_best`], pay
+//! reason, where it is applied: misses and windows in [`series`], shares in `share_of_best`, pay
 //! and evidence in [`gate`], the chain's minimum in [`emission`].
 
 pub mod emission;
