@@ -3,7 +3,7 @@
 
 use super::printable::printable_lines;
 use std::fmt::Arguments;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 /// What a shell reports of a program that a closed pipe ended: 128 and the number of SIGPIPE.
 const CLOSED_PIPE: i32 = 141;
@@ -37,10 +37,18 @@ pub(super) fn write_all(bytes: &[u8]) {
 
 /// Prints what clap has to say. A reader of help that has gone ends the program, quietly.
 pub(super) fn help(e: &clap::Error) {
-    let printed = e.print().and_then(|()| std::io::stdout().flush());
-    if !e.use_stderr() {
-        end_on(printed);
+    if e.use_stderr() {
+        // Nobody is left to tell where stderr is gone too.
+        let _ = e.print();
+        return;
     }
+    // Clap's own printing does not say whether anybody reads it.
+    let text = e.render();
+    let text = match std::io::stdout().is_terminal() {
+        true => text.ansi().to_string(),
+        false => text.to_string(),
+    };
+    write_all(text.as_bytes());
 }
 
 fn end_on(written: std::io::Result<()>) {

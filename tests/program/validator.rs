@@ -78,7 +78,10 @@ impl Home {
         let url = node.url();
         let mut all = vec!["validate", "--wallet.name", "w", "--wallet.hotkey", "validator"];
         all.extend(["--subtensor.chain_endpoint", &url, "--private-axons"]);
-        all.extend(["--tokens-min", "24", "--tokens-max", "40"]);
+        if !extra.contains(&"--tokens-min") {
+            all.extend(["--tokens-min", "24"]);
+        }
+        all.extend(["--tokens-max", "40"]);
         all.extend(extra);
         self.run(&all).await
     }
