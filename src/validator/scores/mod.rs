@@ -151,7 +151,8 @@ fn explain(
         }
     }
     let organics = seat.organics.as_deref().map(|o| Series::of_organics(rules.profile, o));
-    let earned = models.iter().chain(&organics).map(|series| series.score).sum::<f64>();
+    let earned =
+        models.iter().chain(&organics).map(|s| s.score).fold(0.0, |sum, score| sum + score);
     let sum = earned.clamp(f64::MIN, f64::MAX);
     let gate = seat.standing.explained(rules.profile);
     let score = if gate.pays { sum } else { 0.0 };

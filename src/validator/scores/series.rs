@@ -146,7 +146,8 @@ pub fn mean_with_misses(samples: &[Option<f64>]) -> Mean {
     let mut answers: Vec<f64> = samples.iter().flatten().copied().collect();
     // Sums of floating-point numbers depend on their order; a score must not.
     answers.sort_by(f64::total_cmp);
-    let mean = answers.iter().sum::<f64>() / samples.len() as f64;
+    // From +0: the sum of nothing is -0 in Rust, and would be printed so.
+    let mean = answers.iter().fold(0.0, |sum, tps| sum + tps) / samples.len() as f64;
     Mean { mean, consistency: share(answers.len(), samples.len()) }
 }
 

@@ -419,3 +419,13 @@ fn names_and_windows_are_checked() {
     assert!(rules.with_window(0).unwrap_err().contains("1 to 1000 samples, got 0"));
     assert!(rules.with_window(1001).is_err());
 }
+
+#[test]
+fn who_has_earned_nothing_has_a_plain_zero() {
+    for miner in
+        decide_for(Profile::Default, &[vec![None, None], Vec::new(), vec![Some(9.0)]]).miners
+    {
+        let numbers = [miner.sum, miner.score, miner.normalised];
+        assert!(numbers.iter().all(|n| n.is_sign_positive()), "{miner:?}");
+    }
+}
