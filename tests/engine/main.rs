@@ -16,5 +16,6 @@ mod panics;
 mod parity;
 mod proofs;
 mod real_model;
+mod reference;
 mod scheduler_sim;
 mod text;
