@@ -1,7 +1,7 @@
 //! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
 use super::capture::load_verifier;
-use super::out::outln;
+use super::out::{announce, outln};
 use super::printable::printable;
 use super::serve::stop_signal;
 use super::shared::runtime;
@@ -13,6 +13,7 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::server::listen::serve_all;
 use crate::store::Store;
 use crate::store::record::{Round, WeightsState};
 use crate::validator::eligible::{self, NoPermit, Rules};
@@ -22,12 +23,12 @@ use crate::validator::run::progress::Progress;
 use crate::validator::run::reading::{Reading, SubnetError};
 use crate::validator::run::world::{Memory, World};
 use crate::validator::run::{Driver, Options, RunError, Settled};
+use crate::validator::service::Service;
 use crate::verify::evidence::Calibrated;
 use crate::verify::{Limits, Verifier};
-use axum::Router;
-use axum::routing::get;
 use sd_notify::NotifyState;
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -137,15 +138,16 @@ async fn validate(
     metagraph: &Metagraph,
 ) -> Result<(), Failure> {
     let is_bounded = options.rounds.is_some();
-    let clock = world.clock.clone();
-    let driver = Driver::new(Arc::new(world), options, clock, Chance::system()).await;
+    let (clock, store, netuid) = (world.clock.clone(), world.store.clone(), world.netuid);
+    let driver = Driver::new(Arc::new(world), options, clock.clone(), Chance::system()).await;
     let driver = driver.map_err(run_failure)?;
     let progress = driver.progress();
-    if let Some(address) = args.metrics {
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|e| Failure::user(format!("--metrics: cannot listen on {address}: {e}")))?;
-        tokio::spawn(serve_metrics(listener, Arc::clone(&progress)));
+    if let Some(weights) = store.last_weights(netuid).await.map_err(Failure::ours)? {
+        progress.set_weights(&weights);
+    }
+    let service = Service::new(Arc::clone(&progress), &store, netuid, clock);
+    if let Some(address) = args.listen {
+        show_to_operators(address, &service).await?;
     }
     watch(Arc::clone(&progress))?;
     let stop = CancellationToken::new();
@@ -187,15 +189,19 @@ fn show(settled: Settled, metagraph: &Metagraph) -> Result<(), Failure> {
     }
 }
 
-async fn serve_metrics(listener: TcpListener, progress: Arc<Progress>) {
-    let metrics = move || {
-        let text = progress.prometheus();
-        async move { ([("content-type", "text/plain; version=0.0.4")], text) }
-    };
-    let router = Router::new().route("/metrics", get(metrics));
-    if let Err(e) = axum::serve(listener, router).await {
-        tracing::error!("metrics are no longer served: {e}");
+/// Serves the routes for operators until the program ends: while it stops, they say so.
+async fn show_to_operators(address: SocketAddr, service: &Service) -> Result<(), Failure> {
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|e| Failure::user(format!("--listen: cannot listen on {address}: {e}")))?;
+    let local = listener.local_addr().map_err(Failure::ours)?;
+    if !local.ip().is_loopback() {
+        tracing::warn!(%local, "whoever reaches this address can read the validator's records");
     }
+    announce!("http://{local}");
+    let (listeners, state) = (vec![(listener, service.router())], service.state().clone());
+    tokio::spawn(serve_all(listeners, state, std::future::pending(), Duration::ZERO));
+    Ok(())
 }
 
 /// Ends the program where its loop stands still; feeds the service manager's watchdog where not.

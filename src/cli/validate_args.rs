@@ -50,9 +50,11 @@ pub(super) struct ValidateArgs {
     /// Where rounds go that the database does not take before the program ends.
     #[arg(long, env = "TARGON_UNSAVED", default_value = "unsaved-rounds.jsonl")]
     pub(super) unsaved: PathBuf,
-    /// Serve metrics at http://ADDRESS/metrics.
-    #[arg(long, env = "TARGON_METRICS", value_name = "ADDRESS")]
-    pub(super) metrics: Option<SocketAddr>,
+    /// Serve /health, /ready and /metrics at this address and port, such as 127.0.0.1:9100; nothing
+    /// listens where absent. Who can reach it can read what the validator records, and change
+    /// nothing.
+    #[arg(long, alias = "metrics", env = "TARGON_LISTEN", value_name = "ADDRESS")]
+    pub(super) listen: Option<SocketAddr>,
     /// Seconds that verifications may go on after SIGTERM.
     #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(super) shutdown_timeout: u64,

@@ -33,10 +33,11 @@ pub(super) fn tidy_path(mut request: Request) -> Request {
     request
 }
 
-pub(super) type OnPanic = fn(Box<dyn std::any::Any + Send>) -> Response;
+/// What answers for a handler that panics.
+pub type OnPanic = fn(Box<dyn std::any::Any + Send>) -> Response;
 
 /// Answers for a handler that panics.
-pub(super) fn catch_panics() -> CatchPanicLayer<OnPanic> {
+pub fn catch_panics() -> CatchPanicLayer<OnPanic> {
     CatchPanicLayer::custom(|_| {
         ApiError::with_status(StatusCode::INTERNAL_SERVER_ERROR, "a handler failed").into_response()
     })

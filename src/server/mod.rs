@@ -10,7 +10,7 @@ pub mod door;
 pub mod error;
 pub mod generate;
 pub mod handlers;
-mod layers;
+pub mod layers;
 pub mod listen;
 pub mod openapi;
 pub mod operations;

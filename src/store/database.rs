@@ -107,6 +107,12 @@ impl Store {
         Self(Arc::new(Inner { place, reads, writes, planner, clock, file, _lock: lock }))
     }
 
+    /// The same records, which cannot be written through it.
+    pub fn reading(&self) -> Self {
+        let Inner { place, reads, file, .. } = &*self.0;
+        Self::of(place.clone(), Arc::clone(reads), None, *file, None)
+    }
+
     /// Closes the connections once those in use have ended. A store that is dropped without it
     /// loses nothing that was committed.
     pub async fn close(&self) {

@@ -30,6 +30,7 @@ impl<P: Ports> Driver<P> {
                 // A later epoch may have begun meanwhile.
                 self.epoch.is_read =
                     subnet.metagraph.block + self.options.epoch_length > self.epoch.began;
+                self.progress.set_members(subnet.members.len());
                 self.subnet = Arc::new(*subnet);
                 self.is_doubted = false;
                 Ok(())

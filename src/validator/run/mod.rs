@@ -159,6 +159,9 @@ impl<P: Ports> Driver<P> {
             ..Epoch::default()
         };
         tracing::info!(uid = subnet.own, block, miners = subnet.members.len(), "validator");
+        let progress = Progress::default();
+        progress.see_block(block, clock.unix_ms());
+        progress.set_members(subnet.members.len());
         Ok(Self {
             ports,
             settings: Arc::new(options.round.clone()),
@@ -166,7 +169,7 @@ impl<P: Ports> Driver<P> {
             clock,
             chance,
             pace,
-            progress: Arc::default(),
+            progress: Arc::new(progress),
             subnet: Arc::new(subnet),
             heads: watch::Sender::new(Head { block }),
             inbox: mpsc::channel(INBOX_MAX),
@@ -231,7 +234,7 @@ impl<P: Ports> Driver<P> {
     ) -> Result<(), RunError> {
         let mut heads = self.heads.subscribe();
         loop {
-            self.progress.beat(self.clock.unix_ms());
+            self.progress.beat(self.clock.unix_ms(), self.live.len());
             self.save(on_round).await;
             self.begin_rounds();
             self.begin_epoch_work();
@@ -316,6 +319,7 @@ impl<P: Ports> Driver<P> {
 
     /// No new round; what asks is given up, what only waits for verdicts may go on for a while.
     fn stop(&mut self) {
+        self.progress.stop();
         self.stopping = Some(self.clock.elapsed() + self.options.stop_time);
         let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
         let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
@@ -326,7 +330,7 @@ impl<P: Ports> Driver<P> {
 
     /// A block has come: where an epoch begins with it, there is work.
     fn on_block(&mut self, block: u64) {
-        self.progress.see_block(block);
+        self.progress.see_block(block, self.clock.unix_ms());
         let began = block - block % self.options.epoch_length;
         if began > self.epoch.began {
             let is_reading = self.epoch.is_reading;

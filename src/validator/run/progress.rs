@@ -1,97 +1,122 @@
-//! What an operator watches of a running validator, as numbers for Prometheus.
+//! What an operator watches of a running validator: the driver writes it, everybody may read it.
 
 use crate::store::record::{Outcome, Round, Weights, WeightsState};
-use std::fmt::Write;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use parking_lot::Mutex;
+use serde::Serialize;
+use std::collections::BTreeMap;
 
-/// Outcomes in the order in which they are counted.
-const OUTCOMES: [(Outcome, &str); 5] = [
-    (Outcome::Verified, "verified"),
-    (Outcome::Rejected, "rejected"),
-    (Outcome::Failed, "failed"),
-    (Outcome::NotServed, "not_served"),
-    (Outcome::Unscored, "unscored"),
-];
-
-/// Counters and states since the program started.
-#[derive(Default, Debug)]
-pub struct Progress {
-    beat_ms: AtomicU64,
-    block: AtomicU64,
-    rounds: AtomicU64,
-    unsaved: AtomicU64,
-    outcomes: [AtomicU64; OUTCOMES.len()],
-    weights_epoch: AtomicU64,
-    weights_confirmed: AtomicU64,
+/// How a validator is at one moment, counted since the program started.
+#[derive(Clone, Default, PartialEq, Debug, Serialize)]
+pub struct Snapshot {
+    /// When the owner of the state last went round its loop, in milliseconds since 1970; 0 before
+    /// it first did. One that hangs stands still.
+    pub beat_ms: u64,
+    /// The newest block.
+    pub block: u64,
+    /// When it came, in milliseconds since 1970.
+    pub block_ms: u64,
+    /// Miners that can be asked.
+    pub members: u64,
+    /// Rounds that have ended.
+    pub rounds: u64,
+    /// Rounds that run.
+    pub rounds_running: u64,
+    /// Rounds that are over and not remembered yet.
+    pub rounds_unsaved: u64,
+    /// Answers by the name of their outcome.
+    pub answers: BTreeMap<&'static str, u64>,
+    /// Answers that were not verified, by the name of their cause.
+    pub causes: BTreeMap<String, u64>,
+    /// The last weights.
+    pub weights: Option<WeightsAt>,
+    /// Whether it was told to stop.
+    pub is_stopping: bool,
 }
 
+/// Weights, without who gets what.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct WeightsAt {
+    /// Their epoch.
+    pub epoch: u64,
+    /// The block at which they were decided.
+    pub block: u64,
+    /// How far they are.
+    pub state: WeightsState,
+}
+
+impl Snapshot {
+    /// Answers with this outcome.
+    pub fn answered(&self, outcome: Outcome) -> u64 {
+        self.answers.get(outcome.name()).copied().unwrap_or(0)
+    }
+
+    /// Blocks since the last weights were decided that the chain has taken.
+    pub fn weights_age(&self) -> Option<u64> {
+        let weights = self.weights.as_ref()?;
+        let is_taken =
+            matches!(weights.state, WeightsState::Confirmed | WeightsState::Committed { .. });
+        is_taken.then(|| self.block.saturating_sub(weights.block))
+    }
+}
+
+/// The state that the driver writes and others read.
+#[derive(Default, Debug)]
+pub struct Progress(Mutex<Snapshot>);
+
 impl Progress {
-    pub(super) fn beat(&self, now_ms: u64) {
-        self.beat_ms.store(now_ms, Relaxed);
-    }
-
-    pub(super) fn see_block(&self, block: u64) {
-        self.block.store(block, Relaxed);
-    }
-
-    pub(super) fn end_round(&self, round: &Round) {
-        self.rounds.fetch_add(1, Relaxed);
-        for response in &round.responses {
-            let place = OUTCOMES.iter().position(|(outcome, _)| *outcome == response.outcome);
-            if let Some(place) = place {
-                self.outcomes[place].fetch_add(1, Relaxed);
-            }
-        }
-    }
-
-    pub(super) fn set_unsaved(&self, count: usize) {
-        self.unsaved.store(count as u64, Relaxed);
-    }
-
-    pub(super) fn set_weights(&self, weights: &Weights) {
-        self.weights_epoch.store(weights.epoch, Relaxed);
-        let is_confirmed = weights.state == WeightsState::Confirmed;
-        self.weights_confirmed.store(u64::from(is_confirmed), Relaxed);
+    /// How it is now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.0.lock().clone()
     }
 
     /// Rounds that have ended.
     pub fn rounds(&self) -> u64 {
-        self.rounds.load(Relaxed)
+        self.0.lock().rounds
     }
 
-    /// When the owner of the state last went round its loop, in Unix milliseconds: one that hangs
-    /// stands still.
+    /// When the owner of the state last went round its loop, in milliseconds since 1970.
     pub fn beat_ms(&self) -> u64 {
-        self.beat_ms.load(Relaxed)
+        self.0.lock().beat_ms
     }
 
-    /// All of it, as Prometheus reads it.
-    pub fn prometheus(&self) -> String {
-        let mut text = String::new();
-        let mut add = |name: &str, kind: &str, help: &str, lines: &[(String, u64)]| {
-            // Writing into a string does not fail.
-            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-            for (labels, value) in lines {
-                let _ = writeln!(text, "{name}{labels} {value}");
+    pub(in crate::validator) fn beat(&self, now_ms: u64, rounds_running: usize) {
+        let mut known = self.0.lock();
+        known.beat_ms = now_ms;
+        known.rounds_running = rounds_running as u64;
+    }
+
+    pub(in crate::validator) fn see_block(&self, block: u64, now_ms: u64) {
+        let mut known = self.0.lock();
+        (known.block, known.block_ms) = (block, now_ms);
+    }
+
+    pub(in crate::validator) fn set_members(&self, count: usize) {
+        self.0.lock().members = count as u64;
+    }
+
+    pub(in crate::validator) fn end_round(&self, round: &Round) {
+        let mut known = self.0.lock();
+        known.rounds += 1;
+        for response in &round.responses {
+            *known.answers.entry(response.outcome.name()).or_default() += 1;
+            if let Some(cause) = &response.cause {
+                *known.causes.entry(cause.clone()).or_default() += 1;
             }
-        };
-        let plain = |value: &AtomicU64| [(String::new(), value.load(Relaxed))];
-        let beat = [(String::new(), self.beat_ms() / 1000)];
-        let help = "Unix time at which the validator last went round its loop";
-        add("targon_validator_heartbeat_seconds", "gauge", help, &beat);
-        add("targon_validator_block", "gauge", "Newest block", &plain(&self.block));
-        add("targon_validator_rounds_total", "counter", "Rounds that ended", &plain(&self.rounds));
-        let help = "Rounds that are over and not remembered yet";
-        add("targon_validator_rounds_unsaved", "gauge", help, &plain(&self.unsaved));
-        let outcomes = OUTCOMES.iter().zip(&self.outcomes);
-        let labelled: Vec<(String, u64)> = outcomes
-            .map(|((_, word), count)| (format!("{{outcome=\"{word}\"}}"), count.load(Relaxed)))
-            .collect();
-        add("targon_validator_answers_total", "counter", "Answers by outcome", &labelled);
-        let help = "Epoch of the last weights";
-        add("targon_validator_weights_epoch", "gauge", help, &plain(&self.weights_epoch));
-        let help = "Whether the last weights were read back from the chain";
-        add("targon_validator_weights_confirmed", "gauge", help, &plain(&self.weights_confirmed));
-        text
+        }
+    }
+
+    pub(in crate::validator) fn set_unsaved(&self, count: usize) {
+        self.0.lock().rounds_unsaved = count as u64;
+    }
+
+    /// The last weights, of this run or of one before it.
+    pub fn set_weights(&self, weights: &Weights) {
+        let Weights { epoch, block, state, .. } = weights;
+        let weights = WeightsAt { epoch: *epoch, block: *block, state: state.clone() };
+        self.0.lock().weights = Some(weights);
+    }
+
+    pub(in crate::validator) fn stop(&self) {
+        self.0.lock().is_stopping = true;
     }
 }

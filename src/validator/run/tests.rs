@@ -318,10 +318,11 @@ async fn weights_are_set_where_an_epoch_begins_and_once() {
     let summary = run.await.unwrap().unwrap();
     assert_eq!(summary.weights, None);
     assert_eq!(summary.rounds, world.saved.lock().len() as u64);
-    let text = progress.prometheus();
-    assert!(text.contains("targon_validator_weights_epoch 200\n"), "{text}");
-    assert!(text.contains("targon_validator_weights_confirmed 1\n"), "{text}");
-    assert!(progress.beat_ms() > 0);
+    let seen = progress.snapshot();
+    let weights = seen.weights.clone().unwrap();
+    assert_eq!((weights.epoch, weights.state), (200, WeightsState::Confirmed));
+    assert_eq!((seen.block, seen.members, seen.weights_age()), (205, 5, Some(0)));
+    assert!(seen.beat_ms > 0 && seen.block_ms > 0 && seen.is_stopping);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,146 @@
+//! The routes of the service, asked without a socket.
+
+use super::*;
+use crate::store::Retention;
+use crate::store::record::{
+    Outcome, Response as Answer, Round, Sampled, Timing, Weights, WeightsState,
+};
+use axum::body::Body;
+use axum::http::Request;
+use http_body_util::BodyExt;
+use serde_json::Value;
+use tower::ServiceExt;
+
+const NOW: u64 = 1_700_000_000_000;
+
+async fn service() -> (Service, Arc<Progress>, Clock, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v.sqlite");
+    let store = Store::open(path.to_str().unwrap()).await.unwrap();
+    let (progress, clock) = (Arc::<Progress>::default(), Clock::manual(NOW));
+    let service = Service::new(Arc::clone(&progress), &store, 4, clock.clone());
+    (service, progress, clock, dir)
+}
+
+async fn get(service: &Service, path: &str) -> (u16, String) {
+    let request = Request::get(path).body(Body::empty()).unwrap();
+    let response = service.router().oneshot(request).await.unwrap();
+    let status = response.status().as_u16();
+    let bytes = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(bytes.to_vec()).unwrap())
+}
+
+async fn why(service: &Service) -> (u16, Vec<String>) {
+    let (status, body) = get(service, "/ready").await;
+    let body: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(body["ready"], status == 200);
+    (status, serde_json::from_value(body["why"].clone()).unwrap())
+}
+
+#[tokio::test]
+async fn it_is_ready_while_it_works_and_says_what_is_wrong_else() {
+    let (service, progress, clock, _dir) = service().await;
+    assert_eq!(get(&service, "/health").await.0, 200);
+    let (status, troubles) = why(&service).await;
+    assert_eq!(status, 503);
+    assert_eq!(troubles[0], "it has not begun yet");
+    progress.beat(clock.unix_ms(), 1);
+    progress.see_block(7, clock.unix_ms());
+    assert_eq!(why(&service).await, (200, vec![]));
+    progress.set_unsaved(2);
+    assert_eq!(why(&service).await.1, ["2 rounds that are over are not remembered yet"]);
+    progress.set_unsaved(0);
+    clock.advance(Duration::from_secs(61));
+    assert_eq!(why(&service).await.1, ["its loop stands still for 61 s"]);
+    let (status, body) = get(&service, "/health").await;
+    assert_eq!((status, body.contains("\"stalled\"")), (503, true));
+    clock.advance(Duration::from_secs(60));
+    progress.beat(clock.unix_ms(), 1);
+    assert_eq!(why(&service).await.1, ["no block has come for 121 s"]);
+    assert_eq!(get(&service, "/health").await.0, 200);
+    progress.see_block(8, clock.unix_ms());
+    progress.stop();
+    assert_eq!(why(&service).await.1, ["it is stopping"]);
+}
+
+#[tokio::test]
+async fn metrics_count_rounds_answers_and_weights() {
+    let (service, progress, clock, _dir) = service().await;
+    let (status, text) = get(&service, "/metrics").await;
+    assert_eq!(status, 200);
+    assert!(!text.contains("targon_validator_weights_epoch"), "{text}");
+    progress.beat(NOW, 2);
+    progress.see_block(40, NOW);
+    let answer = |uid, outcome, cause: Option<&str>| Answer {
+        uid,
+        hotkey: String::new(),
+        coldkey: String::new(),
+        timing: Timing::default(),
+        outcome,
+        cause: cause.map(str::to_owned),
+        error: None,
+        sample: Sampled::Nothing,
+        capture: None,
+        report: None,
+    };
+    let round = Round {
+        id: "r".into(),
+        netuid: 4,
+        block: 40,
+        started_ms: 0,
+        ended_ms: 0,
+        model: "m".into(),
+        endpoint: "/v1/completions".into(),
+        request: Value::Null,
+        profile: "default".into(),
+        responses: vec![
+            answer(1, Outcome::Verified, None),
+            answer(2, Outcome::Failed, Some("LATE")),
+            answer(3, Outcome::Failed, Some("LATE")),
+        ],
+    };
+    progress.end_round(&round);
+    let mut weights = Weights {
+        netuid: 4,
+        epoch: 30,
+        block: 31,
+        values: vec![],
+        explanation: Value::Null,
+        state: WeightsState::Planned,
+    };
+    progress.set_weights(&weights);
+    assert_eq!(progress.snapshot().weights_age(), None);
+    weights.state = WeightsState::Confirmed;
+    progress.set_weights(&weights);
+    clock.advance(Duration::from_secs(5));
+    let (_, text) = get(&service, "/metrics").await;
+    for line in [
+        "targon_validator_heartbeat_seconds 1700000000.0",
+        "targon_validator_block 40.0",
+        "targon_validator_rounds_total 1",
+        "targon_validator_rounds_running 2.0",
+        "targon_validator_rounds_unsaved 0.0",
+        "targon_validator_answers_total{outcome=\"verified\"} 1",
+        "targon_validator_answers_total{outcome=\"failed\"} 2",
+        "targon_validator_causes_total{cause=\"LATE\"} 2",
+        "targon_validator_weights_epoch 30.0",
+        "targon_validator_weights_confirmed 1.0",
+        "targon_validator_weights_age_blocks 9.0",
+        "targon_validator_uptime_seconds 5.0",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_can_be_written_through_it_and_unknown_routes_are_said_to_be_none() {
+    let (service, _, _, _dir) = service().await;
+    let (status, body) = get(&service, "/nothing").await;
+    assert_eq!((status, body.contains("no such route")), (404, true));
+    let request = Request::post("/health").body(Body::empty()).unwrap();
+    assert_eq!(service.router().oneshot(request).await.unwrap().status(), 405);
+    let all = Retention { samples_max: Some(0), ..Retention::default() };
+    let error = service.store().retain(&all).await.unwrap_err().to_string();
+    assert!(error.contains("opened to be read"), "{error}");
+    assert_eq!(service.store().last_weights(service.netuid()).await.unwrap(), None);
+}
