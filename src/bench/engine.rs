@@ -9,6 +9,7 @@ use crate::engine::output::Event;
 use crate::engine::{Engine, Options};
 use crate::models::Model;
 use std::path::Path;
+use std::sync::Arc;
 
 const OPTIONS: Options = Options {
     context_max: 2048,
@@ -25,18 +26,18 @@ const OPTIONS: Options = Options {
 pub fn run(path: &Path) -> anyhow::Result<Figures> {
     let pool = host::pool()?;
     let started = Clock::system();
-    let model = Model::load(path, None, &pool, |_, _| {})?;
-    let weights = model.decoder.weights.bytes();
-    let engine = Engine::start(model, pool, OPTIONS, Clock::system())?;
+    let model = Arc::new(Model::load(path, None, &pool, |_, _| {})?);
+    let weights = model.weights.bytes();
+    let engine = Engine::start(Arc::clone(&model), pool, OPTIONS, Clock::system())?;
     let mut figures = Figures::default();
     figures.push("load_seconds", vec![started.elapsed().as_secs_f64()]);
     measure(&engine, &mut figures)?;
     let peak = host::resident_bytes("VmHWM:")?;
-    let kv = engine.options().blocks * engine.model().decoder.spec.kv_dims().block_bytes();
+    let kv = engine.options().blocks * engine.info().spec.kv_dims().block_bytes();
     figures.push("weights_bytes", vec![weights as f64]);
     figures.push("kv_bytes", vec![kv as f64]);
     figures.push("peak_resident_bytes", vec![peak]);
-    serve::measure(&engine, &mut figures)?;
+    serve::measure(&engine, &model, &mut figures)?;
     Ok(figures)
 }
 

@@ -45,10 +45,11 @@ impl Own {
     /// When its identity cannot be computed, or no engine starts.
     pub fn start(model: Model, options: Options, pool: &Pool) -> Result<Self, OwnError> {
         let identity = Identity::of(&model, pool).map_err(|e| OwnError::Refused(e.to_string()))?;
-        let engine = Engine::start(model, pool.clone(), options, Clock::system())
+        let model = Arc::new(model);
+        let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system())
             .map_err(|e| OwnError::Engine(e.to_string()))?;
         let verifier = Verifier {
-            model: Arc::clone(engine.model()),
+            model,
             identity: Arc::new(identity),
             pool: pool.separate(),
             limits: Limits { exact: true, ..Limits::default() },
@@ -78,7 +79,7 @@ impl Own {
     async fn request(&self, index: u32) -> Result<Request, String> {
         let prompt = &self.prompts[index as usize % self.prompts.len()];
         let mut body = json!({"temperature": 0.8, "max_tokens": OWN_TOKENS});
-        match self.verifier.model.chat {
+        match self.verifier.model.text.chat {
             Some(_) => body["messages"] = json!([{"role": "user", "content": prompt}]),
             None => body["prompt"] = json!(prompt),
         }

@@ -50,7 +50,7 @@ fn micros(count: usize, mut f: impl FnMut(usize)) -> f64 {
 
 /// Tells the parts; returns the microseconds of a residue-v1 row.
 fn parts(say: Say<'_>, model: &Model, identity: &Identity) -> anyhow::Result<f64> {
-    let channels = model.decoder.spec.hidden;
+    let channels = model.spec.hidden;
     let rows = 512;
     let bits: Vec<u16> = (0..rows * channels).map(|i| (0x3e00 + i * 7919 % 700) as u16).collect();
     let values: Vec<f32> = bits.iter().map(|b| f32::from_bits(u32::from(*b) << 16)).collect();

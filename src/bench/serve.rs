@@ -6,7 +6,7 @@ use super::stats::{median, quantile};
 use crate::clock::Clock;
 use crate::engine::Engine;
 use crate::intake::translate::Defaults;
-use crate::models::Identity;
+use crate::models::{Identity, Model};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::server::listen;
@@ -29,10 +29,14 @@ const TOKENS: usize = 128;
 ///
 /// # Errors
 /// When no port is free, or a stream or the engine fails.
-pub(super) fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
+pub(super) fn measure(
+    engine: &Engine,
+    model: &Arc<Model>,
+    figures: &mut Figures,
+) -> anyhow::Result<()> {
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime?;
-    let address = start(&runtime, engine)?;
+    let address = start(&runtime, engine, model)?;
     for batch in [1, 16, 64] {
         let (mut ratios, mut tails) = (Vec::new(), Vec::new());
         for repeat in 0..REPEATS as u32 {
@@ -48,13 +52,14 @@ pub(super) fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<
     Ok(())
 }
 
-fn start(runtime: &Runtime, engine: &Engine) -> anyhow::Result<SocketAddr> {
+fn start(runtime: &Runtime, engine: &Engine, model: &Arc<Model>) -> anyhow::Result<SocketAddr> {
     let registry = Registry::default();
     registry.announce(["m".to_owned()]);
     let pool = Pool::new(1, Isa::best())?;
-    let identity = Identity::of(engine.model(), &pool)?;
+    let identity = Identity::of(model, &pool)?;
     let identity = Arc::new(identity);
-    let served = Served { engine: engine.clone(), fingerprint: "bench".into(), identity };
+    let (engine, model) = (engine.clone(), Arc::clone(model));
+    let served = Served { engine, model, fingerprint: "bench".into(), identity };
     registry.set("m", None, State::Ready(Box::new(served)));
     let state = ServerState::new(registry, Defaults::default(), Clock::system());
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"));

@@ -75,11 +75,12 @@ type Trial = (Request, Hash, Answer);
 impl Case {
     fn new(model: Model, pool: &Pool, count: usize) -> anyhow::Result<Self> {
         let identity = Arc::new(Identity::compute(&model, pool)?);
-        let engine = Engine::start(model, pool.clone(), OPTIONS, Clock::system())?;
+        let model = Arc::new(model);
+        let engine = Engine::start(Arc::clone(&model), pool.clone(), OPTIONS, Clock::system())?;
         let trials = (0..count).map(|i| respond(&engine, &identity, i));
         let trials = trials.collect::<anyhow::Result<_>>()?;
         let verifier = Verifier {
-            model: Arc::clone(engine.model()),
+            model,
             identity,
             pool: pool.clone(),
             limits: Limits::default(),
@@ -126,7 +127,7 @@ impl Case {
 
 /// Asks the engine for response `index` to the one prompt, with its proof.
 fn respond(engine: &Engine, identity: &Identity, index: usize) -> anyhow::Result<Trial> {
-    let vocab = engine.model().decoder.spec.vocab as u32;
+    let vocab = engine.text().vocab as u32;
     let prompt = (0..PROMPT as u32).map(|i| 3 + i * 7919 % (vocab - 3)).collect();
     let mut request = Request::greedy(prompt, OUTPUT);
     request.sampling.temperature = TEMPERATURE;

@@ -96,8 +96,7 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
         let cache = cache_dir();
         let remembered = Remembered(&cache);
         let root = weights_root(&model.checkpoint, &pool, remembered).map_err(Failure::user)?;
-        let (decoder, tokenizer) = (&model.decoder, &model.tokenizer);
-        let (calibration, rows) = compute(decoder, tokenizer, &pool).map_err(Failure::user)?;
+        let (calibration, rows) = compute(&model, &pool).map_err(Failure::user)?;
         let path = store(&model, &root, &calibration, rows, remembered).map_err(Failure::user)?;
         outln!("{name}");
         outln!("  weights root  {}", to_hex(&root));

@@ -2,7 +2,7 @@
 
 use super::capture::Judged;
 use super::printable::printable;
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::ops::CANON;
 use crate::proof::CHUNK_ROWS;
 use crate::verify::answer::Answer;
@@ -23,7 +23,7 @@ pub(super) struct Finding<'a> {
     pub(super) place: &'a str,
     pub(super) judged: &'a Judged,
     pub(super) tally: Option<&'a Tally>,
-    pub(super) model: &'a Model,
+    pub(super) model: &'a Text,
     pub(super) limits: &'a Limits,
 }
 

@@ -102,7 +102,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
             worst = worst.max(weight(&judged.report.verdict));
             let tally = account.as_mut().map(|a| a.add(&place, &capture, judged, &limits));
             let tally = tally.transpose()?;
-            let (tally, model) = (tally.as_ref(), &*verifier.model);
+            let (tally, model) = (tally.as_ref(), &*verifier.model.text);
             let finding = Finding { place: &place, judged, tally, model, limits: &limits };
             print(&finding, args);
             if args.html.is_some() {

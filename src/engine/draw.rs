@@ -2,10 +2,10 @@
 //! from the tokens so far. The engine draws by it; a verifier replays it.
 
 use super::request::Request;
-use crate::models::Model;
 use crate::models::grammar::{Grammar, GrammarError};
 use crate::models::rules::{Rules, Seen};
 use crate::models::sampler::Sampling;
+use crate::models::text::Text;
 use llguidance::toktrie::SimpleVob;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ pub struct Draw {
 
 impl Draw {
     /// Before the first token of a request.
-    pub fn new(request: &Request, model: &Model) -> Self {
+    pub fn new(request: &Request, text: &Text) -> Self {
         Self {
             seen: Arc::new(Seen::new(&request.sampling, &request.prompt)),
-            end_ids: request.end_ids(model),
+            end_ids: request.end_ids(text),
             generated: 0,
             grammar: request.grammar.clone().map(Mutex::new),
         }

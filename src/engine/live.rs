@@ -39,8 +39,8 @@ impl Live {
         submitted: Duration,
     ) -> Self {
         Self {
-            draw: Draw::new(&request, model),
-            transcript: Transcript::new(&request, model),
+            draw: Draw::new(&request, &model.text),
+            transcript: Transcript::new(&request, &model.text),
             next_row: if request.prompt_logprobs.is_some() { 0 } else { request.prompt.len() - 1 },
             prompt_sum: request.prompt.iter().map(|id| u64::from(*id)).sum(),
             output_sum: 0,
@@ -132,7 +132,7 @@ impl Live {
         let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
         let is_whole = self.draw.push(&self.request.sampling, token)?;
         self.output_sum += u64::from(token);
-        let (text, reason) = self.transcript.push(&self.request, model, token, is_whole);
+        let (text, reason) = self.transcript.push(&self.request, &model.text, token, is_whole);
         let ended = reason.is_some();
         let proof = self.chain.as_mut().zip(proof).and_then(|(chain, row)| {
             let full = chain.push(token, row);

@@ -26,7 +26,10 @@ pub mod transcript;
 use self::core::Core;
 use crate::clock::Clock;
 use crate::models::Model;
+use crate::models::spec::Spec;
+use crate::models::text::Text;
 use crate::ops::attention::BLOCK_TOKENS;
+use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use backend::{Backend, Command, Place, Submission};
 use guard::Watch;
@@ -103,13 +106,23 @@ pub enum SubmitError {
     Fault(#[from] Fault),
 }
 
+/// What an engine runs, as plain data.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// Shape and options of the model.
+    pub spec: Arc<Spec>,
+    /// Type of weights, matrix inputs and KV cache.
+    pub dtype: Dtype,
+}
+
 /// A handle on a running engine.
 #[derive(Clone)]
 pub struct Engine(Arc<Shared>);
 
 struct Shared {
     commands: SyncSender<Command>,
-    model: Arc<Model>,
+    text: Arc<Text>,
+    info: Info,
     options: Options,
     permits: Arc<Semaphore>,
     owners: Arc<Mutex<HashMap<Owner, usize>>>, // the places that each has
@@ -123,7 +136,12 @@ impl Engine {
     ///
     /// # Errors
     /// When the system refuses memory or a thread.
-    pub fn start(model: Model, pool: Pool, options: Options, clock: Clock) -> io::Result<Self> {
+    pub fn start(
+        model: impl Into<Arc<Model>>,
+        pool: Pool,
+        options: Options,
+        clock: Clock,
+    ) -> io::Result<Self> {
         Self::start_watched(model, pool, options, clock, Watch::default())
     }
 
@@ -132,19 +150,21 @@ impl Engine {
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn start_watched(
-        model: Model,
+        model: impl Into<Arc<Model>>,
         pool: Pool,
         options: Options,
         clock: Clock,
         watch: Watch,
     ) -> io::Result<Self> {
-        let model = Arc::new(model);
+        let model = model.into();
+        let text = Arc::clone(&model.text);
+        let info = Info { spec: Arc::clone(&model.spec), dtype: model.dtype };
         let stats = Arc::new(Stats::default());
         let pool = pool.separate();
         let core = Core {
             pass: model.pass(&pool, options.blocks)?,
             scheduler: Scheduler::new(options.limits(), options.blocks),
-            model: Arc::clone(&model),
+            model,
             pool,
             stats: Arc::clone(&stats),
             clock: clock.clone(),
@@ -154,13 +174,18 @@ impl Engine {
             panics: 0,
         };
         stats.record_load(core.scheduler.load());
-        Self::over(Box::new(core), model, options, stats, clock)
+        Self::over(Box::new(core), (text, info), options, stats, clock)
     }
 
-    /// A handle over a backend, which runs on a thread of its own from now on.
-    fn over(
+    /// A handle over any backend, which runs on a thread of its own from now on and counts what it
+    /// does in `stats`. The handle checks requests against the text, the shape and the sizes that
+    /// are given here; the backend must keep to them.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn over(
         backend: Box<dyn Backend>,
-        model: Arc<Model>,
+        (text, info): (Arc<Text>, Info),
         options: Options,
         stats: Arc<Stats>,
         clock: Clock,
@@ -177,7 +202,8 @@ impl Engine {
         })?;
         let permits = Arc::new(Semaphore::new(in_flight_max));
         let owners = Arc::default();
-        let shared = Shared { commands, model, options, permits, owners, stats, is_dead, clock };
+        let shared =
+            Shared { commands, text, info, options, permits, owners, stats, is_dead, clock };
         Ok(Self(Arc::new(shared)))
     }
 
@@ -186,7 +212,7 @@ impl Engine {
     /// # Errors
     /// When a field is out of bounds, the request cannot fit, or the queue is full.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
-        request.validate(self.0.model.decoder.spec.vocab)?;
+        request.validate(self.0.text.vocab)?;
         self.check_size(&request)?;
         let place = self.place(request.owner)?;
         // One event for each token, the prompt's rows, and the end.
@@ -229,9 +255,14 @@ impl Engine {
         Ok(())
     }
 
-    /// The model.
-    pub fn model(&self) -> &Arc<Model> {
-        &self.0.model
+    /// What reading and writing text needs of its model.
+    pub fn text(&self) -> &Arc<Text> {
+        &self.0.text
+    }
+
+    /// What it runs.
+    pub fn info(&self) -> &Info {
+        &self.0.info
     }
 
     /// The sizes it was started with.

@@ -2,10 +2,10 @@
 //! again.
 
 use super::scheduler::Owner;
-use crate::models::Model;
 use crate::models::grammar::Grammar;
 use crate::models::pass::LogprobMode;
 use crate::models::sampler::Sampling;
+use crate::models::text::Text;
 use crate::proof::codec::Hash;
 use crate::proof::commit::{RequestTerms, RowProver};
 
@@ -99,9 +99,9 @@ impl Request {
         }
     }
 
-    /// The end tokens of `model` that count for this request.
-    pub fn end_ids(&self, model: &Model) -> Vec<u32> {
-        if self.stop.ignore_eos { Vec::new() } else { model.stop_ids.clone() }
+    /// The end tokens of a model that count for this request.
+    pub fn end_ids(&self, text: &Text) -> Vec<u32> {
+        if self.stop.ignore_eos { Vec::new() } else { text.stop_ids.clone() }
     }
 
     /// What of the request decides its output, for hashing; `seed` and `choice` are the API's.

@@ -4,7 +4,7 @@
 use super::output::FinishReason;
 use super::request::Request;
 use super::stop::{Scan, StopStrings};
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::models::tokenizer::Detokenizer;
 
 /// The text of one output so far.
@@ -17,7 +17,7 @@ pub struct Transcript {
 
 impl Transcript {
     /// Before the first token of a request.
-    pub fn new(request: &Request, model: &Model) -> Self {
+    pub fn new(request: &Request, model: &Text) -> Self {
         Self {
             detokenizer: Detokenizer::after(
                 &model.tokenizer,
@@ -45,7 +45,7 @@ impl Transcript {
     pub fn push(
         &mut self,
         request: &Request,
-        model: &Model,
+        model: &Text,
         token: u32,
         is_whole: bool,
     ) -> (String, Option<FinishReason>) {

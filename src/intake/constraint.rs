@@ -4,9 +4,9 @@
 use super::error::{RequestError, echo};
 use super::tools::{CallStyle, ToolParser};
 use crate::entropy::Entropy;
-use crate::models::Model;
 use crate::models::chat::ToolFormat;
 use crate::models::grammar::{Constraint, Grammar, on_large_stack};
+use crate::models::text::Text;
 use crate::wire::openai::request::{ChatRequest, Common, ResponseFormat, StructuredOutputs};
 use crate::wire::openai::tools::{TOOLS_MAX, Tool, ToolChoice};
 use serde_json::{Map, Value, json};
@@ -193,7 +193,7 @@ fn move_references(schema: &mut Value, address: &str, place: &str) {
 /// # Errors
 /// 400 for more than one of the fields, or a grammar that cannot be used.
 pub async fn grammar(
-    model: Arc<Model>,
+    model: Arc<Text>,
     common: &Common,
     tooling: &Tooling,
 ) -> Result<Option<Grammar>, RequestError> {
@@ -212,7 +212,7 @@ pub async fn grammar(
 
 /// Compiles on a thread of its own, which keeps its place until it ends, whoever waits.
 async fn compile(
-    model: Arc<Model>,
+    model: Arc<Text>,
     field: &str,
     constraint: Constraint,
 ) -> Result<Grammar, RequestError> {

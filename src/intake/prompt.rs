@@ -2,7 +2,7 @@
 
 use super::error::{RequestError, echo};
 use super::translate::ids;
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::wire::openai::request::Message;
 use crate::wire::openai::{ChatRequest, Content, Prompt};
 use serde_json::{Map, Value};
@@ -28,7 +28,7 @@ pub enum Room {
 impl Room {
     /// Refuses a text that is too long. A token stands for at most as many bytes as the longest
     /// one has, so a text of more bytes than the context's tokens can have does not fit.
-    fn check(self, model: &Model, field: &str, text: &str) -> Result<(), RequestError> {
+    fn check(self, model: &Text, field: &str, text: &str) -> Result<(), RequestError> {
         let (Self::Context(context) | Self::Free(context)) = self;
         // No token is shorter than a byte.
         if text.len() <= context {
@@ -62,7 +62,7 @@ impl Room {
 /// # Errors
 /// 400 for messages that the template cannot render, or that do not fit.
 pub fn chat_prompt(
-    model: &Model,
+    model: &Text,
     request: &ChatRequest,
     room: Room,
 ) -> Result<Vec<u32>, RequestError> {
@@ -205,7 +205,7 @@ pub fn count_prompts(prompt: &Prompt) -> Result<usize, RequestError> {
 /// # Errors
 /// 400 for none, too many, an empty one, or one that does not fit.
 pub fn completion_prompts(
-    model: &Model,
+    model: &Text,
     prompt: &Prompt,
     special: bool,
     room: Room,
@@ -229,7 +229,7 @@ pub fn completion_prompts(
 /// # Errors
 /// 400 that names `field`.
 pub fn encode(
-    model: &Model,
+    model: &Text,
     field: &str,
     text: &str,
     special: bool,

@@ -3,10 +3,10 @@
 use super::error::{RequestError, echo};
 use crate::engine::request::{Request, StopRules, TOP_LOGPROBS_MAX};
 use crate::entropy::Entropy;
-use crate::models::Model;
 use crate::models::grammar::Grammar;
 use crate::models::pass::LogprobMode;
 use crate::models::sampler::Sampling;
+use crate::models::text::Text;
 use crate::proof::seed::noise_key;
 use crate::wire::openai::request::{Common, Logprobs};
 use serde_json::{Map, Value};
@@ -242,7 +242,7 @@ pub struct Names {
 /// What makes engine requests of an API request.
 pub struct Ask<'a> {
     /// The model.
-    pub model: &'a Model,
+    pub model: &'a Text,
     /// Longest sequence.
     pub context_max: usize,
     /// The fields of both endpoints.
@@ -273,7 +273,7 @@ impl Ask<'_> {
             return Err(RequestError::field("n", what));
         }
         let common = self.template()?;
-        let vocab = self.model.decoder.spec.vocab;
+        let vocab = self.model.vocab;
         let rows = self.report.prompt_rows().or((self.max_tokens == Some(0)).then_some(0));
         // The rows of a prompt are the same for all its choices; in a stream each repeats them.
         let repeats_rows = self.report.echo && self.common.stream == Some(true);

@@ -13,8 +13,8 @@ use super::translate::{
 use super::work::{self, weight};
 use crate::engine::request::Request;
 use crate::entropy::Entropy;
-use crate::models::Model;
 use crate::models::chat::ChatTemplate;
+use crate::models::text::Text;
 use crate::wire::openai::request::{Common, Logprobs};
 use crate::wire::openai::{ChatRequest, CompletionRequest, Prompt};
 use std::sync::Arc;
@@ -37,7 +37,7 @@ pub struct Understood {
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
     /// The model.
-    pub model: &'a Arc<Model>,
+    pub model: &'a Arc<Text>,
     /// Longest sequence.
     pub context_max: usize,
     /// The flags.

@@ -164,7 +164,7 @@ fn start_one(
     match loaded {
         Ok(served) => {
             let seconds = (clock.elapsed() - started).as_secs_f64();
-            let dtype = served.engine.model().decoder.dtype.to_string();
+            let dtype = served.engine.info().dtype.to_string();
             let weights = to_hex(&served.identity.weights_root);
             tracing::info!(model = name, dtype, weights, seconds, "ready");
             registry.set(name, None, State::Ready(Box::new(served)));
@@ -185,18 +185,19 @@ fn load_one(
     progress: impl Fn(usize, usize),
 ) -> Result<Served, String> {
     let Planned { located, plan } = planned;
-    let model = Model::load(&located.path, located.config.dtype, &pool, progress)
-        .map_err(|e| e.to_string())?;
+    let ModelConfig { device, dtype, .. } = located.config;
+    let model = Model::load_on(device, &located.path, dtype, &pool, progress);
+    let model = Arc::new(model.map_err(|e| e.to_string())?);
     let identity = Identity::of(&model, &pool).map_err(|e| e.to_string())?;
     let fingerprint = fingerprint(&model, &identity, &pool);
-    let engine = Engine::start(model, pool, plan.options, clock)
+    let engine = Engine::start(Arc::clone(&model), pool, plan.options, clock)
         .map_err(|e| format!("cannot start the engine: {e}"))?;
-    Ok(Served { engine, fingerprint, identity: Arc::new(identity) })
+    Ok(Served { engine, model, fingerprint, identity: Arc::new(identity) })
 }
 
 /// Version, canon, weights root, dtype and kernel set in one word.
 fn fingerprint(model: &Model, identity: &Identity, pool: &Pool) -> String {
     let root = to_hex(&identity.weights_root[..8]);
-    let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.decoder.dtype);
+    let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.dtype);
     format!("targon-engine-{version}-{CANON}-{root}-{dtype}-{}", pool.isa())
 }

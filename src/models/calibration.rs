@@ -7,13 +7,10 @@
 //! may have come with it from a stranger (an extreme one makes every sketch zero): it is used for
 //! nothing, and refused where it differs.
 
-use super::Model;
-use super::cpu::CpuPass;
-use super::cpu::decoder::Decoder;
 use super::error::LoadError;
+use super::model::Model;
 use super::pass::{Batch, Fault, Pass, RowAsk, RowResult, blocks_of};
 use super::remembered::Remembered;
-use super::tokenizer::TextTokenizer;
 use crate::files;
 use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
@@ -24,7 +21,6 @@ use crate::proof::residue::Calibration;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// The text, by paragraphs; about 1,300 tokens of prose, code, numbers and dialogue.
 const TEXT: &str = include_str!("calibration.txt");
@@ -84,7 +80,7 @@ pub fn of_model(
     let calibration = match cached(model, root, remembered)? {
         Some(calibration) => calibration,
         None => {
-            let (calibration, rows) = compute(&model.decoder, &model.tokenizer, pool)?;
+            let (calibration, rows) = compute(model, pool)?;
             if let Err(e) = store(model, root, &calibration, rows, remembered) {
                 tracing::warn!("the calibration is not cached: {e}");
             }
@@ -99,28 +95,24 @@ pub fn of_model(
 ///
 /// # Errors
 /// When weights cannot be read or the text cannot be tokenised.
-pub fn compute(
-    decoder: &Arc<Decoder>,
-    tokenizer: &TextTokenizer,
-    pool: &Pool,
-) -> Result<(Calibration, usize), LoadError> {
-    let (channels, dtype) = (decoder.spec.hidden, decoder.dtype);
-    let mut pass = CpuPass::new(decoder, pool, blocks_of(PIECE_TOKENS_MAX))?;
+pub fn compute(model: &Model, pool: &Pool) -> Result<(Calibration, usize), LoadError> {
+    let (channels, dtype) = (model.spec.hidden, model.dtype);
+    let mut pass = model.pass(pool, blocks_of(PIECE_TOKENS_MAX))?;
     let mut rows = Vec::new();
-    for piece in pieces(decoder, tokenizer)? {
-        let bits = hidden_rows(&mut pass, &piece)?;
+    for piece in pieces(model)? {
+        let bits = hidden_rows(&mut *pass, &piece)?;
         rows.extend(bits.into_iter().flatten().map(|bits| dtype.widen(bits)));
     }
     let calibration = Calibration::from_rows(&rows, channels, HONEST_ERROR);
     Ok((calibration, rows.len() / channels))
 }
 
-fn pieces(decoder: &Decoder, tokenizer: &TextTokenizer) -> Result<Vec<Vec<u32>>, LoadError> {
-    let vocab = decoder.spec.vocab as u32;
-    let limit = PIECE_TOKENS_MAX.min(decoder.spec.context);
+fn pieces(model: &Model) -> Result<Vec<Vec<u32>>, LoadError> {
+    let vocab = model.spec.vocab as u32;
+    let limit = PIECE_TOKENS_MAX.min(model.spec.context);
     let mut pieces = Vec::new();
     for paragraph in TEXT.split("\n\n") {
-        let ids = tokenizer.encode(paragraph, true);
+        let ids = model.text.tokenizer.encode(paragraph, true);
         let ids = ids.map_err(|e| LoadError::invalid(Path::new("calibration text"), e))?;
         let known: Vec<u32> = ids.into_iter().filter(|id| *id < vocab).collect();
         pieces.extend(known.chunks(limit).map(<[u32]>::to_vec));
@@ -148,9 +140,9 @@ fn hidden_rows(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadEr
 fn inputs(model: &Model, root: &Hash) -> Result<Hash, LoadError> {
     let mut e = Encoder::new("targon-engine/calibration-inputs/1");
     e.u32(VERSION).bytes(CANON.as_bytes());
-    e.raw(root).bytes(model.decoder.dtype.to_string().as_bytes());
-    e.bytes(format!("{:?}", model.decoder.spec).as_bytes());
-    for piece in pieces(&model.decoder, &model.tokenizer)? {
+    e.raw(root).bytes(model.dtype.to_string().as_bytes());
+    e.bytes(format!("{:?}", model.spec).as_bytes());
+    for piece in pieces(model)? {
         e.ids(&piece);
     }
     Ok(e.finish())
@@ -181,12 +173,12 @@ pub fn store(
     remembered: Remembered<'_>,
 ) -> Result<PathBuf, LoadError> {
     let inputs = inputs(model, root)?;
-    let path = in_cache(remembered.0, root, model.decoder.dtype);
+    let path = in_cache(remembered.0, root, model.dtype);
     let stored = Stored {
         version: VERSION,
         inputs: to_hex(&inputs),
         weights_root: to_hex(root),
-        dtype: model.decoder.dtype.to_string(),
+        dtype: model.dtype.to_string(),
         rows,
         shift: calibration.shift,
         exponents: calibration.exponents.clone(),
@@ -206,7 +198,7 @@ fn cached(
     root: &Hash,
     remembered: Remembered<'_>,
 ) -> Result<Option<Calibration>, LoadError> {
-    let path = in_cache(remembered.0, root, model.decoder.dtype);
+    let path = in_cache(remembered.0, root, model.dtype);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         bytes => bytes.map_err(|e| e.to_string()),
@@ -244,7 +236,7 @@ fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<()
     };
     let found = bytes.and_then(|b| {
         let found: Beside = serde_json::from_slice(&b).map_err(|e| e.to_string())?;
-        let dtype = model.decoder.dtype.to_string();
+        let dtype = model.dtype.to_string();
         match found.weights_root == to_hex(root) && found.dtype == dtype {
             true => Ok(found),
             false => Err("it is for other weights".to_owned()),

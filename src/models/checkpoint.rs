@@ -8,11 +8,12 @@
 //! A tensor may have a type that the engine does not compute with, as long as nothing asks for it:
 //! [`Checkpoint::tensor`] refuses it by name.
 
+use super::config;
 use super::error::{LoadError, read_json};
 use super::gguf::Gguf;
 use super::header::{self, Entry};
 use super::spec::Spec;
-use super::tensor::{Stored, Tensor};
+use super::tensor::{Runs, Stored, Tensor};
 use super::weight_file::WeightFile;
 use crate::ops::dtype::Dtype;
 use serde_json::Value;
@@ -92,6 +93,42 @@ impl Checkpoint {
             tensors: gguf.tensors()?,
             gguf: Some(gguf),
         })
+    }
+
+    /// The shape that its configuration describes.
+    ///
+    /// # Errors
+    /// When a value cannot be honoured, or there are weights that this shape has no use for.
+    pub fn spec(&self) -> Result<Spec, LoadError> {
+        let spec = config::parse(&self.config_path, &self.config)?;
+        self.refuse_unused(&spec)?;
+        Ok(spec)
+    }
+
+    /// The type that it is computed in: bf16 stays bf16, f16 stays f16, f32 becomes f16 unless the
+    /// family asks for bf16 or a value overflows; GGUF becomes bf16.
+    ///
+    /// # Errors
+    /// When weights cannot be read.
+    pub fn dtype(&self, spec: &Spec) -> Result<Dtype, LoadError> {
+        if self.gguf.is_some() || spec.prefers_bf16 {
+            return Ok(Dtype::Bf16);
+        }
+        match self.tensor("model.embed_tokens.weight")?.stored {
+            Stored::F16 => Ok(Dtype::F16),
+            Stored::F32 => {
+                for tensor in self.tensors().filter(|t| !matches!(t.stored, Stored::Unread(_))) {
+                    let runs = Runs::new(tensor, 1)?;
+                    for row in 0..tensor.rows() {
+                        if runs.row_max(row)? > half::f16::MAX.to_f32() {
+                            return Ok(Dtype::Bf16);
+                        }
+                    }
+                }
+                Ok(Dtype::F16)
+            }
+            Stored::Bf16 | Stored::Quantised(_) | Stored::Unread(_) => Ok(Dtype::Bf16),
+        }
     }
 
     /// The tensor `name`.

@@ -4,8 +4,8 @@ use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::proof::{ProofHead, chunk};
 use crate::intake::tools::{Parsed, ToolParser, merge};
 use crate::intake::translate::Report;
-use crate::models::Model;
 use crate::models::pass::Ranked;
+use crate::models::text::Text;
 use crate::models::tokenizer::{Detokenizer, TextTokenizer};
 use crate::wire::openai::json_logprob;
 use crate::wire::openai::response::{
@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 /// Writes the steps of one choice, in order.
 pub struct Formatter {
-    model: Arc<Model>,
+    model: Arc<Text>,
     report: Report,
     proof: Option<ProofHead>,
     tools: Option<ToolParser>,
@@ -38,7 +38,7 @@ pub struct Echo<'a> {
 impl Formatter {
     /// For choice `index`, proved as `proof` says, its text split by `tools`.
     pub fn new(
-        model: Arc<Model>,
+        model: Arc<Text>,
         report: Report,
         proof: Option<ProofHead>,
         tools: Option<ToolParser>,

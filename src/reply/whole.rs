@@ -4,7 +4,7 @@ use super::format::{Echo, Formatter, prompt_logprobs};
 use super::head::Head;
 use crate::engine::output::{Finish, PromptRow, Step};
 use crate::intake::Endpoint;
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::wire::openai::Usage;
 use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response};
 use serde::Serialize;
@@ -31,12 +31,7 @@ pub enum Whole {
 }
 
 /// The response whose choices `formatters` write from `outcomes`, in order.
-pub fn whole(
-    head: &Head,
-    formatters: Vec<Formatter>,
-    model: &Model,
-    outcomes: &[Outcome],
-) -> Whole {
+pub fn whole(head: &Head, formatters: Vec<Formatter>, model: &Text, outcomes: &[Outcome]) -> Whole {
     let prompts = &head.prompts;
     let cached = |(i, o): (usize, &Outcome)| match prompts.first(i) == i {
         true => o.finish.cached_tokens,

@@ -46,7 +46,7 @@ pub struct Job {
 impl Job {
     /// What writes each choice.
     fn formatters(&mut self) -> Vec<Formatter> {
-        let model = self.routed.served.engine.model();
+        let model = self.routed.served.engine.text();
         let mut proofs = std::mem::take(&mut self.proofs).into_iter();
         let mut formatter = |index: usize| {
             let (model, tools) = (model.clone(), self.tools.clone());
@@ -96,7 +96,7 @@ pub async fn run(state: &ServerState, mut job: Job) -> Result<Response, ApiError
     tokio::select! {
         outcomes = ended => {
             let outcomes = outcomes.into_iter().collect::<Result<Vec<_>, _>>()?;
-            Ok(Json(whole(&head, formatters, engine.model(), &outcomes)).into_response())
+            Ok(Json(whole(&head, formatters, engine.text(), &outcomes)).into_response())
         }
         () = abort.cancelled() => Err(ApiError::unavailable("the server is shutting down")),
     }

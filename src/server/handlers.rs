@@ -98,12 +98,7 @@ impl Asking<'_> {
             Some(_) => Defaults::TARGON,
             None => self.state.defaults(),
         };
-        Reader {
-            model: served.engine.model(),
-            context_max,
-            defaults,
-            entropy: self.state.entropy(),
-        }
+        Reader { model: served.engine.text(), context_max, defaults, entropy: self.state.entropy() }
     }
 
     /// Whose a request is, by hotkey or key: owners share the engine, and what one has sent must
@@ -146,7 +141,7 @@ impl Asking<'_> {
     /// its nonce where it brings none: its sender chose it.
     fn prover(&self, served: &Served, common: &Common) -> Result<Option<Prover>, ApiError> {
         let Some(field) = &common.proof else { return Ok(None) };
-        let dtype = served.engine.model().decoder.dtype;
+        let dtype = served.engine.info().dtype;
         let own = match &self.caller {
             Some(caller) => nonce_of(&caller.name),
             None => self.state.entropy().nonce(),

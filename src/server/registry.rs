@@ -2,7 +2,7 @@
 
 use super::error::ApiError;
 use crate::engine::Engine;
-use crate::models::Identity;
+use crate::models::{Identity, Model};
 use parking_lot::RwLock;
 use std::sync::Arc;
 
@@ -33,6 +33,8 @@ pub enum State {
 pub struct Served {
     /// Its engine.
     pub engine: Engine,
+    /// The model itself, for those who run passes of their own.
+    pub model: Arc<Model>,
     /// Version, weights and kernels in one word.
     pub fingerprint: String,
     /// What its proofs are bound to.

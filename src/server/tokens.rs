@@ -10,7 +10,7 @@ use crate::intake::error::RequestError;
 use crate::intake::prompt::{Room, chat_prompt, encode};
 use crate::intake::translate::ids;
 use crate::intake::work;
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::wire::openai::ChatRequest;
 use axum::Json;
 use axum::body::Bytes;
@@ -70,7 +70,7 @@ impl Form {
 
     /// The answer.
     fn tokenize(&self, engine: &Engine) -> Result<Bytes, RequestError> {
-        let (model, context_max) = (engine.model(), engine.options().context_max);
+        let (model, context_max) = (engine.text(), engine.options().context_max);
         let room = Room::Free(context_max);
         let (tokens, shows) = match self {
             Self::Text(text) => {
@@ -143,9 +143,9 @@ pub async fn detokenize(
     let request: Detokenize = body::read(body).await?;
     let engine = route(&state, &headers, request.model.as_deref())?.served.engine;
     let answer = work::run(size, move || {
-        let model = engine.model();
+        let model = engine.text();
         let tokens = ids("tokens", &request.tokens)?;
-        let vocab = model.decoder.spec.vocab;
+        let vocab = model.vocab;
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
             let what = format!("holds {id}, but the vocabulary has {vocab}");
             return Err(RequestError::field("tokens", what));
@@ -175,15 +175,15 @@ pub async fn tokenizer_info(
     Query(query): Query<InfoQuery>,
 ) -> Result<Json<Value>, ApiError> {
     let engine = route(&state, &headers, query.model.as_deref())?.served.engine;
-    Ok(Json(info(engine.model(), engine.options().context_max)))
+    Ok(Json(info(engine.text(), engine.options().context_max)))
 }
 
-fn info(model: &Model, context_max: usize) -> Value {
+fn info(model: &Text, context_max: usize) -> Value {
     let (begin, end) = model.chat.as_ref().map_or(("", ""), |chat| chat.special_tokens());
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     let stop = || model.stop_ids.first().map(|id| model.tokenizer.text_of(*id));
     json!({
-        "vocab_size": model.decoder.spec.vocab,
+        "vocab_size": model.vocab,
         "model_max_length": context_max,
         "bos_token": some(begin),
         "eos_token": some(end).or_else(stop),

@@ -120,7 +120,7 @@ pub(super) async fn understand(
         params.remove(key);
     }
     let context_max = served.engine.options().context_max;
-    let (model, defaults) = (served.engine.model(), Defaults::default());
+    let (model, defaults) = (served.engine.text(), Defaults::default());
     let reader = Reader { model, context_max, defaults, entropy };
     let understood = match is_chat {
         true => reader.chat(&body::<ChatRequest>(params, path)?).await,

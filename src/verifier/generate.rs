@@ -53,7 +53,7 @@ async fn generated(service: &Service, headers: &HeaderMap, body: Body) -> Result
         .map_err(|e| Refusal::field("value_error", &[], &echo(&e.to_string())))?;
     let served =
         service.model(request.model.as_deref()).map_err(|e| Refusal::unscored(e.message))?;
-    let is_chat = served.engine.model().chat.is_some();
+    let is_chat = served.engine.text().chat.is_some();
     let mut params = request.sampling_params;
     match is_chat {
         true => params.insert("messages".into(), request.messages.into()),

@@ -66,7 +66,7 @@ async fn judged(service: &Service, headers: &HeaderMap, body: Body) -> Result<Ju
         understand(&served, is_chat, params, "request_params", service.state.entropy()).await?;
     let verifier = service.verifier(&served);
     // Nobody's model goes beyond its own context, whatever was asked. The last token needs no row.
-    let room = (verifier.model.decoder.spec.context + 1).saturating_sub(request.prompt.len());
+    let room = (verifier.model.spec.context + 1).saturating_sub(request.prompt.len());
     let bounds = Bounds {
         asked: if is_endless { room } else { request.max_tokens.min(room) },
         context: verifier.context_max,
@@ -168,7 +168,7 @@ fn run(
     sent: Sent,
     (token, chance): (&CancellationToken, u64),
 ) -> Verdict {
-    let answers = readings(&verifier.model, sent);
+    let answers = readings(&verifier.model.text, sent);
     let claim = |answer| Claim {
         request,
         seed: None,

@@ -4,7 +4,7 @@
 //! again: the first character that was shown names their bytes.
 
 use super::sent::Sent;
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::verify::answer::Answer;
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ const LOST_BYTES_MAX: usize = 3;
 /// The answers that what was sent can stand for: itself, and where its first character has more
 /// bytes than its first token, itself with each row of tokens that can have come before: four at
 /// most.
-pub(super) fn readings(model: &Model, sent: Sent) -> Vec<Answer> {
+pub(super) fn readings(model: &Text, sent: Sent) -> Vec<Answer> {
     let Sent { answer, first } = sent;
     let leads = answer.ids.first().map_or_else(Vec::new, |id| leads(model, &first, *id));
     let with = |lead: &Vec<u32>| {
@@ -27,10 +27,10 @@ pub(super) fn readings(model: &Model, sent: Sent) -> Vec<Answer> {
     std::iter::once(answer).chain(more).collect()
 }
 
-fn leads(model: &Model, shown: &str, id: u32) -> Vec<Vec<u32>> {
+fn leads(model: &Text, shown: &str, id: u32) -> Vec<Vec<u32>> {
     let Some(lost) = lost(shown, model.tokenizer.bytes_of(id)) else { return Vec::new() };
     let mut tokens: BTreeMap<&[u8], u32> = BTreeMap::new();
-    for id in 0..model.decoder.spec.vocab as u32 {
+    for id in 0..model.vocab as u32 {
         let bytes = model.tokenizer.bytes_of(id);
         let is_part = !bytes.is_empty() && lost.windows(bytes.len()).any(|part| part == bytes);
         if is_part && !model.tokenizer.is_special(id) {

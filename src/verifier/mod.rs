@@ -85,7 +85,7 @@ struct ModelQuery {
 
 fn endpoint_names(service: &Service, query: &ModelQuery) -> Result<Vec<&'static str>, ApiError> {
     let served = service.model(query.model.as_deref())?;
-    Ok(match served.engine.model().chat {
+    Ok(match served.engine.text().chat {
         Some(_) => vec!["completion", "chat"],
         None => vec!["completion"],
     })

@@ -66,7 +66,7 @@ impl Service {
 
     pub(super) fn verifier(&self, served: &Served) -> Verifier {
         Verifier {
-            model: Arc::clone(served.engine.model()),
+            model: Arc::clone(&served.model),
             identity: Arc::clone(&served.identity),
             pool: self.pool.clone(),
             limits: verify::Limits::default(),
@@ -78,9 +78,9 @@ impl Service {
     pub(super) fn longest_token(&self, name: &str, served: &Served) -> usize {
         let mut known = self.longest.lock();
         *known.entry(name.to_owned()).or_insert_with(|| {
-            let model = served.engine.model();
-            let bytes = |id| model.tokenizer.bytes_of(id).len();
-            (0..model.decoder.spec.vocab as u32).map(bytes).max().unwrap_or(0)
+            let text = served.engine.text();
+            let bytes = |id| text.tokenizer.bytes_of(id).len();
+            (0..text.vocab as u32).map(bytes).max().unwrap_or(0)
         })
     }
 

@@ -193,7 +193,7 @@ fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
         Some(Told::new(answer, walk, request.prompt.len()))
     });
     let told: Vec<Option<Told>> = told.collect();
-    let mirror = Mirror { model: &verifier.model, question, told: &told };
+    let mirror = Mirror { model: &verifier.model.text, question, told: &told };
     let compared = mirror.compare(sent).into_iter();
     let read =
         walked.into_iter().zip(compared).map(|(walked, compared)| match (walked, compared) {
@@ -238,7 +238,7 @@ fn walk(
     // Its text is compared where everything is that a client can read.
     let answer = Answer { text: None, ..answer };
     let claim = claim(question, choice, request, &answer);
-    match structure::check(&claim, &verifier.model, verifier.context_max) {
+    match structure::check(&claim, &verifier.model.text, verifier.context_max) {
         Ok(walk) => Ok((answer, walk)),
         Err(stop) => Err(stop.into()),
     }

@@ -114,7 +114,7 @@ impl<'a> Verification<'a> {
     /// Checks what needs no rows; what they are needed for is left, if anything.
     fn prepare(self, claim: &Claim<'_>) -> Result<Option<Work>, Stop> {
         let Verifier { model, identity, context_max, .. } = self.verifier;
-        let end = structure::check(claim, model, *context_max)?.end;
+        let end = structure::check(claim, &model.text, *context_max)?.end;
         structure::check_powv(claim, model, self.profile == Profile::Powv)?;
         let bound = match self.profile {
             Profile::Proof => Some(proof::bind(claim, &end, identity)?),

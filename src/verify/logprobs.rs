@@ -42,8 +42,8 @@ impl<'a> Tops<'a> {
             reported: &claim.answer.tops,
             tokens: &claim.answer.ids,
             request: claim.request,
-            tokenizer: &model.tokenizer,
-            vocab: model.decoder.spec.vocab,
+            tokenizer: &model.text.tokenizer,
+            vocab: model.text.vocab,
         }
     }
 
@@ -179,7 +179,7 @@ impl<'a> PromptJudge<'a> {
         Self {
             reported: &claim.answer.prompt,
             request: claim.request,
-            tokenizer: &model.tokenizer,
+            tokenizer: &model.text.tokenizer,
             is_exact,
             limit: single(is_exact, limits),
         }
@@ -227,7 +227,7 @@ pub(super) fn prompt_asks<'a>(
     model: &Model,
     chosen: impl Fn(usize) -> BTreeSet<usize>,
 ) -> BTreeMap<usize, RowAsk<'a>> {
-    let vocab = model.decoder.spec.vocab;
+    let vocab = model.text.vocab;
     let mut asks = BTreeMap::new();
     for claim in claims.filter(|claim| !claim.answer.prompt.is_empty()) {
         let request: &'a Request = claim.request;

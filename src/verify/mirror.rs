@@ -16,7 +16,7 @@ use super::{Reason, Rejection};
 use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::Endpoint;
 use crate::intake::proof::chunk;
-use crate::models::Model;
+use crate::models::text::Text;
 use crate::proof::CHUNK_ROWS;
 use crate::proof::commit::ChunkProof;
 use crate::reply::format::{Echo, Formatter};
@@ -88,7 +88,7 @@ fn bad(what: impl Into<String>) -> Rejection {
 /// Writes the answer to a question again.
 pub struct Mirror<'a> {
     /// The model.
-    pub model: &'a Arc<Model>,
+    pub model: &'a Arc<Text>,
     /// What was asked.
     pub question: &'a Question,
     /// Its choices; `None` where one cannot be read, and is rejected already.

@@ -130,7 +130,7 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
     // What is drawn here is replaced by what the proof is bound to, or never looked at.
     let entropy = Entropy::system();
     let reader = Reader {
-        model: &verifier.model,
+        model: &verifier.model.text,
         context_max: verifier.context_max,
         defaults: Defaults::default(),
         entropy: &entropy,

@@ -47,9 +47,9 @@ impl<'a> Judge<'a> {
             wanted,
             tops: Tops::new(claim, model),
             sampling,
-            end_ids: [request.end_ids(model), request.stop.ids.clone()].concat(),
+            end_ids: [request.end_ids(&model.text), request.stop.ids.clone()].concat(),
             prover: bound.map(|(bound, identity)| bound.prover(identity)),
-            draw: Draw::new(request, model),
+            draw: Draw::new(request, &model.text),
             rows: Vec::new(),
             proofs: Vec::new(),
         }

@@ -5,6 +5,7 @@ use crate::engine::draw::Draw;
 use crate::engine::output::FinishReason;
 use crate::engine::transcript::Transcript;
 use crate::models::Model;
+use crate::models::text::Text;
 
 /// Log-probabilities above this are no rounding of zero.
 pub(super) const LOGPROB_MAX: f64 = 1e-3;
@@ -31,7 +32,7 @@ pub struct Walk {
 ///
 /// # Errors
 /// The first rule that it breaks.
-pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<Walk, Stop> {
+pub fn check(claim: &Claim<'_>, text: &Text, context_max: usize) -> Result<Walk, Stop> {
     let (request, answer) = (claim.request, claim.answer);
     let count = answer.ids.len();
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
@@ -48,7 +49,7 @@ pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<Wal
         // The bound is ours, not the miner's.
         return Err(Stop::Fault(what));
     }
-    let vocab = model.decoder.spec.vocab;
+    let vocab = text.vocab;
     if let Some(place) = answer.ids.iter().position(|id| *id as usize >= vocab) {
         let id = answer.ids[place];
         let what = format!("ids lie below {vocab}, token {place} has {id}");
@@ -60,15 +61,15 @@ pub fn check(claim: &Claim<'_>, model: &Model, context_max: usize) -> Result<Wal
             return reject(Reason::LogprobMismatch, what);
         }
     }
-    replay(claim, model)
+    replay(claim, text)
 }
 
 /// Walks the output by the request's rules: text, and where it must or must not end.
-fn replay(claim: &Claim<'_>, model: &Model) -> Result<Walk, Stop> {
+fn replay(claim: &Claim<'_>, text: &Text) -> Result<Walk, Stop> {
     let (request, answer) = (claim.request, claim.answer);
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
-    let mut draw = Draw::new(request, model);
-    let mut transcript = Transcript::new(request, model);
+    let mut draw = Draw::new(request, text);
+    let mut transcript = Transcript::new(request, text);
     let mut pieces = Vec::with_capacity(answer.ids.len());
     let last = answer.ids.len() - 1;
     let mut end = End::Implied;
@@ -77,13 +78,13 @@ fn replay(claim: &Claim<'_>, model: &Model) -> Result<Walk, Stop> {
             Ok(is_whole) => is_whole,
             Err(e) => return reject(Reason::Grammar, format!("token {place}: {e}")),
         };
-        let (mut piece, reason) = transcript.push(request, model, *id, is_whole);
+        let (mut piece, reason) = transcript.push(request, text, *id, is_whole);
         match reason {
             Some(reason) if place < last => {
                 let what = format!("the output ends at token {place} by {}", describe(&reason));
                 return reject(Reason::SkippedEosEot, format!("{what}, but goes on"));
             }
-            None if place == last && may_end_unsent(claim, model) => {
+            None if place == last && may_end_unsent(claim, text) => {
                 piece.push_str(&transcript.finish());
             }
             None if place == last => {
@@ -115,9 +116,9 @@ fn check_text(sent: Option<&str>, pieces: &[String]) -> Result<(), Stop> {
 }
 
 /// Whether an end token that was not sent may follow the last one.
-fn may_end_unsent(claim: &Claim<'_>, model: &Model) -> bool {
+fn may_end_unsent(claim: &Claim<'_>, text: &Text) -> bool {
     let (request, count) = (claim.request, claim.answer.ids.len());
-    let has_ends = !request.end_ids(model).is_empty() || !request.stop.ids.is_empty();
+    let has_ends = !request.end_ids(text).is_empty() || !request.stop.ids.is_empty();
     claim.end_is_implied && has_ends && count + 1 >= request.min_tokens
 }
 

@@ -7,7 +7,7 @@ pub mod gguf;
 pub mod site;
 
 use half::bf16;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype as StoredDtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,11 @@ use targon_engine::engine::output::FinishReason;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
+use targon_engine::models::checkpoint::Checkpoint;
+use targon_engine::models::cpu::decoder::Decoder;
+use targon_engine::models::error::LoadError;
 use targon_engine::models::{Identity, Model};
+use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
@@ -25,7 +29,7 @@ use targon_engine::proof::codec::{Hash, from_hex};
 use targon_engine::proof::commit::Chain;
 use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::{Verifier, prefill};
+use targon_engine::verify::{Limits, Verifier, prefill};
 
 /// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
 pub fn smollm2() -> PathBuf {
@@ -117,7 +121,7 @@ pub fn write_checkpoint(dir: &Path, config: &Value, seed: u32) {
         })
         .collect();
     let views = tensors.iter().map(|(name, (shape, bytes))| {
-        (name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap())
+        (name.as_str(), TensorView::new(StoredDtype::BF16, shape.clone(), bytes).unwrap())
     });
     let path = dir.join("model.safetensors");
     safetensors::serialize_to_file(views, None, &path).unwrap();
@@ -192,11 +196,18 @@ pub fn lasting(sequences_max: usize) -> Options {
     Options { context_max, blocks, sequences_max, ..options() }
 }
 
-/// An engine as a server holds it.
-pub fn served(engine: &Engine) -> Served {
+/// A model as a server holds it.
+pub fn served(model: Model, options: Options) -> Served {
+    let (pool, model) = (Pool::new(2, Isa::best()).unwrap(), Arc::new(model));
+    let identity = Arc::new(Identity::compute(&model, &pool).unwrap());
+    let engine = Engine::start(Arc::clone(&model), pool, options, Clock::system()).unwrap();
+    Served { engine, model, fingerprint: "fp".into(), identity }
+}
+
+/// The tiny model as a server holds it.
+pub fn tiny_served(seed: u32, options: Options) -> Served {
     let pool = Pool::new(2, Isa::best()).unwrap();
-    let identity = Arc::new(Identity::compute(engine.model(), &pool).unwrap());
-    Served { engine: engine.clone(), fingerprint: "fp".into(), identity }
+    served(tiny_model_with_context(seed, &pool, options.context_max.max(512)), options)
 }
 
 /// An engine over the tiny model.
@@ -204,6 +215,28 @@ pub fn tiny_engine(seed: u32, options: Options) -> Engine {
     let pool = Pool::new(2, Isa::best()).unwrap();
     let model = tiny_model_with_context(seed, &pool, options.context_max.max(512));
     Engine::start(model, pool, options, Clock::system()).unwrap()
+}
+
+/// Who judges answers of a model that is served.
+pub fn verifier(served: &Served) -> Verifier {
+    Verifier {
+        model: Arc::clone(&served.model),
+        identity: Arc::clone(&served.identity),
+        pool: Pool::new(2, Isa::best()).unwrap(),
+        limits: Limits::default(),
+        context_max: served.engine.options().context_max,
+    }
+}
+
+/// The decoder of a checkpoint.
+pub fn decoder(
+    checkpoint: &Checkpoint,
+    dtype: Option<Dtype>,
+    pool: &Pool,
+) -> Result<Decoder, LoadError> {
+    let spec = Arc::new(checkpoint.spec()?);
+    let dtype = dtype.map_or_else(|| checkpoint.dtype(&spec), Ok)?;
+    Decoder::load(checkpoint, &spec, dtype, pool, |_, _| {})
 }
 
 /// Proves `answer`, whatever its tokens, to a request with the rows that `verifier`'s weights
@@ -236,7 +269,7 @@ pub fn spoof_by(
     let ids = answer.ids.clone();
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
     let rows = prefill::hidden_rows(pass, prompt, &ids).unwrap();
-    let (dtype, first) = (verifier.model.decoder.dtype, prompt.len() - 1);
+    let (dtype, first) = (verifier.model.dtype, prompt.len() - 1);
     for (place, (id, bits)) in ids.iter().zip(rows).enumerate() {
         let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
         chunks.extend(chain.push(*id, prover.prove((first + place) as u32, &bits, &values)));

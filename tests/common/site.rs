@@ -1,6 +1,6 @@
 //! A server over the tiny model, and how tests talk to it.
 
-use super::{served, tiny_engine};
+use super::tiny_served;
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
@@ -8,27 +8,28 @@ use serde_json::{Value, json};
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use tower::ServiceExt;
 
 pub struct Site {
     pub engine: Engine,
+    pub served: Served,
     pub state: ServerState,
     pub app: Router,
 }
 
 /// A server with the ready model `tiny`, and `slow` and `broken`, which are not.
 pub fn site(options: Options) -> Site {
-    let engine = tiny_engine(3, options);
+    let served = tiny_served(3, options);
     let registry = Registry::default();
     registry.announce(["tiny", "slow", "broken"].map(String::from));
-    let served = Box::new(served(&engine));
-    registry.set("tiny", Some("abc".into()), State::Ready(served));
+    let ready = State::Ready(Box::new(served.clone()));
+    registry.set("tiny", Some("abc".into()), ready);
     registry.set("broken", None, State::Failed("no such file".into()));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
-    Site { engine, app: router(state.clone()), state }
+    Site { engine: served.engine.clone(), served, app: router(state.clone()), state }
 }
 
 pub async fn call(app: &Router, request: Request<Body>) -> (StatusCode, String) {

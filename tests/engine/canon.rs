@@ -42,7 +42,7 @@ impl Bench {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
         let pool = Pool::new(threads, isa).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
-        let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
+        let decoder = common::decoder(&checkpoint, None, &pool).unwrap();
         Self { pool, decoder: Arc::new(decoder) }
     }
 

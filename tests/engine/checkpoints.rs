@@ -25,7 +25,7 @@ fn pool() -> Pool {
 fn logits(dir: &Path, dtype: Option<Dtype>) -> Result<Vec<u32>, String> {
     let pool = pool();
     let checkpoint = Checkpoint::open(dir).map_err(|e| e.to_string())?;
-    let decoder = Decoder::load(&checkpoint, dtype, &pool, |_, _| {}).map_err(|e| e.to_string())?;
+    let decoder = common::decoder(&checkpoint, dtype, &pool).map_err(|e| e.to_string())?;
     let mut pass = CpuPass::new(&Arc::new(decoder), &pool, 1).unwrap();
     let ask = RowAsk { logits: true, ..RowAsk::new(4, 4) };
     let reports = pass.step(&Batch::of(&[7, 200, 3, 259, 8], 0), &[ask]).unwrap();
@@ -92,7 +92,7 @@ fn f16_and_f32_checkpoints_keep_or_choose_their_type() {
     common::write_checkpoint(dir.path(), &common::tiny_config(), 2);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let dtype = |checkpoint: &Checkpoint, wanted| {
-        Decoder::load(checkpoint, wanted, &pool(), |_, _| {}).unwrap().dtype
+        common::decoder(checkpoint, wanted, &pool()).unwrap().dtype
     };
     assert_eq!(dtype(&checkpoint, None), Dtype::Bf16);
     assert_eq!(dtype(&checkpoint, Some(Dtype::F16)), Dtype::F16);
@@ -273,7 +273,7 @@ fn end_tokens_are_read_or_refused() {
     let generation = json!({"eos_token_id": [7, 260]}).to_string();
     std::fs::write(dir.path().join("generation_config.json"), generation).unwrap();
     let model = Model::load(dir.path(), None, &pool(), |_, _| {}).unwrap();
-    assert_eq!(model.stop_ids, [7, 260]);
+    assert_eq!(model.text.stop_ids, [7, 260]);
 }
 
 #[test]
@@ -336,7 +336,7 @@ fn packed(config: &Path, tensors: &Tensors) -> Result<Decoder, String> {
     std::fs::copy(config.join("config.json"), dir.path().join("config.json")).unwrap();
     write_tensors(&dir.path().join("model.safetensors"), tensors);
     let checkpoint = Checkpoint::open(dir.path()).map_err(|e| e.to_string())?;
-    Decoder::load(&checkpoint, None, &pool(), |_, _| {}).map_err(|e| e.to_string())
+    common::decoder(&checkpoint, None, &pool()).map_err(|e| e.to_string())
 }
 
 #[test]

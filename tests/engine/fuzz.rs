@@ -333,7 +333,7 @@ fn gguf_files() {
         std::fs::write(&path, bytes).unwrap();
         // Whatever it is, it is a model or it is refused with the file's name.
         match Model::load(&path, None, pool, |_, _| {}) {
-            Ok(model) => assert_eq!(model.decoder.spec.hidden, 64),
+            Ok(model) => assert_eq!(model.spec.hidden, 64),
             Err(e) => assert!(e.to_string().contains("m.gguf"), "{e}"),
         }
     });

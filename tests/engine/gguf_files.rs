@@ -117,8 +117,8 @@ fn what_is_not_a_gguf_file_is_named() {
 fn a_whole_file_is_loaded_and_every_cut_of_it_is_refused() {
     let bytes = tiny(3, true).bytes();
     let model = outcome(&bytes).unwrap();
-    assert_eq!(model.stop_ids, [260]);
-    assert_eq!(model.tokenizer.encode("a the", false).unwrap().len(), 5);
+    assert_eq!(model.text.stop_ids, [260]);
+    assert_eq!(model.text.tokenizer.encode("a the", false).unwrap().len(), 5);
     let mut noise = Noise(7);
     for _ in 0..200 {
         let _ = refused(&bytes[..noise.below(bytes.len())]);
@@ -219,7 +219,7 @@ fn a_known_key_of_another_type_is_refused() {
     // Any integer type will do.
     let types: Vec<u8> = (0..261).map(|id| if id == 260 { 3 } else { 1 }).collect();
     let model = set("tokenizer.ggml.token_type", Meta::Bytes(types)).unwrap();
-    assert!(model.tokenizer.is_special(260));
+    assert!(model.text.tokenizer.is_special(260));
 }
 
 #[test]
@@ -255,7 +255,7 @@ fn llama_3_files_begin_with_their_first_token_unless_they_say_no() {
             f.set("tokenizer.ggml.bos_token_id", Meta::U32(260));
             change(f);
         });
-        model.unwrap().tokenizer.encode("a", true).unwrap()
+        model.unwrap().text.tokenizer.encode("a", true).unwrap()
     };
     let pre = |f: &mut GgufFile, name: &str| f.set("tokenizer.ggml.pre", Meta::text(name));
     let add = |f: &mut GgufFile, add| f.set("tokenizer.ggml.add_bos_token", Meta::Bool(add));
@@ -282,10 +282,10 @@ fn tokens_that_end_a_turn_are_known_by_their_text() {
         let mut all = tokens();
         all[259] = text.to_owned();
         let model = changed(|f| f.set("tokenizer.ggml.tokens", Meta::Texts(all))).unwrap();
-        assert_eq!(model.stop_ids, [259, 260], "{text}");
+        assert_eq!(model.text.stop_ids, [259, 260], "{text}");
         // The file calls it a normal token.
-        assert!(model.tokenizer.is_special(259));
-        assert_eq!(model.tokenizer.encode(text, false).unwrap(), [259]);
+        assert!(model.text.tokenizer.is_special(259));
+        assert_eq!(model.text.tokenizer.encode(text, false).unwrap(), [259]);
     }
 }
 

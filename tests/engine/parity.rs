@@ -66,7 +66,7 @@ fn check(family: &str) {
         ids.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
     let pool = Pool::new(2, Isa::best()).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let decoder = Arc::new(Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap());
+    let decoder = Arc::new(crate::common::decoder(&checkpoint, None, &pool).unwrap());
     let (hidden, logits) = run(&decoder, &pool, &ids);
     let canon = error(&logits, &floats(&truth, "canon_logits"));
     let plain = error(&logits, &floats(&truth, "logits"));

@@ -9,7 +9,6 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::output::Step;
@@ -18,7 +17,6 @@ use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::models::checkpoint::Checkpoint;
-use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::parameters::Parameters;
 use targon_engine::models::pass::{Batch, RowAsk, blocks_of};
 use targon_engine::models::sampler::Sampling;
@@ -29,7 +27,7 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::from_hex;
 use targon_engine::proof::commit::{Binding, Chain, ChunkProof, RowProver, end_message};
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use tower::ServiceExt;
@@ -85,9 +83,7 @@ fn run(engine: &Engine, request: Request) -> Vec<Step> {
 #[test]
 fn proofs_survive_batching_chunking_preemption_and_prefix_reuse() {
     let tight = Options { blocks: 14, step_tokens_max: 40, ..common::options() };
-    let engine = common::tiny_engine(5, tight);
-    let identity = common::served(&engine).identity;
-    let model = engine.model();
+    let Served { engine, model, identity, .. } = common::tiny_served(5, tight);
     for scheme in Scheme::ALL {
         let requests: Vec<Request> =
             (0..10).map(|i| request(&identity, scheme, i, 40 + 9 * i as usize, 70)).collect();
@@ -96,7 +92,7 @@ fn proofs_survive_batching_chunking_preemption_and_prefix_reuse() {
             let (steps, finish) = generation.collect_blocking().unwrap();
             let ids: Vec<u32> = steps.iter().map(|s| s.token).collect();
             let options = request.proof.as_ref().unwrap();
-            let want = recompute(model, &options.prover, options.root, &request.prompt, &ids);
+            let want = recompute(&model, &options.prover, options.root, &request.prompt, &ids);
             assert_eq!(chunks(&steps), want, "{scheme}");
             assert_eq!(want.len(), 3);
             assert_eq!(finish.unwrap().digest, Some(want[2].digest));
@@ -111,8 +107,7 @@ fn proofs_survive_batching_chunking_preemption_and_prefix_reuse() {
 
 #[test]
 fn rows_of_another_model_prompt_or_token_make_other_proofs() {
-    let engine = common::tiny_engine(5, common::options());
-    let identity = common::served(&engine).identity;
+    let Served { engine, model, identity, .. } = common::tiny_served(5, common::options());
     let request = request(&identity, Scheme::Residue, 1, 50, 64);
     let steps = run(&engine, request.clone());
     let honest = chunks(&steps);
@@ -121,17 +116,16 @@ fn rows_of_another_model_prompt_or_token_make_other_proofs() {
     let with = |model: &Model, prompt: &[u32], output: &[u32]| {
         recompute(model, &options.prover, options.root, prompt, output)
     };
-    let model = engine.model();
-    assert_eq!(with(model, &request.prompt, &ids), honest);
+    assert_eq!(with(&model, &request.prompt, &ids), honest);
     let pool = Pool::new(2, Isa::best()).unwrap();
     let other = common::tiny_model(6, &pool);
     assert_ne!(with(&other, &request.prompt, &ids)[0].data, honest[0].data);
     let mut prompt = request.prompt.clone();
     prompt[3] += 1;
-    assert_ne!(with(model, &prompt, &ids)[0].data, honest[0].data);
+    assert_ne!(with(&model, &prompt, &ids)[0].data, honest[0].data);
     let mut output = ids;
     output[40] = (output[40] + 1) % 256;
-    let tampered = with(model, &request.prompt, &output);
+    let tampered = with(&model, &request.prompt, &output);
     assert_eq!(tampered[0], honest[0], "rows before the change are the same");
     assert_ne!(tampered[1].digest, honest[1].digest);
 }
@@ -140,15 +134,13 @@ fn alice() -> Keypair {
     Keypair::from_seed(&[7; 32]).unwrap()
 }
 
-fn site() -> (Router, Engine, Arc<Identity>) {
-    let engine = common::tiny_engine(3, common::options());
+fn site() -> (Router, Served) {
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    let served = common::served(&engine);
-    let identity = Arc::clone(&served.identity);
-    registry.set("tiny", None, State::Ready(Box::new(served)));
+    let served = common::tiny_served(3, common::options());
+    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
-    (router(state.signed_by(std::sync::Arc::new(alice()))), engine, identity)
+    (router(state.signed_by(std::sync::Arc::new(alice()))), served)
 }
 
 async fn post(app: &Router, body: &Value) -> (StatusCode, String) {
@@ -169,7 +161,8 @@ fn chat(scheme: &str) -> Value {
 
 #[tokio::test]
 async fn a_signed_proof_travels_with_the_stream_and_with_the_whole() {
-    let (app, engine, identity) = site();
+    let (app, served) = site();
+    let identity = &served.identity;
     for scheme in Scheme::ALL {
         let (status, text) = post(&app, &chat(scheme.name())).await;
         assert_eq!(status, StatusCode::OK, "{text}");
@@ -220,7 +213,7 @@ async fn a_signed_proof_travels_with_the_stream_and_with_the_whole() {
         let sum = known.prompt.iter().map(|id| u64::from(*id)).sum::<u64>();
         let mut output_sum = 0;
         for i in 1..=40 {
-            let powv = engine.model().parameters.powv(sum, output_sum).unwrap();
+            let powv = served.model.parameters.powv(sum, output_sum).unwrap();
             assert_eq!(at(i)["powv"], json!(powv), "token {i}");
             output_sum += at(i)["token_ids"][0].as_u64().unwrap();
         }
@@ -229,7 +222,7 @@ async fn a_signed_proof_travels_with_the_stream_and_with_the_whole() {
 
 #[tokio::test]
 async fn bad_proof_fields_are_refused_by_name() {
-    let (app, _, _) = site();
+    let (app, _) = site();
     for (proof, want) in [
         (json!({"scheme": "magic"}), "must be one of residue-v1, residue-v1-u4, toploc, got magic"),
         (json!({"scheme": "residue-v1", "nonce": "12"}), "must be 32 bytes as 64 hexadecimal"),
@@ -361,7 +354,7 @@ fn powv_counts_the_parameters_of_every_family_as_vllm_does() {
     ] {
         let checkpoint = golden(family);
         let pool = Pool::new(1, Isa::best()).unwrap();
-        let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
+        let decoder = common::decoder(&checkpoint, None, &pool).unwrap();
         let parameters = Parameters::new(&checkpoint, &decoder.spec, decoder.dtype).unwrap();
         let mut names = vec!["model.embed_tokens.weight".to_owned()];
         for layer in 0..2 {
@@ -394,7 +387,7 @@ fn a_vocabulary_is_padded_to_64_rows_of_zeros() {
     common::write_checkpoint(dir.path(), &common::tiny_config(), 1);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let pool = Pool::new(1, Isa::best()).unwrap();
-    let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
+    let decoder = common::decoder(&checkpoint, None, &pool).unwrap();
     let parameters = Parameters::new(&checkpoint, &decoder.spec, decoder.dtype).unwrap();
     assert_eq!(parameters.list()[0].shape.rows, 320, "261 tokens");
     // Parameter 0, row 300: padding.

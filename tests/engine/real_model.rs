@@ -22,7 +22,7 @@ fn engine() -> &'static Engine {
 }
 
 fn prompt(question: &str) -> Vec<u32> {
-    let model = engine().model();
+    let model = engine().text();
     let variables = json!({
         "messages": [{"role": "user", "content": question}], "add_generation_prompt": true,
     });
@@ -68,7 +68,7 @@ const TOKENISED: [(&str, &[u32]); 10] = [
 
 #[test]
 fn the_tokenizer_rebuilt_from_gguf_agrees_with_llama_cpp() {
-    let tokenizer = &engine().model().tokenizer;
+    let tokenizer = &engine().text().tokenizer;
     for (text, want) in TOKENISED {
         let ids = tokenizer.encode(text, true).unwrap();
         assert_eq!(ids, want, "{text:?}");
@@ -115,7 +115,7 @@ fn scoring_a_text_gives_the_log_probabilities_of_generating_it() {
 #[test]
 fn a_long_prompt_is_prefilled_in_chunks_and_answered() {
     let text = "The quick brown fox jumps over the lazy dog. ".repeat(150);
-    let ids = engine().model().tokenizer.encode(&text, false).unwrap();
+    let ids = engine().text().tokenizer.encode(&text, false).unwrap();
     assert!(ids.len() > 1200, "{}", ids.len());
     let (steps, _) = engine().submit(Request::greedy(ids, 9)).unwrap().collect_blocking().unwrap();
     let text: String = steps.iter().map(|s| s.text.as_str()).collect();

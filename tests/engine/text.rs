@@ -7,9 +7,7 @@ use axum::http::StatusCode;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::sync::Arc;
 use targon_engine::clock::Clock;
-use targon_engine::engine::Engine;
 use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
@@ -19,12 +17,12 @@ use targon_engine::models::tokenizer::{Detokenizer, TextTokenizer};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::codec::from_hex;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::Challenge;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::{Claim, Limits, Profile, Verdict, Verifier};
+use targon_engine::verify::{Claim, Profile, Verdict};
 use tokenizers::Tokenizer;
 
 /// Tokens after the 256 bytes; the last two are special and added.
@@ -163,8 +161,8 @@ fn decoders_that_would_be_a_guess_are_refused() {
     }
 }
 
-/// An engine over the tiny model with the tokenizer of a SentencePiece model.
-fn sentence_piece_engine() -> Engine {
+/// The tiny model with the tokenizer of a SentencePiece model.
+fn sentence_piece_model() -> Served {
     let dir = tempfile::tempdir().unwrap();
     let mut config = common::tiny_config();
     config["vocab_size"] = json!(268);
@@ -174,28 +172,18 @@ fn sentence_piece_engine() -> Engine {
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let pool = Pool::new(2, Isa::best()).unwrap();
     let model = Model::load(dir.path(), None, &pool, |_, _| {}).unwrap();
-    Engine::start(model, pool, common::options(), Clock::system()).unwrap()
-}
-
-fn verifier(engine: &Engine) -> Verifier {
-    Verifier {
-        model: Arc::clone(engine.model()),
-        identity: common::served(engine).identity,
-        pool: Pool::new(2, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        context_max: 512,
-    }
+    common::served(model, common::options())
 }
 
 #[tokio::test]
 async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank() {
     const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
-    let engine = sentence_piece_engine();
+    let served = sentence_piece_model();
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
+    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
     let app = router(ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000)));
-    let verifier = verifier(&engine);
+    let verifier = common::verifier(&served);
     let (the, grin) = (258, [0xf0, 0x9f, 0x98]);
     for (prompt, bias, extra, want) in [
         (vec![0x61, 0x62], the, json!({}), " the the the"),
@@ -232,7 +220,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
         }
         let answer = Answer::of_response(&whole, 0).unwrap();
         let reader = Reader {
-            model: &verifier.model,
+            model: &verifier.model.text,
             context_max: 512,
             defaults: Defaults::default(),
             entropy: &Entropy::system(),

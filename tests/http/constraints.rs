@@ -402,7 +402,7 @@ async fn read(engine: &Engine, extra: Value) -> Result<Option<Grammar>, RequestE
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     let request: ChatRequest = serde_json::from_value(body).unwrap();
     let reader = Reader {
-        model: engine.model(),
+        model: engine.text(),
         context_max: 512,
         defaults: Defaults::default(),
         entropy: &Entropy::system(),

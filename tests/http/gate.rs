@@ -23,7 +23,7 @@ use targon_engine::intake::translate::Defaults;
 use targon_engine::server::door::bodies::{GRACE, SHARE_MAX};
 use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
 use targon_engine::server::listen::accept;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::settings::HttpLimits;
 use targon_engine::server::state::ServerState;
 use targon_engine::server::subnet::router;
@@ -77,13 +77,13 @@ fn members() -> Metagraph {
 }
 
 fn miner_with(policy: Policy, options: Options) -> Miner {
-    miner_over(common::tiny_engine(3, options), policy)
+    miner_over(common::tiny_served(3, options), policy)
 }
 
-fn miner_over(engine: Engine, policy: Policy) -> Miner {
-    let registry = Registry::default();
+fn miner_over(served: Served, policy: Policy) -> Miner {
+    let (engine, registry) = (served.engine.clone(), Registry::default());
     registry.announce(["tiny", "broken"].map(String::from));
-    registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
+    registry.set("tiny", None, State::Ready(Box::new(served)));
     registry.set("broken", None, State::Failed("no such file".into()));
     let clock = Clock::manual(NOW);
     let gate = Gate::new(key(MINER).hotkey(), policy, clock.clone());

@@ -36,7 +36,7 @@ fn desk(limits: HttpLimits) -> Desk {
     let site = site(common::options());
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    let served = common::served(&site.engine);
+    let served = site.served.clone();
     registry.set("tiny", None, State::Ready(Box::new(served)));
     let pool = Pool::new(2, Isa::best()).unwrap();
     let settings = Settings { limits, ..Settings::default() };

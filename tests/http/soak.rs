@@ -50,10 +50,10 @@ fn key(seed: usize) -> Keypair {
 }
 
 fn miner() -> (axum::Router, Gate) {
-    let engine = common::tiny_engine(3, common::options());
+    let served = common::tiny_served(3, common::options());
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
+    registry.set("tiny", None, State::Ready(Box::new(served)));
     let rate = NonZeroU32::new(100_000).unwrap();
     let policy = Policy { rate, slots: 16, waiting_max: 64, ..Policy::default() };
     let gate = Gate::new(key(99).hotkey(), policy, Clock::system());

@@ -5,9 +5,7 @@ use crate::common;
 use crate::common::site::{CHAT, COMPLETION, Site, chat, completion, post, site, stream};
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use std::sync::Arc;
 use targon_engine::clock::Clock;
-use targon_engine::engine::Engine;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::models::Model;
 use targon_engine::ops::lanes::Isa;
@@ -18,7 +16,7 @@ use targon_engine::server::state::ServerState;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::capture::{Capture, CheckOptions, Judged, judge};
 use targon_engine::verify::question::Question;
-use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Verdict, Verifier};
+use targon_engine::verify::{Claim, Depth, Profile, Reason, Verdict, Verifier};
 
 const NONCE: &str = "4444444444444444444444444444444444444444444444444444444444444444";
 /// Tokens of the answers that are changed: more than one chunk of a proof.
@@ -102,16 +100,6 @@ impl Form {
             true => &mut logprobs["content"][at]["top_logprobs"],
             false => &mut logprobs["top_logprobs"][at],
         }
-    }
-}
-
-fn verifier(engine: &Engine) -> Verifier {
-    Verifier {
-        model: Arc::clone(engine.model()),
-        identity: common::served(engine).identity,
-        pool: Pool::new(2, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        context_max: 512,
     }
 }
 
@@ -435,7 +423,7 @@ async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> 
 #[tokio::test]
 async fn every_field_that_is_changed_is_rejected_for_its_reason() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let mut count = 0;
     for form in ALL {
         let body = form.body(json!({}));
@@ -468,12 +456,12 @@ fn site_with_tools() -> Site {
     std::fs::write(dir.path().join("tokenizer_config.json"), chat).unwrap();
     let pool = Pool::new(2, Isa::best()).unwrap();
     let model = Model::load(dir.path(), None, &pool, |_, _| {}).unwrap();
-    let engine = Engine::start(model, pool, common::options(), Clock::system()).unwrap();
+    let served = common::served(model, common::options());
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(common::served(&engine))));
+    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
-    Site { engine, app: router(state.clone()), state }
+    Site { engine: served.engine.clone(), served, app: router(state.clone()), state }
 }
 
 fn offers(extra: Value) -> Value {
@@ -511,7 +499,7 @@ fn call(sent: &mut Value) -> &mut Value {
 #[tokio::test]
 async fn calls_are_those_that_the_ids_spell() {
     let site = site_with_tools();
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     type Change = fn(&mut Value);
     let changes: [(&str, Change); 4] = [
         ("another function", |s| call(s)["function"]["name"] = json!("rm")),
@@ -586,7 +574,7 @@ fn kinds() -> Vec<Value> {
 #[tokio::test]
 async fn honest_answers_of_every_kind_pass() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let mut bodies = kinds();
     for body in kinds() {
         for options in [
@@ -648,7 +636,7 @@ fn as_elsewhere(chunks: &[Value]) -> Vec<Value> {
 #[tokio::test]
 async fn other_honest_servers_cut_their_text_otherwise() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let body = ChatStream.body(json!({}));
     let honest = ask(&site, &body).await;
     let elsewhere = as_elsewhere(honest.as_array().unwrap());
@@ -674,7 +662,7 @@ async fn other_honest_servers_cut_their_text_otherwise() {
 #[tokio::test]
 async fn a_prompt_that_is_repeated_must_be_the_one_that_was_sent() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     for form in TEXTS {
         let body = form.body(json!({"echo": true, "prompt": "hello"}));
         let honest = ask(&site, &body).await;
@@ -698,7 +686,7 @@ async fn a_prompt_that_is_repeated_must_be_the_one_that_was_sent() {
 #[tokio::test]
 async fn what_is_reported_of_a_prompt_is_true() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let asked = json!({"prompt_logprobs": 2, "max_tokens": 9, "return_token_ids": true,
         "proof": {"scheme": "residue-v1", "nonce": NONCE}});
     for body in [chat(asked.clone()), completion(asked)] {
@@ -739,7 +727,7 @@ async fn what_is_reported_of_a_prompt_is_true() {
 #[tokio::test]
 async fn usage_that_was_asked_for_is_there_and_right() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     for form in STREAMS {
         let body = form.body(json!({"stream_options": {"include_usage": true}}));
         let honest = ask(&site, &body).await;
@@ -757,7 +745,7 @@ async fn usage_that_was_asked_for_is_there_and_right() {
 #[tokio::test]
 async fn what_the_request_left_open_is_unscored_and_not_passed() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     for form in ALL {
         let without = [
             (json!({"proof": {"scheme": "residue-v1"}}), "proof.nonce"),

@@ -9,7 +9,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
-use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
 use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
@@ -32,19 +31,9 @@ use targon_engine::verify::{
 
 const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
 
-fn verifier(engine: &Engine) -> Verifier {
-    Verifier {
-        model: Arc::clone(engine.model()),
-        identity: common::served(engine).identity,
-        pool: Pool::new(2, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        context_max: 512,
-    }
-}
-
 async fn understood(verifier: &Verifier, body: &Value) -> Request {
     let reader = Reader {
-        model: &verifier.model,
+        model: &verifier.model.text,
         context_max: 512,
         defaults: Defaults::default(),
         entropy: &Entropy::system(),
@@ -101,7 +90,7 @@ async fn answer(site: &Site, body: &Value) -> (Value, Answer) {
 #[tokio::test]
 async fn honest_answers_pass_with_exact_rows_and_no_margin() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let bodies = [
         proved("residue-v1"),
         proved("residue-v1-u4"),
@@ -150,7 +139,7 @@ fn rechain(answer: &mut Answer) {
 #[tokio::test]
 async fn whatever_is_changed_is_rejected_for_the_right_reason() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
     type Change = fn(&mut Answer);
@@ -201,7 +190,7 @@ async fn whatever_is_changed_is_rejected_for_the_right_reason() {
 #[tokio::test]
 async fn rows_of_another_canon_are_compared_by_energy_and_never_exactly() {
     let site = site(common::options());
-    let own = verifier(&site.engine);
+    let own = common::verifier(&site.served);
     for (scheme, canon) in
         [("residue-v1", "canon-2"), ("residue-v1", "mma-sm90-1"), ("toploc", "mma-sm90-1")]
     {
@@ -243,7 +232,7 @@ async fn rows_of_another_canon_are_compared_by_energy_and_never_exactly() {
 #[tokio::test]
 async fn forged_rows_have_the_energy_of_noise() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     for scheme in ["residue-v1", "residue-v1-u4", "toploc"] {
         let body = proved(scheme);
         let (_, honest) = answer(&site, &body).await;
@@ -281,7 +270,7 @@ async fn forged_rows_have_the_energy_of_noise() {
 #[tokio::test]
 async fn true_rows_of_tokens_that_were_not_drawn_do_not_help() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     // Tokens of another seed or temperature, proved afterwards with the true weights.
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
@@ -305,14 +294,14 @@ async fn true_rows_of_tokens_that_were_not_drawn_do_not_help() {
 #[tokio::test]
 async fn rows_of_another_model_or_prompt_are_seen_in_the_first_chunk() {
     let site = site(common::options());
-    let other = common::tiny_engine(4, common::options());
-    let verifier = verifier(&site.engine);
+    let other = common::tiny_model(4, &Pool::new(2, Isa::best()).unwrap());
+    let verifier = common::verifier(&site.served);
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
     let request = understood(&verifier, &body).await;
     let mut shorter = request.clone();
     shorter.prompt.remove(0);
-    let cheap = Verifier { model: Arc::clone(other.model()), ..verifier.clone() };
+    let cheap = Verifier { model: Arc::new(other), ..verifier.clone() };
     for (name, computed_by, prompt) in
         [("model", &cheap, &request.prompt), ("prompt", &verifier, &shorter.prompt)]
     {
@@ -329,11 +318,11 @@ async fn rows_of_another_model_or_prompt_are_seen_in_the_first_chunk() {
 async fn only_the_hotkeys_own_signature_over_this_end_counts() {
     let alice = || Keypair::from_seed(&[7; 32]).unwrap();
     let unsigned = site(common::options());
-    let verifier = verifier(&unsigned.engine);
+    let verifier = common::verifier(&unsigned.served);
     let registry = unsigned.state.registry().clone();
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
     let state = state.signed_by(Arc::new(alice()));
-    let signed = Site { engine: unsigned.engine, app: router(state.clone()), state };
+    let signed = Site { app: router(state.clone()), state, ..unsigned };
     let body = proved("residue-v1");
     let (_, honest) = answer(&signed, &body).await;
     let request = understood(&verifier, &body).await;
@@ -393,7 +382,7 @@ async fn any_response_ends_in_a_rejection_not_a_panic() {
 #[tokio::test]
 async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let mut body = proved("residue-v1");
     body["n"] = json!(4);
     body["return_token_ids"] = json!(true);
@@ -405,7 +394,7 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     answers[2].chunks[1].data.fill(0);
     rechain(&mut answers[2]);
     let reader = Reader {
-        model: &verifier.model,
+        model: &verifier.model.text,
         context_max: 512,
         defaults: Defaults::default(),
         entropy: &Entropy::system(),
@@ -509,7 +498,7 @@ fn outputs_that_share_a_prompt_have_the_rows_of_a_pass_of_their_own() {
 #[tokio::test]
 async fn work_that_nobody_waits_for_is_given_up_unscored() {
     let site = site(common::options());
-    let verifier = verifier(&site.engine);
+    let verifier = common::verifier(&site.served);
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
     let request = understood(&verifier, &body).await;

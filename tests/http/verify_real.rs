@@ -5,26 +5,26 @@ use crate::common;
 use axum::body::Body;
 use axum::http::{Request as HttpRequest, StatusCode};
 use serde_json::{Value, json};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use targon_engine::clock::Clock;
+use targon_engine::engine::Options;
 use targon_engine::engine::request::Request;
-use targon_engine::engine::{Engine, Options};
 use targon_engine::models::Model;
 use targon_engine::models::pass::LogprobMode;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::settings::Settings;
 use targon_engine::verifier::Service;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::{Claim, Depth, Limits, Profile, Reason, Verdict, Verifier};
+use targon_engine::verify::{Claim, Depth, Profile, Reason, Verdict, Verifier};
 use tower::ServiceExt;
 
 const QUESTION: &str = "What is the capital of France?";
 
 /// A model that answers, and what judges it.
 struct Entry {
-    engine: Engine,
+    served: Served,
     verifier: Verifier,
 }
 
@@ -34,20 +34,14 @@ fn entry() -> &'static Entry {
         let pool = Pool::new(2, Isa::best()).unwrap();
         let model = Model::load(&common::smollm2(), None, &pool, |_, _| {}).unwrap();
         let options = Options { context_max: 1024, blocks: 128, ..common::options() };
-        let engine = Engine::start(model, pool.clone(), options, Clock::system()).unwrap();
-        let verifier = Verifier {
-            model: Arc::clone(engine.model()),
-            identity: common::served(&engine).identity,
-            pool: pool.separate(),
-            limits: Limits::default(),
-            context_max: 1024,
-        };
-        Entry { engine, verifier }
+        let served = common::served(model, options);
+        let verifier = common::verifier(&served);
+        Entry { served, verifier }
     })
 }
 
 fn request(question: &str, temperature: f32, max_tokens: usize) -> Request {
-    let model = entry().engine.model();
+    let model = entry().served.engine.text();
     let variables = json!({
         "messages": [{"role": "user", "content": question}], "add_generation_prompt": true,
     });
@@ -62,7 +56,8 @@ fn request(question: &str, temperature: f32, max_tokens: usize) -> Request {
 }
 
 fn answered(request: &Request) -> Answer {
-    let (steps, _) = entry().engine.submit(request.clone()).unwrap().collect_blocking().unwrap();
+    let (steps, _) =
+        entry().served.engine.submit(request.clone()).unwrap().collect_blocking().unwrap();
     Answer {
         ids: steps.iter().map(|s| s.token).collect(),
         text: Some(steps.iter().map(|s| s.text.as_str()).collect()),
@@ -173,9 +168,8 @@ fn service() -> &'static Service {
     SERVICE.get_or_init(|| {
         let registry = Registry::default();
         registry.announce(["smollm2".to_owned()]);
-        let Entry { engine, verifier } = entry();
-        let served = common::served(engine);
-        registry.set("smollm2", None, State::Ready(Box::new(served)));
+        let Entry { served, verifier } = entry();
+        registry.set("smollm2", None, State::Ready(Box::new(served.clone())));
         Service::new(registry, &Settings::default(), Clock::system(), &verifier.pool)
     })
 }
@@ -204,7 +198,7 @@ async fn the_containers_routes_answer_in_its_words() {
 
     let request = request(QUESTION, 0.0, 40);
     let answer = tokio::task::spawn_blocking(move || answered(&request)).await.unwrap();
-    let model = &entry().engine.model();
+    let model = entry().served.engine.text();
     let items: Vec<Value> = answer
         .ids
         .iter()

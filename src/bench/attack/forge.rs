@@ -3,11 +3,11 @@
 use super::catalogue::{Attack, Cheat};
 use super::lockstep::{self, Job, Way};
 use super::tamper::{Tamper, int8_head};
-use super::trial::{Ask, Rows, Subject, Trial};
+use super::trial::{Ask, Rows, Subject, Trial, start};
 use crate::bench::stats::choice;
 use crate::chain::keys::Keypair;
-use crate::engine::Engine;
 use crate::intake::proof::Prover;
+use crate::models::Model;
 use crate::models::sampler::Sampling;
 use crate::proof::commit::{ChunkProof, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
@@ -37,7 +37,7 @@ pub(super) struct Forge<'a> {
 /// Changed weights, and what they answer.
 struct Twin {
     tamper: Tamper,
-    engine: Engine,
+    model: Arc<Model>,
     drawn: Vec<Trial>,
 }
 
@@ -54,8 +54,8 @@ impl<'a> Forge<'a> {
         let schemes = attack.schemes();
         match attack.cheat {
             Cheat::Weights(tamper) => {
-                let (engine, drawn) = self.twin(tamper)?;
-                let rows = self.subject.rows(engine.model(), &drawn)?;
+                let (model, drawn) = self.twin(tamper)?;
+                let rows = self.subject.rows(&model, &drawn)?;
                 Ok(self.proved(schemes, &drawn, &rows))
             }
             Cheat::Spoof(tamper) => {
@@ -63,8 +63,8 @@ impl<'a> Forge<'a> {
                 self.proved_truly(schemes, &drawn)
             }
             Cheat::Draft(tamper) => {
-                let (engine, _) = self.twin(tamper)?;
-                let draft = Some(&**engine.model());
+                let (model, _) = self.twin(tamper)?;
+                let draft = Some(&*model);
                 self.decoded(schemes, Way { draft, cache: None }, |prompt| prompt.to_vec())
             }
             Cheat::Int8Cache => {
@@ -89,16 +89,17 @@ impl<'a> Forge<'a> {
         }
     }
 
-    /// The engine with changed weights and its answers; the last one is remembered.
-    fn twin(&mut self, tamper: Tamper) -> Result<(Engine, Vec<Trial>), String> {
+    /// The model with changed weights and its answers; the last one is remembered.
+    fn twin(&mut self, tamper: Tamper) -> Result<(Arc<Model>, Vec<Trial>), String> {
         if self.twin.as_ref().is_none_or(|twin| twin.tamper != tamper) {
             self.twin = None; // its memory is needed
-            let engine = self.subject.twin(tamper)?;
+            let model = self.subject.twin(tamper)?;
+            let engine = start(&model, &self.subject.pool)?;
             let drawn = self.subject.answers(&engine, self.asks, &|_, _| {})?;
-            self.twin = Some(Twin { tamper, engine, drawn });
+            self.twin = Some(Twin { tamper, model, drawn });
         }
         let twin = self.twin.as_ref().ok_or("the changed weights are gone")?;
-        Ok((twin.engine.clone(), twin.drawn.clone()))
+        Ok((Arc::clone(&twin.model), twin.drawn.clone()))
     }
 
     fn proved(&self, schemes: &[Scheme], trials: &[Trial], rows: &[Rows]) -> Proved {
@@ -155,7 +156,7 @@ impl<'a> Forge<'a> {
 
     /// The same with an end token that was not drawn.
     fn cut(&self) -> Result<Vec<Trial>, String> {
-        let end = self.subject.model.stop_ids.first().ok_or("this model has no end token")?;
+        let end = self.subject.model.text.stop_ids.first().ok_or("this model has no end token")?;
         let mut trials = self.torn()?;
         for Trial { ask, answer, end_is_implied } in &mut trials {
             answer.ids.push(*end);
@@ -168,7 +169,7 @@ impl<'a> Forge<'a> {
 
     /// Answers of which the honest version ends by itself, and which go on to the limit.
     fn end_skipped(&self) -> Result<Vec<Trial>, String> {
-        let ends = &self.subject.model.stop_ids;
+        let ends = &self.subject.model.text.stop_ids;
         let ended = |t: &Trial| t.answer.ids.last().is_some_and(|id| ends.contains(id));
         let asks: Vec<Ask> =
             self.ending()?.into_iter().filter(ended).map(|trial| trial.ask).collect();

@@ -189,12 +189,12 @@ impl Received {
             answer,
             end_is_implied: trial.end_is_implied,
         };
-        let walk = structure::check(&claim, &verifier.model, verifier.context_max);
+        let walk = structure::check(&claim, &verifier.model.text, verifier.context_max);
         let walk = walk.map_err(|stop| format!("{stop:?}"))?;
         let mut answer = answer.clone();
         answer.powv = powv(verifier, request, &answer.ids)?;
         let told = [Some(Told::new(&answer, &walk, request.prompt.len()))];
-        let mirror = Mirror { model: &verifier.model, question: &question, told: &told };
+        let mirror = Mirror { model: &verifier.model.text, question: &question, told: &told };
         let received = Self { scheme, chunks: mirror.chunks(), body, runtime };
         let verdict = received.judge(verifier, received.chunks.clone())?.verdict;
         match verdict {

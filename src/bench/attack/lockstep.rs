@@ -64,7 +64,8 @@ fn decode(subject: &Subject, way: Way<'_>, jobs: &[Job<'_>]) -> Result<Vec<Drawn
     let length = lengths.max().unwrap_or(0);
     let blocks = blocks_of(length); // of one sequence
     let no_memory = |e: std::io::Error| format!("no memory for the KV cache: {e}");
-    let truth = CpuPass::new(&subject.model.decoder, &subject.pool, jobs.len() * blocks);
+    let decoder = subject.model.weights.cpu().ok_or("the weights must be the processor's")?;
+    let truth = CpuPass::new(decoder, &subject.pool, jobs.len() * blocks);
     let mut truth = truth.map_err(no_memory)?;
     let draft = way.draft.map(|model| model.pass(&subject.pool, jobs.len() * blocks));
     let mut draft = draft.transpose().map_err(no_memory)?;

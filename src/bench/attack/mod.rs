@@ -81,8 +81,8 @@ impl Bench {
             return Err(format!("there are {} prompts, {wanted} were asked for", all.len()));
         }
         let subject = Subject::load(path, scratch, pool)?;
-        if subject.model.decoder.dtype != Dtype::Bf16 {
-            let dtype = subject.model.decoder.dtype;
+        if subject.model.dtype != Dtype::Bf16 {
+            let dtype = subject.model.dtype;
             return Err(format!("changed weights are written in bf16, this model is {dtype}"));
         }
         let judge = Judge::new(&subject, setup.limits);
@@ -105,7 +105,7 @@ impl Bench {
     pub fn run(&self, progress: impl Fn(&str)) -> Result<Results, String> {
         let mut lines = self.honest(&progress)?;
         let mut tokens = Vec::new();
-        let mut attacks = catalogue::all(self.subject.model.decoder.spec.layers);
+        let mut attacks = catalogue::all(self.subject.model.spec.layers);
         if let Some(only) = &self.setup.only {
             attacks.retain(|attack| attack.name.contains(only.as_str()));
         }

@@ -8,6 +8,7 @@ use crate::ops::pool::Pool;
 use safetensors::tensor::{Dtype as Stored, TensorView};
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How a matrix is changed.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -46,7 +47,8 @@ pub fn tampered(
 ) -> Result<Decoder, String> {
     write(checkpoint, tamper, scratch)?;
     let altered = Checkpoint::open(scratch).map_err(|e| e.to_string())?;
-    Decoder::load(&altered, Some(Dtype::Bf16), pool, |_, _| {}).map_err(|e| e.to_string())
+    let spec = Arc::new(altered.spec().map_err(|e| e.to_string())?);
+    Decoder::load(&altered, &spec, Dtype::Bf16, pool, |_, _| {}).map_err(|e| e.to_string())
 }
 
 /// One head of a key or value at one position, as a cache of symmetric int8 keeps it: with a scale

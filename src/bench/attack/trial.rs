@@ -9,6 +9,8 @@ use crate::engine::transcript::Transcript;
 use crate::engine::{Engine, Options};
 use crate::intake::proof::{ProofHead, Prover};
 use crate::models::checkpoint::Checkpoint;
+use crate::models::model::DeviceWeights;
+use crate::models::pass::Device;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
@@ -89,33 +91,34 @@ impl Ask {
 impl Subject {
     /// Loads the model at `path`; `scratch` is where changed weights are written.
     pub(super) fn load(path: &Path, scratch: &Path, pool: &Pool) -> Result<Self, String> {
-        let model = Model::load(path, None, pool, |_, _| {}).map_err(|e| e.to_string())?;
+        let model =
+            Model::load_on(Device::Cpu, path, None, pool, |_, _| {}).map_err(|e| e.to_string())?;
         let identity = Arc::new(Identity::of(&model, pool).map_err(|e| e.to_string())?);
-        let engine = start(model, pool)?;
-        let model = Arc::clone(engine.model());
+        let model = Arc::new(model);
+        let engine = start(&model, pool)?;
         let (path, scratch) = (path.to_owned(), scratch.to_owned());
         Ok(Self { model, identity, engine, pool: pool.clone(), path, scratch })
     }
 
-    /// An engine with changed weights and the model's own tokenizer.
-    pub(super) fn twin(&self, tamper: Tamper) -> Result<Engine, String> {
+    /// The model with changed weights and its own tokenizer.
+    pub(super) fn twin(&self, tamper: Tamper) -> Result<Arc<Model>, String> {
         let checkpoint = Checkpoint::open(&self.path).map_err(|e| e.to_string())?;
         let decoder = tampered(&checkpoint, &self.pool, tamper, &self.scratch)?;
-        let model = Model::load(&self.path, None, &self.pool, |_, _| {});
+        let model = Model::load_on(Device::Cpu, &self.path, None, &self.pool, |_, _| {});
         let mut model = model.map_err(|e| e.to_string())?;
-        model.decoder = Arc::new(decoder);
-        start(model, &self.pool)
+        model.weights = DeviceWeights::Cpu(Arc::new(decoder));
+        Ok(Arc::new(model))
     }
 
     /// Question `index`: `text`, answered with exactly `tokens` tokens.
     pub(super) fn ask(&self, index: usize, text: &str, tokens: usize) -> Result<Ask, String> {
-        let chat = self.model.chat.as_ref().ok_or("this model has no chat template")?;
+        let chat = self.model.text.chat.as_ref().ok_or("this model has no chat template")?;
         let variables = serde_json::json!({
             "messages": [{"role": "user", "content": text}], "add_generation_prompt": true,
         });
         let variables = variables.as_object().cloned().unwrap_or_default();
         let text = chat.render(variables).map_err(|e| e.to_string())?;
-        let prompt = self.model.tokenizer.encode(&text, false).map_err(|e| e.to_string())?;
+        let prompt = self.model.text.tokenizer.encode(&text, false).map_err(|e| e.to_string())?;
         let mut request = Request::greedy(prompt, tokens);
         request.sampling.temperature = TEMPERATURE;
         request.stop.ignore_eos = true;
@@ -185,7 +188,7 @@ impl Subject {
     pub(super) fn prove(&self, ask: &Ask, prover: &Prover, rows: &[Vec<u16>], answer: &mut Answer) {
         let head = self.head(ask, prover);
         let row_prover = head.rows(&self.identity);
-        let (dtype, first) = (self.model.decoder.dtype, ask.request.prompt.len() - 1);
+        let (dtype, first) = (self.model.dtype, ask.request.prompt.len() - 1);
         let mut chain = Chain::new(head.root);
         answer.chunks.clear();
         for (place, (id, bits)) in answer.ids.iter().zip(rows).enumerate() {
@@ -211,10 +214,10 @@ impl Subject {
 
     /// The text that `ids` spell in answer to `request`.
     pub(super) fn spell(&self, request: &Request, ids: &[u32]) -> String {
-        let mut transcript = Transcript::new(request, &self.model);
+        let mut transcript = Transcript::new(request, &self.model.text);
         let mut text = String::new();
         for id in ids {
-            let (piece, end) = transcript.push(request, &self.model, *id, false);
+            let (piece, end) = transcript.push(request, &self.model.text, *id, false);
             text.push_str(&piece);
             if end.is_some() {
                 return text;
@@ -246,7 +249,7 @@ pub(super) fn relink(root: &Hash, answer: &mut Answer) -> Hash {
     digest
 }
 
-fn start(model: Model, pool: &Pool) -> Result<Engine, String> {
+pub(super) fn start(model: &Arc<Model>, pool: &Pool) -> Result<Engine, String> {
     let options = Options {
         context_max: 1024,
         blocks: 512,
@@ -254,5 +257,6 @@ fn start(model: Model, pool: &Pool) -> Result<Engine, String> {
         waiting_max: 16,
         step_tokens_max: 512,
     };
-    Engine::start(model, pool.clone(), options, Clock::system()).map_err(|e| e.to_string())
+    Engine::start(Arc::clone(model), pool.clone(), options, Clock::system())
+        .map_err(|e| e.to_string())
 }

@@ -13,12 +13,13 @@ use crate::ops::matmul::{matmul_add, matmul_into};
 use crate::ops::pool::{Disjoint, Turn};
 use crate::ops::rope::{Rope, RopeTable};
 use crate::ops::rowwise::{Norm, softcap};
+use std::sync::Arc;
 
 /// A loaded transformer.
 pub struct Decoder {
-    /// Shape and options.
-    pub spec: Spec,
-    /// Type of weights, matrix inputs and KV cache.
+    /// The model's shape and options.
+    pub spec: Arc<Spec>,
+    /// The model's type of weights, matrix inputs and KV cache.
     pub dtype: Dtype,
     /// The weights.
     pub weights: Weights,

@@ -3,34 +3,32 @@
 use super::decoder::Decoder;
 use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};
 use crate::models::checkpoint::Checkpoint;
-use crate::models::config;
 use crate::models::error::LoadError;
 use crate::models::spec::{ExpertSpec, Spec};
-use crate::models::tensor::{Runs, Stored, Tensor};
+use crate::models::tensor::{Runs, Tensor};
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
 use crate::ops::pool::{Pool, Turn};
 use crate::ops::rope::Rope;
 use crate::ops::rowwise::Norm;
+use std::sync::Arc;
 
 impl Decoder {
-    /// Packs the weights of a checkpoint; arguments as for a whole
-    /// [model](crate::models::Model::load).
+    /// Packs the weights of a checkpoint of this shape, to be computed in `dtype`;
+    /// `progress(done, layers)` is called after each layer.
     ///
     /// # Errors
-    /// As there.
+    /// When a tensor is missing, cannot be read, or is not what the shape says.
     pub fn load(
         checkpoint: &Checkpoint,
-        dtype: Option<Dtype>,
+        spec: &Arc<Spec>,
+        dtype: Dtype,
         pool: &Pool,
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
-        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
-        checkpoint.refuse_unused(&spec)?;
-        let dtype = dtype.map_or_else(|| choose_dtype(checkpoint, &spec), Ok)?;
         let loader = Loader {
             checkpoint,
-            spec: &spec,
+            spec,
             dtype,
             turn: &pool.turn(),
             progress: &|done| progress(done, spec.layers),
@@ -42,7 +40,7 @@ impl Decoder {
             let divisors = checkpoint.tensor("rope_freqs.weight")?.expect(&half)?;
             rope = rope.divided_by(&divisors.read_f32()?);
         }
-        Ok(Decoder { spec, dtype, weights, rope })
+        Ok(Decoder { spec: Arc::clone(spec), dtype, weights, rope })
     }
 }
 
@@ -54,29 +52,6 @@ struct Loader<'a> {
     turn: &'a Turn<'a>,
     /// Called after every layer with the layers done so far.
     progress: &'a dyn Fn(usize),
-}
-
-/// The engine's dtype for a checkpoint: bf16 stays bf16, f16 stays f16, f32 becomes f16 unless the
-/// family asks for bf16 or a value overflows; GGUF becomes bf16.
-fn choose_dtype(checkpoint: &Checkpoint, spec: &Spec) -> Result<Dtype, LoadError> {
-    if checkpoint.gguf.is_some() || spec.prefers_bf16 {
-        return Ok(Dtype::Bf16);
-    }
-    match checkpoint.tensor("model.embed_tokens.weight")?.stored {
-        Stored::F16 => Ok(Dtype::F16),
-        Stored::F32 => {
-            for tensor in checkpoint.tensors().filter(|t| !matches!(t.stored, Stored::Unread(_))) {
-                let runs = Runs::new(tensor, 1)?;
-                for row in 0..tensor.rows() {
-                    if runs.row_max(row)? > half::f16::MAX.to_f32() {
-                        return Ok(Dtype::Bf16);
-                    }
-                }
-            }
-            Ok(Dtype::F16)
-        }
-        Stored::Bf16 | Stored::Quantised(_) | Stored::Unread(_) => Ok(Dtype::Bf16),
-    }
 }
 
 impl Loader<'_> {

@@ -56,7 +56,7 @@ fn card(state: &ServerState, entry: &Entry) -> ModelCard {
         owned_by: "targon-engine",
         status: entry.state.word(),
         max_model_len: engine.map(|e| e.options().context_max),
-        dtype: engine.map(|e| e.model().decoder.dtype.to_string()),
+        dtype: engine.map(|e| e.info().dtype.to_string()),
         revision: entry.revision.clone(),
         error: failure(entry),
     }

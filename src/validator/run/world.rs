@@ -263,7 +263,7 @@ impl<C: Chain> Ports for World<C> {
         let listed = self.memory.listed.lock();
         let is_listed = |(name, _): &(&String, &Verifier)| listed.contains(*name);
         let offer = |(name, verifier): (&String, &Verifier)| {
-            let chat = verifier.model.chat.as_ref().map(|_| Endpoint::Chat);
+            let chat = verifier.model.text.chat.as_ref().map(|_| Endpoint::Chat);
             let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
             Offer { name: name.clone(), endpoints, context_max: verifier.context_max }
         };

@@ -16,8 +16,7 @@ impl Mirror<'_> {
         let report = &self.question.understood.report;
         let Some(count) = report.logprobs else { return Ok(()) };
         let ids = &self.question.requests()[index].logprob_ids;
-        let count =
-            if ids.is_empty() { count.min(self.model.decoder.spec.vocab) } else { ids.len() };
+        let count = if ids.is_empty() { count.min(self.model.vocab) } else { ids.len() };
         let is_chat = self.endpoint() == Endpoint::Chat;
         let own = |step: &Step| (!is_chat).then_some((step.token, step.logprob));
         let output = told.steps.iter().zip(&told.tops).map(|(step, top)| (own(step), top));
@@ -65,7 +64,7 @@ impl Mirror<'_> {
         let bytes = top.bytes.as_deref();
         let is_named = match self.question.understood.report.tokens_as_ids {
             true => id_of_name(&top.name).is_some_and(|id| {
-                let is_known = (id as usize) < self.model.decoder.spec.vocab;
+                let is_known = (id as usize) < self.model.vocab;
                 let own = self.model.tokenizer.bytes_of(id);
                 is_known && self.is_named(top, id) && bytes.is_none_or(|b| b == own)
             }),
@@ -95,7 +94,7 @@ impl Mirror<'_> {
                 "prompt_logprobs must have {want} places, null first, got {got}"
             ));
         }
-        let count = count.min(self.model.decoder.spec.vocab);
+        let count = count.min(self.model.vocab);
         for (place, (token, sent)) in prompt.iter().zip(list).enumerate().skip(1) {
             let own = token.to_string();
             let is_place = sent.as_object().is_some_and(|map| {
@@ -113,7 +112,7 @@ impl Mirror<'_> {
     }
 
     fn is_prompt_entry(&self, id: &str, entry: &Value) -> bool {
-        let vocab = self.model.decoder.spec.vocab;
+        let vocab = self.model.vocab;
         let known = id.parse::<u32>().ok().filter(|n| (*n as usize) < vocab);
         let Some(number) = known.filter(|n| n.to_string() == id) else { return false };
         let text = self.model.tokenizer.text_of(number);

@@ -458,7 +458,7 @@ fn check(family: &str) {
     let dir = golden().join(family);
     let pool = Pool::new(2, Isa::best()).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let decoder = Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap();
+    let decoder = crate::common::decoder(&checkpoint, None, &pool).unwrap();
     let vocab = decoder.spec.vocab as u32;
     let ids: Vec<u32> = (0..70).map(|i| (i * i * 7 + 3 * i + 1) % vocab).collect();
     let (n, blocks) = (ids.len(), ids.len().div_ceil(BLOCK_TOKENS));

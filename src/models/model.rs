@@ -1,0 +1,106 @@
+//! A loaded model: its text side, and its weights where a device multiplies by them.
+
+use super::checkpoint::Checkpoint;
+use super::cpu::CpuPass;
+use super::cpu::decoder::Decoder;
+use super::error::LoadError;
+use super::parameters::Parameters;
+use super::pass::{Device, Pass};
+use super::spec::Spec;
+use super::text::Text;
+use crate::ops::dtype::Dtype;
+use crate::ops::pool::Pool;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A loaded model.
+pub struct Model {
+    /// What reading and writing text needs of it.
+    pub text: Arc<Text>,
+    /// The files, still open.
+    pub checkpoint: Checkpoint,
+    /// Shape and options.
+    pub spec: Arc<Spec>,
+    /// Type of weights, matrix inputs and KV cache.
+    pub dtype: Dtype,
+    /// The weights on their device.
+    pub weights: DeviceWeights,
+    /// The weights as vLLM lists them, for powv.
+    pub parameters: Parameters,
+}
+
+/// Weights where a device multiplies by them.
+#[derive(Clone)]
+pub enum DeviceWeights {
+    /// Packed for the processor.
+    Cpu(Arc<Decoder>),
+}
+
+impl DeviceWeights {
+    /// The decoder, where the weights are the processor's.
+    pub fn cpu(&self) -> Option<&Arc<Decoder>> {
+        match self {
+            Self::Cpu(decoder) => Some(decoder),
+        }
+    }
+
+    /// Bytes of all packed matrices.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Cpu(decoder) => decoder.weights.bytes(),
+        }
+    }
+}
+
+impl Model {
+    /// Loads a checkpoint directory or a GGUF file for the best device of this build. `dtype`
+    /// overrides the stored type; `progress(done, layers)` is called after each layer.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed, or asks for what this engine refuses by name.
+    pub fn load(
+        path: &Path,
+        dtype: Option<Dtype>,
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
+        Self::load_on(Device::Auto, path, dtype, pool, progress)
+    }
+
+    /// The same for `device`.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load).
+    pub fn load_on(
+        device: Device,
+        path: &Path,
+        dtype: Option<Dtype>,
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let mut checkpoint = Checkpoint::open(path)?;
+        let text = Arc::new(Text::load(&mut checkpoint)?);
+        let spec = Arc::new(checkpoint.spec()?);
+        let dtype = dtype.map_or_else(|| checkpoint.dtype(&spec), Ok)?;
+        let weights = match device {
+            Device::Auto | Device::Cpu => {
+                let decoder = Decoder::load(&checkpoint, &spec, dtype, pool, progress)?;
+                DeviceWeights::Cpu(Arc::new(decoder))
+            }
+        };
+        let parameters = Parameters::new(&checkpoint, &spec, dtype)?;
+        Ok(Self { text, checkpoint, spec, dtype, weights, parameters })
+    }
+
+    /// A pass of this model on the device of its weights, with an empty KV cache of `blocks`
+    /// blocks.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub fn pass(&self, pool: &Pool, blocks: usize) -> io::Result<Box<dyn Pass>> {
+        match &self.weights {
+            DeviceWeights::Cpu(decoder) => Ok(Box::new(CpuPass::new(decoder, pool, blocks)?)),
+        }
+    }
+}
