@@ -6,7 +6,7 @@
 
 mod decoder;
 
-use crate::common::Noise;
+use crate::common::{self, Noise};
 use candle_core::DType;
 use decoder::Reference;
 use half::{bf16, f16};
@@ -19,7 +19,6 @@ use std::sync::Arc;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::config;
 use targon_engine::models::cpu::CpuPass;
-use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::pass::{Batch, Pass, RowAsk, blocks_of};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
@@ -151,7 +150,7 @@ fn write(dir: &Path, case: &Case) {
 fn computed(dir: &Path, ids: &[u32]) -> Vec<Vec<f32>> {
     let pool = Pool::new(2, Isa::best()).unwrap();
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let decoder = Arc::new(Decoder::load(&checkpoint, None, &pool, |_, _| {}).unwrap());
+    let decoder = Arc::new(common::decoder(&checkpoint, None, &pool).unwrap());
     let mut pass = CpuPass::new(&decoder, &pool, blocks_of(ids.len())).unwrap();
     let ask = |row| RowAsk { logits: true, ..RowAsk::new(row, row) };
     let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
