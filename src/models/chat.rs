@@ -13,6 +13,7 @@ use super::error::LoadError;
 use super::tokenizer::TextTokenizer;
 use super::tokenizer_config::TokenizerConfig;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
+use python::TEXT_BYTES_MAX;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -23,8 +24,6 @@ const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// The stack to compile and render on. Expressions and values nest as deeply as source and fuel
 /// allow, and minijinja drops both by recursion. Only what is touched takes memory.
 const STACK_BYTES: usize = 512 << 20;
-/// Bytes of a rendered conversation.
-const TEXT_BYTES_MAX: usize = 32 << 20;
 const NAME: &str = "chat_template";
 /// How a template names the role `developer`, where it knows it.
 const DEVELOPER: [&str; 2] = ["'developer'", "\"developer\""];

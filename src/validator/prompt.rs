@@ -9,9 +9,12 @@
 //! Of our own drafts alone there are more than 10^12 for each day, so that two of a day's prompts
 //! are hardly ever equal.
 
+mod chance;
 pub mod dataset;
 pub mod ours;
 
+pub use chance::Bits;
+use chance::{below, line};
 use dataset::Source;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -28,23 +31,6 @@ const REWRITING_TOKENS: (u32, u32) = (16, 64);
 const QUERY_PREFIX: &str = "Search query:";
 /// Characters of a query that are used.
 const QUERY_CHARS_MAX: usize = 400;
-
-/// Where random bits come from: each call gives 64 of them.
-pub type Bits<'a> = dyn FnMut() -> u64 + 'a;
-
-/// Uniform over `0..limit`; 0 where the limit is 0.
-fn below(bits: &mut Bits<'_>, limit: usize) -> usize {
-    ((u128::from(bits()) * limit as u128) >> 64) as usize
-}
-
-fn pick<'a, T: ?Sized>(bits: &mut Bits<'_>, list: &[&'a T]) -> &'a T {
-    list[below(bits, list.len())]
-}
-
-/// A line of an embedded list; the lists have no empty lines.
-fn line(bits: &mut Bits<'_>, list: &'static str) -> &'static str {
-    list.lines().nth(below(bits, list.lines().count())).unwrap_or_default()
-}
 
 /// The day of a time, as `YYYY-MM-DD` in UTC.
 ///

@@ -1,7 +1,7 @@
 //! Commits of weights: encrypted to the drand round that reveals them, and found again while they
 //! wait.
 
-use super::At;
+use super::connection::At;
 use super::reader::{PALLET, Reader};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;

@@ -1,9 +1,9 @@
 //! The metagraph from storage, for runtimes whose own call is missing or changed. Stake here is the
 //! subnet's own token only: what a validator has through the root network is not in storage.
 
+use super::connection::{At, Connection};
 use super::raw::RawAxon;
 use super::reader::Reader;
-use super::{At, Connection};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Axon, Hyperparameters, Metagraph, Neuron, Rao, share};

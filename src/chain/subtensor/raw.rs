@@ -1,6 +1,6 @@
 //! What the runtime's own call answers about a subnet, by field name.
 
-use super::At;
+use super::connection::At;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Axon, Hyperparameters, Metagraph, Neuron, Rao, share};

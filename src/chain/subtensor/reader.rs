@@ -1,6 +1,6 @@
 //! Reads the pallet's storage at one block.
 
-use super::{At, Connection};
+use super::connection::{At, Connection};
 use crate::chain::error::ChainError;
 use scale_decode::DecodeAsType;
 use subxt::dynamic::{Value, storage};

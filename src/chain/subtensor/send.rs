@@ -1,6 +1,6 @@
 //! Extrinsics: told in words, signed by a hotkey, sent once, and followed to a final block.
 
-use super::{At, Connection};
+use super::connection::{At, Connection};
 use crate::chain::error::{ChainError, Refusal, Stage};
 use crate::chain::keys::Keypair;
 use subxt::client::OnlineClientAtBlockImpl;

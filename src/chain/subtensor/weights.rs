@@ -1,8 +1,10 @@
 //! Weights on the chain: whether they may be set, the call that this runtime wants, one extrinsic
 //! for it, and what stands there afterwards.
 
+use super::client::Subtensor;
+use super::connection::{At, Connection, FINAL_TIMEOUT, current};
 use super::reader::{PALLET, Reader};
-use super::{At, Connection, FINAL_TIMEOUT, Subtensor, commit, current, send};
+use super::{commit, send};
 use crate::chain::error::ChainError;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::Rao;

@@ -5,6 +5,8 @@ use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, FormatStyle, Output, State, Value, format_filter};
 use std::fmt::{self, Write};
 
+/// Bytes of a rendered conversation.
+pub(super) const TEXT_BYTES_MAX: usize = 32 << 20;
 /// Lists within lists that are written; deeper ones are an error.
 pub(super) const DEPTH_MAX: usize = 128;
 
@@ -270,8 +272,8 @@ fn swap_case(c: char) -> Vec<char> {
 
 /// Characters that a text lacks to be `width` long.
 fn missing(text: &str, width: usize) -> Result<usize, Error> {
-    if width > super::TEXT_BYTES_MAX {
-        return Err(failed(format!("a width may be at most {}", super::TEXT_BYTES_MAX)));
+    if width > TEXT_BYTES_MAX {
+        return Err(failed(format!("a width may be at most {}", TEXT_BYTES_MAX)));
     }
     Ok(width.saturating_sub(text.chars().count()))
 }

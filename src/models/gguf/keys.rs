@@ -1,7 +1,12 @@
 //! The metadata keys that are read, and what each may hold.
 
-use super::{Gguf, List, Meta, Scalar};
+use super::header::{List, Scalar, Value as Meta};
 use crate::models::error::LoadError;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The metadata of a file, or of all its parts.
+pub(super) type Metadata = BTreeMap<String, Meta>;
 
 /// What a key may hold.
 #[derive(Clone, Copy)]
@@ -64,21 +69,36 @@ const OTHER_KEYS: &[(&str, Want)] = &[
 ];
 
 /// Fails where a known key holds something else than it may.
-pub(super) fn check(gguf: &Gguf) -> Result<(), LoadError> {
+pub(super) fn check(path: &Path, metadata: &Metadata) -> Result<(), LoadError> {
     for (key, want) in OTHER_KEYS {
-        check_key(gguf, key, *want)?;
+        check_key(path, metadata, key, *want)?;
     }
-    let architecture = gguf.architecture()?;
+    let architecture = architecture(path, metadata)?;
     let config = CONFIG_KEYS.iter().map(|(key, _, want)| (key, want));
     for (key, want) in config.chain(ARCHITECTURE_KEYS.iter().map(|(key, want)| (key, want))) {
-        check_key(gguf, &format!("{architecture}.{key}"), *want)?;
+        check_key(path, metadata, &format!("{architecture}.{key}"), *want)?;
     }
     Ok(())
 }
 
-fn check_key(gguf: &Gguf, key: &str, want: Want) -> Result<(), LoadError> {
-    match gguf.get(key).map(|value| (value, fault(value, want))) {
-        Some((value, Some(rule))) => Err(gguf.error(key, format!("must be {rule}, got {value}"))),
+/// The architecture, by which most keys begin.
+pub(super) fn architecture<'a>(path: &Path, metadata: &'a Metadata) -> Result<&'a str, LoadError> {
+    let key = "general.architecture";
+    let text = match metadata.get(key) {
+        Some(Meta::Text(text)) => std::str::from_utf8(text).ok(),
+        _ => None,
+    };
+    text.ok_or_else(|| error(path, key, "is missing"))
+}
+
+/// A fault that is named by its metadata key.
+pub(super) fn error(path: &Path, key: &str, what: impl ToString) -> LoadError {
+    LoadError::Key { path: path.to_owned(), key: key.to_owned(), what: what.to_string() }
+}
+
+fn check_key(path: &Path, metadata: &Metadata, key: &str, want: Want) -> Result<(), LoadError> {
+    match metadata.get(key).map(|value| (value, fault(value, want))) {
+        Some((value, Some(rule))) => Err(error(path, key, format!("must be {rule}, got {value}"))),
         _ => Ok(()),
     }
 }

@@ -59,9 +59,8 @@ impl Gguf {
     /// When a file is missing, damaged or contradicts itself.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let Parts { metadata, tensors } = Parts::open(path)?;
-        let gguf = Self { path: path.to_owned(), metadata, stored: tensors };
-        keys::check(&gguf)?;
-        Ok(gguf)
+        keys::check(path, &metadata)?;
+        Ok(Self { path: path.to_owned(), metadata, stored: tensors })
     }
 
     /// Frees the metadata's lists (the vocabulary), once a tokenizer was built from them.
@@ -108,7 +107,7 @@ impl Gguf {
 
     /// Fails with the metadata key as the name of the fault.
     pub fn error(&self, key: &str, what: impl ToString) -> LoadError {
-        LoadError::Key { path: self.path.clone(), key: key.to_owned(), what: what.to_string() }
+        keys::error(&self.path, key, what)
     }
 
     fn unsupported(&self, key: &str, value: impl ToString, supported: &str) -> LoadError {
@@ -121,8 +120,7 @@ impl Gguf {
     }
 
     fn architecture(&self) -> Result<&str, LoadError> {
-        let key = "general.architecture";
-        self.string(key).ok_or_else(|| self.error(key, "is missing"))
+        keys::architecture(&self.path, &self.metadata)
     }
 
     /// The metadata as a Hugging Face configuration.

@@ -5,11 +5,14 @@
 //! measured first, by rules that depend on its text alone: a server and a verifier refuse the same
 //! ones.
 
-use super::GrammarError;
+use super::error::GrammarError;
 use serde_json::Value;
 
 /// Bytes of a JSON schema's text.
 pub const SCHEMA_BYTES_MAX: usize = 256 << 10;
+
+/// Levels of arrays and objects in a schema's text.
+pub const NESTING_MAX: usize = 100;
 
 /// Bytes of a regular expression's text.
 pub const REGEX_BYTES_MAX: usize = 64 << 10;
@@ -74,6 +77,6 @@ pub(super) fn nesting(json: &str) -> usize {
 /// Reads a schema's text.
 pub(super) fn parse(text: &str) -> Result<Value, GrammarError> {
     at_most("bytes of a schema", text.len(), SCHEMA_BYTES_MAX)?;
-    at_most("levels of nesting in a schema", nesting(text), super::schema::NESTING_MAX)?;
+    at_most("levels of nesting in a schema", nesting(text), NESTING_MAX)?;
     serde_json::from_str(text).map_err(|e| GrammarError::new(format!("it is not JSON: {e}")))
 }

@@ -1,6 +1,6 @@
 //! `multipleOf`: decimal numbers, and the least that is a multiple of two.
 
-use super::GrammarError;
+use super::error::GrammarError;
 use serde_json::Value;
 
 /// Significand of `multipleOf`: it is as many states of an automaton.

@@ -4,8 +4,10 @@
 //! with every terminal that it names written out. The lexemes are told apart exactly as the
 //! compiler's own lexer does.
 
+use super::blanks::bounded_blanks;
 use super::check::{LARK_BYTES_MAX, at_most, repeats};
-use super::{GrammarError, bounded_blanks, schema};
+use super::error::GrammarError;
+use super::schema;
 use serde_json::{Deserializer, Value};
 use std::collections::HashMap;
 

@@ -5,16 +5,19 @@
 //! is known before it is compiled ([`check`], [`schema`], [`lark`]), and it is compiled on a stack
 //! that holds all that these limits let through ([`on_large_stack`]).
 
+mod blanks;
 pub mod check;
 pub mod decimal;
+mod error;
 pub mod lark;
 pub mod schema;
 
 use super::tokenizer::TextTokenizer;
+use blanks::bounded_blanks;
+pub use error::GrammarError;
 use llguidance::api::{ParserLimits, StopReason, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory, regex_to_lark};
-use serde_json::{Value, json};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -35,13 +38,6 @@ const STEP_FUEL_MAX: u64 = 100_000;
 
 /// States of one output's lexer, 1 to 2 kB each.
 const LEXER_STATES_MAX: usize = 50_000;
-
-/// Characters of a compiler's message that are repeated.
-const MESSAGE_CHARACTERS_MAX: usize = 300;
-
-/// Blanks between two parts of a JSON value. Without a bound, a model that prefers blanks writes
-/// nothing else.
-const BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 
 /// What an output must look like.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -93,23 +89,6 @@ impl Constraint {
     }
 }
 
-/// A schema that lets at most [`BLANKS`] stand between two parts, unless it says itself which.
-fn bounded_blanks(schema: Value) -> Value {
-    let mut schema = match schema {
-        Value::Bool(true) => json!({}),
-        other => other,
-    };
-    let Some(map) = schema.as_object_mut() else { return schema };
-    let options = map.entry("x-guidance").or_insert_with(|| json!({}));
-    let Some(options) = options.as_object_mut() else { return schema };
-    let is_fixed = options.get("whitespace_flexible") == Some(&Value::Bool(false));
-    let pattern = options.entry("whitespace_pattern").or_insert(Value::Null);
-    if pattern.is_null() && !is_fixed {
-        *pattern = BLANKS.into();
-    }
-    schema
-}
-
 /// Runs `work` on a thread of its own with [`STACK_BYTES`] of stack.
 ///
 /// # Errors
@@ -125,34 +104,6 @@ fn regex_escape(text: &str) -> String {
     let special = |c: char| r"\.+*?()|[]{}^$#&-~/".contains(c);
     let escape = |c: char| if special(c) { vec!['\\', c] } else { vec![c] };
     text.chars().flat_map(escape).collect()
-}
-
-/// Why a constraint cannot be used.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the grammar cannot be used: {0}")]
-pub struct GrammarError(pub String);
-
-impl GrammarError {
-    fn new(what: impl Into<String>) -> Self {
-        Self(what.into())
-    }
-
-    /// There is more of something than may be.
-    fn limit(what: &str, limit: usize, fact: usize) -> Self {
-        Self(format!("it must have at most {limit} {what}, got {fact}"))
-    }
-
-    /// The compiler's words: their first line, without its names for how an output ends.
-    fn from_compiler(message: &str) -> Self {
-        let line = message.lines().next().unwrap_or_default();
-        if line.starts_with("panic: ") {
-            return Self("it breaks the grammar compiler".into());
-        }
-        match line.strip_prefix("NoExtension") {
-            Some(_) => Self("no text can satisfy it".into()),
-            None => Self(line.chars().take(MESSAGE_CHARACTERS_MAX).collect()),
-        }
-    }
 }
 
 /// Compiles constraints for one vocabulary.

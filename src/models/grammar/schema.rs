@@ -5,14 +5,11 @@
 //! each refer twice to the next become 2^30 nodes. `Estimate` walks the schema as the compiler
 //! does, but keeps alternatives as counts, and stops at [`NODES_MAX`].
 
-use super::GrammarError;
 use super::check::{at_most, regex, repeats};
 use super::decimal::{common_multiple, decimal};
+use super::error::GrammarError;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
-
-/// Levels of arrays and objects in a schema's text.
-pub const NESTING_MAX: usize = 100;
 
 /// Nodes of a schema after every combination is written out.
 pub const NODES_MAX: u64 = 20_000;

@@ -1,7 +1,7 @@
 //! What a Hub says of a repository. It is a stranger's word: names, checksums and sizes are
 //! checked before one of them names or sizes a file here.
 
-use super::{HubError, Wanted, corrupt};
+use super::error::{HubError, corrupt};
 use crate::models::error::FILE_BYTES_MAX;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +24,15 @@ const SMALL: [&str; 7] = [
     "chat_template.jinja",
     "model.safetensors.index.json",
 ];
+
+/// What to fetch of a repository.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted<'a> {
+    /// Everything a safetensors checkpoint needs.
+    Checkpoint,
+    /// One file.
+    File(&'a str),
+}
 
 /// A repository at one commit.
 #[derive(Deserialize)]

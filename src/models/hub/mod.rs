@@ -5,22 +5,25 @@
 //! git blob id for small ones) before they get their place. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`,
 //! `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean elsewhere.
 
+mod error;
 mod listing;
 mod store;
 
+pub use error::HubError;
+pub use listing::Wanted;
+
+use error::{BURST_BYTES, corrupt};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use listing::{Entry, Listing, check_commit, check_name, check_repo};
 use reqwest::{Client, Response, StatusCode, header};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use store::{has_size, link, lock, make_parent, size_of, verify, write_small};
 
 /// Attempts in a row that bring less than a burst before a download is given up.
 const ATTEMPTS_MAX: u32 = 5;
-/// What must arrive within [`PATIENCE`], unless the file ends.
-const BURST_BYTES: u64 = 64 << 10;
-/// The time for a burst, and for a model description.
+/// The time for [`BURST_BYTES`], and for a model description.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Files fetched at once.
 const FILES_AT_ONCE: usize = 4;
@@ -28,99 +31,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes of a model description.
 const LISTING_MAX: usize = 16 << 20;
-
-/// Why the Hub could not give a file.
-#[derive(Debug, thiserror::Error)]
-pub enum HubError {
-    /// Offline and not in the cache.
-    #[error("{what} is not in the cache ({cache}) and HF_HUB_OFFLINE is set")]
-    Offline {
-        /// The repository or file.
-        what: String,
-        /// Where it was looked for.
-        cache: PathBuf,
-    },
-    /// The Hub answered with an error.
-    #[error("{url} answered {status}{}", hint(*status))]
-    Status {
-        /// The request.
-        url: String,
-        /// The answer.
-        status: StatusCode,
-    },
-    /// The Hub could not be reached, or the connection broke for good.
-    #[error("cannot reach {url}: {source}")]
-    Network {
-        /// The request.
-        url: String,
-        /// The cause.
-        source: reqwest::Error,
-    },
-    /// Bytes come so slowly that there is no end to it.
-    #[error("{url} sent less than {BURST_BYTES} bytes in {seconds} seconds")]
-    Slow {
-        /// The request.
-        url: String,
-        /// The time it had.
-        seconds: f64,
-    },
-    /// Another process holds a file of the cache.
-    #[error("{path} is held by another process")]
-    Locked {
-        /// The lock.
-        path: PathBuf,
-    },
-    /// A file is not what the Hub promised.
-    #[error("{file}: expected {expected}, got {got}")]
-    Corrupt {
-        /// The file.
-        file: String,
-        /// Promised size or checksum.
-        expected: String,
-        /// Received.
-        got: String,
-    },
-    /// The repository lacks a file that a checkpoint needs.
-    #[error("repository {repo} at {commit} has no {file}")]
-    Missing {
-        /// The repository.
-        repo: String,
-        /// The commit.
-        commit: String,
-        /// The file.
-        file: String,
-    },
-    /// A name that would leave the cache directory.
-    #[error("`{0}` is not a valid name for a repository, revision or file")]
-    Name(String),
-    /// The cache cannot be written.
-    #[error("cannot write {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        source: io::Error,
-    },
-}
-
-fn hint(status: StatusCode) -> &'static str {
-    match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-            "; a gated or private repository needs HF_TOKEN and accepted terms"
-        }
-        StatusCode::NOT_FOUND => "; check the repository's name and revision",
-        _ => "",
-    }
-}
-
-/// What to fetch of a repository.
-#[derive(Clone, Copy, Debug)]
-pub enum Wanted<'a> {
-    /// Everything a safetensors checkpoint needs.
-    Checkpoint,
-    /// One file.
-    File(&'a str),
-}
 
 /// `(file, bytes done, bytes in all)`, called as bytes arrive.
 pub type Progress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
@@ -436,11 +346,6 @@ impl Hub {
 struct Place<'a> {
     blob: PathBuf,
     directory: &'a Path,
-}
-
-fn corrupt(file: &str, expected: impl ToString, got: impl ToString) -> HubError {
-    let (expected, got) = (expected.to_string(), got.to_string());
-    HubError::Corrupt { file: file.to_owned(), expected, got }
 }
 
 /// A snapshot from the cache alone.

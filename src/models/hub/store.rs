@@ -1,7 +1,7 @@
 //! Files of the cache: sizes, checksums, locks, links.
 
+use super::error::{HubError, corrupt};
 use super::listing::Entry;
-use super::{HubError, corrupt};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use std::fs::TryLockError;

@@ -1,6 +1,7 @@
 //! Where passages come from: our own, or a file of the operator's.
 
-use super::{Bits, below, ours};
+use super::chance::{Bits, below};
+use super::ours;
 use serde::Deserialize;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};

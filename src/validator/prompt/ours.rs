@@ -1,7 +1,7 @@
 //! Passages and tasks of our own. A task is put together from parts, so that the same passage is
 //! asked about in very many ways.
 
-use super::{Bits, below, line, pick};
+use super::chance::{Bits, below, line, pick};
 
 const PASSAGES: &str = include_str!("../data/passages.txt");
 

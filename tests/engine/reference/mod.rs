@@ -6,7 +6,7 @@
 
 mod decoder;
 
-use crate::common::Noise;
+use crate::common::{self, Noise};
 use candle_core::DType;
 use decoder::Reference;
 use half::{bf16, f16};
@@ -150,7 +150,7 @@ fn write(dir: &Path, case: &Case) {
 fn computed(dir: &Path, ids: &[u32]) -> Vec<Vec<f32>> {
     let pool = Pool::new(2, Isa::best()).unwrap();
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let decoder = Arc::new(crate::common::decoder(&checkpoint, None, &pool).unwrap());
+    let decoder = Arc::new(common::decoder(&checkpoint, None, &pool).unwrap());
     let mut pass = CpuPass::new(&decoder, &pool, blocks_of(ids.len())).unwrap();
     let ask = |row| RowAsk { logits: true, ..RowAsk::new(row, row) };
     let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();

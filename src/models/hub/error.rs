@@ -1,0 +1,98 @@
+//! Why the Hub could not give a file.
+
+use reqwest::StatusCode;
+use std::io;
+use std::path::PathBuf;
+
+/// What must arrive within a while, unless the file ends.
+pub(super) const BURST_BYTES: u64 = 64 << 10;
+
+/// Why the Hub could not give a file.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// Offline and not in the cache.
+    #[error("{what} is not in the cache ({cache}) and HF_HUB_OFFLINE is set")]
+    Offline {
+        /// The repository or file.
+        what: String,
+        /// Where it was looked for.
+        cache: PathBuf,
+    },
+    /// The Hub answered with an error.
+    #[error("{url} answered {status}{}", hint(*status))]
+    Status {
+        /// The request.
+        url: String,
+        /// The answer.
+        status: StatusCode,
+    },
+    /// The Hub could not be reached, or the connection broke for good.
+    #[error("cannot reach {url}: {source}")]
+    Network {
+        /// The request.
+        url: String,
+        /// The cause.
+        source: reqwest::Error,
+    },
+    /// Bytes come so slowly that there is no end to it.
+    #[error("{url} sent less than {BURST_BYTES} bytes in {seconds} seconds")]
+    Slow {
+        /// The request.
+        url: String,
+        /// The time it had.
+        seconds: f64,
+    },
+    /// Another process holds a file of the cache.
+    #[error("{path} is held by another process")]
+    Locked {
+        /// The lock.
+        path: PathBuf,
+    },
+    /// A file is not what the Hub promised.
+    #[error("{file}: expected {expected}, got {got}")]
+    Corrupt {
+        /// The file.
+        file: String,
+        /// Promised size or checksum.
+        expected: String,
+        /// Received.
+        got: String,
+    },
+    /// The repository lacks a file that a checkpoint needs.
+    #[error("repository {repo} at {commit} has no {file}")]
+    Missing {
+        /// The repository.
+        repo: String,
+        /// The commit.
+        commit: String,
+        /// The file.
+        file: String,
+    },
+    /// A name that would leave the cache directory.
+    #[error("`{0}` is not a valid name for a repository, revision or file")]
+    Name(String),
+    /// The cache cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+fn hint(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+            "; a gated or private repository needs HF_TOKEN and accepted terms"
+        }
+        StatusCode::NOT_FOUND => "; check the repository's name and revision",
+        _ => "",
+    }
+}
+
+/// A file that is not what the Hub describes.
+pub(super) fn corrupt(file: &str, expected: impl ToString, got: impl ToString) -> HubError {
+    let (expected, got) = (expected.to_string(), got.to_string());
+    HubError::Corrupt { file: file.to_owned(), expected, got }
+}
