@@ -118,6 +118,8 @@ pub struct Metagraph {
     pub block: u64,
     /// Its rules.
     pub hyperparameters: Hyperparameters,
+    /// The block of the subnet's last epoch, as the chain counts; 0 where it had none.
+    pub last_step: u64,
     /// Whether stake may be more than is known: it was read from storage, where that of the root
     /// network is missing.
     pub is_stake_partial: bool,
@@ -134,7 +136,13 @@ impl Metagraph {
         neurons: Vec<Neuron>,
     ) -> Self {
         let uids = neurons.iter().enumerate().map(|(place, n)| (n.hotkey, place)).collect();
-        Self { netuid, block, hyperparameters, is_stake_partial: false, neurons, uids }
+        let (last_step, is_stake_partial) = (0, false);
+        Self { netuid, block, hyperparameters, last_step, is_stake_partial, neurons, uids }
+    }
+
+    /// The same, with the block of the subnet's last epoch.
+    pub fn stepped_at(self, last_step: u64) -> Self {
+        Self { last_step, ..self }
     }
 
     /// The same with stake of which a part is not known.

@@ -13,22 +13,27 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::proof::codec::to_hex;
 use crate::server::listen::serve_all;
 use crate::store::Store;
 use crate::store::record::{Round, WeightsState};
 use crate::validator::eligible::{self, NoPermit, Rules};
 use crate::validator::prompt::dataset::Source;
 use crate::validator::round::chance::Chance;
+use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::Progress;
 use crate::validator::run::reading::{Reading, SubnetError};
+use crate::validator::run::trial::Judge;
 use crate::validator::run::world::{Memory, World};
 use crate::validator::run::{Driver, Options, RunError, Settled};
 use crate::validator::service::Service;
+use crate::verify::Limits;
 use crate::verify::evidence::Calibrated;
-use crate::verify::{Limits, Verifier};
+use crate::verify::limits_file::{self, LimitsFile};
 use sd_notify::NotifyState;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -45,7 +50,7 @@ const WEIGHTS_WAIT: Duration = Duration::from_secs(6);
 
 pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     args.original.check()?;
-    let settings = args.round.settings(args.chain.netuid())?;
+    let settings = args.round.settings(args.chain.netuid(), &args.verifying)?;
     let source = Source::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
     let signer = Arc::new(args.wallet.keypair()?);
     let runtime = runtime()?;
@@ -54,19 +59,21 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
     let store = runtime.block_on(Store::open(&args.database));
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
-    let verifiers = verifiers(args, &runtime)?;
+    let judges = judges(args, &runtime)?;
+    let clock = Clock::system();
     let world = World {
         chain,
         netuid: args.chain.netuid(),
         store: store.clone(),
-        clock: Clock::system(),
-        verifiers,
+        keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
+        clock,
+        judges,
+        rules: args.verifying.rules,
         mode: args.listed.mode(),
         source,
         scoring: args.weights.scoring(args.round.profile)?,
-        rates: Calibrated::default(),
         waits: args.round.waits(),
-        away_max: args.weights.epoch_length,
+        away_max: args.weights.away_max(),
         version_key: args.weights.version_key(args.round.profile),
         memory: Memory::default(),
         signer: Arc::clone(&signer),
@@ -74,7 +81,8 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let options = Options {
         round: settings,
         reading: reading(args, &signer),
-        epoch_length: args.weights.epoch_length,
+        epochs: args.weights.epochs(),
+        judges: usize::from(args.verifying.judges),
         rounds: args.round.count(),
         is_dry: args.weights.dry_run,
         stop_time: Duration::from_secs(args.shutdown_timeout),
@@ -115,20 +123,34 @@ async fn check(
     Ok(metagraph)
 }
 
-/// The models to verify with, loaded one after the other.
-fn verifiers(
-    args: &ValidateArgs,
-    runtime: &Runtime,
-) -> Result<BTreeMap<String, Verifier>, Failure> {
+/// The models to verify with, loaded one after the other, each with its limits.
+fn judges(args: &ValidateArgs, runtime: &Runtime) -> Result<BTreeMap<String, Judge>, Failure> {
+    let read = |path: &PathBuf| limits_file::read(path).map(|file| (path.clone(), file));
+    let files = args.verifying.limits.iter().map(read).collect::<Result<Vec<_>, _>>();
+    let mut files = files.map_err(Failure::user)?;
     let pool = args.compute.pool()?;
     let mut loaded = BTreeMap::new();
+    let mut used = BTreeSet::new();
     for config in args.models.read(&[])?.models {
         let name = config.name.clone();
-        let verifier = load_verifier(runtime, config, &pool, Limits::default())?;
-        tracing::info!(model = name, "ready");
-        loaded.insert(name, verifier);
+        let mut verifier = load_verifier(runtime, config, &pool, Limits::default())?;
+        let hash = to_hex(&verifier.identity.model_hash);
+        let own = files.iter().find(|(_, file)| file.model == hash);
+        verifier.limits = own.map_or_else(Limits::default, |(_, file)| file.limits);
+        verifier.limits.exact |= args.verifying.exact;
+        let rates = own.map_or_else(Calibrated::default, |(_, file)| file.rates);
+        tracing::info!(model = name, has_own_limits = own.is_some(), "ready");
+        used.insert(hash);
+        loaded.insert(name, Judge { verifier, rates });
     }
-    Ok(loaded)
+    files.retain(|(_, file)| !used.contains(&file.model));
+    match files.first() {
+        None => Ok(loaded),
+        Some((path, LimitsFile { model, .. })) => {
+            let what = format!("{}: `model` is {model}, which no model here has", path.display());
+            Err(Failure::user(format!("--limits {what}: {}", Vec::from_iter(used).join(", "))))
+        }
+    }
 }
 
 async fn validate(

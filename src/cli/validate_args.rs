@@ -6,7 +6,11 @@ use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, Settings, Times};
-use crate::validator::scores::rules::{Profile, Rules};
+use crate::validator::run::JUDGES_DEFAULT;
+use crate::validator::run::epochs::Epochs;
+use crate::validator::run::keeping::Keeping;
+use crate::validator::scores::rules::{Profile, Rules, WINDOW_MAX};
+use crate::verify;
 use clap::{Args, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,8 +20,8 @@ use std::time::Duration;
 const PROMPT_TIME: Duration = Duration::from_secs(60);
 /// What a query may take beyond its own limit before the round goes on without it.
 const QUERY_GRACE: Duration = Duration::from_secs(10);
-/// Longest time for the verdicts of a round, from its last answer on.
-const VERDICTS_TIME: Duration = Duration::from_secs(1800);
+/// Blocks without a round after which a validator starts anew (protocol 5.7).
+const AWAY_BLOCKS_MAX: u64 = 360;
 /// Version that weights of the profile `targon-4.4` name: 4.4.1 (protocol 0).
 const TARGON_VERSION: u64 = 404_010;
 
@@ -37,7 +41,11 @@ pub(super) struct ValidateArgs {
     #[command(flatten)]
     pub(super) round: RoundArgs,
     #[command(flatten)]
+    pub(super) verifying: VerifyingArgs,
+    #[command(flatten)]
     pub(super) weights: WeightsArgs,
+    #[command(flatten)]
+    pub(super) keeping: KeepingArgs,
     /// Records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
     #[arg(
         id = "database.url",
@@ -199,7 +207,11 @@ impl RoundArgs {
         (Duration::from_secs(self.read_timeout), Duration::from_secs(self.query_timeout))
     }
 
-    pub(super) fn settings(&self, netuid: u16) -> Result<Settings, Failure> {
+    pub(super) fn settings(
+        &self,
+        netuid: u16,
+        verifying: &VerifyingArgs,
+    ) -> Result<Settings, Failure> {
         if self.tokens_min > self.tokens_max {
             let (min, max) = (self.tokens_min, self.tokens_max);
             let what = format!("--tokens-min must be at most --tokens-max, {max}, got {min}");
@@ -225,7 +237,7 @@ impl RoundArgs {
             times: Times {
                 prompt: PROMPT_TIME,
                 answers: query + QUERY_GRACE,
-                verdicts: VERDICTS_TIME,
+                verdicts: Duration::from_secs(verifying.verdicts_timeout),
             },
         })
     }
@@ -242,18 +254,80 @@ impl RoundArgs {
     }
 }
 
+/// How answers are verified.
+#[derive(Args)]
+pub(super) struct VerifyingArgs {
+    /// Limits that `calibrate --pairs` wrote, each for the model that it names; several with commas
+    /// between them. Models without one have the limits of `verify`.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "TARGON_LIMITS",
+        value_delimiter = ',',
+        help_heading = "Verification"
+    )]
+    pub(super) limits: Vec<PathBuf>,
+    /// Demand that hidden rows are equal bit for bit: all miners run this engine.
+    #[arg(long, env = "TARGON_EXACT", help_heading = "Verification")]
+    pub(super) exact: bool,
+    /// Which rules: targon-4.1 (powv), targon-4.4 (ranks) or proof. Where absent, the proof that
+    /// was asked for, else targon-4.4.
+    #[arg(long, env = "TARGON_RULES", help_heading = "Verification")]
+    pub(super) rules: Option<verify::Profile>,
+    /// Answers that are verified at once; each has a KV cache of its own, and they share all cores.
+    #[arg(long, env = "TARGON_JUDGES", default_value_t = JUDGES_DEFAULT as u16,
+        help_heading = "Verification", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) judges: u16,
+    /// Seconds for all verdicts of a round, from its last answer on; what is not verified by then
+    /// stays unscored.
+    #[arg(long, env = "TARGON_VERDICTS_TIMEOUT", default_value_t = 1800,
+        help_heading = "Verification", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    verdicts_timeout: u64,
+}
+
+/// How long records are kept. Weights, evidence and hotkeys are kept for ever.
+#[derive(Args)]
+pub(super) struct KeepingArgs {
+    /// Days that rounds with their verdicts are kept; 0 is for ever.
+    #[arg(long, env = "TARGON_KEEP_ROUNDS", default_value_t = 90, help_heading = "Records")]
+    keep_rounds: u32,
+    /// The newest rounds that are kept, at most; 0 is all.
+    #[arg(long, env = "TARGON_KEEP_ROUNDS_MAX", default_value_t = 0, help_heading = "Records")]
+    keep_rounds_max: u32,
+    /// Days that requests and answers are kept; 0 is as long as their rounds.
+    #[arg(long, env = "TARGON_KEEP_CAPTURES", default_value_t = 7, help_heading = "Records")]
+    keep_captures: u32,
+    /// Days that the evidence of verifications is kept; 0 is as long as their rounds.
+    #[arg(long, env = "TARGON_KEEP_REPORTS", default_value_t = 30, help_heading = "Records")]
+    keep_reports: u32,
+}
+
+impl KeepingArgs {
+    pub(super) fn keeping(&self) -> Keeping {
+        let days = |n: u32| (n > 0).then(|| Duration::from_secs(u64::from(n) * 86_400));
+        Keeping {
+            rounds: days(self.keep_rounds),
+            rounds_max: (self.keep_rounds_max > 0).then_some(self.keep_rounds_max),
+            captures: days(self.keep_captures),
+            reports: days(self.keep_reports),
+            // No window is longer.
+            samples_max: Some(WINDOW_MAX as u32),
+        }
+    }
+}
+
 /// When and how weights are set.
 #[derive(Args)]
 pub(super) struct WeightsArgs {
-    /// Blocks between two settings of weights and readings of the metagraph.
+    /// Blocks between two settings of weights and readings of the metagraph, counted from block 0;
+    /// where absent, both happen where the chain runs an epoch for the subnet.
     #[arg(
         long,
         env = "TARGON_EPOCH_LENGTH",
-        default_value_t = 360,
         value_parser = clap::value_parser!(u64).range(1..),
         help_heading = "Weights"
     )]
-    pub(super) epoch_length: u64,
+    epoch_length: Option<u64>,
     /// Newest samples of a miner and model that count; 30, and 15 in the profile targon-4.4.
     #[arg(long, env = "TARGON_WINDOW", help_heading = "Weights")]
     window: Option<usize>,
@@ -263,6 +337,16 @@ pub(super) struct WeightsArgs {
 }
 
 impl WeightsArgs {
+    /// Where epochs begin.
+    pub(super) fn epochs(&self) -> Epochs {
+        self.epoch_length.map_or(Epochs::Chain, Epochs::Every)
+    }
+
+    /// Blocks after the last round from which on old samples do not count (protocol 5.7).
+    pub(super) fn away_max(&self) -> u64 {
+        self.epoch_length.unwrap_or(AWAY_BLOCKS_MAX)
+    }
+
     pub(super) fn scoring(&self, profile: Profile) -> Result<Rules, Failure> {
         let rules = Rules::of(profile);
         match self.window {

@@ -212,6 +212,8 @@ async fn starts_that_cannot_work_end_at_once_with_what_is_missing() {
     expect(1, &["--slow-share must lie between 0 and 1"], &["--slow-share", "2"]).await;
     expect(1, &["--proof nothing: must be one of"], &["--proof", "nothing"]).await;
     expect(1, &["no-such.jsonl"], &["--dataset", "no-such.jsonl"]).await;
+    expect(1, &["no-such.json", "cannot be read"], &["--limits", "no-such.json"]).await;
+    expect(1, &["--listen", "cannot listen"], &["--listen", "192.0.2.1:1"]).await;
     let place = ["--allow-no-permit", "--database.url", "/proc/no/such.sqlite"];
     expect(1, &["/proc/no/such.sqlite", "see --database.url"], &place).await;
     node.subnet(|s| s.neurons[0] = Neuron::new([9; 32]));

@@ -55,8 +55,10 @@ pub(super) async fn metagraph(
         let axon = axons.get(&hotkey.0).copied().flatten();
         neurons.push(lists.neuron(uid, (hotkey, coldkey), stake, axon));
     }
+    // The runtime's own spelling.
+    let last_step = reader.of_subnet("LastMechansimStepBlock").await?.unwrap_or_default();
     let whole = Metagraph::new(netuid, at.block_number(), hyperparameters, neurons);
-    Ok(whole.with_partial_stake())
+    Ok(whole.stepped_at(last_step).with_partial_stake())
 }
 
 /// Storage entries that list a value for each uid.

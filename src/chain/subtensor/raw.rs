@@ -27,6 +27,7 @@ impl RawAxon {
 pub(super) struct RawMetagraph {
     block: u64,
     tempo: u16,
+    last_step: u64,
     min_allowed_weights: u16,
     max_weights_limit: u16,
     weights_version: u64,
@@ -77,6 +78,7 @@ impl RawMetagraph {
             weights_rate_limit: self.weights_rate_limit,
             commit_reveal: self.commit_reveal_weights_enabled,
         };
-        Ok(Metagraph::new(netuid, self.block, hyperparameters, neurons))
+        let whole = Metagraph::new(netuid, self.block, hyperparameters, neurons);
+        Ok(whole.stepped_at(self.last_step))
     }
 }

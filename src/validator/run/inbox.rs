@@ -3,6 +3,7 @@
 use super::emission::Settled;
 use super::reading::SubnetError;
 use super::subnet::Subnet;
+use crate::store::Removed;
 use crate::validator::eligible::Member;
 use crate::validator::round::{Event, Machine};
 use std::collections::BTreeMap;
@@ -12,10 +13,12 @@ use tokio::task::JoinSet;
 pub(super) enum Message {
     /// Something happened in a round.
     Round(u64, Event),
-    /// The subnet was read.
-    Subnet(Result<Box<Subnet>, SubnetError>),
+    /// The subnet was read; nothing where the epoch that is due has not begun.
+    Subnet(Result<Option<Box<Subnet>>, SubnetError>),
     /// The weights of an epoch are as far as they get.
     Weights(u64, Result<Settled, String>),
+    /// Old records are forgotten as far as they get.
+    Tidied(Result<Removed, String>),
 }
 
 /// A running round.

@@ -5,7 +5,8 @@ use super::inbox::Message;
 use super::ports::{Case, Ports, Query};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
-use super::{Driver, RunError, SAVE_AGAIN, SAVE_TIME, spill};
+use super::{Driver, Epoch, RunError, SAVE_AGAIN, SAVE_TIME, spill};
+use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
 use crate::validator::round::{Action, Answered, Ending, Event, Judged, Judgement};
 use futures_util::FutureExt;
@@ -19,17 +20,40 @@ impl<P: Ports> Driver<P> {
             Message::Round(key, event) => self.tell(key, event),
             Message::Subnet(read) => self.take_subnet(read)?,
             Message::Weights(epoch, settled) => self.take_weights(epoch, settled),
+            Message::Tidied(tidied) => self.take_tidied(tidied),
         }
         Ok(())
     }
 
-    fn take_subnet(&mut self, read: Result<Box<Subnet>, SubnetError>) -> Result<(), RunError> {
+    fn take_tidied(&mut self, tidied: Result<Removed, String>) {
+        self.is_tidying = false;
+        match tidied {
+            Ok(removed) if removed == Removed::default() => {}
+            Ok(Removed { rounds, captures, reports, samples }) => {
+                tracing::info!(rounds, captures, reports, samples, "old records are forgotten");
+            }
+            Err(e) => tracing::warn!("old records are not forgotten, until the next epoch: {e}"),
+        }
+    }
+
+    fn take_subnet(
+        &mut self,
+        read: Result<Option<Box<Subnet>>, SubnetError>,
+    ) -> Result<(), RunError> {
         self.epoch.is_reading = false;
         match read {
-            Ok(subnet) => {
+            Ok(None) => {
+                self.epoch.not_yet(self.heads.borrow().block);
+                self.is_doubted = false;
+                Ok(())
+            }
+            Ok(Some(subnet)) => {
+                let found = Epoch::of(self.options.epochs, &subnet.metagraph);
+                if found.began > self.epoch.began {
+                    self.epoch = found.after(&self.epoch);
+                }
                 // A later epoch may have begun meanwhile.
-                self.epoch.is_read =
-                    subnet.metagraph.block + self.options.epoch_length > self.epoch.began;
+                self.epoch.is_read = found.began >= self.epoch.began;
                 self.progress.set_members(subnet.members.len());
                 self.subnet = Arc::new(*subnet);
                 self.is_doubted = false;

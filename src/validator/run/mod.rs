@@ -6,14 +6,16 @@
 //! the records cannot be written, rounds are kept in memory, and soon no new one begins.
 
 mod emission;
+pub mod epochs;
 mod inbox;
+pub mod keeping;
 mod live;
 pub mod ports;
 pub mod progress;
 pub mod reading;
 mod spill;
 pub mod subnet;
-mod trial;
+pub mod trial;
 pub mod world;
 
 use crate::chain::Head;
@@ -25,6 +27,7 @@ use crate::validator::round::chance::Chance;
 use crate::validator::round::{Machine, Phase, Scene, Settings};
 pub use emission::Settled;
 use emission::When;
+use epochs::{Epoch, Epochs};
 use inbox::{Live, Message};
 use parking_lot::Mutex;
 use ports::Ports;
@@ -44,8 +47,8 @@ const ROUNDS_MAX: usize = 3;
 const UNSAVED_MAX: usize = 4;
 /// Reports that may wait for the owner.
 const INBOX_MAX: usize = 256;
-/// Answers that are judged at once: each has a KV cache of its own, and they share all cores.
-const JUDGES_MAX: usize = 2;
+/// Answers that are judged at once, where nothing is said.
+pub const JUDGES_DEFAULT: usize = 2;
 /// How long to wait where there is nothing to ask or nobody.
 const PAUSE: Duration = Duration::from_secs(5);
 /// How long one try of remembering may take, and waits between two, at first and at most.
@@ -61,8 +64,10 @@ pub struct Options {
     pub round: Settings,
     /// How the subnet is read.
     pub reading: Reading,
-    /// Blocks of an epoch: the subnet is read and weights are set where one begins.
-    pub epoch_length: u64,
+    /// Where the subnet is read and weights are set.
+    pub epochs: Epochs,
+    /// Answers that are judged at once: each has a KV cache of its own, and they share all cores.
+    pub judges: usize,
     /// After so many rounds it ends, with weights; never where absent.
     pub rounds: Option<u64>,
     /// Decide weights and send none.
@@ -118,22 +123,10 @@ pub struct Driver<P: Ports> {
     unsaved: VecDeque<Round>,
     save_at: (Duration, Duration), // next try, wait after it
     epoch: Epoch,
+    is_tidying: bool,
     stopping: Option<Duration>, // until when
     /// Whether the last reading says that this validator may not validate.
     is_doubted: bool,
-}
-
-/// Which epoch's work is done, and which is under way.
-#[derive(Clone, Copy, Default, Debug)]
-struct Epoch {
-    /// The first block of the newest epoch that has begun.
-    began: u64,
-    is_reading: bool,
-    is_read: bool,
-    is_settling: bool,
-    is_settled: bool,
-    /// Tried again from this block on.
-    again_at: u64,
 }
 
 impl<P: Ports> Driver<P> {
@@ -149,15 +142,12 @@ impl<P: Ports> Driver<P> {
     ) -> Result<Self, RunError> {
         let pace = Arc::new(Mutex::new(Pace::default()));
         let nobody = Subnet::default();
-        let subnet = reading::read(&*ports, options.reading, &nobody, &pace, &clock).await?;
+        let metagraph = reading::read_metagraph(&*ports, 0, &pace, &clock).await?;
+        let subnet = reading::read(&*ports, options.reading, metagraph, &nobody).await?;
         let block = subnet.metagraph.block;
-        let epoch = Epoch {
-            began: block - block % options.epoch_length,
-            is_read: true,
-            // The first to be set are those of the next epoch.
-            is_settled: true,
-            ..Epoch::default()
-        };
+        // The first weights to be set are those of the next epoch.
+        let mut epoch = Epoch::of(options.epochs, &subnet.metagraph);
+        epoch.is_settled = true;
         tracing::info!(uid = subnet.own, block, miners = subnet.members.len(), "validator");
         let progress = Progress::default();
         progress.see_block(block, clock.unix_ms());
@@ -165,6 +155,7 @@ impl<P: Ports> Driver<P> {
         Ok(Self {
             ports,
             settings: Arc::new(options.round.clone()),
+            judges: Arc::new(Semaphore::new(options.judges.max(1))),
             options,
             clock,
             chance,
@@ -173,13 +164,13 @@ impl<P: Ports> Driver<P> {
             subnet: Arc::new(subnet),
             heads: watch::Sender::new(Head { block }),
             inbox: mpsc::channel(INBOX_MAX),
-            judges: Arc::new(Semaphore::new(JUDGES_MAX)),
             live: BTreeMap::new(),
             begun: 0,
             not_before: Duration::ZERO,
             unsaved: VecDeque::new(),
             save_at: (Duration::ZERO, SAVE_AGAIN.0),
             epoch,
+            is_tidying: false,
             stopping: None,
             is_doubted: false,
         })
@@ -331,12 +322,7 @@ impl<P: Ports> Driver<P> {
     /// A block has come: where an epoch begins with it, there is work.
     fn on_block(&mut self, block: u64) {
         self.progress.see_block(block, self.clock.unix_ms());
-        let began = block - block % self.options.epoch_length;
-        if began > self.epoch.began {
-            let is_reading = self.epoch.is_reading;
-            let is_settling = self.epoch.is_settling;
-            self.epoch = Epoch { began, is_reading, is_settling, ..Epoch::default() };
-        }
+        self.epoch.on_block(self.options.epochs, block);
     }
 
     fn begin_epoch_work(&mut self) {
@@ -353,16 +339,38 @@ impl<P: Ports> Driver<P> {
             self.epoch.is_settling = true;
             self.settle_weights(block);
         }
+        if !self.epoch.is_tidied && !self.is_tidying && self.options.rounds.is_none() {
+            (self.epoch.is_tidied, self.is_tidying) = (true, true);
+            self.tidy();
+        }
+    }
+
+    /// Forgets old records, beside all else.
+    fn tidy(&self) {
+        let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
+        tokio::spawn(async move {
+            let tidied = ports.tidy().await;
+            let _ = sender.send(Message::Tidied(tidied)).await;
+        });
     }
 
     fn read_subnet(&self) {
         let (ports, pace) = (Arc::clone(&self.ports), Arc::clone(&self.pace));
         let (clock, before) = (self.clock.clone(), Arc::clone(&self.subnet));
         let (how, sender) = (self.options.reading, self.inbox.0.clone());
+        let (epochs, began) = (self.options.epochs, self.epoch.began);
         tokio::spawn(async move {
-            let read = reading::read(&*ports, how, &before, &pace, &clock).await;
+            let read = async {
+                let known = before.metagraph.block;
+                let metagraph = reading::read_metagraph(&*ports, known, &pace, &clock).await?;
+                match epochs.is_news(&metagraph, began) {
+                    true => reading::read(&*ports, how, metagraph, &before).await.map(Some),
+                    false => Ok(None),
+                }
+            };
+            let read = read.await.map(|read| read.map(Box::new));
             // Without a receiver the program ends.
-            let _ = sender.send(Message::Subnet(read.map(Box::new))).await;
+            let _ = sender.send(Message::Subnet(read)).await;
         });
     }
 

@@ -7,6 +7,7 @@ use super::subnet::Subnet;
 use crate::chain::Head;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
+use crate::store::Removed;
 use crate::store::record::{Round, Weights, WeightsState};
 use crate::validator::eligible::Member;
 use crate::validator::round::ask::{Endpoint, Prompt};
@@ -129,6 +130,9 @@ pub trait Ports: Send + Sync + 'static {
     /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.
     fn save(&self, round: &Round) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Forgets records that are older than the operator wants them kept.
+    fn tidy(&self) -> impl Future<Output = Result<Removed, String>> + Send;
 
     /// Decides weights by what is remembered.
     fn decide(&self, subnet: &Subnet) -> impl Future<Output = Result<Decided, String>> + Send;

@@ -55,18 +55,16 @@ impl SubnetError {
     }
 }
 
-/// Reads the subnet, after `before`, and asks every miner for its models.
+/// The subnet of a metagraph that is newer than `before`: every miner is asked for its models.
 ///
 /// # Errors
-/// When the chain cannot be asked or is not believed, or this validator may not validate.
+/// When this validator may not validate.
 pub(super) async fn read<P: Ports>(
     ports: &P,
     reading: Reading,
+    metagraph: Metagraph,
     before: &Subnet,
-    pace: &Mutex<Pace>,
-    clock: &Clock,
 ) -> Result<Subnet, SubnetError> {
-    let metagraph = read_metagraph(ports, before.metagraph.block, pace, clock).await?;
     let Reading { rules, is_permit_needed } = reading;
     let own = eligible::validator(&metagraph, &rules.own, is_permit_needed)?;
     let members = rules.members(&metagraph);
@@ -77,8 +75,11 @@ pub(super) async fn read<P: Ports>(
     Ok(Subnet { metagraph, own, members, models })
 }
 
-/// The metagraph of an endpoint whose block is believed.
-async fn read_metagraph<P: Ports>(
+/// The metagraph of an endpoint whose block is believed, and not older than block `before`.
+///
+/// # Errors
+/// When the chain cannot be asked or is not believed.
+pub(super) async fn read_metagraph<P: Ports>(
     ports: &P,
     before: u64,
     pace: &Mutex<Pace>,

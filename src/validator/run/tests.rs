@@ -4,6 +4,7 @@ use super::ports::{Case, Decided, NotSent, Query, Stand};
 use super::*;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon, Hyperparameters, Metagraph, Neuron, Rao};
+use crate::store::Removed;
 use crate::store::record::{Outcome, Sampled, Weights, WeightsState};
 use crate::validator::eligible::{Member, Rules};
 use crate::validator::query::Arrival;
@@ -37,6 +38,9 @@ struct Fake {
     fates: Mutex<VecDeque<NotSent>>,
     stand: Mutex<Stand>,
     readings: AtomicU64,
+    /// The subnet's last epoch, as the chain counts.
+    last_step: AtomicU64,
+    tidied: AtomicU64,
 }
 
 impl Fake {
@@ -56,6 +60,8 @@ impl Fake {
             fates: Mutex::default(),
             stand: Mutex::new(Stand::Confirmed),
             readings: 0.into(),
+            last_step: 0.into(),
+            tidied: 0.into(),
         }
     }
 
@@ -90,7 +96,9 @@ impl Ports for Fake {
             last_update: 0,
         };
         let neurons = (0..6).map(neuron).collect();
-        Ok(Metagraph::new(4, *self.heads.borrow(), Hyperparameters::default(), neurons))
+        let hyperparameters = Hyperparameters { tempo: 100, ..Hyperparameters::default() };
+        let metagraph = Metagraph::new(4, *self.heads.borrow(), hyperparameters, neurons);
+        Ok(metagraph.stepped_at(self.last_step.load(SeqCst)))
     }
 
     async fn follow(&self, on_head: &(dyn Fn(Head) -> bool + Sync)) -> Result<(), ChainError> {
@@ -178,6 +186,12 @@ impl Ports for Fake {
         Ok(())
     }
 
+    async fn tidy(&self) -> Result<Removed, String> {
+        self.tidied.fetch_add(1, SeqCst);
+        self.records()?;
+        Ok(Removed::default())
+    }
+
     async fn decide(&self, _: &Subnet) -> Result<Decided, String> {
         self.records()?;
         let values = vec![(1, u16::MAX)];
@@ -221,7 +235,8 @@ fn options(rounds: Option<u64>) -> Options {
     Options {
         round,
         reading: Reading { rules, is_permit_needed: true },
-        epoch_length: 100,
+        epochs: Epochs::Every(100),
+        judges: JUDGES_DEFAULT,
         rounds,
         is_dry: false,
         stop_time: Duration::from_millis(300),
@@ -274,7 +289,7 @@ async fn rounds_end_in_records_and_weights() {
         assert_eq!(round.responses[0].sample, Sampled::Tps(100.0));
         assert_eq!(round.responses[3].sample, Sampled::Nothing);
     }
-    assert_eq!(world.judging_max.load(SeqCst), JUDGES_MAX);
+    assert_eq!(world.judging_max.load(SeqCst), JUDGES_DEFAULT);
     assert_eq!(*world.sends.lock(), [(0, vec![(1, u16::MAX)])]);
     let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
     assert_eq!((weights.state, weights.block), (WeightsState::Confirmed, 10));
@@ -323,6 +338,40 @@ async fn weights_are_set_where_an_epoch_begins_and_once() {
     assert_eq!((weights.epoch, weights.state), (200, WeightsState::Confirmed));
     assert_eq!((seen.block, seen.members, seen.weights_age()), (205, 5, Some(0)));
     assert!(seen.beat_ms > 0 && seen.block_ms > 0 && seen.is_stopping);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
+    let world = Arc::new(Fake::new());
+    world.last_step.store(7, SeqCst);
+    let options = Options { epochs: Epochs::Chain, ..options(None) };
+    let running = driver(&world, options).await;
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+    // A multiple of any length is nothing; the epoch is due at 107 and is late.
+    for block in [100, 106] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    assert_eq!(world.readings.load(SeqCst), 1);
+    for (block, readings) in [(107, 2), (108, 3), (110, 4)] {
+        world.heads.send_replace(block);
+        until("a look", || world.readings.load(SeqCst) == readings).await;
+    }
+    assert!(world.sends.lock().is_empty());
+    world.last_step.store(112, SeqCst);
+    world.heads.send_replace(114);
+    until("weights", || world.sends.lock().len() == 1).await;
+    assert_eq!(world.sends.lock()[0].0, 112);
+    // One of the owner's own, noticed where the next one would be due.
+    world.last_step.store(150, SeqCst);
+    world.heads.send_replace(212);
+    until("weights of the next epoch", || world.sends.lock().len() == 2).await;
+    assert_eq!(world.sends.lock()[1].0, 150);
+    until("a look at old records in each epoch", || world.tidied.load(SeqCst) == 3).await;
+    stop.cancel();
+    run.await.unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -387,7 +436,7 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
     let stop = CancellationToken::new();
     let token = stop.clone();
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
-    until("verifications", || world.judging.load(SeqCst) == JUDGES_MAX).await;
+    until("verifications", || world.judging.load(SeqCst) == JUDGES_DEFAULT).await;
     stop.cancel();
     let summary = tokio::time::timeout(Duration::from_secs(5), run).await.unwrap().unwrap();
     let saved = world.saved.lock();

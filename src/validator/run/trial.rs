@@ -14,7 +14,7 @@ use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, judge_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
-use crate::verify::{Depth, Report, Verdict, Verifier};
+use crate::verify::{Depth, Profile, Report, Verdict, Verifier};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,17 +24,27 @@ const ROWS_MAX: usize = 64;
 /// A miner with a sum of evidence above this is looked at closely.
 const SOFT_ALARM: f64 = ALARM / 2.0;
 
+/// A model that answers are judged with.
+#[derive(Clone)]
+pub struct Judge {
+    /// The model, with the limits between honest and not.
+    pub verifier: Verifier,
+    /// What evidence over many answers is weighed by.
+    pub rates: Calibrated,
+}
+
 fn unscored(why: impl ToString) -> Judgement {
     Judgement { verdict: Judged::Unscored(why.to_string()), report: None }
 }
 
 /// Judges an answer, and adds it to what is known of its miner.
 pub(super) async fn judge(
-    verifier: &Verifier,
+    judge: &Judge,
     store: &Store,
-    rates: &Calibrated,
+    rules: Option<Profile>,
     case: Case,
 ) -> Judgement {
+    let Judge { verifier, rates } = judge;
     let hotkey = case.member.hotkey.to_string();
     let standing = match standing(store, &hotkey, &case.model).await {
         Ok(standing) => standing,
@@ -56,7 +66,7 @@ pub(super) async fn judge(
         Err(e) => return unscored(format!("the request cannot be read: {e}")),
     };
     // Drawn now: the miner has answered and cannot know it.
-    let options = CheckOptions { profile: None, depth, chance: Entropy::system().word() };
+    let options = CheckOptions { profile: rules, depth, chance: Entropy::system().word() };
     let own = verifier.clone();
     let work = move || judge_question(&own, question, &capture, options);
     let judged = match tokio::task::spawn_blocking(work).await {

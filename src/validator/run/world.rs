@@ -1,8 +1,9 @@
 //! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
 
+use super::keeping::Keeper;
 use super::ports::{Case, Decided, NotSent, Ports, Query, Stand};
 use super::subnet::Subnet;
-use super::trial;
+use super::trial::{self, Judge};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
@@ -11,7 +12,7 @@ use crate::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Se
 use crate::chain::{Chain, Head};
 use crate::clock::Clock;
 use crate::store::record::{Round, Weights, WeightsState};
-use crate::store::{Claim, Store};
+use crate::store::{Claim, Removed, Store};
 use crate::validator::eligible::Member;
 use crate::validator::models::{self, Mode};
 use crate::validator::prompt::dataset::Source;
@@ -23,8 +24,7 @@ use crate::validator::round::{
     Answered, BAD_STREAM, Ending, Judged, Judgement, Offer, UNREACHABLE,
 };
 use crate::validator::scores::rules::Rules;
-use crate::verify::Verifier;
-use crate::verify::evidence::Calibrated;
+use crate::verify;
 use crate::verify::question::understand;
 use parking_lot::Mutex;
 use serde_json::json;
@@ -49,15 +49,17 @@ pub struct World<C: Chain> {
     /// Time.
     pub clock: Clock,
     /// The models that it verifies with, by name.
-    pub verifiers: BTreeMap<String, Verifier>,
+    pub judges: BTreeMap<String, Judge>,
+    /// The rules of a verification; those that the request asks for where absent.
+    pub rules: Option<verify::Profile>,
+    /// How long records are kept.
+    pub keeper: Keeper,
     /// Where the list of models comes from that miners are told.
     pub mode: Option<Mode>,
     /// What prompts are about.
     pub source: Source,
     /// How samples become weights.
     pub scoring: Rules,
-    /// What evidence over many answers is weighed by.
-    pub rates: Calibrated,
     /// How queries wait: between two reads, and in all.
     pub waits: (Duration, Duration),
     /// Blocks after the last round from which on old samples do not count.
@@ -115,7 +117,7 @@ impl<C: Chain> World<C> {
     }
 
     async fn draft(&self, model: &str, endpoint: Endpoint) -> Result<Prompt, String> {
-        let verifier = self.verifiers.get(model).ok_or("the model is not loaded")?;
+        let verifier = &self.judges.get(model).ok_or("the model is not loaded")?.verifier;
         let date = prompt::date(self.clock.unix_ms())?;
         let mut chance = Chance::system();
         let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
@@ -239,7 +241,7 @@ impl<C: Chain> Ports for World<C> {
     async fn list(&self) -> Result<(), String> {
         let listed = match &self.mode {
             Some(mode) => mode.list(&self.clock).await.map_err(|e| e.to_string())?,
-            None => self.verifiers.keys().cloned().collect(),
+            None => self.judges.keys().cloned().collect(),
         };
         *self.memory.listed.lock() = listed;
         Ok(())
@@ -261,13 +263,14 @@ impl<C: Chain> Ports for World<C> {
 
     fn offers(&self) -> Vec<Offer> {
         let listed = self.memory.listed.lock();
-        let is_listed = |(name, _): &(&String, &Verifier)| listed.contains(*name);
-        let offer = |(name, verifier): (&String, &Verifier)| {
+        let is_listed = |(name, _): &(&String, &Judge)| listed.contains(*name);
+        let offer = |(name, judge): (&String, &Judge)| {
+            let verifier = &judge.verifier;
             let chat = verifier.model.text.chat.as_ref().map(|_| Endpoint::Chat);
             let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
             Offer { name: name.clone(), endpoints, context_max: verifier.context_max }
         };
-        self.verifiers.iter().filter(is_listed).map(offer).collect()
+        self.judges.iter().filter(is_listed).map(offer).collect()
     }
 
     async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> Result<Prompt, String> {
@@ -275,11 +278,15 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn judge(&self, case: Case) -> Judgement {
-        let Some(verifier) = self.verifiers.get(&case.model) else {
+        let Some(judge) = self.judges.get(&case.model) else {
             let verdict = Judged::Unscored(format!("the model {} is not loaded", case.model));
             return Judgement { verdict, report: None };
         };
-        trial::judge(verifier, &self.store, &self.rates, case).await
+        trial::judge(judge, &self.store, self.rules, case).await
+    }
+
+    async fn tidy(&self) -> Result<Removed, String> {
+        self.keeper.tidy(&self.store).await
     }
 
     async fn save(&self, round: &Round) -> Result<(), String> {

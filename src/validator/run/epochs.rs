@@ -1,0 +1,141 @@
+//! Epochs: as the chain counts them, or every so many blocks; and what is done of one's work.
+
+use crate::chain::metagraph::Metagraph;
+
+/// Most blocks between two looks whether an epoch has begun that is due.
+const LOOK_BLOCKS_MAX: u64 = 32;
+
+/// Where epochs begin.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Epochs {
+    /// Where the chain runs one for the subnet, as it says itself.
+    Chain,
+    /// At every block whose number is a multiple of this.
+    Every(u64),
+}
+
+impl Epochs {
+    /// The first block of the newest epoch, as known from a reading.
+    pub(super) fn began(self, metagraph: &Metagraph) -> u64 {
+        match self {
+            Epochs::Chain => metagraph.last_step,
+            Epochs::Every(length) => metagraph.block - metagraph.block % length,
+        }
+    }
+
+    /// Whether this reading tells of a later epoch than the one that began at `began`.
+    pub(super) fn is_news(self, metagraph: &Metagraph, began: u64) -> bool {
+        match self {
+            Epochs::Chain => metagraph.last_step > began,
+            Epochs::Every(_) => true,
+        }
+    }
+}
+
+/// Which epoch's work is done, and which is under way. An epoch is named by its first block.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Epoch {
+    /// The first block of the newest epoch that has begun.
+    pub(super) began: u64,
+    pub(super) is_reading: bool,
+    pub(super) is_read: bool,
+    pub(super) is_settling: bool,
+    pub(super) is_settled: bool,
+    /// Whether old records were looked at, whatever came of it.
+    pub(super) is_tidied: bool,
+    /// Tried again from this block on.
+    pub(super) again_at: u64,
+    /// The block at which the next one is due, where the chain counts.
+    due: u64,
+    /// Looks at the chain that found it not begun yet.
+    looks: u32,
+}
+
+impl Epoch {
+    /// The epoch of a reading, which is done.
+    pub(super) fn of(epochs: Epochs, metagraph: &Metagraph) -> Self {
+        let began = epochs.began(metagraph);
+        // The chain runs one `tempo` or `tempo` + 1 blocks after the last, by its version; one that
+        // has none yet is looked at now and then.
+        let tempo = u64::from(metagraph.hyperparameters.tempo).max(1);
+        let due = began.saturating_add(tempo).max(metagraph.block + 1);
+        Self { began, is_read: true, due, ..Self::default() }
+    }
+
+    /// A later one, with what is under way for the one before.
+    pub(super) fn after(self, before: &Self) -> Self {
+        Self { is_reading: before.is_reading, is_settling: before.is_settling, ..self }
+    }
+
+    /// A block has come: whether the subnet is to be read anew.
+    pub(super) fn on_block(&mut self, epochs: Epochs, block: u64) {
+        match epochs {
+            Epochs::Chain => self.is_read &= block < self.due,
+            Epochs::Every(length) => {
+                let began = block - block % length;
+                if began > self.began {
+                    *self = Self { began, ..Self::default() }.after(self);
+                }
+            }
+        }
+    }
+
+    /// The chain's next epoch has not begun at `block`.
+    pub(super) fn not_yet(&mut self, block: u64) {
+        let wait = 1_u64.checked_shl(self.looks).unwrap_or(LOOK_BLOCKS_MAX).min(LOOK_BLOCKS_MAX);
+        self.looks = self.looks.saturating_add(1);
+        (self.is_read, self.due) = (true, block.saturating_add(wait));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::metagraph::Hyperparameters;
+
+    fn metagraph(block: u64, last_step: u64, tempo: u16) -> Metagraph {
+        let hyperparameters = Hyperparameters { tempo, ..Hyperparameters::default() };
+        Metagraph::new(4, block, hyperparameters, Vec::new()).stepped_at(last_step)
+    }
+
+    #[test]
+    fn the_chain_says_where_an_epoch_begins() {
+        let chain = Epochs::Chain;
+        let mut epoch = Epoch::of(chain, &metagraph(1_100, 1_000, 360));
+        assert_eq!((epoch.began, epoch.is_read), (1_000, true));
+        epoch.on_block(chain, 1_359);
+        assert!(epoch.is_read);
+        epoch.on_block(chain, 1_360);
+        assert!(!epoch.is_read);
+        // Not yet: looked at again after 1, 2, 4 ... 32 blocks.
+        let mut block = 1_360;
+        for wait in [1, 2, 4, 8, 16, 32, 32, 32] {
+            assert!(!chain.is_news(&metagraph(block, 1_000, 360), epoch.began));
+            epoch.not_yet(block);
+            epoch.on_block(chain, block + wait - 1);
+            assert!(epoch.is_read, "{wait}");
+            epoch.on_block(chain, block + wait);
+            assert!(!epoch.is_read, "{wait}");
+            block += wait;
+        }
+        assert!(chain.is_news(&metagraph(block, block - 3, 360), epoch.began));
+        let next = Epoch::of(chain, &metagraph(block, block - 3, 360)).after(&epoch);
+        assert_eq!((next.began, next.is_settled), (block - 3, false));
+        // An owner's change of the tempo and a subnet that never had an epoch.
+        assert_eq!(Epoch::of(chain, &metagraph(9, 0, 0)).due, 10);
+        // An endpoint that is behind tells nothing new.
+        assert!(!chain.is_news(&metagraph(900, 639, 360), 1_000));
+    }
+
+    #[test]
+    fn multiples_of_a_length_are_epochs_too() {
+        let every = Epochs::Every(100);
+        let mut epoch = Epoch::of(every, &metagraph(250, 33, 360));
+        assert_eq!(epoch.began, 200);
+        epoch.is_settling = true;
+        epoch.on_block(every, 299);
+        assert!((epoch.began, epoch.is_read) == (200, true));
+        epoch.on_block(every, 305);
+        assert!((epoch.began, epoch.is_read, epoch.is_settling) == (300, false, true));
+    }
+}
