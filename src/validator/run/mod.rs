@@ -119,6 +119,7 @@ pub struct Driver<P: Ports> {
     save_at: (Duration, Duration), // next try, wait after it
     epoch: Epoch,
     stopping: Option<Duration>, // until when
+    retirement: CancellationToken,
     /// Whether the last reading says that this validator may not validate.
     is_doubted: bool,
 }
@@ -181,6 +182,7 @@ impl<P: Ports> Driver<P> {
             save_at: (Duration::ZERO, SAVE_AGAIN.0),
             epoch,
             stopping: None,
+            retirement: CancellationToken::new(),
             is_doubted: false,
         })
     }
@@ -188,6 +190,17 @@ impl<P: Ports> Driver<P> {
     /// What an operator watches.
     pub fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
+    }
+
+    /// Once cancelled, the run ends at the next moment without a round, after the weights of the
+    /// epoch are settled.
+    pub fn retirement(&self) -> CancellationToken {
+        self.retirement.clone()
+    }
+
+    /// Whether no new round is to begin because the run is to end.
+    fn is_retiring(&self) -> bool {
+        self.retirement.is_cancelled() && self.epoch.is_settled
     }
 
     /// Runs until the rounds that were asked for are over, or `stop` says so. Every round that ends
@@ -259,7 +272,8 @@ impl<P: Ports> Driver<P> {
     /// Whether nothing is left to be done.
     fn is_over(&self) -> bool {
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
-        let has_ended = self.live.is_empty() && (is_enough || self.stopping.is_some());
+        let is_last = is_enough || self.stopping.is_some() || self.is_retiring();
+        let has_ended = self.live.is_empty() && is_last;
         // Weights that are on their way are waited for.
         let is_settling = self.epoch.is_settling
             && self.stopping.is_none_or(|until| self.clock.elapsed() < until);
@@ -280,7 +294,7 @@ impl<P: Ports> Driver<P> {
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
         let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
         let is_early = self.clock.elapsed() < self.not_before;
-        if is_enough || is_full || is_early || self.stopping.is_some() {
+        if is_enough || is_full || is_early || self.stopping.is_some() || self.is_retiring() {
             return;
         }
         if self.live.values().any(is_asking) {
