@@ -22,7 +22,7 @@
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, requests to tokens and text |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to rows and what they say |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`entropy`] [`files`] | leaves |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`entropy`] [`files`] [`update`] | leaves |
 //!
 //! # Invariants
 //!
@@ -49,6 +49,7 @@ pub mod proof;
 pub mod reply;
 pub mod server;
 pub mod store;
+pub mod update;
 pub mod validator;
 pub mod verifier;
 pub mod verify;

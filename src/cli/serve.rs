@@ -6,6 +6,7 @@ use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{Running, Subnet, feed_watchdog, tell};
 use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
+use super::update::{UpdateArgs, replaced, restart};
 use super::{Failure, logging};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
@@ -21,6 +22,7 @@ use crate::server::operations::metrics::summarize;
 use crate::server::registry::Registry;
 use crate::server::router;
 use crate::server::state::ServerState;
+use crate::update::Installed;
 use axum::Router;
 use clap::{Args, ValueEnum};
 use sd_notify::NotifyState;
@@ -46,6 +48,11 @@ pub(super) struct ServeArgs {
     pub(super) axon: AxonArgs,
     #[command(flatten)]
     original: OriginalArgs,
+    #[command(flatten)]
+    update: UpdateArgs,
+    /// Look for newer releases, and become one: what runs may end first.
+    #[arg(long, env = "TARGON_AUTOUPDATE", help_heading = "Updates")]
+    autoupdate: bool,
     /// Keys that open the API, with commas between them; more in [server] of the models file.
     #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
     pub(super) api_key: Vec<String>,
@@ -84,15 +91,17 @@ pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
     let outcome = runtime.block_on(serve(args, log, (config, seen), pool));
     // Loading threads may still be busy; nothing waits for them.
     runtime.shutdown_background();
-    outcome
+    outcome?.map_or(Ok(()), |installed| Err(restart(&installed)))
 }
 
+/// Serves until a signal, or until there is a newer program to become.
 async fn serve(
     args: ServeArgs,
     log: String,
     (config, seen): (Config, Option<Stamp>),
     pool: Pool,
-) -> Result<(), Failure> {
+) -> Result<Option<Installed>, Failure> {
+    let updater = args.update.updater(args.autoupdate)?;
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
     let is_miner = Subnet::is_wanted(&args.wallet, &args.chain);
@@ -101,7 +110,7 @@ async fn serve(
     if let Some(subnet) = &subnet
         && args.axon.dry_run
     {
-        return subnet.dry_run().await;
+        return subnet.dry_run().await.map(|()| None);
     }
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
@@ -109,8 +118,8 @@ async fn serve(
     announce!("http://{local}");
     let (listeners, running) = listeners(listener, &state, subnet);
     let timeout = Duration::from_secs(args.shutdown_timeout);
-    let ended = CancellationToken::new();
-    let stop = stopping(ended.clone())?;
+    let (ended, signalled) = (CancellationToken::new(), CancellationToken::new());
+    let stop = stopping(ended.clone(), signalled.clone())?;
     let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
     let shown: Arc<dyn Progress> = Arc::new(Bars::new());
@@ -118,7 +127,7 @@ async fn serve(
     let loading = tokio::spawn(start_models(models, own, threads, time, shown.clone()));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
-        outcome = &mut serving => return finish(outcome),
+        outcome = &mut serving => return finish(outcome).map(|()| None),
         ready = loading => if !ready.map_err(Failure::ours)? {
             return Err(Failure::user(describe_failures(&registry)));
         },
@@ -129,19 +138,22 @@ async fn serve(
     let reloader =
         Reloader { path, seen, keys, log, set_log, config, state, pool, clock, open, shown };
     let dead = last_engine_death(registry);
-    tokio::select! {
-        outcome = &mut serving => finish(outcome),
+    let (outcome, newer) = tokio::select! {
+        outcome = &mut serving => return finish(outcome).map(|()| None),
         outcome = reloader.run() => {
-            outcome.map_err(|e| Failure::ours(format!("cannot watch signals: {e}")))
+            let outcome = outcome.map(|()| None);
+            return outcome.map_err(|e| Failure::ours(format!("cannot watch signals: {e}")));
         }
-        outcome = mine(running) => {
-            // What runs may end.
-            ended.cancel();
-            finish(serving.await)?;
-            outcome
+        name = dead => {
+            return Err(Failure::ours(format!("the last engine, that of {name}, has stopped")));
         }
-        name = dead => Err(Failure::ours(format!("the last engine, that of {name}, has stopped"))),
-    }
+        outcome = mine(running) => (outcome, None),
+        installed = replaced(updater, args.update.every()) => (Ok(()), Some(installed)),
+    };
+    // What runs may end.
+    ended.cancel();
+    finish(serving.await)?;
+    outcome.map(|()| newer.filter(|_| !signalled.is_cancelled()))
 }
 
 /// The subnet's side, where flags ask for it.
@@ -206,12 +218,19 @@ fn listeners(
     (listeners, running)
 }
 
-/// Completes at a signal, or when `ended` says so.
-fn stopping(ended: CancellationToken) -> Result<impl Future<Output = ()> + Send, Failure> {
-    let signal = stop_signal()?;
+/// Completes at a signal, which cancels `signalled`, or when `ended` says so.
+fn stopping(
+    ended: CancellationToken,
+    signalled: CancellationToken,
+) -> Result<impl Future<Output = ()> + Send, Failure> {
+    let (signal, token) = (stop_signal()?, signalled.clone());
+    tokio::spawn(async move {
+        signal.await;
+        token.cancel();
+    });
     Ok(async move {
         tokio::select! {
-            () = signal => {}
+            () = signalled.cancelled() => {}
             () = ended.cancelled() => {}
         }
         tell(NotifyState::Stopping);

@@ -253,8 +253,6 @@ pub(super) struct OriginalArgs {
     logging_dir: Option<PathBuf>,
     #[arg(long = "logging.record_log", env = "BT_LOGGING_RECORD_LOG", hide = true)]
     record_log: bool,
-    #[arg(long = "autoupdate-off", hide = true)]
-    autoupdate_off: bool,
     #[arg(long = "no_version_checking", hide = true)]
     no_version_checking: bool,
     #[arg(long = "strict", hide = true)]
@@ -285,7 +283,6 @@ impl OriginalArgs {
             (self.max_workers.is_some(), "--axon.max_workers", "requests need no workers"),
             (self.logging_dir.is_some(), "--logging.logging_dir", "logs go to stderr"),
             (self.record_log, "--logging.record_log", "logs go to stderr"),
-            (self.autoupdate_off, "--autoupdate-off", "this program never updates itself"),
             (self.no_version_checking, "--no_version_checking", "no version is checked"),
             (self.strict, "--strict", "unknown flags are always errors"),
         ] {

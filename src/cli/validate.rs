@@ -7,7 +7,7 @@ use super::serve::stop_signal;
 use super::shared::runtime;
 use super::subnet::tell;
 pub(super) use super::validate_args::ValidateArgs;
-use super::{Failure, validate_table};
+use super::{Failure, update, validate_table};
 use crate::chain::Chain;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
@@ -17,6 +17,7 @@ use crate::proof::codec::to_hex;
 use crate::server::listen::serve_all;
 use crate::store::Store;
 use crate::store::record::{Round, WeightsState};
+use crate::update::{Installed, Updater};
 use crate::validator::eligible::{self, NoPermit, Rules};
 use crate::validator::prompt::dataset::Source;
 use crate::validator::round::chance::Chance;
@@ -59,6 +60,8 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
     let store = runtime.block_on(Store::open(&args.database));
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
+    // A run of some rounds ends before anything newer matters.
+    let updater = args.update.updater(args.round.count().is_none())?;
     let judges = judges(args, &runtime)?;
     let clock = Clock::system();
     let world = World {
@@ -90,13 +93,13 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         spill: Some(args.unsaved.clone()),
     };
     let outcome = runtime.block_on(async {
-        let outcome = validate(args, world, options, &metagraph).await;
+        let outcome = validate(args, (world, options, updater), &metagraph).await;
         store.close().await;
         outcome
     });
     // A verification that was given up may still compute; nothing waits for it.
     runtime.shutdown_background();
-    outcome
+    outcome?.map_or(Ok(()), |installed| Err(update::restart(&installed)))
 }
 
 fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
@@ -153,12 +156,12 @@ fn judges(args: &ValidateArgs, runtime: &Runtime) -> Result<BTreeMap<String, Jud
     }
 }
 
+/// Validates until it is over, or until there is a newer program to become.
 async fn validate(
     args: &ValidateArgs,
-    world: World<Subtensor>,
-    options: Options,
+    (world, options, updater): (World<Subtensor>, Options, Option<Updater>),
     metagraph: &Metagraph,
-) -> Result<(), Failure> {
+) -> Result<Option<Installed>, Failure> {
     let is_bounded = options.rounds.is_some();
     let (clock, store, netuid) = (world.clock.clone(), world.store.clone(), world.netuid);
     let driver = Driver::new(Arc::new(world), options, clock.clone(), Chance::system()).await;
@@ -173,6 +176,12 @@ async fn validate(
     }
     watch(Arc::clone(&progress))?;
     let stop = CancellationToken::new();
+    let (retire, every) = (driver.retirement(), args.update.every());
+    let newer = tokio::spawn(async move {
+        let installed = update::replaced(updater, every).await;
+        retire.cancel();
+        installed
+    });
     let (signal, token) = (stop_signal()?, stop.clone());
     tokio::spawn(async move {
         signal.await;
@@ -187,9 +196,13 @@ async fn validate(
             outln!("{}", validate_table::verdicts(round));
         }
     };
-    let summary = driver.run(stop, &on_round).await.map_err(run_failure)?;
+    let summary = driver.run(stop.clone(), &on_round).await.map_err(run_failure)?;
+    if newer.is_finished() && !stop.is_cancelled() {
+        return newer.await.map(Some).map_err(Failure::ours);
+    }
+    newer.abort();
     tell(NotifyState::Stopping);
-    summary.weights.map_or(Ok(()), |settled| show(settled, metagraph))
+    summary.weights.map_or(Ok(None), |settled| show(settled, metagraph).map(|()| None))
 }
 
 /// The weights at the end.

@@ -3,6 +3,7 @@
 use super::Failure;
 use super::shared::{ComputeArgs, ModelsArg};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
+use super::update::UpdateArgs;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, Settings, Times};
@@ -46,6 +47,8 @@ pub(super) struct ValidateArgs {
     pub(super) weights: WeightsArgs,
     #[command(flatten)]
     pub(super) keeping: KeepingArgs,
+    #[command(flatten)]
+    pub(super) update: UpdateArgs,
     /// Records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
     #[arg(
         id = "database.url",

@@ -14,6 +14,7 @@ mod closed_stdout;
 mod doctor;
 mod miner;
 mod store;
+mod update;
 mod validator;
 mod verifier;
 mod weight_files;

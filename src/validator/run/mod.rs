@@ -125,6 +125,7 @@ pub struct Driver<P: Ports> {
     epoch: Epoch,
     is_tidying: bool,
     stopping: Option<Duration>, // until when
+    retirement: CancellationToken,
     /// Whether the last reading says that this validator may not validate.
     is_doubted: bool,
 }
@@ -172,6 +173,7 @@ impl<P: Ports> Driver<P> {
             epoch,
             is_tidying: false,
             stopping: None,
+            retirement: CancellationToken::new(),
             is_doubted: false,
         })
     }
@@ -179,6 +181,17 @@ impl<P: Ports> Driver<P> {
     /// What an operator watches.
     pub fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
+    }
+
+    /// Once cancelled, the run ends at the next moment without a round, after the weights of the
+    /// epoch are settled.
+    pub fn retirement(&self) -> CancellationToken {
+        self.retirement.clone()
+    }
+
+    /// Whether no new round is to begin because the run is to end.
+    fn is_retiring(&self) -> bool {
+        self.retirement.is_cancelled() && self.epoch.is_settled
     }
 
     /// Runs until the rounds that were asked for are over, or `stop` says so. Every round that ends
@@ -250,7 +263,8 @@ impl<P: Ports> Driver<P> {
     /// Whether nothing is left to be done.
     fn is_over(&self) -> bool {
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
-        let has_ended = self.live.is_empty() && (is_enough || self.stopping.is_some());
+        let is_last = is_enough || self.stopping.is_some() || self.is_retiring();
+        let has_ended = self.live.is_empty() && is_last;
         // Weights that are on their way are waited for.
         let is_settling = self.epoch.is_settling
             && self.stopping.is_none_or(|until| self.clock.elapsed() < until);
@@ -271,7 +285,7 @@ impl<P: Ports> Driver<P> {
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
         let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
         let is_early = self.clock.elapsed() < self.not_before;
-        if is_enough || is_full || is_early || self.stopping.is_some() {
+        if is_enough || is_full || is_early || self.stopping.is_some() || self.is_retiring() {
             return;
         }
         if self.live.values().any(is_asking) {

@@ -448,6 +448,37 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
+    let world = Arc::new(Fake::new());
+    let mut options = options(None);
+    options.round.times.verdicts = Duration::from_secs(600);
+    let running = driver(&world, options).await;
+    let (progress, retirement) = (running.progress(), running.retirement());
+    let run = tokio::spawn(async move { running.run(CancellationToken::new(), &|_| {}).await });
+    until("a round", || progress.rounds() > 0).await;
+    // An epoch begins, and its weights cannot be set yet.
+    world.fates.lock().push_back(NotSent::Later("the rate limit".into()));
+    world.heads.send_replace(100);
+    until("a refusal", || world.fates.lock().is_empty()).await;
+    retirement.cancel();
+    let before = progress.rounds();
+    until("rounds while weights are missing", || progress.rounds() > before + 2).await;
+    world.hangs.store(true, SeqCst);
+    until("verifications", || world.judging.load(SeqCst) == JUDGES_MAX).await;
+    world.heads.send_replace(101);
+    until("weights", || world.sends.lock().len() == 1).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!run.is_finished(), "a round waits for verdicts");
+    world.hangs.store(false, SeqCst);
+    let summary = tokio::time::timeout(Duration::from_secs(5), run).await.unwrap().unwrap();
+    let saved = world.saved.lock();
+    assert_eq!(summary.unwrap().rounds, saved.len() as u64);
+    // Nothing was given up.
+    let first = |round: &Round| round.responses[0].outcome;
+    assert!(saved.iter().all(|round| first(round) == Outcome::Verified));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_permit_nothing_begins() {
     let world = Arc::new(Fake { permit: false, ..Fake::new() });
     let (clock, chance) = (Clock::system(), Chance::seeded(1));

@@ -1,0 +1,90 @@
+//! Flags of updates, and becoming the new program.
+
+use super::Failure;
+use super::subnet::tell;
+use crate::update::{Installed, Limits, Refusal, Source, Updater};
+use clap::Args;
+use sd_notify::NotifyState;
+use std::time::Duration;
+
+/// What the service manager waits for a new program to feed its watchdog, in microseconds: models
+/// are loaded first. The new program is then watched as its unit says.
+const START_TIME_US: u32 = 15 * 60 * 1_000_000;
+
+/// Where newer releases come from.
+#[derive(Args)]
+pub(super) struct UpdateArgs {
+    /// The list of the newest release, as docs/updates.md describes it.
+    #[arg(
+        id = "update.url",
+        long = "update.url",
+        env = "TARGON_UPDATE_URL",
+        help_heading = "Updates"
+    )]
+    url: Option<String>,
+    /// The minisign public key that signs releases: the second line of its file.
+    #[arg(
+        id = "update.key",
+        long = "update.key",
+        env = "TARGON_UPDATE_KEY",
+        help_heading = "Updates"
+    )]
+    key: Option<String>,
+    /// Seconds between two looks for a newer release.
+    #[arg(
+        id = "update.interval",
+        long = "update.interval",
+        env = "TARGON_UPDATE_INTERVAL",
+        default_value_t = 3600,
+        value_parser = clap::value_parser!(u64).range(60..=2_592_000),
+        help_heading = "Updates"
+    )]
+    interval: u64,
+    /// Never replace this program by a newer release.
+    #[arg(long = "autoupdate-off", env = "NO_AUTO_UPDATE", help_heading = "Updates")]
+    off: bool,
+}
+
+impl UpdateArgs {
+    /// What looks for newer releases; nothing where that is off, or not set up, which is said.
+    ///
+    /// # Errors
+    /// When an address or key is given that cannot be used.
+    pub(super) fn updater(&self, is_wanted: bool) -> Result<Option<Updater>, Failure> {
+        if self.off || !is_wanted {
+            return Ok(None);
+        }
+        let source = match Source::new(self.url.as_deref(), self.key.as_deref()) {
+            Ok(source) => source,
+            Err(refusal @ Refusal::NotConfigured) => {
+                tracing::warn!("{refusal}; --autoupdate-off says that this is meant");
+                return Ok(None);
+            }
+            Err(refusal) => return Err(Failure::user(refusal)),
+        };
+        Updater::new(source, Limits::default()).map(Some).map_err(Failure::ours)
+    }
+
+    /// Time between two looks.
+    pub(super) fn every(&self) -> Duration {
+        Duration::from_secs(self.interval)
+    }
+}
+
+/// Completes once a newer program is in place; never without an updater.
+pub(super) async fn replaced(updater: Option<Updater>, every: Duration) -> Installed {
+    match updater {
+        Some(updater) => updater.follow(every).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Becomes the program that is in place now; returns only where that fails.
+pub(super) fn restart(installed: &Installed) -> Failure {
+    tracing::info!("restarting as the new program");
+    if sd_notify::watchdog_enabled().is_some() {
+        tell(NotifyState::WatchdogUsec(START_TIME_US));
+    }
+    // The supervisor's next start takes the new program as well.
+    Failure::ours(installed.restart())
+}

@@ -1,0 +1,174 @@
+//! Why a release is not taken: each has a name, and after each of them the running program stays.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+/// Why this program is not replaced.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Nobody said where releases are and who signs them.
+    #[error("--update.url and --update.key are not both set, so this program does not update")]
+    NotConfigured,
+    /// The address cannot be used.
+    #[error("--update.url {url}: {why}")]
+    Address {
+        /// As it was given.
+        url: String,
+        /// The rule.
+        why: String,
+    },
+    /// The key is none.
+    #[error("--update.key is not the base64 line of a minisign public key: {why}")]
+    Key {
+        /// What the decoder says.
+        why: String,
+    },
+    /// Nobody answers, or the connection breaks.
+    #[error("{url} cannot be read: {why}")]
+    Unreachable {
+        /// What was asked for.
+        url: String,
+        /// What happened.
+        why: String,
+    },
+    /// The server says no.
+    #[error("{url} answered {status}")]
+    Status {
+        /// What was asked for.
+        url: String,
+        /// The status.
+        status: u16,
+    },
+    /// It points to another host, or in circles.
+    #[error(
+        "{url} redirects to {to}: only redirects to the same scheme, host and port are followed"
+    )]
+    Redirected {
+        /// What was asked for.
+        url: String,
+        /// Where it points.
+        to: String,
+    },
+    /// It took too long.
+    #[error("{url} took longer than {seconds} s in all, or longer than {gap} s between two reads")]
+    Late {
+        /// What was asked for.
+        url: String,
+        /// The deadline, in seconds.
+        seconds: u64,
+        /// The longest gap, in seconds.
+        gap: u64,
+    },
+    /// It is larger than it may be.
+    #[error("{url} must have at most {limit} bytes, and has more")]
+    Long {
+        /// What was asked for.
+        url: String,
+        /// The limit.
+        limit: u64,
+    },
+    /// Fewer bytes came than the list says.
+    #[error("{file} must have {expected} bytes, got {got}: it is truncated")]
+    Truncated {
+        /// The file.
+        file: String,
+        /// What the list says.
+        expected: u64,
+        /// What came.
+        got: u64,
+    },
+    /// The list cannot be understood.
+    #[error("{url} is no list of a release: {why}")]
+    List {
+        /// What was read.
+        url: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The release has nothing for this machine.
+    #[error("release {version} has no build for {target}")]
+    NoBuild {
+        /// The release.
+        version: String,
+        /// This program's target.
+        target: String,
+    },
+    /// The signature is not that of the key.
+    #[error("the signature of {file} is not valid: {why}")]
+    Signature {
+        /// The file.
+        file: String,
+        /// What the verifier says.
+        why: String,
+    },
+    /// The signature is valid, and is for something else.
+    #[error("the signature of {file} must be for `{expected}`, it is for `{got}`")]
+    SignedFor {
+        /// The file.
+        file: String,
+        /// Program, version and target that the list names.
+        expected: String,
+        /// The signed comment.
+        got: String,
+    },
+    /// The bytes are others than the list says.
+    #[error("{file} must have the SHA-256 {expected}, got {got}")]
+    Checksum {
+        /// The file.
+        file: String,
+        /// What the list says.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// The new program does not start here.
+    #[error("the new program does not run on this machine: {why}")]
+    Unfit {
+        /// What happened.
+        why: String,
+    },
+    /// Another process updates the same file.
+    #[error("another process is updating {}", path.display())]
+    Busy {
+        /// The program's file.
+        path: PathBuf,
+    },
+    /// No space is left.
+    #[error("{}: no space is left for the new program", path.display())]
+    DiskFull {
+        /// What could not be written.
+        path: PathBuf,
+    },
+    /// The directory of the program cannot be written.
+    #[error("{}: the program's directory cannot be written: {source}", path.display())]
+    ReadOnly {
+        /// What could not be written.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// Another step with a file fails.
+    #[error("{}: {what}: {source}", path.display())]
+    Io {
+        /// The step.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+}
+
+impl Refusal {
+    /// The refusal of a step with a file.
+    pub(super) fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { path },
+            ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => {
+                Self::ReadOnly { path, source }
+            }
+            _ => Self::Io { what, path, source },
+        }
+    }
+}
