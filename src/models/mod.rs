@@ -28,6 +28,7 @@ pub mod root;
 pub mod rows;
 pub mod rules;
 pub mod sampler;
+pub mod source;
 pub mod spec;
 pub mod tensor;
 pub mod text;

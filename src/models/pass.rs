@@ -200,6 +200,15 @@ pub enum Fault {
     /// Weights could not be read.
     #[error(transparent)]
     Weights(#[from] LoadError),
+    /// The device has no memory for this step; a smaller one may fit.
+    #[error("{0}")]
+    Memory(String),
+    /// The device refused this step; the next may succeed.
+    #[error("{0}")]
+    Device(String),
+    /// The device does not work any more, for any step.
+    #[error("{0}")]
+    Lost(String),
 }
 
 /// Why one row has no answer; the others of its step have theirs.
