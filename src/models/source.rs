@@ -112,8 +112,11 @@ impl Rows {
     /// # Errors
     /// When the stored type cannot be computed with.
     pub fn reader(&self, threads: usize) -> Result<Reader<'_>, LoadError> {
-        let part = |part| Ok((part, Runs::new(&part.tensor, threads)?));
-        Ok(Reader { parts: self.parts.iter().map(part).collect::<Result<_, LoadError>>()? })
+        let mut parts = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            parts.push((part, Runs::new(&part.tensor, threads)?));
+        }
+        Ok(Reader { parts })
     }
 }
 
@@ -134,7 +137,7 @@ impl Reader<'_> {
     }
 }
 
-impl<'a> Source<'a> {
+impl Source<'_> {
     /// The embedding: a row for each token.
     ///
     /// # Errors
