@@ -39,7 +39,7 @@ pub(super) fn logit_rows_max(vocab: usize) -> usize {
 }
 
 /// Bytes of logits and results for steps of `rows` rows.
-pub fn answer_bytes(spec: &crate::models::spec::Spec, rows: usize) -> usize {
+pub(super) fn answer_bytes(spec: &crate::models::spec::Spec, rows: usize) -> usize {
     let rows = rows.min(logit_rows_max(spec.vocab));
     rows * (4 * spec.vocab + 2 * spec.hidden + 8 * CANDIDATES + 64)
 }

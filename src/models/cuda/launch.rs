@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::ops::Range;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 
 /// The kernels: PTX 9.0 for sm_80, which drivers from 580 on compile for the card at hand.
 const PTX: [&str; 9] = [
@@ -44,12 +44,8 @@ pub struct Card {
     name: String,
     context: Arc<CudaContext>,
     functions: HashMap<&'static str, Function>,
-    modules: Vec<Module>,
     lost: Mutex<Option<CudaError>>,
 }
-
-/// A loaded module.
-struct Module(sys::CUmodule);
 
 /// A kernel: its handle, and the bytes of each of its parameters.
 struct Function {
@@ -57,12 +53,8 @@ struct Function {
     sizes: Vec<usize>,
 }
 
-// SAFETY: handles of modules and functions may be used from any thread while their context lives,
-// which `Card` keeps; nothing here is written after it is made.
-unsafe impl Send for Module {}
-// SAFETY: as above.
-unsafe impl Sync for Module {}
-// SAFETY: as above.
+// SAFETY: a function's handle may be used from any thread while its module is loaded, which is as
+// long as the program runs; nothing here is written after it is made.
 unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
@@ -89,24 +81,22 @@ pub fn cards() -> Result<usize, CudaError> {
 }
 
 impl Card {
-    /// The card of this number, opened once for all who use it at the same time.
+    /// The card of this number, opened once and for as long as the program runs.
     ///
     /// # Errors
     /// When there is none, or it cannot run the kernels.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
-        static OPEN: Mutex<Vec<(usize, Weak<Card>)>> = Mutex::new(Vec::new());
+        static OPEN: Mutex<Vec<Arc<Card>>> = Mutex::new(Vec::new());
         let count = cards()?;
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }
         let mut open = OPEN.lock();
-        open.retain(|(_, card)| card.strong_count() > 0);
-        if let Some(card) = open.iter().find(|(n, _)| *n == ordinal).and_then(|(_, c)| c.upgrade())
-        {
-            return Ok(card);
+        if let Some(card) = open.iter().find(|card| card.ordinal == ordinal) {
+            return Ok(Arc::clone(card));
         }
         let card = Arc::new(Self::load(ordinal)?);
-        open.push((ordinal, Arc::downgrade(&card)));
+        open.push(Arc::clone(&card));
         Ok(card)
     }
 
@@ -118,14 +108,8 @@ impl Card {
         if capability < CAPABILITY_MIN {
             return Err(CudaError::Architecture { ordinal, name, capability });
         }
-        let mut card = Self {
-            ordinal,
-            name,
-            context,
-            functions: HashMap::new(),
-            modules: Vec::new(),
-            lost: Mutex::new(None),
-        };
+        let mut card =
+            Self { ordinal, name, context, functions: HashMap::new(), lost: Mutex::new(None) };
         for text in PTX {
             card.load_module(text)?;
         }
@@ -141,12 +125,11 @@ impl Card {
             .map_err(failed("cuModuleLoadData"))?;
         for (name, sizes) in entries(text) {
             let c_name = CString::new(name).map_err(|_| CudaError::Shape(name.into()))?;
-            // SAFETY: the module was loaded above and is unloaded with the card.
+            // SAFETY: the module was loaded above and is never unloaded.
             let handle = unsafe { result::module::get_function(module, c_name) }
                 .map_err(failed("cuModuleGetFunction"))?;
             self.functions.insert(name, Function { handle, sizes });
         }
-        self.modules.push(Module(module));
         Ok(())
     }
 
@@ -227,18 +210,6 @@ impl Card {
             self.lost.lock().get_or_insert(error.clone());
         }
         error
-    }
-}
-
-impl Drop for Card {
-    fn drop(&mut self) {
-        if self.bind().is_err() {
-            return;
-        }
-        for Module(module) in self.modules.drain(..) {
-            // SAFETY: nobody has its functions any more. A context that is broken frees it anyway.
-            let _ = unsafe { result::module::unload(module) };
-        }
     }
 }
 

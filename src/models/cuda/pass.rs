@@ -68,7 +68,7 @@ struct Buffers {
 }
 
 /// Bytes of a card's memory for steps of `rows` rows, without logits and results.
-pub fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
+pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
     let sizes = Sizes::new(spec, rows);
     sizes.0.iter().map(|bytes| bytes.next_multiple_of(64 << 10)).sum()
 }

@@ -67,7 +67,7 @@ pub(super) struct Layer {
 }
 
 /// Bytes of the weights of a shape on a card.
-pub fn weight_bytes(spec: &Spec) -> u64 {
+pub(super) fn weight_bytes(spec: &Spec) -> u64 {
     let matrix = |rows: usize, cols: usize| (2 * padded(rows) * padded(cols)) as u64;
     let inter = spec.feed_forward.inter;
     let mlp =
