@@ -20,8 +20,9 @@
 //
 // grid (rows), block 256. Bytes 4 * vocab a pass: sum_exp two, draw two, look_up one a token; at
 // 128,256 tokens 2 MB a row, from L2; largest up to eight passes and one more. One block a row
-// reaches perhaps 100 GB/s: about 20 us at batch 1, 0.4 % of a step of 8B; rows are in parallel. f64 runs at 1/64 of the f32 rate on cards of the consumer kind, which is
-// why noise is computed for a few hundred tokens only. Never timed on a card.
+// reaches perhaps 100 GB/s: about 20 us at batch 1, 0.4 % of a step of 8B; rows are in parallel. f64
+// runs at 1/64 of the f32 rate on cards of the consumer kind, which is why noise is computed for a
+// few hundred tokens only. Never timed on a card.
 #include "canon.cuh"
 
 #define THREADS 256

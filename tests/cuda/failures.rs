@@ -138,8 +138,10 @@ fn models_on_one_card_do_not_touch_each_other() {
 fn alone(test: &str, set: &[(&str, &str)], unset: &[&str]) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture"]).env("TARGON_TEST_ALONE", "1");
-    set.iter().for_each(|(name, value)| drop(command.env(name, value)));
-    unset.iter().for_each(|name| drop(command.env_remove(name)));
+    command.envs(set.iter().copied());
+    for name in unset {
+        command.env_remove(name);
+    }
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
