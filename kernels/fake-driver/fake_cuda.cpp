@@ -210,7 +210,7 @@ API cuGraphLaunch(void* x, void* s) {
     CONTEXT;
     ++stream_of(s).device->counts[GRAPH_LAUNCHES];
     for (auto& work : *(Graph*)x) {
-        if (int broken = current->broken) return broken;
+        if (current->broken) return 0;  // shows at the next call that waits
         if (int code = work()) return code;
     }
     return 0;
@@ -374,8 +374,9 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
         bx * by * bz > 1024 || bz > 64)
         return fail(INVALID_VALUE, name + ": launch configuration");
     if ((int)dynamic > function->dynamic_max) return fail(INVALID_VALUE, name + ": dynamic shared memory");
+    const bool is_captured = stream_of(s).is_captured;
     int code;
-    if (breaks(device, name, code)) return code;
+    if (!is_captured && breaks(device, name, code)) return code;
     std::vector<std::vector<char>> values;
     for (size_t i = 0; i < function->sizes.size(); ++i) {
         const char* value = (const char*)parameters[i];
@@ -388,6 +389,8 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     }
     const uint64_t seed = (uint64_t)env("FAKE_CUDA_SEED", 0);
     return enqueue(s, [=, &device]() mutable {
+        int code;
+        if (is_captured && breaks(device, function->name, code)) return code;
         std::vector<void*> pointers;
         for (auto& value : values) pointers.push_back(value.data());
         unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};

@@ -1,9 +1,9 @@
 //! The pass on NVIDIA cards against the CPU's, bit for bit, on the stand-in driver of
 //! `scripts/cuda-check`, which runs the kernels on the CPU. Nothing here has run on a card.
 //!
-//! The stand-in driver has eight devices. Tests that break or count something have one of their own:
-//! 0 is for everybody, 1 for engines, 2 and 3 are broken, 4 is too old, 5 too small, 6 is counted, 7
-//! is lost under an engine.
+//! The stand-in driver has eight devices. Tests that break or count something have one of their
+//! own: 0 is for everybody, 1 for engines, 2 is broken, 3 and 6 are counted, 4 is too old, 5 too
+//! small, 7 is lost under an engine.
 
 #![allow(
     clippy::unwrap_used,
@@ -37,6 +37,7 @@ enum Counter {
     Syncs,
     CopiesToHost,
     CopiesToDevice,
+    GraphLaunches,
 }
 
 fn driver() -> &'static libloading::Library {

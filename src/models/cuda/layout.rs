@@ -4,9 +4,12 @@ use super::error::CudaError;
 use super::launch::Tile;
 use super::memory::{At, Inputs};
 use super::weights::CudaWeights;
-use crate::models::pass::Batch;
+use crate::models::pass::{Batch, Segment};
 use crate::ops::attention::{BLOCK_TOKENS, PARTITION_TOKENS};
 use crate::ops::pool::Pool;
+
+/// Block tables take a multiple of so many entries.
+const TABLE_GRAIN: usize = 1024;
 
 /// A step's rows, as they lie in its inputs.
 pub(super) struct Layout {
@@ -21,6 +24,8 @@ pub(super) struct Layout {
     pub(super) tile_count: usize,
     /// Queries that a thread block of attention takes: 1, 4 or 8.
     pub(super) tile_queries: usize,
+    /// Whether every sequence has one row.
+    pub(super) is_decode: bool,
     /// Partitions of the longest context.
     pub(super) partitions: usize,
 }
@@ -50,6 +55,8 @@ impl Layout {
             }
             table.extend_from_slice(&segment.blocks);
         }
+        // Places behind the tables stay where they are while contexts grow.
+        table.resize(table.len().next_multiple_of(TABLE_GRAIN), 0);
         let a = &weights.spec.attention;
         let group = a.heads / a.kv_heads;
         let widest = batch.segments.iter().map(|s| s.rows.len()).max().unwrap_or(1) * group;
@@ -79,6 +86,7 @@ impl Layout {
             tiles: inputs.push(&tiles),
             tile_count: tiles.len(),
             tile_queries,
+            is_decode: batch.segments.iter().all(|s| s.rows.len() == 1),
             partitions: last / PARTITION_TOKENS + 1,
         })
     }
@@ -104,7 +112,7 @@ fn check(batch: &Batch, vocab: usize, blocks: usize) -> Result<(), CudaError> {
 }
 
 fn tiles(batch: &Batch, begins: &[usize], size: usize, group: usize) -> Vec<Tile> {
-    let of_segment = |(segment, begin): (&crate::models::pass::Segment, &usize)| {
+    let of_segment = |(segment, begin): (&Segment, &usize)| {
         let queries = segment.rows.len() * group;
         let (row_zero, start) = (segment.rows.start as i32, segment.start as i32);
         let table = *begin as i32;

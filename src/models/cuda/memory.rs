@@ -25,12 +25,12 @@ impl KvBlocks {
     pub(super) fn new(stream: &Stream, spec: &Spec, blocks: usize) -> Result<Self, CudaError> {
         let mut layers = Vec::with_capacity(spec.layers);
         let heads = blocks * spec.attention.kv_heads * BLOCK_TOKENS;
-        let head_dim = spec.attention.head_dim;
+        let (card, head_dim) = (stream.card(), spec.attention.head_dim);
         for _ in 0..spec.layers {
-            let keys = stream.card().allocate(2 * heads * padded(head_dim), "the KV cache")?;
-            let values = stream.card().allocate(2 * heads * head_dim, "the KV cache")?;
-            stream.zero(&keys)?;
-            stream.zero(&values)?;
+            let keys = Memory::new(card, 2 * heads * padded(head_dim), "the KV cache")?;
+            let values = Memory::new(card, 2 * heads * head_dim, "the KV cache")?;
+            keys.zero(stream)?;
+            values.zero(stream)?;
             layers.push([keys, values]);
         }
         Ok(Self { blocks, layers })
@@ -72,7 +72,7 @@ impl Room {
             _ => {
                 // The old one goes first: both may not fit.
                 self.memory = None;
-                let memory = card.allocate(bytes, self.what)?;
+                let memory = Memory::new(card, bytes, self.what)?;
                 Ok(self.memory.insert(memory).pointer())
             }
         }
@@ -192,8 +192,8 @@ fn sized<'a>(
     let bytes = len.next_multiple_of(GRAIN).max(GRAIN);
     if both.as_ref().is_none_or(|(pinned, _)| pinned.len() < bytes) {
         *both = None;
-        let memory = stream.card().allocate(bytes, what)?;
-        *both = Some((stream.pinned(bytes)?, memory));
+        let memory = Memory::new(stream.card(), bytes, what)?;
+        *both = Some((Pinned::new(stream, bytes)?, memory));
     }
     both.as_mut().ok_or_else(|| CudaError::Shape("a buffer that was just made".into()))
 }

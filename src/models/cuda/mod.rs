@@ -1,15 +1,18 @@
-//! The pass on an NVIDIA card (feature `cuda`): the kernels of `kernels/`, in the order of the CPU's
-//! decoder, so that rows have the CPU's bits.
+//! The pass on an NVIDIA card (feature `cuda`): the kernels of `kernels/`, in the order of the
+//! CPU's decoder, so that rows have the CPU's bits.
 //!
-//! None of it has run on a card. It has run on a stand-in for the driver that executes the kernels on
-//! the CPU (`scripts/cuda-check`), where its bits were compared with the CPU engine's.
+//! None of it has run on a card. It has run on a stand-in for the driver that executes the kernels
+//! on the CPU (`scripts/cuda-check`), where its bits were compared with the CPU engine's.
 
 mod answer;
+mod asks;
 mod error;
+mod graphs;
 pub mod launch;
 mod layout;
 mod memory;
 mod pass;
+mod step;
 mod weights;
 
 pub use error::CudaError;
@@ -36,8 +39,7 @@ impl Sizes {
         Self {
             weights: weights::weight_bytes(spec),
             block: memory::block_bytes(spec) as u64,
-            workspace: (pass::workspace_bytes(spec, rows) + answer::answer_bytes(spec, rows))
-                as u64,
+            workspace: (step::workspace_bytes(spec, rows) + asks::answer_bytes(spec, rows)) as u64,
         }
     }
 }

@@ -183,7 +183,7 @@ impl Loader<'_> {
     }
 
     fn vector(&self, values: &[f32]) -> Result<Memory, LoadError> {
-        let memory = self.card.allocate(size_of_val(values), "weights")?;
+        let memory = Memory::new(self.card, size_of_val(values), "weights")?;
         memory.write(0, values)?;
         Ok(memory)
     }
@@ -192,7 +192,7 @@ impl Loader<'_> {
     fn table(&self) -> Result<Memory, LoadError> {
         let tensor = self.source.embedding()?;
         let (rows, cols) = (tensor.rows(), tensor.cols());
-        let memory = self.card.allocate(2 * rows * cols, "the embedding")?;
+        let memory = Memory::new(self.card, 2 * rows * cols, "the embedding")?;
         let piece_rows = (PIECE_BYTES / (2 * cols)).max(1);
         for first in (0..rows).step_by(piece_rows) {
             let read = |row: usize| {
@@ -240,8 +240,8 @@ impl Loader<'_> {
         self.pack(rows, cols, experts.len(), &fill)
     }
 
-    /// Packs `count` matrices one behind the other, each filled up to whole tiles of 32 rows; `fill`
-    /// is called for the rows of all of them, counted through.
+    /// Packs `count` matrices one behind the other, each filled up to whole tiles of 32 rows;
+    /// `fill` is called for the rows of all of them, counted through.
     fn pack(
         &self,
         rows: usize,
@@ -251,7 +251,7 @@ impl Loader<'_> {
     ) -> Result<Matrix, LoadError> {
         let row_tiles = padded(rows) / TILE;
         let tile_row = TILE * padded(cols); // values of 32 rows
-        let memory = self.card.allocate(2 * count * row_tiles * tile_row, "weights")?;
+        let memory = Memory::new(self.card, 2 * count * row_tiles * tile_row, "weights")?;
         let piece_tiles = (PIECE_BYTES / (2 * tile_row)).clamp(1, count * row_tiles);
         for first in (0..count * row_tiles).step_by(piece_tiles) {
             let pack = |tile: usize| {
@@ -271,8 +271,8 @@ fn joined(pieces: Vec<Result<Vec<u16>, LoadError>>) -> Result<Vec<u16>, LoadErro
     Ok(pieces.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-/// The first `rows` of 32 rows as a row of tiles: 32 columns each, four planes of 32 rows by 8. Tiny
-/// magnitudes of bf16 become zero, as on the CPU.
+/// The first `rows` of 32 rows as a row of tiles: 32 columns each, four planes of 32 rows by 8.
+/// Tiny magnitudes of bf16 become zero, as on the CPU.
 fn pack_tiles(
     dtype: Dtype,
     rows: usize,
