@@ -16,10 +16,13 @@
 // largest: keys of 64 bits (logit, then lower id) are all different, so a radix select by bytes finds
 // the k-th; those above it are collected and sorted in shared memory.
 //
-// grid (rows), block 256. Bytes 4 * vocab a pass: sum_exp two, draw two; at 128,256 tokens 2 MB a
-// row, from L2; largest up to eight passes and one more. One block a row reaches perhaps 100 GB/s: about 20 us at batch 1, 0.4 % of a step of
-// 8B; rows are in parallel. f64 runs at 1/64 of the f32 rate on cards of the consumer kind, which is
-// why noise is computed for a few hundred tokens only. Never timed on a card.
+// look_up: logits and ranks of single tokens, the drawn one among them.
+//
+// grid (rows), block 256. Bytes 4 * vocab a pass: sum_exp two, draw two, look_up one a token; at
+// 128,256 tokens 2 MB a row, from L2; largest up to eight passes and one more. One block a row
+// reaches perhaps 100 GB/s: about 20 us at batch 1, 0.4 % of a step of 8B; rows are in parallel. f64
+// runs at 1/64 of the f32 rate on cards of the consumer kind, which is why noise is computed for a
+// few hundred tokens only. Never timed on a card.
 #include "canon.cuh"
 
 #define THREADS 256
@@ -322,4 +325,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(
     }
     best = best_of_block(best);
     if (tid == 0) tokens[blockIdx.x] = best.id;
+}
+
+// A token of a row: UNKNOWN is the one that was drawn from it.
+struct Query {
+    u32 row, token;
+};
+
+// The logit of each query's token and 1 + how many tokens of the row have a larger one; a rank of 0
+// where nothing was drawn. grid (queries), block 256.
+extern "C" __global__ void __launch_bounds__(THREADS) look_up(
+    const float* logits, const Query* queries, const u32* tokens, float* found, u32* ranks, int vocab) {
+    __shared__ u32 counts[WARPS];
+    const Query query = queries[blockIdx.x];
+    const float* row = logits + (u64)query.row * vocab;
+    const u32 token = query.token == UNKNOWN ? tokens[query.row] : query.token;
+    const int tid = threadIdx.x;
+    u32 larger_ones = 0;
+    const float logit = token == UNKNOWN ? 0.0f : row[token];
+    for (int v = tid; v < vocab; v += THREADS) larger_ones += row[v] > logit;
+    larger_ones = warp_sum(larger_ones);
+    if (tid % WARP == 0) counts[tid / WARP] = larger_ones;
+    SUMS_ARE_WRITTEN();
+    if (tid != 0) return;
+    u32 rank = 1;
+    for (int w = 0; w < WARPS; ++w) rank += counts[w];
+    found[blockIdx.x] = logit;
+    ranks[blockIdx.x] = token == UNKNOWN ? 0 : rank;
 }

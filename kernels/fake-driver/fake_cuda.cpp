@@ -1,6 +1,16 @@
-// libcuda.so.1 for tests (scripts/cuda-check), linked with kernels/host/*.cpp: "device" memory is host memory, kernels are the host-shim builds of kernels/*.cu.
-// It enforces the driver rules that Rust launch code gets wrong: grid/block limits, >48 KiB dynamic shared memory
-// without the opt-in attribute, unknown kernel names, parameter layout of the PTX, and what may not happen in a capture.
+// A stand-in for libcuda.so.1, for tests on machines without a card (scripts/cuda-check): "device"
+// memory is host memory, kernels are the host builds of kernels/*.cu, linked into this library.
+//
+// It refuses what a driver refuses and launch code gets wrong: limits of a grid, more than 48 KiB of
+// dynamic shared memory without the attribute, names that the PTX lacks, parameters that differ from
+// those of the source, pointers that lie in no allocation of the device, more memory than the device
+// has, and what may not happen while a stream is captured. fake_cuda_* say what goes wrong when, by
+// device, so that tests do not meet in one process. A fault that breaks a context stays: every later
+// call on that device returns it, as on a card.
+//
+// Environment: FAKE_CUDA_DRIVER (13000), FAKE_CUDA_DEVICES (8), FAKE_CUDA_SEED (order of threads).
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,115 +21,401 @@
 #include <mutex>
 #include <string>
 #include <vector>
+
 #define API extern "C" __attribute__((visibility("default"))) int
-typedef int (*EmuFn)(const unsigned*, const unsigned*, size_t, uint64_t, void**, char*, size_t);
-struct Func { std::string name; EmuFn fn; std::vector<unsigned> sizes; int max_dyn = 48 * 1024; };
-struct Mod { std::map<std::string, std::vector<unsigned>> entries; std::map<std::string, Func> fns; };
+
+enum {
+    INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
+    NO_BINARY = 209, INVALID_CONTEXT = 201, NOT_FOUND = 500, OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905
+};
+
+static long env(const char* name, long otherwise) {
+    const char* text = getenv(name);
+    return text ? strtol(text, nullptr, 0) : otherwise;
+}
+
+static int fail(int code, const std::string& what) {
+    if (env("FAKE_CUDA_VERBOSE", 0)) fprintf(stderr, "fake-cuda: %s -> %d\n", what.c_str(), code);
+    return code;
+}
+
+// What tests count, by device: fake_cuda_count.
+enum Counter { LAUNCHES, SYNCS, COPIES_TO_HOST, COPIES_TO_DEVICE, GRAPH_LAUNCHES, ALLOCATIONS, COUNTERS };
+
+struct Device {
+    const char* name;
+    int major;
+    size_t memory;
+    int minor = 0;
+    std::mutex mutex;
+    std::map<uint64_t, size_t> allocations;  // by address: bytes
+    size_t used = 0;
+    std::atomic<int> broken{0};  // a fault that stays
+    std::string fails_at;        // kernel, or any where it is empty
+    long fails_after = -1;       // so many launches of it; -1 never
+    int fails_with = 0;
+    std::atomic<long> counts[COUNTERS] = {};
+    int context = 0;  // its address is the context
+};
+
+static const size_t GIB = 1ull << 30;
+// Devices 4 and 5 are refused: one is too old, one too small.
+static Device devices[] = {
+    {"stand-in H100", 9, 8 * GIB}, {"stand-in H100", 9, 8 * GIB}, {"stand-in H100", 9, 8 * GIB},
+    {"stand-in H100", 9, 8 * GIB}, {"stand-in T4", 7, 8 * GIB, 5}, {"stand-in, small", 9, 1 << 20},
+    {"stand-in A100", 8, 8 * GIB}, {"stand-in H100", 9, 8 * GIB}};
+static int device_count() { return (int)std::min<long>(env("FAKE_CUDA_DEVICES", 8), 8); }
+
+typedef int (*Kernel)(const unsigned*, const unsigned*, size_t, uint64_t, void**, char*, size_t);
+struct Function {
+    std::string name;
+    Kernel run = nullptr;
+    std::vector<unsigned> sizes;
+    int dynamic_max = 48 * 1024;
+};
+struct Module {
+    std::map<std::string, std::vector<unsigned>> entries;
+    std::map<std::string, Function> functions;
+};
 typedef std::vector<std::function<int()>> Graph;
-struct Stream { bool capturing = false; Graph g; };
-struct Event { Stream* captured_on = nullptr; bool recorded = false; };
-static Stream legacy, per_thread; static int primary_ctx; static thread_local void* cur_ctx; static size_t n_launch, n_sync;
-static int n_capturing;  // calls that may not happen while some stream captures (global/thread-local mode)
-#define NOT_IN_CAPTURE(what) do { if (n_capturing) return fail(900, what " during capture"); } while (0)
-static Stream* S(void* s) { return s == nullptr || s == (void*)1 ? &legacy : s == (void*)2 ? &per_thread : (Stream*)s; }
-static int fail(int code, const char* what) { fprintf(stderr, "fake-cuda: %s -> %d\n", what, code); return code; }
-static int run(void* s, std::function<int()> f) { Stream* st = S(s); if (st->capturing) { st->g.push_back(f); return 0; } return f(); }
-API cuInit(unsigned) { return 0; }
-API cuDriverGetVersion(int* v) { *v = 13000; return 0; }
-API cuDeviceGetCount(int* n) { *n = 1; return 0; }
-API cuDeviceGet(int* d, int o) { if (o) return 101; *d = 0; return 0; }
-API cuDeviceGetName(char* n, int l, int) { snprintf(n, l, "fake H100 (host shim)"); return 0; }
-API cuDeviceTotalMem_v2(size_t* b, int) { *b = 8ull << 30; return 0; }
-API cuDeviceGetAttribute(int* v, int a, int) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 115 ? 1 : a == 16 ? 132 : a == 97 ? 227 * 1024 : a == 1 ? 1024 : a == 10 ? 32 : 0; return 0; }
-API cuDevicePrimaryCtxRetain(void** c, int) { *c = &primary_ctx; return 0; }
-API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-API cuCtxGetCurrent(void** c) { *c = cur_ctx; return 0; }
-API cuCtxSetCurrent(void* c) { cur_ctx = c; return 0; }
-API cuCtxSynchronize() { ++n_sync; NOT_IN_CAPTURE("cuCtxSynchronize"); return 0; }
-API cuGetErrorString(int e, const char** s) { static thread_local char b[64]; snprintf(b, 64, "fake CUDA error %d", e); *s = b; return 0; }
-API cuGetErrorName(int e, const char** s) { return cuGetErrorString(e, s); }
-API cuStreamCreate(void** s, unsigned) { *s = new Stream; return 0; }
-API cuStreamCreateWithPriority(void** s, unsigned, int) { *s = new Stream; return 0; }
-API cuStreamDestroy_v2(void* s) { delete (Stream*)s; return 0; }
-API cuStreamSynchronize(void* s) { ++n_sync; return S(s)->capturing ? fail(900, "cuStreamSynchronize during capture") : 0; }
-API cuEventCreate(void** e, unsigned) { *e = new Event; return 0; }
-API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
-API cuEventRecord(void* e, void* s) { Event* v = (Event*)e; v->recorded = true; v->captured_on = S(s)->capturing ? S(s) : nullptr; return 0; }
-API cuEventSynchronize(void*) { ++n_sync; return 0; }
-API cuEventQuery(void*) { return 0; }
-API cuEventElapsedTime_v2(float* f, void*, void*) { *f = 0; return 0; }
-API cuStreamWaitEvent(void* s, void* e, unsigned) {
-    Event* v = (Event*)e;
-    if (S(s)->capturing && v->recorded && v->captured_on != S(s)) return fail(905, "capturing stream waits on an event recorded outside the capture (disable_event_tracking()?)");
+struct Stream {
+    Device* device;
+    bool is_captured = false;
+    Graph graph;
+};
+struct Event {
+    Stream* captured_on = nullptr;
+    bool is_recorded = false;
+};
+
+static thread_local Device* current;
+static std::atomic<int> captures;  // streams that are being captured
+static Stream& legacy() { static thread_local Stream s{nullptr}; s.device = current; return s; }
+static Stream& stream_of(void* s) { return s && s != (void*)1 && s != (void*)2 ? *(Stream*)s : legacy(); }
+
+#define CONTEXT                                                    \
+    do {                                                           \
+        if (!current) return fail(INVALID_CONTEXT, __func__);      \
+        if (int broken = current->broken) return broken;           \
+    } while (0)
+#define NOT_IN_CAPTURE                                                                    \
+    do {                                                                                  \
+        if (captures) return fail(CAPTURE_UNSUPPORTED, std::string(__func__) + " in a capture"); \
+    } while (0)
+
+static int enqueue(void* s, std::function<int()> work) {
+    Stream& stream = stream_of(s);
+    if (int broken = stream.device->broken) return broken;
+    if (stream.is_captured) {
+        stream.graph.push_back(work);
+        return 0;
+    }
+    return work();
+}
+
+// Whether `bytes` from `at` on lie in an allocation.
+static bool is_allocated(Device& device, uint64_t at, size_t bytes) {
+    std::lock_guard<std::mutex> guard(device.mutex);
+    auto next = device.allocations.upper_bound(at);
+    if (next == device.allocations.begin()) return false;
+    auto found = std::prev(next);
+    return at + bytes <= found->first + found->second;
+}
+
+API cuInit(unsigned) { return device_count() > 0 ? 0 : NO_DEVICE; }
+API cuDriverGetVersion(int* v) { *v = (int)env("FAKE_CUDA_DRIVER", 13000); return 0; }
+API cuDeviceGetCount(int* n) { *n = device_count(); return 0; }
+API cuDeviceGet(int* d, int ordinal) {
+    if (ordinal < 0 || ordinal >= device_count()) return INVALID_DEVICE;
+    *d = ordinal;
     return 0;
 }
-API cuStreamIsCapturing(void* s, int* st) { *st = S(s)->capturing; return 0; }
-API cuStreamBeginCapture_v2(void* s, int) { if (S(s) == &legacy) return fail(900, "capture on the legacy default stream"); S(s)->capturing = true; ++n_capturing; S(s)->g.clear(); return 0; }
-API cuStreamEndCapture(void* s, void** g) { if (!S(s)->capturing) return fail(901, "end of no capture"); S(s)->capturing = false; --n_capturing; *g = new Graph(S(s)->g); return 0; }
+API cuDeviceGetName(char* n, int len, int d) { snprintf(n, len, "%s", devices[d].name); return 0; }
+API cuDeviceTotalMem_v2(size_t* bytes, int d) { *bytes = devices[d].memory; return 0; }
+API cuDeviceGetAttribute(int* v, int attribute, int d) {
+    switch (attribute) {
+        case 1: *v = 1024; break;             // threads of a block
+        case 10: *v = 32; break;              // threads of a warp
+        case 16: *v = 132; break;             // multiprocessors
+        case 75: *v = devices[d].major; break;
+        case 76: *v = devices[d].minor; break;
+        case 97: *v = 227 * 1024; break;      // dynamic shared memory with the attribute
+        case 115: *v = 1; break;              // memory pools
+        default: *v = 0;
+    }
+    return 0;
+}
+API cuDevicePrimaryCtxRetain(void** c, int d) { *c = &devices[d].context; return devices[d].broken; }
+API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+API cuCtxGetCurrent(void** c) { *c = current ? &current->context : nullptr; return 0; }
+API cuCtxSetCurrent(void* c) {
+    current = nullptr;
+    for (Device& d : devices)
+        if (&d.context == c) current = &d;
+    return 0;
+}
+API cuCtxSynchronize() { CONTEXT; NOT_IN_CAPTURE; return 0; }
+API cuGetErrorName(int code, const char** s) {
+    static thread_local char text[64];
+    snprintf(text, sizeof text, "stand-in error %d", code);
+    *s = text;
+    return 0;
+}
+API cuGetErrorString(int code, const char** s) { return cuGetErrorName(code, s); }
+
+API cuStreamCreate(void** s, unsigned) { CONTEXT; *s = new Stream{current}; return 0; }
+API cuStreamCreateWithPriority(void** s, unsigned, int) { return cuStreamCreate(s, 0); }
+API cuStreamDestroy_v2(void* s) { delete (Stream*)s; return 0; }
+API cuStreamSynchronize(void* s) {
+    CONTEXT;
+    ++current->counts[SYNCS];
+    return stream_of(s).is_captured ? fail(CAPTURE_UNSUPPORTED, "cuStreamSynchronize in a capture") : 0;
+}
+API cuEventCreate(void** e, unsigned) { *e = new Event; return 0; }
+API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
+API cuEventRecord(void* e, void* s) {
+    Event* event = (Event*)e;
+    event->is_recorded = true;
+    event->captured_on = stream_of(s).is_captured ? &stream_of(s) : nullptr;
+    return 0;
+}
+API cuEventSynchronize(void*) { CONTEXT; return 0; }
+API cuEventQuery(void*) { CONTEXT; return 0; }
+API cuEventElapsedTime_v2(float* ms, void*, void*) { *ms = 0; return 0; }
+API cuStreamWaitEvent(void* s, void* e, unsigned) {
+    Event* event = (Event*)e;
+    if (stream_of(s).is_captured && event->is_recorded && event->captured_on != &stream_of(s))
+        return fail(CAPTURE_ISOLATION, "a capture waits on an event from outside");
+    return 0;
+}
+API cuStreamIsCapturing(void* s, int* status) { *status = stream_of(s).is_captured; return 0; }
+API cuStreamBeginCapture_v2(void* s, int) {
+    CONTEXT;
+    if (&stream_of(s) == &legacy()) return fail(CAPTURE_UNSUPPORTED, "capture on the legacy stream");
+    stream_of(s).is_captured = true;
+    ++captures;
+    stream_of(s).graph.clear();
+    return 0;
+}
+API cuStreamEndCapture(void* s, void** g) {
+    if (!stream_of(s).is_captured) return fail(CAPTURE_INVALIDATED, "end of no capture");
+    stream_of(s).is_captured = false;
+    --captures;
+    *g = new Graph(stream_of(s).graph);
+    return 0;
+}
 API cuGraphInstantiateWithFlags(void** x, void* g, unsigned long long) { *x = new Graph(*(Graph*)g); return 0; }
-API cuGraphLaunch(void* x, void*) { for (auto& f : *(Graph*)x) if (int e = f()) return e; return 0; }
+API cuGraphLaunch(void* x, void* s) {
+    CONTEXT;
+    ++stream_of(s).device->counts[GRAPH_LAUNCHES];
+    for (auto& work : *(Graph*)x) {
+        if (current->broken) return 0;  // shows at the next call that waits
+        if (int code = work()) return code;
+    }
+    return 0;
+}
 API cuGraphUpload(void*, void*) { return 0; }
 API cuGraphDestroy(void* g) { delete (Graph*)g; return 0; }
 API cuGraphExecDestroy(void* g) { delete (Graph*)g; return 0; }
-static int alloc(uint64_t* p, size_t n) { *p = (uint64_t)aligned_alloc(512, (n + 511) / 512 * 512 + 512); memset((void*)*p, 0xCD, n); return 0; }
-API cuMemAlloc_v2(uint64_t* p, size_t n) { NOT_IN_CAPTURE("cuMemAlloc"); return alloc(p, n); }
-API cuMemAllocAsync(uint64_t* p, size_t n, void*) { return alloc(p, n); }
-API cuMemFree_v2(uint64_t p) { free((void*)p); return 0; }
-API cuMemFreeAsync(uint64_t p, void*) { free((void*)p); return 0; }
-API cuMemHostAlloc(void** p, size_t n, unsigned) { *p = malloc(n); return 0; }
+
+API cuMemAlloc_v2(uint64_t* p, size_t n) {
+    CONTEXT;
+    NOT_IN_CAPTURE;
+    Device& device = *current;
+    std::lock_guard<std::mutex> guard(device.mutex);
+    if (!n) return INVALID_VALUE;
+    if (device.used + n > device.memory) return fail(OUT_OF_MEMORY, "cuMemAlloc");
+    *p = (uint64_t)aligned_alloc(512, (n + 511) / 512 * 512);
+    memset((void*)*p, 0xCD, n);  // what was never written shows
+    device.allocations[*p] = n;
+    device.used += n;
+    ++device.counts[ALLOCATIONS];
+    return 0;
+}
+API cuMemFree_v2(uint64_t p) {
+    for (Device& device : devices) {
+        std::lock_guard<std::mutex> guard(device.mutex);
+        auto found = device.allocations.find(p);
+        if (found == device.allocations.end()) continue;
+        device.used -= found->second;
+        memset((void*)p, 0xDD, found->second);
+        device.allocations.erase(found);
+        free((void*)p);
+        return device.broken;
+    }
+    return fail(INVALID_VALUE, "cuMemFree of what is no allocation");
+}
+API cuMemHostAlloc(void** p, size_t n, unsigned) { CONTEXT; NOT_IN_CAPTURE; *p = malloc(n); return 0; }
 API cuMemFreeHost(void* p) { free(p); return 0; }
-API cuMemGetInfo_v2(size_t* f, size_t* t) { *f = *t = 8ull << 30; return 0; }
-API cuMemsetD8Async(uint64_t p, unsigned char c, size_t n, void* s) { return run(s, [=] { memset((void*)p, c, n); return 0; }); }
-API cuMemsetD8_v2(uint64_t p, unsigned char c, size_t n) { memset((void*)p, c, n); return 0; }
-API cuMemcpyHtoDAsync_v2(uint64_t d, const void* h, size_t n, void* s) { return run(s, [=] { memcpy((void*)d, h, n); return 0; }); }
-API cuMemcpyDtoHAsync_v2(void* h, uint64_t d, size_t n, void* s) { return run(s, [=] { memcpy(h, (void*)d, n); return 0; }); }
-API cuMemcpyDtoDAsync_v2(uint64_t d, uint64_t a, size_t n, void* s) { return run(s, [=] { memmove((void*)d, (void*)a, n); return 0; }); }
-API cuMemcpyHtoD_v2(uint64_t d, const void* h, size_t n) { NOT_IN_CAPTURE("synchronous copy"); memcpy((void*)d, h, n); return 0; }
-API cuMemcpyDtoH_v2(void* h, uint64_t d, size_t n) { NOT_IN_CAPTURE("synchronous copy"); memcpy(h, (void*)d, n); return 0; }
-API cuModuleLoadData(void** m, const void* img) {
-    NOT_IN_CAPTURE("cuModuleLoadData"); const char* t = (const char*)img;
-    if (!memcmp(t, "\x7f" "ELF", 4)) return fail(209, "cubin images are not supported by the fake driver");
-    Mod* mod = new Mod; std::string s(t); size_t p = 0;
-    while ((p = s.find(".entry ", p)) != std::string::npos) {
-        p += 7; size_t a = s.find('(', p), z = s.find(')', a); std::string name = s.substr(p, a - p), ps = s.substr(a, z - a);
-        std::vector<unsigned> sz; size_t q = 0;
-        while ((q = ps.find(".param ", q)) != std::string::npos) {
-            q += 7; unsigned n = 0; size_t e = ps.find(',', q); std::string d = ps.substr(q, e == std::string::npos ? e : e - q);
-            if (auto k = d.find('['); k != std::string::npos) n = atoi(d.c_str() + k + 1);  // .align 8 .b8 name[24]
-            else n = atoi(d.c_str() + d.find_first_of("0123456789")) / 8;                     // .u64 name
-            sz.push_back(n);
+API cuMemGetInfo_v2(size_t* free, size_t* total) {
+    CONTEXT;
+    std::lock_guard<std::mutex> guard(current->mutex);
+    *total = current->memory;
+    *free = current->memory - current->used;
+    return 0;
+}
+API cuMemsetD8Async(uint64_t p, unsigned char c, size_t n, void* s) {
+    CONTEXT;
+    if (!is_allocated(*current, p, n)) return fail(INVALID_VALUE, "memset outside of an allocation");
+    return enqueue(s, [=] { memset((void*)p, c, n); return 0; });
+}
+API cuMemcpyHtoDAsync_v2(uint64_t d, const void* h, size_t n, void* s) {
+    CONTEXT;
+    if (!is_allocated(*current, d, n)) return fail(INVALID_VALUE, "copy outside of an allocation");
+    ++current->counts[COPIES_TO_DEVICE];
+    return enqueue(s, [=] { memcpy((void*)d, h, n); return 0; });
+}
+API cuMemcpyDtoHAsync_v2(void* h, uint64_t d, size_t n, void* s) {
+    CONTEXT;
+    if (!is_allocated(*current, d, n)) return fail(INVALID_VALUE, "copy outside of an allocation");
+    ++current->counts[COPIES_TO_HOST];
+    return enqueue(s, [=] { memcpy(h, (void*)d, n); return 0; });
+}
+API cuMemcpyHtoD_v2(uint64_t d, const void* h, size_t n) {
+    CONTEXT;
+    NOT_IN_CAPTURE;
+    if (!is_allocated(*current, d, n)) return fail(INVALID_VALUE, "copy outside of an allocation");
+    memcpy((void*)d, h, n);
+    return 0;
+}
+
+// The sizes of the parameters of every entry of a PTX text.
+static Module* parse(const std::string& text) {
+    Module* module = new Module;
+    size_t p = 0;
+    while ((p = text.find(".entry ", p)) != std::string::npos) {
+        p += 7;
+        const size_t open = text.find('(', p), close = text.find(')', open);
+        const std::string name = text.substr(p, open - p), list = text.substr(open, close - open);
+        std::vector<unsigned> sizes;
+        size_t q = 0;
+        while ((q = list.find(".param ", q)) != std::string::npos) {
+            q += 7;
+            const size_t end = list.find(',', q);
+            const std::string one = list.substr(q, end == std::string::npos ? end : end - q);
+            const size_t bracket = one.find('[');
+            sizes.push_back(bracket != std::string::npos
+                                ? atoi(one.c_str() + bracket + 1)  // .align 8 .b8 name[24]
+                                : atoi(one.c_str() + one.find_first_of("0123456789")) / 8);  // .u64 name
         }
-        mod->entries[name] = sz; p = z;
+        module->entries[name] = sizes;
+        p = close;
     }
-    *m = mod; return 0;
+    return module;
 }
-API cuModuleUnload(void* m) { delete (Mod*)m; return 0; }
+API cuModuleLoadData(void** m, const void* image) {
+    CONTEXT;
+    NOT_IN_CAPTURE;
+    if (!memcmp(image, "\x7f" "ELF", 4)) return fail(NO_BINARY, "a cubin");
+    const std::string text((const char*)image);
+    if (text.find(".version 9.0") == std::string::npos) return fail(INVALID_IMAGE, "not PTX 9.0");
+    *m = parse(text);
+    return 0;
+}
+API cuModuleUnload(void* m) { delete (Module*)m; return 0; }
+
+// This library, which the program may have loaded for itself alone.
+static void* own_symbol(const std::string& name) {
+    static void* const library = [] {
+        Dl_info info;
+        dladdr((void*)&own_symbol, &info);
+        return dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    }();
+    return dlsym(library, name.c_str());
+}
 API cuModuleGetFunction(void** f, void* m, const char* name) {
-    Mod* mod = (Mod*)m; auto it = mod->entries.find(name);
-    if (it == mod->entries.end()) return fail(500, (std::string("no .entry ") + name + " in the PTX").c_str());
-    auto& fn = mod->fns[name];
-    if (!fn.fn) {
-        fn.name = name; fn.sizes = it->second; fn.fn = (EmuFn)dlsym(RTLD_DEFAULT, (std::string("emu_") + name).c_str());
-        auto sz = (int (*)(unsigned*))dlsym(RTLD_DEFAULT, (std::string("emu_sizes_") + name).c_str());
-        if (sz) { unsigned o[64]; std::vector<unsigned> v(o, o + sz(o)); if (v != fn.sizes) return fail(500, (std::string(name) + ": the PTX's parameters are not those of the .cu (stale PTX?)").c_str()); }
+    CONTEXT;
+    Module* module = (Module*)m;
+    auto entry = module->entries.find(name);
+    if (entry == module->entries.end()) return fail(NOT_FOUND, std::string("no entry ") + name);
+    Function& function = module->functions[name];
+    if (!function.run) {
+        function.name = name;
+        function.sizes = entry->second;
+        function.run = (Kernel)own_symbol(std::string("emu_") + name);
+        auto sizes = (int (*)(unsigned*))own_symbol(std::string("emu_sizes_") + name);
+        if (!function.run || !sizes) return fail(NOT_FOUND, std::string(name) + " has no host build");
+        unsigned of_source[64];
+        if (std::vector<unsigned>(of_source, of_source + sizes(of_source)) != function.sizes)
+            return fail(NOT_FOUND, std::string(name) + ": the PTX is stale");
     }
-    *f = &fn; return 0;
+    *f = &function;
+    return 0;
 }
-API cuFuncSetAttribute(void* f, int a, int v) { if (a == 8) { if (v > 227 * 1024) return fail(1, "dynamic shared memory > 227 KiB"); ((Func*)f)->max_dyn = v; } return 0; }
-API cuFuncGetAttribute(int* v, int, void*) { *v = 0; return 0; }
-API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned smem, void* s, void** params, void**) {
-    Func* fn = (Func*)f; ++n_launch;
-    if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || !bx || !by || !bz || bx * by * bz > 1024 || bz > 64) return fail(1, "launch configuration");
-    if ((int)smem > fn->max_dyn) return fail(1, "more dynamic shared memory than allowed: set CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES");
-    if (!fn->fn) return fail(500, (fn->name + ": no host build of this kernel").c_str());
-    std::vector<std::vector<char>> a; for (size_t i = 0; i < fn->sizes.size(); ++i) a.emplace_back((char*)params[i], (char*)params[i] + fn->sizes[i]);
-    const char* e = getenv("FAKE_CUDA_SEED"); uint64_t seed = e ? strtoull(e, 0, 0) : 0;
-    return run(s, [=]() mutable {
-        std::vector<void*> p; for (auto& x : a) p.push_back(x.data());
-        unsigned g[3] = {gx, gy, gz}, b[3] = {bx, by, bz}; char err[400] = "";
-        if (fn->fn(g, b, smem, seed, p.data(), err, sizeof err)) return fail(700, (fn->name + ": " + err).c_str());
+API cuFuncSetAttribute(void* f, int attribute, int value) {
+    if (attribute != 8) return 0;
+    if (value > 227 * 1024) return fail(INVALID_VALUE, "dynamic shared memory above 227 KiB");
+    ((Function*)f)->dynamic_max = value;
+    return 0;
+}
+
+// Whether this launch is the one that a test breaks; what cuLaunchKernel then returns.
+static bool breaks(Device& device, const std::string& kernel, int& code) {
+    std::lock_guard<std::mutex> guard(device.mutex);
+    if (device.fails_after < 0 || (!device.fails_at.empty() && device.fails_at != kernel)) return false;
+    if (device.fails_after-- > 0) return false;
+    code = device.fails_with;
+    // What breaks the context shows at the next call that waits.
+    if (code != INVALID_VALUE && code != OUT_OF_MEMORY && code != OUT_OF_RESOURCES) {
+        device.broken = code;
+        code = 0;
+    }
+    return true;
+}
+API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned dynamic, void* s, void** parameters, void**) {
+    CONTEXT;
+    Function* function = (Function*)f;
+    Device& device = *current;
+    const std::string& name = function->name;
+    ++device.counts[LAUNCHES];
+    if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || !bx || !by || !bz ||
+        bx * by * bz > 1024 || bz > 64)
+        return fail(INVALID_VALUE, name + ": launch configuration");
+    if ((int)dynamic > function->dynamic_max) return fail(INVALID_VALUE, name + ": dynamic shared memory");
+    const bool is_captured = stream_of(s).is_captured;
+    int code;
+    if (!is_captured && breaks(device, name, code)) return code;
+    std::vector<std::vector<char>> values;
+    for (size_t i = 0; i < function->sizes.size(); ++i) {
+        const char* value = (const char*)parameters[i];
+        values.emplace_back(value, value + function->sizes[i]);
+        // Eight bytes are a pointer, or a count, which is small.
+        uint64_t pointer = 0;
+        if (function->sizes[i] == 8) memcpy(&pointer, value, 8);
+        if (pointer >> 32 && !is_allocated(device, pointer, 1))
+            return fail(INVALID_VALUE, name + ": parameter " + std::to_string(i) + " points nowhere");
+    }
+    const uint64_t seed = (uint64_t)env("FAKE_CUDA_SEED", 0);
+    return enqueue(s, [=, &device]() mutable {
+        int code;
+        if (is_captured && breaks(device, function->name, code)) return code;
+        std::vector<void*> pointers;
+        for (auto& value : values) pointers.push_back(value.data());
+        unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+        char error[400] = "";
+        if (function->run(grid, block, dynamic, seed, pointers.data(), error, sizeof error)) {
+            fprintf(stderr, "fake-cuda: %s: %s\n", function->name.c_str(), error);
+            return (int)(device.broken = LAUNCH_FAILED);
+        }
         return 0;
     });
 }
-API fake_cuda_launches() { return (int)n_launch; }
-API fake_cuda_syncs() { return (int)n_sync; }
+
+// The launch of `kernel` (any where it is empty) after `after` others fails with `code`.
+API fake_cuda_fail(int device, const char* kernel, int after, int code) {
+    std::lock_guard<std::mutex> guard(devices[device].mutex);
+    devices[device].fails_at = kernel;
+    devices[device].fails_with = code;
+    devices[device].fails_after = after;
+    return 0;
+}
+// From now on the device has `bytes` more than are in use.
+API fake_cuda_leave(int device, size_t bytes) {
+    std::lock_guard<std::mutex> guard(devices[device].mutex);
+    devices[device].memory = devices[device].used + bytes;
+    return 0;
+}
+// A counter of the device (enum Counter).
+API fake_cuda_count(int device, int counter) { return (int)devices[device].counts[counter]; }

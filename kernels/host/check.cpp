@@ -14,7 +14,7 @@ typedef int Launch(const unsigned*, const unsigned*, size_t, uint64_t, void**, c
 extern "C" Launch emu_sketch_rows, emu_reduce_logits, emu_embed, emu_add_norm, emu_norm_add, emu_gate,
     emu_softcap, emu_pack, emu_decode_bf16_1, emu_decode_bf16_4, emu_decode_f16_8, emu_prefill_bf16,
     emu_prefill_f16, emu_qkv_finish, emu_attend_bf16_1, emu_attend_bf16_4, emu_attend_f16_8,
-    emu_attend_merge, emu_sum_exp, emu_largest, emu_draw, emu_route, emu_combine, emu_expert_bf16,
+    emu_attend_merge, emu_sum_exp, emu_largest, emu_draw, emu_look_up, emu_route, emu_combine, emu_expert_bf16,
     emu_expert_f16;
 
 struct Grid {
@@ -228,6 +228,12 @@ static int check_draw(int vocab) {
     failed += !same_in_every_order("draw", tokens, [&](uint64_t seed) {
         return run(emu_draw, rows, 256, 0, seed, logits.data(), rules.data(), ids.data(), top.data(),
                    sums.data(), tokens.data(), vocab, k);
+    });
+    std::vector<uint32_t> queries = {0, 0xffffffffu, 1, 0, 2, (uint32_t)vocab - 1}, ranks(3);
+    std::vector<float> found(3);
+    failed += !same_in_every_order("look_up", ranks, [&](uint64_t seed) {
+        return run(emu_look_up, 3, 256, 0, seed, logits.data(), queries.data(), tokens.data(), found.data(),
+                   ranks.data(), vocab);
     });
     return failed;
 }

@@ -9,7 +9,7 @@ use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
 use crate::bench::own::{Own, OwnError};
 use crate::config::models_toml::ModelConfig;
-use crate::lifecycle::load::{available_memory, locate, plan};
+use crate::lifecycle::load::{Left, locate, plan};
 use crate::models::Model;
 use crate::models::calibration::{compute, store};
 use crate::models::margin::MARGIN_CLIP;
@@ -252,8 +252,9 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
     for config in wanted {
         let name = config.name.clone();
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
-        let options = plan(&located, available_memory()).map_err(Failure::user)?.options;
-        let model = Model::load(&located.path, located.config.dtype, &pool, |_, _| {});
+        let options = plan(&located, &mut Left::default()).map_err(Failure::user)?.options;
+        let (device, dtype) = (located.config.device, located.config.dtype);
+        let model = Model::load_on(device, &located.path, dtype, &pool, |_, _| {});
         let own = Own::start(model.map_err(Failure::user)?, options, &pool);
         let own = own.map_err(own_failure)?;
         let (mut equal, mut chunks, mut tokens) = (0_usize, 0, 0);

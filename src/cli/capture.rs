@@ -147,8 +147,9 @@ pub(super) fn load_verifier(
     let refuse = |why: String| Failure::user(format!("{name} cannot be loaded: {why}"));
     let bars = Bars::new();
     let located = runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
-    let plan = load::plan(&located, load::available_memory()).map_err(refuse)?;
-    let model = Model::load(&located.path, located.config.dtype, pool, |_, _| {});
+    let plan = load::plan(&located, &mut load::Left::default()).map_err(refuse)?;
+    let (device, dtype) = (located.config.device, located.config.dtype);
+    let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {});
     let model = model.map_err(|e| refuse(e.to_string()))?;
     let identity = Identity::of(&model, pool).map_err(|e| refuse(e.to_string()))?;
     Ok(Verifier {

@@ -5,7 +5,7 @@ use super::out::outln;
 use super::progress::{Bars, table};
 use super::shared::ModelsArg;
 use super::shared::runtime;
-use crate::lifecycle::load::{available_memory, locate, plan};
+use crate::lifecycle::load::{Left, available_memory, locate, plan};
 use clap::Args;
 
 /// Arguments of `plan`.
@@ -20,13 +20,12 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let available = available_memory();
     let bars = Bars::new();
     let runtime = runtime()?;
-    let mut left = available;
+    let mut left = Left::default();
     let mut rows = Vec::new();
     for model in config.models {
         let name = model.name.clone();
         let located = runtime.block_on(locate(model, &bars));
-        let planned = located.and_then(|located| plan(&located, left));
-        left -= planned.as_ref().map_or(0, |p| p.total());
+        let planned = located.and_then(|located| plan(&located, &mut left));
         rows.push((name, planned));
     }
     outln!("{}", table(&rows, available));

@@ -5,7 +5,7 @@ use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
 use crate::engine::backend::BackendKind;
 use crate::engine::plan::{KvMemory, Wanted};
-use crate::models::pass::Device;
+use crate::models::device::Device;
 use crate::ops::dtype::Dtype;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -282,7 +282,7 @@ mod tests {
             ("", "lists no model", Some("add a [[model]] entry with a name and a source")),
             ("[[model]]\nsource = \"path\"", "model number 1: `path` is missing", None),
             ("[[model]]\nname=\"a\"\ndtype=\"int8\"", "model a: `dtype` must be auto, bf16", None),
-            ("[[model]]\nname=\"a\"\ndevice=\"cuda:0\"", "`device` must be auto or cpu", None),
+            ("[[model]]\nname=\"a\"\ndevice=\"cuda\"", "`device` must be auto, cpu or", None),
             ("[[model]]\nname=\"a\"\nengine=\"mistralrs\"", "`engine` mistralrs is not part", None),
             ("[[model]]\nname=\"a\"\nengine=\"vllm\"", "`engine` must be native, got vllm", None),
             ("[[model]]\nname=\"a\"\nkv_memory=\"4\"", "`kv_memory` must be a size", None),

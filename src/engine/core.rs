@@ -39,15 +39,20 @@ pub(super) struct Core {
     pub(super) live: HashMap<SequenceId, Live>,
     pub(super) next_id: u64,
     pub(super) watch: Watch,
-    pub(super) panics: u32, // since the last whole step
+    pub(super) panics: u32,   // since the last whole step
+    pub(super) is_lost: bool, // its device does not work any more
 }
 
 impl Backend for Core {
-    /// False when it gave up after too many panics.
+    /// False when it gave up: after too many panics, or without its device.
     fn run(mut self: Box<Self>, commands: Receiver<Command>) -> bool {
         loop {
             let round = catch_unwind(AssertUnwindSafe(|| self.round(&commands)));
             match round {
+                Ok(true) if self.is_lost => {
+                    self.lose();
+                    return false;
+                }
                 Ok(true) => {}
                 Ok(false) => return true,
                 Err(_) if self.panics == PANICS_MAX => return false,
@@ -77,6 +82,17 @@ impl Core {
         tracing::error!(requests = self.live.len(), "a step of the engine failed; it starts anew");
         for (_, live) in self.live.drain() {
             live.send(Event::Fault(Fault::Panicked(Stage::Schedule)));
+            self.stats.record_fault();
+        }
+        self.scheduler = self.scheduler.emptied();
+        self.stats.record_load(self.scheduler.load());
+    }
+
+    /// Ends the requests that still wait for a device that is lost.
+    fn lose(&mut self) {
+        tracing::error!(requests = self.live.len(), "the device is lost; the engine is given up");
+        for (_, live) in self.live.drain() {
+            live.send(Event::Fault(Fault::Lost("an earlier step found it so".into())));
             self.stats.record_fault();
         }
         self.scheduler = self.scheduler.emptied();
@@ -178,7 +194,10 @@ impl Core {
         let rows = match outcome {
             Ok(rows) => rows,
             // Blocks of a pass that failed half-way must not reach the prefix cache.
-            Err(fault) => return self.fail_all(&plan, &fault),
+            Err(fault) => {
+                self.is_lost = matches!(fault, Fault::Lost(_));
+                return self.fail_all(&plan, &fault);
+            }
         };
         self.watch.enter(Stage::Commit);
         self.scheduler.commit(&plan);
@@ -216,9 +235,8 @@ impl Core {
             refused.push(asked.map(|ask| asks.push(ask)).err());
         }
         let pass = &mut self.pass;
-        let results = self.watch.guard(Stage::Forward, || {
-            pass.step(&batch, &asks).map_err(|e| Fault::Weights(e.to_string()))
-        })?;
+        let results =
+            self.watch.guard(Stage::Forward, || pass.step(&batch, &asks).map_err(Fault::from))?;
         let mut results = results.into_iter();
         let answered = |(at, refused): (RowAt, Option<Fault>)| {
             let row = match refused {

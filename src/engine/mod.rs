@@ -172,6 +172,7 @@ impl Engine {
             next_id: 0,
             watch,
             panics: 0,
+            is_lost: false,
         };
         stats.record_load(core.scheduler.load());
         Self::over(Box::new(core), (text, info), options, stats, clock)

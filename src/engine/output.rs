@@ -2,7 +2,7 @@
 
 use super::stage::Stage;
 use crate::models::grammar::GrammarError;
-use crate::models::pass::Ranked;
+use crate::models::pass::{self, Ranked};
 use crate::proof::codec::Hash;
 use crate::proof::commit::ChunkProof;
 use tokio::sync::mpsc;
@@ -96,6 +96,12 @@ pub enum Fault {
     /// Weights could not be read.
     #[error("weights cannot be read: {0}")]
     Weights(String),
+    /// The device has no memory for a step, or refused it.
+    #[error("the device could not compute a step: {0}")]
+    Device(String),
+    /// The device does not work any more.
+    #[error("the device is lost: {0}")]
+    Lost(String),
     /// The scheduler refused what was promised to fit.
     #[error("the engine could not take the request: {0}")]
     Refused(String),
@@ -105,6 +111,16 @@ pub enum Fault {
     /// The engine's thread is gone.
     #[error("the engine has stopped")]
     Stopped,
+}
+
+impl From<pass::Fault> for Fault {
+    fn from(fault: pass::Fault) -> Self {
+        match fault {
+            pass::Fault::Weights(e) => Self::Weights(e.to_string()),
+            pass::Fault::Memory(what) | pass::Fault::Device(what) => Self::Device(what),
+            pass::Fault::Lost(what) => Self::Lost(what),
+        }
+    }
 }
 
 /// What arrives on a [`Generation`].

@@ -2,6 +2,7 @@
 
 use super::Options;
 use crate::models::cpu::workspace_bytes;
+use crate::models::device::Device;
 use crate::models::spec::Spec;
 use crate::ops::attention::BLOCK_TOKENS;
 use std::fmt;
@@ -86,21 +87,32 @@ pub enum PlanError {
 }
 
 impl MemoryPlan {
-    /// Plans a model into `available` bytes.
+    /// Plans a model into `available` bytes of the processor's memory.
     ///
     /// # Errors
     /// When it cannot fit, with the numbers.
     pub fn new(spec: &Spec, wanted: Wanted, available: u64) -> Result<Self, PlanError> {
+        Self::on(Device::Cpu, spec, wanted, available)
+    }
+
+    /// Plans a model into `available` bytes of a device's memory.
+    ///
+    /// # Errors
+    /// When it cannot fit, with the numbers.
+    pub fn on(
+        device: Device,
+        spec: &Spec,
+        wanted: Wanted,
+        available: u64,
+    ) -> Result<Self, PlanError> {
         let context_max = wanted.context_max.unwrap_or(spec.context);
         if context_max > spec.context {
             return Err(PlanError::Context { wanted: context_max, context: spec.context });
         }
-        let weights = weight_bytes(spec);
         let step_tokens_max = STEP_TOKENS.min(context_max);
         let rows = step_tokens_max.max(wanted.sequences_max + 128);
-        let workspace = workspace_bytes(spec, rows) as u64;
+        let Needs { weights, block: block_bytes, workspace } = Needs::new(device, spec, rows);
         let left = available.saturating_sub(weights + workspace);
-        let block_bytes = spec.kv_dims().block_bytes() as u64;
         let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;
         let wanted_blocks = match wanted.kv_memory {
             KvMemory::Auto => {
@@ -135,6 +147,32 @@ impl MemoryPlan {
     /// All of it.
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.workspace
+    }
+}
+
+/// Bytes that a device needs for a shape.
+struct Needs {
+    weights: u64,
+    /// One block of the KV cache.
+    block: u64,
+    workspace: u64,
+}
+
+impl Needs {
+    /// With steps of `rows` rows.
+    fn new(device: Device, spec: &Spec, rows: usize) -> Self {
+        match device.resolved() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                let sizes = crate::models::cuda::Sizes::new(spec, rows);
+                Self { weights: sizes.weights, block: sizes.block, workspace: sizes.workspace }
+            }
+            _ => Self {
+                weights: weight_bytes(spec),
+                block: spec.kv_dims().block_bytes() as u64,
+                workspace: workspace_bytes(spec, rows) as u64,
+            },
+        }
     }
 }
 

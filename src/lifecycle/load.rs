@@ -6,6 +6,7 @@ use crate::engine::Engine;
 use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
+use crate::models::device::Device;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::{Identity, Model, config};
 use crate::ops::CANON;
@@ -13,6 +14,7 @@ use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
 use futures_util::future::join_all;
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -73,17 +75,49 @@ pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> Result<Located
     Ok(Located { config, path, revision })
 }
 
-/// Plans one model into `available` bytes, from its headers alone.
+/// What each device has left for models.
+#[derive(Default)]
+pub struct Left(HashMap<Device, u64>);
+
+impl Left {
+    /// Bytes of a device: what it has free, less what was [taken](Self::take) since.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn of(&mut self, device: Device) -> Result<u64, String> {
+        let device = device.resolved();
+        if let Some(left) = self.0.get(&device) {
+            return Ok(*left);
+        }
+        let free = device.free_memory()?.unwrap_or_else(available_memory);
+        self.0.insert(device, free);
+        Ok(free)
+    }
+
+    /// Gives some of it to a model.
+    pub fn take(&mut self, device: Device, bytes: u64) {
+        if let Some(left) = self.0.get_mut(&device.resolved()) {
+            *left = left.saturating_sub(bytes);
+        }
+    }
+}
+
+/// Plans one model into what its device has left, and takes that; from its headers alone.
 ///
 /// # Errors
 /// Why it does not fit or cannot be planned, in words.
-pub fn plan(located: &Located, available: u64) -> Result<MemoryPlan, String> {
-    contained("planning", || {
+pub fn plan(located: &Located, left: &mut Left) -> Result<MemoryPlan, String> {
+    let device = located.config.device;
+    let available = left.of(device)?;
+    let plan = contained("planning", || {
         let checkpoint = Checkpoint::open(&located.path).map_err(|e| e.to_string())?;
         let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
         let spec = spec.map_err(|e| e.to_string())?;
-        MemoryPlan::new(&spec, located.config.wanted, available).map_err(|e| e.to_string())
-    })
+        let plan = MemoryPlan::on(device, &spec, located.config.wanted, available);
+        plan.map_err(|e| e.to_string())
+    })?;
+    left.take(device, plan.total());
+    Ok(plan)
 }
 
 /// What a library panics at in a stranger's files is a failure of that model and of nothing else.
@@ -108,11 +142,10 @@ pub async fn start_models(
     let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
     let located = join_all(models.into_iter().map(|m| locate(m, &*shown))).await;
     let available = available_memory();
-    let (mut left, mut rows, mut planned) = (available, Vec::new(), Vec::new());
+    let (mut left, mut rows, mut planned) = (Left::default(), Vec::new(), Vec::new());
     for (name, located) in names.into_iter().zip(located) {
         let plan = located.and_then(|located| {
-            let plan = plan(&located, left)?;
-            left -= plan.total();
+            let plan = plan(&located, &mut left)?;
             registry.set(&name, Some(located.revision.clone()), State::Loading);
             planned.push(Planned { located, plan });
             Ok(plan)

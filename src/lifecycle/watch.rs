@@ -23,7 +23,8 @@ pub async fn last_engine_death(registry: Registry) -> String {
             |e: &&Entry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
         let mut last = None;
         for Entry { name, .. } in entries.iter().filter(is_dead) {
-            let why = "its engine failed again and again; a reload tries anew".to_owned();
+            let why = "its engine failed again and again, or lost its device; a reload tries anew"
+                .to_owned();
             tracing::error!(model = name, "{why}");
             registry.set(name, None, State::Failed(why));
             last = Some(name.clone());

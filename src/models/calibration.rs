@@ -127,6 +127,7 @@ fn hidden_rows(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadEr
     let results = match pass.step(&Batch::of(ids, 0), &asks) {
         Ok(results) => results,
         Err(Fault::Weights(e)) => return Err(e),
+        Err(fault) => return Err(LoadError::Device(fault.to_string())),
     };
     let row = |result: RowResult| {
         let report = result.map_err(|e| LoadError::invalid(Path::new("calibration text"), e))?;

@@ -60,6 +60,9 @@ pub enum LoadError {
     /// The system refused memory.
     #[error("cannot reserve memory: {0}")]
     Memory(#[from] io::Error),
+    /// The device refuses the model, or does not work.
+    #[error("{0}")]
+    Device(String),
     /// The Hub could not give the files.
     #[error(transparent)]
     Hub(#[from] super::hub::HubError),

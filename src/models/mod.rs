@@ -12,6 +12,7 @@ pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod device;
 pub mod error;
 pub mod gguf;
 mod gguf_tokenizer;
@@ -28,6 +29,7 @@ pub mod root;
 pub mod rows;
 pub mod rules;
 pub mod sampler;
+pub mod source;
 pub mod spec;
 pub mod tensor;
 pub mod text;

@@ -3,9 +3,12 @@
 use super::checkpoint::Checkpoint;
 use super::cpu::CpuPass;
 use super::cpu::decoder::Decoder;
+#[cfg(feature = "cuda")]
+use super::cuda::{Card, CudaPass, CudaWeights};
+use super::device::Device;
 use super::error::LoadError;
 use super::parameters::Parameters;
-use super::pass::{Device, Pass};
+use super::pass::Pass;
 use super::spec::Spec;
 use super::text::Text;
 use crate::ops::dtype::Dtype;
@@ -35,6 +38,9 @@ pub struct Model {
 pub enum DeviceWeights {
     /// Packed for the processor.
     Cpu(Arc<Decoder>),
+    /// Packed in the memory of an NVIDIA card.
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<CudaWeights>),
 }
 
 impl DeviceWeights {
@@ -42,6 +48,8 @@ impl DeviceWeights {
     pub fn cpu(&self) -> Option<&Arc<Decoder>> {
         match self {
             Self::Cpu(decoder) => Some(decoder),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
         }
     }
 
@@ -49,6 +57,35 @@ impl DeviceWeights {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Cpu(decoder) => decoder.weights.bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(weights) => weights.bytes(),
+        }
+    }
+
+    /// Packs the weights of a checkpoint for a device.
+    fn load(
+        device: Device,
+        checkpoint: &Checkpoint,
+        (spec, dtype): (&Arc<Spec>, Dtype),
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
+        match device.resolved() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => {
+                let card = Card::open(number)?;
+                let weights = CudaWeights::load(&card, checkpoint, spec, dtype, pool, progress)?;
+                Ok(Self::Cuda(Arc::new(weights)))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(number) => {
+                let what = format!("cuda:{number} needs a build with the feature `cuda`");
+                Err(LoadError::Device(what))
+            }
+            Device::Auto | Device::Cpu => {
+                let decoder = Decoder::load(checkpoint, spec, dtype, pool, progress)?;
+                Ok(Self::Cpu(Arc::new(decoder)))
+            }
         }
     }
 }
@@ -83,12 +120,7 @@ impl Model {
         let text = Arc::new(Text::load(&mut checkpoint)?);
         let spec = Arc::new(checkpoint.spec()?);
         let dtype = dtype.map_or_else(|| checkpoint.dtype(&spec), Ok)?;
-        let weights = match device {
-            Device::Auto | Device::Cpu => {
-                let decoder = Decoder::load(&checkpoint, &spec, dtype, pool, progress)?;
-                DeviceWeights::Cpu(Arc::new(decoder))
-            }
-        };
+        let weights = DeviceWeights::load(device, &checkpoint, (&spec, dtype), pool, progress)?;
         let parameters = Parameters::new(&checkpoint, &spec, dtype)?;
         Ok(Self { text, checkpoint, spec, dtype, weights, parameters })
     }
@@ -101,6 +133,8 @@ impl Model {
     pub fn pass(&self, pool: &Pool, blocks: usize) -> io::Result<Box<dyn Pass>> {
         match &self.weights {
             DeviceWeights::Cpu(decoder) => Ok(Box::new(CpuPass::new(decoder, pool, blocks)?)),
+            #[cfg(feature = "cuda")]
+            DeviceWeights::Cuda(weights) => Ok(Box::new(CudaPass::new(weights, pool, blocks)?)),
         }
     }
 }

@@ -15,7 +15,6 @@ use crate::ops::attention::BLOCK_TOKENS;
 pub use crate::ops::attention::Segment;
 use crate::proof::commit::{RowData, RowProver};
 use std::ops::Range;
-use std::str::FromStr;
 
 /// Computes rows of one model, step by step.
 pub trait Pass: Send {
@@ -25,28 +24,6 @@ pub trait Pass: Send {
     /// # Errors
     /// When the step could not be computed: what it would have written must not be read.
     fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, Fault>;
-}
-
-/// Where a model is computed.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub enum Device {
-    /// The best that this build can use.
-    #[default]
-    Auto,
-    /// The processor.
-    Cpu,
-}
-
-impl FromStr for Device {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            other => Err(format!("must be auto or cpu in this build, got {other}")),
-        }
-    }
 }
 
 /// The rows of one step.
@@ -200,6 +177,15 @@ pub enum Fault {
     /// Weights could not be read.
     #[error(transparent)]
     Weights(#[from] LoadError),
+    /// The device has no memory for this step; a smaller one may fit.
+    #[error("{0}")]
+    Memory(String),
+    /// The device refused this step; the next may succeed.
+    #[error("{0}")]
+    Device(String),
+    /// The device does not work any more, for any step.
+    #[error("{0}")]
+    Lost(String),
 }
 
 /// Why one row has no answer; the others of its step have theirs.

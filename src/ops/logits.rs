@@ -26,6 +26,12 @@ impl LogSumExp {
         Self { max, inverse_temperature, ln_sum: math::ln64(sum) }
     }
 
+    /// From what another device reduced a row to at `temperature`: its largest logit and the sum of
+    /// exponentials relative to it.
+    pub fn of_sum(max: f32, sum: f64, temperature: f32) -> Self {
+        Self { max, inverse_temperature: 1.0 / temperature, ln_sum: math::ln64(sum) }
+    }
+
     /// Log-probability of a token with logit `logit`.
     pub fn logprob(&self, logit: f32) -> f64 {
         f64::from(logit - self.max) * f64::from(self.inverse_temperature) - self.ln_sum

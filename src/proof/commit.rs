@@ -170,16 +170,24 @@ impl RowProver {
         Self { scheme, keys: RowKeys::new(root), calibration }
     }
 
-    /// What the row at absolute position `position` contributes.
-    pub fn prove(&self, position: u32, bits: &[u16], values: &[f32]) -> RowData {
+    /// What a sketch and an exact hash are made with; `None` where the scheme has neither.
+    pub fn residue(&self) -> Option<(Profile, RowKeys, &std::sync::Arc<Calibration>)> {
         let profile = match self.scheme {
             Scheme::Residue => Profile::U8,
             Scheme::ResidueU4 => Profile::U4,
-            Scheme::Toploc => return RowData::Bits(bits.to_vec()),
+            Scheme::Toploc => return None,
+        };
+        Some((profile, self.keys, &self.calibration))
+    }
+
+    /// What the row at absolute position `position` contributes.
+    pub fn prove(&self, position: u32, bits: &[u16], values: &[f32]) -> RowData {
+        let Some((profile, keys, calibration)) = self.residue() else {
+            return RowData::Bits(bits.to_vec());
         };
         RowData::Residue {
-            sketch: sketch(&self.calibration, profile, self.keys.sketch, position, values),
-            exact: exact_hash(self.keys.exact, position, bits),
+            sketch: sketch(calibration, profile, keys.sketch, position, values),
+            exact: exact_hash(keys.exact, position, bits),
         }
     }
 }

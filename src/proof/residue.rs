@@ -27,7 +27,8 @@ pub enum Profile {
 }
 
 impl Profile {
-    fn projections(self) -> usize {
+    /// Projections of a row.
+    pub fn projections(self) -> usize {
         match self {
             Profile::U8 => 4,
             Profile::U4 => 8,
@@ -44,7 +45,7 @@ impl Profile {
 
     /// Bits below the residue, given the shift of the eight-bit profile: four bits hold a quarter
     /// of the honest noise.
-    fn shift(self, base: u8) -> u32 {
+    pub fn shift(self, base: u8) -> u32 {
         match self {
             Profile::U8 => u32::from(base),
             Profile::U4 => u32::from(base) + 2,

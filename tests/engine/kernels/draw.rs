@@ -5,7 +5,7 @@ use crate::common::Noise;
 use std::ffi::c_void;
 use targon_engine::models::sampler::{Distribution, Sampling};
 use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::logits::{LogSumExp, top_k};
+use targon_engine::ops::logits::{LogSumExp, rank, top_k};
 use targon_engine::ops::math::ln64;
 
 /// The largest logits that a truncated draw starts from.
@@ -102,6 +102,33 @@ fn the_largest_logits_equal_their_twin() {
                 let got = ids[r * k..].iter().copied().zip(top[r * k..].iter().copied());
                 assert_eq!(got.take(want.len()).collect::<Vec<_>>(), want, "{vocab} {k} row {r}");
                 assert!(ids[r * k..][want.len()..k].iter().all(|id| *id == u32::MAX));
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_and_ranks_of_single_tokens_equal_their_twin() {
+    let mut noise = Noise(56);
+    for vocab in [1, 255, 257, 5_000] {
+        let logits = rows(&mut noise, 3, vocab, 2.0);
+        let last = vocab as u32 - 1;
+        // Of each row a known token and the drawn one; in the last row none was drawn.
+        let tokens = [last / 2, 0, u32::MAX];
+        let queries = [[0, last], [0, u32::MAX], [1, 0], [1, u32::MAX], [2, last], [2, u32::MAX]];
+        let (mut found, mut ranks) = ([7.0_f32; 6], [7_u32; 6]);
+        let (l, q, t) = (logits.as_ptr(), queries.as_ptr(), tokens.as_ptr());
+        let (f, r, v) = (found.as_mut_ptr(), ranks.as_mut_ptr(), vocab as i32);
+        let args = args![l, q, t, f, r, v];
+        kernels().launch("look_up", [6, 1, 1], 256, 0, vocab as u64 % 3, &args);
+        for (i, [row, token]) in queries.into_iter().enumerate() {
+            let token = if token == u32::MAX { tokens[row as usize] } else { token };
+            let row = &logits[row as usize * vocab..][..vocab];
+            match token {
+                u32::MAX => assert_eq!(ranks[i], 0),
+                token => {
+                    assert_eq!((found[i], ranks[i]), (row[token as usize], rank(row, token)));
+                }
             }
         }
     }

@@ -1,0 +1,44 @@
+//! Launches of decode steps, recorded: a step that is launched as an earlier one was is one graph.
+//!
+//! A graph holds every argument and address of its launches. So it stands for a step exactly when
+//! the step's launches are equal to them, which is compared each time; what changes from token to
+//! token (ids, positions, block tables, keys) lies in memory that the launches read.
+
+use super::error::CudaError;
+use super::launch::{Graph, Launch, Stream};
+
+/// Kinds of steps that are remembered; the one that was not needed for longest goes first.
+const KINDS_MAX: usize = 32;
+
+/// What was launched before.
+#[derive(Default)]
+pub(super) struct Graphs {
+    known: Vec<Known>, // most recently used last
+}
+
+struct Known {
+    launches: Vec<Launch>,
+    graph: Option<Graph>,
+}
+
+impl Graphs {
+    /// Puts launches on the stream; from the second time on as a graph.
+    pub(super) fn run(&mut self, stream: &Stream, launches: Vec<Launch>) -> Result<(), CudaError> {
+        let Some(at) = self.known.iter().position(|known| known.launches == launches) else {
+            stream.run(&launches)?;
+            if self.known.len() == KINDS_MAX {
+                self.known.remove(0);
+            }
+            self.known.push(Known { launches, graph: None });
+            return Ok(());
+        };
+        let mut known = self.known.remove(at);
+        let graph = match &mut known.graph {
+            Some(graph) => graph,
+            none => none.insert(stream.capture(&launches)?),
+        };
+        let outcome = graph.launch();
+        self.known.push(known);
+        outcome
+    }
+}

@@ -1,0 +1,229 @@
+//! A card: its driver, its kernels, its errors.
+
+use super::super::error::CudaError;
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::{CudaContext, sys};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, OnceLock};
+
+/// The kernels: PTX 9.0 for sm_80, which drivers from 580 on compile for the card at hand.
+const PTX: [&str; 9] = [
+    include_str!("../../../../kernels/attend.sm_80.ptx"),
+    include_str!("../../../../kernels/draw.sm_80.ptx"),
+    include_str!("../../../../kernels/embed.sm_80.ptx"),
+    include_str!("../../../../kernels/experts.sm_80.ptx"),
+    include_str!("../../../../kernels/gate.sm_80.ptx"),
+    include_str!("../../../../kernels/matmul_portable.sm_80.ptx"),
+    include_str!("../../../../kernels/norm.sm_80.ptx"),
+    include_str!("../../../../kernels/proof.sm_80.ptx"),
+    include_str!("../../../../kernels/qkv_finish.sm_80.ptx"),
+];
+/// The CUDA version of that PTX, as a driver counts.
+const CUDA_MIN: u32 = 13_000;
+/// Compute capability that the PTX is for.
+const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// One card with the kernels loaded. All passes on a card share it.
+pub struct Card {
+    ordinal: usize,
+    name: String,
+    pub(super) context: Arc<CudaContext>,
+    pub(super) functions: HashMap<&'static str, Function>,
+    lost: Mutex<Option<CudaError>>,
+}
+
+/// A kernel: its handle, and the bytes of each of its parameters.
+pub(super) struct Function {
+    pub(super) handle: sys::CUfunction,
+    pub(super) sizes: Vec<usize>,
+}
+
+// SAFETY: a function's handle may be used from any thread while its module is loaded, which is as
+// long as the program runs; nothing here is written after it is made.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// How many cards there are.
+///
+/// # Errors
+/// When there is no driver, or it is too old for the kernels.
+pub fn cards() -> Result<usize, CudaError> {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    // SAFETY: the library's constructors run, as they would for any program that links it.
+    if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
+        return Err(CudaError::NoDriver);
+    }
+    let mut have = 0;
+    // SAFETY: the library is there, and writes one number.
+    let code = unsafe { sys::cuDriverGetVersion(&raw mut have) };
+    let have = if code == sys::CUresult::CUDA_SUCCESS { have as u32 } else { 0 };
+    if have < CUDA_MIN {
+        return Err(CudaError::OldDriver { have, need: CUDA_MIN });
+    }
+    // A driver without a card answers with an error of its own.
+    Ok(CudaContext::device_count().map_or(0, |count| count.max(0) as usize))
+}
+
+impl Card {
+    /// The card of this number, opened once and for as long as the program runs.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot run the kernels.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        static OPEN: Mutex<Vec<Arc<Card>>> = Mutex::new(Vec::new());
+        let count = cards()?;
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        let mut open = OPEN.lock();
+        if let Some(card) = open.iter().find(|card| card.ordinal == ordinal) {
+            return Ok(Arc::clone(card));
+        }
+        let card = Arc::new(Self::load(ordinal)?);
+        open.push(Arc::clone(&card));
+        Ok(card)
+    }
+
+    fn load(ordinal: usize) -> Result<Self, CudaError> {
+        let refused = |call| move |e: DriverError| failure(ordinal, call, e);
+        let context = CudaContext::new(ordinal).map_err(refused("cuDevicePrimaryCtxRetain"))?;
+        let name = context.name().map_err(refused("cuDeviceGetName"))?;
+        let capability = context.compute_capability().map_err(refused("cuDeviceGetAttribute"))?;
+        if capability < CAPABILITY_MIN {
+            return Err(CudaError::Architecture { ordinal, name, capability });
+        }
+        let mut card =
+            Self { ordinal, name, context, functions: HashMap::new(), lost: Mutex::new(None) };
+        for text in PTX {
+            card.load_module(text)?;
+        }
+        Ok(card)
+    }
+
+    fn load_module(&mut self, text: &'static str) -> Result<(), CudaError> {
+        let ordinal = self.ordinal;
+        let failed = |call| move |e: DriverError| failure(ordinal, call, e);
+        let image = CString::new(text).map_err(|_| CudaError::Shape("PTX has a zero".into()))?;
+        // SAFETY: the image is PTX that ends with a zero, and outlives the call.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }
+            .map_err(failed("cuModuleLoadData"))?;
+        for (name, sizes) in entries(text) {
+            let c_name = CString::new(name).map_err(|_| CudaError::Shape(name.into()))?;
+            // SAFETY: the module was loaded above and is never unloaded.
+            let handle = unsafe { result::module::get_function(module, c_name) }
+                .map_err(failed("cuModuleGetFunction"))?;
+            self.functions.insert(name, Function { handle, sizes });
+        }
+        Ok(())
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// The maker's name of it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of memory: free, and all.
+    ///
+    /// # Errors
+    /// When the card is lost.
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.check()?;
+        self.context.mem_get_info().map_err(|e| self.failed("cuMemGetInfo", e))
+    }
+
+    /// Waits for all that was put on the card.
+    ///
+    /// # Errors
+    /// When something of it failed.
+    pub fn settle(&self) -> Result<(), CudaError> {
+        self.check()?;
+        self.context.synchronize().map_err(|e| self.failed("cuCtxSynchronize", e))
+    }
+
+    /// Whether it still works for this process.
+    pub(super) fn check(&self) -> Result<(), CudaError> {
+        self.lost.lock().clone().map_or(Ok(()), Err)
+    }
+
+    /// Makes its context this thread's.
+    pub(super) fn bind(&self) -> Result<(), CudaError> {
+        self.check()?;
+        self.context.bind_to_thread().map_err(|e| self.failed("cuCtxSetCurrent", e))
+    }
+
+    /// The error of a call; remembers what the card cannot recover from.
+    pub(super) fn failed(&self, call: &'static str, error: DriverError) -> CudaError {
+        let error = failure(self.ordinal, call, error);
+        if let CudaError::Lost { .. } = error {
+            self.lost.lock().get_or_insert(error.clone());
+        }
+        error
+    }
+}
+
+/// The error of a call on a card.
+fn failure(ordinal: usize, call: &'static str, error: DriverError) -> CudaError {
+    let code = error.0 as u32;
+    let text = error.error_string().map_or("?".into(), |t| t.to_string_lossy().into_owned());
+    match code {
+        // Values, images, handles, names, resources of one launch, unsupported, captures.
+        1
+        | 2
+        | 200
+        | 209
+        | 218
+        | 222
+        | 223
+        | 301
+        | 400
+        | 401
+        | 500
+        | 600
+        | 701
+        | 801
+        | 900..=907 => CudaError::Refused { ordinal, call, code, text },
+        // Everything else breaks the context.
+        _ => CudaError::Lost { ordinal, call, code, text },
+    }
+}
+
+/// The kernels of a PTX text, with the bytes of their parameters.
+fn entries(ptx: &'static str) -> Vec<(&'static str, Vec<usize>)> {
+    // `.param .align 8 .b8 name[24]`, or `.param .u64 name`.
+    let size = |parameter: &str| match parameter.split_once('[') {
+        Some((_, len)) => len.trim_end_matches(']').parse().unwrap_or(0),
+        None => {
+            let digits = parameter.trim_start_matches(|c: char| !c.is_ascii_digit());
+            let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+            digits[..end].parse::<usize>().unwrap_or(0) / 8
+        }
+    };
+    let entry = |text: &'static str| {
+        let (name, rest) = text.split_once('(')?;
+        let (parameters, _) = rest.split_once(')')?;
+        let parameters = parameters.split(',').map(str::trim).filter(|p| !p.is_empty());
+        Some((name.trim(), parameters.map(size).collect()))
+    };
+    ptx.split(".entry ").skip(1).filter_map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_of_the_ptx_are_read() {
+        let all: HashMap<_, _> = PTX.iter().flat_map(|text| entries(text)).collect();
+        assert_eq!(all["embed"], [8, 8, 8, 4, 4, 4, 4]);
+        assert_eq!(all["attend_bf16_4"], [8, 8, 8, 8, 8, 8, 8, 24, 4, 4]);
+        assert_eq!(all["softcap"], [8, 8, 4]);
+        assert!(all.len() >= 31, "{}", all.len());
+    }
+}

@@ -1,0 +1,45 @@
+//! The pass on an NVIDIA card (feature `cuda`): the kernels of `kernels/`, in the order of the
+//! CPU's decoder, so that rows have the CPU's bits.
+//!
+//! None of it has run on a card. It has run on a stand-in for the driver that executes the kernels
+//! on the CPU (`scripts/cuda-check`), where its bits were compared with the CPU engine's.
+
+mod answer;
+mod asks;
+mod error;
+mod graphs;
+pub mod launch;
+mod layout;
+mod memory;
+mod pass;
+mod step;
+mod weights;
+
+pub use error::CudaError;
+pub use launch::{Card, cards};
+pub use pass::CudaPass;
+pub use weights::CudaWeights;
+
+use super::spec::Spec;
+
+/// Bytes that a model takes on a card.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sizes {
+    /// Weights.
+    pub weights: u64,
+    /// One block of the KV cache.
+    pub block: u64,
+    /// Buffers of a step, logits and results.
+    pub workspace: u64,
+}
+
+impl Sizes {
+    /// Of a shape, for steps of `rows` rows.
+    pub fn new(spec: &Spec, rows: usize) -> Self {
+        Self {
+            weights: weights::weight_bytes(spec),
+            block: memory::block_bytes(spec) as u64,
+            workspace: (step::workspace_bytes(spec, rows) + asks::answer_bytes(spec, rows)) as u64,
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! The layers of a step on a card: token ids to hidden rows to logits, launch by launch.
+//!
+//! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits. A
+//! branch waits for the next norm, which adds it to the residual stream.
+
+use super::error::CudaError;
+use super::launch::{Arg, GRID_MAX, Launch, Memory, Pointer, Shape, args};
+use super::layout::Layout;
+use super::memory::{At, Inputs, KvBlocks, Room, padded};
+use super::weights::{CudaWeights, GATE_ROWS, Layer, Matrix};
+use crate::models::spec::{ExpertSpec, Spec};
+use crate::ops::attention::PARTITION_TOKENS;
+use crate::ops::dtype::Dtype;
+use crate::ops::rowwise::Activation;
+use std::cell::RefCell;
+
+/// Bytes of partial results of long contexts that are split over thread blocks.
+const PARTS_BYTES_MAX: usize = 64 << 20;
+/// Thread blocks of attention from which on a card is busy without splitting contexts.
+const TILES_MAX: usize = 256;
+
+/// Buffers between kernels.
+pub(super) struct Rooms {
+    residual: Room,
+    normed: Room,
+    qkv: Room,
+    queries: Room,
+    attended: Room,
+    parts: Room,
+    branch: Room,
+    gate_up: Room,
+    inner: Room,
+    routing: Room,
+    experts: Room,
+}
+
+/// Where they are, for a step of some rows.
+#[derive(Clone, Copy)]
+pub(super) struct Buffers {
+    residual: Pointer,          // f32 (rows, hidden)
+    pub(super) normed: Pointer, // 16 bits (rows, hidden)
+    qkv: Pointer,               // f32 (rows, qkv_rows)
+    queries: Pointer,           // 16 bits (rows, heads * head_dim)
+    attended: Pointer,          // 16 bits (rows, heads * head_dim)
+    parts: Option<Pointer>, // f32 (rows, heads, partitions, head_dim + 2), where contexts are split
+    branch: Pointer,        // f32 (rows, hidden)
+    gate_up: Pointer,       // f32 (slots, 2 * stride)
+    inner: Pointer,         // 16 bits (slots, inter)
+    scores: Pointer,        // f32 (rows, experts)
+    chosen: Pointer,        // u32 (rows, used)
+    shares: Pointer,        // f32 (rows, used)
+    experts: Pointer,       // f32 (slots, hidden)
+}
+
+/// Bytes of a card's memory for steps of `rows` rows, without logits and results.
+pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
+    let sizes = Sizes::new(spec, rows);
+    sizes.0.iter().map(|bytes| bytes.next_multiple_of(64 << 10)).sum()
+}
+
+/// Bytes of the buffers, in the order of [`Rooms`], but for the partial results.
+struct Sizes([usize; 10]);
+
+impl Sizes {
+    fn new(spec: &Spec, rows: usize) -> Self {
+        let (experts, used) = spec.feed_forward.experts.map_or((0, 0), |e| (e.count, e.used));
+        let slots = rows * used.max(1);
+        let (hidden, inter) = (spec.hidden, spec.feed_forward.inter);
+        Self([
+            4 * rows * hidden,
+            2 * rows * hidden,
+            4 * rows * spec.qkv_rows(),
+            2 * rows * spec.attention_cols(),
+            2 * rows * spec.attention_cols(),
+            4 * rows * hidden,
+            8 * slots * inter.next_multiple_of(GATE_ROWS),
+            2 * slots * inter,
+            routing(rows, experts, used)[2] + 4 * rows * used,
+            4 * rows * used * hidden,
+        ])
+    }
+}
+
+/// Where scores, chosen experts and their shares begin in one buffer.
+fn routing(rows: usize, experts: usize, used: usize) -> [usize; 3] {
+    let chosen = (4 * rows * experts).next_multiple_of(16);
+    [0, chosen, chosen + (4 * rows * used).next_multiple_of(16)]
+}
+
+impl Rooms {
+    pub(super) fn new() -> Self {
+        let room = || Room::new("a step's buffers");
+        Self {
+            residual: room(),
+            normed: room(),
+            qkv: room(),
+            queries: room(),
+            attended: room(),
+            parts: room(),
+            branch: room(),
+            gate_up: room(),
+            inner: room(),
+            routing: room(),
+            experts: room(),
+        }
+    }
+
+    pub(super) fn fit(
+        &mut self,
+        weights: &CudaWeights,
+        layout: &Layout,
+    ) -> Result<Buffers, CudaError> {
+        let (spec, card) = (&*weights.spec, &weights.card);
+        let Sizes([residual, normed, qkv, queries, attended, branch, gate_up, inner, route, out]) =
+            Sizes::new(spec, layout.rows);
+        let (experts, used) = spec.feed_forward.experts.map_or((0, 0), |e| (e.count, e.used));
+        let places = routing(layout.rows, experts, used);
+        let route = self.routing.fit(card, route)?;
+        let a = &spec.attention;
+        let parts = 4 * layout.rows * a.heads * layout.partitions * (a.head_dim + 2);
+        let is_split = layout.partitions > 1
+            && layout.tile_count * a.kv_heads < TILES_MAX
+            && parts <= PARTS_BYTES_MAX;
+        Ok(Buffers {
+            residual: self.residual.fit(card, residual)?,
+            normed: self.normed.fit(card, normed)?,
+            qkv: self.qkv.fit(card, qkv)?,
+            queries: self.queries.fit(card, queries)?,
+            attended: self.attended.fit(card, attended)?,
+            parts: if is_split { Some(self.parts.fit(card, parts)?) } else { None },
+            branch: self.branch.fit(card, branch)?,
+            gate_up: self.gate_up.fit(card, gate_up)?,
+            inner: self.inner.fit(card, inner)?,
+            scores: route.plus(places[0]),
+            chosen: route.plus(places[1]),
+            shares: route.plus(places[2]),
+            experts: self.experts.fit(card, out)?,
+        })
+    }
+}
+
+/// A step under way.
+pub(super) struct Step<'a> {
+    pub(super) weights: &'a CudaWeights,
+    pub(super) kv: &'a KvBlocks,
+    pub(super) inputs: &'a Inputs,
+    pub(super) layout: &'a Layout,
+    pub(super) buffers: Buffers,
+    /// What was launched so far.
+    pub(super) launches: RefCell<Vec<Launch>>,
+}
+
+/// What a norm adds first: a branch, and its bias.
+pub(super) type Branch = [Pointer; 2];
+
+impl Step<'_> {
+    /// Adds a launch to the step.
+    pub(super) fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: u32,
+        shared: usize,
+        args: &[Arg],
+    ) {
+        let launch = Launch { kernel, grid, threads, shared, args: args.to_vec() };
+        self.launches.borrow_mut().push(launch);
+    }
+
+    fn spec(&self) -> &Spec {
+        &self.weights.spec
+    }
+
+    pub(super) fn is_f16(&self) -> i32 {
+        i32::from(self.weights.dtype == Dtype::F16)
+    }
+
+    pub(super) fn input(&self, at: At) -> Pointer {
+        self.inputs.pointer(at)
+    }
+
+    /// All layers; whether the last branch still waits to be added.
+    pub(super) fn layers(&self) -> bool {
+        let b = self.buffers;
+        self.embed();
+        let mut waits = false;
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            self.add_norm(self.branch(waits, None), &layer.attention_norm, None, b.normed);
+            self.matmul(&layer.qkv, b.normed, b.qkv, self.layout.rows);
+            self.attend(index, layer);
+            self.matmul(&layer.out, b.attended, b.branch, self.layout.rows);
+            let bias = layer.out_bias.as_ref();
+            let before = &layer.feed_forward_norm;
+            match &layer.post_attention_norm {
+                None => self.add_norm(self.branch(true, bias), before, None, b.normed),
+                Some(norm) => {
+                    self.norm_add(self.branch(true, bias), norm);
+                    self.add_norm(self.branch(false, None), before, None, b.normed);
+                }
+            }
+            self.feed_forward(layer);
+            waits = layer.post_feed_forward_norm.is_none();
+            if let Some(norm) = &layer.post_feed_forward_norm {
+                self.norm_add(self.branch(true, None), norm);
+            }
+        }
+        waits
+    }
+
+    pub(super) fn branch(&self, is_there: bool, bias: Option<&Memory>) -> Branch {
+        let branch = if is_there { self.buffers.branch } else { Pointer::NULL };
+        [branch, bias.map_or(Pointer::NULL, Memory::pointer)]
+    }
+
+    fn embed(&self) {
+        let (spec, weights) = (self.spec(), self.weights);
+        // The kernel takes 0 for none.
+        let scale = spec.embed_scale.map_or(0.0, |s| weights.dtype.widen(weights.dtype.round(s)));
+        let table = weights.embedding.as_ref().unwrap_or(&weights.head.memory);
+        let (cols, is_packed) = (spec.hidden as i32, i32::from(weights.embedding.is_none()));
+        let ids = self.input(self.layout.ids);
+        let args = args![table, ids, self.buffers.residual, cols, is_packed, scale, self.is_f16()];
+        self.launch("embed", [self.layout.rows, 1, 1], 256, 0, args);
+    }
+
+    /// Adds a branch to the residual stream where there is one, and norms: `chosen` rows, or all.
+    pub(super) fn add_norm(
+        &self,
+        [branch, bias]: Branch,
+        weight: &Memory,
+        chosen: Option<(At, usize)>,
+        out: Pointer,
+    ) {
+        let (cols, eps) = (self.spec().hidden, self.spec().norm.eps);
+        let (rows, count) = match chosen {
+            Some((at, count)) => (self.input(at), count),
+            None => (Pointer::NULL, self.layout.rows),
+        };
+        let residual = self.buffers.residual;
+        let args =
+            args![residual, branch, bias, weight, rows, out, cols as i32, eps, self.is_f16()];
+        self.launch("add_norm", [count, 1, 1], 256, 4 * cols, args);
+    }
+
+    /// Adds the norm of a branch.
+    fn norm_add(&self, [branch, bias]: Branch, weight: &Memory) {
+        let (cols, eps) = (self.spec().hidden, self.spec().norm.eps);
+        let args = args![self.buffers.residual, branch, bias, weight, cols as i32, eps];
+        self.launch("norm_add", [self.layout.rows, 1, 1], 256, 4 * cols, args);
+    }
+
+    /// `out[t][r] = sum_k w[r][k] x[t][k]`.
+    fn matmul(&self, w: &Matrix, x: Pointer, out: Pointer, tokens: usize) {
+        let is_f16 = self.weights.dtype == Dtype::F16;
+        let (kernel, group, rows, threads) = match (tokens, is_f16) {
+            (1, false) => ("decode_bf16_1", 1, 32, 256),
+            (1, true) => ("decode_f16_1", 1, 32, 256),
+            (2..=4, false) => ("decode_bf16_4", 4, 32, 256),
+            (2..=4, true) => ("decode_f16_4", 4, 32, 256),
+            (5..=16, false) => ("decode_bf16_8", 8, 32, 256),
+            (5..=16, true) => ("decode_f16_8", 8, 32, 256),
+            (_, false) => ("prefill_bf16", 64, 64, 128),
+            (_, true) => ("prefill_f16", 64, 64, 128),
+        };
+        let grid = [tokens.div_ceil(group), w.rows.div_ceil(rows), 1];
+        let args = args![&w.memory, x, out, w.rows as i32, w.cols as i32, tokens as i32];
+        self.launch(kernel, grid, threads, 0, args);
+    }
+
+    /// Finishes queries, keys and values, stores and attends.
+    fn attend(&self, index: usize, layer: &Layer) {
+        let (spec, b, layout) = (self.spec(), self.buffers, self.layout);
+        let a = &spec.attention;
+        let [keys, values] = self.kv.layer(index);
+        let (heads, kv_heads, head_dim) = (a.heads as i32, a.kv_heads as i32, a.head_dim as i32);
+        let optional =
+            |memory: &Option<Memory>| memory.as_ref().map_or(Pointer::NULL, Memory::pointer);
+        let args = args![
+            b.qkv,
+            optional(&layer.qkv_bias),
+            optional(&layer.q_norm),
+            optional(&layer.k_norm),
+            self.input(layout.cos),
+            self.input(layout.sin),
+            self.input(layout.slots),
+            b.queries,
+            keys,
+            values,
+            heads,
+            kv_heads,
+            head_dim,
+            spec.norm.eps,
+            self.is_f16(),
+        ];
+        let grid = [layout.rows, a.heads + 2 * a.kv_heads, 1];
+        self.launch("qkv_finish", grid, 128, 0, args);
+        let shape = Shape {
+            heads,
+            kv_heads,
+            head_dim,
+            window: a.windows[index].map_or(0, |w| w as i32),
+            scale: a.scale,
+            cap: a.softcap.unwrap_or(0.0),
+        };
+        self.attend_tiles(shape, [keys, values]);
+        let Some(parts) = b.parts else { return };
+        let (positions, partitions) = (self.input(layout.positions), layout.partitions as i32);
+        let args = args![parts, positions, b.attended, shape, partitions, self.is_f16()];
+        self.launch("attend_merge", [layout.rows, a.heads, 1], 128, 0, args);
+    }
+
+    fn attend_tiles(&self, shape: Shape, [keys, values]: [Pointer; 2]) {
+        let (a, b, layout) = (&self.spec().attention, self.buffers, self.layout);
+        let size = layout.tile_queries;
+        let kernel = match (size, self.weights.dtype) {
+            (1, Dtype::Bf16) => "attend_bf16_1",
+            (4, Dtype::Bf16) => "attend_bf16_4",
+            (_, Dtype::Bf16) => "attend_bf16_8",
+            (1, Dtype::F16) => "attend_f16_1",
+            (4, Dtype::F16) => "attend_f16_4",
+            (_, Dtype::F16) => "attend_f16_8",
+        };
+        let warps = if size == 8 { 4 } else { 8 };
+        let shared = 4 * size * (PARTITION_TOKENS + padded(a.head_dim) + warps * a.head_dim);
+        let depth = if b.parts.is_some() { layout.partitions } else { 1 };
+        let (table, tiles) = (self.input(layout.table), self.input(layout.tiles));
+        let parts = b.parts.unwrap_or(Pointer::NULL);
+        let (partitions, split) = (layout.partitions as i32, i32::from(b.parts.is_some()));
+        let args = args![
+            b.queries, keys, values, table, tiles, parts, b.attended, shape, partitions, split,
+        ];
+        let grid = [layout.tile_count, a.kv_heads, depth];
+        self.launch(kernel, grid, 32 * warps as u32, shared, args);
+    }
+
+    fn feed_forward(&self, layer: &Layer) {
+        let (b, rows) = (self.buffers, self.layout.rows);
+        let Some((mixture, router)) = &layer.router else {
+            self.matmul(&layer.gate_up, b.normed, b.gate_up, rows);
+            self.gate(rows);
+            return self.matmul(&layer.down, b.inner, b.branch, rows);
+        };
+        self.matmul(router, b.normed, b.scores, rows);
+        let (count, used) = (mixture.count as i32, mixture.used as i32);
+        let args =
+            args![b.scores, b.chosen, b.shares, count, used, i32::from(mixture.renormalise),];
+        self.launch("route", [rows, 1, 1], 32, 0, args);
+        self.expert(mixture, &layer.gate_up, (b.normed, true), b.gate_up);
+        self.gate(rows * mixture.used);
+        self.expert(mixture, &layer.down, (b.inner, false), b.experts);
+        let args = args![b.experts, b.shares, b.branch, self.spec().hidden as i32, used];
+        self.launch("combine", [rows, 1, 1], 256, 0, args);
+    }
+
+    fn gate(&self, slots: usize) {
+        let feed_forward = &self.spec().feed_forward;
+        let inter = feed_forward.inter;
+        let stride = inter.next_multiple_of(GATE_ROWS);
+        let is_gelu = i32::from(feed_forward.activation == Activation::GeluTanh);
+        for first in (0..slots).step_by(GRID_MAX) {
+            let gate_up = self.buffers.gate_up.plus(8 * first * stride);
+            let out = self.buffers.inner.plus(2 * first * inter);
+            let args = args![gate_up, out, inter as i32, stride as i32, is_gelu, self.is_f16()];
+            let grid = [inter.div_ceil(256), GRID_MAX.min(slots - first), 1];
+            self.launch("gate", grid, 256, 0, args);
+        }
+    }
+
+    /// Products of each row's experts; all of a row's slots read one input, or each its own.
+    fn expert(
+        &self,
+        mixture: &ExpertSpec,
+        w: &Matrix,
+        (x, is_shared): (Pointer, bool),
+        out: Pointer,
+    ) {
+        let kernel = match self.weights.dtype {
+            Dtype::Bf16 => "expert_bf16",
+            Dtype::F16 => "expert_f16",
+        };
+        let (slots, used) = (self.layout.rows * mixture.used, mixture.used);
+        let at_once = GRID_MAX / used * used;
+        for first in (0..slots).step_by(at_once) {
+            let inputs = if is_shared { first / used } else { first };
+            let (chosen, x) = (self.buffers.chosen.plus(4 * first), x.plus(2 * inputs * w.cols));
+            let out = out.plus(4 * first * w.rows);
+            let (rows, cols) = (w.rows as i32, w.cols as i32);
+            let args =
+                args![&w.memory, chosen, x, out, rows, cols, used as i32, i32::from(is_shared)];
+            let grid = [w.rows.div_ceil(32), at_once.min(slots - first), 1];
+            self.launch(kernel, grid, 256, 0, args);
+        }
+    }
+
+    /// The final norm of chosen rows.
+    pub(super) fn final_rows(&self, branch: bool, rows: At, count: usize, out: Pointer) {
+        let branch = self.branch(branch, None);
+        self.add_norm(branch, &self.weights.norm, Some((rows, count)), out)
+    }
+
+    /// Logits (rows, vocab) of the first `rows` final rows.
+    pub(super) fn logits(&self, finals: Pointer, out: Pointer, rows: usize) {
+        self.matmul(&self.weights.head, finals, out, rows);
+        let Some(cap) = self.spec().logit_softcap else { return };
+        let count = rows * self.spec().vocab;
+        let args = args![out, count as u64, cap];
+        self.launch("softcap", [count.div_ceil(256), 1, 1], 256, 0, args);
+    }
+}

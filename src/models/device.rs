@@ -1,0 +1,124 @@
+//! Where a model is computed.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Where a model is computed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub enum Device {
+    /// The first NVIDIA card where there is one that this build can use, else the processor.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// The NVIDIA card of this number.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            other => match other.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(number)) if cfg!(feature = "cuda") => Ok(Self::Cuda(number)),
+                Some(Ok(_)) => {
+                    Err(format!("{other} needs a build with the feature `cuda`, this has none"))
+                }
+                _ => Err(format!("must be auto, cpu or cuda:N, got {other}")),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl Device {
+    /// The device that `auto` stands for on this machine; any other is itself. Why a card is not
+    /// used is logged, once.
+    pub fn resolved(self) -> Self {
+        match self {
+            Self::Auto => best(),
+            other => other,
+        }
+    }
+
+    /// Bytes that a card has free; `None` for the processor.
+    ///
+    /// # Errors
+    /// When there is no such card, or it does not work.
+    pub fn free_memory(self) -> Result<Option<u64>, String> {
+        match self.resolved() {
+            Self::Cuda(number) => free(number).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn best() -> Device {
+    use super::cuda::{Card, CudaError};
+    use std::sync::OnceLock;
+    static BEST: OnceLock<Device> = OnceLock::new();
+    *BEST.get_or_init(|| match Card::open(0) {
+        Ok(card) => {
+            tracing::info!(card = card.name(), "computing on cuda:0");
+            Device::Cuda(0)
+        }
+        Err(why @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
+            tracing::info!("computing on the processor: {why}");
+            Device::Cpu
+        }
+        Err(why) => {
+            tracing::warn!("computing on the processor: {why}");
+            Device::Cpu
+        }
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn best() -> Device {
+    Device::Cpu
+}
+
+#[cfg(feature = "cuda")]
+fn free(number: usize) -> Result<u64, String> {
+    let card = super::cuda::Card::open(number).map_err(|e| e.to_string())?;
+    card.memory().map(|(free, _)| free as u64).map_err(|e| e.to_string())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn free(number: usize) -> Result<u64, String> {
+    Err(format!("cuda:{number} needs a build with the feature `cuda`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for name in ["auto", "cpu"] {
+            assert_eq!(name.parse::<Device>().unwrap().to_string(), name);
+        }
+        let card = "cuda:3".parse::<Device>();
+        match cfg!(feature = "cuda") {
+            true => assert_eq!(card.unwrap().to_string(), "cuda:3"),
+            false => assert!(card.unwrap_err().contains("feature `cuda`")),
+        }
+        for wrong in ["", "cuda", "cuda:", "cuda:x", "cuda:-1", "gpu", "CPU"] {
+            let error = wrong.parse::<Device>().unwrap_err();
+            assert!(error.contains("auto, cpu or cuda:N"), "{error}");
+        }
+    }
+}
