@@ -79,11 +79,12 @@ pub fn run(
         let what = "the program was compiled without optimisation";
         report.marks.push(Mark::new(MarkKind::Unoptimized, what));
     }
-    let weights = model.decoder.weights.bytes() as u64;
-    let kv = (options.blocks * model.decoder.spec.kv_dims().block_bytes()) as u64;
-    let engine = Engine::start(model, pool.clone(), options, Clock::system())?;
+    let weights = model.weights.bytes() as u64;
+    let kv = (options.blocks * model.spec.kv_dims().block_bytes()) as u64;
+    let model = Arc::new(model);
+    let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system())?;
     let verifier = Verifier {
-        model: Arc::clone(engine.model()),
+        model,
         identity: Arc::new(identity),
         pool: pool.separate(),
         limits: Limits::default(),
@@ -108,7 +109,7 @@ pub fn run(
 
 /// The engine's sizes.
 fn options(model: &Model, setup: &Setup) -> anyhow::Result<Options> {
-    let spec = &model.decoder.spec;
+    let spec = &model.spec;
     let deepest = setup.depths.iter().copied().max().context("no depth is asked for")?;
     let batch = setup.batches.iter().copied().max().context("no batch is asked for")?;
     let context_max = deepest + decode_tokens(setup.tokens, batch) + 1;
@@ -235,7 +236,7 @@ impl Bench<'_> {
             }
         }
         let size = Size { phase, batch, depth, tokens: self.setup.tokens };
-        let spec = &self.engine.model().decoder.spec;
+        let spec = &self.engine.info().spec;
         let is_whole = runs.len() == self.setup.runs;
         let mean = joules.iter().sum::<f64>() / joules.len().max(1) as f64;
         let measured = row(spec, self.ceilings, size, runs);
@@ -252,7 +253,7 @@ impl Bench<'_> {
 
     fn prefill(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Run> {
         let seed = |i| self.prompt(Phase::Prefill, (batch, depth), salt, i);
-        let vocab = self.engine.model().decoder.spec.vocab;
+        let vocab = self.engine.info().spec.vocab;
         let requests: Vec<_> = (0..batch).map(|i| request_of(vocab, depth, 1, seed(i))).collect();
         let meter = Meter::start();
         let running = requests.into_iter().map(|r| self.engine.submit(r));
@@ -267,7 +268,7 @@ impl Bench<'_> {
     /// first.
     fn decode(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Run> {
         let seed = |i| self.prompt(Phase::Decode, (batch, depth), salt, i);
-        let vocab = self.engine.model().decoder.spec.vocab;
+        let vocab = self.engine.info().spec.vocab;
         let submit = |tokens: usize| {
             let requests = (0..batch).map(|i| request_of(vocab, depth, tokens, seed(i)));
             requests.map(|r| self.engine.submit(r)).collect::<Result<Vec<_>, _>>()
@@ -297,7 +298,7 @@ impl Bench<'_> {
 
     /// Honest answers with proofs.
     fn answers(&self, batch: usize, depth: usize) -> anyhow::Result<Vec<Proved>> {
-        let vocab = self.engine.model().decoder.spec.vocab;
+        let vocab = self.engine.info().spec.vocab;
         let answer = |i| {
             let seed = self.prompt(Phase::Verify, (batch, depth), 0, i);
             let mut request = request_of(vocab, depth, self.setup.tokens, seed);

@@ -98,7 +98,7 @@ fn facts(path: &Path, model: &Model, identity: &Identity) -> ModelFacts {
         name: name.to_string_lossy().into_owned(),
         weights_root: Some(to_hex(&identity.weights_root)),
         dtype: Some(identity.dtype.to_string()),
-        weights_bytes: Some(model.decoder.weights.bytes() as u64),
+        weights_bytes: Some(model.weights.bytes() as u64),
     }
 }
 

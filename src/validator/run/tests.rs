@@ -464,7 +464,7 @@ async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
     let before = progress.rounds();
     until("rounds while weights are missing", || progress.rounds() > before + 2).await;
     world.hangs.store(true, SeqCst);
-    until("verifications", || world.judging.load(SeqCst) == JUDGES_MAX).await;
+    until("verifications", || world.judging.load(SeqCst) == JUDGES_DEFAULT).await;
     world.heads.send_replace(101);
     until("weights", || world.sends.lock().len() == 1).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
