@@ -16,6 +16,8 @@ pub(super) enum Message {
     Subnet(Result<Box<Subnet>, SubnetError>),
     /// The weights of an epoch are as far as they get.
     Weights(u64, Result<Settled, String>),
+    /// What weights would be now, where that is known.
+    ToCome(Vec<(u16, u16)>),
 }
 
 /// A running round.
