@@ -28,6 +28,7 @@ mod shared;
 mod status;
 mod subnet;
 mod subnet_args;
+mod tui;
 mod update;
 mod validate;
 mod validate_args;

@@ -282,7 +282,10 @@ pub(super) fn stop_signal() -> Result<impl Future<Output = ()> + Send, Failure> 
             match sender.take() {
                 // The server may have ended by itself.
                 Some(sender) => drop(sender.send(())),
-                None => std::process::exit(1),
+                None => {
+                    super::tui::restore();
+                    std::process::exit(1)
+                }
             }
         }
     });

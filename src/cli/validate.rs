@@ -7,7 +7,7 @@ use super::serve::stop_signal;
 use super::shared::runtime;
 use super::subnet::tell;
 pub(super) use super::validate_args::ValidateArgs;
-use super::{Failure, update, validate_table};
+use super::{Failure, tui, update, validate_table};
 use crate::chain::Chain;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
@@ -51,6 +51,9 @@ const WEIGHTS_WAIT: Duration = Duration::from_secs(6);
 
 pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     args.original.check()?;
+    if args.tui {
+        tui::check()?;
+    }
     let settings = args.round.settings(args.chain.netuid(), &args.verifying)?;
     let source = Source::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
     let signer = Arc::new(args.wallet.keypair()?);
@@ -196,7 +199,10 @@ async fn validate(
             outln!("{}", validate_table::verdicts(round));
         }
     };
-    let summary = driver.run(stop.clone(), &on_round).await.map_err(run_failure)?;
+    let shown = args.tui.then(|| tui::Tui::start(driver.watch(), stop.clone())).transpose()?;
+    let summary = driver.run(stop.clone(), &on_round).await;
+    drop(shown);
+    let summary = summary.map_err(run_failure)?;
     if newer.is_finished() && !stop.is_cancelled() {
         return newer.await.map(Some).map_err(Failure::ours);
     }
@@ -250,6 +256,7 @@ fn watch(progress: Arc<Progress>) -> Result<(), Failure> {
             still = if beat == seen { still + LOOK } else { Duration::ZERO };
             seen = beat;
             if still >= STUCK_TIME {
+                tui::restore();
                 tracing::error!("the validator has stood still for {STUCK_TIME:?}; it ends");
                 std::process::exit(2);
             }

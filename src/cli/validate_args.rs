@@ -66,6 +66,9 @@ pub(super) struct ValidateArgs {
     /// nothing.
     #[arg(long, alias = "metrics", env = "TARGON_LISTEN", value_name = "ADDRESS")]
     pub(super) listen: Option<SocketAddr>,
+    /// Show rounds, miners and weights live on the terminal, in place of log lines.
+    #[arg(long, env = "TARGON_TUI", conflicts_with_all = ["rounds", "once"])]
+    pub(super) tui: bool,
     /// Seconds that verifications may go on after SIGTERM.
     #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(super) shutdown_timeout: u64,

@@ -129,11 +129,14 @@ impl Server {
             return Refusal::Late { url, seconds, gap };
         }
         // The reason is often only in the source.
-        let mut why = e.without_url().to_string();
-        if why.len() > 300 {
-            why = why.chars().take(300).collect();
+        let e = e.without_url();
+        let mut why = e.to_string();
+        let mut source = std::error::Error::source(&e);
+        while let Some(inner) = source {
+            why = format!("{why}: {inner}");
+            source = inner.source();
         }
-        Refusal::Unreachable { url, why }
+        Refusal::Unreachable { url, why: why.chars().take(300).collect() }
     }
 
     /// The list.

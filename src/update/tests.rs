@@ -6,6 +6,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::Path as Part;
 use axum::http::{Response, StatusCode};
 use axum::routing::get;
+use futures_util::StreamExt;
 use minisign::KeyPair;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -42,7 +43,13 @@ fn respond(answer: Option<&Answer>) -> Response<Body> {
         }
         Some(Answer::Cut(bytes, length)) => {
             let part = Ok::<_, std::io::Error>(Bytes::from(bytes.clone()));
-            let body = Body::from_stream(futures_util::stream::iter([part]));
+            // The bytes are on their way before the connection breaks.
+            let pause = futures_util::stream::once(async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                Ok(Bytes::new())
+            });
+            let body = futures_util::stream::iter([part]).chain(pause);
+            let body = Body::from_stream(body);
             Response::builder().header("content-length", *length).body(body).unwrap()
         }
         Some(Answer::Slow(bytes, pause_ms)) => {
@@ -335,7 +342,7 @@ async fn a_full_disk_and_a_directory_that_cannot_be_written_are_named() {
     let refusal = outcome.unwrap_err();
     assert!(matches!(refusal, Refusal::DiskFull { .. }), "{refusal}");
     // Nobody can create a file there, root neither.
-    let refusal = Installed::at(Path::new("/proc/version")).unwrap().begin().unwrap_err();
+    let refusal = Installed::at(Path::new("/sys/kernel")).unwrap().begin().unwrap_err();
     assert!(matches!(refusal, Refusal::ReadOnly { .. }), "{refusal}");
 }
 

@@ -48,6 +48,19 @@ pub enum Phase {
     Ended,
 }
 
+/// Where a miner is in a round.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Standing {
+    /// It does not serve the model.
+    NotServed,
+    /// It is to be asked, or was asked.
+    Asked,
+    /// Its answer is being judged.
+    Judging(Timing),
+    /// It is done with.
+    Done(Timing, Outcome),
+}
+
 /// A miner in this round.
 struct Slot {
     miner: Miner,
@@ -167,6 +180,17 @@ impl Machine {
     /// Where it is.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// Where everyone is whom it asks, by ascending uid.
+    pub fn standings(&self) -> impl Iterator<Item = (u16, Standing)> {
+        let standing = |slot: &Slot| match &slot.state {
+            State::NotServed => Standing::NotServed,
+            State::Open => Standing::Asked,
+            State::Judging(timing, _) => Standing::Judging(*timing),
+            State::Closed(found) => Standing::Done(found.timing, found.outcome),
+        };
+        self.slots.iter().map(move |(uid, slot)| (*uid, standing(slot)))
     }
 
     /// When it must be told that time has passed, on its clock.

@@ -19,6 +19,8 @@ pub(super) enum Message {
     Weights(u64, Result<Settled, String>),
     /// Old records are forgotten as far as they get.
     Tidied(Result<Removed, String>),
+    /// What weights would be now, where that is known.
+    ToCome(Vec<(u16, u16)>),
 }
 
 /// A running round.

@@ -5,6 +5,7 @@ use super::inbox::Message;
 use super::ports::{Case, Ports, Query};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
+use super::view::View;
 use super::{Driver, Epoch, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
@@ -13,6 +14,7 @@ use futures_util::FutureExt;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 
 impl<P: Ports> Driver<P> {
     pub(super) fn take(&mut self, message: Message) -> Result<(), RunError> {
@@ -21,6 +23,7 @@ impl<P: Ports> Driver<P> {
             Message::Subnet(read) => self.take_subnet(read)?,
             Message::Weights(epoch, settled) => self.take_weights(epoch, settled),
             Message::Tidied(tidied) => self.take_tidied(tidied),
+            Message::ToCome(values) => self.publisher.set_to_come(values),
         }
         Ok(())
     }
@@ -78,6 +81,7 @@ impl<P: Ports> Driver<P> {
         match settled {
             Ok(Settled::Weights(weights)) => {
                 self.progress.set_weights(&weights);
+                self.publisher.set_weights(&weights);
                 tracing::info!(epoch, state = ?weights.state, "weights");
                 self.epoch.is_settled |= is_current;
             }
@@ -131,6 +135,7 @@ impl<P: Ports> Driver<P> {
             "a round is over"
         );
         self.progress.end_round(&round);
+        self.publisher.end_round(&round);
         self.unsaved.push_back(round);
     }
 
@@ -234,6 +239,38 @@ impl<P: Ports> Driver<P> {
         let place = path.display();
         let what = format!("{count} rounds could not be remembered; they are in {place}");
         Err(RunError::Records(format!("{what}, and the next start takes them from there")))
+    }
+
+    /// What a person watches; made only while somebody does.
+    pub fn watch(&self) -> watch::Receiver<Arc<View>> {
+        self.publisher.subscribe()
+    }
+
+    /// Publishes how it is now, where somebody watches.
+    pub(super) fn publish(&mut self) {
+        if !self.publisher.is_watched() {
+            return;
+        }
+        let view = View {
+            netuid: self.settings.netuid,
+            block: self.heads.borrow().block,
+            epoch: (self.epoch.began, self.options.epoch_length),
+            ended: self.progress.rounds(),
+            unsaved: self.unsaved.len(),
+            is_stopping: self.stopping.is_some(),
+            ..View::default()
+        };
+        self.publisher.publish(view, &self.subnet, self.live.values());
+        if self.publisher.is_outdated && !self.publisher.is_deciding && self.unsaved.is_empty() {
+            (self.publisher.is_outdated, self.publisher.is_deciding) = (false, true);
+            let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
+            let sender = self.inbox.0.clone();
+            tokio::spawn(async move {
+                // Without an answer of the records, nothing is known of what is to come.
+                let values = ports.decide(&subnet).await.map_or(Vec::new(), |d| d.values);
+                let _ = sender.send(Message::ToCome(values)).await;
+            });
+        }
     }
 
     /// Takes over the rounds that an earlier run could not remember.

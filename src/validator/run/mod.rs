@@ -16,6 +16,7 @@ pub mod reading;
 mod spill;
 pub mod subnet;
 pub mod trial;
+pub mod view;
 pub mod world;
 
 use crate::chain::Head;
@@ -40,6 +41,7 @@ use std::time::Duration;
 use subnet::Subnet;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use view::Publisher;
 
 /// Rounds at once: one that asks, and others that wait for verdicts.
 const ROUNDS_MAX: usize = 3;
@@ -126,6 +128,7 @@ pub struct Driver<P: Ports> {
     is_tidying: bool,
     stopping: Option<Duration>, // until when
     retirement: CancellationToken,
+    publisher: Publisher,
     /// Whether the last reading says that this validator may not validate.
     is_doubted: bool,
 }
@@ -174,6 +177,7 @@ impl<P: Ports> Driver<P> {
             is_tidying: false,
             stopping: None,
             retirement: CancellationToken::new(),
+            publisher: Publisher::default(),
             is_doubted: false,
         })
     }
@@ -245,6 +249,7 @@ impl<P: Ports> Driver<P> {
             if self.is_over() {
                 return Ok(());
             }
+            self.publish();
             let wait = self.next_wait();
             tokio::select! {
                 Some(message) = self.inbox.1.recv() => self.take(message)?,

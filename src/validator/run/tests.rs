@@ -9,7 +9,7 @@ use crate::store::record::{Outcome, Sampled, Weights, WeightsState};
 use crate::validator::eligible::{Member, Rules};
 use crate::validator::query::Arrival;
 use crate::validator::round::ask::{Content, Endpoint, Prompt};
-use crate::validator::round::{Answered, Ending, Judged, Judgement, Keep, Offer, Times};
+use crate::validator::round::{Answered, Ending, Judged, Judgement, Keep, Offer, Standing, Times};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::future::pending;
@@ -476,6 +476,34 @@ async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
     // Nothing was given up.
     let first = |round: &Round| round.responses[0].outcome;
     assert!(saved.iter().all(|round| first(round) == Outcome::Verified));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_watches_sees_rounds_miners_verdicts_and_weights_to_come() {
+    let world = Arc::new(Fake::new());
+    world.hangs.store(true, SeqCst);
+    let mut options = options(None);
+    options.round.times.verdicts = Duration::from_secs(600);
+    let running = driver(&world, options).await;
+    let (views, stop) = (running.watch(), CancellationToken::new());
+    let token = stop.clone();
+    let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+    let standing = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.standing);
+    until("a verification", || matches!(standing(1), Some(Standing::Judging(_)))).await;
+    let view = Arc::clone(&views.borrow());
+    assert_eq!((view.netuid, view.block, view.epoch), (4, 10, (0, 100)));
+    assert_eq!(view.miners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    assert_eq!(standing(5), Some(Standing::NotServed));
+    assert!(view.rounds.iter().any(|r| r.phase == Phase::Judging && r.model == "m"));
+    assert_eq!(view.miners[&1].last, None);
+    world.hangs.store(false, SeqCst);
+    let last = |uid: u16| views.borrow().miners[&uid].last.clone();
+    until("a verdict", || last(1).is_some_and(|l| l.outcome == Outcome::Verified)).await;
+    assert_eq!(last(2).unwrap().cause.as_deref(), Some("SAMPLER_MARGIN"));
+    assert!(views.borrow().miners[&1].counts["verified"] > 0);
+    until("weights to come", || views.borrow().to_come.get(&1) == Some(&u16::MAX)).await;
+    stop.cancel();
+    run.await.unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
