@@ -1,13 +1,22 @@
-//! `cargo bench --bench engine -- MODEL [--json]`: the engine on a real model, then through HTTP;
-//! `scripts/bench-peers` puts the figures beside llama.cpp's.
+//! `cargo bench --bench engine -- MODEL [--device D] [--json]`: the engine on a real model, then
+//! through HTTP; `scripts/bench-peers` puts the figures beside llama.cpp's.
 
 use std::path::Path;
+use targon_engine::bench::engine::run;
+use targon_engine::models::device::Device;
 
 fn main() -> anyhow::Result<()> {
-    let path = std::env::args().skip(1).find(|a| !a.starts_with("--"));
-    let path = path.expect("usage: cargo bench --bench engine -- MODEL [--json]");
-    let figures = targon_engine::bench::engine::run(Path::new(&path))?;
-    match std::env::args().any(|a| a == "--json") {
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let at = args.iter().position(|a| a == "--device");
+    let device = match at.map(|at| args.get(at + 1).expect("--device needs a value")) {
+        Some(name) => name.parse().map_err(|e| anyhow::anyhow!("--device {e}"))?,
+        None => Device::default(),
+    };
+    let is_path = |i: usize, arg: &str| !arg.starts_with("--") && at.is_none_or(|at| i != at + 1);
+    let path = args.iter().enumerate().find(|(i, arg)| is_path(*i, arg)).map(|(_, path)| path);
+    let path = path.expect("usage: cargo bench --bench engine -- MODEL [--device D] [--json]");
+    let figures = run(device, Path::new(path))?;
+    match args.iter().any(|a| a == "--json") {
         true => println!("{}", figures.json()),
         false => println!("{figures}"),
     }

@@ -272,6 +272,12 @@ API cuMemcpyDtoHAsync_v2(void* h, uint64_t d, size_t n, void* s) {
     ++current->counts[COPIES_TO_HOST];
     return enqueue(s, [=] { memcpy(h, (void*)d, n); return 0; });
 }
+API cuMemcpyDtoDAsync_v2(uint64_t d, uint64_t from, size_t n, void* s) {
+    CONTEXT;
+    if (!is_allocated(*current, d, n) || !is_allocated(*current, from, n))
+        return fail(INVALID_VALUE, "copy outside of an allocation");
+    return enqueue(s, [=] { memmove((void*)d, (void*)from, n); return 0; });
+}
 API cuMemcpyHtoD_v2(uint64_t d, const void* h, size_t n) {
     CONTEXT;
     NOT_IN_CAPTURE;

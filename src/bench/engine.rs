@@ -8,6 +8,7 @@ use crate::clock::Clock;
 use crate::engine::output::Event;
 use crate::engine::{Engine, Options};
 use crate::models::Model;
+use crate::models::device::Device;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,14 +20,15 @@ const OPTIONS: Options = Options {
     step_tokens_max: 512,
 };
 
-/// Measures the model at `path`, on an otherwise idle machine: tokens a second, seconds and bytes.
+/// Measures the model at `path` on a device of an otherwise idle machine: tokens a second, seconds
+/// and bytes.
 ///
 /// # Errors
 /// When the model cannot be loaded, or the engine or its server fails.
-pub fn run(path: &Path) -> anyhow::Result<Figures> {
+pub fn run(device: Device, path: &Path) -> anyhow::Result<Figures> {
     let pool = host::pool()?;
     let started = Clock::system();
-    let model = Arc::new(Model::load(path, None, &pool, |_, _| {})?);
+    let model = Arc::new(Model::load_on(device, path, None, &pool, |_, _| {})?);
     let weights = model.weights.bytes();
     let engine = Engine::start(Arc::clone(&model), pool, OPTIONS, Clock::system())?;
     let mut figures = Figures::default();

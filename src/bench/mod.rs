@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`ops`] | kernels against the ceilings of this machine |
 //! | [`engine`] | prefill, decode, memory and load time of a model, then `serve`: what HTTP costs |
+//! | `gpu` | an NVIDIA card: its bits against the CPU's, then its speed (feature `cuda`) |
 //! | [`gate`] | what the signed door costs a request |
 //! | [`proof`] | what proving costs a token |
 //! | [`verify`] | what a check costs beside the passes of Targon's verifier |
@@ -28,6 +29,8 @@ mod energy;
 pub mod engine;
 pub mod figures;
 pub mod gate;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod host;
 mod load;
 pub mod ops;

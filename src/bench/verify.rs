@@ -265,7 +265,7 @@ fn memory(say: Say<'_>, scratch: &Path, pool: &Pool) -> anyhow::Result<()> {
 }
 
 /// A checkpoint of a small Llama with a large vocabulary and seeded random weights.
-fn write_model(directory: &Path) -> anyhow::Result<()> {
+pub(super) fn write_model(directory: &Path) -> anyhow::Result<()> {
     let (vocab, hidden, inter, layers) = (131_072, 256, 512, 2);
     let config = json!({
         "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,

@@ -28,11 +28,11 @@ fn requests(identity: &Identity) -> Vec<Request> {
         // Two blocks that all begin with, then their own.
         let prompt = (0..70).map(|p| if p < 64 { p * 3 % 250 } else { (p * i + 7) % 250 });
         let mut request = Request::greedy(prompt.collect(), 40);
-        if i % 3 != 0 {
+        if !i.is_multiple_of(3) {
             request.sampling = Sampling {
                 temperature: 0.9,
                 noise_key: u64::from(i),
-                top_p: if i % 2 == 0 { 0.9 } else { 1.0 },
+                top_p: if i.is_multiple_of(2) { 0.9 } else { 1.0 },
                 ..Sampling::greedy()
             };
         }

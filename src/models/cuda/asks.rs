@@ -77,6 +77,13 @@ pub(super) struct Proofs {
     pub(super) table: At,
 }
 
+/// Rows with one calibration and profile: an entry for each place of their chunk.
+struct Group {
+    calibration: Arc<Calibration>,
+    profile: Profile,
+    table: Vec<Entry>,
+}
+
 /// Where results are.
 pub(super) struct Places {
     pub(super) tokens: At,
@@ -172,25 +179,26 @@ impl Answers {
         hosted: usize,
         inputs: &mut Inputs,
     ) -> Result<Vec<Proofs>, CudaError> {
-        let mut groups: BTreeMap<(usize, usize), (Arc<Calibration>, Profile, Vec<Entry>)> =
-            BTreeMap::new();
+        let mut groups: BTreeMap<(usize, usize), Group> = BTreeMap::new();
         let nobody = Entry { sketch_key: 0, exact_key: 0, position: 0, slot: -1 };
         for (place, ask) in order.iter().map(|i| &asks[*i]).enumerate().skip(hosted) {
             let Some((profile, keys, calibration)) = ask.prover.and_then(|p| p.residue()) else {
                 continue;
             };
             let key = (Arc::as_ptr(calibration) as usize, profile.projections());
-            let (_, _, table) = groups
-                .entry(key)
-                .or_insert_with(|| (Arc::clone(calibration), profile, vec![nobody; order.len()]));
-            table[place] = Entry {
+            let group = groups.entry(key).or_insert_with(|| Group {
+                calibration: Arc::clone(calibration),
+                profile,
+                table: vec![nobody; order.len()],
+            });
+            group.table[place] = Entry {
                 sketch_key: keys.sketch,
                 exact_key: keys.exact,
                 position: ask.position,
                 slot: place as i32,
             };
         }
-        let of_group = |(calibration, profile, table): (Arc<Calibration>, Profile, Vec<Entry>)| {
+        let of_group = |Group { calibration, profile, table }| {
             let whitening = self.whitening(weights, &calibration)?;
             Ok(Proofs { whitening, profile, table: inputs.push(&table) })
         };

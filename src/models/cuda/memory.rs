@@ -190,7 +190,7 @@ fn sized<'a>(
     what: &'static str,
 ) -> Result<&'a mut (Pinned, Memory), CudaError> {
     let bytes = len.next_multiple_of(GRAIN).max(GRAIN);
-    if both.as_ref().is_none_or(|(pinned, _)| pinned.len() < bytes) {
+    if both.as_ref().is_none_or(|(pinned, _)| pinned.size() < bytes) {
         *both = None;
         let memory = Memory::new(stream.card(), bytes, what)?;
         *both = Some((Pinned::new(stream, bytes)?, memory));

@@ -11,6 +11,7 @@ mod graphs;
 pub mod launch;
 mod layout;
 mod memory;
+mod noise;
 mod pass;
 mod step;
 mod weights;

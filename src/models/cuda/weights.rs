@@ -37,7 +37,7 @@ pub struct CudaWeights {
     pub(super) head: Matrix,
     pub(super) norm: Memory,
     pub(super) layers: Vec<Layer>,
-    bytes: usize,
+    pub(super) bytes: usize,
 }
 
 /// A packed matrix, or several of equal shape one behind the other.

@@ -63,6 +63,21 @@ impl Memory {
             .map_err(|e| stream.card.failed("cuMemsetD8Async", e))
     }
 
+    /// Copies all of it from another of the same length, in the order of a stream.
+    ///
+    /// # Errors
+    /// When the lengths differ, or the card is lost.
+    pub fn copy(&self, from: &Self, stream: &Stream) -> Result<(), CudaError> {
+        if from.bytes != self.bytes {
+            return Err(CudaError::Shape(format!("{} bytes into {}", from.bytes, self.bytes)));
+        }
+        stream.card.bind()?;
+        let stream_of = stream.stream.cu_stream();
+        // SAFETY: both are allocations of that length.
+        unsafe { result::memcpy_dtod_async(self.at, from.at, self.bytes, stream_of) }
+            .map_err(|e| stream.card.failed("cuMemcpyDtoDAsync", e))
+    }
+
     /// Copies `from` to `offset` bytes behind the beginning. Done when the card has
     /// [settled](Card::settle).
     ///
@@ -123,7 +138,7 @@ impl Pinned {
     }
 
     /// Its length.
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.bytes
     }
 

@@ -1,0 +1,282 @@
+//! An NVIDIA card: whether it computes what the CPU does, and how fast.
+//!
+//! The most valuable comes first, and every line is said as soon as it is known: a run that is cut
+//! off has told what it found. Shapes are filled with noise, so nothing is downloaded.
+
+use super::host::{self, Say};
+use super::verify::write_model;
+use crate::clock::Clock;
+use crate::models::checkpoint::Checkpoint;
+use crate::models::config;
+use crate::models::cpu::CpuPass;
+use crate::models::cpu::decoder::Decoder;
+use crate::models::cuda::launch::{Memory, Stream};
+use crate::models::cuda::{Card, CudaPass, CudaWeights, Sizes, cards};
+use crate::models::pass::{Batch, Pass, RowAsk, RowResult, Scores, Token, blocks_of};
+use crate::models::sampler::Sampling;
+use crate::models::spec::Spec;
+use crate::ops::dtype::Dtype;
+use crate::ops::pool::Pool;
+use crate::proof::Scheme;
+use crate::proof::commit::RowProver;
+use crate::proof::residue::Calibration;
+use anyhow::{Context, ensure};
+use serde_json::json;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Rows of a prefill step that is timed.
+const PREFILL_ROWS: usize = 512;
+/// Positions behind which decoding is timed.
+const CONTEXT: usize = 1024;
+/// Seconds that a figure is measured for, at most.
+const SECONDS_EACH: f64 = 4.0;
+
+/// What is measured.
+pub struct Wanted<'a> {
+    /// The card's number.
+    pub device: usize,
+    /// Tiny shapes: shows that the measurement itself works.
+    pub is_dry: bool,
+    /// Seconds after which nothing more is begun.
+    pub seconds: u64,
+    /// A checkpoint whose bits are compared as well.
+    pub model: Option<&'a Path>,
+}
+
+/// Compares and measures; without a card it says so and does nothing.
+///
+/// # Errors
+/// When the card computes other bits than the CPU, or fails.
+pub fn run(wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
+    let why = match cards() {
+        Ok(0) => Some("no NVIDIA card".to_owned()),
+        Err(why) => Some(why.to_string()),
+        Ok(_) => None,
+    };
+    if let Some(why) = why {
+        say(format!("{why}: nothing was measured"));
+        return Ok(());
+    }
+    let (card, clock, pool) = (Card::open(wanted.device)?, Clock::system(), host::pool()?);
+    let (free, total) = card.memory()?;
+    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    say(format!("{}: {:.1} of {:.1} GiB free", card.name(), gib(free), gib(total)));
+    equal(&card, &pool, wanted, say)?;
+    copies(&card, &clock, wanted.is_dry, say)?;
+    for (name, spec) in shapes(wanted.is_dry)? {
+        if clock.elapsed() > Duration::from_secs(wanted.seconds) {
+            say(format!("{name}: left out, the time is over"));
+            continue;
+        }
+        speeds(&card, (&clock, &pool), (name, &Arc::new(spec)), say)?;
+    }
+    Ok(())
+}
+
+fn shapes(is_dry: bool) -> anyhow::Result<Vec<(&'static str, Spec)>> {
+    let shape = |vocab: usize, hidden: usize, layers: usize, heads: usize, inter: usize| {
+        let json = json!({
+            "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
+            "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": (heads / 4).clamp(1, 8), "intermediate_size": inter,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": hidden < 4096,
+        });
+        config::parse(Path::new("config.json"), &json)
+    };
+    Ok(match is_dry {
+        true => vec![("tiny", shape(300, 64, 1, 4, 96)?)],
+        false => vec![
+            ("1B", shape(128_256, 2048, 16, 32, 8192)?),
+            ("8B", shape(128_256, 4096, 32, 32, 14_336)?),
+        ],
+    })
+}
+
+/// Answers of both devices, for a model of noise in both types and for the one that was given.
+fn equal(card: &Arc<Card>, pool: &Pool, wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
+    let directory = std::env::temp_dir().join(format!("targon-gpu-{}", std::process::id()));
+    std::fs::create_dir_all(&directory)?;
+    let outcome = write_model(&directory).and_then(|()| {
+        let rows = if wanted.is_dry { 9 } else { 300 };
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            let count = compare(card, pool, &directory, Some(dtype), rows)?;
+            say(format!("noise in {dtype}: {count} of {count} answers have the CPU's bits"));
+        }
+        Ok(())
+    });
+    std::fs::remove_dir_all(&directory)?;
+    outcome?;
+    if let Some(path) = wanted.model {
+        let count = compare(card, pool, path, None, 64)?;
+        say(format!("{}: {count} of {count} answers have the CPU's bits", path.display()));
+    }
+    Ok(())
+}
+
+/// A prompt, then eight tokens one by one, on both devices; how many answers were equal.
+fn compare(
+    card: &Arc<Card>,
+    pool: &Pool,
+    path: &Path,
+    dtype: Option<Dtype>,
+    rows: usize,
+) -> anyhow::Result<usize> {
+    let checkpoint = Checkpoint::open(path)?;
+    let spec = Arc::new(checkpoint.spec()?);
+    let dtype = dtype.map_or_else(|| checkpoint.dtype(&spec), Ok)?;
+    let decoder = Arc::new(Decoder::load(&checkpoint, &spec, dtype, pool, |_, _| {})?);
+    let weights = CudaWeights::load(card, &checkpoint, &spec, dtype, pool, |_, _| {})?;
+    let blocks = blocks_of(rows + 8);
+    let mut on_card = CudaPass::new(&Arc::new(weights), pool, blocks)?;
+    let mut on_cpu = CpuPass::new(&decoder, pool, blocks)?;
+    let ids: Vec<u32> = (0..rows + 8).map(|i| (i * i * 31 + i * 7) as u32 % 1000).collect();
+    let prover = prover(&spec);
+    let samplings = samplings();
+    let mut compared = 0;
+    let steps = std::iter::once(0..rows).chain((rows..rows + 8).map(|at| at..at + 1));
+    for range in steps {
+        let batch = Batch::of(&ids[range.clone()], range.start);
+        let asks: Vec<RowAsk<'_>> = range
+            .clone()
+            .rev()
+            .take(8)
+            .map(|position| RowAsk {
+                hidden: true,
+                prover: Some(&prover),
+                scores: Some(Scores {
+                    top: 5,
+                    ..Scores::new(Token::Drawn, &samplings[position % 3])
+                }),
+                ..RowAsk::new(position - range.start, position)
+            })
+            .collect();
+        let (got, want) = (on_card.step(&batch, &asks)?, on_cpu.step(&batch, &asks)?);
+        let differ = got.iter().zip(&want).position(|(got, want)| !is_same(got, want));
+        ensure!(
+            differ.is_none() && got.len() == want.len(),
+            "rows {range:?} of {} in {dtype} have other bits than the CPU's:\n{:?}\n{:?}",
+            path.display(),
+            got[differ.unwrap_or(0)],
+            want[differ.unwrap_or(0)],
+        );
+        compared += got.len();
+    }
+    Ok(compared)
+}
+
+/// Numbers are written so that they can be read back, signs of zeros included.
+fn is_same(got: &RowResult, want: &RowResult) -> bool {
+    format!("{got:?}") == format!("{want:?}")
+}
+
+fn samplings() -> [Sampling; 3] {
+    let noisy = Sampling { temperature: 0.8, noise_key: 5, ..Sampling::greedy() };
+    [Sampling::greedy(), noisy.clone(), Sampling { top_p: 0.9, ..noisy }]
+}
+
+fn prover(spec: &Spec) -> RowProver {
+    let (exponents, means) = (vec![0; spec.hidden], vec![0; spec.hidden]);
+    let calibration = Arc::new(Calibration { exponents, means, shift: 4 });
+    RowProver::new(Scheme::Residue, &[7; 32], calibration)
+}
+
+/// What the card's memory gives to a copy: bytes read and written.
+fn copies(card: &Arc<Card>, clock: &Clock, is_dry: bool, say: Say<'_>) -> anyhow::Result<()> {
+    let bytes = if is_dry { 1 << 16 } else { 1 << 30 };
+    let stream = Stream::new(card)?;
+    let (from, to) = (Memory::new(card, bytes, "a copy")?, Memory::new(card, bytes, "a copy")?);
+    let seconds = fastest(clock, 5, || {
+        to.copy(&from, &stream)?;
+        stream.wait().context("a copy failed")
+    })?;
+    say(format!("copy: {:.0} GB/s", 2.0 * bytes as f64 / seconds / 1e9));
+    Ok(())
+}
+
+/// Seconds of the fastest of some runs, after one that does not count.
+fn fastest(
+    clock: &Clock,
+    runs: usize,
+    mut work: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<f64> {
+    work()?;
+    let begun = clock.elapsed();
+    let mut least = f64::INFINITY;
+    for _ in 0..runs {
+        let started = clock.elapsed();
+        work()?;
+        least = least.min((clock.elapsed() - started).as_secs_f64());
+        if (clock.elapsed() - begun).as_secs_f64() > SECONDS_EACH {
+            break;
+        }
+    }
+    Ok(least)
+}
+
+/// Prefill and decode of one shape in bf16.
+fn speeds(
+    card: &Arc<Card>,
+    (clock, pool): (&Clock, &Pool),
+    (name, spec): (&str, &Arc<Spec>),
+    say: Say<'_>,
+) -> anyhow::Result<()> {
+    let sizes = Sizes::new(spec, PREFILL_ROWS);
+    let per_sequence = blocks_of(CONTEXT + 64);
+    let is_tiny = spec.layers == 1;
+    let (context, batches) = if is_tiny { (40, vec![1, 2]) } else { (CONTEXT, vec![1, 8, 64]) };
+    let most = batches.last().copied().unwrap_or(1);
+    let needed = sizes.weights + sizes.workspace + sizes.block * (per_sequence * most) as u64;
+    let free = card.memory()?.0 as u64;
+    if needed > free {
+        say(format!("{name}: left out, {needed} bytes are needed and {free} are free"));
+        return Ok(());
+    }
+    let weights = Arc::new(CudaWeights::noise(card, spec, Dtype::Bf16)?);
+    let mut pass = CudaPass::new(&weights, pool, per_sequence * most)?;
+    let rows = if is_tiny { 20 } else { PREFILL_ROWS };
+    let ids: Vec<u32> = (0..rows as u32).collect();
+    let greedy = Sampling::greedy();
+    let ask = |row: usize, at: usize| RowAsk {
+        scores: Some(Scores::new(Token::Drawn, &greedy)),
+        ..RowAsk::new(row, at)
+    };
+    let prefill = fastest(clock, 5, || {
+        pass.step(&Batch::of(&ids, 0), &[ask(rows - 1, rows - 1)]).map(drop).map_err(Into::into)
+    })?;
+    let parameters = sizes.weights as f64 / 2.0;
+    say(format!(
+        "{name} prefill of {rows}: {:.0} tokens/s, {:.1} TFLOP/s",
+        rows as f64 / prefill,
+        2.0 * parameters * rows as f64 / prefill / 1e12
+    ));
+    let prover = prover(spec);
+    for batch in batches {
+        for proves in [false, true] {
+            let mut at = context;
+            let seconds = fastest(clock, 30, || {
+                let mut rows = Batch::default();
+                for sequence in 0..batch {
+                    let first = sequence * per_sequence;
+                    let blocks = (first..first + per_sequence).map(|b| b as u32).collect();
+                    rows.push(&[sequence as u32], at, blocks);
+                }
+                let prover = proves.then_some(&prover);
+                let asks: Vec<RowAsk<'_>> =
+                    (0..batch).map(|row| RowAsk { prover, ..ask(row, at) }).collect();
+                at += 1;
+                pass.step(&rows, &asks).map(drop).map_err(Into::into)
+            })?;
+            let kv = sizes.block as f64 * (batch * context) as f64 / 32.0;
+            say(format!(
+                "{name} decode of {batch} after {context}{}: {:.0} tokens/s, {:.0} GB/s",
+                if proves { ", proved" } else { "" },
+                batch as f64 / seconds,
+                (sizes.weights as f64 + kv) / seconds / 1e9
+            ));
+        }
+    }
+    Ok(())
+}
