@@ -67,6 +67,14 @@ impl Epoch {
         Self { is_reading: before.is_reading, is_settling: before.is_settling, ..self }
     }
 
+    /// Blocks from its first one to where the next epoch is due.
+    pub(super) fn blocks(&self, epochs: Epochs) -> u64 {
+        match epochs {
+            Epochs::Chain => self.due.saturating_sub(self.began),
+            Epochs::Every(length) => length,
+        }
+    }
+
     /// A block has come: whether the subnet is to be read anew.
     pub(super) fn on_block(&mut self, epochs: Epochs, block: u64) {
         match epochs {
@@ -103,6 +111,7 @@ mod tests {
         let chain = Epochs::Chain;
         let mut epoch = Epoch::of(chain, &metagraph(1_100, 1_000, 360));
         assert_eq!((epoch.began, epoch.is_read), (1_000, true));
+        assert_eq!(epoch.blocks(chain), 360);
         epoch.on_block(chain, 1_359);
         assert!(epoch.is_read);
         epoch.on_block(chain, 1_360);
@@ -131,7 +140,7 @@ mod tests {
     fn multiples_of_a_length_are_epochs_too() {
         let every = Epochs::Every(100);
         let mut epoch = Epoch::of(every, &metagraph(250, 33, 360));
-        assert_eq!(epoch.began, 200);
+        assert_eq!((epoch.began, epoch.blocks(every)), (200, 100));
         epoch.is_settling = true;
         epoch.on_block(every, 299);
         assert!((epoch.began, epoch.is_read) == (200, true));

@@ -254,7 +254,7 @@ impl<P: Ports> Driver<P> {
         let view = View {
             netuid: self.settings.netuid,
             block: self.heads.borrow().block,
-            epoch: (self.epoch.began, self.options.epoch_length),
+            epoch: (self.epoch.began, self.epoch.blocks(self.options.epochs)),
             ended: self.progress.rounds(),
             unsaved: self.unsaved.len(),
             is_stopping: self.stopping.is_some(),
