@@ -10,7 +10,7 @@
 //! Whatever holds a secret is wiped when it is dropped, and made in its final size: a buffer that
 //! grows or shrinks would leave copies behind.
 
-use super::keys::{Hotkey, Keypair};
+use super::keys::{AddressError, Hotkey, Keypair, PairError};
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -38,13 +38,75 @@ const PHRASE_BYTES_MAX: usize = WORDS * 9;
 /// Bytes of a new key file.
 const JSON_BYTES_MAX: usize = 1024;
 
+/// What is wrong with a key file, or with the password of one; never a part of a secret.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+pub enum KeyFileError {
+    /// A format that older tools wrote.
+    #[error("is encrypted with {0}, which is not read: update it with btcli")]
+    OldFormat(&'static str),
+    /// There is nothing to decrypt.
+    #[error("is not encrypted")]
+    Plain,
+    /// It ends too early.
+    #[error("is cut short")]
+    Short,
+    /// The password opens nothing.
+    #[error("does not open: the password is wrong")]
+    Password,
+    /// A variable that should hold the password.
+    #[error("the variable {0} does not hold a password as btcli stores it")]
+    Variable(String),
+    /// No password could be asked for, and why.
+    #[error("{0}")]
+    NotAsked(String),
+    /// It is not JSON, or not of such a file.
+    #[error("is not a key file: JSON, line {line}")]
+    Json {
+        /// Counted from 1.
+        line: usize,
+    },
+    /// A key of another kind.
+    #[error("must hold an sr25519 key (cryptoType 1), got cryptoType {0}")]
+    CryptoType(String),
+    /// Its address is none.
+    #[error("`ss58Address`: {0}")]
+    Address(AddressError),
+    /// Its public key is none.
+    #[error("`publicKey` must be 32 bytes")]
+    PublicKey,
+    /// It says nothing of whose it is.
+    #[error("names neither `ss58Address` nor `publicKey`")]
+    NoKey,
+    /// None of its secrets is one.
+    #[error("holds no secret that can be read")]
+    NoSecret,
+    /// Its secrets and its address disagree.
+    #[error("holds secrets of another key than its address {0}")]
+    OtherKey(Hotkey),
+    /// The words are not a phrase.
+    #[error("not a BIP-39 phrase")]
+    Phrase,
+    /// A seed that is none.
+    #[error(transparent)]
+    Pair(#[from] PairError),
+    /// A key cannot be derived, made or written down, and why.
+    #[error("{0}")]
+    Making(String),
+}
+
+impl KeyFileError {
+    fn making(why: impl std::fmt::Display) -> Self {
+        Self::Making(why.to_string())
+    }
+}
+
 /// Whether the bytes of a key file need a password.
 ///
 /// # Errors
 /// Names the format, where it is one that is not read.
-pub fn is_encrypted(bytes: &[u8]) -> Result<bool, String> {
+pub fn is_encrypted(bytes: &[u8]) -> Result<bool, KeyFileError> {
     if let Some((_, name)) = OLD.iter().find(|(prefix, _)| bytes.starts_with(prefix)) {
-        return Err(format!("is encrypted with {name}, which is not read: update it with btcli"));
+        return Err(KeyFileError::OldFormat(name));
     }
     Ok(bytes.starts_with(NACL))
 }
@@ -53,32 +115,33 @@ pub fn is_encrypted(bytes: &[u8]) -> Result<bool, String> {
 ///
 /// # Errors
 /// When it is cut short or the password is wrong.
-pub fn decrypt(bytes: &[u8], password: &SecretString) -> Result<Zeroizing<Vec<u8>>, String> {
-    let sealed = bytes.strip_prefix(NACL).ok_or("is not encrypted")?;
+pub fn decrypt(bytes: &[u8], password: &SecretString) -> Result<Zeroizing<Vec<u8>>, KeyFileError> {
+    let sealed = bytes.strip_prefix(NACL).ok_or(KeyFileError::Plain)?;
     if sealed.len() < NONCE_BYTES {
-        return Err("is cut short".into());
+        return Err(KeyFileError::Short);
     }
     open(sealed, &*derive(password)?)
 }
 
 /// The key of a password.
-fn derive(password: &SecretString) -> Result<Zeroizing<[u8; 32]>, String> {
+fn derive(password: &SecretString) -> Result<Zeroizing<[u8; 32]>, KeyFileError> {
     let mut key = Zeroizing::new([0; 32]);
     let (memory, passes, lanes) = COST;
-    let params = Params::new(memory, passes, lanes, Some(key.len())).map_err(|e| e.to_string())?;
+    let params =
+        Params::new(memory, passes, lanes, Some(key.len())).map_err(KeyFileError::making)?;
     let mut blocks = Zeroizing::new(vec![Block::default(); params.block_count()]);
     let password = password.expose_secret().as_bytes();
     Argon2::new(Algorithm::Argon2i, Version::V0x13, params)
         .hash_password_into_with_memory(password, &SALT, key.as_mut_slice(), &mut *blocks)
-        .map_err(|e| e.to_string())?;
+        .map_err(KeyFileError::making)?;
     Ok(key)
 }
 
-fn open(sealed: &[u8], key: &[u8; 32]) -> Result<Zeroizing<Vec<u8>>, String> {
+fn open(sealed: &[u8], key: &[u8; 32]) -> Result<Zeroizing<Vec<u8>>, KeyFileError> {
     let (nonce, sealed) = sealed.split_at(NONCE_BYTES);
     let cipher = XSalsa20Poly1305::new(key.as_slice().into());
     let open = cipher.decrypt(Nonce::from_slice(nonce), sealed);
-    open.map(Zeroizing::new).map_err(|_| "does not open: the password is wrong".to_owned())
+    open.map(Zeroizing::new).map_err(|_| KeyFileError::Password)
 }
 
 /// The variable that may hold the password of the key file at `path`.
@@ -90,8 +153,8 @@ pub fn password_variable(path: &Path) -> String {
 ///
 /// # Errors
 /// When it is not that.
-pub fn password_of(variable: &str, value: &str) -> Result<SecretString, String> {
-    let wrong = || format!("the variable {variable} does not hold a password as btcli stores it");
+pub fn password_of(variable: &str, value: &str) -> Result<SecretString, KeyFileError> {
+    let wrong = || KeyFileError::Variable(variable.to_owned());
     let mixed = Zeroizing::new(STANDARD.decode(value.trim()).map_err(|_| wrong())?);
     let mask = variable.bytes().cycle();
     let mut plain = Zeroizing::new(Vec::with_capacity(mixed.len()));
@@ -113,22 +176,22 @@ struct KeyFile {
 }
 
 impl KeyFile {
-    fn read(json: &[u8]) -> Result<Self, String> {
+    fn read(json: &[u8]) -> Result<Self, KeyFileError> {
         // What serde says could repeat a secret.
-        let file: Self = serde_json::from_slice(json)
-            .map_err(|e| format!("is not a key file: JSON, line {}", e.line()))?;
+        let file: Self =
+            serde_json::from_slice(json).map_err(|e| KeyFileError::Json { line: e.line() })?;
         match &file.crypto_type {
             Value::Null => Ok(file),
             kind if kind == 1 || kind == "1" => Ok(file),
-            kind => Err(format!("must hold an sr25519 key (cryptoType 1), got cryptoType {kind}")),
+            kind => Err(KeyFileError::CryptoType(kind.to_string())),
         }
     }
 
-    fn hotkey(&self) -> Result<Hotkey, String> {
+    fn hotkey(&self) -> Result<Hotkey, KeyFileError> {
         match (&self.address, &self.public_key) {
-            (Some(address), _) => address.parse().map_err(|e| format!("`ss58Address`: {e}")),
-            (None, Some(key)) => Ok(Hotkey(*bytes(key).ok_or("`publicKey` must be 32 bytes")?)),
-            (None, None) => Err("names neither `ss58Address` nor `publicKey`".into()),
+            (Some(address), _) => address.parse().map_err(KeyFileError::Address),
+            (None, Some(key)) => Ok(Hotkey(*bytes(key).ok_or(KeyFileError::PublicKey)?)),
+            (None, None) => Err(KeyFileError::NoKey),
         }
     }
 
@@ -151,12 +214,12 @@ fn bytes<const N: usize>(text: &str) -> Option<Zeroizing<[u8; N]>> {
 }
 
 /// `0x` and digits.
-fn to_hex(secret: &[u8]) -> Result<Zeroizing<String>, String> {
+fn to_hex(secret: &[u8]) -> Result<Zeroizing<String>, KeyFileError> {
     let mut digits = Zeroizing::new(vec![0; 2 * secret.len()]);
-    hex::encode_to_slice(secret, &mut digits).map_err(|e| e.to_string())?;
+    hex::encode_to_slice(secret, &mut digits).map_err(KeyFileError::making)?;
     let mut text = Zeroizing::new(String::with_capacity(2 + digits.len()));
     text.push_str("0x");
-    text.push_str(std::str::from_utf8(&digits).map_err(|e| e.to_string())?);
+    text.push_str(std::str::from_utf8(&digits).map_err(KeyFileError::making)?);
     Ok(text)
 }
 
@@ -164,7 +227,7 @@ fn to_hex(secret: &[u8]) -> Result<Zeroizing<String>, String> {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn public_key(json: &[u8]) -> Result<Hotkey, String> {
+pub fn public_key(json: &[u8]) -> Result<Hotkey, KeyFileError> {
     KeyFile::read(json)?.hotkey()
 }
 
@@ -172,15 +235,15 @@ pub fn public_key(json: &[u8]) -> Result<Hotkey, String> {
 ///
 /// # Errors
 /// What is wrong with it; never a part of a secret.
-pub fn keypair(json: &[u8]) -> Result<Keypair, String> {
+pub fn keypair(json: &[u8]) -> Result<Keypair, KeyFileError> {
     let file = KeyFile::read(json)?;
     let hotkey = file.hotkey()?;
     let mut candidates = file.candidates().peekable();
     if candidates.peek().is_none() {
-        return Err("holds no secret that can be read".into());
+        return Err(KeyFileError::NoSecret);
     }
     let found = candidates.find(|pair| pair.hotkey() == hotkey);
-    found.ok_or_else(|| format!("holds secrets of another key than its address {hotkey}"))
+    found.ok_or(KeyFileError::OtherKey(hotkey))
 }
 
 /// The key pair of a BIP-39 phrase, as Substrate derives it: PBKDF2 over the entropy, not over the
@@ -188,10 +251,10 @@ pub fn keypair(json: &[u8]) -> Result<Keypair, String> {
 ///
 /// # Errors
 /// When it is not such a phrase.
-pub fn from_phrase(phrase: &SecretString) -> Result<Keypair, String> {
+pub fn from_phrase(phrase: &SecretString) -> Result<Keypair, KeyFileError> {
     let words = bip39::Mnemonic::parse_in(bip39::Language::English, phrase.expose_secret());
-    let seed = phrase_seed(&words.map_err(|_| "not a BIP-39 phrase")?);
-    Keypair::from_seed(&seed)
+    let seed = phrase_seed(&words.map_err(|_| KeyFileError::Phrase)?);
+    Ok(Keypair::from_seed(&seed)?)
 }
 
 fn phrase_seed(words: &bip39::Mnemonic) -> Zeroizing<[u8; 32]> {
@@ -232,11 +295,11 @@ pub struct NewKey {
 ///
 /// # Errors
 /// When the system gives no randomness.
-pub fn generate() -> Result<NewKey, String> {
+pub fn generate() -> Result<NewKey, KeyFileError> {
     let words = bip39::Mnemonic::generate_in(bip39::Language::English, WORDS);
-    let words = words.map_err(|e| e.to_string())?;
+    let words = words.map_err(KeyFileError::making)?;
     let mut phrase = Zeroizing::new(String::with_capacity(PHRASE_BYTES_MAX));
-    write!(*phrase, "{words}").map_err(|e| e.to_string())?;
+    write!(*phrase, "{words}").map_err(KeyFileError::making)?;
     let seed = phrase_seed(&words);
     let pair = Keypair::from_seed(&seed)?;
     let hotkey = pair.hotkey();
@@ -249,7 +312,7 @@ pub fn generate() -> Result<NewKey, String> {
         secret_seed: None,
         address: hotkey.to_string(),
     };
-    let public_json = serde_json::to_vec(&public).map_err(|e| e.to_string())?;
+    let public_json = serde_json::to_vec(&public).map_err(KeyFileError::making)?;
     let (secret, seed) = (to_hex(pair.to_secret().as_slice())?, to_hex(seed.as_slice())?);
     // Without `cryptoType`: one release of the official tools cannot read it.
     let whole = Written {
@@ -259,7 +322,7 @@ pub fn generate() -> Result<NewKey, String> {
         ..public
     };
     let mut json = Zeroizing::new(Vec::with_capacity(JSON_BYTES_MAX));
-    serde_json::to_writer(&mut *json, &whole).map_err(|e| e.to_string())?;
+    serde_json::to_writer(&mut *json, &whole).map_err(KeyFileError::making)?;
     Ok(NewKey { pair, json, public_json })
 }
 
@@ -309,14 +372,14 @@ mod tests {
         let json = decrypt(&file, &password).unwrap();
         let hotkey = keypair(&json).unwrap().hotkey();
         assert_eq!(Ok(hotkey), public_key(&json));
-        let wrong = open(&file[NACL.len()..], &[7; 32]).unwrap_err();
+        let wrong = open(&file[NACL.len()..], &[7; 32]).unwrap_err().to_string();
         assert!(wrong.contains("password is wrong"), "{wrong}");
-        assert!(decrypt(b"$NACLxx", &password).unwrap_err().contains("cut short"));
+        assert!(decrypt(b"$NACLxx", &password).unwrap_err().to_string().contains("cut short"));
     }
 
     #[test]
     fn faults_are_named_and_secrets_are_not() {
-        let of = |value: Value| keypair(value.to_string().as_bytes()).unwrap_err();
+        let of = |value: Value| keypair(value.to_string().as_bytes()).unwrap_err().to_string();
         let seed = format!("0x{}", "07".repeat(32));
         let other = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY";
         for (file, want) in [
@@ -331,8 +394,9 @@ mod tests {
             let error = of(file);
             assert!(error.contains(want) && !error.contains("0707"), "{error}");
         }
-        assert!(is_encrypted(b"$ANSIBLE_VAULT;1.1").unwrap_err().contains("Ansible"));
-        assert!(is_encrypted(b"gAAAAABk").unwrap_err().contains("Fernet"));
+        let old = |bytes: &[u8]| is_encrypted(bytes).unwrap_err().to_string();
+        assert!(old(b"$ANSIBLE_VAULT;1.1").contains("Ansible"));
+        assert!(old(b"gAAAAABk").contains("Fernet"));
     }
 
     #[test]
@@ -343,7 +407,7 @@ mod tests {
         let mixed: Vec<u8> = b"s3cret".iter().zip(name.bytes()).map(|(a, b)| a ^ b).collect();
         let password = password_of(&name, &STANDARD.encode(mixed)).unwrap();
         assert_eq!(password.expose_secret(), "s3cret");
-        assert!(password_of(&name, "%%").unwrap_err().contains(&name));
+        assert!(password_of(&name, "%%").unwrap_err().to_string().contains(&name));
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! randomised; only verification can be compared.
 
 use blake2::{Blake2b512, Digest};
-use schnorrkel::{ExpansionMode, Keypair as Inner, MiniSecretKey, PublicKey, SecretKey, Signature};
+use schnorrkel::{
+    ExpansionMode, Keypair as Inner, MiniSecretKey, PublicKey, SecretKey, Signature, SignatureError,
+};
 use std::fmt;
 use std::str::FromStr;
 use zeroize::Zeroizing;
@@ -92,13 +94,24 @@ impl FromStr for Hotkey {
 #[derive(Clone)]
 pub struct Keypair(Inner);
 
+/// Bytes that are no key pair.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PairError {
+    /// Not a seed.
+    #[error("not a seed: {0}")]
+    Seed(SignatureError),
+    /// Not an expanded secret.
+    #[error("not a secret key: {0}")]
+    Secret(SignatureError),
+}
+
 impl Keypair {
     /// From the 32 bytes of a seed.
     ///
     /// # Errors
     /// When they are not a seed.
-    pub fn from_seed(seed: &[u8; 32]) -> Result<Self, String> {
-        let mini = MiniSecretKey::from_bytes(seed).map_err(|e| format!("not a seed: {e}"))?;
+    pub fn from_seed(seed: &[u8; 32]) -> Result<Self, PairError> {
+        let mini = MiniSecretKey::from_bytes(seed).map_err(PairError::Seed)?;
         Ok(Self(mini.expand_to_keypair(ExpansionMode::Ed25519)))
     }
 
@@ -106,8 +119,8 @@ impl Keypair {
     ///
     /// # Errors
     /// When they are not a secret.
-    pub fn from_secret(secret: &[u8; 64]) -> Result<Self, String> {
-        let secret = SecretKey::from_bytes(secret).map_err(|e| format!("not a secret key: {e}"))?;
+    pub fn from_secret(secret: &[u8; 64]) -> Result<Self, PairError> {
+        let secret = SecretKey::from_bytes(secret).map_err(PairError::Secret)?;
         Ok(Self(secret.to_keypair()))
     }
 

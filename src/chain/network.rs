@@ -26,15 +26,26 @@ pub enum Network {
     Local,
 }
 
-impl FromStr for Network {
-    type Err = String;
+/// A network or an address that is none.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// No network of that name.
+    #[error("must be finney, test or local, got {0}")]
+    Unknown(String),
+    /// No address of a WebSocket.
+    #[error("must begin with ws:// or wss://, got {0}")]
+    Address(String),
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl FromStr for Network {
+    type Err = NetworkError;
+
+    fn from_str(text: &str) -> Result<Self, NetworkError> {
         match text {
             "finney" => Ok(Self::Finney),
             "test" => Ok(Self::Test),
             "local" => Ok(Self::Local),
-            other => Err(format!("must be finney, test or local, got {other}")),
+            other => Err(NetworkError::Unknown(other.to_owned())),
         }
     }
 }
@@ -71,7 +82,7 @@ impl Endpoints {
     ///
     /// # Errors
     /// When an address is not one of a WebSocket.
-    pub fn new(network: Network, urls: &[String]) -> Result<Self, String> {
+    pub fn new(network: Network, urls: &[String]) -> Result<Self, NetworkError> {
         let known: &[&str] = match network {
             Network::Finney => &FINNEY,
             Network::Test => &TEST,
@@ -79,7 +90,7 @@ impl Endpoints {
         };
         if let Some(bad) = urls.iter().find(|u| !u.starts_with("ws://") && !u.starts_with("wss://"))
         {
-            return Err(format!("must begin with ws:// or wss://, got {bad}"));
+            return Err(NetworkError::Address(bad.clone()));
         }
         let urls = match urls {
             [] => known.iter().map(|u| (*u).to_owned()).collect(),
@@ -106,6 +117,8 @@ mod tests {
         let mine = Endpoints::new(Network::Finney, &own).unwrap();
         assert!(mine.urls == own && mine.genesis.is_some());
         assert!(Endpoints::new(Network::Test, &["http://x".into()]).is_err());
-        assert!("main".parse::<Network>().unwrap_err().contains("finney, test or local"));
+        assert!(
+            "main".parse::<Network>().unwrap_err().to_string().contains("finney, test or local")
+        );
     }
 }

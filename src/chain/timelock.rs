@@ -51,6 +51,16 @@ pub const QUICKNET: Drand = Drand { genesis: 1_692_803_367, period: 3, key: QUIC
 type Hasher =
     MapToCurveBasedHasher<G1Projective, DefaultFieldHasher<Sha256, 128>, WBMap<g1::Config>>;
 
+/// Why nothing can be encrypted to a round.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{what}: {why}")]
+pub struct TimelockError {
+    /// The step that failed.
+    pub what: &'static str,
+    /// What it said.
+    pub why: String,
+}
+
 impl Drand {
     /// The round of a time in milliseconds since 1970, as the SDK counts: drand itself is one
     /// further. `None` before the network began.
@@ -62,8 +72,8 @@ impl Drand {
     ///
     /// # Errors
     /// When the network's key is none.
-    pub fn encrypt(&self, message: &[u8], round: u64) -> Result<Vec<u8>, String> {
-        let wrong = |what: &str, why: String| format!("{what}: {why}");
+    pub fn encrypt(&self, message: &[u8], round: u64) -> Result<Vec<u8>, TimelockError> {
+        let wrong = |what, why| TimelockError { what, why };
         let network = G2Affine::deserialize_compressed(&self.key[..])
             .map_err(|e| wrong("drand's public key", e.to_string()))?;
         let hasher = Hasher::new(DOMAIN).map_err(|e| wrong("hashing to G1", e.to_string()))?;
@@ -94,10 +104,12 @@ impl Drand {
 }
 
 /// The hash of a pairing's value.
-fn pairing(p: G1Affine, q: G2Affine) -> Result<[u8; 32], String> {
+fn pairing(p: G1Affine, q: G2Affine) -> Result<[u8; 32], TimelockError> {
     let mut bytes = Vec::new();
     let value = Bls12_381::pairing(p, q).0;
-    value.serialize_compressed(&mut bytes).map_err(|e| format!("a pairing's value: {e}"))?;
+    value
+        .serialize_compressed(&mut bytes)
+        .map_err(|e| TimelockError { what: "a pairing's value", why: e.to_string() })?;
     Ok(sha256(&[&bytes]))
 }
 
@@ -148,6 +160,6 @@ mod tests {
             assert_ne!(ours, QUICKNET.encrypt(&plain, 1000).unwrap());
         }
         let none = Drand { key: [0; 96], ..QUICKNET };
-        assert!(none.encrypt(b"", 1).unwrap_err().contains("drand's public key"));
+        assert!(none.encrypt(b"", 1).unwrap_err().to_string().contains("drand's public key"));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A miner or validator signs with its hotkey only; the coldkey's secret is never read.
 
-use super::keyfile;
+use super::keyfile::{self, KeyFileError};
 use super::keys::{Hotkey, Keypair};
 use secrecy::SecretString;
 use std::fs::{self, OpenOptions};
@@ -33,8 +33,8 @@ pub struct WalletError {
     pub hint: Option<String>,
 }
 
-fn error(path: &Path, what: impl Into<String>) -> WalletError {
-    WalletError { path: path.into(), what: what.into(), hint: None }
+fn error(path: &Path, what: impl ToString) -> WalletError {
+    WalletError { path: path.into(), what: what.to_string(), hint: None }
 }
 
 impl Wallet {
@@ -98,10 +98,10 @@ impl Wallet {
     /// When the file is missing, open to others, or wrong.
     pub fn keypair(
         &self,
-        ask: impl FnOnce(&Path) -> Result<SecretString, String>,
+        ask: impl FnOnce(&Path) -> Result<SecretString, KeyFileError>,
     ) -> Result<Keypair, WalletError> {
         let path = self.hotkey_file();
-        let wrong = |what: String| error(&path, what);
+        let wrong = |what: KeyFileError| error(&path, what);
         let bytes = read(&path)?;
         check_permissions(&path)?;
         if !keyfile::is_encrypted(&bytes).map_err(wrong)? {
@@ -191,8 +191,8 @@ fn check_permissions(path: &Path) -> Result<(), WalletError> {
 mod tests {
     use super::*;
 
-    fn never(_: &Path) -> Result<SecretString, String> {
-        Err("no password was expected".into())
+    fn never(_: &Path) -> Result<SecretString, KeyFileError> {
+        Err(KeyFileError::NotAsked("no password was expected".into()))
     }
 
     #[test]

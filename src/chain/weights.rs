@@ -41,14 +41,19 @@ pub enum Rule {
     Sdk,
 }
 
-impl FromStr for Rule {
-    type Err = String;
+/// A name that is no rule's.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("must be targon-4.4 or sdk, got {0}")]
+pub struct UnknownRule(pub String);
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl FromStr for Rule {
+    type Err = UnknownRule;
+
+    fn from_str(text: &str) -> Result<Self, UnknownRule> {
         match text {
             "targon-4.4" => Ok(Self::Targon44),
             "sdk" => Ok(Self::Sdk),
-            other => Err(format!("must be targon-4.4 or sdk, got {other}")),
+            other => Err(UnknownRule(other.to_owned())),
         }
     }
 }

@@ -2,6 +2,7 @@
 //! Dashes and underscores in place of dots work too ([`layers`](super::layers)).
 
 use super::Failure;
+use crate::chain::keyfile::{self, KeyFileError};
 use crate::chain::keys::Hotkey;
 use crate::chain::keys::Keypair;
 use crate::chain::network::{Endpoints, Network};
@@ -80,14 +81,16 @@ pub(super) fn wallet_failure(e: WalletError) -> Failure {
     Failure::user(&e).with_hint(e.hint.as_deref())
 }
 
-fn ask_password(path: &Path) -> Result<SecretString, String> {
+fn ask_password(path: &Path) -> Result<SecretString, KeyFileError> {
     if !std::io::stdin().is_terminal() {
-        let variable = crate::chain::keyfile::password_variable(path);
-        return Err(format!("is encrypted, and there is no terminal to ask: set {variable}"));
+        let variable = keyfile::password_variable(path);
+        let why = format!("is encrypted, and there is no terminal to ask: set {variable}");
+        return Err(KeyFileError::NotAsked(why));
     }
     let prompt = format!("password of {}: ", path.display());
     let typed = rpassword::prompt_password(prompt)
-        .map_err(|e| format!("needs a password, which cannot be read: {e}"))?;
+        .map_err(|e| format!("needs a password, which cannot be read: {e}"));
+    let typed = typed.map_err(KeyFileError::NotAsked)?;
     // Made of a copy of the exact length: making a string shorter may leave the old one in memory.
     let typed = Zeroizing::new(typed);
     Ok(SecretString::from(typed.as_str()))

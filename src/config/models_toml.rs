@@ -3,7 +3,7 @@
 
 use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
-use crate::engine::backend::BackendKind;
+use crate::engine::backend::{BackendError, BackendKind};
 use crate::engine::plan::{KvMemory, Wanted};
 use crate::models::device::Device;
 use crate::ops::dtype::Dtype;
@@ -165,7 +165,7 @@ type Fault = (&'static str, String);
 
 fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     let backend = entry.engine.as_deref().map_or(Ok(BackendKind::default()), str::parse);
-    let backend = backend.map_err(|what| ("engine", what))?;
+    let backend = backend.map_err(|e: BackendError| ("engine", e.to_string()))?;
     let device = entry.device.as_deref().map_or(Ok(Device::default()), str::parse);
     let device = device.map_err(|what| ("device", what))?;
     let dtype = match entry.dtype.as_deref() {

@@ -20,14 +20,25 @@ pub enum BackendKind {
     Native,
 }
 
-impl FromStr for BackendKind {
-    type Err = String;
+/// A name that is no backend of this build.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum BackendError {
+    /// One that is known, but not built.
+    #[error("{0} is not part of this build")]
+    NotBuilt(&'static str),
+    /// One that is not known.
+    #[error("must be native, got {0}")]
+    Unknown(String),
+}
 
-    fn from_str(name: &str) -> Result<Self, String> {
+impl FromStr for BackendKind {
+    type Err = BackendError;
+
+    fn from_str(name: &str) -> Result<Self, BackendError> {
         match name {
             "native" => Ok(Self::Native),
-            "mistralrs" => Err("mistralrs is not part of this build".into()),
-            other => Err(format!("must be native, got {other}")),
+            "mistralrs" => Err(BackendError::NotBuilt("mistralrs")),
+            other => Err(BackendError::Unknown(other.to_owned())),
         }
     }
 }

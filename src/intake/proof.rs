@@ -7,9 +7,9 @@ use crate::engine::request::{ProofOptions, Request};
 use crate::models::Identity;
 use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
-use crate::proof::Scheme;
-use crate::proof::codec::{Hash, from_hex, to_hex};
+use crate::proof::codec::{Hash, HexError, from_hex, to_hex};
 use crate::proof::commit::{Binding, ChunkProof, RowProver, end_message, noise_key};
+use crate::proof::{Scheme, UnknownScheme};
 use crate::wire::openai::request::ProofRequest;
 use crate::wire::openai::response::{ProofChunk, ProofEnd};
 use base64::Engine as _;
@@ -39,7 +39,7 @@ impl Prover {
         own_nonce: Hash,
         signer: Option<Arc<Keypair>>,
     ) -> Result<Self, RequestError> {
-        let scheme: Scheme = field.scheme.parse().map_err(|rule: String| {
+        let scheme: Scheme = field.scheme.parse().map_err(|rule: UnknownScheme| {
             RequestError::field("proof.scheme", format!("{rule}, got {}", echo(&field.scheme)))
         })?;
         if scheme == Scheme::Toploc && dtype != Dtype::Bf16 {
@@ -48,7 +48,7 @@ impl Prover {
         }
         let nonce = match &field.nonce {
             Some(text) => {
-                from_hex(text).map_err(|rule| RequestError::field("proof.nonce", rule))?
+                from_hex(text).map_err(|e| RequestError::field("proof.nonce", e.to_string()))?
             }
             None => own_nonce,
         };
@@ -117,12 +117,23 @@ impl ProofHead {
     }
 }
 
+/// What cannot be read of a chunk.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ChunkError {
+    /// Its data.
+    #[error(transparent)]
+    Data(#[from] base64::DecodeError),
+    /// Its digest.
+    #[error(transparent)]
+    Digest(#[from] HexError),
+}
+
 /// Reads a chunk's proof.
 ///
 /// # Errors
 /// What is not base 64 or hexadecimal in it.
-pub fn read_chunk(sent: &ProofChunk) -> Result<ChunkProof, String> {
-    let data = STANDARD.decode(&sent.data).map_err(|e| e.to_string())?;
+pub fn read_chunk(sent: &ProofChunk) -> Result<ChunkProof, ChunkError> {
+    let data = STANDARD.decode(&sent.data)?;
     Ok(ChunkProof { index: sent.index, data, digest: from_hex(&sent.digest)? })
 }
 

@@ -202,7 +202,7 @@ fn cached(
     let path = in_cache(remembered.0, root, model.dtype);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        bytes => bytes.map_err(|e| e.to_string()),
+        bytes => bytes.map_err(Unusable::Read),
     };
     let inputs = inputs(model, root)?;
     match bytes.and_then(|bytes| parse(&bytes, &inputs, remembered)) {
@@ -214,16 +214,31 @@ fn cached(
     }
 }
 
-fn parse(bytes: &[u8], inputs: &Hash, remembered: Remembered<'_>) -> Result<Calibration, String> {
-    let stored: Stored = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+/// Why a file with a calibration is not used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error(transparent)]
+    Read(#[from] std::io::Error),
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    #[error("it was computed from another model or text")]
+    Inputs,
+    #[error("its hash is not that of what was computed")]
+    Hash,
+    #[error("it is for other weights")]
+    Weights,
+}
+
+fn parse(bytes: &[u8], inputs: &Hash, remembered: Remembered<'_>) -> Result<Calibration, Unusable> {
+    let stored: Stored = serde_json::from_slice(bytes)?;
     if stored.inputs != to_hex(inputs) {
-        return Err("it was computed from another model or text".into());
+        return Err(Unusable::Inputs);
     }
     let Stored { exponents, means, shift, .. } = stored;
     let calibration = Calibration { exponents, means, shift };
     match remembered.calibration(inputs) == Some(calibration_hash(&calibration)) {
         true => Ok(calibration),
-        false => Err("its hash is not that of what was computed".into()),
+        false => Err(Unusable::Hash),
     }
 }
 
@@ -233,14 +248,14 @@ fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<()
     let path = beside(&model.checkpoint.path);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        bytes => bytes.map_err(|e| e.to_string()),
+        bytes => bytes.map_err(Unusable::Read),
     };
     let found = bytes.and_then(|b| {
-        let found: Beside = serde_json::from_slice(&b).map_err(|e| e.to_string())?;
+        let found: Beside = serde_json::from_slice(&b)?;
         let dtype = model.dtype.to_string();
         match found.weights_root == to_hex(root) && found.dtype == dtype {
             true => Ok(found),
-            false => Err("it is for other weights".to_owned()),
+            false => Err(Unusable::Weights),
         }
     });
     let Beside { exponents, means, shift, .. } = match found {

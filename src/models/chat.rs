@@ -128,9 +128,10 @@ impl ChatTemplate {
             );
             return Err(LoadError::invalid(path, what));
         }
+        let wrong = |what: String| LoadError::invalid(path, format!("chat template: {what}"));
         let environment = on_large_stack(|| environment(source))
-            .and_then(|made| made.map_err(|e| format!("{e:#}")))
-            .map_err(|e| LoadError::invalid(path, format!("chat template: {e}")))?;
+            .map_err(|e| wrong(e.to_string()))?
+            .map_err(|e| wrong(format!("{e:#}")))?;
         Ok(Self {
             environment,
             tool_format: ToolFormat::of(source),
@@ -172,7 +173,7 @@ impl ChatTemplate {
             messages.iter_mut().for_each(developer_is_system);
         }
         let rendered = on_large_stack(|| self.write(variables));
-        rendered.unwrap_or_else(|message| Err(TemplateError::Failed { line: 0, message }))
+        rendered.unwrap_or_else(|e| Err(TemplateError::Failed { line: 0, message: e.to_string() }))
     }
 
     fn write(&self, variables: Map<String, Value>) -> Result<String, TemplateError> {
@@ -219,12 +220,23 @@ fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
     Ok(environment)
 }
 
+/// Why work on a large stack has no result.
+#[derive(Debug, thiserror::Error)]
+enum NotComputed {
+    /// The system gives no thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// It panicked.
+    #[error("it cannot be computed")]
+    Panicked,
+}
+
 /// Runs `work` on a thread with [`STACK_BYTES`].
-fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
+fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, NotComputed> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
-        let thread = thread.map_err(|e| format!("cannot start a thread: {e}"))?;
-        thread.join().map_err(|_| "it cannot be computed".to_owned())
+        let thread = thread.map_err(NotComputed::Thread)?;
+        thread.join().map_err(|_| NotComputed::Panicked)
     })
 }
 

@@ -102,7 +102,7 @@ fn entries(path: &Path, header: Header, data: u64, len: u64) -> Result<Vec<Entry
         let error =
             |what: String| LoadError::Tensor { name: name.clone(), path: path.into(), what };
         let (start, stop) = raw.data_offsets;
-        let bytes = raw.bytes().map_err(error)?;
+        let bytes = raw.bytes().map_err(|e| error(e.to_string()))?;
         if stop.checked_sub(start) != Some(bytes) {
             return Err(error(format!(
                 "{:?} elements of {} have {bytes} bytes, its offsets are {start}..{stop}",
@@ -137,14 +137,23 @@ struct Raw {
     data_offsets: (u64, u64),
 }
 
+/// Why a tensor has no size in bytes.
+#[derive(Debug, thiserror::Error)]
+enum SizeError {
+    #[error("dtype {0} is unknown")]
+    Dtype(String),
+    #[error("shape {0:?} is no whole number of bytes")]
+    Shape(Vec<usize>),
+}
+
 impl Raw {
-    fn bytes(&self) -> Result<u64, String> {
+    fn bytes(&self) -> Result<u64, SizeError> {
         let known = TYPES.iter().find(|(name, _)| *name == self.dtype);
-        let (_, bits) = known.ok_or_else(|| format!("dtype {} is unknown", self.dtype))?;
+        let (_, bits) = known.ok_or_else(|| SizeError::Dtype(self.dtype.clone()))?;
         let count = self.shape.0.iter().try_fold(1_u64, |n, d| n.checked_mul(*d as u64));
         let bits = count.and_then(|count| count.checked_mul(*bits));
         let whole = bits.filter(|bits| bits.is_multiple_of(8)).map(|bits| bits / 8);
-        whole.ok_or_else(|| format!("shape {:?} is no whole number of bytes", self.shape.0))
+        whole.ok_or_else(|| SizeError::Shape(self.shape.0.clone()))
     }
 }
 

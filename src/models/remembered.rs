@@ -86,7 +86,7 @@ impl Remembered<'_> {
                 Err(why) => why,
             },
             Err(e) if e.kind() == ErrorKind::NotFound => return Kept::default(),
-            Err(e) => e.to_string(),
+            Err(e) => Unusable::Read(e),
         };
         tracing::warn!(path = %path.display(), "what was remembered is lost: {why}");
         Kept::default()
@@ -115,15 +115,28 @@ fn insert(entries: &mut BTreeMap<String, String>, key: &Hash, value: &Hash) {
     entries.insert(to_hex(key), to_hex(value));
 }
 
-fn parse(bytes: &[u8]) -> Result<Kept, String> {
-    let stored: Stored = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+/// Why a file of what was remembered is not used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error(transparent)]
+    Read(#[from] std::io::Error),
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    #[error("`version` must be {VERSION}, got {0}")]
+    Version(u32),
+    #[error("it is damaged: `check` is not the hash of `kept`")]
+    Damaged,
+}
+
+fn parse(bytes: &[u8]) -> Result<Kept, Unusable> {
+    let stored: Stored = serde_json::from_slice(bytes)?;
     if stored.version != VERSION {
-        return Err(format!("`version` must be {VERSION}, got {}", stored.version));
+        return Err(Unusable::Version(stored.version));
     }
-    let want = check(&stored.kept).map_err(|e| e.to_string())?;
+    let want = check(&stored.kept)?;
     match stored.check == want {
         true => Ok(stored.kept),
-        false => Err("it is damaged: `check` is not the hash of `kept`".into()),
+        false => Err(Unusable::Damaged),
     }
 }
 

@@ -83,13 +83,21 @@ pub fn to_hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// A text that is not the bytes it should be, in hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("must be {bytes} bytes as {} hexadecimal digits", 2 * bytes)]
+pub struct HexError {
+    /// How many bytes it should be.
+    pub bytes: usize,
+}
+
 /// Exactly `N` bytes of hexadecimal, with or without `0x`.
 ///
 /// # Errors
 /// The rule, when the text is anything else.
-pub fn from_hex<const N: usize>(text: &str) -> Result<[u8; N], String> {
+pub fn from_hex<const N: usize>(text: &str) -> Result<[u8; N], HexError> {
     let digits = text.strip_prefix("0x").unwrap_or(text).as_bytes();
-    let rule = || format!("must be {N} bytes as {} hexadecimal digits", 2 * N);
+    let rule = || HexError { bytes: N };
     if digits.len() != 2 * N {
         return Err(rule());
     }

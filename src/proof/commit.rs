@@ -297,16 +297,27 @@ pub struct ResidueChunk {
     pub exact: [u8; EXACT_BYTES],
 }
 
+/// Data of a chunk that has not the length that its rows take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("a chunk of {rows} rows has {want} bytes, got {got}")]
+pub struct ChunkLength {
+    /// Rows of the chunk.
+    pub rows: usize,
+    /// Bytes that they take.
+    pub want: usize,
+    /// Bytes that there are.
+    pub got: usize,
+}
+
 impl ResidueChunk {
     /// Reads the data of a chunk of `rows` rows.
     ///
     /// # Errors
     /// The rule, when the length is another.
-    pub fn from_bytes(data: &[u8], rows: usize) -> Result<Self, String> {
+    pub fn from_bytes(data: &[u8], rows: usize) -> Result<Self, ChunkLength> {
         let want = rows * SKETCH_BYTES + EXACT_BYTES;
         if rows == 0 || rows > CHUNK_ROWS || data.len() != want {
-            let got = data.len();
-            return Err(format!("a chunk of {rows} rows has {want} bytes, got {got}"));
+            return Err(ChunkLength { rows, want, got: data.len() });
         }
         let (sketches, hash) = data.split_at(rows * SKETCH_BYTES);
         let mut exact = [0; EXACT_BYTES];
@@ -476,7 +487,7 @@ mod tests {
                     let flat: Vec<u8> = chunk.sketches.concat();
                     prop_assert_eq!([flat, chunk.exact.to_vec()].concat(), data);
                 }
-                Err(e) => prop_assert!(e.contains("bytes, got")),
+                Err(e) => prop_assert!(e.to_string().contains("bytes, got")),
             }
         }
     }

@@ -59,14 +59,15 @@ impl fmt::Display for Scheme {
     }
 }
 
-impl FromStr for Scheme {
-    type Err = String;
+/// A name that is no scheme's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("must be one of {}", Scheme::ALL.map(Scheme::name).join(", "))]
+pub struct UnknownScheme;
 
-    fn from_str(name: &str) -> Result<Self, String> {
-        let known = || Scheme::ALL.map(Scheme::name).join(", ");
-        Scheme::ALL
-            .into_iter()
-            .find(|s| s.name() == name)
-            .ok_or_else(|| format!("must be one of {}", known()))
+impl FromStr for Scheme {
+    type Err = UnknownScheme;
+
+    fn from_str(name: &str) -> Result<Self, UnknownScheme> {
+        Scheme::ALL.into_iter().find(|s| s.name() == name).ok_or(UnknownScheme)
     }
 }

@@ -283,7 +283,7 @@ impl Reading {
             |what: String| Rejection::new(Reason::BadProof, format!("chunk {place} {what}"));
         let chunk: ProofChunk =
             serde_json::from_value(chunk.clone()).map_err(|e| wrong(e.to_string()))?;
-        chunks.push(read_chunk(&chunk).map_err(wrong)?);
+        chunks.push(read_chunk(&chunk).map_err(|e| wrong(e.to_string()))?);
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use serde_json::Value;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use targon_engine::chain::keyfile;
+use targon_engine::chain::keyfile::{self, KeyFileError};
 use targon_engine::chain::keys::Keypair;
 use targon_engine::chain::wallet::Wallet;
 
@@ -136,7 +136,7 @@ fn making_a_key_and_reading_it_from_disk_leaves_nothing_behind() {
     let file = std::fs::read(wallet.hotkey_file()).unwrap();
     let all = secrets(&serde_json::from_slice(&file).unwrap());
     check(&freed, &all);
-    let never = |_: &std::path::Path| Err("it is not encrypted".to_owned());
+    let never = |_: &std::path::Path| Err(KeyFileError::Plain);
     let (read, freed) = record(|| wallet.keypair(never).unwrap().hotkey());
     assert_eq!(read, made);
     check(&freed, &all);

@@ -211,7 +211,8 @@ impl<'a> Forge<'a> {
 
     /// Honest answers with another miner's proof; this one's own signature is asked for.
     fn copied(&self, schemes: &[Scheme], keep: Keep) -> Result<Proved, String> {
-        let (victim, thief) = (Keypair::from_seed(&[7; 32])?, Keypair::from_seed(&[8; 32])?);
+        let pair = |seed| Keypair::from_seed(&[seed; 32]).map_err(|e| e.to_string());
+        let (victim, thief) = (pair(7)?, pair(8)?);
         let hotkey = Some(thief.hotkey());
         let mut trials = self.honest.0.clone();
         trials.iter_mut().for_each(|trial| trial.ask.hotkey = hotkey);

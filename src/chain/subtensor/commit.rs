@@ -69,11 +69,12 @@ pub(super) async fn make(
             (version, Some(hotkey), Retries::EachBlock)
         }
     };
-    let round = schedule.reveal(drand, retries).map_err(wrong)?.round;
+    let round = schedule.reveal(drand, retries).map_err(|e| wrong(e.to_string()))?.round;
     let message = payload(named, &order.vector, order.version_key);
     let drand = *drand;
     let encrypting = tokio::task::spawn_blocking(move || drand.encrypt(&message, round));
-    let bytes = encrypting.await.map_err(|e| wrong(e.to_string()))?.map_err(wrong)?;
+    let bytes = encrypting.await.map_err(|e| wrong(e.to_string()))?;
+    let bytes = bytes.map_err(|e| wrong(e.to_string()))?;
     if bytes.len() > COMMIT_MAX {
         let why = format!("the commit has {} bytes: at most {COMMIT_MAX}", bytes.len());
         return Err(wrong(why));

@@ -73,17 +73,40 @@ pub enum Retries {
     Once,
 }
 
+/// Why no commit can be made now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ScheduleError {
+    /// The subnet, whose tempo is 0.
+    #[error("subnet {0} has no epochs: its tempo is 0")]
+    NoEpochs(u16),
+    /// More epochs than any subnet has commits wait for.
+    #[error("commits wait for {0} epochs: at most {PERIOD_MAX}")]
+    Period(u64),
+    /// The time of a block is beyond all rounds.
+    #[error("block {block} has no time of a drand round")]
+    NoRound {
+        /// The block.
+        block: u64,
+    },
+    /// An epoch is beyond all blocks.
+    #[error("epoch {epoch} has no first block")]
+    NoBlock {
+        /// The epoch.
+        epoch: u64,
+    },
+}
+
 impl Schedule {
     /// When a commit in the next block is revealed.
     ///
     /// # Errors
     /// When the subnet has no epochs, or the numbers are beyond all bounds.
-    pub fn reveal(&self, drand: &Drand, retries: Retries) -> Result<Reveal, String> {
+    pub fn reveal(&self, drand: &Drand, retries: Retries) -> Result<Reveal, ScheduleError> {
         if self.tempo == 0 {
-            return Err(format!("subnet {} has no epochs: its tempo is 0", self.netuid));
+            return Err(ScheduleError::NoEpochs(self.netuid));
         }
         if self.period > PERIOD_MAX {
-            return Err(format!("commits wait for {} epochs: at most {PERIOD_MAX}", self.period));
+            return Err(ScheduleError::Period(self.period));
         }
         let (epoch, block) = match self.epochs {
             Epochs::Modular => self.modular()?,
@@ -96,16 +119,16 @@ impl Schedule {
         let wait = target.saturating_sub(self.block).checked_mul(self.block_ms);
         let at = wait.and_then(|wait| wait.checked_add(self.unix_ms));
         let round = at.and_then(|at| drand.round_at(at));
-        let round = round.ok_or_else(|| format!("block {target} has no time of a drand round"))?;
+        let round = round.ok_or(ScheduleError::NoRound { block: target })?;
         Ok(Reveal { epoch, block, round })
     }
 
     /// Epoch e begins at block e * (tempo + 1) - (netuid + 1).
-    fn modular(&self) -> Result<(u64, u64), String> {
+    fn modular(&self) -> Result<(u64, u64), ScheduleError> {
         let (length, shift) = (u64::from(self.tempo) + 1, u64::from(self.netuid) + 1);
         let epoch = self.block.saturating_add(shift + 1) / length;
         let first = (epoch + self.period).checked_mul(length).and_then(|b| b.checked_sub(shift));
-        Ok((epoch, first.ok_or_else(|| format!("epoch {epoch} has no first block"))?))
+        Ok((epoch, first.ok_or(ScheduleError::NoBlock { epoch })?))
     }
 
     /// The chain's own counter, run on from the next block.
@@ -213,9 +236,9 @@ mod tests {
     #[test]
     fn a_schedule_without_epochs_or_bounds_is_refused() {
         let none = schedule(0, 1, 7, Epochs::Modular).reveal(&QUICKNET, Retries::EachBlock);
-        assert!(none.unwrap_err().contains("tempo is 0"));
+        assert!(none.unwrap_err().to_string().contains("tempo is 0"));
         let long = schedule(9, 1 << 40, 7, Epochs::Modular).reveal(&QUICKNET, Retries::EachBlock);
-        assert!(long.unwrap_err().contains("at most 1000"));
+        assert!(long.unwrap_err().to_string().contains("at most 1000"));
         let early = Schedule { unix_ms: 5, ..schedule(9, 1, 7, Epochs::Modular) };
         assert!(early.reveal(&QUICKNET, Retries::EachBlock).is_err());
         let (last, index) = (u64::MAX - 1, 1);

@@ -174,12 +174,93 @@ pub struct Header {
     pub alignment: u64,
 }
 
+/// Why the header of a file cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HeaderError {
+    /// Other bytes than a GGUF file begins with.
+    #[error("not a GGUF file: it begins with {0:?}")]
+    Magic(String),
+    /// Numbers the other way round.
+    #[error("a big-endian GGUF file is not supported; little-endian ones are")]
+    BigEndian,
+    /// A version that is not read.
+    #[error("GGUF version {0} is not supported; 2 and 3 are")]
+    Version(u32),
+    /// The file ends too early.
+    #[error("not a whole GGUF file: {what} ends beyond its {len} bytes")]
+    Incomplete {
+        /// What is not all there.
+        what: String,
+        /// Bytes of the file.
+        len: u64,
+    },
+    /// More than a header may take.
+    #[error("its header takes more than {HEADER_BYTES_MAX} bytes, at {what}")]
+    Long {
+        /// What goes beyond.
+        what: String,
+    },
+    /// The system does not read.
+    #[error("cannot read {what}: {source}")]
+    Read {
+        /// What was to be read.
+        what: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A name that is no text.
+    #[error("{what} has a name that is not UTF-8")]
+    Name {
+        /// Whose name.
+        what: String,
+    },
+    /// One key with two values.
+    #[error("the key `{key}` is there twice")]
+    Twice {
+        /// The key.
+        key: String,
+    },
+    /// A list of lists.
+    #[error("{what} is a list of lists, which is not supported")]
+    Lists {
+        /// The value.
+        what: String,
+    },
+    /// A type that the format does not have.
+    #[error("{what} has the unknown type {id}")]
+    Type {
+        /// The value.
+        what: String,
+        /// The type's number.
+        id: u32,
+    },
+    /// None, or too many.
+    #[error("tensor `{name}` has {dimensions} dimensions; 1 to {DIMENSIONS_MAX} are supported")]
+    Dimensions {
+        /// The tensor.
+        name: String,
+        /// How many it has.
+        dimensions: u32,
+    },
+    /// A shape that no tensor can have.
+    #[error("tensor `{name}` has the impossible shape {shape:?}: a 0, or too many elements")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its dimensions, fastest first.
+        shape: Vec<u64>,
+    },
+    /// What data is aligned to.
+    #[error("`general.alignment` must be a power of two up to {ALIGNMENT_MAX}, got {0}")]
+    Alignment(String),
+}
+
 impl Header {
     /// Reads the header of a file of `len` bytes.
     ///
     /// # Errors
     /// When it is not a whole header of version 2 or 3; the text says why.
-    pub fn read(source: impl Read, len: u64) -> Result<Self, String> {
+    pub fn read(source: impl Read, len: u64) -> Result<Self, HeaderError> {
         let mut reader = Reader { source, at: 0, len };
         reader.magic()?;
         let tensors = reader.u64("the number of tensors")?;
@@ -192,7 +273,7 @@ impl Header {
     }
 }
 
-fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, String> {
+fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, HeaderError> {
     let key = "general.alignment";
     let Some(value) = metadata.get(key) else { return Ok(ALIGNMENT_DEFAULT) };
     let number = match value {
@@ -201,7 +282,7 @@ fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, String> {
     };
     number
         .filter(|n| n.is_power_of_two() && *n <= ALIGNMENT_MAX)
-        .ok_or_else(|| format!("`{key}` must be a power of two up to {ALIGNMENT_MAX}, got {value}"))
+        .ok_or_else(|| HeaderError::Alignment(value.to_string()))
 }
 
 struct Reader<R> {
@@ -211,86 +292,84 @@ struct Reader<R> {
 }
 
 impl<R: Read> Reader<R> {
-    fn magic(&mut self) -> Result<(), String> {
+    fn magic(&mut self) -> Result<(), HeaderError> {
         let magic: [u8; 4] = self.array("the magic number")?;
         if &magic != b"GGUF" {
-            let begins = String::from_utf8_lossy(&magic);
-            return Err(format!("not a GGUF file: it begins with {begins:?}"));
+            return Err(HeaderError::Magic(String::from_utf8_lossy(&magic).into_owned()));
         }
         match self.u32("the version")? {
             2 | 3 => Ok(()),
-            version if version & 0xffff == 0 && version != 0 => {
-                Err("a big-endian GGUF file is not supported; little-endian ones are".into())
-            }
-            version => Err(format!("GGUF version {version} is not supported; 2 and 3 are")),
+            version if version & 0xffff == 0 && version != 0 => Err(HeaderError::BigEndian),
+            version => Err(HeaderError::Version(version)),
         }
     }
 
     /// Fails unless the file holds `count` more things of at least `each` bytes.
-    fn room(&self, count: u64, each: u64, what: &str) -> Result<(), String> {
+    fn room(&self, count: u64, each: u64, what: &str) -> Result<(), HeaderError> {
         let (rest, len) = (self.len - self.at, self.len);
         match count.checked_mul(each).filter(|bytes| *bytes <= rest) {
-            None => Err(format!("not a whole GGUF file: {what} ends beyond its {len} bytes")),
+            None => Err(HeaderError::Incomplete { what: what.to_owned(), len }),
             Some(bytes) if self.at + bytes > HEADER_BYTES_MAX => {
-                Err(format!("its header takes more than {HEADER_BYTES_MAX} bytes, at {what}"))
+                Err(HeaderError::Long { what: what.to_owned() })
             }
             Some(_) => Ok(()),
         }
     }
 
-    fn fill(&mut self, bytes: &mut [u8], what: &str) -> Result<(), String> {
-        self.source.read_exact(bytes).map_err(|e| format!("cannot read {what}: {e}"))?;
+    fn fill(&mut self, bytes: &mut [u8], what: &str) -> Result<(), HeaderError> {
+        let failed = |source| HeaderError::Read { what: what.to_owned(), source };
+        self.source.read_exact(bytes).map_err(failed)?;
         self.at += bytes.len() as u64;
         Ok(())
     }
 
-    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], String> {
+    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], HeaderError> {
         self.room(1, N as u64, what)?;
         let mut bytes = [0; N];
         self.fill(&mut bytes, what)?;
         Ok(bytes)
     }
 
-    fn u32(&mut self, what: &str) -> Result<u32, String> {
+    fn u32(&mut self, what: &str) -> Result<u32, HeaderError> {
         self.array(what).map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self, what: &str) -> Result<u64, String> {
+    fn u64(&mut self, what: &str) -> Result<u64, HeaderError> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    fn bytes(&mut self, count: u64, each: u64, what: &str) -> Result<Vec<u8>, String> {
+    fn bytes(&mut self, count: u64, each: u64, what: &str) -> Result<Vec<u8>, HeaderError> {
         self.room(count, each, what)?;
         let mut bytes = vec![0; (count * each) as usize];
         self.fill(&mut bytes, what)?;
         Ok(bytes)
     }
 
-    fn text(&mut self, what: &str) -> Result<Box<[u8]>, String> {
+    fn text(&mut self, what: &str) -> Result<Box<[u8]>, HeaderError> {
         let len = self.u64(what)?;
         self.bytes(len, 1, what).map(Vec::into_boxed_slice)
     }
 
-    fn name(&mut self, what: &str) -> Result<String, String> {
+    fn name(&mut self, what: &str) -> Result<String, HeaderError> {
         let text = self.text(what)?.into_vec();
-        String::from_utf8(text).map_err(|_| format!("{what} has a name that is not UTF-8"))
+        String::from_utf8(text).map_err(|_| HeaderError::Name { what: what.to_owned() })
     }
 
-    fn metadata(&mut self, keys: u64) -> Result<BTreeMap<String, Value>, String> {
+    fn metadata(&mut self, keys: u64) -> Result<BTreeMap<String, Value>, HeaderError> {
         self.room(keys, KEY_BYTES_MIN, &format!("the last of {keys} keys"))?;
         let mut metadata = BTreeMap::new();
         for index in 0..keys {
             let key = self.name(&format!("key {index}"))?;
             let value = self.value(&key)?;
             if metadata.contains_key(&key) {
-                return Err(format!("the key `{key}` is there twice"));
+                return Err(HeaderError::Twice { key });
             }
             metadata.insert(key, value);
         }
         Ok(metadata)
     }
 
-    fn value(&mut self, key: &str) -> Result<Value, String> {
+    fn value(&mut self, key: &str) -> Result<Value, HeaderError> {
         let what = format!("the value of `{key}`");
         match self.u32(&what)? {
             TEXT => self.text(&what).map(Value::Text),
@@ -302,10 +381,10 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    fn list(&mut self, what: &str) -> Result<List, String> {
+    fn list(&mut self, what: &str) -> Result<List, HeaderError> {
         let (id, count) = (self.u32(what)?, self.u64(what)?);
         match id {
-            LIST => Err(format!("{what} is a list of lists, which is not supported")),
+            LIST => Err(HeaderError::Lists { what: what.to_owned() }),
             TEXT => {
                 self.room(count, TEXT_BYTES_MIN, what)?;
                 (0..count).map(|_| self.text(what)).collect::<Result<_, _>>().map(List::Texts)
@@ -318,33 +397,31 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    fn tensors(&mut self, count: u64) -> Result<Vec<Described>, String> {
+    fn tensors(&mut self, count: u64) -> Result<Vec<Described>, HeaderError> {
         self.room(count, TENSOR_BYTES_MIN, &format!("the last of {count} tensors"))?;
         (0..count).map(|index| self.tensor(index)).collect()
     }
 
-    fn tensor(&mut self, index: u64) -> Result<Described, String> {
+    fn tensor(&mut self, index: u64) -> Result<Described, HeaderError> {
         let name = self.name(&format!("the description of tensor {index}"))?;
         let what = format!("the description of tensor `{name}`");
         let dimensions = self.u32(&what)?;
         if !(1..=DIMENSIONS_MAX).contains(&dimensions) {
-            let rule = format!("1 to {DIMENSIONS_MAX} are supported");
-            return Err(format!("tensor `{name}` has {dimensions} dimensions; {rule}"));
+            return Err(HeaderError::Dimensions { name, dimensions });
         }
         let mut shape = Vec::new();
         for _ in 0..dimensions {
             shape.push(self.u64(&what)?);
         }
         let (kind, offset) = (self.u32(&what)?, self.u64(&what)?);
-        let shape = sound_shape(&shape).ok_or_else(|| {
-            format!("tensor `{name}` has the impossible shape {shape:?}: a 0, or too many elements")
-        })?;
+        let shape = sound_shape(&shape)
+            .ok_or_else(|| HeaderError::Shape { name: name.clone(), shape: shape.clone() })?;
         Ok(Described { name, shape, kind, offset })
     }
 }
 
-fn scalar(id: u32, what: &str) -> Result<Scalar, String> {
-    Scalar::of(id).ok_or_else(|| format!("{what} has the unknown type {id}"))
+fn scalar(id: u32, what: &str) -> Result<Scalar, HeaderError> {
+    Scalar::of(id).ok_or_else(|| HeaderError::Type { what: what.to_owned(), id })
 }
 
 /// The dimensions slowest first, if their product can be counted.

@@ -70,15 +70,26 @@ impl fmt::Display for Isa {
     }
 }
 
-impl FromStr for Isa {
-    type Err = String;
+/// A name that is no instruction set of this CPU.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum IsaError {
+    /// This CPU has it not.
+    #[error("this CPU has no {0}; it has {available:?}", available = Isa::available())]
+    Missing(Isa),
+    /// Nobody has it.
+    #[error("unknown instruction set `{0}`; known: {all:?}", all = Isa::ALL)]
+    Unknown(String),
+}
 
-    fn from_str(name: &str) -> Result<Self, String> {
+impl FromStr for Isa {
+    type Err = IsaError;
+
+    fn from_str(name: &str) -> Result<Self, IsaError> {
         let known = Isa::ALL.into_iter().find(|isa| isa.to_string() == name);
         match known {
             Some(isa) if isa.is_available() => Ok(isa),
-            Some(isa) => Err(format!("this CPU has no {isa}; it has {:?}", Isa::available())),
-            None => Err(format!("unknown instruction set `{name}`; known: {:?}", Isa::ALL)),
+            Some(isa) => Err(IsaError::Missing(isa)),
+            None => Err(IsaError::Unknown(name.to_owned())),
         }
     }
 }

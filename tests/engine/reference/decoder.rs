@@ -14,14 +14,14 @@ use std::path::Path;
 const BLOCK: usize = 32;
 
 /// A checkpoint, computed in f32 with the inputs of matrix products rounded to `rounding`.
-pub struct Reference {
+pub(super) struct Reference {
     pub config: Value,
     weights: HashMap<String, Tensor>,
     rounding: DType,
 }
 
 impl Reference {
-    pub fn load(dir: &Path, rounding: DType) -> Result<Self> {
+    pub(super) fn load(dir: &Path, rounding: DType) -> Result<Self> {
         let text = std::fs::read(dir.join("config.json"))?;
         let config = serde_json::from_slice(&text).map_err(candle_core::Error::wrap)?;
         let file = dir.join("model.safetensors");
@@ -32,7 +32,7 @@ impl Reference {
     }
 
     /// Logits (tokens, vocab).
-    pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
+    pub(super) fn logits(&self, ids: &[u32]) -> Result<Tensor> {
         let ids = Tensor::new(ids, &Device::Cpu)?;
         let table = self.weight("model.embed_tokens.weight")?;
         let mut x =
