@@ -16,6 +16,7 @@ mod fetch;
 mod finding;
 #[cfg(test)]
 mod guides;
+mod judges;
 mod layers;
 mod logging;
 mod manual;
