@@ -15,6 +15,7 @@ mod fetch;
 mod finding;
 #[cfg(test)]
 mod guides;
+mod judges;
 mod layers;
 mod logging;
 mod manual;

@@ -1,6 +1,6 @@
 //! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
-use super::capture::load_verifier;
+use super::judges::{LimitsFiles, residents};
 use super::out::{announce, outln};
 use super::printable::printable;
 use super::serve::stop_signal;
@@ -13,7 +13,6 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
-use crate::proof::codec::to_hex;
 use crate::server::listen::serve_all;
 use crate::store::Store;
 use crate::store::record::{Round, WeightsState};
@@ -21,24 +20,18 @@ use crate::update::{Installed, Updater};
 use crate::validator::eligible::{self, NoPermit, Rules};
 use crate::validator::prompt::dataset::Source;
 use crate::validator::round::chance::Chance;
+use crate::validator::run::hub::Hub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::Progress;
 use crate::validator::run::reading::{Reading, SubnetError};
-use crate::validator::run::trial::Judge;
 use crate::validator::run::world::{Memory, World};
 use crate::validator::run::{Driver, Options, RunError, Settled};
 use crate::validator::service::Service;
-use crate::verify::Limits;
-use crate::verify::evidence::Calibrated;
-use crate::verify::limits_file::{self, LimitsFile};
 use sd_notify::NotifyState;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 /// A loop that stands still for so long is ended with the program: whoever supervises it starts it
@@ -65,15 +58,17 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
-    let judges = judges(args, &runtime)?;
+    let (residents, limits) = residents(args, &runtime)?;
     let clock = Clock::system();
     let world = World {
         chain,
         netuid: args.chain.netuid(),
         store: store.clone(),
+        hub: Hub::new(args.hub.urls()?, Arc::clone(&signer), clock.clone()),
         keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
         clock,
-        judges,
+        residents,
+        rewriting: args.round.rewriting(),
         rules: args.verifying.rules,
         mode: args.listed.mode(),
         source,
@@ -96,7 +91,8 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         spill: Some(args.unsaved.clone()),
     };
     let outcome = runtime.block_on(async {
-        let outcome = validate(args, (world, options, updater), &metagraph).await;
+        let outcome =
+            validate(args, (world, options, updater), (&metagraph, &limits)).await;
         store.close().await;
         outcome
     });
@@ -129,46 +125,20 @@ async fn check(
     Ok(metagraph)
 }
 
-/// The models to verify with, loaded one after the other, each with its limits.
-fn judges(args: &ValidateArgs, runtime: &Runtime) -> Result<BTreeMap<String, Judge>, Failure> {
-    let read = |path: &PathBuf| limits_file::read(path).map(|file| (path.clone(), file));
-    let files = args.verifying.limits.iter().map(read).collect::<Result<Vec<_>, _>>();
-    let mut files = files.map_err(Failure::user)?;
-    let pool = args.compute.pool()?;
-    let mut loaded = BTreeMap::new();
-    let mut used = BTreeSet::new();
-    for config in args.models.read(&[])?.models {
-        let name = config.name.clone();
-        let mut verifier = load_verifier(runtime, config, &pool, Limits::default())?;
-        let hash = to_hex(&verifier.identity.model_hash);
-        let own = files.iter().find(|(_, file)| file.model == hash);
-        verifier.limits = own.map_or_else(Limits::default, |(_, file)| file.limits);
-        verifier.limits.exact |= args.verifying.exact;
-        let rates = own.map_or_else(Calibrated::default, |(_, file)| file.rates);
-        tracing::info!(model = name, has_own_limits = own.is_some(), "ready");
-        used.insert(hash);
-        loaded.insert(name, Judge { verifier, rates });
-    }
-    files.retain(|(_, file)| !used.contains(&file.model));
-    match files.first() {
-        None => Ok(loaded),
-        Some((path, LimitsFile { model, .. })) => {
-            let what = format!("{}: `model` is {model}, which no model here has", path.display());
-            Err(Failure::user(format!("--limits {what}: {}", Vec::from_iter(used).join(", "))))
-        }
-    }
-}
-
 /// Validates until it is over, or until there is a newer program to become.
 async fn validate(
     args: &ValidateArgs,
     (world, options, updater): (World<Subtensor>, Options, Option<Updater>),
-    metagraph: &Metagraph,
+    (metagraph, limits): (&Metagraph, &LimitsFiles),
 ) -> Result<Option<Installed>, Failure> {
     let is_bounded = options.rounds.is_some();
     let (clock, store, netuid) = (world.clock.clone(), world.store.clone(), world.netuid);
+    let is_roomy = world.residents.is_roomy();
     let driver = Driver::new(Arc::new(world), options, clock.clone(), Chance::system()).await;
     let driver = driver.map_err(run_failure)?;
+    if is_roomy && !args.listed.is_apart() {
+        limits.check_used()?;
+    }
     let progress = driver.progress();
     if let Some(weights) = store.last_weights(netuid).await.map_err(Failure::ours)? {
         progress.set_weights(&weights);
@@ -283,7 +253,7 @@ fn run_failure(e: RunError) -> Failure {
             let hint = "other endpoints can be given by --subtensor.chain_endpoint";
             Failure::ours(&e).with_hint(Some(hint))
         }
-        RunError::Subnet(_) | RunError::Chain(_) => Failure::user(&e),
+        RunError::Subnet(_) | RunError::Chain(_) | RunError::Models(_) => Failure::user(&e),
         RunError::Records(_) => Failure::ours(&e),
     }
 }

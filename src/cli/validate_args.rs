@@ -9,7 +9,9 @@ use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, Settings, Times};
 use crate::validator::run::JUDGES_DEFAULT;
 use crate::validator::run::epochs::Epochs;
+use crate::validator::run::hub::Urls;
 use crate::validator::run::keeping::Keeping;
+use crate::validator::run::rewriting::Rewriting;
 use crate::validator::scores::rules::{Profile, Rules, WINDOW_MAX};
 use crate::verify;
 use clap::{Args, ValueEnum};
@@ -49,6 +51,8 @@ pub(super) struct ValidateArgs {
     pub(super) keeping: KeepingArgs,
     #[command(flatten)]
     pub(super) update: UpdateArgs,
+    #[command(flatten)]
+    pub(super) hub: HubArgs,
     /// Records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
     #[arg(
         id = "database.url",
@@ -119,6 +123,11 @@ pub(super) struct ListArgs {
 }
 
 impl ListArgs {
+    /// Whether the list is another than that of the models file.
+    pub(super) fn is_apart(&self) -> bool {
+        self.mode.is_some()
+    }
+
     /// Where the list comes from; the verified models where it is not said.
     pub(super) fn mode(&self) -> Option<Mode> {
         self.mode.map(|mode| match mode {
@@ -137,6 +146,16 @@ enum KeepArg {
     Faults,
     /// All.
     All,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum RewriteArg {
+    /// Never.
+    Never,
+    /// Where it cannot, the passage is taken as it is, and the log says so.
+    OrPassage,
+    /// Where it cannot, the round is unscored.
+    Always,
 }
 
 /// How rounds are held.
@@ -182,6 +201,9 @@ pub(super) struct RoundArgs {
     /// Which requests and answers the records keep in full.
     #[arg(long, env = "TARGON_CAPTURES", default_value = "faults", help_heading = "Rounds")]
     captures: KeepArg,
+    /// Whether this engine rewrites what a prompt is about into a query of its own words.
+    #[arg(long, env = "TARGON_REWRITE", default_value = "or-passage", help_heading = "Rounds")]
+    rewrite: RewriteArg,
     /// A file of JSON lines with a `text` or `conversations` field: what prompts are about.
     #[arg(long, env = "TARGON_DATASET", help_heading = "Rounds")]
     pub(super) dataset: Option<String>,
@@ -203,6 +225,15 @@ pub(super) struct RoundArgs {
 }
 
 impl RoundArgs {
+    /// Whether the engine writes prompts.
+    pub(super) fn rewriting(&self) -> Rewriting {
+        match self.rewrite {
+            RewriteArg::Never => Rewriting::Never,
+            RewriteArg::OrPassage => Rewriting::OrPassage,
+            RewriteArg::Always => Rewriting::Always,
+        }
+    }
+
     /// After how many rounds it ends.
     pub(super) fn count(&self) -> Option<u64> {
         self.rounds.or(self.once.then_some(1))
@@ -284,11 +315,57 @@ pub(super) struct VerifyingArgs {
     #[arg(long, env = "TARGON_JUDGES", default_value_t = JUDGES_DEFAULT as u16,
         help_heading = "Verification", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) judges: u16,
+    /// Memory for the models that are verified with, such as 16GiB or 60%; all there is where
+    /// absent. Where it does not hold all, each has its turn, epoch by epoch.
+    #[arg(
+        long = "verify-memory",
+        env = "TARGON_VERIFY_MEMORY",
+        value_name = "SIZE",
+        help_heading = "Verification"
+    )]
+    pub(super) memory: Option<String>,
     /// Seconds for all verdicts of a round, from its last answer on; what is not verified by then
     /// stays unscored.
     #[arg(long, env = "TARGON_VERDICTS_TIMEOUT", default_value_t = 1800,
         help_heading = "Verification", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     verdicts_timeout: u64,
+}
+
+/// A hub beside the validator; nothing is asked of any, and nothing sent, unless it is named.
+#[derive(Args)]
+pub(super) struct HubArgs {
+    /// Fetch users' requests from URL/organics every 20 blocks, verify and score them, and report
+    /// the scores to URL/organics/scores.
+    #[arg(
+        id = "organics.url",
+        long = "organics.url",
+        env = "TARGON_ORGANICS_URL",
+        value_name = "URL",
+        help_heading = "Hub"
+    )]
+    organics: Option<String>,
+    /// Send the statistics of every round to URL.
+    #[arg(
+        id = "stats.url",
+        long = "stats.url",
+        env = "TARGON_STATS_URL",
+        value_name = "URL",
+        help_heading = "Hub"
+    )]
+    stats: Option<String>,
+}
+
+impl HubArgs {
+    pub(super) fn urls(&self) -> Result<Urls, Failure> {
+        for (flag, url) in [("organics", &self.organics), ("stats", &self.stats)] {
+            let is_http = |url: &String| url.starts_with("http://") || url.starts_with("https://");
+            if let Some(url) = url.as_ref().filter(|url| !is_http(url)) {
+                let what = format!("--{flag}.url must begin with http:// or https://, got {url}");
+                return Err(Failure::user(what));
+            }
+        }
+        Ok(Urls { organics: self.organics.clone(), stats: self.stats.clone() })
+    }
 }
 
 /// How long records are kept. Weights, evidence and hotkeys are kept for ever.

@@ -5,6 +5,7 @@
 
 pub mod eligible;
 pub mod models;
+pub mod organics;
 pub mod prompt;
 pub mod query;
 pub mod round;

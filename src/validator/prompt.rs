@@ -140,7 +140,14 @@ impl Prompt {
 /// When the answer is no chat completion, or has no words.
 pub fn read_rewriting(answer: &Value) -> Result<String, String> {
     let content = answer["choices"][0]["message"]["content"].as_str();
-    let content = content.ok_or("the engine's answer has no `choices[0].message.content`")?;
+    read_query(content.ok_or("the engine's answer has no `choices[0].message.content`")?)
+}
+
+/// The query in the engine's own words.
+///
+/// # Errors
+/// When there are no words.
+pub fn read_query(content: &str) -> Result<String, String> {
     let mut lines = content.lines().map(query).filter(|q| q.chars().any(char::is_alphabetic));
     let query = lines.next().ok_or("the engine wrote no words to search for")?;
     Ok(query.chars().take(QUERY_CHARS_MAX).collect())

@@ -241,18 +241,18 @@ impl Target {
         if status.is_success() {
             return Ok(response);
         }
-        let body = self.body(response).await.unwrap_or_default();
+        let body = self.body(response, BODY_BYTES_MAX).await.unwrap_or_default();
         let body = String::from_utf8_lossy(&body).chars().take(ERROR_CHARS_MAX).collect();
         Err(QueryError::Status { url: self.url.clone(), status, body })
     }
 
     /// A small body, whatever the peer would like to send.
-    async fn body(&self, mut response: Response) -> Result<Vec<u8>, QueryError> {
+    async fn body(&self, mut response: Response, most: usize) -> Result<Vec<u8>, QueryError> {
         let mut body = Vec::new();
         while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
             body.extend_from_slice(&part);
-            if body.len() > BODY_BYTES_MAX {
-                let what = format!("the answer has more than {BODY_BYTES_MAX} bytes");
+            if body.len() > most {
+                let what = format!("the answer has more than {most} bytes");
                 return Err(self.malformed(what));
             }
         }
@@ -270,7 +270,7 @@ impl Target {
         clock: &Clock,
     ) -> Result<Vec<u8>, QueryError> {
         let response = self.send(&self.client()?, (path, body), None, clock).await?;
-        self.body(response).await
+        self.body(response, self.size.bytes).await
     }
 
     /// Sends a request whose body says `stream: true` and hands each event to `on_event` as it

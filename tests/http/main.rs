@@ -13,6 +13,7 @@ mod hostile;
 mod load;
 mod operators;
 mod requests;
+mod residents;
 mod server;
 mod service;
 mod soak;

@@ -2,6 +2,7 @@
 
 use super::emission::Settled;
 use super::reading::SubnetError;
+use super::residents::Hold;
 use super::subnet::Subnet;
 use crate::store::Removed;
 use crate::validator::eligible::Member;
@@ -17,6 +18,10 @@ pub(super) enum Message {
     Subnet(Result<Option<Box<Subnet>>, SubnetError>),
     /// The weights of an epoch are as far as they get.
     Weights(u64, Result<Settled, String>),
+    /// The models are in memory whose turn it is.
+    Rotated(Result<(), String>),
+    /// Requests of users were scored, so many.
+    Pulled(Result<usize, String>),
     /// Old records are forgotten as far as they get.
     Tidied(Result<Removed, String>),
     /// What weights would be now, where that is known.
@@ -30,11 +35,13 @@ pub(super) struct Live {
     pub(super) members: BTreeMap<u16, Member>,
     /// What runs for it; ended when dropped.
     pub(super) tasks: JoinSet<()>,
+    /// Keeps its model in memory.
+    _hold: Hold,
 }
 
 impl Live {
-    pub(super) fn new(machine: Machine, block: u64, members: &[Member]) -> Self {
+    pub(super) fn new(machine: Machine, block: u64, members: &[Member], hold: Hold) -> Self {
         let members = members.iter().map(|member| (member.uid, *member)).collect();
-        Self { machine, block, members, tasks: JoinSet::new() }
+        Self { machine, block, members, tasks: JoinSet::new(), _hold: hold }
     }
 }

@@ -24,6 +24,20 @@ impl<P: Ports> Driver<P> {
             Message::Weights(epoch, settled) => self.take_weights(epoch, settled),
             Message::Tidied(tidied) => self.take_tidied(tidied),
             Message::ToCome(values) => self.publisher.set_to_come(values),
+            Message::Pulled(pulled) => {
+                self.is_pulling = false;
+                match pulled {
+                    Ok(0) => {}
+                    Ok(records) => tracing::info!(records, "requests of users are scored"),
+                    Err(why) => tracing::warn!("requests of users are not scored: {why}"),
+                }
+            }
+            Message::Rotated(rotated) => {
+                self.is_rotating = false;
+                if let Err(why) = rotated {
+                    tracing::error!("models in memory stay as they are: {why}");
+                }
+            }
         }
         Ok(())
     }
@@ -60,6 +74,9 @@ impl<P: Ports> Driver<P> {
                 self.progress.set_members(subnet.members.len());
                 self.subnet = Arc::new(*subnet);
                 self.is_doubted = false;
+                if self.options.rounds.is_none() {
+                    self.rotate();
+                }
                 Ok(())
             }
             // The members of a while ago are better than none; and one node's word is not enough to
@@ -193,7 +210,9 @@ impl<P: Ports> Driver<P> {
             match save_one(&*self.ports, round).await {
                 Ok(()) => {
                     on_round(round);
-                    self.unsaved.pop_front();
+                    if let Some(round) = self.unsaved.pop_front() {
+                        self.report(round);
+                    }
                     self.save_at = (Duration::ZERO, SAVE_AGAIN.0);
                 }
                 Err(e) => {
@@ -211,6 +230,24 @@ impl<P: Ports> Driver<P> {
             }
         }
         self.progress.set_unsaved(self.unsaved.len());
+    }
+
+    /// Reports a round that is remembered, where somebody wants it.
+    fn report(&self, round: Round) {
+        if !self.ports.wants_reports() {
+            return;
+        }
+        let Ok(permit) = Arc::clone(&self.reports).try_acquire_owned() else {
+            tracing::warn!(round = round.id, "not reported: the ones before it still are");
+            return;
+        };
+        let ports = Arc::clone(&self.ports);
+        tokio::spawn(async move {
+            if let Err(e) = ports.report(&round).await {
+                tracing::warn!(round = round.id, "not reported: {e}");
+            }
+            drop(permit);
+        });
     }
 
     /// Remembers all that is over, before the program ends; what cannot be goes into a file.

@@ -7,12 +7,15 @@
 
 mod emission;
 pub mod epochs;
+pub mod hub;
 mod inbox;
 pub mod keeping;
 mod live;
 pub mod ports;
 pub mod progress;
 pub mod reading;
+pub mod residents;
+pub mod rewriting;
 mod spill;
 pub mod subnet;
 pub mod trial;
@@ -58,6 +61,10 @@ const SAVE_TIME: Duration = Duration::from_secs(20);
 const SAVE_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long settling weights may take in all.
 const WEIGHTS_TIME: Duration = Duration::from_secs(600);
+/// Blocks between two questions for users' requests (protocol 5.13).
+const ORGANICS_EVERY: u64 = 20;
+/// Reports of rounds that are under way at once; with more, a round is not reported.
+const REPORTS_MAX: usize = 4;
 
 /// How a validator runs.
 #[derive(Clone, PartialEq, Debug)]
@@ -95,6 +102,9 @@ pub enum RunError {
     /// Rounds could not be remembered.
     #[error("{0}")]
     Records(String),
+    /// No model can be verified with.
+    #[error("{0}")]
+    Models(String),
 }
 
 /// What a run came to.
@@ -125,7 +135,12 @@ pub struct Driver<P: Ports> {
     unsaved: VecDeque<Round>,
     save_at: (Duration, Duration), // next try, wait after it
     epoch: Epoch,
+    /// The turn in which users' requests were last asked for, and whether they are.
+    pulled: u64,
+    is_pulling: bool,
+    reports: Arc<Semaphore>,
     is_tidying: bool,
+    is_rotating: bool,
     stopping: Option<Duration>, // until when
     retirement: CancellationToken,
     publisher: Publisher,
@@ -148,6 +163,7 @@ impl<P: Ports> Driver<P> {
         let nobody = Subnet::default();
         let metagraph = reading::read_metagraph(&*ports, 0, &pace, &clock).await?;
         let subnet = reading::read(&*ports, options.reading, metagraph, &nobody).await?;
+        ports.rotate().await.map_err(RunError::Models)?;
         let block = subnet.metagraph.block;
         // The first weights to be set are those of the next epoch.
         let mut epoch = Epoch::of(options.epochs, &subnet.metagraph);
@@ -174,7 +190,11 @@ impl<P: Ports> Driver<P> {
             unsaved: VecDeque::new(),
             save_at: (Duration::ZERO, SAVE_AGAIN.0),
             epoch,
+            pulled: block / ORGANICS_EVERY,
+            is_pulling: false,
+            reports: Arc::new(Semaphore::new(REPORTS_MAX)),
             is_tidying: false,
+            is_rotating: false,
             stopping: None,
             retirement: CancellationToken::new(),
             publisher: Publisher::default(),
@@ -309,7 +329,8 @@ impl<P: Ports> Driver<P> {
         self.begun += 1;
         tracing::info!(round = machine.id(), block, "a round begins");
         let key = self.begun;
-        self.live.insert(key, Live::new(machine, block, &self.subnet.members));
+        let hold = self.ports.hold(&machine.name().1);
+        self.live.insert(key, Live::new(machine, block, &self.subnet.members, hold));
         self.perform(key, actions);
     }
 
@@ -342,6 +363,16 @@ impl<P: Ports> Driver<P> {
     fn on_block(&mut self, block: u64) {
         self.progress.see_block(block, self.clock.unix_ms());
         self.epoch.on_block(self.options.epochs, block);
+        let turn = block / ORGANICS_EVERY;
+        if turn > self.pulled && !self.is_pulling && self.stopping.is_none() {
+            (self.pulled, self.is_pulling) = (turn, true);
+            let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
+            let subnet = Arc::clone(&self.subnet);
+            tokio::spawn(async move {
+                let pulled = ports.pull(&subnet).await;
+                let _ = sender.send(Message::Pulled(pulled)).await;
+            });
+        }
     }
 
     fn begin_epoch_work(&mut self) {
@@ -362,6 +393,18 @@ impl<P: Ports> Driver<P> {
             (self.epoch.is_tidied, self.is_tidying) = (true, true);
             self.tidy();
         }
+    }
+
+    /// Brings other models into memory, beside all else.
+    pub(in crate::validator::run) fn rotate(&mut self) {
+        if std::mem::replace(&mut self.is_rotating, true) {
+            return;
+        }
+        let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
+        tokio::spawn(async move {
+            let rotated = ports.rotate().await;
+            let _ = sender.send(Message::Rotated(rotated)).await;
+        });
     }
 
     /// Forgets old records, beside all else.

@@ -3,6 +3,7 @@
 //! [`Ports`] is all of it, so that a test can be the world. The real one is put together in
 //! [`super::world`].
 
+use super::residents::Hold;
 use super::subnet::Subnet;
 use crate::chain::Head;
 use crate::chain::error::ChainError;
@@ -116,6 +117,12 @@ pub trait Ports: Send + Sync + 'static {
     /// The models that can be verified now.
     fn offers(&self) -> Vec<Offer>;
 
+    /// Brings the models into memory whose turn it is; rounds may go on meanwhile.
+    fn rotate(&self) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Keeps a model in memory as long as what is returned.
+    fn hold(&self, model: &str) -> Hold;
+
     /// Makes a prompt.
     fn prompt(
         &self,
@@ -130,6 +137,15 @@ pub trait Ports: Send + Sync + 'static {
     /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.
     fn save(&self, round: &Round) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Scores requests of users, where a hub hands them out; returns how many counted.
+    fn pull(&self, subnet: &Subnet) -> impl Future<Output = Result<usize, String>> + Send;
+
+    /// Whether rounds are to be reported.
+    fn wants_reports(&self) -> bool;
+
+    /// Reports a round.
+    fn report(&self, round: &Round) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Forgets records that are older than the operator wants them kept.
     fn tidy(&self) -> impl Future<Output = Result<Removed, String>> + Send;

@@ -1,6 +1,7 @@
 //! The driver against a world that a test has in its hands.
 
 use super::ports::{Case, Decided, NotSent, Query, Stand};
+use super::residents::Hold;
 use super::*;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon, Hyperparameters, Metagraph, Neuron, Rao};
@@ -41,6 +42,9 @@ struct Fake {
     /// The subnet's last epoch, as the chain counts.
     last_step: AtomicU64,
     tidied: AtomicU64,
+    rotations: AtomicU64,
+    pulls: AtomicU64,
+    reported: Mutex<Vec<String>>,
 }
 
 impl Fake {
@@ -62,6 +66,9 @@ impl Fake {
             readings: 0.into(),
             last_step: 0.into(),
             tidied: 0.into(),
+            rotations: 0.into(),
+            pulls: 0.into(),
+            reported: Mutex::default(),
         }
     }
 
@@ -184,6 +191,29 @@ impl Ports for Fake {
         self.records()?;
         self.saved.lock().push(round.clone());
         Ok(())
+    }
+
+    async fn rotate(&self) -> Result<(), String> {
+        self.rotations.fetch_add(1, SeqCst);
+        Ok(())
+    }
+
+    fn hold(&self, _: &str) -> Hold {
+        Hold::NOTHING
+    }
+
+    async fn pull(&self, _: &Subnet) -> Result<usize, String> {
+        self.pulls.fetch_add(1, SeqCst);
+        Err("the hub is gone".into())
+    }
+
+    fn wants_reports(&self) -> bool {
+        true
+    }
+
+    async fn report(&self, round: &Round) -> Result<(), String> {
+        self.reported.lock().push(round.id.clone());
+        Err("the hub is gone".into())
     }
 
     async fn tidy(&self) -> Result<Removed, String> {
@@ -369,6 +399,11 @@ async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
     world.heads.send_replace(212);
     until("weights of the next epoch", || world.sends.lock().len() == 2).await;
     assert_eq!(world.sends.lock()[1].0, 150);
+    assert_eq!(world.rotations.load(SeqCst), 3);
+    // Blocks 100, 120 and so on were passed by 100, 108 and 212 only; a hub that is gone costs no
+    // round.
+    assert!((2..=4).contains(&world.pulls.load(SeqCst)));
+    assert!(!world.reported.lock().is_empty());
     until("a look at old records in each epoch", || world.tidied.load(SeqCst) == 3).await;
     stop.cancel();
     run.await.unwrap().unwrap();

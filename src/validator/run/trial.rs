@@ -2,6 +2,7 @@
 
 use super::ports::{Case, Decided};
 use super::subnet::Subnet;
+use crate::engine::Engine;
 use crate::entropy::Entropy;
 use crate::store::Store;
 use crate::store::record::Sample;
@@ -9,7 +10,7 @@ use crate::validator::round::{Judged, Judgement};
 use crate::validator::scores::emission::ChainLimits;
 use crate::validator::scores::gate::Standing;
 use crate::validator::scores::rules::Rules;
-use crate::validator::scores::series::Finding;
+use crate::validator::scores::series::{Finding, Organic};
 use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, judge_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
@@ -31,6 +32,8 @@ pub struct Judge {
     pub verifier: Verifier,
     /// What evidence over many answers is weighed by.
     pub rates: Calibrated,
+    /// What writes prompts.
+    pub engine: Option<Engine>,
 }
 
 fn unscored(why: impl ToString) -> Judgement {
@@ -44,7 +47,7 @@ pub(super) async fn judge(
     rules: Option<Profile>,
     case: Case,
 ) -> Judgement {
-    let Judge { verifier, rates } = judge;
+    let Judge { verifier, rates, .. } = judge;
     let hotkey = case.member.hotkey.to_string();
     let standing = match standing(store, &hotkey, &case.model).await {
         Ok(standing) => standing,
@@ -86,6 +89,35 @@ pub(super) async fn judge(
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
     Judgement { verdict: verdict(first.report.verdict), report: Some(report) }
+}
+
+/// Judges an answer that moves no evidence: what is known of it comes from somebody else.
+pub(super) async fn judge_alone(
+    judge: &Judge,
+    rules: Option<Profile>,
+    model: &str,
+    capture: Value,
+) -> Judged {
+    let capture = match Capture::deserialize(&capture) {
+        Ok(capture) => capture,
+        Err(e) => return Judged::Unscored(format!("the capture cannot be read: {e}")),
+    };
+    let verifier = judge.verifier.clone();
+    let question = Question::read(&verifier, model, &capture.request, None).await;
+    let question = match question {
+        Ok(question) => question,
+        Err(e) => return Judged::Unscored(format!("the request cannot be read: {e}")),
+    };
+    let (depth, chance) = (Depth::Fast, Entropy::system().word());
+    let options = CheckOptions { profile: rules, depth, chance };
+    let work = move || judge_question(&verifier, question, &capture, options);
+    match tokio::task::spawn_blocking(work).await {
+        Ok(judged) => judged.into_iter().next().map_or_else(
+            || Judged::Unscored("the request asks for no answer".into()),
+            |first| verdict(first.report.verdict),
+        ),
+        Err(e) => Judged::Unscored(format!("the verification broke: {e}")),
+    }
 }
 
 fn verdict(verdict: Verdict) -> Judged {
@@ -152,10 +184,10 @@ fn report(report: &Report, depth: Depth) -> Value {
 /// Decides weights by what is remembered of a subnet's members.
 pub(super) async fn decide(
     store: &Store,
-    rules: &Rules,
+    (rules, away_max): (&Rules, u64),
     subnet: &Subnet,
     models: &[String],
-    away_max: u64,
+    organics: impl Fn(u16, &str) -> Option<Vec<Organic>>,
 ) -> Result<Decided, String> {
     let metagraph = &subnet.metagraph;
     let (netuid, block) = (metagraph.netuid, metagraph.block);
@@ -170,7 +202,10 @@ pub(super) async fn decide(
     for (uid, hotkey) in hotkeys {
         let listed = subnet.models.get(&uid).into_iter().flatten().cloned().collect();
         let standing = worst(store, &hotkey, models).await?;
-        seats.insert(uid, Seat { hotkey, models: listed, organics: None, standing });
+        seats.insert(
+            uid,
+            Seat { models: listed, organics: organics(uid, &hotkey), hotkey, standing },
+        );
     }
     let asked = metagraph.hyperparameters;
     let limits =

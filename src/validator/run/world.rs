@@ -1,7 +1,10 @@
 //! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
 
+use super::hub::Hub;
 use super::keeping::Keeper;
 use super::ports::{Case, Decided, NotSent, Ports, Query, Stand};
+use super::residents::{Hold, Residents};
+use super::rewriting::{self, Rewriting};
 use super::subnet::Subnet;
 use super::trial::{self, Judge};
 use crate::chain::error::ChainError;
@@ -28,7 +31,7 @@ use crate::verify;
 use crate::verify::question::understand;
 use parking_lot::Mutex;
 use serde_json::json;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -48,10 +51,14 @@ pub struct World<C: Chain> {
     pub store: Store,
     /// Time.
     pub clock: Clock,
-    /// The models that it verifies with, by name.
-    pub judges: BTreeMap<String, Judge>,
+    /// The models that it verifies with.
+    pub residents: Residents,
+    /// Whether the engine writes prompts.
+    pub rewriting: Rewriting,
     /// The rules of a verification; those that the request asks for where absent.
     pub rules: Option<verify::Profile>,
+    /// The hub, where there is one.
+    pub hub: Hub,
     /// How long records are kept.
     pub keeper: Keeper,
     /// Where the list of models comes from that miners are told.
@@ -117,11 +124,12 @@ impl<C: Chain> World<C> {
     }
 
     async fn draft(&self, model: &str, endpoint: Endpoint) -> Result<Prompt, String> {
-        let verifier = &self.judges.get(model).ok_or("the model is not loaded")?.verifier;
+        let judge = self.residents.get(model).ok_or("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
         let mut chance = Chance::system();
         let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
-        let prompt = draft.finish(None);
+        let query = rewriting::query(self.rewriting, &judge, (model, &draft), &mut chance).await?;
+        let prompt = draft.finish(query.as_deref());
         let mut body = json!({"model": model, "max_tokens": 1});
         let content = match endpoint {
             Endpoint::Chat => {
@@ -133,7 +141,7 @@ impl<C: Chain> World<C> {
                 Content::Text(prompt.text())
             }
         };
-        let understood = understand(verifier, &body).await?;
+        let understood = understand(&judge.verifier, &body).await?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
         Ok(Prompt { content, tokens })
     }
@@ -241,7 +249,7 @@ impl<C: Chain> Ports for World<C> {
     async fn list(&self) -> Result<(), String> {
         let listed = match &self.mode {
             Some(mode) => mode.list(&self.clock).await.map_err(|e| e.to_string())?,
-            None => self.judges.keys().cloned().collect(),
+            None => self.residents.names(),
         };
         *self.memory.listed.lock() = listed;
         Ok(())
@@ -263,14 +271,14 @@ impl<C: Chain> Ports for World<C> {
 
     fn offers(&self) -> Vec<Offer> {
         let listed = self.memory.listed.lock();
-        let is_listed = |(name, _): &(&String, &Judge)| listed.contains(*name);
-        let offer = |(name, judge): (&String, &Judge)| {
+        let is_listed = |(name, _): &(String, Arc<Judge>)| listed.contains(name);
+        let offer = |(name, judge): (String, Arc<Judge>)| {
             let verifier = &judge.verifier;
             let chat = verifier.model.text.chat.as_ref().map(|_| Endpoint::Chat);
             let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
-            Offer { name: name.clone(), endpoints, context_max: verifier.context_max }
+            Offer { name, endpoints, context_max: verifier.context_max }
         };
-        self.judges.iter().filter(is_listed).map(offer).collect()
+        self.residents.here().into_iter().filter(is_listed).map(offer).collect()
     }
 
     async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> Result<Prompt, String> {
@@ -278,11 +286,40 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn judge(&self, case: Case) -> Judgement {
-        let Some(judge) = self.judges.get(&case.model) else {
+        let Some(judge) = self.residents.get(&case.model) else {
             let verdict = Judged::Unscored(format!("the model {} is not loaded", case.model));
             return Judgement { verdict, report: None };
         };
-        trial::judge(judge, &self.store, self.rules, case).await
+        trial::judge(&judge, &self.store, self.rules, case).await
+    }
+
+    async fn rotate(&self) -> Result<(), String> {
+        let listed = self.listed();
+        let known = self.residents.names();
+        if !listed.iter().any(|name| known.contains(name)) {
+            return Err(format!(
+                "none of the {} models that miners are asked for is in --models: {}",
+                listed.len(),
+                known.join(", ")
+            ));
+        }
+        self.residents.rotate(&listed).await
+    }
+
+    fn hold(&self, model: &str) -> Hold {
+        self.residents.hold(model)
+    }
+
+    async fn pull(&self, subnet: &Subnet) -> Result<usize, String> {
+        self.hub.pull(&self.residents, self.rules, subnet).await
+    }
+
+    fn wants_reports(&self) -> bool {
+        self.hub.wants_stats()
+    }
+
+    async fn report(&self, round: &Round) -> Result<(), String> {
+        self.hub.tell(round, &self.listed()).await
     }
 
     async fn tidy(&self) -> Result<Removed, String> {
@@ -295,7 +332,9 @@ impl<C: Chain> Ports for World<C> {
 
     async fn decide(&self, subnet: &Subnet) -> Result<Decided, String> {
         let models = self.listed();
-        trial::decide(&self.store, &self.scoring, subnet, &models, self.away_max).await
+        let known = |uid, hotkey: &str| self.hub.organics(uid, hotkey);
+        let (rules, away_max) = (&self.scoring, self.away_max);
+        trial::decide(&self.store, (rules, away_max), subnet, &models, known).await
     }
 
     async fn planned(&self, epoch: u64) -> Result<Option<Weights>, String> {

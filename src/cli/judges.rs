@@ -1,0 +1,177 @@
+//! The models of `validate`: what each needs, and how one is brought into memory.
+
+use super::Failure;
+use super::progress::Bars;
+use super::validate_args::ValidateArgs;
+use crate::clock::Clock;
+use crate::config::models_toml::ModelConfig;
+use crate::config::units;
+use crate::engine::Engine;
+use crate::engine::plan::{Bytes, KvMemory, Wanted};
+use crate::lifecycle::load::{self, Located};
+use crate::models::{Identity, Model};
+use crate::ops::pool::Pool;
+use crate::proof::codec::to_hex;
+use crate::validator::run::residents::{Residents, Sized};
+use crate::validator::run::trial::Judge;
+use crate::verify::evidence::Calibrated;
+use crate::verify::limits_file::{self, LimitsFile};
+use crate::verify::{Limits, Verifier};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::runtime::Runtime;
+
+/// What a plan is made for before it is compared with the memory there is.
+const BOUNDLESS: u64 = 1 << 60;
+
+/// Limits files, and the models that had one or might have.
+pub(super) struct LimitsFiles {
+    files: Vec<(PathBuf, LimitsFile)>,
+    loaded: Mutex<BTreeSet<String>>,
+}
+
+impl LimitsFiles {
+    fn read(paths: &[PathBuf]) -> Result<Self, Failure> {
+        let read = |path: &PathBuf| limits_file::read(path).map(|file| (path.clone(), file));
+        let files = paths.iter().map(read).collect::<Result<Vec<_>, _>>();
+        Ok(Self { files: files.map_err(Failure::user)?, loaded: Mutex::default() })
+    }
+
+    fn of(&self, hash: String) -> Option<&LimitsFile> {
+        let own = self.files.iter().find(|(_, file)| file.model == hash).map(|(_, file)| file);
+        self.loaded.lock().insert(hash);
+        own
+    }
+
+    /// Refuses a file for a model that is none of those that were loaded, which must be all.
+    pub(super) fn check_used(&self) -> Result<(), Failure> {
+        let loaded = self.loaded.lock();
+        let unused = self.files.iter().find(|(_, file)| !loaded.contains(&file.model));
+        let Some((path, LimitsFile { model, .. })) = unused else { return Ok(()) };
+        let known = Vec::from_iter(loaded.iter().cloned()).join(", ");
+        let what = format!("{}: `model` is {model}, which no model here has", path.display());
+        Err(Failure::user(format!("--limits {what}: {known}")))
+    }
+}
+
+/// Finds all models of the models file and plans them; loads none.
+pub(super) fn residents(
+    args: &ValidateArgs,
+    runtime: &Runtime,
+) -> Result<(Residents, Arc<LimitsFiles>), Failure> {
+    let limits = Arc::new(LimitsFiles::read(&args.verifying.limits)?);
+    let budget = budget(args.verifying.memory.as_deref())?;
+    let slots = usize::from(args.verifying.judges) + 1;
+    let (mut all, mut found) = (Vec::new(), BTreeMap::new());
+    let mut refused = Vec::new();
+    for config in args.models.read(&[])?.models {
+        let name = config.name.clone();
+        match runtime.block_on(plan(config, slots, budget)) {
+            Ok((located, bytes)) => {
+                tracing::info!(model = name, needs = %Bytes(bytes), "planned");
+                all.push(Sized { name: name.clone(), bytes });
+                found.insert(name, located);
+            }
+            Err(why) => {
+                tracing::error!(model = name, "cannot be verified: {why}");
+                refused.push(format!("{name} cannot be verified: {why}"));
+            }
+        }
+    }
+    if all.is_empty() {
+        return Err(Failure::user(refused.join("; ")));
+    }
+    let loader = Loader {
+        found,
+        pool: args.compute.pool()?,
+        limits: Arc::clone(&limits),
+        exact: args.verifying.exact,
+        slots,
+    };
+    let residents = Residents::new(all, budget, Arc::new(move |name: &str| loader.load(name)));
+    if !residents.is_roomy() {
+        let budget = Bytes(budget);
+        tracing::info!("{budget} do not hold all models: each has its turn, epoch by epoch");
+    }
+    Ok((residents, limits))
+}
+
+/// Bytes that models may have.
+fn budget(asked: Option<&str>) -> Result<u64, Failure> {
+    let available = load::available_memory();
+    let wanted = asked.map_or(Ok(KvMemory::Auto), units::kv_memory);
+    match wanted.map_err(|what| Failure::user(format!("--verify-memory {what}")))? {
+        KvMemory::Auto => Ok(available),
+        KvMemory::Share(share) => Ok((available as f64 * share) as u64),
+        KvMemory::Bytes(bytes) if bytes > available => {
+            let (bytes, available) = (Bytes(bytes), Bytes(available));
+            Err(Failure::user(format!("--verify-memory {bytes}: only {available} are available")))
+        }
+        KvMemory::Bytes(bytes) => Ok(bytes),
+    }
+}
+
+/// What a model needs for `slots` full contexts at once.
+async fn plan(
+    mut config: ModelConfig,
+    slots: usize,
+    budget: u64,
+) -> Result<(Located, u64), String> {
+    config.wanted = wanted(config.wanted, slots);
+    let located = load::locate(config, &Bars::new()).await?;
+    let bytes = load::plan(&located, BOUNDLESS)?.total();
+    if bytes > budget {
+        let short = Bytes(bytes - budget);
+        return Err(format!(
+            "needs {} with {slots} contexts, but only {} may be taken: {short} short; lower \
+             `context_max` or --judges",
+            Bytes(bytes),
+            Bytes(budget)
+        ));
+    }
+    Ok((located, bytes))
+}
+
+fn wanted(wanted: Wanted, slots: usize) -> Wanted {
+    Wanted { kv_memory: KvMemory::Auto, sequences_max: slots, ..wanted }
+}
+
+struct Loader {
+    found: BTreeMap<String, Located>,
+    pool: Pool,
+    limits: Arc<LimitsFiles>,
+    exact: bool,
+    slots: usize,
+}
+
+impl Loader {
+    fn load(&self, name: &str) -> Result<Judge, String> {
+        let located = self.found.get(name).ok_or("the models file does not have it")?;
+        let whole = load::plan(located, BOUNDLESS)?.options;
+        let path: &Path = &located.path;
+        let model = Model::load(path, located.config.dtype, &self.pool, |_, _| {});
+        let model = model.map_err(|e| e.to_string())?;
+        let identity = Identity::of(&model, &self.pool).map_err(|e| e.to_string())?;
+        let own = self.limits.of(to_hex(&identity.model_hash));
+        let mut limits = own.map_or_else(Limits::default, |file| file.limits);
+        limits.exact |= self.exact;
+        let rates = own.map_or_else(Calibrated::default, |file| file.rates);
+        // One context writes prompts; the others are those of verifications.
+        let mut options = whole;
+        options.blocks = whole.blocks / self.slots;
+        options.sequences_max = 1;
+        let pool = self.pool.separate();
+        let engine = Engine::start(model, pool.clone(), options, Clock::system());
+        let engine = engine.map_err(|e| format!("cannot start the engine: {e}"))?;
+        let verifier = Verifier {
+            model: Arc::clone(engine.model()),
+            identity: Arc::new(identity),
+            pool,
+            limits,
+            context_max: whole.context_max,
+        };
+        Ok(Judge { verifier, rates, engine: Some(engine) })
+    }
+}

@@ -1,0 +1,284 @@
+//! Requests of real users, as a hub hands them out: read, scored, and reported (protocol 5.13).
+//!
+//! A hub is no miner and no chain: what it says of a miner moves no evidence, only the samples that
+//! its profile counts, and only for the hotkey that holds the uid now. A record that cannot be read
+//! is left out by name; the others count.
+
+use super::scores::series::Organic;
+use crate::wire::python::dumps;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+/// Records of a bucket that are looked at; the original's hub hands out 100.
+pub const RECORDS_MAX: usize = 512;
+/// Chunks of one answer.
+const CHUNKS_MAX: usize = 16_384;
+/// Name of a version 4.4.1 in numbers (protocol 0).
+const VERSION: u64 = 404_010;
+
+/// What a hub hands out at once.
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+pub struct Bucket {
+    /// Its name: the same one again has nothing new in it.
+    pub bucket_id: String,
+    /// Records by model, each still as it came.
+    organics: BTreeMap<String, Vec<Value>>,
+}
+
+/// One request of a user, and what a miner answered.
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+pub struct Record {
+    /// The body of the request.
+    pub request: Map<String, Value>,
+    /// The events of the stream, as objects or as the lines that carried them.
+    response: Vec<Value>,
+    /// Who answered.
+    pub uid: u16,
+    /// Its hotkey, as SS58.
+    pub hotkey: String,
+    /// Its coldkey, as SS58.
+    #[serde(default)]
+    pub coldkey: String,
+    /// `CHAT` or `COMPLETION`.
+    pub endpoint: String,
+    /// Whether the hub got a whole answer.
+    pub success: bool,
+    /// Milliseconds.
+    #[serde(default)]
+    pub total_time: f64,
+    /// Milliseconds.
+    #[serde(default)]
+    pub time_to_first_token: f64,
+    /// Tokens, by the hub's count.
+    #[serde(default)]
+    pub response_tokens: u64,
+    /// The model.
+    #[serde(default)]
+    pub model_name: String,
+}
+
+/// The request for a bucket.
+pub fn request(models: &[String]) -> Vec<u8> {
+    dumps(&models.iter().cloned().map(Value::String).collect()).into_bytes()
+}
+
+impl Bucket {
+    /// Reads a hub's answer.
+    ///
+    /// # Errors
+    /// What it is in place of a bucket.
+    pub fn read(bytes: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(bytes).map_err(|e| format!("the answer is no bucket: {e}"))
+    }
+
+    /// Its records, and what is wrong with those that cannot be read.
+    pub fn records(self) -> (Vec<Record>, Vec<String>) {
+        let (mut records, mut wrong) = (Vec::new(), Vec::new());
+        let all = self.organics.into_iter().flat_map(|(model, list)| {
+            list.into_iter().enumerate().map(move |(place, value)| (model.clone(), place, value))
+        });
+        for (model, place, value) in all.take(RECORDS_MAX) {
+            match serde_json::from_value::<Record>(value) {
+                Ok(mut record) => {
+                    record.model_name.clone_from(&model);
+                    records.push(record);
+                }
+                Err(e) => wrong.push(format!("{model}, record {place}: {e}")),
+            }
+        }
+        (records, wrong)
+    }
+}
+
+impl Record {
+    /// The events that are chunks of an answer.
+    pub fn chunks(&self) -> Vec<Value> {
+        let read = |event: &Value| match event {
+            Value::String(line) => {
+                let data = line.trim().strip_prefix("data:").unwrap_or(line).trim();
+                serde_json::from_str::<Value>(data).ok().filter(Value::is_object)
+            }
+            Value::Object(_) => Some(event.clone()),
+            _ => None,
+        };
+        self.response.iter().take(CHUNKS_MAX).filter_map(read).collect()
+    }
+
+    /// Request and answer as `verify` reads them.
+    pub fn capture(&self) -> Value {
+        json!({"hotkey": self.hotkey, "request": self.request, "chunks": self.chunks()})
+    }
+
+    /// Tokens a second: `min(tokens, max_tokens) / total_time`.
+    pub fn tps(&self) -> f64 {
+        let most = self.request.get("max_tokens").and_then(Value::as_u64).unwrap_or(u64::MAX);
+        let tokens = self.response_tokens.min(most) as f64;
+        if self.total_time > 0.0 { tokens / (self.total_time / 1e3) } else { 0.0 }
+    }
+}
+
+/// What was found of a record.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Scored {
+    /// The record.
+    pub record: Record,
+    /// What it counts.
+    pub organic: Organic,
+    /// The rule that is broken, and by what.
+    pub fault: Option<(String, String)>,
+}
+
+/// The report of all records, as the hub's table has it: times in milliseconds, no tokens.
+pub fn report(scored: &[Scored]) -> Vec<u8> {
+    let one = |Scored { record, organic, fault }: &Scored| {
+        let of = |key: &str| record.request.get(key).cloned().unwrap_or(Value::Null);
+        let tps = if let Organic::Tps(tps) = organic { *tps } else { 0.0 };
+        json!({
+            "time_to_first_token": record.time_to_first_token,
+            "time_for_all_tokens": record.total_time - record.time_to_first_token,
+            "total_time": record.total_time,
+            "tps": tps,
+            "tokens": [],
+            "verified": matches!(organic, Organic::Tps(_)),
+            "error": fault.as_ref().map(|(_, what)| what),
+            "cause": fault.as_ref().map(|(cause, _)| cause),
+            "model": record.model_name,
+            "max_tokens": of("max_tokens"),
+            "seed": of("seed"),
+            "temperature": of("temperature"),
+            "uid": record.uid,
+            "hotkey": record.hotkey,
+            "coldkey": record.coldkey,
+            "endpoint": record.endpoint,
+            "total_tokens": record.response_tokens,
+        })
+    };
+    let organics: Vec<Value> = scored.iter().map(one).collect();
+    dumps(&json!({"organics": organics})).into_bytes()
+}
+
+/// The statistics of a round (protocol 5.14), for a hub that counts for all validators.
+pub fn stats(round: &crate::store::record::Round, validator: &str, models: &[String]) -> Vec<u8> {
+    use crate::store::record::{Outcome, Response};
+    // 48 characters, as the table wants; as unique as the round.
+    let name: String = round.id.chars().chain(round.id.chars()).take(48).collect();
+    let one = |answer: &Response| {
+        let Response { uid, hotkey, coldkey, timing, outcome, cause, error, capture, .. } = answer;
+        json!({
+            "r_nanoid": name, "hotkey": hotkey, "coldkey": coldkey, "uid": uid,
+            "stats": {
+                "time_to_first_token": timing.first_token,
+                "time_for_all_tokens": timing.all_tokens,
+                "total_time": timing.total,
+                "tps": timing.tps,
+                "tokens": capture.as_ref().map(tokens).unwrap_or_default(),
+                "verified": *outcome == Outcome::Verified,
+                "error": error,
+                "cause": cause,
+            },
+        })
+    };
+    // Who was not asked, or about whom nothing is known, is not in the original's statistics.
+    let is_asked = |r: &&Response| !matches!(r.outcome, Outcome::NotServed | Outcome::Unscored);
+    let responses: Vec<Value> = round.responses.iter().filter(is_asked).map(one).collect();
+    let endpoint = if round.endpoint.contains("chat") { "CHAT" } else { "COMPLETION" };
+    dumps(&json!({
+        "request": {
+            "r_nanoid": name,
+            "block": round.block,
+            "request": round.request,
+            "request_endpoint": format!("Endpoints.{endpoint}"),
+            "version": VERSION,
+            "hotkey": validator,
+        },
+        "responses": responses,
+        "models": models,
+        "scores": {},
+    }))
+    .into_bytes()
+}
+
+/// The tokens of a capture, where it names their ids.
+fn tokens(capture: &Value) -> Vec<Value> {
+    let chunks = capture["chunks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let token = |chunk: &Value| {
+        let choice = &chunk["choices"][0];
+        let (chat, plain) = (&choice["logprobs"]["content"][0], &choice["logprobs"]);
+        let name = chat["token"].as_str().or_else(|| plain["tokens"][0].as_str())?;
+        let id: i64 = name.strip_prefix("token_id:")?.parse().ok()?;
+        let logprob = chat["logprob"].as_f64().or_else(|| plain["token_logprobs"][0].as_f64())?;
+        let text = choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str());
+        Some(json!({"text": text.unwrap_or_default(), "token_id": id, "logprob": logprob}))
+    };
+    chunks.iter().filter_map(token).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(extra: Value) -> Value {
+        let mut record = json!({
+            "id": "req_1", "request": {"max_tokens": 50, "seed": 7, "temperature": 0.5},
+            "response": ["data: {\"choices\": []}\n\n", {"choices": [{"text": "x"}]},
+                         "data: [DONE]", 5],
+            "uid": 3, "hotkey": "h", "coldkey": "c", "endpoint": "CHAT", "success": true,
+            "total_time": 2000.0, "time_to_first_token": 100.0, "response_tokens": 60,
+            "model_name": "other",
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            record[key] = value.clone();
+        }
+        record
+    }
+
+    #[test]
+    fn a_bad_record_costs_itself_only() {
+        let bucket = json!({"bucket_id": "b_1", "organics": {
+            "m": [record(json!({})), record(json!({"uid": -1})), 7, record(json!({"uid": 4}))],
+        }});
+        let bucket = Bucket::read(bucket.to_string().as_bytes()).unwrap();
+        let (records, wrong) = bucket.records();
+        assert_eq!(records.iter().map(|r| r.uid).collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(wrong.len(), 2);
+        assert!(wrong[0].starts_with("m, record 1: "), "{wrong:?}");
+        let first = &records[0];
+        assert_eq!((first.model_name.as_str(), first.tps()), ("m", 25.0));
+        assert_eq!(first.chunks().len(), 2);
+        for none in ["", "[]", "{\"bucket_id\": 4, \"organics\": {}}", "{\"organics\": {}}"] {
+            assert!(Bucket::read(none.as_bytes()).is_err(), "{none}");
+        }
+    }
+
+    #[test]
+    fn payloads_are_those_of_the_hub_byte_for_byte() {
+        assert_eq!(request(&["a/b".into(), "é".into()]), b"[\"a/b\", \"\\u00e9\"]");
+        let read: Record = serde_json::from_value(record(json!({"model_name": "m"}))).unwrap();
+        let scored = [Scored { record: read, organic: Organic::Tps(25.0), fault: None }];
+        let text = String::from_utf8(report(&scored)).unwrap();
+        let expected = "{\"organics\": [{\"time_to_first_token\": 100.0, \
+            \"time_for_all_tokens\": 1900.0, \"total_time\": 2000.0, \"tps\": 25.0, \
+            \"tokens\": [], \"verified\": true, \"error\": null, \"cause\": null, \"model\": \"m\", \
+            \"max_tokens\": 50, \"seed\": 7, \"temperature\": 0.5, \"uid\": 3, \"hotkey\": \"h\", \
+            \"coldkey\": \"c\", \"endpoint\": \"CHAT\", \"total_tokens\": 60}]}";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn tokens_of_both_endpoints_are_read_and_others_left_out() {
+        let capture = json!({"chunks": [
+            {"choices": [{"delta": {"content": "a"},
+                "logprobs": {"content": [{"token": "token_id:5", "logprob": -0.5}]}}]},
+            {"choices": [{"text": "b",
+                "logprobs": {"tokens": ["token_id:6"], "token_logprobs": [-1.0]}}]},
+            {"choices": [{"text": "c", "logprobs": null}]},
+            {"choices": []},
+        ]});
+        let expected = [
+            json!({"text": "a", "token_id": 5, "logprob": -0.5}),
+            json!({"text": "b", "token_id": 6, "logprob": -1.0}),
+        ];
+        assert_eq!(tokens(&capture), expected);
+    }
+}

@@ -1,0 +1,158 @@
+//! A hub beside the validator: requests of users are fetched from it and scored, and rounds are
+//! reported to it. Neither happens without a URL.
+
+use super::residents::Residents;
+use super::subnet::Subnet;
+use super::trial;
+use crate::chain::keys::Keypair;
+use crate::clock::Clock;
+use crate::store::record::Round;
+use crate::validator::organics::{self, Bucket, Record, Scored};
+use crate::validator::query::{Size, Target};
+use crate::validator::round::Judged;
+use crate::validator::scores::series::Organic;
+use crate::verify::Profile;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a hub may take for one request (protocol 5.13).
+const TIME: Duration = Duration::from_secs(60);
+/// Bytes of a bucket.
+const BUCKET_BYTES_MAX: usize = 64 << 20;
+
+/// Where the hub is.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Urls {
+    /// Of requests of users: `/organics` and `/organics/scores` below it.
+    pub organics: Option<String>,
+    /// Of statistics.
+    pub stats: Option<String>,
+}
+
+/// Speaks to the hub, and remembers its last bucket.
+pub struct Hub {
+    urls: Urls,
+    signer: Arc<Keypair>,
+    clock: Clock,
+    last: Mutex<Last>,
+}
+
+#[derive(Default)]
+struct Last {
+    bucket: String,
+    /// By who answered: uid and hotkey.
+    scores: BTreeMap<(u16, String), Vec<Organic>>,
+}
+
+impl Hub {
+    /// Of nothing, where there are no URLs.
+    pub fn new(urls: Urls, signer: Arc<Keypair>, clock: Clock) -> Self {
+        Self { urls, signer, clock, last: Mutex::default() }
+    }
+
+    fn target(&self, url: &str) -> Target {
+        Target {
+            url: url.to_owned(),
+            // No receiver: a hub has no hotkey.
+            hotkey: None,
+            signer: Some(Arc::clone(&self.signer)),
+            api_key: None,
+            read_timeout: TIME,
+            timeout: TIME,
+            size: Size { bytes: BUCKET_BYTES_MAX, ..Size::LARGE },
+        }
+    }
+
+    /// What users' requests say of who holds a uid now.
+    pub fn organics(&self, uid: u16, hotkey: &str) -> Option<Vec<Organic>> {
+        self.last.lock().scores.get(&(uid, hotkey.to_owned())).cloned()
+    }
+
+    /// Fetches a bucket, verifies and scores it, and reports what was found. Returns how many
+    /// records counted.
+    ///
+    /// # Errors
+    /// When the hub does not answer, or with something else.
+    pub async fn pull(
+        &self,
+        residents: &Residents,
+        rules: Option<Profile>,
+        subnet: &Subnet,
+    ) -> Result<usize, String> {
+        let Some(url) = &self.urls.organics else { return Ok(0) };
+        let models: Vec<String> = residents.here().into_iter().map(|(name, _)| name).collect();
+        let target = self.target(url);
+        let body = organics::request(&models);
+        let bytes = target.call("/organics", Some(body), &self.clock).await;
+        let bucket = Bucket::read(&bytes.map_err(|e| e.to_string())?)?;
+        if self.last.lock().bucket == bucket.bucket_id {
+            return Ok(0);
+        }
+        let name = bucket.bucket_id.clone();
+        let (records, wrong) = bucket.records();
+        for what in &wrong {
+            tracing::warn!(bucket = name, "a record is left out: {what}");
+        }
+        let holds = |record: &Record| {
+            let neuron = subnet.metagraph.uid(record.uid);
+            neuron.is_some_and(|n| n.hotkey.to_string() == record.hotkey)
+        };
+        let mut scored = Vec::new();
+        for record in records.into_iter().filter(|record| holds(record)) {
+            scored.push(score(residents, rules, record).await);
+        }
+        let mut scores: BTreeMap<(u16, String), Vec<Organic>> = BTreeMap::new();
+        for one in &scored {
+            let key = (one.record.uid, one.record.hotkey.clone());
+            scores.entry(key).or_default().push(one.organic);
+        }
+        *self.last.lock() = Last { bucket: name, scores };
+        let report = organics::report(&scored);
+        let told = target.call("/organics/scores", Some(report), &self.clock).await;
+        told.map_err(|e| format!("{} records count, but are not reported: {e}", scored.len()))?;
+        Ok(scored.len())
+    }
+
+    /// Whether rounds are reported.
+    pub fn wants_stats(&self) -> bool {
+        self.urls.stats.is_some()
+    }
+
+    /// Reports a round.
+    ///
+    /// # Errors
+    /// When the hub does not take it.
+    pub async fn tell(&self, round: &Round, models: &[String]) -> Result<(), String> {
+        let Some(url) = &self.urls.stats else { return Ok(()) };
+        let body = organics::stats(round, &self.signer.hotkey().to_string(), models);
+        let told = self.target(url).call("/", Some(body), &self.clock).await;
+        told.map(drop).map_err(|e| e.to_string())
+    }
+}
+
+async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> Scored {
+    let fault = |cause: &str, what: &str| Some((cause.to_owned(), what.to_owned()));
+    if !record.success {
+        let fault = fault("BAD_STREAM", "the hub got no whole answer");
+        return Scored { record, organic: Organic::Failed, fault };
+    }
+    if record.chunks().is_empty() {
+        let fault = fault("TOO_SHORT", "the answer has no tokens");
+        return Scored { record, organic: Organic::Empty, fault };
+    }
+    let Some(judge) = residents.get(&record.model_name) else {
+        let fault = fault("INTERNAL_ERROR", "the model is not in memory");
+        return Scored { record, organic: Organic::Unscored, fault };
+    };
+    match trial::judge_alone(&judge, rules, &record.model_name, record.capture()).await {
+        Judged::Pass => Scored { organic: Organic::Tps(record.tps()), record, fault: None },
+        Judged::Reject { cause, what } => {
+            Scored { record, organic: Organic::Rejected, fault: Some((cause, what)) }
+        }
+        Judged::Unscored(why) => {
+            Scored { record, organic: Organic::Unscored, fault: fault("INTERNAL_ERROR", &why) }
+        }
+    }
+}

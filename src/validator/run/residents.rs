@@ -1,0 +1,210 @@
+//! Which models are in memory: all where they fit, else in turn, others each epoch.
+//!
+//! Who is next is a pure choice ([`choose`]). A model that leaves is offered no more at once, but
+//! stays until the last round that asked for it is over ([`Residents::hold`]); only then is its
+//! memory given to the next.
+
+use super::trial::Judge;
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a model that leaves is waited for: longer than its rounds may take.
+const LEAVE_TIME: Duration = Duration::from_secs(4 * 3600);
+/// How often it is looked at.
+const LEAVE_LOOK: Duration = Duration::from_millis(200);
+
+/// Loads a model; this takes long and blocks.
+pub type Load = dyn Fn(&str) -> Result<Judge, String> + Send + Sync;
+
+/// Keeps a model in memory until it is dropped.
+#[derive(Clone)]
+pub struct Hold(#[allow(dead_code, reason = "its life is what counts")] Option<Arc<Judge>>);
+
+impl Hold {
+    /// Keeps nothing.
+    pub const NOTHING: Self = Self(None);
+}
+
+/// A model and what it needs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Sized {
+    /// Its name.
+    pub name: String,
+    /// Bytes in memory.
+    pub bytes: u64,
+}
+
+/// The models, those in memory and the others.
+pub struct Residents {
+    all: Vec<Sized>,
+    budget: u64,
+    load: Arc<Load>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    here: BTreeMap<String, Arc<Judge>>,
+    leaving: BTreeMap<String, Arc<Judge>>,
+    /// When each was last in memory, in turns.
+    seen: BTreeMap<String, u64>,
+    turn: u64,
+}
+
+/// Who is in memory next: of those that are wanted whoever was there longest ago comes first, as
+/// far as memory reaches.
+fn choose(
+    all: &[Sized],
+    wanted: &BTreeSet<String>,
+    seen: &BTreeMap<String, u64>,
+    budget: u64,
+) -> BTreeSet<String> {
+    let mut queue: Vec<&Sized> = all.iter().filter(|m| wanted.contains(&m.name)).collect();
+    queue.sort_by_key(|m| seen.get(&m.name).copied().unwrap_or(0));
+    let mut left = budget;
+    let mut chosen = BTreeSet::new();
+    for Sized { name, bytes } in queue {
+        if *bytes <= left {
+            left -= bytes;
+            chosen.insert(name.clone());
+        }
+    }
+    chosen
+}
+
+impl Residents {
+    /// Of `all`, of which each fits into `budget` bytes alone.
+    pub fn new(all: Vec<Sized>, budget: u64, load: Arc<Load>) -> Self {
+        Self { all, budget, load, state: Mutex::default() }
+    }
+
+    /// Names of all models, in memory or not.
+    pub fn names(&self) -> Vec<String> {
+        self.all.iter().map(|m| m.name.clone()).collect()
+    }
+
+    /// Whether all fit at once.
+    pub fn is_roomy(&self) -> bool {
+        self.all.iter().map(|m| m.bytes).fold(0, u64::saturating_add) <= self.budget
+    }
+
+    /// The models in memory that may be asked for.
+    pub fn here(&self) -> Vec<(String, Arc<Judge>)> {
+        let state = self.state.lock();
+        state.here.iter().map(|(name, judge)| (name.clone(), Arc::clone(judge))).collect()
+    }
+
+    /// A model in memory, also one that leaves.
+    pub fn get(&self, name: &str) -> Option<Arc<Judge>> {
+        let state = self.state.lock();
+        state.here.get(name).or_else(|| state.leaving.get(name)).cloned()
+    }
+
+    /// Keeps a model in memory.
+    pub fn hold(&self, name: &str) -> Hold {
+        Hold(self.get(name))
+    }
+
+    /// Brings those into memory whose turn it is of the models that are `listed`; the others leave.
+    ///
+    /// # Errors
+    /// Why one is not loaded, or does not leave. Those that are in memory stay.
+    pub async fn rotate(&self, listed: &[String]) -> Result<(), String> {
+        let wanted: BTreeSet<String> = listed.iter().cloned().collect();
+        let next = {
+            let mut state = self.state.lock();
+            let next = choose(&self.all, &wanted, &state.seen, self.budget);
+            state.turn += 1;
+            let turn = state.turn;
+            state.seen.extend(next.iter().map(|name| (name.clone(), turn)));
+            let (here, gone) =
+                std::mem::take(&mut state.here).into_iter().partition(|(n, _)| next.contains(n));
+            state.here = here;
+            state.leaving.extend(gone);
+            // One that was about to leave and is wanted again need not be loaded.
+            let back = std::mem::take(&mut state.leaving);
+            let (back, leaving) = back.into_iter().partition(|(n, _)| next.contains(n));
+            state.leaving = leaving;
+            let back: BTreeMap<_, _> = back;
+            state.here.extend(back);
+            next
+        };
+        self.leave().await?;
+        let missing = {
+            let state = self.state.lock();
+            next.into_iter().filter(|name| !state.here.contains_key(name)).collect::<Vec<_>>()
+        };
+        for name in missing {
+            let (load, own) = (Arc::clone(&self.load), name.clone());
+            let loading = tokio::task::spawn_blocking(move || load(&own));
+            let judge = loading.await.map_err(|e| e.to_string()).and_then(|loaded| loaded);
+            let judge = judge.map_err(|why| format!("{name} cannot be loaded: {why}"))?;
+            tracing::info!(model = name, "in memory");
+            self.state.lock().here.insert(name, Arc::new(judge));
+        }
+        Ok(())
+    }
+
+    /// Waits until nobody needs those that leave.
+    async fn leave(&self) -> Result<(), String> {
+        let waiting = async {
+            loop {
+                {
+                    let mut state = self.state.lock();
+                    state.leaving.retain(|name, judge| {
+                        let stays = Arc::strong_count(judge) > 1;
+                        if !stays {
+                            tracing::info!(model = name, "out of memory, until its next turn");
+                        }
+                        stays
+                    });
+                    if state.leaving.is_empty() {
+                        return;
+                    }
+                }
+                tokio::time::sleep(LEAVE_LOOK).await;
+            }
+        };
+        let left = tokio::time::timeout(LEAVE_TIME, waiting).await;
+        left.map_err(|_| format!("rounds hold models for longer than {LEAVE_TIME:?}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sized(name: &str, bytes: u64) -> Sized {
+        Sized { name: name.into(), bytes }
+    }
+
+    #[test]
+    fn all_are_in_memory_where_they_fit() {
+        let all = [sized("a", 4), sized("b", 5)];
+        let wanted = ["a", "b", "c"].map(str::to_owned).into();
+        let chosen = choose(&all, &wanted, &BTreeMap::new(), 9);
+        assert_eq!(chosen, ["a", "b"].map(str::to_owned).into());
+        // What is not wanted takes no room.
+        let chosen = choose(&all, &["b".to_owned()].into(), &BTreeMap::new(), 9);
+        assert_eq!(chosen, ["b".to_owned()].into());
+    }
+
+    #[test]
+    fn each_has_its_turn_where_they_do_not_fit() {
+        let all = [sized("large", 8), sized("a", 4), sized("b", 4), sized("c", 3)];
+        let wanted: BTreeSet<String> = all.iter().map(|m| m.name.clone()).collect();
+        let (mut seen, mut turns) = (BTreeMap::new(), BTreeMap::<String, u32>::new());
+        for turn in 1..=30 {
+            let chosen = choose(&all, &wanted, &seen, 8);
+            let bytes: u64 = all.iter().filter(|m| chosen.contains(&m.name)).map(|m| m.bytes).sum();
+            assert!((4..=8).contains(&bytes), "{chosen:?}");
+            for name in chosen {
+                *turns.entry(name.clone()).or_default() += 1;
+                seen.insert(name, turn);
+            }
+        }
+        assert!(turns.len() == 4 && turns.values().all(|count| *count >= 8), "{turns:?}");
+    }
+}

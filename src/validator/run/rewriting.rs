@@ -1,0 +1,74 @@
+//! Passages rewritten into queries by this validator's own engine (protocol 5.3).
+
+use super::trial::Judge;
+use crate::engine::output::Event;
+use crate::validator::prompt::{Draft, read_query};
+use crate::validator::round::chance::Chance;
+use crate::verify::question::understand;
+use serde_json::Value;
+use std::time::Duration;
+
+/// How long it may take; what is not written by then is not used.
+const TIME: Duration = Duration::from_secs(45);
+
+/// Whether passages are rewritten.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rewriting {
+    /// Never: prompts are about the passages as they are.
+    Never,
+    /// Where the engine writes a query; else the passage is taken, with a warning.
+    OrPassage,
+    /// Always: a round whose query is not written has no prompt, and is unscored.
+    Always,
+}
+
+/// The query of a draft, or nothing where the passage is to be taken as it is.
+///
+/// # Errors
+/// Why it is not written, where it must be.
+pub(super) async fn query(
+    how: Rewriting,
+    judge: &Judge,
+    (model, draft): (&str, &Draft),
+    chance: &mut Chance,
+) -> Result<Option<String>, String> {
+    let mut body = match how {
+        Rewriting::Never => return Ok(None),
+        Rewriting::OrPassage | Rewriting::Always => draft.rewriting(model, &mut || chance.bits()),
+    };
+    if judge.verifier.model.chat.is_none() {
+        // A model without a template goes on with a text.
+        let words = |place: usize| body["messages"][place]["content"].as_str().unwrap_or_default();
+        let text = format!("{}\n\n{}\n\nSearch query:", words(0), words(1));
+        body["prompt"] = text.into();
+        if let Some(fields) = body.as_object_mut() {
+            fields.remove("messages");
+        }
+    }
+    let writing = tokio::time::timeout(TIME, write(judge, body));
+    let late = || Err(format!("the engine has not written a query within {TIME:?}"));
+    match (writing.await.unwrap_or_else(|_| late()), how) {
+        (Ok(query), _) => Ok(Some(query)),
+        (Err(why), Rewriting::Always) => Err(format!("the passage is not rewritten: {why}")),
+        (Err(why), _) => {
+            tracing::warn!(model, "the passage is taken as it is: {why}");
+            Ok(None)
+        }
+    }
+}
+
+async fn write(judge: &Judge, body: Value) -> Result<String, String> {
+    let engine = judge.engine.as_ref().ok_or("no engine runs beside the verifier")?;
+    let mut requests = understand(&judge.verifier, &body).await?.requests;
+    let request = requests.pop().ok_or("the request has no prompt")?;
+    let mut generation = engine.submit(request).map_err(|e| e.to_string())?;
+    let mut text = String::new();
+    while let Some(event) = generation.next().await {
+        match event {
+            Event::Step(step) => text.push_str(&step.text),
+            Event::Fault(fault) => return Err(fault.to_string()),
+            Event::Prompt(_) | Event::Finish(_) => {}
+        }
+    }
+    read_query(&text)
+}
