@@ -1,5 +1,5 @@
 //! `cargo bench --bench attack -- MODEL [PROMPTS [HONEST]]`: what each scheme catches, at a small
-//! size; `targon-engine attack-bench` is the same with tables, JSON and a picture.
+//! size; `targon-engine bench attack` is the same with tables, JSON and a picture.
 
 use std::path::Path;
 use targon_engine::bench::attack::{Bench, Setup};

@@ -1,6 +1,14 @@
 //! What measurements ask an engine for.
 
+use crate::engine::Engine;
 use crate::engine::request::Request;
+use crate::intake::proof::Prover;
+use crate::models::Identity;
+use crate::proof::Scheme;
+use crate::proof::codec::Hash;
+use crate::proof::philox::philox;
+use crate::verify::answer::Answer;
+use anyhow::Context;
 
 /// Runs of one measurement.
 pub(super) const REPEATS: usize = 6;
@@ -11,4 +19,44 @@ pub(super) fn request(prompt: usize, output: usize, seed: u32) -> Request {
     let mut request = Request::greedy(ids, output);
     request.stop.ignore_eos = true;
     request
+}
+
+/// The same of random tokens of a vocabulary: another prompt for every seed.
+pub(super) fn request_of(vocab: usize, prompt: usize, output: usize, seed: u64) -> Request {
+    let word = |i: u32| philox(seed, [i, 0, 0, 0x6c6f_6164])[0];
+    let id = |i: u32| ((u64::from(word(i)) * vocab as u64) >> 32) as u32;
+    let mut request = Request::greedy((0..prompt as u32).map(id).collect(), output);
+    request.stop.ignore_eos = true;
+    request
+}
+
+/// This engine's answer to `request`, with its proof.
+pub(super) fn proved(
+    engine: &Engine,
+    identity: &Identity,
+    request: &Request,
+    nonce: Hash,
+) -> anyhow::Result<Answer> {
+    let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
+    let mut drawn = request.clone();
+    let head = prover.bind(&mut drawn, identity, None, 0);
+    let (steps, finish) = engine.submit(drawn)?.collect_blocking()?;
+    let finish = finish.context("the answer has no end")?;
+    let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
+    // Without weight values: looking them up is not what is measured.
+    Ok(Answer { powv: Vec::new(), ..Answer::of_steps(&steps, Some(end)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_lie_in_the_vocabulary_and_differ() {
+        let prompts: Vec<_> = (0..100).map(|seed| request_of(261, 40, 1, seed).prompt).collect();
+        assert!(prompts.iter().flatten().all(|id| *id < 261));
+        for (i, prompt) in prompts.iter().enumerate() {
+            assert!(prompts[..i].iter().all(|other| other[..32] != prompt[..32]), "{i}");
+        }
+    }
 }

@@ -1,5 +1,5 @@
-//! Measurements and predictions that tell users what to expect; `cargo bench` runs the
-//! measurements, one for each file of `benches/`.
+//! Measurements and predictions that tell users what to expect; `cargo bench` runs those that
+//! developers compare, one for each file of `benches/`, and `targon-engine bench` the others.
 //!
 //! | module | measures |
 //! |---|---|
@@ -10,12 +10,21 @@
 //! | [`verify`] | what a check costs beside the passes of Targon's verifier |
 //! | [`own`] | how many of this engine's own answers are equal when they are recomputed |
 //! | [`attack`] | what each verification scheme catches |
+//! | [`sweep`] | prefill, decode and checks over batch and depth, for `bench engine` |
+//! | [`traffic`] | a server under load, for `bench serve` |
+//! | [`conditions`] | whether the machine was fit to be measured |
+//! | [`report`] | nothing: it holds what was measured, and writes it |
+//! | [`compare`] | nothing: it ranks machines by their reports |
 //! | [`plan`] | nothing: it predicts models on devices that are not here |
 //!
 //! Nothing here prints: figures are data ([`figures`]) or lines that the caller takes
 //! ([`host::Say`]).
 
 pub mod attack;
+mod ceilings;
+pub mod compare;
+pub mod conditions;
+mod energy;
 pub mod engine;
 pub mod figures;
 pub mod gate;
@@ -26,6 +35,10 @@ pub mod own;
 pub mod plan;
 pub mod prompts;
 pub mod proof;
+pub mod report;
+mod rows;
 mod serve;
 pub mod stats;
+pub mod sweep;
+pub mod traffic;
 pub mod verify;

@@ -1,13 +1,11 @@
 //! Kernels against the ceilings of this machine, measured in the same run.
 
+use super::ceilings::{best_of, fma_peak, read_bandwidth};
 use super::host::{self, Say};
-use crate::clock::Clock;
 use crate::ops::attention::{Attention, KvCache, KvDims, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
-use crate::ops::lanes::{Kernel, Lanes, dispatch};
 use crate::ops::matmul::{Packed, matmul_into};
 use crate::ops::pool::Turn;
-use std::hint::black_box;
 
 /// Measures matrix products and attention, on an otherwise idle machine.
 ///
@@ -17,80 +15,13 @@ pub fn run(say: Say<'_>) -> anyhow::Result<()> {
     let pool = host::pool()?;
     let turn = pool.turn();
     say(format!("{} threads, {}", turn.threads(), turn.isa()));
-    let bandwidth = read_bandwidth(&turn);
-    let peak = fma_peak(&turn);
+    let bandwidth = read_bandwidth(&turn) / 1e9;
+    let peak = fma_peak(&turn) / 1e9;
     say(format!("read bandwidth {bandwidth:6.1} GB/s   FMA peak {peak:6.1} GFLOP/s"));
     for (rows, cols) in [(576, 576), (3072, 576), (576, 1536), (49_152, 576)] {
         product(say, &turn, (rows, cols), (bandwidth, peak))?;
     }
     attention(say, &turn, peak)
-}
-
-/// Seconds of the fastest of several runs.
-fn best_of(runs: usize, mut f: impl FnMut()) -> f64 {
-    (0..runs)
-        .map(|_| {
-            let started = Clock::system();
-            f();
-            started.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min)
-}
-
-struct Sum<'a>(&'a [f32]);
-
-impl Kernel for Sum<'_> {
-    type Out = f32;
-    #[inline(always)]
-    fn run<L: Lanes>(self) -> f32 {
-        let mut acc = [L::splat(0.0); 8];
-        for chunk in self.0.chunks_exact(128) {
-            for (i, a) in acc.iter_mut().enumerate() {
-                // SAFETY: the chunk has 128 values.
-                *a = a.add(unsafe { L::load(chunk.as_ptr().add(16 * i)) });
-            }
-        }
-        acc.into_iter().map(L::sum).sum()
-    }
-}
-
-fn read_bandwidth(turn: &Turn<'_>) -> f64 {
-    let data = vec![1.0_f32; 128 << 20];
-    let pieces = 256;
-    let piece = data.len() / pieces;
-    let seconds = best_of(5, || {
-        turn.run(pieces, |i| {
-            black_box(dispatch(turn.isa(), Sum(&data[i * piece..][..piece])));
-        });
-    });
-    data.len() as f64 * 4.0 / seconds / 1e9
-}
-
-struct Fma(usize);
-
-impl Kernel for Fma {
-    type Out = f32;
-    #[inline(always)]
-    fn run<L: Lanes>(self) -> f32 {
-        let (b, c) = (L::splat(black_box(0.999)), L::splat(black_box(0.001)));
-        let mut acc = [L::splat(1.0); 12];
-        for _ in 0..self.0 {
-            for a in &mut acc {
-                *a = a.mul_add(b, c);
-            }
-        }
-        acc.into_iter().map(L::sum).sum()
-    }
-}
-
-fn fma_peak(turn: &Turn<'_>) -> f64 {
-    let (tasks, rounds) = (turn.threads(), 2_000_000);
-    let seconds = best_of(3, || {
-        turn.run(tasks, |_| {
-            black_box(dispatch(turn.isa(), Fma(rounds)));
-        });
-    });
-    (tasks * rounds * 12 * 16 * 2) as f64 / seconds / 1e9
 }
 
 fn product(

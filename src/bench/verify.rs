@@ -6,11 +6,11 @@
 //! original runs it: nothing is shared between them.
 
 use super::host::{self, Say};
+use super::load::proved;
 use super::stats::median;
 use crate::clock::Clock;
 use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
-use crate::intake::proof::Prover;
 use crate::models::pass::{Batch, RowAsk, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::models::{Identity, Model};
@@ -133,14 +133,7 @@ fn respond(engine: &Engine, identity: &Identity, index: usize) -> anyhow::Result
     request.sampling.temperature = TEMPERATURE;
     request.stop.ignore_eos = true;
     let nonce = nonce_of(&format!("bench {index}"));
-    let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
-    let mut drawn = request.clone();
-    let head = prover.bind(&mut drawn, identity, None, 0);
-    let (steps, finish) = engine.submit(drawn)?.collect_blocking()?;
-    let finish = finish.context("the answer has no end")?;
-    let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
-    // Without weight values: looking them up is not what is measured.
-    let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, Some(end)) };
+    let answer = proved(engine, identity, &request, nonce)?;
     Ok((request, nonce, answer))
 }
 

@@ -3,7 +3,6 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.
 
-mod attack_bench;
 mod bench;
 mod calibrate;
 mod capture;
@@ -90,11 +89,12 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Serve `/verify` and `/generate` as Targon's verifier container does.
     Verifier(verifier::VerifierArgs),
-    /// Help to choose what to run on.
+    /// Measure models, servers and verification, predict devices, compare reports.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
-    /// Say what each verification scheme catches, on a model of your choice.
-    AttackBench(attack_bench::AttackBenchArgs),
+    /// The former name of `bench attack`.
+    #[command(hide = true)]
+    AttackBench(bench::Former),
     /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
     /// not be scored.
     Verify(verify::VerifyArgs),
@@ -161,7 +161,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Doctor(args) => return doctor::run(&args),
         Command::Serve(args) => serve::run(*args, log),
         Command::Bench(command) => bench::run(&command),
-        Command::AttackBench(args) => attack_bench::run(&args),
+        Command::AttackBench(former) => former.refuse(),
         Command::Verifier(args) => verifier::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),

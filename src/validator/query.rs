@@ -164,7 +164,11 @@ pub struct Arrival {
 }
 
 impl Target {
-    fn client(&self) -> Result<Client, QueryError> {
+    /// What requests to it are sent by. Several sent by the same one share connections.
+    ///
+    /// # Errors
+    /// When this machine cannot make one.
+    pub fn client(&self) -> Result<Client, QueryError> {
         // Fails only where a provider is installed already, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         Client::builder()
@@ -206,13 +210,12 @@ impl Target {
 
     async fn send(
         &self,
-        path: &str,
-        body: Option<Vec<u8>>,
+        client: &Client,
+        (path, body): (&str, Option<Vec<u8>>),
         model: Option<&str>,
         clock: &Clock,
     ) -> Result<Response, QueryError> {
         let url = format!("{}{path}", self.url.trim_end_matches('/'));
-        let client = self.client()?;
         let mut request = match &body {
             Some(_) => client.post(url).header("content-type", "application/json"),
             None => client.get(url),
@@ -266,7 +269,7 @@ impl Target {
         body: Option<Vec<u8>>,
         clock: &Clock,
     ) -> Result<Vec<u8>, QueryError> {
-        let response = self.send(path, body, None, clock).await?;
+        let response = self.send(&self.client()?, (path, body), None, clock).await?;
         self.body(response).await
     }
 
@@ -285,21 +288,40 @@ impl Target {
             arrivals.push(arrival);
         };
         let started = clock.elapsed();
-        let outcome = self.read(path, body, clock, &mut keep).await;
+        let outcome = match self.client() {
+            Ok(client) => self.read(&client, (path, body), clock, &mut keep).await,
+            Err(e) => Err(e),
+        };
+        let ended = clock.elapsed().saturating_sub(started);
+        Streamed { arrivals, ended, outcome }
+    }
+
+    /// The same, without a word on the way, over connections that `client` may have.
+    pub async fn stream_over(
+        &self,
+        client: &Client,
+        path: &str,
+        body: &Value,
+        clock: &Clock,
+    ) -> Streamed {
+        let (mut arrivals, started) = (Vec::new(), clock.elapsed());
+        let mut keep = |arrival: Arrival| arrivals.push(arrival);
+        let outcome = self.read(client, (path, body), clock, &mut keep).await;
         let ended = clock.elapsed().saturating_sub(started);
         Streamed { arrivals, ended, outcome }
     }
 
     async fn read(
         &self,
-        path: &str,
-        body: &Value,
+        client: &Client,
+        (path, body): (&str, &Value),
         clock: &Clock,
         keep: &mut impl FnMut(Arrival),
     ) -> Result<(), QueryError> {
         let bytes = serde_json::to_vec(body).map_err(|e| self.malformed(e))?;
         let started = clock.elapsed();
-        let mut response = self.send(path, Some(bytes), body["model"].as_str(), clock).await?;
+        let sent = (path, Some(bytes));
+        let mut response = self.send(client, sent, body["model"].as_str(), clock).await?;
         let (mut events, mut read, mut left) = (Events::default(), 0, self.size);
         while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
             // Before anything is parsed: the miner must not wait for us.

@@ -62,3 +62,72 @@ fn what_cannot_be_predicted_is_refused_by_name() {
         assert!(code == 1 && err.contains(want), "{arguments:?}: {err}");
     }
 }
+
+fn bench(home: &Path, arguments: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+    command.current_dir(home).env_clear().env("HOME", home).env("HF_HUB_OFFLINE", "1");
+    command.env("XDG_CACHE_HOME", home.join("cache"));
+    let output = command.arg("bench").args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// The smallest measurement that has all phases.
+const SMALL: [&str; 8] = ["--batch", "1,3", "--depth", "40", "--tokens", "32", "--runs", "2"];
+
+#[test]
+fn an_engine_is_measured_reported_and_signed() {
+    use targon_engine::bench::report::{schema::Phase, seal};
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    let wallet = ["--wallet.path", "wallets", "--wallet.name", "a", "--wallet.hotkey", "h"];
+    let made = Command::new(env!("CARGO_BIN_EXE_targon-engine"))
+        .current_dir(home)
+        .args(["wallet", "new-hotkey"])
+        .args(wallet)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+
+    let arguments = [&["engine", "m"], &SMALL[..], &["--out", "o"], &wallet].concat();
+    let (code, table, err) = bench(home, &arguments);
+    assert_eq!(code, 0, "{err}");
+    assert!(table.contains("| prefill | 1     | 40 ") && table.contains("- ceilings: "), "{table}");
+    let report = seal::read(&home.join("o/report.json")).unwrap();
+    assert!(matches!(seal::check(&report), Ok(seal::Sealed::By(_))));
+    assert!(!report.is_partial && report.model.weights_root.is_some());
+    let rows: Vec<_> = report.rows.iter().map(|r| (r.phase, r.batch, r.runs.len())).collect();
+    let phases = [Phase::Prefill, Phase::Decode, Phase::Verify];
+    let expected: Vec<_> = phases.iter().flat_map(|p| [(*p, 1, 2), (*p, 3, 2)]).collect();
+    assert_eq!(rows, expected);
+    for row in &report.rows {
+        assert!(row.speed.mean > 0.0 && row.predicted > 0.0, "{row:?}");
+        let error = row.predicted / row.speed.mean - 1.0;
+        assert!((row.error - error).abs() < 1e-9, "{row:?}");
+    }
+    let doubts = |kind: &str| report.marks.iter().any(|m| m.kind.name() == kind);
+    assert!(!doubts("warm-cache") && !doubts("interrupted"), "{:?}", report.marks);
+    for (file, word) in
+        [("report.html", "Roofline"), ("report.csv", "prefill,1,40"), ("report.md", "decode")]
+    {
+        let text = std::fs::read_to_string(home.join("o").join(file)).unwrap();
+        assert!(text.contains(word), "{file}: {text}");
+    }
+}
+
+#[test]
+fn an_engine_that_cannot_be_measured_is_refused_by_name() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    for (arguments, want) in [
+        (&["engine", "nowhere"][..], "nowhere"),
+        (&["engine", "m", "--depth", "500"], "needs a context of"),
+        (&["engine", "m", "--device", "h300"], "--device: there is no device h300"),
+        (&["engine", "m", "--runs", "0"], "invalid value '0' for '--runs"),
+    ] {
+        let (code, _, err) = bench(home, arguments);
+        assert!(code == 1 && err.contains(want), "{arguments:?}: {err}");
+    }
+}

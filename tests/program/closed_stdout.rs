@@ -105,7 +105,7 @@ fn the_attack_bench_ends_quietly() {
     let dir = tempfile::tempdir().unwrap();
     let home = dir.path();
     common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
-    let bench = ["attack-bench", "m", "--prompts", "2", "--honest", "0", "--tokens", "32"];
+    let bench = ["bench", "attack", "m", "--prompts", "2", "--honest", "0", "--tokens", "32"];
     let only = ["--only", "another seed"];
     check(home, &[&bench[..], &only].concat());
     check(home, &[&bench[..], &only, &["--json"]].concat());

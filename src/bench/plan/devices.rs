@@ -103,6 +103,17 @@ pub fn named(names: &[String]) -> Result<Vec<Device>, String> {
     names.iter().map(find).collect()
 }
 
+/// The processor that calls itself `brand`, where the table has it.
+pub fn of_cpu(brand: &str) -> Option<Device> {
+    let brand = brand.to_lowercase();
+    let is_named = |device: &Device| {
+        let mut parts = device.name.split('-');
+        device.kind == Kind::Cpu
+            && parts.all(|part| brand.split([' ', '+', '(']).any(|word| word == part))
+    };
+    DEVICES.into_iter().find(is_named)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +128,15 @@ mod tests {
             assert!((10.0..600.0).contains(&ridge), "{}: {ridge} FLOP a byte", device.name);
             assert!(DEVICES[..index].iter().all(|d| d.name != device.name));
         }
+    }
+
+    #[test]
+    fn processors_are_known_by_what_they_call_themselves() {
+        let name = |brand: &str| of_cpu(brand).map(|d| d.name);
+        assert_eq!(name("AMD EPYC 9654 96-Core Processor"), Some("epyc-9654"));
+        assert_eq!(name("Intel(R) Xeon(R) Platinum 8480+"), Some("xeon-8480"));
+        assert_eq!(name("AMD Ryzen 9 9950X 16-Core Processor"), Some("ryzen-9950x"));
+        assert_eq!((name("AMD EPYC 96540"), name("")), (None, None));
     }
 
     #[test]

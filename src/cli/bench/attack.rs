@@ -1,12 +1,12 @@
-//! `attack-bench`: what each verification scheme catches, on a model of the user's choice.
+//! `bench attack`: what each verification scheme catches, on a model of the user's choice.
 
-use super::Failure;
-use super::out::outln;
-use super::shared::ComputeArgs;
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
 use crate::bench::attack::{Bench, Setup};
 use crate::bench::stats::{Rate, Stopping};
+use crate::cli::Failure;
+use crate::cli::out::outln;
+use crate::cli::shared::ComputeArgs;
 use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
 use crate::verify::{Limits, limits_file};
@@ -14,9 +14,9 @@ use clap::Args;
 use comfy_table::{Table, presets};
 use std::path::{Path, PathBuf};
 
-/// Arguments of `attack-bench`.
+/// Arguments of `bench attack`.
 #[derive(Args)]
-pub(super) struct AttackBenchArgs {
+pub(in crate::cli) struct AttackArgs {
     /// A checkpoint directory or GGUF file of a dense Llama.
     model: PathBuf,
     /// Prompts that every attack is run on.
@@ -47,7 +47,7 @@ pub(super) struct AttackBenchArgs {
     json: bool,
 }
 
-pub(super) fn run(args: &AttackBenchArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
     let pool = args.compute.pool()?;
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;

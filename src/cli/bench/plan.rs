@@ -1,30 +1,22 @@
 //! `bench plan`: what a model would do on devices that are not here.
 
-use super::Failure;
-use super::out::outln;
-use super::printable::printable;
-use super::shared::runtime;
 use crate::bench::plan::devices::named;
 use crate::bench::plan::predict::{Efficiency, Load, Prediction, predict};
 use crate::bench::plan::prices::{self, Price, per_million};
+use crate::cli::Failure;
+use crate::cli::out::outln;
+use crate::cli::printable::printable;
+use crate::cli::shared::runtime;
 use crate::engine::plan::Bytes;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
 use crate::models::error::read_json;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::spec::Spec;
-use clap::{Args, Subcommand};
+use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::json;
 use std::path::{Path, PathBuf};
-
-/// What is measured or predicted.
-#[derive(Subcommand)]
-pub(super) enum BenchCommand {
-    /// Predict a model on a table of devices, from its configuration alone: tokens a second, what
-    /// holds them back, and what they cost.
-    Plan(PlanArgs),
-}
 
 /// Arguments of `bench plan`.
 #[derive(Args)]
@@ -32,7 +24,7 @@ pub(super) enum BenchCommand {
   targon-engine bench plan HuggingFaceTB/SmolLM2-135M-Instruct
   targon-engine bench plan ./Llama-3.1-8B/config.json --devices h100-sxm,h200 --batch 1,64
   targon-engine bench plan model.gguf --prices prices.toml --csv > plan.csv")]
-pub(super) struct PlanArgs {
+pub(in crate::cli) struct PlanArgs {
     /// A config.json, a checkpoint directory, a GGUF file, or OWNER/NAME on the Hub (of which only
     /// the configuration is fetched).
     model: String,
@@ -76,12 +68,7 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
-pub(super) fn run(command: &BenchCommand) -> Result<(), Failure> {
-    let BenchCommand::Plan(args) = command;
-    plan(args)
-}
-
-fn plan(args: &PlanArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let devices = named(&args.devices).map_err(|e| Failure::user(format!("--devices: {e}")))?;
     let prices = args.prices.as_deref().map(prices::read).transpose().map_err(Failure::user)?;
     let prices = prices.unwrap_or_default();

@@ -1,0 +1,87 @@
+//! What this machine can do at most: reading memory, and fused multiply-adds.
+
+use crate::clock::Clock;
+use crate::ops::lanes::{Kernel, Lanes, dispatch};
+use crate::ops::pool::Turn;
+use std::hint::black_box;
+
+/// Values that are read: more than caches hold.
+const READ_VALUES: usize = 128 << 20;
+/// Seconds that a run of multiply-adds should last at least.
+const RUN_SECONDS: f64 = 0.1;
+/// Rounds of the first run.
+const ROUNDS: usize = 20_000;
+
+/// Seconds of the fastest of several runs.
+pub(super) fn best_of(runs: usize, mut f: impl FnMut()) -> f64 {
+    (0..runs)
+        .map(|_| {
+            let started = Clock::system();
+            f();
+            started.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min)
+}
+
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let mut acc = [L::splat(0.0); 8];
+        for chunk in self.0.chunks_exact(128) {
+            for (i, a) in acc.iter_mut().enumerate() {
+                // SAFETY: the chunk has 128 values.
+                *a = a.add(unsafe { L::load(chunk.as_ptr().add(16 * i)) });
+            }
+        }
+        acc.into_iter().map(L::sum).sum()
+    }
+}
+
+/// Bytes a second that all threads read.
+pub(super) fn read_bandwidth(turn: &Turn<'_>) -> f64 {
+    let data = vec![1.0_f32; READ_VALUES];
+    let pieces = 256;
+    let piece = data.len() / pieces;
+    let seconds = best_of(5, || {
+        turn.run(pieces, |i| {
+            black_box(dispatch(turn.isa(), Sum(&data[i * piece..][..piece])));
+        });
+    });
+    data.len() as f64 * 4.0 / seconds
+}
+
+struct Fma(usize);
+
+impl Kernel for Fma {
+    type Out = f32;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let (b, c) = (L::splat(black_box(0.999)), L::splat(black_box(0.001)));
+        let mut acc = [L::splat(1.0); 12];
+        for _ in 0..self.0 {
+            for a in &mut acc {
+                *a = a.mul_add(b, c);
+            }
+        }
+        acc.into_iter().map(L::sum).sum()
+    }
+}
+
+/// Operations a second of multiply-adds on all threads.
+pub(super) fn fma_peak(turn: &Turn<'_>) -> f64 {
+    let tasks = turn.threads();
+    let seconds = |runs: usize, rounds: usize| {
+        best_of(runs, || {
+            turn.run(tasks, |_| {
+                black_box(dispatch(turn.isa(), Fma(rounds)));
+            });
+        })
+    };
+    // Long enough to be measured, however fast the machine is or the program was compiled.
+    let factor = (RUN_SECONDS / seconds(1, ROUNDS)).clamp(1.0, 1e4);
+    let rounds = (ROUNDS as f64 * factor) as usize;
+    (tasks * rounds * 12 * 16 * 2) as f64 / seconds(3, rounds)
+}

@@ -1,0 +1,224 @@
+//! `bench compare`: reports of several machines beside each other, in tokens, joules and dollars.
+
+use super::plan::prices::{Price, per_million};
+use super::report::schema::{Kind, Phase, Report, Row};
+use super::report::seal::Sealed;
+use serde::Serialize;
+
+/// Seconds of a day.
+const DAY: f64 = 86_400.0;
+
+/// What a comparison takes for granted.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Assumptions {
+    /// Tokens of a validator's prompt.
+    pub prompt_tokens: f64,
+    /// Tokens of its answers.
+    pub answer_tokens: f64,
+    /// Share of all answers that are checked.
+    pub checked_share: f64,
+}
+
+/// A report that takes part.
+pub struct Entry {
+    /// Its file, in short.
+    pub name: String,
+    /// The report.
+    pub report: Report,
+    /// What is known of its signature.
+    pub sealed: Sealed,
+}
+
+/// A machine in the comparison. What a report cannot say is absent.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Compared {
+    /// The report's name.
+    pub name: String,
+    /// The machine; of a server unknown.
+    pub machine: Option<String>,
+    /// The model.
+    pub model: String,
+    /// Who signed.
+    pub signed_by: Option<String>,
+    /// Reasons to doubt it.
+    pub marks: Vec<String>,
+    /// Whether it ended before its end.
+    pub is_partial: bool,
+    /// Most tokens a second of many sequences together.
+    pub tokens_per_second: Option<f64>,
+    /// Joules a token of the most efficient decode row.
+    pub joules_per_token: Option<f64>,
+    /// Dollars an hour, with the day of that price.
+    pub price: Option<(f64, String)>,
+    /// Tokens a second for a dollar an hour.
+    pub per_dollar_hour: Option<f64>,
+    /// Dollars for a million tokens.
+    pub dollars_per_million: Option<f64>,
+    /// Tokens for a dollar that are generated, and checked as often as assumed on the same machine.
+    pub verified_per_dollar: Option<f64>,
+    /// The subnet's score of one model: tokens a second of a single request as a validator counts
+    /// them, times what the share of answers makes of it.
+    pub score: Option<f64>,
+    /// The score that a dollar buys for a day.
+    pub score_per_dollar_day: Option<f64>,
+}
+
+/// Compares, best first: by tokens a second for a dollar where there are prices, else by tokens a
+/// second. `consistency` is what the subnet makes of the share of requests that were answered.
+pub fn compare(
+    entries: &[Entry],
+    prices: &[Price],
+    assumed: Assumptions,
+    consistency: fn(f64) -> f64,
+) -> Vec<Compared> {
+    let mut all: Vec<Compared> =
+        entries.iter().map(|entry| one(entry, prices, assumed, consistency)).collect();
+    let rank = |c: &Compared| {
+        let speed = c.tokens_per_second.unwrap_or(0.0);
+        (c.per_dollar_hour.unwrap_or(0.0), speed)
+    };
+    all.sort_by(|a, b| {
+        let ((dollars_a, speed_a), (dollars_b, speed_b)) = (rank(a), rank(b));
+        dollars_b.total_cmp(&dollars_a).then(speed_b.total_cmp(&speed_a))
+    });
+    all
+}
+
+fn one(
+    entry: &Entry,
+    prices: &[Price],
+    assumed: Assumptions,
+    consistency: fn(f64) -> f64,
+) -> Compared {
+    let report = &entry.report;
+    let price = price(entry, prices);
+    let per_hour = price.map(|p| p.per_hour);
+    let tokens_per_second = speed(report);
+    let score = score(report, assumed, consistency);
+    let of_both = |f: fn(f64, f64) -> f64| Some(f(tokens_per_second?, per_hour?));
+    let is_engine = report.kind == Kind::Engine;
+    let signed_by = match entry.sealed {
+        Sealed::By(hotkey) => Some(hotkey.to_string()),
+        Sealed::Unsigned => None,
+    };
+    Compared {
+        name: entry.name.clone(),
+        machine: is_engine.then(|| report.machine.cpu.clone()),
+        model: report.model.name.clone(),
+        signed_by,
+        marks: report.marks.iter().map(|m| m.kind.name().to_owned()).collect(),
+        is_partial: report.is_partial,
+        tokens_per_second,
+        joules_per_token: joules(report),
+        price: price.map(|p| (p.per_hour, p.date.clone())),
+        per_dollar_hour: of_both(|speed, per_hour| speed / per_hour),
+        dollars_per_million: of_both(|speed, per_hour| per_million(per_hour, speed)),
+        verified_per_dollar: per_hour.and_then(|h| verified(report, h, assumed)),
+        score,
+        score_per_dollar_day: score.zip(per_hour).map(|(s, h)| s / (h * DAY / 3600.0)),
+    }
+}
+
+/// The price of the report's file, or of its row of the device table.
+fn price<'a>(entry: &Entry, prices: &'a [Price]) -> Option<&'a Price> {
+    let table = entry.report.ceilings.as_ref().and_then(|c| c.table.as_ref());
+    let of = |name: &str| prices.iter().find(|p| p.device == name);
+    of(&entry.name).or_else(|| of(&table?.device))
+}
+
+fn speed(report: &Report) -> Option<f64> {
+    match report.kind {
+        Kind::Engine => Some(report.best(Phase::Decode)?.speed.mean),
+        Kind::Serve => Some(report.best_level()?.steady_tokens_per_second),
+    }
+    .filter(|speed| *speed > 0.0)
+}
+
+fn joules(report: &Report) -> Option<f64> {
+    let rows = report.rows.iter().filter(|row| row.phase == Phase::Decode);
+    rows.filter_map(|row| row.joules_per_token).reduce(f64::min)
+}
+
+/// Seconds to generate a token, and to check its part of an answer: a check runs over the prompt
+/// too.
+fn verified(report: &Report, per_hour: f64, assumed: Assumptions) -> Option<f64> {
+    let Assumptions { prompt_tokens, answer_tokens, checked_share } = assumed;
+    let generate = 1.0 / report.best(Phase::Decode)?.speed.mean;
+    let prefill = prompt_tokens / answer_tokens / report.best(Phase::Prefill)?.speed.mean;
+    let checked = (prompt_tokens + answer_tokens) / answer_tokens;
+    let check = checked_share * checked / report.best(Phase::Verify)?.speed.mean;
+    Some(3600.0 / per_hour / (generate + prefill + check))
+}
+
+fn score(report: &Report, assumed: Assumptions, consistency: fn(f64) -> f64) -> Option<f64> {
+    if let Kind::Serve = report.kind {
+        let level = report.levels.first()?;
+        let share = level.completed as f64 / level.sent.max(1) as f64;
+        return Some(level.validator_tps.as_ref()?.mean * consistency(share));
+    }
+    let alone = |phase: Phase| -> Option<&Row> {
+        let rows = report.rows.iter().filter(|row| row.phase == phase && row.batch == 1);
+        let distance = |row: &Row| (row.depth as f64 - assumed.prompt_tokens).abs();
+        rows.min_by(|a, b| distance(a).total_cmp(&distance(b)))
+    };
+    let Assumptions { prompt_tokens, answer_tokens, .. } = assumed;
+    let first = prompt_tokens / alone(Phase::Prefill)?.speed.mean;
+    let rest = answer_tokens / alone(Phase::Decode)?.speed.mean;
+    Some(answer_tokens / (first + rest) * consistency(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::report::schema::{Ceilings, TableCeilings};
+    use crate::bench::report::seal::tests::sample;
+
+    const ASSUMED: Assumptions =
+        Assumptions { prompt_tokens: 100.0, answer_tokens: 100.0, checked_share: 1.0 };
+
+    fn entry(name: &str, speed: f64) -> Entry {
+        Entry { name: name.into(), report: sample(speed), sealed: Sealed::Unsigned }
+    }
+
+    fn price(device: &str, per_hour: f64) -> Price {
+        let date = "2026-11-01".into();
+        Price { device: device.into(), per_hour, date, source: None }
+    }
+
+    #[test]
+    fn the_cheaper_machine_wins_though_it_is_slower() {
+        let mut fast = entry("fast", 1000.0);
+        let table = TableCeilings { device: "h200".into(), bandwidth: 1.0, peak: 1.0 };
+        let ceilings = fast.report.ceilings.take().unwrap();
+        fast.report.ceilings = Some(Ceilings { table: Some(table), ..ceilings });
+        let prices = [price("h200", 4.0), price("slow", 1.0)];
+        let all = [fast, entry("slow", 500.0), entry("unpriced", 9000.0)];
+        let compared = compare(&all, &prices, ASSUMED, |share| share);
+        let names: Vec<&str> = compared.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["slow", "fast", "unpriced"]);
+        let slow = &compared[0];
+        // The sample's runs are 1 and 1.1 times the speed.
+        assert!((slow.tokens_per_second.unwrap() - 525.0).abs() < 1e-9);
+        assert!((slow.per_dollar_hour.unwrap() - 525.0).abs() < 1e-9);
+        assert!((slow.dollars_per_million.unwrap() - 1e6 / 3600.0 / 525.0).abs() < 1e-9);
+        // A token costs 1/525 s, its prompt's 1/4200, its check two tokens of 1/2625.
+        let seconds = 1.0 / 525.0 + 1.0 / 4200.0 + 2.0 / 2625.0;
+        assert!((slow.verified_per_dollar.unwrap() - 3600.0 / seconds).abs() < 1e-6);
+        // 100 tokens in 100/4200 + 100/525 s.
+        let score = 100.0 / (100.0 / 4200.0 + 100.0 / 525.0);
+        assert!((slow.score.unwrap() - score).abs() < 1e-9);
+        assert!((slow.score_per_dollar_day.unwrap() - score / 24.0).abs() < 1e-9);
+        assert_eq!((compared[2].per_dollar_hour, compared[2].verified_per_dollar), (None, None));
+    }
+
+    #[test]
+    fn what_a_report_lacks_is_absent() {
+        let mut entry = entry("empty", 1.0);
+        entry.report.rows.clear();
+        entry.report.is_partial = true;
+        let compared = compare(&[entry], &[price("empty", 1.0)], ASSUMED, |share| share);
+        let only = &compared[0];
+        assert_eq!((only.tokens_per_second, only.score, only.joules_per_token), (None, None, None));
+        assert!(only.is_partial && only.price.is_some());
+    }
+}

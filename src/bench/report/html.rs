@@ -1,0 +1,116 @@
+//! A report as one page with tables and plots. It needs nothing from outside and runs nothing;
+//! names of models and servers are escaped text.
+
+use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, facts, level, row};
+use super::plots;
+use super::schema::Report;
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+const STYLE: &str = "
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 82em; padding: 0 1em; }
+.doubt { background: #fbeec5; border-left: 4px solid #c88a00; padding: .4em 1em; }
+dl { display: grid; grid-template-columns: max-content auto; gap: 0 1.5em; }
+dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border: 1px solid #ccc; padding: 0 .6em; text-align: right; }
+figure { display: inline-block; margin: .5em 1em .5em 0; }
+figcaption { font-weight: bold; }
+";
+
+/// Writes it.
+///
+/// # Errors
+/// When a plot cannot be drawn.
+pub fn write(report: &Report) -> Result<String, String> {
+    let policy = "default-src 'none'; style-src 'unsafe-inline'";
+    let plots = plots::all(report)?;
+    let title = format!("Measurement of {}", report.model.name);
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta http-equiv="Content-Security-Policy" content=(policy);
+                title { (title) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                h1 { (title) }
+                (doubts(report))
+                dl {
+                    @for (name, value) in facts(report) {
+                        dt { (name) }
+                        dd { (value) }
+                    }
+                }
+                @if !report.rows.is_empty() {
+                    (table(&ROW_COLUMNS, report.rows.iter().map(row)))
+                }
+                @if !report.levels.is_empty() {
+                    p { "Times in milliseconds." }
+                    (table(&LEVEL_COLUMNS, report.levels.iter().map(level)))
+                }
+                @for (title, plot) in &plots {
+                    figure {
+                        figcaption { (title) }
+                        (PreEscaped(plot))
+                    }
+                }
+            }
+        }
+    };
+    Ok(page.into_string())
+}
+
+fn doubts(report: &Report) -> Markup {
+    html! {
+        @if report.is_partial {
+            p class="doubt" { "Partial: it ended before its end." }
+        }
+        @for mark in &report.marks {
+            p class="doubt" { strong { (mark.kind.name()) } ": " (mark.what) }
+        }
+    }
+}
+
+fn table<const N: usize>(columns: &[&str], rows: impl Iterator<Item = [String; N]>) -> Markup {
+    html! {
+        table {
+            thead {
+                tr {
+                    @for column in columns {
+                        th { (column) }
+                    }
+                }
+            }
+            tbody {
+                @for row in rows {
+                    tr {
+                        @for cell in row {
+                            td { (cell) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::bench::conditions::{Mark, MarkKind};
+    use crate::bench::report::seal::tests::sample;
+
+    #[test]
+    fn a_page_holds_all_and_runs_nothing() {
+        let mut report = sample(10.0);
+        report.marks.push(Mark::new(MarkKind::Busy, "<b>others</b>"));
+        let page = super::write(&report).unwrap();
+        assert!(page.contains("Measurement of m&lt;script&gt;") && !page.contains("<script"));
+        assert!(page.contains("&lt;b&gt;others&lt;/b&gt;"), "{page}");
+        assert_eq!(page.matches("<svg").count(), 3);
+        for word in ["src=", "href=", "url("] {
+            assert!(!page.contains(word), "{word}");
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The report of a measurement: one JSON schema, and Markdown, CSV and HTML made of it.
+//!
+//! [`schema`] is the data, [`facts`] says what was measured on, [`spread`] holds statistics,
+//! [`seal`] signs and reads files, the rest writes.
+
+pub mod csv;
+pub mod facts;
+pub mod html;
+pub mod markdown;
+mod plots;
+pub mod schema;
+pub mod seal;
+pub mod spread;

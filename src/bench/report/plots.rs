@@ -1,0 +1,294 @@
+//! Plots of a report as SVG, which needs no fonts: the viewer has them.
+
+use super::schema::{Level, Phase, Report, Row};
+use super::spread::Quantiles;
+use plotters::prelude::{
+    BLACK, BLUE, ChartBuilder, Circle, Color, DrawingAreaErrorKind, GREEN, IntoDrawingArea,
+    LineSeries, MAGENTA, PathElement, RED, RGBColor, SVGBackend, SeriesLabelPosition, WHITE,
+};
+use std::ops::Range;
+
+/// Pixels of a plot.
+const SIZE: (u32, u32) = (760, 380);
+const COLORS: [RGBColor; 6] = [BLUE, RED, GREEN, MAGENTA, RGBColor(200, 120, 0), BLACK];
+
+/// How an axis is scaled.
+#[derive(Clone, Copy, PartialEq)]
+enum Scale {
+    Linear,
+    /// Values above zero, by their decimal logarithm.
+    Log,
+}
+
+struct Axis {
+    name: &'static str,
+    scale: Scale,
+}
+
+struct Series {
+    name: String,
+    points: Vec<(f64, f64)>,
+    is_line: bool,
+}
+
+struct Chart {
+    title: String,
+    x: Axis,
+    y: Axis,
+    series: Vec<Series>,
+}
+
+/// All plots that a report has data for: what they show, and the SVG.
+///
+/// # Errors
+/// When one cannot be drawn.
+pub(super) fn all(report: &Report) -> Result<Vec<(String, String)>, String> {
+    let mut charts = Vec::new();
+    charts.extend(roofline(report));
+    charts.extend(speeds(report));
+    charts.extend(latency(&report.levels));
+    charts.extend(distribution(&report.levels, "Time to the first token", |l| &l.first_token));
+    charts.extend(distribution(&report.levels, "Gaps between chunks", |l| &l.gap));
+    charts.extend(memory(report));
+    charts.iter().map(|chart| Ok((chart.title.clone(), chart.svg()?))).collect()
+}
+
+/// Operations a byte across, operations a second up, under the two ceilings.
+fn roofline(report: &Report) -> Option<Chart> {
+    let ceilings = report.ceilings.as_ref().filter(|_| !report.rows.is_empty())?;
+    let ratio = |row: &Row| row.operations_per_second / row.bytes_per_second;
+    let ratios: Vec<f64> = report.rows.iter().map(ratio).collect();
+    let ridge = ceilings.fma_peak / ceilings.read_bandwidth;
+    let low = ratios.iter().copied().fold(ridge, f64::min) / 2.0;
+    let high = ratios.iter().copied().fold(ridge, f64::max) * 2.0;
+    let roof = |x: f64| (x * ceilings.read_bandwidth).min(ceilings.fma_peak) / 1e9;
+    let line = |name: &str, points| Series { name: name.into(), points, is_line: true };
+    let points = [low, ridge, high].map(|x| (x, roof(x))).to_vec();
+    let mut series = vec![line("measured ceilings", points)];
+    if let Some(table) = &ceilings.table {
+        let roof = |x: f64| (x * table.bandwidth).min(table.peak) / 1e9;
+        let ridge = table.peak / table.bandwidth;
+        let points = [low, ridge.clamp(low, high), high].map(|x| (x, roof(x))).to_vec();
+        series.push(line("datasheet", points));
+    }
+    for phase in [Phase::Prefill, Phase::Decode, Phase::Verify] {
+        let rows = report.rows.iter().filter(|row| row.phase == phase);
+        let points = rows.map(|row| (ratio(row), row.operations_per_second / 1e9)).collect();
+        series.push(Series { name: phase.name().into(), points, is_line: false });
+    }
+    Some(Chart {
+        title: "Roofline".into(),
+        x: Axis { name: "operations a byte", scale: Scale::Log },
+        y: Axis { name: "GFLOP/s", scale: Scale::Log },
+        series,
+    })
+}
+
+/// Decode speed over the batch, a line for each depth.
+fn speeds(report: &Report) -> Option<Chart> {
+    let rows = || report.rows.iter().filter(|row| row.phase == Phase::Decode);
+    let mut depths: Vec<usize> = rows().map(|row| row.depth).collect();
+    depths.sort_unstable();
+    depths.dedup();
+    let of = |depth: usize| Series {
+        name: format!("depth {depth}"),
+        points: rows()
+            .filter(|row| row.depth == depth)
+            .map(|row| (row.batch as f64, row.speed.mean))
+            .collect(),
+        is_line: true,
+    };
+    (!depths.is_empty()).then(|| Chart {
+        title: "Decode".into(),
+        x: Axis { name: "sequences side by side", scale: Scale::Log },
+        y: Axis { name: "tokens a second", scale: Scale::Linear },
+        series: depths.into_iter().map(of).collect(),
+    })
+}
+
+/// Throughput over latency, with the line of those levels that no other beats in both.
+fn latency(levels: &[Level]) -> Option<Chart> {
+    let point = |level: &Level| {
+        let latency = level.per_token.as_ref()?.p50;
+        Some((1e3 * latency, level.steady_tokens_per_second))
+    };
+    let points: Vec<(f64, f64)> = levels.iter().filter_map(point).collect();
+    (!points.is_empty()).then(|| Chart {
+        title: "Throughput against latency".into(),
+        x: Axis { name: "median milliseconds a token", scale: Scale::Linear },
+        y: Axis { name: "tokens a second", scale: Scale::Linear },
+        series: vec![
+            Series { name: "Pareto line".into(), points: pareto(&points), is_line: true },
+            Series { name: "levels".into(), points, is_line: false },
+        ],
+    })
+}
+
+/// The points that have more throughput than every one of lower latency, by latency.
+fn pareto(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let mut sorted = points.to_vec();
+    sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.total_cmp(&a.1)));
+    let mut best = f64::NEG_INFINITY;
+    sorted.retain(|(_, y)| {
+        let is_better = *y > best;
+        best = best.max(*y);
+        is_better
+    });
+    sorted
+}
+
+/// Shares of all values that lie below, a line for each level.
+fn distribution(
+    levels: &[Level],
+    title: &str,
+    of: impl Fn(&Level) -> &Option<Quantiles>,
+) -> Option<Chart> {
+    let line = |level: &Level| {
+        let curve = &of(level).as_ref()?.curve;
+        let last = curve.len().saturating_sub(1).max(1) as f64;
+        let points = curve.iter().enumerate();
+        let points = points.map(|(i, v)| (1e3 * v.max(1e-6), 100.0 * i as f64 / last));
+        let name = match (level.rate, level.concurrency) {
+            (Some(rate), _) => format!("{rate} requests/s"),
+            (None, many) => format!("{} at once", many.unwrap_or(0)),
+        };
+        Some(Series { name, points: points.collect(), is_line: true })
+    };
+    let series: Vec<Series> = levels.iter().filter_map(line).collect();
+    (!series.is_empty()).then(|| Chart {
+        title: title.into(),
+        x: Axis { name: "milliseconds", scale: Scale::Log },
+        y: Axis { name: "percent below", scale: Scale::Linear },
+        series,
+    })
+}
+
+/// What memory holds, one on top of the other, beside what was resident.
+fn memory(report: &Report) -> Option<Chart> {
+    let memory = report.memory?;
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let bar = |name: &str, place: f64, bytes: u64| Series {
+        name: format!("{name}, {:.2} GiB", gib(bytes)),
+        points: vec![(place, 0.0), (place, gib(bytes))],
+        is_line: true,
+    };
+    Some(Chart {
+        title: "Memory".into(),
+        x: Axis { name: "", scale: Scale::Linear },
+        y: Axis { name: "GiB", scale: Scale::Linear },
+        series: vec![
+            bar("weights", 1.0, memory.weights),
+            bar("keys and values", 2.0, memory.kv),
+            bar("resident at most", 3.0, memory.peak_resident),
+        ],
+    })
+}
+
+impl Axis {
+    fn place(&self, value: f64) -> Option<f64> {
+        let placed = match self.scale {
+            Scale::Linear => value,
+            Scale::Log => value.log10(),
+        };
+        placed.is_finite().then_some(placed)
+    }
+
+    fn label(&self, place: f64) -> String {
+        let value = match self.scale {
+            Scale::Linear => place,
+            Scale::Log => 10_f64.powf(place),
+        };
+        match value.abs() {
+            v if v >= 10.0 || v == 0.0 => format!("{value:.0}"),
+            v if v >= 0.1 => format!("{value:.2}"),
+            _ => format!("{value:.1e}"),
+        }
+    }
+
+    fn range(&self, values: impl Iterator<Item = f64> + Clone) -> Range<f64> {
+        let low = values.clone().fold(f64::INFINITY, f64::min);
+        let high = values.fold(f64::NEG_INFINITY, f64::max);
+        let low = if self.scale == Scale::Linear { low.min(0.0) } else { low };
+        let margin = (0.06 * (high - low)).max(1e-3);
+        let start = if self.scale == Scale::Linear && low == 0.0 { 0.0 } else { low - margin };
+        start..high + margin
+    }
+}
+
+impl Chart {
+    fn svg(&self) -> Result<String, String> {
+        let mut svg = String::new();
+        self.draw(&mut svg).map_err(|e| format!("the plot `{}`: {e}", self.title))?;
+        Ok(svg)
+    }
+
+    fn placed(&self, series: &Series) -> Vec<(f64, f64)> {
+        let place = |(x, y): &(f64, f64)| Some((self.x.place(*x)?, self.y.place(*y)?));
+        series.points.iter().filter_map(place).collect()
+    }
+
+    fn draw(&self, svg: &mut String) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
+        let placed: Vec<Vec<(f64, f64)>> = self.series.iter().map(|s| self.placed(s)).collect();
+        let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+        area.fill(&WHITE)?;
+        let points = || placed.iter().flatten();
+        if points().next().is_none() {
+            return area.present();
+        }
+        let (x, y) = (self.x.range(points().map(|p| p.0)), self.y.range(points().map(|p| p.1)));
+        let mut chart = ChartBuilder::on(&area)
+            .margin(10)
+            .x_label_area_size(40)
+            .y_label_area_size(64)
+            .build_cartesian_2d(x, y)?;
+        chart
+            .configure_mesh()
+            .light_line_style(WHITE)
+            .x_desc(self.x.name)
+            .y_desc(self.y.name)
+            .x_label_formatter(&|place| self.x.label(*place))
+            .y_label_formatter(&|place| self.y.label(*place))
+            .draw()?;
+        for (index, (series, points)) in self.series.iter().zip(&placed).enumerate() {
+            let color = COLORS[index % COLORS.len()];
+            let drawn = match series.is_line {
+                true => chart
+                    .draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?,
+                false => {
+                    chart.draw_series(points.iter().map(|p| Circle::new(*p, 4, color.filled())))?
+                }
+            };
+            drawn.label(series.name.as_str()).legend(move |(x, y)| {
+                PathElement::new([(x, y), (x + 16, y)], color.stroke_width(3))
+            });
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::LowerRight)
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.3))
+            .draw()?;
+        area.present()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::report::seal::tests::sample;
+
+    #[test]
+    fn a_report_of_an_engine_has_a_roofline_speeds_and_memory() {
+        let plots = all(&sample(10.0)).unwrap();
+        let titles: Vec<&str> = plots.iter().map(|(title, _)| title.as_str()).collect();
+        assert_eq!(titles, ["Roofline", "Decode", "Memory"]);
+        assert!(plots.iter().all(|(_, svg)| svg.starts_with("<svg") && svg.contains("polyline")));
+        assert_eq!(plots[0].1.matches("<circle").count(), 3, "{}", plots[0].1);
+    }
+
+    #[test]
+    fn the_pareto_line_leaves_out_what_is_beaten() {
+        let points = [(20.0, 300.0), (10.0, 100.0), (15.0, 90.0), (30.0, 299.0), (10.0, 50.0)];
+        assert_eq!(pareto(&points), [(10.0, 100.0), (20.0, 300.0)]);
+    }
+}

@@ -1,0 +1,178 @@
+//! Reports as files: read with every fault named, signed, and checked.
+
+use super::schema::{Report, SCHEMA, Signature, VERSION};
+use crate::chain::keys::{Hotkey, Keypair};
+use crate::files;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::path::Path;
+
+/// Bytes of a report.
+const REPORT_BYTES_MAX: u64 = 64 << 20;
+/// What a signature says it is of.
+const DOMAIN: &[u8] = b"targon-engine bench report 1\n";
+
+/// What is known of a report's signature.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Sealed {
+    /// It has none.
+    Unsigned,
+    /// This hotkey's.
+    By(Hotkey),
+}
+
+/// What is signed: a hash of the report without its signature, in the order of the schema.
+fn message(report: &Report) -> Result<Vec<u8>, String> {
+    let bare = Report { signature: None, ..report.clone() };
+    let bytes =
+        serde_json::to_vec(&bare).map_err(|e| format!("a report cannot be written: {e}"))?;
+    Ok([DOMAIN, Sha256::digest(&bytes).as_slice()].concat())
+}
+
+/// Signs a report.
+///
+/// # Errors
+/// When it holds what JSON cannot.
+pub fn sign(report: &mut Report, keypair: &Keypair) -> Result<(), String> {
+    let signature = keypair.sign(&message(report)?);
+    let (hotkey, signature) = (keypair.hotkey().to_string(), hex::encode(signature));
+    report.signature = Some(Signature { hotkey, signature });
+    Ok(())
+}
+
+/// Checks a report's signature.
+///
+/// # Errors
+/// When it is not the hotkey's over this report.
+pub fn check(report: &Report) -> Result<Sealed, String> {
+    let Some(sent) = &report.signature else { return Ok(Sealed::Unsigned) };
+    let hotkey: Hotkey = sent.hotkey.parse().map_err(|e| format!("`signature.hotkey`: {e}"))?;
+    let bytes = hex::decode(&sent.signature)
+        .map_err(|e| format!("`signature.signature` is not hexadecimal: {e}"))?;
+    let bytes: [u8; 64] = bytes.try_into().map_err(|bytes: Vec<u8>| {
+        format!("`signature.signature` must have 64 bytes, got {}", bytes.len())
+    })?;
+    match hotkey.verify(&message(report)?, &bytes) {
+        true => Ok(Sealed::By(hotkey)),
+        false => Err(format!("the signature is not {hotkey}'s over this report: it was changed")),
+    }
+}
+
+/// Reads a report.
+///
+/// # Errors
+/// The file, and what is wrong with it.
+pub fn read(path: &Path) -> Result<Report, String> {
+    let place = path.display();
+    let bytes =
+        files::read(path, REPORT_BYTES_MAX).map_err(|e| format!("{place} cannot be read: {e}"))?;
+    parse(&bytes).map_err(|what| format!("{place}: {what}"))
+}
+
+fn parse(bytes: &[u8]) -> Result<Report, String> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| format!("it is not JSON: {e}"))?;
+    if value["schema"] != SCHEMA {
+        return Err(format!("`schema` must be \"{SCHEMA}\", got {}", value["schema"]));
+    }
+    if value["version"] != VERSION {
+        let what = format!("`version` must be {VERSION}, got {}", value["version"]);
+        return Err(format!("{what}: another program wrote it"));
+    }
+    serde_path_to_error::deserialize(value).map_err(|e| format!("`{}`: {}", e.path(), e.inner()))
+}
+
+#[cfg(test)]
+pub(in crate::bench) mod tests {
+    use super::*;
+    use crate::bench::report::facts::{Machine, ModelFacts};
+    use crate::bench::report::schema::{Ceilings, Kind, Limit, MemoryUse, Phase, Row};
+    use crate::bench::report::spread::Spread;
+
+    /// A small report of an engine.
+    pub(in crate::bench) fn sample(speed: f64) -> Report {
+        let machine = Machine {
+            cpu: "AMD EPYC 9654 96-Core Processor".into(),
+            cores: 96,
+            threads: Some(96),
+            isa: Some("avx512".into()),
+            memory_bytes: 1 << 38,
+            kernel: None,
+            driver: None,
+            governor: None,
+        };
+        let model = ModelFacts {
+            name: "m<script>".into(),
+            weights_root: Some("ab".into()),
+            dtype: Some("bf16".into()),
+            weights_bytes: Some(1 << 30),
+        };
+        let mut report = Report::new(Kind::Engine, 1_790_000_000, machine, model);
+        report.is_partial = false;
+        report.ceilings = Some(Ceilings { read_bandwidth: 4e11, fma_peak: 6e12, table: None });
+        report.memory = Some(MemoryUse { weights: 1 << 30, kv: 1 << 28, peak_resident: 3 << 29 });
+        for (phase, factor) in [(Phase::Prefill, 8.0), (Phase::Decode, 1.0), (Phase::Verify, 5.0)] {
+            let runs = vec![factor * speed, factor * speed * 1.1];
+            report.rows.push(Row {
+                phase,
+                batch: 1,
+                depth: 128,
+                tokens: 32,
+                speed: Spread::of(&runs).unwrap(),
+                runs,
+                bytes_per_second: 1e11,
+                operations_per_second: 1e12,
+                of_bandwidth: 0.25,
+                of_peak: 0.166,
+                limit: Limit::Memory,
+                predicted: factor * speed,
+                error: -0.05,
+                joules_per_token: Some(0.5),
+            });
+        }
+        report
+    }
+
+    #[test]
+    fn a_report_comes_back_as_it_was_written() {
+        let report = sample(123.456_789_012_345_67);
+        let bytes = serde_json::to_vec_pretty(&report).unwrap();
+        assert_eq!(parse(&bytes).unwrap(), report);
+    }
+
+    #[test]
+    fn a_signature_is_over_every_number() {
+        let keypair = Keypair::from_seed(&[7; 32]).unwrap();
+        let mut report = sample(100.0);
+        assert_eq!(check(&report), Ok(Sealed::Unsigned));
+        sign(&mut report, &keypair).unwrap();
+        let read = parse(&serde_json::to_vec_pretty(&report).unwrap()).unwrap();
+        assert_eq!(check(&read), Ok(Sealed::By(keypair.hotkey())));
+        let mut changed = read.clone();
+        changed.rows[1].runs[0] += 1e-9;
+        assert!(check(&changed).unwrap_err().contains("it was changed"));
+        let other = Keypair::from_seed(&[8; 32]).unwrap().hotkey();
+        let mut stolen = read;
+        stolen.signature.as_mut().unwrap().hotkey = other.to_string();
+        assert!(check(&stolen).is_err());
+        stolen.signature.as_mut().unwrap().signature = "00".into();
+        assert!(check(&stolen).unwrap_err().contains("must have 64 bytes, got 1"));
+    }
+
+    #[test]
+    fn what_is_no_report_is_refused_by_name() {
+        let good = serde_json::to_value(sample(1.0)).unwrap();
+        let with = |key: &str, value: Value| {
+            let mut changed = good.clone();
+            changed[key] = value;
+            parse(changed.to_string().as_bytes()).unwrap_err()
+        };
+        assert!(parse(b"{").unwrap_err().contains("it is not JSON"));
+        assert!(with("schema", "x".into()).contains("`schema` must be \"targon-engine-bench\""));
+        assert!(with("version", 2.into()).contains("`version` must be 1, got 2"));
+        assert!(with("seconds", "x".into()).contains("`seconds`: invalid type"));
+        assert!(with("more", 1.into()).contains("unknown field `more`"));
+        let directory = tempfile::tempdir().unwrap();
+        let error = read(&directory.path().join("a.json")).unwrap_err();
+        assert!(error.contains("a.json cannot be read"), "{error}");
+    }
+}

@@ -1,0 +1,131 @@
+//! A row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
+
+use super::plan::devices::{Device, Kind};
+use super::plan::predict::{Load, predict};
+use super::plan::work::{decode, prefill};
+use super::report::schema::{Ceilings, Limit, Phase, Row};
+use super::report::spread::Spread;
+use crate::models::spec::Spec;
+use crate::verify::FAST_ROWS;
+
+/// Below this share of both ceilings something else holds a row back.
+const OVERHEAD_BELOW: f64 = 0.25;
+
+/// What was measured.
+#[derive(Clone, Copy)]
+pub(super) struct Size {
+    pub(super) phase: Phase,
+    pub(super) batch: usize,
+    pub(super) depth: usize,
+    pub(super) tokens: usize,
+}
+
+impl Size {
+    /// Bytes and operations of a token, at least.
+    fn work(self, spec: &Spec) -> (f64, f64) {
+        let Self { phase, batch, depth, tokens } = self;
+        let (work, count) = match phase {
+            Phase::Prefill => (prefill(spec, depth, 1), depth),
+            Phase::Decode => (decode(spec, batch, depth + tokens / 2), batch),
+            Phase::Verify => (prefill(spec, depth + tokens, FAST_ROWS + 1), depth + tokens),
+        };
+        (work.bytes / count as f64, work.operations / count as f64)
+    }
+
+    /// Tokens a second that the plan predicts for a machine of these ceilings.
+    fn predicted(self, spec: &Spec, ceilings: &Ceilings) -> f64 {
+        let Self { phase, batch, depth, tokens } = self;
+        let device = Device {
+            name: "this machine",
+            kind: Kind::Cpu,
+            memory: u64::MAX,
+            bandwidth: ceilings.read_bandwidth,
+            peak: ceilings.fma_peak,
+            power: 0.0,
+            source: "measured in the same run",
+        };
+        let context = depth + tokens / 2;
+        let load = Load { batches: vec![batch], context, prompt: depth, answer: tokens };
+        let prediction = predict(spec, &device, &load, None);
+        match phase {
+            Phase::Prefill => prediction.prefill_tokens_per_second,
+            Phase::Decode => prediction.decode.first().map_or(0.0, |d| d.tokens_per_second),
+            Phase::Verify => prediction.checks_per_minute / 60.0 * (depth + tokens) as f64,
+        }
+    }
+}
+
+/// The row of these runs, in tokens a second; `None` where there is none.
+pub(super) fn row(spec: &Spec, ceilings: &Ceilings, size: Size, runs: Vec<f64>) -> Option<Row> {
+    let speed = Spread::of(&runs)?;
+    let (bytes, operations) = size.work(spec);
+    let (bytes_per_second, operations_per_second) = (bytes * speed.mean, operations * speed.mean);
+    let of_bandwidth = bytes_per_second / ceilings.read_bandwidth;
+    let of_peak = operations_per_second / ceilings.fma_peak;
+    let predicted = size.predicted(spec, ceilings);
+    let limit = match of_bandwidth.max(of_peak) {
+        most if most < OVERHEAD_BELOW => Limit::Overhead,
+        _ if of_bandwidth >= of_peak => Limit::Memory,
+        _ => Limit::Compute,
+    };
+    let Size { phase, batch, depth, tokens } = size;
+    Some(Row {
+        phase,
+        batch,
+        depth,
+        tokens,
+        error: predicted / speed.mean - 1.0,
+        runs,
+        speed,
+        bytes_per_second,
+        operations_per_second,
+        of_bandwidth,
+        of_peak,
+        limit,
+        predicted,
+        joules_per_token: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::config;
+    use serde_json::json;
+    use std::path::Path;
+
+    /// An 8B Llama at 100 GB/s and 1 TFLOP/s.
+    fn measured(size: Size, speed: f64) -> Row {
+        let json = json!({
+            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "intermediate_size": 14_336, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+        });
+        let spec = config::parse(Path::new("config.json"), &json).unwrap();
+        let ceilings = Ceilings { read_bandwidth: 100e9, fma_peak: 1e12, table: None };
+        row(&spec, &ceilings, size, vec![speed; 3]).unwrap()
+    }
+
+    #[test]
+    fn decode_of_one_sequence_reads_all_weights_for_each_token() {
+        let size = Size { phase: Phase::Decode, batch: 1, depth: 128, tokens: 64 };
+        let row = measured(size, 5.0);
+        // 15.0 GB without the embedding, five times a second.
+        assert!((74e9..77e9).contains(&row.bytes_per_second), "{row:?}");
+        assert_eq!(row.limit, Limit::Memory);
+        // 70 % of 100 GB/s over 15.03 GB.
+        assert!((4.6..4.7).contains(&row.predicted), "{row:?}");
+        assert!((row.error - (row.predicted / 5.0 - 1.0)).abs() < 1e-12);
+        assert_eq!(measured(size, 0.5).limit, Limit::Overhead);
+    }
+
+    #[test]
+    fn prefill_is_bound_by_arithmetic_and_checks_cost_as_much() {
+        let size = Size { phase: Phase::Prefill, batch: 4, depth: 1024, tokens: 64 };
+        let row = measured(size, 40.0);
+        assert_eq!(row.limit, Limit::Compute);
+        assert!((0.5..0.6).contains(&row.of_peak), "{row:?}");
+        let check = measured(Size { phase: Phase::Verify, ..size }, 40.0);
+        assert!((check.predicted / row.predicted - 1.0).abs() < 0.1, "{check:?}");
+    }
+}

@@ -1,0 +1,349 @@
+//! `bench engine`: prefill, decode and checks over batch and depth, in this process, each beside
+//! the ceilings of the machine and what `bench plan` predicts from them.
+
+use super::ceilings::{fma_peak, read_bandwidth};
+use super::conditions::{Conditions, Mark, MarkKind, Moment, drift, governor};
+use super::energy::Counters;
+use super::host;
+use super::load::{proved, request_of};
+use super::plan::devices::Device;
+use super::report::schema::{Ceilings, MemoryUse, Phase, Report, Row, TableCeilings};
+use super::rows::{Size, row};
+use crate::clock::Clock;
+use crate::engine::memory::memory;
+use crate::engine::output::Event;
+use crate::engine::plan::Bytes;
+use crate::engine::{Engine, Options};
+use crate::models::pass::blocks_of;
+use crate::models::{Identity, Model};
+use crate::ops::pool::Pool;
+use crate::proof::Scheme;
+use crate::proof::codec::Hash;
+use crate::proof::commit::nonce_of;
+use crate::verify::answer::Answer;
+use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Verdict, Verifier};
+use anyhow::{Context, bail, ensure};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Rows of a step.
+const STEP_TOKENS: usize = 512;
+/// The share of available memory that keys and values may take.
+const KV_SHARE: f64 = 0.6;
+/// KV blocks that are left over.
+const SPARE_BLOCKS: usize = 64;
+
+/// What is measured.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Setup {
+    /// Sequences side by side.
+    pub batches: Vec<usize>,
+    /// Tokens before what is measured.
+    pub depths: Vec<usize>,
+    /// Tokens that each sequence decodes, and that an answer which is checked has.
+    pub tokens: usize,
+    /// Runs of each row.
+    pub runs: usize,
+    /// Every run asks the same prompts: it measures the prefix cache too.
+    pub repeats_prompts: bool,
+    /// The machine's row of the device table.
+    pub device: Option<Device>,
+}
+
+/// Who follows a measurement.
+pub struct Watch<'a> {
+    /// Whether it should go on; asked before every run.
+    pub is_wanted: &'a dyn Fn() -> bool,
+    /// Takes the report as it is, after every row.
+    pub keep: &'a mut dyn FnMut(&Report) -> anyhow::Result<()>,
+}
+
+/// Measures `model` into `report`; what is there stays, whatever happens later.
+///
+/// # Errors
+/// When a size does not fit, or the engine fails.
+pub fn run(
+    (model, identity): (Model, Identity),
+    pool: &Pool,
+    setup: &Setup,
+    report: &mut Report,
+    watch: &mut Watch<'_>,
+) -> anyhow::Result<()> {
+    let (clock, root) = (Clock::system(), Path::new("/"));
+    let options = options(&model, setup)?;
+    let before = Moment::now(root, &clock);
+    let ceilings = ceilings(pool, setup.device.as_ref());
+    report.ceilings = Some(ceilings.clone());
+    report.marks.extend(governor(report.machine.governor.as_deref()));
+    if !report.program.is_optimized {
+        let what = "the program was compiled without optimisation";
+        report.marks.push(Mark::new(MarkKind::Unoptimized, what));
+    }
+    let weights = model.decoder.weights.bytes() as u64;
+    let kv = (options.blocks * model.decoder.spec.kv_dims().block_bytes()) as u64;
+    let engine = Engine::start(model, pool.clone(), options, Clock::system())?;
+    let verifier = Verifier {
+        model: Arc::clone(engine.model()),
+        identity: Arc::new(identity),
+        pool: pool.separate(),
+        limits: Limits::default(),
+        context_max: options.context_max,
+    };
+    let bench = Bench { engine, verifier, setup, ceilings: &ceilings };
+    let outcome = bench.all(report, watch);
+    let peak_resident = host::resident_bytes("VmHWM:").unwrap_or(0.0) as u64;
+    report.memory = Some(MemoryUse { weights, kv, peak_resident });
+    report.seconds = clock.elapsed().as_secs_f64();
+    // Before the ceilings are measured again: the load is this measurement's.
+    let conditions = Conditions { before, after: Moment::now(root, &clock) };
+    report.marks.extend(conditions.marks());
+    report.conditions = Some(conditions);
+    if outcome.is_ok() && (watch.is_wanted)() {
+        let turn = pool.turn();
+        let peak = fma_peak(&turn);
+        report.marks.extend(drift("the peak of multiply-adds", ceilings.fma_peak, peak));
+    }
+    outcome
+}
+
+/// The engine's sizes.
+fn options(model: &Model, setup: &Setup) -> anyhow::Result<Options> {
+    let spec = &model.decoder.spec;
+    let deepest = setup.depths.iter().copied().max().context("no depth is asked for")?;
+    let batch = setup.batches.iter().copied().max().context("no batch is asked for")?;
+    let context_max = deepest + decode_tokens(setup.tokens, batch) + 1;
+    ensure!(
+        context_max <= spec.context,
+        "--depth {deepest} with --tokens {} and --batch {batch} needs a context of {context_max} \
+         tokens, but the model's has {}",
+        setup.tokens,
+        spec.context
+    );
+    let blocks = batch * blocks_of(context_max) + SPARE_BLOCKS;
+    let (needed, free) = ((blocks * spec.kv_dims().block_bytes()) as u64, memory().available);
+    ensure!(
+        needed as f64 <= KV_SHARE * free as f64,
+        "--batch {batch} at --depth {deepest} needs {} for keys and values, of {} that are free",
+        Bytes(needed),
+        Bytes(free)
+    );
+    let (sequences_max, waiting_max) = (batch, batch);
+    Ok(Options { context_max, blocks, sequences_max, waiting_max, step_tokens_max: STEP_TOKENS })
+}
+
+/// Tokens that a sequence must be allowed, so that `tokens` are measured while all of them run: the
+/// first goes on while the others start.
+fn decode_tokens(tokens: usize, batch: usize) -> usize {
+    tokens + batch + 4
+}
+
+fn ceilings(pool: &Pool, device: Option<&Device>) -> Ceilings {
+    let turn = pool.turn();
+    Ceilings {
+        read_bandwidth: read_bandwidth(&turn),
+        fma_peak: fma_peak(&turn),
+        table: device.map(|d| TableCeilings {
+            device: d.name.into(),
+            bandwidth: d.bandwidth,
+            peak: d.peak,
+        }),
+    }
+}
+
+struct Bench<'a> {
+    engine: Engine,
+    verifier: Verifier,
+    setup: &'a Setup,
+    ceilings: &'a Ceilings,
+}
+
+/// What one run took.
+struct Run {
+    tokens: usize,
+    seconds: f64,
+    joules: Option<f64>,
+}
+
+/// Clock and energy counters at the start of a run.
+struct Meter(Clock, Option<Counters>);
+
+impl Meter {
+    fn start() -> Self {
+        let counters = Counters::now(Path::new("/"));
+        Self(Clock::system(), counters)
+    }
+
+    fn end(self, tokens: usize) -> Run {
+        let seconds = self.0.elapsed().as_secs_f64();
+        let used = self.1.zip(Counters::now(Path::new("/")));
+        Run { tokens, seconds, joules: used.map(|(before, after)| after.since(&before)) }
+    }
+}
+
+impl Bench<'_> {
+    fn all(&self, report: &mut Report, watch: &mut Watch<'_>) -> anyhow::Result<()> {
+        self.decode(1, 32.min(self.setup.depths[0].max(1)), 0)?; // warm-up
+        for phase in [Phase::Prefill, Phase::Decode, Phase::Verify] {
+            for depth in &self.setup.depths {
+                for batch in &self.setup.batches {
+                    let depth = (*depth).max(1);
+                    if !self.measure(phase, (*batch, depth), report, watch)? {
+                        let what = format!("it ended at {}", phase.name());
+                        report.marks.push(Mark::new(MarkKind::Interrupted, what));
+                        return Ok(());
+                    }
+                    (watch.keep)(report)?;
+                }
+            }
+        }
+        report.is_partial = false;
+        Ok(())
+    }
+
+    /// Adds one row; false where nobody wants it any more. Runs that were made count.
+    fn measure(
+        &self,
+        phase: Phase,
+        (batch, depth): (usize, usize),
+        report: &mut Report,
+        watch: &Watch<'_>,
+    ) -> anyhow::Result<bool> {
+        let (mut runs, mut joules) = (Vec::new(), Vec::new());
+        let answers = match phase {
+            Phase::Verify => self.answers(batch, depth)?,
+            Phase::Prefill | Phase::Decode => Vec::new(),
+        };
+        let cached = self.engine.stats().snapshot().cached_tokens;
+        for number in 0..self.setup.runs {
+            if !(watch.is_wanted)() {
+                break;
+            }
+            let salt = if self.setup.repeats_prompts { 1 } else { 1 + number };
+            let run = match phase {
+                Phase::Prefill => self.prefill(batch, depth, salt)?,
+                Phase::Decode => self.decode(batch, depth, salt)?,
+                Phase::Verify => self.check(&answers)?,
+            };
+            joules.extend(run.joules.map(|j| j / run.tokens as f64));
+            runs.push(run.tokens as f64 / run.seconds);
+        }
+        if phase == Phase::Prefill && !self.setup.repeats_prompts {
+            let found = self.engine.stats().snapshot().cached_tokens - cached;
+            if found > 0 {
+                let what = format!("{found} tokens of prompts that should be new were cached");
+                report.marks.push(Mark::new(MarkKind::WarmCache, what));
+            }
+        }
+        let size = Size { phase, batch, depth, tokens: self.setup.tokens };
+        let spec = &self.engine.model().decoder.spec;
+        let is_whole = runs.len() == self.setup.runs;
+        let mean = joules.iter().sum::<f64>() / joules.len().max(1) as f64;
+        let measured = row(spec, self.ceilings, size, runs);
+        let joules_per_token = (!joules.is_empty()).then_some(mean);
+        report.rows.extend(measured.map(|row| Row { joules_per_token, ..row }));
+        Ok(is_whole)
+    }
+
+    /// Prompts that no other run has.
+    fn prompt(&self, phase: Phase, (batch, depth): (usize, usize), salt: usize, i: usize) -> u64 {
+        let place = ((phase as u64) << 60) | ((salt as u64) << 44) | ((batch as u64) << 32);
+        place | ((depth as u64) << 12) | i as u64
+    }
+
+    fn prefill(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Run> {
+        let seed = |i| self.prompt(Phase::Prefill, (batch, depth), salt, i);
+        let vocab = self.engine.model().decoder.spec.vocab;
+        let requests: Vec<_> = (0..batch).map(|i| request_of(vocab, depth, 1, seed(i))).collect();
+        let meter = Meter::start();
+        let running = requests.into_iter().map(|r| self.engine.submit(r));
+        for generation in running.collect::<Result<Vec<_>, _>>()? {
+            generation.collect_blocking()?;
+        }
+        Ok(meter.end(batch * depth))
+    }
+
+    /// Prompts are computed before, so that all sequences find theirs and start together. What
+    /// counts is between the last of their first tokens and the end of the sequence that began
+    /// first.
+    fn decode(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Run> {
+        let seed = |i| self.prompt(Phase::Decode, (batch, depth), salt, i);
+        let vocab = self.engine.model().decoder.spec.vocab;
+        let submit = |tokens: usize| {
+            let requests = (0..batch).map(|i| request_of(vocab, depth, tokens, seed(i)));
+            requests.map(|r| self.engine.submit(r)).collect::<Result<Vec<_>, _>>()
+        };
+        for generation in submit(1)? {
+            generation.collect_blocking()?;
+        }
+        let count = || self.engine.stats().snapshot().decode_tokens;
+        let mut running = submit(decode_tokens(self.setup.tokens, batch))?;
+        for generation in &mut running {
+            match generation.next_blocking() {
+                Some(Event::Step(_)) => {}
+                other => bail!("no first token: {other:?}"),
+            }
+        }
+        let (before, meter) = (count(), Meter::start());
+        let mut running = running.into_iter();
+        running.next().context("no sequence")?.collect_blocking()?;
+        let run = meter.end(count().saturating_sub(before) as usize);
+        for generation in running {
+            generation.collect_blocking()?;
+        }
+        let is_measured = run.tokens > 0 && run.seconds > 0.0;
+        ensure!(is_measured, "the first sequence ended before the last began");
+        Ok(run)
+    }
+
+    /// Honest answers with proofs.
+    fn answers(&self, batch: usize, depth: usize) -> anyhow::Result<Vec<Proved>> {
+        let vocab = self.engine.model().decoder.spec.vocab;
+        let answer = |i| {
+            let seed = self.prompt(Phase::Verify, (batch, depth), 0, i);
+            let mut request = request_of(vocab, depth, self.setup.tokens, seed);
+            request.sampling.temperature = 0.7;
+            let nonce = nonce_of(&format!("bench engine {seed}"));
+            let answer = proved(&self.engine, &self.verifier.identity, &request, nonce)?;
+            anyhow::Ok(Proved { request, nonce, answer })
+        };
+        (0..batch).map(answer).collect()
+    }
+
+    /// Checks all answers, each on a thread of its own: tokens of prompts and answers.
+    fn check(&self, answers: &[Proved]) -> anyhow::Result<Run> {
+        let meter = Meter::start();
+        let verdicts: Vec<Verdict> = std::thread::scope(|scope| {
+            let check = |proved| scope.spawn(move || self.verdict(proved));
+            let running: Vec<_> = answers.iter().map(check).collect();
+            let failed = |_| Verdict::Unscored("a check panicked".into());
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(failed)).collect()
+        });
+        let tokens = answers.iter().map(|a| a.request.prompt.len() + a.answer.ids.len());
+        let run = meter.end(tokens.sum());
+        let wrong = verdicts.iter().find(|v| **v != Verdict::Pass);
+        ensure!(wrong.is_none(), "an honest answer does not pass: {wrong:?}");
+        Ok(run)
+    }
+
+    fn verdict(&self, proved: &Proved) -> Verdict {
+        let Proved { request, nonce, answer } = proved;
+        let proof = Challenge { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
+        let claim = Claim {
+            request,
+            seed: None,
+            choice: 0,
+            proof: Some(proof),
+            answer,
+            end_is_implied: false,
+        };
+        let verification = self.verifier.verify(Profile::Proof, 7).depth(Depth::Fast);
+        verification.answer(&claim).verdict
+    }
+}
+
+/// An answer with its request and the nonce of its proof.
+struct Proved {
+    request: crate::engine::request::Request,
+    nonce: Hash,
+    answer: Answer,
+}

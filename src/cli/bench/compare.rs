@@ -1,0 +1,172 @@
+//! `bench compare`: reports beside each other.
+
+use crate::bench::compare::{Assumptions, Compared, Entry, compare};
+use crate::bench::plan::prices::{self, Price};
+use crate::bench::report::seal;
+use crate::cli::Failure;
+use crate::cli::out::outln;
+use crate::cli::printable::printable;
+use crate::validator::scores::series::sigmoid;
+use clap::Args;
+use comfy_table::{Table, presets};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// Arguments of `bench compare`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  targon-engine bench compare epyc.json h200.json --prices prices.toml
+A price counts for a report whose file has the name of its `device` (h200.json), or whose machine
+is that row of the device table.")]
+pub(in crate::cli) struct CompareArgs {
+    /// Reports of `bench engine` and `bench serve`: report.json of each.
+    #[arg(required = true)]
+    reports: Vec<PathBuf>,
+    /// A TOML file with [[price]] entries: device, per_hour (dollars), date, source.
+    #[arg(long)]
+    prices: Option<PathBuf>,
+    /// Tokens of a validator's prompt, for its score.
+    #[arg(long, default_value_t = 512.0)]
+    prompt_tokens: f64,
+    /// Tokens of an answer to it.
+    #[arg(long, default_value_t = 1216.0)]
+    answer_tokens: f64,
+    /// Share of all answers that are checked.
+    #[arg(long, default_value_t = 1.0)]
+    checked_share: f64,
+    /// Refuse reports that are unsigned, partial or to be doubted.
+    #[arg(long)]
+    strict: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &CompareArgs) -> Result<(), Failure> {
+    let prices = args.prices.as_deref().map(prices::read).transpose().map_err(Failure::user)?;
+    let prices = prices.unwrap_or_default();
+    let assumed = args.assumptions()?;
+    let entries =
+        args.reports.iter().map(|path| args.entry(path)).collect::<Result<Vec<_>, _>>()?;
+    let compared = compare(&entries, &prices, assumed, sigmoid);
+    if args.json {
+        outln!("{}", json!({"assumptions": assumed, "compared": compared, "prices": prices}));
+    } else {
+        print(&compared, assumed, &prices);
+    }
+    Ok(())
+}
+
+impl CompareArgs {
+    fn assumptions(&self) -> Result<Assumptions, Failure> {
+        let Self { prompt_tokens, answer_tokens, checked_share, .. } = *self;
+        let is_size = |tokens: f64| tokens.is_finite() && tokens >= 1.0;
+        if !is_size(prompt_tokens) || !is_size(answer_tokens) {
+            let what = "--prompt-tokens and --answer-tokens must be numbers of at least 1";
+            return Err(Failure::user(what));
+        }
+        if !(0.0..=1.0).contains(&checked_share) {
+            let what = format!("--checked-share must lie between 0 and 1, got {checked_share}");
+            return Err(Failure::user(what));
+        }
+        Ok(Assumptions { prompt_tokens, answer_tokens, checked_share })
+    }
+
+    fn entry(&self, path: &Path) -> Result<Entry, Failure> {
+        let place = path.display();
+        let refuse = |what: &str| Failure::user(printable(&format!("{place}: {what}")));
+        let report = seal::read(path).map_err(|e| Failure::user(printable(&e)))?;
+        let sealed = seal::check(&report).map_err(|what| refuse(&what))?;
+        if self.strict {
+            if sealed == seal::Sealed::Unsigned {
+                return Err(refuse("it is unsigned"));
+            }
+            if report.is_partial {
+                return Err(refuse("it is partial"));
+            }
+            if let Some(mark) = report.marks.first() {
+                return Err(refuse(&format!("it is to be doubted: {}", mark.what)));
+            }
+        }
+        Ok(Entry { name: name(path), report, sealed })
+    }
+}
+
+/// The file's stem, or the directory's name where that says nothing.
+fn name(path: &Path) -> String {
+    let text = |part: Option<&std::ffi::OsStr>| {
+        part.map(|p| p.to_string_lossy().into_owned()).unwrap_or_default()
+    };
+    let stem = text(path.file_stem());
+    let parent = text(path.parent().and_then(Path::file_name));
+    if stem == "report" && !parent.is_empty() { parent } else { stem }
+}
+
+fn print(all: &[Compared], assumed: Assumptions, prices: &[Price]) {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "rank",
+        "report",
+        "tok/s",
+        "$/h",
+        "tok/s per $/h",
+        "$/Mtok",
+        "J/tok",
+        "verified tok/$",
+        "score",
+        "score per $ a day",
+        "signed",
+        "doubts",
+    ]);
+    let number = |value: Option<f64>| match value {
+        None => "-".into(),
+        Some(v) if v.abs() >= 100.0 => format!("{v:.0}"),
+        Some(v) => format!("{v:.3}"),
+    };
+    for (rank, c) in all.iter().enumerate() {
+        let mut doubts = c.marks.clone();
+        doubts.extend(c.is_partial.then(|| "partial".to_owned()));
+        let signed = c.signed_by.as_ref().map_or("no".into(), |s| s.chars().take(8).collect());
+        table.add_row([
+            (rank + 1).to_string(),
+            printable(&c.name),
+            number(c.tokens_per_second),
+            number(c.price.as_ref().map(|p| p.0)),
+            number(c.per_dollar_hour),
+            number(c.dollars_per_million),
+            number(c.joules_per_token),
+            number(c.verified_per_dollar),
+            number(c.score),
+            number(c.score_per_dollar_day),
+            signed,
+            if doubts.is_empty() { "none".into() } else { doubts.join(", ") },
+        ]);
+    }
+    outln!("{table}");
+    for c in all {
+        let machine = c.machine.as_deref().unwrap_or("a server whose machine is unknown");
+        outln!("  {}: {} on {}", printable(&c.name), printable(&c.model), printable(machine));
+    }
+    for Price { device, per_hour, date, source } in prices {
+        let source = source.as_deref().map_or(String::new(), |s| format!(", {s}"));
+        outln!("  {}: ${per_hour} an hour on {date}{}", printable(device), printable(&source));
+    }
+    let Assumptions { prompt_tokens, answer_tokens, checked_share } = assumed;
+    outln!("Assumed: prompts of {prompt_tokens} and answers of {answer_tokens} tokens;");
+    outln!("  {:.0} % of all answers are checked, on the same machine;", 100.0 * checked_share);
+    outln!("  the score is a validator's tokens a second of one request at a time, all answered,");
+    outln!("  in Targon's own profile: what it is worth depends on all other miners.");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_called_after_its_file_or_directory() {
+        assert_eq!(name(Path::new("a/h200.json")), "h200");
+        assert_eq!(name(Path::new("epyc/report.json")), "epyc");
+        assert_eq!(name(Path::new("report.json")), "report");
+    }
+}

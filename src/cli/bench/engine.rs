@@ -1,0 +1,135 @@
+//! `bench engine`: a model, measured in this process.
+
+use super::output::{OutputArgs, until_interrupted};
+use crate::bench::plan::devices::{Device, named, of_cpu};
+use crate::bench::report::facts::{Machine, ModelFacts};
+use crate::bench::report::schema::{Kind, Report};
+use crate::bench::sweep::{self, Setup, Watch};
+use crate::cli::Failure;
+use crate::cli::out::note;
+use crate::cli::shared::{ComputeArgs, runtime};
+use crate::clock::Clock;
+use crate::models::{Identity, Model};
+use crate::ops::dtype::Dtype;
+use crate::ops::pool::Pool;
+use crate::proof::codec::to_hex;
+use clap::Args;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+/// Arguments of `bench engine`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  targon-engine bench engine model.gguf --out report
+  targon-engine bench engine ./Llama-3.1-8B --batch 1,16,64 --depth 512,4096 --strict --out report
+  targon-engine bench engine model.gguf --wallet.name miner --wallet.hotkey h1 --out report")]
+pub(in crate::cli) struct EngineArgs {
+    /// A checkpoint directory or a GGUF file.
+    model: PathBuf,
+    /// Sequences side by side, with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16",
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: Vec<u16>,
+    /// Tokens before what is measured, and of each prompt, with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "128,1024",
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    depth: Vec<u32>,
+    /// Tokens that each sequence decodes, and that each checked answer has.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(32..=4096))]
+    tokens: u16,
+    /// Runs of each row; their mean gets an interval of 95 %.
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u8).range(1..=100))]
+    runs: u8,
+    /// Ask the same prompts in every run, so that prefill finds them in the prefix cache.
+    #[arg(long)]
+    repeat_prompts: bool,
+    /// The row of the device table that this machine is; found by its name where absent.
+    #[arg(long)]
+    device: Option<String>,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
+    let device = args.device()?;
+    let output = args.output.start()?;
+    let (runtime, pool) = (runtime()?, args.compute.pool()?);
+    let is_wanted = until_interrupted(&runtime);
+    let dtype: Option<Dtype> = None;
+    let model = Model::load(&args.model, dtype, &pool, |_, _| {}).map_err(Failure::user)?;
+    let identity = Identity::of(&model, &pool).map_err(Failure::user)?;
+    let machine = machine(&pool);
+    let device = device.or_else(|| of_cpu(&machine.cpu));
+    let facts = facts(&args.model, &model, &identity);
+    let started = Clock::system().unix_ms() / 1000;
+    let mut report = Report::new(Kind::Engine, started, machine, facts);
+    args.note_settings(&mut report);
+    let setup = args.setup(device);
+    let mut keep = |report: &Report| {
+        if let Some(row) = report.rows.last() {
+            let (phase, speed) = (row.phase.name(), row.speed.mean);
+            note!("{phase} batch {} depth {}: {speed:.1} tokens/s", row.batch, row.depth);
+        }
+        output.keep(report).map_err(anyhow::Error::msg)
+    };
+    let wanted = || is_wanted.load(Ordering::SeqCst);
+    let mut watch = Watch { is_wanted: &wanted, keep: &mut keep };
+    let outcome = sweep::run((model, identity), &pool, &setup, &mut report, &mut watch);
+    match outcome {
+        Ok(()) => output.finish(report),
+        Err(e) if report.rows.is_empty() => Err(Failure::user(e)),
+        // What was measured until then counts.
+        Err(e) => output.finish(report).and(Err(Failure::user(e))),
+    }
+}
+
+/// This machine, with what computes on it.
+fn machine(pool: &Pool) -> Machine {
+    let isa = pool.turn().isa().to_string();
+    Machine { threads: Some(pool.threads()), isa: Some(isa), ..Machine::this(Path::new("/")) }
+}
+
+fn facts(path: &Path, model: &Model, identity: &Identity) -> ModelFacts {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    ModelFacts {
+        name: name.to_string_lossy().into_owned(),
+        weights_root: Some(to_hex(&identity.weights_root)),
+        dtype: Some(identity.dtype.to_string()),
+        weights_bytes: Some(model.decoder.weights.bytes() as u64),
+    }
+}
+
+impl EngineArgs {
+    fn device(&self) -> Result<Option<Device>, Failure> {
+        let Some(name) = &self.device else { return Ok(None) };
+        let found = named(std::slice::from_ref(name));
+        let found = found.map_err(|e| Failure::user(format!("--device: {e}")))?;
+        Ok(found.into_iter().next())
+    }
+
+    fn setup(&self, device: Option<Device>) -> Setup {
+        Setup {
+            batches: self.batch.iter().map(|b| usize::from(*b)).collect(),
+            depths: self.depth.iter().map(|d| *d as usize).collect(),
+            tokens: self.tokens.into(),
+            runs: self.runs.into(),
+            repeats_prompts: self.repeat_prompts,
+            device,
+        }
+    }
+
+    fn note_settings(&self, report: &mut Report) {
+        for (name, value) in [
+            ("batch", json!(self.batch)),
+            ("depth", json!(self.depth)),
+            ("tokens", json!(self.tokens)),
+            ("runs", json!(self.runs)),
+            ("repeat_prompts", json!(self.repeat_prompts)),
+        ] {
+            report.settings.insert(name.into(), value);
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! What `bench engine` and `bench serve` share: where a report goes, who signs it, and when it is
+//! refused.
+
+use crate::bench::conditions::{Conditions, Mark, governor};
+use crate::bench::report::schema::Report;
+use crate::bench::report::{csv, html, markdown, seal};
+use crate::chain::keys::Keypair;
+use crate::cli::Failure;
+use crate::cli::out::{note, outln};
+use crate::cli::printable::printable_lines;
+use crate::cli::subnet_args::WalletArgs;
+use crate::clock::Clock;
+use crate::files;
+use clap::Args;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Flags of a measurement's report.
+#[derive(Args)]
+pub(super) struct OutputArgs {
+    /// Write report.json, report.md, report.csv and report.html into this directory; the first is
+    /// there from the first result on.
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: Option<PathBuf>,
+    /// Print JSON in place of tables.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Refuse to measure on a machine that is busy, and fail when the result is to be doubted.
+    #[arg(long)]
+    pub(super) strict: bool,
+    #[command(flatten)]
+    wallet: WalletArgs,
+}
+
+/// Where a report goes.
+pub(super) struct Output<'a> {
+    args: &'a OutputArgs,
+    keypair: Option<Keypair>,
+}
+
+impl OutputArgs {
+    /// Asks for the wallet's password, makes the directory and looks at the machine: all that may
+    /// be refused before a measurement.
+    pub(super) fn start(&self) -> Result<Output<'_>, Failure> {
+        let keypair = match self.wallet.is_named() {
+            true => Some(self.wallet.keypair()?),
+            false => None,
+        };
+        if let Some(out) = &self.out {
+            std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
+        }
+        let watched = Conditions::watch(Path::new("/"), &Clock::system());
+        let path = Path::new("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor");
+        let slow = std::fs::read_to_string(path).ok();
+        let mut marks = watched.marks();
+        marks.extend(governor(slow.as_deref().map(str::trim)));
+        match marks.first() {
+            Some(Mark { what, .. }) if self.strict => {
+                let what = format!("this machine is not fit to be measured: {what}");
+                Err(Failure::user(what).with_hint(Some("without --strict it is only noted")))
+            }
+            Some(Mark { what, .. }) => {
+                note!("this machine is not fit to be measured: {what}");
+                Ok(Output { args: self, keypair })
+            }
+            None => Ok(Output { args: self, keypair }),
+        }
+    }
+}
+
+impl Output<'_> {
+    /// Keeps what is there so far.
+    pub(super) fn keep(&self, report: &Report) -> Result<(), String> {
+        let Some(out) = &self.args.out else { return Ok(()) };
+        let path = out.join("report.json");
+        let json = serde_json::to_vec_pretty(report).map_err(|e| e.to_string())?;
+        files::replace(&path, &json)
+            .map_err(|e| format!("{} cannot be written: {e}", path.display()))
+    }
+
+    /// Signs, writes and prints a report; fails where it is to be doubted and `--strict` is given.
+    pub(super) fn finish(&self, mut report: Report) -> Result<(), Failure> {
+        if let Some(keypair) = &self.keypair {
+            seal::sign(&mut report, keypair).map_err(Failure::ours)?;
+        }
+        self.keep(&report).map_err(Failure::user)?;
+        if let Some(out) = &self.args.out {
+            let page = html::write(&report).map_err(Failure::ours)?;
+            let (table, lines) = (markdown::write(&report), csv::write(&report));
+            for (name, text) in [("report.md", table), ("report.csv", lines), ("report.html", page)]
+            {
+                let path = out.join(name);
+                files::replace(&path, text.as_bytes()).map_err(|e| cannot_write(&path, &e))?;
+            }
+        }
+        match self.args.json {
+            true => outln!("{}", serde_json::to_string(&report).map_err(Failure::ours)?),
+            false => outln!("{}", printable_lines(markdown::write(&report).trim_end())),
+        }
+        match report.marks.first() {
+            Some(mark) if self.args.strict => {
+                Err(Failure::user(format!("the result is to be doubted: {}", mark.what)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
+    Failure::user(format!("{} cannot be written: {e}", path.display()))
+}
+
+/// A flag that is lowered by the first interrupt (Ctrl-C); the second ends the program.
+pub(super) fn until_interrupted(runtime: &tokio::runtime::Runtime) -> Arc<AtomicBool> {
+    let is_wanted = Arc::new(AtomicBool::new(true));
+    let lowered = Arc::clone(&is_wanted);
+    runtime.spawn(async move {
+        if tokio::signal::ctrl_c().await.is_err() {
+            return;
+        }
+        lowered.store(false, Ordering::SeqCst);
+        note!("ending after this run; once more to end at once");
+        if tokio::signal::ctrl_c().await.is_ok() {
+            // What a shell reports of a program that SIGINT ended.
+            std::process::exit(130);
+        }
+    });
+    is_wanted
+}

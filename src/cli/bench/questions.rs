@@ -1,0 +1,143 @@
+//! What `bench serve` asks: prompts that no cache knows, of one length or as a validator draws
+//! them.
+
+use crate::bench::traffic::heard::Asked;
+use crate::validator::round::ask::{Content, Endpoint, Prompt, Sampling, body};
+use crate::validator::round::chance::Chance;
+use clap::ValueEnum;
+use serde_json::json;
+
+/// Words that prompts are made of.
+const WORDS: [&str; 32] = [
+    "river", "stone", "market", "winter", "engine", "paper", "garden", "signal", "harbour",
+    "letter", "copper", "forest", "window", "bridge", "music", "salt", "clock", "desert", "island",
+    "school", "silver", "train", "valley", "bread", "mirror", "circle", "planet", "shadow",
+    "doctor", "answer", "number", "travel",
+];
+/// The shortest answer of a validator's load is this part of the longest, as 512 is of 1920.
+const SHORTEST: f64 = 512.0 / 1920.0;
+
+/// What is asked.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Debug)]
+pub(super) enum Shape {
+    /// Prompts and answers of one length.
+    Fixed,
+    /// What a validator of the subnet asks.
+    Targon,
+}
+
+impl Shape {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Fixed => "fixed",
+            Self::Targon => "targon",
+        }
+    }
+}
+
+/// All that is asked, by number.
+pub(super) struct Questions {
+    pub(super) shape: Shape,
+    pub(super) model: String,
+    pub(super) is_completion: bool,
+    pub(super) words: usize,
+    pub(super) tokens: u32,
+    pub(super) ignores_eos: bool,
+    pub(super) is_repeated: bool,
+    pub(super) seed: u64,
+}
+
+impl Questions {
+    /// Request `index`.
+    pub(super) fn ask(&self, index: u64) -> Result<Asked, String> {
+        let index = if self.is_repeated { 0 } else { index };
+        let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));
+        let is_completion = match self.shape {
+            Shape::Fixed => self.is_completion,
+            Shape::Targon => chance.below(2) == 0,
+        };
+        let endpoint = if is_completion { Endpoint::Completion } else { Endpoint::Chat };
+        let text = self.prompt(&mut chance);
+        let content = match endpoint {
+            Endpoint::Completion => Content::Text(text),
+            Endpoint::Chat => Content::Messages(json!([{"role": "user", "content": text}])),
+        };
+        let shortest = match self.shape {
+            Shape::Fixed => self.tokens,
+            Shape::Targon => ((f64::from(self.tokens) * SHORTEST) as u32).max(8),
+        };
+        let sampling = Sampling::draw(&mut chance, &(shortest..=self.tokens.max(shortest)));
+        let prompt = Prompt { content, tokens: self.words };
+        let (mut body, _) = body(&self.model, endpoint, sampling, prompt, usize::MAX)?;
+        body["stream_options"] = json!({"include_usage": true});
+        if self.shape == Shape::Fixed {
+            body["temperature"] = json!(0);
+            // Log-probabilities are work that only a validator asks for.
+            body["logprobs"] = json!(null);
+            if self.ignores_eos {
+                body["ignore_eos"] = json!(true);
+            }
+        }
+        Ok(Asked { path: endpoint.path(), body })
+    }
+
+    /// Begins with a number of its own, so that no two prompts share a prefix.
+    fn prompt(&self, chance: &mut Chance) -> String {
+        let mut text = format!("{} {}", chance.hex::<4>(), chance.hex::<4>());
+        // The number counts as some words.
+        for _ in 8..self.words.max(9) {
+            text.push(' ');
+            text.push_str(WORDS[chance.below(WORDS.len() as u64) as usize]);
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    fn questions(shape: Shape) -> Questions {
+        Questions {
+            shape,
+            model: "m".into(),
+            is_completion: true,
+            words: 40,
+            tokens: 1920,
+            ignores_eos: true,
+            is_repeated: false,
+            seed: 7,
+        }
+    }
+
+    #[test]
+    fn prompts_differ_from_their_first_word_on_unless_asked() {
+        let q = questions(Shape::Fixed);
+        let text = |i| q.ask(i).unwrap().body["prompt"].as_str().unwrap()[..8].to_owned();
+        let starts: HashSet<String> = (0..500).map(text).collect();
+        assert_eq!(starts.len(), 500);
+        assert_eq!(q.ask(3).unwrap(), q.ask(3).unwrap());
+        let same = Questions { is_repeated: true, ..questions(Shape::Fixed) };
+        assert_eq!(same.ask(3).unwrap(), same.ask(9).unwrap());
+        let body = q.ask(0).unwrap().body;
+        assert_eq!(
+            (body["max_tokens"].as_u64(), body["ignore_eos"].as_bool()),
+            (Some(1920), Some(true))
+        );
+        assert!(body["logprobs"].is_null() && body["stream"] == true);
+    }
+
+    #[test]
+    fn a_validators_load_has_both_endpoints_and_its_ranges() {
+        let q = questions(Shape::Targon);
+        let asked: Vec<Asked> = (0..400).map(|i| q.ask(i).unwrap()).collect();
+        let chats = asked.iter().filter(|a| a.path.contains("chat")).count();
+        assert!((120..280).contains(&chats), "{chats}");
+        for Asked { body, .. } in &asked {
+            assert!((512..=1920).contains(&body["max_tokens"].as_u64().unwrap()), "{body}");
+            assert!((0.0..1.0).contains(&body["temperature"].as_f64().unwrap()), "{body}");
+            assert!(body["logprobs"] == true && body["ignore_eos"].is_null(), "{body}");
+        }
+    }
+}

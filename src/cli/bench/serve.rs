@@ -1,0 +1,307 @@
+//! `bench serve`: a server that speaks OpenAI's API, under load.
+
+use super::output::{Output, OutputArgs, until_interrupted};
+use super::questions::{Questions, Shape};
+use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
+use crate::bench::report::facts::{Machine, ModelFacts};
+use crate::bench::report::schema::{Kind, Report};
+use crate::bench::traffic::drive::{Load, Stop, drive};
+use crate::bench::traffic::heard::{Answering, Ask, Asked, Chunk, Heard, Usage};
+use crate::bench::traffic::tally::{self, Promise};
+use crate::cli::Failure;
+use crate::cli::out::note;
+use crate::cli::printable::printable;
+use crate::cli::shared::runtime;
+use crate::clock::Clock;
+use crate::validator::query::{Fault, QueryError, Size, Streamed, Target};
+use crate::validator::round::measure::{said_error, timing};
+use clap::Args;
+use serde_json::json;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Seconds that a connection may be silent: the validator's own patience is 5, but a loaded server
+/// should be measured and not cut off.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Arguments of `bench serve`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  targon-engine bench serve --url http://127.0.0.1:8000 --model M --rate 1,2,4,8 --out report
+  targon-engine bench serve --url http://127.0.0.1:8000 --model M --concurrency 1,8,32
+  targon-engine bench serve --url http://127.0.0.1:8000 --model M --load targon --rate 2")]
+pub(in crate::cli) struct ServeArgs {
+    /// The server, without /v1.
+    #[arg(long)]
+    url: String,
+    /// The model's name there.
+    #[arg(long)]
+    model: String,
+    /// A key of the server's API.
+    #[arg(long, env = "TARGON_BENCH_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// What is asked: `fixed` has one length; `targon` is what a validator of the subnet asks, half
+    /// chat and half completions, with its ranges of temperature, seed and length.
+    #[arg(long, value_enum, default_value_t = Shape::Fixed)]
+    load: Shape,
+    /// Ask the completions endpoint in place of chat, with --load fixed.
+    #[arg(long)]
+    completion: bool,
+    /// Requests a second that arrive as a Poisson process, however long answers take; several
+    /// levels with commas between them.
+    #[arg(long, value_delimiter = ',', value_parser = positive, conflicts_with = "concurrency")]
+    rate: Vec<f64>,
+    /// Requests that run at once, always; several levels with commas between them. 1 where neither
+    /// this nor --rate is given.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=4096))]
+    concurrency: Vec<u16>,
+    /// Requests of each level.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    requests: u32,
+    /// Words of a prompt, about as many tokens.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    input: u32,
+    /// Tokens of an answer; with --load targon the most, and 1920 where absent.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(8..=100_000))]
+    output_tokens: Option<u32>,
+    /// Leave out `ignore_eos`, which some servers refuse: answers may then be shorter.
+    #[arg(long)]
+    no_ignore_eos: bool,
+    /// Ask the same prompt every time, so that the server finds it in its prefix cache.
+    #[arg(long)]
+    repeat_prompts: bool,
+    /// Seconds to the first token within which a request counts as good.
+    #[arg(long, default_value_t = 5.0, value_parser = positive)]
+    ttft_limit: f64,
+    /// Mean seconds a token after the first within which a request counts as good.
+    #[arg(long, default_value_t = 0.1, value_parser = positive)]
+    tpot_limit: f64,
+    /// Decides prompts and arrivals; fresh where absent.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Seconds that one answer may take.
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
+        _ => Err("must be a number above 0 and at most 1000000".into()),
+    }
+}
+
+pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
+    let output = args.output.start()?;
+    let runtime = runtime()?;
+    let is_wanted = until_interrupted(&runtime);
+    let clock = Clock::system();
+    let questions = args.questions();
+    let server = Arc::new(args.server(&clock)?);
+    runtime.block_on(greet(&server, &questions))?;
+    let facts = ModelFacts {
+        name: args.model.clone(),
+        weights_root: None,
+        dtype: None,
+        weights_bytes: None,
+    };
+    let machine = Machine::this(Path::new("/"));
+    let mut report = Report::new(Kind::Serve, clock.unix_ms() / 1000, machine, facts);
+    args.note_settings(&mut report, questions.seed);
+    let before = Moment::now(Path::new("/"), &clock);
+    let wanted = || is_wanted.load(Ordering::SeqCst);
+    let ask: Arc<dyn Ask> = server;
+    let outcome = runtime.block_on(args.levels(&ask, &questions, &wanted, (&mut report, &output)));
+    report.seconds = clock.elapsed().as_secs_f64();
+    let conditions = Conditions { before, after: Moment::now(Path::new("/"), &clock) };
+    // A server on this machine is meant to use it.
+    let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && args.is_here();
+    report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
+    report.conditions = Some(conditions);
+    output.finish(report)?;
+    outcome
+}
+
+impl ServeArgs {
+    fn server(&self, clock: &Clock) -> Result<Server, Failure> {
+        let target = Target {
+            url: self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
+            hotkey: None,
+            signer: None,
+            api_key: self.api_key.clone(),
+            read_timeout: READ_TIMEOUT,
+            timeout: Duration::from_secs(self.timeout),
+            size: Size::LARGE,
+        };
+        if !["http://", "https://"].iter().any(|scheme| target.url.starts_with(scheme)) {
+            let what = format!("--url must begin with http:// or https://, got {}", self.url);
+            return Err(Failure::user(printable(&what)));
+        }
+        let client = target.client().map_err(Failure::user)?;
+        Ok(Server { target, client, clock: clock.clone() })
+    }
+
+    fn questions(&self) -> Questions {
+        let seed = self.seed.unwrap_or_else(|| crate::entropy::Entropy::system().word());
+        Questions {
+            shape: self.load,
+            model: self.model.clone(),
+            is_completion: self.completion,
+            words: self.input as usize,
+            tokens: self.output_tokens.unwrap_or(match self.load {
+                Shape::Fixed => 128,
+                Shape::Targon => 1920,
+            }),
+            ignores_eos: !self.no_ignore_eos,
+            is_repeated: self.repeat_prompts,
+            seed,
+        }
+    }
+
+    /// Whether the server is on this machine.
+    fn is_here(&self) -> bool {
+        let host = url::Url::parse(&self.url).ok().and_then(|u| u.host_str().map(str::to_owned));
+        let host = host.unwrap_or_default();
+        host == "localhost" || host == "[::1]" || host.starts_with("127.")
+    }
+
+    fn loads(&self) -> Vec<Load> {
+        let rates = self.rate.iter().map(|rate| Load::Rate(*rate));
+        let many = self.concurrency.iter().map(|many| Load::Concurrency((*many).into()));
+        let all: Vec<Load> = rates.chain(many).collect();
+        if all.is_empty() { vec![Load::Concurrency(1)] } else { all }
+    }
+
+    async fn levels(
+        &self,
+        ask: &Arc<dyn Ask>,
+        questions: &Questions,
+        wanted: &(dyn Fn() -> bool + Sync),
+        (report, output): (&mut Report, &Output<'_>),
+    ) -> Result<(), Failure> {
+        let promise = Promise { first_token: self.ttft_limit, per_token: self.tpot_limit };
+        let threads = tokio::runtime::Handle::current().metrics().num_workers();
+        for (number, load) in self.loads().into_iter().enumerate() {
+            // Number 0 is the first request, which is not measured.
+            let first = 1 + number as u64 * u64::from(self.requests);
+            let asked: Result<Vec<Asked>, String> =
+                (first..first + u64::from(self.requests)).map(|i| questions.ask(i)).collect();
+            let asked = asked.map_err(Failure::user)?;
+            let seed = questions.seed ^ first;
+            let driven = drive(ask, asked, load, (seed, threads), wanted).await;
+            let level = tally::level(&driven, load, promise, &self.model);
+            let length = (self.load == Shape::Fixed && !self.no_ignore_eos)
+                .then_some(u64::from(questions.tokens));
+            report.marks.extend(tally::marks(&level, driven.stop, length, self.repeat_prompts));
+            let (speed, done) = (level.steady_tokens_per_second, level.completed);
+            note!("{load:?}: {done} of {} answers, {speed:.1} tokens/s", level.sent);
+            report.levels.push(level);
+            output.keep(report).map_err(Failure::user)?;
+            match driven.stop {
+                Some(Stop::Unwanted) => return Ok(()),
+                Some(Stop::ServerFailed) => {
+                    return Err(Failure::user(format!(
+                        "{} failed too often in a row and was given up",
+                        printable(&self.url)
+                    )));
+                }
+                None => {}
+            }
+        }
+        report.is_partial = false;
+        Ok(())
+    }
+
+    fn note_settings(&self, report: &mut Report, seed: u64) {
+        for (name, value) in [
+            ("url", json!(self.url)),
+            ("load", json!(self.load.name())),
+            ("completion", json!(self.completion)),
+            ("requests", json!(self.requests)),
+            ("input", json!(self.input)),
+            ("output_tokens", json!(self.output_tokens)),
+            ("repeat_prompts", json!(self.repeat_prompts)),
+            ("ttft_limit", json!(self.ttft_limit)),
+            ("tpot_limit", json!(self.tpot_limit)),
+            ("seed", json!(seed.to_string())),
+        ] {
+            report.settings.insert(name.into(), value);
+        }
+    }
+}
+
+/// Sends one request that is not measured: a wrong address or name is seen here.
+async fn greet(server: &Server, questions: &Questions) -> Result<(), Failure> {
+    let asked = questions.ask(0).map_err(Failure::user)?;
+    let streamed = server.stream(&asked).await;
+    if let Some(error) = said_error(&streamed.arrivals) {
+        return Err(Failure::user(format!("{}: {}", server.target.url, printable(&error))));
+    }
+    streamed.outcome.map_err(|e| {
+        let hint = match e.fault() {
+            Fault::Unreachable => Some("is a server running there?"),
+            Fault::Status => Some("are --url, --model and --api-key right?"),
+            _ => None,
+        };
+        Failure::user(printable(&e.to_string())).with_hint(hint)
+    })
+}
+
+/// The server, over connections that requests share.
+struct Server {
+    target: Target,
+    client: reqwest::Client,
+    clock: Clock,
+}
+
+impl Server {
+    async fn stream(&self, asked: &Asked) -> Streamed {
+        self.target.stream_over(&self.client, asked.path, &asked.body, &self.clock).await
+    }
+}
+
+impl Ask for Server {
+    fn ask(&self, asked: Asked) -> Answering {
+        let server = Self {
+            target: self.target.clone(),
+            client: self.client.clone(),
+            clock: self.clock.clone(),
+        };
+        Box::pin(async move {
+            let streamed = server.stream(&asked).await;
+            let max_tokens = asked.body["max_tokens"].as_u64().unwrap_or(u64::MAX);
+            heard(&streamed, u32::try_from(max_tokens).unwrap_or(u32::MAX))
+        })
+    }
+}
+
+fn heard(streamed: &Streamed, max_tokens: u32) -> Heard {
+    let Streamed { arrivals, ended, outcome } = streamed;
+    let failure = match (outcome, said_error(arrivals)) {
+        (Err(e), _) => Some(kind(e)),
+        (Ok(()), Some(_)) => Some("an error in the stream".into()),
+        (Ok(()), None) => None,
+    };
+    Heard {
+        chunks: arrivals.iter().map(|a| Chunk::read(a.at.as_secs_f64(), &a.chunk)).collect(),
+        usage: arrivals.iter().rev().find_map(|a| Usage::read(&a.chunk)),
+        ended: ended.as_secs_f64(),
+        validator_tps: timing(arrivals, *ended, max_tokens).tps,
+        failure,
+    }
+}
+
+fn kind(e: &QueryError) -> String {
+    match (e, e.fault()) {
+        (QueryError::Status { status, .. }, _) => format!("status {}", status.as_u16()),
+        (_, Fault::Own) => "a fault of this machine".into(),
+        (_, Fault::Unreachable) => "unreachable".into(),
+        (_, Fault::Late) => "timeout".into(),
+        (_, Fault::Malformed) => "malformed stream".into(),
+        (_, Fault::Broken | Fault::Status) => "broken connection".into(),
+    }
+}
