@@ -16,7 +16,7 @@ const COLUMNS_MAX: usize = 100;
 const BLOB_BYTES_MAX: u64 = 1 << 20;
 
 /// A module uses `crate::` only what ranks lower; equals never import each other.
-const RANKS: [(&str, u8); 23] = [
+const RANKS: [(&str, u8); 24] = [
     ("main", 9),
     ("cli", 9),
     ("lifecycle", 8),
@@ -26,6 +26,7 @@ const RANKS: [(&str, u8); 23] = [
     ("verifier", 6),
     ("doctor", 6),
     ("bench", 6),
+    ("audit", 6),
     ("server", 5),
     ("store", 5),
     ("verify", 5),
