@@ -199,7 +199,8 @@ fn start_one(
             let seconds = (clock.elapsed() - started).as_secs_f64();
             let dtype = served.engine.info().dtype.to_string();
             let weights = to_hex(&served.identity.weights_root);
-            tracing::info!(model = name, dtype, weights, seconds, "ready");
+            let device = served.model.weights.device();
+            tracing::info!(model = name, %device, dtype, weights, seconds, "ready");
             registry.set(name, None, State::Ready(Box::new(served)));
             true
         }
@@ -232,5 +233,9 @@ fn load_one(
 fn fingerprint(model: &Model, identity: &Identity, pool: &Pool) -> String {
     let root = to_hex(&identity.weights_root[..8]);
     let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.dtype);
-    format!("targon-engine-{version}-{CANON}-{root}-{dtype}-{}", pool.isa())
+    let kernels = match model.weights.device() {
+        Device::Cuda(_) => "cuda".to_owned(),
+        _ => pool.isa().to_string(),
+    };
+    format!("targon-engine-{version}-{CANON}-{root}-{dtype}-{kernels}")
 }

@@ -53,6 +53,15 @@ impl DeviceWeights {
         }
     }
 
+    /// The device they are for.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Cpu(_) => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(weights) => Device::Cuda(weights.card().ordinal()),
+        }
+    }
+
     /// Bytes of all packed matrices.
     pub fn bytes(&self) -> usize {
         match self {

@@ -23,11 +23,11 @@ pub(crate) fn model_on(device: Device, path: &Path) -> (Arc<Model>, Identity, Po
     (Arc::new(model), identity, pool)
 }
 
-fn requests(identity: &Identity) -> Vec<Request> {
+fn requests(identity: &Identity, tokens: usize) -> Vec<Request> {
     let of = |i: u32| {
         // Two blocks that all begin with, then their own.
         let prompt = (0..70).map(|p| if p < 64 { p * 3 % 250 } else { (p * i + 7) % 250 });
-        let mut request = Request::greedy(prompt.collect(), 40);
+        let mut request = Request::greedy(prompt.collect(), tokens);
         if !i.is_multiple_of(3) {
             request.sampling = Sampling {
                 temperature: 0.9,
@@ -78,7 +78,7 @@ fn preemption_and_shared_prefixes_change_no_bit() {
     for device in [Device::Cpu, Device::Cuda(1)] {
         let (model, identity, pool) = model_on(device, dir.path());
         let engine = Engine::start(model, pool, options, Clock::system()).unwrap();
-        let (outputs, cached) = outputs(&engine, requests(&identity));
+        let (outputs, cached) = outputs(&engine, requests(&identity, 40));
         let preemptions = engine.stats().snapshot().load.preemptions;
         assert!(preemptions > 0 && cached > 0, "{device}: {preemptions} {cached}");
         if device == Device::Cuda(1) {
@@ -109,18 +109,18 @@ fn an_engine_whose_card_is_lost_says_so_and_others_go_on() {
 
     // A launch that is refused ends the requests of that step, and no others.
     crate::fail(7, "gate", 1, 701);
-    let mut faults = faults(&engine, requests(&identity));
+    let mut faults = faults(&engine, requests(&identity, 12));
     assert!(faults.iter().flatten().count() >= 1);
     for fault in faults.drain(..).flatten() {
         assert!(matches!(&fault, Fault::Device(why) if why.contains("gate")), "{fault:?}");
     }
     assert!(!engine.is_dead());
-    let (steps, _) = outputs(&engine, requests(&identity));
+    let (steps, _) = outputs(&engine, requests(&identity, 4));
     assert_eq!(steps.len(), 8);
 
     crate::fail(7, "", 30, 700);
     let faults: Vec<Fault> =
-        self::faults(&engine, requests(&identity)).into_iter().flatten().collect();
+        self::faults(&engine, requests(&identity, 12)).into_iter().flatten().collect();
     assert_eq!(faults.len(), 8);
     for fault in &faults {
         assert!(matches!(fault, Fault::Lost(_)), "{fault:?}");
@@ -130,8 +130,8 @@ fn an_engine_whose_card_is_lost_says_so_and_others_go_on() {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     assert!(engine.is_dead());
-    let (steps, _) = outputs(&healthy, requests(&healthy_identity));
-    assert_eq!(steps[0].len(), 40);
+    let (steps, _) = outputs(&healthy, requests(&healthy_identity, 4));
+    assert_eq!(steps[0].len(), 4);
 }
 
 /// How each request ended, where it failed.

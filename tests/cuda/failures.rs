@@ -9,7 +9,7 @@ use targon_engine::engine::plan::{KvMemory, MemoryPlan, Wanted};
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cuda::{Card, CudaError, CudaPass, CudaWeights};
 use targon_engine::models::device::Device;
-use targon_engine::models::pass::{Batch, Fault, Pass, RowAsk};
+use targon_engine::models::pass::{Batch, Fault, Pass, RowAsk, Scores, Token};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
@@ -70,7 +70,20 @@ fn plans_count_what_a_card_holds() {
     let before = card.memory().unwrap().0;
     let pass = CudaPass::new(&weights, &pool, plan.options.blocks).unwrap();
     assert_eq!(before - card.memory().unwrap().0, plan.kv as usize);
-    drop(pass);
+    // The largest step that the plan allows, with logits of every row.
+    let mut pass = pass;
+    let before = card.memory().unwrap().0;
+    let rows = plan.options.step_tokens_max;
+    let sampling = targon_engine::models::sampler::Sampling::greedy();
+    let ask = |row: usize| RowAsk {
+        scores: Some(Scores { top: 20, ..Scores::new(Token::Drawn, &sampling) }),
+        ..RowAsk::new(row, row)
+    };
+    let asks: Vec<RowAsk<'_>> = (0..rows).map(ask).collect();
+    pass.step(&Batch::of(&vec![1; rows], 0), &asks).unwrap();
+    let taken = before - card.memory().unwrap().0;
+    assert!(taken <= plan.workspace as usize, "{taken} of {}", plan.workspace);
+    assert!(taken * 2 > plan.workspace as usize, "{taken} of {}", plan.workspace);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::error::CudaError;
 use super::launch::{Entry, Memory, Query, Rule};
-use super::memory::{At, Inputs, Outputs};
+use super::memory::{At, Inputs, Outputs, grained};
 use super::weights::CudaWeights;
 use crate::models::pass::{RowAsk, Scores, Token};
 use crate::proof::residue::{Calibration, Profile};
@@ -27,7 +27,7 @@ pub(super) fn logit_rows_max(vocab: usize) -> usize {
 /// Bytes of logits and results for steps of `rows` rows.
 pub(super) fn answer_bytes(spec: &crate::models::spec::Spec, rows: usize) -> usize {
     let rows = rows.min(logit_rows_max(spec.vocab));
-    rows * (4 * spec.vocab + 2 * spec.hidden + 8 * CANDIDATES + 64)
+    grained(rows * (4 * spec.vocab + 2 * spec.hidden + 8 * CANDIDATES + 64))
 }
 
 /// What the answers of all steps share.

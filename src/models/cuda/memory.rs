@@ -53,6 +53,11 @@ pub(super) fn block_bytes(spec: &Spec) -> usize {
     spec.layers * a.kv_heads * BLOCK_TOKENS * 2 * (padded(a.head_dim) + a.head_dim)
 }
 
+/// The size of a buffer that holds so many bytes.
+pub(super) fn grained(bytes: usize) -> usize {
+    bytes.next_multiple_of(GRAIN)
+}
+
 /// A buffer that is as large as the largest step so far needed.
 pub(super) struct Room {
     what: &'static str,
@@ -66,7 +71,7 @@ impl Room {
 
     /// At least so many bytes; what was in it is lost where it grows. Nothing may be under way.
     pub(super) fn fit(&mut self, card: &Arc<Card>, bytes: usize) -> Result<Pointer, CudaError> {
-        let bytes = bytes.next_multiple_of(GRAIN);
+        let bytes = grained(bytes);
         match &self.memory {
             Some(memory) if memory.bytes() >= bytes => Ok(memory.pointer()),
             _ => {
@@ -189,7 +194,7 @@ fn sized<'a>(
     len: usize,
     what: &'static str,
 ) -> Result<&'a mut (Pinned, Memory), CudaError> {
-    let bytes = len.next_multiple_of(GRAIN).max(GRAIN);
+    let bytes = grained(len).max(GRAIN);
     if both.as_ref().is_none_or(|(pinned, _)| pinned.size() < bytes) {
         *both = None;
         let memory = Memory::new(stream.card(), bytes, what)?;

@@ -6,7 +6,7 @@
 use super::error::CudaError;
 use super::launch::{Arg, GRID_MAX, Launch, Memory, Pointer, Shape, args};
 use super::layout::Layout;
-use super::memory::{At, Inputs, KvBlocks, Room, padded};
+use super::memory::{At, Inputs, KvBlocks, Room, grained, padded};
 use super::weights::{CudaWeights, GATE_ROWS, Layer, Matrix};
 use crate::models::spec::{ExpertSpec, Spec};
 use crate::ops::attention::PARTITION_TOKENS;
@@ -54,8 +54,11 @@ pub(super) struct Buffers {
 
 /// Bytes of a card's memory for steps of `rows` rows, without logits and results.
 pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
-    let sizes = Sizes::new(spec, rows);
-    sizes.0.iter().map(|bytes| bytes.next_multiple_of(64 << 10)).sum()
+    let buffers: usize = Sizes::new(spec, rows).0.into_iter().map(grained).sum();
+    let is_split = spec.context > PARTITION_TOKENS;
+    // Rotations are the largest of what a row is told.
+    let inputs = grained(rows * (4 * spec.attention.head_dim + 128));
+    buffers + inputs + if is_split { PARTS_BYTES_MAX } else { 0 }
 }
 
 /// Bytes of the buffers, in the order of [`Rooms`], but for the partial results.

@@ -131,7 +131,7 @@ async fn health(State(service): State<Service>) -> Response {
     let is_fine = beat == 0 || age <= BEAT_TIME;
     let body = json!({
         "status": if is_fine { "ok" } else { "stalled" },
-        "seconds_since_beat": (beat > 0).then(|| age.as_secs_f64()),
+        "seconds_since_beat": (beat > 0).then_some(age.as_secs_f64()),
     });
     (status_of(is_fine), Json(body)).into_response()
 }
