@@ -121,7 +121,7 @@ async fn plan(
 ) -> Result<(Located, u64), String> {
     config.wanted = wanted(config.wanted, slots);
     let located = load::locate(config, &Bars::new()).await?;
-    let bytes = load::plan(&located, BOUNDLESS)?.total();
+    let bytes = load::plan_within(&located, BOUNDLESS)?.total();
     if bytes > budget {
         let short = Bytes(bytes - budget);
         return Err(format!(
@@ -149,10 +149,10 @@ struct Loader {
 impl Loader {
     fn load(&self, name: &str) -> Result<Judge, String> {
         let located = self.found.get(name).ok_or("the models file does not have it")?;
-        let whole = load::plan(located, BOUNDLESS)?.options;
-        let path: &Path = &located.path;
-        let model = Model::load(path, located.config.dtype, &self.pool, |_, _| {});
-        let model = model.map_err(|e| e.to_string())?;
+        let whole = load::plan_within(located, BOUNDLESS)?.options;
+        let (path, device): (&Path, _) = (&located.path, located.config.device);
+        let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {});
+        let model = Arc::new(model.map_err(|e| e.to_string())?);
         let identity = Identity::of(&model, &self.pool).map_err(|e| e.to_string())?;
         let own = self.limits.of(to_hex(&identity.model_hash));
         let mut limits = own.map_or_else(Limits::default, |file| file.limits);
@@ -163,10 +163,10 @@ impl Loader {
         options.blocks = whole.blocks / self.slots;
         options.sequences_max = 1;
         let pool = self.pool.separate();
-        let engine = Engine::start(model, pool.clone(), options, Clock::system());
+        let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system());
         let engine = engine.map_err(|e| format!("cannot start the engine: {e}"))?;
         let verifier = Verifier {
-            model: Arc::clone(engine.model()),
+            model,
             identity: Arc::new(identity),
             pool,
             limits,

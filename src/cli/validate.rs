@@ -91,8 +91,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         spill: Some(args.unsaved.clone()),
     };
     let outcome = runtime.block_on(async {
-        let outcome =
-            validate(args, (world, options, updater), (&metagraph, &limits)).await;
+        let outcome = validate(args, (world, options, updater), (&metagraph, &limits)).await;
         store.close().await;
         outcome
     });

@@ -108,16 +108,23 @@ impl Left {
 /// Why it does not fit or cannot be planned, in words.
 pub fn plan(located: &Located, left: &mut Left) -> Result<MemoryPlan, String> {
     let device = located.config.device;
-    let available = left.of(device)?;
-    let plan = contained("planning", || {
+    let plan = plan_within(located, left.of(device)?)?;
+    left.take(device, plan.total());
+    Ok(plan)
+}
+
+/// Plans one model into `available` bytes of its device.
+///
+/// # Errors
+/// As for [`plan`].
+pub fn plan_within(located: &Located, available: u64) -> Result<MemoryPlan, String> {
+    contained("planning", || {
         let checkpoint = Checkpoint::open(&located.path).map_err(|e| e.to_string())?;
         let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
         let spec = spec.map_err(|e| e.to_string())?;
-        let plan = MemoryPlan::on(device, &spec, located.config.wanted, available);
+        let plan = MemoryPlan::on(located.config.device, &spec, located.config.wanted, available);
         plan.map_err(|e| e.to_string())
-    })?;
-    left.take(device, plan.total());
-    Ok(plan)
+    })
 }
 
 /// What a library panics at in a stranger's files is a failure of that model and of nothing else.

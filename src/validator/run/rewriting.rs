@@ -36,7 +36,7 @@ pub(super) async fn query(
         Rewriting::Never => return Ok(None),
         Rewriting::OrPassage | Rewriting::Always => draft.rewriting(model, &mut || chance.bits()),
     };
-    if judge.verifier.model.chat.is_none() {
+    if judge.verifier.model.text.chat.is_none() {
         // A model without a template goes on with a text.
         let words = |place: usize| body["messages"][place]["content"].as_str().unwrap_or_default();
         let text = format!("{}\n\n{}\n\nSearch query:", words(0), words(1));
