@@ -4,22 +4,12 @@ use crate::common;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
-use targon_engine::engine::Engine;
-use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::pool::Pool;
+use targon_engine::validator::run::judge::Judge;
 use targon_engine::validator::run::residents::{Residents, Sized};
-use targon_engine::validator::run::trial::Judge;
 use targon_engine::verify::evidence::Calibrated;
-use targon_engine::verify::{Limits, Verifier};
 
-fn judge(engine: &Engine) -> Judge {
-    let verifier = Verifier {
-        model: Arc::clone(engine.model()),
-        identity: common::served(engine).identity,
-        pool: Pool::new(1, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        context_max: 512,
-    };
+fn judge() -> Judge {
+    let verifier = common::verifier(&common::tiny_served(3, common::options()));
     Judge { verifier, rates: Calibrated::default(), engine: None }
 }
 
@@ -27,7 +17,7 @@ fn judge(engine: &Engine) -> Judge {
 async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     let loaded = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&loaded);
-    let one = judge(&common::tiny_engine(3, common::options()));
+    let one = judge();
     let load = move |name: &str| {
         seen.lock().push(name.to_owned());
         if name == "broken" { Err("its file is cut".into()) } else { Ok(one.clone()) }

@@ -9,6 +9,7 @@ mod emission;
 pub mod epochs;
 pub mod hub;
 mod inbox;
+pub mod judge;
 pub mod keeping;
 mod live;
 pub mod ports;
