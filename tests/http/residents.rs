@@ -7,8 +7,8 @@ use std::time::Duration;
 use targon_engine::engine::Engine;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
+use targon_engine::validator::run::judge::Judge;
 use targon_engine::validator::run::residents::{Residents, Sized};
-use targon_engine::validator::run::trial::Judge;
 use targon_engine::verify::evidence::Calibrated;
 use targon_engine::verify::{Limits, Verifier};
 

@@ -9,6 +9,7 @@ mod emission;
 pub mod epochs;
 pub mod hub;
 mod inbox;
+pub mod judge;
 pub mod keeping;
 mod live;
 pub mod ports;
@@ -18,7 +19,7 @@ pub mod residents;
 pub mod rewriting;
 mod spill;
 pub mod subnet;
-pub mod trial;
+mod trial;
 pub mod world;
 
 use crate::chain::Head;

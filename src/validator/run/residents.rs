@@ -4,7 +4,7 @@
 //! stays until the last round that asked for it is over ([`Residents::hold`]); only then is its
 //! memory given to the next.
 
-use super::trial::Judge;
+use super::judge::Judge;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

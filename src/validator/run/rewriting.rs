@@ -1,6 +1,6 @@
 //! Passages rewritten into queries by this validator's own engine (protocol 5.3).
 
-use super::trial::Judge;
+use super::judge::Judge;
 use crate::engine::output::Event;
 use crate::validator::prompt::{Draft, read_query};
 use crate::validator::round::chance::Chance;

@@ -1,8 +1,8 @@
 //! Judging one answer with what is known of its miner, and deciding weights by all of it.
 
+use super::judge::Judge;
 use super::ports::{Case, Decided};
 use super::subnet::Subnet;
-use crate::engine::Engine;
 use crate::entropy::Entropy;
 use crate::store::Store;
 use crate::store::record::Sample;
@@ -15,7 +15,7 @@ use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, judge_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
-use crate::verify::{Depth, Profile, Report, Verdict, Verifier};
+use crate::verify::{Depth, Profile, Report, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,17 +24,6 @@ use std::collections::{BTreeMap, BTreeSet};
 const ROWS_MAX: usize = 64;
 /// A miner with a sum of evidence above this is looked at closely.
 const SOFT_ALARM: f64 = ALARM / 2.0;
-
-/// A model that answers are judged with.
-#[derive(Clone)]
-pub struct Judge {
-    /// The model, with the limits between honest and not.
-    pub verifier: Verifier,
-    /// What evidence over many answers is weighed by.
-    pub rates: Calibrated,
-    /// What writes prompts.
-    pub engine: Option<Engine>,
-}
 
 fn unscored(why: impl ToString) -> Judgement {
     Judgement { verdict: Judged::Unscored(why.to_string()), report: None }

@@ -1,12 +1,13 @@
 //! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
 
 use super::hub::Hub;
+use super::judge::Judge;
 use super::keeping::Keeper;
 use super::ports::{Case, Decided, NotSent, Ports, Query, Stand};
 use super::residents::{Hold, Residents};
 use super::rewriting::{self, Rewriting};
 use super::subnet::Subnet;
-use super::trial::{self, Judge};
+use super::trial;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;

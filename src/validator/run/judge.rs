@@ -1,0 +1,16 @@
+//! What a validator judges with: one model, and what is known of its honest miners.
+
+use crate::engine::Engine;
+use crate::verify::Verifier;
+use crate::verify::evidence::Calibrated;
+
+/// A model that answers are judged with.
+#[derive(Clone)]
+pub struct Judge {
+    /// The model, with the limits between honest and not.
+    pub verifier: Verifier,
+    /// What evidence over many answers is weighed by.
+    pub rates: Calibrated,
+    /// What writes prompts.
+    pub engine: Option<Engine>,
+}
