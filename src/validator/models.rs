@@ -183,7 +183,8 @@ pub async fn exchange(
 
 /// The same miner with the time that a list of models may take.
 fn brief(target: &Target) -> Target {
-    Target { read_timeout: MINER_TIMEOUT, timeout: MINER_TIMEOUT, ..target.clone() }
+    let size = Size::of_tokens(0);
+    Target { read_timeout: MINER_TIMEOUT, timeout: MINER_TIMEOUT, size, ..target.clone() }
 }
 
 #[cfg(test)]

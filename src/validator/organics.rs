@@ -259,7 +259,8 @@ mod tests {
         let text = String::from_utf8(report(&scored)).unwrap();
         let expected = "{\"organics\": [{\"time_to_first_token\": 100.0, \
             \"time_for_all_tokens\": 1900.0, \"total_time\": 2000.0, \"tps\": 25.0, \
-            \"tokens\": [], \"verified\": true, \"error\": null, \"cause\": null, \"model\": \"m\", \
+            \"tokens\": [], \"verified\": true, \"error\": null, \"cause\": null, \
+            \"model\": \"m\", \
             \"max_tokens\": 50, \"seed\": 7, \"temperature\": 0.5, \"uid\": 3, \"hotkey\": \"h\", \
             \"coldkey\": \"c\", \"endpoint\": \"CHAT\", \"total_tokens\": 60}]}";
         assert_eq!(text, expected);

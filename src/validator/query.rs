@@ -3,6 +3,7 @@
 use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
+use parking_lot::Mutex;
 use reqwest::{Client, Response, StatusCode, redirect};
 use serde_json::Value;
 use std::sync::Arc;
@@ -20,6 +21,9 @@ const ANSWER_TOKEN: Size = Size { bytes: 4 << 10, events: 1, marks: 256 };
 /// How deep a request or a chunk may nest: a file of captures holds it a little deeper, and must be
 /// read again.
 pub const DEPTH_MAX: usize = 64;
+/// Clients that are kept, by the time between two reads.
+const CLIENTS_MAX: usize = 8;
+static CLIENTS: Mutex<Vec<(Duration, Client)>> = Mutex::new(Vec::new());
 /// Characters of an error's body that are repeated.
 const ERROR_CHARS_MAX: usize = 1000;
 
@@ -164,17 +168,34 @@ pub struct Arrival {
 }
 
 impl Target {
-    /// What requests to it are sent by. Several sent by the same one share connections.
+    /// What requests to it are sent by, kept for others with this time between two reads: making one
+    /// costs milliseconds. Those sent by the same one share connections.
     ///
     /// # Errors
     /// When this machine cannot make one.
     pub fn client(&self) -> Result<Client, QueryError> {
+        let known = CLIENTS.lock().iter().find(|(time, _)| *time == self.read_timeout).cloned();
+        if let Some((_, client)) = known {
+            return Ok(client);
+        }
+        let client = self.new_client()?;
+        let mut clients = CLIENTS.lock();
+        if clients.len() == CLIENTS_MAX {
+            clients.remove(0);
+        }
+        clients.push((self.read_timeout, client.clone()));
+        Ok(client)
+    }
+
+    fn new_client(&self) -> Result<Client, QueryError> {
         // Fails only where a provider is installed already, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(self.read_timeout)
-            .timeout(self.timeout)
+            // Each request has a connection of its own: one that the peer has closed meanwhile
+            // would look like its fault.
+            .pool_max_idle_per_host(0)
             // A signed request is for this miner, not for where it points.
             .redirect(redirect::Policy::none())
             .user_agent(concat!("targon-engine/", env!("CARGO_PKG_VERSION")))
@@ -236,7 +257,8 @@ impl Target {
         if let Some(key) = &self.api_key {
             request = request.bearer_auth(key);
         }
-        let response = request.body(body).send().await.map_err(|e| self.network(e))?;
+        let response =
+            request.timeout(self.timeout).body(body).send().await.map_err(|e| self.network(e))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

@@ -18,6 +18,7 @@ mod server;
 mod service;
 mod soak;
 mod stall;
+mod streams;
 mod tampers;
 mod verify;
 mod verify_real;

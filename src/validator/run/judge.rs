@@ -1,4 +1,4 @@
-//! A model that answers are judged with, and what belongs to it.
+//! What a validator judges with: one model, and what is known of its honest miners.
 
 use crate::engine::Engine;
 use crate::verify::Verifier;

@@ -19,7 +19,7 @@ pub mod residents;
 pub mod rewriting;
 mod spill;
 pub mod subnet;
-pub mod trial;
+mod trial;
 pub mod view;
 pub mod world;
 

@@ -402,8 +402,8 @@ async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
     assert_eq!(world.rotations.load(SeqCst), 3);
     // Blocks 100, 120 and so on were passed by 100, 108 and 212 only; a hub that is gone costs no
     // round.
-    assert!((2..=4).contains(&world.pulls.load(SeqCst)));
-    assert!(!world.reported.lock().is_empty());
+    until("questions for users' requests", || world.pulls.load(SeqCst) >= 2).await;
+    until("a report of a round", || !world.reported.lock().is_empty()).await;
     until("a look at old records in each epoch", || world.tidied.load(SeqCst) == 3).await;
     stop.cancel();
     run.await.unwrap().unwrap();

@@ -15,7 +15,7 @@ use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, judge_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
-use crate::verify::{Depth, Profile, Report, Verdict, Verifier};
+use crate::verify::{Depth, Profile, Report, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
