@@ -16,7 +16,7 @@
 //! | 9 | `main` [`cli`] | parse, wire, print |
 //! | 8 | [`lifecycle`] | models of a file: loaded, followed, watched |
 //! | 7 | [`config`] | files, flags and environment into options |
-//! | 6 | [`miner`] [`validator`] [`verifier`] [`doctor`] [`mod@bench`] | what they run |
+//! | 6 | [`miner`] [`validator`] [`verifier`] [`doctor`] [`mod@bench`] [`audit`] | what they run |
 //! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
@@ -31,6 +31,7 @@
 //! - Every queue, body, buffer and wait has a named limit.
 //! - A peer's bytes can at worst be refused; an engine fault is never the peer's fault.
 
+pub mod audit;
 pub mod bench;
 pub mod chain;
 pub mod cli;

@@ -26,6 +26,7 @@ const RANKS: [(&str, u8); 24] = [
     ("verifier", 6),
     ("doctor", 6),
     ("bench", 6),
+    ("audit", 6),
     ("server", 5),
     ("store", 5),
     ("verify", 5),

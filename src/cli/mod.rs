@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.
 
+mod audit;
 mod bench;
 mod calibrate;
 mod capture;
@@ -100,6 +101,9 @@ enum Command {
     /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
     /// not be scored.
     Verify(verify::VerifyArgs),
+    /// Ask any OpenAI server for answers, and say whether they agree with weights that are here:
+    /// exit code 0 they do, 3 they do not, 4 it cannot be told.
+    Audit(Box<audit::AuditArgs>),
     /// Send one request to a miner as a validator would, and print what comes back.
     Query(Box<query::QueryArgs>),
     /// Print what a validator has recorded: rounds, responses, samples or weights.
@@ -161,6 +165,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
     match command {
         Command::Verify(args) => return verify::run(&args),
         Command::Doctor(args) => return doctor::run(&args),
+        Command::Audit(args) => return audit::run(&args),
         Command::Serve(args) => serve::run(*args, log),
         Command::Bench(command) => bench::run(&command),
         Command::AttackBench(former) => former.refuse(),

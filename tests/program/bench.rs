@@ -131,3 +131,138 @@ fn an_engine_that_cannot_be_measured_is_refused_by_name() {
         assert!(code == 1 && err.contains(want), "{arguments:?}: {err}");
     }
 }
+
+#[test]
+fn the_former_name_says_what_it_is_called_now() {
+    let output = Command::new(env!("CARGO_BIN_EXE_targon-engine"))
+        .args(["attack-bench", "m", "--prompts", "2"])
+        .output()
+        .unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && words.contains("bench attack"), "{words}");
+}
+
+/// A models.toml in `home` with the model `tiny` of directory `m`.
+fn tiny_models(home: &Path, directory: &str) -> String {
+    let entry = format!(
+        "[[model]]\nname = \"tiny\"\nsource = \"path\"\npath = {directory:?}\n\
+         kv_memory = \"4 MiB\"\nsequences_max = 4\n"
+    );
+    let file = home.join(format!("{directory}.toml"));
+    std::fs::write(&file, entry).unwrap();
+    file.display().to_string()
+}
+
+#[test]
+fn a_server_is_measured_and_its_report_compared() {
+    use targon_engine::bench::report::seal;
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    let server = super::cli::Server::start(&tiny_models(home, "m"));
+    let url = server.url();
+    let base = ["serve", "--url", &url, "--model", "tiny", "--input", "16"];
+    let more = ["--output-tokens", "12", "--requests", "8", "--seed", "3", "--out", "o"];
+    let (code, table, err) = bench(home, &[&base[..], &more, &["--concurrency", "1,4"]].concat());
+    assert_eq!(code, 0, "{err}");
+    assert!(table.contains("1 at once") && table.contains("4 at once"), "{table}");
+    let report = seal::read(&home.join("o/report.json")).unwrap();
+    assert!(!report.is_partial && report.levels.len() == 2);
+    for level in &report.levels {
+        assert_eq!((level.sent, level.completed, level.output_tokens), (8, 8, 96), "{level:?}");
+        assert!(level.steady_tokens_per_second > 0.0 && level.worst_gap > 0.0);
+        assert!(level.vllm["median_ttft_ms"].as_f64().unwrap() > 0.0);
+    }
+    let kinds: Vec<&str> = report.marks.iter().map(|m| m.kind.name()).collect();
+    assert!(!kinds.contains(&"server-failed") && !kinds.contains(&"length"), "{kinds:?}");
+    let page = std::fs::read_to_string(home.join("o/report.html")).unwrap();
+    assert!(page.contains("Throughput against latency"), "{page}");
+
+    std::fs::write(
+        home.join("prices.toml"),
+        "[[price]]\ndevice = \"o\"\nper_hour = 2.0\ndate = \"2026-11-01\"\n",
+    )
+    .unwrap();
+    let (code, json, err) =
+        bench(home, &["compare", "o/report.json", "--prices", "prices.toml", "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let speed = report.best_level().unwrap().steady_tokens_per_second;
+    let per_dollar = json["compared"][0]["per_dollar_hour"].as_f64().unwrap();
+    assert!((per_dollar - speed / 2.0).abs() < 1e-6 * speed, "{json}");
+
+    // A number that was changed after the report was written by another program.
+    std::fs::write(home.join("bad.json"), "{\"schema\": \"targon-engine-bench\", \"version\": 9}")
+        .unwrap();
+    for (arguments, want) in [
+        (&["compare", "bad.json"][..], "bad.json: `version` must be 1, got 9"),
+        (&["compare", "none.json"], "none.json cannot be read"),
+        (&["compare", "--strict", "o/report.json"], "o/report.json: it is unsigned"),
+        (&["serve", "--url", "127.0.0.1:1", "--model", "m"], "--url must begin with http://"),
+        (&["serve", "--url", "http://127.0.0.1:1", "--model", "m"], "is a server running there?"),
+        (&["serve", "--url", &url, "--model", "other"], "404"),
+    ] {
+        let (code, _, err) = bench(home, arguments);
+        assert!(code == 1 && err.contains(want), "{arguments:?}: {err}");
+    }
+}
+
+#[test]
+fn a_server_that_dies_leaves_a_partial_report() {
+    use targon_engine::bench::report::seal;
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    let server = super::cli::Server::start(&tiny_models(home, "m"));
+    let url = server.url();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+    command.current_dir(home).args(["bench", "serve", "--url", &url, "--model", "tiny"]);
+    command.args(["--input", "9", "--output-tokens", "100", "--requests", "5000"]);
+    command.args(["--rate", "50", "--out", "o"]);
+    let running = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    drop(server);
+    let output = running.wait_with_output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && words.contains("was given up"), "{words}");
+    let report = seal::read(&home.join("o/report.json")).unwrap();
+    assert!(report.is_partial && report.levels[0].completed > 0, "{:?}", report.levels);
+    assert!(report.marks.iter().any(|m| m.kind.name() == "server-failed"), "{:?}", report.marks);
+}
+
+#[test]
+fn an_audit_tells_true_weights_from_four_bits() {
+    use targon_engine::bench::attack::tamper::{Tamper, tampered};
+    use targon_engine::models::checkpoint::Checkpoint;
+    use targon_engine::ops::{lanes::Isa, pool::Pool};
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    let four = home.join("four");
+    std::fs::create_dir(&four).unwrap();
+    let pool = Pool::new(1, Isa::best()).unwrap();
+    let checkpoint = Checkpoint::open(&home.join("m")).unwrap();
+    tampered(&checkpoint, &pool, Tamper::Integers { bits: 4, group: 0 }, &four).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(home.join("m").join(file), four.join(file)).unwrap();
+    }
+    let own = tiny_models(home, "m");
+    for (directory, code, verdict) in [("m", 0, "agrees"), ("four", 3, "not these weights")] {
+        let server = super::cli::Server::start(&tiny_models(home, directory));
+        for extra in [&[][..], &["--chat"]] {
+            let output = Command::new(env!("CARGO_BIN_EXE_targon-engine"))
+                .current_dir(home)
+                .env("HOME", home)
+                .args(["audit", "--url", &server.url(), "--model", "tiny", "--models", &own])
+                .args(["--json", "--tokens", "64", "--answers", "40"])
+                .args(extra)
+                .output()
+                .unwrap();
+            let (text, words) = (output.stdout, String::from_utf8_lossy(&output.stderr));
+            let json: Value = serde_json::from_slice(&text).unwrap_or_default();
+            assert_eq!(output.status.code(), Some(code), "{directory} {extra:?} {json} {words}");
+            assert_eq!(json["verdict"], verdict);
+            assert_eq!(json["seed_honoured"], true, "{json}");
+        }
+    }
+}

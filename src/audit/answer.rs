@@ -1,0 +1,157 @@
+//! An answer in OpenAI's shapes, and which tokens it has: by ids where the server gives them, by the
+//! bytes of its tokens, or by tokenising its text again.
+
+use crate::models::tokenizer::TextTokenizer;
+use crate::verify::answer::id_of_name;
+use serde_json::Value;
+use std::collections::HashMap;
+
+/// Tokens of one answer that are read.
+pub const TOKENS_MAX: usize = 4096;
+/// Alternatives of one token that are read.
+const TOP_MAX: usize = 20;
+
+/// Where the tokens of an answer are known from.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// The server gives ids.
+    Ids,
+    /// Each token's bytes belong to a token of ours.
+    Names,
+    /// The text was tokenised again: other tokens may have the same text.
+    Text,
+}
+
+/// A token as a server reports it.
+#[derive(Clone, PartialEq, Default, Debug)]
+pub struct Reported {
+    /// Its natural log-probability.
+    pub logprob: Option<f64>,
+    /// Alternatives that are known here, with theirs.
+    pub top: Vec<(u32, f64)>,
+}
+
+/// An answer.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Answer {
+    /// Its tokens.
+    pub ids: Vec<u32>,
+    /// Where they are known from.
+    pub source: Source,
+    /// What is reported of each; empty where log-probabilities are missing.
+    pub reported: Vec<Reported>,
+    /// The text.
+    pub text: String,
+    /// Tokens of the prompt, as the server counts them.
+    pub prompt_tokens: Option<u64>,
+}
+
+/// Finds tokens by their bytes.
+pub struct Names<'a> {
+    tokenizer: &'a TextTokenizer,
+    by_bytes: HashMap<Vec<u8>, u32>,
+}
+
+impl<'a> Names<'a> {
+    /// Of this tokenizer; of several tokens with the same bytes the first counts.
+    pub fn new(tokenizer: &'a TextTokenizer) -> Self {
+        let mut by_bytes = HashMap::new();
+        for id in 0..u32::try_from(tokenizer.len()).unwrap_or(u32::MAX) {
+            let bytes = tokenizer.bytes_of(id);
+            if !bytes.is_empty() {
+                by_bytes.entry(bytes.to_vec()).or_insert(id);
+            }
+        }
+        Self { tokenizer, by_bytes }
+    }
+
+    fn of(&self, name: &str, bytes: Option<Vec<u8>>) -> Option<u32> {
+        let known = id_of_name(name).filter(|id| (*id as usize) < self.tokenizer.len());
+        known
+            .or_else(|| self.by_bytes.get(&bytes?).copied())
+            .or_else(|| self.by_bytes.get(name.as_bytes()).copied())
+            .or_else(|| self.tokenizer.id_of(name))
+    }
+}
+
+/// A token's name and bytes, with its report.
+struct Named {
+    id: Option<u32>,
+    reported: Reported,
+}
+
+/// Reads the first choice of a whole answer.
+///
+/// # Errors
+/// What it lacks.
+pub fn read(body: &Value, names: &Names<'_>) -> Result<Answer, String> {
+    if let Some(message) = body["error"]["message"].as_str() {
+        return Err(message.chars().take(200).collect());
+    }
+    let choice = &body["choices"][0];
+    let text = choice["message"]["content"].as_str().or_else(|| choice["text"].as_str());
+    let text = text.ok_or("the answer has no text")?.to_owned();
+    let named = match choice["logprobs"]["content"].as_array() {
+        Some(list) => list.iter().take(TOKENS_MAX).map(|t| of_chat(t, names)).collect(),
+        None => of_completion(&choice["logprobs"], names),
+    };
+    let named: Vec<Named> = named;
+    let ids = |list: &Value| -> Option<Vec<u32>> {
+        let ids = list.as_array()?.iter().take(TOKENS_MAX);
+        let fits = |id: &u32| (*id as usize) < names.tokenizer.len();
+        ids.map(|id| u32::try_from(id.as_u64()?).ok().filter(fits)).collect()
+    };
+    let by_id = ids(&choice["token_ids"]).filter(|ids| !ids.is_empty());
+    let by_name: Option<Vec<u32>> = named.iter().map(|n| n.id).collect();
+    let by_name = by_name.filter(|ids| !ids.is_empty());
+    let (ids, source) = match (by_id, by_name) {
+        (Some(ids), _) => (ids, Source::Ids),
+        (None, Some(ids)) => (ids, Source::Names),
+        (None, None) => {
+            let ids = names.tokenizer.encode(&text, false);
+            (ids.map_err(|e| format!("its text cannot be tokenised: {e}"))?, Source::Text)
+        }
+    };
+    if ids.is_empty() {
+        return Err("the answer has no token".into());
+    }
+    let has_ids = named.iter().all(|n| n.id.is_some()) || source == Source::Ids;
+    // Reports belong to tokens by their place, which other tokens would not share.
+    let is_aligned = has_ids && named.len() == ids.len();
+    let reported = named.into_iter().map(|n| n.reported).filter(|_| is_aligned).collect();
+    let prompt_tokens = body["usage"]["prompt_tokens"].as_u64();
+    Ok(Answer { ids, source, reported, text, prompt_tokens })
+}
+
+/// One entry of a conversation's `logprobs.content`.
+fn of_chat(entry: &Value, names: &Names<'_>) -> Named {
+    let id = |entry: &Value| {
+        let bytes = entry["bytes"].as_array().map(|bytes| {
+            let byte = |b: &Value| b.as_u64().and_then(|b| u8::try_from(b).ok());
+            bytes.iter().map_while(byte).collect::<Vec<u8>>()
+        });
+        names.of(entry["token"].as_str()?, bytes)
+    };
+    let top = entry["top_logprobs"].as_array();
+    let top = top.into_iter().flatten().take(TOP_MAX);
+    let top = top.filter_map(|t| Some((id(t)?, t["logprob"].as_f64()?))).collect();
+    Named { id: id(entry), reported: Reported { logprob: entry["logprob"].as_f64(), top } }
+}
+
+/// The parallel lists of a completion.
+fn of_completion(lists: &Value, names: &Names<'_>) -> Vec<Named> {
+    let tokens = lists["tokens"].as_array().into_iter().flatten().take(TOKENS_MAX);
+    let one = |(place, token): (usize, &Value)| {
+        let top = lists["top_logprobs"][place].as_object();
+        let top = top.into_iter().flatten().take(TOP_MAX);
+        Named {
+            id: token.as_str().and_then(|name| names.of(name, None)),
+            reported: Reported {
+                logprob: lists["token_logprobs"][place].as_f64(),
+                top: top.filter_map(|(n, l)| Some((names.of(n, None)?, l.as_f64()?))).collect(),
+            },
+        }
+    };
+    tokens.enumerate().map(one).collect()
+}

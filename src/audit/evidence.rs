@@ -1,0 +1,289 @@
+//! What many answers say together: a sequential test between another stack's rounding and other
+//! weights.
+//!
+//! Both hypotheses are noise on our logits: of a standard deviation of [`HONEST`] where the same
+//! weights are computed in bf16 by another library, of [`OTHER`] or more where they are other
+//! weights, such as the same in four bits. Each row adds its log-likelihood ratio, within
+//! [`ROW_MAX`], and each answer at most a quarter of what decides: rows of an answer share keys and
+//! values, so they are no independent witnesses.
+
+use super::answer::{Answer, Source};
+use super::score::Row;
+use crate::verify::evidence::{ALARM, ANSWER_MAX};
+use serde::Serialize;
+
+/// Standard deviation of the logits of an honest stack. Single logits in bf16 are off by a tenth or
+/// two at most.
+pub const HONEST: f64 = 0.08;
+/// Of other weights.
+pub const OTHER: f64 = 0.24;
+/// The most that a row adds, in nats.
+const ROW_MAX: f64 = 1.0;
+/// Evidence for agreement at which it is believed: a thousand to one.
+const AGREES: f64 = -6.907_755_278_982_137;
+/// Standard deviations of surprise that other weights alone explain.
+const SURPRISE_MAX: f64 = 6.0;
+/// Rows that a verdict needs at least.
+const ROWS_MIN: usize = 64;
+
+/// How an answer was drawn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Drawn {
+    /// The most probable token, always.
+    Greedy,
+    /// At temperature 1, untruncated.
+    Sampled,
+}
+
+/// What is concluded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub enum Verdict {
+    /// The answers agree with these weights.
+    #[serde(rename = "agrees")]
+    Agrees,
+    /// Too little was said.
+    #[serde(rename = "cannot tell")]
+    CannotTell,
+    /// They were computed with others.
+    #[serde(rename = "not these weights")]
+    NotTheseWeights,
+}
+
+impl Verdict {
+    /// In words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Agrees => "agrees",
+            Self::CannotTell => "cannot tell",
+            Self::NotTheseWeights => "not these weights",
+        }
+    }
+}
+
+/// The answers so far.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub struct Evidence {
+    /// Answers.
+    pub answers: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Answers whose tokens are known from ids, from names, from text.
+    pub sources: [usize; 3],
+    /// Rows whose log-probabilities were compared.
+    pub compared: usize,
+    /// Nats for other weights; below zero for these.
+    pub nats: f64,
+    /// Tokens that are our most probable ones.
+    pub first: usize,
+    /// Tokens among our five most probable ones.
+    pub among_five: usize,
+    /// Of greedy answers: tokens, and those that are not our most probable ones.
+    pub greedy: [usize; 2],
+    /// Sampled tokens that this engine draws from the same seed, of all.
+    pub drawn: [usize; 2],
+    /// Answers whose prompts have another number of tokens than ours.
+    pub other_prompts: usize,
+    squares: f64,
+    errors: f64,
+    surprise: f64,
+    variance: f64,
+}
+
+impl Evidence {
+    /// Adds an answer; `prompt` is how many tokens we asked with.
+    pub fn add(&mut self, answer: &Answer, drawn: Drawn, rows: &[Row], prompt: usize) {
+        self.answers += 1;
+        self.tokens += rows.len();
+        self.sources[answer.source as usize] += 1;
+        self.other_prompts += usize::from(answer.prompt_tokens.is_some_and(|n| n != prompt as u64));
+        let mut nats = 0.0;
+        for row in rows {
+            self.first += usize::from(row.rank == 1);
+            self.among_five += usize::from(row.rank <= 5);
+            if let Some(noise) = row.noise {
+                self.compared += 1;
+                self.squares += noise * noise;
+            }
+            self.errors += row.error.map_or(0.0, f64::abs);
+            match drawn {
+                Drawn::Greedy => {
+                    self.greedy[0] += 1;
+                    self.greedy[1] += usize::from(row.rank > 1);
+                }
+                Drawn::Sampled => {
+                    self.surprise += row.surprise;
+                    self.variance += row.variance;
+                    self.drawn[0] += usize::from(row.is_drawn);
+                    self.drawn[1] += 1;
+                }
+            }
+            nats += ratio(row, drawn);
+        }
+        // Tokens of a text that was tokenised again may be others than were drawn.
+        if answer.source != Source::Text {
+            self.nats += nats.clamp(-ANSWER_MAX, ANSWER_MAX);
+        }
+    }
+
+    /// The standard deviation of logits that explains the reports.
+    pub fn noise(&self) -> Option<f64> {
+        (self.compared > 0).then(|| (self.squares / self.compared as f64).sqrt())
+    }
+
+    /// The mean difference of log-probabilities.
+    pub fn mean_error(&self) -> Option<f64> {
+        (self.compared > 0).then(|| self.errors / self.tokens.max(1) as f64)
+    }
+
+    /// How much more sampled tokens surprise than they should, in standard deviations.
+    pub fn surprise(&self) -> Option<f64> {
+        (self.variance > 0.0).then(|| self.surprise / self.variance.sqrt())
+    }
+
+    /// What is concluded so far, and why.
+    pub fn verdict(&self) -> (Verdict, String) {
+        let cannot = |why: String| (Verdict::CannotTell, why);
+        let prompts = self.other_prompts;
+        if prompts > 0 {
+            let what = format!("the server counts other tokens in {prompts} prompts");
+            return cannot(format!("{what}: it asks its model something else than we ask ours"));
+        }
+        if self.tokens < ROWS_MIN {
+            return cannot(format!("only {} tokens came, {ROWS_MIN} are needed", self.tokens));
+        }
+        if let Some(far) = self.surprise().filter(|far| *far > SURPRISE_MAX) {
+            let what = format!("its tokens surprise these weights by {far:.1} standard deviations");
+            return match self.sources[Source::Text as usize] > 0 {
+                true => cannot(format!("{what}, but the tokens are a guess from text")),
+                false => (Verdict::NotTheseWeights, what),
+            };
+        }
+        let odds = format!("the evidence is {:.1} nats for other weights", self.nats);
+        match self.nats {
+            nats if nats >= ALARM => (Verdict::NotTheseWeights, odds),
+            nats if nats <= AGREES => (Verdict::Agrees, odds),
+            _ => cannot(odds),
+        }
+    }
+}
+
+/// The log-likelihood ratio of a row: other weights over these.
+fn ratio(row: &Row, drawn: Drawn) -> f64 {
+    let nats = match (row.noise, drawn) {
+        (Some(noise), _) => {
+            let gain = 0.5 * (1.0 / (HONEST * HONEST) - 1.0 / (OTHER * OTHER));
+            (HONEST / OTHER).ln() + gain * noise * noise
+        }
+        // Whether the difference of two noisy logits keeps its sign.
+        (None, Drawn::Greedy) => {
+            let chance = |sd: f64| normal(row.lead / (sd * std::f64::consts::SQRT_2)).max(1e-300);
+            chance(OTHER).ln() - chance(HONEST).ln()
+        }
+        (None, Drawn::Sampled) => 0.0,
+    };
+    nats.clamp(-ROW_MAX, ROW_MAX)
+}
+
+/// The normal distribution function, within 1.2e-7 of itself everywhere (a Chebyshev fit of the
+/// complementary error function: Press et al., Numerical Recipes, 6.2).
+fn normal(x: f64) -> f64 {
+    const FIT: [f64; 10] = [
+        -1.265_512_23,
+        1.000_023_68,
+        0.374_091_96,
+        0.096_784_18,
+        -0.186_288_06,
+        0.278_868_07,
+        -1.135_203_98,
+        1.488_515_87,
+        -0.822_152_23,
+        0.170_872_77,
+    ];
+    let z = x.abs() / std::f64::consts::SQRT_2;
+    let t = 1.0 / (1.0 + 0.5 * z);
+    let fit = FIT.iter().rev().fold(0.0, |sum, c| sum * t + c);
+    let tail = 0.5 * t * (fit - z * z).exp();
+    if x < 0.0 { tail } else { 1.0 - tail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(source: Source) -> Answer {
+        let (ids, reported) = (vec![1; 32], Vec::new());
+        Answer { ids, source, reported, text: String::new(), prompt_tokens: Some(5) }
+    }
+
+    fn row(noise: Option<f64>, lead: f64) -> Row {
+        Row {
+            logprob: -1.0,
+            rank: if lead > 0.0 { 1 } else { 2 },
+            noise,
+            error: noise,
+            lead,
+            surprise: 0.0,
+            variance: 1.0,
+            is_drawn: false,
+        }
+    }
+
+    fn after(rows: &[Row], drawn: Drawn, source: Source, answers: usize) -> Evidence {
+        let mut evidence = Evidence::default();
+        (0..answers).for_each(|_| evidence.add(&answer(source), drawn, rows, 5));
+        evidence
+    }
+
+    #[test]
+    fn the_normal_distribution_is_known() {
+        for (x, want) in [(0.0, 0.5), (1.0, 0.841_344_75), (-1.96, 0.024_997_9), (-6.0, 9.87e-10)] {
+            assert!((normal(x) - want).abs() < 2e-7 * want.max(1.0), "{x}: {}", normal(x));
+        }
+    }
+
+    #[test]
+    fn small_noise_agrees_large_noise_does_not_and_between_nobody_can_tell() {
+        let of = |noise: f64| after(&[row(Some(noise), 1.0); 32], Drawn::Sampled, Source::Ids, 8);
+        assert_eq!(of(0.0).verdict().0, Verdict::Agrees);
+        assert_eq!(of(0.08).verdict().0, Verdict::Agrees);
+        assert_eq!(of(0.3).verdict().0, Verdict::NotTheseWeights);
+        assert!((of(0.3).noise().unwrap() - 0.3).abs() < 1e-12);
+        // Where both are equally likely.
+        let gain = 0.5 * (1.0 / (HONEST * HONEST) - 1.0 / (OTHER * OTHER));
+        let middle = ((OTHER / HONEST).ln() / gain).sqrt();
+        assert_eq!(of(middle).verdict().0, Verdict::CannotTell);
+    }
+
+    #[test]
+    fn one_answer_never_decides_and_text_only_informs() {
+        let far = [row(Some(5.0), 1.0); 128];
+        let one = after(&far, Drawn::Sampled, Source::Names, 1);
+        assert_eq!((one.nats, one.verdict().0), (ANSWER_MAX, Verdict::CannotTell));
+        let text = after(&far, Drawn::Sampled, Source::Text, 20);
+        assert_eq!((text.nats, text.verdict().0), (0.0, Verdict::CannotTell));
+    }
+
+    #[test]
+    fn greedy_tokens_speak_without_log_probabilities() {
+        let flipped = after(&[row(None, -1.0); 32], Drawn::Greedy, Source::Ids, 8);
+        assert_eq!(flipped.verdict().0, Verdict::NotTheseWeights);
+        let kept = after(&[row(None, 0.15); 32], Drawn::Greedy, Source::Ids, 8);
+        assert_eq!(kept.verdict().0, Verdict::Agrees);
+        // A clear lead is kept by both.
+        let clear = after(&[row(None, 9.0); 32], Drawn::Greedy, Source::Ids, 8);
+        assert_eq!(clear.verdict().0, Verdict::CannotTell);
+    }
+
+    #[test]
+    fn other_prompts_and_surprising_tokens_are_seen() {
+        let mut other = Evidence::default();
+        (0..8).for_each(|_| {
+            other.add(&answer(Source::Ids), Drawn::Sampled, &[row(Some(5.0), 1.0); 32], 6);
+        });
+        assert!(other.verdict().1.contains("counts other tokens in 8 prompts"));
+        let surprising = Row { surprise: 2.0, ..row(None, 1.0) };
+        let far = after(&[surprising; 32], Drawn::Sampled, Source::Ids, 4);
+        assert_eq!(far.verdict().0, Verdict::NotTheseWeights);
+        assert_eq!(after(&[], Drawn::Sampled, Source::Ids, 1).verdict().0, Verdict::CannotTell);
+    }
+}
