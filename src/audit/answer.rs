@@ -1,5 +1,5 @@
-//! An answer in OpenAI's shapes, and which tokens it has: by ids where the server gives them, by the
-//! bytes of its tokens, or by tokenising its text again.
+//! An answer in OpenAI's shapes, and which tokens it has: by ids where the server gives them, by
+//! the bytes of its tokens, or by tokenising its text again.
 
 use crate::models::tokenizer::TextTokenizer;
 use crate::verify::answer::id_of_name;

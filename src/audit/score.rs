@@ -9,7 +9,7 @@ use std::ops::Range;
 
 /// Reports below this say only that a token is improbable.
 const FLOOR: f64 = -15.0;
-/// Below this share of its noise a log-probability says nothing about the logits: the token is sure.
+/// Below this share of its noise a log-probability says nothing of the logits: the token is sure.
 const SHARE_MIN: f64 = 1e-3;
 
 /// A token beside our row.
