@@ -154,7 +154,7 @@ struct Audit<'a> {
 
 impl Audit<'_> {
     async fn all(&mut self) -> Result<(Evidence, Seeds), Failure> {
-        let names = Names::new(&self.verifier.model.tokenizer);
+        let names = Names::new(&self.verifier.model.text.tokenizer);
         let (prompts, entropy) = (prompts::all(), Entropy::system());
         let mut evidence = Evidence::default();
         let (mut seeds, mut last) = (None, String::new());
