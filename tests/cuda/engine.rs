@@ -15,12 +15,11 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::commit::RowProver;
 
-/// A model on a device, and what its proofs are bound to.
-pub(crate) fn model_on(device: Device, path: &Path) -> (Arc<Model>, Identity, Pool) {
+/// A model on a device.
+fn model_on(device: Device, path: &Path) -> (Arc<Model>, Pool) {
     let pool = Pool::new(2, Isa::best()).unwrap();
     let model = Model::load_on(device, path, None, &pool, |_, _| {}).unwrap();
-    let identity = Identity::compute(&model, &pool).unwrap();
-    (Arc::new(model), identity, pool)
+    (Arc::new(model), pool)
 }
 
 fn requests(identity: &Identity, tokens: usize) -> Vec<Request> {
@@ -76,7 +75,8 @@ fn preemption_and_shared_prefixes_change_no_bit() {
     let options = Options { blocks: 9, sequences_max: 8, ..options() };
     let mut of_devices = Vec::new();
     for device in [Device::Cpu, Device::Cuda(1)] {
-        let (model, identity, pool) = model_on(device, dir.path());
+        let (model, pool) = model_on(device, dir.path());
+        let identity = Identity::compute(&model, &pool).unwrap();
         let engine = Engine::start(model, pool, options, Clock::system()).unwrap();
         let (outputs, cached) = outputs(&engine, requests(&identity, 40));
         let preemptions = engine.stats().snapshot().load.preemptions;
@@ -102,9 +102,11 @@ fn preemption_and_shared_prefixes_change_no_bit() {
 fn an_engine_whose_card_is_lost_says_so_and_others_go_on() {
     let dir = tempfile::tempdir().unwrap();
     write_checkpoint(dir.path(), &tiny_config(), 9);
-    let (model, identity, pool) = model_on(Device::Cuda(7), dir.path());
+    let (model, pool) = model_on(Device::Cpu, dir.path());
+    let identity = Identity::compute(&model, &pool).unwrap();
+    let (model, pool) = model_on(Device::Cuda(7), dir.path());
     let engine = Engine::start(model, pool, options(), Clock::system()).unwrap();
-    let (healthy, healthy_identity, pool) = model_on(Device::Cuda(1), dir.path());
+    let (healthy, pool) = model_on(Device::Cuda(1), dir.path());
     let healthy = Engine::start(healthy, pool, options(), Clock::system()).unwrap();
 
     // A launch that is refused ends the requests of that step, and no others.
@@ -130,7 +132,7 @@ fn an_engine_whose_card_is_lost_says_so_and_others_go_on() {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     assert!(engine.is_dead());
-    let (steps, _) = outputs(&healthy, requests(&healthy_identity, 4));
+    let (steps, _) = outputs(&healthy, requests(&identity, 4));
     assert_eq!(steps[0].len(), 4);
 }
 
