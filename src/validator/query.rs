@@ -168,8 +168,8 @@ pub struct Arrival {
 }
 
 impl Target {
-    /// What requests to it are sent by, kept for others with this time between two reads: making one
-    /// costs milliseconds. Those sent by the same one share connections.
+    /// What requests to it are sent by, kept for others with this time between two reads: making
+    /// one costs milliseconds. Those sent by the same one share connections.
     ///
     /// # Errors
     /// When this machine cannot make one.
