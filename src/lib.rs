@@ -22,7 +22,9 @@
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, requests to tokens and text |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to rows and what they say |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`chain`] [`clock`] [`entropy`] [`files`] [`update`] | leaves |
+//! | 1 | [`chain`] | keys, wallets, the metagraph, extrinsics |
+//! | 1 | [`update`] | new versions of this program |
+//! | 0 | [`ops`] [`proof`] [`wire`] [`clock`] [`entropy`] [`files`] [`tls`] | leaves |
 //!
 //! # Invariants
 //!
@@ -50,6 +52,7 @@ pub mod proof;
 pub mod reply;
 pub mod server;
 pub mod store;
+pub mod tls;
 pub mod update;
 pub mod validator;
 pub mod verifier;

@@ -4,8 +4,8 @@
 
 use super::host::Say;
 use crate::chain::epistula::Envelope;
-use crate::chain::keys::{Hotkey, Keypair};
-use crate::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
+use crate::chain::keys::Keypair;
+use crate::chain::metagraph::{Hyperparameters, Metagraph, Neuron};
 use crate::clock::Clock;
 use crate::intake::translate::Defaults;
 use crate::server::door::{Gate, Policy, STAKE_MIN};
@@ -35,18 +35,7 @@ fn key(seed: u8) -> anyhow::Result<Keypair> {
 
 /// The same routes with the door and without.
 fn apps() -> anyhow::Result<(Router, Router)> {
-    let member = Neuron {
-        uid: 0,
-        hotkey: key(1)?.hotkey(),
-        coldkey: Hotkey([0; 32]),
-        stake: STAKE_MIN,
-        permit: true,
-        axon: None,
-        incentive: 0.0,
-        consensus: 0.0,
-        emission: Rao(0),
-        last_update: 0,
-    };
+    let member = Neuron::new(0, key(1)?.hotkey(), STAKE_MIN);
     let rate = NonZeroU32::new(1_000_000).context("the rate is zero")?;
     let policy = Policy { rate, ..Policy::default() };
     let gate = Gate::new(key(2)?.hotkey(), policy, Clock::system());

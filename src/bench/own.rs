@@ -83,7 +83,9 @@ impl Own {
             Some(_) => body["messages"] = json!([{"role": "user", "content": prompt}]),
             None => body["prompt"] = json!(prompt),
         }
-        let requests = question::understand(&self.verifier, &body).await?.requests;
+        let requests =
+            question::understand(&self.verifier, &body).await.map_err(|e| e.to_string())?;
+        let requests = requests.requests;
         requests.into_iter().next().ok_or_else(|| "the request has no choice".into())
     }
 

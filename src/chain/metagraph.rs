@@ -92,6 +92,24 @@ pub struct Neuron {
     pub last_update: u64,
 }
 
+impl Neuron {
+    /// A member that may validate, listens nowhere, and was paid nothing yet.
+    pub fn new(uid: u16, hotkey: Hotkey, stake: Rao) -> Self {
+        Self {
+            uid,
+            hotkey,
+            coldkey: Hotkey([0; 32]),
+            stake,
+            permit: true,
+            axon: None,
+            incentive: 0.0,
+            consensus: 0.0,
+            emission: Rao(0),
+            last_update: 0,
+        }
+    }
+}
+
 /// What the subnet asks of whoever sets weights or serves.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Hyperparameters {

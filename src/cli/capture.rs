@@ -144,14 +144,14 @@ pub(super) fn load_verifier(
     limits: Limits,
 ) -> Result<Verifier, Failure> {
     let name = config.name.clone();
-    let refuse = |why: String| Failure::user(format!("{name} cannot be loaded: {why}"));
+    let refuse = |why: anyhow::Error| Failure::user(format!("{name} cannot be loaded: {why}"));
     let bars = Bars::new();
     let located = runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
     let plan = load::plan(&located, &mut load::Left::default()).map_err(refuse)?;
     let (device, dtype) = (located.config.device, located.config.dtype);
     let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {});
-    let model = model.map_err(|e| refuse(e.to_string()))?;
-    let identity = Identity::of(&model, pool).map_err(|e| refuse(e.to_string()))?;
+    let model = model.map_err(|e| refuse(e.into()))?;
+    let identity = Identity::of(&model, pool).map_err(|e| refuse(e.into()))?;
     Ok(Verifier {
         model: Arc::new(model),
         identity: Arc::new(identity),

@@ -10,7 +10,7 @@ use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, Source};
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
-use crate::lifecycle::load::available_memory;
+use crate::engine::memory::memory;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::remembered::cache_dir;
 use clap::Args;
@@ -122,7 +122,7 @@ async fn examine_models(args: &DoctorArgs, hub: &Hub) -> Result<Vec<Finding>, Fa
         return Ok(vec![finding]);
     }
     let mut findings = Vec::new();
-    let mut available = available_memory();
+    let mut available = memory().available;
     for model in args.models.read(&[])?.models {
         match files(&model, hub, args.offline || hub.is_offline()).await {
             Ok((path, seen)) => {

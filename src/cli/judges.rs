@@ -7,6 +7,7 @@ use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
 use crate::config::units;
 use crate::engine::Engine;
+use crate::engine::memory::memory;
 use crate::engine::plan::{Bytes, KvMemory, Wanted};
 use crate::lifecycle::load::{self, Located};
 use crate::models::{Identity, Model};
@@ -100,7 +101,7 @@ pub(super) fn residents(
 
 /// Bytes that models may have.
 fn budget(asked: Option<&str>) -> Result<u64, Failure> {
-    let available = load::available_memory();
+    let available = memory().available;
     let wanted = asked.map_or(Ok(KvMemory::Auto), units::kv_memory);
     match wanted.map_err(|what| Failure::user(format!("--verify-memory {what}")))? {
         KvMemory::Auto => Ok(available),
@@ -120,8 +121,8 @@ async fn plan(
     budget: u64,
 ) -> Result<(Located, u64), String> {
     config.wanted = wanted(config.wanted, slots);
-    let located = load::locate(config, &Bars::new()).await?;
-    let bytes = load::plan_within(&located, BOUNDLESS)?.total();
+    let located = load::locate(config, &Bars::new()).await.map_err(|e| e.to_string())?;
+    let bytes = load::plan_within(&located, BOUNDLESS).map_err(|e| e.to_string())?.total();
     if bytes > budget {
         let short = Bytes(bytes - budget);
         return Err(format!(
@@ -149,7 +150,7 @@ struct Loader {
 impl Loader {
     fn load(&self, name: &str) -> Result<Judge, String> {
         let located = self.found.get(name).ok_or("the models file does not have it")?;
-        let whole = load::plan_within(located, BOUNDLESS)?.options;
+        let whole = load::plan_within(located, BOUNDLESS).map_err(|e| e.to_string())?.options;
         let (path, device): (&Path, _) = (&located.path, located.config.device);
         let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {});
         let model = Arc::new(model.map_err(|e| e.to_string())?);

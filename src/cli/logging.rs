@@ -5,6 +5,7 @@ use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
+use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
@@ -38,13 +39,13 @@ pub(super) fn start(text: &str, json: bool) -> Result<(), Failure> {
 ///
 /// # Errors
 /// When it is not a filter.
-pub(super) fn set(text: &str) -> Result<(), String> {
+pub(super) fn set(text: &str) -> anyhow::Result<()> {
     let filter = filter(text)?;
-    HANDLE.get().map_or(Ok(()), |handle| handle.reload(filter).map_err(|e| e.to_string()))
+    Ok(HANDLE.get().map_or(Ok(()), |handle| handle.reload(filter))?)
 }
 
-fn filter(text: &str) -> Result<EnvFilter, String> {
-    EnvFilter::try_new(text.replace("engine=", "targon_engine=")).map_err(|e| e.to_string())
+fn filter(text: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::try_new(text.replace("engine=", "targon_engine="))
 }
 
 /// Keeps lines from now on, where stderr is the terminal that a view draws on.

@@ -14,8 +14,6 @@ mod export;
 mod failure;
 mod fetch;
 mod finding;
-#[cfg(test)]
-mod guides;
 mod judges;
 mod layers;
 mod logging;
@@ -39,6 +37,9 @@ mod verifier;
 mod verify;
 mod verify_html;
 mod wallet;
+
+#[cfg(test)]
+mod guides;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub use failure::Failure;

@@ -5,7 +5,8 @@ use super::out::outln;
 use super::progress::{Bars, table};
 use super::shared::ModelsArg;
 use super::shared::runtime;
-use crate::lifecycle::load::{Left, available_memory, locate, plan};
+use crate::engine::memory::memory;
+use crate::lifecycle::load::{Left, locate, plan};
 use clap::Args;
 
 /// Arguments of `plan`.
@@ -17,7 +18,7 @@ pub(super) struct PlanArgs {
 
 pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
-    let available = available_memory();
+    let available = memory().available;
     let bars = Bars::new();
     let runtime = runtime()?;
     let mut left = Left::default();

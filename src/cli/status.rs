@@ -4,6 +4,7 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
+use crate::tls;
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::Value;
@@ -37,8 +38,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
 }
 
 async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
-    // Fails only where a provider is installed already, which serves as well.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    tls::install();
     let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(Failure::ours)?;
     let url = format!("{}/targon/status", args.url.trim_end_matches('/'));
     let mut request = client.get(&url);

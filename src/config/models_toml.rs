@@ -185,7 +185,7 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     }
     let wanted = Wanted {
         context_max: entry.context_max,
-        kv_memory: kv_memory.map_err(|what| ("kv_memory", what))?,
+        kv_memory: kv_memory.map_err(|e| ("kv_memory", e.to_string()))?,
         sequences_max,
     };
     let (source, default_name) = source(&entry, directory)?;

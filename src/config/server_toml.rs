@@ -77,7 +77,7 @@ impl ServerTable {
         let defaults = HttpLimits::default();
         let limits = HttpLimits {
             body_bytes: match self.body_max {
-                Some(text) => units::size(&text).map_err(|what| ("body_max", what))?,
+                Some(text) => units::size(&text).map_err(|e| ("body_max", e.to_string()))?,
                 None => defaults.body_bytes,
             },
             connections_per_address: connections(

@@ -2,38 +2,46 @@
 
 use crate::engine::plan::KvMemory;
 
+/// A text that is no quantity.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum UnitError {
+    /// Neither a size nor a share.
+    #[error("must be a size such as \"4 GiB\", a share such as \"60%\", or \"auto\", got \"{0}\"")]
+    Memory(String),
+    /// A share of nothing, or of more than all.
+    #[error("a share must lie above 0% and up to 100%, got {0}")]
+    Share(String),
+    /// No size.
+    #[error("must be a size such as \"8 MiB\", got \"{0}\"")]
+    Size(String),
+}
+
 /// Reads the memory of a KV cache.
 ///
 /// # Errors
 /// The rule and the fact.
-pub fn kv_memory(text: &str) -> Result<KvMemory, String> {
+pub fn kv_memory(text: &str) -> Result<KvMemory, UnitError> {
     let text = text.trim();
     if text == "auto" {
         return Ok(KvMemory::Auto);
     }
     if let Some(number) = text.strip_suffix('%') {
-        let percent: f64 = number.trim().parse().map_err(|_| rule(text))?;
+        let percent: f64 = number.trim().parse().map_err(|_| UnitError::Memory(text.to_owned()))?;
         if !(percent > 0.0 && percent <= 100.0) {
-            return Err(format!("a share must lie above 0% and up to 100%, got {text}"));
+            return Err(UnitError::Share(text.to_owned()));
         }
         return Ok(KvMemory::Share(percent / 100.0));
     }
-    bytes(text).map(KvMemory::Bytes).ok_or_else(|| rule(text))
+    bytes(text).map(KvMemory::Bytes).ok_or_else(|| UnitError::Memory(text.to_owned()))
 }
 
 /// Reads a size that fits in memory.
 ///
 /// # Errors
 /// The rule and the fact.
-pub fn size(text: &str) -> Result<usize, String> {
+pub fn size(text: &str) -> Result<usize, UnitError> {
     let size = bytes(text.trim()).and_then(|b| usize::try_from(b).ok()).filter(|b| *b > 0);
-    size.ok_or_else(|| format!("must be a size such as \"8 MiB\", got \"{text}\""))
-}
-
-fn rule(text: &str) -> String {
-    format!(
-        "must be a size such as \"4 GiB\", a share such as \"60%\", or \"auto\", got \"{text}\""
-    )
+    size.ok_or_else(|| UnitError::Size(text.to_owned()))
 }
 
 /// A number of bytes with its unit.

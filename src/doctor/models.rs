@@ -5,6 +5,7 @@ use crate::engine::plan::{Bytes, MemoryPlan, Wanted};
 use crate::models::chat::ChatTemplate;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
+use crate::models::panics::contained;
 use crate::models::tokenizer::TextTokenizer;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -22,15 +23,12 @@ pub struct Files<'a> {
 /// Looks at one model; `available` bytes of memory are left, and become less by what it needs.
 pub fn examine(files: &Files<'_>, available: &mut u64) -> Vec<Finding> {
     let topic = format!("model {}", files.name);
-    let found =
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(&topic, files, *available)));
-    match found {
+    match contained("reading its files", || look(&topic, files, *available)) {
         Ok((needed, findings)) => {
             *available = available.saturating_sub(needed);
             findings
         }
-        // What a library panics at in a stranger's files is that model's fault.
-        Err(_) => vec![Finding::new(topic, Level::Fault, "reading its files panicked")],
+        Err(e) => vec![Finding::new(topic, Level::Fault, e.to_string())],
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{Finding, Level};
 use crate::chain::epistula::WINDOW_MS;
 use crate::clock::Clock;
+use crate::tls;
 use reqwest::{Client, StatusCode};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -20,8 +21,7 @@ const SKEW_FAULT_MS: i64 = WINDOW_MS as i64 / 2;
 
 /// Asks `url` and looks at its answer's status and date.
 pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
-    // Fails only where a provider is installed already, which serves as well.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    tls::install();
     let client = match Client::builder().timeout(TIMEOUT).build() {
         Ok(client) => client,
         Err(e) => return vec![Finding::new(topic, Level::Fault, format!("no HTTP client: {e}"))],

@@ -8,11 +8,13 @@ use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::device::Device;
 use crate::models::hub::{Hub, Wanted};
+use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
 use crate::ops::CANON;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
+use anyhow::anyhow;
 use futures_util::future::join_all;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -37,7 +39,7 @@ pub struct Planned {
 }
 
 /// Each model's name and its plan, or why it has none.
-pub type Plans = Vec<(String, Result<MemoryPlan, String>)>;
+pub type Plans = Vec<(String, anyhow::Result<MemoryPlan>)>;
 
 /// Shows how far loading has come.
 pub trait Progress: Send + Sync {
@@ -55,15 +57,14 @@ pub trait Progress: Send + Sync {
 ///
 /// # Errors
 /// What is wrong with the files or the Hub, in words.
-pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> Result<Located, String> {
+pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> anyhow::Result<Located> {
     let (path, revision) = match &config.source {
         Source::Path(path) => (path.clone(), path.display().to_string()),
         Source::Hub { repo, revision, file } => {
-            let hub = Hub::from_env().map_err(|e| e.to_string())?;
+            let hub = Hub::from_env()?;
             let wanted = file.as_deref().map_or(Wanted::Checkpoint, Wanted::File);
             let progress = |file: &str, done, total| shown.file(file, done, total);
-            let snapshot =
-                hub.fetch(repo, revision, wanted, &progress).await.map_err(|e| e.to_string())?;
+            let snapshot = hub.fetch(repo, revision, wanted, &progress).await?;
             tracing::info!(repo, revision, commit = snapshot.commit, "resolved");
             let path = match file {
                 Some(file) => snapshot.directory.join(file),
@@ -89,7 +90,7 @@ impl Left {
         if let Some(left) = self.0.get(&device) {
             return Ok(*left);
         }
-        let free = device.free_memory()?.unwrap_or_else(available_memory);
+        let free = device.free_memory()?.unwrap_or_else(|| memory().available);
         self.0.insert(device, free);
         Ok(free)
     }
@@ -106,9 +107,9 @@ impl Left {
 ///
 /// # Errors
 /// Why it does not fit or cannot be planned, in words.
-pub fn plan(located: &Located, left: &mut Left) -> Result<MemoryPlan, String> {
+pub fn plan(located: &Located, left: &mut Left) -> anyhow::Result<MemoryPlan> {
     let device = located.config.device;
-    let plan = plan_within(located, left.of(device)?)?;
+    let plan = plan_within(located, left.of(device).map_err(anyhow::Error::msg)?)?;
     left.take(device, plan.total());
     Ok(plan)
 }
@@ -117,25 +118,12 @@ pub fn plan(located: &Located, left: &mut Left) -> Result<MemoryPlan, String> {
 ///
 /// # Errors
 /// As for [`plan`].
-pub fn plan_within(located: &Located, available: u64) -> Result<MemoryPlan, String> {
-    contained("planning", || {
-        let checkpoint = Checkpoint::open(&located.path).map_err(|e| e.to_string())?;
-        let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
-        let spec = spec.map_err(|e| e.to_string())?;
-        let plan = MemoryPlan::on(located.config.device, &spec, located.config.wanted, available);
-        plan.map_err(|e| e.to_string())
-    })
-}
-
-/// What a library panics at in a stranger's files is a failure of that model and of nothing else.
-fn contained<T>(doing: &str, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err(format!("{doing} it panicked; the log says where")))
-}
-
-/// Memory that this process may still take.
-pub fn available_memory() -> u64 {
-    memory().available
+pub fn plan_within(located: &Located, available: u64) -> anyhow::Result<MemoryPlan> {
+    contained("planning it", || {
+        let checkpoint = Checkpoint::open(&located.path)?;
+        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
+        Ok(MemoryPlan::on(located.config.device, &spec, located.config.wanted, available)?)
+    })?
 }
 
 /// Locates, plans and loads all models; false when none is ready.
@@ -148,7 +136,7 @@ pub async fn start_models(
 ) -> bool {
     let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
     let located = join_all(models.into_iter().map(|m| locate(m, &*shown))).await;
-    let available = available_memory();
+    let available = memory().available;
     let (mut left, mut rows, mut planned) = (Left::default(), Vec::new(), Vec::new());
     for (name, located) in names.into_iter().zip(located) {
         let plan = located.and_then(|located| {
@@ -159,7 +147,7 @@ pub async fn start_models(
         });
         if let Err(why) = &plan {
             tracing::error!(model = name, "cannot be served: {why}");
-            registry.set(&name, None, State::Failed(why.clone()));
+            registry.set(&name, None, State::Failed(why.to_string()));
         }
         rows.push((name, plan));
     }
@@ -199,7 +187,8 @@ fn start_one(
     let name = &planned.located.config.name;
     let started = clock.elapsed();
     let progress = |done: usize, layers: usize| shown.layers(name, done, layers);
-    let loaded = contained("loading", || load_one(planned, pool, clock.clone(), progress));
+    let loaded = contained("loading it", || load_one(planned, pool, clock.clone(), progress));
+    let loaded = loaded.unwrap_or_else(|e| Err(e.into()));
     shown.ended(name);
     match loaded {
         Ok(served) => {
@@ -213,7 +202,7 @@ fn start_one(
         }
         Err(why) => {
             tracing::error!(model = name, "cannot be served: {why}");
-            registry.set(name, None, State::Failed(why));
+            registry.set(name, None, State::Failed(why.to_string()));
             false
         }
     }
@@ -224,15 +213,15 @@ fn load_one(
     pool: Pool,
     clock: Clock,
     progress: impl Fn(usize, usize),
-) -> Result<Served, String> {
+) -> anyhow::Result<Served> {
     let Planned { located, plan } = planned;
     let ModelConfig { device, dtype, .. } = located.config;
     let model = Model::load_on(device, &located.path, dtype, &pool, progress);
-    let model = Arc::new(model.map_err(|e| e.to_string())?);
-    let identity = Identity::of(&model, &pool).map_err(|e| e.to_string())?;
+    let model = Arc::new(model?);
+    let identity = Identity::of(&model, &pool)?;
     let fingerprint = fingerprint(&model, &identity, &pool);
     let engine = Engine::start(Arc::clone(&model), pool, plan.options, clock)
-        .map_err(|e| format!("cannot start the engine: {e}"))?;
+        .map_err(|e| anyhow!("cannot start the engine: {e}"))?;
     Ok(Served { engine, model, fingerprint, identity: Arc::new(identity) })
 }
 

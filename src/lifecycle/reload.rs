@@ -36,7 +36,7 @@ pub struct Reloader {
     /// What is logged where the file does not say.
     pub log: String,
     /// Follows another filter of the log.
-    pub set_log: fn(&str) -> Result<(), String>,
+    pub set_log: fn(&str) -> anyhow::Result<()>,
     /// What the file said.
     pub config: Config,
     /// The server.

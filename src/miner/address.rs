@@ -1,5 +1,7 @@
 //! Where others reach this machine.
 
+use crate::tls;
+use anyhow::anyhow;
 use reqwest::Client;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -19,24 +21,23 @@ pub async fn external(
     given: Option<IpAddr>,
     port: u16,
     check_ip: &str,
-) -> Result<SocketAddr, String> {
+) -> anyhow::Result<SocketAddr> {
     let ip = match given {
         Some(ip) => ip,
         None => ask(check_ip).await.map_err(|why| {
-            format!("the public address of this machine cannot be found out: {why}")
+            anyhow!("the public address of this machine cannot be found out: {why}")
         })?,
     };
     Ok(SocketAddr::new(ip, port))
 }
 
-async fn ask(url: &str) -> Result<IpAddr, String> {
-    // Fails only where a provider is installed already, which serves as well.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = Client::builder().timeout(TIMEOUT).build().map_err(|e| e.to_string())?;
+async fn ask(url: &str) -> anyhow::Result<IpAddr> {
+    tls::install();
+    let client = Client::builder().timeout(TIMEOUT).build()?;
     let asked = client.get(url).send().await.and_then(reqwest::Response::error_for_status);
-    let text = asked.map_err(|e| e.to_string())?.text().await.map_err(|e| e.to_string())?;
+    let text = asked?.text().await?;
     let text: String = text.trim().chars().take(ANSWER_MAX).collect();
-    text.parse().map_err(|_| format!("{url} answered {text:?}, no IP address"))
+    text.parse().map_err(|_| anyhow!("{url} answered {text:?}, no IP address"))
 }
 
 #[cfg(test)]
@@ -59,8 +60,8 @@ mod tests {
         assert_eq!(address.to_string(), "127.0.0.2:8091");
         let address = external(None, 1, &of("/good")).await.unwrap();
         assert_eq!(address.to_string(), "203.0.113.7:1");
-        let error = external(None, 1, &of("/bad")).await.unwrap_err();
+        let error = external(None, 1, &of("/bad")).await.unwrap_err().to_string();
         assert!(error.contains("no IP address"), "{error}");
-        assert!(external(None, 1, &of("/none")).await.unwrap_err().contains("404"));
+        assert!(external(None, 1, &of("/none")).await.unwrap_err().to_string().contains("404"));
     }
 }

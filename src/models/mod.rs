@@ -22,6 +22,7 @@ pub mod hub;
 pub mod identity;
 pub mod margin;
 pub mod model;
+pub mod panics;
 pub mod parameters;
 pub mod pass;
 pub mod remembered;

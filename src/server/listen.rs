@@ -343,17 +343,21 @@ async fn drain(state: &ServerState, timeout: Duration) {
     }
 }
 
+/// A miner whose open routes others could reach.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the open routes of a miner must be on loopback, --host is {0}")]
+pub struct OpenMiner(pub SocketAddr);
+
 /// Whoever can reach an open listener can use it: a miner's must be on loopback.
 ///
 /// # Errors
 /// The rule and the address.
-pub fn check_open(address: SocketAddr, is_open: bool, is_miner: bool) -> Result<(), String> {
+pub fn check_open(address: SocketAddr, is_open: bool, is_miner: bool) -> Result<(), OpenMiner> {
     if !is_open || address.ip().is_loopback() {
         return Ok(());
     }
     if is_miner {
-        let what = format!("the open routes of a miner must be on loopback, --host is {address}");
-        return Err(what);
+        return Err(OpenMiner(address));
     }
     tracing::warn!(%address, "this server has no API keys and is not on loopback");
     Ok(())

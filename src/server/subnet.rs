@@ -62,7 +62,9 @@ async fn note_models(
             gate.note_models(caller.hotkey, asked);
             Json(served(&state, shape)).into_response()
         }
-        Err(rule) => (StatusCode::BAD_REQUEST, Json(json!({"detail": rule}))).into_response(),
+        Err(rule) => {
+            (StatusCode::BAD_REQUEST, Json(json!({"detail": rule.to_string()}))).into_response()
+        }
     }
 }
 

@@ -66,7 +66,7 @@ impl Place {
             return Err(refuse(&format!("its URL has more than {URL_BYTES_MAX} bytes")));
         }
         if ["postgres", "postgresql"].contains(&scheme) {
-            return Postgres::parse(text).map(Self::Postgres).map_err(|why| refuse(&why));
+            return Postgres::parse(text).map(Self::Postgres).map_err(|e| refuse(&e.to_string()));
         }
         let path = match scheme {
             "sqlite" => {
@@ -104,19 +104,29 @@ impl Place {
     }
 }
 
+/// What is wrong with the URL of a PostgreSQL server; never a part of a secret.
+#[derive(Debug, thiserror::Error)]
+enum UrlError {
+    #[error("{0}; {ENCODE}")]
+    Parse(#[from] url::ParseError),
+    #[error("{ENCODE}")]
+    Stray,
+    #[error("the parameter `{0}` is unknown; known are {known}", known = PARAMETERS.join(", "))]
+    Parameter(String),
+}
+
 impl Postgres {
-    fn parse(text: &str) -> Result<Self, String> {
-        let url = Url::parse(text).map_err(|e| format!("{e}; {ENCODE}"))?;
+    fn parse(text: &str) -> Result<Self, UrlError> {
+        let url = Url::parse(text)?;
         // A password that is not encoded ends up in other parts, whose names would be printed.
         let stray = [url.path(), url.query().unwrap_or(""), url.fragment().unwrap_or("")];
         if stray.iter().any(|part| part.contains('@')) || url.fragment().is_some() {
-            return Err(ENCODE.into());
+            return Err(UrlError::Stray);
         }
         let mut secrets: Vec<String> = url.password().map(str::to_owned).into_iter().collect();
         for (key, value) in url.query_pairs() {
             if !PARAMETERS.contains(&&*key) && !key.starts_with("options[") {
-                let known = PARAMETERS.join(", ");
-                return Err(format!("the parameter `{key}` is unknown; known are {known}"));
+                return Err(UrlError::Parameter(key.into_owned()));
             }
             if key == "password" {
                 secrets.push(value.into_owned());

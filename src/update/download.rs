@@ -2,6 +2,7 @@
 
 use super::refusal::Refusal;
 use super::release::Build;
+use crate::tls;
 use minisign_verify::PublicKey;
 use reqwest::header::LOCATION;
 use reqwest::{Client, Response, redirect};
@@ -88,8 +89,7 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) fn new(limits: Limits) -> Result<Self, reqwest::Error> {
-        // Fails only where a provider is installed already, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install();
         let same_host = redirect::Policy::custom(|attempt| {
             let first = attempt.previous().first().map(Url::origin);
             match first == Some(attempt.url().origin()) && attempt.previous().len() <= REDIRECTS_MAX

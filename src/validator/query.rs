@@ -3,6 +3,7 @@
 use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
+use crate::tls;
 use parking_lot::Mutex;
 use reqwest::{Client, Response, StatusCode, redirect};
 use serde_json::Value;
@@ -188,8 +189,7 @@ impl Target {
     }
 
     fn new_client(&self) -> Result<Client, QueryError> {
-        // Fails only where a provider is installed already, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install();
         Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(self.read_timeout)

@@ -4,11 +4,26 @@
 
 use std::ops::Range;
 
+/// What is wrong with a text, and at which byte of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub(super) enum ScanError {
+    #[error("a key is expected at byte {0}")]
+    Key(usize),
+    #[error("`{0}` is expected at byte {1}")]
+    Byte(char, usize),
+    #[error("a whole value is expected at byte {0}")]
+    Value(usize),
+    #[error("the string at byte {0} has no end")]
+    String(usize),
+    #[error("nothing is expected after byte {0}")]
+    More(usize),
+}
+
 /// The values of a JSON object by their keys, in order.
 ///
 /// # Errors
 /// Where the text is not one object and nothing else.
-pub(super) fn members(text: &[u8]) -> Result<Vec<(String, Range<usize>)>, String> {
+pub(super) fn members(text: &[u8]) -> Result<Vec<(String, Range<usize>)>, ScanError> {
     let mut at = Cursor { text, at: 0 };
     let mut members = Vec::new();
     at.expect(b'{')?;
@@ -16,7 +31,7 @@ pub(super) fn members(text: &[u8]) -> Result<Vec<(String, Range<usize>)>, String
         loop {
             let key = at.value()?;
             let key: String = serde_json::from_slice(&text[key.clone()])
-                .map_err(|_| format!("a key is expected at byte {}", key.start))?;
+                .map_err(|_| ScanError::Key(key.start))?;
             at.expect(b':')?;
             members.push((key, at.value()?));
             if at.peek() != Some(b',') {
@@ -28,7 +43,7 @@ pub(super) fn members(text: &[u8]) -> Result<Vec<(String, Range<usize>)>, String
     at.expect(b'}')?;
     match at.peek() {
         None => Ok(members),
-        Some(_) => Err(format!("nothing is expected after byte {}", at.at)),
+        Some(_) => Err(ScanError::More(at.at)),
     }
 }
 
@@ -48,7 +63,7 @@ impl<'a> Elements<'a> {
 }
 
 impl<'a> Iterator for Elements<'a> {
-    type Item = Result<&'a [u8], String>;
+    type Item = Result<&'a [u8], ScanError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.cursor.peek() == Some(b']') {
@@ -77,17 +92,17 @@ impl Cursor<'_> {
         self.text.get(self.at).copied()
     }
 
-    fn expect(&mut self, byte: u8) -> Result<(), String> {
+    fn expect(&mut self, byte: u8) -> Result<(), ScanError> {
         match self.peek() == Some(byte) {
             true => self.at += 1,
-            false => return Err(format!("`{}` is expected at byte {}", char::from(byte), self.at)),
+            false => return Err(ScanError::Byte(char::from(byte), self.at)),
         }
         Ok(())
     }
 
     /// The value that begins here: to the bracket that closes it, to the end of its string, or to
     /// what may follow a number or word.
-    fn value(&mut self) -> Result<Range<usize>, String> {
+    fn value(&mut self) -> Result<Range<usize>, ScanError> {
         let first = self.peek();
         let start = self.at;
         let mut depth = 0_usize;
@@ -115,12 +130,12 @@ impl Cursor<'_> {
         }
         match self.at > start && depth == 0 {
             true => Ok(start..self.at),
-            false => Err(format!("a whole value is expected at byte {start}")),
+            false => Err(ScanError::Value(start)),
         }
     }
 
     /// Goes behind the string that begins here.
-    fn string(&mut self) -> Result<(), String> {
+    fn string(&mut self) -> Result<(), ScanError> {
         let start = self.at;
         self.at += 1;
         while let Some(byte) = self.text.get(self.at) {
@@ -134,7 +149,7 @@ impl Cursor<'_> {
             }
         }
         self.at = self.text.len();
-        Err(format!("the string at byte {start} has no end"))
+        Err(ScanError::String(start))
     }
 }
 
@@ -145,13 +160,16 @@ mod tests {
     use serde_json::{Value, json};
 
     fn all(text: &str) -> Result<Vec<(String, &str)>, String> {
-        let found = members(text.as_bytes())?;
+        let found = members(text.as_bytes()).map_err(|e| e.to_string())?;
         Ok(found.into_iter().map(|(key, range)| (key, &text[range])).collect())
     }
 
     fn elements(text: &str) -> Result<Vec<&str>, String> {
         let elements = Elements::new(text.as_bytes()).ok_or("no array")?;
-        elements.map(|e| e.map(|b| std::str::from_utf8(b).unwrap())).collect()
+        let text = |e: Result<_, ScanError>| {
+            e.map(|b| std::str::from_utf8(b).unwrap()).map_err(|e| e.to_string())
+        };
+        elements.map(text).collect()
     }
 
     #[test]

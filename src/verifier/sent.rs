@@ -80,7 +80,7 @@ impl Sent {
         let mut sent = Self { answer: Answer::default(), first: String::new() };
         let mut all = String::new();
         for (place, element) in elements()?.enumerate() {
-            let text = sent.push(place, element.map_err(bad)?)?;
+            let text = sent.push(place, element.map_err(|e| bad(e.to_string()))?)?;
             all.push_str(&text);
             if place == 0 {
                 sent.first = text;

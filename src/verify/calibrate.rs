@@ -82,19 +82,29 @@ impl Sample {
 /// Calibration samples and those that are held out.
 pub type Split = (Vec<Sample>, Vec<Sample>);
 
+/// Too few prompts, or a share of them that leaves one side empty.
+#[derive(Clone, Copy, PartialEq, Debug, thiserror::Error)]
+#[error("needs prompts on both sides, but {share} of {count} distinct prompts holds {held} out")]
+pub struct SplitError {
+    /// The share that is held out.
+    pub share: f64,
+    /// Distinct prompts.
+    pub count: usize,
+    /// Those that are held out.
+    pub held: usize,
+}
+
 /// Splits samples by prompt; `share` of the prompts is held out. The same samples are always split
 /// in the same way.
 ///
 /// # Errors
 /// When a side would be empty.
-pub fn split(samples: Vec<Sample>, share: f64) -> Result<Split, String> {
+pub fn split(samples: Vec<Sample>, share: f64) -> Result<Split, SplitError> {
     // In the order of their hashes, which nobody chose.
     let prompts: BTreeSet<Hash> = samples.iter().map(|s| s.prompt).collect();
     let (count, held) = (prompts.len(), (share * prompts.len() as f64).round() as usize);
     if held == 0 || held >= count {
-        return Err(format!(
-            "needs prompts on both sides, but {share} of {count} distinct prompts holds {held} out"
-        ));
+        return Err(SplitError { share, count, held });
     }
     let held: BTreeSet<Hash> = prompts.into_iter().take(held).collect();
     Ok(samples.into_iter().partition(|s| !held.contains(&s.prompt)))

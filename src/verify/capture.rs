@@ -7,7 +7,7 @@
 
 use super::answer::{Answer, Sent};
 use super::mirror::{Mirror, Told};
-use super::question::Question;
+use super::question::{Question, QuestionError};
 use super::structure::Walk;
 use super::{Claim, Depth, Profile, Reason, Rejection, Report, Verdict, Verifier, structure};
 use crate::clock::Clock;
@@ -116,7 +116,7 @@ pub async fn judge(
     model: &str,
     capture: &Capture,
     options: CheckOptions,
-) -> Result<Vec<Judged>, String> {
+) -> Result<Vec<Judged>, QuestionError> {
     let hotkey = capture.hotkey.as_deref();
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
     Ok(judge_question(verifier, question, capture, options))

@@ -216,6 +216,11 @@ impl fmt::Display for Test {
     }
 }
 
+/// A sum that cannot have come about.
+#[derive(Clone, Copy, PartialEq, Debug, thiserror::Error)]
+#[error("must lie between 0 and {SUM_MAX:.3}, got {0}")]
+pub struct SumError(pub f64);
+
 /// What is known of one miner.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -252,10 +257,10 @@ impl Evidence {
     }
 
     /// Whether such sums can have come about.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), SumError> {
         let Sums { margin, energy, joint } = self.sums;
         match [margin, energy, joint].into_iter().find(|sum| !(0.0..=SUM_MAX).contains(sum)) {
-            Some(sum) => Err(format!("must lie between 0 and {SUM_MAX:.3}, got {sum}")),
+            Some(sum) => Err(SumError(sum)),
             None => Ok(()),
         }
     }

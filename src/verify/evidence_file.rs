@@ -59,7 +59,7 @@ impl EvidenceFile {
         for (miner, evidence) in &stored.miners {
             check_name(path, miner)?;
             let key = format!("miners.{miner}.sums");
-            evidence.check().map_err(|what| FileError::key(path, &key, &what))?;
+            evidence.check().map_err(|e| FileError::key(path, &key, &e.to_string()))?;
         }
         Ok(Self { path: path.to_owned(), stored, seen })
     }

@@ -3,17 +3,43 @@
 use super::Verifier;
 use super::answer::{Sent, id_of_name};
 use super::claim::Challenge;
-use crate::chain::keys::Hotkey;
+use crate::chain::keys::{AddressError, Hotkey};
 use crate::engine::request::Request;
 use crate::entropy::Entropy;
 use crate::intake::translate::Defaults;
 use crate::intake::understand::{Reader, Understood};
 use crate::models::pass::LogprobMode;
-use crate::proof::Scheme;
-use crate::proof::codec::from_hex;
+use crate::proof::codec::{HexError, from_hex};
+use crate::proof::{Scheme, UnknownScheme};
 use crate::reply::head::Prompts;
 use crate::wire::openai::{ChatRequest, CompletionRequest};
 use serde_json::Value;
+
+/// Why a request is not one that can have been answered.
+#[derive(Debug, thiserror::Error)]
+pub enum QuestionError {
+    /// It asks for no proof that is known.
+    #[error("proof.scheme {0}")]
+    Scheme(UnknownScheme),
+    /// Its nonce.
+    #[error("proof.nonce {0}")]
+    Nonce(HexError),
+    /// Who was asked.
+    #[error("`hotkey`: {0}")]
+    Hotkey(AddressError),
+    /// A proof is bound to a limit that it does not name.
+    #[error(
+        "`request` must name `max_tokens`: without it the limit is the context, which is another \
+         on every machine, and proofs are bound to it"
+    )]
+    NoLimit,
+    /// It has not the fields of a body.
+    #[error("`request` is not a body: {0}")]
+    Body(#[from] serde_json::Error),
+    /// A server would refuse it, in these words.
+    #[error("`request`: {0}")]
+    Refused(String),
+}
 
 /// A request body, understood.
 pub struct Question {
@@ -43,7 +69,7 @@ impl Question {
         model: &str,
         body: &Value,
         hotkey: Option<&str>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, QuestionError> {
         let understood = understand(verifier, body).await?;
         let prompts = understood.requests.iter().step_by(understood.n);
         let prompts = prompts.map(|request| request.prompt.clone()).collect();
@@ -106,13 +132,13 @@ fn first_name(body: &Value) -> Option<&str> {
     })
 }
 
-fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, String> {
+fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, QuestionError> {
     let Some(scheme) = body["proof"]["scheme"].as_str() else { return Ok(None) };
-    let scheme: Scheme = scheme.parse().map_err(|rule| format!("proof.scheme {rule}"))?;
+    let scheme: Scheme = scheme.parse().map_err(QuestionError::Scheme)?;
     let nonce = body["proof"]["nonce"].as_str().map(from_hex).transpose();
-    let nonce = nonce.map_err(|rule| format!("proof.nonce {rule}"))?;
+    let nonce = nonce.map_err(QuestionError::Nonce)?;
     let hotkey = hotkey.map(str::parse::<Hotkey>).transpose();
-    let hotkey = hotkey.map_err(|e| format!("`hotkey`: {e}"))?;
+    let hotkey = hotkey.map_err(QuestionError::Hotkey)?;
     Ok(Some(Challenge { scheme, nonce, hotkey }))
 }
 
@@ -120,12 +146,10 @@ fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, String
 ///
 /// # Errors
 /// The field, and rule and fact.
-pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood, String> {
+pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood, QuestionError> {
     let is_limited = ["max_tokens", "max_completion_tokens"].iter().any(|k| !body[*k].is_null());
     if body["proof"].is_object() && body.get("messages").is_some() && !is_limited {
-        let what = "must name `max_tokens`: without it the limit is the context, which is another \
-                    on every machine, and proofs are bound to it";
-        return Err(format!("`request` {what}"));
+        return Err(QuestionError::NoLimit);
     }
     // What is drawn here is replaced by what the proof is bound to, or never looked at.
     let entropy = Entropy::system();
@@ -135,13 +159,12 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
         defaults: Defaults::default(),
         entropy: &entropy,
     };
-    let wrong = |e: serde_json::Error| format!("`request` is not a body: {e}");
     let understood = if body.get("messages").is_some() {
-        let request: ChatRequest = serde_json::from_value(body.clone()).map_err(wrong)?;
+        let request: ChatRequest = serde_json::from_value(body.clone())?;
         reader.chat(&request).await
     } else {
-        let request: CompletionRequest = serde_json::from_value(body.clone()).map_err(wrong)?;
+        let request: CompletionRequest = serde_json::from_value(body.clone())?;
         reader.completion(&request).await
     };
-    understood.map_err(|e| format!("`request`: {}", e.message))
+    understood.map_err(|e| QuestionError::Refused(e.message))
 }

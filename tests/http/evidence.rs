@@ -254,7 +254,7 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     let rates = file.rates;
     assert!(rates.honest.mismatch > file.calibration.mismatch_rate, "a bound, not a mean");
     assert!(rates.check().is_ok());
-    let one = split(samples[..2].to_vec(), 0.5).unwrap_err();
+    let one = split(samples[..2].to_vec(), 0.5).unwrap_err().to_string();
     assert!(one.contains("needs prompts on both sides"), "{one}");
 }
 

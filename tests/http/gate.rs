@@ -15,7 +15,7 @@ use std::time::Duration;
 use targon_engine::chain::Head;
 use targon_engine::chain::btauth;
 use targon_engine::chain::epistula::{Envelope, HEADER_SIGNATURE, HEADER_TIMESTAMP, HEADER_UUID};
-use targon_engine::chain::keys::{Hotkey, Keypair};
+use targon_engine::chain::keys::Keypair;
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
@@ -44,18 +44,7 @@ fn key(seed: u8) -> Keypair {
 }
 
 fn neuron(uid: u16, seed: u8, stake: Rao) -> Neuron {
-    Neuron {
-        uid,
-        hotkey: key(seed).hotkey(),
-        coldkey: Hotkey([0; 32]),
-        stake,
-        permit: true,
-        axon: None,
-        incentive: 0.25,
-        consensus: 0.0,
-        emission: Rao(0),
-        last_update: 0,
-    }
+    Neuron { incentive: 0.25, ..Neuron::new(uid, key(seed).hotkey(), stake) }
 }
 
 struct Miner {

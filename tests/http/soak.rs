@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use targon_engine::chain::epistula::Envelope;
-use targon_engine::chain::keys::{Hotkey, Keypair};
-use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
+use targon_engine::chain::keys::Keypair;
+use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron};
 use targon_engine::clock::Clock;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
@@ -57,18 +57,7 @@ fn miner() -> (axum::Router, Gate) {
     let rate = NonZeroU32::new(100_000).unwrap();
     let policy = Policy { rate, slots: 16, waiting_max: 64, ..Policy::default() };
     let gate = Gate::new(key(99).hotkey(), policy, Clock::system());
-    let member = |uid: usize| Neuron {
-        uid: uid as u16,
-        hotkey: key(uid + 1).hotkey(),
-        coldkey: Hotkey([0; 32]),
-        stake: STAKE_MIN,
-        permit: true,
-        axon: None,
-        incentive: 0.0,
-        consensus: 0.0,
-        emission: Rao(0),
-        last_update: 0,
-    };
+    let member = |uid: usize| Neuron::new(uid as u16, key(uid + 1).hotkey(), STAKE_MIN);
     let members = (0..CLIENTS).map(member).collect();
     gate.set_metagraph(Arc::new(Metagraph::new(4, 1, Hyperparameters::default(), members)));
     let state = ServerState::new(registry, Defaults::default(), Clock::system());

@@ -180,7 +180,7 @@ impl Received {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let runtime = runtime.map_err(|e| e.to_string())?;
         let question = Question::read(verifier, "attacked", &body, None);
-        let question = runtime.block_on(question)?;
+        let question = runtime.block_on(question).map_err(|e| e.to_string())?;
         let claim = Claim {
             request,
             seed: None,
@@ -206,7 +206,8 @@ impl Received {
     fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> Result<Report, String> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
         let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
-        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options))?;
+        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options));
+        let judged = judged.map_err(|e| e.to_string())?;
         judged.into_iter().next().map(|j| j.report).ok_or_else(|| "there is no choice".into())
     }
 }

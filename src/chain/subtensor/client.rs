@@ -7,6 +7,7 @@ use super::raw::RawMetagraph;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::network::Endpoints;
+use crate::tls;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -28,8 +29,7 @@ pub struct Subtensor {
 impl Subtensor {
     /// Behind these endpoints; nothing is connected yet.
     pub fn new(endpoints: Endpoints) -> Self {
-        // Fails only where a provider is installed already, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install();
         Self {
             endpoints,
             preferred: AtomicUsize::new(0),

@@ -12,6 +12,7 @@ mod store;
 pub use error::HubError;
 pub use listing::Wanted;
 
+use crate::tls;
 use error::{BURST_BYTES, corrupt};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use listing::{Entry, Listing, check_commit, check_name, check_repo};
@@ -84,8 +85,7 @@ impl Hub {
         token: Option<String>,
         offline: bool,
     ) -> Result<Self, HubError> {
-        // The first caller installs the provider; later ones find it there.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install();
         let client = Client::builder()
             .user_agent(concat!("targon-engine/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)

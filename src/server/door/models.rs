@@ -47,22 +47,24 @@ pub struct WantedModels {
     pub at_ms: u64,
 }
 
+/// A body that names no models.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "the body must be a JSON list of at most {MODELS_MAX} model names, or a map from them, of at \
+     most {NAME_CHARS_MAX} characters each"
+)]
+pub struct NotModels;
+
 impl WantedModels {
     /// From a `POST /models`.
     ///
     /// # Errors
     /// The rule, where the body is neither a list of names nor a map from names.
-    pub fn read(headers: &HeaderMap, body: &[u8], at_ms: u64) -> Result<Self, String> {
-        let rule = || {
-            format!(
-                "the body must be a JSON list of at most {MODELS_MAX} model names, or a map from \
-                 them, of at most {NAME_CHARS_MAX} characters each"
-            )
-        };
+    pub fn read(headers: &HeaderMap, body: &[u8], at_ms: u64) -> Result<Self, NotModels> {
         if body.len() > BODY_BYTES_MAX {
-            return Err(rule());
+            return Err(NotModels);
         }
-        let value: Value = serde_json::from_slice(body).map_err(|_| rule())?;
+        let value: Value = serde_json::from_slice(body).map_err(|_| NotModels)?;
         let (names, shape): (Vec<Option<String>>, Shape) = match value {
             Value::Array(list) => {
                 let names = list.into_iter().map(|v| v.as_str().map(str::to_owned)).collect();
@@ -71,13 +73,13 @@ impl WantedModels {
             Value::Object(map) => {
                 (map.into_iter().map(|(name, _)| Some(name)).collect(), Shape::Map)
             }
-            _ => return Err(rule()),
+            _ => return Err(NotModels),
         };
         if names.len() > MODELS_MAX {
-            return Err(rule());
+            return Err(NotModels);
         }
         let fit = |name: Option<String>| name.filter(|n| n.chars().count() <= NAME_CHARS_MAX);
-        let models = names.into_iter().map(fit).collect::<Option<_>>().ok_or_else(rule)?;
+        let models = names.into_iter().map(fit).collect::<Option<_>>().ok_or(NotModels)?;
         Ok(Self { models, shape, at_ms })
     }
 }
@@ -98,7 +100,10 @@ mod tests {
         let many = serde_json::to_string(&vec!["a"; 257]).unwrap();
         let long = format!("[\"{}\"]", "x".repeat(201));
         for bad in ["", "3", "[3]", "[null]", "nope", many.as_str(), long.as_str()] {
-            assert!(read(bad).unwrap_err().contains("JSON list of at most 256"), "{bad}");
+            assert!(
+                read(bad).unwrap_err().to_string().contains("JSON list of at most 256"),
+                "{bad}"
+            );
         }
     }
 

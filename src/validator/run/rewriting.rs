@@ -59,7 +59,8 @@ pub(super) async fn query(
 
 async fn write(judge: &Judge, body: Value) -> Result<String, String> {
     let engine = judge.engine.as_ref().ok_or("no engine runs beside the verifier")?;
-    let mut requests = understand(&judge.verifier, &body).await?.requests;
+    let mut requests =
+        understand(&judge.verifier, &body).await.map_err(|e| e.to_string())?.requests;
     let request = requests.pop().ok_or("the request has no prompt")?;
     let mut generation = engine.submit(request).map_err(|e| e.to_string())?;
     let mut text = String::new();

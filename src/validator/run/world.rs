@@ -142,7 +142,7 @@ impl<C: Chain> World<C> {
                 Content::Text(prompt.text())
             }
         };
-        let understood = understand(&judge.verifier, &body).await?;
+        let understood = understand(&judge.verifier, &body).await.map_err(|e| e.to_string())?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
         Ok(Prompt { content, tokens })
     }
