@@ -10,6 +10,7 @@ mod endurance;
 mod evidence;
 mod gate;
 mod hostile;
+mod hub;
 mod load;
 mod operators;
 mod requests;

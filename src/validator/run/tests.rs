@@ -443,6 +443,35 @@ async fn a_database_that_is_gone_costs_no_round() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn records_that_are_gone_where_weights_are_due_delay_them_and_no_more() {
+    let world = Arc::new(Fake::new());
+    let running = driver(&world, options(None)).await;
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+    world.records.store(false, SeqCst);
+    for block in [100, 101, 102] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    assert!(world.sends.lock().is_empty());
+    world.records.store(true, SeqCst);
+    world.heads.send_replace(103);
+    until("weights", || !world.sends.lock().is_empty()).await;
+    // The chain is gone in the middle of the next epoch's: said no, later, and sent once.
+    world.fates.lock().push_back(NotSent::Later("no endpoint answers".into()));
+    for block in [200, 201, 202, 203] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    until("the next weights", || world.sends.lock().len() == 2).await;
+    let epochs: Vec<u64> = world.sends.lock().iter().map(|(epoch, _)| *epoch).collect();
+    assert_eq!(epochs, [100, 200]);
+    stop.cancel();
+    run.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_verification_that_hangs_or_breaks_holds_up_nothing_and_blames_nobody() {
     for is_hanging in [true, false] {
         let world = Arc::new(Fake::new());

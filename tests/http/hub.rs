@@ -1,0 +1,150 @@
+//! A hub of users' requests beside a validator: what it hands out is verified, scored and reported.
+
+use crate::common;
+use crate::common::site::{COMPLETION, Site, completion, site, stream};
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::post;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use targon_engine::chain::epistula::{self, Envelope};
+use targon_engine::chain::keys::{Hotkey, Keypair};
+use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
+use targon_engine::clock::Clock;
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
+use targon_engine::validator::run::hub::{Hub, Urls};
+use targon_engine::validator::run::judge::Judge;
+use targon_engine::validator::run::residents::{Residents, Sized};
+use targon_engine::validator::run::subnet::Subnet;
+use targon_engine::validator::scores::series::Organic;
+use targon_engine::verify::evidence::Calibrated;
+use targon_engine::verify::{Limits, Verifier};
+
+/// What the hub hands out, and what it was told.
+#[derive(Clone, Default)]
+struct Told {
+    bucket: Arc<Mutex<String>>,
+    told: Arc<Mutex<Vec<(String, String)>>>,
+}
+
+/// Takes bodies that are signed, for nobody in particular.
+async fn take(told: &Told, path: &str, headers: &HeaderMap, body: &Bytes) {
+    let word = |name: &str| headers[name].to_str().unwrap().to_owned();
+    let uuid = word(epistula::HEADER_UUID);
+    let timestamp_ms = epistula::timestamp(&word(epistula::HEADER_TIMESTAMP)).unwrap();
+    let envelope = Envelope { timestamp_ms, uuid: &uuid, signed_for: None };
+    let signature = epistula::signature(&word(epistula::HEADER_SIGNATURE)).unwrap();
+    let signer: Hotkey = word(epistula::HEADER_SIGNED_BY).parse().unwrap();
+    assert!(envelope.verify(&signer, body, &signature));
+    assert!(headers.get(epistula::HEADER_SIGNED_FOR).is_none());
+    told.told.lock().push((path.to_owned(), String::from_utf8(body.to_vec()).unwrap()));
+}
+
+async fn hub(told: Told) -> String {
+    let bucket = async |State(told): State<Told>, headers: HeaderMap, body: Bytes| {
+        take(&told, "/organics", &headers, &body).await;
+        told.bucket.lock().clone()
+    };
+    let scores = async |State(told): State<Told>, headers: HeaderMap, body: Bytes| {
+        take(&told, "/organics/scores", &headers, &body).await;
+        StatusCode::OK
+    };
+    let app = Router::new()
+        .route("/organics", post(bucket))
+        .route("/organics/scores", post(scores))
+        .with_state(told);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    url
+}
+
+fn residents(site: &Site) -> Residents {
+    let verifier = Verifier {
+        model: Arc::clone(site.engine.model()),
+        identity: common::served(&site.engine).identity,
+        pool: Pool::new(1, Isa::best()).unwrap(),
+        limits: Limits::default(),
+        context_max: 512,
+    };
+    let judge = Judge { verifier, rates: Calibrated::default(), engine: None };
+    let all = vec![Sized { name: "tiny".into(), bytes: 1 }];
+    Residents::new(all, 1, Arc::new(move |_: &str| Ok(judge.clone())))
+}
+
+fn subnet() -> Subnet {
+    let neuron = |uid: u16| Neuron {
+        uid,
+        hotkey: Hotkey([uid as u8; 32]),
+        coldkey: Hotkey([9; 32]),
+        stake: Rao(0),
+        permit: false,
+        axon: None,
+        incentive: 0.0,
+        consensus: 0.0,
+        emission: Rao(0),
+        last_update: 0,
+    };
+    let neurons = (0..6).map(neuron).collect();
+    let metagraph = Metagraph::new(4, 7, Hyperparameters::default(), neurons);
+    Subnet { metagraph, ..Subnet::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_requests_are_verified_scored_and_reported() {
+    let site = site(common::options());
+    let body = completion(json!({
+        "stream": true, "logprobs": true, "temperature": 0.0, "return_tokens_as_token_ids": true,
+    }));
+    let chunks = stream(&site.app, COMPLETION, body.clone()).await;
+    let mut forged = chunks.clone();
+    forged[3]["choices"][0]["text"] = "forged".into();
+    let key = |uid: u8| Hotkey([uid; 32]).to_string();
+    let record = |uid: u8, success: bool, response: &[Value]| {
+        json!({
+            "request": body, "response": response, "uid": uid, "hotkey": key(uid),
+            "coldkey": "c", "endpoint": "COMPLETION", "success": success, "total_time": 500.0,
+            "time_to_first_token": 20.0, "response_tokens": 12,
+        })
+    };
+    let lines: Vec<Value> =
+        chunks.iter().map(|chunk| Value::String(format!("data: {chunk}\n\n"))).collect();
+    let mut other = record(5, true, &chunks);
+    other["hotkey"] = key(4).into();
+    let bucket = json!({"bucket_id": "b_1", "organics": {"tiny": [
+        record(1, true, &lines), record(1, false, &[]), record(2, true, &forged),
+        record(3, true, &[]), {"uid": "nonsense"}, other,
+    ]}});
+    let told = Told::default();
+    *told.bucket.lock() = bucket.to_string();
+    let url = hub(told.clone()).await;
+    let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+    let urls = Urls { organics: Some(url), stats: None };
+    let hub = Hub::new(urls, signer, Clock::system());
+    let (residents, subnet) = (residents(&site), subnet());
+    residents.rotate(&["tiny".to_owned()]).await.unwrap();
+    assert_eq!(hub.pull(&residents, None, &subnet).await, Ok(4));
+    let of = |uid: u8| hub.organics(uid.into(), &key(uid));
+    assert_eq!(of(1), Some(vec![Organic::Tps(24.0), Organic::Failed]));
+    assert_eq!(of(2), Some(vec![Organic::Rejected]));
+    assert_eq!(of(3), Some(vec![Organic::Empty]));
+    assert_eq!((of(5), hub.organics(1, &key(2))), (None, None));
+    let seen = told.told.lock().clone();
+    assert_eq!(seen[0], ("/organics".to_owned(), "[\"tiny\"]".to_owned()));
+    let report: Value = serde_json::from_str(&seen[1].1).unwrap();
+    let verified: Vec<_> =
+        report["organics"].as_array().unwrap().iter().map(|o| o["verified"].clone()).collect();
+    assert_eq!(verified, [true, false, false, false]);
+    // The same bucket again has nothing new in it.
+    assert_eq!(hub.pull(&residents, None, &subnet).await, Ok(0));
+    assert_eq!(told.told.lock().len(), 3);
+    // Something else than a bucket changes nothing.
+    *told.bucket.lock() = "[]".into();
+    let error = hub.pull(&residents, None, &subnet).await.unwrap_err();
+    assert!(error.contains("the answer is no bucket"), "{error}");
+    assert_eq!(of(2), Some(vec![Organic::Rejected]));
+}
