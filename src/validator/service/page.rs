@@ -56,10 +56,13 @@ pub(super) struct Shown {
     pub(super) answer: Option<(String, Response)>,
 }
 
-/// The answer that the page shows by itself: the newest that is kept.
+/// The answer that the page shows by itself: the newest verified one that is kept, because each of
+/// its tokens was looked at; else the newest that is kept.
 pub(super) fn newest(verdicts: &[Verdict]) -> Option<(String, u16)> {
-    let kept = verdicts.iter().rev().find(|verdict| verdict.is_kept)?;
-    Some((kept.round.clone(), kept.uid))
+    let mut kept = verdicts.iter().rev().filter(|verdict| verdict.is_kept).peekable();
+    let newest = kept.peek().copied();
+    let verdict = kept.find(|verdict| verdict.outcome == Outcome::Verified).or(newest)?;
+    Some((verdict.round.clone(), verdict.uid))
 }
 
 /// The page.
