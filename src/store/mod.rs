@@ -22,6 +22,7 @@ mod schema;
 mod session;
 #[cfg(test)]
 mod tests;
+mod verdicts;
 mod weights;
 
 pub use database::Store;

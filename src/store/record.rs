@@ -144,6 +144,27 @@ pub struct RoundHead {
     pub verified: u64,
 }
 
+/// What was found of one answer, without the answer.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Verdict {
+    /// The round.
+    pub round: String,
+    /// When it began, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// The miner's place.
+    pub uid: u16,
+    /// Its hotkey then, as SS58.
+    pub hotkey: String,
+    /// When what arrived.
+    pub timing: Timing,
+    /// What was found.
+    pub outcome: Outcome,
+    /// Its cause.
+    pub cause: Option<String>,
+    /// Whether request and answer are kept in full.
+    pub is_kept: bool,
+}
+
 /// What one miner did in a round, with that round.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Answered {

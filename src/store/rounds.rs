@@ -311,7 +311,7 @@ fn head(row: &AnyRow) -> Result<RoundHead, Cause> {
     })
 }
 
-fn response(row: &AnyRow) -> Result<Response, Cause> {
+pub(super) fn response(row: &AnyRow) -> Result<Response, Cause> {
     let outcome: String = get(row, "outcome")?;
     let unknown = |column, name: &str| Cause::Stored(format!("column `{column}`: {name:?}"));
     let sample: String = get(row, "sample")?;

@@ -121,10 +121,11 @@ fn draw_miners(frame: &mut Frame<'_>, view: &View, first: usize, area: Rect) -> 
 
 fn row(uid: u16, miner: &Miner, share: f64) -> Row<'static> {
     let hotkey: String = miner.hotkey.chars().take(11).chain(['…']).collect();
+    let last = miner.last.as_ref().map(|last| last.timing);
     let (now, timing) = match miner.standing {
-        None => ("", miner.last.as_ref().map(|last| last.timing)),
-        Some(Standing::NotServed) => ("not served", None),
-        Some(Standing::Asked) => ("asked", None),
+        None => ("", last),
+        Some(Standing::NotServed) => ("not served", last),
+        Some(Standing::Asked) => ("asked", last),
         Some(Standing::Judging(timing)) => ("judged", Some(timing)),
         Some(Standing::Done(timing, _)) => ("done", Some(timing)),
     };
@@ -245,7 +246,7 @@ mod tests {
                 "0.7500"
             ]
         );
-        assert_eq!(fields("2 ")[2..6], ["asked", "-", "-", "rejected"]);
+        assert_eq!(fields("2 ")[2..6], ["asked", "0.125", "42.0", "rejected"]);
         assert!(row("2 ").contains("A\\u001b]0;x") && row("2 ").contains("0.2500"));
         assert_eq!(fields("3 ")[2..6], ["-", "-", "-", "0/0"]);
         assert!(found[20].contains("the newest") && found[21].contains("stops"), "{found:?}");

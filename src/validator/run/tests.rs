@@ -554,11 +554,13 @@ async fn who_watches_sees_rounds_miners_verdicts_and_weights_to_come() {
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
     let standing = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.standing);
     until("a verification", || matches!(standing(1), Some(Standing::Judging(_)))).await;
+    let is_judging = || views.borrow().rounds.iter().any(|r| r.phase == Phase::Judging);
+    until("a round that waits for verdicts", is_judging).await;
     let view = Arc::clone(&views.borrow());
     assert_eq!((view.netuid, view.block, view.epoch), (4, 10, (0, 100)));
     assert_eq!(view.miners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
     assert_eq!(standing(5), Some(Standing::NotServed));
-    assert!(view.rounds.iter().any(|r| r.phase == Phase::Judging && r.model == "m"));
+    assert!(view.rounds.iter().all(|round| round.model == "m"));
     assert_eq!(view.miners[&1].last, None);
     world.hangs.store(false, SeqCst);
     let last = |uid: u16| views.borrow().miners[&uid].last.clone();

@@ -4,6 +4,7 @@
 //! [`Service::router`] is all of it; whoever shows more adds routes there.
 
 mod metrics;
+mod page;
 
 use crate::clock::Clock;
 use crate::intake::translate::Defaults;
@@ -14,9 +15,9 @@ use crate::server::operations::metrics::metrics;
 use crate::server::operations::status;
 use crate::server::registry::Registry;
 use crate::server::state::ServerState;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::validator::run::progress::{Progress, Snapshot};
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
@@ -26,11 +27,15 @@ use metrics::Counted;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
 /// A loop that has not come round for so long hangs: nothing that it waits for takes longer.
 const BEAT_TIME: Duration = Duration::from_secs(60);
 /// Without a block for so long, the chain is out of reach: ten blocks of it.
 const BLOCK_TIME: Duration = Duration::from_secs(120);
+
+/// Pages that are made at once: each reads the records.
+const PAGES_MAX: usize = 2;
 
 /// What the routes share. Clones show the same validator.
 #[derive(Clone)]
@@ -39,6 +44,7 @@ pub struct Service {
     progress: Arc<Progress>,
     store: Store,
     netuid: u16,
+    pages: Arc<Semaphore>,
 }
 
 impl Service {
@@ -47,7 +53,8 @@ impl Service {
         let counted = Counted { progress: Arc::clone(&progress), clock: clock.clone() };
         let state = ServerState::new(Registry::default(), Defaults::TARGON, clock);
         let state = state.counting(Box::new(counted));
-        Self { state, progress, store: store.reading(), netuid }
+        let pages = Arc::new(Semaphore::new(PAGES_MAX));
+        Self { state, progress, store: store.reading(), netuid, pages }
     }
 
     /// What drains when the program stops.
@@ -79,6 +86,8 @@ impl Service {
         Router::new()
             .route("/health", get(health))
             .route("/ready", get(ready))
+            .route("/", get(index))
+            .route("/answers/{round}/{uid}", get(answer))
             .with_state(self.clone())
             .merge(shared)
             .fallback(|| async { ApiError::not_found("no such route") })
@@ -142,6 +151,42 @@ async fn ready(State(service): State<Service>) -> Response {
     let is_ready = troubles.is_empty();
     let body = json!({"ready": is_ready, "why": troubles});
     (status_of(is_ready), Json(body)).into_response()
+}
+
+/// `GET /`: miners, verdicts, weights and an answer, for people.
+async fn index(State(service): State<Service>) -> Result<Response, ApiError> {
+    let _turn = service.pages.try_acquire().map_err(|_| busy())?;
+    let (store, netuid, now) = (&service.store, service.netuid, service.snapshot());
+    let rounds = store.rounds(netuid, u64::MAX, page::ROUNDS).await.map_err(unread)?;
+    let verdicts = store.verdicts(netuid, page::ROUNDS).await.map_err(unread)?;
+    let weights = store.last_weights(netuid).await.map_err(unread)?;
+    let answer = match page::newest(&verdicts) {
+        Some((round, uid)) => {
+            store.response(&round, uid).await.map_err(unread)?.map(|response| (round, response))
+        }
+        None => None,
+    };
+    Ok(page::index(&page::Shown { netuid, now, rounds, verdicts, weights, answer }))
+}
+
+/// `GET /answers/{round}/{uid}`: one answer, for people.
+async fn answer(
+    State(service): State<Service>,
+    Path((round, uid)): Path<(String, u16)>,
+) -> Result<Response, ApiError> {
+    let _turn = service.pages.try_acquire().map_err(|_| busy())?;
+    let found = service.store.response(&round, uid).await.map_err(unread)?;
+    let found = found.ok_or_else(|| ApiError::not_found("no such answer is recorded"))?;
+    Ok(page::one(&round, &found))
+}
+
+fn busy() -> ApiError {
+    ApiError::unavailable("other pages are being made; try again")
+}
+
+fn unread(e: StoreError) -> ApiError {
+    tracing::warn!("a page is not shown: {e}");
+    ApiError::unavailable("the records cannot be read now; the log says why")
 }
 
 #[cfg(test)]

@@ -144,3 +144,98 @@ async fn nothing_can_be_written_through_it_and_unknown_routes_are_said_to_be_non
     assert!(error.contains("opened to be read"), "{error}");
     assert_eq!(service.store().last_weights(service.netuid()).await.unwrap(), None);
 }
+
+/// What a peer may write where it can.
+const HOSTILE: &str = "</span><script>alert(1)</script><img src=x onerror='alert(2)'>\"&";
+
+fn hostile_round() -> Round {
+    let chunk = |text: &str| json!({"choices": [{"text": text, "token_ids": [7]}]});
+    let rows = json!([{"index": 0, "token": 7, "rank": 1, "logprob": -0.5, "margin": 0.0},
+        {"index": 1, "token": 8, "rank": 9, "logprob": -4.0, "margin": 2.5}]);
+    let answer = Answer {
+        uid: 3,
+        hotkey: HOSTILE.into(),
+        coldkey: HOSTILE.into(),
+        timing: Timing { first_token: 0.25, all_tokens: 1.0, total: 1.25, tps: 40.0, tokens: 50 },
+        outcome: Outcome::Rejected,
+        cause: Some(HOSTILE.into()),
+        error: Some(HOSTILE.into()),
+        sample: Sampled::Miss,
+        capture: Some(json!({"chunks": [chunk("The sea"), chunk(HOSTILE), chunk(" is"), 7]})),
+        report: Some(json!({ "rows": rows })),
+    };
+    let honest = Answer {
+        uid: 1,
+        hotkey: "5F3sa2TJAWMqDhXG6jhV4N8ko9SxwGy8TpaNS1repo5EYjQX".into(),
+        outcome: Outcome::Verified,
+        cause: None,
+        error: None,
+        sample: Sampled::Tps(40.0),
+        capture: None,
+        ..answer.clone()
+    };
+    Round {
+        id: "0123456789abcdef0123456789abcdef".into(),
+        netuid: 4,
+        block: 40,
+        started_ms: 1_000,
+        ended_ms: 3_500,
+        model: HOSTILE.into(),
+        endpoint: "/v1/completions".into(),
+        request: Value::Null,
+        profile: "default".into(),
+        responses: vec![honest, answer],
+    }
+}
+
+#[tokio::test]
+async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("v.sqlite").to_str().unwrap()).await.unwrap();
+    let service = Service::new(Arc::default(), &store, 4, Clock::manual(NOW));
+    let (status, empty) = get(&service, "/").await;
+    assert_eq!(status, 200);
+    assert!(empty.contains("No round has ended yet") && empty.contains("No answer is kept"));
+    let round = hostile_round();
+    store.save_round(&round).await.unwrap();
+    let weights = Weights {
+        netuid: 4,
+        epoch: 9,
+        block: 41,
+        values: vec![(1, 65_535)],
+        explanation: Value::Null,
+        state: WeightsState::Planned,
+    };
+    assert_eq!(store.plan_weights(&weights).await.unwrap(), crate::store::Claim::Ours);
+    let path = format!("/answers/{}/3", round.id);
+    for path in ["/", path.as_str()] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = service.router().oneshot(request).await.unwrap();
+        let policy = response.headers()["content-security-policy"].to_str().unwrap().to_owned();
+        assert!(policy.starts_with("default-src 'none'; style-src 'sha256-"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+        let page = response.into_body().collect().await.unwrap().to_bytes();
+        let page = String::from_utf8(page.to_vec()).unwrap();
+        assert!(!page.contains("<script") && !page.contains("<img"), "{page}");
+        assert!(page.contains("&lt;script&gt;alert(1)"), "{page}");
+        // By rank, by margin, and what nobody scored.
+        for part in ["class=\"first\"", "class=\"margin\"", "class=\"unseen\""] {
+            let answer = &page[page.find("id=\"answer\"").unwrap()..];
+            assert!(answer.contains(part), "{part} is not in {answer}");
+        }
+        // The one sheet is the one that the policy names, and nothing is styled in place.
+        assert_eq!((page.matches("<style>").count(), page.matches(" style=").count()), (1, 0));
+    }
+    let (_, page) = get(&service, "/").await;
+    assert!(page.contains(&format!("href=\"{path}\"")), "{page}");
+    for part in ["5F3sa2TJAWMq", "0.250", "40.0", "0/1", "1/1", "65535", "Epoch 9"] {
+        assert!(page.contains(part), "{part} is not in {page}");
+    }
+    assert_eq!(get(&service, &format!("/answers/{}/1000", round.id)).await.0, 404);
+    assert_eq!(get(&service, "/answers/x/y").await.0, 400);
+    // With all turns taken it says so in place of reading more.
+    let turns = service.pages.try_acquire_many(PAGES_MAX as u32).unwrap();
+    assert_eq!(get(&service, "/").await.0, 503);
+    drop(turns);
+    assert_eq!(get(&service, "/").await.0, 200);
+}

@@ -1,0 +1,69 @@
+//! Verdicts over time, without what makes answers large, and one answer as a whole.
+
+use super::database::Store;
+use super::error::{Cause, StoreError};
+use super::record::{Outcome, Response, Timing, Verdict};
+use super::rounds::response;
+use super::rows::{get, get_number};
+use sqlx::any::AnyRow;
+
+/// Rounds whose verdicts one query returns at most.
+const ROUNDS_MAX: u32 = 500;
+
+const NEWEST: &str = "SELECT p.round, p.started_ms, p.uid, p.hotkey, p.first_token, p.all_tokens,
+        p.total, p.tps, p.tokens, p.outcome, p.cause,
+        CAST(CASE WHEN p.capture IS NULL THEN 0 ELSE 1 END AS BIGINT) AS is_kept
+    FROM responses p JOIN (SELECT id FROM rounds WHERE netuid = $1
+        ORDER BY started_ms DESC, id DESC LIMIT $2) r ON r.id = p.round
+    ORDER BY p.started_ms, p.round, p.uid";
+
+impl Store {
+    /// The verdicts of the newest `rounds` rounds of a subnet, oldest first; of at most 500.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn verdicts(&self, netuid: u16, rounds: u32) -> Result<Vec<Verdict>, StoreError> {
+        let mut session = self.read(&format!("read the verdicts of netuid {netuid}")).await?;
+        let values = vec![netuid.into(), rounds.min(ROUNDS_MAX).into()];
+        let rows = session.rows(NEWEST, values).await?;
+        let verdicts = rows.iter().map(verdict).collect::<Result<_, _>>();
+        let verdicts = verdicts.map_err(|cause| session.error(cause))?;
+        session.commit().await?;
+        Ok(verdicts)
+    }
+
+    /// What one miner did in a round.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn response(&self, round: &str, uid: u16) -> Result<Option<Response>, StoreError> {
+        let mut session = self.read(&format!("read the answer of uid {uid}")).await?;
+        let sql = "SELECT * FROM responses WHERE round = $1 AND uid = $2";
+        let rows = session.rows(sql, vec![round.into(), uid.into()]).await?;
+        let found = rows.first().map(response).transpose();
+        let found = found.map_err(|cause| session.error(cause))?;
+        session.commit().await?;
+        Ok(found)
+    }
+}
+
+fn verdict(row: &AnyRow) -> Result<Verdict, Cause> {
+    let outcome: String = get(row, "outcome")?;
+    let unknown = || Cause::Stored(format!("column `outcome`: {outcome:?}"));
+    Ok(Verdict {
+        round: get(row, "round")?,
+        started_ms: get_number(row, "started_ms")?,
+        uid: get_number(row, "uid")?,
+        hotkey: get(row, "hotkey")?,
+        timing: Timing {
+            first_token: get(row, "first_token")?,
+            all_tokens: get(row, "all_tokens")?,
+            total: get(row, "total")?,
+            tps: get(row, "tps")?,
+            tokens: get_number(row, "tokens")?,
+        },
+        outcome: Outcome::named(&outcome).ok_or_else(unknown)?,
+        cause: get(row, "cause")?,
+        is_kept: get_number::<u8>(row, "is_kept")? == 1,
+    })
+}
