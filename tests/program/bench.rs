@@ -153,13 +153,24 @@ fn tiny_models(home: &Path, directory: &str) -> String {
     file.display().to_string()
 }
 
+/// A server whose model `tiny` of this directory is ready.
+fn started(home: &Path, directory: &str) -> super::cli::Server {
+    let server = super::cli::Server::start(&tiny_models(home, directory));
+    let is_ready = (0..600).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        server.get("/ready").0 == 200
+    });
+    assert!(is_ready, "the model is not ready after 30 s");
+    server
+}
+
 #[test]
 fn a_server_is_measured_and_its_report_compared() {
     use targon_engine::bench::report::seal;
     let home = tempfile::tempdir().unwrap();
     let home = home.path();
     common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
-    let server = super::cli::Server::start(&tiny_models(home, "m"));
+    let server = started(home, "m");
     let url = server.url();
     let base = ["serve", "--url", &url, "--model", "tiny", "--input", "16"];
     let more = ["--output-tokens", "12", "--requests", "8", "--seed", "3", "--out", "o"];
@@ -213,7 +224,7 @@ fn a_server_that_dies_leaves_a_partial_report() {
     let home = tempfile::tempdir().unwrap();
     let home = home.path();
     common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
-    let server = super::cli::Server::start(&tiny_models(home, "m"));
+    let server = started(home, "m");
     let url = server.url();
     let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
     command.current_dir(home).args(["bench", "serve", "--url", &url, "--model", "tiny"]);
@@ -248,7 +259,7 @@ fn an_audit_tells_true_weights_from_four_bits() {
     }
     let own = tiny_models(home, "m");
     for (directory, code, verdict) in [("m", 0, "agrees"), ("four", 3, "not these weights")] {
-        let server = super::cli::Server::start(&tiny_models(home, directory));
+        let server = started(home, directory);
         for extra in [&[][..], &["--chat"]] {
             let output = Command::new(env!("CARGO_BIN_EXE_targon-engine"))
                 .current_dir(home)
