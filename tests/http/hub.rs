@@ -14,15 +14,12 @@ use targon_engine::chain::epistula::{self, Envelope};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
-use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::pool::Pool;
 use targon_engine::validator::run::hub::{Hub, Urls};
 use targon_engine::validator::run::judge::Judge;
 use targon_engine::validator::run::residents::{Residents, Sized};
 use targon_engine::validator::run::subnet::Subnet;
 use targon_engine::validator::scores::series::Organic;
 use targon_engine::verify::evidence::Calibrated;
-use targon_engine::verify::{Limits, Verifier};
 
 /// What the hub hands out, and what it was told.
 #[derive(Clone, Default)]
@@ -64,13 +61,7 @@ async fn hub(told: Told) -> String {
 }
 
 fn residents(site: &Site) -> Residents {
-    let verifier = Verifier {
-        model: Arc::clone(site.engine.model()),
-        identity: common::served(&site.engine).identity,
-        pool: Pool::new(1, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        context_max: 512,
-    };
+    let verifier = common::verifier(&site.served);
     let judge = Judge { verifier, rates: Calibrated::default(), engine: None };
     let all = vec![Sized { name: "tiny".into(), bytes: 1 }];
     Residents::new(all, 1, Arc::new(move |_: &str| Ok(judge.clone())))
