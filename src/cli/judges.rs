@@ -34,7 +34,7 @@ pub(super) struct LimitsFiles {
 }
 
 impl LimitsFiles {
-    fn read(paths: &[PathBuf]) -> Result<Self, Failure> {
+    pub(super) fn read(paths: &[PathBuf]) -> Result<Self, Failure> {
         let read = |path: &PathBuf| limits_file::read(path).map(|file| (path.clone(), file));
         let files = paths.iter().map(read).collect::<Result<Vec<_>, _>>();
         Ok(Self { files: files.map_err(Failure::user)?, loaded: Mutex::default() })
@@ -57,13 +57,12 @@ impl LimitsFiles {
     }
 }
 
-/// Finds all models of the models file and plans them; loads none.
+/// Finds all models of the models file and plans them into `budget` bytes; loads none.
 pub(super) fn residents(
     args: &ValidateArgs,
     runtime: &Runtime,
-) -> Result<(Residents, Arc<LimitsFiles>), Failure> {
-    let limits = Arc::new(LimitsFiles::read(&args.verifying.limits)?);
-    let budget = budget(args.verifying.memory.as_deref())?;
+    (limits, budget): (&Arc<LimitsFiles>, u64),
+) -> Result<Residents, Failure> {
     let slots = usize::from(args.verifying.judges) + 1;
     let (mut all, mut found) = (Vec::new(), BTreeMap::new());
     let mut refused = Vec::new();
@@ -87,7 +86,7 @@ pub(super) fn residents(
     let loader = Loader {
         found,
         pool: args.compute.pool()?,
-        limits: Arc::clone(&limits),
+        limits: Arc::clone(limits),
         exact: args.verifying.exact,
         slots,
     };
@@ -96,11 +95,14 @@ pub(super) fn residents(
         let budget = Bytes(budget);
         tracing::info!("{budget} do not hold all models: each has its turn, epoch by epoch");
     }
-    Ok((residents, limits))
+    Ok(residents)
 }
 
 /// Bytes that models may have.
-fn budget(asked: Option<&str>) -> Result<u64, Failure> {
+///
+/// # Errors
+/// When more is asked for than there is, or it is no size.
+pub(super) fn budget(asked: Option<&str>) -> Result<u64, Failure> {
     let available = memory().available;
     let wanted = asked.map_or(Ok(KvMemory::Auto), units::kv_memory);
     match wanted.map_err(|what| Failure::user(format!("--verify-memory {what}")))? {

@@ -1,6 +1,6 @@
 //! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
-use super::judges::{LimitsFiles, residents};
+use super::judges::{LimitsFiles, budget, residents};
 use super::out::{announce, outln};
 use super::printable::printable;
 use super::serve::stop_signal;
@@ -49,8 +49,12 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     }
     let settings = args.round.settings(args.chain.netuid(), &args.verifying)?;
     let source = Source::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
+    let limits = Arc::new(LimitsFiles::read(&args.verifying.limits)?);
+    let budget = budget(args.verifying.memory.as_deref())?;
+    let urls = args.hub.urls()?;
     let signer = Arc::new(args.wallet.keypair()?);
     let runtime = runtime()?;
+    let listener = args.listen.map(|address| runtime.block_on(bound(address))).transpose()?;
     let chain = Subtensor::new(args.chain.endpoints()?);
     // Before anything large is loaded.
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
@@ -58,13 +62,13 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
-    let (residents, limits) = residents(args, &runtime)?;
+    let residents = residents(args, &runtime, (&limits, budget))?;
     let clock = Clock::system();
     let world = World {
         chain,
         netuid: args.chain.netuid(),
         store: store.clone(),
-        hub: Hub::new(args.hub.urls()?, Arc::clone(&signer), clock.clone()),
+        hub: Hub::new(urls, Arc::clone(&signer), clock.clone()),
         keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
         clock,
         residents,
@@ -91,7 +95,8 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         spill: Some(args.unsaved.clone()),
     };
     let outcome = runtime.block_on(async {
-        let outcome = validate(args, (world, options, updater), (&metagraph, &limits)).await;
+        let outcome =
+            validate(args, (world, options, updater), (&metagraph, &limits, listener)).await;
         store.close().await;
         outcome
     });
@@ -128,7 +133,7 @@ async fn check(
 async fn validate(
     args: &ValidateArgs,
     (world, options, updater): (World<Subtensor>, Options, Option<Updater>),
-    (metagraph, limits): (&Metagraph, &LimitsFiles),
+    (metagraph, limits, listener): (&Metagraph, &LimitsFiles, Option<TcpListener>),
 ) -> Result<Option<Installed>, Failure> {
     let is_bounded = options.rounds.is_some();
     let (clock, store, netuid) = (world.clock.clone(), world.store.clone(), world.netuid);
@@ -143,8 +148,8 @@ async fn validate(
         progress.set_weights(&weights);
     }
     let service = Service::new(Arc::clone(&progress), &store, netuid, clock);
-    if let Some(address) = args.listen {
-        show_to_operators(address, &service).await?;
+    if let Some(listener) = listener {
+        show_to_operators(listener, &service)?;
     }
     watch(Arc::clone(&progress))?;
     let stop = CancellationToken::new();
@@ -199,11 +204,13 @@ fn show(settled: Settled, metagraph: &Metagraph) -> Result<(), Failure> {
     }
 }
 
+async fn bound(address: SocketAddr) -> Result<TcpListener, Failure> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|e| Failure::user(format!("--listen: cannot listen on {address}: {e}")))
+}
+
 /// Serves the routes for operators until the program ends: while it stops, they say so.
-async fn show_to_operators(address: SocketAddr, service: &Service) -> Result<(), Failure> {
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(|e| Failure::user(format!("--listen: cannot listen on {address}: {e}")))?;
+fn show_to_operators(listener: TcpListener, service: &Service) -> Result<(), Failure> {
     let local = listener.local_addr().map_err(Failure::ours)?;
     if !local.ip().is_loopback() {
         tracing::warn!(%local, "whoever reaches this address can read the validator's records");

@@ -933,7 +933,7 @@ fn documented_queries_run() {
         let blocks = text.split("```sql\n").skip(1).map(|rest| rest.split("```").next().unwrap());
         let queries: Vec<_> = blocks.flat_map(|b| b.split(';')).map(str::trim).collect();
         let queries: Vec<_> = queries.into_iter().filter(|query| !query.is_empty()).collect();
-        assert_eq!(queries.len(), 5);
+        assert_eq!(queries.len(), 7);
         for query in queries {
             let mut session = store.read("run a query of the documentation").await.unwrap();
             let rows = session.rows(query, Vec::new()).await.unwrap();

@@ -214,7 +214,7 @@ async fn starts_that_cannot_work_end_at_once_with_what_is_missing() {
     expect(1, &["no-such.jsonl"], &["--dataset", "no-such.jsonl"]).await;
     expect(1, &["no-such.json", "cannot be read"], &["--limits", "no-such.json"]).await;
     let short = ["tiny cannot be verified: needs ", " with 3 contexts, but only 1.0 KiB may be"];
-    expect(1, &short, &["--verify-memory", "1KiB"]).await;
+    expect(1, &short, &["--allow-no-permit", "--verify-memory", "1KiB"]).await;
     expect(1, &["--verify-memory must be a size"], &["--verify-memory", "much"]).await;
     expect(1, &["--listen", "cannot listen"], &["--listen", "192.0.2.1:1"]).await;
     let place = ["--allow-no-permit", "--database.url", "/proc/no/such.sqlite"];
