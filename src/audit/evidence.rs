@@ -4,7 +4,7 @@
 //! Both hypotheses are noise on our logits: of a standard deviation of [`HONEST`] where the same
 //! weights are computed in bf16 by another library, of [`OTHER`] or more where they are other
 //! weights, such as the same in four bits. Each row adds its log-likelihood ratio, within
-//! [`ROW_MAX`], and each answer at most a quarter of what decides: rows of an answer share keys and
+//! `ROW_MAX`, and each answer at most a quarter of what decides: rows of an answer share keys and
 //! values, so they are no independent witnesses.
 
 use super::answer::{Answer, Source};

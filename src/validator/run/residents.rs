@@ -1,6 +1,6 @@
 //! Which models are in memory: all where they fit, else in turn, others each epoch.
 //!
-//! Who is next is a pure choice ([`choose`]). A model that leaves is offered no more at once, but
+//! Who is next is a pure choice (`choose`). A model that leaves is offered no more at once, but
 //! stays until the last round that asked for it is over ([`Residents::hold`]); only then is its
 //! memory given to the next.
 
