@@ -45,6 +45,8 @@ pub(super) struct Epoch {
     pub(super) is_tidied: bool,
     /// Tried again from this block on.
     pub(super) again_at: u64,
+    /// Where nobody serves anything, the subnet is read anew from this block on.
+    pub(super) look_at: u64,
     /// The block at which the next one is due, where the chain counts.
     due: u64,
     /// Looks at the chain that found it not begun yet.

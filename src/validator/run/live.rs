@@ -6,7 +6,7 @@ use super::ports::{Case, Ports, Query};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
 use super::view::View;
-use super::{Driver, Epoch, RunError, SAVE_AGAIN, SAVE_TIME, spill};
+use super::{Driver, Epoch, IDLE_BLOCKS, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
 use crate::validator::round::{Action, Answered, Ending, Event, Judged, Judgement};
@@ -72,6 +72,7 @@ impl<P: Ports> Driver<P> {
                 // A later epoch may have begun meanwhile.
                 self.epoch.is_read = found.began >= self.epoch.began;
                 self.progress.set_members(subnet.members.len());
+                self.epoch.look_at = self.heads.borrow().block + IDLE_BLOCKS;
                 self.subnet = Arc::new(*subnet);
                 self.is_doubted = false;
                 if self.options.rounds.is_none() {

@@ -55,6 +55,8 @@ const UNSAVED_MAX: usize = 4;
 const INBOX_MAX: usize = 256;
 /// Answers that are judged at once, where nothing is said.
 pub const JUDGES_DEFAULT: usize = 2;
+/// Blocks until the subnet is read anew where nobody serves anything: a minute.
+const IDLE_BLOCKS: u64 = 5;
 /// How long to wait where there is nothing to ask or nobody.
 const PAUSE: Duration = Duration::from_secs(5);
 /// How long one try of remembering may take, and waits between two, at first and at most.
@@ -381,7 +383,8 @@ impl<P: Ports> Driver<P> {
         if self.stopping.is_some() || block < self.epoch.again_at {
             return;
         }
-        if !self.epoch.is_read && !self.epoch.is_reading {
+        let is_idle = self.subnet.is_idle() && block >= self.epoch.look_at;
+        if (is_idle || !self.epoch.is_read) && !self.epoch.is_reading {
             self.epoch.is_reading = true;
             self.read_subnet();
         }
@@ -426,7 +429,7 @@ impl<P: Ports> Driver<P> {
             let read = async {
                 let known = before.metagraph.block;
                 let metagraph = reading::read_metagraph(&*ports, known, &pace, &clock).await?;
-                match epochs.is_news(&metagraph, began) {
+                match epochs.is_news(&metagraph, began) || before.is_idle() {
                     true => reading::read(&*ports, how, metagraph, &before).await.map(Some),
                     false => Ok(None),
                 }

@@ -19,6 +19,11 @@ pub struct Subnet {
 }
 
 impl Subnet {
+    /// Whether nobody serves anything, so that no round can be held.
+    pub fn is_idle(&self) -> bool {
+        self.models.values().all(BTreeSet::is_empty)
+    }
+
     /// The miners of a round.
     pub fn miners(&self) -> Vec<Miner> {
         let miner = |member: &Member| Miner {

@@ -43,6 +43,7 @@ struct Fake {
     last_step: AtomicU64,
     tidied: AtomicU64,
     rotations: AtomicU64,
+    serves: AtomicBool,
     pulls: AtomicU64,
     reported: Mutex<Vec<String>>,
 }
@@ -67,6 +68,7 @@ impl Fake {
             last_step: 0.into(),
             tidied: 0.into(),
             rotations: 0.into(),
+            serves: true.into(),
             pulls: 0.into(),
             reported: Mutex::default(),
         }
@@ -92,7 +94,7 @@ impl Ports for Fake {
             coldkey: Hotkey([9; 32]),
             stake: Rao(0),
             permit: uid == 0 && self.permit,
-            axon: Some(Axon {
+            axon: self.serves.load(SeqCst).then_some(Axon {
                 address: ([8, 8, 8, 8], 1000 + uid).into(),
                 version: 1,
                 protocol: AXON_PROTOCOL,
@@ -407,6 +409,31 @@ async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
     until("a look at old records in each epoch", || world.tidied.load(SeqCst) == 3).await;
     stop.cancel();
     run.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nobody_serves_the_subnet_is_read_again_before_the_next_epoch() {
+    for epochs in [Epochs::Chain, Epochs::Every(1_000)] {
+        let world = Arc::new(Fake::new());
+        world.serves.store(false, SeqCst);
+        world.last_step.store(*world.heads.borrow(), SeqCst);
+        let options = Options { epochs, ..options(None) };
+        let running = driver(&world, options).await;
+        let (progress, stop) = (running.progress(), CancellationToken::new());
+        let token = stop.clone();
+        let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(progress.rounds(), 0);
+        world.serves.store(true, SeqCst);
+        let first = *world.heads.borrow();
+        for block in first + 1..=first + IDLE_BLOCKS {
+            world.heads.send_replace(block);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        until("a round", || progress.rounds() > 0).await;
+        stop.cancel();
+        run.await.unwrap().unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
