@@ -73,7 +73,7 @@ fn bench(home: &Path, arguments: &[&str]) -> (i32, String, String) {
 }
 
 /// The smallest measurement that has all phases.
-const SMALL: [&str; 8] = ["--batch", "1,3", "--depth", "40", "--tokens", "32", "--runs", "2"];
+const SMALL: [&str; 8] = ["--batch", "1,3", "--depth", "40", "--tokens", "256", "--runs", "2"];
 
 #[test]
 fn an_engine_is_measured_reported_and_signed() {
