@@ -275,9 +275,8 @@ impl Bench<'_> {
                 return Ok(run);
             }
         }
-        bail!(
-            "the first sequence ended before the last began, {DECODE_TRIES} times: ask for more --tokens"
-        )
+        let tokens = self.setup.tokens;
+        bail!("the first sequence ends before the last begins: {tokens} --tokens are too few")
     }
 
     /// Nothing where the first sequence ended before this thread had seen the last one begin.
