@@ -311,22 +311,32 @@ fn head(row: &AnyRow) -> Result<RoundHead, Cause> {
     })
 }
 
+/// When what of a response arrived.
+pub(super) fn timing(row: &AnyRow) -> Result<Timing, Cause> {
+    Ok(Timing {
+        first_token: get(row, "first_token")?,
+        all_tokens: get(row, "all_tokens")?,
+        total: get(row, "total")?,
+        tps: get(row, "tps")?,
+        tokens: get_number(row, "tokens")?,
+    })
+}
+
+/// What became of a response.
+pub(super) fn outcome(row: &AnyRow) -> Result<Outcome, Cause> {
+    let name: String = get(row, "outcome")?;
+    Outcome::named(&name).ok_or_else(|| Cause::Stored(format!("column `outcome`: {name:?}")))
+}
+
 pub(super) fn response(row: &AnyRow) -> Result<Response, Cause> {
-    let outcome: String = get(row, "outcome")?;
     let unknown = |column, name: &str| Cause::Stored(format!("column `{column}`: {name:?}"));
     let sample: String = get(row, "sample")?;
     Ok(Response {
         uid: get_number(row, "uid")?,
         hotkey: get(row, "hotkey")?,
         coldkey: get(row, "coldkey")?,
-        timing: Timing {
-            first_token: get(row, "first_token")?,
-            all_tokens: get(row, "all_tokens")?,
-            total: get(row, "total")?,
-            tps: get(row, "tps")?,
-            tokens: get_number(row, "tokens")?,
-        },
-        outcome: Outcome::named(&outcome).ok_or_else(|| unknown("outcome", &outcome))?,
+        timing: timing(row)?,
+        outcome: outcome(row)?,
         cause: get(row, "cause")?,
         error: get(row, "error")?,
         sample: match sample.as_str() {

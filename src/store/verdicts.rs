@@ -2,8 +2,8 @@
 
 use super::database::Store;
 use super::error::{Cause, StoreError};
-use super::record::{Outcome, Response, Timing, Verdict};
-use super::rounds::response;
+use super::record::{Response, Verdict};
+use super::rounds::{outcome, response, timing};
 use super::rows::{get, get_number};
 use sqlx::any::AnyRow;
 
@@ -48,21 +48,13 @@ impl Store {
 }
 
 fn verdict(row: &AnyRow) -> Result<Verdict, Cause> {
-    let outcome: String = get(row, "outcome")?;
-    let unknown = || Cause::Stored(format!("column `outcome`: {outcome:?}"));
     Ok(Verdict {
         round: get(row, "round")?,
         started_ms: get_number(row, "started_ms")?,
         uid: get_number(row, "uid")?,
         hotkey: get(row, "hotkey")?,
-        timing: Timing {
-            first_token: get(row, "first_token")?,
-            all_tokens: get(row, "all_tokens")?,
-            total: get(row, "total")?,
-            tps: get(row, "tps")?,
-            tokens: get_number(row, "tokens")?,
-        },
-        outcome: Outcome::named(&outcome).ok_or_else(unknown)?,
+        timing: timing(row)?,
+        outcome: outcome(row)?,
         cause: get(row, "cause")?,
         is_kept: get_number::<u8>(row, "is_kept")? == 1,
     })

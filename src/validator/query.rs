@@ -175,12 +175,12 @@ impl Target {
     /// # Errors
     /// When this machine cannot make one.
     pub fn client(&self) -> Result<Client, QueryError> {
-        let known = CLIENTS.lock().iter().find(|(time, _)| *time == self.read_timeout).cloned();
-        if let Some((_, client)) = known {
-            return Ok(client);
+        // Held while one is made: many queries begin at once, and one client is enough for them.
+        let mut clients = CLIENTS.lock();
+        if let Some((_, client)) = clients.iter().find(|(time, _)| *time == self.read_timeout) {
+            return Ok(client.clone());
         }
         let client = self.new_client()?;
-        let mut clients = CLIENTS.lock();
         if clients.len() == CLIENTS_MAX {
             clients.remove(0);
         }
@@ -314,21 +314,6 @@ impl Target {
             Ok(client) => self.read(&client, (path, body), clock, &mut keep).await,
             Err(e) => Err(e),
         };
-        let ended = clock.elapsed().saturating_sub(started);
-        Streamed { arrivals, ended, outcome }
-    }
-
-    /// The same, without a word on the way, over connections that `client` may have.
-    pub async fn stream_over(
-        &self,
-        client: &Client,
-        path: &str,
-        body: &Value,
-        clock: &Clock,
-    ) -> Streamed {
-        let (mut arrivals, started) = (Vec::new(), clock.elapsed());
-        let mut keep = |arrival: Arrival| arrivals.push(arrival);
-        let outcome = self.read(client, (path, body), clock, &mut keep).await;
         let ended = clock.elapsed().saturating_sub(started);
         Streamed { arrivals, ended, outcome }
     }

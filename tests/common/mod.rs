@@ -31,6 +31,32 @@ use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::{Limits, Verifier, prefill};
 
+/// A test of each directory below `tests/data/golden`, a checkpoint of a family each: `$check` is
+/// called with its name. `GOLDEN` has them all.
+#[allow(unused_macros, reason = "each test uses its part")]
+macro_rules! golden_tests {
+    ($check:path) => {
+        crate::common::golden_tests! { $check;
+            llama = "llama";
+            llama_linear_rope_and_biases = "llama-linear";
+            mistral = "mistral";
+            qwen2 = "qwen2";
+            qwen3 = "qwen3";
+            gemma2 = "gemma2";
+            phi3 = "phi3";
+            mixtral = "mixtral";
+            qwen3_moe = "qwen3_moe";
+        }
+    };
+    ($check:path; $($name:ident = $dir:literal;)*) => {
+        $(#[test] fn $name() { $check($dir); })*
+        #[allow(dead_code, reason = "each test uses its part")]
+        const GOLDEN: &[&str] = &[$($dir),*];
+    };
+}
+#[allow(unused_imports, reason = "each test uses its part")]
+pub(crate) use golden_tests;
+
 /// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
 pub fn smollm2() -> PathBuf {
     let file = "SmolLM2-135M-Instruct.Q4_1.gguf";

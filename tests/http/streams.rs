@@ -57,9 +57,9 @@ async fn errors(address: std::net::SocketAddr, clock: Clock) -> Vec<f64> {
     };
     let body = json!({"model": "m", "stream": true});
     // Making a client takes milliseconds, which the arrivals' times do not count.
-    let client = target.client().unwrap();
+    target.client().unwrap();
     let started = clock.elapsed();
-    let streamed = target.stream_over(&client, "/v1/completions", &body, &clock).await;
+    let streamed = target.stream("/v1/completions", &body, &clock, |_| {}).await;
     streamed.outcome.unwrap();
     let error = |chunk: &Value, at: Duration| {
         let wrote = Duration::from_nanos(chunk["at"].as_u64().unwrap());

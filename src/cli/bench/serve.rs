@@ -141,8 +141,9 @@ impl ServeArgs {
             let what = format!("--url must begin with http:// or https://, got {}", self.url);
             return Err(Failure::user(printable(&what)));
         }
-        let client = target.client().map_err(Failure::user)?;
-        Ok(Server { target, client, clock: clock.clone() })
+        // Made here, so that no request waits for it.
+        target.client().map_err(Failure::user)?;
+        Ok(Server { target, clock: clock.clone() })
     }
 
     fn questions(&self) -> Questions {
@@ -254,23 +255,18 @@ async fn greet(server: &Server, questions: &Questions) -> Result<(), Failure> {
 /// The server, over connections that requests share.
 struct Server {
     target: Target,
-    client: reqwest::Client,
     clock: Clock,
 }
 
 impl Server {
     async fn stream(&self, asked: &Asked) -> Streamed {
-        self.target.stream_over(&self.client, asked.path, &asked.body, &self.clock).await
+        self.target.stream(asked.path, &asked.body, &self.clock, |_| {}).await
     }
 }
 
 impl Ask for Server {
     fn ask(&self, asked: Asked) -> Answering {
-        let server = Self {
-            target: self.target.clone(),
-            client: self.client.clone(),
-            clock: self.clock.clone(),
-        };
+        let server = Self { target: self.target.clone(), clock: self.clock.clone() };
         Box::pin(async move {
             let streamed = server.stream(&asked).await;
             let max_tokens = asked.body["max_tokens"].as_u64().unwrap_or(u64::MAX);

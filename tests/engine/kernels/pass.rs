@@ -492,18 +492,4 @@ fn check(family: &str) {
     }
 }
 
-macro_rules! families {
-    ($($name:ident = $dir:literal;)*) => { $(#[test] fn $name() { check($dir); })* };
-}
-
-families! {
-    llama = "llama";
-    llama_linear_rope_and_biases = "llama-linear";
-    mistral = "mistral";
-    qwen2 = "qwen2";
-    qwen3 = "qwen3";
-    gemma2 = "gemma2";
-    phi3 = "phi3";
-    mixtral = "mixtral";
-    qwen3_moe = "qwen3_moe";
-}
+crate::common::golden_tests!(check);
