@@ -18,6 +18,7 @@ use crate::validator::run::residents::{Residents, Sized};
 use crate::verify::evidence::Calibrated;
 use crate::verify::limits_file::{self, LimitsFile};
 use crate::verify::{Limits, Verifier};
+use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -121,18 +122,18 @@ async fn plan(
     mut config: ModelConfig,
     slots: usize,
     budget: u64,
-) -> Result<(Located, u64), String> {
+) -> anyhow::Result<(Located, u64)> {
     config.wanted = wanted(config.wanted, slots);
-    let located = load::locate(config, &Bars::new()).await.map_err(|e| e.to_string())?;
-    let bytes = load::plan_within(&located, BOUNDLESS).map_err(|e| e.to_string())?.total();
+    let located = load::locate(config, &Bars::new()).await?;
+    let bytes = load::plan_within(&located, BOUNDLESS)?.total();
     if bytes > budget {
         let short = Bytes(bytes - budget);
-        return Err(format!(
+        bail!(
             "needs {} with {slots} contexts, but only {} may be taken: {short} short; lower \
              `context_max` or --judges",
             Bytes(bytes),
             Bytes(budget)
-        ));
+        );
     }
     Ok((located, bytes))
 }
@@ -150,13 +151,13 @@ struct Loader {
 }
 
 impl Loader {
-    fn load(&self, name: &str) -> Result<Judge, String> {
-        let located = self.found.get(name).ok_or("the models file does not have it")?;
-        let whole = load::plan_within(located, BOUNDLESS).map_err(|e| e.to_string())?.options;
+    fn load(&self, name: &str) -> anyhow::Result<Judge> {
+        let located = self.found.get(name).context("the models file does not have it")?;
+        let whole = load::plan_within(located, BOUNDLESS)?.options;
         let (path, device): (&Path, _) = (&located.path, located.config.device);
         let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {});
-        let model = Arc::new(model.map_err(|e| e.to_string())?);
-        let identity = Identity::of(&model, &self.pool).map_err(|e| e.to_string())?;
+        let model = Arc::new(model?);
+        let identity = Identity::of(&model, &self.pool)?;
         let own = self.limits.of(to_hex(&identity.model_hash));
         let mut limits = own.map_or_else(Limits::default, |file| file.limits);
         limits.exact |= self.exact;
@@ -167,7 +168,7 @@ impl Loader {
         options.sequences_max = 1;
         let pool = self.pool.separate();
         let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system());
-        let engine = engine.map_err(|e| format!("cannot start the engine: {e}"))?;
+        let engine = engine.map_err(|e| anyhow!("cannot start the engine: {e}"))?;
         let verifier = Verifier {
             model,
             identity: Arc::new(identity),

@@ -11,6 +11,7 @@ use super::query::{QueryError, Size, Target};
 use crate::clock::Clock;
 use crate::files;
 use crate::wire::python::dumps;
+use anyhow::bail;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -86,11 +87,11 @@ fn read_file(path: &Path) -> Result<Vec<String>, ModelsError> {
     let failed = |what: String| ModelsError::File { path: path.to_owned(), what };
     let bytes = files::read(path, FILE_BYTES_MAX).map_err(|e| failed(e.to_string()))?;
     let text = String::from_utf8(bytes).map_err(|e| failed(format!("must be UTF-8: {e}")))?;
-    parse(&text).map_err(failed)
+    parse(&text).map_err(|e| failed(e.to_string()))
 }
 
 /// One name a line; empty lines and those that begin with `#` say nothing.
-fn parse(text: &str) -> Result<Vec<String>, String> {
+fn parse(text: &str) -> anyhow::Result<Vec<String>> {
     let (mut lines, mut bad) = (BTreeMap::new(), Vec::new());
     let mut listed = Vec::new();
     for (place, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
@@ -111,12 +112,12 @@ fn parse(text: &str) -> Result<Vec<String>, String> {
         let more = bad.len().saturating_sub(BAD_LINES_MAX);
         bad.truncate(BAD_LINES_MAX);
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-        return Err(format!("{}{more}", bad.join("; ")));
+        bail!("{}{more}", bad.join("; "));
     }
     match listed.len() {
-        0 => Err("must name at least one model".into()),
+        0 => bail!("must name at least one model"),
         count if count > names::MODELS_MAX => {
-            Err(format!("must name at most {} models, got {count}", names::MODELS_MAX))
+            bail!("must name at most {} models, got {count}", names::MODELS_MAX)
         }
         _ => Ok(listed),
     }
@@ -134,7 +135,7 @@ async fn fetch(url: &str, clock: &Clock) -> Result<Vec<String>, ModelsError> {
         size: Size::of_tokens(0),
     };
     let bytes = server.call("", None, clock).await?;
-    let names = names::read(&bytes).map_err(failed)?;
+    let names = names::read(&bytes).map_err(|e| failed(e.to_string()))?;
     match names.first() {
         Some(_) => Ok(names),
         None => Err(failed("must list at least one model, and lists none".into())),

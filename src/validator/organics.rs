@@ -6,6 +6,7 @@
 
 use super::scores::series::Organic;
 use crate::wire::python::dumps;
+use anyhow::anyhow;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -68,8 +69,8 @@ impl Bucket {
     ///
     /// # Errors
     /// What it is in place of a bucket.
-    pub fn read(bytes: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(bytes).map_err(|e| format!("the answer is no bucket: {e}"))
+    pub fn read(bytes: &[u8]) -> anyhow::Result<Self> {
+        serde_json::from_slice(bytes).map_err(|e| anyhow!("the answer is no bucket: {e}"))
     }
 
     /// Its records, and what is wrong with those that cannot be read.

@@ -13,6 +13,7 @@ mod chance;
 pub mod dataset;
 pub mod ours;
 
+use anyhow::{Context, anyhow};
 pub use chance::Bits;
 use chance::{below, line};
 use dataset::Source;
@@ -36,8 +37,8 @@ const QUERY_CHARS_MAX: usize = 400;
 ///
 /// # Errors
 /// When the time lies outside the calendar.
-pub fn date(unix_ms: u64) -> Result<String, String> {
-    let outside = || format!("{unix_ms} ms since 1970 is no time of the calendar");
+pub fn date(unix_ms: u64) -> anyhow::Result<String> {
+    let outside = || anyhow!("{unix_ms} ms since 1970 is no time of the calendar");
     let ms = i64::try_from(unix_ms).map_err(|_| outside())?;
     let time = Timestamp::from_millisecond(ms).map_err(|_| outside())?;
     Ok(time.to_zoned(TimeZone::UTC).date().to_string())
@@ -138,18 +139,18 @@ impl Prompt {
 ///
 /// # Errors
 /// When the answer is no chat completion, or has no words.
-pub fn read_rewriting(answer: &Value) -> Result<String, String> {
+pub fn read_rewriting(answer: &Value) -> anyhow::Result<String> {
     let content = answer["choices"][0]["message"]["content"].as_str();
-    read_query(content.ok_or("the engine's answer has no `choices[0].message.content`")?)
+    read_query(content.context("the engine's answer has no `choices[0].message.content`")?)
 }
 
 /// The query in the engine's own words.
 ///
 /// # Errors
 /// When there are no words.
-pub fn read_query(content: &str) -> Result<String, String> {
+pub fn read_query(content: &str) -> anyhow::Result<String> {
     let mut lines = content.lines().map(query).filter(|q| q.chars().any(char::is_alphabetic));
-    let query = lines.next().ok_or("the engine wrote no words to search for")?;
+    let query = lines.next().context("the engine wrote no words to search for")?;
     Ok(query.chars().take(QUERY_CHARS_MAX).collect())
 }
 
@@ -246,13 +247,14 @@ mod tests {
                 "\u{e9}t\u{e9} caf\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}",
             ),
         ] {
-            assert_eq!(read(content).as_deref(), Ok(query), "{content:?}");
+            assert_eq!(read(content).unwrap(), query, "{content:?}");
         }
         assert_eq!(read(&"long ".repeat(500)).unwrap().chars().count(), QUERY_CHARS_MAX);
         for content in ["", "\n", "Search query:", "?! 123"] {
-            assert!(read(content).unwrap_err().contains("no words"), "{content:?}");
+            assert!(read(content).unwrap_err().to_string().contains("no words"), "{content:?}");
         }
-        assert!(read_rewriting(&json!({"error": 3})).unwrap_err().contains("has no `choices[0]"));
+        let error = read_rewriting(&json!({"error": 3})).unwrap_err().to_string();
+        assert!(error.contains("has no `choices[0]"), "{error}");
         let prompt = draft.finish(Some("why salt"));
         assert!(prompt.user.starts_with("why salt\n\n") && prompt.user.ends_with(&draft.task));
         assert!(!prompt.text().contains(&draft.passage));
@@ -262,6 +264,6 @@ mod tests {
     fn dates_are_of_the_calendar() {
         assert_eq!(date(0).unwrap(), "1970-01-01");
         assert_eq!(date(1_709_251_199_999).unwrap(), "2024-02-29");
-        assert!(date(u64::MAX).unwrap_err().contains("no time of the calendar"));
+        assert!(date(u64::MAX).unwrap_err().to_string().contains("no time of the calendar"));
     }
 }

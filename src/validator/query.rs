@@ -4,6 +4,7 @@ use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
 use crate::tls;
+use anyhow::{Context, anyhow};
 use parking_lot::Mutex;
 use reqwest::{Client, Response, StatusCode, redirect};
 use serde_json::Value;
@@ -56,10 +57,10 @@ impl Size {
     }
 
     /// Takes an event off what is left.
-    fn take(&mut self, data: &[u8]) -> Result<(), &'static str> {
+    fn take(&mut self, data: &[u8]) -> anyhow::Result<()> {
         let marks = data.iter().filter(|b| matches!(b, b',' | b':' | b'[' | b'{')).count();
-        self.events = self.events.checked_sub(1).ok_or("more events than it can need")?;
-        self.marks = self.marks.checked_sub(marks).ok_or("more values than it can need")?;
+        self.events = self.events.checked_sub(1).context("more events than it can need")?;
+        self.marks = self.marks.checked_sub(marks).context("more values than it can need")?;
         Ok(())
     }
 }
@@ -386,7 +387,7 @@ struct Events {
 
 impl Events {
     /// The data of all events that these bytes complete.
-    fn push(&mut self, part: &[u8]) -> Result<Vec<Vec<u8>>, String> {
+    fn push(&mut self, part: &[u8]) -> anyhow::Result<Vec<Vec<u8>>> {
         let mut done = Vec::new();
         let mut rest = part;
         while let Some(end) = rest.iter().position(|b| *b == b'\n') {
@@ -397,7 +398,7 @@ impl Events {
         }
         self.line.extend_from_slice(rest);
         match self.line.len().max(self.data.len()) > LINE_BYTES_MAX {
-            true => Err(format!("an event has more than {LINE_BYTES_MAX} bytes")),
+            true => Err(anyhow!("an event has more than {LINE_BYTES_MAX} bytes")),
             false => Ok(done),
         }
     }
@@ -458,7 +459,8 @@ mod tests {
         let mut left = size;
         assert_eq!((0..200).filter(|_| left.take(chunk).is_ok()).count(), size.events);
         let bomb = format!("[{}0]", "0,".repeat(size.marks));
-        assert_eq!({ size }.take(bomb.as_bytes()), Err("more values than it can need"));
+        let refused = { size }.take(bomb.as_bytes()).unwrap_err().to_string();
+        assert_eq!(refused, "more values than it can need");
         assert_eq!(Size::of_tokens(u32::MAX).bytes, (256 << 10) + (4 << 10) * u32::MAX as usize);
     }
 

@@ -118,7 +118,7 @@ async fn users_requests_are_verified_scored_and_reported() {
     let hub = Hub::new(urls, signer, Clock::system());
     let (residents, subnet) = (residents(&site), subnet());
     residents.rotate(&["tiny".to_owned()]).await.unwrap();
-    assert_eq!(hub.pull(&residents, None, &subnet).await, Ok(4));
+    assert_eq!(hub.pull(&residents, None, &subnet).await.unwrap(), 4);
     let of = |uid: u8| hub.organics(uid.into(), &key(uid));
     assert_eq!(of(1), Some(vec![Organic::Tps(24.0), Organic::Failed]));
     assert_eq!(of(2), Some(vec![Organic::Rejected]));
@@ -131,11 +131,11 @@ async fn users_requests_are_verified_scored_and_reported() {
         report["organics"].as_array().unwrap().iter().map(|o| o["verified"].clone()).collect();
     assert_eq!(verified, [true, false, false, false]);
     // The same bucket again has nothing new in it.
-    assert_eq!(hub.pull(&residents, None, &subnet).await, Ok(0));
+    assert_eq!(hub.pull(&residents, None, &subnet).await.unwrap(), 0);
     assert_eq!(told.told.lock().len(), 3);
     // Something else than a bucket changes nothing.
     *told.bucket.lock() = "[]".into();
-    let error = hub.pull(&residents, None, &subnet).await.unwrap_err();
+    let error = hub.pull(&residents, None, &subnet).await.unwrap_err().to_string();
     assert!(error.contains("the answer is no bucket"), "{error}");
     assert_eq!(of(2), Some(vec![Organic::Rejected]));
 }

@@ -20,7 +20,7 @@ async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     let one = judge();
     let load = move |name: &str| {
         seen.lock().push(name.to_owned());
-        if name == "broken" { Err("its file is cut".into()) } else { Ok(one.clone()) }
+        if name == "broken" { Err(anyhow::anyhow!("its file is cut")) } else { Ok(one.clone()) }
     };
     let sized = |name: &str| Sized { name: name.into(), bytes: 6 };
     let residents = Residents::new(vec![sized("a"), sized("b")], 10, Arc::new(load.clone()));
@@ -46,6 +46,6 @@ async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     assert_eq!((here(&residents), loaded.lock().len()), (vec!["b".to_owned()], 2));
     let broken = Residents::new(vec![sized("a"), sized("broken")], 100, Arc::new(load));
     let error = broken.rotate(&["a".to_owned(), "broken".to_owned()]).await.unwrap_err();
-    assert_eq!(error, "broken cannot be loaded: its file is cut");
+    assert_eq!(error.to_string(), "broken cannot be loaded: its file is cut");
     assert_eq!(here(&broken), ["a"]);
 }

@@ -1,5 +1,6 @@
 //! Names of models as peers send them.
 
+use anyhow::{anyhow, bail};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -17,16 +18,18 @@ const SHOWN_CHARS_MAX: usize = 60;
 ///
 /// # Errors
 /// Rule and fact, whatever the bytes are.
-pub fn read(bytes: &[u8]) -> Result<Vec<String>, String> {
+pub fn read(bytes: &[u8]) -> anyhow::Result<Vec<String>> {
     if bytes.len() > BYTES_MAX {
-        return Err(format!("a list of models must have at most {BYTES_MAX} bytes"));
+        bail!("a list of models must have at most {BYTES_MAX} bytes");
     }
     let value: Value =
-        serde_json::from_slice(bytes).map_err(|e| format!("a list of models must be JSON: {e}"))?;
+        serde_json::from_slice(bytes).map_err(|e| anyhow!("a list of models must be JSON: {e}"))?;
     let names = match value {
-        Value::Array(list) => list.into_iter().enumerate().map(name).collect::<Result<_, _>>()?,
+        Value::Array(list) => {
+            list.into_iter().enumerate().map(name).collect::<anyhow::Result<_>>()?
+        }
         Value::Object(map) => map.into_iter().map(|(name, _)| name).collect::<Vec<String>>(),
-        _ => return Err("must be a list of names or a map from them".into()),
+        _ => bail!("must be a list of names or a map from them"),
     };
     let mut seen = BTreeSet::new();
     let mut unique = Vec::new();
@@ -38,21 +41,21 @@ pub fn read(bytes: &[u8]) -> Result<Vec<String>, String> {
     }
     match unique.len() {
         count if count > MODELS_MAX => {
-            Err(format!("must list at most {MODELS_MAX} models, got {count}"))
+            bail!("must list at most {MODELS_MAX} models, got {count}")
         }
         _ => Ok(unique),
     }
 }
 
 /// An entry of a list: the hub listed names in 2024 and objects from 2025 on.
-fn name((place, entry): (usize, Value)) -> Result<String, String> {
+fn name((place, entry): (usize, Value)) -> anyhow::Result<String> {
     match entry {
         Value::String(name) => Ok(name),
         Value::Object(mut fields) => match fields.remove("model") {
             Some(Value::String(name)) => Ok(name),
-            _ => Err(format!("entry {place} must have a name in `model`, and has none")),
+            _ => bail!("entry {place} must have a name in `model`, and has none"),
         },
-        _ => Err(format!("entry {place} must be a name or an object with one in `model`")),
+        _ => bail!("entry {place} must be a name or an object with one in `model`"),
     }
 }
 
@@ -60,20 +63,18 @@ fn name((place, entry): (usize, Value)) -> Result<String, String> {
 ///
 /// # Errors
 /// Rule and fact.
-pub fn check(name: &str) -> Result<(), String> {
+pub fn check(name: &str) -> anyhow::Result<()> {
     let shown = || name.chars().take(SHOWN_CHARS_MAX).collect::<String>();
     if name.is_empty() {
-        return Err("a name must not be empty".into());
+        bail!("a name must not be empty");
     }
     let count = name.chars().count();
     if count > NAME_CHARS_MAX {
         let shown = shown();
-        return Err(format!(
-            "a name must have at most {NAME_CHARS_MAX} characters, got {count}: `{shown}`..."
-        ));
+        bail!("a name must have at most {NAME_CHARS_MAX} characters, got {count}: `{shown}`...");
     }
     match name.chars().find(|c| c.is_whitespace() || c.is_control()) {
-        Some(c) => Err(format!("a name must have no {c:?}, got `{}`", shown().escape_debug())),
+        Some(c) => bail!("a name must have no {c:?}, got `{}`", shown().escape_debug()),
         None => Ok(()),
     }
 }
@@ -119,7 +120,7 @@ mod tests {
             (huge.as_str(), "at most 262144 bytes"),
             (deep.as_str(), "must be JSON"),
         ] {
-            let got = read(text.as_bytes()).unwrap_err();
+            let got = read(text.as_bytes()).unwrap_err().to_string();
             assert!(got.contains(rule), "{got}");
             assert!(got.chars().count() < 400 && !got.contains('\n'), "{got}");
         }

@@ -2,6 +2,7 @@
 
 use super::chance::{Bits, below};
 use super::ours;
+use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -70,16 +71,16 @@ struct Turn {
 }
 
 impl Row {
-    fn passage(self) -> Result<String, &'static str> {
+    fn passage(self) -> anyhow::Result<String> {
         let first = |turns: Vec<Turn>| turns.into_iter().next().map(|turn| turn.value);
         let text = match (self.text, self.conversations) {
-            (Some(_), Some(_)) => return Err("must have `text` or `conversations`, and has both"),
-            (None, None) => return Err("must have `text` or `conversations`, and has neither"),
+            (Some(_), Some(_)) => bail!("must have `text` or `conversations`, and has both"),
+            (None, None) => bail!("must have `text` or `conversations`, and has neither"),
             (Some(text), None) => text,
-            (None, Some(turns)) => first(turns).ok_or("`conversations` must not be empty")?,
+            (None, Some(turns)) => first(turns).context("`conversations` must not be empty")?,
         };
         match text.trim() {
-            "" => Err("the passage must not be empty"),
+            "" => bail!("the passage must not be empty"),
             text => Ok(shortened(text)),
         }
     }
@@ -144,7 +145,7 @@ impl Source {
                 return Err(wrong(format!("a file must have at most {PASSAGES_MAX} passages")));
             }
             let row: Row = serde_json::from_slice(&buffer).map_err(|e| wrong(e.to_string()))?;
-            passages.push(row.passage().map_err(|what| wrong(what.to_owned()))?);
+            passages.push(row.passage().map_err(|e| wrong(e.to_string()))?);
         }
         match passages.is_empty() {
             true => Err(failed("must have at least one passage".into())),

@@ -2,6 +2,7 @@
 
 use super::chance::Chance;
 use crate::proof::Scheme;
+use anyhow::bail;
 use serde_json::{Value, json};
 use std::ops::RangeInclusive;
 
@@ -91,17 +92,17 @@ pub fn body(
     mut sampling: Sampling,
     prompt: Prompt,
     context_max: usize,
-) -> Result<(Value, Sampling), String> {
+) -> anyhow::Result<(Value, Sampling)> {
     let room = context_max.saturating_sub(prompt.tokens);
     sampling.max_tokens = sampling.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
     if sampling.max_tokens < TOKENS_MIN {
-        return Err(format!(
+        bail!(
             "a prompt of {} tokens leaves no room for {TOKENS_MIN} in a context of {context_max}",
             prompt.tokens
-        ));
+        );
     }
     if !prompt.content.fits(endpoint) {
-        return Err(format!("the prompt is not what {} wants", endpoint.path()));
+        bail!("the prompt is not what {} wants", endpoint.path());
     }
     let Sampling { seed, temperature, max_tokens } = sampling;
     let mut body = json!({
@@ -176,8 +177,10 @@ mod tests {
             super::body("m", Endpoint::Completion, sampling, text(300), 512).unwrap();
         assert_eq!((body["max_tokens"].as_u64(), fitted.max_tokens), (Some(212), 212));
         let error = super::body("m", Endpoint::Completion, sampling, text(505), 512).unwrap_err();
+        let error = error.to_string();
         assert!(error.contains("leaves no room for 8 in a context of 512"), "{error}");
-        let error = super::body("m", Endpoint::Chat, sampling, text(5), 512).unwrap_err();
+        let error =
+            super::body("m", Endpoint::Chat, sampling, text(5), 512).unwrap_err().to_string();
         assert!(error.contains("not what /v1/chat/completions wants"), "{error}");
     }
 }

@@ -219,7 +219,7 @@ impl Machine {
         self.settle(actions)
     }
 
-    fn prompted(&mut self, prompt: Result<Prompt, String>) -> Vec<Action> {
+    fn prompted(&mut self, prompt: anyhow::Result<Prompt>) -> Vec<Action> {
         if self.phase != Phase::Prompting {
             return Vec::new();
         }

@@ -92,7 +92,7 @@ pub struct Scene {
 #[derive(Debug)]
 pub enum Event {
     /// The prompt is there, or there is none for this reason.
-    Prompted(Result<Prompt, String>),
+    Prompted(anyhow::Result<Prompt>),
     /// A miner's answer has ended.
     Answered {
         /// Whose.

@@ -165,7 +165,7 @@ fn without_a_prompt_nobody_is_blamed() {
     let ways: [fn(&mut Test); 4] = [
         |test| test.pass(10),
         |test| test.give(Event::Stop),
-        |test| test.give(Event::Prompted(Err("the engine has stopped".into()))),
+        |test| test.give(Event::Prompted(Err(anyhow::anyhow!("the engine has stopped")))),
         |test| test.give(Event::Prompted(Ok(Prompt { tokens: 510, ..prompt() }))),
     ];
     for way in ways {

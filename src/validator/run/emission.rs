@@ -48,7 +48,7 @@ pub(super) async fn settle<P: Ports>(
     ports: &P,
     subnet: &Subnet,
     when: When,
-) -> Result<Settled, String> {
+) -> anyhow::Result<Settled> {
     let found = if when.is_dry { None } else { ports.planned(when.epoch).await? };
     if let Some(weights) = found.filter(|weights| weights.state != WeightsState::Planned) {
         return follow(ports, weights, when).await;
@@ -79,7 +79,7 @@ pub(super) async fn settle<P: Ports>(
     }
 }
 
-async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> Result<Settled, String> {
+async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::Result<Settled> {
     match ports.send(&weights).await {
         Ok(state) => {
             ports.mark(weights.epoch, &state).await?;
@@ -96,7 +96,7 @@ async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> Result<S
 }
 
 /// What has become of weights that were sent.
-async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> Result<Settled, String> {
+async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::Result<Settled> {
     let is_sent =
         matches!(weights.state, WeightsState::Sent { .. } | WeightsState::Committed { .. });
     if !is_sent {
@@ -115,7 +115,7 @@ async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> Result
             Ok(Stand::Waiting) => return Ok(Settled::Weights(Box::new(weights))),
             Ok(Stand::Others(found)) => (format!("the chain has other weights: {found:?}"), true),
             Ok(Stand::NotThere(why)) => (why, true),
-            Err(why) => (why, false),
+            Err(why) => (why.to_string(), false),
         };
         if looks < LOOKS_MAX {
             tracing::debug!(epoch, "weights are not confirmed yet: {why}");

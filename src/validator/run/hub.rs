@@ -12,6 +12,7 @@ use crate::validator::query::{Size, Target};
 use crate::validator::round::Judged;
 use crate::validator::scores::series::Organic;
 use crate::verify::Profile;
+use anyhow::anyhow;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -80,13 +81,13 @@ impl Hub {
         residents: &Residents,
         rules: Option<Profile>,
         subnet: &Subnet,
-    ) -> Result<usize, String> {
+    ) -> anyhow::Result<usize> {
         let Some(url) = &self.urls.organics else { return Ok(0) };
         let models: Vec<String> = residents.here().into_iter().map(|(name, _)| name).collect();
         let target = self.target(url);
         let body = organics::request(&models);
         let bytes = target.call("/organics", Some(body), &self.clock).await;
-        let bucket = Bucket::read(&bytes.map_err(|e| e.to_string())?)?;
+        let bucket = Bucket::read(&bytes?)?;
         if self.last.lock().bucket == bucket.bucket_id {
             return Ok(0);
         }
@@ -111,7 +112,7 @@ impl Hub {
         *self.last.lock() = Last { bucket: name, scores };
         let report = organics::report(&scored);
         let told = target.call("/organics/scores", Some(report), &self.clock).await;
-        told.map_err(|e| format!("{} records count, but are not reported: {e}", scored.len()))?;
+        told.map_err(|e| anyhow!("{} records count, but are not reported: {e}", scored.len()))?;
         Ok(scored.len())
     }
 
@@ -124,11 +125,11 @@ impl Hub {
     ///
     /// # Errors
     /// When the hub does not take it.
-    pub async fn tell(&self, round: &Round, models: &[String]) -> Result<(), String> {
+    pub async fn tell(&self, round: &Round, models: &[String]) -> anyhow::Result<()> {
         let Some(url) = &self.urls.stats else { return Ok(()) };
         let body = organics::stats(round, &self.signer.hotkey().to_string(), models);
-        let told = self.target(url).call("/", Some(body), &self.clock).await;
-        told.map(drop).map_err(|e| e.to_string())
+        self.target(url).call("/", Some(body), &self.clock).await?;
+        Ok(())
     }
 }
 

@@ -17,13 +17,13 @@ pub(super) enum Message {
     /// The subnet was read; nothing where the epoch that is due has not begun.
     Subnet(Result<Option<Box<Subnet>>, SubnetError>),
     /// The weights of an epoch are as far as they get.
-    Weights(u64, Result<Settled, String>),
+    Weights(u64, anyhow::Result<Settled>),
     /// The models are in memory whose turn it is.
-    Rotated(Result<(), String>),
+    Rotated(anyhow::Result<()>),
     /// Requests of users were scored, so many.
-    Pulled(Result<usize, String>),
+    Pulled(anyhow::Result<usize>),
     /// Old records are forgotten as far as they get.
-    Tidied(Result<Removed, String>),
+    Tidied(anyhow::Result<Removed>),
     /// What weights would be now, where that is known.
     ToCome(Vec<(u16, u16)>),
 }

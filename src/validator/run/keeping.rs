@@ -2,6 +2,7 @@
 
 use crate::clock::Clock;
 use crate::store::{Removed, Retention, Store};
+use anyhow::bail;
 use std::time::Duration;
 
 /// What the machine's clock may differ from the time that has passed. With more it was set, and
@@ -42,7 +43,7 @@ impl Keeper {
     ///
     /// # Errors
     /// When the clock was set: records that look old may be new.
-    pub fn retention(&self) -> Result<Retention, String> {
+    pub fn retention(&self) -> anyhow::Result<Retention> {
         let now = self.clock.unix_ms();
         let (unix_ms, elapsed) = self.started;
         let passed = self.clock.elapsed().saturating_sub(elapsed);
@@ -50,7 +51,7 @@ impl Keeper {
         let drift = Duration::from_millis(now.abs_diff(expected));
         if drift > DRIFT_MAX {
             let seconds = drift.as_secs();
-            return Err(format!("the machine's clock was moved by {seconds} s since the start"));
+            bail!("the machine's clock was moved by {seconds} s since the start");
         }
         let before = |age: Option<Duration>| {
             age.map(|age| now.saturating_sub(u64::try_from(age.as_millis()).unwrap_or(u64::MAX)))
@@ -69,8 +70,8 @@ impl Keeper {
     ///
     /// # Errors
     /// When the clock was set, or the records cannot be written.
-    pub async fn tidy(&self, store: &Store) -> Result<Removed, String> {
-        store.retain(&self.retention()?).await.map_err(|e| e.to_string())
+    pub async fn tidy(&self, store: &Store) -> anyhow::Result<Removed> {
+        Ok(store.retain(&self.retention()?).await?)
     }
 }
 
@@ -98,7 +99,7 @@ mod tests {
             samples_max: Some(9),
             ..Retention::default()
         };
-        assert_eq!(keeper.retention(), Ok(expected));
+        assert_eq!(keeper.retention().unwrap(), expected);
     }
 
     #[test]
@@ -111,7 +112,7 @@ mod tests {
                 clock,
             )
         };
-        let error = keeper.retention().unwrap_err();
+        let error = keeper.retention().unwrap_err().to_string();
         assert_eq!(error, "the machine's clock was moved by 6048000 s since the start");
     }
 }

@@ -10,11 +10,16 @@ use super::{Driver, Epoch, IDLE_BLOCKS, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
 use crate::validator::round::{Action, Answered, Ending, Event, Judged, Judgement};
+use anyhow::anyhow;
 use futures_util::FutureExt;
+use std::fmt::Display;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
+
+/// What a panic in a port is called: it is a fault of this program, never of a miner.
+const BROKE: &str = "a part of the validator broke; the log says where";
 
 impl<P: Ports> Driver<P> {
     pub(super) fn take(&mut self, message: Message) -> Result<(), RunError> {
@@ -42,7 +47,7 @@ impl<P: Ports> Driver<P> {
         Ok(())
     }
 
-    fn take_tidied(&mut self, tidied: Result<Removed, String>) {
+    fn take_tidied(&mut self, tidied: anyhow::Result<Removed>) {
         self.is_tidying = false;
         match tidied {
             Ok(removed) if removed == Removed::default() => {}
@@ -92,10 +97,9 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    fn take_weights(&mut self, epoch: u64, settled: Result<Settled, String>) {
+    fn take_weights(&mut self, epoch: u64, settled: anyhow::Result<Settled>) {
         self.epoch.is_settling = false;
         let is_current = epoch == self.epoch.began;
-        let block = self.heads.borrow().block;
         match settled {
             Ok(Settled::Weights(weights)) => {
                 self.progress.set_weights(&weights);
@@ -107,11 +111,14 @@ impl<P: Ports> Driver<P> {
                 tracing::warn!(epoch, "no weights: {why}");
                 self.epoch.is_settled |= is_current;
             }
-            Ok(Settled::Later(why)) | Err(why) => {
-                tracing::warn!(epoch, "weights are not set yet: {why}");
-                self.epoch.again_at = block + 1;
-            }
+            Ok(Settled::Later(why)) => self.settle_later(epoch, &why),
+            Err(why) => self.settle_later(epoch, &why),
         }
+    }
+
+    fn settle_later(&mut self, epoch: u64, why: &dyn Display) {
+        tracing::warn!(epoch, "weights are not set yet: {why}");
+        self.epoch.again_at = self.heads.borrow().block + 1;
     }
 
     pub(super) fn tell_tick(&mut self, key: u64) {
@@ -164,7 +171,7 @@ impl<P: Ports> Driver<P> {
             Action::Prompt { model, endpoint, seed } => {
                 live.tasks.spawn(async move {
                     let made = AssertUnwindSafe(ports.prompt(&model, endpoint, seed));
-                    let made = made.catch_unwind().await.unwrap_or_else(|_| Err(broke()));
+                    let made = made.catch_unwind().await.unwrap_or_else(|_| Err(anyhow!(BROKE)));
                     let _ = sender.send(Message::Round(key, Event::Prompted(made))).await;
                 });
             }
@@ -176,7 +183,7 @@ impl<P: Ports> Driver<P> {
                     let answer = asked.unwrap_or_else(|_| Answered {
                         arrivals: Vec::new(),
                         ended: Duration::ZERO,
-                        ending: Ending::Ours(broke()),
+                        ending: Ending::Ours(BROKE.to_owned()),
                     });
                     let event = Event::Answered { uid, answer };
                     let _ = sender.send(Message::Round(key, event)).await;
@@ -192,7 +199,7 @@ impl<P: Ports> Driver<P> {
                     let _permit = judges.acquire_owned().await;
                     let judged = AssertUnwindSafe(ports.judge(case)).catch_unwind().await;
                     let judgement = judged.unwrap_or_else(|_| Judgement {
-                        verdict: Judged::Unscored(broke()),
+                        verdict: Judged::Unscored(BROKE.to_owned()),
                         report: None,
                     });
                     let event = Event::Judged { uid, judgement };
@@ -270,13 +277,15 @@ impl<P: Ports> Driver<P> {
         }
         let count = self.unsaved.len();
         let Some(path) = &self.options.spill else {
-            let what = format!("{count} rounds could not be remembered, and there is no file");
+            let what = anyhow!("{count} rounds could not be remembered, and there is no file");
             return Err(RunError::Records(what));
         };
         spill::write(path, self.unsaved.make_contiguous()).map_err(RunError::Records)?;
         let place = path.display();
-        let what = format!("{count} rounds could not be remembered; they are in {place}");
-        Err(RunError::Records(format!("{what}, and the next start takes them from there")))
+        Err(RunError::Records(anyhow!(
+            "{count} rounds could not be remembered; they are in {place}, and the next start takes \
+             them from there"
+        )))
     }
 
     /// What a person watches; made only while somebody does.
@@ -327,12 +336,7 @@ impl<P: Ports> Driver<P> {
     }
 }
 
-async fn save_one<P: Ports>(ports: &P, round: &Round) -> Result<(), String> {
+async fn save_one<P: Ports>(ports: &P, round: &Round) -> anyhow::Result<()> {
     let saved = tokio::time::timeout(SAVE_TIME, ports.save(round)).await;
-    saved.unwrap_or_else(|_| Err(format!("the records do not answer within {SAVE_TIME:?}")))
-}
-
-/// A panic in a port is ours.
-fn broke() -> String {
-    "a part of the validator broke; the log says where".to_owned()
+    saved.unwrap_or_else(|_| Err(anyhow!("the records do not answer within {SAVE_TIME:?}")))
 }

@@ -94,7 +94,7 @@ pub struct Options {
 }
 
 /// Why a validator cannot go on.
-#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// There is no subnet to validate on.
     #[error(transparent)]
@@ -104,10 +104,10 @@ pub enum RunError {
     Chain(#[from] ChainError),
     /// Rounds could not be remembered.
     #[error("{0}")]
-    Records(String),
+    Records(anyhow::Error),
     /// No model can be verified with.
     #[error("{0}")]
-    Models(String),
+    Models(anyhow::Error),
 }
 
 /// What a run came to.
@@ -463,7 +463,7 @@ impl<P: Ports> Driver<P> {
 }
 
 /// Settles weights, within a limit of time.
-async fn settle<P: Ports>(ports: &P, subnet: &Subnet, when: When) -> Result<Settled, String> {
+async fn settle<P: Ports>(ports: &P, subnet: &Subnet, when: When) -> anyhow::Result<Settled> {
     let settling = tokio::time::timeout(WEIGHTS_TIME, emission::settle(ports, subnet, when));
     let late = || Ok(Settled::Later(format!("weights are not settled after {WEIGHTS_TIME:?}")));
     settling.await.unwrap_or_else(|_| late())

@@ -103,13 +103,13 @@ pub trait Ports: Send + Sync + 'static {
     -> impl Future<Output = Result<WeightsState, NotSent>> + Send;
 
     /// What stands on the chain for weights.
-    fn look_up(&self, weights: &Weights) -> impl Future<Output = Result<Stand, String>> + Send;
+    fn look_up(&self, weights: &Weights) -> impl Future<Output = anyhow::Result<Stand>> + Send;
 
     /// Reads the list of models anew that miners are told.
-    fn list(&self) -> impl Future<Output = Result<(), String>> + Send;
+    fn list(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Tells a miner which models are asked for, and asks which ones it serves.
-    fn models(&self, member: &Member) -> impl Future<Output = Result<Vec<String>, String>> + Send;
+    fn models(&self, member: &Member) -> impl Future<Output = anyhow::Result<Vec<String>>> + Send;
 
     /// Asks a miner.
     fn ask(&self, query: Query) -> impl Future<Output = Answered> + Send;
@@ -118,7 +118,7 @@ pub trait Ports: Send + Sync + 'static {
     fn offers(&self) -> Vec<Offer>;
 
     /// Brings the models into memory whose turn it is; rounds may go on meanwhile.
-    fn rotate(&self) -> impl Future<Output = Result<(), String>> + Send;
+    fn rotate(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Keeps a model in memory as long as what is returned.
     fn hold(&self, model: &str) -> Hold;
@@ -129,44 +129,44 @@ pub trait Ports: Send + Sync + 'static {
         model: &str,
         endpoint: Endpoint,
         seed: u64,
-    ) -> impl Future<Output = Result<Prompt, String>> + Send;
+    ) -> impl Future<Output = anyhow::Result<Prompt>> + Send;
 
     /// Judges an answer.
     fn judge(&self, case: Case) -> impl Future<Output = Judgement> + Send;
 
     /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.
-    fn save(&self, round: &Round) -> impl Future<Output = Result<(), String>> + Send;
+    fn save(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Scores requests of users, where a hub hands them out; returns how many counted.
-    fn pull(&self, subnet: &Subnet) -> impl Future<Output = Result<usize, String>> + Send;
+    fn pull(&self, subnet: &Subnet) -> impl Future<Output = anyhow::Result<usize>> + Send;
 
     /// Whether rounds are to be reported.
     fn wants_reports(&self) -> bool;
 
     /// Reports a round.
-    fn report(&self, round: &Round) -> impl Future<Output = Result<(), String>> + Send;
+    fn report(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Forgets records that are older than the operator wants them kept.
-    fn tidy(&self) -> impl Future<Output = Result<Removed, String>> + Send;
+    fn tidy(&self) -> impl Future<Output = anyhow::Result<Removed>> + Send;
 
     /// Decides weights by what is remembered.
-    fn decide(&self, subnet: &Subnet) -> impl Future<Output = Result<Decided, String>> + Send;
+    fn decide(&self, subnet: &Subnet) -> impl Future<Output = anyhow::Result<Decided>> + Send;
 
     /// The weights that are remembered for an epoch.
-    fn planned(&self, epoch: u64) -> impl Future<Output = Result<Option<Weights>, String>> + Send;
+    fn planned(&self, epoch: u64) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
 
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
     /// and not sent. Where those have gone further, says how far: nothing is to be sent then.
     fn plan(
         &self,
         weights: &Weights,
-    ) -> impl Future<Output = Result<Option<WeightsState>, String>> + Send;
+    ) -> impl Future<Output = anyhow::Result<Option<WeightsState>>> + Send;
 
     /// Remembers how far the weights of an epoch are.
     fn mark(
         &self,
         epoch: u64,
         state: &WeightsState,
-    ) -> impl Future<Output = Result<(), String>> + Send;
+    ) -> impl Future<Output = anyhow::Result<()>> + Send;
 }

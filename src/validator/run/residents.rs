@@ -5,6 +5,7 @@
 //! memory given to the next.
 
 use super::judge::Judge;
+use anyhow::anyhow;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ const LEAVE_TIME: Duration = Duration::from_secs(4 * 3600);
 const LEAVE_LOOK: Duration = Duration::from_millis(200);
 
 /// Loads a model; this takes long and blocks.
-pub type Load = dyn Fn(&str) -> Result<Judge, String> + Send + Sync;
+pub type Load = dyn Fn(&str) -> anyhow::Result<Judge> + Send + Sync;
 
 /// Keeps a model in memory until it is dropped.
 #[derive(Clone)]
@@ -111,7 +112,7 @@ impl Residents {
     ///
     /// # Errors
     /// Why one is not loaded, or does not leave. Those that are in memory stay.
-    pub async fn rotate(&self, listed: &[String]) -> Result<(), String> {
+    pub async fn rotate(&self, listed: &[String]) -> anyhow::Result<()> {
         let wanted: BTreeSet<String> = listed.iter().cloned().collect();
         let next = {
             let mut state = self.state.lock();
@@ -139,8 +140,8 @@ impl Residents {
         for name in missing {
             let (load, own) = (Arc::clone(&self.load), name.clone());
             let loading = tokio::task::spawn_blocking(move || load(&own));
-            let judge = loading.await.map_err(|e| e.to_string()).and_then(|loaded| loaded);
-            let judge = judge.map_err(|why| format!("{name} cannot be loaded: {why}"))?;
+            let judge = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
+            let judge = judge.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
             tracing::info!(model = name, "in memory");
             self.state.lock().here.insert(name, Arc::new(judge));
         }
@@ -148,7 +149,7 @@ impl Residents {
     }
 
     /// Waits until nobody needs those that leave.
-    async fn leave(&self) -> Result<(), String> {
+    async fn leave(&self) -> anyhow::Result<()> {
         let waiting = async {
             loop {
                 {
@@ -168,7 +169,7 @@ impl Residents {
             }
         };
         let left = tokio::time::timeout(LEAVE_TIME, waiting).await;
-        left.map_err(|_| format!("rounds hold models for longer than {LEAVE_TIME:?}"))
+        left.map_err(|_| anyhow!("rounds hold models for longer than {LEAVE_TIME:?}"))
     }
 }
 

@@ -5,6 +5,7 @@ use crate::engine::output::Event;
 use crate::validator::prompt::{Draft, read_query};
 use crate::validator::round::chance::Chance;
 use crate::verify::question::understand;
+use anyhow::{Context, anyhow, bail};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ pub(super) async fn query(
     judge: &Judge,
     (model, draft): (&str, &Draft),
     chance: &mut Chance,
-) -> Result<Option<String>, String> {
+) -> anyhow::Result<Option<String>> {
     let mut body = match how {
         Rewriting::Never => return Ok(None),
         Rewriting::OrPassage | Rewriting::Always => draft.rewriting(model, &mut || chance.bits()),
@@ -46,10 +47,10 @@ pub(super) async fn query(
         }
     }
     let writing = tokio::time::timeout(TIME, write(judge, body));
-    let late = || Err(format!("the engine has not written a query within {TIME:?}"));
+    let late = || Err(anyhow!("the engine has not written a query within {TIME:?}"));
     match (writing.await.unwrap_or_else(|_| late()), how) {
         (Ok(query), _) => Ok(Some(query)),
-        (Err(why), Rewriting::Always) => Err(format!("the passage is not rewritten: {why}")),
+        (Err(why), Rewriting::Always) => Err(anyhow!("the passage is not rewritten: {why}")),
         (Err(why), _) => {
             tracing::warn!(model, "the passage is taken as it is: {why}");
             Ok(None)
@@ -57,17 +58,16 @@ pub(super) async fn query(
     }
 }
 
-async fn write(judge: &Judge, body: Value) -> Result<String, String> {
-    let engine = judge.engine.as_ref().ok_or("no engine runs beside the verifier")?;
-    let mut requests =
-        understand(&judge.verifier, &body).await.map_err(|e| e.to_string())?.requests;
-    let request = requests.pop().ok_or("the request has no prompt")?;
-    let mut generation = engine.submit(request).map_err(|e| e.to_string())?;
+async fn write(judge: &Judge, body: Value) -> anyhow::Result<String> {
+    let engine = judge.engine.as_ref().context("no engine runs beside the verifier")?;
+    let mut requests = understand(&judge.verifier, &body).await?.requests;
+    let request = requests.pop().context("the request has no prompt")?;
+    let mut generation = engine.submit(request)?;
     let mut text = String::new();
     while let Some(event) = generation.next().await {
         match event {
             Event::Step(step) => text.push_str(&step.text),
-            Event::Fault(fault) => return Err(fault.to_string()),
+            Event::Fault(fault) => bail!("{fault}"),
             Event::Prompt(_) | Event::Finish(_) => {}
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::files;
 use crate::store::record::Round;
+use anyhow::anyhow;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -9,8 +10,8 @@ use std::path::Path;
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
 /// Writes them, after those that are there already. The file is replaced as a whole.
-pub(super) fn write(path: &Path, rounds: &[Round]) -> Result<(), String> {
-    let fault = |what: String| format!("{}: {what}", path.display());
+pub(super) fn write(path: &Path, rounds: &[Round]) -> anyhow::Result<()> {
+    let fault = |what: String| anyhow!("{}: {what}", path.display());
     let mut all = read(path)?;
     all.extend_from_slice(rounds);
     let mut text = Vec::new();
@@ -22,8 +23,8 @@ pub(super) fn write(path: &Path, rounds: &[Round]) -> Result<(), String> {
 }
 
 /// Reads them; a file that is not there has none.
-pub(super) fn read(path: &Path) -> Result<Vec<Round>, String> {
-    let fault = |what: String| format!("{}: {what}", path.display());
+pub(super) fn read(path: &Path) -> anyhow::Result<Vec<Round>> {
+    let fault = |what: String| anyhow!("{}: {what}", path.display());
     let bytes = match files::read(path, FILE_BYTES_MAX) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -38,6 +39,6 @@ pub(super) fn read(path: &Path) -> Result<Vec<Round>, String> {
 }
 
 /// Removes it, once its rounds are remembered.
-pub(super) fn remove(path: &Path) -> Result<(), String> {
-    std::fs::remove_file(path).map_err(|e| format!("{}: cannot be removed: {e}", path.display()))
+pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
+    std::fs::remove_file(path).map_err(|e| anyhow!("{}: cannot be removed: {e}", path.display()))
 }

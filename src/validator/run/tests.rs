@@ -11,6 +11,7 @@ use crate::validator::eligible::{Member, Rules};
 use crate::validator::query::Arrival;
 use crate::validator::round::ask::{Content, Endpoint, Prompt};
 use crate::validator::round::{Answered, Ending, Judged, Judgement, Keep, Offer, Standing, Times};
+use anyhow::anyhow;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::future::pending;
@@ -74,10 +75,10 @@ impl Fake {
         }
     }
 
-    fn records(&self) -> Result<(), String> {
+    fn records(&self) -> anyhow::Result<()> {
         match self.records.load(SeqCst) {
             true => Ok(()),
-            false => Err("the database is gone".into()),
+            false => Err(anyhow!("the database is gone")),
         }
     }
 }
@@ -131,17 +132,17 @@ impl Ports for Fake {
         Ok(WeightsState::Sent { hash: format!("0x{}", weights.epoch) })
     }
 
-    async fn look_up(&self, _: &Weights) -> Result<Stand, String> {
+    async fn look_up(&self, _: &Weights) -> anyhow::Result<Stand> {
         Ok(self.stand.lock().clone())
     }
 
-    async fn list(&self) -> Result<(), String> {
+    async fn list(&self) -> anyhow::Result<()> {
         Ok(())
     }
 
-    async fn models(&self, member: &Member) -> Result<Vec<String>, String> {
+    async fn models(&self, member: &Member) -> anyhow::Result<Vec<String>> {
         match member.uid {
-            5 => Err("no answer".into()),
+            5 => Err(anyhow!("no answer")),
             _ => Ok(vec!["m".into(), "m".into()]),
         }
     }
@@ -169,7 +170,7 @@ impl Ports for Fake {
         vec![Offer { name: "m".into(), endpoints, context_max: 512 }]
     }
 
-    async fn prompt(&self, _: &str, _: Endpoint, _: u64) -> Result<Prompt, String> {
+    async fn prompt(&self, _: &str, _: Endpoint, _: u64) -> anyhow::Result<Prompt> {
         Ok(Prompt { content: Content::Text("hello".into()), tokens: 2 })
     }
 
@@ -189,13 +190,13 @@ impl Ports for Fake {
         Judgement { verdict, report: None }
     }
 
-    async fn save(&self, round: &Round) -> Result<(), String> {
+    async fn save(&self, round: &Round) -> anyhow::Result<()> {
         self.records()?;
         self.saved.lock().push(round.clone());
         Ok(())
     }
 
-    async fn rotate(&self) -> Result<(), String> {
+    async fn rotate(&self) -> anyhow::Result<()> {
         self.rotations.fetch_add(1, SeqCst);
         Ok(())
     }
@@ -204,44 +205,44 @@ impl Ports for Fake {
         Hold::NOTHING
     }
 
-    async fn pull(&self, _: &Subnet) -> Result<usize, String> {
+    async fn pull(&self, _: &Subnet) -> anyhow::Result<usize> {
         self.pulls.fetch_add(1, SeqCst);
-        Err("the hub is gone".into())
+        Err(anyhow!("the hub is gone"))
     }
 
     fn wants_reports(&self) -> bool {
         true
     }
 
-    async fn report(&self, round: &Round) -> Result<(), String> {
+    async fn report(&self, round: &Round) -> anyhow::Result<()> {
         self.reported.lock().push(round.id.clone());
-        Err("the hub is gone".into())
+        Err(anyhow!("the hub is gone"))
     }
 
-    async fn tidy(&self) -> Result<Removed, String> {
+    async fn tidy(&self) -> anyhow::Result<Removed> {
         self.tidied.fetch_add(1, SeqCst);
         self.records()?;
         Ok(Removed::default())
     }
 
-    async fn decide(&self, _: &Subnet) -> Result<Decided, String> {
+    async fn decide(&self, _: &Subnet) -> anyhow::Result<Decided> {
         self.records()?;
         let values = vec![(1, u16::MAX)];
         Ok(Decided { values, none: None, explanation: Value::Null })
     }
 
-    async fn planned(&self, epoch: u64) -> Result<Option<Weights>, String> {
+    async fn planned(&self, epoch: u64) -> anyhow::Result<Option<Weights>> {
         self.records()?;
         Ok(self.weights.lock().get(&epoch).cloned())
     }
 
-    async fn plan(&self, weights: &Weights) -> Result<Option<WeightsState>, String> {
+    async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
         self.records()?;
         self.weights.lock().insert(weights.epoch, weights.clone());
         Ok(None)
     }
 
-    async fn mark(&self, epoch: u64, state: &WeightsState) -> Result<(), String> {
+    async fn mark(&self, epoch: u64, state: &WeightsState) -> anyhow::Result<()> {
         self.records()?;
         self.weights.lock().get_mut(&epoch).unwrap().state = state.clone();
         Ok(())

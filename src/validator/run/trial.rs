@@ -118,10 +118,10 @@ fn verdict(verdict: Verdict) -> Judged {
 }
 
 /// What is known of a miner; nobody's is empty.
-async fn standing(store: &Store, hotkey: &str, model: &str) -> Result<Option<Standing>, String> {
-    let known = store.evidence(hotkey, model).await.map_err(|e| e.to_string())?;
+async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<Option<Standing>> {
+    let known = store.evidence(hotkey, model).await?;
     let Some(known) = known else { return Ok(Some(Standing::default())) };
-    serde_json::from_value(known).map(Some).map_err(|e| e.to_string())
+    Ok(serde_json::from_value(known).map(Some)?)
 }
 
 /// Weighs an answer and remembers the outcome.
@@ -177,15 +177,14 @@ pub(super) async fn decide(
     subnet: &Subnet,
     models: &[String],
     organics: impl Fn(u16, &str) -> Option<Vec<Organic>>,
-) -> Result<Decided, String> {
+) -> anyhow::Result<Decided> {
     let metagraph = &subnet.metagraph;
     let (netuid, block) = (metagraph.netuid, metagraph.block);
     let keys = metagraph.neurons().iter().map(|n| (n.uid, n.hotkey.to_string()));
     let hotkeys: BTreeMap<u16, String> = keys.collect();
-    let fault = |e: crate::store::StoreError| e.to_string();
-    store.save_hotkeys(netuid, block, &hotkeys).await.map_err(fault)?;
+    store.save_hotkeys(netuid, block, &hotkeys).await?;
     let (last, since) = (rules.window as u32, block.saturating_sub(away_max));
-    let samples = store.samples(netuid, last, since).await.map_err(fault)?;
+    let samples = store.samples(netuid, last, since).await?;
     let findings = findings(store, netuid, &samples, last).await?;
     let mut seats = BTreeMap::new();
     for (uid, hotkey) in hotkeys {
@@ -201,7 +200,7 @@ pub(super) async fn decide(
         ChainLimits { min_allowed: asked.min_allowed_weights, max_weight: asked.max_weights_limit };
     let input = Input { seats: &seats, models, samples: &samples, findings: &findings, limits };
     let decision = scores::decide(rules, &input);
-    let explanation = decision.explanation().map_err(|e| e.to_string())?;
+    let explanation = decision.explanation()?;
     Ok(Decided { values: decision.values, none: decision.none, explanation })
 }
 
@@ -211,18 +210,18 @@ async fn findings(
     netuid: u16,
     samples: &[Sample],
     last: u32,
-) -> Result<Vec<Finding>, String> {
+) -> anyhow::Result<Vec<Finding>> {
     let missed: BTreeSet<u16> = samples.iter().filter(|s| s.tps.is_none()).map(|s| s.uid).collect();
     let mut findings = Vec::new();
     for uid in missed {
-        let answered = store.responses(netuid, uid, last).await.map_err(|e| e.to_string())?;
+        let answered = store.responses(netuid, uid, last).await?;
         findings.extend(answered.iter().map(|a| Finding::of(&a.round.id, &a.response)));
     }
     Ok(findings)
 }
 
 /// What is known of a hotkey with the model that it does worst with: a gate that is shut stays so.
-async fn worst(store: &Store, hotkey: &str, models: &[String]) -> Result<Standing, String> {
+async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result<Standing> {
     let mut worst = Standing::default();
     for model in models {
         let Some(known) = standing(store, hotkey, model).await? else { continue };

@@ -11,8 +11,8 @@ use super::trial;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
-use crate::chain::weights::Vector;
 use crate::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Sent};
+use crate::chain::weights::{Vector, VectorError};
 use crate::chain::{Chain, Head};
 use crate::clock::Clock;
 use crate::store::record::{Round, Weights, WeightsState};
@@ -30,6 +30,7 @@ use crate::validator::round::{
 use crate::validator::scores::rules::Rules;
 use crate::verify;
 use crate::verify::question::understand;
+use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -106,7 +107,7 @@ impl<C: Chain> World<C> {
     }
 
     /// Remembers an extrinsic as sent, before it is: whether it may be.
-    fn remember(&self, epoch: u64, sent: &Sent) -> Result<(), String> {
+    fn remember(&self, epoch: u64, sent: &Sent) -> anyhow::Result<()> {
         if self.memory.marked.lock().contains(&epoch) {
             // The pool has refused the one before for certain.
             return Ok(());
@@ -115,17 +116,17 @@ impl<C: Chain> World<C> {
         // The chain asks from inside its own future, and does not send before it is told.
         let marking = self.store.mark_weights(self.netuid, epoch, &state);
         let marked = tokio::task::block_in_place(|| Handle::current().block_on(marking));
-        match marked.map_err(|e| e.to_string())? {
+        match marked? {
             Claim::Ours => {
                 self.memory.marked.lock().insert(epoch);
                 Ok(())
             }
-            Claim::Taken(state) => Err(format!("another process has them: {state:?}")),
+            Claim::Taken(state) => bail!("another process has them: {state:?}"),
         }
     }
 
-    async fn draft(&self, model: &str, endpoint: Endpoint) -> Result<Prompt, String> {
-        let judge = self.residents.get(model).ok_or("the model is not loaded")?;
+    async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<Prompt> {
+        let judge = self.residents.get(model).context("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
         let mut chance = Chance::system();
         let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
@@ -142,17 +143,17 @@ impl<C: Chain> World<C> {
                 Content::Text(prompt.text())
             }
         };
-        let understood = understand(&judge.verifier, &body).await.map_err(|e| e.to_string())?;
+        let understood = understand(&judge.verifier, &body).await?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
         Ok(Prompt { content, tokens })
     }
 
     /// What a record of sent weights says of the extrinsic.
-    fn sent(&self, weights: &Weights) -> Result<Sent, String> {
+    fn sent(&self, weights: &Weights) -> anyhow::Result<Sent> {
         let (hash, reveal_round) = match &weights.state {
             WeightsState::Sent { hash } => (hash.clone(), None),
             WeightsState::Committed { hash, reveal_round } => (hash.clone(), Some(*reveal_round)),
-            other => return Err(format!("nothing was sent: {other:?}")),
+            other => bail!("nothing was sent: {other:?}"),
         };
         Ok(Sent {
             netuid: weights.netuid,
@@ -169,9 +170,9 @@ impl<C: Chain> World<C> {
 }
 
 /// Who gets something; the chain keeps no zeros.
-fn vector(weights: &Weights) -> Result<Vector, String> {
+fn vector(weights: &Weights) -> Result<Vector, VectorError> {
     let paid = weights.values.iter().copied().filter(|(_, value)| *value > 0);
-    Vector::new(paid.collect()).map_err(|e| e.to_string())
+    Vector::new(paid.collect())
 }
 
 /// How an answer ended, by whose fault.
@@ -205,7 +206,7 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
-        let vector = vector(weights).map_err(NotSent::Never)?;
+        let vector = vector(weights).map_err(|e| NotSent::Never(e.to_string()))?;
         let version_key = self.version_key.unwrap_or(*self.memory.version.lock());
         let order = Order { netuid: self.netuid, mechanism: 0, vector, version_key };
         let show = |words: &str| {
@@ -228,7 +229,7 @@ impl<C: Chain> Ports for World<C> {
             Ok(Some(Sent { hash, .. })) => Ok(WeightsState::Sent { hash }),
             Ok(None) => {
                 let why = refused.lock().take();
-                let why = why.unwrap_or_else(|| "they were not to be sent".into());
+                let why = why.unwrap_or_else(|| anyhow!("they were not to be sent"));
                 Err(NotSent::Later(format!("weights are not remembered as sent: {why}")))
             }
             Err(e @ SendError::Uncertain { .. }) => Err(NotSent::Unknown(e.to_string())),
@@ -237,29 +238,29 @@ impl<C: Chain> Ports for World<C> {
         }
     }
 
-    async fn look_up(&self, weights: &Weights) -> Result<Stand, String> {
+    async fn look_up(&self, weights: &Weights) -> anyhow::Result<Stand> {
         match self.chain.read_back(&self.sent(weights)?).await {
             ReadBack::Confirmed => Ok(Stand::Confirmed),
             ReadBack::Waiting { .. } => Ok(Stand::Waiting),
             ReadBack::Differs { found } => Ok(Stand::Others(found)),
             ReadBack::NotThere { why, .. } => Ok(Stand::NotThere(why)),
-            ReadBack::Unreadable(e) => Err(e.to_string()),
+            ReadBack::Unreadable(e) => Err(e.into()),
         }
     }
 
-    async fn list(&self) -> Result<(), String> {
+    async fn list(&self) -> anyhow::Result<()> {
         let listed = match &self.mode {
-            Some(mode) => mode.list(&self.clock).await.map_err(|e| e.to_string())?,
+            Some(mode) => mode.list(&self.clock).await?,
             None => self.residents.names(),
         };
         *self.memory.listed.lock() = listed;
         Ok(())
     }
 
-    async fn models(&self, member: &Member) -> Result<Vec<String>, String> {
+    async fn models(&self, member: &Member) -> anyhow::Result<Vec<String>> {
         let target = self.target(member, Size::of_tokens(0));
         let broadcast = models::broadcast(&self.listed());
-        models::exchange(&target, broadcast, &self.clock).await.map_err(|e| e.to_string())
+        Ok(models::exchange(&target, broadcast, &self.clock).await?)
     }
 
     async fn ask(&self, query: Query) -> Answered {
@@ -282,7 +283,7 @@ impl<C: Chain> Ports for World<C> {
         self.residents.here().into_iter().filter(is_listed).map(offer).collect()
     }
 
-    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> Result<Prompt, String> {
+    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> anyhow::Result<Prompt> {
         self.draft(model, endpoint).await
     }
 
@@ -294,15 +295,15 @@ impl<C: Chain> Ports for World<C> {
         trial::judge(&judge, &self.store, self.rules, case).await
     }
 
-    async fn rotate(&self) -> Result<(), String> {
+    async fn rotate(&self) -> anyhow::Result<()> {
         let listed = self.listed();
         let known = self.residents.names();
         if !listed.iter().any(|name| known.contains(name)) {
-            return Err(format!(
+            bail!(
                 "none of the {} models that miners are asked for is in --models: {}",
                 listed.len(),
                 known.join(", ")
-            ));
+            );
         }
         self.residents.rotate(&listed).await
     }
@@ -311,7 +312,7 @@ impl<C: Chain> Ports for World<C> {
         self.residents.hold(model)
     }
 
-    async fn pull(&self, subnet: &Subnet) -> Result<usize, String> {
+    async fn pull(&self, subnet: &Subnet) -> anyhow::Result<usize> {
         self.hub.pull(&self.residents, self.rules, subnet).await
     }
 
@@ -319,40 +320,40 @@ impl<C: Chain> Ports for World<C> {
         self.hub.wants_stats()
     }
 
-    async fn report(&self, round: &Round) -> Result<(), String> {
+    async fn report(&self, round: &Round) -> anyhow::Result<()> {
         self.hub.tell(round, &self.listed()).await
     }
 
-    async fn tidy(&self) -> Result<Removed, String> {
+    async fn tidy(&self) -> anyhow::Result<Removed> {
         self.keeper.tidy(&self.store).await
     }
 
-    async fn save(&self, round: &Round) -> Result<(), String> {
-        self.store.save_round(round).await.map_err(|e| e.to_string())
+    async fn save(&self, round: &Round) -> anyhow::Result<()> {
+        Ok(self.store.save_round(round).await?)
     }
 
-    async fn decide(&self, subnet: &Subnet) -> Result<Decided, String> {
+    async fn decide(&self, subnet: &Subnet) -> anyhow::Result<Decided> {
         let models = self.listed();
         let known = |uid, hotkey: &str| self.hub.organics(uid, hotkey);
         let (rules, away_max) = (&self.scoring, self.away_max);
         trial::decide(&self.store, (rules, away_max), subnet, &models, known).await
     }
 
-    async fn planned(&self, epoch: u64) -> Result<Option<Weights>, String> {
-        let last = self.store.last_weights(self.netuid).await.map_err(|e| e.to_string())?;
+    async fn planned(&self, epoch: u64) -> anyhow::Result<Option<Weights>> {
+        let last = self.store.last_weights(self.netuid).await?;
         Ok(last.filter(|weights| weights.epoch == epoch))
     }
 
-    async fn plan(&self, weights: &Weights) -> Result<Option<WeightsState>, String> {
-        match self.store.plan_weights(weights).await.map_err(|e| e.to_string())? {
+    async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
+        match self.store.plan_weights(weights).await? {
             Claim::Ours => Ok(None),
             Claim::Taken(state) => Ok(Some(state)),
         }
     }
 
-    async fn mark(&self, epoch: u64, state: &WeightsState) -> Result<(), String> {
+    async fn mark(&self, epoch: u64, state: &WeightsState) -> anyhow::Result<()> {
         let marked = self.store.mark_weights(self.netuid, epoch, state).await;
-        if let Claim::Taken(found) = marked.map_err(|e| e.to_string())? {
+        if let Claim::Taken(found) = marked? {
             tracing::debug!(epoch, ?found, "weights are as far already");
         }
         Ok(())

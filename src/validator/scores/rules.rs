@@ -1,5 +1,6 @@
 //! Which arithmetic is in force, and over how many samples.
 
+use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -32,13 +33,13 @@ impl fmt::Display for Profile {
 }
 
 impl FromStr for Profile {
-    type Err = String;
+    type Err = anyhow::Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> anyhow::Result<Self> {
         match text {
             "default" => Ok(Profile::Default),
             "targon-4.4" => Ok(Profile::Targon44),
-            _ => Err(format!("a scoring profile is `default` or `targon-4.4`, got `{text}`")),
+            _ => Err(anyhow!("a scoring profile is `default` or `targon-4.4`, got `{text}`")),
         }
     }
 }
@@ -66,10 +67,10 @@ impl Rules {
     ///
     /// # Errors
     /// Rule and fact, where it is none or too long.
-    pub fn with_window(self, window: usize) -> Result<Self, String> {
+    pub fn with_window(self, window: usize) -> anyhow::Result<Self> {
         match (1..=WINDOW_MAX).contains(&window) {
             true => Ok(Self { window, ..self }),
-            false => Err(format!("a window must have 1 to {WINDOW_MAX} samples, got {window}")),
+            false => Err(anyhow!("a window must have 1 to {WINDOW_MAX} samples, got {window}")),
         }
     }
 }
