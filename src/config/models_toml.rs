@@ -5,7 +5,7 @@ use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
 use crate::engine::backend::{BackendError, BackendKind};
 use crate::engine::plan::{KvMemory, Wanted};
-use crate::models::device::Device;
+use crate::models::device::{Device, DeviceError};
 use crate::ops::dtype::Dtype;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -167,7 +167,7 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     let backend = entry.engine.as_deref().map_or(Ok(BackendKind::default()), str::parse);
     let backend = backend.map_err(|e: BackendError| ("engine", e.to_string()))?;
     let device = entry.device.as_deref().map_or(Ok(Device::default()), str::parse);
-    let device = device.map_err(|what| ("device", what))?;
+    let device = device.map_err(|e: DeviceError| ("device", e.to_string()))?;
     let dtype = match entry.dtype.as_deref() {
         None | Some("auto") => None,
         Some("bf16") => Some(Dtype::Bf16),

@@ -6,7 +6,7 @@ use crate::engine::Engine;
 use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
-use crate::models::device::Device;
+use crate::models::device::{Device, DeviceError};
 use crate::models::hub::{Hub, Wanted};
 use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
@@ -85,7 +85,7 @@ impl Left {
     ///
     /// # Errors
     /// When there is no such device.
-    pub fn of(&mut self, device: Device) -> Result<u64, String> {
+    pub fn of(&mut self, device: Device) -> Result<u64, DeviceError> {
         let device = device.resolved();
         if let Some(left) = self.0.get(&device) {
             return Ok(*left);
@@ -109,7 +109,7 @@ impl Left {
 /// Why it does not fit or cannot be planned, in words.
 pub fn plan(located: &Located, left: &mut Left) -> anyhow::Result<MemoryPlan> {
     let device = located.config.device;
-    let plan = plan_within(located, left.of(device).map_err(anyhow::Error::msg)?)?;
+    let plan = plan_within(located, left.of(device)?)?;
     left.take(device, plan.total());
     Ok(plan)
 }

@@ -15,19 +15,32 @@ pub enum Device {
     Cuda(usize),
 }
 
-impl FromStr for Device {
-    type Err = String;
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// There is none of this name.
+    #[error("must be auto, cpu or cuda:N, got {0}")]
+    Name(String),
+    /// This program was built without kernels for cards.
+    #[error("{0} needs a build with the feature `cuda`, this has none")]
+    NotBuilt(Device),
+    /// The card is not there, or does not work.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Card(#[from] super::cuda::CudaError),
+}
 
-    fn from_str(name: &str) -> Result<Self, String> {
+impl FromStr for Device {
+    type Err = DeviceError;
+
+    fn from_str(name: &str) -> Result<Self, DeviceError> {
         match name {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
             other => match other.strip_prefix("cuda:").map(str::parse) {
                 Some(Ok(number)) if cfg!(feature = "cuda") => Ok(Self::Cuda(number)),
-                Some(Ok(_)) => {
-                    Err(format!("{other} needs a build with the feature `cuda`, this has none"))
-                }
-                _ => Err(format!("must be auto, cpu or cuda:N, got {other}")),
+                Some(Ok(number)) => Err(DeviceError::NotBuilt(Self::Cuda(number))),
+                _ => Err(DeviceError::Name(other.to_owned())),
             },
         }
     }
@@ -57,7 +70,7 @@ impl Device {
     ///
     /// # Errors
     /// When there is no such card, or it does not work.
-    pub fn free_memory(self) -> Result<Option<u64>, String> {
+    pub fn free_memory(self) -> Result<Option<u64>, DeviceError> {
         match self.resolved() {
             Self::Cuda(number) => free(number).map(Some),
             _ => Ok(None),
@@ -92,14 +105,14 @@ fn best() -> Device {
 }
 
 #[cfg(feature = "cuda")]
-fn free(number: usize) -> Result<u64, String> {
-    let card = super::cuda::Card::open(number).map_err(|e| e.to_string())?;
-    card.memory().map(|(free, _)| free as u64).map_err(|e| e.to_string())
+fn free(number: usize) -> Result<u64, DeviceError> {
+    let (free, _) = super::cuda::Card::open(number)?.memory()?;
+    Ok(free as u64)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn free(number: usize) -> Result<u64, String> {
-    Err(format!("cuda:{number} needs a build with the feature `cuda`"))
+fn free(number: usize) -> Result<u64, DeviceError> {
+    Err(DeviceError::NotBuilt(Device::Cuda(number)))
 }
 
 #[cfg(test)]
@@ -114,10 +127,14 @@ mod tests {
         let card = "cuda:3".parse::<Device>();
         match cfg!(feature = "cuda") {
             true => assert_eq!(card.unwrap().to_string(), "cuda:3"),
-            false => assert!(card.unwrap_err().contains("feature `cuda`")),
+            false => {
+                let refused = card.unwrap_err().to_string();
+                let said = "cuda:3 needs a build with the feature `cuda`, this has none";
+                assert_eq!(refused, said);
+            }
         }
         for wrong in ["", "cuda", "cuda:", "cuda:x", "cuda:-1", "gpu", "CPU"] {
-            let error = wrong.parse::<Device>().unwrap_err();
+            let error = wrong.parse::<Device>().unwrap_err().to_string();
             assert!(error.contains("auto, cpu or cuda:N"), "{error}");
         }
     }

@@ -167,7 +167,7 @@ impl Server {
             source.key.verify_stream(&build.signature).map_err(|e| refuse(e.to_string()))?;
         let list = source.url.to_string();
         let url = source.url.join(name);
-        let url = url.map_err(|e| Refusal::List { url: list.clone(), why: e.to_string() })?;
+        let url = url.map_err(|e| Refusal::List { url: list.clone(), why: e.into() })?;
         if build.bytes > self.limits.file_bytes {
             return Err(Refusal::Long { url: url.to_string(), limit: self.limits.file_bytes });
         }

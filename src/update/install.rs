@@ -3,7 +3,7 @@
 //! At every moment there is a whole program under the program's name. The old one stays beside it
 //! as `NAME.previous`.
 
-use super::refusal::Refusal;
+use super::refusal::{Refusal, Unfit};
 use super::release::Version;
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -150,8 +150,7 @@ impl Staging {
             true => Ok(()),
             false => {
                 let said: String = said.trim().chars().take(80).collect();
-                let why = format!("`--version` must say {expected:?}, it says {said:?}");
-                Err(Refusal::Unfit { why })
+                Err(Refusal::Unfit { why: Unfit::Version { expected, said } })
             }
         }
     }
@@ -173,7 +172,7 @@ impl Staging {
 }
 
 /// What a program says of its version.
-fn tried(path: &Path) -> Result<String, String> {
+fn tried(path: &Path) -> Result<String, Unfit> {
     let mut child = started(path)?;
     let status = ended(&mut child).inspect_err(|_| {
         // It is gone, or it is ended now; both are well.
@@ -182,15 +181,15 @@ fn tried(path: &Path) -> Result<String, String> {
     })?;
     let mut said = Vec::new();
     if let Some(out) = child.stdout.take() {
-        out.take(SAID_BYTES_MAX).read_to_end(&mut said).map_err(|e| e.to_string())?;
+        out.take(SAID_BYTES_MAX).read_to_end(&mut said)?;
     }
     match status.success() {
         true => Ok(String::from_utf8_lossy(&said).into_owned()),
-        false => Err(format!("`--version` ends with {status}")),
+        false => Err(Unfit::Status(status)),
     }
 }
 
-fn started(path: &Path) -> Result<Child, String> {
+fn started(path: &Path) -> Result<Child, Unfit> {
     let mut tries = 0;
     loop {
         let mut command = Command::new(path);
@@ -201,20 +200,20 @@ fn started(path: &Path) -> Result<Child, String> {
                 tries += 1;
                 std::thread::sleep(TRIAL_LOOK);
             }
-            other => return other.map_err(|e| e.to_string()),
+            other => return Ok(other?),
         }
     }
 }
 
 /// Waits for a child, up to [`TRIAL_TIME`].
-fn ended(child: &mut Child) -> Result<ExitStatus, String> {
+fn ended(child: &mut Child) -> Result<ExitStatus, Unfit> {
     let mut waited = Duration::ZERO;
     while waited < TRIAL_TIME {
-        if let Some(status) = child.try_wait().map_err(|e| e.to_string())? {
+        if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
         std::thread::sleep(TRIAL_LOOK);
         waited += TRIAL_LOOK;
     }
-    Err(format!("`--version` takes longer than {TRIAL_TIME:?}"))
+    Err(Unfit::Late(TRIAL_TIME))
 }

@@ -19,7 +19,7 @@ use download::Server;
 pub use download::{Limits, Source};
 pub use install::Installed;
 use install::Staging;
-pub use refusal::Refusal;
+pub use refusal::{ListFault, Refusal, Unfit};
 use release::Release;
 pub use release::{Version, target};
 use std::time::Duration;
@@ -76,7 +76,7 @@ impl Updater {
     /// When the program's file cannot be found, or no client can be made.
     pub fn new(source: Source, limits: Limits) -> Result<Self, Refusal> {
         let version = env!("CARGO_PKG_VERSION");
-        let version = version.parse().map_err(|why| Refusal::Unfit { why })?;
+        let version = version.parse().map_err(|e: ListFault| Refusal::Unfit { why: e.into() })?;
         Self::of(Installed::running()?, version, source, limits)
     }
 
@@ -122,7 +122,7 @@ impl Updater {
             }
             staging.finish(file, version).map(|()| Some(staging))
         });
-        let tried = tried.await.map_err(|e| Refusal::Unfit { why: e.to_string() })?;
+        let tried = tried.await.map_err(|e| Refusal::Unfit { why: e.into() })?;
         Ok(Staged { version, installed, staging: tried? })
     }
 
@@ -155,7 +155,7 @@ impl Updater {
 async fn put(staged: Staged) -> Result<Installed, Refusal> {
     let version = staged.version;
     let installed = tokio::task::spawn_blocking(move || staged.install()).await;
-    let installed = installed.map_err(|e| Refusal::Unfit { why: e.to_string() })??;
+    let installed = installed.map_err(|e| Refusal::Unfit { why: e.into() })??;
     tracing::info!(%version, "a newer release is in place; it runs after the next restart");
     Ok(installed)
 }

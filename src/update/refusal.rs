@@ -2,6 +2,8 @@
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
 
 /// Why this program is not replaced.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +85,7 @@ pub enum Refusal {
         /// What was read.
         url: String,
         /// What is wrong with it.
-        why: String,
+        why: ListFault,
     },
     /// The release has nothing for this machine.
     #[error("release {version} has no build for {target}")]
@@ -125,7 +127,7 @@ pub enum Refusal {
     #[error("the new program does not run on this machine: {why}")]
     Unfit {
         /// What happened.
-        why: String,
+        why: Unfit,
     },
     /// Another process updates the same file.
     #[error("another process is updating {}", path.display())]
@@ -157,6 +159,73 @@ pub enum Refusal {
         /// The system's words.
         source: io::Error,
     },
+}
+
+/// What is wrong with the list of a release.
+#[derive(Debug, thiserror::Error)]
+pub enum ListFault {
+    /// It is not the JSON object that it must be.
+    #[error("{0}")]
+    Json(String),
+    /// Its format is not known.
+    #[error("`format` must be {known}, got {got}")]
+    Format {
+        /// The one that is known.
+        known: u32,
+        /// What the list says.
+        got: u32,
+    },
+    /// A text is no version.
+    #[error("a version must be MAJOR.MINOR.PATCH, got {0:?}")]
+    Version(String),
+    /// The name of a file would lead elsewhere.
+    #[error("`file` must be a plain name beside the list, got {0:?}")]
+    File(String),
+    /// The address of a file cannot be made.
+    #[error(transparent)]
+    Address(#[from] url::ParseError),
+    /// A checksum is none.
+    #[error("`sha256` of {file} must have 64 small hexadecimal digits")]
+    Sha256 {
+        /// The file.
+        file: String,
+    },
+    /// A signature is none.
+    #[error("`signature` of {file} is not a minisign signature: {why}")]
+    Signature {
+        /// The file.
+        file: String,
+        /// What the decoder says.
+        why: minisign_verify::Error,
+    },
+}
+
+/// Why a new program cannot take the old one's place.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// It cannot be started or read from.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// It fails where it is to say its version.
+    #[error("`--version` ends with {0}")]
+    Status(ExitStatus),
+    /// It says nothing in time.
+    #[error("`--version` takes longer than {0:?}")]
+    Late(Duration),
+    /// It is another version.
+    #[error("`--version` must say {expected:?}, it says {said:?}")]
+    Version {
+        /// What the release says.
+        expected: String,
+        /// What the program says.
+        said: String,
+    },
+    /// The version of the running program is none, so that nothing can be newer.
+    #[error(transparent)]
+    Running(#[from] ListFault),
+    /// The step itself broke.
+    #[error(transparent)]
+    Step(#[from] tokio::task::JoinError),
 }
 
 impl Refusal {

@@ -4,7 +4,7 @@
 //! is, with a trusted comment that names program, version and target, so that whoever holds the
 //! server can neither pass off an old file as a new one nor one machine's as another's.
 
-use super::refusal::Refusal;
+use super::refusal::{ListFault, Refusal};
 use minisign_verify::Signature;
 use serde::Deserialize;
 use std::fmt;
@@ -22,10 +22,10 @@ const PROGRAM: &str = "targon-engine";
 pub struct Version(u64, u64, u64);
 
 impl FromStr for Version {
-    type Err = String;
+    type Err = ListFault;
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let rule = || format!("a version must be MAJOR.MINOR.PATCH, got {text:?}");
+    fn from_str(text: &str) -> Result<Self, ListFault> {
+        let rule = || ListFault::Version(text.to_owned());
         let mut parts = text.split('.').map(|part| {
             let is_plain = part == "0" || !part.starts_with('0');
             let is_number = !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
@@ -102,12 +102,12 @@ impl fmt::Debug for Build {
 impl Release {
     /// Reads the list that `url` gave.
     pub(super) fn read(url: &str, bytes: &[u8]) -> Result<Self, Refusal> {
-        let refuse = |why: String| Refusal::List { url: url.to_owned(), why };
+        let refuse = |why: ListFault| Refusal::List { url: url.to_owned(), why };
         // The words of a stranger's list may go to a terminal, so they are shortened.
         let list: List = serde_json::from_slice(bytes)
-            .map_err(|e| refuse(e.to_string().chars().take(200).collect()))?;
+            .map_err(|e| refuse(ListFault::Json(e.to_string().chars().take(200).collect())))?;
         if list.format != FORMAT {
-            return Err(refuse(format!("`format` must be {FORMAT}, got {}", list.format)));
+            return Err(refuse(ListFault::Format { known: FORMAT, got: list.format }));
         }
         let version = list.version.parse().map_err(refuse)?;
         let builds = list.builds.into_iter().map(Build::check).collect::<Result<_, _>>();
@@ -123,21 +123,21 @@ impl Release {
 }
 
 impl Build {
-    fn check(listed: Listed) -> Result<Self, String> {
+    fn check(listed: Listed) -> Result<Self, ListFault> {
         let Listed { target, file, bytes, sha256, signature } = listed;
         let is_name = |b: u8| b.is_ascii_alphanumeric() || b"._+-".contains(&b);
         let is_plain = file.bytes().all(is_name) && !file.starts_with('.') && !file.is_empty();
         if !is_plain || file.len() > NAME_BYTES_MAX {
-            let file: String = file.chars().take(NAME_BYTES_MAX).collect();
-            return Err(format!("`file` must be a plain name beside the list, got {file:?}"));
+            return Err(ListFault::File(file.chars().take(NAME_BYTES_MAX).collect()));
         }
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if sha256.len() != 64 || !sha256.bytes().all(is_hex) {
-            return Err(format!("`sha256` of {file} must have 64 small hexadecimal digits"));
+            return Err(ListFault::Sha256 { file });
         }
-        let signature = Signature::decode(&signature)
-            .map_err(|e| format!("`signature` of {file} is not a minisign signature: {e}"))?;
-        Ok(Self { target, file, bytes, sha256, signature })
+        match Signature::decode(&signature) {
+            Ok(signature) => Ok(Self { target, file, bytes, sha256, signature }),
+            Err(why) => Err(ListFault::Signature { file, why }),
+        }
     }
 
     /// The signed comment must name what the list names: a signature for an older version, or for

@@ -176,7 +176,7 @@ fn without_a_driver_the_processor_computes() {
     }
     assert_eq!(Card::open(0).map(drop).unwrap_err(), CudaError::NoDriver);
     assert_eq!(Device::Auto.resolved(), Device::Cpu);
-    assert!(Device::Cuda(0).free_memory().unwrap_err().contains("libcuda.so.1"));
+    assert!(Device::Cuda(0).free_memory().unwrap_err().to_string().contains("libcuda.so.1"));
 }
 
 #[test]
