@@ -228,6 +228,63 @@ fn banned_words_stay_out() {
     report(faults);
 }
 
+/// Whether a line names a `Result` whose error is a bare text.
+fn has_text_for_error(line: &str) -> bool {
+    line.match_indices("Result<").any(|(at, name)| {
+        let (mut depth, mut last, mut before) = (0, None, ' ');
+        let inside = &line[at + name.len()..];
+        for (place, c) in inside.char_indices() {
+            match c {
+                '<' | '(' | '[' => depth += 1,
+                '>' if before == '-' => {} // the arrow of a function's type
+                '>' if depth == 0 => {
+                    let error = last.map(|from: usize| inside[from..place].trim());
+                    return matches!(error, Some("String" | "&str" | "&'static str"));
+                }
+                '>' | ')' | ']' => depth -= 1,
+                ',' if depth == 0 => last = Some(place + 1),
+                _ => {}
+            }
+            before = c;
+        }
+        false
+    })
+}
+
+#[test]
+fn errors_are_types() {
+    let mut faults = Vec::new();
+    for path in files("src", &["rs"]).into_iter().filter(|path| !is_test_file(path)) {
+        let text = fs::read_to_string(&path).unwrap();
+        for (number, line) in code_lines(&text).into_iter().enumerate() {
+            if has_text_for_error(line) {
+                let place = format!("{}:{}", name(&path), number + 1);
+                faults.push(format!("{place}: an error is a type, or `anyhow` above rank 3"));
+            }
+        }
+    }
+    report(faults);
+}
+
+#[test]
+fn a_text_for_an_error_is_seen() {
+    for line in [
+        "fn read(text: &str) -> Result<u64, String> {",
+        "fn read() -> Result<Vec<(u8, String)>, &'static str>;",
+        "    Done(Result<Option<Box<dyn Fn(u8) -> bool>>, String>),",
+        "fn f() -> impl Future<Output = Result<(), String>> + Send;",
+    ] {
+        assert!(has_text_for_error(line), "{line}");
+    }
+    for line in [
+        "fn read(text: &str) -> Result<String, ReadError> {",
+        "fn f() -> Result<BTreeMap<u16, String>, StoreError>;",
+        "fn f() -> anyhow::Result<String> {",
+    ] {
+        assert!(!has_text_for_error(line), "{line}");
+    }
+}
+
 #[test]
 fn no_large_file_is_tracked() {
     let output = std::process::Command::new("git").arg("ls-files").current_dir(root()).output();

@@ -3,6 +3,7 @@
 
 use crate::models::tokenizer::TextTokenizer;
 use crate::verify::answer::id_of_name;
+use anyhow::{Context, anyhow, bail};
 use serde_json::Value;
 use std::collections::HashMap;
 
@@ -85,13 +86,13 @@ struct Named {
 ///
 /// # Errors
 /// What it lacks.
-pub fn read(body: &Value, names: &Names<'_>) -> Result<Answer, String> {
+pub fn read(body: &Value, names: &Names<'_>) -> anyhow::Result<Answer> {
     if let Some(message) = body["error"]["message"].as_str() {
-        return Err(message.chars().take(200).collect());
+        bail!("{}", message.chars().take(200).collect::<String>());
     }
     let choice = &body["choices"][0];
     let text = choice["message"]["content"].as_str().or_else(|| choice["text"].as_str());
-    let text = text.ok_or("the answer has no text")?.to_owned();
+    let text = text.context("the answer has no text")?.to_owned();
     let named = match choice["logprobs"]["content"].as_array() {
         Some(list) => list.iter().take(TOKENS_MAX).map(|t| of_chat(t, names)).collect(),
         None => of_completion(&choice["logprobs"], names),
@@ -110,11 +111,11 @@ pub fn read(body: &Value, names: &Names<'_>) -> Result<Answer, String> {
         (None, Some(ids)) => (ids, Source::Names),
         (None, None) => {
             let ids = names.tokenizer.encode(&text, false);
-            (ids.map_err(|e| format!("its text cannot be tokenised: {e}"))?, Source::Text)
+            (ids.map_err(|e| anyhow!("its text cannot be tokenised: {e}"))?, Source::Text)
         }
     };
     if ids.is_empty() {
-        return Err("the answer has no token".into());
+        bail!("the answer has no token");
     }
     let has_ids = named.iter().all(|n| n.id.is_some()) || source == Source::Ids;
     // Reports belong to tokens by their place, which other tokens would not share.

@@ -5,6 +5,7 @@ use crate::engine::request::Request;
 use crate::models::pass::{RowAsk, RowReport, Scores, Token};
 use crate::verify::prefill::{Prefix, Rows};
 use crate::verify::{Stop, Verifier};
+use anyhow::bail;
 use std::ops::Range;
 
 /// Reports below this say only that a token is improbable.
@@ -38,11 +39,11 @@ pub struct Row {
 ///
 /// # Errors
 /// A fault of ours, or an answer that is longer than the context.
-pub fn score(verifier: &Verifier, request: &Request, answer: &Answer) -> Result<Vec<Row>, String> {
+pub fn score(verifier: &Verifier, request: &Request, answer: &Answer) -> anyhow::Result<Vec<Row>> {
     let length = request.prompt.len() + answer.ids.len();
     if length > verifier.context_max {
         let most = verifier.context_max;
-        return Err(format!("prompt and answer have {length} tokens, our context has {most}"));
+        bail!("prompt and answer have {length} tokens, our context has {most}");
     }
     let mut judge = Judge { request, answer, rows: Vec::new() };
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
@@ -50,8 +51,8 @@ pub fn score(verifier: &Verifier, request: &Request, answer: &Answer) -> Result<
         .and_then(|mut prefix| prefix.run(&answer.ids, &mut judge));
     match run {
         Ok(()) => Ok(judge.rows),
-        Err(Stop::Fault(what)) => Err(what),
-        Err(_) => Err("our own run was refused".into()),
+        Err(Stop::Fault(what)) => bail!("{what}"),
+        Err(_) => bail!("our own run was refused"),
     }
 }
 

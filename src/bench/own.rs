@@ -12,6 +12,7 @@ use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verifier, question};
+use anyhow::Context;
 use serde_json::json;
 use std::sync::Arc;
 
@@ -67,7 +68,7 @@ impl Own {
     ///
     /// # Errors
     /// When a server would refuse it.
-    pub async fn requests(&self, indices: &[u32]) -> Result<Vec<Request>, String> {
+    pub async fn requests(&self, indices: &[u32]) -> anyhow::Result<Vec<Request>> {
         let mut asked = Vec::new();
         for index in indices {
             asked.push(self.request(*index).await?);
@@ -76,17 +77,15 @@ impl Own {
     }
 
     /// Answer `index` as a client would ask for it.
-    async fn request(&self, index: u32) -> Result<Request, String> {
+    async fn request(&self, index: u32) -> anyhow::Result<Request> {
         let prompt = &self.prompts[index as usize % self.prompts.len()];
         let mut body = json!({"temperature": 0.8, "max_tokens": OWN_TOKENS});
         match self.verifier.model.text.chat {
             Some(_) => body["messages"] = json!([{"role": "user", "content": prompt}]),
             None => body["prompt"] = json!(prompt),
         }
-        let requests =
-            question::understand(&self.verifier, &body).await.map_err(|e| e.to_string())?;
-        let requests = requests.requests;
-        requests.into_iter().next().ok_or_else(|| "the request has no choice".into())
+        let requests = question::understand(&self.verifier, &body).await?.requests;
+        requests.into_iter().next().context("the request has no choice")
     }
 
     /// Generates answers side by side, then recomputes each.

@@ -5,6 +5,7 @@ use super::out::outln;
 use super::shared::runtime;
 use crate::clock::Clock;
 use crate::store::{Cell, Filter, Store, StoreError, What};
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use jiff::{Span, SpanRelativeTo, Timestamp, civil, tz::TimeZone};
 use serde_json::Value;
@@ -145,10 +146,10 @@ fn quoted(text: &str) -> String {
 }
 
 /// A point in time as the user writes it, in milliseconds since 1970.
-fn since(text: &str, now_ms: u64) -> Result<u64, String> {
+fn since(text: &str, now_ms: u64) -> anyhow::Result<u64> {
     let refuse = || {
         let forms = "2026-11-01T12:00:00Z, 2026-11-01, 36h or 7d";
-        format!("--since must be a time, a date or how long ago, such as {forms}, got {text:?}")
+        anyhow!("--since must be a time, a date or how long ago, such as {forms}, got {text:?}")
     };
     if let Ok(time) = text.parse::<Timestamp>() {
         return u64::try_from(time.as_millisecond()).map_err(|_| refuse());

@@ -5,6 +5,7 @@
 use super::Failure;
 use super::out::note;
 use crate::config::nearest;
+use anyhow::{anyhow, bail};
 use clap::builder::BoolishValueParser;
 use clap::{Arg, ArgAction, Command};
 use serde_yaml_ng::Value;
@@ -112,8 +113,8 @@ fn flatten(
     prefix: &str,
     value: &Value,
     flat: &mut Vec<(String, Vec<String>)>,
-) -> Result<(), String> {
-    let rule = |what: &str| format!("`{prefix}` must be {what}");
+) -> anyhow::Result<()> {
+    let rule = |what: &str| anyhow!("`{prefix}` must be {what}");
     let scalar = |value: &Value| match value {
         Value::String(text) => Ok(text.clone()),
         Value::Number(number) => Ok(number.to_string()),
@@ -127,7 +128,7 @@ fn flatten(
             let key = if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") };
             flatten(&key, value, flat)
         }),
-        _ if prefix.is_empty() => Err("must be a map of flags".into()),
+        _ if prefix.is_empty() => bail!("must be a map of flags"),
         Value::Null => Ok(()),
         Value::Sequence(list) => {
             flat.push((prefix.into(), list.iter().map(scalar).collect::<Result<_, _>>()?));

@@ -6,6 +6,7 @@ use super::finding::{Finding, number};
 use crate::verify::ChunkEvidence;
 use crate::verify::RowEvidence;
 use crate::verify::Verdict;
+use anyhow::anyhow;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use plotters::prelude::{
     BLUE, ChartBuilder, Circle, Color, DrawingAreaErrorKind, IntoDrawingArea, LineSeries, RED,
@@ -101,7 +102,7 @@ fn outcome(verdict: &Verdict) -> Markup {
 }
 
 /// One answer.
-pub(super) fn section(finding: &Finding<'_>) -> Result<Markup, String> {
+pub(super) fn section(finding: &Finding<'_>) -> anyhow::Result<Markup> {
     let Judged { choice, report, seconds, .. } = finding.judged;
     let (tokens, scored, rules) = (finding.tokens(), report.rows.len(), finding.rules());
     let summary = format!("{tokens} tokens, {scored} rows scored, {rules}, {seconds:.3} s");
@@ -215,7 +216,7 @@ struct Plot {
 }
 
 /// The plots of an answer that have points: what they show, and SVG.
-fn plots(finding: &Finding<'_>) -> Result<Vec<(&'static str, String)>, String> {
+fn plots(finding: &Finding<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
     let report = &finding.judged.report;
     let of_rows = |value: &dyn Fn(&RowEvidence) -> Option<f64>| -> Vec<(f64, f64)> {
         report.rows.iter().filter_map(|r| Some((r.index as f64, value(r)?))).collect()
@@ -260,9 +261,9 @@ fn plots(finding: &Finding<'_>) -> Result<Vec<(&'static str, String)>, String> {
 }
 
 impl Plot {
-    fn svg(&self) -> Result<String, String> {
+    fn svg(&self) -> anyhow::Result<String> {
         let mut svg = String::new();
-        self.draw(&mut svg).map_err(|e| format!("the plot `{}`: {e}", self.title))?;
+        self.draw(&mut svg).map_err(|e| anyhow!("the plot `{}`: {e}", self.title))?;
         Ok(svg)
     }
 

@@ -5,6 +5,7 @@ use crate::chain::keys::Hotkey;
 use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::Hash;
+use anyhow::anyhow;
 
 /// Which rules apply.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,14 +20,14 @@ pub enum Profile {
 }
 
 impl std::str::FromStr for Profile {
-    type Err = String;
+    type Err = anyhow::Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> anyhow::Result<Self> {
         match text {
             "targon-4.1" => Ok(Self::Powv),
             "targon-4.4" => Ok(Self::Ranks),
             "proof" => Ok(Self::Proof),
-            other => Err(format!("must be targon-4.1, targon-4.4 or proof, got {other}")),
+            other => Err(anyhow!("must be targon-4.1, targon-4.4 or proof, got {other}")),
         }
     }
 }

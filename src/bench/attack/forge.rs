@@ -12,6 +12,7 @@ use crate::models::sampler::Sampling;
 use crate::proof::commit::{ChunkProof, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
+use anyhow::Context;
 use std::sync::Arc;
 
 /// How the answer to an ask is proved in a scheme.
@@ -43,14 +44,14 @@ struct Twin {
 
 impl<'a> Forge<'a> {
     /// On these questions; answers them honestly first.
-    pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> Result<Self, String> {
+    pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> anyhow::Result<Self> {
         let honest = subject.answers(&subject.engine, asks, &|_, _| {})?;
         let rows = subject.rows(&subject.model, &honest)?;
         Ok(Self { subject, asks, honest: (honest, rows), twin: None })
     }
 
     /// The answers of an attack.
-    pub(super) fn make(&mut self, attack: &Attack) -> Result<Proved, String> {
+    pub(super) fn make(&mut self, attack: &Attack) -> anyhow::Result<Proved> {
         let schemes = attack.schemes();
         match attack.cheat {
             Cheat::Weights(tamper) => {
@@ -90,7 +91,7 @@ impl<'a> Forge<'a> {
     }
 
     /// The model with changed weights and its answers; the last one is remembered.
-    fn twin(&mut self, tamper: Tamper) -> Result<(Arc<Model>, Vec<Trial>), String> {
+    fn twin(&mut self, tamper: Tamper) -> anyhow::Result<(Arc<Model>, Vec<Trial>)> {
         if self.twin.as_ref().is_none_or(|twin| twin.tamper != tamper) {
             self.twin = None; // its memory is needed
             let model = self.subject.twin(tamper)?;
@@ -98,7 +99,7 @@ impl<'a> Forge<'a> {
             let drawn = self.subject.answers(&engine, self.asks, &|_, _| {})?;
             self.twin = Some(Twin { tamper, model, drawn });
         }
-        let twin = self.twin.as_ref().ok_or("the changed weights are gone")?;
+        let twin = self.twin.as_ref().context("the changed weights are gone")?;
         Ok((Arc::clone(&twin.model), twin.drawn.clone()))
     }
 
@@ -107,7 +108,7 @@ impl<'a> Forge<'a> {
     }
 
     /// Proved with the rows that the true weights compute over whatever was answered.
-    fn proved_truly(&self, schemes: &[Scheme], trials: &[Trial]) -> Result<Proved, String> {
+    fn proved_truly(&self, schemes: &[Scheme], trials: &[Trial]) -> anyhow::Result<Proved> {
         let rows = self.subject.rows(&self.subject.model, trials)?;
         Ok(self.proved(schemes, trials, &rows))
     }
@@ -118,7 +119,7 @@ impl<'a> Forge<'a> {
         schemes: &[Scheme],
         way: Way<'_>,
         change: impl Fn(&[u32]) -> Vec<u32>,
-    ) -> Result<Proved, String> {
+    ) -> anyhow::Result<Proved> {
         let job = |ask: &'a Ask| Job { ask, prompt: change(&ask.request.prompt) };
         let jobs: Vec<Job<'_>> = self.asks.iter().map(job).collect();
         let (trials, rows) = lockstep::run(self.subject, way, &jobs)?;
@@ -126,20 +127,20 @@ impl<'a> Forge<'a> {
     }
 
     /// Answers of the honest engine, drawn otherwise than asked.
-    fn drawn(&self, change: fn(&mut Sampling)) -> Result<Vec<Trial>, String> {
+    fn drawn(&self, change: fn(&mut Sampling)) -> anyhow::Result<Vec<Trial>> {
         let subject = self.subject;
         subject.answers(&subject.engine, self.asks, &|_, drawn| change(&mut drawn.sampling))
     }
 
     /// Honest answers to the same questions, where they may end by themselves.
-    fn ending(&self) -> Result<Vec<Trial>, String> {
+    fn ending(&self) -> anyhow::Result<Vec<Trial>> {
         let asks: Vec<Ask> = self.asks.iter().map(Ask::that_may_end).collect();
         self.subject.answers(&self.subject.engine, &asks, &|_, _| {})
     }
 
     /// Honest answers that stop somewhere in their middle half, as if an end token had been drawn
     /// and not sent.
-    fn torn(&self) -> Result<Vec<Trial>, String> {
+    fn torn(&self) -> anyhow::Result<Vec<Trial>> {
         let mut trials = self.ending()?;
         trials.retain(|trial| trial.answer.ids.len() >= CUT_MIN);
         for Trial { ask, answer, end_is_implied } in &mut trials {
@@ -155,8 +156,9 @@ impl<'a> Forge<'a> {
     }
 
     /// The same with an end token that was not drawn.
-    fn cut(&self) -> Result<Vec<Trial>, String> {
-        let end = self.subject.model.text.stop_ids.first().ok_or("this model has no end token")?;
+    fn cut(&self) -> anyhow::Result<Vec<Trial>> {
+        let end =
+            self.subject.model.text.stop_ids.first().context("this model has no end token")?;
         let mut trials = self.torn()?;
         for Trial { ask, answer, end_is_implied } in &mut trials {
             answer.ids.push(*end);
@@ -168,7 +170,7 @@ impl<'a> Forge<'a> {
     }
 
     /// Answers of which the honest version ends by itself, and which go on to the limit.
-    fn end_skipped(&self) -> Result<Vec<Trial>, String> {
+    fn end_skipped(&self) -> anyhow::Result<Vec<Trial>> {
         let ends = &self.subject.model.text.stop_ids;
         let ended = |t: &Trial| t.answer.ids.last().is_some_and(|id| ends.contains(id));
         let asks: Vec<Ask> =
@@ -197,7 +199,7 @@ impl<'a> Forge<'a> {
     }
 
     /// Answers that were drawn and proved for an older nonce.
-    fn replayed(&self, schemes: &[Scheme], keep: Keep) -> Result<Proved, String> {
+    fn replayed(&self, schemes: &[Scheme], keep: Keep) -> anyhow::Result<Proved> {
         let earlier = |ask: &Ask| nonce_of(&format!("attack-bench, earlier {}", ask.index));
         let old = |scheme, ask: &Ask| Prover { nonce: earlier(ask), ..ask.prover(scheme) };
         let subject = self.subject;
@@ -210,8 +212,8 @@ impl<'a> Forge<'a> {
     }
 
     /// Honest answers with another miner's proof; this one's own signature is asked for.
-    fn copied(&self, schemes: &[Scheme], keep: Keep) -> Result<Proved, String> {
-        let pair = |seed| Keypair::from_seed(&[seed; 32]).map_err(|e| e.to_string());
+    fn copied(&self, schemes: &[Scheme], keep: Keep) -> anyhow::Result<Proved> {
+        let pair = |seed| Keypair::from_seed(&[seed; 32]);
         let (victim, thief) = (pair(7)?, pair(8)?);
         let hotkey = Some(thief.hotkey());
         let mut trials = self.honest.0.clone();

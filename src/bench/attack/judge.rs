@@ -16,6 +16,7 @@ use crate::verify::question::Question;
 use crate::verify::{
     Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure,
 };
+use anyhow::{Context, anyhow};
 use serde_json::{Value, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -169,7 +170,7 @@ struct Received {
 
 impl Received {
     /// The honest stream of a trial, which passes.
-    fn new(verifier: &Verifier, trial: &Trial, scheme: Scheme) -> Result<Self, String> {
+    fn new(verifier: &Verifier, trial: &Trial, scheme: Scheme) -> anyhow::Result<Self> {
         let Trial { ask, answer, .. } = trial;
         let request = &ask.request;
         let body = json!({
@@ -177,10 +178,8 @@ impl Received {
             "temperature": request.sampling.temperature, "ignore_eos": request.stop.ignore_eos,
             "stream": true, "proof": {"scheme": scheme.name(), "nonce": to_hex(&ask.nonce())},
         });
-        let runtime = tokio::runtime::Builder::new_current_thread().build();
-        let runtime = runtime.map_err(|e| e.to_string())?;
-        let question = Question::read(verifier, "attacked", &body, None);
-        let question = runtime.block_on(question).map_err(|e| e.to_string())?;
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        let question = runtime.block_on(Question::read(verifier, "attacked", &body, None))?;
         let claim = Claim {
             request,
             seed: None,
@@ -190,7 +189,7 @@ impl Received {
             end_is_implied: trial.end_is_implied,
         };
         let walk = structure::check(&claim, &verifier.model.text, verifier.context_max);
-        let walk = walk.map_err(|stop| format!("{stop:?}"))?;
+        let walk = walk.map_err(|stop| anyhow!("{stop:?}"))?;
         let mut answer = answer.clone();
         answer.powv = powv(verifier, request, &answer.ids)?;
         let told = [Some(Told::new(&answer, &walk, request.prompt.len()))];
@@ -199,24 +198,23 @@ impl Received {
         let verdict = received.judge(verifier, received.chunks.clone())?.verdict;
         match verdict {
             Verdict::Pass => Ok(received),
-            other => Err(other.to_string()),
+            other => Err(anyhow!("{other}")),
         }
     }
 
-    fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> Result<Report, String> {
+    fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
         let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
-        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options));
-        let judged = judged.map_err(|e| e.to_string())?;
-        judged.into_iter().next().map(|j| j.report).ok_or_else(|| "there is no choice".into())
+        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options))?;
+        judged.into_iter().next().map(|j| j.report).context("there is no choice")
     }
 }
 
-fn powv(verifier: &Verifier, request: &Request, ids: &[u32]) -> Result<Vec<Option<i64>>, String> {
+fn powv(verifier: &Verifier, request: &Request, ids: &[u32]) -> anyhow::Result<Vec<Option<i64>>> {
     let input: u64 = request.prompt.iter().map(|id| u64::from(*id)).sum();
     let mut output = 0;
     let value = |id: &u32| {
-        let value = verifier.model.parameters.powv(input, output).map_err(|e| e.to_string())?;
+        let value = verifier.model.parameters.powv(input, output)?;
         output += u64::from(*id);
         Ok(Some(value))
     };

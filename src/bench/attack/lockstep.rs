@@ -9,6 +9,7 @@ use crate::models::pass::{Batch, Pass, Ranked, RowAsk, RowReport, Scores, Token,
 use crate::models::sampler::Sampling;
 use crate::ops::attention::{BLOCK_TOKENS, HeadAt, KvCache};
 use crate::verify::answer::Answer;
+use anyhow::{Context, anyhow};
 
 /// Sequences that advance together.
 const BATCH: usize = 16;
@@ -46,7 +47,7 @@ pub(super) fn run(
     subject: &Subject,
     way: Way<'_>,
     jobs: &[Job<'_>],
-) -> Result<(Vec<Trial>, Vec<Rows>), String> {
+) -> anyhow::Result<(Vec<Trial>, Vec<Rows>)> {
     let mut all = (Vec::new(), Vec::new());
     for batch in jobs.chunks(BATCH) {
         for (job, drawn) in batch.iter().zip(decode(subject, way, batch)?) {
@@ -59,12 +60,12 @@ pub(super) fn run(
     Ok(all)
 }
 
-fn decode(subject: &Subject, way: Way<'_>, jobs: &[Job<'_>]) -> Result<Vec<Drawn>, String> {
+fn decode(subject: &Subject, way: Way<'_>, jobs: &[Job<'_>]) -> anyhow::Result<Vec<Drawn>> {
     let lengths = jobs.iter().map(|j| j.prompt.len() + j.ask.request.max_tokens);
     let length = lengths.max().unwrap_or(0);
     let blocks = blocks_of(length); // of one sequence
-    let no_memory = |e: std::io::Error| format!("no memory for the KV cache: {e}");
-    let decoder = subject.model.weights.cpu().ok_or("the weights must be the processor's")?;
+    let no_memory = |e: std::io::Error| anyhow!("no memory for the KV cache: {e}");
+    let decoder = subject.model.weights.cpu().context("the weights must be the processor's")?;
     let truth = CpuPass::new(decoder, &subject.pool, jobs.len() * blocks);
     let mut truth = truth.map_err(no_memory)?;
     let draft = way.draft.map(|model| model.pass(&subject.pool, jobs.len() * blocks));
@@ -111,9 +112,9 @@ fn batch(position: usize, fed: &[(usize, u32)], blocks: usize) -> Batch {
     batch
 }
 
-fn step(pass: &mut dyn Pass, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowReport>, String> {
-    let results = pass.step(batch, asks).map_err(|e| e.to_string())?;
-    results.into_iter().map(|r| r.map_err(|e| e.to_string())).collect()
+fn step(pass: &mut dyn Pass, batch: &Batch, asks: &[RowAsk<'_>]) -> anyhow::Result<Vec<RowReport>> {
+    let results = pass.step(batch, asks)?;
+    Ok(results.into_iter().collect::<Result<_, _>>()?)
 }
 
 /// The same of the true model, with what is needed to judge what was proposed.

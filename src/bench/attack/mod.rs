@@ -27,6 +27,7 @@ use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::verify::evidence::Calibrated;
 use crate::verify::{Depth, Limits};
+use anyhow::bail;
 use catalogue::{Attack, Cheat};
 use forge::Forge;
 use judge::Judge;
@@ -74,16 +75,16 @@ impl Bench {
     ///
     /// # Errors
     /// When the model cannot be loaded, has no chat template, or there are too few prompts.
-    pub fn new(path: &Path, scratch: &Path, pool: &Pool, setup: Setup) -> Result<Self, String> {
+    pub fn new(path: &Path, scratch: &Path, pool: &Pool, setup: Setup) -> anyhow::Result<Self> {
         let all = prompts::all();
         let wanted = setup.prompts + setup.honest;
         if wanted > all.len() {
-            return Err(format!("there are {} prompts, {wanted} were asked for", all.len()));
+            bail!("there are {} prompts, {wanted} were asked for", all.len());
         }
         let subject = Subject::load(path, scratch, pool)?;
         if subject.model.dtype != Dtype::Bf16 {
             let dtype = subject.model.dtype;
-            return Err(format!("changed weights are written in bf16, this model is {dtype}"));
+            bail!("changed weights are written in bf16, this model is {dtype}");
         }
         let judge = Judge::new(&subject, setup.limits);
         let asks = |from: usize, count: usize, tokens: usize| {
@@ -91,8 +92,8 @@ impl Bench {
             let some = all.iter().enumerate().skip(from).take(count);
             some.map(|(index, text)| subject.ask(index, text, tokens)).collect()
         };
-        let attacked: Result<Vec<Ask>, String> = asks(0, setup.prompts, ATTACKED_TOKENS);
-        let honest: Result<Vec<Ask>, String> = asks(setup.prompts, setup.honest, HONEST_TOKENS);
+        let attacked: anyhow::Result<Vec<Ask>> = asks(0, setup.prompts, ATTACKED_TOKENS);
+        let honest: anyhow::Result<Vec<Ask>> = asks(setup.prompts, setup.honest, HONEST_TOKENS);
         let (attacked, honest) = (attacked?, honest?);
         let model = path.display().to_string();
         Ok(Self { subject, judge, setup, model, attacked, honest })
@@ -102,7 +103,7 @@ impl Bench {
     ///
     /// # Errors
     /// When an engine fails or a file cannot be written.
-    pub fn run(&self, progress: impl Fn(&str)) -> Result<Results, String> {
+    pub fn run(&self, progress: impl Fn(&str)) -> anyhow::Result<Results> {
         let mut lines = self.honest(&progress)?;
         let mut tokens = Vec::new();
         let mut attacks = catalogue::all(self.subject.model.spec.layers);
@@ -130,7 +131,7 @@ impl Bench {
     }
 
     /// Honest answers, proved by the engine that drew them: every rejection is a false positive.
-    fn honest(&self, progress: &impl Fn(&str)) -> Result<Vec<Line>, String> {
+    fn honest(&self, progress: &impl Fn(&str)) -> anyhow::Result<Vec<Line>> {
         let mut lines = Vec::new();
         if self.honest.is_empty() {
             return Ok(lines);
@@ -160,7 +161,7 @@ impl Bench {
         forge: &mut Forge<'_>,
         lines: &mut Vec<Line>,
         tokens: &mut Vec<Tokens>,
-    ) -> Result<(), String> {
+    ) -> anyhow::Result<()> {
         let what = (attack.name, attack.detector);
         let judge = &self.judge;
         let proved = forge.make(attack)?;

@@ -4,6 +4,7 @@
 use super::results::{CHUNKS, Detector, Line, Results, Tokens};
 use crate::proof::Scheme;
 use plotters::coord::Shift;
+use plotters::drawing::DrawingAreaErrorKind;
 use plotters::prelude::*;
 use std::ops::Range;
 
@@ -30,11 +31,11 @@ struct Panel<'a> {
 ///
 /// # Errors
 /// When a panel cannot be drawn.
-pub fn svg(results: &Results) -> Result<String, String> {
+pub fn svg(results: &Results) -> anyhow::Result<String> {
     let mut text = String::new();
     {
         let root = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
-        root.fill(&WHITE).map_err(|e| e.to_string())?;
+        root.fill(&WHITE)?;
         let (upper, lower) = root.split_vertically(SIZE.1 / 2);
         let panel = Panel {
             title: "Weights and prompts: answers that residue-v1 has missed",
@@ -56,7 +57,7 @@ pub fn svg(results: &Results) -> Result<String, String> {
             legend: SeriesLabelPosition::LowerRight,
         };
         draw(&lower, &panel, &curves)?;
-        root.present().map_err(|e| e.to_string())?;
+        root.present()?;
     }
     Ok(text)
 }
@@ -85,27 +86,24 @@ fn draw(
     area: &DrawingArea<SVGBackend<'_>, Shift>,
     panel: &Panel<'_>,
     curves: &[Curve],
-) -> Result<(), String> {
+) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
     let mut chart = ChartBuilder::on(area)
         .caption(panel.title, (FONT, 20))
         .margin(15)
         .x_label_area_size(45)
         .y_label_area_size(55)
-        .build_cartesian_2d(panel.x.clone(), -0.02..1.02)
-        .map_err(|e| e.to_string())?;
+        .build_cartesian_2d(panel.x.clone(), -0.02..1.02)?;
     chart
         .configure_mesh()
         .x_desc(panel.x_name)
         .y_desc(panel.y_name)
         .x_label_formatter(panel.x_label)
         .label_style((FONT, 13))
-        .draw()
-        .map_err(|e| e.to_string())?;
+        .draw()?;
     for (number, curve) in curves.iter().enumerate() {
         let style = Palette99::pick(number).stroke_width(2);
         chart
-            .draw_series(LineSeries::new(curve.points.iter().copied(), style).point_size(2))
-            .map_err(|e| e.to_string())?
+            .draw_series(LineSeries::new(curve.points.iter().copied(), style).point_size(2))?
             .label(curve.name.as_str())
             .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 20, y)], style));
     }
@@ -116,7 +114,6 @@ fn draw(
         .border_style(BLACK.mix(0.3))
         .label_font((FONT, 12))
         .draw()
-        .map_err(|e| e.to_string())
 }
 
 #[cfg(test)]

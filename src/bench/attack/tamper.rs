@@ -44,11 +44,11 @@ pub fn tampered(
     pool: &Pool,
     tamper: Tamper,
     scratch: &Path,
-) -> Result<Decoder, String> {
+) -> anyhow::Result<Decoder> {
     write(checkpoint, tamper, scratch)?;
-    let altered = Checkpoint::open(scratch).map_err(|e| e.to_string())?;
-    let spec = Arc::new(altered.spec().map_err(|e| e.to_string())?);
-    Decoder::load(&altered, &spec, Dtype::Bf16, pool, |_, _| {}).map_err(|e| e.to_string())
+    let altered = Checkpoint::open(scratch)?;
+    let spec = Arc::new(altered.spec()?);
+    Ok(Decoder::load(&altered, &spec, Dtype::Bf16, pool, |_, _| {})?)
 }
 
 /// One head of a key or value at one position, as a cache of symmetric int8 keeps it: with a scale
@@ -57,11 +57,11 @@ pub fn int8_head(head: &mut [f32]) {
     integers(8, 0, head.len(), head);
 }
 
-fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> Result<(), String> {
+fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> anyhow::Result<()> {
     let layers = checkpoint.config["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
     let mut tensors = Vec::new();
     for name in names(&checkpoint.config, layers) {
-        let (shape, mut values) = read(checkpoint, &name).map_err(|e| e.to_string())?;
+        let (shape, mut values) = read(checkpoint, &name)?;
         if shape.len() == 2 && name.starts_with("model.layers.") {
             change(tamper, &name, layers, shape[1], &mut values);
         }
@@ -70,13 +70,12 @@ fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> Result<(), 
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {
         let view = TensorView::new(Stored::BF16, shape.clone(), bytes);
-        view.map(|v| (name.as_str(), v)).map_err(|e| e.to_string())
+        view.map(|v| (name.as_str(), v))
     });
     let views: Vec<_> = views.collect::<Result<_, _>>()?;
-    safetensors::serialize_to_file(views, None, &scratch.join("model.safetensors"))
-        .map_err(|e| e.to_string())?;
+    safetensors::serialize_to_file(views, None, &scratch.join("model.safetensors"))?;
     let config = checkpoint.config.to_string();
-    std::fs::write(scratch.join("config.json"), config).map_err(|e| e.to_string())
+    Ok(std::fs::write(scratch.join("config.json"), config)?)
 }
 
 /// The tensors of a dense Llama.

@@ -18,6 +18,7 @@ use crate::proof::commit::{Chain, link, noise_key, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::prefill;
+use anyhow::{Context, anyhow};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -90,35 +91,32 @@ impl Ask {
 
 impl Subject {
     /// Loads the model at `path`; `scratch` is where changed weights are written.
-    pub(super) fn load(path: &Path, scratch: &Path, pool: &Pool) -> Result<Self, String> {
-        let model =
-            Model::load_on(Device::Cpu, path, None, pool, |_, _| {}).map_err(|e| e.to_string())?;
-        let identity = Arc::new(Identity::of(&model, pool).map_err(|e| e.to_string())?);
-        let model = Arc::new(model);
+    pub(super) fn load(path: &Path, scratch: &Path, pool: &Pool) -> anyhow::Result<Self> {
+        let model = Arc::new(Model::load_on(Device::Cpu, path, None, pool, |_, _| {})?);
+        let identity = Arc::new(Identity::of(&model, pool)?);
         let engine = start(&model, pool)?;
         let (path, scratch) = (path.to_owned(), scratch.to_owned());
         Ok(Self { model, identity, engine, pool: pool.clone(), path, scratch })
     }
 
     /// The model with changed weights and its own tokenizer.
-    pub(super) fn twin(&self, tamper: Tamper) -> Result<Arc<Model>, String> {
-        let checkpoint = Checkpoint::open(&self.path).map_err(|e| e.to_string())?;
+    pub(super) fn twin(&self, tamper: Tamper) -> anyhow::Result<Arc<Model>> {
+        let checkpoint = Checkpoint::open(&self.path)?;
         let decoder = tampered(&checkpoint, &self.pool, tamper, &self.scratch)?;
-        let model = Model::load_on(Device::Cpu, &self.path, None, &self.pool, |_, _| {});
-        let mut model = model.map_err(|e| e.to_string())?;
+        let mut model = Model::load_on(Device::Cpu, &self.path, None, &self.pool, |_, _| {})?;
         model.weights = DeviceWeights::Cpu(Arc::new(decoder));
         Ok(Arc::new(model))
     }
 
     /// Question `index`: `text`, answered with exactly `tokens` tokens.
-    pub(super) fn ask(&self, index: usize, text: &str, tokens: usize) -> Result<Ask, String> {
-        let chat = self.model.text.chat.as_ref().ok_or("this model has no chat template")?;
+    pub(super) fn ask(&self, index: usize, text: &str, tokens: usize) -> anyhow::Result<Ask> {
+        let chat = self.model.text.chat.as_ref().context("this model has no chat template")?;
         let variables = serde_json::json!({
             "messages": [{"role": "user", "content": text}], "add_generation_prompt": true,
         });
         let variables = variables.as_object().cloned().unwrap_or_default();
-        let text = chat.render(variables).map_err(|e| e.to_string())?;
-        let prompt = self.model.text.tokenizer.encode(&text, false).map_err(|e| e.to_string())?;
+        let text = chat.render(variables)?;
+        let prompt = self.model.text.tokenizer.encode(&text, false).map_err(|e| anyhow!(e))?;
         let mut request = Request::greedy(prompt, tokens);
         request.sampling.temperature = TEMPERATURE;
         request.stop.ignore_eos = true;
@@ -133,17 +131,17 @@ impl Subject {
         engine: &Engine,
         asks: &[Ask],
         change: &dyn Fn(&Ask, &mut Request),
-    ) -> Result<Vec<Trial>, String> {
+    ) -> anyhow::Result<Vec<Trial>> {
         let mut trials = Vec::with_capacity(asks.len());
         for batch in asks.chunks(engine.options().sequences_max) {
             let running = batch.iter().map(|ask| {
                 let mut drawn = ask.request.clone();
                 change(ask, &mut drawn);
-                engine.submit(drawn).map_err(|e| e.to_string())
+                engine.submit(drawn)
             });
             let running = running.collect::<Result<Vec<_>, _>>()?;
             for (ask, generation) in batch.iter().zip(running) {
-                let (steps, _) = generation.collect_blocking().map_err(|e| e.to_string())?;
+                let (steps, _) = generation.collect_blocking()?;
                 // Weight values are not what attacks are about; the judge adds those it needs.
                 let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, None) };
                 trials.push(Trial::new(ask, answer));
@@ -153,7 +151,7 @@ impl Subject {
     }
 
     /// Honest answers, with the proofs that the engine made while it drew them.
-    pub(super) fn honest(&self, scheme: Scheme, asks: &[Ask]) -> Result<Vec<Trial>, String> {
+    pub(super) fn honest(&self, scheme: Scheme, asks: &[Ask]) -> anyhow::Result<Vec<Trial>> {
         let mut trials = self.answers(&self.engine, asks, &|ask, request| {
             ask.prover(scheme).bind(request, &self.identity, None, 0);
         })?;
@@ -164,11 +162,11 @@ impl Subject {
     }
 
     /// The hidden rows that `model` computes over each answer.
-    pub(super) fn rows(&self, model: &Model, trials: &[Trial]) -> Result<Vec<Rows>, String> {
+    pub(super) fn rows(&self, model: &Model, trials: &[Trial]) -> anyhow::Result<Vec<Rows>> {
         let of_trial = |trial: &Trial| {
             let (prompt, ids) = (&trial.ask.request.prompt, &trial.answer.ids);
             let rows = prefill::hidden_rows(|blocks| model.pass(&self.pool, blocks), prompt, ids);
-            rows.map_err(|stop| format!("{stop:?}"))
+            rows.map_err(|stop| anyhow!("{stop:?}"))
         };
         trials.iter().map(of_trial).collect()
     }
@@ -249,7 +247,7 @@ pub(super) fn relink(root: &Hash, answer: &mut Answer) -> Hash {
     digest
 }
 
-pub(super) fn start(model: &Arc<Model>, pool: &Pool) -> Result<Engine, String> {
+pub(super) fn start(model: &Arc<Model>, pool: &Pool) -> anyhow::Result<Engine> {
     let options = Options {
         context_max: 1024,
         blocks: 512,
@@ -257,6 +255,5 @@ pub(super) fn start(model: &Arc<Model>, pool: &Pool) -> Result<Engine, String> {
         waiting_max: 16,
         step_tokens_max: 512,
     };
-    Engine::start(Arc::clone(model), pool.clone(), options, Clock::system())
-        .map_err(|e| e.to_string())
+    Ok(Engine::start(Arc::clone(model), pool.clone(), options, Clock::system())?)
 }

@@ -1,5 +1,7 @@
 //! Devices by their datasheets: memory, bandwidth, arithmetic, power. Each row names its source.
 
+use anyhow::anyhow;
+
 /// What computes on a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
@@ -90,14 +92,14 @@ pub const DEVICES: [Device; 11] = [
 ///
 /// # Errors
 /// A name that is not in the table, with those that are.
-pub fn named(names: &[String]) -> Result<Vec<Device>, String> {
+pub fn named(names: &[String]) -> anyhow::Result<Vec<Device>> {
     if names.is_empty() || names.iter().any(|n| n == "all") {
         return Ok(DEVICES.to_vec());
     }
     let find = |name: &String| {
         DEVICES.into_iter().find(|d| d.name == name).ok_or_else(|| {
             let known: Vec<&str> = DEVICES.iter().map(|d| d.name).collect();
-            format!("there is no device {name} in the table, only {}", known.join(", "))
+            anyhow!("there is no device {name} in the table, only {}", known.join(", "))
         })
     };
     names.iter().map(find).collect()
@@ -143,7 +145,7 @@ mod tests {
     fn unknown_names_are_refused_with_the_known_ones() {
         assert_eq!(named(&[]).unwrap().len(), DEVICES.len());
         assert_eq!(named(&["h200".into()]).unwrap()[0].memory, 141 * GB);
-        let error = named(&["h300".into()]).unwrap_err();
+        let error = named(&["h300".into()]).unwrap_err().to_string();
         assert!(error.contains("no device h300") && error.contains("h100-sxm"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! Prices of devices, from a file with dates, and what tokens cost at them.
 
+use anyhow::{anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -27,27 +28,27 @@ struct File {
 ///
 /// # Errors
 /// A file that cannot be read, or an entry that is wrong, by name.
-pub fn read(path: &Path) -> Result<Vec<Price>, String> {
+pub fn read(path: &Path) -> anyhow::Result<Vec<Price>> {
     let place = path.display();
-    let text = std::fs::read_to_string(path).map_err(|e| format!("{place} cannot be read: {e}"))?;
-    parse(&text).map_err(|what| format!("{place}: {what}"))
+    let text = std::fs::read_to_string(path).map_err(|e| anyhow!("{place} cannot be read: {e}"))?;
+    parse(&text).map_err(|what| anyhow!("{place}: {what}"))
 }
 
-fn parse(text: &str) -> Result<Vec<Price>, String> {
+fn parse(text: &str) -> anyhow::Result<Vec<Price>> {
     let file: File = toml::from_str(text).map_err(|e| {
         let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-        format!("line {line}: {}", e.message())
+        anyhow!("line {line}: {}", e.message())
     })?;
     for (index, price) in file.price.iter().enumerate() {
         let Price { device, per_hour, date, .. } = price;
         if !(per_hour.is_finite() && *per_hour > 0.0) {
-            return Err(format!("price of {device}: `per_hour` must be over 0, got {per_hour}"));
+            bail!("price of {device}: `per_hour` must be over 0, got {per_hour}");
         }
         if date.parse::<jiff::civil::Date>().is_err() {
-            return Err(format!("price of {device}: `date` must be YYYY-MM-DD, got {date}"));
+            bail!("price of {device}: `date` must be YYYY-MM-DD, got {date}");
         }
         if file.price[..index].iter().any(|p| p.device == *device) {
-            return Err(format!("there are two prices of {device}"));
+            bail!("there are two prices of {device}");
         }
     }
     Ok(file.price)
@@ -73,7 +74,7 @@ mod tests {
             (good.repeat(2), "two prices of h200"),
             (good.replace("date", "day"), "line 4: unknown field `day`"),
         ] {
-            let error = parse(&text).unwrap_err();
+            let error = parse(&text).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
         }
     }

@@ -21,7 +21,7 @@ figcaption { font-weight: bold; }
 ///
 /// # Errors
 /// When a plot cannot be drawn.
-pub fn write(report: &Report) -> Result<String, String> {
+pub fn write(report: &Report) -> anyhow::Result<String> {
     let policy = "default-src 'none'; style-src 'unsafe-inline'";
     let plots = plots::all(report)?;
     let title = format!("Measurement of {}", report.model.name);

@@ -2,6 +2,7 @@
 
 use super::schema::{Level, Phase, Report, Row};
 use super::spread::Quantiles;
+use anyhow::anyhow;
 use plotters::prelude::{
     BLACK, BLUE, ChartBuilder, Circle, Color, DrawingAreaErrorKind, GREEN, IntoDrawingArea,
     LineSeries, MAGENTA, PathElement, RED, RGBColor, SVGBackend, SeriesLabelPosition, WHITE,
@@ -42,7 +43,7 @@ struct Chart {
 ///
 /// # Errors
 /// When one cannot be drawn.
-pub(super) fn all(report: &Report) -> Result<Vec<(String, String)>, String> {
+pub(super) fn all(report: &Report) -> anyhow::Result<Vec<(String, String)>> {
     let mut charts = Vec::new();
     charts.extend(roofline(report));
     charts.extend(speeds(report));
@@ -216,9 +217,9 @@ impl Axis {
 }
 
 impl Chart {
-    fn svg(&self) -> Result<String, String> {
+    fn svg(&self) -> anyhow::Result<String> {
         let mut svg = String::new();
-        self.draw(&mut svg).map_err(|e| format!("the plot `{}`: {e}", self.title))?;
+        self.draw(&mut svg).map_err(|e| anyhow!("the plot `{}`: {e}", self.title))?;
         Ok(svg)
     }
 

@@ -3,6 +3,7 @@
 use super::schema::{Report, SCHEMA, Signature, VERSION};
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::files;
+use anyhow::{anyhow, bail};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -22,10 +23,10 @@ pub enum Sealed {
 }
 
 /// What is signed: a hash of the report without its signature, in the order of the schema.
-fn message(report: &Report) -> Result<Vec<u8>, String> {
+fn message(report: &Report) -> anyhow::Result<Vec<u8>> {
     let bare = Report { signature: None, ..report.clone() };
     let bytes =
-        serde_json::to_vec(&bare).map_err(|e| format!("a report cannot be written: {e}"))?;
+        serde_json::to_vec(&bare).map_err(|e| anyhow!("a report cannot be written: {e}"))?;
     Ok([DOMAIN, Sha256::digest(&bytes).as_slice()].concat())
 }
 
@@ -33,7 +34,7 @@ fn message(report: &Report) -> Result<Vec<u8>, String> {
 ///
 /// # Errors
 /// When it holds what JSON cannot.
-pub fn sign(report: &mut Report, keypair: &Keypair) -> Result<(), String> {
+pub fn sign(report: &mut Report, keypair: &Keypair) -> anyhow::Result<()> {
     let signature = keypair.sign(&message(report)?);
     let (hotkey, signature) = (keypair.hotkey().to_string(), hex::encode(signature));
     report.signature = Some(Signature { hotkey, signature });
@@ -44,17 +45,17 @@ pub fn sign(report: &mut Report, keypair: &Keypair) -> Result<(), String> {
 ///
 /// # Errors
 /// When it is not the hotkey's over this report.
-pub fn check(report: &Report) -> Result<Sealed, String> {
+pub fn check(report: &Report) -> anyhow::Result<Sealed> {
     let Some(sent) = &report.signature else { return Ok(Sealed::Unsigned) };
-    let hotkey: Hotkey = sent.hotkey.parse().map_err(|e| format!("`signature.hotkey`: {e}"))?;
+    let hotkey: Hotkey = sent.hotkey.parse().map_err(|e| anyhow!("`signature.hotkey`: {e}"))?;
     let bytes = hex::decode(&sent.signature)
-        .map_err(|e| format!("`signature.signature` is not hexadecimal: {e}"))?;
+        .map_err(|e| anyhow!("`signature.signature` is not hexadecimal: {e}"))?;
     let bytes: [u8; 64] = bytes.try_into().map_err(|bytes: Vec<u8>| {
-        format!("`signature.signature` must have 64 bytes, got {}", bytes.len())
+        anyhow!("`signature.signature` must have 64 bytes, got {}", bytes.len())
     })?;
     match hotkey.verify(&message(report)?, &bytes) {
         true => Ok(Sealed::By(hotkey)),
-        false => Err(format!("the signature is not {hotkey}'s over this report: it was changed")),
+        false => Err(anyhow!("the signature is not {hotkey}'s over this report: it was changed")),
     }
 }
 
@@ -62,23 +63,23 @@ pub fn check(report: &Report) -> Result<Sealed, String> {
 ///
 /// # Errors
 /// The file, and what is wrong with it.
-pub fn read(path: &Path) -> Result<Report, String> {
+pub fn read(path: &Path) -> anyhow::Result<Report> {
     let place = path.display();
     let bytes =
-        files::read(path, REPORT_BYTES_MAX).map_err(|e| format!("{place} cannot be read: {e}"))?;
-    parse(&bytes).map_err(|what| format!("{place}: {what}"))
+        files::read(path, REPORT_BYTES_MAX).map_err(|e| anyhow!("{place} cannot be read: {e}"))?;
+    parse(&bytes).map_err(|what| anyhow!("{place}: {what}"))
 }
 
-fn parse(bytes: &[u8]) -> Result<Report, String> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|e| format!("it is not JSON: {e}"))?;
+fn parse(bytes: &[u8]) -> anyhow::Result<Report> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| anyhow!("it is not JSON: {e}"))?;
     if value["schema"] != SCHEMA {
-        return Err(format!("`schema` must be \"{SCHEMA}\", got {}", value["schema"]));
+        bail!("`schema` must be \"{SCHEMA}\", got {}", value["schema"]);
     }
     if value["version"] != VERSION {
-        let what = format!("`version` must be {VERSION}, got {}", value["version"]);
-        return Err(format!("{what}: another program wrote it"));
+        let got = &value["version"];
+        bail!("`version` must be {VERSION}, got {got}: another program wrote it");
     }
-    serde_path_to_error::deserialize(value).map_err(|e| format!("`{}`: {}", e.path(), e.inner()))
+    serde_path_to_error::deserialize(value).map_err(|e| anyhow!("`{}`: {}", e.path(), e.inner()))
 }
 
 #[cfg(test)]
@@ -143,19 +144,20 @@ pub(in crate::bench) mod tests {
     fn a_signature_is_over_every_number() {
         let keypair = Keypair::from_seed(&[7; 32]).unwrap();
         let mut report = sample(100.0);
-        assert_eq!(check(&report), Ok(Sealed::Unsigned));
+        assert_eq!(check(&report).unwrap(), Sealed::Unsigned);
         sign(&mut report, &keypair).unwrap();
         let read = parse(&serde_json::to_vec_pretty(&report).unwrap()).unwrap();
-        assert_eq!(check(&read), Ok(Sealed::By(keypair.hotkey())));
+        assert_eq!(check(&read).unwrap(), Sealed::By(keypair.hotkey()));
         let mut changed = read.clone();
         changed.rows[1].runs[0] += 1e-9;
-        assert!(check(&changed).unwrap_err().contains("it was changed"));
+        assert!(check(&changed).unwrap_err().to_string().contains("it was changed"));
         let other = Keypair::from_seed(&[8; 32]).unwrap().hotkey();
         let mut stolen = read;
         stolen.signature.as_mut().unwrap().hotkey = other.to_string();
         assert!(check(&stolen).is_err());
         stolen.signature.as_mut().unwrap().signature = "00".into();
-        assert!(check(&stolen).unwrap_err().contains("must have 64 bytes, got 1"));
+        let refused = check(&stolen).unwrap_err().to_string();
+        assert!(refused.contains("must have 64 bytes, got 1"), "{refused}");
     }
 
     #[test]
@@ -164,15 +166,15 @@ pub(in crate::bench) mod tests {
         let with = |key: &str, value: Value| {
             let mut changed = good.clone();
             changed[key] = value;
-            parse(changed.to_string().as_bytes()).unwrap_err()
+            parse(changed.to_string().as_bytes()).unwrap_err().to_string()
         };
-        assert!(parse(b"{").unwrap_err().contains("it is not JSON"));
+        assert!(parse(b"{").unwrap_err().to_string().contains("it is not JSON"));
         assert!(with("schema", "x".into()).contains("`schema` must be \"targon-engine-bench\""));
         assert!(with("version", 2.into()).contains("`version` must be 1, got 2"));
         assert!(with("seconds", "x".into()).contains("`seconds`: invalid type"));
         assert!(with("more", 1.into()).contains("unknown field `more`"));
         let directory = tempfile::tempdir().unwrap();
-        let error = read(&directory.path().join("a.json")).unwrap_err();
+        let error = read(&directory.path().join("a.json")).unwrap_err().to_string();
         assert!(error.contains("a.json cannot be read"), "{error}");
     }
 }

@@ -75,8 +75,8 @@ impl CompareArgs {
     fn entry(&self, path: &Path) -> Result<Entry, Failure> {
         let place = path.display();
         let refuse = |what: &str| Failure::user(printable(&format!("{place}: {what}")));
-        let report = seal::read(path).map_err(|e| Failure::user(printable(&e)))?;
-        let sealed = seal::check(&report).map_err(|what| refuse(&what))?;
+        let report = seal::read(path).map_err(|e| Failure::user(printable(&e.to_string())))?;
+        let sealed = seal::check(&report).map_err(|e| refuse(&e.to_string()))?;
         if self.strict {
             if sealed == seal::Sealed::Unsigned {
                 return Err(refuse("it is unsigned"));

@@ -73,7 +73,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
             let (phase, speed) = (row.phase.name(), row.speed.mean);
             note!("{phase} batch {} depth {}: {speed:.1} tokens/s", row.batch, row.depth);
         }
-        output.keep(report).map_err(anyhow::Error::msg)
+        output.keep(report)
     };
     let wanted = || is_wanted.load(Ordering::SeqCst);
     let mut watch = Watch { is_wanted: &wanted, keep: &mut keep };

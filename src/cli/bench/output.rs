@@ -11,6 +11,7 @@ use crate::cli::printable::printable_lines;
 use crate::cli::subnet_args::WalletArgs;
 use crate::clock::Clock;
 use crate::files;
+use anyhow::anyhow;
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -71,12 +72,12 @@ impl OutputArgs {
 
 impl Output<'_> {
     /// Keeps what is there so far.
-    pub(super) fn keep(&self, report: &Report) -> Result<(), String> {
+    pub(super) fn keep(&self, report: &Report) -> anyhow::Result<()> {
         let Some(out) = &self.args.out else { return Ok(()) };
         let path = out.join("report.json");
-        let json = serde_json::to_vec_pretty(report).map_err(|e| e.to_string())?;
+        let json = serde_json::to_vec_pretty(report)?;
         files::replace(&path, &json)
-            .map_err(|e| format!("{} cannot be written: {e}", path.display()))
+            .map_err(|e| anyhow!("{} cannot be written: {e}", path.display()))
     }
 
     /// Signs, writes and prints a report; fails where it is to be doubted and `--strict` is given.

@@ -13,6 +13,7 @@ use crate::models::config;
 use crate::models::error::read_json;
 use crate::models::hub::{Hub, Wanted};
 use crate::models::spec::Spec;
+use anyhow::bail;
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::json;
@@ -61,10 +62,10 @@ pub(in crate::cli) struct PlanArgs {
     csv: bool,
 }
 
-fn share(text: &str) -> Result<f64, String> {
+fn share(text: &str) -> anyhow::Result<f64> {
     match text.parse() {
         Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
-        _ => Err("must lie above 0 and at most at 1".into()),
+        _ => bail!("must lie above 0 and at most at 1"),
     }
 }
 

@@ -49,7 +49,7 @@ pub(super) struct Questions {
 
 impl Questions {
     /// Request `index`.
-    pub(super) fn ask(&self, index: u64) -> Result<Asked, String> {
+    pub(super) fn ask(&self, index: u64) -> anyhow::Result<Asked> {
         let index = if self.is_repeated { 0 } else { index };
         let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));
         let is_completion = match self.shape {

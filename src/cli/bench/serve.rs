@@ -15,6 +15,7 @@ use crate::cli::shared::runtime;
 use crate::clock::Clock;
 use crate::validator::query::{Fault, QueryError, Size, Streamed, Target};
 use crate::validator::round::measure::{said_error, timing};
+use anyhow::bail;
 use clap::Args;
 use serde_json::json;
 use std::path::Path;
@@ -88,10 +89,10 @@ pub(in crate::cli) struct ServeArgs {
     output: OutputArgs,
 }
 
-fn positive(text: &str) -> Result<f64, String> {
+fn positive(text: &str) -> anyhow::Result<f64> {
     match text.parse() {
         Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
-        _ => Err("must be a number above 0 and at most 1000000".into()),
+        _ => bail!("must be a number above 0 and at most 1000000"),
     }
 }
 
@@ -189,7 +190,7 @@ impl ServeArgs {
         for (number, load) in self.loads().into_iter().enumerate() {
             // Number 0 is the first request, which is not measured.
             let first = 1 + number as u64 * u64::from(self.requests);
-            let asked: Result<Vec<Asked>, String> =
+            let asked: anyhow::Result<Vec<Asked>> =
                 (first..first + u64::from(self.requests)).map(|i| questions.ask(i)).collect();
             let asked = asked.map_err(Failure::user)?;
             let seed = questions.seed ^ first;
