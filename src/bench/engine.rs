@@ -18,6 +18,7 @@ const OPTIONS: Options = Options {
     sequences_max: 64,
     waiting_max: 64,
     step_tokens_max: 512,
+    drafts_max: 0,
 };
 
 /// Measures the model at `path` on a device of an otherwise idle machine: tokens a second, seconds

@@ -256,6 +256,7 @@ pub(super) fn start(model: &Arc<Model>, pool: &Pool) -> Result<Engine, String> {
         sequences_max: 16,
         waiting_max: 16,
         step_tokens_max: 512,
+        drafts_max: 0,
     };
     Engine::start(Arc::clone(model), pool.clone(), options, Clock::system())
         .map_err(|e| e.to_string())
