@@ -1,23 +1,30 @@
 //! The engine on a real model, as llama-bench and llama-batched-bench measure: prefill of 512,
-//! decode at several batch sizes, memory and load time; then the same through HTTP (`serve`).
+//! decode at several batch sizes, memory and load time; then what those do not measure (scoring,
+//! the first token of a short prompt, a long context), the ceilings of the machine, and streams
+//! through HTTP (`serve`).
 
+use super::ceilings::{fma_peak, read_bandwidth};
 use super::figures::Figures;
 use super::load::{REPEATS, request};
 use super::{host, serve};
 use crate::clock::Clock;
 use crate::engine::output::Event;
+use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
 use crate::models::Model;
 use crate::models::device::Device;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Tokens before the decode of a long context.
+const LONG: usize = 8000;
 const OPTIONS: Options = Options {
-    context_max: 2048,
-    blocks: 256,
+    context_max: 8192,
+    blocks: 256 + 8192 / 32,
     sequences_max: 64,
     waiting_max: 64,
     step_tokens_max: 512,
+    drafts_max: 0,
 };
 
 /// Measures the model at `path` on a device of an otherwise idle machine: tokens a second, seconds
@@ -27,11 +34,13 @@ const OPTIONS: Options = Options {
 /// When the model cannot be loaded, or the engine or its server fails.
 pub fn run(device: Device, path: &Path) -> anyhow::Result<Figures> {
     let pool = host::pool()?;
+    let mut figures = Figures::default();
+    figures.push("read_gb_per_second", vec![read_bandwidth(&pool.turn()) / 1e9]);
+    figures.push("fma_gflop_per_second", vec![fma_peak(&pool.turn()) / 1e9]);
     let started = Clock::system();
     let model = Arc::new(Model::load_on(device, path, None, &pool, |_, _| {})?);
     let weights = model.weights.bytes();
     let engine = Engine::start(Arc::clone(&model), pool, OPTIONS, Clock::system())?;
-    let mut figures = Figures::default();
     figures.push("load_seconds", vec![started.elapsed().as_secs_f64()]);
     measure(&engine, &mut figures)?;
     let peak = host::resident_bytes("VmHWM:")?;
@@ -56,11 +65,25 @@ fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
     };
     repeat("pp512", &|salt| Ok(generate(engine, 1, 512, 1, salt)?.prefill))?;
     repeat("tg128", &|salt| Ok(generate(engine, 1, 1, 128, salt)?.decode))?;
-    for batch in [4, 8, 16] {
+    for batch in [4, 8, 16, 64] {
         let name = format!("tg64_b{batch}");
         repeat(&name, &|salt| Ok(generate(engine, batch, 16, 64, salt)?.decode))?;
     }
+    repeat("pp512_scored", &|salt| score(engine, 512, salt))?;
+    repeat("ttft32_seconds", &|salt| Ok(32.0 / generate(engine, 1, 32, 1, salt)?.prefill))?;
+    if engine.info().spec.context >= OPTIONS.context_max {
+        repeat("tg64_at_8000", &|salt| Ok(generate(engine, 1, LONG, 64, salt)?.decode))?;
+    }
     Ok(())
+}
+
+/// Prompt tokens a second when each is scored as a verifier does: its log-probability, its rank and
+/// the six most probable ones.
+fn score(engine: &Engine, prompt: usize, salt: u32) -> anyhow::Result<f64> {
+    let request = Request { prompt_logprobs: Some(6), ..request(prompt, 0, salt * 100) };
+    let started = Clock::system();
+    engine.submit(request)?.collect_blocking()?;
+    Ok(prompt as f64 / started.elapsed().as_secs_f64())
 }
 
 /// Tokens a second.

@@ -30,6 +30,7 @@ pub fn run(path: &Path, say: Say<'_>) -> anyhow::Result<()> {
         sequences_max: 16,
         waiting_max: 16,
         step_tokens_max: 512,
+        drafts_max: 0,
     };
     let engine = Engine::start(model, pool, options, Clock::system())?;
     for batch in [1, 16] {

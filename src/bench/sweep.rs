@@ -129,7 +129,14 @@ fn options(model: &Model, setup: &Setup) -> anyhow::Result<Options> {
         Bytes(free)
     );
     let (sequences_max, waiting_max) = (batch, batch);
-    Ok(Options { context_max, blocks, sequences_max, waiting_max, step_tokens_max: STEP_TOKENS })
+    Ok(Options {
+        context_max,
+        blocks,
+        sequences_max,
+        waiting_max,
+        step_tokens_max: STEP_TOKENS,
+        drafts_max: 0,
+    })
 }
 
 /// Tries to measure one decode.

@@ -45,6 +45,7 @@ const OPTIONS: Options = Options {
     sequences_max: 16,
     waiting_max: 16,
     step_tokens_max: 512,
+    drafts_max: 0,
 };
 
 /// Measures on the model at `path`, on an otherwise idle machine; `scratch` is an empty directory

@@ -139,7 +139,7 @@ async fn plan(
 }
 
 fn wanted(wanted: Wanted, slots: usize) -> Wanted {
-    Wanted { kv_memory: KvMemory::Auto, sequences_max: slots, ..wanted }
+    Wanted { kv_memory: KvMemory::Auto, sequences_max: slots, drafts_max: 0, ..wanted }
 }
 
 struct Loader {

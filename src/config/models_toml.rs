@@ -4,6 +4,7 @@
 use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
 use crate::engine::backend::{BackendError, BackendKind};
+use crate::engine::drafts::STEP_ROWS_MAX;
 use crate::engine::plan::{KvMemory, Wanted};
 use crate::models::device::{Device, DeviceError};
 use crate::ops::dtype::Dtype;
@@ -14,7 +15,9 @@ use std::path::{Path, PathBuf};
 const SEQUENCES_DEFAULT: usize = 64;
 /// Most of them.
 const SEQUENCES_MAX: usize = 1024;
-const KEYS: [&str; 12] = [
+/// Most tokens that may be guessed for a step: fewer than the rows up to which they are added.
+const SPECULATIVE_MAX: usize = STEP_ROWS_MAX - 1;
+const KEYS: [&str; 13] = [
     "name",
     "source",
     "repo",
@@ -27,6 +30,7 @@ const KEYS: [&str; 12] = [
     "context_max",
     "kv_memory",
     "sequences_max",
+    "speculative_tokens",
 ];
 
 /// Where a model's files come from.
@@ -107,6 +111,7 @@ struct Entry {
     context_max: Option<usize>,
     kv_memory: Option<String>,
     sequences_max: Option<usize>,
+    speculative_tokens: Option<usize>,
 }
 
 /// Reads and checks the file; `keys` open the API besides those that it names.
@@ -180,6 +185,11 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
         let what = format!("must lie in 1..={SEQUENCES_MAX}, got {sequences_max}");
         return Err(("sequences_max", what));
     }
+    let drafts_max = entry.speculative_tokens.unwrap_or(0);
+    if drafts_max > SPECULATIVE_MAX {
+        let what = format!("must lie in 0..={SPECULATIVE_MAX}, got {drafts_max}");
+        return Err(("speculative_tokens", what));
+    }
     if entry.context_max == Some(0) {
         return Err(("context_max", "must be at least 1, got 0".into()));
     }
@@ -187,6 +197,7 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
         context_max: entry.context_max,
         kv_memory: kv_memory.map_err(|e| ("kv_memory", e.to_string()))?,
         sequences_max,
+        drafts_max,
     };
     let (source, default_name) = source(&entry, directory)?;
     let name = entry.name.or(default_name).ok_or(("name", "is missing".to_owned()))?;
@@ -287,6 +298,11 @@ mod tests {
             ("[[model]]\nname=\"a\"\nengine=\"vllm\"", "`engine` must be native, got vllm", None),
             ("[[model]]\nname=\"a\"\nkv_memory=\"4\"", "`kv_memory` must be a size", None),
             ("[[model]]\nname=\"a\"\nsequences_max=0", "`sequences_max` must lie in 1..=", None),
+            (
+                "[[model]]\nname=\"a\"\nspeculative_tokens=16",
+                "`speculative_tokens` must lie in 0..=15, got 16",
+                None,
+            ),
             ("[[model]]\nname=\"a\"\n[[model]]\nname=\"a\"", "two models are called a", None),
             ("[[model]]\nname=\"a\"\ncontext_max=\"big\"", "line 3: invalid type", None),
             ("[[model\n", "line 1:", None),

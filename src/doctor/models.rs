@@ -105,7 +105,12 @@ mod tests {
     #[test]
     fn a_path_with_nothing_is_one_fault() {
         let dir = tempfile::tempdir().unwrap();
-        let wanted = Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 1 };
+        let wanted = Wanted {
+            context_max: None,
+            kv_memory: KvMemory::Auto,
+            sequences_max: 1,
+            drafts_max: 0,
+        };
         let path = dir.path().join("none");
         let mut available = 1 << 30;
         let files = Files { name: "m", path: &path, wanted };

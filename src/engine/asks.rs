@@ -3,7 +3,7 @@
 use super::guard::{Stage, Watch};
 use super::live::Live;
 use super::output::Fault;
-use super::scheduler::Plan;
+use super::scheduler::{Plan, Slice};
 use crate::models::pass::{Batch, RowAsk, RowFault, RowResult, Scored};
 use crate::ops::pool::Pool;
 use crate::proof::commit::RowData;
@@ -13,6 +13,8 @@ use crate::proof::commit::RowData;
 pub(super) struct RowAt {
     pub(super) slice: usize,
     pub(super) position: usize,
+    /// The token at its position, where that is a draft.
+    pub(super) draft: Option<u32>,
     row: usize, // in the batch
 }
 
@@ -29,7 +31,10 @@ pub(super) fn lay_out(plan: &Plan, live: &[&Live]) -> (Batch, Vec<RowAt>) {
         let blocks = planned.blocks.iter().map(|b| b.0).collect();
         let rows = batch.push(&planned.tokens, planned.start, blocks);
         let rows = rows.zip(planned.start..).filter(|(_, position)| live.wants_row(*position));
-        chosen.extend(rows.map(|(row, position)| RowAt { slice, position, row }));
+        chosen.extend(rows.map(|(row, position)| {
+            let draft = planned.drafts_to(position).last().copied();
+            RowAt { slice, position, draft, row }
+        }));
     }
     (batch, chosen)
 }
@@ -37,12 +42,14 @@ pub(super) fn lay_out(plan: &Plan, live: &[&Live]) -> (Batch, Vec<RowAt>) {
 /// What is asked of `rows`, in their order. Masks of grammars are computed on all threads.
 pub(super) fn ask<'a>(
     rows: &[RowAt],
+    slices: &[Slice],
     live: &[&'a Live],
     watch: &Watch,
     pool: &Pool,
 ) -> Vec<Asked<'a>> {
-    let ask = |RowAt { slice, position, row }: RowAt| {
-        watch.guard(Stage::Reduce, || live[slice].ask(row, position))
+    let ask = |RowAt { slice, position, row, .. }: RowAt| {
+        let drafts = slices[slice].drafts_to(position);
+        watch.guard(Stage::Reduce, || live[slice].ask(row, position, drafts))
     };
     match rows.iter().filter(|at| live[at.slice].has_grammar()).count() {
         0 | 1 => rows.iter().map(|at| ask(*at)).collect(),

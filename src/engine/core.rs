@@ -131,6 +131,8 @@ impl Core {
             growth_max: request.max_tokens,
             salt: request.cache_salt,
             reads_cache: request.reads_cache && request.prompt_logprobs.is_none(),
+            // A grammar would have to be copied and moved on for every draft.
+            is_drafted: request.grammar.is_none(),
         };
         let failing = events.clone();
         let made = self
@@ -229,7 +231,7 @@ impl Core {
     fn compute(&mut self, plan: &Plan) -> Result<Vec<Reported>, Fault> {
         let live: Vec<&Live> = plan.slices.iter().map(|s| &self.live[&s.id]).collect();
         let (batch, rows) = lay_out(plan, &live);
-        let asked = ask(&rows, &live, &self.watch, &self.pool);
+        let asked = ask(&rows, &plan.slices, &live, &self.watch, &self.pool);
         let (mut asks, mut refused) = (Vec::with_capacity(rows.len()), Vec::new());
         for asked in asked {
             refused.push(asked.map(|ask| asks.push(ask)).err());
@@ -250,6 +252,9 @@ impl Core {
 
     /// What a row led to; rows of one sequence come in ascending position.
     fn record(&mut self, id: SequenceId, at: RowAt, row: Result<Row, Fault>, now: Duration) {
+        if at.draft.is_some_and(|token| !self.scheduler.accept(id, at.position, token)) {
+            return;
+        }
         // A sequence that failed at an earlier row of this step is gone.
         let Some(live) = self.live.get_mut(&id) else { return };
         let row = match row {

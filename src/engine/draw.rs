@@ -34,20 +34,33 @@ impl Draw {
         self.grammar.is_some()
     }
 
-    /// What holds for the next row.
+    /// What holds for the next row after `drafts`, which are not drawn yet.
     ///
     /// # Errors
     /// When the grammar is too complex here.
-    pub fn rules(&self, request: &Request) -> Result<Rules, GrammarError> {
+    ///
+    /// # Panics
+    /// When there are drafts and a grammar: those do not go together.
+    pub fn rules(&self, request: &Request, drafts: &[u32]) -> Result<Rules, GrammarError> {
+        assert!(drafts.is_empty() || self.grammar.is_none(), "drafts under a grammar");
         let allowed = self.grammar.as_ref().map(|g| g.lock().allowed()).transpose()?;
-        let banned = self.banned_ids(request, allowed.as_ref());
-        Ok(Rules { seen: Arc::clone(&self.seen), banned, allowed })
+        let banned = self.banned_ids(request, drafts.len(), allowed.as_ref());
+        let mut seen = Arc::clone(&self.seen);
+        if request.sampling.has_penalties() {
+            drafts.iter().for_each(|id| Arc::make_mut(&mut seen).push(&request.sampling, *id));
+        }
+        Ok(Rules { seen, banned, allowed })
     }
 
     /// Ids that may not be drawn yet: those that would end the output before `min_tokens`, unless
     /// its grammar leaves nothing else.
-    fn banned_ids(&self, request: &Request, allowed: Option<&SimpleVob>) -> Vec<u32> {
-        if self.generated >= request.min_tokens {
+    fn banned_ids(
+        &self,
+        request: &Request,
+        drafts: usize,
+        allowed: Option<&SimpleVob>,
+    ) -> Vec<u32> {
+        if self.generated + drafts >= request.min_tokens {
             return Vec::new();
         }
         let banned = [self.end_ids.as_slice(), &request.stop.ids].concat();

@@ -82,11 +82,17 @@ impl Live {
     }
 
     /// What is asked of its row at `position`, which is row `row` of the batch: a score of the
-    /// known token, or a draw and what the hidden row contributes to the proof.
+    /// known token, or a draw and what the hidden row contributes to the proof. The draw holds if
+    /// `drafts` are the tokens that are drawn before it in the same step.
     ///
     /// # Errors
     /// When its grammar is too complex here.
-    pub(super) fn ask(&self, row: usize, position: usize) -> Result<RowAsk<'_>, Fault> {
+    pub(super) fn ask(
+        &self,
+        row: usize,
+        position: usize,
+        drafts: &[u32],
+    ) -> Result<RowAsk<'_>, Fault> {
         let request = &self.request;
         let is_drawn = self.target(position).is_none();
         let (token, count) = match self.target(position) {
@@ -95,7 +101,7 @@ impl Live {
         };
         let plain = Scores::new(token, &request.sampling);
         let scores = Scores {
-            rules: if is_drawn { self.draw.rules(request)? } else { plain.rules },
+            rules: if is_drawn { self.draw.rules(request, drafts)? } else { plain.rules },
             mode: if is_drawn { request.logprob_mode } else { plain.mode },
             top: if request.logprob_ids.is_empty() { count } else { 0 },
             ids: request.logprob_ids.clone(),

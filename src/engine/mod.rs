@@ -10,6 +10,7 @@ mod asks;
 pub mod backend;
 pub mod blocks;
 mod core;
+pub mod drafts;
 pub mod draw;
 pub mod guard;
 mod live;
@@ -59,6 +60,8 @@ pub struct Options {
     pub waiting_max: usize,
     /// Rows of a step that only prefills.
     pub step_tokens_max: usize,
+    /// Tokens of one sequence that are guessed for a step (`drafts`); 0 for none.
+    pub drafts_max: usize,
 }
 
 /// Prefill rows that may join a step in which sequences decode.
@@ -88,6 +91,7 @@ impl Options {
             sequences_max: self.sequences_max,
             waiting_max: self.in_flight_max(),
             context_max: self.context_max,
+            drafts_max: self.drafts_max,
         }
     }
 }

@@ -32,6 +32,8 @@ pub struct Wanted {
     pub kv_memory: KvMemory,
     /// Sequences that run at once.
     pub sequences_max: usize,
+    /// Tokens of one sequence that are guessed for a step; 0 for none.
+    pub drafts_max: usize,
 }
 
 /// Bytes that one model needs, and the engine's sizes that follow.
@@ -140,6 +142,7 @@ impl MemoryPlan {
             sequences_max: wanted.sequences_max,
             waiting_max: WAITING_MAX,
             step_tokens_max,
+            drafts_max: wanted.drafts_max,
         };
         Ok(Self { weights, kv, workspace, options })
     }
@@ -228,7 +231,7 @@ mod tests {
     }
 
     const WANTED: Wanted =
-        Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 8 };
+        Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 8, drafts_max: 0 };
 
     #[test]
     fn weights_are_two_bytes_a_parameter() {

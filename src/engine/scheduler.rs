@@ -9,9 +9,15 @@
 //! sequences more, that owner's newest one is preempted: nobody waits for the end of an answer of
 //! somebody who has several. The oldest running sequence is never the one, so all end.
 //!
+//! A sequence that repeats itself may run ahead: the tokens that followed the same few tokens before
+//! are guessed ([`drafts`](super::drafts)) and computed as rows of the same step. A draft counts
+//! once the row before it has drawn that very token ([`Scheduler::accept`]), so drafts change how
+//! many steps an answer takes and nothing else. They use blocks that a sequence has already.
+//!
 //! No clock, no tensors, no channels: `tests/engine/scheduler_sim.rs` drives it from a seed.
 
 use super::blocks::{BlockId, BlockPool, BlockTable};
+use super::drafts::{self, Pace};
 use crate::ops::attention::BLOCK_TOKENS;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -36,6 +42,8 @@ pub struct Limits {
     pub waiting_max: usize,
     /// Tokens of one sequence.
     pub context_max: usize,
+    /// Drafts of one sequence in a step; 0 where none are made.
+    pub drafts_max: usize,
 }
 
 /// A sequence as it is submitted.
@@ -53,6 +61,8 @@ pub struct NewSequence {
     pub salt: u64,
     /// Whether cached prefixes may be read.
     pub reads_cache: bool,
+    /// Whether its next tokens may be guessed.
+    pub is_drafted: bool,
 }
 
 /// Why a sequence is not accepted.
@@ -96,8 +106,18 @@ pub struct Slice {
     pub tokens: Vec<u32>,
     /// Whether these reach the sequence's last known token.
     pub is_last: bool,
+    /// How many of them, the last ones, are drafts: guesses of what follows the known tokens.
+    pub drafts: usize,
     /// Block table.
     pub blocks: Vec<BlockId>,
+}
+
+impl Slice {
+    /// The drafts up to and including the one at `position`; none where a known token stands there.
+    pub fn drafts_to(&self, position: usize) -> &[u32] {
+        let known = self.tokens.len() - self.drafts;
+        &self.tokens[known..(position + 1 - self.start).max(known)]
+    }
 }
 
 /// One step.
@@ -126,6 +146,7 @@ struct Sequence {
     reads_cache: bool,
     table: BlockTable,
     cached_tokens: usize, // found in the prefix cache when last admitted
+    pace: Option<Pace>,   // of its drafts, where it has any
 }
 
 impl Sequence {
@@ -141,6 +162,8 @@ pub struct Scheduler {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>, // oldest first
     preemptions: u64,
+    drafted: u64,
+    accepted: u64,
 }
 
 /// Figures for operators.
@@ -156,6 +179,10 @@ pub struct Load {
     pub blocks_total: usize,
     /// Preemptions so far.
     pub preemptions: u64,
+    /// Drafts so far.
+    pub drafted: u64,
+    /// Of those, the ones that came true.
+    pub accepted: u64,
 }
 
 impl Scheduler {
@@ -169,6 +196,8 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             preemptions: 0,
+            drafted: 0,
+            accepted: 0,
         }
     }
 
@@ -216,6 +245,7 @@ impl Scheduler {
             reads_cache: new.reads_cache,
             table: BlockTable::default(),
             cached_tokens: 0,
+            pace: (new.is_drafted && self.limits.drafts_max > 0).then(Pace::default),
         });
         Ok(())
     }
@@ -228,6 +258,7 @@ impl Scheduler {
             true => self.limits.step_tokens_max,
             false => self.limits.mixed_tokens_max.min(self.limits.step_tokens_max),
         };
+        self.plan_drafts(&mut plan, budget);
         self.plan_prefills(&mut plan, budget);
         self.admit(&mut plan, budget);
         plan
@@ -242,6 +273,27 @@ impl Scheduler {
             }
             // `secure` may have preempted this very sequence, the last of the list.
             index += 1;
+        }
+    }
+
+    /// Appends drafts to the sequences that decode, in at most half of the rows that are left.
+    fn plan_drafts(&mut self, plan: &mut Plan, budget: usize) {
+        let room = budget.saturating_sub(plan.rows()) / 2;
+        let mut room = room.min(drafts::STEP_ROWS_MAX.saturating_sub(plan.slices.len()));
+        for slice in &mut plan.slices {
+            let Some(sequence) = self.running.iter_mut().find(|s| s.id == slice.id) else {
+                continue;
+            };
+            // A last draft would be followed by a token more than it may have.
+            let growth = sequence.growth_max.saturating_sub(1);
+            let held = sequence.table.capacity() - sequence.tokens.len();
+            let Some(pace) = &mut sequence.pace else { continue };
+            let count = pace.next(self.limits.drafts_max).min(growth).min(held).min(room);
+            let guessed = drafts::guess(&sequence.tokens, count);
+            pace.drafted(guessed.len());
+            room -= guessed.len();
+            slice.drafts = guessed.len();
+            slice.tokens.extend(guessed);
         }
     }
 
@@ -372,19 +424,42 @@ impl Scheduler {
             start: sequence.computed,
             tokens: sequence.tokens[sequence.computed..end].to_vec(),
             is_last: end == sequence.tokens.len(),
+            drafts: 0,
             blocks: sequence.table.ids().to_vec(),
         }
     }
 
-    /// Records that a plan was computed.
+    /// Records that a plan was computed. Drafts count for nothing yet.
     pub fn commit(&mut self, plan: &Plan) {
         for slice in &plan.slices {
+            self.drafted += slice.drafts as u64;
             let Some(index) = self.position(slice.id) else { continue };
-            let sequence = &mut self.running[index];
-            sequence.computed = slice.start + slice.tokens.len();
-            let computed = &sequence.tokens[..sequence.computed];
-            self.pool.register(&mut sequence.table, sequence.salt, computed);
+            self.count(index, slice.start + slice.tokens.len() - slice.drafts);
         }
+    }
+
+    /// The keys and values of the first `computed` tokens of sequence `index` are in its blocks.
+    fn count(&mut self, index: usize, computed: usize) {
+        let sequence = &mut self.running[index];
+        sequence.computed = computed;
+        let computed = &sequence.tokens[..computed];
+        self.pool.register(&mut sequence.table, sequence.salt, computed);
+    }
+
+    /// Whether the draft of `token` at `position` came true: then its row counts like one that was
+    /// planned after `token` was drawn. False too once the sequence is gone.
+    pub fn accept(&mut self, id: SequenceId, position: usize, token: u32) -> bool {
+        let Some(index) = self.position(id) else { return false };
+        let sequence = &mut self.running[index];
+        if sequence.computed != position || sequence.tokens.get(position) != Some(&token) {
+            return false;
+        }
+        if let Some(pace) = &mut sequence.pace {
+            pace.accepted();
+        }
+        self.accepted += 1;
+        self.count(index, position + 1);
+        true
     }
 
     /// Appends a sampled token.
@@ -429,6 +504,8 @@ impl Scheduler {
             blocks_used: self.pool.total() - self.pool.available(),
             blocks_total: self.pool.total(),
             preemptions: self.preemptions,
+            drafted: self.drafted,
+            accepted: self.accepted,
         }
     }
 
@@ -445,7 +522,7 @@ impl Scheduler {
         }
         assert!(self.waiting.iter().all(|s| s.table.ids().is_empty() && s.computed == 0));
         assert!(self.running.len() <= self.limits.sequences_max);
-        let decodes = plan.slices.iter().filter(|s| s.tokens.len() == 1).count();
+        let decodes = plan.slices.iter().filter(|s| s.tokens.len() == 1 + s.drafts).count();
         assert!(plan.rows() <= self.limits.step_tokens_max.max(decodes));
         for slice in &plan.slices {
             assert!(slice.blocks.len() * BLOCK_TOKENS >= slice.start + slice.tokens.len());

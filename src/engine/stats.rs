@@ -1,6 +1,6 @@
 //! Counters and timings of one engine: written by its thread, read by anyone.
 
-use super::scheduler::{Load, Plan};
+use super::scheduler::{Load, Plan, Slice};
 use parking_lot::Mutex;
 use prometheus_client::metrics::histogram::Histogram;
 use std::time::Duration;
@@ -160,7 +160,9 @@ impl Stats {
         s.steps += 1;
         s.last_step_at = ended;
         s.busy += ended.saturating_sub(started);
-        let decoded = plan.slices.iter().filter(|s| s.tokens.len() == 1 && s.is_last).count();
+        let is_decoded = |s: &&Slice| s.tokens.len() == 1 + s.drafts && s.is_last;
+        let decoding = plan.slices.iter().filter(is_decoded);
+        let decoded: usize = decoding.map(|s| s.tokens.len()).sum();
         s.prefill_tokens += (plan.rows() - decoded) as u64;
     }
 

@@ -95,7 +95,7 @@ impl Rows for Judge<'_> {
             let scores = match wanted.contains(&index) {
                 // What the grammar says next is our own doing.
                 true => Some(Scores {
-                    rules: draw.rules(request).map_err(|e| Stop::Fault(e.to_string()))?,
+                    rules: draw.rules(request, &[]).map_err(|e| Stop::Fault(e.to_string()))?,
                     mode: request.logprob_mode,
                     top: tops.count(index),
                     near: tops.near(index),

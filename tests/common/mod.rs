@@ -208,6 +208,7 @@ pub fn options() -> Options {
         sequences_max: 16,
         waiting_max: 64,
         step_tokens_max: 512,
+        drafts_max: 0,
     }
 }
 

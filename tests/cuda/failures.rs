@@ -14,7 +14,8 @@ use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
-const WANTED: Wanted = Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 4 };
+const WANTED: Wanted =
+    Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 4, drafts_max: 0 };
 
 fn pair(device: usize) -> Pair {
     let dir = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ mod common;
 mod calibration;
 mod canon;
 mod checkpoints;
+mod drafts;
 mod fuzz;
 mod gguf_files;
 mod hub;

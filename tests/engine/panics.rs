@@ -12,8 +12,14 @@ use targon_engine::engine::{Engine, Options};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
-const OPTIONS: Options =
-    Options { context_max: 128, blocks: 16, sequences_max: 4, waiting_max: 8, step_tokens_max: 32 };
+const OPTIONS: Options = Options {
+    context_max: 128,
+    blocks: 16,
+    sequences_max: 4,
+    waiting_max: 8,
+    step_tokens_max: 32,
+    drafts_max: 0,
+};
 
 /// Panics when `stage` is entered for the time that counts to zero.
 fn bomb(stage: Stage, countdown: &Arc<AtomicU32>) -> Watch {

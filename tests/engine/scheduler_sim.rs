@@ -40,6 +40,7 @@ impl Simulation {
             sequences_max,
             waiting_max: 1 + noise.below(8),
             context_max: 40 + noise.below(200),
+            drafts_max: noise.below(2) * noise.below(8),
         };
         let scheduler = Scheduler::new(limits, 1 + noise.below(12));
         Self {
@@ -76,6 +77,7 @@ impl Simulation {
             growth_max: growth,
             salt: u64::from(self.noise.below(8) == 0),
             reads_cache: self.noise.below(5) > 0,
+            is_drafted: self.noise.below(4) > 0,
         };
         match self.scheduler.submit(new) {
             Ok(()) => {
@@ -106,7 +108,7 @@ impl Simulation {
         }
         self.scheduler.commit(&plan);
         for slice in plan.slices.iter().filter(|s| s.is_last) {
-            self.draw(slice.id);
+            self.draw_all(slice);
         }
         self.note_waiting(&plan);
         self.scheduler.check(&Plan::default());
@@ -135,10 +137,15 @@ impl Simulation {
 
     /// Writes the slice's positions and reads every position before them, as attention does.
     fn compute(&mut self, slice: &Slice) {
-        let tokens = &self.live[&slice.id].tokens;
-        let end = slice.start + slice.tokens.len();
-        assert_eq!(&tokens[slice.start..end], slice.tokens, "rows of other tokens");
+        let mut tokens = self.live[&slice.id].tokens.clone();
+        let (known, drafts) = slice.tokens.split_at(slice.tokens.len() - slice.drafts);
+        let end = slice.start + known.len();
+        assert_eq!(&tokens[slice.start..end], known, "rows of other tokens");
         assert_eq!(slice.is_last, end == tokens.len());
+        assert!(drafts.is_empty() || (slice.is_last && known.len() == 1), "drafts of a prefill");
+        assert!(drafts.len() <= self.limits.drafts_max.min(self.live[&slice.id].growth - 1));
+        tokens.extend(drafts);
+        let end = end + drafts.len();
         let place =
             |position: usize| (slice.blocks[position / BLOCK_TOKENS].0, position % BLOCK_TOKENS);
         for position in slice.start..end {
@@ -149,6 +156,23 @@ impl Simulation {
             assert_eq!(stored, Some(&tokens[..=position]), "position {position} of another prefix");
         }
         self.shared_tokens += self.scheduler.cached_tokens(slice.id);
+    }
+
+    /// Draws after the last known token, and after each draft that came true.
+    fn draw_all(&mut self, slice: &Slice) {
+        self.draw(slice.id);
+        let known = slice.tokens.len() - slice.drafts;
+        for (index, token) in slice.tokens.iter().enumerate().skip(known) {
+            let position = slice.start + index;
+            let drawn = self.live.get(&slice.id).map(|model| model.tokens[position]);
+            let is_true = self.scheduler.accept(slice.id, position, *token);
+            assert_eq!(is_true, drawn == Some(*token), "a draft at {position}");
+            if !is_true {
+                let again = self.scheduler.accept(slice.id, position + 1, *token);
+                return assert!(!again, "a draft after one that did not come true");
+            }
+            self.draw(slice.id);
+        }
     }
 
     fn draw(&mut self, id: SequenceId) {
@@ -177,6 +201,7 @@ impl Simulation {
 #[test]
 fn random_workloads_keep_every_invariant_and_finish() {
     let (mut finished, mut shared, mut preempted) = (0, 0, 0);
+    let (mut drafted, mut accepted) = (0, 0);
     for seed in 0..800 {
         println!("seed {seed}");
         let mut simulation = Simulation::new(seed);
@@ -197,13 +222,17 @@ fn random_workloads_keep_every_invariant_and_finish() {
         assert_eq!(simulation.scheduler.load().blocks_used, 0, "seed {seed} leaks blocks");
         finished += simulation.finished;
         shared += simulation.shared_tokens;
-        preempted += simulation.scheduler.load().preemptions;
+        let load = simulation.scheduler.load();
+        preempted += load.preemptions;
+        drafted += load.drafted;
+        accepted += load.accepted;
     }
     // The workload must reach what it is meant to test.
     assert!(
         finished > 2_000 && shared > 10_000 && preempted > 200,
         "{finished} {shared} {preempted}"
     );
+    assert!(accepted > 2_000 && drafted > accepted + 2_000, "{drafted} {accepted}");
 }
 
 #[test]
@@ -214,6 +243,7 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
         sequences_max: 4,
         waiting_max: 4,
         context_max: 1_000,
+        drafts_max: 0,
     };
     let mut scheduler = Scheduler::new(limits, 4);
     let sequence = |id: u64, count: usize, growth_max: usize| NewSequence {
@@ -223,6 +253,7 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
         growth_max,
         salt: 0,
         reads_cache: true,
+        is_drafted: false,
     };
     assert_eq!(
         scheduler.submit(sequence(0, 129, 1)),
@@ -260,6 +291,7 @@ fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
         sequences_max: 2,
         waiting_max: 8,
         context_max: 400,
+        drafts_max: 0,
     };
     let mut scheduler = Scheduler::new(limits, 64);
     let sequence = |id: u64, owner: u8, growth_max: usize| NewSequence {
@@ -269,6 +301,7 @@ fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
         growth_max,
         salt: id,
         reads_cache: true,
+        is_drafted: false,
     };
     for id in 0..4 {
         scheduler.submit(sequence(id, 1, 300)).unwrap();

@@ -254,6 +254,7 @@ pub(super) fn start(model: &Arc<Model>, pool: &Pool) -> anyhow::Result<Engine> {
         sequences_max: 16,
         waiting_max: 16,
         step_tokens_max: 512,
+        drafts_max: 0,
     };
     Ok(Engine::start(Arc::clone(model), pool.clone(), options, Clock::system())?)
 }

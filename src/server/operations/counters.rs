@@ -110,12 +110,14 @@ const GAUGES: [Gauge; 3] = [
     }),
 ];
 
-const COUNTS: [Count; 7] = [
+const COUNTS: [Count; 9] = [
     ("vllm:num_preemptions", "Sequences set back to the queue", |s| s.load.preemptions),
     ("vllm:prompt_tokens", "Prompt tokens computed", |s| s.prefill_tokens),
     ("vllm:generation_tokens", "Tokens generated", |s| s.decode_tokens),
     ("vllm:prefix_cache_queries", "Prompt tokens of ended requests", |s| s.prompt_tokens),
     ("vllm:prefix_cache_hits", "Of those, found in the prefix cache", |s| s.cached_tokens),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens guessed for a step", |s| s.load.drafted),
+    ("vllm:spec_decode_num_accepted_tokens", "Of those, drawn", |s| s.load.accepted),
     ("vllm:corrupted_requests", "Requests that failed inside the engine", |s| s.faults),
     ("targon_engine_steps", "Steps finished: a heartbeat", |s| s.steps),
 ];
