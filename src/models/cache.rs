@@ -1,4 +1,5 @@
-//! What the program keeps on disk and can get or compute again: found, measured and removed by kind.
+//! What the program keeps on disk and can get or compute again: found, measured and removed by
+//! kind.
 //!
 //! [`KINDS`] is data: a kind is a name and where its things lie. Links are never followed: one in
 //! the place of a thing is shown and left alone, those inside a thing are removed as links. What

@@ -84,7 +84,8 @@ impl Answered<'_> {
             return self.finding("token ids", Level::Ok, fact);
         }
         let fact = format!(
-            "{unnamed} chunks name no `token_id:` and are left out, {silent} have no log-probability"
+            "{unnamed} chunks name no `token_id:` and are left out, {silent} have no \
+             log-probability"
         );
         self.finding("token ids", Level::Fault, fact).hint(
             "answer with log-probabilities and names of ids: `serve` with a wallet does, without \
@@ -122,7 +123,8 @@ impl Answered<'_> {
         let timing = timing(self.arrivals(), self.streamed.ended, self.sampling.max_tokens);
         let gap = Reading::longest_gap(self.arrivals(), self.streamed.ended);
         let fact = format!(
-            "{:.1} tokens/s, first text after {:.3} s, whole answer {:.3} s, longest silence {:.3} s",
+            "{:.1} tokens/s, first text after {:.3} s, whole answer {:.3} s, longest silence \
+             {:.3} s",
             timing.tps,
             timing.first_token,
             timing.total,
