@@ -53,3 +53,13 @@ need_rust() {
     [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -n 1)" = "$want" ] ||
         fail "Rust $want or newer is needed, this is $have" "rustup update stable"
 }
+
+# Unpacks a Python package into a directory, without installing anything of it:
+# unpack_wheel NAME==VERSION DIRECTORY HINT
+unpack_wheel() {
+    need_commands python3:python3
+    python3 -m pip --version >/dev/null 2>&1 || need_packages python3-pip
+    python3 -m pip download --quiet --no-deps --dest "$2" "$1" >&2 ||
+        fail "the package $1 could not be downloaded" "check the network; or $3"
+    python3 -m zipfile -e "$2"/*.whl "$2"
+}

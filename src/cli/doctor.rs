@@ -1,6 +1,7 @@
 //! `doctor`: what is wrong before anything is started.
 
 use super::Failure;
+use super::as_validator::{self, MinerArgs};
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
@@ -23,8 +24,12 @@ use std::process::ExitCode;
 #[command(after_help = "Examples:
   targon-engine doctor --offline
   targon-engine doctor --models models.toml --wallet.name miner --wallet.hotkey default
-  targon-engine doctor --subtensor.network test --netuid 337 --json | jq '.findings[].fact'")]
+  targon-engine doctor --subtensor.network test --netuid 337 --json | jq '.findings[].fact'
+  targon-engine doctor --as-validator 127.0.0.1:8000 --max-tokens 64
+  targon-engine doctor --as-validator 203.0.113.7:8091 --hotkey 5F... --wallet.name validator")]
 pub(super) struct DoctorArgs {
+    #[command(flatten)]
+    miner: MinerArgs,
     #[command(flatten)]
     models: ModelsArg,
     #[command(flatten)]
@@ -44,7 +49,11 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
-    let findings = runtime()?.block_on(examine(args))?;
+    let runtime = runtime()?;
+    let findings = match args.miner.is_named() {
+        true => as_validator::examine(&args.miner, &args.models, &args.wallet, &runtime)?,
+        false => runtime.block_on(examine(args))?,
+    };
     let worst = worst(&findings);
     if args.json {
         outln!("{}", json!({"worst": worst, "findings": findings}));

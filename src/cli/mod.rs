@@ -3,8 +3,10 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.
 
+mod as_validator;
 mod audit;
 mod bench;
+mod cache;
 mod calibrate;
 mod capture;
 mod config;
@@ -120,8 +122,11 @@ enum Command {
     Wallet(wallet::Arguments),
     /// Download a model from the Hugging Face Hub and print where it is.
     Fetch(fetch::FetchArgs),
-    /// Look at machine, clock, wallet, chain, ports and models, and say what is wrong: exit code 1
-    /// when something does not work.
+    /// List and clean what the program keeps on disk and can get or compute again.
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
+    /// Look at machine, clock, wallet, chain, ports and models, or at a miner as validators see it,
+    /// and say what is wrong: exit code 1 when something does not work.
     Doctor(Box<doctor::DoctorArgs>),
     /// Look at configuration files.
     #[command(subcommand)]
@@ -181,6 +186,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Status(args) => status::run(&args),
         Command::Wallet(args) => wallet::run(&args),
         Command::Fetch(args) => fetch::run(&args),
+        Command::Cache(command) => cache::run(&command),
         Command::Config(command) => config::run(&command),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
         Command::Man(args) => manual::pages(&args, Cli::command()),

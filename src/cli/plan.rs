@@ -5,7 +5,6 @@ use super::out::outln;
 use super::progress::{Bars, table};
 use super::shared::ModelsArg;
 use super::shared::runtime;
-use crate::engine::memory::memory;
 use crate::lifecycle::load::{Left, locate, plan};
 use clap::Args;
 
@@ -18,7 +17,6 @@ pub(super) struct PlanArgs {
 
 pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
-    let available = memory().available;
     let bars = Bars::new();
     let runtime = runtime()?;
     let mut left = Left::default();
@@ -29,7 +27,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
         let planned = located.and_then(|located| plan(&located, &mut left));
         rows.push((name, planned));
     }
-    outln!("{}", table(&rows, available));
+    outln!("{}", table(&rows, &left.free()));
     match rows.iter().find_map(|(name, plan)| plan.as_ref().err().map(|why| (name, why))) {
         Some((name, why)) => Err(Failure::user(format!("{name} cannot be served: {why}"))),
         None => Ok(()),

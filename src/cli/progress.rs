@@ -3,14 +3,15 @@
 use super::out::note;
 use crate::engine::plan::Bytes;
 use crate::lifecycle::load::{Plans, Progress};
+use crate::models::device::Device;
 use comfy_table::{Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::io::IsTerminal;
 
-/// The plans as a table for people.
-pub(super) fn table(rows: &Plans, available: u64) -> String {
+/// The plans as a table for people, and the memory that each device has for them.
+pub(super) fn table(rows: &Plans, free: &[(Device, u64)]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header(["model", "weights", "KV cache", "workspace", "total", "sequences x context"]);
@@ -27,7 +28,18 @@ pub(super) fn table(rows: &Plans, available: u64) -> String {
             Err(why) => table.add_row([name.clone(), format!("cannot be served: {why}")]),
         };
     }
-    format!("{table}\navailable memory: {}", Bytes(available))
+    format!("{table}\navailable memory: {}", memory(free))
+}
+
+/// Of the processor alone, only the bytes.
+fn memory(free: &[(Device, u64)]) -> String {
+    match free {
+        [(Device::Cpu, bytes)] => Bytes(*bytes).to_string(),
+        all => {
+            let each = all.iter().map(|(device, bytes)| format!("{device} {}", Bytes(*bytes)));
+            each.collect::<Vec<_>>().join(", ")
+        }
+    }
 }
 
 fn draw_target() -> ProgressDrawTarget {
@@ -93,8 +105,8 @@ impl Progress for Bars {
         }
     }
 
-    fn planned(&self, plans: &Plans, available: u64) {
-        note!("{}", table(plans, available));
+    fn planned(&self, plans: &Plans, free: &[(Device, u64)]) {
+        note!("{}", table(plans, free));
     }
 
     fn layers(&self, model: &str, done: usize, total: usize) {
@@ -105,5 +117,17 @@ impl Progress for Bars {
         if let Some(bar) = self.models.bars.lock().remove(model) {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_told_for_each_device() {
+        let host = (Device::Cpu, 3 << 30);
+        assert_eq!(memory(&[host]), "3.00 GiB");
+        assert_eq!(memory(&[host, (Device::Cuda(1), 80 << 30)]), "cpu 3.00 GiB, cuda:1 80.00 GiB");
     }
 }

@@ -86,12 +86,16 @@ pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
     })
 }
 
+/// The URL of `ip:port`, or of a URL.
+pub(super) fn url(address: &str) -> String {
+    let is_url = address.starts_with("http://") || address.starts_with("https://");
+    if is_url { address.to_owned() } else { format!("http://{address}") }
+}
+
 /// Where the miner listens, and who it is.
 async fn find(args: &QueryArgs) -> Result<(String, Option<Hotkey>), Failure> {
     if let Some(address) = &args.address {
-        let is_url = address.starts_with("http://") || address.starts_with("https://");
-        let url = if is_url { address.clone() } else { format!("http://{address}") };
-        return Ok((url, args.hotkey));
+        return Ok((url(address), args.hotkey));
     }
     let (netuid, uid) = (args.chain.netuid(), args.uid.unwrap_or_default());
     let chain = Subtensor::new(args.chain.endpoints()?);

@@ -3,6 +3,7 @@
 use super::{Finding, Level};
 use crate::engine::memory::{Memory, memory};
 use crate::engine::plan::Bytes;
+use crate::models::device::{CardMemory, Cards, Device, cards};
 use crate::ops::lanes::Isa;
 use crate::server::connections::CONNECTIONS_MAX;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,7 @@ pub fn examine(caches: &[PathBuf]) -> Vec<Finding> {
     findings.extend(amx(&read(CPU_INFO)));
     findings.extend(governor(&read(GOVERNOR)));
     findings.extend(load(&read(LOAD), cores));
-    findings.push(gpu(std::fs::read_to_string(NVIDIA_VERSION).ok().as_deref()));
+    findings.extend(gpu(std::fs::read_to_string(NVIDIA_VERSION).ok().as_deref(), cards()));
     findings.push(memory_and_swap(&system));
     findings.extend(huge_pages(&read(HUGE_PAGES)));
     findings.extend(caches.iter().map(|cache| disk(cache)));
@@ -83,15 +84,42 @@ fn load(text: &str, cores: usize) -> Option<Finding> {
     })
 }
 
-/// `version` is what the driver's file says.
-fn gpu(version: Option<&str>) -> Finding {
+/// `version` is what the driver's file says, `cards` what this build can use.
+fn gpu(version: Option<&str>, cards: Cards) -> Vec<Finding> {
     let first = version.and_then(|text| text.lines().next()).map(str::trim);
-    match first {
-        None => Finding::new("gpu", Level::Ok, "no NVIDIA driver; models run on the processor"),
-        Some(line) => {
-            let line = line.strip_prefix("NVRM version: ").unwrap_or(line);
-            let fact = format!("driver: {line}; models run on the processor in this build");
-            Finding::new("gpu", Level::Note, fact)
+    let driver = first.map(|line| line.strip_prefix("NVRM version: ").unwrap_or(line));
+    let one = |level, fact: String| vec![Finding::new("gpu", level, fact)];
+    match (driver, cards) {
+        (None, Cards::NotBuilt | Cards::Unusable(_)) => {
+            one(Level::Ok, "no NVIDIA driver; models run on the processor".into())
+        }
+        (Some(driver), Cards::NotBuilt) => {
+            let fact = format!("driver: {driver}; models run on the processor in this build");
+            one(Level::Note, fact)
+        }
+        (Some(driver), Cards::Unusable(why)) => {
+            let fact = format!("driver: {driver}; models run on the processor: {why}");
+            vec![Finding::new("gpu", Level::Warning, fact).hint("install a newer driver")]
+        }
+        (_, Cards::Known(known)) if known.is_empty() => {
+            one(Level::Note, "the driver knows no card; models run on the processor".into())
+        }
+        (_, Cards::Known(known)) => known.into_iter().map(card).collect(),
+    }
+}
+
+/// One card, and how much of its memory a model may have.
+fn card((device, card): (Device, Result<CardMemory, String>)) -> Finding {
+    match card {
+        Err(why) => Finding::new("gpu", Level::Warning, why)
+            .hint("models whose `device` names it do not load"),
+        Ok(CardMemory { name, free, total }) => {
+            let fact = format!("{device}, {name}: {} free of {}", Bytes(free), Bytes(total));
+            match free < total / 2 {
+                true => Finding::new("gpu", Level::Note, fact)
+                    .hint("others use it: `nvidia-smi` says who"),
+                false => Finding::new("gpu", Level::Ok, fact),
+            }
         }
     }
 }
@@ -167,9 +195,33 @@ mod tests {
         let busy = load("7.25 3.1 2.0 3/812 4711\n", 2).unwrap();
         assert!(busy.level == Level::Warning && busy.fact.contains("7.25"), "{busy:?}");
         assert!(load("1.25 3.1 2.0 3/812 4711\n", 2).is_none() && load("", 2).is_none());
-        assert!(gpu(None).fact.contains("no NVIDIA driver"));
-        let card = gpu(Some("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.1\nGCC"));
-        assert!(card.level == Level::Note && card.fact.contains("580.1; models run on the"));
+    }
+
+    #[test]
+    fn cards_are_told_with_their_memory() {
+        let version = Some("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.1\nGCC");
+        let one = |version, cards| {
+            let [finding] = gpu(version, cards).try_into().unwrap();
+            finding
+        };
+        assert!(one(None, Cards::NotBuilt).fact.contains("no NVIDIA driver"));
+        let unused = one(version, Cards::NotBuilt);
+        assert!(unused.level == Level::Note && unused.fact.contains("580.1; models run on the"));
+        let old = one(version, Cards::Unusable("driver 580 or newer".into()));
+        assert!(old.level == Level::Warning && old.fact.ends_with("580 or newer"), "{old:?}");
+        assert_eq!(one(version, Cards::Known(Vec::new())).level, Level::Note);
+        let card =
+            |free: u64| CardMemory { name: "H100".into(), free: free << 30, total: 80 << 30 };
+        let known = vec![
+            (Device::Cuda(0), Ok(card(79))),
+            (Device::Cuda(1), Ok(card(3))),
+            (Device::Cuda(2), Err("cuda:2 is lost".into())),
+        ];
+        let found = gpu(version, Cards::Known(known));
+        assert_eq!(found[0].fact, "cuda:0, H100: 79.00 GiB free of 80.00 GiB");
+        let levels: Vec<Level> = found.iter().map(|f| f.level).collect();
+        assert_eq!(levels, [Level::Ok, Level::Note, Level::Warning]);
+        assert!(found[2].fact.contains("lost") && found[2].hint.is_some());
     }
 
     #[test]

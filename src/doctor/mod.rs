@@ -1,11 +1,12 @@
 //! An examination of everything that a miner or validator stands on: machine, clock, wallet, chain,
-//! ports, model files.
+//! ports, model files; and of a [`miner`] as validators see it.
 //!
 //! Each part gives [`Finding`]s: what was seen, how bad that is, and what to do about it. Nothing
 //! is changed, nothing is downloaded, no password is asked for.
 
 pub mod machine;
 pub mod membership;
+pub mod miner;
 pub mod models;
 pub mod network;
 pub mod wallet;

@@ -45,8 +45,8 @@ pub type Plans = Vec<(String, anyhow::Result<MemoryPlan>)>;
 pub trait Progress: Send + Sync {
     /// Bytes of a file that is being downloaded.
     fn file(&self, file: &str, done: u64, total: u64);
-    /// What models will need, before any is loaded, of so many bytes.
-    fn planned(&self, plans: &Plans, available: u64);
+    /// What models will need, before any is loaded, of the bytes that each device has free.
+    fn planned(&self, plans: &Plans, free: &[(Device, u64)]);
     /// Layers of a model that are loaded.
     fn layers(&self, model: &str, done: usize, total: usize);
     /// Loading of a model has ended, well or not.
@@ -78,7 +78,14 @@ pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> anyhow::Result
 
 /// What each device has left for models.
 #[derive(Default)]
-pub struct Left(HashMap<Device, u64>);
+pub struct Left(HashMap<Device, Room>);
+
+/// Bytes of a device: what it had free when it was first asked, and what is left of that.
+#[derive(Clone, Copy)]
+struct Room {
+    free: u64,
+    left: u64,
+}
 
 impl Left {
     /// Bytes of a device: what it has free, less what was [taken](Self::take) since.
@@ -87,18 +94,30 @@ impl Left {
     /// When there is no such device.
     pub fn of(&mut self, device: Device) -> Result<u64, DeviceError> {
         let device = device.resolved();
-        if let Some(left) = self.0.get(&device) {
-            return Ok(*left);
+        if let Some(room) = self.0.get(&device) {
+            return Ok(room.left);
         }
         let free = device.free_memory()?.unwrap_or_else(|| memory().available);
-        self.0.insert(device, free);
+        self.0.insert(device, Room { free, left: free });
         Ok(free)
+    }
+
+    /// The processor and every card that a model asked for, with the bytes that each had free
+    /// before any model took some.
+    pub fn free(&self) -> Vec<(Device, u64)> {
+        let mut free: Vec<(Device, u64)> =
+            self.0.iter().map(|(device, room)| (*device, room.free)).collect();
+        if !self.0.contains_key(&Device::Cpu) {
+            free.push((Device::Cpu, memory().available));
+        }
+        free.sort();
+        free
     }
 
     /// Gives some of it to a model.
     pub fn take(&mut self, device: Device, bytes: u64) {
-        if let Some(left) = self.0.get_mut(&device.resolved()) {
-            *left = left.saturating_sub(bytes);
+        if let Some(room) = self.0.get_mut(&device.resolved()) {
+            room.left = room.left.saturating_sub(bytes);
         }
     }
 }
@@ -136,7 +155,6 @@ pub async fn start_models(
 ) -> bool {
     let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
     let located = join_all(models.into_iter().map(|m| locate(m, &*shown))).await;
-    let available = memory().available;
     let (mut left, mut rows, mut planned) = (Left::default(), Vec::new(), Vec::new());
     for (name, located) in names.into_iter().zip(located) {
         let plan = located.and_then(|located| {
@@ -151,7 +169,7 @@ pub async fn start_models(
         }
         rows.push((name, plan));
     }
-    shown.planned(&rows, available);
+    shown.planned(&rows, &left.free());
     let started = tokio::task::spawn_blocking(move || {
         start_all(planned, &registry, &pool, &clock, &*shown) > 0
     });

@@ -78,6 +78,52 @@ impl Device {
     }
 }
 
+/// A card that works.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CardMemory {
+    /// The maker's name of it.
+    pub name: String,
+    /// Bytes that nobody uses.
+    pub free: u64,
+    /// All bytes.
+    pub total: u64,
+}
+
+/// The cards of this machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Cards {
+    /// This build cannot use any.
+    NotBuilt,
+    /// There is no driver, or none that can be used: why.
+    Unusable(String),
+    /// Each with its memory, or why it cannot be used.
+    Known(Vec<(Device, Result<CardMemory, String>)>),
+}
+
+/// Opens every card, which may take seconds for each.
+#[cfg(feature = "cuda")]
+pub fn cards() -> Cards {
+    use super::cuda::{Card, CudaError, cards};
+    let look = |number| -> Result<CardMemory, CudaError> {
+        let card = Card::open(number)?;
+        let (free, total) = card.memory()?;
+        Ok(CardMemory { name: card.name().to_owned(), free: free as u64, total: total as u64 })
+    };
+    match cards() {
+        Ok(count) => {
+            let card = |number| (Device::Cuda(number), look(number).map_err(|e| e.to_string()));
+            Cards::Known((0..count).map(card).collect())
+        }
+        Err(why) => Cards::Unusable(why.to_string()),
+    }
+}
+
+/// Opens every card that this build can use: none.
+#[cfg(not(feature = "cuda"))]
+pub fn cards() -> Cards {
+    Cards::NotBuilt
+}
+
 #[cfg(feature = "cuda")]
 fn best() -> Device {
     use super::cuda::{Card, CudaError};

@@ -28,8 +28,15 @@ const UNCERTAIN: f64 = -0.05;
 const CERTAIN_MAX: usize = 2;
 const CERTAIN_PER: usize = 20;
 
-fn reject(reason: Reason, what: String) -> Result<(), Stop> {
-    Err(Rejection::new(reason, what).into())
+/// One rule, and what it says of an answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Ruling {
+    /// The rule, by the reason that breaking it has.
+    pub reason: Reason,
+    /// Rule and fact.
+    pub what: String,
+    /// Where it is broken: at a row, or behind the last one by all of them.
+    pub broken_at: Option<usize>,
 }
 
 /// Applies the rules to the rows of a whole output. `chance` picks the random places.
@@ -42,50 +49,87 @@ pub fn check(
     limits: &Limits,
     chance: u64,
 ) -> Result<(), Stop> {
+    let broken = rulings(claim, rows, limits, chance).into_iter().filter(|r| r.broken_at.is_some());
+    match broken.min_by_key(|ruling| ruling.broken_at) {
+        Some(Ruling { reason, what, .. }) => Err(Rejection::new(reason, what).into()),
+        None => Ok(()),
+    }
+}
+
+/// What every rule says of the rows of a whole output, in the order in which they count. An answer
+/// that is too short is judged by no other.
+pub fn rulings(
+    claim: &Claim<'_>,
+    rows: &[RowEvidence],
+    limits: &Limits,
+    chance: u64,
+) -> Vec<Ruling> {
     let count = rows.len();
-    if count < TOKENS_MIN {
-        let what = format!("an answer has at least {TOKENS_MIN} tokens, this has {count}");
-        return reject(Reason::TooShort, what);
+    // Of rules that all rows break together, the first in order counts.
+    let whole = |reason, is_broken: bool, what: String| {
+        let broken_at = is_broken.then_some(count);
+        Ruling { reason, what, broken_at }
+    };
+    let what = format!("an answer has at least {TOKENS_MIN} tokens, this has {count}");
+    let length = whole(Reason::TooShort, count < TOKENS_MIN, what);
+    if length.broken_at.is_some() {
+        return vec![length];
     }
     let temperature = claim.request.sampling.temperature.max(0.0);
-    let known = known(temperature);
-    let (mut not_first, mut rare, mut perfect, mut total) = (0_usize, 0_usize, 0_usize, 0.0);
-    for row in rows {
-        let skipped = row.end_rank.is_some_and(|end| end <= known && end < row.rank);
-        if skipped && row.rank > SKIPPED_RANK {
-            let what = format!("an end token outranks token {} of rank {}", row.index, row.rank);
-            return reject(Reason::SkippedEosEot, what);
-        }
-        if row.rank >= RANK_MAX {
-            let what = format!("token {} has rank {}, below {RANK_MAX}", row.index, row.rank);
-            return reject(Reason::UnlikelyToken, what);
-        }
-        rare += usize::from(row.rank >= RANK_RARE);
-        not_first += usize::from(row.rank != 1);
-        let (score, is_perfect) = agreement(row, temperature);
-        total += score;
-        perfect += usize::from(is_perfect);
-    }
-    if 2 * not_first >= count {
-        let what = format!("{not_first} of {count} tokens are not the most probable, below a half");
-        return reject(Reason::UnlikelyTokens, what);
-    }
+    let not_first = rows.iter().filter(|row| row.rank != 1).count();
+    let first = format!("{not_first} of {count} tokens are not the most probable, below a half");
+    let agreements = rows.iter().map(|row| agreement(row, temperature));
+    let (total, perfect) = agreements.fold((0.0, 0), |(total, perfect), (score, is_perfect)| {
+        (total + score, perfect + usize::from(is_perfect))
+    });
     let mean = total / count as f64;
-    if mean < limits.agreement {
-        let what = format!("log-probabilities agree by {mean:.3}, at least {}", limits.agreement);
-        return reject(Reason::LogprobMismatch, what);
-    }
+    let agree = format!("log-probabilities agree by {mean:.3}, at least {}", limits.agreement);
     let perfect_max = CERTAIN_MAX + count / CERTAIN_PER;
-    if perfect > perfect_max {
-        let what = format!("{perfect} tokens are reported as certain and are not");
-        return reject(Reason::Overfit, format!("{what}, at most {perfect_max}"));
-    }
+    let certain = format!("{perfect} tokens are reported as certain and are not");
+    let certain = format!("{certain}, at most {perfect_max}");
+    let rare = rows.iter().filter(|row| row.rank >= RANK_RARE).count();
     let rare_max = RARE_MAX * count.div_ceil(RARE_PER);
-    if rare >= rare_max {
-        let what = format!("{rare} tokens have a rank of {RANK_RARE} or more, below {rare_max}");
-        return reject(Reason::UnlikelyToken, what);
-    }
-    check_random(rows, temperature, chance)
+    let few = format!("{rare} tokens have a rank of {RANK_RARE} or more, below {rare_max}");
+    vec![
+        length,
+        skipped_end(rows, known(temperature)),
+        hardly_possible(rows),
+        whole(Reason::UnlikelyTokens, 2 * not_first >= count, first),
+        whole(Reason::LogprobMismatch, mean < limits.agreement, agree),
+        whole(Reason::Overfit, perfect > perfect_max, certain),
+        whole(Reason::UnlikelyToken, rare >= rare_max, few),
+        random_places(rows, temperature, chance),
+    ]
+}
+
+/// Whether an end token was more probable than an improbable one that was taken in its place.
+fn skipped_end(rows: &[RowEvidence], known: u32) -> Ruling {
+    let is_skipped = |row: &&RowEvidence| {
+        let outranked = row.end_rank.is_some_and(|end| end <= known && end < row.rank);
+        outranked && row.rank > SKIPPED_RANK
+    };
+    let (what, broken_at) = match rows.iter().position(|row| is_skipped(&row)) {
+        Some(at) => {
+            let RowEvidence { index, rank, .. } = rows[at];
+            (format!("an end token outranks token {index} of rank {rank}"), Some(at))
+        }
+        None => (format!("no end token outranks one of rank {SKIPPED_RANK} or more"), None),
+    };
+    Ruling { reason: Reason::SkippedEosEot, what, broken_at }
+}
+
+/// Whether a token has a rank that no sampler reaches.
+fn hardly_possible(rows: &[RowEvidence]) -> Ruling {
+    let broken_at = rows.iter().position(|row| row.rank >= RANK_MAX);
+    let worst = rows.iter().enumerate().max_by_key(|(_, row)| row.rank).map(|(at, _)| at);
+    let what = match broken_at.or(worst) {
+        Some(at) => {
+            let RowEvidence { index, rank, .. } = rows[at];
+            format!("token {index} has rank {rank}, below {RANK_MAX}")
+        }
+        None => format!("ranks lie below {RANK_MAX}"),
+    };
+    Ruling { reason: Reason::UnlikelyToken, what, broken_at }
 }
 
 /// Where an answer came without its end token: `rank` is the best one of an end after its last
@@ -99,9 +143,12 @@ pub fn check_implied_end(claim: &Claim<'_>, rank: Option<u32>) -> Result<(), Sto
         Some(rank) if rank <= known => Ok(()),
         Some(rank) => {
             let what = format!("after the last token an end has rank {rank}, at most {known}");
-            reject(Reason::EarlyEnd, what)
+            Err(Rejection::new(Reason::EarlyEnd, what).into())
         }
-        None => reject(Reason::EarlyEnd, "this model has no end token".into()),
+        None => {
+            let what = "this model has no end token";
+            Err(Rejection::new(Reason::EarlyEnd, what).into())
+        }
     }
 }
 
@@ -120,22 +167,28 @@ fn agreement(row: &RowEvidence, temperature: f32) -> (f64, bool) {
     (if is_good { 1.0 } else { score }, is_perfect)
 }
 
-/// The first, the last and some random tokens must be among the most probable ones.
-fn check_random(rows: &[RowEvidence], temperature: f32, chance: u64) -> Result<(), Stop> {
+/// Whether the first, the last and some random tokens are among the most probable ones.
+fn random_places(rows: &[RowEvidence], temperature: f32, chance: u64) -> Ruling {
+    let (reason, count) = (Reason::LogprobRandom, rows.len());
     if temperature > RANDOM_TEMPERATURE_MAX {
-        return Ok(());
+        let what = format!("no place is looked at above temperature {RANDOM_TEMPERATURE_MAX}");
+        return Ruling { reason, what, broken_at: None };
     }
     let known = (10.0 * temperature) as u32 + 3;
     let random = (0..RANDOM_PLACES).map(|i| {
         let word = philox(chance, [i, 1, 0, 0])[0];
-        ((u64::from(word) * rows.len() as u64) >> 32) as usize
+        ((u64::from(word) * count as u64) >> 32) as usize
     });
-    let places = [0, rows.len() - 1].into_iter().chain(random);
-    match places.map(|place| &rows[place]).find(|row| row.rank > known) {
-        Some(row) => {
-            let what = format!("token {} has rank {}, at most {known}", row.index, row.rank);
-            reject(Reason::LogprobRandom, what)
+    let mut places = [0, count - 1].into_iter().chain(random);
+    match places.find(|place| rows[*place].rank > known) {
+        Some(place) => {
+            let RowEvidence { index, rank, .. } = rows[place];
+            let what = format!("token {index} has rank {rank}, at most {known}");
+            Ruling { reason, what, broken_at: Some(count) }
         }
-        None => Ok(()),
+        None => {
+            let what = format!("first, last and random tokens have ranks of at most {known}");
+            Ruling { reason, what, broken_at: None }
+        }
     }
 }

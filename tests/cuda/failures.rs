@@ -8,7 +8,7 @@ use std::sync::Arc;
 use targon_engine::engine::plan::{KvMemory, MemoryPlan, Wanted};
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cuda::{Card, CudaError, CudaPass, CudaWeights};
-use targon_engine::models::device::Device;
+use targon_engine::models::device::{Cards, Device, cards};
 use targon_engine::models::pass::{Batch, Fault, Pass, RowAsk, Scores, Token};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
@@ -178,6 +178,7 @@ fn without_a_driver_the_processor_computes() {
     assert_eq!(Card::open(0).map(drop).unwrap_err(), CudaError::NoDriver);
     assert_eq!(Device::Auto.resolved(), Device::Cpu);
     assert!(Device::Cuda(0).free_memory().unwrap_err().to_string().contains("libcuda.so.1"));
+    assert!(matches!(cards(), Cards::Unusable(why) if why.contains("libcuda.so.1")));
 }
 
 #[test]
@@ -203,6 +204,18 @@ fn a_driver_without_cards_is_named() {
     let why = Card::open(0).map(drop).unwrap_err();
     assert_eq!(why, CudaError::NoDevice { ordinal: 0, count: 0 });
     assert_eq!(Device::Auto.resolved(), Device::Cpu);
+}
+
+#[test]
+fn every_card_is_looked_at() {
+    let Cards::Known(known) = cards() else { panic!("the driver has cards") };
+    assert_eq!(known.len(), 8);
+    let (device, card) = &known[0];
+    let card = card.as_ref().unwrap();
+    assert_eq!((*device, card.total > 0, card.free <= card.total), (Device::Cuda(0), true, true));
+    // Number 4 is too old, which keeps nobody from the others.
+    let why = known[4].1.as_ref().unwrap_err();
+    assert!(why.contains("compute capability") && known[5].1.is_ok(), "{known:?}");
 }
 
 #[test]

@@ -2,10 +2,16 @@
 
 use crate::common;
 use crate::node::{FakeNode, Neuron, Subnet};
-use serde_json::Value;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 use targon_engine::chain::keys::Hotkey;
 
@@ -121,4 +127,166 @@ fn shells_and_man_know_every_command() {
     assert_eq!(code, 0, "{err}");
     let page = std::fs::read_to_string(home.path().join("pages/targon-engine-doctor.1")).unwrap();
     assert!(page.contains("Look at machine") && page.contains("wallet"), "{page}");
+}
+
+/// A server that is ended with the test.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The tiny model with room for a validator's prompts, and who serves it; its address.
+fn tiny_server(home: &Path, seed: u32) -> (Server, String) {
+    let mut config = common::tiny_config();
+    config["max_position_embeddings"] = 2048.into();
+    common::write_checkpoint(&home.join("m"), &config, seed);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+    command.current_dir(home).env_clear().env("HOME", home);
+    command.args(["serve", "--port", "0", "--return-tokens-as-token-ids"]);
+    command.args(["--logprobs-mode", "scaled", "--threads", "2"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut server = Server(child);
+    let mut line = String::new();
+    BufReader::new(server.0.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let address = line.split_whitespace().find(|word| word.starts_with("http://"));
+    let address = address.unwrap_or_else(|| panic!("{line}")).trim_end_matches('/').to_owned();
+    (server, address)
+}
+
+fn visit(home: &Path, address: &str, extra: &[&str]) -> (i32, Vec<Value>) {
+    let mut all = vec!["doctor", "--json", "--as-validator", address];
+    all.extend(extra);
+    let (code, out, err) = run(home, &all);
+    let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}\n{err}"));
+    let found = report["findings"].as_array().unwrap().clone();
+    let is_bad = |f: &&Value| f["level"] != "ok";
+    assert!(found.iter().filter(is_bad).all(|f| f["hint"].is_string() || f["level"] == "note"));
+    (code, found)
+}
+
+#[test]
+fn a_miner_is_judged_as_validators_do() {
+    let home = home();
+    let (server, address) = tiny_server(home.path(), 1);
+    let asked = ["--max-tokens", "24", "--temperature", "0"];
+    // Loading takes a moment.
+    let (mut code, mut found) = visit(home.path(), &address, &asked);
+    for _ in 0..100 {
+        if code == 0 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        (code, found) = visit(home.path(), &address, &asked);
+    }
+    assert_eq!(code, 0, "{found:#?}");
+    assert_eq!(level(&found, "models list", "1 models: m"), "ok");
+    for topic in ["chat", "completion"] {
+        let of = |rule: &str| format!("{topic}, {rule}");
+        assert_eq!(level(&found, &of("speed"), "tokens/s"), "ok");
+        assert_eq!(level(&found, &of("token ids"), "every token"), "ok");
+        assert_eq!(level(&found, &of("powv"), "have a weight value"), "ok");
+        assert_eq!(level(&found, &of("LOGPROB_MISMATCH"), "agree by 1.000"), "ok");
+        assert_eq!(level(&found, &of("UNLIKELY_TOKENS"), "0 of 24 tokens"), "ok");
+        assert_eq!(level(&found, &of("verdict"), "its speed counts"), "ok");
+    }
+    // A model that it does not list is a miss.
+    let (code, found) = visit(home.path(), &address, &["--model", "other"]);
+    assert_eq!((code, level(&found, "models list", "other is not among").as_str()), (1, "fault"));
+    // Beside other weights the same answers are no answers of this model.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut config = common::tiny_config();
+    config["max_position_embeddings"] = 2048.into();
+    common::write_checkpoint(&elsewhere.path().join("m"), &config, 2);
+    std::fs::copy(home.path().join("models.toml"), elsewhere.path().join("models.toml")).unwrap();
+    let (code, found) = visit(elsewhere.path(), &address, &asked);
+    assert_eq!(code, 1, "{found:#?}");
+    assert_eq!(level(&found, "chat, verdict", "makes this answer a miss"), "fault");
+    drop(server);
+    let (code, found) = visit(home.path(), &address, &asked);
+    assert_eq!((code, found.len()), (1, 1), "{found:#?}");
+    assert_eq!(level(&found, "models list", "onnect"), "fault");
+}
+
+/// A miner of the test: how it misbehaves is its state.
+async fn answer(State(kind): State<&'static str>, body: Bytes) -> Response {
+    let asked: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!((&asked["stream"], &asked["logprobs"]), (&json!(true), &json!(true)));
+    let is_chat = asked.get("messages").is_some();
+    let chunk = move |i: usize| {
+        let (name, powv) = (format!("token_id:{i}"), (kind != "no powv").then_some(7));
+        let mut choice = match is_chat {
+            true => json!({"delta": {"content": "x"},
+                "logprobs": {"content": [{"token": name, "logprob": -0.5}]}}),
+            false => json!({"text": "x",
+                "logprobs": {"tokens": [name], "token_logprobs": [-0.5]}}),
+        };
+        if kind == "no logprobs" {
+            choice["logprobs"] = Value::Null;
+        }
+        choice["powv"] = json!(powv);
+        format!("data: {}\n\n", json!({"choices": [choice]}))
+    };
+    let count: usize = if kind == "at once" { 80 } else { 8 };
+    let wait = move |i: usize| match (kind, i) {
+        ("at once", 0) => Duration::from_millis(600),
+        ("slow", 4) => Duration::from_millis(2_500),
+        ("at once", _) => Duration::ZERO,
+        _ => Duration::from_millis(2),
+    };
+    match kind {
+        "full" => (StatusCode::SERVICE_UNAVAILABLE, "no room").into_response(),
+        "whole" => json!({"choices": []}).to_string().into_response(),
+        _ => {
+            let frames = stream::iter(0..=count).then(move |i| async move {
+                tokio::time::sleep(wait(i)).await;
+                let frame = if i == count { "data: [DONE]\n\n".into() } else { chunk(i) };
+                Ok::<_, std::io::Error>(frame)
+            });
+            Body::from_stream(frames).into_response()
+        }
+    }
+}
+
+async fn wrong_miner(kind: &'static str) -> String {
+    let app = axum::Router::new()
+        .route("/v1/models", axum::routing::get(|| async { r#"{"data": [{"id": "w"}]}"# }))
+        .route("/v1/chat/completions", axum::routing::post(answer))
+        .route("/v1/completions", axum::routing::post(answer))
+        .with_state(kind);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_miner_does_wrong_is_told_by_its_rule() {
+    let home = tempfile::tempdir().unwrap();
+    for (kind, code, rule, level_of_it, words) in [
+        ("right", 0, "token ids", "ok", "every token"),
+        ("no powv", 0, "powv", "note", "0 of 8 tokens"),
+        ("no logprobs", 1, "token ids", "fault", "name no `token_id:`"),
+        ("at once", 1, "BAD_STREAM", "fault", "at its very end"),
+        ("slow", 0, "speed", "warning", "longest silence 2.5"),
+        ("full", 1, "BAD_STREAM", "fault", "503"),
+        ("whole", 1, "BAD_STREAM", "fault", "[DONE]"),
+    ] {
+        let address = wrong_miner(kind).await;
+        let path = home.path().to_owned();
+        let asked = ["--max-tokens", "100", "--temperature", "0.5"];
+        let visited = tokio::task::spawn_blocking(move || visit(&path, &address, &asked));
+        let (exit, found) = visited.await.unwrap();
+        assert_eq!(exit, code, "{kind}: {found:#?}");
+        for topic in ["chat", "completion"] {
+            let topic = format!("{topic}, {rule}");
+            assert_eq!(level(&found, &topic, words), level_of_it, "{kind}");
+        }
+        if kind != "full" && kind != "whole" {
+            assert_eq!(level(&found, "weights", "are not here"), "note");
+        }
+    }
 }

@@ -8,6 +8,7 @@ mod common;
 mod node;
 
 mod bench;
+mod cache;
 mod chain;
 mod cli;
 mod closed_stdout;
