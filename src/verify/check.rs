@@ -158,7 +158,7 @@ impl<'a> Verification<'a> {
         let (rows, proofs) = judge.finish();
         report.rows = rows;
         if let Some(bound) = &bound {
-            report.chunks = bound.compare(&proofs);
+            (report.chunks, report.energies) = bound.compare(&proofs);
             proof::check_canon(claim, limits)?;
             proof::judge(&report.chunks, bound.scheme, limits)?;
             rows::check_margins(&report.rows, limits)?;

@@ -34,6 +34,7 @@ pub mod proof;
 pub mod question;
 mod report;
 pub mod rows;
+pub mod statistic;
 pub mod structure;
 pub mod targon;
 mod verdict;
