@@ -24,6 +24,7 @@ use crate::verify::calibrate::{
 };
 use crate::verify::limits_file::{self, LimitsFile, Share, Spread};
 use crate::verify::statistic::ByRows;
+use crate::verify::twin::{Asked, When};
 use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -114,7 +115,9 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
-    let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, Limits::NONE)?;
+    let asked = Asked { twin: Some(When::Always), names: false };
+    let pool = args.compute.pool()?;
+    let mut verifiers = Verifiers::new(&args.models, pool, (Limits::NONE, asked))?;
     let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
     for path in &args.pairs {

@@ -11,7 +11,7 @@ use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
 };
-use crate::proof::residue::{Profile, row_energy};
+use crate::proof::residue::{Profile, Sketch, row_energy};
 use crate::proof::{CHUNK_ROWS, Scheme, toploc};
 use crate::wire::openai::response::ProofEnd;
 use std::sync::Arc;
@@ -174,6 +174,18 @@ impl Bound {
     /// Computes what our own rows would contribute.
     pub fn prover(&self, identity: &Identity) -> RowProver {
         RowProver::new(self.scheme, &self.root, Arc::clone(&identity.calibration))
+    }
+
+    /// Sketches of so many rows, in order; none in chunks that are equal bit for bit.
+    pub(super) fn sketches(&self, chunks: &[ChunkEvidence], rows: usize) -> Vec<Option<Sketch>> {
+        let mut sketches = vec![None; rows];
+        let places = sketches.chunks_mut(CHUNK_ROWS).zip(&self.chunks).zip(chunks);
+        for ((places, data), _) in places.filter(|(_, chunk)| !chunk.is_exact) {
+            let chunk = ResidueChunk::from_bytes(data, places.len());
+            let sketches = chunk.map_or_else(|_| Vec::new(), |chunk| chunk.sketches);
+            places.iter_mut().zip(sketches).for_each(|(place, sketch)| *place = Some(sketch));
+        }
+        sketches
     }
 
     /// Sets what our own rows contribute beside the proof, chunk by chunk; also returns the

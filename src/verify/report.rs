@@ -17,12 +17,34 @@ pub struct Report {
     pub chunks: Vec<ChunkEvidence>,
     /// Energies of the rows of chunks that are not equal bit for bit, in order (residue schemes).
     pub energies: Vec<f64>,
+    /// The same rows in units of what rounding moves them by, where the twin was run
+    /// ([`super::twin`]).
+    pub twin: Vec<f64>,
+    /// Known cheats with how much of each is found in the rows, the likeliest first, where they
+    /// were tried.
+    pub named: Vec<Named>,
+}
+
+/// A known cheat.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Named {
+    /// Its name.
+    pub name: &'static str,
+    /// How much of what it would change is found: about 1 for whoever does it, 0 for others.
+    pub beta: f64,
 }
 
 impl Report {
     /// A verdict that needed no rows.
     pub fn bare(verdict: Verdict) -> Self {
-        Self { verdict, rows: Vec::new(), chunks: Vec::new(), energies: Vec::new() }
+        Self {
+            verdict,
+            rows: Vec::new(),
+            chunks: Vec::new(),
+            energies: Vec::new(),
+            twin: Vec::new(),
+            named: Vec::new(),
+        }
     }
 
     /// What the rows say together, where there are enough of them.
@@ -30,7 +52,12 @@ impl Report {
         Statistic::of(&self.energies, &limits.trimmed(scheme)?)
     }
 
-    /// The same in units of its limit; nothing where all rows are equal bit for bit.
+    /// The same of the twin's units, where it was run.
+    pub fn twin_statistic(&self, scheme: Scheme, limits: &Limits) -> Option<Statistic> {
+        Statistic::of(&self.twin, &limits.twin(scheme)?)
+    }
+
+    /// The first one in units of its limit; nothing where all rows are equal bit for bit.
     pub fn share(&self, scheme: Scheme, limits: &Limits) -> Option<f64> {
         let is_exact = !self.chunks.is_empty() && self.chunks.iter().all(|c| c.is_exact);
         match self.statistic(scheme, limits) {
