@@ -11,6 +11,7 @@ use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
+use crate::verify::twin::Scrutiny;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verifier, question};
 use anyhow::Context;
 use serde_json::json;
@@ -54,6 +55,7 @@ impl Own {
             identity: Arc::new(identity),
             pool: pool.separate(),
             limits: Limits { exact: true, ..Limits::default() },
+            scrutiny: Scrutiny::NONE,
             context_max: options.context_max,
         };
         Ok(Self { engine, verifier, prompts: prompts::all() })

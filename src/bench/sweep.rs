@@ -21,6 +21,7 @@ use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
+use crate::verify::twin::Scrutiny;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Verdict, Verifier};
 use anyhow::{Context, bail, ensure};
 use std::path::Path;
@@ -88,6 +89,7 @@ pub fn run(
         identity: Arc::new(identity),
         pool: pool.separate(),
         limits: Limits::default(),
+        scrutiny: Scrutiny::NONE,
         context_max: options.context_max,
     };
     let bench = Bench { engine, verifier, setup, ceilings: &ceilings };

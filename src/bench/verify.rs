@@ -19,6 +19,7 @@ use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
+use crate::verify::twin::Scrutiny;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
 use anyhow::{Context, ensure};
 use half::bf16;
@@ -85,6 +86,7 @@ impl Case {
             identity,
             pool: pool.clone(),
             limits: Limits::default(),
+            scrutiny: Scrutiny::NONE,
             context_max: OPTIONS.context_max,
         };
         Ok(Self { verifier, trials })

@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::query::{DEPTH_MAX, QueryError, Size, Target, is_deeper};
+use crate::verify::twin::Asked;
 use crate::verify::{Limits, Verifier, question};
 use clap::Args;
 use serde_json::{Value, json};
@@ -80,7 +81,7 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     })?;
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let target = args.target()?;
-    let verifier = load_verifier(&runtime, config, &pool, Limits::default())?;
+    let verifier = load_verifier(&runtime, config, &pool, (Limits::default(), Asked::NOTHING))?;
     let mut audit = Audit { args, target, verifier: &verifier, has_extras: true };
     let (evidence, seeds) = runtime.block_on(audit.all())?;
     let (verdict, why) = evidence.verdict();

@@ -19,8 +19,12 @@ use crate::proof::Scheme;
 use crate::proof::codec::to_hex;
 use crate::proof::commit::calibration_hash;
 use crate::verify::bounds;
-use crate::verify::calibrate::{ENERGY_FACTOR, MARGIN_FACTOR, Sample, limits_file, split};
+use crate::verify::calibrate::{
+    ENERGY_FACTOR, MARGIN_FACTOR, STATISTIC_FACTOR, Sample, limits_file, split,
+};
 use crate::verify::limits_file::{self, LimitsFile, Share, Spread};
+use crate::verify::statistic::ByRows;
+use crate::verify::twin::{Asked, When};
 use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -111,7 +115,9 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
-    let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, Limits::NONE)?;
+    let asked = Asked { twin: Some(When::Always), names: false };
+    let pool = args.compute.pool()?;
+    let mut verifiers = Verifiers::new(&args.models, pool, (Limits::NONE, asked))?;
     let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
     let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
     for path in &args.pairs {
@@ -182,8 +188,8 @@ fn describe(file: &LimitsFile, left_out: usize) {
     );
     outln!("{}", table(file));
     outln!(
-        "limits: largest honest energy times {ENERGY_FACTOR}, largest honest margin times \
-         {MARGIN_FACTOR}"
+        "limits: largest honest energy of a chunk times {ENERGY_FACTOR}, largest trimmed mean \
+         times {STATISTIC_FACTOR}, largest honest margin times {MARGIN_FACTOR}"
     );
     let energies = [calibration.energy_u8, calibration.energy_u4];
     if energies.iter().flatten().all(|spread| spread.max == 0.0) && calibration.margin_max == 0.0 {
@@ -211,6 +217,10 @@ fn table(file: &LimitsFile) -> Table {
         Some(s) => [s.mean, s.p999, s.max, limit].map(|x| format!("{x:.3}")),
         None => ["-".into(), "-".into(), "-".into(), format!("{limit} (not measured)")],
     };
+    let by_rows = |spread: Option<Spread>, limits: ByRows| {
+        let [a, b, c, _] = four(spread, 0.0);
+        [a, b, c, limits.0.map(|x| format!("{x:.1}")).join(" ")]
+    };
     let margins = |middle: String, largest: String, limit: f64| {
         [middle, "-".into(), largest, format!("{limit:.4}")]
     };
@@ -223,6 +233,16 @@ fn table(file: &LimitsFile) -> Table {
             "energy, residue-v1-u4",
             four(calibration.energy_u4, limits.energy_u4),
             held_out.energy_u4,
+        ),
+        (
+            "trimmed mean, residue-v1",
+            by_rows(calibration.trimmed_u8, limits.trimmed_u8),
+            held_out.trimmed,
+        ),
+        (
+            "trimmed mean, residue-v1-u4",
+            by_rows(calibration.trimmed_u4, limits.trimmed_u4),
+            held_out.trimmed,
         ),
         ("margin of a token", margins(mean.clone(), largest, limits.margin), held_out.margin),
         ("mean margin", margins(mean, dash(), limits.margin_mean), held_out.margin_mean),

@@ -10,6 +10,7 @@ use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::verify::capture::judge;
 pub(super) use crate::verify::capture::{Capture, CheckOptions, Judged};
+use crate::verify::twin::Asked;
 use crate::verify::{Limits, Reason, Rejection, Verifier};
 use std::collections::HashMap;
 use std::fs::File;
@@ -89,15 +90,20 @@ pub(super) struct Verifiers {
     path: PathBuf,
     models: Vec<ModelConfig>,
     pool: Pool,
-    limits: Limits,
+    rules: (Limits, Asked),
     runtime: Runtime,
     loaded: HashMap<String, Verifier>,
 }
 
 impl Verifiers {
-    pub(super) fn new(models: &ModelsArg, pool: Pool, limits: Limits) -> Result<Self, Failure> {
+    /// With limits, and how closely suspicious answers are looked at.
+    pub(super) fn new(
+        models: &ModelsArg,
+        pool: Pool,
+        rules: (Limits, Asked),
+    ) -> Result<Self, Failure> {
         let (path, models) = (models.path.clone(), models.read(&[])?.models);
-        Ok(Self { path, models, pool, limits, runtime: runtime()?, loaded: HashMap::new() })
+        Ok(Self { path, models, pool, rules, runtime: runtime()?, loaded: HashMap::new() })
     }
 
     /// Judges every choice of a capture from `place`.
@@ -130,7 +136,7 @@ impl Verifiers {
             return Ok(verifier.clone());
         }
         let name = config.name.clone();
-        let verifier = load_verifier(&self.runtime, config, &self.pool, self.limits)?;
+        let verifier = load_verifier(&self.runtime, config, &self.pool, self.rules)?;
         self.loaded.insert(name, verifier.clone());
         Ok(verifier)
     }
@@ -141,7 +147,7 @@ pub(super) fn load_verifier(
     runtime: &Runtime,
     config: ModelConfig,
     pool: &Pool,
-    limits: Limits,
+    (limits, asked): (Limits, Asked),
 ) -> Result<Verifier, Failure> {
     let name = config.name.clone();
     let refuse = |why: anyhow::Error| Failure::user(format!("{name} cannot be loaded: {why}"));
@@ -151,12 +157,14 @@ pub(super) fn load_verifier(
     let (device, dtype) = (located.config.device, located.config.dtype);
     let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {});
     let model = model.map_err(|e| refuse(e.into()))?;
+    let scrutiny = asked.on(&model).map_err(|what| refuse(anyhow::anyhow!(what)))?;
     let identity = Identity::of(&model, pool).map_err(|e| refuse(e.into()))?;
     Ok(Verifier {
         model: Arc::new(model),
         identity: Arc::new(identity),
         pool: pool.separate(),
         limits,
+        scrutiny,
         context_max: plan.options.context_max,
     })
 }

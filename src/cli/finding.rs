@@ -7,8 +7,12 @@ use crate::ops::CANON;
 use crate::proof::CHUNK_ROWS;
 use crate::verify::answer::Answer;
 use crate::verify::evidence::{ALARM, Evidence, Sums};
+use crate::verify::statistic::Statistic;
 use crate::verify::{ChunkEvidence, Limits, Profile, Verdict};
 use serde_json::{Value, json};
+
+/// Known cheats that are shown of an answer.
+const NAMED_MAX: usize = 3;
 
 /// What many answers of one miner say, with this one.
 pub(super) struct Tally {
@@ -59,6 +63,33 @@ impl Finding<'_> {
     /// Whether a chunk is too far from ours.
     pub(super) fn is_far(&self, chunk: &ChunkEvidence) -> bool {
         self.judged.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
+    }
+
+    /// What the rows say together.
+    pub(super) fn statistic(&self) -> Option<Statistic> {
+        self.judged.report.statistic(self.judged.scheme?, self.limits)
+    }
+
+    /// The same in units of what rounding moves them by.
+    pub(super) fn twin(&self) -> Option<Statistic> {
+        self.judged.report.twin_statistic(self.judged.scheme?, self.limits)
+    }
+
+    /// How near the rows are to ours, in lines.
+    pub(super) fn closeness(&self) -> Vec<String> {
+        let describe = |what: &str, statistic: Statistic| {
+            let Statistic { value, rows, limit } = statistic;
+            let mark = if statistic.is_over() { ": suspicious" } else { "" };
+            format!("{what} of {rows} rows {value:.2}, usual up to {limit:.2}{mark}")
+        };
+        let energy = self.statistic().map(|s| describe("energy", s));
+        let twin = self.twin().map(|s| describe("distance in units of rounding", s));
+        let named = &self.judged.report.named;
+        let likeliest = named.iter().take(NAMED_MAX);
+        let likeliest = likeliest.map(|n| format!("{}, beta {:.2}", n.name, n.beta));
+        let likeliest = likeliest.collect::<Vec<_>>().join("; ");
+        let names = (!named.is_empty()).then(|| format!("likeliest: {likeliest}"));
+        [energy, twin, names].into_iter().flatten().collect()
     }
 
     /// Whether a token is too far from being drawn.

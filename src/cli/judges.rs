@@ -17,6 +17,7 @@ use crate::validator::run::judge::Judge;
 use crate::validator::run::residents::{Residents, Sized};
 use crate::verify::evidence::Calibrated;
 use crate::verify::limits_file::{self, LimitsFile};
+use crate::verify::twin::Asked;
 use crate::verify::{Limits, Verifier};
 use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
@@ -89,6 +90,7 @@ pub(super) fn residents(
         pool: args.compute.pool()?,
         limits: Arc::clone(limits),
         exact: args.verifying.exact,
+        asked: args.verifying.scrutiny.asked(),
         slots,
     };
     let residents = Residents::new(all, budget, Arc::new(move |name: &str| loader.load(name)));
@@ -147,6 +149,7 @@ struct Loader {
     pool: Pool,
     limits: Arc<LimitsFiles>,
     exact: bool,
+    asked: Asked,
     slots: usize,
 }
 
@@ -157,6 +160,7 @@ impl Loader {
         let (path, device): (&Path, _) = (&located.path, located.config.device);
         let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {});
         let model = Arc::new(model?);
+        let scrutiny = self.asked.on(&model)?;
         let identity = Identity::of(&model, &self.pool)?;
         let own = self.limits.of(to_hex(&identity.model_hash));
         let mut limits = own.map_or_else(Limits::default, |file| file.limits);
@@ -174,6 +178,7 @@ impl Loader {
             identity: Arc::new(identity),
             pool,
             limits,
+            scrutiny,
             context_max: whole.context_max,
         };
         Ok(Judge { verifier, rates, engine: Some(engine) })

@@ -4,6 +4,7 @@ use super::Failure;
 use crate::config::models_toml::{self, Config};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
+use crate::verify::twin::{Asked, When};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -70,6 +71,26 @@ impl ComputeArgs {
         let threads = self.threads.map_or(cores, usize::from);
         Pool::new(threads, self.isa.unwrap_or_else(Isa::best))
             .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))
+    }
+}
+
+/// How closely suspicious answers are looked at.
+#[derive(Args)]
+pub(super) struct ScrutinyArgs {
+    /// When to compute an answer's rows a second time, as an honest stack of 16 bits would: never,
+    /// suspicion (where the first time found something), a share of all answers (0.05) besides, or
+    /// always. Suspicion where absent, on the processor; never elsewhere.
+    #[arg(long, value_name = "WHEN", env = "TARGON_TWIN", help_heading = "Verification")]
+    twin: Option<When>,
+    /// Try known cheats on answers that the twin finds too far: one more prefill for each, and
+    /// memory for the weights once more.
+    #[arg(long, env = "TARGON_NAME_CHEATS", help_heading = "Verification")]
+    name_cheats: bool,
+}
+
+impl ScrutinyArgs {
+    pub(super) fn asked(&self) -> Asked {
+        Asked { twin: self.twin, names: self.name_cheats }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Flags of `validate`, under Targon's names where it has them.
 
 use super::Failure;
-use super::shared::{ComputeArgs, ModelsArg};
+use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
 use crate::proof::Scheme;
@@ -307,6 +307,8 @@ pub(super) struct VerifyingArgs {
     /// Demand that hidden rows are equal bit for bit: all miners run this engine.
     #[arg(long, env = "TARGON_EXACT", help_heading = "Verification")]
     pub(super) exact: bool,
+    #[command(flatten)]
+    pub(super) scrutiny: ScrutinyArgs,
     /// Which rules: targon-4.1 (powv), targon-4.4 (ranks) or proof. Where absent, the proof that
     /// was asked for, else targon-4.4.
     #[arg(long, env = "TARGON_RULES", help_heading = "Verification")]

@@ -5,12 +5,13 @@ use super::capture::{Capture, Captures, CheckOptions, Judged, Verifiers};
 use super::finding::{Finding, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
-use super::shared::{ComputeArgs, ModelsArg};
+use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
 use super::verify_html;
 use crate::entropy::Entropy;
 use crate::verify::evidence::{Calibrated, Observed, weigh};
 use crate::verify::evidence_file::EvidenceFile;
 use crate::verify::limits_file::{self, LimitsFile};
+use crate::verify::statistic::Statistic;
 use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -62,6 +63,8 @@ pub(super) struct VerifyArgs {
     #[arg(long)]
     chance: Option<u64>,
     #[command(flatten)]
+    scrutiny: ScrutinyArgs,
+    #[command(flatten)]
     compute: ComputeArgs,
 }
 
@@ -72,7 +75,8 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let own = file.as_ref().map_or_else(Limits::default, |f| f.limits);
     let limits = Limits { exact: args.exact || own.exact, ..own };
     let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
-    let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, limits)?;
+    let rules = (limits, args.scrutiny.asked());
+    let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, rules)?;
     let mut captures = Captures::open(&args.file)?;
     let entropy = Entropy::system();
     let mut account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
@@ -215,6 +219,7 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
     outln!("{place} choice {choice}: {}", printable(&report.verdict.to_string()));
     let (tokens, rules) = (finding.tokens(), finding.rules());
     outln!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
+    finding.closeness().iter().for_each(|line| outln!("  {line}"));
     if let Some(tally) = tally {
         outln!("  {}", printable(&tally.describe()));
     }
@@ -240,9 +245,19 @@ fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
         "canon": finding.judged.answer.as_ref().and_then(|a| Some(&a.end.as_ref()?.canon)),
         "exact_chunks": report.chunks.iter().filter(|c| c.is_exact).count(),
         "energies": report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),
+        "row_energies": report.energies, "row_twin": report.twin,
+        "named": report.named.iter().map(|n| json!({"name": n.name, "beta": n.beta}))
+            .collect::<Vec<_>>(),
+        "statistic": finding.statistic().map(statistic_json),
+        "twin": finding.twin().map(statistic_json),
         "rows": rows.collect::<Vec<_>>(),
         "evidence": finding.tally.map(Tally::json),
     })
+}
+
+fn statistic_json(statistic: Statistic) -> Value {
+    let Statistic { value, rows, limit } = statistic;
+    json!({"value": value, "rows": rows, "limit": limit, "over": statistic.is_over()})
 }
 
 /// What was found for every row that was scored.

@@ -13,11 +13,13 @@ pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod departure;
 pub mod device;
 pub mod error;
 pub mod gguf;
 mod gguf_tokenizer;
 pub mod grammar;
+pub mod grid;
 pub mod header;
 pub mod hub;
 pub mod identity;

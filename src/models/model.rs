@@ -5,6 +5,7 @@ use super::cpu::CpuPass;
 use super::cpu::decoder::Decoder;
 #[cfg(feature = "cuda")]
 use super::cuda::{Card, CudaPass, CudaWeights};
+use super::departure::{Departure, Recipe};
 use super::device::Device;
 use super::error::LoadError;
 use super::parameters::Parameters;
@@ -132,6 +133,35 @@ impl Model {
         let weights = DeviceWeights::load(device, &checkpoint, (&spec, dtype), pool, progress)?;
         let parameters = Parameters::new(&checkpoint, &spec, dtype)?;
         Ok(Self { text, checkpoint, spec, dtype, weights, parameters })
+    }
+
+    /// A pass that departs from the canon, with the weights that `decoder` has.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub fn departing(
+        decoder: &Arc<Decoder>,
+        departure: Departure,
+        (pool, blocks): (&Pool, usize),
+    ) -> io::Result<Box<dyn Pass>> {
+        Ok(Box::new(CpuPass::new(decoder, pool, blocks)?.departing(departure)))
+    }
+
+    /// The weights as a recipe leaves them, packed for the processor.
+    ///
+    /// # Errors
+    /// When they are another device's, or cannot be read again.
+    pub fn coarse(&self, recipe: &Recipe, pool: &Pool) -> Result<Arc<Decoder>, LoadError> {
+        let own = self.weights.cpu().ok_or_else(|| {
+            LoadError::Device("departures from the canon need weights on the processor".into())
+        })?;
+        match recipe.weights {
+            None => Ok(Arc::clone(own)),
+            Some(grid) => {
+                let (spec, dtype) = (&self.spec, self.dtype);
+                Decoder::coarse(&self.checkpoint, (spec, dtype), grid, pool).map(Arc::new)
+            }
+        }
     }
 
     /// A pass of this model on the device of its weights, with an empty KV cache of `blocks`

@@ -102,6 +102,11 @@ impl Rows {
         self.parts.iter().map(|part| part.rows).sum()
     }
 
+    /// Rows of each stored tensor.
+    pub fn parts(&self) -> impl Iterator<Item = usize> {
+        self.parts.iter().map(|part| part.rows)
+    }
+
     /// Columns.
     pub fn cols(&self) -> usize {
         self.parts.first().map_or(0, |part| part.tensor.cols())

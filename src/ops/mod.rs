@@ -29,4 +29,5 @@ pub mod matmul;
 pub mod pool;
 pub mod product;
 pub mod rope;
+pub mod rounding;
 pub mod rowwise;

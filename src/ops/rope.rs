@@ -112,10 +112,21 @@ impl RopeTable {
         (&self.cos, &self.sin)
     }
 
+    /// Cosines and sines of row `row`.
+    pub(super) fn row(&self, row: usize) -> (&[f32], &[f32]) {
+        let at = row * self.half..(row + 1) * self.half;
+        (&self.cos[at.clone()], &self.sin[at])
+    }
+
+    /// Cosines and sines of all rows, to be rounded.
+    pub(super) fn parts_mut(&mut self) -> [&mut [f32]; 2] {
+        [&mut self.cos, &mut self.sin]
+    }
+
     /// Rotates one head of row `row` in place.
     pub fn rotate(&self, isa: super::lanes::Isa, row: usize, head: &mut [f32]) {
-        let at = row * self.half..(row + 1) * self.half;
-        dispatch(isa, Rotate { cos: &self.cos[at.clone()], sin: &self.sin[at], head });
+        let (cos, sin) = self.row(row);
+        dispatch(isa, Rotate { cos, sin, head });
     }
 }
 

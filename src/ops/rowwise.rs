@@ -63,6 +63,11 @@ impl Norm {
         });
     }
 
+    /// What a row is multiplied by before the gain.
+    pub(super) fn scale(&self, isa: super::lanes::Isa, row: &mut [f32]) -> f32 {
+        dispatch(isa, Scale { row, eps: self.eps })
+    }
+
     /// Normalises one row in place.
     pub fn apply(&self, isa: super::lanes::Isa, row: &mut [f32]) {
         dispatch(isa, NormRow { norm: self, row });
@@ -73,6 +78,27 @@ fn round_in_place(dtype: Dtype, bits: &mut [u16], values: &mut [f32]) {
     for (b, v) in bits.iter_mut().zip(values) {
         *b = dtype.round(*v);
         *v = dtype.widen(*b);
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+struct Scale<'a> {
+    row: &'a mut [f32],
+    eps: f32,
+}
+
+impl Kernel for Scale<'_> {
+    type Out = f32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let mut squares = L::splat(0.0);
+        for_each_vec::<L>(self.row, |x, _| {
+            squares = x.mul_add(x, squares);
+            x
+        });
+        let mean = squares.sum() / self.row.len() as f32;
+        1.0 / (mean + self.eps).sqrt()
     }
 }
 
@@ -87,13 +113,7 @@ impl Kernel for NormRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         assert_eq!(self.row.len(), self.norm.cols());
-        let mut squares = L::splat(0.0);
-        for_each_vec::<L>(self.row, |x, _| {
-            squares = x.mul_add(x, squares);
-            x
-        });
-        let mean = squares.sum() / self.row.len() as f32;
-        let scale = L::splat(1.0 / (mean + self.norm.eps).sqrt());
+        let scale = L::splat(Scale { row: &mut *self.row, eps: self.norm.eps }.run::<L>());
         let weight = &self.norm.weight;
         for_each_vec::<L>(self.row, |x, at| x.mul(scale).mul(load_padded::<L>(&weight[at..])));
     }

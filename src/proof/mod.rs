@@ -5,6 +5,7 @@
 //! request and chains the chunks, [`toploc`] is the published scheme of that name, [`powv`] is
 //! Targon's proof-of-weights value. `docs/proofs.md` gives every format byte by byte.
 
+pub mod apart;
 pub mod codec;
 pub mod commit;
 pub mod philox;

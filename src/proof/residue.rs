@@ -36,10 +36,18 @@ impl Profile {
     }
 
     /// Values that a residue takes.
-    fn modulus(self) -> i32 {
+    pub(super) fn modulus(self) -> i32 {
         match self {
             Profile::U8 => 256,
             Profile::U4 => 16,
+        }
+    }
+
+    /// Residue `j` of a sketch.
+    pub(super) fn residue(self, sketch: &Sketch, j: usize) -> u8 {
+        match self {
+            Profile::U8 => sketch[j],
+            Profile::U4 => sketch[j / 2] >> (4 * (j % 2)) & 15,
         }
     }
 
@@ -148,7 +156,7 @@ impl Calibration {
 
     /// The whitened integer of channel `c`; NaN and infinities become zero.
     #[inline(always)]
-    fn whiten(&self, c: usize, x: f32) -> i32 {
+    pub(super) fn whiten(&self, c: usize, x: f32) -> i32 {
         let scale = f32::from_bits(((127 + 8 + i32::from(self.exponents[c])) as u32) << 23);
         let scaled = x * scale;
         let bounded = if scaled.is_finite() { scaled.clamp(-65_535.0, 65_535.0) } else { 0.0 };
@@ -171,6 +179,17 @@ pub fn sketch(
     position: u32,
     values: &[f32],
 ) -> Sketch {
+    pack(profile, calibration.shift, &project(calibration, profile, key, position, values))
+}
+
+/// Projections of a whitened row, before anything is dropped of them.
+pub(super) fn project(
+    calibration: &Calibration,
+    profile: Profile,
+    key: u64,
+    position: u32,
+    values: &[f32],
+) -> [i32; 8] {
     assert_eq!(values.len(), calibration.channels());
     let mut sums = [0_i32; 8];
     let halves = profile.projections() / 4;
@@ -186,7 +205,7 @@ pub fn sketch(
             }
         }
     }
-    pack(profile, calibration.shift, &sums)
+    sums
 }
 
 /// `sum of +q where the bit is set, -q where it is not`.

@@ -10,6 +10,7 @@ use crate::server::error::ApiError;
 use crate::server::registry::{Registry, Served, State as ModelState};
 use crate::server::settings::{ApiKeys, Settings};
 use crate::server::state::ServerState;
+use crate::verify::twin::Scrutiny;
 use crate::verify::{self, Verifier};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -70,6 +71,7 @@ impl Service {
             identity: Arc::clone(&served.identity),
             pool: self.pool.clone(),
             limits: verify::Limits::default(),
+            scrutiny: Scrutiny::NONE,
             context_max: served.engine.options().context_max,
         }
     }

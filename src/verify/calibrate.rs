@@ -5,21 +5,25 @@
 //! honest value times a factor for what the sample did not show; so the rate that the other half
 //! shows is small, and its upper bound says how small it can be claimed to be.
 
-use super::evidence::{Calibrated, Observed, Side};
+use super::evidence::{Calibrated, Side};
 use super::limits::Limits;
 use super::limits_file::{HeldOut, LimitsFile, Measured, Share, Spread};
 use super::places::random_rows;
 use super::rows::check_margins;
+use super::statistic::{ByRows, Statistic};
 use super::{ChunkEvidence, Report, RowEvidence, bounds};
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::codec::{Encoder, Hash, first_u64};
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 /// On the largest honest energy. Energy grows with the square of the error, so this is 22 % of
 /// error; the mildest cheat that was measured, int8 weights in groups of 32, has 3.6 times the
 /// energy of an honest stack at the median, int8 per channel has 7 times (SmolLM2-135M).
 pub const ENERGY_FACTOR: f64 = 1.5;
+/// On the largest statistic of an honest answer: 12 % of error.
+pub const STATISTIC_FACTOR: f64 = 1.25;
 /// On the largest honest margin, and on the largest mean of them.
 pub const MARGIN_FACTOR: f64 = 1.5;
 /// Least limits: where all honest rows are equal bit for bit, `exact` is the better limit.
@@ -70,6 +74,20 @@ impl Sample {
     fn energies(&self) -> impl Iterator<Item = f64> {
         let energy = |c: &ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
         self.report.chunks.iter().filter_map(energy)
+    }
+
+    /// Energies of its rows; zeros where all are equal bit for bit.
+    fn row_energies(&self) -> Cow<'_, [f64]> {
+        let Report { chunks, energies, .. } = &self.report;
+        match !chunks.is_empty() && chunks.iter().all(|c| c.is_exact) {
+            true => Cow::Owned(vec![0.0; self.report.rows.len()]),
+            false => Cow::Borrowed(energies),
+        }
+    }
+
+    /// What its rows say together, under `limits`.
+    fn statistic(&self, limits: &Limits) -> Option<Statistic> {
+        Statistic::of(&self.row_energies(), &limits.trimmed(self.scheme)?)
     }
 
     /// The rows that a fast check of this answer would have looked at.
@@ -123,6 +141,12 @@ fn spread(samples: &[Sample], scheme: Scheme) -> Option<Spread> {
     Spread::of(of_scheme.flat_map(Sample::energies).collect())
 }
 
+/// How the statistics of whole answers lie.
+fn trimmed(samples: &[Sample], scheme: Scheme) -> Option<Spread> {
+    let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
+    Spread::of(of_scheme.filter_map(|s| Some(s.statistic(&Limits::NONE)?.value)).collect())
+}
+
 fn prompts(samples: &[Sample]) -> usize {
     samples.iter().map(|s| s.prompt).collect::<BTreeSet<_>>().len()
 }
@@ -155,6 +179,8 @@ fn measured(samples: &[Sample]) -> Measured {
         tokens: samples.iter().map(|s| s.report.rows.len()).sum(),
         energy_u8: spread(samples, Scheme::Residue),
         energy_u4: spread(samples, Scheme::ResidueU4),
+        trimmed_u8: trimmed(samples, Scheme::Residue),
+        trimmed_u4: trimmed(samples, Scheme::ResidueU4),
         mismatch_rate: mismatched as f64 / tokens.max(1) as f64,
         margin_mean: mean(margins()),
         margin_max: largest(margins()),
@@ -175,10 +201,18 @@ fn limits(samples: &[Sample]) -> Limits {
     Limits {
         energy_u8: energy(Scheme::Residue, ENERGY_U8_MIN, default.energy_u8),
         energy_u4: energy(Scheme::ResidueU4, ENERGY_U4_MIN, default.energy_u4),
+        trimmed_u8: by_rows(samples, Scheme::Residue, ENERGY_U8_MIN, default.trimmed_u8),
+        trimmed_u4: by_rows(samples, Scheme::ResidueU4, ENERGY_U4_MIN, default.trimmed_u4),
         margin: (margin * MARGIN_FACTOR).clamp(MARGIN_MIN, MARGIN_CLIP),
         margin_mean: (means * MARGIN_FACTOR).clamp(MARGIN_MEAN_MIN, MARGIN_CLIP),
         ..default
     }
+}
+
+fn by_rows(samples: &[Sample], scheme: Scheme, least: f64, otherwise: ByRows) -> ByRows {
+    let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
+    let energies: Vec<Cow<'_, [f64]>> = of_scheme.map(Sample::row_energies).collect();
+    ByRows::measured(energies.iter().map(|e| &**e), (STATISTIC_FACTOR, least), otherwise)
 }
 
 /// What evidence over many answers is weighed by: honest rates at their upper bounds.
@@ -207,10 +241,9 @@ fn rates(samples: &[Sample], limits: &Limits) -> Calibrated {
     Calibrated { honest, cheat, energy_shape: shape(&energies, energy), half_life: HALF_LIFE }
 }
 
-/// Mean energy of an answer's chunks in units of the limit.
+/// The statistic of an answer in units of its limit.
 fn answer_energy(sample: &Sample, limits: &Limits) -> Option<f64> {
-    let energies = Observed::of(&sample.report, Some(sample.scheme), limits).energies;
-    (!energies.is_empty()).then(|| mean(energies.into_iter()))
+    sample.statistic(limits).map(|statistic| statistic.share())
 }
 
 /// 1 over the squared relative spread; the most careful value where few answers say it.
@@ -233,6 +266,7 @@ fn hold_out(samples: &[Sample], limits: &Limits) -> HeldOut {
             of_scheme.fold((0, 0), |(far, n), s| (far + usize::from(is_far(s)), n + 1));
         Share::new(far, count)
     };
+    let statistics: Vec<Statistic> = samples.iter().filter_map(|s| s.statistic(limits)).collect();
     let fast: Vec<Vec<RowEvidence>> =
         (0_u64..).zip(samples).map(|(i, s)| s.fast(first_u64(&s.prompt) ^ i)).collect();
     let of_rows = |is_over: &dyn Fn(&[RowEvidence]) -> bool| {
@@ -248,6 +282,7 @@ fn hold_out(samples: &[Sample], limits: &Limits) -> HeldOut {
         answers: samples.len(),
         energy_u8: energy(Scheme::Residue),
         energy_u4: energy(Scheme::ResidueU4),
+        trimmed: Share::new(statistics.iter().filter(|s| s.is_over()).count(), statistics.len()),
         margin: of_rows(&single),
         margin_mean: of_rows(&on_average),
         rejected: Share::new(rejected.count(), samples.len()),

@@ -3,6 +3,7 @@
 use super::places::{prompt_rows, random_rows};
 use super::prefill::{IsWanted, Prefix};
 use super::structure::End;
+use super::twin::{self, Scrutiny, Suspect, When};
 use super::{ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
 use super::{logprobs, proof, rows, structure, targon};
 use crate::models::{Identity, Model};
@@ -22,6 +23,8 @@ pub struct Verifier {
     pub pool: Pool,
     /// Limits.
     pub limits: Limits,
+    /// How closely answers are looked at that are suspicious, or drawn.
+    pub scrutiny: Scrutiny,
     /// Longest sequence.
     pub context_max: usize,
 }
@@ -83,6 +86,7 @@ impl<'a> Verification<'a> {
             reports.push(Report::bare(verdict));
             open.extend(work.map(|work| (place, work)));
         }
+        let mut suspects: Vec<(usize, Suspect)> = Vec::new();
         while let Some((first, _)) = open.first() {
             let prompt = &claims[*first].request.prompt;
             let is_same = |(place, _): &(usize, Work)| claims[*place].request.prompt == *prompt;
@@ -98,7 +102,9 @@ impl<'a> Verification<'a> {
                 Ok(prefix) => {
                     let mut prefix = prefix.while_wanted(self.is_wanted).asking(asked);
                     for (place, work) in same {
-                        reports[place] = self.judge(&claims[place], work, &mut prefix);
+                        let (report, suspect) = self.judge(&claims[place], work, &mut prefix);
+                        reports[place] = report;
+                        suspects.extend(suspect.map(|suspect| (place, suspect)));
                     }
                 }
                 Err(stop) => {
@@ -107,6 +113,9 @@ impl<'a> Verification<'a> {
                     }
                 }
             }
+        }
+        if !suspects.is_empty() {
+            twin::look(self.verifier, self.is_wanted, &suspects, &mut reports);
         }
         reports
     }
@@ -135,30 +144,50 @@ impl<'a> Verification<'a> {
         Ok(Some(Work { bound, output, wanted }))
     }
 
-    fn judge(self, claim: &Claim<'_>, work: Work, prefix: &mut Prefix<'_>) -> Report {
+    /// Judges an answer, and says whether it is to be looked at again.
+    fn judge(
+        self,
+        claim: &Claim<'_>,
+        work: Work,
+        prefix: &mut Prefix<'_>,
+    ) -> (Report, Option<Suspect>) {
+        let Verifier { identity, limits, scrutiny, .. } = self.verifier;
         let mut report = Report::bare(Verdict::Pass);
-        if let Err(stop) = self.check_rows(claim, work, prefix, &mut report) {
+        let mut hidden = Vec::new();
+        if let Err(stop) = self.check_rows(claim, &work, prefix, (&mut report, &mut hidden)) {
             report.verdict = stop.into();
         }
-        report
+        let suspect = work.bound.as_ref().and_then(|bound| {
+            let is_wanted = scrutiny.wants(&report, bound.scheme, limits, self.chance);
+            is_wanted.then(|| Suspect {
+                scheme: bound.scheme,
+                prover: bound.prover(identity),
+                sketches: bound.sketches(&report.chunks, hidden.len()),
+                rows: hidden,
+                prompt: claim.request.prompt.clone(),
+                output: work.output.clone(),
+            })
+        });
+        (report, suspect)
     }
 
     fn check_rows(
         self,
         claim: &Claim<'_>,
-        work: Work,
+        Work { bound, output, wanted }: &Work,
         prefix: &mut Prefix<'_>,
-        report: &mut Report,
+        (report, hidden): (&mut Report, &mut Vec<Vec<u16>>),
     ) -> Result<(), Stop> {
-        let Work { bound, output, wanted } = work;
-        let Verifier { model, identity, limits, .. } = self.verifier;
+        let Verifier { model, identity, limits, scrutiny, .. } = self.verifier;
         let proved = bound.as_ref().map(|bound| (bound, &**identity));
-        let mut judge = rows::Judge::new(claim, model, proved, &wanted);
-        prefix.run(&output, &mut judge)?;
-        let (rows, proofs) = judge.finish();
-        report.rows = rows;
-        if let Some(bound) = &bound {
-            report.chunks = bound.compare(&proofs);
+        let is_looked_at = bound.is_some() && scrutiny.twin != When::Never;
+        let judge = rows::Judge::new(claim, model, proved, wanted);
+        let mut judge = judge.keeping_hidden(is_looked_at);
+        prefix.run(output, &mut judge)?;
+        let found = judge.finish();
+        (report.rows, *hidden) = (found.rows, found.hidden);
+        if let Some(bound) = bound {
+            (report.chunks, report.energies) = bound.compare(&found.proofs);
             proof::check_canon(claim, limits)?;
             proof::judge(&report.chunks, bound.scheme, limits)?;
             rows::check_margins(&report.rows, limits)?;

@@ -13,7 +13,6 @@
 
 use super::Report;
 use super::limits::Limits;
-use super::report::ChunkEvidence;
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -141,21 +140,17 @@ impl Calibrated {
 pub struct Observed {
     /// Margins of the checked tokens, clipped.
     pub margins: Vec<f64>,
-    /// Energies of its chunks, in units of their limit.
+    /// What its rows say together, in units of its limit: one number, or none.
     pub energies: Vec<f64>,
 }
 
 impl Observed {
     /// What a report says. A hard failure says nothing here: it fails its answer at once.
     pub fn of(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Self {
-        let limit = scheme.and_then(|s| limits.energy(s));
-        let energy = |c: &ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
+        let energy = scheme.and_then(|scheme| report.share(scheme, limits));
         Self {
             margins: report.rows.iter().filter_map(|r| r.margin).collect(),
-            energies: match limit {
-                Some(limit) => report.chunks.iter().filter_map(energy).map(|e| e / limit).collect(),
-                None => Vec::new(),
-            },
+            energies: energy.into_iter().collect(),
         }
     }
 

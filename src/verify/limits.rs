@@ -1,6 +1,7 @@
 //! Limits between honest and not.
 
 use super::report::ChunkEvidence;
+use super::statistic::ByRows;
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -12,10 +13,22 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
-    /// Mean energy of a chunk of `residue-v1`.
+    /// Mean energy of a single chunk of `residue-v1`, which nothing honest comes near.
     pub energy_u8: f64,
-    /// Mean energy of a chunk of `residue-v1-u4`.
+    /// Mean energy of a single chunk of `residue-v1-u4`.
     pub energy_u4: f64,
+    /// Trimmed mean of the energies of an answer's rows, of `residue-v1`: more is suspicious.
+    pub trimmed_u8: ByRows,
+    /// The same of `residue-v1-u4`.
+    pub trimmed_u4: ByRows,
+    /// The same in units of what rounding moves a row by ([`super::twin`]).
+    pub twin_u8: ByRows,
+    /// The same of `residue-v1-u4`.
+    pub twin_u4: ByRows,
+    /// How much of the way that the twin goes an honest row goes with it, on average.
+    pub shrink: f64,
+    /// A known cheat is named from so much of it on.
+    pub beta: f64,
     /// The margin of a single token, in logits.
     pub margin: f64,
     /// The mean margin of the tokens that were checked, each clipped at [`MARGIN_CLIP`].
@@ -31,6 +44,12 @@ impl Default for Limits {
         Self {
             energy_u8: 660.0,
             energy_u4: 17.0,
+            trimmed_u8: ByRows([320.0, 260.0, 230.0, 210.0, 190.0]),
+            trimmed_u4: ByRows([13.0, 11.0, 10.0, 9.5, 9.0]),
+            twin_u8: ByRows([2.6, 2.0, 1.8, 1.6, 1.5]),
+            twin_u4: ByRows([2.6, 2.0, 1.8, 1.6, 1.5]),
+            shrink: 0.4,
+            beta: 0.5,
             margin: 0.5,
             margin_mean: 0.02,
             agreement: 0.75,
@@ -44,6 +63,12 @@ impl Limits {
     pub const NONE: Self = Self {
         energy_u8: f64::INFINITY,
         energy_u4: f64::INFINITY,
+        trimmed_u8: ByRows::all(f64::INFINITY),
+        trimmed_u4: ByRows::all(f64::INFINITY),
+        twin_u8: ByRows::all(f64::INFINITY),
+        twin_u4: ByRows::all(f64::INFINITY),
+        shrink: 0.4,
+        beta: f64::INFINITY,
         margin: f64::INFINITY,
         margin_mean: f64::INFINITY,
         agreement: 0.0,
@@ -55,6 +80,24 @@ impl Limits {
         match scheme {
             Scheme::Residue => Some(self.energy_u8),
             Scheme::ResidueU4 => Some(self.energy_u4),
+            Scheme::Toploc => None,
+        }
+    }
+
+    /// The largest statistic of an answer in `scheme`; TOPLOC has none.
+    pub fn trimmed(&self, scheme: Scheme) -> Option<ByRows> {
+        match scheme {
+            Scheme::Residue => Some(self.trimmed_u8),
+            Scheme::ResidueU4 => Some(self.trimmed_u4),
+            Scheme::Toploc => None,
+        }
+    }
+
+    /// The largest statistic in the twin's units.
+    pub fn twin(&self, scheme: Scheme) -> Option<ByRows> {
+        match scheme {
+            Scheme::Residue => Some(self.twin_u8),
+            Scheme::ResidueU4 => Some(self.twin_u4),
             Scheme::Toploc => None,
         }
     }
@@ -75,13 +118,24 @@ impl Limits {
 
     /// Refuses numbers that nothing could be held against.
     pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
-        for (key, value, most) in [
+        let by_rows = [
+            ("limits.trimmed_u8", self.trimmed_u8),
+            ("limits.trimmed_u4", self.trimmed_u4),
+            ("limits.twin_u8", self.twin_u8),
+            ("limits.twin_u4", self.twin_u4),
+        ];
+        let by_rows =
+            by_rows.into_iter().flat_map(|(key, of)| of.0.map(|value| (key, value, None)));
+        let single = [
             ("limits.energy_u8", self.energy_u8, None),
             ("limits.energy_u4", self.energy_u4, None),
+            ("limits.shrink", self.shrink, Some(1.0)),
+            ("limits.beta", self.beta, Some(1.0)),
             ("limits.margin", self.margin, Some(MARGIN_CLIP)),
             ("limits.margin_mean", self.margin_mean, Some(MARGIN_CLIP)),
             ("limits.agreement", self.agreement, Some(1.0)),
-        ] {
+        ];
+        for (key, value, most) in single.into_iter().chain(by_rows) {
             if !(value > 0.0 && value <= most.unwrap_or(f64::MAX)) {
                 let rule = match most {
                     Some(most) => format!("must lie above 0 and be at most {most}"),

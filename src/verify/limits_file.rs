@@ -13,7 +13,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 /// Version of the file.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of a class's name.
 const CLASS_BYTES_MAX: usize = 200;
 
@@ -51,6 +51,10 @@ pub struct Measured {
     pub energy_u8: Option<Spread>,
     /// Energies of chunks of `residue-v1-u4`, where there were any.
     pub energy_u4: Option<Spread>,
+    /// Trimmed means of whole answers of `residue-v1`, where there were any.
+    pub trimmed_u8: Option<Spread>,
+    /// Trimmed means of whole answers of `residue-v1-u4`, where there were any.
+    pub trimmed_u4: Option<Spread>,
     /// Share of tokens with a margin above zero.
     pub mismatch_rate: f64,
     /// Mean margin of a token, clipped.
@@ -96,6 +100,8 @@ pub struct HeldOut {
     pub energy_u8: Share,
     /// Answers with a chunk above the energy of `residue-v1-u4`.
     pub energy_u4: Share,
+    /// Answers that are suspicious by the trimmed mean of their rows, which rejects none.
+    pub trimmed: Share,
     /// Answers with a single margin above its limit.
     pub margin: Share,
     /// Answers with a mean margin above its limit.
@@ -123,6 +129,12 @@ impl Share {
     pub fn new(over: usize, of: usize) -> Self {
         Self { over, of, rate: over as f64 / of.max(1) as f64, upper95: upper(over, of) }
     }
+}
+
+/// Any version of the file.
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
 }
 
 impl LimitsFile {
@@ -176,6 +188,12 @@ impl LimitsFile {
 /// # Errors
 /// The file, the key, the rule and the fact.
 pub fn read(path: &Path) -> Result<LimitsFile, FileError> {
+    let Versioned { version } = read_json(path)?;
+    if version == 1 {
+        let what = "1 has limits for single chunks and none for whole answers, which is not \
+                    enough any more: run `calibrate --pairs` again";
+        return Err(FileError::key(path, "version", what));
+    }
     let file: LimitsFile = read_json(path)?;
     file.check().map_err(|(key, what)| FileError::key(path, key, &what))?;
     Ok(file)

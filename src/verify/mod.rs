@@ -34,13 +34,15 @@ pub mod proof;
 pub mod question;
 mod report;
 pub mod rows;
+pub mod statistic;
 pub mod structure;
 pub mod targon;
+pub mod twin;
 mod verdict;
 
 pub use check::{Verification, Verifier};
 pub use claim::{Challenge, Claim, Depth, Profile};
 pub use limits::Limits;
 pub use places::FAST_ROWS;
-pub use report::{ChunkEvidence, Report, RowEvidence};
+pub use report::{ChunkEvidence, Named, Report, RowEvidence};
 pub use verdict::{Reason, Rejection, Stop, Verdict};

@@ -152,8 +152,19 @@ pub fn hidden_rows(
     prompt: &[u32],
     output: &[u32],
 ) -> Result<Vec<Vec<u16>>, Stop> {
+    hidden_rows_while(&|| true, pass, prompt, output)
+}
+
+/// The same, given up with a fault once `is_wanted` says no.
+pub(super) fn hidden_rows_while(
+    is_wanted: &IsWanted<'_>,
+    pass: impl FnOnce(usize) -> io::Result<Box<dyn Pass>>,
+    prompt: &[u32],
+    output: &[u32],
+) -> Result<Vec<Vec<u16>>, Stop> {
     let mut rows = HiddenRows(Vec::with_capacity(output.len()));
-    Prefix::new(pass, prompt, output.len())?.run(output, &mut rows)?;
+    let mut prefix = Prefix::new(pass, prompt, output.len())?.while_wanted(is_wanted);
+    prefix.run(output, &mut rows)?;
     Ok(rows.0)
 }
 

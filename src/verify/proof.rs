@@ -11,7 +11,7 @@ use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
 };
-use crate::proof::residue::{Profile, row_energy};
+use crate::proof::residue::{Profile, Sketch, row_energy};
 use crate::proof::{CHUNK_ROWS, Scheme, toploc};
 use crate::wire::openai::response::ProofEnd;
 use std::sync::Arc;
@@ -176,30 +176,58 @@ impl Bound {
         RowProver::new(self.scheme, &self.root, Arc::clone(&identity.calibration))
     }
 
-    /// Sets what our own rows contribute beside the proof, chunk by chunk.
-    pub fn compare(&self, rows: &[RowData]) -> Vec<ChunkEvidence> {
-        let chunks = rows.chunks(CHUNK_ROWS).zip(&self.chunks).enumerate();
-        chunks.map(|(index, (rows, data))| compare(index, self, rows, data)).collect()
+    /// Sketches of so many rows, in order; none in chunks that are equal bit for bit.
+    pub(super) fn sketches(&self, chunks: &[ChunkEvidence], rows: usize) -> Vec<Option<Sketch>> {
+        let mut sketches = vec![None; rows];
+        let places = sketches.chunks_mut(CHUNK_ROWS).zip(&self.chunks).zip(chunks);
+        for ((places, data), _) in places.filter(|(_, chunk)| !chunk.is_exact) {
+            let chunk = ResidueChunk::from_bytes(data, places.len());
+            let sketches = chunk.map_or_else(|_| Vec::new(), |chunk| chunk.sketches);
+            places.iter_mut().zip(sketches).for_each(|(place, sketch)| *place = Some(sketch));
+        }
+        sketches
+    }
+
+    /// Sets what our own rows contribute beside the proof, chunk by chunk; also returns the
+    /// energies of the rows of chunks that are not equal bit for bit.
+    pub fn compare(&self, rows: &[RowData]) -> (Vec<ChunkEvidence>, Vec<f64>) {
+        let (mut chunks, mut energies) = (Vec::new(), Vec::new());
+        for (index, (rows, data)) in rows.chunks(CHUNK_ROWS).zip(&self.chunks).enumerate() {
+            let (chunk, of_rows) = compare(index, self, rows, data);
+            energies.extend(of_rows.into_iter().filter(|_| !chunk.is_exact));
+            chunks.push(chunk);
+        }
+        (chunks, energies)
     }
 }
 
-fn compare(index: usize, bound: &Bound, rows: &[RowData], data: &[u8]) -> ChunkEvidence {
+fn compare(
+    index: usize,
+    bound: &Bound,
+    rows: &[RowData],
+    data: &[u8],
+) -> (ChunkEvidence, Vec<f64>) {
     let none = ChunkEvidence { index, is_exact: false, energy: None, distance: None };
     let profile = match bound.scheme {
         Scheme::Residue => Profile::U8,
         Scheme::ResidueU4 => Profile::U4,
-        Scheme::Toploc => return compare_toploc(none, bound.is_our_canon, rows, data),
+        Scheme::Toploc => {
+            return (compare_toploc(none, bound.is_our_canon, rows, data), Vec::new());
+        }
     };
-    let Ok(theirs) = ResidueChunk::from_bytes(data, rows.len()) else { return none };
-    let (mut hashes, mut energy) = (Vec::with_capacity(rows.len()), 0.0);
+    let Ok(theirs) = ResidueChunk::from_bytes(data, rows.len()) else {
+        return (none, Vec::new());
+    };
+    let (mut hashes, mut energies) = (Vec::new(), Vec::new());
     for (row, sketch) in rows.iter().zip(&theirs.sketches) {
         if let RowData::Residue { sketch: own, exact } = row {
             hashes.push(*exact);
-            energy += row_energy(profile, own, sketch);
+            energies.push(row_energy(profile, own, sketch));
         }
     }
     let is_exact = bound.is_our_canon && chunk_hash(&bound.root, &hashes) == theirs.exact;
-    ChunkEvidence { is_exact, energy: Some(energy / rows.len() as f64), ..none }
+    let energy = energies.iter().sum::<f64>() / rows.len() as f64;
+    (ChunkEvidence { is_exact, energy: Some(energy), ..none }, energies)
 }
 
 fn compare_toploc(

@@ -1,8 +1,10 @@
 //! What was found of an answer: the verdict, and the evidence of its rows and of the chunks of its
 //! proof.
 
+use super::limits::Limits;
+use super::statistic::Statistic;
 use super::verdict::Verdict;
-use crate::proof::toploc;
+use crate::proof::{Scheme, toploc};
 
 /// What was found.
 #[derive(Clone, PartialEq, Debug)]
@@ -13,12 +15,55 @@ pub struct Report {
     pub rows: Vec<RowEvidence>,
     /// Chunks of the proof.
     pub chunks: Vec<ChunkEvidence>,
+    /// Energies of the rows of chunks that are not equal bit for bit, in order (residue schemes).
+    pub energies: Vec<f64>,
+    /// The same rows in units of what rounding moves them by, where the twin was run
+    /// ([`super::twin`]).
+    pub twin: Vec<f64>,
+    /// Known cheats with how much of each is found in the rows, the likeliest first, where they
+    /// were tried.
+    pub named: Vec<Named>,
+}
+
+/// A known cheat.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Named {
+    /// Its name.
+    pub name: &'static str,
+    /// How much of what it would change is found: about 1 for whoever does it, 0 for others.
+    pub beta: f64,
 }
 
 impl Report {
     /// A verdict that needed no rows.
     pub fn bare(verdict: Verdict) -> Self {
-        Self { verdict, rows: Vec::new(), chunks: Vec::new() }
+        Self {
+            verdict,
+            rows: Vec::new(),
+            chunks: Vec::new(),
+            energies: Vec::new(),
+            twin: Vec::new(),
+            named: Vec::new(),
+        }
+    }
+
+    /// What the rows say together, where there are enough of them.
+    pub fn statistic(&self, scheme: Scheme, limits: &Limits) -> Option<Statistic> {
+        Statistic::of(&self.energies, &limits.trimmed(scheme)?)
+    }
+
+    /// The same of the twin's units, where it was run.
+    pub fn twin_statistic(&self, scheme: Scheme, limits: &Limits) -> Option<Statistic> {
+        Statistic::of(&self.twin, &limits.twin(scheme)?)
+    }
+
+    /// The first one in units of its limit; nothing where all rows are equal bit for bit.
+    pub fn share(&self, scheme: Scheme, limits: &Limits) -> Option<f64> {
+        let is_exact = !self.chunks.is_empty() && self.chunks.iter().all(|c| c.is_exact);
+        match self.statistic(scheme, limits) {
+            None => (is_exact && limits.trimmed(scheme).is_some()).then_some(0.0),
+            Some(statistic) => Some(statistic.share()),
+        }
     }
 }
 

@@ -13,6 +13,16 @@ use crate::proof::commit::{RowData, RowProver};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
+/// What was found of the rows of one output.
+pub struct Found {
+    /// Of those that were scored.
+    pub rows: Vec<RowEvidence>,
+    /// What each row contributes to the proof.
+    pub proofs: Vec<RowData>,
+    /// The rows themselves, where they were kept.
+    pub hidden: Vec<Vec<u16>>,
+}
+
 /// Judges the rows of one output in order.
 pub struct Judge<'a> {
     claim: &'a Claim<'a>,
@@ -24,6 +34,8 @@ pub struct Judge<'a> {
     draw: Draw,
     rows: Vec<RowEvidence>,
     proofs: Vec<RowData>,
+    keeps_hidden: bool,
+    hidden: Vec<Vec<u16>>,
 }
 
 impl<'a> Judge<'a> {
@@ -52,12 +64,19 @@ impl<'a> Judge<'a> {
             draw: Draw::new(request, &model.text),
             rows: Vec::new(),
             proofs: Vec::new(),
+            keeps_hidden: false,
+            hidden: Vec::new(),
         }
     }
 
-    /// What was found: of the rows that were scored, and what each row contributes to the proof.
-    pub fn finish(self) -> (Vec<RowEvidence>, Vec<RowData>) {
-        (self.rows, self.proofs)
+    /// The same, which keeps the rows themselves where `keeps_hidden` says so.
+    pub fn keeping_hidden(self, keeps_hidden: bool) -> Self {
+        Self { keeps_hidden, ..self }
+    }
+
+    /// What was found.
+    pub fn finish(self) -> Found {
+        Found { rows: self.rows, proofs: self.proofs, hidden: self.hidden }
     }
 
     fn evidence(&self, index: usize, scored: Scored) -> RowEvidence {
@@ -81,7 +100,7 @@ impl Rows for Judge<'_> {
     /// # Errors
     /// A rejection where the grammar forbids a token, a fault where it is too complex.
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
-        let Self { claim, wanted, tops, sampling, end_ids, prover, draw, .. } = self;
+        let Self { claim, wanted, tops, sampling, end_ids, prover, draw, keeps_hidden, .. } = self;
         let (request, ids) = (claim.request, &claim.answer.ids);
         let mut asks = Vec::with_capacity(indices.len());
         for (index, position) in indices.zip(position..) {
@@ -108,7 +127,7 @@ impl Rows for Judge<'_> {
                 }),
                 false => None,
             };
-            asks.push(RowAsk { prover: prover.as_ref(), scores, ..ask });
+            asks.push(RowAsk { prover: prover.as_ref(), hidden: *keeps_hidden, scores, ..ask });
             draw.push(&request.sampling, *token)
                 .map_err(|e| Rejection::new(Reason::Grammar, format!("token {index}: {e}")))?;
         }
@@ -121,6 +140,7 @@ impl Rows for Judge<'_> {
             return targon::check_implied_end(self.claim, rank);
         }
         self.proofs.extend(report.proof);
+        self.hidden.extend(report.hidden);
         if let Some(scored) = report.scores {
             self.rows.push(self.evidence(index, scored));
         }

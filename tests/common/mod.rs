@@ -29,6 +29,7 @@ use targon_engine::proof::codec::{Hash, from_hex};
 use targon_engine::proof::commit::Chain;
 use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
+use targon_engine::verify::twin::Scrutiny;
 use targon_engine::verify::{Limits, Verifier, prefill};
 
 /// A test of each directory below `tests/data/golden`, a checkpoint of a family each: `$check` is
@@ -251,6 +252,7 @@ pub fn verifier(served: &Served) -> Verifier {
         identity: Arc::clone(&served.identity),
         pool: Pool::new(2, Isa::best()).unwrap(),
         limits: Limits::default(),
+        scrutiny: Scrutiny::NONE,
         context_max: served.engine.options().context_max,
     }
 }

@@ -9,7 +9,9 @@ use std::process::{Command, Output};
 use targon_engine::proof::Scheme;
 use targon_engine::verify::ChunkEvidence;
 use targon_engine::verify::RowEvidence;
-use targon_engine::verify::calibrate::{ENERGY_FACTOR, Sample, limits_file, split};
+use targon_engine::verify::calibrate::{
+    ENERGY_FACTOR, STATISTIC_FACTOR, Sample, limits_file, split,
+};
 use targon_engine::verify::evidence::{
     ALARM, ANSWER_MAX, Calibrated, Evidence, EvidenceStore, MemoryStore, Observed, Test, weigh,
 };
@@ -213,9 +215,10 @@ fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> Sample {
         distance: None,
     };
     let report = Report {
-        verdict: Verdict::Pass,
         rows: margins.iter().enumerate().map(row).collect(),
         chunks: energies.iter().enumerate().map(chunk).collect(),
+        energies: energies.iter().flat_map(|energy| [*energy; 32]).collect(),
+        ..Report::bare(Verdict::Pass)
     };
     Sample::new(&[prompt, 2, 3], Scheme::Residue, report)
 }
@@ -243,6 +246,10 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     let largest = largest.fold(0.0, f64::max);
     assert_eq!(file.limits.energy_u8, ENERGY_FACTOR * largest);
     assert_eq!(file.limits.energy_u4, Limits::default().energy_u4, "none was measured");
+    let [_, one, two, ..] = file.limits.trimmed_u8.0;
+    assert!(one > two && two > STATISTIC_FACTOR * 20.0, "more rows, closer limits: {one} {two}");
+    assert_eq!(file.limits.trimmed_u4, Limits::default().trimmed_u4, "none was measured");
+    assert_eq!((file.held_out.trimmed.of, file.calibration.trimmed_u4), (60, None));
     let spread = file.calibration.energy_u8.unwrap();
     assert!(spread.mean < spread.p999 && spread.p999 <= spread.max && spread.count == 120);
     let held = &file.held_out;
@@ -271,7 +278,10 @@ fn a_limits_file_is_read_back_or_its_fault_is_named() {
     assert!(other.contains("`model` is 0707") && other.contains("0808"), "{other}");
     let good: Value = serde_json::to_value(&file).unwrap();
     for (pointer, value, want) in [
-        ("/version", json!(9), "`version` must be 1, got 9"),
+        ("/version", json!(9), "`version` must be 2, got 9"),
+        ("/version", json!(1), "`version` 1 has limits for single chunks and none for whole"),
+        ("/limits/trimmed_u8/4", json!(0), "`limits.trimmed_u8` must be a number above 0, got 0"),
+        ("/limits/trimmed_u8", json!([1, 2]), "`limits.trimmed_u8` is wrong: invalid length 2"),
         ("/model", json!("xyz"), "`model` must be 64 lower-case hexadecimal digits, got xyz"),
         ("/class", json!(""), "`class` must have 1 to 200 bytes, got 0"),
         ("/limits/margin", json!(-1), "`limits.margin` must lie above 0 and be at most 1, got -1"),

@@ -13,6 +13,7 @@ use crate::verify::answer::Answer;
 use crate::verify::capture::{Capture, CheckOptions, judge};
 use crate::verify::mirror::{Mirror, Told};
 use crate::verify::question::Question;
+use crate::verify::twin::Scrutiny;
 use crate::verify::{
     Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure,
 };
@@ -27,12 +28,13 @@ pub(super) struct Judge(Verifier);
 
 impl Judge {
     /// With the model's true weights.
-    pub(super) fn new(subject: &Subject, limits: Limits) -> Self {
+    pub(super) fn new(subject: &Subject, limits: Limits, scrutiny: Scrutiny) -> Self {
         Self(Verifier {
             model: Arc::clone(&subject.model),
             identity: Arc::clone(&subject.identity),
             pool: subject.pool.clone(),
             limits,
+            scrutiny,
             context_max: subject.engine.options().context_max,
         })
     }

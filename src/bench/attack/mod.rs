@@ -26,6 +26,7 @@ use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::verify::evidence::Calibrated;
+use crate::verify::twin::Scrutiny;
 use crate::verify::{Depth, Limits};
 use anyhow::bail;
 use catalogue::{Attack, Cheat};
@@ -56,6 +57,8 @@ pub struct Setup {
     pub only: Option<String>,
     /// Limits of one answer.
     pub limits: Limits,
+    /// How closely answers are looked at.
+    pub scrutiny: Scrutiny,
     /// What evidence over many answers is weighed by.
     pub rates: Calibrated,
 }
@@ -86,7 +89,7 @@ impl Bench {
             let dtype = subject.model.dtype;
             bail!("changed weights are written in bf16, this model is {dtype}");
         }
-        let judge = Judge::new(&subject, setup.limits);
+        let judge = Judge::new(&subject, setup.limits, setup.scrutiny);
         let asks = |from: usize, count: usize, tokens: usize| {
             let tokens = setup.tokens.unwrap_or(tokens);
             let some = all.iter().enumerate().skip(from).take(count);

@@ -291,7 +291,7 @@ mod tests {
             distance: None,
         };
         let chunks = energies.iter().enumerate().map(chunk).collect();
-        Report { verdict, rows: Vec::new(), chunks }
+        Report { chunks, ..Report::bare(verdict) }
     }
 
     #[test]

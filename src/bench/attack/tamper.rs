@@ -3,6 +3,7 @@
 use crate::models::checkpoint::Checkpoint;
 use crate::models::cpu::decoder::Decoder;
 use crate::models::error::LoadError;
+use crate::models::grid::{Fp8Scale, Grid};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use safetensors::tensor::{Dtype as Stored, TensorView};
@@ -54,7 +55,7 @@ pub fn tampered(
 /// One head of a key or value at one position, as a cache of symmetric int8 keeps it: with a scale
 /// of its own.
 pub fn int8_head(head: &mut [f32]) {
-    integers(8, 0, head.len(), head);
+    Grid::integers(8, 0).apply(head.len(), head);
 }
 
 fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> anyhow::Result<()> {
@@ -114,12 +115,12 @@ fn read(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<usize>, Vec<f32>), L
 fn change(tamper: Tamper, name: &str, layers: usize, cols: usize, values: &mut [f32]) {
     let layer: usize = name.split('.').nth(2).and_then(|n| n.parse().ok()).unwrap_or(0);
     match tamper {
-        Tamper::Integers { bits, group } => integers(bits, group, cols, values),
+        Tamper::Integers { bits, group } => Grid::integers(bits, group).apply(cols, values),
         Tamper::LastLayers { layers: last, bits } if layer + last >= layers => {
-            integers(bits, 32, cols, values);
+            Grid::integers(bits, 32).apply(cols, values);
         }
         Tamper::LastLayers { .. } => {}
-        Tamper::Fp8 => fp8(values),
+        Tamper::Fp8 => Grid::Fp8(Fp8Scale::Tensor).apply(cols, values),
         // Both branches of a layer end in these; at zero it adds nothing.
         Tamper::SkippedLayer(skipped) => {
             if layer == skipped && (name.contains("o_proj") || name.contains("down_proj")) {
@@ -127,29 +128,6 @@ fn change(tamper: Tamper, name: &str, layers: usize, cols: usize, values: &mut [
             }
         }
         Tamper::LowRank(share) => low_rank(share, name, cols, values),
-    }
-}
-
-fn integers(bits: u32, group: usize, cols: usize, values: &mut [f32]) {
-    let group = if group == 0 { cols } else { group };
-    let largest = ((1 << (bits - 1)) - 1) as f32;
-    for row in values.chunks_mut(cols) {
-        for part in row.chunks_mut(group) {
-            let max = part.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-            let scale = if max > 0.0 { max / largest } else { 1.0 };
-            part.iter_mut().for_each(|x| *x = (*x / scale).round() * scale);
-        }
-    }
-}
-
-/// E4M3: 3 bits of mantissa, largest 448, smallest normal 2^-6.
-fn fp8(values: &mut [f32]) {
-    let max = values.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-    let scale = if max > 0.0 { max / 448.0 } else { 1.0 };
-    for x in values {
-        let y = *x / scale;
-        let step = 2.0_f32.powi((y.abs().log2().floor() as i32).max(-6) - 3);
-        *x = (y / step).round() * step * scale;
     }
 }
 
@@ -180,34 +158,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn integers_lie_on_the_grid_of_their_group() {
-        let original: Vec<f32> = (0..64).map(|i| ((i * 37 % 64) as f32 - 31.0) / 8.0).collect();
-        for (bits, group) in [(4, 16), (4, 0), (8, 16), (8, 0)] {
-            let mut values = original.clone();
-            integers(bits, group, 32, &mut values);
-            let parts = if group == 0 { 32 } else { group };
-            for (new, old) in values.chunks(parts).zip(original.chunks(parts)) {
-                let max = old.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-                let step = max / ((1 << (bits - 1)) - 1) as f32;
-                for (x, y) in new.iter().zip(old) {
-                    assert!((x - y).abs() <= 0.5001 * step, "{bits} {group}: {y} became {x}");
-                    assert!((x / step - (x / step).round()).abs() < 1e-3);
-                }
-            }
-        }
+    fn a_cache_of_bytes_has_a_scale_for_each_head() {
         let mut zeros = [0.0; 8];
         int8_head(&mut zeros);
         assert_eq!(zeros, [0.0; 8]);
         let mut head = [127.0, -64.4, 0.4, 0.6];
         int8_head(&mut head);
         assert_eq!(head, [127.0, -64.0, 0.0, 1.0]);
-    }
-
-    #[test]
-    fn fp8_keeps_three_bits_of_mantissa_and_zero() {
-        let mut values = [448.0, 1.0, 1.06, 1.07, 0.0, -300.0, 0.001];
-        fp8(&mut values);
-        assert_eq!(values, [448.0, 1.0, 1.0, 1.125, 0.0, -288.0, 0.001_953_125]);
     }
 
     #[test]

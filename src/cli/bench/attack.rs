@@ -9,6 +9,7 @@ use crate::cli::out::outln;
 use crate::cli::shared::ComputeArgs;
 use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
+use crate::verify::twin::{Scrutiny, When};
 use crate::verify::{Limits, limits_file};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -37,6 +38,12 @@ pub(in crate::cli) struct AttackArgs {
     /// Demand equal bits and equal draws: every miner runs this engine.
     #[arg(long)]
     exact: bool,
+    /// When to compute rows a second time, as for `verify`: never, suspicion, a share or always.
+    #[arg(long, default_value = "always")]
+    twin: When,
+    /// Try known cheats on answers that the twin finds too far.
+    #[arg(long)]
+    name_cheats: bool,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Write attack.json and attack.svg into this directory.
@@ -66,6 +73,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
         limits: Limits { exact: args.exact || limits.exact, ..limits },
+        scrutiny: Scrutiny { twin: args.twin, names: args.name_cheats },
         rates,
     };
     let results = Bench::new(&args.model, &scratch, &pool, setup)

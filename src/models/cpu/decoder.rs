@@ -5,14 +5,17 @@
 
 use super::mlp::gated;
 use super::weights::{Embedding, FeedForward, Layer, Weights};
+use crate::models::departure::Departure;
 use crate::models::error::LoadError;
+use crate::models::grid::Grid;
 use crate::models::spec::Spec;
 use crate::ops::attention::{Attention, KvCache, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
 use crate::ops::matmul::{matmul_add, matmul_into};
 use crate::ops::pool::{Disjoint, Turn};
 use crate::ops::rope::{Rope, RopeTable};
-use crate::ops::rowwise::{Norm, softcap};
+use crate::ops::rounding::Rounding;
+use crate::ops::rowwise::softcap;
 use std::sync::Arc;
 
 /// A loaded transformer.
@@ -27,21 +30,23 @@ pub struct Decoder {
     pub rope: Rope,
 }
 
-/// Buffers of a step, reused by the next.
+/// Buffers of a step, reused by the next, and how it departs from the canon.
 pub struct Scratch {
+    departure: Departure,
     residual: Vec<f32>, // (rows, hidden)
     normed: Rounded,    // (rows, hidden)
     qkv: Vec<f32>,      // (rows, qkv_rows)
     attended: Rounded,  // (rows, heads * head_dim)
     inner: Rounded,     // (rows, inter)
-    branch: Vec<f32>,   // (rows, hidden), where a branch is normed before it is added
+    branch: Vec<f32>,   // (rows, hidden), where it is not added as it is
 }
 
 impl Scratch {
-    /// Empty buffers for `decoder`.
+    /// Empty buffers for `decoder`, by the canon.
     pub fn new(decoder: &Decoder) -> Self {
         let (spec, dtype) = (&decoder.spec, decoder.dtype);
         Self {
+            departure: Departure::default(),
             residual: Vec::new(),
             normed: Rounded::new(dtype, spec.hidden),
             qkv: Vec::new(),
@@ -49,6 +54,11 @@ impl Scratch {
             inner: Rounded::new(dtype, spec.feed_forward.inter),
             branch: Vec::new(),
         }
+    }
+
+    /// The same for steps that depart from the canon.
+    pub fn departing(self, departure: Departure) -> Self {
+        Self { departure, ..self }
     }
 
     /// Bytes that a step of `rows` rows needs.
@@ -71,13 +81,15 @@ impl Decoder {
         segments: &[Segment],
         scratch: &mut Scratch,
     ) -> Result<(), LoadError> {
+        let rounding = scratch.departure.rounding;
         self.embed(turn, ids, &mut scratch.residual)?;
+        rounding.apply_all(turn, &mut scratch.residual);
         let positions: Vec<u32> = segments
             .iter()
             .flat_map(|s| s.rows.clone().map(|row| (s.start + row - s.rows.start) as u32))
             .collect();
         assert_eq!(positions.len(), ids.len(), "segments must cover the rows");
-        let table = self.rope.table(turn, &positions);
+        let table = rounding.table(self.rope.table(turn, &positions));
         for (index, layer) in self.weights.layers.iter().enumerate() {
             self.attention(turn, (index, layer), cache, segments, &table, scratch);
             self.feed_forward(turn, layer, scratch);
@@ -93,7 +105,7 @@ impl Decoder {
             chosen.extend_from_slice(&scratch.residual[row * hidden..][..hidden]);
         }
         let mut out = Rounded::new(self.dtype, hidden);
-        self.weights.norm.apply_rounded(turn, &chosen, &mut out);
+        scratch.departure.rounding.norm_rows(turn, &self.weights.norm, &chosen, &mut out);
         out
     }
 
@@ -152,11 +164,13 @@ impl Decoder {
     ) {
         let a = &self.spec.attention;
         let (row_len, k_at) = (self.spec.qkv_rows(), a.heads * a.head_dim);
-        let Scratch { residual, normed, qkv, attended, branch, .. } = scratch;
-        layer.attention_norm.apply_rounded(turn, residual, normed);
+        let Scratch { departure, residual, normed, qkv, attended, branch, .. } = scratch;
+        let rounding = departure.rounding;
+        rounding.norm_rows(turn, &layer.attention_norm, residual, normed);
+        coarsen(departure.inputs, normed);
         qkv.resize(normed.rows() * row_len, 0.0);
         matmul_into(turn, &layer.qkv, normed, qkv);
-        self.finish_qkv(turn, layer, table, qkv);
+        self.finish_qkv(turn, (layer, *departure), table, qkv);
         cache.store(turn, index, segments, (qkv, row_len, k_at));
         let attention = Attention {
             heads: a.heads,
@@ -165,22 +179,31 @@ impl Decoder {
             window: a.windows[index],
         };
         cache.attend(turn, index, attention, segments, (qkv, row_len), attended);
-        match &layer.post_attention_norm {
-            None => {
+        coarsen(departure.inputs, attended);
+        match (&layer.post_attention_norm, rounding) {
+            (None, Rounding::Inputs) => {
                 matmul_add(turn, &layer.out, attended, residual);
                 add_bias(residual, layer.out_bias.as_deref());
             }
-            Some(norm) => {
+            (norm, _) => {
                 branch.resize(residual.len(), 0.0);
                 matmul_into(turn, &layer.out, attended, branch);
                 add_bias(branch, layer.out_bias.as_deref());
-                norm.apply_add(turn, branch, residual);
+                rounding.apply_all(turn, branch);
+                rounding.add(turn, norm.as_ref(), branch, residual);
             }
         }
     }
 
-    /// Bias, head norms and rotation of queries and keys, row by row.
-    fn finish_qkv(&self, turn: &Turn<'_>, layer: &Layer, table: &RopeTable, qkv: &mut [f32]) {
+    /// Bias, head norms and rotation of queries and keys, and the grid of the cache, row by row.
+    fn finish_qkv(
+        &self,
+        turn: &Turn<'_>,
+        (layer, departure): (&Layer, Departure),
+        table: &RopeTable,
+        qkv: &mut [f32],
+    ) {
+        let Departure { rounding, cache, .. } = departure;
         let (a, row_len, isa) = (&self.spec.attention, self.spec.qkv_rows(), turn.isa());
         let rows = qkv.len() / row_len;
         let shared = Disjoint::new(qkv);
@@ -189,46 +212,55 @@ impl Decoder {
                 // SAFETY: each row belongs to one task.
                 let qkv = unsafe { shared.piece(row * row_len..(row + 1) * row_len) };
                 add_bias(qkv, layer.qkv_bias.as_deref());
+                rounding.apply(qkv);
                 let rotated = &mut qkv[..(a.heads + a.kv_heads) * a.head_dim];
                 for (head, values) in rotated.chunks_exact_mut(a.head_dim).enumerate() {
                     let norm = if head < a.heads { &layer.q_norm } else { &layer.k_norm };
                     if let Some(norm) = norm {
-                        norm.apply(isa, values);
+                        rounding.norm(isa, norm, values);
                     }
-                    table.rotate(isa, row, values);
+                    rounding.rotate(isa, table, row, values);
+                }
+                if let Some(grid) = cache {
+                    grid.apply(a.head_dim, &mut qkv[a.heads * a.head_dim..]);
                 }
             }
         });
     }
 
     fn feed_forward(&self, turn: &Turn<'_>, layer: &Layer, scratch: &mut Scratch) {
-        let Scratch { residual, normed, inner, branch, .. } = scratch;
-        let activation = self.spec.feed_forward.activation;
-        layer.feed_forward_norm.apply_rounded(turn, residual, normed);
-        match (&layer.feed_forward, &layer.post_feed_forward_norm) {
-            (FeedForward::Dense(mlp), None) => {
-                gated(turn, mlp, activation, normed, inner);
-                matmul_add(turn, &mlp.down, inner, residual);
-            }
-            (FeedForward::Dense(mlp), Some(norm)) => {
-                gated(turn, mlp, activation, normed, inner);
+        let Scratch { departure, residual, normed, inner, branch, .. } = scratch;
+        let rounding = departure.rounding;
+        let between = (self.spec.feed_forward.activation, rounding);
+        rounding.norm_rows(turn, &layer.feed_forward_norm, residual, normed);
+        coarsen(departure.inputs, normed);
+        match &layer.feed_forward {
+            FeedForward::Dense(mlp) => {
+                gated(turn, mlp, between, normed, inner);
+                coarsen(departure.inputs, inner);
+                if layer.post_feed_forward_norm.is_none() && rounding == Rounding::Inputs {
+                    return matmul_add(turn, &mlp.down, inner, residual);
+                }
                 branch.resize(residual.len(), 0.0);
                 matmul_into(turn, &mlp.down, inner, branch);
-                norm.apply_add(turn, branch, residual);
+                rounding.apply_all(turn, branch);
             }
-            (FeedForward::Experts(mixture), norm) => {
+            FeedForward::Experts(mixture) => {
                 branch.resize(residual.len(), 0.0);
-                mixture.forward(turn, activation, normed, branch);
-                add_branch(turn, norm.as_ref(), branch, residual);
+                mixture.forward(turn, between, normed, branch);
             }
         }
+        rounding.add(turn, layer.post_feed_forward_norm.as_ref(), branch, residual);
     }
 }
 
-fn add_branch(turn: &Turn<'_>, norm: Option<&Norm>, branch: &mut [f32], residual: &mut [f32]) {
-    match norm {
-        Some(norm) => norm.apply_add(turn, branch, residual),
-        None => residual.iter_mut().zip(branch).for_each(|(r, b)| *r += *b),
+/// Moves each row to a grid, if there is one.
+fn coarsen(grid: Option<Grid>, rows: &mut Rounded) {
+    let Some(grid) = grid else { return };
+    for row in 0..rows.rows() {
+        let mut values = rows.values(row).to_vec();
+        grid.apply(rows.cols(), &mut values);
+        rows.set_row(row, &values);
     }
 }
 

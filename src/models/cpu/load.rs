@@ -4,7 +4,8 @@ use super::decoder::Decoder;
 use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
-use crate::models::source::{FeedForwardSource, MlpSource, Rows, Source};
+use crate::models::grid::Grid;
+use crate::models::source::{FeedForwardSource, MlpSource, Reader, Rows, Source};
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
@@ -24,11 +25,24 @@ impl Decoder {
         pool: &Pool,
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
-        let loader =
-            Loader { source: Source { checkpoint, spec, dtype }, dtype, turn: &pool.turn() };
-        let weights = loader.load(&|done| progress(done, spec.layers))?;
-        let rope = loader.source.rope()?;
-        Ok(Decoder { spec: Arc::clone(spec), dtype, weights, rope })
+        let source = Source { checkpoint, spec, dtype };
+        let loader = Loader { source, dtype, grid: None, turn: &pool.turn() };
+        loader.decoder(spec, &|done| progress(done, spec.layers))
+    }
+
+    /// The same with the matrices of all layers on a grid; embedding, head and routers stay.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load).
+    pub fn coarse(
+        checkpoint: &Checkpoint,
+        (spec, dtype): (&Arc<Spec>, Dtype),
+        grid: Grid,
+        pool: &Pool,
+    ) -> Result<Self, LoadError> {
+        let source = Source { checkpoint, spec, dtype };
+        let loader = Loader { source, dtype, grid: Some(grid), turn: &pool.turn() };
+        loader.decoder(spec, &|_| {})
     }
 }
 
@@ -36,13 +50,42 @@ impl Decoder {
 struct Loader<'a> {
     source: Source<'a>,
     dtype: Dtype,
+    grid: Option<Grid>,
     turn: &'a Turn<'a>,
 }
 
+/// The rows of a matrix, from the checkpoint or changed in memory.
+enum Filler<'a> {
+    Stored(Reader<'a>),
+    Changed(Vec<u16>),
+}
+
+impl Filler<'_> {
+    fn fill(&self, row: usize, dtype: Dtype, out: &mut [u16]) -> Result<(), LoadError> {
+        match self {
+            Self::Stored(reader) => reader.read_row(row, dtype, out),
+            Self::Changed(bits) => {
+                out.copy_from_slice(&bits[row * out.len()..][..out.len()]);
+                Ok(())
+            }
+        }
+    }
+}
+
 impl Loader<'_> {
+    fn decoder(&self, spec: &Arc<Spec>, progress: &dyn Fn(usize)) -> Result<Decoder, LoadError> {
+        let weights = self.load(progress)?;
+        Ok(Decoder {
+            spec: Arc::clone(spec),
+            dtype: self.dtype,
+            weights,
+            rope: self.source.rope()?,
+        })
+    }
+
     fn load(&self, progress: &dyn Fn(usize)) -> Result<Weights, LoadError> {
         let spec = self.source.spec;
-        let packed = self.pack(&self.source.head()?)?;
+        let packed = self.pack(&self.source.head()?, None)?;
         let (embedding, head) = match spec.tied {
             true => (Embedding::Tied(packed), None),
             false => (Embedding::Stored(self.source.embedding()?), Some(packed)),
@@ -61,11 +104,11 @@ impl Loader<'_> {
         let source = self.source.layer(index)?;
         Ok(Layer {
             attention_norm: source.attention_norm,
-            qkv: self.pack(&source.qkv)?,
+            qkv: self.pack(&source.qkv, self.grid)?,
             qkv_bias: source.qkv_bias,
             q_norm: source.q_norm,
             k_norm: source.k_norm,
-            out: self.pack(&source.out)?,
+            out: self.pack(&source.out, self.grid)?,
             out_bias: source.out_bias,
             post_attention_norm: source.post_attention_norm,
             feed_forward_norm: source.feed_forward_norm,
@@ -74,7 +117,11 @@ impl Loader<'_> {
                 FeedForwardSource::Experts { spec, router, experts } => {
                     let experts = experts.iter().map(|mlp| self.mlp(mlp));
                     let experts = experts.collect::<Result<_, _>>()?;
-                    FeedForward::Experts(Mixture { spec, router: self.pack(&router)?, experts })
+                    FeedForward::Experts(Mixture {
+                        spec,
+                        router: self.pack(&router, None)?,
+                        experts,
+                    })
                 }
             },
             post_feed_forward_norm: source.post_feed_forward_norm,
@@ -83,24 +130,43 @@ impl Loader<'_> {
 
     fn mlp(&self, source: &MlpSource) -> Result<Mlp, LoadError> {
         let gate_up = self.pack_gated(&source.gate, &source.up)?;
-        Ok(Mlp { gate_up, down: self.pack(&source.down)? })
+        Ok(Mlp { gate_up, down: self.pack(&source.down, self.grid)? })
     }
 
-    fn pack(&self, rows: &Rows) -> Result<Packed, LoadError> {
-        let reader = rows.reader(self.turn.threads())?;
+    fn pack(&self, rows: &Rows, grid: Option<Grid>) -> Result<Packed, LoadError> {
+        let filler = self.filler(rows, grid)?;
         Packed::pack(self.turn, (rows.rows(), rows.cols()), self.dtype, |row, out| {
-            reader.read_row(row, self.dtype, out)
+            filler.fill(row, self.dtype, out)
         })
+    }
+
+    fn filler<'a>(&self, rows: &'a Rows, grid: Option<Grid>) -> Result<Filler<'a>, LoadError> {
+        let reader = rows.reader(self.turn.threads())?;
+        let Some(grid) = grid else { return Ok(Filler::Stored(reader)) };
+        let (cols, dtype) = (rows.cols(), self.dtype);
+        let mut all = vec![0; rows.rows() * cols];
+        for (row, out) in all.chunks_exact_mut(cols).enumerate() {
+            reader.read_row(row, dtype, out)?;
+        }
+        let mut rest = all.as_mut_slice();
+        for count in rows.parts() {
+            let (part, after) = rest.split_at_mut(count * cols);
+            let mut values: Vec<f32> = part.iter().map(|bits| dtype.widen(*bits)).collect();
+            grid.apply(cols, &mut values);
+            part.iter_mut().zip(values).for_each(|(bits, x)| *bits = dtype.round(x));
+            rest = after;
+        }
+        Ok(Filler::Changed(all))
     }
 
     /// Packs gate and up rows in alternating blocks.
     fn pack_gated(&self, gate: &Rows, up: &Rows) -> Result<Packed, LoadError> {
-        let (inter, threads) = (gate.rows(), self.turn.threads());
-        let (gate_rows, up_rows) = (gate.reader(threads)?, up.reader(threads)?);
+        let inter = gate.rows();
+        let (gate_rows, up_rows) = (self.filler(gate, self.grid)?, self.filler(up, self.grid)?);
         let shape = (gated_rows(inter), gate.cols());
         Packed::pack(self.turn, shape, self.dtype, |row, out| match gated_row(row, inter) {
-            Some(Ok(row)) => gate_rows.read_row(row, self.dtype, out),
-            Some(Err(row)) => up_rows.read_row(row, self.dtype, out),
+            Some(Ok(row)) => gate_rows.fill(row, self.dtype, out),
+            Some(Err(row)) => up_rows.fill(row, self.dtype, out),
             None => {
                 out.fill(0);
                 Ok(())

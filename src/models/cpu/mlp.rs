@@ -4,13 +4,15 @@ use super::weights::Mlp;
 use crate::ops::dtype::Rounded;
 use crate::ops::matmul::matmul_gated;
 use crate::ops::pool::{Disjoint, Turn};
+use crate::ops::rounding::Rounding;
 use crate::ops::rowwise::{Activation, round_piece};
 
-/// `out = round(activation(gate x) * (up x))`, both halves of a block in one task.
+/// `out = round(activation(gate x) * (up x))`, both halves of a block in one task; `rounding` is
+/// that of what comes between.
 pub(super) fn gated(
     turn: &Turn<'_>,
     mlp: &Mlp,
-    activation: Activation,
+    (activation, rounding): (Activation, Rounding),
     x: &Rounded,
     out: &mut Rounded,
 ) {
@@ -21,7 +23,7 @@ pub(super) fn gated(
     matmul_gated(turn, &mlp.gate_up, x, |token, rows, gate, up| {
         let len = inter.min(rows.end) - rows.start;
         let gate = &mut gate[..len];
-        activation.gate(isa, gate, &up[..len]);
+        rounding.gate(isa, activation, gate, &up[..len]);
         // SAFETY: rows of one token are disjoint between calls.
         unsafe { round_piece(dtype, gate, &bits, &values, token * inter + rows.start) };
     });

@@ -6,6 +6,7 @@ mod mlp;
 mod moe;
 pub mod weights;
 
+use super::departure::Departure;
 use super::pass::{Batch, Fault, Pass, RowAsk, RowFault, RowResult};
 use super::rows::{HiddenRow, answer};
 use super::spec::Spec;
@@ -48,6 +49,11 @@ impl CpuPass {
         let cache = KvCache::new(decoder.spec.kv_dims(), decoder.dtype, blocks)?;
         let (scratch, logits) = (Scratch::new(decoder), Vec::new());
         Ok(Self { decoder: Arc::clone(decoder), pool: pool.clone(), cache, scratch, logits })
+    }
+
+    /// The same by another arithmetic than the canon.
+    pub fn departing(self, departure: Departure) -> Self {
+        Self { scratch: self.scratch.departing(departure), ..self }
     }
 
     /// The keys and values, for those who want others than the model's.

@@ -12,15 +12,23 @@ use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::ops::math;
 use crate::ops::matmul::matmul_into;
 use crate::ops::pool::Turn;
+use crate::ops::rounding::Rounding;
 use crate::ops::rowwise::Activation;
 
 impl Mixture {
     /// `out[t] = sum over the chosen experts of weight * expert(x[t])`; `out` is (tokens, hidden).
-    pub fn forward(&self, turn: &Turn<'_>, activation: Activation, x: &Rounded, out: &mut [f32]) {
+    pub fn forward(
+        &self,
+        turn: &Turn<'_>,
+        (activation, rounding): (Activation, Rounding),
+        x: &Rounded,
+        out: &mut [f32],
+    ) {
         let tokens = x.rows();
         let hidden = out.len() / tokens;
         let mut scores = vec![0.0; tokens * self.spec.count];
         matmul_into(turn, &self.router, x, &mut scores);
+        rounding.apply(&mut scores);
         let routes: Vec<Vec<(usize, f32)>> = scores
             .chunks_exact_mut(self.spec.count)
             .map(|row| route(turn.isa(), &self.spec, row))
@@ -42,12 +50,18 @@ impl Mixture {
                 rows.copy_row(i, x, *token);
             }
             let mut inner = Rounded::new(x.dtype(), mlp.down.cols());
-            gated(turn, mlp, activation, &rows, &mut inner);
+            gated(turn, mlp, (activation, rounding), &rows, &mut inner);
             let mut result = vec![0.0; visits.len() * hidden];
             matmul_into(turn, &mlp.down, &inner, &mut result);
-            for ((token, weight), y) in visits.iter().zip(result.chunks_exact(hidden)) {
+            rounding.apply(&mut result);
+            for ((token, weight), y) in visits.iter().zip(result.chunks_exact_mut(hidden)) {
                 let out = &mut out[token * hidden..][..hidden];
-                out.iter_mut().zip(y).for_each(|(o, y)| *o += weight * y);
+                let mut weight = [*weight];
+                rounding.apply(&mut weight);
+                y.iter_mut().for_each(|y| *y *= weight[0]);
+                rounding.apply(y);
+                out.iter_mut().zip(y).for_each(|(o, y)| *o += *y);
+                rounding.apply(out);
             }
         }
     }
