@@ -7,6 +7,7 @@ use crate::clock::Clock;
 use crate::engine::plan::Bytes;
 use crate::models::cache::{Held, Item, KINDS, Kind, Places, find, remove};
 use crate::models::hub::Hub;
+use anyhow::anyhow;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
@@ -55,8 +56,8 @@ fn kinds() -> Vec<&'static str> {
     KINDS.iter().map(|kind| kind.name).collect()
 }
 
-fn age_ms(text: &str) -> Result<u64, String> {
-    let wrong = || format!("must be a number with d, h or m, as in 30d, got {text}");
+fn age_ms(text: &str) -> anyhow::Result<u64> {
+    let wrong = || anyhow!("must be a number with d, h or m, as in 30d, got {text}");
     let unit = text.chars().next_back().ok_or_else(wrong)?;
     let each = match unit {
         'd' => DAY_MS,

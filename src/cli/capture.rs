@@ -157,7 +157,7 @@ pub(super) fn load_verifier(
     let (device, dtype) = (located.config.device, located.config.dtype);
     let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {});
     let model = model.map_err(|e| refuse(e.into()))?;
-    let scrutiny = asked.on(&model).map_err(|what| refuse(anyhow::anyhow!(what)))?;
+    let scrutiny = asked.on(&model).map_err(|e| refuse(e.into()))?;
     let identity = Identity::of(&model, pool).map_err(|e| refuse(e.into()))?;
     Ok(Verifier {
         model: Arc::new(model),

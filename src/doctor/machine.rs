@@ -3,7 +3,7 @@
 use super::{Finding, Level};
 use crate::engine::memory::{Memory, memory};
 use crate::engine::plan::Bytes;
-use crate::models::device::{CardMemory, Cards, Device, cards};
+use crate::models::device::{CardMemory, Cards, Device, DeviceError, cards};
 use crate::ops::lanes::Isa;
 use crate::server::connections::CONNECTIONS_MAX;
 use std::path::{Path, PathBuf};
@@ -109,9 +109,9 @@ fn gpu(version: Option<&str>, cards: Cards) -> Vec<Finding> {
 }
 
 /// One card, and how much of its memory a model may have.
-fn card((device, card): (Device, Result<CardMemory, String>)) -> Finding {
+fn card((device, card): (Device, Result<CardMemory, DeviceError>)) -> Finding {
     match card {
-        Err(why) => Finding::new("gpu", Level::Warning, why)
+        Err(why) => Finding::new("gpu", Level::Warning, why.to_string())
             .hint("models whose `device` names it do not load"),
         Ok(CardMemory { name, free, total }) => {
             let fact = format!("{device}, {name}: {} free of {}", Bytes(free), Bytes(total));

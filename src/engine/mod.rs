@@ -19,6 +19,7 @@ pub mod output;
 pub mod plan;
 pub mod request;
 pub mod scheduler;
+pub mod slice;
 mod stage;
 pub mod stats;
 pub mod stop;

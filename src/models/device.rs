@@ -90,14 +90,14 @@ pub struct CardMemory {
 }
 
 /// The cards of this machine.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub enum Cards {
     /// This build cannot use any.
     NotBuilt,
     /// There is no driver, or none that can be used: why.
     Unusable(String),
     /// Each with its memory, or why it cannot be used.
-    Known(Vec<(Device, Result<CardMemory, String>)>),
+    Known(Vec<(Device, Result<CardMemory, DeviceError>)>),
 }
 
 /// Opens every card, which may take seconds for each.
@@ -111,7 +111,7 @@ pub fn cards() -> Cards {
     };
     match cards() {
         Ok(count) => {
-            let card = |number| (Device::Cuda(number), look(number).map_err(|e| e.to_string()));
+            let card = |number| (Device::Cuda(number), look(number).map_err(DeviceError::from));
             Cards::Known((0..count).map(card).collect())
         }
         Err(why) => Cards::Unusable(why.to_string()),

@@ -20,6 +20,7 @@ use super::{Reason, Rejection, Stop, Verdict};
 use crate::models::Model;
 use crate::models::cpu::decoder::Decoder;
 use crate::models::departure::{Departure, RECIPES};
+use crate::models::device::Device;
 use crate::ops::dtype::Dtype;
 use crate::ops::rounding::Rounding;
 use crate::proof::Scheme;
@@ -50,18 +51,30 @@ pub enum When {
     Always,
 }
 
-impl FromStr for When {
-    type Err = String;
+/// Why answers cannot be looked at as closely as was asked for.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum AskedError {
+    /// Not one of the words, and no share.
+    #[error("must be never, suspicion, always, or a share between 0 and 1, got {0}")]
+    When(String),
+    /// Only the processor computes otherwise than by the canon.
+    #[error("`--twin` and `--name-cheats` need weights on the processor, these are on {0}")]
+    Device(Device),
+    /// Recipes are run after the twin.
+    #[error("`--name-cheats` needs the twin, and `--twin` says never")]
+    Never,
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl FromStr for When {
+    type Err = AskedError;
+
+    fn from_str(text: &str) -> Result<Self, AskedError> {
         match (text, text.parse::<f64>()) {
             ("never", _) => Ok(Self::Never),
             ("suspicion", _) => Ok(Self::Suspicion),
             ("always", _) => Ok(Self::Always),
             (_, Ok(share)) if share > 0.0 && share < 1.0 => Ok(Self::Share(share)),
-            _ => Err(format!(
-                "must be never, suspicion, always, or a share between 0 and 1, got {text}"
-            )),
+            _ => Err(AskedError::When(text.to_owned())),
         }
     }
 }
@@ -93,22 +106,19 @@ impl Asked {
     ///
     /// # Errors
     /// When it was asked for by name and cannot be done.
-    pub fn on(self, model: &Model) -> Result<Scrutiny, String> {
+    pub fn on(self, model: &Model) -> Result<Scrutiny, AskedError> {
         let Self { twin, names } = self;
         let is_asked = names || twin.is_some_and(|twin| twin != When::Never);
         if model.weights.cpu().is_none() {
             let device = model.weights.device();
             return match is_asked {
-                true => Err(format!(
-                    "`--twin` and `--name-cheats` need weights on the processor, these are on \
-                     {device}"
-                )),
+                true => Err(AskedError::Device(device)),
                 false => Ok(Scrutiny::NONE),
             };
         }
         let twin = twin.unwrap_or_default();
         match names && twin == When::Never {
-            true => Err("`--name-cheats` needs the twin, and `--twin` says never".into()),
+            true => Err(AskedError::Never),
             false => Ok(Scrutiny { twin, names }),
         }
     }

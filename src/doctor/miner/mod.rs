@@ -131,7 +131,7 @@ async fn ask_one(
         Ok(made) => made,
         Err(what) => {
             let hint = "ask for fewer tokens by --max-tokens";
-            return vec![Finding::new(topic, Level::Warning, what).hint(hint)];
+            return vec![Finding::new(topic, Level::Warning, what.to_string()).hint(hint)];
         }
     };
     let Sampling { seed, temperature, max_tokens } = sampling;
@@ -161,7 +161,7 @@ async fn body(
     endpoint: Endpoint,
     chance: &mut Chance,
     clock: &Clock,
-) -> Result<(Value, Sampling), String> {
+) -> anyhow::Result<(Value, Sampling)> {
     let Asking { model, max_tokens, temperature, verifier } = asking;
     let drawn = Sampling::draw(chance, &(max_tokens..=max_tokens));
     let temperature = temperature.unwrap_or(drawn.temperature);
@@ -180,7 +180,7 @@ async fn body(
     };
     let shortest = Sampling { max_tokens: TOKENS_MIN, ..sampling };
     let (plain, _) = ask::body(model, endpoint, shortest, prompt(0), usize::MAX)?;
-    let understood = question::understand(verifier, &plain).await.map_err(|e| e.to_string())?;
+    let understood = question::understand(verifier, &plain).await?;
     let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
     ask::body(model, endpoint, sampling, prompt(tokens), verifier.context_max)
 }

@@ -1,0 +1,48 @@
+//! The rows of a step, by sequence: what the scheduler plans, as plain data.
+
+use super::blocks::BlockId;
+
+/// Names a sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct SequenceId(pub u64);
+
+/// The rows of one sequence in a step.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Slice {
+    /// Whose.
+    pub id: SequenceId,
+    /// Position of the first row.
+    pub start: usize,
+    /// Tokens at `start..start + tokens.len()`.
+    pub tokens: Vec<u32>,
+    /// Whether these reach the sequence's last known token.
+    pub is_last: bool,
+    /// How many of them, the last ones, are drafts: guesses of what follows the known tokens.
+    pub drafts: usize,
+    /// Block table.
+    pub blocks: Vec<BlockId>,
+}
+
+impl Slice {
+    /// The drafts up to and including the one at `position`; none where a known token stands there.
+    pub fn drafts_to(&self, position: usize) -> &[u32] {
+        let known = self.tokens.len() - self.drafts;
+        &self.tokens[known..(position + 1 - self.start).max(known)]
+    }
+}
+
+/// One step.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// Rows by sequence, decoding ones first.
+    pub slices: Vec<Slice>,
+    /// Sequences that lost their blocks.
+    pub preempted: Vec<SequenceId>,
+}
+
+impl Plan {
+    /// Rows of the step.
+    pub fn rows(&self) -> usize {
+        self.slices.iter().map(|s| s.tokens.len()).sum()
+    }
+}
