@@ -9,7 +9,7 @@ use crate::lifecycle::load;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::verify::capture::judge;
-pub(super) use crate::verify::capture::{Capture, CheckOptions, Judged};
+pub(super) use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
 use crate::verify::twin::Asked;
 use crate::verify::{Limits, Reason, Rejection, Verifier};
 use std::collections::HashMap;
@@ -113,7 +113,7 @@ impl Verifiers {
         place: &str,
         capture: &Capture,
         options: CheckOptions,
-    ) -> Result<Vec<Judged>, Failure> {
+    ) -> Result<Vec<CheckedChoice>, Failure> {
         let only = self.models.first().map_or("", |model| model.name.as_str());
         let name = capture.model().unwrap_or(only);
         let judged = self.runtime.block_on(judge(verifier, name, capture, options));

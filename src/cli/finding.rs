@@ -1,6 +1,6 @@
 //! A judged answer with all there is to say of it, as `verify` shows it.
 
-use super::capture::Judged;
+use super::capture::CheckedChoice;
 use super::printable::printable;
 use crate::models::text::Text;
 use crate::ops::CANON;
@@ -25,7 +25,7 @@ pub(super) struct Tally {
 /// A judged answer with all there is to say of it.
 pub(super) struct Finding<'a> {
     pub(super) place: &'a str,
-    pub(super) judged: &'a Judged,
+    pub(super) judged: &'a CheckedChoice,
     pub(super) tally: Option<&'a Tally>,
     pub(super) model: &'a Text,
     pub(super) limits: &'a Limits,

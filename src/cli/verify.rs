@@ -1,7 +1,7 @@
 //! `verify`: judges captured answers, one a line.
 
 use super::Failure;
-use super::capture::{Capture, Captures, CheckOptions, Judged, Verifiers};
+use super::capture::{Capture, Captures, CheckOptions, CheckedChoice, Verifiers};
 use super::finding::{Finding, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
@@ -194,7 +194,7 @@ impl Account {
         &mut self,
         place: &str,
         capture: &Capture,
-        judged: &Judged,
+        judged: &CheckedChoice,
         limits: &Limits,
     ) -> Result<Tally, Failure> {
         let miner = capture.miner().ok_or_else(|| {
@@ -215,7 +215,7 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
         return;
     }
     let Finding { place, judged, tally, .. } = finding;
-    let Judged { choice, report, seconds, .. } = judged;
+    let CheckedChoice { choice, report, seconds, .. } = judged;
     outln!("{place} choice {choice}: {}", printable(&report.verdict.to_string()));
     let (tokens, rules) = (finding.tokens(), finding.rules());
     outln!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
@@ -230,7 +230,7 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
 
 /// An answer as one JSON object.
 fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
-    let Judged { choice, report, seconds, .. } = finding.judged;
+    let CheckedChoice { choice, report, seconds, .. } = finding.judged;
     let (reason, what) = reason(&report.verdict).unzip();
     let rows = report.rows.iter().filter(|_| with_rows).map(|r| {
         json!({

@@ -1,7 +1,7 @@
 //! `verify --html`: one page with every token of the judged answers, tables and plots. It needs
 //! nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
-use super::capture::Judged;
+use super::capture::CheckedChoice;
 use super::finding::{Finding, number};
 use crate::verify::ChunkEvidence;
 use crate::verify::RowEvidence;
@@ -103,7 +103,7 @@ fn outcome(verdict: &Verdict) -> Markup {
 
 /// One answer.
 pub(super) fn section(finding: &Finding<'_>) -> anyhow::Result<Markup> {
-    let Judged { choice, report, seconds, .. } = finding.judged;
+    let CheckedChoice { choice, report, seconds, .. } = finding.judged;
     let (tokens, scored, rules) = (finding.tokens(), report.rows.len(), finding.rules());
     let summary = format!("{tokens} tokens, {scored} rows scored, {rules}, {seconds:.3} s");
     let plots = plots(finding)?;

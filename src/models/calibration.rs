@@ -9,7 +9,7 @@
 
 use super::error::LoadError;
 use super::model::Model;
-use super::pass::{Batch, Fault, Pass, RowAsk, RowResult, blocks_of};
+use super::pass::{Batch, Pass, PassFault, RowAsk, RowResult, blocks_of};
 use super::remembered::Remembered;
 use crate::files;
 use crate::ops::CANON;
@@ -126,7 +126,7 @@ fn hidden_rows(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadEr
     let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
     let results = match pass.step(&Batch::of(ids, 0), &asks) {
         Ok(results) => results,
-        Err(Fault::Weights(e)) => return Err(e),
+        Err(PassFault::Weights(e)) => return Err(e),
         Err(fault) => return Err(LoadError::Device(fault.to_string())),
     };
     let row = |result: RowResult| {
@@ -202,7 +202,7 @@ fn cached(
     let path = in_cache(remembered.0, root, model.dtype);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        bytes => bytes.map_err(Unusable::Read),
+        bytes => bytes.map_err(CalibrationFileError::Read),
     };
     let inputs = inputs(model, root)?;
     match bytes.and_then(|bytes| parse(&bytes, &inputs, remembered)) {
@@ -216,7 +216,7 @@ fn cached(
 
 /// Why a file with a calibration is not used.
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+enum CalibrationFileError {
     #[error(transparent)]
     Read(#[from] std::io::Error),
     #[error(transparent)]
@@ -229,16 +229,20 @@ enum Unusable {
     Weights,
 }
 
-fn parse(bytes: &[u8], inputs: &Hash, remembered: Remembered<'_>) -> Result<Calibration, Unusable> {
+fn parse(
+    bytes: &[u8],
+    inputs: &Hash,
+    remembered: Remembered<'_>,
+) -> Result<Calibration, CalibrationFileError> {
     let stored: Stored = serde_json::from_slice(bytes)?;
     if stored.inputs != to_hex(inputs) {
-        return Err(Unusable::Inputs);
+        return Err(CalibrationFileError::Inputs);
     }
     let Stored { exponents, means, shift, .. } = stored;
     let calibration = Calibration { exponents, means, shift };
     match remembered.calibration(inputs) == Some(calibration_hash(&calibration)) {
         true => Ok(calibration),
-        false => Err(Unusable::Hash),
+        false => Err(CalibrationFileError::Hash),
     }
 }
 
@@ -248,14 +252,14 @@ fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<()
     let path = beside(&model.checkpoint.path);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        bytes => bytes.map_err(Unusable::Read),
+        bytes => bytes.map_err(CalibrationFileError::Read),
     };
     let found = bytes.and_then(|b| {
         let found: Beside = serde_json::from_slice(&b)?;
         let dtype = model.dtype.to_string();
         match found.weights_root == to_hex(root) && found.dtype == dtype {
             true => Ok(found),
-            false => Err(Unusable::Weights),
+            false => Err(CalibrationFileError::Weights),
         }
     });
     let Beside { exponents, means, shift, .. } = match found {

@@ -9,7 +9,7 @@
 
 use super::error::LoadError;
 use super::margin::Margin;
-use super::rules::Rules;
+use super::rules::RowRules;
 use super::sampler::Sampling;
 use crate::ops::attention::BLOCK_TOKENS;
 pub use crate::ops::attention::Segment;
@@ -23,7 +23,7 @@ pub trait Pass: Send {
     ///
     /// # Errors
     /// When the step could not be computed: what it would have written must not be read.
-    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, Fault>;
+    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, PassFault>;
 }
 
 /// The rows of one step.
@@ -84,7 +84,7 @@ pub struct Scores<'a> {
     /// Temperature, truncation, noise key, bias and penalties.
     pub sampling: &'a Sampling,
     /// What may be drawn, besides.
-    pub rules: Rules,
+    pub rules: RowRules,
     /// The distribution that log-probabilities, ranks and alternatives describe.
     pub mode: LogprobMode,
     /// So many of the most probable tokens.
@@ -173,7 +173,7 @@ pub struct Scored {
 
 /// Why a step failed; never the caller's fault.
 #[derive(Debug, thiserror::Error)]
-pub enum Fault {
+pub enum PassFault {
     /// Weights could not be read.
     #[error(transparent)]
     Weights(#[from] LoadError),
@@ -217,7 +217,7 @@ impl<'a> Scores<'a> {
         Self {
             token,
             sampling,
-            rules: Rules::default(),
+            rules: RowRules::default(),
             mode: LogprobMode::Raw,
             top: 0,
             ids: Vec::new(),

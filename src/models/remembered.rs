@@ -86,7 +86,7 @@ impl Remembered<'_> {
                 Err(why) => why,
             },
             Err(e) if e.kind() == ErrorKind::NotFound => return Kept::default(),
-            Err(e) => Unusable::Read(e),
+            Err(e) => CacheFileError::Read(e),
         };
         tracing::warn!(path = %path.display(), "what was remembered is lost: {why}");
         Kept::default()
@@ -117,7 +117,7 @@ fn insert(entries: &mut BTreeMap<String, String>, key: &Hash, value: &Hash) {
 
 /// Why a file of what was remembered is not used.
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+enum CacheFileError {
     #[error(transparent)]
     Read(#[from] std::io::Error),
     #[error(transparent)]
@@ -128,15 +128,15 @@ enum Unusable {
     Damaged,
 }
 
-fn parse(bytes: &[u8]) -> Result<Kept, Unusable> {
+fn parse(bytes: &[u8]) -> Result<Kept, CacheFileError> {
     let stored: Stored = serde_json::from_slice(bytes)?;
     if stored.version != VERSION {
-        return Err(Unusable::Version(stored.version));
+        return Err(CacheFileError::Version(stored.version));
     }
     let want = check(&stored.kept)?;
     match stored.check == want {
         true => Ok(stored.kept),
-        false => Err(Unusable::Damaged),
+        false => Err(CacheFileError::Damaged),
     }
 }
 

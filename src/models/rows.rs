@@ -160,7 +160,7 @@ impl Reading<'_> {
 mod tests {
     use super::*;
     use crate::models::pass::Near;
-    use crate::models::rules::{Rules, Seen};
+    use crate::models::rules::{RowRules, Seen};
     use std::sync::Arc;
 
     const ROW: [f32; 6] = [1.0, 4.0, 3.5, 3.5, -2.0, 0.5];
@@ -216,7 +216,7 @@ mod tests {
         let greedy = Sampling { presence_penalty: 2.0, ..Sampling::greedy() };
         let mut seen = Seen::new(&greedy, &[]);
         seen.push(&greedy, 1);
-        let rules = Rules { seen: Arc::new(seen), banned: vec![2], allowed: None };
+        let rules = RowRules { seen: Arc::new(seen), banned: vec![2], allowed: None };
         for (mode, rank) in [(LogprobMode::Raw, 2), (LogprobMode::Scaled, 1)] {
             let plain = Scores::new(Token::Drawn, &greedy);
             let ask = Scores { mode, rules: rules.clone(), ..plain };

@@ -28,7 +28,7 @@ impl Seen {
 
 /// What holds for one row, besides its request's [`Sampling`].
 #[derive(Clone, Default)]
-pub struct Rules {
+pub struct RowRules {
     /// The tokens so far.
     pub seen: Arc<Seen>,
     /// Ids that may not be drawn.
@@ -37,7 +37,7 @@ pub struct Rules {
     pub allowed: Option<SimpleVob>,
 }
 
-impl Rules {
+impl RowRules {
     /// Whether [`process`](Self::process) leaves a row as it is.
     pub fn keep_logits(&self, sampling: &Sampling) -> bool {
         self.banned.is_empty() && sampling.logit_bias.is_empty() && !sampling.has_penalties()
@@ -88,7 +88,7 @@ mod tests {
         let pick = |s: &Sampling, seen: &Seen, banned: &[u32]| {
             let mut row = x.to_vec();
             let (seen, banned) = (Arc::new(seen.clone()), banned.to_vec());
-            Rules { seen, banned, allowed: None }.process(&mut row, s);
+            RowRules { seen, banned, allowed: None }.process(&mut row, s);
             Distribution::new(Isa::best(), &row, s).draw(s, 0)
         };
         let plain = Sampling::greedy();

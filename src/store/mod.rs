@@ -29,4 +29,4 @@ pub use database::Store;
 pub use error::{Cause, StoreError};
 pub use export::{Cell, Export, Filter, What};
 pub use retain::{Removed, Retention};
-pub use weights::Claim;
+pub use weights::WeightsClaim;

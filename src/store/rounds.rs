@@ -3,7 +3,7 @@
 use super::database::Store;
 use super::error::{Cause, StoreError};
 use super::hotkeys;
-use super::record::{Answered, Outcome, Response, Round, RoundHead, Sampled, Timing};
+use super::record::{Outcome, Response, Round, RoundHead, RoundResponse, Sampled, Timing};
 use super::rows::{
     finite, get, get_json, get_json_or_none, get_number, json, number, placeholders,
 };
@@ -116,7 +116,7 @@ impl Store {
         netuid: u16,
         uid: u16,
         limit: u32,
-    ) -> Result<Vec<Answered>, StoreError> {
+    ) -> Result<Vec<RoundResponse>, StoreError> {
         let mut session = self.read(&format!("read the responses of uid {uid}")).await?;
         let columns = RESPONSE.map(|column| format!("p.{column}")).join(", ");
         // The round's id, netuid and time stand in both.
@@ -127,7 +127,7 @@ impl Store {
         );
         let values = vec![netuid.into(), uid.into(), limit.min(ANSWERED_MAX).into()];
         let rows = session.rows(&sql, values).await?;
-        let read = |row| Ok(Answered { round: head(row)?, response: response(row)? });
+        let read = |row| Ok(RoundResponse { round: head(row)?, response: response(row)? });
         let answered = rows.iter().map(read).collect::<Result<_, Cause>>();
         let answered = answered.map_err(|cause| session.error(cause))?;
         session.commit().await?;

@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How long a store waits.
 #[derive(Clone, Copy)]
-pub(super) struct Limits {
+pub(super) struct SessionLimits {
     /// For a connection that others use.
     turn: Duration,
     /// For a connection to be made.
@@ -32,7 +32,7 @@ pub(super) struct Limits {
 }
 
 /// How long a store waits unless a test has no time for it.
-pub(super) const LIMITS: Limits = Limits {
+pub(super) const LIMITS: SessionLimits = SessionLimits {
     turn: Duration::from_secs(30),
     connect: Duration::from_secs(10),
     ping: Duration::from_secs(5),
@@ -40,7 +40,7 @@ pub(super) const LIMITS: Limits = Limits {
     close: Duration::from_secs(5),
 };
 
-impl Limits {
+impl SessionLimits {
     /// The same limit for everything.
     #[cfg(test)]
     pub(super) fn all(limit: Duration) -> Self {
@@ -143,7 +143,7 @@ pub(super) struct Connections {
     permits: Arc<Semaphore>,
     /// How many there may be.
     max: u32,
-    limits: Limits,
+    limits: SessionLimits,
 }
 
 impl Connections {
@@ -153,7 +153,7 @@ impl Connections {
         url: &str,
         access: Access,
         max: u32,
-        limits: Limits,
+        limits: SessionLimits,
     ) -> Result<Self, Cause> {
         sqlx::any::install_default_drivers();
         let options: AnyConnectOptions =

@@ -2,7 +2,7 @@
 
 use super::database::Store;
 use super::error::{Cause, StoreError};
-use super::record::{Response, Verdict};
+use super::record::{Response, ResponseVerdict};
 use super::rounds::{outcome, response, timing};
 use super::rows::{get, get_number};
 use sqlx::any::AnyRow;
@@ -22,7 +22,11 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub async fn verdicts(&self, netuid: u16, rounds: u32) -> Result<Vec<Verdict>, StoreError> {
+    pub async fn verdicts(
+        &self,
+        netuid: u16,
+        rounds: u32,
+    ) -> Result<Vec<ResponseVerdict>, StoreError> {
         let mut session = self.read(&format!("read the verdicts of netuid {netuid}")).await?;
         let values = vec![netuid.into(), rounds.min(ROUNDS_MAX).into()];
         let rows = session.rows(NEWEST, values).await?;
@@ -47,8 +51,8 @@ impl Store {
     }
 }
 
-fn verdict(row: &AnyRow) -> Result<Verdict, Cause> {
-    Ok(Verdict {
+fn verdict(row: &AnyRow) -> Result<ResponseVerdict, Cause> {
+    Ok(ResponseVerdict {
         round: get(row, "round")?,
         started_ms: get_number(row, "started_ms")?,
         uid: get_number(row, "uid")?,

@@ -86,7 +86,7 @@ pub struct Target {
 
 /// Whose a failure is, and of which kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fault {
+pub enum QueryFault {
     /// Ours: this machine lacks something.
     Own,
     /// Nobody takes the connection.
@@ -112,7 +112,7 @@ pub enum QueryError {
         /// What happened.
         what: String,
         /// Of which kind.
-        fault: Fault,
+        fault: QueryFault,
     },
     /// The miner says no.
     #[error("{url} answered {status}: {body}")]
@@ -136,11 +136,11 @@ pub enum QueryError {
 
 impl QueryError {
     /// Whose it is.
-    pub fn fault(&self) -> Fault {
+    pub fn fault(&self) -> QueryFault {
         match self {
             QueryError::Network { fault, .. } => *fault,
-            QueryError::Status { .. } => Fault::Status,
-            QueryError::Stream { .. } => Fault::Malformed,
+            QueryError::Status { .. } => QueryFault::Status,
+            QueryError::Stream { .. } => QueryFault::Malformed,
         }
     }
 }
@@ -206,10 +206,10 @@ impl Target {
 
     fn network(&self, e: reqwest::Error) -> QueryError {
         let mut fault = match &e {
-            e if e.is_builder() => Fault::Own,
-            e if e.is_connect() => Fault::Unreachable,
-            e if e.is_timeout() => Fault::Late,
-            _ => Fault::Broken,
+            e if e.is_builder() => QueryFault::Own,
+            e if e.is_connect() => QueryFault::Unreachable,
+            e if e.is_timeout() => QueryFault::Late,
+            _ => QueryFault::Broken,
         };
         // The reason is often only in the source.
         let mut what = e.to_string();
@@ -217,7 +217,7 @@ impl Target {
         while let Some(inner) = source {
             what = format!("{what}: {inner}");
             if inner.downcast_ref::<std::io::Error>().is_some_and(is_own) {
-                fault = Fault::Own;
+                fault = QueryFault::Own;
             }
             source = inner.source();
         }

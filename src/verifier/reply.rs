@@ -15,7 +15,7 @@ const INTERNAL_ERROR: &str = "INTERNAL_ERROR";
 
 /// What `/verify` says about an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Judged {
+pub(super) enum VerifyReply {
     /// Nothing speaks against it.
     Verified,
     /// Something does.
@@ -27,7 +27,7 @@ pub(super) enum Judged {
     },
 }
 
-impl IntoResponse for Judged {
+impl IntoResponse for VerifyReply {
     fn into_response(self) -> Response {
         Json(match self {
             Self::Verified => json!({"verified": true}),
@@ -133,10 +133,10 @@ struct Labels {
 
 impl Counts {
     /// Counts an answer.
-    pub(super) fn count(&self, outcome: &Result<Judged, Refusal>) {
+    pub(super) fn count(&self, outcome: &Result<VerifyReply, Refusal>) {
         let (verdict, cause) = match outcome {
-            Ok(Judged::Verified) => ("verified", ""),
-            Ok(Judged::Rejected { cause, .. }) => ("rejected", *cause),
+            Ok(VerifyReply::Verified) => ("verified", ""),
+            Ok(VerifyReply::Rejected { cause, .. }) => ("rejected", *cause),
             Err(Refusal::Error(..)) => ("unscored", INTERNAL_ERROR),
             Err(Refusal::Detail(..)) => ("refused", ""),
         };

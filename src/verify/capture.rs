@@ -5,7 +5,7 @@
 //! ([`Mirror`]), and then asks the model ([`Verifier`]). A line that cannot be read is the peer's:
 //! its bytes are in it.
 
-use super::answer::{Answer, Sent};
+use super::answer::{Answer, RawResponse};
 use super::mirror::{Mirror, Told};
 use super::question::{Question, QuestionError};
 use super::structure::Walk;
@@ -69,10 +69,10 @@ impl Capture {
         self.request["model"].as_str()
     }
 
-    fn sent(&self) -> Sent<'_> {
+    fn sent(&self) -> RawResponse<'_> {
         match (&self.response, &self.chunks) {
-            (Some(body), _) => Sent::Whole(body),
-            (None, chunks) => Sent::Stream(chunks.as_deref().unwrap_or_default()),
+            (Some(body), _) => RawResponse::Whole(body),
+            (None, chunks) => RawResponse::Stream(chunks.as_deref().unwrap_or_default()),
         }
     }
 }
@@ -90,7 +90,7 @@ pub struct CheckOptions {
 
 /// One choice, judged.
 #[derive(Clone, Debug)]
-pub struct Judged {
+pub struct CheckedChoice {
     /// Its number.
     pub choice: u32,
     /// The rules that judged.
@@ -116,7 +116,7 @@ pub async fn judge(
     model: &str,
     capture: &Capture,
     options: CheckOptions,
-) -> Result<Vec<Judged>, QuestionError> {
+) -> Result<Vec<CheckedChoice>, QuestionError> {
     let hotkey = capture.hotkey.as_deref();
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
     Ok(judge_question(verifier, question, capture, options))
@@ -128,7 +128,7 @@ pub fn judge_question(
     mut question: Question,
     capture: &Capture,
     options: CheckOptions,
-) -> Vec<Judged> {
+) -> Vec<CheckedChoice> {
     let (clock, sent) = (Clock::system(), capture.sent());
     question.adapt(sent);
     let profile = options.profile.unwrap_or(match question.proof {
@@ -151,7 +151,7 @@ pub fn judge_question(
                 (Some(answer), reports.next().unwrap_or_else(|| Report::bare(left_out())))
             }
         };
-        Judged { choice, profile, scheme, request, answer, report, seconds }
+        CheckedChoice { choice, profile, scheme, request, answer, report, seconds }
     });
     judged.collect()
 }
@@ -183,7 +183,7 @@ fn claim<'a>(
 }
 
 /// Reads every choice, writes all of them again, and compares.
-fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
+fn read(verifier: &Verifier, question: &Question, sent: RawResponse<'_>) -> Vec<Read> {
     let walked: Vec<Result<(Answer, Walk), Verdict>> = (0..)
         .zip(question.requests())
         .map(|(choice, request)| walk(verifier, question, sent, choice, request))
@@ -214,7 +214,7 @@ fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
 fn walk(
     verifier: &Verifier,
     question: &Question,
-    sent: Sent<'_>,
+    sent: RawResponse<'_>,
     choice: u32,
     request: &Request,
 ) -> Result<(Answer, Walk), Verdict> {
@@ -226,7 +226,7 @@ fn walk(
         return Ok((answer.clone(), walk));
     }
     let answer = answer.and_then(Answer::with_tokens).map_err(|rejection| {
-        let may_lack_ids = matches!(sent, Sent::Whole(_)) && !question.asks_ids();
+        let may_lack_ids = matches!(sent, RawResponse::Whole(_)) && !question.asks_ids();
         match rejection.reason {
             Reason::BadIds if may_lack_ids => {
                 let what = "the request asked for no ids of tokens: it needs `return_token_ids`";

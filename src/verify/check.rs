@@ -181,7 +181,7 @@ impl<'a> Verification<'a> {
         let Verifier { model, identity, limits, scrutiny, .. } = self.verifier;
         let proved = bound.as_ref().map(|bound| (bound, &**identity));
         let is_looked_at = bound.is_some() && scrutiny.twin != When::Never;
-        let judge = rows::Judge::new(claim, model, proved, wanted);
+        let judge = rows::RowChecker::new(claim, model, proved, wanted);
         let mut judge = judge.keeping_hidden(is_looked_at);
         prefix.run(output, &mut judge)?;
         let found = judge.finish();

@@ -8,7 +8,7 @@
 
 mod tops;
 
-use super::answer::{Answer, Reported, Sent, Top};
+use super::answer::{Answer, RawResponse, Reported, Top};
 use super::compare::{Compare, is_empty, is_name, merge, short};
 use super::question::Question;
 use super::structure::{End, Walk};
@@ -97,10 +97,10 @@ pub struct Mirror<'a> {
 
 impl Mirror<'_> {
     /// What is wrong with each choice; what is wrong with the response is wrong with all.
-    pub fn compare(&self, sent: Sent<'_>) -> Vec<Result<(), Rejection>> {
+    pub fn compare(&self, sent: RawResponse<'_>) -> Vec<Result<(), Rejection>> {
         let each = match sent {
-            Sent::Whole(body) => self.compare_whole(body),
-            Sent::Stream(chunks) => self.compare_stream(chunks),
+            RawResponse::Whole(body) => self.compare_whole(body),
+            RawResponse::Stream(chunks) => self.compare_stream(chunks),
         };
         each.unwrap_or_else(|rejection| vec![Err(rejection); self.told.len()])
     }

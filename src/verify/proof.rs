@@ -11,7 +11,7 @@ use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
 };
-use crate::proof::residue::{Profile, Sketch, row_energy};
+use crate::proof::residue::{ResidueBits, Sketch, row_energy};
 use crate::proof::{CHUNK_ROWS, Scheme, toploc};
 use crate::wire::openai::response::ProofEnd;
 use std::sync::Arc;
@@ -209,8 +209,8 @@ fn compare(
 ) -> (ChunkEvidence, Vec<f64>) {
     let none = ChunkEvidence { index, is_exact: false, energy: None, distance: None };
     let profile = match bound.scheme {
-        Scheme::Residue => Profile::U8,
-        Scheme::ResidueU4 => Profile::U4,
+        Scheme::Residue => ResidueBits::U8,
+        Scheme::ResidueU4 => ResidueBits::U4,
         Scheme::Toploc => {
             return (compare_toploc(none, bound.is_our_canon, rows, data), Vec::new());
         }

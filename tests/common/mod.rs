@@ -26,7 +26,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::{Hash, from_hex};
-use targon_engine::proof::commit::Chain;
+use targon_engine::proof::commit::ChunkChain;
 use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::twin::Scrutiny;
@@ -293,7 +293,7 @@ pub fn spoof_by(
     let prover = Prover { scheme, nonce, signer: None };
     let head = prover.head(&request.terms(seed, 0).hash(), &verifier.identity);
     let prover = head.rows(&verifier.identity);
-    let mut chain = Chain::new(head.root);
+    let mut chain = ChunkChain::new(head.root);
     let mut chunks = Vec::new();
     let ids = answer.ids.clone();
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);

@@ -4,13 +4,13 @@ use crate::common;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
-use targon_engine::validator::run::judge::Judge;
+use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
 use targon_engine::verify::evidence::Calibrated;
 
-fn judge() -> Judge {
+fn judge() -> Resident {
     let verifier = common::verifier(&common::tiny_served(3, common::options()));
-    Judge { verifier, rates: Calibrated::default(), engine: None }
+    Resident { verifier, rates: Calibrated::default(), engine: None }
 }
 
 #[tokio::test(flavor = "multi_thread")]

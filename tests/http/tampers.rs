@@ -14,7 +14,7 @@ use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::capture::{Capture, CheckOptions, Judged, judge};
+use targon_engine::verify::capture::{Capture, CheckOptions, CheckedChoice, judge};
 use targon_engine::verify::question::Question;
 use targon_engine::verify::{Claim, Depth, Profile, Reason, Verdict, Verifier};
 
@@ -113,7 +113,7 @@ async fn ask(site: &Site, body: &Value) -> Value {
     response
 }
 
-async fn judged(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<Judged> {
+async fn judged(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<CheckedChoice> {
     let capture = match sent.as_array() {
         Some(chunks) => Capture::of_stream(body.clone(), chunks.clone()),
         None => Capture::of_response(body.clone(), sent.clone()),

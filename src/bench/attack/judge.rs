@@ -4,7 +4,7 @@ use super::catalogue::Attack;
 use super::malformed::{self, Changed, Variant};
 use super::published;
 use super::results::{Detector, Line, is_rejected};
-use super::trial::{Subject, Trial};
+use super::trial::{AttackedAnswer, Subject};
 use crate::bench::stats::Rate;
 use crate::engine::request::Request;
 use crate::proof::Scheme;
@@ -24,9 +24,9 @@ use std::sync::Arc;
 use tokio::runtime::Runtime;
 
 /// A verifier that knows every question, and how its verdicts become lines of results.
-pub(super) struct Judge(Verifier);
+pub(super) struct AttackVerifier(Verifier);
 
-impl Judge {
+impl AttackVerifier {
     /// With the model's true weights.
     pub(super) fn new(subject: &Subject, limits: Limits, scrutiny: Scrutiny) -> Self {
         Self(Verifier {
@@ -46,8 +46,13 @@ impl Judge {
 
     /// Verifies answers with their proofs. Who can prove true rows can report their
     /// log-probabilities, so these are left out: here rows and draws count.
-    pub(super) fn proofs(&self, trials: &[Trial], scheme: Scheme, depth: Depth) -> Vec<Report> {
-        let verify = |t: &Trial| {
+    pub(super) fn proofs(
+        &self,
+        trials: &[AttackedAnswer],
+        scheme: Scheme,
+        depth: Depth,
+    ) -> Vec<Report> {
+        let verify = |t: &AttackedAnswer| {
             let silent = Answer { logprobs: Vec::new(), ..t.answer.clone() };
             self.verify(t, &silent, Some(scheme), depth)
         };
@@ -56,7 +61,7 @@ impl Judge {
 
     fn verify(
         &self,
-        trial: &Trial,
+        trial: &AttackedAnswer,
         answer: &Answer,
         scheme: Option<Scheme>,
         depth: Depth,
@@ -80,7 +85,7 @@ impl Judge {
         &self,
         (name, detector): (&str, Detector),
         scheme: Scheme,
-        trials: &[Trial],
+        trials: &[AttackedAnswer],
         reports: &[Report],
     ) -> Vec<Line> {
         let rows = Line::of_rows(name, detector, scheme, reports, self.limits());
@@ -94,13 +99,23 @@ impl Judge {
     }
 
     /// The line of a check of every row.
-    pub(super) fn slow_line(&self, attack: &Attack, trials: &[Trial], slow: &[Report]) -> Line {
+    pub(super) fn slow_line(
+        &self,
+        attack: &Attack,
+        trials: &[AttackedAnswer],
+        slow: &[Report],
+    ) -> Line {
         let line = Line::of_margins(attack.name, attack.detector, WITH_ALL_MARGINS, slow);
         Line { bytes_per_token: bytes_per_token(trials), ..line }
     }
 
     /// The subnet's rules on the same tokens, as published and with their holes mended.
-    pub(super) fn rank_lines(&self, name: &str, detector: Detector, trials: &[Trial]) -> [Line; 2] {
+    pub(super) fn rank_lines(
+        &self,
+        name: &str,
+        detector: Detector,
+        trials: &[AttackedAnswer],
+    ) -> [Line; 2] {
         let reports: Vec<Report> =
             trials.iter().map(|t| self.verify(t, &t.answer, None, Depth::Slow)).collect();
         let mended = Line::new(name, detector, "targon-4.4, mended", &reports);
@@ -115,7 +130,12 @@ impl Judge {
     }
 
     /// Every malformed variant of every answer: refused, or not.
-    pub(super) fn malformed(&self, attack: &Attack, scheme: Scheme, trials: &[Trial]) -> Line {
+    pub(super) fn malformed(
+        &self,
+        attack: &Attack,
+        scheme: Scheme,
+        trials: &[AttackedAnswer],
+    ) -> Line {
         let (mut refused, mut of) = (0, 0);
         for trial in trials {
             let received = match Received::new(&self.0, trial, scheme) {
@@ -148,7 +168,7 @@ impl Judge {
         Line::bare(attack.name, attack.detector, judge, Rate::new(refused, of))
     }
 
-    fn refuses(&self, trial: &Trial, received: &Received, variant: &Variant) -> bool {
+    fn refuses(&self, trial: &AttackedAnswer, received: &Received, variant: &Variant) -> bool {
         match variant.apply(&trial.answer, &received.chunks) {
             Changed::Answer(Ok(answer)) => {
                 let scheme = Some(received.scheme);
@@ -172,8 +192,8 @@ struct Received {
 
 impl Received {
     /// The honest stream of a trial, which passes.
-    fn new(verifier: &Verifier, trial: &Trial, scheme: Scheme) -> anyhow::Result<Self> {
-        let Trial { ask, answer, .. } = trial;
+    fn new(verifier: &Verifier, trial: &AttackedAnswer, scheme: Scheme) -> anyhow::Result<Self> {
+        let AttackedAnswer { ask, answer, .. } = trial;
         let request = &ask.request;
         let body = json!({
             "model": "attacked", "prompt": request.prompt, "max_tokens": request.max_tokens,
@@ -228,8 +248,8 @@ pub(super) const WITH_MARGIN: &str = "residue-v1 + margin";
 /// The same in a check of every row.
 const WITH_ALL_MARGINS: &str = "residue-v1 + margin, all rows";
 
-fn bytes_per_token(trials: &[Trial]) -> f64 {
-    let bytes: usize = trials.iter().map(Trial::proof_bytes).sum();
+fn bytes_per_token(trials: &[AttackedAnswer]) -> f64 {
+    let bytes: usize = trials.iter().map(AttackedAnswer::proof_bytes).sum();
     let tokens: usize = trials.iter().map(|t| t.answer.ids.len()).sum();
     bytes as f64 / tokens.max(1) as f64
 }

@@ -30,11 +30,11 @@ use crate::verify::twin::Scrutiny;
 use crate::verify::{Depth, Limits};
 use anyhow::bail;
 use catalogue::{Attack, Cheat};
-use forge::Forge;
-use judge::Judge;
+use forge::AnswerMaker;
+use judge::AttackVerifier;
 use results::{Detector, Line, Results, Tokens};
 use std::path::Path;
-use trial::{Ask, Subject};
+use trial::{AttackRequest, Subject};
 
 /// Tokens of an honest answer, and of an attacked one: eight chunks.
 const HONEST_TOKENS: usize = 128;
@@ -46,7 +46,7 @@ const MALFORMED: usize = 4;
 
 /// What is run, and what it is judged by.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Setup {
+pub struct AttackSetup {
     /// Prompts that are attacked; all of [`prompts::all`] from the first on.
     pub prompts: usize,
     /// Honest answers, to the prompts after those.
@@ -64,21 +64,26 @@ pub struct Setup {
 }
 
 /// The model under attack.
-pub struct Bench {
+pub struct AttackBench {
     subject: Subject,
-    judge: Judge,
-    setup: Setup,
+    judge: AttackVerifier,
+    setup: AttackSetup,
     model: String,
-    attacked: Vec<Ask>,
-    honest: Vec<Ask>,
+    attacked: Vec<AttackRequest>,
+    honest: Vec<AttackRequest>,
 }
 
-impl Bench {
+impl AttackBench {
     /// Loads the model at `path`; `scratch` is a directory for changed weights.
     ///
     /// # Errors
     /// When the model cannot be loaded, has no chat template, or there are too few prompts.
-    pub fn new(path: &Path, scratch: &Path, pool: &Pool, setup: Setup) -> anyhow::Result<Self> {
+    pub fn new(
+        path: &Path,
+        scratch: &Path,
+        pool: &Pool,
+        setup: AttackSetup,
+    ) -> anyhow::Result<Self> {
         let all = prompts::all();
         let wanted = setup.prompts + setup.honest;
         if wanted > all.len() {
@@ -89,14 +94,15 @@ impl Bench {
             let dtype = subject.model.dtype;
             bail!("changed weights are written in bf16, this model is {dtype}");
         }
-        let judge = Judge::new(&subject, setup.limits, setup.scrutiny);
+        let judge = AttackVerifier::new(&subject, setup.limits, setup.scrutiny);
         let asks = |from: usize, count: usize, tokens: usize| {
             let tokens = setup.tokens.unwrap_or(tokens);
             let some = all.iter().enumerate().skip(from).take(count);
             some.map(|(index, text)| subject.ask(index, text, tokens)).collect()
         };
-        let attacked: anyhow::Result<Vec<Ask>> = asks(0, setup.prompts, ATTACKED_TOKENS);
-        let honest: anyhow::Result<Vec<Ask>> = asks(setup.prompts, setup.honest, HONEST_TOKENS);
+        let attacked: anyhow::Result<Vec<AttackRequest>> = asks(0, setup.prompts, ATTACKED_TOKENS);
+        let honest: anyhow::Result<Vec<AttackRequest>> =
+            asks(setup.prompts, setup.honest, HONEST_TOKENS);
         let (attacked, honest) = (attacked?, honest?);
         let model = path.display().to_string();
         Ok(Self { subject, judge, setup, model, attacked, honest })
@@ -115,13 +121,13 @@ impl Bench {
         }
         if !attacks.is_empty() {
             progress("honest answers to the prompts that are attacked");
-            let mut forge = Forge::new(&self.subject, &self.attacked)?;
+            let mut forge = AnswerMaker::new(&self.subject, &self.attacked)?;
             for attack in &attacks {
                 progress(attack.name);
                 self.attack(attack, &mut forge, &mut lines, &mut tokens)?;
             }
         }
-        let length = |asks: &[Ask]| asks.first().map_or(0, |ask| ask.request.max_tokens);
+        let length = |asks: &[AttackRequest]| asks.first().map_or(0, |ask| ask.request.max_tokens);
         Ok(Results {
             model: self.model.clone(),
             limits: format!("{:?}", self.judge.limits()),
@@ -161,7 +167,7 @@ impl Bench {
     fn attack(
         &self,
         attack: &Attack,
-        forge: &mut Forge<'_>,
+        forge: &mut AnswerMaker<'_>,
         lines: &mut Vec<Line>,
         tokens: &mut Vec<Tokens>,
     ) -> anyhow::Result<()> {

@@ -5,7 +5,7 @@
 //! the text again, and all end tokens of the model count. The check of random places is left out,
 //! as the original does above a temperature of 0.75.
 
-use super::trial::Trial;
+use super::trial::AttackedAnswer;
 use crate::verify::RowEvidence;
 use crate::verify::{Report, Verdict};
 
@@ -23,7 +23,7 @@ const RARE_MAX: usize = 5;
 const SCORE_MIN: f64 = 0.75;
 
 /// The cause by which the original rejects an answer; `None` where it passes or gives up.
-pub(super) fn rejects(trial: &Trial, report: &Report) -> Option<&'static str> {
+pub(super) fn rejects(trial: &AttackedAnswer, report: &Report) -> Option<&'static str> {
     if report.rows.is_empty() {
         // Rejected for its form or its end, which the mended rules see first.
         return match &report.verdict {

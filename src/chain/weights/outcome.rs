@@ -19,11 +19,11 @@ pub struct Order {
 }
 
 /// What is asked before a step that cannot be taken back.
-pub struct Asked<'a> {
+pub struct Approval<'a> {
     /// Given the call in words; nothing is signed where it says no.
     pub show: &'a (dyn Fn(&str) -> bool + Sync),
     /// Given the signed extrinsic, to be remembered; nothing is sent where it says no.
-    pub signed: &'a (dyn Fn(&Sent) -> bool + Sync),
+    pub signed: &'a (dyn Fn(&SentWeights) -> bool + Sync),
 }
 
 /// The calls that set weights.
@@ -56,7 +56,7 @@ impl Call {
 
 /// An extrinsic with weights that was signed, and what is needed to look for it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Sent {
+pub struct SentWeights {
     /// The subnet.
     pub netuid: u16,
     /// The mechanism of the subnet.
@@ -93,7 +93,7 @@ pub enum SendError {
     )]
     Uncertain {
         /// What was sent.
-        sent: Box<Sent>,
+        sent: Box<SentWeights>,
         /// What happened.
         why: String,
     },
@@ -159,7 +159,7 @@ pub struct Found {
 
 impl ReadBack {
     /// What was found, for what was sent.
-    pub fn judge(sent: &Sent, found: Found) -> Self {
+    pub fn judge(sent: &SentWeights, found: Found) -> Self {
         let may_come = found.block <= sent.until;
         let not_there = |why: String| Self::NotThere { why, may_come };
         let Found { block, last_update, mut weights, period, .. } = found;
@@ -201,8 +201,8 @@ impl ReadBack {
 mod tests {
     use super::*;
 
-    fn sent(reveal_round: Option<u64>) -> Sent {
-        Sent {
+    fn sent(reveal_round: Option<u64>) -> SentWeights {
+        SentWeights {
             netuid: 4,
             mechanism: 0,
             hotkey: Hotkey([7; 32]),

@@ -2,7 +2,7 @@
 
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
-use crate::bench::attack::{Bench, Setup};
+use crate::bench::attack::{AttackBench, AttackSetup};
 use crate::bench::stats::{Rate, Stopping};
 use crate::cli::Failure;
 use crate::cli::out::outln;
@@ -67,7 +67,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         }
         None => (Limits::default(), Calibrated::default()),
     };
-    let setup = Setup {
+    let setup = AttackSetup {
         prompts: args.prompts.into(),
         honest: args.honest.into(),
         tokens: args.tokens.map(usize::from),
@@ -76,7 +76,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         scrutiny: Scrutiny { twin: args.twin, names: args.name_cheats },
         rates,
     };
-    let results = Bench::new(&args.model, &scratch, &pool, setup)
+    let results = AttackBench::new(&args.model, &scratch, &pool, setup)
         .and_then(|bench| bench.run(|next| tracing::info!("{next}")));
     // What is left in the temporary directory is the system's to clean.
     let _ = std::fs::remove_dir_all(&scratch);

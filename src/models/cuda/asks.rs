@@ -5,7 +5,7 @@ use super::launch::{Entry, Memory, Query, Rule};
 use super::memory::{At, Inputs, Outputs, grained};
 use super::weights::CudaWeights;
 use crate::models::pass::{RowAsk, Scores, Token};
-use crate::proof::residue::{Calibration, Profile};
+use crate::proof::residue::{Calibration, ResidueBits};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -73,14 +73,14 @@ pub(super) struct Chunk<'a, 'b> {
 /// Sketches of one calibration and profile.
 pub(super) struct Proofs {
     pub(super) whitening: Arc<Whitening>,
-    pub(super) profile: Profile,
+    pub(super) profile: ResidueBits,
     pub(super) table: At,
 }
 
 /// Rows with one calibration and profile: an entry for each place of their chunk.
 struct Group {
     calibration: Arc<Calibration>,
-    profile: Profile,
+    profile: ResidueBits,
     table: Vec<Entry>,
 }
 

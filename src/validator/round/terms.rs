@@ -1,6 +1,6 @@
 //! What goes into a round and what comes out of it, as plain data.
 
-use super::ask::{Endpoint, Prompt};
+use super::ask::{Endpoint, QueryPrompt};
 use crate::proof::Scheme;
 use crate::store::record;
 use crate::validator::query::Arrival;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// How rounds are held.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Settings {
+pub struct RoundSettings {
     /// The subnet.
     pub netuid: u16,
     /// Name of the scoring profile, for the record.
@@ -90,9 +90,9 @@ pub struct Scene {
 
 /// What happened.
 #[derive(Debug)]
-pub enum Event {
+pub enum RoundEvent {
     /// The prompt is there, or there is none for this reason.
-    Prompted(anyhow::Result<Prompt>),
+    Prompted(anyhow::Result<QueryPrompt>),
     /// A miner's answer has ended.
     Answered {
         /// Whose.
@@ -105,7 +105,7 @@ pub enum Event {
         /// Whose.
         uid: u16,
         /// What was found.
-        judgement: Judgement,
+        judgement: AnswerReport,
     },
     /// Time has passed.
     Tick,
@@ -116,7 +116,7 @@ pub enum Event {
 /// What is to be done.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Action {
-    /// Make a prompt; answered by [`Event::Prompted`].
+    /// Make a prompt; answered by [`RoundEvent::Prompted`].
     Prompt {
         /// For which model.
         model: String,
@@ -125,7 +125,7 @@ pub enum Action {
         /// The seed of the request.
         seed: u64,
     },
-    /// Ask a miner; answered by [`Event::Answered`].
+    /// Ask a miner; answered by [`RoundEvent::Answered`].
     Ask {
         /// Whom.
         uid: u16,
@@ -136,7 +136,7 @@ pub enum Action {
         /// Tokens that it may answer.
         max_tokens: u32,
     },
-    /// Judge an answer; answered by [`Event::Judged`].
+    /// Judge an answer; answered by [`RoundEvent::Judged`].
     Judge {
         /// Whose.
         uid: u16,
@@ -178,16 +178,16 @@ pub enum Ending {
 
 /// What verification found.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Judgement {
+pub struct AnswerReport {
     /// The verdict.
-    pub verdict: Judged,
+    pub verdict: AnswerVerdict,
     /// The evidence, for the record.
     pub report: Option<Value>,
 }
 
 /// A verdict.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Judged {
+pub enum AnswerVerdict {
     /// It is the model's.
     Pass,
     /// It is not.

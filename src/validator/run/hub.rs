@@ -7,9 +7,9 @@ use super::trial;
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use crate::store::record::Round;
-use crate::validator::organics::{self, Bucket, Record, Scored};
+use crate::validator::organics::{self, Bucket, Record, ScoredRecord};
 use crate::validator::query::{Size, Target};
-use crate::validator::round::Judged;
+use crate::validator::round::AnswerVerdict;
 use crate::validator::scores::series::Organic;
 use crate::verify::Profile;
 use anyhow::anyhow;
@@ -133,27 +133,31 @@ impl Hub {
     }
 }
 
-async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> Scored {
+async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> ScoredRecord {
     let fault = |cause: &str, what: &str| Some((cause.to_owned(), what.to_owned()));
     if !record.success {
         let fault = fault("BAD_STREAM", "the hub got no whole answer");
-        return Scored { record, organic: Organic::Failed, fault };
+        return ScoredRecord { record, organic: Organic::Failed, fault };
     }
     if record.chunks().is_empty() {
         let fault = fault("TOO_SHORT", "the answer has no tokens");
-        return Scored { record, organic: Organic::Empty, fault };
+        return ScoredRecord { record, organic: Organic::Empty, fault };
     }
     let Some(judge) = residents.get(&record.model_name) else {
         let fault = fault("INTERNAL_ERROR", "the model is not in memory");
-        return Scored { record, organic: Organic::Unscored, fault };
+        return ScoredRecord { record, organic: Organic::Unscored, fault };
     };
     match trial::judge_alone(&judge, rules, &record.model_name, record.capture()).await {
-        Judged::Pass => Scored { organic: Organic::Tps(record.tps()), record, fault: None },
-        Judged::Reject { cause, what } => {
-            Scored { record, organic: Organic::Rejected, fault: Some((cause, what)) }
+        AnswerVerdict::Pass => {
+            ScoredRecord { organic: Organic::Tps(record.tps()), record, fault: None }
         }
-        Judged::Unscored(why) => {
-            Scored { record, organic: Organic::Unscored, fault: fault("INTERNAL_ERROR", &why) }
+        AnswerVerdict::Reject { cause, what } => {
+            ScoredRecord { record, organic: Organic::Rejected, fault: Some((cause, what)) }
         }
+        AnswerVerdict::Unscored(why) => ScoredRecord {
+            record,
+            organic: Organic::Unscored,
+            fault: fault("INTERNAL_ERROR", &why),
+        },
     }
 }

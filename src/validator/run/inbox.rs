@@ -6,14 +6,14 @@ use super::residents::Hold;
 use super::subnet::Subnet;
 use crate::store::Removed;
 use crate::validator::eligible::Member;
-use crate::validator::round::{Event, Machine};
+use crate::validator::round::{RoundEvent, RoundMachine};
 use std::collections::BTreeMap;
 use tokio::task::JoinSet;
 
 /// A report to the owner of the state.
 pub(super) enum Message {
     /// Something happened in a round.
-    Round(u64, Event),
+    Round(u64, RoundEvent),
     /// The subnet was read; nothing where the epoch that is due has not begun.
     Subnet(Result<Option<Box<Subnet>>, SubnetError>),
     /// The weights of an epoch are as far as they get.
@@ -30,7 +30,7 @@ pub(super) enum Message {
 
 /// A running round.
 pub(super) struct Live {
-    pub(super) machine: Machine,
+    pub(super) machine: RoundMachine,
     pub(super) block: u64,
     pub(super) members: BTreeMap<u16, Member>,
     /// What runs for it; ended when dropped.
@@ -40,7 +40,7 @@ pub(super) struct Live {
 }
 
 impl Live {
-    pub(super) fn new(machine: Machine, block: u64, members: &[Member], hold: Hold) -> Self {
+    pub(super) fn new(machine: RoundMachine, block: u64, members: &[Member], hold: Hold) -> Self {
         let members = members.iter().map(|member| (member.uid, *member)).collect();
         Self { machine, block, members, tasks: JoinSet::new(), _hold: hold }
     }

@@ -2,14 +2,14 @@
 
 use super::emission::Settled;
 use super::inbox::Message;
-use super::ports::{Case, Ports, Query};
+use super::ports::{Ports, Query, Submission};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
 use super::view::View;
 use super::{Driver, Epoch, IDLE_BLOCKS, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
-use crate::validator::round::{Action, Answered, Ending, Event, Judged, Judgement};
+use crate::validator::round::{Action, AnswerReport, AnswerVerdict, Answered, Ending, RoundEvent};
 use anyhow::anyhow;
 use futures_util::FutureExt;
 use std::fmt::Display;
@@ -122,14 +122,14 @@ impl<P: Ports> Driver<P> {
     }
 
     pub(super) fn tell_tick(&mut self, key: u64) {
-        self.tell(key, Event::Tick);
+        self.tell(key, RoundEvent::Tick);
     }
 
     pub(super) fn tell_stop(&mut self, key: u64) {
-        self.tell(key, Event::Stop);
+        self.tell(key, RoundEvent::Stop);
     }
 
-    fn tell(&mut self, key: u64, event: Event) {
+    fn tell(&mut self, key: u64, event: RoundEvent) {
         // What comes after its round is over is of no use.
         let Some(live) = self.live.get_mut(&key) else { return };
         let actions = live.machine.handle(event);
@@ -172,7 +172,7 @@ impl<P: Ports> Driver<P> {
                 live.tasks.spawn(async move {
                     let made = AssertUnwindSafe(ports.prompt(&model, endpoint, seed));
                     let made = made.catch_unwind().await.unwrap_or_else(|_| Err(anyhow!(BROKE)));
-                    let _ = sender.send(Message::Round(key, Event::Prompted(made))).await;
+                    let _ = sender.send(Message::Round(key, RoundEvent::Prompted(made))).await;
                 });
             }
             Action::Ask { uid, path, body, max_tokens } => {
@@ -185,24 +185,24 @@ impl<P: Ports> Driver<P> {
                         ended: Duration::ZERO,
                         ending: Ending::Ours(BROKE.to_owned()),
                     });
-                    let event = Event::Answered { uid, answer };
+                    let event = RoundEvent::Answered { uid, answer };
                     let _ = sender.send(Message::Round(key, event)).await;
                 });
             }
             Action::Judge { uid, capture, is_slow } => {
                 let Some(member) = live.members.get(&uid).copied() else { return };
                 let (round, model) = live.machine.name();
-                let case = Case { model, member, round, block: live.block, capture, is_slow };
+                let case = Submission { model, member, round, block: live.block, capture, is_slow };
                 let judges = Arc::clone(&self.judges);
                 live.tasks.spawn(async move {
                     // Never closed.
                     let _permit = judges.acquire_owned().await;
                     let judged = AssertUnwindSafe(ports.judge(case)).catch_unwind().await;
-                    let judgement = judged.unwrap_or_else(|_| Judgement {
-                        verdict: Judged::Unscored(BROKE.to_owned()),
+                    let judgement = judged.unwrap_or_else(|_| AnswerReport {
+                        verdict: AnswerVerdict::Unscored(BROKE.to_owned()),
                         report: None,
                     });
-                    let event = Event::Judged { uid, judgement };
+                    let event = RoundEvent::Judged { uid, judgement };
                     let _ = sender.send(Message::Round(key, event)).await;
                 });
             }

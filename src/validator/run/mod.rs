@@ -9,12 +9,12 @@ mod emission;
 pub mod epochs;
 pub mod hub;
 mod inbox;
-pub mod judge;
 pub mod keeping;
 mod live;
 pub mod ports;
 pub mod progress;
 pub mod reading;
+pub mod resident;
 pub mod residents;
 pub mod rewriting;
 mod spill;
@@ -29,14 +29,14 @@ use crate::chain::pace::Pace;
 use crate::clock::Clock;
 use crate::store::record::Round;
 use crate::validator::round::chance::Chance;
-use crate::validator::round::{Machine, Phase, Scene, Settings};
+use crate::validator::round::{RoundMachine, RoundPhase, RoundSettings, Scene};
 pub use emission::Settled;
 use emission::When;
-use epochs::{Epoch, Epochs};
+use epochs::{Epoch, EpochRule};
 use inbox::{Live, Message};
 use parking_lot::Mutex;
 use ports::Ports;
-use progress::Progress;
+use progress::RunProgress;
 use reading::{Reading, SubnetError};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -71,13 +71,13 @@ const REPORTS_MAX: usize = 4;
 
 /// How a validator runs.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Options {
+pub struct RunOptions {
     /// How rounds are held.
-    pub round: Settings,
+    pub round: RoundSettings,
     /// How the subnet is read.
     pub reading: Reading,
     /// Where the subnet is read and weights are set.
-    pub epochs: Epochs,
+    pub epochs: EpochRule,
     /// Answers that are judged at once: each has a KV cache of its own, and they share all cores.
     pub judges: usize,
     /// After so many rounds it ends, with weights; never where absent.
@@ -122,12 +122,12 @@ pub struct Summary {
 /// The owner of a validator's state.
 pub struct Driver<P: Ports> {
     ports: Arc<P>,
-    options: Options,
-    settings: Arc<Settings>,
+    options: RunOptions,
+    settings: Arc<RoundSettings>,
     clock: Clock,
     chance: Chance,
     pace: Arc<Mutex<Pace>>,
-    progress: Arc<Progress>,
+    progress: Arc<RunProgress>,
     subnet: Arc<Subnet>,
     heads: watch::Sender<Head>,
     inbox: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
@@ -158,7 +158,7 @@ impl<P: Ports> Driver<P> {
     /// When it may not, or the chain cannot be asked or is not believed.
     pub async fn new(
         ports: Arc<P>,
-        options: Options,
+        options: RunOptions,
         clock: Clock,
         chance: Chance,
     ) -> Result<Self, RunError> {
@@ -172,7 +172,7 @@ impl<P: Ports> Driver<P> {
         let mut epoch = Epoch::of(options.epochs, &subnet.metagraph);
         epoch.is_settled = true;
         tracing::info!(uid = subnet.own, block, miners = subnet.members.len(), "validator");
-        let progress = Progress::default();
+        let progress = RunProgress::default();
         progress.see_block(block, clock.unix_ms());
         progress.set_members(subnet.members.len());
         Ok(Self {
@@ -206,7 +206,7 @@ impl<P: Ports> Driver<P> {
     }
 
     /// What an operator watches.
-    pub fn progress(&self) -> Arc<Progress> {
+    pub fn progress(&self) -> Arc<RunProgress> {
         Arc::clone(&self.progress)
     }
 
@@ -309,7 +309,7 @@ impl<P: Ports> Driver<P> {
     }
 
     fn begin_rounds(&mut self) {
-        let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
+        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Judging;
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
         let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
         let is_early = self.clock.elapsed() < self.not_before;
@@ -323,7 +323,8 @@ impl<P: Ports> Driver<P> {
         let scene = Scene { block, models: self.ports.offers(), miners: self.subnet.miners() };
         let chance = self.chance.fork();
         let settings = Arc::clone(&self.settings);
-        let Some((machine, actions)) = Machine::start(scene, settings, self.clock.clone(), chance)
+        let Some((machine, actions)) =
+            RoundMachine::start(scene, settings, self.clock.clone(), chance)
         else {
             tracing::info!(block, "no round: there is no model to ask for, or nobody to ask");
             self.not_before = self.clock.elapsed() + PAUSE;
@@ -355,7 +356,7 @@ impl<P: Ports> Driver<P> {
     fn stop(&mut self) {
         self.progress.stop();
         self.stopping = Some(self.clock.elapsed() + self.options.stop_time);
-        let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
+        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Judging;
         let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
         let keys: Vec<u64> = asking.collect();
         tracing::info!(rounds = self.live.len(), given_up = keys.len(), "stopping");

@@ -11,8 +11,8 @@ use crate::chain::metagraph::Metagraph;
 use crate::store::Removed;
 use crate::store::record::{Round, Weights, WeightsState};
 use crate::validator::eligible::Member;
-use crate::validator::round::ask::{Endpoint, Prompt};
-use crate::validator::round::{Answered, Judgement, Offer};
+use crate::validator::round::ask::{Endpoint, QueryPrompt};
+use crate::validator::round::{AnswerReport, Answered, Offer};
 use serde_json::Value;
 use std::future::Future;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ pub struct Query {
 
 /// An answer that is to be judged.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Case {
+pub struct Submission {
     /// The model that was asked for.
     pub model: String,
     /// Who answered.
@@ -129,10 +129,10 @@ pub trait Ports: Send + Sync + 'static {
         model: &str,
         endpoint: Endpoint,
         seed: u64,
-    ) -> impl Future<Output = anyhow::Result<Prompt>> + Send;
+    ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
     /// Judges an answer.
-    fn judge(&self, case: Case) -> impl Future<Output = Judgement> + Send;
+    fn judge(&self, case: Submission) -> impl Future<Output = AnswerReport> + Send;
 
     /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.

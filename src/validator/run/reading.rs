@@ -6,7 +6,7 @@ use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::pace::{Doubt, Pace};
 use crate::clock::Clock;
-use crate::validator::eligible::{self, Member, NoPermit, Rules};
+use crate::validator::eligible::{self, Member, MinerRules, NoPermit};
 use futures_util::StreamExt;
 use futures_util::stream;
 use parking_lot::Mutex;
@@ -25,7 +25,7 @@ const ALONE_MIN: usize = 4;
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Reading {
     /// Who can be asked.
-    pub rules: Rules,
+    pub rules: MinerRules,
     /// Whether this validator needs a permit.
     pub is_permit_needed: bool,
 }

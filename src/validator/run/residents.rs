@@ -4,7 +4,7 @@
 //! stays until the last round that asked for it is over ([`Residents::hold`]); only then is its
 //! memory given to the next.
 
-use super::judge::Judge;
+use super::resident::Resident;
 use anyhow::anyhow;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,11 +17,11 @@ const LEAVE_TIME: Duration = Duration::from_secs(4 * 3600);
 const LEAVE_LOOK: Duration = Duration::from_millis(200);
 
 /// Loads a model; this takes long and blocks.
-pub type Load = dyn Fn(&str) -> anyhow::Result<Judge> + Send + Sync;
+pub type LoadModel = dyn Fn(&str) -> anyhow::Result<Resident> + Send + Sync;
 
 /// Keeps a model in memory until it is dropped.
 #[derive(Clone)]
-pub struct Hold(#[allow(dead_code, reason = "its life is what counts")] Option<Arc<Judge>>);
+pub struct Hold(#[allow(dead_code, reason = "its life is what counts")] Option<Arc<Resident>>);
 
 impl Hold {
     /// Keeps nothing.
@@ -41,14 +41,14 @@ pub struct Sized {
 pub struct Residents {
     all: Vec<Sized>,
     budget: u64,
-    load: Arc<Load>,
+    load: Arc<LoadModel>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    here: BTreeMap<String, Arc<Judge>>,
-    leaving: BTreeMap<String, Arc<Judge>>,
+    here: BTreeMap<String, Arc<Resident>>,
+    leaving: BTreeMap<String, Arc<Resident>>,
     /// When each was last in memory, in turns.
     seen: BTreeMap<String, u64>,
     turn: u64,
@@ -77,7 +77,7 @@ fn choose(
 
 impl Residents {
     /// Of `all`, of which each fits into `budget` bytes alone.
-    pub fn new(all: Vec<Sized>, budget: u64, load: Arc<Load>) -> Self {
+    pub fn new(all: Vec<Sized>, budget: u64, load: Arc<LoadModel>) -> Self {
         Self { all, budget, load, state: Mutex::default() }
     }
 
@@ -92,13 +92,13 @@ impl Residents {
     }
 
     /// The models in memory that may be asked for.
-    pub fn here(&self) -> Vec<(String, Arc<Judge>)> {
+    pub fn here(&self) -> Vec<(String, Arc<Resident>)> {
         let state = self.state.lock();
         state.here.iter().map(|(name, judge)| (name.clone(), Arc::clone(judge))).collect()
     }
 
     /// A model in memory, also one that leaves.
-    pub fn get(&self, name: &str) -> Option<Arc<Judge>> {
+    pub fn get(&self, name: &str) -> Option<Arc<Resident>> {
         let state = self.state.lock();
         state.here.get(name).or_else(|| state.leaving.get(name)).cloned()
     }

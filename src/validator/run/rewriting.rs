@@ -1,6 +1,6 @@
 //! Passages rewritten into queries by this validator's own engine (protocol 5.3).
 
-use super::judge::Judge;
+use super::resident::Resident;
 use crate::engine::output::Event;
 use crate::validator::prompt::{Draft, read_query};
 use crate::validator::round::chance::Chance;
@@ -29,7 +29,7 @@ pub enum Rewriting {
 /// Why it is not written, where it must be.
 pub(super) async fn query(
     how: Rewriting,
-    judge: &Judge,
+    judge: &Resident,
     (model, draft): (&str, &Draft),
     chance: &mut Chance,
 ) -> anyhow::Result<Option<String>> {
@@ -58,7 +58,7 @@ pub(super) async fn query(
     }
 }
 
-async fn write(judge: &Judge, body: Value) -> anyhow::Result<String> {
+async fn write(judge: &Resident, body: Value) -> anyhow::Result<String> {
     let engine = judge.engine.as_ref().context("no engine runs beside the verifier")?;
     let mut requests = understand(&judge.verifier, &body).await?.requests;
     let request = requests.pop().context("the request has no prompt")?;

@@ -1,9 +1,9 @@
 //! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
 
 use super::hub::Hub;
-use super::judge::Judge;
 use super::keeping::Keeper;
-use super::ports::{Case, Decided, NotSent, Ports, Query, Stand};
+use super::ports::{Decided, NotSent, Ports, Query, Stand, Submission};
+use super::resident::Resident;
 use super::residents::{Hold, Residents};
 use super::rewriting::{self, Rewriting};
 use super::subnet::Subnet;
@@ -11,23 +11,23 @@ use super::trial;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
-use crate::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Sent};
+use crate::chain::weights::outcome::{Approval, Call, Order, ReadBack, SendError, SentWeights};
 use crate::chain::weights::{Vector, VectorError};
 use crate::chain::{Chain, Head};
 use crate::clock::Clock;
 use crate::store::record::{Round, Weights, WeightsState};
-use crate::store::{Claim, Removed, Store};
+use crate::store::{Removed, Store, WeightsClaim};
 use crate::validator::eligible::Member;
 use crate::validator::models::{self, Mode};
-use crate::validator::prompt::dataset::Source;
+use crate::validator::prompt::dataset::Passages;
 use crate::validator::prompt::{self, Draft};
-use crate::validator::query::{Fault, QueryError, Size, Streamed, Target};
-use crate::validator::round::ask::{Content, Endpoint, Prompt};
+use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
+use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt};
 use crate::validator::round::chance::Chance;
 use crate::validator::round::{
-    Answered, BAD_STREAM, Ending, Judged, Judgement, Offer, UNREACHABLE,
+    AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Ending, Offer, UNREACHABLE,
 };
-use crate::validator::scores::rules::Rules;
+use crate::validator::scores::rules::ScoringRules;
 use crate::verify;
 use crate::verify::question::understand;
 use anyhow::{Context, anyhow, bail};
@@ -66,9 +66,9 @@ pub struct World<C: Chain> {
     /// Where the list of models comes from that miners are told.
     pub mode: Option<Mode>,
     /// What prompts are about.
-    pub source: Source,
+    pub source: Passages,
     /// How samples become weights.
-    pub scoring: Rules,
+    pub scoring: ScoringRules,
     /// How queries wait: between two reads, and in all.
     pub waits: (Duration, Duration),
     /// Blocks after the last round from which on old samples do not count.
@@ -107,7 +107,7 @@ impl<C: Chain> World<C> {
     }
 
     /// Remembers an extrinsic as sent, before it is: whether it may be.
-    fn remember(&self, epoch: u64, sent: &Sent) -> anyhow::Result<()> {
+    fn remember(&self, epoch: u64, sent: &SentWeights) -> anyhow::Result<()> {
         if self.memory.marked.lock().contains(&epoch) {
             // The pool has refused the one before for certain.
             return Ok(());
@@ -117,15 +117,15 @@ impl<C: Chain> World<C> {
         let marking = self.store.mark_weights(self.netuid, epoch, &state);
         let marked = tokio::task::block_in_place(|| Handle::current().block_on(marking));
         match marked? {
-            Claim::Ours => {
+            WeightsClaim::Ours => {
                 self.memory.marked.lock().insert(epoch);
                 Ok(())
             }
-            Claim::Taken(state) => bail!("another process has them: {state:?}"),
+            WeightsClaim::Taken(state) => bail!("another process has them: {state:?}"),
         }
     }
 
-    async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<Prompt> {
+    async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<QueryPrompt> {
         let judge = self.residents.get(model).context("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
         let mut chance = Chance::system();
@@ -136,26 +136,26 @@ impl<C: Chain> World<C> {
         let content = match endpoint {
             Endpoint::Chat => {
                 body["messages"] = prompt.messages();
-                Content::Messages(prompt.messages())
+                QueryContent::Messages(prompt.messages())
             }
             Endpoint::Completion => {
                 body["prompt"] = prompt.text().into();
-                Content::Text(prompt.text())
+                QueryContent::Text(prompt.text())
             }
         };
         let understood = understand(&judge.verifier, &body).await?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
-        Ok(Prompt { content, tokens })
+        Ok(QueryPrompt { content, tokens })
     }
 
     /// What a record of sent weights says of the extrinsic.
-    fn sent(&self, weights: &Weights) -> anyhow::Result<Sent> {
+    fn sent(&self, weights: &Weights) -> anyhow::Result<SentWeights> {
         let (hash, reveal_round) = match &weights.state {
             WeightsState::Sent { hash } => (hash.clone(), None),
             WeightsState::Committed { hash, reveal_round } => (hash.clone(), Some(*reveal_round)),
             other => bail!("nothing was sent: {other:?}"),
         };
-        Ok(Sent {
+        Ok(SentWeights {
             netuid: weights.netuid,
             mechanism: 0,
             hotkey: self.signer.hotkey(),
@@ -180,12 +180,12 @@ fn ending(outcome: Result<(), QueryError>) -> Ending {
     let Err(e) = outcome else { return Ending::Whole };
     let what = e.to_string();
     let cause = match e.fault() {
-        Fault::Own => return Ending::Ours(what),
-        Fault::Unreachable => UNREACHABLE,
-        Fault::Late => "LATE",
-        Fault::Broken => "BROKEN_OFF",
-        Fault::Status => "STATUS",
-        Fault::Malformed => BAD_STREAM,
+        QueryFault::Own => return Ending::Ours(what),
+        QueryFault::Unreachable => UNREACHABLE,
+        QueryFault::Late => "LATE",
+        QueryFault::Broken => "BROKEN_OFF",
+        QueryFault::Status => "STATUS",
+        QueryFault::Malformed => BAD_STREAM,
     };
     Ending::Fault { cause, what }
 }
@@ -214,19 +214,19 @@ impl<C: Chain> Ports for World<C> {
             true
         };
         let refused = Mutex::new(None);
-        let signed = |sent: &Sent| match self.remember(weights.epoch, sent) {
+        let signed = |sent: &SentWeights| match self.remember(weights.epoch, sent) {
             Ok(()) => true,
             Err(why) => {
                 *refused.lock() = Some(why);
                 false
             }
         };
-        let asked = Asked { show: &show, signed: &signed };
+        let asked = Approval { show: &show, signed: &signed };
         match self.chain.set_weights(&self.signer, &order, &asked).await {
-            Ok(Some(Sent { hash, reveal_round: Some(reveal_round), .. })) => {
+            Ok(Some(SentWeights { hash, reveal_round: Some(reveal_round), .. })) => {
                 Ok(WeightsState::Committed { hash, reveal_round })
             }
-            Ok(Some(Sent { hash, .. })) => Ok(WeightsState::Sent { hash }),
+            Ok(Some(SentWeights { hash, .. })) => Ok(WeightsState::Sent { hash }),
             Ok(None) => {
                 let why = refused.lock().take();
                 let why = why.unwrap_or_else(|| anyhow!("they were not to be sent"));
@@ -273,8 +273,8 @@ impl<C: Chain> Ports for World<C> {
 
     fn offers(&self) -> Vec<Offer> {
         let listed = self.memory.listed.lock();
-        let is_listed = |(name, _): &(String, Arc<Judge>)| listed.contains(name);
-        let offer = |(name, judge): (String, Arc<Judge>)| {
+        let is_listed = |(name, _): &(String, Arc<Resident>)| listed.contains(name);
+        let offer = |(name, judge): (String, Arc<Resident>)| {
             let verifier = &judge.verifier;
             let chat = verifier.model.text.chat.as_ref().map(|_| Endpoint::Chat);
             let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
@@ -283,14 +283,15 @@ impl<C: Chain> Ports for World<C> {
         self.residents.here().into_iter().filter(is_listed).map(offer).collect()
     }
 
-    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> anyhow::Result<Prompt> {
+    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> anyhow::Result<QueryPrompt> {
         self.draft(model, endpoint).await
     }
 
-    async fn judge(&self, case: Case) -> Judgement {
+    async fn judge(&self, case: Submission) -> AnswerReport {
         let Some(judge) = self.residents.get(&case.model) else {
-            let verdict = Judged::Unscored(format!("the model {} is not loaded", case.model));
-            return Judgement { verdict, report: None };
+            let verdict =
+                AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
+            return AnswerReport { verdict, report: None };
         };
         trial::judge(&judge, &self.store, self.rules, case).await
     }
@@ -346,14 +347,14 @@ impl<C: Chain> Ports for World<C> {
 
     async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
         match self.store.plan_weights(weights).await? {
-            Claim::Ours => Ok(None),
-            Claim::Taken(state) => Ok(Some(state)),
+            WeightsClaim::Ours => Ok(None),
+            WeightsClaim::Taken(state) => Ok(Some(state)),
         }
     }
 
     async fn mark(&self, epoch: u64, state: &WeightsState) -> anyhow::Result<()> {
         let marked = self.store.mark_weights(self.netuid, epoch, state).await;
-        if let Claim::Taken(found) = marked? {
+        if let WeightsClaim::Taken(found) = marked? {
             tracing::debug!(epoch, ?found, "weights are as far already");
         }
         Ok(())

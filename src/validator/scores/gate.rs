@@ -6,7 +6,7 @@
 //! miner that has mended is paid after some honest answers, and one whose sums hover at the alarm
 //! is not paid by turns. Evidence belongs to a hotkey, as samples do.
 
-use super::rules::Profile;
+use super::rules::ScoringProfile;
 use crate::verify::evidence::{ALARM, Evidence, Sums};
 use serde::{Deserialize, Serialize};
 
@@ -29,14 +29,14 @@ pub struct Alarm {
 
 /// What is known of one hotkey over all its answers, and whether it is paid.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-pub struct Standing {
+pub struct HotkeyState {
     /// The sums.
     pub evidence: Evidence,
     /// The alarm that keeps the gate shut, where it is.
     pub shut_by: Option<Alarm>,
 }
 
-impl Standing {
+impl HotkeyState {
     /// After an answer of this round has been weighed.
     pub fn after(self, evidence: Evidence, round: &str, block: u64) -> Self {
         let Sums { margin, energy, joint } = evidence.sums;
@@ -55,11 +55,11 @@ impl Standing {
 
     /// What it means for pay. A standing that was kept without its gate (an evidence file) is
     /// judged by its sums alone.
-    pub fn explained(&self, profile: Profile) -> Gate {
+    pub fn explained(&self, profile: ScoringProfile) -> EvidenceGate {
         let is_shut = self.shut_by.is_some() || self.evidence.alarm().is_some();
-        Gate {
+        EvidenceGate {
             // Targon 4.4 looks at single answers only.
-            pays: profile == Profile::Targon44 || !is_shut,
+            pays: profile == ScoringProfile::Targon44 || !is_shut,
             answers: self.evidence.answers,
             alarms: self.evidence.alarms,
             sums: self.evidence.sums,
@@ -72,7 +72,7 @@ impl Standing {
 
 /// The gate in numbers.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Gate {
+pub struct EvidenceGate {
     /// Whether the miner is paid.
     pub pays: bool,
     /// Answers that were weighed.

@@ -16,7 +16,7 @@ use crate::server::operations::status;
 use crate::server::registry::Registry;
 use crate::server::state::ServerState;
 use crate::store::{Store, StoreError};
-use crate::validator::run::progress::{Progress, Snapshot};
+use crate::validator::run::progress::{RunProgress, RunSnapshot};
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
@@ -41,7 +41,7 @@ const PAGES_MAX: usize = 2;
 #[derive(Clone)]
 pub struct Service {
     state: ServerState,
-    progress: Arc<Progress>,
+    progress: Arc<RunProgress>,
     store: Store,
     netuid: u16,
     pages: Arc<Semaphore>,
@@ -49,7 +49,7 @@ pub struct Service {
 
 impl Service {
     /// A service that shows `progress`, and the records of subnet `netuid`.
-    pub fn new(progress: Arc<Progress>, store: &Store, netuid: u16, clock: Clock) -> Self {
+    pub fn new(progress: Arc<RunProgress>, store: &Store, netuid: u16, clock: Clock) -> Self {
         let counted = Counted { progress: Arc::clone(&progress), clock: clock.clone() };
         let state = ServerState::new(Registry::default(), Defaults::TARGON, clock);
         let state = state.counting(Box::new(counted));
@@ -63,7 +63,7 @@ impl Service {
     }
 
     /// How the validator is now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> RunSnapshot {
         self.progress.snapshot()
     }
 

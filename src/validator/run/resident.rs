@@ -6,7 +6,7 @@ use crate::verify::evidence::Calibrated;
 
 /// A model that answers are judged with.
 #[derive(Clone)]
-pub struct Judge {
+pub struct Resident {
     /// The model, with the limits between honest and not.
     pub verifier: Verifier,
     /// What evidence over many answers is weighed by.
