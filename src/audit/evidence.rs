@@ -1,11 +1,11 @@
-//! What many answers say together: a sequential test between another stack's rounding and other
-//! weights.
+//! A sequential test over many answers: were they computed by another library with the same
+//! weights, or with other weights?
 //!
-//! Both hypotheses are noise on our logits: of a standard deviation of [`HONEST`] where the same
-//! weights are computed in bf16 by another library, of [`OTHER`] or more where they are other
-//! weights, such as the same in four bits. Each row adds its log-likelihood ratio, within
-//! `ROW_MAX`, and each answer at most a quarter of what decides: rows of an answer share keys and
-//! values, so they are no independent witnesses.
+//! Both hypotheses are noise on our logits. Its standard deviation is [`HONEST`] if another library
+//! computes the same weights in bf16, and [`OTHER`] or more if the weights differ, for example the
+//! same weights in four bits. Each row adds its log-likelihood ratio, limited to `ROW_MAX`. Each
+//! answer adds at most a quarter of what decides, because rows of one answer share keys and values
+//! and are not independent.
 
 use super::answer::{ServerAnswer, TokenSource};
 use super::score::TokenScore;

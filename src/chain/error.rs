@@ -1,4 +1,4 @@
-//! What can go wrong with the chain, as sentences that say what to do.
+//! Errors of the chain, as sentences that say what to do.
 
 use std::fmt;
 

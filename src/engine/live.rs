@@ -1,5 +1,5 @@
-//! One running request: what it asks of its rows, and from their answers to tokens, text and an
-//! end.
+//! One running request: it makes the asks of its rows, and turns their answers into tokens, text
+//! and the end of the output.
 
 use super::backend::Place;
 use super::draw::Draw;

@@ -1,11 +1,12 @@
-//! The calibration pass: whitening for the residue sketch, from the hidden rows of a fixed text.
+//! The calibration pass: it computes the whitening for the residue sketch from the hidden rows of a
+//! fixed text.
 //!
-//! The pass is deterministic (the rows have the same bits everywhere), so any two parties who hold
-//! the same model compute the same calibration; its hash is part of what proofs are bound to. It is
-//! always computed here. The cache keeps it under the hash of what it was computed from, and it is
-//! used again only while its own hash is the one that was remembered then. A file beside a model
-//! may have come with it from a stranger (an extreme one makes every sketch zero): it is used for
-//! nothing, and refused where it differs.
+//! The pass is deterministic (the rows have the same bits everywhere), so any two parties that hold
+//! the same model compute the same calibration. Proofs are bound to its hash. It is always computed
+//! here. The cache stores it under the hash of its inputs, and it is used again only if its own
+//! hash equals the one that was stored with it. A calibration file beside a model may come from an
+//! untrusted publisher; an extreme one would make every sketch zero. Such a file is never used, and
+//! the model is refused if the file differs from what is computed.
 
 use super::error::LoadError;
 use super::model::Model;

@@ -1,11 +1,10 @@
-//! The seam between those who want rows of a model and the device that computes them.
+//! The interface between callers that need rows of a model and the device that computes them.
 //!
 //! A [`Pass`] owns its KV cache, its buffers and its logits. It takes a [`Batch`], which says what
-//! is computed, and a [`RowAsk`] for every row that counts, which says what is to be known of it.
-//! Both are plain data, and so is what comes back: logits stay where they are computed, unless a
-//! caller asks for the row itself. A device answers as [`rows`](super::rows) does, which is the
-//! definition; where it has no kernel for an ask ([`Scores::is_plain`] says where it needs none),
-//! it may copy that row to the host and call it.
+//! is computed, and a [`RowAsk`] for every row whose result is needed. Both are plain data, and so
+//! are the results. Logits stay on the device, unless a caller asks for the row itself.
+//! [`rows`](super::rows) defines what a device answers. If a device has no kernel for an ask (see
+//! [`Scores::is_plain`]), it may copy that row to the host and call the definition.
 
 use super::error::LoadError;
 use super::margin::Margin;

@@ -1,8 +1,8 @@
-//! What was computed of checkpoints and need not be computed again: weights roots by the identity
-//! of their files, and hashes of calibrations by what these were computed from.
+//! A cache of values that were computed from checkpoints: weights roots by the identity of their
+//! files, and hashes of calibrations by their inputs.
 //!
-//! It is one file of the cache, written by this program alone. A file that is damaged is as good
-//! as none: everything in it can be computed again.
+//! It is one file of the cache, written by this program alone. A damaged file is ignored, because
+//! everything in it can be computed again.
 
 use crate::files;
 use crate::proof::codec::{Encoder, Hash, from_hex, to_hex};

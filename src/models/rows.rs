@@ -1,7 +1,7 @@
-//! What a row says: the one rule for log-probabilities, ranks, draws and margins.
+//! Defines what is computed from a row of logits: log-probabilities, ranks, draws and margins.
 //!
-//! [`answer`] is the definition for every device, in the arithmetic of the CPU. One row is reduced
-//! by one thread, and each sum over the vocabulary is made once.
+//! [`answer`] is the definition for every device, in the arithmetic of the CPU. One thread reduces
+//! one row, and computes each sum over the vocabulary once.
 
 use super::margin::margin;
 use super::pass::{

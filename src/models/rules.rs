@@ -1,4 +1,5 @@
-//! What may be drawn from a row: penalties, bias, banned ids and a grammar's mask.
+//! The rules of one row, beyond its sampling parameters: penalties, bias, banned ids and a
+//! grammar's mask.
 
 use super::sampler::Sampling;
 use llguidance::toktrie::SimpleVob;

@@ -1,8 +1,9 @@
-//! Which connections are open: at most so many, at most so many of one address, and when a limit is
-//! reached the one that has kept the server waiting longest gives way to the newcomer.
+//! The open connections: limits on their number, in all and for each address. At a limit, the
+//! connection that has kept the server waiting longest is closed for the new one.
 //!
-//! A connection whose request has arrived and is being answered never gives way. So a flood of
-//! half-sent requests only displaces itself, and a probe gets in whoever else is connected.
+//! A connection whose request has arrived and is being answered is never closed. So a flood of
+//! half-sent requests only displaces its own connections, and a health probe always gets a
+//! connection.
 
 use crate::clock::Clock;
 use parking_lot::Mutex;

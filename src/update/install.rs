@@ -1,6 +1,6 @@
-//! The program's own file: a new one is laid beside it, tried, and put in its place.
+//! Replaces the program's own file: a new program is written beside it, tried, and renamed over it.
 //!
-//! At every moment there is a whole program under the program's name. The old one stays beside it
+//! At every moment a complete program exists under the program's name. The old one stays beside it
 //! as `NAME.previous`.
 
 use super::refusal::{TrialError, UpdateError};

@@ -1,4 +1,4 @@
-//! Why a release is not taken: each has a name, and after each of them the running program stays.
+//! Errors of an update. After each of them the running program stays in place.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};

@@ -1,8 +1,10 @@
-//! Requests of real users, as a hub hands them out: read, scored, and reported (protocol 5.13).
+//! Requests of real users, as a hub sends them: they are read, scored, and reported (protocol
+//! 5.13).
 //!
-//! A hub is no miner and no chain: what it says of a miner moves no evidence, only the samples that
-//! its profile counts, and only for the hotkey that holds the uid now. A record that cannot be read
-//! is left out by name; the others count.
+//! A hub is neither a miner nor the chain. What it reports of a miner does not change the evidence
+//! about that miner. It counts only as samples, as the scoring profile says, and only for the
+//! hotkey that holds the uid now. A record that cannot be read is skipped with a warning; the
+//! others count.
 
 use super::scores::series::Organic;
 use crate::wire::python::dumps;

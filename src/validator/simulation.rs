@@ -1,5 +1,5 @@
-//! A subnet of 256 miners of every kind against the round and the scores, under virtual time: who
-//! is honest ranks above whoever cheats, no round is stuck, no number is none.
+//! Simulates a subnet of 256 miners of every kind, with rounds and scores under virtual time.
+//! Honest miners must rank above cheating ones, no round may hang, and no number may be NaN.
 
 use super::query::Arrival;
 use super::round::ask::{Endpoint, QueryContent, QueryPrompt};

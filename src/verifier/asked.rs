@@ -1,6 +1,6 @@
-//! The caller's part of a body: which model, and what was asked. What is wrong with its form is a
-//! 422 as FastAPI writes it; what has the right form and cannot be judged here is no fault of the
-//! peer.
+//! The caller's part of a body: which model, and which request. If its form is wrong, the response
+//! is a 422 as FastAPI writes it. If its form is right and it cannot be verified here, the peer is
+//! not at fault.
 
 use super::reply::{Refusal, fault};
 use super::scan::members;

@@ -1,4 +1,4 @@
-//! `/verify`: an answer against what was asked.
+//! `/verify`: checks an answer against the request.
 
 use super::Service;
 use super::asked::{VerifyBody, understand};

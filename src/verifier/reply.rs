@@ -1,4 +1,4 @@
-//! What the routes answer, in the container's words, and the count of it.
+//! The responses of the routes, with the container's messages, and their counters.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};

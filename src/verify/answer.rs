@@ -1,4 +1,4 @@
-//! Responses as they were received, streamed or whole, taken apart without trusting anything.
+//! Parses responses as they were received, streamed or whole. Nothing in them is trusted.
 
 use super::{Reason, Rejection};
 use crate::engine::output::Step;

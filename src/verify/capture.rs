@@ -1,9 +1,10 @@
-//! Captured answers: a request with the response that a client received, judged as it received it.
+//! Captured answers: a request with the response that a client received, checked as it was
+//! received.
 //!
 //! A [`Capture`] is one line of a file. [`judge`] reads the request as a server does
-//! ([`Question`]), takes the response apart ([`Answer`]), writes it again and compares every field
-//! ([`Mirror`]), and then asks the model ([`Verifier`]). A line that cannot be read is the peer's:
-//! its bytes are in it.
+//! ([`Question`]), parses the response ([`Answer`]), writes it again and compares every field
+//! ([`Mirror`]), and then runs the model ([`Verifier`]). A line that cannot be read is rejected,
+//! because it holds the peer's bytes.
 
 use super::answer::{Answer, RawResponse};
 use super::mirror::{Mirror, Told};

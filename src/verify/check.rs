@@ -1,4 +1,4 @@
-//! One check of an answer: what needs no model, then one prefill and the judges of its rows.
+//! The check of one answer: first what needs no model, then one prefill and the checks of its rows.
 
 use super::places::{prompt_rows, random_rows};
 use super::prefill::{IsWanted, Prefix};

@@ -1,4 +1,4 @@
-//! An answer with what it claims to answer, and how it is to be looked at.
+//! An answer with the request that it claims to answer, and the kind of check.
 
 use super::answer::Answer;
 use crate::chain::keys::Hotkey;

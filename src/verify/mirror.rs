@@ -1,10 +1,10 @@
-//! The response that an honest server would have sent for these tokens: written again by the
-//! server's own writer, and set beside the one that came.
+//! Writes the response that an honest server would have sent for these tokens, with the server's
+//! own code, for comparison with the received one.
 //!
-//! Log-probabilities and proofs are taken from what came: here their form counts, rows say whether
-//! they are true. A stream in this engine's own form (every token in a chunk of its own, with its
-//! id and powv) is compared chunk by chunk; other honest servers cut their text otherwise, so of
-//! theirs the whole is compared.
+//! Log-probabilities and proofs are taken from the received response: here only their form is
+//! checked, and rows show whether they are true. A stream in this engine's own form (one token in
+//! each chunk, with its id and powv) is compared chunk by chunk. Other honest servers divide their
+//! text in other ways, so their whole text is compared.
 
 mod tops;
 

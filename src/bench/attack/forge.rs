@@ -1,4 +1,4 @@
-//! Answers of cheats: each attack of the list, carried out on the same questions.
+//! Makes the answers of every attack in the list, on the same questions.
 
 use super::catalogue::{Attack, Cheat};
 use super::lockstep::{self, Job, Way};

@@ -1,4 +1,4 @@
-//! What was demanded of the verifier, and what became of it.
+//! The requirements on the verifier, and whether they were met.
 
 use super::catalogue::{Attack, Goal};
 use super::judge::WITH_MARGIN;

@@ -1,4 +1,4 @@
-//! Judging: every answer under every scheme, and what becomes of broken ones.
+//! Verifies every answer under every scheme, and every malformed variant of an answer.
 
 use super::catalogue::Attack;
 use super::malformed::{self, Changed, Variant};

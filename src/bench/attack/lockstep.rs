@@ -1,6 +1,6 @@
-//! Decoding outside the engine, for cheats that it refuses to be: a cache of fewer bits, a prompt
-//! that is not the one that was asked, tokens that a draft proposed. Sequences advance together,
-//! one row each at a time; a cheat claims the positions that an honest answer would have.
+//! Decodes outside the engine, for attacks that the engine does not allow: a cache with fewer bits,
+//! a prompt other than the requested one, tokens proposed by a draft model. All sequences advance
+//! by one row at a time. An attack claims the positions that an honest answer would have.
 
 use super::trial::{AttackRequest, AttackedAnswer, Rows, Subject};
 use crate::models::Model;

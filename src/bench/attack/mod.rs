@@ -1,13 +1,14 @@
-//! What verification catches: honest answers and cheats on one model, judged side by side.
+//! Measures what verification detects: honest answers and attacks on one model are verified in the
+//! same way.
 //!
 //! `catalogue` lists the attacks, `forge` makes their answers (`trial`, `tamper`, `lockstep`,
 //! `malformed`), `judge` verifies them, [`results`] are plain data that [`plot`] draws and `goals`
-//! measures. Nothing here prints or writes but changed weights in a directory of the caller's.
+//! measures. Nothing here prints. Only changed weights are written, to a directory of the caller's.
 //!
-//! Every attack is run on the same prompts; the honest answers that false positives are counted on
-//! have prompts of their own, and limits come from elsewhere. Cheats on weights, caches and prompts
-//! prove the rows that they really compute; cheats on sampling prove true rows over the tokens that
-//! they chose. Proofs are judged by fast checks, margins by checks of every row as well.
+//! Every attack uses the same prompts. The honest answers that false positives are counted on use
+//! other prompts, and limits were measured elsewhere. Attacks on weights, caches and prompts prove
+//! the rows that they really compute; attacks on sampling prove true rows over the tokens that they
+//! chose. Proofs are verified by fast checks, margins also by checks of every row.
 
 mod catalogue;
 mod forge;

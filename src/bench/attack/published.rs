@@ -1,9 +1,9 @@
-//! The subnet's rank rules as published (Targon 4.4.1, `verifier.py`), holes included: for the
-//! column beside the mended ones of [`crate::verify::targon`].
+//! The subnet's rank rules as published (Targon 4.4.1, `verifier.py`), including their known gaps,
+//! for comparison with the corrected rules of [`crate::verify::targon`].
 //!
-//! Two things are kinder here than there: ids are taken as they are, where the original tokenises
-//! the text again, and all end tokens of the model count. The check of random places is left out,
-//! as the original does above a temperature of 0.75.
+//! Two rules are more lenient here than in the original: ids are taken as they are, where the
+//! original tokenises the text again, and all end tokens of the model count. The check of random
+//! places is left out, as the original does above a temperature of 0.75.
 
 use super::trial::AttackedAnswer;
 use crate::verify::RowEvidence;

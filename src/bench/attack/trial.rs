@@ -1,4 +1,4 @@
-//! Answers under test: who is asked what, who answers, and how an answer gets its proof.
+//! The questions and answers of the attack bench, and how an answer gets its proof.
 
 use super::tamper::{Tamper, tampered};
 use crate::chain::keys::Hotkey;

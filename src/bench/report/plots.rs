@@ -1,4 +1,4 @@
-//! Plots of a report as SVG, which needs no fonts: the viewer has them.
+//! Plots of a report as SVG without embedded fonts.
 
 use super::schema::{BenchReport, Level, Phase, ReportRow};
 use super::spread::Quantiles;

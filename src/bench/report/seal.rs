@@ -1,4 +1,4 @@
-//! Reports as files: read with every fault named, signed, and checked.
+//! Reads, signs and checks files of reports. Every fault in a file is named.
 
 use super::schema::{BenchReport, SCHEMA, Signature, VERSION};
 use crate::chain::keys::{Hotkey, Keypair};

@@ -1,4 +1,5 @@
-//! Extrinsics: told in words, signed by a hotkey, sent once, and followed to a final block.
+//! Sends an extrinsic: describes it, signs it with a hotkey, sends it once, and follows it to a
+//! final block.
 
 use super::connection::{At, Connection};
 use crate::chain::error::{ChainError, ExtrinsicRefusal, ExtrinsicStage};

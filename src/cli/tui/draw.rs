@@ -1,4 +1,4 @@
-//! The picture: a pure function of a view, the newest log lines, and where the reader is.
+//! Draws the view: a pure function of the state, the newest log lines and the scroll position.
 
 use crate::cli::printable::printable;
 use crate::store::record::{Timing, WeightsState};

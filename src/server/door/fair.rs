@@ -1,8 +1,8 @@
-//! A fair door: a limited number of requests run, and whoever runs least is let in next, so that no
-//! caller can starve another however much it asks.
+//! A fair queue: a limited number of requests run, and the caller with the fewest running requests
+//! is served next, so that no caller can starve another.
 //!
-//! Where no slot is free and one caller runs two more than another, the other is let in all the
-//! same: what is behind the door sets aside the newest of who runs most
+//! If no slot is free and one caller runs two more than another, the other one is admitted all the
+//! same, and the engine preempts the newest request of the caller that runs most
 //! ([`scheduler`](crate::engine::scheduler)).
 
 use parking_lot::Mutex;

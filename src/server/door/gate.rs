@@ -1,4 +1,5 @@
-//! The state of a miner's door: who may ask, who is in, and what is counted.
+//! The state behind the checks of signed requests: the members, the running requests, and the
+//! counters.
 
 use super::bodies::{BODIES_BYTES_MAX, Bodies};
 use super::counts::Counts;

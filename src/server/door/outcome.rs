@@ -1,4 +1,4 @@
-//! How a signed request fared, and how one that is turned away is answered.
+//! The outcome of a signed request, and the response to a refused one.
 
 use super::bodies::BodyError;
 use axum::Json;

@@ -1,4 +1,4 @@
-//! What the door counts and remembers for its operator: metrics, and who last asked for what.
+//! What operators see of signed requests: metrics, and the latest requests with their signers.
 
 use super::models::WantedModels;
 use super::{Gate, Outcome};

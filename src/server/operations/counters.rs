@@ -1,5 +1,5 @@
-//! What is counted: vLLM's names where it has one, so that existing boards work, and ours with the
-//! prefix `targon_`.
+//! The metrics of the server. They have vLLM's names where vLLM has such a metric, so that existing
+//! dashboards work, and otherwise the prefix `targon_`.
 
 use crate::engine::Engine;
 use crate::engine::stats::{Snapshot, Timings};

@@ -1,4 +1,4 @@
-//! What is asked of every miner of a round: sampling parameters, prompt, and the proof.
+//! The request that all miners of a round get: sampling parameters, prompt, and proof.
 
 use super::chance::Chance;
 use crate::proof::Scheme;

@@ -1,13 +1,13 @@
 //! A round as a pure state machine: events go in, actions come out.
 //!
-//! [`RoundMachine::start`] chooses a model, an endpoint and the miners, and asks for a prompt. With
-//! the prompt it asks all miners at once; each answer is timed ([`measure`]) and handed to
-//! verification; when the last verdict is known, or its deadline has passed, the round ends as a
-//! [`record::Round`]. Clock and chance are given; nothing here waits, reads or sends.
+//! [`RoundMachine::start`] chooses a model, an endpoint and the miners, and asks for a prompt. When
+//! it has the prompt it asks all miners at once. Each answer is timed ([`measure`]) and verified.
+//! When the last verdict is known, or its deadline has passed, the round ends as a
+//! [`record::Round`]. Clock and chance are parameters; nothing here waits, reads or sends.
 //!
-//! What a miner does wrong is the miner's, and counts against it. Trouble of the validator's own
-//! (no prompt, no verdict, a network that reaches nobody, the end of the program) is
-//! [`Outcome::Unscored`] and adds no sample. Every phase has a deadline, so a round always ends.
+//! A miner's failure counts against the miner. A failure of the validator itself (no prompt, no
+//! verdict, no miner could be reached, the program ends) is [`Outcome::Unscored`] and adds no
+//! sample. Every phase has a deadline, so a round always ends.
 
 pub mod ask;
 pub mod chance;

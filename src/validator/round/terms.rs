@@ -1,4 +1,4 @@
-//! What goes into a round and what comes out of it, as plain data.
+//! The input and output of a round, as plain data.
 
 use super::ask::{Endpoint, QueryPrompt};
 use crate::proof::Scheme;

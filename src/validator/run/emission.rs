@@ -1,10 +1,11 @@
-//! The weights of one epoch: decided, remembered, sent, looked up. Never twice for one epoch,
-//! whenever the program ends in between.
+//! The weights of one epoch: they are decided, recorded, sent, and read back. They are never sent
+//! twice for one epoch, whenever the program ends.
 //!
-//! What is decided is remembered, and remembered as sent before it is sent ([`Ports::send`]).
-//! Whoever finds it planned may send it; whoever finds it sent only looks it up. Weights that were
-//! remembered as sent when the program ended, and are not on the chain once the last block is past
-//! that they could be in, are lost for that epoch: better none than two.
+//! Decided weights are recorded as planned, and recorded as sent before they are sent
+//! ([`Ports::send`]). A process that finds planned weights may send them; a process that finds sent
+//! ones only reads them back. If the program ended between the record and the sending, and the
+//! weights are not on the chain after the last block that could include them, they are lost for
+//! that epoch.
 
 use super::ports::{NotSent, Ports, Stand};
 use super::subnet::Subnet;

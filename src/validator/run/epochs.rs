@@ -1,4 +1,5 @@
-//! Epochs: as the chain counts them, or every so many blocks; and what is done of one's work.
+//! When epochs begin: as the chain counts them, or every so many blocks. Also which work of the
+//! current epoch is done.
 
 use crate::chain::metagraph::Metagraph;
 

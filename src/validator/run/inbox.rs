@@ -1,4 +1,4 @@
-//! What reports to the owner of a validator's state, and the rounds that it holds.
+//! The messages to the task that owns a validator's state, and the running rounds.
 
 use super::emission::Settled;
 use super::reading::SubnetError;

@@ -1,4 +1,4 @@
-//! Running rounds: what their machines say is done, and what happens is told to them.
+//! Running rounds: their actions are executed, and the results are given back to them as events.
 
 use super::emission::Settled;
 use super::inbox::Message;

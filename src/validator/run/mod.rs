@@ -1,9 +1,10 @@
-//! A running validator: it does what rounds say, follows the chain, and sets weights.
+//! A running validator: it executes rounds, follows the chain, and sets weights.
 //!
-//! One task owns all state ([`Driver`]); queries, verifications and what an epoch needs run beside
-//! it and report to it over one bounded channel. A round that only waits for verdicts does not hold
-//! up the next one's queries. A finished round is remembered before anything is made of it; while
-//! the records cannot be written, rounds are kept in memory, and soon no new one begins.
+//! One task owns all state ([`Driver`]). Queries, verifications and the work of an epoch run in
+//! other tasks and report to it over one bounded channel. A round that only waits for verdicts does
+//! not delay the queries of the next one. A finished round is stored before it is used. While the
+//! records cannot be written, finished rounds stay in memory, and after a few of them no new round
+//! begins.
 
 mod emission;
 pub mod epochs;

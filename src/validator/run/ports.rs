@@ -1,7 +1,8 @@
-//! What a running validator asks of the world: the chain, miners, the engine, and its records.
+//! The interface of a running validator to everything outside: the chain, miners, the engine, and
+//! its records.
 //!
-//! [`Ports`] is all of it, so that a test can be the world. The real one is put together in
-//! [`super::world`].
+//! A test can replace all of it by another implementation of [`Ports`]. [`super::world`] has the
+//! real one.
 
 use super::residents::Hold;
 use super::subnet::Subnet;

@@ -1,4 +1,4 @@
-//! What an operator watches of a running validator: the driver writes it, everybody may read it.
+//! The state that operators see of a running validator. The driver writes it; others only read it.
 
 use crate::store::record::{Outcome, Round, Weights, WeightsState};
 use parking_lot::Mutex;

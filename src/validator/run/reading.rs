@@ -1,4 +1,5 @@
-//! Reading the subnet, every epoch: who is there, who may be asked, and who serves what.
+//! Reads the subnet every epoch: its members, which of them may be asked, and which models they
+//! serve.
 
 use super::ports::Ports;
 use super::subnet::Subnet;

@@ -1,4 +1,4 @@
-//! What a validator judges with: one model, and what is known of its honest miners.
+//! A model in memory that a validator verifies with, and the error rates of its honest miners.
 
 use crate::engine::Engine;
 use crate::verify::Verifier;

@@ -1,8 +1,9 @@
-//! Which models are in memory: all where they fit, else in turn, others each epoch.
+//! The models in memory: all of them if they fit, otherwise some of them in turn, changing each
+//! epoch.
 //!
-//! Who is next is a pure choice (`choose`). A model that leaves is offered no more at once, but
-//! stays until the last round that asked for it is over ([`Residents::hold`]); only then is its
-//! memory given to the next.
+//! The choice is a pure function (`choose`). A model that is to be unloaded is no longer offered,
+//! but stays in memory until the last round that asked for it is over ([`Residents::hold`]). Only
+//! then is its memory used for the next model.
 
 use super::resident::Resident;
 use anyhow::anyhow;

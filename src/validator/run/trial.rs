@@ -1,4 +1,5 @@
-//! Judging one answer with what is known of its miner, and deciding weights by all of it.
+//! Verifies one answer, adds it to the evidence about its miner, and decides weights from all
+//! records.
 
 use super::ports::{Decided, Submission};
 use super::resident::Resident;

@@ -1,5 +1,5 @@
-//! What a person watches of a running validator, as plain data: the driver publishes it, a terminal
-//! draws it.
+//! The state that a live view of a running validator shows, as plain data: the driver publishes it,
+//! a terminal draws it.
 
 use super::inbox::Live;
 use super::subnet::Subnet;

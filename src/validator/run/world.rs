@@ -1,4 +1,5 @@
-//! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
+//! The real implementation of [`Ports`]: a chain, miners over HTTP, models in this process, a
+//! database.
 
 use super::hub::Hub;
 use super::keeping::Keeper;

@@ -1,10 +1,10 @@
-//! Pay and evidence: whoever an alarm of [`crate::verify::evidence`] points at is not paid.
+//! Evidence and pay: a miner with an alarm of [`crate::verify::evidence`] is not paid.
 //!
-//! Mild cheats pass each single check, so that their samples are as good as anybody's; only the sum
-//! over many answers shows them. That is why an alarm takes away the whole pay rather than one
-//! sample. The gate opens again when later answers have brought every sum down to [`REOPEN`]: a
-//! miner that has mended is paid after some honest answers, and one whose sums hover at the alarm
-//! is not paid by turns. Evidence belongs to a hotkey, as samples do.
+//! Mild cheats pass each single check, so their samples look like those of honest miners; only the
+//! sum over many answers shows them. So an alarm stops all pay, and not only one sample. Pay starts
+//! again when later answers have lowered every sum to [`REOPEN`]. A miner that has become honest is
+//! paid again after some answers, and one whose sums stay near the alarm is not paid in between.
+//! Evidence belongs to a hotkey, as samples do.
 
 use super::rules::ScoringProfile;
 use crate::verify::evidence::{ALARM, Evidence, Sums};

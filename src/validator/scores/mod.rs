@@ -1,12 +1,13 @@
 //! From samples to weights: pure functions over plain records.
 //!
-//! In go the seats of the subnet, their samples, and what was found about them; out come weights
-//! as the chain takes them, and every number behind them ([`Explanation`]). Nothing here reads a
-//! clock, a file or the chain, and the same records give the same weights in any order of uids.
+//! The input is the members of the subnet, their samples, and what was found about them. The output
+//! is the weights as the chain takes them, and every number behind them ([`Explanation`]). Nothing
+//! here reads a clock, a file or the chain, and the same records give the same weights in any order
+//! of uids.
 //!
-//! Two profiles. [`ScoringProfile::Targon44`] is the arithmetic of Targon 4.4 (protocol 5.5 and
-//! 5.6), for validators that must agree with it. [`ScoringProfile::Default`] mends it; each rule
-//! stands, with its reason, where it is applied: misses and windows in [`series`], shares in
+//! There are two profiles. [`ScoringProfile::Targon44`] is the arithmetic of Targon 4.4 (protocol
+//! 5.5 and 5.6), for validators that must agree with it. [`ScoringProfile::Default`] corrects it.
+//! Each rule is explained where it is applied: misses and windows in [`series`], shares in
 //! `share_of_best`, pay and evidence in [`gate`], the chain's minimum in [`emission`].
 
 pub mod emission;

@@ -1,7 +1,7 @@
-//! What operators ask a running validator over HTTP: is it alive, does it work, what did it count.
+//! The HTTP routes for operators of a running validator: health, readiness and counters.
 //!
-//! Nothing here changes anything: the records are a handle that cannot write, the state is a copy.
-//! [`Service::router`] is all of it; whoever shows more adds routes there.
+//! Nothing here changes anything: the records are a handle that cannot write, and the state is a
+//! copy. Other modules can add routes to [`Service::router`].
 
 mod metrics;
 mod page;

@@ -1,8 +1,8 @@
 //! The page at `/`: miners, verdicts over time, weights, and the tokens of one answer by rank and
 //! margin.
 //!
-//! Pure functions from records to one self-contained document without scripts. Peers' words are in
-//! it: all of it is escaped text, and the policy lets nothing be loaded or run.
+//! The functions are pure: from records to one self-contained document without scripts. Text of
+//! peers is escaped, and the content policy allows nothing to be loaded or run.
 
 use crate::store::record::{Outcome, Response, ResponseVerdict, RoundHead, Weights, WeightsState};
 use crate::validator::run::progress::RunSnapshot;
