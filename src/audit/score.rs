@@ -49,12 +49,12 @@ pub fn score(
         let most = verifier.context_max;
         bail!("prompt and answer have {length} tokens, our context has {most}");
     }
-    let mut judge = RowScorer { request, answer, rows: Vec::new() };
+    let mut scorer = RowScorer { request, answer, rows: Vec::new() };
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
     let run = Prefix::new(pass, &request.prompt, answer.ids.len())
-        .and_then(|mut prefix| prefix.run(&answer.ids, &mut judge));
+        .and_then(|mut prefix| prefix.run(&answer.ids, &mut scorer));
     match run {
-        Ok(()) => Ok(judge.rows),
+        Ok(()) => Ok(scorer.rows),
         Err(Stop::Fault(what)) => bail!("{what}"),
         Err(_) => bail!("our own run was refused"),
     }
@@ -70,7 +70,7 @@ impl Rows for RowScorer<'_> {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let (ids, sampling) = (&self.answer.ids, &self.request.sampling);
         let ask = |(index, position): (usize, usize)| {
-            let scores = Scores::new(Token::Judged(ids[index]), sampling);
+            let scores = Scores::new(Token::Given(ids[index]), sampling);
             RowAsk { logits: true, scores: Some(scores), ..RowAsk::new(0, position) }
         };
         Ok(indices.zip(position..).map(ask).collect())

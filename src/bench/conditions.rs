@@ -204,7 +204,7 @@ impl Conditions {
         Some(of(&self.after)?.saturating_sub(of(&self.before)?) as f64)
     }
 
-    /// What speaks against the measurement between the two moments.
+    /// The marks of a measurement between the two moments.
     pub fn marks(&self) -> Vec<Mark> {
         let mut marks = Vec::new();
         let percent = |share: f64| format!("{:.1} % of all cores", 100.0 * share);

@@ -113,7 +113,7 @@ impl Chain for Subtensor {
     async fn read_back(&self, sent: &SentWeights) -> ReadBack {
         let found = self.ask(|connection| async move { weights::find(&connection, sent).await });
         match found.await {
-            Ok(found) => ReadBack::judge(sent, found),
+            Ok(found) => ReadBack::of(sent, found),
             Err(e) => ReadBack::Unreadable(e),
         }
     }

@@ -111,7 +111,7 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Judges captured honest answers at every row, and writes limits between which they lie.
+/// Checks captured honest answers at every row, and writes limits between which they lie.
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
@@ -134,8 +134,8 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
                 let what = format!("{place}: limits belong to one model, this is a second one");
                 return Err(Failure::user(what).with_hint(Some("choose one with --model")));
             }
-            for judged in verifiers.judge(&verifier, &place, &capture, options)? {
-                match sample(&place, judged) {
+            for checked in verifiers.check(&verifier, &place, &capture, options)? {
+                match sample(&place, checked) {
                     Some(sample) => samples.push(sample),
                     None => left_out += 1,
                 }
@@ -154,8 +154,8 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
 }
 
 /// What limits can be taken from; the log says why not.
-fn sample(place: &str, judged: CheckedChoice) -> Option<HonestSample> {
-    let CheckedChoice { choice, scheme, request, report, .. } = judged;
+fn sample(place: &str, checked: CheckedChoice) -> Option<HonestSample> {
+    let CheckedChoice { choice, scheme, request, report, .. } = checked;
     let why = match (&report.verdict, scheme) {
         (Verdict::Pass, Some(Scheme::Residue | Scheme::ResidueU4)) => None,
         (Verdict::Pass, _) => Some("only residue schemes have energies".to_owned()),

@@ -1,8 +1,8 @@
 //! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
-use super::judges::{LimitsFiles, budget, residents};
 use super::out::{announce, outln};
 use super::printable::printable;
+use super::residents::{LimitsFiles, budget, residents};
 use super::serve::stop_signal;
 use super::shared::runtime;
 use super::subnet::tell;
@@ -221,7 +221,7 @@ fn show_to_operators(listener: TcpListener, service: &Service) -> Result<(), Fai
     Ok(())
 }
 
-/// Ends the program where its loop stands still; feeds the service manager's watchdog where not.
+/// Ends the program if its loop hangs, and notifies the service manager's watchdog otherwise.
 fn watch(progress: Arc<RunProgress>) -> Result<(), Failure> {
     let feeds = sd_notify::watchdog_enabled().is_some();
     let look = move || {

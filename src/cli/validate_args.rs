@@ -168,7 +168,7 @@ pub(super) struct RoundArgs {
     /// One round: the same as --rounds 1.
     #[arg(long, conflicts_with = "rounds", help_heading = "Rounds")]
     pub(super) once: bool,
-    /// Requests, scores and weights: default (proofs asked for, bugs mended) or targon-4.4.
+    /// Requests, scores and weights: default (with proofs and corrected rules) or targon-4.4.
     #[arg(long, env = "TARGON_PROFILE", default_value = "default", help_heading = "Rounds")]
     pub(super) profile: ScoringProfile,
     /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none. Where absent, residue-v1,
@@ -333,7 +333,7 @@ pub(super) struct VerifyingArgs {
     verdicts_timeout: u64,
 }
 
-/// A hub beside the validator; nothing is asked of any, and nothing sent, unless it is named.
+/// A hub. Nothing is fetched from a hub or sent to one unless it is named.
 #[derive(Args)]
 pub(super) struct HubArgs {
     /// Fetch users' requests from URL/organics every 20 blocks, verify and score them, and report

@@ -355,7 +355,7 @@ impl Scheduler {
             next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
             next.cached_tokens = next.computed;
         }
-        // Room for all known tokens, so that a newcomer does not preempt at once.
+        // Memory for all known tokens, so that a new sequence does not preempt at once.
         if !self.pool.grow(&mut next.table, next.tokens.len()) {
             self.pool.release(&mut next.table);
             next.computed = 0;

@@ -81,7 +81,7 @@ impl<C: Chain> Miner<C> {
         Self { chain, gate, signer, options, pace: Mutex::default() }
     }
 
-    /// Reads the metagraph, opens the door to its members, and checks that the hotkey is one.
+    /// Reads the metagraph, admits requests of its members, and checks that the hotkey is one.
     ///
     /// # Errors
     /// When the hotkey is not registered, or the chain cannot be asked or is not believed.

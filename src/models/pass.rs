@@ -104,7 +104,7 @@ pub enum Token {
     /// One that is known.
     Known(u32),
     /// One that is known, with its margin: how far it is from being drawn.
-    Judged(u32),
+    Given(u32),
 }
 
 /// Which distribution log-probabilities describe.
@@ -166,7 +166,7 @@ pub struct Scored {
     pub near: Vec<(u32, f64)>,
     /// The best rank of the `ends`.
     pub end_rank: Option<u32>,
-    /// The margin, where the token is judged.
+    /// The margin, where the token is checked.
     pub margin: Option<Margin>,
 }
 

@@ -79,7 +79,7 @@ fn score(isa: Isa, row: &mut [f32], position: u32, ask: &Scores<'_>) -> Result<S
     Ok(Scored { end_rank, ..scored })
 }
 
-/// The token of a row, and its margin where it is judged.
+/// The token of a row, and its margin where it is checked.
 struct Choice {
     token: u32,
     margin: Option<super::margin::Margin>,
@@ -97,7 +97,7 @@ fn choose(
     let choose = |drawn: Distribution<'_>| match ask.token {
         Token::Drawn => Choice { token: drawn.draw(sampling, position), margin: None },
         Token::Known(token) => Choice { token, margin: None },
-        Token::Judged(token) => {
+        Token::Given(token) => {
             Choice { token, margin: Some(margin(&drawn, sampling, position, token)) }
         }
     };
@@ -223,9 +223,9 @@ mod tests {
             assert!(!ask.is_plain());
             let scored = read(&ask);
             assert_eq!((scored.token.token, scored.token.rank), (3, rank), "{mode:?}");
-            let judged = |token| read(&Scores { token: Token::Judged(token), ..ask.clone() });
-            assert!(judged(3).margin.unwrap().is_drawn);
-            assert_eq!(judged(0).margin.unwrap().logits, 1.0, "clipped");
+            let given = |token| read(&Scores { token: Token::Given(token), ..ask.clone() });
+            assert!(given(3).margin.unwrap().is_drawn);
+            assert_eq!(given(0).margin.unwrap().logits, 1.0, "clipped");
         }
     }
 

@@ -186,7 +186,7 @@ impl Place {
         self.peer.clone()
     }
 
-    /// Completes when it must give way.
+    /// Completes when it must be closed for another one.
     pub async fn given_up(&self) {
         self.leave.cancelled().await;
     }
@@ -253,7 +253,7 @@ mod tests {
         let (all, clock) = connections(100);
         let other = all.admit(ip("10.0.0.2"), 3).unwrap();
         let places: Vec<Place> = (0..3).map(|_| all.admit(ip("10.0.0.1"), 3).unwrap()).collect();
-        // All are new: nobody gives way.
+        // All are new: none is closed for another one.
         assert_eq!(all.admit(ip("10.0.0.1"), 3).err(), Some(Full::Address(3)));
         clock.advance(GRACE);
         // The first is being answered, the second has been before, the third never sent anything.

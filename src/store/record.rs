@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// A model was asked for of a set of miners, with one request, and their answers were judged.
+/// A model was asked for of a set of miners, with one request, and their answers were checked.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Round {
     /// Unique over all rounds: 32 hexadecimal digits.

@@ -23,7 +23,7 @@ pub(super) struct SessionLimits {
     turn: Duration,
     /// For a connection to be made.
     connect: Duration,
-    /// For an idle connection to show that it lives.
+    /// How long an idle connection may take to answer a test.
     ping: Duration,
     /// For one statement. The server's own limit is a little less.
     statement: Duration,
@@ -196,7 +196,7 @@ impl Connections {
         StoreError { database: self.place.shown(), operation: operation.to_owned(), cause }
     }
 
-    /// One that lives: an idle one, or a new one.
+    /// A working connection: an idle one, or a new one.
     async fn connection(&self) -> Result<AnyConnection, Cause> {
         loop {
             let Some(mut idle) = self.idle.lock().pop() else { return self.connect().await };

@@ -103,7 +103,7 @@ impl Release {
     /// Reads the list that `url` gave.
     pub(super) fn read(url: &str, bytes: &[u8]) -> Result<Self, UpdateError> {
         let refuse = |why: ListError| UpdateError::List { url: url.to_owned(), why };
-        // The words of a stranger's list may go to a terminal, so they are shortened.
+        // The text of the list is untrusted and may be printed on a terminal, so it is shortened.
         let list: List = serde_json::from_slice(bytes)
             .map_err(|e| refuse(ListError::Json(e.to_string().chars().take(200).collect())))?;
         if list.format != FORMAT {

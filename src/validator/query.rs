@@ -84,12 +84,12 @@ pub struct Target {
     pub size: Size,
 }
 
-/// Whose a failure is, and of which kind.
+/// The kind of a failure, and who is at fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum QueryFault {
-    /// Ours: this machine lacks something.
+    /// This machine is at fault: it lacks something.
     Own,
-    /// Nobody takes the connection.
+    /// The connection is refused.
     Unreachable,
     /// It takes too long.
     Late,
@@ -104,7 +104,7 @@ pub enum QueryFault {
 /// Why there is no whole answer.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
-    /// Nobody answers, or the answer breaks off.
+    /// There is no answer, or it breaks off.
     #[error("{url}: {what}")]
     Network {
         /// Who was asked.
@@ -135,7 +135,7 @@ pub enum QueryError {
 }
 
 impl QueryError {
-    /// Whose it is.
+    /// The kind of the failure.
     pub fn fault(&self) -> QueryFault {
         match self {
             QueryError::Network { fault, .. } => *fault,
@@ -242,7 +242,7 @@ impl Target {
             Some(_) => client.post(url).header("content-type", "application/json"),
             None => client.get(url),
         };
-        // These bytes are signed, and these bytes are sent.
+        // The same bytes are signed and sent.
         let body = body.unwrap_or_default();
         if let Some(signer) = &self.signer {
             let uuid = uuid::Uuid::new_v4().to_string();
@@ -332,7 +332,7 @@ impl Target {
         let mut response = self.send(client, sent, body["model"].as_str(), clock).await?;
         let (mut events, mut read, mut left) = (Events::default(), 0, self.size);
         while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
-            // Before anything is parsed: the miner must not wait for us.
+            // Before anything is parsed, so that our own work does not count.
             let at = clock.elapsed().saturating_sub(started);
             read += part.len();
             if read > self.size.bytes {

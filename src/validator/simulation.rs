@@ -276,12 +276,12 @@ impl World {
                         self.later(answer.ended, key, RoundEvent::Answered { uid, answer });
                     }
                 }
-                Action::Judge { uid, .. } => {
+                Action::Check { uid, .. } => {
                     let verdict = Kind::of(uid).verdict(&mut self.chance);
-                    let judgement = AnswerReport { verdict, report: None };
+                    let checked_answer = AnswerReport { verdict, report: None };
                     let lost = self.chance.below(500) == 0;
                     let wait = Duration::from_secs(if lost { 10_000 } else { 20 });
-                    self.later(wait, key, RoundEvent::Judged { uid, judgement });
+                    self.later(wait, key, RoundEvent::Checked { uid, checked_answer });
                 }
                 Action::End(round) => self.end(key, *round),
             }
@@ -329,7 +329,7 @@ impl World {
     /// To the next event or deadline.
     fn step(&mut self) {
         let is_asking =
-            |(machine, _): &(RoundMachine, Duration)| machine.phase() != RoundPhase::Judging;
+            |(machine, _): &(RoundMachine, Duration)| machine.phase() != RoundPhase::Checking;
         if self.live.len() < ROUNDS_MAX && !self.live.values().any(is_asking) {
             self.begin();
             return;

@@ -4,12 +4,12 @@
 //! The caller of `/verify` is trusted, and the peer that gave the answer is not. `model`,
 //! `request_type` and `request_params` come from the caller, who is told what is wrong with them
 //! (`asked`). All of `output_sequence` comes from the peer, and any error in it is a rejection
-//! (`sent`). `judge` uses both.
+//! (`sent`). `check` uses both.
 
 mod asked;
 mod body;
+mod check;
 mod generate;
-mod judge;
 mod lead;
 mod reply;
 mod scan;
@@ -49,7 +49,7 @@ impl Service {
             .route("/endpoints", get(endpoints))
             .route("/metadata", get(metadata))
             .route("/generate", post(generate::generate))
-            .route("/verify", post(judge::verify))
+            .route("/verify", post(check::verify))
             .with_state(self.clone())
             .merge(shared)
             .fallback(|| async { detail(StatusCode::NOT_FOUND, "Not Found") })

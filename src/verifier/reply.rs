@@ -16,7 +16,7 @@ const INTERNAL_ERROR: &str = "INTERNAL_ERROR";
 /// What `/verify` says about an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum VerifyReply {
-    /// Nothing speaks against it.
+    /// No rule is broken.
     Verified,
     /// Something does.
     Rejected {
@@ -65,7 +65,7 @@ impl Refusal {
         Self::Detail(StatusCode::UNPROCESSABLE_ENTITY, faults.into())
     }
 
-    /// The answer cannot be judged.
+    /// The answer cannot be checked.
     pub(super) fn unscored(why: impl Into<String>) -> Self {
         Self::Error(StatusCode::OK, why.into())
     }

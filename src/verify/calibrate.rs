@@ -48,7 +48,7 @@ const SHAPE: (f64, f64) = (1.0, 16.0);
 /// Answers until evidence counts half.
 const HALF_LIFE: f64 = 200.0;
 
-/// An honest answer, judged at every row under [`Limits::NONE`].
+/// An honest answer, checked at every row under [`Limits::NONE`].
 #[derive(Clone, PartialEq, Debug)]
 pub struct HonestSample {
     /// What was asked.
@@ -256,7 +256,7 @@ fn shape(energies: &[f64], mean: f64) -> f64 {
     (mean * mean / variance).clamp(low, high)
 }
 
-/// Judges honest answers by the limits, as a fast check would.
+/// Checks honest answers by the limits, as a fast check would.
 fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
     let is_far = |sample: &HonestSample| {
         sample.report.chunks.iter().any(|c| limits.is_over(sample.scheme, c))

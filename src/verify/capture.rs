@@ -1,7 +1,7 @@
 //! Captured answers: a request with the response that a client received, checked as it was
 //! received.
 //!
-//! A [`Capture`] is one line of a file. [`judge`] reads the request as a server does
+//! A [`Capture`] is one line of a file. [`check_capture`] reads the request as a server does
 //! ([`Question`]), parses the response ([`Answer`]), writes it again and compares every field
 //! ([`Mirror`]), and then runs the model ([`Verifier`]). A line that cannot be read is rejected,
 //! because it holds the peer's bytes.
@@ -78,7 +78,7 @@ impl Capture {
     }
 }
 
-/// How captures are judged.
+/// How captures are checked.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckOptions {
     /// Where absent, the proof if there is one to expect, else Targon's ranks.
@@ -89,12 +89,12 @@ pub struct CheckOptions {
     pub chance: u64,
 }
 
-/// One choice, judged.
+/// One choice, checked.
 #[derive(Clone, Debug)]
 pub struct CheckedChoice {
     /// Its number.
     pub choice: u32,
-    /// The rules that judged.
+    /// The rules that checked.
     pub profile: Profile,
     /// The proof that was asked for.
     pub scheme: Option<Scheme>,
@@ -108,11 +108,11 @@ pub struct CheckedChoice {
     pub seconds: f64,
 }
 
-/// Judges every choice of a capture; the model's name is `model` where the request names none.
+/// Checks every choice of a capture; the model's name is `model` where the request names none.
 ///
 /// # Errors
 /// The request cannot be read, which is no fault of the peer.
-pub async fn judge(
+pub async fn check_capture(
     verifier: &Verifier,
     model: &str,
     capture: &Capture,
@@ -120,11 +120,11 @@ pub async fn judge(
 ) -> Result<Vec<CheckedChoice>, QuestionError> {
     let hotkey = capture.hotkey.as_deref();
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
-    Ok(judge_question(verifier, question, capture, options))
+    Ok(check_question(verifier, question, capture, options))
 }
 
-/// Judges the answer to a question that is understood already.
-pub fn judge_question(
+/// Checks the answer to a question that is understood already.
+pub fn check_question(
     verifier: &Verifier,
     mut question: Question,
     capture: &Capture,
@@ -143,8 +143,8 @@ pub fn judge_question(
     drop(claims);
     let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
     let scheme = question.proof.map(|asked| asked.scheme);
-    let judged = (0..).zip(question.understood.requests).zip(answers);
-    let judged = judged.map(|((choice, request), answer)| {
+    let checked = (0..).zip(question.understood.requests).zip(answers);
+    let checked = checked.map(|((choice, request), answer)| {
         let (answer, report) = match answer {
             Read::Refused(verdict, answer) => (answer, Report::bare(verdict)),
             Read::Fine(answer) => {
@@ -154,7 +154,7 @@ pub fn judge_question(
         };
         CheckedChoice { choice, profile, scheme, request, answer, report, seconds }
     });
-    judged.collect()
+    checked.collect()
 }
 
 /// A choice once everything was compared that needs no model.
@@ -203,7 +203,7 @@ fn read(verifier: &Verifier, question: &Question, sent: RawResponse<'_>) -> Vec<
                 Read::Refused(Verdict::Reject(rejection), Some(answer))
             }
             (Ok((answer, _)), Ok(())) if answer.ids.is_empty() => {
-                let what = "nothing was to be generated, so there are no rows to judge";
+                let what = "nothing was to be generated, so there are no rows to check";
                 Read::Refused(Verdict::Unscored(what.into()), Some(answer))
             }
             (Ok((answer, _)), Ok(())) => Read::Fine(answer),

@@ -33,7 +33,7 @@ pub struct LimitsFile {
     pub rates: Calibrated,
     /// The honest answers that the limits were taken from.
     pub calibration: Measured,
-    /// Other honest answers, judged by the limits.
+    /// Other honest answers, checked by the limits.
     pub held_out: HeldOut,
 }
 

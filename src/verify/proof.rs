@@ -270,11 +270,11 @@ pub fn check_canon(claim: &Claim<'_>, limits: &Limits) -> Result<(), Stop> {
     }
 }
 
-/// Judges the chunks of a proof.
+/// Checks the chunks of a proof.
 ///
 /// # Errors
 /// The first chunk that is too far from ours.
-pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Result<(), Stop> {
+pub fn check(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Result<(), Stop> {
     for chunk in chunks.iter().filter(|c| !c.is_exact) {
         let index = chunk.index;
         if limits.exact {
@@ -282,7 +282,7 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
             return Err(reject(Reason::SketchEnergy, what));
         }
         let Some(limit) = limits.energy(scheme) else {
-            judge_toploc(chunk)?;
+            check_toploc(chunk)?;
             continue;
         };
         match chunk.energy {
@@ -300,7 +300,7 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
     Ok(())
 }
 
-fn judge_toploc(chunk: &ChunkEvidence) -> Result<(), Stop> {
+fn check_toploc(chunk: &ChunkEvidence) -> Result<(), Stop> {
     let index = chunk.index;
     match chunk.distance {
         Some(distance) if distance.passes_published() => Ok(()),

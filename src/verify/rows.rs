@@ -23,7 +23,7 @@ pub struct Found {
     pub hidden: Vec<Vec<u16>>,
 }
 
-/// Judges the rows of one output in order.
+/// Checks the rows of one output in order.
 pub struct RowChecker<'a> {
     claim: &'a Claim<'a>,
     wanted: &'a BTreeSet<usize>, // tokens whose rows are scored
@@ -121,7 +121,7 @@ impl Rows for RowChecker<'_> {
                     // Where no end may be drawn yet, none was skipped.
                     ends: if index + 1 >= request.min_tokens { end_ids } else { &[] },
                     ..match &*sampling {
-                        Some(sampling) => Scores::new(Token::Judged(*token), sampling),
+                        Some(sampling) => Scores::new(Token::Given(*token), sampling),
                         None => Scores::new(Token::Known(*token), &request.sampling),
                     }
                 }),
@@ -148,7 +148,7 @@ impl Rows for RowChecker<'_> {
     }
 }
 
-/// Judges the margins.
+/// Checks the margins.
 ///
 /// # Errors
 /// A single one, or their mean, above its limit.

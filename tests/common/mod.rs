@@ -245,7 +245,7 @@ pub fn tiny_engine(seed: u32, options: Options) -> Engine {
     Engine::start(model, pool, options, Clock::system()).unwrap()
 }
 
-/// Who judges answers of a model that is served.
+/// Who checks answers of a model that is served.
 pub fn verifier(served: &Served) -> Verifier {
     Verifier {
         model: Arc::clone(&served.model),

@@ -195,7 +195,7 @@ fn evidence_outlives_the_process_and_a_damaged_file_is_named() {
     }
 }
 
-/// A judged answer with these margins, and chunks of these energies.
+/// A checked answer with these margins, and chunks of these energies.
 fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> HonestSample {
     let row = |(index, margin): (usize, &f64)| RowEvidence {
         index,

@@ -62,9 +62,9 @@ async fn hub(told: Told) -> String {
 
 fn residents(site: &Site) -> Residents {
     let verifier = common::verifier(&site.served);
-    let judge = Resident { verifier, rates: Calibrated::default(), engine: None };
+    let resident = Resident { verifier, rates: Calibrated::default(), engine: None };
     let all = vec![Sized { name: "tiny".into(), bytes: 1 }];
-    Residents::new(all, 1, Arc::new(move |_: &str| Ok(judge.clone())))
+    Residents::new(all, 1, Arc::new(move |_: &str| Ok(resident.clone())))
 }
 
 fn subnet() -> Subnet {

@@ -117,7 +117,7 @@ fn step(pass: &mut dyn Pass, batch: &Batch, asks: &[RowAsk<'_>]) -> anyhow::Resu
     Ok(results.into_iter().collect::<Result<_, _>>()?)
 }
 
-/// The same of the true model, with what is needed to judge what was proposed.
+/// The same of the true model, with what is needed to check what was proposed.
 fn asks_beside<'a>(asks: Vec<RowAsk<'a>>, proposed: Option<&[RowReport]>) -> Vec<RowAsk<'a>> {
     let beside = |(place, mut ask): (usize, RowAsk<'a>)| {
         ask.hidden = true;

@@ -123,7 +123,7 @@ fn within(driven: &Driven, [from, to]: [f64; 2]) -> f64 {
     driven.sent.iter().map(tokens).sum::<f64>() / (to - from).max(1e-9)
 }
 
-/// What speaks against a level. `asked` is how many tokens every answer should have.
+/// The marks of a level. `asked` is how many tokens every answer should have.
 pub fn marks(
     level: &Level,
     stop: Option<LoadStop>,

@@ -140,7 +140,7 @@ pub enum ReadBack {
     Unreadable(ChainError),
 }
 
-/// What was read for [`ReadBack::judge`], at one block.
+/// What was read for [`ReadBack::of`], at one block.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Found {
     /// The block.
@@ -159,7 +159,7 @@ pub struct Found {
 
 impl ReadBack {
     /// What was found, for what was sent.
-    pub fn judge(sent: &SentWeights, found: Found) -> Self {
+    pub fn of(sent: &SentWeights, found: Found) -> Self {
         let may_come = found.block <= sent.until;
         let not_there = |why: String| Self::NotThere { why, may_come };
         let Found { block, last_update, mut weights, period, .. } = found;
@@ -226,22 +226,22 @@ mod tests {
             ReadBack::NotThere { why, .. } => why,
             other => panic!("{other:?}"),
         };
-        let judge = |found: Found| ReadBack::judge(&sent(None), found);
-        assert_eq!(judge(found()), ReadBack::Confirmed);
+        let read_back = |found: Found| ReadBack::of(&sent(None), found);
+        assert_eq!(read_back(found()), ReadBack::Confirmed);
         // The same numbers from before it was signed are not these.
-        assert!(why(judge(Found { last_update: 100, ..found() })).contains("block 100"));
-        let late = ReadBack::judge(&sent(None), Found { last_update: 9, block: 133, ..found() });
+        assert!(why(read_back(Found { last_update: 100, ..found() })).contains("block 100"));
+        let late = ReadBack::of(&sent(None), Found { last_update: 9, block: 133, ..found() });
         assert!(matches!(late, ReadBack::NotThere { may_come: false, .. }), "{late:?}");
-        assert!(why(judge(Found { uid: None, ..found() })).contains("not registered"));
-        assert!(why(judge(Found { weights: vec![], ..found() })).contains("no weights"));
+        assert!(why(read_back(Found { uid: None, ..found() })).contains("not registered"));
+        assert!(why(read_back(Found { weights: vec![], ..found() })).contains("no weights"));
         let other = vec![(2, 65_535)];
         let differs = ReadBack::Differs { found: other.clone() };
-        assert_eq!(judge(Found { weights: other.clone(), ..found() }), differs);
+        assert_eq!(read_back(Found { weights: other.clone(), ..found() }), differs);
         let waiting = Found { commit_epoch: Some(8), weights: other.clone(), ..found() };
-        let committed = ReadBack::judge(&sent(Some(1000)), waiting.clone());
+        let committed = ReadBack::of(&sent(Some(1000)), waiting.clone());
         assert_eq!(committed, ReadBack::Waiting { epoch: 8, period: 1 });
         let gone = Found { commit_epoch: None, ..waiting };
-        assert!(why(ReadBack::judge(&sent(Some(1000)), gone)).contains("was not revealed"));
-        assert_eq!(ReadBack::judge(&sent(Some(1000)), found()), ReadBack::Confirmed);
+        assert!(why(ReadBack::of(&sent(Some(1000)), gone)).contains("was not revealed"));
+        assert_eq!(ReadBack::of(&sent(Some(1000)), found()), ReadBack::Confirmed);
     }
 }

@@ -32,7 +32,7 @@ pub(in crate::cli) struct AttackArgs {
     /// Run only attacks whose name contains this.
     #[arg(long)]
     only: Option<String>,
-    /// Judge by the limits of this file, as `calibrate --pairs` writes it.
+    /// Check by the limits of this file, as `calibrate --pairs` writes it.
     #[arg(long)]
     limits: Option<PathBuf>,
     /// Demand equal bits and equal draws: every miner runs this engine.
@@ -141,7 +141,7 @@ fn rate(rate: &Rate) -> String {
 fn lines(lines: &[Line]) -> Table {
     let mut table = table([
         "answers that are",
-        "judged by",
+        "verified by",
         "bytes/token",
         "rejected (95 %)",
         "missed after 1/2/4/8 chunks",

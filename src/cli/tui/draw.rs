@@ -80,7 +80,7 @@ fn draw_rounds(frame: &mut Frame<'_>, view: &View, area: Rect) {
         let phase = match round.phase {
             RoundPhase::Prompting => "makes a prompt",
             RoundPhase::Asking => "asks",
-            RoundPhase::Judging => "judges",
+            RoundPhase::Checking => "verifies",
             RoundPhase::Ended => "is over",
         };
         let id: String = round.id.chars().take(8).collect();
@@ -126,7 +126,7 @@ fn row(uid: u16, miner: &Miner, share: f64) -> Row<'static> {
         None => ("", last),
         Some(MinerState::NotServed) => ("not served", last),
         Some(MinerState::Asked) => ("asked", last),
-        Some(MinerState::Judging(timing)) => ("judged", Some(timing)),
+        Some(MinerState::Checking(timing)) => ("verifying", Some(timing)),
         Some(MinerState::Done(timing, _)) => ("done", Some(timing)),
     };
     let timing = timing.filter(|timing| timing.tokens > 0);
@@ -197,9 +197,9 @@ mod tests {
             block: 130,
             epoch: (100, 120),
             ended: 3,
-            rounds: vec![running(RoundPhase::Judging), running(RoundPhase::Asking)],
+            rounds: vec![running(RoundPhase::Checking), running(RoundPhase::Asking)],
             miners: [
-                (1, miner(Some(MinerState::Judging(timing)), last(Outcome::Verified, None))),
+                (1, miner(Some(MinerState::Checking(timing)), last(Outcome::Verified, None))),
                 (2, miner(Some(MinerState::Asked), last(Outcome::Rejected, Some("A\u{1b}]0;x")))),
                 (3, Miner { hotkey: "5C".into(), ..Miner::default() }),
             ]
@@ -229,7 +229,7 @@ mod tests {
         let found = lines(&view(), &[log, vec!["the newest".into()]].concat(), 0, (110, 22));
         assert_eq!(found[0], "subnet 4 · validator 7 · block 130 · 3 rounds");
         assert!(found[1].contains("epoch 100: block 30 of 120 · weights of epoch 0 on the chain"));
-        assert_eq!(found[3], "01234567  block 99  judges  tiny\\u001b[2J");
+        assert_eq!(found[3], "01234567  block 99  verifies  tiny\\u001b[2J");
         let row = |uid: &str| found.iter().find(|line| line.starts_with(uid)).unwrap().clone();
         let fields = |uid| row(uid).split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(
@@ -237,7 +237,7 @@ mod tests {
             [
                 "1",
                 "5F3sa2TJAWM…",
-                "judged",
+                "verifying",
                 "0.125",
                 "42.0",
                 "verified",

@@ -81,7 +81,7 @@ pub struct Asking<'a> {
     pub max_tokens: u32,
     /// The temperature; drawn where absent.
     pub temperature: Option<f64>,
-    /// Who judges with the model's weights, where they are here.
+    /// Who checks with the model's weights, where they are here.
     pub verifier: Option<&'a Verifier>,
 }
 
@@ -142,10 +142,10 @@ async fn ask_one(
     let streamed = target.stream(endpoint.path(), &body, clock, |_| {}).await;
     let reading = Reading::of(&streamed.arrivals);
     let answered = Answered { topic, streamed: &streamed, reading: &reading, sampling };
-    findings.extend(answered.judge());
+    findings.extend(answered.findings());
     if let (Some(verifier), true) = (asking.verifier, is_whole(&streamed)) {
         let place = chance.bits();
-        findings.extend(weights::judge(verifier, topic, &body, &streamed, place).await);
+        findings.extend(weights::check(verifier, topic, &body, &streamed, place).await);
     }
     findings
 }

@@ -39,7 +39,7 @@ impl Answered<'_> {
 
     /// Every rule that needs no weights. Where the stream itself is refused, no other rule is
     /// reached.
-    pub fn judge(&self) -> Vec<Finding> {
+    pub fn findings(&self) -> Vec<Finding> {
         if let Some(refused) = self.refused() {
             return vec![refused];
         }
@@ -251,7 +251,7 @@ mod tests {
         let reading = Reading::of(&streamed.arrivals);
         let answered =
             Answered { topic: "chat", streamed: &streamed, reading: &reading, sampling: SAMPLING };
-        answered.judge()
+        answered.findings()
     }
 
     /// The rules that are broken; each says what to do.

@@ -22,7 +22,7 @@ impl Gate {
         self.0.asked.lock().get(signer).cloned()
     }
 
-    /// Requests that were let in or turned away, by outcome.
+    /// Signed requests by outcome.
     pub fn counted(&self, outcome: Outcome) -> u64 {
         self.0.counts.outcomes.lock().get(&outcome).copied().unwrap_or(0)
     }

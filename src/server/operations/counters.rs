@@ -44,7 +44,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Over the models of a server, and the door of a miner.
+    /// Over the models of a server, and the signed requests of a miner.
     pub fn new(models: Models, gate: Option<Gate>) -> Self {
         let requests = Family::<HttpLabels, Counter>::default();
         let seconds = Histogram::new(HTTP_SECONDS);

@@ -44,7 +44,7 @@ pub enum RoundPhase {
     /// It waits for answers.
     Asking,
     /// It waits for verdicts only: the next round may ask.
-    Judging,
+    Checking,
     /// It is over.
     Ended,
 }
@@ -56,8 +56,8 @@ pub enum MinerState {
     NotServed,
     /// It is to be asked, or was asked.
     Asked,
-    /// Its answer is being judged.
-    Judging(Timing),
+    /// Its answer is being checked.
+    Checking(Timing),
     /// It is done with.
     Done(Timing, Outcome),
 }
@@ -74,8 +74,8 @@ enum State {
     NotServed,
     /// It is to be asked, or was.
     Open,
-    /// Its answer is being judged.
-    Judging(Timing, Arc<Value>),
+    /// Its answer is being checked.
+    Checking(Timing, Arc<Value>),
     /// It is done with.
     Closed(Box<Found>),
 }
@@ -188,7 +188,7 @@ impl RoundMachine {
         let standing = |slot: &Slot| match &slot.state {
             State::NotServed => MinerState::NotServed,
             State::Open => MinerState::Asked,
-            State::Judging(timing, _) => MinerState::Judging(*timing),
+            State::Checking(timing, _) => MinerState::Checking(*timing),
             State::Closed(found) => MinerState::Done(found.timing, found.outcome),
         };
         self.slots.iter().map(move |(uid, slot)| (*uid, standing(slot)))
@@ -207,8 +207,8 @@ impl RoundMachine {
         let actions = match event {
             RoundEvent::Prompted(prompt) => self.prompted(prompt),
             RoundEvent::Answered { uid, answer } => self.answered(uid, answer),
-            RoundEvent::Judged { uid, judgement } => {
-                self.judged(uid, judgement);
+            RoundEvent::Checked { uid, checked_answer } => {
+                self.checked(uid, checked_answer);
                 Vec::new()
             }
             RoundEvent::Tick => Vec::new(),
@@ -283,19 +283,19 @@ impl RoundMachine {
                 Vec::new()
             }
             None => {
-                slot.state = State::Judging(timing, Arc::clone(&capture));
+                slot.state = State::Checking(timing, Arc::clone(&capture));
                 let is_slow = self.chance.share() < self.settings.slow_share;
-                vec![Action::Judge { uid, capture, is_slow }]
+                vec![Action::Check { uid, capture, is_slow }]
             }
         }
     }
 
-    fn judged(&mut self, uid: u16, judgement: AnswerReport) {
+    fn checked(&mut self, uid: u16, checked_answer: AnswerReport) {
         let Some(slot) = self.slots.get_mut(&uid) else { return };
-        let State::Judging(timing, capture) = &slot.state else { return };
+        let State::Checking(timing, capture) = &slot.state else { return };
         let (timing, capture) = (*timing, Some(Arc::clone(capture)));
-        let report = judgement.report;
-        let found = match judgement.verdict {
+        let report = checked_answer.report;
+        let found = match checked_answer.verdict {
             AnswerVerdict::Pass => {
                 let (outcome, cause, error) = (Outcome::Verified, None, None);
                 Found { timing, outcome, cause, error, capture, report }
@@ -316,7 +316,7 @@ impl RoundMachine {
         for slot in self.slots.values_mut() {
             let timing = match slot.state {
                 State::Open => Timing::default(),
-                State::Judging(timing, _) => timing,
+                State::Checking(timing, _) => timing,
                 State::NotServed | State::Closed(_) => continue,
             };
             slot.state = State::Closed(Box::new(Found::unscored(timing, why)));
@@ -330,17 +330,18 @@ impl RoundMachine {
             let why = match self.phase {
                 RoundPhase::Prompting => "there is no prompt: it was not made in time",
                 RoundPhase::Asking => "the query did not end in time",
-                RoundPhase::Judging | RoundPhase::Ended => "the answer was not verified in time",
+                RoundPhase::Checking | RoundPhase::Ended => "the answer was not verified in time",
             };
             self.give_up_phase(why);
         }
         let has = |is: fn(&State) -> bool| self.slots.values().any(|slot| is(&slot.state));
         let is_open = has(|state| matches!(state, State::Open));
-        let is_judging = has(|state| matches!(state, State::Judging(..)));
-        if self.phase == RoundPhase::Asking && !is_open && is_judging {
-            (self.phase, self.deadline) = (RoundPhase::Judging, now + self.settings.times.verdicts);
+        let is_checking = has(|state| matches!(state, State::Checking(..)));
+        if self.phase == RoundPhase::Asking && !is_open && is_checking {
+            (self.phase, self.deadline) =
+                (RoundPhase::Checking, now + self.settings.times.verdicts);
         }
-        if !is_open && !is_judging {
+        if !is_open && !is_checking {
             actions.push(Action::End(Box::new(self.end())));
         }
         actions
@@ -430,7 +431,7 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
             Found { outcome: Outcome::NotServed, ..found }
         }
         // No round ends with these.
-        State::Open | State::Judging(..) => Found::unscored(Timing::default(), "it was left open"),
+        State::Open | State::Checking(..) => Found::unscored(Timing::default(), "it was left open"),
     };
     let Found { timing, outcome, cause, error, capture, report } = found;
     let sample = match outcome {

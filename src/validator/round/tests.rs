@@ -3,7 +3,7 @@
 use super::*;
 use crate::proof::Scheme;
 use crate::validator::round::ask::QueryContent;
-use RoundPhase::{Asking, Ended, Judging, Prompting};
+use RoundPhase::{Asking, Checking, Ended, Prompting};
 use std::collections::BTreeSet;
 
 fn settings() -> RoundSettings {
@@ -95,10 +95,10 @@ fn fault(cause: &'static str) -> Ending {
     Ending::Fault { cause, what: "a reason".into() }
 }
 
-fn judged(uid: u16, verdict: AnswerVerdict) -> RoundEvent {
-    RoundEvent::Judged {
+fn checked(uid: u16, verdict: AnswerVerdict) -> RoundEvent {
+    RoundEvent::Checked {
         uid,
-        judgement: AnswerReport { verdict, report: Some(json!({"rows": 1})) },
+        checked_answer: AnswerReport { verdict, report: Some(json!({"rows": 1})) },
     }
 }
 
@@ -120,20 +120,20 @@ fn a_round_goes_from_prompt_to_verdicts() {
     assert_eq!(nonces.len(), 3, "each miner has a nonce of its own");
     for uid in &asked {
         test.give(RoundEvent::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
-        let [Action::Judge { uid: judged, capture, is_slow: false }] = test.actions.as_slice()
+        let [Action::Check { uid: checked, capture, is_slow: false }] = test.actions.as_slice()
         else {
             panic!("{:?}", test.actions)
         };
-        assert_eq!(judged, uid);
+        assert_eq!(checked, uid);
         assert_eq!(capture["chunks"].as_array().unwrap().len(), 10);
         assert_eq!(capture["hotkey"], format!("hot{uid}"));
         assert!(nonces.contains(capture["request"]["proof"]["nonce"].as_str().unwrap()));
     }
-    assert_eq!(test.machine.phase(), Judging);
-    test.give(judged(asked[0], AnswerVerdict::Pass));
+    assert_eq!(test.machine.phase(), Checking);
+    test.give(checked(asked[0], AnswerVerdict::Pass));
     let reject = AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() };
-    test.give(judged(asked[1], reject));
-    test.give(judged(asked[2], AnswerVerdict::Unscored("out of memory".into())));
+    test.give(checked(asked[1], reject));
+    test.give(checked(asked[2], AnswerVerdict::Unscored("out of memory".into())));
     let round = test.ended();
     assert_eq!((round.block, round.model.as_str(), round.started_ms), (7, "m", 1_000));
     assert!(round.request["proof"]["nonce"].is_null(), "{}", round.request);
@@ -147,7 +147,7 @@ fn a_round_goes_from_prompt_to_verdicts() {
     assert_eq!(good.report, Some(json!({"rows": 1})));
     // Nothing changes what is over.
     assert_eq!(test.machine.phase(), Ended);
-    test.give(judged(asked[1], AnswerVerdict::Pass));
+    test.give(checked(asked[1], AnswerVerdict::Pass));
     assert_eq!(test.actions, []);
 }
 
@@ -192,7 +192,7 @@ fn every_phase_ends_at_its_deadline_and_what_came_is_kept() {
     test.pass(99);
     assert_eq!(test.machine.phase(), Asking);
     test.pass(1);
-    assert_eq!(test.machine.phase(), Judging);
+    assert_eq!(test.machine.phase(), Checking);
     assert_eq!(test.machine.deadline(), Duration::from_secs(1100));
     // Too late.
     test.give(RoundEvent::Answered { uid: asked[2], answer: answer(10, Ending::Whole) });

@@ -32,7 +32,7 @@ pub struct Urls {
     pub stats: Option<String>,
 }
 
-/// Speaks to the hub, and remembers its last bucket.
+/// A client of the hub that keeps its last bucket.
 pub struct Hub {
     urls: Urls,
     signer: Arc<Keypair>,
@@ -48,7 +48,7 @@ struct Last {
 }
 
 impl Hub {
-    /// Of nothing, where there are no URLs.
+    /// A hub client; without URLs it does nothing.
     pub fn new(urls: Urls, signer: Arc<Keypair>, clock: Clock) -> Self {
         Self { urls, signer, clock, last: Mutex::default() }
     }
@@ -66,7 +66,7 @@ impl Hub {
         }
     }
 
-    /// What users' requests say of who holds a uid now.
+    /// The samples from users' requests of the hotkey that holds a uid now.
     pub fn organics(&self, uid: u16, hotkey: &str) -> Option<Vec<Organic>> {
         self.last.lock().scores.get(&(uid, hotkey.to_owned())).cloned()
     }
@@ -143,11 +143,11 @@ async fn score(residents: &Residents, rules: Option<Profile>, record: Record) ->
         let fault = fault("TOO_SHORT", "the answer has no tokens");
         return ScoredRecord { record, organic: Organic::Empty, fault };
     }
-    let Some(judge) = residents.get(&record.model_name) else {
+    let Some(resident) = residents.get(&record.model_name) else {
         let fault = fault("INTERNAL_ERROR", "the model is not in memory");
         return ScoredRecord { record, organic: Organic::Unscored, fault };
     };
-    match trial::judge_alone(&judge, rules, &record.model_name, record.capture()).await {
+    match trial::verify_alone(&resident, rules, &record.model_name, record.capture()).await {
         AnswerVerdict::Pass => {
             ScoredRecord { organic: Organic::Tps(record.tps()), record, fault: None }
         }

@@ -12,19 +12,19 @@ use tokio::task::JoinSet;
 
 /// A report to the owner of the state.
 pub(super) enum Message {
-    /// Something happened in a round.
+    /// An event of a round.
     Round(u64, RoundEvent),
     /// The subnet was read; nothing where the epoch that is due has not begun.
     Subnet(Result<Option<Box<Subnet>>, SubnetError>),
-    /// The weights of an epoch are as far as they get.
+    /// The weights of an epoch were settled.
     Weights(u64, anyhow::Result<Settled>),
-    /// The models are in memory whose turn it is.
+    /// Models were loaded in turn.
     Rotated(anyhow::Result<()>),
     /// Requests of users were scored, so many.
     Pulled(anyhow::Result<usize>),
-    /// Old records are forgotten as far as they get.
+    /// Old records were deleted.
     Tidied(anyhow::Result<Removed>),
-    /// What weights would be now, where that is known.
+    /// The weights that would be set now, if they are known.
     ToCome(Vec<(u16, u16)>),
 }
 

@@ -130,13 +130,13 @@ impl<P: Ports> Driver<P> {
     }
 
     fn tell(&mut self, key: u64, event: RoundEvent) {
-        // What comes after its round is over is of no use.
+        // Results for a round that is over are dropped.
         let Some(live) = self.live.get_mut(&key) else { return };
         let actions = live.machine.handle(event);
         self.perform(key, actions);
     }
 
-    /// Does what a round wants done.
+    /// Executes the actions of a round.
     pub(super) fn perform(&mut self, key: u64, actions: Vec<Action>) {
         for action in actions {
             match action {
@@ -189,7 +189,7 @@ impl<P: Ports> Driver<P> {
                     let _ = sender.send(Message::Round(key, event)).await;
                 });
             }
-            Action::Judge { uid, capture, is_slow } => {
+            Action::Check { uid, capture, is_slow } => {
                 let Some(member) = live.members.get(&uid).copied() else { return };
                 let (round, model) = live.machine.name();
                 let case = Submission { model, member, round, block: live.block, capture, is_slow };
@@ -197,12 +197,12 @@ impl<P: Ports> Driver<P> {
                 live.tasks.spawn(async move {
                     // Never closed.
                     let _permit = judges.acquire_owned().await;
-                    let judged = AssertUnwindSafe(ports.judge(case)).catch_unwind().await;
-                    let judgement = judged.unwrap_or_else(|_| AnswerReport {
+                    let checked = AssertUnwindSafe(ports.verify(case)).catch_unwind().await;
+                    let checked_answer = checked.unwrap_or_else(|_| AnswerReport {
                         verdict: AnswerVerdict::Unscored(BROKE.to_owned()),
                         report: None,
                     });
-                    let event = RoundEvent::Judged { uid, judgement };
+                    let event = RoundEvent::Checked { uid, checked_answer };
                     let _ = sender.send(Message::Round(key, event)).await;
                 });
             }
@@ -210,7 +210,7 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    /// Remembers what is over, as far as the records can be written; else it is tried again.
+    /// Stores finished rounds. If the records cannot be written, it is tried again later.
     pub(super) async fn save(&mut self, on_round: &(dyn Fn(&Round) + Sync)) {
         while self.clock.elapsed() >= self.save_at.0
             && let Some(round) = self.unsaved.front()
@@ -240,7 +240,7 @@ impl<P: Ports> Driver<P> {
         self.progress.set_unsaved(self.unsaved.len());
     }
 
-    /// Reports a round that is remembered, where somebody wants it.
+    /// Reports a stored round, if reports are configured.
     fn report(&self, round: Round) {
         if !self.ports.wants_reports() {
             return;
@@ -258,7 +258,7 @@ impl<P: Ports> Driver<P> {
         });
     }
 
-    /// Remembers all that is over, before the program ends; what cannot be goes into a file.
+    /// Stores all finished rounds before the program ends; those that fail are written to a file.
     pub(super) async fn save_all(
         &mut self,
         on_round: &(dyn Fn(&Round) + Sync),
@@ -288,12 +288,12 @@ impl<P: Ports> Driver<P> {
         )))
     }
 
-    /// What a person watches; made only while somebody does.
+    /// The state for a live view; it is made only while somebody subscribes.
     pub fn watch(&self) -> watch::Receiver<Arc<View>> {
         self.publisher.subscribe()
     }
 
-    /// Publishes how it is now, where somebody watches.
+    /// Publishes the current state, if somebody subscribes.
     pub(super) fn publish(&mut self) {
         if !self.publisher.is_watched() {
             return;
@@ -313,14 +313,14 @@ impl<P: Ports> Driver<P> {
             let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
             let sender = self.inbox.0.clone();
             tokio::spawn(async move {
-                // Without an answer of the records, nothing is known of what is to come.
+                // If the records fail, the next weights are unknown.
                 let values = ports.decide(&subnet).await.map_or(Vec::new(), |d| d.values);
                 let _ = sender.send(Message::ToCome(values)).await;
             });
         }
     }
 
-    /// Takes over the rounds that an earlier run could not remember.
+    /// Stores the rounds that an earlier run could not store.
     pub(super) async fn recover(&mut self) -> Result<(), RunError> {
         let Some(path) = self.options.spill.clone() else { return Ok(()) };
         let rounds = spill::read(&path).map_err(RunError::Records)?;

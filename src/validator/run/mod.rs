@@ -54,13 +54,13 @@ const ROUNDS_MAX: usize = 3;
 const UNSAVED_MAX: usize = 4;
 /// Reports that may wait for the owner.
 const INBOX_MAX: usize = 256;
-/// Answers that are judged at once, where nothing is said.
+/// Answers that are checked at once, by default.
 pub const JUDGES_DEFAULT: usize = 2;
 /// Blocks until the subnet is read anew where nobody serves anything: a minute.
 const IDLE_BLOCKS: u64 = 5;
-/// How long to wait where there is nothing to ask or nobody.
+/// How long to wait if there is no model to ask for or no miner to ask.
 const PAUSE: Duration = Duration::from_secs(5);
-/// How long one try of remembering may take, and waits between two, at first and at most.
+/// How long one try of storing a round may take, and the first and longest wait between two tries.
 const SAVE_TIME: Duration = Duration::from_secs(20);
 const SAVE_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long settling weights may take in all.
@@ -79,7 +79,7 @@ pub struct RunOptions {
     pub reading: Reading,
     /// Where the subnet is read and weights are set.
     pub epochs: EpochRule,
-    /// Answers that are judged at once: each has a KV cache of its own, and they share all cores.
+    /// Answers that are checked at once: each has a KV cache of its own, and they share all cores.
     pub judges: usize,
     /// After so many rounds it ends, with weights; never where absent.
     pub rounds: Option<u64>,
@@ -111,7 +111,7 @@ pub enum RunError {
     Models(anyhow::Error),
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Summary {
     /// Rounds that ended.
@@ -249,7 +249,7 @@ impl<P: Ports> Driver<P> {
             followed = ports.follow(&on_head) => followed.map_err(RunError::from),
             ended = self.drive(&stop, on_round) => ended,
         };
-        // What is finished is remembered whatever ended the run.
+        // Finished rounds are stored whatever ended the run.
         self.save_all(on_round).await?;
         ended?;
         let mut summary = Summary { rounds: self.progress.rounds(), weights: None };
@@ -278,7 +278,7 @@ impl<P: Ports> Driver<P> {
             tokio::select! {
                 Some(message) = self.inbox.1.recv() => self.take(message)?,
                 changed = heads.changed() => {
-                    // The sender is this validator's own, so it is there.
+                    // The sender belongs to this validator, so it exists.
                     let _ = changed;
                     let block = heads.borrow_and_update().block;
                     self.on_block(block);
@@ -310,7 +310,7 @@ impl<P: Ports> Driver<P> {
     }
 
     fn begin_rounds(&mut self) {
-        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Judging;
+        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Checking;
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
         let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
         let is_early = self.clock.elapsed() < self.not_before;
@@ -339,7 +339,7 @@ impl<P: Ports> Driver<P> {
         self.perform(key, actions);
     }
 
-    /// All rounds learn that time has passed.
+    /// Gives every round whose deadline has passed a tick.
     fn tick(&mut self) {
         let now = self.clock.elapsed();
         if self.stopping.is_some_and(|until| now >= until) {
@@ -353,18 +353,18 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    /// No new round; what asks is given up, what only waits for verdicts may go on for a while.
+    /// Begins no new round and cancels queries. Rounds that only wait for verdicts may continue.
     fn stop(&mut self) {
         self.progress.stop();
         self.stopping = Some(self.clock.elapsed() + self.options.stop_time);
-        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Judging;
+        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Checking;
         let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
         let keys: Vec<u64> = asking.collect();
         tracing::info!(rounds = self.live.len(), given_up = keys.len(), "stopping");
         keys.into_iter().for_each(|key| self.tell_stop(key));
     }
 
-    /// A block has come: where an epoch begins with it, there is work.
+    /// Handles a new block: an epoch may begin with it.
     fn on_block(&mut self, block: u64) {
         self.progress.see_block(block, self.clock.unix_ms());
         self.epoch.on_block(self.options.epochs, block);
@@ -401,7 +401,7 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    /// Brings other models into memory, beside all else.
+    /// Loads other models, in a task of its own.
     pub(in crate::validator::run) fn rotate(&mut self) {
         if std::mem::replace(&mut self.is_rotating, true) {
             return;
@@ -413,7 +413,7 @@ impl<P: Ports> Driver<P> {
         });
     }
 
-    /// Forgets old records, beside all else.
+    /// Deletes old records, in a task of its own.
     fn tidy(&self) {
         let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
         tokio::spawn(async move {

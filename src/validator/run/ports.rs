@@ -21,26 +21,26 @@ use std::sync::Arc;
 /// One query, as a round wants it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Query {
-    /// Whom.
+    /// The miner.
     pub member: Member,
-    /// On which route.
+    /// The route.
     pub path: &'static str,
-    /// What.
+    /// The body of the request.
     pub body: Value,
     /// Tokens that it may answer.
     pub max_tokens: u32,
 }
 
-/// An answer that is to be judged.
+/// An answer that is to be checked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Submission {
     /// The model that was asked for.
     pub model: String,
-    /// Who answered.
+    /// The miner that answered.
     pub member: Member,
     /// The round.
     pub round: String,
-    /// Its block.
+    /// The block at which the round began.
     pub block: u64,
     /// The request with the answer.
     pub capture: Arc<Value>,
@@ -51,9 +51,9 @@ pub struct Submission {
 /// Weights that were decided, or why there are none.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Decided {
-    /// Who gets what; empty where there are none.
+    /// Uids with their weights; empty if there are none.
     pub values: Vec<(u16, u16)>,
-    /// Why there are none.
+    /// Why there are no weights.
     pub none: Option<String>,
     /// How each number came about.
     pub explanation: Value,
@@ -74,17 +74,17 @@ pub enum NotSent {
 /// What stands on the chain for weights that were decided.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Stand {
-    /// They do.
+    /// The weights are on the chain.
     Confirmed,
     /// A commit of them waits for its revelation.
     Waiting,
     /// This validator's last weights are newer than these, and others.
     Others(Vec<(u16, u16)>),
-    /// Nothing of them, for this reason.
+    /// None of them are on the chain, for this reason.
     NotThere(String),
 }
 
-/// The world around a validator. Every wait in it has an end.
+/// Everything outside a running validator. Every wait in it has a limit.
 pub trait Ports: Send + Sync + 'static {
     /// The subnet as of now.
     fn metagraph(&self) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
@@ -95,7 +95,7 @@ pub trait Ports: Send + Sync + 'static {
         on_head: &(dyn Fn(Head) -> bool + Sync),
     ) -> impl Future<Output = Result<(), ChainError>> + Send;
 
-    /// The last answer of the chain was not believed: the next is another endpoint's.
+    /// The last answer of the chain was not plausible: the next one is asked of another endpoint.
     fn doubt(&self) -> impl Future<Output = ()> + Send;
 
     /// Sends weights, once, and waits until the chain has taken them. They are remembered as sent
@@ -106,7 +106,7 @@ pub trait Ports: Send + Sync + 'static {
     /// What stands on the chain for weights.
     fn look_up(&self, weights: &Weights) -> impl Future<Output = anyhow::Result<Stand>> + Send;
 
-    /// Reads the list of models anew that miners are told.
+    /// Reads again the list of models that miners are told.
     fn list(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Tells a miner which models are asked for, and asks which ones it serves.
@@ -118,7 +118,7 @@ pub trait Ports: Send + Sync + 'static {
     /// The models that can be verified now.
     fn offers(&self) -> Vec<Offer>;
 
-    /// Brings the models into memory whose turn it is; rounds may go on meanwhile.
+    /// Loads the models whose turn it is; rounds may continue meanwhile.
     fn rotate(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Keeps a model in memory as long as what is returned.
@@ -132,10 +132,10 @@ pub trait Ports: Send + Sync + 'static {
         seed: u64,
     ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
-    /// Judges an answer.
-    fn judge(&self, case: Submission) -> impl Future<Output = AnswerReport> + Send;
+    /// Checks an answer.
+    fn verify(&self, case: Submission) -> impl Future<Output = AnswerReport> + Send;
 
-    /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
+    /// Stores a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.
     fn save(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
@@ -148,13 +148,13 @@ pub trait Ports: Send + Sync + 'static {
     /// Reports a round.
     fn report(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
-    /// Forgets records that are older than the operator wants them kept.
+    /// Deletes records that are older than the operator wants them kept.
     fn tidy(&self) -> impl Future<Output = anyhow::Result<Removed>> + Send;
 
-    /// Decides weights by what is remembered.
+    /// Decides weights from the stored records.
     fn decide(&self, subnet: &Subnet) -> impl Future<Output = anyhow::Result<Decided>> + Send;
 
-    /// The weights that are remembered for an epoch.
+    /// The weights that are stored for an epoch.
     fn planned(&self, epoch: u64) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
 
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
@@ -164,7 +164,7 @@ pub trait Ports: Send + Sync + 'static {
         weights: &Weights,
     ) -> impl Future<Output = anyhow::Result<Option<WeightsState>>> + Send;
 
-    /// Remembers how far the weights of an epoch are.
+    /// Stores the state of an epoch's weights.
     fn mark(
         &self,
         epoch: u64,

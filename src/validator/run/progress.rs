@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 #[derive(Clone, Default, PartialEq, Debug, Serialize)]
 pub struct RunSnapshot {
     /// When the owner of the state last went round its loop, in milliseconds since 1970; 0 before
-    /// it first did. One that hangs stands still.
+    /// it first did. It does not change while the loop hangs.
     pub beat_ms: u64,
     /// The newest block.
     pub block: u64,

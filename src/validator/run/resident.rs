@@ -4,7 +4,7 @@ use crate::engine::Engine;
 use crate::verify::Verifier;
 use crate::verify::evidence::Calibrated;
 
-/// A model that answers are judged with.
+/// A model that answers are checked with.
 #[derive(Clone)]
 pub struct Resident {
     /// The model, with the limits between honest and not.

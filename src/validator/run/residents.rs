@@ -55,8 +55,8 @@ struct State {
     turn: u64,
 }
 
-/// Who is in memory next: of those that are wanted whoever was there longest ago comes first, as
-/// far as memory reaches.
+/// The models that are in memory next: of those that are wanted, the one that was in memory longest
+/// ago comes first, as far as memory reaches.
 fn choose(
     all: &[Sized],
     wanted: &BTreeSet<String>,
@@ -95,7 +95,7 @@ impl Residents {
     /// The models in memory that may be asked for.
     pub fn here(&self) -> Vec<(String, Arc<Resident>)> {
         let state = self.state.lock();
-        state.here.iter().map(|(name, judge)| (name.clone(), Arc::clone(judge))).collect()
+        state.here.iter().map(|(name, resident)| (name.clone(), Arc::clone(resident))).collect()
     }
 
     /// A model in memory, also one that leaves.
@@ -125,7 +125,7 @@ impl Residents {
                 std::mem::take(&mut state.here).into_iter().partition(|(n, _)| next.contains(n));
             state.here = here;
             state.leaving.extend(gone);
-            // One that was about to leave and is wanted again need not be loaded.
+            // A model that was about to be unloaded and is wanted again need not be loaded.
             let back = std::mem::take(&mut state.leaving);
             let (back, leaving) = back.into_iter().partition(|(n, _)| next.contains(n));
             state.leaving = leaving;
@@ -141,22 +141,22 @@ impl Residents {
         for name in missing {
             let (load, own) = (Arc::clone(&self.load), name.clone());
             let loading = tokio::task::spawn_blocking(move || load(&own));
-            let judge = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
-            let judge = judge.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
+            let resident = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
+            let resident = resident.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
             tracing::info!(model = name, "in memory");
-            self.state.lock().here.insert(name, Arc::new(judge));
+            self.state.lock().here.insert(name, Arc::new(resident));
         }
         Ok(())
     }
 
-    /// Waits until nobody needs those that leave.
+    /// Waits until no round needs the models that are to be unloaded.
     async fn leave(&self) -> anyhow::Result<()> {
         let waiting = async {
             loop {
                 {
                     let mut state = self.state.lock();
-                    state.leaving.retain(|name, judge| {
-                        let stays = Arc::strong_count(judge) > 1;
+                    state.leaving.retain(|name, resident| {
+                        let stays = Arc::strong_count(resident) > 1;
                         if !stays {
                             tracing::info!(model = name, "out of memory, until its next turn");
                         }

@@ -28,13 +28,13 @@ struct Fake {
     permit: bool,
     /// Whether the records answer.
     records: AtomicBool,
-    /// Whether judging never ends, or breaks.
+    /// Whether checking never ends, or breaks.
     hangs: AtomicBool,
     panics: AtomicBool,
     /// Whether the chain answers.
     chain: AtomicBool,
-    judging: AtomicUsize,
-    judging_max: AtomicUsize,
+    checking: AtomicUsize,
+    checking_max: AtomicUsize,
     saved: Mutex<Vec<Round>>,
     weights: Mutex<BTreeMap<u64, Weights>>,
     sends: Mutex<Vec<Sent>>,
@@ -60,8 +60,8 @@ impl Fake {
             hangs: false.into(),
             panics: false.into(),
             chain: true.into(),
-            judging: 0.into(),
-            judging_max: 0.into(),
+            checking: 0.into(),
+            checking_max: 0.into(),
             saved: Mutex::default(),
             weights: Mutex::default(),
             sends: Mutex::default(),
@@ -176,14 +176,14 @@ impl Ports for Fake {
         Ok(QueryPrompt { content: QueryContent::Text("hello".into()), tokens: 2 })
     }
 
-    async fn judge(&self, case: Submission) -> AnswerReport {
-        let now = self.judging.fetch_add(1, SeqCst) + 1;
-        self.judging_max.fetch_max(now, SeqCst);
+    async fn verify(&self, case: Submission) -> AnswerReport {
+        let now = self.checking.fetch_add(1, SeqCst) + 1;
+        self.checking_max.fetch_max(now, SeqCst);
         tokio::time::sleep(Duration::from_millis(5)).await;
         while self.hangs.load(SeqCst) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        self.judging.fetch_sub(1, SeqCst);
+        self.checking.fetch_sub(1, SeqCst);
         assert!(!self.panics.load(SeqCst), "a part breaks");
         let verdict = match case.member.uid {
             1 => AnswerVerdict::Pass,
@@ -325,7 +325,7 @@ async fn rounds_end_in_records_and_weights() {
         assert_eq!(round.responses[0].sample, Sampled::Tps(100.0));
         assert_eq!(round.responses[3].sample, Sampled::Nothing);
     }
-    assert_eq!(world.judging_max.load(SeqCst), JUDGES_DEFAULT);
+    assert_eq!(world.checking_max.load(SeqCst), JUDGES_DEFAULT);
     assert_eq!(*world.sends.lock(), [(0, vec![(1, u16::MAX)])]);
     let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
     assert_eq!((weights.state, weights.block), (WeightsState::Confirmed, 10));
@@ -531,7 +531,7 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
     let stop = CancellationToken::new();
     let token = stop.clone();
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
-    until("verifications", || world.judging.load(SeqCst) == JUDGES_DEFAULT).await;
+    until("verifications", || world.checking.load(SeqCst) == JUDGES_DEFAULT).await;
     stop.cancel();
     let summary = tokio::time::timeout(Duration::from_secs(5), run).await.unwrap().unwrap();
     let saved = world.saved.lock();
@@ -559,7 +559,7 @@ async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
     let before = progress.rounds();
     until("rounds while weights are missing", || progress.rounds() > before + 2).await;
     world.hangs.store(true, SeqCst);
-    until("verifications", || world.judging.load(SeqCst) == JUDGES_DEFAULT).await;
+    until("verifications", || world.checking.load(SeqCst) == JUDGES_DEFAULT).await;
     world.heads.send_replace(101);
     until("weights", || world.sends.lock().len() == 1).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -584,9 +584,9 @@ async fn who_watches_sees_rounds_miners_verdicts_and_weights_to_come() {
     let token = stop.clone();
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
     let standing = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.standing);
-    until("a verification", || matches!(standing(1), Some(MinerState::Judging(_)))).await;
-    let is_judging = || views.borrow().rounds.iter().any(|r| r.phase == RoundPhase::Judging);
-    until("a round that waits for verdicts", is_judging).await;
+    until("a verification", || matches!(standing(1), Some(MinerState::Checking(_)))).await;
+    let is_checking = || views.borrow().rounds.iter().any(|r| r.phase == RoundPhase::Checking);
+    until("a round that waits for verdicts", is_checking).await;
     let view = Arc::clone(&views.borrow());
     assert_eq!((view.netuid, view.block, view.epoch), (4, 10, (0, 100)));
     assert_eq!(view.miners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5]);

@@ -13,7 +13,7 @@ use crate::validator::scores::gate::HotkeyState;
 use crate::validator::scores::rules::ScoringRules;
 use crate::validator::scores::series::{MissReason, Organic};
 use crate::validator::scores::{self, Input, Seat};
-use crate::verify::capture::{Capture, CheckOptions, judge_question};
+use crate::verify::capture::{Capture, CheckOptions, check_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
 use crate::verify::{Depth, Profile, Report, Verdict};
@@ -30,14 +30,14 @@ fn unscored(why: impl ToString) -> AnswerReport {
     AnswerReport { verdict: AnswerVerdict::Unscored(why.to_string()), report: None }
 }
 
-/// Judges an answer, and adds it to what is known of its miner.
-pub(super) async fn judge(
-    judge: &Resident,
+/// Checks an answer, and adds it to what is known of its miner.
+pub(super) async fn verify(
+    resident: &Resident,
     store: &Store,
     rules: Option<Profile>,
     case: Submission,
 ) -> AnswerReport {
-    let Resident { verifier, rates, .. } = judge;
+    let Resident { verifier, rates, .. } = resident;
     let hotkey = case.member.hotkey.to_string();
     let standing = match standing(store, &hotkey, &case.model).await {
         Ok(standing) => standing,
@@ -58,15 +58,15 @@ pub(super) async fn judge(
         Ok(question) => question,
         Err(e) => return unscored(format!("the request cannot be read: {e}")),
     };
-    // Drawn now: the miner has answered and cannot know it.
+    // Drawn after the answer, so the miner cannot know it.
     let options = CheckOptions { profile: rules, depth, chance: Entropy::system().word() };
     let own = verifier.clone();
-    let work = move || judge_question(&own, question, &capture, options);
-    let judged = match tokio::task::spawn_blocking(work).await {
-        Ok(judged) => judged,
+    let work = move || check_question(&own, question, &capture, options);
+    let checked = match tokio::task::spawn_blocking(work).await {
+        Ok(checked) => checked,
         Err(e) => return unscored(format!("the verification broke: {e}")),
     };
-    let Some(first) = judged.into_iter().next() else {
+    let Some(first) = checked.into_iter().next() else {
         return unscored("the request asks for no answer");
     };
     let chance = Entropy::system().word();
@@ -81,9 +81,9 @@ pub(super) async fn judge(
     AnswerReport { verdict: verdict(first.report.verdict), report: Some(report) }
 }
 
-/// Judges an answer that moves no evidence: what is known of it comes from somebody else.
-pub(super) async fn judge_alone(
-    judge: &Resident,
+/// Checks an answer without changing evidence, because the answer comes from a hub.
+pub(super) async fn verify_alone(
+    resident: &Resident,
     rules: Option<Profile>,
     model: &str,
     capture: Value,
@@ -92,7 +92,7 @@ pub(super) async fn judge_alone(
         Ok(capture) => capture,
         Err(e) => return AnswerVerdict::Unscored(format!("the capture cannot be read: {e}")),
     };
-    let verifier = judge.verifier.clone();
+    let verifier = resident.verifier.clone();
     let question = Question::read(&verifier, model, &capture.request, None).await;
     let question = match question {
         Ok(question) => question,
@@ -100,9 +100,9 @@ pub(super) async fn judge_alone(
     };
     let (depth, chance) = (Depth::Fast, Entropy::system().word());
     let options = CheckOptions { profile: rules, depth, chance };
-    let work = move || judge_question(&verifier, question, &capture, options);
+    let work = move || check_question(&verifier, question, &capture, options);
     match tokio::task::spawn_blocking(work).await {
-        Ok(judged) => judged.into_iter().next().map_or_else(
+        Ok(checked) => checked.into_iter().next().map_or_else(
             || AnswerVerdict::Unscored("the request asks for no answer".into()),
             |first| verdict(first.report.verdict),
         ),
@@ -120,14 +120,14 @@ fn verdict(verdict: Verdict) -> AnswerVerdict {
     }
 }
 
-/// What is known of a miner; nobody's is empty.
+/// The evidence about a miner; empty for an unknown one.
 async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<Option<HotkeyState>> {
     let known = store.evidence(hotkey, model).await?;
     let Some(known) = known else { return Ok(Some(HotkeyState::default())) };
     Ok(serde_json::from_value(known).map(Some)?)
 }
 
-/// Weighs an answer and remembers the outcome.
+/// Adds an answer to the evidence and stores it.
 async fn add(
     store: &Store,
     rates: &Calibrated,
@@ -173,7 +173,7 @@ fn report(report: &Report, depth: Depth) -> Value {
     })
 }
 
-/// Decides weights by what is remembered of a subnet's members.
+/// Decides weights from the records of a subnet's members.
 pub(super) async fn decide(
     store: &Store,
     (rules, away_max): (&ScoringRules, u64),

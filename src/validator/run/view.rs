@@ -69,7 +69,7 @@ pub struct Last {
     pub timing: Timing,
     /// The verdict.
     pub outcome: Outcome,
-    /// Its cause, in the words of whoever found it.
+    /// Its cause, as it was reported.
     pub cause: Option<String>,
 }
 

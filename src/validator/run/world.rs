@@ -42,7 +42,7 @@ use tokio::runtime::Handle;
 /// Blocks that a commit or an extrinsic may need to be in one.
 const MORTAL_BLOCKS: u64 = 64;
 
-/// What a validator is made of.
+/// The parts of a validator.
 pub struct World<C: Chain> {
     /// The chain.
     pub chain: C,
@@ -76,11 +76,11 @@ pub struct World<C: Chain> {
     pub away_max: u64,
     /// Version that weights name; the subnet's own where absent.
     pub version_key: Option<u64>,
-    /// What is remembered between two calls.
+    /// The state that is kept between two calls.
     pub memory: Memory,
 }
 
-/// What the world remembers between two calls.
+/// The state that is kept between two calls.
 #[derive(Default)]
 pub struct Memory {
     listed: Mutex<Vec<String>>,
@@ -127,11 +127,12 @@ impl<C: Chain> World<C> {
     }
 
     async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<QueryPrompt> {
-        let judge = self.residents.get(model).context("the model is not loaded")?;
+        let resident = self.residents.get(model).context("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
         let mut chance = Chance::system();
         let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
-        let query = rewriting::query(self.rewriting, &judge, (model, &draft), &mut chance).await?;
+        let query =
+            rewriting::query(self.rewriting, &resident, (model, &draft), &mut chance).await?;
         let prompt = draft.finish(query.as_deref());
         let mut body = json!({"model": model, "max_tokens": 1});
         let content = match endpoint {
@@ -144,7 +145,7 @@ impl<C: Chain> World<C> {
                 QueryContent::Text(prompt.text())
             }
         };
-        let understood = understand(&judge.verifier, &body).await?;
+        let understood = understand(&resident.verifier, &body).await?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
         Ok(QueryPrompt { content, tokens })
     }
@@ -170,13 +171,13 @@ impl<C: Chain> World<C> {
     }
 }
 
-/// Who gets something; the chain keeps no zeros.
+/// The weights above zero; the chain stores no zeros.
 fn vector(weights: &Weights) -> Result<Vector, VectorError> {
     let paid = weights.values.iter().copied().filter(|(_, value)| *value > 0);
     Vector::new(paid.collect())
 }
 
-/// How an answer ended, by whose fault.
+/// How an answer ended, and who is at fault.
 fn ending(outcome: Result<(), QueryError>) -> Ending {
     let Err(e) = outcome else { return Ending::Whole };
     let what = e.to_string();
@@ -275,8 +276,8 @@ impl<C: Chain> Ports for World<C> {
     fn offers(&self) -> Vec<Offer> {
         let listed = self.memory.listed.lock();
         let is_listed = |(name, _): &(String, Arc<Resident>)| listed.contains(name);
-        let offer = |(name, judge): (String, Arc<Resident>)| {
-            let verifier = &judge.verifier;
+        let offer = |(name, resident): (String, Arc<Resident>)| {
+            let verifier = &resident.verifier;
             let chat = verifier.model.text.chat.as_ref().map(|_| Endpoint::Chat);
             let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
             Offer { name, endpoints, context_max: verifier.context_max }
@@ -288,13 +289,13 @@ impl<C: Chain> Ports for World<C> {
         self.draft(model, endpoint).await
     }
 
-    async fn judge(&self, case: Submission) -> AnswerReport {
-        let Some(judge) = self.residents.get(&case.model) else {
+    async fn verify(&self, case: Submission) -> AnswerReport {
+        let Some(resident) = self.residents.get(&case.model) else {
             let verdict =
                 AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
             return AnswerReport { verdict, report: None };
         };
-        trial::judge(&judge, &self.store, self.rules, case).await
+        trial::verify(&resident, &self.store, self.rules, case).await
     }
 
     async fn rotate(&self) -> anyhow::Result<()> {

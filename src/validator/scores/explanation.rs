@@ -23,7 +23,7 @@ pub struct Explanation {
     pub sum: f64,
     /// What the evidence over many answers makes of it.
     pub gate: EvidenceGate,
-    /// The sum, or 0 where the gate is shut.
+    /// The sum, or 0 if an alarm stops the pay.
     pub score: f64,
     /// The score after normalisation: between 0 and 1.
     pub normalised: f64,

@@ -10,11 +10,11 @@ use super::rules::ScoringProfile;
 use crate::verify::evidence::{ALARM, Evidence, Sums};
 use serde::{Deserialize, Serialize};
 
-/// The gate stays shut until every sum is at most this: a thousand to one for the cheat, where an
+/// Pay starts again once every sum is at most this: a thousand to one for the cheat, where an
 /// alarm is a million to one.
 pub const REOPEN: f64 = ALARM / 2.0;
 
-/// The alarm that shut the gate.
+/// The alarm that stopped the pay.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Alarm {
     /// The round whose answer raised it.
@@ -32,7 +32,7 @@ pub struct Alarm {
 pub struct HotkeyState {
     /// The sums.
     pub evidence: Evidence,
-    /// The alarm that keeps the gate shut, where it is.
+    /// The alarm that stops the pay, if there is one.
     pub shut_by: Option<Alarm>,
 }
 
@@ -54,7 +54,7 @@ impl HotkeyState {
     }
 
     /// What it means for pay. A standing that was kept without its gate (an evidence file) is
-    /// judged by its sums alone.
+    /// checked by its sums alone.
     pub fn explained(&self, profile: ScoringProfile) -> EvidenceGate {
         let is_shut = self.shut_by.is_some() || self.evidence.alarm().is_some();
         EvidenceGate {
@@ -85,6 +85,6 @@ pub struct EvidenceGate {
     pub alarm_at: f64,
     /// The gate opens when no sum is above this.
     pub reopens_at: f64,
-    /// The alarm that shut it.
+    /// The alarm that stopped it.
     pub shut_by: Option<Alarm>,
 }

@@ -171,7 +171,7 @@ impl Series {
             ScoringProfile::Targon44 => true,
         };
         // What is no number is a fault of ours, and faults of ours are not samples. Rounds already
-        // leave out what could not be judged.
+        // leave out what could not be checked.
         let is_number = |s: &&&Sample| s.tps.is_none_or(|t| t.is_finite() && t >= 0.0);
         let own: Vec<&&Sample> = samples.iter().filter(counts).collect();
         let of_others = samples.len() - own.len();

@@ -133,7 +133,7 @@ fn status_of(is_fine: bool) -> StatusCode {
     if is_fine { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
-/// `GET /health`: the program is alive and its loop turns.
+/// `GET /health`: the program runs and its loop makes progress.
 async fn health(State(service): State<Service>) -> Response {
     let beat = service.snapshot().beat_ms;
     let age = service.age(beat);

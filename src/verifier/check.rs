@@ -27,10 +27,10 @@ pub(super) async fn verify(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let outcome = judged(&service, &headers, body).await;
+    let outcome = checked(&service, &headers, body).await;
     service.counts.count(&outcome);
     match outcome {
-        Ok(judged) => judged.into_response(),
+        Ok(checked) => checked.into_response(),
         Err(refusal) => {
             tracing::warn!("/verify: {}", refusal.why());
             refusal.into_response()
@@ -38,7 +38,7 @@ pub(super) async fn verify(
     }
 }
 
-async fn judged(
+async fn checked(
     service: &Service,
     headers: &HeaderMap,
     body: Body,
@@ -187,7 +187,7 @@ fn run(
     best(check.while_wanted(&is_wanted).answers(&claims))
 }
 
-/// Of readings of one answer: that one of them passes, that one cannot be judged, or what is wrong
+/// Of readings of one answer: that one of them passes, that one cannot be checked, or what is wrong
 /// with it as it was sent.
 fn best(reports: Vec<Report>) -> Verdict {
     let mut verdicts: Vec<Verdict> = reports.into_iter().map(|r| r.verdict).collect();

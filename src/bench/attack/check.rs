@@ -10,7 +10,7 @@ use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::to_hex;
 use crate::verify::answer::Answer;
-use crate::verify::capture::{Capture, CheckOptions, judge};
+use crate::verify::capture::{Capture, CheckOptions, check_capture};
 use crate::verify::mirror::{Mirror, Told};
 use crate::verify::question::Question;
 use crate::verify::twin::Scrutiny;
@@ -39,7 +39,7 @@ impl AttackVerifier {
         })
     }
 
-    /// What answers are judged by.
+    /// What answers are checked by.
     pub(super) fn limits(&self) -> &Limits {
         &self.0.limits
     }
@@ -109,7 +109,7 @@ impl AttackVerifier {
         Line { bytes_per_token: bytes_per_token(trials), ..line }
     }
 
-    /// The subnet's rules on the same tokens, as published and with their holes mended.
+    /// The subnet's rules on the same tokens, as published and with their gaps closed.
     pub(super) fn rank_lines(
         &self,
         name: &str,
@@ -120,8 +120,8 @@ impl AttackVerifier {
             trials.iter().map(|t| self.verify(t, &t.answer, None, Depth::Slow)).collect();
         let mended = Line::new(name, detector, "targon-4.4, mended", &reports);
         let mut published = Line::bare(name, detector, "targon-4.4, published", mended.rejected);
-        let judged = trials.iter().zip(&reports);
-        let causes: Vec<&str> = judged.filter_map(|(t, r)| published::rejects(t, r)).collect();
+        let checked = trials.iter().zip(&reports);
+        let causes: Vec<&str> = checked.filter_map(|(t, r)| published::rejects(t, r)).collect();
         published.rejected = Rate::new(causes.len(), trials.len());
         for cause in causes {
             *published.reasons.entry(cause.to_owned()).or_insert(0) += 1;
@@ -176,7 +176,7 @@ impl AttackVerifier {
             }
             Changed::Answer(Err(_)) => true,
             Changed::Chunks(chunks) => {
-                received.judge(&self.0, chunks).is_ok_and(|r| is_rejected(&r))
+                received.check(&self.0, chunks).is_ok_and(|r| is_rejected(&r))
             }
         }
     }
@@ -217,18 +217,19 @@ impl Received {
         let told = [Some(Told::new(&answer, &walk, request.prompt.len()))];
         let mirror = Mirror { model: &verifier.model.text, question: &question, told: &told };
         let received = Self { scheme, chunks: mirror.chunks(), body, runtime };
-        let verdict = received.judge(verifier, received.chunks.clone())?.verdict;
+        let verdict = received.check(verifier, received.chunks.clone())?.verdict;
         match verdict {
             Verdict::Pass => Ok(received),
             other => Err(anyhow!("{other}")),
         }
     }
 
-    fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
+    fn check(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
         let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
-        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options))?;
-        judged.into_iter().next().map(|j| j.report).context("there is no choice")
+        let checked =
+            self.runtime.block_on(check_capture(verifier, "attacked", &capture, options))?;
+        checked.into_iter().next().map(|j| j.report).context("there is no choice")
     }
 }
 
@@ -243,7 +244,7 @@ fn powv(verifier: &Verifier, request: &Request, ids: &[u32]) -> anyhow::Result<V
     ids.iter().map(value).collect()
 }
 
-/// How lines with margins are judged.
+/// How lines with margins are checked.
 pub(super) const WITH_MARGIN: &str = "residue-v1 + margin";
 /// The same in a check of every row.
 const WITH_ALL_MARGINS: &str = "residue-v1 + margin, all rows";
