@@ -306,6 +306,20 @@ impl Session {
         row.try_get(0).map_err(|e| self.error(Cause::Stored(e.to_string())))
     }
 
+    /// Runs a query, reads each of its rows, and ends the transaction.
+    pub(super) async fn read<T>(
+        mut self,
+        sql: &str,
+        values: Vec<Bound<'_>>,
+        read: impl Fn(&AnyRow) -> Result<T, Cause>,
+    ) -> Result<Vec<T>, StoreError> {
+        let rows = self.rows(sql, values).await?;
+        let read = rows.iter().map(read).collect::<Result<_, _>>();
+        let read = read.map_err(|cause| self.error(cause))?;
+        self.commit().await?;
+        Ok(read)
+    }
+
     /// Makes what was done last, and gives the connection back.
     pub(super) async fn commit(mut self) -> Result<(), StoreError> {
         self.script("COMMIT").await?;

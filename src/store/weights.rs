@@ -164,12 +164,8 @@ impl Store {
         sql: &str,
         values: Vec<Bound<'_>>,
     ) -> Result<Vec<Weights>, StoreError> {
-        let mut session = self.read(operation).await?;
-        let rows = session.rows(sql, values).await?;
-        let read = rows.iter().map(|row| weights(row).map(|(weights, _)| weights));
-        let read = read.collect::<Result<_, _>>().map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(read)
+        let session = self.read(operation).await?;
+        session.read(sql, values, |row| weights(row).map(|(weights, _)| weights)).await
     }
 }
 

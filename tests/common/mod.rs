@@ -32,6 +32,19 @@ use targon_engine::verify::answer::Answer;
 use targon_engine::verify::twin::Scrutiny;
 use targon_engine::verify::{Limits, Verifier, prefill};
 
+/// The golden checkpoints, one for each family.
+pub const FAMILIES: [&str; 9] = [
+    "llama",
+    "llama-linear",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+];
+
 /// A test of each directory below `tests/data/golden`, a checkpoint of a family each: `$check` is
 /// called with its name. `GOLDEN` has them all.
 #[allow(unused_macros, reason = "each test uses its part")]

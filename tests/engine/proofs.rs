@@ -341,17 +341,7 @@ fn rows_of(checkpoint: &Checkpoint, name: &str, dtype: Dtype) -> Vec<Vec<f32>> {
 
 #[test]
 fn powv_counts_the_parameters_of_every_family_as_vllm_does() {
-    for family in [
-        "llama",
-        "llama-linear",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "phi3",
-        "mixtral",
-        "qwen3_moe",
-    ] {
+    for family in common::FAMILIES {
         let checkpoint = golden(family);
         let pool = Pool::new(1, Isa::best()).unwrap();
         let decoder = common::decoder(&checkpoint, None, &pool).unwrap();
