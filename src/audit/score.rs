@@ -70,7 +70,7 @@ impl Rows for RowScorer<'_> {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let (ids, sampling) = (&self.answer.ids, &self.request.sampling);
         let ask = |(index, position): (usize, usize)| {
-            let scores = Scores::new(Token::Given(ids[index]), sampling);
+            let scores = Scores::new(Token::Measured(ids[index]), sampling);
             RowAsk { logits: true, scores: Some(scores), ..RowAsk::new(0, position) }
         };
         Ok(indices.zip(position..).map(ask).collect())

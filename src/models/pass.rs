@@ -104,7 +104,7 @@ pub enum Token {
     /// One that is known.
     Known(u32),
     /// One that is known, with its margin: how far it is from being drawn.
-    Given(u32),
+    Measured(u32),
 }
 
 /// Which distribution log-probabilities describe.

@@ -88,7 +88,7 @@ impl Remembered<'_> {
             Err(e) if e.kind() == ErrorKind::NotFound => return Kept::default(),
             Err(e) => CacheFileError::Read(e),
         };
-        tracing::warn!(path = %path.display(), "what was remembered is lost: {why}");
+        tracing::warn!(path = %path.display(), "the cache of computed values is not used: {why}");
         Kept::default()
     }
 
@@ -103,7 +103,7 @@ impl Remembered<'_> {
             .map_err(std::io::Error::other)
             .and_then(|bytes| files::replace(&self.path(), &bytes));
         if let Err(e) = written {
-            tracing::warn!(path = %self.path().display(), "cannot be remembered: {e}");
+            tracing::warn!(path = %self.path().display(), "cannot be stored in the cache: {e}");
         }
     }
 }

@@ -97,7 +97,7 @@ fn choose(
     let choose = |drawn: Distribution<'_>| match ask.token {
         Token::Drawn => Choice { token: drawn.draw(sampling, position), margin: None },
         Token::Known(token) => Choice { token, margin: None },
-        Token::Given(token) => {
+        Token::Measured(token) => {
             Choice { token, margin: Some(margin(&drawn, sampling, position, token)) }
         }
     };
@@ -223,7 +223,7 @@ mod tests {
             assert!(!ask.is_plain());
             let scored = read(&ask);
             assert_eq!((scored.token.token, scored.token.rank), (3, rank), "{mode:?}");
-            let given = |token| read(&Scores { token: Token::Given(token), ..ask.clone() });
+            let given = |token| read(&Scores { token: Token::Measured(token), ..ask.clone() });
             assert!(given(3).margin.unwrap().is_drawn);
             assert_eq!(given(0).margin.unwrap().logits, 1.0, "clipped");
         }

@@ -121,7 +121,7 @@ impl Rows for RowChecker<'_> {
                     // Where no end may be drawn yet, none was skipped.
                     ends: if index + 1 >= request.min_tokens { end_ids } else { &[] },
                     ..match &*sampling {
-                        Some(sampling) => Scores::new(Token::Given(*token), sampling),
+                        Some(sampling) => Scores::new(Token::Measured(*token), sampling),
                         None => Scores::new(Token::Known(*token), &request.sampling),
                     }
                 }),

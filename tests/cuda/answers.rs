@@ -92,7 +92,7 @@ impl Catalogue {
                 None,
                 Scores { rules: RowRules { allowed: Some(allowed), ..Rules::default() }, ..scores },
             ),
-            11 => (Some(wide), Scores { token: Token::Given(3), ends: &self.ends, ..scores }),
+            11 => (Some(wide), Scores { token: Token::Measured(3), ends: &self.ends, ..scores }),
             12 => (None, Scores { top: 2, near: Some(near(Some(1.5))), ..scores }),
             13 => (Some(narrow), Scores { top: 1, ..scores }),
             14 => return RowAsk { logits: true, hidden: true, scores: Some(scores), ..ask },

@@ -239,7 +239,7 @@ fn is_for_host(ask: &RowAsk<'_>) -> bool {
         scores.token == Token::Drawn && !scores.sampling.is_greedy() && scores.sampling.top_a > 0.0;
     ask.logits
         || !scores.is_plain()
-        || matches!(scores.token, Token::Given(_))
+        || matches!(scores.token, Token::Measured(_))
         || scores.top > CANDIDATES
         || is_drawn_otherwise
 }
@@ -271,7 +271,7 @@ fn rule(position: u32, scores: Option<&Scores<'_>>) -> Rule {
 fn wanted_tokens(scores: &Scores<'_>) -> Vec<u32> {
     let own = match scores.token {
         Token::Drawn => UNKNOWN,
-        Token::Known(token) | Token::Given(token) => token,
+        Token::Known(token) | Token::Measured(token) => token,
     };
     let mut tokens = vec![own];
     tokens.extend(&scores.ids);

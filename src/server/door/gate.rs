@@ -111,7 +111,7 @@ impl Gate {
         *self.0.metagraph.write() = metagraph;
         let rule = self.rule();
         if rule != before {
-            tracing::warn!("from now on {rule} may ask");
+            tracing::warn!("requests are accepted from {rule} from now on");
         }
     }
 

@@ -94,7 +94,7 @@ impl Hub {
         let name = bucket.bucket_id.clone();
         let (records, wrong) = bucket.records();
         for what in &wrong {
-            tracing::warn!(bucket = name, "a record is left out: {what}");
+            tracing::warn!(bucket = name, "a record is skipped: {what}");
         }
         let holds = |record: &Record| {
             let neuron = subnet.metagraph.uid(record.uid);

@@ -40,7 +40,7 @@ impl<P: Ports> Driver<P> {
             Message::Rotated(rotated) => {
                 self.is_rotating = false;
                 if let Err(why) = rotated {
-                    tracing::error!("models in memory stay as they are: {why}");
+                    tracing::error!("the loaded models do not change: {why}");
                 }
             }
         }
@@ -52,9 +52,11 @@ impl<P: Ports> Driver<P> {
         match tidied {
             Ok(removed) if removed == Removed::default() => {}
             Ok(Removed { rounds, captures, reports, samples }) => {
-                tracing::info!(rounds, captures, reports, samples, "old records are forgotten");
+                tracing::info!(rounds, captures, reports, samples, "old records were deleted");
             }
-            Err(e) => tracing::warn!("old records are not forgotten, until the next epoch: {e}"),
+            Err(e) => {
+                tracing::warn!("old records were not deleted; the next epoch tries again: {e}")
+            }
         }
     }
 
@@ -88,7 +90,7 @@ impl<P: Ports> Driver<P> {
             // The members of a while ago are better than none; and one node's word is not enough to
             // give up: the next block tells.
             Err(e) if e.is_passing() || !self.is_doubted => {
-                tracing::warn!("the subnet is not read anew: {e}");
+                tracing::warn!("the subnet could not be read again: {e}");
                 self.is_doubted |= !e.is_passing();
                 self.epoch.again_at = self.heads.borrow().block + 1;
                 Ok(())
@@ -228,7 +230,7 @@ impl<P: Ports> Driver<P> {
                     tracing::error!(
                         unsaved = count,
                         seconds = wait.as_secs(),
-                        "a round cannot be remembered yet: {e}"
+                        "a round cannot be stored yet: {e}"
                     );
                     self.progress.set_unsaved(count);
                     let next = (wait * 2).min(SAVE_AGAIN.1);
@@ -246,7 +248,10 @@ impl<P: Ports> Driver<P> {
             return;
         }
         let Ok(permit) = Arc::clone(&self.reports).try_acquire_owned() else {
-            tracing::warn!(round = round.id, "not reported: the ones before it still are");
+            tracing::warn!(
+                round = round.id,
+                "not reported, because earlier reports are still being sent"
+            );
             return;
         };
         let ports = Arc::clone(&self.ports);
@@ -329,7 +334,7 @@ impl<P: Ports> Driver<P> {
         }
         if !rounds.is_empty() {
             let file = path.display();
-            tracing::info!(rounds = rounds.len(), %file, "rounds of an earlier run are remembered");
+            tracing::info!(rounds = rounds.len(), %file, "rounds of an earlier run were stored");
             spill::remove(&path).map_err(RunError::Records)?;
         }
         Ok(())

@@ -143,7 +143,7 @@ impl Residents {
             let loading = tokio::task::spawn_blocking(move || load(&own));
             let resident = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
             let resident = resident.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
-            tracing::info!(model = name, "in memory");
+            tracing::info!(model = name, "loaded");
             self.state.lock().here.insert(name, Arc::new(resident));
         }
         Ok(())
@@ -158,7 +158,7 @@ impl Residents {
                     state.leaving.retain(|name, resident| {
                         let stays = Arc::strong_count(resident) > 1;
                         if !stays {
-                            tracing::info!(model = name, "out of memory, until its next turn");
+                            tracing::info!(model = name, "unloaded until its next turn");
                         }
                         stays
                     });

@@ -52,7 +52,7 @@ pub(super) async fn query(
         (Ok(query), _) => Ok(Some(query)),
         (Err(why), Rewriting::Always) => Err(anyhow!("the passage is not rewritten: {why}")),
         (Err(why), _) => {
-            tracing::warn!(model, "the passage is taken as it is: {why}");
+            tracing::warn!(model, "the passage is used without rewriting: {why}");
             Ok(None)
         }
     }

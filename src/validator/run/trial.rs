@@ -149,7 +149,7 @@ async fn add(
         }
     };
     if let Err(e) = saved {
-        tracing::warn!(hotkey, "the evidence is not remembered, so it does not count: {e}");
+        tracing::warn!(hotkey, "the evidence cannot be stored, so it does not count: {e}");
         return None;
     }
     Some(standing)

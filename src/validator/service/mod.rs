@@ -185,7 +185,7 @@ fn busy() -> ApiError {
 }
 
 fn unread(e: StoreError) -> ApiError {
-    tracing::warn!("a page is not shown: {e}");
+    tracing::warn!("a page cannot be made: {e}");
     ApiError::unavailable("the records cannot be read now; the log says why")
 }
 
