@@ -2,7 +2,7 @@
 //! size; `targon-engine bench attack` is the same with tables, JSON and a picture.
 
 use std::path::Path;
-use targon_engine::bench::attack::{Bench, Setup};
+use targon_engine::bench::attack::{AttackBench, AttackSetup};
 use targon_engine::bench::host;
 use targon_engine::verify::Limits;
 use targon_engine::verify::evidence::Calibrated;
@@ -13,7 +13,7 @@ fn main() -> anyhow::Result<()> {
     let number = |place: usize, default: usize| {
         arguments.get(place).map_or(default, |text| text.parse().expect("a number"))
     };
-    let setup = Setup {
+    let setup = AttackSetup {
         prompts: number(1, 4),
         honest: number(2, 32),
         tokens: None,
@@ -22,7 +22,7 @@ fn main() -> anyhow::Result<()> {
         rates: Calibrated::default(),
     };
     let (scratch, pool) = (tempfile::tempdir()?, host::pool()?);
-    let bench = Bench::new(Path::new(path), scratch.path(), &pool, setup);
+    let bench = AttackBench::new(Path::new(path), scratch.path(), &pool, setup);
     let results = bench.and_then(|bench| bench.run(|next| eprintln!("{next}")));
     println!("{}", results.map_err(anyhow::Error::msg)?);
     Ok(())

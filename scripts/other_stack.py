@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """An honest miner on another software stack: Hugging Face transformers on the CPU.
 
-It answers as docs/proofs.md says, so `targon-engine verify` can judge what it wrote: energies and
+It answers as docs/proofs.md says, so `targon-engine verify` can check what it wrote: energies and
 margins of its answers are what honest rounding costs, and limits must leave room for them.
 
     other_stack.py REQUESTS ANSWERS [--dtype bf16|f32] [--attention sdpa|eager] [--prefill-only]

@@ -1,7 +1,7 @@
-//! Time as a parameter: what the program calls instead of the system clock.
+//! The clock, as a parameter: the program reads it instead of the system clock.
 //!
-//! [`Clock::system`] reads the machine's clocks; [`Clock::manual`] stands still until a test moves
-//! it. Nothing else in the program asks what time it is.
+//! [`Clock::system`] reads the machine's clocks. [`Clock::manual`] changes only when a test changes
+//! it. No other part of the program reads the time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,7 +1,7 @@
-//! Chance as a parameter: where names of requests, nonces and seeds come from.
+//! The source of randomness, as a parameter: request ids, nonces and seeds come from it.
 //!
-//! [`Entropy::system`] asks the operating system; [`Entropy::seeded`] gives a test the same in
-//! every run. Nothing of the engine's own draws comes from here: those follow from keys.
+//! [`Entropy::system`] uses the operating system; [`Entropy::seeded`] gives a test the same values
+//! in every run. The engine's own draws do not use it: they follow from keys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,5 @@
-//! Small files that the program keeps for itself: read up to a limit, replaced as a whole.
+//! Reads and replaces the small files that the program keeps for itself. A read has a limit, and a
+//! file is always replaced as a whole.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};

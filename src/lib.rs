@@ -17,7 +17,7 @@
 //! | 8 | [`lifecycle`] | models of a file: loaded, followed, watched |
 //! | 7 | [`config`] [`doctor`] | files, flags and environment into options; examination |
 //! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] [`audit`] | what they run |
-//! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; judgement; records |
+//! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; verification; records |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, requests to tokens and text |

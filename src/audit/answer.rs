@@ -15,7 +15,7 @@ const TOP_MAX: usize = 20;
 /// Where the tokens of an answer are known from.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Source {
+pub enum TokenSource {
     /// The server gives ids.
     Ids,
     /// Each token's bytes belong to a token of ours.
@@ -35,11 +35,11 @@ pub struct Reported {
 
 /// An answer.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Answer {
+pub struct ServerAnswer {
     /// Its tokens.
     pub ids: Vec<u32>,
     /// Where they are known from.
-    pub source: Source,
+    pub source: TokenSource,
     /// What is reported of each; empty where log-probabilities are missing.
     pub reported: Vec<Reported>,
     /// The text.
@@ -86,7 +86,7 @@ struct Named {
 ///
 /// # Errors
 /// What it lacks.
-pub fn read(body: &Value, names: &Names<'_>) -> anyhow::Result<Answer> {
+pub fn read(body: &Value, names: &Names<'_>) -> anyhow::Result<ServerAnswer> {
     if let Some(message) = body["error"]["message"].as_str() {
         bail!("{}", message.chars().take(200).collect::<String>());
     }
@@ -107,22 +107,22 @@ pub fn read(body: &Value, names: &Names<'_>) -> anyhow::Result<Answer> {
     let by_name: Option<Vec<u32>> = named.iter().map(|n| n.id).collect();
     let by_name = by_name.filter(|ids| !ids.is_empty());
     let (ids, source) = match (by_id, by_name) {
-        (Some(ids), _) => (ids, Source::Ids),
-        (None, Some(ids)) => (ids, Source::Names),
+        (Some(ids), _) => (ids, TokenSource::Ids),
+        (None, Some(ids)) => (ids, TokenSource::Names),
         (None, None) => {
             let ids = names.tokenizer.encode(&text, false);
-            (ids.map_err(|e| anyhow!("its text cannot be tokenised: {e}"))?, Source::Text)
+            (ids.map_err(|e| anyhow!("its text cannot be tokenised: {e}"))?, TokenSource::Text)
         }
     };
     if ids.is_empty() {
         bail!("the answer has no token");
     }
-    let has_ids = named.iter().all(|n| n.id.is_some()) || source == Source::Ids;
+    let has_ids = named.iter().all(|n| n.id.is_some()) || source == TokenSource::Ids;
     // Reports belong to tokens by their place, which other tokens would not share.
     let is_aligned = has_ids && named.len() == ids.len();
     let reported = named.into_iter().map(|n| n.reported).filter(|_| is_aligned).collect();
     let prompt_tokens = body["usage"]["prompt_tokens"].as_u64();
-    Ok(Answer { ids, source, reported, text, prompt_tokens })
+    Ok(ServerAnswer { ids, source, reported, text, prompt_tokens })
 }
 
 /// One entry of a conversation's `logprobs.content`.

@@ -1,14 +1,14 @@
-//! What many answers say together: a sequential test between another stack's rounding and other
-//! weights.
+//! A sequential test over many answers: were they computed by another library with the same
+//! weights, or with other weights?
 //!
-//! Both hypotheses are noise on our logits: of a standard deviation of [`HONEST`] where the same
-//! weights are computed in bf16 by another library, of [`OTHER`] or more where they are other
-//! weights, such as the same in four bits. Each row adds its log-likelihood ratio, within
-//! `ROW_MAX`, and each answer at most a quarter of what decides: rows of an answer share keys and
-//! values, so they are no independent witnesses.
+//! Both hypotheses are noise on our logits. Its standard deviation is [`HONEST`] if another library
+//! computes the same weights in bf16, and [`OTHER`] or more if the weights differ, for example the
+//! same weights in four bits. Each row adds its log-likelihood ratio, limited to `ROW_MAX`. Each
+//! answer adds at most a quarter of what decides, because rows of one answer share keys and values
+//! and are not independent.
 
-use super::answer::{Answer, Source};
-use super::score::Row;
+use super::answer::{ServerAnswer, TokenSource};
+use super::score::TokenScore;
 use crate::verify::evidence::{ALARM, ANSWER_MAX};
 use serde::Serialize;
 
@@ -37,7 +37,7 @@ pub enum Drawn {
 
 /// What is concluded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-pub enum Verdict {
+pub enum Conclusion {
     /// The answers agree with these weights.
     #[serde(rename = "agrees")]
     Agrees,
@@ -49,7 +49,7 @@ pub enum Verdict {
     NotTheseWeights,
 }
 
-impl Verdict {
+impl Conclusion {
     /// In words.
     pub fn words(self) -> &'static str {
         match self {
@@ -62,7 +62,7 @@ impl Verdict {
 
 /// The answers so far.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
-pub struct Evidence {
+pub struct AuditEvidence {
     /// Answers.
     pub answers: usize,
     /// Their tokens.
@@ -89,9 +89,9 @@ pub struct Evidence {
     variance: f64,
 }
 
-impl Evidence {
+impl AuditEvidence {
     /// Adds an answer; `prompt` is how many tokens we asked with.
-    pub fn add(&mut self, answer: &Answer, drawn: Drawn, rows: &[Row], prompt: usize) {
+    pub fn add(&mut self, answer: &ServerAnswer, drawn: Drawn, rows: &[TokenScore], prompt: usize) {
         self.answers += 1;
         self.tokens += rows.len();
         self.sources[answer.source as usize] += 1;
@@ -120,7 +120,7 @@ impl Evidence {
             nats += ratio(row, drawn);
         }
         // Tokens of a text that was tokenised again may be others than were drawn.
-        if answer.source != Source::Text {
+        if answer.source != TokenSource::Text {
             self.nats += nats.clamp(-ANSWER_MAX, ANSWER_MAX);
         }
     }
@@ -141,8 +141,8 @@ impl Evidence {
     }
 
     /// What is concluded so far, and why.
-    pub fn verdict(&self) -> (Verdict, String) {
-        let cannot = |why: String| (Verdict::CannotTell, why);
+    pub fn verdict(&self) -> (Conclusion, String) {
+        let cannot = |why: String| (Conclusion::CannotTell, why);
         let prompts = self.other_prompts;
         if prompts > 0 {
             let what = format!("the server counts other tokens in {prompts} prompts");
@@ -153,22 +153,22 @@ impl Evidence {
         }
         if let Some(far) = self.surprise().filter(|far| *far > SURPRISE_MAX) {
             let what = format!("its tokens surprise these weights by {far:.1} standard deviations");
-            return match self.sources[Source::Text as usize] > 0 {
+            return match self.sources[TokenSource::Text as usize] > 0 {
                 true => cannot(format!("{what}, but the tokens are a guess from text")),
-                false => (Verdict::NotTheseWeights, what),
+                false => (Conclusion::NotTheseWeights, what),
             };
         }
         let odds = format!("the evidence is {:.1} nats for other weights", self.nats);
         match self.nats {
-            nats if nats >= ALARM => (Verdict::NotTheseWeights, odds),
-            nats if nats <= AGREES => (Verdict::Agrees, odds),
+            nats if nats >= ALARM => (Conclusion::NotTheseWeights, odds),
+            nats if nats <= AGREES => (Conclusion::Agrees, odds),
             _ => cannot(odds),
         }
     }
 }
 
 /// The log-likelihood ratio of a row: other weights over these.
-fn ratio(row: &Row, drawn: Drawn) -> f64 {
+fn ratio(row: &TokenScore, drawn: Drawn) -> f64 {
     let nats = match (row.noise, drawn) {
         (Some(noise), _) => {
             let gain = 0.5 * (1.0 / (HONEST * HONEST) - 1.0 / (OTHER * OTHER));
@@ -210,13 +210,13 @@ fn normal(x: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn answer(source: Source) -> Answer {
+    fn answer(source: TokenSource) -> ServerAnswer {
         let (ids, reported) = (vec![1; 32], Vec::new());
-        Answer { ids, source, reported, text: String::new(), prompt_tokens: Some(5) }
+        ServerAnswer { ids, source, reported, text: String::new(), prompt_tokens: Some(5) }
     }
 
-    fn row(noise: Option<f64>, lead: f64) -> Row {
-        Row {
+    fn row(noise: Option<f64>, lead: f64) -> TokenScore {
+        TokenScore {
             logprob: -1.0,
             rank: if lead > 0.0 { 1 } else { 2 },
             noise,
@@ -228,8 +228,13 @@ mod tests {
         }
     }
 
-    fn after(rows: &[Row], drawn: Drawn, source: Source, answers: usize) -> Evidence {
-        let mut evidence = Evidence::default();
+    fn after(
+        rows: &[TokenScore],
+        drawn: Drawn,
+        source: TokenSource,
+        answers: usize,
+    ) -> AuditEvidence {
+        let mut evidence = AuditEvidence::default();
         (0..answers).for_each(|_| evidence.add(&answer(source), drawn, rows, 5));
         evidence
     }
@@ -243,47 +248,51 @@ mod tests {
 
     #[test]
     fn small_noise_agrees_large_noise_does_not_and_between_nobody_can_tell() {
-        let of = |noise: f64| after(&[row(Some(noise), 1.0); 32], Drawn::Sampled, Source::Ids, 8);
-        assert_eq!(of(0.0).verdict().0, Verdict::Agrees);
-        assert_eq!(of(0.08).verdict().0, Verdict::Agrees);
-        assert_eq!(of(0.3).verdict().0, Verdict::NotTheseWeights);
+        let of =
+            |noise: f64| after(&[row(Some(noise), 1.0); 32], Drawn::Sampled, TokenSource::Ids, 8);
+        assert_eq!(of(0.0).verdict().0, Conclusion::Agrees);
+        assert_eq!(of(0.08).verdict().0, Conclusion::Agrees);
+        assert_eq!(of(0.3).verdict().0, Conclusion::NotTheseWeights);
         assert!((of(0.3).noise().unwrap() - 0.3).abs() < 1e-12);
         // Where both are equally likely.
         let gain = 0.5 * (1.0 / (HONEST * HONEST) - 1.0 / (OTHER * OTHER));
         let middle = ((OTHER / HONEST).ln() / gain).sqrt();
-        assert_eq!(of(middle).verdict().0, Verdict::CannotTell);
+        assert_eq!(of(middle).verdict().0, Conclusion::CannotTell);
     }
 
     #[test]
     fn one_answer_never_decides_and_text_only_informs() {
         let far = [row(Some(5.0), 1.0); 128];
-        let one = after(&far, Drawn::Sampled, Source::Names, 1);
-        assert_eq!((one.nats, one.verdict().0), (ANSWER_MAX, Verdict::CannotTell));
-        let text = after(&far, Drawn::Sampled, Source::Text, 20);
-        assert_eq!((text.nats, text.verdict().0), (0.0, Verdict::CannotTell));
+        let one = after(&far, Drawn::Sampled, TokenSource::Names, 1);
+        assert_eq!((one.nats, one.verdict().0), (ANSWER_MAX, Conclusion::CannotTell));
+        let text = after(&far, Drawn::Sampled, TokenSource::Text, 20);
+        assert_eq!((text.nats, text.verdict().0), (0.0, Conclusion::CannotTell));
     }
 
     #[test]
     fn greedy_tokens_speak_without_log_probabilities() {
-        let flipped = after(&[row(None, -1.0); 32], Drawn::Greedy, Source::Ids, 8);
-        assert_eq!(flipped.verdict().0, Verdict::NotTheseWeights);
-        let kept = after(&[row(None, 0.15); 32], Drawn::Greedy, Source::Ids, 8);
-        assert_eq!(kept.verdict().0, Verdict::Agrees);
+        let flipped = after(&[row(None, -1.0); 32], Drawn::Greedy, TokenSource::Ids, 8);
+        assert_eq!(flipped.verdict().0, Conclusion::NotTheseWeights);
+        let kept = after(&[row(None, 0.15); 32], Drawn::Greedy, TokenSource::Ids, 8);
+        assert_eq!(kept.verdict().0, Conclusion::Agrees);
         // A clear lead is kept by both.
-        let clear = after(&[row(None, 9.0); 32], Drawn::Greedy, Source::Ids, 8);
-        assert_eq!(clear.verdict().0, Verdict::CannotTell);
+        let clear = after(&[row(None, 9.0); 32], Drawn::Greedy, TokenSource::Ids, 8);
+        assert_eq!(clear.verdict().0, Conclusion::CannotTell);
     }
 
     #[test]
     fn other_prompts_and_surprising_tokens_are_seen() {
-        let mut other = Evidence::default();
+        let mut other = AuditEvidence::default();
         (0..8).for_each(|_| {
-            other.add(&answer(Source::Ids), Drawn::Sampled, &[row(Some(5.0), 1.0); 32], 6);
+            other.add(&answer(TokenSource::Ids), Drawn::Sampled, &[row(Some(5.0), 1.0); 32], 6);
         });
         assert!(other.verdict().1.contains("counts other tokens in 8 prompts"));
-        let surprising = Row { surprise: 2.0, ..row(None, 1.0) };
-        let far = after(&[surprising; 32], Drawn::Sampled, Source::Ids, 4);
-        assert_eq!(far.verdict().0, Verdict::NotTheseWeights);
-        assert_eq!(after(&[], Drawn::Sampled, Source::Ids, 1).verdict().0, Verdict::CannotTell);
+        let surprising = TokenScore { surprise: 2.0, ..row(None, 1.0) };
+        let far = after(&[surprising; 32], Drawn::Sampled, TokenSource::Ids, 4);
+        assert_eq!(far.verdict().0, Conclusion::NotTheseWeights);
+        assert_eq!(
+            after(&[], Drawn::Sampled, TokenSource::Ids, 1).verdict().0,
+            Conclusion::CannotTell
+        );
     }
 }

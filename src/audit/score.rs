@@ -1,6 +1,6 @@
 //! Our model over an answer: what each row says of the token that was sent.
 
-use super::answer::{Answer, Reported};
+use super::answer::{Reported, ServerAnswer};
 use crate::engine::request::Request;
 use crate::models::pass::{RowAsk, RowReport, Scores, Token};
 use crate::verify::prefill::{Prefix, Rows};
@@ -15,7 +15,7 @@ const SHARE_MIN: f64 = 1e-3;
 
 /// A token beside our row.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Row {
+pub struct TokenScore {
     /// Its natural log-probability in our row.
     pub logprob: f64,
     /// 1 + how many tokens are more probable.
@@ -39,34 +39,38 @@ pub struct Row {
 ///
 /// # Errors
 /// A fault of ours, or an answer that is longer than the context.
-pub fn score(verifier: &Verifier, request: &Request, answer: &Answer) -> anyhow::Result<Vec<Row>> {
+pub fn score(
+    verifier: &Verifier,
+    request: &Request,
+    answer: &ServerAnswer,
+) -> anyhow::Result<Vec<TokenScore>> {
     let length = request.prompt.len() + answer.ids.len();
     if length > verifier.context_max {
         let most = verifier.context_max;
         bail!("prompt and answer have {length} tokens, our context has {most}");
     }
-    let mut judge = Judge { request, answer, rows: Vec::new() };
+    let mut scorer = RowScorer { request, answer, rows: Vec::new() };
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
     let run = Prefix::new(pass, &request.prompt, answer.ids.len())
-        .and_then(|mut prefix| prefix.run(&answer.ids, &mut judge));
+        .and_then(|mut prefix| prefix.run(&answer.ids, &mut scorer));
     match run {
-        Ok(()) => Ok(judge.rows),
+        Ok(()) => Ok(scorer.rows),
         Err(Stop::Fault(what)) => bail!("{what}"),
         Err(_) => bail!("our own run was refused"),
     }
 }
 
-struct Judge<'a> {
+struct RowScorer<'a> {
     request: &'a Request,
-    answer: &'a Answer,
-    rows: Vec<Row>,
+    answer: &'a ServerAnswer,
+    rows: Vec<TokenScore>,
 }
 
-impl Rows for Judge<'_> {
+impl Rows for RowScorer<'_> {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let (ids, sampling) = (&self.answer.ids, &self.request.sampling);
         let ask = |(index, position): (usize, usize)| {
-            let scores = Scores::new(Token::Judged(ids[index]), sampling);
+            let scores = Scores::new(Token::Measured(ids[index]), sampling);
             RowAsk { logits: true, scores: Some(scores), ..RowAsk::new(0, position) }
         };
         Ok(indices.zip(position..).map(ask).collect())
@@ -86,7 +90,7 @@ impl Rows for Judge<'_> {
 }
 
 /// What a row of logits says of `token`.
-fn row(logits: &[f32], token: u32, reported: Option<&Reported>) -> Row {
+fn row(logits: &[f32], token: u32, reported: Option<&Reported>) -> TokenScore {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |x: f32| f64::from(x - most).exp();
     let total: f64 = logits.iter().map(|x| weight(*x)).sum();
@@ -117,7 +121,7 @@ fn row(logits: &[f32], token: u32, reported: Option<&Reported>) -> Row {
         .filter_map(squared)
         .collect();
     let noise = (!all.is_empty()).then(|| (all.iter().sum::<f64>() / all.len() as f64).sqrt());
-    Row {
+    TokenScore {
         logprob: logprob(token),
         rank: 0,
         noise,

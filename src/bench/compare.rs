@@ -1,7 +1,7 @@
 //! `bench compare`: reports of several machines beside each other, in tokens, joules and dollars.
 
 use super::plan::prices::{Price, per_million};
-use super::report::schema::{Kind, Phase, Report, Row};
+use super::report::schema::{BenchReport, Kind, Phase, ReportRow};
 use super::report::seal::Sealed;
 use serde::Serialize;
 
@@ -24,7 +24,7 @@ pub struct Entry {
     /// Its file, in short.
     pub name: String,
     /// The report.
-    pub report: Report,
+    pub report: BenchReport,
     /// What is known of its signature.
     pub sealed: Sealed,
 }
@@ -126,7 +126,7 @@ fn price<'a>(entry: &Entry, prices: &'a [Price]) -> Option<&'a Price> {
     of(&entry.name).or_else(|| of(&table?.device))
 }
 
-fn speed(report: &Report) -> Option<f64> {
+fn speed(report: &BenchReport) -> Option<f64> {
     match report.kind {
         Kind::Engine => Some(report.best(Phase::Decode)?.speed.mean),
         Kind::Serve => Some(report.best_level()?.steady_tokens_per_second),
@@ -134,14 +134,14 @@ fn speed(report: &Report) -> Option<f64> {
     .filter(|speed| *speed > 0.0)
 }
 
-fn joules(report: &Report) -> Option<f64> {
+fn joules(report: &BenchReport) -> Option<f64> {
     let rows = report.rows.iter().filter(|row| row.phase == Phase::Decode);
     rows.filter_map(|row| row.joules_per_token).reduce(f64::min)
 }
 
 /// Seconds to generate a token, and to check its part of an answer: a check runs over the prompt
 /// too.
-fn verified(report: &Report, per_hour: f64, assumed: Assumptions) -> Option<f64> {
+fn verified(report: &BenchReport, per_hour: f64, assumed: Assumptions) -> Option<f64> {
     let Assumptions { prompt_tokens, answer_tokens, checked_share } = assumed;
     let generate = 1.0 / report.best(Phase::Decode)?.speed.mean;
     let prefill = prompt_tokens / answer_tokens / report.best(Phase::Prefill)?.speed.mean;
@@ -150,15 +150,15 @@ fn verified(report: &Report, per_hour: f64, assumed: Assumptions) -> Option<f64>
     Some(3600.0 / per_hour / (generate + prefill + check))
 }
 
-fn score(report: &Report, assumed: Assumptions, consistency: fn(f64) -> f64) -> Option<f64> {
+fn score(report: &BenchReport, assumed: Assumptions, consistency: fn(f64) -> f64) -> Option<f64> {
     if let Kind::Serve = report.kind {
         let level = report.levels.first()?;
         let share = level.completed as f64 / level.sent.max(1) as f64;
         return Some(level.validator_tps.as_ref()?.mean * consistency(share));
     }
-    let alone = |phase: Phase| -> Option<&Row> {
+    let alone = |phase: Phase| -> Option<&ReportRow> {
         let rows = report.rows.iter().filter(|row| row.phase == phase && row.batch == 1);
-        let distance = |row: &Row| (row.depth as f64 - assumed.prompt_tokens).abs();
+        let distance = |row: &ReportRow| (row.depth as f64 - assumed.prompt_tokens).abs();
         rows.min_by(|a, b| distance(a).total_cmp(&distance(b)))
     };
     let Assumptions { prompt_tokens, answer_tokens, .. } = assumed;

@@ -1,7 +1,8 @@
-//! Whether a machine was fit to be measured: load of others, swapping, throttling, jumping clocks.
+//! Checks whether a machine is fit for a measurement: load of other programs, swapping, throttling,
+//! changes of the wall clock.
 //!
-//! Counters of the kernel are read before and after; what moved between them that should not have
-//! becomes a [`Mark`].
+//! Counters of the kernel are read before and after a measurement. A counter that changed and
+//! should not have becomes a [`Mark`].
 
 use super::host::cpu_seconds;
 use crate::clock::Clock;
@@ -203,7 +204,7 @@ impl Conditions {
         Some(of(&self.after)?.saturating_sub(of(&self.before)?) as f64)
     }
 
-    /// What speaks against the measurement between the two moments.
+    /// The marks of a measurement between the two moments.
     pub fn marks(&self) -> Vec<Mark> {
         let mut marks = Vec::new();
         let percent = |share: f64| format!("{:.1} % of all cores", 100.0 * share);

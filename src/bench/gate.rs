@@ -1,6 +1,6 @@
-//! What the signed door adds to a request: the same answer with and without it, one after another
-//! without a socket, then paced at 1,000 requests a second over sockets, with the client on the
-//! same cores.
+//! Measures what the checks of signed requests add to a request: the same answer with and without
+//! them, first one after another without a socket, then at 1,000 requests a second over sockets,
+//! with the client on the same cores.
 
 use super::host::Say;
 use crate::chain::epistula::Envelope;
@@ -33,7 +33,7 @@ fn key(seed: u8) -> anyhow::Result<Keypair> {
     Keypair::from_seed(&[seed; 32]).map_err(anyhow::Error::msg)
 }
 
-/// The same routes with the door and without.
+/// The same routes with the checks and without.
 fn apps() -> anyhow::Result<(Router, Router)> {
     let member = Neuron::new(0, key(1)?.hotkey(), STAKE_MIN);
     let rate = NonZeroU32::new(1_000_000).context("the rate is zero")?;
@@ -154,7 +154,7 @@ async fn paced(app: Router) -> anyhow::Result<Vec<Duration>> {
     Ok(all)
 }
 
-/// Measures the door, on an otherwise idle machine.
+/// Measures the checks, on an otherwise idle machine.
 ///
 /// # Errors
 /// When no port is free, or a request is not answered as it should be.

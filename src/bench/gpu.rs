@@ -1,7 +1,8 @@
-//! An NVIDIA card: whether it computes what the CPU does, and how fast.
+//! Measures an NVIDIA card: whether its bits equal the CPU's, and how fast it is.
 //!
-//! The most valuable comes first, and every line is said as soon as it is known: a run that is cut
-//! off has told what it found. Shapes are filled with noise, so nothing is downloaded.
+//! The most important measurements come first, and every line is reported as soon as it is known,
+//! so that an interrupted run has reported what it measured. Weights are filled with noise, so
+//! nothing is downloaded.
 
 use super::host::{self, Say};
 use super::verify::write_model;

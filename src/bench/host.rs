@@ -1,4 +1,4 @@
-//! The machine that is measured: its compute threads, and what the process takes of it.
+//! The machine that is measured: its compute threads, and the CPU time and memory of the process.
 
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;

@@ -1,4 +1,4 @@
-//! What measurements ask an engine for.
+//! The requests that measurements send to an engine.
 
 use crate::engine::Engine;
 use crate::engine::request::Request;

@@ -6,8 +6,8 @@ use crate::clock::Clock;
 use crate::engine::request::{ProofOptions, Request};
 use crate::engine::{Engine, Options};
 use crate::models::{Identity, Model};
-use crate::proof::commit::{Chain, RowProver};
-use crate::proof::residue::{Profile, exact_hash, sketch};
+use crate::proof::commit::{ChunkChain, RowProver};
+use crate::proof::residue::{ResidueBits, exact_hash, sketch};
 use crate::proof::toploc::{Proof, TOP_K};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use std::hint::black_box;
@@ -58,15 +58,15 @@ fn parts(say: Say<'_>, model: &Model, identity: &Identity) -> anyhow::Result<f64
     let calibration = &identity.calibration;
     let of = |r: usize| r * channels..(r + 1) * channels;
     let u8_sketch = micros(rows, |r| {
-        black_box(sketch(calibration, Profile::U8, 7, r as u32, &values[of(r)]));
+        black_box(sketch(calibration, ResidueBits::U8, 7, r as u32, &values[of(r)]));
     });
     let u4_sketch = micros(rows, |r| {
-        black_box(sketch(calibration, Profile::U4, 7, r as u32, &values[of(r)]));
+        black_box(sketch(calibration, ResidueBits::U4, 7, r as u32, &values[of(r)]));
     });
     let hash = micros(rows, |r| {
         black_box(exact_hash(7, r as u32, &bits[of(r)]));
     });
-    let mut chain = Chain::new([1; 32]);
+    let mut chain = ChunkChain::new([1; 32]);
     let prover = RowProver::new(Scheme::Residue, &[1; 32], Arc::clone(calibration));
     let row = prover.prove(0, &bits[..channels], &values[..channels]);
     let link = micros(rows, |r| {

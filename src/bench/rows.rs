@@ -1,9 +1,9 @@
 //! A row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
 
-use super::plan::devices::{Device, Kind};
-use super::plan::predict::{Load, predict};
+use super::plan::devices::{DeviceSpec, Kind};
+use super::plan::predict::{Workload, predict};
 use super::plan::work::{decode, prefill};
-use super::report::schema::{Ceilings, Limit, Phase, Row};
+use super::report::schema::{Ceilings, Limit, Phase, ReportRow};
 use super::report::spread::Spread;
 use crate::models::spec::Spec;
 use crate::verify::FAST_ROWS;
@@ -35,7 +35,7 @@ impl Size {
     /// Tokens a second that the plan predicts for a machine of these ceilings.
     fn predicted(self, spec: &Spec, ceilings: &Ceilings) -> f64 {
         let Self { phase, batch, depth, tokens } = self;
-        let device = Device {
+        let device = DeviceSpec {
             name: "this machine",
             kind: Kind::Cpu,
             memory: u64::MAX,
@@ -45,7 +45,7 @@ impl Size {
             source: "measured in the same run",
         };
         let context = depth + tokens / 2;
-        let load = Load { batches: vec![batch], context, prompt: depth, answer: tokens };
+        let load = Workload { batches: vec![batch], context, prompt: depth, answer: tokens };
         let prediction = predict(spec, &device, &load, None);
         match phase {
             Phase::Prefill => prediction.prefill_tokens_per_second,
@@ -56,7 +56,12 @@ impl Size {
 }
 
 /// The row of these runs, in tokens a second; `None` where there is none.
-pub(super) fn row(spec: &Spec, ceilings: &Ceilings, size: Size, runs: Vec<f64>) -> Option<Row> {
+pub(super) fn row(
+    spec: &Spec,
+    ceilings: &Ceilings,
+    size: Size,
+    runs: Vec<f64>,
+) -> Option<ReportRow> {
     let speed = Spread::of(&runs)?;
     let (bytes, operations) = size.work(spec);
     let (bytes_per_second, operations_per_second) = (bytes * speed.mean, operations * speed.mean);
@@ -69,7 +74,7 @@ pub(super) fn row(spec: &Spec, ceilings: &Ceilings, size: Size, runs: Vec<f64>) 
         _ => Limit::Compute,
     };
     let Size { phase, batch, depth, tokens } = size;
-    Some(Row {
+    Some(ReportRow {
         phase,
         batch,
         depth,
@@ -95,7 +100,7 @@ mod tests {
     use std::path::Path;
 
     /// An 8B Llama at 100 GB/s and 1 TFLOP/s.
-    fn measured(size: Size, speed: f64) -> Row {
+    fn measured(size: Size, speed: f64) -> ReportRow {
         let json = json!({
             "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

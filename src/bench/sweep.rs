@@ -6,8 +6,8 @@ use super::conditions::{Conditions, Mark, MarkKind, Moment, drift, governor};
 use super::energy::Counters;
 use super::host;
 use super::load::{proved, request_of};
-use super::plan::devices::Device;
-use super::report::schema::{Ceilings, MemoryUse, Phase, Report, Row, TableCeilings};
+use super::plan::devices::DeviceSpec;
+use super::report::schema::{BenchReport, Ceilings, MemoryUse, Phase, ReportRow, TableCeilings};
 use super::rows::{Size, row};
 use crate::clock::Clock;
 use crate::engine::memory::memory;
@@ -36,7 +36,7 @@ const SPARE_BLOCKS: usize = 64;
 
 /// What is measured.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Setup {
+pub struct SweepSetup {
     /// Sequences side by side.
     pub batches: Vec<usize>,
     /// Tokens before what is measured.
@@ -48,7 +48,7 @@ pub struct Setup {
     /// Every run asks the same prompts: it measures the prefix cache too.
     pub repeats_prompts: bool,
     /// The machine's row of the device table.
-    pub device: Option<Device>,
+    pub device: Option<DeviceSpec>,
 }
 
 /// Who follows a measurement.
@@ -56,7 +56,7 @@ pub struct Watch<'a> {
     /// Whether it should go on; asked before every run.
     pub is_wanted: &'a dyn Fn() -> bool,
     /// Takes the report as it is, after every row.
-    pub keep: &'a mut dyn FnMut(&Report) -> anyhow::Result<()>,
+    pub keep: &'a mut dyn FnMut(&BenchReport) -> anyhow::Result<()>,
 }
 
 /// Measures `model` into `report`; what is there stays, whatever happens later.
@@ -66,8 +66,8 @@ pub struct Watch<'a> {
 pub fn run(
     (model, identity): (Model, Identity),
     pool: &Pool,
-    setup: &Setup,
-    report: &mut Report,
+    setup: &SweepSetup,
+    report: &mut BenchReport,
     watch: &mut Watch<'_>,
 ) -> anyhow::Result<()> {
     let (clock, root) = (Clock::system(), Path::new("/"));
@@ -110,7 +110,7 @@ pub fn run(
 }
 
 /// The engine's sizes.
-fn options(model: &Model, setup: &Setup) -> anyhow::Result<Options> {
+fn options(model: &Model, setup: &SweepSetup) -> anyhow::Result<Options> {
     let spec = &model.spec;
     let deepest = setup.depths.iter().copied().max().context("no depth is asked for")?;
     let batch = setup.batches.iter().copied().max().context("no batch is asked for")?;
@@ -150,7 +150,7 @@ fn decode_tokens(tokens: usize, batch: usize) -> usize {
     tokens + batch + 4
 }
 
-fn ceilings(pool: &Pool, device: Option<&Device>) -> Ceilings {
+fn ceilings(pool: &Pool, device: Option<&DeviceSpec>) -> Ceilings {
     let turn = pool.turn();
     Ceilings {
         read_bandwidth: read_bandwidth(&turn),
@@ -166,7 +166,7 @@ fn ceilings(pool: &Pool, device: Option<&Device>) -> Ceilings {
 struct Bench<'a> {
     engine: Engine,
     verifier: Verifier,
-    setup: &'a Setup,
+    setup: &'a SweepSetup,
     ceilings: &'a Ceilings,
 }
 
@@ -194,7 +194,7 @@ impl Meter {
 }
 
 impl Bench<'_> {
-    fn all(&self, report: &mut Report, watch: &mut Watch<'_>) -> anyhow::Result<()> {
+    fn all(&self, report: &mut BenchReport, watch: &mut Watch<'_>) -> anyhow::Result<()> {
         self.decode(1, 32.min(self.setup.depths[0].max(1)), 0)?; // warm-up
         for phase in [Phase::Prefill, Phase::Decode, Phase::Verify] {
             for depth in &self.setup.depths {
@@ -218,7 +218,7 @@ impl Bench<'_> {
         &self,
         phase: Phase,
         (batch, depth): (usize, usize),
-        report: &mut Report,
+        report: &mut BenchReport,
         watch: &Watch<'_>,
     ) -> anyhow::Result<bool> {
         let (mut runs, mut joules) = (Vec::new(), Vec::new());
@@ -253,7 +253,7 @@ impl Bench<'_> {
         let mean = joules.iter().sum::<f64>() / joules.len().max(1) as f64;
         let measured = row(spec, self.ceilings, size, runs);
         let joules_per_token = (!joules.is_empty()).then_some(mean);
-        report.rows.extend(measured.map(|row| Row { joules_per_token, ..row }));
+        report.rows.extend(measured.map(|row| ReportRow { joules_per_token, ..row }));
         Ok(is_whole)
     }
 

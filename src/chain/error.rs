@@ -1,4 +1,4 @@
-//! What can go wrong with the chain, as sentences that say what to do.
+//! Errors of the chain, as sentences that say what to do.
 
 use std::fmt;
 
@@ -42,7 +42,7 @@ pub enum ChainError {
     },
     /// An extrinsic was refused or failed.
     #[error(transparent)]
-    Refused(#[from] Refusal),
+    Refused(#[from] ExtrinsicRefusal),
 }
 
 impl ChainError {
@@ -54,7 +54,7 @@ impl ChainError {
 
 /// Where an extrinsic ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stage {
+pub enum ExtrinsicStage {
     /// The pool did not take it.
     Pool,
     /// It ran and failed.
@@ -65,21 +65,21 @@ pub enum Stage {
 
 /// An extrinsic that did not succeed.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Refusal {
+pub struct ExtrinsicRefusal {
     /// Where.
-    pub stage: Stage,
+    pub stage: ExtrinsicStage,
     /// The chain's own word for it.
     pub word: String,
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for ExtrinsicRefusal {}
 
-impl fmt::Display for Refusal {
+impl fmt::Display for ExtrinsicRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let by = match self.stage {
-            Stage::Pool => "the chain refused the extrinsic",
-            Stage::Dispatch => "the extrinsic ran and failed",
-            Stage::Lost => "the extrinsic was lost",
+            ExtrinsicStage::Pool => "the chain refused the extrinsic",
+            ExtrinsicStage::Dispatch => "the extrinsic ran and failed",
+            ExtrinsicStage::Lost => "the extrinsic was lost",
         };
         match self.advice() {
             Some(advice) => write!(f, "{by}: {advice} ({})", self.word),
@@ -147,11 +147,11 @@ const PASSING: [&str; 6] = [
     "CommitRevealDisabled",
 ];
 
-impl Refusal {
+impl ExtrinsicRefusal {
     /// From what the pool said, whose wording differs from node to node: only the number after
     /// "custom" counts.
     pub fn of_pool(text: &str) -> Self {
-        Self { stage: Stage::Pool, word: text.chars().take(300).collect() }
+        Self { stage: ExtrinsicStage::Pool, word: text.chars().take(300).collect() }
     }
 
     /// The number after "custom".
@@ -165,24 +165,24 @@ impl Refusal {
     fn advice(&self) -> Option<&'static str> {
         let lower = self.word.to_lowercase();
         match self.stage {
-            Stage::Pool if lower.contains("priority is too low") => {
+            ExtrinsicStage::Pool if lower.contains("priority is too low") => {
                 Some("another extrinsic of this hotkey is still in the pool: wait a minute")
             }
-            Stage::Pool if lower.contains("outdated") || lower.contains("stale") => {
+            ExtrinsicStage::Pool if lower.contains("outdated") || lower.contains("stale") => {
                 Some("its number was used already: another program signs with this hotkey")
             }
-            Stage::Pool if lower.contains("inability to pay") => {
+            ExtrinsicStage::Pool if lower.contains("inability to pay") => {
                 Some("the account cannot pay the fee")
             }
-            Stage::Pool => {
+            ExtrinsicStage::Pool => {
                 let code = self.custom_code()?;
                 CUSTOM.iter().find(|(known, _)| *known == code).map(|(_, advice)| *advice)
             }
-            Stage::Dispatch => {
+            ExtrinsicStage::Dispatch => {
                 let known = DISPATCH.iter().find(|(name, _)| self.word.ends_with(name));
                 known.map(|(_, advice)| *advice)
             }
-            Stage::Lost => Some("it will be tried again"),
+            ExtrinsicStage::Lost => Some("it will be tried again"),
         }
     }
 
@@ -191,19 +191,19 @@ impl Refusal {
     pub fn is_momentary(&self) -> bool {
         let lower = self.word.to_lowercase();
         let words = ["priority is too low", "outdated", "stale", "bad signature"];
-        self.stage == Stage::Pool && words.iter().any(|word| lower.contains(word))
+        self.stage == ExtrinsicStage::Pool && words.iter().any(|word| lower.contains(word))
     }
 
     /// Whether the same extrinsic may succeed later without anybody doing anything.
     pub fn is_passing(&self) -> bool {
         let lower = self.word.to_lowercase();
         match self.stage {
-            Stage::Pool => {
+            ExtrinsicStage::Pool => {
                 ["priority is too low", "outdated", "stale"].iter().any(|w| lower.contains(w))
                     || matches!(self.custom_code(), Some(6 | 12))
             }
-            Stage::Dispatch => PASSING.iter().any(|name| self.word.ends_with(name)),
-            Stage::Lost => true,
+            ExtrinsicStage::Dispatch => PASSING.iter().any(|name| self.word.ends_with(name)),
+            ExtrinsicStage::Lost => true,
         }
     }
 }
@@ -223,15 +223,15 @@ mod tests {
             ("Custom error: 77", "Custom error: 77", false),
             ("something else", "something else", false),
         ] {
-            let refusal = Refusal::of_pool(text);
+            let refusal = ExtrinsicRefusal::of_pool(text);
             assert!(refusal.to_string().contains(want), "{refusal}");
             assert_eq!(refusal.is_passing(), is_passing, "{text}");
         }
         let word = "SubtensorModule::ServingRateLimitExceeded".to_owned();
-        let failed = Refusal { stage: Stage::Dispatch, word };
+        let failed = ExtrinsicRefusal { stage: ExtrinsicStage::Dispatch, word };
         assert!(failed.to_string().contains("wait about 50 blocks"));
         assert!(failed.is_passing());
-        assert_eq!(Refusal::of_pool("custom").custom_code(), None);
-        assert_eq!(Refusal::of_pool("custom 99999999999").custom_code(), None);
+        assert_eq!(ExtrinsicRefusal::of_pool("custom").custom_code(), None);
+        assert_eq!(ExtrinsicRefusal::of_pool("custom 99999999999").custom_code(), None);
     }
 }

@@ -1,7 +1,7 @@
 //! sr25519 keys as Substrate chains use them: hotkeys, their SS58 addresses, signatures.
 //!
-//! A secret is mute in `Debug` and wiped when dropped (schnorrkel does that). Signatures are
-//! randomised; only verification can be compared.
+//! `Debug` does not print a secret, and a secret is wiped when it is dropped (by schnorrkel).
+//! Signatures are randomised, so tests compare only the result of a verification.
 
 use blake2::{Blake2b512, Digest};
 use schnorrkel::{

@@ -20,7 +20,7 @@ use error::ChainError;
 use keys::{Hotkey, Keypair};
 use metagraph::{Axon, Metagraph};
 use std::future::Future;
-use weights::outcome::{Asked, Order, ReadBack, SendError, Sent};
+use weights::outcome::{Approval, Order, ReadBack, SendError, SentWeights};
 use weights::standing::Standing;
 
 /// The head of the chain.
@@ -72,11 +72,11 @@ pub trait Chain: Send + Sync + 'static {
         &self,
         signer: &Keypair,
         order: &Order,
-        asked: &Asked<'_>,
-    ) -> impl Future<Output = Result<Option<Sent>, SendError>> + Send;
+        asked: &Approval<'_>,
+    ) -> impl Future<Output = Result<Option<SentWeights>, SendError>> + Send;
 
     /// What stands on the chain, now, for weights that were sent.
-    fn read_back(&self, sent: &Sent) -> impl Future<Output = ReadBack> + Send;
+    fn read_back(&self, sent: &SentWeights) -> impl Future<Output = ReadBack> + Send;
 
     /// Follows the chain for ever: calls `on_head` for every new block, reconnecting as often as it
     /// takes. Where `on_head` says no, the endpoint is not believed, and another one is followed.

@@ -69,7 +69,7 @@ pub struct Endpoints {
     pub genesis: Option<[u8; 32]>,
     /// How long an answer may take.
     pub timeout: Duration,
-    /// How long no new block may come before the connection counts as dead: several block times.
+    /// How long no new block may come before the connection counts as broken: several block times.
     pub stall: Duration,
     /// How long to wait before a refused extrinsic is signed and sent anew.
     pub again: Duration,

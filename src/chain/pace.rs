@@ -1,5 +1,6 @@
-//! Whether the block numbers of an endpoint can be believed: a chain grows as time passes, and does
-//! not shrink. A number far ahead would otherwise make every honest one look old for ever.
+//! Checks whether the block numbers of an endpoint are plausible: a chain grows with time and never
+//! shrinks. Without this check, one number that is far too large would make the numbers of every
+//! honest endpoint look old.
 
 use std::time::Duration;
 

@@ -13,10 +13,10 @@ mod reader;
 mod send;
 mod weights;
 
-use super::error::{ChainError, Refusal, Stage};
+use super::error::{ChainError, ExtrinsicRefusal, ExtrinsicStage};
 use super::keys::{Hotkey, Keypair};
 use super::metagraph::{Axon, Metagraph};
-use super::weights::outcome::{Asked, Order, ReadBack, SendError, Sent};
+use super::weights::outcome::{Approval, Order, ReadBack, SendError, SentWeights};
 use super::weights::standing::Standing;
 use super::{Chain, Head};
 pub use client::Subtensor;
@@ -80,7 +80,7 @@ impl Chain for Subtensor {
         let sent = tokio::time::timeout(FINAL_TIMEOUT, sending).await;
         let sent = sent.unwrap_or_else(|_| {
             let word = format!("not final within {} s", FINAL_TIMEOUT.as_secs());
-            Err(Refusal { stage: Stage::Lost, word }.into())
+            Err(ExtrinsicRefusal { stage: ExtrinsicStage::Lost, word }.into())
         });
         if sent.as_ref().is_err_and(ChainError::is_passing) {
             self.give_up(&connection).await;
@@ -105,15 +105,15 @@ impl Chain for Subtensor {
         &self,
         signer: &Keypair,
         order: &Order,
-        asked: &Asked<'_>,
-    ) -> Result<Option<Sent>, SendError> {
+        asked: &Approval<'_>,
+    ) -> Result<Option<SentWeights>, SendError> {
         self.send_weights(signer, order, asked).await
     }
 
-    async fn read_back(&self, sent: &Sent) -> ReadBack {
+    async fn read_back(&self, sent: &SentWeights) -> ReadBack {
         let found = self.ask(|connection| async move { weights::find(&connection, sent).await });
         match found.await {
-            Ok(found) => ReadBack::judge(sent, found),
+            Ok(found) => ReadBack::of(sent, found),
             Err(e) => ReadBack::Unreadable(e),
         }
     }

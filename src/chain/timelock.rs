@@ -1,9 +1,9 @@
-//! Time-lock encryption to a round of drand: what is encrypted can be read by everybody once the
-//! network has signed the round, and by nobody before.
+//! Time-lock encryption to a round of drand: nobody can decrypt a text before the network has
+//! signed the round, and everybody can afterwards.
 //!
 //! The scheme is Boneh and Franklin's identity-based encryption (FullIdent) on BLS12-381 with the
-//! round as identity, around AES-256-GCM; the bytes are those that the chain's commits have
-//! (drand's `tlock` and the `tle` crate that the chain uses). Decryption is the chain's affair.
+//! round as identity, around AES-256-GCM. The bytes are those of the chain's commits (drand's
+//! `tlock` and the `tle` crate that the chain uses). Only the chain decrypts.
 
 use aes_gcm::aead::rand_core::RngCore;
 use aes_gcm::aead::{Aead, KeyInit, OsRng};

@@ -14,7 +14,7 @@ mod vector;
 pub use sdk::clipped;
 use std::fmt;
 use std::str::FromStr;
-pub use vector::{Limits, Vector, VectorError, WEIGHT_MAX};
+pub use vector::{Vector, VectorError, WEIGHT_MAX, WeightLimits};
 use vector::{check_order, is_own};
 
 /// Subnets that there can be: mechanisms beyond the first have their storage behind all of them.
@@ -72,7 +72,7 @@ impl Rule {
     ///
     /// # Errors
     /// When a raw weight is no number from 0 on, or the rule has no vector for them.
-    pub fn vector(self, raw: &[(u16, f64)], limits: &Limits) -> Result<Vector, VectorError> {
+    pub fn vector(self, raw: &[(u16, f64)], limits: &WeightLimits) -> Result<Vector, VectorError> {
         check_order(raw.iter().map(|(uid, _)| *uid))?;
         // The original's arithmetic is in f32; a larger number would become infinite there.
         let is_weight = |value: f64| (0.0..f64::from(f32::MAX)).contains(&value);

@@ -99,7 +99,7 @@ pub(super) fn examine(
     Ok(findings)
 }
 
-/// Who judges with the model's weights, where the models file has it.
+/// Who checks with the model's weights, where the models file has it.
 fn verifier(
     model: &str,
     models: &ModelsArg,

@@ -6,8 +6,8 @@ use super::capture::load_verifier;
 use super::out::{note, outln};
 use super::printable::printable;
 use super::shared::{ComputeArgs, ModelsArg, runtime};
-use crate::audit::answer::{Answer, Names, read};
-use crate::audit::evidence::{Drawn, Evidence, Verdict};
+use crate::audit::answer::{Names, ServerAnswer, read};
+use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
 use crate::audit::score::score;
 use crate::bench::prompts;
 use crate::clock::Clock;
@@ -91,9 +91,9 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
         false => print(args, &evidence, seeds, (verdict, &why), &root),
     }
     Ok(match verdict {
-        Verdict::Agrees => ExitCode::SUCCESS,
-        Verdict::CannotTell => ExitCode::from(CANNOT_TELL),
-        Verdict::NotTheseWeights => ExitCode::from(NOT_THESE),
+        Conclusion::Agrees => ExitCode::SUCCESS,
+        Conclusion::CannotTell => ExitCode::from(CANNOT_TELL),
+        Conclusion::NotTheseWeights => ExitCode::from(NOT_THESE),
     })
 }
 
@@ -154,10 +154,10 @@ struct Audit<'a> {
 }
 
 impl Audit<'_> {
-    async fn all(&mut self) -> Result<(Evidence, Seeds), Failure> {
+    async fn all(&mut self) -> Result<(AuditEvidence, Seeds), Failure> {
         let names = Names::new(&self.verifier.model.text.tokenizer);
         let (prompts, entropy) = (prompts::all(), Entropy::system());
-        let mut evidence = Evidence::default();
+        let mut evidence = AuditEvidence::default();
         let (mut seeds, mut last) = (None, String::new());
         for index in 0..self.args.answers {
             let drawn = if index % GREEDY_EVERY == 3 { Drawn::Greedy } else { Drawn::Sampled };
@@ -180,7 +180,7 @@ impl Audit<'_> {
             seeds = seeds.filter(|_| last != answer.text);
             last = answer.text;
             note!("answer {}: {:+.1} nats so far", index + 1, evidence.nats);
-            if index + 1 >= ANSWERS_MIN && evidence.verdict().0 != Verdict::CannotTell {
+            if index + 1 >= ANSWERS_MIN && evidence.verdict().0 != Conclusion::CannotTell {
                 break;
             }
         }
@@ -188,7 +188,7 @@ impl Audit<'_> {
     }
 
     /// One answer; a server that refuses token ids is asked without them from then on.
-    async fn ask(&mut self, body: &Value, names: &Names<'_>) -> Result<Answer, Failure> {
+    async fn ask(&mut self, body: &Value, names: &Names<'_>) -> Result<ServerAnswer, Failure> {
         if self.has_extras {
             let mut more = body.clone();
             more["return_token_ids"] = true.into();
@@ -212,7 +212,7 @@ impl Audit<'_> {
         &self,
         answered: Result<Vec<u8>, QueryError>,
         names: &Names<'_>,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<ServerAnswer, Failure> {
         let refuse = |what: String| Failure::user(printable(&what));
         let bytes = answered.map_err(|e| refuse(e.to_string()))?;
         let url = &self.target.url;
@@ -226,9 +226,9 @@ impl Audit<'_> {
 }
 
 fn as_json(
-    evidence: &Evidence,
+    evidence: &AuditEvidence,
     seeds: Seeds,
-    (verdict, why): (Verdict, &str),
+    (verdict, why): (Conclusion, &str),
     root: &str,
 ) -> Value {
     json!({
@@ -240,9 +240,9 @@ fn as_json(
 
 fn print(
     args: &AuditArgs,
-    e: &Evidence,
+    e: &AuditEvidence,
     seeds: Seeds,
-    (verdict, why): (Verdict, &str),
+    (verdict, why): (Conclusion, &str),
     root: &str,
 ) {
     let percent = |part: usize, of: usize| 100.0 * part as f64 / of.max(1) as f64;

@@ -2,7 +2,7 @@
 //! honest answers; how many of this engine's own answers are equal bit for bit.
 
 use super::Failure;
-use super::capture::{Captures, CheckOptions, Judged, Verifiers};
+use super::capture::{Captures, CheckOptions, CheckedChoice, Verifiers};
 use super::out::outln;
 use super::progress::Bars;
 use super::shared::runtime;
@@ -20,9 +20,9 @@ use crate::proof::codec::to_hex;
 use crate::proof::commit::calibration_hash;
 use crate::verify::bounds;
 use crate::verify::calibrate::{
-    ENERGY_FACTOR, MARGIN_FACTOR, STATISTIC_FACTOR, Sample, limits_file, split,
+    ENERGY_FACTOR, HonestSample, MARGIN_FACTOR, STATISTIC_FACTOR, limits_file, split,
 };
-use crate::verify::limits_file::{self, LimitsFile, Share, Spread};
+use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
 use crate::verify::statistic::ByRows;
 use crate::verify::twin::{Asked, When};
 use crate::verify::{Depth, Limits, Profile, Verdict};
@@ -111,7 +111,7 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Judges captured honest answers at every row, and writes limits between which they lie.
+/// Checks captured honest answers at every row, and writes limits between which they lie.
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
@@ -134,8 +134,8 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
                 let what = format!("{place}: limits belong to one model, this is a second one");
                 return Err(Failure::user(what).with_hint(Some("choose one with --model")));
             }
-            for judged in verifiers.judge(&verifier, &place, &capture, options)? {
-                match sample(&place, judged) {
+            for checked in verifiers.check(&verifier, &place, &capture, options)? {
+                match sample(&place, checked) {
                     Some(sample) => samples.push(sample),
                     None => left_out += 1,
                 }
@@ -154,15 +154,15 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
 }
 
 /// What limits can be taken from; the log says why not.
-fn sample(place: &str, judged: Judged) -> Option<Sample> {
-    let Judged { choice, scheme, request, report, .. } = judged;
+fn sample(place: &str, checked: CheckedChoice) -> Option<HonestSample> {
+    let CheckedChoice { choice, scheme, request, report, .. } = checked;
     let why = match (&report.verdict, scheme) {
         (Verdict::Pass, Some(Scheme::Residue | Scheme::ResidueU4)) => None,
         (Verdict::Pass, _) => Some("only residue schemes have energies".to_owned()),
         (verdict, _) => Some(verdict.to_string()),
     };
     match (why, scheme) {
-        (None, Some(scheme)) => Some(Sample::new(&request.prompt, scheme, report)),
+        (None, Some(scheme)) => Some(HonestSample::new(&request.prompt, scheme, report)),
         (why, _) => {
             let why = why.unwrap_or_default();
             tracing::warn!(
@@ -213,11 +213,11 @@ fn table(file: &LimitsFile) -> Table {
         "held out: rejected",
         "false-positive rate, 95 %",
     ]);
-    let four = |spread: Option<Spread>, limit: f64| match spread {
+    let four = |spread: Option<ValueSpread>, limit: f64| match spread {
         Some(s) => [s.mean, s.p999, s.max, limit].map(|x| format!("{x:.3}")),
         None => ["-".into(), "-".into(), "-".into(), format!("{limit} (not measured)")],
     };
-    let by_rows = |spread: Option<Spread>, limits: ByRows| {
+    let by_rows = |spread: Option<ValueSpread>, limits: ByRows| {
         let [a, b, c, _] = four(spread, 0.0);
         [a, b, c, limits.0.map(|x| format!("{x:.1}")).join(" ")]
     };

@@ -1,4 +1,4 @@
-//! Files of captured answers, and the models that judge them.
+//! Files of captured answers, and the models that check them.
 
 use super::Failure;
 use super::progress::Bars;
@@ -8,8 +8,8 @@ use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::load;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
-use crate::verify::capture::judge;
-pub(super) use crate::verify::capture::{Capture, CheckOptions, Judged};
+use crate::verify::capture::check_capture;
+pub(super) use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
 use crate::verify::twin::Asked;
 use crate::verify::{Limits, Reason, Rejection, Verifier};
 use std::collections::HashMap;
@@ -106,18 +106,18 @@ impl Verifiers {
         Ok(Self { path, models, pool, rules, runtime: runtime()?, loaded: HashMap::new() })
     }
 
-    /// Judges every choice of a capture from `place`.
-    pub(super) fn judge(
+    /// Checks every choice of a capture from `place`.
+    pub(super) fn check(
         &self,
         verifier: &Verifier,
         place: &str,
         capture: &Capture,
         options: CheckOptions,
-    ) -> Result<Vec<Judged>, Failure> {
+    ) -> Result<Vec<CheckedChoice>, Failure> {
         let only = self.models.first().map_or("", |model| model.name.as_str());
         let name = capture.model().unwrap_or(only);
-        let judged = self.runtime.block_on(judge(verifier, name, capture, options));
-        judged.map_err(|what| Failure::user(format!("{place}: {what}")))
+        let checked = self.runtime.block_on(check_capture(verifier, name, capture, options));
+        checked.map_err(|what| Failure::user(format!("{place}: {what}")))
     }
 
     /// The verifier of the model that was asked.

@@ -4,7 +4,7 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::ModelsArg;
-use crate::config::models_toml::Source;
+use crate::config::models_toml::ModelSource;
 use clap::{Args, Subcommand};
 
 /// What is done with configuration files.
@@ -27,9 +27,9 @@ pub(super) fn run(command: &ConfigCommand) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
     for model in &config.models {
         let source = match &model.source {
-            Source::Path(path) => path.display().to_string(),
-            Source::Hub { repo, revision, file: None } => format!("Hub {repo} at {revision}"),
-            Source::Hub { repo, revision, file: Some(file) } => {
+            ModelSource::Path(path) => path.display().to_string(),
+            ModelSource::Hub { repo, revision, file: None } => format!("Hub {repo} at {revision}"),
+            ModelSource::Hub { repo, revision, file: Some(file) } => {
                 format!("Hub {repo} at {revision}, {file}")
             }
         };

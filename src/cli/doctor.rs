@@ -9,7 +9,7 @@ use super::shared::{ListenArgs, ModelsArg};
 use super::subnet_args::{AxonArgs, ChainArgs, WalletArgs};
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
-use crate::config::models_toml::{ModelConfig, Source};
+use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
 use crate::engine::memory::memory;
 use crate::models::hub::{Hub, Wanted};
@@ -154,8 +154,8 @@ async fn files(
 ) -> Result<(PathBuf, Option<Finding>), Finding> {
     let topic = format!("model {}", model.name);
     let (repo, revision, file) = match &model.source {
-        Source::Path(path) => return Ok((path.clone(), None)),
-        Source::Hub { repo, revision, file } => (repo, revision, file.as_deref()),
+        ModelSource::Path(path) => return Ok((path.clone(), None)),
+        ModelSource::Hub { repo, revision, file } => (repo, revision, file.as_deref()),
     };
     let now = match is_offline {
         true => None,

@@ -7,7 +7,7 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
-use crate::store::record::{Answered, Outcome, Response, Sampled, Weights, WeightsState};
+use crate::store::record::{Outcome, Response, RoundResponse, Sampled, Weights, WeightsState};
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, Stored};
 use crate::validator::scores::series::{Point, Series};
@@ -70,7 +70,7 @@ pub(super) fn run(args: &ExplainArgs) -> Result<(), Failure> {
 }
 
 /// The last weights, and what the miner did last.
-async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<Answered>), StoreError> {
+async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>), StoreError> {
     let store = Store::open_to_read(&args.database).await?;
     let weights = store.last_weights(args.netuid).await?;
     let seen = store.responses(args.netuid, args.uid, args.rounds.max(ROUNDS_READ_MIN)).await?;
@@ -83,7 +83,7 @@ pub(super) struct Shown {
     weights: Weights,
     stored: Stored,
     miner: Explanation,
-    rounds: Vec<Answered>,
+    rounds: Vec<RoundResponse>,
 }
 
 impl Shown {
@@ -93,7 +93,7 @@ impl Shown {
         netuid: u16,
         uid: u16,
         weights: Option<Weights>,
-        seen: &[Answered],
+        seen: &[RoundResponse],
     ) -> Result<Self, Failure> {
         let weights = weights.ok_or_else(|| {
             let hint = Some("they are decided once an epoch while `validate` runs");
@@ -120,7 +120,7 @@ impl Shown {
 
     /// For programs.
     pub(super) fn json(&self) -> Value {
-        let round = |Answered { round, response }: &Answered| {
+        let round = |RoundResponse { round, response }: &RoundResponse| {
             let Response { timing, outcome, cause, error, sample, .. } = response;
             json!({
                 "round": round.id, "block": round.block, "model": round.model,
@@ -269,7 +269,7 @@ impl Shown {
         }
         writeln!(out, "last rounds, newest first:")?;
         let mut table = table(["block", "round", "model", "outcome", "tokens/s", "sample", "why"]);
-        for Answered { round, response } in &self.rounds {
+        for RoundResponse { round, response } in &self.rounds {
             let why = match response.outcome {
                 Outcome::Verified => String::new(),
                 _ => why(response.cause.as_deref(), response.error.as_deref()),
@@ -289,7 +289,7 @@ impl Shown {
 }
 
 /// Gives misses without a cause the one of their round.
-fn complete(miner: &mut Explanation, seen: &[Answered]) {
+fn complete(miner: &mut Explanation, seen: &[RoundResponse]) {
     let known: BTreeMap<&str, &Response> =
         seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
     let points = miner.models.iter_mut().flat_map(|series| &mut series.points);
@@ -345,17 +345,22 @@ fn state(state: &WeightsState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Claim;
+    use crate::store::WeightsClaim;
     use crate::store::record::{Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
-    use crate::validator::scores::gate::{Alarm, Standing};
-    use crate::validator::scores::rules::{Profile, Rules};
+    use crate::validator::scores::gate::{Alarm, HotkeyState};
+    use crate::validator::scores::rules::{ScoringProfile, ScoringRules};
     use crate::validator::scores::{Input, Seat, decide};
     use crate::verify::evidence::{ALARM, Evidence, Sums};
 
     const MODEL: &str = "a/model";
 
-    fn seen(block: u64, outcome: Outcome, sample: Sampled, why: Option<(&str, &str)>) -> Answered {
+    fn seen(
+        block: u64,
+        outcome: Outcome,
+        sample: Sampled,
+        why: Option<(&str, &str)>,
+    ) -> RoundResponse {
         let tps = if let Sampled::Tps(tps) = sample { tps } else { 0.0 };
         let response = Response {
             uid: 1,
@@ -381,7 +386,7 @@ mod tests {
             asked: 3,
             verified: 1,
         };
-        Answered { round, response }
+        RoundResponse { round, response }
     }
 
     /// Weights over three miners: a fast one, one with a miss, one behind an alarm.
@@ -396,7 +401,7 @@ mod tests {
         let alarm = Alarm { round: "f".repeat(32), block: 77, test: "margin".into(), sums };
         let evidence = Evidence { answers: 40, alarms: 1, sums };
         if let Some(seat) = seats.get_mut(&2) {
-            seat.standing = Standing { evidence, shut_by: Some(alarm) };
+            seat.standing = HotkeyState { evidence, shut_by: Some(alarm) };
         }
         let sample = |uid: u16, block: u64, tps| Sample {
             round: format!("{block:032}"),
@@ -416,7 +421,7 @@ mod tests {
         let limits = ChainLimits::NONE;
         let input =
             Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
-        let decision = decide(&Rules::of(Profile::Default), &input);
+        let decision = decide(&ScoringRules::of(ScoringProfile::Default), &input);
         Weights {
             netuid: 4,
             epoch: 5,
@@ -486,7 +491,7 @@ mod tests {
         assert!(read(&args).await.is_err(), "there are no records yet");
         let store = Store::open(&args.database).await.unwrap();
         let why = Some(("UNLIKELY_TOKEN", "token 17 has rank 90"));
-        let Answered { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
+        let RoundResponse { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
         let round = Round {
             id: round.id,
             netuid: 4,
@@ -501,7 +506,7 @@ mod tests {
         };
         store.save_round(&round).await.unwrap();
         let planned = Weights { state: WeightsState::Planned, ..weights() };
-        assert_eq!(store.plan_weights(&planned).await.unwrap(), Claim::Ours);
+        assert_eq!(store.plan_weights(&planned).await.unwrap(), WeightsClaim::Ours);
         let (weights, seen) = read(&args).await.unwrap();
         assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
         let shown = Shown::new(4, 1, weights, &seen).map_err(|e| e.message).unwrap();

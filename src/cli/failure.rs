@@ -1,4 +1,4 @@
-//! Why a command fails, and whose fault it is.
+//! The error of a command, and whether the user or the program caused it.
 
 use std::fmt;
 

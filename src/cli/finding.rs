@@ -1,6 +1,6 @@
-//! A judged answer with all there is to say of it, as `verify` shows it.
+//! A checked answer with all there is to say of it, as `verify` shows it.
 
-use super::capture::Judged;
+use super::capture::CheckedChoice;
 use super::printable::printable;
 use crate::models::text::Text;
 use crate::ops::CANON;
@@ -22,10 +22,10 @@ pub(super) struct Tally {
     pub(super) gain: Sums,
 }
 
-/// A judged answer with all there is to say of it.
+/// A checked answer with all there is to say of it.
 pub(super) struct Finding<'a> {
     pub(super) place: &'a str,
-    pub(super) judged: &'a Judged,
+    pub(super) checked: &'a CheckedChoice,
     pub(super) tally: Option<&'a Tally>,
     pub(super) model: &'a Text,
     pub(super) limits: &'a Limits,
@@ -33,17 +33,17 @@ pub(super) struct Finding<'a> {
 
 impl Finding<'_> {
     pub(super) fn tokens(&self) -> usize {
-        self.judged.answer.as_ref().map_or(0, |a| a.ids.len())
+        self.checked.answer.as_ref().map_or(0, |a| a.ids.len())
     }
 
-    /// Which rules judged, and what of the proof is equal.
+    /// Which rules checked, and what of the proof is equal.
     pub(super) fn rules(&self) -> String {
-        let chunks = &self.judged.report.chunks;
+        let chunks = &self.checked.report.chunks;
         let exact = chunks.iter().filter(|c| c.is_exact).count();
-        match self.judged.profile {
+        match self.checked.profile {
             Profile::Powv => "targon-4.1".to_owned(),
             Profile::Ranks => "targon-4.4".to_owned(),
-            Profile::Proof => match self.judged.answer.as_ref().and_then(Answer::other_canon) {
+            Profile::Proof => match self.checked.answer.as_ref().and_then(Answer::other_canon) {
                 Some(canon) => format!(
                     "{} chunks of {}, whose rows were compared by energy and not bit for bit, \
                      because ours are of {CANON}",
@@ -57,22 +57,22 @@ impl Finding<'_> {
 
     /// The chunk that a token belongs to.
     pub(super) fn chunk(&self, index: usize) -> Option<&ChunkEvidence> {
-        self.judged.report.chunks.get(index / CHUNK_ROWS)
+        self.checked.report.chunks.get(index / CHUNK_ROWS)
     }
 
     /// Whether a chunk is too far from ours.
     pub(super) fn is_far(&self, chunk: &ChunkEvidence) -> bool {
-        self.judged.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
+        self.checked.scheme.is_some_and(|scheme| self.limits.is_over(scheme, chunk))
     }
 
     /// What the rows say together.
     pub(super) fn statistic(&self) -> Option<Statistic> {
-        self.judged.report.statistic(self.judged.scheme?, self.limits)
+        self.checked.report.statistic(self.checked.scheme?, self.limits)
     }
 
     /// The same in units of what rounding moves them by.
     pub(super) fn twin(&self) -> Option<Statistic> {
-        self.judged.report.twin_statistic(self.judged.scheme?, self.limits)
+        self.checked.report.twin_statistic(self.checked.scheme?, self.limits)
     }
 
     /// How near the rows are to ours, in lines.
@@ -84,7 +84,7 @@ impl Finding<'_> {
         };
         let energy = self.statistic().map(|s| describe("energy", s));
         let twin = self.twin().map(|s| describe("distance in units of rounding", s));
-        let named = &self.judged.report.named;
+        let named = &self.checked.report.named;
         let likeliest = named.iter().take(NAMED_MAX);
         let likeliest = likeliest.map(|n| format!("{}, beta {:.2}", n.name, n.beta));
         let likeliest = likeliest.collect::<Vec<_>>().join("; ");

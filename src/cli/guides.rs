@@ -1,4 +1,4 @@
-//! Every command that the documents show is one that the program takes.
+//! Tests that the program accepts every command that the documents show.
 
 use super::Cli;
 use clap::CommandFactory;

@@ -16,7 +16,6 @@ mod export;
 mod failure;
 mod fetch;
 mod finding;
-mod judges;
 mod layers;
 mod logging;
 mod manual;
@@ -25,6 +24,7 @@ mod plan;
 mod printable;
 mod progress;
 mod query;
+mod residents;
 mod serve;
 mod shared;
 mod status;
@@ -102,7 +102,7 @@ enum Command {
     /// The former name of `bench attack`.
     #[command(hide = true)]
     AttackBench(bench::Former),
-    /// Judge captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
+    /// Check captured answers: exit code 0 when all pass, 3 when one is rejected, 4 when one could
     /// not be scored.
     Verify(verify::VerifyArgs),
     /// Ask any OpenAI server for answers, and say whether they agree with weights that are here:
@@ -114,7 +114,7 @@ enum Command {
     Export(export::ExportArgs),
     /// Show every number behind a miner's weight, down to the round and token that cost it.
     Explain(explain::ExplainArgs),
-    /// Validate a subnet: ask miners, judge their answers by these models, set weights.
+    /// Validate a subnet: ask miners, check their answers by these models, set weights.
     Validate(Box<validate::ValidateArgs>),
     /// Say how a running miner stands on its subnet.
     Status(status::StatusArgs),

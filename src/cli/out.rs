@@ -1,5 +1,5 @@
-//! Data to stdout, words to stderr; neither may panic when its reader is gone, and neither carries
-//! what would steer a terminal: strangers' words are in both.
+//! Writes data to stdout and messages to stderr. Writing never panics when the reader is gone, and
+//! control characters are escaped, because the text may come from untrusted peers.
 
 use super::printable::printable_lines;
 use std::fmt::Arguments;

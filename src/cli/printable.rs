@@ -1,4 +1,4 @@
-//! Words of strangers, made harmless for a terminal.
+//! Escapes control characters in text from untrusted peers, so that it cannot control a terminal.
 
 /// A stranger's words for one line of a terminal: what would steer it, or begin a line of its own,
 /// is shown as an escape.

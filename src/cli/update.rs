@@ -2,7 +2,7 @@
 
 use super::Failure;
 use super::subnet::tell;
-use crate::update::{Installed, Limits, Refusal, Source, Updater};
+use crate::update::{DownloadLimits, Installed, ReleaseSource, UpdateError, Updater};
 use clap::Args;
 use sd_notify::NotifyState;
 use std::time::Duration;
@@ -54,15 +54,15 @@ impl UpdateArgs {
         if self.off || !is_wanted {
             return Ok(None);
         }
-        let source = match Source::new(self.url.as_deref(), self.key.as_deref()) {
+        let source = match ReleaseSource::new(self.url.as_deref(), self.key.as_deref()) {
             Ok(source) => source,
-            Err(refusal @ Refusal::NotConfigured) => {
+            Err(refusal @ UpdateError::NotConfigured) => {
                 tracing::warn!("{refusal}; --autoupdate-off says that this is meant");
                 return Ok(None);
             }
             Err(refusal) => return Err(Failure::user(refusal)),
         };
-        Updater::new(source, Limits::default()).map(Some).map_err(Failure::ours)
+        Updater::new(source, DownloadLimits::default()).map(Some).map_err(Failure::ours)
     }
 
     /// Time between two looks.

@@ -1,8 +1,8 @@
 //! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
-use super::judges::{LimitsFiles, budget, residents};
 use super::out::{announce, outln};
 use super::printable::printable;
+use super::residents::{LimitsFiles, budget, residents};
 use super::serve::stop_signal;
 use super::shared::runtime;
 use super::subnet::tell;
@@ -17,15 +17,15 @@ use crate::server::listen::serve_all;
 use crate::store::Store;
 use crate::store::record::{Round, WeightsState};
 use crate::update::{Installed, Updater};
-use crate::validator::eligible::{self, NoPermit, Rules};
-use crate::validator::prompt::dataset::Source;
+use crate::validator::eligible::{self, MinerRules, NoPermit};
+use crate::validator::prompt::dataset::Passages;
 use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::Hub;
 use crate::validator::run::keeping::Keeper;
-use crate::validator::run::progress::Progress;
+use crate::validator::run::progress::RunProgress;
 use crate::validator::run::reading::{Reading, SubnetError};
 use crate::validator::run::world::{Memory, World};
-use crate::validator::run::{Driver, Options, RunError, Settled};
+use crate::validator::run::{Driver, RunError, RunOptions, Settled};
 use crate::validator::service::Service;
 use sd_notify::NotifyState;
 use std::net::SocketAddr;
@@ -48,7 +48,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         tui::check()?;
     }
     let settings = args.round.settings(args.chain.netuid(), &args.verifying)?;
-    let source = Source::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
+    let source = Passages::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
     let limits = Arc::new(LimitsFiles::read(&args.verifying.limits)?);
     let budget = budget(args.verifying.memory.as_deref())?;
     let urls = args.hub.urls()?;
@@ -83,7 +83,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         memory: Memory::default(),
         signer: Arc::clone(&signer),
     };
-    let options = Options {
+    let options = RunOptions {
         round: settings,
         reading: reading(args, &signer),
         epochs: args.weights.epochs(),
@@ -106,7 +106,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
 }
 
 fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
-    let rules = Rules {
+    let rules = MinerRules {
         own: signer.hotkey(),
         vpermit_tao_limit: args.round.vpermit_tao_limit,
         private_axons: args.round.private_axons,
@@ -132,7 +132,7 @@ async fn check(
 /// Validates until it is over, or until there is a newer program to become.
 async fn validate(
     args: &ValidateArgs,
-    (world, options, updater): (World<Subtensor>, Options, Option<Updater>),
+    (world, options, updater): (World<Subtensor>, RunOptions, Option<Updater>),
     (metagraph, limits, listener): (&Metagraph, &LimitsFiles, Option<TcpListener>),
 ) -> Result<Option<Installed>, Failure> {
     let is_bounded = options.rounds.is_some();
@@ -221,8 +221,8 @@ fn show_to_operators(listener: TcpListener, service: &Service) -> Result<(), Fai
     Ok(())
 }
 
-/// Ends the program where its loop stands still; feeds the service manager's watchdog where not.
-fn watch(progress: Arc<Progress>) -> Result<(), Failure> {
+/// Ends the program if its loop hangs, and notifies the service manager's watchdog otherwise.
+fn watch(progress: Arc<RunProgress>) -> Result<(), Failure> {
     let feeds = sd_notify::watchdog_enabled().is_some();
     let look = move || {
         let (mut seen, mut still) = (0, Duration::ZERO);

@@ -6,13 +6,13 @@ use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
-use crate::validator::round::{Keep, Settings, Times};
+use crate::validator::round::{Keep, RoundSettings, Times};
 use crate::validator::run::JUDGES_DEFAULT;
-use crate::validator::run::epochs::Epochs;
+use crate::validator::run::epochs::EpochRule;
 use crate::validator::run::hub::Urls;
 use crate::validator::run::keeping::Keeping;
 use crate::validator::run::rewriting::Rewriting;
-use crate::validator::scores::rules::{Profile, Rules, WINDOW_MAX};
+use crate::validator::scores::rules::{ScoringProfile, ScoringRules, WINDOW_MAX};
 use crate::verify;
 use clap::{Args, ValueEnum};
 use std::net::SocketAddr;
@@ -168,9 +168,9 @@ pub(super) struct RoundArgs {
     /// One round: the same as --rounds 1.
     #[arg(long, conflicts_with = "rounds", help_heading = "Rounds")]
     pub(super) once: bool,
-    /// Requests, scores and weights: default (proofs asked for, bugs mended) or targon-4.4.
+    /// Requests, scores and weights: default (with proofs and corrected rules) or targon-4.4.
     #[arg(long, env = "TARGON_PROFILE", default_value = "default", help_heading = "Rounds")]
-    pub(super) profile: Profile,
+    pub(super) profile: ScoringProfile,
     /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none. Where absent, residue-v1,
     /// and none in the profile targon-4.4.
     #[arg(long, env = "TARGON_PROOF", help_heading = "Rounds")]
@@ -248,7 +248,7 @@ impl RoundArgs {
         &self,
         netuid: u16,
         verifying: &VerifyingArgs,
-    ) -> Result<Settings, Failure> {
+    ) -> Result<RoundSettings, Failure> {
         if self.tokens_min > self.tokens_max {
             let (min, max) = (self.tokens_min, self.tokens_max);
             let what = format!("--tokens-min must be at most --tokens-max, {max}, got {min}");
@@ -259,7 +259,7 @@ impl RoundArgs {
             return Err(Failure::user(what));
         }
         let (_, query) = self.waits();
-        Ok(Settings {
+        Ok(RoundSettings {
             netuid,
             profile: self.profile.to_string(),
             asked_max: usize::from(self.miners_max),
@@ -281,8 +281,8 @@ impl RoundArgs {
 
     fn proof(&self) -> Result<Option<Scheme>, Failure> {
         match (self.proof.as_deref(), self.profile) {
-            (Some("none"), _) | (None, Profile::Targon44) => Ok(None),
-            (None, Profile::Default) => Ok(Some(Scheme::Residue)),
+            (Some("none"), _) | (None, ScoringProfile::Targon44) => Ok(None),
+            (None, ScoringProfile::Default) => Ok(Some(Scheme::Residue)),
             (Some(name), _) => {
                 let scheme = name.parse::<Scheme>();
                 scheme.map(Some).map_err(|e| Failure::user(format!("--proof {name}: {e}, none")))
@@ -333,7 +333,7 @@ pub(super) struct VerifyingArgs {
     verdicts_timeout: u64,
 }
 
-/// A hub beside the validator; nothing is asked of any, and nothing sent, unless it is named.
+/// A hub. Nothing is fetched from a hub or sent to one unless it is named.
 #[derive(Args)]
 pub(super) struct HubArgs {
     /// Fetch users' requests from URL/organics every 20 blocks, verify and score them, and report
@@ -423,8 +423,8 @@ pub(super) struct WeightsArgs {
 
 impl WeightsArgs {
     /// Where epochs begin.
-    pub(super) fn epochs(&self) -> Epochs {
-        self.epoch_length.map_or(Epochs::Chain, Epochs::Every)
+    pub(super) fn epochs(&self) -> EpochRule {
+        self.epoch_length.map_or(EpochRule::Chain, EpochRule::Every)
     }
 
     /// Blocks after the last round from which on old samples do not count (protocol 5.7).
@@ -432,8 +432,8 @@ impl WeightsArgs {
         self.epoch_length.unwrap_or(AWAY_BLOCKS_MAX)
     }
 
-    pub(super) fn scoring(&self, profile: Profile) -> Result<Rules, Failure> {
-        let rules = Rules::of(profile);
+    pub(super) fn scoring(&self, profile: ScoringProfile) -> Result<ScoringRules, Failure> {
+        let rules = ScoringRules::of(profile);
         match self.window {
             Some(window) => rules.with_window(window).map_err(Failure::user),
             None => Ok(rules),
@@ -441,7 +441,7 @@ impl WeightsArgs {
     }
 
     /// Version that weights name; the subnet's own where absent.
-    pub(super) fn version_key(&self, profile: Profile) -> Option<u64> {
-        (profile == Profile::Targon44).then_some(TARGON_VERSION)
+    pub(super) fn version_key(&self, profile: ScoringProfile) -> Option<u64> {
+        (profile == ScoringProfile::Targon44).then_some(TARGON_VERSION)
     }
 }

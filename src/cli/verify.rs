@@ -1,7 +1,7 @@
-//! `verify`: judges captured answers, one a line.
+//! `verify`: checks captured answers, one a line.
 
 use super::Failure;
-use super::capture::{Capture, Captures, CheckOptions, Judged, Verifiers};
+use super::capture::{Capture, Captures, CheckOptions, CheckedChoice, Verifiers};
 use super::finding::{Finding, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
@@ -93,8 +93,8 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         };
         let verifier = verifiers.of(&capture)?;
         check_model(args, file.as_ref(), &verifier)?;
-        let judged = match verifiers.judge(&verifier, &place, &capture, args.options(&entropy)) {
-            Ok(judged) => judged,
+        let checked = match verifiers.check(&verifier, &place, &capture, args.options(&entropy)) {
+            Ok(checked) => checked,
             Err(failure) => {
                 let verdict = Verdict::Unscored(failure.message().to_owned());
                 let unread = Unread { place: &place, verdict };
@@ -102,12 +102,12 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
                 continue;
             }
         };
-        for judged in &judged {
-            worst = worst.max(weight(&judged.report.verdict));
-            let tally = account.as_mut().map(|a| a.add(&place, &capture, judged, &limits));
+        for checked in &checked {
+            worst = worst.max(weight(&checked.report.verdict));
+            let tally = account.as_mut().map(|a| a.add(&place, &capture, checked, &limits));
             let tally = tally.transpose()?;
             let (tally, model) = (tally.as_ref(), &*verifier.model.text);
-            let finding = Finding { place: &place, judged, tally, model, limits: &limits };
+            let finding = Finding { place: &place, checked, tally, model, limits: &limits };
             print(&finding, args);
             if args.html.is_some() {
                 sections.push(verify_html::section(&finding).map_err(Failure::ours)?);
@@ -133,7 +133,7 @@ impl VerifyArgs {
     }
 }
 
-/// A line of which no choice could be judged; those after it are.
+/// A line of which no choice could be checked; those after it are.
 struct Unread<'a> {
     place: &'a str,
     verdict: Verdict,
@@ -194,7 +194,7 @@ impl Account {
         &mut self,
         place: &str,
         capture: &Capture,
-        judged: &Judged,
+        checked: &CheckedChoice,
         limits: &Limits,
     ) -> Result<Tally, Failure> {
         let miner = capture.miner().ok_or_else(|| {
@@ -202,7 +202,7 @@ impl Account {
             Failure::user(what)
         })?;
         let chance = self.entropy.word();
-        let observed = Observed::of(&judged.report, judged.scheme, limits).thinned(chance);
+        let observed = Observed::of(&checked.report, checked.scheme, limits).thinned(chance);
         let weighed = weigh(&mut self.store, miner, &self.rates, &observed);
         let (evidence, gain) = weighed.map_err(Failure::user)?;
         Ok(Tally { miner: miner.to_owned(), evidence, gain })
@@ -214,8 +214,8 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
         outln!("{}", line(finding, args.explain));
         return;
     }
-    let Finding { place, judged, tally, .. } = finding;
-    let Judged { choice, report, seconds, .. } = judged;
+    let Finding { place, checked, tally, .. } = finding;
+    let CheckedChoice { choice, report, seconds, .. } = checked;
     outln!("{place} choice {choice}: {}", printable(&report.verdict.to_string()));
     let (tokens, rules) = (finding.tokens(), finding.rules());
     outln!("  {tokens} tokens, {} rows scored, {rules}, {seconds:.3} s", report.rows.len());
@@ -230,7 +230,7 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
 
 /// An answer as one JSON object.
 fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
-    let Judged { choice, report, seconds, .. } = finding.judged;
+    let CheckedChoice { choice, report, seconds, .. } = finding.checked;
     let (reason, what) = reason(&report.verdict).unzip();
     let rows = report.rows.iter().filter(|_| with_rows).map(|r| {
         json!({
@@ -242,7 +242,7 @@ fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
         "place": finding.place, "choice": choice, "passed": report.verdict == Verdict::Pass,
         "reason": reason, "what": what,
         "tokens": finding.tokens(), "seconds": seconds, "chunks": report.chunks.len(),
-        "canon": finding.judged.answer.as_ref().and_then(|a| Some(&a.end.as_ref()?.canon)),
+        "canon": finding.checked.answer.as_ref().and_then(|a| Some(&a.end.as_ref()?.canon)),
         "exact_chunks": report.chunks.iter().filter(|c| c.is_exact).count(),
         "energies": report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),
         "row_energies": report.energies, "row_twin": report.twin,
@@ -266,7 +266,7 @@ fn table(finding: &Finding<'_>) -> Table {
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header(["token", "id", "text", "log-prob", "reported", "rank", "margin", "energy"]);
     let marked = |text: String, is_over: bool| if is_over { format!("{text} !") } else { text };
-    for row in &finding.judged.report.rows {
+    for row in &finding.checked.report.rows {
         let is_far = finding.chunk(row.index).is_some_and(|c| finding.is_far(c));
         table.add_row([
             row.index.to_string(),

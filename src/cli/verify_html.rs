@@ -1,7 +1,7 @@
-//! `verify --html`: one page with every token of the judged answers, tables and plots. It needs
+//! `verify --html`: one page with every token of the checked answers, tables and plots. It needs
 //! nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
-use super::capture::Judged;
+use super::capture::CheckedChoice;
 use super::finding::{Finding, number};
 use crate::verify::ChunkEvidence;
 use crate::verify::RowEvidence;
@@ -80,7 +80,7 @@ fn legend() -> Markup {
     }
 }
 
-/// A line of which no choice could be judged.
+/// A line of which no choice could be checked.
 pub(super) fn unread(place: &str, verdict: &Verdict) -> Markup {
     html! {
         section {
@@ -103,7 +103,7 @@ fn outcome(verdict: &Verdict) -> Markup {
 
 /// One answer.
 pub(super) fn section(finding: &Finding<'_>) -> anyhow::Result<Markup> {
-    let Judged { choice, report, seconds, .. } = finding.judged;
+    let CheckedChoice { choice, report, seconds, .. } = finding.checked;
     let (tokens, scored, rules) = (finding.tokens(), report.rows.len(), finding.rules());
     let summary = format!("{tokens} tokens, {scored} rows scored, {rules}, {seconds:.3} s");
     let plots = plots(finding)?;
@@ -129,9 +129,9 @@ pub(super) fn section(finding: &Finding<'_>) -> anyhow::Result<Markup> {
 
 /// The tokens in a row, coloured by margin and rank.
 fn text(finding: &Finding<'_>) -> Markup {
-    let Some(answer) = &finding.judged.answer else { return PreEscaped(String::new()) };
+    let Some(answer) = &finding.checked.answer else { return PreEscaped(String::new()) };
     let rows: HashMap<usize, &RowEvidence> =
-        finding.judged.report.rows.iter().map(|r| (r.index, r)).collect();
+        finding.checked.report.rows.iter().map(|r| (r.index, r)).collect();
     let hidden = answer.ids.len().saturating_sub(TOKENS_MAX);
     html! {
         p class="tokens" {
@@ -186,7 +186,7 @@ fn table(finding: &Finding<'_>) -> Markup {
                 }
             }
             tbody {
-                @for row in finding.judged.report.rows.iter().take(TOKENS_MAX) {
+                @for row in finding.checked.report.rows.iter().take(TOKENS_MAX) {
                     @let is_far = finding.chunk(row.index).is_some_and(|c| finding.is_far(c));
                     @let text = finding.model.tokenizer.text_of(row.token);
                     tr {
@@ -217,7 +217,7 @@ struct Plot {
 
 /// The plots of an answer that have points: what they show, and SVG.
 fn plots(finding: &Finding<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
-    let report = &finding.judged.report;
+    let report = &finding.checked.report;
     let of_rows = |value: &dyn Fn(&RowEvidence) -> Option<f64>| -> Vec<(f64, f64)> {
         report.rows.iter().filter_map(|r| Some((r.index as f64, value(r)?))).collect()
     };
@@ -252,7 +252,7 @@ fn plots(finding: &Finding<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
             title: "Energy of a chunk, and its limit",
             across: "chunk",
             points: report.chunks.iter().filter_map(energy).collect(),
-            limit: finding.judged.scheme.and_then(|s| finding.limits.energy(s)),
+            limit: finding.checked.scheme.and_then(|s| finding.limits.energy(s)),
             is_log: false,
         },
     ];

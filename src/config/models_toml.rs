@@ -5,7 +5,7 @@ use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};
 use crate::engine::backend::{BackendError, BackendKind};
 use crate::engine::drafts::STEP_ROWS_MAX;
-use crate::engine::plan::{KvMemory, Wanted};
+use crate::engine::plan::{KvMemory, MemoryWanted};
 use crate::models::device::{Device, DeviceError};
 use crate::ops::dtype::Dtype;
 use serde::Deserialize;
@@ -35,7 +35,7 @@ const KEYS: [&str; 13] = [
 
 /// Where a model's files come from.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Source {
+pub enum ModelSource {
     /// A repository of the Hugging Face Hub.
     Hub {
         /// `owner/name`.
@@ -55,7 +55,7 @@ pub struct ModelConfig {
     /// What requests call it.
     pub name: String,
     /// Its files.
-    pub source: Source,
+    pub source: ModelSource,
     /// What runs it.
     pub backend: BackendKind,
     /// Where it is computed.
@@ -63,7 +63,7 @@ pub struct ModelConfig {
     /// Overrides the stored type.
     pub dtype: Option<Dtype>,
     /// Sizes.
-    pub wanted: Wanted,
+    pub wanted: MemoryWanted,
 }
 
 /// The whole file.
@@ -193,7 +193,7 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     if entry.context_max == Some(0) {
         return Err(("context_max", "must be at least 1, got 0".into()));
     }
-    let wanted = Wanted {
+    let wanted = MemoryWanted {
         context_max: entry.context_max,
         kv_memory: kv_memory.map_err(|e| ("kv_memory", e.to_string()))?,
         sequences_max,
@@ -208,16 +208,16 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
 }
 
 /// The source, and the name it suggests.
-fn source(entry: &Entry, directory: &Path) -> Result<(Source, Option<String>), Fault> {
+fn source(entry: &Entry, directory: &Path) -> Result<(ModelSource, Option<String>), Fault> {
     let hub = |file: Option<String>| {
         let repo = entry.repo.clone().or_else(|| entry.name.clone());
         let repo = repo.ok_or(("repo", "is missing".to_owned()))?;
         let revision = entry.revision.clone().unwrap_or_else(|| "main".into());
-        Ok((Source::Hub { repo: repo.clone(), revision, file }, Some(repo)))
+        Ok((ModelSource::Hub { repo: repo.clone(), revision, file }, Some(repo)))
     };
     let local = |path: &Path| {
         let name = path.file_stem().map(|s| s.to_string_lossy().into_owned());
-        (Source::Path(directory.join(path)), name)
+        (ModelSource::Path(directory.join(path)), name)
     };
     let kind = entry.source.as_deref();
     match (kind, &entry.path) {
@@ -268,14 +268,14 @@ mod tests {
         let models = parsed(text).unwrap().models;
         assert_eq!(
             models[0].source,
-            Source::Hub {
+            ModelSource::Hub {
                 repo: "HuggingFaceTB/SmolLM2-135M-Instruct".into(),
                 revision: "main".into(),
                 file: None
             }
         );
         assert_eq!(models[0].wanted.sequences_max, SEQUENCES_DEFAULT);
-        assert_eq!(models[1].source, Source::Path("/etc/weights/m.gguf".into()));
+        assert_eq!(models[1].source, ModelSource::Path("/etc/weights/m.gguf".into()));
         assert_eq!(models[0].device, Device::Auto);
         assert_eq!((models[1].backend, models[1].device), (BackendKind::Native, Device::Cpu));
         assert_eq!(models[1].dtype, Some(Dtype::F16));

@@ -1,8 +1,8 @@
-//! An examination of everything that a miner or validator stands on: machine, clock, wallet, chain,
-//! ports, model files; and of a [`miner`] as validators see it.
+//! Checks everything that a miner or validator depends on: machine, clock, wallet, chain, ports,
+//! model files.
 //!
-//! Each part gives [`Finding`]s: what was seen, how bad that is, and what to do about it. Nothing
-//! is changed, nothing is downloaded, no password is asked for.
+//! Each part gives [`Finding`]s: the fact, how severe it is, and what to do. Nothing is changed,
+//! nothing is downloaded, and no password is asked for.
 
 pub mod machine;
 pub mod membership;

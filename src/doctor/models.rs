@@ -1,7 +1,7 @@
 //! Model files: configuration, memory, tokenizer, chat template, without loading weights.
 
 use super::{Finding, Level};
-use crate::engine::plan::{Bytes, MemoryPlan, Wanted};
+use crate::engine::plan::{Bytes, MemoryPlan, MemoryWanted};
 use crate::models::chat::ChatTemplate;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
@@ -17,7 +17,7 @@ pub struct Files<'a> {
     /// A checkpoint directory or a GGUF file.
     pub path: &'a Path,
     /// Its sizes.
-    pub wanted: Wanted,
+    pub wanted: MemoryWanted,
 }
 
 /// Looks at one model; `available` bytes of memory are left, and become less by what it needs.
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn a_path_with_nothing_is_one_fault() {
         let dir = tempfile::tempdir().unwrap();
-        let wanted = Wanted {
+        let wanted = MemoryWanted {
             context_max: None,
             kv_memory: KvMemory::Auto,
             sequences_max: 1,

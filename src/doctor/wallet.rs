@@ -83,7 +83,7 @@ fn coldkey(wallet: &Wallet) -> Finding {
     }
 }
 
-/// The coldkey's secret has no business on a machine that serves strangers.
+/// The coldkey's secret must not be on a machine that serves the public.
 fn coldkey_secret(path: &Path) -> Option<Finding> {
     path.exists().then(|| {
         let fact = format!("{} holds the coldkey's secret", path.display());

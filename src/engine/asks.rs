@@ -19,7 +19,7 @@ pub(super) struct RowAt {
 }
 
 /// What a row says of its token, and what it contributes to the proof.
-pub(super) type Row = (Scored, Option<RowData>);
+pub(super) type ScoredRow = (Scored, Option<RowData>);
 
 /// What is asked of a row, or why its request ends before it is computed.
 type Asked<'a> = Result<RowAsk<'a>, Fault>;
@@ -58,7 +58,7 @@ pub(super) fn ask<'a>(
 }
 
 /// What the row at `position` says.
-pub(super) fn row(position: usize, result: Option<RowResult>) -> Result<Row, Fault> {
+pub(super) fn row(position: usize, result: Option<RowResult>) -> Result<ScoredRow, Fault> {
     match result {
         Some(Ok(report)) => match report.scores {
             Some(scored) => Ok((scored, report.proof)),

@@ -5,7 +5,7 @@
 //! it happened in: one request, the requests of the step, or, where the scheduler's own state may
 //! be broken, all requests; then the loop goes on with an empty scheduler.
 
-use super::asks::{Row, RowAt, ask, lay_out, row};
+use super::asks::{RowAt, ScoredRow, ask, lay_out, row};
 use super::backend::{Backend, Command, Submission};
 use super::guard::{Stage, Watch};
 use super::live::Live;
@@ -26,7 +26,7 @@ use std::time::Duration;
 const PANICS_MAX: u32 = 3;
 
 /// A row and what is known of it.
-type Reported = (RowAt, Result<Row, Fault>);
+type Reported = (RowAt, Result<ScoredRow, Fault>);
 
 /// The state of the owner thread.
 pub(super) struct Core {
@@ -251,7 +251,7 @@ impl Core {
     }
 
     /// What a row led to; rows of one sequence come in ascending position.
-    fn record(&mut self, id: SequenceId, at: RowAt, row: Result<Row, Fault>, now: Duration) {
+    fn record(&mut self, id: SequenceId, at: RowAt, row: Result<ScoredRow, Fault>, now: Duration) {
         if at.draft.is_some_and(|token| !self.scheduler.accept(id, at.position, token)) {
             return;
         }

@@ -3,7 +3,7 @@
 
 use super::request::Request;
 use crate::models::grammar::{Grammar, GrammarError};
-use crate::models::rules::{Rules, Seen};
+use crate::models::rules::{RowRules, Seen};
 use crate::models::sampler::Sampling;
 use crate::models::text::Text;
 use llguidance::toktrie::SimpleVob;
@@ -41,7 +41,7 @@ impl Draw {
     ///
     /// # Panics
     /// When there are drafts and a grammar: those do not go together.
-    pub fn rules(&self, request: &Request, drafts: &[u32]) -> Result<Rules, GrammarError> {
+    pub fn rules(&self, request: &Request, drafts: &[u32]) -> Result<RowRules, GrammarError> {
         assert!(drafts.is_empty() || self.grammar.is_none(), "drafts under a grammar");
         let allowed = self.grammar.as_ref().map(|g| g.lock().allowed()).transpose()?;
         let banned = self.banned_ids(request, drafts.len(), allowed.as_ref());
@@ -49,7 +49,7 @@ impl Draw {
         if request.sampling.has_penalties() {
             drafts.iter().for_each(|id| Arc::make_mut(&mut seen).push(&request.sampling, *id));
         }
-        Ok(Rules { seen, banned, allowed })
+        Ok(RowRules { seen, banned, allowed })
     }
 
     /// Ids that may not be drawn yet: those that would end the output before `min_tokens`, unless

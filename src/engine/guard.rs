@@ -1,4 +1,5 @@
-//! What a panic may cost: the request that it happened in, or the step, and never the process.
+//! Limits the effect of a panic to the request in which it happened, or to the step. The process
+//! always continues.
 
 use super::output::Fault;
 pub use super::stage::Stage;

@@ -1,5 +1,5 @@
-//! One running request: what it asks of its rows, and from their answers to tokens, text and an
-//! end.
+//! One running request: it makes the asks of its rows, and turns their answers into tokens, text
+//! and the end of the output.
 
 use super::backend::Place;
 use super::draw::Draw;
@@ -9,7 +9,7 @@ use super::stats::{Ended, Timeline};
 use super::transcript::Transcript;
 use crate::models::Model;
 use crate::models::pass::{Ranked, RowAsk, Scored, Scores, Token};
-use crate::proof::commit::{Chain, RowData};
+use crate::proof::commit::{ChunkChain, RowData};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -22,7 +22,7 @@ pub(super) struct Live {
     transcript: Transcript,
     prompt_sum: u64,
     output_sum: u64,
-    chain: Option<Chain>,
+    chain: Option<ChunkChain>,
     prompt_rows: Vec<PromptRow>,
     /// Position of the next row to report: rows before it were reported or not asked for.
     pub(super) next_row: usize,
@@ -44,7 +44,7 @@ impl Live {
             next_row: if request.prompt_logprobs.is_some() { 0 } else { request.prompt.len() - 1 },
             prompt_sum: request.prompt.iter().map(|id| u64::from(*id)).sum(),
             output_sum: 0,
-            chain: request.proof.as_ref().map(|p| Chain::new(p.root)),
+            chain: request.proof.as_ref().map(|p| ChunkChain::new(p.root)),
             prompt_rows: Vec::new(),
             cached_tokens: 0,
             timeline: Timeline::new(submitted),

@@ -38,7 +38,7 @@ use guard::Watch;
 use output::{Fault, Generation};
 use parking_lot::Mutex;
 use request::{InvalidRequest, Request};
-use scheduler::{Limits, Owner, Refusal, Scheduler};
+use scheduler::{Owner, Refusal, Scheduler, SchedulerLimits};
 use stats::Stats;
 use std::collections::HashMap;
 use std::io;
@@ -85,8 +85,8 @@ impl Options {
         }
     }
 
-    fn limits(&self) -> Limits {
-        Limits {
+    fn limits(&self) -> SchedulerLimits {
+        SchedulerLimits {
             step_tokens_max: self.step_tokens_max,
             mixed_tokens_max: self.sequences_max + MIXED_PREFILL_TOKENS.min(self.step_tokens_max),
             sequences_max: self.sequences_max,

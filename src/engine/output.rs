@@ -113,12 +113,12 @@ pub enum Fault {
     Stopped,
 }
 
-impl From<pass::Fault> for Fault {
-    fn from(fault: pass::Fault) -> Self {
+impl From<pass::PassFault> for Fault {
+    fn from(fault: pass::PassFault) -> Self {
         match fault {
-            pass::Fault::Weights(e) => Self::Weights(e.to_string()),
-            pass::Fault::Memory(what) | pass::Fault::Device(what) => Self::Device(what),
-            pass::Fault::Lost(what) => Self::Lost(what),
+            pass::PassFault::Weights(e) => Self::Weights(e.to_string()),
+            pass::PassFault::Memory(what) | pass::PassFault::Device(what) => Self::Device(what),
+            pass::PassFault::Lost(what) => Self::Lost(what),
         }
     }
 }

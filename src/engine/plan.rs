@@ -25,7 +25,7 @@ pub enum KvMemory {
 
 /// What the user asks for.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Wanted {
+pub struct MemoryWanted {
     /// Tokens of one sequence; the model's own context where absent.
     pub context_max: Option<usize>,
     /// Memory of the KV cache.
@@ -93,7 +93,7 @@ impl MemoryPlan {
     ///
     /// # Errors
     /// When it cannot fit, with the numbers.
-    pub fn new(spec: &Spec, wanted: Wanted, available: u64) -> Result<Self, PlanError> {
+    pub fn new(spec: &Spec, wanted: MemoryWanted, available: u64) -> Result<Self, PlanError> {
         Self::on(Device::Cpu, spec, wanted, available)
     }
 
@@ -104,7 +104,7 @@ impl MemoryPlan {
     pub fn on(
         device: Device,
         spec: &Spec,
-        wanted: Wanted,
+        wanted: MemoryWanted,
         available: u64,
     ) -> Result<Self, PlanError> {
         let context_max = wanted.context_max.unwrap_or(spec.context);
@@ -226,12 +226,16 @@ mod tests {
         config::parse(Path::new("config.json"), &json).unwrap()
     }
 
-    fn plan(wanted: Wanted, available: u64) -> Result<MemoryPlan, String> {
+    fn plan(wanted: MemoryWanted, available: u64) -> Result<MemoryPlan, String> {
         MemoryPlan::new(&spec(), wanted, available).map_err(|e| e.to_string())
     }
 
-    const WANTED: Wanted =
-        Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 8, drafts_max: 0 };
+    const WANTED: MemoryWanted = MemoryWanted {
+        context_max: None,
+        kv_memory: KvMemory::Auto,
+        sequences_max: 8,
+        drafts_max: 0,
+    };
 
     #[test]
     fn weights_are_two_bytes_a_parameter() {
@@ -251,17 +255,17 @@ mod tests {
     fn what_cannot_fit_is_refused_with_numbers() {
         for (wanted, available, want) in [
             (
-                Wanted { context_max: Some(9000), ..WANTED },
+                MemoryWanted { context_max: Some(9000), ..WANTED },
                 1 << 34,
                 "more than the model's context",
             ),
             (WANTED, 300 << 20, "hold"),
             (
-                Wanted { kv_memory: KvMemory::Bytes(1 << 20), ..WANTED },
+                MemoryWanted { kv_memory: KvMemory::Bytes(1 << 20), ..WANTED },
                 1 << 34,
                 "lower `context_max`",
             ),
-            (Wanted { kv_memory: KvMemory::Bytes(4 << 30), ..WANTED }, 1 << 30, "short"),
+            (MemoryWanted { kv_memory: KvMemory::Bytes(4 << 30), ..WANTED }, 1 << 30, "short"),
         ] {
             let error = plan(wanted, available).unwrap_err();
             assert!(error.contains(want), "{error}");

@@ -9,10 +9,11 @@
 //! sequences more, that owner's newest one is preempted: nobody waits for the end of an answer of
 //! somebody who has several. The oldest running sequence is never the one, so all end.
 //!
-//! A sequence that repeats itself may run ahead: the tokens that followed the same few tokens before
-//! are guessed ([`drafts`](super::drafts)) and computed as rows of the same step. A draft counts
-//! once the row before it has drawn that very token ([`Scheduler::accept`]), so drafts change how
-//! many steps an answer takes and nothing else. They use blocks that a sequence has already.
+//! A sequence that repeats itself may run ahead: the tokens that followed the same few tokens
+//! before are guessed ([`drafts`](super::drafts)) and computed as rows of the same step. A draft
+//! counts once the row before it has drawn that very token ([`Scheduler::accept`]), so drafts
+//! change how many steps an answer takes and nothing else. They use blocks that a sequence has
+//! already.
 //!
 //! No clock, no tensors, no channels: `tests/engine/scheduler_sim.rs` drives it from a seed.
 
@@ -28,7 +29,7 @@ pub struct Owner(pub [u8; 32]);
 
 /// Bounds of the scheduler.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct SchedulerLimits {
     /// Rows of a step that only prefills.
     pub step_tokens_max: usize,
     /// Rows of a step in which sequences decode: bounds how long a prefill delays them.
@@ -113,7 +114,7 @@ impl Sequence {
 
 /// Sequences, their blocks, and the order in which they run.
 pub struct Scheduler {
-    limits: Limits,
+    limits: SchedulerLimits,
     pool: BlockPool,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>, // oldest first
@@ -124,7 +125,7 @@ pub struct Scheduler {
 
 /// Figures for operators.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Load {
+pub struct SchedulerLoad {
     /// Sequences in steps.
     pub running: usize,
     /// Sequences in the queue.
@@ -143,7 +144,7 @@ pub struct Load {
 
 impl Scheduler {
     /// An empty scheduler over `blocks` KV blocks.
-    pub fn new(limits: Limits, blocks: usize) -> Self {
+    pub fn new(limits: SchedulerLimits, blocks: usize) -> Self {
         assert!(limits.step_tokens_max > 0 && limits.sequences_max > 0 && blocks > 0);
         assert!(limits.mixed_tokens_max > limits.sequences_max, "prefill must make progress");
         Self {
@@ -310,7 +311,7 @@ impl Scheduler {
             next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
             next.cached_tokens = next.computed;
         }
-        // Room for all known tokens, so that a newcomer does not preempt at once.
+        // Memory for all known tokens, so that a new sequence does not preempt at once.
         if !self.pool.grow(&mut next.table, next.tokens.len()) {
             self.pool.release(&mut next.table);
             next.computed = 0;
@@ -453,8 +454,8 @@ impl Scheduler {
     }
 
     /// Figures for operators.
-    pub fn load(&self) -> Load {
-        Load {
+    pub fn load(&self) -> SchedulerLoad {
+        SchedulerLoad {
             running: self.running.len(),
             waiting: self.waiting.len(),
             blocks_used: self.pool.total() - self.pool.available(),

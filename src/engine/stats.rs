@@ -1,6 +1,6 @@
 //! Counters and timings of one engine: written by its thread, read by anyone.
 
-use super::scheduler::{Load, Plan, Slice};
+use super::scheduler::{Plan, SchedulerLoad, Slice};
 use parking_lot::Mutex;
 use prometheus_client::metrics::histogram::Histogram;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub struct Stats {
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Snapshot {
     /// Queue, blocks and preemptions.
-    pub load: Load,
+    pub load: SchedulerLoad,
     /// Steps finished: a heartbeat.
     pub steps: u64,
     /// When the last step finished, by the engine's clock.
@@ -145,7 +145,7 @@ impl Stats {
         &self.timings
     }
 
-    pub(super) fn record_load(&self, load: Load) {
+    pub(super) fn record_load(&self, load: SchedulerLoad) {
         self.counters.lock().load = load;
     }
 

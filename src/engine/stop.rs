@@ -1,7 +1,7 @@
-//! Stop strings on a stream of text: what may be shown now, and where the text ends.
+//! Finds stop strings in streamed text: which text may be sent now, and where the output ends.
 //!
-//! Only a suffix that is a proper prefix of some stop string is held back; it is released as soon
-//! as it cannot become one, and at a normal end.
+//! Only a suffix that is a proper prefix of some stop string is held back. It is sent as soon as it
+//! can no longer become a stop string, and when the output ends otherwise.
 
 /// Searches one stream for stop strings.
 pub struct StopStrings {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Error, Map, Value};
 use serde_path_to_error::{Path, Segment};
 
-/// Reads a body; a large one beside the async threads.
+/// Reads a body; a large one on a thread that may block.
 ///
 /// # Errors
 /// As for [`parse`], and "busy" where too many are being read.

@@ -78,7 +78,7 @@ const IGNORED: [&str; 11] = [
 
 /// How responses are written, beyond the tokens themselves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Report {
+pub struct ResponseOptions {
     /// Log-probabilities with this many alternatives.
     pub logprobs: Option<usize>,
     /// Which distribution they describe.
@@ -99,7 +99,7 @@ pub struct Report {
     pub prompt_logprobs: Option<usize>,
 }
 
-impl Report {
+impl ResponseOptions {
     /// Alternatives of the prompt's rows, where anything needs them.
     fn prompt_rows(&self) -> Option<usize> {
         let echoed = self.logprobs.filter(|_| self.echo);
@@ -182,7 +182,7 @@ pub fn report(
     common: &Common,
     top: Option<i64>,
     defaults: Defaults,
-) -> Result<Report, RequestError> {
+) -> Result<ResponseOptions, RequestError> {
     let top = whole("top_logprobs", top, 0)?;
     if let Some(count) = top.filter(|count| *count > TOP_LOGPROBS_MAX) {
         let what = format!("must be at most {TOP_LOGPROBS_MAX}, got {count}");
@@ -217,7 +217,7 @@ pub fn report(
     if common.logprob_token_ids.is_some() && logprobs.is_none() {
         return Err(RequestError::field("logprob_token_ids", "needs `logprobs`"));
     }
-    Ok(Report {
+    Ok(ResponseOptions {
         logprobs,
         mode,
         skip_special: common.skip_special_tokens.unwrap_or(true),
@@ -240,7 +240,7 @@ pub struct Names {
 }
 
 /// What makes engine requests of an API request.
-pub struct Ask<'a> {
+pub struct Translator<'a> {
     /// The model.
     pub model: &'a Text,
     /// Longest sequence.
@@ -254,12 +254,12 @@ pub struct Ask<'a> {
     /// What fields are called.
     pub names: Names,
     /// How the response is written.
-    pub report: &'a Report,
+    pub report: &'a ResponseOptions,
     /// Where seeds come from.
     pub entropy: &'a Entropy,
 }
 
-impl Ask<'_> {
+impl Translator<'_> {
     /// `n` requests for each prompt, choices of a prompt side by side.
     ///
     /// # Errors

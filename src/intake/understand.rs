@@ -7,8 +7,8 @@ use super::error::RequestError;
 use super::prompt::{Room, chat_prompt, completion_prompts, count_prompts};
 use super::tools::ToolParser;
 use super::translate::{
-    Ask, COMPLETION_TOKENS_DEFAULT, Defaults, Names, Report, refuse_in_chats, refuse_unsupported,
-    report, whole,
+    COMPLETION_TOKENS_DEFAULT, Defaults, Names, ResponseOptions, Translator, refuse_in_chats,
+    refuse_unsupported, report, whole,
 };
 use super::work::{self, weight};
 use crate::engine::request::Request;
@@ -28,7 +28,7 @@ pub struct Understood {
     /// Choices of each prompt.
     pub n: usize,
     /// How the response is written.
-    pub report: Report,
+    pub report: ResponseOptions,
     /// What finds calls of tools.
     pub tools: Option<ToolParser>,
 }
@@ -90,7 +90,7 @@ impl Reader<'_> {
         refuse_unsupported(&common.unknown)?;
         refuse_completion_fields(request)?;
         let echo = request.echo == Some(true);
-        let report = Report { echo, ..report(&common, None, self.defaults)? };
+        let report = ResponseOptions { echo, ..report(&common, None, self.defaults)? };
         // Nothing need be generated where the prompt is what is asked about.
         let low = i64::from(!report.echo && report.prompt_logprobs.is_none());
         let max_tokens = whole("max_tokens", common.max_tokens, low)?;
@@ -127,12 +127,12 @@ impl Reader<'_> {
     async fn finish(
         self,
         common: &Common,
-        (endpoint, names, report, max_tokens): (Endpoint, Names, Report, Option<usize>),
+        (endpoint, names, report, max_tokens): (Endpoint, Names, ResponseOptions, Option<usize>),
         (prompts, tooling): (Vec<Vec<u32>>, Tooling),
     ) -> Result<Understood, RequestError> {
         let grammar = grammar(Arc::clone(self.model), common, &tooling).await?;
         let Self { model, context_max, entropy, .. } = self;
-        let ask = Ask {
+        let ask = Translator {
             model,
             context_max,
             common,

@@ -1,8 +1,8 @@
-//! Where texts are read: a bounded number of threads beside the async ones.
+//! A bounded number of threads that read large texts.
 //!
 //! Parsing a large body, rendering a template and tokenising take from microseconds to seconds. On
-//! an async thread they would keep every other connection waiting, so they run on threads that may
-//! block, in two lanes: what is small never waits behind what is large.
+//! an async thread they would delay all other connections, so they run on threads that may block.
+//! There are two queues, so that a small text never waits behind a large one.
 
 use super::error::RequestError;
 use std::io::{self, Write};

@@ -1,7 +1,7 @@
 //! From models.toml to running engines: files, memory plan, weights, each step with progress.
 
 use crate::clock::Clock;
-use crate::config::models_toml::{ModelConfig, Source};
+use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::engine::Engine;
 use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
@@ -59,8 +59,8 @@ pub trait Progress: Send + Sync {
 /// What is wrong with the files or the Hub, in words.
 pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> anyhow::Result<Located> {
     let (path, revision) = match &config.source {
-        Source::Path(path) => (path.clone(), path.display().to_string()),
-        Source::Hub { repo, revision, file } => {
+        ModelSource::Path(path) => (path.clone(), path.display().to_string()),
+        ModelSource::Hub { repo, revision, file } => {
             let hub = Hub::from_env()?;
             let wanted = file.as_deref().map_or(Wanted::Checkpoint, Wanted::File);
             let progress = |file: &str, done, total| shown.file(file, done, total);

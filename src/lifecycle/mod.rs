@@ -1,7 +1,7 @@
-//! Models of a models file, from their files to their end: located or downloaded, planned, loaded
-//! ([`load`]), followed while the file changes ([`reload`]), and watched ([`watch`]).
+//! The models of a models file: they are located or downloaded, planned and loaded ([`load`]),
+//! updated when the file changes ([`reload`]), and monitored ([`watch`]).
 //!
-//! Nothing here prints; who runs it says how progress is shown ([`load::Progress`]).
+//! Nothing here prints; the caller says how progress is shown ([`load::Progress`]).
 
 pub mod load;
 pub mod reload;

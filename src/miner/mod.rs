@@ -1,8 +1,10 @@
-//! A subnet's miner on top of a running server: registered, announced on chain, and following it.
+//! The miner of a subnet, on top of a running server: it is registered, announced on the chain, and
+//! follows the chain.
 //!
-//! [`Miner::join`] checks the registration, [`Miner::announce`] writes the address where it
-//! changed, [`Miner::follow`] keeps the door's list of members fresh for as long as the program
-//! runs. What passes by itself is waited for; only what an operator must mend ends a miner.
+//! [`Miner::join`] checks the registration, [`Miner::announce`] writes the address if it changed,
+//! and [`Miner::follow`] updates the list of members that may send requests for as long as the
+//! program runs. Temporary failures are retried; only a failure that an operator must correct ends
+//! a miner.
 
 pub mod address;
 
@@ -79,7 +81,7 @@ impl<C: Chain> Miner<C> {
         Self { chain, gate, signer, options, pace: Mutex::default() }
     }
 
-    /// Reads the metagraph, opens the door to its members, and checks that the hotkey is one.
+    /// Reads the metagraph, admits requests of its members, and checks that the hotkey is one.
     ///
     /// # Errors
     /// When the hotkey is not registered, or the chain cannot be asked or is not believed.

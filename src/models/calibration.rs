@@ -1,15 +1,16 @@
-//! The calibration pass: whitening for the residue sketch, from the hidden rows of a fixed text.
+//! The calibration pass: it computes the whitening for the residue sketch from the hidden rows of a
+//! fixed text.
 //!
-//! The pass is deterministic (the rows have the same bits everywhere), so any two parties who hold
-//! the same model compute the same calibration; its hash is part of what proofs are bound to. It is
-//! always computed here. The cache keeps it under the hash of what it was computed from, and it is
-//! used again only while its own hash is the one that was remembered then. A file beside a model
-//! may have come with it from a stranger (an extreme one makes every sketch zero): it is used for
-//! nothing, and refused where it differs.
+//! The pass is deterministic (the rows have the same bits everywhere), so any two parties that hold
+//! the same model compute the same calibration. Proofs are bound to its hash. It is always computed
+//! here. The cache stores it under the hash of its inputs, and it is used again only if its own
+//! hash equals the one that was stored with it. A calibration file beside a model may come from an
+//! untrusted publisher; an extreme one would make every sketch zero. Such a file is never used, and
+//! the model is refused if the file differs from what is computed.
 
 use super::error::LoadError;
 use super::model::Model;
-use super::pass::{Batch, Fault, Pass, RowAsk, RowResult, blocks_of};
+use super::pass::{Batch, Pass, PassFault, RowAsk, RowResult, blocks_of};
 use super::remembered::Remembered;
 use crate::files;
 use crate::ops::CANON;
@@ -126,7 +127,7 @@ fn hidden_rows(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadEr
     let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
     let results = match pass.step(&Batch::of(ids, 0), &asks) {
         Ok(results) => results,
-        Err(Fault::Weights(e)) => return Err(e),
+        Err(PassFault::Weights(e)) => return Err(e),
         Err(fault) => return Err(LoadError::Device(fault.to_string())),
     };
     let row = |result: RowResult| {
@@ -202,7 +203,7 @@ fn cached(
     let path = in_cache(remembered.0, root, model.dtype);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        bytes => bytes.map_err(Unusable::Read),
+        bytes => bytes.map_err(CalibrationFileError::Read),
     };
     let inputs = inputs(model, root)?;
     match bytes.and_then(|bytes| parse(&bytes, &inputs, remembered)) {
@@ -216,7 +217,7 @@ fn cached(
 
 /// Why a file with a calibration is not used.
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+enum CalibrationFileError {
     #[error(transparent)]
     Read(#[from] std::io::Error),
     #[error(transparent)]
@@ -229,16 +230,20 @@ enum Unusable {
     Weights,
 }
 
-fn parse(bytes: &[u8], inputs: &Hash, remembered: Remembered<'_>) -> Result<Calibration, Unusable> {
+fn parse(
+    bytes: &[u8],
+    inputs: &Hash,
+    remembered: Remembered<'_>,
+) -> Result<Calibration, CalibrationFileError> {
     let stored: Stored = serde_json::from_slice(bytes)?;
     if stored.inputs != to_hex(inputs) {
-        return Err(Unusable::Inputs);
+        return Err(CalibrationFileError::Inputs);
     }
     let Stored { exponents, means, shift, .. } = stored;
     let calibration = Calibration { exponents, means, shift };
     match remembered.calibration(inputs) == Some(calibration_hash(&calibration)) {
         true => Ok(calibration),
-        false => Err(Unusable::Hash),
+        false => Err(CalibrationFileError::Hash),
     }
 }
 
@@ -248,14 +253,14 @@ fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<()
     let path = beside(&model.checkpoint.path);
     let bytes = match files::read(&path, FILE_BYTES_MAX) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        bytes => bytes.map_err(Unusable::Read),
+        bytes => bytes.map_err(CalibrationFileError::Read),
     };
     let found = bytes.and_then(|b| {
         let found: Beside = serde_json::from_slice(&b)?;
         let dtype = model.dtype.to_string();
         match found.weights_root == to_hex(root) && found.dtype == dtype {
             true => Ok(found),
-            false => Err(Unusable::Weights),
+            false => Err(CalibrationFileError::Weights),
         }
     });
     let Beside { exponents, means, shift, .. } = match found {

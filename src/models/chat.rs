@@ -1,8 +1,8 @@
 //! Chat templates: Jinja rendered by minijinja, with the helpers that published templates expect.
 //!
-//! A template is a peer's text twice over (the publisher wrote it, the client fills it), so
-//! rendering runs on fuel and its result is bounded. What Python does differently from minijinja
-//! lies in `python.rs` and `dumps.rs`, what Jinja2's syntax has beyond it in `source.rs`.
+//! A template is untrusted twice: the publisher wrote it and the client fills it. So rendering has
+//! a limit on its steps and on the size of its result. `python.rs` and `dumps.rs` implement what
+//! Python does differently from minijinja, and `source.rs` translates syntax that only Jinja2 has.
 
 mod dumps;
 mod python;

@@ -1,4 +1,4 @@
-//! Where a model is computed.
+//! The device that computes a model.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,5 +1,6 @@
-//! The header of a safetensors file, read as a stranger's: eight bytes of length, then JSON that
-//! names every tensor. Nothing of it sizes an allocation before it is held against the file.
+//! Reads the header of a safetensors file, which is untrusted: eight bytes of length, then JSON
+//! that names every tensor. Every size is checked against the file before memory is allocated for
+//! it.
 
 use super::error::LoadError;
 use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};

@@ -1,4 +1,4 @@
-//! How far a token is from being the one that is drawn, where the noise is known.
+//! The margin of a token: how far it is from being the token that is drawn, if the noise is known.
 
 use super::sampler::{Distribution, Sampling, gumbel};
 

@@ -1,4 +1,5 @@
-//! Strangers' files may make a library panic: that is a failure of their model and of nothing else.
+//! Contains panics of libraries that read untrusted model files: such a panic fails that model
+//! only.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

@@ -1,15 +1,14 @@
-//! The seam between those who want rows of a model and the device that computes them.
+//! The interface between callers that need rows of a model and the device that computes them.
 //!
 //! A [`Pass`] owns its KV cache, its buffers and its logits. It takes a [`Batch`], which says what
-//! is computed, and a [`RowAsk`] for every row that counts, which says what is to be known of it.
-//! Both are plain data, and so is what comes back: logits stay where they are computed, unless a
-//! caller asks for the row itself. A device answers as [`rows`](super::rows) does, which is the
-//! definition; where it has no kernel for an ask ([`Scores::is_plain`] says where it needs none),
-//! it may copy that row to the host and call it.
+//! is computed, and a [`RowAsk`] for every row whose result is needed. Both are plain data, and so
+//! are the results. Logits stay on the device, unless a caller asks for the row itself.
+//! [`rows`](super::rows) defines what a device answers. If a device has no kernel for an ask (see
+//! [`Scores::is_plain`]), it may copy that row to the host and call the definition.
 
 use super::error::LoadError;
 use super::margin::Margin;
-use super::rules::Rules;
+use super::rules::RowRules;
 use super::sampler::Sampling;
 use crate::ops::attention::BLOCK_TOKENS;
 pub use crate::ops::attention::Segment;
@@ -23,7 +22,7 @@ pub trait Pass: Send {
     ///
     /// # Errors
     /// When the step could not be computed: what it would have written must not be read.
-    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, Fault>;
+    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, PassFault>;
 }
 
 /// The rows of one step.
@@ -84,7 +83,7 @@ pub struct Scores<'a> {
     /// Temperature, truncation, noise key, bias and penalties.
     pub sampling: &'a Sampling,
     /// What may be drawn, besides.
-    pub rules: Rules,
+    pub rules: RowRules,
     /// The distribution that log-probabilities, ranks and alternatives describe.
     pub mode: LogprobMode,
     /// So many of the most probable tokens.
@@ -105,7 +104,7 @@ pub enum Token {
     /// One that is known.
     Known(u32),
     /// One that is known, with its margin: how far it is from being drawn.
-    Judged(u32),
+    Measured(u32),
 }
 
 /// Which distribution log-probabilities describe.
@@ -167,13 +166,13 @@ pub struct Scored {
     pub near: Vec<(u32, f64)>,
     /// The best rank of the `ends`.
     pub end_rank: Option<u32>,
-    /// The margin, where the token is judged.
+    /// The margin, where the token is checked.
     pub margin: Option<Margin>,
 }
 
 /// Why a step failed; never the caller's fault.
 #[derive(Debug, thiserror::Error)]
-pub enum Fault {
+pub enum PassFault {
     /// Weights could not be read.
     #[error(transparent)]
     Weights(#[from] LoadError),
@@ -217,7 +216,7 @@ impl<'a> Scores<'a> {
         Self {
             token,
             sampling,
-            rules: Rules::default(),
+            rules: RowRules::default(),
             mode: LogprobMode::Raw,
             top: 0,
             ids: Vec::new(),

@@ -1,8 +1,8 @@
-//! What was computed of checkpoints and need not be computed again: weights roots by the identity
-//! of their files, and hashes of calibrations by what these were computed from.
+//! A cache of values that were computed from checkpoints: weights roots by the identity of their
+//! files, and hashes of calibrations by their inputs.
 //!
-//! It is one file of the cache, written by this program alone. A file that is damaged is as good
-//! as none: everything in it can be computed again.
+//! It is one file of the cache, written by this program alone. A damaged file is ignored, because
+//! everything in it can be computed again.
 
 use crate::files;
 use crate::proof::codec::{Encoder, Hash, from_hex, to_hex};
@@ -86,9 +86,9 @@ impl Remembered<'_> {
                 Err(why) => why,
             },
             Err(e) if e.kind() == ErrorKind::NotFound => return Kept::default(),
-            Err(e) => Unusable::Read(e),
+            Err(e) => CacheFileError::Read(e),
         };
-        tracing::warn!(path = %path.display(), "what was remembered is lost: {why}");
+        tracing::warn!(path = %path.display(), "the cache of computed values is not used: {why}");
         Kept::default()
     }
 
@@ -103,7 +103,7 @@ impl Remembered<'_> {
             .map_err(std::io::Error::other)
             .and_then(|bytes| files::replace(&self.path(), &bytes));
         if let Err(e) = written {
-            tracing::warn!(path = %self.path().display(), "cannot be remembered: {e}");
+            tracing::warn!(path = %self.path().display(), "cannot be stored in the cache: {e}");
         }
     }
 }
@@ -117,7 +117,7 @@ fn insert(entries: &mut BTreeMap<String, String>, key: &Hash, value: &Hash) {
 
 /// Why a file of what was remembered is not used.
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+enum CacheFileError {
     #[error(transparent)]
     Read(#[from] std::io::Error),
     #[error(transparent)]
@@ -128,15 +128,15 @@ enum Unusable {
     Damaged,
 }
 
-fn parse(bytes: &[u8]) -> Result<Kept, Unusable> {
+fn parse(bytes: &[u8]) -> Result<Kept, CacheFileError> {
     let stored: Stored = serde_json::from_slice(bytes)?;
     if stored.version != VERSION {
-        return Err(Unusable::Version(stored.version));
+        return Err(CacheFileError::Version(stored.version));
     }
     let want = check(&stored.kept)?;
     match stored.check == want {
         true => Ok(stored.kept),
-        false => Err(Unusable::Damaged),
+        false => Err(CacheFileError::Damaged),
     }
 }
 

@@ -1,7 +1,7 @@
-//! What a row says: the one rule for log-probabilities, ranks, draws and margins.
+//! Defines what is computed from a row of logits: log-probabilities, ranks, draws and margins.
 //!
-//! [`answer`] is the definition for every device, in the arithmetic of the CPU. One row is reduced
-//! by one thread, and each sum over the vocabulary is made once.
+//! [`answer`] is the definition for every device, in the arithmetic of the CPU. One thread reduces
+//! one row, and computes each sum over the vocabulary once.
 
 use super::margin::margin;
 use super::pass::{
@@ -79,7 +79,7 @@ fn score(isa: Isa, row: &mut [f32], position: u32, ask: &Scores<'_>) -> Result<S
     Ok(Scored { end_rank, ..scored })
 }
 
-/// The token of a row, and its margin where it is judged.
+/// The token of a row, and its margin where it is checked.
 struct Choice {
     token: u32,
     margin: Option<super::margin::Margin>,
@@ -97,7 +97,7 @@ fn choose(
     let choose = |drawn: Distribution<'_>| match ask.token {
         Token::Drawn => Choice { token: drawn.draw(sampling, position), margin: None },
         Token::Known(token) => Choice { token, margin: None },
-        Token::Judged(token) => {
+        Token::Measured(token) => {
             Choice { token, margin: Some(margin(&drawn, sampling, position, token)) }
         }
     };
@@ -160,7 +160,7 @@ impl Reading<'_> {
 mod tests {
     use super::*;
     use crate::models::pass::Near;
-    use crate::models::rules::{Rules, Seen};
+    use crate::models::rules::{RowRules, Seen};
     use std::sync::Arc;
 
     const ROW: [f32; 6] = [1.0, 4.0, 3.5, 3.5, -2.0, 0.5];
@@ -216,16 +216,16 @@ mod tests {
         let greedy = Sampling { presence_penalty: 2.0, ..Sampling::greedy() };
         let mut seen = Seen::new(&greedy, &[]);
         seen.push(&greedy, 1);
-        let rules = Rules { seen: Arc::new(seen), banned: vec![2], allowed: None };
+        let rules = RowRules { seen: Arc::new(seen), banned: vec![2], allowed: None };
         for (mode, rank) in [(LogprobMode::Raw, 2), (LogprobMode::Scaled, 1)] {
             let plain = Scores::new(Token::Drawn, &greedy);
             let ask = Scores { mode, rules: rules.clone(), ..plain };
             assert!(!ask.is_plain());
             let scored = read(&ask);
             assert_eq!((scored.token.token, scored.token.rank), (3, rank), "{mode:?}");
-            let judged = |token| read(&Scores { token: Token::Judged(token), ..ask.clone() });
-            assert!(judged(3).margin.unwrap().is_drawn);
-            assert_eq!(judged(0).margin.unwrap().logits, 1.0, "clipped");
+            let given = |token| read(&Scores { token: Token::Measured(token), ..ask.clone() });
+            assert!(given(3).margin.unwrap().is_drawn);
+            assert_eq!(given(0).margin.unwrap().logits, 1.0, "clipped");
         }
     }
 

@@ -1,4 +1,5 @@
-//! What may be drawn from a row: penalties, bias, banned ids and a grammar's mask.
+//! The rules of one row, beyond its sampling parameters: penalties, bias, banned ids and a
+//! grammar's mask.
 
 use super::sampler::Sampling;
 use llguidance::toktrie::SimpleVob;
@@ -28,7 +29,7 @@ impl Seen {
 
 /// What holds for one row, besides its request's [`Sampling`].
 #[derive(Clone, Default)]
-pub struct Rules {
+pub struct RowRules {
     /// The tokens so far.
     pub seen: Arc<Seen>,
     /// Ids that may not be drawn.
@@ -37,7 +38,7 @@ pub struct Rules {
     pub allowed: Option<SimpleVob>,
 }
 
-impl Rules {
+impl RowRules {
     /// Whether [`process`](Self::process) leaves a row as it is.
     pub fn keep_logits(&self, sampling: &Sampling) -> bool {
         self.banned.is_empty() && sampling.logit_bias.is_empty() && !sampling.has_penalties()
@@ -88,7 +89,7 @@ mod tests {
         let pick = |s: &Sampling, seen: &Seen, banned: &[u32]| {
             let mut row = x.to_vec();
             let (seen, banned) = (Arc::new(seen.clone()), banned.to_vec());
-            Rules { seen, banned, allowed: None }.process(&mut row, s);
+            RowRules { seen, banned, allowed: None }.process(&mut row, s);
             Distribution::new(Isa::best(), &row, s).draw(s, 0)
         };
         let plain = Sampling::greedy();

@@ -132,7 +132,7 @@ impl Kernel for TopK<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) -> Vec<(u32, f32)> {
         let mut best: Vec<(u32, f32)> = Vec::with_capacity(self.k + 1);
-        let mut bar = f32::NEG_INFINITY; // what a newcomer must exceed once `best` is full
+        let mut bar = f32::NEG_INFINITY; // what a further token must exceed once `best` is full
         for (i, chunk) in self.row.chunks(LANES).enumerate() {
             if best.len() == self.k && chunk.len() == LANES {
                 // SAFETY: the chunk has 16 values.

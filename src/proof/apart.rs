@@ -4,12 +4,12 @@
 //! themselves, and who computes the row a second time in another arithmetic knows in which
 //! direction that moves them and how far: what a residue should be held against.
 
-use super::residue::{Calibration, Profile, Sketch, project};
+use super::residue::{Calibration, ResidueBits, Sketch, project};
 
 /// One row and another computation of it.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Apart {
-    profile: Profile,
+    profile: ResidueBits,
     own: [f64; 8],
     delta: [f64; 8],
     square: f64,
@@ -22,7 +22,7 @@ impl Apart {
     /// # Panics
     /// When a row has another number of channels than the calibration.
     pub fn new(
-        (calibration, profile): (&Calibration, Profile),
+        (calibration, profile): (&Calibration, ResidueBits),
         (key, position): (u64, u32),
         own: &[f32],
         other: &[f32],
@@ -98,7 +98,7 @@ mod tests {
         let calibration = Calibration::from_rows(&data, 96, 0.02);
         let own = &data[..96];
         let other = moved(own, 0.02, 9);
-        for profile in [Profile::U8, Profile::U4] {
+        for profile in [ResidueBits::U8, ResidueBits::U4] {
             let apart = Apart::new((&calibration, profile), KEY, own, &other).unwrap();
             let theirs = sketch(&calibration, profile, KEY.0, KEY.1, &other);
             let square = |share| apart.residuals(&theirs, share).map(|r| r * r).sum::<f64>();
@@ -118,7 +118,7 @@ mod tests {
         let calibration = Calibration::from_rows(&data, 256, 0.02);
         let (own, other) = (&data[..256], moved(&data[..256], 0.02, 3));
         let at = |position: u32| {
-            let set = (&calibration, Profile::U8);
+            let set = (&calibration, ResidueBits::U8);
             Apart::new(set, (1, position), own, &other).unwrap()
         };
         let deltas: Vec<f64> = (0..500).flat_map(|p| at(p).deltas().to_vec()).collect();
@@ -130,7 +130,7 @@ mod tests {
     fn what_is_no_number_has_no_distance() {
         let data = noise(64 * 20, 4);
         let calibration = Calibration::from_rows(&data, 64, 0.02);
-        let set = (&calibration, Profile::U8);
+        let set = (&calibration, ResidueBits::U8);
         let own = &data[..64];
         for bad in [f32::NAN, f32::INFINITY] {
             let mut other = own.to_vec();

@@ -7,7 +7,7 @@
 //! and the reason of the end.
 
 use super::codec::{Encoder, Hash, first_u64};
-use super::residue::{Calibration, Profile, SKETCH_BYTES, Sketch, exact_hash, sketch};
+use super::residue::{Calibration, ResidueBits, SKETCH_BYTES, Sketch, exact_hash, sketch};
 use super::toploc::{self, TOP_K};
 use super::{CHUNK_ROWS, Scheme};
 
@@ -171,10 +171,10 @@ impl RowProver {
     }
 
     /// What a sketch and an exact hash are made with; `None` where the scheme has neither.
-    pub fn residue(&self) -> Option<(Profile, RowKeys, &std::sync::Arc<Calibration>)> {
+    pub fn residue(&self) -> Option<(ResidueBits, RowKeys, &std::sync::Arc<Calibration>)> {
         let profile = match self.scheme {
-            Scheme::Residue => Profile::U8,
-            Scheme::ResidueU4 => Profile::U4,
+            Scheme::Residue => ResidueBits::U8,
+            Scheme::ResidueU4 => ResidueBits::U4,
             Scheme::Toploc => return None,
         };
         Some((profile, self.keys, &self.calibration))
@@ -227,7 +227,7 @@ pub fn end_message(digest: &Hash, tokens: u32, reason: u8) -> Hash {
 
 /// The chain of one output: takes rows in order, closes a chunk every [`CHUNK_ROWS`].
 #[derive(Clone, Debug)]
-pub struct Chain {
+pub struct ChunkChain {
     root: Hash,
     digest: Hash,
     index: u32,
@@ -235,7 +235,7 @@ pub struct Chain {
     rows: Vec<RowData>,
 }
 
-impl Chain {
+impl ChunkChain {
     /// Begins at the root.
     pub fn new(root: Hash) -> Self {
         Self { root, digest: root, index: 0, ids: Vec::new(), rows: Vec::new() }
@@ -371,7 +371,7 @@ mod tests {
 
     fn run(scheme: Scheme, root: Hash, count: u32) -> (Vec<ChunkProof>, Hash) {
         let prover = RowProver::new(scheme, &root, calibration());
-        let mut chain = Chain::new(root);
+        let mut chain = ChunkChain::new(root);
         let mut chunks = Vec::new();
         for i in 0..count {
             let (bits, values) = row(i);

@@ -19,35 +19,35 @@ const CHANNEL_MAX: f32 = 32_767.0;
 
 /// How many projections, of how many bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Profile {
+pub enum ResidueBits {
     /// Four of eight bits.
     U8,
     /// Eight of four bits.
     U4,
 }
 
-impl Profile {
+impl ResidueBits {
     /// Projections of a row.
     pub fn projections(self) -> usize {
         match self {
-            Profile::U8 => 4,
-            Profile::U4 => 8,
+            ResidueBits::U8 => 4,
+            ResidueBits::U4 => 8,
         }
     }
 
     /// Values that a residue takes.
     pub(super) fn modulus(self) -> i32 {
         match self {
-            Profile::U8 => 256,
-            Profile::U4 => 16,
+            ResidueBits::U8 => 256,
+            ResidueBits::U4 => 16,
         }
     }
 
     /// Residue `j` of a sketch.
     pub(super) fn residue(self, sketch: &Sketch, j: usize) -> u8 {
         match self {
-            Profile::U8 => sketch[j],
-            Profile::U4 => sketch[j / 2] >> (4 * (j % 2)) & 15,
+            ResidueBits::U8 => sketch[j],
+            ResidueBits::U4 => sketch[j / 2] >> (4 * (j % 2)) & 15,
         }
     }
 
@@ -55,8 +55,8 @@ impl Profile {
     /// of the honest noise.
     pub fn shift(self, base: u8) -> u32 {
         match self {
-            Profile::U8 => u32::from(base),
-            Profile::U4 => u32::from(base) + 2,
+            ResidueBits::U8 => u32::from(base),
+            ResidueBits::U4 => u32::from(base) + 2,
         }
     }
 
@@ -174,7 +174,7 @@ pub type Sketch = [u8; SKETCH_BYTES];
 /// When the row has another number of channels than the calibration.
 pub fn sketch(
     calibration: &Calibration,
-    profile: Profile,
+    profile: ResidueBits,
     key: u64,
     position: u32,
     values: &[f32],
@@ -185,7 +185,7 @@ pub fn sketch(
 /// Projections of a whitened row, before anything is dropped of them.
 pub(super) fn project(
     calibration: &Calibration,
-    profile: Profile,
+    profile: ResidueBits,
     key: u64,
     position: u32,
     values: &[f32],
@@ -219,20 +219,20 @@ fn signed_sum(whitened: &[i32; 32], signs: u32) -> i32 {
     sum
 }
 
-fn pack(profile: Profile, shift: u8, sums: &[i32; 8]) -> Sketch {
+fn pack(profile: ResidueBits, shift: u8, sums: &[i32; 8]) -> Sketch {
     let shift = profile.shift(shift);
     let half = if shift == 0 { 0 } else { 1 << (shift - 1) };
     let residue = |sum: i32| (((sum + half) >> shift) & (profile.modulus() - 1)) as u8;
     match profile {
-        Profile::U8 => std::array::from_fn(|i| residue(sums[i])),
-        Profile::U4 => {
+        ResidueBits::U8 => std::array::from_fn(|i| residue(sums[i])),
+        ResidueBits::U4 => {
             std::array::from_fn(|i| residue(sums[2 * i]) | residue(sums[2 * i + 1]) << 4)
         }
     }
 }
 
 /// Energy of the difference of two sketches of one row: the mean squared wrapped difference.
-pub fn row_energy(profile: Profile, a: &Sketch, b: &Sketch) -> f64 {
+pub fn row_energy(profile: ResidueBits, a: &Sketch, b: &Sketch) -> f64 {
     let modulus = profile.modulus();
     let square = |x: u8, y: u8| {
         let d = (i32::from(x) - i32::from(y)).rem_euclid(modulus);
@@ -241,8 +241,10 @@ pub fn row_energy(profile: Profile, a: &Sketch, b: &Sketch) -> f64 {
     };
     let pairs = a.iter().zip(b);
     let total: f64 = match profile {
-        Profile::U8 => pairs.map(|(x, y)| square(*x, *y)).sum(),
-        Profile::U4 => pairs.map(|(x, y)| square(x & 15, y & 15) + square(x >> 4, y >> 4)).sum(),
+        ResidueBits::U8 => pairs.map(|(x, y)| square(*x, *y)).sum(),
+        ResidueBits::U4 => {
+            pairs.map(|(x, y)| square(x & 15, y & 15) + square(x >> 4, y >> 4)).sum()
+        }
     };
     total / profile.projections() as f64
 }
@@ -324,7 +326,7 @@ mod tests {
         let data = rows(300, channels, 2);
         let calibration = Calibration::from_rows(&data, channels, 0.02);
         assert_eq!(calibration.shift, 4);
-        for (profile, honest_max) in [(Profile::U8, 70.0), (Profile::U4, 6.0)] {
+        for (profile, honest_max) in [(ResidueBits::U8, 70.0), (ResidueBits::U4, 6.0)] {
             let (mut honest, mut forged) = (0.0, 0.0);
             let rows = 200;
             for (r, row) in data.chunks_exact(channels).take(rows).enumerate() {
@@ -344,11 +346,11 @@ mod tests {
     fn sketches_depend_on_key_position_and_row() {
         let data = rows(2, 96, 3);
         let calibration = Calibration::from_rows(&data, 96, 0.02);
-        let base = sketch(&calibration, Profile::U8, 1, 5, &data[..96]);
-        assert_eq!(base, sketch(&calibration, Profile::U8, 1, 5, &data[..96]));
-        assert_ne!(base, sketch(&calibration, Profile::U8, 2, 5, &data[..96]));
-        assert_ne!(base, sketch(&calibration, Profile::U8, 1, 6, &data[..96]));
-        assert_ne!(base, sketch(&calibration, Profile::U8, 1, 5, &data[96..]));
+        let base = sketch(&calibration, ResidueBits::U8, 1, 5, &data[..96]);
+        assert_eq!(base, sketch(&calibration, ResidueBits::U8, 1, 5, &data[..96]));
+        assert_ne!(base, sketch(&calibration, ResidueBits::U8, 2, 5, &data[..96]));
+        assert_ne!(base, sketch(&calibration, ResidueBits::U8, 1, 6, &data[..96]));
+        assert_ne!(base, sketch(&calibration, ResidueBits::U8, 1, 5, &data[96..]));
     }
 
     #[test]

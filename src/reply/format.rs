@@ -3,7 +3,7 @@
 use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::proof::{ProofHead, chunk};
 use crate::intake::tools::{Parsed, ToolParser, merge};
-use crate::intake::translate::Report;
+use crate::intake::translate::ResponseOptions;
 use crate::models::pass::Ranked;
 use crate::models::text::Text;
 use crate::models::tokenizer::{Detokenizer, TextTokenizer};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// Writes the steps of one choice, in order.
 pub struct Formatter {
     model: Arc<Text>,
-    report: Report,
+    report: ResponseOptions,
     proof: Option<ProofHead>,
     tools: Option<ToolParser>,
     index: usize,
@@ -39,7 +39,7 @@ impl Formatter {
     /// For choice `index`, proved as `proof` says, its text split by `tools`.
     pub fn new(
         model: Arc<Text>,
-        report: Report,
+        report: ResponseOptions,
         proof: Option<ProofHead>,
         tools: Option<ToolParser>,
         index: usize,

@@ -1,7 +1,7 @@
 //! A response as a stream: one chunk for each token, with its id, powv and proof.
 
 use super::format::{Echo, Formatter};
-use super::head::Head;
+use super::head::ResponseHead;
 use crate::engine::output::{Event, Fault, Finish, PromptRow, Step};
 use crate::intake::Endpoint;
 use crate::wire::openai::response::CompletionChoice;
@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 
 /// Turns the events of all choices into frames.
 pub struct Frames {
-    head: Head,
+    head: ResponseHead,
     formatters: Vec<Formatter>,
     frames: VecDeque<String>,
     has_begun: Vec<bool>, // by choice: its prompt's ids are sent
@@ -24,7 +24,7 @@ pub struct Frames {
 impl Frames {
     /// For the response `head`, whose choices `formatters` write. What is sent before the first
     /// token is computed is there at once.
-    pub fn new(head: Head, formatters: Vec<Formatter>) -> Self {
+    pub fn new(head: ResponseHead, formatters: Vec<Formatter>) -> Self {
         let count = formatters.len();
         let mut frames = Self {
             head,

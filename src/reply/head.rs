@@ -1,7 +1,7 @@
-//! What all parts of one response share: its endpoint, its name, its prompts.
+//! The values that all parts of one response share: its endpoint, its id, its prompts.
 
 use crate::intake::Endpoint;
-use crate::intake::translate::Report;
+use crate::intake::translate::ResponseOptions;
 use crate::wire::openai::Usage;
 use crate::wire::openai::response::Response;
 
@@ -58,11 +58,11 @@ impl Prompts {
 
 /// What all chunks of a response share.
 #[derive(Clone, Debug)]
-pub struct Head {
+pub struct ResponseHead {
     /// Which endpoint.
     pub endpoint: Endpoint,
     /// How it is written.
-    pub report: Report,
+    pub report: ResponseOptions,
     /// What it answers.
     pub prompts: Prompts,
     /// Name of the request, without the endpoint's prefix.
@@ -75,7 +75,7 @@ pub struct Head {
     pub fingerprint: String,
 }
 
-impl Head {
+impl ResponseHead {
     /// A body with these choices.
     pub fn body<C>(
         &self,

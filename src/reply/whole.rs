@@ -1,7 +1,7 @@
 //! A response that is written at once.
 
 use super::format::{Echo, Formatter, prompt_logprobs};
-use super::head::Head;
+use super::head::ResponseHead;
 use crate::engine::output::{Finish, PromptRow, Step};
 use crate::intake::Endpoint;
 use crate::models::text::Text;
@@ -31,7 +31,12 @@ pub enum Whole {
 }
 
 /// The response whose choices `formatters` write from `outcomes`, in order.
-pub fn whole(head: &Head, formatters: Vec<Formatter>, model: &Text, outcomes: &[Outcome]) -> Whole {
+pub fn whole(
+    head: &ResponseHead,
+    formatters: Vec<Formatter>,
+    model: &Text,
+    outcomes: &[Outcome],
+) -> Whole {
     let prompts = &head.prompts;
     let cached = |(i, o): (usize, &Outcome)| match prompts.first(i) == i {
         true => o.finish.cached_tokens,

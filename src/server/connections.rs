@@ -1,8 +1,9 @@
-//! Which connections are open: at most so many, at most so many of one address, and when a limit is
-//! reached the one that has kept the server waiting longest gives way to the newcomer.
+//! The open connections: limits on their number, in all and for each address. At a limit, the
+//! connection that has kept the server waiting longest is closed for the new one.
 //!
-//! A connection whose request has arrived and is being answered never gives way. So a flood of
-//! half-sent requests only displaces itself, and a probe gets in whoever else is connected.
+//! A connection whose request has arrived and is being answered is never closed. So a flood of
+//! half-sent requests only displaces its own connections, and a health probe always gets a
+//! connection.
 
 use crate::clock::Clock;
 use parking_lot::Mutex;
@@ -185,7 +186,7 @@ impl Place {
         self.peer.clone()
     }
 
-    /// Completes when it must give way.
+    /// Completes when it must be closed for another one.
     pub async fn given_up(&self) {
         self.leave.cancelled().await;
     }
@@ -252,7 +253,7 @@ mod tests {
         let (all, clock) = connections(100);
         let other = all.admit(ip("10.0.0.2"), 3).unwrap();
         let places: Vec<Place> = (0..3).map(|_| all.admit(ip("10.0.0.1"), 3).unwrap()).collect();
-        // All are new: nobody gives way.
+        // All are new: none is closed for another one.
         assert_eq!(all.admit(ip("10.0.0.1"), 3).err(), Some(Full::Address(3)));
         clock.advance(GRACE);
         // The first is being answered, the second has been before, the third never sent anything.

@@ -12,10 +12,10 @@ use crate::engine::request::Request;
 use crate::intake::Endpoint;
 use crate::intake::proof::ProofHead;
 use crate::intake::tools::ToolParser;
-use crate::intake::translate::Report;
+use crate::intake::translate::ResponseOptions;
 use crate::reply::format::Formatter;
 use crate::reply::frames::Frames;
-use crate::reply::head::{Head, Prompts};
+use crate::reply::head::{Prompts, ResponseHead};
 use crate::reply::whole::{Outcome, whole};
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -32,7 +32,7 @@ pub struct Job {
     /// Choices of each prompt.
     pub n: usize,
     /// How the response is written.
-    pub report: Report,
+    pub report: ResponseOptions,
     /// What the proof of each choice is bound to; none where no proof was asked for.
     pub proofs: Vec<ProofHead>,
     /// What finds calls of tools in each choice.
@@ -55,13 +55,13 @@ impl Job {
         (0..self.requests.len()).map(&mut formatter).collect()
     }
 
-    fn head(&self, state: &ServerState) -> Head {
+    fn head(&self, state: &ServerState) -> ResponseHead {
         let id = match &self.request_id {
             Some(id) => id.clone(),
             None => state.entropy().uuid().simple().to_string(),
         };
         let prompts = self.requests.iter().step_by(self.n).map(|r| r.prompt.clone()).collect();
-        Head {
+        ResponseHead {
             endpoint: self.endpoint,
             id,
             created: state.clock().unix_ms() / 1000,

@@ -251,7 +251,7 @@ impl hyper::service::Service<Request<Incoming>> for Answering {
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        // Whoever asks open routes only and takes answers slowly may give way.
+        // A client that uses open routes only and reads slowly may be disconnected for another one.
         let peer = (!is_open(request.uri().path())).then(|| self.peer.clone());
         let mut request =
             request.map(|body| Noted { body, peer: peer.clone(), note: Peer::arrived });
@@ -321,7 +321,7 @@ impl Refusals {
              content-length: {}\r\nretry-after: 1\r\nconnection: close\r\n\r\n",
             body.len()
         );
-        // A fresh socket has room for this; where it has not, closing it says enough.
+        // A fresh socket has room for this. If it has not, closing it is enough.
         if let Ok(mut socket) = socket.into_std() {
             let _ = socket.write_all((head + &body).as_bytes());
         }

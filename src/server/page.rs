@@ -1,4 +1,5 @@
-//! A page at `/` to chat with a model and look at its tokens: plain files, nothing from elsewhere.
+//! The page at `/`, where a person can chat with a model and look at its tokens. It consists of
+//! plain files and loads nothing from other hosts.
 
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};

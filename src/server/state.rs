@@ -93,7 +93,7 @@ impl ServerState {
         Self(Arc::new(inner))
     }
 
-    /// The door of the signed routes, where this is a subnet's miner.
+    /// The state of the signed routes, if this is a subnet's miner.
     pub fn gate(&self) -> Option<&Gate> {
         self.0.gate.as_ref()
     }

@@ -4,7 +4,7 @@ use super::error::{Cause, StoreError};
 use super::lock::Lock;
 use super::place::{Place, sqlite_url};
 use super::schema::{self, VERSIONS};
-use super::session::{Access, Connections, LIMITS, Limits, Session};
+use super::session::{Access, Connections, LIMITS, Session, SessionLimits};
 use crate::clock::Clock;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -68,7 +68,7 @@ impl Store {
     pub(super) async fn open_as(
         url: &str,
         versions: &[&str],
-        limits: Limits,
+        limits: SessionLimits,
     ) -> Result<Self, StoreError> {
         let place = located(Place::parse(url)?)?;
         let refuse = |cause| failed(&place, cause);

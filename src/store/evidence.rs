@@ -16,12 +16,10 @@ impl Store {
     /// # Errors
     /// When it cannot be read.
     pub async fn evidence(&self, hotkey: &str, model: &str) -> Result<Option<Value>, StoreError> {
-        let mut session = self.read(&format!("read the evidence about {hotkey}")).await?;
-        let rows = session.rows(LOAD, vec![hotkey.into(), model.into()]).await?;
-        let state = rows.first().map(|row| get_json(row, "state")).transpose();
-        let state = state.map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(state)
+        let session = self.read(&format!("read the evidence about {hotkey}")).await?;
+        let values = vec![hotkey.into(), model.into()];
+        let states = session.read(LOAD, values, |row| get_json(row, "state")).await?;
+        Ok(states.into_iter().next())
     }
 
     /// Replaces what is known of a hotkey with a model.

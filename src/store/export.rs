@@ -1,5 +1,6 @@
 //! All rows of a table, page after page, for whoever wants the data elsewhere. A page is a
-//! transaction of its own: a slow reader holds up neither the validator nor the database's upkeep.
+//! transaction of its own: a slow reader delays neither the validator nor the database's
+//! maintenance.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

@@ -1,4 +1,4 @@
-//! Who holds which uid: another hotkey at the same place has none of its predecessor's samples.
+//! Which hotkey holds which uid. A new hotkey at a uid gets none of the samples of the one before.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

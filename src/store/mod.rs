@@ -1,10 +1,10 @@
-//! What a validator remembers: rounds, verdicts, samples, weights and evidence, in SQLite or in
+//! The records of a validator: rounds, verdicts, samples, weights and evidence, in SQLite or in
 //! PostgreSQL by the same queries.
 //!
-//! [`Store`] is the database, [`record`] what goes in and comes out. What `save_round` and
-//! `plan_weights` have returned is committed: on the disk with SQLite, as safe as the server makes
-//! it with PostgreSQL. Nothing here judges or counts; a record that cannot be kept is refused, not
-//! bent. `docs/database.md` describes the tables.
+//! [`Store`] is the database, [`record`] has the data. When `save_round` or `plan_weights` has
+//! returned, the data is committed: it is on the disk with SQLite, and as safe as the server makes
+//! it with PostgreSQL. The store neither verifies nor scores. It refuses a record that it cannot
+//! store, and never changes one. `docs/database.md` describes the tables.
 
 mod database;
 mod error;
@@ -29,4 +29,4 @@ pub use database::Store;
 pub use error::{Cause, StoreError};
 pub use export::{Cell, Export, Filter, What};
 pub use retain::{Removed, Retention};
-pub use weights::Claim;
+pub use weights::WeightsClaim;

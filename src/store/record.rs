@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// A model was asked for of a set of miners, with one request, and their answers were judged.
+/// A model was asked for of a set of miners, with one request, and their answers were checked.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Round {
     /// Unique over all rounds: 32 hexadecimal digits.
@@ -146,7 +146,7 @@ pub struct RoundHead {
 
 /// What was found of one answer, without the answer.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Verdict {
+pub struct ResponseVerdict {
     /// The round.
     pub round: String,
     /// When it began, in milliseconds since 1970.
@@ -167,7 +167,7 @@ pub struct Verdict {
 
 /// What one miner did in a round, with that round.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Answered {
+pub struct RoundResponse {
     /// The round.
     pub round: RoundHead,
     /// What the miner did.

@@ -1,4 +1,4 @@
-//! What a store forgets: by age, by count, and captures before verdicts.
+//! Deletes old records: by age, by count, and captures earlier than verdicts.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

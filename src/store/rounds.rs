@@ -3,7 +3,7 @@
 use super::database::Store;
 use super::error::{Cause, StoreError};
 use super::hotkeys;
-use super::record::{Answered, Outcome, Response, Round, RoundHead, Sampled, Timing};
+use super::record::{Outcome, Response, Round, RoundHead, RoundResponse, Sampled, Timing};
 use super::rows::{
     finite, get, get_json, get_json_or_none, get_number, json, number, placeholders,
 };
@@ -93,18 +93,14 @@ impl Store {
         before_ms: u64,
         limit: u32,
     ) -> Result<Vec<RoundHead>, StoreError> {
-        let mut session = self.read(&format!("read the rounds of netuid {netuid}")).await?;
+        let session = self.read(&format!("read the rounds of netuid {netuid}")).await?;
         let sql = format!(
             "SELECT {HEAD} FROM rounds r WHERE r.netuid = $1 AND r.started_ms < $2
              ORDER BY r.started_ms DESC, r.id DESC LIMIT $3"
         );
         let before = i64::try_from(before_ms).unwrap_or(i64::MAX);
         let values = vec![netuid.into(), before.into(), limit.min(HEADS_MAX).into()];
-        let rows = session.rows(&sql, values).await?;
-        let heads = rows.iter().map(head).collect::<Result<_, _>>();
-        let heads = heads.map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(heads)
+        session.read(&sql, values, head).await
     }
 
     /// What the miner at `uid` did last, newest first; at most 1,000.
@@ -116,8 +112,8 @@ impl Store {
         netuid: u16,
         uid: u16,
         limit: u32,
-    ) -> Result<Vec<Answered>, StoreError> {
-        let mut session = self.read(&format!("read the responses of uid {uid}")).await?;
+    ) -> Result<Vec<RoundResponse>, StoreError> {
+        let session = self.read(&format!("read the responses of uid {uid}")).await?;
         let columns = RESPONSE.map(|column| format!("p.{column}")).join(", ");
         // The round's id, netuid and time stand in both.
         let sql = format!(
@@ -126,12 +122,8 @@ impl Store {
              ORDER BY p.started_ms DESC, p.round DESC LIMIT $3"
         );
         let values = vec![netuid.into(), uid.into(), limit.min(ANSWERED_MAX).into()];
-        let rows = session.rows(&sql, values).await?;
-        let read = |row| Ok(Answered { round: head(row)?, response: response(row)? });
-        let answered = rows.iter().map(read).collect::<Result<_, Cause>>();
-        let answered = answered.map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(answered)
+        let read = |row: &AnyRow| Ok(RoundResponse { round: head(row)?, response: response(row)? });
+        session.read(&sql, values, read).await
     }
 }
 

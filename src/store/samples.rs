@@ -67,12 +67,8 @@ impl Store {
         }
         // No round has a greater number than the databases can hold.
         let since = number("not_before_block", not_before_block).unwrap_or(i64::MAX);
-        let mut session = self.read(&operation).await?;
-        let rows = session.rows(NEWEST, vec![netuid.into(), last.into(), since.into()]).await?;
-        let samples = rows.iter().map(sample).collect::<Result<_, _>>();
-        let samples = samples.map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(samples)
+        let session = self.read(&operation).await?;
+        session.read(NEWEST, vec![netuid.into(), last.into(), since.into()], sample).await
     }
 }
 

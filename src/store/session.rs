@@ -18,12 +18,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How long a store waits.
 #[derive(Clone, Copy)]
-pub(super) struct Limits {
+pub(super) struct SessionLimits {
     /// For a connection that others use.
     turn: Duration,
     /// For a connection to be made.
     connect: Duration,
-    /// For an idle connection to show that it lives.
+    /// How long an idle connection may take to answer a test.
     ping: Duration,
     /// For one statement. The server's own limit is a little less.
     statement: Duration,
@@ -32,7 +32,7 @@ pub(super) struct Limits {
 }
 
 /// How long a store waits unless a test has no time for it.
-pub(super) const LIMITS: Limits = Limits {
+pub(super) const LIMITS: SessionLimits = SessionLimits {
     turn: Duration::from_secs(30),
     connect: Duration::from_secs(10),
     ping: Duration::from_secs(5),
@@ -40,7 +40,7 @@ pub(super) const LIMITS: Limits = Limits {
     close: Duration::from_secs(5),
 };
 
-impl Limits {
+impl SessionLimits {
     /// The same limit for everything.
     #[cfg(test)]
     pub(super) fn all(limit: Duration) -> Self {
@@ -143,7 +143,7 @@ pub(super) struct Connections {
     permits: Arc<Semaphore>,
     /// How many there may be.
     max: u32,
-    limits: Limits,
+    limits: SessionLimits,
 }
 
 impl Connections {
@@ -153,7 +153,7 @@ impl Connections {
         url: &str,
         access: Access,
         max: u32,
-        limits: Limits,
+        limits: SessionLimits,
     ) -> Result<Self, Cause> {
         sqlx::any::install_default_drivers();
         let options: AnyConnectOptions =
@@ -196,7 +196,7 @@ impl Connections {
         StoreError { database: self.place.shown(), operation: operation.to_owned(), cause }
     }
 
-    /// One that lives: an idle one, or a new one.
+    /// A working connection: an idle one, or a new one.
     async fn connection(&self) -> Result<AnyConnection, Cause> {
         loop {
             let Some(mut idle) = self.idle.lock().pop() else { return self.connect().await };
@@ -304,6 +304,20 @@ impl Session {
         let rows = self.rows(sql, values).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         row.try_get(0).map_err(|e| self.error(Cause::Stored(e.to_string())))
+    }
+
+    /// Runs a query, reads each of its rows, and ends the transaction.
+    pub(super) async fn read<T>(
+        mut self,
+        sql: &str,
+        values: Vec<Bound<'_>>,
+        read: impl Fn(&AnyRow) -> Result<T, Cause>,
+    ) -> Result<Vec<T>, StoreError> {
+        let rows = self.rows(sql, values).await?;
+        let read = rows.iter().map(read).collect::<Result<_, _>>();
+        let read = read.map_err(|cause| self.error(cause))?;
+        self.commit().await?;
+        Ok(read)
     }
 
     /// Makes what was done last, and gives the connection back.

@@ -4,8 +4,8 @@
 use super::place::Place;
 use super::record::{Outcome, Response, Round, Sampled, Timing, Weights, WeightsState};
 use super::schema::VERSIONS;
-use super::session::{LIMITS, Limits};
-use super::{Cause, Claim, Filter, Retention, Store, StoreError, What};
+use super::session::{LIMITS, SessionLimits};
+use super::{Cause, Filter, Retention, Store, StoreError, WeightsClaim, What};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sqlx::Connection;
@@ -373,32 +373,38 @@ fn weights_of_an_epoch_go_out_once() {
         let nothing = store.mark_weights(4, 7, &sent).await.unwrap_err();
         assert!(nothing.to_string().contains("nothing is planned for this epoch"), "{nothing}");
         // A plan that was not sent is replaced by the next one.
-        assert_eq!(store.plan_weights(&plan(7, 1)).await.unwrap(), Claim::Ours);
-        assert_eq!(store.plan_weights(&plan(7, 2)).await.unwrap(), Claim::Ours);
+        assert_eq!(store.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(store.plan_weights(&plan(7, 2)).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.unfinished_weights().await.unwrap(), [plan(7, 2)]);
-        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), Claim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
         // The same answer again, for the first one may have been lost; but nothing else.
-        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), Claim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
         let other = WeightsState::Sent { hash: "0xbb".into() };
-        assert_eq!(store.mark_weights(4, 7, &other).await.unwrap(), Claim::Taken(sent.clone()));
+        assert_eq!(
+            store.mark_weights(4, 7, &other).await.unwrap(),
+            WeightsClaim::Taken(sent.clone())
+        );
         let again = store.plan_weights(&plan(7, 3)).await.unwrap();
-        assert_eq!(again, Claim::Taken(sent.clone()));
+        assert_eq!(again, WeightsClaim::Taken(sent.clone()));
         let last = store.last_weights(4).await.unwrap().unwrap();
         assert_eq!(last, Weights { state: sent, ..plan(7, 2) });
         let committed = WeightsState::Committed { hash: "0xcc".into(), reveal_round: 99 };
-        assert_eq!(store.mark_weights(4, 7, &committed).await.unwrap(), Claim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &committed).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.unfinished_weights().await.unwrap()[0].state, committed);
         let failed = WeightsState::Failed { why: "the chain has others".into() };
-        assert_eq!(store.mark_weights(4, 7, &failed).await.unwrap(), Claim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &failed).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.unfinished_weights().await.unwrap(), []);
         // It was seen later after all; and then it stays so.
-        assert_eq!(store.mark_weights(4, 7, &WeightsState::Confirmed).await.unwrap(), Claim::Ours);
+        assert_eq!(
+            store.mark_weights(4, 7, &WeightsState::Confirmed).await.unwrap(),
+            WeightsClaim::Ours
+        );
         let late = store.mark_weights(4, 7, &failed).await.unwrap();
-        assert_eq!(late, Claim::Taken(WeightsState::Confirmed));
+        assert_eq!(late, WeightsClaim::Taken(WeightsState::Confirmed));
         // Another epoch and another subnet have their own.
-        assert_eq!(store.plan_weights(&plan(8, 1)).await.unwrap(), Claim::Ours);
+        assert_eq!(store.plan_weights(&plan(8, 1)).await.unwrap(), WeightsClaim::Ours);
         let elsewhere = Weights { netuid: 5, ..plan(7, 1) };
-        assert_eq!(store.plan_weights(&elsewhere).await.unwrap(), Claim::Ours);
+        assert_eq!(store.plan_weights(&elsewhere).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.last_weights(4).await.unwrap(), Some(plan(8, 1)));
     });
 }
@@ -408,16 +414,16 @@ fn weights_that_another_run_planned_are_not_sent() {
     on_each(async |site| {
         let sent = WeightsState::Sent { hash: "0xaa".into() };
         let first = Store::open(&site.url).await.unwrap();
-        assert_eq!(first.plan_weights(&plan(7, 1)).await.unwrap(), Claim::Ours);
+        assert_eq!(first.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
         // A crash, and the next run of the program.
         first.close().await;
         drop(first);
         let store = Store::open(&site.url).await.unwrap();
         assert_eq!(store.unfinished_weights().await.unwrap(), [plan(7, 1)]);
         let taken = store.mark_weights(4, 7, &sent).await.unwrap();
-        assert_eq!(taken, Claim::Taken(WeightsState::Planned));
-        assert_eq!(store.plan_weights(&plan(7, 2)).await.unwrap(), Claim::Ours);
-        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), Claim::Ours);
+        assert_eq!(taken, WeightsClaim::Taken(WeightsState::Planned));
+        assert_eq!(store.plan_weights(&plan(7, 2)).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
     });
 }
 
@@ -436,7 +442,7 @@ fn of_many_that_plan_at_once_one_sends() {
                     let planned = store.plan_weights(&plan(epoch, run)).await.unwrap();
                     let sent = WeightsState::Sent { hash: format!("{run}") };
                     let marked = store.mark_weights(4, epoch, &sent).await.unwrap();
-                    if planned == Claim::Ours && marked == Claim::Ours {
+                    if planned == WeightsClaim::Ours && marked == WeightsClaim::Ours {
                         sends.push((epoch, run));
                     }
                 }
@@ -849,7 +855,7 @@ fn a_server_that_does_not_answer_is_given_up() {
             silent.shutdown().await.unwrap();
         });
         let url = format!("postgres://me:secret@127.0.0.1:{port}/db");
-        let limits = Limits::all(Duration::from_millis(200));
+        let limits = SessionLimits::all(Duration::from_millis(200));
         let words = Store::open_as(&url, VERSIONS, limits).await.err().unwrap().to_string();
         let expected = format!(
             "postgres://me@127.0.0.1:{port}/db: cannot open the store: connecting took longer than \

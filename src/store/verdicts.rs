@@ -2,7 +2,7 @@
 
 use super::database::Store;
 use super::error::{Cause, StoreError};
-use super::record::{Response, Verdict};
+use super::record::{Response, ResponseVerdict};
 use super::rounds::{outcome, response, timing};
 use super::rows::{get, get_number};
 use sqlx::any::AnyRow;
@@ -22,14 +22,14 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub async fn verdicts(&self, netuid: u16, rounds: u32) -> Result<Vec<Verdict>, StoreError> {
-        let mut session = self.read(&format!("read the verdicts of netuid {netuid}")).await?;
+    pub async fn verdicts(
+        &self,
+        netuid: u16,
+        rounds: u32,
+    ) -> Result<Vec<ResponseVerdict>, StoreError> {
+        let session = self.read(&format!("read the verdicts of netuid {netuid}")).await?;
         let values = vec![netuid.into(), rounds.min(ROUNDS_MAX).into()];
-        let rows = session.rows(NEWEST, values).await?;
-        let verdicts = rows.iter().map(verdict).collect::<Result<_, _>>();
-        let verdicts = verdicts.map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(verdicts)
+        session.read(NEWEST, values, verdict).await
     }
 
     /// What one miner did in a round.
@@ -37,18 +37,15 @@ impl Store {
     /// # Errors
     /// When it cannot be read.
     pub async fn response(&self, round: &str, uid: u16) -> Result<Option<Response>, StoreError> {
-        let mut session = self.read(&format!("read the answer of uid {uid}")).await?;
+        let session = self.read(&format!("read the answer of uid {uid}")).await?;
         let sql = "SELECT * FROM responses WHERE round = $1 AND uid = $2";
-        let rows = session.rows(sql, vec![round.into(), uid.into()]).await?;
-        let found = rows.first().map(response).transpose();
-        let found = found.map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(found)
+        let found = session.read(sql, vec![round.into(), uid.into()], response).await?;
+        Ok(found.into_iter().next())
     }
 }
 
-fn verdict(row: &AnyRow) -> Result<Verdict, Cause> {
-    Ok(Verdict {
+fn verdict(row: &AnyRow) -> Result<ResponseVerdict, Cause> {
+    Ok(ResponseVerdict {
         round: get(row, "round")?,
         started_ms: get_number(row, "started_ms")?,
         uid: get_number(row, "uid")?,

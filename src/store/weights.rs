@@ -26,7 +26,7 @@ const MARK: &str = "UPDATE weights SET progress = $3, state = $4,
 /// Whether a step was taken.
 #[must_use = "weights may be sent only by whoever took the step"]
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Claim {
+pub enum WeightsClaim {
     /// It was, by this run of the program.
     Ours,
     /// It was not, for the entry has come this far by another run, or further. Planned means that
@@ -40,14 +40,14 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be kept, or are more than planned already.
-    pub async fn plan_weights(&self, weights: &Weights) -> Result<Claim, StoreError> {
+    pub async fn plan_weights(&self, weights: &Weights) -> Result<WeightsClaim, StoreError> {
         let Weights { netuid, epoch, .. } = *weights;
         let operation = format!("plan the weights of netuid {netuid}, epoch {epoch}");
         let values = self.plan(weights).map_err(|cause| self.error(&operation, cause))?;
         let mut session = self.write(&operation).await?;
         let claim = match session.execute(PLAN, values).await? {
-            0 => Claim::Taken(found(&mut session, netuid, epoch).await?.0.state),
-            _ => Claim::Ours,
+            0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
+            _ => WeightsClaim::Ours,
         };
         session.commit().await?;
         Ok(claim)
@@ -76,8 +76,8 @@ impl Store {
     }
 
     /// Says how far the weights of an epoch are. They are marked as sent *before* they are sent,
-    /// and sent only where that was [`Claim::Ours`]. The same step once more by the same run is
-    /// `Ours` again, for an answer that was lost.
+    /// and sent only where that was [`WeightsClaim::Ours`]. The same step once more by the same run
+    /// is `Ours` again, for an answer that was lost.
     ///
     /// # Errors
     /// When it cannot be kept, or nothing is planned for the epoch.
@@ -86,7 +86,7 @@ impl Store {
         netuid: u16,
         epoch: u64,
         state: &WeightsState,
-    ) -> Result<Claim, StoreError> {
+    ) -> Result<WeightsClaim, StoreError> {
         let operation = format!("mark the weights of netuid {netuid}, epoch {epoch}");
         let values = self.mark(netuid, epoch, state);
         let values = values.map_err(|cause| self.error(&operation, cause))?;
@@ -95,11 +95,11 @@ impl Store {
             0 => {
                 let (weights, planner) = found(&mut session, netuid, epoch).await?;
                 match weights.state == *state && planner == self.planner() {
-                    true => Claim::Ours,
-                    false => Claim::Taken(weights.state),
+                    true => WeightsClaim::Ours,
+                    false => WeightsClaim::Taken(weights.state),
                 }
             }
-            _ => Claim::Ours,
+            _ => WeightsClaim::Ours,
         };
         session.commit().await?;
         Ok(claim)
@@ -164,12 +164,8 @@ impl Store {
         sql: &str,
         values: Vec<Bound<'_>>,
     ) -> Result<Vec<Weights>, StoreError> {
-        let mut session = self.read(operation).await?;
-        let rows = session.rows(sql, values).await?;
-        let read = rows.iter().map(|row| weights(row).map(|(weights, _)| weights));
-        let read = read.collect::<Result<_, _>>().map_err(|cause| session.error(cause))?;
-        session.commit().await?;
-        Ok(read)
+        let session = self.read(operation).await?;
+        session.read(sql, values, |row| weights(row).map(|(weights, _)| weights)).await
     }
 }
 

@@ -1,6 +1,6 @@
 //! Reading a release from its server: bounded in bytes, in time, and to one host.
 
-use super::refusal::Refusal;
+use super::refusal::UpdateError;
 use super::release::Build;
 use crate::tls;
 use minisign_verify::PublicKey;
@@ -18,7 +18,7 @@ const REDIRECTS_MAX: usize = 3;
 
 /// How much is read, and how long.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct DownloadLimits {
     /// Bytes of the list.
     pub list_bytes: u64,
     /// Bytes of a program.
@@ -33,7 +33,7 @@ pub struct Limits {
     pub gap: Duration,
 }
 
-impl Default for Limits {
+impl Default for DownloadLimits {
     fn default() -> Self {
         Self {
             list_bytes: 256 << 10,
@@ -48,24 +48,24 @@ impl Default for Limits {
 
 /// Where releases are, and who signs them.
 #[derive(Clone, Debug)]
-pub struct Source {
+pub struct ReleaseSource {
     /// The list's address.
     pub(super) url: Url,
     /// Whose signatures are taken.
     pub(super) key: PublicKey,
 }
 
-impl Source {
+impl ReleaseSource {
     /// Checks an address and a key, as flags give them.
     ///
     /// # Errors
     /// When one of them is missing or cannot be used.
-    pub fn new(url: Option<&str>, key: Option<&str>) -> Result<Self, Refusal> {
+    pub fn new(url: Option<&str>, key: Option<&str>) -> Result<Self, UpdateError> {
         let set = |text: &&str| !text.trim().is_empty();
         let (Some(url), Some(key)) = (url.filter(set), key.filter(set)) else {
-            return Err(Refusal::NotConfigured);
+            return Err(UpdateError::NotConfigured);
         };
-        let refuse = |why: String| Refusal::Address { url: url.to_owned(), why };
+        let refuse = |why: String| UpdateError::Address { url: url.to_owned(), why };
         let address: Url = url.trim().parse().map_err(|e| refuse(format!("{e}")))?;
         let is_local = match address.host() {
             Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
@@ -77,18 +77,18 @@ impl Source {
             return Err(refuse("must be https, or http at a loopback address".into()));
         }
         let key = PublicKey::from_base64(key.trim());
-        Ok(Self { url: address, key: key.map_err(|e| Refusal::Key { why: e.to_string() })? })
+        Ok(Self { url: address, key: key.map_err(|e| UpdateError::Key { why: e.to_string() })? })
     }
 }
 
 /// A server of releases.
 pub(super) struct Server {
     client: Client,
-    limits: Limits,
+    limits: DownloadLimits,
 }
 
 impl Server {
-    pub(super) fn new(limits: Limits) -> Result<Self, reqwest::Error> {
+    pub(super) fn new(limits: DownloadLimits) -> Result<Self, reqwest::Error> {
         tls::install();
         let same_host = redirect::Policy::custom(|attempt| {
             let first = attempt.previous().first().map(Url::origin);
@@ -107,26 +107,26 @@ impl Server {
         Ok(Self { client, limits })
     }
 
-    async fn get(&self, url: &Url, within: Duration) -> Result<Response, Refusal> {
+    async fn get(&self, url: &Url, within: Duration) -> Result<Response, UpdateError> {
         let request = self.client.get(url.clone()).timeout(within);
         let response = request.send().await.map_err(|e| self.failed(url, within, e))?;
         let status = response.status();
         if status.is_redirection() {
             let to = response.headers().get(LOCATION).map(|to| to.as_bytes().escape_ascii());
             let to = to.map_or("nowhere".into(), |to| to.to_string().chars().take(200).collect());
-            return Err(Refusal::Redirected { url: url.to_string(), to });
+            return Err(UpdateError::Redirected { url: url.to_string(), to });
         }
         if !status.is_success() {
-            return Err(Refusal::Status { url: url.to_string(), status: status.as_u16() });
+            return Err(UpdateError::Status { url: url.to_string(), status: status.as_u16() });
         }
         Ok(response)
     }
 
-    fn failed(&self, url: &Url, within: Duration, e: reqwest::Error) -> Refusal {
+    fn failed(&self, url: &Url, within: Duration, e: reqwest::Error) -> UpdateError {
         let url = url.to_string();
         if e.is_timeout() {
             let (seconds, gap) = (within.as_secs(), self.limits.gap.as_secs());
-            return Refusal::Late { url, seconds, gap };
+            return UpdateError::Late { url, seconds, gap };
         }
         // The reason is often only in the source.
         let e = e.without_url();
@@ -136,17 +136,17 @@ impl Server {
             why = format!("{why}: {inner}");
             source = inner.source();
         }
-        Refusal::Unreachable { url, why: why.chars().take(300).collect() }
+        UpdateError::Unreachable { url, why: why.chars().take(300).collect() }
     }
 
     /// The list.
-    pub(super) async fn list(&self, url: &Url) -> Result<Vec<u8>, Refusal> {
+    pub(super) async fn list(&self, url: &Url) -> Result<Vec<u8>, UpdateError> {
         let (within, limit) = (self.limits.list_time, self.limits.list_bytes);
         let mut response = self.get(url, within).await?;
         let mut bytes = Vec::new();
         while let Some(part) = response.chunk().await.map_err(|e| self.failed(url, within, e))? {
             if (bytes.len() + part.len()) as u64 > limit {
-                return Err(Refusal::Long { url: url.to_string(), limit });
+                return Err(UpdateError::Long { url: url.to_string(), limit });
             }
             bytes.extend_from_slice(&part);
         }
@@ -157,24 +157,25 @@ impl Server {
     /// length, checksum and signature; `path` is the file's name in what is reported.
     pub(super) async fn program(
         &self,
-        source: &Source,
+        source: &ReleaseSource,
         build: &Build,
         (file, path): (&mut File, &Path),
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), UpdateError> {
         let name = &build.file;
-        let refuse = |why: String| Refusal::Signature { file: name.clone(), why };
+        let refuse = |why: String| UpdateError::Signature { file: name.clone(), why };
         let mut signed =
             source.key.verify_stream(&build.signature).map_err(|e| refuse(e.to_string()))?;
         let list = source.url.to_string();
         let url = source.url.join(name);
-        let url = url.map_err(|e| Refusal::List { url: list.clone(), why: e.into() })?;
+        let url = url.map_err(|e| UpdateError::List { url: list.clone(), why: e.into() })?;
         if build.bytes > self.limits.file_bytes {
-            return Err(Refusal::Long { url: url.to_string(), limit: self.limits.file_bytes });
+            return Err(UpdateError::Long { url: url.to_string(), limit: self.limits.file_bytes });
         }
         let within = self.limits.file_time;
         let mut response = self.get(&url, within).await?;
         let (mut read, mut sum) = (0u64, Sha256::new());
-        let truncated = |got| Refusal::Truncated { file: name.clone(), expected: build.bytes, got };
+        let truncated =
+            |got| UpdateError::Truncated { file: name.clone(), expected: build.bytes, got };
         loop {
             let part = match response.chunk().await {
                 Ok(Some(part)) => part,
@@ -185,11 +186,11 @@ impl Server {
             };
             read += part.len() as u64;
             if read > build.bytes {
-                return Err(Refusal::Long { url: url.to_string(), limit: build.bytes });
+                return Err(UpdateError::Long { url: url.to_string(), limit: build.bytes });
             }
             sum.update(&part);
             signed.update(&part);
-            file.write_all(&part).map_err(|e| Refusal::io("cannot write", path, e))?;
+            file.write_all(&part).map_err(|e| UpdateError::io("cannot write", path, e))?;
         }
         if read < build.bytes {
             return Err(truncated(read));
@@ -197,9 +198,9 @@ impl Server {
         let got = hex::encode(sum.finalize());
         if got != build.sha256 {
             let (file, expected) = (name.clone(), build.sha256.clone());
-            return Err(Refusal::Checksum { file, expected, got });
+            return Err(UpdateError::Checksum { file, expected, got });
         }
         signed.finalize().map_err(|e| refuse(e.to_string()))?;
-        file.sync_all().map_err(|e| Refusal::io("cannot bring to the disk", path, e))
+        file.sync_all().map_err(|e| UpdateError::io("cannot bring to the disk", path, e))
     }
 }

@@ -1,9 +1,9 @@
-//! The program's own file: a new one is laid beside it, tried, and put in its place.
+//! Replaces the program's own file: a new program is written beside it, tried, and renamed over it.
 //!
-//! At every moment there is a whole program under the program's name. The old one stays beside it
+//! At every moment a complete program exists under the program's name. The old one stays beside it
 //! as `NAME.previous`.
 
-use super::refusal::{Refusal, Unfit};
+use super::refusal::{TrialError, UpdateError};
 use super::release::Version;
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -34,9 +34,10 @@ impl Installed {
     ///
     /// # Errors
     /// When the system does not say, or the file is gone already.
-    pub fn running() -> Result<Self, Refusal> {
+    pub fn running() -> Result<Self, UpdateError> {
         let path = std::env::current_exe();
-        let path = path.map_err(|e| Refusal::io("cannot find", Path::new("this program"), e))?;
+        let path =
+            path.map_err(|e| UpdateError::io("cannot find", Path::new("this program"), e))?;
         Self::at(&path)
     }
 
@@ -44,8 +45,8 @@ impl Installed {
     ///
     /// # Errors
     /// When there is none.
-    pub fn at(path: &Path) -> Result<Self, Refusal> {
-        let path = fs::canonicalize(path).map_err(|e| Refusal::io("cannot find", path, e))?;
+    pub fn at(path: &Path) -> Result<Self, UpdateError> {
+        let path = fs::canonicalize(path).map_err(|e| UpdateError::io("cannot find", path, e))?;
         Ok(Self { path })
     }
 
@@ -62,8 +63,8 @@ impl Installed {
     }
 
     /// Whether the file has this checksum.
-    fn has(&self, sha256: &str) -> Result<bool, Refusal> {
-        let io = |e| Refusal::io("cannot read", &self.path, e);
+    fn has(&self, sha256: &str) -> Result<bool, UpdateError> {
+        let io = |e| UpdateError::io("cannot read", &self.path, e);
         let (mut file, mut sum) = (File::open(&self.path).map_err(io)?, Sha256::new());
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -75,34 +76,39 @@ impl Installed {
     }
 
     /// Locks the directory against other updaters and opens an empty file beside the program.
-    pub(super) fn begin(&self) -> Result<(Staging, File), Refusal> {
+    pub(super) fn begin(&self) -> Result<(Staging, File), UpdateError> {
         let directory = self.directory();
-        let lock = File::open(directory).map_err(|e| Refusal::io("cannot open", directory, e))?;
+        let lock =
+            File::open(directory).map_err(|e| UpdateError::io("cannot open", directory, e))?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Refusal::Busy { path: self.path.clone() }),
-            Err(TryLockError::Error(e)) => return Err(Refusal::io("cannot lock", directory, e)),
+            Err(TryLockError::WouldBlock) => {
+                return Err(UpdateError::Busy { path: self.path.clone() });
+            }
+            Err(TryLockError::Error(e)) => {
+                return Err(UpdateError::io("cannot lock", directory, e));
+            }
         }
         let path = self.beside(".", ".new");
         // What an update that was killed has left.
         match fs::remove_file(&path) {
             Err(e) if e.kind() != ErrorKind::NotFound => {
-                return Err(Refusal::io("cannot remove", &path, e));
+                return Err(UpdateError::io("cannot remove", &path, e));
             }
             _ => {}
         }
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|e| Refusal::io("cannot create", &path, e))?;
+        let file = file.map_err(|e| UpdateError::io("cannot create", &path, e))?;
         Ok((Staging { installed: self.clone(), path, lock }, file))
     }
 
     /// Becomes the program at this path, in this process, with its arguments and environment.
     /// Returns only where that fails.
-    pub fn restart(&self) -> Refusal {
+    pub fn restart(&self) -> UpdateError {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_else(|| self.path.clone().into());
         let e = Command::new(&self.path).arg0(name).args(arguments).exec();
-        Refusal::io("cannot be started", &self.path, e)
+        UpdateError::io("cannot be started", &self.path, e)
     }
 }
 
@@ -130,49 +136,49 @@ impl Staging {
 
     /// Whether another process has put the new program in place already: its copy of the old one
     /// must not be written over.
-    pub(super) fn is_in_place(&self, sha256: &str) -> Result<bool, Refusal> {
+    pub(super) fn is_in_place(&self, sha256: &str) -> Result<bool, UpdateError> {
         self.installed.has(sha256)
     }
 
     /// Gives the new file the old one's mode, and lets it say its version. Takes up to ten seconds;
     /// not for an async thread.
-    pub(super) fn finish(&self, file: File, version: Version) -> Result<(), Refusal> {
+    pub(super) fn finish(&self, file: File, version: Version) -> Result<(), UpdateError> {
         let old = &self.installed.path;
-        let io = |e| Refusal::io("cannot take over the mode", &self.path, e);
+        let io = |e| UpdateError::io("cannot take over the mode", &self.path, e);
         let mode = fs::metadata(old).map_err(io)?.permissions();
         file.set_permissions(mode).map_err(io)?;
         file.sync_all().map_err(io)?;
         // A file that is open for writing cannot be run.
         drop(file);
-        let said = tried(&self.path).map_err(|why| Refusal::Unfit { why })?;
+        let said = tried(&self.path).map_err(|why| UpdateError::Unfit { why })?;
         let expected = format!("targon-engine {version}");
         match said.trim() == expected {
             true => Ok(()),
             false => {
                 let said: String = said.trim().chars().take(80).collect();
-                Err(Refusal::Unfit { why: Unfit::Version { expected, said } })
+                Err(UpdateError::Unfit { why: TrialError::Version { expected, said } })
             }
         }
     }
 
     /// Puts the new program in the old one's place, which stays as `NAME.previous`.
-    pub(super) fn swap(self) -> Result<(), Refusal> {
+    pub(super) fn swap(self) -> Result<(), UpdateError> {
         let installed = &self.installed;
         let (old, previous) = (&installed.path, installed.beside("", ".previous"));
         let link = installed.beside(".", ".previous");
         let _ = fs::remove_file(&link);
         fs::hard_link(old, &link)
             .and_then(|()| fs::rename(&link, &previous))
-            .map_err(|e| Refusal::io("the old program cannot be kept", &previous, e))?;
-        fs::rename(&self.path, old).map_err(|e| Refusal::io("cannot be replaced", old, e))?;
+            .map_err(|e| UpdateError::io("the old program cannot be kept", &previous, e))?;
+        fs::rename(&self.path, old).map_err(|e| UpdateError::io("cannot be replaced", old, e))?;
         // Without this a power cut can undo the rename. The new program stands either way.
         let synced = self.lock.sync_all();
-        synced.map_err(|e| Refusal::io("cannot bring to the disk", installed.directory(), e))
+        synced.map_err(|e| UpdateError::io("cannot bring to the disk", installed.directory(), e))
     }
 }
 
 /// What a program says of its version.
-fn tried(path: &Path) -> Result<String, Unfit> {
+fn tried(path: &Path) -> Result<String, TrialError> {
     let mut child = started(path)?;
     let status = ended(&mut child).inspect_err(|_| {
         // It is gone, or it is ended now; both are well.
@@ -185,11 +191,11 @@ fn tried(path: &Path) -> Result<String, Unfit> {
     }
     match status.success() {
         true => Ok(String::from_utf8_lossy(&said).into_owned()),
-        false => Err(Unfit::Status(status)),
+        false => Err(TrialError::Status(status)),
     }
 }
 
-fn started(path: &Path) -> Result<Child, Unfit> {
+fn started(path: &Path) -> Result<Child, TrialError> {
     let mut tries = 0;
     loop {
         let mut command = Command::new(path);
@@ -206,7 +212,7 @@ fn started(path: &Path) -> Result<Child, Unfit> {
 }
 
 /// Waits for a child, up to [`TRIAL_TIME`].
-fn ended(child: &mut Child) -> Result<ExitStatus, Unfit> {
+fn ended(child: &mut Child) -> Result<ExitStatus, TrialError> {
     let mut waited = Duration::ZERO;
     while waited < TRIAL_TIME {
         if let Some(status) = child.try_wait()? {
@@ -215,5 +221,5 @@ fn ended(child: &mut Child) -> Result<ExitStatus, Unfit> {
         std::thread::sleep(TRIAL_LOOK);
         waited += TRIAL_LOOK;
     }
-    Err(Unfit::Late(TRIAL_TIME))
+    Err(TrialError::Late(TRIAL_TIME))
 }

@@ -5,7 +5,7 @@
 //! this machine beside the running one, checks length, SHA-256 and signature, and lets it say its
 //! version. [`Staged::install`] puts it in place, [`Updater::follow`] does both until it succeeds,
 //! and [`Installed::restart`] becomes it, at a moment that the caller chooses. Whatever goes wrong
-//! is a [`Refusal`], and the running program stays. There is no way to an older version
+//! is a [`UpdateError`], and the running program stays. There is no way to an older version
 //! (`docs/updates.md`).
 
 mod download;
@@ -16,17 +16,17 @@ mod release;
 mod tests;
 
 use download::Server;
-pub use download::{Limits, Source};
+pub use download::{DownloadLimits, ReleaseSource};
 pub use install::Installed;
 use install::Staging;
-pub use refusal::{ListFault, Refusal, Unfit};
+pub use refusal::{ListError, TrialError, UpdateError};
 use release::Release;
 pub use release::{Version, target};
 use std::time::Duration;
 
 /// Looks for releases that are newer than a program.
 pub struct Updater {
-    source: Source,
+    source: ReleaseSource,
     server: Server,
     installed: Installed,
     version: Version,
@@ -63,7 +63,7 @@ impl Staged {
     ///
     /// # Errors
     /// When a step fails; the old program is then still there, or the new one not safe on the disk.
-    pub fn install(self) -> Result<Installed, Refusal> {
+    pub fn install(self) -> Result<Installed, UpdateError> {
         self.staging.map_or(Ok(()), Staging::swap)?;
         Ok(self.installed)
     }
@@ -74,19 +74,20 @@ impl Updater {
     ///
     /// # Errors
     /// When the program's file cannot be found, or no client can be made.
-    pub fn new(source: Source, limits: Limits) -> Result<Self, Refusal> {
+    pub fn new(source: ReleaseSource, limits: DownloadLimits) -> Result<Self, UpdateError> {
         let version = env!("CARGO_PKG_VERSION");
-        let version = version.parse().map_err(|e: ListFault| Refusal::Unfit { why: e.into() })?;
+        let version =
+            version.parse().map_err(|e: ListError| UpdateError::Unfit { why: e.into() })?;
         Self::of(Installed::running()?, version, source, limits)
     }
 
     fn of(
         installed: Installed,
         version: Version,
-        source: Source,
-        limits: Limits,
-    ) -> Result<Self, Refusal> {
-        let server = Server::new(limits).map_err(|e| Refusal::Unreachable {
+        source: ReleaseSource,
+        limits: DownloadLimits,
+    ) -> Result<Self, UpdateError> {
+        let server = Server::new(limits).map_err(|e| UpdateError::Unreachable {
             url: source.url.to_string(),
             why: e.to_string(),
         })?;
@@ -97,7 +98,7 @@ impl Updater {
     ///
     /// # Errors
     /// When there is no list, or a newer release that cannot be taken.
-    pub async fn look(&self) -> Result<Found, Refusal> {
+    pub async fn look(&self) -> Result<Found, UpdateError> {
         let url = &self.source.url;
         let release = Release::read(url.as_str(), &self.server.list(url).await?)?;
         match release.version.cmp(&self.version) {
@@ -107,7 +108,7 @@ impl Updater {
         }
     }
 
-    async fn stage(&self, release: &Release) -> Result<Staged, Refusal> {
+    async fn stage(&self, release: &Release) -> Result<Staged, UpdateError> {
         let (version, installed) = (release.version, self.installed.clone());
         let build = release.build(&self.target)?;
         build.check_signed_for(version)?;
@@ -122,7 +123,7 @@ impl Updater {
             }
             staging.finish(file, version).map(|()| Some(staging))
         });
-        let tried = tried.await.map_err(|e| Refusal::Unfit { why: e.into() })?;
+        let tried = tried.await.map_err(|e| UpdateError::Unfit { why: e.into() })?;
         Ok(Staged { version, installed, staging: tried? })
     }
 
@@ -152,10 +153,10 @@ impl Updater {
 }
 
 /// Puts a release in place.
-async fn put(staged: Staged) -> Result<Installed, Refusal> {
+async fn put(staged: Staged) -> Result<Installed, UpdateError> {
     let version = staged.version;
     let installed = tokio::task::spawn_blocking(move || staged.install()).await;
-    let installed = installed.map_err(|e| Refusal::Unfit { why: e.into() })??;
+    let installed = installed.map_err(|e| UpdateError::Unfit { why: e.into() })??;
     tracing::info!(%version, "a newer release is in place; it runs after the next restart");
     Ok(installed)
 }

@@ -1,4 +1,4 @@
-//! Why a release is not taken: each has a name, and after each of them the running program stays.
+//! Errors of an update. After each of them the running program stays in place.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// Why this program is not replaced.
 #[derive(Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum UpdateError {
     /// Nobody said where releases are and who signs them.
     #[error("--update.url and --update.key are not both set, so this program does not update")]
     NotConfigured,
@@ -85,7 +85,7 @@ pub enum Refusal {
         /// What was read.
         url: String,
         /// What is wrong with it.
-        why: ListFault,
+        why: ListError,
     },
     /// The release has nothing for this machine.
     #[error("release {version} has no build for {target}")]
@@ -127,7 +127,7 @@ pub enum Refusal {
     #[error("the new program does not run on this machine: {why}")]
     Unfit {
         /// What happened.
-        why: Unfit,
+        why: TrialError,
     },
     /// Another process updates the same file.
     #[error("another process is updating {}", path.display())]
@@ -163,7 +163,7 @@ pub enum Refusal {
 
 /// What is wrong with the list of a release.
 #[derive(Debug, thiserror::Error)]
-pub enum ListFault {
+pub enum ListError {
     /// It is not the JSON object that it must be.
     #[error("{0}")]
     Json(String),
@@ -202,7 +202,7 @@ pub enum ListFault {
 
 /// Why a new program cannot take the old one's place.
 #[derive(Debug, thiserror::Error)]
-pub enum Unfit {
+pub enum TrialError {
     /// It cannot be started or read from.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -222,13 +222,13 @@ pub enum Unfit {
     },
     /// The version of the running program is none, so that nothing can be newer.
     #[error(transparent)]
-    Running(#[from] ListFault),
+    Running(#[from] ListError),
     /// The step itself broke.
     #[error(transparent)]
     Step(#[from] tokio::task::JoinError),
 }
 
-impl Refusal {
+impl UpdateError {
     /// The refusal of a step with a file.
     pub(super) fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();

@@ -4,7 +4,7 @@
 //! is, with a trusted comment that names program, version and target, so that whoever holds the
 //! server can neither pass off an old file as a new one nor one machine's as another's.
 
-use super::refusal::{ListFault, Refusal};
+use super::refusal::{ListError, UpdateError};
 use minisign_verify::Signature;
 use serde::Deserialize;
 use std::fmt;
@@ -22,10 +22,10 @@ const PROGRAM: &str = "targon-engine";
 pub struct Version(u64, u64, u64);
 
 impl FromStr for Version {
-    type Err = ListFault;
+    type Err = ListError;
 
-    fn from_str(text: &str) -> Result<Self, ListFault> {
-        let rule = || ListFault::Version(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, ListError> {
+        let rule = || ListError::Version(text.to_owned());
         let mut parts = text.split('.').map(|part| {
             let is_plain = part == "0" || !part.starts_with('0');
             let is_number = !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
@@ -101,13 +101,13 @@ impl fmt::Debug for Build {
 
 impl Release {
     /// Reads the list that `url` gave.
-    pub(super) fn read(url: &str, bytes: &[u8]) -> Result<Self, Refusal> {
-        let refuse = |why: ListFault| Refusal::List { url: url.to_owned(), why };
-        // The words of a stranger's list may go to a terminal, so they are shortened.
+    pub(super) fn read(url: &str, bytes: &[u8]) -> Result<Self, UpdateError> {
+        let refuse = |why: ListError| UpdateError::List { url: url.to_owned(), why };
+        // The text of the list is untrusted and may be printed on a terminal, so it is shortened.
         let list: List = serde_json::from_slice(bytes)
-            .map_err(|e| refuse(ListFault::Json(e.to_string().chars().take(200).collect())))?;
+            .map_err(|e| refuse(ListError::Json(e.to_string().chars().take(200).collect())))?;
         if list.format != FORMAT {
-            return Err(refuse(ListFault::Format { known: FORMAT, got: list.format }));
+            return Err(refuse(ListError::Format { known: FORMAT, got: list.format }));
         }
         let version = list.version.parse().map_err(refuse)?;
         let builds = list.builds.into_iter().map(Build::check).collect::<Result<_, _>>();
@@ -115,41 +115,43 @@ impl Release {
     }
 
     /// The file for a target.
-    pub(super) fn build(&self, target: &str) -> Result<&Build, Refusal> {
-        let none =
-            || Refusal::NoBuild { version: self.version.to_string(), target: target.to_owned() };
+    pub(super) fn build(&self, target: &str) -> Result<&Build, UpdateError> {
+        let none = || UpdateError::NoBuild {
+            version: self.version.to_string(),
+            target: target.to_owned(),
+        };
         self.builds.iter().find(|build| build.target == target).ok_or_else(none)
     }
 }
 
 impl Build {
-    fn check(listed: Listed) -> Result<Self, ListFault> {
+    fn check(listed: Listed) -> Result<Self, ListError> {
         let Listed { target, file, bytes, sha256, signature } = listed;
         let is_name = |b: u8| b.is_ascii_alphanumeric() || b"._+-".contains(&b);
         let is_plain = file.bytes().all(is_name) && !file.starts_with('.') && !file.is_empty();
         if !is_plain || file.len() > NAME_BYTES_MAX {
-            return Err(ListFault::File(file.chars().take(NAME_BYTES_MAX).collect()));
+            return Err(ListError::File(file.chars().take(NAME_BYTES_MAX).collect()));
         }
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if sha256.len() != 64 || !sha256.bytes().all(is_hex) {
-            return Err(ListFault::Sha256 { file });
+            return Err(ListError::Sha256 { file });
         }
         match Signature::decode(&signature) {
             Ok(signature) => Ok(Self { target, file, bytes, sha256, signature }),
-            Err(why) => Err(ListFault::Signature { file, why }),
+            Err(why) => Err(ListError::Signature { file, why }),
         }
     }
 
     /// The signed comment must name what the list names: a signature for an older version, or for
     /// another machine, is none for this one.
-    pub(super) fn check_signed_for(&self, version: Version) -> Result<(), Refusal> {
+    pub(super) fn check_signed_for(&self, version: Version) -> Result<(), UpdateError> {
         let expected = format!("{PROGRAM} {version} {}", self.target);
         let got = self.signature.trusted_comment();
         if got == expected {
             return Ok(());
         }
         let got = got.chars().take(NAME_BYTES_MAX).collect();
-        Err(Refusal::SignedFor { file: self.file.clone(), expected, got })
+        Err(UpdateError::SignedFor { file: self.file.clone(), expected, got })
     }
 }
 

@@ -122,15 +122,20 @@ impl Place {
         Answer::Whole(list.to_string().into_bytes())
     }
 
-    fn updater(&self, url: &str, limits: Limits) -> Updater {
+    fn updater(&self, url: &str, limits: DownloadLimits) -> Updater {
         let key = self.key.pk.to_base64();
-        let source = Source::new(Some(url), Some(&key)).unwrap();
+        let source = ReleaseSource::new(Some(url), Some(&key)).unwrap();
         let installed = Installed::at(&self.path()).unwrap();
         Updater::of(installed, "0.1.0".parse().unwrap(), source, limits).unwrap()
     }
 
     /// Looks at a server with this list and this file.
-    async fn look(&self, list: Answer, file: Answer, limits: Limits) -> Result<Found, Refusal> {
+    async fn look(
+        &self,
+        list: Answer,
+        file: Answer,
+        limits: DownloadLimits,
+    ) -> Result<Found, UpdateError> {
         let url = serve([("list.json", list), ("engine-9.9.9", file)].into()).await;
         self.updater(&url, limits).look().await
     }
@@ -158,7 +163,8 @@ fn none() -> serde_json::Value {
 async fn a_newer_release_takes_the_place_of_the_program_and_the_old_one_is_kept() {
     let place = Place::new();
     let list = place.list(NEW, none());
-    let found = place.look(list, Answer::Whole(NEW.into()), Limits::default()).await.unwrap();
+    let found =
+        place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
     let Found::Newer(staged) = found else { panic!("{found:?}") };
     assert_eq!(staged.version().to_string(), "9.9.9");
     assert_eq!(fs::read(place.path()).unwrap(), b"the old one");
@@ -172,7 +178,8 @@ async fn a_newer_release_takes_the_place_of_the_program_and_the_old_one_is_kept(
     assert_eq!(names(place.directory.path()), ["engine", "engine.previous"]);
     // Whoever comes later keeps the copy of the old program, and only starts the new one.
     let list = place.list(NEW, none());
-    let found = place.look(list, Answer::Whole(NEW.into()), Limits::default()).await.unwrap();
+    let found =
+        place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
     let Found::Newer(staged) = found else { panic!("{found:?}") };
     staged.install().unwrap();
     assert_eq!(fs::read(&previous).unwrap(), b"the old one");
@@ -183,7 +190,8 @@ async fn a_newer_release_takes_the_place_of_the_program_and_the_old_one_is_kept(
 async fn a_release_that_is_given_up_leaves_nothing() {
     let place = Place::new();
     let list = place.list(NEW, none());
-    let found = place.look(list, Answer::Whole(NEW.into()), Limits::default()).await.unwrap();
+    let found =
+        place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
     assert_eq!(names(place.directory.path()).len(), 2);
     drop(found);
     place.check_untouched("dropped");
@@ -194,7 +202,8 @@ async fn the_same_version_and_older_ones_are_left_alone() {
     let place = Place::new();
     for (version, is_same) in [("0.1.0", true), ("0.0.9", false), ("0.0.100", false)] {
         let list = place.list(NEW, serde_json::json!({"version": version}));
-        let found = place.look(list, Answer::Whole(NEW.into()), Limits::default()).await.unwrap();
+        let found =
+            place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
         match found {
             Found::Same => assert!(is_same, "{version}"),
             Found::Older(_) => assert!(!is_same, "{version}"),
@@ -205,7 +214,7 @@ async fn the_same_version_and_older_ones_are_left_alone() {
 }
 
 /// Looks, and expects a refusal.
-async fn refused(place: &Place, list: Answer, file: Answer, limits: Limits) -> Refusal {
+async fn refused(place: &Place, list: Answer, file: Answer, limits: DownloadLimits) -> UpdateError {
     let found = place.look(list, file, limits).await;
     let refusal = found.expect_err("it must be refused");
     place.check_untouched(&refusal.to_string());
@@ -215,95 +224,95 @@ async fn refused(place: &Place, list: Answer, file: Answer, limits: Limits) -> R
 #[tokio::test]
 async fn a_file_that_the_key_has_not_signed_for_this_version_and_machine_is_refused() {
     let (place, other) = (Place::new(), Place::new());
-    let (whole, all) = (Answer::Whole(NEW.into()), Limits::default());
+    let (whole, all) = (Answer::Whole(NEW.into()), DownloadLimits::default());
     let with = |signature: String| place.list(NEW, serde_json::json!({"signature": signature}));
     let foreign = with(other.sign(NEW, &Place::comment()));
     let refusal = refused(&place, foreign, whole.clone(), all).await;
-    assert!(matches!(refusal, Refusal::Signature { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Signature { .. }), "{refusal}");
     // The list says what the server has: only the signature tells.
     let changed = [NEW, b"# and something else\n"].concat();
     let signature = serde_json::json!({"signature": place.sign(NEW, &Place::comment())});
     let list = place.list(&changed, signature);
     let refusal = refused(&place, list, Answer::Whole(changed), all).await;
-    assert!(matches!(refusal, Refusal::Signature { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Signature { .. }), "{refusal}");
     // A signed comment that was changed afterwards.
     let older = place.sign(NEW, &Place::comment().replace("9.9.9", "0.0.1"));
     let refusal = refused(&place, with(older.replace("0.0.1", "9.9.9")), whole.clone(), all).await;
-    assert!(matches!(refusal, Refusal::Signature { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Signature { .. }), "{refusal}");
     // Validly signed, as something else.
     let target = target();
     for comment in ["targon-engine 0.0.1", "targon-engine", "other 9.9.9"] {
         let list = with(place.sign(NEW, &format!("{comment} {target}")));
         let refusal = refused(&place, list, whole.clone(), all).await;
-        assert!(matches!(refusal, Refusal::SignedFor { .. }), "{refusal}");
+        assert!(matches!(refusal, UpdateError::SignedFor { .. }), "{refusal}");
     }
     let list = with(place.sign(NEW, "targon-engine 9.9.9 pdp11-dec-unix"));
     let refusal = refused(&place, list, whole.clone(), all).await;
-    assert!(matches!(refusal, Refusal::SignedFor { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::SignedFor { .. }), "{refusal}");
     let list = place.list(NEW, serde_json::json!({"target": "pdp11-dec-unix"}));
     let refusal = refused(&place, list, whole, all).await;
-    assert!(matches!(refusal, Refusal::NoBuild { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::NoBuild { .. }), "{refusal}");
 }
 
 #[tokio::test]
 async fn files_that_are_not_what_the_list_says_are_refused() {
-    let (place, all) = (Place::new(), Limits::default());
+    let (place, all) = (Place::new(), DownloadLimits::default());
     let wrong = serde_json::json!({"sha256": sum(b"something else")});
     let refusal = refused(&place, place.list(NEW, wrong), Answer::Whole(NEW.into()), all).await;
-    assert!(matches!(refusal, Refusal::Checksum { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Checksum { .. }), "{refusal}");
     let short = NEW[..20].to_vec();
     for file in [Answer::Whole(short.clone()), Answer::Cut(short, NEW.len())] {
         let refusal = refused(&place, place.list(NEW, none()), file, all).await;
-        let Refusal::Truncated { expected, got, .. } = refusal else { panic!("{refusal}") };
+        let UpdateError::Truncated { expected, got, .. } = refusal else { panic!("{refusal}") };
         assert_eq!((expected, got), (NEW.len() as u64, 20));
     }
     let long = Answer::Whole([NEW, b"#"].concat());
     let refusal = refused(&place, place.list(NEW, none()), long, all).await;
-    assert!(matches!(refusal, Refusal::Long { limit: 35, .. }), "{refusal}");
-    let small = Limits { file_bytes: 10, ..all };
+    assert!(matches!(refusal, UpdateError::Long { limit: 35, .. }), "{refusal}");
+    let small = DownloadLimits { file_bytes: 10, ..all };
     let list = place.list(NEW, none());
     let refusal = refused(&place, list, Answer::Whole(NEW.into()), small).await;
-    assert!(matches!(refusal, Refusal::Long { limit: 10, .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Long { limit: 10, .. }), "{refusal}");
     let list = Answer::Whole(vec![b' '; 300 << 10]);
     let refusal = refused(&place, list, Answer::Whole(NEW.into()), all).await;
-    assert!(matches!(refusal, Refusal::Long { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Long { .. }), "{refusal}");
     let list = Answer::Whole(b"<html>".into());
     let refusal = refused(&place, list, Answer::Whole(NEW.into()), all).await;
-    assert!(matches!(refusal, Refusal::List { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::List { .. }), "{refusal}");
     let broken = Answer::Status(StatusCode::INTERNAL_SERVER_ERROR);
     let refusal = refused(&place, place.list(NEW, none()), broken, all).await;
-    assert!(matches!(refusal, Refusal::Status { status: 500, .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Status { status: 500, .. }), "{refusal}");
 }
 
 #[tokio::test]
 async fn servers_that_trickle_or_stall_are_given_up() {
-    let (place, all) = (Place::new(), Limits::default());
+    let (place, all) = (Place::new(), DownloadLimits::default());
     let time = Duration::from_millis(300);
     // A byte every 50 ms keeps every gap short: only the deadline for the whole ends it.
     let trickle = Answer::Slow(NEW.into(), 50);
-    let limits = Limits { file_time: time, ..all };
+    let limits = DownloadLimits { file_time: time, ..all };
     let refusal = refused(&place, place.list(NEW, none()), trickle.clone(), limits).await;
-    assert!(matches!(refusal, Refusal::Late { .. }), "{refusal}");
-    let limits = Limits { list_time: time, ..all };
+    assert!(matches!(refusal, UpdateError::Late { .. }), "{refusal}");
+    let limits = DownloadLimits { list_time: time, ..all };
     let refusal = refused(&place, trickle, Answer::Whole(NEW.into()), limits).await;
-    assert!(matches!(refusal, Refusal::Late { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Late { .. }), "{refusal}");
     let stall = Answer::Slow(NEW.into(), 60_000);
-    let limits = Limits { gap: time, ..all };
+    let limits = DownloadLimits { gap: time, ..all };
     let refusal = refused(&place, place.list(NEW, none()), stall, limits).await;
-    assert!(matches!(refusal, Refusal::Late { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Late { .. }), "{refusal}");
 }
 
 #[tokio::test]
 async fn only_redirects_on_the_same_host_are_followed() {
-    let (place, all) = (Place::new(), Limits::default());
+    let (place, all) = (Place::new(), DownloadLimits::default());
     let other = serve([("engine-9.9.9", Answer::Whole(NEW.into()))].into()).await;
     let away = Answer::Elsewhere(other.replace("list.json", "engine-9.9.9"));
     let refusal = refused(&place, place.list(NEW, none()), away, all).await;
-    let Refusal::Redirected { to, .. } = refusal else { panic!("{refusal}") };
+    let UpdateError::Redirected { to, .. } = refusal else { panic!("{refusal}") };
     assert!(to.starts_with("http://127.0.0.1:"), "{to}");
     let circle = Answer::Elsewhere("/list.json".into());
     let refusal = refused(&place, circle, Answer::Whole(NEW.into()), all).await;
-    assert!(matches!(refusal, Refusal::Redirected { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Redirected { .. }), "{refusal}");
     let file = Answer::Whole(NEW.into());
     let list = place.list(NEW, none());
     let answers = [("list.json", list), ("engine-9.9.9", Answer::Elsewhere("/there".into()))];
@@ -321,8 +330,8 @@ async fn a_program_that_does_not_run_here_is_refused() {
     ] {
         let list = place.list(script, none());
         let file = Answer::Whole(script.into());
-        let refusal = refused(&place, list, file, Limits::default()).await;
-        assert!(matches!(refusal, Refusal::Unfit { .. }), "{refusal}");
+        let refusal = refused(&place, list, file, DownloadLimits::default()).await;
+        assert!(matches!(refusal, UpdateError::Unfit { .. }), "{refusal}");
         assert!(refusal.to_string().contains(want), "{refusal}");
     }
 }
@@ -332,7 +341,7 @@ async fn a_full_disk_and_a_directory_that_cannot_be_written_are_named() {
     let place = Place::new();
     let Answer::Whole(list) = place.list(NEW, none()) else { unreachable!() };
     let url = serve([("engine-9.9.9", Answer::Whole(NEW.into()))].into()).await;
-    let updater = place.updater(&url, Limits::default());
+    let updater = place.updater(&url, DownloadLimits::default());
     let release = Release::read(&url, &list).unwrap();
     // Every write to it fails as on a full disk.
     let path = Path::new("/dev/full");
@@ -340,10 +349,10 @@ async fn a_full_disk_and_a_directory_that_cannot_be_written_are_named() {
     let build = release.build(&target()).unwrap();
     let outcome = updater.server.program(&updater.source, build, (&mut full, path)).await;
     let refusal = outcome.unwrap_err();
-    assert!(matches!(refusal, Refusal::DiskFull { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::DiskFull { .. }), "{refusal}");
     // Nobody can create a file there, root neither.
     let refusal = Installed::at(Path::new("/sys/kernel")).unwrap().begin().unwrap_err();
-    assert!(matches!(refusal, Refusal::ReadOnly { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::ReadOnly { .. }), "{refusal}");
 }
 
 #[test]
@@ -352,7 +361,7 @@ fn two_updaters_of_one_program_do_not_meet() {
     let installed = Installed::at(&place.path()).unwrap();
     let first = installed.begin().unwrap();
     let refusal = installed.begin().unwrap_err();
-    assert!(matches!(refusal, Refusal::Busy { .. }), "{refusal}");
+    assert!(matches!(refusal, UpdateError::Busy { .. }), "{refusal}");
     drop(first);
     drop(installed.begin().unwrap());
     place.check_untouched("both are gone");
@@ -363,10 +372,10 @@ fn without_an_address_and_a_key_that_can_be_used_there_is_no_updater() {
     let key = KeyPair::generate_unencrypted_keypair().unwrap().pk.to_base64();
     let (url, key) = (Some("https://releases.example/list.json"), Some(key.as_str()));
     for (url, key) in [(None, None), (url, None), (None, key), (Some(" "), key)] {
-        assert!(matches!(Source::new(url, key), Err(Refusal::NotConfigured)));
+        assert!(matches!(ReleaseSource::new(url, key), Err(UpdateError::NotConfigured)));
     }
-    assert!(Source::new(url, key).is_ok());
-    assert!(matches!(Source::new(url, Some("RWQ")), Err(Refusal::Key { .. })));
+    assert!(ReleaseSource::new(url, key).is_ok());
+    assert!(matches!(ReleaseSource::new(url, Some("RWQ")), Err(UpdateError::Key { .. })));
     for (url, is_taken) in [
         ("http://releases.example/list.json", false),
         ("http://localhost.example/", false),
@@ -375,10 +384,10 @@ fn without_an_address_and_a_key_that_can_be_used_there_is_no_updater() {
         ("ftp://127.0.0.1/", false),
         ("releases", false),
     ] {
-        let source = Source::new(Some(url), key);
+        let source = ReleaseSource::new(Some(url), key);
         match source {
             Ok(_) => assert!(is_taken, "{url}"),
-            Err(Refusal::Address { .. }) => assert!(!is_taken, "{url}"),
+            Err(UpdateError::Address { .. }) => assert!(!is_taken, "{url}"),
             Err(other) => panic!("{url}: {other}"),
         }
     }

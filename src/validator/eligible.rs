@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 /// Which members are miners.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Rules {
+pub struct MinerRules {
     /// This validator.
     pub own: Hotkey,
     /// A member with a permit and more stake than this, in TAO, is a validator and is not asked.
@@ -29,7 +29,7 @@ pub struct Member {
     pub address: SocketAddr,
 }
 
-impl Rules {
+impl MinerRules {
     /// The miners of a subnet, by ascending uid.
     pub fn members(&self, metagraph: &Metagraph) -> Vec<Member> {
         let mut members: Vec<Member> =
@@ -155,7 +155,7 @@ mod tests {
     fn miners_serve_are_not_this_validator_and_not_another_one() {
         let own = Hotkey([0; 32]);
         let uids = |private_axons| {
-            let rules = Rules { own, vpermit_tao_limit: 4096.0, private_axons };
+            let rules = MinerRules { own, vpermit_tao_limit: 4096.0, private_axons };
             let members = rules.members(&subnet());
             members.iter().map(|member| member.uid).collect::<Vec<_>>()
         };

@@ -1,7 +1,8 @@
-//! The validator's side: signed queries, rounds of them, and weights out of what was seen.
+//! The validator: signed queries, rounds of them, and weights from their results.
 //!
-//! [`round`] is a pure state machine; [`run`] executes what it says; [`scores`] makes weights of
-//! what rounds have found, [`prompt`] what they ask. [`service`] shows all of it to operators.
+//! [`round`] is a pure state machine, and [`run`] executes its actions. [`prompt`] makes the
+//! prompts of rounds, [`scores`] computes weights from their results, and [`service`] shows both to
+//! operators.
 
 pub mod eligible;
 pub mod models;

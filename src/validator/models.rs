@@ -45,7 +45,7 @@ pub enum Mode {
     Endpoint(String),
 }
 
-/// Why there is no list.
+/// Errors of a list of models.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelsError {
     /// A file that cannot be read.
@@ -182,7 +182,7 @@ pub async fn exchange(
     }
 }
 
-/// The same miner with the time that a list of models may take.
+/// The same miner, with the time limits for a list of models.
 fn brief(target: &Target) -> Target {
     let size = Size::of_tokens(0);
     Target { read_timeout: MINER_TIMEOUT, timeout: MINER_TIMEOUT, size, ..target.clone() }

@@ -1,8 +1,10 @@
-//! Requests of real users, as a hub hands them out: read, scored, and reported (protocol 5.13).
+//! Requests of real users, as a hub sends them: they are read, scored, and reported (protocol
+//! 5.13).
 //!
-//! A hub is no miner and no chain: what it says of a miner moves no evidence, only the samples that
-//! its profile counts, and only for the hotkey that holds the uid now. A record that cannot be read
-//! is left out by name; the others count.
+//! A hub is neither a miner nor the chain. What it reports of a miner does not change the evidence
+//! about that miner. It counts only as samples, as the scoring profile says, and only for the
+//! hotkey that holds the uid now. A record that cannot be read is skipped with a warning; the
+//! others count.
 
 use super::scores::series::Organic;
 use crate::wire::python::dumps;
@@ -121,7 +123,7 @@ impl Record {
 
 /// What was found of a record.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Scored {
+pub struct ScoredRecord {
     /// The record.
     pub record: Record,
     /// What it counts.
@@ -131,8 +133,8 @@ pub struct Scored {
 }
 
 /// The report of all records, as the hub's table has it: times in milliseconds, no tokens.
-pub fn report(scored: &[Scored]) -> Vec<u8> {
-    let one = |Scored { record, organic, fault }: &Scored| {
+pub fn report(scored: &[ScoredRecord]) -> Vec<u8> {
+    let one = |ScoredRecord { record, organic, fault }: &ScoredRecord| {
         let of = |key: &str| record.request.get(key).cloned().unwrap_or(Value::Null);
         let tps = if let Organic::Tps(tps) = organic { *tps } else { 0.0 };
         json!({
@@ -256,7 +258,7 @@ mod tests {
     fn payloads_are_those_of_the_hub_byte_for_byte() {
         assert_eq!(request(&["a/b".into(), "é".into()]), b"[\"a/b\", \"\\u00e9\"]");
         let read: Record = serde_json::from_value(record(json!({"model_name": "m"}))).unwrap();
-        let scored = [Scored { record: read, organic: Organic::Tps(25.0), fault: None }];
+        let scored = [ScoredRecord { record: read, organic: Organic::Tps(25.0), fault: None }];
         let text = String::from_utf8(report(&scored)).unwrap();
         let expected = "{\"organics\": [{\"time_to_first_token\": 100.0, \
             \"time_for_all_tokens\": 1900.0, \"total_time\": 2000.0, \"tps\": 25.0, \

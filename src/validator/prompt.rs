@@ -1,10 +1,10 @@
 //! Prompts that no miner can have seen: a passage, a task about it, a persona and the date.
 //!
-//! A [`Draft`] is drawn from a [`Source`]. The engine may rewrite its passage into a query in words
-//! of its own: [`Draft::rewriting`] is the request for that, [`read_rewriting`] reads the answer,
-//! and whoever runs the round calls the engine in between. [`Draft::finish`] makes the [`Prompt`],
-//! as messages or as text. Chance and date are given; nothing here waits or knows a network. Seed,
-//! temperature and length of the answer belong to the round, not to the prompt.
+//! A [`Draft`] is drawn from a [`Passages`]. The engine may rewrite its passage into a query in
+//! words of its own: [`Draft::rewriting`] is the request for that, [`read_rewriting`] reads the
+//! answer, and whoever runs the round calls the engine in between. [`Draft::finish`] makes the
+//! [`Prompt`], as messages or as text. Chance and date are given; nothing here waits or knows a
+//! network. Seed, temperature and length of the answer belong to the round, not to the prompt.
 //!
 //! Of our own drafts alone there are more than 10^12 for each day, so that two of a day's prompts
 //! are hardly ever equal.
@@ -16,7 +16,7 @@ pub mod ours;
 use anyhow::{Context, anyhow};
 pub use chance::Bits;
 use chance::{below, line};
-use dataset::Source;
+use dataset::Passages;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
@@ -77,7 +77,7 @@ pub struct Prompt {
 
 impl Draft {
     /// Draws one.
-    pub fn draw(source: &Source, date: &str, bits: &mut Bits<'_>) -> Self {
+    pub fn draw(source: &Passages, date: &str, bits: &mut Bits<'_>) -> Self {
         let persona = Persona { name: line(bits, NAMES), country: line(bits, COUNTRIES) };
         let passage = source.passage(bits).to_owned();
         Self { passage, task: ours::task(bits), persona, date: date.to_owned() }
@@ -187,7 +187,7 @@ mod tests {
         let (mut seen, mut tasks, mut passages) =
             (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
         for _ in 0..10_000 {
-            let draft = Draft::draw(&Source::Ours, "2026-01-31", &mut bits);
+            let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut bits);
             let prompt = draft.finish(None);
             let text = prompt.text();
             assert!((300..OURS_BYTES_MAX).contains(&text.len()), "{} bytes: {text}", text.len());
@@ -208,7 +208,7 @@ mod tests {
     fn a_seed_decides() {
         let draw = |key| {
             let mut bits = seeded(key);
-            let draft = Draft::draw(&Source::Ours, "2026-01-31", &mut bits);
+            let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut bits);
             (draft.rewriting("m", &mut bits), draft)
         };
         assert_eq!(draw(3), draw(3));
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn an_engine_is_asked_for_a_query_and_its_answer_is_read() {
         let mut bits = seeded(5);
-        let draft = Draft::draw(&Source::Ours, "2026-01-31", &mut bits);
+        let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut bits);
         for _ in 0..200 {
             let body = draft.rewriting("a/model", &mut bits);
             assert!((16..=64).contains(&body["max_tokens"].as_u64().unwrap()));

@@ -84,12 +84,12 @@ pub struct Target {
     pub size: Size,
 }
 
-/// Whose a failure is, and of which kind.
+/// The kind of a failure, and who is at fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fault {
-    /// Ours: this machine lacks something.
+pub enum QueryFault {
+    /// This machine is at fault: it lacks something.
     Own,
-    /// Nobody takes the connection.
+    /// The connection is refused.
     Unreachable,
     /// It takes too long.
     Late,
@@ -104,7 +104,7 @@ pub enum Fault {
 /// Why there is no whole answer.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
-    /// Nobody answers, or the answer breaks off.
+    /// There is no answer, or it breaks off.
     #[error("{url}: {what}")]
     Network {
         /// Who was asked.
@@ -112,7 +112,7 @@ pub enum QueryError {
         /// What happened.
         what: String,
         /// Of which kind.
-        fault: Fault,
+        fault: QueryFault,
     },
     /// The miner says no.
     #[error("{url} answered {status}: {body}")]
@@ -135,12 +135,12 @@ pub enum QueryError {
 }
 
 impl QueryError {
-    /// Whose it is.
-    pub fn fault(&self) -> Fault {
+    /// The kind of the failure.
+    pub fn fault(&self) -> QueryFault {
         match self {
             QueryError::Network { fault, .. } => *fault,
-            QueryError::Status { .. } => Fault::Status,
-            QueryError::Stream { .. } => Fault::Malformed,
+            QueryError::Status { .. } => QueryFault::Status,
+            QueryError::Stream { .. } => QueryFault::Malformed,
         }
     }
 }
@@ -206,10 +206,10 @@ impl Target {
 
     fn network(&self, e: reqwest::Error) -> QueryError {
         let mut fault = match &e {
-            e if e.is_builder() => Fault::Own,
-            e if e.is_connect() => Fault::Unreachable,
-            e if e.is_timeout() => Fault::Late,
-            _ => Fault::Broken,
+            e if e.is_builder() => QueryFault::Own,
+            e if e.is_connect() => QueryFault::Unreachable,
+            e if e.is_timeout() => QueryFault::Late,
+            _ => QueryFault::Broken,
         };
         // The reason is often only in the source.
         let mut what = e.to_string();
@@ -217,7 +217,7 @@ impl Target {
         while let Some(inner) = source {
             what = format!("{what}: {inner}");
             if inner.downcast_ref::<std::io::Error>().is_some_and(is_own) {
-                fault = Fault::Own;
+                fault = QueryFault::Own;
             }
             source = inner.source();
         }
@@ -242,7 +242,7 @@ impl Target {
             Some(_) => client.post(url).header("content-type", "application/json"),
             None => client.get(url),
         };
-        // These bytes are signed, and these bytes are sent.
+        // The same bytes are signed and sent.
         let body = body.unwrap_or_default();
         if let Some(signer) = &self.signer {
             let uuid = uuid::Uuid::new_v4().to_string();
@@ -332,7 +332,7 @@ impl Target {
         let mut response = self.send(client, sent, body["model"].as_str(), clock).await?;
         let (mut events, mut read, mut left) = (Events::default(), 0, self.size);
         while let Some(part) = response.chunk().await.map_err(|e| self.network(e))? {
-            // Before anything is parsed: the miner must not wait for us.
+            // Before anything is parsed, so that our own work does not count.
             let at = clock.elapsed().saturating_sub(started);
             read += part.len();
             if read > self.size.bytes {

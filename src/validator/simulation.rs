@@ -1,16 +1,16 @@
-//! A subnet of 256 miners of every kind against the round and the scores, under virtual time: who
-//! is honest ranks above whoever cheats, no round is stuck, no number is none.
+//! Simulates a subnet of 256 miners of every kind, with rounds and scores under virtual time.
+//! Honest miners must rank above cheating ones, no round may hang, and no number may be NaN.
 
 use super::query::Arrival;
-use super::round::ask::{Content, Endpoint, Prompt};
+use super::round::ask::{Endpoint, QueryContent, QueryPrompt};
 use super::round::chance::Chance;
 use super::round::{
-    Action, Answered, BAD_STREAM, Ending, Event, Judged, Judgement, Keep, Machine, Miner, Offer,
-    Phase, Scene, Settings, Times, UNREACHABLE,
+    Action, AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Ending, Keep, Miner, Offer,
+    RoundEvent, RoundMachine, RoundPhase, RoundSettings, Scene, Times, UNREACHABLE,
 };
 use super::scores::emission::ChainLimits;
-use super::scores::gate::Standing;
-use super::scores::rules::{Profile, Rules};
+use super::scores::gate::HotkeyState;
+use super::scores::rules::{ScoringProfile, ScoringRules};
 use super::scores::{self, Input, Seat};
 use crate::clock::Clock;
 use crate::store::record::{Outcome, Round, Sample, Sampled};
@@ -130,7 +130,7 @@ impl Kind {
         Answered { arrivals, ended, ending: Ending::Whole }
     }
 
-    fn verdict(self, chance: &mut Chance) -> Judged {
+    fn verdict(self, chance: &mut Chance) -> AnswerVerdict {
         let is_found = match self {
             Kind::Quantised => chance.below(20) > 0,
             Kind::OtherModel | Kind::Instant | Kind::Short | Kind::Flood => true,
@@ -138,10 +138,12 @@ impl Kind {
             _ => false,
         };
         match is_found {
-            true => Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "a token".into() },
+            true => {
+                AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "a token".into() }
+            }
             // The verifier fails now and then.
-            false if chance.below(100) == 0 => Judged::Unscored("out of memory".into()),
-            false => Judged::Pass,
+            false if chance.below(100) == 0 => AnswerVerdict::Unscored("out of memory".into()),
+            false => AnswerVerdict::Pass,
         }
     }
 
@@ -166,8 +168,8 @@ impl Kind {
     }
 }
 
-fn settings() -> Settings {
-    Settings {
+fn settings() -> RoundSettings {
+    RoundSettings {
         netuid: 4,
         profile: "default".into(),
         asked_max: 37,
@@ -188,12 +190,12 @@ struct World {
     clock: Clock,
     chance: Chance,
     number: u64,
-    live: BTreeMap<u64, (Machine, Duration)>,
+    live: BTreeMap<u64, (RoundMachine, Duration)>,
     coming: BinaryHeap<Reverse<(Duration, u64)>>,
-    events: BTreeMap<u64, (u64, Event)>,
+    events: BTreeMap<u64, (u64, RoundEvent)>,
     numbered: u64,
     samples: BTreeMap<u16, VecDeque<Sample>>,
-    standings: BTreeMap<u16, Standing>,
+    standings: BTreeMap<u16, HotkeyState>,
     outcomes: BTreeMap<(Kind, &'static str), u64>,
     ended: u64,
     events_max: usize,
@@ -239,14 +241,14 @@ impl World {
         let offer = Offer { name: MODEL.into(), endpoints, context_max: 4096 };
         let scene = Scene { block: self.number, models: vec![offer], miners: self.miners() };
         let (clock, chance) = (self.clock.clone(), self.chance.fork());
-        let started = Machine::start(scene, Arc::new(settings()), clock, chance);
+        let started = RoundMachine::start(scene, Arc::new(settings()), clock, chance);
         let (machine, actions) = started.unwrap();
         self.number += 1;
         self.live.insert(self.number, (machine, self.clock.elapsed()));
         self.perform(self.number, actions);
     }
 
-    fn later(&mut self, after: Duration, key: u64, event: Event) {
+    fn later(&mut self, after: Duration, key: u64, event: RoundEvent) {
         self.numbered += 1;
         self.coming.push(Reverse((self.clock.elapsed() + after, self.numbered)));
         self.events.insert(self.numbered, (key, event));
@@ -258,28 +260,28 @@ impl World {
             match action {
                 Action::Prompt { endpoint, .. } => {
                     let content = match endpoint {
-                        Endpoint::Chat => Content::Messages(json!([])),
-                        Endpoint::Completion => Content::Text("hello".into()),
+                        Endpoint::Chat => QueryContent::Messages(json!([])),
+                        Endpoint::Completion => QueryContent::Text("hello".into()),
                     };
                     // The engine is stuck now and then.
                     let lost = self.chance.below(50) == 0;
-                    let prompt = Ok(Prompt { content, tokens: 20 });
+                    let prompt = Ok(QueryPrompt { content, tokens: 20 });
                     let wait = Duration::from_secs(if lost { 100 } else { 1 });
-                    self.later(wait, key, Event::Prompted(prompt));
+                    self.later(wait, key, RoundEvent::Prompted(prompt));
                 }
                 Action::Ask { uid, max_tokens, .. } => {
                     let answer = Kind::of(uid).answer(key, max_tokens, &mut self.chance);
                     // Our own report is lost now and then.
                     if self.chance.below(500) > 0 {
-                        self.later(answer.ended, key, Event::Answered { uid, answer });
+                        self.later(answer.ended, key, RoundEvent::Answered { uid, answer });
                     }
                 }
-                Action::Judge { uid, .. } => {
+                Action::Check { uid, .. } => {
                     let verdict = Kind::of(uid).verdict(&mut self.chance);
-                    let judgement = Judgement { verdict, report: None };
+                    let checked_answer = AnswerReport { verdict, report: None };
                     let lost = self.chance.below(500) == 0;
                     let wait = Duration::from_secs(if lost { 10_000 } else { 20 });
-                    self.later(wait, key, Event::Judged { uid, judgement });
+                    self.later(wait, key, RoundEvent::Checked { uid, checked_answer });
                 }
                 Action::End(round) => self.end(key, *round),
             }
@@ -288,7 +290,7 @@ impl World {
 
     fn end(&mut self, key: u64, round: Round) {
         let (machine, began) = self.live.remove(&key).expect("a round ends once");
-        assert_eq!(machine.phase(), Phase::Ended);
+        assert_eq!(machine.phase(), RoundPhase::Ended);
         assert!(self.clock.elapsed() - began <= ROUND_TIME, "a round took too long");
         self.ended += 1;
         for response in round.responses {
@@ -326,7 +328,8 @@ impl World {
 
     /// To the next event or deadline.
     fn step(&mut self) {
-        let is_asking = |(machine, _): &(Machine, Duration)| machine.phase() != Phase::Judging;
+        let is_asking =
+            |(machine, _): &(RoundMachine, Duration)| machine.phase() != RoundPhase::Checking;
         if self.live.len() < ROUNDS_MAX && !self.live.values().any(is_asking) {
             self.begin();
             return;
@@ -346,16 +349,16 @@ impl World {
             self.tell(key, event);
         }
         let keys: Vec<u64> = self.live.keys().copied().collect();
-        keys.into_iter().for_each(|key| self.tell(key, Event::Tick));
+        keys.into_iter().for_each(|key| self.tell(key, RoundEvent::Tick));
     }
 
-    fn tell(&mut self, key: u64, event: Event) {
+    fn tell(&mut self, key: u64, event: RoundEvent) {
         let Some((machine, _)) = self.live.get_mut(&key) else { return };
         let actions = machine.handle(event);
         self.perform(key, actions);
     }
 
-    fn decide(&self, profile: Profile) -> BTreeMap<u16, f64> {
+    fn decide(&self, profile: ScoringProfile) -> BTreeMap<u16, f64> {
         let seat = |uid: u16| {
             let models = match Kind::of(uid) {
                 Kind::Absent => Vec::new(),
@@ -373,7 +376,7 @@ impl World {
             findings: &[],
             limits: ChainLimits { min_allowed: 8, max_weight: u16::MAX },
         };
-        let decision = scores::decide(&Rules::of(profile), &input);
+        let decision = scores::decide(&ScoringRules::of(profile), &input);
         let scores = decision.miners.iter().map(|miner| {
             let numbers = [miner.sum, miner.score, miner.normalised];
             assert!(numbers.iter().all(|n| n.is_finite() && *n >= 0.0), "{miner:?}");
@@ -400,20 +403,22 @@ fn honest_miners_rank_above_every_cheat_over_thousands_of_rounds() {
         while world.ended < ROUNDS {
             world.step();
             if world.ended % 100 == 50 {
-                world.decide(Profile::Default);
-                world.decide(Profile::Targon44);
+                world.decide(ScoringProfile::Default);
+                world.decide(ScoringProfile::Targon44);
             }
         }
         assert!(world.live.len() <= ROUNDS_MAX);
         // What is late stays in the heap for a while, and no longer.
         assert!(world.events_max < 2_000, "{} events at once", world.events_max);
-        for (profile, sees_mild) in [(Profile::Default, true), (Profile::Targon44, false)] {
+        for (profile, sees_mild) in
+            [(ScoringProfile::Default, true), (ScoringProfile::Targon44, false)]
+        {
             let ranges = range(&world.decide(profile), &BTreeSet::new());
             // In Targon's arithmetic a quick cheat that passes a third of its window is ahead of an
             // honest miner at a quarter of its speed; so there only the quick ones are compared.
             let honest = match profile {
-                Profile::Default => ranges[&Kind::Honest].0.min(ranges[&Kind::Slow].0),
-                Profile::Targon44 => ranges[&Kind::Honest].0,
+                ScoringProfile::Default => ranges[&Kind::Honest].0.min(ranges[&Kind::Slow].0),
+                ScoringProfile::Targon44 => ranges[&Kind::Honest].0,
             };
             let cheats = ranges.iter().filter(|(kind, _)| !kind.is_honest());
             for (kind, (_, best)) in cheats.filter(|(kind, _)| sees_mild || **kind != Kind::Mild) {
@@ -439,17 +444,17 @@ fn a_place_with_a_new_hotkey_starts_from_nothing() {
         world.step();
     }
     let uid = 0;
-    let before = world.decide(Profile::Default);
+    let before = world.decide(ScoringProfile::Default);
     assert!(before[&uid] > 0.0 && Kind::of(uid) == Kind::Honest);
     world.replaced.insert(uid);
     world.standings.remove(&uid);
-    let after = world.decide(Profile::Default);
+    let after = world.decide(ScoringProfile::Default);
     assert!(after[&uid] == 0.0 && after[&(uid + 14)] > 0.0, "{after:?}");
     // The control: version 4.4 passes samples on to the next hotkey.
-    assert!(world.decide(Profile::Targon44)[&uid] > 0.0);
+    assert!(world.decide(ScoringProfile::Targon44)[&uid] > 0.0);
     // And earns its own.
     while world.ended < 600 {
         world.step();
     }
-    assert!(world.decide(Profile::Default)[&uid] > 0.0);
+    assert!(world.decide(ScoringProfile::Default)[&uid] > 0.0);
 }

@@ -1,6 +1,6 @@
-//! The caller's part of a body: which model, and what was asked. What is wrong with its form is a
-//! 422 as FastAPI writes it; what has the right form and cannot be judged here is no fault of the
-//! peer.
+//! The caller's part of a body: which model, and which request. If its form is wrong, the response
+//! is a 422 as FastAPI writes it. If its form is right and it cannot be verified here, the peer is
+//! not at fault.
 
 use super::reply::{Refusal, fault};
 use super::scan::members;
@@ -20,7 +20,7 @@ const SEED_DEFAULT: i64 = 42;
 
 /// A body of `/verify`.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct VerifyBody {
     /// The model; the only one where it is not named.
     pub(super) model: Option<String>,
     /// Whether the answer came from the chat endpoint.
@@ -33,7 +33,7 @@ pub(super) struct Asked {
     pub(super) output: Range<usize>,
 }
 
-impl Asked {
+impl VerifyBody {
     /// Takes a body apart. The caller's part may have `most` bytes.
     pub(super) fn read(text: &[u8], most: usize) -> Result<Self, Refusal> {
         if text.trim_ascii_start().first() != Some(&b'{') {

@@ -1,4 +1,4 @@
-//! Bodies: read in time, kept up to a limit, and not too many bytes of them at once.
+//! Reads bodies: each within a time and a size, and all of them within a limit of bytes.
 
 use super::reply::Refusal;
 use axum::body::Body;

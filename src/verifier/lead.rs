@@ -1,7 +1,7 @@
-//! Tokens that a client drops. The original client forgets chunks until the first one with text.
-//! Where an answer begins inside a character (its first tokens are parts of one, and show nothing),
-//! those ids are lost, and what is left spells another text at other positions. They can be found
-//! again: the first character that was shown names their bytes.
+//! Recovers tokens that a client drops. The original client drops chunks until the first one with
+//! text. If an answer begins inside a character, its first tokens are parts of that character and
+//! show no text. Those ids are lost, and the remaining ones spell another text at other positions.
+//! They can be recovered from the bytes of the first character that was shown.
 
 use super::sent::Sent;
 use crate::models::text::Text;

@@ -1,15 +1,15 @@
 //! The routes of Targon's verifier container (4.2 to 4.4): a validator uses this process by
-//! changing a URL. Several models are served, told apart by `model`.
+//! changing a URL. It serves several models, which `model` distinguishes.
 //!
-//! Whoever calls `/verify` is trusted, whoever gave the answer in it is not: `model`,
-//! `request_type` and `request_params` are the caller's, and what is wrong with them is said to it
-//! (`asked`); all of `output_sequence` is the peer's, and whatever is wrong with it is a
-//! rejection (`sent`). `judge` brings both together.
+//! The caller of `/verify` is trusted, and the peer that gave the answer is not. `model`,
+//! `request_type` and `request_params` come from the caller, who is told what is wrong with them
+//! (`asked`). All of `output_sequence` comes from the peer, and any error in it is a rejection
+//! (`sent`). `check` uses both.
 
 mod asked;
 mod body;
+mod check;
 mod generate;
-mod judge;
 mod lead;
 mod reply;
 mod scan;
@@ -49,7 +49,7 @@ impl Service {
             .route("/endpoints", get(endpoints))
             .route("/metadata", get(metadata))
             .route("/generate", post(generate::generate))
-            .route("/verify", post(judge::verify))
+            .route("/verify", post(check::verify))
             .with_state(self.clone())
             .merge(shared)
             .fallback(|| async { detail(StatusCode::NOT_FOUND, "Not Found") })

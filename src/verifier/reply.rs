@@ -1,4 +1,4 @@
-//! What the routes answer, in the container's words, and the count of it.
+//! The responses of the routes, with the container's messages, and their counters.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -15,8 +15,8 @@ const INTERNAL_ERROR: &str = "INTERNAL_ERROR";
 
 /// What `/verify` says about an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Judged {
-    /// Nothing speaks against it.
+pub(super) enum VerifyReply {
+    /// No rule is broken.
     Verified,
     /// Something does.
     Rejected {
@@ -27,7 +27,7 @@ pub(super) enum Judged {
     },
 }
 
-impl IntoResponse for Judged {
+impl IntoResponse for VerifyReply {
     fn into_response(self) -> Response {
         Json(match self {
             Self::Verified => json!({"verified": true}),
@@ -65,7 +65,7 @@ impl Refusal {
         Self::Detail(StatusCode::UNPROCESSABLE_ENTITY, faults.into())
     }
 
-    /// The answer cannot be judged.
+    /// The answer cannot be checked.
     pub(super) fn unscored(why: impl Into<String>) -> Self {
         Self::Error(StatusCode::OK, why.into())
     }
@@ -133,10 +133,10 @@ struct Labels {
 
 impl Counts {
     /// Counts an answer.
-    pub(super) fn count(&self, outcome: &Result<Judged, Refusal>) {
+    pub(super) fn count(&self, outcome: &Result<VerifyReply, Refusal>) {
         let (verdict, cause) = match outcome {
-            Ok(Judged::Verified) => ("verified", ""),
-            Ok(Judged::Rejected { cause, .. }) => ("rejected", *cause),
+            Ok(VerifyReply::Verified) => ("verified", ""),
+            Ok(VerifyReply::Rejected { cause, .. }) => ("rejected", *cause),
             Err(Refusal::Error(..)) => ("unscored", INTERNAL_ERROR),
             Err(Refusal::Detail(..)) => ("refused", ""),
         };

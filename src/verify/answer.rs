@@ -1,4 +1,4 @@
-//! Responses as they were received, streamed or whole, taken apart without trusting anything.
+//! Parses responses as they were received, streamed or whole. Nothing in them is trusted.
 
 use super::{Reason, Rejection};
 use crate::engine::output::Step;
@@ -64,7 +64,7 @@ pub struct Reported {
 
 /// A response in the form that it came in.
 #[derive(Clone, Copy, Debug)]
-pub enum Sent<'a> {
+pub enum RawResponse<'a> {
     /// At once.
     Whole(&'a Value),
     /// In chunks.
@@ -100,7 +100,7 @@ impl Answer {
     /// # Errors
     /// When it is not a response.
     pub fn of_response(body: &Value, choice: u32) -> Result<Self, Rejection> {
-        Self::read(Sent::Whole(body), choice, 0)?.with_tokens()
+        Self::read(RawResponse::Whole(body), choice, 0)?.with_tokens()
     }
 
     /// Choice `choice` of a stream's chunks.
@@ -108,19 +108,19 @@ impl Answer {
     /// # Errors
     /// When a chunk is not one, or an error.
     pub fn of_stream(chunks: &[Value], choice: u32) -> Result<Self, Rejection> {
-        Self::read(Sent::Stream(chunks), choice, 0)?.with_tokens()
+        Self::read(RawResponse::Stream(chunks), choice, 0)?.with_tokens()
     }
 
     /// Choice `choice`, whose lists of log-probabilities begin with `echoed` tokens of the prompt.
     ///
     /// # Errors
     /// When it is not a response. One without tokens is fine.
-    pub fn read(sent: Sent<'_>, choice: u32, echoed: usize) -> Result<Self, Rejection> {
+    pub fn read(sent: RawResponse<'_>, choice: u32, echoed: usize) -> Result<Self, Rejection> {
         let answer = Self { text: Some(String::new()), ..Self::default() };
         let mut reading = Reading { answer, echoed, place: 0 };
         match sent {
-            Sent::Whole(body) => reading.whole(body, choice)?,
-            Sent::Stream(chunks) => reading.stream(chunks, choice)?,
+            RawResponse::Whole(body) => reading.whole(body, choice)?,
+            RawResponse::Stream(chunks) => reading.stream(chunks, choice)?,
         }
         Ok(reading.answer)
     }

@@ -1,5 +1,5 @@
-//! How sure a count makes: bounds on the probability of an event that was seen so many times
-//! (Clopper and Pearson, 1934). They are exact: never narrower than they claim.
+//! Exact confidence bounds on the probability of an event that was counted (Clopper and Pearson,
+//! 1934). They are never narrower than they claim.
 
 /// How often a bound may miss.
 const MISS: f64 = 0.05;

@@ -7,7 +7,7 @@
 
 use super::evidence::{Calibrated, Side};
 use super::limits::Limits;
-use super::limits_file::{HeldOut, LimitsFile, Measured, Share, Spread};
+use super::limits_file::{HeldOut, LimitsFile, Measured, Share, ValueSpread};
 use super::places::random_rows;
 use super::rows::check_margins;
 use super::statistic::{ByRows, Statistic};
@@ -48,9 +48,9 @@ const SHAPE: (f64, f64) = (1.0, 16.0);
 /// Answers until evidence counts half.
 const HALF_LIFE: f64 = 200.0;
 
-/// An honest answer, judged at every row under [`Limits::NONE`].
+/// An honest answer, checked at every row under [`Limits::NONE`].
 #[derive(Clone, PartialEq, Debug)]
-pub struct Sample {
+pub struct HonestSample {
     /// What was asked.
     pub prompt: Hash,
     /// How it was proved.
@@ -59,7 +59,7 @@ pub struct Sample {
     pub report: Report,
 }
 
-impl Sample {
+impl HonestSample {
     /// Of an answer to the prompt with these ids.
     pub fn new(prompt: &[u32], scheme: Scheme, report: Report) -> Self {
         let prompt = Encoder::new("targon-engine/prompt/1").ids(prompt).finish();
@@ -98,7 +98,7 @@ impl Sample {
 }
 
 /// Calibration samples and those that are held out.
-pub type Split = (Vec<Sample>, Vec<Sample>);
+pub type Split = (Vec<HonestSample>, Vec<HonestSample>);
 
 /// Too few prompts, or a share of them that leaves one side empty.
 #[derive(Clone, Copy, PartialEq, Debug, thiserror::Error)]
@@ -117,7 +117,7 @@ pub struct SplitError {
 ///
 /// # Errors
 /// When a side would be empty.
-pub fn split(samples: Vec<Sample>, share: f64) -> Result<Split, SplitError> {
+pub fn split(samples: Vec<HonestSample>, share: f64) -> Result<Split, SplitError> {
     // In the order of their hashes, which nobody chose.
     let prompts: BTreeSet<Hash> = samples.iter().map(|s| s.prompt).collect();
     let (count, held) = (prompts.len(), (share * prompts.len() as f64).round() as usize);
@@ -136,18 +136,18 @@ pub fn limits_file(model: &Hash, class: &str, (calibration, held_out): &Split) -
     LimitsFile::new(model, class, (limits, rates), measured(calibration), held_out)
 }
 
-fn spread(samples: &[Sample], scheme: Scheme) -> Option<Spread> {
+fn spread(samples: &[HonestSample], scheme: Scheme) -> Option<ValueSpread> {
     let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
-    Spread::of(of_scheme.flat_map(Sample::energies).collect())
+    ValueSpread::of(of_scheme.flat_map(HonestSample::energies).collect())
 }
 
 /// How the statistics of whole answers lie.
-fn trimmed(samples: &[Sample], scheme: Scheme) -> Option<Spread> {
+fn trimmed(samples: &[HonestSample], scheme: Scheme) -> Option<ValueSpread> {
     let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
-    Spread::of(of_scheme.filter_map(|s| Some(s.statistic(&Limits::NONE)?.value)).collect())
+    ValueSpread::of(of_scheme.filter_map(|s| Some(s.statistic(&Limits::NONE)?.value)).collect())
 }
 
-fn prompts(samples: &[Sample]) -> usize {
+fn prompts(samples: &[HonestSample]) -> usize {
     samples.iter().map(|s| s.prompt).collect::<BTreeSet<_>>().len()
 }
 
@@ -165,13 +165,13 @@ fn largest(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Tokens with a margin above zero, and all.
-fn mismatches(samples: &[Sample]) -> (usize, usize) {
-    let margins = || samples.iter().flat_map(Sample::margins);
+fn mismatches(samples: &[HonestSample]) -> (usize, usize) {
+    let margins = || samples.iter().flat_map(HonestSample::margins);
     (margins().filter(|m| *m > 0.0).count(), margins().count())
 }
 
-fn measured(samples: &[Sample]) -> Measured {
-    let margins = || samples.iter().flat_map(Sample::margins);
+fn measured(samples: &[HonestSample]) -> Measured {
+    let margins = || samples.iter().flat_map(HonestSample::margins);
     let (mismatched, tokens) = mismatches(samples);
     Measured {
         prompts: prompts(samples),
@@ -187,14 +187,14 @@ fn measured(samples: &[Sample]) -> Measured {
     }
 }
 
-fn limits(samples: &[Sample]) -> Limits {
+fn limits(samples: &[HonestSample]) -> Limits {
     let default = Limits::default();
     // The largest honest value is never below the 99.9th percentile.
     let energy = |scheme, least: f64, otherwise| match spread(samples, scheme) {
         Some(spread) => (spread.max * ENERGY_FACTOR).max(least),
         None => otherwise,
     };
-    let margin = largest(samples.iter().flat_map(Sample::margins));
+    let margin = largest(samples.iter().flat_map(HonestSample::margins));
     let fast_means =
         samples.iter().flat_map(|s| (0..FAST_CHECKS).map(move |c| mean_margin(&s.fast(c))));
     let means = largest(samples.iter().map(|s| mean(s.margins())).chain(fast_means));
@@ -209,17 +209,17 @@ fn limits(samples: &[Sample]) -> Limits {
     }
 }
 
-fn by_rows(samples: &[Sample], scheme: Scheme, least: f64, otherwise: ByRows) -> ByRows {
+fn by_rows(samples: &[HonestSample], scheme: Scheme, least: f64, otherwise: ByRows) -> ByRows {
     let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
-    let energies: Vec<Cow<'_, [f64]>> = of_scheme.map(Sample::row_energies).collect();
+    let energies: Vec<Cow<'_, [f64]>> = of_scheme.map(HonestSample::row_energies).collect();
     ByRows::measured(energies.iter().map(|e| &**e), (STATISTIC_FACTOR, least), otherwise)
 }
 
 /// What evidence over many answers is weighed by: honest rates at their upper bounds.
-fn rates(samples: &[Sample], limits: &Limits) -> Calibrated {
+fn rates(samples: &[HonestSample], limits: &Limits) -> Calibrated {
     let (mismatched, tokens) = mismatches(samples);
     let (usual, least, most) = MISMATCH_MARGIN;
-    let sum: f64 = samples.iter().flat_map(Sample::margins).sum();
+    let sum: f64 = samples.iter().flat_map(HonestSample::margins).sum();
     let scale = match mismatched {
         0 => usual,
         count => (sum / count as f64).clamp(least, most),
@@ -242,7 +242,7 @@ fn rates(samples: &[Sample], limits: &Limits) -> Calibrated {
 }
 
 /// The statistic of an answer in units of its limit.
-fn answer_energy(sample: &Sample, limits: &Limits) -> Option<f64> {
+fn answer_energy(sample: &HonestSample, limits: &Limits) -> Option<f64> {
     sample.statistic(limits).map(|statistic| statistic.share())
 }
 
@@ -256,10 +256,11 @@ fn shape(energies: &[f64], mean: f64) -> f64 {
     (mean * mean / variance).clamp(low, high)
 }
 
-/// Judges honest answers by the limits, as a fast check would.
-fn hold_out(samples: &[Sample], limits: &Limits) -> HeldOut {
-    let is_far =
-        |sample: &Sample| sample.report.chunks.iter().any(|c| limits.is_over(sample.scheme, c));
+/// Checks honest answers by the limits, as a fast check would.
+fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
+    let is_far = |sample: &HonestSample| {
+        sample.report.chunks.iter().any(|c| limits.is_over(sample.scheme, c))
+    };
     let energy = |scheme: Scheme| {
         let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
         let (far, count) =

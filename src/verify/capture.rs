@@ -1,11 +1,12 @@
-//! Captured answers: a request with the response that a client received, judged as it received it.
+//! Captured answers: a request with the response that a client received, checked as it was
+//! received.
 //!
-//! A [`Capture`] is one line of a file. [`judge`] reads the request as a server does
-//! ([`Question`]), takes the response apart ([`Answer`]), writes it again and compares every field
-//! ([`Mirror`]), and then asks the model ([`Verifier`]). A line that cannot be read is the peer's:
-//! its bytes are in it.
+//! A [`Capture`] is one line of a file. [`check_capture`] reads the request as a server does
+//! ([`Question`]), parses the response ([`Answer`]), writes it again and compares every field
+//! ([`Mirror`]), and then runs the model ([`Verifier`]). A line that cannot be read is rejected,
+//! because it holds the peer's bytes.
 
-use super::answer::{Answer, Sent};
+use super::answer::{Answer, RawResponse};
 use super::mirror::{Mirror, Told};
 use super::question::{Question, QuestionError};
 use super::structure::Walk;
@@ -69,15 +70,15 @@ impl Capture {
         self.request["model"].as_str()
     }
 
-    fn sent(&self) -> Sent<'_> {
+    fn sent(&self) -> RawResponse<'_> {
         match (&self.response, &self.chunks) {
-            (Some(body), _) => Sent::Whole(body),
-            (None, chunks) => Sent::Stream(chunks.as_deref().unwrap_or_default()),
+            (Some(body), _) => RawResponse::Whole(body),
+            (None, chunks) => RawResponse::Stream(chunks.as_deref().unwrap_or_default()),
         }
     }
 }
 
-/// How captures are judged.
+/// How captures are checked.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckOptions {
     /// Where absent, the proof if there is one to expect, else Targon's ranks.
@@ -88,12 +89,12 @@ pub struct CheckOptions {
     pub chance: u64,
 }
 
-/// One choice, judged.
+/// One choice, checked.
 #[derive(Clone, Debug)]
-pub struct Judged {
+pub struct CheckedChoice {
     /// Its number.
     pub choice: u32,
-    /// The rules that judged.
+    /// The rules that checked.
     pub profile: Profile,
     /// The proof that was asked for.
     pub scheme: Option<Scheme>,
@@ -107,28 +108,28 @@ pub struct Judged {
     pub seconds: f64,
 }
 
-/// Judges every choice of a capture; the model's name is `model` where the request names none.
+/// Checks every choice of a capture; the model's name is `model` where the request names none.
 ///
 /// # Errors
 /// The request cannot be read, which is no fault of the peer.
-pub async fn judge(
+pub async fn check_capture(
     verifier: &Verifier,
     model: &str,
     capture: &Capture,
     options: CheckOptions,
-) -> Result<Vec<Judged>, QuestionError> {
+) -> Result<Vec<CheckedChoice>, QuestionError> {
     let hotkey = capture.hotkey.as_deref();
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
-    Ok(judge_question(verifier, question, capture, options))
+    Ok(check_question(verifier, question, capture, options))
 }
 
-/// Judges the answer to a question that is understood already.
-pub fn judge_question(
+/// Checks the answer to a question that is understood already.
+pub fn check_question(
     verifier: &Verifier,
     mut question: Question,
     capture: &Capture,
     options: CheckOptions,
-) -> Vec<Judged> {
+) -> Vec<CheckedChoice> {
     let (clock, sent) = (Clock::system(), capture.sent());
     question.adapt(sent);
     let profile = options.profile.unwrap_or(match question.proof {
@@ -142,8 +143,8 @@ pub fn judge_question(
     drop(claims);
     let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
     let scheme = question.proof.map(|asked| asked.scheme);
-    let judged = (0..).zip(question.understood.requests).zip(answers);
-    let judged = judged.map(|((choice, request), answer)| {
+    let checked = (0..).zip(question.understood.requests).zip(answers);
+    let checked = checked.map(|((choice, request), answer)| {
         let (answer, report) = match answer {
             Read::Refused(verdict, answer) => (answer, Report::bare(verdict)),
             Read::Fine(answer) => {
@@ -151,9 +152,9 @@ pub fn judge_question(
                 (Some(answer), reports.next().unwrap_or_else(|| Report::bare(left_out())))
             }
         };
-        Judged { choice, profile, scheme, request, answer, report, seconds }
+        CheckedChoice { choice, profile, scheme, request, answer, report, seconds }
     });
-    judged.collect()
+    checked.collect()
 }
 
 /// A choice once everything was compared that needs no model.
@@ -183,7 +184,7 @@ fn claim<'a>(
 }
 
 /// Reads every choice, writes all of them again, and compares.
-fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
+fn read(verifier: &Verifier, question: &Question, sent: RawResponse<'_>) -> Vec<Read> {
     let walked: Vec<Result<(Answer, Walk), Verdict>> = (0..)
         .zip(question.requests())
         .map(|(choice, request)| walk(verifier, question, sent, choice, request))
@@ -202,7 +203,7 @@ fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
                 Read::Refused(Verdict::Reject(rejection), Some(answer))
             }
             (Ok((answer, _)), Ok(())) if answer.ids.is_empty() => {
-                let what = "nothing was to be generated, so there are no rows to judge";
+                let what = "nothing was to be generated, so there are no rows to check";
                 Read::Refused(Verdict::Unscored(what.into()), Some(answer))
             }
             (Ok((answer, _)), Ok(())) => Read::Fine(answer),
@@ -214,7 +215,7 @@ fn read(verifier: &Verifier, question: &Question, sent: Sent<'_>) -> Vec<Read> {
 fn walk(
     verifier: &Verifier,
     question: &Question,
-    sent: Sent<'_>,
+    sent: RawResponse<'_>,
     choice: u32,
     request: &Request,
 ) -> Result<(Answer, Walk), Verdict> {
@@ -226,7 +227,7 @@ fn walk(
         return Ok((answer.clone(), walk));
     }
     let answer = answer.and_then(Answer::with_tokens).map_err(|rejection| {
-        let may_lack_ids = matches!(sent, Sent::Whole(_)) && !question.asks_ids();
+        let may_lack_ids = matches!(sent, RawResponse::Whole(_)) && !question.asks_ids();
         match rejection.reason {
             Reason::BadIds if may_lack_ids => {
                 let what = "the request asked for no ids of tokens: it needs `return_token_ids`";

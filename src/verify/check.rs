@@ -1,4 +1,4 @@
-//! One check of an answer: what needs no model, then one prefill and the judges of its rows.
+//! The check of one answer: first what needs no model, then one prefill and the checks of its rows.
 
 use super::places::{prompt_rows, random_rows};
 use super::prefill::{IsWanted, Prefix};
@@ -102,7 +102,7 @@ impl<'a> Verification<'a> {
                 Ok(prefix) => {
                     let mut prefix = prefix.while_wanted(self.is_wanted).asking(asked);
                     for (place, work) in same {
-                        let (report, suspect) = self.judge(&claims[place], work, &mut prefix);
+                        let (report, suspect) = self.check_one(&claims[place], work, &mut prefix);
                         reports[place] = report;
                         suspects.extend(suspect.map(|suspect| (place, suspect)));
                     }
@@ -144,8 +144,8 @@ impl<'a> Verification<'a> {
         Ok(Some(Work { bound, output, wanted }))
     }
 
-    /// Judges an answer, and says whether it is to be looked at again.
-    fn judge(
+    /// Checks an answer, and says whether it is to be looked at again.
+    fn check_one(
         self,
         claim: &Claim<'_>,
         work: Work,
@@ -181,15 +181,15 @@ impl<'a> Verification<'a> {
         let Verifier { model, identity, limits, scrutiny, .. } = self.verifier;
         let proved = bound.as_ref().map(|bound| (bound, &**identity));
         let is_looked_at = bound.is_some() && scrutiny.twin != When::Never;
-        let judge = rows::Judge::new(claim, model, proved, wanted);
-        let mut judge = judge.keeping_hidden(is_looked_at);
-        prefix.run(output, &mut judge)?;
-        let found = judge.finish();
+        let checker = rows::RowChecker::new(claim, model, proved, wanted);
+        let mut checker = checker.keeping_hidden(is_looked_at);
+        prefix.run(output, &mut checker)?;
+        let found = checker.finish();
         (report.rows, *hidden) = (found.rows, found.hidden);
         if let Some(bound) = bound {
             (report.chunks, report.energies) = bound.compare(&found.proofs);
             proof::check_canon(claim, limits)?;
-            proof::judge(&report.chunks, bound.scheme, limits)?;
+            proof::check(&report.chunks, bound.scheme, limits)?;
             rows::check_margins(&report.rows, limits)?;
             let proof = Some((bound.scheme, report.chunks.as_slice()));
             logprobs::check(&report.rows, proof, limits)?;
@@ -214,7 +214,7 @@ impl<'a> Verification<'a> {
             return Ok(());
         }
         let Verifier { model, limits, .. } = self.verifier;
-        let judge = logprobs::PromptJudge::new(claim, model, proof, limits);
-        prefix.scored().iter().try_for_each(|(place, scored)| judge.check(*place, scored))
+        let checker = logprobs::PromptChecker::new(claim, model, proof, limits);
+        prefix.scored().iter().try_for_each(|(place, scored)| checker.check(*place, scored))
     }
 }

@@ -1,4 +1,4 @@
-//! An answer with what it claims to answer, and how it is to be looked at.
+//! An answer with the request that it claims to answer, and the kind of check.
 
 use super::answer::Answer;
 use crate::chain::keys::Hotkey;
@@ -12,7 +12,7 @@ use anyhow::anyhow;
 pub enum Profile {
     /// The weight value of every token (Targon 4.0 and 4.1).
     Powv,
-    /// Ranks and log-probabilities (Targon 4.2 to 4.4, with its holes mended).
+    /// Ranks and log-probabilities (Targon 4.2 to 4.4, with its gaps closed).
     Ranks,
     /// Hidden-state proofs and the sampler's margins: `residue-v1`, `residue-v1-u4` or `toploc`, as
     /// the request asked.

@@ -1,7 +1,7 @@
-//! What came beside what an honest server writes, field by field.
+//! Compares a received response with the one that an honest server writes, field by field.
 //!
-//! A field that is missing takes nothing true away from a client only where honest servers leave it
-//! out; a field that nobody would have written must be empty, whatever its name.
+//! A field may be missing only if honest servers leave it out. A field that no honest server writes
+//! must be empty, whatever its name.
 
 use super::structure::LOGPROB_MAX;
 use super::{Reason, Rejection};

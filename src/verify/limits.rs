@@ -1,4 +1,4 @@
-//! Limits between honest and not.
+//! The limits that separate honest answers from others.
 
 use super::report::ChunkEvidence;
 use super::statistic::ByRows;

@@ -33,7 +33,7 @@ pub struct LimitsFile {
     pub rates: Calibrated,
     /// The honest answers that the limits were taken from.
     pub calibration: Measured,
-    /// Other honest answers, judged by the limits.
+    /// Other honest answers, checked by the limits.
     pub held_out: HeldOut,
 }
 
@@ -48,13 +48,13 @@ pub struct Measured {
     /// Their tokens.
     pub tokens: usize,
     /// Energies of chunks of `residue-v1`, where there were any.
-    pub energy_u8: Option<Spread>,
+    pub energy_u8: Option<ValueSpread>,
     /// Energies of chunks of `residue-v1-u4`, where there were any.
-    pub energy_u4: Option<Spread>,
+    pub energy_u4: Option<ValueSpread>,
     /// Trimmed means of whole answers of `residue-v1`, where there were any.
-    pub trimmed_u8: Option<Spread>,
+    pub trimmed_u8: Option<ValueSpread>,
     /// Trimmed means of whole answers of `residue-v1-u4`, where there were any.
-    pub trimmed_u4: Option<Spread>,
+    pub trimmed_u4: Option<ValueSpread>,
     /// Share of tokens with a margin above zero.
     pub mismatch_rate: f64,
     /// Mean margin of a token, clipped.
@@ -66,7 +66,7 @@ pub struct Measured {
 /// How values lie.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Spread {
+pub struct ValueSpread {
     /// How many.
     pub count: usize,
     /// Mean.
@@ -77,7 +77,7 @@ pub struct Spread {
     pub max: f64,
 }
 
-impl Spread {
+impl ValueSpread {
     /// Of values, if there are any.
     pub fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);

@@ -157,8 +157,8 @@ fn is_named(tokenizer: &TextTokenizer, id: u32, top: &Top) -> bool {
     }
 }
 
-/// Judges what was reported of a prompt. Its log-probabilities are always the model's own.
-pub(super) struct PromptJudge<'a> {
+/// Checks what was reported of a prompt. Its log-probabilities are always the model's own.
+pub(super) struct PromptChecker<'a> {
     reported: &'a [Reported],
     request: &'a Request,
     tokenizer: &'a TextTokenizer,
@@ -166,7 +166,7 @@ pub(super) struct PromptJudge<'a> {
     limit: f64,
 }
 
-impl<'a> PromptJudge<'a> {
+impl<'a> PromptChecker<'a> {
     /// Beside the `proof` of the output, if there is one: where its first rows are ours, so are
     /// those before.
     pub(super) fn new(
@@ -262,8 +262,8 @@ fn single(is_exact: bool, limits: &Limits) -> f64 {
     if is_exact { EXACT } else { SINGLE_PER_MARGIN * limits.margin }
 }
 
-/// Judges what was reported for the rows that were scored, beside the `proof` of their hidden rows,
-/// if there is one. Without one, Targon's own rule judges the tokens.
+/// Checks what was reported for the rows that were scored, beside the `proof` of their hidden rows,
+/// if there is one. Without one, Targon's own rule checks the tokens.
 ///
 /// # Errors
 /// The first report that is too far off, or their mean.

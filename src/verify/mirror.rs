@@ -1,14 +1,14 @@
-//! The response that an honest server would have sent for these tokens: written again by the
-//! server's own writer, and set beside the one that came.
+//! Writes the response that an honest server would have sent for these tokens, with the server's
+//! own code, for comparison with the received one.
 //!
-//! Log-probabilities and proofs are taken from what came: here their form counts, rows say whether
-//! they are true. A stream in this engine's own form (every token in a chunk of its own, with its
-//! id and powv) is compared chunk by chunk; other honest servers cut their text otherwise, so of
-//! theirs the whole is compared.
+//! Log-probabilities and proofs are taken from the received response: here only their form is
+//! checked, and rows show whether they are true. A stream in this engine's own form (one token in
+//! each chunk, with its id and powv) is compared chunk by chunk. Other honest servers divide their
+//! text in other ways, so their whole text is compared.
 
 mod tops;
 
-use super::answer::{Answer, Reported, Sent, Top};
+use super::answer::{Answer, RawResponse, Reported, Top};
 use super::compare::{Compare, is_empty, is_name, merge, short};
 use super::question::Question;
 use super::structure::{End, Walk};
@@ -97,10 +97,10 @@ pub struct Mirror<'a> {
 
 impl Mirror<'_> {
     /// What is wrong with each choice; what is wrong with the response is wrong with all.
-    pub fn compare(&self, sent: Sent<'_>) -> Vec<Result<(), Rejection>> {
+    pub fn compare(&self, sent: RawResponse<'_>) -> Vec<Result<(), Rejection>> {
         let each = match sent {
-            Sent::Whole(body) => self.compare_whole(body),
-            Sent::Stream(chunks) => self.compare_stream(chunks),
+            RawResponse::Whole(body) => self.compare_whole(body),
+            RawResponse::Stream(chunks) => self.compare_stream(chunks),
         };
         each.unwrap_or_else(|rejection| vec![Err(rejection); self.told.len()])
     }

@@ -10,7 +10,7 @@ use std::ops::Range;
 /// Rows of one step.
 const STEP_ROWS: usize = 256;
 
-/// Who judges the rows of an output.
+/// A check of the rows of an output.
 pub trait Rows {
     /// What is asked of the rows that the tokens `indices` of the output were drawn from, one ask
     /// each; the first row is at `position`. Which row of the batch it is, is filled in later.
@@ -86,7 +86,7 @@ impl<'a> Prefix<'a> {
     }
 
     /// Runs the model over the prompt, where that was not done yet, and `output`, and has every
-    /// output row judged, in order.
+    /// output row checked, in order.
     ///
     /// # Errors
     /// What `rows` says, or a fault of the engine. Other outputs can be run all the same.

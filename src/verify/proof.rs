@@ -11,7 +11,7 @@ use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
 };
-use crate::proof::residue::{Profile, Sketch, row_energy};
+use crate::proof::residue::{ResidueBits, Sketch, row_energy};
 use crate::proof::{CHUNK_ROWS, Scheme, toploc};
 use crate::wire::openai::response::ProofEnd;
 use std::sync::Arc;
@@ -209,8 +209,8 @@ fn compare(
 ) -> (ChunkEvidence, Vec<f64>) {
     let none = ChunkEvidence { index, is_exact: false, energy: None, distance: None };
     let profile = match bound.scheme {
-        Scheme::Residue => Profile::U8,
-        Scheme::ResidueU4 => Profile::U4,
+        Scheme::Residue => ResidueBits::U8,
+        Scheme::ResidueU4 => ResidueBits::U4,
         Scheme::Toploc => {
             return (compare_toploc(none, bound.is_our_canon, rows, data), Vec::new());
         }
@@ -270,11 +270,11 @@ pub fn check_canon(claim: &Claim<'_>, limits: &Limits) -> Result<(), Stop> {
     }
 }
 
-/// Judges the chunks of a proof.
+/// Checks the chunks of a proof.
 ///
 /// # Errors
 /// The first chunk that is too far from ours.
-pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Result<(), Stop> {
+pub fn check(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Result<(), Stop> {
     for chunk in chunks.iter().filter(|c| !c.is_exact) {
         let index = chunk.index;
         if limits.exact {
@@ -282,7 +282,7 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
             return Err(reject(Reason::SketchEnergy, what));
         }
         let Some(limit) = limits.energy(scheme) else {
-            judge_toploc(chunk)?;
+            check_toploc(chunk)?;
             continue;
         };
         match chunk.energy {
@@ -300,7 +300,7 @@ pub fn judge(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
     Ok(())
 }
 
-fn judge_toploc(chunk: &ChunkEvidence) -> Result<(), Stop> {
+fn check_toploc(chunk: &ChunkEvidence) -> Result<(), Stop> {
     let index = chunk.index;
     match chunk.distance {
         Some(distance) if distance.passes_published() => Ok(()),

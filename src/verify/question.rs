@@ -1,7 +1,7 @@
 //! A request as the verifier reads it: what the engine was asked, and how the answer is written.
 
 use super::Verifier;
-use super::answer::{Sent, id_of_name};
+use super::answer::{RawResponse, id_of_name};
 use super::claim::Challenge;
 use crate::chain::keys::{AddressError, Hotkey};
 use crate::engine::request::Request;
@@ -101,10 +101,10 @@ impl Question {
     }
 
     /// Takes from an answer what the request leaves to the server, and its flags decide.
-    pub(super) fn adapt(&mut self, sent: Sent<'_>) {
+    pub(super) fn adapt(&mut self, sent: RawResponse<'_>) {
         let bodies = match sent {
-            Sent::Whole(body) => std::slice::from_ref(body),
-            Sent::Stream(chunks) => chunks,
+            RawResponse::Whole(body) => std::slice::from_ref(body),
+            RawResponse::Stream(chunks) => chunks,
         };
         if self.names_are_free {
             let name = bodies.iter().find_map(first_name);

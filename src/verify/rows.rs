@@ -23,8 +23,8 @@ pub struct Found {
     pub hidden: Vec<Vec<u16>>,
 }
 
-/// Judges the rows of one output in order.
-pub struct Judge<'a> {
+/// Checks the rows of one output in order.
+pub struct RowChecker<'a> {
     claim: &'a Claim<'a>,
     wanted: &'a BTreeSet<usize>, // tokens whose rows are scored
     tops: Tops<'a>,
@@ -38,7 +38,7 @@ pub struct Judge<'a> {
     hidden: Vec<Vec<u16>>,
 }
 
-impl<'a> Judge<'a> {
+impl<'a> RowChecker<'a> {
     /// For a claim, with its proof if there is one; `wanted` are the tokens whose rows are scored.
     pub fn new(
         claim: &'a Claim<'a>,
@@ -96,7 +96,7 @@ impl<'a> Judge<'a> {
     }
 }
 
-impl Rows for Judge<'_> {
+impl Rows for RowChecker<'_> {
     /// # Errors
     /// A rejection where the grammar forbids a token, a fault where it is too complex.
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
@@ -121,7 +121,7 @@ impl Rows for Judge<'_> {
                     // Where no end may be drawn yet, none was skipped.
                     ends: if index + 1 >= request.min_tokens { end_ids } else { &[] },
                     ..match &*sampling {
-                        Some(sampling) => Scores::new(Token::Judged(*token), sampling),
+                        Some(sampling) => Scores::new(Token::Measured(*token), sampling),
                         None => Scores::new(Token::Known(*token), &request.sampling),
                     }
                 }),
@@ -148,7 +148,7 @@ impl Rows for Judge<'_> {
     }
 }
 
-/// Judges the margins.
+/// Checks the margins.
 ///
 /// # Errors
 /// A single one, or their mean, above its limit.

@@ -1,5 +1,5 @@
 //! The rules of Targon's verifier 4.2 to 4.4 over ranks and log-probabilities, read from one pass
-//! over ids. Where the original could be bypassed or crashed, the rule is mended: the mean
+//! over ids. Where the original could be bypassed or crashed, the rule is corrected: the mean
 //! agreement counts, all end tokens count, ids and text are tied together before, certainty that
 //! the model does not have counts however it is written, and nothing divides by zero.
 
@@ -7,7 +7,7 @@ use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::proof::philox::philox;
 
-/// Tokens of the shortest answer that is judged.
+/// Tokens of the shortest answer that is checked.
 const TOKENS_MIN: usize = 3;
 /// A rank that no honest sampler reaches.
 const RANK_MAX: u32 = 75;
@@ -57,7 +57,7 @@ pub fn check(
 }
 
 /// What every rule says of the rows of a whole output, in the order in which they count. An answer
-/// that is too short is judged by no other.
+/// that is too short is checked by no other.
 pub fn rulings(
     claim: &Claim<'_>,
     rows: &[RowEvidence],

@@ -3,9 +3,9 @@
 //!
 //! The twin ([`Rounding::Everywhere`]) says for every row how much rounding moves it: by a factor
 //! of ten more in one than in the next. So distances are measured in its units ([`scores`]), which
-//! shows cheats that move rows no further than honest rounding moves others. A [`Recipe`] is a third
-//! computation, by a cheat that is known: [`beta`] is how much of what it moves is found in the
-//! proof, one where the prover does just that and about zero where it is honest.
+//! shows cheats that move rows no further than honest rounding moves others. A [`Recipe`] is a
+//! third computation, by a cheat that is known: [`beta`] is how much of what it moves is found in
+//! the proof, one where the prover does just that and about zero where it is honest.
 //!
 //! Each costs a prefill. Whether the twin is run is [`When`]'s to say; recipes are run only where
 //! the twin says that an answer is too far, and name what it was. Without a name no answer is

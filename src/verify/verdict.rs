@@ -97,7 +97,7 @@ impl Rejection {
 /// What verification ends in.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Verdict {
-    /// Nothing speaks against the answer.
+    /// No rule is broken.
     Pass,
     /// Something does.
     Reject(Rejection),

@@ -26,11 +26,24 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::{Hash, from_hex};
-use targon_engine::proof::commit::Chain;
+use targon_engine::proof::commit::ChunkChain;
 use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::twin::Scrutiny;
 use targon_engine::verify::{Limits, Verifier, prefill};
+
+/// The golden checkpoints, one for each family.
+pub const FAMILIES: [&str; 9] = [
+    "llama",
+    "llama-linear",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+];
 
 /// A test of each directory below `tests/data/golden`, a checkpoint of a family each: `$check` is
 /// called with its name. `GOLDEN` has them all.
@@ -245,7 +258,7 @@ pub fn tiny_engine(seed: u32, options: Options) -> Engine {
     Engine::start(model, pool, options, Clock::system()).unwrap()
 }
 
-/// Who judges answers of a model that is served.
+/// Who checks answers of a model that is served.
 pub fn verifier(served: &Served) -> Verifier {
     Verifier {
         model: Arc::clone(&served.model),
@@ -293,7 +306,7 @@ pub fn spoof_by(
     let prover = Prover { scheme, nonce, signer: None };
     let head = prover.head(&request.terms(seed, 0).hash(), &verifier.identity);
     let prover = head.rows(&verifier.identity);
-    let mut chain = Chain::new(head.root);
+    let mut chain = ChunkChain::new(head.root);
     let mut chunks = Vec::new();
     let ids = answer.ids.clone();
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);

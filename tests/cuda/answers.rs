@@ -5,7 +5,7 @@ use crate::{Counter, Pair, count, is_same};
 use llguidance::toktrie::SimpleVob;
 use std::sync::Arc;
 use targon_engine::models::pass::{Batch, LogprobMode, Near, Pass, RowAsk, Scores, Token};
-use targon_engine::models::rules::{Rules, Seen};
+use targon_engine::models::rules::{RowRules, Seen};
 use targon_engine::models::sampler::Sampling;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::commit::RowProver;
@@ -85,14 +85,14 @@ impl Catalogue {
             7 => (Some(bare), scores),
             8 => (None, Scores { top: 2, ..scores }),
             9 => {
-                let rules = Rules { seen: Arc::new(seen), ..Rules::default() };
+                let rules = RowRules { seen: Arc::new(seen), ..Rules::default() };
                 (Some(wide), Scores { rules, mode: LogprobMode::Scaled, ..scores })
             }
             10 => (
                 None,
-                Scores { rules: Rules { allowed: Some(allowed), ..Rules::default() }, ..scores },
+                Scores { rules: RowRules { allowed: Some(allowed), ..Rules::default() }, ..scores },
             ),
-            11 => (Some(wide), Scores { token: Token::Judged(3), ends: &self.ends, ..scores }),
+            11 => (Some(wide), Scores { token: Token::Measured(3), ends: &self.ends, ..scores }),
             12 => (None, Scores { top: 2, near: Some(near(Some(1.5))), ..scores }),
             13 => (Some(narrow), Scores { top: 1, ..scores }),
             14 => return RowAsk { logits: true, hidden: true, scores: Some(scores), ..ask },

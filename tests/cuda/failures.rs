@@ -5,17 +5,17 @@ use crate::common::{tiny_config, write_checkpoint};
 use crate::{Pair, fail, is_same, leave};
 use std::process::Command;
 use std::sync::Arc;
-use targon_engine::engine::plan::{KvMemory, MemoryPlan, Wanted};
+use targon_engine::engine::plan::{KvMemory, MemoryPlan, MemoryWanted};
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cuda::{Card, CudaError, CudaPass, CudaWeights};
 use targon_engine::models::device::{Cards, Device, cards};
-use targon_engine::models::pass::{Batch, Fault, Pass, RowAsk, Scores, Token};
+use targon_engine::models::pass::{Batch, Pass, PassFault, RowAsk, Scores, Token};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
-const WANTED: Wanted =
-    Wanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 4, drafts_max: 0 };
+const WANTED: MemoryWanted =
+    MemoryWanted { context_max: None, kv_memory: KvMemory::Auto, sequences_max: 4, drafts_max: 0 };
 
 fn pair(device: usize) -> Pair {
     let dir = tempfile::tempdir().unwrap();
@@ -102,7 +102,7 @@ fn a_step_that_fails_costs_itself_and_a_lost_card_its_models() {
     leave(2, 1000);
     let fault = broken.card.step(&batch, &asks).unwrap_err();
     assert!(
-        matches!(&fault, Fault::Memory(why) if why.contains("cuda:2 has no memory")),
+        matches!(&fault, PassFault::Memory(why) if why.contains("cuda:2 has no memory")),
         "{fault}"
     );
     leave(2, 1 << 30);
@@ -113,17 +113,17 @@ fn a_step_that_fails_costs_itself_and_a_lost_card_its_models() {
     for kernel in ["qkv_finish", "look_up"] {
         fail(2, kernel, 0, 701);
         let fault = broken.card.step(&batch, &asks).unwrap_err();
-        assert!(matches!(&fault, Fault::Device(why) if why.contains(kernel)), "{fault}");
+        assert!(matches!(&fault, PassFault::Device(why) if why.contains(kernel)), "{fault}");
         broken.step(&batch, &asks, "after a refused launch");
     }
 
     // A context that is broken stays so, for both models on the card and for nothing else.
     fail(2, "add_norm", 1, 700);
     let fault = broken.card.step(&batch, &asks).unwrap_err();
-    assert!(matches!(&fault, Fault::Lost(why) if why.contains("cuda:2 is lost")), "{fault}");
+    assert!(matches!(&fault, PassFault::Lost(why) if why.contains("cuda:2 is lost")), "{fault}");
     for pair in [&mut broken, &mut beside] {
         let again = pair.card.step(&Batch::of(&ids[..9], 0), &asks[..9]).unwrap_err();
-        assert!(matches!(again, Fault::Lost(_)), "{again}");
+        assert!(matches!(again, PassFault::Lost(_)), "{again}");
     }
     let card = Card::open(2).unwrap();
     assert!(matches!(card.memory(), Err(CudaError::Lost { .. })));

@@ -2,7 +2,7 @@
 //! else. Every family is run in every arrangement and on every instruction set of this machine, and
 //! hidden rows and logits must agree bit for bit.
 
-use crate::common;
+use crate::common::{self, FAMILIES};
 use std::path::Path;
 use std::sync::Arc;
 use targon_engine::engine::output::Step;
@@ -16,17 +16,6 @@ use targon_engine::ops::attention::PARTITION_TOKENS;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 
-const FAMILIES: [&str; 9] = [
-    "llama",
-    "llama-linear",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "phi3",
-    "mixtral",
-    "qwen3_moe",
-];
 const TOKENS: usize = 70;
 
 /// Bits of a hidden row and of its logits.

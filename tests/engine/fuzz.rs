@@ -5,7 +5,7 @@ use crate::common;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::LazyLock;
-use targon_engine::chain::error::Refusal;
+use targon_engine::chain::error::ExtrinsicRefusal;
 use targon_engine::chain::keys::Hotkey;
 use targon_engine::chain::{epistula, keyfile};
 use targon_engine::config::models_toml;
@@ -280,7 +280,7 @@ fn key_files() {
 #[test]
 fn refusals_of_nodes() {
     bolero::check!().with_type::<String>().for_each(|text| {
-        let refusal = Refusal::of_pool(text);
+        let refusal = ExtrinsicRefusal::of_pool(text);
         assert!(!refusal.to_string().is_empty());
         let _ = (refusal.custom_code(), refusal.is_passing());
     });

@@ -26,7 +26,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::from_hex;
-use targon_engine::proof::commit::{Binding, Chain, ChunkProof, RowProver, end_message};
+use targon_engine::proof::commit::{Binding, ChunkChain, ChunkProof, RowProver, end_message};
 use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
@@ -46,7 +46,7 @@ fn recompute(
     let asks: Vec<RowAsk<'_>> = (prompt.len() - 1..ids.len()).map(ask).collect();
     let mut pass = model.pass(&pool, blocks_of(ids.len())).unwrap();
     let reports = pass.step(&Batch::of(&ids, 0), &asks).unwrap();
-    let mut chain = Chain::new(root);
+    let mut chain = ChunkChain::new(root);
     let mut chunks = Vec::new();
     for (id, report) in output.iter().zip(reports) {
         chunks.extend(chain.push(*id, report.unwrap().proof.unwrap()));
@@ -341,17 +341,7 @@ fn rows_of(checkpoint: &Checkpoint, name: &str, dtype: Dtype) -> Vec<Vec<f32>> {
 
 #[test]
 fn powv_counts_the_parameters_of_every_family_as_vllm_does() {
-    for family in [
-        "llama",
-        "llama-linear",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "phi3",
-        "mixtral",
-        "qwen3_moe",
-    ] {
+    for family in common::FAMILIES {
         let checkpoint = golden(family);
         let pool = Pool::new(1, Isa::best()).unwrap();
         let decoder = common::decoder(&checkpoint, None, &pool).unwrap();

@@ -6,7 +6,7 @@
 use crate::common::Noise;
 use std::collections::HashMap;
 use targon_engine::engine::scheduler::{
-    Limits, NewSequence, Owner, Plan, Refusal, Scheduler, SequenceId, Slice,
+    NewSequence, Owner, Plan, Refusal, Scheduler, SchedulerLimits, SequenceId, Slice,
 };
 use targon_engine::ops::attention::BLOCK_TOKENS;
 
@@ -20,7 +20,7 @@ struct Model {
 
 struct Simulation {
     noise: Noise,
-    limits: Limits,
+    limits: SchedulerLimits,
     scheduler: Scheduler,
     live: HashMap<SequenceId, Model>,
     /// For each block and slot: the tokens up to and including that position.
@@ -34,7 +34,7 @@ impl Simulation {
     fn new(seed: u32) -> Self {
         let mut noise = Noise(seed);
         let sequences_max = 1 + noise.below(6);
-        let limits = Limits {
+        let limits = SchedulerLimits {
             step_tokens_max: 1 + noise.below(100),
             mixed_tokens_max: sequences_max + 1 + noise.below(40),
             sequences_max,
@@ -237,7 +237,7 @@ fn random_workloads_keep_every_invariant_and_finish() {
 
 #[test]
 fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
-    let limits = Limits {
+    let limits = SchedulerLimits {
         step_tokens_max: 64,
         mixed_tokens_max: 64,
         sequences_max: 4,
@@ -285,7 +285,7 @@ fn ids(plan: &Plan) -> Vec<u64> {
 
 #[test]
 fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
-    let limits = Limits {
+    let limits = SchedulerLimits {
         step_tokens_max: 64,
         mixed_tokens_max: 64,
         sequences_max: 2,

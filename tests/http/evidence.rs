@@ -10,7 +10,7 @@ use targon_engine::proof::Scheme;
 use targon_engine::verify::ChunkEvidence;
 use targon_engine::verify::RowEvidence;
 use targon_engine::verify::calibrate::{
-    ENERGY_FACTOR, STATISTIC_FACTOR, Sample, limits_file, split,
+    ENERGY_FACTOR, HonestSample, STATISTIC_FACTOR, limits_file, split,
 };
 use targon_engine::verify::evidence::{
     ALARM, ANSWER_MAX, Calibrated, Evidence, EvidenceStore, MemoryStore, Observed, Test, weigh,
@@ -195,8 +195,8 @@ fn evidence_outlives_the_process_and_a_damaged_file_is_named() {
     }
 }
 
-/// A judged answer with these margins, and chunks of these energies.
-fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> Sample {
+/// A checked answer with these margins, and chunks of these energies.
+fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> HonestSample {
     let row = |(index, margin): (usize, &f64)| RowEvidence {
         index,
         token: 1,
@@ -220,11 +220,11 @@ fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> Sample {
         energies: energies.iter().flat_map(|energy| [*energy; 32]).collect(),
         ..Report::bare(Verdict::Pass)
     };
-    Sample::new(&[prompt, 2, 3], Scheme::Residue, report)
+    HonestSample::new(&[prompt, 2, 3], Scheme::Residue, report)
 }
 
 /// Answers of a stack that is off by a little: two to each prompt.
-fn honest_samples(prompts: u32) -> Vec<Sample> {
+fn honest_samples(prompts: u32) -> Vec<HonestSample> {
     let mut random = Random(11);
     let all = (0..2 * prompts).map(|i| {
         let margins = HONEST.answer(&mut random).margins;
@@ -239,7 +239,7 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     let samples = honest_samples(60);
     let halves = split(samples.clone(), 0.5).unwrap();
     assert_eq!((halves.0.len(), halves.1.len()), (60, 60));
-    let is_shared = |s: &Sample| halves.1.iter().any(|other| other.prompt == s.prompt);
+    let is_shared = |s: &HonestSample| halves.1.iter().any(|other| other.prompt == s.prompt);
     assert!(!halves.0.iter().any(is_shared), "a prompt is on one side only");
     let file = limits_file(&[7; 32], "a stack", &halves);
     let largest = halves.0.iter().flat_map(|s| &s.report.chunks).filter_map(|c| c.energy);

@@ -15,7 +15,7 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::validator::run::hub::{Hub, Urls};
-use targon_engine::validator::run::judge::Judge;
+use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
 use targon_engine::validator::run::subnet::Subnet;
 use targon_engine::validator::scores::series::Organic;
@@ -62,9 +62,9 @@ async fn hub(told: Told) -> String {
 
 fn residents(site: &Site) -> Residents {
     let verifier = common::verifier(&site.served);
-    let judge = Judge { verifier, rates: Calibrated::default(), engine: None };
+    let resident = Resident { verifier, rates: Calibrated::default(), engine: None };
     let all = vec![Sized { name: "tiny".into(), bytes: 1 }];
-    Residents::new(all, 1, Arc::new(move |_: &str| Ok(judge.clone())))
+    Residents::new(all, 1, Arc::new(move |_: &str| Ok(resident.clone())))
 }
 
 fn subnet() -> Subnet {

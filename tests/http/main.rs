@@ -1,4 +1,4 @@
-//! Everything behind a socket or a router, and the judgement of what came out of it.
+//! Everything behind a socket or a router, and the verification of what came out of it.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 

@@ -4,20 +4,20 @@ use crate::common;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
-use targon_engine::validator::run::judge::Judge;
+use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
 use targon_engine::verify::evidence::Calibrated;
 
-fn judge() -> Judge {
+fn resident() -> Resident {
     let verifier = common::verifier(&common::tiny_served(3, common::options()));
-    Judge { verifier, rates: Calibrated::default(), engine: None }
+    Resident { verifier, rates: Calibrated::default(), engine: None }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     let loaded = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&loaded);
-    let one = judge();
+    let one = resident();
     let load = move |name: &str| {
         seen.lock().push(name.to_owned());
         if name == "broken" { Err(anyhow::anyhow!("its file is cut")) } else { Ok(one.clone()) }
@@ -34,7 +34,7 @@ async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     let own = Arc::clone(&residents);
     let rotating = tokio::spawn(async move { own.rotate(&listed).await });
     tokio::time::sleep(Duration::from_millis(500)).await;
-    // It is offered no more, but a round that has asked for it is judged with it.
+    // It is offered no more, but a round that has asked for it is checked with it.
     assert!(here(&residents).is_empty() && residents.get("a").is_some());
     assert_eq!(*loaded.lock(), ["a"]);
     drop(hold);

@@ -113,7 +113,7 @@ async fn honest_answers_are_verified_with_and_without_a_limit() {
     other[5]["token_id"] = json!(7);
     let (_, rejected) = desk.verify(&endless, &written(&other)).await;
     assert_eq!(rejected["verified"], false);
-    // A peer cannot step out of the model's context in order not to be judged.
+    // A peer cannot step out of the model's context in order not to be checked.
     let long: Vec<Value> = honest.iter().cycle().take(600).cloned().collect();
     let (_, rejected) = desk.verify(&endless, &written(&long)).await;
     assert_eq!(rejected["cause"], "TOO_LONG", "{rejected}");
@@ -260,7 +260,7 @@ async fn what_is_wrong_with_the_callers_part_is_said_as_fastapi_says_it() {
     }
     let (_, text) = post_raw(&desk.app, "/verify", later.to_string()).await;
     assert!(text.contains("4.2 to 4.4") && text.contains("raw_chunks"), "{text}");
-    // What has the right form and cannot be judged here counts neither way.
+    // What has the right form and cannot be checked here counts neither way.
     for extra in [
         json!({"messages": [{"role": "user", "content": "x".repeat(4_000)}]}),
         json!({"n": 2}),

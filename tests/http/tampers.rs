@@ -14,7 +14,7 @@ use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::capture::{Capture, CheckOptions, Judged, judge};
+use targon_engine::verify::capture::{Capture, CheckOptions, CheckedChoice, check_capture};
 use targon_engine::verify::question::Question;
 use targon_engine::verify::{Claim, Depth, Profile, Reason, Verdict, Verifier};
 
@@ -113,17 +113,17 @@ async fn ask(site: &Site, body: &Value) -> Value {
     response
 }
 
-async fn judged(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<Judged> {
+async fn checked(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<CheckedChoice> {
     let capture = match sent.as_array() {
         Some(chunks) => Capture::of_stream(body.clone(), chunks.clone()),
         None => Capture::of_response(body.clone(), sent.clone()),
     };
     let rules = CheckOptions { profile: None, depth: Depth::Slow, chance: 7 };
-    judge(verifier, "tiny", &capture, rules).await.unwrap()
+    check_capture(verifier, "tiny", &capture, rules).await.unwrap()
 }
 
 async fn verdict(verifier: &Verifier, body: &Value, sent: &Value) -> Verdict {
-    judged(verifier, body, sent).await.remove(0).report.verdict
+    checked(verifier, body, sent).await.remove(0).report.verdict
 }
 
 fn expect(verdict: &Verdict, reason: Reason, name: &str) {
@@ -392,7 +392,7 @@ const NUMBERS: &[Row] = &[
     }),
 ];
 
-/// Whether the ids, their text, their proof and their end alone show a change: what was judged of
+/// Whether the ids, their text, their proof and their end alone show a change: what was checked of
 /// an answer before all of it was.
 async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> bool {
     let answer = match sent.as_array() {
@@ -593,11 +593,11 @@ async fn honest_answers_of_every_kind_pass() {
     bodies.extend([chat(scores.clone()), completion(scores)]);
     for body in bodies {
         let sent = ask(&site, &body).await;
-        let judged = judged(&verifier, &body, &sent).await;
-        for judged in judged {
-            let verdict = &judged.report.verdict;
+        let checked = checked(&verifier, &body, &sent).await;
+        for checked in checked {
+            let verdict = &checked.report.verdict;
             assert_eq!(*verdict, Verdict::Pass, "{body}\n{sent}");
-            assert!(judged.report.chunks.iter().all(|c| c.is_exact));
+            assert!(checked.report.chunks.iter().all(|c| c.is_exact));
         }
     }
 }
@@ -749,7 +749,7 @@ async fn what_the_request_left_open_is_unscored_and_not_passed() {
     for form in ALL {
         let without = [
             (json!({"proof": {"scheme": "residue-v1"}}), "proof.nonce"),
-            (json!({"max_tokens": 0, "echo": true}), "no rows to judge"),
+            (json!({"max_tokens": 0, "echo": true}), "no rows to check"),
         ];
         for (extra, words) in without {
             if form.is_chat() && extra["echo"] == true {

@@ -22,7 +22,7 @@ use tower::ServiceExt;
 
 const QUESTION: &str = "What is the capital of France?";
 
-/// A model that answers, and what judges it.
+/// A model that answers, and what checks it.
 struct Entry {
     served: Served,
     verifier: Verifier,

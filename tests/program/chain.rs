@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
-use targon_engine::chain::error::{ChainError, Refusal, Stage};
+use targon_engine::chain::error::{ChainError, ExtrinsicRefusal, ExtrinsicStage};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::Axon;
 use targon_engine::chain::network::{Endpoints, Network};
@@ -145,7 +145,7 @@ async fn refusals_of_the_pool_and_of_the_runtime_become_sentences() {
     let error = chain.serve_axon(&key(3), 4, &local, &sent).await.unwrap_err();
     assert!(error.to_string().contains("--axon.external_ip"), "{error}");
     let stranger = chain.serve_axon(&key(9), 4, &axon(8091), &sent).await.unwrap_err();
-    let ChainError::Refused(Refusal { stage: Stage::Pool, .. }) = stranger else {
+    let ChainError::Refused(ExtrinsicRefusal { stage: ExtrinsicStage::Pool, .. }) = stranger else {
         panic!("{stranger}")
     };
 }

@@ -238,7 +238,7 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     assert!(code == 3 && out.contains("reject: BAD_STREAM"), "{out}");
     assert_eq!(judge(&[&unscored, &rejected]).0, 3);
     assert_eq!(judge(&[&rejected, &unscored]).0, 3);
-    // A line that is none is refused, and so is one of a request that is none; the next is judged.
+    // A line that is none is refused, and so is one of a request that is none; the next is checked.
     let nested =
         format!("{{\"request\": {request}, \"chunks\": [{}{}]}}", "[".repeat(126), "]".repeat(126));
     for bad in ["{", "\u{1b}[2J", &nested] {

@@ -8,7 +8,9 @@ use targon_engine::chain::Chain;
 use targon_engine::chain::subtensor::Subtensor;
 use targon_engine::chain::timelock::QUICKNET;
 use targon_engine::chain::weights::Vector;
-use targon_engine::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Sent};
+use targon_engine::chain::weights::outcome::{
+    Approval, Call, Order, ReadBack, SendError, SentWeights,
+};
 use targon_engine::chain::weights::standing::Unmet;
 
 const METADATA: &[u8] = include_bytes!("../data/subtensor_metadata_spec365_v16_finney.scale");
@@ -45,10 +47,14 @@ fn without(calls: &[&str]) -> Vec<u8> {
 
 /// Says yes to everything, and remembers what was signed.
 #[derive(Default)]
-struct Signed(Mutex<Vec<Sent>>);
+struct Signed(Mutex<Vec<SentWeights>>);
 
 impl Signed {
-    async fn set(&self, chain: &Subtensor, order: &Order) -> Result<Option<Sent>, SendError> {
+    async fn set(
+        &self,
+        chain: &Subtensor,
+        order: &Order,
+    ) -> Result<Option<SentWeights>, SendError> {
         self.set_after(chain, order, &|_| true).await
     }
 
@@ -57,12 +63,12 @@ impl Signed {
         chain: &Subtensor,
         order: &Order,
         show: &(dyn Fn(&str) -> bool + Sync),
-    ) -> Result<Option<Sent>, SendError> {
-        let signed = |sent: &Sent| {
+    ) -> Result<Option<SentWeights>, SendError> {
+        let signed = |sent: &SentWeights| {
             self.0.lock().push(sent.clone());
             true
         };
-        chain.set_weights(&key(1), order, &Asked { show, signed: &signed }).await
+        chain.set_weights(&key(1), order, &Approval { show, signed: &signed }).await
     }
 
     fn count(&self) -> usize {
@@ -115,7 +121,7 @@ async fn a_no_before_or_after_signing_sends_nothing() {
     let signed = Signed::default();
     assert_eq!(signed.set_after(&chain, &order(), &|_| false).await, Ok(None));
     assert_eq!(signed.count(), 0);
-    let asked = Asked { show: &|_| true, signed: &|_| false };
+    let asked = Approval { show: &|_| true, signed: &|_| false };
     assert_eq!(chain.set_weights(&key(1), &order(), &asked).await, Ok(None));
     assert_eq!(node.calls().len(), 0);
 }

@@ -1,7 +1,7 @@
-//! What was demanded of the verifier, and what became of it.
+//! The requirements on the verifier, and whether they were met.
 
 use super::catalogue::{Attack, Goal};
-use super::judge::WITH_MARGIN;
+use super::check::WITH_MARGIN;
 use super::results::{CHUNKS, Detector, Line, Outcome, Tokens};
 use crate::bench::stats::{Rate, Stopping};
 use crate::proof::Scheme;
@@ -11,7 +11,7 @@ use crate::verify::bounds::upper;
 const FALSE_POSITIVES_MAX: f64 = 1e-3;
 
 /// The outcome of every goal that there are measurements for.
-pub(super) fn judge(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Vec<Outcome> {
+pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Vec<Outcome> {
     let mut outcomes: Vec<Outcome> = honest(lines).into_iter().collect();
     for attack in attacks {
         let line = |judge: &str| lines.iter().find(|l| l.name == attack.name && l.judge == judge);

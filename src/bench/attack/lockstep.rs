@@ -1,8 +1,8 @@
-//! Decoding outside the engine, for cheats that it refuses to be: a cache of fewer bits, a prompt
-//! that is not the one that was asked, tokens that a draft proposed. Sequences advance together,
-//! one row each at a time; a cheat claims the positions that an honest answer would have.
+//! Decodes outside the engine, for attacks that the engine does not allow: a cache with fewer bits,
+//! a prompt other than the requested one, tokens proposed by a draft model. All sequences advance
+//! by one row at a time. An attack claims the positions that an honest answer would have.
 
-use super::trial::{Ask, Rows, Subject, Trial};
+use super::trial::{AttackRequest, AttackedAnswer, Rows, Subject};
 use crate::models::Model;
 use crate::models::cpu::CpuPass;
 use crate::models::pass::{Batch, Pass, Ranked, RowAsk, RowReport, Scores, Token, blocks_of};
@@ -30,7 +30,7 @@ pub(super) struct Way<'a> {
 /// One answer to be made.
 pub(super) struct Job<'a> {
     /// What was asked.
-    pub(super) ask: &'a Ask,
+    pub(super) ask: &'a AttackRequest,
     /// What is answered.
     pub(super) prompt: Vec<u32>,
 }
@@ -47,13 +47,13 @@ pub(super) fn run(
     subject: &Subject,
     way: Way<'_>,
     jobs: &[Job<'_>],
-) -> anyhow::Result<(Vec<Trial>, Vec<Rows>)> {
+) -> anyhow::Result<(Vec<AttackedAnswer>, Vec<Rows>)> {
     let mut all = (Vec::new(), Vec::new());
     for batch in jobs.chunks(BATCH) {
         for (job, drawn) in batch.iter().zip(decode(subject, way, batch)?) {
             let Drawn { mut answer, rows } = drawn;
             answer.text = Some(subject.spell(&job.ask.request, &answer.ids));
-            all.0.push(Trial::new(job.ask, answer));
+            all.0.push(AttackedAnswer::new(job.ask, answer));
             all.1.push(rows);
         }
     }
@@ -117,7 +117,7 @@ fn step(pass: &mut dyn Pass, batch: &Batch, asks: &[RowAsk<'_>]) -> anyhow::Resu
     Ok(results.into_iter().collect::<Result<_, _>>()?)
 }
 
-/// The same of the true model, with what is needed to judge what was proposed.
+/// The same of the true model, with what is needed to check what was proposed.
 fn asks_beside<'a>(asks: Vec<RowAsk<'a>>, proposed: Option<&[RowReport]>) -> Vec<RowAsk<'a>> {
     let beside = |(place, mut ask): (usize, RowAsk<'a>)| {
         ask.hidden = true;

@@ -1,4 +1,5 @@
-//! Answers that no prover would send: every byte is the peer's, so all must end in a refusal.
+//! Answers that no prover would send. Every byte comes from the peer, so each of them must be
+//! refused.
 
 use super::trial::relink;
 use crate::intake::proof::chunk;

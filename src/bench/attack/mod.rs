@@ -1,18 +1,19 @@
-//! What verification catches: honest answers and cheats on one model, judged side by side.
+//! Measures what verification detects: honest answers and attacks on one model are verified in the
+//! same way.
 //!
-//! `catalogue` lists the attacks, `forge` makes their answers (`trial`, `tamper`, `lockstep`,
-//! `malformed`), `judge` verifies them, [`results`] are plain data that [`plot`] draws and `goals`
-//! measures. Nothing here prints or writes but changed weights in a directory of the caller's.
+//! `catalogue` lists the attacks, `answers` makes their answers (`trial`, `tamper`, `lockstep`,
+//! `malformed`), `check` verifies them, [`results`] are plain data that [`plot`] draws and `goals`
+//! measures. Nothing here prints. Only changed weights are written, to a directory of the caller's.
 //!
-//! Every attack is run on the same prompts; the honest answers that false positives are counted on
-//! have prompts of their own, and limits come from elsewhere. Cheats on weights, caches and prompts
-//! prove the rows that they really compute; cheats on sampling prove true rows over the tokens that
-//! they chose. Proofs are judged by fast checks, margins by checks of every row as well.
+//! Every attack uses the same prompts. The honest answers that false positives are counted on use
+//! other prompts, and limits were measured elsewhere. Attacks on weights, caches and prompts prove
+//! the rows that they really compute; attacks on sampling prove true rows over the tokens that they
+//! chose. Proofs are verified by fast checks, margins also by checks of every row.
 
+mod answers;
 mod catalogue;
-mod forge;
+mod check;
 mod goals;
-mod judge;
 mod lockstep;
 mod malformed;
 pub mod plot;
@@ -28,25 +29,25 @@ use crate::proof::Scheme;
 use crate::verify::evidence::Calibrated;
 use crate::verify::twin::Scrutiny;
 use crate::verify::{Depth, Limits};
+use answers::AnswerMaker;
 use anyhow::bail;
 use catalogue::{Attack, Cheat};
-use forge::Forge;
-use judge::Judge;
+use check::AttackVerifier;
 use results::{Detector, Line, Results, Tokens};
 use std::path::Path;
-use trial::{Ask, Subject};
+use trial::{AttackRequest, Subject};
 
 /// Tokens of an honest answer, and of an attacked one: eight chunks.
 const HONEST_TOKENS: usize = 128;
 const ATTACKED_TOKENS: usize = 256;
-/// Honest answers that are made and judged before progress is told.
+/// Honest answers that are made and checked before progress is told.
 const PART: usize = 160;
 /// Answers of which every malformed variant is tried.
 const MALFORMED: usize = 4;
 
-/// What is run, and what it is judged by.
+/// What is run, and what it is checked by.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Setup {
+pub struct AttackSetup {
     /// Prompts that are attacked; all of [`prompts::all`] from the first on.
     pub prompts: usize,
     /// Honest answers, to the prompts after those.
@@ -64,21 +65,26 @@ pub struct Setup {
 }
 
 /// The model under attack.
-pub struct Bench {
+pub struct AttackBench {
     subject: Subject,
-    judge: Judge,
-    setup: Setup,
+    verifier: AttackVerifier,
+    setup: AttackSetup,
     model: String,
-    attacked: Vec<Ask>,
-    honest: Vec<Ask>,
+    attacked: Vec<AttackRequest>,
+    honest: Vec<AttackRequest>,
 }
 
-impl Bench {
+impl AttackBench {
     /// Loads the model at `path`; `scratch` is a directory for changed weights.
     ///
     /// # Errors
     /// When the model cannot be loaded, has no chat template, or there are too few prompts.
-    pub fn new(path: &Path, scratch: &Path, pool: &Pool, setup: Setup) -> anyhow::Result<Self> {
+    pub fn new(
+        path: &Path,
+        scratch: &Path,
+        pool: &Pool,
+        setup: AttackSetup,
+    ) -> anyhow::Result<Self> {
         let all = prompts::all();
         let wanted = setup.prompts + setup.honest;
         if wanted > all.len() {
@@ -89,17 +95,18 @@ impl Bench {
             let dtype = subject.model.dtype;
             bail!("changed weights are written in bf16, this model is {dtype}");
         }
-        let judge = Judge::new(&subject, setup.limits, setup.scrutiny);
+        let verifier = AttackVerifier::new(&subject, setup.limits, setup.scrutiny);
         let asks = |from: usize, count: usize, tokens: usize| {
             let tokens = setup.tokens.unwrap_or(tokens);
             let some = all.iter().enumerate().skip(from).take(count);
             some.map(|(index, text)| subject.ask(index, text, tokens)).collect()
         };
-        let attacked: anyhow::Result<Vec<Ask>> = asks(0, setup.prompts, ATTACKED_TOKENS);
-        let honest: anyhow::Result<Vec<Ask>> = asks(setup.prompts, setup.honest, HONEST_TOKENS);
+        let attacked: anyhow::Result<Vec<AttackRequest>> = asks(0, setup.prompts, ATTACKED_TOKENS);
+        let honest: anyhow::Result<Vec<AttackRequest>> =
+            asks(setup.prompts, setup.honest, HONEST_TOKENS);
         let (attacked, honest) = (attacked?, honest?);
         let model = path.display().to_string();
-        Ok(Self { subject, judge, setup, model, attacked, honest })
+        Ok(Self { subject, verifier, setup, model, attacked, honest })
     }
 
     /// Runs everything; `progress` is told what comes next.
@@ -115,19 +122,19 @@ impl Bench {
         }
         if !attacks.is_empty() {
             progress("honest answers to the prompts that are attacked");
-            let mut forge = Forge::new(&self.subject, &self.attacked)?;
+            let mut answers = AnswerMaker::new(&self.subject, &self.attacked)?;
             for attack in &attacks {
                 progress(attack.name);
-                self.attack(attack, &mut forge, &mut lines, &mut tokens)?;
+                self.attack(attack, &mut answers, &mut lines, &mut tokens)?;
             }
         }
-        let length = |asks: &[Ask]| asks.first().map_or(0, |ask| ask.request.max_tokens);
+        let length = |asks: &[AttackRequest]| asks.first().map_or(0, |ask| ask.request.max_tokens);
         Ok(Results {
             model: self.model.clone(),
-            limits: format!("{:?}", self.judge.limits()),
+            limits: format!("{:?}", self.verifier.limits()),
             attacked: (self.attacked.len(), length(&self.attacked)),
             honest: (self.honest.len(), length(&self.honest)),
-            goals: goals::judge(&attacks, &lines, &tokens),
+            goals: goals::outcomes(&attacks, &lines, &tokens),
             lines,
             tokens,
         })
@@ -146,13 +153,13 @@ impl Bench {
                 let (done, all) = (trials.len(), self.honest.len());
                 progress(&format!("honest answers with {scheme}: {done} of {all}"));
                 let some = self.subject.honest(scheme, part)?;
-                reports.extend(self.judge.proofs(&some, scheme, Depth::Fast));
+                reports.extend(self.verifier.proofs(&some, scheme, Depth::Fast));
                 trials.extend(some);
             }
-            lines.extend(self.judge.lines(what, scheme, &trials, &reports));
+            lines.extend(self.verifier.lines(what, scheme, &trials, &reports));
             if scheme == Scheme::Residue {
                 progress("the same answers under the subnet's rules");
-                lines.extend(self.judge.rank_lines(what.0, what.1, &trials));
+                lines.extend(self.verifier.rank_lines(what.0, what.1, &trials));
             }
         }
         Ok(lines)
@@ -161,32 +168,32 @@ impl Bench {
     fn attack(
         &self,
         attack: &Attack,
-        forge: &mut Forge<'_>,
+        answers: &mut AnswerMaker<'_>,
         lines: &mut Vec<Line>,
         tokens: &mut Vec<Tokens>,
     ) -> anyhow::Result<()> {
         let what = (attack.name, attack.detector);
-        let judge = &self.judge;
-        let proved = forge.make(attack)?;
+        let verifier = &self.verifier;
+        let proved = answers.make(attack)?;
         for (scheme, trials) in &proved {
             if matches!(attack.cheat, Cheat::Malformed) {
                 let some = &trials[..MALFORMED.min(trials.len())];
-                lines.push(judge.malformed(attack, *scheme, some));
+                lines.push(verifier.malformed(attack, *scheme, some));
                 continue;
             }
-            let reports = judge.proofs(trials, *scheme, Depth::Fast);
-            lines.extend(judge.lines(what, *scheme, trials, &reports));
+            let reports = verifier.proofs(trials, *scheme, Depth::Fast);
+            lines.extend(verifier.lines(what, *scheme, trials, &reports));
             if *scheme == Scheme::Residue && attack.detector == Detector::Margin {
-                let slow = judge.proofs(trials, *scheme, Depth::Slow);
-                lines.push(judge.slow_line(attack, trials, &slow));
+                let slow = verifier.proofs(trials, *scheme, Depth::Slow);
+                lines.push(verifier.slow_line(attack, trials, &slow));
                 if attack.adds_up() {
-                    let (limits, rates) = (judge.limits(), &self.setup.rates);
+                    let (limits, rates) = (verifier.limits(), &self.setup.rates);
                     tokens.push(Tokens::new(attack.name, &slow, *scheme, limits, rates));
                 }
             }
         }
         if let Some((_, trials)) = proved.first().filter(|_| attack.changes_tokens()) {
-            lines.extend(judge.rank_lines(what.0, what.1, trials));
+            lines.extend(verifier.rank_lines(what.0, what.1, trials));
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! The results as a picture: what is still missed after so many chunks, and what is seen after so
-//! many tokens. An SVG needs no fonts: the viewer has them.
+//! Draws the results: the share of answers that is still missed after a number of chunks, and the
+//! share that is detected after a number of tokens. The SVG embeds no fonts.
 
 use super::results::{CHUNKS, Detector, Line, Results, Tokens};
 use crate::proof::Scheme;

@@ -1,11 +1,11 @@
-//! The subnet's rank rules as published (Targon 4.4.1, `verifier.py`), holes included: for the
-//! column beside the mended ones of [`crate::verify::targon`].
+//! The subnet's rank rules as published (Targon 4.4.1, `verifier.py`), including their known gaps,
+//! for comparison with the corrected rules of [`crate::verify::targon`].
 //!
-//! Two things are kinder here than there: ids are taken as they are, where the original tokenises
-//! the text again, and all end tokens of the model count. The check of random places is left out,
-//! as the original does above a temperature of 0.75.
+//! Two rules are more lenient here than in the original: ids are taken as they are, where the
+//! original tokenises the text again, and all end tokens of the model count. The check of random
+//! places is left out, as the original does above a temperature of 0.75.
 
-use super::trial::Trial;
+use super::trial::AttackedAnswer;
 use crate::verify::RowEvidence;
 use crate::verify::{Report, Verdict};
 
@@ -23,9 +23,9 @@ const RARE_MAX: usize = 5;
 const SCORE_MIN: f64 = 0.75;
 
 /// The cause by which the original rejects an answer; `None` where it passes or gives up.
-pub(super) fn rejects(trial: &Trial, report: &Report) -> Option<&'static str> {
+pub(super) fn rejects(trial: &AttackedAnswer, report: &Report) -> Option<&'static str> {
     if report.rows.is_empty() {
-        // Rejected for its form or its end, which the mended rules see first.
+        // Rejected for its form or its end, which the corrected rules check first.
         return match &report.verdict {
             Verdict::Reject(rejection) => Some(rejection.reason.name()),
             _ => None,
@@ -34,10 +34,10 @@ pub(super) fn rejects(trial: &Trial, report: &Report) -> Option<&'static str> {
     // Where the end was not sent, its likelihood has been looked at already.
     let request = &trial.ask.request;
     let tokens_max = if trial.end_is_implied { report.rows.len() } else { request.max_tokens };
-    judge(&report.rows, request.sampling.temperature, tokens_max)
+    rule(&report.rows, request.sampling.temperature, tokens_max)
 }
 
-fn judge(rows: &[RowEvidence], temperature: f32, tokens_max: usize) -> Option<&'static str> {
+fn rule(rows: &[RowEvidence], temperature: f32, tokens_max: usize) -> Option<&'static str> {
     let known = (10.0 * temperature) as u32 + 6;
     let knows_end = |row: &RowEvidence| row.end_rank.is_some_and(|end| end <= known);
     if rows.len() < TOKENS_MIN {
@@ -101,22 +101,22 @@ mod tests {
     fn the_published_rules_and_their_holes() {
         let rows = |ranks: &[u32]| ranks.iter().map(|r| row(*r)).collect::<Vec<_>>();
         let mut firsts = vec![1; 20];
-        assert_eq!(judge(&rows(&firsts), 0.8, 20), None);
-        assert_eq!(judge(&rows(&firsts), 0.8, 40), Some("EARLY_END"));
-        assert_eq!(judge(&rows(&[1, 1]), 0.8, 20), Some("TOO_SHORT"));
-        assert_eq!(judge(&rows(&[1, 99, 99]), 0.8, 3), None, "three tokens are never looked at");
+        assert_eq!(rule(&rows(&firsts), 0.8, 20), None);
+        assert_eq!(rule(&rows(&firsts), 0.8, 40), Some("EARLY_END"));
+        assert_eq!(rule(&rows(&[1, 1]), 0.8, 20), Some("TOO_SHORT"));
+        assert_eq!(rule(&rows(&[1, 99, 99]), 0.8, 3), None, "three tokens are never looked at");
         firsts[16] = 75;
-        assert_eq!(judge(&rows(&firsts), 0.8, 20), Some("UNLIKELY_TOKEN"));
+        assert_eq!(rule(&rows(&firsts), 0.8, 20), Some("UNLIKELY_TOKEN"));
         firsts[16] = 74;
-        assert_eq!(judge(&rows(&firsts), 0.8, 20), None);
+        assert_eq!(rule(&rows(&firsts), 0.8, 20), None);
         firsts[..5].fill(25);
-        assert_eq!(judge(&rows(&firsts), 0.8, 20), Some("UNLIKELY_TOKEN"));
-        assert_eq!(judge(&rows(&[20; 20]), 0.8, 20), None, "ranks that are not known do not count");
-        assert_eq!(judge(&rows(&[2; 20]), 0.8, 20), Some("UNLIKELY_TOKENS"));
+        assert_eq!(rule(&rows(&firsts), 0.8, 20), Some("UNLIKELY_TOKEN"));
+        assert_eq!(rule(&rows(&[20; 20]), 0.8, 20), None, "ranks that are not known do not count");
+        assert_eq!(rule(&rows(&[2; 20]), 0.8, 20), Some("UNLIKELY_TOKENS"));
         let change = |f: fn(&mut RowEvidence)| {
             let mut rows = rows(&[1; 20]);
             rows.iter_mut().for_each(f);
-            judge(&rows, 0.8, 20)
+            rule(&rows, 0.8, 20)
         };
         let lies = change(|r| r.reported = Some(-100.0));
         assert_eq!(lies, None, "the mean score is not enforced");

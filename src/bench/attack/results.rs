@@ -16,13 +16,13 @@ pub const CHUNKS: usize = 8;
 pub struct Results {
     /// The model.
     pub model: String,
-    /// The limits that every line was judged by.
+    /// The limits that every line was checked by.
     pub limits: String,
     /// Attacked prompts, and tokens of each of their answers.
     pub attacked: (usize, usize),
     /// Prompts of honest answers, none of them attacked, and tokens of each answer.
     pub honest: (usize, usize),
-    /// One for each attack and way to judge.
+    /// One for each attack and way to check.
     pub lines: Vec<Line>,
     /// Evidence that grows with tokens.
     pub tokens: Vec<Tokens>,
@@ -44,20 +44,20 @@ pub enum Detector {
     Binding,
 }
 
-/// How one kind of answers fared under one way to judge.
+/// How one kind of answers fared under one way to check.
 #[derive(Clone, Serialize, Debug)]
 pub struct Line {
     /// The attack; `honest` is none.
     pub name: String,
     /// What should show it.
     pub detector: Detector,
-    /// How it was judged.
+    /// How it was checked.
     pub judge: String,
     /// Bytes of the proof.
     pub bytes_per_token: f64,
     /// Answers that were rejected: wrongly (the false-positive rate) where they are honest.
     pub rejected: Rate,
-    /// Answers that could not be judged; they count as not rejected.
+    /// Answers that could not be checked; they count as not rejected.
     pub unscored: usize,
     /// The reasons of rejections.
     pub reasons: BTreeMap<String, usize>,
@@ -155,7 +155,7 @@ impl Line {
         }
     }
 
-    /// Judged by hidden rows alone, chunk by chunk.
+    /// Checked by hidden rows alone, chunk by chunk.
     pub(super) fn of_rows(
         name: &str,
         detector: Detector,
@@ -190,7 +190,7 @@ impl Line {
         }
     }
 
-    /// Judged by hidden rows and margins.
+    /// Checked by hidden rows and margins.
     pub(super) fn of_margins(
         name: &str,
         detector: Detector,

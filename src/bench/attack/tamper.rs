@@ -1,4 +1,4 @@
-//! Cheaper stand-ins for a model: its weights on a coarser grid, or with parts replaced.
+//! Cheaper substitutes for a model: its weights rounded more coarsely, or with parts replaced.
 
 use crate::models::checkpoint::Checkpoint;
 use crate::models::cpu::decoder::Decoder;

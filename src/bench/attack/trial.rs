@@ -1,4 +1,4 @@
-//! Answers under test: who is asked what, who answers, and how an answer gets its proof.
+//! The questions and answers of the attack bench, and how an answer gets its proof.
 
 use super::tamper::{Tamper, tampered};
 use crate::chain::keys::Hotkey;
@@ -14,7 +14,7 @@ use crate::models::model::DeviceWeights;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
-use crate::proof::commit::{Chain, link, noise_key, nonce_of};
+use crate::proof::commit::{ChunkChain, link, noise_key, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::prefill;
@@ -30,7 +30,7 @@ pub(super) type Rows = Vec<Vec<u16>>;
 
 /// A question.
 #[derive(Clone)]
-pub(super) struct Ask {
+pub(super) struct AttackRequest {
     /// Its number, from which its nonce follows.
     pub(super) index: usize,
     /// What is asked.
@@ -41,9 +41,9 @@ pub(super) struct Ask {
 
 /// A question with its answer.
 #[derive(Clone)]
-pub(super) struct Trial {
+pub(super) struct AttackedAnswer {
     /// The question.
-    pub(super) ask: Ask,
+    pub(super) ask: AttackRequest,
     /// The answer.
     pub(super) answer: Answer,
     /// Whether the answer claims that its end token was not sent.
@@ -64,7 +64,7 @@ pub(super) struct Subject {
     scratch: PathBuf,
 }
 
-impl Ask {
+impl AttackRequest {
     /// The nonce that the verifier sends.
     pub(super) fn nonce(&self) -> Hash {
         nonce_of(&format!("attack-bench {}", self.index))
@@ -109,7 +109,12 @@ impl Subject {
     }
 
     /// Question `index`: `text`, answered with exactly `tokens` tokens.
-    pub(super) fn ask(&self, index: usize, text: &str, tokens: usize) -> anyhow::Result<Ask> {
+    pub(super) fn ask(
+        &self,
+        index: usize,
+        text: &str,
+        tokens: usize,
+    ) -> anyhow::Result<AttackRequest> {
         let chat = self.model.text.chat.as_ref().context("this model has no chat template")?;
         let variables = serde_json::json!({
             "messages": [{"role": "user", "content": text}], "add_generation_prompt": true,
@@ -120,7 +125,7 @@ impl Subject {
         let mut request = Request::greedy(prompt, tokens);
         request.sampling.temperature = TEMPERATURE;
         request.stop.ignore_eos = true;
-        let mut ask = Ask { index, request, hotkey: None };
+        let mut ask = AttackRequest { index, request, hotkey: None };
         ask.request.sampling.noise_key = ask.noise(&ask.nonce());
         Ok(ask)
     }
@@ -129,9 +134,9 @@ impl Subject {
     pub(super) fn answers(
         &self,
         engine: &Engine,
-        asks: &[Ask],
-        change: &dyn Fn(&Ask, &mut Request),
-    ) -> anyhow::Result<Vec<Trial>> {
+        asks: &[AttackRequest],
+        change: &dyn Fn(&AttackRequest, &mut Request),
+    ) -> anyhow::Result<Vec<AttackedAnswer>> {
         let mut trials = Vec::with_capacity(asks.len());
         for batch in asks.chunks(engine.options().sequences_max) {
             let running = batch.iter().map(|ask| {
@@ -142,28 +147,36 @@ impl Subject {
             let running = running.collect::<Result<Vec<_>, _>>()?;
             for (ask, generation) in batch.iter().zip(running) {
                 let (steps, _) = generation.collect_blocking()?;
-                // Weight values are not what attacks are about; the judge adds those it needs.
+                // Weight values are not what attacks are about; the check adds those it needs.
                 let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, None) };
-                trials.push(Trial::new(ask, answer));
+                trials.push(AttackedAnswer::new(ask, answer));
             }
         }
         Ok(trials)
     }
 
     /// Honest answers, with the proofs that the engine made while it drew them.
-    pub(super) fn honest(&self, scheme: Scheme, asks: &[Ask]) -> anyhow::Result<Vec<Trial>> {
+    pub(super) fn honest(
+        &self,
+        scheme: Scheme,
+        asks: &[AttackRequest],
+    ) -> anyhow::Result<Vec<AttackedAnswer>> {
         let mut trials = self.answers(&self.engine, asks, &|ask, request| {
             ask.prover(scheme).bind(request, &self.identity, None, 0);
         })?;
-        for Trial { ask, answer, .. } in &mut trials {
+        for AttackedAnswer { ask, answer, .. } in &mut trials {
             self.seal(ask, &ask.prover(scheme), answer);
         }
         Ok(trials)
     }
 
     /// The hidden rows that `model` computes over each answer.
-    pub(super) fn rows(&self, model: &Model, trials: &[Trial]) -> anyhow::Result<Vec<Rows>> {
-        let of_trial = |trial: &Trial| {
+    pub(super) fn rows(
+        &self,
+        model: &Model,
+        trials: &[AttackedAnswer],
+    ) -> anyhow::Result<Vec<Rows>> {
+        let of_trial = |trial: &AttackedAnswer| {
             let (prompt, ids) = (&trial.ask.request.prompt, &trial.answer.ids);
             let rows = prefill::hidden_rows(|blocks| model.pass(&self.pool, blocks), prompt, ids);
             rows.map_err(|stop| anyhow!("{stop:?}"))
@@ -172,8 +185,13 @@ impl Subject {
     }
 
     /// The same answers with the proofs that `rows` make.
-    pub(super) fn proved(&self, scheme: Scheme, trials: &[Trial], rows: &[Rows]) -> Vec<Trial> {
-        let prove = |(trial, rows): (&Trial, &Rows)| {
+    pub(super) fn proved(
+        &self,
+        scheme: Scheme,
+        trials: &[AttackedAnswer],
+        rows: &[Rows],
+    ) -> Vec<AttackedAnswer> {
+        let prove = |(trial, rows): (&AttackedAnswer, &Rows)| {
             let mut trial = trial.clone();
             let prover = trial.ask.prover(scheme);
             self.prove(&trial.ask, &prover, rows, &mut trial.answer);
@@ -183,11 +201,17 @@ impl Subject {
     }
 
     /// Gives `answer` the proof that `prover` makes of `rows`.
-    pub(super) fn prove(&self, ask: &Ask, prover: &Prover, rows: &[Vec<u16>], answer: &mut Answer) {
+    pub(super) fn prove(
+        &self,
+        ask: &AttackRequest,
+        prover: &Prover,
+        rows: &[Vec<u16>],
+        answer: &mut Answer,
+    ) {
         let head = self.head(ask, prover);
         let row_prover = head.rows(&self.identity);
         let (dtype, first) = (self.model.dtype, ask.request.prompt.len() - 1);
-        let mut chain = Chain::new(head.root);
+        let mut chain = ChunkChain::new(head.root);
         answer.chunks.clear();
         for (place, (id, bits)) in answer.ids.iter().zip(rows).enumerate() {
             let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
@@ -200,13 +224,13 @@ impl Subject {
 
     /// Binds the chunks of `answer` as `prover` does, whatever they hold: a forger can always do
     /// that.
-    pub(super) fn seal(&self, ask: &Ask, prover: &Prover, answer: &mut Answer) {
+    pub(super) fn seal(&self, ask: &AttackRequest, prover: &Prover, answer: &mut Answer) {
         let head = self.head(ask, prover);
         let digest = relink(&head.root, answer);
         answer.end = Some(head.end(Some(digest), answer.ids.len(), &FinishReason::Length));
     }
 
-    fn head(&self, ask: &Ask, prover: &Prover) -> ProofHead {
+    fn head(&self, ask: &AttackRequest, prover: &Prover) -> ProofHead {
         prover.head(&ask.request.terms(None, 0).hash(), &self.identity)
     }
 
@@ -225,9 +249,9 @@ impl Subject {
     }
 }
 
-impl Trial {
+impl AttackedAnswer {
     /// An answer that says how it ends.
-    pub(super) fn new(ask: &Ask, answer: Answer) -> Self {
+    pub(super) fn new(ask: &AttackRequest, answer: Answer) -> Self {
         Self { ask: ask.clone(), answer, end_is_implied: false }
     }
 

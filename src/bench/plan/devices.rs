@@ -13,7 +13,7 @@ pub enum Kind {
 
 /// A device.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Device {
+pub struct DeviceSpec {
     /// What `--devices` calls it.
     pub name: &'static str,
     /// What computes.
@@ -37,9 +37,9 @@ const fn gpu(
     name: &'static str,
     (memory, bandwidth, peak, power): (u64, f64, f64, f64),
     source: &'static str,
-) -> Device {
+) -> DeviceSpec {
     let (bandwidth, peak) = (bandwidth * 1e9, peak * 1e12);
-    Device { name, kind: Kind::Gpu, memory: memory * GB, bandwidth, peak, power, source }
+    DeviceSpec { name, kind: Kind::Gpu, memory: memory * GB, bandwidth, peak, power, source }
 }
 
 /// A processor: cores, GHz with all of them busy on vectors, f32 operations a core and cycle,
@@ -48,13 +48,13 @@ const fn cpu(
     name: &'static str,
     (cores, ghz, per_cycle, bandwidth, power): (f64, f64, f64, f64, f64),
     source: &'static str,
-) -> Device {
+) -> DeviceSpec {
     let (bandwidth, peak) = (bandwidth * 1e9, cores * ghz * 1e9 * per_cycle);
-    Device { name, kind: Kind::Cpu, memory: u64::MAX, bandwidth, peak, power, source }
+    DeviceSpec { name, kind: Kind::Cpu, memory: u64::MAX, bandwidth, peak, power, source }
 }
 
 /// All that is known.
-pub const DEVICES: [Device; 11] = [
+pub const DEVICES: [DeviceSpec; 11] = [
     gpu("a100-80gb", (80, 2039.0, 312.0, 400.0), "NVIDIA A100 80GB SXM datasheet, 2021"),
     gpu("h100-sxm", (80, 3350.0, 989.4, 700.0), "NVIDIA H100 SXM5 datasheet, 2023"),
     gpu("h200", (141, 4800.0, 989.4, 700.0), "NVIDIA H200 SXM datasheet, 2024"),
@@ -92,7 +92,7 @@ pub const DEVICES: [Device; 11] = [
 ///
 /// # Errors
 /// A name that is not in the table, with those that are.
-pub fn named(names: &[String]) -> anyhow::Result<Vec<Device>> {
+pub fn named(names: &[String]) -> anyhow::Result<Vec<DeviceSpec>> {
     if names.is_empty() || names.iter().any(|n| n == "all") {
         return Ok(DEVICES.to_vec());
     }
@@ -106,9 +106,9 @@ pub fn named(names: &[String]) -> anyhow::Result<Vec<Device>> {
 }
 
 /// The processor that calls itself `brand`, where the table has it.
-pub fn of_cpu(brand: &str) -> Option<Device> {
+pub fn of_cpu(brand: &str) -> Option<DeviceSpec> {
     let brand = brand.to_lowercase();
-    let is_named = |device: &Device| {
+    let is_named = |device: &DeviceSpec| {
         let mut parts = device.name.split('-');
         device.kind == Kind::Cpu
             && parts.all(|part| brand.split([' ', '+', '(']).any(|word| word == part))

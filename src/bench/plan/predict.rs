@@ -1,6 +1,6 @@
 //! The roofline: a step takes as long as its bytes or its operations, whichever takes longer.
 
-use super::devices::{Device, Kind};
+use super::devices::{DeviceSpec, Kind};
 use super::work::{Work, decode, prefill};
 use crate::engine::plan::weight_bytes;
 use crate::models::spec::Spec;
@@ -38,7 +38,7 @@ pub enum Bound {
 
 /// What is asked of a model.
 #[derive(Clone, Debug)]
-pub struct Load {
+pub struct Workload {
     /// Sequences that decode at once.
     pub batches: Vec<usize>,
     /// Positions of each.
@@ -94,7 +94,12 @@ const CHECKED_ROWS: usize = crate::verify::FAST_ROWS + 1;
 
 /// Predicts `spec` on `device`. A model that does not fit is spread over several, which are taken
 /// to add up without loss: an upper bound.
-pub fn predict(spec: &Spec, device: &Device, load: &Load, own: Option<Efficiency>) -> Prediction {
+pub fn predict(
+    spec: &Spec,
+    device: &DeviceSpec,
+    load: &Workload,
+    own: Option<Efficiency>,
+) -> Prediction {
     let efficiency = own.unwrap_or_else(|| Efficiency::assumed(device.kind));
     let weights = weight_bytes(spec);
     let usable = device.memory as f64 * USABLE;
@@ -129,7 +134,7 @@ pub fn predict(spec: &Spec, device: &Device, load: &Load, own: Option<Efficiency
     }
 }
 
-fn seconds(work: Work, device: &Device, devices: f64, share: Efficiency) -> (f64, Bound) {
+fn seconds(work: Work, device: &DeviceSpec, devices: f64, share: Efficiency) -> (f64, Bound) {
     let memory = work.bytes / (device.bandwidth * devices * share.memory);
     let compute = work.operations / (device.peak * devices * share.compute);
     match memory >= compute {
@@ -156,8 +161,8 @@ mod tests {
         config::parse(Path::new("config.json"), &json).unwrap()
     }
 
-    fn load() -> Load {
-        Load { batches: vec![1, 256], context: 0, prompt: 2048, answer: 512 }
+    fn load() -> Workload {
+        Workload { batches: vec![1, 256], context: 0, prompt: 2048, answer: 512 }
     }
 
     #[test]
@@ -185,8 +190,9 @@ mod tests {
         assert_eq!((p[0].devices, p[1].devices), (7, 2));
         let small = llama(16, 2048, 8192);
         assert!(
-            !predict(&small, &cards[0], &Load { batches: vec![4096], ..load() }, None).decode[0]
-                .fits
+            !predict(&small, &cards[0], &Workload { batches: vec![4096], ..load() }, None).decode
+                [0]
+            .fits
         );
     }
 }

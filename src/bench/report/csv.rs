@@ -1,6 +1,6 @@
 //! A report as comma-separated values: a line for each row of the engine or level of load.
 
-use super::schema::{Level, Report, Row};
+use super::schema::{BenchReport, Level, ReportRow};
 use super::spread::Quantiles;
 
 const ENGINE: &str = "phase,batch,depth,tokens,runs,tokens_per_second,sd,low,high,\
@@ -11,7 +11,7 @@ const SERVE: &str = "rate,concurrency,seconds,sent,completed,input_tokens,output
     gap_p99,worst_gap,validator_tps_p50";
 
 /// Writes it.
-pub fn write(report: &Report) -> String {
+pub fn write(report: &BenchReport) -> String {
     let mut lines = Vec::new();
     if !report.rows.is_empty() || report.levels.is_empty() {
         lines.push(ENGINE.to_owned());
@@ -28,7 +28,7 @@ fn optional<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(String::new, |v| v.to_string())
 }
 
-fn row(row: &Row) -> String {
+fn row(row: &ReportRow) -> String {
     let interval = row.speed.interval;
     [
         row.phase.name().into(),

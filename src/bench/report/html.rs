@@ -3,7 +3,7 @@
 
 use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, facts, level, row};
 use super::plots;
-use super::schema::Report;
+use super::schema::BenchReport;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 const STYLE: &str = "
@@ -21,7 +21,7 @@ figcaption { font-weight: bold; }
 ///
 /// # Errors
 /// When a plot cannot be drawn.
-pub fn write(report: &Report) -> anyhow::Result<String> {
+pub fn write(report: &BenchReport) -> anyhow::Result<String> {
     let policy = "default-src 'none'; style-src 'unsafe-inline'";
     let plots = plots::all(report)?;
     let title = format!("Measurement of {}", report.model.name);
@@ -62,7 +62,7 @@ pub fn write(report: &Report) -> anyhow::Result<String> {
     Ok(page.into_string())
 }
 
-fn doubts(report: &Report) -> Markup {
+fn doubts(report: &BenchReport) -> Markup {
     html! {
         @if report.is_partial {
             p class="doubt" { "Partial: it ended before its end." }

@@ -1,6 +1,6 @@
 //! A report as Markdown, for a terminal and for a page of text.
 
-use super::schema::{Level, Report, Row};
+use super::schema::{BenchReport, Level, ReportRow};
 use super::spread::Quantiles;
 use crate::engine::plan::Bytes;
 use comfy_table::{Table, presets};
@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use std::fmt::Write;
 
 /// Writes it.
-pub fn write(report: &Report) -> String {
+pub fn write(report: &BenchReport) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = head(report, &mut text);
@@ -23,7 +23,7 @@ pub fn write(report: &Report) -> String {
 }
 
 /// What is said of a report, one line each: name and value.
-pub(super) fn facts(report: &Report) -> Vec<(&'static str, String)> {
+pub(super) fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
     let (machine, model, program) = (&report.machine, &report.model, &report.program);
     let started = i64::try_from(report.started).ok().and_then(|s| Timestamp::from_second(s).ok());
     let threads = machine.threads.map_or(String::new(), |t| format!(", {t} threads"));
@@ -63,14 +63,14 @@ pub(super) fn facts(report: &Report) -> Vec<(&'static str, String)> {
     facts
 }
 
-fn head(report: &Report, text: &mut String) -> std::fmt::Result {
+fn head(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     for (name, value) in facts(report) {
         writeln!(text, "- {name}: {value}")?;
     }
     Ok(())
 }
 
-fn tail(report: &Report, text: &mut String) -> std::fmt::Result {
+fn tail(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     if report.is_partial {
         writeln!(text, "\n**Partial**: it ended before its end.")?;
     }
@@ -114,7 +114,7 @@ pub(super) const ROW_COLUMNS: [&str; 11] = [
 ];
 
 /// The cells of a row.
-pub(super) fn row(row: &Row) -> [String; 11] {
+pub(super) fn row(row: &ReportRow) -> [String; 11] {
     let interval = |[low, high]: [f64; 2]| format!("{}..{}", number(low), number(high));
     let percent = |share: f64| format!("{:.0} %", 100.0 * share);
     [
@@ -132,7 +132,7 @@ pub(super) fn row(row: &Row) -> [String; 11] {
     ]
 }
 
-fn rows(all: &[Row]) -> Table {
+fn rows(all: &[ReportRow]) -> Table {
     let mut table = table(ROW_COLUMNS);
     table.add_rows(all.iter().map(row));
     table

@@ -1,6 +1,6 @@
-//! Plots of a report as SVG, which needs no fonts: the viewer has them.
+//! Plots of a report as SVG without embedded fonts.
 
-use super::schema::{Level, Phase, Report, Row};
+use super::schema::{BenchReport, Level, Phase, ReportRow};
 use super::spread::Quantiles;
 use anyhow::anyhow;
 use plotters::prelude::{
@@ -43,7 +43,7 @@ struct Chart {
 ///
 /// # Errors
 /// When one cannot be drawn.
-pub(super) fn all(report: &Report) -> anyhow::Result<Vec<(String, String)>> {
+pub(super) fn all(report: &BenchReport) -> anyhow::Result<Vec<(String, String)>> {
     let mut charts = Vec::new();
     charts.extend(roofline(report));
     charts.extend(speeds(report));
@@ -55,9 +55,9 @@ pub(super) fn all(report: &Report) -> anyhow::Result<Vec<(String, String)>> {
 }
 
 /// Operations a byte across, operations a second up, under the two ceilings.
-fn roofline(report: &Report) -> Option<Chart> {
+fn roofline(report: &BenchReport) -> Option<Chart> {
     let ceilings = report.ceilings.as_ref().filter(|_| !report.rows.is_empty())?;
-    let ratio = |row: &Row| row.operations_per_second / row.bytes_per_second;
+    let ratio = |row: &ReportRow| row.operations_per_second / row.bytes_per_second;
     let ratios: Vec<f64> = report.rows.iter().map(ratio).collect();
     let ridge = ceilings.fma_peak / ceilings.read_bandwidth;
     let low = ratios.iter().copied().fold(ridge, f64::min) / 2.0;
@@ -86,7 +86,7 @@ fn roofline(report: &Report) -> Option<Chart> {
 }
 
 /// Decode speed over the batch, a line for each depth.
-fn speeds(report: &Report) -> Option<Chart> {
+fn speeds(report: &BenchReport) -> Option<Chart> {
     let rows = || report.rows.iter().filter(|row| row.phase == Phase::Decode);
     let mut depths: Vec<usize> = rows().map(|row| row.depth).collect();
     depths.sort_unstable();
@@ -165,7 +165,7 @@ fn distribution(
 }
 
 /// What memory holds, one on top of the other, beside what was resident.
-fn memory(report: &Report) -> Option<Chart> {
+fn memory(report: &BenchReport) -> Option<Chart> {
     let memory = report.memory?;
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let bar = |name: &str, place: f64, bytes: u64| Series {

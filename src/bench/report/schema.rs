@@ -25,7 +25,7 @@ pub enum Kind {
 /// One measurement.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Report {
+pub struct BenchReport {
     /// [`SCHEMA`].
     pub schema: String,
     /// [`VERSION`].
@@ -53,7 +53,7 @@ pub struct Report {
     /// The ceilings of the machine; of a served model unknown.
     pub ceilings: Option<Ceilings>,
     /// Phases of the engine.
-    pub rows: Vec<Row>,
+    pub rows: Vec<ReportRow>,
     /// Levels of load on a server.
     pub levels: Vec<Level>,
     /// Memory of the process.
@@ -135,7 +135,7 @@ impl Limit {
 /// One phase at one size.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Row {
+pub struct ReportRow {
     /// The phase.
     pub phase: Phase,
     /// Sequences side by side.
@@ -247,7 +247,7 @@ pub struct Signature {
     pub signature: String,
 }
 
-impl Report {
+impl BenchReport {
     /// An empty one.
     pub fn new(kind: Kind, started: u64, machine: Machine, model: ModelFacts) -> Self {
         Self {
@@ -272,7 +272,7 @@ impl Report {
     }
 
     /// The best speed of a phase, with its row.
-    pub fn best(&self, phase: Phase) -> Option<&Row> {
+    pub fn best(&self, phase: Phase) -> Option<&ReportRow> {
         let rows = self.rows.iter().filter(|row| row.phase == phase);
         rows.max_by(|a, b| a.speed.mean.total_cmp(&b.speed.mean))
     }

@@ -1,6 +1,6 @@
-//! Reports as files: read with every fault named, signed, and checked.
+//! Reads, signs and checks files of reports. Every fault in a file is named.
 
-use super::schema::{Report, SCHEMA, Signature, VERSION};
+use super::schema::{BenchReport, SCHEMA, Signature, VERSION};
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::files;
 use anyhow::{anyhow, bail};
@@ -23,8 +23,8 @@ pub enum Sealed {
 }
 
 /// What is signed: a hash of the report without its signature, in the order of the schema.
-fn message(report: &Report) -> anyhow::Result<Vec<u8>> {
-    let bare = Report { signature: None, ..report.clone() };
+fn message(report: &BenchReport) -> anyhow::Result<Vec<u8>> {
+    let bare = BenchReport { signature: None, ..report.clone() };
     let bytes =
         serde_json::to_vec(&bare).map_err(|e| anyhow!("a report cannot be written: {e}"))?;
     Ok([DOMAIN, Sha256::digest(&bytes).as_slice()].concat())
@@ -34,7 +34,7 @@ fn message(report: &Report) -> anyhow::Result<Vec<u8>> {
 ///
 /// # Errors
 /// When it holds what JSON cannot.
-pub fn sign(report: &mut Report, keypair: &Keypair) -> anyhow::Result<()> {
+pub fn sign(report: &mut BenchReport, keypair: &Keypair) -> anyhow::Result<()> {
     let signature = keypair.sign(&message(report)?);
     let (hotkey, signature) = (keypair.hotkey().to_string(), hex::encode(signature));
     report.signature = Some(Signature { hotkey, signature });
@@ -45,7 +45,7 @@ pub fn sign(report: &mut Report, keypair: &Keypair) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// When it is not the hotkey's over this report.
-pub fn check(report: &Report) -> anyhow::Result<Sealed> {
+pub fn check(report: &BenchReport) -> anyhow::Result<Sealed> {
     let Some(sent) = &report.signature else { return Ok(Sealed::Unsigned) };
     let hotkey: Hotkey = sent.hotkey.parse().map_err(|e| anyhow!("`signature.hotkey`: {e}"))?;
     let bytes = hex::decode(&sent.signature)
@@ -63,14 +63,14 @@ pub fn check(report: &Report) -> anyhow::Result<Sealed> {
 ///
 /// # Errors
 /// The file, and what is wrong with it.
-pub fn read(path: &Path) -> anyhow::Result<Report> {
+pub fn read(path: &Path) -> anyhow::Result<BenchReport> {
     let place = path.display();
     let bytes =
         files::read(path, REPORT_BYTES_MAX).map_err(|e| anyhow!("{place} cannot be read: {e}"))?;
     parse(&bytes).map_err(|what| anyhow!("{place}: {what}"))
 }
 
-fn parse(bytes: &[u8]) -> anyhow::Result<Report> {
+fn parse(bytes: &[u8]) -> anyhow::Result<BenchReport> {
     let value: Value = serde_json::from_slice(bytes).map_err(|e| anyhow!("it is not JSON: {e}"))?;
     if value["schema"] != SCHEMA {
         bail!("`schema` must be \"{SCHEMA}\", got {}", value["schema"]);
@@ -86,11 +86,11 @@ fn parse(bytes: &[u8]) -> anyhow::Result<Report> {
 pub(in crate::bench) mod tests {
     use super::*;
     use crate::bench::report::facts::{Machine, ModelFacts};
-    use crate::bench::report::schema::{Ceilings, Kind, Limit, MemoryUse, Phase, Row};
+    use crate::bench::report::schema::{Ceilings, Kind, Limit, MemoryUse, Phase, ReportRow};
     use crate::bench::report::spread::Spread;
 
     /// A small report of an engine.
-    pub(in crate::bench) fn sample(speed: f64) -> Report {
+    pub(in crate::bench) fn sample(speed: f64) -> BenchReport {
         let machine = Machine {
             cpu: "AMD EPYC 9654 96-Core Processor".into(),
             cores: 96,
@@ -107,13 +107,13 @@ pub(in crate::bench) mod tests {
             dtype: Some("bf16".into()),
             weights_bytes: Some(1 << 30),
         };
-        let mut report = Report::new(Kind::Engine, 1_790_000_000, machine, model);
+        let mut report = BenchReport::new(Kind::Engine, 1_790_000_000, machine, model);
         report.is_partial = false;
         report.ceilings = Some(Ceilings { read_bandwidth: 4e11, fma_peak: 6e12, table: None });
         report.memory = Some(MemoryUse { weights: 1 << 30, kv: 1 << 28, peak_resident: 3 << 29 });
         for (phase, factor) in [(Phase::Prefill, 8.0), (Phase::Decode, 1.0), (Phase::Verify, 5.0)] {
             let runs = vec![factor * speed, factor * speed * 1.1];
-            report.rows.push(Row {
+            report.rows.push(ReportRow {
                 phase,
                 batch: 1,
                 depth: 128,

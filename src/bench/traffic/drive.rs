@@ -1,7 +1,7 @@
 //! Sends requests: at times of a Poisson process, however long answers take (open loop), or as
 //! many at once as are asked for (closed loop).
 
-use super::heard::{Ask, Asked, Heard};
+use super::heard::{Heard, LoadRequest, Transport};
 use crate::bench::host::cpu_seconds;
 use crate::bench::report::schema::Client;
 use crate::bench::stats::quantile;
@@ -34,7 +34,7 @@ pub enum Load {
 
 /// An answer, and when it was asked for.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Sent {
+pub struct TimedAnswer {
     /// Seconds since the load began.
     pub at: f64,
     /// The answer.
@@ -45,7 +45,7 @@ pub struct Sent {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Driven {
     /// The answers, in the order in which they ended.
-    pub sent: Vec<Sent>,
+    pub sent: Vec<TimedAnswer>,
     /// Requests that were sent and had not ended when the load was broken off.
     pub unfinished: usize,
     /// Seconds that it took.
@@ -53,12 +53,12 @@ pub struct Driven {
     /// How the client fared.
     pub client: Client,
     /// Why it ended early.
-    pub stop: Option<Stop>,
+    pub stop: Option<LoadStop>,
 }
 
 /// Why a load ended early.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stop {
+pub enum LoadStop {
     /// Nobody wants it any more.
     Unwanted,
     /// The server failed too often in a row.
@@ -81,8 +81,8 @@ fn arrivals(rate: f64, count: usize, seed: u64) -> Vec<f64> {
 
 /// Sends `asked` and waits for all answers.
 pub async fn drive(
-    ask: &Arc<dyn Ask>,
-    asked: Vec<Asked>,
+    ask: &Arc<dyn Transport>,
+    asked: Vec<LoadRequest>,
     load: Load,
     (seed, threads): (u64, usize),
     is_wanted: &(dyn Fn() -> bool + Sync),
@@ -107,7 +107,7 @@ pub async fn drive(
             run.late.push((at - time).max(0.0));
         }
         let answering = ask.ask(asked);
-        running.spawn(async move { Sent { at, heard: answering.await } });
+        running.spawn(async move { TimedAnswer { at, heard: answering.await } });
     }
     while stop.is_none() && !running.is_empty() {
         stop = run.wait(&mut running, f64::INFINITY, usize::MAX, is_wanted).await;
@@ -140,7 +140,7 @@ async fn tick(clock: Clock, late: Arc<Mutex<Vec<f64>>>) {
 /// What is known while a load runs.
 struct Run {
     clock: Clock,
-    sent: Vec<Sent>,
+    sent: Vec<TimedAnswer>,
     failures: usize,
     late: Vec<f64>,
 }
@@ -150,20 +150,20 @@ impl Run {
     /// infinite, until none runs.
     async fn wait(
         &mut self,
-        running: &mut JoinSet<Sent>,
+        running: &mut JoinSet<TimedAnswer>,
         time: f64,
         limit: usize,
         is_wanted: &(dyn Fn() -> bool + Sync),
-    ) -> Option<Stop> {
+    ) -> Option<LoadStop> {
         loop {
             if !is_wanted() {
-                return Some(Stop::Unwanted);
+                return Some(LoadStop::Unwanted);
             }
             while let Some(ended) = running.try_join_next() {
                 self.take(ended.ok());
             }
             if self.failures >= FAILURES_MAX {
-                return Some(Stop::ServerFailed);
+                return Some(LoadStop::ServerFailed);
             }
             let left = time - self.clock.elapsed().as_secs_f64();
             let is_over = if time.is_finite() { left <= 0.0 } else { running.is_empty() };
@@ -185,7 +185,7 @@ impl Run {
         }
     }
 
-    fn take(&mut self, ended: Option<Sent>) {
+    fn take(&mut self, ended: Option<TimedAnswer>) {
         let Some(sent) = ended else { return };
         self.failures = if sent.heard.failure.is_some() { self.failures + 1 } else { 0 };
         self.sent.push(sent);
@@ -207,8 +207,8 @@ mod tests {
         most: Arc<AtomicUsize>,
     }
 
-    impl Ask for Server {
-        fn ask(&self, _: Asked) -> Answering {
+    impl Transport for Server {
+        fn ask(&self, _: LoadRequest) -> Answering {
             let is_good = self.asked.fetch_add(1, Ordering::SeqCst) < self.good;
             let (running, most) = (Arc::clone(&self.running), Arc::clone(&self.most));
             Box::pin(async move {
@@ -222,14 +222,14 @@ mod tests {
         }
     }
 
-    fn server(good: usize) -> (Arc<dyn Ask>, Arc<AtomicUsize>) {
+    fn server(good: usize) -> (Arc<dyn Transport>, Arc<AtomicUsize>) {
         let most = Arc::new(AtomicUsize::new(0));
         let (asked, running) = (AtomicUsize::new(0), Arc::default());
         (Arc::new(Server { good, asked, running, most: Arc::clone(&most) }), most)
     }
 
-    fn asked(count: usize) -> Vec<Asked> {
-        vec![Asked { path: "/", body: Value::Null }; count]
+    fn asked(count: usize) -> Vec<LoadRequest> {
+        vec![LoadRequest { path: "/", body: Value::Null }; count]
     }
 
     #[test]
@@ -266,7 +266,7 @@ mod tests {
     async fn what_was_heard_stays_when_a_server_dies_or_nobody_wants_more() {
         let (ask, _) = server(5);
         let driven = drive(&ask, asked(500), Load::Concurrency(4), (1, 1), &|| true).await;
-        assert_eq!(driven.stop, Some(Stop::ServerFailed));
+        assert_eq!(driven.stop, Some(LoadStop::ServerFailed));
         let good = driven.sent.iter().filter(|s| s.heard.failure.is_none()).count();
         assert!(good == 5 && driven.sent.len() < 40, "{good} of {}", driven.sent.len());
 
@@ -274,7 +274,7 @@ mod tests {
         let clock = Clock::system();
         let is_wanted = || clock.elapsed() < Duration::from_millis(150);
         let driven = drive(&ask, asked(5_000), Load::Concurrency(2), (1, 1), &is_wanted).await;
-        assert_eq!(driven.stop, Some(Stop::Unwanted));
+        assert_eq!(driven.stop, Some(LoadStop::Unwanted));
         assert!(!driven.sent.is_empty() && driven.sent.len() < 100, "{}", driven.sent.len());
     }
 }

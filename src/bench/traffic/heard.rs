@@ -6,7 +6,7 @@ use std::pin::Pin;
 
 /// A request.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Asked {
+pub struct LoadRequest {
     /// The route.
     pub path: &'static str,
     /// The body, which asks for a stream.
@@ -17,9 +17,9 @@ pub struct Asked {
 pub type Answering = Pin<Box<dyn Future<Output = Heard> + Send>>;
 
 /// Sends a request and times its answer.
-pub trait Ask: Send + Sync {
+pub trait Transport: Send + Sync {
     /// Sends it now.
-    fn ask(&self, asked: Asked) -> Answering;
+    fn ask(&self, asked: LoadRequest) -> Answering;
 }
 
 /// A chunk of an answer.

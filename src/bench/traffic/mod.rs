@@ -1,7 +1,8 @@
 //! `bench serve`: load on a server that speaks OpenAI's API, ours or another's.
 //!
 //! [`heard`] is what is known of one answer, [`drive`] sends requests at drawn times, [`tally`]
-//! makes a level of a report out of them. How a request is sent is the caller's ([`heard::Ask`]).
+//! makes a level of a report out of them. How a request is sent is the caller's
+//! ([`heard::Transport`]).
 
 pub mod drive;
 pub mod heard;

@@ -1,6 +1,6 @@
 //! A level of a report out of what was heard.
 
-use super::drive::{Driven, Load, Sent, Stop};
+use super::drive::{Driven, Load, LoadStop, TimedAnswer};
 use super::heard::Heard;
 use crate::bench::conditions::{Mark, MarkKind};
 use crate::bench::report::schema::{Client, Level};
@@ -113,7 +113,7 @@ fn steady(driven: &Driven) -> [f64; 2] {
 
 /// Tokens a second that came between two times; of failed answers too, for the server worked.
 fn within(driven: &Driven, [from, to]: [f64; 2]) -> f64 {
-    let tokens = |sent: &Sent| {
+    let tokens = |sent: &TimedAnswer| {
         let inside = |at: &f64| (from..=to).contains(&(sent.at + at));
         let (all, in_window) = (sent.heard.tokens().count(), sent.heard.tokens().filter(inside));
         // A chunk may hold several tokens.
@@ -123,10 +123,10 @@ fn within(driven: &Driven, [from, to]: [f64; 2]) -> f64 {
     driven.sent.iter().map(tokens).sum::<f64>() / (to - from).max(1e-9)
 }
 
-/// What speaks against a level. `asked` is how many tokens every answer should have.
+/// The marks of a level. `asked` is how many tokens every answer should have.
 pub fn marks(
     level: &Level,
-    stop: Option<Stop>,
+    stop: Option<LoadStop>,
     asked: Option<u64>,
     is_repeated: bool,
 ) -> Vec<Mark> {
@@ -143,7 +143,7 @@ pub fn marks(
         marks.push(Mark::new(MarkKind::WarmCache, what));
     }
     let failures: usize = level.failed.values().sum();
-    if failures > 0 && stop != Some(Stop::Unwanted) {
+    if failures > 0 && stop != Some(LoadStop::Unwanted) {
         let kinds: Vec<String> =
             level.failed.iter().map(|(kind, count)| format!("{count} x {kind}")).collect();
         let what = format!("{failures} of {} requests failed: {}", level.sent, kinds.join(", "));
@@ -155,8 +155,10 @@ pub fn marks(
         marks.push(Mark::new(MarkKind::Length, what));
     }
     match stop {
-        Some(Stop::Unwanted) => marks.push(Mark::new(MarkKind::Interrupted, "it was interrupted")),
-        Some(Stop::ServerFailed) => {
+        Some(LoadStop::Unwanted) => {
+            marks.push(Mark::new(MarkKind::Interrupted, "it was interrupted"))
+        }
+        Some(LoadStop::ServerFailed) => {
             let what = "the server failed too often in a row and was given up";
             marks.push(Mark::new(MarkKind::ServerFailed, what));
         }
@@ -247,7 +249,7 @@ mod tests {
                 validator_tps: 9.0,
                 failure: (i == 9).then(|| "status 500".into()),
             };
-            Sent { at: i as f64, heard }
+            TimedAnswer { at: i as f64, heard }
         };
         let client = Client { busy: 0.1, timer_late: 0.001, send_late: 0.0 };
         let sent = (0..10).map(sent).collect();
@@ -283,7 +285,7 @@ mod tests {
         level.cached_tokens = 90;
         level.client.busy = 0.95;
         let kinds = |level: &Level, is_repeated| -> Vec<MarkKind> {
-            let marks = marks(level, Some(Stop::Unwanted), Some(12), is_repeated);
+            let marks = marks(level, Some(LoadStop::Unwanted), Some(12), is_repeated);
             marks.iter().map(|m| m.kind).collect()
         };
         use MarkKind::{ClientBound, Interrupted, Length, WarmCache};

@@ -6,8 +6,8 @@ use super::reader::{PALLET, Reader};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
 use crate::chain::timelock::{Drand, QUICKNET};
-use crate::chain::weights::outcome::{Call, Order, Sent};
-use crate::chain::weights::reveal::{Epochs, Retries, Schedule, payload};
+use crate::chain::weights::outcome::{Call, Order, SentWeights};
+use crate::chain::weights::reveal::{Retries, RevealEpochs, Schedule, payload};
 use subxt::constants;
 use subxt::dynamic::Value;
 use subxt::ext::scale_value::Composite;
@@ -88,13 +88,13 @@ async fn schedule(at: &At, reader: &Reader<'_>) -> Result<Schedule, ChainError> 
     let slot = constants::dynamic::<u64>("Aura", "SlotDuration");
     let block_ms = at.constants().entry(slot).map_err(|e| wrong(e.to_string()))?;
     let epochs = match reader.has("LastEpochBlock") {
-        true => Epochs::Counted {
+        true => RevealEpochs::Counted {
             last: reader.of_subnet("LastEpochBlock").await?.unwrap_or_default(),
             pending: reader.of_subnet("PendingEpochAt").await?.unwrap_or_default(),
             index: reader.of_subnet("SubnetEpochIndex").await?.unwrap_or_default(),
             since_step: reader.of_subnet("BlocksSinceLastStep").await?.unwrap_or_default(),
         },
-        false => Epochs::Modular,
+        false => RevealEpochs::Modular,
     };
     Ok(Schedule {
         netuid: reader.netuid,
@@ -128,7 +128,7 @@ pub(super) async fn waiting(
 pub(super) async fn find(
     reader: &Reader<'_>,
     index: u16,
-    sent: &Sent,
+    sent: &SentWeights,
 ) -> Result<Option<u64>, ChainError> {
     let Some(round) = sent.reveal_round else { return Ok(None) };
     let is_own = |hotkey: &AccountId32, its: u64| hotkey.0 == sent.hotkey.0 && its == round;

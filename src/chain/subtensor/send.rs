@@ -1,7 +1,8 @@
-//! Extrinsics: told in words, signed by a hotkey, sent once, and followed to a final block.
+//! Sends an extrinsic: describes it, signs it with a hotkey, sends it once, and follows it to a
+//! final block.
 
 use super::connection::{At, Connection};
-use crate::chain::error::{ChainError, Refusal, Stage};
+use crate::chain::error::{ChainError, ExtrinsicRefusal, ExtrinsicStage};
 use crate::chain::keys::Keypair;
 use subxt::client::OnlineClientAtBlockImpl;
 use subxt::config::{DefaultExtrinsicParamsBuilder, SubstrateConfig};
@@ -32,12 +33,15 @@ pub(super) struct Failed {
 }
 
 impl Failed {
-    fn certain(refusal: Refusal) -> Self {
+    fn certain(refusal: ExtrinsicRefusal) -> Self {
         Self { error: refusal.into(), may_be_included: false }
     }
 
     fn lost(word: String) -> Self {
-        Self { error: Refusal { stage: Stage::Lost, word }.into(), may_be_included: true }
+        Self {
+            error: ExtrinsicRefusal { stage: ExtrinsicStage::Lost, word }.into(),
+            may_be_included: true,
+        }
     }
 }
 
@@ -96,7 +100,7 @@ fn not_taken(connection: &Connection, error: &ExtrinsicError) -> Failed {
     match backend {
         BackendError::Rpc(RpcError::ClientError(rpcs::Error::User(e))) => {
             let data = e.data.as_ref().map(|d| format!(": {}", d.get())).unwrap_or_default();
-            let refusal = Refusal::of_pool(&format!("{}{data} ({})", e.message, e.code));
+            let refusal = ExtrinsicRefusal::of_pool(&format!("{}{data} ({})", e.message, e.code));
             let may_be_included = e.code == ALREADY_IMPORTED;
             Failed { may_be_included, ..Failed::certain(refusal) }
         }
@@ -114,7 +118,7 @@ fn not_done(connection: &Connection, error: &TransactionFinalizedSuccessError) -
                 DispatchError::Module(module) => module.details_string(),
                 other => other.to_string(),
             };
-            Failed::certain(Refusal { stage: Stage::Dispatch, word })
+            Failed::certain(ExtrinsicRefusal { stage: ExtrinsicStage::Dispatch, word })
         }
         E::FinalizationError(TransactionProgressError::TransactionStatusError(e)) => {
             Failed::lost(e.to_string())

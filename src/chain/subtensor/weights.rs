@@ -8,7 +8,7 @@ use super::{commit, send};
 use crate::chain::error::ChainError;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::Rao;
-use crate::chain::weights::outcome::{Asked, Call, Found, Order, SendError, Sent};
+use crate::chain::weights::outcome::{Approval, Call, Found, Order, SendError, SentWeights};
 use crate::chain::weights::standing::Standing;
 use crate::chain::weights::storage_index;
 use subxt::dynamic::{self, Value};
@@ -80,8 +80,8 @@ impl Subtensor {
         &self,
         signer: &Keypair,
         order: &Order,
-        asked: &Asked<'_>,
-    ) -> Result<Option<Sent>, SendError> {
+        asked: &Approval<'_>,
+    ) -> Result<Option<SentWeights>, SendError> {
         let mut tries = 1;
         loop {
             match self.send_once(signer, order, asked).await {
@@ -102,8 +102,8 @@ impl Subtensor {
         &self,
         signer: &Keypair,
         order: &Order,
-        asked: &Asked<'_>,
-    ) -> Result<Option<Sent>, SendError> {
+        asked: &Approval<'_>,
+    ) -> Result<Option<SentWeights>, SendError> {
         let hotkey = signer.hotkey();
         let which = (order.netuid, order.mechanism);
         let reading = self.ask(|connection| async move {
@@ -128,7 +128,7 @@ impl Subtensor {
             Err(_) => return Err(connection.broken("no answer while signing").into()),
         };
         let block = at.block_number();
-        let sent = Sent {
+        let sent = SentWeights {
             netuid: order.netuid,
             mechanism: order.mechanism,
             hotkey,
@@ -166,8 +166,8 @@ impl Subtensor {
         &self,
         connection: &Connection,
         signed: &send::Signed,
-        sent: Sent,
-    ) -> Result<Sent, SendError> {
+        sent: SentWeights,
+    ) -> Result<SentWeights, SendError> {
         let submitting = send::submit(connection, signed);
         let why = match tokio::time::timeout(FINAL_TIMEOUT, submitting).await {
             Ok(Ok(())) => return Ok(sent),
@@ -214,7 +214,7 @@ fn set_fields(call: Call, order: &Order) -> Composite<()> {
 }
 
 /// What stands on the chain, now, for what was sent.
-pub(super) async fn find(connection: &Connection, sent: &Sent) -> Result<Found, ChainError> {
+pub(super) async fn find(connection: &Connection, sent: &SentWeights) -> Result<Found, ChainError> {
     let at = current(connection).await?;
     let reader = Reader::new(connection, &at, sent.netuid);
     let index = index(&reader, sent.mechanism)?;

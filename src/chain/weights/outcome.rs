@@ -19,11 +19,11 @@ pub struct Order {
 }
 
 /// What is asked before a step that cannot be taken back.
-pub struct Asked<'a> {
+pub struct Approval<'a> {
     /// Given the call in words; nothing is signed where it says no.
     pub show: &'a (dyn Fn(&str) -> bool + Sync),
     /// Given the signed extrinsic, to be remembered; nothing is sent where it says no.
-    pub signed: &'a (dyn Fn(&Sent) -> bool + Sync),
+    pub signed: &'a (dyn Fn(&SentWeights) -> bool + Sync),
 }
 
 /// The calls that set weights.
@@ -56,7 +56,7 @@ impl Call {
 
 /// An extrinsic with weights that was signed, and what is needed to look for it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Sent {
+pub struct SentWeights {
     /// The subnet.
     pub netuid: u16,
     /// The mechanism of the subnet.
@@ -93,7 +93,7 @@ pub enum SendError {
     )]
     Uncertain {
         /// What was sent.
-        sent: Box<Sent>,
+        sent: Box<SentWeights>,
         /// What happened.
         why: String,
     },
@@ -140,7 +140,7 @@ pub enum ReadBack {
     Unreadable(ChainError),
 }
 
-/// What was read for [`ReadBack::judge`], at one block.
+/// What was read for [`ReadBack::of`], at one block.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Found {
     /// The block.
@@ -159,7 +159,7 @@ pub struct Found {
 
 impl ReadBack {
     /// What was found, for what was sent.
-    pub fn judge(sent: &Sent, found: Found) -> Self {
+    pub fn of(sent: &SentWeights, found: Found) -> Self {
         let may_come = found.block <= sent.until;
         let not_there = |why: String| Self::NotThere { why, may_come };
         let Found { block, last_update, mut weights, period, .. } = found;
@@ -201,8 +201,8 @@ impl ReadBack {
 mod tests {
     use super::*;
 
-    fn sent(reveal_round: Option<u64>) -> Sent {
-        Sent {
+    fn sent(reveal_round: Option<u64>) -> SentWeights {
+        SentWeights {
             netuid: 4,
             mechanism: 0,
             hotkey: Hotkey([7; 32]),
@@ -226,22 +226,22 @@ mod tests {
             ReadBack::NotThere { why, .. } => why,
             other => panic!("{other:?}"),
         };
-        let judge = |found: Found| ReadBack::judge(&sent(None), found);
-        assert_eq!(judge(found()), ReadBack::Confirmed);
+        let read_back = |found: Found| ReadBack::of(&sent(None), found);
+        assert_eq!(read_back(found()), ReadBack::Confirmed);
         // The same numbers from before it was signed are not these.
-        assert!(why(judge(Found { last_update: 100, ..found() })).contains("block 100"));
-        let late = ReadBack::judge(&sent(None), Found { last_update: 9, block: 133, ..found() });
+        assert!(why(read_back(Found { last_update: 100, ..found() })).contains("block 100"));
+        let late = ReadBack::of(&sent(None), Found { last_update: 9, block: 133, ..found() });
         assert!(matches!(late, ReadBack::NotThere { may_come: false, .. }), "{late:?}");
-        assert!(why(judge(Found { uid: None, ..found() })).contains("not registered"));
-        assert!(why(judge(Found { weights: vec![], ..found() })).contains("no weights"));
+        assert!(why(read_back(Found { uid: None, ..found() })).contains("not registered"));
+        assert!(why(read_back(Found { weights: vec![], ..found() })).contains("no weights"));
         let other = vec![(2, 65_535)];
         let differs = ReadBack::Differs { found: other.clone() };
-        assert_eq!(judge(Found { weights: other.clone(), ..found() }), differs);
+        assert_eq!(read_back(Found { weights: other.clone(), ..found() }), differs);
         let waiting = Found { commit_epoch: Some(8), weights: other.clone(), ..found() };
-        let committed = ReadBack::judge(&sent(Some(1000)), waiting.clone());
+        let committed = ReadBack::of(&sent(Some(1000)), waiting.clone());
         assert_eq!(committed, ReadBack::Waiting { epoch: 8, period: 1 });
         let gone = Found { commit_epoch: None, ..waiting };
-        assert!(why(ReadBack::judge(&sent(Some(1000)), gone)).contains("was not revealed"));
-        assert_eq!(ReadBack::judge(&sent(Some(1000)), found()), ReadBack::Confirmed);
+        assert!(why(ReadBack::of(&sent(Some(1000)), gone)).contains("was not revealed"));
+        assert_eq!(ReadBack::of(&sent(Some(1000)), found()), ReadBack::Confirmed);
     }
 }

@@ -18,7 +18,7 @@ const BEFORE: u64 = 6;
 
 /// How a runtime counts epochs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Epochs {
+pub enum RevealEpochs {
     /// By a counter, since May 2026.
     Counted {
         /// Block of the last epoch.
@@ -50,7 +50,7 @@ pub struct Schedule {
     /// Epochs between a commit and its revelation.
     pub period: u64,
     /// How they are counted.
-    pub epochs: Epochs,
+    pub epochs: RevealEpochs,
 }
 
 /// When a commit in the next block is revealed.
@@ -109,8 +109,8 @@ impl Schedule {
             return Err(ScheduleError::Period(self.period));
         }
         let (epoch, block) = match self.epochs {
-            Epochs::Modular => self.modular()?,
-            Epochs::Counted { .. } => self.counted(),
+            RevealEpochs::Modular => self.modular()?,
+            RevealEpochs::Counted { .. } => self.counted(),
         };
         let target = match retries {
             Retries::EachBlock => block.saturating_add(AFTER),
@@ -133,7 +133,8 @@ impl Schedule {
 
     /// The chain's own counter, run on from the next block.
     fn counted(&self) -> (u64, u64) {
-        let Epochs::Counted { mut last, mut pending, mut index, mut since_step } = self.epochs
+        let RevealEpochs::Counted { mut last, mut pending, mut index, mut since_step } =
+            self.epochs
         else {
             return (0, self.block);
         };
@@ -172,7 +173,7 @@ mod tests {
     use super::*;
     use crate::chain::timelock::QUICKNET;
 
-    fn schedule(tempo: u16, period: u64, block: u64, epochs: Epochs) -> Schedule {
+    fn schedule(tempo: u16, period: u64, block: u64, epochs: RevealEpochs) -> Schedule {
         let unix_ms = 1_795_000_000_000;
         Schedule { netuid: 4, block, unix_ms, block_ms: 12_000, tempo, period, epochs }
     }
@@ -205,7 +206,7 @@ mod tests {
     #[test]
     fn counted_epochs_are_those_of_the_official_library() {
         for [tempo, period, block, last, pending, index, since_step, want] in OFFICIAL {
-            let epochs = Epochs::Counted { last, pending, index, since_step };
+            let epochs = RevealEpochs::Counted { last, pending, index, since_step };
             let schedule = schedule(tempo as u16, period, block, epochs);
             let reveal = schedule.reveal(&QUICKNET, Retries::EachBlock).unwrap();
             assert_eq!(reveal.block, want, "{schedule:?}");
@@ -225,7 +226,7 @@ mod tests {
             (360_994, 1, 1000, 361_356),
             (360_994, 2, 1000, 361_717),
         ] {
-            let schedule = schedule(360, period, block, Epochs::Modular);
+            let schedule = schedule(360, period, block, RevealEpochs::Modular);
             let reveal = schedule.reveal(&QUICKNET, Retries::EachBlock).unwrap();
             assert_eq!((reveal.epoch, reveal.block), (epoch, first));
             let once = schedule.reveal(&QUICKNET, Retries::Once).unwrap();
@@ -235,14 +236,15 @@ mod tests {
 
     #[test]
     fn a_schedule_without_epochs_or_bounds_is_refused() {
-        let none = schedule(0, 1, 7, Epochs::Modular).reveal(&QUICKNET, Retries::EachBlock);
+        let none = schedule(0, 1, 7, RevealEpochs::Modular).reveal(&QUICKNET, Retries::EachBlock);
         assert!(none.unwrap_err().to_string().contains("tempo is 0"));
-        let long = schedule(9, 1 << 40, 7, Epochs::Modular).reveal(&QUICKNET, Retries::EachBlock);
+        let long =
+            schedule(9, 1 << 40, 7, RevealEpochs::Modular).reveal(&QUICKNET, Retries::EachBlock);
         assert!(long.unwrap_err().to_string().contains("at most 1000"));
-        let early = Schedule { unix_ms: 5, ..schedule(9, 1, 7, Epochs::Modular) };
+        let early = Schedule { unix_ms: 5, ..schedule(9, 1, 7, RevealEpochs::Modular) };
         assert!(early.reveal(&QUICKNET, Retries::EachBlock).is_err());
         let (last, index) = (u64::MAX - 1, 1);
-        let epochs = Epochs::Counted { last, pending: 0, index, since_step: 0 };
+        let epochs = RevealEpochs::Counted { last, pending: 0, index, since_step: 0 };
         let far = schedule(9, 1, 7, epochs).reveal(&QUICKNET, Retries::EachBlock);
         assert_eq!(far.map(|reveal| reveal.block), Ok(50_409));
     }

@@ -1,12 +1,15 @@
 //! The current SDK's conversion: `_conform` and `clip_to_max_weight` of bittensor 11.3, in f64.
 
-use super::{Limits, VectorError, WEIGHT_MAX, is_own};
+use super::{VectorError, WEIGHT_MAX, WeightLimits, is_own};
 
 /// The SDK's guard against division by zero in the clip.
 const EPSILON: f64 = 1e-7;
 
 /// Uid and share of each weight; those of zero are still among them.
-pub(super) fn shares(raw: &[(u16, f64)], limits: &Limits) -> Result<Vec<(u16, f64)>, VectorError> {
+pub(super) fn shares(
+    raw: &[(u16, f64)],
+    limits: &WeightLimits,
+) -> Result<Vec<(u16, f64)>, VectorError> {
     if limits.max_limit == WEIGHT_MAX || is_own(raw, limits) {
         return Ok(raw.to_vec());
     }

@@ -1,6 +1,6 @@
 //! The chain's own rules for setting weights, checked in its order before anything is sent.
 
-use super::{Limits, Vector, WEIGHT_MAX};
+use super::{Vector, WEIGHT_MAX, WeightLimits};
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::Rao;
 
@@ -180,9 +180,9 @@ impl Unmet {
 
 impl Standing {
     /// What the subnet asks of a vector.
-    pub fn limits(&self) -> Limits {
+    pub fn limits(&self) -> WeightLimits {
         let Self { neurons, min_allowed, max_limit, uid: own, .. } = *self;
-        Limits { neurons, min_allowed, max_limit, own }
+        WeightLimits { neurons, min_allowed, max_limit, own }
     }
 
     /// Whether the chain would take these weights now: its own checks in its own order. Those of

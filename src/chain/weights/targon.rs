@@ -1,7 +1,7 @@
 //! The original's conversion: `process_weights` and `normalize_max_weight` of bittensor 8.5 as
 //! NumPy 2 computes them, with the same roundings in the same order.
 
-use super::{Limits, VectorError, WEIGHT_MAX};
+use super::{VectorError, WEIGHT_MAX, WeightLimits};
 
 /// What everybody gets where too few have a weight.
 const LEAST: f64 = 1e-5;
@@ -46,7 +46,10 @@ impl Float for f64 {
 }
 
 /// Uid and share of each weight that is sent.
-pub(super) fn shares(raw: &[(u16, f64)], limits: &Limits) -> Result<Vec<(u16, f64)>, VectorError> {
+pub(super) fn shares(
+    raw: &[(u16, f64)],
+    limits: &WeightLimits,
+) -> Result<Vec<(u16, f64)>, VectorError> {
     let (neurons, min_allowed) = (usize::from(limits.neurons), usize::from(limits.min_allowed));
     let limit = f64::from(limits.max_limit) / f64::from(WEIGHT_MAX);
     let narrow = raw.iter().map(|(uid, value)| (*uid, *value as f32));

@@ -3,9 +3,9 @@ use proptest::collection::btree_map;
 use proptest::prelude::*;
 use serde_json::Value;
 
-fn limits_of(case: &Value) -> Limits {
+fn limits_of(case: &Value) -> WeightLimits {
     let number = |name: &str| case[name].as_u64().unwrap() as u16;
-    Limits {
+    WeightLimits {
         neurons: number("neurons"),
         min_allowed: number("min_allowed"),
         max_limit: number("max_limit"),
@@ -46,7 +46,7 @@ fn the_rule_of_the_sdk_gives_what_bittensor_11_3_gives() {
 
 #[test]
 fn what_is_no_weight_is_refused_with_its_uid() {
-    let limits = Limits { neurons: 8, min_allowed: 1, max_limit: WEIGHT_MAX, own: None };
+    let limits = WeightLimits { neurons: 8, min_allowed: 1, max_limit: WEIGHT_MAX, own: None };
     for rule in [Rule::Targon44, Rule::Sdk] {
         for value in [f64::NAN, f64::INFINITY, -0.1, 1e300] {
             let error = rule.vector(&[(2, 0.5), (5, value)], &limits).unwrap_err().to_string();
@@ -55,7 +55,7 @@ fn what_is_no_weight_is_refused_with_its_uid() {
         let error = rule.vector(&[(2, 0.5), (2, 0.5)], &limits).unwrap_err();
         assert_eq!(error, VectorError::Order { before: 2, uid: 2 });
         assert_eq!(rule.vector(&[], &limits), Err(VectorError::Empty));
-        let none = Limits { neurons: 0, ..limits };
+        let none = WeightLimits { neurons: 0, ..limits };
         assert_eq!(rule.vector(&[(0, 1.0)], &none), Err(VectorError::NoNeurons));
         assert_eq!(rule.to_string().parse(), Ok(rule));
     }
@@ -93,7 +93,7 @@ proptest! {
         is_targon: bool,
     ) {
         let raw: Vec<(u16, f64)> = raw.into_iter().collect();
-        let limits = Limits { neurons: 300, min_allowed, max_limit, own: None };
+        let limits = WeightLimits { neurons: 300, min_allowed, max_limit, own: None };
         let rule = if is_targon { Rule::Targon44 } else { Rule::Sdk };
         let Ok(vector) = rule.vector(&raw, &limits) else {
             // Only what the rule itself refuses: too few weights, or none.

@@ -5,7 +5,7 @@ pub const WEIGHT_MAX: u16 = u16::MAX;
 
 /// What a subnet asks of a vector of weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
+pub struct WeightLimits {
     /// Members of the subnet.
     pub neurons: u16,
     /// Weights that a vector must at least have.
@@ -122,7 +122,7 @@ impl Vector {
 }
 
 /// Whether the only weight is for whoever sets it.
-pub(super) fn is_own(raw: &[(u16, f64)], limits: &Limits) -> bool {
+pub(super) fn is_own(raw: &[(u16, f64)], limits: &WeightLimits) -> bool {
     matches!((raw, limits.own), ([(uid, _)], Some(own)) if *uid == own)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
-use crate::bench::attack::{Bench, Setup};
+use crate::bench::attack::{AttackBench, AttackSetup};
 use crate::bench::stats::{Rate, Stopping};
 use crate::cli::Failure;
 use crate::cli::out::outln;
@@ -32,7 +32,7 @@ pub(in crate::cli) struct AttackArgs {
     /// Run only attacks whose name contains this.
     #[arg(long)]
     only: Option<String>,
-    /// Judge by the limits of this file, as `calibrate --pairs` writes it.
+    /// Check by the limits of this file, as `calibrate --pairs` writes it.
     #[arg(long)]
     limits: Option<PathBuf>,
     /// Demand equal bits and equal draws: every miner runs this engine.
@@ -67,7 +67,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         }
         None => (Limits::default(), Calibrated::default()),
     };
-    let setup = Setup {
+    let setup = AttackSetup {
         prompts: args.prompts.into(),
         honest: args.honest.into(),
         tokens: args.tokens.map(usize::from),
@@ -76,7 +76,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         scrutiny: Scrutiny { twin: args.twin, names: args.name_cheats },
         rates,
     };
-    let results = Bench::new(&args.model, &scratch, &pool, setup)
+    let results = AttackBench::new(&args.model, &scratch, &pool, setup)
         .and_then(|bench| bench.run(|next| tracing::info!("{next}")));
     // What is left in the temporary directory is the system's to clean.
     let _ = std::fs::remove_dir_all(&scratch);
@@ -141,7 +141,7 @@ fn rate(rate: &Rate) -> String {
 fn lines(lines: &[Line]) -> Table {
     let mut table = table([
         "answers that are",
-        "judged by",
+        "verified by",
         "bytes/token",
         "rejected (95 %)",
         "missed after 1/2/4/8 chunks",

@@ -1,10 +1,10 @@
 //! `bench engine`: a model, measured in this process.
 
 use super::output::{OutputArgs, until_interrupted};
-use crate::bench::plan::devices::{Device, named, of_cpu};
+use crate::bench::plan::devices::{DeviceSpec, named, of_cpu};
 use crate::bench::report::facts::{Machine, ModelFacts};
-use crate::bench::report::schema::{Kind, Report};
-use crate::bench::sweep::{self, Setup, Watch};
+use crate::bench::report::schema::{BenchReport, Kind};
+use crate::bench::sweep::{self, SweepSetup, Watch};
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::shared::{ComputeArgs, runtime};
@@ -65,10 +65,10 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let device = device.or_else(|| of_cpu(&machine.cpu));
     let facts = facts(&args.model, &model, &identity);
     let started = Clock::system().unix_ms() / 1000;
-    let mut report = Report::new(Kind::Engine, started, machine, facts);
+    let mut report = BenchReport::new(Kind::Engine, started, machine, facts);
     args.note_settings(&mut report);
     let setup = args.setup(device);
-    let mut keep = |report: &Report| {
+    let mut keep = |report: &BenchReport| {
         if let Some(row) = report.rows.last() {
             let (phase, speed) = (row.phase.name(), row.speed.mean);
             note!("{phase} batch {} depth {}: {speed:.1} tokens/s", row.batch, row.depth);
@@ -103,15 +103,15 @@ fn facts(path: &Path, model: &Model, identity: &Identity) -> ModelFacts {
 }
 
 impl EngineArgs {
-    fn device(&self) -> Result<Option<Device>, Failure> {
+    fn device(&self) -> Result<Option<DeviceSpec>, Failure> {
         let Some(name) = &self.device else { return Ok(None) };
         let found = named(std::slice::from_ref(name));
         let found = found.map_err(|e| Failure::user(format!("--device: {e}")))?;
         Ok(found.into_iter().next())
     }
 
-    fn setup(&self, device: Option<Device>) -> Setup {
-        Setup {
+    fn setup(&self, device: Option<DeviceSpec>) -> SweepSetup {
+        SweepSetup {
             batches: self.batch.iter().map(|b| usize::from(*b)).collect(),
             depths: self.depth.iter().map(|d| *d as usize).collect(),
             tokens: self.tokens.into(),
@@ -121,7 +121,7 @@ impl EngineArgs {
         }
     }
 
-    fn note_settings(&self, report: &mut Report) {
+    fn note_settings(&self, report: &mut BenchReport) {
         for (name, value) in [
             ("batch", json!(self.batch)),
             ("depth", json!(self.depth)),

@@ -2,7 +2,7 @@
 //! refused.
 
 use crate::bench::conditions::{Conditions, Mark, governor};
-use crate::bench::report::schema::Report;
+use crate::bench::report::schema::BenchReport;
 use crate::bench::report::{csv, html, markdown, seal};
 use crate::chain::keys::Keypair;
 use crate::cli::Failure;
@@ -72,7 +72,7 @@ impl OutputArgs {
 
 impl Output<'_> {
     /// Keeps what is there so far.
-    pub(super) fn keep(&self, report: &Report) -> anyhow::Result<()> {
+    pub(super) fn keep(&self, report: &BenchReport) -> anyhow::Result<()> {
         let Some(out) = &self.args.out else { return Ok(()) };
         let path = out.join("report.json");
         let json = serde_json::to_vec_pretty(report)?;
@@ -81,7 +81,7 @@ impl Output<'_> {
     }
 
     /// Signs, writes and prints a report; fails where it is to be doubted and `--strict` is given.
-    pub(super) fn finish(&self, mut report: Report) -> Result<(), Failure> {
+    pub(super) fn finish(&self, mut report: BenchReport) -> Result<(), Failure> {
         if let Some(keypair) = &self.keypair {
             seal::sign(&mut report, keypair).map_err(Failure::ours)?;
         }

@@ -1,7 +1,7 @@
 //! `bench plan`: what a model would do on devices that are not here.
 
 use crate::bench::plan::devices::named;
-use crate::bench::plan::predict::{Efficiency, Load, Prediction, predict};
+use crate::bench::plan::predict::{Efficiency, Prediction, Workload, predict};
 use crate::bench::plan::prices::{self, Price, per_million};
 use crate::cli::Failure;
 use crate::cli::out::outln;
@@ -84,7 +84,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
         return Err(Failure::user(what).with_hint(Some("lower --prompt, --context or --answer")));
     }
     let batches = args.batch.iter().map(|b| usize::from(*b)).collect();
-    let load = Load { batches, context: args.context, prompt, answer };
+    let load = Workload { batches, context: args.context, prompt, answer };
     let own = args.memory_share.zip(args.compute_share);
     let own = own.map(|(memory, compute)| Efficiency { memory, compute });
     let predictions: Vec<Prediction> =

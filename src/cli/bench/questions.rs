@@ -1,8 +1,8 @@
 //! What `bench serve` asks: prompts that no cache knows, of one length or as a validator draws
 //! them.
 
-use crate::bench::traffic::heard::Asked;
-use crate::validator::round::ask::{Content, Endpoint, Prompt, Sampling, body};
+use crate::bench::traffic::heard::LoadRequest;
+use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt, QuerySampling, body};
 use crate::validator::round::chance::Chance;
 use clap::ValueEnum;
 use serde_json::json;
@@ -49,7 +49,7 @@ pub(super) struct Questions {
 
 impl Questions {
     /// Request `index`.
-    pub(super) fn ask(&self, index: u64) -> anyhow::Result<Asked> {
+    pub(super) fn ask(&self, index: u64) -> anyhow::Result<LoadRequest> {
         let index = if self.is_repeated { 0 } else { index };
         let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));
         let is_completion = match self.shape {
@@ -59,15 +59,15 @@ impl Questions {
         let endpoint = if is_completion { Endpoint::Completion } else { Endpoint::Chat };
         let text = self.prompt(&mut chance);
         let content = match endpoint {
-            Endpoint::Completion => Content::Text(text),
-            Endpoint::Chat => Content::Messages(json!([{"role": "user", "content": text}])),
+            Endpoint::Completion => QueryContent::Text(text),
+            Endpoint::Chat => QueryContent::Messages(json!([{"role": "user", "content": text}])),
         };
         let shortest = match self.shape {
             Shape::Fixed => self.tokens,
             Shape::Targon => ((f64::from(self.tokens) * SHORTEST) as u32).max(8),
         };
-        let sampling = Sampling::draw(&mut chance, &(shortest..=self.tokens.max(shortest)));
-        let prompt = Prompt { content, tokens: self.words };
+        let sampling = QuerySampling::draw(&mut chance, &(shortest..=self.tokens.max(shortest)));
+        let prompt = QueryPrompt { content, tokens: self.words };
         let (mut body, _) = body(&self.model, endpoint, sampling, prompt, usize::MAX)?;
         body["stream_options"] = json!({"include_usage": true});
         if self.shape == Shape::Fixed {
@@ -78,7 +78,7 @@ impl Questions {
                 body["ignore_eos"] = json!(true);
             }
         }
-        Ok(Asked { path: endpoint.path(), body })
+        Ok(LoadRequest { path: endpoint.path(), body })
     }
 
     /// Begins with a number of its own, so that no two prompts share a prefix.
@@ -131,10 +131,10 @@ mod tests {
     #[test]
     fn a_validators_load_has_both_endpoints_and_its_ranges() {
         let q = questions(Shape::Targon);
-        let asked: Vec<Asked> = (0..400).map(|i| q.ask(i).unwrap()).collect();
+        let asked: Vec<LoadRequest> = (0..400).map(|i| q.ask(i).unwrap()).collect();
         let chats = asked.iter().filter(|a| a.path.contains("chat")).count();
         assert!((120..280).contains(&chats), "{chats}");
-        for Asked { body, .. } in &asked {
+        for LoadRequest { body, .. } in &asked {
             assert!((512..=1920).contains(&body["max_tokens"].as_u64().unwrap()), "{body}");
             assert!((0.0..1.0).contains(&body["temperature"].as_f64().unwrap()), "{body}");
             assert!(body["logprobs"] == true && body["ignore_eos"].is_null(), "{body}");

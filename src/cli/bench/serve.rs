@@ -4,16 +4,16 @@ use super::output::{Output, OutputArgs, until_interrupted};
 use super::questions::{Questions, Shape};
 use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
 use crate::bench::report::facts::{Machine, ModelFacts};
-use crate::bench::report::schema::{Kind, Report};
-use crate::bench::traffic::drive::{Load, Stop, drive};
-use crate::bench::traffic::heard::{Answering, Ask, Asked, Chunk, Heard, Usage};
+use crate::bench::report::schema::{BenchReport, Kind};
+use crate::bench::traffic::drive::{Load, LoadStop, drive};
+use crate::bench::traffic::heard::{Answering, Chunk, Heard, LoadRequest, Transport, Usage};
 use crate::bench::traffic::tally::{self, Promise};
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::printable::printable;
 use crate::cli::shared::runtime;
 use crate::clock::Clock;
-use crate::validator::query::{Fault, QueryError, Size, Streamed, Target};
+use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
 use crate::validator::round::measure::{said_error, timing};
 use anyhow::bail;
 use clap::Args;
@@ -111,11 +111,11 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
         weights_bytes: None,
     };
     let machine = Machine::this(Path::new("/"));
-    let mut report = Report::new(Kind::Serve, clock.unix_ms() / 1000, machine, facts);
+    let mut report = BenchReport::new(Kind::Serve, clock.unix_ms() / 1000, machine, facts);
     args.note_settings(&mut report, questions.seed);
     let before = Moment::now(Path::new("/"), &clock);
     let wanted = || is_wanted.load(Ordering::SeqCst);
-    let ask: Arc<dyn Ask> = server;
+    let ask: Arc<dyn Transport> = server;
     let outcome = runtime.block_on(args.levels(&ask, &questions, &wanted, (&mut report, &output)));
     report.seconds = clock.elapsed().as_secs_f64();
     let conditions = Conditions { before, after: Moment::now(Path::new("/"), &clock) };
@@ -180,17 +180,17 @@ impl ServeArgs {
 
     async fn levels(
         &self,
-        ask: &Arc<dyn Ask>,
+        ask: &Arc<dyn Transport>,
         questions: &Questions,
         wanted: &(dyn Fn() -> bool + Sync),
-        (report, output): (&mut Report, &Output<'_>),
+        (report, output): (&mut BenchReport, &Output<'_>),
     ) -> Result<(), Failure> {
         let promise = Promise { first_token: self.ttft_limit, per_token: self.tpot_limit };
         let threads = tokio::runtime::Handle::current().metrics().num_workers();
         for (number, load) in self.loads().into_iter().enumerate() {
             // Number 0 is the first request, which is not measured.
             let first = 1 + number as u64 * u64::from(self.requests);
-            let asked: anyhow::Result<Vec<Asked>> =
+            let asked: anyhow::Result<Vec<LoadRequest>> =
                 (first..first + u64::from(self.requests)).map(|i| questions.ask(i)).collect();
             let asked = asked.map_err(Failure::user)?;
             let seed = questions.seed ^ first;
@@ -204,8 +204,8 @@ impl ServeArgs {
             report.levels.push(level);
             output.keep(report).map_err(Failure::user)?;
             match driven.stop {
-                Some(Stop::Unwanted) => return Ok(()),
-                Some(Stop::ServerFailed) => {
+                Some(LoadStop::Unwanted) => return Ok(()),
+                Some(LoadStop::ServerFailed) => {
                     return Err(Failure::user(format!(
                         "{} failed too often in a row and was given up",
                         printable(&self.url)
@@ -218,7 +218,7 @@ impl ServeArgs {
         Ok(())
     }
 
-    fn note_settings(&self, report: &mut Report, seed: u64) {
+    fn note_settings(&self, report: &mut BenchReport, seed: u64) {
         for (name, value) in [
             ("url", json!(self.url)),
             ("load", json!(self.load.name())),
@@ -245,8 +245,8 @@ async fn greet(server: &Server, questions: &Questions) -> Result<(), Failure> {
     }
     streamed.outcome.map_err(|e| {
         let hint = match e.fault() {
-            Fault::Unreachable => Some("is a server running there?"),
-            Fault::Status => Some("are --url, --model and --api-key right?"),
+            QueryFault::Unreachable => Some("is a server running there?"),
+            QueryFault::Status => Some("are --url, --model and --api-key right?"),
             _ => None,
         };
         Failure::user(printable(&e.to_string())).with_hint(hint)
@@ -260,13 +260,13 @@ struct Server {
 }
 
 impl Server {
-    async fn stream(&self, asked: &Asked) -> Streamed {
+    async fn stream(&self, asked: &LoadRequest) -> Streamed {
         self.target.stream(asked.path, &asked.body, &self.clock, |_| {}).await
     }
 }
 
-impl Ask for Server {
-    fn ask(&self, asked: Asked) -> Answering {
+impl Transport for Server {
+    fn ask(&self, asked: LoadRequest) -> Answering {
         let server = Self { target: self.target.clone(), clock: self.clock.clone() };
         Box::pin(async move {
             let streamed = server.stream(&asked).await;
@@ -295,10 +295,10 @@ fn heard(streamed: &Streamed, max_tokens: u32) -> Heard {
 fn kind(e: &QueryError) -> String {
     match (e, e.fault()) {
         (QueryError::Status { status, .. }, _) => format!("status {}", status.as_u16()),
-        (_, Fault::Own) => "a fault of this machine".into(),
-        (_, Fault::Unreachable) => "unreachable".into(),
-        (_, Fault::Late) => "timeout".into(),
-        (_, Fault::Malformed) => "malformed stream".into(),
-        (_, Fault::Broken | Fault::Status) => "broken connection".into(),
+        (_, QueryFault::Own) => "a fault of this machine".into(),
+        (_, QueryFault::Unreachable) => "unreachable".into(),
+        (_, QueryFault::Late) => "timeout".into(),
+        (_, QueryFault::Malformed) => "malformed stream".into(),
+        (_, QueryFault::Broken | QueryFault::Status) => "broken connection".into(),
     }
 }

@@ -1,8 +1,8 @@
-//! The picture: a pure function of a view, the newest log lines, and where the reader is.
+//! Draws the view: a pure function of the state, the newest log lines and the scroll position.
 
 use crate::cli::printable::printable;
 use crate::store::record::{Timing, WeightsState};
-use crate::validator::round::{Phase, Standing};
+use crate::validator::round::{MinerState, RoundPhase};
 use crate::validator::run::view::{Miner, View};
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -78,10 +78,10 @@ fn words(state: &WeightsState) -> &'static str {
 fn draw_rounds(frame: &mut Frame<'_>, view: &View, area: Rect) {
     let line = |round: &crate::validator::run::view::Running| {
         let phase = match round.phase {
-            Phase::Prompting => "makes a prompt",
-            Phase::Asking => "asks",
-            Phase::Judging => "judges",
-            Phase::Ended => "is over",
+            RoundPhase::Prompting => "makes a prompt",
+            RoundPhase::Asking => "asks",
+            RoundPhase::Checking => "verifies",
+            RoundPhase::Ended => "is over",
         };
         let id: String = round.id.chars().take(8).collect();
         let (model, block) = (printable(&round.model), round.block);
@@ -124,10 +124,10 @@ fn row(uid: u16, miner: &Miner, share: f64) -> Row<'static> {
     let last = miner.last.as_ref().map(|last| last.timing);
     let (now, timing) = match miner.standing {
         None => ("", last),
-        Some(Standing::NotServed) => ("not served", last),
-        Some(Standing::Asked) => ("asked", last),
-        Some(Standing::Judging(timing)) => ("judged", Some(timing)),
-        Some(Standing::Done(timing, _)) => ("done", Some(timing)),
+        Some(MinerState::NotServed) => ("not served", last),
+        Some(MinerState::Asked) => ("asked", last),
+        Some(MinerState::Checking(timing)) => ("verifying", Some(timing)),
+        Some(MinerState::Done(timing, _)) => ("done", Some(timing)),
     };
     let timing = timing.filter(|timing| timing.tokens > 0);
     let number = |value: fn(&Timing) -> f64, digits: usize| {
@@ -197,10 +197,10 @@ mod tests {
             block: 130,
             epoch: (100, 120),
             ended: 3,
-            rounds: vec![running(Phase::Judging), running(Phase::Asking)],
+            rounds: vec![running(RoundPhase::Checking), running(RoundPhase::Asking)],
             miners: [
-                (1, miner(Some(Standing::Judging(timing)), last(Outcome::Verified, None))),
-                (2, miner(Some(Standing::Asked), last(Outcome::Rejected, Some("A\u{1b}]0;x")))),
+                (1, miner(Some(MinerState::Checking(timing)), last(Outcome::Verified, None))),
+                (2, miner(Some(MinerState::Asked), last(Outcome::Rejected, Some("A\u{1b}]0;x")))),
                 (3, Miner { hotkey: "5C".into(), ..Miner::default() }),
             ]
             .into(),
@@ -229,7 +229,7 @@ mod tests {
         let found = lines(&view(), &[log, vec!["the newest".into()]].concat(), 0, (110, 22));
         assert_eq!(found[0], "subnet 4 · validator 7 · block 130 · 3 rounds");
         assert!(found[1].contains("epoch 100: block 30 of 120 · weights of epoch 0 on the chain"));
-        assert_eq!(found[3], "01234567  block 99  judges  tiny\\u001b[2J");
+        assert_eq!(found[3], "01234567  block 99  verifies  tiny\\u001b[2J");
         let row = |uid: &str| found.iter().find(|line| line.starts_with(uid)).unwrap().clone();
         let fields = |uid| row(uid).split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(
@@ -237,7 +237,7 @@ mod tests {
             [
                 "1",
                 "5F3sa2TJAWM…",
-                "judged",
+                "verifying",
                 "0.125",
                 "42.0",
                 "verified",

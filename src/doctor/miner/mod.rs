@@ -11,10 +11,10 @@ pub mod weights;
 use super::{Finding, Level};
 use crate::clock::Clock;
 use crate::validator::models;
-use crate::validator::prompt::dataset::Source;
+use crate::validator::prompt::dataset::Passages;
 use crate::validator::prompt::{self, Draft};
 use crate::validator::query::{QueryError, Streamed, Target};
-use crate::validator::round::ask::{self, Content, Endpoint, Prompt, Sampling};
+use crate::validator::round::ask::{self, Endpoint, QueryContent, QueryPrompt, QuerySampling};
 use crate::validator::round::chance::Chance;
 use crate::verify::{Verifier, question};
 use reading::Reading;
@@ -81,7 +81,7 @@ pub struct Asking<'a> {
     pub max_tokens: u32,
     /// The temperature; drawn where absent.
     pub temperature: Option<f64>,
-    /// Who judges with the model's weights, where they are here.
+    /// Who checks with the model's weights, where they are here.
     pub verifier: Option<&'a Verifier>,
 }
 
@@ -134,7 +134,7 @@ async fn ask_one(
             return vec![Finding::new(topic, Level::Warning, what.to_string()).hint(hint)];
         }
     };
-    let Sampling { seed, temperature, max_tokens } = sampling;
+    let QuerySampling { seed, temperature, max_tokens } = sampling;
     let fact = format!(
         "asked for at most {max_tokens} tokens at temperature {temperature:.3} with seed {seed}"
     );
@@ -142,10 +142,10 @@ async fn ask_one(
     let streamed = target.stream(endpoint.path(), &body, clock, |_| {}).await;
     let reading = Reading::of(&streamed.arrivals);
     let answered = Answered { topic, streamed: &streamed, reading: &reading, sampling };
-    findings.extend(answered.judge());
+    findings.extend(answered.findings());
     if let (Some(verifier), true) = (asking.verifier, is_whole(&streamed)) {
         let place = chance.bits();
-        findings.extend(weights::judge(verifier, topic, &body, &streamed, place).await);
+        findings.extend(weights::check(verifier, topic, &body, &streamed, place).await);
     }
     findings
 }
@@ -161,24 +161,24 @@ async fn body(
     endpoint: Endpoint,
     chance: &mut Chance,
     clock: &Clock,
-) -> anyhow::Result<(Value, Sampling)> {
+) -> anyhow::Result<(Value, QuerySampling)> {
     let Asking { model, max_tokens, temperature, verifier } = asking;
-    let drawn = Sampling::draw(chance, &(max_tokens..=max_tokens));
+    let drawn = QuerySampling::draw(chance, &(max_tokens..=max_tokens));
     let temperature = temperature.unwrap_or(drawn.temperature);
-    let sampling = Sampling { temperature, ..drawn };
+    let sampling = QuerySampling { temperature, ..drawn };
     let date = prompt::date(clock.unix_ms())?;
-    let draft = Draft::draw(&Source::Ours, &date, &mut || chance.bits());
+    let draft = Draft::draw(&Passages::Ours, &date, &mut || chance.bits());
     let drawn = draft.finish(None);
     let content = match endpoint {
-        Endpoint::Chat => Content::Messages(drawn.messages()),
-        Endpoint::Completion => Content::Text(drawn.text()),
+        Endpoint::Chat => QueryContent::Messages(drawn.messages()),
+        Endpoint::Completion => QueryContent::Text(drawn.text()),
     };
-    let prompt = |tokens| Prompt { content: content.clone(), tokens };
+    let prompt = |tokens| QueryPrompt { content: content.clone(), tokens };
     // How long the prompt is in tokens only the miner can say where the model is not here.
     let Some(verifier) = verifier else {
         return ask::body(model, endpoint, sampling, prompt(0), usize::MAX);
     };
-    let shortest = Sampling { max_tokens: TOKENS_MIN, ..sampling };
+    let shortest = QuerySampling { max_tokens: TOKENS_MIN, ..sampling };
     let (plain, _) = ask::body(model, endpoint, shortest, prompt(0), usize::MAX)?;
     let understood = question::understand(verifier, &plain).await?;
     let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());

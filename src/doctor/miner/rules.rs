@@ -3,8 +3,8 @@
 
 use super::reading::Reading;
 use crate::doctor::{Finding, Level};
-use crate::validator::query::{Arrival, Fault, QueryError, Streamed};
-use crate::validator::round::ask::Sampling;
+use crate::validator::query::{Arrival, QueryError, QueryFault, Streamed};
+use crate::validator::round::ask::QuerySampling;
 use crate::validator::round::measure::{is_not_streamed, said_error, timing};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub struct Answered<'a> {
     /// The answer as a validator reads it.
     pub reading: &'a Reading,
     /// How tokens had to be drawn.
-    pub sampling: Sampling,
+    pub sampling: QuerySampling,
 }
 
 impl Answered<'_> {
@@ -39,7 +39,7 @@ impl Answered<'_> {
 
     /// Every rule that needs no weights. Where the stream itself is refused, no other rule is
     /// reached.
-    pub fn judge(&self) -> Vec<Finding> {
+    pub fn findings(&self) -> Vec<Finding> {
         if let Some(refused) = self.refused() {
             return vec![refused];
         }
@@ -56,7 +56,7 @@ impl Answered<'_> {
     fn refused(&self) -> Option<Finding> {
         let rule = "BAD_STREAM";
         if let Err(e) = &self.streamed.outcome {
-            let level = if e.fault() == Fault::Own { Level::Warning } else { Level::Fault };
+            let level = if e.fault() == QueryFault::Own { Level::Warning } else { Level::Fault };
             return Some(self.finding(rule, level, e.to_string()).hint(hint(e)));
         }
         if let Some(said) = said_error(self.arrivals()) {
@@ -193,9 +193,9 @@ pub fn hint(e: &QueryError) -> &'static str {
         }
     };
     match status {
-        Fault::Own => "this machine lacks something: the miner is not to blame",
-        Fault::Unreachable => "is it running, and is its port open in firewall and router?",
-        Fault::Late => "it is overloaded, or the first token takes too long: see its /metrics",
+        QueryFault::Own => "this machine lacks something: the miner is not to blame",
+        QueryFault::Unreachable => "is it running, and is its port open in firewall and router?",
+        QueryFault::Late => "it is overloaded, or the first token takes too long: see its /metrics",
         _ => "is this an HTTP server? a proxy in between may break the connection",
     }
 }
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    const SAMPLING: Sampling = Sampling { seed: 1, temperature: 0.5, max_tokens: 100 };
+    const SAMPLING: QuerySampling = QuerySampling { seed: 1, temperature: 0.5, max_tokens: 100 };
 
     /// An honest stream of `count` tokens, one each 10 ms.
     fn honest(count: u64) -> Vec<Arrival> {
@@ -251,7 +251,7 @@ mod tests {
         let reading = Reading::of(&streamed.arrivals);
         let answered =
             Answered { topic: "chat", streamed: &streamed, reading: &reading, sampling: SAMPLING };
-        answered.judge()
+        answered.findings()
     }
 
     /// The rules that are broken; each says what to do.
@@ -351,8 +351,8 @@ mod tests {
             (status(401, "Signer not in metagraph"), Level::Fault, "registered"),
             (status(400, "Unknown Epistula version"), Level::Fault, "--wallet.name"),
             (status(503, ""), Level::Fault, "a miss"),
-            (network(Fault::Late), Level::Fault, "overloaded"),
-            (network(Fault::Own), Level::Warning, "not to blame"),
+            (network(QueryFault::Late), Level::Fault, "overloaded"),
+            (network(QueryFault::Own), Level::Warning, "not to blame"),
         ] {
             let [refused] = judge(honest(5), Err(e)).try_into().unwrap();
             assert_eq!((refused.topic.as_str(), refused.level), ("chat, BAD_STREAM", level));

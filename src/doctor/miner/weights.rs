@@ -9,8 +9,8 @@ use crate::verify::targon::{Ruling, rulings};
 use crate::verify::{Claim, Depth, Profile, Reason, Report, Verdict, Verifier, question};
 use serde_json::Value;
 
-/// Judges a streamed answer to `body`; `chance` picks the places that are looked at closely.
-pub async fn judge(
+/// Checks a streamed answer to `body`; `chance` picks the places that are looked at closely.
+pub async fn check(
     verifier: &Verifier,
     topic: &str,
     body: &Value,
@@ -85,7 +85,7 @@ fn findings(topic: &str, report: &Report, rulings: &[Ruling]) -> Vec<Finding> {
             findings.push(of("verdict", Level::Fault, &fact));
         }
         Verdict::Unscored(why) => {
-            let fact = format!("cannot be judged here: {why}");
+            let fact = format!("cannot be checked here: {why}");
             findings.push(of("verdict", Level::Warning, &fact).hint("nothing of the miner's"));
         }
     }

@@ -7,7 +7,7 @@ mod moe;
 pub mod weights;
 
 use super::departure::Departure;
-use super::pass::{Batch, Fault, Pass, RowAsk, RowFault, RowResult};
+use super::pass::{Batch, Pass, PassFault, RowAsk, RowFault, RowResult};
 use super::rows::{HiddenRow, answer};
 use super::spec::Spec;
 use crate::ops::attention::KvCache;
@@ -63,7 +63,7 @@ impl CpuPass {
 }
 
 impl Pass for CpuPass {
-    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, Fault> {
+    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, PassFault> {
         let Self { decoder, pool, cache, scratch, logits } = self;
         let turn = pool.turn();
         decoder.forward(&turn, cache, &batch.ids, &batch.segments, scratch)?;

@@ -214,7 +214,7 @@ impl Reading<'_, '_, '_> {
         };
         let token = ranked(match scores.token {
             Token::Drawn => found.tokens[place],
-            Token::Known(token) | Token::Judged(token) => token,
+            Token::Known(token) | Token::Measured(token) => token,
         });
         let ids = scores.ids.iter().map(|id| ranked(*id)).collect();
         let near = near_tokens(scores).into_iter().map(|id| (id, ranked(id).logprob)).collect();

@@ -5,7 +5,7 @@ use super::launch::{Entry, Memory, Query, Rule};
 use super::memory::{At, Inputs, Outputs, grained};
 use super::weights::CudaWeights;
 use crate::models::pass::{RowAsk, Scores, Token};
-use crate::proof::residue::{Calibration, Profile};
+use crate::proof::residue::{Calibration, ResidueBits};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -73,14 +73,14 @@ pub(super) struct Chunk<'a, 'b> {
 /// Sketches of one calibration and profile.
 pub(super) struct Proofs {
     pub(super) whitening: Arc<Whitening>,
-    pub(super) profile: Profile,
+    pub(super) profile: ResidueBits,
     pub(super) table: At,
 }
 
 /// Rows with one calibration and profile: an entry for each place of their chunk.
 struct Group {
     calibration: Arc<Calibration>,
-    profile: Profile,
+    profile: ResidueBits,
     table: Vec<Entry>,
 }
 
@@ -239,7 +239,7 @@ fn is_for_host(ask: &RowAsk<'_>) -> bool {
         scores.token == Token::Drawn && !scores.sampling.is_greedy() && scores.sampling.top_a > 0.0;
     ask.logits
         || !scores.is_plain()
-        || matches!(scores.token, Token::Judged(_))
+        || matches!(scores.token, Token::Measured(_))
         || scores.top > CANDIDATES
         || is_drawn_otherwise
 }
@@ -271,7 +271,7 @@ fn rule(position: u32, scores: Option<&Scores<'_>>) -> Rule {
 fn wanted_tokens(scores: &Scores<'_>) -> Vec<u32> {
     let own = match scores.token {
         Token::Drawn => UNKNOWN,
-        Token::Known(token) | Token::Judged(token) => token,
+        Token::Known(token) | Token::Measured(token) => token,
     };
     let mut tokens = vec![own];
     tokens.extend(&scores.ids);

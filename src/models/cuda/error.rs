@@ -1,7 +1,7 @@
 //! What goes wrong between this program and an NVIDIA card.
 
 use crate::models::error::LoadError;
-use crate::models::pass::Fault;
+use crate::models::pass::PassFault;
 
 /// Why a card cannot be used, or stopped working.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -81,12 +81,12 @@ pub enum CudaError {
     },
 }
 
-impl From<CudaError> for Fault {
+impl From<CudaError> for PassFault {
     fn from(error: CudaError) -> Self {
         match error {
-            CudaError::OutOfMemory { .. } => Fault::Memory(error.to_string()),
-            CudaError::Lost { .. } => Fault::Lost(error.to_string()),
-            _ => Fault::Device(error.to_string()),
+            CudaError::OutOfMemory { .. } => PassFault::Memory(error.to_string()),
+            CudaError::Lost { .. } => PassFault::Lost(error.to_string()),
+            _ => PassFault::Device(error.to_string()),
         }
     }
 }

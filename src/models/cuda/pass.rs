@@ -9,7 +9,7 @@ use super::layout::Layout;
 use super::memory::{Inputs, KvBlocks, Outputs};
 use super::step::{Rooms, Step};
 use super::weights::CudaWeights;
-use crate::models::pass::{Batch, Fault, Pass, RowAsk, RowResult};
+use crate::models::pass::{Batch, Pass, PassFault, RowAsk, RowResult};
 use crate::ops::pool::Pool;
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -106,7 +106,7 @@ impl CudaPass {
 }
 
 impl Pass for CudaPass {
-    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, Fault> {
+    fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, PassFault> {
         self.run(batch, asks).map_err(|error| {
             // Copies and kernels of a step that failed half-way end before the next one.
             let _ = self.stream.wait();

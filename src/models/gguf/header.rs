@@ -1,7 +1,8 @@
-//! The header of a GGUF file: metadata and the list of tensors.
+//! Reads the header of a GGUF file: metadata and the list of tensors.
 //!
-//! Its lengths are a stranger's numbers. Each is checked against the bytes that the file still has
-//! before memory is taken for it, and all of them together against [`HEADER_BYTES_MAX`].
+//! The lengths in the file are untrusted. Each is checked against the number of bytes that are left
+//! in the file before memory is allocated for it, and all of them together against
+//! [`HEADER_BYTES_MAX`].
 
 use std::collections::BTreeMap;
 use std::fmt;

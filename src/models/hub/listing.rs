@@ -1,5 +1,5 @@
-//! What a Hub says of a repository. It is a stranger's word: names, checksums and sizes are
-//! checked before one of them names or sizes a file here.
+//! The listing of a repository as a Hub sends it. It is untrusted: names, checksums and sizes are
+//! checked before they are used for files here.
 
 use super::error::{HubError, corrupt};
 use crate::models::error::FILE_BYTES_MAX;

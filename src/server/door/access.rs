@@ -1,4 +1,5 @@
-//! What every request passes before its handler: a name, a line in the log, a key, a body in time.
+//! The checks that every request passes before its handler: it gets an id and a log line, its API
+//! key is checked, and its body must arrive in time.
 
 use crate::server::error::{ApiError, echo};
 use crate::server::operations::counters::HttpLabels;

@@ -1,9 +1,10 @@
-//! Bodies on their way to the door, whose senders have only said who they are.
+//! Bodies that are being received from senders who have only claimed an identity so far.
 //!
-//! Bytes count as they arrive, not as they are announced, and a body must keep up a least pace.
-//! What one address sends in one signer's name is a share, and shares do not touch each other:
-//! whoever opens one body too many loses its own oldest. Where all memory is taken, the address
-//! that holds most gives way. So a crowd that claims to be a member cannot shut that member out.
+//! Bytes count when they arrive, not when they are announced, and a body must arrive at a minimum
+//! rate. Bodies of one address in one signer's name form a share, and shares are limited
+//! separately: a sender that opens one body too many loses its own oldest body. If all memory is
+//! used, the address that holds most loses a body. So senders that falsely claim a member's name
+//! cannot block that member.
 
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;

@@ -1,5 +1,6 @@
-//! Who signed a request: the checks of Targon's miner (protocol 1.3) in its order and with its
-//! messages, mended where it crashed or let a request through twice.
+//! Identifies the signer of a request: the checks of Targon's miner (protocol 1.3) in its order and
+//! with its messages. Two of its faults are corrected: it crashed on some headers, and accepted
+//! some requests twice.
 
 use super::{Gate, Outcome, Refused};
 use crate::chain::btauth::{self, Age};

@@ -1,4 +1,4 @@
-//! Counters of the door.
+//! Counters of signed requests.
 
 use super::Outcome;
 use crate::chain::keys::Hotkey;

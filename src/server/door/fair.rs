@@ -1,8 +1,8 @@
-//! A fair door: a limited number of requests run, and whoever runs least is let in next, so that no
-//! caller can starve another however much it asks.
+//! A fair queue: a limited number of requests run, and the caller with the fewest running requests
+//! is served next, so that no caller can starve another.
 //!
-//! Where no slot is free and one caller runs two more than another, the other is let in all the
-//! same: what is behind the door sets aside the newest of who runs most
+//! If no slot is free and one caller runs two more than another, the other one is admitted all the
+//! same, and the engine preempts the newest request of the caller that runs most
 //! ([`scheduler`](crate::engine::scheduler)).
 
 use parking_lot::Mutex;
@@ -11,7 +11,7 @@ use std::hash::Hash;
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-/// The door, for callers named by `K`.
+/// The queue, for callers named by `K`.
 pub struct Fair<K: Copy + Eq + Hash>(Arc<Mutex<Lanes<K>>>);
 
 impl<K: Copy + Eq + Hash> Clone for Fair<K> {
@@ -37,7 +37,7 @@ pub struct Ticket<K: Copy + Eq + Hash>(Option<(Fair<K>, K)>);
 pub struct Busy;
 
 impl<K: Copy + Eq + Hash> Fair<K> {
-    /// A door for `slots` requests at once; of each caller `waiting_max` may wait.
+    /// A queue for `slots` requests at once; each caller may have `waiting_max` more that wait.
     pub fn new(slots: usize, waiting_max: usize) -> Self {
         let (running, queues) = (HashMap::new(), VecDeque::new());
         let free = slots as isize;
@@ -85,7 +85,7 @@ impl<K: Copy + Eq + Hash> Fair<K> {
         self.admit(&mut lanes);
     }
 
-    /// Lets in who is next, for as long as there is room.
+    /// Admits the next requests while there are free slots.
     fn admit(&self, lanes: &mut Lanes<K>) {
         while let Some((next, sender)) = lanes.next() {
             lanes.start(next);

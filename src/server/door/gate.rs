@@ -1,4 +1,5 @@
-//! The state of a miner's door: who may ask, who is in, and what is counted.
+//! The state behind the checks of signed requests: the members, the running requests, and the
+//! counters.
 
 use super::bodies::{BODIES_BYTES_MAX, Bodies};
 use super::counts::Counts;
@@ -50,7 +51,7 @@ impl Default for Policy {
     }
 }
 
-/// The door; a cloneable handle.
+/// A cloneable handle to the state.
 #[derive(Clone)]
 pub struct Gate(pub(super) Arc<Inner>);
 
@@ -71,7 +72,7 @@ pub(super) struct Inner {
 }
 
 impl Gate {
-    /// The door of `own`. Until a metagraph is set nobody is a member.
+    /// The state for the hotkey `own`. Until a metagraph is set nobody is a member.
     pub fn new(own: Hotkey, policy: Policy, clock: Clock) -> Self {
         let burst = policy.rate.saturating_mul(NonZeroU32::MIN.saturating_add(1));
         let rates = RateLimiter::keyed(Quota::per_second(policy.rate).allow_burst(burst));
@@ -93,7 +94,7 @@ impl Gate {
         }))
     }
 
-    /// Whose door it is.
+    /// The miner's own hotkey.
     pub fn own(&self) -> Hotkey {
         self.0.own
     }
@@ -110,7 +111,7 @@ impl Gate {
         *self.0.metagraph.write() = metagraph;
         let rule = self.rule();
         if rule != before {
-            tracing::warn!("from now on {rule} may ask");
+            tracing::warn!("requests are accepted from {rule} from now on");
         }
     }
 

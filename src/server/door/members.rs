@@ -1,4 +1,4 @@
-//! Who may ask: members with stake, whom the operator may add to or take from.
+//! The hotkeys that may send requests: members with enough stake, and the operator's exceptions.
 
 use super::{Gate, Outcome, Refused};
 use crate::chain::keys::Hotkey;

@@ -1,11 +1,11 @@
-//! The door: what every request passes before its handler ([`access`]), and what a subnet's miner
-//! asks of signed ones ([`guard()`]): requests signed by members with stake pass, each once, and no
-//! member can crowd out another.
+//! Admission of requests: what every request passes before its handler ([`access`]), and the checks
+//! of signed requests on a subnet's miner ([`guard()`]). Requests that members with stake have
+//! signed are admitted, each once, and no member can starve another.
 //!
-//! Checks of a signed request run in the order of [`checks`]: headers, membership, stake, age,
-//! repetition; then the body is read ([`bodies`]) and the signature checked; then repetition again,
-//! rate, and the [`fair`] queue. A request that was refused leaves no trace that could harm its
-//! signer.
+//! A signed request is checked in the order of [`checks`]: headers, membership, stake, age,
+//! repetition. Then the body is read ([`bodies`]) and the signature is checked; then come
+//! repetition again, the rate limit, and the [`fair`] queue. A refused request changes nothing that
+//! could harm its signer.
 
 pub mod access;
 pub mod bodies;

@@ -1,4 +1,5 @@
-//! `/models`: what validators want served, and the shape in which each wants to hear what is.
+//! `/models`: the list of models that validators want, and the shape of the answer that each
+//! version expects.
 
 use crate::chain::epistula;
 use axum::http::{HeaderMap, HeaderName, header};

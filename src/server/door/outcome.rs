@@ -1,4 +1,4 @@
-//! How a signed request fared, and how one that is turned away is answered.
+//! The outcome of a signed request, and the response to a refused one.
 
 use super::bodies::BodyError;
 use axum::Json;
@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-/// How a signed request fared at the door.
+/// The outcome of a signed request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Outcome {
     /// It was let in.
@@ -46,7 +46,7 @@ impl Outcome {
     }
 }
 
-/// A request that was turned away.
+/// A refused request.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Refused {
     /// The status.

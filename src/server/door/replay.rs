@@ -1,4 +1,4 @@
-//! Requests that were served already, for as long as their signatures would still be accepted.
+//! Remembers requests that were served, for as long as their signatures would still be accepted.
 
 use crate::chain::keys::Hotkey;
 use std::collections::{HashSet, VecDeque};

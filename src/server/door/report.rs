@@ -1,4 +1,4 @@
-//! What the door counts and remembers for its operator: metrics, and who last asked for what.
+//! What operators see of signed requests: metrics, and the latest requests with their signers.
 
 use super::models::WantedModels;
 use super::{Gate, Outcome};
@@ -22,7 +22,7 @@ impl Gate {
         self.0.asked.lock().get(signer).cloned()
     }
 
-    /// Requests that were let in or turned away, by outcome.
+    /// Signed requests by outcome.
     pub fn counted(&self, outcome: Outcome) -> u64 {
         self.0.counts.outcomes.lock().get(&outcome).copied().unwrap_or(0)
     }

@@ -1,5 +1,5 @@
-//! What is counted: vLLM's names where it has one, so that existing boards work, and ours with the
-//! prefix `targon_`.
+//! The metrics of the server. They have vLLM's names where vLLM has such a metric, so that existing
+//! dashboards work, and otherwise the prefix `targon_`.
 
 use crate::engine::Engine;
 use crate::engine::stats::{Snapshot, Timings};
@@ -44,7 +44,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Over the models of a server, and the door of a miner.
+    /// Over the models of a server, and the signed requests of a miner.
     pub fn new(models: Models, gate: Option<Gate>) -> Self {
         let requests = Family::<HttpLabels, Counter>::default();
         let seconds = Histogram::new(HTTP_SECONDS);

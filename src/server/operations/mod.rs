@@ -1,5 +1,5 @@
-//! What operators look at: health, readiness, models ([`status`]), counters ([`counters`]), and how
-//! they are read ([`metrics`]).
+//! The routes for operators: health, readiness and models ([`status`]), counters ([`counters`]),
+//! and the text format of metrics ([`metrics`]).
 
 pub mod counters;
 pub mod metrics;

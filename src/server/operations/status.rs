@@ -69,7 +69,7 @@ fn failure(entry: &Entry) -> Option<String> {
     }
 }
 
-/// `GET /health`: the process is alive.
+/// `GET /health`: the process runs.
 #[utoipa::path(
     get,
     path = "/health",

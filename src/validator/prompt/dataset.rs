@@ -18,7 +18,7 @@ const PASSAGE_CHARS_MAX: usize = 500;
 
 /// Where passages come from.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Source {
+pub enum Passages {
     /// Our own.
     Ours,
     /// Those of a file; at least one.
@@ -93,14 +93,14 @@ fn shortened(text: &str) -> String {
     cut.rsplit_once(char::is_whitespace).map_or(cut, |(words, _)| words).trim_end().to_owned()
 }
 
-impl Source {
+impl Passages {
     /// Opens what an operator has named: nothing, a file, or a data set of the Hub (`owner/name`
     /// where there is no such file).
     ///
     /// # Errors
     /// The file and line, and rule and fact.
     pub fn open(named: Option<&str>) -> Result<Self, DatasetError> {
-        let Some(named) = named else { return Ok(Source::Ours) };
+        let Some(named) = named else { return Ok(Passages::Ours) };
         let path = Path::new(named);
         let parts: Vec<&str> = named.split('/').collect();
         let is_name =
@@ -149,15 +149,15 @@ impl Source {
         }
         match passages.is_empty() {
             true => Err(failed("must have at least one passage".into())),
-            false => Ok(Source::File(passages)),
+            false => Ok(Passages::File(passages)),
         }
     }
 
     /// One of its passages.
     pub(super) fn passage(&self, bits: &mut Bits<'_>) -> &str {
         match self {
-            Source::Ours => ours::passage(bits),
-            Source::File(passages) => &passages[below(bits, passages.len())],
+            Passages::Ours => ours::passage(bits),
+            Passages::File(passages) => &passages[below(bits, passages.len())],
         }
     }
 }
@@ -170,9 +170,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("rows.jsonl");
         std::fs::write(&path, text).unwrap();
-        match Source::open(path.to_str()) {
-            Ok(Source::File(passages)) => Ok(passages),
-            Ok(Source::Ours) => panic!("a file was given"),
+        match Passages::open(path.to_str()) {
+            Ok(Passages::File(passages)) => Ok(passages),
+            Ok(Passages::Ours) => panic!("a file was given"),
             Err(e) => Err(e.to_string().replace(&format!("{}/", directory.path().display()), "")),
         }
     }
@@ -211,18 +211,18 @@ mod tests {
 
     #[test]
     fn names_are_files_or_refused_by_name() {
-        assert_eq!(Source::open(None).unwrap(), Source::Ours);
-        let hub = Source::open(Some("owner/set")).unwrap_err();
+        assert_eq!(Passages::open(None).unwrap(), Passages::Ours);
+        let hub = Passages::open(Some("owner/set")).unwrap_err();
         assert!(matches!(&hub, DatasetError::Hub { name } if name == "owner/set"));
         assert!(
             hub.to_string().contains("`owner/set`: downloads of data sets from the Hub are not")
         );
         for missing in ["missing/rows.jsonl", "./missing", "/missing/rows"] {
-            let error = Source::open(Some(missing)).unwrap_err();
+            let error = Passages::open(Some(missing)).unwrap_err();
             assert!(matches!(error, DatasetError::File { .. }), "{missing}: {error}");
         }
         let directory = tempfile::tempdir().unwrap();
-        let error = Source::open(directory.path().to_str()).unwrap_err();
+        let error = Passages::open(directory.path().to_str()).unwrap_err();
         assert!(error.to_string().ends_with("it is not a file"), "{error}");
     }
 }

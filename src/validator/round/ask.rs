@@ -1,4 +1,4 @@
-//! What is asked of every miner of a round: sampling parameters, prompt, and the proof.
+//! The request that all miners of a round get: sampling parameters, prompt, and proof.
 
 use super::chance::Chance;
 use crate::proof::Scheme;
@@ -32,34 +32,35 @@ impl Endpoint {
 
 /// What is asked.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Prompt {
+pub struct QueryPrompt {
     /// The conversation or the text.
-    pub content: Content,
+    pub content: QueryContent,
     /// Tokens that the model sees of it.
     pub tokens: usize,
 }
 
 /// A conversation or a text, as the endpoint wants it.
 #[derive(Clone, PartialEq, Debug)]
-pub enum Content {
+pub enum QueryContent {
     /// The list of messages, as JSON.
     Messages(Value),
     /// The text.
     Text(String),
 }
 
-impl Content {
+impl QueryContent {
     fn fits(&self, endpoint: Endpoint) -> bool {
         matches!(
             (self, endpoint),
-            (Content::Messages(_), Endpoint::Chat) | (Content::Text(_), Endpoint::Completion)
+            (QueryContent::Messages(_), Endpoint::Chat)
+                | (QueryContent::Text(_), Endpoint::Completion)
         )
     }
 }
 
 /// How a miner must draw its tokens.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Sampling {
+pub struct QuerySampling {
     /// The seed.
     pub seed: u64,
     /// The temperature, below 1.
@@ -68,7 +69,7 @@ pub struct Sampling {
     pub max_tokens: u32,
 }
 
-impl Sampling {
+impl QuerySampling {
     /// Draws one as the protocol does, with `lengths` for the most tokens.
     pub fn draw(chance: &mut Chance, lengths: &RangeInclusive<u32>) -> Self {
         let mut among = |range: RangeInclusive<u64>| {
@@ -89,10 +90,10 @@ impl Sampling {
 pub fn body(
     model: &str,
     endpoint: Endpoint,
-    mut sampling: Sampling,
-    prompt: Prompt,
+    mut sampling: QuerySampling,
+    prompt: QueryPrompt,
     context_max: usize,
-) -> anyhow::Result<(Value, Sampling)> {
+) -> anyhow::Result<(Value, QuerySampling)> {
     let room = context_max.saturating_sub(prompt.tokens);
     sampling.max_tokens = sampling.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
     if sampling.max_tokens < TOKENS_MIN {
@@ -104,14 +105,14 @@ pub fn body(
     if !prompt.content.fits(endpoint) {
         bail!("the prompt is not what {} wants", endpoint.path());
     }
-    let Sampling { seed, temperature, max_tokens } = sampling;
+    let QuerySampling { seed, temperature, max_tokens } = sampling;
     let mut body = json!({
         "seed": seed, "max_tokens": max_tokens, "temperature": temperature, "model": model,
         "stream": true, "logprobs": true,
     });
     match prompt.content {
-        Content::Messages(messages) => body["messages"] = messages,
-        Content::Text(text) => body["prompt"] = text.into(),
+        QueryContent::Messages(messages) => body["messages"] = messages,
+        QueryContent::Text(text) => body["prompt"] = text.into(),
     }
     Ok((body, sampling))
 }
@@ -137,26 +138,26 @@ pub fn with_nonce(body: &Value, chance: &mut Chance) -> Value {
 mod tests {
     use super::*;
 
-    fn text(tokens: usize) -> Prompt {
-        Prompt { content: Content::Text("hello".into()), tokens }
+    fn text(tokens: usize) -> QueryPrompt {
+        QueryPrompt { content: QueryContent::Text("hello".into()), tokens }
     }
 
     #[test]
     fn parameters_lie_where_the_protocol_wants_them() {
         let mut chance = Chance::seeded(1);
         for _ in 0..2_000 {
-            let sampling = Sampling::draw(&mut chance, &(512..=1920));
+            let sampling = QuerySampling::draw(&mut chance, &(512..=1920));
             assert!(SEEDS.contains(&sampling.seed), "{sampling:?}");
             assert!((0.0..1.0).contains(&sampling.temperature), "{sampling:?}");
             assert!((512..=1920).contains(&sampling.max_tokens), "{sampling:?}");
             assert_eq!(f64::from(sampling.temperature as f32), sampling.temperature);
         }
-        assert_eq!(Sampling::draw(&mut chance, &(7..=7)).max_tokens, 7);
+        assert_eq!(QuerySampling::draw(&mut chance, &(7..=7)).max_tokens, 7);
     }
 
     #[test]
     fn a_body_has_the_fields_of_the_original_and_each_miner_its_nonce() {
-        let sampling = Sampling { seed: 12_345, temperature: 0.5, max_tokens: 600 };
+        let sampling = QuerySampling { seed: 12_345, temperature: 0.5, max_tokens: 600 };
         let (plain, _) = body("m", Endpoint::Completion, sampling, text(10), 4096).unwrap();
         let fields =
             r#"{"seed":12345,"max_tokens":600,"temperature":0.5,"model":"m","stream":true,"#;
@@ -172,7 +173,7 @@ mod tests {
 
     #[test]
     fn an_answer_fits_into_the_context_or_is_not_asked_for() {
-        let sampling = Sampling { seed: 1, temperature: 0.0, max_tokens: 600 };
+        let sampling = QuerySampling { seed: 1, temperature: 0.0, max_tokens: 600 };
         let (body, fitted) =
             super::body("m", Endpoint::Completion, sampling, text(300), 512).unwrap();
         assert_eq!((body["max_tokens"].as_u64(), fitted.max_tokens), (Some(212), 212));

@@ -1,7 +1,7 @@
-//! Chance as a parameter: what a validator calls instead of a random generator.
+//! The random generator of a validator, as a parameter.
 //!
-//! [`Chance::system`] asks the machine, whose numbers nobody can foresee; [`Chance::seeded`] is the
-//! same sequence every time, for tests.
+//! [`Chance::system`] uses the operating system, so that nobody can predict it. [`Chance::seeded`]
+//! gives the same sequence every time, for tests.
 
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;

@@ -1,5 +1,5 @@
-//! What the clock says of an answer (protocol 5.4): first token, tokens a second, and whether it
-//! was streamed at all.
+//! Times of an answer (protocol 5.4): the first token, tokens a second, and whether it was
+//! streamed.
 
 use crate::store::record::Timing;
 use crate::validator::query::Arrival;

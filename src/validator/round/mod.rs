@@ -1,13 +1,13 @@
 //! A round as a pure state machine: events go in, actions come out.
 //!
-//! [`Machine::start`] chooses a model, an endpoint and the miners, and asks for a prompt. With the
-//! prompt it asks all miners at once; each answer is timed ([`measure`]) and handed to
-//! verification; when the last verdict is known, or its deadline has passed, the round ends as a
-//! [`record::Round`]. Clock and chance are given; nothing here waits, reads or sends.
+//! [`RoundMachine::start`] chooses a model, an endpoint and the miners, and asks for a prompt. When
+//! it has the prompt it asks all miners at once. Each answer is timed ([`measure`]) and verified.
+//! When the last verdict is known, or its deadline has passed, the round ends as a
+//! [`record::Round`]. Clock and chance are parameters; nothing here waits, reads or sends.
 //!
-//! What a miner does wrong is the miner's, and counts against it. Trouble of the validator's own
-//! (no prompt, no verdict, a network that reaches nobody, the end of the program) is
-//! [`Outcome::Unscored`] and adds no sample. Every phase has a deadline, so a round always ends.
+//! A miner's failure counts against the miner. A failure of the validator itself (no prompt, no
+//! verdict, no miner could be reached, the program ends) is [`Outcome::Unscored`] and adds no
+//! sample. Every phase has a deadline, so a round always ends.
 
 pub mod ask;
 pub mod chance;
@@ -17,14 +17,15 @@ mod terms;
 use crate::clock::Clock;
 use crate::store::record::{self, Outcome, Response, Sampled, Timing};
 use crate::validator::query::Arrival;
-use ask::{Endpoint, Prompt, Sampling};
+use ask::{Endpoint, QueryPrompt, QuerySampling};
 use chance::Chance;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 pub use terms::{
-    Action, Answered, Ending, Event, Judged, Judgement, Keep, Miner, Offer, Scene, Settings, Times,
+    Action, AnswerReport, AnswerVerdict, Answered, Ending, Keep, Miner, Offer, RoundEvent,
+    RoundSettings, Scene, Times,
 };
 
 /// Where so many miners were asked and none could be reached, the network is the validator's own
@@ -37,26 +38,26 @@ pub const BAD_STREAM: &str = "BAD_STREAM";
 
 /// Where a round is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Phase {
+pub enum RoundPhase {
     /// It waits for a prompt.
     Prompting,
     /// It waits for answers.
     Asking,
     /// It waits for verdicts only: the next round may ask.
-    Judging,
+    Checking,
     /// It is over.
     Ended,
 }
 
 /// Where a miner is in a round.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Standing {
+pub enum MinerState {
     /// It does not serve the model.
     NotServed,
     /// It is to be asked, or was asked.
     Asked,
-    /// Its answer is being judged.
-    Judging(Timing),
+    /// Its answer is being checked.
+    Checking(Timing),
     /// It is done with.
     Done(Timing, Outcome),
 }
@@ -73,8 +74,8 @@ enum State {
     NotServed,
     /// It is to be asked, or was.
     Open,
-    /// Its answer is being judged.
-    Judging(Timing, Arc<Value>),
+    /// Its answer is being checked.
+    Checking(Timing, Arc<Value>),
     /// It is done with.
     Closed(Box<Found>),
 }
@@ -101,31 +102,31 @@ impl Found {
 }
 
 /// A running round.
-pub struct Machine {
-    settings: Arc<Settings>,
+pub struct RoundMachine {
+    settings: Arc<RoundSettings>,
     clock: Clock,
     chance: Chance,
-    phase: Phase,
+    phase: RoundPhase,
     deadline: Duration,
     endpoint: Endpoint,
-    sampling: Sampling,
+    sampling: QuerySampling,
     context_max: usize,
     record: record::Round,
     slots: BTreeMap<u16, Slot>,
 }
 
-impl Machine {
+impl RoundMachine {
     /// Starts a round, unless there is no model to ask for or nobody to ask. The second part is to
     /// be done now.
     pub fn start(
         scene: Scene,
-        settings: Arc<Settings>,
+        settings: Arc<RoundSettings>,
         clock: Clock,
         mut chance: Chance,
     ) -> Option<(Self, Vec<Action>)> {
         let offer = chance.pick(&scene.models)?.clone();
         let endpoint = *chance.pick(&offer.endpoints)?;
-        let sampling = Sampling::draw(&mut chance, &settings.lengths);
+        let sampling = QuerySampling::draw(&mut chance, &settings.lengths);
         let slots = choose(scene.miners, &offer.name, settings.asked_max, &mut chance);
         if slots.is_empty() {
             return None;
@@ -143,7 +144,7 @@ impl Machine {
             responses: Vec::new(),
         };
         let deadline = clock.elapsed() + settings.times.prompt;
-        let (phase, context_max) = (Phase::Prompting, offer.context_max);
+        let (phase, context_max) = (RoundPhase::Prompting, offer.context_max);
         let mut machine = Self {
             settings,
             clock,
@@ -159,7 +160,7 @@ impl Machine {
         let is_open = |slot: &Slot| matches!(slot.state, State::Open);
         if !machine.slots.values().any(is_open) {
             // Nobody serves the model, so nothing need be asked to know it.
-            machine.phase = Phase::Asking;
+            machine.phase = RoundPhase::Asking;
             let actions = machine.settle(Vec::new());
             return Some((machine, actions));
         }
@@ -178,17 +179,17 @@ impl Machine {
     }
 
     /// Where it is.
-    pub fn phase(&self) -> Phase {
+    pub fn phase(&self) -> RoundPhase {
         self.phase
     }
 
     /// Where everyone is whom it asks, by ascending uid.
-    pub fn standings(&self) -> impl Iterator<Item = (u16, Standing)> {
+    pub fn standings(&self) -> impl Iterator<Item = (u16, MinerState)> {
         let standing = |slot: &Slot| match &slot.state {
-            State::NotServed => Standing::NotServed,
-            State::Open => Standing::Asked,
-            State::Judging(timing, _) => Standing::Judging(*timing),
-            State::Closed(found) => Standing::Done(found.timing, found.outcome),
+            State::NotServed => MinerState::NotServed,
+            State::Open => MinerState::Asked,
+            State::Checking(timing, _) => MinerState::Checking(*timing),
+            State::Closed(found) => MinerState::Done(found.timing, found.outcome),
         };
         self.slots.iter().map(move |(uid, slot)| (*uid, standing(slot)))
     }
@@ -199,19 +200,19 @@ impl Machine {
     }
 
     /// Takes what happened and says what is to be done. What comes too late changes nothing.
-    pub fn handle(&mut self, event: Event) -> Vec<Action> {
-        if self.phase == Phase::Ended {
+    pub fn handle(&mut self, event: RoundEvent) -> Vec<Action> {
+        if self.phase == RoundPhase::Ended {
             return Vec::new();
         }
         let actions = match event {
-            Event::Prompted(prompt) => self.prompted(prompt),
-            Event::Answered { uid, answer } => self.answered(uid, answer),
-            Event::Judged { uid, judgement } => {
-                self.judged(uid, judgement);
+            RoundEvent::Prompted(prompt) => self.prompted(prompt),
+            RoundEvent::Answered { uid, answer } => self.answered(uid, answer),
+            RoundEvent::Checked { uid, checked_answer } => {
+                self.checked(uid, checked_answer);
                 Vec::new()
             }
-            Event::Tick => Vec::new(),
-            Event::Stop => {
+            RoundEvent::Tick => Vec::new(),
+            RoundEvent::Stop => {
                 self.give_up("the validator was stopped");
                 Vec::new()
             }
@@ -219,8 +220,8 @@ impl Machine {
         self.settle(actions)
     }
 
-    fn prompted(&mut self, prompt: anyhow::Result<Prompt>) -> Vec<Action> {
-        if self.phase != Phase::Prompting {
+    fn prompted(&mut self, prompt: anyhow::Result<QueryPrompt>) -> Vec<Action> {
+        if self.phase != RoundPhase::Prompting {
             return Vec::new();
         }
         let model = &self.record.model;
@@ -237,7 +238,7 @@ impl Machine {
         if let Some(scheme) = self.settings.proof {
             body = ask::with_proof(body, scheme);
         }
-        (self.sampling, self.phase) = (sampling, Phase::Asking);
+        (self.sampling, self.phase) = (sampling, RoundPhase::Asking);
         self.deadline = self.clock.elapsed() + self.settings.times.answers;
         let mut actions = Vec::new();
         for (uid, slot) in &mut self.slots {
@@ -253,7 +254,7 @@ impl Machine {
 
     fn answered(&mut self, uid: u16, answer: Answered) -> Vec<Action> {
         let Some(slot) = self.slots.get_mut(&uid) else { return Vec::new() };
-        if self.phase != Phase::Asking || !matches!(slot.state, State::Open) {
+        if self.phase != RoundPhase::Asking || !matches!(slot.state, State::Open) {
             return Vec::new();
         }
         let Answered { arrivals, ended, ending } = answer;
@@ -282,28 +283,30 @@ impl Machine {
                 Vec::new()
             }
             None => {
-                slot.state = State::Judging(timing, Arc::clone(&capture));
+                slot.state = State::Checking(timing, Arc::clone(&capture));
                 let is_slow = self.chance.share() < self.settings.slow_share;
-                vec![Action::Judge { uid, capture, is_slow }]
+                vec![Action::Check { uid, capture, is_slow }]
             }
         }
     }
 
-    fn judged(&mut self, uid: u16, judgement: Judgement) {
+    fn checked(&mut self, uid: u16, checked_answer: AnswerReport) {
         let Some(slot) = self.slots.get_mut(&uid) else { return };
-        let State::Judging(timing, capture) = &slot.state else { return };
+        let State::Checking(timing, capture) = &slot.state else { return };
         let (timing, capture) = (*timing, Some(Arc::clone(capture)));
-        let report = judgement.report;
-        let found = match judgement.verdict {
-            Judged::Pass => {
+        let report = checked_answer.report;
+        let found = match checked_answer.verdict {
+            AnswerVerdict::Pass => {
                 let (outcome, cause, error) = (Outcome::Verified, None, None);
                 Found { timing, outcome, cause, error, capture, report }
             }
-            Judged::Reject { cause, what } => {
+            AnswerVerdict::Reject { cause, what } => {
                 let outcome = Outcome::Rejected;
                 Found { outcome, capture, report, ..Found::failed(timing, &cause, what) }
             }
-            Judged::Unscored(why) => Found { capture, report, ..Found::unscored(timing, &why) },
+            AnswerVerdict::Unscored(why) => {
+                Found { capture, report, ..Found::unscored(timing, &why) }
+            }
         };
         slot.state = State::Closed(Box::new(found));
     }
@@ -313,7 +316,7 @@ impl Machine {
         for slot in self.slots.values_mut() {
             let timing = match slot.state {
                 State::Open => Timing::default(),
-                State::Judging(timing, _) => timing,
+                State::Checking(timing, _) => timing,
                 State::NotServed | State::Closed(_) => continue,
             };
             slot.state = State::Closed(Box::new(Found::unscored(timing, why)));
@@ -325,19 +328,20 @@ impl Machine {
         let now = self.clock.elapsed();
         if now >= self.deadline {
             let why = match self.phase {
-                Phase::Prompting => "there is no prompt: it was not made in time",
-                Phase::Asking => "the query did not end in time",
-                Phase::Judging | Phase::Ended => "the answer was not verified in time",
+                RoundPhase::Prompting => "there is no prompt: it was not made in time",
+                RoundPhase::Asking => "the query did not end in time",
+                RoundPhase::Checking | RoundPhase::Ended => "the answer was not verified in time",
             };
             self.give_up_phase(why);
         }
         let has = |is: fn(&State) -> bool| self.slots.values().any(|slot| is(&slot.state));
         let is_open = has(|state| matches!(state, State::Open));
-        let is_judging = has(|state| matches!(state, State::Judging(..)));
-        if self.phase == Phase::Asking && !is_open && is_judging {
-            (self.phase, self.deadline) = (Phase::Judging, now + self.settings.times.verdicts);
+        let is_checking = has(|state| matches!(state, State::Checking(..)));
+        if self.phase == RoundPhase::Asking && !is_open && is_checking {
+            (self.phase, self.deadline) =
+                (RoundPhase::Checking, now + self.settings.times.verdicts);
         }
-        if !is_open && !is_judging {
+        if !is_open && !is_checking {
             actions.push(Action::End(Box::new(self.end())));
         }
         actions
@@ -345,7 +349,7 @@ impl Machine {
 
     /// Closes what this phase waits for.
     fn give_up_phase(&mut self, why: &str) {
-        if self.phase != Phase::Asking {
+        if self.phase != RoundPhase::Asking {
             return self.give_up(why);
         }
         for slot in self.slots.values_mut() {
@@ -356,8 +360,8 @@ impl Machine {
     }
 
     fn end(&mut self) -> record::Round {
-        let was_asked = self.phase != Phase::Prompting;
-        self.phase = Phase::Ended;
+        let was_asked = self.phase != RoundPhase::Prompting;
+        self.phase = RoundPhase::Ended;
         self.excuse();
         let keep = self.settings.keep;
         let slots = std::mem::take(&mut self.slots);
@@ -427,7 +431,7 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
             Found { outcome: Outcome::NotServed, ..found }
         }
         // No round ends with these.
-        State::Open | State::Judging(..) => Found::unscored(Timing::default(), "it was left open"),
+        State::Open | State::Checking(..) => Found::unscored(Timing::default(), "it was left open"),
     };
     let Found { timing, outcome, cause, error, capture, report } = found;
     let sample = match outcome {

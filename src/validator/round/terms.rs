@@ -1,6 +1,6 @@
-//! What goes into a round and what comes out of it, as plain data.
+//! The input and output of a round, as plain data.
 
-use super::ask::{Endpoint, Prompt};
+use super::ask::{Endpoint, QueryPrompt};
 use crate::proof::Scheme;
 use crate::store::record;
 use crate::validator::query::Arrival;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// How rounds are held.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Settings {
+pub struct RoundSettings {
     /// The subnet.
     pub netuid: u16,
     /// Name of the scoring profile, for the record.
@@ -67,7 +67,7 @@ pub struct Offer {
 /// A miner that can be asked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Miner {
-    /// Its place.
+    /// Its uid.
     pub uid: u16,
     /// Its hotkey, as SS58.
     pub hotkey: String,
@@ -88,24 +88,24 @@ pub struct Scene {
     pub miners: Vec<Miner>,
 }
 
-/// What happened.
+/// An event.
 #[derive(Debug)]
-pub enum Event {
+pub enum RoundEvent {
     /// The prompt is there, or there is none for this reason.
-    Prompted(anyhow::Result<Prompt>),
+    Prompted(anyhow::Result<QueryPrompt>),
     /// A miner's answer has ended.
     Answered {
-        /// Whose.
+        /// The miner.
         uid: u16,
-        /// What came.
+        /// Its answer.
         answer: Answered,
     },
-    /// An answer was judged.
-    Judged {
-        /// Whose.
+    /// An answer was checked.
+    Checked {
+        /// The miner.
         uid: u16,
-        /// What was found.
-        judgement: Judgement,
+        /// The result.
+        checked_answer: AnswerReport,
     },
     /// Time has passed.
     Tick,
@@ -113,10 +113,10 @@ pub enum Event {
     Stop,
 }
 
-/// What is to be done.
+/// An action to be executed.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Action {
-    /// Make a prompt; answered by [`Event::Prompted`].
+    /// Make a prompt; answered by [`RoundEvent::Prompted`].
     Prompt {
         /// For which model.
         model: String,
@@ -125,9 +125,9 @@ pub enum Action {
         /// The seed of the request.
         seed: u64,
     },
-    /// Ask a miner; answered by [`Event::Answered`].
+    /// Ask a miner; answered by [`RoundEvent::Answered`].
     Ask {
-        /// Whom.
+        /// The miner.
         uid: u16,
         /// On which route.
         path: &'static str,
@@ -136,9 +136,9 @@ pub enum Action {
         /// Tokens that it may answer.
         max_tokens: u32,
     },
-    /// Judge an answer; answered by [`Event::Judged`].
-    Judge {
-        /// Whose.
+    /// Check an answer; answered by [`RoundEvent::Checked`].
+    Check {
+        /// The miner.
         uid: u16,
         /// The request with the answer, as `verify` reads it.
         capture: Arc<Value>,
@@ -149,7 +149,7 @@ pub enum Action {
     End(Box<record::Round>),
 }
 
-/// An answer as far as it came.
+/// An answer as far as it was received.
 #[derive(Debug)]
 pub struct Answered {
     /// Its events, each with the time of the read.
@@ -163,7 +163,7 @@ pub struct Answered {
 /// How an answer ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Ending {
-    /// As it should.
+    /// It is complete.
     Whole,
     /// By the miner's fault.
     Fault {
@@ -172,25 +172,25 @@ pub enum Ending {
         /// One sentence.
         what: String,
     },
-    /// By trouble of the validator's own.
+    /// By a failure of the validator itself.
     Ours(String),
 }
 
 /// What verification found.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Judgement {
+pub struct AnswerReport {
     /// The verdict.
-    pub verdict: Judged,
+    pub verdict: AnswerVerdict,
     /// The evidence, for the record.
     pub report: Option<Value>,
 }
 
 /// A verdict.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Judged {
-    /// It is the model's.
+pub enum AnswerVerdict {
+    /// It comes from the model.
     Pass,
-    /// It is not.
+    /// It does not come from the model.
     Reject {
         /// The rule that is broken.
         cause: String,

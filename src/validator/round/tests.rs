@@ -2,12 +2,12 @@
 
 use super::*;
 use crate::proof::Scheme;
-use crate::validator::round::ask::Content;
-use Phase::{Asking, Ended, Judging, Prompting};
+use crate::validator::round::ask::QueryContent;
+use RoundPhase::{Asking, Checking, Ended, Prompting};
 use std::collections::BTreeSet;
 
-fn settings() -> Settings {
-    Settings {
+fn settings() -> RoundSettings {
+    RoundSettings {
         netuid: 4,
         profile: "default".into(),
         asked_max: 3,
@@ -29,7 +29,7 @@ fn miner(uid: u16, model: &str) -> Miner {
 }
 
 struct Test {
-    machine: Machine,
+    machine: RoundMachine,
     clock: Clock,
     actions: Vec<Action>,
 }
@@ -40,7 +40,8 @@ impl Test {
         let offer =
             Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };
         let scene = Scene { block: 7, models: vec![offer], miners };
-        let started = Machine::start(scene, Arc::new(settings()), clock.clone(), Chance::seeded(3));
+        let started =
+            RoundMachine::start(scene, Arc::new(settings()), clock.clone(), Chance::seeded(3));
         let (machine, actions) = started.unwrap();
         Self { machine, clock, actions }
     }
@@ -48,11 +49,11 @@ impl Test {
     /// Four miners, of which three are asked, after the prompt.
     fn asking() -> Self {
         let mut test = Self::new((0..4).map(|uid| miner(uid, "m")).collect());
-        test.give(Event::Prompted(Ok(prompt())));
+        test.give(RoundEvent::Prompted(Ok(prompt())));
         test
     }
 
-    fn give(&mut self, event: Event) {
+    fn give(&mut self, event: RoundEvent) {
         self.actions = self.machine.handle(event);
     }
 
@@ -66,7 +67,7 @@ impl Test {
 
     fn pass(&mut self, seconds: u64) {
         self.clock.advance(Duration::from_secs(seconds));
-        self.give(Event::Tick);
+        self.give(RoundEvent::Tick);
     }
 
     fn ended(&self) -> &record::Round {
@@ -77,8 +78,8 @@ impl Test {
     }
 }
 
-fn prompt() -> Prompt {
-    Prompt { content: Content::Text("hello".into()), tokens: 2 }
+fn prompt() -> QueryPrompt {
+    QueryPrompt { content: QueryContent::Text("hello".into()), tokens: 2 }
 }
 
 fn answer(tokens: u64, ending: Ending) -> Answered {
@@ -94,8 +95,11 @@ fn fault(cause: &'static str) -> Ending {
     Ending::Fault { cause, what: "a reason".into() }
 }
 
-fn judged(uid: u16, verdict: Judged) -> Event {
-    Event::Judged { uid, judgement: Judgement { verdict, report: Some(json!({"rows": 1})) } }
+fn checked(uid: u16, verdict: AnswerVerdict) -> RoundEvent {
+    RoundEvent::Checked {
+        uid,
+        checked_answer: AnswerReport { verdict, report: Some(json!({"rows": 1})) },
+    }
 }
 
 #[test]
@@ -115,21 +119,21 @@ fn a_round_goes_from_prompt_to_verdicts() {
         .collect();
     assert_eq!(nonces.len(), 3, "each miner has a nonce of its own");
     for uid in &asked {
-        test.give(Event::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
-        let [Action::Judge { uid: judged, capture, is_slow: false }] = test.actions.as_slice()
+        test.give(RoundEvent::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
+        let [Action::Check { uid: checked, capture, is_slow: false }] = test.actions.as_slice()
         else {
             panic!("{:?}", test.actions)
         };
-        assert_eq!(judged, uid);
+        assert_eq!(checked, uid);
         assert_eq!(capture["chunks"].as_array().unwrap().len(), 10);
         assert_eq!(capture["hotkey"], format!("hot{uid}"));
         assert!(nonces.contains(capture["request"]["proof"]["nonce"].as_str().unwrap()));
     }
-    assert_eq!(test.machine.phase(), Judging);
-    test.give(judged(asked[0], Judged::Pass));
-    let reject = Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() };
-    test.give(judged(asked[1], reject));
-    test.give(judged(asked[2], Judged::Unscored("out of memory".into())));
+    assert_eq!(test.machine.phase(), Checking);
+    test.give(checked(asked[0], AnswerVerdict::Pass));
+    let reject = AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() };
+    test.give(checked(asked[1], reject));
+    test.give(checked(asked[2], AnswerVerdict::Unscored("out of memory".into())));
     let round = test.ended();
     assert_eq!((round.block, round.model.as_str(), round.started_ms), (7, "m", 1_000));
     assert!(round.request["proof"]["nonce"].is_null(), "{}", round.request);
@@ -143,16 +147,16 @@ fn a_round_goes_from_prompt_to_verdicts() {
     assert_eq!(good.report, Some(json!({"rows": 1})));
     // Nothing changes what is over.
     assert_eq!(test.machine.phase(), Ended);
-    test.give(judged(asked[1], Judged::Pass));
+    test.give(checked(asked[1], AnswerVerdict::Pass));
     assert_eq!(test.actions, []);
 }
 
 #[test]
 fn whoever_does_not_list_the_model_misses_it() {
     let mut test = Test::new(vec![miner(0, "other"), miner(1, "m")]);
-    test.give(Event::Prompted(Ok(prompt())));
+    test.give(RoundEvent::Prompted(Ok(prompt())));
     assert_eq!(test.asked(), [1]);
-    test.give(Event::Answered { uid: 1, answer: answer(0, fault(BAD_STREAM)) });
+    test.give(RoundEvent::Answered { uid: 1, answer: answer(0, fault(BAD_STREAM)) });
     let found: Vec<_> = test.ended().responses.iter().map(|r| (r.outcome, r.sample)).collect();
     assert_eq!(found, [(Outcome::NotServed, Sampled::Miss), (Outcome::Failed, Sampled::Miss)]);
     // Where nobody lists it, nobody need be asked.
@@ -164,9 +168,9 @@ fn whoever_does_not_list_the_model_misses_it() {
 fn without_a_prompt_nobody_is_blamed() {
     let ways: [fn(&mut Test); 4] = [
         |test| test.pass(10),
-        |test| test.give(Event::Stop),
-        |test| test.give(Event::Prompted(Err(anyhow::anyhow!("the engine has stopped")))),
-        |test| test.give(Event::Prompted(Ok(Prompt { tokens: 510, ..prompt() }))),
+        |test| test.give(RoundEvent::Stop),
+        |test| test.give(RoundEvent::Prompted(Err(anyhow::anyhow!("the engine has stopped")))),
+        |test| test.give(RoundEvent::Prompted(Ok(QueryPrompt { tokens: 510, ..prompt() }))),
     ];
     for way in ways {
         let mut test = Test::new(vec![miner(0, "other"), miner(1, "m")]);
@@ -183,15 +187,15 @@ fn without_a_prompt_nobody_is_blamed() {
 fn every_phase_ends_at_its_deadline_and_what_came_is_kept() {
     let mut test = Test::asking();
     let asked = test.asked();
-    test.give(Event::Answered { uid: asked[0], answer: answer(10, Ending::Whole) });
-    test.give(Event::Answered { uid: asked[1], answer: answer(10, fault("LATE")) });
+    test.give(RoundEvent::Answered { uid: asked[0], answer: answer(10, Ending::Whole) });
+    test.give(RoundEvent::Answered { uid: asked[1], answer: answer(10, fault("LATE")) });
     test.pass(99);
     assert_eq!(test.machine.phase(), Asking);
     test.pass(1);
-    assert_eq!(test.machine.phase(), Judging);
+    assert_eq!(test.machine.phase(), Checking);
     assert_eq!(test.machine.deadline(), Duration::from_secs(1100));
     // Too late.
-    test.give(Event::Answered { uid: asked[2], answer: answer(10, Ending::Whole) });
+    test.give(RoundEvent::Answered { uid: asked[2], answer: answer(10, Ending::Whole) });
     assert_eq!(test.actions, []);
     test.pass(1000);
     let round = test.ended();
@@ -213,11 +217,11 @@ fn what_was_not_streamed_or_reports_an_error_failed() {
     let asked = test.asked();
     let mut late = answer(61, Ending::Whole);
     late.arrivals.iter_mut().for_each(|arrival| arrival.at = late.ended);
-    test.give(Event::Answered { uid: asked[0], answer: late });
+    test.give(RoundEvent::Answered { uid: asked[0], answer: late });
     let mut sorry = answer(1, Ending::Whole);
     sorry.arrivals[0].chunk = json!({"error": {"message": "overloaded"}});
-    test.give(Event::Answered { uid: asked[1], answer: sorry });
-    test.give(Event::Answered {
+    test.give(RoundEvent::Answered { uid: asked[1], answer: sorry });
+    test.give(RoundEvent::Answered {
         uid: asked[2],
         answer: answer(1, Ending::Ours("no files".into())),
     });
@@ -243,13 +247,14 @@ fn a_network_that_reaches_nobody_is_ours() {
             Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };
         let miners = (0..count).map(|uid| miner(uid, "m")).collect();
         let scene = Scene { block: 7, models: vec![offer], miners };
-        let settings = Arc::new(Settings { asked_max: 10, ..settings() });
-        let (mut machine, _) = Machine::start(scene, settings, clock, Chance::seeded(1)).unwrap();
-        machine.handle(Event::Prompted(Ok(prompt())));
+        let settings = Arc::new(RoundSettings { asked_max: 10, ..settings() });
+        let (mut machine, _) =
+            RoundMachine::start(scene, settings, clock, Chance::seeded(1)).unwrap();
+        machine.handle(RoundEvent::Prompted(Ok(prompt())));
         let mut actions = Vec::new();
         for uid in 0..count {
             let cause = if uid < lost { UNREACHABLE } else { "STATUS" };
-            actions = machine.handle(Event::Answered { uid, answer: answer(0, fault(cause)) });
+            actions = machine.handle(RoundEvent::Answered { uid, answer: answer(0, fault(cause)) });
         }
         let [Action::End(round)] = actions.as_slice() else { panic!("{actions:?}") };
         let missed = round.responses.iter().filter(|r| r.sample == Sampled::Miss).count();
@@ -262,7 +267,7 @@ fn without_models_or_miners_there_is_no_round() {
     let start = |models: Vec<Offer>, miners| {
         let scene = Scene { block: 7, models, miners };
         let clock = Clock::manual(0);
-        Machine::start(scene, Arc::new(settings()), clock, Chance::seeded(1)).is_some()
+        RoundMachine::start(scene, Arc::new(settings()), clock, Chance::seeded(1)).is_some()
     };
     let offer = Offer { name: "m".into(), endpoints: vec![Endpoint::Chat], context_max: 512 };
     assert!(!start(vec![], vec![miner(0, "m")]));

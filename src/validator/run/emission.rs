@@ -1,10 +1,11 @@
-//! The weights of one epoch: decided, remembered, sent, looked up. Never twice for one epoch,
-//! whenever the program ends in between.
+//! The weights of one epoch: they are decided, recorded, sent, and read back. They are never sent
+//! twice for one epoch, whenever the program ends.
 //!
-//! What is decided is remembered, and remembered as sent before it is sent ([`Ports::send`]).
-//! Whoever finds it planned may send it; whoever finds it sent only looks it up. Weights that were
-//! remembered as sent when the program ended, and are not on the chain once the last block is past
-//! that they could be in, are lost for that epoch: better none than two.
+//! Decided weights are recorded as planned, and recorded as sent before they are sent
+//! ([`Ports::send`]). A process that finds planned weights may send them; a process that finds sent
+//! ones only reads them back. If the program ended between the record and the sending, and the
+//! weights are not on the chain after the last block that could include them, they are lost for
+//! that epoch.
 
 use super::ports::{NotSent, Ports, Stand};
 use super::subnet::Subnet;
@@ -13,15 +14,15 @@ use std::time::Duration;
 
 /// Blocks after which an extrinsic that was signed before cannot be in a block any more.
 const MORTAL_BLOCKS: u64 = 64;
-/// Times that what was sent is looked up.
+/// How often sent weights are looked up.
 const LOOKS_MAX: usize = 3;
 
-/// How it went.
+/// The result of settling weights.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Settled {
-    /// There were none to send, for this reason.
+    /// There were no weights to send, for this reason.
     None(String),
-    /// As far as this.
+    /// The weights with their new state.
     Weights(Box<Weights>),
     /// It is to be tried again at a later block, for this reason.
     Later(String),
@@ -40,7 +41,7 @@ pub(super) struct When {
     pub(super) is_dry: bool,
 }
 
-/// Brings the weights of an epoch as far as they get now.
+/// Moves the weights of an epoch as far as possible now.
 ///
 /// # Errors
 /// When the records cannot be read or written.
@@ -71,7 +72,7 @@ pub(super) async fn settle<P: Ports>(
     match ports.plan(&weights).await? {
         None => send(ports, weights, when).await,
         Some(state) => {
-            // Another process was faster: what it has done is what counts.
+            // Another process was faster: its weights count.
             let found = ports.planned(when.epoch).await?;
             let other = found.unwrap_or(Weights { state, ..weights });
             follow(ports, other, when).await
@@ -95,7 +96,7 @@ async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::
     }
 }
 
-/// What has become of weights that were sent.
+/// Reads back weights that were sent.
 async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::Result<Settled> {
     let is_sent =
         matches!(weights.state, WeightsState::Sent { .. } | WeightsState::Committed { .. });

@@ -1,4 +1,5 @@
-//! Epochs: as the chain counts them, or every so many blocks; and what is done of one's work.
+//! When epochs begin: as the chain counts them, or every so many blocks. Also which work of the
+//! current epoch is done.
 
 use crate::chain::metagraph::Metagraph;
 
@@ -7,27 +8,27 @@ const LOOK_BLOCKS_MAX: u64 = 32;
 
 /// Where epochs begin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Epochs {
+pub enum EpochRule {
     /// Where the chain runs one for the subnet, as it says itself.
     Chain,
     /// At every block whose number is a multiple of this.
     Every(u64),
 }
 
-impl Epochs {
+impl EpochRule {
     /// The first block of the newest epoch, as known from a reading.
     pub(super) fn began(self, metagraph: &Metagraph) -> u64 {
         match self {
-            Epochs::Chain => metagraph.last_step,
-            Epochs::Every(length) => metagraph.block - metagraph.block % length,
+            EpochRule::Chain => metagraph.last_step,
+            EpochRule::Every(length) => metagraph.block - metagraph.block % length,
         }
     }
 
     /// Whether this reading tells of a later epoch than the one that began at `began`.
     pub(super) fn is_news(self, metagraph: &Metagraph, began: u64) -> bool {
         match self {
-            Epochs::Chain => metagraph.last_step > began,
-            Epochs::Every(_) => true,
+            EpochRule::Chain => metagraph.last_step > began,
+            EpochRule::Every(_) => true,
         }
     }
 }
@@ -55,7 +56,7 @@ pub(super) struct Epoch {
 
 impl Epoch {
     /// The epoch of a reading, which is done.
-    pub(super) fn of(epochs: Epochs, metagraph: &Metagraph) -> Self {
+    pub(super) fn of(epochs: EpochRule, metagraph: &Metagraph) -> Self {
         let began = epochs.began(metagraph);
         // The chain runs one `tempo` or `tempo` + 1 blocks after the last, by its version; one that
         // has none yet is looked at now and then.
@@ -70,18 +71,18 @@ impl Epoch {
     }
 
     /// Blocks from its first one to where the next epoch is due.
-    pub(super) fn blocks(&self, epochs: Epochs) -> u64 {
+    pub(super) fn blocks(&self, epochs: EpochRule) -> u64 {
         match epochs {
-            Epochs::Chain => self.due.saturating_sub(self.began),
-            Epochs::Every(length) => length,
+            EpochRule::Chain => self.due.saturating_sub(self.began),
+            EpochRule::Every(length) => length,
         }
     }
 
     /// A block has come: whether the subnet is to be read anew.
-    pub(super) fn on_block(&mut self, epochs: Epochs, block: u64) {
+    pub(super) fn on_block(&mut self, epochs: EpochRule, block: u64) {
         match epochs {
-            Epochs::Chain => self.is_read &= block < self.due,
-            Epochs::Every(length) => {
+            EpochRule::Chain => self.is_read &= block < self.due,
+            EpochRule::Every(length) => {
                 let began = block - block % length;
                 if began > self.began {
                     *self = Self { began, ..Self::default() }.after(self);
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_chain_says_where_an_epoch_begins() {
-        let chain = Epochs::Chain;
+        let chain = EpochRule::Chain;
         let mut epoch = Epoch::of(chain, &metagraph(1_100, 1_000, 360));
         assert_eq!((epoch.began, epoch.is_read), (1_000, true));
         assert_eq!(epoch.blocks(chain), 360);
@@ -140,7 +141,7 @@ mod tests {
 
     #[test]
     fn multiples_of_a_length_are_epochs_too() {
-        let every = Epochs::Every(100);
+        let every = EpochRule::Every(100);
         let mut epoch = Epoch::of(every, &metagraph(250, 33, 360));
         assert_eq!((epoch.began, epoch.blocks(every)), (200, 100));
         epoch.is_settling = true;

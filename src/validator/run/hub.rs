@@ -1,5 +1,5 @@
-//! A hub beside the validator: requests of users are fetched from it and scored, and rounds are
-//! reported to it. Neither happens without a URL.
+//! A hub: requests of users are fetched from it and scored, and rounds are reported to it. Neither
+//! happens without a URL.
 
 use super::residents::Residents;
 use super::subnet::Subnet;
@@ -7,9 +7,9 @@ use super::trial;
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use crate::store::record::Round;
-use crate::validator::organics::{self, Bucket, Record, Scored};
+use crate::validator::organics::{self, Bucket, Record, ScoredRecord};
 use crate::validator::query::{Size, Target};
-use crate::validator::round::Judged;
+use crate::validator::round::AnswerVerdict;
 use crate::validator::scores::series::Organic;
 use crate::verify::Profile;
 use anyhow::anyhow;
@@ -32,7 +32,7 @@ pub struct Urls {
     pub stats: Option<String>,
 }
 
-/// Speaks to the hub, and remembers its last bucket.
+/// A client of the hub that keeps its last bucket.
 pub struct Hub {
     urls: Urls,
     signer: Arc<Keypair>,
@@ -48,7 +48,7 @@ struct Last {
 }
 
 impl Hub {
-    /// Of nothing, where there are no URLs.
+    /// A hub client; without URLs it does nothing.
     pub fn new(urls: Urls, signer: Arc<Keypair>, clock: Clock) -> Self {
         Self { urls, signer, clock, last: Mutex::default() }
     }
@@ -66,7 +66,7 @@ impl Hub {
         }
     }
 
-    /// What users' requests say of who holds a uid now.
+    /// The samples from users' requests of the hotkey that holds a uid now.
     pub fn organics(&self, uid: u16, hotkey: &str) -> Option<Vec<Organic>> {
         self.last.lock().scores.get(&(uid, hotkey.to_owned())).cloned()
     }
@@ -94,7 +94,7 @@ impl Hub {
         let name = bucket.bucket_id.clone();
         let (records, wrong) = bucket.records();
         for what in &wrong {
-            tracing::warn!(bucket = name, "a record is left out: {what}");
+            tracing::warn!(bucket = name, "a record is skipped: {what}");
         }
         let holds = |record: &Record| {
             let neuron = subnet.metagraph.uid(record.uid);
@@ -133,27 +133,31 @@ impl Hub {
     }
 }
 
-async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> Scored {
+async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> ScoredRecord {
     let fault = |cause: &str, what: &str| Some((cause.to_owned(), what.to_owned()));
     if !record.success {
         let fault = fault("BAD_STREAM", "the hub got no whole answer");
-        return Scored { record, organic: Organic::Failed, fault };
+        return ScoredRecord { record, organic: Organic::Failed, fault };
     }
     if record.chunks().is_empty() {
         let fault = fault("TOO_SHORT", "the answer has no tokens");
-        return Scored { record, organic: Organic::Empty, fault };
+        return ScoredRecord { record, organic: Organic::Empty, fault };
     }
-    let Some(judge) = residents.get(&record.model_name) else {
+    let Some(resident) = residents.get(&record.model_name) else {
         let fault = fault("INTERNAL_ERROR", "the model is not in memory");
-        return Scored { record, organic: Organic::Unscored, fault };
+        return ScoredRecord { record, organic: Organic::Unscored, fault };
     };
-    match trial::judge_alone(&judge, rules, &record.model_name, record.capture()).await {
-        Judged::Pass => Scored { organic: Organic::Tps(record.tps()), record, fault: None },
-        Judged::Reject { cause, what } => {
-            Scored { record, organic: Organic::Rejected, fault: Some((cause, what)) }
+    match trial::verify_alone(&resident, rules, &record.model_name, record.capture()).await {
+        AnswerVerdict::Pass => {
+            ScoredRecord { organic: Organic::Tps(record.tps()), record, fault: None }
         }
-        Judged::Unscored(why) => {
-            Scored { record, organic: Organic::Unscored, fault: fault("INTERNAL_ERROR", &why) }
+        AnswerVerdict::Reject { cause, what } => {
+            ScoredRecord { record, organic: Organic::Rejected, fault: Some((cause, what)) }
         }
+        AnswerVerdict::Unscored(why) => ScoredRecord {
+            record,
+            organic: Organic::Unscored,
+            fault: fault("INTERNAL_ERROR", &why),
+        },
     }
 }

@@ -1,4 +1,4 @@
-//! What reports to the owner of a validator's state, and the rounds that it holds.
+//! The messages to the task that owns a validator's state, and the running rounds.
 
 use super::emission::Settled;
 use super::reading::SubnetError;
@@ -6,31 +6,31 @@ use super::residents::Hold;
 use super::subnet::Subnet;
 use crate::store::Removed;
 use crate::validator::eligible::Member;
-use crate::validator::round::{Event, Machine};
+use crate::validator::round::{RoundEvent, RoundMachine};
 use std::collections::BTreeMap;
 use tokio::task::JoinSet;
 
 /// A report to the owner of the state.
 pub(super) enum Message {
-    /// Something happened in a round.
-    Round(u64, Event),
+    /// An event of a round.
+    Round(u64, RoundEvent),
     /// The subnet was read; nothing where the epoch that is due has not begun.
     Subnet(Result<Option<Box<Subnet>>, SubnetError>),
-    /// The weights of an epoch are as far as they get.
+    /// The weights of an epoch were settled.
     Weights(u64, anyhow::Result<Settled>),
-    /// The models are in memory whose turn it is.
+    /// Models were loaded in turn.
     Rotated(anyhow::Result<()>),
     /// Requests of users were scored, so many.
     Pulled(anyhow::Result<usize>),
-    /// Old records are forgotten as far as they get.
+    /// Old records were deleted.
     Tidied(anyhow::Result<Removed>),
-    /// What weights would be now, where that is known.
+    /// The weights that would be set now, if they are known.
     ToCome(Vec<(u16, u16)>),
 }
 
 /// A running round.
 pub(super) struct Live {
-    pub(super) machine: Machine,
+    pub(super) machine: RoundMachine,
     pub(super) block: u64,
     pub(super) members: BTreeMap<u16, Member>,
     /// What runs for it; ended when dropped.
@@ -40,7 +40,7 @@ pub(super) struct Live {
 }
 
 impl Live {
-    pub(super) fn new(machine: Machine, block: u64, members: &[Member], hold: Hold) -> Self {
+    pub(super) fn new(machine: RoundMachine, block: u64, members: &[Member], hold: Hold) -> Self {
         let members = members.iter().map(|member| (member.uid, *member)).collect();
         Self { machine, block, members, tasks: JoinSet::new(), _hold: hold }
     }

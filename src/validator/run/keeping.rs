@@ -9,7 +9,7 @@ use std::time::Duration;
 /// says nothing about the age of records.
 const DRIFT_MAX: Duration = Duration::from_secs(3600);
 
-/// How long what is kept; for ever where absent.
+/// How long each kind of record is kept; for ever if absent.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Keeping {
     /// Rounds with their verdicts.
@@ -24,7 +24,7 @@ pub struct Keeping {
     pub samples_max: Option<u32>,
 }
 
-/// Forgets what is older, by a clock that is compared with the time that passes.
+/// Deletes old records, by a clock that is compared with elapsed time.
 pub struct Keeper {
     keeping: Keeping,
     clock: Clock,
@@ -39,7 +39,7 @@ impl Keeper {
         Self { keeping, clock, started }
     }
 
-    /// What is too old now.
+    /// The limits at this moment.
     ///
     /// # Errors
     /// When the clock was set: records that look old may be new.
@@ -66,7 +66,7 @@ impl Keeper {
         })
     }
 
-    /// Forgets it.
+    /// Deletes what is too old.
     ///
     /// # Errors
     /// When the clock was set, or the records cannot be written.

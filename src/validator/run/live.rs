@@ -1,15 +1,15 @@
-//! Running rounds: what their machines say is done, and what happens is told to them.
+//! Running rounds: their actions are executed, and the results are given back to them as events.
 
 use super::emission::Settled;
 use super::inbox::Message;
-use super::ports::{Case, Ports, Query};
+use super::ports::{Ports, Query, Submission};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
 use super::view::View;
 use super::{Driver, Epoch, IDLE_BLOCKS, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
-use crate::validator::round::{Action, Answered, Ending, Event, Judged, Judgement};
+use crate::validator::round::{Action, AnswerReport, AnswerVerdict, Answered, Ending, RoundEvent};
 use anyhow::anyhow;
 use futures_util::FutureExt;
 use std::fmt::Display;
@@ -40,7 +40,7 @@ impl<P: Ports> Driver<P> {
             Message::Rotated(rotated) => {
                 self.is_rotating = false;
                 if let Err(why) = rotated {
-                    tracing::error!("models in memory stay as they are: {why}");
+                    tracing::error!("the loaded models do not change: {why}");
                 }
             }
         }
@@ -52,9 +52,11 @@ impl<P: Ports> Driver<P> {
         match tidied {
             Ok(removed) if removed == Removed::default() => {}
             Ok(Removed { rounds, captures, reports, samples }) => {
-                tracing::info!(rounds, captures, reports, samples, "old records are forgotten");
+                tracing::info!(rounds, captures, reports, samples, "old records were deleted");
             }
-            Err(e) => tracing::warn!("old records are not forgotten, until the next epoch: {e}"),
+            Err(e) => {
+                tracing::warn!("old records were not deleted; the next epoch tries again: {e}")
+            }
         }
     }
 
@@ -88,7 +90,7 @@ impl<P: Ports> Driver<P> {
             // The members of a while ago are better than none; and one node's word is not enough to
             // give up: the next block tells.
             Err(e) if e.is_passing() || !self.is_doubted => {
-                tracing::warn!("the subnet is not read anew: {e}");
+                tracing::warn!("the subnet could not be read again: {e}");
                 self.is_doubted |= !e.is_passing();
                 self.epoch.again_at = self.heads.borrow().block + 1;
                 Ok(())
@@ -122,21 +124,21 @@ impl<P: Ports> Driver<P> {
     }
 
     pub(super) fn tell_tick(&mut self, key: u64) {
-        self.tell(key, Event::Tick);
+        self.tell(key, RoundEvent::Tick);
     }
 
     pub(super) fn tell_stop(&mut self, key: u64) {
-        self.tell(key, Event::Stop);
+        self.tell(key, RoundEvent::Stop);
     }
 
-    fn tell(&mut self, key: u64, event: Event) {
-        // What comes after its round is over is of no use.
+    fn tell(&mut self, key: u64, event: RoundEvent) {
+        // Results for a round that is over are dropped.
         let Some(live) = self.live.get_mut(&key) else { return };
         let actions = live.machine.handle(event);
         self.perform(key, actions);
     }
 
-    /// Does what a round wants done.
+    /// Executes the actions of a round.
     pub(super) fn perform(&mut self, key: u64, actions: Vec<Action>) {
         for action in actions {
             match action {
@@ -172,7 +174,7 @@ impl<P: Ports> Driver<P> {
                 live.tasks.spawn(async move {
                     let made = AssertUnwindSafe(ports.prompt(&model, endpoint, seed));
                     let made = made.catch_unwind().await.unwrap_or_else(|_| Err(anyhow!(BROKE)));
-                    let _ = sender.send(Message::Round(key, Event::Prompted(made))).await;
+                    let _ = sender.send(Message::Round(key, RoundEvent::Prompted(made))).await;
                 });
             }
             Action::Ask { uid, path, body, max_tokens } => {
@@ -185,24 +187,24 @@ impl<P: Ports> Driver<P> {
                         ended: Duration::ZERO,
                         ending: Ending::Ours(BROKE.to_owned()),
                     });
-                    let event = Event::Answered { uid, answer };
+                    let event = RoundEvent::Answered { uid, answer };
                     let _ = sender.send(Message::Round(key, event)).await;
                 });
             }
-            Action::Judge { uid, capture, is_slow } => {
+            Action::Check { uid, capture, is_slow } => {
                 let Some(member) = live.members.get(&uid).copied() else { return };
                 let (round, model) = live.machine.name();
-                let case = Case { model, member, round, block: live.block, capture, is_slow };
+                let case = Submission { model, member, round, block: live.block, capture, is_slow };
                 let judges = Arc::clone(&self.judges);
                 live.tasks.spawn(async move {
                     // Never closed.
                     let _permit = judges.acquire_owned().await;
-                    let judged = AssertUnwindSafe(ports.judge(case)).catch_unwind().await;
-                    let judgement = judged.unwrap_or_else(|_| Judgement {
-                        verdict: Judged::Unscored(BROKE.to_owned()),
+                    let checked = AssertUnwindSafe(ports.verify(case)).catch_unwind().await;
+                    let checked_answer = checked.unwrap_or_else(|_| AnswerReport {
+                        verdict: AnswerVerdict::Unscored(BROKE.to_owned()),
                         report: None,
                     });
-                    let event = Event::Judged { uid, judgement };
+                    let event = RoundEvent::Checked { uid, checked_answer };
                     let _ = sender.send(Message::Round(key, event)).await;
                 });
             }
@@ -210,7 +212,7 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    /// Remembers what is over, as far as the records can be written; else it is tried again.
+    /// Stores finished rounds. If the records cannot be written, it is tried again later.
     pub(super) async fn save(&mut self, on_round: &(dyn Fn(&Round) + Sync)) {
         while self.clock.elapsed() >= self.save_at.0
             && let Some(round) = self.unsaved.front()
@@ -228,7 +230,7 @@ impl<P: Ports> Driver<P> {
                     tracing::error!(
                         unsaved = count,
                         seconds = wait.as_secs(),
-                        "a round cannot be remembered yet: {e}"
+                        "a round cannot be stored yet: {e}"
                     );
                     self.progress.set_unsaved(count);
                     let next = (wait * 2).min(SAVE_AGAIN.1);
@@ -240,13 +242,16 @@ impl<P: Ports> Driver<P> {
         self.progress.set_unsaved(self.unsaved.len());
     }
 
-    /// Reports a round that is remembered, where somebody wants it.
+    /// Reports a stored round, if reports are configured.
     fn report(&self, round: Round) {
         if !self.ports.wants_reports() {
             return;
         }
         let Ok(permit) = Arc::clone(&self.reports).try_acquire_owned() else {
-            tracing::warn!(round = round.id, "not reported: the ones before it still are");
+            tracing::warn!(
+                round = round.id,
+                "not reported, because earlier reports are still being sent"
+            );
             return;
         };
         let ports = Arc::clone(&self.ports);
@@ -258,7 +263,7 @@ impl<P: Ports> Driver<P> {
         });
     }
 
-    /// Remembers all that is over, before the program ends; what cannot be goes into a file.
+    /// Stores all finished rounds before the program ends; those that fail are written to a file.
     pub(super) async fn save_all(
         &mut self,
         on_round: &(dyn Fn(&Round) + Sync),
@@ -288,12 +293,12 @@ impl<P: Ports> Driver<P> {
         )))
     }
 
-    /// What a person watches; made only while somebody does.
+    /// The state for a live view; it is made only while somebody subscribes.
     pub fn watch(&self) -> watch::Receiver<Arc<View>> {
         self.publisher.subscribe()
     }
 
-    /// Publishes how it is now, where somebody watches.
+    /// Publishes the current state, if somebody subscribes.
     pub(super) fn publish(&mut self) {
         if !self.publisher.is_watched() {
             return;
@@ -313,14 +318,14 @@ impl<P: Ports> Driver<P> {
             let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
             let sender = self.inbox.0.clone();
             tokio::spawn(async move {
-                // Without an answer of the records, nothing is known of what is to come.
+                // If the records fail, the next weights are unknown.
                 let values = ports.decide(&subnet).await.map_or(Vec::new(), |d| d.values);
                 let _ = sender.send(Message::ToCome(values)).await;
             });
         }
     }
 
-    /// Takes over the rounds that an earlier run could not remember.
+    /// Stores the rounds that an earlier run could not store.
     pub(super) async fn recover(&mut self) -> Result<(), RunError> {
         let Some(path) = self.options.spill.clone() else { return Ok(()) };
         let rounds = spill::read(&path).map_err(RunError::Records)?;
@@ -329,7 +334,7 @@ impl<P: Ports> Driver<P> {
         }
         if !rounds.is_empty() {
             let file = path.display();
-            tracing::info!(rounds = rounds.len(), %file, "rounds of an earlier run are remembered");
+            tracing::info!(rounds = rounds.len(), %file, "rounds of an earlier run were stored");
             spill::remove(&path).map_err(RunError::Records)?;
         }
         Ok(())

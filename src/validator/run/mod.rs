@@ -1,20 +1,21 @@
-//! A running validator: it does what rounds say, follows the chain, and sets weights.
+//! A running validator: it executes rounds, follows the chain, and sets weights.
 //!
-//! One task owns all state ([`Driver`]); queries, verifications and what an epoch needs run beside
-//! it and report to it over one bounded channel. A round that only waits for verdicts does not hold
-//! up the next one's queries. A finished round is remembered before anything is made of it; while
-//! the records cannot be written, rounds are kept in memory, and soon no new one begins.
+//! One task owns all state ([`Driver`]). Queries, verifications and the work of an epoch run in
+//! other tasks and report to it over one bounded channel. A round that only waits for verdicts does
+//! not delay the queries of the next one. A finished round is stored before it is used. While the
+//! records cannot be written, finished rounds stay in memory, and after a few of them no new round
+//! begins.
 
 mod emission;
 pub mod epochs;
 pub mod hub;
 mod inbox;
-pub mod judge;
 pub mod keeping;
 mod live;
 pub mod ports;
 pub mod progress;
 pub mod reading;
+pub mod resident;
 pub mod residents;
 pub mod rewriting;
 mod spill;
@@ -29,14 +30,14 @@ use crate::chain::pace::Pace;
 use crate::clock::Clock;
 use crate::store::record::Round;
 use crate::validator::round::chance::Chance;
-use crate::validator::round::{Machine, Phase, Scene, Settings};
+use crate::validator::round::{RoundMachine, RoundPhase, RoundSettings, Scene};
 pub use emission::Settled;
 use emission::When;
-use epochs::{Epoch, Epochs};
+use epochs::{Epoch, EpochRule};
 use inbox::{Live, Message};
 use parking_lot::Mutex;
 use ports::Ports;
-use progress::Progress;
+use progress::RunProgress;
 use reading::{Reading, SubnetError};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -53,13 +54,13 @@ const ROUNDS_MAX: usize = 3;
 const UNSAVED_MAX: usize = 4;
 /// Reports that may wait for the owner.
 const INBOX_MAX: usize = 256;
-/// Answers that are judged at once, where nothing is said.
+/// Answers that are checked at once, by default.
 pub const JUDGES_DEFAULT: usize = 2;
 /// Blocks until the subnet is read anew where nobody serves anything: a minute.
 const IDLE_BLOCKS: u64 = 5;
-/// How long to wait where there is nothing to ask or nobody.
+/// How long to wait if there is no model to ask for or no miner to ask.
 const PAUSE: Duration = Duration::from_secs(5);
-/// How long one try of remembering may take, and waits between two, at first and at most.
+/// How long one try of storing a round may take, and the first and longest wait between two tries.
 const SAVE_TIME: Duration = Duration::from_secs(20);
 const SAVE_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long settling weights may take in all.
@@ -71,14 +72,14 @@ const REPORTS_MAX: usize = 4;
 
 /// How a validator runs.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Options {
+pub struct RunOptions {
     /// How rounds are held.
-    pub round: Settings,
+    pub round: RoundSettings,
     /// How the subnet is read.
     pub reading: Reading,
     /// Where the subnet is read and weights are set.
-    pub epochs: Epochs,
-    /// Answers that are judged at once: each has a KV cache of its own, and they share all cores.
+    pub epochs: EpochRule,
+    /// Answers that are checked at once: each has a KV cache of its own, and they share all cores.
     pub judges: usize,
     /// After so many rounds it ends, with weights; never where absent.
     pub rounds: Option<u64>,
@@ -110,7 +111,7 @@ pub enum RunError {
     Models(anyhow::Error),
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Summary {
     /// Rounds that ended.
@@ -122,12 +123,12 @@ pub struct Summary {
 /// The owner of a validator's state.
 pub struct Driver<P: Ports> {
     ports: Arc<P>,
-    options: Options,
-    settings: Arc<Settings>,
+    options: RunOptions,
+    settings: Arc<RoundSettings>,
     clock: Clock,
     chance: Chance,
     pace: Arc<Mutex<Pace>>,
-    progress: Arc<Progress>,
+    progress: Arc<RunProgress>,
     subnet: Arc<Subnet>,
     heads: watch::Sender<Head>,
     inbox: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
@@ -158,7 +159,7 @@ impl<P: Ports> Driver<P> {
     /// When it may not, or the chain cannot be asked or is not believed.
     pub async fn new(
         ports: Arc<P>,
-        options: Options,
+        options: RunOptions,
         clock: Clock,
         chance: Chance,
     ) -> Result<Self, RunError> {
@@ -172,7 +173,7 @@ impl<P: Ports> Driver<P> {
         let mut epoch = Epoch::of(options.epochs, &subnet.metagraph);
         epoch.is_settled = true;
         tracing::info!(uid = subnet.own, block, miners = subnet.members.len(), "validator");
-        let progress = Progress::default();
+        let progress = RunProgress::default();
         progress.see_block(block, clock.unix_ms());
         progress.set_members(subnet.members.len());
         Ok(Self {
@@ -206,7 +207,7 @@ impl<P: Ports> Driver<P> {
     }
 
     /// What an operator watches.
-    pub fn progress(&self) -> Arc<Progress> {
+    pub fn progress(&self) -> Arc<RunProgress> {
         Arc::clone(&self.progress)
     }
 
@@ -248,7 +249,7 @@ impl<P: Ports> Driver<P> {
             followed = ports.follow(&on_head) => followed.map_err(RunError::from),
             ended = self.drive(&stop, on_round) => ended,
         };
-        // What is finished is remembered whatever ended the run.
+        // Finished rounds are stored whatever ended the run.
         self.save_all(on_round).await?;
         ended?;
         let mut summary = Summary { rounds: self.progress.rounds(), weights: None };
@@ -277,7 +278,7 @@ impl<P: Ports> Driver<P> {
             tokio::select! {
                 Some(message) = self.inbox.1.recv() => self.take(message)?,
                 changed = heads.changed() => {
-                    // The sender is this validator's own, so it is there.
+                    // The sender belongs to this validator, so it exists.
                     let _ = changed;
                     let block = heads.borrow_and_update().block;
                     self.on_block(block);
@@ -309,7 +310,7 @@ impl<P: Ports> Driver<P> {
     }
 
     fn begin_rounds(&mut self) {
-        let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
+        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Checking;
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
         let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
         let is_early = self.clock.elapsed() < self.not_before;
@@ -323,9 +324,10 @@ impl<P: Ports> Driver<P> {
         let scene = Scene { block, models: self.ports.offers(), miners: self.subnet.miners() };
         let chance = self.chance.fork();
         let settings = Arc::clone(&self.settings);
-        let Some((machine, actions)) = Machine::start(scene, settings, self.clock.clone(), chance)
+        let Some((machine, actions)) =
+            RoundMachine::start(scene, settings, self.clock.clone(), chance)
         else {
-            tracing::info!(block, "no round: there is no model to ask for, or nobody to ask");
+            tracing::info!(block, "no round: there is no model or no miner to ask");
             self.not_before = self.clock.elapsed() + PAUSE;
             return;
         };
@@ -337,7 +339,7 @@ impl<P: Ports> Driver<P> {
         self.perform(key, actions);
     }
 
-    /// All rounds learn that time has passed.
+    /// Gives every round whose deadline has passed a tick.
     fn tick(&mut self) {
         let now = self.clock.elapsed();
         if self.stopping.is_some_and(|until| now >= until) {
@@ -351,18 +353,18 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    /// No new round; what asks is given up, what only waits for verdicts may go on for a while.
+    /// Begins no new round and cancels queries. Rounds that only wait for verdicts may continue.
     fn stop(&mut self) {
         self.progress.stop();
         self.stopping = Some(self.clock.elapsed() + self.options.stop_time);
-        let is_asking = |live: &Live| live.machine.phase() != Phase::Judging;
+        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Checking;
         let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
         let keys: Vec<u64> = asking.collect();
         tracing::info!(rounds = self.live.len(), given_up = keys.len(), "stopping");
         keys.into_iter().for_each(|key| self.tell_stop(key));
     }
 
-    /// A block has come: where an epoch begins with it, there is work.
+    /// Handles a new block: an epoch may begin with it.
     fn on_block(&mut self, block: u64) {
         self.progress.see_block(block, self.clock.unix_ms());
         self.epoch.on_block(self.options.epochs, block);
@@ -399,7 +401,7 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    /// Brings other models into memory, beside all else.
+    /// Loads other models, in a task of its own.
     pub(in crate::validator::run) fn rotate(&mut self) {
         if std::mem::replace(&mut self.is_rotating, true) {
             return;
@@ -411,7 +413,7 @@ impl<P: Ports> Driver<P> {
         });
     }
 
-    /// Forgets old records, beside all else.
+    /// Deletes old records, in a task of its own.
     fn tidy(&self) {
         let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
         tokio::spawn(async move {

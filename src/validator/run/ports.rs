@@ -1,7 +1,8 @@
-//! What a running validator asks of the world: the chain, miners, the engine, and its records.
+//! The interface of a running validator to everything outside: the chain, miners, the engine, and
+//! its records.
 //!
-//! [`Ports`] is all of it, so that a test can be the world. The real one is put together in
-//! [`super::world`].
+//! A test can replace all of it by another implementation of [`Ports`]. [`super::world`] has the
+//! real one.
 
 use super::residents::Hold;
 use super::subnet::Subnet;
@@ -11,8 +12,8 @@ use crate::chain::metagraph::Metagraph;
 use crate::store::Removed;
 use crate::store::record::{Round, Weights, WeightsState};
 use crate::validator::eligible::Member;
-use crate::validator::round::ask::{Endpoint, Prompt};
-use crate::validator::round::{Answered, Judgement, Offer};
+use crate::validator::round::ask::{Endpoint, QueryPrompt};
+use crate::validator::round::{AnswerReport, Answered, Offer};
 use serde_json::Value;
 use std::future::Future;
 use std::sync::Arc;
@@ -20,26 +21,26 @@ use std::sync::Arc;
 /// One query, as a round wants it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Query {
-    /// Whom.
+    /// The miner.
     pub member: Member,
-    /// On which route.
+    /// The route.
     pub path: &'static str,
-    /// What.
+    /// The body of the request.
     pub body: Value,
     /// Tokens that it may answer.
     pub max_tokens: u32,
 }
 
-/// An answer that is to be judged.
+/// An answer that is to be checked.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Case {
+pub struct Submission {
     /// The model that was asked for.
     pub model: String,
-    /// Who answered.
+    /// The miner that answered.
     pub member: Member,
     /// The round.
     pub round: String,
-    /// Its block.
+    /// The block at which the round began.
     pub block: u64,
     /// The request with the answer.
     pub capture: Arc<Value>,
@@ -50,9 +51,9 @@ pub struct Case {
 /// Weights that were decided, or why there are none.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Decided {
-    /// Who gets what; empty where there are none.
+    /// Uids with their weights; empty if there are none.
     pub values: Vec<(u16, u16)>,
-    /// Why there are none.
+    /// Why there are no weights.
     pub none: Option<String>,
     /// How each number came about.
     pub explanation: Value,
@@ -73,17 +74,17 @@ pub enum NotSent {
 /// What stands on the chain for weights that were decided.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Stand {
-    /// They do.
+    /// The weights are on the chain.
     Confirmed,
     /// A commit of them waits for its revelation.
     Waiting,
     /// This validator's last weights are newer than these, and others.
     Others(Vec<(u16, u16)>),
-    /// Nothing of them, for this reason.
+    /// None of them are on the chain, for this reason.
     NotThere(String),
 }
 
-/// The world around a validator. Every wait in it has an end.
+/// Everything outside a running validator. Every wait in it has a limit.
 pub trait Ports: Send + Sync + 'static {
     /// The subnet as of now.
     fn metagraph(&self) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
@@ -94,7 +95,7 @@ pub trait Ports: Send + Sync + 'static {
         on_head: &(dyn Fn(Head) -> bool + Sync),
     ) -> impl Future<Output = Result<(), ChainError>> + Send;
 
-    /// The last answer of the chain was not believed: the next is another endpoint's.
+    /// The last answer of the chain was not plausible: the next one is asked of another endpoint.
     fn doubt(&self) -> impl Future<Output = ()> + Send;
 
     /// Sends weights, once, and waits until the chain has taken them. They are remembered as sent
@@ -105,7 +106,7 @@ pub trait Ports: Send + Sync + 'static {
     /// What stands on the chain for weights.
     fn look_up(&self, weights: &Weights) -> impl Future<Output = anyhow::Result<Stand>> + Send;
 
-    /// Reads the list of models anew that miners are told.
+    /// Reads again the list of models that miners are told.
     fn list(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Tells a miner which models are asked for, and asks which ones it serves.
@@ -117,7 +118,7 @@ pub trait Ports: Send + Sync + 'static {
     /// The models that can be verified now.
     fn offers(&self) -> Vec<Offer>;
 
-    /// Brings the models into memory whose turn it is; rounds may go on meanwhile.
+    /// Loads the models whose turn it is; rounds may continue meanwhile.
     fn rotate(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Keeps a model in memory as long as what is returned.
@@ -129,12 +130,12 @@ pub trait Ports: Send + Sync + 'static {
         model: &str,
         endpoint: Endpoint,
         seed: u64,
-    ) -> impl Future<Output = anyhow::Result<Prompt>> + Send;
+    ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
-    /// Judges an answer.
-    fn judge(&self, case: Case) -> impl Future<Output = Judgement> + Send;
+    /// Checks an answer.
+    fn verify(&self, case: Submission) -> impl Future<Output = AnswerReport> + Send;
 
-    /// Remembers a round: once it returns, nothing of the round can be lost. Saving the same round
+    /// Stores a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.
     fn save(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
@@ -147,13 +148,13 @@ pub trait Ports: Send + Sync + 'static {
     /// Reports a round.
     fn report(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
-    /// Forgets records that are older than the operator wants them kept.
+    /// Deletes records that are older than the operator wants them kept.
     fn tidy(&self) -> impl Future<Output = anyhow::Result<Removed>> + Send;
 
-    /// Decides weights by what is remembered.
+    /// Decides weights from the stored records.
     fn decide(&self, subnet: &Subnet) -> impl Future<Output = anyhow::Result<Decided>> + Send;
 
-    /// The weights that are remembered for an epoch.
+    /// The weights that are stored for an epoch.
     fn planned(&self, epoch: u64) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
 
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
@@ -163,7 +164,7 @@ pub trait Ports: Send + Sync + 'static {
         weights: &Weights,
     ) -> impl Future<Output = anyhow::Result<Option<WeightsState>>> + Send;
 
-    /// Remembers how far the weights of an epoch are.
+    /// Stores the state of an epoch's weights.
     fn mark(
         &self,
         epoch: u64,

@@ -1,4 +1,4 @@
-//! What an operator watches of a running validator: the driver writes it, everybody may read it.
+//! The state that operators see of a running validator. The driver writes it; others only read it.
 
 use crate::store::record::{Outcome, Round, Weights, WeightsState};
 use parking_lot::Mutex;
@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 
 /// How a validator is at one moment, counted since the program started.
 #[derive(Clone, Default, PartialEq, Debug, Serialize)]
-pub struct Snapshot {
+pub struct RunSnapshot {
     /// When the owner of the state last went round its loop, in milliseconds since 1970; 0 before
-    /// it first did. One that hangs stands still.
+    /// it first did. It does not change while the loop hangs.
     pub beat_ms: u64,
     /// The newest block.
     pub block: u64,
@@ -44,7 +44,7 @@ pub struct WeightsAt {
     pub state: WeightsState,
 }
 
-impl Snapshot {
+impl RunSnapshot {
     /// Answers with this outcome.
     pub fn answered(&self, outcome: Outcome) -> u64 {
         self.answers.get(outcome.name()).copied().unwrap_or(0)
@@ -61,11 +61,11 @@ impl Snapshot {
 
 /// The state that the driver writes and others read.
 #[derive(Default, Debug)]
-pub struct Progress(Mutex<Snapshot>);
+pub struct RunProgress(Mutex<RunSnapshot>);
 
-impl Progress {
+impl RunProgress {
     /// How it is now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> RunSnapshot {
         self.0.lock().clone()
     }
 

@@ -1,4 +1,5 @@
-//! Reading the subnet, every epoch: who is there, who may be asked, and who serves what.
+//! Reads the subnet every epoch: its members, which of them may be asked, and which models they
+//! serve.
 
 use super::ports::Ports;
 use super::subnet::Subnet;
@@ -6,7 +7,7 @@ use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::pace::{Doubt, Pace};
 use crate::clock::Clock;
-use crate::validator::eligible::{self, Member, NoPermit, Rules};
+use crate::validator::eligible::{self, Member, MinerRules, NoPermit};
 use futures_util::StreamExt;
 use futures_util::stream;
 use parking_lot::Mutex;
@@ -25,7 +26,7 @@ const ALONE_MIN: usize = 4;
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Reading {
     /// Who can be asked.
-    pub rules: Rules,
+    pub rules: MinerRules,
     /// Whether this validator needs a permit.
     pub is_permit_needed: bool,
 }
@@ -69,7 +70,7 @@ pub(super) async fn read<P: Ports>(
     let own = eligible::validator(&metagraph, &rules.own, is_permit_needed)?;
     let members = rules.members(&metagraph);
     if let Err(e) = ports.list().await {
-        tracing::warn!("the list of models is not read anew: {e}");
+        tracing::warn!("the list of models could not be read again: {e}");
     }
     let models = list_models(ports, &members, before).await;
     Ok(Subnet { metagraph, own, members, models })
@@ -117,7 +118,7 @@ async fn list_models<P: Ports>(
     let answered = lists.iter().filter(|(_, list)| list.is_some()).count();
     tracing::info!(members = members.len(), answered, "models are listed");
     if members.len() >= ALONE_MIN && answered == 0 && !before.members.is_empty() {
-        tracing::warn!("no miner answers at all: what they served before still counts");
+        tracing::warn!("no miner answers: their earlier lists of models still count");
         let is_same = |member: &&Member| before.members.contains(member);
         let kept = members.iter().filter(is_same);
         let of = |member: &Member| Some((member.uid, before.models.get(&member.uid)?.clone()));

@@ -1,10 +1,11 @@
-//! Which models are in memory: all where they fit, else in turn, others each epoch.
+//! The models in memory: all of them if they fit, otherwise some of them in turn, changing each
+//! epoch.
 //!
-//! Who is next is a pure choice (`choose`). A model that leaves is offered no more at once, but
-//! stays until the last round that asked for it is over ([`Residents::hold`]); only then is its
-//! memory given to the next.
+//! The choice is a pure function (`choose`). A model that is to be unloaded is no longer offered,
+//! but stays in memory until the last round that asked for it is over ([`Residents::hold`]). Only
+//! then is its memory used for the next model.
 
-use super::judge::Judge;
+use super::resident::Resident;
 use anyhow::anyhow;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,11 +18,11 @@ const LEAVE_TIME: Duration = Duration::from_secs(4 * 3600);
 const LEAVE_LOOK: Duration = Duration::from_millis(200);
 
 /// Loads a model; this takes long and blocks.
-pub type Load = dyn Fn(&str) -> anyhow::Result<Judge> + Send + Sync;
+pub type LoadModel = dyn Fn(&str) -> anyhow::Result<Resident> + Send + Sync;
 
 /// Keeps a model in memory until it is dropped.
 #[derive(Clone)]
-pub struct Hold(#[allow(dead_code, reason = "its life is what counts")] Option<Arc<Judge>>);
+pub struct Hold(#[allow(dead_code, reason = "its life is what counts")] Option<Arc<Resident>>);
 
 impl Hold {
     /// Keeps nothing.
@@ -41,21 +42,21 @@ pub struct Sized {
 pub struct Residents {
     all: Vec<Sized>,
     budget: u64,
-    load: Arc<Load>,
+    load: Arc<LoadModel>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    here: BTreeMap<String, Arc<Judge>>,
-    leaving: BTreeMap<String, Arc<Judge>>,
+    here: BTreeMap<String, Arc<Resident>>,
+    leaving: BTreeMap<String, Arc<Resident>>,
     /// When each was last in memory, in turns.
     seen: BTreeMap<String, u64>,
     turn: u64,
 }
 
-/// Who is in memory next: of those that are wanted whoever was there longest ago comes first, as
-/// far as memory reaches.
+/// The models that are in memory next: of those that are wanted, the one that was in memory longest
+/// ago comes first, as far as memory reaches.
 fn choose(
     all: &[Sized],
     wanted: &BTreeSet<String>,
@@ -77,7 +78,7 @@ fn choose(
 
 impl Residents {
     /// Of `all`, of which each fits into `budget` bytes alone.
-    pub fn new(all: Vec<Sized>, budget: u64, load: Arc<Load>) -> Self {
+    pub fn new(all: Vec<Sized>, budget: u64, load: Arc<LoadModel>) -> Self {
         Self { all, budget, load, state: Mutex::default() }
     }
 
@@ -92,13 +93,13 @@ impl Residents {
     }
 
     /// The models in memory that may be asked for.
-    pub fn here(&self) -> Vec<(String, Arc<Judge>)> {
+    pub fn here(&self) -> Vec<(String, Arc<Resident>)> {
         let state = self.state.lock();
-        state.here.iter().map(|(name, judge)| (name.clone(), Arc::clone(judge))).collect()
+        state.here.iter().map(|(name, resident)| (name.clone(), Arc::clone(resident))).collect()
     }
 
     /// A model in memory, also one that leaves.
-    pub fn get(&self, name: &str) -> Option<Arc<Judge>> {
+    pub fn get(&self, name: &str) -> Option<Arc<Resident>> {
         let state = self.state.lock();
         state.here.get(name).or_else(|| state.leaving.get(name)).cloned()
     }
@@ -124,7 +125,7 @@ impl Residents {
                 std::mem::take(&mut state.here).into_iter().partition(|(n, _)| next.contains(n));
             state.here = here;
             state.leaving.extend(gone);
-            // One that was about to leave and is wanted again need not be loaded.
+            // A model that was about to be unloaded and is wanted again need not be loaded.
             let back = std::mem::take(&mut state.leaving);
             let (back, leaving) = back.into_iter().partition(|(n, _)| next.contains(n));
             state.leaving = leaving;
@@ -140,24 +141,24 @@ impl Residents {
         for name in missing {
             let (load, own) = (Arc::clone(&self.load), name.clone());
             let loading = tokio::task::spawn_blocking(move || load(&own));
-            let judge = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
-            let judge = judge.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
-            tracing::info!(model = name, "in memory");
-            self.state.lock().here.insert(name, Arc::new(judge));
+            let resident = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
+            let resident = resident.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
+            tracing::info!(model = name, "loaded");
+            self.state.lock().here.insert(name, Arc::new(resident));
         }
         Ok(())
     }
 
-    /// Waits until nobody needs those that leave.
+    /// Waits until no round needs the models that are to be unloaded.
     async fn leave(&self) -> anyhow::Result<()> {
         let waiting = async {
             loop {
                 {
                     let mut state = self.state.lock();
-                    state.leaving.retain(|name, judge| {
-                        let stays = Arc::strong_count(judge) > 1;
+                    state.leaving.retain(|name, resident| {
+                        let stays = Arc::strong_count(resident) > 1;
                         if !stays {
-                            tracing::info!(model = name, "out of memory, until its next turn");
+                            tracing::info!(model = name, "unloaded until its next turn");
                         }
                         stays
                     });

@@ -1,6 +1,6 @@
 //! Passages rewritten into queries by this validator's own engine (protocol 5.3).
 
-use super::judge::Judge;
+use super::resident::Resident;
 use crate::engine::output::Event;
 use crate::validator::prompt::{Draft, read_query};
 use crate::validator::round::chance::Chance;
@@ -29,7 +29,7 @@ pub enum Rewriting {
 /// Why it is not written, where it must be.
 pub(super) async fn query(
     how: Rewriting,
-    judge: &Judge,
+    resident: &Resident,
     (model, draft): (&str, &Draft),
     chance: &mut Chance,
 ) -> anyhow::Result<Option<String>> {
@@ -37,7 +37,7 @@ pub(super) async fn query(
         Rewriting::Never => return Ok(None),
         Rewriting::OrPassage | Rewriting::Always => draft.rewriting(model, &mut || chance.bits()),
     };
-    if judge.verifier.model.text.chat.is_none() {
+    if resident.verifier.model.text.chat.is_none() {
         // A model without a template goes on with a text.
         let words = |place: usize| body["messages"][place]["content"].as_str().unwrap_or_default();
         let text = format!("{}\n\n{}\n\nSearch query:", words(0), words(1));
@@ -46,21 +46,21 @@ pub(super) async fn query(
             fields.remove("messages");
         }
     }
-    let writing = tokio::time::timeout(TIME, write(judge, body));
+    let writing = tokio::time::timeout(TIME, write(resident, body));
     let late = || Err(anyhow!("the engine has not written a query within {TIME:?}"));
     match (writing.await.unwrap_or_else(|_| late()), how) {
         (Ok(query), _) => Ok(Some(query)),
         (Err(why), Rewriting::Always) => Err(anyhow!("the passage is not rewritten: {why}")),
         (Err(why), _) => {
-            tracing::warn!(model, "the passage is taken as it is: {why}");
+            tracing::warn!(model, "the passage is used without rewriting: {why}");
             Ok(None)
         }
     }
 }
 
-async fn write(judge: &Judge, body: Value) -> anyhow::Result<String> {
-    let engine = judge.engine.as_ref().context("no engine runs beside the verifier")?;
-    let mut requests = understand(&judge.verifier, &body).await?.requests;
+async fn write(resident: &Resident, body: Value) -> anyhow::Result<String> {
+    let engine = resident.engine.as_ref().context("no engine runs beside the verifier")?;
+    let mut requests = understand(&resident.verifier, &body).await?.requests;
     let request = requests.pop().context("the request has no prompt")?;
     let mut generation = engine.submit(request)?;
     let mut text = String::new();

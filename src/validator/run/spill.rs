@@ -1,4 +1,4 @@
-//! Rounds that could not be remembered when the program ended, one JSON object a line.
+//! A file of rounds that could not be stored when the program ended, one JSON object a line.
 
 use crate::files;
 use crate::store::record::Round;

@@ -1,16 +1,18 @@
 //! The driver against a world that a test has in its hands.
 
-use super::ports::{Case, Decided, NotSent, Query, Stand};
+use super::ports::{Decided, NotSent, Query, Stand, Submission};
 use super::residents::Hold;
 use super::*;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon, Hyperparameters, Metagraph, Neuron, Rao};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Sampled, Weights, WeightsState};
-use crate::validator::eligible::{Member, Rules};
+use crate::validator::eligible::{Member, MinerRules};
 use crate::validator::query::Arrival;
-use crate::validator::round::ask::{Content, Endpoint, Prompt};
-use crate::validator::round::{Answered, Ending, Judged, Judgement, Keep, Offer, Standing, Times};
+use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt};
+use crate::validator::round::{
+    AnswerReport, AnswerVerdict, Answered, Ending, Keep, MinerState, Offer, Times,
+};
 use anyhow::anyhow;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -26,13 +28,13 @@ struct Fake {
     permit: bool,
     /// Whether the records answer.
     records: AtomicBool,
-    /// Whether judging never ends, or breaks.
+    /// Whether checking never ends, or breaks.
     hangs: AtomicBool,
     panics: AtomicBool,
     /// Whether the chain answers.
     chain: AtomicBool,
-    judging: AtomicUsize,
-    judging_max: AtomicUsize,
+    checking: AtomicUsize,
+    checking_max: AtomicUsize,
     saved: Mutex<Vec<Round>>,
     weights: Mutex<BTreeMap<u64, Weights>>,
     sends: Mutex<Vec<Sent>>,
@@ -58,8 +60,8 @@ impl Fake {
             hangs: false.into(),
             panics: false.into(),
             chain: true.into(),
-            judging: 0.into(),
-            judging_max: 0.into(),
+            checking: 0.into(),
+            checking_max: 0.into(),
             saved: Mutex::default(),
             weights: Mutex::default(),
             sends: Mutex::default(),
@@ -170,24 +172,24 @@ impl Ports for Fake {
         vec![Offer { name: "m".into(), endpoints, context_max: 512 }]
     }
 
-    async fn prompt(&self, _: &str, _: Endpoint, _: u64) -> anyhow::Result<Prompt> {
-        Ok(Prompt { content: Content::Text("hello".into()), tokens: 2 })
+    async fn prompt(&self, _: &str, _: Endpoint, _: u64) -> anyhow::Result<QueryPrompt> {
+        Ok(QueryPrompt { content: QueryContent::Text("hello".into()), tokens: 2 })
     }
 
-    async fn judge(&self, case: Case) -> Judgement {
-        let now = self.judging.fetch_add(1, SeqCst) + 1;
-        self.judging_max.fetch_max(now, SeqCst);
+    async fn verify(&self, case: Submission) -> AnswerReport {
+        let now = self.checking.fetch_add(1, SeqCst) + 1;
+        self.checking_max.fetch_max(now, SeqCst);
         tokio::time::sleep(Duration::from_millis(5)).await;
         while self.hangs.load(SeqCst) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        self.judging.fetch_sub(1, SeqCst);
+        self.checking.fetch_sub(1, SeqCst);
         assert!(!self.panics.load(SeqCst), "a part breaks");
         let verdict = match case.member.uid {
-            1 => Judged::Pass,
-            _ => Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() },
+            1 => AnswerVerdict::Pass,
+            _ => AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() },
         };
-        Judgement { verdict, report: None }
+        AnswerReport { verdict, report: None }
     }
 
     async fn save(&self, round: &Round) -> anyhow::Result<()> {
@@ -249,8 +251,8 @@ impl Ports for Fake {
     }
 }
 
-fn options(rounds: Option<u64>) -> Options {
-    let round = Settings {
+fn options(rounds: Option<u64>) -> RunOptions {
+    let round = RoundSettings {
         netuid: 4,
         profile: "default".into(),
         asked_max: 37,
@@ -264,11 +266,12 @@ fn options(rounds: Option<u64>) -> Options {
             verdicts: Duration::from_millis(700),
         },
     };
-    let rules = Rules { own: Hotkey([0; 32]), vpermit_tao_limit: 4096.0, private_axons: false };
-    Options {
+    let rules =
+        MinerRules { own: Hotkey([0; 32]), vpermit_tao_limit: 4096.0, private_axons: false };
+    RunOptions {
         round,
         reading: Reading { rules, is_permit_needed: true },
-        epochs: Epochs::Every(100),
+        epochs: EpochRule::Every(100),
         judges: JUDGES_DEFAULT,
         rounds,
         is_dry: false,
@@ -278,7 +281,7 @@ fn options(rounds: Option<u64>) -> Options {
     }
 }
 
-async fn driver(world: &Arc<Fake>, options: Options) -> Driver<Fake> {
+async fn driver(world: &Arc<Fake>, options: RunOptions) -> Driver<Fake> {
     let (clock, chance) = (Clock::system(), Chance::seeded(1));
     Driver::new(Arc::clone(world), options, clock, chance).await.unwrap()
 }
@@ -322,7 +325,7 @@ async fn rounds_end_in_records_and_weights() {
         assert_eq!(round.responses[0].sample, Sampled::Tps(100.0));
         assert_eq!(round.responses[3].sample, Sampled::Nothing);
     }
-    assert_eq!(world.judging_max.load(SeqCst), JUDGES_DEFAULT);
+    assert_eq!(world.checking_max.load(SeqCst), JUDGES_DEFAULT);
     assert_eq!(*world.sends.lock(), [(0, vec![(1, u16::MAX)])]);
     let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
     assert_eq!((weights.state, weights.block), (WeightsState::Confirmed, 10));
@@ -377,7 +380,7 @@ async fn weights_are_set_where_an_epoch_begins_and_once() {
 async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
     let world = Arc::new(Fake::new());
     world.last_step.store(7, SeqCst);
-    let options = Options { epochs: Epochs::Chain, ..options(None) };
+    let options = RunOptions { epochs: EpochRule::Chain, ..options(None) };
     let running = driver(&world, options).await;
     let stop = CancellationToken::new();
     let token = stop.clone();
@@ -414,11 +417,11 @@ async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn where_nobody_serves_the_subnet_is_read_again_before_the_next_epoch() {
-    for epochs in [Epochs::Chain, Epochs::Every(1_000)] {
+    for epochs in [EpochRule::Chain, EpochRule::Every(1_000)] {
         let world = Arc::new(Fake::new());
         world.serves.store(false, SeqCst);
         world.last_step.store(*world.heads.borrow(), SeqCst);
-        let options = Options { epochs, ..options(None) };
+        let options = RunOptions { epochs, ..options(None) };
         let running = driver(&world, options).await;
         let (progress, stop) = (running.progress(), CancellationToken::new());
         let token = stop.clone();
@@ -442,7 +445,7 @@ async fn a_database_that_is_gone_costs_no_round() {
     let world = Arc::new(Fake::new());
     let dir = tempfile::tempdir().unwrap();
     let spill = dir.path().join("rounds.jsonl");
-    let options = Options { spill: Some(spill.clone()), ..options(None) };
+    let options = RunOptions { spill: Some(spill.clone()), ..options(None) };
     let running = driver(&world, options.clone()).await;
     let progress = running.progress();
     let stop = CancellationToken::new();
@@ -460,7 +463,7 @@ async fn a_database_that_is_gone_costs_no_round() {
     assert!(error.contains("could not be remembered; they are in"), "{error}");
     // The next start takes them over, in order and each once.
     world.records.store(true, SeqCst);
-    let options = Options { rounds: Some(1), ..options };
+    let options = RunOptions { rounds: Some(1), ..options };
     let (clock, chance) = (Clock::system(), Chance::seeded(2));
     let next = Driver::new(Arc::clone(&world), options, clock, chance).await.unwrap();
     next.run(CancellationToken::new(), &|_| {}).await.unwrap();
@@ -528,7 +531,7 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
     let stop = CancellationToken::new();
     let token = stop.clone();
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
-    until("verifications", || world.judging.load(SeqCst) == JUDGES_DEFAULT).await;
+    until("verifications", || world.checking.load(SeqCst) == JUDGES_DEFAULT).await;
     stop.cancel();
     let summary = tokio::time::timeout(Duration::from_secs(5), run).await.unwrap().unwrap();
     let saved = world.saved.lock();
@@ -556,7 +559,7 @@ async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
     let before = progress.rounds();
     until("rounds while weights are missing", || progress.rounds() > before + 2).await;
     world.hangs.store(true, SeqCst);
-    until("verifications", || world.judging.load(SeqCst) == JUDGES_DEFAULT).await;
+    until("verifications", || world.checking.load(SeqCst) == JUDGES_DEFAULT).await;
     world.heads.send_replace(101);
     until("weights", || world.sends.lock().len() == 1).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -581,13 +584,13 @@ async fn who_watches_sees_rounds_miners_verdicts_and_weights_to_come() {
     let token = stop.clone();
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
     let standing = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.standing);
-    until("a verification", || matches!(standing(1), Some(Standing::Judging(_)))).await;
-    let is_judging = || views.borrow().rounds.iter().any(|r| r.phase == Phase::Judging);
-    until("a round that waits for verdicts", is_judging).await;
+    until("a verification", || matches!(standing(1), Some(MinerState::Checking(_)))).await;
+    let is_checking = || views.borrow().rounds.iter().any(|r| r.phase == RoundPhase::Checking);
+    until("a round that waits for verdicts", is_checking).await;
     let view = Arc::clone(&views.borrow());
     assert_eq!((view.netuid, view.block, view.epoch), (4, 10, (0, 100)));
     assert_eq!(view.miners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
-    assert_eq!(standing(5), Some(Standing::NotServed));
+    assert_eq!(standing(5), Some(MinerState::NotServed));
     assert!(view.rounds.iter().all(|round| round.model == "m"));
     assert_eq!(view.miners[&1].last, None);
     world.hangs.store(false, SeqCst);
@@ -655,7 +658,7 @@ async fn a_crash_at_any_step_never_sends_twice() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_sends_and_remembers_no_weights() {
     let world = Arc::new(Fake::new());
-    let options = Options { is_dry: true, ..options(Some(1)) };
+    let options = RunOptions { is_dry: true, ..options(Some(1)) };
     let running = driver(&world, options).await;
     let summary = running.run(CancellationToken::new(), &|_| {}).await.unwrap();
     let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };

@@ -1,18 +1,19 @@
-//! Judging one answer with what is known of its miner, and deciding weights by all of it.
+//! Verifies one answer, adds it to the evidence about its miner, and decides weights from all
+//! records.
 
-use super::judge::Judge;
-use super::ports::{Case, Decided};
+use super::ports::{Decided, Submission};
+use super::resident::Resident;
 use super::subnet::Subnet;
 use crate::entropy::Entropy;
 use crate::store::Store;
 use crate::store::record::Sample;
-use crate::validator::round::{Judged, Judgement};
+use crate::validator::round::{AnswerReport, AnswerVerdict};
 use crate::validator::scores::emission::ChainLimits;
-use crate::validator::scores::gate::Standing;
-use crate::validator::scores::rules::Rules;
-use crate::validator::scores::series::{Finding, Organic};
+use crate::validator::scores::gate::HotkeyState;
+use crate::validator::scores::rules::ScoringRules;
+use crate::validator::scores::series::{MissReason, Organic};
 use crate::validator::scores::{self, Input, Seat};
-use crate::verify::capture::{Capture, CheckOptions, judge_question};
+use crate::verify::capture::{Capture, CheckOptions, check_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
 use crate::verify::{Depth, Profile, Report, Verdict};
@@ -25,18 +26,18 @@ const ROWS_MAX: usize = 64;
 /// A miner with a sum of evidence above this is looked at closely.
 const SOFT_ALARM: f64 = ALARM / 2.0;
 
-fn unscored(why: impl ToString) -> Judgement {
-    Judgement { verdict: Judged::Unscored(why.to_string()), report: None }
+fn unscored(why: impl ToString) -> AnswerReport {
+    AnswerReport { verdict: AnswerVerdict::Unscored(why.to_string()), report: None }
 }
 
-/// Judges an answer, and adds it to what is known of its miner.
-pub(super) async fn judge(
-    judge: &Judge,
+/// Checks an answer, and adds it to what is known of its miner.
+pub(super) async fn verify(
+    resident: &Resident,
     store: &Store,
     rules: Option<Profile>,
-    case: Case,
-) -> Judgement {
-    let Judge { verifier, rates, .. } = judge;
+    case: Submission,
+) -> AnswerReport {
+    let Resident { verifier, rates, .. } = resident;
     let hotkey = case.member.hotkey.to_string();
     let standing = match standing(store, &hotkey, &case.model).await {
         Ok(standing) => standing,
@@ -57,15 +58,15 @@ pub(super) async fn judge(
         Ok(question) => question,
         Err(e) => return unscored(format!("the request cannot be read: {e}")),
     };
-    // Drawn now: the miner has answered and cannot know it.
+    // Drawn after the answer, so the miner cannot know it.
     let options = CheckOptions { profile: rules, depth, chance: Entropy::system().word() };
     let own = verifier.clone();
-    let work = move || judge_question(&own, question, &capture, options);
-    let judged = match tokio::task::spawn_blocking(work).await {
-        Ok(judged) => judged,
+    let work = move || check_question(&own, question, &capture, options);
+    let checked = match tokio::task::spawn_blocking(work).await {
+        Ok(checked) => checked,
         Err(e) => return unscored(format!("the verification broke: {e}")),
     };
-    let Some(first) = judged.into_iter().next() else {
+    let Some(first) = checked.into_iter().next() else {
         return unscored("the request asks for no answer");
     };
     let chance = Entropy::system().word();
@@ -77,60 +78,62 @@ pub(super) async fn judge(
     let mut report = report(&first.report, depth);
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
-    Judgement { verdict: verdict(first.report.verdict), report: Some(report) }
+    AnswerReport { verdict: verdict(first.report.verdict), report: Some(report) }
 }
 
-/// Judges an answer that moves no evidence: what is known of it comes from somebody else.
-pub(super) async fn judge_alone(
-    judge: &Judge,
+/// Checks an answer without changing evidence, because the answer comes from a hub.
+pub(super) async fn verify_alone(
+    resident: &Resident,
     rules: Option<Profile>,
     model: &str,
     capture: Value,
-) -> Judged {
+) -> AnswerVerdict {
     let capture = match Capture::deserialize(&capture) {
         Ok(capture) => capture,
-        Err(e) => return Judged::Unscored(format!("the capture cannot be read: {e}")),
+        Err(e) => return AnswerVerdict::Unscored(format!("the capture cannot be read: {e}")),
     };
-    let verifier = judge.verifier.clone();
+    let verifier = resident.verifier.clone();
     let question = Question::read(&verifier, model, &capture.request, None).await;
     let question = match question {
         Ok(question) => question,
-        Err(e) => return Judged::Unscored(format!("the request cannot be read: {e}")),
+        Err(e) => return AnswerVerdict::Unscored(format!("the request cannot be read: {e}")),
     };
     let (depth, chance) = (Depth::Fast, Entropy::system().word());
     let options = CheckOptions { profile: rules, depth, chance };
-    let work = move || judge_question(&verifier, question, &capture, options);
+    let work = move || check_question(&verifier, question, &capture, options);
     match tokio::task::spawn_blocking(work).await {
-        Ok(judged) => judged.into_iter().next().map_or_else(
-            || Judged::Unscored("the request asks for no answer".into()),
+        Ok(checked) => checked.into_iter().next().map_or_else(
+            || AnswerVerdict::Unscored("the request asks for no answer".into()),
             |first| verdict(first.report.verdict),
         ),
-        Err(e) => Judged::Unscored(format!("the verification broke: {e}")),
+        Err(e) => AnswerVerdict::Unscored(format!("the verification broke: {e}")),
     }
 }
 
-fn verdict(verdict: Verdict) -> Judged {
+fn verdict(verdict: Verdict) -> AnswerVerdict {
     match verdict {
-        Verdict::Pass => Judged::Pass,
-        Verdict::Reject(r) => Judged::Reject { cause: r.reason.name().to_owned(), what: r.what },
-        Verdict::Unscored(why) => Judged::Unscored(why),
+        Verdict::Pass => AnswerVerdict::Pass,
+        Verdict::Reject(r) => {
+            AnswerVerdict::Reject { cause: r.reason.name().to_owned(), what: r.what }
+        }
+        Verdict::Unscored(why) => AnswerVerdict::Unscored(why),
     }
 }
 
-/// What is known of a miner; nobody's is empty.
-async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<Option<Standing>> {
+/// The evidence about a miner; empty for an unknown one.
+async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<Option<HotkeyState>> {
     let known = store.evidence(hotkey, model).await?;
-    let Some(known) = known else { return Ok(Some(Standing::default())) };
+    let Some(known) = known else { return Ok(Some(HotkeyState::default())) };
     Ok(serde_json::from_value(known).map(Some)?)
 }
 
-/// Weighs an answer and remembers the outcome.
+/// Adds an answer to the evidence and stores it.
 async fn add(
     store: &Store,
     rates: &Calibrated,
-    case: &Case,
-    (standing, observed): (Standing, &Observed),
-) -> Option<Standing> {
+    case: &Submission,
+    (standing, observed): (HotkeyState, &Observed),
+) -> Option<HotkeyState> {
     if observed.is_empty() {
         return Some(standing);
     }
@@ -146,7 +149,7 @@ async fn add(
         }
     };
     if let Err(e) = saved {
-        tracing::warn!(hotkey, "the evidence is not remembered, so it does not count: {e}");
+        tracing::warn!(hotkey, "the evidence cannot be stored, so it does not count: {e}");
         return None;
     }
     Some(standing)
@@ -170,10 +173,10 @@ fn report(report: &Report, depth: Depth) -> Value {
     })
 }
 
-/// Decides weights by what is remembered of a subnet's members.
+/// Decides weights from the records of a subnet's members.
 pub(super) async fn decide(
     store: &Store,
-    (rules, away_max): (&Rules, u64),
+    (rules, away_max): (&ScoringRules, u64),
     subnet: &Subnet,
     models: &[String],
     organics: impl Fn(u16, &str) -> Option<Vec<Organic>>,
@@ -210,22 +213,22 @@ async fn findings(
     netuid: u16,
     samples: &[Sample],
     last: u32,
-) -> anyhow::Result<Vec<Finding>> {
+) -> anyhow::Result<Vec<MissReason>> {
     let missed: BTreeSet<u16> = samples.iter().filter(|s| s.tps.is_none()).map(|s| s.uid).collect();
     let mut findings = Vec::new();
     for uid in missed {
         let answered = store.responses(netuid, uid, last).await?;
-        findings.extend(answered.iter().map(|a| Finding::of(&a.round.id, &a.response)));
+        findings.extend(answered.iter().map(|a| MissReason::of(&a.round.id, &a.response)));
     }
     Ok(findings)
 }
 
 /// What is known of a hotkey with the model that it does worst with: a gate that is shut stays so.
-async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result<Standing> {
-    let mut worst = Standing::default();
+async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result<HotkeyState> {
+    let mut worst = HotkeyState::default();
     for model in models {
         let Some(known) = standing(store, hotkey, model).await? else { continue };
-        let weight = |s: &Standing| (s.shut_by.is_some(), s.evidence.sums.joint);
+        let weight = |s: &HotkeyState| (s.shut_by.is_some(), s.evidence.sums.joint);
         if weight(&known) >= weight(&worst) {
             worst = known;
         }

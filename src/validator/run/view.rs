@@ -1,10 +1,10 @@
-//! What a person watches of a running validator, as plain data: the driver publishes it, a terminal
-//! draws it.
+//! The state that a live view of a running validator shows, as plain data: the driver publishes it,
+//! a terminal draws it.
 
 use super::inbox::Live;
 use super::subnet::Subnet;
 use crate::store::record::{Outcome, Round, Timing, Weights, WeightsState};
-use crate::validator::round::{Phase, Standing};
+use crate::validator::round::{MinerState, RoundPhase};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -46,7 +46,7 @@ pub struct Running {
     /// The block at which it began.
     pub block: u64,
     /// Where it is.
-    pub phase: Phase,
+    pub phase: RoundPhase,
 }
 
 /// What is known of a miner.
@@ -55,7 +55,7 @@ pub struct Miner {
     /// Its hotkey, as SS58.
     pub hotkey: String,
     /// Where it is in the newest round that asks it.
-    pub standing: Option<Standing>,
+    pub standing: Option<MinerState>,
     /// What became of its last answer.
     pub last: Option<Last>,
     /// Answers of this run by outcome.
@@ -69,7 +69,7 @@ pub struct Last {
     pub timing: Timing,
     /// The verdict.
     pub outcome: Outcome,
-    /// Its cause, in the words of whoever found it.
+    /// Its cause, as it was reported.
     pub cause: Option<String>,
 }
 

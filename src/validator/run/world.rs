@@ -1,9 +1,10 @@
-//! The real world of a validator: a chain, miners over HTTP, models in this process, a database.
+//! The real implementation of [`Ports`]: a chain, miners over HTTP, models in this process, a
+//! database.
 
 use super::hub::Hub;
-use super::judge::Judge;
 use super::keeping::Keeper;
-use super::ports::{Case, Decided, NotSent, Ports, Query, Stand};
+use super::ports::{Decided, NotSent, Ports, Query, Stand, Submission};
+use super::resident::Resident;
 use super::residents::{Hold, Residents};
 use super::rewriting::{self, Rewriting};
 use super::subnet::Subnet;
@@ -11,23 +12,23 @@ use super::trial;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
-use crate::chain::weights::outcome::{Asked, Call, Order, ReadBack, SendError, Sent};
+use crate::chain::weights::outcome::{Approval, Call, Order, ReadBack, SendError, SentWeights};
 use crate::chain::weights::{Vector, VectorError};
 use crate::chain::{Chain, Head};
 use crate::clock::Clock;
 use crate::store::record::{Round, Weights, WeightsState};
-use crate::store::{Claim, Removed, Store};
+use crate::store::{Removed, Store, WeightsClaim};
 use crate::validator::eligible::Member;
 use crate::validator::models::{self, Mode};
-use crate::validator::prompt::dataset::Source;
+use crate::validator::prompt::dataset::Passages;
 use crate::validator::prompt::{self, Draft};
-use crate::validator::query::{Fault, QueryError, Size, Streamed, Target};
-use crate::validator::round::ask::{Content, Endpoint, Prompt};
+use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
+use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt};
 use crate::validator::round::chance::Chance;
 use crate::validator::round::{
-    Answered, BAD_STREAM, Ending, Judged, Judgement, Offer, UNREACHABLE,
+    AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Ending, Offer, UNREACHABLE,
 };
-use crate::validator::scores::rules::Rules;
+use crate::validator::scores::rules::ScoringRules;
 use crate::verify;
 use crate::verify::question::understand;
 use anyhow::{Context, anyhow, bail};
@@ -41,7 +42,7 @@ use tokio::runtime::Handle;
 /// Blocks that a commit or an extrinsic may need to be in one.
 const MORTAL_BLOCKS: u64 = 64;
 
-/// What a validator is made of.
+/// The parts of a validator.
 pub struct World<C: Chain> {
     /// The chain.
     pub chain: C,
@@ -66,20 +67,20 @@ pub struct World<C: Chain> {
     /// Where the list of models comes from that miners are told.
     pub mode: Option<Mode>,
     /// What prompts are about.
-    pub source: Source,
+    pub source: Passages,
     /// How samples become weights.
-    pub scoring: Rules,
+    pub scoring: ScoringRules,
     /// How queries wait: between two reads, and in all.
     pub waits: (Duration, Duration),
     /// Blocks after the last round from which on old samples do not count.
     pub away_max: u64,
     /// Version that weights name; the subnet's own where absent.
     pub version_key: Option<u64>,
-    /// What is remembered between two calls.
+    /// The state that is kept between two calls.
     pub memory: Memory,
 }
 
-/// What the world remembers between two calls.
+/// The state that is kept between two calls.
 #[derive(Default)]
 pub struct Memory {
     listed: Mutex<Vec<String>>,
@@ -107,7 +108,7 @@ impl<C: Chain> World<C> {
     }
 
     /// Remembers an extrinsic as sent, before it is: whether it may be.
-    fn remember(&self, epoch: u64, sent: &Sent) -> anyhow::Result<()> {
+    fn remember(&self, epoch: u64, sent: &SentWeights) -> anyhow::Result<()> {
         if self.memory.marked.lock().contains(&epoch) {
             // The pool has refused the one before for certain.
             return Ok(());
@@ -117,45 +118,46 @@ impl<C: Chain> World<C> {
         let marking = self.store.mark_weights(self.netuid, epoch, &state);
         let marked = tokio::task::block_in_place(|| Handle::current().block_on(marking));
         match marked? {
-            Claim::Ours => {
+            WeightsClaim::Ours => {
                 self.memory.marked.lock().insert(epoch);
                 Ok(())
             }
-            Claim::Taken(state) => bail!("another process has them: {state:?}"),
+            WeightsClaim::Taken(state) => bail!("another process has them: {state:?}"),
         }
     }
 
-    async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<Prompt> {
-        let judge = self.residents.get(model).context("the model is not loaded")?;
+    async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<QueryPrompt> {
+        let resident = self.residents.get(model).context("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
         let mut chance = Chance::system();
         let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
-        let query = rewriting::query(self.rewriting, &judge, (model, &draft), &mut chance).await?;
+        let query =
+            rewriting::query(self.rewriting, &resident, (model, &draft), &mut chance).await?;
         let prompt = draft.finish(query.as_deref());
         let mut body = json!({"model": model, "max_tokens": 1});
         let content = match endpoint {
             Endpoint::Chat => {
                 body["messages"] = prompt.messages();
-                Content::Messages(prompt.messages())
+                QueryContent::Messages(prompt.messages())
             }
             Endpoint::Completion => {
                 body["prompt"] = prompt.text().into();
-                Content::Text(prompt.text())
+                QueryContent::Text(prompt.text())
             }
         };
-        let understood = understand(&judge.verifier, &body).await?;
+        let understood = understand(&resident.verifier, &body).await?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
-        Ok(Prompt { content, tokens })
+        Ok(QueryPrompt { content, tokens })
     }
 
     /// What a record of sent weights says of the extrinsic.
-    fn sent(&self, weights: &Weights) -> anyhow::Result<Sent> {
+    fn sent(&self, weights: &Weights) -> anyhow::Result<SentWeights> {
         let (hash, reveal_round) = match &weights.state {
             WeightsState::Sent { hash } => (hash.clone(), None),
             WeightsState::Committed { hash, reveal_round } => (hash.clone(), Some(*reveal_round)),
             other => bail!("nothing was sent: {other:?}"),
         };
-        Ok(Sent {
+        Ok(SentWeights {
             netuid: weights.netuid,
             mechanism: 0,
             hotkey: self.signer.hotkey(),
@@ -169,23 +171,23 @@ impl<C: Chain> World<C> {
     }
 }
 
-/// Who gets something; the chain keeps no zeros.
+/// The weights above zero; the chain stores no zeros.
 fn vector(weights: &Weights) -> Result<Vector, VectorError> {
     let paid = weights.values.iter().copied().filter(|(_, value)| *value > 0);
     Vector::new(paid.collect())
 }
 
-/// How an answer ended, by whose fault.
+/// How an answer ended, and who is at fault.
 fn ending(outcome: Result<(), QueryError>) -> Ending {
     let Err(e) = outcome else { return Ending::Whole };
     let what = e.to_string();
     let cause = match e.fault() {
-        Fault::Own => return Ending::Ours(what),
-        Fault::Unreachable => UNREACHABLE,
-        Fault::Late => "LATE",
-        Fault::Broken => "BROKEN_OFF",
-        Fault::Status => "STATUS",
-        Fault::Malformed => BAD_STREAM,
+        QueryFault::Own => return Ending::Ours(what),
+        QueryFault::Unreachable => UNREACHABLE,
+        QueryFault::Late => "LATE",
+        QueryFault::Broken => "BROKEN_OFF",
+        QueryFault::Status => "STATUS",
+        QueryFault::Malformed => BAD_STREAM,
     };
     Ending::Fault { cause, what }
 }
@@ -214,19 +216,19 @@ impl<C: Chain> Ports for World<C> {
             true
         };
         let refused = Mutex::new(None);
-        let signed = |sent: &Sent| match self.remember(weights.epoch, sent) {
+        let signed = |sent: &SentWeights| match self.remember(weights.epoch, sent) {
             Ok(()) => true,
             Err(why) => {
                 *refused.lock() = Some(why);
                 false
             }
         };
-        let asked = Asked { show: &show, signed: &signed };
+        let asked = Approval { show: &show, signed: &signed };
         match self.chain.set_weights(&self.signer, &order, &asked).await {
-            Ok(Some(Sent { hash, reveal_round: Some(reveal_round), .. })) => {
+            Ok(Some(SentWeights { hash, reveal_round: Some(reveal_round), .. })) => {
                 Ok(WeightsState::Committed { hash, reveal_round })
             }
-            Ok(Some(Sent { hash, .. })) => Ok(WeightsState::Sent { hash }),
+            Ok(Some(SentWeights { hash, .. })) => Ok(WeightsState::Sent { hash }),
             Ok(None) => {
                 let why = refused.lock().take();
                 let why = why.unwrap_or_else(|| anyhow!("they were not to be sent"));
@@ -273,9 +275,9 @@ impl<C: Chain> Ports for World<C> {
 
     fn offers(&self) -> Vec<Offer> {
         let listed = self.memory.listed.lock();
-        let is_listed = |(name, _): &(String, Arc<Judge>)| listed.contains(name);
-        let offer = |(name, judge): (String, Arc<Judge>)| {
-            let verifier = &judge.verifier;
+        let is_listed = |(name, _): &(String, Arc<Resident>)| listed.contains(name);
+        let offer = |(name, resident): (String, Arc<Resident>)| {
+            let verifier = &resident.verifier;
             let chat = verifier.model.text.chat.as_ref().map(|_| Endpoint::Chat);
             let endpoints = [Endpoint::Completion].into_iter().chain(chat).collect();
             Offer { name, endpoints, context_max: verifier.context_max }
@@ -283,16 +285,17 @@ impl<C: Chain> Ports for World<C> {
         self.residents.here().into_iter().filter(is_listed).map(offer).collect()
     }
 
-    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> anyhow::Result<Prompt> {
+    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> anyhow::Result<QueryPrompt> {
         self.draft(model, endpoint).await
     }
 
-    async fn judge(&self, case: Case) -> Judgement {
-        let Some(judge) = self.residents.get(&case.model) else {
-            let verdict = Judged::Unscored(format!("the model {} is not loaded", case.model));
-            return Judgement { verdict, report: None };
+    async fn verify(&self, case: Submission) -> AnswerReport {
+        let Some(resident) = self.residents.get(&case.model) else {
+            let verdict =
+                AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
+            return AnswerReport { verdict, report: None };
         };
-        trial::judge(&judge, &self.store, self.rules, case).await
+        trial::verify(&resident, &self.store, self.rules, case).await
     }
 
     async fn rotate(&self) -> anyhow::Result<()> {
@@ -346,14 +349,14 @@ impl<C: Chain> Ports for World<C> {
 
     async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
         match self.store.plan_weights(weights).await? {
-            Claim::Ours => Ok(None),
-            Claim::Taken(state) => Ok(Some(state)),
+            WeightsClaim::Ours => Ok(None),
+            WeightsClaim::Taken(state) => Ok(Some(state)),
         }
     }
 
     async fn mark(&self, epoch: u64, state: &WeightsState) -> anyhow::Result<()> {
         let marked = self.store.mark_weights(self.netuid, epoch, state).await;
-        if let Claim::Taken(found) = marked? {
+        if let WeightsClaim::Taken(found) = marked? {
             tracing::debug!(epoch, ?found, "weights are as far already");
         }
         Ok(())

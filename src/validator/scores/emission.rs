@@ -1,6 +1,6 @@
 //! Weights as the chain takes them: `u16` by uid, the largest 65,535 (protocol 5.6).
 
-use crate::chain::weights::{Limits, Rule, VectorError, clipped};
+use crate::chain::weights::{Rule, VectorError, WeightLimits, clipped};
 
 /// What the chain demands of a vector of weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,7 +28,7 @@ const LEAST: u16 = 1;
 pub fn targon(raw: &[(u16, f64)], limits: ChainLimits) -> Result<Vec<(u16, u16)>, VectorError> {
     let neurons = u16::try_from(raw.len()).unwrap_or(u16::MAX);
     let ChainLimits { min_allowed, max_weight: max_limit } = limits;
-    let limits = Limits { neurons, min_allowed, max_limit, own: None };
+    let limits = WeightLimits { neurons, min_allowed, max_limit, own: None };
     Ok(Rule::Targon44.vector(raw, &limits)?.values().to_vec())
 }
 

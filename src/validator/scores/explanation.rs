@@ -1,8 +1,8 @@
 //! Every number behind a weight, as plain data: it is stored with the weights and read by
 //! `explain`.
 
-use super::gate::Gate;
-use super::rules::Profile;
+use super::gate::EvidenceGate;
+use super::rules::ScoringProfile;
 use super::series::Series;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -22,8 +22,8 @@ pub struct Explanation {
     /// The scores of all series together.
     pub sum: f64,
     /// What the evidence over many answers makes of it.
-    pub gate: Gate,
-    /// The sum, or 0 where the gate is shut.
+    pub gate: EvidenceGate,
+    /// The sum, or 0 if an alarm stops the pay.
     pub score: f64,
     /// The score after normalisation: between 0 and 1.
     pub normalised: f64,
@@ -35,7 +35,7 @@ pub struct Explanation {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Decision {
     /// The arithmetic.
-    pub profile: Profile,
+    pub profile: ScoringProfile,
     /// Its window of samples.
     pub window: usize,
     /// Who gets what, by ascending uid; empty where there are no weights.
@@ -51,7 +51,7 @@ pub struct Decision {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Stored {
     /// The arithmetic.
-    pub profile: Profile,
+    pub profile: ScoringProfile,
     /// Its window of samples.
     pub window: usize,
     /// Why there are no weights.

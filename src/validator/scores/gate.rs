@@ -1,20 +1,20 @@
-//! Pay and evidence: whoever an alarm of [`crate::verify::evidence`] points at is not paid.
+//! Evidence and pay: a miner with an alarm of [`crate::verify::evidence`] is not paid.
 //!
-//! Mild cheats pass each single check, so that their samples are as good as anybody's; only the sum
-//! over many answers shows them. That is why an alarm takes away the whole pay rather than one
-//! sample. The gate opens again when later answers have brought every sum down to [`REOPEN`]: a
-//! miner that has mended is paid after some honest answers, and one whose sums hover at the alarm
-//! is not paid by turns. Evidence belongs to a hotkey, as samples do.
+//! Mild cheats pass each single check, so their samples look like those of honest miners; only the
+//! sum over many answers shows them. So an alarm stops all pay, and not only one sample. Pay starts
+//! again when later answers have lowered every sum to [`REOPEN`]. A miner that has become honest is
+//! paid again after some answers, and one whose sums stay near the alarm is not paid in between.
+//! Evidence belongs to a hotkey, as samples do.
 
-use super::rules::Profile;
+use super::rules::ScoringProfile;
 use crate::verify::evidence::{ALARM, Evidence, Sums};
 use serde::{Deserialize, Serialize};
 
-/// The gate stays shut until every sum is at most this: a thousand to one for the cheat, where an
+/// Pay starts again once every sum is at most this: a thousand to one for the cheat, where an
 /// alarm is a million to one.
 pub const REOPEN: f64 = ALARM / 2.0;
 
-/// The alarm that shut the gate.
+/// The alarm that stopped the pay.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Alarm {
     /// The round whose answer raised it.
@@ -29,14 +29,14 @@ pub struct Alarm {
 
 /// What is known of one hotkey over all its answers, and whether it is paid.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-pub struct Standing {
+pub struct HotkeyState {
     /// The sums.
     pub evidence: Evidence,
-    /// The alarm that keeps the gate shut, where it is.
+    /// The alarm that stops the pay, if there is one.
     pub shut_by: Option<Alarm>,
 }
 
-impl Standing {
+impl HotkeyState {
     /// After an answer of this round has been weighed.
     pub fn after(self, evidence: Evidence, round: &str, block: u64) -> Self {
         let Sums { margin, energy, joint } = evidence.sums;
@@ -54,12 +54,12 @@ impl Standing {
     }
 
     /// What it means for pay. A standing that was kept without its gate (an evidence file) is
-    /// judged by its sums alone.
-    pub fn explained(&self, profile: Profile) -> Gate {
+    /// checked by its sums alone.
+    pub fn explained(&self, profile: ScoringProfile) -> EvidenceGate {
         let is_shut = self.shut_by.is_some() || self.evidence.alarm().is_some();
-        Gate {
+        EvidenceGate {
             // Targon 4.4 looks at single answers only.
-            pays: profile == Profile::Targon44 || !is_shut,
+            pays: profile == ScoringProfile::Targon44 || !is_shut,
             answers: self.evidence.answers,
             alarms: self.evidence.alarms,
             sums: self.evidence.sums,
@@ -72,7 +72,7 @@ impl Standing {
 
 /// The gate in numbers.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Gate {
+pub struct EvidenceGate {
     /// Whether the miner is paid.
     pub pays: bool,
     /// Answers that were weighed.
@@ -85,6 +85,6 @@ pub struct Gate {
     pub alarm_at: f64,
     /// The gate opens when no sum is above this.
     pub reopens_at: f64,
-    /// The alarm that shut it.
+    /// The alarm that stopped it.
     pub shut_by: Option<Alarm>,
 }

@@ -1,13 +1,14 @@
 //! From samples to weights: pure functions over plain records.
 //!
-//! In go the seats of the subnet, their samples, and what was found about them; out come weights
-//! as the chain takes them, and every number behind them ([`Explanation`]). Nothing here reads a
-//! clock, a file or the chain, and the same records give the same weights in any order of uids.
+//! The input is the members of the subnet, their samples, and what was found about them. The output
+//! is the weights as the chain takes them, and every number behind them ([`Explanation`]). Nothing
+//! here reads a clock, a file or the chain, and the same records give the same weights in any order
+//! of uids.
 //!
-//! Two profiles. [`Profile::Targon44`] is the arithmetic of Targon 4.4 (protocol 5.5 and 5.6), for
-//! validators that must agree with it. [`Profile::Default`] mends it; each rule stands, with its
-//! reason, where it is applied: misses and windows in [`series`], shares in `share_of_best`, pay
-//! and evidence in [`gate`], the chain's minimum in [`emission`].
+//! There are two profiles. [`ScoringProfile::Targon44`] is the arithmetic of Targon 4.4 (protocol
+//! 5.5 and 5.6), for validators that must agree with it. [`ScoringProfile::Default`] corrects it.
+//! Each rule is explained where it is applied: misses and windows in [`series`], shares in
+//! `share_of_best`, pay and evidence in [`gate`], the chain's minimum in [`emission`].
 
 pub mod emission;
 pub mod explanation;
@@ -20,9 +21,9 @@ mod tests;
 use crate::store::record::Sample;
 use emission::ChainLimits;
 use explanation::{Decision, Explanation};
-use gate::Standing;
-use rules::{Profile, Rules};
-use series::{Finding, Findings, Organic, Series};
+use gate::HotkeyState;
+use rules::{ScoringProfile, ScoringRules};
+use series::{Findings, MissReason, Organic, Series};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A sum of scores below this decides nothing (protocol 5.5).
@@ -38,7 +39,7 @@ pub struct Seat {
     /// Its requests of real users, where any are known.
     pub organics: Option<Vec<Organic>>,
     /// What the checks of many answers say together.
-    pub standing: Standing,
+    pub standing: HotkeyState,
 }
 
 /// What weights are made of.
@@ -51,7 +52,7 @@ pub struct Input<'a> {
     /// All samples, those of one miner and model oldest first.
     pub samples: &'a [Sample],
     /// What rounds found, to explain samples with. A sample without one still counts.
-    pub findings: &'a [Finding],
+    pub findings: &'a [MissReason],
     /// What the chain takes.
     pub limits: ChainLimits,
 }
@@ -74,7 +75,7 @@ pub enum NoWeights {
 }
 
 /// Decides weights, with an explanation for each uid whether or not there are any.
-pub fn decide(rules: &Rules, input: &Input<'_>) -> Decision {
+pub fn decide(rules: &ScoringRules, input: &Input<'_>) -> Decision {
     let mut ledger: BTreeMap<u16, BTreeMap<&str, Vec<&Sample>>> = BTreeMap::new();
     for sample in input.samples {
         let of_miner = ledger.entry(sample.uid).or_default();
@@ -90,8 +91,8 @@ pub fn decide(rules: &Rules, input: &Input<'_>) -> Decision {
     }
     let scores: Vec<f64> = miners.iter().map(|m| m.score).collect();
     let normalised = match rules.profile {
-        Profile::Default => share_of_best(&scores),
-        Profile::Targon44 => min_max(&scores),
+        ScoringProfile::Default => share_of_best(&scores),
+        ScoringProfile::Targon44 => min_max(&scores),
     };
     let outcome = normalised.map_err(|none| none.to_string()).and_then(|normalised| {
         let raw: Vec<(u16, f64)> = input.seats.keys().copied().zip(normalised).collect();
@@ -99,8 +100,8 @@ pub fn decide(rules: &Rules, input: &Input<'_>) -> Decision {
             miner.normalised = *value;
         }
         let values = match rules.profile {
-            Profile::Default => emission::ours(&raw, spare(&miners), input.limits),
-            Profile::Targon44 => emission::targon(&raw, input.limits),
+            ScoringProfile::Default => emission::ours(&raw, spare(&miners), input.limits),
+            ScoringProfile::Targon44 => emission::targon(&raw, input.limits),
         };
         values.map_err(|none| none.to_string())
     });
@@ -125,7 +126,7 @@ fn spare(miners: &[Explanation]) -> impl Iterator<Item = u16> + '_ {
 
 /// One miner's numbers, up to its score.
 fn explain(
-    rules: &Rules,
+    rules: &ScoringRules,
     uid: u16,
     seat: &Seat,
     asked: &BTreeSet<&str>,

@@ -14,7 +14,7 @@ pub const WINDOW_MAX: usize = 1000;
 
 /// Which arithmetic.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub enum Profile {
+pub enum ScoringProfile {
     /// Ours.
     #[serde(rename = "default")]
     Default,
@@ -23,22 +23,22 @@ pub enum Profile {
     Targon44,
 }
 
-impl fmt::Display for Profile {
+impl fmt::Display for ScoringProfile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Profile::Default => "default",
-            Profile::Targon44 => "targon-4.4",
+            ScoringProfile::Default => "default",
+            ScoringProfile::Targon44 => "targon-4.4",
         })
     }
 }
 
-impl FromStr for Profile {
+impl FromStr for ScoringProfile {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
         match text {
-            "default" => Ok(Profile::Default),
-            "targon-4.4" => Ok(Profile::Targon44),
+            "default" => Ok(ScoringProfile::Default),
+            "targon-4.4" => Ok(ScoringProfile::Targon44),
             _ => Err(anyhow!("a scoring profile is `default` or `targon-4.4`, got `{text}`")),
         }
     }
@@ -46,19 +46,19 @@ impl FromStr for Profile {
 
 /// What is in force.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Rules {
+pub struct ScoringRules {
     /// The arithmetic.
-    pub profile: Profile,
+    pub profile: ScoringProfile,
     /// The newest samples of a miner and model that count.
     pub window: usize,
 }
 
-impl Rules {
+impl ScoringRules {
     /// A profile with its own window.
-    pub fn of(profile: Profile) -> Self {
+    pub fn of(profile: ScoringProfile) -> Self {
         let window = match profile {
-            Profile::Default => WINDOW_TARGON_442,
-            Profile::Targon44 => WINDOW_TARGON_441,
+            ScoringProfile::Default => WINDOW_TARGON_442,
+            ScoringProfile::Targon44 => WINDOW_TARGON_441,
         };
         Self { profile, window }
     }

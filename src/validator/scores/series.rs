@@ -1,6 +1,6 @@
 //! One miner's samples of one model, and the score that they make.
 
-use super::rules::{Profile, Rules};
+use super::rules::{ScoringProfile, ScoringRules};
 use crate::store::record::{Response, Round, Sample};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -16,11 +16,11 @@ const ORGANIC_EMPTY: f64 = -100.0;
 const SENTENCE_CHARS_MAX: usize = 300;
 
 /// What rounds found, by round and uid.
-pub(super) type Findings<'a> = BTreeMap<(&'a str, u16), &'a Finding>;
+pub(super) type Findings<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
 
 /// What a round found about one miner, as far as a sample needs it.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Finding {
+pub struct MissReason {
     /// The round.
     pub round: String,
     /// The miner's place.
@@ -31,7 +31,7 @@ pub struct Finding {
     pub error: Option<String>,
 }
 
-impl Finding {
+impl MissReason {
     /// Of one response of a round.
     pub fn of(round: &str, response: &Response) -> Self {
         let short = |text: &String| text.chars().take(SENTENCE_CHARS_MAX).collect();
@@ -158,7 +158,7 @@ fn share(answers: usize, all: usize) -> f64 {
 impl Series {
     /// Of one miner and model.
     pub(super) fn of(
-        rules: &Rules,
+        rules: &ScoringRules,
         model: &str,
         hotkey: &str,
         samples: &[&Sample],
@@ -167,11 +167,11 @@ impl Series {
         let counts = |sample: &&&Sample| match rules.profile {
             // Samples belong to who earned them: whoever takes over a place starts with none, and
             // is neither paid nor punished for its predecessor.
-            Profile::Default => sample.hotkey == hotkey,
-            Profile::Targon44 => true,
+            ScoringProfile::Default => sample.hotkey == hotkey,
+            ScoringProfile::Targon44 => true,
         };
         // What is no number is a fault of ours, and faults of ours are not samples. Rounds already
-        // leave out what could not be judged.
+        // leave out what could not be checked.
         let is_number = |s: &&&Sample| s.tps.is_none_or(|t| t.is_finite() && t >= 0.0);
         let own: Vec<&&Sample> = samples.iter().filter(counts).collect();
         let of_others = samples.len() - own.len();
@@ -185,14 +185,14 @@ impl Series {
 
     /// Of one miner's requests of users. A failure is a miss like any other in our profile: in
     /// Targon's it takes away 500 tokens a second, and one of them makes up for ten good answers.
-    pub(super) fn of_organics(profile: Profile, organics: &[Organic]) -> Self {
+    pub(super) fn of_organics(profile: ScoringProfile, organics: &[Organic]) -> Self {
         let of = |organic: &Organic| match (profile, organic) {
             (_, Organic::Tps(tps)) => (tps.is_finite() && *tps >= 0.0).then_some(Some(*tps)),
             (_, Organic::Unscored) => None,
-            (Profile::Targon44, Organic::Failed) => Some(Some(ORGANIC_FAILED)),
-            (Profile::Targon44, Organic::Empty) => Some(Some(ORGANIC_EMPTY)),
-            (Profile::Targon44, Organic::Rejected) => None,
-            (Profile::Default, _) => Some(None),
+            (ScoringProfile::Targon44, Organic::Failed) => Some(Some(ORGANIC_FAILED)),
+            (ScoringProfile::Targon44, Organic::Empty) => Some(Some(ORGANIC_EMPTY)),
+            (ScoringProfile::Targon44, Organic::Rejected) => None,
+            (ScoringProfile::Default, _) => Some(None),
         };
         let point = |tps: Option<f64>| Point {
             round: String::new(),
@@ -221,11 +221,11 @@ impl Series {
         }
     }
 
-    fn weigh(&mut self, profile: Profile, points: Vec<Point>) {
+    fn weigh(&mut self, profile: ScoringProfile, points: Vec<Point>) {
         let samples: Vec<Option<f64>> = points.iter().map(|p| p.tps).collect();
         let mean = match profile {
-            Profile::Default => mean_with_misses(&samples),
-            Profile::Targon44 => safe_mean(&samples),
+            ScoringProfile::Default => mean_with_misses(&samples),
+            ScoringProfile::Targon44 => safe_mean(&samples),
         };
         self.answers = samples.iter().flatten().count();
         self.misses = samples.len() - self.answers;
@@ -243,7 +243,7 @@ impl Series {
 impl Point {
     fn of(sample: &Sample, findings: &Findings<'_>) -> Self {
         let finding = findings.get(&(sample.round.as_str(), sample.uid));
-        let said = |of: fn(&Finding) -> &Option<String>| finding.and_then(|f| of(f).clone());
+        let said = |of: fn(&MissReason) -> &Option<String>| finding.and_then(|f| of(f).clone());
         Self {
             round: sample.round.clone(),
             block: sample.block,

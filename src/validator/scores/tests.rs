@@ -2,9 +2,9 @@
 
 use super::emission::ChainLimits;
 use super::explanation::{Decision, Stored};
-use super::gate::{REOPEN, Standing};
-use super::rules::{Profile, Rules, WINDOW_TARGON_442};
-use super::series::{Finding, Organic, mean_with_misses, safe_mean, sigmoid};
+use super::gate::{HotkeyState, REOPEN};
+use super::rules::{ScoringProfile, ScoringRules, WINDOW_TARGON_442};
+use super::series::{MissReason, Organic, mean_with_misses, safe_mean, sigmoid};
 use super::*;
 use crate::verify::evidence::{ALARM, Calibrated, Evidence, Observed, Sums};
 use proptest::prelude::*;
@@ -38,15 +38,19 @@ fn history(miners: &[Vec<Option<f64>>]) -> Vec<Sample> {
     miners.iter().enumerate().flat_map(of).collect()
 }
 
-fn decide_over(profile: Profile, seats: &BTreeMap<u16, Seat>, samples: &[Sample]) -> Decision {
+fn decide_over(
+    profile: ScoringProfile,
+    seats: &BTreeMap<u16, Seat>,
+    samples: &[Sample],
+) -> Decision {
     let models = [MODEL.to_owned()];
     let limits = ChainLimits::NONE;
     let input = Input { seats, models: &models, samples, findings: &[], limits };
-    decide(&Rules::of(profile), &input)
+    decide(&ScoringRules::of(profile), &input)
 }
 
 /// What these miners get, uid 0 first.
-fn decide_for(profile: Profile, miners: &[Vec<Option<f64>>]) -> Decision {
+fn decide_for(profile: ScoringProfile, miners: &[Vec<Option<f64>>]) -> Decision {
     decide_over(profile, &seats(miners.len() as u16), &history(miners))
 }
 
@@ -73,13 +77,15 @@ fn the_protocols_numbers_come_out() {
 #[test]
 fn targon_gives_the_worst_nothing_and_the_best_everything() {
     let answers = |tps| vec![Some(tps); 3];
-    let decision = decide_for(Profile::Targon44, &[answers(10.0), answers(20.0), answers(30.0)]);
+    let decision =
+        decide_for(ScoringProfile::Targon44, &[answers(10.0), answers(20.0), answers(30.0)]);
     assert_eq!(decision.values, [(1, 32_768), (2, 65_535)]);
-    let ours = decide_for(Profile::Default, &[answers(10.0), answers(20.0), answers(30.0)]);
+    let ours = decide_for(ScoringProfile::Default, &[answers(10.0), answers(20.0), answers(30.0)]);
     assert_eq!(ours.values, [(0, 21_845), (1, 43_690), (2, 65_535)]);
     // Where somebody earned nothing both agree.
     let miners = [vec![None], answers(20.0), answers(30.0)];
-    let [ours, targon] = [Profile::Default, Profile::Targon44].map(|p| decide_for(p, &miners));
+    let [ours, targon] =
+        [ScoringProfile::Default, ScoringProfile::Targon44].map(|p| decide_for(p, &miners));
     assert_eq!(ours.values, [(1, 43_690), (2, 65_535)]);
     assert_eq!(ours.values, targon.values);
 }
@@ -92,15 +98,15 @@ fn no_weights_have_a_reason() {
         assert!(decision.miners.iter().all(|m| m.weight == 0 && m.normalised == 0.0));
         decision.none.unwrap()
     };
-    for profile in [Profile::Default, Profile::Targon44] {
+    for profile in [ScoringProfile::Default, ScoringProfile::Targon44] {
         assert_eq!(none(profile, &[]), NoWeights::Empty.to_string());
         assert_eq!(none(profile, &[vec![], vec![None]]), NoWeights::AllZero.to_string());
     }
     let equal = [vec![Some(9.0); 2], vec![Some(9.0); 2]];
-    assert_eq!(none(Profile::Targon44, &equal), NoWeights::AllEqual.to_string());
-    let ours = decide_for(Profile::Default, &equal);
+    assert_eq!(none(ScoringProfile::Targon44, &equal), NoWeights::AllEqual.to_string());
+    let ours = decide_for(ScoringProfile::Default, &equal);
     assert_eq!((ours.values.as_slice(), &ours.none), (&[(0, 65_535), (1, 65_535)][..], &None));
-    let one = decide_for(Profile::Default, &[vec![Some(3.0)]]);
+    let one = decide_for(ScoringProfile::Default, &[vec![Some(3.0)]]);
     assert_eq!(one.values, [(0, 65_535)]);
 }
 
@@ -108,18 +114,18 @@ fn no_weights_have_a_reason() {
 fn samples_leave_with_the_window_and_with_the_hotkey() {
     let mut list = vec![None; 40];
     list.extend([Some(10.0); WINDOW_TARGON_442]);
-    let decision = decide_for(Profile::Default, &[list.clone()]);
+    let decision = decide_for(ScoringProfile::Default, &[list.clone()]);
     let series = &decision.miners[0].models[0];
     assert_eq!((series.older, series.answers, series.misses), (40, 30, 0));
-    let targon = decide_for(Profile::Targon44, &[list.clone()]);
+    let targon = decide_for(ScoringProfile::Targon44, &[list.clone()]);
     assert_eq!(targon.miners[0].models[0].points.len(), 15);
     // Another hotkey takes the place over.
     let mut taken = seats(1);
     taken.get_mut(&0).unwrap().hotkey = "new".into();
-    let ours = decide_over(Profile::Default, &taken, &history(&[list.clone()]));
+    let ours = decide_over(ScoringProfile::Default, &taken, &history(&[list.clone()]));
     assert_eq!(ours.none.as_deref(), Some(NoWeights::AllZero.to_string().as_str()));
     assert_eq!((ours.miners[0].sum, ours.miners[0].models[0].of_others), (0.0, 70));
-    let targon = decide_over(Profile::Targon44, &taken, &history(&[list]));
+    let targon = decide_over(ScoringProfile::Targon44, &taken, &history(&[list]));
     assert!(targon.miners[0].sum > 0.0, "version 4.4 passes samples on to the next hotkey");
 }
 
@@ -142,7 +148,7 @@ fn a_model_counts_once_and_only_where_it_is_served_and_asked_for() {
         findings: &[],
         limits: ChainLimits::NONE,
     };
-    let decision = decide(&Rules::of(Profile::Default), &input);
+    let decision = decide(&ScoringRules::of(ScoringProfile::Default), &input);
     assert_eq!(decision.values, [(0, 65_535), (1, 65_535)]);
     let why = |uid: usize, model| {
         let found = decision.miners[uid].models.iter().find(|s| s.model == model);
@@ -159,17 +165,17 @@ fn requests_of_users_count_as_a_series_of_their_own() {
     let organics = [Organic::Tps(100.0), Organic::Failed, Organic::Unscored, Organic::Rejected];
     seats.get_mut(&0).unwrap().organics = Some(organics.to_vec());
     let samples = history(&[vec![Some(10.0)], vec![Some(10.0)]]);
-    let ours = decide_over(Profile::Default, &seats, &samples);
+    let ours = decide_over(ScoringProfile::Default, &seats, &samples);
     let series = ours.miners[0].organics.clone().unwrap();
     assert_eq!((series.answers, series.misses), (1, 2));
     close(series.score, 100.0 / 3.0 * sigmoid(1.0 / 3.0));
     assert!(ours.miners[0].sum > ours.miners[1].sum);
     // Targon: (100 - 500) / 2, which one failure makes worse than no request at all.
-    let targon = decide_over(Profile::Targon44, &seats, &samples);
+    let targon = decide_over(ScoringProfile::Targon44, &seats, &samples);
     close(targon.miners[0].organics.clone().unwrap().score, -200.0 * sigmoid(1.0));
     assert_eq!(targon.none.as_deref(), Some(NoWeights::AllZero.to_string().as_str()));
     seats.get_mut(&0).unwrap().organics = Some(vec![Organic::Empty, Organic::Tps(300.0)]);
-    let targon = decide_over(Profile::Targon44, &seats, &samples);
+    let targon = decide_over(ScoringProfile::Targon44, &seats, &samples);
     close(targon.miners[0].organics.clone().unwrap().score, 100.0 * sigmoid(1.0));
 }
 
@@ -179,8 +185,8 @@ fn an_alarm_ends_pay_until_later_answers_speak_against_it() {
     let rates = Calibrated::default();
     let cheat = Observed { margins: vec![0.1; 4], energies: vec![2.0; 4] };
     let honest = Observed { margins: vec![0.0; 32], energies: vec![0.3; 4] };
-    let (mut standing, mut answers) = (Standing::default(), 0);
-    let mut step = |standing: Standing, observed: &Observed| {
+    let (mut standing, mut answers) = (HotkeyState::default(), 0);
+    let mut step = |standing: HotkeyState, observed: &Observed| {
         answers += 1;
         let mut evidence = standing.evidence;
         evidence.add(&rates, observed);
@@ -192,15 +198,15 @@ fn an_alarm_ends_pay_until_later_answers_speak_against_it() {
     let alarm = standing.shut_by.clone().unwrap();
     assert!(alarm.block > 4, "one answer never decides");
     assert_eq!(alarm.round, format!("round-{}", alarm.block));
-    let paid = |standing: &Standing, profile| {
+    let paid = |standing: &HotkeyState, profile| {
         let mut seats = seats(2);
         seats.get_mut(&0).unwrap().standing = standing.clone();
         let samples = history(&[vec![Some(80.0)], vec![Some(40.0)]]);
         let decision = decide_over(profile, &seats, &samples);
         (decision.miners[0].weight, decision.miners[0].sum > 0.0)
     };
-    assert_eq!(paid(&standing, Profile::Default), (0, true));
-    assert_eq!(paid(&standing, Profile::Targon44), (65_535, true), "4.4 knows no evidence");
+    assert_eq!(paid(&standing, ScoringProfile::Default), (0, true));
+    assert_eq!(paid(&standing, ScoringProfile::Targon44), (65_535, true), "4.4 knows no evidence");
     // Below the alarm, but not yet below half of it: still shut.
     let mut was_between = false;
     while standing.shut_by.is_some() {
@@ -208,21 +214,21 @@ fn an_alarm_ends_pay_until_later_answers_speak_against_it() {
         let largest = margin.max(energy).max(joint);
         was_between |= largest < ALARM && largest > REOPEN;
         assert_eq!(standing.shut_by.as_ref().unwrap(), &alarm, "the first alarm is kept");
-        assert_eq!(paid(&standing, Profile::Default), (0, true));
+        assert_eq!(paid(&standing, ScoringProfile::Default), (0, true));
         standing = step(standing, &honest);
     }
     assert!(was_between);
-    assert_eq!(paid(&standing, Profile::Default), (65_535, true));
+    assert_eq!(paid(&standing, ScoringProfile::Default), (65_535, true));
     // Sums from elsewhere, without the gate: an alarm counts at once.
     let sums = Sums { margin: ALARM, energy: 0.0, joint: 0.0 };
     let evidence = Evidence { answers: 9, alarms: 1, sums };
-    assert_eq!(paid(&Standing { evidence, shut_by: None }, Profile::Default), (0, true));
+    assert_eq!(paid(&HotkeyState { evidence, shut_by: None }, ScoringProfile::Default), (0, true));
 }
 
 #[test]
 fn an_explanation_leads_to_the_round_and_comes_back_from_json() {
     let samples = history(&[vec![Some(10.0), None, None], vec![Some(10.0)]]);
-    let findings = [Finding {
+    let findings = [MissReason {
         round: samples[1].round.clone(),
         uid: 0,
         cause: Some("UNLIKELY_TOKEN".into()),
@@ -232,7 +238,7 @@ fn an_explanation_leads_to_the_round_and_comes_back_from_json() {
     let limits = ChainLimits::NONE;
     let input =
         Input { seats: &seats, models: &models, samples: &samples, findings: &findings, limits };
-    let decision = decide(&Rules::of(Profile::Default), &input);
+    let decision = decide(&ScoringRules::of(ScoringProfile::Default), &input);
     let stored = Stored::read(&decision.explanation().unwrap()).unwrap();
     let miner = &stored.miners[&0];
     assert_eq!(miner, &decision.miners[0]);
@@ -277,14 +283,14 @@ fn whoever_is_behind_an_alarm_is_the_last_to_be_named() {
     let mut seats = seats(4);
     let sums = Sums { margin: ALARM, ..Sums::default() };
     let evidence = Evidence { answers: 9, alarms: 1, sums };
-    seats.get_mut(&0).unwrap().standing = Standing { evidence, shut_by: None };
+    seats.get_mut(&0).unwrap().standing = HotkeyState { evidence, shut_by: None };
     let samples = history(&[vec![Some(50.0)], vec![], vec![], vec![Some(50.0)]]);
     let models = [MODEL.to_owned()];
     let named = |min_allowed| {
         let limits = ChainLimits { min_allowed, max_weight: u16::MAX };
         let input =
             Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
-        decide(&Rules::of(Profile::Default), &input).values
+        decide(&ScoringRules::of(ScoringProfile::Default), &input).values
     };
     assert_eq!(named(1), [(3, 65_535)]);
     assert_eq!(named(3), [(1, 1), (2, 1), (3, 65_535)]);
@@ -301,7 +307,7 @@ fn anything() -> impl Strategy<Value = Vec<Option<f64>>> {
 }
 
 fn score(list: &[Option<f64>]) -> f64 {
-    decide_for(Profile::Default, &[list.to_vec()]).miners[0].score
+    decide_for(ScoringProfile::Default, &[list.to_vec()]).miners[0].score
 }
 
 proptest! {
@@ -320,8 +326,8 @@ proptest! {
         let (samples, models) = (history(&miners), [MODEL.to_owned()]);
         let input =
             Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
-        for profile in [Profile::Default, Profile::Targon44] {
-            let decision = decide(&Rules::of(profile), &input);
+        for profile in [ScoringProfile::Default, ScoringProfile::Targon44] {
+            let decision = decide(&ScoringRules::of(profile), &input);
             prop_assert_eq!(decision.values.is_empty(), decision.none.is_some());
             for miner in &decision.miners {
                 let series = miner.models.iter().chain(&miner.organics);
@@ -358,7 +364,7 @@ proptest! {
     fn honest_ranks_above_whoever_misses(tps in 0.5..500.0_f64, place in 0..30_usize) {
         let mut missed = vec![Some(tps); 30];
         missed[place] = None;
-        let decision = decide_for(Profile::Default, &[vec![Some(tps); 30], missed]);
+        let decision = decide_for(ScoringProfile::Default, &[vec![Some(tps); 30], missed]);
         prop_assert_eq!(decision.values[0], (0, 65_535));
         prop_assert!(decision.values[1].1 < 65_535 - 1000, "{:?}", decision.values);
     }
@@ -370,7 +376,7 @@ proptest! {
     ) {
         let scaled = miners.iter().map(|m| m.iter().map(|t| t.map(|t| t * scale)).collect());
         let scaled: Vec<Vec<Option<f64>>> = scaled.collect();
-        for profile in [Profile::Default, Profile::Targon44] {
+        for profile in [ScoringProfile::Default, ScoringProfile::Targon44] {
             let [a, b] = [&miners, &scaled].map(|m| decide_for(profile, m));
             prop_assert_eq!(&a.none, &b.none);
             for (a, b) in a.miners.iter().zip(&b.miners) {
@@ -387,7 +393,7 @@ proptest! {
         }),
     ) {
         let moved: Vec<Vec<Option<f64>>> = order.iter().map(|from| miners[*from].clone()).collect();
-        let [straight, moved] = [&miners, &moved].map(|m| decide_for(Profile::Default, m));
+        let [straight, moved] = [&miners, &moved].map(|m| decide_for(ScoringProfile::Default, m));
         for (to, from) in order.iter().enumerate() {
             prop_assert_eq!(moved.miners[to].weight, straight.miners[*from].weight);
             prop_assert_eq!(moved.miners[to].score, straight.miners[*from].score);
@@ -407,14 +413,14 @@ fn in_targons_mean_a_miss_can_raise_a_score() {
 
 #[test]
 fn names_and_windows_are_checked() {
-    for profile in [Profile::Default, Profile::Targon44] {
+    for profile in [ScoringProfile::Default, ScoringProfile::Targon44] {
         let name = profile.to_string();
-        assert_eq!(name.parse::<Profile>().unwrap(), profile);
+        assert_eq!(name.parse::<ScoringProfile>().unwrap(), profile);
         assert_eq!(serde_json::to_value(profile).unwrap(), name);
     }
-    let refused = "Targon".parse::<Profile>().unwrap_err().to_string();
+    let refused = "Targon".parse::<ScoringProfile>().unwrap_err().to_string();
     assert_eq!(refused, "a scoring profile is `default` or `targon-4.4`, got `Targon`");
-    let rules = Rules::of(Profile::Targon44);
+    let rules = ScoringRules::of(ScoringProfile::Targon44);
     assert_eq!(rules.with_window(30).unwrap().window, 30);
     let refused = rules.with_window(0).unwrap_err().to_string();
     assert!(refused.contains("1 to 1000 samples, got 0"), "{refused}");
@@ -424,7 +430,7 @@ fn names_and_windows_are_checked() {
 #[test]
 fn who_has_earned_nothing_has_a_plain_zero() {
     for miner in
-        decide_for(Profile::Default, &[vec![None, None], Vec::new(), vec![Some(9.0)]]).miners
+        decide_for(ScoringProfile::Default, &[vec![None, None], Vec::new(), vec![Some(9.0)]]).miners
     {
         let numbers = [miner.sum, miner.score, miner.normalised];
         assert!(numbers.iter().all(|n| n.is_sign_positive()), "{miner:?}");

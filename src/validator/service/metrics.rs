@@ -2,7 +2,7 @@
 
 use crate::clock::Clock;
 use crate::store::record::WeightsState;
-use crate::validator::run::progress::{Progress, Snapshot};
+use crate::validator::run::progress::{RunProgress, RunSnapshot};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -14,12 +14,12 @@ use std::sync::Arc;
 /// Reads the state when somebody asks.
 #[derive(Debug)]
 pub(super) struct Counted {
-    pub(super) progress: Arc<Progress>,
+    pub(super) progress: Arc<RunProgress>,
     pub(super) clock: Clock,
 }
 
 /// Name, help, value; absent where there is none.
-type Gauge = (&'static str, &'static str, fn(&Snapshot) -> Option<f64>);
+type Gauge = (&'static str, &'static str, fn(&RunSnapshot) -> Option<f64>);
 
 const GAUGES: [Gauge; 9] = [
     (

@@ -1,7 +1,7 @@
-//! What operators ask a running validator over HTTP: is it alive, does it work, what did it count.
+//! The HTTP routes for operators of a running validator: health, readiness and counters.
 //!
-//! Nothing here changes anything: the records are a handle that cannot write, the state is a copy.
-//! [`Service::router`] is all of it; whoever shows more adds routes there.
+//! Nothing here changes anything: the records are a handle that cannot write, and the state is a
+//! copy. Other modules can add routes to [`Service::router`].
 
 mod metrics;
 mod page;
@@ -16,7 +16,7 @@ use crate::server::operations::status;
 use crate::server::registry::Registry;
 use crate::server::state::ServerState;
 use crate::store::{Store, StoreError};
-use crate::validator::run::progress::{Progress, Snapshot};
+use crate::validator::run::progress::{RunProgress, RunSnapshot};
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
@@ -41,7 +41,7 @@ const PAGES_MAX: usize = 2;
 #[derive(Clone)]
 pub struct Service {
     state: ServerState,
-    progress: Arc<Progress>,
+    progress: Arc<RunProgress>,
     store: Store,
     netuid: u16,
     pages: Arc<Semaphore>,
@@ -49,7 +49,7 @@ pub struct Service {
 
 impl Service {
     /// A service that shows `progress`, and the records of subnet `netuid`.
-    pub fn new(progress: Arc<Progress>, store: &Store, netuid: u16, clock: Clock) -> Self {
+    pub fn new(progress: Arc<RunProgress>, store: &Store, netuid: u16, clock: Clock) -> Self {
         let counted = Counted { progress: Arc::clone(&progress), clock: clock.clone() };
         let state = ServerState::new(Registry::default(), Defaults::TARGON, clock);
         let state = state.counting(Box::new(counted));
@@ -63,7 +63,7 @@ impl Service {
     }
 
     /// How the validator is now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> RunSnapshot {
         self.progress.snapshot()
     }
 
@@ -133,7 +133,7 @@ fn status_of(is_fine: bool) -> StatusCode {
     if is_fine { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
-/// `GET /health`: the program is alive and its loop turns.
+/// `GET /health`: the program runs and its loop makes progress.
 async fn health(State(service): State<Service>) -> Response {
     let beat = service.snapshot().beat_ms;
     let age = service.age(beat);
@@ -185,7 +185,7 @@ fn busy() -> ApiError {
 }
 
 fn unread(e: StoreError) -> ApiError {
-    tracing::warn!("a page is not shown: {e}");
+    tracing::warn!("a page cannot be made: {e}");
     ApiError::unavailable("the records cannot be read now; the log says why")
 }
 

@@ -1,11 +1,11 @@
 //! The page at `/`: miners, verdicts over time, weights, and the tokens of one answer by rank and
 //! margin.
 //!
-//! Pure functions from records to one self-contained document without scripts. Peers' words are in
-//! it: all of it is escaped text, and the policy lets nothing be loaded or run.
+//! The functions are pure: from records to one self-contained document without scripts. Text of
+//! peers is escaped, and the content policy allows nothing to be loaded or run.
 
-use crate::store::record::{Outcome, Response, RoundHead, Verdict, Weights, WeightsState};
-use crate::validator::run::progress::Snapshot;
+use crate::store::record::{Outcome, Response, ResponseVerdict, RoundHead, Weights, WeightsState};
+use crate::validator::run::progress::RunSnapshot;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response as Reply};
 use base64::Engine;
@@ -47,18 +47,18 @@ td.key { font-family: monospace; }
 /// What the page shows.
 pub(super) struct Shown {
     pub(super) netuid: u16,
-    pub(super) now: Snapshot,
+    pub(super) now: RunSnapshot,
     /// Newest first.
     pub(super) rounds: Vec<RoundHead>,
     /// Oldest first.
-    pub(super) verdicts: Vec<Verdict>,
+    pub(super) verdicts: Vec<ResponseVerdict>,
     pub(super) weights: Option<Weights>,
     pub(super) answer: Option<(String, Response)>,
 }
 
 /// The answer that the page shows by itself: the newest verified one that is kept, because each of
 /// its tokens was looked at; else the newest that is kept.
-pub(super) fn newest(verdicts: &[Verdict]) -> Option<(String, u16)> {
+pub(super) fn newest(verdicts: &[ResponseVerdict]) -> Option<(String, u16)> {
     let mut kept = verdicts.iter().rev().filter(|verdict| verdict.is_kept).peekable();
     let newest = kept.peek().copied();
     let verdict = kept.find(|verdict| verdict.outcome == Outcome::Verified).or(newest)?;
@@ -137,7 +137,7 @@ fn miners(shown: &Shown) -> Markup {
     let mut order: Vec<&str> = shown.verdicts.iter().map(|v| v.round.as_str()).collect();
     order.dedup();
     let place: BTreeMap<&str, usize> = order.iter().enumerate().map(|(i, id)| (*id, i)).collect();
-    let mut by_uid: BTreeMap<u16, Vec<&Verdict>> = BTreeMap::new();
+    let mut by_uid: BTreeMap<u16, Vec<&ResponseVerdict>> = BTreeMap::new();
     for verdict in &shown.verdicts {
         by_uid.entry(verdict.uid).or_default().push(verdict);
     }
@@ -158,10 +158,10 @@ fn miners(shown: &Shown) -> Markup {
     }
 }
 
-fn miner(uid: u16, all: &[&Verdict], place: &BTreeMap<&str, usize>, weight: u16) -> Markup {
+fn miner(uid: u16, all: &[&ResponseVerdict], place: &BTreeMap<&str, usize>, weight: u16) -> Markup {
     let Some(last) = all.last() else { return PreEscaped(String::new()) };
     // A uid's former holders are shown by nobody's row but theirs.
-    let own: Vec<&&Verdict> = all.iter().filter(|v| v.hotkey == last.hotkey).collect();
+    let own: Vec<&&ResponseVerdict> = all.iter().filter(|v| v.hotkey == last.hotkey).collect();
     let good = own.iter().filter(|v| v.outcome == Outcome::Verified).count();
     let timed = own.iter().rev().find(|v| v.timing.tokens > 0);
     let number = |value: Option<f64>, digits: usize| {
@@ -185,7 +185,7 @@ fn miner(uid: u16, all: &[&Verdict], place: &BTreeMap<&str, usize>, weight: u16)
     }
 }
 
-fn cell(verdict: &Verdict, place: &BTreeMap<&str, usize>) -> Markup {
+fn cell(verdict: &ResponseVerdict, place: &BTreeMap<&str, usize>) -> Markup {
     let x = CELL * place.get(verdict.round.as_str()).copied().unwrap_or(0);
     let cause = verdict.cause.as_deref().map(word).unwrap_or_default();
     let (name, side) = (verdict.outcome.name(), CELL - 1);

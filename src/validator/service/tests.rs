@@ -13,11 +13,11 @@ use tower::ServiceExt;
 
 const NOW: u64 = 1_700_000_000_000;
 
-async fn service() -> (Service, Arc<Progress>, Clock, tempfile::TempDir) {
+async fn service() -> (Service, Arc<RunProgress>, Clock, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v.sqlite");
     let store = Store::open(path.to_str().unwrap()).await.unwrap();
-    let (progress, clock) = (Arc::<Progress>::default(), Clock::manual(NOW));
+    let (progress, clock) = (Arc::<RunProgress>::default(), Clock::manual(NOW));
     let service = Service::new(Arc::clone(&progress), &store, 4, clock.clone());
     (service, progress, clock, dir)
 }
@@ -206,7 +206,7 @@ async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
         explanation: Value::Null,
         state: WeightsState::Planned,
     };
-    assert_eq!(store.plan_weights(&weights).await.unwrap(), crate::store::Claim::Ours);
+    assert_eq!(store.plan_weights(&weights).await.unwrap(), crate::store::WeightsClaim::Ours);
     let path = format!("/answers/{}/3", round.id);
     for path in ["/", path.as_str()] {
         let request = Request::get(path).body(Body::empty()).unwrap();

@@ -1,5 +1,5 @@
-//! The form of reported alternatives: as many as were asked for, and named as they must be. Whether
-//! they are true is for rows to say.
+//! Checks the form of reported alternatives: their number and their names. Rows show whether they
+//! are true.
 
 use super::{Mirror, Told};
 use crate::engine::output::Step;

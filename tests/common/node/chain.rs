@@ -328,7 +328,7 @@ impl Chain {
         if !is_here || !is_member {
             return Err(Fault::custom(10));
         }
-        // The pool judges by the block that comes next.
+        // The pool checks by the block that comes next.
         let next = self.head().number + 1;
         if let Some(code) = weights::pool_refusal(&self.subnet, call, next) {
             return Err(Fault::custom(code));

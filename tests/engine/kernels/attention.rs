@@ -3,7 +3,7 @@
 //! Attention is compared with a scalar text of the canon.
 
 use super::matmul::{block, product};
-use super::{Kernels, args, assert_same, broken, first_difference, kernels};
+use super::{Kernels, Shape, args, assert_same, broken, first_difference, kernels};
 use crate::common::Noise;
 use std::ffi::c_void;
 use targon_engine::ops::dtype::Dtype;
@@ -16,18 +16,6 @@ use targon_engine::ops::rowwise::Norm;
 /// Positions of a block and of a partition.
 const BLOCK: usize = 32;
 const PARTITION: usize = 512;
-
-/// The layer's shape as the kernels take it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Shape {
-    heads: i32,
-    kv_heads: i32,
-    head_dim: i32,
-    window: i32,
-    scale: f32,
-    cap: f32,
-}
 
 /// Queries of a sequence that a thread block takes.
 #[repr(C)]

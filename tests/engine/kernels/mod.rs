@@ -22,6 +22,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+/// The layer's shape as the kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Shape {
+    heads: i32,
+    kv_heads: i32,
+    head_dim: i32,
+    window: i32,
+    scale: f32,
+    cap: f32,
+}
+
 /// The kernels' host builds, one for each `.cu`.
 const SOURCES: [&str; 10] = [
     "attend",

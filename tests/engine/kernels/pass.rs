@@ -2,7 +2,7 @@
 //! for every family, whatever the batch, the chunks and the variants of a kernel.
 
 use super::matmul::packed;
-use super::{args, first_difference, kernels};
+use super::{Shape, args, first_difference, kernels};
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use targon_engine::models::checkpoint::Checkpoint;
@@ -78,18 +78,6 @@ struct DeviceLayer<'a> {
     out: Matrix,
     mlps: Vec<[Matrix; 2]>,
     router: Option<Matrix>,
-}
-
-/// The layer's shape as the kernels take it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Shape {
-    heads: i32,
-    kv_heads: i32,
-    head_dim: i32,
-    window: i32,
-    scale: f32,
-    cap: f32,
 }
 
 fn pointer<T>(values: Option<&[T]>) -> *const T {

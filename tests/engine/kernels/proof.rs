@@ -4,7 +4,7 @@ use super::{args, kernels};
 use crate::common::Noise;
 use std::ffi::c_void;
 use targon_engine::ops::dtype::Dtype;
-use targon_engine::proof::residue::{Calibration, Profile, exact_hash, sketch};
+use targon_engine::proof::residue::{Calibration, ResidueBits, exact_hash, sketch};
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -27,7 +27,8 @@ fn calibration(channels: usize, noise: &mut Noise) -> Calibration {
 fn sketch_and_hash_are_bit_equal_to_rust() {
     let mut noise = Noise(3);
     for channels in [1, 31, 32, 33, 96, 576, 2048, 4096 + 17] {
-        for (profile, projections, shift) in [(Profile::U8, 4, 4_i32), (Profile::U4, 8, 6)] {
+        for (profile, projections, shift) in [(ResidueBits::U8, 4, 4_i32), (ResidueBits::U4, 8, 6)]
+        {
             for (dtype, seed) in [(Dtype::Bf16, 0), (Dtype::Bf16, 1), (Dtype::F16, 7)] {
                 let rows = 4;
                 let calibration = calibration(channels, &mut noise);

@@ -1,10 +1,10 @@
-//! `/verify`: an answer against what was asked.
+//! `/verify`: checks an answer against the request.
 
 use super::Service;
-use super::asked::{Asked, understand};
+use super::asked::{VerifyBody, understand};
 use super::body::Held;
 use super::lead::readings;
-use super::reply::{Judged, Refusal};
+use super::reply::{Refusal, VerifyReply};
 use super::sent::{Bounds, Sent};
 use super::service::{REQUESTS_MAX, RUNNING_MAX};
 use crate::engine::request::Request;
@@ -27,10 +27,10 @@ pub(super) async fn verify(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let outcome = judged(&service, &headers, body).await;
+    let outcome = checked(&service, &headers, body).await;
     service.counts.count(&outcome);
     match outcome {
-        Ok(judged) => judged.into_response(),
+        Ok(checked) => checked.into_response(),
         Err(refusal) => {
             tracing::warn!("/verify: {}", refusal.why());
             refusal.into_response()
@@ -38,7 +38,11 @@ pub(super) async fn verify(
     }
 }
 
-async fn judged(service: &Service, headers: &HeaderMap, body: Body) -> Result<Judged, Refusal> {
+async fn checked(
+    service: &Service,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<VerifyReply, Refusal> {
     if service.state.is_draining() {
         return Err(Refusal::closing());
     }
@@ -58,8 +62,8 @@ async fn judged(service: &Service, headers: &HeaderMap, body: Body) -> Result<Ju
     }
     let held = Arc::new(held);
     let text = Arc::clone(&held);
-    let asked = off(move || Asked::read(bytes(&text), limits.body_bytes)).await??;
-    let Asked { model, is_chat, is_endless, params, output } = asked;
+    let asked = off(move || VerifyBody::read(bytes(&text), limits.body_bytes)).await??;
+    let VerifyBody { model, is_chat, is_endless, params, output } = asked;
     let name = model.as_deref();
     let served = service.model(name).map_err(|e| Refusal::unscored(e.message))?;
     let mut request =
@@ -83,7 +87,7 @@ async fn judged(service: &Service, headers: &HeaderMap, body: Body) -> Result<Ju
     }
     let overfit = is_overfit(&request, &sent.answer);
     match verdict(service, verifier, request, sent).await? {
-        Verdict::Pass => Ok(Judged::Verified),
+        Verdict::Pass => Ok(VerifyReply::Verified),
         Verdict::Reject(rejection) => Ok(rejected(&rejection, Some(overfit))),
         Verdict::Unscored(why) => Err(Refusal::unscored(why)),
     }
@@ -99,9 +103,9 @@ async fn off<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Re
     done.map_err(|e| Refusal::unscored(format!("the verifier broke: {e}")))
 }
 
-fn rejected(rejection: &Rejection, overfit: Option<bool>) -> Judged {
+fn rejected(rejection: &Rejection, overfit: Option<bool>) -> VerifyReply {
     let cause = cause(rejection.reason, overfit.unwrap_or(false));
-    Judged::Rejected { error: rejection.to_string(), cause }
+    VerifyReply::Rejected { error: rejection.to_string(), cause }
 }
 
 /// The container's word for a rejection.
@@ -183,7 +187,7 @@ fn run(
     best(check.while_wanted(&is_wanted).answers(&claims))
 }
 
-/// Of readings of one answer: that one of them passes, that one cannot be judged, or what is wrong
+/// Of readings of one answer: that one of them passes, that one cannot be checked, or what is wrong
 /// with it as it was sent.
 fn best(reports: Vec<Report>) -> Verdict {
     let mut verdicts: Vec<Verdict> = reports.into_iter().map(|r| r.verdict).collect();

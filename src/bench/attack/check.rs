@@ -1,16 +1,16 @@
-//! Judging: every answer under every scheme, and what becomes of broken ones.
+//! Verifies every answer under every scheme, and every malformed variant of an answer.
 
 use super::catalogue::Attack;
 use super::malformed::{self, Changed, Variant};
 use super::published;
 use super::results::{Detector, Line, is_rejected};
-use super::trial::{Subject, Trial};
+use super::trial::{AttackedAnswer, Subject};
 use crate::bench::stats::Rate;
 use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::to_hex;
 use crate::verify::answer::Answer;
-use crate::verify::capture::{Capture, CheckOptions, judge};
+use crate::verify::capture::{Capture, CheckOptions, check_capture};
 use crate::verify::mirror::{Mirror, Told};
 use crate::verify::question::Question;
 use crate::verify::twin::Scrutiny;
@@ -24,9 +24,9 @@ use std::sync::Arc;
 use tokio::runtime::Runtime;
 
 /// A verifier that knows every question, and how its verdicts become lines of results.
-pub(super) struct Judge(Verifier);
+pub(super) struct AttackVerifier(Verifier);
 
-impl Judge {
+impl AttackVerifier {
     /// With the model's true weights.
     pub(super) fn new(subject: &Subject, limits: Limits, scrutiny: Scrutiny) -> Self {
         Self(Verifier {
@@ -39,15 +39,20 @@ impl Judge {
         })
     }
 
-    /// What answers are judged by.
+    /// What answers are checked by.
     pub(super) fn limits(&self) -> &Limits {
         &self.0.limits
     }
 
     /// Verifies answers with their proofs. Who can prove true rows can report their
     /// log-probabilities, so these are left out: here rows and draws count.
-    pub(super) fn proofs(&self, trials: &[Trial], scheme: Scheme, depth: Depth) -> Vec<Report> {
-        let verify = |t: &Trial| {
+    pub(super) fn proofs(
+        &self,
+        trials: &[AttackedAnswer],
+        scheme: Scheme,
+        depth: Depth,
+    ) -> Vec<Report> {
+        let verify = |t: &AttackedAnswer| {
             let silent = Answer { logprobs: Vec::new(), ..t.answer.clone() };
             self.verify(t, &silent, Some(scheme), depth)
         };
@@ -56,7 +61,7 @@ impl Judge {
 
     fn verify(
         &self,
-        trial: &Trial,
+        trial: &AttackedAnswer,
         answer: &Answer,
         scheme: Option<Scheme>,
         depth: Depth,
@@ -80,7 +85,7 @@ impl Judge {
         &self,
         (name, detector): (&str, Detector),
         scheme: Scheme,
-        trials: &[Trial],
+        trials: &[AttackedAnswer],
         reports: &[Report],
     ) -> Vec<Line> {
         let rows = Line::of_rows(name, detector, scheme, reports, self.limits());
@@ -94,19 +99,29 @@ impl Judge {
     }
 
     /// The line of a check of every row.
-    pub(super) fn slow_line(&self, attack: &Attack, trials: &[Trial], slow: &[Report]) -> Line {
+    pub(super) fn slow_line(
+        &self,
+        attack: &Attack,
+        trials: &[AttackedAnswer],
+        slow: &[Report],
+    ) -> Line {
         let line = Line::of_margins(attack.name, attack.detector, WITH_ALL_MARGINS, slow);
         Line { bytes_per_token: bytes_per_token(trials), ..line }
     }
 
-    /// The subnet's rules on the same tokens, as published and with their holes mended.
-    pub(super) fn rank_lines(&self, name: &str, detector: Detector, trials: &[Trial]) -> [Line; 2] {
+    /// The subnet's rules on the same tokens, as published and with their gaps closed.
+    pub(super) fn rank_lines(
+        &self,
+        name: &str,
+        detector: Detector,
+        trials: &[AttackedAnswer],
+    ) -> [Line; 2] {
         let reports: Vec<Report> =
             trials.iter().map(|t| self.verify(t, &t.answer, None, Depth::Slow)).collect();
         let mended = Line::new(name, detector, "targon-4.4, mended", &reports);
         let mut published = Line::bare(name, detector, "targon-4.4, published", mended.rejected);
-        let judged = trials.iter().zip(&reports);
-        let causes: Vec<&str> = judged.filter_map(|(t, r)| published::rejects(t, r)).collect();
+        let checked = trials.iter().zip(&reports);
+        let causes: Vec<&str> = checked.filter_map(|(t, r)| published::rejects(t, r)).collect();
         published.rejected = Rate::new(causes.len(), trials.len());
         for cause in causes {
             *published.reasons.entry(cause.to_owned()).or_insert(0) += 1;
@@ -115,7 +130,12 @@ impl Judge {
     }
 
     /// Every malformed variant of every answer: refused, or not.
-    pub(super) fn malformed(&self, attack: &Attack, scheme: Scheme, trials: &[Trial]) -> Line {
+    pub(super) fn malformed(
+        &self,
+        attack: &Attack,
+        scheme: Scheme,
+        trials: &[AttackedAnswer],
+    ) -> Line {
         let (mut refused, mut of) = (0, 0);
         for trial in trials {
             let received = match Received::new(&self.0, trial, scheme) {
@@ -148,7 +168,7 @@ impl Judge {
         Line::bare(attack.name, attack.detector, judge, Rate::new(refused, of))
     }
 
-    fn refuses(&self, trial: &Trial, received: &Received, variant: &Variant) -> bool {
+    fn refuses(&self, trial: &AttackedAnswer, received: &Received, variant: &Variant) -> bool {
         match variant.apply(&trial.answer, &received.chunks) {
             Changed::Answer(Ok(answer)) => {
                 let scheme = Some(received.scheme);
@@ -156,7 +176,7 @@ impl Judge {
             }
             Changed::Answer(Err(_)) => true,
             Changed::Chunks(chunks) => {
-                received.judge(&self.0, chunks).is_ok_and(|r| is_rejected(&r))
+                received.check(&self.0, chunks).is_ok_and(|r| is_rejected(&r))
             }
         }
     }
@@ -172,8 +192,8 @@ struct Received {
 
 impl Received {
     /// The honest stream of a trial, which passes.
-    fn new(verifier: &Verifier, trial: &Trial, scheme: Scheme) -> anyhow::Result<Self> {
-        let Trial { ask, answer, .. } = trial;
+    fn new(verifier: &Verifier, trial: &AttackedAnswer, scheme: Scheme) -> anyhow::Result<Self> {
+        let AttackedAnswer { ask, answer, .. } = trial;
         let request = &ask.request;
         let body = json!({
             "model": "attacked", "prompt": request.prompt, "max_tokens": request.max_tokens,
@@ -197,18 +217,19 @@ impl Received {
         let told = [Some(Told::new(&answer, &walk, request.prompt.len()))];
         let mirror = Mirror { model: &verifier.model.text, question: &question, told: &told };
         let received = Self { scheme, chunks: mirror.chunks(), body, runtime };
-        let verdict = received.judge(verifier, received.chunks.clone())?.verdict;
+        let verdict = received.check(verifier, received.chunks.clone())?.verdict;
         match verdict {
             Verdict::Pass => Ok(received),
             other => Err(anyhow!("{other}")),
         }
     }
 
-    fn judge(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
+    fn check(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
         let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
-        let judged = self.runtime.block_on(judge(verifier, "attacked", &capture, options))?;
-        judged.into_iter().next().map(|j| j.report).context("there is no choice")
+        let checked =
+            self.runtime.block_on(check_capture(verifier, "attacked", &capture, options))?;
+        checked.into_iter().next().map(|j| j.report).context("there is no choice")
     }
 }
 
@@ -223,13 +244,13 @@ fn powv(verifier: &Verifier, request: &Request, ids: &[u32]) -> anyhow::Result<V
     ids.iter().map(value).collect()
 }
 
-/// How lines with margins are judged.
+/// How lines with margins are checked.
 pub(super) const WITH_MARGIN: &str = "residue-v1 + margin";
 /// The same in a check of every row.
 const WITH_ALL_MARGINS: &str = "residue-v1 + margin, all rows";
 
-fn bytes_per_token(trials: &[Trial]) -> f64 {
-    let bytes: usize = trials.iter().map(Trial::proof_bytes).sum();
+fn bytes_per_token(trials: &[AttackedAnswer]) -> f64 {
+    let bytes: usize = trials.iter().map(AttackedAnswer::proof_bytes).sum();
     let tokens: usize = trials.iter().map(|t| t.answer.ids.len()).sum();
     bytes as f64 / tokens.max(1) as f64
 }

@@ -8,12 +8,12 @@ use crate::config::models_toml::ModelConfig;
 use crate::config::units;
 use crate::engine::Engine;
 use crate::engine::memory::memory;
-use crate::engine::plan::{Bytes, KvMemory, Wanted};
+use crate::engine::plan::{Bytes, KvMemory, MemoryWanted};
 use crate::lifecycle::load::{self, Located};
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
-use crate::validator::run::judge::Judge;
+use crate::validator::run::resident::Resident;
 use crate::validator::run::residents::{Residents, Sized};
 use crate::verify::evidence::Calibrated;
 use crate::verify::limits_file::{self, LimitsFile};
@@ -140,8 +140,8 @@ async fn plan(
     Ok((located, bytes))
 }
 
-fn wanted(wanted: Wanted, slots: usize) -> Wanted {
-    Wanted { kv_memory: KvMemory::Auto, sequences_max: slots, drafts_max: 0, ..wanted }
+fn wanted(wanted: MemoryWanted, slots: usize) -> MemoryWanted {
+    MemoryWanted { kv_memory: KvMemory::Auto, sequences_max: slots, drafts_max: 0, ..wanted }
 }
 
 struct Loader {
@@ -154,7 +154,7 @@ struct Loader {
 }
 
 impl Loader {
-    fn load(&self, name: &str) -> anyhow::Result<Judge> {
+    fn load(&self, name: &str) -> anyhow::Result<Resident> {
         let located = self.found.get(name).context("the models file does not have it")?;
         let whole = load::plan_within(located, BOUNDLESS)?.options;
         let (path, device): (&Path, _) = (&located.path, located.config.device);
@@ -181,6 +181,6 @@ impl Loader {
             scrutiny,
             context_max: whole.context_max,
         };
-        Ok(Judge { verifier, rates, engine: Some(engine) })
+        Ok(Resident { verifier, rates, engine: Some(engine) })
     }
 }

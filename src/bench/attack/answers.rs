@@ -1,9 +1,9 @@
-//! Answers of cheats: each attack of the list, carried out on the same questions.
+//! Makes the answers of every attack in the list, on the same questions.
 
 use super::catalogue::{Attack, Cheat};
 use super::lockstep::{self, Job, Way};
 use super::tamper::{Tamper, int8_head};
-use super::trial::{Ask, Rows, Subject, Trial, start};
+use super::trial::{AttackRequest, AttackedAnswer, Rows, Subject, start};
 use crate::bench::stats::choice;
 use crate::chain::keys::Keypair;
 use crate::intake::proof::Prover;
@@ -16,7 +16,7 @@ use anyhow::Context;
 use std::sync::Arc;
 
 /// How the answer to an ask is proved in a scheme.
-type Provers<'a> = &'a dyn Fn(Scheme, &Ask) -> Prover;
+type Provers<'a> = &'a dyn Fn(Scheme, &AttackRequest) -> Prover;
 
 /// Tokens of the shortest answer that is cut.
 const CUT_MIN: usize = 8;
@@ -25,13 +25,13 @@ const CUTS: u64 = 0x6375_7473;
 const EXCHANGES: u64 = 0x7377_6170;
 
 /// The answers of one attack, by the scheme that they are proved in.
-pub(super) type Proved = Vec<(Scheme, Vec<Trial>)>;
+pub(super) type Proved = Vec<(Scheme, Vec<AttackedAnswer>)>;
 
 /// Makes the answers of cheats.
-pub(super) struct Forge<'a> {
+pub(super) struct AnswerMaker<'a> {
     subject: &'a Subject,
-    asks: &'a [Ask],
-    honest: (Vec<Trial>, Vec<Rows>),
+    asks: &'a [AttackRequest],
+    honest: (Vec<AttackedAnswer>, Vec<Rows>),
     twin: Option<Twin>,
 }
 
@@ -39,12 +39,12 @@ pub(super) struct Forge<'a> {
 struct Twin {
     tamper: Tamper,
     model: Arc<Model>,
-    drawn: Vec<Trial>,
+    drawn: Vec<AttackedAnswer>,
 }
 
-impl<'a> Forge<'a> {
+impl<'a> AnswerMaker<'a> {
     /// On these questions; answers them honestly first.
-    pub(super) fn new(subject: &'a Subject, asks: &'a [Ask]) -> anyhow::Result<Self> {
+    pub(super) fn new(subject: &'a Subject, asks: &'a [AttackRequest]) -> anyhow::Result<Self> {
         let honest = subject.answers(&subject.engine, asks, &|_, _| {})?;
         let rows = subject.rows(&subject.model, &honest)?;
         Ok(Self { subject, asks, honest: (honest, rows), twin: None })
@@ -91,7 +91,7 @@ impl<'a> Forge<'a> {
     }
 
     /// The model with changed weights and its answers; the last one is remembered.
-    fn twin(&mut self, tamper: Tamper) -> anyhow::Result<(Arc<Model>, Vec<Trial>)> {
+    fn twin(&mut self, tamper: Tamper) -> anyhow::Result<(Arc<Model>, Vec<AttackedAnswer>)> {
         if self.twin.as_ref().is_none_or(|twin| twin.tamper != tamper) {
             self.twin = None; // its memory is needed
             let model = self.subject.twin(tamper)?;
@@ -103,12 +103,16 @@ impl<'a> Forge<'a> {
         Ok((Arc::clone(&twin.model), twin.drawn.clone()))
     }
 
-    fn proved(&self, schemes: &[Scheme], trials: &[Trial], rows: &[Rows]) -> Proved {
+    fn proved(&self, schemes: &[Scheme], trials: &[AttackedAnswer], rows: &[Rows]) -> Proved {
         schemes.iter().map(|s| (*s, self.subject.proved(*s, trials, rows))).collect()
     }
 
     /// Proved with the rows that the true weights compute over whatever was answered.
-    fn proved_truly(&self, schemes: &[Scheme], trials: &[Trial]) -> anyhow::Result<Proved> {
+    fn proved_truly(
+        &self,
+        schemes: &[Scheme],
+        trials: &[AttackedAnswer],
+    ) -> anyhow::Result<Proved> {
         let rows = self.subject.rows(&self.subject.model, trials)?;
         Ok(self.proved(schemes, trials, &rows))
     }
@@ -120,30 +124,30 @@ impl<'a> Forge<'a> {
         way: Way<'_>,
         change: impl Fn(&[u32]) -> Vec<u32>,
     ) -> anyhow::Result<Proved> {
-        let job = |ask: &'a Ask| Job { ask, prompt: change(&ask.request.prompt) };
+        let job = |ask: &'a AttackRequest| Job { ask, prompt: change(&ask.request.prompt) };
         let jobs: Vec<Job<'_>> = self.asks.iter().map(job).collect();
         let (trials, rows) = lockstep::run(self.subject, way, &jobs)?;
         Ok(self.proved(schemes, &trials, &rows))
     }
 
     /// Answers of the honest engine, drawn otherwise than asked.
-    fn drawn(&self, change: fn(&mut Sampling)) -> anyhow::Result<Vec<Trial>> {
+    fn drawn(&self, change: fn(&mut Sampling)) -> anyhow::Result<Vec<AttackedAnswer>> {
         let subject = self.subject;
         subject.answers(&subject.engine, self.asks, &|_, drawn| change(&mut drawn.sampling))
     }
 
     /// Honest answers to the same questions, where they may end by themselves.
-    fn ending(&self) -> anyhow::Result<Vec<Trial>> {
-        let asks: Vec<Ask> = self.asks.iter().map(Ask::that_may_end).collect();
+    fn ending(&self) -> anyhow::Result<Vec<AttackedAnswer>> {
+        let asks: Vec<AttackRequest> = self.asks.iter().map(AttackRequest::that_may_end).collect();
         self.subject.answers(&self.subject.engine, &asks, &|_, _| {})
     }
 
     /// Honest answers that stop somewhere in their middle half, as if an end token had been drawn
     /// and not sent.
-    fn torn(&self) -> anyhow::Result<Vec<Trial>> {
+    fn torn(&self) -> anyhow::Result<Vec<AttackedAnswer>> {
         let mut trials = self.ending()?;
         trials.retain(|trial| trial.answer.ids.len() >= CUT_MIN);
-        for Trial { ask, answer, end_is_implied } in &mut trials {
+        for AttackedAnswer { ask, answer, end_is_implied } in &mut trials {
             let count = answer.ids.len();
             let kept = count / 4 + choice(CUTS, ask.index as u32, count / 2);
             answer.ids.truncate(kept);
@@ -156,11 +160,11 @@ impl<'a> Forge<'a> {
     }
 
     /// The same with an end token that was not drawn.
-    fn cut(&self) -> anyhow::Result<Vec<Trial>> {
+    fn cut(&self) -> anyhow::Result<Vec<AttackedAnswer>> {
         let end =
             self.subject.model.text.stop_ids.first().context("this model has no end token")?;
         let mut trials = self.torn()?;
-        for Trial { ask, answer, end_is_implied } in &mut trials {
+        for AttackedAnswer { ask, answer, end_is_implied } in &mut trials {
             answer.ids.push(*end);
             answer.logprobs.push(Some(-0.5));
             answer.text = Some(self.subject.spell(&ask.request, &answer.ids));
@@ -170,10 +174,10 @@ impl<'a> Forge<'a> {
     }
 
     /// Answers of which the honest version ends by itself, and which go on to the limit.
-    fn end_skipped(&self) -> anyhow::Result<Vec<Trial>> {
+    fn end_skipped(&self) -> anyhow::Result<Vec<AttackedAnswer>> {
         let ends = &self.subject.model.text.stop_ids;
-        let ended = |t: &Trial| t.answer.ids.last().is_some_and(|id| ends.contains(id));
-        let asks: Vec<Ask> =
+        let ended = |t: &AttackedAnswer| t.answer.ids.last().is_some_and(|id| ends.contains(id));
+        let asks: Vec<AttackRequest> =
             self.ending()?.into_iter().filter(ended).map(|trial| trial.ask).collect();
         self.subject.answers(&self.subject.engine, &asks, &|_, drawn| {
             drawn.min_tokens = drawn.max_tokens;
@@ -181,9 +185,9 @@ impl<'a> Forge<'a> {
     }
 
     /// Honest answers in which one token of each chunk is that of the next answer.
-    fn exchanged(&self) -> Vec<Trial> {
+    fn exchanged(&self) -> Vec<AttackedAnswer> {
         let others = self.honest.0.iter().cycle().skip(1);
-        let exchange = |(trial, other): (&Trial, &Trial)| {
+        let exchange = |(trial, other): (&AttackedAnswer, &AttackedAnswer)| {
             let mut trial = trial.clone();
             let ids = &mut trial.answer.ids;
             for (chunk, start) in (0..ids.len()).step_by(CHUNK_ROWS).enumerate() {
@@ -200,14 +204,16 @@ impl<'a> Forge<'a> {
 
     /// Answers that were drawn and proved for an older nonce.
     fn replayed(&self, schemes: &[Scheme], keep: Keep) -> anyhow::Result<Proved> {
-        let earlier = |ask: &Ask| nonce_of(&format!("attack-bench, earlier {}", ask.index));
-        let old = |scheme, ask: &Ask| Prover { nonce: earlier(ask), ..ask.prover(scheme) };
+        let earlier =
+            |ask: &AttackRequest| nonce_of(&format!("attack-bench, earlier {}", ask.index));
+        let old =
+            |scheme, ask: &AttackRequest| Prover { nonce: earlier(ask), ..ask.prover(scheme) };
         let subject = self.subject;
         let trials = subject.answers(&subject.engine, self.asks, &|ask, drawn| {
             drawn.sampling.noise_key = ask.noise(&earlier(ask));
         })?;
         let rows = subject.rows(&subject.model, &trials)?;
-        let new = |scheme, ask: &Ask| ask.prover(scheme);
+        let new = |scheme, ask: &AttackRequest| ask.prover(scheme);
         Ok(self.rebound(schemes, &trials, &rows, (&old, &new), keep))
     }
 
@@ -220,7 +226,10 @@ impl<'a> Forge<'a> {
         trials.iter_mut().for_each(|trial| trial.ask.hotkey = hotkey);
         let by = |signer: Keypair| {
             let signer = Arc::new(signer);
-            move |scheme, ask: &Ask| Prover { signer: Some(signer.clone()), ..ask.prover(scheme) }
+            move |scheme, ask: &AttackRequest| Prover {
+                signer: Some(signer.clone()),
+                ..ask.prover(scheme)
+            }
         };
         let (old, new) = (by(victim), by(thief));
         Ok(self.rebound(schemes, &trials, &self.honest.1, (&old, &new), keep))
@@ -230,18 +239,18 @@ impl<'a> Forge<'a> {
     fn rebound(
         &self,
         schemes: &[Scheme],
-        trials: &[Trial],
+        trials: &[AttackedAnswer],
         rows: &[Rows],
         (old, new): (Provers<'_>, Provers<'_>),
         keep: Keep,
     ) -> Proved {
-        let rebind = |scheme: Scheme, trial: &Trial, rows: &Rows| {
-            let Trial { ask, mut answer, end_is_implied } = trial.clone();
+        let rebind = |scheme: Scheme, trial: &AttackedAnswer, rows: &Rows| {
+            let AttackedAnswer { ask, mut answer, end_is_implied } = trial.clone();
             self.subject.prove(&ask, &old(scheme, &ask), rows, &mut answer);
             if keep == Keep::Rows {
                 self.subject.seal(&ask, &new(scheme, &ask), &mut answer);
             }
-            Trial { ask, answer, end_is_implied }
+            AttackedAnswer { ask, answer, end_is_implied }
         };
         let all = |scheme: &Scheme| {
             let rebound = trials.iter().zip(rows).map(|(t, r)| rebind(*scheme, t, r));
@@ -276,7 +285,7 @@ impl<'a> Forge<'a> {
         proved
     }
 
-    fn reseal(&self, scheme: Scheme, ask: &Ask, answer: &mut Answer) {
+    fn reseal(&self, scheme: Scheme, ask: &AttackRequest, answer: &mut Answer) {
         self.subject.seal(ask, &ask.prover(scheme), answer);
     }
 }

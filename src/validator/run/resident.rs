@@ -1,12 +1,12 @@
-//! What a validator judges with: one model, and what is known of its honest miners.
+//! A model in memory that a validator verifies with, and the error rates of its honest miners.
 
 use crate::engine::Engine;
 use crate::verify::Verifier;
 use crate::verify::evidence::Calibrated;
 
-/// A model that answers are judged with.
+/// A model that answers are checked with.
 #[derive(Clone)]
-pub struct Judge {
+pub struct Resident {
     /// The model, with the limits between honest and not.
     pub verifier: Verifier,
     /// What evidence over many answers is weighed by.
