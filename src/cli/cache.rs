@@ -177,10 +177,10 @@ mod tests {
     #[test]
     fn ages_are_read_and_told() {
         for (text, ms) in [("30d", 30 * DAY_MS), ("12h", DAY_MS / 2), ("90m", 5_400_000)] {
-            assert_eq!(age_ms(text), Ok(ms));
+            assert_eq!(age_ms(text).unwrap(), ms);
         }
         for text in ["", "d", "30", "-1d", "1.5d", "30\u{e9}", "99999999999999999999d"] {
-            assert!(age_ms(text).unwrap_err().contains("as in 30d"), "{text}");
+            assert!(age_ms(text).unwrap_err().to_string().contains("as in 30d"), "{text}");
         }
         assert_eq!(ago(59 * 60_000), "this hour");
         assert_eq!((ago(DAY_MS), ago(3 * DAY_MS)), ("24 h ago".into(), "3 days ago".into()));

@@ -215,13 +215,13 @@ mod tests {
         let known = vec![
             (Device::Cuda(0), Ok(card(79))),
             (Device::Cuda(1), Ok(card(3))),
-            (Device::Cuda(2), Err("cuda:2 is lost".into())),
+            (Device::Cuda(2), Err(DeviceError::NotBuilt(Device::Cuda(2)))),
         ];
         let found = gpu(version, Cards::Known(known));
         assert_eq!(found[0].fact, "cuda:0, H100: 79.00 GiB free of 80.00 GiB");
         let levels: Vec<Level> = found.iter().map(|f| f.level).collect();
         assert_eq!(levels, [Level::Ok, Level::Note, Level::Warning]);
-        assert!(found[2].fact.contains("lost") && found[2].hint.is_some());
+        assert!(found[2].fact.contains("cuda:2") && found[2].hint.is_some());
     }
 
     #[test]

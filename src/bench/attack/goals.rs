@@ -89,21 +89,21 @@ mod tests {
     fn goals_are_met_only_by_what_was_measured() {
         let attacks = catalogue::all(30);
         let honest = |n| Line::bare("honest", Detector::Nothing, WITH_MARGIN, Rate::new(0, n));
-        let missing = judge(&attacks, &[], &[]);
+        let missing = outcomes(&attacks, &[], &[]);
         assert!(missing.is_empty(), "{missing:?}");
-        assert!(!judge(&attacks, &[honest(1000)], &[])[0].is_met);
-        assert!(judge(&attacks, &[honest(3000)], &[])[0].is_met);
+        assert!(!outcomes(&attacks, &[honest(1000)], &[])[0].is_met);
+        assert!(outcomes(&attacks, &[honest(3000)], &[])[0].is_met);
         let missed = |count| {
             let line = Line::bare("int8 g32", Detector::Energy, "residue-v1", Rate::new(9, 9));
             let mut missed = vec![Rate::new(5, 9); CHUNKS];
             missed[3] = Rate::new(count, 9);
             Line { missed: Some(missed), ..line }
         };
-        assert!(judge(&attacks, &[missed(0)], &[])[0].is_met);
-        assert!(!judge(&attacks, &[missed(1)], &[])[0].is_met);
+        assert!(outcomes(&attacks, &[missed(0)], &[])[0].is_met);
+        assert!(!outcomes(&attacks, &[missed(1)], &[])[0].is_met);
         let replay = |k| Line::bare("replay", Detector::Binding, WITH_MARGIN, Rate::new(k, 9));
-        assert!(judge(&attacks, &[replay(9)], &[])[0].is_met);
-        assert!(!judge(&attacks, &[replay(8)], &[])[0].is_met);
+        assert!(outcomes(&attacks, &[replay(9)], &[])[0].is_met);
+        assert!(!outcomes(&attacks, &[replay(8)], &[])[0].is_met);
         let tokens = |p95| Tokens {
             name: "another seed".into(),
             mismatch: Rate::new(4, 9),
@@ -113,8 +113,8 @@ mod tests {
             either: Stopping { median: Some(3), p95, curve: Vec::new() },
             exact: Stopping::default(),
         };
-        assert!(judge(&attacks, &[], &[tokens(Some(16))])[0].is_met);
-        assert!(!judge(&attacks, &[], &[tokens(Some(17))])[0].is_met);
-        assert!(!judge(&attacks, &[], &[tokens(None)])[0].is_met);
+        assert!(outcomes(&attacks, &[], &[tokens(Some(16))])[0].is_met);
+        assert!(!outcomes(&attacks, &[], &[tokens(Some(17))])[0].is_met);
+        assert!(!outcomes(&attacks, &[], &[tokens(None)])[0].is_met);
     }
 }

@@ -221,7 +221,7 @@ fn fails_by(report: &Report, count: usize, scheme: Scheme, limits: &Limits) -> b
     let chunks = &report.chunks[..count.min(report.chunks.len())];
     match chunks.is_empty() {
         true => is_rejected(report),
-        false => proof::judge(chunks, scheme, limits).is_err(),
+        false => proof::check(chunks, scheme, limits).is_err(),
     }
 }
 
