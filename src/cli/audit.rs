@@ -35,9 +35,10 @@ const CANNOT_TELL: u8 = 4;
 #[derive(Args)]
 #[command(after_help = "Examples:
   targon-engine audit --url https://llm.example --model M --models models.toml
-  targon-engine audit --url http://127.0.0.1:8000 --model M --local mine --chat --json
-Exit code 0: the answers agree with these weights; 3: they were computed with others; 4: too little
-was said to tell.")]
+  targon-engine audit --url http://127.0.0.1:8000 --model M --local mine --json
+
+Exit code 0: the answers agree with these weights; 3: they were computed with
+others; 4: too little was said to tell.")]
 pub(super) struct AuditArgs {
     /// The server, without /v1.
     #[arg(long)]
