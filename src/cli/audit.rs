@@ -180,7 +180,8 @@ impl Audit<'_> {
             // Equal answers to one seed mean nothing where all answers are equal.
             seeds = seeds.filter(|_| last != answer.text);
             last = answer.text;
-            note!("answer {}: {:+.1} nats so far", index + 1, evidence.nats);
+            let (eight_bits, other) = (evidence.nats_eight_bits, evidence.nats_other);
+            note!("answer {}: {eight_bits:+.1} and {other:+.1} nats so far", index + 1);
             if index + 1 >= ANSWERS_MIN && evidence.verdict().0 != Conclusion::CannotTell {
                 break;
             }
