@@ -15,8 +15,9 @@ use super::score::TokenScore;
 use crate::verify::evidence::{ALARM, ANSWER_MAX};
 use serde::Serialize;
 
-/// Standard deviation of the logits of an honest stack in 16 bits.
-pub const HONEST: f64 = 0.05;
+/// Standard deviation of the logits of an honest stack in 16 bits: of the two measured, the one that
+/// rounds all activations too.
+pub const HONEST: f64 = 0.06;
 /// Where weights or the inputs of products have eight bits.
 pub const EIGHT_BITS: f64 = 0.11;
 /// Of other weights: those of six bits are the nearest.
@@ -264,8 +265,8 @@ mod tests {
         // As measured: bf16, eight bits, six bits, four bits.
         for (noise, verdict) in [
             (0.0, Conclusion::Agrees),
-            (0.02, Conclusion::Agrees),
-            (HONEST, Conclusion::Agrees),
+            (0.018, Conclusion::Agrees),
+            (0.061, Conclusion::Agrees),
             (0.102, Conclusion::CannotTell),
             (0.112, Conclusion::CannotTell),
             (0.163, Conclusion::NotTheseWeights),
