@@ -15,8 +15,8 @@ use super::score::TokenScore;
 use crate::verify::evidence::{ALARM, ANSWER_MAX};
 use serde::Serialize;
 
-/// Standard deviation of the logits of an honest stack in 16 bits: of the two measured, the one that
-/// rounds all activations too.
+/// Standard deviation of the logits of an honest stack in 16 bits: of the two measured, the one
+/// that rounds all activations too.
 pub const HONEST: f64 = 0.06;
 /// Where weights or the inputs of products have eight bits.
 pub const EIGHT_BITS: f64 = 0.11;
@@ -261,7 +261,8 @@ mod tests {
 
     #[test]
     fn small_noise_agrees_large_noise_does_not_and_eight_bits_cannot_be_told() {
-        let of = |noise: f64| after(&[row(Some(noise), 1.0); 32], Drawn::Sampled, TokenSource::Ids, 8);
+        let of =
+            |noise: f64| after(&[row(Some(noise), 1.0); 32], Drawn::Sampled, TokenSource::Ids, 8);
         // As measured: bf16, eight bits, six bits, four bits.
         for (noise, verdict) in [
             (0.0, Conclusion::Agrees),
