@@ -5,7 +5,7 @@ and log-probabilities of the untruncated distribution at temperature 0 or 1, one
     peer_server.py llama MODEL.gguf           ik_llama.cpp (a fork of llama.cpp), weights of any type
     peer_server.py transformers MODEL.gguf    Hugging Face transformers, weights in bf16
 
-Prints its address. Needs numpy, and ik-llama-cpp-python, or torch, transformers and gguf.
+Prints its address. Needs numpy, and ik-llama-cpp-python, or what `other_stack.py` needs.
 """
 
 import http.server
@@ -54,19 +54,20 @@ class Llama:
 
 
 class Transformers:
-    """The model's own module in bf16, as a server of that library runs it."""
+    """The model's module with weights, activations and cache in bf16."""
 
     def __init__(self, path):
         import os
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from other_stack import File
+        from transformers import AutoTokenizer, LlamaForCausalLM
         torch.set_num_threads(THREADS)
-        place = dict(pretrained_model_name_or_path=os.path.dirname(os.path.abspath(path)),
-                     gguf_file=os.path.basename(path))
-        self.torch = torch
-        self.tokenizer = AutoTokenizer.from_pretrained(**place)
-        self.model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16).eval()
-        self.ends, self.cache = self.model.generation_config.eos_token_id, None
+        self.torch, self.file = torch, File(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            os.path.dirname(os.path.abspath(path)), gguf_file=os.path.basename(path))
+        self.model = LlamaForCausalLM._from_config(self.file.config(), dtype=torch.bfloat16).eval()
+        self.model.load_state_dict(self.file.state())
+        self.cache = None
 
     def tokens(self, text):
         return self.tokenizer(text)["input_ids"]
@@ -75,15 +76,14 @@ class Transformers:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def is_end(self, token):
-        ends = self.ends if isinstance(self.ends, list) else [self.ends]
-        return token in ends
+        return token in self.file.end_ids
 
     def begin(self):
         self.cache = None
 
     def row(self, ids):
         with self.torch.no_grad():
-            out = self.model(self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True)
+            out = self.model(self.torch.tensor([ids]), cache=self.cache, use_cache=True)
         self.cache = out.past_key_values
         return out.logits[0, -1].float().numpy().astype(np.float64)
 

@@ -1,22 +1,27 @@
-//! A sequential test over many answers: were they computed by another library with the same
-//! weights, or with other weights?
+//! What many answers say together: sequential tests between another stack's rounding, eight bits,
+//! and other weights.
 //!
-//! Both hypotheses are noise on our logits. Its standard deviation is [`HONEST`] if another library
-//! computes the same weights in bf16, and [`OTHER`] or more if the weights differ, for example the
-//! same weights in four bits. Each row adds its log-likelihood ratio, limited to `ROW_MAX`. Each
-//! answer adds at most a quarter of what decides, because rows of one answer share keys and values
-//! and are not independent.
+//! All three hypotheses are noise on our logits, of a standard deviation that was measured
+//! (`docs/bench.md`): [`HONEST`] where the same weights are computed in 16 bits by another library,
+//! [`EIGHT_BITS`] where weights or activations have eight, [`OTHER`] from six bits down. Answers
+//! agree where 16 bits explain them better than eight, and are of other weights where those explain
+//! them better than eight bits; eight bits lie between, because an honest server may compute its
+//! products in them. Each row adds a log-likelihood ratio to both tests, within `ROW_MAX`, and each
+//! answer at most a quarter of what decides: rows of an answer share keys and values, so they are
+//! no independent witnesses.
 
 use super::answer::{ServerAnswer, TokenSource};
 use super::score::TokenScore;
 use crate::verify::evidence::{ALARM, ANSWER_MAX};
 use serde::Serialize;
 
-/// Standard deviation of the logits of an honest stack. Single logits in bf16 are off by a tenth or
-/// two at most.
-pub const HONEST: f64 = 0.08;
-/// Of other weights.
-pub const OTHER: f64 = 0.24;
+/// Standard deviation of the logits of an honest stack in 16 bits: of the two measured, the one
+/// that rounds all activations too.
+pub const HONEST: f64 = 0.06;
+/// Where weights or the inputs of products have eight bits.
+pub const EIGHT_BITS: f64 = 0.11;
+/// Of other weights: those of six bits are the nearest.
+pub const OTHER: f64 = 0.16;
 /// The most that a row adds, in nats.
 const ROW_MAX: f64 = 1.0;
 /// Evidence for agreement at which it is believed: a thousand to one.
@@ -71,8 +76,10 @@ pub struct AuditEvidence {
     pub sources: [usize; 3],
     /// Rows whose log-probabilities were compared.
     pub compared: usize,
-    /// Nats for other weights; below zero for these.
-    pub nats: f64,
+    /// Nats for eight bits over 16: below zero, these weights in 16 bits explain more.
+    pub nats_eight_bits: f64,
+    /// Nats for other weights over these in eight bits.
+    pub nats_other: f64,
     /// Tokens that are our most probable ones.
     pub first: usize,
     /// Tokens among our five most probable ones.
@@ -96,7 +103,7 @@ impl AuditEvidence {
         self.tokens += rows.len();
         self.sources[answer.source as usize] += 1;
         self.other_prompts += usize::from(answer.prompt_tokens.is_some_and(|n| n != prompt as u64));
-        let mut nats = 0.0;
+        let (mut eight_bits, mut other) = (0.0, 0.0);
         for row in rows {
             self.first += usize::from(row.rank == 1);
             self.among_five += usize::from(row.rank <= 5);
@@ -117,11 +124,13 @@ impl AuditEvidence {
                     self.drawn[1] += 1;
                 }
             }
-            nats += ratio(row, drawn);
+            eight_bits += ratio(row, drawn, (EIGHT_BITS, HONEST));
+            other += ratio(row, drawn, (OTHER, EIGHT_BITS));
         }
         // Tokens of a text that was tokenised again may be others than were drawn.
         if answer.source != TokenSource::Text {
-            self.nats += nats.clamp(-ANSWER_MAX, ANSWER_MAX);
+            self.nats_eight_bits += eight_bits.clamp(-ANSWER_MAX, ANSWER_MAX);
+            self.nats_other += other.clamp(-ANSWER_MAX, ANSWER_MAX);
         }
     }
 
@@ -158,26 +167,30 @@ impl AuditEvidence {
                 false => (Conclusion::NotTheseWeights, what),
             };
         }
-        let odds = format!("the evidence is {:.1} nats for other weights", self.nats);
-        match self.nats {
-            nats if nats >= ALARM => (Conclusion::NotTheseWeights, odds),
-            nats if nats <= AGREES => (Conclusion::Agrees, odds),
+        let odds = format!(
+            "the evidence is {:+.1} nats for eight bits over 16, {:+.1} for other weights over \
+             eight bits",
+            self.nats_eight_bits, self.nats_other
+        );
+        match (self.nats_eight_bits, self.nats_other) {
+            (_, other) if other >= ALARM => (Conclusion::NotTheseWeights, odds),
+            (eight_bits, _) if eight_bits <= AGREES => (Conclusion::Agrees, odds),
             _ => cannot(odds),
         }
     }
 }
 
-/// The log-likelihood ratio of a row: other weights over these.
-fn ratio(row: &TokenScore, drawn: Drawn) -> f64 {
+/// The log-likelihood ratio of a row: noise of `more` over noise of `less`.
+fn ratio(row: &TokenScore, drawn: Drawn, (more, less): (f64, f64)) -> f64 {
     let nats = match (row.noise, drawn) {
         (Some(noise), _) => {
-            let gain = 0.5 * (1.0 / (HONEST * HONEST) - 1.0 / (OTHER * OTHER));
-            (HONEST / OTHER).ln() + gain * noise * noise
+            let gain = 0.5 * (1.0 / (less * less) - 1.0 / (more * more));
+            (less / more).ln() + gain * noise * noise
         }
         // Whether the difference of two noisy logits keeps its sign.
         (None, Drawn::Greedy) => {
             let chance = |sd: f64| normal(row.lead / (sd * std::f64::consts::SQRT_2)).max(1e-300);
-            chance(OTHER).ln() - chance(HONEST).ln()
+            chance(more).ln() - chance(less).ln()
         }
         (None, Drawn::Sampled) => 0.0,
     };
@@ -247,26 +260,39 @@ mod tests {
     }
 
     #[test]
-    fn small_noise_agrees_large_noise_does_not_and_between_nobody_can_tell() {
+    fn small_noise_agrees_large_noise_does_not_and_eight_bits_cannot_be_told() {
         let of =
             |noise: f64| after(&[row(Some(noise), 1.0); 32], Drawn::Sampled, TokenSource::Ids, 8);
-        assert_eq!(of(0.0).verdict().0, Conclusion::Agrees);
-        assert_eq!(of(0.08).verdict().0, Conclusion::Agrees);
-        assert_eq!(of(0.3).verdict().0, Conclusion::NotTheseWeights);
+        // As measured: bf16, eight bits, six bits, four bits.
+        for (noise, verdict) in [
+            (0.0, Conclusion::Agrees),
+            (0.018, Conclusion::Agrees),
+            (0.061, Conclusion::Agrees),
+            (0.102, Conclusion::CannotTell),
+            (0.112, Conclusion::CannotTell),
+            (0.163, Conclusion::NotTheseWeights),
+            (0.49, Conclusion::NotTheseWeights),
+        ] {
+            assert_eq!(of(noise).verdict().0, verdict, "{noise}");
+        }
         assert!((of(0.3).noise().unwrap() - 0.3).abs() < 1e-12);
-        // Where both are equally likely.
-        let gain = 0.5 * (1.0 / (HONEST * HONEST) - 1.0 / (OTHER * OTHER));
-        let middle = ((OTHER / HONEST).ln() / gain).sqrt();
-        assert_eq!(of(middle).verdict().0, Conclusion::CannotTell);
+        // Where two are equally likely, nothing is added.
+        for pair in [(EIGHT_BITS, HONEST), (OTHER, EIGHT_BITS)] {
+            let (more, less) = pair;
+            let gain: f64 = 0.5 * (1.0 / (less * less) - 1.0 / (more * more));
+            let middle = ((more / less).ln() / gain).sqrt();
+            let nats = ratio(&row(Some(middle), 1.0), Drawn::Sampled, pair);
+            assert!(nats.abs() < 1e-12, "{pair:?}: {nats}");
+        }
     }
 
     #[test]
     fn one_answer_never_decides_and_text_only_informs() {
         let far = [row(Some(5.0), 1.0); 128];
         let one = after(&far, Drawn::Sampled, TokenSource::Names, 1);
-        assert_eq!((one.nats, one.verdict().0), (ANSWER_MAX, Conclusion::CannotTell));
+        assert_eq!((one.nats_other, one.verdict().0), (ANSWER_MAX, Conclusion::CannotTell));
         let text = after(&far, Drawn::Sampled, TokenSource::Text, 20);
-        assert_eq!((text.nats, text.verdict().0), (0.0, Conclusion::CannotTell));
+        assert_eq!((text.nats_other, text.verdict().0), (0.0, Conclusion::CannotTell));
     }
 
     #[test]

@@ -35,9 +35,10 @@ const CANNOT_TELL: u8 = 4;
 #[derive(Args)]
 #[command(after_help = "Examples:
   targon-engine audit --url https://llm.example --model M --models models.toml
-  targon-engine audit --url http://127.0.0.1:8000 --model M --local mine --chat --json
-Exit code 0: the answers agree with these weights; 3: they were computed with others; 4: too little
-was said to tell.")]
+  targon-engine audit --url http://127.0.0.1:8000 --model M --local mine --json
+
+Exit code 0: the answers agree with these weights; 3: they were computed with
+others; 4: too little was said to tell.")]
 pub(super) struct AuditArgs {
     /// The server, without /v1.
     #[arg(long)]
@@ -179,7 +180,8 @@ impl Audit<'_> {
             // Equal answers to one seed mean nothing where all answers are equal.
             seeds = seeds.filter(|_| last != answer.text);
             last = answer.text;
-            note!("answer {}: {:+.1} nats so far", index + 1, evidence.nats);
+            let (eight_bits, other) = (evidence.nats_eight_bits, evidence.nats_other);
+            note!("answer {}: {eight_bits:+.1} and {other:+.1} nats so far", index + 1);
             if index + 1 >= ANSWERS_MIN && evidence.verdict().0 != Conclusion::CannotTell {
                 break;
             }

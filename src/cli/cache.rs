@@ -20,13 +20,8 @@ const DAY_MS: u64 = 86_400_000;
 #[derive(Subcommand)]
 pub(super) enum CacheCommand {
     /// List what is kept, where, how large it is, when it was last used, and who holds it.
-    #[command(after_help = "Example:
-  targon-engine cache list --json | jq '.items[] | select(.kind == \"model\").name'")]
     List(ListArgs),
     /// Remove what can be fetched or computed again; what a process uses stays.
-    #[command(after_help = "Examples:
-  targon-engine cache clean --older-than 30d
-  targon-engine cache clean --only partial --only temporary --yes")]
     Clean(CleanArgs),
 }
 

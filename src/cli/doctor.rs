@@ -21,12 +21,6 @@ use std::process::ExitCode;
 
 /// Arguments of `doctor`.
 #[derive(Args)]
-#[command(after_help = "Examples:
-  targon-engine doctor --offline
-  targon-engine doctor --models models.toml --wallet.name miner --wallet.hotkey default
-  targon-engine doctor --subtensor.network test --netuid 337 --json | jq '.findings[].fact'
-  targon-engine doctor --as-validator 127.0.0.1:8000 --max-tokens 64
-  targon-engine doctor --as-validator 203.0.113.7:8091 --hotkey 5F... --wallet.name validator")]
 pub(super) struct DoctorArgs {
     #[command(flatten)]
     miner: MinerArgs,

@@ -14,7 +14,7 @@ fn documents() -> Vec<PathBuf> {
 }
 
 /// The lines of shell blocks; a backslash at the end goes on with the next.
-fn shell_lines(text: &str) -> Vec<String> {
+pub(super) fn shell_lines(text: &str) -> Vec<String> {
     let (mut lines, mut is_shell, mut open) = (Vec::new(), false, String::new());
     for line in text.lines() {
         match line.trim_start().strip_prefix("```") {
@@ -50,7 +50,7 @@ fn words(text: &str) -> Vec<String> {
 }
 
 /// The commands of this program in a line, each with its arguments.
-fn commands(line: &str) -> Vec<Vec<String>> {
+pub(super) fn commands(line: &str) -> Vec<Vec<String>> {
     let starts = line.match_indices("targon-engine ").map(|(at, _)| at);
     let is_called = |at: &usize| {
         let before = &line[..*at];
@@ -60,7 +60,7 @@ fn commands(line: &str) -> Vec<Vec<String>> {
     starts.filter(is_called).map(|at| words(&line[at..])).collect()
 }
 
-fn parse(words: &[String]) -> Result<(), clap::Error> {
+pub(super) fn parse(words: &[String]) -> Result<(), clap::Error> {
     Cli::command().try_get_matches_from(words).map(drop)
 }
 

@@ -11,6 +11,7 @@ mod calibrate;
 mod capture;
 mod config;
 mod doctor;
+mod examples;
 mod explain;
 mod export;
 mod failure;
@@ -44,6 +45,7 @@ mod wallet;
 mod guides;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use examples::with_examples;
 pub use failure::Failure;
 use out::note;
 use std::process::ExitCode;
@@ -140,7 +142,7 @@ enum Command {
 /// Parses the arguments, runs the command, prints a failure.
 pub fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
-    let command = match layers::apply(Cli::command(), &arguments) {
+    let command = match layers::apply(with_examples(Cli::command()), &arguments) {
         Ok(command) => command,
         Err(failure) => return report(failure),
     };
@@ -189,7 +191,7 @@ fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
         Command::Cache(command) => cache::run(&command),
         Command::Config(command) => config::run(&command),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
-        Command::Man(args) => manual::pages(&args, Cli::command()),
+        Command::Man(args) => manual::pages(&args, with_examples(Cli::command())),
     }?;
     Ok(ExitCode::SUCCESS)
 }

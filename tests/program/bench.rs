@@ -229,9 +229,17 @@ fn a_server_that_dies_leaves_a_partial_report() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
     command.current_dir(home).args(["bench", "serve", "--url", &url, "--model", "tiny"]);
     command.args(["--input", "9", "--output-tokens", "100", "--requests", "5000"]);
-    command.args(["--rate", "50", "--out", "o"]);
+    command.args(["--rate", "20", "--out", "o"]);
     let running = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(4));
+    // It dies after it has answered some, however long that takes here.
+    let has_answered = (0..1200).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let ended = "vllm:request_success_total{model_name=\"tiny\",finished_reason=\"length\"} ";
+        let metrics = server.get("/metrics").1;
+        let count = metrics.split(ended).nth(1).and_then(|rest| rest.split_whitespace().next());
+        count.is_some_and(|count| count.parse::<f64>().unwrap() >= 5.0)
+    });
+    assert!(has_answered, "five answers take more than a minute");
     drop(server);
     let output = running.wait_with_output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);

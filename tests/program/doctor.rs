@@ -163,8 +163,8 @@ fn visit(home: &Path, address: &str, extra: &[&str]) -> (i32, Vec<Value>) {
     let (code, out, err) = run(home, &all);
     let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}\n{err}"));
     let found = report["findings"].as_array().unwrap().clone();
-    let is_bad = |f: &&Value| f["level"] != "ok";
-    assert!(found.iter().filter(is_bad).all(|f| f["hint"].is_string() || f["level"] == "note"));
+    let is_mute = |f: &&Value| f["level"] != "ok" && f["level"] != "note" && !f["hint"].is_string();
+    assert_eq!(found.iter().find(is_mute), None, "no hint");
     (code, found)
 }
 
@@ -232,7 +232,8 @@ async fn answer(State(kind): State<&'static str>, body: Bytes) -> Response {
     };
     let count: usize = if kind == "at once" { 80 } else { 8 };
     let wait = move |i: usize| match (kind, i) {
-        ("at once", 0) => Duration::from_millis(600),
+        // Long beside what reading all chunks takes on a busy machine.
+        ("at once", 0) => Duration::from_millis(4_000),
         ("slow", 4) => Duration::from_millis(2_500),
         ("at once", _) => Duration::ZERO,
         _ => Duration::from_millis(2),

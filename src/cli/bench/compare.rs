@@ -16,8 +16,9 @@ use std::path::{Path, PathBuf};
 #[derive(Args)]
 #[command(after_help = "Examples:
   targon-engine bench compare epyc.json h200.json --prices prices.toml
-A price counts for a report whose file has the name of its `device` (h200.json), or whose machine
-is that row of the device table.")]
+
+A price counts for a report whose file has the name of its `device` (h200.json),
+or whose machine is that row of the device table.")]
 pub(in crate::cli) struct CompareArgs {
     /// Reports of `bench engine` and `bench serve`: report.json of each.
     #[arg(required = true)]

@@ -22,8 +22,8 @@ use std::sync::atomic::Ordering;
 #[derive(Args)]
 #[command(after_help = "Examples:
   targon-engine bench engine model.gguf --out report
-  targon-engine bench engine ./Llama-3.1-8B --batch 1,16,64 --depth 512,4096 --strict --out report
-  targon-engine bench engine model.gguf --wallet.name miner --wallet.hotkey h1 --out report")]
+  targon-engine bench engine ./Llama-3.1-8B --batch 1,16 --depth 512 --json
+  targon-engine bench engine model.gguf --strict --wallet.name miner --out r")]
 pub(in crate::cli) struct EngineArgs {
     /// A checkpoint directory or a GGUF file.
     model: PathBuf,

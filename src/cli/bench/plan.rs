@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 #[derive(Args)]
 #[command(after_help = "Examples:
   targon-engine bench plan HuggingFaceTB/SmolLM2-135M-Instruct
-  targon-engine bench plan ./Llama-3.1-8B/config.json --devices h100-sxm,h200 --batch 1,64
+  targon-engine bench plan ./config.json --devices h100-sxm,h200 --batch 1,64
   targon-engine bench plan model.gguf --prices prices.toml --csv > plan.csv")]
 pub(in crate::cli) struct PlanArgs {
     /// A config.json, a checkpoint directory, a GGUF file, or OWNER/NAME on the Hub (of which only

@@ -30,9 +30,11 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Arguments of `bench serve`.
 #[derive(Args)]
 #[command(after_help = "Examples:
-  targon-engine bench serve --url http://127.0.0.1:8000 --model M --rate 1,2,4,8 --out report
-  targon-engine bench serve --url http://127.0.0.1:8000 --model M --concurrency 1,8,32
-  targon-engine bench serve --url http://127.0.0.1:8000 --model M --load targon --rate 2")]
+  targon-engine bench serve --url http://127.0.0.1:8000 --model M --rate 1,2,4
+  targon-engine bench serve --url http://127.0.0.1:8000 --model M \\
+      --concurrency 1,8,32 --out report
+  targon-engine bench serve --url http://127.0.0.1:8000 --model M \\
+      --load targon --rate 2")]
 pub(in crate::cli) struct ServeArgs {
     /// The server, without /v1.
     #[arg(long)]

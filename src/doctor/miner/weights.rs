@@ -82,7 +82,8 @@ fn findings(topic: &str, report: &Report, rulings: &[Ruling]) -> Vec<Finding> {
                 findings.push(told);
             }
             let fact = format!("{} makes this answer a miss", refused.reason.name());
-            findings.push(of("verdict", Level::Fault, &fact));
+            let hint = "see what is said of that rule";
+            findings.push(of("verdict", Level::Fault, &fact).hint(hint));
         }
         Verdict::Unscored(why) => {
             let fact = format!("cannot be checked here: {why}");
