@@ -14,7 +14,7 @@ pub struct Clock(Source);
 #[derive(Clone, Debug)]
 enum Source {
     System { start: Instant },
-    Manual { elapsed_ms: Arc<AtomicU64>, epoch_ms: u64 },
+    Manual { elapsed_ms: Arc<AtomicU64>, epoch_ms: Arc<AtomicU64> },
 }
 
 impl Clock {
@@ -25,7 +25,8 @@ impl Clock {
 
     /// A clock that starts at `epoch_ms` (Unix time) and moves by [`advance`](Self::advance).
     pub fn manual(epoch_ms: u64) -> Self {
-        Self(Source::Manual { elapsed_ms: Arc::new(AtomicU64::new(0)), epoch_ms })
+        let (elapsed_ms, epoch_ms) = (Arc::default(), Arc::new(AtomicU64::new(epoch_ms)));
+        Self(Source::Manual { elapsed_ms, epoch_ms })
     }
 
     /// Time since the clock was made; never goes back.
@@ -45,7 +46,9 @@ impl Clock {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
             }
-            Source::Manual { elapsed_ms, epoch_ms } => epoch_ms + elapsed_ms.load(Ordering::SeqCst),
+            Source::Manual { elapsed_ms, epoch_ms } => {
+                epoch_ms.load(Ordering::SeqCst).wrapping_add(elapsed_ms.load(Ordering::SeqCst))
+            }
         }
     }
 
@@ -53,6 +56,14 @@ impl Clock {
     pub fn advance(&self, by: Duration) {
         if let Source::Manual { elapsed_ms, .. } = &self.0 {
             elapsed_ms.fetch_add(by.as_millis() as u64, Ordering::SeqCst);
+        }
+    }
+
+    /// Sets a manual clock's date, as an operator or a time server does: no time passes by it.
+    pub fn set_unix_ms(&self, unix_ms: u64) {
+        if let Source::Manual { elapsed_ms, epoch_ms } = &self.0 {
+            let elapsed = elapsed_ms.load(Ordering::SeqCst);
+            epoch_ms.store(unix_ms.wrapping_sub(elapsed), Ordering::SeqCst);
         }
     }
 }
@@ -68,5 +79,7 @@ mod tests {
         assert_eq!((twin.elapsed(), twin.unix_ms()), (Duration::ZERO, 1_000));
         clock.advance(Duration::from_millis(250));
         assert_eq!((twin.elapsed(), twin.unix_ms()), (Duration::from_millis(250), 1_250));
+        clock.set_unix_ms(7);
+        assert_eq!((twin.elapsed(), twin.unix_ms()), (Duration::from_millis(250), 7));
     }
 }

@@ -66,11 +66,12 @@ pub(super) fn residents(
     (limits, budget): (&Arc<LimitsFiles>, u64),
 ) -> Result<Residents, Failure> {
     let slots = usize::from(args.verifying.judges) + 1;
+    let asked = (slots, args.tokens_needed());
     let (mut all, mut found) = (Vec::new(), BTreeMap::new());
     let mut refused = Vec::new();
     for config in args.models.read(&[])?.models {
         let name = config.name.clone();
-        match runtime.block_on(plan(config, slots, budget)) {
+        match runtime.block_on(plan(config, asked, budget)) {
             Ok((located, bytes)) => {
                 tracing::info!(model = name, needs = %Bytes(bytes), "planned");
                 all.push(Sized { name: name.clone(), bytes });
@@ -119,20 +120,26 @@ pub(super) fn budget(asked: Option<&str>) -> Result<u64, Failure> {
     }
 }
 
-/// What a model needs for `slots` full contexts at once.
+/// What a model needs for `slots` sequences at once, each as long as its context and the rounds
+/// (`needed`, in tokens) may make one.
 async fn plan(
     mut config: ModelConfig,
-    slots: usize,
+    (slots, needed): (usize, Option<usize>),
     budget: u64,
 ) -> anyhow::Result<(Located, u64)> {
     config.wanted = wanted(config.wanted, slots);
-    let located = load::locate(config, &Bars::new()).await?;
-    let bytes = load::plan_within(&located, BOUNDLESS)?.total();
+    let mut located = load::locate(config, &Bars::new()).await?;
+    let mut plan = load::plan_within(&located, BOUNDLESS)?;
+    if let Some(needed) = needed.filter(|needed| *needed < plan.options.context_max) {
+        located.config.wanted.context_max = Some(needed);
+        plan = load::plan_within(&located, BOUNDLESS)?;
+    }
+    let (bytes, context) = (plan.total(), plan.options.context_max);
     if bytes > budget {
         let short = Bytes(bytes - budget);
         bail!(
-            "needs {} with {slots} contexts, but only {} may be taken: {short} short; lower \
-             `context_max` or --judges",
+            "needs {} with {slots} contexts of {context} tokens, but only {} may be taken: {short} \
+             short; lower `context_max`, --tokens-max or --judges",
             Bytes(bytes),
             Bytes(budget)
         );

@@ -23,6 +23,9 @@ use std::time::Duration;
 const PROMPT_TIME: Duration = Duration::from_secs(60);
 /// What a query may take beyond its own limit before the round goes on without it.
 const QUERY_GRACE: Duration = Duration::from_secs(10);
+/// Tokens of a round's prompt: a passage of 500 characters or a query of 400, who speaks and what
+/// is asked for in 1 KiB, and what a chat template writes around them. Bytes bound tokens.
+const PROMPT_TOKENS_MAX: usize = 4096;
 /// Blocks without a round after which a validator starts anew (protocol 5.7).
 const AWAY_BLOCKS_MAX: u64 = 360;
 /// Version that weights of the profile `targon-4.4` name: 4.4.1 (protocol 0).
@@ -78,6 +81,14 @@ pub(super) struct ValidateArgs {
     pub(super) shutdown_timeout: u64,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
+}
+
+impl ValidateArgs {
+    /// Tokens of the longest sequence that is verified; unknown where users' requests are.
+    pub(super) fn tokens_needed(&self) -> Option<usize> {
+        let is_known = self.hub.organics.is_none();
+        is_known.then_some(PROMPT_TOKENS_MAX + self.round.tokens_max as usize)
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -4,6 +4,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/dishonest.rs"]
+#[allow(unreachable_pub, reason = "an example uses it as well")]
+mod dishonest;
 #[path = "../common/node.rs"]
 mod node;
 

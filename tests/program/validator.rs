@@ -1,13 +1,16 @@
 //! A validator as its operator runs it: a chain, miners as programs of their own, records on disk.
 
 use crate::common;
+use crate::dishonest::{self, Setup, Way};
 use crate::node::{FakeNode, Neuron, Subnet};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
+use targon_engine::chain::keyfile::KeyFileError;
 use targon_engine::chain::keys::Hotkey;
+use targon_engine::chain::wallet::Wallet;
 use targon_engine::store::Store;
 use targon_engine::store::record::{Outcome, Sampled, WeightsState};
 
@@ -72,6 +75,24 @@ impl Home {
         command.args(["--axon.ip", "127.0.0.2", "--axon.port", "0"]);
         command.args(["--subtensor.chain_endpoint", &url]);
         Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+
+    /// A miner that cheats with the model of seed 3, in this process.
+    fn cheat(&self, node: &FakeNode, hotkey: &str, way: Way) {
+        let wallet = Wallet::new(&self.path().join(".bittensor/wallets"), "w", hotkey).unwrap();
+        let scratch = self.path().join(format!("{hotkey}.weights"));
+        std::fs::create_dir(&scratch).unwrap();
+        let setup = Setup {
+            way,
+            model: MODEL.into(),
+            path: self.path().join("model3"),
+            scratch,
+            threads: 2,
+            signer: wallet.keypair(|_| Err(KeyFileError::NotAsked("none".into()))).unwrap(),
+            chain: node.url(),
+            ip: [127, 0, 0, 2].into(),
+        };
+        tokio::spawn(async move { panic!("{:?}", dishonest::run(setup, |_| ()).await) });
     }
 
     async fn validate(&self, node: &FakeNode, extra: &[&str]) -> (i32, String, String) {
@@ -157,6 +178,57 @@ async fn one_round_ends_in_verdicts_records_and_weights_on_the_chain() {
     assert_eq!(set, 1, "{out}\n{err}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn cheats_that_claim_the_true_model_get_nothing_and_the_slow_get_less() {
+    let home = Home::new();
+    let validator = home.hotkey("validator").await;
+    let ways = [
+        ("slow", Way::Slow(40)),
+        ("weights", Way::Weights(4)),
+        ("spoof", Way::Spoof(4)),
+        ("replay", Way::Replay),
+    ];
+    let mut keys = vec![home.hotkey("honest").await];
+    for (name, _) in ways {
+        keys.push(home.hotkey(name).await);
+    }
+    let node = chain(validator, &keys).await;
+    let models = home.models(3);
+    let _honest = home.miner(&node, "honest", &models);
+    ways.iter().for_each(|(name, way)| home.cheat(&node, name, *way));
+    announced(&node, &[1, 2, 3, 4, 5]).await;
+    let database = ["--models", &models, "--database.url", "v.sqlite", "--rounds", "2"];
+    let (code, out, err) = home.validate(&node, &database).await;
+    assert_eq!(code, 0, "{out}\n{err}");
+    let store = Store::open_to_read(home.path().join("v.sqlite").to_str().unwrap()).await.unwrap();
+    let heads = store.rounds(4, u64::MAX, 10).await.unwrap();
+    assert_eq!(heads.len(), 2);
+    for head in heads {
+        let round = store.round(&head.id).await.unwrap().unwrap();
+        let found: Vec<(Outcome, Option<&str>)> =
+            round.responses.iter().map(|r| (r.outcome, r.cause.as_deref())).collect();
+        // The spoofer's rows and log-probabilities are true: what tells it is how tokens are drawn.
+        let rejected = |cause| (Outcome::Rejected, Some(cause));
+        let expected = [
+            (Outcome::Verified, None),
+            (Outcome::Verified, None),
+            rejected("SKETCH_ENERGY"),
+            rejected("SAMPLER_MARGIN"),
+            rejected("CHAIN_BREAK"),
+        ];
+        assert_eq!(found, expected, "{out}");
+    }
+    store.close().await;
+    let weights = node.subnet(|s| s.weights.clone()).into_values().next().unwrap();
+    let [(1, best), (2, slow)] = weights[..] else { panic!("{weights:?}") };
+    // Its share is that of its speed, which is at most 25 tokens a second.
+    assert!(best == u16::MAX && (1..u16::MAX / 2).contains(&slow), "{weights:?}");
+    let explain = ["explain", "--uid", "4", "--database.url", "v.sqlite"];
+    let (code, out, err) = home.run(&explain).await;
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains("SAMPLER_MARGIN") && out.contains("logits from being drawn"), "{out}");
+}
+
 /// What the first run has written down.
 async fn check_records(home: &Home, miners: &[Hotkey; 2], gone: Hotkey) {
     let path = home.path().join("v.sqlite");
@@ -213,8 +285,26 @@ async fn starts_that_cannot_work_end_at_once_with_what_is_missing() {
     expect(1, &["--proof nothing: must be one of"], &["--proof", "nothing"]).await;
     expect(1, &["no-such.jsonl"], &["--dataset", "no-such.jsonl"]).await;
     expect(1, &["no-such.json", "cannot be read"], &["--limits", "no-such.json"]).await;
-    let short = ["tiny cannot be verified: needs ", " with 3 contexts, but only 1.0 KiB may be"];
+    let short = [
+        "tiny cannot be verified: needs ",
+        " with 3 contexts of 2048 tokens, but only 1.0 KiB may be",
+        "lower `context_max`, --tokens-max or --judges",
+    ];
     expect(1, &short, &["--allow-no-permit", "--verify-memory", "1KiB"]).await;
+    // What no round can ask for takes no memory: the model's own context would be 131,072.
+    let long = home.path().join("long.toml");
+    let mut config = common::tiny_config();
+    config["max_position_embeddings"] = 131_072.into();
+    common::write_checkpoint(&home.path().join("long"), &config, 3);
+    let path = home.path().join("long");
+    let entry = format!("[[model]]\nname = \"tiny\"\npath = \"{}\"\n", path.display());
+    std::fs::write(&long, entry).unwrap();
+    let long = ["--models", "long.toml", "--allow-no-permit", "--verify-memory", "1KiB", "--once"];
+    for (hub, context) in [(None, "3 contexts of 4136"), (Some("http://[::1]:1"), "of 131072")] {
+        let hub: Vec<&str> = hub.map(|url| ["--organics.url", url]).into_iter().flatten().collect();
+        let (code, out, err) = home.validate(&node, &[&long[..], &hub].concat()).await;
+        assert!(code == 1 && err.contains(context), "{context}: {out}\n{err}");
+    }
     expect(1, &["--verify-memory must be a size"], &["--verify-memory", "much"]).await;
     expect(1, &["--listen", "cannot listen"], &["--listen", "192.0.2.1:1"]).await;
     let place = ["--allow-no-permit", "--database.url", "/proc/no/such.sqlite"];

@@ -436,7 +436,9 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
     let Found { timing, outcome, cause, error, capture, report } = found;
     let sample = match outcome {
         Outcome::Verified if timing.tps > 0.0 => Sampled::Tps(timing.tps),
-        Outcome::Unscored => Sampled::Nothing,
+        // An honest answer may end before its first text: there is no speed to measure, and nobody
+        // to blame.
+        Outcome::Verified | Outcome::Unscored => Sampled::Nothing,
         // A round that asked nobody says nothing about anybody.
         _ if !was_asked => Sampled::Nothing,
         _ => Sampled::Miss,

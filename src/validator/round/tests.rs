@@ -274,3 +274,51 @@ fn without_models_or_miners_there_is_no_round() {
     assert!(!start(vec![offer.clone()], vec![]));
     assert!(start(vec![offer], vec![miner(0, "m")]));
 }
+
+#[test]
+fn a_date_that_jumps_moves_no_deadline_and_changes_no_sample() {
+    let mut test = Test::asking();
+    let asked = test.asked();
+    for unix_ms in [1, 32_503_680_000_000, u64::MAX] {
+        test.clock.set_unix_ms(unix_ms);
+        test.pass(1);
+        assert_eq!(test.machine.phase(), Asking, "{unix_ms}");
+    }
+    test.clock.set_unix_ms(500);
+    for uid in &asked {
+        test.give(Event::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
+        test.give(judged(*uid, Judged::Pass));
+    }
+    let round = test.ended();
+    assert!(round.responses.iter().filter(|r| asked.contains(&r.uid)).all(|r| {
+        (r.outcome, r.sample) == (Outcome::Verified, Sampled::Tps(10.0)) && r.timing.total == 1.0
+    }));
+    // It says what the clock said, even where that is before the start.
+    assert_eq!((round.started_ms, round.ended_ms), (1_000, 500));
+    let mut late = Test::asking();
+    late.clock.set_unix_ms(1);
+    late.pass(100);
+    assert_eq!(late.machine.phase(), Ended);
+}
+
+#[test]
+fn a_verified_answer_that_ends_before_its_first_text_is_no_miss() {
+    let mut test = Test::asking();
+    let asked = test.asked();
+    let end = json!({"choices": [{"text": "", "finish_reason": "stop"}]});
+    let silent = |ending| {
+        let arrivals = vec![Arrival { at: Duration::from_secs(1), chunk: end.clone() }];
+        Answered { arrivals, ended: Duration::from_secs(1), ending }
+    };
+    test.give(Event::Answered { uid: asked[0], answer: silent(Ending::Whole) });
+    test.give(Event::Answered { uid: asked[1], answer: silent(Ending::Whole) });
+    test.give(Event::Answered { uid: asked[2], answer: silent(fault("LATE")) });
+    test.give(judged(asked[0], Judged::Pass));
+    let reject = Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 0".into() };
+    test.give(judged(asked[1], reject));
+    let round = test.ended();
+    let of = |uid| round.responses.iter().find(|r| r.uid == uid).unwrap();
+    assert_eq!((of(asked[0]).outcome, of(asked[0]).timing.tokens), (Outcome::Verified, 0));
+    let samples = asked.iter().map(|uid| of(*uid).sample).collect::<Vec<_>>();
+    assert_eq!(samples, [Sampled::Nothing, Sampled::Miss, Sampled::Miss]);
+}
