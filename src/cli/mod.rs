@@ -44,6 +44,7 @@ mod wallet;
 #[cfg(test)]
 mod guides;
 
+use crate::update::Trial;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use examples::with_examples;
 pub use failure::Failure;
@@ -139,35 +140,46 @@ enum Command {
     Man(manual::ManArgs),
 }
 
-/// Parses the arguments, runs the command, prints a failure.
+/// Parses the arguments, runs the command, prints a failure. A new program that fails in its first
+/// minutes gives way to the one before it.
 pub fn main() -> ExitCode {
-    let arguments: Vec<_> = std::env::args_os().collect();
-    let command = match layers::apply(with_examples(Cli::command()), &arguments) {
-        Ok(command) => command,
-        Err(failure) => return report(failure),
+    let trial = update::on_trial();
+    let failed = match launch() {
+        Ok(code) => return code,
+        Err(code) => code,
     };
+    if let Some(trial) = trial.filter(Trial::is_open) {
+        update::roll_back(trial, &format!("it ended with {failed}"));
+    }
+    ExitCode::from(failed)
+}
+
+/// # Errors
+/// The exit code of a failure, which was printed.
+fn launch() -> Result<ExitCode, u8> {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let command = layers::apply(with_examples(Cli::command()), &arguments).map_err(report)?;
     let parsed = command.try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
-            // `--help` and `--version` come here too, and are not failures.
-            let code = if e.use_stderr() { 1 } else { 0 };
             out::help(&e);
-            return ExitCode::from(code);
+            // `--help` and `--version` come here too, and are not failures.
+            return if e.use_stderr() { Err(1) } else { Ok(ExitCode::SUCCESS) };
         }
     };
     let log = cli.log().to_owned();
     let outcome = logging::start(&log, cli.log_json).and_then(|()| run(cli.command, log));
-    outcome.unwrap_or_else(report)
+    outcome.map_err(report)
 }
 
-/// Prints a failure.
-fn report(failure: Failure) -> ExitCode {
+/// Prints a failure; its exit code.
+fn report(failure: Failure) -> u8 {
     note!("error: {}", failure.message);
     if let Some(hint) = failure.hint {
         note!("\nhint: {hint}");
     }
-    ExitCode::from(if failure.is_ours { 2 } else { 1 })
+    if failure.is_ours { 2 } else { 1 }
 }
 
 fn run(command: Command, log: String) -> Result<ExitCode, Failure> {

@@ -50,12 +50,17 @@ impl Installed {
         Ok(Self { path })
     }
 
+    /// The program's file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn directory(&self) -> &Path {
         self.path.parent().unwrap_or(Path::new("/"))
     }
 
     /// A name beside the program's.
-    fn beside(&self, before: &str, after: &str) -> PathBuf {
+    pub(super) fn beside(&self, before: &str, after: &str) -> PathBuf {
         let mut name = OsString::from(before);
         name.push(self.path.file_name().unwrap_or_default());
         name.push(after);
@@ -102,9 +107,19 @@ impl Installed {
         Ok((Staging { installed: self.clone(), path, lock }, file))
     }
 
+    /// Becomes the newer program at this path, on trial: where it fails in its first minutes, the
+    /// old one comes back. Returns only where that fails.
+    pub fn restart(&self) -> UpdateError {
+        let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+        if let Err(error) = self.put_on_trial(&arguments) {
+            tracing::warn!("the new program is not rolled back if it fails: {error}");
+        }
+        self.start()
+    }
+
     /// Becomes the program at this path, in this process, with its arguments and environment.
     /// Returns only where that fails.
-    pub fn restart(&self) -> UpdateError {
+    pub(super) fn start(&self) -> UpdateError {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_else(|| self.path.clone().into());
         let e = Command::new(&self.path).arg0(name).args(arguments).exec();

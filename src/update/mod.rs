@@ -6,7 +6,8 @@
 //! version. [`Staged::install`] puts it in place, [`Updater::follow`] does both until it succeeds,
 //! and [`Installed::restart`] becomes it, at a moment that the caller chooses. Whatever goes wrong
 //! is a [`UpdateError`], and the running program stays. There is no way to an older version
-//! (`docs/updates.md`).
+//! (`docs/updates.md`), but back to the one before, where a new one fails in its first minutes
+//! ([`Trial`]).
 
 mod download;
 mod install;
@@ -14,6 +15,7 @@ mod refusal;
 mod release;
 #[cfg(test)]
 mod tests;
+mod trial;
 
 use download::Server;
 pub use download::{DownloadLimits, ReleaseSource};
@@ -23,6 +25,7 @@ pub use refusal::{ListError, TrialError, UpdateError};
 use release::Release;
 pub use release::{Version, target};
 use std::time::Duration;
+pub use trial::{STARTS_MAX, TRIAL_TIME, Trial};
 
 /// Looks for releases that are newer than a program.
 pub struct Updater {
@@ -110,6 +113,7 @@ impl Updater {
 
     async fn stage(&self, release: &Release) -> Result<Staged, UpdateError> {
         let (version, installed) = (release.version, self.installed.clone());
+        installed.check_not_failed(version)?;
         let build = release.build(&self.target)?;
         build.check_signed_for(version)?;
         let (staging, mut file) = installed.begin()?;

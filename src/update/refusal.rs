@@ -129,6 +129,23 @@ pub enum UpdateError {
         /// What happened.
         why: TrialError,
     },
+    /// It ran here, failed in its first minutes, and was replaced by the program before it.
+    #[error(
+        "release {version} failed here and was rolled back; it is taken again once {} is removed",
+        path.display()
+    )]
+    Failed {
+        /// The release.
+        version: String,
+        /// The file that says so.
+        path: PathBuf,
+    },
+    /// There is no other program to go back to.
+    #[error("{}: the kept program is this one", path.display())]
+    NoOther {
+        /// Where the old program is kept.
+        path: PathBuf,
+    },
     /// Another process updates the same file.
     #[error("another process is updating {}", path.display())]
     Busy {

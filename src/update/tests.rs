@@ -10,6 +10,7 @@ use futures_util::StreamExt;
 use minisign::KeyPair;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io::Cursor;
 use std::os::unix::fs::PermissionsExt;
@@ -391,4 +392,88 @@ fn without_an_address_and_a_key_that_can_be_used_there_is_no_updater() {
             Err(other) => panic!("{url}: {other}"),
         }
     }
+}
+
+/// The new program is in place and on trial, the old one is kept.
+fn on_trial(place: &Place) -> (Installed, Vec<OsString>) {
+    let (path, previous) = (place.path(), place.directory.path().join("engine.previous"));
+    fs::rename(&path, &previous).unwrap();
+    fs::write(&path, NEW).unwrap();
+    let installed = Installed::at(&path).unwrap();
+    let arguments: Vec<OsString> = ["serve", "--port", "1"].map(OsString::from).into();
+    installed.put_on_trial(&arguments).unwrap();
+    (installed, arguments)
+}
+
+#[tokio::test]
+async fn a_new_program_that_never_lasts_gives_way_to_the_kept_one_once() {
+    let place = Place::new();
+    let (installed, arguments) = on_trial(&place);
+    let begun = |arguments: &[OsString]| Trial::of(installed.clone(), arguments).unwrap();
+    // A command of the same program with other arguments has nothing to do with it.
+    assert!(begun(&[]).is_none() && begun(&arguments[..2]).is_none());
+    for start in 1..=STARTS_MAX {
+        let trial = begun(&arguments).unwrap();
+        assert!(!trial.is_over() && trial.is_open(), "start {start}");
+    }
+    let trial = begun(&arguments).unwrap();
+    assert!(trial.is_over());
+    trial.put_back("9.9.9").unwrap();
+    assert_eq!(names(place.directory.path()), ["engine", "engine.failed", "engine.previous"]);
+    assert_eq!(fs::read(place.path()).unwrap(), b"the old one");
+    assert_eq!(fs::metadata(place.path()).unwrap().permissions().mode() & 0o7777, 0o750);
+    assert!(begun(&arguments).is_none(), "the old program is on no trial");
+    // The release that failed is not taken again, for as long as that stands there.
+    let file = Answer::Whole(NEW.into());
+    let found = place.look(place.list(NEW, none()), file.clone(), DownloadLimits::default()).await;
+    let refusal = found.unwrap_err();
+    assert!(matches!(&refusal, UpdateError::Failed { version, .. } if version == "9.9.9"), "{refusal}");
+    assert!(refusal.to_string().contains("engine.failed is removed"), "{refusal}");
+    // Another one is looked at: this one is not signed for its version.
+    let other = place.list(NEW, serde_json::json!({"version": "9.9.10"}));
+    let refusal = place.look(other, file.clone(), DownloadLimits::default()).await.unwrap_err();
+    assert!(matches!(refusal, UpdateError::SignedFor { .. }), "{refusal}");
+    fs::remove_file(place.directory.path().join("engine.failed")).unwrap();
+    let found = place.look(place.list(NEW, none()), file, DownloadLimits::default()).await;
+    assert!(matches!(found, Ok(Found::Newer(_))));
+}
+
+#[test]
+fn where_no_other_program_is_kept_the_new_one_stays_and_its_trial_ends() {
+    let place = Place::new();
+    let previous = place.directory.path().join("engine.previous");
+    let (installed, arguments) = on_trial(&place);
+    fs::remove_file(&previous).unwrap();
+    let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
+    let refusal = trial.put_back("9.9.9").unwrap_err();
+    assert!(refusal.to_string().contains("engine.previous: cannot be found"), "{refusal}");
+    assert_eq!(names(place.directory.path()), ["engine"]);
+    fs::hard_link(place.path(), &previous).unwrap();
+    installed.put_on_trial(&arguments).unwrap();
+    let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
+    let refusal = trial.put_back("9.9.9").unwrap_err();
+    assert!(refusal.to_string().contains("the kept program is this one"), "{refusal}");
+    assert_eq!(names(place.directory.path()), ["engine", "engine.previous"]);
+    assert_eq!(fs::read(place.path()).unwrap(), NEW);
+}
+
+#[test]
+fn a_note_that_says_nothing_ends_the_trial_and_one_that_is_no_file_is_named() {
+    let place = Place::new();
+    let (installed, arguments) = on_trial(&place);
+    let in_directory = names(place.directory.path());
+    let note = in_directory.iter().find(|name| name.starts_with(".engine.trial-")).unwrap();
+    let note = place.directory.path().join(note);
+    for nonsense in [&b"many"[..], b"-1", b"99999999999", b"\xff", b""] {
+        fs::write(&note, nonsense).unwrap();
+        let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
+        assert!(trial.is_over(), "{nonsense:?}");
+    }
+    fs::write(&note, vec![b'1'; 65]).unwrap();
+    let refusal = Trial::of(installed.clone(), &arguments).unwrap_err();
+    assert!(refusal.to_string().contains("more than 64 bytes"), "{refusal}");
+    fs::remove_file(&note).unwrap();
+    fs::create_dir(&note).unwrap();
+    let refusal = Trial::of(installed, &arguments).unwrap_err();
+    assert!(refusal.to_string().contains("it is not a file"), "{refusal}");
 }

@@ -4,13 +4,14 @@
 use crate::common;
 use crate::node::{FakeNode, Neuron, Subnet};
 use axum::Router;
+use axum::body::Bytes;
 use axum::routing::get;
 use minisign::KeyPair;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 use targon_engine::chain::keys::Hotkey;
 use targon_engine::update::target;
@@ -31,6 +32,11 @@ struct Machine {
 impl Machine {
     /// The release is signed with a key; the program is told of it, or of another one.
     async fn new(is_told_another_key: bool) -> Self {
+        Self::with(NEXT.into(), is_told_another_key).await
+    }
+
+    /// A release of any program.
+    async fn with(next: Vec<u8>, is_told_another_key: bool) -> Self {
         let home = tempfile::tempdir().unwrap();
         std::fs::create_dir(home.path().join("bin")).unwrap();
         std::fs::copy(env!("CARGO_BIN_EXE_targon-engine"), home.path().join("bin/engine")).unwrap();
@@ -43,15 +49,15 @@ impl Machine {
         let pair = KeyPair::generate_unencrypted_keypair().unwrap();
         let comment = format!("targon-engine 9.9.9 {}", target());
         let signature =
-            minisign::sign(None, &pair.sk, Cursor::new(NEXT), Some(&comment), None).unwrap();
+            minisign::sign(None, &pair.sk, Cursor::new(&next), Some(&comment), None).unwrap();
         let list = json!({"format": 1, "version": "9.9.9", "builds": [{
-            "target": target(), "file": "engine-9.9.9", "bytes": NEXT.len(),
-            "sha256": hex::encode(Sha256::digest(NEXT)), "signature": signature.into_string(),
+            "target": target(), "file": "engine-9.9.9", "bytes": next.len(),
+            "sha256": hex::encode(Sha256::digest(&next)), "signature": signature.into_string(),
         }]});
-        let list = list.to_string();
+        let (list, next) = (list.to_string(), Bytes::from(next));
         let router = Router::new()
             .route("/list.json", get(move || std::future::ready(list.clone())))
-            .route("/engine-9.9.9", get(|| std::future::ready(NEXT)));
+            .route("/engine-9.9.9", get(move || std::future::ready(next.clone())));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/list.json", listener.local_addr().unwrap());
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -83,6 +89,28 @@ impl Machine {
         ["--update.url", &self.url, "--update.key", &self.key]
     }
 
+    /// How often the new program was started, as it has written down.
+    fn starts(&self) -> Option<String> {
+        let entries = std::fs::read_dir(self.home.path().join("bin")).unwrap();
+        let mut paths = entries.map(|entry| entry.unwrap().path());
+        let is_note = |path: &PathBuf| path.to_string_lossy().contains(".engine.trial-");
+        paths.find(is_note).and_then(|note| std::fs::read_to_string(note).ok())
+    }
+
+    /// The old program is back, runs as `child`, and will not take the new one again.
+    async fn check_rolled_back(&self, mut child: Child, why: &'static str) {
+        let log = child.stderr.take().unwrap();
+        let said = logged_all(log, "no update: release 9.9.9 failed here").await;
+        assert_eq!(said.matches("rolling back").count(), 1, "{said}");
+        assert!(said.contains("release 9.9.9 failed in its first 10 minutes"), "{said}");
+        assert!(said.contains(why), "{said}");
+        let built = std::fs::read(env!("CARGO_BIN_EXE_targon-engine")).unwrap();
+        assert!(std::fs::read(self.program()).unwrap() == built, "the old program is not back");
+        let failed = std::fs::read_to_string(self.home.path().join("bin/engine.failed")).unwrap();
+        assert_eq!((failed.trim(), self.starts()), ("9.9.9", None));
+        end(child);
+    }
+
     /// The process has become the small program, with its number and its arguments.
     async fn check_replaced(&self, child: Child, arguments: &str) {
         let number = child.id();
@@ -101,20 +129,43 @@ impl Machine {
 
 /// Reads a child's log until a line has these words.
 async fn logged(child: &mut Child, words: &'static str) -> String {
-    let log = child.stderr.take().unwrap();
+    let all = logged_all(child.stderr.take().unwrap(), words).await;
+    all.lines().last().unwrap().to_owned()
+}
+
+/// The log up to a line with these words.
+async fn logged_all(log: ChildStderr, words: &'static str) -> String {
     let read = tokio::task::spawn_blocking(move || {
         use std::io::BufRead;
         let mut all = String::new();
         for line in std::io::BufReader::new(log).lines() {
             let line = line.unwrap();
-            all.push_str(&line);
+            all = all + &line + "\n";
             if line.contains(words) {
-                return line;
+                return all;
             }
         }
         panic!("{words} is not in {all}");
     });
     tokio::time::timeout(Duration::from_secs(120), read).await.unwrap().unwrap()
+}
+
+/// The built program as release 9.9.9, with another name for one of its flags where that is asked.
+fn newer(flag: Option<(&str, &str)>) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("engine");
+    std::fs::copy(env!("CARGO_BIN_EXE_targon-engine"), &path).unwrap();
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(version.len(), "9.9.9".len(), "the version is written over");
+    let mut rules = format!("s/{}/9.9.9/g", version.replace('.', "\\."));
+    if let Some((old, new)) = flag {
+        assert_eq!(old.len(), new.len());
+        rules += &format!(";s/{old}/{new}/g");
+    }
+    let mut sed = Command::new("sed");
+    sed.env("LC_ALL", "C").arg("-i").arg(rules).arg(&path);
+    assert!(sed.status().unwrap().success());
+    std::fs::read(path).unwrap()
 }
 
 fn end(mut child: Child) {
@@ -133,6 +184,38 @@ async fn a_server_becomes_the_newer_release_where_that_is_asked_for() {
     let child = machine.serve(&machine.source());
     let arguments = "serve --models models.toml --port 0 --autoupdate --update.url";
     machine.check_replaced(child, arguments).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_that_starts_and_fails_is_rolled_back_once() {
+    // It does not know a flag any more that the running program was started with.
+    let flag = ("return-tokens-as-token-ids", "return-tokens-as-token-idz");
+    let machine = Machine::with(newer(Some(flag)), false).await;
+    let arguments = [&machine.source()[..], &["--return-tokens-as-token-ids"]].concat();
+    let child = machine.serve(&arguments);
+    machine.check_rolled_back(child, "it ended with 1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_that_is_killed_again_and_again_is_rolled_back_once() {
+    let machine = Machine::with(newer(None), false).await;
+    let source = machine.source();
+    let mut child = machine.serve(&source);
+    for start in 1..=3 {
+        let count = start.to_string();
+        for _ in 0..2_400 {
+            if machine.starts().is_some_and(|starts| starts == count) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(machine.starts(), Some(count));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // As a supervisor does.
+        child = machine.serve(&source);
+    }
+    machine.check_rolled_back(child, "it was started 3 times and never lasted").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
