@@ -66,12 +66,12 @@ impl Metrics {
         self.registry.register_collector(collector);
     }
 
-    /// All of it in the OpenMetrics text format.
+    /// All of it in the OpenMetrics text format; families without a sample are left out.
     pub fn encode(&self) -> String {
         let mut text = String::new();
         // Writing to a string fails only where an encoder does, and ours do not.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
-        text
+        filled(&text)
     }
 
     /// Counts a request.
@@ -84,6 +84,27 @@ impl Metrics {
     pub fn count_unknown_field(&self, field: &str) {
         self.unknown_fields.get_or_create(&FieldLabel { field: field.into() }).inc();
     }
+}
+
+/// A scrape without the families that have no sample: their names would promise what this program
+/// does not count.
+fn filled(text: &str) -> String {
+    let (mut kept, mut head) = (String::with_capacity(text.len()), String::new());
+    for line in text.lines() {
+        match line.strip_prefix("# ") {
+            Some("EOF") => kept += "# EOF\n",
+            Some(words) => {
+                if words.starts_with("HELP ") {
+                    head.clear();
+                }
+                head = head + line + "\n";
+            }
+            None => {
+                kept = kept + &std::mem::take(&mut head) + line + "\n";
+            }
+        }
+    }
+    kept
 }
 
 /// The engines' counters, read when somebody asks.
@@ -188,4 +209,22 @@ pub(super) fn ready(models: &Models) -> Vec<(String, Engine)> {
         ModelState::Loading | ModelState::Failed(_) => None,
     };
     entries.filter_map(engine).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_without_a_sample_are_left_out() {
+        let text = "# HELP a One.\n# TYPE a counter\n# HELP b Two.\n# TYPE b gauge\nb{x=\"# \"} 0\n\
+                    b 1\n# HELP c Three.\n# TYPE c histogram\n# UNIT c seconds\n# EOF\n";
+        let kept = "# HELP b Two.\n# TYPE b gauge\nb{x=\"# \"} 0\nb 1\n# EOF\n";
+        assert_eq!((filled(text), filled("# EOF\n")), (kept.to_owned(), "# EOF\n".to_owned()));
+        let metrics = Metrics::new(Models::default(), None);
+        let named = |text: &str| text.contains("vllm:") || text.contains("unknown_fields");
+        assert!(!named(&metrics.encode()), "{}", metrics.encode());
+        metrics.count_unknown_field("made_up");
+        assert!(metrics.encode().contains("targon_unknown_fields_total{field=\"made_up\"} 1"));
+    }
 }
