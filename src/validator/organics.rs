@@ -270,6 +270,82 @@ mod tests {
     }
 
     #[test]
+    fn statistics_of_a_round_are_those_of_the_hub_byte_for_byte() {
+        use crate::store::record::{Outcome, Response, Round, Sampled, Timing};
+        let answer = |uid, outcome, cause: Option<&str>, capture| Response {
+            uid,
+            hotkey: format!("h{uid}"),
+            coldkey: format!("c{uid}"),
+            timing: Timing {
+                first_token: 0.25,
+                all_tokens: 1.5,
+                total: 1.75,
+                tps: 8.0,
+                tokens: 14,
+            },
+            outcome,
+            cause: cause.map(str::to_owned),
+            error: cause.map(|_| "token 3 \u{e9}".to_owned()),
+            sample: Sampled::Nothing,
+            capture,
+            report: None,
+        };
+        let capture = json!({"chunks": [{"choices": [{"text": "b",
+            "logprobs": {"tokens": ["token_id:6"], "token_logprobs": [-1.0]}}]}]});
+        let mut round = Round {
+            id: "0123456789abcdef0123456789abcdef".into(),
+            netuid: 4,
+            block: 40,
+            started_ms: 0,
+            ended_ms: 0,
+            model: "m".into(),
+            endpoint: "/v1/chat/completions".into(),
+            request: json!({"seed": 5, "max_tokens": 14}),
+            profile: "default".into(),
+            responses: vec![
+                answer(1, Outcome::Verified, None, Some(capture)),
+                answer(2, Outcome::Rejected, Some("BAD_IDS"), Some(json!({"chunks": 7}))),
+                answer(3, Outcome::NotServed, Some("NOT_SERVED"), None),
+                answer(4, Outcome::Unscored, Some("INTERNAL_ERROR"), None),
+            ],
+        };
+        let text = |round: &Round| {
+            String::from_utf8(stats(round, "v", &["m".into(), "\u{e9}".into()])).unwrap()
+        };
+        let name = "0123456789abcdef0123456789abcdef0123456789abcdef";
+        let of = |uid: u16, rest: &str| {
+            format!(
+                "{{\"r_nanoid\": \"{name}\", \"hotkey\": \"h{uid}\", \"coldkey\": \"c{uid}\", \
+                 \"uid\": {uid}, \"stats\": {{\"time_to_first_token\": 0.25, \
+                 \"time_for_all_tokens\": 1.5, \"total_time\": 1.75, \"tps\": 8.0, {rest}}}}}"
+            )
+        };
+        let verified = of(
+            1,
+            "\"tokens\": [{\"text\": \"b\", \"token_id\": 6, \"logprob\": -1.0}], \
+             \"verified\": true, \"error\": null, \"cause\": null",
+        );
+        let rejected = of(
+            2,
+            "\"tokens\": [], \"verified\": false, \"error\": \"token 3 \\u00e9\", \
+             \"cause\": \"BAD_IDS\"",
+        );
+        // Who was not asked, and what trouble of ours leaves open, is in no statistics.
+        let expected = format!(
+            "{{\"request\": {{\"r_nanoid\": \"{name}\", \"block\": 40, \"request\": \
+             {{\"seed\": 5, \"max_tokens\": 14}}, \"request_endpoint\": \"Endpoints.CHAT\", \
+             \"version\": 404010, \"hotkey\": \"v\"}}, \"responses\": [{verified}, {rejected}], \
+             \"models\": [\"m\", \"\\u00e9\"], \"scores\": {{}}}}"
+        );
+        assert_eq!(text(&round), expected);
+        round.endpoint = "/v1/completions".into();
+        round.responses.clear();
+        let said: Value = serde_json::from_str(&text(&round)).unwrap();
+        assert_eq!(said["request"]["request_endpoint"], "Endpoints.COMPLETION");
+        assert_eq!(said["responses"], json!([]));
+    }
+
+    #[test]
     fn tokens_of_both_endpoints_are_read_and_others_left_out() {
         let capture = json!({"chunks": [
             {"choices": [{"delta": {"content": "a"},

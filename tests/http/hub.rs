@@ -14,6 +14,7 @@ use targon_engine::chain::epistula::{self, Envelope};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
+use targon_engine::store::record::Round;
 use targon_engine::validator::run::hub::{Hub, Urls};
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
@@ -24,6 +25,7 @@ use targon_engine::verify::evidence::Calibrated;
 /// What the hub hands out, and what it was told.
 #[derive(Clone, Default)]
 struct Told {
+    refuses: bool,
     bucket: Arc<Mutex<String>>,
     told: Arc<Mutex<Vec<(String, String)>>>,
 }
@@ -50,7 +52,12 @@ async fn hub(told: Told) -> String {
         take(&told, "/organics/scores", &headers, &body).await;
         StatusCode::OK
     };
+    let stats = async |State(told): State<Told>, headers: HeaderMap, body: Bytes| {
+        take(&told, "/", &headers, &body).await;
+        if told.refuses { StatusCode::UNAUTHORIZED } else { StatusCode::OK }
+    };
     let app = Router::new()
+        .route("/", post(stats))
         .route("/organics", post(bucket))
         .route("/organics/scores", post(scores))
         .with_state(told);
@@ -138,4 +145,43 @@ async fn users_requests_are_verified_scored_and_reported() {
     let error = hub.pull(&residents, None, &subnet).await.unwrap_err().to_string();
     assert!(error.contains("the answer is no bucket"), "{error}");
     assert_eq!(of(2), Some(vec![Organic::Rejected]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statistics_are_sent_signed_and_a_hub_that_says_no_or_nothing_is_named() {
+    let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+    let hub_at = |stats: Option<String>| {
+        Hub::new(Urls { organics: None, stats }, Arc::clone(&signer), Clock::system())
+    };
+    let round = Round {
+        id: "ab".repeat(16),
+        netuid: 4,
+        block: 40,
+        started_ms: 0,
+        ended_ms: 0,
+        model: "tiny".into(),
+        endpoint: COMPLETION.into(),
+        request: json!({"prompt": "caf\u{e9}"}),
+        profile: "default".into(),
+        responses: Vec::new(),
+    };
+    let models = ["tiny".to_owned()];
+    let none = hub_at(None);
+    assert!(!none.wants_stats());
+    assert_eq!(none.tell(&round, &models).await, Ok(()));
+    let told = Told::default();
+    let taking = hub_at(Some(hub(told.clone()).await));
+    assert!(taking.wants_stats());
+    assert_eq!(taking.tell(&round, &models).await, Ok(()));
+    let seen = told.told.lock().clone();
+    // Exactly the bytes that Python's `json.dumps` makes were signed.
+    assert!(seen[0].1.contains(r#""request": {"prompt": "caf\u00e9"}"#), "{seen:?}");
+    let said: Value = serde_json::from_str(&seen[0].1).unwrap();
+    assert_eq!(said["request"]["hotkey"], signer.hotkey().to_string());
+    assert_eq!((&said["models"], seen.len()), (&json!(["tiny"]), 1));
+    let refusing = Told { refuses: true, ..Told::default() };
+    let refused = hub_at(Some(hub(refusing).await)).tell(&round, &models).await.unwrap_err();
+    assert!(refused.contains("401"), "{refused}");
+    let nobody = hub_at(Some("http://127.0.0.1:1".into())).tell(&round, &models).await;
+    assert!(nobody.is_err_and(|why| !why.is_empty()));
 }

@@ -15,6 +15,7 @@ mod load;
 mod operators;
 mod requests;
 mod residents;
+mod rewriting;
 mod server;
 mod service;
 mod soak;

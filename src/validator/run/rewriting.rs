@@ -27,7 +27,7 @@ pub enum Rewriting {
 ///
 /// # Errors
 /// Why it is not written, where it must be.
-pub(super) async fn query(
+pub async fn query(
     how: Rewriting,
     resident: &Resident,
     (model, draft): (&str, &Draft),
