@@ -6,6 +6,7 @@
 use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::proof::philox::philox;
+use std::collections::BTreeSet;
 
 /// Tokens of the shortest answer that is checked.
 const TOKENS_MIN: usize = 3;
@@ -18,7 +19,7 @@ const RARE_PER: usize = 128;
 /// An end token that outranks a token of at least this rank was skipped.
 const SKIPPED_RANK: u32 = 10;
 /// Places that are looked at more closely, besides the first and the last.
-const RANDOM_PLACES: u32 = 3;
+const RANDOM_PLACES: usize = 3;
 /// Above this temperature any token may be drawn anywhere.
 const RANDOM_TEMPERATURE_MAX: f32 = 0.75;
 /// A report above this claims certainty, which the model must have to [`UNCERTAIN`].
@@ -175,11 +176,7 @@ fn random_places(rows: &[RowEvidence], temperature: f32, chance: u64) -> Ruling 
         return Ruling { reason, what, broken_at: None };
     }
     let known = (10.0 * temperature) as u32 + 3;
-    let random = (0..RANDOM_PLACES).map(|i| {
-        let word = philox(chance, [i, 1, 0, 0])[0];
-        ((u64::from(word) * count as u64) >> 32) as usize
-    });
-    let mut places = [0, count - 1].into_iter().chain(random);
+    let mut places = places(count, chance).into_iter();
     match places.find(|place| rows[*place].rank > known) {
         Some(place) => {
             let RowEvidence { index, rank, .. } = rows[place];
@@ -189,6 +186,43 @@ fn random_places(rows: &[RowEvidence], temperature: f32, chance: u64) -> Ruling 
         None => {
             let what = format!("first, last and random tokens have ranks of at most {known}");
             Ruling { reason, what, broken_at: None }
+        }
+    }
+}
+
+/// The first place, the last, and up to three others, each once and each as likely as any other
+/// (protocol 4.5). At least two tokens are there.
+fn places(count: usize, chance: u64) -> BTreeSet<usize> {
+    let others = count - 2;
+    let mut places = BTreeSet::from([0, count - 1]);
+    // Floyd's way to draw without repetition: the place that is there already stands for `last`.
+    for last in others - RANDOM_PLACES.min(others)..others {
+        let word = philox(chance, [last as u32, 1, 0, 0])[0];
+        let drawn = ((u64::from(word) * (last as u64 + 1)) >> 32) as usize;
+        if !places.insert(1 + drawn) {
+            places.insert(1 + last);
+        }
+    }
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_places_are_distinct_and_equally_likely() {
+        for count in [2, 3, 4, 5, 6, 40] {
+            let mut drawn = vec![0_u32; count];
+            for chance in 0..4_000 {
+                let places = places(count, chance);
+                assert_eq!(places.len(), count.min(5));
+                assert!(places.contains(&0) && places.contains(&(count - 1)));
+                places.into_iter().for_each(|place| drawn[place] += 1);
+            }
+            let expected = 4_000.0 * 3.0 / (count.max(5) - 2) as f64;
+            let is_fair = |n: &u32| (f64::from(*n) - expected).abs() < 6.0 * expected.sqrt();
+            assert!(drawn[1..count - 1].iter().all(is_fair), "{count}: {drawn:?}");
         }
     }
 }

@@ -69,6 +69,8 @@ pub(super) enum Goal {
     Tokens(usize),
     /// Every answer is rejected.
     Always,
+    /// None is: a control, made by the same means as cheats.
+    Never,
 }
 
 impl Attack {
@@ -144,6 +146,12 @@ fn weights(layers: usize) -> Vec<Attack> {
 fn rows() -> Vec<Attack> {
     let energy = |name, cheat| attack(name, cheat, Detector::Energy, None);
     vec![
+        attack(
+            "control: lockstep, nothing changed",
+            Cheat::Prompt(<[u32]>::to_vec),
+            Detector::Nothing,
+            Some(Goal::Never),
+        ),
         energy("int8 KV cache", Cheat::Int8Cache),
         energy("one prompt token changed", Cheat::Prompt(change_a_token)),
         energy("prompt without its first 8 tokens", Cheat::Prompt(drop_the_start)),

@@ -2,7 +2,7 @@
 
 use super::catalogue::{Attack, Goal};
 use super::check::WITH_MARGIN;
-use super::results::{CHUNKS, Detector, Line, Outcome, Tokens};
+use super::results::{CHUNKS, Line, Outcome, Tokens};
 use crate::bench::stats::{Rate, Stopping};
 use crate::proof::Scheme;
 use crate::verify::bounds::upper;
@@ -23,6 +23,9 @@ pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) ->
                 tokens.iter().find(|t| t.name == attack.name).map(|t| by_tokens(t, count))
             }
             Some(Goal::Always) => line(WITH_MARGIN).map(always),
+            Some(Goal::Never) => line(WITH_MARGIN)
+                .zip(line(Scheme::Residue.name()))
+                .map(|(margins, rows)| never(margins, rows)),
             None => None,
         };
         outcomes.extend(outcome);
@@ -31,7 +34,7 @@ pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) ->
 }
 
 fn honest(lines: &[Line]) -> Option<Outcome> {
-    let is_it = |l: &&Line| l.detector == Detector::Nothing && l.judge == WITH_MARGIN;
+    let is_it = |l: &&Line| l.name == "honest" && l.judge == WITH_MARGIN;
     let rejected = lines.iter().find(is_it)?.rejected;
     let bound = upper(rejected.count, rejected.of);
     Some(Outcome {
@@ -74,6 +77,17 @@ fn always(line: &Line) -> Outcome {
     }
 }
 
+fn never(margins: &Line, rows: &Line) -> Outcome {
+    let is_equal = |exact: &Rate| exact.of > 0 && exact.count == exact.of;
+    Outcome {
+        goal: format!("{}: never rejected, all rows equal", margins.name),
+        measured: format!("rejected {}", show(&margins.rejected)),
+        is_met: margins.rejected.of > 0
+            && margins.rejected.count + margins.unscored == 0
+            && rows.exact.as_ref().is_some_and(is_equal),
+    }
+}
+
 /// A rate with its interval, in words.
 fn show(rate: &Rate) -> String {
     let Rate { count, of, low, high } = rate;
@@ -83,6 +97,7 @@ fn show(rate: &Rate) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::catalogue;
+    use super::super::results::Detector;
     use super::*;
 
     #[test]
@@ -104,6 +119,16 @@ mod tests {
         let replay = |k| Line::bare("replay", Detector::Binding, WITH_MARGIN, Rate::new(k, 9));
         assert!(outcomes(&attacks, &[replay(9)], &[])[0].is_met);
         assert!(!outcomes(&attacks, &[replay(8)], &[])[0].is_met);
+        let control = |rejected, equal| {
+            let line = |judge| {
+                let name = "control: lockstep, nothing changed";
+                let line = Line::bare(name, Detector::Nothing, judge, Rate::new(rejected, 9));
+                Line { exact: Some(Rate::new(equal, 72)), ..line }
+            };
+            let lines = [line(WITH_MARGIN), line("residue-v1")];
+            outcomes(&attacks, &lines, &[]).pop().unwrap().is_met
+        };
+        assert!(control(0, 72) && !control(1, 72) && !control(0, 71));
         let tokens = |p95| Tokens {
             name: "another seed".into(),
             mismatch: Rate::new(4, 9),

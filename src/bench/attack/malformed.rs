@@ -63,7 +63,7 @@ type Decoded = fn(&mut Answer);
 type Sent = fn(&mut Value);
 type Received = fn(&mut Vec<Value>);
 
-const DECODED: [(&str, Decoded); 20] = [
+const DECODED: [(&str, Decoded); 23] = [
     ("data without its last byte", |a| {
         a.chunks[0].data.pop();
         rechain(a);
@@ -95,6 +95,11 @@ const DECODED: [(&str, Decoded); 20] = [
     ("log-probability infinite", |a| a.logprobs[0] = Some(f64::INFINITY)),
     ("log-probability minus infinite", |a| a.logprobs[0] = Some(f64::NEG_INFINITY)),
     ("log-probability positive", |a| a.logprobs[0] = Some(1e300)),
+    ("log-probabilities replaced by one number", |a| a.logprobs.fill(Some(-0.01))),
+    ("log-probabilities of the tokens beside", |a| a.logprobs.rotate_left(1)),
+    ("log-probabilities a little off", |a| {
+        a.logprobs.iter_mut().flatten().for_each(|logprob| *logprob -= 1e-3);
+    }),
     ("huge token", |a| a.ids[0] = u32::MAX),
     ("no tokens", |a| a.ids.clear()),
     ("no end", |a| a.end = None),
@@ -126,7 +131,7 @@ const SENT: [(&str, Sent); 16] = [
     ("tokens are text", |c| c["token_ids"] = json!("1, 2, 3")),
 ];
 
-const RECEIVED: [(&str, Received); 14] = [
+const RECEIVED: [(&str, Received); 18] = [
     ("a chunk of another choice", |c| c.insert(1, lie(json!(1)))),
     ("a chunk of no choice", |c| c.insert(1, lie(Value::Null))),
     ("a chunk of choice text", |c| c.insert(1, lie(json!("0")))),
@@ -145,7 +150,14 @@ const RECEIVED: [(&str, Received); 14] = [
     }),
     ("text in a field of reasoning", |c| c[1]["choices"][0]["reasoning_content"] = json!("lies")),
     ("text in a field of its own", |c| c[1]["choices"][0]["note"] = json!("lies")),
+    ("text moved to the next chunk", move_text),
+    ("a decoy after the end", |c| c.push(lie(json!(0)))),
     ("a call", |c| c[1]["choices"][0]["tool_calls"] = json!([{}])),
+    ("a call of a function", |c| c[1]["choices"][0]["tool_calls"] = call()),
+    ("a call in place of the text", |c| {
+        c[1]["choices"][0]["text"] = "".into();
+        c[1]["choices"][0]["delta"] = json!({ "tool_calls": call() });
+    }),
     ("another model", |c| c[1]["model"] = json!("gpt")),
     ("false usage", |c| c[1]["usage"] = json!({"prompt_tokens": 1, "completion_tokens": 1 << 20})),
     ("a log-probability unasked", |c| c[1]["choices"][0]["logprobs"] = json!({"refusal": ["x"]})),
@@ -159,6 +171,25 @@ const RECEIVED: [(&str, Received); 14] = [
 /// A chunk that says what the model did not.
 fn lie(index: Value) -> Value {
     json!({"choices": [{"index": index, "text": "lies", "delta": {"content": "lies"}}]})
+}
+
+/// A call that the model did not make.
+fn call() -> Value {
+    let function = json!({"name": "pay", "arguments": "{\"to\": \"me\"}"});
+    json!([{"index": 0, "id": "call_1", "type": "function", "function": function}])
+}
+
+/// The text of the first chunk that has one, and of the next, in the next alone.
+fn move_text(chunks: &mut Vec<Value>) {
+    let text = |chunk: &Value| chunk["choices"][0]["text"].as_str().unwrap_or_default().to_owned();
+    for place in 1..chunks.len() {
+        let (before, own) = (text(&chunks[place - 1]), text(&chunks[place]));
+        if !before.is_empty() {
+            chunks[place - 1]["choices"][0]["text"] = "".into();
+            chunks[place]["choices"][0]["text"] = (before + &own).into();
+            return;
+        }
+    }
 }
 
 fn rechain(answer: &mut Answer) {
@@ -205,7 +236,7 @@ mod tests {
         let mut answer = Answer {
             ids: vec![4, 5],
             text: Some("ab".into()),
-            logprobs: vec![Some(-0.5); 2],
+            logprobs: vec![Some(-0.5), Some(-0.7)],
             chunks: vec![ChunkProof { index: 0, data: vec![9; 16], digest: [0; 32] }],
             end: Some(end),
             ..Answer::default()

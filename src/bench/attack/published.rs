@@ -82,6 +82,9 @@ fn rule(rows: &[RowEvidence], temperature: f32, tokens_max: usize) -> Option<&'s
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::request::Request;
+    use crate::verify::answer::Answer;
+    use crate::verify::{Claim, Limits, Stop, targon};
 
     fn row(rank: u32) -> RowEvidence {
         RowEvidence {
@@ -124,5 +127,93 @@ mod tests {
         assert_eq!(certain, Some("OVERFIT"));
         let skipped = change(|r| (r.rank, r.end_rank) = (12, Some(2)));
         assert_eq!(skipped, Some("SKIPPED_EOS_EOT"));
+    }
+
+    /// What the rules of this program say; `end` is the best rank of an end token where the answer
+    /// came without one.
+    fn ours(rows: &[RowEvidence], temperature: f32, end: Option<u32>) -> Option<&'static str> {
+        let mut request = Request::greedy(vec![1], rows.len());
+        request.sampling.temperature = temperature;
+        let claim = Claim {
+            request: &request,
+            seed: None,
+            choice: 0,
+            proof: None,
+            answer: &Answer::default(),
+            end_is_implied: end.is_some(),
+        };
+        let ended = end.map_or(Ok(()), |end| targon::check_implied_end(&claim, Some(end)));
+        let limits = Limits::default();
+        match ended.and_then(|()| targon::check(&claim, rows, &limits, 1)) {
+            Ok(()) => None,
+            Err(Stop::Rejected(rejection)) => Some(rejection.reason.name()),
+            Err(Stop::Fault(why)) => panic!("{why}"),
+        }
+    }
+
+    /// One answer on which the rules differ: rows, temperature, the original, this program.
+    type Difference = (Vec<RowEvidence>, f32, Option<&'static str>, Option<&'static str>);
+
+    /// Each difference that is meant, with an answer that shows it (docs/verification.md).
+    #[test]
+    fn every_intended_difference_from_the_published_rules_has_an_answer() {
+        let ranks = |ranks: &[u32]| ranks.iter().map(|r| row(*r)).collect::<Vec<_>>();
+        let with = |place: usize, rank: u32, count: usize| {
+            let mut all = vec![1; count];
+            all[place] = rank;
+            ranks(&all)
+        };
+        let reporting = |logprob: f64, reported: Option<f64>| {
+            let change = |r| RowEvidence { logprob, reported, ..r };
+            ranks(&[1; 40]).into_iter().map(change).collect::<Vec<_>>()
+        };
+        let spread = |rank: u32, every: usize, count: usize| {
+            let all: Vec<u32> = (0..count).map(|i| if i % every == 1 { rank } else { 1 }).collect();
+            ranks(&all)
+        };
+        let (low, rejected) = ("UNLIKELY_TOKEN", Some("UNLIKELY_TOKEN"));
+        let differences: [(&str, Difference); 8] = [
+            ("the last three tokens count", (with(38, 75, 40), 0.73, None, rejected)),
+            ("three tokens are judged", (with(0, 75, 3), 0.8, None, rejected)),
+            ("rare ranks are counted by length", (spread(25, 30, 160), 0.8, Some(low), None)),
+            ("ranks that are not known are not the first", {
+                (ranks(&[20; 40]), 0.8, None, Some("UNLIKELY_TOKENS"))
+            }),
+            ("the mean agreement counts", {
+                (reporting(-0.5, Some(-100.0)), 0.8, None, Some("LOGPROB_MISMATCH"))
+            }),
+            ("a missing report agrees with nothing", {
+                (reporting(-0.5, None), 0.8, None, Some("LOGPROB_MISMATCH"))
+            }),
+            ("certainty that the model has is honest", {
+                (reporting(-1e-8, Some(0.0)), 0.2, Some("OVERFIT"), None)
+            }),
+            ("false certainty counts however it is written", {
+                (reporting(-0.06, Some(-1e-9)), 0.8, None, Some("OVERFIT"))
+            }),
+        ];
+        for (name, (rows, temperature, original, own)) in differences {
+            let count = rows.len();
+            assert_eq!(judge(&rows, temperature, count), original, "{name}");
+            assert_eq!(ours(&rows, temperature, None), own, "{name}");
+        }
+        // Both reject, each by the rule that it meets first: the end is looked at first here.
+        let two = with(4, 75, 40);
+        assert_eq!(judge(&two, 0.8, 80), rejected);
+        assert_eq!(ours(&two, 0.8, Some(30)), Some("EARLY_END"));
+        // What is the same, so that the table is complete: both pass, and both reject.
+        assert_eq!(
+            (judge(&ranks(&[1; 40]), 0.8, 40), ours(&ranks(&[1; 40]), 0.8, None)),
+            (None, None)
+        );
+        for (rows, cause) in [
+            (with(4, 75, 40), "UNLIKELY_TOKEN"),
+            (spread(25, 8, 40), "UNLIKELY_TOKEN"),
+            (ranks(&[2; 40]), "UNLIKELY_TOKENS"),
+            (ranks(&[1, 1]), "TOO_SHORT"),
+        ] {
+            assert_eq!(judge(&rows, 0.8, rows.len()), Some(cause));
+            assert_eq!(ours(&rows, 0.8, None), Some(cause));
+        }
     }
 }
