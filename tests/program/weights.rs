@@ -137,6 +137,12 @@ async fn the_call_is_the_one_that_the_metadata_has() {
     let second = Order { mechanism: 1, ..order() };
     let error = Signed::default().set(&chain, &second).await.unwrap_err();
     assert!(matches!(error, SendError::Unmet(Unmet::NoMechanism { .. })), "{error}");
+    // A runtime without any of the calls is named, and nothing is signed.
+    let bare = self::node(|_| {}).await;
+    bare.set_metadata(&without(&["set_mechanism_weights", "MechanismCountCurrent", "set_weights"]));
+    let error = Signed::default().set(&client(&[&bare]), &order()).await.unwrap_err();
+    assert!(error.to_string().contains("set_weights"), "{error}");
+    assert_eq!(bare.calls().len(), 0);
 }
 
 #[tokio::test]

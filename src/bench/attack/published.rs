@@ -194,16 +194,16 @@ mod tests {
         ];
         for (name, (rows, temperature, original, own)) in differences {
             let count = rows.len();
-            assert_eq!(judge(&rows, temperature, count), original, "{name}");
+            assert_eq!(rule(&rows, temperature, count), original, "{name}");
             assert_eq!(ours(&rows, temperature, None), own, "{name}");
         }
         // Both reject, each by the rule that it meets first: the end is looked at first here.
         let two = with(4, 75, 40);
-        assert_eq!(judge(&two, 0.8, 80), rejected);
+        assert_eq!(rule(&two, 0.8, 80), rejected);
         assert_eq!(ours(&two, 0.8, Some(30)), Some("EARLY_END"));
         // What is the same, so that the table is complete: both pass, and both reject.
         assert_eq!(
-            (judge(&ranks(&[1; 40]), 0.8, 40), ours(&ranks(&[1; 40]), 0.8, None)),
+            (rule(&ranks(&[1; 40]), 0.8, 40), ours(&ranks(&[1; 40]), 0.8, None)),
             (None, None)
         );
         for (rows, cause) in [
@@ -212,7 +212,7 @@ mod tests {
             (ranks(&[2; 40]), "UNLIKELY_TOKENS"),
             (ranks(&[1, 1]), "TOO_SHORT"),
         ] {
-            assert_eq!(judge(&rows, 0.8, rows.len()), Some(cause));
+            assert_eq!(rule(&rows, 0.8, rows.len()), Some(cause));
             assert_eq!(ours(&rows, 0.8, None), Some(cause));
         }
     }
