@@ -66,7 +66,8 @@ pub enum Way {
     /// Prefill spoofing: tokens of weights of so many bits, then one prefill of the true weights
     /// over them, which makes true proofs and log-probabilities of false tokens.
     Spoof(u32),
-    /// One old answer to every request, under the root and the signature that are asked for.
+    /// One old answer to every request, under the root and the signature that are asked for. Its
+    /// weight values are those of the old request, and its chain begins at another root.
     Replay,
 }
 
@@ -323,7 +324,7 @@ fn old_answer(engine: &Engine, model: &Model, identity: &Identity) -> Result<Vec
     use targon_engine::proof::{Scheme, commit::nonce_of};
     let prompt = model.text.tokenizer.encode(OLD_PROMPT, false).map_err(|e| e.to_string())?;
     let mut request = Request::greedy(prompt, OLD_TOKENS);
-    request.stop.ignore_eos = true;
+    request.min_tokens = OLD_TOKENS;
     let prover = Prover { scheme: Scheme::Residue, nonce: nonce_of("old"), signer: None };
     prover.bind(&mut request, identity, None, 0);
     let generation = engine.submit(request).map_err(|e| e.to_string())?;
