@@ -427,7 +427,10 @@ async fn a_new_program_that_never_lasts_gives_way_to_the_kept_one_once() {
     let file = Answer::Whole(NEW.into());
     let found = place.look(place.list(NEW, none()), file.clone(), DownloadLimits::default()).await;
     let refusal = found.unwrap_err();
-    assert!(matches!(&refusal, UpdateError::Failed { version, .. } if version == "9.9.9"), "{refusal}");
+    assert!(
+        matches!(&refusal, UpdateError::Failed { version, .. } if version == "9.9.9"),
+        "{refusal}"
+    );
     assert!(refusal.to_string().contains("engine.failed is removed"), "{refusal}");
     // Another one is looked at: this one is not signed for its version.
     let other = place.list(NEW, serde_json::json!({"version": "9.9.10"}));

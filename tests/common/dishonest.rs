@@ -54,6 +54,7 @@ const OPTIONS: Options = Options {
     sequences_max: 4,
     waiting_max: 16,
     step_tokens_max: 512,
+    drafts_max: 0,
 };
 
 /// In what it is not honest.
@@ -153,7 +154,8 @@ fn served(way: Way, path: &Path, scratch: &Path, pool: &Pool) -> Result<Served, 
             let mut cheaper = load()?;
             let coarse = Tamper::Integers { bits, group: GROUP };
             let checkpoint = Checkpoint::open(path).map_err(|e| e.to_string())?;
-            let decoder = tampered(&checkpoint, pool, coarse, scratch)?;
+            let decoder = tampered(&checkpoint, pool, coarse, scratch);
+            let decoder = decoder.map_err(|e| format!("{e:#}"))?;
             cheaper.weights = DeviceWeights::Cpu(Arc::new(decoder));
             Arc::new(cheaper)
         }

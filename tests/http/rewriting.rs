@@ -9,7 +9,7 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::validator::prompt::dataset::Source;
 use targon_engine::validator::prompt::{Draft, read_query, read_rewriting};
 use targon_engine::validator::round::chance::Chance;
-use targon_engine::validator::run::judge::Judge;
+use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::rewriting::{Rewriting, query};
 use targon_engine::verify::evidence::Calibrated;
 
@@ -21,9 +21,9 @@ fn roomy() -> Options {
     Options { context_max: 2048, blocks: 256, ..common::options() }
 }
 
-fn judge(site: &Site) -> Judge {
+fn resident(site: &Site) -> Resident {
     let engine = Some(site.engine.clone());
-    Judge { verifier: common::verifier(&site.served), rates: Calibrated::default(), engine }
+    Resident { verifier: common::verifier(&site.served), rates: Calibrated::default(), engine }
 }
 
 fn draft(key: u64) -> Draft {
@@ -34,7 +34,7 @@ fn draft(key: u64) -> Draft {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_query_is_what_the_engine_answers_to_the_request_for_it() {
     let site = site(roomy());
-    let judge = judge(&site);
+    let resident = resident(&site);
     let mut written = 0;
     for key in 0..12 {
         let (draft, mut chance) = (draft(key), Chance::seeded(key));
@@ -43,10 +43,13 @@ async fn a_query_is_what_the_engine_answers_to_the_request_for_it() {
         let (_, answer) = post(&site.app, CHAT, body).await;
         let expected = read_rewriting(&answer);
         let asked = (MODEL, &draft);
-        let query = query(Rewriting::Always, &judge, asked, &mut chance).await;
+        let query = query(Rewriting::Always, &resident, asked, &mut chance).await;
         match expected {
-            Ok(text) => assert_eq!(query, Ok(Some(text)), "key {key}"),
-            Err(why) => assert_eq!(query, Err(format!("the passage is not rewritten: {why}"))),
+            Ok(text) => assert_eq!(query.as_ref().unwrap().as_ref(), Some(&text), "key {key}"),
+            Err(why) => {
+                let said = query.as_ref().unwrap_err().to_string();
+                assert_eq!(said, format!("the passage is not rewritten: {why}"));
+            }
         }
         written += usize::from(matches!(&query, Ok(Some(_))));
     }
@@ -57,21 +60,21 @@ async fn a_query_is_what_the_engine_answers_to_the_request_for_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_rewritten_is_named_or_taken_as_it_is() {
     let whole = site(roomy());
-    let (whole, draft) = (judge(&whole), draft(1));
-    let silent = Judge { engine: None, ..whole.clone() };
-    let ask = async |how, judge: &Judge, draft: &Draft| {
-        query(how, judge, (MODEL, draft), &mut Chance::seeded(1)).await
+    let (whole, draft) = (resident(&whole), draft(1));
+    let silent = Resident { engine: None, ..whole.clone() };
+    let ask = async |how, resident: &Resident, draft: &Draft| {
+        query(how, resident, (MODEL, draft), &mut Chance::seeded(1)).await
     };
     // Nobody is asked where nothing is to be rewritten.
-    assert_eq!(ask(Rewriting::Never, &silent, &draft).await, Ok(None));
-    assert_eq!(ask(Rewriting::OrPassage, &silent, &draft).await, Ok(None));
-    let why = ask(Rewriting::Always, &silent, &draft).await.unwrap_err();
+    assert_eq!(ask(Rewriting::Never, &silent, &draft).await.unwrap(), None);
+    assert_eq!(ask(Rewriting::OrPassage, &silent, &draft).await.unwrap(), None);
+    let why = ask(Rewriting::Always, &silent, &draft).await.unwrap_err().to_string();
     assert!(why.ends_with("not rewritten: no engine runs beside the verifier"), "{why}");
     // A passage that is longer than the context, of control characters, of nothing.
     let with = |passage: &str| Draft { passage: passage.into(), ..draft.clone() };
     let long = with(&"long ".repeat(5_000));
-    assert_eq!(ask(Rewriting::OrPassage, &whole, &long).await, Ok(None));
-    let why = ask(Rewriting::Always, &whole, &long).await.unwrap_err();
+    assert_eq!(ask(Rewriting::OrPassage, &whole, &long).await.unwrap(), None);
+    let why = ask(Rewriting::Always, &whole, &long).await.unwrap_err().to_string();
     assert!(why.contains("2048"), "{why}");
     for passage in ["", "\0\u{7}\u{1b}[2J", "<|end|>", "{{ 1 }}{% raw %}"] {
         let query = ask(Rewriting::OrPassage, &whole, &with(passage)).await;
@@ -91,7 +94,7 @@ async fn a_model_without_a_template_goes_on_with_a_text() {
     assert!(model.text.chat.is_none());
     let served = common::served(model, roomy());
     let site = Site { engine: served.engine.clone(), served, ..site(roomy()) };
-    let judge = judge(&site);
+    let resident = resident(&site);
     let draft = draft(2);
     let mut same = Chance::seeded(2);
     let mut body = draft.rewriting(MODEL, &mut || same.bits());
@@ -103,9 +106,14 @@ async fn a_model_without_a_template_goes_on_with_a_text() {
     let (_, answer) = post(&app, COMPLETION, body).await;
     let expected = read_query(answer["choices"][0]["text"].as_str().unwrap());
     let asked = (MODEL, &draft);
-    let query = query(Rewriting::Always, &judge, asked, &mut Chance::seeded(2)).await;
-    let expected = expected.map(Some).map_err(|why| format!("the passage is not rewritten: {why}"));
-    assert_eq!(query, expected);
+    let query = query(Rewriting::Always, &resident, asked, &mut Chance::seeded(2)).await;
+    match expected {
+        Ok(text) => assert_eq!(query.unwrap(), Some(text)),
+        Err(why) => {
+            let said = query.unwrap_err().to_string();
+            assert_eq!(said, format!("the passage is not rewritten: {why}"));
+        }
+    }
 }
 
 /// A server over the model of a site.

@@ -286,8 +286,8 @@ fn a_date_that_jumps_moves_no_deadline_and_changes_no_sample() {
     }
     test.clock.set_unix_ms(500);
     for uid in &asked {
-        test.give(Event::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
-        test.give(judged(*uid, Judged::Pass));
+        test.give(RoundEvent::Answered { uid: *uid, answer: answer(10, Ending::Whole) });
+        test.give(checked(*uid, AnswerVerdict::Pass));
     }
     let round = test.ended();
     assert!(round.responses.iter().filter(|r| asked.contains(&r.uid)).all(|r| {
@@ -310,12 +310,12 @@ fn a_verified_answer_that_ends_before_its_first_text_is_no_miss() {
         let arrivals = vec![Arrival { at: Duration::from_secs(1), chunk: end.clone() }];
         Answered { arrivals, ended: Duration::from_secs(1), ending }
     };
-    test.give(Event::Answered { uid: asked[0], answer: silent(Ending::Whole) });
-    test.give(Event::Answered { uid: asked[1], answer: silent(Ending::Whole) });
-    test.give(Event::Answered { uid: asked[2], answer: silent(fault("LATE")) });
-    test.give(judged(asked[0], Judged::Pass));
-    let reject = Judged::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 0".into() };
-    test.give(judged(asked[1], reject));
+    test.give(RoundEvent::Answered { uid: asked[0], answer: silent(Ending::Whole) });
+    test.give(RoundEvent::Answered { uid: asked[1], answer: silent(Ending::Whole) });
+    test.give(RoundEvent::Answered { uid: asked[2], answer: silent(fault("LATE")) });
+    test.give(checked(asked[0], AnswerVerdict::Pass));
+    let reject = AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 0".into() };
+    test.give(checked(asked[1], reject));
     let round = test.ended();
     let of = |uid| round.responses.iter().find(|r| r.uid == uid).unwrap();
     assert_eq!((of(asked[0]).outcome, of(asked[0]).timing.tokens), (Outcome::Verified, 0));
