@@ -26,7 +26,7 @@ pub enum TokenSource {
 
 /// A token as a server reports it.
 #[derive(Clone, PartialEq, Default, Debug)]
-pub struct Reported {
+pub struct ServerToken {
     /// Its natural log-probability.
     pub logprob: Option<f64>,
     /// Alternatives that are known here, with theirs.
@@ -41,7 +41,7 @@ pub struct ServerAnswer {
     /// Where they are known from.
     pub source: TokenSource,
     /// What is reported of each; empty where log-probabilities are missing.
-    pub reported: Vec<Reported>,
+    pub reported: Vec<ServerToken>,
     /// The text.
     pub text: String,
     /// Tokens of the prompt, as the server counts them.
@@ -79,7 +79,7 @@ impl<'a> Names<'a> {
 /// A token's name and bytes, with its report.
 struct Named {
     id: Option<u32>,
-    reported: Reported,
+    reported: ServerToken,
 }
 
 /// Reads the first choice of a whole answer.
@@ -137,7 +137,7 @@ fn of_chat(entry: &Value, names: &Names<'_>) -> Named {
     let top = entry["top_logprobs"].as_array();
     let top = top.into_iter().flatten().take(TOP_MAX);
     let top = top.filter_map(|t| Some((id(t)?, t["logprob"].as_f64()?))).collect();
-    Named { id: id(entry), reported: Reported { logprob: entry["logprob"].as_f64(), top } }
+    Named { id: id(entry), reported: ServerToken { logprob: entry["logprob"].as_f64(), top } }
 }
 
 /// The parallel lists of a completion.
@@ -148,7 +148,7 @@ fn of_completion(lists: &Value, names: &Names<'_>) -> Vec<Named> {
         let top = top.into_iter().flatten().take(TOP_MAX);
         Named {
             id: token.as_str().and_then(|name| names.of(name, None)),
-            reported: Reported {
+            reported: ServerToken {
                 logprob: lists["token_logprobs"][place].as_f64(),
                 top: top.filter_map(|(n, l)| Some((names.of(n, None)?, l.as_f64()?))).collect(),
             },

@@ -1,6 +1,6 @@
 //! Our model over an answer: what each row says of the token that was sent.
 
-use super::answer::{Reported, ServerAnswer};
+use super::answer::{ServerAnswer, ServerToken};
 use crate::engine::request::Request;
 use crate::models::pass::{RowAsk, RowReport, Scores, Token};
 use crate::verify::prefill::{Prefix, Rows};
@@ -90,7 +90,7 @@ impl Rows for RowScorer<'_> {
 }
 
 /// What a row of logits says of `token`.
-fn row(logits: &[f32], token: u32, reported: Option<&Reported>) -> TokenScore {
+fn row(logits: &[f32], token: u32, reported: Option<&ServerToken>) -> TokenScore {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |x: f32| f64::from(x - most).exp();
     let total: f64 = logits.iter().map(|x| weight(*x)).sum();
@@ -143,14 +143,14 @@ mod tests {
     fn a_row_says_what_was_sent_and_what_noise_explains_it() {
         let total: f64 = LOGITS.iter().map(|x| f64::from(*x).exp()).sum();
         let logprob = |i: usize| f64::from(LOGITS[i]) - total.ln();
-        let exact = Reported { logprob: Some(logprob(1)), top: vec![(0, logprob(0))] };
+        let exact = ServerToken { logprob: Some(logprob(1)), top: vec![(0, logprob(0))] };
         let same = row(&LOGITS, 1, Some(&exact));
         assert!(same.noise.unwrap() < 1e-7 && same.error.unwrap().abs() < 1e-7, "{same:?}");
         assert_eq!(same.lead, -1.0);
         let p: Vec<f64> = (0..4).map(|i| logprob(i).exp()).collect();
         let entropy: f64 = (0..4).map(|i| -p[i] * logprob(i)).sum();
         assert!((same.surprise - (-logprob(1) - entropy)).abs() < 1e-9);
-        let off = Reported { logprob: Some(logprob(1) + 0.3), top: Vec::new() };
+        let off = ServerToken { logprob: Some(logprob(1) + 0.3), top: Vec::new() };
         let squares: f64 = p.iter().map(|p| p * p).sum();
         let share = 1.0 - 2.0 * p[1] + squares;
         let noise = row(&LOGITS, 1, Some(&off)).noise.unwrap();
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_sure_token_says_nothing_about_logits() {
-        let sent = Reported { logprob: Some(-0.01), top: Vec::new() };
+        let sent = ServerToken { logprob: Some(-0.01), top: Vec::new() };
         assert_eq!(row(&[50.0, 0.0], 0, Some(&sent)).noise, None);
     }
 }

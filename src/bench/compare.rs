@@ -1,7 +1,7 @@
 //! `bench compare`: reports of several machines beside each other, in tokens, joules and dollars.
 
 use super::plan::prices::{Price, per_million};
-use super::report::schema::{BenchReport, Kind, Phase, ReportRow};
+use super::report::schema::{BenchReport, Phase, ReportKind, ReportRow};
 use super::report::seal::Sealed;
 use serde::Serialize;
 
@@ -96,7 +96,7 @@ fn one(
     let tokens_per_second = speed(report);
     let score = score(report, assumed, consistency);
     let of_both = |f: fn(f64, f64) -> f64| Some(f(tokens_per_second?, per_hour?));
-    let is_engine = report.kind == Kind::Engine;
+    let is_engine = report.kind == ReportKind::Engine;
     let signed_by = match entry.sealed {
         Sealed::By(hotkey) => Some(hotkey.to_string()),
         Sealed::Unsigned => None,
@@ -128,8 +128,8 @@ fn price<'a>(entry: &Entry, prices: &'a [Price]) -> Option<&'a Price> {
 
 fn speed(report: &BenchReport) -> Option<f64> {
     match report.kind {
-        Kind::Engine => Some(report.best(Phase::Decode)?.speed.mean),
-        Kind::Serve => Some(report.best_level()?.steady_tokens_per_second),
+        ReportKind::Engine => Some(report.best(Phase::Decode)?.speed.mean),
+        ReportKind::Serve => Some(report.best_level()?.steady_tokens_per_second),
     }
     .filter(|speed| *speed > 0.0)
 }
@@ -151,7 +151,7 @@ fn verified(report: &BenchReport, per_hour: f64, assumed: Assumptions) -> Option
 }
 
 fn score(report: &BenchReport, assumed: Assumptions, consistency: fn(f64) -> f64) -> Option<f64> {
-    if let Kind::Serve = report.kind {
+    if let ReportKind::Serve = report.kind {
         let level = report.levels.first()?;
         let share = level.completed as f64 / level.sent.max(1) as f64;
         return Some(level.validator_tps.as_ref()?.mean * consistency(share));

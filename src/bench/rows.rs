@@ -1,6 +1,6 @@
 //! A row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
 
-use super::plan::devices::{DeviceSpec, Kind};
+use super::plan::devices::{DeviceKind, DeviceSpec};
 use super::plan::predict::{Workload, predict};
 use super::plan::work::{decode, prefill};
 use super::report::schema::{Ceilings, Limit, Phase, ReportRow};
@@ -37,7 +37,7 @@ impl Size {
         let Self { phase, batch, depth, tokens } = self;
         let device = DeviceSpec {
             name: "this machine",
-            kind: Kind::Cpu,
+            kind: DeviceKind::Cpu,
             memory: u64::MAX,
             bandwidth: ceilings.read_bandwidth,
             peak: ceilings.fma_peak,

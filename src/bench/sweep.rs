@@ -52,7 +52,7 @@ pub struct SweepSetup {
 }
 
 /// Who follows a measurement.
-pub struct Watch<'a> {
+pub struct SweepWatch<'a> {
     /// Whether it should go on; asked before every run.
     pub is_wanted: &'a dyn Fn() -> bool,
     /// Takes the report as it is, after every row.
@@ -68,7 +68,7 @@ pub fn run(
     pool: &Pool,
     setup: &SweepSetup,
     report: &mut BenchReport,
-    watch: &mut Watch<'_>,
+    watch: &mut SweepWatch<'_>,
 ) -> anyhow::Result<()> {
     let (clock, root) = (Clock::system(), Path::new("/"));
     let options = options(&model, setup)?;
@@ -194,7 +194,7 @@ impl Meter {
 }
 
 impl Bench<'_> {
-    fn all(&self, report: &mut BenchReport, watch: &mut Watch<'_>) -> anyhow::Result<()> {
+    fn all(&self, report: &mut BenchReport, watch: &mut SweepWatch<'_>) -> anyhow::Result<()> {
         self.decode(1, 32.min(self.setup.depths[0].max(1)), 0)?; // warm-up
         for phase in [Phase::Prefill, Phase::Decode, Phase::Verify] {
             for depth in &self.setup.depths {
@@ -219,7 +219,7 @@ impl Bench<'_> {
         phase: Phase,
         (batch, depth): (usize, usize),
         report: &mut BenchReport,
-        watch: &Watch<'_>,
+        watch: &SweepWatch<'_>,
     ) -> anyhow::Result<bool> {
         let (mut runs, mut joules) = (Vec::new(), Vec::new());
         let answers = match phase {

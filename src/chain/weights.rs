@@ -1,8 +1,9 @@
 //! Weights: from a validator's raw numbers to what is sent to the chain, and what may be sent.
 //!
-//! [`Rule::vector`] makes a [`Vector`] of raw weights, by the original's arithmetic (`targon`) or
-//! by that of the current SDK (`sdk`). [`standing`] holds the chain's own rules, so that nothing is
-//! sent that it would refuse; [`outcome`] says what became of what was sent. All of it is pure.
+//! [`VectorRule::vector`] makes a [`Vector`] of raw weights, by the original's arithmetic
+//! (`targon`) or by that of the current SDK (`sdk`). [`standing`] holds the chain's own rules, so
+//! that nothing is sent that it would refuse; [`outcome`] says what became of what was sent. All of
+//! it is pure.
 
 pub mod outcome;
 pub mod reveal;
@@ -34,7 +35,7 @@ pub fn storage_index(netuid: u16, mechanism: u8) -> Result<u16, VectorError> {
 
 /// How raw weights become a vector.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Rule {
+pub enum VectorRule {
     /// `process_weights_for_netuid` of bittensor 8.5, which Targon 4.4 calls, to the bit.
     Targon44,
     /// `set_weights` of the current SDK (bittensor 11.3).
@@ -46,7 +47,7 @@ pub enum Rule {
 #[error("must be targon-4.4 or sdk, got {0}")]
 pub struct UnknownRule(pub String);
 
-impl FromStr for Rule {
+impl FromStr for VectorRule {
     type Err = UnknownRule;
 
     fn from_str(text: &str) -> Result<Self, UnknownRule> {
@@ -58,7 +59,7 @@ impl FromStr for Rule {
     }
 }
 
-impl fmt::Display for Rule {
+impl fmt::Display for VectorRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Targon44 => "targon-4.4",
@@ -67,7 +68,7 @@ impl fmt::Display for Rule {
     }
 }
 
-impl Rule {
+impl VectorRule {
     /// What is sent for these raw weights: pairs of uid and weight, by ascending uid.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::validator::query::{Size, Target};
 use crate::validator::round::chance::Chance;
-use crate::verify::twin::Asked;
+use crate::verify::twin::WantedScrutiny;
 use crate::verify::{Limits, Verifier};
 use clap::Args;
 use std::sync::Arc;
@@ -115,5 +115,5 @@ fn verifier(
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Pool::new(cores, Isa::best())
         .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
-    load_verifier(runtime, config, &pool, (Limits::default(), Asked::NOTHING)).map(Some)
+    load_verifier(runtime, config, &pool, (Limits::default(), WantedScrutiny::NOTHING)).map(Some)
 }

@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::query::{DEPTH_MAX, QueryError, Size, Target, is_deeper};
-use crate::verify::twin::Asked;
+use crate::verify::twin::WantedScrutiny;
 use crate::verify::{Limits, Verifier, question};
 use clap::Args;
 use serde_json::{Value, json};
@@ -46,22 +46,22 @@ pub(super) struct AuditArgs {
     /// The model's name there.
     #[arg(long)]
     model: String,
-    /// The model's name in the models file, where it is another one.
+    /// The model's name in the models file, if it is another one.
     #[arg(long)]
     local: Option<String>,
     /// A key of the server's API.
     #[arg(long, env = "TARGON_AUDIT_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// Ask the chat endpoint; completions where absent, which no template stands between.
+    /// Use the chat endpoint. The default is completions, which use no chat template.
     #[arg(long)]
     chat: bool,
-    /// Most answers to ask for; the test ends earlier once it is sure.
+    /// The most answers to ask for; the test ends earlier when it is certain.
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=1000))]
     answers: u32,
     /// Tokens of each answer.
     #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(8..=128))]
     tokens: u32,
-    /// Seconds that one answer may take.
+    /// The time limit of one answer, in seconds.
     #[arg(long, default_value_t = 120)]
     timeout: u64,
     /// Print JSON.
@@ -82,7 +82,8 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     })?;
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let target = args.target()?;
-    let verifier = load_verifier(&runtime, config, &pool, (Limits::default(), Asked::NOTHING))?;
+    let verifier =
+        load_verifier(&runtime, config, &pool, (Limits::default(), WantedScrutiny::NOTHING))?;
     let mut audit = Audit { args, target, verifier: &verifier, has_extras: true };
     let (evidence, seeds) = runtime.block_on(audit.all())?;
     let (verdict, why) = evidence.verdict();

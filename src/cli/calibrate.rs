@@ -24,7 +24,7 @@ use crate::verify::calibrate::{
 };
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
 use crate::verify::statistic::ByRows;
-use crate::verify::twin::{Asked, When};
+use crate::verify::twin::{WantedScrutiny, When};
 use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -37,23 +37,24 @@ pub(super) struct CalibrateArgs {
     models: ModelsArg,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Only this one.
+    /// Only this model.
     #[arg(long)]
     model: Option<String>,
     /// Take limits from honest answers with proofs, captured as `verify` reads them; may be given
     /// several times.
     #[arg(long, value_name = "FILE", requires = "limits")]
     pairs: Vec<PathBuf>,
-    /// Where the limits go.
+    /// The file to write the limits to.
     #[arg(long, value_name = "FILE", requires = "pairs")]
     limits: Option<PathBuf>,
-    /// Which miners gave these answers: stack, version and hardware, in words.
+    /// The miners that gave these answers: stack, version and hardware, as text.
     #[arg(long, value_name = "NAME", default_value = "unnamed")]
     class: String,
-    /// Share of the prompts that only test the limits.
+    /// The share of prompts that are used only to test the limits.
     #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
     held_out: f64,
-    /// Generate so many answers here and say how many are equal bit for bit when recomputed.
+    /// Generate this number of answers here, and print how many are equal bit for bit when
+    /// recomputed.
     #[arg(long, value_name = "N", conflicts_with = "pairs")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     answers: Option<u32>,
@@ -115,7 +116,7 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
-    let asked = Asked { twin: Some(When::Always), names: false };
+    let asked = WantedScrutiny { twin: Some(When::Always), names: false };
     let pool = args.compute.pool()?;
     let mut verifiers = Verifiers::new(&args.models, pool, (Limits::NONE, asked))?;
     let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };

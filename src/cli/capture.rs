@@ -10,7 +10,7 @@ use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::verify::capture::check_capture;
 pub(super) use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
-use crate::verify::twin::Asked;
+use crate::verify::twin::WantedScrutiny;
 use crate::verify::{Limits, Reason, Rejection, Verifier};
 use std::collections::HashMap;
 use std::fs::File;
@@ -90,7 +90,7 @@ pub(super) struct Verifiers {
     path: PathBuf,
     models: Vec<ModelConfig>,
     pool: Pool,
-    rules: (Limits, Asked),
+    rules: (Limits, WantedScrutiny),
     runtime: Runtime,
     loaded: HashMap<String, Verifier>,
 }
@@ -100,7 +100,7 @@ impl Verifiers {
     pub(super) fn new(
         models: &ModelsArg,
         pool: Pool,
-        rules: (Limits, Asked),
+        rules: (Limits, WantedScrutiny),
     ) -> Result<Self, Failure> {
         let (path, models) = (models.path.clone(), models.read(&[])?.models);
         Ok(Self { path, models, pool, rules, runtime: runtime()?, loaded: HashMap::new() })
@@ -147,7 +147,7 @@ pub(super) fn load_verifier(
     runtime: &Runtime,
     config: ModelConfig,
     pool: &Pool,
-    (limits, asked): (Limits, Asked),
+    (limits, asked): (Limits, WantedScrutiny),
 ) -> Result<Verifier, Failure> {
     let name = config.name.clone();
     let refuse = |why: anyhow::Error| Failure::user(format!("{name} cannot be loaded: {why}"));

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 /// What is done with configuration files.
 #[derive(Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Say how the models file is understood, or what is wrong with it. Nothing is downloaded or
+    /// Print how the models file is understood, or what is wrong with it. Nothing is downloaded or
     /// loaded. A file for --config is checked by every command that is given one.
     Check(CheckArgs),
 }

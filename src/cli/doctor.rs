@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
 use crate::engine::memory::memory;
-use crate::models::hub::{Hub, Wanted};
+use crate::models::hub::{Hub, WantedFiles};
 use crate::models::remembered::cache_dir;
 use clap::Args;
 use serde_json::json;
@@ -34,7 +34,8 @@ pub(super) struct DoctorArgs {
     axon: AxonArgs,
     #[command(flatten)]
     listen: ListenArgs,
-    /// Ask nobody: neither chain nor Hub nor who tells the public address.
+    /// Do not use the network: ask neither the chain, the Hub, nor the service for the public
+    /// address.
     #[arg(long, env = "TARGON_DOCTOR_OFFLINE")]
     offline: bool,
     /// Print one JSON object: `worst` and `findings`.
@@ -155,7 +156,7 @@ async fn files(
         true => None,
         false => Some(hub.commit(repo, revision).await),
     };
-    let kept = hub.kept(repo, revision, file.map_or(Wanted::Checkpoint, Wanted::File));
+    let kept = hub.kept(repo, revision, file.map_or(WantedFiles::Checkpoint, WantedFiles::File));
     let finding = match (&kept, now) {
         (Ok(_), Some(Err(e))) => {
             Some(Finding::new(&topic, Level::Warning, format!("the Hub cannot be asked: {e}")))

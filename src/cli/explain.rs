@@ -9,7 +9,7 @@ use super::printable::printable;
 use super::shared::runtime;
 use crate::store::record::{Outcome, Response, RoundResponse, Sampled, Weights, WeightsState};
 use crate::store::{Store, StoreError};
-use crate::validator::scores::explanation::{Explanation, Stored};
+use crate::validator::scores::explanation::{Explanation, StoredExplanation};
 use crate::validator::scores::series::{Point, Series};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -25,7 +25,7 @@ const ROUNDS_READ_MIN: u32 = 100;
 /// Arguments of `explain`.
 #[derive(Args)]
 pub(super) struct ExplainArgs {
-    /// The miner's place on the subnet.
+    /// The miner's uid on the subnet.
     #[arg(long, env = "TARGON_EXPLAIN_UID")]
     uid: u16,
     /// The subnet.
@@ -40,7 +40,7 @@ pub(super) struct ExplainArgs {
         default_value = "validator.sqlite"
     )]
     database: String,
-    /// Rounds that are shown, the newest first.
+    /// How many rounds are shown, the newest first.
     #[arg(
         long,
         env = "TARGON_EXPLAIN_ROUNDS",
@@ -81,7 +81,7 @@ async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>
 /// What is known of one miner.
 pub(super) struct Shown {
     weights: Weights,
-    stored: Stored,
+    stored: StoredExplanation,
     miner: Explanation,
     rounds: Vec<RoundResponse>,
 }
@@ -99,7 +99,7 @@ impl Shown {
             let hint = Some("they are decided once an epoch while `validate` runs");
             Failure::user(format!("no weights are remembered for subnet {netuid}")).with_hint(hint)
         })?;
-        let stored = Stored::read(&weights.explanation).map_err(|e| {
+        let stored = StoredExplanation::read(&weights.explanation).map_err(|e| {
             let block = weights.block;
             Failure::ours(format!("the explanation of the weights of block {block} is none: {e}"))
         })?;

@@ -27,14 +27,14 @@ pub(super) struct ExportArgs {
     /// What to export.
     #[arg(long, env = "TARGON_EXPORT_WHAT", value_enum, default_value_t = Table::Responses)]
     what: Table,
-    /// How to write it. CSV has a line of names first.
+    /// The format. CSV has a line of names first.
     #[arg(long, env = "TARGON_EXPORT_FORMAT", value_enum, default_value_t = Format::Jsonl)]
     format: Format,
     /// Only what is as new: a time such as 2026-11-01T12:00:00Z, a date (UTC), or how long ago,
     /// such as 36h or 7d.
     #[arg(long, env = "TARGON_EXPORT_SINCE")]
     since: Option<String>,
-    /// Only what is of the miner at this place; of rounds, those in which it was asked.
+    /// Only records of the miner with this uid, or rounds in which it was asked.
     #[arg(long, env = "TARGON_EXPORT_UID")]
     uid: Option<u16>,
 }

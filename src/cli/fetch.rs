@@ -5,7 +5,7 @@ use super::out::outln;
 use super::progress::Bars;
 use super::shared::runtime;
 use crate::lifecycle::load::Progress;
-use crate::models::hub::{Hub, Wanted};
+use crate::models::hub::{Hub, WantedFiles};
 use clap::Args;
 
 /// Arguments of `fetch`.
@@ -16,14 +16,14 @@ pub(super) struct FetchArgs {
     /// Branch, tag or commit.
     #[arg(long, default_value = "main")]
     revision: String,
-    /// Only this file (a GGUF, say).
+    /// Only this file, for example one GGUF file.
     #[arg(long)]
     file: Option<String>,
 }
 
 pub(super) fn run(args: &FetchArgs) -> Result<(), Failure> {
     let hub = Hub::from_env().map_err(Failure::user)?;
-    let wanted = args.file.as_deref().map_or(Wanted::Checkpoint, Wanted::File);
+    let wanted = args.file.as_deref().map_or(WantedFiles::Checkpoint, WantedFiles::File);
     let bars = Bars::new();
     let progress = |file: &str, done, total| bars.file(file, done, total);
     let fetched = runtime()?.block_on(hub.fetch(&args.repo, &args.revision, wanted, &progress));

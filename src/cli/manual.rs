@@ -9,7 +9,7 @@ use std::path::PathBuf;
 /// Arguments of `completions`.
 #[derive(Args)]
 pub(super) struct CompletionsArgs {
-    /// Whose script.
+    /// The shell.
     shell: Shell,
 }
 

@@ -55,7 +55,7 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(name = "targon-engine", version, about, max_term_width = 100)]
 struct Cli {
-    /// What is logged: error, warn, info, debug or trace, or a filter such as `engine=debug`.
+    /// The log level: error, warn, info, debug or trace, or a filter such as `engine=debug`.
     #[arg(long, global = true, env = "TARGON_LOG", default_value = "info")]
     log: String,
     /// Log as one JSON object a line.
@@ -70,7 +70,7 @@ struct Cli {
     /// The same as `--log trace`, under the SDK's name.
     #[arg(long = "logging.trace", global = true, env = "BT_LOGGING_TRACE", hide = true)]
     logging_trace: bool,
-    /// A YAML file with values for flags; the command line and the environment are stronger.
+    /// A YAML file with values for flags; the command line and the environment override it.
     #[arg(long, global = true, env = "TARGON_CONFIG")]
     config: Option<std::path::PathBuf>,
     #[command(subcommand)]
@@ -93,7 +93,7 @@ impl Cli {
 enum Command {
     /// Serve models over HTTP, and with a wallet as a miner on a subnet.
     Serve(Box<serve::ServeArgs>),
-    /// Say what memory the models will need, without loading them.
+    /// Print the memory that the models will need, without loading them.
     Plan(plan::PlanArgs),
     /// Compute the whitening that a model's proofs need, and store it.
     Calibrate(calibrate::CalibrateArgs),
@@ -117,11 +117,11 @@ enum Command {
     Export(export::ExportArgs),
     /// Show every number behind a miner's weight, down to the round and token that cost it.
     Explain(explain::ExplainArgs),
-    /// Validate a subnet: ask miners, check their answers by these models, set weights.
+    /// Validate a subnet: ask miners, check their answers with these models, set weights.
     Validate(Box<validate::ValidateArgs>),
-    /// Say how a running miner stands on its subnet.
+    /// Show the state of a running miner and its standing on the subnet.
     Status(status::StatusArgs),
-    /// Look at a wallet, or make a hotkey.
+    /// Show a wallet, or make a hotkey.
     Wallet(wallet::Arguments),
     /// Download a model from the Hugging Face Hub and print where it is.
     Fetch(fetch::FetchArgs),
@@ -131,10 +131,10 @@ enum Command {
     /// Look at machine, clock, wallet, chain, ports and models, or at a miner as validators see it,
     /// and say what is wrong: exit code 1 when something does not work.
     Doctor(Box<doctor::DoctorArgs>),
-    /// Look at configuration files.
+    /// Check configuration files.
     #[command(subcommand)]
     Config(config::ConfigCommand),
-    /// Print a script with which a shell completes commands and flags.
+    /// Print a completion script for a shell.
     Completions(manual::CompletionsArgs),
     /// Write manual pages, one for each command.
     Man(manual::ManArgs),

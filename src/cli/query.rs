@@ -33,18 +33,18 @@ pub(super) struct QueryArgs {
     /// The hotkey behind --address: who the request is signed for, and who must have signed proofs.
     #[arg(long, requires = "address")]
     hotkey: Option<Hotkey>,
-    /// Which model; where absent, the first that the miner lists.
+    /// The model; by default the first one that the miner lists.
     #[arg(long)]
     model: Option<String>,
-    /// What is asked.
+    /// The prompt.
     prompt: Option<String>,
-    /// A whole request body in place of a prompt: a JSON file.
+    /// A JSON file with a whole request body instead of a prompt.
     #[arg(long, conflicts_with = "prompt")]
     body: Option<PathBuf>,
-    /// Ask the completions endpoint; chat where absent.
+    /// Use the completions endpoint instead of chat.
     #[arg(long)]
     completion: bool,
-    /// Most tokens of the answer.
+    /// The most tokens of the answer.
     #[arg(long, default_value_t = 64)]
     max_tokens: u32,
     /// Temperature.

@@ -17,7 +17,7 @@ use crate::validator::run::resident::Resident;
 use crate::validator::run::residents::{Residents, Sized};
 use crate::verify::evidence::Calibrated;
 use crate::verify::limits_file::{self, LimitsFile};
-use crate::verify::twin::Asked;
+use crate::verify::twin::WantedScrutiny;
 use crate::verify::{Limits, Verifier};
 use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
@@ -156,7 +156,7 @@ struct Loader {
     pool: Pool,
     limits: Arc<LimitsFiles>,
     exact: bool,
-    asked: Asked,
+    asked: WantedScrutiny,
     slots: usize,
 }
 

@@ -50,21 +50,21 @@ pub(super) struct ServeArgs {
     original: OriginalArgs,
     #[command(flatten)]
     update: UpdateArgs,
-    /// Look for newer releases, and become one: what runs may end first.
+    /// Look for newer releases and restart as the newest one, after running requests have ended.
     #[arg(long, env = "TARGON_AUTOUPDATE", help_heading = "Updates")]
     autoupdate: bool,
-    /// Keys that open the API, with commas between them; more in [server] of the models file.
+    /// API keys, separated by commas; [server] of the models file may have more.
     #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
     pub(super) api_key: Vec<String>,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Seconds that running requests may go on after SIGTERM.
+    /// Seconds for which running requests may continue after SIGTERM.
     #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     shutdown_timeout: u64,
     /// Name tokens `token_id:<n>` in log-probabilities, as Targon's validators expect.
     #[arg(long, env = "TARGON_RETURN_TOKENS_AS_TOKEN_IDS")]
     return_tokens_as_token_ids: bool,
-    /// Which distribution log-probabilities describe where a request does not say.
+    /// Which distribution log-probabilities describe if a request does not say.
     #[arg(long, env = "TARGON_LOGPROBS_MODE", default_value = "raw")]
     logprobs_mode: Mode,
 }

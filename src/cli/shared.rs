@@ -4,7 +4,7 @@ use super::Failure;
 use crate::config::models_toml::{self, Config};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use crate::verify::twin::{Asked, When};
+use crate::verify::twin::{WantedScrutiny, When};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -29,7 +29,7 @@ impl ModelsArg {
 /// Where to listen.
 #[derive(Args)]
 pub(super) struct ListenArgs {
-    /// Address to listen on. Who can reach it can use it, unless there are API keys: keep it on
+    /// Address to listen on. Without API keys anyone who can reach it can use it: keep it on
     /// loopback.
     #[arg(long, env = "TARGON_HOST", default_value = "127.0.0.1")]
     host: String,
@@ -57,10 +57,10 @@ impl ListenArgs {
 /// What computes.
 #[derive(Args)]
 pub(super) struct ComputeArgs {
-    /// Compute threads for all models; all cores where absent.
+    /// Compute threads for all models; by default all cores.
     #[arg(long, env = "TARGON_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Instruction set of the kernels; the fastest where absent. Results do not change.
+    /// Instruction set of the kernels; by default the fastest. Results do not change.
     #[arg(long, env = "TARGON_ISA")]
     isa: Option<Isa>,
 }
@@ -89,8 +89,8 @@ pub(super) struct ScrutinyArgs {
 }
 
 impl ScrutinyArgs {
-    pub(super) fn asked(&self) -> Asked {
-        Asked { twin: self.twin, names: self.name_cheats }
+    pub(super) fn asked(&self) -> WantedScrutiny {
+        WantedScrutiny { twin: self.twin, names: self.name_cheats }
     }
 }
 

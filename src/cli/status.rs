@@ -19,7 +19,7 @@ pub(super) struct StatusArgs {
     /// The open listener of the miner.
     #[arg(long, env = "TARGON_URL", default_value = "http://127.0.0.1:8000")]
     url: String,
-    /// A key that opens it, where it has keys; of several the first is used.
+    /// Its API key, if it has keys; of several the first is used.
     #[arg(long, env = "TARGON_API_KEY", hide_env_values = true, value_delimiter = ',')]
     api_key: Vec<String>,
     /// Print JSON.

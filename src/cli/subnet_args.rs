@@ -25,7 +25,7 @@ const NETUID: u16 = 4;
 /// Which wallet signs.
 #[derive(Args)]
 pub(super) struct WalletArgs {
-    /// The wallet's name; `default` where absent.
+    /// The wallet's name; by default `default`.
     #[arg(
         id = "wallet.name",
         long = "wallet.name",
@@ -33,7 +33,7 @@ pub(super) struct WalletArgs {
         help_heading = "Wallet"
     )]
     pub(super) name: Option<String>,
-    /// The hotkey's name; `default` where absent.
+    /// The hotkey's name; by default `default`.
     #[arg(
         id = "wallet.hotkey",
         long = "wallet.hotkey",
@@ -107,8 +107,8 @@ pub(super) struct ChainArgs {
         help_heading = "Chain"
     )]
     network: Network,
-    /// `ws://` or `wss://` addresses in place of the network's own, the preferred one first, with
-    /// commas between them.
+    /// `ws://` or `wss://` addresses instead of the network's own, separated by commas, the
+    /// preferred one first.
     #[arg(
         long = "subtensor.chain_endpoint",
         env = "BT_SUBTENSOR_CHAIN_ENDPOINT",
@@ -117,7 +117,7 @@ pub(super) struct ChainArgs {
         help_heading = "Chain"
     )]
     chain_endpoint: Vec<String>,
-    /// The subnet; 4 where absent.
+    /// The subnet; by default 4.
     #[arg(long, env = "TARGON_NETUID", help_heading = "Chain")]
     pub(super) netuid: Option<u16>,
 }
@@ -163,7 +163,7 @@ pub(super) struct AxonArgs {
         help_heading = "Axon"
     )]
     pub(super) port: u16,
-    /// Address that they listen on.
+    /// Address of the signed routes.
     #[arg(
         id = "axon.ip",
         long = "axon.ip",
@@ -172,25 +172,25 @@ pub(super) struct AxonArgs {
         help_heading = "Axon"
     )]
     pub(super) ip: String,
-    /// Address to announce on chain; this machine's public one where absent.
+    /// Address to announce on the chain; by default this machine's public one.
     #[arg(long = "axon.external_ip", env = "BT_AXON_EXTERNAL_IP", help_heading = "Axon")]
     external_ip: Option<IpAddr>,
-    /// Port to announce on chain; the port itself where absent.
+    /// Port to announce on the chain; by default the port of the signed routes.
     #[arg(long = "axon.external_port", env = "BT_AXON_EXTERNAL_PORT", help_heading = "Axon")]
     external_port: Option<u16>,
-    /// Who is asked for the public address.
+    /// The service that is asked for the public address.
     #[arg(long, env = "TARGON_CHECK_IP", default_value = CHECK_IP, help_heading = "Axon")]
     check_ip: String,
     /// Show the extrinsic that would announce the address, decoded, and sign nothing.
     #[arg(long, env = "TARGON_DRY_RUN", help_heading = "Axon")]
     pub(super) dry_run: bool,
-    /// Take requests of members whatever their stake; else they need 10,000 TAO.
+    /// Accept requests of members with any stake. Without this flag they need 10,000 TAO.
     #[arg(long, env = "TARGON_NO_FORCE_VALIDATOR_PERMIT", help_heading = "Axon")]
     no_force_validator_permit: bool,
-    /// Hotkeys that may ask without membership and stake, with commas between them.
+    /// Hotkeys that may send requests without membership and stake, separated by commas.
     #[arg(long, env = "TARGON_ALLOW_HOTKEY", value_delimiter = ',', help_heading = "Axon")]
     allow_hotkey: Vec<Hotkey>,
-    /// Hotkeys that may not ask, with commas between them.
+    /// Hotkeys that may not send requests, separated by commas.
     #[arg(long, env = "TARGON_DENY_HOTKEY", value_delimiter = ',', help_heading = "Axon")]
     deny_hotkey: Vec<Hotkey>,
     /// Requests a second that one hotkey may send.

@@ -33,7 +33,7 @@ pub(super) struct UpdateArgs {
         help_heading = "Updates"
     )]
     key: Option<String>,
-    /// Seconds between two looks for a newer release.
+    /// Seconds between two checks for a newer release.
     #[arg(
         id = "update.interval",
         long = "update.interval",

@@ -20,11 +20,11 @@ use crate::update::{Installed, Updater};
 use crate::validator::eligible::{self, MinerRules, NoPermit};
 use crate::validator::prompt::dataset::Passages;
 use crate::validator::round::chance::Chance;
-use crate::validator::run::hub::Hub;
+use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
 use crate::validator::run::reading::{Reading, SubnetError};
-use crate::validator::run::world::{Memory, World};
+use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
 use crate::validator::service::Service;
 use sd_notify::NotifyState;
@@ -68,7 +68,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         chain,
         netuid: args.chain.netuid(),
         store: store.clone(),
-        hub: Hub::new(urls, Arc::clone(&signer), clock.clone()),
+        hub: OrganicsHub::new(urls, Arc::clone(&signer), clock.clone()),
         keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
         clock,
         residents,
@@ -80,7 +80,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         waits: args.round.waits(),
         away_max: args.weights.away_max(),
         version_key: args.weights.version_key(args.round.profile),
-        memory: Memory::default(),
+        memory: WorldState::default(),
         signer: Arc::clone(&signer),
     };
     let options = RunOptions {

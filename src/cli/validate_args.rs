@@ -21,7 +21,7 @@ use std::time::Duration;
 
 /// Longest time for a prompt: it is made in this process.
 const PROMPT_TIME: Duration = Duration::from_secs(60);
-/// What a query may take beyond its own limit before the round goes on without it.
+/// How long a query may take beyond its own limit before the round continues without it.
 const QUERY_GRACE: Duration = Duration::from_secs(10);
 /// Tokens of a round's prompt: a passage of 500 characters or a query of 400, who speaks and what
 /// is asked for in 1 KiB, and what a chat template writes around them. Bytes bound tokens.
@@ -65,18 +65,18 @@ pub(super) struct ValidateArgs {
         default_value = "validator.sqlite"
     )]
     pub(super) database: String,
-    /// Where rounds go that the database does not take before the program ends.
+    /// The file for rounds that could not be stored in the database before the program ended.
     #[arg(long, env = "TARGON_UNSAVED", default_value = "unsaved-rounds.jsonl")]
     pub(super) unsaved: PathBuf,
-    /// Serve /health, /ready and /metrics at this address and port, such as 127.0.0.1:9100; nothing
-    /// listens where absent. Who can reach it can read what the validator records, and change
-    /// nothing.
+    /// Serve /health, /ready and /metrics at this address and port, such as 127.0.0.1:9100. By
+    /// default nothing listens. Anyone who can reach the address can read the validator's records,
+    /// and cannot change anything.
     #[arg(long, alias = "metrics", env = "TARGON_LISTEN", value_name = "ADDRESS")]
     pub(super) listen: Option<SocketAddr>,
     /// Show rounds, miners and weights live on the terminal, in place of log lines.
     #[arg(long, env = "TARGON_TUI", conflicts_with_all = ["rounds", "once"])]
     pub(super) tui: bool,
-    /// Seconds that verifications may go on after SIGTERM.
+    /// Seconds for which verifications may continue after SIGTERM.
     #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(super) shutdown_timeout: u64,
     #[command(flatten)]
@@ -104,8 +104,8 @@ enum ListMode {
 /// Which models miners are asked for.
 #[derive(Args)]
 pub(super) struct ListArgs {
-    /// Where the list of models comes from that miners are told; where absent, it is the models of
-    /// --models. Only models of --models can be verified, so only they are asked for.
+    /// The source of the list of models that miners are told; by default the models of --models.
+    /// Only models of --models can be verified, so only they are requested.
     #[arg(
         id = "models.mode",
         long = "models.mode",
@@ -153,7 +153,7 @@ impl ListArgs {
 enum KeepArg {
     /// None.
     None,
-    /// Those of answers that were not verified.
+    /// Those of answers that did not pass.
     Faults,
     /// All.
     All,
@@ -163,16 +163,16 @@ enum KeepArg {
 enum RewriteArg {
     /// Never.
     Never,
-    /// Where it cannot, the passage is taken as it is, and the log says so.
+    /// If it fails, the passage is used without rewriting, and the log says so.
     OrPassage,
-    /// Where it cannot, the round is unscored.
+    /// If it fails, the round is unscored.
     Always,
 }
 
 /// How rounds are held.
 #[derive(Args)]
 pub(super) struct RoundArgs {
-    /// Stop after so many rounds, print their verdicts, and set weights by them.
+    /// Stop after this number of rounds, print their verdicts, and set weights from them.
     #[arg(long, env = "TARGON_ROUNDS", help_heading = "Rounds",
         value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) rounds: Option<u64>,
@@ -182,19 +182,19 @@ pub(super) struct RoundArgs {
     /// Requests, scores and weights: default (with proofs and corrected rules) or targon-4.4.
     #[arg(long, env = "TARGON_PROFILE", default_value = "default", help_heading = "Rounds")]
     pub(super) profile: ScoringProfile,
-    /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none. Where absent, residue-v1,
+    /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none. The default is residue-v1,
     /// and none in the profile targon-4.4.
     #[arg(long, env = "TARGON_PROOF", help_heading = "Rounds")]
     proof: Option<String>,
-    /// Miners that are asked in a round, at most.
+    /// The most miners that are asked in a round.
     #[arg(long, env = "TARGON_MINERS_MAX", default_value_t = 37, help_heading = "Rounds",
         value_parser = clap::value_parser!(u16).range(1..=256))]
     miners_max: u16,
-    /// Fewest tokens that are asked for at most.
+    /// The smallest token limit of a request.
     #[arg(long, env = "TARGON_TOKENS_MIN", default_value_t = 512, help_heading = "Rounds",
         value_parser = clap::value_parser!(u32).range(8..=65_536))]
     tokens_min: u32,
-    /// Most tokens that are asked for.
+    /// The largest token limit of a request.
     #[arg(long, env = "TARGON_TOKENS_MAX", default_value_t = 1920, help_heading = "Rounds",
         value_parser = clap::value_parser!(u32).range(8..=65_536))]
     tokens_max: u32,
@@ -206,16 +206,16 @@ pub(super) struct RoundArgs {
     #[arg(long, env = "TARGON_QUERY_TIMEOUT", default_value_t = 120, help_heading = "Rounds",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     query_timeout: u64,
-    /// Share of the answers of which every row is verified, between 0 and 1.
+    /// The share of answers whose every row is verified, between 0 and 1.
     #[arg(long, env = "TARGON_SLOW_SHARE", default_value_t = 0.1, help_heading = "Rounds")]
     slow_share: f64,
-    /// Which requests and answers the records keep in full.
+    /// Which requests and answers are stored in full.
     #[arg(long, env = "TARGON_CAPTURES", default_value = "faults", help_heading = "Rounds")]
     captures: KeepArg,
-    /// Whether this engine rewrites what a prompt is about into a query of its own words.
+    /// Whether this engine rewrites the passage of a prompt into a query in its own words.
     #[arg(long, env = "TARGON_REWRITE", default_value = "or-passage", help_heading = "Rounds")]
     rewrite: RewriteArg,
-    /// A file of JSON lines with a `text` or `conversations` field: what prompts are about.
+    /// A file of JSON lines with a `text` or `conversations` field: the passages of prompts.
     #[arg(long, env = "TARGON_DATASET", help_heading = "Rounds")]
     pub(super) dataset: Option<String>,
     /// A member with a permit and more stake than this, in TAO, is a validator and is not asked.
@@ -227,7 +227,7 @@ pub(super) struct RoundArgs {
         help_heading = "Rounds"
     )]
     pub(super) vpermit_tao_limit: f64,
-    /// Ask miners at addresses that no public network has, such as those of this machine.
+    /// Also ask miners at addresses of private networks, such as those of this machine.
     #[arg(long, env = "TARGON_PRIVATE_AXONS", help_heading = "Rounds")]
     pub(super) private_axons: bool,
     /// Validate without a validator permit. The networks test and local need none.
@@ -305,8 +305,8 @@ impl RoundArgs {
 /// How answers are verified.
 #[derive(Args)]
 pub(super) struct VerifyingArgs {
-    /// Limits that `calibrate --pairs` wrote, each for the model that it names; several with commas
-    /// between them. Models without one have the limits of `verify`.
+    /// Files of limits that `calibrate --pairs` wrote, each for the model that it names, separated
+    /// by commas. Other models have the default limits of `verify`.
     #[arg(
         long,
         value_name = "FILE",
@@ -320,16 +320,16 @@ pub(super) struct VerifyingArgs {
     pub(super) exact: bool,
     #[command(flatten)]
     pub(super) scrutiny: ScrutinyArgs,
-    /// Which rules: targon-4.1 (powv), targon-4.4 (ranks) or proof. Where absent, the proof that
-    /// was asked for, else targon-4.4.
+    /// The rules: targon-4.1 (powv), targon-4.4 (ranks) or proof. The default is proof if a proof
+    /// was requested, and targon-4.4 otherwise.
     #[arg(long, env = "TARGON_RULES", help_heading = "Verification")]
     pub(super) rules: Option<verify::Profile>,
     /// Answers that are verified at once; each has a KV cache of its own, and they share all cores.
     #[arg(long, env = "TARGON_JUDGES", default_value_t = JUDGES_DEFAULT as u16,
         help_heading = "Verification", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) judges: u16,
-    /// Memory for the models that are verified with, such as 16GiB or 60%; all there is where
-    /// absent. Where it does not hold all, each has its turn, epoch by epoch.
+    /// Memory for the models that answers are verified with, such as 16GiB or 60%; by default all
+    /// that is available. If it does not hold all models, they are loaded in turn, epoch by epoch.
     #[arg(
         long = "verify-memory",
         env = "TARGON_VERIFY_MEMORY",
@@ -337,8 +337,8 @@ pub(super) struct VerifyingArgs {
         help_heading = "Verification"
     )]
     pub(super) memory: Option<String>,
-    /// Seconds for all verdicts of a round, from its last answer on; what is not verified by then
-    /// stays unscored.
+    /// Seconds for all verdicts of a round, from its last answer on. Answers that are not verified
+    /// by then are unscored.
     #[arg(long, env = "TARGON_VERDICTS_TIMEOUT", default_value_t = 1800,
         help_heading = "Verification", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     verdicts_timeout: u64,
@@ -415,8 +415,8 @@ impl KeepingArgs {
 /// When and how weights are set.
 #[derive(Args)]
 pub(super) struct WeightsArgs {
-    /// Blocks between two settings of weights and readings of the metagraph, counted from block 0;
-    /// where absent, both happen where the chain runs an epoch for the subnet.
+    /// Set weights and read the metagraph every so many blocks, counted from block 0. By default
+    /// both happen when the chain runs an epoch for the subnet.
     #[arg(
         long,
         env = "TARGON_EPOCH_LENGTH",
@@ -424,7 +424,8 @@ pub(super) struct WeightsArgs {
         help_heading = "Weights"
     )]
     epoch_length: Option<u64>,
-    /// Newest samples of a miner and model that count; 30, and 15 in the profile targon-4.4.
+    /// How many of the newest samples of a miner and model count: 30 by default, and 15 in the
+    /// profile targon-4.4.
     #[arg(long, env = "TARGON_WINDOW", help_heading = "Weights")]
     window: Option<usize>,
     /// Decide weights and show them; sign nothing for the chain.
@@ -451,7 +452,7 @@ impl WeightsArgs {
         }
     }
 
-    /// Version that weights name; the subnet's own where absent.
+    /// The version that weights name; by default the subnet's own.
     pub(super) fn version_key(&self, profile: ScoringProfile) -> Option<u64> {
         (profile == ScoringProfile::Targon44).then_some(TARGON_VERSION)
     }

@@ -29,7 +29,7 @@ pub(super) struct VerifierArgs {
     listen: ListenArgs,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Seconds that running verifications may go on after SIGTERM.
+    /// Seconds for which running verifications may continue after SIGTERM.
     #[arg(long, env = "TARGON_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     shutdown_timeout: u64,
 }

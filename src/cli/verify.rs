@@ -41,16 +41,16 @@ pub(super) struct VerifyArgs {
     /// Compute logits at every row, not only at 32 random ones and the last.
     #[arg(long)]
     slow: bool,
-    /// Demand that hidden rows are equal bit for bit: the miner runs this engine.
+    /// Require that hidden rows are equal bit for bit, because the miner runs this engine.
     #[arg(long)]
     exact: bool,
     /// Limits that `calibrate --pairs` wrote for this model.
     #[arg(long, value_name = "FILE", env = "TARGON_LIMITS")]
     limits: Option<PathBuf>,
-    /// Add every answer to what this file says of its miner, over all answers so far.
+    /// Add every answer to the evidence about its miner in this file.
     #[arg(long, value_name = "FILE", env = "TARGON_EVIDENCE")]
     evidence: Option<PathBuf>,
-    /// Print what was found for every token; `!` marks what is over a limit.
+    /// Print the result for every token; `!` marks values over a limit.
     #[arg(long)]
     explain: bool,
     /// Print one JSON object for each answer.
@@ -59,7 +59,7 @@ pub(super) struct VerifyArgs {
     /// Write a page that shows every token, with plots.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Decides which rows are looked at; random where absent.
+    /// The number that decides which rows are checked; random by default.
     #[arg(long)]
     chance: Option<u64>,
     #[command(flatten)]

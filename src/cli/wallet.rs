@@ -16,7 +16,7 @@ pub(super) struct Arguments {
 enum Action {
     /// Print the addresses and files of a wallet; never a secret.
     Show(WalletArgs),
-    /// Make a hotkey: its files are readable by their owner only, and none is overwritten.
+    /// Make a hotkey. Only the owner can read its files, and no file is overwritten.
     NewHotkey(WalletArgs),
 }
 

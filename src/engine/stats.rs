@@ -27,13 +27,13 @@ const TOKEN_COUNTS: [f64; 16] =
 /// Counters and timings since the engine started.
 #[derive(Default)]
 pub struct Stats {
-    counters: Mutex<Snapshot>,
+    counters: Mutex<EngineSnapshot>,
     timings: Timings,
 }
 
 /// The counters at one moment.
 #[derive(Clone, Copy, Default, Debug)]
-pub struct Snapshot {
+pub struct EngineSnapshot {
     /// Queue, blocks and preemptions.
     pub load: SchedulerLoad,
     /// Steps finished: a heartbeat.
@@ -136,7 +136,7 @@ impl Timeline {
 
 impl Stats {
     /// The counters now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> EngineSnapshot {
         *self.counters.lock()
     }
 

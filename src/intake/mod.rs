@@ -16,11 +16,21 @@ pub mod translate;
 pub mod understand;
 pub mod work;
 
-/// Which endpoint a request was sent to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// The endpoint that a request is sent to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Endpoint {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
     Completion,
+}
+
+impl Endpoint {
+    /// The route.
+    pub fn path(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "/v1/chat/completions",
+            Endpoint::Completion => "/v1/completions",
+        }
+    }
 }

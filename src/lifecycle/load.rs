@@ -7,7 +7,7 @@ use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::device::{Device, DeviceError};
-use crate::models::hub::{Hub, Wanted};
+use crate::models::hub::{Hub, WantedFiles};
 use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
 use crate::ops::CANON;
@@ -62,7 +62,7 @@ pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> anyhow::Result
         ModelSource::Path(path) => (path.clone(), path.display().to_string()),
         ModelSource::Hub { repo, revision, file } => {
             let hub = Hub::from_env()?;
-            let wanted = file.as_deref().map_or(Wanted::Checkpoint, Wanted::File);
+            let wanted = file.as_deref().map_or(WantedFiles::Checkpoint, WantedFiles::File);
             let progress = |file: &str, done, total| shown.file(file, done, total);
             let snapshot = hub.fetch(repo, revision, wanted, &progress).await?;
             tracing::info!(repo, revision, commit = snapshot.commit, "resolved");

@@ -13,7 +13,7 @@ use super::error::{LoadError, read_json};
 use super::gguf::Gguf;
 use super::header::{self, Entry};
 use super::spec::Spec;
-use super::tensor::{Runs, Stored, Tensor};
+use super::tensor::{Runs, StoredType, Tensor};
 use super::weight_file::WeightFile;
 use crate::ops::dtype::Dtype;
 use serde_json::Value;
@@ -115,9 +115,10 @@ impl Checkpoint {
             return Ok(Dtype::Bf16);
         }
         match self.tensor("model.embed_tokens.weight")?.stored {
-            Stored::F16 => Ok(Dtype::F16),
-            Stored::F32 => {
-                for tensor in self.tensors().filter(|t| !matches!(t.stored, Stored::Unread(_))) {
+            StoredType::F16 => Ok(Dtype::F16),
+            StoredType::F32 => {
+                for tensor in self.tensors().filter(|t| !matches!(t.stored, StoredType::Unread(_)))
+                {
                     let runs = Runs::new(tensor, 1)?;
                     for row in 0..tensor.rows() {
                         if runs.row_max(row)? > half::f16::MAX.to_f32() {
@@ -127,7 +128,7 @@ impl Checkpoint {
                 }
                 Ok(Dtype::F16)
             }
-            Stored::Bf16 | Stored::Quantised(_) | Stored::Unread(_) => Ok(Dtype::Bf16),
+            StoredType::Bf16 | StoredType::Quantised(_) | StoredType::Unread(_) => Ok(Dtype::Bf16),
         }
     }
 
@@ -141,7 +142,7 @@ impl Checkpoint {
             path: self.path.clone(),
             what: format!("missing; the checkpoint has {} tensors", self.tensors.len()),
         })?;
-        if let Stored::Unread(kind) = &tensor.stored {
+        if let StoredType::Unread(kind) = &tensor.stored {
             let supported = if self.gguf.is_some() { GGUF_TYPES } else { SAFETENSORS_TYPES };
             return Err(tensor.error(format!("type {kind} is not supported; {supported} are")));
         }
@@ -196,7 +197,7 @@ impl Checkpoint {
             return Err(differs());
         }
         let (mut ours, mut other) = (vec![0; head.cols()], vec![0; head.cols()]);
-        let dtype = if head.stored == Stored::F16 { Dtype::F16 } else { Dtype::Bf16 };
+        let dtype = if head.stored == StoredType::F16 { Dtype::F16 } else { Dtype::Bf16 };
         for row in 0..head.rows() {
             head.read_row(row, dtype, &mut ours)?;
             embedding.read_row(row, dtype, &mut other)?;
@@ -304,10 +305,10 @@ fn read_shard(path: &Path) -> Result<BTreeMap<String, Tensor>, LoadError> {
     let entries = header::read(path, file.len(), |bytes, at| file.read_at(bytes, at))?;
     let tensor = |Entry { name, dtype, shape, range }| {
         let stored = match dtype.as_str() {
-            "F32" => Stored::F32,
-            "F16" => Stored::F16,
-            "BF16" => Stored::Bf16,
-            other => Stored::Unread(other.to_owned()),
+            "F32" => StoredType::F32,
+            "F16" => StoredType::F16,
+            "BF16" => StoredType::Bf16,
+            other => StoredType::Unread(other.to_owned()),
         };
         let file = Arc::clone(&file);
         (name.clone(), Tensor { name, stored, shape, file, range, order: None })

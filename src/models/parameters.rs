@@ -15,7 +15,7 @@ use super::error::LoadError;
 use super::spec::{ExpertSpec, Spec};
 use super::tensor::Tensor;
 use crate::ops::dtype::Dtype;
-use crate::proof::powv::{Shape, select, value};
+use crate::proof::powv::{PowvShape, select, value};
 
 /// Rows that vLLM pads a vocabulary to.
 const VOCAB_MULTIPLE: usize = 64;
@@ -25,7 +25,7 @@ pub struct Parameter {
     /// vLLM's name for it.
     pub name: String,
     /// Its shape, padding included.
-    pub shape: Shape,
+    pub shape: PowvShape,
     /// Tensors below each other; for experts, those of one expert after the other.
     parts: Vec<Tensor>,
     /// Parts that make one row, read flat: an expert's matrices, or the pieces of a fused bias.
@@ -39,7 +39,7 @@ pub struct Parameter {
 pub struct Parameters {
     dtype: Dtype,
     list: Vec<Parameter>,
-    shapes: Vec<Shape>,
+    shapes: Vec<PowvShape>,
 }
 
 impl Parameters {
@@ -161,7 +161,7 @@ impl Builder<'_> {
         self.matrix(&format!("{module}.{name}.weight"), &of("weight"))?;
         if bias {
             let parts = self.tensors(&of("bias"))?;
-            let shape = Shape { rows: 1, cols: parts.iter().map(Tensor::cols).sum() };
+            let shape = PowvShape { rows: 1, cols: parts.iter().map(Tensor::cols).sum() };
             let parts_of_row = parts.len();
             self.push(format!("{module}.{name}.bias"), shape, parts, parts_of_row);
         }
@@ -196,7 +196,7 @@ impl Builder<'_> {
         let names: Vec<String> = (0..count).flat_map(of_expert).collect();
         let parts = self.tensors(&names)?;
         let cols = parts[..projections.len()].iter().map(|t| t.rows() * t.cols()).sum();
-        let shape = Shape { rows: count, cols };
+        let shape = PowvShape { rows: count, cols };
         self.push(format!("{module}.experts.{name}"), shape, parts, projections.len());
         Ok(())
     }
@@ -207,7 +207,7 @@ impl Builder<'_> {
         let is_vocabulary = name == "model.embed_tokens.weight" || name == "lm_head.weight";
         let rows = if is_vocabulary { rows.next_multiple_of(VOCAB_MULTIPLE) } else { rows };
         let cols = parts[0].cols();
-        self.push(name.to_owned(), Shape { rows, cols }, parts, 0);
+        self.push(name.to_owned(), PowvShape { rows, cols }, parts, 0);
         Ok(())
     }
 
@@ -223,7 +223,7 @@ impl Builder<'_> {
     fn vector(&mut self, name: &str) -> Result<(), LoadError> {
         let parts = self.tensors(&[name.to_owned()])?;
         let cols = parts[0].cols();
-        self.push(name.to_owned(), Shape { rows: 1, cols }, parts, 0);
+        self.push(name.to_owned(), PowvShape { rows: 1, cols }, parts, 0);
         Ok(())
     }
 
@@ -231,7 +231,7 @@ impl Builder<'_> {
         names.iter().map(|name| self.checkpoint.tensor(name)).collect()
     }
 
-    fn push(&mut self, name: String, shape: Shape, parts: Vec<Tensor>, parts_of_row: usize) {
+    fn push(&mut self, name: String, shape: PowvShape, parts: Vec<Tensor>, parts_of_row: usize) {
         self.list.push(Parameter { name, shape, parts, parts_of_row, offset: 0.0 });
     }
 }

@@ -19,7 +19,7 @@ const HASH_BYTES: usize = 1 << 20;
 
 /// Element type in the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Stored {
+pub enum StoredType {
     /// 32-bit floats.
     F32,
     /// IEEE half.
@@ -32,25 +32,25 @@ pub enum Stored {
     Unread(String),
 }
 
-impl Stored {
+impl StoredType {
     /// Elements of one block, and its bytes.
     fn block(&self) -> Option<(usize, usize)> {
         match self {
-            Stored::F32 => Some((1, 4)),
-            Stored::F16 | Stored::Bf16 => Some((1, 2)),
-            Stored::Quantised(dtype) => Some((dtype.block_size(), dtype.type_size())),
-            Stored::Unread(_) => None,
+            StoredType::F32 => Some((1, 4)),
+            StoredType::F16 | StoredType::Bf16 => Some((1, 2)),
+            StoredType::Quantised(dtype) => Some((dtype.block_size(), dtype.type_size())),
+            StoredType::Unread(_) => None,
         }
     }
 
     /// The name in files and hashes.
     pub fn name(&self) -> String {
         match self {
-            Stored::F32 => "F32".into(),
-            Stored::F16 => "F16".into(),
-            Stored::Bf16 => "BF16".into(),
-            Stored::Quantised(dtype) => format!("{dtype:?}"),
-            Stored::Unread(name) => name.clone(),
+            StoredType::F32 => "F32".into(),
+            StoredType::F16 => "F16".into(),
+            StoredType::Bf16 => "BF16".into(),
+            StoredType::Quantised(dtype) => format!("{dtype:?}"),
+            StoredType::Unread(name) => name.clone(),
         }
     }
 
@@ -71,7 +71,7 @@ pub struct Tensor {
     /// Name in the file.
     pub name: String,
     /// Element type.
-    pub stored: Stored,
+    pub stored: StoredType,
     /// Shape, slowest dimension first.
     pub shape: Vec<usize>,
     /// The file.
@@ -193,7 +193,7 @@ impl Tensor {
         out: &mut [u16],
     ) -> Result<(), LoadError> {
         match (&self.stored, dtype) {
-            (Stored::Bf16, Dtype::Bf16) | (Stored::F16, Dtype::F16) => {
+            (StoredType::Bf16, Dtype::Bf16) | (StoredType::F16, Dtype::F16) => {
                 for (to, from) in out.iter_mut().zip(bytes.chunks_exact(2)) {
                     *to = u16::from_le_bytes([from[0], from[1]]);
                 }
@@ -212,13 +212,13 @@ impl Tensor {
     fn widen(&self, bytes: &[u8]) -> Result<Vec<f32>, LoadError> {
         let pairs = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         Ok(match &self.stored {
-            Stored::F32 => bytes
+            StoredType::F32 => bytes
                 .chunks_exact(4)
                 .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
                 .collect(),
-            Stored::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
-            Stored::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
-            Stored::Quantised(dtype) => {
+            StoredType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
+            StoredType::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
+            StoredType::Quantised(dtype) => {
                 let blocks = dtype.from_data(Cow::Borrowed(bytes));
                 match blocks.dequantize(bytes.len() / dtype.type_size() * dtype.block_size()) {
                     Ok(candle_core::CpuStorage::F32(values)) => values,
@@ -226,7 +226,7 @@ impl Tensor {
                     Ok(_) | Err(_) => return Err(self.error("a row cannot be dequantised")),
                 }
             }
-            Stored::Unread(_) => return self.block().map(|_| Vec::new()),
+            StoredType::Unread(_) => return self.block().map(|_| Vec::new()),
         })
     }
 }

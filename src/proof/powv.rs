@@ -6,7 +6,7 @@
 
 /// Shape of a parameter, in the order in which the model lists it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Shape {
+pub struct PowvShape {
     /// Rows; one where the parameter is a vector.
     pub rows: usize,
     /// Elements of a row.
@@ -26,7 +26,7 @@ pub struct Element {
 
 /// Which element belongs to the sum of the prompt's ids and the sum of the output's ids before the
 /// current token. Empty parameters are skipped; `None` when there is nothing else.
-pub fn select(shapes: &[Shape], input_sum: u64, output_sum: u64) -> Option<Element> {
+pub fn select(shapes: &[PowvShape], input_sum: u64, output_sum: u64) -> Option<Element> {
     let count = shapes.len() as u64;
     if count == 0 {
         return None;
@@ -34,7 +34,7 @@ pub fn select(shapes: &[Shape], input_sum: u64, output_sum: u64) -> Option<Eleme
     let first = (input_sum + output_sum) % count;
     (0..count).find_map(|step| {
         let parameter = ((first + step) % count) as usize;
-        let Shape { rows, cols } = shapes[parameter];
+        let PowvShape { rows, cols } = shapes[parameter];
         (rows > 0 && cols > 0).then(|| Element {
             parameter,
             row: (output_sum % rows as u64) as usize,
@@ -56,8 +56,11 @@ mod tests {
     /// The test vector of the protocol, section 3.6.
     #[test]
     fn the_published_vector() {
-        let shapes =
-            [Shape { rows: 6, cols: 4 }, Shape { rows: 8, cols: 4 }, Shape { rows: 1, cols: 4 }];
+        let shapes = [
+            PowvShape { rows: 6, cols: 4 },
+            PowvShape { rows: 8, cols: 4 },
+            PowvShape { rows: 1, cols: 4 },
+        ];
         let weight = |e: Element| {
             let (r, c) = (e.row as i32, e.col as i32);
             let x = match e.parameter {
@@ -80,7 +83,7 @@ mod tests {
 
     #[test]
     fn empty_parameters_are_skipped() {
-        let shapes = [Shape { rows: 0, cols: 4 }, Shape { rows: 2, cols: 3 }];
+        let shapes = [PowvShape { rows: 0, cols: 4 }, PowvShape { rows: 2, cols: 3 }];
         assert_eq!(select(&shapes, 4, 0), Some(Element { parameter: 1, row: 0, col: 1 }));
         assert_eq!(select(&shapes[..1], 4, 0), None);
         assert_eq!(select(&[], 4, 0), None);

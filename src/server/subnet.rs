@@ -1,7 +1,7 @@
 //! The routes of a subnet's miner, behind its [`Gate`].
 
 use super::door::access;
-use super::door::models::{Shape, WantedModels};
+use super::door::models::{ListShape, WantedModels};
 use super::door::{Caller, Gate, guard};
 use super::handlers;
 use super::operations::status;
@@ -42,7 +42,7 @@ async fn models(
     Extension(gate): Extension<Gate>,
     Extension(caller): Extension<Caller>,
 ) -> Json<Value> {
-    let shape = gate.asked(&caller.hotkey).map_or(Shape::List, |asked| asked.shape);
+    let shape = gate.asked(&caller.hotkey).map_or(ListShape::List, |asked| asked.shape);
     Json(served(&state, shape))
 }
 
@@ -69,15 +69,15 @@ async fn note_models(
 }
 
 /// The models that answer.
-fn served(state: &ServerState, shape: Shape) -> Value {
+fn served(state: &ServerState, shape: ListShape) -> Value {
     let entries = state.registry().entries();
     let ready = entries.iter().filter_map(|e| match &e.state {
         ModelState::Ready(served) if !served.engine.is_dead() => Some((&e.name, &**served)),
         _ => None,
     });
     match shape {
-        Shape::List => ready.map(|(name, _)| name.as_str()).collect(),
-        Shape::Map => {
+        ListShape::List => ready.map(|(name, _)| name.as_str()).collect(),
+        ListShape::Map => {
             // They want queries a second; what is known is how many run at once.
             let each = |(name, served): (&String, &Served)| {
                 (name.clone(), json!(served.engine.options().sequences_max))

@@ -5,7 +5,7 @@ use super::query::Arrival;
 use super::round::ask::{Endpoint, QueryContent, QueryPrompt};
 use super::round::chance::Chance;
 use super::round::{
-    Action, AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Ending, Keep, Miner, Offer,
+    Action, AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Candidate, Ending, Keep, Offer,
     RoundEvent, RoundMachine, RoundPhase, RoundSettings, Scene, Times, UNREACHABLE,
 };
 use super::scores::emission::ChainLimits;
@@ -227,11 +227,11 @@ impl World {
         format!("{word}{uid}")
     }
 
-    fn miners(&self) -> Vec<Miner> {
+    fn miners(&self) -> Vec<Candidate> {
         let miner = |uid| {
             let lists = Kind::of(uid) != Kind::Absent;
             let models = lists.then(|| MODEL.to_owned()).into_iter().collect();
-            Miner { uid, hotkey: self.hotkey(uid), coldkey: String::new(), models }
+            Candidate { uid, hotkey: self.hotkey(uid), coldkey: String::new(), models }
         };
         (0..MINERS).map(miner).collect()
     }

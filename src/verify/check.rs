@@ -43,7 +43,7 @@ pub struct Verification<'a> {
 
 /// What is left to do for an answer once everything holds that needs no model.
 struct Work {
-    bound: Option<proof::Bound>,
+    bound: Option<proof::BoundProof>,
     output: Vec<u32>,
     wanted: BTreeSet<usize>,
 }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 const CANON_BYTES_MAX: usize = 40;
 
 /// A proof whose binding, chain and signature hold.
-pub struct Bound {
+pub struct BoundProof {
     /// The scheme.
     pub scheme: Scheme,
     /// Whether its rows come from the canon of ours, so that they can be equal bit for bit.
@@ -40,7 +40,7 @@ fn reject(reason: Reason, what: impl Into<String>) -> Stop {
 ///
 /// # Errors
 /// The first rule that it breaks.
-pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, Stop> {
+pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<BoundProof, Stop> {
     let End::Sent(reason) = end else {
         return Err(reject(Reason::EarlyEnd, "a proved output sends its end"));
     };
@@ -87,7 +87,7 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<Bound, 
     check_signature(claim, &digest, reason, hotkey)?;
     let chunks = claim.answer.chunks.iter().map(|c| c.data.clone()).collect();
     let (scheme, is_our_canon) = (asked.scheme, end.canon == CANON);
-    Ok(Bound { scheme, is_our_canon, root, noise_key: noise_key(&nonce, &terms), chunks })
+    Ok(BoundProof { scheme, is_our_canon, root, noise_key: noise_key(&nonce, &terms), chunks })
 }
 
 /// The hash of our model in the canon that the prover names, which must be the one that it sent.
@@ -170,7 +170,7 @@ fn check_signature(
     }
 }
 
-impl Bound {
+impl BoundProof {
     /// Computes what our own rows would contribute.
     pub fn prover(&self, identity: &Identity) -> RowProver {
         RowProver::new(self.scheme, &self.root, Arc::clone(&identity.calibration))
@@ -203,7 +203,7 @@ impl Bound {
 
 fn compare(
     index: usize,
-    bound: &Bound,
+    bound: &BoundProof,
     rows: &[RowData],
     data: &[u8],
 ) -> (ChunkEvidence, Vec<f64>) {

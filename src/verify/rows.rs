@@ -3,7 +3,7 @@
 
 use super::logprobs::Tops;
 use super::prefill::Rows;
-use super::proof::Bound;
+use super::proof::BoundProof;
 use super::{Claim, Limits, Reason, Rejection, RowEvidence, Stop, targon};
 use crate::engine::draw::Draw;
 use crate::models::pass::{Ranked, RowAsk, RowReport, Scored, Scores, Token};
@@ -43,12 +43,12 @@ impl<'a> RowChecker<'a> {
     pub fn new(
         claim: &'a Claim<'a>,
         model: &'a Model,
-        bound: Option<(&Bound, &Identity)>,
+        bound: Option<(&BoundProof, &Identity)>,
         wanted: &'a BTreeSet<usize>,
     ) -> Self {
         let request = claim.request;
         let sampling = match bound {
-            Some((Bound { noise_key, .. }, _)) => {
+            Some((BoundProof { noise_key, .. }, _)) => {
                 Some(Sampling { noise_key: *noise_key, ..request.sampling.clone() })
             }
             // At T = 0 there is no noise to know.

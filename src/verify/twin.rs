@@ -91,14 +91,14 @@ pub struct Scrutiny {
 
 /// What a caller asks for, before it is known where the weights are.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct Asked {
+pub struct WantedScrutiny {
     /// When the twin is run; [`When::default`] where absent, if it can be run at all.
     pub twin: Option<When>,
     /// As in [`Scrutiny`].
     pub names: bool,
 }
 
-impl Asked {
+impl WantedScrutiny {
     /// One prefill, whatever it shows.
     pub const NOTHING: Self = Self { twin: Some(When::Never), names: false };
 

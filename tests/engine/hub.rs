@@ -14,7 +14,7 @@ use sha2::Sha256;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use targon_engine::models::hub::{Hub, HubError, Wanted};
+use targon_engine::models::hub::{Hub, HubError, WantedFiles};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -159,7 +159,7 @@ impl Setup {
         Hub::new(&self.endpoint, cache, token.map(str::to_owned), offline).unwrap()
     }
 
-    async fn fetch(&self, wanted: Wanted<'_>) -> Result<PathBuf, HubError> {
+    async fn fetch(&self, wanted: WantedFiles<'_>) -> Result<PathBuf, HubError> {
         let snapshot = self.hub(None, false).fetch("o/m", "main", wanted, &|_, _, _| {}).await?;
         assert_eq!(snapshot.commit, COMMIT);
         Ok(snapshot.directory)
@@ -175,25 +175,25 @@ async fn a_checkpoint_is_fetched_once_and_found_offline() {
         *seen.lock() += 1;
     };
     let hub = setup.hub(None, false);
-    let dir = hub.fetch("o/m", "main", Wanted::Checkpoint, &progress).await.unwrap().directory;
+    let dir = hub.fetch("o/m", "main", WantedFiles::Checkpoint, &progress).await.unwrap().directory;
     for name in ["config.json", "tokenizer.json", "model.safetensors"] {
         assert_eq!(std::fs::read(dir.join(name)).unwrap(), setup.site.files[name], "{name}");
     }
     assert!(!dir.join("README.md").exists() && *seen.lock() >= 3);
     let before = setup.site.requests.lock().len();
-    setup.fetch(Wanted::Checkpoint).await.unwrap();
+    setup.fetch(WantedFiles::Checkpoint).await.unwrap();
     assert_eq!(setup.site.requests.lock().len(), before, "the second time nothing is fetched");
     let offline = setup.hub(None, true);
-    let again = offline.fetch("o/m", "main", Wanted::Checkpoint, &|_, _, _| {}).await.unwrap();
+    let again = offline.fetch("o/m", "main", WantedFiles::Checkpoint, &|_, _, _| {}).await.unwrap();
     assert_eq!(again.directory, dir);
-    let error = offline.fetch("o/m", "main", Wanted::File("x.gguf"), &|_, _, _| {}).await;
+    let error = offline.fetch("o/m", "main", WantedFiles::File("x.gguf"), &|_, _, _| {}).await;
     assert!(error.unwrap_err().to_string().contains("HF_HUB_OFFLINE is set"));
 }
 
 #[tokio::test]
 async fn a_dropped_connection_resumes_where_it_stopped() {
     let setup = Setup::new(Faults { drop_after: Some(70_000), ..Faults::default() }).await;
-    let dir = setup.fetch(Wanted::Checkpoint).await.unwrap();
+    let dir = setup.fetch(WantedFiles::Checkpoint).await.unwrap();
     let name = "model.safetensors";
     assert_eq!(std::fs::read(dir.join(name)).unwrap(), setup.site.files[name]);
     let requests: Vec<String> =
@@ -210,7 +210,7 @@ async fn a_server_without_ranges_still_works() {
     std::fs::create_dir_all(&partial).unwrap();
     let blob = hex(&Sha256::digest(&setup.site.files["m.Q4_1.gguf"]));
     std::fs::write(partial.join(format!("{blob}.incomplete")), b"half a file").unwrap();
-    let dir = setup.fetch(Wanted::File("m.Q4_1.gguf")).await.unwrap();
+    let dir = setup.fetch(WantedFiles::File("m.Q4_1.gguf")).await.unwrap();
     assert_eq!(std::fs::read(dir.join("m.Q4_1.gguf")).unwrap(), setup.site.files["m.Q4_1.gguf"]);
 }
 
@@ -218,7 +218,7 @@ async fn a_server_without_ranges_still_works() {
 async fn wrong_bytes_are_refused_with_both_checksums() {
     let setup = Setup::new(Faults { corrupt: true, ..Faults::default() }).await;
     for name in ["m.Q4_1.gguf", "config.json"] {
-        let error = setup.fetch(Wanted::File(name)).await.unwrap_err().to_string();
+        let error = setup.fetch(WantedFiles::File(name)).await.unwrap_err().to_string();
         assert!(error.starts_with(&format!("{name}: expected checksum ")), "{error}");
         let blobs = setup.cache.path().join("models--o--m/blobs");
         let left = std::fs::read_dir(blobs).unwrap().map(|e| e.unwrap().path());
@@ -231,23 +231,23 @@ async fn wrong_bytes_are_refused_with_both_checksums() {
 #[tokio::test]
 async fn connections_that_bring_nothing_are_given_up() {
     let setup = Setup::new(Faults { drop_after: Some(0), ..Faults::default() }).await;
-    let error = setup.fetch(Wanted::File("config.json")).await.unwrap_err();
+    let error = setup.fetch(WantedFiles::File("config.json")).await.unwrap_err();
     assert!(matches!(error, HubError::Network { .. }), "{error}");
 }
 
 #[tokio::test]
 async fn refusals_say_what_to_do() {
     let setup = Setup::new(Faults { token: Some("secret"), ..Faults::default() }).await;
-    let error = setup.fetch(Wanted::Checkpoint).await.unwrap_err().to_string();
+    let error = setup.fetch(WantedFiles::Checkpoint).await.unwrap_err().to_string();
     assert!(error.contains("401") && error.contains("HF_TOKEN"), "{error}");
     let hub = setup.hub(Some("secret"), false);
-    hub.fetch("o/m", "main", Wanted::Checkpoint, &|_, _, _| {}).await.unwrap();
-    let error = hub.fetch("o/other", "main", Wanted::Checkpoint, &|_, _, _| {}).await;
+    hub.fetch("o/m", "main", WantedFiles::Checkpoint, &|_, _, _| {}).await.unwrap();
+    let error = hub.fetch("o/other", "main", WantedFiles::Checkpoint, &|_, _, _| {}).await;
     assert!(error.unwrap_err().to_string().contains("check the repository's name"));
-    let error = hub.fetch("o/m", "main", Wanted::File("none"), &|_, _, _| {}).await;
+    let error = hub.fetch("o/m", "main", WantedFiles::File("none"), &|_, _, _| {}).await;
     assert!(error.unwrap_err().to_string().contains("has no none"));
     for name in ["../x", "a/../../b", "", "a b"] {
-        let error = hub.fetch(name, "main", Wanted::Checkpoint, &|_, _, _| {}).await;
+        let error = hub.fetch(name, "main", WantedFiles::Checkpoint, &|_, _, _| {}).await;
         assert!(matches!(error, Err(HubError::Name(_))), "{name}");
     }
 }
@@ -305,7 +305,7 @@ async fn a_lying_hub_writes_nothing_outside_and_is_refused() {
     ];
     for (lie, want) in cases {
         let setup = Setup::new(Faults { lie: Some(lie), ..Faults::default() }).await;
-        match setup.fetch(Wanted::Checkpoint).await {
+        match setup.fetch(WantedFiles::Checkpoint).await {
             Ok(_) => assert_eq!(want, ""),
             Err(e) => {
                 let e = e.to_string();
@@ -322,7 +322,7 @@ async fn a_lying_hub_writes_nothing_outside_and_is_refused() {
     let setup = Setup::new(Faults::default()).await;
     let hub = setup.hub(None, false);
     for repo in ["o/m/x", "o--m/x", "o/.."] {
-        let error = hub.fetch(repo, "main", Wanted::Checkpoint, &|_, _, _| {}).await;
+        let error = hub.fetch(repo, "main", WantedFiles::Checkpoint, &|_, _, _| {}).await;
         assert!(matches!(error, Err(HubError::Name(_))), "{repo}");
     }
 }
@@ -330,7 +330,7 @@ async fn a_lying_hub_writes_nothing_outside_and_is_refused() {
 #[tokio::test]
 async fn equal_files_are_one_blob_and_do_not_wait_for_each_other() {
     let setup = Setup::new(Faults::default()).await;
-    let fetch = setup.fetch(Wanted::Checkpoint);
+    let fetch = setup.fetch(WantedFiles::Checkpoint);
     let fetched = tokio::time::timeout(std::time::Duration::from_secs(20), fetch).await;
     let dir = fetched.expect("two names of one blob wait for each other").unwrap();
     for name in ["config.json", "generation_config.json"] {
@@ -344,7 +344,7 @@ async fn equal_files_are_one_blob_and_do_not_wait_for_each_other() {
 async fn a_hub_that_sends_a_byte_now_and_then_is_given_up() {
     let setup = Setup::new(Faults { drips: true, ..Faults::default() }).await;
     let hub = setup.hub(None, false).with_patience(std::time::Duration::from_millis(100));
-    let fetch = hub.fetch("o/m", "main", Wanted::File("model.safetensors"), &|_, _, _| {});
+    let fetch = hub.fetch("o/m", "main", WantedFiles::File("model.safetensors"), &|_, _, _| {});
     let error = fetch.await.unwrap_err();
     assert!(matches!(error, HubError::Slow { .. }), "{error}");
     assert!(error.to_string().contains("sent less than 65536 bytes in 0.1 seconds"), "{error}");

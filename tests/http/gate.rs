@@ -21,7 +21,7 @@ use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
 use targon_engine::server::door::bodies::{GRACE, SHARE_MAX};
-use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
+use targon_engine::server::door::{Gate, Policy, STAKE_MIN, SignedOutcome};
 use targon_engine::server::listen::accept;
 use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::settings::HttpLimits;
@@ -154,7 +154,7 @@ async fn signed_requests_of_validators_are_answered() {
         let name = logprobs["content"][0]["token"].as_str().or(logprobs["tokens"][0].as_str());
         assert!(name.unwrap().starts_with("token_id:"), "{answer}");
     }
-    assert_eq!(miner.gate.counted(Outcome::Accepted), 2);
+    assert_eq!(miner.gate.counted(SignedOutcome::Accepted), 2);
     let plain = Request::get("/").body(Body::empty()).unwrap();
     assert_eq!(miner.app.clone().oneshot(plain).await.unwrap().status(), StatusCode::OK);
 }
@@ -209,7 +209,7 @@ async fn every_rule_refuses_with_its_status_and_message() {
     twice.headers.append("epistula-uuid", HeaderValue::from_static("second"));
     let (_, answer) = twice.send(&miner.app).await;
     assert_eq!(answer["detail"], "Header epistula-uuid is given more than once");
-    assert_eq!(miner.gate.counted(Outcome::Accepted), 0);
+    assert_eq!(miner.gate.counted(SignedOutcome::Accepted), 0);
     for edge in [NOW - 8_000, NOW + 8_000] {
         assert_eq!(at(edge).send(&miner.app).await.0, StatusCode::OK);
     }
@@ -285,7 +285,7 @@ async fn a_body_that_comes_late_does_not_outlast_the_memory_of_its_request() {
     sender.send(Ok(request.body.clone())).await.unwrap();
     drop(sender);
     assert_eq!(waiting.await.unwrap(), StatusCode::BAD_REQUEST);
-    assert_eq!(miner.gate.counted(Outcome::Accepted), 2);
+    assert_eq!(miner.gate.counted(SignedOutcome::Accepted), 2);
 }
 
 #[tokio::test]
@@ -360,7 +360,7 @@ async fn where_stake_is_known_in_part_only_a_permit_takes_its_place() {
     let (status, answer) = asks(POOR).send(&miner.app).await;
     let detail = "Stake below minimum: 7 TAO are known, at least 10000 or a validator permit";
     assert_eq!((status, &answer["detail"]), (StatusCode::UNAUTHORIZED, &json!(detail)));
-    assert_eq!(miner.gate.counted(Outcome::LowStake), 1);
+    assert_eq!(miner.gate.counted(SignedOutcome::LowStake), 1);
 }
 
 #[tokio::test]
@@ -419,7 +419,7 @@ async fn a_loud_validator_does_not_starve_a_quiet_one() {
         tokio::spawn(async move { request.send(&app).await.0 })
     };
     let loud: Vec<_> = (0..31).map(|_| send(VALIDATOR)).collect();
-    while miner.gate.counted(Outcome::Accepted) == 0 {
+    while miner.gate.counted(SignedOutcome::Accepted) == 0 {
         tokio::task::yield_now().await;
     }
     assert_eq!(send(SECOND).await.unwrap(), StatusCode::OK);

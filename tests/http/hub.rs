@@ -15,7 +15,7 @@ use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
 use targon_engine::store::record::Round;
-use targon_engine::validator::run::hub::{Hub, Urls};
+use targon_engine::validator::run::hub::{OrganicsHub, Urls};
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
 use targon_engine::validator::run::subnet::Subnet;
@@ -122,7 +122,7 @@ async fn users_requests_are_verified_scored_and_reported() {
     let url = hub(told.clone()).await;
     let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
     let urls = Urls { organics: Some(url), stats: None };
-    let hub = Hub::new(urls, signer, Clock::system());
+    let hub = OrganicsHub::new(urls, signer, Clock::system());
     let (residents, subnet) = (residents(&site), subnet());
     residents.rotate(&["tiny".to_owned()]).await.unwrap();
     assert_eq!(hub.pull(&residents, None, &subnet).await.unwrap(), 4);

@@ -12,7 +12,7 @@ use targon_engine::chain::keys::Keypair;
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron};
 use targon_engine::clock::Clock;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::server::door::{Gate, Outcome, Policy, STAKE_MIN};
+use targon_engine::server::door::{Gate, Policy, STAKE_MIN, SignedOutcome};
 use targon_engine::server::listen::accept;
 use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::settings::HttpLimits;
@@ -156,11 +156,14 @@ async fn ten_thousand_signed_requests() {
         assert!(counts[&kind] > REQUESTS / 200, "{kind:?}: {counts:?}");
     }
     for (kind, outcome) in [
-        (Kind::Good, Outcome::Accepted),
-        (Kind::Replay, Outcome::Replayed),
-        (Kind::Forged, Outcome::BadSignature),
+        (Kind::Good, SignedOutcome::Accepted),
+        (Kind::Replay, SignedOutcome::Replayed),
+        (Kind::Forged, SignedOutcome::BadSignature),
     ] {
         assert_eq!(gate.counted(outcome), counts[&kind] as u64, "{kind:?}");
     }
-    assert_eq!(gate.counted(Outcome::Stale) as usize, counts[&Kind::Stale] + counts[&Kind::Future]);
+    assert_eq!(
+        gate.counted(SignedOutcome::Stale) as usize,
+        counts[&Kind::Stale] + counts[&Kind::Future]
+    );
 }

@@ -2,7 +2,7 @@
 
 use super::catalogue::{Attack, Goal};
 use super::check::WITH_MARGIN;
-use super::results::{CHUNKS, Line, Outcome, Tokens};
+use super::results::{CHUNKS, GoalOutcome, Line, Tokens};
 use crate::bench::stats::{Rate, Stopping};
 use crate::proof::Scheme;
 use crate::verify::bounds::upper;
@@ -11,8 +11,8 @@ use crate::verify::bounds::upper;
 const FALSE_POSITIVES_MAX: f64 = 1e-3;
 
 /// The outcome of every goal that there are measurements for.
-pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Vec<Outcome> {
-    let mut outcomes: Vec<Outcome> = honest(lines).into_iter().collect();
+pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Vec<GoalOutcome> {
+    let mut outcomes: Vec<GoalOutcome> = honest(lines).into_iter().collect();
     for attack in attacks {
         let line = |judge: &str| lines.iter().find(|l| l.name == attack.name && l.judge == judge);
         let outcome = match attack.goal {
@@ -33,11 +33,11 @@ pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) ->
     outcomes
 }
 
-fn honest(lines: &[Line]) -> Option<Outcome> {
+fn honest(lines: &[Line]) -> Option<GoalOutcome> {
     let is_it = |l: &&Line| l.name == "honest" && l.judge == WITH_MARGIN;
     let rejected = lines.iter().find(is_it)?.rejected;
     let bound = upper(rejected.count, rejected.of);
-    Some(Outcome {
+    Some(GoalOutcome {
         goal: format!(
             "at most {FALSE_POSITIVES_MAX} of this engine's honest requests are rejected"
         ),
@@ -46,31 +46,31 @@ fn honest(lines: &[Line]) -> Option<Outcome> {
     })
 }
 
-fn by_chunks(line: &Line, count: usize) -> Option<Outcome> {
+fn by_chunks(line: &Line, count: usize) -> Option<GoalOutcome> {
     let missed = line.missed.as_ref()?.get(count.clamp(1, CHUNKS) - 1)?;
     let chunks = if count == 1 { "1 chunk".to_owned() } else { format!("{count} chunks") };
-    Some(Outcome {
+    Some(GoalOutcome {
         goal: format!("{}: seen in {chunks}", line.name),
         measured: format!("missed {}", show(missed)),
         is_met: missed.of > 0 && missed.count == 0,
     })
 }
 
-fn by_tokens(tokens: &Tokens, count: usize) -> Outcome {
+fn by_tokens(tokens: &Tokens, count: usize) -> GoalOutcome {
     let number = |n: Option<usize>| n.map_or_else(|| "never".to_owned(), |n| n.to_string());
     let span = |stopping: &Stopping| {
         format!("{} (median) and {} (95 %)", number(stopping.median), number(stopping.p95))
     };
     let (either, exact) = (span(&tokens.either), span(&tokens.exact));
-    Outcome {
+    GoalOutcome {
         goal: format!("{}: seen in {count} tokens, all rows checked", tokens.name),
         measured: format!("{either}; against a miner on this engine {exact}"),
         is_met: tokens.either.p95.is_some_and(|n| n <= count),
     }
 }
 
-fn always(line: &Line) -> Outcome {
-    Outcome {
+fn always(line: &Line) -> GoalOutcome {
+    GoalOutcome {
         goal: format!("{}: always rejected", line.name),
         measured: format!("rejected {}", show(&line.rejected)),
         is_met: line.rejected.of > 0 && line.rejected.count == line.rejected.of,

@@ -27,7 +27,7 @@ pub struct Results {
     /// Evidence that grows with tokens.
     pub tokens: Vec<Tokens>,
     /// What was demanded.
-    pub goals: Vec<Outcome>,
+    pub goals: Vec<GoalOutcome>,
 }
 
 /// What should show an attack.
@@ -97,7 +97,7 @@ pub struct Tokens {
 
 /// A goal and what became of it.
 #[derive(Clone, Serialize, Debug)]
-pub struct Outcome {
+pub struct GoalOutcome {
     /// What was demanded.
     pub goal: String,
     /// What was measured.
@@ -113,7 +113,7 @@ impl fmt::Display for Results {
             let rejected = format!("{}/{}", rejected.count, rejected.of);
             writeln!(f, "{name:36} {judge:32} {rejected:>9}")?;
         }
-        for (place, Outcome { goal, measured, is_met }) in self.goals.iter().enumerate() {
+        for (place, GoalOutcome { goal, measured, is_met }) in self.goals.iter().enumerate() {
             let end = if place > 0 { "\n" } else { "" };
             write!(f, "{end}{:7} {goal}: {measured}", if *is_met { "met" } else { "missed" })?;
         }

@@ -4,7 +4,7 @@ use anyhow::anyhow;
 
 /// What computes on a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub enum DeviceKind {
     /// A graphics card; products run on tensor cores in bf16 with f32 sums.
     Gpu,
     /// A processor; products run as f32 fused multiply-adds on widened bf16.
@@ -17,7 +17,7 @@ pub struct DeviceSpec {
     /// What `--devices` calls it.
     pub name: &'static str,
     /// What computes.
-    pub kind: Kind,
+    pub kind: DeviceKind,
     /// Bytes of memory; of processors the memory is the machine's and counts as unlimited.
     pub memory: u64,
     /// Bytes a second.
@@ -39,7 +39,7 @@ const fn gpu(
     source: &'static str,
 ) -> DeviceSpec {
     let (bandwidth, peak) = (bandwidth * 1e9, peak * 1e12);
-    DeviceSpec { name, kind: Kind::Gpu, memory: memory * GB, bandwidth, peak, power, source }
+    DeviceSpec { name, kind: DeviceKind::Gpu, memory: memory * GB, bandwidth, peak, power, source }
 }
 
 /// A processor: cores, GHz with all of them busy on vectors, f32 operations a core and cycle,
@@ -50,7 +50,7 @@ const fn cpu(
     source: &'static str,
 ) -> DeviceSpec {
     let (bandwidth, peak) = (bandwidth * 1e9, cores * ghz * 1e9 * per_cycle);
-    DeviceSpec { name, kind: Kind::Cpu, memory: u64::MAX, bandwidth, peak, power, source }
+    DeviceSpec { name, kind: DeviceKind::Cpu, memory: u64::MAX, bandwidth, peak, power, source }
 }
 
 /// All that is known.
@@ -110,7 +110,7 @@ pub fn of_cpu(brand: &str) -> Option<DeviceSpec> {
     let brand = brand.to_lowercase();
     let is_named = |device: &DeviceSpec| {
         let mut parts = device.name.split('-');
-        device.kind == Kind::Cpu
+        device.kind == DeviceKind::Cpu
             && parts.all(|part| brand.split([' ', '+', '(']).any(|word| word == part))
     };
     DEVICES.into_iter().find(is_named)

@@ -1,6 +1,6 @@
 //! The roofline: a step takes as long as its bytes or its operations, whichever takes longer.
 
-use super::devices::{DeviceSpec, Kind};
+use super::devices::{DeviceKind, DeviceSpec};
 use super::work::{Work, decode, prefill};
 use crate::engine::plan::weight_bytes;
 use crate::models::spec::Spec;
@@ -18,10 +18,10 @@ pub struct Efficiency {
 impl Efficiency {
     /// What well-tuned engines are known to reach. This engine was measured on processors only, and
     /// against their measured ceilings, so for every card this is an assumption.
-    pub fn assumed(kind: Kind) -> Self {
+    pub fn assumed(kind: DeviceKind) -> Self {
         match kind {
-            Kind::Gpu => Self { memory: 0.7, compute: 0.5 },
-            Kind::Cpu => Self { memory: 0.7, compute: 0.6 },
+            DeviceKind::Gpu => Self { memory: 0.7, compute: 0.5 },
+            DeviceKind::Cpu => Self { memory: 0.7, compute: 0.6 },
         }
     }
 }
@@ -29,7 +29,7 @@ impl Efficiency {
 /// What holds a step back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Bound {
+pub enum Bottleneck {
     /// Reading weights and cache.
     Memory,
     /// Multiplying.
@@ -57,7 +57,7 @@ pub struct Decode {
     /// Tokens a second of all of them.
     pub tokens_per_second: f64,
     /// What holds it back.
-    pub bound: Bound,
+    pub bound: Bottleneck,
     /// Whether weights and all sequences fit into the device's memory.
     pub fits: bool,
 }
@@ -134,12 +134,12 @@ pub fn predict(
     }
 }
 
-fn seconds(work: Work, device: &DeviceSpec, devices: f64, share: Efficiency) -> (f64, Bound) {
+fn seconds(work: Work, device: &DeviceSpec, devices: f64, share: Efficiency) -> (f64, Bottleneck) {
     let memory = work.bytes / (device.bandwidth * devices * share.memory);
     let compute = work.operations / (device.peak * devices * share.compute);
     match memory >= compute {
-        true => (memory, Bound::Memory),
-        false => (compute, Bound::Compute),
+        true => (memory, Bottleneck::Memory),
+        false => (compute, Bottleneck::Compute),
     }
 }
 
@@ -172,7 +172,10 @@ mod tests {
         let p = predict(&llama(32, 4096, 14_336), &h100, &load(), roof);
         // 15.0 GB of weights without the embedding at 3.35 TB/s.
         assert!((220.0..226.0).contains(&p.decode[0].tokens_per_second), "{p:?}");
-        assert_eq!((p.decode[0].bound, p.decode[1].bound), (Bound::Memory, Bound::Memory));
+        assert_eq!(
+            (p.decode[0].bound, p.decode[1].bound),
+            (Bottleneck::Memory, Bottleneck::Memory)
+        );
         assert_eq!((p.devices, p.decode[0].fits), (1, true));
         let assumed = predict(&llama(32, 4096, 14_336), &h100, &load(), None);
         let ratio = assumed.decode[0].tokens_per_second / p.decode[0].tokens_per_second;

@@ -17,7 +17,7 @@ pub struct Work {
 
 /// Parameters that all tokens share, that a token's experts add, and that the head has.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Parameters {
+pub struct ParameterCounts {
     /// Attention, and the feed-forward layers of dense models, over all layers; routers too.
     pub shared: f64,
     /// One expert, over all layers; 0 in dense models.
@@ -26,7 +26,7 @@ pub struct Parameters {
     pub head: f64,
 }
 
-impl Parameters {
+impl ParameterCounts {
     /// Of a model.
     pub fn of(spec: &Spec) -> Self {
         let (hidden, layers) = (spec.hidden as f64, spec.layers as f64);
@@ -71,20 +71,20 @@ fn attention(spec: &Spec, context: f64) -> f64 {
 }
 
 /// Parameters that one token is multiplied with, without the head.
-fn active(spec: &Spec, parameters: &Parameters) -> f64 {
+fn active(spec: &Spec, parameters: &ParameterCounts) -> f64 {
     let used = spec.feed_forward.experts.map_or(0.0, |e| e.used as f64);
     parameters.shared + used * parameters.expert
 }
 
 /// Bytes of the weights that a step of `tokens` tokens touches, without the head.
-fn weights_touched(spec: &Spec, parameters: &Parameters, tokens: f64) -> f64 {
+fn weights_touched(spec: &Spec, parameters: &ParameterCounts, tokens: f64) -> f64 {
     let experts = spec.feed_forward.experts.map_or(0.0, |e| touched(e.count, e.used, tokens));
     ELEMENT * (parameters.shared + experts * parameters.expert)
 }
 
 /// One token for each of `batch` sequences, each `context` positions long.
 pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
-    let (p, batch, context) = (Parameters::of(spec), batch as f64, context as f64);
+    let (p, batch, context) = (ParameterCounts::of(spec), batch as f64, context as f64);
     let weights = weights_touched(spec, &p, batch) + ELEMENT * p.head;
     let per_token = 2.0 * (active(spec, &p) + p.head) + attention(spec, context);
     Work { bytes: weights + batch * kv_read(spec, context), operations: batch * per_token }
@@ -92,7 +92,7 @@ pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
 
 /// A prompt of `tokens` tokens whose last `scored` rows go through the head.
 pub fn prefill(spec: &Spec, tokens: usize, scored: usize) -> Work {
-    let (p, tokens, scored) = (Parameters::of(spec), tokens as f64, scored as f64);
+    let (p, tokens, scored) = (ParameterCounts::of(spec), tokens as f64, scored as f64);
     // The mean query sees half of the prompt.
     let attended = tokens * attention(spec, (tokens + 1.0) / 2.0);
     Work {
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn an_8b_llama_has_its_known_numbers() {
         let spec = spec(json!({}));
-        let p = Parameters::of(&spec);
+        let p = ParameterCounts::of(&spec);
         // 8.03e9 parameters with the embedding of 0.525e9, norms left out.
         assert!(near(p.shared + 2.0 * p.head, 8.03e9), "{p:?}");
         let one = decode(&spec, 1, 0);

@@ -1,6 +1,6 @@
 //! A report as comma-separated values: a line for each row of the engine or level of load.
 
-use super::schema::{BenchReport, Level, ReportRow};
+use super::schema::{BenchReport, LoadLevel, ReportRow};
 use super::spread::Quantiles;
 
 const ENGINE: &str = "phase,batch,depth,tokens,runs,tokens_per_second,sd,low,high,\
@@ -52,7 +52,7 @@ fn row(row: &ReportRow) -> String {
     .join(",")
 }
 
-fn level(level: &Level) -> String {
+fn level(level: &LoadLevel) -> String {
     let of = |q: &Option<Quantiles>, value: fn(&Quantiles) -> f64| optional(q.as_ref().map(value));
     [
         optional(level.rate),

@@ -1,6 +1,6 @@
 //! A report as Markdown, for a terminal and for a page of text.
 
-use super::schema::{BenchReport, Level, ReportRow};
+use super::schema::{BenchReport, LoadLevel, ReportRow};
 use super::spread::Quantiles;
 use crate::engine::plan::Bytes;
 use comfy_table::{Table, presets};
@@ -154,7 +154,7 @@ pub(super) const LEVEL_COLUMNS: [&str; 12] = [
 ];
 
 /// The cells of a level; times in milliseconds.
-pub(super) fn level(level: &Level) -> [String; 12] {
+pub(super) fn level(level: &LoadLevel) -> [String; 12] {
     let ms = |q: &Option<Quantiles>, value: fn(&Quantiles) -> f64| {
         q.as_ref().map_or("-".into(), |q| number(1e3 * value(q)))
     };
@@ -179,7 +179,7 @@ pub(super) fn level(level: &Level) -> [String; 12] {
     ]
 }
 
-fn levels(all: &[Level]) -> Table {
+fn levels(all: &[LoadLevel]) -> Table {
     let mut table = table(LEVEL_COLUMNS);
     table.add_rows(all.iter().map(level));
     table

@@ -1,6 +1,6 @@
 //! Plots of a report as SVG without embedded fonts.
 
-use super::schema::{BenchReport, Level, Phase, ReportRow};
+use super::schema::{BenchReport, LoadLevel, Phase, ReportRow};
 use super::spread::Quantiles;
 use anyhow::anyhow;
 use plotters::prelude::{
@@ -108,8 +108,8 @@ fn speeds(report: &BenchReport) -> Option<Chart> {
 }
 
 /// Throughput over latency, with the line of those levels that no other beats in both.
-fn latency(levels: &[Level]) -> Option<Chart> {
-    let point = |level: &Level| {
+fn latency(levels: &[LoadLevel]) -> Option<Chart> {
+    let point = |level: &LoadLevel| {
         let latency = level.per_token.as_ref()?.p50;
         Some((1e3 * latency, level.steady_tokens_per_second))
     };
@@ -140,11 +140,11 @@ fn pareto(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 
 /// Shares of all values that lie below, a line for each level.
 fn distribution(
-    levels: &[Level],
+    levels: &[LoadLevel],
     title: &str,
-    of: impl Fn(&Level) -> &Option<Quantiles>,
+    of: impl Fn(&LoadLevel) -> &Option<Quantiles>,
 ) -> Option<Chart> {
-    let line = |level: &Level| {
+    let line = |level: &LoadLevel| {
         let curve = &of(level).as_ref()?.curve;
         let last = curve.len().saturating_sub(1).max(1) as f64;
         let points = curve.iter().enumerate();

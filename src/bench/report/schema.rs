@@ -15,7 +15,7 @@ pub const VERSION: u32 = 1;
 /// What was measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ReportKind {
     /// The engine, in this process.
     Engine,
     /// A server, over HTTP.
@@ -31,7 +31,7 @@ pub struct BenchReport {
     /// [`VERSION`].
     pub version: u32,
     /// What was measured.
-    pub kind: Kind,
+    pub kind: ReportKind,
     /// When it began: seconds since 1970.
     pub started: u64,
     /// How long it took.
@@ -55,7 +55,7 @@ pub struct BenchReport {
     /// Phases of the engine.
     pub rows: Vec<ReportRow>,
     /// Levels of load on a server.
-    pub levels: Vec<Level>,
+    pub levels: Vec<LoadLevel>,
     /// Memory of the process.
     pub memory: Option<MemoryUse>,
     /// Who vouches for it.
@@ -181,7 +181,7 @@ pub struct MemoryUse {
 /// A server under one load.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Level {
+pub struct LoadLevel {
     /// Requests a second that arrive, as a Poisson process; `None` where a fixed number runs.
     pub rate: Option<f64>,
     /// Requests that run at once at most.
@@ -249,7 +249,7 @@ pub struct Signature {
 
 impl BenchReport {
     /// An empty one.
-    pub fn new(kind: Kind, started: u64, machine: Machine, model: ModelFacts) -> Self {
+    pub fn new(kind: ReportKind, started: u64, machine: Machine, model: ModelFacts) -> Self {
         Self {
             schema: SCHEMA.into(),
             version: VERSION,
@@ -278,7 +278,7 @@ impl BenchReport {
     }
 
     /// The level with the most tokens a second.
-    pub fn best_level(&self) -> Option<&Level> {
+    pub fn best_level(&self) -> Option<&LoadLevel> {
         let levels = self.levels.iter();
         levels.max_by(|a, b| a.steady_tokens_per_second.total_cmp(&b.steady_tokens_per_second))
     }

@@ -86,7 +86,7 @@ fn parse(bytes: &[u8]) -> anyhow::Result<BenchReport> {
 pub(in crate::bench) mod tests {
     use super::*;
     use crate::bench::report::facts::{Machine, ModelFacts};
-    use crate::bench::report::schema::{Ceilings, Kind, Limit, MemoryUse, Phase, ReportRow};
+    use crate::bench::report::schema::{Ceilings, Limit, MemoryUse, Phase, ReportKind, ReportRow};
     use crate::bench::report::spread::Spread;
 
     /// A small report of an engine.
@@ -107,7 +107,7 @@ pub(in crate::bench) mod tests {
             dtype: Some("bf16".into()),
             weights_bytes: Some(1 << 30),
         };
-        let mut report = BenchReport::new(Kind::Engine, 1_790_000_000, machine, model);
+        let mut report = BenchReport::new(ReportKind::Engine, 1_790_000_000, machine, model);
         report.is_partial = false;
         report.ceilings = Some(Ceilings { read_bandwidth: 4e11, fma_peak: 6e12, table: None });
         report.memory = Some(MemoryUse { weights: 1 << 30, kv: 1 << 28, peak_resident: 3 << 29 });

@@ -35,7 +35,7 @@ pub struct Chunk {
 
 /// Tokens as the server counts them.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Usage {
+pub struct TokenUsage {
     /// Of the prompt.
     pub prompt: u64,
     /// Of those, found in a cache.
@@ -50,7 +50,7 @@ pub struct Heard {
     /// The chunks.
     pub chunks: Vec<Chunk>,
     /// What the server says of its tokens.
-    pub usage: Option<Usage>,
+    pub usage: Option<TokenUsage>,
     /// Seconds from the request to the end.
     pub ended: f64,
     /// Tokens a second as a validator counts them.
@@ -70,7 +70,7 @@ impl Chunk {
     }
 }
 
-impl Usage {
+impl TokenUsage {
     /// Reads it off a chunk that has it.
     pub fn read(chunk: &Value) -> Option<Self> {
         let usage = &chunk["usage"];
@@ -116,8 +116,11 @@ mod tests {
         let last = json!({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 2}}});
         assert!(!Chunk::read(0.3, &last).has_choice);
-        assert_eq!(Usage::read(&last), Some(Usage { prompt: 5, cached: 2, completion: 7 }));
-        assert_eq!(Usage::read(&json!({"usage": null})), None);
+        assert_eq!(
+            TokenUsage::read(&last),
+            Some(TokenUsage { prompt: 5, cached: 2, completion: 7 })
+        );
+        assert_eq!(TokenUsage::read(&json!({"usage": null})), None);
         assert!(!Chunk::read(0.0, &json!([1])).has_choice);
     }
 

@@ -3,7 +3,7 @@
 use super::drive::{Driven, Load, LoadStop, TimedAnswer};
 use super::heard::Heard;
 use crate::bench::conditions::{Mark, MarkKind};
-use crate::bench::report::schema::{Client, Level};
+use crate::bench::report::schema::{Client, LoadLevel};
 use crate::bench::report::spread::Quantiles;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ impl Times {
 }
 
 /// Makes a level.
-pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Level {
+pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> LoadLevel {
     let good = || driven.sent.iter().filter(|s| s.heard.failure.is_none());
     let mut failed = BTreeMap::new();
     for failure in driven.sent.iter().filter_map(|s| s.heard.failure.as_ref()) {
@@ -72,7 +72,7 @@ pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Leve
         Load::Concurrency(many) => (None, Some(many)),
     };
     let kept = times.iter().filter(|t| t.keeps(promise)).count();
-    let mut level = Level {
+    let mut level = LoadLevel {
         rate,
         concurrency,
         seconds: driven.seconds,
@@ -125,7 +125,7 @@ fn within(driven: &Driven, [from, to]: [f64; 2]) -> f64 {
 
 /// The marks of a level. `asked` is how many tokens every answer should have.
 pub fn marks(
-    level: &Level,
+    level: &LoadLevel,
     stop: Option<LoadStop>,
     asked: Option<u64>,
     is_repeated: bool,
@@ -168,7 +168,7 @@ pub fn marks(
 }
 
 /// Why the client may have been what was measured.
-fn bottleneck(level: &Level) -> Option<String> {
+fn bottleneck(level: &LoadLevel) -> Option<String> {
     let Client { busy, timer_late, send_late } = level.client;
     if busy > BUSY_MAX {
         return Some(format!("the client's threads were busy {:.0} % of the time", 100.0 * busy));
@@ -183,7 +183,7 @@ fn bottleneck(level: &Level) -> Option<String> {
 
 /// The names of vLLM's result files; times in milliseconds. Its first token is the first chunk,
 /// ours the first with text, which is never earlier.
-fn vllm(level: &Level, model: &str) -> Map<String, Value> {
+fn vllm(level: &LoadLevel, model: &str) -> Map<String, Value> {
     let seconds = level.seconds.max(1e-9);
     let all = level.input_tokens + level.output_tokens;
     let rate = level.rate.map_or(json!("inf"), |rate| json!(rate));
@@ -232,7 +232,7 @@ fn vllm(level: &Level, model: &str) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::traffic::heard::{Chunk, Usage};
+    use crate::bench::traffic::heard::{Chunk, TokenUsage};
 
     const PROMISE: Promise = Promise { first_token: 0.5, per_token: 0.15 };
 
@@ -244,7 +244,7 @@ mod tests {
                 |t: usize| Chunk { at: first + 0.1 * t as f64, has_choice: true, has_text: true };
             let heard = Heard {
                 chunks: (0..11).map(chunk).collect(),
-                usage: Some(Usage { prompt: 20, cached: 0, completion: 11 }),
+                usage: Some(TokenUsage { prompt: 20, cached: 0, completion: 11 }),
                 ended: first + 1.0,
                 validator_tps: 9.0,
                 failure: (i == 9).then(|| "status 500".into()),
@@ -284,7 +284,7 @@ mod tests {
         level.failed.clear();
         level.cached_tokens = 90;
         level.client.busy = 0.95;
-        let kinds = |level: &Level, is_repeated| -> Vec<MarkKind> {
+        let kinds = |level: &LoadLevel, is_repeated| -> Vec<MarkKind> {
             let marks = marks(level, Some(LoadStop::Unwanted), Some(12), is_repeated);
             marks.iter().map(|m| m.kind).collect()
         };
@@ -303,6 +303,6 @@ mod tests {
         assert_eq!((level.sent, level.first_token.as_ref()), (0, None));
         // JSON has no infinity: what is written must be readable.
         let text = serde_json::to_string(&level).unwrap();
-        assert_eq!(serde_json::from_str::<Level>(&text).unwrap(), level);
+        assert_eq!(serde_json::from_str::<LoadLevel>(&text).unwrap(), level);
     }
 }

@@ -8,7 +8,7 @@ use super::{commit, send};
 use crate::chain::error::ChainError;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::Rao;
-use crate::chain::weights::outcome::{Approval, Call, Found, Order, SendError, SentWeights};
+use crate::chain::weights::outcome::{Approval, Call, ChainFacts, Order, SendError, SentWeights};
 use crate::chain::weights::standing::Standing;
 use crate::chain::weights::storage_index;
 use subxt::dynamic::{self, Value};
@@ -214,7 +214,10 @@ fn set_fields(call: Call, order: &Order) -> Composite<()> {
 }
 
 /// What stands on the chain, now, for what was sent.
-pub(super) async fn find(connection: &Connection, sent: &SentWeights) -> Result<Found, ChainError> {
+pub(super) async fn find(
+    connection: &Connection,
+    sent: &SentWeights,
+) -> Result<ChainFacts, ChainError> {
     let at = current(connection).await?;
     let reader = Reader::new(connection, &at, sent.netuid);
     let index = index(&reader, sent.mechanism)?;
@@ -223,7 +226,7 @@ pub(super) async fn find(connection: &Connection, sent: &SentWeights) -> Result<
         Some(uid) => reader.value("Weights", (index, uid)).await?.unwrap_or_default(),
         None => Vec::new(),
     };
-    Ok(Found {
+    Ok(ChainFacts {
         block: at.block_number(),
         uid,
         last_update: last_update(&reader, sent.mechanism, uid).await?,

@@ -142,7 +142,7 @@ pub enum ReadBack {
 
 /// What was read for [`ReadBack::of`], at one block.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Found {
+pub struct ChainFacts {
     /// The block.
     pub block: u64,
     /// The hotkey's place, where it is registered.
@@ -159,10 +159,10 @@ pub struct Found {
 
 impl ReadBack {
     /// What was found, for what was sent.
-    pub fn of(sent: &SentWeights, found: Found) -> Self {
+    pub fn of(sent: &SentWeights, found: ChainFacts) -> Self {
         let may_come = found.block <= sent.until;
         let not_there = |why: String| Self::NotThere { why, may_come };
-        let Found { block, last_update, mut weights, period, .. } = found;
+        let ChainFacts { block, last_update, mut weights, period, .. } = found;
         if found.uid.is_none() {
             let (hotkey, netuid) = (sent.hotkey, sent.netuid);
             let why = format!("the hotkey {hotkey} is not registered on subnet {netuid}");
@@ -215,9 +215,16 @@ mod tests {
         }
     }
 
-    fn found() -> Found {
+    fn found() -> ChainFacts {
         let weights = vec![(2, 65_535), (1, 9)];
-        Found { block: 110, uid: Some(3), last_update: 102, weights, commit_epoch: None, period: 1 }
+        ChainFacts {
+            block: 110,
+            uid: Some(3),
+            last_update: 102,
+            weights,
+            commit_epoch: None,
+            period: 1,
+        }
     }
 
     #[test]
@@ -226,21 +233,21 @@ mod tests {
             ReadBack::NotThere { why, .. } => why,
             other => panic!("{other:?}"),
         };
-        let read_back = |found: Found| ReadBack::of(&sent(None), found);
+        let read_back = |found: ChainFacts| ReadBack::of(&sent(None), found);
         assert_eq!(read_back(found()), ReadBack::Confirmed);
         // The same numbers from before it was signed are not these.
-        assert!(why(read_back(Found { last_update: 100, ..found() })).contains("block 100"));
-        let late = ReadBack::of(&sent(None), Found { last_update: 9, block: 133, ..found() });
+        assert!(why(read_back(ChainFacts { last_update: 100, ..found() })).contains("block 100"));
+        let late = ReadBack::of(&sent(None), ChainFacts { last_update: 9, block: 133, ..found() });
         assert!(matches!(late, ReadBack::NotThere { may_come: false, .. }), "{late:?}");
-        assert!(why(read_back(Found { uid: None, ..found() })).contains("not registered"));
-        assert!(why(read_back(Found { weights: vec![], ..found() })).contains("no weights"));
+        assert!(why(read_back(ChainFacts { uid: None, ..found() })).contains("not registered"));
+        assert!(why(read_back(ChainFacts { weights: vec![], ..found() })).contains("no weights"));
         let other = vec![(2, 65_535)];
         let differs = ReadBack::Differs { found: other.clone() };
-        assert_eq!(read_back(Found { weights: other.clone(), ..found() }), differs);
-        let waiting = Found { commit_epoch: Some(8), weights: other.clone(), ..found() };
+        assert_eq!(read_back(ChainFacts { weights: other.clone(), ..found() }), differs);
+        let waiting = ChainFacts { commit_epoch: Some(8), weights: other.clone(), ..found() };
         let committed = ReadBack::of(&sent(Some(1000)), waiting.clone());
         assert_eq!(committed, ReadBack::Waiting { epoch: 8, period: 1 });
-        let gone = Found { commit_epoch: None, ..waiting };
+        let gone = ChainFacts { commit_epoch: None, ..waiting };
         assert!(why(ReadBack::of(&sent(Some(1000)), gone)).contains("was not revealed"));
         assert_eq!(ReadBack::of(&sent(Some(1000)), found()), ReadBack::Confirmed);
     }

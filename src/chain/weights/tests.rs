@@ -18,7 +18,7 @@ fn raw_of(case: &Value) -> Vec<(u16, f64)> {
     uids.zip(case["raw"].as_array().unwrap().iter().map(|raw| raw.as_f64().unwrap())).collect()
 }
 
-fn check_vectors(rule: Rule) {
+fn check_vectors(rule: VectorRule) {
     let vectors = crate::chain::tests::vectors("weight_vectors.json");
     let cases = vectors[rule.to_string()]["cases"].as_array().unwrap().clone();
     assert!(cases.len() > 60, "{}", cases.len());
@@ -36,18 +36,18 @@ fn check_vectors(rule: Rule) {
 
 #[test]
 fn the_rule_of_targon_gives_what_bittensor_8_5_gives() {
-    check_vectors(Rule::Targon44);
+    check_vectors(VectorRule::Targon44);
 }
 
 #[test]
 fn the_rule_of_the_sdk_gives_what_bittensor_11_3_gives() {
-    check_vectors(Rule::Sdk);
+    check_vectors(VectorRule::Sdk);
 }
 
 #[test]
 fn what_is_no_weight_is_refused_with_its_uid() {
     let limits = WeightLimits { neurons: 8, min_allowed: 1, max_limit: WEIGHT_MAX, own: None };
-    for rule in [Rule::Targon44, Rule::Sdk] {
+    for rule in [VectorRule::Targon44, VectorRule::Sdk] {
         for value in [f64::NAN, f64::INFINITY, -0.1, 1e300] {
             let error = rule.vector(&[(2, 0.5), (5, value)], &limits).unwrap_err().to_string();
             assert!(error.contains("for uid 5"), "{error}");
@@ -60,8 +60,10 @@ fn what_is_no_weight_is_refused_with_its_uid() {
         assert_eq!(rule.to_string().parse(), Ok(rule));
     }
     let huge = [(0, 3e38), (1, 3e38)];
-    assert_eq!(Rule::Targon44.vector(&huge, &limits), Err(VectorError::Sum));
-    assert!(Rule::from_str("targon-6").unwrap_err().to_string().contains("targon-4.4 or sdk"));
+    assert_eq!(VectorRule::Targon44.vector(&huge, &limits), Err(VectorError::Sum));
+    assert!(
+        VectorRule::from_str("targon-6").unwrap_err().to_string().contains("targon-4.4 or sdk")
+    );
 }
 
 #[test]
@@ -94,11 +96,11 @@ proptest! {
     ) {
         let raw: Vec<(u16, f64)> = raw.into_iter().collect();
         let limits = WeightLimits { neurons: 300, min_allowed, max_limit, own: None };
-        let rule = if is_targon { Rule::Targon44 } else { Rule::Sdk };
+        let rule = if is_targon { VectorRule::Targon44 } else { VectorRule::Sdk };
         let Ok(vector) = rule.vector(&raw, &limits) else {
             // Only what the rule itself refuses: too few weights, or none.
             let above = raw.iter().filter(|(_, value)| *value > 0.0).count();
-            prop_assert!(rule == Rule::Sdk || raw.iter().any(|(_, v)| *v > 1e29), "{above}");
+            prop_assert!(rule == VectorRule::Sdk || raw.iter().any(|(_, v)| *v > 1e29), "{above}");
             return Ok(());
         };
         // The type holds order, uniqueness, the largest value and that none is 0.

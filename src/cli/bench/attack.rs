@@ -1,7 +1,7 @@
 //! `bench attack`: what each verification scheme catches, on a model of the user's choice.
 
 use crate::bench::attack::plot;
-use crate::bench::attack::results::{Line, Outcome, Results, Tokens};
+use crate::bench::attack::results::{GoalOutcome, Line, Results, Tokens};
 use crate::bench::attack::{AttackBench, AttackSetup};
 use crate::bench::stats::{Rate, Stopping};
 use crate::cli::Failure;
@@ -197,7 +197,7 @@ fn tokens(all: &[Tokens]) -> Table {
     table
 }
 
-fn goals(all: &[Outcome]) -> Table {
+fn goals(all: &[GoalOutcome]) -> Table {
     let mut table = table(["goal", "measured", ""]);
     for outcome in all {
         let met = if outcome.is_met { "met" } else { "missed" };

@@ -3,8 +3,8 @@
 use super::output::{OutputArgs, until_interrupted};
 use crate::bench::plan::devices::{DeviceSpec, named, of_cpu};
 use crate::bench::report::facts::{Machine, ModelFacts};
-use crate::bench::report::schema::{BenchReport, Kind};
-use crate::bench::sweep::{self, SweepSetup, Watch};
+use crate::bench::report::schema::{BenchReport, ReportKind};
+use crate::bench::sweep::{self, SweepSetup, SweepWatch};
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::shared::{ComputeArgs, runtime};
@@ -27,11 +27,11 @@ use std::sync::atomic::Ordering;
 pub(in crate::cli) struct EngineArgs {
     /// A checkpoint directory or a GGUF file.
     model: PathBuf,
-    /// Sequences side by side, with commas between them.
+    /// Batch sizes, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "1,4,16",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: Vec<u16>,
-    /// Tokens before what is measured, and of each prompt, with commas between them.
+    /// Tokens in the context before the measurement, and of each prompt, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "128,1024",
           value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     depth: Vec<u32>,
@@ -41,10 +41,11 @@ pub(in crate::cli) struct EngineArgs {
     /// Runs of each row; their mean gets an interval of 95 %.
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u8).range(1..=100))]
     runs: u8,
-    /// Ask the same prompts in every run, so that prefill finds them in the prefix cache.
+    /// Use the same prompts in every run, so that prefill finds them in the prefix cache.
     #[arg(long)]
     repeat_prompts: bool,
-    /// The row of the device table that this machine is; found by its name where absent.
+    /// The row of the device table for this machine; by default it is found by the processor's
+    /// name.
     #[arg(long)]
     device: Option<String>,
     #[command(flatten)]
@@ -65,7 +66,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let device = device.or_else(|| of_cpu(&machine.cpu));
     let facts = facts(&args.model, &model, &identity);
     let started = Clock::system().unix_ms() / 1000;
-    let mut report = BenchReport::new(Kind::Engine, started, machine, facts);
+    let mut report = BenchReport::new(ReportKind::Engine, started, machine, facts);
     args.note_settings(&mut report);
     let setup = args.setup(device);
     let mut keep = |report: &BenchReport| {
@@ -76,7 +77,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
         output.keep(report)
     };
     let wanted = || is_wanted.load(Ordering::SeqCst);
-    let mut watch = Watch { is_wanted: &wanted, keep: &mut keep };
+    let mut watch = SweepWatch { is_wanted: &wanted, keep: &mut keep };
     let outcome = sweep::run((model, identity), &pool, &setup, &mut report, &mut watch);
     match outcome {
         Ok(()) => output.finish(report),

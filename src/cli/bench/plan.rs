@@ -11,7 +11,7 @@ use crate::engine::plan::Bytes;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
 use crate::models::error::read_json;
-use crate::models::hub::{Hub, Wanted};
+use crate::models::hub::{Hub, WantedFiles};
 use crate::models::spec::Spec;
 use anyhow::bail;
 use clap::Args;
@@ -126,7 +126,7 @@ async fn fetch(repo: &str) -> Result<PathBuf, Failure> {
         return Err(Failure::user(what));
     }
     let hub = Hub::from_env().map_err(Failure::ours)?;
-    let wanted = Wanted::File("config.json");
+    let wanted = WantedFiles::File("config.json");
     let snapshot = hub.fetch(repo, "main", wanted, &|_, _, _| {}).await.map_err(Failure::user)?;
     Ok(snapshot.directory.join("config.json"))
 }

@@ -4,9 +4,9 @@ use super::output::{Output, OutputArgs, until_interrupted};
 use super::questions::{Questions, Shape};
 use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
 use crate::bench::report::facts::{Machine, ModelFacts};
-use crate::bench::report::schema::{BenchReport, Kind};
+use crate::bench::report::schema::{BenchReport, ReportKind};
 use crate::bench::traffic::drive::{Load, LoadStop, drive};
-use crate::bench::traffic::heard::{Answering, Chunk, Heard, LoadRequest, Transport, Usage};
+use crate::bench::traffic::heard::{Answering, Chunk, Heard, LoadRequest, TokenUsage, Transport};
 use crate::bench::traffic::tally::{self, Promise};
 use crate::cli::Failure;
 use crate::cli::out::note;
@@ -49,7 +49,7 @@ pub(in crate::cli) struct ServeArgs {
     /// chat and half completions, with its ranges of temperature, seed and length.
     #[arg(long, value_enum, default_value_t = Shape::Fixed)]
     load: Shape,
-    /// Ask the completions endpoint in place of chat, with --load fixed.
+    /// Use the completions endpoint instead of chat, with --load fixed.
     #[arg(long)]
     completion: bool,
     /// Requests a second that arrive as a Poisson process, however long answers take; several
@@ -72,7 +72,7 @@ pub(in crate::cli) struct ServeArgs {
     /// Leave out `ignore_eos`, which some servers refuse: answers may then be shorter.
     #[arg(long)]
     no_ignore_eos: bool,
-    /// Ask the same prompt every time, so that the server finds it in its prefix cache.
+    /// Use the same prompt every time, so that the server finds it in its prefix cache.
     #[arg(long)]
     repeat_prompts: bool,
     /// Seconds to the first token within which a request counts as good.
@@ -113,7 +113,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
         weights_bytes: None,
     };
     let machine = Machine::this(Path::new("/"));
-    let mut report = BenchReport::new(Kind::Serve, clock.unix_ms() / 1000, machine, facts);
+    let mut report = BenchReport::new(ReportKind::Serve, clock.unix_ms() / 1000, machine, facts);
     args.note_settings(&mut report, questions.seed);
     let before = Moment::now(Path::new("/"), &clock);
     let wanted = || is_wanted.load(Ordering::SeqCst);
@@ -287,7 +287,7 @@ fn heard(streamed: &Streamed, max_tokens: u32) -> Heard {
     };
     Heard {
         chunks: arrivals.iter().map(|a| Chunk::read(a.at.as_secs_f64(), &a.chunk)).collect(),
-        usage: arrivals.iter().rev().find_map(|a| Usage::read(&a.chunk)),
+        usage: arrivals.iter().rev().find_map(|a| TokenUsage::read(&a.chunk)),
         ended: ended.as_secs_f64(),
         validator_tps: timing(arrivals, *ended, max_tokens).tps,
         failure,

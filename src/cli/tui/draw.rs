@@ -3,7 +3,7 @@
 use crate::cli::printable::printable;
 use crate::store::record::{Timing, WeightsState};
 use crate::validator::round::{MinerState, RoundPhase};
-use crate::validator::run::view::{Miner, View};
+use crate::validator::run::view::{MinerView, View};
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
@@ -119,7 +119,7 @@ fn draw_miners(frame: &mut Frame<'_>, view: &View, first: usize, area: Rect) -> 
     last
 }
 
-fn row(uid: u16, miner: &Miner, share: f64) -> Row<'static> {
+fn row(uid: u16, miner: &MinerView, share: f64) -> Row<'static> {
     let hotkey: String = miner.hotkey.chars().take(11).chain(['…']).collect();
     let last = miner.last.as_ref().map(|last| last.timing);
     let (now, timing) = match miner.standing {
@@ -149,7 +149,7 @@ fn row(uid: u16, miner: &Miner, share: f64) -> Row<'static> {
     ])
 }
 
-fn verdict(miner: &Miner) -> Line<'static> {
+fn verdict(miner: &MinerView) -> Line<'static> {
     use crate::store::record::Outcome;
     let Some(last) = &miner.last else { return Line::raw("-") };
     let color = match last.outcome {
@@ -179,7 +179,7 @@ mod tests {
         let last = |outcome, cause: Option<&str>| {
             Some(Last { timing, outcome, cause: cause.map(str::to_owned) })
         };
-        let miner = |standing, last| Miner {
+        let miner = |standing, last| MinerView {
             hotkey: "5F3sa2TJAWMqDhXG6jhV4N8ko9SxwGy8TpaNS1repo5EYjQX".into(),
             standing,
             last,
@@ -201,7 +201,7 @@ mod tests {
             miners: [
                 (1, miner(Some(MinerState::Checking(timing)), last(Outcome::Verified, None))),
                 (2, miner(Some(MinerState::Asked), last(Outcome::Rejected, Some("A\u{1b}]0;x")))),
-                (3, Miner { hotkey: "5C".into(), ..Miner::default() }),
+                (3, MinerView { hotkey: "5C".into(), ..MinerView::default() }),
             ]
             .into(),
             weights: Some((0, WeightsState::Confirmed)),

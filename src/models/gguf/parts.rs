@@ -5,7 +5,7 @@
 
 use super::header::{Described, Header, Value};
 use crate::models::error::LoadError;
-use crate::models::tensor::{Stored, Tensor};
+use crate::models::tensor::{StoredType, Tensor};
 use crate::models::weight_file::WeightFile;
 use candle_core::quantized::GgmlDType;
 use std::collections::BTreeMap;
@@ -153,7 +153,7 @@ impl Part {
         let stored = stored(d.kind);
         let end = match &stored {
             // Its size is not known: it reaches as far as it can.
-            Stored::Unread(_) => Some(next),
+            StoredType::Unread(_) => Some(next),
             known => {
                 let cols = d.shape.last().copied().unwrap_or(1);
                 let row = known.bytes(cols).ok_or_else(|| {
@@ -187,22 +187,22 @@ impl Part {
 }
 
 /// The type with a number.
-fn stored(kind: u32) -> Stored {
+fn stored(kind: u32) -> StoredType {
     match kind {
-        0 => Stored::F32,
-        1 => Stored::F16,
-        30 => Stored::Bf16,
-        2 => Stored::Quantised(GgmlDType::Q4_0),
-        3 => Stored::Quantised(GgmlDType::Q4_1),
-        6 => Stored::Quantised(GgmlDType::Q5_0),
-        7 => Stored::Quantised(GgmlDType::Q5_1),
-        8 => Stored::Quantised(GgmlDType::Q8_0),
-        12 => Stored::Quantised(GgmlDType::Q4K),
-        13 => Stored::Quantised(GgmlDType::Q5K),
-        14 => Stored::Quantised(GgmlDType::Q6K),
+        0 => StoredType::F32,
+        1 => StoredType::F16,
+        30 => StoredType::Bf16,
+        2 => StoredType::Quantised(GgmlDType::Q4_0),
+        3 => StoredType::Quantised(GgmlDType::Q4_1),
+        6 => StoredType::Quantised(GgmlDType::Q5_0),
+        7 => StoredType::Quantised(GgmlDType::Q5_1),
+        8 => StoredType::Quantised(GgmlDType::Q8_0),
+        12 => StoredType::Quantised(GgmlDType::Q4K),
+        13 => StoredType::Quantised(GgmlDType::Q5K),
+        14 => StoredType::Quantised(GgmlDType::Q6K),
         other => {
             let name = UNREAD.iter().find(|(id, _)| *id == other).map(|(_, name)| *name);
-            Stored::Unread(name.map_or_else(|| format!("number {other}"), str::to_owned))
+            StoredType::Unread(name.map_or_else(|| format!("number {other}"), str::to_owned))
         }
     }
 }

@@ -27,7 +27,7 @@ const SMALL: [&str; 7] = [
 
 /// What to fetch of a repository.
 #[derive(Clone, Copy, Debug)]
-pub enum Wanted<'a> {
+pub enum WantedFiles<'a> {
     /// Everything a safetensors checkpoint needs.
     Checkpoint,
     /// One file.
@@ -109,7 +109,7 @@ impl Listing {
     pub(super) fn choose(
         &self,
         repo: &str,
-        wanted: Wanted<'_>,
+        wanted: WantedFiles<'_>,
     ) -> Result<BTreeMap<String, Vec<Entry>>, HubError> {
         let missing = |file: &str| HubError::Missing {
             repo: repo.to_owned(),
@@ -117,20 +117,20 @@ impl Listing {
             file: file.to_owned(),
         };
         let is_wanted = |name: &str| match wanted {
-            Wanted::File(file) => name == file,
-            Wanted::Checkpoint => is_checkpoint_file(name),
+            WantedFiles::File(file) => name == file,
+            WantedFiles::Checkpoint => is_checkpoint_file(name),
         };
         let entries: Vec<&Entry> =
             self.siblings.iter().filter(|e| is_wanted(&e.rfilename)).collect();
         let has = |test: &dyn Fn(&str) -> bool| entries.iter().any(|e| test(&e.rfilename));
         let needed = match wanted {
-            Wanted::File(file) => vec![file],
-            Wanted::Checkpoint => vec!["config.json", "tokenizer.json"],
+            WantedFiles::File(file) => vec![file],
+            WantedFiles::Checkpoint => vec!["config.json", "tokenizer.json"],
         };
         if let Some(name) = needed.into_iter().find(|name| !has(&|n| n == *name)) {
             return Err(missing(name));
         }
-        if matches!(wanted, Wanted::Checkpoint) && !has(&|n| n.ends_with(".safetensors")) {
+        if matches!(wanted, WantedFiles::Checkpoint) && !has(&|n| n.ends_with(".safetensors")) {
             return Err(missing("model.safetensors"));
         }
         let (mut blobs, mut names) = (BTreeMap::<String, Vec<Entry>>::new(), BTreeSet::new());

@@ -10,7 +10,7 @@ mod listing;
 mod store;
 
 pub use error::HubError;
-pub use listing::Wanted;
+pub use listing::WantedFiles;
 
 use crate::tls;
 use error::{BURST_BYTES, corrupt};
@@ -136,7 +136,7 @@ impl Hub {
         &self,
         repo: &str,
         revision: &str,
-        wanted: Wanted<'_>,
+        wanted: WantedFiles<'_>,
     ) -> Result<Snapshot, HubError> {
         check_repo(repo)?;
         check_name(revision)?;
@@ -152,7 +152,7 @@ impl Hub {
         &self,
         repo: &str,
         revision: &str,
-        wanted: Wanted<'_>,
+        wanted: WantedFiles<'_>,
         progress: Progress<'_>,
     ) -> Result<Snapshot, HubError> {
         check_repo(repo)?;
@@ -353,7 +353,7 @@ fn offline(
     root: &Path,
     repo: &str,
     revision: &str,
-    wanted: Wanted<'_>,
+    wanted: WantedFiles<'_>,
 ) -> Result<Snapshot, HubError> {
     let absent = |what: String| HubError::Offline { what, cache: root.to_owned() };
     let commit = std::fs::read_to_string(root.join("refs").join(revision))
@@ -366,8 +366,8 @@ fn offline(
         return Err(absent(format!("{repo} at {revision}")));
     }
     let needed = match wanted {
-        Wanted::File(name) => vec![name],
-        Wanted::Checkpoint => vec!["config.json", "tokenizer.json"],
+        WantedFiles::File(name) => vec![name],
+        WantedFiles::Checkpoint => vec!["config.json", "tokenizer.json"],
     };
     for name in needed {
         if !directory.join(name).exists() {

@@ -2,7 +2,7 @@
 //! with its messages. Two of its faults are corrected: it crashed on some headers, and accepted
 //! some requests twice.
 
-use super::{Gate, Outcome, Refused};
+use super::{Gate, Refused, SignedOutcome};
 use crate::chain::btauth::{self, Age};
 use crate::chain::epistula::{self, WINDOW_MS};
 use crate::chain::keys::Hotkey;
@@ -23,12 +23,12 @@ enum Kind {
     Btauth { method: String, path: String, nonce: u64 },
 }
 
-fn bad(outcome: Outcome, detail: &str) -> Refused {
+fn bad(outcome: SignedOutcome, detail: &str) -> Refused {
     Refused::new(StatusCode::BAD_REQUEST, outcome, detail)
 }
 
 fn malformed(detail: impl Into<String>) -> Refused {
-    Refused::new(StatusCode::BAD_REQUEST, Outcome::BadRequest, detail)
+    Refused::new(StatusCode::BAD_REQUEST, SignedOutcome::BadRequest, detail)
 }
 
 /// The only value of a header, as text.
@@ -133,8 +133,8 @@ impl Claimed {
         };
         match age {
             Age::Fresh => Ok(()),
-            Age::Stale => Err(bad(Outcome::Stale, "Request is too stale")),
-            Age::Ahead => Err(bad(Outcome::Stale, "Request is dated too far in the future")),
+            Age::Stale => Err(bad(SignedOutcome::Stale, "Request is too stale")),
+            Age::Ahead => Err(bad(SignedOutcome::Stale, "Request is dated too far in the future")),
         }
     }
 

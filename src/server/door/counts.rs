@@ -1,6 +1,6 @@
 //! Counters of signed requests.
 
-use super::Outcome;
+use super::SignedOutcome;
 use crate::chain::keys::Hotkey;
 use parking_lot::Mutex;
 use prometheus_client::metrics::histogram::Histogram;
@@ -11,7 +11,7 @@ use std::time::Duration;
 const AUTH_SECONDS: [f64; 8] = [0.0001, 0.0002, 0.0005, 0.001, 0.005, 0.02, 0.1, 1.0];
 /// Requests by outcome and by signer, and the time that checks took.
 pub(super) struct Counts {
-    pub(super) outcomes: Mutex<BTreeMap<Outcome, u64>>,
+    pub(super) outcomes: Mutex<BTreeMap<SignedOutcome, u64>>,
     pub(super) signers: Mutex<BTreeMap<Hotkey, u64>>,
     pub(super) seconds: Histogram,
 }
@@ -27,7 +27,7 @@ impl Default for Counts {
 }
 
 impl Counts {
-    pub(super) fn count(&self, outcome: Outcome) {
+    pub(super) fn count(&self, outcome: SignedOutcome) {
         *self.outcomes.lock().entry(outcome).or_default() += 1;
     }
 

@@ -6,7 +6,7 @@ use super::bodies::{BODY_BYTES_MAX, BodyError, Received, Terms};
 use super::checks::Claimed;
 use super::fair::Ticket;
 use super::replay::Replays;
-use super::{Gate, Outcome, Refused};
+use super::{Gate, Refused, SignedOutcome};
 use crate::chain::epistula::WINDOW_MS;
 use crate::chain::keys::Hotkey;
 use crate::server::state::ServerState;
@@ -61,7 +61,7 @@ impl Gate {
         state: &ServerState,
     ) -> Result<Received, Refused> {
         check_encoding(headers)
-            .map_err(|e| Refused::new(e.status, Outcome::BadRequest, e.message))?;
+            .map_err(|e| Refused::new(e.status, SignedOutcome::BadRequest, e.message))?;
         let limits = state.settings().limits;
         let bytes_max = limits.body_bytes.min(BODY_BYTES_MAX);
         let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
@@ -83,14 +83,14 @@ impl Gate {
             true => check(),
             false => tokio::task::spawn_blocking(check).await.map_err(|_| {
                 let (status, what) = (StatusCode::INTERNAL_SERVER_ERROR, "a check failed");
-                Refused::new(status, Outcome::BadRequest, what)
+                Refused::new(status, SignedOutcome::BadRequest, what)
             })?,
         };
         match is_signed {
             true => Ok((claimed, received.bytes)),
             false => Err(Refused::new(
                 StatusCode::BAD_REQUEST,
-                Outcome::BadSignature,
+                SignedOutcome::BadSignature,
                 "Signature Mismatch",
             )),
         }
@@ -107,7 +107,8 @@ impl Gate {
         if self.0.rates.check_key(&signer).is_err() {
             let rate = self.0.policy.rate;
             let detail = format!("Too many requests: at most {rate} a second for one hotkey");
-            let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, Outcome::Limited, detail);
+            let refused =
+                Refused::new(StatusCode::TOO_MANY_REQUESTS, SignedOutcome::Limited, detail);
             return Err(Refused { retry_after: Some(1), ..refused });
         }
         replays.insert(signer, name, now, REMEMBER_MS);
@@ -123,7 +124,7 @@ impl Gate {
         match replays.contains(claimed.signer, &claimed.name, now) {
             true => {
                 let detail = "Request was received already";
-                Err(Refused::new(StatusCode::BAD_REQUEST, Outcome::Replayed, detail))
+                Err(Refused::new(StatusCode::BAD_REQUEST, SignedOutcome::Replayed, detail))
             }
             false => Ok(()),
         }
@@ -135,7 +136,7 @@ impl Gate {
             self.0.replays.lock().remove(claimed.signer, &claimed.name);
             let most = self.0.policy.waiting_max;
             let detail = format!("Too many requests: {most} of this hotkey wait already");
-            let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, Outcome::Busy, detail);
+            let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, SignedOutcome::Busy, detail);
             Refused { retry_after: Some(1), ..refused }
         })
     }
@@ -179,7 +180,7 @@ pub async fn guard(
             Err(refused) => return refuse(refused),
         },
     };
-    gate.0.counts.count(Outcome::Accepted);
+    gate.0.counts.count(SignedOutcome::Accepted);
     gate.0.counts.count_signer(claimed.signer);
     request.extensions_mut().insert(Caller { hotkey: claimed.signer, name: claimed.name });
     let response = next.run(request).await;

@@ -1,6 +1,6 @@
 //! The hotkeys that may send requests: members with enough stake, and the operator's exceptions.
 
-use super::{Gate, Outcome, Refused};
+use super::{Gate, Refused, SignedOutcome};
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Neuron, Rao};
 use axum::http::StatusCode;
@@ -8,7 +8,7 @@ use std::fmt;
 
 /// What a member must have to ask.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Rule {
+pub enum AdmissionRule {
     /// Nothing more.
     Member,
     /// This much stake.
@@ -18,29 +18,31 @@ pub enum Rule {
     StakeOrPermit(Rao),
 }
 
-impl Rule {
+impl AdmissionRule {
     /// The refusal of a member that does not keep it.
     fn refusal(self, neuron: &Neuron) -> Option<String> {
         let has = neuron.stake.tao();
         match self {
-            Rule::Stake(floor) if neuron.stake < floor => {
+            AdmissionRule::Stake(floor) if neuron.stake < floor => {
                 Some(format!("Stake below minimum: {has} TAO, at least {}", floor.tao()))
             }
-            Rule::StakeOrPermit(floor) if neuron.stake < floor && !neuron.permit => Some(format!(
-                "Stake below minimum: {has} TAO are known, at least {} or a validator permit",
-                floor.tao()
-            )),
+            AdmissionRule::StakeOrPermit(floor) if neuron.stake < floor && !neuron.permit => {
+                Some(format!(
+                    "Stake below minimum: {has} TAO are known, at least {} or a validator permit",
+                    floor.tao()
+                ))
+            }
             _ => None,
         }
     }
 }
 
-impl fmt::Display for Rule {
+impl fmt::Display for AdmissionRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Rule::Member => f.write_str("members"),
-            Rule::Stake(floor) => write!(f, "members with {} TAO of stake", floor.tao()),
-            Rule::StakeOrPermit(floor) => {
+            AdmissionRule::Member => f.write_str("members"),
+            AdmissionRule::Stake(floor) => write!(f, "members with {} TAO of stake", floor.tao()),
+            AdmissionRule::StakeOrPermit(floor) => {
                 let floor = floor.tao();
                 write!(f, "members with {floor} TAO of stake or a validator permit")?;
                 f.write_str(" (not all stake is known: the metagraph is read from storage)")
@@ -51,11 +53,13 @@ impl fmt::Display for Rule {
 
 impl Gate {
     /// The rule in force.
-    pub fn rule(&self) -> Rule {
+    pub fn rule(&self) -> AdmissionRule {
         match self.0.policy.stake_min {
-            None => Rule::Member,
-            Some(floor) if self.0.metagraph.read().is_stake_partial => Rule::StakeOrPermit(floor),
-            Some(floor) => Rule::Stake(floor),
+            None => AdmissionRule::Member,
+            Some(floor) if self.0.metagraph.read().is_stake_partial => {
+                AdmissionRule::StakeOrPermit(floor)
+            }
+            Some(floor) => AdmissionRule::Stake(floor),
         }
     }
 
@@ -63,11 +67,12 @@ impl Gate {
     pub(super) fn member(&self, address: Option<&str>) -> Result<Hotkey, Refused> {
         let unauthorized =
             |outcome, detail: String| Refused::new(StatusCode::UNAUTHORIZED, outcome, detail);
-        let unknown = || unauthorized(Outcome::UnknownSigner, "Signer not in metagraph".to_owned());
+        let unknown =
+            || unauthorized(SignedOutcome::UnknownSigner, "Signer not in metagraph".to_owned());
         let signer: Hotkey = address.and_then(|a| a.parse().ok()).ok_or_else(unknown)?;
         if self.0.policy.deny.contains(&signer) {
             let detail = "Signer is denied by this miner".to_owned();
-            return Err(unauthorized(Outcome::UnknownSigner, detail));
+            return Err(unauthorized(SignedOutcome::UnknownSigner, detail));
         }
         if self.0.policy.allow.contains(&signer) {
             return Ok(signer);
@@ -76,7 +81,7 @@ impl Gate {
         let metagraph = self.0.metagraph.read();
         let neuron = metagraph.neuron(&signer).ok_or_else(unknown)?;
         match rule.refusal(neuron) {
-            Some(detail) => Err(unauthorized(Outcome::LowStake, detail)),
+            Some(detail) => Err(unauthorized(SignedOutcome::LowStake, detail)),
             None => Ok(signer),
         }
     }

@@ -22,4 +22,4 @@ pub mod report;
 
 pub use gate::{Gate, Policy, STAKE_MIN};
 pub use guard::{Caller, guard};
-pub use outcome::{Outcome, Refused};
+pub use outcome::{Refused, SignedOutcome};

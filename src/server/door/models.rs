@@ -13,14 +13,14 @@ const NAME_CHARS_MAX: usize = 200;
 
 /// How a validator reads what is served.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Shape {
+pub enum ListShape {
     /// A list of names: versions 4 and 5.0.
     List,
     /// A map from names to how much of each can be asked: versions from 5.1.
     Map,
 }
 
-impl Shape {
+impl ListShape {
     /// The shape that the sender of a `POST /models` reads. All versions send the same list of
     /// names, and none says which it is. Those before 5 send it by httpx and ignore the answer.
     /// From 5.0 on aiohttp sends it and the answer is read; 5.0.0 to 5.0.5 write the content type
@@ -31,8 +31,8 @@ impl Shape {
         let kind = place(header::CONTENT_TYPE);
         let signature = place(HeaderName::from_static(epistula::HEADER_SIGNATURE));
         match agent {
-            Some(agent) if agent.contains("aiohttp/") && kind <= signature => Shape::Map,
-            _ => Shape::List,
+            Some(agent) if agent.contains("aiohttp/") && kind <= signature => ListShape::Map,
+            _ => ListShape::List,
         }
     }
 }
@@ -43,7 +43,7 @@ pub struct WantedModels {
     /// Names of models.
     pub models: Vec<String>,
     /// How it reads what is served.
-    pub shape: Shape,
+    pub shape: ListShape,
     /// When, in Unix milliseconds.
     pub at_ms: u64,
 }
@@ -66,13 +66,13 @@ impl WantedModels {
             return Err(NotModels);
         }
         let value: Value = serde_json::from_slice(body).map_err(|_| NotModels)?;
-        let (names, shape): (Vec<Option<String>>, Shape) = match value {
+        let (names, shape): (Vec<Option<String>>, ListShape) = match value {
             Value::Array(list) => {
                 let names = list.into_iter().map(|v| v.as_str().map(str::to_owned)).collect();
-                (names, Shape::of(headers))
+                (names, ListShape::of(headers))
             }
             Value::Object(map) => {
-                (map.into_iter().map(|(name, _)| Some(name)).collect(), Shape::Map)
+                (map.into_iter().map(|(name, _)| Some(name)).collect(), ListShape::Map)
             }
             _ => return Err(NotModels),
         };
@@ -95,8 +95,8 @@ mod tests {
         let read = |text: &str| WantedModels::read(&HeaderMap::new(), text.as_bytes(), 5);
         let list = read("[\"a\", \"b\"]").unwrap();
         let models: Vec<String> = vec!["a".into(), "b".into()];
-        assert_eq!(list, WantedModels { models, shape: Shape::List, at_ms: 5 });
-        assert_eq!(read("{\"a\": 3}").unwrap().shape, Shape::Map);
+        assert_eq!(list, WantedModels { models, shape: ListShape::List, at_ms: 5 });
+        assert_eq!(read("{\"a\": 3}").unwrap().shape, ListShape::Map);
         assert_eq!(read("[]").unwrap().models, Vec::<String>::new());
         let many = serde_json::to_string(&vec!["a"; 257]).unwrap();
         let long = format!("[\"{}\"]", "x".repeat(201));
@@ -116,16 +116,16 @@ mod tests {
                 headers.insert(*name, HeaderValue::from_static("x"));
             }
             headers.insert("user-agent", HeaderValue::from_static(agent));
-            Shape::of(&headers)
+            ListShape::of(&headers)
         };
         let (before, behind) = (
             ["content-type", "epistula-version", "epistula-request-signature"],
             ["epistula-version", "epistula-request-signature", "content-type"],
         );
         let aiohttp = "Python/3.12 aiohttp/3.10.11";
-        assert_eq!(of(aiohttp, &before), Shape::Map);
-        assert_eq!(of(aiohttp, &behind), Shape::List);
-        assert_eq!(of("python-httpx/0.27.2", &before), Shape::List);
-        assert_eq!(Shape::of(&HeaderMap::new()), Shape::List);
+        assert_eq!(of(aiohttp, &before), ListShape::Map);
+        assert_eq!(of(aiohttp, &behind), ListShape::List);
+        assert_eq!(of("python-httpx/0.27.2", &before), ListShape::List);
+        assert_eq!(ListShape::of(&HeaderMap::new()), ListShape::List);
     }
 }

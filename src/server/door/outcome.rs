@@ -8,7 +8,7 @@ use serde_json::json;
 
 /// The outcome of a signed request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum Outcome {
+pub enum SignedOutcome {
     /// It was let in.
     Accepted,
     /// A header is missing or malformed, or the request is for somebody else.
@@ -29,19 +29,19 @@ pub enum Outcome {
     Busy,
 }
 
-impl Outcome {
+impl SignedOutcome {
     /// The word in metrics.
     pub fn word(self) -> &'static str {
         match self {
-            Outcome::Accepted => "accepted",
-            Outcome::BadRequest => "bad_request",
-            Outcome::UnknownSigner => "unknown_signer",
-            Outcome::LowStake => "low_stake",
-            Outcome::Stale => "stale",
-            Outcome::BadSignature => "bad_signature",
-            Outcome::Replayed => "replayed",
-            Outcome::Limited => "limited",
-            Outcome::Busy => "busy",
+            SignedOutcome::Accepted => "accepted",
+            SignedOutcome::BadRequest => "bad_request",
+            SignedOutcome::UnknownSigner => "unknown_signer",
+            SignedOutcome::LowStake => "low_stake",
+            SignedOutcome::Stale => "stale",
+            SignedOutcome::BadSignature => "bad_signature",
+            SignedOutcome::Replayed => "replayed",
+            SignedOutcome::Limited => "limited",
+            SignedOutcome::Busy => "busy",
         }
     }
 }
@@ -52,7 +52,7 @@ pub struct Refused {
     /// The status.
     pub status: StatusCode,
     /// Why, for the counters.
-    pub outcome: Outcome,
+    pub outcome: SignedOutcome,
     /// Why, for the caller.
     pub detail: String,
     /// Seconds after which it may work.
@@ -61,7 +61,7 @@ pub struct Refused {
 
 impl Refused {
     /// With a status and a message.
-    pub fn new(status: StatusCode, outcome: Outcome, detail: impl Into<String>) -> Self {
+    pub fn new(status: StatusCode, outcome: SignedOutcome, detail: impl Into<String>) -> Self {
         Self { status, outcome, detail: detail.into(), retry_after: None }
     }
 }
@@ -74,7 +74,7 @@ impl From<BodyError> for Refused {
             BodyError::Crowded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
             BodyError::Broken(_) => (StatusCode::BAD_REQUEST, None),
         };
-        Self { retry_after, ..Self::new(status, Outcome::BadRequest, error.to_string()) }
+        Self { retry_after, ..Self::new(status, SignedOutcome::BadRequest, error.to_string()) }
     }
 }
 

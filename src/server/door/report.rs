@@ -1,7 +1,7 @@
 //! What operators see of signed requests: metrics, and the latest requests with their signers.
 
 use super::models::WantedModels;
-use super::{Gate, Outcome};
+use super::{Gate, SignedOutcome};
 use crate::chain::keys::Hotkey;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -23,7 +23,7 @@ impl Gate {
     }
 
     /// Signed requests by outcome.
-    pub fn counted(&self, outcome: Outcome) -> u64 {
+    pub fn counted(&self, outcome: SignedOutcome) -> u64 {
         self.0.counts.outcomes.lock().get(&outcome).copied().unwrap_or(0)
     }
 

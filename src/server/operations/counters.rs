@@ -2,7 +2,7 @@
 //! dashboards work, and otherwise the prefix `targon_`.
 
 use crate::engine::Engine;
-use crate::engine::stats::{Snapshot, Timings};
+use crate::engine::stats::{EngineSnapshot, Timings};
 use crate::server::door::Gate;
 use crate::server::registry::{Entry, Registry as Models, State as ModelState};
 use prometheus_client::collector::Collector;
@@ -117,9 +117,9 @@ impl fmt::Debug for Engines {
 }
 
 /// Name, help, value.
-type Gauge = (&'static str, &'static str, fn(&Snapshot) -> f64);
+type Gauge = (&'static str, &'static str, fn(&EngineSnapshot) -> f64);
 /// Name, help, value.
-type Count = (&'static str, &'static str, fn(&Snapshot) -> u64);
+type Count = (&'static str, &'static str, fn(&EngineSnapshot) -> u64);
 /// Name, help, distribution.
 type Distribution = (&'static str, &'static str, fn(&Timings) -> &Histogram);
 

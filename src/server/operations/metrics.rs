@@ -1,7 +1,7 @@
 //! `/metrics` in the OpenMetrics text format, and the same in words in the log.
 
 use super::counters::ready;
-use crate::engine::stats::Snapshot;
+use crate::engine::stats::EngineSnapshot;
 use crate::server::state::ServerState;
 use axum::extract::State;
 use axum::http::header;
@@ -27,10 +27,10 @@ pub async fn metrics(State(state): State<ServerState>) -> Response {
 
 /// Logs one line for each model that did something, every ten seconds, for ever.
 pub async fn summarize(state: ServerState) {
-    let mut before: Vec<(String, Snapshot)> = Vec::new();
+    let mut before: Vec<(String, EngineSnapshot)> = Vec::new();
     loop {
         tokio::time::sleep(SUMMARY_EVERY).await;
-        let now: Vec<(String, Snapshot)> = ready(state.registry())
+        let now: Vec<(String, EngineSnapshot)> = ready(state.registry())
             .into_iter()
             .map(|(name, engine)| (name, engine.stats().snapshot()))
             .collect();
@@ -44,7 +44,7 @@ pub async fn summarize(state: ServerState) {
     }
 }
 
-fn summary_line(model: &str, s: &Snapshot, old: &Snapshot) {
+fn summary_line(model: &str, s: &EngineSnapshot, old: &EngineSnapshot) {
     let rate = |new: u64, old: u64| {
         (new.saturating_sub(old) as f64 / SUMMARY_EVERY.as_secs_f64() * 10.0).round() / 10.0
     };

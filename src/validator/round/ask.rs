@@ -1,6 +1,7 @@
 //! The request that all miners of a round get: sampling parameters, prompt, and proof.
 
 use super::chance::Chance;
+pub use crate::intake::Endpoint;
 use crate::proof::Scheme;
 use anyhow::bail;
 use serde_json::{Value, json};
@@ -10,25 +11,6 @@ use std::ops::RangeInclusive;
 const SEEDS: RangeInclusive<u64> = 10_000..=10_000_000;
 /// Tokens of the shortest answer that is worth asking for.
 const TOKENS_MIN: u32 = 8;
-
-/// Where a model is asked.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Endpoint {
-    /// A conversation.
-    Chat,
-    /// A text that is gone on with.
-    Completion,
-}
-
-impl Endpoint {
-    /// The route.
-    pub fn path(self) -> &'static str {
-        match self {
-            Endpoint::Chat => "/v1/chat/completions",
-            Endpoint::Completion => "/v1/completions",
-        }
-    }
-}
 
 /// What is asked.
 #[derive(Clone, PartialEq, Debug)]

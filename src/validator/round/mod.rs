@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 pub use terms::{
-    Action, AnswerReport, AnswerVerdict, Answered, Ending, Keep, Miner, Offer, RoundEvent,
+    Action, AnswerReport, AnswerVerdict, Answered, Candidate, Ending, Keep, Offer, RoundEvent,
     RoundSettings, Scene, Times,
 };
 
@@ -64,7 +64,7 @@ pub enum MinerState {
 
 /// A miner in this round.
 struct Slot {
-    miner: Miner,
+    miner: Candidate,
     body: Value,
     state: State,
 }
@@ -393,7 +393,7 @@ impl RoundMachine {
 
 /// The miners of a round: in random order until enough of them serve the model.
 fn choose(
-    mut miners: Vec<Miner>,
+    mut miners: Vec<Candidate>,
     model: &str,
     asked_max: usize,
     chance: &mut Chance,
@@ -449,7 +449,7 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
         Keep::All => true,
     };
     let capture = capture.filter(|_| is_kept).map(Arc::unwrap_or_clone);
-    let Miner { uid, hotkey, coldkey, .. } = miner;
+    let Candidate { uid, hotkey, coldkey, .. } = miner;
     Response { uid, hotkey, coldkey, timing, outcome, cause, error, sample, capture, report }
 }
 

@@ -66,7 +66,7 @@ pub struct Offer {
 
 /// A miner that can be asked.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Miner {
+pub struct Candidate {
     /// Its uid.
     pub uid: u16,
     /// Its hotkey, as SS58.
@@ -85,7 +85,7 @@ pub struct Scene {
     /// Models that can be verified.
     pub models: Vec<Offer>,
     /// Miners that can be asked.
-    pub miners: Vec<Miner>,
+    pub miners: Vec<Candidate>,
 }
 
 /// An event.

@@ -23,9 +23,9 @@ fn settings() -> RoundSettings {
     }
 }
 
-fn miner(uid: u16, model: &str) -> Miner {
+fn miner(uid: u16, model: &str) -> Candidate {
     let models = BTreeSet::from([model.to_owned()]);
-    Miner { uid, hotkey: format!("hot{uid}"), coldkey: format!("cold{uid}"), models }
+    Candidate { uid, hotkey: format!("hot{uid}"), coldkey: format!("cold{uid}"), models }
 }
 
 struct Test {
@@ -35,7 +35,7 @@ struct Test {
 }
 
 impl Test {
-    fn new(miners: Vec<Miner>) -> Self {
+    fn new(miners: Vec<Candidate>) -> Self {
         let clock = Clock::manual(1_000);
         let offer =
             Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };

@@ -33,7 +33,7 @@ pub struct Urls {
 }
 
 /// A client of the hub that keeps its last bucket.
-pub struct Hub {
+pub struct OrganicsHub {
     urls: Urls,
     signer: Arc<Keypair>,
     clock: Clock,
@@ -47,7 +47,7 @@ struct Last {
     scores: BTreeMap<(u16, String), Vec<Organic>>,
 }
 
-impl Hub {
+impl OrganicsHub {
     /// A hub client; without URLs it does nothing.
     pub fn new(urls: Urls, signer: Arc<Keypair>, clock: Clock) -> Self {
         Self { urls, signer, clock, last: Mutex::default() }

@@ -2,7 +2,7 @@
 
 use super::emission::Settled;
 use super::inbox::Message;
-use super::ports::{Ports, Query, Submission};
+use super::ports::{AnswerToCheck, MinerQuery, Ports};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
 use super::view::View;
@@ -180,7 +180,7 @@ impl<P: Ports> Driver<P> {
             Action::Ask { uid, path, body, max_tokens } => {
                 let Some(member) = live.members.get(&uid).copied() else { return };
                 live.tasks.spawn(async move {
-                    let query = Query { member, path, body, max_tokens };
+                    let query = MinerQuery { member, path, body, max_tokens };
                     let asked = AssertUnwindSafe(ports.ask(query)).catch_unwind().await;
                     let answer = asked.unwrap_or_else(|_| Answered {
                         arrivals: Vec::new(),
@@ -194,7 +194,8 @@ impl<P: Ports> Driver<P> {
             Action::Check { uid, capture, is_slow } => {
                 let Some(member) = live.members.get(&uid).copied() else { return };
                 let (round, model) = live.machine.name();
-                let case = Submission { model, member, round, block: live.block, capture, is_slow };
+                let case =
+                    AnswerToCheck { model, member, round, block: live.block, capture, is_slow };
                 let judges = Arc::clone(&self.judges);
                 live.tasks.spawn(async move {
                     // Never closed.

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 /// One query, as a round wants it.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Query {
+pub struct MinerQuery {
     /// The miner.
     pub member: Member,
     /// The route.
@@ -33,7 +33,7 @@ pub struct Query {
 
 /// An answer that is to be checked.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Submission {
+pub struct AnswerToCheck {
     /// The model that was asked for.
     pub model: String,
     /// The miner that answered.
@@ -113,7 +113,7 @@ pub trait Ports: Send + Sync + 'static {
     fn models(&self, member: &Member) -> impl Future<Output = anyhow::Result<Vec<String>>> + Send;
 
     /// Asks a miner.
-    fn ask(&self, query: Query) -> impl Future<Output = Answered> + Send;
+    fn ask(&self, query: MinerQuery) -> impl Future<Output = Answered> + Send;
 
     /// The models that can be verified now.
     fn offers(&self) -> Vec<Offer>;
@@ -133,7 +133,7 @@ pub trait Ports: Send + Sync + 'static {
     ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
     /// Checks an answer.
-    fn verify(&self, case: Submission) -> impl Future<Output = AnswerReport> + Send;
+    fn verify(&self, case: AnswerToCheck) -> impl Future<Output = AnswerReport> + Send;
 
     /// Stores a round: once it returns, nothing of the round can be lost. Saving the same round
     /// again changes nothing.

@@ -2,7 +2,7 @@
 
 use crate::chain::metagraph::Metagraph;
 use crate::validator::eligible::Member;
-use crate::validator::round::Miner;
+use crate::validator::round::Candidate;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Who is there, and who serves what.
@@ -25,8 +25,8 @@ impl Subnet {
     }
 
     /// The miners of a round.
-    pub fn miners(&self) -> Vec<Miner> {
-        let miner = |member: &Member| Miner {
+    pub fn miners(&self) -> Vec<Candidate> {
+        let miner = |member: &Member| Candidate {
             uid: member.uid,
             hotkey: member.hotkey.to_string(),
             coldkey: member.coldkey.to_string(),

@@ -1,6 +1,6 @@
 //! The driver against a world that a test has in its hands.
 
-use super::ports::{Decided, NotSent, Query, Stand, Submission};
+use super::ports::{AnswerToCheck, Decided, MinerQuery, NotSent, Stand};
 use super::residents::Hold;
 use super::*;
 use crate::chain::keys::Hotkey;
@@ -149,7 +149,7 @@ impl Ports for Fake {
         }
     }
 
-    async fn ask(&self, query: Query) -> Answered {
+    async fn ask(&self, query: MinerQuery) -> Answered {
         let chunk = |i| Arrival {
             at: Duration::from_millis(i),
             chunk: json!({"choices": [{"text": "x"}]}),
@@ -176,7 +176,7 @@ impl Ports for Fake {
         Ok(QueryPrompt { content: QueryContent::Text("hello".into()), tokens: 2 })
     }
 
-    async fn verify(&self, case: Submission) -> AnswerReport {
+    async fn verify(&self, case: AnswerToCheck) -> AnswerReport {
         let now = self.checking.fetch_add(1, SeqCst) + 1;
         self.checking_max.fetch_max(now, SeqCst);
         tokio::time::sleep(Duration::from_millis(5)).await;

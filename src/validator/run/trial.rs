@@ -1,7 +1,7 @@
 //! Verifies one answer, adds it to the evidence about its miner, and decides weights from all
 //! records.
 
-use super::ports::{Decided, Submission};
+use super::ports::{AnswerToCheck, Decided};
 use super::resident::Resident;
 use super::subnet::Subnet;
 use crate::entropy::Entropy;
@@ -35,7 +35,7 @@ pub(super) async fn verify(
     resident: &Resident,
     store: &Store,
     rules: Option<Profile>,
-    case: Submission,
+    case: AnswerToCheck,
 ) -> AnswerReport {
     let Resident { verifier, rates, .. } = resident;
     let hotkey = case.member.hotkey.to_string();
@@ -131,7 +131,7 @@ async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<Op
 async fn add(
     store: &Store,
     rates: &Calibrated,
-    case: &Submission,
+    case: &AnswerToCheck,
     (standing, observed): (HotkeyState, &Observed),
 ) -> Option<HotkeyState> {
     if observed.is_empty() {

@@ -29,7 +29,7 @@ pub struct View {
     /// Rounds that run, the oldest first.
     pub rounds: Vec<Running>,
     /// Who can be asked, by uid.
-    pub miners: BTreeMap<u16, Miner>,
+    pub miners: BTreeMap<u16, MinerView>,
     /// The last weights that were settled in this run: epoch, and how far they are.
     pub weights: Option<(u64, WeightsState)>,
     /// What weights would be by what is remembered now; the largest is 65,535.
@@ -51,7 +51,7 @@ pub struct Running {
 
 /// What is known of a miner.
 #[derive(Clone, PartialEq, Debug, Default)]
-pub struct Miner {
+pub struct MinerView {
     /// Its hotkey, as SS58.
     pub hotkey: String,
     /// Where it is in the newest round that asks it.
@@ -76,7 +76,7 @@ pub struct Last {
 /// The publisher's side.
 pub(super) struct Publisher {
     sender: watch::Sender<Arc<View>>,
-    known: BTreeMap<u16, Miner>,
+    known: BTreeMap<u16, MinerView>,
     weights: Option<(u64, WeightsState)>,
     to_come: BTreeMap<u16, u16>,
     /// Whether something was remembered since the last forecast, and one is under way.
@@ -110,7 +110,7 @@ impl Publisher {
         for response in &round.responses {
             let known = self.known.entry(response.uid).or_default();
             if known.hotkey != response.hotkey {
-                *known = Miner { hotkey: response.hotkey.clone(), ..Miner::default() };
+                *known = MinerView { hotkey: response.hotkey.clone(), ..MinerView::default() };
             }
             *known.counts.entry(response.outcome.name()).or_default() += 1;
             let (timing, outcome) = (response.timing, response.outcome);
@@ -141,7 +141,7 @@ impl Publisher {
         for member in &subnet.members {
             let hotkey = member.hotkey.to_string();
             let known = self.known.get(&member.uid).filter(|known| known.hotkey == hotkey);
-            let unknown = || Miner { hotkey: hotkey.clone(), ..Miner::default() };
+            let unknown = || MinerView { hotkey: hotkey.clone(), ..MinerView::default() };
             view.miners.insert(member.uid, known.cloned().unwrap_or_else(unknown));
         }
         for live in live {

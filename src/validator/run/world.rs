@@ -1,9 +1,9 @@
 //! The real implementation of [`Ports`]: a chain, miners over HTTP, models in this process, a
 //! database.
 
-use super::hub::Hub;
+use super::hub::OrganicsHub;
 use super::keeping::Keeper;
-use super::ports::{Decided, NotSent, Ports, Query, Stand, Submission};
+use super::ports::{AnswerToCheck, Decided, MinerQuery, NotSent, Ports, Stand};
 use super::resident::Resident;
 use super::residents::{Hold, Residents};
 use super::rewriting::{self, Rewriting};
@@ -61,7 +61,7 @@ pub struct World<C: Chain> {
     /// The rules of a verification; those that the request asks for where absent.
     pub rules: Option<verify::Profile>,
     /// The hub, where there is one.
-    pub hub: Hub,
+    pub hub: OrganicsHub,
     /// How long records are kept.
     pub keeper: Keeper,
     /// Where the list of models comes from that miners are told.
@@ -77,12 +77,12 @@ pub struct World<C: Chain> {
     /// Version that weights name; the subnet's own where absent.
     pub version_key: Option<u64>,
     /// The state that is kept between two calls.
-    pub memory: Memory,
+    pub memory: WorldState,
 }
 
 /// The state that is kept between two calls.
 #[derive(Default)]
-pub struct Memory {
+pub struct WorldState {
     listed: Mutex<Vec<String>>,
     /// Epochs whose weights this process has remembered as sent.
     marked: Mutex<BTreeSet<u64>>,
@@ -265,8 +265,8 @@ impl<C: Chain> Ports for World<C> {
         Ok(models::exchange(&target, broadcast, &self.clock).await?)
     }
 
-    async fn ask(&self, query: Query) -> Answered {
-        let Query { member, path, body, max_tokens } = query;
+    async fn ask(&self, query: MinerQuery) -> Answered {
+        let MinerQuery { member, path, body, max_tokens } = query;
         let target = self.target(&member, Size::of_tokens(max_tokens));
         let streamed = target.stream(path, &body, &self.clock, |_| {}).await;
         let Streamed { arrivals, ended, outcome } = streamed;
@@ -289,7 +289,7 @@ impl<C: Chain> Ports for World<C> {
         self.draft(model, endpoint).await
     }
 
-    async fn verify(&self, case: Submission) -> AnswerReport {
+    async fn verify(&self, case: AnswerToCheck) -> AnswerReport {
         let Some(resident) = self.residents.get(&case.model) else {
             let verdict =
                 AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));

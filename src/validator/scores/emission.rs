@@ -1,6 +1,6 @@
 //! Weights as the chain takes them: `u16` by uid, the largest 65,535 (protocol 5.6).
 
-use crate::chain::weights::{Rule, VectorError, WeightLimits, clipped};
+use crate::chain::weights::{VectorError, VectorRule, WeightLimits, clipped};
 
 /// What the chain demands of a vector of weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,7 +29,7 @@ pub fn targon(raw: &[(u16, f64)], limits: ChainLimits) -> Result<Vec<(u16, u16)>
     let neurons = u16::try_from(raw.len()).unwrap_or(u16::MAX);
     let ChainLimits { min_allowed, max_weight: max_limit } = limits;
     let limits = WeightLimits { neurons, min_allowed, max_limit, own: None };
-    Ok(Rule::Targon44.vector(raw, &limits)?.values().to_vec())
+    Ok(VectorRule::Targon44.vector(raw, &limits)?.values().to_vec())
 }
 
 /// Ours: where too few have earned something for the chain, `spare` uids get `LEAST`, in this

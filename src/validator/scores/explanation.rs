@@ -49,7 +49,7 @@ pub struct Decision {
 /// What is stored with weights: a [`Decision`] whose miners can be found by uid, and whose values
 /// stand beside it.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Stored {
+pub struct StoredExplanation {
     /// The arithmetic.
     pub profile: ScoringProfile,
     /// Its window of samples.
@@ -66,7 +66,7 @@ impl Decision {
     /// # Errors
     /// When a number cannot be written, which is a fault of ours.
     pub fn explanation(&self) -> Result<Value, serde_json::Error> {
-        serde_json::to_value(Stored {
+        serde_json::to_value(StoredExplanation {
             profile: self.profile,
             window: self.window,
             none: self.none.clone(),
@@ -75,7 +75,7 @@ impl Decision {
     }
 }
 
-impl Stored {
+impl StoredExplanation {
     /// From `Weights.explanation`.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The arithmetic of scores: golden numbers of the protocol, and what must hold for any samples.
 
 use super::emission::ChainLimits;
-use super::explanation::{Decision, Stored};
+use super::explanation::{Decision, StoredExplanation};
 use super::gate::{HotkeyState, REOPEN};
 use super::rules::{ScoringProfile, ScoringRules, WINDOW_TARGON_442};
 use super::series::{MissReason, Organic, mean_with_misses, safe_mean, sigmoid};
@@ -239,7 +239,7 @@ fn an_explanation_leads_to_the_round_and_comes_back_from_json() {
     let input =
         Input { seats: &seats, models: &models, samples: &samples, findings: &findings, limits };
     let decision = decide(&ScoringRules::of(ScoringProfile::Default), &input);
-    let stored = Stored::read(&decision.explanation().unwrap()).unwrap();
+    let stored = StoredExplanation::read(&decision.explanation().unwrap()).unwrap();
     let miner = &stored.miners[&0];
     assert_eq!(miner, &decision.miners[0]);
     let points = &miner.models[0].points;
@@ -340,7 +340,7 @@ proptest! {
                 let best = decision.values.iter().map(|(_, w)| *w).max();
                 prop_assert_eq!(best, Some(u16::MAX));
             }
-            prop_assert!(Stored::read(&decision.explanation().unwrap()).is_ok());
+            prop_assert!(StoredExplanation::read(&decision.explanation().unwrap()).is_ok());
         }
     }
 
