@@ -85,12 +85,15 @@ impl Catalogue {
             7 => (Some(bare), scores),
             8 => (None, Scores { top: 2, ..scores }),
             9 => {
-                let rules = RowRules { seen: Arc::new(seen), ..Rules::default() };
+                let rules = RowRules { seen: Arc::new(seen), ..RowRules::default() };
                 (Some(wide), Scores { rules, mode: LogprobMode::Scaled, ..scores })
             }
             10 => (
                 None,
-                Scores { rules: RowRules { allowed: Some(allowed), ..Rules::default() }, ..scores },
+                Scores {
+                    rules: RowRules { allowed: Some(allowed), ..RowRules::default() },
+                    ..scores
+                },
             ),
             11 => (Some(wide), Scores { token: Token::Measured(3), ends: &self.ends, ..scores }),
             12 => (None, Scores { top: 2, near: Some(near(Some(1.5))), ..scores }),
