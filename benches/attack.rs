@@ -6,6 +6,7 @@ use targon_engine::bench::attack::{AttackBench, AttackSetup};
 use targon_engine::bench::host;
 use targon_engine::verify::Limits;
 use targon_engine::verify::evidence::Calibrated;
+use targon_engine::verify::twin::Scrutiny;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -20,6 +21,7 @@ fn main() -> anyhow::Result<()> {
         only: None,
         limits: Limits::default(),
         rates: Calibrated::default(),
+        scrutiny: Scrutiny::default(),
     };
     let (scratch, pool) = (tempfile::tempdir()?, host::pool()?);
     let bench = AttackBench::new(Path::new(path), scratch.path(), &pool, setup);
