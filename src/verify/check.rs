@@ -227,7 +227,7 @@ impl<'a> Verification<'a> {
     fn is_undecided(self, bound: &proof::Bound, found: &rows::Found) -> bool {
         let limits = &self.verifier.limits;
         let (chunks, energies) = bound.compare(&found.proofs);
-        if proof::judge(&chunks, bound.scheme, limits).is_err() {
+        if proof::check(&chunks, bound.scheme, limits).is_err() {
             return false;
         }
         let by_rows = limits.trimmed(bound.scheme);
