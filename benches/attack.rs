@@ -6,7 +6,7 @@ use targon_engine::bench::attack::{AttackBench, AttackSetup};
 use targon_engine::bench::host;
 use targon_engine::verify::Limits;
 use targon_engine::verify::evidence::Calibrated;
-use targon_engine::verify::twin::Scrutiny;
+use targon_engine::verify::scrutiny::Scrutiny;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();

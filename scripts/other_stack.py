@@ -5,10 +5,13 @@ It answers as docs/proofs.md says, so `targon-engine verify` can check what it w
 margins of its answers are what honest rounding costs, and limits must leave room for them.
 
     other_stack.py REQUESTS ANSWERS [--dtype bf16|f32] [--attention sdpa|eager] [--prefill-only]
+                   [--weights GRID] [--cache GRID]
 
 REQUESTS holds JSON lines `{"request": BODY}`, where BODY asks /v1/completions with a list of ids as
 prompt and with a proof of residue-v1 or residue-v1-u4. With --prefill-only it holds captured
-answers, and only their rows are computed again: the tokens stay those of whoever drew them.
+answers, and only their rows are computed again: the tokens stay those of whoever drew them. With
+--weights or --cache it is a cheat, whose matrices or keys and values lie on a coarser grid: what
+limits must catch.
 
 `pip install torch transformers==5.24.0 gguf blake3`; `scripts/fetch-model` and
 `targon-engine calibrate` come first. For GGUF files of the Llama architecture.
@@ -120,6 +123,52 @@ def check_against_reference():
         bits = rows[row].tolist()
         assert drawn[row].tobytes() == reference.sketch(key, position, bits)
         assert int(hashes[row]) == reference.exact(key, position, bits)
+
+
+# Coarser grids, for cheats.
+
+
+def on_integers(values, group, bits=8, scale_type=torch.float32):
+    """Symmetric integers with a scale for each `group` columns; 0 is a whole row."""
+    shape, most = values.shape, 2 ** (bits - 1) - 1
+    parts = values.float().reshape(-1, group or shape[-1])
+    scale = parts.abs().amax(1, keepdim=True) / most
+    scale = torch.where(scale > 0, scale, 1).to(scale_type).float()
+    return ((parts / scale).round().clamp(-most - 1, most) * scale).reshape(shape).to(values.dtype)
+
+
+def on_e4m3(values, scale=1.0):
+    values = (values.float() / scale).clamp(-448, 448)
+    return (values.to(torch.float8_e4m3fn).float() * scale)
+
+
+def low_rank(values, share):
+    """An update of rank 4 with so much of the norm."""
+    g = torch.Generator().manual_seed(values.shape[0] * 7 + values.shape[1])
+    update = torch.randn(values.shape[0], 4, generator=g) @ torch.randn(4, values.shape[1],
+                                                                      generator=g)
+    return values.float() + update * (share * values.float().norm() / update.norm())
+
+
+GRIDS = {
+    "int8": lambda x: on_integers(x, 0), "int8-g32": lambda x: on_integers(x, 32),
+    "q8_0": lambda x: on_integers(x, 32, scale_type=torch.float16),
+    "int4-g32": lambda x: on_integers(x, 32, 4), "int4-g128": lambda x: on_integers(x, 128, 4),
+    "fp8": lambda x: on_e4m3(x, x.float().abs().max() / 448), "fp8-unscaled": on_e4m3,
+    "rank4-1%": lambda x: low_rank(x, 0.01), "rank4-0.1%": lambda x: low_rank(x, 0.001),
+}
+
+
+class CoarseCache(DynamicCache):
+    """Keys and values on a grid: each head at each position by itself."""
+
+    def __init__(self, grid, config):
+        super().__init__(config=config)
+        self.grid = GRIDS[grid]
+
+    def update(self, keys, values, *args, **kwargs):
+        keys, values = (self.grid(x).to(x.dtype) for x in (keys, values))
+        return super().update(keys, values, *args, **kwargs)
 
 
 # What a request says, and what its proof is bound to.
@@ -316,7 +365,12 @@ class Stack:
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
         self.model = LlamaForCausalLM._from_config(
             self.file.config(), dtype=dtype, attn_implementation=args.attention).eval()
-        self.model.load_state_dict(self.file.state())
+        state = self.file.state()
+        for name, values in state.items() if args.weights else ():
+            if name.startswith("model.layers.") and values.dim() == 2:
+                state[name] = GRIDS[args.weights](values).to(torch.bfloat16)
+        self.model.load_state_dict(state)
+        self.cache_grid = args.cache
         weights = self.file.weights_root()
         path = args.calibration or self.calibration_path(weights)
         self.calibration = json.loads(path.read_text())
@@ -339,6 +393,8 @@ class Stack:
 
     def forward(self, tokens, mask, cache):
         """Final-norm rows of the new tokens; `mask` covers the cached ones too."""
+        if cache is None and self.cache_grid:
+            cache = CoarseCache(self.cache_grid, self.model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
         return self.model.model(input_ids=tokens, attention_mask=mask, position_ids=positions,
                                 cache=cache, use_cache=True).last_hidden_state
@@ -354,7 +410,9 @@ class Stack:
         padded = [[0] * (longest - len(r.prompt)) + r.prompt for r in requests]
         mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt)
                              for r in requests])
-        cache, tokens = DynamicCache(config=self.model.config), torch.tensor(padded)
+        config, grid = self.model.config, self.cache_grid
+        cache = CoarseCache(grid, config) if grid else DynamicCache(config=config)
+        tokens = torch.tensor(padded)
         rows = [[] for _ in requests]
         reasons = [None] * len(requests)
         while None in reasons:
@@ -438,6 +496,8 @@ def arguments():
     parser.add_argument("--dtype", choices=["bf16", "f32"], default="bf16",
                         help="the type of the arithmetic; weights are rounded to bf16 in either")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--weights", choices=GRIDS, help="a cheat: matrices on this grid")
+    parser.add_argument("--cache", choices=GRIDS, help="a cheat: keys and values on this grid")
     parser.add_argument("--logits", choices=["native", "f32"], default="native",
                         help="native: in the type of the arithmetic, as transformers has them")
     parser.add_argument("--batch", type=int, default=16, help="requests side by side")

@@ -11,7 +11,7 @@ use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
-use crate::verify::twin::Scrutiny;
+use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verifier, question};
 use anyhow::Context;
 use serde_json::json;

@@ -21,7 +21,7 @@ use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
-use crate::verify::twin::Scrutiny;
+use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Verdict, Verifier};
 use anyhow::{Context, bail, ensure};
 use std::path::Path;

@@ -19,7 +19,7 @@ use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
-use crate::verify::twin::Scrutiny;
+use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
 use anyhow::{Context, ensure};
 use half::bf16;

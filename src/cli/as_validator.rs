@@ -13,7 +13,7 @@ use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::validator::query::{Size, Target};
 use crate::validator::round::chance::Chance;
-use crate::verify::twin::WantedScrutiny;
+use crate::verify::scrutiny::WantedScrutiny;
 use crate::verify::{Limits, Verifier};
 use clap::Args;
 use std::sync::Arc;

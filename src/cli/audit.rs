@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::query::{DEPTH_MAX, QueryError, Size, Target, is_deeper};
-use crate::verify::twin::WantedScrutiny;
+use crate::verify::scrutiny::WantedScrutiny;
 use crate::verify::{Limits, Verifier, question};
 use clap::Args;
 use serde_json::{Value, json};

@@ -23,8 +23,8 @@ use crate::verify::calibrate::{
     ENERGY_FACTOR, HonestSample, MARGIN_FACTOR, STATISTIC_FACTOR, limits_file, split,
 };
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
+use crate::verify::scrutiny::{WantedScrutiny, When};
 use crate::verify::statistic::ByRows;
-use crate::verify::twin::{WantedScrutiny, When};
 use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -116,7 +116,7 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
-    let asked = WantedScrutiny { twin: Some(When::Always), names: false };
+    let asked = WantedScrutiny { twin: Some(When::Always), ..WantedScrutiny::NOTHING };
     let pool = args.compute.pool()?;
     let mut verifiers = Verifiers::new(&args.models, pool, (Limits::NONE, asked))?;
     let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
@@ -192,6 +192,11 @@ fn describe(file: &LimitsFile, left_out: usize) {
         "limits: largest honest energy of a chunk times {ENERGY_FACTOR}, largest trimmed mean \
          times {STATISTIC_FACTOR}, largest honest margin times {MARGIN_FACTOR}"
     );
+    outln!(
+        "{:.2} of the twin's way are found in honest rows; {} are taken for granted",
+        calibration.twin_share,
+        limits.shrink
+    );
     let energies = [calibration.energy_u8, calibration.energy_u4];
     if energies.iter().flatten().all(|spread| spread.max == 0.0) && calibration.margin_max == 0.0 {
         outln!("all rows are equal bit for bit: `verify --exact` demands that");
@@ -220,7 +225,7 @@ fn table(file: &LimitsFile) -> Table {
     };
     let by_rows = |spread: Option<ValueSpread>, limits: ByRows| {
         let [a, b, c, _] = four(spread, 0.0);
-        [a, b, c, limits.0.map(|x| format!("{x:.1}")).join(" ")]
+        [a, b, c, limits.0.map(|x| format!("{x:.2}")).join(" ")]
     };
     let margins = |middle: String, largest: String, limit: f64| {
         [middle, "-".into(), largest, format!("{limit:.4}")]
@@ -245,6 +250,8 @@ fn table(file: &LimitsFile) -> Table {
             by_rows(calibration.trimmed_u4, limits.trimmed_u4),
             held_out.trimmed,
         ),
+        ("twin, residue-v1", by_rows(calibration.twin_u8, limits.twin_u8), held_out.twin),
+        ("twin, residue-v1-u4", by_rows(calibration.twin_u4, limits.twin_u4), held_out.twin),
         ("margin of a token", margins(mean.clone(), largest, limits.margin), held_out.margin),
         ("mean margin", margins(mean, dash(), limits.margin_mean), held_out.margin_mean),
         ("any of these", [dash(), dash(), dash(), dash()], held_out.rejected),

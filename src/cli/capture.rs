@@ -10,7 +10,7 @@ use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::verify::capture::check_capture;
 pub(super) use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
-use crate::verify::twin::WantedScrutiny;
+use crate::verify::scrutiny::WantedScrutiny;
 use crate::verify::{Limits, Reason, Rejection, Verifier};
 use std::collections::HashMap;
 use std::fs::File;

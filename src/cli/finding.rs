@@ -67,12 +67,12 @@ impl Finding<'_> {
 
     /// What the rows say together.
     pub(super) fn statistic(&self) -> Option<Statistic> {
-        self.checked.report.statistic(self.checked.scheme?, self.limits)
+        self.limits.statistic(self.checked.scheme?, &self.checked.report)
     }
 
     /// The same in units of what rounding moves them by.
     pub(super) fn twin(&self) -> Option<Statistic> {
-        self.checked.report.twin_statistic(self.checked.scheme?, self.limits)
+        self.limits.twin_statistic(self.checked.scheme?, &self.checked.report)
     }
 
     /// How near the rows are to ours, in lines.

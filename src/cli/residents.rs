@@ -17,7 +17,7 @@ use crate::validator::run::resident::Resident;
 use crate::validator::run::residents::{Residents, Sized};
 use crate::verify::evidence::Calibrated;
 use crate::verify::limits_file::{self, LimitsFile};
-use crate::verify::twin::WantedScrutiny;
+use crate::verify::scrutiny::WantedScrutiny;
 use crate::verify::{Limits, Verifier};
 use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;

@@ -4,7 +4,7 @@ use super::Failure;
 use crate::config::models_toml::{self, Config};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use crate::verify::twin::{WantedScrutiny, When};
+use crate::verify::scrutiny::{WantedScrutiny, When};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -86,11 +86,15 @@ pub(super) struct ScrutinyArgs {
     /// memory for the weights once more.
     #[arg(long, env = "TARGON_NAME_CHEATS", help_heading = "Verification")]
     name_cheats: bool,
+    /// Stop a fast check of a proof after a random number of chunks, unless these leave it open
+    /// what the answer is: cheaper, and blind to what comes later.
+    #[arg(long, env = "TARGON_EARLY_EXIT", help_heading = "Verification")]
+    early_exit: bool,
 }
 
 impl ScrutinyArgs {
     pub(super) fn asked(&self) -> WantedScrutiny {
-        WantedScrutiny { twin: self.twin, names: self.name_cheats }
+        WantedScrutiny { twin: self.twin, stops_early: self.early_exit, names: self.name_cheats }
     }
 }
 

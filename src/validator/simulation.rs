@@ -164,7 +164,7 @@ impl Kind {
         };
         let margins = (0..33).map(&mut one).collect();
         let energies = vec![energy * (0.6 + 0.4 * chance.share())];
-        Observed { margins, energies }
+        Observed { margins, energies, twin: None }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::server::error::ApiError;
 use crate::server::registry::{Registry, Served, State as ModelState};
 use crate::server::settings::{ApiKeys, Settings};
 use crate::server::state::ServerState;
-use crate::verify::twin::Scrutiny;
+use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{self, Verifier};
 use std::collections::HashMap;
 use std::sync::Arc;

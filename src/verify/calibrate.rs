@@ -5,7 +5,7 @@
 //! honest value times a factor for what the sample did not show; so the rate that the other half
 //! shows is small, and its upper bound says how small it can be claimed to be.
 
-use super::evidence::{Calibrated, Side};
+use super::evidence::{Calibrated, Side, Weight};
 use super::limits::Limits;
 use super::limits_file::{HeldOut, LimitsFile, Measured, Share, ValueSpread};
 use super::places::random_rows;
@@ -29,6 +29,7 @@ pub const MARGIN_FACTOR: f64 = 1.5;
 /// Least limits: where all honest rows are equal bit for bit, `exact` is the better limit.
 const ENERGY_U8_MIN: f64 = 1.0;
 const ENERGY_U4_MIN: f64 = 0.1;
+const TWIN_MIN: f64 = 0.1;
 const MARGIN_MIN: f64 = 0.01;
 const MARGIN_MEAN_MIN: f64 = 0.001;
 /// Fast checks of each answer whose mean margins are taken: means over few tokens vary more than
@@ -76,18 +77,25 @@ impl HonestSample {
         self.report.chunks.iter().filter_map(energy)
     }
 
-    /// Energies of its rows; zeros where all are equal bit for bit.
-    fn row_energies(&self) -> Cow<'_, [f64]> {
-        let Report { chunks, energies, .. } = &self.report;
-        match !chunks.is_empty() && chunks.iter().all(|c| c.is_exact) {
-            true => Cow::Owned(vec![0.0; self.report.rows.len()]),
-            false => Cow::Borrowed(energies),
+    /// What `measure` says of its rows; zeros where all are equal bit for bit.
+    fn values(&self, measure: Measure) -> Cow<'_, [f64]> {
+        let Report { chunks, energies, twin, .. } = &self.report;
+        match measure {
+            _ if !chunks.is_empty() && chunks.iter().all(|c| c.is_exact) => {
+                Cow::Owned(vec![0.0; self.report.rows.len()])
+            }
+            Measure::Energy => Cow::Borrowed(energies),
+            Measure::Twin => Cow::Borrowed(twin),
         }
     }
 
     /// What its rows say together, under `limits`.
-    fn statistic(&self, limits: &Limits) -> Option<Statistic> {
-        Statistic::of(&self.row_energies(), &limits.trimmed(self.scheme)?)
+    fn statistic(&self, measure: Measure, limits: &Limits) -> Option<Statistic> {
+        let by_rows = match measure {
+            Measure::Energy => limits.trimmed(self.scheme)?,
+            Measure::Twin => limits.twin(self.scheme)?,
+        };
+        Statistic::of(&self.values(measure), &by_rows)
     }
 
     /// The rows that a fast check of this answer would have looked at.
@@ -95,6 +103,15 @@ impl HonestSample {
         let wanted = random_rows(self.report.rows.len(), chance);
         self.report.rows.iter().filter(|r| wanted.contains(&r.index)).cloned().collect()
     }
+}
+
+/// What is measured of a row.
+#[derive(Clone, Copy)]
+enum Measure {
+    /// Its energy.
+    Energy,
+    /// The same in units of what rounding moves it by.
+    Twin,
 }
 
 /// Calibration samples and those that are held out.
@@ -142,9 +159,10 @@ fn spread(samples: &[HonestSample], scheme: Scheme) -> Option<ValueSpread> {
 }
 
 /// How the statistics of whole answers lie.
-fn trimmed(samples: &[HonestSample], scheme: Scheme) -> Option<ValueSpread> {
+fn together(samples: &[HonestSample], scheme: Scheme, measure: Measure) -> Option<ValueSpread> {
     let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
-    ValueSpread::of(of_scheme.filter_map(|s| Some(s.statistic(&Limits::NONE)?.value)).collect())
+    let value = |s: &HonestSample| Some(s.statistic(measure, &Limits::NONE)?.value);
+    ValueSpread::of(of_scheme.filter_map(value).collect())
 }
 
 fn prompts(samples: &[HonestSample]) -> usize {
@@ -179,8 +197,11 @@ fn measured(samples: &[HonestSample]) -> Measured {
         tokens: samples.iter().map(|s| s.report.rows.len()).sum(),
         energy_u8: spread(samples, Scheme::Residue),
         energy_u4: spread(samples, Scheme::ResidueU4),
-        trimmed_u8: trimmed(samples, Scheme::Residue),
-        trimmed_u4: trimmed(samples, Scheme::ResidueU4),
+        trimmed_u8: together(samples, Scheme::Residue, Measure::Energy),
+        trimmed_u4: together(samples, Scheme::ResidueU4, Measure::Energy),
+        twin_u8: together(samples, Scheme::Residue, Measure::Twin),
+        twin_u4: together(samples, Scheme::ResidueU4, Measure::Twin),
+        twin_share: mean(samples.iter().filter_map(|s| s.report.twin_share)),
         mismatch_rate: mismatched as f64 / tokens.max(1) as f64,
         margin_mean: mean(margins()),
         margin_max: largest(margins()),
@@ -194,6 +215,8 @@ fn limits(samples: &[HonestSample]) -> Limits {
         Some(spread) => (spread.max * ENERGY_FACTOR).max(least),
         None => otherwise,
     };
+    let of =
+        |scheme, measure, least, otherwise| by_rows(samples, (scheme, measure), least, otherwise);
     let margin = largest(samples.iter().flat_map(HonestSample::margins));
     let fast_means =
         samples.iter().flat_map(|s| (0..FAST_CHECKS).map(move |c| mean_margin(&s.fast(c))));
@@ -201,18 +224,25 @@ fn limits(samples: &[HonestSample]) -> Limits {
     Limits {
         energy_u8: energy(Scheme::Residue, ENERGY_U8_MIN, default.energy_u8),
         energy_u4: energy(Scheme::ResidueU4, ENERGY_U4_MIN, default.energy_u4),
-        trimmed_u8: by_rows(samples, Scheme::Residue, ENERGY_U8_MIN, default.trimmed_u8),
-        trimmed_u4: by_rows(samples, Scheme::ResidueU4, ENERGY_U4_MIN, default.trimmed_u4),
+        trimmed_u8: of(Scheme::Residue, Measure::Energy, ENERGY_U8_MIN, default.trimmed_u8),
+        trimmed_u4: of(Scheme::ResidueU4, Measure::Energy, ENERGY_U4_MIN, default.trimmed_u4),
+        twin_u8: of(Scheme::Residue, Measure::Twin, TWIN_MIN, default.twin_u8),
+        twin_u4: of(Scheme::ResidueU4, Measure::Twin, TWIN_MIN, default.twin_u4),
         margin: (margin * MARGIN_FACTOR).clamp(MARGIN_MIN, MARGIN_CLIP),
         margin_mean: (means * MARGIN_FACTOR).clamp(MARGIN_MEAN_MIN, MARGIN_CLIP),
         ..default
     }
 }
 
-fn by_rows(samples: &[HonestSample], scheme: Scheme, least: f64, otherwise: ByRows) -> ByRows {
+fn by_rows(
+    samples: &[HonestSample],
+    (scheme, measure): (Scheme, Measure),
+    least: f64,
+    otherwise: ByRows,
+) -> ByRows {
     let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
-    let energies: Vec<Cow<'_, [f64]>> = of_scheme.map(HonestSample::row_energies).collect();
-    ByRows::measured(energies.iter().map(|e| &**e), (STATISTIC_FACTOR, least), otherwise)
+    let values: Vec<Cow<'_, [f64]>> = of_scheme.map(|s| s.values(measure)).collect();
+    ByRows::measured(values.iter().map(|v| &**v), (STATISTIC_FACTOR, least), otherwise)
 }
 
 /// What evidence over many answers is weighed by: honest rates at their upper bounds.
@@ -228,22 +258,31 @@ fn rates(samples: &[HonestSample], limits: &Limits) -> Calibrated {
     // Never so much that an honest rate above a half has no cheat above it.
     let cheat_mismatch =
         (CHEAT_FACTOR * honest_mismatch).max(CHEAT_MISMATCH_MIN).min((1.0 + honest_mismatch) / 2.0);
-    let energies: Vec<f64> = samples.iter().filter_map(|s| answer_energy(s, limits)).collect();
-    let energy = mean(energies.iter().copied());
-    let honest_energy = energy.max(ENERGY_MEAN_MIN);
+    let shares = |measure| -> Vec<f64> {
+        samples.iter().filter_map(|s| Some(s.statistic(measure, limits)?.share())).collect()
+    };
+    let default = Calibrated::default();
+    let energy = weight(&shares(Measure::Energy), default.energy());
+    let twin = weight(&shares(Measure::Twin), default.twin);
     let honest =
-        Side { mismatch: honest_mismatch, margin: honest_mismatch * scale, energy: honest_energy };
+        Side { mismatch: honest_mismatch, margin: honest_mismatch * scale, energy: energy.honest };
     let cheat = Side {
         mismatch: cheat_mismatch,
         margin: cheat_mismatch * CHEAT_FACTOR * scale,
-        energy: CHEAT_FACTOR * honest_energy,
+        energy: energy.cheat,
     };
-    Calibrated { honest, cheat, energy_shape: shape(&energies, energy), half_life: HALF_LIFE }
+    Calibrated { honest, cheat, energy_shape: energy.shape, twin, half_life: HALF_LIFE }
 }
 
-/// The statistic of an answer in units of its limit.
-fn answer_energy(sample: &HonestSample, limits: &Limits) -> Option<f64> {
-    sample.statistic(limits).map(|statistic| statistic.share())
+/// What statistics are weighed by, given honest ones; the more careful the fewer there are.
+fn weight(shares: &[f64], otherwise: Weight) -> Weight {
+    if shares.is_empty() {
+        return otherwise;
+    }
+    let mean = mean(shares.iter().copied());
+    let honest = mean.max(ENERGY_MEAN_MIN);
+    let weight = Weight { honest, cheat: CHEAT_FACTOR * honest, shape: shape(shares, mean) };
+    weight.fair(shares)
 }
 
 /// 1 over the squared relative spread; the most careful value where few answers say it.
@@ -267,7 +306,11 @@ fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
             of_scheme.fold((0, 0), |(far, n), s| (far + usize::from(is_far(s)), n + 1));
         Share::new(far, count)
     };
-    let statistics: Vec<Statistic> = samples.iter().filter_map(|s| s.statistic(limits)).collect();
+    let over = |measure| {
+        let statistics = samples.iter().filter_map(|s| s.statistic(measure, limits));
+        let over: Vec<bool> = statistics.map(|statistic| statistic.is_over()).collect();
+        Share::new(over.iter().filter(|is_over| **is_over).count(), over.len())
+    };
     let fast: Vec<Vec<RowEvidence>> =
         (0_u64..).zip(samples).map(|(i, s)| s.fast(first_u64(&s.prompt) ^ i)).collect();
     let of_rows = |is_over: &dyn Fn(&[RowEvidence]) -> bool| {
@@ -283,7 +326,8 @@ fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
         answers: samples.len(),
         energy_u8: energy(Scheme::Residue),
         energy_u4: energy(Scheme::ResidueU4),
-        trimmed: Share::new(statistics.iter().filter(|s| s.is_over()).count(), statistics.len()),
+        trimmed: over(Measure::Energy),
+        twin: over(Measure::Twin),
         margin: of_rows(&single),
         margin_mean: of_rows(&on_average),
         rejected: Share::new(rejected.count(), samples.len()),

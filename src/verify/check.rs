@@ -1,16 +1,22 @@
 //! The check of one answer: first what needs no model, then one prefill and the checks of its rows.
 
-use super::places::{prompt_rows, random_rows};
+use super::places::{prompt_rows, random_rows, random_stop};
 use super::prefill::{IsWanted, Prefix};
+use super::scrutiny::Scrutiny;
+use super::statistic::Statistic;
 use super::structure::End;
-use super::twin::{self, Scrutiny, Suspect, When};
+use super::twin::{Look, Suspect};
 use super::{ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
 use super::{logprobs, proof, rows, structure, targon};
 use crate::models::{Identity, Model};
+use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+
+/// A statistic or margin of the first chunks below this share of its limit decides an early check.
+const DECIDED: f64 = 0.7;
 
 /// Verifies answers of one model.
 #[derive(Clone)]
@@ -115,7 +121,9 @@ impl<'a> Verification<'a> {
             }
         }
         if !suspects.is_empty() {
-            twin::look(self.verifier, self.is_wanted, &suspects, &mut reports);
+            let Verifier { model, pool, limits, scrutiny, .. } = self.verifier;
+            let (names, is_wanted) = (scrutiny.names, self.is_wanted);
+            Look { model, pool, limits, names, is_wanted }.at(&suspects, &mut reports);
         }
         reports
     }
@@ -159,13 +167,15 @@ impl<'a> Verification<'a> {
         }
         let suspect = work.bound.as_ref().and_then(|bound| {
             let is_wanted = scrutiny.wants(&report, bound.scheme, limits, self.chance);
+            let rows = hidden.len();
             is_wanted.then(|| Suspect {
                 scheme: bound.scheme,
                 prover: bound.prover(identity),
                 sketches: bound.sketches(&report.chunks, hidden.len()),
                 rows: hidden,
                 prompt: claim.request.prompt.clone(),
-                output: work.output.clone(),
+                // As far as the check went.
+                output: work.output[..rows].to_vec(),
             })
         });
         (report, suspect)
@@ -180,11 +190,21 @@ impl<'a> Verification<'a> {
     ) -> Result<(), Stop> {
         let Verifier { model, identity, limits, scrutiny, .. } = self.verifier;
         let proved = bound.as_ref().map(|bound| (bound, &**identity));
-        let is_looked_at = bound.is_some() && scrutiny.twin != When::Never;
         let checker = rows::RowChecker::new(claim, model, proved, wanted);
-        let mut checker = checker.keeping_hidden(is_looked_at);
-        prefix.run(output, &mut checker)?;
+        let mut checker = checker.keeping_hidden(bound.is_some());
+        let stop = match bound {
+            Some(_) if scrutiny.stops_early && self.depth == Depth::Fast => {
+                random_stop(output.len(), self.chance)
+            }
+            _ => output.len(),
+        };
+        prefix.run(&output[..stop], &mut checker)?;
+        let is_open = |bound| self.is_undecided(bound, checker.found());
+        if stop < output.len() && bound.as_ref().is_some_and(is_open) {
+            prefix.extend(output, stop, &mut checker)?;
+        }
         let found = checker.finish();
+        check_finite(model.dtype, &found.hidden)?;
         (report.rows, *hidden) = (found.rows, found.hidden);
         if let Some(bound) = bound {
             (report.chunks, report.energies) = bound.compare(&found.proofs);
@@ -203,6 +223,20 @@ impl<'a> Verification<'a> {
         Ok(())
     }
 
+    /// Whether the first chunks of an answer leave open what it is: near a limit, on either side.
+    fn is_undecided(self, bound: &proof::BoundProof, found: &rows::Found) -> bool {
+        let limits = &self.verifier.limits;
+        let (chunks, energies) = bound.compare(&found.proofs);
+        if proof::check(&chunks, bound.scheme, limits).is_err() {
+            return false;
+        }
+        let by_rows = limits.trimmed(bound.scheme);
+        let statistic = by_rows.and_then(|by_rows| Statistic::of(&energies, &by_rows));
+        let is_near = statistic.is_some_and(|s| s.share().is_nan() || s.share() > DECIDED);
+        let half = limits.margin_max() * DECIDED;
+        is_near || found.rows.iter().any(|row| row.margin.is_some_and(|m| m > half))
+    }
+
     /// What was reported of the prompt, on the rows that were kept.
     fn check_prompt(
         self,
@@ -216,5 +250,36 @@ impl<'a> Verification<'a> {
         let Verifier { model, limits, .. } = self.verifier;
         let checker = logprobs::PromptChecker::new(claim, model, proof, limits);
         prefix.scored().iter().try_for_each(|(place, scored)| checker.check(*place, scored))
+    }
+}
+
+/// A row of ours that is no number is a fault of ours, whatever was proved of it.
+fn check_finite(dtype: Dtype, rows: &[Vec<u16>]) -> Result<(), Stop> {
+    let is_broken = |row: &Vec<u16>| row.iter().any(|bits| !dtype.widen(*bits).is_finite());
+    match rows.iter().position(is_broken) {
+        Some(index) => Err(Stop::Fault(format!("our row of token {index} is not finite"))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_row_of_ours_leaves_an_answer_unscored() {
+        for (dtype, broken) in
+            [(Dtype::Bf16, [0x7f80, 0xff80, 0x7fc0]), (Dtype::F16, [0x7c00, 0xfc00, 0x7e00])]
+        {
+            let rows = vec![vec![0x3c00, 0x0001], vec![0xbc00, 0x0000]];
+            assert_eq!(check_finite(dtype, &rows), Ok(()));
+            for bits in broken {
+                let mut rows = rows.clone();
+                rows[1][1] = bits;
+                let Err(Stop::Fault(why)) = check_finite(dtype, &rows) else { panic!("{bits:x}") };
+                assert!(why.contains("token 1 is not finite"), "{why}");
+            }
+        }
+        assert_eq!(check_finite(Dtype::Bf16, &[]), Ok(()));
     }
 }

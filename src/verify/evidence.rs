@@ -59,9 +59,51 @@ pub struct Calibrated {
     /// Shape of the gamma distribution: 1 over the squared relative spread of an answer's energy.
     /// Smaller is more careful.
     pub energy_shape: f64,
+    /// What rows are weighed by where the twin measured them (`twin.rs`).
+    pub twin: Weight,
     /// Answers until evidence counts half.
     pub half_life: f64,
 }
+
+/// One number for each answer, in units of its limit, of a gamma distribution.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weight {
+    /// Its mean over honest answers.
+    pub honest: f64,
+    /// Its mean over answers of the mildest cheat that must be seen.
+    pub cheat: f64,
+    /// 1 over its squared relative spread.
+    pub shape: f64,
+}
+
+impl Weight {
+    /// Logarithm of the likelihood ratio.
+    pub(super) fn gain(&self, value: f64) -> f64 {
+        let Self { honest, cheat, shape } = *self;
+        shape * ((honest / cheat).ln() + value * (1.0 / honest - 1.0 / cheat))
+    }
+
+    /// The same with a shape so small that what one answer stakes is, on average over `honest`
+    /// answers, not more than it pays back: the mean of `exp(gain)` is at most one, which is all
+    /// that an alarm's rarity rests on.
+    pub(super) fn fair(self, honest: &[f64]) -> Self {
+        let pays = |shape: f64| {
+            let weight = Self { shape, ..self };
+            let paid = honest.iter().map(|value| weight.gain(*value).min(ANSWER_MAX).exp());
+            paid.sum::<f64>() <= honest.len() as f64
+        };
+        let mut shape = self.shape;
+        while shape > SHAPE_MIN && !pays(shape) {
+            shape *= SHAPE_STEP;
+        }
+        Self { shape: shape.max(SHAPE_MIN), ..self }
+    }
+}
+
+/// Least shape, and how it is made smaller step by step.
+const SHAPE_MIN: f64 = 0.05;
+const SHAPE_STEP: f64 = 0.9;
 
 impl Default for Calibrated {
     /// Honest: another stack in bf16, measured on SmolLM2-135M. Cheat: tokens as from int8 weights
@@ -71,6 +113,7 @@ impl Default for Calibrated {
             honest: Side { mismatch: 0.025, margin: 0.0013, energy: 0.4 },
             cheat: Side { mismatch: 0.052, margin: 0.0057, energy: 0.9 },
             energy_shape: 4.0,
+            twin: Weight { honest: 0.65, cheat: 1.1, shape: 8.0 },
             half_life: 200.0,
         }
     }
@@ -82,7 +125,7 @@ impl Calibrated {
     /// # Errors
     /// The key, and rule and fact.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
-        let Self { honest, cheat, energy_shape, half_life } = self;
+        let Self { honest, cheat, energy_shape, twin, half_life } = self;
         for (key, value, low, high) in [
             ("rates.honest.mismatch", honest.mismatch, 0.0, 1.0),
             ("rates.cheat.mismatch", cheat.mismatch, honest.mismatch, 1.0),
@@ -91,6 +134,9 @@ impl Calibrated {
             ("rates.honest.energy", honest.energy, 0.0, f64::MAX),
             ("rates.cheat.energy", cheat.energy, honest.energy, f64::MAX),
             ("rates.energy_shape", *energy_shape, 0.0, 1e3),
+            ("rates.twin.honest", twin.honest, 0.0, f64::MAX),
+            ("rates.twin.cheat", twin.cheat, twin.honest, f64::MAX),
+            ("rates.twin.shape", twin.shape, 0.0, 1e3),
             ("rates.half_life", *half_life, 1.0, 1e9),
         ] {
             if !(value > low && value < high) {
@@ -124,14 +170,23 @@ impl Calibrated {
         margins.iter().map(|m| one(*m)).sum()
     }
 
-    /// The same of energies. Chunks of one answer err together, so they count as one.
-    fn energies(&self, energies: &[f64]) -> f64 {
-        if energies.is_empty() {
-            return 0.0;
-        }
-        let mean = energies.iter().sum::<f64>() / energies.len() as f64;
-        let (e0, e1) = (self.honest.energy, self.cheat.energy);
-        self.energy_shape * ((e0 / e1).ln() + mean * (1.0 / e0 - 1.0 / e1))
+    /// The same of rows, by the twin where it was run. Rows of one answer err together, so they
+    /// count as one. What is no number says nothing.
+    fn rows(&self, answer: &Observed) -> f64 {
+        let (weight, value) = match (answer.twin, answer.energies.as_slice()) {
+            (Some(value), _) => (self.twin, value),
+            (None, []) => return 0.0,
+            (None, energies) => {
+                (self.energy(), energies.iter().sum::<f64>() / energies.len() as f64)
+            }
+        };
+        if value.is_nan() { 0.0 } else { weight.gain(value) }
+    }
+
+    /// What rows are weighed by without the twin.
+    pub(super) fn energy(&self) -> Weight {
+        let (honest, cheat) = (self.honest.energy, self.cheat.energy);
+        Weight { honest, cheat, shape: self.energy_shape }
     }
 }
 
@@ -142,15 +197,18 @@ pub struct Observed {
     pub margins: Vec<f64>,
     /// What its rows say together, in units of its limit: one number, or none.
     pub energies: Vec<f64>,
+    /// The same of the twin, where it was run.
+    pub twin: Option<f64>,
 }
 
 impl Observed {
     /// What a report says. A hard failure says nothing here: it fails its answer at once.
     pub fn of(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Self {
-        let energy = scheme.and_then(|scheme| report.share(scheme, limits));
+        let energy = scheme.and_then(|scheme| limits.share(scheme, report));
         Self {
             margins: report.rows.iter().filter_map(|r| r.margin).collect(),
             energies: energy.into_iter().collect(),
+            twin: scheme.and_then(|s| limits.twin_statistic(s, report)).map(|s| s.share()),
         }
     }
 
@@ -159,12 +217,12 @@ impl Observed {
     pub fn thinned(self, chance: u64) -> Self {
         let chosen = super::places::random_rows(self.margins.len(), chance);
         let margins = chosen.into_iter().filter_map(|place| self.margins.get(place).copied());
-        Self { margins: margins.collect(), energies: self.energies }
+        Self { margins: margins.collect(), ..self }
     }
 
     /// Whether there is nothing to weigh.
     pub fn is_empty(&self) -> bool {
-        self.margins.is_empty() && self.energies.is_empty()
+        self.margins.is_empty() && self.energies.is_empty() && self.twin.is_none()
     }
 }
 
@@ -235,7 +293,7 @@ impl Evidence {
             return Sums::default();
         }
         let margin = rates.margins(&answer.margins).min(ANSWER_MAX);
-        let energy = rates.energies(&answer.energies).min(ANSWER_MAX);
+        let energy = rates.rows(answer).min(ANSWER_MAX);
         let gain = Sums { margin, energy, joint: (margin + energy).min(ANSWER_MAX) };
         let keep = 0.5_f64.powf(1.0 / rates.half_life);
         self.sums = self.sums.map2(gain, |sum, gain| (sum * keep + gain).clamp(0.0, SUM_MAX));
@@ -311,5 +369,31 @@ impl EvidenceStore for MemoryStore {
     fn save(&mut self, miner: &str, evidence: &Evidence) -> Result<(), Infallible> {
         self.0.insert(miner.to_owned(), *evidence);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fair_weight_pays_honest_answers_no_more_than_they_stake() {
+        let mean = |weight: Weight, values: &[f64]| {
+            let paid = values.iter().map(|value| weight.gain(*value).min(ANSWER_MAX).exp());
+            paid.sum::<f64>() / values.len() as f64
+        };
+        // One honest answer of ten lies far out, as they do.
+        let mut honest = [0.5; 10];
+        honest[0] = 1.2;
+        let bold = Weight { honest: 0.5, cheat: 1.0, shape: 16.0 };
+        let fair = bold.fair(&honest);
+        assert!(mean(bold, &honest) > 1.0, "the control");
+        assert!(mean(fair, &honest) <= 1.0 && fair.shape > 1.0, "{fair:?}");
+        assert!(fair.gain(1.6) > 0.5 * ANSWER_MAX, "a cheat still shows: {}", fair.gain(1.6));
+        let calm = bold.fair(&[0.5; 10]);
+        assert_eq!(calm, bold, "what is fair already stays");
+        // Where honest answers look like cheats nothing is fair, and next to nothing is staked.
+        let lost = bold.fair(&[1.5; 10]);
+        assert!(lost.shape <= SHAPE_MIN && lost.gain(1.5) < 0.05, "{lost:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! The limits that separate honest answers from others.
 
-use super::report::ChunkEvidence;
-use super::statistic::ByRows;
+use super::report::{ChunkEvidence, Report};
+use super::statistic::{ByRows, Statistic};
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ pub struct Limits {
     pub trimmed_u8: ByRows,
     /// The same of `residue-v1-u4`.
     pub trimmed_u4: ByRows,
-    /// The same in units of what rounding moves a row by ([`super::twin`]).
+    /// The same in units of what rounding moves a row by (`twin.rs`).
     pub twin_u8: ByRows,
     /// The same of `residue-v1-u4`.
     pub twin_u4: ByRows,
@@ -44,10 +44,10 @@ impl Default for Limits {
         Self {
             energy_u8: 660.0,
             energy_u4: 17.0,
-            trimmed_u8: ByRows([320.0, 260.0, 230.0, 210.0, 190.0]),
-            trimmed_u4: ByRows([13.0, 11.0, 10.0, 9.5, 9.0]),
-            twin_u8: ByRows([2.6, 2.0, 1.8, 1.6, 1.5]),
-            twin_u4: ByRows([2.6, 2.0, 1.8, 1.6, 1.5]),
+            trimmed_u8: ByRows([1230.0, 290.0, 225.0, 190.0, 125.0]),
+            trimmed_u4: ByRows([20.0, 14.0, 12.0, 10.5, 8.0]),
+            twin_u8: ByRows([3.6, 1.45, 1.4, 1.3, 1.15]),
+            twin_u4: ByRows([3.6, 1.6, 1.5, 1.4, 1.25]),
             shrink: 0.4,
             beta: 0.5,
             margin: 0.5,
@@ -99,6 +99,25 @@ impl Limits {
             Scheme::Residue => Some(self.twin_u8),
             Scheme::ResidueU4 => Some(self.twin_u4),
             Scheme::Toploc => None,
+        }
+    }
+
+    /// What the rows of an answer say together, where there are enough of them.
+    pub fn statistic(&self, scheme: Scheme, report: &Report) -> Option<Statistic> {
+        Statistic::of(&report.energies, &self.trimmed(scheme)?)
+    }
+
+    /// The same in the twin's units, where it was run.
+    pub fn twin_statistic(&self, scheme: Scheme, report: &Report) -> Option<Statistic> {
+        Statistic::of(&report.twin, &self.twin(scheme)?)
+    }
+
+    /// The first one in units of its limit; nothing where all rows are equal bit for bit.
+    pub fn share(&self, scheme: Scheme, report: &Report) -> Option<f64> {
+        let is_exact = !report.chunks.is_empty() && report.chunks.iter().all(|c| c.is_exact);
+        match self.statistic(scheme, report) {
+            None => (is_exact && self.trimmed(scheme).is_some()).then_some(0.0),
+            Some(statistic) => Some(statistic.share()),
         }
     }
 

@@ -55,6 +55,12 @@ pub struct Measured {
     pub trimmed_u8: Option<ValueSpread>,
     /// Trimmed means of whole answers of `residue-v1-u4`, where there were any.
     pub trimmed_u4: Option<ValueSpread>,
+    /// The same in units of what rounding moves rows by, of `residue-v1`.
+    pub twin_u8: Option<ValueSpread>,
+    /// The same of `residue-v1-u4`.
+    pub twin_u4: Option<ValueSpread>,
+    /// How much of the way that the twin goes honest rows went with it, on average.
+    pub twin_share: f64,
     /// Share of tokens with a margin above zero.
     pub mismatch_rate: f64,
     /// Mean margin of a token, clipped.
@@ -102,6 +108,8 @@ pub struct HeldOut {
     pub energy_u4: Share,
     /// Answers that are suspicious by the trimmed mean of their rows, which rejects none.
     pub trimmed: Share,
+    /// Answers that the twin finds too far, which alone rejects none.
+    pub twin: Share,
     /// Answers with a single margin above its limit.
     pub margin: Share,
     /// Answers with a mean margin above its limit.

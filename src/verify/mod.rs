@@ -34,10 +34,11 @@ pub mod proof;
 pub mod question;
 mod report;
 pub mod rows;
+pub mod scrutiny;
 pub mod statistic;
 pub mod structure;
 pub mod targon;
-pub mod twin;
+mod twin;
 mod verdict;
 
 pub use check::{Verification, Verifier};

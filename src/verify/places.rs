@@ -1,6 +1,7 @@
 //! Which rows are looked at: by chance, so that a peer cannot know them beforehand.
 
 use super::Depth;
+use crate::proof::CHUNK_ROWS;
 use crate::proof::philox::philox;
 use std::collections::BTreeSet;
 
@@ -18,6 +19,15 @@ pub(super) fn random_rows(count: usize, chance: u64) -> BTreeSet<usize> {
         ((u64::from(word) * count as u64) >> 32) as usize
     });
     draws.chain(count.checked_sub(1)).collect()
+}
+
+/// The rows after which an early check of an answer of so many stops: those of a random number of
+/// chunks.
+pub(super) fn random_stop(count: usize, chance: u64) -> usize {
+    let chunks = count.div_ceil(CHUNK_ROWS);
+    let word = u64::from(philox(chance, [0, 4, 0, 0])[0]);
+    let kept = 1 + ((word * chunks as u64) >> 32) as usize;
+    count.min(kept * CHUNK_ROWS)
 }
 
 /// Rows of a prompt that are scored, chosen at random; its last row belongs to the output.

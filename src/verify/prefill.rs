@@ -95,7 +95,22 @@ impl<'a> Prefix<'a> {
         assert!(length <= room, "there is room for {room} tokens, got {length}");
         // The last token decides nothing: its row would predict what follows.
         let ids = [self.prompt, &output[..length.saturating_sub(1)]].concat();
-        let mut start = if self.is_run { self.prompt.len() - 1 } else { 0 };
+        let start = if self.is_run { self.prompt.len() - 1 } else { 0 };
+        self.steps(start, &ids, rows)
+    }
+
+    /// Goes on with an output of which the first `done` tokens, at least one, were run last.
+    ///
+    /// # Errors
+    /// As for [`run`](Self::run).
+    pub fn extend(&mut self, output: &[u32], done: usize, rows: &mut dyn Rows) -> Result<(), Stop> {
+        assert!(self.is_run && done > 0 && output.len() <= self.output_max);
+        let ids = [self.prompt, &output[..output.len().saturating_sub(1)]].concat();
+        self.steps(self.prompt.len() - 1 + done, &ids, rows)
+    }
+
+    fn steps(&mut self, from: usize, ids: &[u32], rows: &mut dyn Rows) -> Result<(), Stop> {
+        let mut start = from;
         while start < ids.len() {
             let end = ids.len().min(start + STEP_ROWS);
             self.step(start, &ids[start..end], rows)?;

@@ -1,10 +1,8 @@
 //! What was found of an answer: the verdict, and the evidence of its rows and of the chunks of its
 //! proof.
 
-use super::limits::Limits;
-use super::statistic::Statistic;
 use super::verdict::Verdict;
-use crate::proof::{Scheme, toploc};
+use crate::proof::toploc;
 
 /// What was found.
 #[derive(Clone, PartialEq, Debug)]
@@ -18,8 +16,10 @@ pub struct Report {
     /// Energies of the rows of chunks that are not equal bit for bit, in order (residue schemes).
     pub energies: Vec<f64>,
     /// The same rows in units of what rounding moves them by, where the twin was run
-    /// ([`super::twin`]).
+    /// (`twin.rs`).
     pub twin: Vec<f64>,
+    /// How much of the way that the twin goes is found in the rows.
+    pub twin_share: Option<f64>,
     /// Known cheats with how much of each is found in the rows, the likeliest first, where they
     /// were tried.
     pub named: Vec<Named>,
@@ -43,26 +43,8 @@ impl Report {
             chunks: Vec::new(),
             energies: Vec::new(),
             twin: Vec::new(),
+            twin_share: None,
             named: Vec::new(),
-        }
-    }
-
-    /// What the rows say together, where there are enough of them.
-    pub fn statistic(&self, scheme: Scheme, limits: &Limits) -> Option<Statistic> {
-        Statistic::of(&self.energies, &limits.trimmed(scheme)?)
-    }
-
-    /// The same of the twin's units, where it was run.
-    pub fn twin_statistic(&self, scheme: Scheme, limits: &Limits) -> Option<Statistic> {
-        Statistic::of(&self.twin, &limits.twin(scheme)?)
-    }
-
-    /// The first one in units of its limit; nothing where all rows are equal bit for bit.
-    pub fn share(&self, scheme: Scheme, limits: &Limits) -> Option<f64> {
-        let is_exact = !self.chunks.is_empty() && self.chunks.iter().all(|c| c.is_exact);
-        match self.statistic(scheme, limits) {
-            None => (is_exact && limits.trimmed(scheme).is_some()).then_some(0.0),
-            Some(statistic) => Some(statistic.share()),
         }
     }
 }

@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// What was found of the rows of one output.
+#[derive(Default)]
 pub struct Found {
     /// Of those that were scored.
     pub rows: Vec<RowEvidence>,
@@ -32,10 +33,8 @@ pub struct RowChecker<'a> {
     end_ids: Vec<u32>,
     prover: Option<RowProver>,
     draw: Draw,
-    rows: Vec<RowEvidence>,
-    proofs: Vec<RowData>,
     keeps_hidden: bool,
-    hidden: Vec<Vec<u16>>,
+    found: Found,
 }
 
 impl<'a> RowChecker<'a> {
@@ -62,10 +61,8 @@ impl<'a> RowChecker<'a> {
             end_ids: [request.end_ids(&model.text), request.stop.ids.clone()].concat(),
             prover: bound.map(|(bound, identity)| bound.prover(identity)),
             draw: Draw::new(request, &model.text),
-            rows: Vec::new(),
-            proofs: Vec::new(),
             keeps_hidden: false,
-            hidden: Vec::new(),
+            found: Found::default(),
         }
     }
 
@@ -74,9 +71,14 @@ impl<'a> RowChecker<'a> {
         Self { keeps_hidden, ..self }
     }
 
+    /// What was found so far.
+    pub fn found(&self) -> &Found {
+        &self.found
+    }
+
     /// What was found.
     pub fn finish(self) -> Found {
-        Found { rows: self.rows, proofs: self.proofs, hidden: self.hidden }
+        self.found
     }
 
     fn evidence(&self, index: usize, scored: Scored) -> RowEvidence {
@@ -139,10 +141,11 @@ impl Rows for RowChecker<'_> {
             let rank = report.scores.and_then(|scored| scored.end_rank);
             return targon::check_implied_end(self.claim, rank);
         }
-        self.proofs.extend(report.proof);
-        self.hidden.extend(report.hidden);
+        self.found.proofs.extend(report.proof);
+        self.found.hidden.extend(report.hidden);
         if let Some(scored) = report.scores {
-            self.rows.push(self.evidence(index, scored));
+            let evidence = self.evidence(index, scored);
+            self.found.rows.push(evidence);
         }
         Ok(())
     }

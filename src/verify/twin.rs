@@ -2,33 +2,31 @@
 //! far may an honest row be from ours, and in which direction would a cheat have moved it?
 //!
 //! The twin ([`Rounding::Everywhere`]) says for every row how much rounding moves it: by a factor
-//! of ten more in one than in the next. So distances are measured in its units ([`scores`]), which
-//! shows cheats that move rows no further than honest rounding moves others. A [`Recipe`] is a
-//! third computation, by a cheat that is known: [`beta`] is how much of what it moves is found in
-//! the proof, one where the prover does just that and about zero where it is honest.
+//! of ten more in one than in the next. So distances are measured in its units, which shows cheats
+//! that move rows no further than honest rounding moves others. A [recipe](RECIPES) is a third
+//! computation, by a cheat that is known; `beta` is how much of what it moves is found in the
+//! proof, one where the prover does just that and about zero where it is honest.
 //!
-//! Each costs a prefill. Whether the twin is run is [`When`]'s to say; recipes are run only where
-//! the twin says that an answer is too far, and name what it was. Without a name no answer is
-//! rejected for this: a prompt unlike all that limits were measured on can be far by itself.
+//! Each costs a prefill. Whether the twin is run is said by [`super::scrutiny`]; recipes are run
+//! only where the twin says that an answer is too far, and name what it was. Without a name no
+//! answer is rejected for this: a prompt unlike all that limits were measured on can be far by
+//! itself.
 
-use super::check::Verifier;
 use super::limits::Limits;
 use super::prefill::{IsWanted, hidden_rows_while};
 use super::report::{Named, Report};
-use super::statistic::{ROWS, Statistic};
+use super::statistic::Statistic;
 use super::{Reason, Rejection, Stop, Verdict};
 use crate::models::Model;
 use crate::models::cpu::decoder::Decoder;
 use crate::models::departure::{Departure, RECIPES};
-use crate::models::device::Device;
 use crate::ops::dtype::Dtype;
+use crate::ops::pool::Pool;
 use crate::ops::rounding::Rounding;
 use crate::proof::Scheme;
 use crate::proof::apart::Apart;
 use crate::proof::commit::RowProver;
-use crate::proof::philox::philox;
 use crate::proof::residue::Sketch;
-use std::str::FromStr;
 use std::sync::Arc;
 
 /// Least square that a row is measured in, in steps of a residue: where the twin rounds to the same
@@ -36,124 +34,6 @@ use std::sync::Arc;
 const SQUARE_MIN: f64 = 1.0;
 /// A delta so near half of a residue's range may wrap to the other side, and says nothing.
 const DELTA_MAX: f64 = 0.375;
-
-/// When an answer is worth a second prefill.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub enum When {
-    /// Never.
-    Never,
-    /// Where the first one finds it suspicious.
-    #[default]
-    Suspicion,
-    /// There, and in a random share of all others.
-    Share(f64),
-    /// Always.
-    Always,
-}
-
-/// Why answers cannot be looked at as closely as was asked for.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum AskedError {
-    /// Not one of the words, and no share.
-    #[error("must be never, suspicion, always, or a share between 0 and 1, got {0}")]
-    When(String),
-    /// Only the processor computes otherwise than by the canon.
-    #[error("`--twin` and `--name-cheats` need weights on the processor, these are on {0}")]
-    Device(Device),
-    /// Recipes are run after the twin.
-    #[error("`--name-cheats` needs the twin, and `--twin` says never")]
-    Never,
-}
-
-impl FromStr for When {
-    type Err = AskedError;
-
-    fn from_str(text: &str) -> Result<Self, AskedError> {
-        match (text, text.parse::<f64>()) {
-            ("never", _) => Ok(Self::Never),
-            ("suspicion", _) => Ok(Self::Suspicion),
-            ("always", _) => Ok(Self::Always),
-            (_, Ok(share)) if share > 0.0 && share < 1.0 => Ok(Self::Share(share)),
-            _ => Err(AskedError::When(text.to_owned())),
-        }
-    }
-}
-
-/// How closely answers are looked at.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct Scrutiny {
-    /// When the twin is run.
-    pub twin: When,
-    /// Whether recipes are run where the twin says that an answer is too far. Each needs memory for
-    /// the weights once more.
-    pub names: bool,
-}
-
-/// What a caller asks for, before it is known where the weights are.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct WantedScrutiny {
-    /// When the twin is run; [`When::default`] where absent, if it can be run at all.
-    pub twin: Option<When>,
-    /// As in [`Scrutiny`].
-    pub names: bool,
-}
-
-impl WantedScrutiny {
-    /// One prefill, whatever it shows.
-    pub const NOTHING: Self = Self { twin: Some(When::Never), names: false };
-
-    /// What is done with `model`.
-    ///
-    /// # Errors
-    /// When it was asked for by name and cannot be done.
-    pub fn on(self, model: &Model) -> Result<Scrutiny, AskedError> {
-        let Self { twin, names } = self;
-        let is_asked = names || twin.is_some_and(|twin| twin != When::Never);
-        if model.weights.cpu().is_none() {
-            let device = model.weights.device();
-            return match is_asked {
-                true => Err(AskedError::Device(device)),
-                false => Ok(Scrutiny::NONE),
-            };
-        }
-        let twin = twin.unwrap_or_default();
-        match names && twin == When::Never {
-            true => Err(AskedError::Never),
-            false => Ok(Scrutiny { twin, names }),
-        }
-    }
-}
-
-impl Scrutiny {
-    /// None: one prefill, whatever it shows.
-    pub const NONE: Self = Self { twin: When::Never, names: false };
-
-    /// Whether what was found asks for a second prefill; `chance` is the verifier's.
-    pub(super) fn wants(
-        &self,
-        report: &Report,
-        scheme: Scheme,
-        limits: &Limits,
-        chance: u64,
-    ) -> bool {
-        let is_open = match &report.verdict {
-            Verdict::Pass => true,
-            // What it was may still be said.
-            Verdict::Reject(why) => self.names && why.reason == Reason::SketchEnergy,
-            Verdict::Unscored(_) => false,
-        };
-        let is_measurable = report.energies.len() >= ROWS[0] && limits.twin(scheme).is_some();
-        let is_over = || report.statistic(scheme, limits).is_some_and(|s| s.is_over());
-        let drawn = || f64::from(philox(chance, [0, 3, 0, 0])[0]) / 2.0_f64.powi(32);
-        let is_due = match self.twin {
-            When::Never => false,
-            When::Suspicion => is_over(),
-            When::Share(share) => drawn() < share || is_over(),
-            When::Always => true,
-        };
-        is_open && is_measurable && is_due
-    }
-}
 
 /// An answer that is looked at again, with our own rows.
 pub(super) struct Suspect {
@@ -222,74 +102,98 @@ impl Suspect {
     }
 }
 
-/// Looks at answers again; what is found goes into their reports. What cannot be computed is a
-/// fault of ours, and leaves a report as it was.
-pub(super) fn look(
-    verifier: &Verifier,
-    is_wanted: &IsWanted<'_>,
-    suspects: &[(usize, Suspect)],
-    reports: &mut [Report],
-) {
-    let faulty = |stop: Stop| match stop {
-        Stop::Fault(why) => why,
-        Stop::Rejected(why) => why.to_string(),
-    };
-    if let Err(stop) = try_look(verifier, is_wanted, suspects, reports) {
-        tracing::warn!("suspicious answers cannot be computed again: {}", faulty(stop));
-    }
+/// Looks at answers again.
+pub(super) struct Look<'a> {
+    pub(super) model: &'a Model,
+    pub(super) pool: &'a Pool,
+    pub(super) limits: &'a Limits,
+    /// Whether known cheats are tried.
+    pub(super) names: bool,
+    pub(super) is_wanted: &'a IsWanted<'a>,
 }
 
-fn try_look(
-    verifier: &Verifier,
-    is_wanted: &IsWanted<'_>,
-    suspects: &[(usize, Suspect)],
-    reports: &mut [Report],
-) -> Result<(), Stop> {
-    let Verifier { model, pool, limits, scrutiny, .. } = verifier;
-    let rerun = |decoder: &Arc<Decoder>, departure: Departure, suspect: &Suspect| {
-        let pass = |blocks| Model::departing(decoder, departure, (pool, blocks));
-        let rows = hidden_rows_while(is_wanted, pass, &suspect.prompt, &suspect.output)?;
-        Ok::<_, Stop>(suspect.beside(&rows, model.dtype))
-    };
-    let own = model.weights.cpu().ok_or_else(|| {
-        Stop::Fault(format!("the weights are on {}, not the processor", model.weights.device()))
-    })?;
-    let stepwise =
-        Departure { rounding: Rounding::Everywhere(model.dtype), ..Departure::default() };
-    let mut named: Vec<(usize, &Suspect, Vec<Option<Apart>>)> = Vec::new();
-    for (place, suspect) in suspects {
-        let twin = rerun(own, stepwise, suspect)?;
-        let report = &mut reports[*place];
-        report.twin = suspect.scores(&twin, limits.shrink);
-        let is_over = report.twin_statistic(suspect.scheme, limits).is_some_and(|s| s.is_over());
-        if scrutiny.names && is_over {
-            named.push((*place, suspect, twin));
+/// An answer that the twin finds too far, its place among the reports, and its twin.
+type Far<'a> = (usize, &'a Suspect, Vec<Option<Apart>>);
+
+impl Look<'_> {
+    /// Puts what is found into the reports, each at the place of its suspect. What cannot be
+    /// computed is a fault of ours, and leaves a report as it was.
+    pub(super) fn at(&self, suspects: &[(usize, Suspect)], reports: &mut [Report]) {
+        let named = self.measure(suspects, reports);
+        let named = named.and_then(|far| self.name(&far, reports));
+        if let Err(Stop::Fault(why)) = named {
+            tracing::warn!("suspicious answers cannot be computed again: {why}");
         }
     }
-    for recipe in RECIPES.iter().filter(|_| !named.is_empty()) {
-        let fault = |e| Stop::Fault(format!("{}: {e}", recipe.name));
-        let decoder = model.coarse(recipe, pool).map_err(fault)?;
-        for (place, suspect, twin) in &named {
-            let moved = rerun(&decoder, recipe.departure, suspect)?;
-            let beta = suspect.beta(twin, &moved);
-            reports[*place].named.extend(beta.map(|beta| Named { name: recipe.name, beta }));
+
+    /// Another computation of a suspect's rows, beside ours.
+    fn rerun(
+        &self,
+        decoder: &Arc<Decoder>,
+        departure: Departure,
+        suspect: &Suspect,
+    ) -> Result<Vec<Option<Apart>>, Stop> {
+        let pass = |blocks| Model::departing(decoder, departure, (self.pool, blocks));
+        let rows = hidden_rows_while(self.is_wanted, pass, &suspect.prompt, &suspect.output)?;
+        Ok(suspect.beside(&rows, self.model.dtype))
+    }
+
+    /// Runs the twin; returns the answers that are too far by it, where these are to be named.
+    fn measure<'a>(
+        &self,
+        suspects: &'a [(usize, Suspect)],
+        reports: &mut [Report],
+    ) -> Result<Vec<Far<'a>>, Stop> {
+        let Self { model, limits, .. } = self;
+        let own = model.weights.cpu().ok_or_else(|| {
+            let device = model.weights.device();
+            Stop::Fault(format!("the weights are on {device}, not on the processor"))
+        })?;
+        let rounding = Rounding::Everywhere(model.dtype);
+        let stepwise = Departure { rounding, ..Departure::default() };
+        let mut far = Vec::new();
+        for (place, suspect) in suspects {
+            let twin = self.rerun(own, stepwise, suspect)?;
+            let report = &mut reports[*place];
+            report.twin = suspect.scores(&twin, limits.shrink);
+            report.twin_share = suspect.beta(&twin, &twin);
+            let statistic = limits.twin_statistic(suspect.scheme, report);
+            if self.names && statistic.is_some_and(|s| s.is_over()) {
+                far.push((*place, suspect, twin));
+            }
         }
+        Ok(far)
     }
-    for (place, suspect, _) in named {
-        conclude(&mut reports[place], suspect.scheme, limits);
+
+    /// Tries every recipe.
+    fn name(&self, far: &[Far<'_>], reports: &mut [Report]) -> Result<(), Stop> {
+        for recipe in RECIPES.iter().filter(|_| !far.is_empty()) {
+            let fault = |e| Stop::Fault(format!("{}: {e}", recipe.name));
+            let decoder = self.model.coarse(recipe, self.pool).map_err(fault)?;
+            for (place, suspect, twin) in far {
+                let moved = self.rerun(&decoder, recipe.departure, suspect)?;
+                let beta = suspect.beta(twin, &moved);
+                let named = beta.map(|beta| Named { name: recipe.name, beta });
+                reports[*place].named.extend(named);
+            }
+        }
+        for (place, suspect, _) in far {
+            conclude(&mut reports[*place], suspect.scheme, self.limits);
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Rejects what is too far and has a name.
 fn conclude(report: &mut Report, scheme: Scheme, limits: &Limits) {
     report.named.sort_by(|a, b| b.beta.total_cmp(&a.beta));
-    let Some(statistic) = report.twin_statistic(scheme, limits) else { return };
+    let Some(statistic) = limits.twin_statistic(scheme, report) else { return };
     let Some(named) = report.named.first().filter(|named| named.beta >= limits.beta) else {
         return;
     };
     let Statistic { value, rows, limit } = statistic;
-    if report.verdict == Verdict::Pass {
+    // What is no number says nothing.
+    if report.verdict == Verdict::Pass && value > limit {
         let what = format!(
             "{rows} rows are {value:.2} times as far as rounding moves them, at most {limit:.2}: \
              {}, beta {:.2}",

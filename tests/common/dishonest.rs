@@ -29,7 +29,7 @@ use targon_engine::models::pass::{RowAsk, RowReport, Scores, Token};
 use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::proof::commit::Chain;
+use targon_engine::proof::commit::ChunkChain;
 use targon_engine::server::door::{Gate, Policy};
 use targon_engine::server::listen::serve_all;
 use targon_engine::server::registry::{Registry, Served, State};
@@ -255,7 +255,7 @@ impl Relay {
         let begun = Instant::now();
         let mut steps = self.collected(Request { proof: None, ..request.clone() })?;
         let ids: Vec<u32> = steps.iter().map(|step| step.token).collect();
-        let chain = request.proof.as_ref().map(|proof| Chain::new(proof.root));
+        let chain = request.proof.as_ref().map(|proof| ChunkChain::new(proof.root));
         let mut told = Told { request: &request, steps: &mut steps, chain };
         let device = |stop: Stop| Fault::Device(format!("{stop:?}"));
         let pass = |blocks| truth.pass(pool, blocks);
@@ -271,7 +271,7 @@ impl Relay {
 struct Told<'a> {
     request: &'a Request,
     steps: &'a mut [Step],
-    chain: Option<Chain>,
+    chain: Option<ChunkChain>,
 }
 
 impl Rows for Told<'_> {

@@ -29,7 +29,7 @@ use targon_engine::proof::codec::{Hash, from_hex};
 use targon_engine::proof::commit::ChunkChain;
 use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::twin::Scrutiny;
+use targon_engine::verify::scrutiny::Scrutiny;
 use targon_engine::verify::{Limits, Verifier, prefill};
 
 /// The golden checkpoints, one for each family.
@@ -302,6 +302,20 @@ pub fn spoof_by(
     nonce: &str,
     answer: &mut Answer,
 ) {
+    let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
+    let rows = prefill::hidden_rows(pass, prompt, &answer.ids).unwrap();
+    spoof_rows(scheme, verifier, (request, rows), seed, nonce, answer);
+}
+
+/// The same with rows that come from wherever.
+pub fn spoof_rows(
+    scheme: Scheme,
+    verifier: &Verifier,
+    (request, rows): (&Request, Vec<Vec<u16>>),
+    seed: Option<i64>,
+    nonce: &str,
+    answer: &mut Answer,
+) {
     let nonce: Hash = from_hex(nonce).unwrap();
     let prover = Prover { scheme, nonce, signer: None };
     let head = prover.head(&request.terms(seed, 0).hash(), &verifier.identity);
@@ -309,9 +323,7 @@ pub fn spoof_by(
     let mut chain = ChunkChain::new(head.root);
     let mut chunks = Vec::new();
     let ids = answer.ids.clone();
-    let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
-    let rows = prefill::hidden_rows(pass, prompt, &ids).unwrap();
-    let (dtype, first) = (verifier.model.dtype, prompt.len() - 1);
+    let (dtype, first) = (verifier.model.dtype, request.prompt.len() - 1);
     for (place, (id, bits)) in ids.iter().zip(rows).enumerate() {
         let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
         chunks.extend(chain.push(*id, prover.prove((first + place) as u32, &bits, &values)));

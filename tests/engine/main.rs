@@ -20,3 +20,4 @@ mod real_model;
 mod reference;
 mod scheduler_sim;
 mod text;
+mod twin;

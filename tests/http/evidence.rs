@@ -67,7 +67,7 @@ impl Miner {
         }
         let part = self.energy / SHAPE as f64;
         let energy = (0..SHAPE).map(|_| random.exponential(part)).sum();
-        Observed { margins, energies: vec![energy] }
+        Observed { margins, energies: vec![energy], twin: None }
     }
 
     /// The answer that raises the alarm, of at most `answers`.
@@ -83,11 +83,12 @@ impl Miner {
 
 #[test]
 fn a_check_of_every_row_weighs_no_more_than_a_fast_one() {
-    let all = Observed { margins: (0..1000).map(f64::from).collect(), energies: vec![0.5] };
+    let all =
+        Observed { margins: (0..1000).map(f64::from).collect(), energies: vec![0.5], twin: None };
     let some = all.clone().thinned(7);
     assert!((20..=33).contains(&some.margins.len()), "{some:?}");
     assert_ne!(some, all.clone().thinned(8));
-    let few = Observed { margins: Vec::new(), energies: vec![0.5] };
+    let few = Observed { margins: Vec::new(), energies: vec![0.5], twin: None };
     assert_eq!(few.clone().thinned(7), few);
 }
 
@@ -124,7 +125,7 @@ fn cheats_are_found_within_so_many_answers() {
 #[test]
 fn one_answer_never_decides_and_old_evidence_fades() {
     let rates = Calibrated::default();
-    let damning = Observed { margins: vec![1.0; 1000], energies: vec![1e6; 32] };
+    let damning = Observed { margins: vec![1.0; 1000], energies: vec![1e6; 32], twin: None };
     let mut evidence = Evidence::default();
     for answer in 1..=4 {
         let gain = evidence.add(&rates, &damning);
@@ -140,7 +141,7 @@ fn one_answer_never_decides_and_old_evidence_fades() {
     // Energies alone say nothing of margins, whose evidence fades by half.
     let before = evidence.sums.margin;
     for _ in 0..200 {
-        evidence.add(&rates, &Observed { margins: vec![], energies: vec![0.0] });
+        evidence.add(&rates, &Observed { margins: vec![], energies: vec![0.0], twin: None });
     }
     assert!((evidence.sums.margin - before / 2.0).abs() < 1e-6);
     assert_eq!(evidence.sums.energy, 0.0);
@@ -162,12 +163,19 @@ fn margins_and_energies_are_told_apart() {
         assert_eq!(store.load("another").unwrap(), None);
         last
     };
-    let margins = Observed { margins: vec![0.9; 33], energies: vec![0.0] };
+    let margins = Observed { margins: vec![0.9; 33], energies: vec![0.0], twin: None };
     assert_eq!(alarm(&margins), Some(Test::Margin));
-    let energies = Observed { margins: vec![0.0; 33], energies: vec![3.0] };
+    let energies = Observed { margins: vec![0.0; 33], energies: vec![3.0], twin: None };
     assert_eq!(alarm(&energies), Some(Test::Energy));
-    let mild = Observed { margins: vec![], energies: vec![0.75] };
+    let mild = Observed { margins: vec![], energies: vec![0.5], twin: None };
     assert_eq!(alarm(&mild), None);
+    // Where the twin measured the rows, it alone counts of them.
+    let seen = Observed { twin: Some(1.8), ..mild.clone() };
+    assert_eq!(alarm(&seen), Some(Test::Energy));
+    let cleared = Observed { twin: Some(0.65), ..energies };
+    assert_eq!(alarm(&cleared), None);
+    let broken = Observed { twin: Some(f64::NAN), ..mild };
+    assert_eq!(alarm(&broken), None, "what is no number says nothing");
 }
 
 #[test]

@@ -151,7 +151,7 @@ async fn users_requests_are_verified_scored_and_reported() {
 async fn statistics_are_sent_signed_and_a_hub_that_says_no_or_nothing_is_named() {
     let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
     let hub_at = |stats: Option<String>| {
-        Hub::new(Urls { organics: None, stats }, Arc::clone(&signer), Clock::system())
+        OrganicsHub::new(Urls { organics: None, stats }, Arc::clone(&signer), Clock::system())
     };
     let round = Round {
         id: "ab".repeat(16),

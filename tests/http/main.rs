@@ -22,5 +22,6 @@ mod soak;
 mod stall;
 mod streams;
 mod tampers;
+mod twin;
 mod verify;
 mod verify_real;

@@ -6,7 +6,7 @@ use targon_engine::engine::Options;
 use targon_engine::models::Model;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::validator::prompt::dataset::Source;
+use targon_engine::validator::prompt::dataset::Passages;
 use targon_engine::validator::prompt::{Draft, read_query, read_rewriting};
 use targon_engine::validator::round::chance::Chance;
 use targon_engine::validator::run::resident::Resident;
@@ -28,7 +28,7 @@ fn resident(site: &Site) -> Resident {
 
 fn draft(key: u64) -> Draft {
     let mut chance = Chance::seeded(key);
-    Draft::draw(&Source::Ours, DATE, &mut || chance.bits())
+    Draft::draw(&Passages::Ours, DATE, &mut || chance.bits())
 }
 
 #[tokio::test(flavor = "multi_thread")]

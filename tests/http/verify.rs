@@ -29,9 +29,9 @@ use targon_engine::verify::{
     Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
 };
 
-const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
+pub(super) const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
 
-async fn understood(verifier: &Verifier, body: &Value) -> Request {
+pub(super) async fn understood(verifier: &Verifier, body: &Value) -> Request {
     let reader = Reader {
         model: &verifier.model.text,
         context_max: 512,
@@ -50,7 +50,7 @@ fn asked(body: &Value) -> Option<Challenge> {
     Some(Challenge { scheme, nonce: Some(from_hex(NONCE).unwrap()), hotkey: None })
 }
 
-async fn judge(
+pub(super) async fn judge(
     verifier: &Verifier,
     body: &Value,
     answer: &Answer,
@@ -77,7 +77,7 @@ fn proved(scheme: &str) -> Value {
     }))
 }
 
-async fn answer(site: &Site, body: &Value) -> (Value, Answer) {
+pub(super) async fn answer(site: &Site, body: &Value) -> (Value, Answer) {
     let path = if body.get("messages").is_some() { CHAT } else { COMPLETION };
     let mut body = body.clone();
     body["return_token_ids"] = json!(true);

@@ -13,7 +13,8 @@ use crate::verify::answer::Answer;
 use crate::verify::capture::{Capture, CheckOptions, check_capture};
 use crate::verify::mirror::{Mirror, Told};
 use crate::verify::question::Question;
-use crate::verify::twin::Scrutiny;
+use crate::verify::scrutiny::{Scrutiny, When};
+use crate::verify::statistic::ByRows;
 use crate::verify::{
     Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure,
 };
@@ -93,9 +94,32 @@ impl AttackVerifier {
         if scheme == Scheme::Residue {
             lines.push(Line::of_margins(name, detector, WITH_MARGIN, reports));
         }
+        lines.extend(self.statistics((name, detector), scheme, reports));
         let bytes = bytes_per_token(trials);
         lines.iter_mut().for_each(|line| line.bytes_per_token = bytes);
         lines
+    }
+
+    /// The lines of what all rows say together, by their energies and by the twin.
+    fn statistics(
+        &self,
+        (name, detector): (&str, Detector),
+        scheme: Scheme,
+        reports: &[Report],
+    ) -> Vec<Line> {
+        type Values = fn(&Report) -> &[f64];
+        let of = |what: &str, values: Values, limits: Option<ByRows>| {
+            let judge = format!("{scheme}, {what}");
+            let limits = limits?;
+            Some(Line::of_statistic((name, &judge), detector, reports, (values, &limits)))
+        };
+        let Self(Verifier { limits, scrutiny, .. }) = self;
+        let energies = of("trimmed mean", |r| &r.energies, limits.trimmed(scheme));
+        let twin = match scrutiny.twin {
+            When::Always => of("twin", |r| &r.twin, limits.twin(scheme)),
+            _ => None,
+        };
+        energies.into_iter().chain(twin).collect()
     }
 
     /// The line of a check of every row.

@@ -77,9 +77,9 @@ fn always(line: &Line) -> GoalOutcome {
     }
 }
 
-fn never(margins: &Line, rows: &Line) -> Outcome {
+fn never(margins: &Line, rows: &Line) -> GoalOutcome {
     let is_equal = |exact: &Rate| exact.of > 0 && exact.count == exact.of;
-    Outcome {
+    GoalOutcome {
         goal: format!("{}: never rejected, all rows equal", margins.name),
         measured: format!("rejected {}", show(&margins.rejected)),
         is_met: margins.rejected.of > 0

@@ -27,7 +27,7 @@ use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::verify::evidence::Calibrated;
-use crate::verify::twin::Scrutiny;
+use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Depth, Limits};
 use answers::AnswerMaker;
 use anyhow::bail;

@@ -1,8 +1,9 @@
 //! What the attack bench found: plain data, as it is printed, stored and drawn.
 
 use crate::bench::stats::{Rate, Stopping, quantile};
-use crate::proof::Scheme;
+use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::evidence::{Calibrated, Evidence, Observed};
+use crate::verify::statistic::{ByRows, Statistic};
 use crate::verify::{Limits, Report, Verdict, proof};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -187,6 +188,26 @@ impl Line {
             rejected,
             reasons: BTreeMap::new(),
             ..Self::new(name, detector, scheme.name(), reports)
+        }
+    }
+
+    /// Checked by what all rows say together, which rejects nobody by itself.
+    pub(super) fn of_statistic(
+        (name, judge): (&str, &str),
+        detector: Detector,
+        reports: &[Report],
+        (values, limits): (fn(&Report) -> &[f64], &ByRows),
+    ) -> Self {
+        let is_over = |report: &Report, count: usize| {
+            let values = values(report);
+            let first = &values[..values.len().min(count.saturating_mul(CHUNK_ROWS))];
+            Statistic::of(first, limits).is_some_and(|statistic| statistic.is_over())
+        };
+        let missed = (1..=CHUNKS).map(|n| Rate::of(reports, |r| !is_over(r, n))).collect();
+        let suspected = Rate::of(reports, |r| is_over(r, usize::MAX));
+        Self {
+            missed: (detector != Detector::Nothing).then_some(missed),
+            ..Self::bare(name, detector, judge, suspected)
         }
     }
 

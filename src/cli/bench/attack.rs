@@ -9,7 +9,7 @@ use crate::cli::out::outln;
 use crate::cli::shared::ComputeArgs;
 use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
-use crate::verify::twin::{Scrutiny, When};
+use crate::verify::scrutiny::{Scrutiny, When};
 use crate::verify::{Limits, limits_file};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -73,7 +73,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
         limits: Limits { exact: args.exact || limits.exact, ..limits },
-        scrutiny: Scrutiny { twin: args.twin, names: args.name_cheats },
+        scrutiny: Scrutiny { twin: args.twin, stops_early: false, names: args.name_cheats },
         rates,
     };
     let results = AttackBench::new(&args.model, &scratch, &pool, setup)

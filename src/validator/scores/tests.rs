@@ -183,8 +183,8 @@ fn requests_of_users_count_as_a_series_of_their_own() {
 #[test]
 fn an_alarm_ends_pay_until_later_answers_speak_against_it() {
     let rates = Calibrated::default();
-    let cheat = Observed { margins: vec![0.1; 4], energies: vec![2.0; 4] };
-    let honest = Observed { margins: vec![0.0; 32], energies: vec![0.3; 4] };
+    let cheat = Observed { margins: vec![0.1; 4], energies: vec![2.0; 4], twin: None };
+    let honest = Observed { margins: vec![0.0; 32], energies: vec![0.3; 4], twin: None };
     let (mut standing, mut answers) = (HotkeyState::default(), 0);
     let mut step = |standing: HotkeyState, observed: &Observed| {
         answers += 1;

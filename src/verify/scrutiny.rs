@@ -1,0 +1,136 @@
+//! How closely answers are looked at: when rows are computed a second time (`twin.rs`), whether
+//! known cheats are tried, and whether a check may stop early.
+
+use super::limits::Limits;
+use super::report::Report;
+use super::statistic::ROWS;
+use super::{Reason, Verdict};
+use crate::models::Model;
+use crate::models::device::Device;
+use crate::proof::Scheme;
+use crate::proof::philox::philox;
+use std::str::FromStr;
+
+/// When an answer is worth a second prefill.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub enum When {
+    /// Never.
+    Never,
+    /// Where the first one finds it suspicious.
+    #[default]
+    Suspicion,
+    /// There, and in a random share of all others.
+    Share(f64),
+    /// Always.
+    Always,
+}
+
+/// Why answers cannot be looked at as closely as was asked for.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum AskedError {
+    /// Not one of the words, and no share.
+    #[error("must be never, suspicion, always, or a share between 0 and 1, got {0}")]
+    When(String),
+    /// Only the processor computes otherwise than by the canon.
+    #[error("`--twin` and `--name-cheats` need weights on the processor, these are on {0}")]
+    Device(Device),
+    /// Recipes are run after the twin.
+    #[error("`--name-cheats` needs the twin, and `--twin` says never")]
+    Never,
+}
+
+impl FromStr for When {
+    type Err = AskedError;
+
+    fn from_str(text: &str) -> Result<Self, AskedError> {
+        match (text, text.parse::<f64>()) {
+            ("never", _) => Ok(Self::Never),
+            ("suspicion", _) => Ok(Self::Suspicion),
+            ("always", _) => Ok(Self::Always),
+            (_, Ok(share)) if share > 0.0 && share < 1.0 => Ok(Self::Share(share)),
+            _ => Err(AskedError::When(text.to_owned())),
+        }
+    }
+}
+
+/// How closely answers are looked at.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Scrutiny {
+    /// When the twin is run.
+    pub twin: When,
+    /// Whether a fast check of a proof stops after a random number of chunks, which the verifier
+    /// draws after the answer, unless these leave it open what the answer is. What stands later is
+    /// then not seen, its end included.
+    pub stops_early: bool,
+    /// Whether recipes are run where the twin says that an answer is too far. Each needs memory for
+    /// the weights once more.
+    pub names: bool,
+}
+
+/// What a caller asks for, before it is known where the weights are.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct WantedScrutiny {
+    /// When the twin is run; [`When::default`] where absent, if it can be run at all.
+    pub twin: Option<When>,
+    /// As in [`Scrutiny`].
+    pub stops_early: bool,
+    /// As in [`Scrutiny`].
+    pub names: bool,
+}
+
+impl WantedScrutiny {
+    /// One prefill, whatever it shows.
+    pub const NOTHING: Self = Self { twin: Some(When::Never), stops_early: false, names: false };
+
+    /// What is done with `model`.
+    ///
+    /// # Errors
+    /// When it was asked for by name and cannot be done.
+    pub fn on(self, model: &Model) -> Result<Scrutiny, AskedError> {
+        let Self { twin, stops_early, names } = self;
+        let is_asked = names || twin.is_some_and(|twin| twin != When::Never);
+        if model.weights.cpu().is_none() {
+            let device = model.weights.device();
+            return match is_asked {
+                true => Err(AskedError::Device(device)),
+                false => Ok(Scrutiny { stops_early, ..Scrutiny::NONE }),
+            };
+        }
+        let twin = twin.unwrap_or_default();
+        match names && twin == When::Never {
+            true => Err(AskedError::Never),
+            false => Ok(Scrutiny { twin, stops_early, names }),
+        }
+    }
+}
+
+impl Scrutiny {
+    /// None: one prefill, whatever it shows.
+    pub const NONE: Self = Self { twin: When::Never, stops_early: false, names: false };
+
+    /// Whether what was found asks for a second prefill; `chance` is the verifier's.
+    pub(super) fn wants(
+        &self,
+        report: &Report,
+        scheme: Scheme,
+        limits: &Limits,
+        chance: u64,
+    ) -> bool {
+        let is_open = match &report.verdict {
+            Verdict::Pass => true,
+            // What it was may still be said.
+            Verdict::Reject(why) => self.names && why.reason == Reason::SketchEnergy,
+            Verdict::Unscored(_) => false,
+        };
+        let is_measurable = report.energies.len() >= ROWS[0] && limits.twin(scheme).is_some();
+        let is_over = || limits.statistic(scheme, report).is_some_and(|s| s.is_over());
+        let drawn = || f64::from(philox(chance, [0, 3, 0, 0])[0]) / 2.0_f64.powi(32);
+        let is_due = match self.twin {
+            When::Never => false,
+            When::Suspicion => is_over(),
+            When::Share(share) => drawn() < share || is_over(),
+            When::Always => true,
+        };
+        is_open && is_measurable && is_due
+    }
+}

@@ -1,0 +1,214 @@
+//! Suspicion, the twin and the names of cheats, from a captured answer to its report.
+
+use super::verify::{NONCE, answer, judge, understood};
+use crate::common::site::{chat, site};
+use crate::common::{self, verifier};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use targon_engine::models::Model;
+use targon_engine::models::departure::{Departure, RECIPES};
+use targon_engine::models::model::DeviceWeights;
+use targon_engine::ops::dtype::Dtype;
+use targon_engine::ops::rounding::Rounding;
+use targon_engine::proof::Scheme;
+use targon_engine::proof::codec::from_hex;
+use targon_engine::verify::answer::Answer;
+use targon_engine::verify::prefill::hidden_rows;
+use targon_engine::verify::scrutiny::{Scrutiny, WantedScrutiny, When};
+use targon_engine::verify::statistic::ByRows;
+use targon_engine::verify::{
+    Challenge, Claim, Depth, Limits, Profile, Reason, Report, Verdict, Verifier,
+};
+
+const TWIN: Departure =
+    Departure { rounding: Rounding::Everywhere(Dtype::Bf16), cache: None, inputs: None };
+/// Whatever is not equal bit for bit is suspicious, and nothing is rejected for its energy alone.
+const NARROW: Limits = Limits {
+    energy_u8: 1e9,
+    energy_u4: 1e9,
+    trimmed_u8: ByRows::all(1e-9),
+    trimmed_u4: ByRows::all(1e-9),
+    twin_u8: ByRows::all(1e-9),
+    twin_u4: ByRows::all(1e-9),
+    beta: 0.5,
+    margin: 1.0,
+    margin_mean: 1.0,
+    ..Limits::NONE
+};
+const NAMING: Scrutiny = Scrutiny { twin: When::Suspicion, stops_early: false, names: true };
+
+fn proved(scheme: Scheme, tokens: usize) -> Value {
+    chat(json!({
+        "max_tokens": tokens, "temperature": 0.8, "seed": 3, "ignore_eos": true,
+        "return_token_ids": true, "proof": {"scheme": scheme.name(), "nonce": NONCE},
+    }))
+}
+
+/// The same answer with the proof of a prover whose weights are `model`'s, by `departure`.
+async fn proved_by(
+    verifier: &Verifier,
+    (model, departure): (&Model, Departure),
+    (body, answer): (&Value, &Answer),
+) -> Answer {
+    let scheme: Scheme = body["proof"]["scheme"].as_str().unwrap().parse().unwrap();
+    let request = understood(verifier, body).await;
+    let decoder = Arc::clone(model.weights.cpu().unwrap());
+    let pass = |blocks| Model::departing(&decoder, departure, (&verifier.pool, blocks));
+    let rows = hidden_rows(pass, &request.prompt, &answer.ids).unwrap();
+    let (seed, mut answer) = (body["seed"].as_i64(), answer.clone());
+    common::spoof_rows(scheme, verifier, (&request, rows), seed, NONCE, &mut answer);
+    answer
+}
+
+async fn report(verifier: &Verifier, body: &Value, answer: &Answer) -> Report {
+    judge(verifier, body, answer, Profile::Proof, Depth::Fast).await
+}
+
+#[tokio::test]
+async fn a_cheat_is_named_and_an_honest_stack_is_not() {
+    let site = site(common::options());
+    let verifier = Verifier { limits: NARROW, scrutiny: NAMING, ..verifier(&site.served) };
+    let own = &verifier.model;
+    for scheme in [Scheme::Residue, Scheme::ResidueU4] {
+        let body = proved(scheme, 70);
+        let (_, response) = answer(&site, &body).await;
+        let exact = report(&verifier, &body, &response).await;
+        assert_eq!((exact.verdict, exact.twin.len()), (Verdict::Pass, 0), "nothing is suspicious");
+        let theirs = proved_by(&verifier, (own, TWIN), (&body, &response)).await;
+        let honest = report(&verifier, &body, &theirs).await;
+        assert_eq!(honest.verdict, Verdict::Pass, "{scheme}: too far, and without a name");
+        assert_eq!((honest.twin.len(), honest.named.len()), (70, RECIPES.len()));
+        let statistic = verifier.limits.twin_statistic(scheme, &honest).unwrap();
+        // It goes all the way, of which 0.4 are expected.
+        assert!(statistic.is_over() && statistic.value < 0.6, "{scheme}: {statistic:?}");
+        for recipe in RECIPES.iter().filter(|r| r.name.contains("int8") || r.name == "W8A8") {
+            let cheap = Model {
+                weights: DeviceWeights::Cpu(own.coarse(recipe, &verifier.pool).unwrap()),
+                ..common::tiny_model(3, &verifier.pool)
+            };
+            let by = (&cheap, recipe.departure);
+            let theirs = proved_by(&verifier, by, (&body, &response)).await;
+            let found = report(&verifier, &body, &theirs).await;
+            let beta = |name: &str| found.named.iter().find(|n| n.name == name).unwrap().beta;
+            let (name, own) = (recipe.name, beta(recipe.name));
+            assert!((0.8..1.2).contains(&own), "{scheme} {name}: {:?}", found.named);
+            let Verdict::Reject(why) = &found.verdict else { panic!("{name}: {found:?}") };
+            assert!(why.reason == Reason::SketchEnergy && why.what.contains(", beta "), "{why}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_second_prefill_is_paid_when_it_was_asked_for() {
+    let site = site(common::options());
+    let body = proved(Scheme::Residue, 40);
+    let (_, response) = answer(&site, &body).await;
+    let wide = Limits { trimmed_u8: ByRows::all(1e9), ..NARROW };
+    let base = verifier(&site.served);
+    let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
+    for (twin, limits, is_run) in [
+        (When::Never, NARROW, false),
+        (When::Suspicion, wide, false),
+        (When::Suspicion, NARROW, true),
+        (When::Share(0.999_999), wide, true),
+        (When::Share(0.000_001), wide, false),
+        (When::Always, wide, true),
+    ] {
+        let scrutiny = Scrutiny { twin, ..Scrutiny::NONE };
+        let verifier = Verifier { limits, scrutiny, ..base.clone() };
+        let found = report(&verifier, &body, &theirs).await;
+        assert_eq!(!found.twin.is_empty(), is_run, "{twin:?}");
+        assert_eq!((found.verdict, found.named.len()), (Verdict::Pass, 0), "{twin:?}");
+        assert_eq!(found.energies.len(), 40, "{twin:?}");
+    }
+    // One token says nothing, in either way.
+    let body = proved(Scheme::Residue, 1);
+    let (_, response) = answer(&site, &body).await;
+    let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
+    let scrutiny = Scrutiny { twin: When::Always, ..NAMING };
+    let verifier = Verifier { limits: NARROW, scrutiny, ..base };
+    let found = report(&verifier, &body, &theirs).await;
+    assert_eq!((found.verdict, found.twin.len(), found.energies.len()), (Verdict::Pass, 0, 1));
+}
+
+#[tokio::test]
+async fn a_twin_that_is_no_number_accuses_nobody() {
+    let site = site(common::options());
+    let base = verifier(&site.served);
+    let body = proved(Scheme::Residue, 40);
+    let (_, response) = answer(&site, &body).await;
+    let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
+    // Rounding to f16 what was made for bf16 may overflow; here it must, because of the weights.
+    let limits = Limits { shrink: f64::NAN, ..NARROW };
+    let verifier = Verifier { limits, scrutiny: NAMING, ..base };
+    let found = report(&verifier, &body, &theirs).await;
+    assert_eq!(found.verdict, Verdict::Pass, "a number of ours that is none is no name");
+    assert!(limits.twin_statistic(Scheme::Residue, &found).unwrap().value.is_nan());
+}
+
+#[tokio::test]
+async fn an_early_check_stops_at_a_chunk_that_chance_draws_unless_it_is_open() {
+    let site = site(common::options());
+    let early = Scrutiny { stops_early: true, ..Scrutiny::NONE };
+    let base = Verifier { scrutiny: early, ..verifier(&site.served) };
+    let body = proved(Scheme::Residue, 250);
+    let (_, response) = answer(&site, &body).await;
+    let request = understood(&base, &body).await;
+    let claim = Claim {
+        request: &request,
+        seed: body["seed"].as_i64(),
+        choice: 0,
+        proof: Some(Challenge {
+            scheme: Scheme::Residue,
+            nonce: Some(from_hex(NONCE).unwrap()),
+            hotkey: None,
+        }),
+        answer: &response,
+        end_is_implied: false,
+    };
+    let chunks = |verifier: &Verifier, claim: &Claim<'_>, chance| {
+        let report = verifier.verify(Profile::Proof, chance).answer(claim);
+        assert_eq!(report.verdict, Verdict::Pass, "{chance}");
+        assert!(report.rows.iter().all(|row| row.index < report.chunks.len() * 32));
+        report.chunks.len()
+    };
+    let mut seen = [0; 9];
+    (0..80).for_each(|chance| seen[chunks(&base, &claim, chance)] += 1);
+    assert!(seen[0] == 0 && seen[1..].iter().all(|count| *count > 0), "{seen:?}");
+    let slow = base.verify(Profile::Proof, 3).depth(Depth::Slow).answer(&claim);
+    assert_eq!((slow.chunks.len(), slow.rows.len()), (8, 250), "the control: all of it");
+    // Rows that are far, but not too far, are read to the end.
+    let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
+    let open = Claim { answer: &theirs, ..claim.clone() };
+    let narrow = Verifier { limits: NARROW, ..base.clone() };
+    let wide = Verifier { limits: Limits { trimmed_u8: ByRows::all(1e9), ..NARROW }, ..base };
+    assert!((0..10).all(|chance| chunks(&narrow, &open, chance) == 8));
+    assert!((0..10).any(|chance| chunks(&wide, &open, chance) < 8));
+    let report = narrow.verify(Profile::Proof, 1).answer(&open);
+    let whole = Verifier { scrutiny: Scrutiny::NONE, ..narrow };
+    assert_eq!(report, whole.verify(Profile::Proof, 1).answer(&open), "in two parts or in one");
+}
+
+#[test]
+fn what_was_asked_for_is_read_or_refused() {
+    let read = |text: &str| text.parse::<When>();
+    assert_eq!(read("never"), Ok(When::Never));
+    assert_eq!(read("suspicion"), Ok(When::Suspicion));
+    assert_eq!(read("always"), Ok(When::Always));
+    assert_eq!(read("0.05"), Ok(When::Share(0.05)));
+    for wrong in ["", "0", "1", "nan", "-0.5", "sometimes", "inf"] {
+        assert!(
+            read(wrong).unwrap_err().to_string().contains("must be never, suspicion"),
+            "{wrong}"
+        );
+    }
+    let pool = targon_engine::ops::pool::Pool::new(1, targon_engine::ops::lanes::Isa::best());
+    let model = common::tiny_model(3, &pool.unwrap());
+    let asked = WantedScrutiny { twin: None, names: true, ..WantedScrutiny::NOTHING };
+    assert_eq!(
+        asked.on(&model),
+        Ok(Scrutiny { twin: When::Suspicion, stops_early: false, names: true })
+    );
+    let never = WantedScrutiny { names: true, ..WantedScrutiny::NOTHING };
+    assert!(never.on(&model).unwrap_err().to_string().contains("`--name-cheats` needs the twin"));
+}
