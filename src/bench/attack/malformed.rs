@@ -150,7 +150,7 @@ const RECEIVED: [(&str, Received); 18] = [
     }),
     ("text in a field of reasoning", |c| c[1]["choices"][0]["reasoning_content"] = json!("lies")),
     ("text in a field of its own", |c| c[1]["choices"][0]["note"] = json!("lies")),
-    ("text moved to the next chunk", move_text),
+    ("text moved to the next chunk", |c| move_text(c)),
     ("a decoy after the end", |c| c.push(lie(json!(0)))),
     ("a call", |c| c[1]["choices"][0]["tool_calls"] = json!([{}])),
     ("a call of a function", |c| c[1]["choices"][0]["tool_calls"] = call()),
@@ -180,7 +180,7 @@ fn call() -> Value {
 }
 
 /// The text of the first chunk that has one, and of the next, in the next alone.
-fn move_text(chunks: &mut Vec<Value>) {
+fn move_text(chunks: &mut [Value]) {
     let text = |chunk: &Value| chunk["choices"][0]["text"].as_str().unwrap_or_default().to_owned();
     for place in 1..chunks.len() {
         let (before, own) = (text(&chunks[place - 1]), text(&chunks[place]));
