@@ -49,7 +49,7 @@ impl Default for Limits {
             twin_u8: ByRows([3.6, 1.45, 1.4, 1.3, 1.15]),
             twin_u4: ByRows([3.6, 1.6, 1.5, 1.4, 1.25]),
             shrink: 0.4,
-            beta: 0.5,
+            beta: 0.25,
             margin: 0.5,
             margin_mean: 0.02,
             agreement: 0.75,

@@ -79,7 +79,9 @@ fn every_family_has_a_twin_near_it_whose_bits_depend_on_nothing_else() {
             assert_eq!(twin, rows(pass(TWIN, pool), chunk), "{family}, chunks of {chunk}");
         }
         let apart = distance(&canon, &twin);
-        assert!((0.000_5..0.05).contains(&apart), "{family}: {apart}");
+        // A token that is routed to another expert moves far.
+        let most = if family.contains("mix") || family.contains("moe") { 0.5 } else { 0.05 };
+        assert!((0.000_5..most).contains(&apart), "{family}: {apart}");
     }
 }
 
