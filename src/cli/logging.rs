@@ -45,7 +45,9 @@ pub(super) fn set(text: &str) -> anyhow::Result<()> {
 }
 
 fn filter(text: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::try_new(text.replace("engine=", "targon_engine="))
+    // What the other engine says of itself is for those who ask for it.
+    let quiet = "mistralrs_core=warn,mistralrs_quant=warn";
+    EnvFilter::try_new(format!("{quiet},{}", text.replace("engine=", "targon_engine=")))
 }
 
 /// Keeps lines from now on, where stderr is the terminal that a view draws on.

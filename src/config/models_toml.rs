@@ -17,7 +17,16 @@ const SEQUENCES_DEFAULT: usize = 64;
 const SEQUENCES_MAX: usize = 1024;
 /// Most tokens that may be guessed for a step: fewer than the rows up to which they are added.
 const SPECULATIVE_MAX: usize = STEP_ROWS_MAX - 1;
-const KEYS: [&str; 13] = [
+/// Types that weights can be quantised to on every device.
+const ISQ_TYPES: [&str; 9] = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k"];
+/// Why there are no cards.
+const NO_CARDS: &str = "must be cpu for engine = \"mistralrs\": this program has no build of \
+    mistral.rs for cards";
+/// Why there is one process.
+const TENSOR_PARALLEL: &str = "must be 1: mistral.rs 0.8.1 runs a process for each part and sends \
+    requests to them without our sampler, so that they would go on with other tokens than were \
+    sent";
+const KEYS: [&str; 15] = [
     "name",
     "source",
     "repo",
@@ -31,6 +40,8 @@ const KEYS: [&str; 13] = [
     "kv_memory",
     "sequences_max",
     "speculative_tokens",
+    "isq",
+    "tensor_parallel",
 ];
 
 /// Where a model's files come from.
@@ -62,6 +73,8 @@ pub struct ModelConfig {
     pub device: Device,
     /// Overrides the stored type.
     pub dtype: Option<Dtype>,
+    /// What mistral.rs quantises the layers' weights to while it loads them.
+    pub isq: Option<String>,
     /// Sizes.
     pub wanted: MemoryWanted,
 }
@@ -112,6 +125,8 @@ struct Entry {
     kv_memory: Option<String>,
     sequences_max: Option<usize>,
     speculative_tokens: Option<usize>,
+    isq: Option<String>,
+    tensor_parallel: Option<usize>,
 }
 
 /// Reads and checks the file; `keys` open the API besides those that it names.
@@ -173,6 +188,12 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     let backend = backend.map_err(|e: BackendError| ("engine", e.to_string()))?;
     let device = entry.device.as_deref().map_or(Ok(Device::default()), str::parse);
     let device = device.map_err(|e: DeviceError| ("device", e.to_string()))?;
+    let device = match (backend, device) {
+        // What the native engine finds on a card says nothing of the other one.
+        (BackendKind::Mistralrs, Device::Auto) => Device::Cpu,
+        (BackendKind::Mistralrs, Device::Cuda(_)) => return Err(("device", NO_CARDS.into())),
+        (_, device) => device,
+    };
     let dtype = match entry.dtype.as_deref() {
         None | Some("auto") => None,
         Some("bf16") => Some(Dtype::Bf16),
@@ -199,12 +220,36 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
         sequences_max,
         drafts_max,
     };
+    let isq = quantisation(&entry, backend)?;
     let (source, default_name) = source(&entry, directory)?;
     let name = entry.name.or(default_name).ok_or(("name", "is missing".to_owned()))?;
     if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
         return Err(("name", "must have 1 to 200 characters, none of them control".into()));
     }
-    Ok(ModelConfig { name, source, backend, device, dtype, wanted })
+    Ok(ModelConfig { name, source, backend, device, dtype, isq, wanted })
+}
+
+/// The keys that are for mistral.rs alone: the type that weights are quantised to.
+fn quantisation(entry: &Entry, backend: BackendKind) -> Result<Option<String>, Fault> {
+    let is_mistral = backend == BackendKind::Mistralrs;
+    let only = || "goes only with engine = \"mistralrs\"".to_owned();
+    match entry.tensor_parallel {
+        Some(_) if !is_mistral => return Err(("tensor_parallel", only())),
+        Some(0) | None | Some(1) => {}
+        Some(count) => return Err(("tensor_parallel", format!("{TENSOR_PARALLEL}, got {count}"))),
+    }
+    if is_mistral && entry.speculative_tokens.is_some_and(|tokens| tokens > 0) {
+        return Err(("speculative_tokens", "goes only with engine = \"native\"".to_owned()));
+    }
+    let Some(isq) = entry.isq.as_deref() else { return Ok(None) };
+    if !is_mistral {
+        return Err(("isq", only()));
+    }
+    let known = |name: &&&str| name.eq_ignore_ascii_case(isq);
+    match ISQ_TYPES.iter().find(known) {
+        Some(name) => Ok(Some((*name).to_owned())),
+        None => Err(("isq", format!("must be one of {}, got {isq}", ISQ_TYPES.join(", ")))),
+    }
 }
 
 /// The source, and the name it suggests.
@@ -283,6 +328,30 @@ mod tests {
     }
 
     #[test]
+    fn the_other_engine_is_refused_where_it_is_not_built_and_read_where_it_is() {
+        let entry =
+            |more: &str| parsed(&format!("[[model]]\nname=\"a\"\nengine=\"mistralrs\"\n{more}"));
+        if !cfg!(feature = "mistralrs") {
+            let (error, _) = entry("").unwrap_err();
+            let want = "`engine` = mistralrs needs a build with the feature `mistralrs`";
+            assert!(error.contains(want), "{error}");
+            return;
+        }
+        let models = entry("isq=\"Q8_0\"").unwrap().models;
+        assert_eq!(models[0].backend, BackendKind::Mistralrs);
+        assert_eq!(models[0].isq.as_deref(), Some("q8_0"));
+        for (more, want) in [
+            ("isq=\"int4\"", "`isq` must be one of q4_0"),
+            ("tensor_parallel=2", "`tensor_parallel` must be 1: mistral.rs"),
+            ("speculative_tokens=4", "`speculative_tokens` goes only with engine"),
+            ("device=\"auto\"\nisq=\"\"", "`isq` must be one of"),
+        ] {
+            let (error, _) = entry(more).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+
+    #[test]
     fn faults_name_the_line_or_the_key() {
         for (text, want, hint) in [
             (
@@ -294,8 +363,13 @@ mod tests {
             ("[[model]]\nsource = \"path\"", "model number 1: `path` is missing", None),
             ("[[model]]\nname=\"a\"\ndtype=\"int8\"", "model a: `dtype` must be auto, bf16", None),
             ("[[model]]\nname=\"a\"\ndevice=\"cuda\"", "`device` must be auto, cpu or", None),
-            ("[[model]]\nname=\"a\"\nengine=\"mistralrs\"", "`engine` mistralrs is not part", None),
-            ("[[model]]\nname=\"a\"\nengine=\"vllm\"", "`engine` must be native, got vllm", None),
+            (
+                "[[model]]\nname=\"a\"\nengine=\"vllm\"",
+                "`engine` must be native or mistralrs",
+                None,
+            ),
+            ("[[model]]\nname=\"a\"\nisq=\"q8_0\"", "`isq` goes only with engine", None),
+            ("[[model]]\nname=\"a\"\ntensor_parallel=2", "`tensor_parallel` goes only with", None),
             ("[[model]]\nname=\"a\"\nkv_memory=\"4\"", "`kv_memory` must be a size", None),
             ("[[model]]\nname=\"a\"\nsequences_max=0", "`sequences_max` must lie in 1..=", None),
             (

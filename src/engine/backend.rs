@@ -2,7 +2,7 @@
 //! events.
 
 use super::output::Event;
-use super::request::Request;
+use super::request::{InvalidRequest, Request};
 use super::scheduler::Owner;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -18,16 +18,34 @@ pub enum BackendKind {
     /// The engine of this crate.
     #[default]
     Native,
+    /// mistral.rs, in builds with the feature `mistralrs`.
+    Mistralrs,
+}
+
+impl BackendKind {
+    /// Refuses what this backend does not do, before a request is queued.
+    ///
+    /// # Errors
+    /// The field, and which backend does it.
+    pub(super) fn check(self, request: &Request) -> Result<(), InvalidRequest> {
+        if self == Self::Mistralrs && request.prompt_logprobs.is_some() {
+            let what = "is not built for models that mistral.rs runs; the native engine has it";
+            return Err(InvalidRequest { field: "prompt_logprobs", what: what.into() });
+        }
+        Ok(())
+    }
 }
 
 /// A name that is no backend of this build.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BackendError {
     /// One that is known, but not built.
-    #[error("{0} is not part of this build")]
+    #[error(
+        "= {0} needs a build with the feature `{0}` (cargo build --features {0}), this has none"
+    )]
     NotBuilt(&'static str),
     /// One that is not known.
-    #[error("must be native, got {0}")]
+    #[error("must be native or mistralrs, got {0}")]
     Unknown(String),
 }
 
@@ -37,6 +55,7 @@ impl FromStr for BackendKind {
     fn from_str(name: &str) -> Result<Self, BackendError> {
         match name {
             "native" => Ok(Self::Native),
+            "mistralrs" if cfg!(feature = "mistralrs") => Ok(Self::Mistralrs),
             "mistralrs" => Err(BackendError::NotBuilt("mistralrs")),
             other => Err(BackendError::Unknown(other.to_owned())),
         }

@@ -11,7 +11,7 @@ use super::guard::{Stage, Watch};
 use super::live::Live;
 use super::output::{Event, Fault, FinishReason};
 use super::scheduler::{NewSequence, Plan, Scheduler, SequenceId};
-use super::stats::Stats;
+use super::stats::{Stats, StepRows};
 use crate::clock::Clock;
 use crate::models::Model;
 use crate::models::pass::Pass;
@@ -135,9 +135,9 @@ impl Core {
             is_drafted: request.grammar.is_none(),
         };
         let failing = events.clone();
-        let made = self
-            .watch
-            .guard(Stage::Take, || Ok(Live::new(request, &self.model, events, place, submitted)));
+        let made = self.watch.guard(Stage::Take, || {
+            Ok(Live::new(request, &self.model.text, events, place, submitted))
+        });
         let live = match made {
             Ok(live) => live,
             Err(fault) => {
@@ -192,7 +192,7 @@ impl Core {
         }
         let outcome = self.compute(&plan);
         let ended = self.clock.elapsed();
-        self.stats.record_step(&plan, started, ended);
+        self.stats.record_step(StepRows::of(&plan), started, ended);
         let rows = match outcome {
             Ok(rows) => rows,
             // Blocks of a pass that failed half-way must not reach the prefix cache.
@@ -272,7 +272,7 @@ impl Core {
         }
         let token = row.0.token.token;
         self.stats.record_token(&mut live.timeline, now);
-        match live.push_token(&self.model, row) {
+        match live.push_token((&self.model.text, &self.model.parameters), row) {
             Ok(Some(reason)) => {
                 self.stats.record_end(&live.ended(&reason), now);
                 self.end(id);

@@ -7,8 +7,9 @@ use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step};
 use super::request::Request;
 use super::stats::{Ended, Timeline};
 use super::transcript::Transcript;
-use crate::models::Model;
+use crate::models::parameters::Parameters;
 use crate::models::pass::{Ranked, RowAsk, Scored, Scores, Token};
+use crate::models::text::Text;
 use crate::proof::commit::{ChunkChain, RowData};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -33,14 +34,14 @@ pub(super) struct Live {
 impl Live {
     pub(super) fn new(
         request: Request,
-        model: &Model,
+        text: &Text,
         events: mpsc::Sender<Event>,
         place: Place,
         submitted: Duration,
     ) -> Self {
         Self {
-            draw: Draw::new(&request, &model.text),
-            transcript: Transcript::new(&request, &model.text),
+            draw: Draw::new(&request, text),
+            transcript: Transcript::new(&request, text),
             next_row: if request.prompt_logprobs.is_some() { 0 } else { request.prompt.len() - 1 },
             prompt_sum: request.prompt.iter().map(|id| u64::from(*id)).sum(),
             output_sum: 0,
@@ -74,6 +75,12 @@ impl Live {
     pub(super) fn wants_row(&self, position: usize) -> bool {
         position >= self.next_row
             && (self.target(position).is_some() || self.request.max_tokens > 0)
+    }
+
+    /// Tokens that were drawn.
+    #[cfg(feature = "mistralrs")]
+    pub(super) fn tokens(&self) -> usize {
+        self.transcript.tokens()
     }
 
     /// Whether its draws wait for a grammar.
@@ -129,16 +136,16 @@ impl Live {
     /// When the weight of its powv cannot be read, or its grammar does not know the token.
     pub(super) fn push_token(
         &mut self,
-        model: &Model,
+        (text, parameters): (&Text, &Parameters),
         (scored, proof): (Scored, Option<RowData>),
     ) -> Result<Option<FinishReason>, Fault> {
         let Ranked { token, logprob, rank } = scored.token;
         let top = alternatives(scored);
-        let powv = model.parameters.powv(self.prompt_sum, self.output_sum);
+        let powv = parameters.powv(self.prompt_sum, self.output_sum);
         let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
         let is_whole = self.draw.push(&self.request.sampling, token)?;
         self.output_sum += u64::from(token);
-        let (text, reason) = self.transcript.push(&self.request, &model.text, token, is_whole);
+        let (text, reason) = self.transcript.push(&self.request, text, token, is_whole);
         let ended = reason.is_some();
         let proof = self.chain.as_mut().zip(proof).and_then(|(chain, row)| {
             let full = chain.push(token, row);

@@ -15,6 +15,8 @@ pub mod draw;
 pub mod guard;
 mod live;
 pub mod memory;
+#[cfg(feature = "mistralrs")]
+pub mod mistral;
 pub mod output;
 pub mod plan;
 pub mod request;
@@ -33,7 +35,7 @@ use crate::models::text::Text;
 use crate::ops::attention::BLOCK_TOKENS;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use backend::{Backend, Command, Place, Submission};
+use backend::{Backend, BackendKind, Command, Place, Submission};
 use guard::Watch;
 use output::{Fault, Generation};
 use parking_lot::Mutex;
@@ -118,6 +120,8 @@ pub struct Info {
     pub spec: Arc<Spec>,
     /// Type of weights, matrix inputs and KV cache.
     pub dtype: Dtype,
+    /// What runs it.
+    pub backend: BackendKind,
 }
 
 /// A handle on a running engine.
@@ -163,7 +167,8 @@ impl Engine {
     ) -> io::Result<Self> {
         let model = model.into();
         let text = Arc::clone(&model.text);
-        let info = Info { spec: Arc::clone(&model.spec), dtype: model.dtype };
+        let backend = BackendKind::Native;
+        let info = Info { spec: Arc::clone(&model.spec), dtype: model.dtype, backend };
         let stats = Arc::new(Stats::default());
         let pool = pool.separate();
         let core = Core {
@@ -219,6 +224,7 @@ impl Engine {
     /// When a field is out of bounds, the request cannot fit, or the queue is full.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
         request.validate(self.0.text.vocab)?;
+        self.0.info.backend.check(&request)?;
         self.check_size(&request)?;
         let place = self.place(request.owner)?;
         // One event for each token, the prompt's rows, and the end.

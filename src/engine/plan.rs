@@ -1,6 +1,7 @@
 //! The memory plan: what a model will need, before anything of it is loaded.
 
 use super::Options;
+use super::backend::BackendKind;
 use crate::models::cpu::workspace_bytes;
 use crate::models::device::Device;
 use crate::models::spec::Spec;
@@ -9,6 +10,8 @@ use std::fmt;
 
 /// Rows of a step that only prefills.
 pub const STEP_TOKENS: usize = 512;
+/// Rows of attention scores that mistral.rs holds at once.
+const PROMPT_CHUNK: u64 = 1024;
 /// Requests that wait.
 pub const WAITING_MAX: usize = 256;
 
@@ -107,13 +110,31 @@ impl MemoryPlan {
         wanted: MemoryWanted,
         available: u64,
     ) -> Result<Self, PlanError> {
+        Self::with(BackendKind::Native, device, spec, wanted, available)
+    }
+
+    /// The same for a backend.
+    ///
+    /// # Errors
+    /// When it cannot fit, with the numbers.
+    pub fn with(
+        backend: BackendKind,
+        device: Device,
+        spec: &Spec,
+        wanted: MemoryWanted,
+        available: u64,
+    ) -> Result<Self, PlanError> {
         let context_max = wanted.context_max.unwrap_or(spec.context);
         if context_max > spec.context {
             return Err(PlanError::Context { wanted: context_max, context: spec.context });
         }
         let step_tokens_max = STEP_TOKENS.min(context_max);
         let rows = step_tokens_max.max(wanted.sequences_max + 128);
-        let Needs { weights, block: block_bytes, workspace } = Needs::new(device, spec, rows);
+        let needs = match backend {
+            BackendKind::Native => Needs::new(device, spec, rows),
+            BackendKind::Mistralrs => Needs::of_mistral(spec, context_max),
+        };
+        let Needs { weights, block: block_bytes, workspace } = needs;
         let left = available.saturating_sub(weights + workspace);
         let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;
         let wanted_blocks = match wanted.kv_memory {
@@ -162,6 +183,23 @@ struct Needs {
 }
 
 impl Needs {
+    /// What mistral.rs needs on the processor for sequences of `context` tokens: 32-bit numbers;
+    /// the head with the rows of its tap, and the embedding where it is another matrix; a prompt is
+    /// computed in one step, its attention in chunks.
+    fn of_mistral(spec: &Spec, context: usize) -> Self {
+        let width = 4;
+        let (hidden, context) = (spec.hidden as u64, context as u64);
+        let embedding = if spec.tied { 0 } else { spec.vocab as u64 * hidden };
+        let taps = if spec.tied { 1 } else { 2 } * hidden * hidden;
+        let weights = (weight_bytes(spec) / 2 + embedding + taps) * width;
+        let widest = spec.hidden.max(spec.feed_forward.inter).max(spec.qkv_rows()) as u64;
+        let scores = spec.attention.heads as u64 * context.min(PROMPT_CHUNK);
+        let workspace = context * width * (4 * widest + 2 * scores);
+        // A step copies the caches of its sequences into those of a batch, and back.
+        let block = 2 * spec.kv_dims().block_bytes() as u64 * width / 2;
+        Self { weights, block, workspace }
+    }
+
     /// With steps of `rows` rows.
     fn new(device: Device, spec: &Spec, rows: usize) -> Self {
         match device.resolved() {
@@ -249,6 +287,17 @@ mod tests {
         assert_eq!(roomy.kv, 8 * 8192 * 30 * 2 * 192 * 2);
         let tight = plan(WANTED, 1 << 30).unwrap();
         assert!(tight.options.blocks < 8 * 256 && tight.total() <= 1 << 30);
+    }
+
+    #[test]
+    fn the_other_engine_needs_32_bit_weights_its_tap_and_its_caches_twice() {
+        let plan = |available| {
+            MemoryPlan::with(BackendKind::Mistralrs, Device::Cpu, &spec(), WANTED, available)
+        };
+        let (native, other) = (self::plan(WANTED, 64 << 30).unwrap(), plan(64 << 30).unwrap());
+        assert_eq!(other.weights, 2 * native.weights + 4 * 576 * 576);
+        assert_eq!(other.kv, 4 * native.kv);
+        assert!(matches!(plan(1 << 30), Err(PlanError::KvTooSmall { .. })));
     }
 
     #[test]

@@ -111,6 +111,22 @@ pub(super) struct Timeline {
     last_token: Duration,
 }
 
+/// Rows of a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StepRows {
+    pub(super) all: usize,
+    /// Those of sequences that decode.
+    pub(super) decoded: usize,
+}
+
+impl StepRows {
+    pub(super) fn of(plan: &Plan) -> Self {
+        let is_decoded = |s: &&Slice| s.tokens.len() == 1 + s.drafts && s.is_last;
+        let decoding = plan.slices.iter().filter(is_decoded);
+        Self { all: plan.rows(), decoded: decoding.map(|s| s.tokens.len()).sum() }
+    }
+}
+
 /// A request that has ended by itself.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {
@@ -154,16 +170,13 @@ impl Stats {
         self.counters.lock().busy_since = now;
     }
 
-    pub(super) fn record_step(&self, plan: &Plan, started: Duration, ended: Duration) {
-        self.timings.step_tokens.observe(plan.rows() as f64);
+    pub(super) fn record_step(&self, rows: StepRows, started: Duration, ended: Duration) {
+        self.timings.step_tokens.observe(rows.all as f64);
         let mut s = self.counters.lock();
         s.steps += 1;
         s.last_step_at = ended;
         s.busy += ended.saturating_sub(started);
-        let is_decoded = |s: &&Slice| s.tokens.len() == 1 + s.drafts && s.is_last;
-        let decoding = plan.slices.iter().filter(is_decoded);
-        let decoded: usize = decoding.map(|s| s.tokens.len()).sum();
-        s.prefill_tokens += (plan.rows() - decoded) as u64;
+        s.prefill_tokens += (rows.all - rows.decoded) as u64;
     }
 
     /// A token of a request was computed at `now`.

@@ -5,7 +5,6 @@ use crate::chain::keys::Keypair;
 use crate::engine::output::FinishReason;
 use crate::engine::request::{ProofOptions, Request};
 use crate::models::Identity;
-use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::proof::codec::{Hash, HexError, from_hex, to_hex};
 use crate::proof::commit::{Binding, ChunkProof, RowProver, end_message, noise_key};
@@ -14,6 +13,7 @@ use crate::wire::openai::request::ProofRequest;
 use crate::wire::openai::response::{ProofChunk, ProofEnd};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Proves the choices of one request: all of them in one scheme, under one nonce, by one signer.
@@ -79,7 +79,8 @@ impl Prover {
             hotkey: self.signer.as_ref().map_or([0; 32], |s| s.hotkey().0),
         };
         let noise_key = noise_key(&self.nonce, terms);
-        ProofHead { prover: self.clone(), root: binding.root(), model: binding.model, noise_key }
+        let (root, canon) = (binding.root(), identity.canon.clone());
+        ProofHead { prover: self.clone(), root, model: binding.model, canon, noise_key }
     }
 }
 
@@ -91,6 +92,7 @@ pub struct ProofHead {
     /// Key of the noise that the choice is drawn with.
     pub noise_key: u64,
     model: Hash,
+    canon: Cow<'static, str>,
 }
 
 impl ProofHead {
@@ -106,7 +108,7 @@ impl ProofHead {
         let message = end_message(&digest.unwrap_or(self.root), tokens as u32, reason.tag());
         ProofEnd {
             scheme: scheme.name().into(),
-            canon: CANON.into(),
+            canon: self.canon.clone().into_owned(),
             nonce: to_hex(nonce),
             model: to_hex(&self.model),
             root: to_hex(&self.root),

@@ -3,6 +3,9 @@
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::engine::Engine;
+#[cfg(not(feature = "mistralrs"))]
+use crate::engine::backend::BackendError;
+use crate::engine::backend::BackendKind;
 use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
@@ -10,7 +13,6 @@ use crate::models::device::{Device, DeviceError};
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
-use crate::ops::CANON;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
@@ -141,7 +143,8 @@ pub fn plan_within(located: &Located, available: u64) -> anyhow::Result<MemoryPl
     contained("planning it", || {
         let checkpoint = Checkpoint::open(&located.path)?;
         let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
-        Ok(MemoryPlan::on(located.config.device, &spec, located.config.wanted, available)?)
+        let ModelConfig { device, wanted, backend, .. } = located.config;
+        Ok(MemoryPlan::with(backend, device, &spec, wanted, available)?)
     })?
 }
 
@@ -211,10 +214,10 @@ fn start_one(
     match loaded {
         Ok(served) => {
             let seconds = (clock.elapsed() - started).as_secs_f64();
-            let dtype = served.engine.info().dtype.to_string();
+            let dtype = served.identity.type_name();
             let weights = to_hex(&served.identity.weights_root);
-            let device = served.model.weights.device();
-            tracing::info!(model = name, %device, dtype, weights, seconds, "ready");
+            let (device, backend) = (served.model.weights.device(), served.engine.info().backend);
+            tracing::info!(model = name, ?backend, %device, dtype, weights, seconds, "ready");
             registry.set(name, None, State::Ready(Box::new(served)));
             true
         }
@@ -232,24 +235,35 @@ fn load_one(
     clock: Clock,
     progress: impl Fn(usize, usize),
 ) -> anyhow::Result<Served> {
+    match planned.located.config.backend {
+        BackendKind::Native => load_native(planned, pool, clock, progress),
+        #[cfg(feature = "mistralrs")]
+        BackendKind::Mistralrs => {
+            let Planned { located, plan } = planned;
+            super::mistral::load(&located.config, &located.path, plan.options, &pool, clock)
+        }
+        #[cfg(not(feature = "mistralrs"))]
+        BackendKind::Mistralrs => Err(BackendError::NotBuilt("mistralrs").into()),
+    }
+}
+
+fn load_native(
+    planned: &Planned,
+    pool: Pool,
+    clock: Clock,
+    progress: impl Fn(usize, usize),
+) -> anyhow::Result<Served> {
     let Planned { located, plan } = planned;
     let ModelConfig { device, dtype, .. } = located.config;
     let model = Model::load_on(device, &located.path, dtype, &pool, progress);
     let model = Arc::new(model?);
     let identity = Identity::of(&model, &pool)?;
-    let fingerprint = fingerprint(&model, &identity, &pool);
-    let engine = Engine::start(Arc::clone(&model), pool, plan.options, clock)
-        .map_err(|e| anyhow!("cannot start the engine: {e}"))?;
-    Ok(Served { engine, model, fingerprint, identity: Arc::new(identity) })
-}
-
-/// Version, canon, weights root, dtype and kernel set in one word.
-fn fingerprint(model: &Model, identity: &Identity, pool: &Pool) -> String {
-    let root = to_hex(&identity.weights_root[..8]);
-    let (version, dtype) = (env!("CARGO_PKG_VERSION"), model.dtype);
     let kernels = match model.weights.device() {
         Device::Cuda(_) => "cuda".to_owned(),
         _ => pool.isa().to_string(),
     };
-    format!("targon-engine-{version}-{CANON}-{root}-{dtype}-{kernels}")
+    let fingerprint = identity.fingerprint(&kernels);
+    let engine = Engine::start(Arc::clone(&model), pool, plan.options, clock)
+        .map_err(|e| anyhow!("cannot start the engine: {e}"))?;
+    Ok(Served { engine, model, fingerprint, identity: Arc::new(identity) })
 }

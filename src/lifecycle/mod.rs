@@ -4,5 +4,7 @@
 //! Nothing here prints; the caller says how progress is shown ([`load::Progress`]).
 
 pub mod load;
+#[cfg(feature = "mistralrs")]
+mod mistral;
 pub mod reload;
 pub mod watch;

@@ -81,6 +81,11 @@ pub const KINDS: &[Kind] = &[
         patterns: &[(Place::Own, "roots.json")],
     },
     Kind {
+        name: "tapped",
+        what: "checkpoints derived for mistral.rs; built again at the next start",
+        patterns: &[(Place::Own, "tapped/weights-*")],
+    },
+    Kind {
         name: "temporary",
         what: "what an interrupted write or removal left",
         patterns: &[
@@ -88,6 +93,8 @@ pub const KINDS: &[Kind] = &[
             (Place::Own, "calibration/.*.tmp"),
             (Place::Own, ".removed-*"),
             (Place::Own, "calibration/.removed-*"),
+            (Place::Own, "tapped/.*.building"),
+            (Place::Own, "tapped/.removed-*"),
             (Place::Hub, ".removed-*"),
             (Place::Hub, "models--*/blobs/.removed-*"),
         ],

@@ -92,6 +92,22 @@ pub fn of_model(
     Ok(calibration)
 }
 
+/// The calibration of a model where it was computed before.
+///
+/// # Errors
+/// When the text cannot be tokenised, or another calibration of this model lies beside it.
+pub fn known(
+    model: &Model,
+    root: &Hash,
+    remembered: Remembered<'_>,
+) -> Result<Option<Calibration>, LoadError> {
+    let calibration = cached(model, root, remembered)?;
+    if let Some(calibration) = &calibration {
+        check_beside(model, root, calibration)?;
+    }
+    Ok(calibration)
+}
+
 /// Runs the text through the model; returns the calibration and how many rows it comes from.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
 //! What proofs of a model are bound to.
 
 use super::calibration;
+use super::device::Device;
 use super::error::LoadError;
 use super::model::Model;
 use super::remembered::{self, Remembered};
@@ -8,9 +9,10 @@ use super::root;
 use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use crate::proof::codec::Hash;
+use crate::proof::codec::{Hash, to_hex};
 use crate::proof::commit::{calibration_hash, model_hash};
 use crate::proof::residue::Calibration;
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,7 +25,12 @@ pub struct Identity {
     pub calibration: Arc<Calibration>,
     /// Type of weights and arithmetic.
     pub dtype: Dtype,
-    /// Hash of all of these and of the [canon](CANON).
+    /// How the weights were quantised when they were loaded, where they were: such a model is
+    /// another one.
+    pub scheme: Option<String>,
+    /// The canon that its rows are computed in: [ours](CANON), or the name of another engine.
+    pub canon: Cow<'static, str>,
+    /// Hash of all of these.
     pub model_hash: Hash,
 }
 
@@ -60,15 +67,69 @@ impl Identity {
     }
 
     fn new(model: &Model, weights_root: Hash, calibration: Calibration) -> Self {
-        let (dtype, calibration) = (model.dtype, Arc::new(calibration));
-        let mut identity = Self { weights_root, calibration, dtype, model_hash: [0; 32] };
-        identity.model_hash = identity.hash_under(CANON);
-        identity
+        let identity = Self {
+            weights_root,
+            calibration: Arc::new(calibration),
+            dtype: model.dtype,
+            scheme: None,
+            canon: Cow::Borrowed(CANON),
+            model_hash: [0; 32],
+        };
+        identity.hashed()
+    }
+
+    fn hashed(self) -> Self {
+        Self { model_hash: self.hash_under(&self.canon), ..self }
+    }
+
+    /// The same model with rows that another engine computes: equal but for rounding. Verifiers
+    /// hold such rows against limits, and never expect equal bits.
+    #[must_use]
+    pub fn in_canon(self, canon: String) -> Self {
+        Self { canon: Cow::Owned(canon), ..self }.hashed()
+    }
+
+    /// The identity of a model whose weights are in another engine, and which this one can read:
+    /// where its calibration is not remembered it is loaded here for the time of its computation.
+    ///
+    /// # Errors
+    /// As for [`of`](Self::of), and when there is no memory for its weights.
+    pub fn of_described(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
+        let cache = remembered::cache_dir();
+        let remembered = Remembered(&cache);
+        let weights_root = root::weights_root(&model.checkpoint, pool, remembered)?;
+        if let Some(calibration) = calibration::known(model, &weights_root, remembered)? {
+            return Ok(Self::new(model, weights_root, calibration));
+        }
+        tracing::info!("the calibration of this model is computed once, with the native engine");
+        let (path, dtype) = (&model.checkpoint.path, Some(model.dtype));
+        Self::of(&Model::load_on(Device::Cpu, path, dtype, pool, |_, _| {})?, pool)
+    }
+
+    /// The same model with its weights quantised by `scheme`: no verifier takes one for the other.
+    #[must_use]
+    pub fn quantised(self, scheme: &str) -> Self {
+        Self { scheme: Some(scheme.to_owned()), ..self }.hashed()
     }
 
     /// What the hash would be if rows were computed in another canon, with the same calibration.
     pub fn hash_under(&self, canon: &str) -> Hash {
         let calibration = calibration_hash(&self.calibration);
-        model_hash(&self.weights_root, &self.dtype.to_string(), canon, &calibration)
+        model_hash(&self.weights_root, &self.type_name(), canon, &calibration)
+    }
+
+    /// Version, canon, weights root, type and kernels in one word.
+    pub fn fingerprint(&self, kernels: &str) -> String {
+        let root = to_hex(&self.weights_root[..8]);
+        let (version, dtype) = (env!("CARGO_PKG_VERSION"), self.type_name());
+        format!("targon-engine-{version}-{}-{root}-{dtype}-{kernels}", self.canon)
+    }
+
+    /// The type, and the scheme where there is one: `bf16`, `bf16+isq-q8_0`.
+    pub fn type_name(&self) -> String {
+        match &self.scheme {
+            None => self.dtype.to_string(),
+            Some(scheme) => format!("{}+{scheme}", self.dtype),
+        }
     }
 }

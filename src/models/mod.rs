@@ -35,6 +35,7 @@ pub mod rules;
 pub mod sampler;
 pub mod source;
 pub mod spec;
+pub mod tapped;
 pub mod tensor;
 pub mod text;
 pub mod tokenizer;

@@ -42,6 +42,8 @@ pub enum DeviceWeights {
     /// Packed in the memory of an NVIDIA card.
     #[cfg(feature = "cuda")]
     Cuda(Arc<CudaWeights>),
+    /// In another engine: this one cannot multiply by them.
+    Elsewhere,
 }
 
 impl DeviceWeights {
@@ -51,15 +53,17 @@ impl DeviceWeights {
             Self::Cpu(decoder) => Some(decoder),
             #[cfg(feature = "cuda")]
             Self::Cuda(_) => None,
+            Self::Elsewhere => None,
         }
     }
 
-    /// The device they are for.
+    /// The device they are for; `Auto` where only their engine knows.
     pub fn device(&self) -> Device {
         match self {
             Self::Cpu(_) => Device::Cpu,
             #[cfg(feature = "cuda")]
             Self::Cuda(weights) => Device::Cuda(weights.card().ordinal()),
+            Self::Elsewhere => Device::Auto,
         }
     }
 
@@ -69,6 +73,7 @@ impl DeviceWeights {
             Self::Cpu(decoder) => decoder.weights.bytes(),
             #[cfg(feature = "cuda")]
             Self::Cuda(weights) => weights.bytes(),
+            Self::Elsewhere => 0,
         }
     }
 
@@ -126,12 +131,23 @@ impl Model {
         pool: &Pool,
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
+        let model = Self::describe(path, dtype)?;
+        let Self { checkpoint, spec, dtype, .. } = &model;
+        let weights = DeviceWeights::load(device, checkpoint, (spec, *dtype), pool, progress)?;
+        Ok(Self { weights, ..model })
+    }
+
+    /// All of a model but its packed weights, which are [elsewhere](DeviceWeights::Elsewhere).
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load).
+    pub fn describe(path: &Path, dtype: Option<Dtype>) -> Result<Self, LoadError> {
         let mut checkpoint = Checkpoint::open(path)?;
         let text = Arc::new(Text::load(&mut checkpoint)?);
         let spec = Arc::new(checkpoint.spec()?);
         let dtype = dtype.map_or_else(|| checkpoint.dtype(&spec), Ok)?;
-        let weights = DeviceWeights::load(device, &checkpoint, (&spec, dtype), pool, progress)?;
         let parameters = Parameters::new(&checkpoint, &spec, dtype)?;
+        let weights = DeviceWeights::Elsewhere;
         Ok(Self { text, checkpoint, spec, dtype, weights, parameters })
     }
 
@@ -168,12 +184,15 @@ impl Model {
     /// blocks.
     ///
     /// # Errors
-    /// When the system refuses the memory.
+    /// When the system refuses the memory, or the weights are elsewhere.
     pub fn pass(&self, pool: &Pool, blocks: usize) -> io::Result<Box<dyn Pass>> {
         match &self.weights {
             DeviceWeights::Cpu(decoder) => Ok(Box::new(CpuPass::new(decoder, pool, blocks)?)),
             #[cfg(feature = "cuda")]
             DeviceWeights::Cuda(weights) => Ok(Box::new(CudaPass::new(weights, pool, blocks)?)),
+            DeviceWeights::Elsewhere => {
+                Err(io::Error::other("the weights of this model are with another engine"))
+            }
         }
     }
 }

@@ -19,5 +19,6 @@ mod proofs;
 mod real_model;
 mod reference;
 mod scheduler_sim;
+mod tapped;
 mod text;
 mod twin;
