@@ -131,7 +131,7 @@ fn damaged_caches_do_not_keep_it_from_serving_and_sigterm_ends_it() {
             std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
         }
         let log = stop(place.start(command));
-        for want in ["is not used", "is lost"] {
+        for want in ["computed values is not used", "cached calibration is not used"] {
             assert!(log.contains(want), "{command}: {want}: {log}");
         }
         assert_eq!(files(&place.path("cache")), cache);
