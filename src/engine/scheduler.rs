@@ -10,7 +10,7 @@
 //! somebody who has several. The oldest running sequence is never the one, so all end.
 //!
 //! A sequence that repeats itself may run ahead: the tokens that followed the same few tokens
-//! before are guessed ([`drafts`](super::drafts)) and computed as rows of the same step. A draft
+//! before are guessed ([`drafts`]) and computed as rows of the same step. A draft
 //! counts once the row before it has drawn that very token ([`Scheduler::accept`]), so drafts
 //! change how many steps an answer takes and nothing else. They use blocks that a sequence has
 //! already.

@@ -1,7 +1,7 @@
 //! A miner as validators see it: asked for its models and for two streamed answers with the fields,
 //! times and drawn parameters of Targon 4.4, and told what each rule concludes.
 //!
-//! [`list`] asks for names, [`ask`] for answers. With a [`Verifier`] of the model the rules are
+//! [`list`] asks for names, [`ask()`] for answers. With a [`Verifier`] of the model the rules are
 //! applied that need weights; without one they are named as not reached.
 
 pub mod reading;
