@@ -185,7 +185,7 @@ fn broken_checkpoints_are_refused_by_file_and_name() {
         (failure(|d| edit_config(d, "model_type", json!("mamba"))), "`model_type` = mamba is not"),
         (
             failure(|d| edit_config(d, "num_hidden_layers", json!(3))),
-            "tensor `model.layers.2.input_layernorm.weight`",
+            "tensor `model.layers.2.self_attn.q_proj.weight`",
         ),
         (
             failure(|d| edit_config(d, "intermediate_size", json!(128))),
