@@ -261,22 +261,24 @@ impl Builder<'_> {
 
     /// One file for each of the checkpoint's: a link, or written anew.
     fn weights(&mut self) -> Result<(), LoadError> {
-        let mut of_files: BTreeMap<&Path, Vec<&Tensor>> = BTreeMap::new();
+        let mut of_files: BTreeMap<&Path, Vec<Named>> = BTreeMap::new();
         if self.checkpoint.gguf.is_some() {
-            let used = self.spec.tensor_names();
-            let is_used = |t: &&Tensor| used.contains(&t.name) && t.name != "rope_freqs.weight";
-            let tensors = self.checkpoint.tensors().filter(is_used).collect();
-            of_files.insert(&self.checkpoint.path, tensors);
+            // A GGUF file calls its tensors otherwise.
+            let names = self.spec.tensor_names().into_iter().filter(|n| self.checkpoint.has(n));
+            let named = |name: String| self.checkpoint.tensor(&name).map(|t| (name, t));
+            let tensors = names.filter(|n| n != "rope_freqs.weight").map(named);
+            of_files.insert(&self.checkpoint.path, tensors.collect::<Result<_, _>>()?);
         } else {
             for tensor in self.checkpoint.tensors() {
-                of_files.entry(tensor.file.path()).or_default().push(tensor);
+                let named = (tensor.name.clone(), tensor.clone());
+                of_files.entry(tensor.file.path()).or_default().push(named);
             }
         }
         let (count, mut places) = (of_files.len(), Map::new());
         for (number, (path, tensors)) in of_files.into_iter().enumerate() {
             let name = format!("model-{:05}-of-{count:05}.safetensors", number + 1);
-            places.extend(tensors.iter().map(|t| (t.name.clone(), name.clone().into())));
-            let changes = tensors.iter().any(|t| is_extended(&t.name));
+            places.extend(tensors.iter().map(|(t, _)| (t.clone(), name.clone().into())));
+            let changes = tensors.iter().any(|(name, _)| is_extended(name));
             match changes || self.checkpoint.gguf.is_some() {
                 true => self.shard(&name, &tensors)?,
                 false => self.link(name, path)?,
@@ -293,7 +295,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn shard(&mut self, name: &str, tensors: &[&Tensor]) -> Result<(), LoadError> {
+    fn shard(&mut self, name: &str, tensors: &[Named]) -> Result<(), LoadError> {
         let mut out = Output::create(self.directory.join(name))?;
         let plan: Vec<Written<'_>> = tensors.iter().map(|t| self.written(t)).collect();
         let (mut header, mut at) = (Map::new(), 0);
@@ -301,7 +303,7 @@ impl Builder<'_> {
             let end = at + w.bytes();
             let shape = &w.shape;
             let entry = json!({"dtype": w.dtype, "shape": shape, "data_offsets": [at, end]});
-            header.insert(w.tensor.name.clone(), entry);
+            header.insert(w.name.to_owned(), entry);
             at = end;
         }
         let mut header = Value::Object(header).to_string().into_bytes();
@@ -313,7 +315,7 @@ impl Builder<'_> {
                 Some(dtype) => rounded(w.tensor, dtype, &mut out)?,
                 None => copied(w.tensor, &mut out)?,
             }
-            if is_extended(&w.tensor.name) {
+            if is_extended(w.name) {
                 identity(self.spec.hidden, &w.dtype, &mut out)?;
             }
         }
@@ -323,7 +325,7 @@ impl Builder<'_> {
     }
 
     /// How a tensor is written: as it is stored, or rounded where the file is GGUF.
-    fn written<'t>(&self, tensor: &'t Tensor) -> Written<'t> {
+    fn written<'t>(&self, (name, tensor): &'t Named) -> Written<'t> {
         let rounded = self.checkpoint.gguf.is_some().then_some(self.dtype);
         let dtype = match (rounded, &tensor.stored) {
             (Some(Dtype::Bf16), _) => "BF16".to_owned(),
@@ -331,10 +333,10 @@ impl Builder<'_> {
             (None, stored) => stored.name(),
         };
         let mut shape = tensor.shape.clone();
-        if is_extended(&tensor.name) {
+        if is_extended(name) {
             shape[0] += self.spec.hidden;
         }
-        Written { tensor, dtype, shape, rounded }
+        Written { name, tensor, dtype, shape, rounded }
     }
 }
 
@@ -356,8 +358,12 @@ fn class_of(family: &str) -> Option<&'static str> {
     })
 }
 
+/// A tensor, and what the derived checkpoint calls it.
+type Named = (String, Tensor);
+
 /// A tensor as it is written.
 struct Written<'a> {
+    name: &'a str,
     tensor: &'a Tensor,
     dtype: String,
     shape: Vec<usize>,
@@ -366,7 +372,7 @@ struct Written<'a> {
 
 impl Written<'_> {
     fn bytes(&self) -> u64 {
-        let extended = is_extended(&self.tensor.name);
+        let extended = is_extended(self.name);
         let stored = match self.rounded {
             Some(_) => self.tensor.shape.iter().product::<usize>() as u64 * 2,
             None => self.tensor.range.end - self.tensor.range.start,
