@@ -43,6 +43,9 @@ use tokio::net::TcpListener;
 const NETUID: u16 = 4;
 /// Columns that share a scale in the cheaper weights.
 const GROUP: usize = 32;
+/// Bits of the weights that draw for a spoofed prefill. Those of four draw what the true ones do in
+/// some answers of less than a hundred tokens.
+const SPOOF_BITS: u32 = 3;
 /// What an old answer was asked for.
 const OLD_PROMPT: &str = "The sea is salty because";
 const OLD_TOKENS: usize = 96;
@@ -79,7 +82,7 @@ impl FromStr for Way {
         let wrong = || format!("a way is int4, slow=MILLISECONDS, spoof or replay, got {text}");
         match text.split_once('=') {
             None if text == "int4" => Ok(Self::Weights(4)),
-            None if text == "spoof" => Ok(Self::Spoof(4)),
+            None if text == "spoof" => Ok(Self::Spoof(SPOOF_BITS)),
             None if text == "replay" => Ok(Self::Replay),
             Some(("slow", pause)) => pause.parse().map(Self::Slow).map_err(|_| wrong()),
             _ => Err(wrong()),
