@@ -13,17 +13,6 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::ops::rounding::Rounding;
 
-const FAMILIES: [&str; 9] = [
-    "llama",
-    "llama-linear",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "phi3",
-    "mixtral",
-    "qwen3_moe",
-];
 const TOKENS: usize = 70;
 const TWIN: Departure =
     Departure { rounding: Rounding::Everywhere(Dtype::Bf16), cache: None, inputs: None };
@@ -64,7 +53,7 @@ fn distance(a: &[Vec<u16>], b: &[Vec<u16>]) -> f64 {
 
 #[test]
 fn every_family_has_a_twin_near_it_whose_bits_depend_on_nothing_else() {
-    for family in FAMILIES {
+    for family in common::FAMILIES {
         let pools = [Pool::new(1, Isa::best()).unwrap(), Pool::new(2, Isa::Scalar).unwrap()];
         let pass = |departure: Departure, pool: &Pool| {
             let model = model(family, pool);
