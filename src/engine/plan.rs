@@ -12,6 +12,10 @@ use std::fmt;
 pub const STEP_TOKENS: usize = 512;
 /// Rows of attention scores that mistral.rs holds at once.
 const PROMPT_CHUNK: u64 = 1024;
+/// Sequences that mistral.rs runs at once on the processor. Its attention of a step with one row for
+/// each sequence (`flash_attn_cpu_single_q` of 0.8.1) has one buffer for all of them, so that each
+/// gets the attention of the last one.
+const MISTRAL_SEQUENCES_MAX: usize = 1;
 /// Requests that wait.
 pub const WAITING_MAX: usize = 256;
 
@@ -129,7 +133,11 @@ impl MemoryPlan {
             return Err(PlanError::Context { wanted: context_max, context: spec.context });
         }
         let step_tokens_max = STEP_TOKENS.min(context_max);
-        let rows = step_tokens_max.max(wanted.sequences_max + 128);
+        let sequences_max = match backend {
+            BackendKind::Native => wanted.sequences_max,
+            BackendKind::Mistralrs => wanted.sequences_max.min(MISTRAL_SEQUENCES_MAX),
+        };
+        let rows = step_tokens_max.max(sequences_max + 128);
         let needs = match backend {
             BackendKind::Native => Needs::new(device, spec, rows),
             BackendKind::Mistralrs => Needs::of_mistral(spec, context_max),
@@ -139,7 +147,7 @@ impl MemoryPlan {
         let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;
         let wanted_blocks = match wanted.kv_memory {
             KvMemory::Auto => {
-                (per_sequence * wanted.sequences_max as u64).min(left * 8 / 10 / block_bytes)
+                (per_sequence * sequences_max as u64).min(left * 8 / 10 / block_bytes)
             }
             KvMemory::Bytes(bytes) => bytes / block_bytes,
             KvMemory::Share(share) => (available as f64 * share) as u64 / block_bytes,
@@ -160,7 +168,7 @@ impl MemoryPlan {
         let options = Options {
             context_max,
             blocks: wanted_blocks as usize,
-            sequences_max: wanted.sequences_max,
+            sequences_max,
             waiting_max: WAITING_MAX,
             step_tokens_max,
             drafts_max: wanted.drafts_max,
@@ -290,13 +298,14 @@ mod tests {
     }
 
     #[test]
-    fn the_other_engine_needs_32_bit_weights_its_tap_and_its_caches_twice() {
+    fn the_other_engine_needs_32_bit_weights_its_tap_and_its_caches_twice_and_runs_one_sequence() {
         let plan = |available| {
             MemoryPlan::with(BackendKind::Mistralrs, Device::Cpu, &spec(), WANTED, available)
         };
         let (native, other) = (self::plan(WANTED, 64 << 30).unwrap(), plan(64 << 30).unwrap());
         assert_eq!(other.weights, 2 * native.weights + 4 * 576 * 576);
-        assert_eq!(other.kv, 4 * native.kv);
+        assert_eq!((native.options.sequences_max, other.options.sequences_max), (8, 1));
+        assert_eq!(8 * other.kv, 4 * native.kv);
         assert!(matches!(plan(1 << 30), Err(PlanError::KvTooSmall { .. })));
     }
 

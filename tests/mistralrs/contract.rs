@@ -11,29 +11,45 @@ const LOGPROB_BOUND: f64 = 0.25;
 /// How far on average.
 const LOGPROB_MEAN_BOUND: f64 = 0.05;
 
+/// Outputs are equal up to a place where the two likeliest tokens are nearly as likely as each other.
 #[test]
 fn greedy_outputs_are_equal_and_their_log_probabilities_are_close() {
-    let (mut worst, mut sum, mut count) = (0.0_f64, 0.0, 0);
+    let (mut worst, mut sum, mut count, mut whole) = (0.0_f64, 0.0, 0, 0);
     for question in QUESTIONS {
         let mut asked = request(question, 0.0, 24);
         asked.top_logprobs = 3;
         let (native, native_end) = run(&pair().native, &asked);
         let (other, other_end) = run(&pair().other, &asked);
-        let text = |steps: &[targon_engine::engine::output::Step]| {
-            steps.iter().map(|s| s.text.as_str()).collect::<String>()
-        };
-        assert_eq!(text(&native), text(&other), "{question}");
-        assert_eq!((ids(&native), native_end), (ids(&other), other_end), "{question}");
         for (a, b) in native.iter().zip(&other) {
-            assert_eq!((a.powv, a.rank, b.rank), (b.powv, 1, 1), "{question}");
-            assert_eq!((b.top.len(), b.top[0].token), (3, b.token));
+            assert_eq!((a.rank, b.rank, b.top.len(), b.top[0].token), (1, 1, 3, b.token));
             assert!(b.logprob <= 0.0, "normalised: {}", b.logprob);
+        }
+        let equal = native.iter().zip(&other).take_while(|(a, b)| a.token == b.token).count();
+        if equal == native.len() {
+            assert_eq!((ids(&other), &other_end), (ids(&native), &native_end), "{question}");
+            whole += 1;
+        } else {
+            let (best, second) = (&native[equal].top[0], &native[equal].top[1]);
+            let apart = best.logprob - second.logprob;
+            println!(
+                "{question} differs at token {equal}, where native has {apart:.3} nats between two"
+            );
+            assert_eq!(second.token, other[equal].token, "{question}");
+            assert!(apart < LOGPROB_BOUND, "{question}: {apart}");
+        }
+        for (a, b) in native.iter().zip(&other).take(equal) {
+            assert_eq!((a.powv, &a.text), (b.powv, &b.text), "{question}");
             let apart = (a.logprob - b.logprob).abs();
             (worst, sum, count) = (worst.max(apart), sum + apart, count + 1);
         }
     }
     let mean = sum / f64::from(count);
-    println!("log-probabilities: {count} tokens, mean {mean:.5}, worst {worst:.5} nats apart");
+    println!(
+        "greedy outputs: {whole} of {} equal; log-probabilities of {count} tokens: mean {mean:.5}, \
+         worst {worst:.5} nats apart",
+        QUESTIONS.len()
+    );
+    assert!(whole * 4 >= QUESTIONS.len() * 3, "{whole}");
     assert!(worst < LOGPROB_BOUND && mean < LOGPROB_MEAN_BOUND, "mean {mean}, worst {worst}");
 }
 
@@ -41,8 +57,11 @@ fn greedy_outputs_are_equal_and_their_log_probabilities_are_close() {
 fn both_say_the_same_of_an_end_a_stop_string_a_limit_and_a_ban() {
     for (name, served) in pair().both() {
         let (steps, end) = run(served, &request(QUESTIONS[0], 0.0, 200));
-        let stop = *served.engine.text().stop_ids.first().unwrap();
-        assert!(matches!(end, FinishReason::EndToken(id) if id == stop), "{name}: {end:?}");
+        let stops = &served.engine.text().stop_ids;
+        assert!(
+            matches!(end, FinishReason::EndToken(id) if stops.contains(&id)),
+            "{name}: {end:?}"
+        );
         assert_eq!(steps.last().unwrap().text, "", "{name}: an end token is not text");
         let mut stopped = request(QUESTIONS[0], 0.0, 200);
         stopped.stop.strings = vec!["Paris".into()];

@@ -103,7 +103,7 @@ fn an_answer_to_another_question_is_rejected() {
     moved.prompt[5] += 1;
     let report = judged(&moved, &honest);
     let Verdict::Reject(rejection) = report.verdict else { panic!("{:?}", report.verdict) };
-    assert_eq!(rejection.reason, Reason::WrongRoot);
+    assert_eq!(rejection.reason, Reason::BadPowv, "powv counts the prompt's tokens");
     // Rows of this request under the tokens of another.
     let mut swapped = honest.clone();
     swapped.ids.swap(3, 20);
