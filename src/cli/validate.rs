@@ -87,7 +87,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         round: settings,
         reading: reading(args, &signer),
         epochs: args.weights.epochs(),
-        judges: usize::from(args.verifying.judges),
+        checks: usize::from(args.verifying.checks),
         rounds: args.round.count(),
         is_dry: args.weights.dry_run,
         stop_time: Duration::from_secs(args.shutdown_timeout),

@@ -158,7 +158,7 @@ fn lines(lines: &[Line]) -> Table {
         let needed = |n: Option<usize>| or_dash(n.map(|n| n.to_string()));
         table.add_row([
             line.name.clone(),
-            line.judge.clone(),
+            line.check.clone(),
             format!("{:.2}", line.bytes_per_token),
             rate(&line.rejected),
             or_dash(line.missed.as_ref().map(missed)),

@@ -5,7 +5,7 @@ use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
 use crate::models::grid::Grid;
-use crate::models::source::{FeedForwardSource, MlpSource, Reader, Rows, Source};
+use crate::models::source::{FeedForwardSource, MlpSource, RowReader, Rows, Source};
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
@@ -56,7 +56,7 @@ struct Loader<'a> {
 
 /// The rows of a matrix, from the checkpoint or changed in memory.
 enum Filler<'a> {
-    Stored(Reader<'a>),
+    Stored(RowReader<'a>),
     Changed(Vec<u16>),
 }
 
