@@ -1,5 +1,6 @@
-//! An answer in OpenAI's shapes, and which tokens it has: by ids where the server gives them, by
-//! the bytes of its tokens, or by tokenising its text again.
+//! Reads an answer in OpenAI's shapes and finds its tokens: by ids where the server gives them, by
+//! the bytes of its tokens, or by tokenising its text again. Nothing that a server sends is
+//! trusted.
 
 use crate::models::tokenizer::TextTokenizer;
 use crate::verify::answer::id_of_name;

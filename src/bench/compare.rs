@@ -1,4 +1,4 @@
-//! `bench compare`: reports of several machines beside each other, in tokens, joules and dollars.
+//! Ranks the reports of several machines for `bench compare`, in tokens, joules and dollars.
 
 use super::plan::prices::{Price, per_million};
 use super::report::schema::{BenchReport, Phase, ReportKind, ReportRow};

@@ -1,4 +1,4 @@
-//! A subnet as the chain describes it: who is in it, with what stake, reachable where.
+//! Describes a subnet as the chain does: who is in it, with what stake, and reachable where.
 
 use super::keys::Hotkey;
 use std::collections::HashMap;

@@ -1,5 +1,5 @@
-//! `audit`: asks a server for answers with log-probabilities, and says how far they are from the
-//! weights that are here.
+//! Runs `audit`: asks a server for answers with log-probabilities, and says how far they are from
+//! the weights that are here.
 
 use super::Failure;
 use super::capture::load_verifier;

@@ -1,4 +1,4 @@
-//! `cache`: what is kept on disk, and removing it.
+//! Runs `cache`: lists what is kept on disk, and removes it.
 
 use super::Failure;
 use super::out::{note, outln};

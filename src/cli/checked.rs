@@ -1,4 +1,5 @@
-//! A checked answer with all there is to say of it, as `verify` shows it.
+//! Defines a checked answer with all that `verify` shows of it. The text and the HTML page are made
+//! of the same values.
 
 use super::capture::CheckedChoice;
 use super::printable::printable;

@@ -1,4 +1,4 @@
-//! The command line: one type for each command, one function that runs it.
+//! Defines the command line: there is one type for each command and one function that runs it.
 //!
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.

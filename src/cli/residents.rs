@@ -1,4 +1,5 @@
-//! The models of `validate`: what each needs, and how one is brought into memory.
+//! Prepares the models of `validate`: computes what memory each needs, and loads one when the
+//! validator asks for it.
 
 use super::Failure;
 use super::progress::Bars;

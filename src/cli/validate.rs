@@ -1,4 +1,4 @@
-//! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
+//! Runs `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
 use super::out::{announce, outln};
 use super::printable::printable;

@@ -1,4 +1,4 @@
-//! Flags of `validate`, under Targon's names where it has them.
+//! Defines the flags of `validate`, under Targon's names where it has them.
 
 use super::Failure;
 use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};

@@ -1,4 +1,4 @@
-//! `verify`: checks captured answers, one a line.
+//! Runs `verify`: checks captured answers, one a line.
 
 use super::Failure;
 use super::capture::{Capture, Captures, CheckOptions, CheckedChoice, Verifiers};

@@ -1,5 +1,5 @@
-//! `verify --html`: one page with every token of the checked answers, tables and plots. It needs
-//! nothing from outside and runs nothing; whatever came from a peer is escaped text.
+//! Writes the page of `verify --html`, with every token of the checked answers, tables and plots.
+//! The page needs nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
 use super::capture::CheckedChoice;
 use super::checked::{CheckedAnswer, number};

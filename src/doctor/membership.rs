@@ -1,4 +1,4 @@
-//! The chain's endpoints, and how a hotkey stands on a subnet.
+//! Examines the chain's endpoints, and how a hotkey stands on a subnet.
 
 use super::{Finding, Level};
 use crate::chain::Chain;

@@ -1,5 +1,5 @@
-//! Who runs requests behind a handle: every backend takes the same commands and sends the same
-//! events.
+//! Defines who runs requests behind a handle: every backend takes the same commands and sends the
+//! same events.
 
 use super::output::Event;
 use super::request::{InvalidRequest, Request};

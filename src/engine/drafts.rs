@@ -1,5 +1,5 @@
-//! Guesses of the next tokens: what followed the last time that the same tokens stood together
-//! (prompt lookup, Saxena, 2023). Pure functions of the tokens so far.
+//! Guesses the next tokens: what followed the last time that the same tokens stood together (prompt
+//! lookup, Saxena, 2023). All functions are pure functions of the tokens so far.
 //!
 //! Answers repeat their prompt when they edit code or quote a text, and then a few rows of one step
 //! cost little more than a single one, since every step reads all weights. Where nothing repeats,

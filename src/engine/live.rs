@@ -1,5 +1,5 @@
-//! One running request: it makes the asks of its rows, and turns their answers into tokens, text
-//! and the end of the output.
+//! Holds one running request: it makes the asks of its rows, and turns their answers into tokens,
+//! text and the end of the output.
 
 use super::backend::EnginePermit;
 use super::draw::Draw;

@@ -1,4 +1,4 @@
-//! The engine: a cloneable handle over one owner thread per model.
+//! Runs requests: the engine is a cloneable handle over one owner thread per model.
 //!
 //! [`Engine::submit`] checks a request and queues it; tokens come back on a [`Generation`]. The
 //! owner (`core`) asks the pure [`scheduler`] which rows run next, `asks` says what is to be known

@@ -1,4 +1,5 @@
-//! Which rows run in the next step: a pure state machine over tokens, counts and blocks.
+//! Decides which rows run in the next step. It is a pure state machine over tokens, counts and
+//! blocks.
 //!
 //! Each step takes one row of every sequence that is past its prefill, then fills the token budget
 //! with prefill chunks, oldest first. A sequence that cannot get a block preempts the youngest

@@ -1,4 +1,4 @@
-//! Why a request is not understood: the field at fault, and rule and fact in a sentence.
+//! Defines why a request is not understood: the field at fault, and rule and fact in a sentence.
 
 use crate::engine::request::InvalidRequest;
 use crate::models::chat::TemplateError;

@@ -1,4 +1,4 @@
-//! API fields to engine requests: defaults, bounds, and what is refused by name.
+//! Translates API fields into engine requests: defaults, bounds, and what is refused by name.
 
 use super::error::{RequestError, echo};
 use crate::engine::request::{Request, StopRules, TOP_LOGPROBS_MAX};

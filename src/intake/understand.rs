@@ -1,5 +1,5 @@
-//! A request body to what the engine is asked: the reading that a server generates by, and that a
-//! verifier repeats.
+//! Turns a request body into what the engine is asked. A server generates by this reading, and a
+//! verifier repeats it.
 
 use super::Endpoint;
 use super::constraint::{Tooling, grammar};

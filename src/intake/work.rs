@@ -1,4 +1,4 @@
-//! A bounded number of threads that read large texts.
+//! Runs work on large texts on a bounded number of threads.
 //!
 //! Parsing a large body, rendering a template and tokenising take from microseconds to seconds. On
 //! an async thread they would delay all other connections, so they run on threads that may block.

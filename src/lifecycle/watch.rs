@@ -1,4 +1,4 @@
-//! Models that failed: which, why, and when none is left.
+//! Notices models that failed: which, why, and when none is left.
 
 use crate::server::registry::{ModelEntry, Registry, State};
 use std::time::Duration;

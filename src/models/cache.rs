@@ -1,5 +1,5 @@
-//! What the program keeps on disk and can get or compute again: found, measured and removed by
-//! kind.
+//! Finds, measures and removes, by kind, what the program keeps on disk and can get or compute
+//! again.
 //!
 //! [`KINDS`] is data: a kind is a name and where its things lie. Links are never followed: one in
 //! the place of a thing is shown and left alone, those inside a thing are removed as links. What

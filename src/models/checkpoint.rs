@@ -1,4 +1,5 @@
-//! A checkpoint on disk: configuration, tensors by their Hugging Face names, tokenizer files.
+//! Opens a checkpoint on disk: configuration, tensors by their Hugging Face names, and tokenizer
+//! files.
 //!
 //! Two formats: a directory with `config.json` and safetensors (single or sharded), and one GGUF
 //! file, whose metadata and tensor names are translated (see [`super::gguf`]). Files stay open:

@@ -1,5 +1,5 @@
-//! Where each matrix and vector of a model lies in its checkpoint, for dense layers and mixtures
-//! alike. Devices differ in how they pack what is read here.
+//! Finds where each matrix and vector of a model lies in its checkpoint, for dense layers and
+//! mixtures alike. Devices differ in how they pack what is read here.
 
 use super::checkpoint::Checkpoint;
 use super::error::LoadError;

@@ -1,4 +1,4 @@
-//! A checkpoint derived from another one, whose head also gives the final-norm row.
+//! Derives a checkpoint from another one; the derived head also gives the final-norm row.
 //!
 //! The head has as many more rows as the model has channels, and they are the identity: what an
 //! engine takes for logits then ends in the row that the head was multiplied by. So an engine that

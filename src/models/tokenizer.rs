@@ -1,4 +1,4 @@
-//! Text to ids and ids to bytes.
+//! Turns text into ids and ids into bytes.
 //!
 //! Encoding is the `tokenizers` crate's. Decoding is our own table of each token's raw bytes,
 //! because log-probability entries need them and streaming must be exact: [`Detokenizer`] emits a

@@ -1,4 +1,4 @@
-//! A response that is written at once.
+//! Writes a response at once, after its last token.
 
 use super::format::{Echo, Formatter, prompt_logprobs};
 use super::head::ResponseHead;

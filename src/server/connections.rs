@@ -1,5 +1,5 @@
-//! The open connections: limits on their number, in all and for each address. At a limit, the
-//! connection that has kept the server waiting longest is closed for the new one.
+//! Limits the open connections, in all and for each address. At a limit, the connection that has
+//! kept the server waiting longest is closed for the new one.
 //!
 //! A connection whose request has arrived and is being answered is never closed. So a flood of
 //! half-sent requests only displaces its own connections, and a health probe always gets a

@@ -1,4 +1,4 @@
-//! Failures as OpenAI error objects with the right status.
+//! Writes failures as OpenAI error objects with the right status.
 
 use crate::engine::SubmitError;
 use crate::engine::output::Fault;

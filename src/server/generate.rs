@@ -1,5 +1,5 @@
-//! One API request from submission to a whole response, for either endpoint; [`stream`] writes the
-//! same in chunks.
+//! Runs one API request from submission to a whole response, for either endpoint; [`stream`] writes
+//! the same in chunks.
 //!
 //! Dropping the response (a client that went away) drops the generations, which cancels them.
 

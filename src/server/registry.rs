@@ -1,4 +1,4 @@
-//! The models of this process: each loading, ready or failed, on its own.
+//! Lists the models of this process: each is loading, ready or failed, on its own.
 
 use super::error::ApiError;
 use crate::engine::Engine;

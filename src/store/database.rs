@@ -1,4 +1,4 @@
-//! A store that is open: the connections that write and read it.
+//! Opens a store, and keeps the connections that write and read it.
 
 use super::error::{Cause, StoreError};
 use super::lock::Lock;

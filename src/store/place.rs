@@ -1,4 +1,4 @@
-//! Where a store is: a SQLite file or a PostgreSQL database, and how it is called without its
+//! Parses where a store is, a SQLite file or a PostgreSQL database, and names it without its
 //! password.
 
 use super::error::{Cause, StoreError};

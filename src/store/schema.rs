@@ -1,5 +1,5 @@
-//! The schema and its versions. A version is never changed once it was released; the next one is a
-//! file that changes what the last one made.
+//! Creates and upgrades the schema. A version is never changed once it was released; the next one
+//! is a file that changes what the last one made.
 
 use super::error::{Cause, StoreError};
 use super::place::Location;

@@ -1,4 +1,4 @@
-//! Connections to a database, and transactions on them.
+//! Opens connections to a database, and runs transactions on them.
 //!
 //! Every statement runs in a transaction and is prepared without a name, so that poolers that hand
 //! out connections by session or by transaction both work. Every wait has a limit. A transaction

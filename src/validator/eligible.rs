@@ -1,4 +1,4 @@
-//! Who can be asked, and whether this validator may validate (protocol 5.1 and 5.2).
+//! Decides who can be asked, and whether this validator may validate (protocol 5.1 and 5.2).
 
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Metagraph, Neuron};

@@ -1,4 +1,4 @@
-//! `/verify`: checks an answer against the request.
+//! Answers `/verify`: checks an answer against the request.
 
 use super::Service;
 use super::asked::{VerifyBody, understand};

@@ -1,4 +1,4 @@
-//! The responses of the routes, with the container's messages, and their counters.
+//! Writes the responses of the routes, with the container's messages, and counts them.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};

@@ -1,4 +1,4 @@
-//! The service that all routes share: models, limits on what runs, counters.
+//! Holds the service that all routes share: models, limits on what runs, counters.
 
 use super::body::BodyMemory;
 use super::reply::VerificationCounts;

@@ -1,4 +1,4 @@
-//! The requirements on the verifier, and whether they were met.
+//! States the requirements on the verifier, and checks whether they were met.
 
 use super::catalogue::{Attack, Goal};
 use super::check::WITH_MARGIN;

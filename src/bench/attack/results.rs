@@ -1,4 +1,4 @@
-//! What the attack bench found: plain data, as it is printed, stored and drawn.
+//! Holds what the attack bench found as plain data, as it is printed, stored and drawn.
 
 use crate::bench::stats::{Rate, Stopping, quantile};
 use crate::proof::{CHUNK_ROWS, Scheme};

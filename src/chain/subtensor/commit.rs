@@ -1,5 +1,5 @@
-//! Commits of weights: encrypted to the drand round that reveals them, and found again while they
-//! wait.
+//! Makes commits of weights, encrypted to the drand round that reveals them, and finds them again
+//! while they wait.
 
 use super::connection::At;
 use super::reader::{PALLET, StorageReader};

@@ -1,5 +1,5 @@
-//! The metagraph from storage, for runtimes whose own call is missing or changed. Stake here is the
-//! subnet's own token only: what a validator has through the root network is not in storage.
+//! Reads the metagraph from storage, for runtimes whose own call is missing or changed. Stake here
+//! is the subnet's own token only: what a validator has through the root network is not in storage.
 
 use super::connection::{At, Connection};
 use super::raw::RawAxon;

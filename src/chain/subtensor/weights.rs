@@ -1,5 +1,5 @@
-//! Weights on the chain: whether they may be set, the call that this runtime wants, one extrinsic
-//! for it, and what stands there afterwards.
+//! Sets weights on the chain: reads whether they may be set, makes the call that this runtime
+//! wants, sends one extrinsic for it, and reads what stands there afterwards.
 
 use super::client::Subtensor;
 use super::connection::{At, Connection, FINAL_TIMEOUT, current};

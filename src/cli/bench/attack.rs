@@ -1,4 +1,5 @@
-//! `bench attack`: what each verification scheme catches, on a model of the user's choice.
+//! Runs `bench attack`: measures what each verification scheme catches, on a model of the user's
+//! choice.
 
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{GoalOutcome, Line, Results, Tokens};

@@ -1,4 +1,4 @@
-//! `bench compare`: reports beside each other.
+//! Runs `bench compare`: prints reports of several machines beside each other.
 
 use crate::bench::compare::{Assumptions, Compared, RankedReport, compare};
 use crate::bench::plan::prices::{self, Price};

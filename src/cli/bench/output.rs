@@ -1,5 +1,5 @@
-//! What `bench engine` and `bench serve` share: where a report goes, who signs it, and when it is
-//! refused.
+//! Defines what `bench engine` and `bench serve` share: where a report goes, who signs it, and when
+//! it is refused.
 
 use crate::bench::conditions::{Conditions, Mark, governor};
 use crate::bench::report::schema::BenchReport;

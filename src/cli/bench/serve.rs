@@ -1,4 +1,4 @@
-//! `bench serve`: a server that speaks OpenAI's API, under load.
+//! Runs `bench serve`: puts a server that speaks OpenAI's API under load.
 
 use super::output::{OutputArgs, ReportOutput, until_interrupted};
 use super::questions::{Questions, Shape};

@@ -1,4 +1,4 @@
-//! What a checkpoint holds into the processor's packed matrices.
+//! Packs the tensors of a checkpoint into the matrices that the processor multiplies by.
 
 use super::decoder::Decoder;
 use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};

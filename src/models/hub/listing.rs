@@ -1,5 +1,5 @@
-//! The listing of a repository as a Hub sends it. It is untrusted: names, checksums and sizes are
-//! checked before they are used for files here.
+//! Reads the listing of a repository as a Hub sends it. It is untrusted: names, checksums and sizes
+//! are checked before they are used for files here.
 
 use super::error::{HubError, corrupt};
 use crate::models::error::FILE_BYTES_MAX;

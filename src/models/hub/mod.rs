@@ -1,4 +1,4 @@
-//! Downloads from the Hugging Face Hub into the cache that all Hugging Face tools share.
+//! Downloads models from the Hugging Face Hub into the cache that all Hugging Face tools share.
 //!
 //! A revision is resolved to a commit; files are fetched by range, so a dropped connection resumes
 //! where it stopped, and are checked against the Hub's own checksum (SHA-256 for large files, the

@@ -1,4 +1,4 @@
-//! Files of the cache: sizes, checksums, locks, links.
+//! Manages the files of the Hub's cache: sizes, checksums, locks and links.
 
 use super::error::{HubError, corrupt};
 use super::listing::RepositoryFile;

@@ -1,4 +1,4 @@
-//! The bytes of a derived checkpoint: written and hashed in one pass.
+//! Writes and hashes the bytes of a derived checkpoint in one pass.
 
 use crate::models::error::LoadError;
 use crate::models::tensor::{Runs, Tensor};

@@ -1,5 +1,5 @@
-//! How the tokenizer file says that tokens become text: the decoders of the `tokenizers` crate,
-//! token by token, so that text can be streamed.
+//! Reads from the tokenizer file how tokens become text. It repeats the decoders of the
+//! `tokenizers` crate token by token, so that text can be streamed.
 
 use crate::models::error::LoadError;
 use serde_json::Value;

@@ -1,5 +1,5 @@
-//! The metrics of the server. They have vLLM's names where vLLM has such a metric, so that existing
-//! dashboards work, and otherwise the prefix `targon_`.
+//! Collects the metrics of the server. They have vLLM's names where vLLM has such a metric, so that
+//! existing dashboards work, and otherwise the prefix `targon_`.
 
 use crate::engine::Engine;
 use crate::engine::stats::{EngineSnapshot, Timings};

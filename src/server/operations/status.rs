@@ -1,4 +1,4 @@
-//! Routes that tell how the server and its models are.
+//! Answers the routes that tell how the server and its models are.
 
 use crate::ops::CANON;
 use crate::server::error::{ApiError, echo};

@@ -1,4 +1,4 @@
-//! Running rounds: their actions are executed, and the results are given back to them as events.
+//! Executes the actions of running rounds, and gives the results back to them as events.
 
 use super::emission::Settled;
 use super::inbox::Message;

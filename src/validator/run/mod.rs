@@ -1,4 +1,4 @@
-//! A running validator: it executes rounds, follows the chain, and sets weights.
+//! Runs a validator: it executes rounds, follows the chain, and sets weights.
 //!
 //! One task owns all state ([`Driver`]). Queries, verifications and the work of an epoch run in
 //! other tasks and report to it over one bounded channel. A round that only waits for verdicts does
