@@ -123,18 +123,9 @@ mod tests {
             version: 1,
             protocol: AXON_PROTOCOL,
         });
-        Neuron {
-            uid,
-            hotkey: Hotkey([uid as u8; 32]),
-            coldkey: Hotkey([200; 32]),
-            stake: Rao(tao * 1_000_000_000),
-            permit,
-            axon,
-            incentive: 0.0,
-            consensus: 0.0,
-            emission: Rao(0),
-            last_update: 0,
-        }
+        let stake = Rao(tao * 1_000_000_000);
+        let neuron = Neuron::new(uid, Hotkey([uid as u8; 32]), stake);
+        Neuron { coldkey: Hotkey([200; 32]), permit, axon, ..neuron }
     }
 
     fn subnet() -> Metagraph {

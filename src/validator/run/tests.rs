@@ -92,20 +92,14 @@ impl Ports for Fake {
             return Err(ChainError::Unreachable("gone".into()));
         }
         let neuron = |uid: u16| Neuron {
-            uid,
-            hotkey: Hotkey([uid as u8; 32]),
             coldkey: Hotkey([9; 32]),
-            stake: Rao(0),
             permit: uid == 0 && self.permit,
             axon: self.serves.load(SeqCst).then_some(Axon {
                 address: ([8, 8, 8, 8], 1000 + uid).into(),
                 version: 1,
                 protocol: AXON_PROTOCOL,
             }),
-            incentive: 0.0,
-            consensus: 0.0,
-            emission: Rao(0),
-            last_update: 0,
+            ..Neuron::new(uid, Hotkey([uid as u8; 32]), Rao(0))
         };
         let neurons = (0..6).map(neuron).collect();
         let hyperparameters = Hyperparameters { tempo: 100, ..Hyperparameters::default() };
