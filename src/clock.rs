@@ -1,4 +1,5 @@
-//! The clock, as a parameter: the program reads it instead of the system clock.
+//! Provides the clock as a parameter: the program reads it instead of the system clock, so that
+//! tests control time.
 //!
 //! [`Clock::system`] reads the machine's clocks. [`Clock::manual`] changes only when a test changes
 //! it. No other part of the program reads the time.

@@ -1,4 +1,4 @@
-//! The source of randomness, as a parameter: request ids, nonces and seeds come from it.
+//! Provides randomness as a parameter: request ids, nonces and seeds come from it.
 //!
 //! [`Entropy::system`] uses the operating system; [`Entropy::seeded`] gives a test the same values
 //! in every run. The engine's own draws do not use it: they follow from keys.

@@ -1,4 +1,4 @@
-//! targon-engine: one embedded LLM engine and the programs around it.
+//! This is targon-engine: one embedded LLM engine and the programs around it.
 //!
 //! # Bird's-eye view
 //!

@@ -1,4 +1,4 @@
-//! The `targon-engine` program.
+//! Starts the `targon-engine` program: everything else is in the library.
 
 use std::process::ExitCode;
 

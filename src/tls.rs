@@ -1,4 +1,4 @@
-//! The TLS provider of this process: every client that may speak TLS needs it once.
+//! Installs the TLS provider of this process: every client that may speak TLS needs it once.
 
 /// Installs it, unless somebody has.
 pub fn install() {

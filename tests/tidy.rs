@@ -1,9 +1,11 @@
-//! House rules as a test: ranks, circles, sizes, module docs, banned words, blobs.
+//! House rules as a test: ranks, circles, sizes, module heads, banned words, blobs.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 #[path = "tidy/circles.rs"]
 mod circles;
+#[path = "tidy/heads.rs"]
+mod heads;
 
 use circles::Crate;
 use std::collections::BTreeMap;
@@ -198,12 +200,13 @@ fn long_functions(path: &Path, lines: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn every_module_says_what_it_is() {
-    let silent = files("src", &["rs"]).into_iter().filter(|path| {
-        let text = fs::read_to_string(path).unwrap();
-        !is_test_file(path) && !text.starts_with("//! ")
-    });
-    report(silent.map(|path| format!("{}: no `//!` on top", name(&path))).collect());
+fn every_module_says_what_it_does() {
+    let mut faults = Vec::new();
+    for path in files("src", &["rs"]).into_iter().filter(|path| !is_test_file(path)) {
+        let fault = heads::fault(&fs::read_to_string(&path).unwrap());
+        faults.extend(fault.map(|fault| format!("{}: {fault}", name(&path))));
+    }
+    report(faults);
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! An answer in OpenAI's shapes, and which tokens it has: by ids where the server gives them, by
-//! the bytes of its tokens, or by tokenising its text again.
+//! Reads an answer in OpenAI's shapes and finds its tokens: by ids where the server gives them, by
+//! the bytes of its tokens, or by tokenising its text again. Nothing that a server sends is
+//! trusted.
 
 use crate::models::tokenizer::TextTokenizer;
 use crate::verify::answer::id_of_name;
@@ -49,12 +50,12 @@ pub struct ServerAnswer {
 }
 
 /// Finds tokens by their bytes.
-pub struct Names<'a> {
+pub struct TokensByName<'a> {
     tokenizer: &'a TextTokenizer,
     by_bytes: HashMap<Vec<u8>, u32>,
 }
 
-impl<'a> Names<'a> {
+impl<'a> TokensByName<'a> {
     /// Of this tokenizer; of several tokens with the same bytes the first counts.
     pub fn new(tokenizer: &'a TextTokenizer) -> Self {
         let mut by_bytes = HashMap::new();
@@ -86,7 +87,7 @@ struct Named {
 ///
 /// # Errors
 /// What it lacks.
-pub fn read(body: &Value, names: &Names<'_>) -> anyhow::Result<ServerAnswer> {
+pub fn read(body: &Value, names: &TokensByName<'_>) -> anyhow::Result<ServerAnswer> {
     if let Some(message) = body["error"]["message"].as_str() {
         bail!("{}", message.chars().take(200).collect::<String>());
     }
@@ -126,7 +127,7 @@ pub fn read(body: &Value, names: &Names<'_>) -> anyhow::Result<ServerAnswer> {
 }
 
 /// One entry of a conversation's `logprobs.content`.
-fn of_chat(entry: &Value, names: &Names<'_>) -> Named {
+fn of_chat(entry: &Value, names: &TokensByName<'_>) -> Named {
     let id = |entry: &Value| {
         let bytes = entry["bytes"].as_array().map(|bytes| {
             let byte = |b: &Value| b.as_u64().and_then(|b| u8::try_from(b).ok());
@@ -141,7 +142,7 @@ fn of_chat(entry: &Value, names: &Names<'_>) -> Named {
 }
 
 /// The parallel lists of a completion.
-fn of_completion(lists: &Value, names: &Names<'_>) -> Vec<Named> {
+fn of_completion(lists: &Value, names: &TokensByName<'_>) -> Vec<Named> {
     let tokens = lists["tokens"].as_array().into_iter().flatten().take(TOKENS_MAX);
     let one = |(place, token): (usize, &Value)| {
         let top = lists["top_logprobs"][place].as_object();

@@ -1,5 +1,5 @@
-//! What many answers say together: sequential tests between another stack's rounding, eight bits,
-//! and other weights.
+//! Adds up what many answers say together: sequential tests distinguish another stack's rounding,
+//! arithmetic in eight bits, and other weights.
 //!
 //! All three hypotheses are noise on our logits, of a standard deviation that was measured
 //! (`docs/bench.md`): [`HONEST`] where the same weights are computed in 16 bits by another library,

@@ -1,5 +1,5 @@
-//! `audit`: how far answers of a server, with log-probabilities and no proofs, are from weights
-//! that are here.
+//! Measures how far a server's answers, with log-probabilities and without proofs, are from weights
+//! that are here. It serves people who buy tokens and never run a subnet.
 //!
 //! [`answer`] reads what a server sent and finds its tokens, [`score`] runs our model over them,
 //! [`evidence`] adds up what the differences say. How a server is asked is the caller's.

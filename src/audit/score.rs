@@ -1,4 +1,5 @@
-//! Our model over an answer: what each row says of the token that was sent.
+//! Runs our model over an answer and reports what each row says of the token that was sent. It uses
+//! the verifier's prefill, so an audit and a check compute the same rows.
 
 use super::answer::{ServerAnswer, ServerToken};
 use crate::engine::request::Request;

@@ -1,4 +1,4 @@
-//! `bench compare`: reports of several machines beside each other, in tokens, joules and dollars.
+//! Ranks the reports of several machines for `bench compare`, in tokens, joules and dollars.
 
 use super::plan::prices::{Price, per_million};
 use super::report::schema::{BenchReport, Phase, ReportKind, ReportRow};
@@ -20,7 +20,7 @@ pub struct Assumptions {
 }
 
 /// A report that takes part.
-pub struct Entry {
+pub struct RankedReport {
     /// Its file, in short.
     pub name: String,
     /// The report.
@@ -66,7 +66,7 @@ pub struct Compared {
 /// Compares, best first: by tokens a second for a dollar where there are prices, else by tokens a
 /// second. `consistency` is what the subnet makes of the share of requests that were answered.
 pub fn compare(
-    entries: &[Entry],
+    entries: &[RankedReport],
     prices: &[Price],
     assumed: Assumptions,
     consistency: fn(f64) -> f64,
@@ -85,7 +85,7 @@ pub fn compare(
 }
 
 fn one(
-    entry: &Entry,
+    entry: &RankedReport,
     prices: &[Price],
     assumed: Assumptions,
     consistency: fn(f64) -> f64,
@@ -120,7 +120,7 @@ fn one(
 }
 
 /// The price of the report's file, or of its row of the device table.
-fn price<'a>(entry: &Entry, prices: &'a [Price]) -> Option<&'a Price> {
+fn price<'a>(entry: &RankedReport, prices: &'a [Price]) -> Option<&'a Price> {
     let table = entry.report.ceilings.as_ref().and_then(|c| c.table.as_ref());
     let of = |name: &str| prices.iter().find(|p| p.device == name);
     of(&entry.name).or_else(|| of(&table?.device))
@@ -176,8 +176,8 @@ mod tests {
     const ASSUMED: Assumptions =
         Assumptions { prompt_tokens: 100.0, answer_tokens: 100.0, checked_share: 1.0 };
 
-    fn entry(name: &str, speed: f64) -> Entry {
-        Entry { name: name.into(), report: sample(speed), sealed: Sealed::Unsigned }
+    fn entry(name: &str, speed: f64) -> RankedReport {
+        RankedReport { name: name.into(), report: sample(speed), sealed: Sealed::Unsigned }
     }
 
     fn price(device: &str, per_hour: f64) -> Price {

@@ -1,4 +1,4 @@
-//! Joules of processors and their memory, where the kernel counts them (RAPL).
+//! Reads the energy of processors and their memory in joules, where the kernel counts it (RAPL).
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,7 +1,7 @@
-//! The engine on a real model, as llama-bench and llama-batched-bench measure: prefill of 512,
-//! decode at several batch sizes, memory and load time; then what those do not measure (scoring,
-//! the first token of a short prompt, a long context), the ceilings of the machine, and streams
-//! through HTTP (`serve`).
+//! Measures the engine on a real model, as llama-bench and llama-batched-bench do: prefill of 512,
+//! decode at several batch sizes, memory and load time. Then it measures what those do not:
+//! scoring, the first token of a short prompt, a long context, the ceilings of the machine, and
+//! streams through HTTP (`serve`).
 
 use super::ceilings::{fma_peak, read_bandwidth};
 use super::figures::Figures;

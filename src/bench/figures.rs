@@ -1,4 +1,4 @@
-//! Figures of a measurement: a name, and the value of every repeat.
+//! Collects the figures of a measurement: each has a name and the value of every repeat.
 
 use super::stats::median;
 use serde_json::{Map, Value};

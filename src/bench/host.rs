@@ -1,4 +1,5 @@
-//! The machine that is measured: its compute threads, and the CPU time and memory of the process.
+//! Describes the machine that is measured: its compute threads, and the CPU time and memory of the
+//! process.
 
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;

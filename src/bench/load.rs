@@ -1,4 +1,5 @@
-//! The requests that measurements send to an engine.
+//! Makes the requests that measurements send to an engine. Their prompts are unique, so that no
+//! cache shortens them.
 
 use crate::engine::Engine;
 use crate::engine::request::Request;

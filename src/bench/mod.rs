@@ -1,5 +1,5 @@
-//! Measurements and predictions that tell users what to expect; `cargo bench` runs those that
-//! developers compare, one for each file of `benches/`, and `targon-engine bench` the others.
+//! Measures and predicts what users may expect. `cargo bench` runs what developers compare, one for
+//! each file of `benches/`, and `targon-engine bench` runs the others.
 //!
 //! | module | measures |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! Kernels against the ceilings of this machine, measured in the same run.
+//! Measures kernels against the ceilings of this machine, which are measured in the same run.
 
 use super::ceilings::{best_of, fma_peak, read_bandwidth};
 use super::host::{self, Say};

@@ -1,4 +1,4 @@
-//! How many of this engine's own answers are equal bit for bit when they are recomputed.
+//! Counts how many of this engine's own answers are equal bit for bit when they are recomputed.
 
 use super::prompts;
 use crate::clock::Clock;

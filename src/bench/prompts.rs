@@ -1,5 +1,6 @@
-//! Prompts for measurements: subjects, tasks and styles multiplied, in a fixed order that mixes
-//! them. Sets that must not share prompts (attacked, honest, calibration) take different ranges.
+//! Makes prompts for measurements: subjects, tasks and styles are multiplied, in a fixed order that
+//! mixes them. Sets that must not share prompts (attacked, honest, calibration) take different
+//! ranges.
 
 use super::stats::shuffle;
 

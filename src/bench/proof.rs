@@ -1,5 +1,5 @@
-//! What proofs cost: microseconds a row for each part and scheme, their share of a decode step, and
-//! bytes a token.
+//! Measures what proofs cost: microseconds a row for each part and scheme, their share of a decode
+//! step, and bytes a token.
 
 use super::host::{self, Say};
 use crate::clock::Clock;

@@ -1,4 +1,4 @@
-//! A row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
+//! Makes a row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
 
 use super::plan::devices::{DeviceKind, DeviceSpec};
 use super::plan::predict::{Workload, predict};

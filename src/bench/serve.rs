@@ -1,4 +1,4 @@
-//! What HTTP costs: the same decode through streams of the server and without them.
+//! Measures what HTTP costs: the same decode runs through streams of the server and without them.
 
 use super::figures::Figures;
 use super::load::{REPEATS, request};

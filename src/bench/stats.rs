@@ -1,5 +1,5 @@
-//! Statistics of measurements: shares with exact intervals, quantiles, stopping times, and a
-//! fixed generator for orders and choices.
+//! Computes statistics of measurements: shares with exact intervals, quantiles and stopping times.
+//! It also has a fixed generator for orders and choices, so that two runs choose alike.
 
 use crate::proof::philox::philox;
 use crate::verify::bounds::interval;

@@ -1,5 +1,5 @@
-//! `bench engine`: prefill, decode and checks over batch and depth, in this process, each beside
-//! the ceilings of the machine and what `bench plan` predicts from them.
+//! Measures prefill, decode and checks over batch and depth in this process, for `bench engine`.
+//! Each figure stands beside the ceilings of the machine and what `bench plan` predicts from them.
 
 use super::ceilings::{fma_peak, read_bandwidth};
 use super::conditions::{Conditions, Mark, MarkKind, Moment, drift, governor};

@@ -1,6 +1,6 @@
-//! What verifying costs: CPU time of one response against the passes that Targon's verifier (4.4)
-//! makes, a fast check against a bare prefill, and the memory that checks need beside a model with
-//! a large vocabulary.
+//! Measures what verifying costs: CPU time of one response against the passes that Targon's
+//! verifier (4.4) makes, a fast check against a bare prefill, and the memory that checks need
+//! beside a model with a large vocabulary.
 //!
 //! Every pass of the original runs here on this engine, from an empty cache, as often as the
 //! original runs it: nothing is shared between them.

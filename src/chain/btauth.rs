@@ -1,4 +1,5 @@
-//! `btauth/1`: the request signatures of the Bittensor SDK 11, beside Epistula.
+//! Signs and checks requests by `btauth/1`, the signatures of the Bittensor SDK 11. They are
+//! accepted beside Epistula.
 //!
 //! Unlike Epistula it covers the method and the path. The signed bytes are lines: `btauth/1`, the
 //! scheme, the method, path and query, `sha256hex(body)`, the nonce, the sender's address, and the

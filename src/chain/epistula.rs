@@ -1,4 +1,5 @@
-//! Epistula v2: HTTP requests signed by a hotkey, as Targon's programs exchange them (protocol 2).
+//! Signs and checks requests by Epistula v2: HTTP requests signed by a hotkey, as Targon's programs
+//! exchange them (protocol 2).
 //!
 //! The signed message is `sha256hex(body).uuid.timestamp.signed_for`, with an empty last part where
 //! there is no receiver; the signature is sr25519 in the context `substrate`. Method, path and the

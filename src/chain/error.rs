@@ -1,4 +1,4 @@
-//! Errors of the chain, as sentences that say what to do.
+//! Defines the errors of the chain, as sentences that say what to do.
 
 use std::fmt;
 

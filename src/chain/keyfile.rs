@@ -1,5 +1,5 @@
-//! Bittensor key files: JSON with a key's secrets, plain or encrypted, and JSON with its public
-//! part.
+//! Reads and writes Bittensor key files: JSON with a key's secrets, plain or encrypted, and JSON
+//! with its public part.
 //!
 //! The official tools write `$NACL`, a nonce of 24 bytes, and XSalsa20-Poly1305 over the JSON,
 //! under Argon2i of a password with a fixed salt. Known traps: fields come in any order;

@@ -1,4 +1,5 @@
-//! sr25519 keys as Substrate chains use them: hotkeys, their SS58 addresses, signatures.
+//! Implements sr25519 keys as Substrate chains use them: hotkeys, their SS58 addresses, and
+//! signatures.
 //!
 //! `Debug` does not print a secret, and a secret is wiped when it is dropped (by schnorrkel).
 //! Signatures are randomised, so tests compare only the result of a verification.

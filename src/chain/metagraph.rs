@@ -1,4 +1,4 @@
-//! A subnet as the chain describes it: who is in it, with what stake, reachable where.
+//! Describes a subnet as the chain does: who is in it, with what stake, and reachable where.
 
 use super::keys::Hotkey;
 use std::collections::HashMap;
@@ -207,18 +207,8 @@ mod tests {
 
     #[test]
     fn members_are_found_by_hotkey_and_uid() {
-        let neuron = |uid: u16| Neuron {
-            uid,
-            hotkey: Hotkey([uid as u8; 32]),
-            coldkey: Hotkey([9; 32]),
-            stake: Rao(u64::from(uid) * 1_500_000_000),
-            permit: false,
-            axon: None,
-            incentive: 0.0,
-            consensus: 0.0,
-            emission: Rao(0),
-            last_update: 0,
-        };
+        let stake = |uid: u16| Rao(u64::from(uid) * 1_500_000_000);
+        let neuron = |uid: u16| Neuron::new(uid, Hotkey([uid as u8; 32]), stake(uid));
         let graph = Metagraph::new(4, 7, Hyperparameters::default(), vec![neuron(0), neuron(1)]);
         assert_eq!(graph.neuron(&Hotkey([1; 32])).unwrap().uid, 1);
         assert_eq!(graph.uid(1).unwrap().stake.to_string(), "1.500");

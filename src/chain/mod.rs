@@ -1,4 +1,4 @@
-//! The Bittensor network: keys and wallets, signed requests, and the chain.
+//! Connects to the Bittensor network: keys and wallets, signed requests, and the chain.
 //!
 //! [`Chain`] is what programs ask of a chain; [`subtensor`] asks a real one. Requests between
 //! members of a subnet are signed by [`epistula`] or [`btauth`].

@@ -1,4 +1,4 @@
-//! Networks by name: their endpoints and the genesis that must be behind them.
+//! Lists networks by name: their endpoints and the genesis block that must be behind them.
 
 use super::timelock::{Drand, QUICKNET};
 use std::fmt;

@@ -1,5 +1,5 @@
-//! The chain itself, over WebSocket RPC: what is read is decoded by field name with the metadata of
-//! the runtime that answers, so that runtime upgrades pass unnoticed.
+//! Reads the chain over WebSocket RPC. What is read is decoded by field name with the metadata of
+//! the runtime that answers, so that most runtime upgrades need no new program.
 //!
 //! A connection that breaks or stalls is replaced by one to the next endpoint. The metagraph comes
 //! from one runtime call; where a runtime lacks it, from storage (`fallback`).

@@ -1,5 +1,5 @@
-//! Time-lock encryption to a round of drand: nobody can decrypt a text before the network has
-//! signed the round, and everybody can afterwards.
+//! Encrypts a text to a round of drand: nobody can decrypt it before the network has signed the
+//! round, and everybody can afterwards.
 //!
 //! The scheme is Boneh and Franklin's identity-based encryption (FullIdent) on BLS12-381 with the
 //! round as identity, around AES-256-GCM. The bytes are those of the chain's commits (drand's

@@ -1,4 +1,4 @@
-//! Bittensor wallets on disk: `PATH/NAME/hotkeys/HOTKEY` and `PATH/NAME/coldkeypub.txt`.
+//! Finds Bittensor wallets on disk: `PATH/NAME/hotkeys/HOTKEY` and `PATH/NAME/coldkeypub.txt`.
 //!
 //! A miner or validator signs with its hotkey only; the coldkey's secret is never read.
 

@@ -1,4 +1,4 @@
-//! Weights: from a validator's raw numbers to what is sent to the chain, and what may be sent.
+//! Computes what is sent to the chain from a validator's raw numbers, and whether it may be sent.
 //!
 //! [`VectorRule::vector`] makes a [`Vector`] of raw weights, by the original's arithmetic
 //! (`targon`) or by that of the current SDK (`sdk`). [`standing`] holds the chain's own rules, so

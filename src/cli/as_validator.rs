@@ -1,4 +1,5 @@
-//! `doctor --as-validator`: a miner, looked at as validators do.
+//! Runs `doctor --as-validator`: asks a miner as validators do, and prints what each rule
+//! concludes.
 
 use super::Failure;
 use super::capture::load_verifier;

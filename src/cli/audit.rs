@@ -1,12 +1,12 @@
-//! `audit`: asks a server for answers with log-probabilities, and says how far they are from the
-//! weights that are here.
+//! Runs `audit`: asks a server for answers with log-probabilities, and says how far they are from
+//! the weights that are here.
 
 use super::Failure;
 use super::capture::load_verifier;
 use super::out::{note, outln};
 use super::printable::printable;
 use super::shared::{ComputeArgs, ModelsArg, runtime};
-use crate::audit::answer::{Names, ServerAnswer, read};
+use crate::audit::answer::{ServerAnswer, TokensByName, read};
 use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
 use crate::audit::score::score;
 use crate::bench::prompts;
@@ -157,7 +157,7 @@ struct Audit<'a> {
 
 impl Audit<'_> {
     async fn all(&mut self) -> Result<(AuditEvidence, Seeds), Failure> {
-        let names = Names::new(&self.verifier.model.text.tokenizer);
+        let names = TokensByName::new(&self.verifier.model.text.tokenizer);
         let (prompts, entropy) = (prompts::all(), Entropy::system());
         let mut evidence = AuditEvidence::default();
         let (mut seeds, mut last) = (None, String::new());
@@ -191,7 +191,11 @@ impl Audit<'_> {
     }
 
     /// One answer; a server that refuses token ids is asked without them from then on.
-    async fn ask(&mut self, body: &Value, names: &Names<'_>) -> Result<ServerAnswer, Failure> {
+    async fn ask(
+        &mut self,
+        body: &Value,
+        names: &TokensByName<'_>,
+    ) -> Result<ServerAnswer, Failure> {
         if self.has_extras {
             let mut more = body.clone();
             more["return_token_ids"] = true.into();
@@ -214,7 +218,7 @@ impl Audit<'_> {
     fn read(
         &self,
         answered: Result<Vec<u8>, QueryError>,
-        names: &Names<'_>,
+        names: &TokensByName<'_>,
     ) -> Result<ServerAnswer, Failure> {
         let refuse = |what: String| Failure::user(printable(&what));
         let bytes = answered.map_err(|e| refuse(e.to_string()))?;

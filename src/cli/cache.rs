@@ -1,11 +1,11 @@
-//! `cache`: what is kept on disk, and removing it.
+//! Runs `cache`: lists what is kept on disk, and removes it.
 
 use super::Failure;
 use super::out::{note, outln};
 use super::printable::printable;
 use crate::clock::Clock;
 use crate::engine::plan::Bytes;
-use crate::models::cache::{Held, Item, KINDS, Kind, Places, find, remove};
+use crate::models::cache::{CacheDirectories, CacheKind, InUse, Item, KINDS, find, remove};
 use crate::models::hub::Hub;
 use anyhow::anyhow;
 use clap::builder::PossibleValuesParser;
@@ -66,14 +66,17 @@ fn age_ms(text: &str) -> anyhow::Result<u64> {
 
 pub(super) fn run(command: &CacheCommand) -> Result<(), Failure> {
     let hub = Hub::from_env().map_err(Failure::ours)?;
-    let places = Places::new(hub.cache());
+    let places = CacheDirectories::new(hub.cache());
     match command {
         CacheCommand::List(args) => list(args, &places),
         CacheCommand::Clean(args) => clean(args, &places, Clock::system().unix_ms()),
     }
 }
 
-fn all(places: &Places, is_wanted: impl Fn(&Kind) -> bool) -> Result<Vec<Item>, Failure> {
+fn all(
+    places: &CacheDirectories,
+    is_wanted: impl Fn(&CacheKind) -> bool,
+) -> Result<Vec<Item>, Failure> {
     let mut items = Vec::new();
     for kind in KINDS.iter().filter(|kind| is_wanted(kind)) {
         items.extend(find(places, kind).map_err(Failure::user)?);
@@ -81,7 +84,7 @@ fn all(places: &Places, is_wanted: impl Fn(&Kind) -> bool) -> Result<Vec<Item>, 
     Ok(items)
 }
 
-fn list(args: &ListArgs, places: &Places) -> Result<(), Failure> {
+fn list(args: &ListArgs, places: &CacheDirectories) -> Result<(), Failure> {
     let items = all(places, |_| true)?;
     let bytes: u64 = outermost(&items).iter().map(|item| item.bytes).sum();
     if args.json {
@@ -130,16 +133,17 @@ fn ago(ms: u64) -> String {
     }
 }
 
-fn describe(held: &Held) -> String {
+fn describe(held: &InUse) -> String {
     match held {
-        Held::Process(id) => format!("process {id} uses it"),
-        Held::Lock(path) => format!("{} is locked", printable(&path.display().to_string())),
-        Held::Link => "a link elsewhere".to_owned(),
+        InUse::Process(id) => format!("process {id} uses it"),
+        InUse::Lock(path) => format!("{} is locked", printable(&path.display().to_string())),
+        InUse::Link => "a link elsewhere".to_owned(),
     }
 }
 
-fn clean(args: &CleanArgs, places: &Places, now_ms: u64) -> Result<(), Failure> {
-    let is_wanted = |kind: &Kind| args.only.is_empty() || args.only.iter().any(|k| k == kind.name);
+fn clean(args: &CleanArgs, places: &CacheDirectories, now_ms: u64) -> Result<(), Failure> {
+    let is_wanted =
+        |kind: &CacheKind| args.only.is_empty() || args.only.iter().any(|k| k == kind.name);
     let mut items = all(places, is_wanted)?;
     let age = args.older_than.unwrap_or(0);
     items.retain(|item| now_ms.saturating_sub(item.used_ms) >= age);

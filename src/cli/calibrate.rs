@@ -1,5 +1,6 @@
-//! `calibrate`: the whitening of a model's hidden rows, computed and stored; limits from captured
-//! honest answers; how many of this engine's own answers are equal bit for bit.
+//! Runs `calibrate`: computes and stores the whitening of a model's hidden rows, computes limits
+//! from captured honest answers, and counts how many of this engine's own answers are equal bit for
+//! bit.
 
 use super::Failure;
 use super::capture::{Captures, CheckOptions, CheckedChoice, Verifiers};

@@ -1,4 +1,5 @@
-//! Files of captured answers, and the models that check them.
+//! Opens files of captured answers, and loads the models that check them. `verify` and `calibrate`
+//! read such files.
 
 use super::Failure;
 use super::progress::Bars;

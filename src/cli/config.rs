@@ -1,4 +1,4 @@
-//! `config check`: the models file as it is understood.
+//! Runs `config check`: prints the models file as the program understands it.
 
 use super::Failure;
 use super::out::outln;

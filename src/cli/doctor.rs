@@ -1,4 +1,4 @@
-//! `doctor`: what is wrong before anything is started.
+//! Runs `doctor`: says what is wrong before anything is started.
 
 use super::Failure;
 use super::as_validator::{self, MinerArgs};

@@ -1,4 +1,4 @@
-//! Examples that `--help` and the manual pages end with.
+//! Lists the examples that `--help` and the manual pages end with. A test parses each of them.
 
 use clap::Command;
 

@@ -1,4 +1,5 @@
-//! `explain`: every number behind a miner's weight, down to the round and token that cost it.
+//! Runs `explain`: prints every number behind a miner's weight, down to the round and token that
+//! cost it.
 //!
 //! What is shown is a pure function of records ([`Shown`]): the last weights with their
 //! explanation, and what the miner did last.

@@ -1,4 +1,4 @@
-//! `export`: what a validator has recorded, as lines of JSON or CSV.
+//! Runs `export`: prints what a validator has recorded, as lines of JSON or CSV.
 
 use super::Failure;
 use super::out::outln;

@@ -1,4 +1,5 @@
-//! The error of a command, and whether the user or the program caused it.
+//! Defines the error of a command, and whether the user or the program caused it. The exit code
+//! follows from that.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! `fetch`: a model from the Hub into the shared cache.
+//! Runs `fetch`: downloads a model from the Hub into the shared cache.
 
 use super::Failure;
 use super::out::outln;

@@ -1,6 +1,6 @@
-//! Where flags come from, the strongest first: the command line, the environment, `.env` in the
-//! working directory, the YAML file of `--config`, the defaults. The lower layers are put in as
-//! defaults, so that clap checks all of them alike.
+//! Reads flags from five places, the strongest first: the command line, the environment, `.env` in
+//! the working directory, the YAML file of `--config`, and the defaults. The lower layers become
+//! clap's defaults, so that clap checks all of them alike.
 
 use super::Failure;
 use super::out::note;

@@ -1,4 +1,5 @@
-//! Logs on stderr, as text or JSON; in memory while a view has the terminal.
+//! Writes logs to stderr, as text or JSON; it keeps them in memory while the live view uses the
+//! terminal.
 
 use super::Failure;
 use parking_lot::Mutex;

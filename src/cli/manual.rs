@@ -1,4 +1,5 @@
-//! `completions` and `man`: what shells and `man` say of the command line.
+//! Runs `completions` and `man`: generates shell completions and manual pages from the command
+//! line's own definition.
 
 use super::Failure;
 use super::out::write_all;

@@ -1,4 +1,4 @@
-//! The command line: one type for each command, one function that runs it.
+//! Defines the command line: there is one type for each command and one function that runs it.
 //!
 //! Data goes to stdout, everything else to stderr. Exit code 0 is success, 1 is something the user
 //! can mend, 2 is our own failure.
@@ -9,6 +9,7 @@ mod bench;
 mod cache;
 mod calibrate;
 mod capture;
+mod checked;
 mod config;
 mod doctor;
 mod examples;
@@ -16,7 +17,6 @@ mod explain;
 mod export;
 mod failure;
 mod fetch;
-mod finding;
 mod layers;
 mod logging;
 mod manual;

@@ -1,4 +1,4 @@
-//! `plan`: the memory that models need.
+//! Runs `plan`: prints the memory that models need, without loading them.
 
 use super::Failure;
 use super::out::outln;

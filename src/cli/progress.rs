@@ -1,4 +1,4 @@
-//! Progress of downloads and of loading, and memory plans, for people at a terminal.
+//! Shows the progress of downloads and of loading, and memory plans, to people at a terminal.
 
 use super::out::note;
 use crate::engine::plan::Bytes;

@@ -1,4 +1,5 @@
-//! `query`: one request to a miner, as a validator sends it, token by token; kept for `verify`.
+//! Runs `query`: sends one request to a miner as a validator does, prints the answer token by
+//! token, and saves it for `verify`.
 
 use super::Failure;
 use super::out::outln;

@@ -1,4 +1,5 @@
-//! The models of `validate`: what each needs, and how one is brought into memory.
+//! Prepares the models of `validate`: computes what memory each needs, and loads one when the
+//! validator asks for it.
 
 use super::Failure;
 use super::progress::Bars;
@@ -65,7 +66,7 @@ pub(super) fn residents(
     runtime: &Runtime,
     (limits, budget): (&Arc<LimitsFiles>, u64),
 ) -> Result<Residents, Failure> {
-    let slots = usize::from(args.verifying.judges) + 1;
+    let slots = usize::from(args.verifying.checks) + 1;
     let asked = (slots, args.tokens_needed());
     let (mut all, mut found) = (Vec::new(), BTreeMap::new());
     let mut refused = Vec::new();
@@ -139,7 +140,7 @@ async fn plan(
         let short = Bytes(bytes - budget);
         bail!(
             "needs {} with {slots} contexts of {context} tokens, but only {} may be taken: {short} \
-             short; lower `context_max`, --tokens-max or --judges",
+             short; lower `context_max`, --tokens-max or --checks",
             Bytes(bytes),
             Bytes(budget)
         );

@@ -1,4 +1,4 @@
-//! `serve`: models behind HTTP until a signal comes.
+//! Runs `serve`: offers models over HTTP until a signal comes.
 
 use super::out::announce;
 use super::progress::Bars;

@@ -1,4 +1,4 @@
-//! Arguments that several commands take.
+//! Defines arguments that several commands take.
 
 use super::Failure;
 use crate::config::models_toml::{self, Config};

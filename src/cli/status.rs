@@ -1,4 +1,4 @@
-//! `status`: how a running miner stands on its subnet.
+//! Runs `status`: shows how a running miner stands on its subnet.
 
 use super::Failure;
 use super::out::outln;

@@ -1,4 +1,4 @@
-//! `serve` on a subnet: the signed listener, the chain, and word to the service manager.
+//! Adds a subnet to `serve`: the signed listener, the chain, and messages to the service manager.
 
 use super::Failure;
 use super::out::outln;

@@ -1,5 +1,5 @@
-//! Flags of whoever takes part in a subnet, under the names that Targon and the Bittensor SDK use.
-//! Dashes and underscores in place of dots work too ([`layers`](super::layers)).
+//! Defines the flags of whoever takes part in a subnet, under the names that Targon and the
+//! Bittensor SDK use. Dashes and underscores in place of dots work too ([`layers`](super::layers)).
 
 use super::Failure;
 use crate::chain::keyfile::{self, KeyFileError};

@@ -1,4 +1,4 @@
-//! Flags of updates, and becoming the new program.
+//! Defines the flags of updates, and replaces the running process by the new program.
 
 use super::Failure;
 use super::out::note;

@@ -1,4 +1,4 @@
-//! `validate`: a validator on a subnet, until a signal comes or its rounds are over.
+//! Runs `validate`: a validator on a subnet, until a signal comes or its rounds are over.
 
 use super::out::{announce, outln};
 use super::printable::printable;
@@ -87,7 +87,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
         round: settings,
         reading: reading(args, &signer),
         epochs: args.weights.epochs(),
-        judges: usize::from(args.verifying.judges),
+        checks: usize::from(args.verifying.checks),
         rounds: args.round.count(),
         is_dry: args.weights.dry_run,
         stop_time: Duration::from_secs(args.shutdown_timeout),

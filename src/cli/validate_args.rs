@@ -1,4 +1,4 @@
-//! Flags of `validate`, under Targon's names where it has them.
+//! Defines the flags of `validate`, under Targon's names where it has them.
 
 use super::Failure;
 use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
@@ -7,7 +7,7 @@ use super::update::UpdateArgs;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, RoundSettings, Times};
-use crate::validator::run::JUDGES_DEFAULT;
+use crate::validator::run::CHECKS_DEFAULT;
 use crate::validator::run::epochs::EpochRule;
 use crate::validator::run::hub::Urls;
 use crate::validator::run::keeping::Keeping;
@@ -325,9 +325,9 @@ pub(super) struct VerifyingArgs {
     #[arg(long, env = "TARGON_RULES", help_heading = "Verification")]
     pub(super) rules: Option<verify::Profile>,
     /// Answers that are verified at once; each has a KV cache of its own, and they share all cores.
-    #[arg(long, env = "TARGON_JUDGES", default_value_t = JUDGES_DEFAULT as u16,
+    #[arg(long, env = "TARGON_CHECKS", default_value_t = CHECKS_DEFAULT as u16,
         help_heading = "Verification", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub(super) judges: u16,
+    pub(super) checks: u16,
     /// Memory for the models that answers are verified with, such as 16GiB or 60%; by default all
     /// that is available. If it does not hold all models, they are loaded in turn, epoch by epoch.
     #[arg(

@@ -1,4 +1,4 @@
-//! What `validate` prints: the verdicts of a round, and the weights at the end.
+//! Makes the tables that `validate` prints: the verdicts of a round, and the weights at the end.
 
 use super::printable::printable;
 use crate::store::record::{Response, Round, Weights, WeightsState};

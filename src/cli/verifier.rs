@@ -1,4 +1,4 @@
-//! `verifier`: the HTTP surface of Targon's verifier container, until a signal comes.
+//! Runs `verifier`: offers the HTTP routes of Targon's verifier container, until a signal comes.
 
 use super::Failure;
 use super::out::announce;

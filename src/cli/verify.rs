@@ -1,8 +1,8 @@
-//! `verify`: checks captured answers, one a line.
+//! Runs `verify`: checks captured answers, one a line.
 
 use super::Failure;
 use super::capture::{Capture, Captures, CheckOptions, CheckedChoice, Verifiers};
-use super::finding::{Finding, Tally, number, reason};
+use super::checked::{CheckedAnswer, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
 use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
@@ -107,7 +107,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
             let tally = account.as_mut().map(|a| a.add(&place, &capture, checked, &limits));
             let tally = tally.transpose()?;
             let (tally, model) = (tally.as_ref(), &*verifier.model.text);
-            let finding = Finding { place: &place, checked, tally, model, limits: &limits };
+            let finding = CheckedAnswer { place: &place, checked, tally, model, limits: &limits };
             print(&finding, args);
             if args.html.is_some() {
                 sections.push(verify_html::section(&finding).map_err(Failure::ours)?);
@@ -209,12 +209,12 @@ impl Account {
     }
 }
 
-fn print(finding: &Finding<'_>, args: &VerifyArgs) {
+fn print(finding: &CheckedAnswer<'_>, args: &VerifyArgs) {
     if args.json {
         outln!("{}", line(finding, args.explain));
         return;
     }
-    let Finding { place, checked, tally, .. } = finding;
+    let CheckedAnswer { place, checked, tally, .. } = finding;
     let CheckedChoice { choice, report, seconds, .. } = checked;
     outln!("{place} choice {choice}: {}", printable(&report.verdict.to_string()));
     let (tokens, rules) = (finding.tokens(), finding.rules());
@@ -229,7 +229,7 @@ fn print(finding: &Finding<'_>, args: &VerifyArgs) {
 }
 
 /// An answer as one JSON object.
-fn line(finding: &Finding<'_>, with_rows: bool) -> Value {
+fn line(finding: &CheckedAnswer<'_>, with_rows: bool) -> Value {
     let CheckedChoice { choice, report, seconds, .. } = finding.checked;
     let (reason, what) = reason(&report.verdict).unzip();
     let rows = report.rows.iter().filter(|_| with_rows).map(|r| {
@@ -261,7 +261,7 @@ fn statistic_json(statistic: Statistic) -> Value {
 }
 
 /// What was found for every row that was scored.
-fn table(finding: &Finding<'_>) -> Table {
+fn table(finding: &CheckedAnswer<'_>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header(["token", "id", "text", "log-prob", "reported", "rank", "margin", "energy"]);

@@ -1,8 +1,8 @@
-//! `verify --html`: one page with every token of the checked answers, tables and plots. It needs
-//! nothing from outside and runs nothing; whatever came from a peer is escaped text.
+//! Writes the page of `verify --html`, with every token of the checked answers, tables and plots.
+//! The page needs nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
 use super::capture::CheckedChoice;
-use super::finding::{Finding, number};
+use super::checked::{CheckedAnswer, number};
 use crate::verify::ChunkEvidence;
 use crate::verify::RowEvidence;
 use crate::verify::Verdict;
@@ -102,7 +102,7 @@ fn outcome(verdict: &Verdict) -> Markup {
 }
 
 /// One answer.
-pub(super) fn section(finding: &Finding<'_>) -> anyhow::Result<Markup> {
+pub(super) fn section(finding: &CheckedAnswer<'_>) -> anyhow::Result<Markup> {
     let CheckedChoice { choice, report, seconds, .. } = finding.checked;
     let (tokens, scored, rules) = (finding.tokens(), report.rows.len(), finding.rules());
     let summary = format!("{tokens} tokens, {scored} rows scored, {rules}, {seconds:.3} s");
@@ -128,7 +128,7 @@ pub(super) fn section(finding: &Finding<'_>) -> anyhow::Result<Markup> {
 }
 
 /// The tokens in a row, coloured by margin and rank.
-fn text(finding: &Finding<'_>) -> Markup {
+fn text(finding: &CheckedAnswer<'_>) -> Markup {
     let Some(answer) = &finding.checked.answer else { return PreEscaped(String::new()) };
     let rows: HashMap<usize, &RowEvidence> =
         finding.checked.report.rows.iter().map(|r| (r.index, r)).collect();
@@ -148,7 +148,7 @@ fn text(finding: &Finding<'_>) -> Markup {
     }
 }
 
-fn class(finding: &Finding<'_>, index: usize, row: Option<&RowEvidence>) -> String {
+fn class(finding: &CheckedAnswer<'_>, index: usize, row: Option<&RowEvidence>) -> String {
     let colour = match row {
         None => "unseen",
         Some(row) if finding.is_unlikely(row.margin) => "over",
@@ -172,7 +172,7 @@ fn title(index: usize, id: u32, row: Option<&RowEvidence>) -> String {
     format!("token {index}, id {id}, {scores}")
 }
 
-fn table(finding: &Finding<'_>) -> Markup {
+fn table(finding: &CheckedAnswer<'_>) -> Markup {
     let columns =
         ["token", "id", "text", "miner's log-prob", "our log-prob", "rank", "margin", "energy"];
     let mark = |is_over: bool| if is_over { "over" } else { "" };
@@ -216,7 +216,7 @@ struct Plot {
 }
 
 /// The plots of an answer that have points: what they show, and SVG.
-fn plots(finding: &Finding<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
+fn plots(finding: &CheckedAnswer<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
     let report = &finding.checked.report;
     let of_rows = |value: &dyn Fn(&RowEvidence) -> Option<f64>| -> Vec<(f64, f64)> {
         report.rows.iter().filter_map(|r| Some((r.index as f64, value(r)?))).collect()

@@ -1,4 +1,4 @@
-//! `wallet`: look at a wallet, or make a hotkey for tests and small set-ups.
+//! Runs `wallet`: shows a wallet, or makes a hotkey for tests and small set-ups.
 
 use super::Failure;
 use super::out::outln;

@@ -1,4 +1,4 @@
-//! models.toml, flags and environment, resolved into options for each part.
+//! Resolves models.toml, flags and environment into options for each part of the program.
 
 pub mod models_toml;
 pub mod server_toml;

@@ -1,5 +1,5 @@
-//! `models.toml`: one flat `[[model]]` entry for each model that is served, and one `[server]`
-//! table.
+//! Reads `models.toml`: one flat `[[model]]` entry for each model that is served, and one
+//! `[server]` table.
 
 use super::server_toml::{self, ServerConfig, ServerTable};
 use super::{nearest, units};

@@ -1,4 +1,4 @@
-//! The `[server]` table of models.toml.
+//! Reads the `[server]` table of models.toml.
 
 use super::units;
 use crate::server::connections::CONNECTIONS_MAX;

@@ -1,4 +1,4 @@
-//! Sizes with units: `4 GiB`, `60%`, `auto`.
+//! Parses sizes with units: `4 GiB`, `60%`, `auto`.
 
 use crate::engine::plan::KvMemory;
 

@@ -1,4 +1,4 @@
-//! Processor, graphics card, memory, disk, limits of the process.
+//! Examines the processor, graphics cards, memory, disk, and the limits of the process.
 
 use super::{Finding, Level};
 use crate::engine::memory::{Memory, memory};

@@ -1,4 +1,4 @@
-//! The chain's endpoints, and how a hotkey stands on a subnet.
+//! Examines the chain's endpoints, and how a hotkey stands on a subnet.
 
 use super::{Finding, Level};
 use crate::chain::Chain;
@@ -97,18 +97,8 @@ mod tests {
 
     fn neuron(uid: u16, stake: u64, permit: bool) -> Neuron {
         let hotkey = Hotkey([uid as u8 + 1; 32]);
-        Neuron {
-            uid,
-            hotkey,
-            coldkey: hotkey,
-            stake: Rao(stake),
-            permit,
-            axon: Axon::from_chain(0x7f00_0001, 8091, 4, 1, 4),
-            incentive: 0.5,
-            consensus: 0.5,
-            emission: Rao(0),
-            last_update: 0,
-        }
+        let axon = Axon::from_chain(0x7f00_0001, 8091, 4, 1, 4);
+        Neuron { permit, axon, incentive: 0.5, ..Neuron::new(uid, hotkey, Rao(stake)) }
     }
 
     #[test]

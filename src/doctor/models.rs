@@ -1,4 +1,5 @@
-//! Model files: configuration, memory, tokenizer, chat template, without loading weights.
+//! Examines model files without loading weights: configuration, memory, tokenizer and chat
+//! template.
 
 use super::{Finding, Level};
 use crate::engine::plan::{Bytes, MemoryPlan, MemoryWanted};

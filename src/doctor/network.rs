@@ -1,4 +1,4 @@
-//! Clock, ports, and the services that are asked over HTTP.
+//! Examines the clock, ports, and the services that are asked over HTTP.
 
 use super::{Finding, Level};
 use crate::chain::epistula::WINDOW_MS;

@@ -1,4 +1,4 @@
-//! Key files: whether they are there, whose they are, who may read them.
+//! Examines key files: whether they are there, whose they are, and who may read them.
 
 use super::{Finding, Level};
 use crate::chain::keyfile;

@@ -1,4 +1,5 @@
-//! From a plan to the rows of a step and what is asked of them.
+//! Turns a plan of the scheduler into the rows of a step and what is asked of each. A pass computes
+//! them without knowing requests.
 
 use super::guard::{Stage, Watch};
 use super::live::Live;

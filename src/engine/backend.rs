@@ -1,5 +1,5 @@
-//! Who runs requests behind a handle: every backend takes the same commands and sends the same
-//! events.
+//! Defines who runs requests behind a handle: every backend takes the same commands and sends the
+//! same events.
 
 use super::output::Event;
 use super::request::{InvalidRequest, Request};
@@ -82,19 +82,19 @@ pub struct Submission {
     /// Where its events go: there is room for all that it can have.
     pub events: mpsc::Sender<Event>,
     /// Its place among those that run and wait; it is free again once this is dropped.
-    pub place: Place,
+    pub place: EnginePermit,
     /// When, by the engine's clock.
     pub submitted: Duration,
 }
 
 /// One of the places of those that run and wait, until dropped.
-pub struct Place {
+pub struct EnginePermit {
     pub(super) owner: Owner,
     pub(super) owners: Arc<Mutex<HashMap<Owner, usize>>>,
     pub(super) _permit: OwnedSemaphorePermit,
 }
 
-impl Drop for Place {
+impl Drop for EnginePermit {
     fn drop(&mut self) {
         let mut held = self.owners.lock();
         if let Some(count) = held.get_mut(&self.owner) {

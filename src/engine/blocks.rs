@@ -1,4 +1,4 @@
-//! KV blocks: who holds them, and which full ones can be shared.
+//! Manages KV blocks: which sequences hold them, and which full ones can be shared.
 //!
 //! A block is held by the sequences whose tables list it (its reference count). A full block is
 //! remembered under the chain of all tokens before and in it, and stays findable after its last

@@ -1,4 +1,4 @@
-//! The owner thread: takes commands, runs one step after another, hands out tokens.
+//! Runs the owner thread: it takes commands, runs one step after another, and hands out tokens.
 //!
 //! `schedule, run, record` is the whole loop. Between steps it takes new requests and drops those
 //! that nobody listens to any more; while nothing runs it sleeps in the channel. A panic ends what

@@ -1,5 +1,5 @@
-//! Guesses of the next tokens: what followed the last time that the same tokens stood together
-//! (prompt lookup, Saxena, 2023). Pure functions of the tokens so far.
+//! Guesses the next tokens: what followed the last time that the same tokens stood together (prompt
+//! lookup, Saxena, 2023). All functions are pure functions of the tokens so far.
 //!
 //! Answers repeat their prompt when they edit code or quote a text, and then a few rows of one step
 //! cost little more than a single one, since every step reads all weights. Where nothing repeats,
@@ -31,19 +31,19 @@ pub fn guess(tokens: &[u32], count: usize) -> Vec<u32> {
 
 /// How many drafts a sequence gets: twice as many as came true the last time, at least one.
 #[derive(Clone, Debug)]
-pub struct Pace {
+pub struct DraftCount {
     drafted: usize,
     accepted: usize,
     length: usize,
 }
 
-impl Default for Pace {
+impl Default for DraftCount {
     fn default() -> Self {
         Self { drafted: 0, accepted: 0, length: usize::MAX }
     }
 }
 
-impl Pace {
+impl DraftCount {
     /// Most drafts of the next step.
     pub fn next(&mut self, max: usize) -> usize {
         if self.drafted > 0 {
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn drafts_grow_with_success_and_shrink_without() {
-        let mut pace = Pace::default();
+        let mut pace = DraftCount::default();
         assert_eq!(pace.next(6), 6);
         pace.drafted(6);
         assert_eq!(pace.next(6), 1, "none came true");

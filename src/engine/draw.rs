@@ -1,5 +1,5 @@
-//! What may be drawn at each step of an output: penalties, bias, bans and grammar, as they follow
-//! from the tokens so far. The engine draws by it; a verifier replays it.
+//! Determines what may be drawn at each step of an output: penalties, bias, bans and grammar, as
+//! they follow from the tokens so far. The engine draws by it; a verifier replays it.
 
 use super::request::Request;
 use crate::models::grammar::{Grammar, GrammarError};

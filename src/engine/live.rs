@@ -1,7 +1,7 @@
-//! One running request: it makes the asks of its rows, and turns their answers into tokens, text
-//! and the end of the output.
+//! Holds one running request: it makes the asks of its rows, and turns their answers into tokens,
+//! text and the end of the output.
 
-use super::backend::Place;
+use super::backend::EnginePermit;
 use super::draw::Draw;
 use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step};
 use super::request::Request;
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 pub(super) struct Live {
     pub(super) request: Request,
     events: mpsc::Sender<Event>,
-    _place: Place,
+    _place: EnginePermit,
     draw: Draw,
     transcript: Transcript,
     prompt_sum: u64,
@@ -36,7 +36,7 @@ impl Live {
         request: Request,
         text: &Text,
         events: mpsc::Sender<Event>,
-        place: Place,
+        place: EnginePermit,
         submitted: Duration,
     ) -> Self {
         Self {

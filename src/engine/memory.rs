@@ -1,4 +1,4 @@
-//! How much memory this process may still take.
+//! Computes how much memory this process may still take.
 //!
 //! A control group counts the page cache of its files as used, although the kernel gives it back
 //! for the asking: after a download of 16 GiB a container would seem full. So cached pages count as

@@ -1,4 +1,4 @@
-//! The engine: a cloneable handle over one owner thread per model.
+//! Runs requests: the engine is a cloneable handle over one owner thread per model.
 //!
 //! [`Engine::submit`] checks a request and queues it; tokens come back on a [`Generation`]. The
 //! owner (`core`) asks the pure [`scheduler`] which rows run next, `asks` says what is to be known
@@ -35,7 +35,7 @@ use crate::models::text::Text;
 use crate::ops::attention::BLOCK_TOKENS;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use backend::{Backend, BackendKind, Command, Place, Submission};
+use backend::{Backend, BackendKind, Command, EnginePermit, Submission};
 use guard::Watch;
 use output::{Fault, Generation};
 use parking_lot::Mutex;
@@ -237,7 +237,7 @@ impl Engine {
     }
 
     /// A place among those that run and wait.
-    fn place(&self, owner: Owner) -> Result<Place, Refusal> {
+    fn place(&self, owner: Owner) -> Result<EnginePermit, Refusal> {
         let Shared { options, permits, owners, .. } = &*self.0;
         let permit = Arc::clone(permits).try_acquire_owned();
         let permit = permit.map_err(|_| Refusal::QueueFull { waiting: options.waiting_max })?;
@@ -248,7 +248,7 @@ impl Engine {
             return Err(Refusal::QueueFull { waiting: limit });
         }
         *count += 1;
-        Ok(Place { owner, owners: Arc::clone(owners), _permit: permit })
+        Ok(EnginePermit { owner, owners: Arc::clone(owners), _permit: permit })
     }
 
     fn check_size(&self, request: &Request) -> Result<(), Refusal> {

@@ -1,4 +1,4 @@
-//! What a running request sends back.
+//! Defines the events that a running request sends back: tokens, the end, and faults.
 
 use super::stage::Stage;
 use crate::models::grammar::GrammarError;

@@ -1,4 +1,4 @@
-//! The memory plan: what a model will need, before anything of it is loaded.
+//! Plans memory: it computes what a model will need before anything of it is loaded.
 
 use super::Options;
 use super::backend::BackendKind;

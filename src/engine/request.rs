@@ -1,5 +1,5 @@
-//! What a caller asks of the engine, checked once: past [`Request::validate`] nothing is checked
-//! again.
+//! Defines what a caller asks of the engine, checked once: past [`Request::validate`] nothing is
+//! checked again.
 
 use super::scheduler::Owner;
 use crate::models::grammar::Grammar;

@@ -1,4 +1,5 @@
-//! Which rows run in the next step: a pure state machine over tokens, counts and blocks.
+//! Decides which rows run in the next step. It is a pure state machine over tokens, counts and
+//! blocks.
 //!
 //! Each step takes one row of every sequence that is past its prefill, then fills the token budget
 //! with prefill chunks, oldest first. A sequence that cannot get a block preempts the youngest
@@ -18,7 +19,7 @@
 //! No clock, no tensors, no channels: `tests/engine/scheduler_sim.rs` drives it from a seed.
 
 use super::blocks::{BlockPool, BlockTable};
-use super::drafts::{self, Pace};
+use super::drafts::{self, DraftCount};
 pub use super::slice::{Plan, SequenceId, Slice};
 use crate::ops::attention::BLOCK_TOKENS;
 use std::collections::{BTreeMap, VecDeque};
@@ -102,8 +103,8 @@ struct Sequence {
     salt: u64,
     reads_cache: bool,
     table: BlockTable,
-    cached_tokens: usize, // found in the prefix cache when last admitted
-    pace: Option<Pace>,   // of its drafts, where it has any
+    cached_tokens: usize,     // found in the prefix cache when last admitted
+    pace: Option<DraftCount>, // of its drafts, where it has any
 }
 
 impl Sequence {
@@ -202,7 +203,7 @@ impl Scheduler {
             reads_cache: new.reads_cache,
             table: BlockTable::default(),
             cached_tokens: 0,
-            pace: (new.is_drafted && self.limits.drafts_max > 0).then(Pace::default),
+            pace: (new.is_drafted && self.limits.drafts_max > 0).then(DraftCount::default),
         });
         Ok(())
     }

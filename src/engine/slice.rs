@@ -1,4 +1,4 @@
-//! The rows of a step, by sequence: what the scheduler plans, as plain data.
+//! Defines the rows of a step, by sequence: what the scheduler plans, as plain data.
 
 use super::blocks::BlockId;
 

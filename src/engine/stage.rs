@@ -1,4 +1,4 @@
-//! The parts of the owner's work, by which failures are named.
+//! Names the parts of the owner's work, so that a failure says where it happened.
 
 use std::fmt;
 

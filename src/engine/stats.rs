@@ -1,4 +1,5 @@
-//! Counters and timings of one engine: written by its thread, read by anyone.
+//! Counts and times the work of one engine: its own thread writes the figures, and anyone may read
+//! them.
 
 use super::scheduler::{Plan, SchedulerLoad, Slice};
 use parking_lot::Mutex;

@@ -1,5 +1,5 @@
-//! Tokens to visible text and to the end of the output. The engine writes by it; a verifier
-//! replays it.
+//! Turns tokens into visible text and finds the end of the output. The engine writes by it; a
+//! verifier replays it.
 
 use super::output::FinishReason;
 use super::request::Request;

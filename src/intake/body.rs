@@ -1,4 +1,4 @@
-//! Bytes to a request body, with errors that name the field, the rule and what came.
+//! Parses bytes into a request body, with errors that name the field, the rule and what came.
 
 use super::error::{RequestError, echo};
 use super::work::{self, SMALL_BYTES_MAX};

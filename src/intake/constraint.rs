@@ -1,5 +1,5 @@
-//! What an output must look like: `response_format`, `structured_outputs` and demanded calls of
-//! tools, as one grammar.
+//! Derives one grammar for an output from `response_format`, `structured_outputs` and demanded
+//! calls of tools.
 
 use super::error::{RequestError, echo};
 use super::tools::{CallStyle, ToolParser};

@@ -1,4 +1,4 @@
-//! Why a request is not understood: the field at fault, and rule and fact in a sentence.
+//! Defines why a request is not understood: the field at fault, and rule and fact in a sentence.
 
 use crate::engine::request::InvalidRequest;
 use crate::models::chat::TemplateError;
@@ -18,12 +18,12 @@ pub struct RequestError {
     /// The field at fault.
     pub param: Option<String>,
     /// Whose fault it is.
-    pub kind: Kind,
+    pub kind: FaultKind,
 }
 
 /// Whose fault it is that a request is not understood.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub enum FaultKind {
     /// Its sender's.
     Wrong,
     /// Its sender's: the context cannot hold it.
@@ -37,7 +37,7 @@ pub enum Kind {
 impl RequestError {
     /// The request as a whole is wrong.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), param: None, kind: Kind::Wrong }
+        Self { message: message.into(), param: None, kind: FaultKind::Wrong }
     }
 
     /// A field is wrong.
@@ -53,22 +53,22 @@ impl RequestError {
             "This model's maximum context length is {context} tokens. However, {however} \
              ({CONTEXT_LENGTH})"
         );
-        Self { param: Some(field.into()), kind: Kind::ContextLength, ..Self::new(message) }
+        Self { param: Some(field.into()), kind: FaultKind::ContextLength, ..Self::new(message) }
     }
 
     /// It may be asked again later.
     pub fn later(self) -> Self {
-        Self { kind: Kind::Busy, ..self }
+        Self { kind: FaultKind::Busy, ..self }
     }
 
     /// Not now.
     pub fn busy(message: impl Into<String>) -> Self {
-        Self { kind: Kind::Busy, ..Self::new(message) }
+        Self { kind: FaultKind::Busy, ..Self::new(message) }
     }
 
     /// A fault of this program.
     pub fn ours(message: impl Into<String>) -> Self {
-        Self { kind: Kind::Ours, ..Self::new(message) }
+        Self { kind: FaultKind::Ours, ..Self::new(message) }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Requests as a server reads them: a body becomes what the engine is asked.
+//! Reads requests as a server does: a body becomes what the engine is asked.
 //!
 //! A server generates by this reading, and a verifier repeats it. [`body`] parses, [`understand`]
 //! is the whole reading, its slow parts on the threads of [`work`]: [`prompt`] makes ids of

@@ -1,4 +1,4 @@
-//! Messages and texts to prompt ids.
+//! Turns messages and texts into prompt ids.
 
 use super::error::{RequestError, echo};
 use super::translate::ids;

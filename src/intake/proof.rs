@@ -1,4 +1,4 @@
-//! The `proof` field of a request: scheme, nonce, binding, and the end of the chain.
+//! Handles the `proof` field of a request: scheme, nonce, binding, and the end of the chain.
 
 use super::error::{RequestError, echo};
 use crate::chain::keys::Keypair;

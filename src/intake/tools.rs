@@ -1,4 +1,4 @@
-//! Calls of tools in a model's text: found, held back from the content, parsed.
+//! Finds calls of tools in a model's text, holds them back from the content, and parses them.
 //!
 //! What looks like a call and cannot be parsed stays content, so nothing a model said is lost.
 

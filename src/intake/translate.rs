@@ -1,4 +1,4 @@
-//! API fields to engine requests: defaults, bounds, and what is refused by name.
+//! Translates API fields into engine requests: defaults, bounds, and what is refused by name.
 
 use super::error::{RequestError, echo};
 use crate::engine::request::{Request, StopRules, TOP_LOGPROBS_MAX};
@@ -232,7 +232,7 @@ pub fn report(
 
 /// What the fields at fault are called where the context does not hold a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Names {
+pub struct FieldNames {
     /// The field with the prompt.
     pub prompt: &'static str,
     /// The field with the most tokens.
@@ -252,7 +252,7 @@ pub struct Translator<'a> {
     /// What the output must look like.
     pub grammar: Option<Grammar>,
     /// What fields are called.
-    pub names: Names,
+    pub names: FieldNames,
     /// How the response is written.
     pub report: &'a ResponseOptions,
     /// Where seeds come from.

@@ -1,5 +1,5 @@
-//! A request body to what the engine is asked: the reading that a server generates by, and that a
-//! verifier repeats.
+//! Turns a request body into what the engine is asked. A server generates by this reading, and a
+//! verifier repeats it.
 
 use super::Endpoint;
 use super::constraint::{Tooling, grammar};
@@ -7,7 +7,7 @@ use super::error::RequestError;
 use super::prompt::{Room, chat_prompt, completion_prompts, count_prompts};
 use super::tools::ToolParser;
 use super::translate::{
-    COMPLETION_TOKENS_DEFAULT, Defaults, Names, ResponseOptions, Translator, refuse_in_chats,
+    COMPLETION_TOKENS_DEFAULT, Defaults, FieldNames, ResponseOptions, Translator, refuse_in_chats,
     refuse_unsupported, report, whole,
 };
 use super::work::{self, weight};
@@ -72,7 +72,7 @@ impl Reader<'_> {
         let (model, room, asked) = (Arc::clone(self.model), self.room(common), Arc::clone(request));
         let inputs = (&request.messages, &request.tools, &request.chat_template_kwargs);
         let prompt = work::run(weight(&inputs), move || chat_prompt(&model, &asked, room)).await?;
-        let names = Names { prompt: "messages", limit };
+        let names = FieldNames { prompt: "messages", limit };
         let what = (Endpoint::Chat, names, report, newer.or(older));
         self.finish(common, what, (vec![prompt], tooling)).await
     }
@@ -96,7 +96,7 @@ impl Reader<'_> {
         let max_tokens = whole("max_tokens", common.max_tokens, low)?;
         let max_tokens = Some(max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT));
         let prompts = self.prompts(&request.prompt, &common).await?;
-        let names = Names { prompt: "prompt", limit: "max_tokens" };
+        let names = FieldNames { prompt: "prompt", limit: "max_tokens" };
         let what = (Endpoint::Completion, names, report, max_tokens);
         self.finish(&common, what, (prompts, Tooling::default())).await
     }
@@ -127,7 +127,12 @@ impl Reader<'_> {
     async fn finish(
         self,
         common: &Common,
-        (endpoint, names, report, max_tokens): (Endpoint, Names, ResponseOptions, Option<usize>),
+        (endpoint, names, report, max_tokens): (
+            Endpoint,
+            FieldNames,
+            ResponseOptions,
+            Option<usize>,
+        ),
         (prompts, tooling): (Vec<Vec<u32>>, Tooling),
     ) -> Result<Understood, RequestError> {
         let grammar = grammar(Arc::clone(self.model), common, &tooling).await?;

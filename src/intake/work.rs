@@ -1,4 +1,4 @@
-//! A bounded number of threads that read large texts.
+//! Runs work on large texts on a bounded number of threads.
 //!
 //! Parsing a large body, rendering a template and tokenising take from microseconds to seconds. On
 //! an async thread they would delay all other connections, so they run on threads that may block.
@@ -98,7 +98,7 @@ impl Write for Counter {
 
 #[cfg(test)]
 mod tests {
-    use super::super::error::Kind;
+    use super::super::error::FaultKind;
     use super::*;
     use std::sync::mpsc::channel;
 
@@ -122,8 +122,8 @@ mod tests {
         tokio::task::yield_now().await;
         // One runs, one waits: a third has no place, and the one that waits is not kept for ever.
         let refused = lane.run(|| Ok(2)).await.unwrap_err();
-        assert_eq!(refused.kind, Kind::Busy, "{refused}");
-        assert_eq!(waiting.await.unwrap().unwrap_err().kind, Kind::Busy);
+        assert_eq!(refused.kind, FaultKind::Busy, "{refused}");
+        assert_eq!(waiting.await.unwrap().unwrap_err().kind, FaultKind::Busy);
         release.send(()).unwrap();
         running.await.unwrap().unwrap();
         assert_eq!(lane.run(|| Ok(3)).await, Ok(3));
@@ -133,7 +133,7 @@ mod tests {
     async fn a_job_that_panics_is_a_fault_of_ours() {
         let lane = Lane::new(1, 0, Duration::from_secs(1));
         let broken = lane.run::<()>(|| panic!("on purpose")).await.unwrap_err();
-        assert_eq!(broken.kind, Kind::Ours);
+        assert_eq!(broken.kind, FaultKind::Ours);
         assert_eq!(lane.run(|| Ok(1)).await, Ok(1), "its thread is free again");
     }
 

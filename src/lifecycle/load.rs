@@ -1,4 +1,4 @@
-//! From models.toml to running engines: files, memory plan, weights, each step with progress.
+//! Takes models.toml to running engines: files, memory plan and weights, each step with progress.
 
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};

@@ -1,4 +1,5 @@
-//! A model on mistral.rs: described by us, derived once, loaded there.
+//! Starts a model on mistral.rs: this program describes it, derives its checkpoint once, and loads
+//! that.
 
 use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;

@@ -1,5 +1,5 @@
-//! The models of a models file: they are located or downloaded, planned and loaded ([`load`]),
-//! updated when the file changes ([`reload`]), and monitored ([`watch`]).
+//! Manages the models of a models file: they are located or downloaded, planned and loaded
+//! ([`load`]), updated when the file changes ([`reload`]), and monitored ([`watch`]).
 //!
 //! Nothing here prints; the caller says how progress is shown ([`load::Progress`]).
 

@@ -1,4 +1,4 @@
-//! models.toml read again while the server runs: at SIGHUP, and when the file changes.
+//! Reads models.toml again while the server runs: at SIGHUP, and when the file changes.
 
 use super::load::{Progress, start_models};
 use crate::clock::Clock;

@@ -1,6 +1,6 @@
-//! Models that failed: which, why, and when none is left.
+//! Notices models that failed: which, why, and when none is left.
 
-use crate::server::registry::{Entry, Registry, State};
+use crate::server::registry::{ModelEntry, Registry, State};
 use std::time::Duration;
 
 /// How often engines are looked at.
@@ -20,16 +20,16 @@ pub async fn last_engine_death(registry: Registry) -> String {
     loop {
         let entries = registry.entries();
         let is_dead =
-            |e: &&Entry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
+            |e: &&ModelEntry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
         let mut last = None;
-        for Entry { name, .. } in entries.iter().filter(is_dead) {
+        for ModelEntry { name, .. } in entries.iter().filter(is_dead) {
             let why = "its engine failed again and again, or lost its device; a reload tries anew"
                 .to_owned();
             tracing::error!(model = name, "{why}");
             registry.set(name, None, State::Failed(why));
             last = Some(name.clone());
         }
-        let is_over = |e: Entry| matches!(e.state, State::Failed(_));
+        let is_over = |e: ModelEntry| matches!(e.state, State::Failed(_));
         if let Some(name) = last
             && registry.entries().into_iter().all(is_over)
         {

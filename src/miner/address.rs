@@ -1,4 +1,4 @@
-//! Where others reach this machine.
+//! Finds out where others reach this machine.
 
 use crate::tls;
 use anyhow::anyhow;

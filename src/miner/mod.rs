@@ -1,5 +1,5 @@
-//! The miner of a subnet, on top of a running server: it is registered, announced on the chain, and
-//! follows the chain.
+//! Runs the miner of a subnet on top of a running server: it is registered, announced on the chain,
+//! and follows the chain.
 //!
 //! [`Miner::join`] checks the registration, [`Miner::announce`] writes the address if it changed,
 //! and [`Miner::follow`] updates the list of members that may send requests for as long as the

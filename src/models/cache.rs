@@ -1,5 +1,5 @@
-//! What the program keeps on disk and can get or compute again: found, measured and removed by
-//! kind.
+//! Finds, measures and removes, by kind, what the program keeps on disk and can get or compute
+//! again.
 //!
 //! [`KINDS`] is data: a kind is a name and where its things lie. Links are never followed: one in
 //! the place of a thing is shown and left alone, those inside a thing are removed as links. What
@@ -19,14 +19,14 @@ const REMOVED: &str = ".removed-";
 
 /// Directories that things are kept in.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct Places {
+pub struct CacheDirectories {
     /// Of the Hub, which other Hugging Face tools use too.
     pub hub: PathBuf,
     /// Of this program.
     pub own: PathBuf,
 }
 
-impl Places {
+impl CacheDirectories {
     /// The Hub's directory `hub`, and the one that the environment names.
     pub fn new(hub: &Path) -> Self {
         Self { hub: hub.to_owned(), own: cache_dir() }
@@ -40,7 +40,7 @@ impl Places {
     }
 }
 
-/// One of the [`Places`].
+/// One of the [`CacheDirectories`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Place {
     Hub,
@@ -49,7 +49,7 @@ enum Place {
 
 /// Things of one kind.
 #[derive(Debug)]
-pub struct Kind {
+pub struct CacheKind {
     /// Its name in commands.
     pub name: &'static str,
     /// What it is.
@@ -59,33 +59,33 @@ pub struct Kind {
 }
 
 /// All kinds.
-pub const KINDS: &[Kind] = &[
-    Kind {
+pub const KINDS: &[CacheKind] = &[
+    CacheKind {
         name: "model",
         what: "models from the Hub, shared with other Hugging Face tools",
         patterns: &[(Place::Hub, "models--*")],
     },
-    Kind {
+    CacheKind {
         name: "partial",
         what: "downloads that did not end",
         patterns: &[(Place::Hub, "models--*/blobs/*.incomplete")],
     },
-    Kind {
+    CacheKind {
         name: "calibration",
         what: "whitenings that proofs need; computed again at the next start",
         patterns: &[(Place::Own, "calibration/*.json")],
     },
-    Kind {
+    CacheKind {
         name: "remembered",
         what: "weights roots and hashes of calibrations; computed again at the next start",
         patterns: &[(Place::Own, "roots.json")],
     },
-    Kind {
+    CacheKind {
         name: "tapped",
         what: "checkpoints derived for mistral.rs; built again at the next start",
         patterns: &[(Place::Own, "tapped/weights-*")],
     },
-    Kind {
+    CacheKind {
         name: "temporary",
         what: "what an interrupted write or removal left",
         patterns: &[
@@ -104,7 +104,7 @@ pub const KINDS: &[Kind] = &[
 /// Why a thing stays.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Held {
+pub enum InUse {
     /// This process has it open.
     Process(u32),
     /// Somebody holds this lock.
@@ -128,14 +128,14 @@ pub struct Item {
     /// reads once a day.
     pub used_ms: u64,
     /// Why it cannot be removed now.
-    pub held: Option<Held>,
+    pub held: Option<InUse>,
 }
 
 /// All things of a kind.
 ///
 /// # Errors
 /// When a directory that is there cannot be read.
-pub fn find(places: &Places, kind: &'static Kind) -> io::Result<Vec<Item>> {
+pub fn find(places: &CacheDirectories, kind: &'static CacheKind) -> io::Result<Vec<Item>> {
     let mut items = Vec::new();
     for (place, pattern) in kind.patterns {
         let mut paths = vec![places.of(*place).to_owned()];
@@ -189,7 +189,7 @@ fn named(path: &Path, e: &io::Error) -> io::Error {
     io::Error::new(e.kind(), format!("{}: {e}", path.display()))
 }
 
-fn item(places: &Places, kind: &Kind, path: PathBuf) -> io::Result<Item> {
+fn item(places: &CacheDirectories, kind: &CacheKind, path: PathBuf) -> io::Result<Item> {
     let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let name = match file_name.strip_prefix("models--") {
         Some(repo) => repo.replacen("--", "/", 1),
@@ -233,9 +233,9 @@ fn used_ms(metadata: &Metadata) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn held(places: &Places, path: &Path, files: &[(PathBuf, Metadata)]) -> Option<Held> {
+fn held(places: &CacheDirectories, path: &Path, files: &[(PathBuf, Metadata)]) -> Option<InUse> {
     if files.first().is_some_and(|(_, metadata)| metadata.is_symlink()) {
-        return Some(Held::Link);
+        return Some(InUse::Link);
     }
     let is_lock = |path: &&PathBuf| path.extension().is_some_and(|e| e == "lock");
     let inside = files.iter().filter(|(_, m)| m.is_file()).map(|(path, _)| path.clone());
@@ -245,9 +245,9 @@ fn held(places: &Places, path: &Path, files: &[(PathBuf, Metadata)]) -> Option<H
     let theirs = matching(&places.hub.join(".locks").join(name), "*.lock").unwrap_or_default();
     let mut locks = inside.chain([beside]).chain(theirs);
     if let Some(lock) = locks.find(|path| is_lock(&path) && is_locked(path)) {
-        return Some(Held::Lock(lock));
+        return Some(InUse::Lock(lock));
     }
-    process_with(path).map(Held::Process)
+    process_with(path).map(InUse::Process)
 }
 
 fn is_locked(path: &Path) -> bool {
@@ -282,7 +282,7 @@ fn uses(process: &Path, path: &Path) -> bool {
 ///
 /// # Errors
 /// When it cannot be renamed or removed; what is left of it is of the kind `temporary`.
-pub fn remove(places: &Places, item: &Item) -> io::Result<Option<Held>> {
+pub fn remove(places: &CacheDirectories, item: &Item) -> io::Result<Option<InUse>> {
     let failed = |e: io::Error| named(&item.path, &e);
     if let Some(held) = held(places, &item.path, &files(&item.path)?) {
         return Ok(Some(held));
@@ -292,7 +292,7 @@ pub fn remove(places: &Places, item: &Item) -> io::Result<Option<Held>> {
     std::fs::rename(&item.path, &aside).map_err(failed)?;
     if let Some(process) = process_with(&aside) {
         std::fs::rename(&aside, &item.path).map_err(failed)?;
-        return Ok(Some(Held::Process(process)));
+        return Ok(Some(InUse::Process(process)));
     }
     let is_dir = std::fs::symlink_metadata(&aside).map_err(failed)?.is_dir();
     let removed = match is_dir {
@@ -308,18 +308,18 @@ mod tests {
     use std::os::unix::fs::symlink;
     use std::process::{Command, Stdio};
 
-    fn kind(name: &str) -> &'static Kind {
+    fn kind(name: &str) -> &'static CacheKind {
         KINDS.iter().find(|kind| kind.name == name).unwrap()
     }
 
-    fn names(places: &Places, name: &str) -> Vec<String> {
+    fn names(places: &CacheDirectories, name: &str) -> Vec<String> {
         find(places, kind(name)).unwrap().into_iter().map(|item| item.name).collect()
     }
 
     /// A cache with a model, a broken download, and what this program computes.
-    fn cache() -> (tempfile::TempDir, Places) {
+    fn cache() -> (tempfile::TempDir, CacheDirectories) {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places { hub: dir.path().join("hub"), own: dir.path().join("own") };
+        let places = CacheDirectories { hub: dir.path().join("hub"), own: dir.path().join("own") };
         let model = places.hub.join("models--org--a--b");
         for directory in ["blobs", "snapshots/c0", "refs"] {
             std::fs::create_dir_all(model.join(directory)).unwrap();
@@ -346,7 +346,7 @@ mod tests {
         let model = &find(&places, kind("model")).unwrap()[0];
         assert_eq!((model.bytes, &model.held), (1010, &None));
         assert!(model.used_ms > 1_600_000_000_000, "{model:?}");
-        let none = Places { hub: "/nowhere/hub".into(), own: "/nowhere/own".into() };
+        let none = CacheDirectories { hub: "/nowhere/hub".into(), own: "/nowhere/own".into() };
         assert!(KINDS.iter().all(|kind| find(&none, kind).unwrap().is_empty()));
     }
 
@@ -374,8 +374,8 @@ mod tests {
         symlink(&outside, places.hub.join("models--org--a--b/snapshots/out")).unwrap();
         let models = find(&places, kind("model")).unwrap();
         let linked = models.iter().find(|item| item.name == "linked").unwrap();
-        assert_eq!((linked.bytes, &linked.held), (0, &Some(Held::Link)));
-        assert_eq!(remove(&places, linked).unwrap(), Some(Held::Link));
+        assert_eq!((linked.bytes, &linked.held), (0, &Some(InUse::Link)));
+        assert_eq!(remove(&places, linked).unwrap(), Some(InUse::Link));
         let real = models.iter().find(|item| item.name == "org/a--b").unwrap();
         assert_eq!(remove(&places, real).unwrap(), None);
         assert_eq!(names(&places, "partial"), Vec::<String>::new());
@@ -390,12 +390,12 @@ mod tests {
         // A process that has the blob open as its input, until it is ended.
         let mut other = Command::new("sleep").arg("60").stdin(Stdio::from(blob)).spawn().unwrap();
         let held = remove(&places, model).unwrap();
-        assert_eq!(held, Some(Held::Process(other.id())));
+        assert_eq!(held, Some(InUse::Process(other.id())));
         other.kill().unwrap();
         other.wait().unwrap();
         let lock = File::create(model.path.join("blobs/bb.lock")).unwrap();
         lock.lock().unwrap();
-        let locked = Some(Held::Lock(model.path.join("blobs/bb.lock")));
+        let locked = Some(InUse::Lock(model.path.join("blobs/bb.lock")));
         assert_eq!(find(&places, kind("partial")).unwrap()[0].held, locked);
         assert_eq!(remove(&places, model).unwrap(), locked);
         drop(lock);

@@ -1,5 +1,5 @@
-//! The calibration pass: it computes the whitening for the residue sketch from the hidden rows of a
-//! fixed text.
+//! Computes the whitening for the residue sketch from the hidden rows of a fixed text. This is the
+//! calibration pass.
 //!
 //! The pass is deterministic (the rows have the same bits everywhere), so any two parties that hold
 //! the same model compute the same calibration. Proofs are bound to its hash. It is always computed

@@ -1,4 +1,4 @@
-//! Chat templates: Jinja rendered by minijinja, with the helpers that published templates expect.
+//! Renders chat templates: Jinja by minijinja, with the helpers that published templates expect.
 //!
 //! A template is untrusted twice: the publisher wrote it and the client fills it. So rendering has
 //! a limit on its steps and on the size of its result. `python.rs` and `dumps.rs` implement what

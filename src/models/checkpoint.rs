@@ -1,4 +1,5 @@
-//! A checkpoint on disk: configuration, tensors by their Hugging Face names, tokenizer files.
+//! Opens a checkpoint on disk: configuration, tensors by their Hugging Face names, and tokenizer
+//! files.
 //!
 //! Two formats: a directory with `config.json` and safetensors (single or sharded), and one GGUF
 //! file, whose metadata and tensor names are translated (see [`super::gguf`]). Files stay open:
@@ -11,7 +12,7 @@
 use super::config;
 use super::error::{LoadError, read_json};
 use super::gguf::Gguf;
-use super::header::{self, Entry};
+use super::header::{self, TensorEntry};
 use super::spec::Spec;
 use super::tensor::{Runs, StoredType, Tensor};
 use super::weight_file::WeightFile;
@@ -303,7 +304,7 @@ fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
 fn read_shard(path: &Path) -> Result<BTreeMap<String, Tensor>, LoadError> {
     let file = Arc::new(WeightFile::open(path)?);
     let entries = header::read(path, file.len(), |bytes, at| file.read_at(bytes, at))?;
-    let tensor = |Entry { name, dtype, shape, range }| {
+    let tensor = |TensorEntry { name, dtype, shape, range }| {
         let stored = match dtype.as_str() {
             "F32" => StoredType::F32,
             "F16" => StoredType::F16,

@@ -1,5 +1,5 @@
-//! `config.json` to [`Spec`]: every family reads its own keys, and a value that the engine cannot
-//! honour is refused by name, never ignored.
+//! Turns `config.json` into a [`Spec`]: every family reads its own keys, and a value that the
+//! engine cannot honour is refused by name, never ignored.
 
 mod rope;
 

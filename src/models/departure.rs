@@ -1,6 +1,6 @@
-//! How a computation departs from the canon: the stacks that honest miners run, and the cheats that
-//! a verifier can name. All of it is data; weights are changed when they are packed, the rest is
-//! read by the decoder as it goes.
+//! Describes how a computation departs from the canon: the stacks that honest miners run, and the
+//! cheats that a verifier can name. All of it is data; weights are changed when they are packed,
+//! the rest is read by the decoder as it goes.
 
 use super::grid::{Fp8Scale, Grid};
 use crate::ops::rounding::Rounding;

@@ -1,4 +1,4 @@
-//! The device that computes a model.
+//! Names the device that computes a model, and finds the cards of this machine.
 
 use std::fmt;
 use std::str::FromStr;

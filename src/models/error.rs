@@ -1,4 +1,5 @@
-//! What can be wrong with a checkpoint: always the file, key or tensor, the rule and the fact.
+//! Defines what can be wrong with a checkpoint: always the file, key or tensor, the rule and the
+//! fact.
 
 use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};

@@ -1,4 +1,4 @@
-//! A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
+//! Builds a tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 //!
 //! GGUF names the pre-tokenizer by a word; only words whose rules are known here are accepted,
 //! because a near miss splits text differently and nobody would notice.

@@ -1,5 +1,5 @@
-//! Coarse grids that quantisation moves numbers to. Only their values count here: a matrix on a
-//! grid is multiplied by like any other.
+//! Defines the coarse grids that quantisation moves numbers to. Only their values count here: a
+//! matrix on a grid is multiplied by like any other.
 
 use crate::ops::dtype::Dtype;
 

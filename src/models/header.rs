@@ -46,7 +46,7 @@ const TYPES: [(&str, u64); 22] = [
 
 /// A tensor as the header describes it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Entry {
+pub struct TensorEntry {
     /// Its name.
     pub name: String,
     /// Its element type, by the format's name.
@@ -67,7 +67,7 @@ pub fn read(
     path: &Path,
     len: u64,
     mut read_at: impl FnMut(&mut [u8], u64) -> Result<(), LoadError>,
-) -> Result<Vec<Entry>, LoadError> {
+) -> Result<Vec<TensorEntry>, LoadError> {
     let Some(rest) = len.checked_sub(LENGTH_BYTES) else {
         return Err(incomplete(path, len, format!("it is shorter than {LENGTH_BYTES} bytes")));
     };
@@ -94,7 +94,12 @@ fn incomplete(path: &Path, len: u64, what: String) -> LoadError {
 }
 
 /// What the header says, held against the bytes from `data` to `len`.
-fn entries(path: &Path, header: Header, data: u64, len: u64) -> Result<Vec<Entry>, LoadError> {
+fn entries(
+    path: &Path,
+    header: Header,
+    data: u64,
+    len: u64,
+) -> Result<Vec<TensorEntry>, LoadError> {
     let mut tensors: Vec<(String, Raw)> = header.0.into_iter().collect();
     tensors.sort_by_key(|(_, raw)| raw.data_offsets);
     let mut entries = Vec::with_capacity(tensors.len());
@@ -119,7 +124,12 @@ fn entries(path: &Path, header: Header, data: u64, len: u64) -> Result<Vec<Entry
             let what = format!("tensor `{name}` ends at byte {stop} of the data");
             return Err(incomplete(path, len, what));
         };
-        entries.push(Entry { name, dtype: raw.dtype, shape: raw.shape.0, range: end - bytes..end });
+        entries.push(TensorEntry {
+            name,
+            dtype: raw.dtype,
+            shape: raw.shape.0,
+            range: end - bytes..end,
+        });
     }
     match at == len - data {
         true => Ok(entries),
@@ -230,11 +240,11 @@ mod tests {
         bytes
     }
 
-    fn of(header: &str, data: usize) -> Result<Vec<Entry>, String> {
+    fn of(header: &str, data: usize) -> Result<Vec<TensorEntry>, String> {
         whole(&file(header, data)).map_err(|e| e.to_string())
     }
 
-    fn whole(bytes: &[u8]) -> Result<Vec<Entry>, LoadError> {
+    fn whole(bytes: &[u8]) -> Result<Vec<TensorEntry>, LoadError> {
         read(Path::new("m.safetensors"), bytes.len() as u64, |out, at| {
             out.copy_from_slice(&bytes[at as usize..][..out.len()]);
             Ok(())

@@ -1,4 +1,4 @@
-//! What proofs of a model are bound to.
+//! Computes what proofs of a model are bound to: its weights root, its calibration and its canon.
 
 use super::calibration;
 use super::device::Device;

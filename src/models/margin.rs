@@ -1,4 +1,5 @@
-//! The margin of a token: how far it is from being the token that is drawn, if the noise is known.
+//! Computes the margin of a token: how far it is from being the token that is drawn, if the noise
+//! is known.
 
 use super::sampler::{Distribution, Sampling, gumbel};
 

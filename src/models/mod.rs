@@ -1,4 +1,4 @@
-//! Models: checkpoints, tokenizers, chat templates, and weights to hidden rows to logits.
+//! Loads models: checkpoints, tokenizers, chat templates, and weights to hidden rows to logits.
 //!
 //! [`Model::load`] opens a checkpoint, turns its configuration into a [`spec::Spec`], packs the
 //! weights for a device, and keeps the files open. Its [`text::Text`] is all that requests and

@@ -1,4 +1,4 @@
-//! A loaded model: its text side, and its weights where a device multiplies by them.
+//! Holds a loaded model: its text side, and its weights where a device multiplies by them.
 
 use super::checkpoint::Checkpoint;
 use super::cpu::CpuPass;

@@ -1,4 +1,4 @@
-//! The parameters of a model as vLLM lists them: what Targon's powv counts through.
+//! Lists the parameters of a model as vLLM does, because Targon's powv counts through that list.
 //!
 //! Order, fusion and padding follow vLLM's modules (`vllm/model_executor/models/*.py`, tensor
 //! parallel size 1): a module's parameters come in the order of its registration, a weight before

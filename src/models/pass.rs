@@ -1,4 +1,5 @@
-//! The interface between callers that need rows of a model and the device that computes them.
+//! Defines the interface between callers that need rows of a model and the device that computes
+//! them.
 //!
 //! A [`Pass`] owns its KV cache, its buffers and its logits. It takes a [`Batch`], which says what
 //! is computed, and a [`RowAsk`] for every row whose result is needed. Both are plain data, and so

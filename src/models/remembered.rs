@@ -1,4 +1,4 @@
-//! A cache of values that were computed from checkpoints: weights roots by the identity of their
+//! Remembers values that were computed from checkpoints: weights roots by the identity of their
 //! files, and hashes of calibrations by their inputs.
 //!
 //! It is one file of the cache, written by this program alone. A damaged file is ignored, because

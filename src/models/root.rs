@@ -1,4 +1,5 @@
-//! The weights root: one hash of all tensors of a checkpoint, computed once and remembered.
+//! Computes the weights root: one hash of all tensors of a checkpoint, computed once and
+//! remembered.
 //!
 //! `H("targon-engine/weights/1", count, then for each tensor in order of its name: name, stored
 //! type, shape, H(bytes))`. It names the stored bytes, so two files with the same values in other

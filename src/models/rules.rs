@@ -1,4 +1,4 @@
-//! The rules of one row, beyond its sampling parameters: penalties, bias, banned ids and a
+//! Applies the rules of one row, beyond its sampling parameters: penalties, bias, banned ids and a
 //! grammar's mask.
 
 use super::sampler::Sampling;

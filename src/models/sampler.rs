@@ -1,4 +1,5 @@
-//! Noise-synced sampling: a token is a function of its logits, the request, and a key.
+//! Draws tokens by noise-synced sampling: a token is a function of its logits, the request, and a
+//! key.
 //!
 //! The winner is `argmax_v(logit_v / T + g_v)` over the survivors of min-p, top-k and top-p, with
 //! Gumbel noise g from Philox keyed by `(noise_key, position)`; the lowest id wins ties; at T = 0

@@ -1,5 +1,5 @@
-//! Where each matrix and vector of a model lies in its checkpoint, for dense layers and mixtures
-//! alike. Devices differ in how they pack what is read here.
+//! Finds where each matrix and vector of a model lies in its checkpoint, for dense layers and
+//! mixtures alike. Devices differ in how they pack what is read here.
 
 use super::checkpoint::Checkpoint;
 use super::error::LoadError;
@@ -32,7 +32,7 @@ struct Part {
 }
 
 /// Reads rows of a matrix; from several threads, rows near each other.
-pub struct Reader<'a> {
+pub struct RowReader<'a> {
     parts: Vec<(&'a Part, Runs<'a>)>,
 }
 
@@ -116,16 +116,16 @@ impl Rows {
     ///
     /// # Errors
     /// When the stored type cannot be computed with.
-    pub fn reader(&self, threads: usize) -> Result<Reader<'_>, LoadError> {
+    pub fn reader(&self, threads: usize) -> Result<RowReader<'_>, LoadError> {
         let mut parts = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
             parts.push((part, Runs::new(&part.tensor, threads)?));
         }
-        Ok(Reader { parts })
+        Ok(RowReader { parts })
     }
 }
 
-impl Reader<'_> {
+impl RowReader<'_> {
     /// Writes row `row` as `dtype`.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! What distinguishes the dense decoder families, as data: one forward pass reads a [`Spec`].
+//! Describes as data what distinguishes the dense decoder families: one forward pass reads a
+//! [`Spec`].
 
 use crate::ops::attention::KvDims;
 use crate::ops::rope::RopeScaling;

@@ -1,4 +1,4 @@
-//! A checkpoint derived from another one, whose head also gives the final-norm row.
+//! Derives a checkpoint from another one; the derived head also gives the final-norm row.
 //!
 //! The head has as many more rows as the model has channels, and they are the identity: what an
 //! engine takes for logits then ends in the row that the head was multiplied by. So an engine that
@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use write::{Output, copied, hash_file, identity, io_error, rounded, width};
+use write::{HashedFile, copied, hash_file, identity, io_error, rounded, width};
 
 /// Version of what is derived: a change of its contents is a new one.
 const VERSION: u32 = 1;
@@ -296,7 +296,7 @@ impl Builder<'_> {
     }
 
     fn shard(&mut self, name: &str, tensors: &[Named]) -> Result<(), LoadError> {
-        let mut out = Output::create(self.directory.join(name))?;
+        let mut out = HashedFile::create(self.directory.join(name))?;
         let plan: Vec<Written<'_>> = tensors.iter().map(|t| self.written(t)).collect();
         let (mut header, mut at) = (Map::new(), 0);
         for w in &plan {

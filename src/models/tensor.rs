@@ -1,4 +1,4 @@
-//! One stored tensor: where its bytes lie and how a row becomes 16-bit values.
+//! Reads one stored tensor: where its bytes lie, and how a row becomes 16-bit values.
 
 use super::error::LoadError;
 use super::weight_file::WeightFile;

@@ -1,4 +1,4 @@
-//! What reading and writing text with a model needs: nothing of its weights or of a device.
+//! Holds what reading and writing text with a model needs: nothing of its weights or of a device.
 
 use super::chat::ChatTemplate;
 use super::checkpoint::Checkpoint;

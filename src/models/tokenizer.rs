@@ -1,4 +1,4 @@
-//! Text to ids and ids to bytes.
+//! Turns text into ids and ids into bytes.
 //!
 //! Encoding is the `tokenizers` crate's. Decoding is our own table of each token's raw bytes,
 //! because log-probability entries need them and streaming must be exact: [`Detokenizer`] emits a
@@ -16,7 +16,7 @@ use super::checkpoint::Checkpoint;
 use super::error::{LoadError, read};
 use super::gguf_tokenizer;
 use super::tokenizer_config::TokenizerConfig;
-use scheme::{Scheme, Strip, unicode_to_byte};
+use scheme::{Strip, TokenDecoder, unicode_to_byte};
 use serde::Deserialize;
 use std::collections::HashSet;
 use std::path::Path;
@@ -30,7 +30,7 @@ const INCOMPLETE_MAX: usize = 3;
 /// A tokenizer with its byte table.
 pub struct TextTokenizer {
     inner: Tokenizer,
-    scheme: Scheme,
+    scheme: TokenDecoder,
     strip: Strip,
     bytes: Vec<Option<Box<[u8]>>>, // by id; None where the vocabulary has a hole
     special: HashSet<u32>,
@@ -71,7 +71,7 @@ impl TextTokenizer {
     pub fn new(path: &Path, mut inner: Tokenizer) -> Result<Self, LoadError> {
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
-        let (scheme, strip) = Scheme::of(path, &inner)?;
+        let (scheme, strip) = TokenDecoder::of(path, &inner)?;
         let last = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
         if let Some((token, id)) = last.as_ref().filter(|(_, id)| *id as usize >= TOKENS_MAX) {
             let what = format!("ids must lie below {TOKENS_MAX}, token `{token}` has {id}");

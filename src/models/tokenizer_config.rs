@@ -1,5 +1,5 @@
-//! `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`: what they add to
-//! `tokenizer.json`, read as the transformers library reads them.
+//! Reads what `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` add to
+//! `tokenizer.json`, as the transformers library reads them.
 
 use super::error::{LoadError, read_json, read_text};
 use serde_json::{Value, json};

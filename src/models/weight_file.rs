@@ -1,5 +1,5 @@
-//! A file of weights, read by position and never mapped: a file that shrinks or changes while its
-//! model is loaded or served is an error of the read that meets it, not a signal that ends the
+//! Reads a file of weights by position; it is never mapped. A file that shrinks or changes while
+//! its model is loaded or served is an error of the read that meets it, not a signal that ends the
 //! process.
 
 use super::error::{LoadError, POINTER_BYTES, refuse_pointer};

@@ -1,4 +1,4 @@
-//! Causal attention over a paged KV cache.
+//! Computes causal attention over a paged KV cache.
 //!
 //! A block holds 32 positions aligned to absolute positions, a partition 16 blocks. Within a
 //! partition a query walks the blocks in ascending order with an online softmax (Milakov and

@@ -1,4 +1,5 @@
-//! Zeroed 16-bit memory for weights and KV blocks, on huge pages where the system grants them.
+//! Allocates zeroed 16-bit memory for weights and KV blocks, on huge pages where the system grants
+//! them.
 
 use memmap2::MmapMut;
 use std::io;

@@ -1,4 +1,4 @@
-//! The two 16-bit weight types and the rounding of matrix inputs to them.
+//! Defines the two 16-bit weight types and the rounding of matrix inputs to them.
 //!
 //! A product of two such values is exact in f32. bf16 magnitudes below [`BF16_FLUSH`] become zero
 //! when weights are packed and when inputs are rounded: then no product and no partial sum can be

@@ -1,4 +1,4 @@
-//! Reductions of one row of logits: log-sum-exp, arg-max, rank and top-k, without a softmax buffer.
+//! Reduces one row of logits: log-sum-exp, arg-max, rank and top-k, without a softmax buffer.
 //!
 //! Ties go to the lowest token id. A NaN or an infinite logit makes the log-sum-exp NaN, which is
 //! how a broken row is noticed.

@@ -1,4 +1,4 @@
-//! Elementary functions, our own: no libm, so that every platform gives the same bits.
+//! Computes elementary functions without libm, so that every platform gives the same bits.
 //!
 //! The lane-wise ones (f32) carry the hot path; the f64 ones serve RoPE angles, the sampler's noise
 //! and the final step of a log-sum-exp. Coefficients of [`exp`] are those of Cephes `expf`; the f64

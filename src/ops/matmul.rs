@@ -1,4 +1,4 @@
-//! Matrix products with packed 16-bit weights.
+//! Multiplies matrices with packed 16-bit weights.
 //!
 //! [`Packed`] keeps blocks of 64 output rows side by side, k in pairs
 //! ([`product`](super::product)), so one layout feeds matrix-vector and matrix-matrix products:

@@ -1,4 +1,4 @@
-//! Arithmetic of the CPU engine: one file per operation, written once over sixteen lanes.
+//! Does the arithmetic of the CPU engine: one file per operation, written once over sixteen lanes.
 //!
 //! The numeric canon (what makes a row's bits depend on its tokens and the weights alone):
 //! - inputs of matrix products are rounded to the weights' 16-bit type (weights, activations, and

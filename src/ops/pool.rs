@@ -1,4 +1,5 @@
-//! A pool of threads with low-latency barriers, shared by every engine of the process.
+//! Runs the phases of a step on a pool of threads with low-latency barriers, shared by every engine
+//! of the process.
 //!
 //! A forward pass is a few hundred short parallel phases, so workers spin for the next phase before
 //! they park. Tasks of a phase are handed out one by one: work is split over output rows or heads,

@@ -1,4 +1,5 @@
-//! The product of the canon: its order of additions, the layout of its pairs, its register tile.
+//! Defines the product of the canon: its order of additions, the layout of its pairs, and its
+//! register tile.
 //!
 //! # Order
 //!

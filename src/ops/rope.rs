@@ -1,4 +1,4 @@
-//! Rotary position embedding (Su et al., 2021) in the half-split form of Hugging Face.
+//! Computes rotary position embedding (Su et al., 2021) in the half-split form of Hugging Face.
 //!
 //! Frequencies are f32, an angle is the f32 product of position and frequency, its sine and cosine
 //! are computed in f64 by our own code and rounded once: the same on every platform.

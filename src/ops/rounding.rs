@@ -1,5 +1,5 @@
-//! Where values are rounded between matrix products: nowhere in the canon; everywhere in a stack
-//! whose tensors all have 16 bits.
+//! Says where values are rounded between matrix products: nowhere in the canon; everywhere in a
+//! stack whose tensors all have 16 bits.
 //!
 //! [`Rounding::Everywhere`] mimics such a stack step by step, in one fixed order, with the products
 //! of the canon: so its rows err as honest rows of other software do, and their distance from ours

@@ -1,4 +1,4 @@
-//! Operations on single rows: RMS norm and the gated activation.
+//! Computes operations on single rows: RMS norm and the gated activation.
 //!
 //! A row is reduced in sixteen lanes (element i goes to lane i mod 16) and one tree, whatever the
 //! batch; a tail shorter than sixteen is padded with zeros.

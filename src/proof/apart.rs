@@ -1,4 +1,4 @@
-//! How far another computation of a row lies from ours, as sketches see it.
+//! Measures how far another computation of a row lies from ours, as sketches see it.
 //!
 //! A sketch drops all but a residue of each projection. Who has the whole row knows the projections
 //! themselves, and who computes the row a second time in another arithmetic knows in which

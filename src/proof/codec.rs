@@ -1,4 +1,4 @@
-//! Canonical byte encodings of what is hashed. Integers are little endian; a list is its length as
+//! Encodes what is hashed in canonical bytes. Integers are little endian; a list is its length as
 //! u32, then its elements; text is a list of UTF-8 bytes. Every structure begins with its own name
 //! and version, so no two structures can share bytes.
 

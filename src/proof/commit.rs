@@ -1,4 +1,4 @@
-//! Binding and chaining: rows to a request, chunks to each other, the end to a hotkey.
+//! Binds and chains proofs: rows to a request, chunks to each other, the end to a hotkey.
 //!
 //! `root = H("targon-engine/proof/1", scheme, nonce, request, model, hotkey)`. Keys of sketch and
 //! exact hash derive from the root, the noise of the sampler from nonce and request alone, which

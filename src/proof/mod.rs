@@ -1,5 +1,5 @@
-//! Proofs: what commits an answer to the model that computed it. Pure arithmetic on bytes; no
-//! clock, no I/O, no tensors, so one code proves, verifies, is fuzzed and pins vectors.
+//! Commits an answer to the model that computed it. This is pure arithmetic on bytes, without a
+//! clock, I/O or tensors, so one code proves, verifies, is fuzzed and pins vectors.
 //!
 //! [`residue`] sketches a hidden row into four bytes and an exact hash, [`commit`] binds rows to a
 //! request and chains the chunks, [`toploc`] is the published scheme of that name, [`powv`] is

@@ -1,4 +1,4 @@
-//! Philox4x32-10 (Salmon et al., 2011): noise that is a function of a key and a counter.
+//! Computes Philox4x32-10 (Salmon et al., 2011): noise that is a function of a key and a counter.
 //!
 //! The sampler's noise and the signs of the sketch come from here, so prover and verifier (and a
 //! GPU) draw the same bits without any state.

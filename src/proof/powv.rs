@@ -1,5 +1,5 @@
-//! Targon's proof-of-weights value, version 2 (protocol section 3): one element of one parameter,
-//! chosen by sums of token ids, times their sum.
+//! Computes Targon's proof-of-weights value, version 2 (protocol section 3): one element of one
+//! parameter, chosen by sums of token ids, times their sum.
 //!
 //! It shows that the prover holds the weights and names the ids; it says nothing about what was
 //! computed. Kept because validators of 4.0 and 4.1 ask for it.

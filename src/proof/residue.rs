@@ -1,4 +1,5 @@
-//! The residue sketch: a few bits of random projections of a hidden row, and an exact hash of it.
+//! Computes the residue sketch: a few bits of random projections of a hidden row, and an exact hash
+//! of it.
 //!
 //! Channels are whitened with integers ([`Calibration`]), projected on signs drawn from the key of
 //! the request and the row's position, and of each projection only the residue is sent: a verifier

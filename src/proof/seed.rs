@@ -1,4 +1,4 @@
-//! The key of the sampler's noise.
+//! Derives the key of the sampler's noise from a seed.
 //!
 //! `key = first 8 bytes, little endian, of BLAKE3("targon-engine/sampler/1" || source || choice)`,
 //! where source is `"seed" || seed as i64 little endian` and choice is the number of the sequence

@@ -1,6 +1,6 @@
-//! TOPLOC (Prime Intellect, arXiv 2501.16007): the largest activations of a chunk, as a polynomial
-//! over GF(65497) through (index, bf16 bits). Byte-compatible with the published library; ties at
-//! the k-th magnitude go to the lowest index, as on its GPU path.
+//! Computes TOPLOC proofs (Prime Intellect, arXiv 2501.16007): the largest activations of a chunk,
+//! as a polynomial over GF(65497) through (index, bf16 bits). They are byte-compatible with the
+//! published library; ties at the k-th magnitude go to the lowest index, as on its GPU path.
 //!
 //! Decoding is strict: a malformed proof is refused by name, never evaluated.
 

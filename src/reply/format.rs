@@ -1,4 +1,4 @@
-//! Tokens to the JSON of either endpoint: strings, bytes, offsets, calls, reasons.
+//! Formats tokens as the JSON of either endpoint: strings, bytes, offsets, calls and reasons.
 
 use crate::engine::output::{Finish, FinishReason, PromptRow, Step};
 use crate::intake::proof::{ProofHead, chunk};

@@ -1,4 +1,4 @@
-//! A response as a stream: one chunk for each token, with its id, powv and proof.
+//! Writes a response as a stream: one chunk for each token, with its id, powv and proof.
 
 use super::format::{Echo, Formatter};
 use super::head::ResponseHead;

@@ -1,4 +1,4 @@
-//! The values that all parts of one response share: its endpoint, its id, its prompts.
+//! Holds the values that all parts of one response share: its endpoint, its id, its prompts.
 
 use crate::intake::Endpoint;
 use crate::intake::translate::ResponseOptions;

@@ -1,4 +1,4 @@
-//! Responses as a server writes them: tokens become the JSON of either endpoint.
+//! Writes responses as a server does: tokens become the JSON of either endpoint.
 //!
 //! [`whole`] writes a response at once, [`frames`] the same as a stream of chunks; both write each
 //! choice by a [`Formatter`](format::Formatter). What is written depends on the request, the model

@@ -1,4 +1,4 @@
-//! A response that is written at once.
+//! Writes a response at once, after its last token.
 
 use super::format::{Echo, Formatter, prompt_logprobs};
 use super::head::ResponseHead;
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 /// A choice that has ended.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Outcome {
+pub struct EndedChoice {
     /// Rows of its prompt, where asked for.
     pub rows: Option<Vec<PromptRow>>,
     /// Its tokens.
@@ -35,10 +35,10 @@ pub fn whole(
     head: &ResponseHead,
     formatters: Vec<Formatter>,
     model: &Text,
-    outcomes: &[Outcome],
+    outcomes: &[EndedChoice],
 ) -> Whole {
     let prompts = &head.prompts;
-    let cached = |(i, o): (usize, &Outcome)| match prompts.first(i) == i {
+    let cached = |(i, o): (usize, &EndedChoice)| match prompts.first(i) == i {
         true => o.finish.cached_tokens,
         false => 0,
     };
@@ -63,7 +63,7 @@ pub fn whole(
             Whole::Chat(body)
         }
         Endpoint::Completion => {
-            let choice = |(index, (mut formatter, outcome)): (usize, (Formatter, &Outcome))| {
+            let choice = |(index, (mut formatter, outcome)): (usize, (Formatter, &EndedChoice))| {
                 let echo = Echo { prompt: prompts.of(index), rows: rows(index) };
                 let echo = head.report.echo.then_some(&echo);
                 CompletionChoice {

@@ -1,5 +1,5 @@
-//! The open connections: limits on their number, in all and for each address. At a limit, the
-//! connection that has kept the server waiting longest is closed for the new one.
+//! Limits the open connections, in all and for each address. At a limit, the connection that has
+//! kept the server waiting longest is closed for the new one.
 //!
 //! A connection whose request has arrived and is being answered is never closed. So a flood of
 //! half-sent requests only displaces its own connections, and a health probe always gets a
@@ -115,7 +115,7 @@ impl Connections {
     ///
     /// # Errors
     /// When there are too many and all of them are new or being answered.
-    pub fn admit(&self, address: IpAddr, per_address: usize) -> Result<Place, Full> {
+    pub fn admit(&self, address: IpAddr, per_address: usize) -> Result<ConnectionSlot, Full> {
         let address = network(address);
         let most = self.0.most;
         let share = per_address.min(most - most / OTHERS_SHARE).max(1);
@@ -139,7 +139,7 @@ impl Connections {
         let open = Open { address, since: now, peer: peer.clone(), leave: leave.clone() };
         table.open.insert(id, open);
         drop(table);
-        Ok(Place { connections: self.clone(), id, peer, leave })
+        Ok(ConnectionSlot { connections: self.clone(), id, peer, leave })
     }
 }
 
@@ -173,14 +173,14 @@ impl Table {
 }
 
 /// The place of an open connection, until dropped.
-pub struct Place {
+pub struct ConnectionSlot {
     connections: Connections,
     id: u64,
     peer: Peer,
     leave: CancellationToken,
 }
 
-impl Place {
+impl ConnectionSlot {
     /// What its requests tell it.
     pub fn peer(&self) -> Peer {
         self.peer.clone()
@@ -192,7 +192,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.connections.0.table.lock().remove(self.id);
     }
@@ -252,7 +252,8 @@ mod tests {
     fn the_longest_wait_of_the_same_address_ends_for_a_newcomer() {
         let (all, clock) = connections(100);
         let other = all.admit(ip("10.0.0.2"), 3).unwrap();
-        let places: Vec<Place> = (0..3).map(|_| all.admit(ip("10.0.0.1"), 3).unwrap()).collect();
+        let places: Vec<ConnectionSlot> =
+            (0..3).map(|_| all.admit(ip("10.0.0.1"), 3).unwrap()).collect();
         // All are new: none is closed for another one.
         assert_eq!(all.admit(ip("10.0.0.1"), 3).err(), Some(Full::Address(3)));
         clock.advance(GRACE);
@@ -274,7 +275,8 @@ mod tests {
     #[test]
     fn no_address_takes_all_and_the_crowded_one_gives_way() {
         let (all, clock) = connections(16);
-        let many: Vec<Place> = (0..14).map(|_| all.admit(ip("::1"), 1000).unwrap()).collect();
+        let many: Vec<ConnectionSlot> =
+            (0..14).map(|_| all.admit(ip("::1"), 1000).unwrap()).collect();
         assert_eq!(all.admit(ip("::2"), 1000).err(), Some(Full::Address(14)), "the same network");
         let two = [all.admit(ip("10.0.0.1"), 9).unwrap(), all.admit(ip("10.0.0.2"), 9).unwrap()];
         assert_eq!(all.admit(ip("10.0.0.3"), 9).err(), Some(Full::All(16)));

@@ -1,10 +1,10 @@
-//! Failures as OpenAI error objects with the right status.
+//! Writes failures as OpenAI error objects with the right status.
 
 use crate::engine::SubmitError;
 use crate::engine::output::Fault;
 use crate::engine::scheduler::Refusal;
 pub use crate::intake::error::echo;
-use crate::intake::error::{CONTEXT_LENGTH, Kind, RequestError};
+use crate::intake::error::{CONTEXT_LENGTH, FaultKind, RequestError};
 use crate::wire::openai::{ErrorBody, ErrorCode, ErrorObject};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -89,12 +89,12 @@ impl IntoResponse for ApiError {
 impl From<RequestError> for ApiError {
     fn from(e: RequestError) -> Self {
         let error = match e.kind {
-            Kind::Wrong => ApiError::bad_request(e.message),
-            Kind::ContextLength => {
+            FaultKind::Wrong => ApiError::bad_request(e.message),
+            FaultKind::ContextLength => {
                 Self { code: Some(CONTEXT_LENGTH), ..ApiError::bad_request(e.message) }
             }
-            Kind::Busy => ApiError::new(StatusCode::TOO_MANY_REQUESTS, e.message),
-            Kind::Ours => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.message),
+            FaultKind::Busy => ApiError::new(StatusCode::TOO_MANY_REQUESTS, e.message),
+            FaultKind::Ours => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.message),
         };
         Self { param: e.param, ..error }
     }

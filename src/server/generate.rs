@@ -1,5 +1,5 @@
-//! One API request from submission to a whole response, for either endpoint; [`stream`] writes the
-//! same in chunks.
+//! Runs one API request from submission to a whole response, for either endpoint; [`stream`] writes
+//! the same in chunks.
 //!
 //! Dropping the response (a client that went away) drops the generations, which cancels them.
 
@@ -16,7 +16,7 @@ use crate::intake::translate::ResponseOptions;
 use crate::reply::format::Formatter;
 use crate::reply::frames::Frames;
 use crate::reply::head::{Prompts, ResponseHead};
-use crate::reply::whole::{Outcome, whole};
+use crate::reply::whole::{EndedChoice, whole};
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use futures_util::future::join_all;
@@ -102,7 +102,7 @@ pub async fn run(state: &ServerState, mut job: Job) -> Result<Response, ApiError
     }
 }
 
-async fn collect(mut generation: Generation) -> Result<Outcome, ApiError> {
+async fn collect(mut generation: Generation) -> Result<EndedChoice, ApiError> {
     let (mut rows, mut steps) = (None, Vec::new());
     while let Some(event) = generation.next().await {
         match event {
@@ -111,10 +111,10 @@ async fn collect(mut generation: Generation) -> Result<Outcome, ApiError> {
                 let finish = step.finish.clone();
                 steps.push(step);
                 if let Some(finish) = finish {
-                    return Ok(Outcome { rows, steps, finish });
+                    return Ok(EndedChoice { rows, steps, finish });
                 }
             }
-            Event::Finish(finish) => return Ok(Outcome { rows, steps, finish }),
+            Event::Finish(finish) => return Ok(EndedChoice { rows, steps, finish }),
             Event::Fault(fault) => return Err(fault.into()),
         }
     }

@@ -1,4 +1,5 @@
-//! The routes that generate.
+//! Handles the routes that generate: it reads the request, routes it to a model, and sends what is
+//! written.
 
 use super::door::Caller;
 use super::door::access::{REQUEST_ID, REQUEST_ID_MAX, is_request_id};

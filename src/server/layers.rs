@@ -1,4 +1,5 @@
-//! What surrounds the routes: tidy paths, panics and refusals as error objects, other origins.
+//! Adds what surrounds the routes: it tidies paths, writes panics and refusals as error objects,
+//! and answers other origins.
 
 use super::door::access;
 use super::error::ApiError;

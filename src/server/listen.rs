@@ -1,4 +1,4 @@
-//! Connections: accepted up to a limit, each with limits on how long its peer may take, and ended
+//! Accepts connections up to a limit, limits how long each peer may take, and ends a connection
 //! once its peer has left.
 
 use super::connections::{Connections, Full, Peer, connections_max};

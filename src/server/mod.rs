@@ -1,4 +1,4 @@
-//! The HTTP surface over running engines: OpenAI routes with Targon's rules.
+//! Serves running engines over HTTP: OpenAI routes with Targon's rules.
 //!
 //! [`router`] makes the routes (tests call them without a socket), [`serve`](listen::serve) runs
 //! them on a listener until it is told to stop, then drains. Requests pass the [`door`]; handlers

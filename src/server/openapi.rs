@@ -1,4 +1,4 @@
-//! The description of the API at `/api-doc/openapi.json`, and a viewer at `/docs`.
+//! Describes the API at `/api-doc/openapi.json`, with a viewer at `/docs`.
 
 use super::operations::{metrics, status};
 use super::{handlers, tokens};

@@ -1,5 +1,5 @@
-//! The page at `/`, where a person can chat with a model and look at its tokens. It consists of
-//! plain files and loads nothing from other hosts.
+//! Serves the page at `/`, where a person can chat with a model and look at its tokens. The page
+//! consists of plain files and loads nothing from other hosts.
 
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};

@@ -1,4 +1,4 @@
-//! The refusals of the API, for its description.
+//! Lists the refusals of the API, for its description.
 
 use crate::wire::openai::ErrorBody;
 use utoipa::IntoResponses;

@@ -1,4 +1,4 @@
-//! The models of this process: each loading, ready or failed, on its own.
+//! Lists the models of this process: each is loading, ready or failed, on its own.
 
 use super::error::ApiError;
 use crate::engine::Engine;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// One model that is served, or should be.
 #[derive(Clone)]
-pub struct Entry {
+pub struct ModelEntry {
     /// What requests call it.
     pub name: String,
     /// The commit or file it comes from, once known.
@@ -55,13 +55,16 @@ impl State {
 
 /// All models, shared by the handlers and the loaders.
 #[derive(Clone, Default)]
-pub struct Registry(Arc<RwLock<Vec<Entry>>>);
+pub struct Registry(Arc<RwLock<Vec<ModelEntry>>>);
 
 impl Registry {
     /// Announces models that are about to load.
     pub fn announce(&self, names: impl IntoIterator<Item = String>) {
-        let entries =
-            names.into_iter().map(|name| Entry { name, revision: None, state: State::Loading });
+        let entries = names.into_iter().map(|name| ModelEntry {
+            name,
+            revision: None,
+            state: State::Loading,
+        });
         self.0.write().extend(entries);
     }
 
@@ -79,7 +82,7 @@ impl Registry {
     }
 
     /// All models as they are now.
-    pub fn entries(&self) -> Vec<Entry> {
+    pub fn entries(&self) -> Vec<ModelEntry> {
         self.0.read().clone()
     }
 

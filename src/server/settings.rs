@@ -1,4 +1,4 @@
-//! What an operator sets, and may change while the server runs.
+//! Defines what an operator sets, and may change while the server runs.
 
 use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};

@@ -1,4 +1,5 @@
-//! What handlers share: the models, the defaults, and whether the server still takes requests.
+//! Holds what handlers share: the models, the defaults, and whether the server still takes
+//! requests.
 
 use super::door::Gate;
 use super::error::{ApiError, echo};

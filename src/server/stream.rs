@@ -1,4 +1,4 @@
-//! A response as server-sent events.
+//! Sends a response as server-sent events.
 
 use super::error::ApiError;
 use super::state::InFlight;

@@ -1,4 +1,4 @@
-//! The routes of a subnet's miner, behind its [`Gate`].
+//! Defines the routes of a subnet's miner, behind its [`Gate`].
 
 use super::door::access;
 use super::door::models::{ListShape, WantedModels};

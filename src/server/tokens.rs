@@ -1,4 +1,4 @@
-//! Texts to ids and back, without the model.
+//! Turns texts into ids and back over HTTP, without running the model.
 
 use super::error::ApiError;
 use super::handlers::route;

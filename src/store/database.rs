@@ -1,10 +1,10 @@
-//! A store that is open: the connections that write and read it.
+//! Opens a store, and keeps the connections that write and read it.
 
 use super::error::{Cause, StoreError};
 use super::lock::Lock;
-use super::place::{Place, sqlite_url};
+use super::place::{Location, sqlite_url};
 use super::schema::{self, VERSIONS};
-use super::session::{Access, Connections, LIMITS, Session, SessionLimits};
+use super::session::{Access, ConnectionPool, LIMITS, Session, SessionLimits};
 use crate::clock::Clock;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -20,10 +20,10 @@ const OPEN: &str = "open the store";
 pub struct Store(Arc<Inner>);
 
 struct Inner {
-    place: Place,
-    reads: Arc<Connections>,
+    place: Location,
+    reads: Arc<ConnectionPool>,
     /// None where the store is only read.
-    writes: Option<Arc<Connections>>,
+    writes: Option<Arc<ConnectionPool>>,
     /// Names this run of the program, as the one that may send the weights that it planned.
     planner: String,
     clock: Clock,
@@ -47,16 +47,16 @@ impl Store {
     /// # Errors
     /// When it cannot be reached, or its schema is not the one of this program.
     pub async fn open_to_read(url: &str) -> Result<Self, StoreError> {
-        let place = located(Place::parse(url)?)?;
+        let place = located(Location::parse(url)?)?;
         let refuse = |cause| failed(&place, cause);
         let (url, file) = match &place {
-            Place::Sqlite(path) => {
+            Location::Sqlite(path) => {
                 let file = identity(path).map_err(|e| refuse(Cause::File(e)))?;
                 (sqlite_url(path, "ro").map_err(refuse)?, Some(file))
             }
-            Place::Postgres(postgres) => (postgres.url.to_string(), None),
+            Location::Postgres(postgres) => (postgres.url.to_string(), None),
         };
-        let reads = Connections::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX, LIMITS);
+        let reads = ConnectionPool::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX, LIMITS);
         let reads = Arc::new(reads.map_err(refuse)?);
         let mut session = reads.begin(OPEN).await?;
         schema::check(&mut session, &place, VERSIONS).await?;
@@ -70,35 +70,35 @@ impl Store {
         versions: &[&str],
         limits: SessionLimits,
     ) -> Result<Self, StoreError> {
-        let place = located(Place::parse(url)?)?;
+        let place = located(Location::parse(url)?)?;
         let refuse = |cause| failed(&place, cause);
         let (url, max, lock) = match &place {
-            Place::Sqlite(path) => {
+            Location::Sqlite(path) => {
                 let lock = Lock::take(path).map_err(refuse)?;
                 create(path).map_err(|e| refuse(Cause::File(e)))?;
                 (sqlite_url(path, "rw").map_err(refuse)?, 1, Some(lock))
             }
-            Place::Postgres(postgres) => (postgres.url.to_string(), CONNECTIONS_MAX, None),
+            Location::Postgres(postgres) => (postgres.url.to_string(), CONNECTIONS_MAX, None),
         };
-        let writes = Connections::new(place.clone(), &url, Access::Write, max, limits);
+        let writes = ConnectionPool::new(place.clone(), &url, Access::Write, max, limits);
         let writes = Arc::new(writes.map_err(refuse)?);
         let mut session = writes.begin(OPEN).await?;
         check_journal(&mut session, &place).await?;
         schema::migrate(&mut session, &place, versions).await?;
         session.commit().await?;
-        let reads = Connections::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX, limits);
+        let reads = ConnectionPool::new(place.clone(), &url, Access::Read, CONNECTIONS_MAX, limits);
         let reads = Arc::new(reads.map_err(refuse)?);
         let file = match &place {
-            Place::Sqlite(path) => Some(identity(path).map_err(|e| refuse(Cause::File(e)))?),
-            Place::Postgres(_) => None,
+            Location::Sqlite(path) => Some(identity(path).map_err(|e| refuse(Cause::File(e)))?),
+            Location::Postgres(_) => None,
         };
         Ok(Self::of(place, reads, Some(writes), file, lock))
     }
 
     fn of(
-        place: Place,
-        reads: Arc<Connections>,
-        writes: Option<Arc<Connections>>,
+        place: Location,
+        reads: Arc<ConnectionPool>,
+        writes: Option<Arc<ConnectionPool>>,
         file: Option<(u64, u64)>,
         lock: Option<Lock>,
     ) -> Self {
@@ -157,7 +157,7 @@ impl Store {
 
     /// SQLite would go on to write a file that was removed, and all would be lost with the process.
     fn check_file(&self, operation: &str) -> Result<(), StoreError> {
-        let (Place::Sqlite(path), Some(opened)) = (&self.0.place, self.0.file) else {
+        let (Location::Sqlite(path), Some(opened)) = (&self.0.place, self.0.file) else {
             return Ok(());
         };
         match identity(path) {
@@ -167,7 +167,7 @@ impl Store {
     }
 }
 
-fn failed(place: &Place, cause: Cause) -> StoreError {
+fn failed(place: &Location, cause: Cause) -> StoreError {
     StoreError { database: place.shown(), operation: OPEN.to_owned(), cause }
 }
 
@@ -183,8 +183,8 @@ fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
 }
 
 /// One name for each file: absolute, through links, so that two names cannot mean two locks.
-fn located(place: Place) -> Result<Place, StoreError> {
-    let Place::Sqlite(path) = &place else { return Ok(place) };
+fn located(place: Location) -> Result<Location, StoreError> {
+    let Location::Sqlite(path) = &place else { return Ok(place) };
     let found = std::fs::canonicalize(path).or_else(|_| {
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
@@ -194,14 +194,14 @@ fn located(place: Place) -> Result<Place, StoreError> {
         Ok(std::fs::canonicalize(directory)?.join(name))
     });
     match found {
-        Ok(path) => Ok(Place::Sqlite(path)),
+        Ok(path) => Ok(Location::Sqlite(path)),
         Err(e) => Err(failed(&place, Cause::File(e))),
     }
 }
 
 /// A file system without shared memory has no such journal, and SQLite says so only when asked.
-async fn check_journal(session: &mut Session, place: &Place) -> Result<(), StoreError> {
-    let Place::Sqlite(_) = place else { return Ok(()) };
+async fn check_journal(session: &mut Session, place: &Location) -> Result<(), StoreError> {
+    let Location::Sqlite(_) = place else { return Ok(()) };
     let rows = session.rows("PRAGMA journal_mode", Vec::new()).await?;
     let mode: Option<String> = rows.first().and_then(|row| sqlx::Row::try_get(row, 0).ok());
     match mode.as_deref() {

@@ -1,4 +1,4 @@
-//! What can go wrong with a store: which database, what was to be done, and the cause.
+//! Defines what can go wrong with a store: which database, what was to be done, and the cause.
 
 use std::fmt;
 use std::io;

@@ -1,5 +1,5 @@
-//! What is known of a miner over many answers, for each model: the state of the sequential tests,
-//! as JSON that only `verify` reads.
+//! Stores what is known of a miner over many answers, for each model: the state of the sequential
+//! tests, as JSON that only `verify` reads.
 
 use super::database::Store;
 use super::error::StoreError;

@@ -1,4 +1,4 @@
-//! All rows of a table, page after page, for whoever wants the data elsewhere. A page is a
+//! Reads all rows of a table, page after page, for whoever wants the data elsewhere. A page is a
 //! transaction of its own: a slow reader delays neither the validator nor the database's
 //! maintenance.
 

@@ -1,4 +1,5 @@
-//! Which hotkey holds which uid. A new hotkey at a uid gets none of the samples of the one before.
+//! Stores which hotkey holds which uid. A new hotkey at a uid gets none of the samples of the one
+//! before.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

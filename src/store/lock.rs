@@ -1,4 +1,4 @@
-//! One writer for each SQLite file: a lock on a file beside it, which ends with its process.
+//! Allows one writer for each SQLite file: a lock on a file beside it ends with its process.
 //!
 //! The lock is not on the database itself: closing any descriptor of that file would give up the
 //! locks that SQLite holds on it.

@@ -1,5 +1,5 @@
-//! The records of a validator: rounds, verdicts, samples, weights and evidence, in SQLite or in
-//! PostgreSQL by the same queries.
+//! Stores the records of a validator: rounds, verdicts, samples, weights and evidence, in SQLite or
+//! in PostgreSQL by the same queries.
 //!
 //! [`Store`] is the database, [`record`] has the data. When `save_round` or `plan_weights` has
 //! returned, the data is committed: it is on the disk with SQLite, and as safe as the server makes

@@ -1,4 +1,4 @@
-//! Where a store is: a SQLite file or a PostgreSQL database, and how it is called without its
+//! Parses where a store is, a SQLite file or a PostgreSQL database, and names it without its
 //! password.
 
 use super::error::{Cause, StoreError};
@@ -34,7 +34,7 @@ const ENCODE: &str = "the form is postgres://USER:PASSWORD@HOST:PORT/DATABASE; i
 
 /// Where a store is.
 #[derive(Clone)]
-pub(super) enum Place {
+pub(super) enum Location {
     /// A SQLite file.
     Sqlite(PathBuf),
     /// A PostgreSQL database.
@@ -50,7 +50,7 @@ pub(super) struct Postgres {
     secrets: Vec<String>,
 }
 
-impl Place {
+impl Location {
     /// Reads a path or a URL.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
-//! Records of a validator, as plain data: the round machine makes them, the store keeps them,
-//! scores and `explain` read them.
+//! Defines the records of a validator as plain data: the round machine makes them, the store keeps
+//! them, and scores and `explain` read them.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! Rounds and what each miner did in them.
+//! Stores and reads rounds and what each miner did in them.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

@@ -1,4 +1,5 @@
-//! Records into statements and rows into records: names, bounds, and what each column holds.
+//! Converts records into statements and rows into records: names, bounds, and what each column
+//! holds.
 
 use super::error::Cause;
 use super::session::Bound;

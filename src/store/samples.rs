@@ -1,4 +1,4 @@
-//! What scores are made of: each miner's newest samples for each model.
+//! Reads what scores are made of: each miner's newest samples for each model.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

@@ -1,8 +1,8 @@
-//! The schema and its versions. A version is never changed once it was released; the next one is a
-//! file that changes what the last one made.
+//! Creates and upgrades the schema. A version is never changed once it was released; the next one
+//! is a file that changes what the last one made.
 
 use super::error::{Cause, StoreError};
-use super::place::Place;
+use super::place::Location;
 use super::session::Session;
 
 /// What makes each version of the one before it, the first of an empty database.
@@ -17,10 +17,10 @@ const MIGRATION_LOCK: i64 = 0x7461_7267_6f6e;
 /// When the database was written by a newer program, or holds something else.
 pub(super) async fn migrate(
     session: &mut Session,
-    place: &Place,
+    place: &Location,
     versions: &[&str],
 ) -> Result<(), StoreError> {
-    if let Place::Postgres(_) = place {
+    if let Location::Postgres(_) = place {
         session
             .rows("SELECT 1 FROM pg_advisory_xact_lock($1)", vec![MIGRATION_LOCK.into()])
             .await?;
@@ -48,7 +48,7 @@ pub(super) async fn migrate(
 /// When it is older or newer, or there is none.
 pub(super) async fn check(
     session: &mut Session,
-    place: &Place,
+    place: &Location,
     versions: &[&str],
 ) -> Result<(), StoreError> {
     let known = versions.len() as u64;
@@ -64,12 +64,12 @@ pub(super) async fn check(
 }
 
 /// The schema's version, if there is a schema.
-async fn version(session: &mut Session, place: &Place) -> Result<Option<u64>, StoreError> {
+async fn version(session: &mut Session, place: &Location) -> Result<Option<u64>, StoreError> {
     let exists = match place {
-        Place::Sqlite(_) => {
+        Location::Sqlite(_) => {
             "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name = 'targon_schema'"
         }
-        Place::Postgres(_) => {
+        Location::Postgres(_) => {
             "SELECT COUNT(*) FROM pg_class WHERE oid = to_regclass('targon_schema')"
         }
     };
@@ -84,8 +84,8 @@ async fn version(session: &mut Session, place: &Place) -> Result<Option<u64>, St
 }
 
 /// A SQLite file has one owner; a PostgreSQL database may have several.
-async fn refuse_others(session: &mut Session, place: &Place) -> Result<(), StoreError> {
-    let Place::Sqlite(_) = place else { return Ok(()) };
+async fn refuse_others(session: &mut Session, place: &Location) -> Result<(), StoreError> {
+    let Location::Sqlite(_) = place else { return Ok(()) };
     let tables = "SELECT COUNT(*) FROM sqlite_master";
     if session.integer(tables, Vec::new()).await?.unwrap_or(0) == 0 {
         return Ok(());

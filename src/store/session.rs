@@ -1,11 +1,11 @@
-//! Connections to a database, and transactions on them.
+//! Opens connections to a database, and runs transactions on them.
 //!
 //! Every statement runs in a transaction and is prepared without a name, so that poolers that hand
 //! out connections by session or by transaction both work. Every wait has a limit. A transaction
 //! that is not finished, for whatever reason, closes its connection: nothing of it remains.
 
 use super::error::{Cause, StoreError};
-use super::place::Place;
+use super::place::Location;
 use parking_lot::Mutex;
 use sqlx::any::{AnyArguments, AnyConnectOptions, AnyRow};
 use sqlx::query::Query;
@@ -134,8 +134,8 @@ pub(super) enum Access {
 }
 
 /// Connections of one kind to one database.
-pub(super) struct Connections {
-    place: Place,
+pub(super) struct ConnectionPool {
+    place: Location,
     options: AnyConnectOptions,
     setup: Option<&'static str>,
     begin: &'static str,
@@ -146,10 +146,10 @@ pub(super) struct Connections {
     limits: SessionLimits,
 }
 
-impl Connections {
+impl ConnectionPool {
     /// Up to `max` connections for `access` by the driver's `url`; none is made yet.
     pub(super) fn new(
-        place: Place,
+        place: Location,
         url: &str,
         access: Access,
         max: u32,
@@ -160,10 +160,10 @@ impl Connections {
             url.parse().map_err(|e: sqlx::Error| Cause::Place(place.scrub(e.to_string())))?;
         let options = sqlx::ConnectOptions::disable_statement_logging(options);
         let (setup, begin) = match (&place, access) {
-            (Place::Sqlite(_), Access::Write) => (Some(SQLITE_WRITER), SQLITE_WRITE),
-            (Place::Sqlite(_), Access::Read) => (Some(SQLITE_READER), SQLITE_READ),
-            (Place::Postgres(_), Access::Write) => (None, POSTGRES_WRITE),
-            (Place::Postgres(_), Access::Read) => (None, POSTGRES_READ),
+            (Location::Sqlite(_), Access::Write) => (Some(SQLITE_WRITER), SQLITE_WRITE),
+            (Location::Sqlite(_), Access::Read) => (Some(SQLITE_READER), SQLITE_READ),
+            (Location::Postgres(_), Access::Write) => (None, POSTGRES_WRITE),
+            (Location::Postgres(_), Access::Read) => (None, POSTGRES_READ),
         };
         let permits = Arc::new(Semaphore::new(max as usize));
         let idle = Mutex::new(Vec::new());
@@ -251,7 +251,7 @@ fn words(error: &sqlx::Error) -> String {
 
 /// A transaction.
 pub(super) struct Session {
-    connections: Arc<Connections>,
+    connections: Arc<ConnectionPool>,
     operation: String,
     connection: Option<AnyConnection>,
     _permit: OwnedSemaphorePermit,
@@ -329,7 +329,7 @@ impl Session {
         Ok(())
     }
 
-    fn parts(&mut self) -> Result<(&Arc<Connections>, &mut AnyConnection), StoreError> {
+    fn parts(&mut self) -> Result<(&Arc<ConnectionPool>, &mut AnyConnection), StoreError> {
         match &mut self.connection {
             Some(connection) => Ok((&self.connections, connection)),
             None => {

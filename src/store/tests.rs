@@ -1,7 +1,7 @@
 //! The same tests run on SQLite, and on PostgreSQL where `TARGON_TEST_POSTGRES` names a server:
 //! each in a database of its own.
 
-use super::place::Place;
+use super::place::Location;
 use super::record::{Outcome, Response, Round, Sampled, Timing, Weights, WeightsState};
 use super::schema::VERSIONS;
 use super::session::{LIMITS, SessionLimits};
@@ -879,12 +879,12 @@ fn a_server_without_encryption_is_refused_where_the_url_demands_it() {
 
 #[test]
 fn passwords_are_never_shown() {
-    let shown = |url| Place::parse(url).ok().unwrap().shown();
+    let shown = |url| Location::parse(url).ok().unwrap().shown();
     let url = "postgres://me:s%40crt@db.example.com:6543/postgres?sslmode=require";
     assert_eq!(shown(url), "postgres://me@db.example.com:6543/postgres");
     let asked = "postgresql://db.example.com/x?user=me&password=s3crt";
     assert_eq!(shown(asked), "postgres://db.example.com/x");
-    let scrubbed = |url, words: &str| Place::parse(url).ok().unwrap().scrub(words.to_owned());
+    let scrubbed = |url, words: &str| Location::parse(url).ok().unwrap().scrub(words.to_owned());
     assert_eq!(scrubbed(url, "not s@crt, not s%40crt"), "not ***, not ***");
     assert_eq!(scrubbed(asked, "not s3crt"), "not ***");
     for url in [
@@ -895,17 +895,17 @@ fn passwords_are_never_shown() {
         "postgres://me:12?s3crt=@host/db",
         "postgres://me:s3crt@host:port/db",
     ] {
-        let words = Place::parse(url).err().unwrap().to_string();
+        let words = Location::parse(url).err().unwrap().to_string();
         assert!(words.contains("percent-encoded") && !words.contains("s3crt"), "{url}: {words}");
     }
-    let words = Place::parse("postgres://me@host/db?pgbouncer=true").err().unwrap().to_string();
+    let words = Location::parse("postgres://me@host/db?pgbouncer=true").err().unwrap().to_string();
     assert!(words.contains("the parameter `pgbouncer` is unknown; known are"), "{words}");
     for (url, why) in [
         ("sqlite://", "it names no file"),
         ("sqlite::memory:", "a store in memory would forget with the process"),
         ("sqlite://a.sqlite?mode=ro", "a SQLite URL takes no parameters"),
     ] {
-        let words = Place::parse(url).err().unwrap().to_string();
+        let words = Location::parse(url).err().unwrap().to_string();
         assert!(words.ends_with(why), "{url}: {words}");
     }
 }

@@ -1,4 +1,4 @@
-//! Verdicts over time, without what makes answers large, and one answer as a whole.
+//! Reads verdicts over time, without what makes answers large, and one answer as a whole.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

@@ -1,4 +1,4 @@
-//! Weights: written before they are sent, so that no crash and no second process sends twice.
+//! Stores weights before they are sent, so that no crash and no second process sends twice.
 
 use super::database::Store;
 use super::error::{Cause, StoreError};

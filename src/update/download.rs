@@ -1,4 +1,4 @@
-//! Reading a release from its server: bounded in bytes, in time, and to one host.
+//! Reads a release from its server: bounded in bytes, in time, and to one host.
 
 use super::refusal::UpdateError;
 use super::release::Build;

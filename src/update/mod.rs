@@ -1,5 +1,5 @@
-//! Updates of the program by itself: a list at a URL names the newest release, a minisign key says
-//! whose releases count.
+//! Updates the program: a list at a URL names the newest release, and a minisign key says whose
+//! releases count.
 //!
 //! [`Updater::look`] reads the list, and where it names a newer version, downloads the file for
 //! this machine beside the running one, checks length, SHA-256 and signature, and lets it say its

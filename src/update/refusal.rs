@@ -1,4 +1,4 @@
-//! Errors of an update. After each of them the running program stays in place.
+//! Defines the errors of an update. After each of them the running program stays in place.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};

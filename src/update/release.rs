@@ -1,4 +1,4 @@
-//! A release as its list describes it: what is newer, and which file is for this machine.
+//! Reads a release as its list describes it: what is newer, and which file is for this machine.
 //!
 //! The list is a JSON object at the release URL (`docs/updates.md`). It is not signed; every file
 //! is, with a trusted comment that names program, version and target, so that whoever holds the

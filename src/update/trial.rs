@@ -1,4 +1,4 @@
-//! The first minutes of a new program: where it fails in them, the old one comes back.
+//! Watches the first minutes of a new program: where it fails in them, the old one comes back.
 //!
 //! Before a program becomes a newer one it leaves a note beside it, `.NAME.trial-…`, for a start
 //! with the same arguments. The new program reads it before anything else ([`Trial::begin`]),

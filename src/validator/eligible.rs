@@ -1,4 +1,4 @@
-//! Who can be asked, and whether this validator may validate (protocol 5.1 and 5.2).
+//! Decides who can be asked, and whether this validator may validate (protocol 5.1 and 5.2).
 
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Metagraph, Neuron};
@@ -123,18 +123,9 @@ mod tests {
             version: 1,
             protocol: AXON_PROTOCOL,
         });
-        Neuron {
-            uid,
-            hotkey: Hotkey([uid as u8; 32]),
-            coldkey: Hotkey([200; 32]),
-            stake: Rao(tao * 1_000_000_000),
-            permit,
-            axon,
-            incentive: 0.0,
-            consensus: 0.0,
-            emission: Rao(0),
-            last_update: 0,
-        }
+        let stake = Rao(tao * 1_000_000_000);
+        let neuron = Neuron::new(uid, Hotkey([uid as u8; 32]), stake);
+        Neuron { coldkey: Hotkey([200; 32]), permit, axon, ..neuron }
     }
 
     fn subnet() -> Metagraph {

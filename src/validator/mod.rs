@@ -1,4 +1,4 @@
-//! The validator: signed queries, rounds of them, and weights from their results.
+//! Asks miners in rounds of signed queries, and computes weights from their results.
 //!
 //! [`round`] is a pure state machine, and [`run`] executes its actions. [`prompt`] makes the
 //! prompts of rounds, [`scores`] computes weights from their results, and [`service`] shows both to

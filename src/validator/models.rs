@@ -1,4 +1,4 @@
-//! Which models a validator asks for, and which ones a miner serves.
+//! Chooses which models a validator asks for, and learns which ones a miner serves.
 //!
 //! The list comes from this program, from a file or from a server ([`Mode`]). Miners are told it by
 //! `POST /models` and asked for theirs by `GET /models` ([`exchange`]), as validators of versions 4

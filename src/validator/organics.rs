@@ -1,5 +1,5 @@
-//! Requests of real users, as a hub sends them: they are read, scored, and reported (protocol
-//! 5.13).
+//! Handles requests of real users, as a hub sends them: they are read, scored, and reported
+//! (protocol 5.13).
 //!
 //! A hub is neither a miner nor the chain. What it reports of a miner does not change the evidence
 //! about that miner. It counts only as samples, as the scoring profile says, and only for the

@@ -1,4 +1,4 @@
-//! Prompts that no miner can have seen: a passage, a task about it, a persona and the date.
+//! Makes prompts that no miner can have seen: a passage, a task about it, a persona and the date.
 //!
 //! A [`Draft`] is drawn from a [`Passages`]. The engine may rewrite its passage into a query in
 //! words of its own: [`Draft::rewriting`] is the request for that, [`read_rewriting`] reads the

@@ -1,4 +1,5 @@
-//! One request to a miner as a validator sends it: signed, streamed, every chunk timed at the read.
+//! Sends one request to a miner as a validator does: it is signed and streamed, and every chunk is
+//! timed at the read.
 
 use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};

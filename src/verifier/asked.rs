@@ -1,6 +1,6 @@
-//! The caller's part of a body: which model, and which request. If its form is wrong, the response
-//! is a 422 as FastAPI writes it. If its form is right and it cannot be verified here, the peer is
-//! not at fault.
+//! Reads the caller's part of a body: which model, and which request. If its form is wrong, the
+//! response is a 422 as FastAPI writes it. If its form is right and it cannot be verified here, the
+//! peer is not at fault.
 
 use super::reply::{Refusal, fault};
 use super::scan::members;

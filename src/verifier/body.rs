@@ -18,16 +18,16 @@ const DISCARDED_BYTES_MAX: usize = 256 << 20;
 
 /// The room for bodies.
 #[derive(Clone)]
-pub(super) struct Bodies(Arc<Semaphore>);
+pub(super) struct BodyMemory(Arc<Semaphore>);
 
 /// A body, and its part of the room until dropped.
-pub(super) struct Held {
+pub(super) struct ReceivedBody {
     /// What arrived; `None` where it is more than the limit.
     pub(super) bytes: Option<Vec<u8>>,
     _room: OwnedSemaphorePermit,
 }
 
-impl Bodies {
+impl BodyMemory {
     pub(super) fn new() -> Self {
         Self(Arc::new(Semaphore::new(HELD_BYTES_MAX / UNIT)))
     }
@@ -38,7 +38,7 @@ impl Bodies {
         headers: &HeaderMap,
         body: Body,
         (most, time): (usize, Duration),
-    ) -> Result<Held, Refusal> {
+    ) -> Result<ReceivedBody, Refusal> {
         let announced =
             headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
         let room = announced.unwrap_or(most).min(most).min(HELD_BYTES_MAX).div_ceil(UNIT);
@@ -59,7 +59,7 @@ impl Bodies {
             Ok(Ok(())) | Err(_) => {}
         }
         let bytes = (!is_over(&arrived)).then_some(arrived.kept);
-        Ok(Held { bytes, _room: room })
+        Ok(ReceivedBody { bytes, _room: room })
     }
 }
 

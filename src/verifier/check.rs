@@ -1,8 +1,8 @@
-//! `/verify`: checks an answer against the request.
+//! Answers `/verify`: checks an answer against the request.
 
 use super::Service;
 use super::asked::{VerifyBody, understand};
-use super::body::Held;
+use super::body::ReceivedBody;
 use super::lead::readings;
 use super::reply::{Refusal, VerifyReply};
 use super::sent::{Bounds, Sent};
@@ -93,7 +93,7 @@ async fn checked(
     }
 }
 
-fn bytes(held: &Held) -> &[u8] {
+fn bytes(held: &ReceivedBody) -> &[u8] {
     held.bytes.as_deref().unwrap_or_default()
 }
 

@@ -1,4 +1,4 @@
-//! `/generate`: text for a validator's own prompts.
+//! Answers `/generate`: writes text for a validator's own prompts.
 
 use super::Service;
 use super::asked::understand;

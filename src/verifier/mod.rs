@@ -1,4 +1,4 @@
-//! The routes of Targon's verifier container (4.2 to 4.4): a validator uses this process by
+//! Serves the routes of Targon's verifier container (4.2 to 4.4): a validator uses this process by
 //! changing a URL. It serves several models, which `model` distinguishes.
 //!
 //! The caller of `/verify` is trusted, and the peer that gave the answer is not. `model`,

@@ -1,4 +1,4 @@
-//! The responses of the routes, with the container's messages, and their counters.
+//! Writes the responses of the routes, with the container's messages, and counts them.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -123,7 +123,7 @@ pub(super) fn again_later(mut response: Response) -> Response {
 
 /// How many answers were verified, rejected, and neither.
 #[derive(Clone, Default, Debug)]
-pub(super) struct Counts(Family<Labels, Counter>);
+pub(super) struct VerificationCounts(Family<Labels, Counter>);
 
 #[derive(Clone, PartialEq, Eq, Hash, EncodeLabelSet, Debug)]
 struct Labels {
@@ -131,7 +131,7 @@ struct Labels {
     cause: &'static str,
 }
 
-impl Counts {
+impl VerificationCounts {
     /// Counts an answer.
     pub(super) fn count(&self, outcome: &Result<VerifyReply, Refusal>) {
         let (verdict, cause) = match outcome {
@@ -144,7 +144,7 @@ impl Counts {
     }
 }
 
-impl Collector for Counts {
+impl Collector for VerificationCounts {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let (name, help) = ("targon_verifications", "Answers by verdict and cause");
         self.0.encode(encoder.encode_descriptor(name, help, None, self.0.metric_type())?)

@@ -1,4 +1,4 @@
-//! Where values of a JSON text begin and end, whatever they are: the text was written by the
+//! Finds where values of a JSON text begin and end, whatever they are: the text was written by the
 //! caller, values in it by a peer. Python writes `NaN` and halves of surrogate pairs for what a
 //! peer can send, which no strict parser takes, and that must not make the whole text unreadable.
 

@@ -1,4 +1,4 @@
-//! The peer's part of a body, `output_sequence`: read without trusting anything. Whatever is wrong
+//! Reads the peer's part of a body, `output_sequence`, without trusting anything. Whatever is wrong
 //! with it is a rejection.
 
 use super::scan::Elements;

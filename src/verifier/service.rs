@@ -1,7 +1,7 @@
-//! The service that all routes share: models, limits on what runs, counters.
+//! Holds the service that all routes share: models, limits on what runs, counters.
 
-use super::body::Bodies;
-use super::reply::Counts;
+use super::body::BodyMemory;
+use super::reply::VerificationCounts;
 use super::sent;
 use crate::clock::Clock;
 use crate::intake::translate::Defaults;
@@ -26,10 +26,10 @@ pub(super) const RUNNING_MAX: usize = 2;
 pub struct Service {
     pub(super) state: ServerState,
     pub(super) pool: Pool,
-    pub(super) bodies: Bodies,
+    pub(super) bodies: BodyMemory,
     pub(super) slots: Arc<Semaphore>,
     pub(super) running: Arc<Semaphore>,
-    pub(super) counts: Counts,
+    pub(super) counts: VerificationCounts,
     /// Bytes of the longest token of each model, once they were counted.
     pub(super) longest: Arc<parking_lot::Mutex<HashMap<String, usize>>>,
 }
@@ -38,7 +38,7 @@ impl Service {
     /// Over the models of `registry` as they become ready. Of `settings` only the limits count: the
     /// container has no keys, and no pages ask it.
     pub fn new(registry: Registry, settings: &Settings, clock: Clock, pool: &Pool) -> Self {
-        let counts = Counts::default();
+        let counts = VerificationCounts::default();
         let state = ServerState::new(registry, Defaults::TARGON, clock);
         let state = state.counting(Box::new(counts.clone()));
         let (keys, cors_origins) = (ApiKeys::default(), Vec::new());
@@ -47,7 +47,7 @@ impl Service {
             state,
             // One account of compute time for all that is verified, beside the engines' own.
             pool: pool.separate(),
-            bodies: Bodies::new(),
+            bodies: BodyMemory::new(),
             slots: Arc::new(Semaphore::new(REQUESTS_MAX)),
             running: Arc::new(Semaphore::new(RUNNING_MAX)),
             counts,

@@ -1,5 +1,5 @@
-//! Exact confidence bounds on the probability of an event that was counted (Clopper and Pearson,
-//! 1934). They are never narrower than they claim.
+//! Computes exact confidence bounds on the probability of an event that was counted (Clopper and
+//! Pearson, 1934). They are never narrower than they claim.
 
 /// How often a bound may miss.
 const MISS: f64 = 0.05;

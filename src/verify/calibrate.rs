@@ -1,4 +1,4 @@
-//! From honest answers to limits: what miners of one class measured on one half of the prompts
+//! Derives limits from honest answers: what miners of one class measured on one half of the prompts
 //! becomes limits, and the other half says how often these reject an honest answer.
 //!
 //! Answers to the same prompt stay on one side: their errors are alike. A limit is the largest

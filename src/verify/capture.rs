@@ -1,5 +1,4 @@
-//! Captured answers: a request with the response that a client received, checked as it was
-//! received.
+//! Checks captured answers: a request with the response that a client received, as it was received.
 //!
 //! A [`Capture`] is one line of a file. [`check_capture`] reads the request as a server does
 //! ([`Question`]), parses the response ([`Answer`]), writes it again and compares every field

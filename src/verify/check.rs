@@ -1,4 +1,4 @@
-//! The check of one answer: first what needs no model, then one prefill and the checks of its rows.
+//! Checks one answer: first what needs no model, then one prefill and the checks of its rows.
 
 use super::places::{prompt_rows, random_rows, random_stop};
 use super::prefill::{IsWanted, Prefix};

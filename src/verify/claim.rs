@@ -1,4 +1,4 @@
-//! An answer with the request that it claims to answer, and the kind of check.
+//! Defines a claim: an answer with the request that it says it answers, and the kind of check.
 
 use super::answer::Answer;
 use crate::chain::keys::Hotkey;

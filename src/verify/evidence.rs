@@ -1,4 +1,4 @@
-//! Evidence over many answers of one miner: mild cheats that no single answer shows.
+//! Sums evidence over many answers of one miner: mild cheats that no single answer shows.
 //!
 //! Each answer adds the logarithm of a likelihood ratio, "a cheat of the mildest kind that must be
 //! seen" against "honest" ([`Calibrated`]): once for the sampler's margins, once for the energies

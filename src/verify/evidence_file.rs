@@ -1,5 +1,6 @@
-//! Evidence about miners in one JSON file. One process writes it; every change replaces the whole
-//! file before the answer is acted on. What somebody else wrote in the meantime is not replaced.
+//! Stores evidence about miners in one JSON file. One process writes it; every change replaces the
+//! whole file before the answer is acted on. What somebody else wrote in the meantime is not
+//! replaced.
 
 use super::evidence::{Evidence, EvidenceStore};
 use super::file::{FILE_BYTES_MAX, FileError, read_json, write_json};

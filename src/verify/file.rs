@@ -1,4 +1,5 @@
-//! Small JSON files that a verifier keeps: read strictly, replaced as a whole or not at all.
+//! Reads and replaces small JSON files that a verifier keeps: strictly, and as a whole or not at
+//! all.
 
 use crate::files;
 use serde::Serialize;

@@ -1,4 +1,4 @@
-//! The limits that separate honest answers from others.
+//! Defines the limits that separate honest answers from others.
 
 use super::report::{ChunkEvidence, Report};
 use super::statistic::{ByRows, Statistic};

@@ -1,4 +1,4 @@
-//! The file of [`Limits`]: what they are, and which measurement they come from.
+//! Reads and writes the file of [`Limits`]: what they are, and which measurement they come from.
 //!
 //! `calibrate` writes it from honest pairs ([`super::calibrate`]), `verify` reads it. Limits
 //! without the model, the class of miners and the counts that they rest on are refused.

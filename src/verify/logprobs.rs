@@ -1,4 +1,5 @@
-//! Reported log-probabilities beside ours: of the tokens themselves, and of their alternatives.
+//! Compares reported log-probabilities with ours: of the tokens themselves, and of their
+//! alternatives.
 //!
 //! Where hidden rows are equal bit for bit, so is what follows from them. Elsewhere a report may be
 //! off as far as logits of another stack are: limits on margins, which are differences of logits,

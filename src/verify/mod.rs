@@ -1,5 +1,4 @@
-//! Verification of answers: does this output follow from these weights, this prompt and these
-//! rules?
+//! Verifies answers: does this output follow from these weights, this prompt and these rules?
 //!
 //! One prefill over prompt and output gives everything ([`prefill`]): hidden rows for proofs,
 //! logits for ranks, log-probabilities and the sampler's margins. [`Verifier::verify`] first checks

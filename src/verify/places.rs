@@ -1,4 +1,4 @@
-//! Which rows are looked at: by chance, so that a peer cannot know them beforehand.
+//! Draws which rows are looked at, so that a peer cannot know them beforehand.
 
 use super::Depth;
 use crate::proof::CHUNK_ROWS;

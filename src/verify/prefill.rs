@@ -1,5 +1,5 @@
-//! One pass over prompt and output: what is asked of the row that each token was drawn from.
-//! Outputs of the same prompt share its keys and values ([`Prefix`]).
+//! Runs one pass over prompt and output, with what is asked of the row that each token was drawn
+//! from. Outputs of the same prompt share its keys and values ([`Prefix`]).
 
 use super::Stop;
 use crate::models::pass::{Batch, Pass, RowAsk, RowReport, Scored, blocks_of};

@@ -1,4 +1,5 @@
-//! Hidden-state proofs: what they are bound to, their chain, and how far their rows are from ours.
+//! Checks hidden-state proofs: what they are bound to, their chain, and how far their rows are from
+//! ours.
 
 use super::answer::Answer;
 use super::structure::End;

@@ -1,4 +1,4 @@
-//! A request as the verifier reads it: what the engine was asked, and how the answer is written.
+//! Reads a request as the verifier does: what the engine was asked, and how the answer is written.
 
 use super::Verifier;
 use super::answer::{RawResponse, id_of_name};

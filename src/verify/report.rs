@@ -1,5 +1,5 @@
-//! What was found of an answer: the verdict, and the evidence of its rows and of the chunks of its
-//! proof.
+//! Holds what was found of an answer: the verdict, and the evidence of its rows and of the chunks
+//! of its proof.
 
 use super::verdict::Verdict;
 use crate::proof::toploc;

@@ -1,4 +1,4 @@
-//! The rows of an output: what is asked of each, and what is found of its token: rank,
+//! Scores the rows of an output: what is asked of each, and what is found of its token: rank,
 //! log-probability, and the sampler's margin where its noise is known.
 
 use super::logprobs::Tops;

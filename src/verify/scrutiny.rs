@@ -1,5 +1,5 @@
-//! How closely answers are looked at: when rows are computed a second time (`twin.rs`), whether
-//! known cheats are tried, and whether a check may stop early.
+//! Decides how closely answers are looked at: when rows are computed a second time (`twin.rs`),
+//! whether known cheats are tried, and whether a check may stop early.
 
 use super::limits::Limits;
 use super::report::Report;

@@ -1,5 +1,5 @@
-//! One number for the rows of an answer: their trimmed mean, and its limit by how many rows there
-//! are.
+//! Computes one number for the rows of an answer: their trimmed mean, and its limit by how many
+//! rows there are.
 //!
 //! Honest noise varies from row to row by a factor of ten, and a few rows of an honest answer lie
 //! far out, so the largest chunk says little about mild cheats. Without a tenth of the rows at

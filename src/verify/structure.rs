@@ -1,4 +1,4 @@
-//! What needs no forward pass: counts, ids, text, stop rules, weight values.
+//! Checks what needs no forward pass: counts, ids, text, stop rules, weight values.
 
 use super::{Claim, Reason, Rejection, Stop};
 use crate::engine::draw::Draw;

@@ -1,7 +1,7 @@
-//! The rules of Targon's verifier 4.2 to 4.4 over ranks and log-probabilities, read from one pass
-//! over ids. Where the original could be bypassed or crashed, the rule is corrected: the mean
-//! agreement counts, all end tokens count, ids and text are tied together before, certainty that
-//! the model does not have counts however it is written, and nothing divides by zero.
+//! Applies the rules of Targon's verifier 4.2 to 4.4 over ranks and log-probabilities, read from
+//! one pass over ids. Where the original could be bypassed or crashed, the rule is corrected: the
+//! mean agreement counts, all end tokens count, ids and text are tied together before, certainty
+//! that the model does not have counts however it is written, and nothing divides by zero.
 
 use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};

@@ -1,4 +1,4 @@
-//! A second computation of an answer's rows, in the arithmetic of an honest stack of 16 bits: how
+//! Computes an answer's rows a second time, in the arithmetic of an honest stack of 16 bits: how
 //! far may an honest row be from ours, and in which direction would a cheat have moved it?
 //!
 //! The twin ([`Rounding::Everywhere`]) says for every row how much rounding moves it: by a factor

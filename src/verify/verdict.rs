@@ -1,4 +1,4 @@
-//! What verification ends in, and why.
+//! Defines what verification ends in, and why.
 //!
 //! What the peer sent can at worst be rejected; trouble of ours leaves an answer unscored.
 

@@ -1,4 +1,4 @@
-//! Message formats that several programs speak: serde types and their rules, no I/O.
+//! Defines message formats that several programs speak: serde types and their rules, without I/O.
 
 pub mod openai;
 pub mod python;

@@ -1,4 +1,4 @@
-//! Values as Python writes them: signatures and templates depend on every byte.
+//! Writes values as Python does: signatures and templates depend on every byte.
 
 use serde_json::Value;
 

@@ -71,6 +71,11 @@ macro_rules! golden_tests {
 #[allow(unused_imports, reason = "each test uses its part")]
 pub(crate) use golden_tests;
 
+/// The golden checkpoint of a family; without a name, the directory that holds them all.
+pub fn golden(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family)
+}
+
 /// SmolLM2-135M-Instruct, where `scripts/fetch-model` puts it.
 pub fn smollm2() -> PathBuf {
     let file = "SmolLM2-135M-Instruct.Q4_1.gguf";

@@ -3,7 +3,6 @@
 //! hidden rows and logits must agree bit for bit.
 
 use crate::common::{self, FAMILIES};
-use std::path::Path;
 use std::sync::Arc;
 use targon_engine::engine::output::Step;
 use targon_engine::engine::request::Request;
@@ -28,7 +27,7 @@ struct Bench {
 
 impl Bench {
     fn new(family: &str, isa: Isa, threads: usize) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+        let dir = common::golden(family);
         let pool = Pool::new(threads, isa).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let decoder = common::decoder(&checkpoint, None, &pool).unwrap();

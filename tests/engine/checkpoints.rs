@@ -341,8 +341,7 @@ fn packed(config: &Path, tensors: &Tensors) -> Result<Decoder, String> {
 
 #[test]
 fn a_checkpoint_has_the_tensors_of_its_configuration_and_no_others() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden");
-    for family in std::fs::read_dir(golden).unwrap().map(|e| e.unwrap().path()) {
+    for family in std::fs::read_dir(common::golden("")).unwrap().map(|e| e.unwrap().path()) {
         let tensors = stored(&family);
         let spec = packed(&family, &tensors).unwrap().spec;
         let mut names = spec.tensor_names();

@@ -179,7 +179,7 @@ fn safetensors_headers() {
     );
 }
 
-fn read_header(file: &[u8]) -> Result<Vec<header::Entry>, LoadError> {
+fn read_header(file: &[u8]) -> Result<Vec<header::TensorEntry>, LoadError> {
     header::read(Path::new("m"), file.len() as u64, |bytes, at| {
         bytes.copy_from_slice(&file[at as usize..][..bytes.len()]);
         Ok(())

@@ -4,8 +4,8 @@
 //! tight; against plain f32 the roundings show as well. A wrong window, cap, bias or rotation is
 //! orders of magnitude above either limit.
 
+use crate::common::golden;
 use safetensors::SafeTensors;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::CpuPass;
@@ -20,10 +20,6 @@ const CANON_ERROR_MAX: f64 = 3e-3;
 /// Against plain f32, in units of transformers' own change under the same roundings, which is
 /// between 9e-4 (f16) and 3e-2 (a mixture whose routing flips). Measured: 1.00.
 const PLAIN_RATIO_MAX: f64 = 1.2;
-
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden")
-}
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
     let bytes = file.tensor(name).unwrap().data().to_vec();
@@ -58,7 +54,7 @@ fn run(decoder: &Arc<Decoder>, pool: &Pool, ids: &[u32]) -> (Vec<f32>, Vec<f32>)
 }
 
 fn check(family: &str) {
-    let dir = golden().join(family);
+    let dir = golden(family);
     let bytes = std::fs::read(dir.join("golden.safetensors")).unwrap();
     let truth = SafeTensors::deserialize(&bytes).unwrap();
     let ids = truth.tensor("ids").unwrap().data().to_vec();
@@ -84,7 +80,7 @@ crate::common::golden_tests!(check);
 
 #[test]
 fn every_golden_directory_is_checked() {
-    for entry in std::fs::read_dir(golden()).unwrap() {
+    for entry in std::fs::read_dir(golden("")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         let is_known = GOLDEN.contains(&name.as_str());
         assert!(is_known, "tests/data/golden/{name} has no test");

@@ -8,7 +8,6 @@ use axum::http::{Request as HttpRequest, StatusCode};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
-use std::path::Path;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::output::Step;
@@ -248,8 +247,7 @@ async fn bad_proof_fields_are_refused_by_name() {
 }
 
 fn golden(family: &str) -> Checkpoint {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
-    Checkpoint::open(&dir).unwrap()
+    Checkpoint::open(&common::golden(family)).unwrap()
 }
 
 /// Parameters of one layer, as vLLM registers them.

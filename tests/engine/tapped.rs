@@ -1,6 +1,6 @@
 //! Derived checkpoints: the rows they add, the files they write, and when they are built anew.
 
-use crate::common::{self, tiny_config, write_checkpoint};
+use crate::common::{self, golden, tiny_config, write_checkpoint};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -71,7 +71,7 @@ fn a_tied_head_ends_in_the_identity_and_nothing_else_changes() {
 
 #[test]
 fn only_the_shards_with_head_and_embedding_are_written_and_others_are_links() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/qwen2");
+    let source = golden("qwen2");
     let cache = tempfile::tempdir().unwrap();
     let derived = derive(cache.path(), &source).unwrap();
     let checkpoint = Checkpoint::open(&source).unwrap();
@@ -159,8 +159,6 @@ fn what_is_whole_is_used_again_and_what_is_damaged_is_built_anew() {
 #[test]
 fn heads_that_rows_do_not_come_through_are_refused_by_name() {
     let cache = tempfile::tempdir().unwrap();
-    let golden =
-        |family: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
     let error = derive(cache.path(), &golden("gemma2")).unwrap_err();
     assert!(error.contains("final_logit_softcapping"), "{error}");
     let error = derive(cache.path(), &golden("llama-linear")).unwrap_err();

@@ -2,7 +2,6 @@
 //! else, and is as deterministic; recipes move rows further.
 
 use crate::common;
-use std::path::Path;
 use std::sync::Arc;
 use targon_engine::models::Model;
 use targon_engine::models::cpu::decoder::Decoder;
@@ -18,7 +17,7 @@ const TWIN: Departure =
     Departure { rounding: Rounding::Everywhere(Dtype::Bf16), cache: None, inputs: None };
 
 fn model(family: &str, pool: &Pool) -> Model {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+    let dir = common::golden(family);
     let checkpoint = targon_engine::models::checkpoint::Checkpoint::open(&dir).unwrap();
     let decoder = Arc::new(common::decoder(&checkpoint, Some(Dtype::Bf16), pool).unwrap());
     let mut model = common::tiny_model(1, pool);

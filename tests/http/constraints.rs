@@ -9,7 +9,7 @@ use std::time::Duration;
 use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
 use targon_engine::entropy::Entropy;
-use targon_engine::intake::error::{Kind, RequestError};
+use targon_engine::intake::error::{FaultKind, RequestError};
 use targon_engine::intake::translate::Defaults;
 use targon_engine::intake::understand::Reader;
 use targon_engine::models::grammar::Grammar;
@@ -566,7 +566,11 @@ async fn what_cannot_constrain_is_refused_by_name() {
     for (extra, message) in cases {
         let error = read(&engine, extra.clone()).await.unwrap_err();
         assert!(error.message.contains(message), "{extra}: {}", error.message);
-        assert!(!error.message.contains('\n') && error.kind == Kind::Wrong, "{}", error.message);
+        assert!(
+            !error.message.contains('\n') && error.kind == FaultKind::Wrong,
+            "{}",
+            error.message
+        );
     }
     let none = json!({"tools": [f], "tool_choice": "none"});
     assert!(read(&engine, none).await.unwrap().is_none());

@@ -75,17 +75,9 @@ fn residents(site: &Site) -> Residents {
 }
 
 fn subnet() -> Subnet {
-    let neuron = |uid: u16| Neuron {
-        uid,
-        hotkey: Hotkey([uid as u8; 32]),
-        coldkey: Hotkey([9; 32]),
-        stake: Rao(0),
-        permit: false,
-        axon: None,
-        incentive: 0.0,
-        consensus: 0.0,
-        emission: Rao(0),
-        last_update: 0,
+    let neuron = |uid: u16| {
+        let hotkey = Hotkey([uid as u8; 32]);
+        Neuron { permit: false, ..Neuron::new(uid, hotkey, Rao(0)) }
     };
     let neurons = (0..6).map(neuron).collect();
     let metagraph = Metagraph::new(4, 7, Hyperparameters::default(), neurons);

@@ -288,7 +288,7 @@ async fn starts_that_cannot_work_end_at_once_with_what_is_missing() {
     let short = [
         "tiny cannot be verified: needs ",
         " with 3 contexts of 2048 tokens, but only 1.0 KiB may be",
-        "lower `context_max`, --tokens-max or --judges",
+        "lower `context_max`, --tokens-max or --checks",
     ];
     expect(1, &short, &["--allow-no-permit", "--verify-memory", "1KiB"]).await;
     // What no round can ask for takes no memory: the model's own context would be 131,072.

@@ -1,4 +1,4 @@
-//! The list of attacks: what each does, which check should detect it, and what is required.
+//! Lists the attacks: what each does, which check should detect it, and what is required.
 
 use super::results::Detector;
 use super::tamper::Tamper;

@@ -109,9 +109,9 @@ impl AttackVerifier {
     ) -> Vec<Line> {
         type Values = fn(&Report) -> &[f64];
         let of = |what: &str, values: Values, limits: Option<ByRows>| {
-            let judge = format!("{scheme}, {what}");
+            let check = format!("{scheme}, {what}");
             let limits = limits?;
-            Some(Line::of_statistic((name, &judge), detector, reports, (values, &limits)))
+            Some(Line::of_statistic((name, &check), detector, reports, (values, &limits)))
         };
         let Self(Verifier { limits, scrutiny, .. }) = self;
         let energies = of("trimmed mean", |r| &r.energies, limits.trimmed(scheme));
@@ -188,8 +188,8 @@ impl AttackVerifier {
                 }
             }
         }
-        let judge = if scheme == Scheme::Residue { WITH_MARGIN } else { scheme.name() };
-        Line::bare(attack.name, attack.detector, judge, Rate::new(refused, of))
+        let check = if scheme == Scheme::Residue { WITH_MARGIN } else { scheme.name() };
+        Line::bare(attack.name, attack.detector, check, Rate::new(refused, of))
     }
 
     fn refuses(&self, trial: &AttackedAnswer, received: &Received, variant: &Variant) -> bool {

@@ -1,4 +1,4 @@
-//! The requirements on the verifier, and whether they were met.
+//! States the requirements on the verifier, and checks whether they were met.
 
 use super::catalogue::{Attack, Goal};
 use super::check::WITH_MARGIN;
@@ -14,7 +14,7 @@ const FALSE_POSITIVES_MAX: f64 = 1e-3;
 pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) -> Vec<GoalOutcome> {
     let mut outcomes: Vec<GoalOutcome> = honest(lines).into_iter().collect();
     for attack in attacks {
-        let line = |judge: &str| lines.iter().find(|l| l.name == attack.name && l.judge == judge);
+        let line = |check: &str| lines.iter().find(|l| l.name == attack.name && l.check == check);
         let outcome = match attack.goal {
             Some(Goal::Chunks(count)) => {
                 line(Scheme::Residue.name()).and_then(|line| by_chunks(line, count))
@@ -34,7 +34,7 @@ pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) ->
 }
 
 fn honest(lines: &[Line]) -> Option<GoalOutcome> {
-    let is_it = |l: &&Line| l.name == "honest" && l.judge == WITH_MARGIN;
+    let is_it = |l: &&Line| l.name == "honest" && l.check == WITH_MARGIN;
     let rejected = lines.iter().find(is_it)?.rejected;
     let bound = upper(rejected.count, rejected.of);
     Some(GoalOutcome {
@@ -120,9 +120,9 @@ mod tests {
         assert!(outcomes(&attacks, &[replay(9)], &[])[0].is_met);
         assert!(!outcomes(&attacks, &[replay(8)], &[])[0].is_met);
         let control = |rejected, equal| {
-            let line = |judge| {
+            let line = |check| {
                 let name = "control: lockstep, nothing changed";
-                let line = Line::bare(name, Detector::Nothing, judge, Rate::new(rejected, 9));
+                let line = Line::bare(name, Detector::Nothing, check, Rate::new(rejected, 9));
                 Line { exact: Some(Rate::new(equal, 72)), ..line }
             };
             let lines = [line(WITH_MARGIN), line("residue-v1")];

@@ -1,4 +1,4 @@
-//! Answers that no prover would send. Every byte comes from the peer, so each of them must be
+//! Makes answers that no prover would send. Every byte comes from the peer, so each of them must be
 //! refused.
 
 use super::trial::relink;

@@ -70,7 +70,7 @@ fn missed(results: &Results) -> Vec<Curve> {
         let points = missed.iter().zip(1_u32..).map(|(rate, n)| (f64::from(n), rate.share()));
         Some(Curve { name: line.name.clone(), points: points.collect() })
     };
-    lines.filter(|l| l.judge == Scheme::Residue.name()).filter_map(curve).collect()
+    lines.filter(|l| l.check == Scheme::Residue.name()).filter_map(curve).collect()
 }
 
 /// Over the logarithm of the tokens.

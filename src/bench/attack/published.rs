@@ -1,5 +1,5 @@
-//! The subnet's rank rules as published (Targon 4.4.1, `verifier.py`), including their known gaps,
-//! for comparison with the corrected rules of [`crate::verify::targon`].
+//! Applies the subnet's rank rules as published (Targon 4.4.1, `verifier.py`), including their
+//! known gaps, for comparison with the corrected rules of [`crate::verify::targon`].
 //!
 //! Two rules are more lenient here than in the original: ids are taken as they are, where the
 //! original tokenises the text again, and all end tokens of the model count. The check of random

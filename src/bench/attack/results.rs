@@ -1,4 +1,4 @@
-//! What the attack bench found: plain data, as it is printed, stored and drawn.
+//! Holds what the attack bench found as plain data, as it is printed, stored and drawn.
 
 use crate::bench::stats::{Rate, Stopping, quantile};
 use crate::proof::{CHUNK_ROWS, Scheme};
@@ -53,7 +53,7 @@ pub struct Line {
     /// What should show it.
     pub detector: Detector,
     /// How it was checked.
-    pub judge: String,
+    pub check: String,
     /// Bytes of the proof.
     pub bytes_per_token: f64,
     /// Answers that were rejected: wrongly (the false-positive rate) where they are honest.
@@ -110,9 +110,9 @@ pub struct GoalOutcome {
 /// The shares that are rejected and the goals, for a terminal without tables.
 impl fmt::Display for Results {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Line { name, judge, rejected, .. } in &self.lines {
+        for Line { name, check, rejected, .. } in &self.lines {
             let rejected = format!("{}/{}", rejected.count, rejected.of);
-            writeln!(f, "{name:36} {judge:32} {rejected:>9}")?;
+            writeln!(f, "{name:36} {check:32} {rejected:>9}")?;
         }
         for (place, GoalOutcome { goal, measured, is_met }) in self.goals.iter().enumerate() {
             let end = if place > 0 { "\n" } else { "" };
@@ -124,7 +124,7 @@ impl fmt::Display for Results {
 
 impl Line {
     /// A line with the verdicts alone.
-    pub(super) fn new(name: &str, detector: Detector, judge: &str, reports: &[Report]) -> Self {
+    pub(super) fn new(name: &str, detector: Detector, check: &str, reports: &[Report]) -> Self {
         let mut reasons = BTreeMap::new();
         for report in reports {
             if let Verdict::Reject(rejection) = &report.verdict {
@@ -134,15 +134,15 @@ impl Line {
         let is_unscored = |r: &&Report| matches!(r.verdict, Verdict::Unscored(_));
         let unscored = reports.iter().filter(is_unscored).count();
         let rejected = Rate::of(reports, is_rejected);
-        Self { unscored, reasons, ..Self::bare(name, detector, judge, rejected) }
+        Self { unscored, reasons, ..Self::bare(name, detector, check, rejected) }
     }
 
     /// A line of which only one number is known.
-    pub(super) fn bare(name: &str, detector: Detector, judge: &str, rejected: Rate) -> Self {
+    pub(super) fn bare(name: &str, detector: Detector, check: &str, rejected: Rate) -> Self {
         Self {
             name: name.into(),
             detector,
-            judge: judge.into(),
+            check: check.into(),
             bytes_per_token: 0.0,
             rejected,
             unscored: 0,
@@ -193,7 +193,7 @@ impl Line {
 
     /// Checked by what all rows say together, which rejects nobody by itself.
     pub(super) fn of_statistic(
-        (name, judge): (&str, &str),
+        (name, check): (&str, &str),
         detector: Detector,
         reports: &[Report],
         (values, limits): (fn(&Report) -> &[f64], &ByRows),
@@ -207,7 +207,7 @@ impl Line {
         let suspected = Rate::of(reports, |r| is_over(r, usize::MAX));
         Self {
             missed: (detector != Detector::Nothing).then_some(missed),
-            ..Self::bare(name, detector, judge, suspected)
+            ..Self::bare(name, detector, check, suspected)
         }
     }
 
@@ -215,7 +215,7 @@ impl Line {
     pub(super) fn of_margins(
         name: &str,
         detector: Detector,
-        judge: &str,
+        check: &str,
         reports: &[Report],
     ) -> Self {
         let margins: Vec<f64> =
@@ -223,7 +223,7 @@ impl Line {
         let mean = margins.iter().sum::<f64>() / margins.len().max(1) as f64;
         Self {
             margin: (!margins.is_empty()).then_some(mean),
-            ..Self::new(name, detector, judge, reports)
+            ..Self::new(name, detector, check, reports)
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Cheaper substitutes for a model: its weights rounded more coarsely, or with parts replaced.
+//! Makes cheaper substitutes for a model: its weights are rounded more coarsely, or parts are
+//! replaced.
 
 use crate::models::checkpoint::Checkpoint;
 use crate::models::cpu::decoder::Decoder;

@@ -1,4 +1,4 @@
-//! The questions and answers of the attack bench, and how an answer gets its proof.
+//! Makes the questions and answers of the attack bench, and gives an answer its proof.
 
 use super::tamper::{Tamper, tampered};
 use crate::chain::keys::Hotkey;

@@ -1,4 +1,5 @@
-//! Devices by their datasheets: memory, bandwidth, arithmetic, power. Each row names its source.
+//! Lists devices by their datasheets: memory, bandwidth, arithmetic and power. Each row names its
+//! source, because predictions rest on these figures.
 
 use anyhow::anyhow;
 

@@ -1,4 +1,5 @@
-//! The roofline: a step takes as long as its bytes or its operations, whichever takes longer.
+//! Applies the roofline: a step takes as long as its bytes or its operations, whichever takes
+//! longer.
 
 use super::devices::{DeviceKind, DeviceSpec};
 use super::work::{Work, decode, prefill};

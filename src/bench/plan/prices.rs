@@ -1,4 +1,4 @@
-//! Prices of devices, from a file with dates, and what tokens cost at them.
+//! Reads prices of devices from a file with dates, and computes what tokens cost at them.
 
 use anyhow::{anyhow, bail};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Bytes moved and operations done by the steps of a model, from its shape alone.
+//! Counts the bytes moved and the operations done by the steps of a model, from its shape alone.
 //!
 //! Weights and the KV cache have two bytes an element. A multiply-add counts as two operations.
 

@@ -1,4 +1,4 @@
-//! A report as comma-separated values: a line for each row of the engine or level of load.
+//! Writes a report as comma-separated values: a line for each row of the engine or level of load.
 
 use super::schema::{BenchReport, LoadLevel, ReportRow};
 use super::spread::Quantiles;

@@ -1,4 +1,5 @@
-//! What a measurement was made on: program, machine, model.
+//! Records what a measurement was made on: program, machine and model. A figure without them cannot
+//! be compared.
 
 use crate::engine::memory::memory;
 use crate::ops::CANON;

@@ -1,5 +1,5 @@
-//! A report as one page with tables and plots. It needs nothing from outside and runs nothing;
-//! names of models and servers are escaped text.
+//! Writes a report as one page with tables and plots. The page needs nothing from outside and runs
+//! nothing; names of models and servers are escaped text.
 
 use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, facts, level, row};
 use super::plots;

@@ -1,4 +1,4 @@
-//! A report as Markdown, for a terminal and for a page of text.
+//! Writes a report as Markdown, for a terminal and for a page of text.
 
 use super::schema::{BenchReport, LoadLevel, ReportRow};
 use super::spread::Quantiles;

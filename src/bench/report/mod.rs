@@ -1,4 +1,5 @@
-//! The report of a measurement: one JSON schema, and Markdown, CSV and HTML made of it.
+//! Holds the report of a measurement: it has one JSON schema, and Markdown, CSV and HTML are made
+//! of it.
 //!
 //! [`schema`] is the data, [`facts`] says what was measured on, [`spread`] holds statistics,
 //! [`seal`] signs and reads files, the rest writes.

@@ -1,4 +1,4 @@
-//! Plots of a report as SVG without embedded fonts.
+//! Draws the plots of a report as SVG without embedded fonts.
 
 use super::schema::{BenchReport, LoadLevel, Phase, ReportRow};
 use super::spread::Quantiles;

@@ -1,4 +1,5 @@
-//! The data of a report. Everything that is written is made of this, and `bench compare` reads it.
+//! Defines the data of a report. Everything that is written is made of this, and `bench compare`
+//! reads it.
 
 use super::facts::{Machine, ModelFacts, Program};
 use super::spread::{Quantiles, Spread};

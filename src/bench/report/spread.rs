@@ -1,4 +1,4 @@
-//! Means with their intervals, and distributions by their quantiles.
+//! Summarises repeats: means with their intervals, and distributions by their quantiles.
 
 use crate::bench::stats::quantile;
 use serde::{Deserialize, Serialize};

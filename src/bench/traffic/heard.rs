@@ -1,4 +1,5 @@
-//! One answer: when its chunks were read, and how many tokens the server says it has.
+//! Records one answer of a server: when its chunks were read, and how many tokens the server says
+//! it has.
 
 use serde_json::Value;
 use std::future::Future;

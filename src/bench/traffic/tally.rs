@@ -1,4 +1,4 @@
-//! A level of a report out of what was heard.
+//! Turns the answers that were received at one level of load into that level's part of the report.
 
 use super::drive::{Driven, Load, LoadStop, TimedAnswer};
 use super::heard::Heard;

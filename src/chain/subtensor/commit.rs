@@ -1,8 +1,8 @@
-//! Commits of weights: encrypted to the drand round that reveals them, and found again while they
-//! wait.
+//! Makes commits of weights, encrypted to the drand round that reveals them, and finds them again
+//! while they wait.
 
 use super::connection::At;
-use super::reader::{PALLET, Reader};
+use super::reader::{PALLET, StorageReader};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
 use crate::chain::timelock::{Drand, QUICKNET};
@@ -54,7 +54,7 @@ impl Commit {
 /// Encrypts weights so that the chain can read them when it reveals them.
 pub(super) async fn make(
     at: &At,
-    reader: &Reader<'_>,
+    reader: &StorageReader<'_>,
     drand: &Drand,
     call: Call,
     hotkey: &Hotkey,
@@ -83,7 +83,7 @@ pub(super) async fn make(
 }
 
 /// The subnet's epochs as of now.
-async fn schedule(at: &At, reader: &Reader<'_>) -> Result<Schedule, ChainError> {
+async fn schedule(at: &At, reader: &StorageReader<'_>) -> Result<Schedule, ChainError> {
     let wrong = |why: String| ChainError::Runtime { spec: at.spec_version(), why };
     let slot = constants::dynamic::<u64>("Aura", "SlotDuration");
     let block_ms = at.constants().entry(slot).map_err(|e| wrong(e.to_string()))?;
@@ -110,7 +110,7 @@ async fn schedule(at: &At, reader: &Reader<'_>) -> Result<Schedule, ChainError> 
 /// Commits of a hotkey in the epoch to which another one would belong now.
 pub(super) async fn waiting(
     at: &At,
-    reader: &Reader<'_>,
+    reader: &StorageReader<'_>,
     index: u16,
     hotkey: &Hotkey,
 ) -> Result<usize, ChainError> {
@@ -126,7 +126,7 @@ pub(super) async fn waiting(
 
 /// The epoch of a commit that was sent, where it still waits.
 pub(super) async fn find(
-    reader: &Reader<'_>,
+    reader: &StorageReader<'_>,
     index: u16,
     sent: &SentWeights,
 ) -> Result<Option<u64>, ChainError> {

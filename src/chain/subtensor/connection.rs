@@ -1,4 +1,4 @@
-//! One connection to a node, and a block that is read through it.
+//! Opens one connection to a node, and reads a block through it.
 
 use crate::chain::error::ChainError;
 use std::fmt::Display;

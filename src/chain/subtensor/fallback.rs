@@ -1,9 +1,9 @@
-//! The metagraph from storage, for runtimes whose own call is missing or changed. Stake here is the
-//! subnet's own token only: what a validator has through the root network is not in storage.
+//! Reads the metagraph from storage, for runtimes whose own call is missing or changed. Stake here
+//! is the subnet's own token only: what a validator has through the root network is not in storage.
 
 use super::connection::{At, Connection};
 use super::raw::RawAxon;
-use super::reader::Reader;
+use super::reader::StorageReader;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Axon, Hyperparameters, Metagraph, Neuron, Rao, share};
@@ -20,7 +20,7 @@ pub(super) async fn metagraph(
     at: &At,
     netuid: u16,
 ) -> Result<Metagraph, ChainError> {
-    let reader = Reader::new(connection, at, netuid);
+    let reader = StorageReader::new(connection, at, netuid);
     if !reader.of_subnet::<bool>("NetworksAdded").await?.unwrap_or(false) {
         return Err(ChainError::NoSubnet(netuid));
     }
@@ -94,11 +94,11 @@ impl Lists {
     }
 }
 
-async fn owner(reader: &Reader<'_>, hotkey: AccountId32) -> Result<AccountId32, ChainError> {
+async fn owner(reader: &StorageReader<'_>, hotkey: AccountId32) -> Result<AccountId32, ChainError> {
     Ok(reader.value("Owner", (hotkey,)).await?.unwrap_or(AccountId32([0; 32])))
 }
 
-async fn stake(reader: &Reader<'_>, hotkey: AccountId32) -> Result<u64, ChainError> {
+async fn stake(reader: &StorageReader<'_>, hotkey: AccountId32) -> Result<u64, ChainError> {
     let stake = reader.value("TotalHotkeyAlpha", (hotkey, reader.netuid)).await?;
     Ok(stake.unwrap_or(0))
 }

@@ -1,4 +1,4 @@
-//! What the runtime's own call answers about a subnet, by field name.
+//! Decodes what the runtime's own call answers about a subnet, by field name.
 
 use super::connection::At;
 use crate::chain::error::ChainError;

@@ -11,13 +11,13 @@ use subxt::ext::frame_decode::storage::{IntoDecodableValues, IntoEncodableValues
 pub(super) const PALLET: &str = "SubtensorModule";
 
 /// Storage of one subnet at one block.
-pub(super) struct Reader<'a> {
+pub(super) struct StorageReader<'a> {
     connection: &'a Connection,
     at: &'a At,
     pub(super) netuid: u16,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> StorageReader<'a> {
     pub(super) fn new(connection: &'a Connection, at: &'a At, netuid: u16) -> Self {
         Self { connection, at, netuid }
     }

@@ -1,9 +1,9 @@
-//! Weights on the chain: whether they may be set, the call that this runtime wants, one extrinsic
-//! for it, and what stands there afterwards.
+//! Sets weights on the chain: reads whether they may be set, makes the call that this runtime
+//! wants, sends one extrinsic for it, and reads what stands there afterwards.
 
 use super::client::Subtensor;
 use super::connection::{At, Connection, FINAL_TIMEOUT, current};
-use super::reader::{PALLET, Reader};
+use super::reader::{PALLET, StorageReader};
 use super::{commit, send};
 use crate::chain::error::ChainError;
 use crate::chain::keys::{Hotkey, Keypair};
@@ -30,7 +30,7 @@ impl Subtensor {
         hotkey: &Hotkey,
     ) -> Result<Standing, ChainError> {
         let metagraph = self.metagraph_at(connection, at, netuid).await?;
-        let reader = Reader::new(connection, at, netuid);
+        let reader = StorageReader::new(connection, at, netuid);
         let mechanisms = match reader.has("MechanismCountCurrent") {
             true => reader.of_subnet("MechanismCountCurrent").await?.unwrap_or(1),
             false => 1,
@@ -157,7 +157,7 @@ impl Subtensor {
         if matches!(call, Call::Set | Call::SetMechanism) {
             return Ok((set_fields(call, order), None));
         }
-        let reader = Reader::new(connection, at, order.netuid);
+        let reader = StorageReader::new(connection, at, order.netuid);
         let made = commit::make(at, &reader, &self.endpoints.drand, call, hotkey, order).await?;
         Ok((made.fields(call, order), Some(made.round)))
     }
@@ -219,7 +219,7 @@ pub(super) async fn find(
     sent: &SentWeights,
 ) -> Result<ChainFacts, ChainError> {
     let at = current(connection).await?;
-    let reader = Reader::new(connection, &at, sent.netuid);
+    let reader = StorageReader::new(connection, &at, sent.netuid);
     let index = index(&reader, sent.mechanism)?;
     let uid: Option<u16> = reader.value("Uids", (sent.netuid, AccountId32(sent.hotkey.0))).await?;
     let weights = match uid {
@@ -236,13 +236,13 @@ pub(super) async fn find(
     })
 }
 
-fn index(reader: &Reader<'_>, mechanism: u8) -> Result<u16, ChainError> {
+fn index(reader: &StorageReader<'_>, mechanism: u8) -> Result<u16, ChainError> {
     storage_index(reader.netuid, mechanism).map_err(|e| reader.wrong("Weights", e))
 }
 
 /// Block of the last weights for a mechanism; 0 where there were none.
 async fn last_update(
-    reader: &Reader<'_>,
+    reader: &StorageReader<'_>,
     mechanism: u8,
     uid: Option<u16>,
 ) -> Result<u64, ChainError> {

@@ -1,4 +1,4 @@
-//! What became of weights: what was sent, why it was not, and what stands on the chain.
+//! Describes what became of weights: what was sent, why it was not, and what stands on the chain.
 
 use super::Vector;
 use super::standing::Unmet;

@@ -1,5 +1,5 @@
-//! When committed weights are revealed: the subnet's epochs to come, and the drand round that a
-//! commit is encrypted to. Also what is encrypted.
+//! Computes when committed weights are revealed: the subnet's epochs to come, and the drand round
+//! that a commit is encrypted to. It also writes the bytes that are encrypted.
 
 use super::Vector;
 use crate::chain::keys::Hotkey;

@@ -1,4 +1,5 @@
-//! The current SDK's conversion: `_conform` and `clip_to_max_weight` of bittensor 11.3, in f64.
+//! Converts weights as the current SDK does: `_conform` and `clip_to_max_weight` of bittensor 11.3,
+//! in f64.
 
 use super::{VectorError, WEIGHT_MAX, WeightLimits, is_own};
 

@@ -1,4 +1,4 @@
-//! The chain's own rules for setting weights, checked in its order before anything is sent.
+//! Checks the chain's own rules for setting weights, in its order, before anything is sent.
 
 use super::{Vector, WEIGHT_MAX, WeightLimits};
 use crate::chain::keys::Hotkey;

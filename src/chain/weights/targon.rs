@@ -1,5 +1,5 @@
-//! The original's conversion: `process_weights` and `normalize_max_weight` of bittensor 8.5 as
-//! NumPy 2 computes them, with the same roundings in the same order.
+//! Converts weights as the original validator does: `process_weights` and `normalize_max_weight` of
+//! bittensor 8.5 as NumPy 2 computes them, with the same roundings in the same order.
 
 use super::{VectorError, WEIGHT_MAX, WeightLimits};
 

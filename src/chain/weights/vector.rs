@@ -1,4 +1,4 @@
-//! A vector of weights as the chain stores it, and what a subnet asks of one.
+//! Defines a vector of weights as the chain stores it, and what a subnet asks of one.
 
 /// The largest value of a weight on the chain: the largest of a vector has it.
 pub const WEIGHT_MAX: u16 = u16::MAX;

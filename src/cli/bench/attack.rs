@@ -1,4 +1,5 @@
-//! `bench attack`: what each verification scheme catches, on a model of the user's choice.
+//! Runs `bench attack`: measures what each verification scheme catches, on a model of the user's
+//! choice.
 
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{GoalOutcome, Line, Results, Tokens};
@@ -158,7 +159,7 @@ fn lines(lines: &[Line]) -> Table {
         let needed = |n: Option<usize>| or_dash(n.map(|n| n.to_string()));
         table.add_row([
             line.name.clone(),
-            line.judge.clone(),
+            line.check.clone(),
             format!("{:.2}", line.bytes_per_token),
             rate(&line.rejected),
             or_dash(line.missed.as_ref().map(missed)),

@@ -1,6 +1,6 @@
-//! `bench compare`: reports beside each other.
+//! Runs `bench compare`: prints reports of several machines beside each other.
 
-use crate::bench::compare::{Assumptions, Compared, Entry, compare};
+use crate::bench::compare::{Assumptions, Compared, RankedReport, compare};
 use crate::bench::plan::prices::{self, Price};
 use crate::bench::report::seal;
 use crate::cli::Failure;
@@ -73,7 +73,7 @@ impl CompareArgs {
         Ok(Assumptions { prompt_tokens, answer_tokens, checked_share })
     }
 
-    fn entry(&self, path: &Path) -> Result<Entry, Failure> {
+    fn entry(&self, path: &Path) -> Result<RankedReport, Failure> {
         let place = path.display();
         let refuse = |what: &str| Failure::user(printable(&format!("{place}: {what}")));
         let report = seal::read(path).map_err(|e| Failure::user(printable(&e.to_string())))?;
@@ -89,7 +89,7 @@ impl CompareArgs {
                 return Err(refuse(&format!("it is to be doubted: {}", mark.what)));
             }
         }
-        Ok(Entry { name: name(path), report, sealed })
+        Ok(RankedReport { name: name(path), report, sealed })
     }
 }
 

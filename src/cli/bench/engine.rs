@@ -1,4 +1,4 @@
-//! `bench engine`: a model, measured in this process.
+//! Runs `bench engine`: measures a model in this process.
 
 use super::output::{OutputArgs, until_interrupted};
 use crate::bench::plan::devices::{DeviceSpec, named, of_cpu};

@@ -1,4 +1,4 @@
-//! `bench`: measure, predict, compare.
+//! Defines the subcommands of `bench`, which measure, predict and compare.
 
 mod attack;
 mod compare;

@@ -1,5 +1,5 @@
-//! What `bench engine` and `bench serve` share: where a report goes, who signs it, and when it is
-//! refused.
+//! Defines what `bench engine` and `bench serve` share: where a report goes, who signs it, and when
+//! it is refused.
 
 use crate::bench::conditions::{Conditions, Mark, governor};
 use crate::bench::report::schema::BenchReport;
@@ -35,7 +35,7 @@ pub(super) struct OutputArgs {
 }
 
 /// Where a report goes.
-pub(super) struct Output<'a> {
+pub(super) struct ReportOutput<'a> {
     args: &'a OutputArgs,
     keypair: Option<Keypair>,
 }
@@ -43,7 +43,7 @@ pub(super) struct Output<'a> {
 impl OutputArgs {
     /// Asks for the wallet's password, makes the directory and looks at the machine: all that may
     /// be refused before a measurement.
-    pub(super) fn start(&self) -> Result<Output<'_>, Failure> {
+    pub(super) fn start(&self) -> Result<ReportOutput<'_>, Failure> {
         let keypair = match self.wallet.is_named() {
             true => Some(self.wallet.keypair()?),
             false => None,
@@ -63,14 +63,14 @@ impl OutputArgs {
             }
             Some(Mark { what, .. }) => {
                 note!("this machine is not fit to be measured: {what}");
-                Ok(Output { args: self, keypair })
+                Ok(ReportOutput { args: self, keypair })
             }
-            None => Ok(Output { args: self, keypair }),
+            None => Ok(ReportOutput { args: self, keypair }),
         }
     }
 }
 
-impl Output<'_> {
+impl ReportOutput<'_> {
     /// Keeps what is there so far.
     pub(super) fn keep(&self, report: &BenchReport) -> anyhow::Result<()> {
         let Some(out) = &self.args.out else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! `bench plan`: what a model would do on devices that are not here.
+//! Runs `bench plan`: predicts what a model would do on devices that are not here.
 
 use crate::bench::plan::devices::named;
 use crate::bench::plan::predict::{Efficiency, Prediction, Workload, predict};

@@ -1,5 +1,5 @@
-//! What `bench serve` asks: prompts that no cache knows, of one length or as a validator draws
-//! them.
+//! Makes the requests of `bench serve`: prompts that no cache knows, of one length or as a
+//! validator draws them.
 
 use crate::bench::traffic::heard::LoadRequest;
 use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt, QuerySampling, body};

@@ -1,6 +1,6 @@
-//! `bench serve`: a server that speaks OpenAI's API, under load.
+//! Runs `bench serve`: puts a server that speaks OpenAI's API under load.
 
-use super::output::{Output, OutputArgs, until_interrupted};
+use super::output::{OutputArgs, ReportOutput, until_interrupted};
 use super::questions::{Questions, Shape};
 use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
 use crate::bench::report::facts::{Machine, ModelFacts};
@@ -185,7 +185,7 @@ impl ServeArgs {
         ask: &Arc<dyn Transport>,
         questions: &Questions,
         wanted: &(dyn Fn() -> bool + Sync),
-        (report, output): (&mut BenchReport, &Output<'_>),
+        (report, output): (&mut BenchReport, &ReportOutput<'_>),
     ) -> Result<(), Failure> {
         let promise = Promise { first_token: self.ttft_limit, per_token: self.tpot_limit };
         let threads = tokio::runtime::Handle::current().metrics().num_workers();

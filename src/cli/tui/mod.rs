@@ -1,4 +1,4 @@
-//! `validate --tui`: a live view of rounds, miners and weights on a terminal.
+//! Runs `validate --tui`: a live view of rounds, miners and weights on a terminal.
 //!
 //! The driver publishes views; a thread of its own draws them and reads keys. The terminal is put
 //! back however the program ends: by the guard's drop, in a panic of the main thread or of this

@@ -1,5 +1,6 @@
-//! A miner as validators see it: asked for its models and for two streamed answers with the fields,
-//! times and drawn parameters of Targon 4.4, and told what each rule concludes.
+//! Examines a miner as validators see it: the miner is asked for its models and for two streamed
+//! answers with the fields, times and drawn parameters of Targon 4.4, and each rule's conclusion is
+//! reported.
 //!
 //! [`list`] asks for names, [`ask()`] for answers. With a [`Verifier`] of the model the rules are
 //! applied that need weights; without one they are named as not reached.

@@ -1,5 +1,6 @@
-//! An answer as Targon's validators 4.2 to 4.4 read it (protocol 1.4 and 5.4): one token a chunk,
-//! named by its id. Pure: events with their times go in, tokens and what was left out come out.
+//! Reads an answer as Targon's validators 4.2 to 4.4 do (protocol 1.4 and 5.4): one token a chunk,
+//! named by its id. It is pure: events with their times go in, and tokens and what was left out
+//! come out.
 
 use crate::validator::query::Arrival;
 use serde_json::Value;

@@ -1,5 +1,5 @@
-//! What each rule of Targon 4.4 concludes of an answer without the model's weights: stream, names
-//! of tokens, lengths, times (protocol 4.3, 4.4 and 5.4).
+//! Applies the rules of Targon 4.4 that need no weights of the model: stream, names of tokens,
+//! lengths and times (protocol 4.3, 4.4 and 5.4).
 
 use super::reading::Reading;
 use crate::doctor::{Finding, Level};

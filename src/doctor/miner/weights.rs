@@ -1,5 +1,5 @@
-//! What each rule of Targon 4.4 concludes of an answer beside the model's weights: the rulings of
-//! `verify/targon.rs`, by the same pass over ids as a validator of this program.
+//! Applies the rules of Targon 4.4 that need the model's weights: it reports what
+//! `verify/targon.rs` rules, by the same pass over ids as a validator of this program.
 
 use crate::doctor::{Finding, Level};
 use crate::models::pass::LogprobMode;

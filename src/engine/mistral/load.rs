@@ -1,4 +1,4 @@
-//! A derived checkpoint in the memory of mistral.rs.
+//! Loads a derived checkpoint into the memory of mistral.rs.
 
 use crate::models::error::LoadError;
 use crate::models::tapped::Tapped;

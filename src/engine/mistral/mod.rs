@@ -1,4 +1,5 @@
-//! Requests of one model on mistral.rs, behind the same commands and events as the native engine.
+//! Runs the requests of one model on mistral.rs, behind the same commands and events as the native
+//! engine.
 //!
 //! mistral.rs computes rows and schedules them; everything that is said about a row is ours
 //! (`tap`). The model is loaded from a [derived checkpoint](crate::models::tapped) whose logits end

@@ -1,5 +1,5 @@
-//! What the engine's thread and the taps of running sequences share: who waits, who runs, and what
-//! is counted.
+//! Holds what the engine's thread and the taps of running sequences share: who waits, who runs, and
+//! what is counted.
 
 use crate::clock::Clock;
 use crate::engine::Options;

@@ -1,5 +1,5 @@
-//! One sequence on mistral.rs, step by step: reads the row that the derived head gives, answers as
-//! every device does, and leaves the sampler one token.
+//! Follows one sequence on mistral.rs, step by step: it reads the row that the derived head gives,
+//! answers as every device does, and leaves the sampler one token.
 //!
 //! A sequence ends by its channel: the step after which nobody listens to it is its last. That is
 //! how ours end that are complete, and those whose caller has left.

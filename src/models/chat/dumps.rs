@@ -1,4 +1,4 @@
-//! Python's `json.dumps` with its options, as templates use it.
+//! Writes JSON as Python's `json.dumps` does with its options, because templates use it.
 
 use super::python::{DEPTH_MAX, check_depth, failed, text};
 use crate::wire::python::{float, quote};

@@ -1,4 +1,5 @@
-//! What Python does to values in a template: `str`, `repr`, `%`, methods of strings and lists.
+//! Implements what Python does to values in a template: `str`, `repr`, `%`, methods of strings and
+//! lists.
 
 use crate::wire::python::float;
 use minijinja::value::{Kwargs, Rest, ValueKind, from_args};

@@ -1,4 +1,5 @@
-//! A template's source before it is compiled: what Jinja2 has and minijinja has not.
+//! Rewrites a template's source before it is compiled: it translates what Jinja2 has and minijinja
+//! has not.
 //!
 //! `{% generation %}` marks the model's own words for training; here it is a block without
 //! meaning. `%` and `~` mean Python's formatting and Python's `str`, so they become calls of

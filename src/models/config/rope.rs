@@ -1,4 +1,4 @@
-//! What a configuration says of the rotary embedding, in its old and its new spelling.
+//! Reads what a configuration says of the rotary embedding, in its old and its new spelling.
 
 use super::Config;
 use crate::models::error::LoadError;

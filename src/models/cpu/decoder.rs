@@ -1,4 +1,4 @@
-//! The forward pass of every dense family: token ids to hidden rows to logits.
+//! Computes the forward pass of every dense family: token ids to hidden rows to logits.
 //!
 //! One step takes the rows of all sequences at once; sequences differ only in their [`Segment`].
 //! Everything between two matrix products happens row by row or head by head.

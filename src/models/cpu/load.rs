@@ -1,11 +1,11 @@
-//! What a checkpoint holds into the processor's packed matrices.
+//! Packs the tensors of a checkpoint into the matrices that the processor multiplies by.
 
 use super::decoder::Decoder;
 use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
 use crate::models::grid::Grid;
-use crate::models::source::{FeedForwardSource, MlpSource, Reader, Rows, Source};
+use crate::models::source::{FeedForwardSource, MlpSource, RowReader, Rows, Source};
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
@@ -56,7 +56,7 @@ struct Loader<'a> {
 
 /// The rows of a matrix, from the checkpoint or changed in memory.
 enum Filler<'a> {
-    Stored(Reader<'a>),
+    Stored(RowReader<'a>),
     Changed(Vec<u16>),
 }
 

@@ -1,4 +1,4 @@
-//! The gated perceptron, of dense layers and of experts.
+//! Computes the gated perceptron, of dense layers and of experts.
 
 use super::weights::Mlp;
 use crate::ops::dtype::Rounded;

@@ -1,4 +1,4 @@
-//! The pass on the CPU: the decoder, its KV cache and its buffers.
+//! Implements the pass on the CPU: the decoder, its KV cache and its buffers.
 
 pub mod decoder;
 mod load;

@@ -1,4 +1,4 @@
-//! Mixture-of-experts layers (Mixtral, Qwen3-MoE): routing and the sum over experts.
+//! Computes mixture-of-experts layers (Mixtral, Qwen3-MoE): routing and the sum over experts.
 //!
 //! Routing is a softmax over all experts and the largest few, ties to the lower number. A token's
 //! experts are added in ascending order, whatever else is in the batch, so its bits do not depend

@@ -1,4 +1,4 @@
-//! The weights of a model as the CPU multiplies by them.
+//! Holds the weights of a model as the CPU multiplies by them.
 
 use crate::models::spec::ExpertSpec;
 use crate::models::tensor::Tensor;

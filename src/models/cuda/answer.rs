@@ -1,4 +1,4 @@
-//! What is read off the rows of a step, on the card where it has kernels for it.
+//! Reads what is asked off the rows of a step, on the card where it has kernels for it.
 //!
 //! `models/rows.rs` is the definition; what is computed here has its bits. Rows whose logits are
 //! changed or restricted (bias, penalties, grammars), margins, open searches and more alternatives

@@ -1,4 +1,5 @@
-//! What a card has to know to answer the asks of a step, and which of them are for the host.
+//! Decides what a card has to know to answer the asks of a step, and which of them are for the
+//! host.
 
 use super::error::CudaError;
 use super::launch::{Entry, Memory, Query, Rule};

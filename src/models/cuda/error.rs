@@ -1,4 +1,4 @@
-//! What goes wrong between this program and an NVIDIA card.
+//! Defines what goes wrong between this program and an NVIDIA card.
 
 use crate::models::error::LoadError;
 use crate::models::pass::PassFault;

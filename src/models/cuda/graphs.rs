@@ -1,4 +1,5 @@
-//! Launches of decode steps, recorded: a step that is launched as an earlier one was is one graph.
+//! Records the launches of decode steps: a step that is launched as an earlier one was is one
+//! graph.
 //!
 //! A graph holds every argument and address of its launches. So it stands for a step exactly when
 //! the step's launches are equal to them, which is compared each time; what changes from token to

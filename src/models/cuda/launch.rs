@@ -1,5 +1,5 @@
-//! The driver's side of the engine: a card, its kernels, memory, streams and graphs. All `unsafe`
-//! of this path is in this module.
+//! Wraps the driver's side of the engine: a card, its kernels, memory, streams and graphs. All
+//! `unsafe` of this path is in this module.
 //!
 //! Rust never refers to device memory: it is known by addresses, and only kernels and copies touch
 //! it. So a launch cannot break Rust's rules as long as the driver reads as many bytes of each

@@ -1,4 +1,5 @@
-//! What the host tells the card of a step: rows, positions, places in the cache, tiles of queries.
+//! Lays out what the host tells the card of a step: rows, positions, places in the cache, tiles of
+//! queries.
 
 use super::error::CudaError;
 use super::launch::Tile;

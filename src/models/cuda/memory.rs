@@ -1,5 +1,5 @@
-//! Memory of a pass: KV blocks, buffers that grow with the steps, and the one host buffer in each
-//! direction that a step's numbers go through.
+//! Manages the memory of a pass: KV blocks, buffers that grow with the steps, and the one host
+//! buffer in each direction that a step's numbers go through.
 
 use super::error::CudaError;
 use super::launch::{Card, Memory, Pinned, Plain, Pointer, Stream, bytes_of, values_of};

@@ -1,4 +1,4 @@
-//! Weights that say nothing, for measurements of speed: a shape needs no checkpoint for that.
+//! Makes weights of noise, for measurements of speed: a shape needs no checkpoint for that.
 
 use super::error::CudaError;
 use super::launch::{Card, Memory, bytes_of};

@@ -1,4 +1,5 @@
-//! The pass on a card: a step's inputs in one copy, its launches, its answers in one copy.
+//! Implements the pass on a card: a step's inputs in one copy, its launches, its answers in one
+//! copy.
 
 use super::answer::{self, Reading};
 use super::asks::Answers;

@@ -1,4 +1,4 @@
-//! The layers of a step on a card: token ids to hidden rows to logits, launch by launch.
+//! Launches the layers of a step on a card: token ids to hidden rows to logits.
 //!
 //! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits. A
 //! branch waits for the next norm, which adds it to the residual stream.

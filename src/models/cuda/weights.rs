@@ -1,4 +1,4 @@
-//! The weights of a model in a card's memory.
+//! Holds the weights of a model in a card's memory.
 //!
 //! Matrices are packed on the host, in the tiles that the kernels read, a piece at a time, so that
 //! loading needs little host memory beside the checkpoint's pages.

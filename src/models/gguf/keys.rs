@@ -1,4 +1,4 @@
-//! The metadata keys that are read, and what each may hold.
+//! Lists the metadata keys that are read, and what each may hold.
 
 use super::header::{List, Scalar, Value as Meta};
 use crate::models::error::LoadError;

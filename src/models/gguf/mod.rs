@@ -1,5 +1,5 @@
-//! GGUF v2 and v3 seen as a Hugging Face checkpoint: metadata becomes `config.json`, tensors get
-//! the names and the row order that the Hugging Face files have.
+//! Shows GGUF v2 and v3 as a Hugging Face checkpoint: metadata becomes `config.json`, and tensors
+//! get the names and the row order that the Hugging Face files have.
 //!
 //! A known key has its known type or the file is refused (`keys`), so a missing value and one of
 //! another type are never the same.

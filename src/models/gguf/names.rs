@@ -1,4 +1,5 @@
-//! Tensors of a GGUF file under the names, and in the row order, that Hugging Face files have.
+//! Translates the tensors of a GGUF file to the names and the row order that Hugging Face files
+//! have.
 
 use crate::models::error::LoadError;
 use crate::models::tensor::Tensor;

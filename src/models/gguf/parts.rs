@@ -1,4 +1,4 @@
-//! The files of a GGUF checkpoint: one, or the parts that a split made of it.
+//! Opens the files of a GGUF checkpoint: one, or the parts that a split made of it.
 //!
 //! Parts are named `NAME-00001-of-00003.gguf`. The first holds the metadata; each says which it is
 //! (`split.no`, from 0), of how many (`split.count`), and how many tensors all have together.

@@ -1,4 +1,4 @@
-//! How many blanks an output may have between two parts of a JSON value.
+//! Bounds how many blanks an output may have between two parts of a JSON value.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! What a constraint may cost, known before it is compiled.
+//! Bounds what a constraint may cost before it is compiled.
 //!
 //! The compiler recurses as deep as a constraint nests, and what it builds can grow with the
 //! square or a power of the text. None of that can be stopped once it runs. So every constraint is

@@ -1,4 +1,4 @@
-//! `multipleOf`: decimal numbers, and the least that is a multiple of two.
+//! Handles `multipleOf`: decimal numbers, and the least that is a multiple of two.
 
 use super::error::GrammarError;
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! Why a constraint cannot be used.
+//! Defines why a constraint cannot be used.
 
 /// Characters of a compiler's message that are repeated.
 const MESSAGE_CHARACTERS_MAX: usize = 300;

@@ -1,4 +1,4 @@
-//! The text of a Lark grammar, read far enough to know what compiling it may cost.
+//! Reads the text of a Lark grammar far enough to know what compiling it may cost.
 //!
 //! A rule is compiled inside the rule that names it, and a terminal becomes one regular expression
 //! with every terminal that it names written out. The lexemes are told apart exactly as the

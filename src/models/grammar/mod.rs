@@ -1,5 +1,5 @@
-//! Structured output: which tokens may come next, from a JSON schema, a regular expression or a
-//! Lark grammar. The grammars are llguidance's; here they meet our vocabulary.
+//! Restricts which tokens may come next, by a JSON schema, a regular expression or a Lark grammar.
+//! The grammars are llguidance's; this module applies them to our vocabulary.
 //!
 //! Their compiler has no limit on its stack and no way to be stopped. So what a constraint costs
 //! is known before it is compiled ([`check`], [`schema`], [`lark`]), and it is compiled on a stack

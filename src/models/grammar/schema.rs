@@ -1,5 +1,5 @@
-//! What a JSON schema becomes when it is compiled: how many nodes, once every combination that
-//! `allOf`, `anyOf`, `oneOf`, `enum` and `$ref` ask for is written out.
+//! Counts what a JSON schema becomes when it is compiled: how many nodes there are once every
+//! combination that `allOf`, `anyOf`, `oneOf`, `enum` and `$ref` ask for is written out.
 //!
 //! The compiler writes them out without a limit of its own on their size: thirty definitions that
 //! each refer twice to the next become 2^30 nodes. `Estimate` walks the schema as the compiler

@@ -1,4 +1,4 @@
-//! Why the Hub could not give a file.
+//! Defines why the Hub could not give a file.
 
 use reqwest::StatusCode;
 use std::io;

@@ -1,5 +1,5 @@
-//! The listing of a repository as a Hub sends it. It is untrusted: names, checksums and sizes are
-//! checked before they are used for files here.
+//! Reads the listing of a repository as a Hub sends it. It is untrusted: names, checksums and sizes
+//! are checked before they are used for files here.
 
 use super::error::{HubError, corrupt};
 use crate::models::error::FILE_BYTES_MAX;
@@ -39,13 +39,13 @@ pub enum WantedFiles<'a> {
 pub(super) struct Listing {
     /// The commit.
     pub(super) sha: String,
-    siblings: Vec<Entry>,
+    siblings: Vec<RepositoryFile>,
 }
 
 /// A file.
 #[derive(Deserialize, Clone, Debug)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Entry {
+pub(super) struct RepositoryFile {
     pub(super) rfilename: String,
     #[serde(default)]
     pub(super) size: u64,
@@ -59,7 +59,7 @@ pub(super) struct Lfs {
     pub(super) size: u64,
 }
 
-impl Entry {
+impl RepositoryFile {
     pub(super) fn size(&self) -> u64 {
         self.lfs.as_ref().map_or(self.size, |lfs| lfs.size)
     }
@@ -110,7 +110,7 @@ impl Listing {
         &self,
         repo: &str,
         wanted: WantedFiles<'_>,
-    ) -> Result<BTreeMap<String, Vec<Entry>>, HubError> {
+    ) -> Result<BTreeMap<String, Vec<RepositoryFile>>, HubError> {
         let missing = |file: &str| HubError::Missing {
             repo: repo.to_owned(),
             commit: self.sha.clone(),
@@ -120,7 +120,7 @@ impl Listing {
             WantedFiles::File(file) => name == file,
             WantedFiles::Checkpoint => is_checkpoint_file(name),
         };
-        let entries: Vec<&Entry> =
+        let entries: Vec<&RepositoryFile> =
             self.siblings.iter().filter(|e| is_wanted(&e.rfilename)).collect();
         let has = |test: &dyn Fn(&str) -> bool| entries.iter().any(|e| test(&e.rfilename));
         let needed = match wanted {
@@ -133,7 +133,8 @@ impl Listing {
         if matches!(wanted, WantedFiles::Checkpoint) && !has(&|n| n.ends_with(".safetensors")) {
             return Err(missing("model.safetensors"));
         }
-        let (mut blobs, mut names) = (BTreeMap::<String, Vec<Entry>>::new(), BTreeSet::new());
+        let (mut blobs, mut names) =
+            (BTreeMap::<String, Vec<RepositoryFile>>::new(), BTreeSet::new());
         for entry in entries {
             entry.check()?;
             if !names.insert(&entry.rfilename) {

@@ -1,4 +1,4 @@
-//! Downloads from the Hugging Face Hub into the cache that all Hugging Face tools share.
+//! Downloads models from the Hugging Face Hub into the cache that all Hugging Face tools share.
 //!
 //! A revision is resolved to a commit; files are fetched by range, so a dropped connection resumes
 //! where it stopped, and are checked against the Hub's own checksum (SHA-256 for large files, the
@@ -15,7 +15,7 @@ pub use listing::WantedFiles;
 use crate::tls;
 use error::{BURST_BYTES, corrupt};
 use futures_util::{StreamExt, TryStreamExt, stream};
-use listing::{Entry, Listing, check_commit, check_name, check_repo};
+use listing::{Listing, RepositoryFile, check_commit, check_name, check_repo};
 use reqwest::{Client, Response, StatusCode, header};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(30);
 const LISTING_MAX: usize = 16 << 20;
 
 /// `(file, bytes done, bytes in all)`, called as bytes arrive.
-pub type Progress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
+pub type OnBytes<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
 
 /// Access to one Hub and the local cache.
 pub struct Hub {
@@ -153,7 +153,7 @@ impl Hub {
         repo: &str,
         revision: &str,
         wanted: WantedFiles<'_>,
-        progress: Progress<'_>,
+        progress: OnBytes<'_>,
     ) -> Result<Snapshot, HubError> {
         check_repo(repo)?;
         check_name(revision)?;
@@ -227,9 +227,9 @@ impl Hub {
         &self,
         repo: &str,
         commit: &str,
-        entries: Vec<Entry>,
+        entries: Vec<RepositoryFile>,
         place: Place<'_>,
-        progress: Progress<'_>,
+        progress: OnBytes<'_>,
     ) -> Result<(), HubError> {
         let Some(entry) = entries.first() else { return Ok(()) };
         let path = &place.blob;
@@ -252,9 +252,9 @@ impl Hub {
     async fn download(
         &self,
         url: &str,
-        entry: &Entry,
+        entry: &RepositoryFile,
         path: &Path,
-        progress: Progress<'_>,
+        progress: OnBytes<'_>,
     ) -> Result<(), HubError> {
         let partial = path.with_extension("incomplete");
         let mut barren = 0;
@@ -299,9 +299,9 @@ impl Hub {
     async fn append(
         &self,
         url: &str,
-        entry: &Entry,
+        entry: &RepositoryFile,
         partial: &Path,
-        progress: Progress<'_>,
+        progress: OnBytes<'_>,
     ) -> Result<(), HubError> {
         let io = |source| HubError::Io { path: partial.to_owned(), source };
         let mut at = size_of(partial).min(entry.size());

@@ -1,7 +1,7 @@
-//! Files of the cache: sizes, checksums, locks, links.
+//! Manages the files of the Hub's cache: sizes, checksums, locks and links.
 
 use super::error::{HubError, corrupt};
-use super::listing::Entry;
+use super::listing::RepositoryFile;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use std::fs::TryLockError;
@@ -13,7 +13,7 @@ use std::time::Duration;
 const LOCK_TRIES_MAX: u32 = 6 * 60 * 60 * 4;
 const LOCK_PAUSE: Duration = Duration::from_millis(250);
 
-pub(super) fn verify(entry: &Entry, path: &Path) -> Result<(), HubError> {
+pub(super) fn verify(entry: &RepositoryFile, path: &Path) -> Result<(), HubError> {
     let io = |source| HubError::Io { path: path.to_owned(), source };
     let mut file = std::fs::File::open(path).map_err(io)?;
     let (expected, got) = match &entry.lfs {

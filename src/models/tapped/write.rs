@@ -1,4 +1,4 @@
-//! The bytes of a derived checkpoint: written and hashed in one pass.
+//! Writes and hashes the bytes of a derived checkpoint in one pass.
 
 use crate::models::error::LoadError;
 use crate::models::tensor::{Runs, Tensor};
@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 const PIECE_BYTES: usize = 1 << 20;
 
 /// A file that is hashed while it is written.
-pub(super) struct Output {
+pub(super) struct HashedFile {
     path: PathBuf,
     file: BufWriter<File>,
     hasher: blake3::Hasher,
 }
 
-impl Output {
+impl HashedFile {
     /// A file that must not exist yet.
     pub(super) fn create(path: PathBuf) -> Result<Self, LoadError> {
         let file = File::create_new(&path).map_err(|source| io_error(&path, source))?;
@@ -39,7 +39,7 @@ impl Output {
 }
 
 /// The tensor's bytes as they are stored.
-pub(super) fn copied(tensor: &Tensor, out: &mut Output) -> Result<(), LoadError> {
+pub(super) fn copied(tensor: &Tensor, out: &mut HashedFile) -> Result<(), LoadError> {
     let mut piece = vec![0; PIECE_BYTES];
     let mut at = tensor.range.start;
     while at < tensor.range.end {
@@ -52,7 +52,11 @@ pub(super) fn copied(tensor: &Tensor, out: &mut Output) -> Result<(), LoadError>
 }
 
 /// The tensor's rows in their logical order, as the native engine rounds them.
-pub(super) fn rounded(tensor: &Tensor, dtype: Dtype, out: &mut Output) -> Result<(), LoadError> {
+pub(super) fn rounded(
+    tensor: &Tensor,
+    dtype: Dtype,
+    out: &mut HashedFile,
+) -> Result<(), LoadError> {
     let runs = Runs::new(tensor, 1)?;
     let mut row = vec![0; tensor.cols()];
     for number in 0..tensor.rows() {
@@ -64,7 +68,11 @@ pub(super) fn rounded(tensor: &Tensor, dtype: Dtype, out: &mut Output) -> Result
 }
 
 /// The identity of so many channels.
-pub(super) fn identity(channels: usize, dtype: &str, out: &mut Output) -> Result<(), LoadError> {
+pub(super) fn identity(
+    channels: usize,
+    dtype: &str,
+    out: &mut HashedFile,
+) -> Result<(), LoadError> {
     let one: &[u8] = match dtype {
         "F32" => &[0, 0, 0x80, 0x3f],
         "F16" => &[0, 0x3c],

@@ -1,5 +1,5 @@
-//! How the tokenizer file says that tokens become text: the decoders of the `tokenizers` crate,
-//! token by token, so that text can be streamed.
+//! Reads from the tokenizer file how tokens become text. It repeats the decoders of the
+//! `tokenizers` crate token by token, so that text can be streamed.
 
 use crate::models::error::LoadError;
 use serde_json::Value;
@@ -10,20 +10,20 @@ const SUPPORTED: &str = "ByteLevel, or Replace (of a text) and Metaspace, then B
     and Strip (at the start) are";
 
 /// The decoder of a tokenizer.
-pub(super) enum Scheme {
+pub(super) enum TokenDecoder {
     /// Every character of a token stands for a byte.
     ByteLevel,
     /// Tokens are pieces of text.
     Pieces {
         /// What happens to each token's text, in order.
-        steps: Vec<Step>,
+        steps: Vec<TextChange>,
         /// Tokens such as `<0x0A>` are bytes.
         byte_fallback: bool,
     },
 }
 
 /// One change of a token's text.
-pub(super) enum Step {
+pub(super) enum TextChange {
     /// One text for another.
     Replace(String, String),
     /// A blank for the mark; in the first token of a text nothing, where that is the rule.
@@ -42,7 +42,7 @@ pub(super) struct Strip {
     pub(super) count: usize,
 }
 
-impl Scheme {
+impl TokenDecoder {
     /// The scheme of a tokenizer, and what is taken off the start of a text.
     ///
     /// # Errors
@@ -71,10 +71,12 @@ impl Scheme {
                 "Replace" if is_open => {
                     let from =
                         kind["pattern"]["String"].as_str().filter(|from| !from.is_empty())?;
-                    steps
-                        .push(Step::Replace(from.to_owned(), kind["content"].as_str()?.to_owned()));
+                    steps.push(TextChange::Replace(
+                        from.to_owned(),
+                        kind["content"].as_str()?.to_owned(),
+                    ));
                 }
-                "Metaspace" if is_open => steps.push(Step::Metaspace {
+                "Metaspace" if is_open => steps.push(TextChange::Metaspace {
                     mark: kind["replacement"].as_str()?.to_owned(),
                     strips_first: kind["prepend_scheme"] != "never",
                 }),
@@ -94,7 +96,8 @@ impl Scheme {
 
     /// Whether the first token of a text has a text of its own.
     pub(super) fn strips_first(&self) -> bool {
-        let strips = |step: &Step| matches!(step, Step::Metaspace { strips_first: true, .. });
+        let strips =
+            |step: &TextChange| matches!(step, TextChange::Metaspace { strips_first: true, .. });
         matches!(self, Self::Pieces { steps, .. } if steps.iter().any(strips))
     }
 
@@ -114,8 +117,8 @@ impl Scheme {
                 let mut text = token.to_owned();
                 for step in steps {
                     text = match step {
-                        Step::Replace(from, to) => text.replace(from.as_str(), to),
-                        Step::Metaspace { mark, strips_first } => text.replace(
+                        TextChange::Replace(from, to) => text.replace(from.as_str(), to),
+                        TextChange::Metaspace { mark, strips_first } => text.replace(
                             mark.as_str(),
                             if *strips_first && is_first { "" } else { " " },
                         ),

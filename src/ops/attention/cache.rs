@@ -1,4 +1,4 @@
-//! The paged KV cache: blocks of 32 positions, packed for the products of attention.
+//! Holds the paged KV cache: blocks of 32 positions, packed for the products of attention.
 //!
 //! Keys of a head are a packed matrix with positions side by side and the head dimension in pairs;
 //! values one with the head dimension side by side and positions in pairs

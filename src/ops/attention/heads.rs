@@ -1,4 +1,4 @@
-//! One head of one position, read from the cache and put back.
+//! Reads one head of one position from the cache, and puts it back.
 
 use super::cache::{KEY_STRIDE, KvCache};
 use crate::ops::product::offset;

@@ -1,4 +1,4 @@
-//! What attention is in one layer, and how its positions are cut into partitions.
+//! Describes attention in one layer, and cuts its positions into partitions.
 
 use super::cache::{BLOCK_TOKENS, Segment};
 use std::ops::Range;

@@ -1,4 +1,5 @@
-//! Softmax attention of one query over some positions, and how two of them are put together.
+//! Holds the softmax attention of one query over some positions, and appends two of them to each
+//! other.
 
 use super::cache::HEAD_DIM_MAX;
 use crate::ops::lanes::{LANES, Lanes};

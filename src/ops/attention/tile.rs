@@ -1,4 +1,4 @@
-//! Attention of a few queries that share a key/value head: scores, softmax, values.
+//! Computes attention of a few queries that share a key/value head: scores, softmax, values.
 
 use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
 use super::layer::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};

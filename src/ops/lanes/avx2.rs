@@ -1,4 +1,4 @@
-//! AVX2 lanes: two registers each.
+//! Implements the lanes with AVX2: two registers each.
 
 use super::{Kernel, Lanes};
 use std::arch::x86_64::*;

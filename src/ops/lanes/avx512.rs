@@ -1,4 +1,4 @@
-//! AVX-512 lanes: one register each.
+//! Implements the lanes with AVX-512: one register each.
 //!
 //! VDPBF16PS has no place here: it adds the odd and the even product of a pair to one accumulator,
 //! and the canon keeps them in two chains.

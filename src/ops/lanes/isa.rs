@@ -1,4 +1,4 @@
-//! The instruction sets, and which of them this CPU has.
+//! Names the instruction sets, and finds which of them this CPU has.
 
 use std::fmt;
 use std::str::FromStr;

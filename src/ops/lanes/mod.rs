@@ -1,4 +1,4 @@
-//! Sixteen f32 lanes, once per instruction set.
+//! Provides sixteen f32 lanes, once per instruction set.
 //!
 //! Every kernel of the CPU engine is written once over [`Lanes`] and run through [`dispatch`],
 //! which picks the instruction set at run time. All methods are lane-wise IEEE operations with one

@@ -1,4 +1,4 @@
-//! NEON lanes: four registers each.
+//! Implements the lanes with NEON: four registers each.
 //!
 //! Stable Rust has no f16 conversions for NEON, so f16 is widened with integer operations.
 

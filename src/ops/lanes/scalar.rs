@@ -1,4 +1,4 @@
-//! The reference lanes: plain arrays, one IEEE operation per lane.
+//! Implements the reference lanes: plain arrays, one IEEE operation per lane.
 
 use super::{LANES, Lanes};
 use half::{bf16, f16};

@@ -1,4 +1,4 @@
-//! What a vector of sixteen lanes can do, and computations that are written over it.
+//! Defines what a vector of sixteen lanes can do, and computations that are written over it.
 
 /// Lanes in one vector, whatever the hardware width.
 pub const LANES: usize = 16;

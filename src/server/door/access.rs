@@ -1,5 +1,5 @@
-//! The checks that every request passes before its handler: it gets an id and a log line, its API
-//! key is checked, and its body must arrive in time.
+//! Applies the checks that every request passes before its handler: it gets an id and a log line,
+//! its API key is checked, and its body must arrive in time.
 
 use crate::server::error::{ApiError, echo};
 use crate::server::operations::counters::HttpLabels;

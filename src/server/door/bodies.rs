@@ -1,4 +1,4 @@
-//! Bodies that are being received from senders who have only claimed an identity so far.
+//! Receives bodies from senders who have only claimed an identity so far, within limits of memory.
 //!
 //! Bytes count when they arrive, not when they are announced, and a body must arrive at a minimum
 //! rate. Bodies of one address in one signer's name form a share, and shares are limited

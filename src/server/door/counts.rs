@@ -1,4 +1,4 @@
-//! Counters of signed requests.
+//! Counts signed requests by outcome and signer.
 
 use super::SignedOutcome;
 use crate::chain::keys::Hotkey;

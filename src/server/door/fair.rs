@@ -1,5 +1,5 @@
-//! A fair queue: a limited number of requests run, and the caller with the fewest running requests
-//! is served next, so that no caller can starve another.
+//! Queues requests fairly: a limited number run, and the caller with the fewest running requests is
+//! served next, so that no caller can starve another.
 //!
 //! If no slot is free and one caller runs two more than another, the other one is admitted all the
 //! same, and the engine preempts the newest request of the caller that runs most

@@ -1,4 +1,4 @@
-//! The state behind the checks of signed requests: the members, the running requests, and the
+//! Holds the state behind the checks of signed requests: the members, the running requests, and the
 //! counters.
 
 use super::bodies::{BODIES_BYTES_MAX, Bodies};

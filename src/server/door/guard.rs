@@ -1,5 +1,5 @@
-//! The sequence of checks that a signed request passes, from its first header to its place in the
-//! queue.
+//! Runs the sequence of checks that a signed request passes, from its first header to its place in
+//! the queue.
 
 use super::access::check_encoding;
 use super::bodies::{BODY_BYTES_MAX, BodyError, Received, Terms};

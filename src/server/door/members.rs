@@ -1,4 +1,5 @@
-//! The hotkeys that may send requests: members with enough stake, and the operator's exceptions.
+//! Decides which hotkeys may send requests: members with enough stake, and the operator's
+//! exceptions.
 
 use super::{Gate, Refused, SignedOutcome};
 use crate::chain::keys::Hotkey;

@@ -1,6 +1,6 @@
-//! Admission of requests: what every request passes before its handler ([`access`]), and the checks
-//! of signed requests on a subnet's miner ([`guard()`]). Requests that members with stake have
-//! signed are admitted, each once, and no member can starve another.
+//! Admits requests: what every request passes before its handler ([`access`]), and the checks of
+//! signed requests on a subnet's miner ([`guard()`]). Requests that members with stake have signed
+//! are admitted, each once, and no member can starve another.
 //!
 //! A signed request is checked in the order of [`checks`]: headers, membership, stake, age,
 //! repetition. Then the body is read ([`bodies`]) and the signature is checked; then come

@@ -1,5 +1,5 @@
-//! `/models`: the list of models that validators want, and the shape of the answer that each
-//! version expects.
+//! Answers `/models`: the list of models that validators want, in the shape that each version
+//! expects.
 
 use crate::chain::epistula;
 use axum::http::{HeaderMap, HeaderName, header};

@@ -1,4 +1,4 @@
-//! The outcome of a signed request, and the response to a refused one.
+//! Names the outcome of a signed request, and makes the response to a refused one.
 
 use super::bodies::BodyError;
 use axum::Json;

@@ -1,4 +1,4 @@
-//! What operators see of signed requests: metrics, and the latest requests with their signers.
+//! Shows operators the signed requests: metrics, and the latest requests with their signers.
 
 use super::models::WantedModels;
 use super::{Gate, SignedOutcome};

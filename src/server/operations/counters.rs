@@ -1,10 +1,10 @@
-//! The metrics of the server. They have vLLM's names where vLLM has such a metric, so that existing
-//! dashboards work, and otherwise the prefix `targon_`.
+//! Collects the metrics of the server. They have vLLM's names where vLLM has such a metric, so that
+//! existing dashboards work, and otherwise the prefix `targon_`.
 
 use crate::engine::Engine;
 use crate::engine::stats::{EngineSnapshot, Timings};
 use crate::server::door::Gate;
-use crate::server::registry::{Entry, Registry as Models, State as ModelState};
+use crate::server::registry::{ModelEntry, Registry as Models, State as ModelState};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -204,7 +204,7 @@ fn outcomes(encoder: &mut DescriptorEncoder<'_>, engines: &[(String, Engine)]) -
 /// The engines of the models that answer, by name.
 pub(super) fn ready(models: &Models) -> Vec<(String, Engine)> {
     let entries = models.entries().into_iter();
-    let engine = |e: Entry| match e.state {
+    let engine = |e: ModelEntry| match e.state {
         ModelState::Ready(served) => Some((e.name, served.engine)),
         ModelState::Loading | ModelState::Failed(_) => None,
     };

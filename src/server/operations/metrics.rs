@@ -1,4 +1,4 @@
-//! `/metrics` in the OpenMetrics text format, and the same in words in the log.
+//! Writes `/metrics` in the OpenMetrics text format, and the same in words in the log.
 
 use super::counters::ready;
 use crate::engine::stats::EngineSnapshot;

@@ -1,9 +1,9 @@
-//! Routes that tell how the server and its models are.
+//! Answers the routes that tell how the server and its models are.
 
 use crate::ops::CANON;
 use crate::server::error::{ApiError, echo};
 use crate::server::refusals::Refusals;
-use crate::server::registry::{Entry, State as ModelState};
+use crate::server::registry::{ModelEntry, State as ModelState};
 use crate::server::state::ServerState;
 use crate::wire::openai::ErrorBody;
 use crate::wire::openai::response::ModelCard;
@@ -44,7 +44,7 @@ pub async fn model(
     Ok(Json(card(&state, entry)))
 }
 
-fn card(state: &ServerState, entry: &Entry) -> ModelCard {
+fn card(state: &ServerState, entry: &ModelEntry) -> ModelCard {
     let engine = match &entry.state {
         ModelState::Ready(served) => Some(&served.engine),
         ModelState::Loading | ModelState::Failed(_) => None,
@@ -62,7 +62,7 @@ fn card(state: &ServerState, entry: &Entry) -> ModelCard {
     }
 }
 
-fn failure(entry: &Entry) -> Option<String> {
+fn failure(entry: &ModelEntry) -> Option<String> {
     match &entry.state {
         ModelState::Failed(why) => Some(why.clone()),
         ModelState::Loading | ModelState::Ready(_) => None,
@@ -145,7 +145,7 @@ pub struct ReadyQuery {
 )]
 pub async fn ready(State(state): State<ServerState>, Query(query): Query<ReadyQuery>) -> Response {
     let entries = state.registry().entries();
-    let asked: Vec<&Entry> = match &query.model {
+    let asked: Vec<&ModelEntry> = match &query.model {
         Some(name) => entries.iter().filter(|e| e.name == *name).collect(),
         None => entries.iter().collect(),
     };
@@ -154,7 +154,7 @@ pub async fn ready(State(state): State<ServerState>, Query(query): Query<ReadyQu
     }
     let is_ready = !state.is_draining() && asked.iter().all(|e| e.state.word() == "ready");
     let describe =
-        |e: &&Entry| (e.name.clone(), json!({"status": e.state.word(), "error": failure(e)}));
+        |e: &&ModelEntry| (e.name.clone(), json!({"status": e.state.word(), "error": failure(e)}));
     let models: Map<String, Value> = asked.iter().map(describe).collect();
     let body = Json(json!({
         "ready": is_ready, "draining": state.is_draining(), "models": models,

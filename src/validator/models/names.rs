@@ -1,4 +1,4 @@
-//! Names of models as peers send them.
+//! Reads names of models as peers send them.
 
 use anyhow::{anyhow, bail};
 use serde_json::Value;

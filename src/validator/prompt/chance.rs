@@ -1,4 +1,4 @@
-//! Draws from given random bits.
+//! Draws from given random bits, so that the same bits give the same prompt.
 
 /// Where random bits come from: each call gives 64 of them.
 pub type Bits<'a> = dyn FnMut() -> u64 + 'a;

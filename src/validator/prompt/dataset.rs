@@ -1,4 +1,4 @@
-//! Where passages come from: our own, or a file of the operator's.
+//! Provides the passages of prompts: our own, or those of an operator's file.
 
 use super::chance::{Bits, below};
 use super::ours;

@@ -1,5 +1,5 @@
-//! Passages and tasks of our own. A task is put together from parts, so that the same passage is
-//! asked about in very many ways.
+//! Holds passages and tasks of our own. A task is put together from parts, so that the same passage
+//! is asked about in very many ways.
 
 use super::chance::{Bits, below, line, pick};
 

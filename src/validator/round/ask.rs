@@ -1,4 +1,4 @@
-//! The request that all miners of a round get: sampling parameters, prompt, and proof.
+//! Makes the request that all miners of a round get: sampling parameters, prompt, and proof.
 
 use super::chance::Chance;
 pub use crate::intake::Endpoint;

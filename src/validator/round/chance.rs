@@ -1,4 +1,4 @@
-//! The random generator of a validator, as a parameter.
+//! Provides the random generator of a validator as a parameter.
 //!
 //! [`Chance::system`] uses the operating system, so that nobody can predict it. [`Chance::seeded`]
 //! gives the same sequence every time, for tests.

@@ -1,4 +1,4 @@
-//! Times of an answer (protocol 5.4): the first token, tokens a second, and whether it was
+//! Measures an answer (protocol 5.4): the first token, tokens a second, and whether it was
 //! streamed.
 
 use crate::store::record::Timing;

@@ -1,4 +1,4 @@
-//! A round as a pure state machine: events go in, actions come out.
+//! Runs a round as a pure state machine: events go in, actions come out.
 //!
 //! [`RoundMachine::start`] chooses a model, an endpoint and the miners, and asks for a prompt. When
 //! it has the prompt it asks all miners at once. Each answer is timed ([`measure`]) and verified.

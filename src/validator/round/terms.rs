@@ -1,4 +1,4 @@
-//! The input and output of a round, as plain data.
+//! Defines the input and output of a round, as plain data.
 
 use super::ask::{Endpoint, QueryPrompt};
 use crate::proof::Scheme;

@@ -1,5 +1,5 @@
-//! The weights of one epoch: they are decided, recorded, sent, and read back. They are never sent
-//! twice for one epoch, whenever the program ends.
+//! Settles the weights of one epoch: they are decided, recorded, sent, and read back. They are
+//! never sent twice for one epoch, whenever the program ends.
 //!
 //! Decided weights are recorded as planned, and recorded as sent before they are sent
 //! ([`Ports::send`]). A process that finds planned weights may send them; a process that finds sent

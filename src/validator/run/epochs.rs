@@ -1,5 +1,5 @@
-//! When epochs begin: as the chain counts them, or every so many blocks. Also which work of the
-//! current epoch is done.
+//! Computes when epochs begin: as the chain counts them, or every so many blocks. It also records
+//! which work of the current epoch is done.
 
 use crate::chain::metagraph::Metagraph;
 

@@ -1,5 +1,5 @@
-//! A hub: requests of users are fetched from it and scored, and rounds are reported to it. Neither
-//! happens without a URL.
+//! Exchanges data with a hub: requests of users are fetched from it and scored, and rounds are
+//! reported to it. Neither happens without a URL.
 
 use super::residents::Residents;
 use super::subnet::Subnet;

@@ -1,4 +1,4 @@
-//! The messages to the task that owns a validator's state, and the running rounds.
+//! Defines the messages to the task that owns a validator's state, and the running rounds.
 
 use super::emission::Settled;
 use super::reading::SubnetError;

@@ -1,4 +1,4 @@
-//! How long records are kept.
+//! Decides how long records are kept.
 
 use crate::clock::Clock;
 use crate::store::{Removed, Retention, Store};

@@ -1,4 +1,4 @@
-//! Running rounds: their actions are executed, and the results are given back to them as events.
+//! Executes the actions of running rounds, and gives the results back to them as events.
 
 use super::emission::Settled;
 use super::inbox::Message;
@@ -196,10 +196,10 @@ impl<P: Ports> Driver<P> {
                 let (round, model) = live.machine.name();
                 let case =
                     AnswerToCheck { model, member, round, block: live.block, capture, is_slow };
-                let judges = Arc::clone(&self.judges);
+                let checks = Arc::clone(&self.checks);
                 live.tasks.spawn(async move {
                     // Never closed.
-                    let _permit = judges.acquire_owned().await;
+                    let _permit = checks.acquire_owned().await;
                     let checked = AssertUnwindSafe(ports.verify(case)).catch_unwind().await;
                     let checked_answer = checked.unwrap_or_else(|_| AnswerReport {
                         verdict: AnswerVerdict::Unscored(BROKE.to_owned()),

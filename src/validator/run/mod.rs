@@ -1,4 +1,4 @@
-//! A running validator: it executes rounds, follows the chain, and sets weights.
+//! Runs a validator: it executes rounds, follows the chain, and sets weights.
 //!
 //! One task owns all state ([`Driver`]). Queries, verifications and the work of an epoch run in
 //! other tasks and report to it over one bounded channel. A round that only waits for verdicts does
@@ -55,7 +55,7 @@ const UNSAVED_MAX: usize = 4;
 /// Reports that may wait for the owner.
 const INBOX_MAX: usize = 256;
 /// Answers that are checked at once, by default.
-pub const JUDGES_DEFAULT: usize = 2;
+pub const CHECKS_DEFAULT: usize = 2;
 /// Blocks until the subnet is read anew where nobody serves anything: a minute.
 const IDLE_BLOCKS: u64 = 5;
 /// How long to wait if there is no model to ask for or no miner to ask.
@@ -80,7 +80,7 @@ pub struct RunOptions {
     /// Where the subnet is read and weights are set.
     pub epochs: EpochRule,
     /// Answers that are checked at once: each has a KV cache of its own, and they share all cores.
-    pub judges: usize,
+    pub checks: usize,
     /// After so many rounds it ends, with weights; never where absent.
     pub rounds: Option<u64>,
     /// Decide weights and send none.
@@ -132,7 +132,7 @@ pub struct Driver<P: Ports> {
     subnet: Arc<Subnet>,
     heads: watch::Sender<Head>,
     inbox: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
-    judges: Arc<Semaphore>,
+    checks: Arc<Semaphore>,
     live: BTreeMap<u64, Live>,
     begun: u64,
     not_before: Duration,
@@ -179,7 +179,7 @@ impl<P: Ports> Driver<P> {
         Ok(Self {
             ports,
             settings: Arc::new(options.round.clone()),
-            judges: Arc::new(Semaphore::new(options.judges.max(1))),
+            checks: Arc::new(Semaphore::new(options.checks.max(1))),
             options,
             clock,
             chance,

@@ -1,5 +1,5 @@
-//! The interface of a running validator to everything outside: the chain, miners, the engine, and
-//! its records.
+//! Defines the interface of a running validator to everything outside: the chain, miners, the
+//! engine, and its records.
 //!
 //! A test can replace all of it by another implementation of [`Ports`]. [`super::world`] has the
 //! real one.

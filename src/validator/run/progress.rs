@@ -1,4 +1,5 @@
-//! The state that operators see of a running validator. The driver writes it; others only read it.
+//! Holds the state that operators see of a running validator. The driver writes it; others only
+//! read it.
 
 use crate::store::record::{Outcome, Round, Weights, WeightsState};
 use parking_lot::Mutex;

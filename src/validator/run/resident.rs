@@ -1,4 +1,5 @@
-//! A model in memory that a validator verifies with, and the error rates of its honest miners.
+//! Holds a model in memory that a validator verifies with, and the error rates of its honest
+//! miners.
 
 use crate::engine::Engine;
 use crate::verify::Verifier;

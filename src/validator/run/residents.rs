@@ -1,5 +1,5 @@
-//! The models in memory: all of them if they fit, otherwise some of them in turn, changing each
-//! epoch.
+//! Chooses the models in memory: all of them if they fit, otherwise some of them in turn, changing
+//! each epoch.
 //!
 //! The choice is a pure function (`choose`). A model that is to be unloaded is no longer offered,
 //! but stays in memory until the last round that asked for it is over ([`Residents::hold`]). Only

@@ -1,4 +1,4 @@
-//! Passages rewritten into queries by this validator's own engine (protocol 5.3).
+//! Rewrites passages into queries by this validator's own engine (protocol 5.3).
 
 use super::resident::Resident;
 use crate::engine::output::Event;

@@ -1,4 +1,4 @@
-//! A file of rounds that could not be stored when the program ended, one JSON object a line.
+//! Keeps rounds that could not be stored when the program ended in a file, one JSON object a line.
 
 use crate::files;
 use crate::store::record::Round;

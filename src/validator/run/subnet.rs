@@ -1,4 +1,4 @@
-//! The subnet as a running validator knows it.
+//! Holds the subnet as a running validator knows it.
 
 use crate::chain::metagraph::Metagraph;
 use crate::validator::eligible::Member;

@@ -92,20 +92,14 @@ impl Ports for Fake {
             return Err(ChainError::Unreachable("gone".into()));
         }
         let neuron = |uid: u16| Neuron {
-            uid,
-            hotkey: Hotkey([uid as u8; 32]),
             coldkey: Hotkey([9; 32]),
-            stake: Rao(0),
             permit: uid == 0 && self.permit,
             axon: self.serves.load(SeqCst).then_some(Axon {
                 address: ([8, 8, 8, 8], 1000 + uid).into(),
                 version: 1,
                 protocol: AXON_PROTOCOL,
             }),
-            incentive: 0.0,
-            consensus: 0.0,
-            emission: Rao(0),
-            last_update: 0,
+            ..Neuron::new(uid, Hotkey([uid as u8; 32]), Rao(0))
         };
         let neurons = (0..6).map(neuron).collect();
         let hyperparameters = Hyperparameters { tempo: 100, ..Hyperparameters::default() };
@@ -272,7 +266,7 @@ fn options(rounds: Option<u64>) -> RunOptions {
         round,
         reading: Reading { rules, is_permit_needed: true },
         epochs: EpochRule::Every(100),
-        judges: JUDGES_DEFAULT,
+        checks: CHECKS_DEFAULT,
         rounds,
         is_dry: false,
         stop_time: Duration::from_millis(300),
@@ -325,7 +319,7 @@ async fn rounds_end_in_records_and_weights() {
         assert_eq!(round.responses[0].sample, Sampled::Tps(100.0));
         assert_eq!(round.responses[3].sample, Sampled::Nothing);
     }
-    assert_eq!(world.checking_max.load(SeqCst), JUDGES_DEFAULT);
+    assert_eq!(world.checking_max.load(SeqCst), CHECKS_DEFAULT);
     assert_eq!(*world.sends.lock(), [(0, vec![(1, u16::MAX)])]);
     let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
     assert_eq!((weights.state, weights.block), (WeightsState::Confirmed, 10));
@@ -531,7 +525,7 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
     let stop = CancellationToken::new();
     let token = stop.clone();
     let run = tokio::spawn(async move { running.run(token, &|_| {}).await });
-    until("verifications", || world.checking.load(SeqCst) == JUDGES_DEFAULT).await;
+    until("verifications", || world.checking.load(SeqCst) == CHECKS_DEFAULT).await;
     stop.cancel();
     let summary = tokio::time::timeout(Duration::from_secs(5), run).await.unwrap().unwrap();
     let saved = world.saved.lock();
@@ -559,7 +553,7 @@ async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
     let before = progress.rounds();
     until("rounds while weights are missing", || progress.rounds() > before + 2).await;
     world.hangs.store(true, SeqCst);
-    until("verifications", || world.checking.load(SeqCst) == JUDGES_DEFAULT).await;
+    until("verifications", || world.checking.load(SeqCst) == CHECKS_DEFAULT).await;
     world.heads.send_replace(101);
     until("weights", || world.sends.lock().len() == 1).await;
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -1,5 +1,5 @@
-//! The state that a live view of a running validator shows, as plain data: the driver publishes it,
-//! a terminal draws it.
+//! Defines the state that a live view of a running validator shows, as plain data: the driver
+//! publishes it, a terminal draws it.
 
 use super::inbox::Live;
 use super::subnet::Subnet;

@@ -1,4 +1,4 @@
-//! The real implementation of [`Ports`]: a chain, miners over HTTP, models in this process, a
+//! Implements [`Ports`] for a real validator: a chain, miners over HTTP, models in this process, a
 //! database.
 
 use super::hub::OrganicsHub;

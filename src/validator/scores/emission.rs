@@ -1,4 +1,4 @@
-//! Weights as the chain takes them: `u16` by uid, the largest 65,535 (protocol 5.6).
+//! Computes weights as the chain takes them: `u16` by uid, the largest 65,535 (protocol 5.6).
 
 use crate::chain::weights::{VectorError, VectorRule, WeightLimits, clipped};
 

@@ -1,4 +1,4 @@
-//! Every number behind a weight, as plain data: it is stored with the weights and read by
+//! Holds every number behind a weight, as plain data: it is stored with the weights and read by
 //! `explain`.
 
 use super::gate::EvidenceGate;

@@ -1,4 +1,4 @@
-//! Evidence and pay: a miner with an alarm of [`crate::verify::evidence`] is not paid.
+//! Decides pay by evidence: a miner with an alarm of [`crate::verify::evidence`] is not paid.
 //!
 //! Mild cheats pass each single check, so their samples look like those of honest miners; only the
 //! sum over many answers shows them. So an alarm stops all pay, and not only one sample. Pay starts

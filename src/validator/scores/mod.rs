@@ -1,4 +1,4 @@
-//! From samples to weights: pure functions over plain records.
+//! Computes weights from samples, by pure functions over plain records.
 //!
 //! The input is the members of the subnet, their samples, and what was found about them. The output
 //! is the weights as the chain takes them, and every number behind them ([`Explanation`]). Nothing

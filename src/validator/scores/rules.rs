@@ -1,4 +1,4 @@
-//! Which arithmetic is in force, and over how many samples.
+//! Names which arithmetic is in force, and over how many samples.
 
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};

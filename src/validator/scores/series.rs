@@ -1,4 +1,4 @@
-//! One miner's samples of one model, and the score that they make.
+//! Scores one miner's samples of one model.
 
 use super::rules::{ScoringProfile, ScoringRules};
 use crate::store::record::{Response, Round, Sample};

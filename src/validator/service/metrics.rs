@@ -1,4 +1,4 @@
-//! A validator's state in the text format of Prometheus.
+//! Writes a validator's state in the text format of Prometheus.
 
 use crate::clock::Clock;
 use crate::store::record::WeightsState;

@@ -1,4 +1,4 @@
-//! The HTTP routes for operators of a running validator: health, readiness and counters.
+//! Serves the HTTP routes for operators of a running validator: health, readiness and counters.
 //!
 //! Nothing here changes anything: the records are a handle that cannot write, and the state is a
 //! copy. Other modules can add routes to [`Service::router`].

@@ -1,5 +1,5 @@
-//! The page at `/`: miners, verdicts over time, weights, and the tokens of one answer by rank and
-//! margin.
+//! Makes the page at `/`: miners, verdicts over time, weights, and the tokens of one answer by rank
+//! and margin.
 //!
 //! The functions are pure: from records to one self-contained document without scripts. Text of
 //! peers is escaped, and the content policy allows nothing to be loaded or run.

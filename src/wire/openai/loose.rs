@@ -1,4 +1,4 @@
-//! Values in the looser forms that clients send, with errors that say what was expected.
+//! Reads values in the looser forms that clients send, with errors that say what was expected.
 //!
 //! The servers that clients are written for read bodies by pydantic: `16.0` is an integer there,
 //! and null stands for a field that is left out.

@@ -1,4 +1,4 @@
-//! The OpenAI HTTP surface with Targon's extensions, as serde types.
+//! Defines the OpenAI HTTP interface with Targon's extensions, as serde types.
 //!
 //! Requests are lenient where clients are known to be loose (a boolean where an integer belongs, a
 //! string where a list does, `16.0` where an integer does) and keep unknown fields for the server

@@ -1,4 +1,4 @@
-//! Request bodies of `/v1/chat/completions` and `/v1/completions`.
+//! Defines the request bodies of `/v1/chat/completions` and `/v1/completions`.
 
 pub use super::loose::Logprobs;
 use super::loose::{

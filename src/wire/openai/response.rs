@@ -1,4 +1,4 @@
-//! Response bodies and stream chunks.
+//! Defines response bodies and stream chunks.
 
 use super::tools::ToolCall;
 use serde::{Deserialize, Serialize};

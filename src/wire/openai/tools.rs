@@ -1,4 +1,4 @@
-//! Tools: what a client offers, which of them it wants called, and the calls a model makes.
+//! Defines tools: what a client offers, which of them it wants called, and the calls a model makes.
 
 use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};

@@ -3,8 +3,8 @@
 
 use super::matmul::packed;
 use super::{Shape, args, first_difference, kernels};
+use crate::common::golden;
 use std::ffi::c_void;
-use std::path::{Path, PathBuf};
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::{Decoder, Scratch};
 use targon_engine::models::cpu::weights::{Embedding, FeedForward, Layer, Mlp};
@@ -406,10 +406,6 @@ impl Step {
     }
 }
 
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden")
-}
-
 /// Final-norm rows and logits by the CPU.
 fn on_the_cpu(decoder: &Decoder, pool: &Pool, ids: &[u32], blocks: usize) -> [Vec<f32>; 2] {
     let turn = pool.turn();
@@ -443,7 +439,7 @@ fn assert_rows(
 
 /// A prompt at once, in chunks beside another sequence, and token by token.
 fn check(family: &str) {
-    let dir = golden().join(family);
+    let dir = golden(family);
     let pool = Pool::new(2, Isa::best()).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let decoder = crate::common::decoder(&checkpoint, None, &pool).unwrap();

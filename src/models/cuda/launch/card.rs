@@ -1,4 +1,4 @@
-//! A card: its driver, its kernels, its errors.
+//! Opens a card: its driver, its kernels, its errors.
 
 use super::super::error::CudaError;
 use cudarc::driver::result::{self, DriverError};

@@ -1,4 +1,4 @@
-//! Values that the host and a card exchange, and the arguments of kernels.
+//! Defines the values that the host and a card exchange, and the arguments of kernels.
 
 /// Words of the largest argument.
 const ARG_WORDS: usize = 3;

@@ -1,4 +1,4 @@
-//! Work on a card: launches, waits, captures.
+//! Runs work on a card: launches, waits, captures.
 
 use super::super::error::CudaError;
 use super::card::{Card, Function};

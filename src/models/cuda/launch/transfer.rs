@@ -1,4 +1,4 @@
-//! Memory of a card, and host memory that is copied to and from it.
+//! Manages memory of a card, and host memory that is copied to and from it.
 
 use super::super::error::CudaError;
 use super::card::Card;

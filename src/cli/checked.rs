@@ -1,4 +1,5 @@
-//! A checked answer with all there is to say of it, as `verify` shows it.
+//! Defines a checked answer with all that `verify` shows of it. The text and the HTML page are made
+//! of the same values.
 
 use super::capture::CheckedChoice;
 use super::printable::printable;
@@ -23,7 +24,7 @@ pub(super) struct Tally {
 }
 
 /// A checked answer with all there is to say of it.
-pub(super) struct Finding<'a> {
+pub(super) struct CheckedAnswer<'a> {
     pub(super) place: &'a str,
     pub(super) checked: &'a CheckedChoice,
     pub(super) tally: Option<&'a Tally>,
@@ -31,7 +32,7 @@ pub(super) struct Finding<'a> {
     pub(super) limits: &'a Limits,
 }
 
-impl Finding<'_> {
+impl CheckedAnswer<'_> {
     pub(super) fn tokens(&self) -> usize {
         self.checked.answer.as_ref().map_or(0, |a| a.ids.len())
     }
