@@ -6,7 +6,7 @@ use super::plan::work::{decode, prefill};
 use super::report::schema::{Ceilings, Limit, Phase, ReportRow};
 use super::report::spread::Spread;
 use crate::models::spec::Spec;
-use crate::verify::FAST_ROWS;
+use crate::verify::FastRows;
 
 /// Below this share of both ceilings something else holds a row back.
 const OVERHEAD_BELOW: f64 = 0.25;
@@ -27,7 +27,10 @@ impl Size {
         let (work, count) = match phase {
             Phase::Prefill => (prefill(spec, depth, 1), depth),
             Phase::Decode => (decode(spec, batch, depth + tokens / 2), batch),
-            Phase::Verify => (prefill(spec, depth + tokens, FAST_ROWS + 1), depth + tokens),
+            Phase::Verify => {
+                let checked = FastRows::DEFAULT.of(spec, depth + tokens).saturating_add(1);
+                (prefill(spec, depth + tokens, checked.min(tokens)), depth + tokens)
+            }
         };
         (work.bytes / count as f64, work.operations / count as f64)
     }

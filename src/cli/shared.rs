@@ -4,6 +4,7 @@ use super::Failure;
 use crate::config::models_toml::{self, Config};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
+use crate::verify::FastRows;
 use crate::verify::scrutiny::{WantedScrutiny, When};
 use clap::Args;
 use std::net::SocketAddr;
@@ -90,11 +91,27 @@ pub(super) struct ScrutinyArgs {
     /// what the answer is: cheaper, and blind to what comes later.
     #[arg(long, env = "TARGON_EARLY_EXIT", help_heading = "Verification")]
     early_exit: bool,
+    /// How many rows, and the last, a fast check of a proof computes the logits of: a number, or as
+    /// many as this share of the multiply-adds of the pass over prompt and answer pays for, at
+    /// least 32.
+    #[arg(
+        long,
+        value_name = "ROWS",
+        env = "TARGON_ROWS",
+        default_value_t,
+        help_heading = "Verification"
+    )]
+    rows: FastRows,
 }
 
 impl ScrutinyArgs {
     pub(super) fn asked(&self) -> WantedScrutiny {
-        WantedScrutiny { twin: self.twin, stops_early: self.early_exit, names: self.name_cheats }
+        WantedScrutiny {
+            twin: self.twin,
+            stops_early: self.early_exit,
+            names: self.name_cheats,
+            rows: self.rows,
+        }
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) struct VerifyArgs {
     /// asked for). Where absent, the proof if there is one to expect, else targon-4.4.
     #[arg(long)]
     profile: Option<Profile>,
-    /// Compute logits at every row, not only at 32 random ones and the last.
+    /// Compute logits at every row, not only at random ones (`--rows`).
     #[arg(long)]
     slow: bool,
     /// Require that hidden rows are equal bit for bit, because the miner runs this engine.

@@ -12,9 +12,9 @@ use std::fmt;
 pub const STEP_TOKENS: usize = 512;
 /// Rows of attention scores that mistral.rs holds at once.
 const PROMPT_CHUNK: u64 = 1024;
-/// Sequences that mistral.rs runs at once on the processor. Its attention of a step with one row for
-/// each sequence (`flash_attn_cpu_single_q` of 0.8.1) has one buffer for all of them, so that each
-/// gets the attention of the last one.
+/// Sequences that mistral.rs runs at once on the processor. Its attention of a step with one row
+/// for each sequence (`flash_attn_cpu_single_q` of 0.8.1) has one buffer for all of them, so that
+/// each gets the attention of the last one.
 const MISTRAL_SEQUENCES_MAX: usize = 1;
 /// Requests that wait.
 pub const WAITING_MAX: usize = 256;

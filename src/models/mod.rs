@@ -26,6 +26,7 @@ pub mod identity;
 pub mod margin;
 pub mod model;
 pub mod panics;
+pub mod parameter_counts;
 pub mod parameters;
 pub mod pass;
 pub mod remembered;

@@ -8,7 +8,7 @@
 use super::evidence::{Calibrated, Side, Weight};
 use super::limits::Limits;
 use super::limits_file::{HeldOut, LimitsFile, Measured, Share, ValueSpread};
-use super::places::random_rows;
+use super::places::{FAST_ROWS, random_rows};
 use super::rows::check_margins;
 use super::statistic::{ByRows, Statistic};
 use super::{ChunkEvidence, Report, RowEvidence, bounds};
@@ -98,9 +98,9 @@ impl HonestSample {
         Statistic::of(&self.values(measure), &by_rows)
     }
 
-    /// The rows that a fast check of this answer would have looked at.
+    /// The fewest rows that a fast check of this answer would have looked at.
     fn fast(&self, chance: u64) -> Vec<RowEvidence> {
-        let wanted = random_rows(self.report.rows.len(), chance);
+        let wanted = random_rows(self.report.rows.len(), FAST_ROWS, chance);
         self.report.rows.iter().filter(|r| wanted.contains(&r.index)).cloned().collect()
     }
 }

@@ -130,7 +130,7 @@ impl<'a> Verification<'a> {
 
     /// Checks what needs no rows; what they are needed for is left, if anything.
     fn prepare(self, claim: &Claim<'_>) -> Result<Option<Work>, Stop> {
-        let Verifier { model, identity, context_max, .. } = self.verifier;
+        let Verifier { model, identity, scrutiny, context_max, .. } = self.verifier;
         let end = structure::check(claim, &model.text, *context_max)?.end;
         structure::check_powv(claim, model, self.profile == Profile::Powv)?;
         let bound = match self.profile {
@@ -142,7 +142,10 @@ impl<'a> Verification<'a> {
         let mut wanted: BTreeSet<usize> = match (self.profile, self.depth) {
             (Profile::Powv, _) => return Ok(None),
             (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
-            (Profile::Proof, Depth::Fast) => random_rows(count, self.chance),
+            (Profile::Proof, Depth::Fast) => {
+                let positions = claim.request.prompt.len() + count;
+                random_rows(count, scrutiny.rows.of(&model.spec, positions), self.chance)
+            }
         };
         if end == End::Implied {
             // Any token stands for the end that was not sent: only its row counts.

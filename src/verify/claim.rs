@@ -35,7 +35,8 @@ impl std::str::FromStr for Profile {
 /// How much is computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Depth {
-    /// Proofs of all rows; logits of [`FAST_ROWS`](super::FAST_ROWS) random rows and the last.
+    /// Proofs of all rows; logits of random rows, as many as [`FastRows`](super::FastRows) says,
+    /// and the last.
     Fast,
     /// Everything at every row.
     Slow,

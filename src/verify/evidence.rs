@@ -13,6 +13,7 @@
 
 use super::Report;
 use super::limits::Limits;
+use super::places::{FAST_ROWS, random_rows};
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -212,10 +213,10 @@ impl Observed {
         }
     }
 
-    /// As much of it as a fast check looks at, chosen by `chance` and not by what was seen: else
-    /// one long honest answer, checked at every row, would outweigh all that is known of a miner.
+    /// As much of it as the least fast check looks at, chosen by `chance` and not by what was
+    /// seen: else one long honest answer would outweigh all that is known of a miner.
     pub fn thinned(self, chance: u64) -> Self {
-        let chosen = super::places::random_rows(self.margins.len(), chance);
+        let chosen = random_rows(self.margins.len(), FAST_ROWS, chance);
         let margins = chosen.into_iter().filter_map(|place| self.margins.get(place).copied());
         Self { margins: margins.collect(), ..self }
     }

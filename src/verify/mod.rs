@@ -43,6 +43,6 @@ mod verdict;
 pub use check::{Verification, Verifier};
 pub use claim::{Challenge, Claim, Depth, Profile};
 pub use limits::Limits;
-pub use places::FAST_ROWS;
+pub use places::{FAST_ROWS, FastRows, FastRowsError};
 pub use report::{ChunkEvidence, Named, Report, RowEvidence};
 pub use verdict::{Reason, Rejection, Stop, Verdict};

@@ -1,7 +1,8 @@
-//! Decides how closely answers are looked at: when rows are computed a second time (`twin.rs`),
-//! whether known cheats are tried, and whether a check may stop early.
+//! Decides how closely answers are looked at: how many rows are scored, when rows are computed a
+//! second time (`twin.rs`), whether known cheats are tried, and whether a check may stop early.
 
 use super::limits::Limits;
+use super::places::FastRows;
 use super::report::Report;
 use super::statistic::ROWS;
 use super::{Reason, Verdict};
@@ -65,6 +66,8 @@ pub struct Scrutiny {
     /// Whether recipes are run where the twin says that an answer is too far. Each needs memory for
     /// the weights once more.
     pub names: bool,
+    /// How many rows a fast check of a proof scores.
+    pub rows: FastRows,
 }
 
 /// What a caller asks for, before it is known where the weights are.
@@ -76,37 +79,41 @@ pub struct WantedScrutiny {
     pub stops_early: bool,
     /// As in [`Scrutiny`].
     pub names: bool,
+    /// As in [`Scrutiny`].
+    pub rows: FastRows,
 }
 
 impl WantedScrutiny {
     /// One prefill, whatever it shows.
-    pub const NOTHING: Self = Self { twin: Some(When::Never), stops_early: false, names: false };
+    pub const NOTHING: Self =
+        Self { twin: Some(When::Never), stops_early: false, names: false, rows: FastRows::DEFAULT };
 
     /// What is done with `model`.
     ///
     /// # Errors
     /// When it was asked for by name and cannot be done.
     pub fn on(self, model: &Model) -> Result<Scrutiny, AskedError> {
-        let Self { twin, stops_early, names } = self;
+        let Self { twin, stops_early, names, rows } = self;
         let is_asked = names || twin.is_some_and(|twin| twin != When::Never);
         if model.weights.cpu().is_none() {
             let device = model.weights.device();
             return match is_asked {
                 true => Err(AskedError::Device(device)),
-                false => Ok(Scrutiny { stops_early, ..Scrutiny::NONE }),
+                false => Ok(Scrutiny { stops_early, rows, ..Scrutiny::NONE }),
             };
         }
         let twin = twin.unwrap_or_default();
         match names && twin == When::Never {
             true => Err(AskedError::Never),
-            false => Ok(Scrutiny { twin, stops_early, names }),
+            false => Ok(Scrutiny { twin, stops_early, names, rows }),
         }
     }
 }
 
 impl Scrutiny {
     /// None: one prefill, whatever it shows.
-    pub const NONE: Self = Self { twin: When::Never, stops_early: false, names: false };
+    pub const NONE: Self =
+        Self { twin: When::Never, stops_early: false, names: false, rows: FastRows::DEFAULT };
 
     /// Whether what was found asks for a second prefill; `chance` is the verifier's.
     pub(super) fn wants(

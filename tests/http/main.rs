@@ -8,6 +8,7 @@ mod common;
 mod constraints;
 mod endurance;
 mod evidence;
+mod fast_rows;
 mod gate;
 mod hostile;
 mod hub;

@@ -35,7 +35,7 @@ const NARROW: Limits = Limits {
     margin_mean: 1.0,
     ..Limits::NONE
 };
-const NAMING: Scrutiny = Scrutiny { twin: When::Suspicion, stops_early: false, names: true };
+const NAMING: Scrutiny = Scrutiny { twin: When::Suspicion, names: true, ..Scrutiny::NONE };
 
 fn proved(scheme: Scheme, tokens: usize) -> Value {
     chat(json!({
@@ -210,10 +210,7 @@ fn what_was_asked_for_is_read_or_refused() {
     let pool = targon_engine::ops::pool::Pool::new(1, targon_engine::ops::lanes::Isa::best());
     let model = common::tiny_model(3, &pool.unwrap());
     let asked = WantedScrutiny { twin: None, names: true, ..WantedScrutiny::NOTHING };
-    assert_eq!(
-        asked.on(&model),
-        Ok(Scrutiny { twin: When::Suspicion, stops_early: false, names: true })
-    );
+    assert_eq!(asked.on(&model), Ok(NAMING));
     let never = WantedScrutiny { names: true, ..WantedScrutiny::NOTHING };
     assert!(never.on(&model).unwrap_err().to_string().contains("`--name-cheats` needs the twin"));
 }

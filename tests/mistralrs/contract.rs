@@ -11,7 +11,7 @@ const LOGPROB_BOUND: f64 = 0.25;
 /// How far on average.
 const LOGPROB_MEAN_BOUND: f64 = 0.05;
 
-/// Outputs are equal up to a place where the two likeliest tokens are nearly as likely as each other.
+/// Outputs are equal up to a place where two tokens are nearly as likely as each other.
 #[test]
 fn greedy_outputs_are_equal_and_their_log_probabilities_are_close() {
     let (mut worst, mut sum, mut count, mut whole) = (0.0_f64, 0.0, 0, 0);

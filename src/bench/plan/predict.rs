@@ -5,6 +5,7 @@ use super::devices::{DeviceKind, DeviceSpec};
 use super::work::{Work, decode, prefill};
 use crate::engine::plan::weight_bytes;
 use crate::models::spec::Spec;
+use crate::verify::FastRows;
 use serde::Serialize;
 
 /// The share of a datasheet's numbers that an engine reaches.
@@ -90,8 +91,6 @@ pub struct Prediction {
 
 /// Share of a card's memory that is left to weights and cache.
 const USABLE: f64 = 0.9;
-/// Rows whose logits a fast check computes.
-const CHECKED_ROWS: usize = crate::verify::FAST_ROWS + 1;
 
 /// Predicts `spec` on `device`. A model that does not fit is spread over several, which are taken
 /// to add up without loss: an upper bound.
@@ -120,7 +119,9 @@ pub fn predict(
         }
     };
     let first_token_seconds = time(prefill(spec, load.prompt, 1)).0;
-    let check = time(prefill(spec, load.prompt + load.answer, CHECKED_ROWS)).0;
+    let positions = load.prompt + load.answer;
+    let checked = FastRows::DEFAULT.of(spec, positions).saturating_add(1).min(load.answer);
+    let check = time(prefill(spec, positions, checked)).0;
     Prediction {
         device: device.name,
         source: device.source,

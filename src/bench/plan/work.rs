@@ -2,6 +2,7 @@
 //!
 //! Weights and the KV cache have two bytes an element. A multiply-add counts as two operations.
 
+use crate::models::parameter_counts::ParameterCounts;
 use crate::models::spec::Spec;
 
 const ELEMENT: f64 = 2.0;
@@ -13,34 +14,6 @@ pub struct Work {
     pub bytes: f64,
     /// Floating-point operations.
     pub operations: f64,
-}
-
-/// Parameters that all tokens share, that a token's experts add, and that the head has.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct ParameterCounts {
-    /// Attention, and the feed-forward layers of dense models, over all layers; routers too.
-    pub shared: f64,
-    /// One expert, over all layers; 0 in dense models.
-    pub expert: f64,
-    /// The head; the embedding is read by rows and does not count.
-    pub head: f64,
-}
-
-impl ParameterCounts {
-    /// Of a model.
-    pub fn of(spec: &Spec) -> Self {
-        let (hidden, layers) = (spec.hidden as f64, spec.layers as f64);
-        let attention = (spec.qkv_rows() + spec.attention_cols()) as f64 * hidden;
-        let mlp = 3.0 * spec.feed_forward.inter as f64 * hidden;
-        let head = spec.vocab as f64 * hidden;
-        match spec.feed_forward.experts {
-            None => Self { shared: layers * (attention + mlp), expert: 0.0, head },
-            Some(e) => {
-                let router = e.count as f64 * hidden;
-                Self { shared: layers * (attention + router), expert: layers * mlp, head }
-            }
-        }
-    }
 }
 
 /// Experts of a layer that `tokens` tokens visit at least once, where each visits `used` of
@@ -70,12 +43,6 @@ fn attention(spec: &Spec, context: f64) -> f64 {
     4.0 * spec.attention_cols() as f64 * seen(spec, context)
 }
 
-/// Parameters that one token is multiplied with, without the head.
-fn active(spec: &Spec, parameters: &ParameterCounts) -> f64 {
-    let used = spec.feed_forward.experts.map_or(0.0, |e| e.used as f64);
-    parameters.shared + used * parameters.expert
-}
-
 /// Bytes of the weights that a step of `tokens` tokens touches, without the head.
 fn weights_touched(spec: &Spec, parameters: &ParameterCounts, tokens: f64) -> f64 {
     let experts = spec.feed_forward.experts.map_or(0.0, |e| touched(e.count, e.used, tokens));
@@ -86,7 +53,7 @@ fn weights_touched(spec: &Spec, parameters: &ParameterCounts, tokens: f64) -> f6
 pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
     let (p, batch, context) = (ParameterCounts::of(spec), batch as f64, context as f64);
     let weights = weights_touched(spec, &p, batch) + ELEMENT * p.head;
-    let per_token = 2.0 * (active(spec, &p) + p.head) + attention(spec, context);
+    let per_token = 2.0 * (p.active() + p.head) + attention(spec, context);
     Work { bytes: weights + batch * kv_read(spec, context), operations: batch * per_token }
 }
 
@@ -97,7 +64,7 @@ pub fn prefill(spec: &Spec, tokens: usize, scored: usize) -> Work {
     let attended = tokens * attention(spec, (tokens + 1.0) / 2.0);
     Work {
         bytes: weights_touched(spec, &p, tokens) + ELEMENT * p.head + kv_read(spec, tokens),
-        operations: 2.0 * (active(spec, &p) * tokens + p.head * scored) + attended,
+        operations: 2.0 * (p.active() * tokens + p.head * scored) + attended,
     }
 }
 

@@ -11,7 +11,7 @@ use crate::cli::shared::ComputeArgs;
 use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
 use crate::verify::scrutiny::{Scrutiny, When};
-use crate::verify::{Limits, limits_file};
+use crate::verify::{FastRows, Limits, limits_file};
 use clap::Args;
 use comfy_table::{Table, presets};
 use std::path::{Path, PathBuf};
@@ -45,6 +45,9 @@ pub(in crate::cli) struct AttackArgs {
     /// Try known cheats on answers that the twin finds too far.
     #[arg(long)]
     name_cheats: bool,
+    /// How many rows a fast check scores, as for `verify`: a number, or a share of the pass.
+    #[arg(long, default_value_t)]
+    rows: FastRows,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Write attack.json and attack.svg into this directory.
@@ -74,7 +77,12 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
         limits: Limits { exact: args.exact || limits.exact, ..limits },
-        scrutiny: Scrutiny { twin: args.twin, stops_early: false, names: args.name_cheats },
+        scrutiny: Scrutiny {
+            twin: args.twin,
+            stops_early: false,
+            names: args.name_cheats,
+            rows: args.rows,
+        },
         rates,
     };
     let results = AttackBench::new(&args.model, &scratch, &pool, setup)

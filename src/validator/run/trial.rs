@@ -16,7 +16,7 @@ use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, check_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
-use crate::verify::{Depth, Profile, Report, Verdict};
+use crate::verify::{Depth, Profile, Report, RowEvidence, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -157,7 +157,7 @@ async fn add(
 
 /// What was found, for the record.
 fn report(report: &Report, depth: Depth) -> Value {
-    let rows = report.rows.iter().take(ROWS_MAX).map(|row| {
+    let rows = kept_rows(&report.rows).into_iter().map(|row| {
         json!({
             "index": row.index, "token": row.token, "rank": row.rank, "logprob": row.logprob,
             "reported": row.reported, "margin": row.margin,
@@ -171,6 +171,16 @@ fn report(report: &Report, depth: Depth) -> Value {
         "exact_chunks": report.chunks.iter().filter(|chunk| chunk.is_exact).count(),
         "energies": report.chunks.iter().map(|chunk| chunk.energy).collect::<Vec<_>>(),
     })
+}
+
+/// Those that say most: with the largest margins, in order.
+fn kept_rows(rows: &[RowEvidence]) -> Vec<&RowEvidence> {
+    let mut kept: Vec<&RowEvidence> = rows.iter().collect();
+    let margin = |row: &RowEvidence| row.margin.unwrap_or_default();
+    kept.sort_by(|a, b| margin(b).total_cmp(&margin(a)));
+    kept.truncate(ROWS_MAX);
+    kept.sort_by_key(|row| row.index);
+    kept
 }
 
 /// Decides weights from the records of a subnet's members.
