@@ -8,6 +8,7 @@
 //! untrusted publisher; an extreme one would make every sketch zero. Such a file is never used, and
 //! the model is refused if the file differs from what is computed.
 
+use super::arithmetic::Arithmetic;
 use super::error::LoadError;
 use super::model::Model;
 use super::pass::{Batch, Pass, PassFault, RowAsk, RowResult, blocks_of};
@@ -114,7 +115,9 @@ pub fn known(
 /// When weights cannot be read or the text cannot be tokenised.
 pub fn compute(model: &Model, pool: &Pool) -> Result<(Calibration, usize), LoadError> {
     let (channels, dtype) = (model.spec.hidden, model.dtype);
-    let mut pass = model.pass(pool, blocks_of(PIECE_TOKENS_MAX))?;
+    // In the one arithmetic that every device has, so that all parties compute the same.
+    let blocks = blocks_of(PIECE_TOKENS_MAX);
+    let mut pass = model.pass_by(Arithmetic::Portable, pool, blocks)?;
     let mut rows = Vec::new();
     for piece in pieces(model)? {
         let bits = hidden_rows(&mut *pass, &piece)?;

@@ -6,7 +6,6 @@ use super::error::LoadError;
 use super::model::Model;
 use super::remembered::{self, Remembered};
 use super::root;
-use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Hash, to_hex};
@@ -28,7 +27,7 @@ pub struct Identity {
     /// How the weights were quantised when they were loaded, where they were: such a model is
     /// another one.
     pub scheme: Option<String>,
-    /// The canon that its rows are computed in: [ours](CANON), or the name of another engine.
+    /// The canon that its rows are computed in, or the name of another engine.
     pub canon: Cow<'static, str>,
     /// Hash of all of these.
     pub model_hash: Hash,
@@ -72,7 +71,7 @@ impl Identity {
             calibration: Arc::new(calibration),
             dtype: model.dtype,
             scheme: None,
-            canon: Cow::Borrowed(CANON),
+            canon: model.canon(),
             model_hash: [0; 32],
         };
         identity.hashed()

@@ -5,6 +5,7 @@
 //! responses need. A family is data for the one decoder of a device; [`pass`] is how everybody runs
 //! it, [`cpu`] is the pass on the CPU. Nothing here knows about requests or scheduling.
 
+pub mod arithmetic;
 pub mod cache;
 pub mod calibration;
 pub mod chat;

@@ -1,5 +1,6 @@
 //! Holds a loaded model: its text side, and its weights where a device multiplies by them.
 
+use super::arithmetic::Arithmetic;
 use super::checkpoint::Checkpoint;
 use super::cpu::CpuPass;
 use super::cpu::decoder::Decoder;
@@ -12,8 +13,10 @@ use super::parameters::Parameters;
 use super::pass::Pass;
 use super::spec::Spec;
 use super::text::Text;
+use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
+use std::borrow::Cow;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -30,6 +33,8 @@ pub struct Model {
     pub dtype: Dtype,
     /// The weights on their device.
     pub weights: DeviceWeights,
+    /// How it multiplies by them.
+    pub arithmetic: Arithmetic,
     /// The weights as vLLM lists them, for powv.
     pub parameters: Parameters,
 }
@@ -74,6 +79,27 @@ impl DeviceWeights {
             #[cfg(feature = "cuda")]
             Self::Cuda(weights) => weights.bytes(),
             Self::Elsewhere => 0,
+        }
+    }
+
+    /// How their device multiplies where nothing is said.
+    fn arithmetic(&self) -> Arithmetic {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => Arithmetic::Tensor,
+            Self::Cpu(_) | Self::Elsewhere => Arithmetic::Portable,
+        }
+    }
+
+    /// The canon of rows that are computed so; `None` where their device cannot.
+    fn canon(&self, arithmetic: Arithmetic) -> Option<Cow<'static, str>> {
+        match (self, arithmetic) {
+            (_, Arithmetic::Portable) => Some(Cow::Borrowed(CANON)),
+            #[cfg(feature = "cuda")]
+            (Self::Cuda(weights), Arithmetic::Tensor) => {
+                Some(Cow::Owned(weights.card().tensor_canon()))
+            }
+            (Self::Cpu(_) | Self::Elsewhere, Arithmetic::Tensor) => None,
         }
     }
 
@@ -134,7 +160,34 @@ impl Model {
         let model = Self::describe(path, dtype)?;
         let Self { checkpoint, spec, dtype, .. } = &model;
         let weights = DeviceWeights::load(device, checkpoint, (spec, *dtype), pool, progress)?;
-        Ok(Self { weights, ..model })
+        Ok(Self { arithmetic: weights.arithmetic(), weights, ..model })
+    }
+
+    /// The same with rows computed by `arithmetic`, or as its device does where nothing is said.
+    ///
+    /// # Errors
+    /// When its device cannot.
+    pub fn computing(self, arithmetic: Option<Arithmetic>) -> Result<Self, LoadError> {
+        let arithmetic = arithmetic.unwrap_or(self.weights.arithmetic());
+        match self.weights.canon(arithmetic) {
+            Some(_) => Ok(Self { arithmetic, ..self }),
+            None => {
+                let device = self.weights.device();
+                let what = format!("{arithmetic} arithmetic needs an NVIDIA card, got {device}");
+                Err(LoadError::Device(what))
+            }
+        }
+    }
+
+    /// The canon of its rows.
+    pub fn canon(&self) -> Cow<'static, str> {
+        self.weights.canon(self.arithmetic).unwrap_or(Cow::Borrowed(CANON))
+    }
+
+    /// How its device computes rows of this canon, if it can: whatever it computes otherwise.
+    pub fn arithmetic_of(&self, canon: &str) -> Option<Arithmetic> {
+        let fits = |a: &Arithmetic| self.weights.canon(*a).is_some_and(|own| own == canon);
+        [Arithmetic::Portable, Arithmetic::Tensor].into_iter().find(fits)
     }
 
     /// All of a model but its packed weights, which are [elsewhere](DeviceWeights::Elsewhere).
@@ -148,7 +201,8 @@ impl Model {
         let dtype = dtype.map_or_else(|| checkpoint.dtype(&spec), Ok)?;
         let parameters = Parameters::new(&checkpoint, &spec, dtype)?;
         let weights = DeviceWeights::Elsewhere;
-        Ok(Self { text, checkpoint, spec, dtype, weights, parameters })
+        let arithmetic = weights.arithmetic();
+        Ok(Self { text, checkpoint, spec, dtype, weights, arithmetic, parameters })
     }
 
     /// A pass that departs from the canon, with the weights that `decoder` has.
@@ -186,11 +240,31 @@ impl Model {
     /// # Errors
     /// When the system refuses the memory, or the weights are elsewhere.
     pub fn pass(&self, pool: &Pool, blocks: usize) -> io::Result<Box<dyn Pass>> {
-        match &self.weights {
-            DeviceWeights::Cpu(decoder) => Ok(Box::new(CpuPass::new(decoder, pool, blocks)?)),
+        self.pass_by(self.arithmetic, pool, blocks)
+    }
+
+    /// The same by another arithmetic than the model's.
+    ///
+    /// # Errors
+    /// As for [`pass`](Self::pass), and when its device cannot.
+    pub fn pass_by(
+        &self,
+        arithmetic: Arithmetic,
+        pool: &Pool,
+        blocks: usize,
+    ) -> io::Result<Box<dyn Pass>> {
+        match (&self.weights, arithmetic) {
+            (DeviceWeights::Cpu(decoder), Arithmetic::Portable) => {
+                Ok(Box::new(CpuPass::new(decoder, pool, blocks)?))
+            }
+            (DeviceWeights::Cpu(_), Arithmetic::Tensor) => {
+                Err(io::Error::other("tensor arithmetic needs an NVIDIA card"))
+            }
             #[cfg(feature = "cuda")]
-            DeviceWeights::Cuda(weights) => Ok(Box::new(CudaPass::new(weights, pool, blocks)?)),
-            DeviceWeights::Elsewhere => {
+            (DeviceWeights::Cuda(weights), arithmetic) => {
+                Ok(Box::new(CudaPass::new(weights, pool, blocks)?.computing(arithmetic)))
+            }
+            (DeviceWeights::Elsewhere, _) => {
                 Err(io::Error::other("the weights of this model are with another engine"))
             }
         }

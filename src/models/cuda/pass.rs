@@ -10,6 +10,7 @@ use super::layout::Layout;
 use super::memory::{Inputs, KvBlocks, Outputs};
 use super::step::{Rooms, Step};
 use super::weights::CudaWeights;
+use crate::models::arithmetic::Arithmetic;
 use crate::models::pass::{Batch, Pass, PassFault, RowAsk, RowResult};
 use crate::ops::pool::Pool;
 use std::cell::RefCell;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 /// Runs a model on a card.
 pub struct CudaPass {
     weights: Arc<CudaWeights>,
+    arithmetic: Arithmetic,
     stream: Stream,
     pool: Pool,
     kv: KvBlocks,
@@ -29,7 +31,7 @@ pub struct CudaPass {
 }
 
 impl CudaPass {
-    /// With an empty cache of `blocks` blocks.
+    /// With an empty cache of `blocks` blocks; portable.
     ///
     /// # Errors
     /// When the card has no room for it.
@@ -39,6 +41,7 @@ impl CudaPass {
         stream.wait()?;
         Ok(Self {
             weights: Arc::clone(weights),
+            arithmetic: Arithmetic::Portable,
             stream,
             pool: pool.clone(),
             kv,
@@ -48,6 +51,13 @@ impl CudaPass {
             answers: Answers::default(),
             graphs: Graphs::default(),
         })
+    }
+
+    /// The same by another arithmetic. Its cache must still be empty: keys and values of two canons
+    /// do not go together.
+    #[must_use]
+    pub fn computing(self, arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, ..self }
     }
 
     fn run(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, CudaError> {
@@ -67,6 +77,7 @@ impl CudaPass {
         self.inputs.send(&self.stream)?;
         let step = Step {
             weights: &self.weights,
+            arithmetic: self.arithmetic,
             kv: &self.kv,
             inputs: &self.inputs,
             layout: &layout,

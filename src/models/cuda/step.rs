@@ -1,13 +1,14 @@
 //! Launches the layers of a step on a card: token ids to hidden rows to logits.
 //!
-//! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits. A
-//! branch waits for the next norm, which adds it to the residual stream.
+//! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits; only
+//! products of tensor arithmetic have another order. A branch waits for the next norm, which adds it to the residual stream.
 
 use super::error::CudaError;
 use super::launch::{Arg, GRID_MAX, Launch, Memory, Pointer, Shape, args};
 use super::layout::Layout;
 use super::memory::{At, Inputs, KvBlocks, Room, grained, padded};
 use super::weights::{CudaWeights, GATE_ROWS, Layer, Matrix};
+use crate::models::arithmetic::Arithmetic;
 use crate::models::spec::{ExpertSpec, Spec};
 use crate::ops::attention::PARTITION_TOKENS;
 use crate::ops::dtype::Dtype;
@@ -18,6 +19,8 @@ use std::cell::RefCell;
 const PARTS_BYTES_MAX: usize = 64 << 20;
 /// Thread blocks of attention from which on a card is busy without splitting contexts.
 const TILES_MAX: usize = 256;
+/// Tokens up to which tensor products are spread over slices of k: above, tiles are enough work.
+const TENSOR_DECODE_MAX: usize = 64;
 
 /// Buffers between kernels.
 pub(super) struct Rooms {
@@ -142,9 +145,54 @@ impl Rooms {
     }
 }
 
+/// A kernel for products, and what a thread block of it takes.
+struct Product {
+    kernel: &'static str,
+    /// Tokens of a thread block.
+    group: usize,
+    /// Rows of a thread block.
+    rows: usize,
+    threads: u32,
+}
+
+impl Product {
+    /// The kernel of `matmul_portable.cu` for so many tokens.
+    fn portable(tokens: usize, dtype: Dtype) -> Self {
+        let (kernel, group) = match (tokens, dtype) {
+            (1, Dtype::Bf16) => ("decode_bf16_1", 1),
+            (1, Dtype::F16) => ("decode_f16_1", 1),
+            (2..=4, Dtype::Bf16) => ("decode_bf16_4", 4),
+            (2..=4, Dtype::F16) => ("decode_f16_4", 4),
+            (5..=16, Dtype::Bf16) => ("decode_bf16_8", 8),
+            (5..=16, Dtype::F16) => ("decode_f16_8", 8),
+            (_, Dtype::Bf16) => ("prefill_bf16", 64),
+            (_, Dtype::F16) => ("prefill_f16", 64),
+        };
+        let [rows, threads] = if group == 64 { [64, 128] } else { [32, 256] };
+        Self { kernel, group, rows, threads: threads as u32 }
+    }
+
+    /// The kernel of `matmul_tensor.cu`. Its prefill copies 16 bytes at once, so rows of inputs must
+    /// be whole numbers of them.
+    fn tensor(tokens: usize, cols: usize, dtype: Dtype) -> Self {
+        let is_prefill = tokens > TENSOR_DECODE_MAX && cols.is_multiple_of(8);
+        let (kernel, group) = match (is_prefill, tokens, dtype) {
+            (false, 1..=8, Dtype::Bf16) => ("decode_mma_bf16_8", 8),
+            (false, 1..=8, Dtype::F16) => ("decode_mma_f16_8", 8),
+            (false, _, Dtype::Bf16) => ("decode_mma_bf16_32", 32),
+            (false, _, Dtype::F16) => ("decode_mma_f16_32", 32),
+            (true, _, Dtype::Bf16) => ("prefill_mma_bf16", 128),
+            (true, _, Dtype::F16) => ("prefill_mma_f16", 128),
+        };
+        let [rows, threads] = if is_prefill { [64, 128] } else { [32, 256] };
+        Self { kernel, group, rows, threads: threads as u32 }
+    }
+}
+
 /// A step under way.
 pub(super) struct Step<'a> {
     pub(super) weights: &'a CudaWeights,
+    pub(super) arithmetic: Arithmetic,
     pub(super) kv: &'a KvBlocks,
     pub(super) inputs: &'a Inputs,
     pub(super) layout: &'a Layout,
@@ -254,16 +302,9 @@ impl Step<'_> {
 
     /// `out[t][r] = sum_k w[r][k] x[t][k]`.
     fn matmul(&self, w: &Matrix, x: Pointer, out: Pointer, tokens: usize) {
-        let is_f16 = self.weights.dtype == Dtype::F16;
-        let (kernel, group, rows, threads) = match (tokens, is_f16) {
-            (1, false) => ("decode_bf16_1", 1, 32, 256),
-            (1, true) => ("decode_f16_1", 1, 32, 256),
-            (2..=4, false) => ("decode_bf16_4", 4, 32, 256),
-            (2..=4, true) => ("decode_f16_4", 4, 32, 256),
-            (5..=16, false) => ("decode_bf16_8", 8, 32, 256),
-            (5..=16, true) => ("decode_f16_8", 8, 32, 256),
-            (_, false) => ("prefill_bf16", 64, 64, 128),
-            (_, true) => ("prefill_f16", 64, 64, 128),
+        let Product { kernel, group, rows, threads } = match self.arithmetic {
+            Arithmetic::Portable => Product::portable(tokens, self.weights.dtype),
+            Arithmetic::Tensor => Product::tensor(tokens, w.cols, self.weights.dtype),
         };
         let grid = [tokens.div_ceil(group), w.rows.div_ceil(rows), 1];
         let args = args![&w.memory, x, out, w.rows as i32, w.cols as i32, tokens as i32];
@@ -377,9 +418,11 @@ impl Step<'_> {
         (x, is_shared): (Pointer, bool),
         out: Pointer,
     ) {
-        let kernel = match self.weights.dtype {
-            Dtype::Bf16 => "expert_bf16",
-            Dtype::F16 => "expert_f16",
+        let kernel = match (self.arithmetic, self.weights.dtype) {
+            (Arithmetic::Portable, Dtype::Bf16) => "expert_bf16",
+            (Arithmetic::Portable, Dtype::F16) => "expert_f16",
+            (Arithmetic::Tensor, Dtype::Bf16) => "expert_mma_bf16",
+            (Arithmetic::Tensor, Dtype::F16) => "expert_mma_f16",
         };
         let (slots, used) = (self.layout.rows * mixture.used, mixture.used);
         let at_once = GRID_MAX / used * used;

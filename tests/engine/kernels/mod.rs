@@ -14,6 +14,7 @@ mod matmul;
 mod pass;
 mod proof;
 mod rows;
+mod tensor;
 
 use sha2::{Digest, Sha256};
 use std::ffi::{CStr, c_char, c_void};
@@ -35,7 +36,7 @@ struct Shape {
 }
 
 /// The kernels' host builds, one for each `.cu`.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "attend",
     "draw",
     "embed",
@@ -43,6 +44,7 @@ const SOURCES: [&str; 10] = [
     "gate",
     "logprob",
     "matmul_portable",
+    "matmul_tensor",
     "norm",
     "proof",
     "qkv_finish",
@@ -260,7 +262,7 @@ fn ptx_has_the_parameters_of_the_sources() {
             count += 1;
         }
     }
-    assert!(count >= 32, "{count} kernels");
+    assert!(count >= 40, "{count} kernels");
 }
 
 #[test]

@@ -9,13 +9,14 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, OnceLock};
 
 /// The kernels: PTX 9.0 for sm_80, which drivers from 580 on compile for the card at hand.
-const PTX: [&str; 9] = [
+const PTX: [&str; 10] = [
     include_str!("../../../../kernels/attend.sm_80.ptx"),
     include_str!("../../../../kernels/draw.sm_80.ptx"),
     include_str!("../../../../kernels/embed.sm_80.ptx"),
     include_str!("../../../../kernels/experts.sm_80.ptx"),
     include_str!("../../../../kernels/gate.sm_80.ptx"),
     include_str!("../../../../kernels/matmul_portable.sm_80.ptx"),
+    include_str!("../../../../kernels/matmul_tensor.sm_80.ptx"),
     include_str!("../../../../kernels/norm.sm_80.ptx"),
     include_str!("../../../../kernels/proof.sm_80.ptx"),
     include_str!("../../../../kernels/qkv_finish.sm_80.ptx"),
@@ -28,6 +29,7 @@ const CAPABILITY_MIN: (i32, i32) = (8, 0);
 pub struct Card {
     ordinal: usize,
     name: String,
+    capability: (i32, i32),
     pub(super) context: Arc<CudaContext>,
     pub(super) functions: HashMap<&'static str, Function>,
     lost: Mutex<Option<CudaError>>,
@@ -94,8 +96,14 @@ impl Card {
         if capability < CAPABILITY_MIN {
             return Err(CudaError::Architecture { ordinal, name, capability });
         }
-        let mut card =
-            Self { ordinal, name, context, functions: HashMap::new(), lost: Mutex::new(None) };
+        let mut card = Self {
+            ordinal,
+            name,
+            capability,
+            context,
+            functions: HashMap::new(),
+            lost: Mutex::new(None),
+        };
         for text in PTX {
             card.load_module(text)?;
         }
@@ -127,6 +135,13 @@ impl Card {
     /// The maker's name of it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The canon of rows that its tensor cores compute. How these add within one instruction is a
+    /// matter of the architecture, so its number is in the name.
+    pub fn tensor_canon(&self) -> String {
+        let (major, minor) = self.capability;
+        format!("mma-sm{major}{minor}-1")
     }
 
     /// Bytes of memory: free, and all.
@@ -224,6 +239,6 @@ mod tests {
         assert_eq!(all["embed"], [8, 8, 8, 4, 4, 4, 4]);
         assert_eq!(all["attend_bf16_4"], [8, 8, 8, 8, 8, 8, 8, 24, 4, 4]);
         assert_eq!(all["softcap"], [8, 8, 4]);
-        assert!(all.len() >= 31, "{}", all.len());
+        assert!(all.len() >= 39, "{}", all.len());
     }
 }
