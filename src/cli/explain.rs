@@ -8,7 +8,9 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
-use crate::store::record::{Outcome, Response, RoundResponse, Sampled, Weights, WeightsState};
+use crate::store::record::{
+    Measured, Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
+};
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, StoredExplanation};
 use crate::validator::scores::series::{Point, Series};
@@ -122,11 +124,11 @@ impl Shown {
     /// For programs.
     pub(super) fn json(&self) -> Value {
         let round = |RoundResponse { round, response }: &RoundResponse| {
-            let Response { timing, outcome, cause, error, sample, .. } = response;
+            let Response { timing, outcome, cause, error, sample, statistics, .. } = response;
             json!({
                 "round": round.id, "block": round.block, "model": round.model,
                 "outcome": outcome, "cause": cause, "error": error, "sample": sample,
-                "timing": timing,
+                "timing": timing, "statistics": statistics,
             })
         };
         json!({
@@ -269,7 +271,8 @@ impl Shown {
             return writeln!(out, "no rounds to show");
         }
         writeln!(out, "last rounds, newest first:")?;
-        let mut table = table(["block", "round", "model", "outcome", "tokens/s", "sample", "why"]);
+        let mut table =
+            table(["block", "round", "model", "outcome", "tokens/s", "sample", "measured", "why"]);
         for RoundResponse { round, response } in &self.rounds {
             let why = match response.outcome {
                 Outcome::Verified => String::new(),
@@ -282,6 +285,7 @@ impl Shown {
                 response.outcome.name().replace('_', " "),
                 format!("{:.2}", response.timing.tps),
                 sample(response.sample),
+                measured(&response.statistics),
                 why,
             ]);
         }
@@ -329,6 +333,21 @@ fn sample(sample: Sampled) -> String {
     }
 }
 
+/// What a check measured, with what honest answers are expected to have at most.
+fn measured(statistics: &Statistics) -> String {
+    let Statistics { rows, margin, trimmed, twin, likeliest } = statistics;
+    let of = |what: &str, measured: &Option<Measured>| {
+        measured.map(|Measured { value, limit }| format!("{what} {value:.2} of {limit:.2}"))
+    };
+    let rows = rows.filter(|rows| *rows > 0).map(|rows| format!("{rows} rows"));
+    let margin = margin.map(|margin| format!("margin {margin:.4}"));
+    let likeliest =
+        likeliest.as_ref().map(|c| format!("{}, beta {:.2}", printable(&c.name), c.beta));
+    let all = [rows, margin, of("energy", trimmed), of("twin", twin), likeliest];
+    let all: Vec<String> = all.into_iter().flatten().collect();
+    if all.is_empty() { "-".into() } else { all.join("; ") }
+}
+
 fn state(state: &WeightsState) -> String {
     match state {
         WeightsState::Planned => "not sent yet".into(),
@@ -347,7 +366,7 @@ fn state(state: &WeightsState) -> String {
 mod tests {
     use super::*;
     use crate::store::WeightsClaim;
-    use crate::store::record::{Round, RoundHead, Sample, Timing};
+    use crate::store::record::{LikelyCheat, Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
     use crate::validator::scores::gate::{Alarm, HotkeyState};
     use crate::validator::scores::rules::{ScoringProfile, ScoringRules};
@@ -374,6 +393,7 @@ mod tests {
             sample,
             capture: None,
             report: None,
+            statistics: Default::default(),
         };
         let round = RoundHead {
             id: format!("{block:032}"),
@@ -442,6 +462,13 @@ mod tests {
         ];
         let mut shown = Shown::new(4, 1, Some(weights()), &rounds).map_err(|e| e.message).unwrap();
         shown.rounds = rounds;
+        shown.rounds[2].response.statistics = Statistics {
+            rows: Some(96),
+            margin: Some(0.001),
+            trimmed: Some(Measured { value: 91.5, limit: 225.0 }),
+            twin: Some(Measured { value: 1.75, limit: 1.4 }),
+            likeliest: Some(LikelyCheat { name: "int8\u{1b}".into(), beta: 0.97 }),
+        };
         let text = shown.text();
         for part in [
             "uid 1 of subnet 4, key-1\n",
@@ -455,6 +482,8 @@ mod tests {
              token 17\\u001b\n",
             "ENGINE: no memory\\nleft",
             "evidence over 0 answers",
+            "96 rows; margin 0.0010; energy 91.50 of 225.00; twin 1.75 of 1.40; int8\\u001b, beta \
+             0.97",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }
@@ -462,6 +491,8 @@ mod tests {
         assert_eq!(json["miner"]["weight"], 12_371);
         assert_eq!(json["miner"]["models"][0]["points"][1]["error"], "token 17\u{1b}");
         assert_eq!(json["rounds"][0]["outcome"], "unscored");
+        assert_eq!(json["rounds"][2]["statistics"]["twin"]["limit"], 1.4);
+        assert_eq!(json["rounds"][0]["statistics"]["rows"], Value::Null);
         assert_eq!((&json["state"]["state"], &json["epoch"]), (&json!("confirmed"), &json!(5)));
     }
 

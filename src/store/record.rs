@@ -53,6 +53,43 @@ pub struct Response {
     pub capture: Option<Value>,
     /// The check's evidence, as `verify --json` prints it.
     pub report: Option<Value>,
+    /// What the check measured; kept as long as the verdict.
+    #[serde(default)]
+    pub statistics: Statistics,
+}
+
+/// What a verification measured of an answer, as far as it did.
+#[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Statistics {
+    /// Rows whose logits were computed.
+    pub rows: Option<u32>,
+    /// Mean margin of their tokens, in logits.
+    pub margin: Option<f64>,
+    /// Trimmed mean of the energies of all rows.
+    pub trimmed: Option<Measured>,
+    /// The same in units of what rounding moves rows by.
+    pub twin: Option<Measured>,
+    /// The likeliest known cheat, where cheats were tried.
+    pub likeliest: Option<LikelyCheat>,
+}
+
+/// A number with the most that an honest answer is expected to have.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// The number.
+    pub value: f64,
+    /// Its limit.
+    pub limit: f64,
+}
+
+/// A known cheat.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct LikelyCheat {
+    /// Its name.
+    pub name: String,
+    /// How much of what it changes is found: about 1 for whoever does it, 0 for others.
+    pub beta: f64,
 }
 
 /// Times of one answer, since the request was sent, in seconds (protocol 5.4).

@@ -3,7 +3,10 @@
 use super::database::Store;
 use super::error::{Cause, StoreError};
 use super::hotkeys;
-use super::record::{Outcome, Response, Round, RoundHead, RoundResponse, Sampled, Timing};
+use super::record::{
+    LikelyCheat, Measured, Outcome, Response, Round, RoundHead, RoundResponse, Sampled, Statistics,
+    Timing,
+};
 use super::rows::{
     finite, get, get_json, get_json_or_none, get_number, json, number, placeholders,
 };
@@ -20,7 +23,7 @@ const ANSWERED_MAX: u32 = 1_000;
 const ROUND: &str = "INSERT INTO rounds
         (id, netuid, block, started_ms, ended_ms, model, endpoint, profile, request)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING";
-const RESPONSE: [&str; 18] = [
+const RESPONSE: [&str; 26] = [
     "round",
     "netuid",
     "started_ms",
@@ -39,6 +42,14 @@ const RESPONSE: [&str; 18] = [
     "sample_tps",
     "report",
     "capture",
+    "rows_scored",
+    "margin",
+    "trimmed",
+    "trimmed_limit",
+    "twin",
+    "twin_limit",
+    "likeliest",
+    "beta",
 ];
 const SAMPLE: [&str; 8] = ["round", "netuid", "uid", "hotkey", "model", "block", "at_ms", "tps"];
 /// Columns of a [`RoundHead`].
@@ -188,7 +199,7 @@ fn response_values<'a>(round: &'a Round, response: &'a Response) -> Result<Vec<B
         Ok(Bound::Text(value.as_ref().map(|v| json(field, v)).transpose()?.map(Into::into)))
     };
     let Timing { first_token, all_tokens, total, tps, tokens } = response.timing;
-    Ok(vec![
+    let mut values = vec![
         round.id.as_str().into(),
         round.netuid.into(),
         number("started_ms", round.started_ms)?.into(),
@@ -207,6 +218,26 @@ fn response_values<'a>(round: &'a Round, response: &'a Response) -> Result<Vec<B
         sample_tps,
         text("report", &response.report)?,
         text("capture", &response.capture)?,
+    ];
+    values.extend(statistics_values(&response.statistics)?);
+    Ok(values)
+}
+
+fn statistics_values(statistics: &Statistics) -> Result<[Bound<'_>; 8], Cause> {
+    let real = |field, value: Option<f64>| match value {
+        Some(value) => finite(field, value),
+        None => Ok(Bound::Real(None)),
+    };
+    let Statistics { rows, margin, trimmed, twin, likeliest } = statistics;
+    Ok([
+        Bound::Integer(rows.map(i64::from)),
+        real("margin", *margin)?,
+        real("trimmed", trimmed.map(|m| m.value))?,
+        real("trimmed_limit", trimmed.map(|m| m.limit))?,
+        real("twin", twin.map(|m| m.value))?,
+        real("twin_limit", twin.map(|m| m.limit))?,
+        likeliest.as_ref().map(|cheat| cheat.name.as_str()).into(),
+        real("beta", likeliest.as_ref().map(|cheat| cheat.beta))?,
     ])
 }
 
@@ -339,5 +370,26 @@ pub(super) fn response(row: &AnyRow) -> Result<Response, Cause> {
         },
         capture: get_json_or_none(row, "capture")?,
         report: get_json_or_none(row, "report")?,
+        statistics: statistics(row)?,
+    })
+}
+
+fn statistics(row: &AnyRow) -> Result<Statistics, Cause> {
+    let measured = |value, limit| -> Result<_, Cause> {
+        let pair = get::<Option<f64>>(row, value)?.zip(get(row, limit)?);
+        Ok(pair.map(|(value, limit)| Measured { value, limit }))
+    };
+    let rows: Option<i64> = get(row, "rows_scored")?;
+    let rows = rows.map(|rows| {
+        let what = || Cause::Stored(format!("column `rows_scored`: {rows} is out of range"));
+        u32::try_from(rows).map_err(|_| what())
+    });
+    let likeliest = get::<Option<String>>(row, "likeliest")?.zip(get(row, "beta")?);
+    Ok(Statistics {
+        rows: rows.transpose()?,
+        margin: get(row, "margin")?,
+        trimmed: measured("trimmed", "trimmed_limit")?,
+        twin: measured("twin", "twin_limit")?,
+        likeliest: likeliest.map(|(name, beta)| LikelyCheat { name, beta }),
     })
 }

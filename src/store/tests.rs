@@ -2,7 +2,10 @@
 //! each in a database of its own.
 
 use super::place::Location;
-use super::record::{Outcome, Response, Round, Sampled, Timing, Weights, WeightsState};
+use super::record::{
+    LikelyCheat, Measured, Outcome, Response, Round, Sampled, Statistics, Timing, Weights,
+    WeightsState,
+};
 use super::schema::VERSIONS;
 use super::session::{LIMITS, SessionLimits};
 use super::{Cause, Filter, Retention, Store, StoreError, WeightsClaim, What};
@@ -75,6 +78,7 @@ fn response(uid: u16, hotkey: &str, sample: Sampled) -> Response {
         sample,
         capture: Some(json!({"request": {"seed": 1}, "chunks": ["data: {}\n\n"]})),
         report: Some(json!({"verdict": "pass"})),
+        statistics: Default::default(),
     }
 }
 
@@ -145,6 +149,7 @@ fn any_json() -> impl Strategy<Value = Value> {
 fn any_response() -> impl Strategy<Value = Response> {
     let number = -1e300_f64..1e300;
     let numbers = [number.clone(), number.clone(), number.clone(), number.clone()];
+    let measured = (any::<u32>(), any_text(), numbers.clone());
     let outcome = prop::sample::select(vec![
         Outcome::Verified,
         Outcome::Rejected,
@@ -156,7 +161,15 @@ fn any_response() -> impl Strategy<Value = Response> {
         prop_oneof![number.prop_map(Sampled::Tps), Just(Sampled::Miss), Just(Sampled::Nothing)];
     let texts =
         (any_text(), any_text(), prop::option::of(any_text()), prop::option::of(any_text()));
-    let values = (prop::option::of(any_json()), prop::option::of(any_json()));
+    let statistics = measured.prop_map(|(rows, name, [margin, value, limit, beta])| Statistics {
+        rows: Some(rows),
+        margin: Some(margin),
+        trimmed: Some(Measured { value, limit }),
+        twin: None,
+        likeliest: Some(LikelyCheat { name, beta }),
+    });
+    let statistics = prop_oneof![Just(Statistics::default()), statistics];
+    let values = (prop::option::of(any_json()), prop::option::of(any_json()), statistics);
     (numbers, any::<u32>(), outcome, sample, texts, values).prop_map(
         |([first_token, all_tokens, total, tps], tokens, outcome, sample, texts, values)| {
             Response {
@@ -170,6 +183,7 @@ fn any_response() -> impl Strategy<Value = Response> {
                 sample,
                 capture: values.0,
                 report: values.1,
+                statistics: values.2,
             }
         },
     )
@@ -658,7 +672,7 @@ fn another_version_of_the_schema_is_brought_up_to_date_or_refused() {
         // A step that fails leaves nothing behind, so the next program takes it.
         open(&broken).await.unwrap_err();
         open(&[two[0], two[1], "CREATE TABLE second (a BIGINT)"]).await.unwrap();
-        // This program's version is 1.
+        // This program's version is 2.
         let read = Store::open_to_read(&site.url).await.err().unwrap().to_string();
         assert!(read.contains("it has version 3 of the schema"), "{read}");
     });
@@ -671,10 +685,50 @@ fn an_older_schema_is_not_read() {
         store.close().await;
         drop(store);
         let read = Store::open_to_read(&site.url).await.err().unwrap().to_string();
-        let older = "it has version 0 of the schema, and version 1 is read here";
+        let older = "it has version 0 of the schema, and version 2 is read here";
         assert!(read.contains(older), "{read}");
         Store::open(&site.url).await.unwrap();
         Store::open_to_read(&site.url).await.unwrap();
+    });
+}
+
+#[test]
+fn records_of_the_first_version_are_read_and_have_no_statistics() {
+    on_each(async |site| {
+        let store = Store::open_as(&site.url, &VERSIONS[..1], LIMITS).await.unwrap();
+        let mut session = store.write("write as the first version did").await.unwrap();
+        session
+            .script(
+                "INSERT INTO rounds VALUES
+                    ('0000000000000000000000000000000a', 4, 40, 1, 2, 'm', '/e', 'default', '{}');
+                 INSERT INTO responses VALUES
+                    ('0000000000000000000000000000000a', 4, 1, 7, 'h', 'c', 0.5, 1.5, 2.0, 8.0, 16,
+                     'verified', NULL, NULL, 'tps', 8.0, NULL, NULL)",
+            )
+            .await
+            .unwrap();
+        session.commit().await.unwrap();
+        store.close().await;
+        drop(store);
+        let store = Store::open(&site.url).await.unwrap();
+        let old = store.round(&id(10)).await.unwrap().unwrap();
+        assert_eq!((old.responses[0].uid, old.responses[0].timing.tokens), (7, 16));
+        assert_eq!(old.responses[0].statistics, Statistics::default());
+        let mut new = response(7, "h", Sampled::Tps(9.0));
+        new.statistics = Statistics {
+            rows: Some(96),
+            margin: Some(0.0625),
+            trimmed: Some(Measured { value: 91.5, limit: 225.0 }),
+            twin: Some(Measured { value: 1.75, limit: 1.4 }),
+            likeliest: Some(LikelyCheat { name: "int8 per channel".into(), beta: 0.97 }),
+        };
+        let new = round(11, 41, vec![new]);
+        store.save_round(&new).await.unwrap();
+        assert_eq!(store.round(&id(11)).await.unwrap(), Some(new));
+        let mut broken = round(12, 42, vec![response(7, "h", Sampled::Miss)]);
+        broken.responses[0].statistics.margin = Some(f64::NAN);
+        let words = record_words(store.save_round(&broken).await);
+        assert!(words.contains("uid 7: `margin` must be finite, got NaN"), "{words}");
     });
 }
 
@@ -932,14 +986,15 @@ fn documented_queries_run() {
         let store = Store::open(&site.url).await.unwrap();
         let mut rejected = response(7, "b", Sampled::Miss);
         (rejected.outcome, rejected.cause) = (Outcome::Rejected, Some("TOO_SHORT".into()));
-        let good = response(3, "a", Sampled::Tps(9.0));
+        let mut good = response(3, "a", Sampled::Tps(9.0));
+        good.statistics.trimmed = Some(Measured { value: 91.5, limit: 225.0 });
         store.save_round(&round(1, 10, vec![good, rejected])).await.unwrap();
         let _ = store.plan_weights(&plan(1, 5)).await.unwrap();
         let text = include_str!("../../docs/database.md");
         let blocks = text.split("```sql\n").skip(1).map(|rest| rest.split("```").next().unwrap());
         let queries: Vec<_> = blocks.flat_map(|b| b.split(';')).map(str::trim).collect();
         let queries: Vec<_> = queries.into_iter().filter(|query| !query.is_empty()).collect();
-        assert_eq!(queries.len(), 7);
+        assert_eq!(queries.len(), 8);
         for query in queries {
             let mut session = store.read("run a query of the documentation").await.unwrap();
             let rows = session.rows(query, Vec::new()).await.unwrap();

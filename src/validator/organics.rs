@@ -7,6 +7,7 @@
 //! others count.
 
 use super::scores::series::Organic;
+use crate::store::record::Sample;
 use crate::wire::python::dumps;
 use anyhow::anyhow;
 use serde::Deserialize;
@@ -162,7 +163,13 @@ pub fn report(scored: &[ScoredRecord]) -> Vec<u8> {
 }
 
 /// The statistics of a round (protocol 5.14), for a hub that counts for all validators.
-pub fn stats(round: &crate::store::record::Round, validator: &str, models: &[String]) -> Vec<u8> {
+/// `samples` are those that scores are made of, by miner and model, oldest first.
+pub fn stats(
+    round: &crate::store::record::Round,
+    validator: &str,
+    models: &[String],
+    samples: &[Sample],
+) -> Vec<u8> {
     use crate::store::record::{Outcome, Response};
     // 48 characters, as the table wants; as unique as the round.
     let name: String = round.id.chars().chain(round.id.chars()).take(48).collect();
@@ -197,9 +204,18 @@ pub fn stats(round: &crate::store::record::Round, validator: &str, models: &[Str
         },
         "responses": responses,
         "models": models,
-        "scores": {},
+        "scores": scores(samples),
     }))
     .into_bytes()
+}
+
+/// Tokens a second by uid and model, null for a miss.
+fn scores(samples: &[Sample]) -> BTreeMap<u16, BTreeMap<&str, Vec<Option<f64>>>> {
+    let mut scores: BTreeMap<u16, BTreeMap<&str, Vec<Option<f64>>>> = BTreeMap::new();
+    for Sample { uid, model, tps, .. } in samples {
+        scores.entry(*uid).or_default().entry(model).or_default().push(*tps);
+    }
+    scores
 }
 
 /// The tokens of a capture, where it names their ids.
@@ -271,7 +287,7 @@ mod tests {
 
     #[test]
     fn statistics_of_a_round_are_those_of_the_hub_byte_for_byte() {
-        use crate::store::record::{Outcome, Response, Round, Sampled, Timing};
+        use crate::store::record::{Outcome, Response, Round, Sample, Sampled, Timing};
         let answer = |uid, outcome, cause: Option<&str>, capture| Response {
             uid,
             hotkey: format!("h{uid}"),
@@ -289,6 +305,7 @@ mod tests {
             sample: Sampled::Nothing,
             capture,
             report: None,
+            statistics: Default::default(),
         };
         let capture = json!({"chunks": [{"choices": [{"text": "b",
             "logprobs": {"tokens": ["token_id:6"], "token_logprobs": [-1.0]}}]}]});
@@ -309,8 +326,22 @@ mod tests {
                 answer(4, Outcome::Unscored, Some("INTERNAL_ERROR"), None),
             ],
         };
+        let sample = |uid, model: &str, tps| Sample {
+            round: "r".into(),
+            uid,
+            hotkey: format!("h{uid}"),
+            model: model.into(),
+            block: 40,
+            tps,
+        };
+        let samples = [
+            sample(10, "m", Some(8.0)),
+            sample(2, "m", Some(7.5)),
+            sample(2, "m", None),
+            sample(2, "\u{e9}", None),
+        ];
         let text = |round: &Round| {
-            String::from_utf8(stats(round, "v", &["m".into(), "\u{e9}".into()])).unwrap()
+            String::from_utf8(stats(round, "v", &["m".into(), "\u{e9}".into()], &samples)).unwrap()
         };
         let name = "0123456789abcdef0123456789abcdef0123456789abcdef";
         let of = |uid: u16, rest: &str| {
@@ -335,7 +366,8 @@ mod tests {
             "{{\"request\": {{\"r_nanoid\": \"{name}\", \"block\": 40, \"request\": \
              {{\"seed\": 5, \"max_tokens\": 14}}, \"request_endpoint\": \"Endpoints.CHAT\", \
              \"version\": 404010, \"hotkey\": \"v\"}}, \"responses\": [{verified}, {rejected}], \
-             \"models\": [\"m\", \"\\u00e9\"], \"scores\": {{}}}}"
+             \"models\": [\"m\", \"\\u00e9\"], \"scores\": {{\"2\": \
+             {{\"m\": [7.5, null], \"\\u00e9\": [null]}}, \"10\": {{\"m\": [8.0]}}}}}}"
         );
         assert_eq!(text(&round), expected);
         round.endpoint = "/v1/completions".into();

@@ -278,7 +278,7 @@ impl World {
                 }
                 Action::Check { uid, .. } => {
                     let verdict = Kind::of(uid).verdict(&mut self.chance);
-                    let checked_answer = AnswerReport { verdict, report: None };
+                    let checked_answer = AnswerReport::bare(verdict);
                     let lost = self.chance.below(500) == 0;
                     let wait = Duration::from_secs(if lost { 10_000 } else { 20 });
                     self.later(wait, key, RoundEvent::Checked { uid, checked_answer });

@@ -79,12 +79,17 @@ impl FromStr for Way {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("a way is int4, slow=MILLISECONDS, spoof or replay, got {text}");
+        let wrong =
+            || format!("a way is int4, slow=MILLISECONDS, spoof, spoof=BITS or replay, got {text}");
         match text.split_once('=') {
             None if text == "int4" => Ok(Self::Weights(4)),
             None if text == "spoof" => Ok(Self::Spoof(SPOOF_BITS)),
             None if text == "replay" => Ok(Self::Replay),
             Some(("slow", pause)) => pause.parse().map(Self::Slow).map_err(|_| wrong()),
+            Some(("spoof", bits)) => match bits.parse() {
+                Ok(bits @ 2..=8) => Ok(Self::Spoof(bits)),
+                _ => Err(wrong()),
+            },
             _ => Err(wrong()),
         }
     }

@@ -14,7 +14,7 @@ use targon_engine::chain::wallet::Wallet;
 
 const USAGE: &str = "usage: dishonest-miner WAY --model NAME --path WEIGHTS --scratch DIRECTORY \
     --wallets DIRECTORY --wallet NAME --hotkey NAME --chain URL --ip ADDRESS [--threads N]\n\
-    ways: int4, slow=MILLISECONDS, spoof, replay";
+    ways: int4, slow=MILLISECONDS, spoof, spoof=BITS (2 to 8), replay";
 
 fn read(mut args: impl Iterator<Item = String>) -> Result<Setup, String> {
     let way: Way = args.next().ok_or("a way is missing")?.parse()?;

@@ -28,6 +28,7 @@ fn round(child: u64, number: u64) -> Round {
         sample: Sampled::Tps(f64::from(uid)),
         capture: Some(json!("x".repeat(CAPTURE_BYTES))),
         report: Some(json!({"uid": uid})),
+        statistics: Default::default(),
     };
     Round {
         id: format!("{child:016x}{number:016x}"),

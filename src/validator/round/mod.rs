@@ -15,7 +15,7 @@ pub mod measure;
 mod terms;
 
 use crate::clock::Clock;
-use crate::store::record::{self, Outcome, Response, Sampled, Timing};
+use crate::store::record::{self, Outcome, Response, Sampled, Statistics, Timing};
 use crate::validator::query::Arrival;
 use ask::{Endpoint, QueryPrompt, QuerySampling};
 use chance::Chance;
@@ -87,13 +87,15 @@ struct Found {
     error: Option<String>,
     capture: Option<Arc<Value>>,
     report: Option<Value>,
+    statistics: Statistics,
 }
 
 impl Found {
     fn failed(timing: Timing, cause: &str, error: String) -> Self {
         let (cause, error) = (Some(cause.to_owned()), Some(error));
         let outcome = Outcome::Failed;
-        Self { timing, outcome, cause, error, capture: None, report: None }
+        let statistics = Statistics::default();
+        Self { timing, outcome, cause, error, capture: None, report: None, statistics }
     }
 
     fn unscored(timing: Timing, why: &str) -> Self {
@@ -294,18 +296,19 @@ impl RoundMachine {
         let Some(slot) = self.slots.get_mut(&uid) else { return };
         let State::Checking(timing, capture) = &slot.state else { return };
         let (timing, capture) = (*timing, Some(Arc::clone(capture)));
-        let report = checked_answer.report;
-        let found = match checked_answer.verdict {
+        let AnswerReport { verdict, report, statistics } = checked_answer;
+        let found = match verdict {
             AnswerVerdict::Pass => {
                 let (outcome, cause, error) = (Outcome::Verified, None, None);
-                Found { timing, outcome, cause, error, capture, report }
+                Found { timing, outcome, cause, error, capture, report, statistics }
             }
             AnswerVerdict::Reject { cause, what } => {
                 let outcome = Outcome::Rejected;
-                Found { outcome, capture, report, ..Found::failed(timing, &cause, what) }
+                let failed = Found::failed(timing, &cause, what);
+                Found { outcome, capture, report, statistics, ..failed }
             }
             AnswerVerdict::Unscored(why) => {
-                Found { capture, report, ..Found::unscored(timing, &why) }
+                Found { capture, report, statistics, ..Found::unscored(timing, &why) }
             }
         };
         slot.state = State::Closed(Box::new(found));
@@ -433,7 +436,7 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
         // No round ends with these.
         State::Open | State::Checking(..) => Found::unscored(Timing::default(), "it was left open"),
     };
-    let Found { timing, outcome, cause, error, capture, report } = found;
+    let Found { timing, outcome, cause, error, capture, report, statistics } = found;
     let sample = match outcome {
         Outcome::Verified if timing.tps > 0.0 => Sampled::Tps(timing.tps),
         // An honest answer may end before its first text: there is no speed to measure, and nobody
@@ -450,7 +453,19 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
     };
     let capture = capture.filter(|_| is_kept).map(Arc::unwrap_or_clone);
     let Candidate { uid, hotkey, coldkey, .. } = miner;
-    Response { uid, hotkey, coldkey, timing, outcome, cause, error, sample, capture, report }
+    Response {
+        uid,
+        hotkey,
+        coldkey,
+        timing,
+        outcome,
+        cause,
+        error,
+        sample,
+        capture,
+        report,
+        statistics,
+    }
 }
 
 #[cfg(test)]

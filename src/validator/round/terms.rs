@@ -183,6 +183,15 @@ pub struct AnswerReport {
     pub verdict: AnswerVerdict,
     /// The evidence, for the record.
     pub report: Option<Value>,
+    /// What was measured.
+    pub statistics: record::Statistics,
+}
+
+impl AnswerReport {
+    /// A verdict alone.
+    pub fn bare(verdict: AnswerVerdict) -> Self {
+        Self { verdict, report: None, statistics: record::Statistics::default() }
+    }
 }
 
 /// A verdict.

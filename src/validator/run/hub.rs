@@ -6,7 +6,7 @@ use super::subnet::Subnet;
 use super::trial;
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
-use crate::store::record::Round;
+use crate::store::record::{Round, Sample};
 use crate::validator::organics::{self, Bucket, Record, ScoredRecord};
 use crate::validator::query::{Size, Target};
 use crate::validator::round::AnswerVerdict;
@@ -121,13 +121,18 @@ impl OrganicsHub {
         self.urls.stats.is_some()
     }
 
-    /// Reports a round.
+    /// Reports a round, with the samples that scores are made of by now.
     ///
     /// # Errors
     /// When the hub does not take it.
-    pub async fn tell(&self, round: &Round, models: &[String]) -> anyhow::Result<()> {
+    pub async fn tell(
+        &self,
+        round: &Round,
+        models: &[String],
+        samples: &[Sample],
+    ) -> anyhow::Result<()> {
         let Some(url) = &self.urls.stats else { return Ok(()) };
-        let body = organics::stats(round, &self.signer.hotkey().to_string(), models);
+        let body = organics::stats(round, &self.signer.hotkey().to_string(), models, samples);
         self.target(url).call("/", Some(body), &self.clock).await?;
         Ok(())
     }

@@ -201,9 +201,8 @@ impl<P: Ports> Driver<P> {
                     // Never closed.
                     let _permit = checks.acquire_owned().await;
                     let checked = AssertUnwindSafe(ports.verify(case)).catch_unwind().await;
-                    let checked_answer = checked.unwrap_or_else(|_| AnswerReport {
-                        verdict: AnswerVerdict::Unscored(BROKE.to_owned()),
-                        report: None,
+                    let checked_answer = checked.unwrap_or_else(|_| {
+                        AnswerReport::bare(AnswerVerdict::Unscored(BROKE.to_owned()))
                     });
                     let event = RoundEvent::Checked { uid, checked_answer };
                     let _ = sender.send(Message::Round(key, event)).await;

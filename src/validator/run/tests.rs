@@ -183,7 +183,7 @@ impl Ports for Fake {
             1 => AnswerVerdict::Pass,
             _ => AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() },
         };
-        AnswerReport { verdict, report: None }
+        AnswerReport::bare(verdict)
     }
 
     async fn save(&self, round: &Round) -> anyhow::Result<()> {

@@ -5,8 +5,9 @@ use super::ports::{AnswerToCheck, Decided};
 use super::resident::Resident;
 use super::subnet::Subnet;
 use crate::entropy::Entropy;
+use crate::proof::Scheme;
 use crate::store::Store;
-use crate::store::record::Sample;
+use crate::store::record::{LikelyCheat, Measured, Sample, Statistics};
 use crate::validator::round::{AnswerReport, AnswerVerdict};
 use crate::validator::scores::emission::ChainLimits;
 use crate::validator::scores::gate::HotkeyState;
@@ -16,7 +17,8 @@ use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, check_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed};
 use crate::verify::question::Question;
-use crate::verify::{Depth, Profile, Report, RowEvidence, Verdict};
+use crate::verify::statistic::Statistic;
+use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +29,7 @@ const ROWS_MAX: usize = 64;
 const SOFT_ALARM: f64 = ALARM / 2.0;
 
 fn unscored(why: impl ToString) -> AnswerReport {
-    AnswerReport { verdict: AnswerVerdict::Unscored(why.to_string()), report: None }
+    AnswerReport::bare(AnswerVerdict::Unscored(why.to_string()))
 }
 
 /// Checks an answer, and adds it to what is known of its miner.
@@ -78,7 +80,8 @@ pub(super) async fn verify(
     let mut report = report(&first.report, depth);
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
-    AnswerReport { verdict: verdict(first.report.verdict), report: Some(report) }
+    let statistics = statistics(&first.report, first.scheme, &verifier.limits);
+    AnswerReport { verdict: verdict(first.report.verdict), report: Some(report), statistics }
 }
 
 /// Checks an answer without changing evidence, because the answer comes from a hub.
@@ -171,6 +174,27 @@ fn report(report: &Report, depth: Depth) -> Value {
         "exact_chunks": report.chunks.iter().filter(|chunk| chunk.is_exact).count(),
         "energies": report.chunks.iter().map(|chunk| chunk.energy).collect::<Vec<_>>(),
     })
+}
+
+/// What was measured, for the record. What is no number is left out.
+fn statistics(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Statistics {
+    let measured = |statistic: Statistic| {
+        let Statistic { value, limit, .. } = statistic;
+        (value.is_finite() && limit.is_finite()).then_some(Measured { value, limit })
+    };
+    let margins: Vec<f64> = report.rows.iter().filter_map(|row| row.margin).collect();
+    let mean = margins.iter().sum::<f64>() / margins.len() as f64;
+    let trimmed = scheme.and_then(|scheme| limits.statistic(scheme, report));
+    let twin = scheme.and_then(|scheme| limits.twin_statistic(scheme, report));
+    let likeliest = report.named.first().filter(|named| named.beta.is_finite());
+    Statistics {
+        rows: u32::try_from(report.rows.len()).ok(),
+        margin: mean.is_finite().then_some(mean),
+        trimmed: trimmed.and_then(measured),
+        twin: twin.and_then(measured),
+        likeliest: likeliest
+            .map(|named| LikelyCheat { name: named.name.to_owned(), beta: named.beta }),
+    }
 }
 
 /// Those that say most: with the largest margins, in order.

@@ -293,7 +293,7 @@ impl<C: Chain> Ports for World<C> {
         let Some(resident) = self.residents.get(&case.model) else {
             let verdict =
                 AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
-            return AnswerReport { verdict, report: None };
+            return AnswerReport::bare(verdict);
         };
         trial::verify(&resident, &self.store, self.rules, case).await
     }
@@ -324,7 +324,9 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn report(&self, round: &Round) -> anyhow::Result<()> {
-        self.hub.tell(round, &self.listed()).await
+        let (last, since) = (self.scoring.window as u32, round.block.saturating_sub(self.away_max));
+        let samples = self.store.samples(self.netuid, last, since).await?;
+        self.hub.tell(round, &self.listed(), &samples).await
     }
 
     async fn tidy(&self) -> anyhow::Result<Removed> {

@@ -63,6 +63,22 @@ async fn it_is_ready_while_it_works_and_says_what_is_wrong_else() {
     assert_eq!(why(&service).await.1, ["it is stopping"]);
 }
 
+fn answer(uid: u16, outcome: Outcome, cause: Option<&str>) -> Answer {
+    Answer {
+        uid,
+        hotkey: String::new(),
+        coldkey: String::new(),
+        timing: Timing::default(),
+        outcome,
+        cause: cause.map(str::to_owned),
+        error: None,
+        sample: Sampled::Nothing,
+        capture: None,
+        report: None,
+        statistics: Default::default(),
+    }
+}
+
 #[tokio::test]
 async fn metrics_count_rounds_answers_and_weights() {
     let (service, progress, clock, _dir) = service().await;
@@ -74,18 +90,6 @@ async fn metrics_count_rounds_answers_and_weights() {
     assert!(!text.contains("targon_validator_causes"), "{text}");
     progress.beat(NOW, 2);
     progress.see_block(40, NOW);
-    let answer = |uid, outcome, cause: Option<&str>| Answer {
-        uid,
-        hotkey: String::new(),
-        coldkey: String::new(),
-        timing: Timing::default(),
-        outcome,
-        cause: cause.map(str::to_owned),
-        error: None,
-        sample: Sampled::Nothing,
-        capture: None,
-        report: None,
-    };
     let round = Round {
         id: "r".into(),
         netuid: 4,
@@ -166,6 +170,7 @@ fn hostile_round() -> Round {
         sample: Sampled::Miss,
         capture: Some(json!({"chunks": [chunk("The sea"), chunk(HOSTILE), chunk(" is"), 7]})),
         report: Some(json!({ "rows": rows })),
+        statistics: Default::default(),
     };
     let honest = Answer {
         uid: 1,
