@@ -14,7 +14,7 @@ use targon_engine::chain::epistula::{self, Envelope};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
-use targon_engine::store::record::Round;
+use targon_engine::store::record::{Round, Sample};
 use targon_engine::validator::run::hub::{OrganicsHub, Urls};
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
@@ -158,23 +158,33 @@ async fn statistics_are_sent_signed_and_a_hub_that_says_no_or_nothing_is_named()
         responses: Vec::new(),
     };
     let models = ["tiny".to_owned()];
+    let samples = [Sample {
+        round: round.id.clone(),
+        uid: 3,
+        hotkey: "h".into(),
+        model: "tiny".into(),
+        block: 40,
+        tps: Some(12.5),
+    }];
     let none = hub_at(None);
     assert!(!none.wants_stats());
-    none.tell(&round, &models).await.unwrap();
+    none.tell(&round, &models, &samples).await.unwrap();
     let told = Told::default();
     let taking = hub_at(Some(hub(told.clone()).await));
     assert!(taking.wants_stats());
-    taking.tell(&round, &models).await.unwrap();
+    taking.tell(&round, &models, &samples).await.unwrap();
     let seen = told.told.lock().clone();
     // Exactly the bytes that Python's `json.dumps` makes were signed.
     assert!(seen[0].1.contains(r#""request": {"prompt": "caf\u00e9"}"#), "{seen:?}");
     let said: Value = serde_json::from_str(&seen[0].1).unwrap();
     assert_eq!(said["request"]["hotkey"], signer.hotkey().to_string());
     assert_eq!((&said["models"], seen.len()), (&json!(["tiny"]), 1));
+    assert_eq!(said["scores"], json!({"3": {"tiny": [12.5]}}));
     let refusing = Told { refuses: true, ..Told::default() };
-    let refused = hub_at(Some(hub(refusing).await)).tell(&round, &models).await.unwrap_err();
+    let refused =
+        hub_at(Some(hub(refusing).await)).tell(&round, &models, &samples).await.unwrap_err();
     let refused = refused.to_string();
     assert!(refused.contains("401"), "{refused}");
-    let nobody = hub_at(Some("http://127.0.0.1:1".into())).tell(&round, &models).await;
+    let nobody = hub_at(Some("http://127.0.0.1:1".into())).tell(&round, &models, &samples).await;
     assert!(nobody.is_err_and(|why| !why.to_string().is_empty()));
 }

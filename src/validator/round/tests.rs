@@ -98,7 +98,11 @@ fn fault(cause: &'static str) -> Ending {
 fn checked(uid: u16, verdict: AnswerVerdict) -> RoundEvent {
     RoundEvent::Checked {
         uid,
-        checked_answer: AnswerReport { verdict, report: Some(json!({"rows": 1})) },
+        checked_answer: AnswerReport {
+            verdict,
+            report: Some(json!({"rows": 1})),
+            statistics: Statistics { rows: Some(33), ..Statistics::default() },
+        },
     }
 }
 
@@ -145,6 +149,7 @@ fn a_round_goes_from_prompt_to_verdicts() {
     assert_eq!((unknown.outcome, unknown.sample), (Outcome::Unscored, Sampled::Nothing));
     assert_eq!([good, bad, unknown].map(|r| r.capture.is_some()), [false, true, true]);
     assert_eq!(good.report, Some(json!({"rows": 1})));
+    assert_eq!([good, bad, unknown].map(|r| r.statistics.rows), [Some(33); 3]);
     // Nothing changes what is over.
     assert_eq!(test.machine.phase(), Ended);
     test.give(checked(asked[1], AnswerVerdict::Pass));
