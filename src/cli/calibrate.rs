@@ -5,6 +5,7 @@
 use super::Failure;
 use super::capture::{Captures, CheckOptions, CheckedChoice, Verifiers};
 use super::out::outln;
+use super::printable::printable;
 use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
@@ -17,18 +18,20 @@ use crate::models::margin::MARGIN_CLIP;
 use crate::models::remembered::{Remembered, cache_dir};
 use crate::models::root::weights_root;
 use crate::proof::Scheme;
-use crate::proof::codec::to_hex;
+use crate::proof::codec::{Hash, to_hex};
 use crate::proof::commit::calibration_hash;
 use crate::verify::bounds;
 use crate::verify::calibrate::{
     ENERGY_FACTOR, HonestSample, MARGIN_FACTOR, STATISTIC_FACTOR, limits_file, split,
 };
+use crate::verify::classes::{ClassFit, fits, narrowest};
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
 use crate::verify::scrutiny::{WantedScrutiny, When};
 use crate::verify::statistic::ByRows;
 use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Arguments of `calibrate`.
@@ -43,11 +46,19 @@ pub(super) struct CalibrateArgs {
     model: Option<String>,
     /// Take limits from honest answers with proofs, captured as `verify` reads them; may be given
     /// several times.
-    #[arg(long, value_name = "FILE", requires = "limits")]
+    #[arg(long, value_name = "FILE", requires = "aim")]
     pairs: Vec<PathBuf>,
     /// The file to write the limits to.
-    #[arg(long, value_name = "FILE", requires = "pairs")]
+    #[arg(long, value_name = "FILE", requires = "pairs", group = "aim")]
     limits: Option<PathBuf>,
+    /// Say which class each miner of --pairs belongs to, by its first answers: the narrowest of
+    /// these files of limits that all of them keep. May be given several times.
+    #[arg(long, value_name = "LIMITS", requires = "pairs", group = "aim")]
+    classes: Vec<PathBuf>,
+    /// How many answers of each miner --classes looks at.
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "classes")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
+    first: u16,
     /// The miners that gave these answers: stack, version and hardware, as text.
     #[arg(long, value_name = "NAME", default_value = "unnamed")]
     class: String,
@@ -68,6 +79,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<(), Failure> {
     }
     match (&args.limits, args.answers) {
         (Some(out), _) => take_limits(args, out),
+        (None, _) if !args.classes.is_empty() => tell_classes(args),
         (None, Some(count)) => check_own(args, count),
         (None, None) => whiten(args),
     }
@@ -117,11 +129,69 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
 fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     // Before the work, not after it.
     limits_file::check_place(out).map_err(Failure::user)?;
+    let CheckedPairs { samples, model, left_out } = measure(args, usize::MAX)?;
+    let samples = samples.into_values().flatten().collect();
+    let split = split(samples, args.held_out).map_err(Failure::user)?;
+    let file = limits_file(&model, &args.class, &split);
+    limits_file::write(out, &file).map_err(Failure::user)?;
+    describe(&file, left_out);
+    outln!("written to {}", out.display());
+    Ok(())
+}
+
+/// Says of every miner which class it belongs to.
+fn tell_classes(args: &CalibrateArgs) -> Result<(), Failure> {
+    let read = |path: &PathBuf| limits_file::read(path).map_err(Failure::user);
+    let files = args.classes.iter().map(read).collect::<Result<Vec<LimitsFile>, _>>()?;
+    let CheckedPairs { samples, model, left_out } = measure(args, usize::from(args.first))?;
+    for (file, path) in files.iter().zip(&args.classes) {
+        file.check_model(path, &model).map_err(Failure::user)?;
+    }
+    for (miner, answers) in &samples {
+        let fits = fits(&files, answers);
+        let count = answers.len();
+        let miner = miner.as_deref().map_or("the miner".to_owned(), printable);
+        match narrowest(&fits) {
+            _ if answers.is_empty() => {
+                outln!("{miner}: no answer can be used");
+                continue;
+            }
+            Some(fit) => {
+                outln!("{miner}: class `{}`, by {count} answers", printable(&fit.file.class));
+            }
+            None => outln!("{miner}: none of these classes, by {count} answers"),
+        }
+        for ClassFit { file, broken, missed } in &fits {
+            let class = printable(&file.class);
+            match broken {
+                Some((number, what)) => outln!("  `{class}` is broken by answer {number}: {what}"),
+                None => outln!("  `{class}` fits"),
+            }
+            let missed = 100.0 * missed;
+            outln!("    of its honest members at most {missed:.1} % have one that does (95 %)");
+        }
+    }
+    outln!("{left_out} captures could not be used");
+    Ok(())
+}
+
+/// Captured answers, checked at every row.
+struct CheckedPairs {
+    /// Of each miner, in the order of captures; those without a name are of one.
+    samples: BTreeMap<Option<String>, Vec<HonestSample>>,
+    model: Hash,
+    /// Captures that could not be used.
+    left_out: usize,
+}
+
+/// Checks captures, of each miner the first `most` that can be used.
+fn measure(args: &CalibrateArgs, most: usize) -> Result<CheckedPairs, Failure> {
     let asked = WantedScrutiny { twin: Some(When::Always), ..WantedScrutiny::NOTHING };
     let pool = args.compute.pool()?;
     let mut verifiers = Verifiers::new(&args.models, pool, (Limits::NONE, asked))?;
     let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
-    let (mut samples, mut model, mut left_out) = (Vec::new(), None, 0);
+    let mut samples: BTreeMap<Option<String>, Vec<HonestSample>> = BTreeMap::new();
+    let (mut model, mut left_out) = (None, 0);
     for path in &args.pairs {
         let mut captures = Captures::open(path)?;
         for line in captures.iter() {
@@ -136,9 +206,14 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
                 let what = format!("{place}: limits belong to one model, this is a second one");
                 return Err(Failure::user(what).with_hint(Some("choose one with --model")));
             }
+            let of_miner = samples.entry(capture.miner().map(str::to_owned)).or_default();
+            if of_miner.len() >= most {
+                continue;
+            }
             for checked in verifiers.check(&verifier, &place, &capture, options)? {
                 match sample(&place, checked) {
-                    Some(sample) => samples.push(sample),
+                    Some(sample) if of_miner.len() < most => of_miner.push(sample),
+                    Some(_) => {}
                     None => left_out += 1,
                 }
             }
@@ -147,12 +222,7 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     let Some(model) = model else {
         return Err(Failure::user("the captures hold no answer of this model"));
     };
-    let split = split(samples, args.held_out).map_err(Failure::user)?;
-    let file = limits_file(&model, &args.class, &split);
-    limits_file::write(out, &file).map_err(Failure::user)?;
-    describe(&file, left_out);
-    outln!("written to {}", out.display());
-    Ok(())
+    Ok(CheckedPairs { samples, model, left_out })
 }
 
 /// What limits can be taken from; the log says why not.

@@ -9,7 +9,7 @@ use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
 use crate::store::record::{
-    Measured, Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
+    MeasuredValue, Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
 };
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, StoredExplanation};
@@ -336,8 +336,8 @@ fn sample(sample: Sampled) -> String {
 /// What a check measured, with what honest answers are expected to have at most.
 fn measured(statistics: &Statistics) -> String {
     let Statistics { rows, margin, trimmed, twin, likeliest } = statistics;
-    let of = |what: &str, measured: &Option<Measured>| {
-        measured.map(|Measured { value, limit }| format!("{what} {value:.2} of {limit:.2}"))
+    let of = |what: &str, measured: &Option<MeasuredValue>| {
+        measured.map(|MeasuredValue { value, limit }| format!("{what} {value:.2} of {limit:.2}"))
     };
     let rows = rows.filter(|rows| *rows > 0).map(|rows| format!("{rows} rows"));
     let margin = margin.map(|margin| format!("margin {margin:.4}"));
@@ -465,8 +465,8 @@ mod tests {
         shown.rounds[2].response.statistics = Statistics {
             rows: Some(96),
             margin: Some(0.001),
-            trimmed: Some(Measured { value: 91.5, limit: 225.0 }),
-            twin: Some(Measured { value: 1.75, limit: 1.4 }),
+            trimmed: Some(MeasuredValue { value: 91.5, limit: 225.0 }),
+            twin: Some(MeasuredValue { value: 1.75, limit: 1.4 }),
             likeliest: Some(LikelyCheat { name: "int8\u{1b}".into(), beta: 0.97 }),
         };
         let text = shown.text();

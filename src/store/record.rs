@@ -67,16 +67,16 @@ pub struct Statistics {
     /// Mean margin of their tokens, in logits.
     pub margin: Option<f64>,
     /// Trimmed mean of the energies of all rows.
-    pub trimmed: Option<Measured>,
+    pub trimmed: Option<MeasuredValue>,
     /// The same in units of what rounding moves rows by.
-    pub twin: Option<Measured>,
+    pub twin: Option<MeasuredValue>,
     /// The likeliest known cheat, where cheats were tried.
     pub likeliest: Option<LikelyCheat>,
 }
 
 /// A number with the most that an honest answer is expected to have.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Measured {
+pub struct MeasuredValue {
     /// The number.
     pub value: f64,
     /// Its limit.

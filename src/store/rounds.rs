@@ -4,8 +4,8 @@ use super::database::Store;
 use super::error::{Cause, StoreError};
 use super::hotkeys;
 use super::record::{
-    LikelyCheat, Measured, Outcome, Response, Round, RoundHead, RoundResponse, Sampled, Statistics,
-    Timing,
+    LikelyCheat, MeasuredValue, Outcome, Response, Round, RoundHead, RoundResponse, Sampled,
+    Statistics, Timing,
 };
 use super::rows::{
     finite, get, get_json, get_json_or_none, get_number, json, number, placeholders,
@@ -377,7 +377,7 @@ pub(super) fn response(row: &AnyRow) -> Result<Response, Cause> {
 fn statistics(row: &AnyRow) -> Result<Statistics, Cause> {
     let measured = |value, limit| -> Result<_, Cause> {
         let pair = get::<Option<f64>>(row, value)?.zip(get(row, limit)?);
-        Ok(pair.map(|(value, limit)| Measured { value, limit }))
+        Ok(pair.map(|(value, limit)| MeasuredValue { value, limit }))
     };
     let rows: Option<i64> = get(row, "rows_scored")?;
     let rows = rows.map(|rows| {

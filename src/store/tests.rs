@@ -3,7 +3,7 @@
 
 use super::place::Location;
 use super::record::{
-    LikelyCheat, Measured, Outcome, Response, Round, Sampled, Statistics, Timing, Weights,
+    LikelyCheat, MeasuredValue, Outcome, Response, Round, Sampled, Statistics, Timing, Weights,
     WeightsState,
 };
 use super::schema::VERSIONS;
@@ -164,7 +164,7 @@ fn any_response() -> impl Strategy<Value = Response> {
     let statistics = measured.prop_map(|(rows, name, [margin, value, limit, beta])| Statistics {
         rows: Some(rows),
         margin: Some(margin),
-        trimmed: Some(Measured { value, limit }),
+        trimmed: Some(MeasuredValue { value, limit }),
         twin: None,
         likeliest: Some(LikelyCheat { name, beta }),
     });
@@ -718,8 +718,8 @@ fn records_of_the_first_version_are_read_and_have_no_statistics() {
         new.statistics = Statistics {
             rows: Some(96),
             margin: Some(0.0625),
-            trimmed: Some(Measured { value: 91.5, limit: 225.0 }),
-            twin: Some(Measured { value: 1.75, limit: 1.4 }),
+            trimmed: Some(MeasuredValue { value: 91.5, limit: 225.0 }),
+            twin: Some(MeasuredValue { value: 1.75, limit: 1.4 }),
             likeliest: Some(LikelyCheat { name: "int8 per channel".into(), beta: 0.97 }),
         };
         let new = round(11, 41, vec![new]);
@@ -987,7 +987,7 @@ fn documented_queries_run() {
         let mut rejected = response(7, "b", Sampled::Miss);
         (rejected.outcome, rejected.cause) = (Outcome::Rejected, Some("TOO_SHORT".into()));
         let mut good = response(3, "a", Sampled::Tps(9.0));
-        good.statistics.trimmed = Some(Measured { value: 91.5, limit: 225.0 });
+        good.statistics.trimmed = Some(MeasuredValue { value: 91.5, limit: 225.0 });
         store.save_round(&round(1, 10, vec![good, rejected])).await.unwrap();
         let _ = store.plan_weights(&plan(1, 5)).await.unwrap();
         let text = include_str!("../../docs/database.md");

@@ -295,7 +295,8 @@ fn shape(energies: &[f64], mean: f64) -> f64 {
     (mean * mean / variance).clamp(low, high)
 }
 
-/// Checks honest answers by the limits, as a fast check would.
+/// Checks honest answers by the limits: single margins at every row, means over all rows and over
+/// the few of the least fast check, where they spread wider.
 fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
     let is_far = |sample: &HonestSample| {
         sample.report.chunks.iter().any(|c| limits.is_over(sample.scheme, c))
@@ -314,13 +315,16 @@ fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
     let fast: Vec<Vec<RowEvidence>> =
         (0_u64..).zip(samples).map(|(i, s)| s.fast(first_u64(&s.prompt) ^ i)).collect();
     let of_rows = |is_over: &dyn Fn(&[RowEvidence]) -> bool| {
-        Share::new(fast.iter().filter(|rows| is_over(rows)).count(), fast.len())
+        let all = samples.iter().map(|s| s.report.rows.as_slice());
+        let either = all.zip(&fast).filter(|(all, fast)| is_over(all) || is_over(fast));
+        Share::new(either.count(), fast.len())
     };
     let limit = limits.margin_max();
     let single = |rows: &[RowEvidence]| rows.iter().any(|r| r.margin.is_some_and(|m| m > limit));
     let on_average = |rows: &[RowEvidence]| mean_margin(rows) > limits.margin_mean;
+    let breaks = |rows: &[RowEvidence]| check_margins(rows, limits).is_err();
     let rejected = samples.iter().zip(&fast);
-    let rejected = rejected.filter(|(s, rows)| is_far(s) || check_margins(rows, limits).is_err());
+    let rejected = rejected.filter(|(s, rows)| is_far(s) || breaks(&s.report.rows) || breaks(rows));
     HeldOut {
         prompts: prompts(samples),
         answers: samples.len(),

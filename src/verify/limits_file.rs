@@ -114,7 +114,7 @@ pub struct HeldOut {
     pub margin: Share,
     /// Answers with a mean margin above its limit.
     pub margin_mean: Share,
-    /// Answers that a fast check rejects, for any of these.
+    /// Answers that a check of every row or of the fewest rejects, for any of these.
     pub rejected: Share,
 }
 

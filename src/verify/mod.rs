@@ -19,6 +19,7 @@ pub mod calibrate;
 pub mod capture;
 mod check;
 mod claim;
+pub mod classes;
 mod compare;
 pub mod evidence;
 pub mod evidence_file;

@@ -12,10 +12,12 @@ use targon_engine::verify::RowEvidence;
 use targon_engine::verify::calibrate::{
     ENERGY_FACTOR, HonestSample, STATISTIC_FACTOR, limits_file, split,
 };
+use targon_engine::verify::classes::{fits, narrowest};
 use targon_engine::verify::evidence::{
     ALARM, ANSWER_MAX, Calibrated, Evidence, EvidenceStore, MemoryStore, Observed, Test, weigh,
 };
 use targon_engine::verify::evidence_file::EvidenceFile;
+use targon_engine::verify::rows::check_margins;
 use targon_engine::verify::{Limits, Report, Verdict, limits_file};
 
 /// Tokens that a fast check looks at.
@@ -148,6 +150,32 @@ fn one_answer_never_decides_and_old_evidence_fades() {
     let silent = evidence;
     evidence.add(&rates, &Observed::default());
     assert_eq!(evidence, silent, "a hard failure says nothing here");
+}
+
+/// A spoofer's answers that are too short or too lucky to be rejected: each passes by itself.
+#[test]
+fn answers_that_pass_add_up_to_an_alarm() {
+    let (rates, limits) = (Calibrated::default(), Limits::default());
+    let passing = |margin: f64| {
+        let mut margins = vec![0.0; 60];
+        margins[7] = margin;
+        let report = sample(1, &margins, &[0.0; 2]).report;
+        assert!(check_margins(&report.rows, &limits).is_ok(), "{margin}");
+        Observed::of(&report, Some(Scheme::Residue), &limits)
+    };
+    let answers_until_alarm = |margin: f64| {
+        let (mut evidence, answer) = (Evidence::default(), passing(margin));
+        (1..=1000).find(|_| {
+            evidence.add(&rates, &answer);
+            evidence.alarm().is_some()
+        })
+    };
+    // The control: none of it can be rejected, but one that is a little larger can.
+    let over = sample(1, &[0.51; 60], &[0.0]).report;
+    assert!(check_margins(&over.rows, &limits).is_err());
+    assert_eq!(answers_until_alarm(0.4), Some(6));
+    assert_eq!(answers_until_alarm(0.3), Some(11));
+    assert_eq!(answers_until_alarm(0.02), None, "as honest stacks err");
 }
 
 #[test]
@@ -313,6 +341,45 @@ fn a_limits_file_is_read_back_or_its_fault_is_named() {
     assert!(absent.contains("absent: cannot be read"), "{absent}");
 }
 
+#[test]
+fn a_miner_belongs_to_the_narrowest_class_that_its_answers_keep() {
+    let file = |class, samples| limits_file(&[7; 32], class, &split(samples, 0.3).unwrap());
+    let of = |energy: f64, margin: f64| -> Vec<HonestSample> {
+        let one = |prompt: u32| {
+            let wave = 1.0 + f64::from(prompt % 5) / 10.0;
+            sample(prompt, &[0.0, margin * wave, 0.0, 0.0], &[energy * wave; 4])
+        };
+        (0..24).map(one).collect()
+    };
+    // In whatever order they are given.
+    let files = [file("bf16", of(110.0, 0.2)), file("f32", of(13.0, 0.05))];
+    let told = |answers: &[HonestSample]| {
+        let fits = fits(&files, answers);
+        assert_eq!([&*fits[0].file.class, &*fits[1].file.class], ["f32", "bf16"]);
+        let class = narrowest(&fits).map(|fit| fit.file.class.clone());
+        (class, fits.iter().map(|fit| fit.broken.clone()).collect::<Vec<_>>())
+    };
+    assert_eq!(told(&of(12.0, 0.05)[..8]), (Some("f32".into()), vec![None, None]));
+    let (class, broken) = told(&of(110.0, 0.2)[..8]);
+    assert_eq!((class, &broken[1]), (Some("bf16".into()), &None));
+    let (number, what) = broken[0].clone().unwrap();
+    assert!(number == 1 && what.starts_with("chunk 0 has energy"), "{number}: {what}");
+    // One answer that is far decides, wherever it stands among them.
+    let mut mixed = of(12.0, 0.05)[..8].to_vec();
+    mixed[5] = of(12.0, 0.4).remove(0);
+    let (class, broken) = told(&mixed);
+    assert_eq!(class, None);
+    assert!(
+        broken.iter().all(|b| b
+            .as_ref()
+            .is_some_and(|(n, what)| *n == 6 && what.contains("logits from being drawn"))),
+        "{broken:?}"
+    );
+    let missed = fits(&files, &mixed)[0].missed;
+    let one = files[1].held_out.rejected.upper95;
+    assert!((missed - (8.0 * one).min(1.0)).abs() < 1e-12, "{missed} {one}");
+}
+
 fn run(cache: &Path, arguments: &[&str]) -> (i32, String, String) {
     let Output { status, stdout, stderr } = Command::new(env!("CARGO_BIN_EXE_targon-engine"))
         .env_remove("TARGON_LIMITS")
@@ -364,6 +431,14 @@ async fn the_program_calibrates_judges_and_remembers() {
         assert!(table.contains(want), "{want}: {table}");
     }
     assert_eq!(limits_file::read(Path::new(&out)).unwrap().class, class);
+    let told = ["calibrate", "--pairs", &file, "--classes", &out, "--first", "3"];
+    let (code, classes, err) = run(dir.path(), &told);
+    assert_eq!(code, 0, "{classes}{err}");
+    for want in ["tester: class `this engine`, by 3 answers", "`this engine` fits", "0 captures"] {
+        assert!(classes.contains(want), "{want}: {classes}");
+    }
+    let (code, _, err) = run(dir.path(), &["calibrate", "--pairs", &file]);
+    assert!(code == 1 && err.contains("--limits") && err.contains("--classes"), "{err}");
     let judge = |more: &[&str]| {
         let base: [&str; 8] =
             ["verify", &file, "--limits", &out, "--evidence", &store, "--html", &page];

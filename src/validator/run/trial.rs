@@ -7,7 +7,7 @@ use super::subnet::Subnet;
 use crate::entropy::Entropy;
 use crate::proof::Scheme;
 use crate::store::Store;
-use crate::store::record::{LikelyCheat, Measured, Sample, Statistics};
+use crate::store::record::{LikelyCheat, MeasuredValue, Sample, Statistics};
 use crate::validator::round::{AnswerReport, AnswerVerdict};
 use crate::validator::scores::emission::ChainLimits;
 use crate::validator::scores::gate::HotkeyState;
@@ -180,7 +180,7 @@ fn report(report: &Report, depth: Depth) -> Value {
 fn statistics(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Statistics {
     let measured = |statistic: Statistic| {
         let Statistic { value, limit, .. } = statistic;
-        (value.is_finite() && limit.is_finite()).then_some(Measured { value, limit })
+        (value.is_finite() && limit.is_finite()).then_some(MeasuredValue { value, limit })
     };
     let margins: Vec<f64> = report.rows.iter().filter_map(|row| row.margin).collect();
     let mean = margins.iter().sum::<f64>() / margins.len() as f64;
@@ -268,4 +268,85 @@ async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result
         }
     }
     Ok(worst)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::keys::Hotkey;
+    use crate::validator::eligible::Member;
+    use std::sync::Arc;
+
+    fn case(number: u64) -> AnswerToCheck {
+        let key = Hotkey([7; 32]);
+        AnswerToCheck {
+            model: "m".into(),
+            member: Member {
+                uid: 3,
+                hotkey: key,
+                coldkey: key,
+                address: ([127, 0, 0, 1], 1).into(),
+            },
+            round: format!("round-{number}"),
+            block: number,
+            capture: Arc::new(Value::Null),
+            is_slow: false,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn answers_that_pass_add_up_until_the_gate_shuts() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("v.sqlite");
+        let store = Store::open(place.to_str().unwrap()).await.unwrap();
+        let hotkey = case(0).member.hotkey.to_string();
+        // One token of 33 is 0.4 logits from being drawn: below the limits of a token, 0.5, and of
+        // the mean, 0.02.
+        let mut margins = vec![0.0; 33];
+        margins[5] = 0.4;
+        let mild = Observed { margins, energies: vec![0.0], twin: None };
+        for answer in 1..=9 {
+            let standing = standing(&store, &hotkey, "m").await.unwrap().unwrap();
+            let case = case(answer);
+            add(&store, &Calibrated::default(), &case, (standing, &mild)).await.unwrap();
+            let known = worst(&store, &hotkey, &["m".into()]).await.unwrap();
+            let sums = known.evidence.sums;
+            assert_eq!(known.evidence.answers, answer);
+            if let Some(alarm) = known.shut_by {
+                assert_eq!((alarm.test.as_str(), alarm.block), ("margin", answer));
+                assert!(answer > 4 && sums.margin >= ALARM, "one answer never decides: {sums:?}");
+                return;
+            }
+        }
+        panic!("nine such answers do not shut the gate");
+    }
+
+    #[test]
+    fn rows_with_the_largest_margins_are_kept_and_numbers_that_are_none_are_not() {
+        let row = |index: usize| RowEvidence {
+            index,
+            token: 1,
+            rank: 1,
+            logprob: -0.5,
+            reported: None,
+            end_rank: None,
+            margin: Some(if index % 3 == 2 { index as f64 / 1000.0 } else { 0.0 }),
+            is_drawn: None,
+            top_error: None,
+        };
+        let rows: Vec<RowEvidence> = (0..300).map(row).collect();
+        let kept: Vec<usize> = kept_rows(&rows).iter().map(|row| row.index).collect();
+        assert_eq!(kept.len(), ROWS_MAX);
+        assert_eq!(kept.first(), Some(&110), "64 of the hundred with a margin: {kept:?}");
+        assert!(kept.is_sorted() && kept.iter().all(|index| index % 3 == 2));
+        let report = Report { rows, energies: vec![f64::NAN; 40], ..Report::bare(Verdict::Pass) };
+        let limits = Limits::default();
+        let of = |report: &Report| statistics(report, Some(Scheme::Residue), &limits);
+        let Statistics { rows, margin, trimmed, twin, likeliest } = of(&report);
+        assert_eq!((rows, trimmed, twin, likeliest), (Some(300), None, None, None));
+        assert!((margin.unwrap() - 15.05 / 300.0).abs() < 1e-9, "{margin:?}");
+        let measured = of(&Report { energies: vec![90.0; 40], ..report });
+        assert_eq!(measured.trimmed, Some(MeasuredValue { value: 90.0, limit: 290.0 }));
+        assert_eq!(of(&Report::bare(Verdict::Pass)).margin, None);
+    }
 }
