@@ -34,7 +34,7 @@ pub struct ServerToken {
     pub top: Vec<(u32, f64)>,
 }
 
-/// An answer.
+/// An answer of a server, with its tokens and what was reported of them.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ServerAnswer {
     /// Its tokens.
@@ -43,7 +43,7 @@ pub struct ServerAnswer {
     pub source: TokenSource,
     /// What is reported of each; empty where log-probabilities are missing.
     pub reported: Vec<ServerToken>,
-    /// The text.
+    /// The text that the server sent.
     pub text: String,
     /// Tokens of the prompt, as the server counts them.
     pub prompt_tokens: Option<u64>,

@@ -55,7 +55,7 @@ pub enum Conclusion {
 }
 
 impl Conclusion {
-    /// In words.
+    /// The conclusion as a verdict is printed.
     pub fn words(self) -> &'static str {
         match self {
             Self::Agrees => "agrees",
@@ -68,7 +68,7 @@ impl Conclusion {
 /// The answers so far.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct AuditEvidence {
-    /// Answers.
+    /// Answers that count.
     pub answers: usize,
     /// Their tokens.
     pub tokens: usize,

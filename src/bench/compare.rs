@@ -23,7 +23,7 @@ pub struct Assumptions {
 pub struct RankedReport {
     /// Its file, in short.
     pub name: String,
-    /// The report.
+    /// What was measured on the machine.
     pub report: BenchReport,
     /// What is known of its signature.
     pub sealed: Sealed,
@@ -36,7 +36,7 @@ pub struct Compared {
     pub name: String,
     /// The machine; of a server unknown.
     pub machine: Option<String>,
-    /// The model.
+    /// The model that was measured.
     pub model: String,
     /// Who signed.
     pub signed_by: Option<String>,

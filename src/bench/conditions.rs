@@ -83,7 +83,7 @@ pub struct Mark {
 }
 
 impl Mark {
-    /// A mark.
+    /// A doubt about a measurement: of which kind, and the fact.
     pub fn new(kind: MarkKind, what: impl Into<String>) -> Self {
         Self { kind, what: what.into() }
     }
@@ -172,9 +172,9 @@ fn mhz(text: &str) -> Option<f64> {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Conditions {
-    /// Before it.
+    /// The machine before the measurement.
     pub before: Moment,
-    /// After it.
+    /// The machine after the measurement.
     pub after: Moment,
 }
 

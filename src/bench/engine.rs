@@ -16,6 +16,10 @@ use crate::models::device::Device;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Requests at once that begin with one system prompt, its tokens, and those of each alone.
+const SHARING: usize = 64;
+const SYSTEM: usize = 1000;
+const QUESTION: usize = 24;
 /// Tokens before the decode of a long context.
 const LONG: usize = 8000;
 const OPTIONS: Options = Options {
@@ -71,6 +75,8 @@ fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
     }
     repeat("pp512_scored", &|salt| score(engine, 512, salt))?;
     repeat("ttft32_seconds", &|salt| Ok(32.0 / generate(engine, 1, 32, 1, salt)?.prefill))?;
+    repeat("system1000_b64_seconds", &|salt| system_prompt(engine, salt, |_| 0))?;
+    repeat("system1000_b64_apart_seconds", &|salt| system_prompt(engine, salt, |i| 1 + i))?;
     if engine.info().spec.context >= OPTIONS.context_max {
         repeat("tg64_at_8000", &|salt| Ok(generate(engine, 1, LONG, 64, salt)?.decode))?;
     }
@@ -84,6 +90,23 @@ fn score(engine: &Engine, prompt: usize, salt: u32) -> anyhow::Result<f64> {
     let started = Clock::system();
     engine.submit(request)?.collect_blocking()?;
     Ok(prompt as f64 / started.elapsed().as_secs_f64())
+}
+
+/// Seconds that requests at once with one system prompt take to their ends, of 16 tokens each.
+/// Requests of different salts share no prefix.
+fn system_prompt(engine: &Engine, seed: u32, salt: impl Fn(u64) -> u64) -> anyhow::Result<f64> {
+    let system = request(SYSTEM, 0, seed * 100).prompt;
+    let question = |i: u32| {
+        let own = request(QUESTION, 16, seed * 100 + 1 + i);
+        let prompt = [system.as_slice(), &own.prompt].concat();
+        Request { prompt, cache_salt: salt(u64::from(i)), ..own }
+    };
+    let started = Clock::system();
+    let running = (0..SHARING as u32).map(|i| engine.submit(question(i)));
+    for generation in running.collect::<Result<Vec<_>, _>>()? {
+        generation.collect_blocking()?;
+    }
+    Ok(started.elapsed().as_secs_f64())
 }
 
 /// Tokens a second.

@@ -19,7 +19,7 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// `count` of `of`.
+    /// A share: `count` events among `of`.
     pub fn new(count: usize, of: usize) -> Self {
         let (low, high) = interval(count, of);
         Self { count, of, low, high }

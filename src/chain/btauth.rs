@@ -20,7 +20,7 @@ pub const HEADER_NONCE: &str = "x-bittensor-nonce";
 pub const HEADER_SIGNATURE: &str = "x-bittensor-signature";
 /// `X-Bittensor-Crypto`: the scheme, where it is not sr25519.
 pub const HEADER_CRYPTO: &str = "x-bittensor-crypto";
-/// The version.
+/// The version of the protocol that is spoken here.
 pub const VERSION: &str = "1";
 /// The only scheme that hotkeys of subnets use.
 pub const SCHEME: &str = "sr25519";

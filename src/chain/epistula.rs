@@ -23,7 +23,7 @@ pub const HEADER_SIGNATURE: &str = "epistula-request-signature";
 /// `Epistula-Secret-Signature-0` to `-2`: sent, never relied on (implementations differ).
 const HEADERS_SECRET: [&str; 3] =
     ["epistula-secret-signature-0", "epistula-secret-signature-1", "epistula-secret-signature-2"];
-/// The version.
+/// The version of the protocol that is spoken here.
 pub const VERSION: &str = "2";
 /// How far a timestamp may lie from now, either way.
 pub const WINDOW_MS: u64 = 8_000;

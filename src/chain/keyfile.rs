@@ -283,7 +283,7 @@ struct Written<'a> {
 
 /// A key that is about to be written.
 pub struct NewKey {
-    /// The pair.
+    /// Signs, and knows its own address.
     pub pair: Keypair,
     /// The file with its secrets.
     pub json: Zeroizing<Vec<u8>>,

@@ -17,7 +17,7 @@ pub const AXON_PROTOCOL: u8 = 4;
 pub struct Rao(pub u64);
 
 impl Rao {
-    /// In TAO.
+    /// The amount in TAO.
     pub fn tao(self) -> f64 {
         self.0 as f64 / RAO
     }
@@ -132,7 +132,7 @@ pub struct Hyperparameters {
 pub struct Metagraph {
     /// The subnet.
     pub netuid: u16,
-    /// The block.
+    /// The block at which all of it was read.
     pub block: u64,
     /// Its rules.
     pub hyperparameters: Hyperparameters,

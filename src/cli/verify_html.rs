@@ -101,7 +101,7 @@ fn outcome(verdict: &Verdict) -> Markup {
     }
 }
 
-/// One answer.
+/// The part of the page about one answer.
 pub(super) fn section(finding: &CheckedAnswer<'_>) -> anyhow::Result<Markup> {
     let CheckedChoice { choice, report, seconds, .. } = finding.checked;
     let (tokens, scored, rules) = (finding.tokens(), report.rows.len(), finding.rules());

@@ -26,7 +26,7 @@ const NO_CARDS: &str = "must be cpu for engine = \"mistralrs\": this program has
 const TENSOR_PARALLEL: &str = "must be 1: mistral.rs 0.8.1 runs a process for each part and sends \
     requests to them without our sampler, so that they would go on with other tokens than were \
     sent";
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 16] = [
     "name",
     "source",
     "repo",
@@ -40,6 +40,7 @@ const KEYS: [&str; 15] = [
     "kv_memory",
     "sequences_max",
     "speculative_tokens",
+    "prefix_cache_file",
     "isq",
     "tensor_parallel",
 ];
@@ -75,6 +76,8 @@ pub struct ModelConfig {
     pub dtype: Option<Dtype>,
     /// What mistral.rs quantises the layers' weights to while it loads them.
     pub isq: Option<String>,
+    /// Where prefixes that many requests begin with are kept across restarts.
+    pub prefix_cache_file: Option<PathBuf>,
     /// Sizes.
     pub wanted: MemoryWanted,
 }
@@ -125,6 +128,7 @@ struct Entry {
     kv_memory: Option<String>,
     sequences_max: Option<usize>,
     speculative_tokens: Option<usize>,
+    prefix_cache_file: Option<PathBuf>,
     isq: Option<String>,
     tensor_parallel: Option<usize>,
 }
@@ -165,6 +169,12 @@ pub fn parse(path: &Path, text: &str, keys: &[String]) -> Result<Config, ConfigE
             .map_err(|(key, what)| error(format!("model {label}: `{key}` {what}"), None))?;
         if models.iter().any(|m| m.name == model.name) {
             return Err(error(format!("two models are called {}", model.name), None));
+        }
+        let file = model.prefix_cache_file.as_ref();
+        let twin = models.iter().find(|m| file.is_some() && m.prefix_cache_file.as_ref() == file);
+        if let Some(twin) = twin {
+            let what = format!("is that of {}; each needs its own", twin.name);
+            return Err(error(format!("model {label}: `prefix_cache_file` {what}"), None));
         }
         models.push(model);
     }
@@ -221,12 +231,16 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
         drafts_max,
     };
     let isq = quantisation(&entry, backend)?;
+    let prefix_cache_file = entry.prefix_cache_file.as_ref().map(|path| directory.join(path));
+    if prefix_cache_file.is_some() && backend == BackendKind::Mistralrs {
+        return Err(("prefix_cache_file", "goes only with engine = \"native\"".to_owned()));
+    }
     let (source, default_name) = source(&entry, directory)?;
     let name = entry.name.or(default_name).ok_or(("name", "is missing".to_owned()))?;
     if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
         return Err(("name", "must have 1 to 200 characters, none of them control".into()));
     }
-    Ok(ModelConfig { name, source, backend, device, dtype, isq, wanted })
+    Ok(ModelConfig { name, source, backend, device, dtype, isq, prefix_cache_file, wanted })
 }
 
 /// The keys that are for mistral.rs alone: the type that weights are quantised to.
@@ -309,6 +323,7 @@ mod tests {
             context_max = 2048
             kv_memory = "1 GiB"
             sequences_max = 4
+            prefix_cache_file = "small.prefixes.json"
         "#;
         let models = parsed(text).unwrap().models;
         assert_eq!(
@@ -320,6 +335,9 @@ mod tests {
             }
         );
         assert_eq!(models[0].wanted.sequences_max, SEQUENCES_DEFAULT);
+        assert_eq!(models[0].prefix_cache_file, None);
+        let file = PathBuf::from("/etc/small.prefixes.json");
+        assert_eq!(models[1].prefix_cache_file, Some(file));
         assert_eq!(models[1].source, ModelSource::Path("/etc/weights/m.gguf".into()));
         assert_eq!(models[0].device, Device::Auto);
         assert_eq!((models[1].backend, models[1].device), (BackendKind::Native, Device::Cpu));
@@ -344,6 +362,7 @@ mod tests {
             ("isq=\"int4\"", "`isq` must be one of q4_0"),
             ("tensor_parallel=2", "`tensor_parallel` must be 1: mistral.rs"),
             ("speculative_tokens=4", "`speculative_tokens` goes only with engine"),
+            ("prefix_cache_file=\"p\"", "`prefix_cache_file` goes only with engine"),
             ("device=\"auto\"\nisq=\"\"", "`isq` must be one of"),
         ] {
             let (error, _) = entry(more).unwrap_err();
@@ -375,6 +394,12 @@ mod tests {
             (
                 "[[model]]\nname=\"a\"\nspeculative_tokens=16",
                 "`speculative_tokens` must lie in 0..=15, got 16",
+                None,
+            ),
+            (
+                "[[model]]\nname=\"a\"\nprefix_cache_file=\"p\"\n\
+                 [[model]]\nname=\"b\"\nprefix_cache_file=\"p\"",
+                "model b: `prefix_cache_file` is that of a; each needs its own",
                 None,
             ),
             ("[[model]]\nname=\"a\"\n[[model]]\nname=\"a\"", "two models are called a", None),

@@ -6,10 +6,12 @@
 //! prefix, not only by hash: sharing a block that was computed after another prefix would crash
 //! nothing and falsify everything.
 
+use super::hot::{HotPrefix, REUSES_MIN, hottest};
 use crate::ops::attention::BLOCK_TOKENS;
 use std::collections::hash_map::{DefaultHasher, Entry};
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
+use std::iter;
 use std::sync::Arc;
 
 /// Index of a block in the KV cache.
@@ -32,6 +34,12 @@ impl Prefix {
         let mut own = [0; BLOCK_TOKENS];
         own.copy_from_slice(tokens);
         Self { tokens: own, before, salt, hash: hasher.finish() }
+    }
+
+    /// Its tokens from the very beginning.
+    fn all_tokens(&self) -> Vec<u32> {
+        let blocks: Vec<&Self> = iter::successors(Some(self), |p| p.before.as_deref()).collect();
+        blocks.iter().rev().flat_map(|prefix| prefix.tokens).collect()
     }
 
     /// Whether both stand for the same tokens from the very beginning.
@@ -58,6 +66,7 @@ struct Block {
     holders: u32,
     prefix: Option<Arc<Prefix>>,
     used_at: u64, // when the last holder left
+    reuses: u32,  // sequences that found it and no block after it
 }
 
 /// The blocks of one model.
@@ -67,6 +76,7 @@ pub struct BlockPool {
     cached: HashMap<u64, BlockId>, // by prefix hash
     idle: BTreeMap<u64, BlockId>,  // unheld but findable, oldest first
     clock: u64,
+    has_news: bool, // of reuses, since they were last asked for
 }
 
 /// The blocks of one sequence. Dropping it without [`BlockPool::release`] leaks blocks, which
@@ -99,6 +109,7 @@ impl BlockPool {
             cached: HashMap::new(),
             idle: BTreeMap::new(),
             clock: 0,
+            has_news: false,
         }
     }
 
@@ -162,10 +173,32 @@ impl BlockPool {
             return id;
         }
         let (_, id) = self.idle.pop_first().unwrap_or_else(|| unreachable!("counted by `grow`"));
-        if let Some(prefix) = self.blocks[id.0 as usize].prefix.take() {
+        let block = &mut self.blocks[id.0 as usize];
+        block.reuses = 0;
+        if let Some(prefix) = block.prefix.take() {
             self.cached.remove(&prefix.hash);
         }
         id
+    }
+
+    /// Counts that a sequence started with what it shares by `table`.
+    pub fn note_reuse(&mut self, table: &BlockTable) {
+        let Some(last) = table.registered.checked_sub(1) else { return };
+        let block = &mut self.blocks[table.ids[last].0 as usize];
+        block.reuses = block.reuses.saturating_add(1);
+        self.has_news |= block.prefix.as_ref().is_some_and(|prefix| prefix.salt == 0);
+    }
+
+    /// The unsalted prefixes that were reused often enough to be kept; `None` where nothing was
+    /// reused since the last call.
+    pub fn hot_prefixes(&mut self) -> Option<Vec<HotPrefix>> {
+        let of = |block: &Block| {
+            let prefix = block.prefix.as_ref().filter(|prefix| prefix.salt == 0)?;
+            (block.reuses >= REUSES_MIN)
+                .then(|| HotPrefix { reuses: block.reuses, tokens: prefix.all_tokens() })
+        };
+        let hot = || hottest(self.blocks.iter().filter_map(of).collect());
+        std::mem::take(&mut self.has_news).then(hot)
     }
 
     /// Remembers the blocks of `table` that `tokens` (all computed) fill.
@@ -288,6 +321,33 @@ mod tests {
         compute(&mut pool, 0, &tokens(&[3, 4]));
         assert_eq!(compute(&mut pool, 0, &tokens(&[2])), 32);
         assert_eq!(compute(&mut pool, 0, &tokens(&[1])), 0);
+    }
+
+    #[test]
+    fn prefixes_that_many_found_are_hot_and_salted_ones_never() {
+        let mut pool = BlockPool::new(8);
+        let found = |pool: &mut BlockPool, salt: u64, blocks: &[u32]| {
+            let mut table = BlockTable::default();
+            let tokens = tokens(blocks);
+            pool.share(&mut table, salt, &tokens);
+            pool.note_reuse(&table);
+            assert!(pool.grow(&mut table, tokens.len()));
+            pool.register(&mut table, salt, &tokens);
+            pool.release(&mut table);
+        };
+        (0..9).for_each(|_| found(&mut pool, 7, &[5]));
+        assert_eq!(pool.hot_prefixes(), None, "salted");
+        // Others go on after the block that all share.
+        (0..REUSES_MIN).for_each(|i| found(&mut pool, 0, &[1, 20 + i]));
+        assert_eq!(pool.hot_prefixes(), Some(vec![]), "the first found nothing");
+        found(&mut pool, 0, &[1, 2]);
+        let hot = HotPrefix { reuses: REUSES_MIN, tokens: vec![1; BLOCK_TOKENS] };
+        assert_eq!(pool.hot_prefixes(), Some(vec![hot]));
+        assert_eq!(pool.hot_prefixes(), None, "nothing was found since");
+        // Forgotten with its block.
+        (30..38).for_each(|token| found(&mut pool, 0, &[token, token]));
+        pool.has_news = true;
+        assert_eq!(pool.hot_prefixes(), Some(vec![]));
     }
 
     #[test]

@@ -176,6 +176,7 @@ impl Core {
     fn end(&mut self, id: SequenceId) {
         self.scheduler.remove(id);
         self.live.remove(&id);
+        self.stats.record_hot(|| self.scheduler.hot_prefixes());
     }
 
     fn step(&mut self) {

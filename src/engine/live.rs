@@ -48,7 +48,7 @@ impl Live {
             chain: request.proof.as_ref().map(|p| ChunkChain::new(p.root)),
             prompt_rows: Vec::new(),
             cached_tokens: 0,
-            timeline: Timeline::new(submitted),
+            timeline: Timeline::new(submitted, !request.is_warmup),
             events,
             _place: place,
             request,

@@ -6,6 +6,7 @@
 //! of the answers. Async stays outside: the owner is a plain thread, and every channel and queue is
 //! bounded.
 
+pub mod admission;
 mod asks;
 pub mod backend;
 pub mod blocks;
@@ -13,6 +14,7 @@ mod core;
 pub mod drafts;
 pub mod draw;
 pub mod guard;
+pub mod hot;
 mod live;
 pub mod memory;
 #[cfg(feature = "mistralrs")]
@@ -44,9 +46,9 @@ use scheduler::{Owner, Refusal, Scheduler, SchedulerLimits};
 use stats::Stats;
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -127,6 +129,17 @@ pub struct Info {
 /// A handle on a running engine.
 #[derive(Clone)]
 pub struct Engine(Arc<Shared>);
+
+/// A reference to an engine that ends with its last handle.
+#[derive(Clone)]
+pub struct WeakEngine(Weak<Shared>);
+
+impl WeakEngine {
+    /// The engine, while it runs.
+    pub fn upgrade(&self) -> Option<Engine> {
+        self.0.upgrade().map(Engine)
+    }
+}
 
 struct Shared {
     commands: SyncSender<Command>,
@@ -265,6 +278,11 @@ impl Engine {
             return Err(Refusal::Memory { tokens, limit });
         }
         Ok(())
+    }
+
+    /// A reference that does not keep the engine running.
+    pub fn downgrade(&self) -> WeakEngine {
+        WeakEngine(Arc::downgrade(&self.0))
     }
 
     /// What reading and writing text needs of its model.

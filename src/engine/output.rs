@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 /// One token of the output.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Step {
-    /// The token.
+    /// The id that was drawn.
     pub token: u32,
     /// Text that became visible with it; often, but not always, its own.
     pub text: String,
@@ -31,7 +31,7 @@ pub struct Step {
 /// One token of the prompt, given those before it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct PromptRow {
-    /// The token.
+    /// The id that stands in the prompt.
     pub token: u32,
     /// Its natural log-probability.
     pub logprob: f64,
@@ -59,7 +59,7 @@ pub enum FinishReason {
 pub struct Finish {
     /// Why.
     pub reason: FinishReason,
-    /// Prompt tokens.
+    /// Tokens of the prompt, those from the cache included.
     pub prompt_tokens: usize,
     /// Of those, found in the prefix cache.
     pub cached_tokens: usize,

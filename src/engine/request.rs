@@ -66,6 +66,8 @@ pub struct Request {
     pub proof: Option<ProofOptions>,
     /// What the output must look like.
     pub grammar: Option<Grammar>,
+    /// It fills the prefix cache for others, and is not counted among the requests.
+    pub is_warmup: bool,
 }
 
 /// How an output is proved.
@@ -96,6 +98,7 @@ impl Request {
             cache_salt: 0,
             proof: None,
             grammar: None,
+            is_warmup: false,
         }
     }
 

@@ -10,6 +10,9 @@
 //! sequences more, that owner's newest one is preempted: nobody waits for the end of an answer of
 //! somebody who has several. The oldest running sequence is never the one, so all end.
 //!
+//! A sequence whose prompt begins with what a row of this very step computes waits for the next
+//! step and finds it in the prefix cache: many requests with one system prompt compute it once.
+//!
 //! A sequence that repeats itself may run ahead: the tokens that followed the same few tokens
 //! before are guessed ([`drafts`]) and computed as rows of the same step. A draft
 //! counts once the row before it has drawn that very token ([`Scheduler::accept`]), so drafts
@@ -18,81 +21,13 @@
 //!
 //! No clock, no tensors, no channels: `tests/engine/scheduler_sim.rs` drives it from a seed.
 
+pub use super::admission::{NewSequence, Owner, Refusal, SchedulerLimits};
 use super::blocks::{BlockPool, BlockTable};
 use super::drafts::{self, DraftCount};
+use super::hot::HotPrefix;
 pub use super::slice::{Plan, SequenceId, Slice};
 use crate::ops::attention::BLOCK_TOKENS;
 use std::collections::{BTreeMap, VecDeque};
-
-/// Whose a sequence is: owners share an engine evenly. All who are not told apart are one.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
-pub struct Owner(pub [u8; 32]);
-
-/// Bounds of the scheduler.
-#[derive(Clone, Copy, Debug)]
-pub struct SchedulerLimits {
-    /// Rows of a step that only prefills.
-    pub step_tokens_max: usize,
-    /// Rows of a step in which sequences decode: bounds how long a prefill delays them.
-    pub mixed_tokens_max: usize,
-    /// Sequences that run at once.
-    pub sequences_max: usize,
-    /// Sequences that wait.
-    pub waiting_max: usize,
-    /// Tokens of one sequence.
-    pub context_max: usize,
-    /// Drafts of one sequence in a step; 0 where none are made.
-    pub drafts_max: usize,
-}
-
-/// A sequence as it is submitted.
-#[derive(Clone, Debug)]
-pub struct NewSequence {
-    /// Its name, larger than all before.
-    pub id: SequenceId,
-    /// Whose it is.
-    pub owner: Owner,
-    /// The prompt (and, for scoring, the output).
-    pub tokens: Vec<u32>,
-    /// Most tokens that may still be pushed.
-    pub growth_max: usize,
-    /// Separates prefix caches.
-    pub salt: u64,
-    /// Whether cached prefixes may be read.
-    pub reads_cache: bool,
-    /// Whether its next tokens may be guessed.
-    pub is_drafted: bool,
-}
-
-/// Why a sequence is not accepted.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum Refusal {
-    /// There is nothing to compute.
-    #[error("the prompt is empty")]
-    Empty,
-    /// Longer than the model's context.
-    #[error("this model's context is {limit} tokens, but {tokens} are asked for")]
-    Context {
-        /// Prompt and output together.
-        tokens: usize,
-        /// The context.
-        limit: usize,
-    },
-    /// Larger than the whole KV cache.
-    #[error("the KV cache holds {limit} tokens, but {tokens} are asked for")]
-    Memory {
-        /// Prompt and output together.
-        tokens: usize,
-        /// What the cache holds.
-        limit: usize,
-    },
-    /// The queue is full.
-    #[error("{waiting} requests are waiting already, the limit")]
-    QueueFull {
-        /// The limit.
-        waiting: usize,
-    },
-}
 
 struct Sequence {
     id: SequenceId,
@@ -105,6 +40,7 @@ struct Sequence {
     table: BlockTable,
     cached_tokens: usize,     // found in the prefix cache when last admitted
     pace: Option<DraftCount>, // of its drafts, where it has any
+    has_run: bool,
 }
 
 impl Sequence {
@@ -133,11 +69,11 @@ pub struct SchedulerLoad {
     pub waiting: usize,
     /// Blocks held by sequences.
     pub blocks_used: usize,
-    /// All blocks.
+    /// Blocks of the KV cache, used or not.
     pub blocks_total: usize,
-    /// Preemptions so far.
+    /// How often a sequence lost its blocks to another one.
     pub preemptions: u64,
-    /// Drafts so far.
+    /// Tokens that were guessed.
     pub drafted: u64,
     /// Of those, the ones that came true.
     pub accepted: u64,
@@ -204,6 +140,7 @@ impl Scheduler {
             table: BlockTable::default(),
             cached_tokens: 0,
             pace: (new.is_drafted && self.limits.drafts_max > 0).then(DraftCount::default),
+            has_run: false,
         });
         Ok(())
     }
@@ -301,8 +238,27 @@ impl Scheduler {
     fn next_waiting(&self, running: &BTreeMap<Owner, usize>, plan: &Plan) -> Option<usize> {
         let runs = |owner| running.get(owner).copied().unwrap_or(0);
         let waiting = self.waiting.iter().enumerate();
-        let candidates = waiting.filter(|(_, s)| !plan.preempted.contains(&s.id));
+        let may_start = |s: &Sequence| !plan.preempted.contains(&s.id) && !self.is_due(plan, s);
+        let candidates = waiting.filter(|(_, s)| may_start(s));
         candidates.min_by_key(|(_, s)| runs(&s.owner)).map(|(place, _)| place)
+    }
+
+    /// Whether this step computes a block that `new` can share in the next one.
+    fn is_due(&self, plan: &Plan, new: &Sequence) -> bool {
+        let shares = |slice: &Slice| {
+            // The block in which the slice begins is the first that it completes.
+            let end = (slice.start / BLOCK_TOKENS + 1) * BLOCK_TOKENS;
+            let has_all = slice.start + slice.tokens.len() - slice.drafts >= end;
+            let of = |s: &&Sequence| s.id == slice.id && s.salt == new.salt;
+            has_all
+                && end < new.tokens.len()
+                && self
+                    .running
+                    .iter()
+                    .find(of)
+                    .is_some_and(|s| s.tokens[..end] == new.tokens[..end])
+        };
+        new.reads_cache && plan.slices.iter().any(shares)
     }
 
     /// Starts a waiting sequence, where there are blocks for it.
@@ -318,6 +274,10 @@ impl Scheduler {
             next.computed = 0;
             self.waiting.insert(place, next);
             return false;
+        }
+        // What a preempted sequence finds is its own.
+        if !std::mem::replace(&mut next.has_run, true) {
+            self.pool.note_reuse(&next.table);
         }
         self.running.push(next);
         let index = self.running.len() - 1;
@@ -452,6 +412,12 @@ impl Scheduler {
     /// Whether nothing runs or waits.
     pub fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// The unsalted prefixes that sequences found in the cache most often; `None` while they are
+    /// those of the last call.
+    pub fn hot_prefixes(&mut self) -> Option<Vec<HotPrefix>> {
+        self.pool.hot_prefixes()
     }
 
     /// Figures for operators.

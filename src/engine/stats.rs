@@ -1,6 +1,7 @@
 //! Counts and times the work of one engine: its own thread writes the figures, and anyone may read
 //! them.
 
+use super::hot::HotPrefix;
 use super::scheduler::{Plan, SchedulerLoad, Slice};
 use parking_lot::Mutex;
 use prometheus_client::metrics::histogram::Histogram;
@@ -30,6 +31,7 @@ const TOKEN_COUNTS: [f64; 16] =
 pub struct Stats {
     counters: Mutex<EngineSnapshot>,
     timings: Timings,
+    hot: Mutex<Option<Vec<HotPrefix>>>, // where somebody keeps them
 }
 
 /// The counters at one moment.
@@ -110,6 +112,7 @@ pub(super) struct Timeline {
     scheduled: Option<Duration>,
     first_token: Option<Duration>,
     last_token: Duration,
+    is_counted: bool,
 }
 
 /// Rows of a step.
@@ -141,8 +144,9 @@ pub(super) struct Ended {
 }
 
 impl Timeline {
-    pub(super) fn new(submitted: Duration) -> Self {
-        Self { submitted, scheduled: None, first_token: None, last_token: submitted }
+    /// Of a request whose times and tokens are counted, or of one that warms the prefix cache up.
+    pub(super) fn new(submitted: Duration, is_counted: bool) -> Self {
+        Self { submitted, scheduled: None, first_token: None, last_token: submitted, is_counted }
     }
 
     /// Notes the first step.
@@ -160,6 +164,26 @@ impl Stats {
     /// The distributions, which go on changing.
     pub fn timings(&self) -> &Timings {
         &self.timings
+    }
+
+    /// From now on the prefixes that requests often begin with are noted.
+    pub fn keep_hot_prefixes(&self) {
+        self.hot.lock().get_or_insert_default();
+    }
+
+    /// The prefixes that requests often begin with, as of the last request that ended.
+    pub fn hot_prefixes(&self) -> Vec<HotPrefix> {
+        self.hot.lock().clone().unwrap_or_default()
+    }
+
+    /// Notes hot prefixes, where they are kept and `find` has new ones.
+    pub(super) fn record_hot(&self, find: impl FnOnce() -> Option<Vec<HotPrefix>>) {
+        let mut hot = self.hot.lock();
+        if let Some(known) = hot.as_mut()
+            && let Some(found) = find()
+        {
+            *known = found;
+        }
     }
 
     pub(super) fn record_load(&self, load: SchedulerLoad) {
@@ -182,6 +206,9 @@ impl Stats {
 
     /// A token of a request was computed at `now`.
     pub(super) fn record_token(&self, timeline: &mut Timeline, now: Duration) {
+        if !timeline.is_counted {
+            return;
+        }
         let seconds = |since: Duration| now.saturating_sub(since).as_secs_f64();
         match timeline.first_token {
             Some(_) => self.timings.inter_token.observe(seconds(timeline.last_token)),
@@ -196,6 +223,9 @@ impl Stats {
 
     pub(super) fn record_end(&self, ended: &Ended, now: Duration) {
         let (t, line) = (&self.timings, ended.timeline);
+        if !line.is_counted {
+            return;
+        }
         let seconds = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64();
         let scheduled = line.scheduled.unwrap_or(now);
         let first_token = line.first_token.unwrap_or(now);

@@ -30,7 +30,7 @@ impl Transcript {
         }
     }
 
-    /// Tokens so far.
+    /// How many tokens were pushed.
     pub fn tokens(&self) -> usize {
         self.tokens
     }

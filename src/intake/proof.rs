@@ -19,7 +19,7 @@ use std::sync::Arc;
 /// Proves the choices of one request: all of them in one scheme, under one nonce, by one signer.
 #[derive(Clone)]
 pub struct Prover {
-    /// The scheme.
+    /// How hidden rows are proved.
     pub scheme: Scheme,
     /// The verifier's nonce, or one of the prover's own.
     pub nonce: Hash,
@@ -122,10 +122,10 @@ impl ProofHead {
 /// What cannot be read of a chunk.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ChunkError {
-    /// Its data.
+    /// The chunk's data is not in base64.
     #[error(transparent)]
     Data(#[from] base64::DecodeError),
-    /// Its digest.
+    /// The chunk's digest is not in hexadecimal digits.
     #[error(transparent)]
     Digest(#[from] HexError),
 }

@@ -67,7 +67,7 @@ impl ToolParser {
         }
     }
 
-    /// Calls so far.
+    /// How many calls were found.
     pub fn calls(&self) -> usize {
         self.calls
     }

@@ -241,7 +241,7 @@ pub struct FieldNames {
 
 /// What makes engine requests of an API request.
 pub struct Translator<'a> {
-    /// The model.
+    /// What the model makes of texts.
     pub model: &'a Text,
     /// Longest sequence.
     pub context_max: usize,

@@ -36,7 +36,7 @@ pub struct Understood {
 /// Who reads: the model, and what the server's flags say where a request does not.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
-    /// The model.
+    /// What the model makes of texts.
     pub model: &'a Arc<Text>,
     /// Longest sequence.
     pub context_max: usize,

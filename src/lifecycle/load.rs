@@ -1,5 +1,6 @@
 //! Takes models.toml to running engines: files, memory plan and weights, each step with progress.
 
+use super::prefixes;
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::engine::Engine;
@@ -15,7 +16,7 @@ use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
-use crate::server::registry::{Registry, Served, State};
+use crate::server::registry::{ModelEntry, Registry, Served, State};
 use anyhow::anyhow;
 use futures_util::future::join_all;
 use std::collections::HashMap;
@@ -36,7 +37,7 @@ pub struct Located {
 pub struct Planned {
     /// The model.
     pub located: Located,
-    /// The plan.
+    /// What it will need of memory.
     pub plan: MemoryPlan,
 }
 
@@ -173,10 +174,24 @@ pub async fn start_models(
         rows.push((name, plan));
     }
     shown.planned(&rows, &left.free());
+    let kept = |p: &Planned| {
+        Some((p.located.config.name.clone(), p.located.config.prefix_cache_file.clone()?))
+    };
+    let kept: Vec<(String, PathBuf)> = planned.iter().filter_map(kept).collect();
+    let models = registry.clone();
     let started = tokio::task::spawn_blocking(move || {
-        start_all(planned, &registry, &pool, &clock, &*shown) > 0
+        start_all(planned, &models, &pool, &clock, &*shown) > 0
     });
-    started.await.unwrap_or(false)
+    let is_any_ready = started.await.unwrap_or(false);
+    for (name, file) in kept {
+        let is_it = |entry: &ModelEntry| entry.name == name;
+        if let Some(State::Ready(served)) =
+            registry.entries().into_iter().find(is_it).map(|e| e.state)
+        {
+            tokio::spawn(prefixes::keep(file, *served));
+        }
+    }
+    is_any_ready
 }
 
 /// Loads weights and starts the engine of each planned model, side by side, and records the outcome

@@ -6,5 +6,6 @@
 pub mod load;
 #[cfg(feature = "mistralrs")]
 mod mistral;
+mod prefixes;
 pub mod reload;
 pub mod watch;

@@ -39,11 +39,11 @@ pub struct Reloader {
     pub set_log: fn(&str) -> anyhow::Result<()>,
     /// What the file said.
     pub config: Config,
-    /// The server.
+    /// Whose models and settings follow the file.
     pub state: ServerState,
     /// Compute threads.
     pub pool: Pool,
-    /// The clock.
+    /// Times the loading.
     pub clock: Clock,
     /// Where the open routes listen, and whether this is a miner.
     pub open: (SocketAddr, bool),

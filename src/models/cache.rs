@@ -52,13 +52,13 @@ enum Place {
 pub struct CacheKind {
     /// Its name in commands.
     pub name: &'static str,
-    /// What it is.
+    /// What it holds, in words.
     pub what: &'static str,
     /// Where its things lie: names below a place, each with at most one `*`.
     patterns: &'static [(Place, &'static str)],
 }
 
-/// All kinds.
+/// The kinds, in the order in which they are shown.
 pub const KINDS: &[CacheKind] = &[
     CacheKind {
         name: "model",

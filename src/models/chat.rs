@@ -226,7 +226,7 @@ enum NotComputed {
     /// The system gives no thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
-    /// It panicked.
+    /// The template's compiler or renderer panicked.
     #[error("it cannot be computed")]
     Panicked,
 }

@@ -31,7 +31,7 @@ pub enum LoadError {
     Key {
         /// The file.
         path: PathBuf,
-        /// The key.
+        /// The key that has a wrong value.
         key: String,
         /// Rule and fact.
         what: String,
@@ -41,9 +41,9 @@ pub enum LoadError {
     Unsupported {
         /// The file.
         path: PathBuf,
-        /// The key.
+        /// The key whose value is not supported.
         key: String,
-        /// Its value.
+        /// The value that stands there.
         value: String,
         /// What is.
         supported: String,

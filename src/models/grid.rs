@@ -8,12 +8,12 @@ const E4M3_MAX: f32 = 448.0;
 /// Exponent of its smallest normal number.
 const E4M3_EXPONENT_MIN: i32 = -6;
 
-/// A grid.
+/// The values that numbers are moved to.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Grid {
     /// Symmetric integers with a scale for each group of so many neighbours.
     Integers {
-        /// Bits.
+        /// Bits of one value.
         bits: u32,
         /// Numbers that share a scale; 0 is a whole row.
         group: usize,

@@ -47,7 +47,7 @@ const TYPES: [(&str, u64); 22] = [
 /// A tensor as the header describes it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TensorEntry {
-    /// Its name.
+    /// The tensor's name, as Hugging Face files have it.
     pub name: String,
     /// Its element type, by the format's name.
     pub dtype: String,

@@ -20,7 +20,7 @@ use crate::proof::powv::{PowvShape, select, value};
 /// Rows that vLLM pads a vocabulary to.
 const VOCAB_MULTIPLE: usize = 64;
 
-/// One parameter.
+/// A parameter as vLLM registers it.
 pub struct Parameter {
     /// vLLM's name for it.
     pub name: String,

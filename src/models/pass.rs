@@ -130,7 +130,7 @@ pub struct Near {
 /// A token with its log-probability and its rank.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Ranked {
-    /// The token.
+    /// The token whose score this is.
     pub token: u32,
     /// Its natural log-probability.
     pub logprob: f64,

@@ -16,7 +16,7 @@ use crate::ops::logits::{LogSumExp, rank, top_k};
 pub struct HiddenRow<'a> {
     /// The patterns.
     pub bits: &'a [u16],
-    /// The values.
+    /// The row's values, one for each channel.
     pub values: &'a [f32],
 }
 

@@ -108,7 +108,7 @@ impl<'a> Distribution<'a> {
         Self { sum: OnceCell::from(sum), ..self }
     }
 
-    /// The row.
+    /// The row of logits that tokens are drawn from.
     pub fn row(&self) -> &'a [f32] {
         self.row
     }

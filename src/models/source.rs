@@ -50,7 +50,7 @@ pub struct LayerSource {
     pub k_norm: Option<Norm>,
     /// Output projection.
     pub out: Rows,
-    /// Its bias.
+    /// Bias of the output projection, where the family has one.
     pub out_bias: Option<Vec<f32>>,
     /// Norm after attention.
     pub post_attention_norm: Option<Norm>,
@@ -72,7 +72,7 @@ pub enum FeedForwardSource {
         spec: ExpertSpec,
         /// Scores the experts.
         router: Rows,
-        /// The experts.
+        /// One gated perceptron for each expert.
         experts: Vec<MlpSource>,
     },
 }
@@ -97,7 +97,7 @@ impl Rows {
         Self { parts: vec![Part { tensor, first, rows }] }
     }
 
-    /// Rows.
+    /// Output rows of the matrix.
     pub fn rows(&self) -> usize {
         self.parts.iter().map(|part| part.rows).sum()
     }

@@ -19,11 +19,11 @@ pub struct Spec {
     pub layers: usize,
     /// Longest sequence the model was made for.
     pub context: usize,
-    /// Attention.
+    /// How a layer attends.
     pub attention: AttentionSpec,
     /// Feed-forward layers.
     pub feed_forward: FeedForwardSpec,
-    /// Norms.
+    /// How rows are normalised.
     pub norm: NormSpec,
     /// Rotary embedding.
     pub rope: RopeSpec,

@@ -74,7 +74,7 @@ pub struct Tensor {
     pub stored: StoredType,
     /// Shape, slowest dimension first.
     pub shape: Vec<usize>,
-    /// The file.
+    /// The file that holds the bytes.
     pub file: Arc<WeightFile>,
     /// Its bytes, which lie in the file as it was opened.
     pub(super) range: Range<u64>,

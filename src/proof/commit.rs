@@ -104,13 +104,13 @@ pub fn nonce_of(text: &str) -> Hash {
 /// What a proof is bound to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Binding {
-    /// The scheme.
+    /// How rows are proved.
     pub scheme: Scheme,
     /// Chosen by the verifier.
     pub nonce: Hash,
     /// [`RequestTerms::hash`].
     pub request: Hash,
-    /// [`model_hash`].
+    /// The model's weights and calibration, by [`model_hash`].
     pub model: Hash,
     /// Public key of the prover; zeros where there is none.
     pub hotkey: [u8; 32],
@@ -147,7 +147,7 @@ impl RowKeys {
 pub enum RowData {
     /// Sketch and exact hash.
     Residue {
-        /// The sketch.
+        /// Four bytes of projections.
         sketch: Sketch,
         /// The exact hash.
         exact: u64,
@@ -165,7 +165,7 @@ pub struct RowProver {
 }
 
 impl RowProver {
-    /// For a root.
+    /// Derives the keys of sketch and exact hash from a root.
     pub fn new(scheme: Scheme, root: &Hash, calibration: std::sync::Arc<Calibration>) -> Self {
         Self { scheme, keys: RowKeys::new(root), calibration }
     }

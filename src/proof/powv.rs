@@ -18,7 +18,7 @@ pub struct PowvShape {
 pub struct Element {
     /// Which parameter.
     pub parameter: usize,
-    /// Its row.
+    /// The row of the element in its parameter.
     pub row: usize,
     /// Its column.
     pub col: usize,

@@ -90,9 +90,9 @@ pub enum CalibrationError {
     /// Lists of different lengths, or none.
     #[error("needs as many means as exponents, at least one; got {exponents} and {means}")]
     Lengths {
-        /// Exponents.
+        /// How many exponents it has.
         exponents: usize,
-        /// Means.
+        /// How many means it has.
         means: usize,
     },
     /// More channels than sums can hold.

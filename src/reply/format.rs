@@ -29,7 +29,7 @@ pub struct Formatter {
 
 /// The beginning of a completion that repeats its prompt.
 pub struct Echo<'a> {
-    /// The prompt.
+    /// The ids of the prompt.
     pub prompt: &'a [u32],
     /// Log-probabilities of its tokens from the second on, where asked for.
     pub rows: Option<&'a [PromptRow]>,

@@ -33,7 +33,7 @@ impl Endpoint {
 /// The prompts of a request; each has `n` choices, side by side.
 #[derive(Clone, Debug)]
 pub struct Prompts {
-    /// The prompts.
+    /// The ids of each prompt.
     pub prompts: Vec<Vec<u32>>,
     /// Choices of each.
     pub n: usize,

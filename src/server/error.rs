@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 /// Why a request got no answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ApiError {
-    /// The status.
+    /// The status of the response.
     pub status: StatusCode,
     /// A sentence: rule, then fact.
     pub message: String,

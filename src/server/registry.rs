@@ -31,7 +31,7 @@ pub enum State {
 /// A model that answers.
 #[derive(Clone)]
 pub struct Served {
-    /// Its engine.
+    /// What runs its requests.
     pub engine: Engine,
     /// The model itself, for those who run passes of their own.
     pub model: Arc<Model>,
@@ -133,7 +133,7 @@ impl Registry {
 
 /// A request's model.
 pub struct Routed {
-    /// Its name.
+    /// What requests call the model.
     pub name: String,
     /// Its engine.
     pub served: Served,

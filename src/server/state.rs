@@ -114,7 +114,7 @@ impl ServerState {
         self.0.defaults
     }
 
-    /// The settings now.
+    /// What the operator has set, as of the last reload.
     pub fn settings(&self) -> Arc<Settings> {
         Arc::clone(&self.0.settings.read())
     }
@@ -129,7 +129,7 @@ impl ServerState {
         &self.0.metrics
     }
 
-    /// The clock.
+    /// What the server tells time by.
     pub fn clock(&self) -> &Clock {
         &self.0.clock
     }

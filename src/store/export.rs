@@ -41,7 +41,7 @@ pub enum Cell {
     Integer(i64),
     /// A number.
     Real(f64),
-    /// A text.
+    /// Text, which may come from a peer.
     Text(String),
     /// JSON, as it was written.
     Json(String),

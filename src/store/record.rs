@@ -184,7 +184,7 @@ pub struct RoundHead {
 /// What was found of one answer, without the answer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ResponseVerdict {
-    /// The round.
+    /// The id of the round.
     pub round: String,
     /// When it began, in milliseconds since 1970.
     pub started_ms: u64,
@@ -196,7 +196,7 @@ pub struct ResponseVerdict {
     pub timing: Timing,
     /// What was found.
     pub outcome: Outcome,
-    /// Its cause.
+    /// The rule that was broken, or what failed.
     pub cause: Option<String>,
     /// Whether request and answer are kept in full.
     pub is_kept: bool,
@@ -205,7 +205,7 @@ pub struct ResponseVerdict {
 /// What one miner did in a round, with that round.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct RoundResponse {
-    /// The round.
+    /// When and of what the round was.
     pub round: RoundHead,
     /// What the miner did.
     pub response: Response,
@@ -220,7 +220,7 @@ pub struct Sample {
     pub uid: u16,
     /// Its hotkey then, as SS58: another key at the same place has none of these samples.
     pub hotkey: String,
-    /// The model.
+    /// The model that was asked for.
     pub model: String,
     /// The block of the round.
     pub block: u64,

@@ -53,13 +53,13 @@ pub struct Retention {
 /// What was forgotten.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Removed {
-    /// Rounds.
+    /// Rounds with their responses.
     pub rounds: u64,
-    /// Captures.
+    /// Captured answers.
     pub captures: u64,
-    /// Reports.
+    /// Reports of verification.
     pub reports: u64,
-    /// Samples.
+    /// Samples that scores are made of.
     pub samples: u64,
 }
 

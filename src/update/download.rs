@@ -139,7 +139,7 @@ impl Server {
         UpdateError::Unreachable { url, why: why.chars().take(300).collect() }
     }
 
-    /// The list.
+    /// Reads the list of the newest release.
     pub(super) async fn list(&self, url: &Url) -> Result<Vec<u8>, UpdateError> {
         let (within, limit) = (self.limits.list_time, self.limits.list_bytes);
         let mut response = self.get(url, within).await?;

@@ -38,7 +38,7 @@ pub enum UpdateError {
     Status {
         /// What was asked for.
         url: String,
-        /// The status.
+        /// The status that the server answered with.
         status: u16,
     },
     /// It points to another host, or in circles.
@@ -66,13 +66,13 @@ pub enum UpdateError {
     Long {
         /// What was asked for.
         url: String,
-        /// The limit.
+        /// The most bytes that are taken.
         limit: u64,
     },
     /// Fewer bytes came than the list says.
     #[error("{file} must have {expected} bytes, got {got}: it is truncated")]
     Truncated {
-        /// The file.
+        /// The name of the release's file.
         file: String,
         /// What the list says.
         expected: u64,
@@ -98,7 +98,7 @@ pub enum UpdateError {
     /// The signature is not that of the key.
     #[error("the signature of {file} is not valid: {why}")]
     Signature {
-        /// The file.
+        /// The name of the release's file.
         file: String,
         /// What the verifier says.
         why: String,
@@ -106,7 +106,7 @@ pub enum UpdateError {
     /// The signature is valid, and is for something else.
     #[error("the signature of {file} must be for `{expected}`, it is for `{got}`")]
     SignedFor {
-        /// The file.
+        /// The name of the release's file.
         file: String,
         /// Program, version and target that the list names.
         expected: String,
@@ -116,7 +116,7 @@ pub enum UpdateError {
     /// The bytes are others than the list says.
     #[error("{file} must have the SHA-256 {expected}, got {got}")]
     Checksum {
-        /// The file.
+        /// The name of the release's file.
         file: String,
         /// What the list says.
         expected: String,
@@ -204,13 +204,13 @@ pub enum ListError {
     /// A checksum is none.
     #[error("`sha256` of {file} must have 64 small hexadecimal digits")]
     Sha256 {
-        /// The file.
+        /// The name that the list gives the file.
         file: String,
     },
     /// A signature is none.
     #[error("`signature` of {file} is not a minisign signature: {why}")]
     Signature {
-        /// The file.
+        /// The name that the list gives the file.
         file: String,
         /// What the decoder says.
         why: minisign_verify::Error,

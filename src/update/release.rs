@@ -75,7 +75,7 @@ struct Listed {
     signature: String,
 }
 
-/// A release.
+/// A release as its list describes it.
 #[derive(Debug)]
 pub(super) struct Release {
     pub(super) version: Version,

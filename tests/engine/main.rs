@@ -15,6 +15,7 @@ mod hub;
 mod kernels;
 mod panics;
 mod parity;
+mod prefixes;
 mod proofs;
 mod real_model;
 mod reference;

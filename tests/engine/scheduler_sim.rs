@@ -13,6 +13,8 @@ use targon_engine::ops::attention::BLOCK_TOKENS;
 /// What a sequence should look like, kept outside the scheduler.
 struct Model {
     owner: Owner,
+    salt: u64,
+    reads_cache: bool,
     tokens: Vec<u32>,
     growth: usize,
     steps_waited: usize,
@@ -70,18 +72,23 @@ impl Simulation {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let owner = Owner([self.noise.below(3) as u8; 32]);
+        let salt = u64::from(self.noise.below(8) == 0);
+        let reads_cache = self.noise.below(5) > 0;
         let new = NewSequence {
             id,
             owner,
             tokens: tokens.clone(),
             growth_max: growth,
-            salt: u64::from(self.noise.below(8) == 0),
-            reads_cache: self.noise.below(5) > 0,
+            salt,
+            reads_cache,
             is_drafted: self.noise.below(4) > 0,
         };
         match self.scheduler.submit(new) {
             Ok(()) => {
-                self.live.insert(id, Model { owner, tokens, growth, steps_waited: 0 });
+                self.live.insert(
+                    id,
+                    Model { owner, salt, reads_cache, tokens, growth, steps_waited: 0 },
+                );
             }
             Err(Refusal::Empty) => assert_eq!(count, 0),
             Err(_) => {}
@@ -114,7 +121,22 @@ impl Simulation {
         self.scheduler.check(&Plan::default());
     }
 
-    /// Nobody waits while another owner runs several, but for the step in which room is made.
+    /// Whether the step computes a block of the prompt, which this sequence then finds.
+    fn is_due(&self, plan: &Plan, model: &Model) -> bool {
+        let computes = |slice: &Slice| {
+            let other = &self.live[&slice.id];
+            let blocks = slice.start / BLOCK_TOKENS + 1;
+            let known = slice.start + slice.tokens.len() - slice.drafts;
+            let end = blocks * BLOCK_TOKENS;
+            known >= end && model.tokens.len() > end && other.salt == model.salt && {
+                model.tokens.iter().zip(&other.tokens).take(end).all(|(a, b)| a == b)
+            }
+        };
+        model.reads_cache && plan.slices.iter().any(computes)
+    }
+
+    /// Nobody waits while another owner runs several, but for the step in which room is made or
+    /// the beginning of its prompt is computed.
     fn check_shares(&self, plan: &Plan) {
         let budget = self.limits.mixed_tokens_max.min(self.limits.step_tokens_max);
         if !plan.preempted.is_empty() || plan.rows() >= budget {
@@ -129,7 +151,7 @@ impl Simulation {
             let own = running.get(&model.owner).copied().unwrap_or(0);
             let is_running = plan.slices.iter().any(|slice| slice.id == *id);
             assert!(
-                is_running || own + 2 > most,
+                is_running || own + 2 > most || self.is_due(plan, model),
                 "{id:?} waits: {own} of its owner run, {most} of another"
             );
         }
@@ -268,6 +290,46 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
     assert_eq!((plan.rows(), plan.slices[0].is_last), (64, false));
     scheduler.commit(&plan);
     assert!(scheduler.schedule().slices[0].is_last);
+}
+
+#[test]
+fn a_prompt_that_begins_as_another_waits_one_step_and_computes_only_its_own_end() {
+    let limits = SchedulerLimits {
+        step_tokens_max: 512,
+        mixed_tokens_max: 512,
+        sequences_max: 8,
+        waiting_max: 8,
+        context_max: 400,
+        drafts_max: 0,
+    };
+    let mut scheduler = Scheduler::new(limits, 64);
+    let sequence = |id: u64, salt: u64, reads_cache: bool| NewSequence {
+        id: SequenceId(id),
+        owner: Owner::default(),
+        tokens: [vec![1; 100], vec![id as u32; 8]].concat(),
+        growth_max: 9,
+        salt,
+        reads_cache,
+        is_drafted: false,
+    };
+    for (id, salt, reads_cache) in
+        [(2, 0, true), (3, 0, true), (4, 5, true), (5, 0, false), (6, 5, true), (7, 0, true)]
+    {
+        scheduler.submit(sequence(id, salt, reads_cache)).unwrap();
+    }
+    // One of each salt, and the one that reads no cache.
+    let rows = |plan: &Plan| -> Vec<(u64, usize)> {
+        plan.slices.iter().map(|s| (s.id.0, s.tokens.len())).collect()
+    };
+    assert_eq!(rows(&step(&mut scheduler)), [(2, 108), (4, 108), (5, 108)]);
+    let later = [(2, 1), (4, 1), (5, 1), (3, 12), (6, 12), (7, 12)];
+    assert_eq!(rows(&step(&mut scheduler)), later);
+    assert_eq!(scheduler.cached_tokens(SequenceId(7)), 96);
+    assert_eq!(scheduler.hot_prefixes(), Some(vec![]), "two are too few");
+    scheduler.submit(sequence(8, 0, true)).unwrap();
+    step(&mut scheduler);
+    let hot = scheduler.hot_prefixes().unwrap();
+    assert_eq!((hot.len(), hot[0].reuses, hot[0].tokens.clone()), (1, 3, vec![1; 96]));
 }
 
 /// Runs one step in which every sequence that is past its prefill draws a token.

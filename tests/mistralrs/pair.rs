@@ -46,6 +46,7 @@ pub(crate) fn entry(name: &str, backend: BackendKind, isq: Option<&str>) -> Mode
         device: Device::Cpu,
         dtype: Some(Dtype::Bf16),
         isq: isq.map(str::to_owned),
+        prefix_cache_file: None,
         wanted: MemoryWanted {
             drafts_max: 0,
             context_max: Some(512),

@@ -1,5 +1,6 @@
 //! `bench plan` as a user runs it.
 
+use super::closed_stdout::ends_quietly;
 use crate::common;
 use serde_json::Value;
 use std::path::Path;
@@ -63,11 +64,15 @@ fn what_cannot_be_predicted_is_refused_by_name() {
     }
 }
 
-fn bench(home: &Path, arguments: &[&str]) -> (i32, String, String) {
+fn command(home: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
     command.current_dir(home).env_clear().env("HOME", home).env("HF_HUB_OFFLINE", "1");
-    command.env("XDG_CACHE_HOME", home.join("cache"));
-    let output = command.arg("bench").args(arguments).output().unwrap();
+    command.env("XDG_CACHE_HOME", home.join("cache")).args(arguments);
+    command
+}
+
+fn bench(home: &Path, arguments: &[&str]) -> (i32, String, String) {
+    let output = command(home, &[&["bench"], arguments].concat()).output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
@@ -114,6 +119,15 @@ fn an_engine_is_measured_reported_and_signed() {
         let text = std::fs::read_to_string(home.join("o").join(file)).unwrap();
         assert!(text.contains(word), "{file}: {text}");
     }
+}
+
+#[test]
+fn a_report_that_nobody_reads_ends_quietly() {
+    let home = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&home.path().join("m"), &common::tiny_config(), 1);
+    let smallest = ["bench", "engine", "m", "--batch", "1", "--depth", "8", "--tokens", "32"];
+    ends_quietly(command(home.path(), &[&smallest[..], &["--runs", "2"]].concat()), 0);
+    ends_quietly(command(home.path(), &[&smallest[..], &["--runs", "2", "--json"]].concat()), 0);
 }
 
 #[test]
@@ -202,6 +216,12 @@ fn a_server_is_measured_and_its_report_compared() {
     let per_dollar = json["compared"][0]["per_dollar_hour"].as_f64().unwrap();
     assert!((per_dollar - speed / 2.0).abs() < 1e-6 * speed, "{json}");
 
+    let compare = ["bench", "compare", "o/report.json"];
+    ends_quietly(command(home, &compare), 0);
+    ends_quietly(command(home, &[&compare[..], &["--json"]].concat()), 0);
+    let serve = [&["bench"], &base[..], &["--output-tokens", "8", "--requests", "2"]].concat();
+    ends_quietly(command(home, &serve), 0);
+
     // A number that was changed after the report was written by another program.
     std::fs::write(home.join("bad.json"), "{\"schema\": \"targon-engine-bench\", \"version\": 9}")
         .unwrap();
@@ -283,5 +303,9 @@ fn an_audit_tells_true_weights_from_four_bits() {
             assert_eq!(json["verdict"], verdict);
             assert_eq!(json["seed_honoured"], true, "{json}");
         }
+        let url = server.url();
+        let audit = ["audit", "--url", &url, "--model", "tiny", "--models", &own];
+        let few = ["--tokens", "8", "--answers", "2"];
+        ends_quietly(command(home, &[&audit[..], &few].concat()), 0);
     }
 }

@@ -8,10 +8,36 @@ use std::process::{Command, Output, Stdio};
 /// What a shell reports of a program that SIGPIPE ended.
 const CLOSED_PIPE: i32 = 141;
 
-/// Runs the program with a stdout of which `read` bytes are read, as by `head -c`.
-fn run(home: &Path, read: usize, arguments: &[&str]) -> Output {
+/// Files of `src/cli` that print data, and the tests of commands that need more than a directory;
+/// the others are tested here.
+const PRINTING: &[(&str, Option<&str>)] = &[
+    ("audit", Some("tests/program/bench.rs")),
+    ("bench/attack", None),
+    ("bench/compare", Some("tests/program/bench.rs")),
+    ("bench/output", Some("tests/program/bench.rs")),
+    ("bench/plan", None),
+    ("cache", None),
+    ("calibrate", None),
+    ("config", None),
+    ("doctor", None),
+    ("explain", Some("tests/program/validator.rs")),
+    ("export", None),
+    ("fetch", None),
+    ("manual", None),
+    ("out", None), // `--help` and `--version`
+    ("plan", None),
+    ("query", None),
+    ("status", None),
+    ("subnet", Some("tests/program/miner.rs")),
+    ("validate", Some("tests/program/validator.rs")),
+    ("verify", None),
+    ("wallet", None),
+];
+
+/// Runs a command with a stdout of which `read` bytes are read, as by `head -c`.
+fn run(mut command: Command, read: usize) -> Output {
     let (mut reader, writer) = std::io::pipe().unwrap();
-    let mut command = command(home, arguments);
+    command.stderr(Stdio::piped());
     let running = command.stdout(Stdio::from(writer)).spawn().unwrap();
     // The command holds the other end, too.
     drop(command);
@@ -43,10 +69,40 @@ fn check(home: &Path, arguments: &[&str]) {
 /// Fails unless the program ends as one does that SIGPIPE ends, once `read` bytes were read.
 #[track_caller]
 fn check_after(home: &Path, read: usize, arguments: &[&str]) {
-    let output = run(home, read, arguments);
+    ends_quietly(command(home, arguments), read);
+}
+
+/// The same of a command that was made elsewhere.
+#[track_caller]
+pub(crate) fn ends_quietly(command: Command, read: usize) {
+    let shown = format!("{command:?}");
+    let output = run(command, read);
     let words = String::from_utf8_lossy(&output.stderr);
-    assert!(!words.contains("panicked"), "{arguments:?}: {words}");
-    assert_eq!(output.status.code(), Some(CLOSED_PIPE), "{arguments:?}: {words}");
+    assert!(!words.contains("panicked"), "{shown}: {words}");
+    assert_eq!(output.status.code(), Some(CLOSED_PIPE), "{shown}: {words}");
+}
+
+#[test]
+fn every_file_that_prints_has_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let mut printing = Vec::new();
+    for directory in ["", "bench/", "tui/"] {
+        for entry in std::fs::read_dir(root.join("src/cli").join(directory)).unwrap() {
+            let file = entry.unwrap().file_name().into_string().unwrap();
+            let Some(name) = file.strip_suffix(".rs") else { continue };
+            let text = read(&format!("src/cli/{directory}{file}"));
+            if text.contains("outln!(") || text.contains("write_all(b") || name == "manual" {
+                printing.push(format!("{directory}{name}"));
+            }
+        }
+    }
+    printing.sort();
+    let listed: Vec<&str> = PRINTING.iter().map(|(name, _)| *name).collect();
+    assert_eq!(printing, listed, "a file prints, and no test reads only a part of it");
+    for test in PRINTING.iter().filter_map(|(_, test)| *test) {
+        assert!(read(test).contains("ends_quietly("), "{test} has no such test");
+    }
 }
 
 /// A validator's records with one round.
@@ -81,6 +137,9 @@ fn commands_that_print_end_quietly() {
     let body = "{\"request\": {\"prompt\": \"a\", \"max_tokens\": 1}, \"chunks\": []}\n";
     std::fs::write(home.join("capture.jsonl"), body).unwrap();
     check(home, &["plan", "--models", "models.toml"]);
+    check(home, &["cache", "list"]);
+    check(home, &["cache", "list", "--json"]);
+    check(home, &["cache", "clean", "--older-than", "1d"]);
     check(home, &["bench", "plan", "m", "--context", "64", "--prompt", "64", "--answer", "8"]);
     check(home, &["config", "check"]);
     check(home, &["--help"]);

@@ -9,6 +9,8 @@ mod common;
 mod dishonest;
 #[path = "../common/node.rs"]
 mod node;
+#[path = "../common/shell.rs"]
+mod shell;
 
 mod bench;
 mod cache;
@@ -16,6 +18,7 @@ mod chain;
 mod cli;
 mod closed_stdout;
 mod doctor;
+mod guides;
 mod miner;
 mod store;
 mod update;

@@ -1,7 +1,9 @@
 //! A miner as its operator runs it: wallet, chain, signed queries by uid, captures that verify.
 
+use super::closed_stdout::ends_quietly;
 use crate::common;
 use crate::node::{FakeNode, Neuron, Subnet};
+use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -15,9 +17,13 @@ struct Home(tempfile::TempDir);
 
 impl Home {
     fn new() -> Self {
+        Self::of(&common::tiny_config())
+    }
+
+    fn of(config: &Value) -> Self {
         let home = tempfile::tempdir().unwrap();
         let model = home.path().join("model");
-        common::write_checkpoint(&model, &common::tiny_config(), 3);
+        common::write_checkpoint(&model, config, 3);
         let entry = format!(
             "[[model]]\nname = \"{MODEL}\"\npath = \"{}\"\nsequences_max = 4\n",
             model.display()
@@ -89,11 +95,16 @@ async fn chain(members: &[Hotkey]) -> FakeNode {
     node
 }
 
-fn serve(home: &Home, node: &FakeNode, extra: &[&str]) -> Running {
+fn serve_command(home: &Home, node: &FakeNode, extra: &[&str]) -> Command {
     let mut command = home.command(&["serve", "--port", "0", "--wallet.name", "w"]);
     command.args(["--wallet.hotkey", "miner", "--subtensor.chain_endpoint", &node.url()]);
     // The chain refuses exactly 127.0.0.1; this is the same machine.
     command.args(["--axon.ip", "127.0.0.2", "--axon.port", "0"]).args(extra);
+    command
+}
+
+fn serve(home: &Home, node: &FakeNode, extra: &[&str]) -> Running {
+    let mut command = serve_command(home, node, extra);
     Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
 }
 
@@ -154,6 +165,76 @@ async fn from_registration_to_a_verified_answer() {
     assert!(!err.contains("secretSeed") && !err.contains("privateKey"));
 }
 
+/// Exit code and findings of `doctor --as-validator`: topic, level, fact.
+fn examined(home: &Home, arguments: &[&str]) -> (i32, Vec<[String; 3]>) {
+    let base = ["doctor", "--json", "--max-tokens", "24", "--temperature", "0", "--as-validator"];
+    let (code, out, err) = home.run(&[&base[..], arguments].concat());
+    let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}\n{err}"));
+    let text = |finding: &Value, key: &str| finding[key].as_str().unwrap().to_owned();
+    let findings = report["findings"].as_array().unwrap().iter();
+    (code, findings.map(|f| ["topic", "level", "fact"].map(|key| text(f, key))).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_examination_says_what_each_rule_concludes() {
+    let mut config = common::tiny_config();
+    config["max_position_embeddings"] = 2048.into();
+    let home = Home::of(&config);
+    let (miner, validator) = (home.hotkey("miner"), home.hotkey("validator"));
+    home.hotkey("stranger");
+    let node = chain(&[miner, validator]).await;
+    let mut serving = serve(&home, &node, &["--logprobs-mode", "scaled"]);
+    let lines = serving.lines(2);
+    let axon = lines[1].strip_suffix(" signed").unwrap();
+    let miner = miner.to_string();
+    let signed = |by: &'static str| ["--wallet.name", "w", "--wallet.hotkey", by];
+    let asked = [&[axon, "--hotkey", &miner][..], &signed("validator")].concat();
+    let (mut code, mut found) = examined(&home, &asked);
+    for _ in 0..100 {
+        if code == 0 {
+            break;
+        }
+        // Loading takes a moment.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        (code, found) = examined(&home, &asked);
+    }
+    assert_eq!(code, 0, "{found:#?}");
+    let fact = |of: &str| {
+        let finding = found.iter().find(|[topic, level, _]| topic == of && level == "ok");
+        finding.unwrap_or_else(|| panic!("{of} in {found:#?}"))[2].as_str()
+    };
+    assert!(fact("models list").contains("1 models: tiny"));
+    for (rule, words) in [
+        ("token ids", "every token"),
+        ("speed", "tokens/s"),
+        ("powv", "have a weight value"),
+        ("LOGPROB_MISMATCH", "agree by 1.000"),
+        ("UNLIKELY_TOKENS", "0 of "),
+        ("verdict", "its speed counts"),
+    ] {
+        for endpoint in ["chat", "completion"] {
+            let fact = fact(&format!("{endpoint}, {rule}"));
+            assert!(fact.contains(words), "{endpoint}, {rule}: {fact}");
+        }
+    }
+
+    // Who may not ask, and who asks another, is told so by the rule that refuses them.
+    let validator = validator.to_string();
+    for (arguments, words) in [
+        ([&[axon, "--hotkey", &miner][..], &signed("stranger")].concat(), "not in metagraph"),
+        (
+            [&[axon, "--hotkey", &validator][..], &signed("validator")].concat(),
+            "not intended for self",
+        ),
+        (vec![axon], "signed listener"),
+    ] {
+        let (code, found) = examined(&home, &arguments);
+        let [[topic, level, fact]] = found.as_slice() else { panic!("{found:#?}") };
+        assert_eq!((code, topic.as_str(), level.as_str()), (1, "models list", "fault"));
+        assert!(fact.contains(words), "{fact}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn starts_that_cannot_work_end_at_once_with_what_to_do() {
     let home = Home::new();
@@ -188,6 +269,7 @@ async fn a_miners_open_routes_stay_on_loopback_and_a_dry_run_signs_nothing() {
     assert!(words.contains("serve_axon") && words.contains("netuid: 4"), "{words}");
     let (code, err) = serving.ends();
     assert_eq!((code, node.calls().len()), (0, 0), "{err}");
+    ends_quietly(serve_command(&home, &node, &["--dry-run"]), 0);
     // Trouble that passes is not the user's: whoever supervises the program starts it again.
     node.refuse(true);
     node.drop_connections();

@@ -1,5 +1,6 @@
 //! A validator as its operator runs it: a chain, miners as programs of their own, records on disk.
 
+use super::closed_stdout::ends_quietly;
 use crate::common;
 use crate::dishonest::{self, Setup, Way};
 use crate::node::{FakeNode, Neuron, Subnet};
@@ -53,11 +54,7 @@ impl Home {
     }
 
     async fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let mut command = self.command(arguments);
-        let run = tokio::task::spawn_blocking(move || command.output().unwrap());
-        let Output { status, stdout, stderr } = run.await.unwrap();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (status.code().unwrap(), text(stdout), text(stderr))
+        run(self.command(arguments)).await
     }
 
     async fn hotkey(&self, name: &str) -> Hotkey {
@@ -96,6 +93,10 @@ impl Home {
     }
 
     async fn validate(&self, node: &FakeNode, extra: &[&str]) -> (i32, String, String) {
+        run(self.validating(node, extra)).await
+    }
+
+    fn validating(&self, node: &FakeNode, extra: &[&str]) -> Command {
         let url = node.url();
         let mut all = vec!["validate", "--wallet.name", "w", "--wallet.hotkey", "validator"];
         all.extend(["--subtensor.chain_endpoint", &url, "--private-axons"]);
@@ -104,8 +105,15 @@ impl Home {
         }
         all.extend(["--tokens-max", "40"]);
         all.extend(extra);
-        self.run(&all).await
+        self.command(&all)
     }
+}
+
+async fn run(mut command: Command) -> (i32, String, String) {
+    let run = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let Output { status, stdout, stderr } = run.await.unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
 }
 
 /// A running program; killed when dropped.
@@ -176,6 +184,11 @@ async fn one_round_ends_in_verdicts_records_and_weights_on_the_chain() {
     assert!(out.contains("read back from the chain as sent"), "{out}\n{err}");
     let set = node.calls().iter().filter(|call| call.name.contains("weights")).count();
     assert_eq!(set, 1, "{out}\n{err}");
+    let once = ["--models", &own, "--once", "--dry-run"];
+    ends_quietly(home.validating(&node, &once), 0);
+    let explain = ["explain", "--uid", "1", "--database.url", "v.sqlite"];
+    ends_quietly(home.command(&explain), 0);
+    ends_quietly(home.command(&[&explain[..], &["--json"]].concat()), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

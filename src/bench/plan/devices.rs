@@ -12,7 +12,7 @@ pub enum DeviceKind {
     Cpu,
 }
 
-/// A device.
+/// A device as its datasheet describes it.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct DeviceSpec {
     /// What `--devices` calls it.

@@ -67,7 +67,7 @@ pub struct Decode {
 /// A model on a device.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Prediction {
-    /// The device.
+    /// The device's name in the table.
     pub device: &'static str,
     /// Where its numbers come from.
     pub source: &'static str,

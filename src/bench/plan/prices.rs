@@ -4,7 +4,7 @@ use anyhow::{anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// One price.
+/// What an hour of a device cost on a date.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Price {

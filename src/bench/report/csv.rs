@@ -10,7 +10,7 @@ const SERVE: &str = "rate,concurrency,seconds,sent,completed,input_tokens,output
     steady_tokens_per_second,goodput,first_token_p50,first_token_p99,per_token_p50,per_token_p99,\
     gap_p99,worst_gap,validator_tps_p50";
 
-/// Writes it.
+/// Writes a report as text with a head line.
 pub fn write(report: &BenchReport) -> String {
     let mut lines = Vec::new();
     if !report.rows.is_empty() || report.levels.is_empty() {

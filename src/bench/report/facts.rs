@@ -11,7 +11,7 @@ use sysinfo::{CpuRefreshKind, System};
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Program {
-    /// Its version.
+    /// The version of this program.
     pub version: String,
     /// The commit that it was built from, where `TARGON_COMMIT` named it to the compiler.
     pub commit: Option<String>,
@@ -22,7 +22,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// This one.
+    /// The program that runs.
     pub fn this() -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -45,7 +45,7 @@ pub struct Machine {
     pub threads: Option<usize>,
     /// Instruction set of the kernels; a load generator has none.
     pub isa: Option<String>,
-    /// Bytes of memory.
+    /// Memory of the machine, in bytes.
     pub memory_bytes: u64,
     /// Version of the kernel.
     pub kernel: Option<String>,

@@ -7,7 +7,7 @@ use comfy_table::{Table, presets};
 use jiff::Timestamp;
 use std::fmt::Write;
 
-/// Writes it.
+/// Writes a report as Markdown.
 pub fn write(report: &BenchReport) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.

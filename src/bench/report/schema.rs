@@ -27,9 +27,9 @@ pub enum ReportKind {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BenchReport {
-    /// [`SCHEMA`].
+    /// Always [`SCHEMA`]: other JSON is refused by it.
     pub schema: String,
-    /// [`VERSION`].
+    /// The [`VERSION`] by which it was written.
     pub version: u32,
     /// What was measured.
     pub kind: ReportKind,
@@ -41,7 +41,7 @@ pub struct BenchReport {
     pub program: Program,
     /// The machine that it ran on: of a served model, the client's.
     pub machine: Machine,
-    /// The model.
+    /// The model that was measured.
     pub model: ModelFacts,
     /// The flags, by name.
     pub settings: Map<String, Value>,
@@ -137,7 +137,7 @@ impl Limit {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReportRow {
-    /// The phase.
+    /// What the row measured: prefill, decode or checks.
     pub phase: Phase,
     /// Sequences side by side.
     pub batch: usize,
@@ -151,7 +151,7 @@ pub struct ReportRow {
     pub speed: Spread,
     /// Bytes a second that this must have read at least.
     pub bytes_per_second: f64,
-    /// Operations a second.
+    /// Floating-point operations a second.
     pub operations_per_second: f64,
     /// Share of the measured bandwidth.
     pub of_bandwidth: f64,
@@ -171,7 +171,7 @@ pub struct ReportRow {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryUse {
-    /// Weights.
+    /// Bytes of packed weights.
     pub weights: u64,
     /// Room for keys and values.
     pub kv: u64,

@@ -10,7 +10,7 @@ const CURVE: usize = 51;
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spread {
-    /// Runs.
+    /// How many runs there were.
     pub runs: usize,
     /// Their mean.
     pub mean: f64,

@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::future::Future;
 use std::pin::Pin;
 
-/// A request.
+/// A request as it is sent.
 #[derive(Clone, PartialEq, Debug)]
 pub struct LoadRequest {
     /// The route.
@@ -30,14 +30,14 @@ pub struct Chunk {
     pub at: f64,
     /// It has a choice: it stands for a token, once text has come.
     pub has_choice: bool,
-    /// It has text.
+    /// Whether it has text for the reader.
     pub has_text: bool,
 }
 
 /// Tokens as the server counts them.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct TokenUsage {
-    /// Of the prompt.
+    /// Tokens of the prompt.
     pub prompt: u64,
     /// Of those, found in a cache.
     pub cached: u64,
@@ -48,7 +48,7 @@ pub struct TokenUsage {
 /// What came of a request.
 #[derive(Clone, PartialEq, Default, Debug)]
 pub struct Heard {
-    /// The chunks.
+    /// Its chunks, in the order in which they were read.
     pub chunks: Vec<Chunk>,
     /// What the server says of its tokens.
     pub usage: Option<TokenUsage>,
@@ -61,7 +61,7 @@ pub struct Heard {
 }
 
 impl Chunk {
-    /// Reads one.
+    /// Reads a chunk that was received at `at`, in seconds.
     pub fn read(at: f64, chunk: &Value) -> Self {
         let choice = &chunk["choices"][0];
         let delta = &choice["delta"];

@@ -143,7 +143,7 @@ pub enum ReadBack {
 /// What was read for [`ReadBack::of`], at one block.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ChainFacts {
-    /// The block.
+    /// The block at which it was read.
     pub block: u64,
     /// The hotkey's place, where it is registered.
     pub uid: Option<u16>,

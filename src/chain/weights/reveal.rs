@@ -39,7 +39,7 @@ pub enum RevealEpochs {
 pub struct Schedule {
     /// The subnet.
     pub netuid: u16,
-    /// The block.
+    /// The block at which the schedule was read.
     pub block: u64,
     /// Its time, in milliseconds since 1970.
     pub unix_ms: u64,

@@ -47,7 +47,7 @@ pub enum VectorError {
     /// Nobody gets anything.
     #[error("all weights are zero")]
     AllZero,
-    /// Too few.
+    /// It has fewer weights than the subnet demands.
     #[error("the subnet wants at least {wanted} weights above zero, got {given}")]
     TooFew {
         /// Those above zero.

@@ -48,7 +48,7 @@ pub(super) struct Questions {
 }
 
 impl Questions {
-    /// Request `index`.
+    /// Makes request number `index`.
     pub(super) fn ask(&self, index: u64) -> anyhow::Result<LoadRequest> {
         let index = if self.is_repeated { 0 } else { index };
         let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));

@@ -76,7 +76,7 @@ async fn open_list(target: &Target, clock: &Clock) -> Result<Vec<String>, QueryE
 /// What to ask for.
 #[derive(Clone, Copy)]
 pub struct Asking<'a> {
-    /// The model.
+    /// The name of the model to ask for.
     pub model: &'a str,
     /// The most tokens of each answer.
     pub max_tokens: u32,

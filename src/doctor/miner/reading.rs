@@ -14,7 +14,7 @@ const UNKNOWN_LOGPROB: f64 = -100.0;
 /// A token of an answer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Token {
-    /// Its text.
+    /// What the reader sees of it.
     pub text: String,
     /// Its id, where it was named.
     pub id: Option<u32>,

@@ -24,7 +24,7 @@ pub struct Decoder {
     pub spec: Arc<Spec>,
     /// The model's type of weights, matrix inputs and KV cache.
     pub dtype: Dtype,
-    /// The weights.
+    /// Its matrices, packed for the lanes.
     pub weights: Weights,
     /// Rotary frequencies.
     pub rope: Rope,

@@ -39,7 +39,7 @@ pub struct Layer {
     pub k_norm: Option<Norm>,
     /// Output projection.
     pub out: Packed,
-    /// Its bias.
+    /// Bias of the output projection, where the family has one.
     pub out_bias: Option<Vec<f32>>,
     /// Norm after attention (Gemma 2).
     pub post_attention_norm: Option<Norm>,
@@ -73,7 +73,7 @@ pub struct Mixture {
     pub spec: ExpertSpec,
     /// Scores the experts.
     pub router: Packed,
-    /// The experts.
+    /// One gated perceptron for each expert.
     pub experts: Vec<Mlp>,
 }
 

@@ -36,7 +36,7 @@ pub enum Value {
     Bool(bool),
     /// A text as it is stored, which may not be UTF-8.
     Text(Box<[u8]>),
-    /// A list.
+    /// Several values of one type.
     List(List),
 }
 
@@ -152,7 +152,7 @@ impl fmt::Display for Value {
 /// What the file says of one tensor.
 #[derive(Debug)]
 pub struct Described {
-    /// Its name.
+    /// The name that the file gives the tensor.
     pub name: String,
     /// Its shape, slowest dimension first; no dimension is 0 and the product fits.
     pub shape: Vec<usize>,
@@ -162,7 +162,7 @@ pub struct Described {
     pub offset: u64,
 }
 
-/// A header.
+/// What a header says.
 #[derive(Debug)]
 pub struct Header {
     /// Values by their keys.
@@ -218,7 +218,7 @@ pub enum HeaderError {
     /// One key with two values.
     #[error("the key `{key}` is there twice")]
     Twice {
-        /// The key.
+        /// The key that holds it.
         key: String,
     },
     /// A list of lists.

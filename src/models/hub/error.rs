@@ -51,7 +51,7 @@ pub enum HubError {
     /// A file is not what the Hub promised.
     #[error("{file}: expected {expected}, got {got}")]
     Corrupt {
-        /// The file.
+        /// The file of the repository.
         file: String,
         /// Promised size or checksum.
         expected: String,
@@ -63,9 +63,9 @@ pub enum HubError {
     Missing {
         /// The repository.
         repo: String,
-        /// The commit.
+        /// The commit that was asked for.
         commit: String,
-        /// The file.
+        /// The file that the commit lacks.
         file: String,
     },
     /// A name that would leave the cache directory.

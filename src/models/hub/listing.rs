@@ -30,7 +30,7 @@ const SMALL: [&str; 7] = [
 pub enum WantedFiles<'a> {
     /// Everything a safetensors checkpoint needs.
     Checkpoint,
-    /// One file.
+    /// The file of this name alone.
     File(&'a str),
 }
 
@@ -42,7 +42,7 @@ pub(super) struct Listing {
     siblings: Vec<RepositoryFile>,
 }
 
-/// A file.
+/// A file of a repository.
 #[derive(Deserialize, Clone, Debug)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RepositoryFile {

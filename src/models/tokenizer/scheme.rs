@@ -28,7 +28,7 @@ pub(super) enum TextChange {
     Replace(String, String),
     /// A blank for the mark; in the first token of a text nothing, where that is the rule.
     Metaspace {
-        /// The mark.
+        /// The character that stands for a blank.
         mark: String,
         /// The first token loses its marks.
         strips_first: bool,

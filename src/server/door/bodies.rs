@@ -60,7 +60,7 @@ struct Open {
 
 /// A body that has come as a whole. Its bytes count until this is dropped.
 pub struct Received {
-    /// The bytes.
+    /// What was received.
     pub bytes: Bytes,
     _place: Option<Place>,
 }

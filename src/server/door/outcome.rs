@@ -49,7 +49,7 @@ impl SignedOutcome {
 /// A refused request.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Refused {
-    /// The status.
+    /// The status of the response.
     pub status: StatusCode,
     /// Why, for the counters.
     pub outcome: SignedOutcome,

@@ -100,7 +100,7 @@ pub struct Common {
     #[serde(default, deserialize_with = "string_or_list")]
     #[schema(value_type = Option<StringOrList>)]
     pub stop: Vec<String>,
-    /// Stop ids.
+    /// Ids that end the output.
     #[serde(default, deserialize_with = "integers")]
     pub stop_token_ids: Option<Vec<i64>>,
     /// Whether the match stays in the text.
@@ -159,7 +159,7 @@ pub struct Common {
 pub enum ResponseFormat {
     /// Anything.
     Text,
-    /// A JSON object.
+    /// Some JSON object, of whatever form.
     JsonObject {
         /// What the object must look like, in llama.cpp's form.
         schema: Option<Map<String, Value>>,
@@ -176,7 +176,7 @@ pub enum ResponseFormat {
 pub struct JsonSchema {
     /// What the client calls it; not used.
     pub name: Option<String>,
-    /// The schema.
+    /// The JSON schema that the output follows.
     pub schema: Map<String, Value>,
 }
 

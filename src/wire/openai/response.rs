@@ -77,7 +77,7 @@ pub struct ProofEnd {
 pub enum Proofs {
     /// The chunk that this token closes.
     One(ProofChunk),
-    /// All chunks.
+    /// The proof of a whole response.
     All(Vec<ProofChunk>),
 }
 
@@ -87,7 +87,7 @@ pub struct Extras {
     /// Proof-of-weights value of a streamed token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub powv: Option<i64>,
-    /// Token ids.
+    /// The ids of the chunk's tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<Vec<u32>>,
     /// Proofs of hidden rows.
@@ -111,7 +111,7 @@ pub struct Response<C> {
     pub model: String,
     /// Engine, weights and kernels.
     pub system_fingerprint: String,
-    /// The choices.
+    /// One for each answer that was asked for.
     pub choices: Vec<C>,
     /// Log-probabilities of the prompt, where asked for (chat; completions have them in choices).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -223,7 +223,7 @@ pub struct TokenLogprob {
 pub struct CompletionChoice {
     /// `prompt index * n + i`.
     pub index: usize,
-    /// The text.
+    /// What was generated.
     pub text: String,
     /// Log-probabilities, where asked for.
     pub logprobs: Option<CompletionLogprobs>,
@@ -264,7 +264,7 @@ pub struct CompletionLogprobs {
 /// The error object that every failure is wrapped in.
 #[derive(Clone, Serialize, PartialEq, Eq, Debug, ToSchema)]
 pub struct ErrorBody {
-    /// The error.
+    /// What went wrong.
     pub error: ErrorObject,
 }
 

@@ -14,14 +14,14 @@ pub struct Tool {
     /// `function`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// The function.
+    /// What the model may call.
     pub function: Function,
 }
 
 /// A function that the model may call.
 #[derive(Clone, Deserialize, Serialize, Debug, ToSchema)]
 pub struct Function {
-    /// Its name.
+    /// What calls of it name.
     pub name: String,
     /// What it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -38,7 +38,7 @@ pub struct Function {
 /// Whether and which tools are called.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ToolChoice {
-    /// None.
+    /// The model must not call a tool.
     None,
     /// As the model likes.
     Auto,

@@ -1,0 +1,73 @@
+//! Defines what the scheduler is given: its bounds, new sequences, and why one is refused.
+
+use super::slice::SequenceId;
+
+/// Whose a sequence is: owners share an engine evenly. All who are not told apart are one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+pub struct Owner(pub [u8; 32]);
+
+/// Bounds of the scheduler.
+#[derive(Clone, Copy, Debug)]
+pub struct SchedulerLimits {
+    /// Rows of a step that only prefills.
+    pub step_tokens_max: usize,
+    /// Rows of a step in which sequences decode: bounds how long a prefill delays them.
+    pub mixed_tokens_max: usize,
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+    /// Sequences that wait.
+    pub waiting_max: usize,
+    /// Tokens of one sequence.
+    pub context_max: usize,
+    /// Drafts of one sequence in a step; 0 where none are made.
+    pub drafts_max: usize,
+}
+
+/// A sequence as it is submitted.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// Its name, larger than all before.
+    pub id: SequenceId,
+    /// Whose it is.
+    pub owner: Owner,
+    /// The prompt (and, for scoring, the output).
+    pub tokens: Vec<u32>,
+    /// Most tokens that may still be pushed.
+    pub growth_max: usize,
+    /// Separates prefix caches.
+    pub salt: u64,
+    /// Whether cached prefixes may be read.
+    pub reads_cache: bool,
+    /// Whether its next tokens may be guessed.
+    pub is_drafted: bool,
+}
+
+/// Why a sequence is not accepted.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// There is nothing to compute.
+    #[error("the prompt is empty")]
+    Empty,
+    /// Longer than the model's context.
+    #[error("this model's context is {limit} tokens, but {tokens} are asked for")]
+    Context {
+        /// Prompt and output together.
+        tokens: usize,
+        /// The context.
+        limit: usize,
+    },
+    /// Larger than the whole KV cache.
+    #[error("the KV cache holds {limit} tokens, but {tokens} are asked for")]
+    Memory {
+        /// Prompt and output together.
+        tokens: usize,
+        /// What the cache holds.
+        limit: usize,
+    },
+    /// The queue is full.
+    #[error("{waiting} requests are waiting already, the limit")]
+    QueueFull {
+        /// The limit.
+        waiting: usize,
+    },
+}
