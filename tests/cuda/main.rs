@@ -18,6 +18,8 @@ mod answers;
 mod engine;
 mod failures;
 mod families;
+mod tensor;
+mod verify;
 
 use std::ffi::{CString, c_char};
 use std::path::{Path, PathBuf};
