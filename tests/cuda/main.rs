@@ -15,6 +15,7 @@
 mod common;
 
 mod answers;
+mod devices;
 mod engine;
 mod failures;
 mod families;

@@ -113,6 +113,7 @@ impl<'a> Alone<'a> {
 }
 
 fn check(family: &str) {
+    let mut apart = 0.0;
     for dtype in [Dtype::Bf16, Dtype::F16] {
         let subject = Subject::new(&golden(family), dtype);
         let vocab = subject.vocab;
@@ -146,19 +147,22 @@ fn check(family: &str) {
         go(&all);
         go(&all);
         assert_eq!(compared, 40 + 1 + 40 + 4 + 75 + 32, "{family}");
-        near(&subject, &s[1].ids, &format!("{family} {dtype}"));
+        apart += near(&subject, &s[1].ids, &format!("{family} {dtype}"));
     }
+    // Rounding to bf16 may hide it in so small a model.
+    assert!(apart > 0.0, "{family}: tensor and portable rows are equal");
 }
 
-/// Rows of the two arithmetics are near each other, and not equal.
-fn near(subject: &Subject, ids: &[u32], place: &str) {
+/// How far rows of the two arithmetics are from each other: not far.
+fn near(subject: &Subject, ids: &[u32], place: &str) -> f64 {
     let portable = subject.hidden(Arithmetic::Portable, ids);
     let tensor = subject.hidden(Arithmetic::Tensor, ids);
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
     let apart = square(&mut portable.iter().zip(&tensor).map(|(p, t)| p - t));
     let error = (apart / square(&mut portable.iter().copied())).sqrt();
     println!("{place}: rows of tensor and portable are {error:.1e} apart");
-    assert!(error > 0.0 && error < ERROR_MAX, "{place}: {error:e}");
+    assert!(error < ERROR_MAX, "{place}: {error:e}");
+    error
 }
 
 crate::common::golden_tests!(check);

@@ -124,6 +124,16 @@ impl CudaWeights {
         Ok(Self { card, spec, dtype, rope, embedding, head, norm, layers, bytes })
     }
 
+    /// The shape.
+    pub fn spec(&self) -> &Arc<Spec> {
+        &self.spec
+    }
+
+    /// Type of weights and arithmetic.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// The card.
     pub fn card(&self) -> &Arc<Card> {
         &self.card
