@@ -23,9 +23,9 @@
 // warps hold 32 to 48 KiB under way.
 //
 // Prefill (128 tokens by 64 rows a thread block, 32 rows by 64 tokens a warp): three tiles of k in
-// shared memory by cp.async, 64 mma for 12 KiB. A warp reads 6 KiB of shared memory for 64 mma of 2048
-// products: 48 cycles at 128 bytes a cycle; the mma take 128 on an A100 and at least 64 on an H100. The roof
-// is arithmetic. With 184 to 194 registers a thread an SM holds two thread blocks.
+// shared memory by cp.async, 12 KiB each. For a tile a warp reads 6 KiB of shared memory, 48 cycles of an
+// SM at 128 bytes a cycle, for 32 mma of 2048 products: 64 cycles on an A100, about 52 on an H100. The
+// roof is arithmetic. With 184 to 194 registers a thread an SM holds two thread blocks.
 //
 // Never timed on a card.
 #include "canon.cuh"

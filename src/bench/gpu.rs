@@ -4,9 +4,13 @@
 //! so that an interrupted run has reported what it measured. Weights are filled with noise, so
 //! nothing is downloaded.
 
+mod invariance;
+mod products;
+
 use super::host::{self, Say};
 use super::verify::write_model;
 use crate::clock::Clock;
+use crate::models::arithmetic::Arithmetic;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
 use crate::models::cpu::CpuPass;
@@ -64,7 +68,20 @@ pub fn run(wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
     let (free, total) = card.memory()?;
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     say(format!("{}: {:.1} of {:.1} GiB free", card.name(), gib(free), gib(total)));
+    let matrices: &[(usize, usize)] = match wanted.is_dry {
+        true => &[(70, 1_096)],
+        false => &[(1_000, 2_048), (1_024, 14_336)],
+    };
+    products::compare(&card, &pool, matrices, say)?;
     equal(&card, &pool, wanted, say)?;
+    if let Some((_, spec)) = shapes(wanted.is_dry)?.into_iter().next() {
+        // Long enough for the kernels of a prefill.
+        let tokens = if wanted.is_dry { 75 } else { 300 };
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            let weights = CudaWeights::noise(&card, &Arc::new(spec.clone()), dtype)?;
+            invariance::compare(&Arc::new(weights), &pool, tokens, say)?;
+        }
+    }
     copies(&card, &clock, wanted.is_dry, say)?;
     for (name, spec) in shapes(wanted.is_dry)? {
         if clock.elapsed() > Duration::from_secs(wanted.seconds) {
@@ -217,7 +234,7 @@ fn fastest(
     Ok(least)
 }
 
-/// Prefill and decode of one shape in bf16.
+/// Prefill and decode of one shape in bf16, in both arithmetics.
 fn speeds(
     card: &Arc<Card>,
     (clock, pool): (&Clock, &Pool),
@@ -227,7 +244,7 @@ fn speeds(
     let sizes = Sizes::new(spec, PREFILL_ROWS);
     let per_sequence = blocks_of(CONTEXT + 64);
     let is_tiny = spec.layers == 1;
-    let (context, batches) = if is_tiny { (40, vec![1, 2]) } else { (CONTEXT, vec![1, 8, 64]) };
+    let batches = if is_tiny { vec![1, 2] } else { vec![1, 8, 64] };
     let most = batches.last().copied().unwrap_or(1);
     let needed = sizes.weights + sizes.workspace + sizes.block * (per_sequence * most) as u64;
     let free = card.memory()?.0 as u64;
@@ -236,48 +253,85 @@ fn speeds(
         return Ok(());
     }
     let weights = Arc::new(CudaWeights::noise(card, spec, Dtype::Bf16)?);
-    let mut pass = CudaPass::new(&weights, pool, per_sequence * most)?;
-    let rows = if is_tiny { 20 } else { PREFILL_ROWS };
-    let ids: Vec<u32> = (0..rows as u32).collect();
-    let greedy = Sampling::greedy();
-    let ask = |row: usize, at: usize| RowAsk {
-        scores: Some(Scores::new(Token::Drawn, &greedy)),
-        ..RowAsk::new(row, at)
-    };
-    let prefill = fastest(clock, 5, || {
-        pass.step(&Batch::of(&ids, 0), &[ask(rows - 1, rows - 1)]).map(drop).map_err(Into::into)
-    })?;
-    let parameters = sizes.weights as f64 / 2.0;
-    say(format!(
-        "{name} prefill of {rows}: {:.0} tokens/s, {:.1} TFLOP/s",
-        rows as f64 / prefill,
-        2.0 * parameters * rows as f64 / prefill / 1e12
-    ));
-    let prover = prover(spec);
-    for batch in batches {
-        for proves in [false, true] {
-            let mut at = context;
-            let seconds = fastest(clock, 30, || {
-                let mut rows = Batch::default();
-                for sequence in 0..batch {
-                    let first = sequence * per_sequence;
-                    let blocks = (first..first + per_sequence).map(|b| b as u32).collect();
-                    rows.push(&[sequence as u32], at, blocks);
-                }
-                let prover = proves.then_some(&prover);
-                let asks: Vec<RowAsk<'_>> =
-                    (0..batch).map(|row| RowAsk { prover, ..ask(row, at) }).collect();
-                at += 1;
-                pass.step(&rows, &asks).map(drop).map_err(Into::into)
-            })?;
-            let kv = sizes.block as f64 * (batch * context) as f64 / 32.0;
-            say(format!(
-                "{name} decode of {batch} after {context}{}: {:.0} tokens/s, {:.0} GB/s",
-                if proves { ", proved" } else { "" },
-                batch as f64 / seconds,
-                (sizes.weights as f64 + kv) / seconds / 1e9
-            ));
+    for arithmetic in [Arithmetic::Tensor, Arithmetic::Portable] {
+        let pass = CudaPass::new(&weights, pool, per_sequence * most)?.computing(arithmetic);
+        let name = format!("{name} {arithmetic}");
+        let mut timed = Timed { pass, name, clock, spec, sizes, per_sequence };
+        timed.prefill(if is_tiny { 20 } else { PREFILL_ROWS }, say)?;
+        for batch in &batches {
+            for proves in [false, true] {
+                timed.decode(*batch, if is_tiny { 40 } else { CONTEXT }, proves, say)?;
+            }
         }
     }
     Ok(())
+}
+
+/// A pass that is timed.
+struct Timed<'a> {
+    pass: CudaPass,
+    name: String,
+    clock: &'a Clock,
+    spec: &'a Spec,
+    sizes: Sizes,
+    /// KV blocks of a sequence.
+    per_sequence: usize,
+}
+
+impl Timed<'_> {
+    fn prefill(&mut self, rows: usize, say: Say<'_>) -> anyhow::Result<()> {
+        let ids: Vec<u32> = (0..rows as u32).collect();
+        let greedy = Sampling::greedy();
+        let pass = &mut self.pass;
+        let seconds = fastest(self.clock, 5, || {
+            let ask = ask(rows - 1, rows - 1, &greedy);
+            pass.step(&Batch::of(&ids, 0), &[ask]).map(drop).map_err(Into::into)
+        })?;
+        let parameters = self.sizes.weights as f64 / 2.0;
+        say(format!(
+            "{} prefill of {rows}: {:.0} tokens/s, {:.1} TFLOP/s",
+            self.name,
+            rows as f64 / seconds,
+            2.0 * parameters * rows as f64 / seconds / 1e12
+        ));
+        Ok(())
+    }
+
+    fn decode(
+        &mut self,
+        batch: usize,
+        context: usize,
+        proves: bool,
+        say: Say<'_>,
+    ) -> anyhow::Result<()> {
+        let Self { pass, per_sequence, .. } = self;
+        let (greedy, prover) = (Sampling::greedy(), prover(self.spec));
+        let mut at = context;
+        let seconds = fastest(self.clock, 30, || {
+            let mut rows = Batch::default();
+            for sequence in 0..batch {
+                let first = sequence * *per_sequence;
+                let blocks = (first..first + *per_sequence).map(|b| b as u32).collect();
+                rows.push(&[sequence as u32], at, blocks);
+            }
+            let prover = proves.then_some(&prover);
+            let asks: Vec<RowAsk<'_>> =
+                (0..batch).map(|row| RowAsk { prover, ..ask(row, at, &greedy) }).collect();
+            at += 1;
+            pass.step(&rows, &asks).map(drop).map_err(Into::into)
+        })?;
+        let kv = self.sizes.block as f64 * (batch * context) as f64 / 32.0;
+        say(format!(
+            "{} decode of {batch} after {context}{}: {:.0} tokens/s, {:.0} GB/s",
+            self.name,
+            if proves { ", proved" } else { "" },
+            batch as f64 / seconds,
+            (self.sizes.weights as f64 + kv) / seconds / 1e9
+        ));
+        Ok(())
+    }
+}
+
+fn ask(row: usize, at: usize, sampling: &Sampling) -> RowAsk<'_> {
+    RowAsk { scores: Some(Scores::new(Token::Drawn, sampling)), ..RowAsk::new(row, at) }
 }

@@ -201,7 +201,7 @@ fn measure(args: &CalibrateArgs, most: usize) -> Result<CheckedPairs, Failure> {
                 continue;
             }
             let verifier = verifiers.of(&capture)?;
-            let hash = verifier.identity.model_hash;
+            let hash = verifier.identity.portable_hash();
             if *model.get_or_insert(hash) != hash {
                 let what = format!("{place}: limits belong to one model, this is a second one");
                 return Err(Failure::user(what).with_hint(Some("choose one with --model")));
@@ -353,7 +353,8 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
         let options = plan(&located, &mut Left::default()).map_err(Failure::user)?.options;
         let (device, dtype) = (located.config.device, located.config.dtype);
-        let model = Model::load_on(device, &located.path, dtype, &pool, |_, _| {});
+        let model = Model::load_on(device, &located.path, dtype, &pool, |_, _| {})
+            .and_then(|model| model.computing(located.config.arithmetic));
         let own = Own::start(model.map_err(Failure::user)?, options, &pool);
         let own = own.map_err(own_failure)?;
         let (mut equal, mut chunks, mut tokens) = (0_usize, 0, 0);

@@ -156,7 +156,8 @@ pub(super) fn load_verifier(
     let located = runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
     let plan = load::plan(&located, &mut load::Left::default()).map_err(refuse)?;
     let (device, dtype) = (located.config.device, located.config.dtype);
-    let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {});
+    let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {})
+        .and_then(|model| model.computing(located.config.arithmetic));
     let model = model.map_err(|e| refuse(e.into()))?;
     let scrutiny = asked.on(&model).map_err(|e| refuse(e.into()))?;
     let identity = Identity::of(&model, pool).map_err(|e| refuse(e.into()))?;

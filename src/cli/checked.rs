@@ -4,9 +4,7 @@
 use super::capture::CheckedChoice;
 use super::printable::printable;
 use crate::models::text::Text;
-use crate::ops::CANON;
 use crate::proof::CHUNK_ROWS;
-use crate::verify::answer::Answer;
 use crate::verify::evidence::{ALARM, Evidence, Sums};
 use crate::verify::statistic::Statistic;
 use crate::verify::{ChunkEvidence, Limits, Profile, Verdict};
@@ -44,10 +42,10 @@ impl CheckedAnswer<'_> {
         match self.checked.profile {
             Profile::Powv => "targon-4.1".to_owned(),
             Profile::Ranks => "targon-4.4".to_owned(),
-            Profile::Proof => match self.checked.answer.as_ref().and_then(Answer::other_canon) {
+            Profile::Proof => match &self.checked.report.other_canon {
                 Some(canon) => format!(
                     "{} chunks of {}, whose rows were compared by energy and not bit for bit, \
-                     because ours are of {CANON}",
+                     because this device computes none of that canon",
                     chunks.len(),
                     printable(canon)
                 ),

@@ -166,11 +166,11 @@ impl Loader {
         let located = self.found.get(name).context("the models file does not have it")?;
         let whole = load::plan_within(located, BOUNDLESS)?.options;
         let (path, device): (&Path, _) = (&located.path, located.config.device);
-        let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {});
-        let model = Arc::new(model?);
+        let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {})?;
+        let model = Arc::new(model.computing(located.config.arithmetic)?);
         let scrutiny = self.asked.on(&model)?;
         let identity = Identity::of(&model, &self.pool)?;
-        let own = self.limits.of(to_hex(&identity.model_hash));
+        let own = self.limits.of(to_hex(&identity.portable_hash()));
         let mut limits = own.map_or_else(Limits::default, |file| file.limits);
         limits.exact |= self.exact;
         let rates = own.map_or_else(Calibrated::default, |file| file.rates);

@@ -167,7 +167,7 @@ fn check_model(
 ) -> Result<(), Failure> {
     match (&args.limits, file) {
         (Some(path), Some(file)) => {
-            file.check_model(path, &verifier.identity.model_hash).map_err(Failure::user)
+            file.check_model(path, &verifier.identity.portable_hash()).map_err(Failure::user)
         }
         _ => Ok(()),
     }

@@ -6,6 +6,7 @@ use super::{nearest, units};
 use crate::engine::backend::{BackendError, BackendKind};
 use crate::engine::drafts::STEP_ROWS_MAX;
 use crate::engine::plan::{KvMemory, MemoryWanted};
+use crate::models::arithmetic::{Arithmetic, ArithmeticError};
 use crate::models::device::{Device, DeviceError};
 use crate::ops::dtype::Dtype;
 use serde::Deserialize;
@@ -26,7 +27,7 @@ const NO_CARDS: &str = "must be cpu for engine = \"mistralrs\": this program has
 const TENSOR_PARALLEL: &str = "must be 1: mistral.rs 0.8.1 runs a process for each part and sends \
     requests to them without our sampler, so that they would go on with other tokens than were \
     sent";
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "name",
     "source",
     "repo",
@@ -36,6 +37,7 @@ const KEYS: [&str; 16] = [
     "engine",
     "dtype",
     "device",
+    "arithmetic",
     "context_max",
     "kv_memory",
     "sequences_max",
@@ -72,6 +74,8 @@ pub struct ModelConfig {
     pub backend: BackendKind,
     /// Where it is computed.
     pub device: Device,
+    /// How it is computed there; where nothing is said, as is fastest on the device.
+    pub arithmetic: Option<Arithmetic>,
     /// Overrides the stored type.
     pub dtype: Option<Dtype>,
     /// What mistral.rs quantises the layers' weights to while it loads them.
@@ -124,6 +128,7 @@ struct Entry {
     engine: Option<String>,
     dtype: Option<String>,
     device: Option<String>,
+    arithmetic: Option<String>,
     context_max: Option<usize>,
     kv_memory: Option<String>,
     sequences_max: Option<usize>,
@@ -204,6 +209,7 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
         (BackendKind::Mistralrs, Device::Cuda(_)) => return Err(("device", NO_CARDS.into())),
         (_, device) => device,
     };
+    let arithmetic = arithmetic(&entry, backend, device)?;
     let dtype = match entry.dtype.as_deref() {
         None | Some("auto") => None,
         Some("bf16") => Some(Dtype::Bf16),
@@ -240,7 +246,35 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
     if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
         return Err(("name", "must have 1 to 200 characters, none of them control".into()));
     }
-    Ok(ModelConfig { name, source, backend, device, dtype, isq, prefix_cache_file, wanted })
+    Ok(ModelConfig {
+        name,
+        source,
+        backend,
+        device,
+        arithmetic,
+        dtype,
+        isq,
+        prefix_cache_file,
+        wanted,
+    })
+}
+
+/// How a model is computed, where the entry says it.
+fn arithmetic(
+    entry: &Entry,
+    backend: BackendKind,
+    device: Device,
+) -> Result<Option<Arithmetic>, Fault> {
+    let Some(name) = entry.arithmetic.as_deref() else { return Ok(None) };
+    let fault = |what: String| ("arithmetic", what);
+    let arithmetic = name.parse().map_err(|e: ArithmeticError| fault(e.to_string()))?;
+    match (backend, device, arithmetic) {
+        (BackendKind::Mistralrs, ..) => Err(fault("goes only with engine = \"native\"".into())),
+        (_, Device::Cpu, Arithmetic::Tensor) => {
+            Err(fault("must be portable on the processor, got tensor".into()))
+        }
+        _ => Ok(Some(arithmetic)),
+    }
 }
 
 /// The keys that are for mistral.rs alone: the type that weights are quantised to.
@@ -319,6 +353,7 @@ mod tests {
             path = "weights/m.gguf"
             engine = "native"
             device = "cpu"
+            arithmetic = "portable"
             dtype = "f16"
             context_max = 2048
             kv_memory = "1 GiB"
@@ -339,7 +374,8 @@ mod tests {
         let file = PathBuf::from("/etc/small.prefixes.json");
         assert_eq!(models[1].prefix_cache_file, Some(file));
         assert_eq!(models[1].source, ModelSource::Path("/etc/weights/m.gguf".into()));
-        assert_eq!(models[0].device, Device::Auto);
+        assert_eq!((models[0].device, models[0].arithmetic), (Device::Auto, None));
+        assert_eq!(models[1].arithmetic, Some(Arithmetic::Portable));
         assert_eq!((models[1].backend, models[1].device), (BackendKind::Native, Device::Cpu));
         assert_eq!(models[1].dtype, Some(Dtype::F16));
         assert_eq!(models[1].wanted.kv_memory, KvMemory::Bytes(1 << 30));
@@ -382,6 +418,16 @@ mod tests {
             ("[[model]]\nsource = \"path\"", "model number 1: `path` is missing", None),
             ("[[model]]\nname=\"a\"\ndtype=\"int8\"", "model a: `dtype` must be auto, bf16", None),
             ("[[model]]\nname=\"a\"\ndevice=\"cuda\"", "`device` must be auto, cpu or", None),
+            (
+                "[[model]]\nname=\"a\"\narithmetic=\"fast\"",
+                "`arithmetic` must be portable or tensor, got fast",
+                None,
+            ),
+            (
+                "[[model]]\nname=\"a\"\ndevice=\"cpu\"\narithmetic=\"tensor\"",
+                "`arithmetic` must be portable on the processor, got tensor",
+                None,
+            ),
             (
                 "[[model]]\nname=\"a\"\nengine=\"vllm\"",
                 "`engine` must be native or mistralrs",

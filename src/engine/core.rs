@@ -240,6 +240,7 @@ impl Core {
         let pass = &mut self.pass;
         let results =
             self.watch.guard(Stage::Forward, || pass.step(&batch, &asks).map_err(Fault::from))?;
+        self.stats.record_hosted(self.pass.hosted());
         let mut results = results.into_iter();
         let answered = |(at, refused): (RowAt, Option<Fault>)| {
             let row = match refused {

@@ -3,6 +3,7 @@
 
 use super::hot::HotPrefix;
 use super::scheduler::{Plan, SchedulerLoad, Slice};
+use crate::models::hosted::HostedRows;
 use parking_lot::Mutex;
 use prometheus_client::metrics::histogram::Histogram;
 use std::time::Duration;
@@ -63,6 +64,8 @@ pub struct EngineSnapshot {
     pub aborted: u64,
     /// Requests that failed inside the engine.
     pub faults: u64,
+    /// Rows whose logits came from a card to the host.
+    pub hosted: HostedRows,
 }
 
 /// Distributions over requests and steps; times in seconds.
@@ -240,6 +243,10 @@ impl Stats {
         s.finished_by_length += u64::from(ended.by_length);
         s.prompt_tokens += ended.prompt_tokens as u64;
         s.cached_tokens += ended.cached_tokens as u64;
+    }
+
+    pub(super) fn record_hosted(&self, hosted: HostedRows) {
+        self.counters.lock().hosted = hosted;
     }
 
     pub(super) fn record_abort(&self) {

@@ -232,7 +232,8 @@ fn start_one(
             let dtype = served.identity.type_name();
             let weights = to_hex(&served.identity.weights_root);
             let (device, backend) = (served.model.weights.device(), served.engine.info().backend);
-            tracing::info!(model = name, ?backend, %device, dtype, weights, seconds, "ready");
+            let canon = &served.identity.canon;
+            tracing::info!(model = name, ?backend, %device, %canon, dtype, weights, seconds, "ready");
             registry.set(name, None, State::Ready(Box::new(served)));
             true
         }
@@ -269,9 +270,9 @@ fn load_native(
     progress: impl Fn(usize, usize),
 ) -> anyhow::Result<Served> {
     let Planned { located, plan } = planned;
-    let ModelConfig { device, dtype, .. } = located.config;
-    let model = Model::load_on(device, &located.path, dtype, &pool, progress);
-    let model = Arc::new(model?);
+    let ModelConfig { device, dtype, arithmetic, .. } = located.config;
+    let model = Model::load_on(device, &located.path, dtype, &pool, progress)?;
+    let model = Arc::new(model.computing(arithmetic)?);
     let identity = Identity::of(&model, &pool)?;
     let kernels = match model.weights.device() {
         Device::Cuda(_) => "cuda".to_owned(),

@@ -6,6 +6,7 @@ use super::error::LoadError;
 use super::model::Model;
 use super::remembered::{self, Remembered};
 use super::root;
+use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Hash, to_hex};
@@ -115,6 +116,11 @@ impl Identity {
     pub fn hash_under(&self, canon: &str) -> Hash {
         let calibration = calibration_hash(&self.calibration);
         model_hash(&self.weights_root, &self.type_name(), canon, &calibration)
+    }
+
+    /// The hash in [`CANON`], whatever its rows are computed in: limits of a model are kept under it.
+    pub fn portable_hash(&self) -> Hash {
+        self.hash_under(CANON)
     }
 
     /// Version, canon, weights root, type and kernels in one word.

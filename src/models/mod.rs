@@ -22,6 +22,7 @@ mod gguf_tokenizer;
 pub mod grammar;
 pub mod grid;
 pub mod header;
+pub mod hosted;
 pub mod hub;
 pub mod identity;
 pub mod margin;

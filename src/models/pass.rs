@@ -8,6 +8,7 @@
 //! [`Scores::is_plain`]), it may copy that row to the host and call the definition.
 
 use super::error::LoadError;
+use super::hosted::HostedRows;
 use super::margin::Margin;
 use super::rules::RowRules;
 use super::sampler::Sampling;
@@ -24,6 +25,11 @@ pub trait Pass: Send {
     /// # Errors
     /// When the step could not be computed: what it would have written must not be read.
     fn step(&mut self, batch: &Batch, asks: &[RowAsk<'_>]) -> Result<Vec<RowResult>, PassFault>;
+
+    /// Rows whose logits came to the host since the pass was made.
+    fn hosted(&self) -> HostedRows {
+        HostedRows::default()
+    }
 }
 
 /// The rows of one step.

@@ -3,7 +3,6 @@
 use super::{Reason, Rejection};
 use crate::engine::output::Step;
 use crate::intake::proof::read_chunk;
-use crate::ops::CANON;
 use crate::proof::commit::ChunkProof;
 use crate::wire::openai::response::{ProofChunk, ProofEnd};
 use serde_json::Value;
@@ -89,10 +88,9 @@ impl Answer {
         }
     }
 
-    /// The canon of its proof, where it is another than that of our rows: these are then compared
-    /// by their energies, not bit for bit.
-    pub fn other_canon(&self) -> Option<&str> {
-        self.end.as_ref().map(|end| end.canon.as_str()).filter(|canon| *canon != CANON)
+    /// The canon of its proof.
+    pub fn canon(&self) -> Option<&str> {
+        self.end.as_ref().map(|end| end.canon.as_str())
     }
 
     /// Choice `choice` of a whole response.

@@ -8,6 +8,7 @@ use super::structure::End;
 use super::twin::{Look, Suspect};
 use super::{ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
 use super::{logprobs, proof, rows, structure, targon};
+use crate::models::arithmetic::Arithmetic;
 use crate::models::{Identity, Model};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
@@ -95,7 +96,10 @@ impl<'a> Verification<'a> {
         let mut suspects: Vec<(usize, Suspect)> = Vec::new();
         while let Some((first, _)) = open.first() {
             let prompt = &claims[*first].request.prompt;
-            let is_same = |(place, _): &(usize, Work)| claims[*place].request.prompt == *prompt;
+            let arithmetic = self.arithmetic(&open[0].1);
+            let is_same = |(place, work): &(usize, Work)| {
+                claims[*place].request.prompt == *prompt && self.arithmetic(work) == arithmetic
+            };
             let (same, others): (Vec<_>, Vec<_>) = open.into_iter().partition(is_same);
             open = others;
             let longest = same.iter().map(|(_, work)| work.output.len()).max().unwrap_or(0);
@@ -104,7 +108,8 @@ impl<'a> Verification<'a> {
             let asked = logprobs::prompt_asks(of_prompt, model, |tokens| {
                 prompt_rows(tokens, self.depth, self.chance)
             });
-            match Prefix::new(|blocks| model.pass(pool, blocks), prompt, longest) {
+            let pass = |blocks| model.pass_by(arithmetic, pool, blocks);
+            match Prefix::new(pass, prompt, longest) {
                 Ok(prefix) => {
                     let mut prefix = prefix.while_wanted(self.is_wanted).asking(asked);
                     for (place, work) in same {
@@ -128,13 +133,19 @@ impl<'a> Verification<'a> {
         reports
     }
 
+    /// How the rows of an answer are computed: in the canon of its proof where that can be.
+    fn arithmetic(self, work: &Work) -> Arithmetic {
+        let own = self.verifier.model.arithmetic;
+        work.bound.as_ref().and_then(|bound| bound.arithmetic).unwrap_or(own)
+    }
+
     /// Checks what needs no rows; what they are needed for is left, if anything.
     fn prepare(self, claim: &Claim<'_>) -> Result<Option<Work>, Stop> {
         let Verifier { model, identity, scrutiny, context_max, .. } = self.verifier;
         let end = structure::check(claim, &model.text, *context_max)?.end;
         structure::check_powv(claim, model, self.profile == Profile::Powv)?;
         let bound = match self.profile {
-            Profile::Proof => Some(proof::bind(claim, &end, identity)?),
+            Profile::Proof => Some(proof::bind(claim, &end, (&**model, &**identity))?),
             Profile::Powv | Profile::Ranks => None,
         };
         let mut output = claim.answer.ids.clone();
@@ -211,7 +222,10 @@ impl<'a> Verification<'a> {
         (report.rows, *hidden) = (found.rows, found.hidden);
         if let Some(bound) = bound {
             (report.chunks, report.energies) = bound.compare(&found.proofs);
-            proof::check_canon(claim, limits)?;
+            if bound.arithmetic.is_none() {
+                report.other_canon = claim.answer.canon().map(str::to_owned);
+            }
+            proof::check_canon(report.other_canon.as_deref(), limits)?;
             proof::check(&report.chunks, bound.scheme, limits)?;
             rows::check_margins(&report.rows, limits)?;
             let proof = Some((bound.scheme, report.chunks.as_slice()));

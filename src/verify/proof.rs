@@ -6,8 +6,8 @@ use super::structure::End;
 use super::{Challenge, ChunkEvidence, Claim, Limits, Reason, Rejection, Stop};
 use crate::chain::keys::Hotkey;
 use crate::engine::output::FinishReason;
-use crate::models::Identity;
-use crate::ops::CANON;
+use crate::models::arithmetic::Arithmetic;
+use crate::models::{Identity, Model};
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
     Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
@@ -24,8 +24,8 @@ const CANON_BYTES_MAX: usize = 40;
 pub struct BoundProof {
     /// The scheme.
     pub scheme: Scheme,
-    /// Whether its rows come from the canon of ours, so that they can be equal bit for bit.
-    pub is_our_canon: bool,
+    /// How we compute rows of its canon, where we can: only these can be equal bit for bit.
+    pub arithmetic: Option<Arithmetic>,
     /// Root of the chain.
     pub root: Hash,
     /// Key of the sampler's noise.
@@ -41,7 +41,11 @@ fn reject(reason: Reason, what: impl Into<String>) -> Stop {
 ///
 /// # Errors
 /// The first rule that it breaks.
-pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<BoundProof, Stop> {
+pub fn bind(
+    claim: &Claim<'_>,
+    end: &End,
+    (model, identity): (&Model, &Identity),
+) -> Result<BoundProof, Stop> {
     let End::Sent(reason) = end else {
         return Err(reject(Reason::EarlyEnd, "a proved output sends its end"));
     };
@@ -62,7 +66,7 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<BoundPr
     if asked.nonce.is_some_and(|own| own != nonce) {
         return Err(reject(Reason::WrongRoot, "the nonce is not the one that was sent"));
     }
-    let model = model_hash(end, identity)?;
+    let model_hash = model_hash(end, identity)?;
     let hotkey = match &end.hotkey {
         Some(text) => Some(text.parse::<Hotkey>().map_err(|rule| {
             reject(Reason::BadSignature, format!("the hotkey cannot be read: {rule}"))
@@ -77,7 +81,7 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<BoundPr
         scheme: asked.scheme,
         nonce,
         request: terms,
-        model,
+        model: model_hash,
         hotkey: hotkey.map_or([0; 32], |h| h.0),
     };
     let root = binding.root();
@@ -87,8 +91,8 @@ pub fn bind(claim: &Claim<'_>, end: &End, identity: &Identity) -> Result<BoundPr
     let digest = chain(claim.answer, root)?;
     check_signature(claim, &digest, reason, hotkey)?;
     let chunks = claim.answer.chunks.iter().map(|c| c.data.clone()).collect();
-    let (scheme, is_our_canon) = (asked.scheme, end.canon == CANON);
-    Ok(BoundProof { scheme, is_our_canon, root, noise_key: noise_key(&nonce, &terms), chunks })
+    let (scheme, arithmetic) = (asked.scheme, model.arithmetic_of(&end.canon));
+    Ok(BoundProof { scheme, arithmetic, root, noise_key: noise_key(&nonce, &terms), chunks })
 }
 
 /// The hash of our model in the canon that the prover names, which must be the one that it sent.
@@ -99,7 +103,7 @@ fn model_hash(end: &ProofEnd, identity: &Identity) -> Result<Hash, Stop> {
         let what = format!("canon must have 1 to {CANON_BYTES_MAX} of a-z, 0-9 and `-`");
         return Err(reject(Reason::BadProof, what));
     }
-    let model = match canon == CANON {
+    let model = match *canon == identity.canon {
         true => identity.model_hash,
         false => identity.hash_under(canon),
     };
@@ -213,7 +217,7 @@ fn compare(
         Scheme::Residue => ResidueBits::U8,
         Scheme::ResidueU4 => ResidueBits::U4,
         Scheme::Toploc => {
-            return (compare_toploc(none, bound.is_our_canon, rows, data), Vec::new());
+            return (compare_toploc(none, bound.arithmetic.is_some(), rows, data), Vec::new());
         }
     };
     let Ok(theirs) = ResidueChunk::from_bytes(data, rows.len()) else {
@@ -226,7 +230,7 @@ fn compare(
             energies.push(row_energy(profile, own, sketch));
         }
     }
-    let is_exact = bound.is_our_canon && chunk_hash(&bound.root, &hashes) == theirs.exact;
+    let is_exact = bound.arithmetic.is_some() && chunk_hash(&bound.root, &hashes) == theirs.exact;
     let energy = energies.iter().sum::<f64>() / rows.len() as f64;
     (ChunkEvidence { is_exact, energy: Some(energy), ..none }, energies)
 }
@@ -259,12 +263,14 @@ fn compare_toploc(
 /// Rows of two canons are never equal bit for bit, so nobody can demand it of them.
 ///
 /// # Errors
-/// The canon, where equal bits are demanded and it is another than ours.
-pub fn check_canon(claim: &Claim<'_>, limits: &Limits) -> Result<(), Stop> {
-    match claim.answer.other_canon() {
+/// The canon, where equal bits are demanded and it is none that we compute in.
+pub fn check_canon(canon: Option<&str>, limits: &Limits) -> Result<(), Stop> {
+    match canon {
         Some(canon) if limits.exact => {
-            let what =
-                format!("rows must be equal bit for bit, so they must be of {CANON}, not {canon}");
+            let what = format!(
+                "rows must be equal bit for bit, so they must be of a canon that this device \
+                 computes in, not of {canon}"
+            );
             Err(reject(Reason::SketchEnergy, what))
         }
         _ => Ok(()),

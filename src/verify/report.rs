@@ -11,6 +11,9 @@ pub struct Report {
     pub verdict: Verdict,
     /// Rows whose logits were computed, ascending.
     pub rows: Vec<RowEvidence>,
+    /// The canon of the proof, where it is none that our device computes in: its rows were then
+    /// compared by their energies, not bit for bit.
+    pub other_canon: Option<String>,
     /// Chunks of the proof.
     pub chunks: Vec<ChunkEvidence>,
     /// Energies of the rows of chunks that are not equal bit for bit, in order (residue schemes).
@@ -40,6 +43,7 @@ impl Report {
         Self {
             verdict,
             rows: Vec::new(),
+            other_canon: None,
             chunks: Vec::new(),
             energies: Vec::new(),
             twin: Vec::new(),

@@ -7,6 +7,7 @@ use targon_engine::clock::Clock;
 use targon_engine::engine::output::{Event, Fault, Step};
 use targon_engine::engine::request::{ProofOptions, Request};
 use targon_engine::engine::{Engine, Options};
+use targon_engine::models::arithmetic::Arithmetic;
 use targon_engine::models::device::Device;
 use targon_engine::models::sampler::Sampling;
 use targon_engine::models::{Identity, Model};
@@ -15,14 +16,19 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::commit::RowProver;
 
-/// A model on a device.
+/// A portable model on a device.
 fn model_on(device: Device, path: &Path) -> (Arc<Model>, Pool) {
-    let pool = Pool::new(2, Isa::best()).unwrap();
-    let model = Model::load_on(device, path, None, &pool, |_, _| {}).unwrap();
-    (Arc::new(model), pool)
+    model_by(Arithmetic::Portable, device, path)
 }
 
-fn requests(identity: &Identity, tokens: usize) -> Vec<Request> {
+/// A model on a device.
+pub(crate) fn model_by(arithmetic: Arithmetic, device: Device, path: &Path) -> (Arc<Model>, Pool) {
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    let model = Model::load_on(device, path, None, &pool, |_, _| {}).unwrap();
+    (Arc::new(model.computing(Some(arithmetic)).unwrap()), pool)
+}
+
+pub(crate) fn requests(identity: &Identity, tokens: usize) -> Vec<Request> {
     let of = |i: u32| {
         // Two blocks that all begin with, then their own.
         let prompt = (0..70).map(|p| if p < 64 { p * 3 % 250 } else { (p * i + 7) % 250 });
@@ -46,7 +52,7 @@ fn requests(identity: &Identity, tokens: usize) -> Vec<Request> {
 }
 
 /// Steps of all requests, and prompt tokens that were found in the cache.
-fn outputs(engine: &Engine, requests: Vec<Request>) -> (Vec<Vec<Step>>, usize) {
+pub(crate) fn outputs(engine: &Engine, requests: Vec<Request>) -> (Vec<Vec<Step>>, usize) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
         let (mut all, mut cached) = (Vec::new(), 0);

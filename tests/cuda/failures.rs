@@ -149,7 +149,7 @@ fn models_on_one_card_do_not_touch_each_other() {
 }
 
 /// Runs one test of this program alone in another environment.
-fn alone(test: &str, set: &[(&str, &str)], unset: &[&str]) {
+pub(crate) fn alone(test: &str, set: &[(&str, &str)], unset: &[&str]) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture"]).env("TARGON_TEST_ALONE", "1");
     command.envs(set.iter().copied());
@@ -162,7 +162,7 @@ fn alone(test: &str, set: &[(&str, &str)], unset: &[&str]) {
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
-fn is_alone() -> bool {
+pub(crate) fn is_alone() -> bool {
     std::env::var_os("TARGON_TEST_ALONE").is_some()
 }
 

@@ -7,20 +7,20 @@ use targon_engine::models::pass::{Batch, RowAsk};
 use targon_engine::ops::dtype::Dtype;
 
 /// A sequence as a scheduler knows it.
-struct Sequence {
-    ids: Vec<u32>,
-    at: usize,
-    blocks: Vec<u32>,
+pub(crate) struct Sequence {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) at: usize,
+    pub(crate) blocks: Vec<u32>,
 }
 
 impl Sequence {
-    fn new(seed: usize, vocab: usize, blocks: Vec<u32>) -> Self {
+    pub(crate) fn new(seed: usize, vocab: usize, blocks: Vec<u32>) -> Self {
         let ids = (0..100).map(|i| (i * i * 7 + i * (3 + seed) + seed) % vocab);
         Self { ids: ids.map(|id| id as u32).collect(), at: 0, blocks }
     }
 
     /// One that begins with the first block of another.
-    fn fork(&self, seed: usize, vocab: usize, own: Vec<u32>) -> Self {
+    pub(crate) fn fork(&self, seed: usize, vocab: usize, own: Vec<u32>) -> Self {
         let mut other = Self::new(seed, vocab, [&self.blocks[..1], &own].concat());
         other.ids[..32].copy_from_slice(&self.ids[..32]);
         other.at = 32;

@@ -15,9 +15,12 @@
 mod common;
 
 mod answers;
+mod devices;
 mod engine;
 mod failures;
 mod families;
+mod tensor;
+mod verify;
 
 use std::ffi::{CString, c_char};
 use std::path::{Path, PathBuf};

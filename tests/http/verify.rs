@@ -212,9 +212,9 @@ async fn rows_of_another_canon_are_compared_by_energy_and_never_exactly() {
         );
         answer.end.as_mut().unwrap().canon = canon.into();
         let is_ours = canon == "canon-2";
-        assert_eq!(answer.other_canon().is_none(), is_ours);
         let report = judge(&own, &body, &answer, Profile::Proof, Depth::Slow).await;
         assert_eq!(report.verdict, Verdict::Pass, "{canon}");
+        assert_eq!(report.other_canon.as_deref(), (!is_ours).then_some(canon));
         for chunk in &report.chunks {
             assert_eq!(chunk.is_exact, is_ours, "{canon} {chunk:?}");
             assert!(chunk.energy.is_none_or(|e| e == 0.0), "{chunk:?}");

@@ -44,6 +44,7 @@ pub(crate) fn entry(name: &str, backend: BackendKind, isq: Option<&str>) -> Mode
         source: ModelSource::Path(common::smollm2()),
         backend,
         device: Device::Cpu,
+        arithmetic: None,
         dtype: Some(Dtype::Bf16),
         isq: isq.map(str::to_owned),
         prefix_cache_file: None,

@@ -67,6 +67,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let facts = facts(&args.model, &model, &identity);
     let started = Clock::system().unix_ms() / 1000;
     let mut report = BenchReport::new(ReportKind::Engine, started, machine, facts);
+    report.program.canon = identity.canon.clone().into_owned();
     args.note_settings(&mut report);
     let setup = args.setup(device);
     let mut keep = |report: &BenchReport| {

@@ -5,12 +5,13 @@
 //! than the kernels sort come to the host as logits, and `rows::answer` reads them there; so does a
 //! row whose draw needs more than the largest logits. The rest of a chunk of rows is one copy.
 
-use super::asks::{Chunk, Places, Proofs, UNKNOWN, near_tokens};
+use super::asks::{Chunk, Places, Proofs, UNKNOWN, near_tokens, why_hosted};
 use super::error::CudaError;
 use super::launch::args;
 use super::memory::{At, Outputs};
 use super::step::Step;
 use super::weights::CudaWeights;
+use crate::models::hosted::{HostedRows, Why};
 use crate::models::pass::{
     LogprobMode, Ranked, RowAsk, RowFault, RowReport, RowResult, Scored, Token,
 };
@@ -94,7 +95,12 @@ pub(super) struct Reading<'a, 'b, 'c> {
 
 impl Reading<'_, '_, '_> {
     /// Copies what was found to the host, waits, and answers every ask of the chunk in its order.
-    pub(super) fn collect(&self, outputs: &mut Outputs) -> Result<Vec<RowResult>, CudaError> {
+    /// Rows whose logits came to the host are counted.
+    pub(super) fn collect(
+        &self,
+        outputs: &mut Outputs,
+        hosted: &mut HostedRows,
+    ) -> Result<Vec<RowResult>, CudaError> {
         let Self { chunk, places, weights, .. } = self;
         let (hidden, vocab) = (weights.spec.hidden, weights.spec.vocab);
         let end = match (chunk.hosted, chunk.has_finals) {
@@ -109,7 +115,7 @@ impl Reading<'_, '_, '_> {
             false => Vec::new(),
         };
         let finals = Finals { bits: &finals, hidden };
-        let mut by_host = self.by_host(&found, &finals, outputs)?;
+        let mut by_host = self.by_host(&found, &finals, (outputs, hosted))?;
         let mut results = vec![Ok(RowReport::default()); chunk.asks.len()];
         for (place, index) in chunk.order.iter().enumerate() {
             let ask = &chunk.asks[*index];
@@ -134,7 +140,7 @@ impl Reading<'_, '_, '_> {
         &self,
         found: &Found,
         finals: &Finals<'_>,
-        outputs: &mut Outputs,
+        (outputs, hosted): (&mut Outputs, &mut HostedRows),
     ) -> Result<BTreeMap<usize, RowResult>, CudaError> {
         let Self { chunk, places, weights, pool } = self;
         let vocab = weights.spec.vocab;
@@ -148,6 +154,7 @@ impl Reading<'_, '_, '_> {
         let mut rows = Vec::with_capacity(on_host.len());
         for place in &on_host {
             rows.push(Mutex::new(outputs.read::<f32>(at(*place), vocab)?));
+            hosted.count(why_hosted(&chunk.asks[chunk.order[*place]]).unwrap_or(Why::Draw));
         }
         let read = |i: usize| {
             let (place, mut row) = (on_host[i], rows[i].lock());

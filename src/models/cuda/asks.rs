@@ -5,6 +5,7 @@ use super::error::CudaError;
 use super::launch::{Entry, Memory, Query, Rule};
 use super::memory::{At, Inputs, Outputs, grained};
 use super::weights::CudaWeights;
+use crate::models::hosted::Why;
 use crate::models::pass::{RowAsk, Scores, Token};
 use crate::proof::residue::{Calibration, ResidueBits};
 use std::collections::BTreeMap;
@@ -235,14 +236,29 @@ impl Answers {
 
 /// Whether the host reads an ask's logits.
 fn is_for_host(ask: &RowAsk<'_>) -> bool {
-    let Some(scores) = &ask.scores else { return ask.logits };
-    let is_drawn_otherwise =
-        scores.token == Token::Drawn && !scores.sampling.is_greedy() && scores.sampling.top_a > 0.0;
-    ask.logits
-        || !scores.is_plain()
-        || matches!(scores.token, Token::Measured(_))
-        || scores.top > CANDIDATES
-        || is_drawn_otherwise
+    why_hosted(ask).is_some()
+}
+
+/// Why the host reads an ask's logits, where it does from the start.
+pub(super) fn why_hosted(ask: &RowAsk<'_>) -> Option<Why> {
+    if ask.logits {
+        return Some(Why::Asked);
+    }
+    let scores = ask.scores.as_ref()?;
+    let is_drawn = scores.token == Token::Drawn && !scores.sampling.is_greedy();
+    if matches!(scores.token, Token::Measured(_)) {
+        Some(Why::Margin)
+    } else if scores.near.as_ref().is_some_and(|near| near.reach.is_some()) {
+        Some(Why::Search)
+    } else if !scores.is_plain() {
+        Some(Why::Rules)
+    } else if scores.top > CANDIDATES {
+        Some(Why::Alternatives)
+    } else if is_drawn && scores.sampling.top_a > 0.0 {
+        Some(Why::TopA)
+    } else {
+        None
+    }
 }
 
 /// Whether a draw takes its tokens from the largest logits.

@@ -11,6 +11,7 @@ use super::memory::{Inputs, KvBlocks, Outputs};
 use super::step::{Rooms, Step};
 use super::weights::CudaWeights;
 use crate::models::arithmetic::Arithmetic;
+use crate::models::hosted::HostedRows;
 use crate::models::pass::{Batch, Pass, PassFault, RowAsk, RowResult};
 use crate::ops::pool::Pool;
 use std::cell::RefCell;
@@ -28,6 +29,7 @@ pub struct CudaPass {
     outputs: Outputs,
     answers: Answers,
     graphs: Graphs,
+    hosted: HostedRows,
 }
 
 impl CudaPass {
@@ -50,6 +52,7 @@ impl CudaPass {
             outputs: Outputs::new(),
             answers: Answers::default(),
             graphs: Graphs::default(),
+            hosted: HostedRows::default(),
         })
     }
 
@@ -106,7 +109,7 @@ impl CudaPass {
                 false => self.stream.run(&launches)?,
             }
             let reading = Reading { chunk, places, weights: &self.weights, pool: &self.pool };
-            results.extend(reading.collect(&mut self.outputs)?);
+            results.extend(reading.collect(&mut self.outputs, &mut self.hosted)?);
         }
         if asks.is_empty() {
             // Nobody reads: what failed must show all the same.
@@ -124,6 +127,10 @@ impl Pass for CudaPass {
             let _ = self.stream.wait();
             error.into()
         })
+    }
+
+    fn hosted(&self) -> HostedRows {
+        self.hosted
     }
 }
 

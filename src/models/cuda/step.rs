@@ -1,7 +1,8 @@
 //! Launches the layers of a step on a card: token ids to hidden rows to logits.
 //!
-//! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits; only
-//! products of tensor arithmetic have another order. A branch waits for the next norm, which adds it to the residual stream.
+//! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits;
+//! only products of tensor arithmetic have an order of their own. A branch waits for the next norm,
+//! which adds it to the residual stream.
 
 use super::error::CudaError;
 use super::launch::{Arg, GRID_MAX, Launch, Memory, Pointer, Shape, args};
@@ -172,8 +173,8 @@ impl Product {
         Self { kernel, group, rows, threads: threads as u32 }
     }
 
-    /// The kernel of `matmul_tensor.cu`. Its prefill copies 16 bytes at once, so rows of inputs must
-    /// be whole numbers of them.
+    /// The kernel of `matmul_tensor.cu`. Its prefill copies 16 bytes at once, so rows of inputs
+    /// must be whole numbers of them.
     fn tensor(tokens: usize, cols: usize, dtype: Dtype) -> Self {
         let is_prefill = tokens > TENSOR_DECODE_MAX && cols.is_multiple_of(8);
         let (kernel, group) = match (is_prefill, tokens, dtype) {

@@ -1,23 +1,24 @@
 //! Holds the weights of a model in a card's memory.
 //!
-//! Matrices are packed on the host, in the tiles that the kernels read, a piece at a time, so that
-//! loading needs little host memory beside the checkpoint's pages.
+//! Rows go to the card as the file has them, a piece at a time, and the card packs them in the tiles
+//! that the kernels read: loading needs little memory beside the weights, on either side.
 
 use super::error::CudaError;
-use super::launch::{Card, Memory};
-use super::memory::{TILE, padded};
+use super::launch::{Card, Launch, Memory, Pinned, Pointer, Stream, args, bytes_of};
+use super::memory::padded;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
 use crate::models::source::{FeedForwardSource, MlpSource, Rows, Source};
 use crate::models::spec::{ExpertSpec, Spec};
-use crate::ops::dtype::{Dtype, round_bf16};
+use crate::ops::dtype::Dtype;
 use crate::ops::pool::{Pool, Turn};
 use crate::ops::rope::Rope;
 use crate::ops::rowwise::Norm;
+use parking_lot::Mutex;
 use std::sync::Arc;
 
-/// Bytes that are packed on the host before they are copied.
-const PIECE_BYTES: usize = 64 << 20;
+/// Bytes of rows that are copied at once; a buffer of that size is on the card while a model loads.
+const PIECE_BYTES: usize = 16 << 20;
 /// Gate and up rows begin at multiples of this.
 pub(super) const GATE_ROWS: usize = 64;
 /// Experts that the routing kernel has room for.
@@ -98,8 +99,14 @@ impl CudaWeights {
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
         check(spec)?;
-        let loader =
-            Loader { card, source: Source { checkpoint, spec, dtype }, dtype, turn: &pool.turn() };
+        let loader = Loader {
+            card,
+            stream: Stream::new(card)?,
+            staging: Mutex::new(Staging(None)),
+            source: Source { checkpoint, spec, dtype },
+            dtype,
+            turn: &pool.turn(),
+        };
         let before = card.memory()?.0;
         let head = loader.matrix(&loader.source.head()?)?;
         let embedding = if spec.tied { None } else { Some(loader.table()?) };
@@ -111,9 +118,20 @@ impl CudaWeights {
         let norm = loader.norm(loader.source.final_norm()?)?;
         let rope = loader.source.rope()?;
         card.settle()?;
+        drop(loader);
         let bytes = before.saturating_sub(card.memory()?.0);
         let (card, spec) = (Arc::clone(card), Arc::clone(spec));
         Ok(Self { card, spec, dtype, rope, embedding, head, norm, layers, bytes })
+    }
+
+    /// The shape.
+    pub fn spec(&self) -> &Arc<Spec> {
+        &self.spec
+    }
+
+    /// Type of weights and arithmetic.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// The card.
@@ -142,12 +160,14 @@ fn check(spec: &Spec) -> Result<(), CudaError> {
 
 struct Loader<'a> {
     card: &'a Arc<Card>,
+    stream: Stream,
+    staging: Mutex<Staging>,
     source: Source<'a>,
     dtype: Dtype,
     turn: &'a Turn<'a>,
 }
 
-/// Writes a row of a matrix; rows that fill up are left as the zeros they are.
+/// Writes a row of a matrix into zeros.
 type Fill<'a> = dyn Fn(usize, &mut [u16]) -> Result<(), LoadError> + Sync + 'a;
 
 impl Loader<'_> {
@@ -233,9 +253,8 @@ impl Loader<'_> {
         let readers = experts.iter().map(|e| e.down.reader(threads));
         let readers = readers.collect::<Result<Vec<_>, LoadError>>()?;
         let (rows, cols) = (experts[0].down.rows(), experts[0].down.cols());
-        let fill = |row: usize, out: &mut [u16]| match row % padded(rows) < rows {
-            true => readers[row / padded(rows)].read_row(row % padded(rows), self.dtype, out),
-            false => Ok(()),
+        let fill = |row: usize, out: &mut [u16]| {
+            readers[row / padded(rows)].read_row(row % padded(rows), self.dtype, out)
         };
         self.pack(rows, cols, experts.len(), &fill)
     }
@@ -249,48 +268,53 @@ impl Loader<'_> {
         count: usize,
         fill: &Fill<'_>,
     ) -> Result<Matrix, LoadError> {
-        let row_tiles = padded(rows) / TILE;
-        let tile_row = TILE * padded(cols); // values of 32 rows
-        let memory = Memory::new(self.card, 2 * count * row_tiles * tile_row, "weights")?;
-        let piece_tiles = (PIECE_BYTES / (2 * tile_row)).clamp(1, count * row_tiles);
-        for first in (0..count * row_tiles).step_by(piece_tiles) {
-            let pack = |tile: usize| {
-                let first_row = (first + tile) * TILE;
-                let left = rows.saturating_sub(first_row % (row_tiles * TILE));
-                let fill = |row: usize, out: &mut [u16]| fill(first_row + row, out);
-                pack_tiles(self.dtype, left.min(TILE), cols, fill)
+        let all = count * padded(rows);
+        let memory = Memory::new(self.card, 2 * all * padded(cols), "weights")?;
+        memory.zero(&self.stream)?;
+        let piece_rows = (PIECE_BYTES / (2 * cols)).clamp(1, all);
+        for first in (0..all).step_by(piece_rows) {
+            let read = |row: usize| {
+                let (row, mut bits) = (first + row, vec![0_u16; cols]);
+                match row % padded(rows) < rows {
+                    true => fill(row, &mut bits).map(|()| bits),
+                    false => Ok(bits),
+                }
             };
-            let tiles = piece_tiles.min(count * row_tiles - first);
-            memory.write(2 * first * tile_row, &joined(self.turn.map(tiles, pack))?)?;
+            let here = piece_rows.min(all - first);
+            let piece = joined(self.turn.map(here, read))?;
+            let raw = self.staging.lock().send(&self.stream, &piece)?;
+            let is_f16 = i32::from(self.dtype == Dtype::F16);
+            let args = args![raw, &memory, cols as i32, first as i32, is_f16].to_vec();
+            let grid = [here, 1, 1];
+            self.stream.run(&[Launch { kernel: "pack", grid, threads: 256, shared: 0, args }])?;
         }
         Ok(Matrix { memory, rows, cols })
     }
 }
 
-fn joined(pieces: Vec<Result<Vec<u16>, LoadError>>) -> Result<Vec<u16>, LoadError> {
-    Ok(pieces.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+/// Rows on their way to the card, as the file has them: a host buffer and its copy.
+struct Staging(Option<(Pinned, Memory)>);
+
+impl Staging {
+    /// Starts the copy of a piece, once the card has packed the one before it.
+    fn send(&mut self, stream: &Stream, piece: &[u16]) -> Result<Pointer, CudaError> {
+        let bytes = size_of_val(piece);
+        if self.0.as_ref().is_none_or(|(pinned, _)| pinned.size() < bytes) {
+            // The old one may be in use.
+            stream.wait()?;
+            self.0 = None;
+            let memory = Memory::new(stream.card(), bytes, "rows of weights")?;
+            self.0 = Some((Pinned::new(stream, bytes)?, memory));
+        }
+        let Some((pinned, memory)) = &mut self.0 else {
+            return Err(CudaError::Shape("a buffer that was just made".into()));
+        };
+        pinned.bytes()?[..bytes].copy_from_slice(bytes_of(piece));
+        pinned.send(memory, bytes)?;
+        Ok(memory.pointer())
+    }
 }
 
-/// The first `rows` of 32 rows as a row of tiles: 32 columns each, four planes of 32 rows by 8.
-/// Tiny magnitudes of bf16 become zero, as on the CPU.
-fn pack_tiles(
-    dtype: Dtype,
-    rows: usize,
-    cols: usize,
-    fill: impl Fn(usize, &mut [u16]) -> Result<(), LoadError>,
-) -> Result<Vec<u16>, LoadError> {
-    let (mut tiles, mut row_bits) = (vec![0_u16; TILE * padded(cols)], vec![0_u16; cols]);
-    for row in 0..rows {
-        row_bits.fill(0);
-        fill(row, &mut row_bits)?;
-        for (k, bits) in row_bits.iter().enumerate() {
-            let flushed = match dtype {
-                Dtype::Bf16 => round_bf16(dtype.widen(*bits)),
-                Dtype::F16 => *bits,
-            };
-            let plane = k % TILE / 8;
-            tiles[k / TILE * TILE * TILE + (plane * TILE + row) * 8 + k % 8] = flushed;
-        }
-    }
-    Ok(tiles)
+fn joined(pieces: Vec<Result<Vec<u16>, LoadError>>) -> Result<Vec<u16>, LoadError> {
+    Ok(pieces.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
 }

@@ -179,8 +179,23 @@ impl Collector for Engines {
                 of(engine.stats().timings()).encode(family.encode_family(&label(model))?)?;
             }
         }
-        outcomes(&mut encoder, &engines)
+        outcomes(&mut encoder, &engines)?;
+        hosted_rows(&mut encoder, &engines)
     }
+}
+
+fn hosted_rows(encoder: &mut DescriptorEncoder<'_>, engines: &[(String, Engine)]) -> fmt::Result {
+    let help = "Rows whose logits a card sent to the host, by why";
+    let name = "targon_engine_hosted_rows";
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (model, engine) in engines {
+        for (why, count) in engine.stats().snapshot().hosted.iter().filter(|(_, count)| *count > 0)
+        {
+            let labels = [("model_name", model.as_str()), ("why", why)];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
 }
 
 fn outcomes(encoder: &mut DescriptorEncoder<'_>, engines: &[(String, Engine)]) -> fmt::Result {

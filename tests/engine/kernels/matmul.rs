@@ -42,6 +42,34 @@ pub(super) fn packed(rows: &[u16], cols: usize, dtype: Dtype, seed: u64) -> Vec<
     out
 }
 
+/// `rows` packed by the text of the layout: tiles of 32 rows by 32 columns, each as four planes of
+/// 32 rows by 8; tiny magnitudes of bf16 become zero.
+fn packed_by_text(rows: &[u16], cols: usize, dtype: Dtype) -> Vec<u16> {
+    let count = rows.len() / cols;
+    let tiles = cols.div_ceil(32);
+    let mut out = vec![0_u16; count.next_multiple_of(32) * tiles * 32];
+    for (i, bits) in rows.iter().enumerate() {
+        let (row, k) = (i / cols, i % cols);
+        let (tile, plane) = (row / 32 * tiles + k / 32, k % 32 / 8);
+        out[tile * 1_024 + (plane * 32 + row % 32) * 8 + k % 8] = dtype.round(dtype.widen(*bits));
+    }
+    out
+}
+
+#[test]
+fn the_card_packs_by_the_layout() {
+    let mut noise = Noise(36);
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        for [rows, cols] in [[1, 1], [32, 32], [33, 40], [65, 96], [7, 514]] {
+            let mut case = Case::new(&mut noise, dtype, [1, rows, cols]);
+            // One that is flushed in bf16, and one that is kept.
+            (case.w[0], case.w[rows * cols / 2]) = (0x2600, 0x2680);
+            let want = packed_by_text(&case.w, cols, dtype);
+            assert!(packed(&case.w, cols, dtype, 2) == want, "{dtype} {rows} {cols}");
+        }
+    }
+}
+
 struct Case {
     dtype: Dtype,
     rows: usize,
