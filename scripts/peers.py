@@ -3,6 +3,7 @@
 
     peers.py export GGUF DIRECTORY            the weights as a Hugging Face checkpoint in bf16
     peers.py shape GGUF                       seeded weights of a 1B-class Llama in bf16
+    peers.py requirements PACKAGE             what it asks for, without the builds' names: 2.1+cpu is 2.1
     peers.py table RESULTS                    what `bench-peers` measured
     peers.py vllm CHECKPOINT --threads N
     peers.py openvino GGUF --threads N
@@ -100,15 +101,34 @@ def openvino(path, threads):
     return measure(seconds)
 
 
+def requirements(package):
+    from importlib.metadata import requires
+
+    for wanted in requires(package):
+        wanted, _, when = wanted.partition(";")
+        if "extra ==" not in when:
+            print(wanted.partition("+")[0].strip(), when and f";{when}")
+
+
 def export(gguf, directory):
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf, directory = pathlib.Path(gguf), pathlib.Path(directory)
     load = {"gguf_file": gguf.name}
     AutoTokenizer.from_pretrained(gguf.parent, **load).save_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, torch_dtype=torch.bfloat16, **load)
-    model.save_pretrained(directory)
+    # transformers refuses to save what it read from GGUF, though it has widened it by now.
+    tied = model.config.tie_word_embeddings
+    tensors = {name: tensor.to(torch.bfloat16).contiguous()
+               for name, tensor in model.state_dict().items()
+               if not (tied and name == "lm_head.weight")}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config, indent=1, default=str))
 
 
 def shape(path):
@@ -241,11 +261,12 @@ def table(place):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("export", "shape", "table", "vllm", "openvino"))
+    parser.add_argument("what", choices=("export", "requirements", "shape", "table",
+                                              "vllm", "openvino"))
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    tools = {"export": export, "shape": shape, "table": table}
+    tools = {"export": export, "requirements": requirements, "shape": shape, "table": table}
     if args.what in tools:
         return tools[args.what](*args.paths)
     peer = {"vllm": vllm, "openvino": openvino}[args.what]
