@@ -70,7 +70,7 @@ impl Conclusion {
 pub struct AuditEvidence {
     /// Answers that count.
     pub answers: usize,
-    /// Their tokens.
+    /// Tokens of those answers.
     pub tokens: usize,
     /// Answers whose tokens are known from ids, from names, from text.
     pub sources: [usize; 3],

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 /// Sequences that run at once where nothing is said.
 const SEQUENCES_DEFAULT: usize = 64;
-/// Most of them.
+/// Most sequences that a file may ask for.
 const SEQUENCES_MAX: usize = 1024;
 /// Most tokens that may be guessed for a step: fewer than the rows up to which they are added.
 const SPECULATIVE_MAX: usize = STEP_ROWS_MAX - 1;
@@ -91,7 +91,7 @@ pub struct ModelConfig {
 pub struct Config {
     /// What is served.
     pub models: Vec<ModelConfig>,
-    /// How.
+    /// What the `[server]` table says.
     pub server: ServerConfig,
 }
 

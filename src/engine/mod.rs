@@ -122,7 +122,7 @@ pub struct Info {
     pub spec: Arc<Spec>,
     /// Type of weights, matrix inputs and KV cache.
     pub dtype: Dtype,
-    /// What runs it.
+    /// The backend that runs it.
     pub backend: BackendKind,
 }
 

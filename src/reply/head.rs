@@ -35,7 +35,7 @@ impl Endpoint {
 pub struct Prompts {
     /// The ids of each prompt.
     pub prompts: Vec<Vec<u32>>,
-    /// Choices of each.
+    /// How many choices each prompt has.
     pub n: usize,
 }
 

@@ -13,7 +13,7 @@ pub struct ModelEntry {
     pub name: String,
     /// The commit or file it comes from, once known.
     pub revision: Option<String>,
-    /// Where it stands.
+    /// Whether it is loading, ready or failed.
     pub state: State,
 }
 

@@ -116,7 +116,7 @@ impl Phase {
 pub enum Limit {
     /// Reading weights and cache.
     Memory,
-    /// Multiplying.
+    /// Arithmetic.
     Compute,
     /// Neither: it reaches less than a quarter of both ceilings.
     Overhead,
@@ -249,7 +249,7 @@ pub struct Signature {
 }
 
 impl BenchReport {
-    /// An empty one.
+    /// A report without measurements yet.
     pub fn new(kind: ReportKind, started: u64, machine: Machine, model: ModelFacts) -> Self {
         Self {
             schema: SCHEMA.into(),

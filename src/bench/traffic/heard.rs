@@ -19,7 +19,7 @@ pub type Answering = Pin<Box<dyn Future<Output = Heard> + Send>>;
 
 /// Sends a request and times its answer.
 pub trait Transport: Send + Sync {
-    /// Sends it now.
+    /// Sends the request at once.
     fn ask(&self, asked: LoadRequest) -> Answering;
 }
 
