@@ -40,7 +40,7 @@ pub enum Drawn {
     Sampled,
 }
 
-/// What is concluded.
+/// What the answers show together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub enum Conclusion {
     /// The answers agree with these weights.

@@ -290,7 +290,7 @@ impl Engine {
         &self.0.text
     }
 
-    /// What it runs.
+    /// Shape and type of the model.
     pub fn info(&self) -> &Info {
         &self.0.info
     }

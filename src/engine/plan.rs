@@ -24,7 +24,7 @@ pub const WAITING_MAX: usize = 256;
 pub enum KvMemory {
     /// Enough for `sequences_max` full contexts, or what the machine has left.
     Auto,
-    /// This many bytes.
+    /// A number of bytes.
     Bytes(u64),
     /// This share of the machine's available memory.
     Share(f64),

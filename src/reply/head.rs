@@ -63,7 +63,7 @@ pub struct ResponseHead {
     pub endpoint: Endpoint,
     /// How it is written.
     pub report: ResponseOptions,
-    /// What it answers.
+    /// The prompts that it answers.
     pub prompts: Prompts,
     /// Name of the request, without the endpoint's prefix.
     pub id: String,

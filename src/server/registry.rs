@@ -135,6 +135,6 @@ impl Registry {
 pub struct Routed {
     /// What requests call the model.
     pub name: String,
-    /// Its engine.
+    /// The model with its engine.
     pub served: Served,
 }

@@ -41,7 +41,7 @@ pub struct TokenUsage {
     pub prompt: u64,
     /// Of those, found in a cache.
     pub cached: u64,
-    /// Of the answer.
+    /// Tokens of the answer.
     pub completion: u64,
 }
 
