@@ -18,7 +18,7 @@ enum Source {
 }
 
 impl Entropy {
-    /// The operating system's.
+    /// Randomness of the operating system.
     pub fn system() -> Self {
         Self(Source::System)
     }

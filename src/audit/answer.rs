@@ -37,7 +37,7 @@ pub struct ServerToken {
 /// An answer of a server, with its tokens and what was reported of them.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ServerAnswer {
-    /// Its tokens.
+    /// The ids of its tokens.
     pub ids: Vec<u32>,
     /// Where they are known from.
     pub source: TokenSource,

@@ -40,7 +40,7 @@ pub enum Drawn {
     Sampled,
 }
 
-/// What is concluded.
+/// What the answers show together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub enum Conclusion {
     /// The answers agree with these weights.
@@ -70,7 +70,7 @@ impl Conclusion {
 pub struct AuditEvidence {
     /// Answers that count.
     pub answers: usize,
-    /// Their tokens.
+    /// Tokens of those answers.
     pub tokens: usize,
     /// Answers whose tokens are known from ids, from names, from text.
     pub sources: [usize; 3],

@@ -38,7 +38,7 @@ pub struct Compared {
     pub machine: Option<String>,
     /// The model that was measured.
     pub model: String,
-    /// Who signed.
+    /// The hotkey that signed the report.
     pub signed_by: Option<String>,
     /// Reasons to doubt it.
     pub marks: Vec<String>,

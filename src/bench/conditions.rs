@@ -76,7 +76,7 @@ impl MarkKind {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mark {
-    /// Of which kind.
+    /// The kind of doubt.
     pub kind: MarkKind,
     /// The fact and the rule.
     pub what: String,

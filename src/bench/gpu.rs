@@ -38,7 +38,7 @@ const CONTEXT: usize = 1024;
 /// Seconds that a figure is measured for, at most.
 const SECONDS_EACH: f64 = 4.0;
 
-/// What is measured.
+/// The card and the shape that are measured.
 pub struct Wanted<'a> {
     /// The card's number.
     pub device: usize,

@@ -11,7 +11,7 @@ use crate::verify::FastRows;
 /// Below this share of both ceilings something else holds a row back.
 const OVERHEAD_BELOW: f64 = 0.25;
 
-/// What was measured.
+/// Phase, batch and depth of a row.
 #[derive(Clone, Copy)]
 pub(super) struct Size {
     pub(super) phase: Phase,

@@ -8,13 +8,13 @@ use serde::Serialize;
 /// A share of all with its exact (Clopper-Pearson) interval of 95 %.
 #[derive(Clone, Copy, PartialEq, Serialize, Debug)]
 pub struct Rate {
-    /// How many.
+    /// Events that were counted.
     pub count: usize,
-    /// Of how many.
+    /// Trials among which they were counted.
     pub of: usize,
     /// The true share is hardly below this.
     pub low: f64,
-    /// Nor above this.
+    /// The true share is hardly above this.
     pub high: f64,
 }
 

@@ -34,7 +34,7 @@ const KV_SHARE: f64 = 0.6;
 /// KV blocks that are left over.
 const SPARE_BLOCKS: usize = 64;
 
-/// What is measured.
+/// The phases, batches and depths that are measured.
 #[derive(Clone, PartialEq, Debug)]
 pub struct SweepSetup {
     /// Sequences side by side.

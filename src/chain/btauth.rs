@@ -38,9 +38,9 @@ pub struct Envelope<'a> {
     pub path: &'a str,
     /// Unix time in nanoseconds.
     pub nonce: u64,
-    /// Who sends.
+    /// The hotkey that sends the request.
     pub sender: Hotkey,
-    /// Who must receive.
+    /// The hotkey that the request is for.
     pub receiver: Option<Hotkey>,
 }
 
@@ -81,7 +81,7 @@ impl Envelope<'_> {
 pub enum Age {
     /// Within the window.
     Fresh,
-    /// Before it.
+    /// It was signed before the window.
     Stale,
     /// Behind it.
     Ahead,

@@ -13,7 +13,7 @@ pub enum ChainError {
     Broken {
         /// Which endpoint.
         endpoint: String,
-        /// What it said.
+        /// What the endpoint answered.
         why: String,
     },
     /// Another chain than the one that was named.
@@ -24,7 +24,7 @@ pub enum ChainError {
     WrongChain {
         /// Which endpoint.
         endpoint: String,
-        /// Its genesis.
+        /// The genesis of the endpoint's chain.
         got: String,
         /// The pinned one.
         expected: String,
@@ -35,7 +35,7 @@ pub enum ChainError {
     /// The runtime's answer cannot be read.
     #[error("the chain's answer cannot be read (runtime {spec}): {why}")]
     Runtime {
-        /// Its version.
+        /// The version of the runtime.
         spec: u32,
         /// What is wrong.
         why: String,
@@ -66,7 +66,7 @@ pub enum ExtrinsicStage {
 /// An extrinsic that did not succeed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ExtrinsicRefusal {
-    /// Where.
+    /// The stage at which it failed.
     pub stage: ExtrinsicStage,
     /// The chain's own word for it.
     pub word: String,

@@ -98,7 +98,7 @@ pub struct Keypair(Inner);
 /// Bytes that are no key pair.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PairError {
-    /// Not a seed.
+    /// The bytes are no seed.
     #[error("not a seed: {0}")]
     Seed(SignatureError),
     /// Not an expanded secret.

@@ -70,17 +70,17 @@ impl Axon {
 /// A member of a subnet.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Neuron {
-    /// Its number.
+    /// The member's number on the subnet.
     pub uid: u16,
     /// What it signs with.
     pub hotkey: Hotkey,
-    /// Who owns it.
+    /// The coldkey that owns the hotkey.
     pub coldkey: Hotkey,
     /// Total stake: what counts for a validator's power.
     pub stake: Rao,
     /// Whether it may validate.
     pub permit: bool,
-    /// Where it listens.
+    /// The address that it has announced.
     pub axon: Option<Axon>,
     /// Share of the miners' rewards.
     pub incentive: f64,
@@ -134,7 +134,7 @@ pub struct Metagraph {
     pub netuid: u16,
     /// The block at which all of it was read.
     pub block: u64,
-    /// Its rules.
+    /// The subnet's parameters.
     pub hyperparameters: Hyperparameters,
     /// The block of the subnet's last epoch, as the chain counts; 0 where it had none.
     pub last_step: u64,

@@ -27,7 +27,7 @@ pub enum Doubt {
     /// More blocks than time has passed for.
     #[error("block {block} is not believed: block {newest} came {seconds} s ago")]
     Ahead {
-        /// What was said.
+        /// The block number that the endpoint gave.
         block: u64,
         /// What was believed last.
         newest: u64,
@@ -37,7 +37,7 @@ pub enum Doubt {
     /// Older than what is known.
     #[error("block {block} is not believed: block {known} is known already")]
     Behind {
-        /// What was said.
+        /// The block number that the endpoint gave.
         block: u64,
         /// What must at least be.
         known: u64,

@@ -57,7 +57,7 @@ type Hasher =
 pub struct TimelockError {
     /// The step that failed.
     pub what: &'static str,
-    /// What it said.
+    /// What the library answered.
     pub why: String,
 }
 

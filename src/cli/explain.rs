@@ -121,7 +121,7 @@ impl Shown {
         Ok(Self { weights, stored, miner, rounds: Vec::new() })
     }
 
-    /// For programs.
+    /// The explanation as JSON.
     pub(super) fn json(&self) -> Value {
         let round = |RoundResponse { round, response }: &RoundResponse| {
             let Response { timing, outcome, cause, error, sample, statistics, .. } = response;

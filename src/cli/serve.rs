@@ -115,11 +115,12 @@ async fn serve(
     let registry = Registry::default();
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let state = state(&args, &config, registry.clone(), subnet.as_ref(), clock.clone());
+    let (ended, signalled) = (CancellationToken::new(), CancellationToken::new());
+    // Before anybody can know that it runs, and end it.
+    let stop = stopping(ended.clone(), signalled.clone())?;
     announce!("http://{local}");
     let (listeners, running) = listeners(listener, &state, subnet);
     let timeout = Duration::from_secs(args.shutdown_timeout);
-    let (ended, signalled) = (CancellationToken::new(), CancellationToken::new());
-    let stop = stopping(ended.clone(), signalled.clone())?;
     let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
     let shown: Arc<dyn Progress> = Arc::new(Bars::new());

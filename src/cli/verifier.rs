@@ -51,8 +51,9 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let settings = config.server.settings;
     let service = Service::new(registry.clone(), &settings, clock.clone(), &pool);
-    announce!("http://{local}");
+    // Before anybody can know that it runs, and end it.
     let signal = stop_signal()?;
+    announce!("http://{local}");
     let stop = async move {
         signal.await;
         tell(NotifyState::Stopping);

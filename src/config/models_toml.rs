@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 /// Sequences that run at once where nothing is said.
 const SEQUENCES_DEFAULT: usize = 64;
-/// Most of them.
+/// Most sequences that a file may ask for.
 const SEQUENCES_MAX: usize = 1024;
 /// Most tokens that may be guessed for a step: fewer than the rows up to which they are added.
 const SPECULATIVE_MAX: usize = STEP_ROWS_MAX - 1;
@@ -68,9 +68,9 @@ pub enum ModelSource {
 pub struct ModelConfig {
     /// What requests call it.
     pub name: String,
-    /// Its files.
+    /// Where its files come from.
     pub source: ModelSource,
-    /// What runs it.
+    /// The engine that runs it.
     pub backend: BackendKind,
     /// Where it is computed.
     pub device: Device,
@@ -89,9 +89,9 @@ pub struct ModelConfig {
 /// The whole file.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
-    /// What is served.
+    /// The models that are served.
     pub models: Vec<ModelConfig>,
-    /// How.
+    /// What the `[server]` table says.
     pub server: ServerConfig,
 }
 
@@ -103,7 +103,7 @@ pub struct ConfigError {
     pub path: PathBuf,
     /// Rule and fact.
     pub what: String,
-    /// What to try.
+    /// Advice, where there is some.
     pub hint: Option<String>,
 }
 

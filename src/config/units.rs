@@ -11,7 +11,7 @@ pub enum UnitError {
     /// A share of nothing, or of more than all.
     #[error("a share must lie above 0% and up to 100%, got {0}")]
     Share(String),
-    /// No size.
+    /// The text is no size.
     #[error("must be a size such as \"8 MiB\", got \"{0}\"")]
     Size(String),
 }

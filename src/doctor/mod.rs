@@ -36,7 +36,7 @@ pub struct Finding {
     pub level: Level,
     /// What was seen, with its numbers.
     pub fact: String,
-    /// What to do.
+    /// Advice on how to mend it.
     pub hint: Option<String>,
 }
 

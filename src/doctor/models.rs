@@ -17,7 +17,7 @@ pub struct Files<'a> {
     pub name: &'a str,
     /// A checkpoint directory or a GGUF file.
     pub path: &'a Path,
-    /// Its sizes.
+    /// The sizes that its entry asks for.
     pub wanted: MemoryWanted,
 }
 

@@ -77,7 +77,7 @@ pub enum Command {
 
 /// A request that was taken.
 pub struct Submission {
-    /// What is asked.
+    /// The request, checked.
     pub request: Request,
     /// Where its events go: there is room for all that it can have.
     pub events: mpsc::Sender<Event>,

@@ -113,7 +113,7 @@ impl BlockPool {
         }
     }
 
-    /// All blocks.
+    /// How many blocks there are, held or not.
     pub fn total(&self) -> usize {
         self.blocks.len()
     }

@@ -17,7 +17,7 @@ pub const REUSES_MIN: u32 = 3;
 pub struct HotPrefix {
     /// Sequences that found it.
     pub reuses: u32,
-    /// Its token ids.
+    /// The token ids of its blocks.
     pub tokens: Vec<u32>,
 }
 

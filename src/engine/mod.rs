@@ -122,7 +122,7 @@ pub struct Info {
     pub spec: Arc<Spec>,
     /// Type of weights, matrix inputs and KV cache.
     pub dtype: Dtype,
-    /// What runs it.
+    /// The backend that runs it.
     pub backend: BackendKind,
 }
 
@@ -290,7 +290,7 @@ impl Engine {
         &self.0.text
     }
 
-    /// What it runs.
+    /// Shape and type of the model.
     pub fn info(&self) -> &Info {
         &self.0.info
     }

@@ -50,14 +50,14 @@ pub enum FinishReason {
     StopId(u32),
     /// A stop string of the request.
     StopString(String),
-    /// `max_tokens`.
+    /// The limit `max_tokens` was reached.
     Length,
 }
 
 /// The end of a generation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Finish {
-    /// Why.
+    /// Why the output ended.
     pub reason: FinishReason,
     /// Tokens of the prompt, those from the cache included.
     pub prompt_tokens: usize,

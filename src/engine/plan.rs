@@ -24,7 +24,7 @@ pub const WAITING_MAX: usize = 256;
 pub enum KvMemory {
     /// Enough for `sequences_max` full contexts, or what the machine has left.
     Auto,
-    /// This many bytes.
+    /// A number of bytes.
     Bytes(u64),
     /// This share of the machine's available memory.
     Share(f64),
@@ -62,9 +62,9 @@ pub enum PlanError {
     /// More tokens than the model was made for.
     #[error("`context_max` = {wanted} is more than the model's context of {context} tokens")]
     Context {
-        /// Asked for.
+        /// The context that was asked for.
         wanted: usize,
-        /// The model's.
+        /// The context of the model.
         context: usize,
     },
     /// The KV cache would not hold one sequence.
@@ -176,7 +176,7 @@ impl MemoryPlan {
         Ok(Self { weights, kv, workspace, options })
     }
 
-    /// All of it.
+    /// Bytes of weights, KV cache and workspace together.
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.workspace
     }

@@ -42,7 +42,7 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: Sampling,
-    /// When to stop.
+    /// The rules that end the output.
     pub stop: StopRules,
     /// Most tokens to generate; 0 only with `prompt_logprobs`.
     pub max_tokens: usize,

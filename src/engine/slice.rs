@@ -9,7 +9,7 @@ pub struct SequenceId(pub u64);
 /// The rows of one sequence in a step.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Slice {
-    /// Whose.
+    /// The sequence whose rows these are.
     pub id: SequenceId,
     /// Position of the first row.
     pub start: usize,

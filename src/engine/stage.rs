@@ -20,7 +20,7 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// All of them.
+    /// Every stage.
     pub const ALL: [Stage; 6] =
         [Stage::Take, Stage::Schedule, Stage::Forward, Stage::Reduce, Stage::Record, Stage::Commit];
 }

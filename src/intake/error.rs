@@ -24,13 +24,13 @@ pub struct RequestError {
 /// Whose fault it is that a request is not understood.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FaultKind {
-    /// Its sender's.
+    /// The sender's fault.
     Wrong,
     /// Its sender's: the context cannot hold it.
     ContextLength,
     /// Nobody's: too much is being read at once.
     Busy,
-    /// Ours.
+    /// A fault of this program.
     Ours,
 }
 
@@ -61,7 +61,7 @@ impl RequestError {
         Self { kind: FaultKind::Busy, ..self }
     }
 
-    /// Not now.
+    /// A refusal that may pass: the server is busy.
     pub fn busy(message: impl Into<String>) -> Self {
         Self { kind: FaultKind::Busy, ..Self::new(message) }
     }

@@ -41,9 +41,9 @@ pub enum MinerError {
     /// The hotkey is no member.
     #[error("the hotkey {hotkey} is not registered on subnet {netuid}")]
     NotRegistered {
-        /// Whose.
+        /// The hotkey that was looked for.
         hotkey: String,
-        /// Where.
+        /// The subnet that lacks it.
         netuid: u16,
     },
     /// What the chain's endpoints say is not believed.

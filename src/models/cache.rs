@@ -22,7 +22,7 @@ const REMOVED: &str = ".removed-";
 pub struct CacheDirectories {
     /// Of the Hub, which other Hugging Face tools use too.
     pub hub: PathBuf,
-    /// Of this program.
+    /// The directory of this program's own files.
     pub own: PathBuf,
 }
 
@@ -120,7 +120,7 @@ pub struct Item {
     pub kind: &'static str,
     /// Its name: of a model, that of its repository.
     pub name: String,
-    /// Where it is.
+    /// The file or directory.
     pub path: PathBuf,
     /// Bytes of its files.
     pub bytes: u64,

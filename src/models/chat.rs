@@ -142,7 +142,7 @@ impl ChatTemplate {
         })
     }
 
-    /// Its text.
+    /// The template's text, as it was published.
     pub fn source(&self) -> &str {
         &self.source
     }

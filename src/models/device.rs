@@ -85,7 +85,7 @@ pub struct CardMemory {
     pub name: String,
     /// Bytes that nobody uses.
     pub free: u64,
-    /// All bytes.
+    /// Bytes of the card's memory.
     pub total: u64,
 }
 

@@ -45,7 +45,7 @@ pub enum LoadError {
         key: String,
         /// The value that stands there.
         value: String,
-        /// What is.
+        /// The values that are supported.
         supported: String,
     },
     /// A tensor is missing, or has the wrong shape or type.

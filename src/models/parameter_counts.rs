@@ -18,7 +18,7 @@ pub struct ParameterCounts {
 }
 
 impl ParameterCounts {
-    /// Of a model.
+    /// Counts the parameters of a model.
     pub fn of(spec: &Spec) -> Self {
         let (hidden, layers) = (spec.hidden as f64, spec.layers as f64);
         let attention = (spec.qkv_rows() + spec.attention_cols()) as f64 * hidden;

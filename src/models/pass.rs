@@ -95,7 +95,7 @@ pub struct Scores<'a> {
     pub mode: LogprobMode,
     /// So many of the most probable tokens.
     pub top: usize,
-    /// These tokens.
+    /// The tokens that are computed.
     pub ids: Vec<u32>,
     /// Tokens that may be meant by an alternative.
     pub near: Option<Near>,
@@ -127,7 +127,7 @@ pub enum LogprobMode {
 /// Log-probabilities without ranks: of single tokens, and of all that are probable enough.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Near {
-    /// These tokens.
+    /// The tokens that are computed.
     pub ids: Vec<u32>,
     /// All tokens that are at most so many nats less probable than the last of the most probable.
     pub reach: Option<f32>,

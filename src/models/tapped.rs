@@ -38,7 +38,7 @@ const HEAD: &str = "lm_head.weight";
 /// A derived checkpoint that is whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Tapped {
-    /// Where it lies.
+    /// The directory of the derived checkpoint.
     pub directory: PathBuf,
     /// Logits of the model itself, which come first.
     pub vocab: usize,

@@ -12,7 +12,7 @@ use std::f64::consts::TAU;
 /// How frequencies are stretched for long contexts.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum RopeScaling {
-    /// As trained.
+    /// Frequencies are those of the training.
     None,
     /// Positions divided by `factor`.
     Linear {

@@ -195,7 +195,7 @@ impl RowProver {
 /// A closed chunk as it is sent.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ChunkProof {
-    /// Its number.
+    /// The chunk's number, from 0.
     pub index: u32,
     /// Sketches and exact hash, or a TOPLOC proof.
     pub data: Vec<u8>,

@@ -32,7 +32,7 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// All of them.
+    /// Every scheme that can be asked for.
     pub const ALL: [Scheme; 3] = [Scheme::Residue, Scheme::ResidueU4, Scheme::Toploc];
 
     /// The name in requests.

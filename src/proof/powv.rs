@@ -20,7 +20,7 @@ pub struct Element {
     pub parameter: usize,
     /// The row of the element in its parameter.
     pub row: usize,
-    /// Its column.
+    /// The column of the element in its parameter.
     pub col: usize,
 }
 

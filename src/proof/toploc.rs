@@ -62,7 +62,7 @@ pub enum DecodeError {
     Coefficient {
         /// Which.
         index: usize,
-        /// Its value.
+        /// The value that was found.
         got: u32,
     },
 }

@@ -35,7 +35,7 @@ impl Endpoint {
 pub struct Prompts {
     /// The ids of each prompt.
     pub prompts: Vec<Vec<u32>>,
-    /// Choices of each.
+    /// How many choices each prompt has.
     pub n: usize,
 }
 
@@ -63,7 +63,7 @@ pub struct ResponseHead {
     pub endpoint: Endpoint,
     /// How it is written.
     pub report: ResponseOptions,
-    /// What it answers.
+    /// The prompts that it answers.
     pub prompts: Prompts,
     /// Name of the request, without the endpoint's prefix.
     pub id: String,

@@ -14,9 +14,9 @@ use serde::Serialize;
 pub struct EndedChoice {
     /// Rows of its prompt, where asked for.
     pub rows: Option<Vec<PromptRow>>,
-    /// Its tokens.
+    /// The tokens of the choice.
     pub steps: Vec<Step>,
-    /// Its end.
+    /// How the choice ended.
     pub finish: Finish,
 }
 

@@ -44,12 +44,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, message)
     }
 
-    /// Not now.
+    /// A failure that may pass: 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
-    /// Another status.
+    /// The same error with another status.
     pub fn with_status(status: StatusCode, message: impl Into<String>) -> Self {
         Self::new(status, message)
     }

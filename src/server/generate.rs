@@ -23,9 +23,9 @@ use futures_util::future::join_all;
 
 /// A request that is ready to run.
 pub struct Job {
-    /// Which endpoint.
+    /// The endpoint that was called.
     pub endpoint: Endpoint,
-    /// Whose model.
+    /// The model that runs it.
     pub routed: Routed,
     /// One sequence for each choice.
     pub requests: Vec<Request>,

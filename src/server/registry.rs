@@ -13,7 +13,7 @@ pub struct ModelEntry {
     pub name: String,
     /// The commit or file it comes from, once known.
     pub revision: Option<String>,
-    /// Where it stands.
+    /// Whether it is loading, ready or failed.
     pub state: State,
 }
 
@@ -135,6 +135,6 @@ impl Registry {
 pub struct Routed {
     /// What requests call the model.
     pub name: String,
-    /// Its engine.
+    /// The model with its engine.
     pub served: Served,
 }

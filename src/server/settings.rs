@@ -9,7 +9,7 @@ use subtle::{Choice, ConstantTimeEq};
 /// Settings of a running server; a reload replaces them as a whole.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Settings {
-    /// Who may ask.
+    /// The keys that open the API.
     pub keys: ApiKeys,
     /// What one client may cost.
     pub limits: HttpLimits,

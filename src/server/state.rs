@@ -124,7 +124,7 @@ impl ServerState {
         *self.0.settings.write() = Arc::new(settings);
     }
 
-    /// What is counted.
+    /// The server's metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.0.metrics
     }

@@ -16,7 +16,7 @@ type Events = Pin<Box<dyn Stream<Item = (usize, Event)> + Send>>;
 
 /// A response that is being sent.
 pub struct Streaming {
-    /// What writes it.
+    /// Writes the chunks.
     pub frames: Frames,
     /// Counts the request until its last frame.
     pub in_flight: InFlight,

@@ -28,7 +28,7 @@ pub enum Cause {
     TooSlow {
         /// What was waited for.
         what: &'static str,
-        /// For how long.
+        /// How long was waited.
         limit: Duration,
     },
     /// The store was written by a newer version of this program.

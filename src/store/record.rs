@@ -38,7 +38,7 @@ pub struct Response {
     pub hotkey: String,
     /// Its coldkey, as SS58.
     pub coldkey: String,
-    /// When what arrived.
+    /// When the answer's parts arrived.
     pub timing: Timing,
     /// The verdict over it.
     pub outcome: Outcome,
@@ -79,7 +79,7 @@ pub struct Statistics {
 pub struct MeasuredValue {
     /// The number.
     pub value: f64,
-    /// Its limit.
+    /// The limit of the value.
     pub limit: f64,
 }
 
@@ -107,7 +107,7 @@ pub struct Timing {
     pub tokens: u32,
 }
 
-/// What was found.
+/// What verification found of an answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -192,9 +192,9 @@ pub struct ResponseVerdict {
     pub uid: u16,
     /// Its hotkey then, as SS58.
     pub hotkey: String,
-    /// When what arrived.
+    /// When the answer's parts arrived.
     pub timing: Timing,
-    /// What was found.
+    /// What verification found of the answer.
     pub outcome: Outcome,
     /// The rule that was broken, or what failed.
     pub cause: Option<String>,

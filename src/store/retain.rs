@@ -50,7 +50,7 @@ pub struct Retention {
     pub samples_max: Option<u32>,
 }
 
-/// What was forgotten.
+/// How many records were deleted.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Removed {
     /// Rounds with their responses.

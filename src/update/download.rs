@@ -23,13 +23,13 @@ pub struct DownloadLimits {
     pub list_bytes: u64,
     /// Bytes of a program.
     pub file_bytes: u64,
-    /// For a connection.
+    /// Longest wait for a connection.
     pub connect_time: Duration,
     /// For the list in all.
     pub list_time: Duration,
     /// For a program in all.
     pub file_time: Duration,
-    /// Between two reads.
+    /// Longest wait between two reads.
     pub gap: Duration,
 }
 

@@ -48,7 +48,7 @@ pub enum UpdateError {
     Redirected {
         /// What was asked for.
         url: String,
-        /// Where it points.
+        /// The address that it points to.
         to: String,
     },
     /// It took too long.
@@ -82,7 +82,7 @@ pub enum UpdateError {
     /// The list cannot be understood.
     #[error("{url} is no list of a release: {why}")]
     List {
-        /// What was read.
+        /// The address that was read.
         url: String,
         /// What is wrong with it.
         why: ListError,
@@ -92,7 +92,7 @@ pub enum UpdateError {
     NoBuild {
         /// The release.
         version: String,
-        /// This program's target.
+        /// The target that this program was built for.
         target: String,
     },
     /// The signature is not that of the key.

@@ -9,11 +9,13 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use targon_engine::chain::keys::Hotkey;
 
 const TAO: u64 = 1_000_000_000;
 const UID: usize = 7;
+/// No command takes as long.
+const LONGEST: Duration = Duration::from_secs(120);
 
 /// What documents name, and what stands for it here: names, and sizes that would take long.
 const INSTEAD: [(&str, &str); 17] = [
@@ -190,15 +192,13 @@ fn fault(home: &Path, words: &[String], chain: &str) -> Option<String> {
     let has = |word: &str| words.iter().any(|w| w == word);
     if matches!(words[0].as_str(), "serve" | "verifier") && !has("--dry-run") {
         command.env("TARGON_PORT", "0").env("BT_AXON_IP", "127.0.0.2");
-        let (server, lines) = Server::start(command, 1);
+        let (server, lines) = Server::start(command, 1 + usize::from(has("--wallet.name")));
         let is_listening = lines[0].starts_with("http://");
         return (!is_listening || !server.ends()).then(|| format!("it does not serve: {lines:?}"));
     }
     command.env("BT_AXON_IP", "127.0.0.2");
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let shown = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    let all = shown.concat();
-    let is_well = match status.code() {
+    let (code, all) = output(home, command);
+    let is_well = match code {
         Some(0) => true,
         // What is found wrong with this machine is no fault of the command.
         Some(1) => words[0] == "doctor" && all.contains("fault") || all.contains("is not fit"),
@@ -206,7 +206,23 @@ fn fault(home: &Path, words: &[String], chain: &str) -> Option<String> {
         Some(4) => words[0] == "audit",
         _ => false,
     };
-    (!is_well).then(|| format!("{:?}: {all}", status.code()))
+    (!is_well).then(|| format!("{code:?}: {all}"))
+}
+
+/// The exit code, none where it was ended because it took too long, and what was printed.
+fn output(home: &Path, mut command: Command) -> (Option<i32>, String) {
+    let files = ["out", "err"].map(|name| home.join(name));
+    let [out, err] = files.each_ref().map(|path| std::fs::File::create(path).unwrap());
+    let mut running = Server(command.stdout(out).stderr(err).spawn().unwrap());
+    let started = Instant::now();
+    let code = loop {
+        match running.0.try_wait().unwrap() {
+            Some(status) => break status.code(),
+            None if started.elapsed() > LONGEST => break None,
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    (code, files.map(|path| std::fs::read_to_string(path).unwrap()).concat())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -217,7 +233,9 @@ async fn every_command_that_the_documents_show_runs() {
     let miner = hotkey(home, "default", "default");
     let others = [hotkey(home, "default", "validator"), hotkey(home, "miner", "h1")];
     let keys = others.iter().map(|key| key.0).chain((2..UID as u8).map(|i| [i; 32]));
-    let member = |key| Neuron { stake_rao: 20_000 * TAO, permit: true, ..Neuron::new(key) };
+    let validator = others[0].0;
+    let member =
+        |key| Neuron { stake_rao: 20_000 * TAO, permit: key == validator, ..Neuron::new(key) };
     let neurons = keys.chain([miner.0]).map(member).collect();
     let node = FakeNode::start(Subnet::new(4, neurons)).await;
     node.auto_blocks(Duration::from_millis(200));
@@ -233,6 +251,7 @@ async fn every_command_that_the_documents_show_runs() {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    let announced = node.subnet(|s| s.neurons[UID].axon.clone());
     let places = [open.clone(), axon, miner.to_string()];
     let (mut faults, mut count) = (Vec::new(), 0);
     for command in shown() {
@@ -244,7 +263,9 @@ async fn every_command_that_the_documents_show_runs() {
             words.extend(["--url".to_owned(), open.clone()]);
         }
         count += 1;
-        let started = std::time::Instant::now();
+        let started = Instant::now();
+        // Another `serve` of the same hotkey may have announced itself, and is gone.
+        node.subnet(|s| s.neurons[UID].axon.clone_from(&announced));
         let found = tokio::task::block_in_place(|| fault(home, &words, &url));
         println!("{:6.1} s  {}", started.elapsed().as_secs_f64(), words.join(" "));
         faults.extend(found.map(|what| format!("{}\n{what}", words.join(" "))));

@@ -165,14 +165,15 @@ async fn from_registration_to_a_verified_answer() {
     assert!(!err.contains("secretSeed") && !err.contains("privateKey"));
 }
 
-/// Exit code and findings of `doctor --as-validator`: topic, level, fact.
+/// Exit code and findings of `doctor --as-validator`: topic, level, fact with its hint.
 fn examined(home: &Home, arguments: &[&str]) -> (i32, Vec<[String; 3]>) {
     let base = ["doctor", "--json", "--max-tokens", "24", "--temperature", "0", "--as-validator"];
     let (code, out, err) = home.run(&[&base[..], arguments].concat());
     let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}\n{err}"));
-    let text = |finding: &Value, key: &str| finding[key].as_str().unwrap().to_owned();
+    let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+    let told = |f: &Value| format!("{}; {}", text(f, "fact"), text(f, "hint"));
     let findings = report["findings"].as_array().unwrap().iter();
-    (code, findings.map(|f| ["topic", "level", "fact"].map(|key| text(f, key))).collect())
+    (code, findings.map(|f| [text(f, "topic"), text(f, "level"), told(f)]).collect())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,12 +222,15 @@ async fn a_signed_examination_says_what_each_rule_concludes() {
     // Who may not ask, and who asks another, is told so by the rule that refuses them.
     let validator = validator.to_string();
     for (arguments, words) in [
-        ([&[axon, "--hotkey", &miner][..], &signed("stranger")].concat(), "not in metagraph"),
+        (
+            [&[axon, "--hotkey", &miner][..], &signed("stranger")].concat(),
+            "a hotkey that is registered",
+        ),
         (
             [&[axon, "--hotkey", &validator][..], &signed("validator")].concat(),
-            "not intended for self",
+            "the miner's own hotkey by --hotkey",
         ),
-        (vec![axon], "signed listener"),
+        (vec![axon], "name a wallet by --wallet.name"),
     ] {
         let (code, found) = examined(&home, &arguments);
         let [[topic, level, fact]] = found.as_slice() else { panic!("{found:#?}") };

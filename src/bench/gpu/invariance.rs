@@ -1,5 +1,5 @@
-//! Whether a row has the same bits however it is computed: at once, in chunks, token by token, and
-//! beside other sequences; and how far rows of the two arithmetics are apart.
+//! Checks whether a row has the same bits however it is computed: at once, in chunks, token by
+//! token, and beside other sequences; and how far rows of the two arithmetics are apart.
 
 use super::{Say, is_same, prover, samplings};
 use crate::models::arithmetic::Arithmetic;
@@ -52,8 +52,8 @@ pub(super) fn compare(
         let count = subject.together(arithmetic, &alone)?;
         let dtype = weights.dtype();
         say(format!(
-            "{arithmetic} in {dtype}: {count} of {count} rows are equal in chunks, token by token and in \
-             batches of 1 to {SEQUENCES}"
+            "{arithmetic} in {dtype}: {count} of {count} rows are equal in chunks, token by token \
+             and in batches of 1 to {SEQUENCES}"
         ));
         hidden.push(hidden_rows(&alone, subject.weights));
     }

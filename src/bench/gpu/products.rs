@@ -1,5 +1,5 @@
-//! The kernels for products, one by one: the portable ones against the CPU's bits, those for tensor
-//! cores against each other and, by distance, against the portable ones.
+//! Measures the kernels for products, one by one: the portable ones against the CPU's bits, those
+//! for tensor cores against each other and, by distance, against the portable ones.
 
 use super::Say;
 use crate::models::cuda::Card;

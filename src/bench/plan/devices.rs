@@ -17,7 +17,7 @@ pub enum DeviceKind {
 pub struct DeviceSpec {
     /// What `--devices` calls it.
     pub name: &'static str,
-    /// What computes.
+    /// Whether it is a card or a processor.
     pub kind: DeviceKind,
     /// Bytes of memory; of processors the memory is the machine's and counts as unlimited.
     pub memory: u64,

@@ -11,9 +11,9 @@ use serde::Serialize;
 /// The share of a datasheet's numbers that an engine reaches.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Efficiency {
-    /// Of the bandwidth.
+    /// Share of the bandwidth that is reached.
     pub memory: f64,
-    /// Of the arithmetic.
+    /// Share of the peak arithmetic that is reached.
     pub compute: f64,
 }
 
@@ -34,7 +34,7 @@ impl Efficiency {
 pub enum Bottleneck {
     /// Reading weights and cache.
     Memory,
-    /// Multiplying.
+    /// Arithmetic.
     Compute,
 }
 

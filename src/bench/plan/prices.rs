@@ -14,7 +14,7 @@ pub struct Price {
     pub per_hour: f64,
     /// When that was asked: YYYY-MM-DD.
     pub date: String,
-    /// Who asks it.
+    /// Where the price was found.
     pub source: Option<String>,
 }
 

@@ -13,7 +13,7 @@ pub const SCHEMA: &str = "targon-engine-bench";
 /// The version of the schema that is written and read here.
 pub const VERSION: u32 = 1;
 
-/// What was measured.
+/// Whether an engine or a server was measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReportKind {
@@ -31,7 +31,7 @@ pub struct BenchReport {
     pub schema: String,
     /// The [`VERSION`] by which it was written.
     pub version: u32,
-    /// What was measured.
+    /// Whether an engine or a server was measured.
     pub kind: ReportKind,
     /// When it began: seconds since 1970.
     pub started: u64,
@@ -116,7 +116,7 @@ impl Phase {
 pub enum Limit {
     /// Reading weights and cache.
     Memory,
-    /// Multiplying.
+    /// Arithmetic.
     Compute,
     /// Neither: it reaches less than a quarter of both ceilings.
     Overhead,
@@ -249,7 +249,7 @@ pub struct Signature {
 }
 
 impl BenchReport {
-    /// An empty one.
+    /// A report without measurements yet.
     pub fn new(kind: ReportKind, started: u64, machine: Machine, model: ModelFacts) -> Self {
         Self {
             schema: SCHEMA.into(),

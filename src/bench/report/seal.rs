@@ -16,9 +16,9 @@ const DOMAIN: &[u8] = b"targon-engine bench report 1\n";
 /// What is known of a report's signature.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Sealed {
-    /// It has none.
+    /// The report has no signature.
     Unsigned,
-    /// This hotkey's.
+    /// It is signed by this hotkey.
     By(Hotkey),
 }
 

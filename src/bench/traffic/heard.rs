@@ -19,7 +19,7 @@ pub type Answering = Pin<Box<dyn Future<Output = Heard> + Send>>;
 
 /// Sends a request and times its answer.
 pub trait Transport: Send + Sync {
-    /// Sends it now.
+    /// Sends the request at once.
     fn ask(&self, asked: LoadRequest) -> Answering;
 }
 
@@ -41,7 +41,7 @@ pub struct TokenUsage {
     pub prompt: u64,
     /// Of those, found in a cache.
     pub cached: u64,
-    /// Of the answer.
+    /// Tokens of the answer.
     pub completion: u64,
 }
 

@@ -26,7 +26,7 @@ pub(super) type Signed =
 
 /// An extrinsic that did not succeed, as far as is known.
 pub(super) struct Failed {
-    /// What is known.
+    /// What is known of the failure.
     pub(super) error: ChainError,
     /// Whether it may be in a block all the same, now or later.
     pub(super) may_be_included: bool,

@@ -12,7 +12,7 @@ pub struct Order {
     pub netuid: u16,
     /// The mechanism of the subnet; 0 for the first, which most subnets have alone.
     pub mechanism: u8,
-    /// Who gets what.
+    /// The weight of each uid.
     pub vector: Vector,
     /// Version of the software that made them.
     pub version_key: u64,
@@ -63,11 +63,11 @@ pub struct SentWeights {
     pub mechanism: u8,
     /// Whose weights.
     pub hotkey: Hotkey,
-    /// Who gets what.
+    /// The weight of each uid.
     pub vector: Vector,
     /// The extrinsic's hash: 64 hexadecimal digits after `0x`.
     pub hash: String,
-    /// What it calls.
+    /// The call of the extrinsic.
     pub call: Call,
     /// The final block at which it was signed: it is in none before.
     pub block: u64,
@@ -92,9 +92,9 @@ pub enum SendError {
         "the extrinsic {} was sent and may be in a block up to {}: {why}", sent.hash, sent.until
     )]
     Uncertain {
-        /// What was sent.
+        /// The weights that were sent.
         sent: Box<SentWeights>,
-        /// What happened.
+        /// The reason, in words.
         why: String,
     },
 }

@@ -25,7 +25,7 @@ pub enum RevealEpochs {
         last: u64,
         /// Block at which the owner wants one; 0 for none.
         pending: u64,
-        /// Its number.
+        /// The number of the epoch.
         index: u64,
         /// Blocks since the last step.
         since_step: u64,

@@ -84,15 +84,15 @@ pub enum Unmet {
     NotRegistered {
         /// Whose.
         hotkey: Hotkey,
-        /// Where.
+        /// The subnet.
         netuid: u16,
     },
     /// `NotEnoughStakeToSetWeights`.
     #[error("the hotkey's stake of {stake} is below the {threshold} that setting weights needs")]
     Stake {
-        /// What it has.
+        /// The stake that the hotkey has.
         stake: Rao,
-        /// What it needs.
+        /// The stake that is needed.
         threshold: Rao,
     },
     /// `IncorrectWeightVersionKey`.
@@ -123,7 +123,7 @@ pub enum Unmet {
     NoPermit {
         /// Whose.
         uid: u16,
-        /// Where.
+        /// The subnet.
         netuid: u16,
     },
     /// `UidVecContainInvalidOne`.
@@ -152,7 +152,7 @@ pub enum Unmet {
          (max_weights_limit {max_limit} of 65535)"
     )]
     MaxWeight {
-        /// Of whom.
+        /// The uid in the vector.
         uid: u16,
         /// The weight over the sum of all.
         share: f64,
@@ -166,7 +166,7 @@ pub enum Unmet {
     /// `TooManyUnrevealedCommits`.
     #[error("{count} commits of this epoch wait for their revelation: there may be 10")]
     TooManyCommits {
-        /// How many.
+        /// How many commits wait.
         count: usize,
     },
 }

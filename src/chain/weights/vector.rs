@@ -50,7 +50,7 @@ pub enum VectorError {
     /// It has fewer weights than the subnet demands.
     #[error("the subnet wants at least {wanted} weights above zero, got {given}")]
     TooFew {
-        /// Those above zero.
+        /// Weights above zero in the vector.
         given: usize,
         /// Those that must be.
         wanted: u16,

@@ -20,7 +20,7 @@ const TOKENS_MIN: usize = 3;
 pub struct Answered<'a> {
     /// What findings are about: `chat` or `completion`.
     pub topic: &'a str,
-    /// What came.
+    /// The answer as it was received.
     pub streamed: &'a Streamed,
     /// The answer as a validator reads it.
     pub reading: &'a Reading,

@@ -198,7 +198,7 @@ pub enum HeaderError {
     /// More than a header may take.
     #[error("its header takes more than {HEADER_BYTES_MAX} bytes, at {what}")]
     Long {
-        /// What goes beyond.
+        /// What was being read at the limit.
         what: String,
     },
     /// The system does not read.

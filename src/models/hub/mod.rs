@@ -103,7 +103,7 @@ impl Hub {
         Self { patience, ..self }
     }
 
-    /// Its address.
+    /// The Hub's address.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }

@@ -14,7 +14,7 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// No positions.
+    /// The state before any position is added.
     pub(super) const NOTHING: Self =
         Self { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; HEAD_DIM_MAX] };
 

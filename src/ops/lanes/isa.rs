@@ -76,7 +76,7 @@ pub enum IsaError {
     /// This CPU has it not.
     #[error("this CPU has no {0}; it has {available:?}", available = Isa::available())]
     Missing(Isa),
-    /// Nobody has it.
+    /// No instruction set has this name.
     #[error("unknown instruction set `{0}`; known: {all:?}", all = Isa::ALL)]
     Unknown(String),
 }

@@ -81,7 +81,7 @@ pub struct Terms {
 /// Why a body was not received.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BodyError {
-    /// Too large.
+    /// It has more bytes than this limit.
     #[error("the body must have at most {0} bytes")]
     Large(usize),
     /// Too slow.
@@ -91,15 +91,15 @@ pub enum BodyError {
         took.as_secs()
     )]
     Slow {
-        /// What had come.
+        /// Bytes that had arrived.
         bytes: usize,
-        /// In this time.
+        /// The time in which they had arrived.
         took: Duration,
     },
     /// Its place was needed for another one.
     #[error("too many bodies are being received")]
     Crowded,
-    /// It broke off.
+    /// The connection ended before the body did.
     #[error("the body cannot be read: {0}")]
     Broken(String),
 }

@@ -10,9 +10,9 @@ use std::fmt;
 /// What a member must have to ask.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AdmissionRule {
-    /// Nothing more.
+    /// Being a member is enough.
     Member,
-    /// This much stake.
+    /// Members with at least this stake.
     Stake(Rao),
     /// This much stake, as far as it is known, or the validator permit, which the chain gives for
     /// stake: the metagraph came from storage, where a part of the stake is missing.

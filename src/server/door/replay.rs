@@ -43,7 +43,7 @@ impl Replays {
         self.order.len()
     }
 
-    /// Whether none is.
+    /// Whether no request is remembered.
     pub fn is_empty(&self) -> bool {
         self.order.is_empty()
     }

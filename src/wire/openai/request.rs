@@ -45,7 +45,7 @@ pub struct ChatRequest {
 /// Body of `/v1/completions`.
 #[derive(Clone, Deserialize, Debug, ToSchema)]
 pub struct CompletionRequest {
-    /// What to continue.
+    /// The text or ids to continue.
     #[schema(value_type = PromptForm)]
     pub prompt: Prompt,
     /// Prompts are returned before their continuation.

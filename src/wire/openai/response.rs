@@ -19,7 +19,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// From the counts.
+    /// The usage of a response with these counts.
     pub fn new(prompt_tokens: usize, cached_tokens: usize, completion_tokens: usize) -> Self {
         Self {
             prompt_tokens,
@@ -40,7 +40,7 @@ pub struct PromptTokensDetails {
 /// The proof of one chunk of output rows.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, ToSchema)]
 pub struct ProofChunk {
-    /// Its number.
+    /// The chunk's number, from 0.
     pub index: u32,
     /// Base 64.
     pub data: String,
@@ -103,7 +103,7 @@ pub struct Extras {
 pub struct Response<C> {
     /// Same for all chunks of a stream.
     pub id: String,
-    /// What it is.
+    /// The kind of object, by OpenAI's name.
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
@@ -131,7 +131,7 @@ pub struct Response<C> {
 /// A choice of a whole chat response.
 #[derive(Clone, Serialize, Debug, ToSchema)]
 pub struct ChatChoice {
-    /// Its number.
+    /// Its number among the choices.
     pub index: usize,
     /// What the model said.
     pub message: ChatMessage,
@@ -161,9 +161,9 @@ pub struct ChatMessage {
 /// A choice of one chat chunk.
 #[derive(Clone, Serialize, Debug)]
 pub struct ChatChunkChoice {
-    /// Its number.
+    /// Its number among the choices.
     pub index: usize,
-    /// What is new.
+    /// What this chunk adds to the message.
     pub delta: Delta,
     /// Log-probability of the chunk's token, where asked for.
     pub logprobs: Option<ChatLogprobs>,

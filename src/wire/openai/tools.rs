@@ -23,7 +23,7 @@ pub struct Tool {
 pub struct Function {
     /// What calls of it name.
     pub name: String,
-    /// What it does.
+    /// What the function does, for the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
     /// JSON schema of its arguments.
@@ -42,9 +42,9 @@ pub enum ToolChoice {
     None,
     /// As the model likes.
     Auto,
-    /// At least one.
+    /// The model must call at least one tool.
     Required,
-    /// This function.
+    /// The model must call this function.
     Named(String),
 }
 
@@ -107,7 +107,7 @@ pub struct ToolCall {
     /// `function`; with the first part.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<&'static str>,
-    /// What is called.
+    /// The function with its arguments.
     pub function: CalledFunction,
 }
 
