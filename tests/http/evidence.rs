@@ -376,7 +376,9 @@ fn a_miner_belongs_to_the_narrowest_class_that_its_answers_keep() {
         "{broken:?}"
     );
     let missed = fits(&files, &mixed)[0].missed;
-    let one = files[1].held_out.rejected.upper95;
+    let held = &files[1].held_out;
+    let one = held.rejected.upper95 + held.trimmed.upper95;
+    assert_eq!((held.twin.of, held.trimmed.of > 0), (0, true));
     assert!((missed - (8.0 * one).min(1.0)).abs() < 1e-12, "{missed} {one}");
 }
 
