@@ -20,8 +20,8 @@ pub struct ClassFit<'a> {
     pub file: &'a LimitsFile,
     /// Number of the first answer, from 1 on, that breaks a limit of it, and which.
     pub broken: Option<(usize, String)>,
-    /// At most this share of honest members has such an answer among as many: the upper 95 % bound
-    /// of one answer times their number.
+    /// At most this share of honest members has such an answer among as many: the upper 95 % bounds
+    /// of one answer, of all rules together, times their number.
     pub missed: f64,
 }
 
@@ -32,7 +32,7 @@ pub fn fits<'a>(files: &'a [LimitsFile], answers: &[HonestSample]) -> Vec<ClassF
         .map(|file| {
             let mut numbered = (1..).zip(answers);
             let broken = numbered.find_map(|(n, answer)| Some((n, broken(answer, &file.limits)?)));
-            let missed = (file.held_out.rejected.upper95 * answers.len() as f64).min(1.0);
+            let missed = (held_out(file) * answers.len() as f64).min(1.0);
             ClassFit { file, broken, missed }
         })
         .collect();
@@ -41,6 +41,12 @@ pub fn fits<'a>(files: &'a [LimitsFile], answers: &[HonestSample]) -> Vec<ClassF
         a.partial_cmp(&b).unwrap_or(Ordering::Equal)
     });
     fits
+}
+
+/// The bound of one answer: what rejects and what is only suspicious, as far as it was measured.
+fn held_out(LimitsFile { held_out, .. }: &LimitsFile) -> f64 {
+    let rules = [held_out.rejected, held_out.trimmed, held_out.twin];
+    rules.iter().filter(|share| share.of > 0).map(|share| share.upper95).sum()
 }
 
 /// The class of the narrowest limits that nothing breaks.

@@ -366,7 +366,7 @@ fn a_miner_belongs_to_the_narrowest_class_that_its_answers_keep() {
     assert!(number == 1 && what.starts_with("chunk 0 has energy"), "{number}: {what}");
     // One answer that is far decides, wherever it stands among them.
     let mut mixed = of(12.0, 0.05)[..8].to_vec();
-    mixed[5] = of(12.0, 0.4).remove(0);
+    mixed[5] = of(12.0, 0.45).remove(0);
     let (class, broken) = told(&mixed);
     assert_eq!(class, None);
     assert!(
@@ -376,7 +376,9 @@ fn a_miner_belongs_to_the_narrowest_class_that_its_answers_keep() {
         "{broken:?}"
     );
     let missed = fits(&files, &mixed)[0].missed;
-    let one = files[1].held_out.rejected.upper95;
+    let held = &files[1].held_out;
+    let one = held.rejected.upper95 + held.trimmed.upper95;
+    assert_eq!((held.twin.of, held.trimmed.of > 0), (0, true));
     assert!((missed - (8.0 * one).min(1.0)).abs() < 1e-12, "{missed} {one}");
 }
 
