@@ -233,7 +233,9 @@ fn start_one(
             let weights = to_hex(&served.identity.weights_root);
             let (device, backend) = (served.model.weights.device(), served.engine.info().backend);
             let canon = &served.identity.canon;
-            tracing::info!(model = name, ?backend, %device, %canon, dtype, weights, seconds, "ready");
+            tracing::info!(
+                model = name, ?backend, %device, %canon, dtype, weights, seconds, "ready"
+            );
             registry.set(name, None, State::Ready(Box::new(served)));
             true
         }

@@ -118,7 +118,8 @@ impl Identity {
         model_hash(&self.weights_root, &self.type_name(), canon, &calibration)
     }
 
-    /// The hash in [`CANON`], whatever its rows are computed in: limits of a model are kept under it.
+    /// The hash in [`CANON`], whatever its rows are computed in: limits of a model are kept under
+    /// it.
     pub fn portable_hash(&self) -> Hash {
         self.hash_under(CANON)
     }

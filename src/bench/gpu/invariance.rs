@@ -1,7 +1,8 @@
 //! Whether a row has the same bits however it is computed: at once, in chunks, token by token, and
 //! beside other sequences; and how far rows of the two arithmetics are apart.
 
-use super::{Say, is_same, prover, samplings};
+use super::asked::{is_same, prover, samplings};
+use crate::bench::host::Say;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::cuda::{CudaPass, CudaWeights};
 use crate::models::pass::{Batch, Pass, RowAsk, RowResult, Scores, Token, blocks_of};
@@ -52,8 +53,8 @@ pub(super) fn compare(
         let count = subject.together(arithmetic, &alone)?;
         let dtype = weights.dtype();
         say(format!(
-            "{arithmetic} in {dtype}: {count} of {count} rows are equal in chunks, token by token and in \
-             batches of 1 to {SEQUENCES}"
+            "{arithmetic} in {dtype}: {count} of {count} rows are equal in chunks, token by token \
+             and in batches of 1 to {SEQUENCES}"
         ));
         hidden.push(hidden_rows(&alone, subject.weights));
     }

@@ -1,7 +1,7 @@
 //! The kernels for products, one by one: the portable ones against the CPU's bits, those for tensor
 //! cores against each other and, by distance, against the portable ones.
 
-use super::Say;
+use crate::bench::host::Say;
 use crate::models::cuda::Card;
 use crate::models::cuda::launch::{Arg, Launch, Memory, Pinned, Stream, values_of};
 use crate::ops::dtype::{Dtype, Rounded};

@@ -1,7 +1,7 @@
 //! Holds the weights of a model in a card's memory.
 //!
-//! Rows go to the card as the file has them, a piece at a time, and the card packs them in the tiles
-//! that the kernels read: loading needs little memory beside the weights, on either side.
+//! Rows go to the card as the file has them, a piece at a time, and the card packs them in the
+//! tiles that the kernels read: loading needs little memory beside the weights, on either side.
 
 use super::error::CudaError;
 use super::launch::{Card, Launch, Memory, Pinned, Pointer, Stream, args, bytes_of};
