@@ -1,4 +1,4 @@
-//! How a device multiplies matrices, which decides the canon of the rows.
+//! Names how a device multiplies matrices, which decides the canon of the rows.
 
 use std::fmt;
 use std::str::FromStr;

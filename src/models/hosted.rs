@@ -1,4 +1,4 @@
-//! Rows whose logits a card sent to the host, counted by why.
+//! Counts rows whose logits a card sent to the host, by why.
 
 /// Why the host read a row that a device computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,4 +1,4 @@
-//! What is asked of rows, and whether two answers are the same.
+//! Says what is asked of rows, and whether two answers are the same.
 
 use crate::models::pass::RowResult;
 use crate::models::sampler::Sampling;

@@ -1,5 +1,5 @@
-//! Whether a row has the same bits however it is computed: at once, in chunks, token by token, and
-//! beside other sequences; and how far rows of the two arithmetics are apart.
+//! Checks that a row has the same bits however it is computed: at once, in chunks, token by token,
+//! and beside other sequences. Measures how far rows of the two arithmetics are apart.
 
 use super::asked::{is_same, prover, samplings};
 use crate::bench::host::Say;

@@ -1,5 +1,5 @@
-//! The kernels for products, one by one: the portable ones against the CPU's bits, those for tensor
-//! cores against each other and, by distance, against the portable ones.
+//! Compares the kernels for products, one by one: the portable ones with the CPU's bits, those for
+//! tensor cores with each other and, by distance, with the portable ones.
 
 use crate::bench::host::Say;
 use crate::models::cuda::Card;
