@@ -4,9 +4,11 @@
 //! so that an interrupted run has reported what it measured. Weights are filled with noise, so
 //! nothing is downloaded.
 
+mod asked;
 mod invariance;
 mod products;
 
+use self::asked::{is_same, prover, samplings};
 use super::host::{self, Say};
 use super::verify::write_model;
 use crate::clock::Clock;
@@ -17,14 +19,11 @@ use crate::models::cpu::CpuPass;
 use crate::models::cpu::decoder::Decoder;
 use crate::models::cuda::launch::{Memory, Stream};
 use crate::models::cuda::{Card, CudaPass, CudaWeights, Sizes, cards};
-use crate::models::pass::{Batch, Pass, RowAsk, RowResult, Scores, Token, blocks_of};
+use crate::models::pass::{Batch, Pass, RowAsk, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use crate::proof::Scheme;
-use crate::proof::commit::RowProver;
-use crate::proof::residue::Calibration;
 use anyhow::{Context, ensure};
 use serde_json::json;
 use std::path::Path;
@@ -183,22 +182,6 @@ fn compare(
         compared += got.len();
     }
     Ok(compared)
-}
-
-/// Numbers are written so that they can be read back, signs of zeros included.
-fn is_same(got: &RowResult, want: &RowResult) -> bool {
-    format!("{got:?}") == format!("{want:?}")
-}
-
-fn samplings() -> [Sampling; 3] {
-    let noisy = Sampling { temperature: 0.8, noise_key: 5, ..Sampling::greedy() };
-    [Sampling::greedy(), noisy.clone(), Sampling { top_p: 0.9, ..noisy }]
-}
-
-fn prover(spec: &Spec) -> RowProver {
-    let (exponents, means) = (vec![0; spec.hidden], vec![0; spec.hidden]);
-    let calibration = Arc::new(Calibration { exponents, means, shift: 4 });
-    RowProver::new(Scheme::Residue, &[7; 32], calibration)
 }
 
 /// What the card's memory gives to a copy: bytes read and written.

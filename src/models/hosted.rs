@@ -1,4 +1,4 @@
-//! Counts the rows whose logits a card sent to the host, by why.
+//! Counts rows whose logits a card sent to the host, by why.
 
 /// Why the host read a row that a device computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

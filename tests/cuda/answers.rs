@@ -3,6 +3,7 @@
 use crate::common::{Noise, tiny_config, write_checkpoint};
 use crate::{Counter, Pair, count, is_same};
 use llguidance::toktrie::SimpleVob;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use targon_engine::models::pass::{Batch, LogprobMode, Near, Pass, RowAsk, Scores, Token};
 use targon_engine::models::rules::{RowRules, Seen};
@@ -135,6 +136,11 @@ fn every_kind_of_ask_is_answered_alike() {
         pair.step(&Batch::of(&ids, 0), &[], "no asks");
     }
     assert_eq!(pair.compared, 3 * 3 * KINDS);
+    // Each kind was asked nine times. What the host read is counted by why.
+    let counted: BTreeMap<&str, u64> = pair.card.hosted().iter().collect();
+    let want = [("asked", 9), ("rules", 27), ("margin", 9), ("search", 9), ("top_a", 9)];
+    assert_eq!(want.map(|(why, _)| (why, counted[why])), want);
+    assert!(counted["alternatives"] == 0 && counted["draw"] > 0, "{counted:?}");
 }
 
 #[test]

@@ -1,7 +1,8 @@
-//! Checks whether a row has the same bits however it is computed: at once, in chunks, token by
-//! token, and beside other sequences; and how far rows of the two arithmetics are apart.
+//! Checks that a row has the same bits however it is computed: at once, in chunks, token by token,
+//! and beside other sequences. Measures how far rows of the two arithmetics are apart.
 
-use super::{Say, is_same, prover, samplings};
+use super::asked::{is_same, prover, samplings};
+use crate::bench::host::Say;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::cuda::{CudaPass, CudaWeights};
 use crate::models::pass::{Batch, Pass, RowAsk, RowResult, Scores, Token, blocks_of};

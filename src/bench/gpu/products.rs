@@ -1,7 +1,7 @@
-//! Measures the kernels for products, one by one: the portable ones against the CPU's bits, those
-//! for tensor cores against each other and, by distance, against the portable ones.
+//! Compares the kernels for products, one by one: the portable ones with the CPU's bits, those for
+//! tensor cores with each other and, by distance, with the portable ones.
 
-use super::Say;
+use crate::bench::host::Say;
 use crate::models::cuda::Card;
 use crate::models::cuda::launch::{Arg, Launch, Memory, Pinned, Stream, values_of};
 use crate::ops::dtype::{Dtype, Rounded};
