@@ -251,7 +251,7 @@ async fn every_command_that_the_documents_show_runs() {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let announced = node.subnet(|s| s.neurons[UID].axon.clone());
+    let announced = node.subnet(|s| s.neurons[UID].axon);
     let places = [open.clone(), axon, miner.to_string()];
     let (mut faults, mut count) = (Vec::new(), 0);
     for command in shown() {
