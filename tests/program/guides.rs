@@ -265,7 +265,7 @@ async fn every_command_that_the_documents_show_runs() {
         count += 1;
         let started = Instant::now();
         // Another `serve` of the same hotkey may have announced itself, and is gone.
-        node.subnet(|s| s.neurons[UID].axon.clone_from(&announced));
+        node.subnet(|s| s.neurons[UID].axon = announced);
         let found = tokio::task::block_in_place(|| fault(home, &words, &url));
         println!("{:6.1} s  {}", started.elapsed().as_secs_f64(), words.join(" "));
         faults.extend(found.map(|what| format!("{}\n{what}", words.join(" "))));
