@@ -140,8 +140,8 @@ impl Tile<'_> {
         for block in blocks.clone() {
             let base = block * BLOCK_TOKENS;
             let (keys, values) = read(block);
-            // A block lies on pages of its own, which nothing else fetches ahead of their use. Rows of
-            // one sequence share them; a single row waits for each.
+            // A block lies on pages of its own, which nothing else fetches ahead of their use. Rows
+            // of one sequence share them; a single row waits for each.
             if self.segment.rows.len() == 1 && blocks.contains(&(block + 1)) {
                 let (keys, values) = read(block + 1);
                 fetch(keys);
