@@ -16,7 +16,7 @@ targon-engine serve --netuid 4 --wallet.name default --dry-run",
         "calibrate",
         "targon-engine calibrate --models models.toml
 targon-engine calibrate --pairs honest.jsonl --limits limits.json
-targon-engine calibrate --pairs one-miner.jsonl --classes f32.json --classes bf16.json
+targon-engine calibrate --pairs miner.jsonl --classes a.json --classes b.json
 targon-engine calibrate --answers 20",
     ),
     ("verifier", "targon-engine verifier --models models.toml --port 5555"),
