@@ -871,7 +871,7 @@ fn a_server_that_goes_away_keeps_a_round_whole_or_not_at_all() {
         let (mut halfway, mut kept) = (0, 0);
         for number in 0..60 {
             let mut through = url.clone();
-            let port = cut_after(server.clone(), 1_500 + number * 300).await;
+            let port = cut_after(server.clone(), 1_500 + number * 500).await;
             through.set_port(Some(port)).unwrap();
             let next = round(number, number, responses());
             let saved = async {
