@@ -4,7 +4,7 @@ use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
 use super::layer::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
 use super::partial::Partial;
 use crate::ops::dtype::{Dtype, round_bf16, round_f16};
-use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch, fetch};
+use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::ops::math;
 use crate::ops::product::{VEC_STRIDE, block, product};
 use std::ops::Range;
@@ -135,18 +135,10 @@ impl Tile<'_> {
         let first = seen.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
         let end = seen.iter().map(|s| s.end).max().unwrap_or(0);
         let own = partition * PARTITION_BLOCKS..(partition + 1) * PARTITION_BLOCKS;
-        let blocks = first.max(own.start)..end.div_ceil(BLOCK_TOKENS).min(own.end);
-        let read = |block| self.cache.block(self.layer, self.segment.blocks[block], self.kv_head);
-        for block in blocks.clone() {
+        for block in first.max(own.start)..end.div_ceil(BLOCK_TOKENS).min(own.end) {
             let base = block * BLOCK_TOKENS;
-            let (keys, values) = read(block);
-            // A block lies on pages of its own, which nothing else fetches ahead of their use. Rows
-            // of one sequence share them; a single row waits for each.
-            if self.segment.rows.len() == 1 && blocks.contains(&(block + 1)) {
-                let (keys, values) = read(block + 1);
-                fetch(keys);
-                fetch(values);
-            }
+            let (keys, values) =
+                self.cache.block(self.layer, self.segment.blocks[block], self.kv_head);
             let mut scores = scores::<L, T, F16>(keys, head_dim, queries);
             let mut valid = [const { 0..0 }; T];
             for (valid, seen) in valid.iter_mut().zip(seen) {

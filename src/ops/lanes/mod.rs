@@ -13,14 +13,12 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod fetch;
 mod isa;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
 mod vector;
 
-pub use fetch::fetch;
 pub use isa::Isa;
 pub use scalar::Scalar;
 pub use vector::{Kernel, LANES, Lanes};
