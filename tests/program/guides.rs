@@ -201,7 +201,11 @@ fn fault(home: &Path, words: &[String], chain: &str) -> Option<String> {
     let is_well = match code {
         Some(0) => true,
         // What is found wrong with this machine is no fault of the command.
-        Some(1) => words[0] == "doctor" && all.contains("fault") || all.contains("is not fit"),
+        Some(1) => {
+            let doubts = ["is not fit", "is to be doubted"];
+            words[0] == "doctor" && all.contains("fault")
+                || has("--strict") && doubts.iter().any(|what| all.contains(what))
+        }
         // A tiny model's few tokens settle nothing.
         Some(4) => words[0] == "audit",
         _ => false,
