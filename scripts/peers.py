@@ -244,6 +244,8 @@ def table(place):
     print(f"decode reads {read:.1f} GB/s, {100 * read / ours['read_gb_per_second']:.0f} % of the ceiling")
     print(f"scoring {ours['pp512_scored'] / ours['pp512']:.2f} x bare prefill; "
           f"first token of 32 after {1000 * ours['ttft32_seconds']:.1f} ms")
+    shared, apart = (ours[f"system1000_b64_{kind}seconds"] for kind in ("", "apart_"))
+    print(f"64 requests with one system prompt of 1,000 tokens {shared:.1f} s, each computing it {apart:.1f} s")
     if "tg64_at_8000" in ours:
         print(f"decode at 8,000 tokens {ours['tg64_at_8000'] / ours['tg128']:.2f} x its speed at 0")
     print(f"load {ours['load_seconds']:.2f} s; peak resident {peak / 1e6:.0f} MB = "

@@ -352,9 +352,7 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
         let name = config.name.clone();
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
         let options = plan(&located, &mut Left::default()).map_err(Failure::user)?.options;
-        let (device, dtype) = (located.config.device, located.config.dtype);
-        let model = Model::load_on(device, &located.path, dtype, &pool, |_, _| {})
-            .and_then(|model| model.computing(located.config.arithmetic));
+        let model = located.load_model(&pool, |_, _| {});
         let own = Own::start(model.map_err(Failure::user)?, options, &pool);
         let own = own.map_err(own_failure)?;
         let (mut equal, mut chunks, mut tokens) = (0_usize, 0, 0);

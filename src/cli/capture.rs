@@ -7,7 +7,7 @@ use super::shared::ModelsArg;
 use super::shared::runtime;
 use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::load;
-use crate::models::{Identity, Model};
+use crate::models::Identity;
 use crate::ops::pool::Pool;
 use crate::verify::capture::check_capture;
 pub(super) use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
@@ -155,10 +155,7 @@ pub(super) fn load_verifier(
     let bars = Bars::new();
     let located = runtime.block_on(load::locate(config, &bars)).map_err(refuse)?;
     let plan = load::plan(&located, &mut load::Left::default()).map_err(refuse)?;
-    let (device, dtype) = (located.config.device, located.config.dtype);
-    let model = Model::load_on(device, &located.path, dtype, pool, |_, _| {})
-        .and_then(|model| model.computing(located.config.arithmetic));
-    let model = model.map_err(|e| refuse(e.into()))?;
+    let model = located.load_model(pool, |_, _| {}).map_err(|e| refuse(e.into()))?;
     let scrutiny = asked.on(&model).map_err(|e| refuse(e.into()))?;
     let identity = Identity::of(&model, pool).map_err(|e| refuse(e.into()))?;
     Ok(Verifier {

@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::engine::memory::memory;
 use crate::engine::plan::{Bytes, KvMemory, MemoryWanted};
 use crate::lifecycle::load::{self, Located};
-use crate::models::{Identity, Model};
+use crate::models::Identity;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::validator::run::resident::Resident;
@@ -23,7 +23,7 @@ use crate::verify::{Limits, Verifier};
 use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::runtime::Runtime;
 
@@ -165,9 +165,7 @@ impl Loader {
     fn load(&self, name: &str) -> anyhow::Result<Resident> {
         let located = self.found.get(name).context("the models file does not have it")?;
         let whole = load::plan_within(located, BOUNDLESS)?.options;
-        let (path, device): (&Path, _) = (&located.path, located.config.device);
-        let model = Model::load_on(device, path, located.config.dtype, &self.pool, |_, _| {})?;
-        let model = Arc::new(model.computing(located.config.arithmetic)?);
+        let model = Arc::new(located.load_model(&self.pool, |_, _| {})?);
         let scrutiny = self.asked.on(&model)?;
         let identity = Identity::of(&model, &self.pool)?;
         let own = self.limits.of(to_hex(&identity.portable_hash()));

@@ -11,6 +11,7 @@ use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::device::{Device, DeviceError};
+use crate::models::error::LoadError;
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
@@ -31,6 +32,22 @@ pub struct Located {
     pub path: PathBuf,
     /// Its commit on the Hub, or where it lies.
     pub revision: String,
+}
+
+impl Located {
+    /// Loads the model onto its device, computing as the models file says. `progress` gets the
+    /// layers that are loaded, and all.
+    ///
+    /// # Errors
+    /// What is wrong with its files or its device, or that the device cannot compute so.
+    pub fn load_model(
+        &self,
+        pool: &Pool,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Model, LoadError> {
+        let ModelConfig { device, dtype, arithmetic, .. } = self.config;
+        Model::load_on(device, &self.path, dtype, pool, progress)?.computing(arithmetic)
+    }
 }
 
 /// A model with its memory plan.
@@ -271,9 +288,7 @@ fn load_native(
     progress: impl Fn(usize, usize),
 ) -> anyhow::Result<Served> {
     let Planned { located, plan } = planned;
-    let ModelConfig { device, dtype, arithmetic, .. } = located.config;
-    let model = Model::load_on(device, &located.path, dtype, &pool, progress)?;
-    let model = Arc::new(model.computing(arithmetic)?);
+    let model = Arc::new(located.load_model(&pool, progress)?);
     let identity = Identity::of(&model, &pool)?;
     let kernels = match model.weights.device() {
         Device::Cuda(_) => "cuda".to_owned(),

@@ -17,8 +17,10 @@ use targon_engine::engine::output::FinishReason;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
+use targon_engine::lifecycle::load::{Plans, Progress};
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::Decoder;
+use targon_engine::models::device::Device;
 use targon_engine::models::error::LoadError;
 use targon_engine::models::{Identity, Model};
 use targon_engine::ops::dtype::Dtype;
@@ -31,6 +33,16 @@ use targon_engine::server::registry::Served;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::scrutiny::Scrutiny;
 use targon_engine::verify::{Limits, Verifier, prefill};
+
+/// Shows nothing of loading.
+pub struct Quiet;
+
+impl Progress for Quiet {
+    fn file(&self, _: &str, _: u64, _: u64) {}
+    fn planned(&self, _: &Plans, _: &[(Device, u64)]) {}
+    fn layers(&self, _: &str, _: usize, _: usize) {}
+    fn ended(&self, _: &str) {}
+}
 
 /// The golden checkpoints, one for each family.
 pub const FAMILIES: [&str; 9] = [

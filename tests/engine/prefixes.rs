@@ -9,8 +9,7 @@ use targon_engine::config::models_toml::{self, ModelConfig};
 use targon_engine::engine::output::Finish;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::lifecycle::load::{Plans, Progress, start_models};
-use targon_engine::models::device::Device;
+use targon_engine::lifecycle::load::start_models;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, State};
@@ -76,15 +75,6 @@ fn requests_with_one_system_prompt_compute_it_once() {
     assert_eq!(tokens(&alone), tokens(&ends));
 }
 
-struct Quiet;
-
-impl Progress for Quiet {
-    fn file(&self, _: &str, _: u64, _: u64) {}
-    fn planned(&self, _: &Plans, _: &[(Device, u64)]) {}
-    fn layers(&self, _: &str, _: usize, _: usize) {}
-    fn ended(&self, _: &str) {}
-}
-
 fn models(home: &Path) -> Vec<ModelConfig> {
     let text = "[[model]]\nname = \"m\"\npath = \"m\"\nkv_memory = \"16 MiB\"\n\
                 prefix_cache_file = \"kept/prefixes.json\"\n";
@@ -95,7 +85,7 @@ fn models(home: &Path) -> Vec<ModelConfig> {
 async fn start(home: &Path) -> (Registry, Engine) {
     let (registry, pool) = (Registry::default(), Pool::new(2, Isa::best()).unwrap());
     registry.announce(["m".to_owned()]);
-    let (clock, shown) = (Clock::system(), Arc::new(Quiet));
+    let (clock, shown) = (Clock::system(), Arc::new(common::Quiet));
     assert!(start_models(models(home), registry.clone(), pool, clock, shown).await);
     let State::Ready(served) = registry.entries().remove(0).state else { panic!("not ready") };
     (registry, served.engine)

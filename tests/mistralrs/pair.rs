@@ -9,7 +9,7 @@ use targon_engine::engine::backend::BackendKind;
 use targon_engine::engine::output::{FinishReason, Step};
 use targon_engine::engine::plan::{KvMemory, MemoryWanted};
 use targon_engine::engine::request::Request;
-use targon_engine::lifecycle::load::{Plans, Progress, start_models};
+use targon_engine::lifecycle::load::start_models;
 use targon_engine::models::device::Device;
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
@@ -27,15 +27,6 @@ pub(crate) const QUESTIONS: [&str; 8] = [
     "Write a haiku about winter.",
     "Who wrote Romeo and Juliet?",
 ];
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn file(&self, _: &str, _: u64, _: u64) {}
-    fn planned(&self, _: &Plans, _: &[(Device, u64)]) {}
-    fn layers(&self, _: &str, _: usize, _: usize) {}
-    fn ended(&self, _: &str) {}
-}
 
 /// An entry of a models file for SmolLM2.
 pub(crate) fn entry(name: &str, backend: BackendKind, isq: Option<&str>) -> ModelConfig {
@@ -63,7 +54,8 @@ pub(crate) fn start(models: Vec<ModelConfig>) -> Registry {
     registry.announce(models.iter().map(|m| m.name.clone()));
     let pool = Pool::new(2, Isa::best()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
-    let started = start_models(models, registry.clone(), pool, Clock::system(), Arc::new(Quiet));
+    let started =
+        start_models(models, registry.clone(), pool, Clock::system(), Arc::new(common::Quiet));
     runtime.block_on(started);
     registry
 }
