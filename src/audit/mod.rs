@@ -2,8 +2,10 @@
 //! that are here. It serves people who buy tokens and never run a subnet.
 //!
 //! [`answer`] reads what a server sent and finds its tokens, [`score`] runs our model over them,
-//! [`evidence`] adds up what the differences say. How a server is asked is the caller's.
+//! [`evidence`] adds up what the differences say, [`seeds`] finds whether the server honours a
+//! request's seed. How a server is asked is the caller's.
 
 pub mod answer;
 pub mod evidence;
 pub mod score;
+pub mod seeds;

@@ -8,7 +8,8 @@ use super::printable::printable;
 use super::shared::{ComputeArgs, ModelsArg, runtime};
 use crate::audit::answer::{ServerAnswer, TokensByName, read};
 use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
-use crate::audit::score::score;
+use crate::audit::score::{TokenScore, score};
+use crate::audit::seeds::SeedTest;
 use crate::bench::prompts;
 use crate::clock::Clock;
 use crate::entropy::Entropy;
@@ -27,6 +28,8 @@ const TOP: u32 = 5;
 const GREEDY_EVERY: u32 = 4;
 /// Answers before the test may end.
 const ANSWERS_MIN: u32 = 6;
+/// Answers by which it is tried whether seeds are honoured.
+const SEED_TRIES: u32 = 3;
 /// Exit codes, as those of `verify`.
 const NOT_THESE: u8 = 3;
 const CANNOT_TELL: u8 = 4;
@@ -160,16 +163,13 @@ impl Audit<'_> {
         let names = TokensByName::new(&self.verifier.model.text.tokenizer);
         let (prompts, entropy) = (prompts::all(), Entropy::system());
         let mut evidence = AuditEvidence::default();
-        let (mut seeds, mut last) = (None, String::new());
+        let mut seeds = None;
         for index in 0..self.args.answers {
             let drawn = if index % GREEDY_EVERY == 3 { Drawn::Greedy } else { Drawn::Sampled };
             // Chosen by chance: a server cannot know what it will be asked.
             let prompt = &prompts[entropy.word() as usize % prompts.len()];
             let body = self.args.body(prompt, drawn, entropy.word() as u32 >> 1);
             let answer = self.ask(&body, &names).await?;
-            if index == 0 {
-                seeds = Some(self.ask(&body, &names).await?.text == answer.text);
-            }
             let understood = question::understand(self.verifier, &body).await;
             let requests = understood.map_err(Failure::user)?.requests;
             let request = requests.first().ok_or_else(|| Failure::ours("no request"))?;
@@ -178,9 +178,9 @@ impl Audit<'_> {
                 return Err(Failure::ours(format!("token {id} has no row")));
             }
             evidence.add(&answer, drawn, &rows, request.prompt.len());
-            // Equal answers to one seed mean nothing where all answers are equal.
-            seeds = seeds.filter(|_| last != answer.text);
-            last = answer.text;
+            if seeds.is_none() && index < SEED_TRIES {
+                seeds = self.honours_seed(&body, (&answer, &rows), &names).await?;
+            }
             let (eight_bits, other) = (evidence.nats_eight_bits, evidence.nats_other);
             note!("answer {}: {eight_bits:+.1} and {other:+.1} nats so far", index + 1);
             if index + 1 >= ANSWERS_MIN && evidence.verdict().0 != Conclusion::CannotTell {
@@ -188,6 +188,22 @@ impl Audit<'_> {
             }
         }
         Ok((evidence, seeds))
+    }
+
+    /// Asks for an answer again, with its own seed and with another one.
+    async fn honours_seed(
+        &mut self,
+        body: &Value,
+        (answer, rows): (&ServerAnswer, &[TokenScore]),
+        names: &TokensByName<'_>,
+    ) -> Result<Seeds, Failure> {
+        let Some(test) = SeedTest::new(answer, rows) else { return Ok(None) };
+        if !test.is_repeated(&self.ask(body, names).await?) {
+            return Ok(Some(false));
+        }
+        let mut other = body.clone();
+        other["seed"] = (body["seed"].as_u64().unwrap_or(0) ^ 1).into();
+        Ok(test.conclude(&self.ask(&other, names).await?))
     }
 
     /// One answer; a server that refuses token ids is asked without them from then on.
