@@ -47,7 +47,7 @@ pub mod intake;
 pub mod lifecycle;
 pub mod miner;
 pub mod models;
-pub mod ops;
+pub use targon_ops as ops;
 pub mod proof;
 pub mod reply;
 pub mod server;

@@ -5,9 +5,9 @@ use crate::engine::Engine;
 use crate::engine::request::Request;
 use crate::intake::proof::Prover;
 use crate::models::Identity;
+use crate::ops::philox::philox;
 use crate::proof::Scheme;
 use crate::proof::codec::Hash;
-use crate::proof::philox::philox;
 use crate::verify::answer::Answer;
 use anyhow::Context;
 

@@ -1,7 +1,7 @@
 //! Computes statistics of measurements: shares with exact intervals, quantiles and stopping times.
 //! It also has a fixed generator for orders and choices, so that two runs choose alike.
 
-use crate::proof::philox::philox;
+use crate::ops::philox::philox;
 use crate::verify::bounds::interval;
 use serde::Serialize;
 

@@ -1,7 +1,8 @@
 //! Computes the margin of a token: how far it is from being the token that is drawn, if the noise
 //! is known.
 
-use super::sampler::{Distribution, Sampling, gumbel};
+use super::sampler::{Distribution, Sampling};
+use crate::ops::gumbel::gumbel;
 
 /// Margins count at most this much, so that one outlier is one token's worth of evidence.
 pub const MARGIN_CLIP: f64 = 1.0;

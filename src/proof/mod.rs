@@ -8,7 +8,6 @@
 pub mod apart;
 pub mod codec;
 pub mod commit;
-pub mod philox;
 pub mod powv;
 pub mod residue;
 pub mod seed;

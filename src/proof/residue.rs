@@ -7,7 +7,7 @@
 //! arithmetic after the first rounding is integer, so the order of additions does not matter and
 //! CPU and GPU agree bit for bit.
 
-use super::philox::philox;
+use crate::ops::philox::philox;
 
 /// Bytes of a row's sketch, in either profile.
 pub const SKETCH_BYTES: usize = 4;

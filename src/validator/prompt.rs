@@ -165,7 +165,7 @@ fn query(line: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proof::philox::philox;
+    use crate::ops::philox::philox;
     use std::collections::{BTreeMap, BTreeSet};
 
     /// A context that every prompt of ours leaves room in. A tokenizer over bytes has at most one

@@ -4,8 +4,8 @@
 use super::Depth;
 use crate::models::parameter_counts::ParameterCounts;
 use crate::models::spec::Spec;
+use crate::ops::philox::philox;
 use crate::proof::CHUNK_ROWS;
-use crate::proof::philox::philox;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;

@@ -8,8 +8,8 @@ use super::statistic::ROWS;
 use super::{Reason, Verdict};
 use crate::models::Model;
 use crate::models::device::Device;
+use crate::ops::philox::philox;
 use crate::proof::Scheme;
-use crate::proof::philox::philox;
 use std::str::FromStr;
 
 /// When an answer is worth a second prefill.

@@ -5,7 +5,7 @@
 
 use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
-use crate::proof::philox::philox;
+use crate::ops::philox::philox;
 use std::collections::BTreeSet;
 
 /// Tokens of the shortest answer that is checked.

@@ -6,7 +6,7 @@ use crate::bench::host::cpu_seconds;
 use crate::bench::report::schema::Client;
 use crate::bench::stats::quantile;
 use crate::clock::Clock;
-use crate::proof::philox::philox;
+use crate::ops::philox::philox;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;

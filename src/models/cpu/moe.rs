@@ -8,12 +8,11 @@ use super::mlp::gated;
 use super::weights::Mixture;
 use crate::models::spec::ExpertSpec;
 use crate::ops::dtype::Rounded;
-use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
-use crate::ops::math;
+use crate::ops::lanes::Isa;
 use crate::ops::matmul::matmul_into;
 use crate::ops::pool::Turn;
 use crate::ops::rounding::Rounding;
-use crate::ops::rowwise::Activation;
+use crate::ops::rowwise::{Activation, softmax};
 
 impl Mixture {
     /// `out[t] = sum over the chosen experts of weight * expert(x[t])`; `out` is (tokens, hidden).
@@ -69,7 +68,7 @@ impl Mixture {
 
 /// The chosen experts of one token with their weights, in ascending order.
 fn route(isa: Isa, spec: &ExpertSpec, scores: &mut [f32]) -> Vec<(usize, f32)> {
-    dispatch(isa, Softmax(scores));
+    softmax(isa, scores);
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
     order.truncate(spec.used);
@@ -77,28 +76,6 @@ fn route(isa: Isa, spec: &ExpertSpec, scores: &mut [f32]) -> Vec<(usize, f32)> {
     let total: f32 = order.iter().map(|e| scores[*e]).sum();
     let scale = if spec.renormalise { total } else { 1.0 };
     order.into_iter().map(|e| (e, scores[e] / scale)).collect()
-}
-
-/// Softmax in place, summed in ascending order.
-struct Softmax<'a>(&'a mut [f32]);
-
-impl Kernel for Softmax<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let max = self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        for chunk in self.0.chunks_mut(LANES) {
-            let mut padded = [f32::NEG_INFINITY; LANES];
-            padded[..chunk.len()].copy_from_slice(chunk);
-            // SAFETY: the array has 16 values.
-            let x = unsafe { L::load(padded.as_ptr()) };
-            let e = math::exp(x.sub(L::splat(max))).to_array();
-            chunk.copy_from_slice(&e[..chunk.len()]);
-        }
-        let total: f32 = self.0.iter().sum();
-        self.0.iter_mut().for_each(|p| *p /= total);
-    }
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@
 //! gives the same sequence every time, for tests.
 
 use crate::entropy::Entropy;
+use crate::ops::philox::philox;
 use crate::proof::codec::to_hex;
-use crate::proof::philox::philox;
 
 /// Separates this sequence from others with the same key.
 const DOMAIN: u32 = 0x7661_6c69;

@@ -4,7 +4,7 @@
 //! batch; a tail shorter than sixteen is padded with zeros.
 
 use super::dtype::{Dtype, round_into};
-use super::lanes::{Kernel, LANES, Lanes, dispatch};
+use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::math;
 use super::pool::{Disjoint, Turn};
 
@@ -64,12 +64,12 @@ impl Norm {
     }
 
     /// What a row is multiplied by before the gain.
-    pub(super) fn scale(&self, isa: super::lanes::Isa, row: &mut [f32]) -> f32 {
+    pub(super) fn scale(&self, isa: Isa, row: &mut [f32]) -> f32 {
         dispatch(isa, Scale { row, eps: self.eps })
     }
 
     /// Normalises one row in place.
-    pub fn apply(&self, isa: super::lanes::Isa, row: &mut [f32]) {
+    pub fn apply(&self, isa: Isa, row: &mut [f32]) {
         dispatch(isa, NormRow { norm: self, row });
     }
 }
@@ -155,7 +155,7 @@ pub enum Activation {
 
 impl Activation {
     /// `gate = activation(gate) * up`.
-    pub fn gate(self, isa: super::lanes::Isa, gate: &mut [f32], up: &[f32]) {
+    pub fn gate(self, isa: Isa, gate: &mut [f32], up: &[f32]) {
         dispatch(isa, Gate { activation: self, gate, up });
     }
 }
@@ -183,7 +183,7 @@ impl Kernel for Gate<'_> {
 }
 
 /// `cap * tanh(x / cap)`, the soft cap of Gemma 2.
-pub fn softcap(isa: super::lanes::Isa, cap: f32, x: &mut [f32]) {
+pub fn softcap(isa: Isa, cap: f32, x: &mut [f32]) {
     dispatch(isa, Softcap { cap, x });
 }
 
@@ -217,6 +217,32 @@ pub unsafe fn round_piece(
     // SAFETY: the caller's promise.
     let (bits, values) = unsafe { (bits.piece(range.clone()), values.piece(range)) };
     round_into(dtype, x, bits, values);
+}
+
+/// Softmax in place, summed in ascending order.
+pub fn softmax(isa: Isa, row: &mut [f32]) {
+    dispatch(isa, Softmax(row));
+}
+
+struct Softmax<'a>(&'a mut [f32]);
+
+impl Kernel for Softmax<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let max = self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        for chunk in self.0.chunks_mut(LANES) {
+            let mut padded = [f32::NEG_INFINITY; LANES];
+            padded[..chunk.len()].copy_from_slice(chunk);
+            // SAFETY: the array has 16 values.
+            let x = unsafe { L::load(padded.as_ptr()) };
+            let e = math::exp(x.sub(L::splat(max))).to_array();
+            chunk.copy_from_slice(&e[..chunk.len()]);
+        }
+        let total: f32 = self.0.iter().sum();
+        self.0.iter_mut().for_each(|p| *p /= total);
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Reads one head of one position from the cache, and puts it back.
 
 use super::cache::{KEY_STRIDE, KvCache};
-use crate::ops::product::offset;
+use crate::product::offset;
 
 /// Where a key and a value of the cache lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,13 +2,13 @@
 //!
 //! Keys of a head are a packed matrix with positions side by side and the head dimension in pairs;
 //! values one with the head dimension side by side and positions in pairs
-//! ([`product`](crate::ops::product)). So scores and weighted values are both products of the
+//! ([`product`](crate::product)). So scores and weighted values are both products of the
 //! canon, and both are what an AMX tile reads.
 
-use crate::ops::buffer::Buffer;
-use crate::ops::dtype::Dtype;
-use crate::ops::pool::{Disjoint, Turn};
-use crate::ops::product::offset;
+use crate::buffer::Buffer;
+use crate::dtype::Dtype;
+use crate::pool::{Disjoint, Turn};
+use crate::product::offset;
 use std::io;
 use std::ops::Range;
 

@@ -3,10 +3,10 @@
 use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
 use super::layer::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
 use super::partial::Partial;
-use crate::ops::dtype::{Dtype, round_bf16, round_f16};
-use crate::ops::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
-use crate::ops::math;
-use crate::ops::product::{VEC_STRIDE, block, product};
+use crate::dtype::{Dtype, round_bf16, round_f16};
+use crate::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::math;
+use crate::product::{VEC_STRIDE, block, product};
 use std::ops::Range;
 
 /// Queries of one tile at most.

@@ -40,7 +40,7 @@ pub trait Lanes: Copy + Send + Sync {
     /// Zero where `x < limit`, else `self` (also where `x` is NaN).
     fn zero_where_lt(self, x: Self, limit: Self) -> Self;
     /// `self * 2^n`, n being the integer in the low bits of `magic` (see
-    /// [`exp`](crate::ops::math::exp)). `self` must lie in [0.5, 2] and n in [-126, 127].
+    /// [`exp`](crate::math::exp)). `self` must lie in [0.5, 2] and n in [-126, 127].
     fn scale_by_power(self, magic: Self) -> Self;
     /// The odd elements of 16 interleaved bf16 pairs.
     ///

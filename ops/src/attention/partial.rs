@@ -2,8 +2,8 @@
 //! other.
 
 use super::cache::HEAD_DIM_MAX;
-use crate::ops::lanes::{LANES, Lanes};
-use crate::ops::math;
+use crate::lanes::{LANES, Lanes};
+use crate::math;
 
 /// The largest score, the sum of the weights relative to it, and the values weighted by them.
 #[derive(Clone, Copy)]
