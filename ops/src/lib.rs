@@ -22,6 +22,7 @@ pub const CANON: &str = "canon-2";
 pub mod attention;
 pub mod buffer;
 pub mod dtype;
+pub mod gated;
 pub mod gumbel;
 pub mod lanes;
 pub mod logits;

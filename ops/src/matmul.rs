@@ -119,7 +119,7 @@ fn scatter_row(dtype: Dtype, lane: usize, row: &[u16], block: &mut [u16]) {
 
 /// `epilogue(token, rows, products)` for every token and block of `w`, on all threads; calls with
 /// equal tokens have disjoint rows. `products` holds `w[rows] * x[token]`.
-pub fn matmul(
+pub(super) fn matmul(
     turn: &Turn<'_>,
     w: &Packed,
     x: &Rounded,
@@ -158,7 +158,7 @@ pub fn matmul_add(turn: &Turn<'_>, w: &Packed, x: &Rounded, out: &mut [f32]) {
 
 /// For a matrix whose blocks alternate between gate and up rows (see [`gated_row`]):
 /// `combine(token, rows, gate, up)` with the two products of the same rows.
-pub fn matmul_gated(
+pub(super) fn matmul_gated(
     turn: &Turn<'_>,
     w: &Packed,
     x: &Rounded,

@@ -206,7 +206,7 @@ impl Kernel for Softcap<'_> {
 ///
 /// # Safety
 /// No other task may touch `at` of the same phase.
-pub unsafe fn round_piece(
+pub(super) unsafe fn round_piece(
     dtype: Dtype,
     x: &[f32],
     bits: &Disjoint<'_, u16>,

@@ -3,7 +3,6 @@
 //! One step takes the rows of all sequences at once; sequences differ only in their [`Segment`].
 //! Everything between two matrix products happens row by row or head by head.
 
-use super::mlp::gated;
 use super::weights::{Embedding, FeedForward, Layer, Weights};
 use crate::models::departure::Departure;
 use crate::models::error::LoadError;
@@ -11,6 +10,7 @@ use crate::models::grid::Grid;
 use crate::models::spec::Spec;
 use crate::ops::attention::{Attention, KvCache, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::gated::gated;
 use crate::ops::matmul::{matmul_add, matmul_into};
 use crate::ops::pool::{Disjoint, Turn};
 use crate::ops::rope::{Rope, RopeTable};
@@ -236,7 +236,7 @@ impl Decoder {
         coarsen(departure.inputs, normed);
         match &layer.feed_forward {
             FeedForward::Dense(mlp) => {
-                gated(turn, mlp, between, normed, inner);
+                gated(turn, &mlp.gate_up, between, normed, inner);
                 coarsen(departure.inputs, inner);
                 if layer.post_feed_forward_norm.is_none() && rounding == Rounding::Inputs {
                     return matmul_add(turn, &mlp.down, inner, residual);

@@ -2,7 +2,6 @@
 
 pub mod decoder;
 mod load;
-mod mlp;
 mod moe;
 pub mod weights;
 

@@ -4,10 +4,10 @@
 //! experts are added in ascending order, whatever else is in the batch, so its bits do not depend
 //! on its neighbours.
 
-use super::mlp::gated;
 use super::weights::Mixture;
 use crate::models::spec::ExpertSpec;
 use crate::ops::dtype::Rounded;
+use crate::ops::gated::gated;
 use crate::ops::lanes::Isa;
 use crate::ops::matmul::matmul_into;
 use crate::ops::pool::Turn;
@@ -49,7 +49,7 @@ impl Mixture {
                 rows.copy_row(i, x, *token);
             }
             let mut inner = Rounded::new(x.dtype(), mlp.down.cols());
-            gated(turn, mlp, (activation, rounding), &rows, &mut inner);
+            gated(turn, &mlp.gate_up, (activation, rounding), &rows, &mut inner);
             let mut result = vec![0.0; visits.len() * hidden];
             matmul_into(turn, &mlp.down, &inner, &mut result);
             rounding.apply(&mut result);

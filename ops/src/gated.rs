@@ -1,17 +1,16 @@
-//! Computes the gated perceptron, of dense layers and of experts.
+//! Computes the gated half of a perceptron, of dense layers and of experts.
 
-use super::weights::Mlp;
-use crate::ops::dtype::Rounded;
-use crate::ops::matmul::matmul_gated;
-use crate::ops::pool::{Disjoint, Turn};
-use crate::ops::rounding::Rounding;
-use crate::ops::rowwise::{Activation, round_piece};
+use super::dtype::Rounded;
+use super::matmul::{Packed, matmul_gated};
+use super::pool::{Disjoint, Turn};
+use super::rounding::Rounding;
+use super::rowwise::{Activation, round_piece};
 
 /// `out = round(activation(gate x) * (up x))`, both halves of a block in one task; `rounding` is
-/// that of what comes between.
-pub(super) fn gated(
+/// that of what comes between. `gate_up` has alternating blocks ([`super::matmul::gated_row`]).
+pub fn gated(
     turn: &Turn<'_>,
-    mlp: &Mlp,
+    gate_up: &Packed,
     (activation, rounding): (Activation, Rounding),
     x: &Rounded,
     out: &mut Rounded,
@@ -20,7 +19,7 @@ pub(super) fn gated(
     out.set_rows(x.rows());
     let (bits, values) = out.parts_mut();
     let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
-    matmul_gated(turn, &mlp.gate_up, x, |token, rows, gate, up| {
+    matmul_gated(turn, gate_up, x, |token, rows, gate, up| {
         let len = inter.min(rows.end) - rows.start;
         let gate = &mut gate[..len];
         rounding.gate(isa, activation, gate, &up[..len]);
