@@ -24,7 +24,8 @@
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to rows and what they say |
 //! | 1 | [`chain`] | keys, wallets, the metagraph, extrinsics |
 //! | 1 | [`update`] | new versions of this program |
-//! | 0 | [`ops`] [`proof`] [`wire`] [`clock`] [`entropy`] [`files`] [`tls`] | leaves |
+//! | 0 | [`proof`] [`wire`] [`clock`] [`entropy`] [`files`] [`tls`] | leaves |
+//! | – | [`ops`], a package of its own | arithmetic, compiled optimised in every profile |
 //!
 //! # Invariants
 //!
