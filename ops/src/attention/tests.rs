@@ -20,6 +20,20 @@ fn rows(count: usize) -> Vec<f32> {
         .collect()
 }
 
+/// What the rows of `segment` attend to in a cache that holds all of its positions.
+fn attended(
+    cache: &KvCache,
+    turn: &Turn<'_>,
+    attention: Attention,
+    segment: Segment,
+    qkv: &[f32],
+) -> Vec<u16> {
+    let rows = segment.rows.clone();
+    let mut out = Rounded::new(cache.dtype(), K_AT);
+    cache.attend(turn, 0, attention, &[segment], (qkv, ROW_LEN), &mut out);
+    rows.flat_map(|row| out.bits(row).to_vec()).collect()
+}
+
 /// Attention over all `count` rows, in steps of the given sizes.
 fn run(isa: Isa, dtype: Dtype, attention: Attention, qkv: &[f32], steps: &[usize]) -> Vec<u16> {
     let pool = Pool::new(2, isa).unwrap();
@@ -28,12 +42,10 @@ fn run(isa: Isa, dtype: Dtype, attention: Attention, qkv: &[f32], steps: &[usize
     let mut result = Vec::new();
     let mut start = 0;
     for step in steps {
-        let segments = [Segment { rows: 0..*step, start, blocks: vec![3, 1, 6, 2] }];
+        let segment = Segment { rows: 0..*step, start, blocks: vec![3, 1, 6, 2] };
         let qkv = &qkv[start * ROW_LEN..][..step * ROW_LEN];
-        cache.store(&turn, 0, &segments, (qkv, ROW_LEN, K_AT));
-        let mut out = Rounded::new(dtype, K_AT);
-        cache.attend(&turn, 0, attention, &segments, (qkv, ROW_LEN), &mut out);
-        (0..*step).for_each(|r| result.extend_from_slice(out.bits(r)));
+        cache.store(&turn, 0, std::slice::from_ref(&segment), (qkv, ROW_LEN, K_AT));
+        result.extend(attended(&cache, &turn, attention, segment, qkv));
         start += step;
     }
     result
@@ -227,11 +239,9 @@ fn attend(
     let mut cache = KvCache::new(DIMS, dtype, count).unwrap();
     let all = [Segment { rows: 0..rows.end, start: 0, blocks: blocks.clone() }];
     cache.store(&turn, 0, &all, (qkv, ROW_LEN, K_AT));
-    let segments = [Segment { rows: 0..rows.len(), start: rows.start, blocks }];
-    let mut out = Rounded::new(dtype, K_AT);
+    let segment = Segment { rows: 0..rows.len(), start: rows.start, blocks };
     let own = &qkv[rows.start * ROW_LEN..rows.end * ROW_LEN];
-    cache.attend(&turn, 0, attention, &segments, (own, ROW_LEN), &mut out);
-    (0..rows.len()).flat_map(|r| out.bits(r).to_vec()).collect()
+    attended(&cache, &turn, attention, segment, own)
 }
 
 fn long_variants() -> Vec<Attention> {
