@@ -20,12 +20,9 @@
 // four queries make 2 FMA a byte, so memory is the roof for decode. At batch 1 and short contexts it is
 // latency: 1024 positions are 16 thread blocks of 256 KiB each, and 8 warps with 2 KiB on the way
 // need about 10 us for that. Never timed on a card.
-#include "canon.cuh"
+#include "attention.cuh"
 
 #define MERGE_THREADS 128
-#define BLOCKS 16                   // of a partition
-#define PARTITION (BLOCKS * TILE)   // positions
-#define NOTHING_SEEN -1.0f          // in place of a factor
 
 #ifdef CONTROL_NO_BARRIER
 #define SUMS_ARE_WRITTEN()
@@ -35,24 +32,6 @@
 
 extern __shared__ float4 attend_memory[];
 
-// One tile of queries of a sequence: query i is row first_row + i / group, head i % group of the
-// group. Row r is at position `start` + r - `row_zero`.
-struct Tile {
-    int row_zero, start, first_query, queries;
-    int table;  // where the sequence's block table begins
-    int unused;
-};
-
-struct Shape {
-    int heads, kv_heads, head_dim;
-    int window;  // positions that a query sees, 0 for all
-    float scale, cap;  // a cap of 0 is none
-};
-
-__device__ __forceinline__ int first_seen(int position, int window) {
-    return window > 0 && position + 1 > window ? position + 1 - window : 0;
-}
-
 // The larger of two running values as the CPU's lanes find it, over 32 scores: lane 0 has it.
 __device__ __forceinline__ float block_maximum(float score) {
     float value = larger(score, __shfl_down_sync(FULL, score, LANES));
@@ -61,19 +40,6 @@ __device__ __forceinline__ float block_maximum(float score) {
         value = larger(value, __shfl_down_sync(FULL, value, half));
     return value;
 }
-
-// The factor that brings what is relative to `own` to a larger maximum.
-__device__ __forceinline__ float joint_factor(float own, float max) {
-    return canon_exp(__fadd_rn(own, -max));
-}
-
-// What a thread block knows of its queries.
-template <int Q>
-struct Queries {
-    u64 at[Q];       // row * heads + head
-    int position[Q];
-    int start[Q];    // first position that it sees
-};
 
 template <bool F16, int Q>
 struct Attend {
@@ -186,13 +152,7 @@ __device__ __forceinline__ void attend(
     const int padded = (head_dim + TILE - 1) / TILE * TILE, wide = head_dim > 128 ? 8 : 7;
     const Tile tile = tiles[blockIdx.x];
     if (tid < Q) {
-        // Queries past the last one repeat it, and are not written.
-        const int group = shape.heads / shape.kv_heads;
-        const int query = tile.first_query + min(tid, tile.queries - 1);
-        const int row = query / group, head = blockIdx.y * group + query % group;
-        queries.at[tid] = (u64)(tile.row_zero + row) * shape.heads + head;
-        queries.position[tid] = tile.start + row;
-        queries.start[tid] = first_seen(tile.start + row, shape.window);
+        queries.find(tid, tile, shape, blockIdx.y);
         total_max[tid] = NEG_INFINITY;
         total_sum[tid] = 0.0f;
     }
@@ -279,17 +239,9 @@ __device__ __forceinline__ void attend(
             }
             return;
         }
-        if (tid < Q) {
-            // Where something was seen, the largest score has weight one; a NaN is not zero.
-            const bool is_empty = part_sum[tid] == 0.0f;
-            const float max = is_empty ? total_max[tid] : larger(total_max[tid], part_max[tid]);
-            own_factor[tid] = is_empty ? NOTHING_SEEN : joint_factor(total_max[tid], max);
-            part_factor[tid] = joint_factor(part_max[tid], max);
-            if (!is_empty)
-                total_sum[tid] = __fmaf_rn(total_sum[tid], own_factor[tid],
-                                           __fmul_rn(part_sum[tid], part_factor[tid]));
-            total_max[tid] = max;
-        }
+        if (tid < Q)
+            join_partition(part_max[tid], part_sum[tid], total_max[tid], total_sum[tid], own_factor[tid],
+                           part_factor[tid]);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {

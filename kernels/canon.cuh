@@ -150,3 +150,24 @@ __device__ __forceinline__ float rms_scale(const float* row, int cols, float eps
     float mean = __fdiv_rn(__shfl_sync(FULL, lane_sum(squares), 0), (float)cols);
     return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
 }
+
+// Which rows of inputs and outputs the tokens of a product are: token t is row t,
+struct Rows {
+    static constexpr bool ARE_IN_ORDER = true;
+    __device__ __forceinline__ u64 input(int t) const { return t; }
+    __device__ __forceinline__ u64 output(int t) const { return t; }
+};
+
+// or a slot of a mixture (a token and one of its experts), whose input is its token's or its own.
+struct Slots {
+    static constexpr bool ARE_IN_ORDER = false;
+    const u32* slots;
+    int used;  // experts of a token where inputs are the tokens', else 1
+    __device__ __forceinline__ u64 input(int t) const { return slots[t] / used; }
+    __device__ __forceinline__ u64 output(int t) const { return slots[t]; }
+};
+
+// Slots that one thread block takes: `count` of one expert, from place `first` of the grouped slots.
+struct SlotTile {
+    u32 expert, first, count, unused;
+};

@@ -4,10 +4,13 @@
 // order), the `used` largest, ties to the lower number, in ascending order; their weights, divided by
 // their sum where the family renormalises. One warp a token.
 //
-// expert_*: a product for each (token, chosen expert) in the order of the canon. Slot s of token t
-// meets rows of its own expert's matrix, so a thread block is 32 rows of one slot and reads its tiles
-// once for that slot: no tokens are grouped, which costs bandwidth when many tokens visit an expert.
-// With `shared_input` slots of a token read one input row (gate and up), else each its own (down).
+// group_slots: the slots of each expert one behind the other, cut into tiles, so that grouped_* of
+// matmul_portable.cu and grouped_mma_* of matmul_tensor.cu read an expert's weights once a tile. In which
+// order an expert's slots lie is left to the hardware: no sum goes over them.
+//
+// expert_*: a product for each (token, chosen expert) in the order of the canon, for a step of one row,
+// whose slots have no expert in common. A thread block is 32 rows of one slot. With `shared_input` slots
+// of a token read one input row (gate and up), else each its own (down).
 //
 // combine: out[t] = ((0 + w_0 y_0) + w_1 y_1) + ..., each product rounded, experts ascending.
 //
@@ -72,6 +75,34 @@ extern "C" __global__ void __launch_bounds__(WARP) route(
             chosen[(u64)blockIdx.x * used + slot] = e;
             weights[(u64)blockIdx.x * used + slot++] = __fdiv_rn(probabilities[e], scale);
         }
+}
+
+// chosen (slots); grouped (slots): the slots, by expert; tiles (tile_count): up to `size` slots of an
+// expert each, ascending experts, then empty ones. grid 1, block 256, at most 256 experts. 12 bytes a
+// slot, two passes over them: 4096 slots are 32 turns of a thread, about 10 us.
+extern "C" __global__ void __launch_bounds__(EXPERTS_MAX) group_slots(
+    const u32* chosen, u32* grouped, SlotTile* tiles, int slots, int size, int tile_count) {
+    __shared__ u32 counts[EXPERTS_MAX], next[EXPERTS_MAX];
+    __shared__ int used_tiles;
+    const int expert = threadIdx.x;
+    counts[expert] = 0;
+    SUMS_ARE_WRITTEN();
+    for (int slot = threadIdx.x; slot < slots; slot += EXPERTS_MAX) atomicAdd(&counts[chosen[slot]], 1u);
+    SUMS_ARE_WRITTEN();
+    u32 first = 0;
+    int tile = 0;
+    for (int e = 0; e < expert; ++e) {
+        first += counts[e];
+        tile += (counts[e] + size - 1) / size;
+    }
+    next[expert] = first;
+    const u32 end = first + counts[expert];
+    for (; first < end; first += size) tiles[tile++] = {(u32)expert, first, min(end - first, (u32)size), 0};
+    if (expert == EXPERTS_MAX - 1) used_tiles = tile;
+    SUMS_ARE_WRITTEN();
+    for (int i = used_tiles + threadIdx.x; i < tile_count; i += EXPERTS_MAX) tiles[i] = {0, 0, 0, 0};
+    for (int slot = threadIdx.x; slot < slots; slot += EXPERTS_MAX)
+        grouped[atomicAdd(&next[chosen[slot]], 1u)] = slot;
 }
 
 // w (experts, packed rows and cols); out (tokens * used, rows). As decode of matmul_portable.cu for

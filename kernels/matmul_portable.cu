@@ -40,9 +40,9 @@ __device__ __forceinline__ void load_tile(uint4 (&to)[4], const uint4* row_tiles
                               : make_uint4(0, 0, 0, 0);
 }
 
-template <bool F16, int T>
+template <bool F16, int T, class Map>
 __device__ __forceinline__ void decode(
-    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {
+    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens, int first, Map map) {
     constexpr int TURNS = 8 / T;  // tiles that a warp takes between two barriers
     constexpr int ROUND = DECODE_WARPS * TURNS;
     __shared__ float4 inputs[DECODE_WARPS][T][TILE / 4];
@@ -51,7 +51,6 @@ __device__ __forceinline__ void decode(
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int tiles = (cols + TILE - 1) / TILE, rounds = (tiles + ROUND - 1) / ROUND;
     const uint4* row_tiles = w + (u64)blockIdx.y * tiles * TILE_WORDS;
-    const int first = blockIdx.x * T;
     const int row = blockIdx.y * TILE + lane;
     uint4 now[4], next[4], after[4];
     load_tile(next, row_tiles, warp, tiles, lane);
@@ -70,7 +69,7 @@ __device__ __forceinline__ void decode(
 #pragma unroll
             for (int t = 0; t < T; ++t) {
                 const bool is_there = first + t < tokens && k * TILE + lane < cols;
-                const u16 bits = is_there ? x[(u64)(first + t) * cols + k * TILE + lane] : 0;
+                const u16 bits = is_there ? x[map.input(first + t) * cols + k * TILE + lane] : 0;
                 ((float*)inputs[warp][t])[lane] = even_of<F16>(bits);
             }
             __syncwarp();
@@ -87,7 +86,7 @@ __device__ __forceinline__ void decode(
             for (int b = 0; b < count; ++b) total = __fadd_rn(total, sums[round % 2][b][t][lane]);
             totals[t][lane] = total;
             if (round + 1 == rounds && row < rows && first + t < tokens)
-                out[(u64)(first + t) * rows + row] = total;
+                out[map.output(first + t) * rows + row] = total;
         }
     }
 }
@@ -114,13 +113,13 @@ __device__ __forceinline__ void outer(float (&sum)[8][4], const float* w, const 
         for (int r = 0; r < 4; ++r) sum[t][r] = __fmaf_rn(rows[r], tokens[t], sum[t][r]);
 }
 
-template <bool F16>
+template <bool F16, class Map>
 __device__ __forceinline__ void prefill(
-    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {
+    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens, int first, Map map) {
     __shared__ __align__(16) float ws[2][TILE][PREFILL_TILE], xs[2][TILE][PREFILL_TILE];
     const int tid = threadIdx.x;
     const int tiles = (cols + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
-    const int first_row = blockIdx.y * PREFILL_TILE, first = blockIdx.x * PREFILL_TILE;
+    const int first_row = blockIdx.y * PREFILL_TILE;
     // Words 0 to 255 of either operand: a thread takes two of each.
     uint4 weights[2], inputs[2];
     auto load = [&](int k) {
@@ -131,7 +130,7 @@ __device__ __forceinline__ void prefill(
             const uint4* from = w + ((u64)tile * tiles + k) * TILE_WORDS + word % TILE_WORDS;
             weights[i] = tile < row_tiles ? __ldg(from) : make_uint4(0, 0, 0, 0);
             const int token = first + word % PREFILL_TILE, plane = word / PREFILL_TILE;
-            inputs[i] = token < tokens ? load_eight(x + (u64)token * cols, k * TILE + plane * 8, cols)
+            inputs[i] = token < tokens ? load_eight(x + map.input(token) * cols, k * TILE + plane * 8, cols)
                                        : make_uint4(0, 0, 0, 0);
         }
     };
@@ -175,7 +174,7 @@ __device__ __forceinline__ void prefill(
 #pragma unroll
         for (int r = 0; r < 4; ++r)
             if (first + token + t < tokens && first_row + row + r < rows)
-                out[(u64)(first + token + t) * rows + first_row + row + r] = totals[t][r];
+                out[map.output(first + token + t) * rows + first_row + row + r] = totals[t][r];
 }
 
 // w packed, x (tokens, cols) as 16-bit patterns, out (tokens, rows). Decode: grid (groups of T tokens,
@@ -184,12 +183,12 @@ __device__ __forceinline__ void prefill(
 #define DECODE(name, is_f16, count)                                                          \
     extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP, 2) name(               \
         const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {          \
-        decode<is_f16, count>(w, x, out, rows, cols, tokens);                                \
+        decode<is_f16, count>(w, x, out, rows, cols, tokens, blockIdx.x * count, Rows{});     \
     }
 #define PREFILL(name, is_f16)                                                                \
     extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 3) name(                   \
         const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {          \
-        prefill<is_f16>(w, x, out, rows, cols, tokens);                                      \
+        prefill<is_f16>(w, x, out, rows, cols, tokens, blockIdx.x * PREFILL_TILE, Rows{});    \
     }
 DECODE(decode_bf16_1, false, 1)
 DECODE(decode_bf16_4, false, 4)
@@ -199,6 +198,26 @@ DECODE(decode_f16_4, true, 4)
 DECODE(decode_f16_8, true, 8)
 PREFILL(prefill_bf16, false)
 PREFILL(prefill_f16, true)
+
+// Products of a mixture's slots, grouped by expert (group_slots of experts.cu): as above, with a tile of
+// slots for a tile of tokens, so that an expert's weights are read once for up to T or 64 of them. A
+// token's order of additions is that of every other kernel. w (experts, packed rows and cols), out
+// (slots, rows). grid (tiles, tiles of 32 or 64 rows); tiles without slots end at once.
+#define GROUPED(name, product, threads, resident)                                                   \
+    extern "C" __global__ void __launch_bounds__(threads, resident) name(                           \
+        const uint4* w, const u16* x, float* out, const u32* slots, const SlotTile* tiles, int rows, \
+        int cols, int used) {                                                                       \
+        const SlotTile tile = tiles[blockIdx.x];                                                    \
+        if (tile.count == 0) return;                                                                \
+        const u64 words = (u64)((rows + TILE - 1) / TILE) * ((cols + TILE - 1) / TILE) * TILE_WORDS; \
+        product(w + tile.expert * words, x, out, rows, cols, tile.count, 0,                         \
+                Slots{slots + tile.first, used});                                                   \
+    }
+#define DECODE_8(is_f16) decode<is_f16, 8>  // a comma would end the argument
+GROUPED(grouped_bf16_8, DECODE_8(false), DECODE_WARPS * WARP, 2)
+GROUPED(grouped_f16_8, DECODE_8(true), DECODE_WARPS * WARP, 2)
+GROUPED(grouped_bf16_64, prefill<false>, PREFILL_THREADS, 3)
+GROUPED(grouped_f16_64, prefill<true>, PREFILL_THREADS, 3)
 
 // Rows of 16-bit values into tiles, tiny bf16 magnitudes flushed: `rows` rows of `from` (rows, cols)
 // become rows first_row and on of the packed matrix, which was zeroed before. grid (rows), block 256.

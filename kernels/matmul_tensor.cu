@@ -1,5 +1,5 @@
 // Matrix products on tensor cores (mma.sync.m16n8k16, bf16 or f16 in, f32 out), in an order of their
-// own: the mode `tensor`. Its canon is mma-sm<XY>-1, XY being the card's architecture, because the
+// own: the mode `tensor`. Its canon is mma-sm<XY>-2, XY being the card's architecture, because the
 // additions within one mma are the hardware's.
 //
 //   out[t][r] = ((0 + s_0) + s_1) + ...,   s_i over slices of 512 elements of k, ascending
@@ -28,7 +28,7 @@
 // roof is arithmetic. With 184 to 194 registers a thread an SM holds two thread blocks.
 //
 // Never timed on a card.
-#include "canon.cuh"
+#include "mma.cuh"
 
 // Elements of k whose products are summed together before they join an output. Another value is
 // another canon: tests build it, for all kernels and for decode alone, to see that they would notice.
@@ -52,26 +52,6 @@
 #else
 #define ALL_ARE_HERE() __syncthreads()
 #endif
-
-// d += a * b for a tile of 16 rows by 8 tokens, 16 elements of k.
-template <bool F16>
-__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if defined(CUDA_HOST_SHIM)
-    const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
-    shim_mma(d, operands, [](u32 bits) { return widen((u16)bits, F16); });
-#else
-    if (F16)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
-}
 
 // A copy of 16 bytes to shared memory, or of zeros, that nobody waits for yet.
 __device__ __forceinline__ void copy_async(uint4* to, const void* from, bool is_there) {
@@ -102,37 +82,11 @@ __device__ __forceinline__ void wait_for_copies_but_one() {
 #endif
 }
 
-// Sums of 32 rows by 8 N tokens: rows g, g + 8 of half m, tokens 8 n + 2 t and the next.
-template <int N>
-struct Sums {
-    float of[2][N][4];
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < 8 * N; ++i) of[i / 4 / N][i / 4 % N][i % 4] = 0.0f;
-    }
-
-    // A block of k for eight tokens: `w` rows g, g + 8, g + 16, g + 24, `x` token g + 8 n, elements 8 t
-    // to 8 t + 7.
-    template <bool F16>
-    __device__ __forceinline__ void add_block(int n, const uint4 (&w)[4], uint4 x) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-            mma<F16>(of[m][n], w[2 * m].x, w[2 * m + 1].x, w[2 * m].y, w[2 * m + 1].y, x.x, x.y);
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-            mma<F16>(of[m][n], w[2 * m].z, w[2 * m + 1].z, w[2 * m].w, w[2 * m + 1].w, x.z, x.w);
-    }
-
-    // Row and token of an element.
-    static __device__ __forceinline__ int row(int m, int i, int lane) { return 16 * m + i / 2 * 8 + lane / 4; }
-    static __device__ __forceinline__ int token(int n, int i, int lane) { return 8 * n + lane % 4 * 2 + i % 2; }
-};
-
 // 32 rows (tile `row_tile`) by 8 N tokens from `first` on.
-template <bool F16, int N, int AHEAD>
+template <bool F16, int N, int AHEAD, class Map>
 __device__ __forceinline__ void decode_mma(
-    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens, int row_tile, int first) {
+    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens, int row_tile, int first,
+    Map map) {
     constexpr int SLICE_TILES = MMA_SLICE_DECODE / TILE;
     __shared__ float sums[DECODE_WARPS][8 * N][STRIDE];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -150,7 +104,7 @@ __device__ __forceinline__ void decode_mma(
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const int token = first + 8 * n + g;
-                inputs[i][n] = token < tokens ? load_eight(x + (u64)token * cols, k * TILE + 8 * t, cols)
+                inputs[i][n] = token < tokens ? load_eight(x + map.input(token) * cols, k * TILE + 8 * t, cols)
                                               : make_uint4(0, 0, 0, 0);
             }
         };
@@ -184,7 +138,7 @@ __device__ __forceinline__ void decode_mma(
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const int token = first + warp + 8 * n;
-        if (row < rows && token < tokens) out[(u64)token * rows + row] = totals[n];
+        if (row < rows && token < tokens) out[map.output(token) * rows + row] = totals[n];
     }
 }
 
@@ -194,20 +148,23 @@ struct Stage {
     uint4 x[4][PREFILL_TOKENS + PAD];
 };
 
-template <bool F16>
+template <bool F16, class Map>
 __device__ __forceinline__ void prefill_mma(
-    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {
+    const uint4* w, const u16* x, float* out, int rows, int cols, int tokens, int first, Map map) {
     constexpr int N = 8, SLICE_TILES = MMA_SLICE / TILE;
     __shared__ Stage stages[STAGES];
     const int tid = threadIdx.x, lane = tid % WARP, g = lane / 4, t = lane % 4;
     const int half = tid / WARP % 2, first_of_warp = tid / WARP / 2 * 8 * N;
     const int tiles = (cols + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
-    const int first = blockIdx.x * PREFILL_TOKENS;
     // This thread's words of a stage: row and token `tid / 4` and every 32nd from there, plane `tid % 4`.
     const int plane = tid % 4, index = tid / 4;
     const uint4* weights_from =
         w + (u64)blockIdx.y * (PREFILL_ROWS / TILE) * tiles * TILE_WORDS + tid;
     const u16* inputs_from = x + (u64)(first + index) * cols + plane * 8;
+    auto input = [&](int i) {
+        if constexpr (Map::ARE_IN_ORDER) return inputs_from + (u64)(32 * i) * cols;
+        return x + map.input(first + index + 32 * i) * cols + plane * 8;
+    };
     auto load = [&](int k) {
         Stage& stage = stages[k % STAGES];
 #pragma unroll
@@ -219,8 +176,8 @@ __device__ __forceinline__ void prefill_mma(
 #pragma unroll
         for (int i = 0; i < PREFILL_TOKENS / 32; ++i) {
             const bool is_there = first + index + 32 * i < tokens && k * TILE + plane * 8 < cols;
-            const u16* from = inputs_from + (u64)(32 * i) * cols + k * TILE;
-            copy_async(&stage.x[plane][index + 32 * i], is_there ? from : x, is_there);
+            const u16* from = is_there ? input(i) + k * TILE : x;
+            copy_async(&stage.x[plane][index + 32 * i], from, is_there);
         }
     };
     Sums<N> sum, total;
@@ -257,7 +214,7 @@ __device__ __forceinline__ void prefill_mma(
         const int m = i / 4 / N, n = i / 4 % N;
         const int row = blockIdx.y * PREFILL_ROWS + half * TILE + sum.row(m, i % 4, lane);
         const int token = first + first_of_warp + sum.token(n, i % 4, lane);
-        if (row < rows && token < tokens) out[(u64)token * rows + row] = total.of[m][n][i % 4];
+        if (row < rows && token < tokens) out[map.output(token) * rows + row] = total.of[m][n][i % 4];
     }
 }
 
@@ -268,13 +225,13 @@ __device__ __forceinline__ void prefill_mma(
 #define DECODE(name, is_f16, groups, ahead)                                                     \
     extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP) name(                     \
         const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {             \
-        decode_mma<is_f16, groups, ahead>(w, x, out, rows, cols, tokens, blockIdx.y,                \
-                                      blockIdx.x * 8 * groups);                                 \
+        decode_mma<is_f16, groups, ahead>(w, x, out, rows, cols, tokens, blockIdx.y,            \
+                                          blockIdx.x * 8 * groups, Rows{});                     \
     }
 #define PREFILL(name, is_f16)                                                                   \
     extern "C" __global__ void __launch_bounds__(PREFILL_WARPS * WARP, 2) name(                 \
         const uint4* w, const u16* x, float* out, int rows, int cols, int tokens) {             \
-        prefill_mma<is_f16>(w, x, out, rows, cols, tokens);                                         \
+        prefill_mma<is_f16>(w, x, out, rows, cols, tokens, blockIdx.x * PREFILL_TOKENS, Rows{}); \
     }
 DECODE(decode_mma_bf16_8, false, 1, 3)
 DECODE(decode_mma_bf16_32, false, 4, 2)
@@ -293,8 +250,35 @@ PREFILL(prefill_mma_f16, true)
         const u64 slot = blockIdx.y, words = (u64)((rows + TILE - 1) / TILE) *                     \
                                              ((cols + TILE - 1) / TILE) * TILE_WORDS;              \
         const u16* input = x + (shared_input ? slot / used : slot) * cols;                         \
-        decode_mma<is_f16, 1, 3>(w + chosen[slot] * words, input, out + slot * rows, rows, cols, 1,    \
-                             blockIdx.x, 0);                                                       \
+        decode_mma<is_f16, 1, 3>(w + chosen[slot] * words, input, out + slot * rows, rows, cols, 1, \
+                                 blockIdx.x, 0, Rows{});                                           \
     }
 EXPERT(expert_mma_bf16, false)
 EXPERT(expert_mma_f16, true)
+
+// The same for slots that are grouped by expert (group_slots of experts.cu): a tile of up to 32 or 128
+// slots of one expert, whose weights are read once for all of them. grid (tiles, tiles of 32 or 64
+// rows), block 256 or 128; tiles without slots end at once. With 128, cols is a multiple of 8.
+#define GROUPED_ARGUMENTS                                                                          \
+    const uint4 *w, const u16 *x, float *out, const u32 *slots, const SlotTile *tiles, int rows,   \
+        int cols, int used
+#define GROUPED_TILE                                                                               \
+    const SlotTile tile = tiles[blockIdx.x];                                                       \
+    if (tile.count == 0) return;                                                                   \
+    const u64 words = (u64)((rows + TILE - 1) / TILE) * ((cols + TILE - 1) / TILE) * TILE_WORDS;   \
+    const Slots map = {slots + tile.first, used};
+#define GROUPED_DECODE(name, is_f16)                                                               \
+    extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP) name(GROUPED_ARGUMENTS) {    \
+        GROUPED_TILE                                                                               \
+        decode_mma<is_f16, 4, 2>(w + tile.expert * words, x, out, rows, cols, tile.count,          \
+                                 blockIdx.y, 0, map);                                              \
+    }
+#define GROUPED_PREFILL(name, is_f16)                                                              \
+    extern "C" __global__ void __launch_bounds__(PREFILL_WARPS * WARP, 2) name(GROUPED_ARGUMENTS) { \
+        GROUPED_TILE                                                                               \
+        prefill_mma<is_f16>(w + tile.expert * words, x, out, rows, cols, tile.count, 0, map);      \
+    }
+GROUPED_DECODE(grouped_mma_bf16_32, false)
+GROUPED_DECODE(grouped_mma_f16_32, true)
+GROUPED_PREFILL(grouped_mma_bf16_128, false)
+GROUPED_PREFILL(grouped_mma_f16_128, true)

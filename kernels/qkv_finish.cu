@@ -6,7 +6,9 @@
 // Rotation in the half-split form: a' = a cos - b sin, b' = b cos + a sin, one product rounded and
 // one fused, from tables of the rows of the step that the host computed in f64. Keys and values go to
 // the paged cache. A layer's keys are (blocks, kv_heads, tiles, 4, 32, 8): a head's 32 positions are
-// a packed matrix of 32 rows, as scores read them. Its values are (blocks, kv_heads, 32, head_dim).
+// a packed matrix of 32 rows, as scores read them. Its values are (blocks, kv_heads, 32, head_dim); or,
+// with `packs_values`, (blocks, kv_heads, tiles, 4, 32, 8): a packed matrix with a row for each dimension
+// and a column for each position, as attend_tensor.cu reads them.
 // Columns that fill up a tile are never written: the cache starts as zeros.
 //
 // grid (rows, heads + 2 * kv_heads), block 128. Per row 4 bytes read and 2 written for each value:
@@ -21,7 +23,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS) qkv_finish(
     const float* qkv, const float* bias, const float* q_norm, const float* k_norm, const float* cos,
     const float* sin, const u32* slots, u16* queries, u16* keys, u16* values, int heads, int kv_heads,
-    int head_dim, float eps, int is_f16) {
+    int head_dim, float eps, int is_f16, int packs_values) {
     __shared__ float head[HEAD_DIM_MAX];
     __shared__ float scale;
     const int tid = threadIdx.x, index = blockIdx.y, half = head_dim / 2;
@@ -59,6 +61,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) qkv_finish(
         const u16 bits = round_to(head[d], is_f16);
         if (is_query)
             queries[(row * heads + index) * head_dim + d] = bits;
+        else if (is_value && packs_values)
+            values[(block * kv_heads + kv_head) * tiles * TILE * TILE + packed_at(d, slot, 1)] = bits;
         else if (is_value)
             values[((block * kv_heads + kv_head) * TILE + slot) * head_dim + d] = bits;
         else

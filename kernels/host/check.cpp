@@ -16,7 +16,8 @@ extern "C" Launch emu_sketch_rows, emu_reduce_logits, emu_embed, emu_add_norm, e
     emu_prefill_f16, emu_qkv_finish, emu_attend_bf16_1, emu_attend_bf16_4, emu_attend_f16_8,
     emu_attend_merge, emu_sum_exp, emu_largest, emu_draw, emu_look_up, emu_route, emu_combine, emu_expert_bf16,
     emu_expert_f16, emu_decode_mma_bf16_8, emu_decode_mma_f16_32, emu_prefill_mma_bf16,
-    emu_prefill_mma_f16, emu_expert_mma_bf16;
+    emu_prefill_mma_f16, emu_expert_mma_bf16, emu_attend_mma_bf16_8, emu_attend_mma_f16_32, emu_group_slots,
+    emu_grouped_bf16_8, emu_grouped_f16_64, emu_grouped_mma_bf16_32, emu_grouped_mma_f16_128;
 
 struct Grid {
     unsigned x, y, z;
@@ -189,23 +190,33 @@ static int check_attention(int head_dim, int start) {
     int failed = !same_in_every_order("qkv_finish", keys, [&](uint64_t seed) {
         return run(emu_qkv_finish, Grid(rows, heads + 2 * kv_heads), 128, 0, seed, qkv.data(),
                    (float*)nullptr, norm.data(), norm.data(), angles.data(), angles.data(), slots.data(),
-                   queries.data(), keys.data(), values.data(), heads, kv_heads, head_dim, 1e-5f, 0);
+                   queries.data(), keys.data(), values.data(), heads, kv_heads, head_dim, 1e-5f, 0, 0);
+    });
+    auto packed_values = filled(keys.size(), bits16);
+    failed += !same_in_every_order("qkv_finish packs_values", packed_values, [&](uint64_t seed) {
+        return run(emu_qkv_finish, Grid(rows, heads + 2 * kv_heads), 128, 0, seed, qkv.data(),
+                   (float*)nullptr, norm.data(), norm.data(), angles.data(), angles.data(), slots.data(),
+                   queries.data(), keys.data(), packed_values.data(), heads, kv_heads, head_dim, 1e-5f, 0, 1);
     });
     std::vector<float> parts(rows * heads * partitions * (head_dim + 2));
     std::vector<uint16_t> out(rows * heads * head_dim);
     Shape shape = {heads, kv_heads, head_dim, 0, 0.1f, 0.0f};
     struct Variant { const char* name; Launch* launch; int size, split; } variants[] = {
         {"attend_bf16_1", emu_attend_bf16_1, 1, 0}, {"attend_bf16_4", emu_attend_bf16_4, 4, 1},
-        {"attend_f16_8", emu_attend_f16_8, 8, 0}};
+        {"attend_f16_8", emu_attend_f16_8, 8, 0}, {"attend_mma_bf16_8", emu_attend_mma_bf16_8, 8, 1},
+        {"attend_mma_f16_32", emu_attend_mma_f16_32, 32, 0}};
     for (auto& v : variants) {
         all.clear();
         for (int q = 0; q < rows * heads / kv_heads; q += v.size)
             all.push_back({0, start, q, std::min(v.size, rows * heads / kv_heads - q), 0, 0});
         failed += !same_in_every_order(v.name, out, [&](uint64_t seed) {
-            const int warps = v.size == 8 ? 4 : 8;
-            size_t memory = 4 * v.size * (512 + tiles * 32 + warps * head_dim);
+            const bool is_mma = strstr(v.name, "mma");
+            const int warps = is_mma ? 16 : v.size == 8 ? 4 : 8;
+            size_t memory = is_mma ? 16 * v.size * (4 * (tiles | 1) + 68)
+                                   : 4 * v.size * (512 + tiles * 32 + warps * head_dim);
             Grid grid(all.size(), kv_heads, v.split ? partitions : 1);
-            if (!run(v.launch, grid, 32 * warps, memory, seed, queries.data(), keys.data(), values.data(),
+            if (!run(v.launch, grid, 32 * warps, memory, seed, queries.data(), keys.data(),
+                     is_mma ? packed_values.data() : values.data(),
                      table.data(), all.data(), parts.data(), out.data(), shape, partitions, v.split))
                 return false;
             return !v.split || run(emu_attend_merge, Grid(rows, heads), 128, 0, seed, parts.data(),
@@ -259,6 +270,22 @@ static int check_experts(int tokens, int cols) {
             return run(product, Grid((rows + 31) / 32, tokens * used), 256, 0, seed, w.data(),
                        chosen.data(), x.data(), y.data(), rows, cols, used, 1);
         });
+    struct Variant { const char* name; Launch* launch; int size; } variants[] = {
+        {"grouped_bf16_8", emu_grouped_bf16_8, 8}, {"grouped_f16_64", emu_grouped_f16_64, 64},
+        {"grouped_mma_bf16_32", emu_grouped_mma_bf16_32, 32},
+        {"grouped_mma_f16_128", emu_grouped_mma_f16_128, 128}};
+    for (auto& v : variants) {
+        if (v.size == 128 && cols % 8 != 0) continue;
+        const int slots = tokens * used, count = slots / v.size + std::min(experts, slots);
+        std::vector<uint32_t> grouped(slots), table(4 * count);
+        failed += !same_in_every_order(v.name, y, [&](uint64_t seed) {
+            const Grid grid(count, v.size >= 64 ? (rows + 63) / 64 : (rows + 31) / 32);
+            return run(emu_group_slots, 1, 256, 0, seed, chosen.data(), grouped.data(), table.data(), slots,
+                       v.size, count) &&
+                   run(v.launch, grid, v.size >= 64 ? 128 : 256, 0, seed, w.data(), x.data(), y.data(),
+                       grouped.data(), table.data(), rows, cols, used);
+        });
+    }
     failed += !same_in_every_order("combine", out, [&](uint64_t seed) {
         return run(emu_combine, tokens, 256, 0, seed, y.data(), weights.data(), out.data(), rows, used);
     });

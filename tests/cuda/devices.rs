@@ -118,7 +118,7 @@ fn models_are_planned_and_computed_on_their_own_cards() {
         let card = usize::from(name != "a");
         assert_eq!(served.model.weights.device(), Device::Cuda(card));
         assert!(after[card] > before[card] && after[1 - card] == before[1 - card], "{name}");
-        let canon = if name == "c" { "canon-2" } else { "mma-sm90-1" };
+        let canon = if name == "c" { "canon-2" } else { "mma-sm90-2" };
         assert_eq!(served.identity.canon, canon);
         answer
     });

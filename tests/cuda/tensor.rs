@@ -199,7 +199,7 @@ fn the_model_has_another_identity_with_the_same_calibration() {
     };
     let cpu = of(Arithmetic::Portable, Device::Cpu);
     // The stand-in driver's device 6 has another architecture.
-    for (device, canon) in [(1, "mma-sm90-1"), (6, "mma-sm80-1")] {
+    for (device, canon) in [(1, "mma-sm90-2"), (6, "mma-sm80-2")] {
         let tensor = of(Arithmetic::Tensor, Device::Cuda(device));
         assert_eq!((&*tensor.canon, tensor.model_hash), (canon, cpu.hash_under(canon)));
         assert_eq!(tensor.portable_hash(), cpu.model_hash);
@@ -216,7 +216,7 @@ fn only_a_card_has_it() {
     write_checkpoint(dir.path(), &tiny_config(), 8);
     let (model, pool) = model_by(Arithmetic::Portable, Device::Cpu, dir.path());
     assert!(model.pass_by(Arithmetic::Tensor, &pool, 1).is_err());
-    assert_eq!(model.arithmetic_of("mma-sm90-1"), None);
+    assert_eq!(model.arithmetic_of("mma-sm90-2"), None);
     let model = Arc::into_inner(model).unwrap();
     let error = model.computing(Some(Arithmetic::Tensor)).err().unwrap().to_string();
     assert!(error.contains("tensor arithmetic needs an NVIDIA card, got cpu"), "{error}");

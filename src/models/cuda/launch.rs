@@ -12,7 +12,7 @@ mod stream;
 mod transfer;
 
 pub use card::{Card, cards};
-pub(super) use plain::args;
+pub(crate) use plain::args;
 pub use plain::{Arg, Entry, Plain, Pointer, Query, Rule, Shape, Tile, bytes_of, values_of};
 pub use stream::{GRID_MAX, Graph, Launch, Stream};
 pub use transfer::{Memory, Pinned};

@@ -1,10 +1,12 @@
 //! Lays out what the host tells the card of a step: rows, positions, places in the cache, tiles of
 //! queries.
 
+use super::choose::Attention;
 use super::error::CudaError;
 use super::launch::Tile;
 use super::memory::{At, Inputs};
 use super::weights::CudaWeights;
+use crate::models::arithmetic::Arithmetic;
 use crate::models::pass::{Batch, Segment};
 use crate::ops::attention::{BLOCK_TOKENS, PARTITION_TOKENS};
 use crate::ops::pool::Pool;
@@ -23,7 +25,7 @@ pub(super) struct Layout {
     pub(super) table: At,
     pub(super) tiles: At,
     pub(super) tile_count: usize,
-    /// Queries that a thread block of attention takes: 1, 4 or 8.
+    /// Queries that a thread block of attention takes.
     pub(super) tile_queries: usize,
     /// Whether every sequence has one row.
     pub(super) is_decode: bool,
@@ -37,7 +39,7 @@ impl Layout {
     /// # Errors
     /// When an id or a block does not exist: on a card that would read someone else's memory.
     pub(super) fn new(
-        weights: &CudaWeights,
+        (weights, arithmetic): (&CudaWeights, Arithmetic),
         pool: &Pool,
         batch: &Batch,
         blocks: usize,
@@ -61,18 +63,7 @@ impl Layout {
         let a = &weights.spec.attention;
         let group = a.heads / a.kv_heads;
         let widest = batch.segments.iter().map(|s| s.rows.len()).max().unwrap_or(1) * group;
-        let tile_queries = match widest {
-            1 => 1,
-            2..=4 => 4,
-            // Larger tiles of wide heads do not fit in a thread block's memory.
-            _ => {
-                if a.head_dim > 128 {
-                    4
-                } else {
-                    8
-                }
-            }
-        };
+        let tile_queries = Attention::queries(arithmetic, widest, a.head_dim);
         let tiles = tiles(batch, &begins, tile_queries, group);
         let last = positions.iter().max().copied().unwrap_or(0) as usize;
         let rope = weights.rope.table(&pool.turn(), &positions);

@@ -21,14 +21,16 @@ pub(super) struct KvBlocks {
 }
 
 impl KvBlocks {
-    /// Zeroed, because columns that fill up a tile of keys are never written.
+    /// Zeroed, because what fills up a tile of keys or values is never written. Values need whole
+    /// tiles in tensor arithmetic alone; a cache has room for either.
     pub(super) fn new(stream: &Stream, spec: &Spec, blocks: usize) -> Result<Self, CudaError> {
         let mut layers = Vec::with_capacity(spec.layers);
         let heads = blocks * spec.attention.kv_heads * BLOCK_TOKENS;
         let (card, head_dim) = (stream.card(), spec.attention.head_dim);
         for _ in 0..spec.layers {
-            let keys = Memory::new(card, 2 * heads * padded(head_dim), "the KV cache")?;
-            let values = Memory::new(card, 2 * heads * head_dim, "the KV cache")?;
+            let bytes = 2 * heads * padded(head_dim);
+            let keys = Memory::new(card, bytes, "the KV cache")?;
+            let values = Memory::new(card, bytes, "the KV cache")?;
             keys.zero(stream)?;
             values.zero(stream)?;
             layers.push([keys, values]);
@@ -47,10 +49,10 @@ pub(super) fn padded(cols: usize) -> usize {
     cols.next_multiple_of(TILE)
 }
 
-/// Bytes of one KV block over all layers; keys have the columns that fill up their tiles.
+/// Bytes of one KV block over all layers, with what fills up the tiles.
 pub(super) fn block_bytes(spec: &Spec) -> usize {
     let a = &spec.attention;
-    spec.layers * a.kv_heads * BLOCK_TOKENS * 2 * (padded(a.head_dim) + a.head_dim)
+    spec.layers * a.kv_heads * BLOCK_TOKENS * 2 * 2 * padded(a.head_dim)
 }
 
 /// The size of a buffer that holds so many bytes.

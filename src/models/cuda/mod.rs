@@ -1,12 +1,13 @@
 //! Implements the pass on an NVIDIA card (feature `cuda`): the kernels of `kernels/`, in the order
 //! of the CPU's decoder. By portable arithmetic rows have the CPU's bits; by tensor arithmetic
-//! products have an order of their own.
+//! products and attention have orders of their own.
 //!
 //! None of it has run on a card. It has run on a stand-in for the driver that executes the kernels
 //! on the CPU (`scripts/cuda-check`), where its bits were compared with the CPU engine's.
 
 mod answer;
 mod asks;
+mod choose;
 mod error;
 mod graphs;
 pub mod launch;

@@ -68,8 +68,8 @@ impl CudaPass {
             return Ok(Vec::new());
         }
         self.inputs.clear();
-        let layout =
-            Layout::new(&self.weights, &self.pool, batch, self.kv.blocks, &mut self.inputs)?;
+        let model = (&*self.weights, self.arithmetic);
+        let layout = Layout::new(model, &self.pool, batch, self.kv.blocks, &mut self.inputs)?;
         let chunks = self.answers.plan(&self.weights, asks, &mut self.inputs)?;
         let buffers = self.rooms.fit(&self.weights, &layout)?;
         for chunk in &chunks {

@@ -1,14 +1,15 @@
 //! Launches the layers of a step on a card: token ids to hidden rows to logits.
 //!
 //! The same operations in the same order as `models/cpu/decoder.rs`, so a row has the same bits;
-//! only products of tensor arithmetic have an order of their own. A branch waits for the next norm,
-//! which adds it to the residual stream.
+//! only products and attention of tensor arithmetic have orders of their own. A branch waits for
+//! the next norm, which adds it to the residual stream.
 
+use super::choose::{Attention, Product, slot_tiles};
 use super::error::CudaError;
 use super::launch::{Arg, GRID_MAX, Launch, Memory, Pointer, Shape, args};
 use super::layout::Layout;
-use super::memory::{At, Inputs, KvBlocks, Room, grained, padded};
-use super::weights::{CudaWeights, GATE_ROWS, Layer, Matrix};
+use super::memory::{At, Inputs, KvBlocks, Room, grained};
+use super::weights::{CudaWeights, EXPERTS_MAX, GATE_ROWS, Layer, Matrix};
 use crate::models::arithmetic::Arithmetic;
 use crate::models::spec::{ExpertSpec, Spec};
 use crate::ops::attention::PARTITION_TOKENS;
@@ -20,8 +21,6 @@ use std::cell::RefCell;
 const PARTS_BYTES_MAX: usize = 64 << 20;
 /// Thread blocks of attention from which on a card is busy without splitting contexts.
 const TILES_MAX: usize = 256;
-/// Tokens up to which tensor products are spread over slices of k: above, tiles are enough work.
-const TENSOR_DECODE_MAX: usize = 64;
 
 /// Buffers between kernels.
 pub(super) struct Rooms {
@@ -53,6 +52,8 @@ pub(super) struct Buffers {
     scores: Pointer,        // f32 (rows, experts)
     chosen: Pointer,        // u32 (rows, used)
     shares: Pointer,        // f32 (rows, used)
+    grouped: Pointer,       // u32 (slots): slots by expert
+    slot_tiles: Pointer,    // four u32 (tiles)
     experts: Pointer,       // f32 (slots, hidden)
 }
 
@@ -82,16 +83,23 @@ impl Sizes {
             4 * rows * hidden,
             8 * slots * inter.next_multiple_of(GATE_ROWS),
             2 * slots * inter,
-            routing(rows, experts, used)[2] + 4 * rows * used,
+            routing(rows, experts, used)[5],
             4 * rows * used * hidden,
         ])
     }
 }
 
-/// Where scores, chosen experts and their shares begin in one buffer.
-fn routing(rows: usize, experts: usize, used: usize) -> [usize; 3] {
-    let chosen = (4 * rows * experts).next_multiple_of(16);
-    [0, chosen, chosen + (4 * rows * used).next_multiple_of(16)]
+/// Where scores, chosen experts, their shares, grouped slots and tiles of these begin in one
+/// buffer, and where it ends.
+fn routing(rows: usize, experts: usize, used: usize) -> [usize; 6] {
+    let slots = rows * used;
+    // The smallest tile is 8 slots.
+    let tiles = slots / 8 + experts.min(slots);
+    let mut ends = [0, 4 * rows * experts, 4 * slots, 4 * slots, 4 * slots, 16 * tiles];
+    for i in 1..ends.len() {
+        ends[i] = ends[i - 1] + ends[i].next_multiple_of(16);
+    }
+    ends
 }
 
 impl Rooms {
@@ -141,52 +149,10 @@ impl Rooms {
             scores: route.plus(places[0]),
             chosen: route.plus(places[1]),
             shares: route.plus(places[2]),
+            grouped: route.plus(places[3]),
+            slot_tiles: route.plus(places[4]),
             experts: self.experts.fit(card, out)?,
         })
-    }
-}
-
-/// A kernel for products, and what a thread block of it takes.
-struct Product {
-    kernel: &'static str,
-    /// Tokens of a thread block.
-    group: usize,
-    /// Rows of a thread block.
-    rows: usize,
-    threads: u32,
-}
-
-impl Product {
-    /// The kernel of `matmul_portable.cu` for so many tokens.
-    fn portable(tokens: usize, dtype: Dtype) -> Self {
-        let (kernel, group) = match (tokens, dtype) {
-            (1, Dtype::Bf16) => ("decode_bf16_1", 1),
-            (1, Dtype::F16) => ("decode_f16_1", 1),
-            (2..=4, Dtype::Bf16) => ("decode_bf16_4", 4),
-            (2..=4, Dtype::F16) => ("decode_f16_4", 4),
-            (5..=16, Dtype::Bf16) => ("decode_bf16_8", 8),
-            (5..=16, Dtype::F16) => ("decode_f16_8", 8),
-            (_, Dtype::Bf16) => ("prefill_bf16", 64),
-            (_, Dtype::F16) => ("prefill_f16", 64),
-        };
-        let [rows, threads] = if group == 64 { [64, 128] } else { [32, 256] };
-        Self { kernel, group, rows, threads: threads as u32 }
-    }
-
-    /// The kernel of `matmul_tensor.cu`. Its prefill copies 16 bytes at once, so rows of inputs
-    /// must be whole numbers of them.
-    fn tensor(tokens: usize, cols: usize, dtype: Dtype) -> Self {
-        let is_prefill = tokens > TENSOR_DECODE_MAX && cols.is_multiple_of(8);
-        let (kernel, group) = match (is_prefill, tokens, dtype) {
-            (false, 1..=8, Dtype::Bf16) => ("decode_mma_bf16_8", 8),
-            (false, 1..=8, Dtype::F16) => ("decode_mma_f16_8", 8),
-            (false, _, Dtype::Bf16) => ("decode_mma_bf16_32", 32),
-            (false, _, Dtype::F16) => ("decode_mma_f16_32", 32),
-            (true, _, Dtype::Bf16) => ("prefill_mma_bf16", 128),
-            (true, _, Dtype::F16) => ("prefill_mma_f16", 128),
-        };
-        let [rows, threads] = if is_prefill { [64, 128] } else { [32, 256] };
-        Self { kernel, group, rows, threads: threads as u32 }
     }
 }
 
@@ -303,10 +269,8 @@ impl Step<'_> {
 
     /// `out[t][r] = sum_k w[r][k] x[t][k]`.
     fn matmul(&self, w: &Matrix, x: Pointer, out: Pointer, tokens: usize) {
-        let Product { kernel, group, rows, threads } = match self.arithmetic {
-            Arithmetic::Portable => Product::portable(tokens, self.weights.dtype),
-            Arithmetic::Tensor => Product::tensor(tokens, w.cols, self.weights.dtype),
-        };
+        let Product { kernel, group, rows, threads } =
+            Product::new(self.arithmetic, tokens, w.cols, self.weights.dtype);
         let grid = [tokens.div_ceil(group), w.rows.div_ceil(rows), 1];
         let args = args![&w.memory, x, out, w.rows as i32, w.cols as i32, tokens as i32];
         self.launch(kernel, grid, threads, 0, args);
@@ -336,6 +300,7 @@ impl Step<'_> {
             head_dim,
             spec.norm.eps,
             self.is_f16(),
+            i32::from(self.arithmetic == Arithmetic::Tensor),
         ];
         let grid = [layout.rows, a.heads + 2 * a.kv_heads, 1];
         self.launch("qkv_finish", grid, 128, 0, args);
@@ -356,17 +321,8 @@ impl Step<'_> {
 
     fn attend_tiles(&self, shape: Shape, [keys, values]: [Pointer; 2]) {
         let (a, b, layout) = (&self.spec().attention, self.buffers, self.layout);
-        let size = layout.tile_queries;
-        let kernel = match (size, self.weights.dtype) {
-            (1, Dtype::Bf16) => "attend_bf16_1",
-            (4, Dtype::Bf16) => "attend_bf16_4",
-            (_, Dtype::Bf16) => "attend_bf16_8",
-            (1, Dtype::F16) => "attend_f16_1",
-            (4, Dtype::F16) => "attend_f16_4",
-            (_, Dtype::F16) => "attend_f16_8",
-        };
-        let warps = if size == 8 { 4 } else { 8 };
-        let shared = 4 * size * (PARTITION_TOKENS + padded(a.head_dim) + warps * a.head_dim);
+        let Attention { kernel, threads, shared } =
+            Attention::new(self.arithmetic, layout.tile_queries, a.head_dim, self.weights.dtype);
         let depth = if b.parts.is_some() { layout.partitions } else { 1 };
         let (table, tiles) = (self.input(layout.table), self.input(layout.tiles));
         let parts = b.parts.unwrap_or(Pointer::NULL);
@@ -375,7 +331,7 @@ impl Step<'_> {
             b.queries, keys, values, table, tiles, parts, b.attended, shape, partitions, split,
         ];
         let grid = [layout.tile_count, a.kv_heads, depth];
-        self.launch(kernel, grid, 32 * warps as u32, shared, args);
+        self.launch(kernel, grid, threads, shared, args);
     }
 
     fn feed_forward(&self, layer: &Layer) {
@@ -390,6 +346,9 @@ impl Step<'_> {
         let args =
             args![b.scores, b.chosen, b.shares, count, used, i32::from(mixture.renormalise),];
         self.launch("route", [rows, 1, 1], 32, 0, args);
+        if rows > 1 {
+            self.group(mixture);
+        }
         self.expert(mixture, &layer.gate_up, (b.normed, true), b.gate_up);
         self.gate(rows * mixture.used);
         self.expert(mixture, &layer.down, (b.inner, false), b.experts);
@@ -411,7 +370,22 @@ impl Step<'_> {
         }
     }
 
-    /// Products of each row's experts; all of a row's slots read one input, or each its own.
+    /// Brings the slots of each expert together, cut into tiles for the kernel of their products.
+    fn group(&self, mixture: &ExpertSpec) {
+        let (b, slots) = (self.buffers, self.layout.rows * mixture.used);
+        let size = self.grouped(mixture).group;
+        let tiles = slot_tiles(slots, size, mixture) as i32;
+        let args = args![b.chosen, b.grouped, b.slot_tiles, slots as i32, size as i32, tiles];
+        self.launch("group_slots", [1, 1, 1], EXPERTS_MAX as u32, 0, args);
+    }
+
+    fn grouped(&self, mixture: &ExpertSpec) -> Product {
+        let slots = self.layout.rows * mixture.used;
+        Product::grouped(self.arithmetic, slots, (self.spec(), mixture), self.weights.dtype)
+    }
+
+    /// Products of each row's experts; all of a row's slots read one input, or each its own. The
+    /// slots of one row have no expert in common; those of several are grouped.
     fn expert(
         &self,
         mixture: &ExpertSpec,
@@ -419,24 +393,23 @@ impl Step<'_> {
         (x, is_shared): (Pointer, bool),
         out: Pointer,
     ) {
+        let (b, slots, used) = (self.buffers, self.layout.rows * mixture.used, mixture.used as i32);
+        let (rows, cols) = (w.rows as i32, w.cols as i32);
+        if self.layout.rows > 1 {
+            let Product { kernel, group, rows: tile, threads } = self.grouped(mixture);
+            let used = if is_shared { used } else { 1 };
+            let args = args![&w.memory, x, out, b.grouped, b.slot_tiles, rows, cols, used];
+            let grid = [slot_tiles(slots, group, mixture), w.rows.div_ceil(tile), 1];
+            return self.launch(kernel, grid, threads, 0, args);
+        }
         let kernel = match (self.arithmetic, self.weights.dtype) {
             (Arithmetic::Portable, Dtype::Bf16) => "expert_bf16",
             (Arithmetic::Portable, Dtype::F16) => "expert_f16",
             (Arithmetic::Tensor, Dtype::Bf16) => "expert_mma_bf16",
             (Arithmetic::Tensor, Dtype::F16) => "expert_mma_f16",
         };
-        let (slots, used) = (self.layout.rows * mixture.used, mixture.used);
-        let at_once = GRID_MAX / used * used;
-        for first in (0..slots).step_by(at_once) {
-            let inputs = if is_shared { first / used } else { first };
-            let (chosen, x) = (self.buffers.chosen.plus(4 * first), x.plus(2 * inputs * w.cols));
-            let out = out.plus(4 * first * w.rows);
-            let (rows, cols) = (w.rows as i32, w.cols as i32);
-            let args =
-                args![&w.memory, chosen, x, out, rows, cols, used as i32, i32::from(is_shared)];
-            let grid = [w.rows.div_ceil(32), at_once.min(slots - first), 1];
-            self.launch(kernel, grid, 256, 0, args);
-        }
+        let args = args![&w.memory, b.chosen, x, out, rows, cols, used, i32::from(is_shared)];
+        self.launch(kernel, [w.rows.div_ceil(32), slots, 1], 256, 0, args);
     }
 
     /// The final norm of chosen rows.

@@ -21,8 +21,8 @@ use std::sync::Arc;
 const PIECE_BYTES: usize = 16 << 20;
 /// Gate and up rows begin at multiples of this.
 pub(super) const GATE_ROWS: usize = 64;
-/// Experts that the routing kernel has room for.
-const EXPERTS_MAX: usize = 256;
+/// Experts that the routing kernels have room for.
+pub(super) const EXPERTS_MAX: usize = 256;
 /// Elements of the largest head that the kernels take.
 const HEAD_DIM_MAX: usize = 256;
 /// Elements of the largest row whose norm fits in a thread block's memory on every card.

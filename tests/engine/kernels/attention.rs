@@ -14,13 +14,13 @@ use targon_engine::ops::rope::{Rope, RopeScaling};
 use targon_engine::ops::rowwise::Norm;
 
 /// Positions of a block and of a partition.
-const BLOCK: usize = 32;
-const PARTITION: usize = 512;
+pub(super) const BLOCK: usize = 32;
+pub(super) const PARTITION: usize = 512;
 
 /// Queries of a sequence that a thread block takes.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Tile {
+pub(super) struct Tile {
     row_zero: i32,
     start: i32,
     first_query: i32,
@@ -31,25 +31,25 @@ struct Tile {
 
 /// Rows of one sequence at the end of its context.
 #[derive(Clone, Copy)]
-struct Sequence {
-    start: usize,
-    rows: usize,
+pub(super) struct Sequence {
+    pub(super) start: usize,
+    pub(super) rows: usize,
 }
 
-struct Case {
-    dtype: Dtype,
-    shape: Shape,
-    sequences: Vec<Sequence>,
-    queries: Vec<u16>,     // (rows, heads, head_dim)
-    keys: Vec<Vec<f32>>,   // by sequence: (positions, kv_heads, head_dim), rounded
-    values: Vec<Vec<f32>>, // the same
+pub(super) struct Case {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Shape,
+    pub(super) sequences: Vec<Sequence>,
+    pub(super) queries: Vec<u16>,     // (rows, heads, head_dim)
+    pub(super) keys: Vec<Vec<f32>>,   // by sequence: (positions, kv_heads, head_dim), rounded
+    pub(super) values: Vec<Vec<f32>>, // the same
 }
 
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     math::exp(Scalar::splat(x)).to_array()[0]
 }
 
-fn tanh(x: f32) -> f32 {
+pub(super) fn tanh(x: f32) -> f32 {
     math::tanh(Scalar::splat(x)).to_array()[0]
 }
 
@@ -69,18 +69,18 @@ fn max_of_block(x: &[f32; BLOCK]) -> f32 {
 }
 
 /// Maximum, sum and weighted values of some positions.
-struct Partial {
-    max: f32,
-    sum: f32,
-    out: Vec<f32>,
+pub(super) struct Partial {
+    pub(super) max: f32,
+    pub(super) sum: f32,
+    pub(super) out: Vec<f32>,
 }
 
 impl Partial {
-    fn nothing(head_dim: usize) -> Self {
+    pub(super) fn nothing(head_dim: usize) -> Self {
         Self { max: f32::NEG_INFINITY, sum: 0.0, out: vec![0.0; head_dim] }
     }
 
-    fn append(&mut self, next: &Self) {
+    pub(super) fn append(&mut self, next: &Self) {
         if next.sum == 0.0 {
             return;
         }
@@ -93,7 +93,12 @@ impl Partial {
 }
 
 impl Case {
-    fn new(noise: &mut Noise, dtype: Dtype, shape: Shape, sequences: &[Sequence]) -> Self {
+    pub(super) fn new(
+        noise: &mut Noise,
+        dtype: Dtype,
+        shape: Shape,
+        sequences: &[Sequence],
+    ) -> Self {
         let mut values = |n: usize, size: f32| -> Vec<f32> {
             (0..n).map(|_| dtype.widen(dtype.round(noise.next() * size))).collect()
         };
@@ -113,7 +118,7 @@ impl Case {
     }
 
     /// Key or value head of one position.
-    fn head<'a>(&self, of: &'a [f32], position: usize, head: usize) -> &'a [f32] {
+    pub(super) fn head<'a>(&self, of: &'a [f32], position: usize, head: usize) -> &'a [f32] {
         let (kv_heads, head_dim) = (self.shape.kv_heads as usize, self.shape.head_dim as usize);
         &of[(position * kv_heads + head) * head_dim..][..head_dim]
     }
@@ -161,7 +166,7 @@ impl Case {
         part
     }
 
-    fn partitions(&self) -> usize {
+    pub(super) fn partitions(&self) -> usize {
         let last = self.sequences.iter().map(|s| s.start + s.rows - 1).max().unwrap();
         last / PARTITION + 1
     }
@@ -198,7 +203,7 @@ impl Case {
 
     /// Keys and values in the layout of the cache; what belongs to nobody is NaN, but the columns
     /// that fill up a tile are zero. Blocks lie in no order.
-    fn cache(&self) -> (Vec<u16>, Vec<u16>, Vec<Vec<u32>>) {
+    pub(super) fn cache(&self) -> (Vec<u16>, Vec<u16>, Vec<Vec<u32>>) {
         let (kv_heads, head_dim) = (self.shape.kv_heads as usize, self.shape.head_dim as usize);
         let tiles = head_dim.div_ceil(32);
         let counts = self.sequences.iter().map(|s| (s.start + s.rows).div_ceil(BLOCK));
@@ -232,7 +237,7 @@ impl Case {
         (keys, values, tables)
     }
 
-    fn tiles(&self, size: usize, tables: &[Vec<u32>]) -> Vec<Tile> {
+    pub(super) fn tiles(&self, size: usize, tables: &[Vec<u32>]) -> Vec<Tile> {
         let group = (self.shape.heads / self.shape.kv_heads) as usize;
         let (mut row, mut table, mut tiles) = (0, 0, Vec::new());
         for (sequence, blocks) in self.sequences.iter().zip(tables) {
@@ -307,12 +312,12 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-fn shape(heads: i32, kv_heads: i32, head_dim: i32, window: i32, cap: f32) -> Shape {
+pub(super) fn shape(heads: i32, kv_heads: i32, head_dim: i32, window: i32, cap: f32) -> Shape {
     let scale = 1.0 / (head_dim as f32).sqrt();
     Shape { heads, kv_heads, head_dim, window, scale, cap }
 }
 
-fn sequences(of: &[[usize; 2]]) -> Vec<Sequence> {
+pub(super) fn sequences(of: &[[usize; 2]]) -> Vec<Sequence> {
     of.iter().map(|[start, rows]| Sequence { start: *start, rows: *rows }).collect()
 }
 
@@ -416,6 +421,12 @@ fn partitions_are_appended_in_ascending_order() {
     assert_eq!(descending, vec![0.0; head_dim]);
 }
 
+/// Where element (row, column) of a packed matrix of so many tiles a row lies.
+fn at(row: usize, column: usize, tiles: usize) -> usize {
+    let word = (row / 32 * tiles + column / 32) * 128 + column % 32 / 8 * 32 + row % 32;
+    word * 8 + column % 8
+}
+
 #[test]
 fn finished_heads_equal_their_twin() {
     let (mut noise, pool) = (Noise(45), Pool::new(1, Isa::best()).unwrap());
@@ -437,10 +448,10 @@ fn finished_heads_equal_their_twin() {
             let slots = [5_u32, 2 * 32 + 4, 32 + 31];
             let table =
                 Rope::new(head_dim, 10_000.0, RopeScaling::None).table(&pool.turn(), &positions);
-            let tiles = head_dim.div_ceil(32);
+            let (tiles, len) = (head_dim.div_ceil(32), head_dim.next_multiple_of(32) * 32);
             let mut queries = vec![1_u16; rows * heads * head_dim];
-            let mut keys = vec![1_u16; 3 * kv_heads * tiles * 32 * 32];
-            let mut stored = vec![1_u16; 3 * kv_heads * 32 * head_dim];
+            let mut keys = vec![1_u16; 3 * kv_heads * len];
+            let mut stored = vec![1_u16; keys.len()];
             let none = std::ptr::null::<f32>();
             let (x, b) = (qkv.as_ptr(), if has_bias { bias.as_ptr() } else { none });
             let qn = if has_norm { q_norm.as_ptr() } else { none };
@@ -449,8 +460,9 @@ fn finished_heads_equal_their_twin() {
             let (sl, q, k, v) =
                 (slots.as_ptr(), queries.as_mut_ptr(), keys.as_mut_ptr(), stored.as_mut_ptr());
             let (h, kh, hd) = (heads as i32, kv_heads as i32, head_dim as i32);
-            let f16 = i32::from(dtype == Dtype::F16);
-            let args = args![x, b, qn, kn, cos, sin, sl, q, k, v, h, kh, hd, eps, f16];
+            let (f16, packs_values) = (i32::from(dtype == Dtype::F16), (i / 2) as i32);
+            let args =
+                args![x, b, qn, kn, cos, sin, sl, q, k, v, h, kh, hd, eps, f16, packs_values];
             let grid = [rows as u32, (heads + 2 * kv_heads) as u32, 1];
             kernels().launch("qkv_finish", grid, 128, 0, i as u64, &args);
             for (row, head) in
@@ -468,15 +480,14 @@ fn finished_heads_equal_their_twin() {
                     }
                     table.rotate(Isa::best(), row, &mut want);
                 }
-                let place = (slots[row] / 32) as usize * kv_heads;
-                let slot = (slots[row] % 32) as usize;
+                let (block, slot) = ((slots[row] / 32) as usize, (slots[row] % 32) as usize);
+                let key = (block * kv_heads + head).wrapping_sub(heads);
+                let value = key.wrapping_sub(kv_heads);
                 let got = |d: usize| match head {
                     h if h < heads => queries[(row * heads + head) * head_dim + d],
-                    h if h < heads + kv_heads => {
-                        let word = d / 32 * 128 + d % 32 / 8 * 32 + slot;
-                        keys[(place + head - heads) * tiles * 32 * 32 + word * 8 + d % 8]
-                    }
-                    _ => stored[((place + head - heads - kv_heads) * 32 + slot) * head_dim + d],
+                    h if h < heads + kv_heads => keys[key * len + at(slot, d, tiles)],
+                    _ if packs_values == 1 => stored[value * len + at(d, slot, 1)],
+                    _ => stored[(value * 32 + slot) * head_dim + d],
                 };
                 let got: Vec<f32> = (0..head_dim).map(|d| dtype.widen(got(d))).collect();
                 let want: Vec<f32> = want.iter().map(|x| dtype.widen(dtype.round(*x))).collect();

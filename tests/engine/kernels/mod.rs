@@ -7,6 +7,7 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "a test may fail")]
 
 mod attention;
+mod attention_tensor;
 mod draw;
 mod experts;
 mod logits;
@@ -36,8 +37,9 @@ struct Shape {
 }
 
 /// The kernels' host builds, one for each `.cu`.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "attend",
+    "attend_tensor",
     "draw",
     "embed",
     "experts",
@@ -262,7 +264,7 @@ fn ptx_has_the_parameters_of_the_sources() {
             count += 1;
         }
     }
-    assert!(count >= 40, "{count} kernels");
+    assert!(count >= 53, "{count} kernels");
 }
 
 #[test]

@@ -224,8 +224,8 @@ impl<'a> Device<'a> {
         let q = queries.as_mut_ptr();
         let (k, v) = (self.keys[index].as_mut_ptr(), self.values[index].as_mut_ptr());
         let (h, kh, hd) = (a.heads as i32, a.kv_heads as i32, a.head_dim as i32);
-        let (eps, f16) = (spec.norm.eps, self.is_f16());
-        let args = args![x, b, qn, kn, cos, sin, slots, q, k, v, h, kh, hd, eps, f16];
+        let (eps, f16, packs_values) = (spec.norm.eps, self.is_f16(), 0_i32);
+        let args = args![x, b, qn, kn, cos, sin, slots, q, k, v, h, kh, hd, eps, f16, packs_values];
         let grid = [rows as u32, (a.heads + 2 * a.kv_heads) as u32, 1];
         kernels().launch("qkv_finish", grid, 128, 0, 0, &args);
 

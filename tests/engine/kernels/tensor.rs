@@ -8,7 +8,7 @@ use std::ffi::c_void;
 use targon_engine::ops::dtype::Dtype;
 
 /// Elements of k that are summed together.
-const SLICE: usize = 512;
+pub(super) const SLICE: usize = 512;
 /// Elements of k whose order within a sum is fixed: two steps of 16.
 const BLOCK: usize = 32;
 
@@ -23,7 +23,7 @@ fn in_units(x: f64, unit: i32) -> i128 {
 }
 
 /// The model of one step: products and sum cut off at 25 bits below the largest exponent.
-fn mma(sum: f32, pairs: &[(f32, f32)]) -> f32 {
+pub(super) fn mma(sum: f32, pairs: &[(f32, f32)]) -> f32 {
     let all = pairs.iter().fold(f64::from(sum), |s, (w, x)| s + f64::from(*w) * f64::from(*x));
     if !all.is_finite() {
         return all as f32;
@@ -44,7 +44,7 @@ fn mma(sum: f32, pairs: &[(f32, f32)]) -> f32 {
 }
 
 /// One element of a product, slices of `slice` elements.
-fn product(w: &[f32], x: &[f32], slice: usize) -> f32 {
+pub(super) fn product(w: &[f32], x: &[f32], slice: usize) -> f32 {
     let step = |sum: f32, w: &[f32], x: &[f32], is_second: bool| {
         let chosen = (0..w.len()).filter(|k| (k % 8 >= 4) == is_second);
         mma(sum, &chosen.map(|k| (w[k], x[k])).collect::<Vec<_>>())

@@ -167,7 +167,7 @@ impl From<Shape> for Arg {
 macro_rules! args {
     ($($value:expr),* $(,)?) => { &[$($crate::models::cuda::launch::Arg::from($value)),*] };
 }
-pub(in crate::models::cuda) use args;
+pub(crate) use args;
 
 /// The bytes of values.
 pub fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {

@@ -9,8 +9,9 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Dynamic shared memory that a kernel has without asking.
-const SHARED_DEFAULT: usize = 48 << 10;
+/// Dynamic shared memory that a kernel has without asking: what is left of 48 KiB when its static
+/// shared memory, at most 16 KiB where there is both, is taken off.
+const SHARED_DEFAULT: usize = 32 << 10;
 /// Thread blocks in the second and third dimension of a grid.
 pub const GRID_MAX: usize = 65_535;
 
