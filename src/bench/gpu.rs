@@ -5,10 +5,16 @@
 //! nothing is downloaded.
 
 mod asked;
+mod attention;
+mod draws;
 mod invariance;
+mod lab;
+mod mixture;
 mod products;
+mod rows;
 
 use self::asked::{is_same, prover, samplings};
+use self::lab::Lab;
 use super::host::{self, Say};
 use super::verify::write_model;
 use crate::clock::Clock;
@@ -72,6 +78,7 @@ pub fn run(wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
         false => &[(1_000, 2_048), (1_024, 14_336)],
     };
     products::compare(&card, &pool, matrices, say)?;
+    kernels(&card, &pool, wanted.is_dry, say)?;
     equal(&card, &pool, wanted, say)?;
     if let Some((_, spec)) = shapes(wanted.is_dry)?.into_iter().next() {
         // Long enough for the kernels of a prefill.
@@ -110,6 +117,26 @@ fn shapes(is_dry: bool) -> anyhow::Result<Vec<(&'static str, Spec)>> {
             ("8B", shape(128_256, 4096, 32, 32, 14_336)?),
         ],
     })
+}
+
+/// The kernels that are not products, one by one.
+fn kernels(card: &Arc<Card>, pool: &Pool, is_dry: bool, say: Say<'_>) -> anyhow::Result<()> {
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let lab = Lab::new(card, pool, dtype)?;
+        // Columns, positions before some rows, tokens of the vocabulary.
+        let (cols, [start, rows], vocab) = match is_dry {
+            true => (200, [520, 3], 1_500),
+            false => (4_096, [1_100, 40], 128_256),
+        };
+        let mut results = rows::compare(&lab, cols)?;
+        results.extend(attention::compare(&lab, (start, rows))?);
+        results.extend(draws::compare(&lab, vocab, cols)?);
+        results.extend(mixture::compare(&lab, cols)?);
+        for (kernel, count) in results {
+            say(format!("{kernel} in {dtype}: {count} of {count} results are what they must be"));
+        }
+    }
+    Ok(())
 }
 
 /// Answers of both devices, for a model of noise in both types and for the one that was given.
