@@ -143,7 +143,7 @@ fn kernels(card: &Arc<Card>, pool: &Pool, is_dry: bool, say: Say<'_>) -> anyhow:
 fn equal(card: &Arc<Card>, pool: &Pool, wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
     let directory = std::env::temp_dir().join(format!("targon-gpu-{}", std::process::id()));
     std::fs::create_dir_all(&directory)?;
-    let outcome = write_model(&directory).and_then(|()| {
+    let outcome = write_model(&directory, 131_072).and_then(|()| {
         let rows = if wanted.is_dry { 9 } else { 300 };
         for dtype in [Dtype::Bf16, Dtype::F16] {
             let count = compare(card, pool, &directory, Some(dtype), rows)?;

@@ -1,25 +1,27 @@
 //! Measures what verifying costs: CPU time of one response against the passes that Targon's
-//! verifier (4.4) makes, a fast check against a bare prefill, and the memory that checks need
-//! beside a model with a large vocabulary.
+//! verifier (4.4) makes, a fast check, its twin and the naming of cheats against a bare prefill,
+//! and the memory that checks need beside a model with a large vocabulary.
 //!
 //! Every pass of the original runs here on this engine, from an empty cache, as often as the
 //! original runs it: nothing is shared between them.
 
 use super::host::{self, Say};
-use super::load::proved;
+use super::load::{proved, proved_by_a_stack};
 use super::stats::median;
 use crate::clock::Clock;
 use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
+use crate::models::departure::RECIPES;
 use crate::models::pass::{Batch, RowAsk, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
-use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
+use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
-use crate::verify::scrutiny::Scrutiny;
+use crate::verify::scrutiny::{Scrutiny, When};
+use crate::verify::statistic::ByRows;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
 use anyhow::{Context, ensure};
 use half::bf16;
@@ -35,6 +37,8 @@ const OUTPUT: usize = 256;
 /// Responses that share a prompt, where sharing is measured.
 const SHARED: usize = 8;
 const ROUNDS: usize = 5;
+/// Checks that an early exit is averaged over.
+const DRAWS: u64 = 16;
 const TEMPERATURE: f32 = 0.7;
 /// Rows of a step of the passes that are made here, as the verifier has.
 const STEP_ROWS: usize = 256;
@@ -59,10 +63,11 @@ pub fn run(path: &Path, scratch: &Path, say: Say<'_>) -> anyhow::Result<()> {
     // First, while little memory has been used and freed.
     memory(say, scratch, &pool)?;
     let model = Model::load(path, None, &pool, |_, _| {})?;
-    let case = Case::new(model, &pool, SHARED)?;
+    let case = Case::new(model, &pool, (SHARED, PROMPT, OUTPUT))?;
     let threads = pool.threads();
     say(format!("\n{}, {threads} threads, {PROMPT} + {OUTPUT} tokens", path.display()));
-    speed(say, &case)
+    speed(say, &case)?;
+    closer(say, &case)
 }
 
 /// Honest responses to one prompt, and who verifies them.
@@ -75,11 +80,16 @@ struct Case {
 type Trial = (Request, Hash, Answer);
 
 impl Case {
-    fn new(model: Model, pool: &Pool, count: usize) -> anyhow::Result<Self> {
+    fn new(
+        model: Model,
+        pool: &Pool,
+        (count, prompt, output): (usize, usize, usize),
+    ) -> anyhow::Result<Self> {
         let identity = Arc::new(Identity::compute(&model, pool)?);
         let model = Arc::new(model);
         let engine = Engine::start(Arc::clone(&model), pool.clone(), OPTIONS, Clock::system())?;
-        let trials = (0..count).map(|i| respond(&engine, &identity, i));
+        let ask = |index| respond(&engine, &identity, (index, prompt, output));
+        let trials = (0..count).map(ask);
         let trials = trials.collect::<anyhow::Result<_>>()?;
         let verifier = Verifier {
             model,
@@ -129,10 +139,14 @@ impl Case {
 }
 
 /// Asks the engine for response `index` to the one prompt, with its proof.
-fn respond(engine: &Engine, identity: &Identity, index: usize) -> anyhow::Result<Trial> {
+fn respond(
+    engine: &Engine,
+    identity: &Identity,
+    (index, prompt, output): (usize, usize, usize),
+) -> anyhow::Result<Trial> {
     let vocab = engine.text().vocab as u32;
-    let prompt = (0..PROMPT as u32).map(|i| 3 + i * 7919 % (vocab - 3)).collect();
-    let mut request = Request::greedy(prompt, OUTPUT);
+    let prompt = (0..prompt as u32).map(|i| 3 + i * 7919 % (vocab - 3)).collect();
+    let mut request = Request::greedy(prompt, output);
     request.sampling.temperature = TEMPERATURE;
     request.stop.ignore_eos = true;
     let nonce = nonce_of(&format!("bench {index}"));
@@ -242,10 +256,104 @@ fn goal(say: Say<'_>, what: &str, value: f64, is_met: impl Fn(f64) -> bool) {
     say(format!("goal: {what}: {value:.3}, {met}"));
 }
 
+/// What closer looks at an answer cost, in bare prefills of the same tokens: its twin, the naming
+/// of cheats, and what an early exit leaves. The answer is one of a stack of 16 bits, because rows
+/// that are equal bit for bit are never looked at again.
+fn closer(say: Say<'_>, case: &Case) -> anyhow::Result<()> {
+    let (request, nonce, answer) = &case.trials[0];
+    let answer = proved_by_a_stack(&case.verifier, (request, *nonce), answer)?;
+    let claim = Claim { answer: &answer, ..case.claim(0, Profile::Proof) };
+    let own = case.claim(0, Profile::Proof);
+    let [bare, fast, twin, packing, named, whole, part] = measure([
+        &|| bare_prefill(case),
+        &|| look(case, &claim, Look::Once).map(|_| ()),
+        &|| look(case, &claim, Look::Twin).map(|_| ()),
+        &|| pack_all(case),
+        &|| look(case, &claim, Look::Names).map(|_| ()),
+        &|| early_checks(case, &own).map(|_| ()),
+        &|| early_checks(case, &claim).map(|_| ()),
+    ])?
+    .map(|(cpu, _)| cpu);
+    let recipes = RECIPES.len() as f64;
+    let (naming, packing) = ((named - twin) / recipes, packing / recipes);
+    say("\nOf an answer of a stack of 16 bits, CPU time in bare prefills of the same tokens".into());
+    goal(say, "a fast check costs at most 1.15 without the twin", fast / bare, |x| x <= 1.15);
+    goal(say, "and at most 2.2 with it", twin / bare, |x| x <= 2.2);
+    goal(say, "naming costs at most 1 for a recipe", naming / bare, |x| x <= 1.0);
+    say(format!("of it the packing of a recipe's weights, once a batch: {:.3}", packing / bare));
+    for (who, cpu, chunks) in [
+        ("this engine's answer", whole, early_checks(case, &own)?),
+        ("a stack's answer", part, early_checks(case, &claim)?),
+    ] {
+        let share = cpu / DRAWS as f64 / fast;
+        let all = OUTPUT / CHUNK_ROWS;
+        say(format!(
+            "with --early-exit {who} costs {share:.3} of a whole fast check, {chunks:.2} of {all} \
+             chunks on average of {DRAWS} draws"
+        ));
+    }
+    Ok(())
+}
+
+/// How closely an answer is looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// One prefill.
+    Once,
+    /// The twin as well.
+    Twin,
+    /// Every recipe as well.
+    Names,
+}
+
+/// A fast check of `claim`, whose answer passes and is looked at as `how` says.
+fn look(case: &Case, claim: &Claim<'_>, how: Look) -> anyhow::Result<Report> {
+    let twin = if how == Look::Once { When::Never } else { When::Always };
+    let names = how == Look::Names;
+    // Recipes are tried on what the twin finds too far: here, on everything.
+    let twin_u8 = if names { ByRows::all(f64::MIN_POSITIVE) } else { Limits::default().twin_u8 };
+    let verifier = Verifier {
+        scrutiny: Scrutiny { twin, names, ..Scrutiny::NONE },
+        // No name is found for what is honest; none may be, whatever the model.
+        limits: Limits { twin_u8, beta: 1.0, ..Limits::default() },
+        ..case.verifier.clone()
+    };
+    let report = verifier.verify(Profile::Proof, 7).answer(claim);
+    ensure!(report.verdict == Verdict::Pass, "{:?}", report.verdict);
+    let is_run = report.twin.is_empty() == (how == Look::Once);
+    ensure!(is_run, "the twin has {} rows", report.twin.len());
+    let tried = if names { RECIPES.len() } else { 0 };
+    ensure!(report.named.len() == tried, "{} recipes were tried", report.named.len());
+    Ok(report)
+}
+
+/// The weights of every recipe.
+fn pack_all(case: &Case) -> anyhow::Result<()> {
+    let Verifier { model, pool, .. } = &case.verifier;
+    RECIPES.iter().try_for_each(|recipe| {
+        black_box(model.coarse(recipe, pool)?);
+        Ok(())
+    })
+}
+
+/// Fast checks that may stop early, each at a chunk of its own; the chunks looked at on average.
+fn early_checks(case: &Case, claim: &Claim<'_>) -> anyhow::Result<f64> {
+    let scrutiny = Scrutiny { stops_early: true, ..Scrutiny::NONE };
+    let verifier = Verifier { scrutiny, ..case.verifier.clone() };
+    let mut chunks = 0;
+    for chance in 0..DRAWS {
+        let report = verifier.verify(Profile::Proof, chance).answer(claim);
+        ensure!(report.verdict == Verdict::Pass, "{:?}", report.verdict);
+        chunks += report.chunks.len();
+    }
+    Ok(chunks as f64 / DRAWS as f64)
+}
+
 /// The memory that checks take beside a loaded model with 131072 tokens.
 fn memory(say: Say<'_>, scratch: &Path, pool: &Pool) -> anyhow::Result<()> {
-    write_model(scratch)?;
-    let case = Case::new(Model::load(scratch, None, pool, |_, _| {})?, pool, 1)?;
+    write_model(scratch, 131_072)?;
+    let model = Model::load(scratch, None, pool, |_, _| {})?;
+    let case = Case::new(model, pool, (1, PROMPT, OUTPUT))?;
     say(format!(
         "Peak memory of checks beside a model with 131072 tokens, {PROMPT} + {OUTPUT} tokens"
     ));
@@ -267,9 +375,9 @@ fn memory(say: Say<'_>, scratch: &Path, pool: &Pool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A checkpoint of a small Llama with a large vocabulary and seeded random weights.
-pub(super) fn write_model(directory: &Path) -> anyhow::Result<()> {
-    let (vocab, hidden, inter, layers) = (131_072, 256, 512, 2);
+/// A checkpoint of a small Llama with a vocabulary of so many tokens and seeded random weights.
+pub(super) fn write_model(directory: &Path, vocab: usize) -> anyhow::Result<()> {
+    let (hidden, inter, layers) = (256, 512, 2);
     let config = json!({
         "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -349,4 +457,32 @@ fn tokenizer() -> Value {
         "version": "1.0", "added_tokens": [], "pre_tokenizer": bytes, "decoder": bytes,
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_look_at_an_answer_of_a_stack_is_taken() {
+        let scratch = tempfile::tempdir().unwrap();
+        write_model(scratch.path(), 512).unwrap();
+        let pool = host::pool().unwrap();
+        let model = Model::load(scratch.path(), None, &pool, |_, _| {}).unwrap();
+        let case = Case::new(model, &pool, (1, 20, 70)).unwrap();
+        let (request, nonce, own) = &case.trials[0];
+        let answer = proved_by_a_stack(&case.verifier, (request, *nonce), own).unwrap();
+        let claim = Claim { answer: &answer, ..case.claim(0, Profile::Proof) };
+        let once = look(&case, &claim, Look::Once).unwrap();
+        assert!(once.chunks.iter().all(|c| !c.is_exact && c.energy.is_some_and(|e| e > 0.0)));
+        // The twin goes all of the way that this answer goes.
+        let twin = look(&case, &claim, Look::Twin).unwrap();
+        assert!(twin.twin_share.is_some_and(|share| share > 0.9), "{:?}", twin.twin_share);
+        look(&case, &claim, Look::Names).unwrap();
+        pack_all(&case).unwrap();
+        let chunks = early_checks(&case, &case.claim(0, Profile::Proof)).unwrap();
+        assert!(chunks > 1.0 && chunks < 3.0, "{chunks}");
+        // The control: rows that are equal bit for bit are not looked at again.
+        assert!(look(&case, &case.claim(0, Profile::Proof), Look::Twin).is_err());
+    }
 }

@@ -14,6 +14,7 @@ mod hostile;
 mod hub;
 mod load;
 mod operators;
+mod published;
 mod requests;
 mod residents;
 mod rewriting;

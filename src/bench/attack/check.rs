@@ -145,7 +145,9 @@ impl AttackVerifier {
         let mended = Line::new(name, detector, "targon-4.4, mended", &reports);
         let mut published = Line::bare(name, detector, "targon-4.4, published", mended.rejected);
         let checked = trials.iter().zip(&reports);
-        let causes: Vec<&str> = checked.filter_map(|(t, r)| published::rejects(t, r)).collect();
+        let ends = &self.0.model.text.stop_ids;
+        let causes: Vec<&str> =
+            checked.filter_map(|(t, r)| published::rejects(t, r, ends)).collect();
         published.rejected = Rate::new(causes.len(), trials.len());
         for cause in causes {
             *published.reasons.entry(cause.to_owned()).or_insert(0) += 1;

@@ -1,9 +1,10 @@
 //! Applies the subnet's rank rules as published (Targon 4.4.1, `verifier.py`), including their
 //! known gaps, for comparison with the corrected rules of [`crate::verify::targon`].
 //!
-//! Two rules are more lenient here than in the original: ids are taken as they are, where the
-//! original tokenises the text again, and all end tokens of the model count. The check of random
-//! places is left out, as the original does above a temperature of 0.75.
+//! Some things are simpler here than in the original: ids are taken as they are, after the prompt
+//! as it is, where the original tokenises the text again without the token that it begins with,
+//! and all end tokens of the model count. The check of random places is left out, as the original
+//! does above a temperature of 0.75.
 
 use super::trial::AttackedAnswer;
 use crate::verify::RowEvidence;
@@ -22,8 +23,13 @@ const RARE_MAX: usize = 5;
 /// What the mean score must reach; it only gates the rule about certainty.
 const SCORE_MIN: f64 = 0.75;
 
-/// The cause by which the original rejects an answer; `None` where it passes or gives up.
-pub(super) fn rejects(trial: &AttackedAnswer, report: &Report) -> Option<&'static str> {
+/// The cause by which the original rejects an answer; `None` where it passes or gives up. `ends`
+/// are the model's end tokens.
+pub(super) fn rejects(
+    trial: &AttackedAnswer,
+    report: &Report,
+    ends: &[u32],
+) -> Option<&'static str> {
     if report.rows.is_empty() {
         // Rejected for its form or its end, which the corrected rules check first.
         return match &report.verdict {
@@ -34,20 +40,24 @@ pub(super) fn rejects(trial: &AttackedAnswer, report: &Report) -> Option<&'stati
     // Where the end was not sent, its likelihood has been looked at already.
     let request = &trial.ask.request;
     let tokens_max = if trial.end_is_implied { report.rows.len() } else { request.max_tokens };
-    rule(&report.rows, request.sampling.temperature, tokens_max)
+    let is_ended = report.rows.last().is_some_and(|row| ends.contains(&row.token));
+    rule(&report.rows, request.sampling.temperature, tokens_max, is_ended)
 }
 
-fn rule(rows: &[RowEvidence], temperature: f32, tokens_max: usize) -> Option<&'static str> {
+fn rule(
+    rows: &[RowEvidence],
+    temperature: f32,
+    tokens_max: usize,
+    is_ended: bool,
+) -> Option<&'static str> {
     let known = (10.0 * temperature) as u32 + 6;
     let knows_end = |row: &RowEvidence| row.end_rank.is_some_and(|end| end <= known);
     if rows.len() < TOKENS_MIN {
         return Some("TOO_SHORT");
     }
-    let seen = &rows[..rows.len() - UNSEEN];
-    if seen.is_empty() {
-        // The original divides by zero, and the answer goes unscored.
-        return None;
-    }
+    // An end token has no text, so the original does not find it in what it tokenises again.
+    let unseen = UNSEEN + usize::from(is_ended);
+    let seen = &rows[..rows.len().saturating_sub(unseen)];
     let (mut not_first, mut rare, mut certain, mut total) = (0, 0, 0, 0.0);
     for row in seen {
         let skipped = knows_end(row) && row.end_rank.is_some_and(|end| end < row.rank);
@@ -70,6 +80,11 @@ fn rule(rows: &[RowEvidence], temperature: f32, tokens_max: usize) -> Option<&'s
     }
     if rows.len() < tokens_max && !rows.last().is_some_and(knows_end) {
         return Some("EARLY_END");
+    }
+    if seen.is_empty() {
+        // With as many tokens as are not seen the original divides by zero, and the answer goes
+        // unscored; with fewer it passes.
+        return None;
     }
     let share = certain as f64 / seen.len() as f64;
     let certain_max = 1.0 - (0.5 * f64::from(temperature)).min(0.6);
@@ -103,6 +118,9 @@ mod tests {
     #[test]
     fn the_published_rules_and_their_holes() {
         let rows = |ranks: &[u32]| ranks.iter().map(|r| row(*r)).collect::<Vec<_>>();
+        let rule = |rows: &[RowEvidence], temperature, tokens_max| {
+            super::rule(rows, temperature, tokens_max, false)
+        };
         let mut firsts = vec![1; 20];
         assert_eq!(rule(&rows(&firsts), 0.8, 20), None);
         assert_eq!(rule(&rows(&firsts), 0.8, 40), Some("EARLY_END"));
@@ -194,16 +212,26 @@ mod tests {
         ];
         for (name, (rows, temperature, original, own)) in differences {
             let count = rows.len();
-            assert_eq!(rule(&rows, temperature, count), original, "{name}");
+            assert_eq!(rule(&rows, temperature, count, false), original, "{name}");
             assert_eq!(ours(&rows, temperature, None), own, "{name}");
         }
+        // Before an end token a fourth token is not looked at; the control has none.
+        let fourth = with(36, 75, 40);
+        assert_eq!(rule(&fourth, 0.73, 40, true), None);
+        assert_eq!(rule(&fourth, 0.73, 40, false), rejected);
+        assert_eq!(ours(&fourth, 0.73, None), rejected);
+        // So four tokens with their end divide by zero, unless the end itself is not likely.
+        let four = with(0, 75, 4);
+        assert_eq!(rule(&four, 0.73, 4, true), None);
+        assert_eq!(rule(&four, 0.73, 80, true), Some("EARLY_END"));
+        assert_eq!(ours(&four, 0.73, None), rejected);
         // Both reject, each by the rule that it meets first: the end is looked at first here.
         let two = with(4, 75, 40);
-        assert_eq!(rule(&two, 0.8, 80), rejected);
+        assert_eq!(rule(&two, 0.8, 80, false), rejected);
         assert_eq!(ours(&two, 0.8, Some(30)), Some("EARLY_END"));
         // What is the same, so that the table is complete: both pass, and both reject.
         assert_eq!(
-            (rule(&ranks(&[1; 40]), 0.8, 40), ours(&ranks(&[1; 40]), 0.8, None)),
+            (rule(&ranks(&[1; 40]), 0.8, 40, false), ours(&ranks(&[1; 40]), 0.8, None)),
             (None, None)
         );
         for (rows, cause) in [
@@ -212,7 +240,7 @@ mod tests {
             (ranks(&[2; 40]), "UNLIKELY_TOKENS"),
             (ranks(&[1, 1]), "TOO_SHORT"),
         ] {
-            assert_eq!(rule(&rows, 0.8, rows.len()), Some(cause));
+            assert_eq!(rule(&rows, 0.8, rows.len(), false), Some(cause));
             assert_eq!(ours(&rows, 0.8, None), Some(cause));
         }
     }

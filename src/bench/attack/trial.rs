@@ -1,6 +1,7 @@
 //! Makes the questions and answers of the attack bench, and gives an answer its proof.
 
 use super::tamper::{Tamper, tampered};
+use crate::bench::load::prove_rows;
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
 use crate::engine::output::FinishReason;
@@ -14,7 +15,7 @@ use crate::models::model::DeviceWeights;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
-use crate::proof::commit::{ChunkChain, link, noise_key, nonce_of};
+use crate::proof::commit::{link, noise_key, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::prefill;
@@ -209,16 +210,8 @@ impl Subject {
         answer: &mut Answer,
     ) {
         let head = self.head(ask, prover);
-        let row_prover = head.rows(&self.identity);
-        let (dtype, first) = (self.model.dtype, ask.request.prompt.len() - 1);
-        let mut chain = ChunkChain::new(head.root);
-        answer.chunks.clear();
-        for (place, (id, bits)) in answer.ids.iter().zip(rows).enumerate() {
-            let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
-            let row = row_prover.prove((first + place) as u32, bits, &values);
-            answer.chunks.extend(chain.push(*id, row));
-        }
-        answer.chunks.extend(chain.close());
+        let shape = (self.model.dtype, ask.request.prompt.len());
+        answer.chunks = prove_rows(&head, &self.identity, shape, (&answer.ids, rows));
         self.seal(ask, prover, answer);
     }
 
