@@ -276,7 +276,7 @@ fn closer(say: Say<'_>, case: &Case) -> anyhow::Result<()> {
     .map(|(cpu, _)| cpu);
     let recipes = RECIPES.len() as f64;
     let (naming, packing) = ((named - twin) / recipes, packing / recipes);
-    say("\nOf an answer of a stack of 16 bits, CPU time in bare prefills of the same tokens".into());
+    say("\nOf an answer of a stack of 16 bits: CPU time in bare prefills of the tokens".into());
     goal(say, "a fast check costs at most 1.15 without the twin", fast / bare, |x| x <= 1.15);
     goal(say, "and at most 2.2 with it", twin / bare, |x| x <= 2.2);
     goal(say, "naming costs at most 1 for a recipe", naming / bare, |x| x <= 1.0);
