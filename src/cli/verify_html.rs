@@ -222,7 +222,8 @@ fn plots(finding: &CheckedAnswer<'_>) -> anyhow::Result<Vec<(&'static str, Strin
         report.rows.iter().filter_map(|r| Some((r.index as f64, value(r)?))).collect()
     };
     let energy = |c: &ChunkEvidence| {
-        let energy = if c.is_exact { 0.0 } else { c.energy? };
+        // As that of a whole chunk, which the limit is one of.
+        let energy = if c.is_exact { 0.0 } else { c.energy? / c.limit(1.0) };
         Some((c.index as f64, energy))
     };
     let across = "token";

@@ -71,9 +71,12 @@ impl HonestSample {
         self.report.rows.iter().filter_map(|r| r.margin)
     }
 
-    /// Energies of its chunks; those that are equal bit for bit have none.
+    /// Energies of its chunks as those of whole ones; those that are equal bit for bit have none.
     fn energies(&self) -> impl Iterator<Item = f64> {
-        let energy = |c: &ChunkEvidence| if c.is_exact { Some(0.0) } else { c.energy };
+        let energy = |c: &ChunkEvidence| match c.is_exact {
+            true => Some(0.0),
+            false => c.energy.map(|energy| energy / c.limit(1.0)),
+        };
         self.report.chunks.iter().filter_map(energy)
     }
 

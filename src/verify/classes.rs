@@ -69,6 +69,7 @@ fn broken(answer: &HonestSample, limits: &Limits) -> Option<String> {
         let (index, energy) = (chunk.index, chunk.energy.unwrap_or_default());
         return Some(match limits.energy(*scheme) {
             Some(limit) if !limits.exact => {
+                let limit = chunk.limit(limit);
                 format!("chunk {index} has energy {energy:.1}, at most {limit:.1}")
             }
             _ => format!("chunk {index} is not equal bit for bit"),

@@ -212,7 +212,8 @@ fn compare(
     rows: &[RowData],
     data: &[u8],
 ) -> (ChunkEvidence, Vec<f64>) {
-    let none = ChunkEvidence { index, is_exact: false, energy: None, distance: None };
+    let (energy, distance) = (None, None);
+    let none = ChunkEvidence { index, rows: rows.len(), is_exact: false, energy, distance };
     let profile = match bound.scheme {
         Scheme::Residue => ResidueBits::U8,
         Scheme::ResidueU4 => ResidueBits::U4,
@@ -297,8 +298,11 @@ pub fn check(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
                 let what = format!("chunk {index} has the wrong length");
                 return Err(reject(Reason::BadProof, what));
             }
-            Some(energy) if energy.is_nan() || energy > limit => {
-                let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
+            Some(energy) if energy.is_nan() || energy > chunk.limit(limit) => {
+                let (rows, limit) = (chunk.rows, chunk.limit(limit));
+                let what = format!(
+                    "chunk {index} of {rows} rows has energy {energy:.1}, at most {limit:.1}"
+                );
                 return Err(reject(Reason::SketchEnergy, what));
             }
             Some(_) => {}

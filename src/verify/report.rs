@@ -2,7 +2,7 @@
 //! of its proof.
 
 use super::verdict::Verdict;
-use crate::proof::toploc;
+use crate::proof::{CHUNK_ROWS, toploc};
 
 /// What was found.
 #[derive(Clone, PartialEq, Debug)]
@@ -84,10 +84,20 @@ pub struct RowEvidence {
 pub struct ChunkEvidence {
     /// Its number.
     pub index: usize,
+    /// How many rows it has: fewer than others where it is the last.
+    pub rows: usize,
     /// Whether all rows are ours bit for bit.
     pub is_exact: bool,
     /// Mean energy of its rows (residue schemes).
     pub energy: Option<f64>,
     /// Distance from our rows (TOPLOC).
     pub distance: Option<toploc::Distance>,
+}
+
+impl ChunkEvidence {
+    /// The limit on its mean energy, given that of a whole chunk: honest rows differ by a factor of
+    /// ten, so the mean of few of them spreads wider, by the root of how many there are less.
+    pub fn limit(&self, whole: f64) -> f64 {
+        whole * (CHUNK_ROWS as f64 / self.rows.max(1) as f64).sqrt()
+    }
 }

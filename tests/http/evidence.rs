@@ -246,6 +246,7 @@ fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> HonestSample {
     };
     let chunk = |(index, energy): (usize, &f64)| ChunkEvidence {
         index,
+        rows: 32,
         is_exact: false,
         energy: Some(*energy),
         distance: None,

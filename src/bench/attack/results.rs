@@ -66,7 +66,8 @@ pub struct Line {
     pub missed: Option<Vec<Rate>>,
     /// Chunks needed: median and 95th percentile of answers; `None` where all are not enough.
     pub chunks_needed: Option<[Option<usize>; 2]>,
-    /// Median and extremes of the energy of a chunk.
+    /// Median and extremes of what is held against the limit: the energy of a chunk, or the
+    /// statistic of an answer.
     pub energy: Option<[f64; 3]>,
     /// The energies of every answer's chunks, rounded: what other limits would have caught.
     pub energies: Vec<Vec<f64>>,
@@ -171,18 +172,12 @@ impl Line {
         needed.sort_unstable();
         let at = |q| quantile(&needed, q).filter(|n| *n < usize::MAX);
         let chunks = || reports.iter().flat_map(|r| &r.chunks);
-        let mut energies: Vec<f64> = chunks().filter_map(|c| c.energy).collect();
-        energies.sort_by(f64::total_cmp);
-        let [middle, least, most] = [0.5, 0.0, 1.0].map(|q| quantile(&energies, q));
         let exact = Rate::new(chunks().filter(|c| c.is_exact).count(), chunks().count());
         let rejected = Rate::of(reports, |r| fails(r, usize::MAX));
         Self {
             missed: (detector != Detector::Nothing).then_some(missed),
             chunks_needed: (detector != Detector::Nothing).then(|| [at(0.5), at(0.95)]),
-            energy: middle
-                .zip(least)
-                .zip(most)
-                .map(|((middle, least), most)| [middle, least, most]),
+            energy: median_and_extremes(chunks().filter_map(|c| c.energy).collect()),
             energies: reports.iter().map(energies_of).collect(),
             exact: (exact.of > 0).then_some(exact),
             rejected,
@@ -205,7 +200,9 @@ impl Line {
         };
         let missed = (1..=CHUNKS).map(|n| Rate::of(reports, |r| !is_over(r, n))).collect();
         let suspected = Rate::of(reports, |r| is_over(r, usize::MAX));
+        let statistic = |r: &Report| Statistic::of(values(r), limits).map(|s| s.value);
         Self {
+            energy: median_and_extremes(reports.iter().filter_map(statistic).collect()),
             missed: (detector != Detector::Nothing).then_some(missed),
             ..Self::bare(name, detector, check, suspected)
         }
@@ -226,6 +223,13 @@ impl Line {
             ..Self::new(name, detector, check, reports)
         }
     }
+}
+
+/// The median, the least and the largest; nothing of nothing.
+fn median_and_extremes(mut values: Vec<f64>) -> Option<[f64; 3]> {
+    values.sort_by(f64::total_cmp);
+    let at = |q| quantile(&values, q);
+    Some([at(0.5)?, at(0.0)?, at(1.0)?])
 }
 
 fn energies_of(report: &Report) -> Vec<f64> {
@@ -307,6 +311,7 @@ mod tests {
     fn report(verdict: Verdict, energies: &[f64]) -> Report {
         let chunk = |(index, energy): (usize, &f64)| ChunkEvidence {
             index,
+            rows: CHUNK_ROWS,
             is_exact: *energy == 0.0,
             energy: Some(*energy),
             distance: None,
@@ -336,6 +341,25 @@ mod tests {
         assert_eq!(line.exact.map(|r| (r.count, r.of)), Some((11, 13)));
         let line = Line::new("x", Detector::Energy, "all", &reports);
         assert_eq!((line.unscored, line.reasons["SKETCH_ENERGY"]), (1, 3));
+    }
+
+    #[test]
+    fn a_statistic_is_that_of_an_answer() {
+        let values = |value: f64, rows: usize| Report {
+            energies: vec![value; rows],
+            ..Report::bare(Verdict::Pass)
+        };
+        let reports = [values(3.0, 256), values(2.0, 128), values(9.0, 7)];
+        let by_rows = ByRows([5.0, 5.0, 5.0, 5.0, 1.0]);
+        let of = |r: &[Report]| {
+            Line::of_statistic(("x", "y"), Detector::Energy, r, (|r| &r.energies, &by_rows))
+        };
+        let line = of(&reports);
+        assert_eq!(line.energy, Some([3.0, 2.0, 3.0]), "seven rows have none");
+        assert_eq!((line.rejected.count, line.rejected.of), (1, 3));
+        let missed: Vec<usize> = line.missed.unwrap().iter().map(|r| r.count).collect();
+        assert_eq!(missed, [3, 3, 3, 3, 3, 3, 3, 2], "the limit of 256 rows is less");
+        assert_eq!(of(&[]).energy, None);
     }
 
     #[test]

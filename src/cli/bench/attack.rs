@@ -155,7 +155,7 @@ fn lines(lines: &[Line]) -> Table {
         "rejected (95 %)",
         "missed after 1/2/4/8 chunks",
         "chunks needed",
-        "chunk energy (min..max)",
+        "energy or statistic (min..max)",
         "exact chunks",
         "mean margin",
     ]);
@@ -172,7 +172,7 @@ fn lines(lines: &[Line]) -> Table {
             rate(&line.rejected),
             or_dash(line.missed.as_ref().map(missed)),
             or_dash(line.chunks_needed.map(|both| both.map(needed).join(" / "))),
-            or_dash(line.energy.map(|[mid, min, max]| format!("{mid:.1} ({min:.1}..{max:.1})"))),
+            or_dash(line.energy.map(|[mid, min, max]| format!("{mid:.2} ({min:.2}..{max:.2})"))),
             or_dash(line.exact.map(|r| format!("{}/{}", r.count, r.of))),
             or_dash(line.margin.map(|m| format!("{m:.4}"))),
         ]);
