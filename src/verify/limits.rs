@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
-    /// Mean energy of a single whole chunk of `residue-v1`, which nothing honest comes near; shorter
-    /// ones may have more ([`ChunkEvidence::limit`]).
+    /// Mean energy of a single whole chunk of `residue-v1`, which nothing honest comes near. Of
+    /// fewer rows it may be more ([`ChunkEvidence::limit`]).
     pub energy_u8: f64,
     /// The same of `residue-v1-u4`.
     pub energy_u4: f64,
