@@ -299,10 +299,8 @@ pub fn check(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
                 return Err(reject(Reason::BadProof, what));
             }
             Some(energy) if energy.is_nan() || energy > chunk.limit(limit) => {
-                let (rows, limit) = (chunk.rows, chunk.limit(limit));
-                let what = format!(
-                    "chunk {index} of {rows} rows has energy {energy:.1}, at most {limit:.1}"
-                );
+                let limit = (chunk.limit(limit) * 10.0).round() / 10.0;
+                let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
                 return Err(reject(Reason::SketchEnergy, what));
             }
             Some(_) => {}
