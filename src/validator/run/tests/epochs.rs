@@ -1,0 +1,213 @@
+//! Tests epochs and the weights that are sent in them.
+
+use super::super::*;
+use super::fake::{Fake, Running, driver, options, until};
+
+use super::super::ports::{NotSent, Stand};
+use crate::store::record::{Outcome, Weights, WeightsState};
+use serde_json::Value;
+use std::sync::atomic::Ordering::SeqCst;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_are_set_where_an_epoch_begins_and_once() {
+    let world = Arc::new(Fake::new());
+    let running = Running::start(&world, options(None)).await;
+    let progress = Arc::clone(&running.progress);
+    until("a round", || progress.rounds() > 0).await;
+    world.heads.send_replace(99);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!((world.sends.lock().len(), world.readings.load(SeqCst)), (0, 1));
+    // The block itself was missed; and the chain says no once for what passes.
+    world.fates.lock().push_back(NotSent::Later("the rate limit".into()));
+    world.heads.send_replace(103);
+    until("the subnet read anew", || world.readings.load(SeqCst) == 2).await;
+    until("a refusal", || world.fates.lock().is_empty()).await;
+    assert_eq!(world.sends.lock().len(), 0);
+    for block in [104, 105, 150, 199] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    until("weights", || world.sends.lock().len() == 1).await;
+    assert_eq!(world.weights.lock()[&100].state, WeightsState::Confirmed);
+    // The chain is gone where the next epoch begins: the members of before are asked on.
+    world.chain.store(false, SeqCst);
+    world.heads.send_replace(200);
+    until("a try", || world.readings.load(SeqCst) > 2).await;
+    let before = progress.rounds();
+    until("rounds without a chain", || progress.rounds() > before + 2).await;
+    world.chain.store(true, SeqCst);
+    world.heads.send_replace(205);
+    until("weights of the next epoch", || world.sends.lock().len() == 2).await;
+    assert_eq!(world.sends.lock()[1].0, 200);
+    let summary = running.stop().await.unwrap();
+    assert_eq!(summary.weights, None);
+    assert_eq!(summary.rounds, world.saved.lock().len() as u64);
+    let seen = progress.snapshot();
+    let weights = seen.weights.clone().unwrap();
+    assert_eq!((weights.epoch, weights.state), (200, WeightsState::Confirmed));
+    assert_eq!((seen.block, seen.members, seen.weights_age()), (205, 5, Some(0)));
+    assert!(seen.beat_ms > 0 && seen.block_ms > 0 && seen.is_stopping);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
+    let world = Arc::new(Fake::new());
+    world.last_step.store(7, SeqCst);
+    let options = RunOptions { epochs: EpochRule::Chain, ..options(None) };
+    let running = Running::start(&world, options).await;
+    // A multiple of any length is nothing; the epoch is due at 107 and is late.
+    for block in [100, 106] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    assert_eq!(world.readings.load(SeqCst), 1);
+    for (block, readings) in [(107, 2), (108, 3), (110, 4)] {
+        world.heads.send_replace(block);
+        until("a look", || world.readings.load(SeqCst) == readings).await;
+    }
+    assert!(world.sends.lock().is_empty());
+    world.last_step.store(112, SeqCst);
+    world.heads.send_replace(114);
+    until("weights", || world.sends.lock().len() == 1).await;
+    assert_eq!(world.sends.lock()[0].0, 112);
+    // One of the owner's own, noticed where the next one would be due.
+    world.last_step.store(150, SeqCst);
+    world.heads.send_replace(212);
+    until("weights of the next epoch", || world.sends.lock().len() == 2).await;
+    assert_eq!(world.sends.lock()[1].0, 150);
+    assert_eq!(world.rotations.load(SeqCst), 3);
+    // Blocks 100, 120 and so on were passed by 100, 108 and 212 only; a hub that is gone costs no
+    // round.
+    until("questions for users' requests", || world.pulls.load(SeqCst) >= 2).await;
+    until("a report of a round", || !world.reported.lock().is_empty()).await;
+    until("a look at old records in each epoch", || world.tidied.load(SeqCst) == 3).await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nobody_serves_the_subnet_is_read_again_before_the_next_epoch() {
+    for epochs in [EpochRule::Chain, EpochRule::Every(1_000)] {
+        let world = Arc::new(Fake::new());
+        world.serves.store(false, SeqCst);
+        world.last_step.store(*world.heads.borrow(), SeqCst);
+        let options = RunOptions { epochs, ..options(None) };
+        let running = Running::start(&world, options).await;
+        let progress = Arc::clone(&running.progress);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(progress.rounds(), 0);
+        world.serves.store(true, SeqCst);
+        let first = *world.heads.borrow();
+        for block in first + 1..=first + IDLE_BLOCKS {
+            world.heads.send_replace(block);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        until("a round", || progress.rounds() > 0).await;
+        running.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_are_gone_where_weights_are_due_delay_them_and_no_more() {
+    let world = Arc::new(Fake::new());
+    let running = Running::start(&world, options(None)).await;
+    world.records.store(false, SeqCst);
+    for block in [100, 101, 102] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    assert!(world.sends.lock().is_empty());
+    world.records.store(true, SeqCst);
+    world.heads.send_replace(103);
+    until("weights", || !world.sends.lock().is_empty()).await;
+    // The chain is gone in the middle of the next epoch's: said no, later, and sent once.
+    world.fates.lock().push_back(NotSent::Later("no endpoint answers".into()));
+    for block in [200, 201, 202, 203] {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    until("the next weights", || world.sends.lock().len() == 2).await;
+    let epochs: Vec<u64> = world.sends.lock().iter().map(|(epoch, _)| *epoch).collect();
+    assert_eq!(epochs, [100, 200]);
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
+    let world = Arc::new(Fake::new());
+    let mut options = options(None);
+    options.round.times.verdicts = Duration::from_secs(600);
+    let running = Running::start(&world, options).await;
+    let progress = Arc::clone(&running.progress);
+    until("a round", || progress.rounds() > 0).await;
+    // An epoch begins, and its weights cannot be set yet.
+    world.fates.lock().push_back(NotSent::Later("the rate limit".into()));
+    world.heads.send_replace(100);
+    until("a refusal", || world.fates.lock().is_empty()).await;
+    running.retirement.cancel();
+    let before = progress.rounds();
+    until("rounds while weights are missing", || progress.rounds() > before + 2).await;
+    world.hangs.store(true, SeqCst);
+    until("verifications", || world.checking.load(SeqCst) == CHECKS_DEFAULT).await;
+    world.heads.send_replace(101);
+    until("weights", || world.sends.lock().len() == 1).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!running.is_finished(), "a round waits for verdicts");
+    world.hangs.store(false, SeqCst);
+    let summary = running.end().await.unwrap();
+    let saved = world.saved.lock();
+    assert_eq!(summary.rounds, saved.len() as u64);
+    // Nothing was given up.
+    let first = |round: &Round| round.responses[0].outcome;
+    assert!(saved.iter().all(|round| first(round) == Outcome::Verified));
+}
+
+/// Weights of epoch 0 in a state, as an earlier run has left them.
+fn left(state: WeightsState) -> Arc<Fake> {
+    let world = Arc::new(Fake::new());
+    let weights = Weights {
+        netuid: 4,
+        epoch: 0,
+        block: 3,
+        values: vec![(2, u16::MAX)],
+        explanation: Value::Null,
+        state,
+    };
+    world.weights.lock().insert(0, weights);
+    world
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_at_any_step_never_sends_twice() {
+    let sent = || WeightsState::Sent { hash: "0x1".into() };
+    let failed = |why: &str| WeightsState::Failed { why: why.into() };
+    let gone = || Stand::NotThere("nothing".into());
+    for (state, stand, block, sends, expected) in [
+        // Planned is not sent.
+        (WeightsState::Planned, Stand::Confirmed, 10, 1, WeightsState::Confirmed),
+        (sent(), Stand::Confirmed, 10, 0, WeightsState::Confirmed),
+        // It may still arrive.
+        (sent(), gone(), 10, 0, sent()),
+        (sent(), gone(), 90, 0, failed("nothing")),
+        (WeightsState::Confirmed, gone(), 90, 0, WeightsState::Confirmed),
+        (failed("why"), gone(), 90, 0, failed("why")),
+    ] {
+        let world = left(state.clone());
+        world.heads.send_replace(block);
+        *world.stand.lock() = stand;
+        let running = driver(&world, options(Some(1))).await;
+        running.run(CancellationToken::new(), &|_| {}).await.unwrap();
+        assert_eq!(world.sends.lock().len(), sends, "{state:?}");
+        assert_eq!(world.weights.lock()[&0].state, expected, "{state:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_sends_and_remembers_no_weights() {
+    let world = Arc::new(Fake::new());
+    let options = RunOptions { is_dry: true, ..options(Some(1)) };
+    let running = driver(&world, options).await;
+    let summary = running.run(CancellationToken::new(), &|_| {}).await.unwrap();
+    let Some(Settled::Weights(weights)) = summary.weights else { panic!("{summary:?}") };
+    assert_eq!((weights.state, weights.values), (WeightsState::Planned, vec![(1, u16::MAX)]));
+    assert!(world.sends.lock().is_empty() && world.weights.lock().is_empty());
+}
