@@ -51,6 +51,8 @@ pub enum MarkKind {
     Unoptimized,
     /// The answers had not the length that was asked for.
     Length,
+    /// There was no time at which the load was steady.
+    Unsteady,
 }
 
 impl MarkKind {
@@ -68,6 +70,7 @@ impl MarkKind {
             Self::ServerFailed => "server-failed",
             Self::Unoptimized => "unoptimized",
             Self::Length => "length",
+            Self::Unsteady => "unsteady",
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Writes a report as one page with tables and plots. The page needs nothing from outside and runs
 //! nothing; names of models and servers are escaped text.
 
-use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, facts, level, row};
+use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, facts, legend, level, row};
 use super::plots;
 use super::schema::BenchReport;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -47,8 +47,8 @@ pub fn write(report: &BenchReport) -> anyhow::Result<String> {
                     (table(&ROW_COLUMNS, report.rows.iter().map(row)))
                 }
                 @if !report.levels.is_empty() {
-                    p { "Times in milliseconds." }
                     (table(&LEVEL_COLUMNS, report.levels.iter().map(level)))
+                    p { (legend(report)) }
                 }
                 @for (title, plot) in &plots {
                     figure {

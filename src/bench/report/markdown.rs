@@ -1,10 +1,11 @@
 //! Writes a report as Markdown, for a terminal and for a page of text.
 
-use super::schema::{BenchReport, LoadLevel, ReportRow};
+use super::schema::{BenchReport, LoadLevel, ReportKind, ReportRow};
 use super::spread::Quantiles;
 use crate::engine::plan::Bytes;
 use comfy_table::{Table, presets};
 use jiff::Timestamp;
+use serde_json::{Map, Value};
 use std::fmt::Write;
 
 /// Writes a report as Markdown.
@@ -16,7 +17,7 @@ pub fn write(report: &BenchReport) -> String {
         let _ = writeln!(text, "\n{}", rows(&report.rows));
     }
     if !report.levels.is_empty() {
-        let _ = writeln!(text, "\n{}", levels(&report.levels));
+        let _ = writeln!(text, "\n{}\n\n{}", levels(&report.levels), legend(report));
     }
     let _ = tail(report, &mut text);
     text
@@ -31,10 +32,15 @@ pub(super) fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
     let (cpu, cores) = (&machine.cpu, machine.cores);
     let memory = Bytes(machine.memory_bytes);
     let commit = program.commit.as_ref().map_or(String::new(), |c| format!(", commit {c}"));
+    // Nothing is known of the machine that serves.
+    let place = match report.kind {
+        ReportKind::Engine => "machine",
+        ReportKind::Serve => "client's machine",
+    };
     let mut facts = vec![
         ("started", started.map_or("-".into(), |t| t.to_string())),
         ("took", format!("{:.1} s", report.seconds)),
-        ("machine", format!("{cpu}, {cores} cores{threads}{isa}, {memory} of memory")),
+        (place, format!("{cpu}, {cores} cores{threads}{isa}, {memory} of memory")),
         ("program", format!("{}{commit}, {}", program.version, program.canon)),
         ("model", model.name.clone()),
     ];
@@ -46,6 +52,9 @@ pub(super) fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
         ("weights", model.weights_bytes.map(|b| Bytes(b).to_string())),
     ];
     facts.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    if !report.settings.is_empty() {
+        facts.push(("settings", settings(&report.settings)));
+    }
     facts.extend(report.memory.map(|m| {
         let (kv, peak) = (Bytes(m.kv), Bytes(m.peak_resident));
         ("memory", format!("{kv} for keys and values, {peak} resident at most"))
@@ -61,6 +70,21 @@ pub(super) fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
     }));
     facts.extend(report.signature.as_ref().map(|s| ("signed by", s.hotkey.clone())));
     facts
+}
+
+/// The flags that are set.
+fn settings(all: &Map<String, Value>) -> String {
+    let one = |(name, value): (&String, &Value)| match value {
+        Value::Null | Value::Bool(false) => None,
+        Value::Bool(true) => Some(name.clone()),
+        Value::String(text) => Some(format!("{name} {text}")),
+        Value::Array(list) => {
+            let list: Vec<String> = list.iter().map(Value::to_string).collect();
+            Some(format!("{name} {}", list.join(" ")))
+        }
+        value => Some(format!("{name} {value}")),
+    };
+    all.iter().filter_map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn head(report: &BenchReport, text: &mut String) -> std::fmt::Result {
@@ -138,6 +162,22 @@ fn rows(all: &[ReportRow]) -> Table {
     table
 }
 
+/// What the columns of levels mean.
+pub(super) fn legend(report: &BenchReport) -> String {
+    let seconds = |name: &str| report.settings.get(name).and_then(Value::as_f64);
+    let good = match (seconds("ttft_limit"), seconds("tpot_limit")) {
+        (Some(first), Some(each)) => format!(
+            "requests a second with the first token within {first} s and at most {each} s for each \
+             token after it"
+        ),
+        _ => "requests a second that kept the limits".into(),
+    };
+    format!(
+        "Times are in milliseconds. TTFT is the time to the first token, TPOT the mean time a token \
+         after it, gap the time between two chunks. goodput/s: {good}."
+    )
+}
+
 pub(super) const LEVEL_COLUMNS: [&str; 12] = [
     "load",
     "done",
@@ -158,13 +198,8 @@ pub(super) fn level(level: &LoadLevel) -> [String; 12] {
     let ms = |q: &Option<Quantiles>, value: fn(&Quantiles) -> f64| {
         q.as_ref().map_or("-".into(), |q| number(1e3 * value(q)))
     };
-    let load = match (level.rate, level.concurrency) {
-        (Some(rate), _) => format!("{rate}/s"),
-        (None, Some(many)) => format!("{many} at once"),
-        (None, None) => "-".into(),
-    };
     [
-        load,
+        level.load(),
         format!("{} of {}", level.completed, level.sent),
         level.failed.values().sum::<usize>().to_string(),
         number(level.steady_tokens_per_second),
@@ -189,6 +224,7 @@ fn levels(all: &[LoadLevel]) -> Table {
 mod tests {
     use crate::bench::conditions::{Mark, MarkKind};
     use crate::bench::report::seal::tests::sample;
+    use serde_json::json;
 
     #[test]
     fn facts_rows_and_doubts_are_written() {
@@ -199,6 +235,13 @@ mod tests {
         assert!(text.contains("- started: 2026-09-21T14:13:20Z"), "{text}");
         assert!(text.contains("- ceilings: 400.0 GB/s read, 6000.0 GFLOP/s"), "{text}");
         assert!(text.contains("| decode  | 1     | 128   | 10.5  |"), "{text}");
+        assert!(!text.contains("settings"), "{text}");
+        report.settings = serde_json::from_value(json!({
+            "batch": [1, 4], "runs": 6, "input": null, "repeat_prompts": false, "load": "fixed",
+        }))
+        .unwrap();
+        let text = super::write(&report);
+        assert!(text.contains("- settings: batch 1 4, runs 6, load fixed\n"), "{text}");
         assert!(text.contains("**Partial**") && text.contains("- busy: others"), "{text}");
     }
 }

@@ -202,7 +202,7 @@ pub struct LoadLevel {
     /// Of the prompts' tokens, those that the server says it found in a cache.
     pub cached_tokens: u64,
     /// The window in which the load is steady, in seconds since the first request: without the
-    /// ramp at either end.
+    /// ramp at either end. Where there is none, the whole time.
     pub steady: [f64; 2],
     /// Tokens a second within the window.
     pub steady_tokens_per_second: f64,
@@ -246,6 +246,17 @@ pub struct Signature {
     pub hotkey: String,
     /// Its sr25519 signature, in hexadecimal.
     pub signature: String,
+}
+
+impl LoadLevel {
+    /// The load in words.
+    pub fn load(&self) -> String {
+        match (self.rate, self.concurrency) {
+            (Some(rate), _) => format!("{rate}/s"),
+            (None, Some(many)) => format!("{many} at once"),
+            (None, None) => "-".into(),
+        }
+    }
 }
 
 impl BenchReport {

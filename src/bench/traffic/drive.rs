@@ -8,6 +8,7 @@ use crate::bench::stats::quantile;
 use crate::clock::Clock;
 use crate::ops::philox::philox;
 use parking_lot::Mutex;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -30,6 +31,15 @@ pub enum Load {
     Rate(f64),
     /// So many at once, always.
     Concurrency(usize),
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rate(rate) => write!(f, "{rate}/s"),
+            Self::Concurrency(many) => write!(f, "{many} at once"),
+        }
+    }
 }
 
 /// An answer, and when it was asked for.

@@ -14,6 +14,8 @@ const BUSY_MAX: f64 = 0.8;
 const LATE_MAX: f64 = 0.05;
 /// Share of the prompts' tokens that may be cached unasked: templates begin alike.
 const CACHED_MAX: f64 = 0.1;
+/// Share of a level's time that its steady window must have.
+const STEADY_MIN: f64 = 0.1;
 
 /// What a request must keep to count as good.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -66,7 +68,8 @@ pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Load
     let gap = Quantiles::of(&gaps.collect::<Vec<_>>());
     let tps: Vec<f64> = good().map(|s| s.heard.validator_tps).collect();
     let usage = |of: fn(&Heard) -> u64| good().map(|s| of(&s.heard)).sum::<u64>();
-    let steady = steady(driven);
+    let all = [0.0, driven.seconds];
+    let steady = steady(driven).unwrap_or(all);
     let (rate, concurrency) = match load {
         Load::Rate(rate) => (Some(rate), None),
         Load::Concurrency(many) => (None, Some(many)),
@@ -99,16 +102,14 @@ pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Load
 }
 
 /// From when the first answer has ended, or half of the time to the last request, to when the last
-/// request is sent: before it the server fills, after it it empties. Where that is nothing, all.
-fn steady(driven: &Driven) -> [f64; 2] {
+/// request is sent: before it the server fills, after it it empties. Where no answer has ended until
+/// then, or little time is left, there is no such window.
+fn steady(driven: &Driven) -> Option<[f64; 2]> {
     let ends = driven.sent.iter().map(|s| s.at + s.heard.ended);
     let filled = ends.fold(f64::INFINITY, f64::min);
     let last = driven.sent.iter().map(|s| s.at).fold(0.0, f64::max);
     let from = filled.min(last / 2.0);
-    match last - from > 0.1 * driven.seconds {
-        true => [from, last],
-        false => [0.0, driven.seconds],
-    }
+    (filled < last && last - from > STEADY_MIN * driven.seconds).then_some([from, last])
 }
 
 /// Tokens a second that came between two times; of failed answers too, for the server worked.
@@ -141,6 +142,15 @@ pub fn marks(
             100.0 * cached
         );
         marks.push(Mark::new(MarkKind::WarmCache, what));
+    }
+    if level.completed > 0 && level.steady == [0.0, level.seconds] {
+        let what = format!(
+            "no steady window with {} requests at {}: tokens a second are those of the whole time, \
+             while the server filled and emptied; send more requests",
+            level.sent,
+            level.load()
+        );
+        marks.push(Mark::new(MarkKind::Unsteady, what));
     }
     let failures: usize = level.failed.values().sum();
     if failures > 0 && stop != Some(LoadStop::Unwanted) {
@@ -293,6 +303,24 @@ mod tests {
         assert_eq!(kinds(&level, true), [ClientBound, Length, Interrupted]);
         level.client = Client { busy: 0.1, timer_late: 0.0, send_late: 0.2 };
         assert_eq!(kinds(&level, true)[0], ClientBound);
+    }
+
+    #[test]
+    fn a_server_that_answers_nothing_until_the_last_request_was_never_steady() {
+        let mut driven = driven();
+        assert!(steady(&driven).is_some());
+        for sent in &mut driven.sent {
+            sent.heard.chunks.iter_mut().for_each(|chunk| chunk.at += 40.0);
+            sent.heard.ended += 40.0;
+        }
+        driven.seconds += 40.0;
+        let level = level(&driven, Load::Rate(1.0), PROMISE, "m");
+        assert_eq!(level.steady, [0.0, 50.2]);
+        // All 110 tokens in 50.2 s: none is lost with the window.
+        assert!((level.steady_tokens_per_second - 110.0 / 50.2).abs() < 1e-9, "{level:?}");
+        let marks = marks(&level, None, None, false);
+        let what = &marks.iter().find(|m| m.kind == MarkKind::Unsteady).unwrap().what;
+        assert!(what.contains("11 requests at 1/s"), "{what}");
     }
 
     #[test]

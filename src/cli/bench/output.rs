@@ -38,6 +38,8 @@ pub(super) struct OutputArgs {
 pub(super) struct ReportOutput<'a> {
     args: &'a OutputArgs,
     keypair: Option<Keypair>,
+    /// What was seen of the machine before the measurement.
+    marks: Vec<Mark>,
 }
 
 impl OutputArgs {
@@ -62,10 +64,10 @@ impl OutputArgs {
                 Err(Failure::user(what).with_hint(Some("without --strict it is only noted")))
             }
             Some(Mark { what, .. }) => {
-                note!("this machine is not fit to be measured: {what}");
-                Ok(ReportOutput { args: self, keypair })
+                note!("this machine is not fit to be measured, and the report says so: {what}");
+                Ok(ReportOutput { args: self, keypair, marks })
             }
-            None => Ok(ReportOutput { args: self, keypair }),
+            None => Ok(ReportOutput { args: self, keypair, marks }),
         }
     }
 }
@@ -82,6 +84,7 @@ impl ReportOutput<'_> {
 
     /// Signs, writes and prints a report; fails where it is to be doubted and `--strict` is given.
     pub(super) fn finish(&self, mut report: BenchReport) -> Result<(), Failure> {
+        note_before(&mut report, &self.marks);
         if let Some(keypair) = &self.keypair {
             seal::sign(&mut report, keypair).map_err(Failure::ours)?;
         }
@@ -108,6 +111,15 @@ impl ReportOutput<'_> {
     }
 }
 
+/// Adds what was seen before a measurement, where the measurement itself does not say the same.
+fn note_before(report: &mut BenchReport, seen: &[Mark]) {
+    for Mark { kind, what } in seen {
+        if report.marks.iter().all(|mark| mark.kind != *kind) {
+            report.marks.push(Mark::new(*kind, format!("before the measurement: {what}")));
+        }
+    }
+}
+
 fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
     Failure::user(format!("{} cannot be written: {e}", path.display()))
 }
@@ -128,4 +140,26 @@ pub(super) fn until_interrupted(runtime: &tokio::runtime::Runtime) -> Arc<Atomic
         }
     });
     is_wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::conditions::MarkKind;
+    use crate::bench::report::facts::{Machine, ModelFacts};
+    use crate::bench::report::schema::ReportKind;
+
+    #[test]
+    fn a_machine_that_was_busy_before_is_marked_once() {
+        let model =
+            ModelFacts { name: "m".into(), weights_root: None, dtype: None, weights_bytes: None };
+        let machine = Machine::this(Path::new("/nowhere"));
+        let mut report = BenchReport::new(ReportKind::Serve, 0, machine, model);
+        let seen =
+            [Mark::new(MarkKind::Busy, "others ran"), Mark::new(MarkKind::Throttled, "slow")];
+        report.marks.push(Mark::new(MarkKind::Throttled, "hot"));
+        note_before(&mut report, &seen);
+        let whats: Vec<&str> = report.marks.iter().map(|mark| mark.what.as_str()).collect();
+        assert_eq!(whats, ["hot", "before the measurement: others ran"]);
+    }
 }

@@ -148,7 +148,7 @@ fn print(args: &PlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Pri
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
     let mut header: Vec<String> =
-        ["device", "needs", "first token", "prefill tok/s"].map(String::from).to_vec();
+        ["device", "devices", "first token", "prefill tok/s"].map(String::from).to_vec();
     header.extend(args.batch.iter().map(|b| format!("tok/s, batch {b}")));
     header.extend(["checks/min", "$/Mtok"].map(String::from));
     table.set_header(header);
@@ -168,6 +168,7 @@ fn print(args: &PlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Pri
         table.add_row(row);
     }
     outln!("{table}");
+    outln!("devices: how many hold the model; checks/min: fast checks of such answers on them.");
     outln!("Predicted, not measured: the datasheet's numbers times the share that is reached.");
     for p in predictions {
         let (memory, compute) = (p.efficiency.memory * 100.0, p.efficiency.compute * 100.0);

@@ -114,13 +114,13 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     };
     let machine = Machine::this(Path::new("/"));
     let mut report = BenchReport::new(ReportKind::Serve, clock.unix_ms() / 1000, machine, facts);
-    args.note_settings(&mut report, questions.seed);
+    args.note_settings(&mut report, &questions);
     let before = Moment::now(Path::new("/"), &clock);
     let wanted = || is_wanted.load(Ordering::SeqCst);
     let ask: Arc<dyn Transport> = server;
     let outcome = runtime.block_on(args.levels(&ask, &questions, &wanted, (&mut report, &output)));
-    report.seconds = clock.elapsed().as_secs_f64();
     let conditions = Conditions { before, after: Moment::now(Path::new("/"), &clock) };
+    report.seconds = conditions.after.elapsed - conditions.before.elapsed;
     // A server on this machine is meant to use it.
     let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && args.is_here();
     report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
@@ -202,7 +202,7 @@ impl ServeArgs {
                 .then_some(u64::from(questions.tokens));
             report.marks.extend(tally::marks(&level, driven.stop, length, self.repeat_prompts));
             let (speed, done) = (level.steady_tokens_per_second, level.completed);
-            note!("{load:?}: {done} of {} answers, {speed:.1} tokens/s", level.sent);
+            note!("{load}: {done} of {} answers, {speed:.1} tokens/s", level.sent);
             report.levels.push(level);
             output.keep(report).map_err(Failure::user)?;
             match driven.stop {
@@ -220,18 +220,18 @@ impl ServeArgs {
         Ok(())
     }
 
-    fn note_settings(&self, report: &mut BenchReport, seed: u64) {
+    fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
         for (name, value) in [
             ("url", json!(self.url)),
             ("load", json!(self.load.name())),
             ("completion", json!(self.completion)),
             ("requests", json!(self.requests)),
-            ("input", json!(self.input)),
-            ("output_tokens", json!(self.output_tokens)),
+            ("input", json!((self.load == Shape::Fixed).then_some(self.input))),
+            ("output_tokens", json!(questions.tokens)),
             ("repeat_prompts", json!(self.repeat_prompts)),
             ("ttft_limit", json!(self.ttft_limit)),
             ("tpot_limit", json!(self.tpot_limit)),
-            ("seed", json!(seed.to_string())),
+            ("seed", json!(questions.seed.to_string())),
         ] {
             report.settings.insert(name.into(), value);
         }
@@ -246,9 +246,12 @@ async fn greet(server: &Server, questions: &Questions) -> Result<(), Failure> {
         return Err(Failure::user(format!("{}: {}", server.target.url, printable(&error))));
     }
     streamed.outcome.map_err(|e| {
-        let hint = match e.fault() {
-            QueryFault::Unreachable => Some("is a server running there?"),
-            QueryFault::Status => Some("are --url, --model and --api-key right?"),
+        let hint = match (&e, e.fault()) {
+            (_, QueryFault::Unreachable) => Some("is a server running there?"),
+            (QueryError::Status { status, .. }, _) if status.as_u16() == 503 => {
+                Some("wait until the model is loaded: this program's /ready then answers 200")
+            }
+            (_, QueryFault::Status) => Some("are --url, --model and --api-key right?"),
             _ => None,
         };
         Failure::user(printable(&e.to_string())).with_hint(hint)
