@@ -201,7 +201,8 @@ impl Bench<'_> {
                 for batch in &self.setup.batches {
                     let depth = (*depth).max(1);
                     if !self.measure(phase, (*batch, depth), report, watch)? {
-                        let what = format!("it ended at {}", phase.name());
+                        let what =
+                            format!("it was interrupted before {} was measured", phase.name());
                         report.marks.push(Mark::new(MarkKind::Interrupted, what));
                         return Ok(());
                     }

@@ -1,7 +1,7 @@
 //! Writes a report as one page with tables and plots. The page needs nothing from outside and runs
 //! nothing; names of models and servers are escaped text.
 
-use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, facts, legend, level, row};
+use super::markdown::{LEVEL_COLUMNS, ROW_COLUMNS, ROWS_LEGEND, facts, legend, level, row};
 use super::plots;
 use super::schema::BenchReport;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -45,6 +45,7 @@ pub fn write(report: &BenchReport) -> anyhow::Result<String> {
                 }
                 @if !report.rows.is_empty() {
                     (table(&ROW_COLUMNS, report.rows.iter().map(row)))
+                    p { (ROWS_LEGEND) }
                 }
                 @if !report.levels.is_empty() {
                     (table(&LEVEL_COLUMNS, report.levels.iter().map(level)))
@@ -65,7 +66,7 @@ pub fn write(report: &BenchReport) -> anyhow::Result<String> {
 fn doubts(report: &BenchReport) -> Markup {
     html! {
         @if report.is_partial {
-            p class="doubt" { "Partial: it ended before its end." }
+            p class="doubt" { "Partial: the measurement did not run to its end." }
         }
         @for mark in &report.marks {
             p class="doubt" { strong { (mark.kind.name()) } ": " (mark.what) }

@@ -14,7 +14,7 @@ pub fn write(report: &BenchReport) -> String {
     // Writing to a string cannot fail.
     let _ = head(report, &mut text);
     if !report.rows.is_empty() {
-        let _ = writeln!(text, "\n{}", rows(&report.rows));
+        let _ = writeln!(text, "\n{}\n\n{ROWS_LEGEND}", rows(&report.rows));
     }
     if !report.levels.is_empty() {
         let _ = writeln!(text, "\n{}\n\n{}", levels(&report.levels), legend(report));
@@ -96,7 +96,7 @@ fn head(report: &BenchReport, text: &mut String) -> std::fmt::Result {
 
 fn tail(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     if report.is_partial {
-        writeln!(text, "\n**Partial**: it ended before its end.")?;
+        writeln!(text, "\n**Partial**: the measurement did not run to its end.")?;
     }
     if !report.marks.is_empty() {
         writeln!(text, "\nDoubts:\n")?;
@@ -161,6 +161,12 @@ fn rows(all: &[ReportRow]) -> Table {
     table.add_rows(all.iter().map(row));
     table
 }
+
+/// What the columns of rows mean.
+pub(super) const ROWS_LEGEND: &str = "tok/s is the mean of the runs, with its standard deviation and \
+    its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of the \
+    measured ceiling; bound is what holds it back. predicted is what `bench plan` says from these \
+    ceilings, and error how far that lies above what was measured.";
 
 /// What the columns of levels mean.
 pub(super) fn legend(report: &BenchReport) -> String {

@@ -3,15 +3,26 @@
 use super::schema::{BenchReport, LoadLevel, Phase, ReportRow};
 use super::spread::Quantiles;
 use anyhow::anyhow;
+use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::{
-    BLACK, BLUE, ChartBuilder, Circle, Color, DrawingAreaErrorKind, GREEN, IntoDrawingArea,
-    LineSeries, MAGENTA, PathElement, RED, RGBColor, SVGBackend, SeriesLabelPosition, WHITE,
+    BLACK, BLUE, ChartBuilder, Circle, Color, DrawingArea, DrawingAreaErrorKind, IntoDrawingArea,
+    IntoFont, LineSeries, MAGENTA, PathElement, RED, RGBColor, SVGBackend, Text, WHITE,
 };
 use std::ops::Range;
 
 /// Pixels of a plot.
 const SIZE: (u32, u32) = (760, 380);
-const COLORS: [RGBColor; 6] = [BLUE, RED, GREEN, MAGENTA, RGBColor(200, 120, 0), BLACK];
+/// Of its width, those of the chart; the names of the series stand beside it.
+const CHART_WIDTH: u32 = 580;
+/// Pixels from one name to the next.
+const NAME_HEIGHT: i32 = 18;
+const COLORS: [RGBColor; 6] =
+    [BLUE, RED, RGBColor(0, 140, 60), MAGENTA, RGBColor(200, 120, 0), BLACK];
+/// Steps of an axis have these first digits.
+const STEPS: [f64; 3] = [1.0, 2.0, 5.0];
+/// Numbers on an axis, at most.
+const TICKS_MAX: usize = 9;
 
 /// How an axis is scaled.
 #[derive(Clone, Copy, PartialEq)]
@@ -111,17 +122,21 @@ fn speeds(report: &BenchReport) -> Option<Chart> {
 fn latency(levels: &[LoadLevel]) -> Option<Chart> {
     let point = |level: &LoadLevel| {
         let latency = level.per_token.as_ref()?.p50;
-        Some((1e3 * latency, level.steady_tokens_per_second))
+        let points = vec![(1e3 * latency, level.steady_tokens_per_second)];
+        Some(Series { name: level.load(), points, is_line: false })
     };
-    let points: Vec<(f64, f64)> = levels.iter().filter_map(point).collect();
+    let mut series: Vec<Series> = levels.iter().filter_map(point).collect();
+    let points: Vec<(f64, f64)> = series.iter().flat_map(|s| s.points.iter().copied()).collect();
+    // A line needs two points.
+    let line = pareto(&points);
+    if line.len() > 1 {
+        series.push(Series { name: "Pareto line".into(), points: line, is_line: true });
+    }
     (!points.is_empty()).then(|| Chart {
         title: "Throughput against latency".into(),
         x: Axis { name: "median milliseconds a token", scale: Scale::Linear },
         y: Axis { name: "tokens a second", scale: Scale::Linear },
-        series: vec![
-            Series { name: "Pareto line".into(), points: pareto(&points), is_line: true },
-            Series { name: "levels".into(), points, is_line: false },
-        ],
+        series,
     })
 }
 
@@ -149,11 +164,7 @@ fn distribution(
         let last = curve.len().saturating_sub(1).max(1) as f64;
         let points = curve.iter().enumerate();
         let points = points.map(|(i, v)| (1e3 * v.max(1e-6), 100.0 * i as f64 / last));
-        let name = match (level.rate, level.concurrency) {
-            (Some(rate), _) => format!("{rate} requests/s"),
-            (None, many) => format!("{} at once", many.unwrap_or(0)),
-        };
-        Some(Series { name, points: points.collect(), is_line: true })
+        Some(Series { name: level.load(), points: points.collect(), is_line: true })
     };
     let series: Vec<Series> = levels.iter().filter_map(line).collect();
     (!series.is_empty()).then(|| Chart {
@@ -185,7 +196,36 @@ fn memory(report: &BenchReport) -> Option<Chart> {
     })
 }
 
+/// An axis in a chart, with the places that get a number.
+struct Places {
+    range: Range<f64>,
+    ticks: Vec<f64>,
+}
+
+impl Ranged for Places {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, place: &f64, (from, to): (i32, i32)) -> i32 {
+        let share = (place - self.range.start) / (self.range.end - self.range.start);
+        from + (share * f64::from(to - from)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
+
 impl Axis {
+    fn places(&self, values: impl Iterator<Item = f64> + Clone) -> Places {
+        let range = self.range(values);
+        Places { ticks: self.ticks(&range), range }
+    }
+
     fn place(&self, value: f64) -> Option<f64> {
         let placed = match self.scale {
             Scale::Linear => value,
@@ -200,10 +240,30 @@ impl Axis {
             Scale::Log => 10_f64.powf(place),
         };
         match value.abs() {
-            v if v >= 10.0 || v == 0.0 => format!("{value:.0}"),
-            v if v >= 0.1 => format!("{value:.2}"),
-            _ => format!("{value:.1e}"),
+            // Places are sums of logarithms: what is almost a round number is one.
+            v if v >= 1e-3 || v == 0.0 => format!("{}", (1e4 * value).round() / 1e4),
+            _ => format!("{value:.0e}"),
         }
+    }
+
+    /// Places of round numbers within a range.
+    fn ticks(&self, range: &Range<f64>) -> Vec<f64> {
+        if self.scale == Scale::Linear {
+            let width = range.end - range.start;
+            let decade = 10_f64.powf((width / TICKS_MAX as f64).log10().floor());
+            let steps = STEPS.iter().map(|digit| digit * decade);
+            let step = steps.chain([10.0 * decade]).find(|step| width / step <= TICKS_MAX as f64);
+            let step = step.unwrap_or(width);
+            let (first, last) = ((range.start / step).ceil(), (range.end / step).floor());
+            return (0..=(last - first) as usize).map(|i| (first + i as f64) * step).collect();
+        }
+        let decades = range.start.floor() as i32..=range.end.floor() as i32;
+        let all = |digits: &[f64]| -> Vec<f64> {
+            let of = |decade: i32| digits.iter().map(move |d| f64::from(decade) + d.log10());
+            decades.clone().flat_map(of).filter(|place| range.contains(place)).collect()
+        };
+        let fine = all(&STEPS);
+        if fine.len() > TICKS_MAX { all(&STEPS[..1]) } else { fine }
     }
 
     fn range(&self, values: impl Iterator<Item = f64> + Clone) -> Range<f64> {
@@ -228,6 +288,25 @@ impl Chart {
         series.points.iter().filter_map(place).collect()
     }
 
+    /// The names of all series that have points, with their colors.
+    fn draw_names<'a>(
+        &self,
+        placed: &[Vec<(f64, f64)>],
+        area: &DrawingArea<SVGBackend<'a>, Shift>,
+    ) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
+        let named = self.series.iter().zip(placed).enumerate().filter(|(_, (_, p))| !p.is_empty());
+        for (line, (index, (series, _))) in named.enumerate() {
+            let (y, color) = (20 + NAME_HEIGHT * line as i32, COLORS[index % COLORS.len()]);
+            area.draw(&PathElement::new([(0, y), (14, y)], color.stroke_width(3)))?;
+            area.draw(&Text::new(
+                series.name.clone(),
+                (20, y - 6),
+                ("sans-serif", 12).into_font(),
+            ))?;
+        }
+        Ok(())
+    }
+
     fn draw(&self, svg: &mut String) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
         let placed: Vec<Vec<(f64, f64)>> = self.series.iter().map(|s| self.placed(s)).collect();
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
@@ -236,8 +315,10 @@ impl Chart {
         if points().next().is_none() {
             return area.present();
         }
-        let (x, y) = (self.x.range(points().map(|p| p.0)), self.y.range(points().map(|p| p.1)));
-        let mut chart = ChartBuilder::on(&area)
+        let (x, y) = (self.x.places(points().map(|p| p.0)), self.y.places(points().map(|p| p.1)));
+        let (left, right) = area.split_horizontally(CHART_WIDTH);
+        self.draw_names(&placed, &right)?;
+        let mut chart = ChartBuilder::on(&left)
             .margin(10)
             .x_label_area_size(40)
             .y_label_area_size(64)
@@ -252,23 +333,14 @@ impl Chart {
             .draw()?;
         for (index, (series, points)) in self.series.iter().zip(&placed).enumerate() {
             let color = COLORS[index % COLORS.len()];
-            let drawn = match series.is_line {
+            match series.is_line {
                 true => chart
                     .draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?,
                 false => {
                     chart.draw_series(points.iter().map(|p| Circle::new(*p, 4, color.filled())))?
                 }
             };
-            drawn.label(series.name.as_str()).legend(move |(x, y)| {
-                PathElement::new([(x, y), (x + 16, y)], color.stroke_width(3))
-            });
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
-            .background_style(WHITE.mix(0.85))
-            .border_style(BLACK.mix(0.3))
-            .draw()?;
         area.present()
     }
 }
@@ -285,6 +357,19 @@ mod tests {
         assert_eq!(titles, ["Roofline", "Decode", "Memory"]);
         assert!(plots.iter().all(|(_, svg)| svg.starts_with("<svg") && svg.contains("polyline")));
         assert_eq!(plots[0].1.matches("<circle").count(), 3, "{}", plots[0].1);
+    }
+
+    #[test]
+    fn axes_have_round_numbers() {
+        let shown = |scale, range: Range<f64>| {
+            let axis = Axis { name: "", scale };
+            let labels: Vec<String> = axis.ticks(&range).iter().map(|t| axis.label(*t)).collect();
+            labels.join(" ")
+        };
+        assert_eq!(shown(Scale::Linear, 0.0..1.47), "0 0.2 0.4 0.6 0.8 1 1.2 1.4");
+        assert_eq!(shown(Scale::Linear, -30.0..1190.0), "0 200 400 600 800 1000");
+        assert_eq!(shown(Scale::Log, 2.95..4.7), "1000 2000 5000 10000 20000 50000");
+        assert_eq!(shown(Scale::Log, -4.1..2.9), "1e-4 0.001 0.01 0.1 1 10 100");
     }
 
     #[test]
