@@ -53,17 +53,17 @@ use std::process::ExitCode;
 
 /// The heading in `--help` of what every command takes, so that it does not stand between the
 /// command's own flags.
-const EVERY_COMMAND: &str = "Every command";
+const COMMON: &str = "Every command";
 
 /// Miner and validator for Bittensor subnet 4 on one embedded LLM engine.
 #[derive(Parser)]
 #[command(name = "targon-engine", version, about, max_term_width = 100)]
 struct Cli {
     /// The log level: error, warn, info, debug or trace, or a filter such as `engine=debug`.
-    #[arg(long, global = true, help_heading = EVERY_COMMAND, env = "TARGON_LOG", default_value = "info")]
+    #[arg(long, global = true, help_heading = COMMON, env = "TARGON_LOG", default_value = "info")]
     log: String,
     /// Log as one JSON object a line.
-    #[arg(long, global = true, help_heading = EVERY_COMMAND, env = "TARGON_LOG_JSON")]
+    #[arg(long, global = true, help_heading = COMMON, env = "TARGON_LOG_JSON")]
     log_json: bool,
     /// The same as `--log info`, under the SDK's name.
     #[arg(long = "logging.info", global = true, hide = true)]
@@ -75,7 +75,7 @@ struct Cli {
     #[arg(long = "logging.trace", global = true, env = "BT_LOGGING_TRACE", hide = true)]
     logging_trace: bool,
     /// A YAML file with values for flags; the command line and the environment override it.
-    #[arg(long, global = true, help_heading = EVERY_COMMAND, env = "TARGON_CONFIG")]
+    #[arg(long, global = true, help_heading = COMMON, env = "TARGON_CONFIG")]
     config: Option<std::path::PathBuf>,
     #[command(subcommand)]
     command: Command,

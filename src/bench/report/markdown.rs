@@ -163,8 +163,8 @@ fn rows(all: &[ReportRow]) -> Table {
 }
 
 /// What the columns of rows mean.
-pub(super) const ROWS_LEGEND: &str = "tok/s is the mean of the runs, with its standard deviation and \
-    its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of the \
+pub(super) const ROWS_LEGEND: &str = "tok/s is the mean of the runs, with its standard deviation \
+    and its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of the \
     measured ceiling; bound is what holds it back. predicted is what `bench plan` says from these \
     ceilings, and error how far that lies above what was measured.";
 
@@ -179,8 +179,8 @@ pub(super) fn legend(report: &BenchReport) -> String {
         _ => "requests a second that kept the limits".into(),
     };
     format!(
-        "Times are in milliseconds. TTFT is the time to the first token, TPOT the mean time a token \
-         after it, gap the time between two chunks. goodput/s: {good}."
+        "Times are in milliseconds. TTFT is the time to the first token, TPOT the mean time a \
+         token after it, gap the time between two chunks. goodput/s: {good}."
     )
 }
 

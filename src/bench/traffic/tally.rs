@@ -102,8 +102,8 @@ pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Load
 }
 
 /// From when the first answer has ended, or half of the time to the last request, to when the last
-/// request is sent: before it the server fills, after it it empties. Where no answer has ended until
-/// then, or little time is left, there is no such window.
+/// request is sent: before it the server fills, after it it empties. Where no answer has ended
+/// until then, or little time is left, there is no such window.
 fn steady(driven: &Driven) -> Option<[f64; 2]> {
     let ends = driven.sent.iter().map(|s| s.at + s.heard.ended);
     let filled = ends.fold(f64::INFINITY, f64::min);
