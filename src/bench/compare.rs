@@ -4,6 +4,7 @@ use super::plan::prices::{Price, per_million};
 use super::report::schema::{BenchReport, Phase, ReportKind, ReportRow};
 use super::report::seal::Sealed;
 use serde::Serialize;
+use serde_json::Value;
 
 /// Seconds of a day.
 const DAY: f64 = 86_400.0;
@@ -57,7 +58,8 @@ pub struct Compared {
     /// Tokens for a dollar that are generated, and checked as often as assumed on the same machine.
     pub verified_per_dollar: Option<f64>,
     /// The subnet's score of one model: tokens a second of a single request as a validator counts
-    /// them, times what the share of answers makes of it.
+    /// them, times what the share of answers makes of it. Of a server, from the first level of a
+    /// load of that shape.
     pub score: Option<f64>,
     /// The score that a dollar buys for a day.
     pub score_per_dollar_day: Option<f64>,
@@ -152,6 +154,10 @@ fn verified(report: &BenchReport, per_hour: f64, assumed: Assumptions) -> Option
 
 fn score(report: &BenchReport, assumed: Assumptions, consistency: fn(f64) -> f64) -> Option<f64> {
     if let ReportKind::Serve = report.kind {
+        // Other prompts and lengths say nothing of a validator's.
+        if report.settings.get("load").and_then(Value::as_str) != Some("targon") {
+            return None;
+        }
         let level = report.levels.first()?;
         let share = level.completed as f64 / level.sent.max(1) as f64;
         return Some(level.validator_tps.as_ref()?.mean * consistency(share));
@@ -209,6 +215,38 @@ mod tests {
         assert!((slow.score.unwrap() - score).abs() < 1e-9);
         assert!((slow.score_per_dollar_day.unwrap() - score / 24.0).abs() < 1e-9);
         assert_eq!((compared[2].per_dollar_hour, compared[2].verified_per_dollar), (None, None));
+    }
+
+    #[test]
+    fn a_server_has_a_score_for_a_validators_load_only() {
+        use crate::bench::traffic::drive::{Driven, Load, TimedAnswer};
+        use crate::bench::traffic::heard::Heard;
+        use crate::bench::traffic::tally::{self, Promise};
+        let answer = |failure| {
+            let heard =
+                Heard { chunks: Vec::new(), usage: None, ended: 1.0, validator_tps: 40.0, failure };
+            TimedAnswer { at: 0.0, heard }
+        };
+        let driven = Driven {
+            sent: vec![answer(None), answer(Some("timeout".into()))],
+            unfinished: 0,
+            seconds: 1.0,
+            client: crate::bench::report::schema::Client {
+                busy: 0.0,
+                timer_late: 0.0,
+                send_late: 0.0,
+            },
+            stop: None,
+        };
+        let promise = Promise { first_token: 1.0, per_token: 1.0 };
+        let mut report = sample(1.0);
+        report.kind = ReportKind::Serve;
+        report.levels = vec![tally::level(&driven, Load::Rate(1.0), promise, "m")];
+        for (load, expected) in [("targon", Some(20.0)), ("fixed", None)] {
+            report.settings.insert("load".into(), load.into());
+            // Half of the requests were answered, at 40 tokens a second.
+            assert_eq!(score(&report, ASSUMED, |share| share), expected, "{load}");
+        }
     }
 
     #[test]

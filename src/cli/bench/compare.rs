@@ -157,7 +157,8 @@ fn print(all: &[Compared], assumed: Assumptions, prices: &[Price]) {
     outln!("Assumed: prompts of {prompt_tokens} and answers of {answer_tokens} tokens;");
     outln!("  {:.0} % of all answers are checked, on the same machine;", 100.0 * checked_share);
     outln!("  the score is a validator's tokens a second of one request at a time, all answered,");
-    outln!("  in Targon's own profile: what it is worth depends on all other miners.");
+    outln!("  in Targon's own profile: what it is worth depends on all other miners. A server has");
+    outln!("  one where it was measured with --load targon.");
 }
 
 #[cfg(test)]
