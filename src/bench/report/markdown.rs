@@ -164,9 +164,9 @@ fn rows(all: &[ReportRow]) -> Table {
 
 /// What the columns of rows mean.
 pub(super) const ROWS_LEGEND: &str = "tok/s is the mean of the runs, with its standard deviation \
-    and its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of the \
-    measured ceiling; bound is what holds it back. predicted is what `bench plan` says from these \
-    ceilings, and error how far that lies above what was measured.";
+    and its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of \
+    the measured ceiling; bound is what holds it back. predicted is what `bench plan` says from \
+    these ceilings, and error how far that lies above what was measured.";
 
 /// What the columns of levels mean.
 pub(super) fn legend(report: &BenchReport) -> String {
