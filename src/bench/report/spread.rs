@@ -16,7 +16,8 @@ pub struct Spread {
     pub mean: f64,
     /// Their standard deviation (with n - 1); one run has none.
     pub sd: Option<f64>,
-    /// The mean's interval of 95 % by Student's t; one run has none.
+    /// The mean's interval of 95 % by Student's t, from 0 on, because what is measured is never
+    /// below; one run has none.
     pub interval: Option<[f64; 2]>,
 }
 
@@ -30,7 +31,7 @@ impl Spread {
         let mean = mean(values);
         let sd = sd(values, mean);
         let half = sd.map(|sd| student(runs - 1) * sd / (runs as f64).sqrt());
-        Some(Self { runs, mean, sd, interval: half.map(|h| [mean - h, mean + h]) })
+        Some(Self { runs, mean, sd, interval: half.map(|h| [(mean - h).max(0.0), mean + h]) })
     }
 }
 
@@ -111,6 +112,7 @@ mod tests {
         let [low, high] = spread.interval.unwrap();
         // 4.303 * 2 / sqrt(3)
         assert!((low - (12.0 - 4.9687)).abs() < 1e-3 && (high - 16.9687).abs() < 1e-3, "{low}");
+        assert_eq!(Spread::of(&[1.0, 9.0]).unwrap().interval.map(|i| i[0]), Some(0.0));
         let one = Spread::of(&[5.0]).unwrap();
         assert_eq!((one.mean, one.sd, one.interval), (5.0, None, None));
         assert_eq!(Spread::of(&[]), None);
