@@ -198,7 +198,7 @@ async fn cheats_that_claim_the_true_model_get_nothing_and_the_slow_get_less() {
     let ways = [
         ("slow", Way::Slow(150)),
         ("weights", Way::Weights(4)),
-        // Of four bits, one answer of this small model in thirty draws no token that tells it.
+        // Of four bits, an answer of this small model may draw no token that tells it.
         ("spoof", Way::Spoof(2)),
         ("replay", Way::Replay),
     ];

@@ -174,18 +174,30 @@ impl Case {
     /// The rounded rows, and after them the partial results of all partitions: NaN where a query
     /// sees nothing.
     fn want(&self) -> [Vec<f32>; 2] {
+        self.joined(self.partitions(), |[s, kv_head, position], query, partition| {
+            let blocks = partition * 16..(partition + 1) * 16;
+            self.partial(s, kv_head, query, position, blocks)
+        })
+    }
+
+    /// The same with so many partitions, each of which is what `partial` gives for a sequence, a
+    /// key/value head and a position, a query, and the partition.
+    pub(super) fn joined(
+        &self,
+        partitions: usize,
+        partial: impl Fn([usize; 3], &[f32], usize) -> Partial,
+    ) -> [Vec<f32>; 2] {
         let (heads, head_dim) = (self.shape.heads as usize, self.shape.head_dim as usize);
         let group = heads / self.shape.kv_heads as usize;
-        let (mut row, mut want, mut parts) = (0, Vec::new(), Vec::new());
+        let (mut row, mut rows, mut parts) = (0, Vec::new(), Vec::new());
         for (s, sequence) in self.sequences.iter().enumerate() {
             for position in sequence.start..sequence.start + sequence.rows {
                 for head in 0..heads {
                     let query = &self.queries[(row * heads + head) * head_dim..][..head_dim];
                     let query: Vec<f32> = query.iter().map(|b| self.dtype.widen(*b)).collect();
                     let mut total = Partial::nothing(head_dim);
-                    for partition in 0..self.partitions() {
-                        let blocks = partition * 16..(partition + 1) * 16;
-                        let part = self.partial(s, head / group, &query, position, blocks);
+                    for partition in 0..partitions {
+                        let part = partial([s, head / group, position], &query, partition);
                         total.append(&part);
                         match part.sum == 0.0 {
                             true => parts.resize(parts.len() + head_dim + 2, f32::NAN),
@@ -193,12 +205,12 @@ impl Case {
                         }
                     }
                     let mean = total.out.iter().map(|o| o / total.sum);
-                    want.extend(mean.map(|x| self.dtype.widen(self.dtype.round(x))));
+                    rows.extend(mean.map(|x| self.dtype.widen(self.dtype.round(x))));
                 }
                 row += 1;
             }
         }
-        [want, parts]
+        [rows, parts]
     }
 
     /// Keys and values in the layout of the cache; what belongs to nobody is NaN, but the columns

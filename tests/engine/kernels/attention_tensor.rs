@@ -75,31 +75,10 @@ fn partial(
 /// The rounded rows, and the partial results of all partitions (NaN where a query sees nothing),
 /// with so many blocks to a partition.
 fn want(case: &Case, blocks: usize) -> [Vec<f32>; 2] {
-    let (heads, head_dim) = (case.shape.heads as usize, case.shape.head_dim as usize);
-    let group = heads / case.shape.kv_heads as usize;
-    let (mut row, mut rows, mut parts) = (0, Vec::new(), Vec::new());
-    for (s, sequence) in case.sequences.iter().enumerate() {
-        for position in sequence.start..sequence.start + sequence.rows {
-            for head in 0..heads {
-                let query = &case.queries[(row * heads + head) * head_dim..][..head_dim];
-                let query: Vec<f32> = query.iter().map(|b| case.dtype.widen(*b)).collect();
-                let mut total = Partial::nothing(head_dim);
-                for partition in 0..(case.partitions() * PARTITION).div_ceil(blocks * BLOCK) {
-                    let first = partition * blocks * BLOCK;
-                    let part = partial(case, [s, head / group, position], &query, first, blocks);
-                    total.append(&part);
-                    match part.sum == 0.0 {
-                        true => parts.resize(parts.len() + head_dim + 2, f32::NAN),
-                        false => parts.extend([part.max, part.sum].iter().chain(&part.out)),
-                    }
-                }
-                let mean = total.out.iter().map(|o| o / total.sum);
-                rows.extend(mean.map(|x| case.dtype.widen(case.dtype.round(x))));
-            }
-            row += 1;
-        }
-    }
-    [rows, parts]
+    let partitions = (case.partitions() * PARTITION).div_ceil(blocks * BLOCK);
+    case.joined(partitions, |at, query, partition| {
+        partial(case, at, query, partition * blocks * BLOCK, blocks)
+    })
 }
 
 /// Values as packed matrices of dimensions by positions; what belongs to nobody is NaN.

@@ -2,7 +2,6 @@
 
 use super::super::*;
 use super::fake::{Fake, Running, driver, options, until};
-
 use crate::store::record::{Outcome, Sampled, WeightsState};
 use crate::validator::round::MinerState;
 use std::collections::BTreeSet;
@@ -90,13 +89,19 @@ async fn a_verification_that_hangs_or_breaks_holds_up_nothing_and_blames_nobody(
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stop_ends_in_time_with_everything_remembered() {
+/// A validator whose verifications do not end within the test.
+async fn hanging() -> (Arc<Fake>, Running) {
     let world = Arc::new(Fake::new());
     world.hangs.store(true, SeqCst);
     let mut options = options(None);
     options.round.times.verdicts = Duration::from_secs(600);
     let running = Running::start(&world, options).await;
+    (world, running)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_ends_in_time_with_everything_remembered() {
+    let (world, running) = hanging().await;
     until("verifications", || world.checking.load(SeqCst) == CHECKS_DEFAULT).await;
     let summary = running.stop().await.unwrap();
     let saved = world.saved.lock();
@@ -109,11 +114,7 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_watches_sees_rounds_miners_verdicts_and_weights_to_come() {
-    let world = Arc::new(Fake::new());
-    world.hangs.store(true, SeqCst);
-    let mut options = options(None);
-    options.round.times.verdicts = Duration::from_secs(600);
-    let running = Running::start(&world, options).await;
+    let (world, running) = hanging().await;
     let views = running.views.clone();
     let standing = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.standing);
     until("a verification", || matches!(standing(1), Some(MinerState::Checking(_)))).await;
