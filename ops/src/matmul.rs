@@ -276,8 +276,8 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
         let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.values(first + t));
         let acc = match self.w.dtype {
-            Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x),
-            Dtype::F16 => product::<L, T, V, true>(w, pairs, x),
+            Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x, None),
+            Dtype::F16 => product::<L, T, V, true>(w, pairs, x, None),
         };
         for t in 0..T {
             for v in 0..V {

@@ -39,7 +39,7 @@
 //! interleaved pairs for that.
 
 use super::dtype::Dtype;
-use super::lanes::{LANES, Lanes};
+use super::lanes::{LANES, Lanes, prefetch};
 
 /// Elements of k in a block: two chains of half as many.
 pub const BLOCK_K: usize = 32;
@@ -59,12 +59,14 @@ pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usiz
 }
 
 /// Products of `T` rows of inputs with `V` vectors of 16 outputs from `w` on: `pairs` pairs of k
-/// that lie `stride` apart. Input `t` is `x(t)`, 2 * `pairs` values.
+/// that lie `stride` apart. Input `t` is `x(t)`, 2 * `pairs` values. `next` lies as `w` does and is
+/// read after it, so it is prefetched meanwhile.
 #[inline(always)]
 pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: bool>(
     w: &[u16],
     (pairs, stride): (usize, usize),
     x: impl Fn(usize) -> &'x [f32],
+    next: Option<&[u16]>,
 ) -> [[L; V]; T] {
     assert!(pairs > 0 && w.len() >= (pairs - 1) * stride + V * VEC_STRIDE);
     let mut inputs = [std::ptr::null::<f32>(); T];
@@ -81,9 +83,11 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
             // SAFETY: each input has 2 * `pairs` values.
             *x = unsafe { x.add(2 * first) };
         }
+        let next = next.map(|next| next.as_ptr().wrapping_add(first * stride));
         // SAFETY: `first + count` pairs are in bounds by the assertions above.
-        let sums =
-            unsafe { block::<L, T, V, F16>(w.as_ptr().add(first * stride), (count, stride), &at) };
+        let sums = unsafe {
+            block::<L, T, V, F16>(w.as_ptr().add(first * stride), (count, stride), &at, next)
+        };
         for t in 0..T {
             for v in 0..V {
                 acc[t][v] = acc[t][v].add(sums[t][v]);
@@ -95,7 +99,9 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
 }
 
 /// One block: `even + odd`. With many outputs the chains take turns, because both would not fit
-/// into the registers; the block's weights are in the nearest cache by then.
+/// into the registers; the block's weights are in the nearest cache by then. What lies at `next` as
+/// the block does at `w` is prefetched, a line for each line that is read: asked for all at once,
+/// the lines would be waited for.
 ///
 /// # Safety
 /// `w` must be readable for `count` pairs `stride` apart of `V` vectors each, each input for
@@ -105,17 +111,20 @@ pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: 
     w: *const u16,
     (count, stride): (usize, usize),
     inputs: &[*const f32; T],
+    next: Option<*const u16>,
 ) -> [[L; V]; T] {
     let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
     // SAFETY: the caller's promise.
     unsafe {
         if 2 * T * V <= L::CHAINS {
             for p in 0..count {
+                prefetch_pair::<V>(next, p * stride);
                 step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
                 step::<L, T, V, F16, true>(w.add(p * stride), inputs, 2 * p + 1, &mut odd);
             }
         } else {
             for p in 0..count {
+                prefetch_pair::<V>(next, p * stride);
                 step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
             }
             for p in 0..count {
@@ -129,6 +138,16 @@ pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: 
         }
     }
     even
+}
+
+/// Prefetches `V` vectors of pairs at `next` plus `offset`.
+#[inline(always)]
+fn prefetch_pair<const V: usize>(next: Option<*const u16>, offset: usize) {
+    if let Some(next) = next {
+        for v in 0..V {
+            prefetch(next.wrapping_add(offset + v * VEC_STRIDE));
+        }
+    }
 }
 
 /// One k of a tile: the odd or the even elements of the pairs at `w`.

@@ -135,11 +135,13 @@ impl Tile<'_> {
         let first = seen.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
         let end = seen.iter().map(|s| s.end).max().unwrap_or(0);
         let own = partition * PARTITION_BLOCKS..(partition + 1) * PARTITION_BLOCKS;
-        for block in first.max(own.start)..end.div_ceil(BLOCK_TOKENS).min(own.end) {
+        let blocks = end.div_ceil(BLOCK_TOKENS);
+        for block in first.max(own.start)..blocks.min(own.end) {
             let base = block * BLOCK_TOKENS;
-            let (keys, values) =
-                self.cache.block(self.layer, self.segment.blocks[block], self.kv_head);
-            let mut scores = scores::<L, T, F16>(keys, head_dim, queries);
+            let (keys, values) = self.block(block);
+            let next = (block + 1 < blocks).then(|| self.block(block + 1));
+            let next_keys = next.map(|(keys, _)| keys);
+            let mut scores = scores::<L, T, F16>(keys, head_dim, queries, next_keys);
             let mut valid = [const { 0..0 }; T];
             for (valid, seen) in valid.iter_mut().zip(seen) {
                 *valid = seen.start.clamp(base, base + BLOCK_TOKENS) - base
@@ -147,8 +149,15 @@ impl Tile<'_> {
             }
             let rescale = self.soften::<L, T, F16>(&mut scores, &valid, part);
             let pairs = (end - base).min(BLOCK_TOKENS).div_ceil(2);
-            accumulate::<L, T, F16>(values, (pairs, head_dim), &scores, rescale, part);
+            let values = Values { pairs, head_dim, now: values, next: next.map(|next| next.1) };
+            accumulate::<L, T, F16>(values, &scores, rescale, part);
         }
+    }
+
+    /// Keys and values of this head in one block of the segment.
+    #[inline(always)]
+    fn block(&self, block: usize) -> (&[u16], &[u16]) {
+        self.cache.block(self.layer, self.segment.blocks[block], self.kv_head)
     }
 
     /// Turns scores into weights relative to each query's new maximum, rounded to the cache's type,
@@ -234,24 +243,27 @@ fn round_to<L: Lanes, const F16: bool>(from: &[f32], to: &mut [f32]) {
     }
 }
 
-/// `scores[t][j] = sum_d queries[t][d] * keys[j][d]`.
+/// `scores[t][j] = sum_d queries[t][d] * keys[j][d]`, the keys of the `next` block being
+/// prefetched.
 #[inline(always)]
 fn scores<L: Lanes, const T: usize, const F16: bool>(
     keys: &[u16],
     head_dim: usize,
     queries: &[[f32; HEAD_DIM_MAX]; T],
+    next: Option<&[u16]>,
 ) -> [Scores; T] {
     let (pairs, query) = ((head_dim / 2, KEY_STRIDE), |t: usize| &queries[t][..head_dim]);
     let mut scores = [[0.0_f32; BLOCK_TOKENS]; T];
     if L::ROW_VECS >= KEY_VECS {
-        let acc = product::<L, T, KEY_VECS, F16>(keys, pairs, query);
+        let acc = product::<L, T, KEY_VECS, F16>(keys, pairs, query, next);
         for t in 0..T {
             store_vecs(&acc[t], &mut scores[t]);
         }
         return scores;
     }
     for v in 0..KEY_VECS {
-        let acc = product::<L, T, 1, F16>(&keys[v * VEC_STRIDE..], pairs, query);
+        let (keys, next) = (&keys[v * VEC_STRIDE..], next.map(|next| &next[v * VEC_STRIDE..]));
+        let acc = product::<L, T, 1, F16>(keys, pairs, query, next);
         for t in 0..T {
             scores[t][v * LANES..][..LANES].copy_from_slice(&acc[t][0].to_array());
         }
@@ -276,46 +288,56 @@ fn store_vecs<L: Lanes>(vecs: &[L; KEY_VECS], to: &mut Scores) {
     }
 }
 
+/// Values of a block, of which the first `pairs` pairs of positions are read, and those of the next
+/// block, which are prefetched.
+#[derive(Clone, Copy)]
+struct Values<'a> {
+    pairs: usize,
+    head_dim: usize,
+    now: &'a [u16],
+    next: Option<&'a [u16]>,
+}
+
 /// `out[t] = out[t] * rescale[t] + sum_j weights[t][j] * values[j]`, the sum one block of the canon
-/// over the first `pairs` pairs of positions.
+/// over the pairs of positions.
 #[inline(always)]
 fn accumulate<L: Lanes, const T: usize, const F16: bool>(
-    values: &[u16],
-    (pairs, head_dim): (usize, usize),
+    values: Values<'_>,
     weights: &[Scores; T],
     rescale: [f32; T],
     part: &mut [Partial; T],
 ) {
     let mut d = 0;
-    while d < head_dim {
-        let shape = (pairs, head_dim, d);
-        if L::ROW_VECS == VALUE_VECS && head_dim - d >= VALUE_VECS * LANES {
-            accumulate_vecs::<L, T, VALUE_VECS, F16>(values, shape, weights, rescale, part);
+    while d < values.head_dim {
+        if L::ROW_VECS == VALUE_VECS && values.head_dim - d >= VALUE_VECS * LANES {
+            accumulate_vecs::<L, T, VALUE_VECS, F16>(values, d, weights, rescale, part);
             d += VALUE_VECS * LANES;
         } else {
-            accumulate_vecs::<L, T, 1, F16>(values, shape, weights, rescale, part);
+            accumulate_vecs::<L, T, 1, F16>(values, d, weights, rescale, part);
             d += LANES;
         }
     }
 }
 
+/// The elements of the head from `d` on, `V` vectors.
 #[inline(always)]
 fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
-    values: &[u16],
-    (pairs, head_dim, d): (usize, usize, usize),
+    Values { pairs, head_dim, now, next }: Values<'_>,
+    d: usize,
     weights: &[Scores; T],
     rescale: [f32; T],
     part: &mut [Partial; T],
 ) {
     assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX && pairs <= BLOCK_TOKENS / 2);
-    assert!(pairs == 0 || values.len() >= (pairs - 1) * 2 * head_dim + 2 * (d + V * LANES));
+    assert!(pairs == 0 || now.len() >= (pairs - 1) * 2 * head_dim + 2 * (d + V * LANES));
     let mut inputs = [std::ptr::null::<f32>(); T];
     for t in 0..T {
         inputs[t] = weights[t].as_ptr();
     }
+    let next = next.map(|next| next.as_ptr().wrapping_add(2 * d));
     // SAFETY: in bounds by the assertions above; a row of weights has two for each pair.
     let sums = unsafe {
-        block::<L, T, V, F16>(values.as_ptr().add(2 * d), (pairs, 2 * head_dim), &inputs)
+        block::<L, T, V, F16>(now.as_ptr().add(2 * d), (pairs, 2 * head_dim), &inputs, next)
     };
     for t in 0..T {
         for v in 0..V {

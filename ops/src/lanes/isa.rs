@@ -73,12 +73,16 @@ impl fmt::Display for Isa {
 /// A name that is no instruction set of this CPU.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum IsaError {
-    /// This CPU has it not.
-    #[error("this CPU has no {0}; it has {available:?}", available = Isa::available())]
+    /// This CPU lacks it.
+    #[error("this CPU has no {0}; it has {available}", available = names(&Isa::available()))]
     Missing(Isa),
     /// No instruction set has this name.
-    #[error("unknown instruction set `{0}`; known: {all:?}", all = Isa::ALL)]
+    #[error("unknown instruction set `{0}`; known: {all}", all = names(&Isa::ALL))]
     Unknown(String),
+}
+
+fn names(sets: &[Isa]) -> String {
+    sets.iter().map(Isa::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl FromStr for Isa {

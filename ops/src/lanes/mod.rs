@@ -16,10 +16,12 @@ mod avx512;
 mod isa;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod prefetch;
 mod scalar;
 mod vector;
 
 pub use isa::Isa;
+pub(crate) use prefetch::prefetch;
 pub use scalar::Scalar;
 pub use vector::{Kernel, LANES, Lanes};
 
