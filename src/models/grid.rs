@@ -50,7 +50,7 @@ impl Grid {
                 for part in values.chunks_mut(cols).flat_map(|row| row.chunks_mut(group)) {
                     let exact = scale(part, largest);
                     let scale = if half_scales { Dtype::F16.nearest(exact) } else { exact };
-                    let step = |x: f32| (x / scale).round().clamp(-largest - 1.0, largest);
+                    let step = |x: f32| nearest(x / scale).clamp(-largest - 1.0, largest);
                     // A scale below what f16 can hold leaves nothing of its group.
                     let moved = |x: f32| if scale > 0.0 { step(x) * scale } else { 0.0 };
                     part.iter_mut().for_each(|x| *x = moved(*x));
@@ -65,7 +65,9 @@ impl Grid {
 
 /// What divides the largest magnitude to `largest`; one where all are zero.
 fn scale(values: &[f32], largest: f32) -> f32 {
-    let max = values.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+    // Magnitudes compare as their patterns do, and integers are compared many at once.
+    let magnitude = |x: &f32| x.to_bits() & 0x7fff_ffff;
+    let max = f32::from_bits(values.iter().map(magnitude).max().unwrap_or(0));
     if max > 0.0 { max / largest } else { 1.0 }
 }
 
@@ -76,9 +78,16 @@ fn scaled_e4m3(values: &mut [f32]) {
 
 /// The nearest number of E4M3; larger ones become the largest.
 fn e4m3(x: f32) -> f32 {
-    let exponent = (x.abs().log2().floor() as i32).max(E4M3_EXPONENT_MIN);
-    let step = 2.0_f32.powi(exponent - 3);
-    ((x / step).round_ties_even() * step).clamp(-E4M3_MAX, E4M3_MAX)
+    let exponent = (x.to_bits() >> 23 & 0xff) as i32 - 127;
+    let step = f32::from_bits(((exponent.max(E4M3_EXPONENT_MIN) - 3 + 127) as u32) << 23);
+    (nearest(x / step) * step).clamp(-E4M3_MAX, E4M3_MAX)
+}
+
+/// The nearest integer, ties to even, of a magnitude below 2^22; a larger one stays large. It adds
+/// only: `f32::round` is a function call where the compiler may not assume newer instructions.
+fn nearest(x: f32) -> f32 {
+    const INTEGERS: f32 = 12_582_912.0; // 1.5 * 2^23
+    (x + INTEGERS) - INTEGERS
 }
 
 #[cfg(test)]

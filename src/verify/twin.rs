@@ -202,3 +202,61 @@ fn conclude(report: &mut Report, scheme: Scheme, limits: &Limits) {
         report.verdict = Verdict::Reject(Rejection::new(Reason::SketchEnergy, what));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proof::residue::{Calibration, sketch};
+
+    const CHANNELS: usize = 96;
+
+    fn row(place: usize) -> Vec<u16> {
+        let value = |c: usize| ((place * 31 + c * 17 + c * c) % 23) as f32 - 11.0;
+        (0..CHANNELS).map(|c| Dtype::Bf16.round(value(c))).collect()
+    }
+
+    fn widen(bits: &[u16]) -> Vec<f32> {
+        bits.iter().map(|b| Dtype::Bf16.widen(*b)).collect()
+    }
+
+    /// An answer of this engine with three rows.
+    fn suspect() -> Suspect {
+        let rows: Vec<Vec<u16>> = (0..3).map(row).collect();
+        let known: Vec<f32> = (0..200).flat_map(|place| widen(&row(place))).collect();
+        let calibration = Arc::new(Calibration::from_rows(&known, CHANNELS, 0.02));
+        let prover = RowProver::new(Scheme::Residue, &[7; 32], calibration);
+        let (profile, keys, calibration) = prover.residue().unwrap();
+        let sketched = |(place, bits): (usize, &Vec<u16>)| {
+            Some(sketch(calibration, profile, keys.sketch, place as u32, &widen(bits)))
+        };
+        let sketches = rows.iter().enumerate().map(sketched).collect();
+        let (prompt, output) = (vec![1], vec![2, 3, 4]);
+        Suspect { scheme: Scheme::Residue, prover, sketches, rows, prompt, output }
+    }
+
+    #[test]
+    fn a_twin_that_rounds_nothing_away_divides_by_no_zero() {
+        let suspect = suspect();
+        let twin = suspect.beside(&suspect.rows, Dtype::Bf16);
+        assert!(twin.iter().all(|apart| apart.unwrap().square() == 0.0));
+        let scores = suspect.scores(&twin, 0.4);
+        // An honest residue drops half a step at most.
+        assert!(scores.len() == 3 && scores.iter().all(|x| (0.0..=0.25).contains(x)), "{scores:?}");
+        assert_eq!(suspect.beta(&twin, &twin), None, "what moves nothing is no cheat's name");
+        let far: Vec<Vec<u16>> = (7..10).map(row).collect();
+        let moved = suspect.beside(&far, Dtype::Bf16);
+        assert!(suspect.beta(&twin, &moved).unwrap().abs() < 0.1, "the control: it can be one");
+    }
+
+    #[test]
+    fn rows_of_which_a_twin_overflows_count_for_nothing() {
+        let suspect = suspect();
+        let mut rows = suspect.rows.clone();
+        rows[1][5] = Dtype::Bf16.round(f32::INFINITY);
+        let twin = suspect.beside(&rows, Dtype::Bf16);
+        assert_eq!(suspect.scores(&twin, 0.4).len(), 2);
+        rows.iter_mut().for_each(|row| row[0] = Dtype::Bf16.round(f32::NAN));
+        let twin = suspect.beside(&rows, Dtype::Bf16);
+        assert_eq!((suspect.scores(&twin, 0.4), suspect.beta(&twin, &twin)), (vec![], None));
+    }
+}

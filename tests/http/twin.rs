@@ -137,13 +137,13 @@ async fn a_second_prefill_is_paid_when_it_was_asked_for() {
 }
 
 #[tokio::test]
-async fn a_twin_that_is_no_number_accuses_nobody() {
+async fn a_distance_that_is_no_number_accuses_nobody() {
     let site = site(common::options());
     let base = verifier(&site.served);
     let body = proved(Scheme::Residue, 40);
     let (_, response) = answer(&site, &body).await;
     let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
-    // Rounding to f16 what was made for bf16 may overflow; here it must, because of the weights.
+    // A share that is no number makes every distance one that is none.
     let limits = Limits { shrink: f64::NAN, ..NARROW };
     let verifier = Verifier { limits, scrutiny: NAMING, ..base };
     let found = report(&verifier, &body, &theirs).await;
