@@ -49,7 +49,7 @@ pub enum MarkKind {
     ServerFailed,
     /// The program was compiled without optimisation.
     Unoptimized,
-    /// The answers had not the length that was asked for.
+    /// The answers were longer or shorter than was asked for.
     Length,
     /// There was no time at which the load was steady.
     Unsteady,

@@ -4,6 +4,7 @@
 //! | module | measures |
 //! |---|---|
 //! | [`ops`] | kernels against the ceilings of this machine |
+//! | [`canon`] | what the order of additions costs, and what partitions give |
 //! | [`engine`] | prefill, decode, memory and load time of a model, then `serve`: what HTTP costs |
 //! | `gpu` | an NVIDIA card: its bits against the CPU's, then its speed (feature `cuda`) |
 //! | [`gate`] | what the signed door costs a request |
@@ -22,6 +23,7 @@
 //! ([`host::Say`]).
 
 pub mod attack;
+pub mod canon;
 mod ceilings;
 pub mod compare;
 pub mod conditions;

@@ -1,7 +1,7 @@
 //! Makes a row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
 
 use super::plan::devices::{DeviceKind, DeviceSpec};
-use super::plan::predict::{Workload, predict};
+use super::plan::predict::{Efficiency, Workload, predict};
 use super::plan::work::{decode, prefill};
 use super::report::schema::{Ceilings, Limit, Phase, ReportRow};
 use super::report::spread::Spread;
@@ -32,7 +32,7 @@ impl Size {
                 (prefill(spec, depth + tokens, checked.min(tokens)), depth + tokens)
             }
         };
-        (work.bytes / count as f64, work.operations / count as f64)
+        (work.bytes() / count as f64, work.operations() / count as f64)
     }
 
     /// Tokens a second that the plan predicts for a machine of these ceilings.
@@ -49,7 +49,7 @@ impl Size {
         };
         let context = depth + tokens / 2;
         let load = Workload { batches: vec![batch], context, prompt: depth, answer: tokens };
-        let prediction = predict(spec, &device, &load, None);
+        let prediction = predict(spec, &device, &load, Some(Efficiency::OF_CEILINGS));
         match phase {
             Phase::Prefill => prediction.prefill_tokens_per_second,
             Phase::Decode => prediction.decode.first().map_or(0.0, |d| d.tokens_per_second),

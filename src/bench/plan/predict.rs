@@ -1,8 +1,8 @@
-//! Applies the roofline: a step takes as long as its bytes or its operations, whichever takes
-//! longer.
+//! Applies the roofline: each part of a step takes as long as its bytes or its operations do,
+//! whichever takes longer.
 
 use super::devices::{DeviceKind, DeviceSpec};
-use super::work::{Work, decode, prefill};
+use super::work::{Part, Work, decode, prefill};
 use crate::engine::plan::weight_bytes;
 use crate::models::spec::Spec;
 use crate::verify::FastRows;
@@ -18,6 +18,10 @@ pub struct Efficiency {
 }
 
 impl Efficiency {
+    /// What this engine reaches of a processor's ceilings that were measured in the same run
+    /// (docs/hardware.md); of a datasheet's numbers it is less.
+    pub const OF_CEILINGS: Self = Self { memory: 0.8, compute: 0.66 };
+
     /// What well-tuned engines are known to reach. This engine was measured on processors only, and
     /// against their measured ceilings, so for every card this is an assumption.
     pub fn assumed(kind: DeviceKind) -> Self {
@@ -136,13 +140,19 @@ pub fn predict(
     }
 }
 
+/// Seconds of a step, and what holds its longer part back.
 fn seconds(work: Work, device: &DeviceSpec, devices: f64, share: Efficiency) -> (f64, Bottleneck) {
-    let memory = work.bytes / (device.bandwidth * devices * share.memory);
-    let compute = work.operations / (device.peak * devices * share.compute);
-    match memory >= compute {
-        true => (memory, Bottleneck::Memory),
-        false => (compute, Bottleneck::Compute),
-    }
+    let part = |part: Part| {
+        let memory = part.bytes / (device.bandwidth * devices * share.memory);
+        let compute = part.operations / (device.peak * devices * share.compute);
+        match memory >= compute {
+            true => (memory, Bottleneck::Memory),
+            false => (compute, Bottleneck::Compute),
+        }
+    };
+    let (products, attention) = (part(work.products), part(work.attention));
+    let longer = if products.0 >= attention.0 { products.1 } else { attention.1 };
+    (products.0 + attention.0, longer)
 }
 
 #[cfg(test)]

@@ -7,13 +7,35 @@ use crate::models::spec::Spec;
 
 const ELEMENT: f64 = 2.0;
 
-/// What a step moves and computes.
+/// What a step moves and computes. Its two parts follow one another in every layer, so neither can
+/// use what the other leaves idle.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Work {
-    /// Bytes read from memory: weights that are touched once, and the KV cache.
+    /// Products with weights, each read once.
+    pub products: Part,
+    /// Attention over the KV cache.
+    pub attention: Part,
+}
+
+/// A part of a step.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Part {
+    /// Bytes read from memory.
     pub bytes: f64,
     /// Floating-point operations.
     pub operations: f64,
+}
+
+impl Work {
+    /// Bytes of both parts.
+    pub fn bytes(&self) -> f64 {
+        self.products.bytes + self.attention.bytes
+    }
+
+    /// Operations of both parts.
+    pub fn operations(&self) -> f64 {
+        self.products.operations + self.attention.operations
+    }
 }
 
 /// Experts of a layer that `tokens` tokens visit at least once, where each visits `used` of
@@ -52,20 +74,28 @@ fn weights_touched(spec: &Spec, parameters: &ParameterCounts, tokens: f64) -> f6
 /// One token for each of `batch` sequences, each `context` positions long.
 pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
     let (p, batch, context) = (ParameterCounts::of(spec), batch as f64, context as f64);
-    let weights = weights_touched(spec, &p, batch) + ELEMENT * p.head;
-    let per_token = 2.0 * (p.active() + p.head) + attention(spec, context);
-    Work { bytes: weights + batch * kv_read(spec, context), operations: batch * per_token }
+    let products = Part {
+        bytes: weights_touched(spec, &p, batch) + ELEMENT * p.head,
+        operations: batch * 2.0 * (p.active() + p.head),
+    };
+    let attention = Part {
+        bytes: batch * kv_read(spec, context),
+        operations: batch * attention(spec, context),
+    };
+    Work { products, attention }
 }
 
 /// A prompt of `tokens` tokens whose last `scored` rows go through the head.
 pub fn prefill(spec: &Spec, tokens: usize, scored: usize) -> Work {
     let (p, tokens, scored) = (ParameterCounts::of(spec), tokens as f64, scored as f64);
+    let products = Part {
+        bytes: weights_touched(spec, &p, tokens) + ELEMENT * p.head,
+        operations: 2.0 * (p.active() * tokens + p.head * scored),
+    };
     // The mean query sees half of the prompt.
     let attended = tokens * attention(spec, (tokens + 1.0) / 2.0);
-    Work {
-        bytes: weights_touched(spec, &p, tokens) + ELEMENT * p.head + kv_read(spec, tokens),
-        operations: 2.0 * (p.active() * tokens + p.head * scored) + attended,
-    }
+    let attention = Part { bytes: kv_read(spec, tokens), operations: attended };
+    Work { products, attention }
 }
 
 #[cfg(test)]
@@ -97,13 +127,13 @@ mod tests {
         // 8.03e9 parameters with the embedding of 0.525e9, norms left out.
         assert!(near(p.shared + 2.0 * p.head, 8.03e9), "{p:?}");
         let one = decode(&spec, 1, 0);
-        assert!(near(one.bytes, weight_bytes(&spec) as f64), "{one:?}");
-        assert!(near(one.operations, 2.0 * (p.shared + p.head)));
+        assert!(near(one.bytes(), weight_bytes(&spec) as f64), "{one:?}");
+        assert!(near(one.operations(), 2.0 * (p.shared + p.head)));
         // 128 KiB of cache a token.
         let deep = decode(&spec, 1, 1000);
-        assert!(near(deep.bytes - one.bytes, 131_072.0 * 1000.0));
+        assert!(near(deep.bytes() - one.bytes(), 131_072.0 * 1000.0));
         let batch = decode(&spec, 8, 1000);
-        assert!(near(batch.bytes - one.bytes, 8.0 * 131_072.0 * 1000.0));
+        assert!(near(batch.bytes() - one.bytes(), 8.0 * 131_072.0 * 1000.0));
     }
 
     #[test]
@@ -114,18 +144,23 @@ mod tests {
         }));
         assert!(near(touched(8, 2, 1.0), 2.0) && touched(8, 2, 1000.0) > 7.99);
         let (one, many) = (decode(&moe, 1, 0), decode(&moe, 64, 0));
-        assert!(many.bytes > 3.0 * one.bytes && many.bytes < 4.0 * one.bytes, "{one:?} {many:?}");
-        assert!(near(many.operations, 64.0 * one.operations));
-        assert!(near(many.bytes, weight_bytes(&moe) as f64), "{many:?}");
+        assert!(
+            many.bytes() > 3.0 * one.bytes() && many.bytes() < 4.0 * one.bytes(),
+            "{one:?} {many:?}"
+        );
+        assert!(near(many.operations(), 64.0 * one.operations()));
+        assert!(near(many.bytes(), weight_bytes(&moe) as f64), "{many:?}");
     }
 
     #[test]
     fn windows_bound_what_is_read() {
         let wide = spec(json!({"model_type": "mistral", "sliding_window": null}));
         let narrow = spec(json!({"model_type": "mistral", "sliding_window": 4096}));
-        let read = |spec: &Spec| decode(spec, 1, 32_768).bytes - decode(spec, 1, 0).bytes;
+        let read = |spec: &Spec| decode(spec, 1, 32_768).bytes() - decode(spec, 1, 0).bytes();
         assert!(near(read(&wide), 8.0 * read(&narrow)));
         let (short, long) = (prefill(&wide, 512, 1), prefill(&wide, 1024, 1));
-        assert!(long.operations > 2.0 * short.operations && long.bytes < 1.01 * short.bytes);
+        assert!(
+            long.operations() > 2.0 * short.operations() && long.bytes() < 1.01 * short.bytes()
+        );
     }
 }
