@@ -13,11 +13,13 @@
 //!
 //! | rank | modules | role |
 //! |---|---|---|
-//! | 9 | `main` [`cli`] | parse, wire, print |
-//! | 8 | [`lifecycle`] | models of a file: loaded, followed, watched |
-//! | 7 | [`config`] [`doctor`] | files, flags and environment into options; examination |
-//! | 6 | [`miner`] [`validator`] [`verifier`] [`mod@bench`] [`audit`] | what they run |
-//! | 5 | [`server`] [`verify`] [`store`] | a surface over a running engine; verification; records |
+//! | 10 | `main` [`cli`] | parse, wire, print |
+//! | 9 | [`lifecycle`] | models of a file: loaded, followed, watched |
+//! | 8 | [`config`] [`doctor`] | files, flags and environment into options; examination |
+//! | 7 | [`miner`] [`verifier`] [`mod@bench`] [`audit`] | what they run |
+//! | 7 | [`overview`] | a running validator, shown to its operators |
+//! | 6 | [`server`] [`validator`] | a surface over a running engine; rounds, scores and weights |
+//! | 5 | [`verify`] [`store`] | verification; records |
 //! | 4 | [`reply`] | responses as a server writes them |
 //! | 3 | [`intake`] | requests as a server reads them |
 //! | 2 | [`engine`] | scheduling, KV blocks, requests to tokens and text |
@@ -49,6 +51,7 @@ pub mod lifecycle;
 pub mod miner;
 pub mod models;
 pub use targon_ops as ops;
+pub mod overview;
 pub mod proof;
 pub mod reply;
 pub mod server;

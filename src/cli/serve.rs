@@ -261,7 +261,7 @@ pub(super) fn check_host(
     is_open: bool,
     is_miner: bool,
 ) -> Result<(), Failure> {
-    let hint = "give API keys by --api-key, or leave --host away: signed requests come to \
+    let hint = "give API keys by --api-key, or omit --host: signed requests come to \
                 --axon.port";
     check_open(address, is_open, is_miner).map_err(|e| Failure::user(e).with_hint(Some(hint)))
 }

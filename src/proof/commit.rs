@@ -297,7 +297,7 @@ pub struct ResidueChunk {
     pub exact: [u8; EXACT_BYTES],
 }
 
-/// Data of a chunk that has not the length that its rows take.
+/// Data of a chunk that is longer or shorter than its rows take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("a chunk of {rows} rows has {want} bytes, got {got}")]
 pub struct ChunkLength {

@@ -17,6 +17,7 @@ mod release;
 mod tests;
 mod trial;
 
+use crate::entropy::Entropy;
 use download::Server;
 pub use download::{DownloadLimits, ReleaseSource};
 pub use install::Installed;
@@ -150,7 +151,7 @@ impl Updater {
             }
             last = said;
             // So that not all programs of a network ask in the same second: from 3/4 to 5/4.
-            let chance = u32::from(uuid::Uuid::new_v4().as_bytes()[0]);
+            let chance = Entropy::system().word() as u32 % 256;
             tokio::time::sleep(every * 3 / 4 + every * chance / 512).await;
         }
     }

@@ -1,8 +1,7 @@
 //! Asks miners in rounds of signed queries, and computes weights from their results.
 //!
 //! [`round`] is a pure state machine, and [`run`] executes its actions. [`prompt`] makes the
-//! prompts of rounds, [`scores`] computes weights from their results, and [`service`] shows both to
-//! operators.
+//! prompts of rounds, and [`scores`] computes weights from their results.
 
 pub mod eligible;
 pub mod models;
@@ -12,6 +11,5 @@ pub mod query;
 pub mod round;
 pub mod run;
 pub mod scores;
-pub mod service;
 #[cfg(test)]
 mod simulation;

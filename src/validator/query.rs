@@ -4,6 +4,7 @@
 use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
+use crate::entropy::Entropy;
 use crate::tls;
 use anyhow::{Context, anyhow};
 use parking_lot::Mutex;
@@ -246,7 +247,7 @@ impl Target {
         // The same bytes are signed and sent.
         let body = body.unwrap_or_default();
         if let Some(signer) = &self.signer {
-            let uuid = uuid::Uuid::new_v4().to_string();
+            let uuid = Entropy::system().uuid().to_string();
             let (timestamp_ms, signed_for) = (clock.unix_ms(), self.hotkey);
             let envelope = Envelope { timestamp_ms, uuid: &uuid, signed_for };
             for (name, value) in envelope.sign(signer, &body) {

@@ -33,7 +33,7 @@ pub enum QuestionError {
          on every machine, and proofs are bound to it"
     )]
     NoLimit,
-    /// It has not the fields of a body.
+    /// Its fields are not those of a body.
     #[error("`request` is not a body: {0}")]
     Body(#[from] serde_json::Error),
     /// A server would refuse it, in these words.
