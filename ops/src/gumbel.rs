@@ -46,7 +46,7 @@ impl Kernel for Race<'_> {
     fn run<L: Lanes>(self) -> u32 {
         let scaled = |id: usize| f64::from(self.row[id]) * self.inverse;
         // The largest logit sets a bar that most tokens cannot reach even with the best noise.
-        let first = argmax(Isa::Scalar, self.row);
+        let first = argmax(Isa::SCALAR, self.row);
         let mut best = (first, scaled(first as usize) + gumbel(self.key, self.position, first));
         for (block, logits) in self.row.chunks(4 * GROUPS).enumerate() {
             let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

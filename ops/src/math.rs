@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn exp_is_close_to_the_true_value_and_equal_on_every_instruction_set() {
         let xs = sweep();
-        let reference = dispatch(Isa::Scalar, Exp(&xs));
+        let reference = dispatch(Isa::SCALAR, Exp(&xs));
         for (x, y) in xs.iter().zip(&reference) {
             let want = f64::from(*x).clamp(-1e3, 88.0).exp();
             let want = if *x < EXP_MIN { 0.0 } else { want };

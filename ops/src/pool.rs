@@ -75,6 +75,7 @@ struct Shared {
     parked: Vec<AtomicBool>,
     failed: AtomicBool, // a task of the phase panicked
     stop: AtomicBool,
+    is_running: AtomicBool, // a phase; there is one at a time
 }
 
 #[derive(Clone)]
@@ -84,7 +85,7 @@ struct Job {
     caller: Option<Thread>,
 }
 
-// SAFETY: `job` is written only by the thread that holds the turn while `busy` is zero, and read by
+// SAFETY: `job` is written only by the thread that set `is_running`, while `busy` is zero, and read by
 // workers only between the release of `phase` and their decrement of `busy`; its pointer is only
 // followed in that time, during which the caller keeps the closure alive. The rest is atomic.
 unsafe impl Sync for Shared {}
@@ -106,6 +107,7 @@ impl Pool {
             parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             failed: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            is_running: AtomicBool::new(false),
         });
         let workers = (0..workers)
             .map(|me| {
@@ -181,7 +183,7 @@ impl Turn<'_> {
     /// Runs `task(0)` to `task(tasks - 1)` on all threads and returns when all are done.
     ///
     /// # Panics
-    /// When a task panicked.
+    /// When a task panicked, or runs several tasks itself.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         if tasks <= 1 || self.threads.workers.is_empty() {
             (0..tasks).for_each(task);
@@ -202,10 +204,12 @@ impl Turn<'_> {
 
     fn run_parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.threads.shared;
+        let is_free = !shared.is_running.swap(true, Ordering::Acquire);
+        assert!(is_free, "a task of the compute pool runs tasks of its own");
         // SAFETY: only the lifetime changes; the pointer is not used after this function returns,
         // because it waits for `busy` to reach zero.
         let run: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        // SAFETY: this thread holds the turn and no worker is busy, so nobody reads `job` now.
+        // SAFETY: no other phase of this turn runs, so no worker is busy and nobody reads `job` now.
         unsafe { *shared.job.get() = Job { tasks, run, caller: Some(thread::current()) } };
         shared.next.store(0, Ordering::Relaxed);
         shared.busy.store(self.threads.workers.len(), Ordering::Relaxed);
@@ -218,6 +222,7 @@ impl Turn<'_> {
         let mine = catch_unwind(AssertUnwindSafe(|| shared.drain(tasks, run)));
         wait(|| shared.busy.load(Ordering::Acquire) == 0);
         let theirs = shared.failed.swap(false, Ordering::Relaxed);
+        shared.is_running.store(false, Ordering::Release);
         if let Err(panic) = mine {
             std::panic::resume_unwind(panic);
         }
@@ -347,7 +352,7 @@ mod tests {
 
     #[test]
     fn every_task_runs_once_in_every_phase() {
-        let pool = Pool::new(3, Isa::Scalar).unwrap();
+        let pool = Pool::new(3, Isa::SCALAR).unwrap();
         let turn = pool.turn();
         for phase in 0..2_000 {
             let counts: Vec<AtomicUsize> = (0..phase % 37).map(|_| AtomicUsize::new(0)).collect();
@@ -359,8 +364,21 @@ mod tests {
     }
 
     #[test]
+    fn tasks_that_run_tasks_are_refused() {
+        let pool = Pool::new(2, Isa::SCALAR).unwrap();
+        let turn = pool.turn();
+        let nested = || turn.run(4, |_| turn.run(4, |_| ()));
+        assert!(catch_unwind(AssertUnwindSafe(nested)).is_err());
+        let done = AtomicUsize::new(0);
+        turn.run(4, |_| {
+            turn.run(1, |_| _ = done.fetch_add(1, Ordering::Relaxed)); // by the thread itself
+        });
+        assert_eq!(done.into_inner(), 4, "the pool works on");
+    }
+
+    #[test]
     fn ranges_cover_everything_once() {
-        let pool = Pool::new(2, Isa::Scalar).unwrap();
+        let pool = Pool::new(2, Isa::SCALAR).unwrap();
         let turn = pool.turn();
         for len in [0, 1, 5, 64, 1000] {
             let mut hits = vec![0_u8; len];
@@ -408,7 +426,7 @@ mod tests {
 
     #[test]
     fn turns_of_many_handles_exclude_each_other() {
-        let pool = Pool::new(2, Isa::Scalar).unwrap();
+        let pool = Pool::new(2, Isa::SCALAR).unwrap();
         let (inside, sum) = (AtomicUsize::new(0), AtomicUsize::new(0));
         thread::scope(|scope| {
             for _ in 0..4 {
@@ -431,7 +449,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(2, Isa::Scalar).unwrap();
+        let pool = Pool::new(2, Isa::SCALAR).unwrap();
         let turn = pool.turn();
         for _ in 0..20 {
             let outcome = catch_unwind(AssertUnwindSafe(|| {

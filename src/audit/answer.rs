@@ -52,28 +52,35 @@ pub struct ServerAnswer {
 /// Finds tokens by their bytes.
 pub struct TokensByName<'a> {
     tokenizer: &'a TextTokenizer,
+    ids: usize, // that have a logit
     by_bytes: HashMap<Vec<u8>, u32>,
 }
 
 impl<'a> TokensByName<'a> {
-    /// Of this tokenizer; of several tokens with the same bytes the first counts.
-    pub fn new(tokenizer: &'a TextTokenizer) -> Self {
-        let mut by_bytes = HashMap::new();
-        for id in 0..u32::try_from(tokenizer.len()).unwrap_or(u32::MAX) {
+    /// Of this tokenizer beside a model with `vocab` logits; of several tokens with the same bytes
+    /// the first counts.
+    pub fn new(tokenizer: &'a TextTokenizer, vocab: usize) -> Self {
+        let (mut by_bytes, ids) = (HashMap::new(), tokenizer.len().min(vocab));
+        for id in 0..u32::try_from(ids).unwrap_or(u32::MAX) {
             let bytes = tokenizer.bytes_of(id);
             if !bytes.is_empty() {
                 by_bytes.entry(bytes.to_vec()).or_insert(id);
             }
         }
-        Self { tokenizer, by_bytes }
+        Self { tokenizer, ids, by_bytes }
     }
 
     fn of(&self, name: &str, bytes: Option<Vec<u8>>) -> Option<u32> {
-        let known = id_of_name(name).filter(|id| (*id as usize) < self.tokenizer.len());
+        let known = id_of_name(name).filter(|id| self.has(*id));
         known
             .or_else(|| self.by_bytes.get(&bytes?).copied())
             .or_else(|| self.by_bytes.get(name.as_bytes()).copied())
-            .or_else(|| self.tokenizer.id_of(name))
+            .or_else(|| self.tokenizer.id_of(name).filter(|id| self.has(*id)))
+    }
+
+    /// Whether a row has a logit for it.
+    fn has(&self, id: u32) -> bool {
+        (id as usize) < self.ids
     }
 }
 
@@ -101,8 +108,7 @@ pub fn read(body: &Value, names: &TokensByName<'_>) -> anyhow::Result<ServerAnsw
     let named: Vec<Named> = named;
     let ids = |list: &Value| -> Option<Vec<u32>> {
         let ids = list.as_array()?.iter().take(TOKENS_MAX);
-        let fits = |id: &u32| (*id as usize) < names.tokenizer.len();
-        ids.map(|id| u32::try_from(id.as_u64()?).ok().filter(fits)).collect()
+        ids.map(|id| u32::try_from(id.as_u64()?).ok().filter(|id| names.has(*id))).collect()
     };
     let by_id = ids(&choice["token_ids"]).filter(|ids| !ids.is_empty());
     let by_name: Option<Vec<u32>> = named.iter().map(|n| n.id).collect();
@@ -117,6 +123,9 @@ pub fn read(body: &Value, names: &TokensByName<'_>) -> anyhow::Result<ServerAnsw
     };
     if ids.is_empty() {
         bail!("the answer has no token");
+    }
+    if let Some(id) = ids.iter().find(|id| !names.has(**id)) {
+        bail!("token {id} of the answer is beyond the model's vocabulary of {}", names.ids);
     }
     let has_ids = named.iter().all(|n| n.id.is_some()) || source == TokenSource::Ids;
     // Reports belong to tokens by their place, which other tokens would not share.
@@ -156,4 +165,38 @@ fn of_completion(lists: &Value, names: &TokensByName<'_>) -> Vec<Named> {
         }
     };
     tokens.enumerate().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::Path;
+    use tokenizers::Tokenizer;
+
+    /// A token for each letter.
+    fn letters() -> TextTokenizer {
+        let vocab: HashMap<&str, u32> = ["a", "b", "c"].into_iter().zip(0..).collect();
+        let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
+        let json = json!({"version": "1.0", "added_tokens": [], "model": model});
+        let inner = Tokenizer::from_bytes(json.to_string().as_bytes()).unwrap();
+        TextTokenizer::new(Path::new("tokenizer.json"), inner).unwrap()
+    }
+
+    #[test]
+    fn tokens_without_a_logit_are_never_read() {
+        let tokenizer = letters();
+        let (all, two) = (TokensByName::new(&tokenizer, 3), TokensByName::new(&tokenizer, 2));
+        let by_ids = json!({"choices": [{"text": "ab", "token_ids": [0, 2]}]});
+        assert_eq!(read(&by_ids, &all).unwrap().ids, [0, 2]);
+        let answer = read(&by_ids, &two).unwrap();
+        assert_eq!((answer.ids, answer.source), (vec![0, 1], TokenSource::Text));
+        let top = json!([{"token": "a", "logprob": -1.0, "top_logprobs": [
+            {"token": "c", "logprob": -2.0}, {"token": "token_id:2", "logprob": -3.0}]}]);
+        let named = json!({"choices": [{"text": "a", "logprobs": {"content": top}}]});
+        assert_eq!(read(&named, &all).unwrap().reported[0].top, [(2, -2.0), (2, -3.0)]);
+        assert_eq!(read(&named, &two).unwrap().reported[0].top, []);
+        let said = read(&json!({"choices": [{"text": "c"}]}), &two).unwrap_err().to_string();
+        assert!(said.contains("token 2") && said.contains("vocabulary of 2"), "{said}");
+    }
 }

@@ -90,6 +90,8 @@ pub struct AuditEvidence {
     pub drawn: [usize; 2],
     /// Answers whose prompts have another number of tokens than ours.
     pub other_prompts: usize,
+    /// Rows whose token has a log-probability of the server.
+    reported: usize,
     squares: f64,
     errors: f64,
     surprise: f64,
@@ -111,7 +113,10 @@ impl AuditEvidence {
                 self.compared += 1;
                 self.squares += noise * noise;
             }
-            self.errors += row.error.map_or(0.0, f64::abs);
+            if let Some(error) = row.error {
+                self.reported += 1;
+                self.errors += error.abs();
+            }
             match drawn {
                 Drawn::Greedy => {
                     self.greedy[0] += 1;
@@ -141,7 +146,7 @@ impl AuditEvidence {
 
     /// The mean difference of log-probabilities.
     pub fn mean_error(&self) -> Option<f64> {
-        (self.compared > 0).then(|| self.errors / self.tokens.max(1) as f64)
+        (self.reported > 0).then(|| self.errors / self.reported as f64)
     }
 
     /// How much more sampled tokens surprise than they should, in standard deviations.

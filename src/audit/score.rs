@@ -109,9 +109,10 @@ fn row(logits: &[f32], token: u32, reported: Option<&ServerToken>) -> TokenScore
     let other = others.map(|(x, _)| *x).fold(f32::NEG_INFINITY, f32::max);
     // Independent noise of variance 1 on all logits changes a log-probability with this variance.
     let share = |id: u32| 1.0 - 2.0 * logprob(id).exp() + squares;
+    let is_said = |sent: f64| sent > FLOOR && sent.is_finite();
     let squared = |(id, sent): &(u32, f64)| {
         let share = share(*id);
-        let is_usable = share >= SHARE_MIN && *sent > FLOOR && sent.is_finite();
+        let is_usable = share >= SHARE_MIN && is_said(*sent);
         is_usable.then(|| (sent - logprob(*id)).powi(2) / share)
     };
     let sent = reported.and_then(|r| r.logprob);
@@ -126,7 +127,7 @@ fn row(logits: &[f32], token: u32, reported: Option<&ServerToken>) -> TokenScore
         logprob: logprob(token),
         rank: 0,
         noise,
-        error: sent.map(|sent| sent - logprob(token)),
+        error: sent.filter(|sent| is_said(*sent)).map(|sent| sent - logprob(token)),
         lead: f64::from(own - other),
         surprise: -logprob(token) - entropy,
         variance: (second - entropy * entropy).max(0.0),
@@ -157,6 +158,9 @@ mod tests {
         let noise = row(&LOGITS, 1, Some(&off)).noise.unwrap();
         assert!((noise - 0.3 / share.sqrt()).abs() < 1e-7, "{noise}");
         assert_eq!(row(&LOGITS, 0, None).noise, None);
+        let nothing = ServerToken { logprob: Some(-9999.0), top: Vec::new() };
+        let read = row(&LOGITS, 1, Some(&nothing));
+        assert_eq!((read.noise, read.error), (None, None), "a number that stands for none");
     }
 
     #[test]

@@ -160,7 +160,8 @@ struct Audit<'a> {
 
 impl Audit<'_> {
     async fn all(&mut self) -> Result<(AuditEvidence, Seeds), Failure> {
-        let names = TokensByName::new(&self.verifier.model.text.tokenizer);
+        let text = &self.verifier.model.text;
+        let names = TokensByName::new(&text.tokenizer, text.vocab);
         let (prompts, entropy) = (prompts::all(), Entropy::system());
         let mut evidence = AuditEvidence::default();
         let mut seeds = None;

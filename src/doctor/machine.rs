@@ -53,7 +53,7 @@ fn cpu(system: &System, cores: usize) -> Finding {
     let all: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
     let fact = format!("{brand}, {cores} cores; kernels use {best} (it has {})", all.join(", "));
     match best {
-        Isa::Scalar => Finding::new("cpu", Level::Warning, fact)
+        Isa::SCALAR => Finding::new("cpu", Level::Warning, fact)
             .hint("this processor has no AVX2 or NEON: everything works, slowly"),
         _ => Finding::new("cpu", Level::Ok, fact),
     }

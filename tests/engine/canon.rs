@@ -84,13 +84,13 @@ fn cuts(size: usize) -> Vec<usize> {
 fn check_family(family: &str) {
     let subject = sequence(1);
     let whole = [cuts(TOKENS)];
-    let reference = Bench::new(family, Isa::Scalar, 1).run(std::slice::from_ref(&subject), &whole);
+    let reference = Bench::new(family, Isa::SCALAR, 1).run(std::slice::from_ref(&subject), &whole);
     for isa in Isa::available() {
         for threads in [1, 2] {
             let bench = Bench::new(family, isa, threads);
             for chunk in [TOKENS, 1, 33] {
                 for batch in [1, 4, 16] {
-                    let slow = isa == Isa::Scalar && batch * TOKENS / chunk > 100;
+                    let slow = isa == Isa::SCALAR && batch * TOKENS / chunk > 100;
                     if slow || (threads == 1 && batch != 4) {
                         continue; // time; the kernels are the same code
                     }
@@ -127,7 +127,7 @@ fn partitions_change_no_bit() {
     const LONG: usize = PARTITION_TOKENS + 20;
     let subject = [tokens(3, LONG)];
     let whole = vec![LONG];
-    let reference = Bench::new("llama", Isa::Scalar, 1).run(&subject, std::slice::from_ref(&whole));
+    let reference = Bench::new("llama", Isa::SCALAR, 1).run(&subject, std::slice::from_ref(&whole));
     let singles = |from: usize| [vec![from], vec![1; LONG - from]].concat();
     let cuts = [
         whole,
@@ -140,7 +140,7 @@ fn partitions_change_no_bit() {
         for threads in [1, 5] {
             let bench = Bench::new("llama", isa, threads);
             for cuts in &cuts {
-                if isa == Isa::Scalar && (threads == 1 || cuts.len() > 3) {
+                if isa == Isa::SCALAR && (threads == 1 || cuts.len() > 3) {
                     continue; // time; the kernels are the same code
                 }
                 let rows = bench.run(&subject, std::slice::from_ref(cuts));

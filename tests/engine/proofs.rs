@@ -394,7 +394,7 @@ fn the_identity_is_remembered_and_does_not_depend_on_the_machine() {
         let model = load(dir.path(), None, &pool, |_, _| {}).unwrap();
         Identity::compute(&model, &pool).unwrap()
     };
-    let reference = identity(Isa::Scalar);
+    let reference = identity(Isa::SCALAR);
     for isa in Isa::available() {
         let same = identity(isa);
         assert_eq!(same.model_hash, reference.model_hash, "{isa}");

@@ -53,7 +53,7 @@ fn distance(a: &[Vec<u16>], b: &[Vec<u16>]) -> f64 {
 #[test]
 fn every_family_has_a_twin_near_it_whose_bits_depend_on_nothing_else() {
     for family in common::FAMILIES {
-        let pools = [Pool::new(1, Isa::best()).unwrap(), Pool::new(2, Isa::Scalar).unwrap()];
+        let pools = [Pool::new(1, Isa::best()).unwrap(), Pool::new(2, Isa::SCALAR).unwrap()];
         let pass = |departure: Departure, pool: &Pool| {
             let model = model(family, pool);
             let decoder = Arc::clone(model.weights.cpu().unwrap());

@@ -120,7 +120,7 @@ fn bits_do_not_depend_on_chunks_instruction_set_or_threads() {
     let qkv = rows(count);
     for dtype in [Dtype::Bf16, Dtype::F16] {
         for attention in variants() {
-            let reference = run(Isa::Scalar, dtype, attention, &qkv, &[count]);
+            let reference = run(Isa::SCALAR, dtype, attention, &qkv, &[count]);
             for isa in Isa::available() {
                 for steps in [vec![count], vec![1; count], vec![33, 1, 31, 1, 34]] {
                     let got = run(isa, dtype, attention, &qkv, &steps);

@@ -3,10 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Instruction set of the CPU kernels. All give equal bits.
+/// An instruction set that this CPU has, for its kernels. All give equal bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Isa {
-    /// AVX-512 F, BW, DQ and VL.
+pub struct Isa(Set);
+
+/// The instruction sets that kernels are compiled for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Set {
+    /// AVX-512 F, BW, DQ and VL, with FMA and F16C.
     Avx512,
     /// AVX2 with FMA and F16C.
     Avx2,
@@ -17,7 +21,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar];
+    /// Plain Rust, which every CPU runs; the reference.
+    pub const SCALAR: Isa = Isa(Set::Scalar);
 
     /// The fastest set this CPU has.
     pub fn best() -> Isa {
@@ -26,46 +31,56 @@ impl Isa {
 
     /// Every set this CPU has, fastest first; never empty.
     pub fn available() -> Vec<Isa> {
-        Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+        Set::ALL.into_iter().filter(|set| set.is_available()).map(Isa).collect()
     }
 
+    pub(super) fn set(self) -> Set {
+        self.0
+    }
+}
+
+impl Set {
+    const ALL: [Set; 4] = [Set::Avx512, Set::Avx2, Set::Neon, Set::Scalar];
+
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn is_available(self) -> bool {
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+    fn is_available(self) -> bool {
+        let fma = is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         match self {
-            Isa::Avx512 => avx512,
-            Isa::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
+            Set::Avx512 => {
+                fma && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
             }
-            Isa::Neon => false,
-            Isa::Scalar => true,
+            Set::Avx2 => fma && is_x86_feature_detected!("avx2"),
+            Set::Neon => false,
+            Set::Scalar => true,
         }
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(super) fn is_available(self) -> bool {
+    fn is_available(self) -> bool {
         match self {
-            Isa::Neon => cfg!(target_arch = "aarch64"),
-            Isa::Scalar => true,
-            Isa::Avx512 | Isa::Avx2 => false,
+            Set::Neon => cfg!(target_arch = "aarch64"),
+            Set::Scalar => true,
+            Set::Avx512 | Set::Avx2 => false,
         }
     }
 }
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Isa::Avx512 => "avx512",
-            Isa::Avx2 => "avx2",
-            Isa::Neon => "neon",
-            Isa::Scalar => "scalar",
+            Set::Avx512 => "avx512",
+            Set::Avx2 => "avx2",
+            Set::Neon => "neon",
+            Set::Scalar => "scalar",
         })
     }
 }
@@ -75,24 +90,23 @@ impl fmt::Display for Isa {
 pub enum IsaError {
     /// This CPU lacks it.
     #[error("this CPU has no {0}; it has {available}", available = names(&Isa::available()))]
-    Missing(Isa),
+    Missing(String),
     /// No instruction set has this name.
-    #[error("unknown instruction set `{0}`; known: {all}", all = names(&Isa::ALL))]
+    #[error("unknown instruction set `{0}`; known: {all}", all = names(&Set::ALL))]
     Unknown(String),
 }
 
-fn names(sets: &[Isa]) -> String {
-    sets.iter().map(Isa::to_string).collect::<Vec<_>>().join(", ")
+fn names(sets: &[impl fmt::Display]) -> String {
+    sets.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl FromStr for Isa {
     type Err = IsaError;
 
     fn from_str(name: &str) -> Result<Self, IsaError> {
-        let known = Isa::ALL.into_iter().find(|isa| isa.to_string() == name);
-        match known {
-            Some(isa) if isa.is_available() => Ok(isa),
-            Some(isa) => Err(IsaError::Missing(isa)),
+        match Set::ALL.into_iter().find(|set| set.to_string() == name) {
+            Some(set) if set.is_available() => Ok(Isa(set)),
+            Some(set) => Err(IsaError::Missing(set.to_string())),
             None => Err(IsaError::Unknown(name.to_owned())),
         }
     }

@@ -21,28 +21,25 @@ mod scalar;
 mod vector;
 
 pub use isa::Isa;
+use isa::Set;
 pub(crate) use prefetch::prefetch;
 pub use scalar::Scalar;
 pub use vector::{Kernel, LANES, Lanes};
 
 /// Runs `kernel` with the vectors of `isa`.
-///
-/// # Panics
-/// When this CPU lacks `isa`: an [`Isa`] value is meant to come from [`Isa::available`].
 #[inline]
 pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
-    debug_assert!(isa.is_available());
-    match isa {
+    match isa.set() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `isa` comes from `Isa::available`, so the CPU has the features.
-        Isa::Avx512 => unsafe { avx512::run(kernel) },
+        // SAFETY: an `Isa` is only made of what the CPU was found to have.
+        Set::Avx512 => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { avx2::run(kernel) },
+        Set::Avx2 => unsafe { avx2::run(kernel) },
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => kernel.run::<neon::Neon>(),
-        Isa::Scalar => kernel.run::<Scalar>(),
+        Set::Neon => kernel.run::<neon::Neon>(),
+        Set::Scalar => kernel.run::<Scalar>(),
         #[allow(unreachable_patterns, reason = "the sets of other architectures")]
-        other => panic!("this CPU has no {other}"),
+        _ => unreachable!("no CPU of this architecture has it"),
     }
 }

@@ -229,7 +229,7 @@ fn no_sum_is_subnormal_because_tiny_magnitudes_are_flushed() {
 
 #[test]
 fn rows_come_back_out_of_the_packed_layout() {
-    let pool = Pool::new(1, Isa::Scalar).unwrap();
+    let pool = Pool::new(1, Isa::SCALAR).unwrap();
     for dtype in [Dtype::Bf16, Dtype::F16] {
         let (w, bits) = packed(&pool.turn(), 70, 6, dtype);
         let mut row = [0.0; 6];

@@ -20,7 +20,7 @@ pub struct Efficiency {
 impl Efficiency {
     /// What this engine reaches of a processor's ceilings that were measured in the same run
     /// (docs/hardware.md); of a datasheet's numbers it is less.
-    pub const OF_CEILINGS: Self = Self { memory: 0.8, compute: 0.66 };
+    pub const OF_CEILINGS: Self = Self { memory: 0.75, compute: 0.66 };
 
     /// What well-tuned engines are known to reach. This engine was measured on processors only, and
     /// against their measured ceilings, so for every card this is an assumption.
