@@ -80,22 +80,22 @@ impl RunProgress {
         self.0.lock().beat_ms
     }
 
-    pub(in crate::validator) fn beat(&self, now_ms: u64, rounds_running: usize) {
+    pub(crate) fn beat(&self, now_ms: u64, rounds_running: usize) {
         let mut known = self.0.lock();
         known.beat_ms = now_ms;
         known.rounds_running = rounds_running as u64;
     }
 
-    pub(in crate::validator) fn see_block(&self, block: u64, now_ms: u64) {
+    pub(crate) fn see_block(&self, block: u64, now_ms: u64) {
         let mut known = self.0.lock();
         (known.block, known.block_ms) = (block, now_ms);
     }
 
-    pub(in crate::validator) fn set_members(&self, count: usize) {
+    pub(crate) fn set_members(&self, count: usize) {
         self.0.lock().members = count as u64;
     }
 
-    pub(in crate::validator) fn end_round(&self, round: &Round) {
+    pub(crate) fn end_round(&self, round: &Round) {
         let mut known = self.0.lock();
         known.rounds += 1;
         for response in &round.responses {
@@ -106,7 +106,7 @@ impl RunProgress {
         }
     }
 
-    pub(in crate::validator) fn set_unsaved(&self, count: usize) {
+    pub(crate) fn set_unsaved(&self, count: usize) {
         self.0.lock().rounds_unsaved = count as u64;
     }
 
@@ -117,7 +117,7 @@ impl RunProgress {
         self.0.lock().weights = Some(weights);
     }
 
-    pub(in crate::validator) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.0.lock().is_stopping = true;
     }
 }
