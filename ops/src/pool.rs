@@ -85,8 +85,8 @@ struct Job {
     caller: Option<Thread>,
 }
 
-// SAFETY: `job` is written only by the thread that set `is_running`, while `busy` is zero, and read by
-// workers only between the release of `phase` and their decrement of `busy`; its pointer is only
+// SAFETY: `job` is written only by the thread that set `is_running`, while `busy` is zero, and read
+// by workers only between the release of `phase` and their decrement of `busy`; its pointer is only
 // followed in that time, during which the caller keeps the closure alive. The rest is atomic.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in it is tied to a thread.
@@ -209,7 +209,7 @@ impl Turn<'_> {
         // SAFETY: only the lifetime changes; the pointer is not used after this function returns,
         // because it waits for `busy` to reach zero.
         let run: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        // SAFETY: no other phase of this turn runs, so no worker is busy and nobody reads `job` now.
+        // SAFETY: no other phase runs, so no worker is busy and nobody reads `job` now.
         unsafe { *shared.job.get() = Job { tasks, run, caller: Some(thread::current()) } };
         shared.next.store(0, Ordering::Relaxed);
         shared.busy.store(self.threads.workers.len(), Ordering::Relaxed);

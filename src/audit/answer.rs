@@ -178,7 +178,11 @@ mod tests {
     fn letters() -> TextTokenizer {
         let vocab: HashMap<&str, u32> = ["a", "b", "c"].into_iter().zip(0..).collect();
         let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
-        let json = json!({"version": "1.0", "added_tokens": [], "model": model});
+        let decoder = json!({"type": "ByteLevel", "add_prefix_space": false,
+            "trim_offsets": true, "use_regex": true});
+        let json = json!({
+            "version": "1.0", "added_tokens": [], "model": model, "decoder": decoder,
+        });
         let inner = Tokenizer::from_bytes(json.to_string().as_bytes()).unwrap();
         TextTokenizer::new(Path::new("tokenizer.json"), inner).unwrap()
     }
