@@ -101,9 +101,10 @@ pub struct Timing {
     pub all_tokens: f64,
     /// `total_time`.
     pub total: f64,
-    /// Tokens a second: `min(tokens, max_tokens) / total`.
+    /// Tokens a second: `min(tokens, max_tokens) / total`; of a verified answer at most as many as
+    /// it has verified tokens.
     pub tps: f64,
-    /// Tokens with text that arrived.
+    /// Chunks with a choice from the first text on, those without text among them.
     pub tokens: u32,
 }
 

@@ -276,9 +276,10 @@ impl World {
                         self.later(answer.ended, key, RoundEvent::Answered { uid, answer });
                     }
                 }
-                Action::Check { uid, .. } => {
+                Action::Check { uid, capture, .. } => {
                     let verdict = Kind::of(uid).verdict(&mut self.chance);
-                    let checked_answer = AnswerReport::bare(verdict);
+                    let tokens = capture["chunks"].as_array().map_or(0, Vec::len) as u32;
+                    let checked_answer = AnswerReport { tokens, ..AnswerReport::bare(verdict) };
                     let lost = self.chance.below(500) == 0;
                     let wait = Duration::from_secs(if lost { 10_000 } else { 20 });
                     self.later(wait, key, RoundEvent::Checked { uid, checked_answer });

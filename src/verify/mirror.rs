@@ -29,6 +29,10 @@ use std::sync::Arc;
 /// Words of `service_tier`, which say nothing of the answer.
 const SERVICE_TIERS: [&str; 5] = ["auto", "default", "flex", "priority", "scale"];
 
+/// Parts of a choice without a token that may follow its opening: an honest server may end with a
+/// finish reason or a proof of its own; more of them only look like tokens to whoever counts chunks.
+const SILENT_PARTS_MAX: usize = 4;
+
 /// One choice as the writer takes it.
 pub struct Told {
     steps: Vec<Step>,
@@ -199,6 +203,7 @@ impl Mirror<'_> {
     ) -> Result<(), Rejection> {
         let opening = want.len() - told.steps.len();
         let (mut next, may_miss) = (0, self.endpoint() == Endpoint::Chat);
+        let mut silent = 0;
         let nothing = Value::Object(Map::from_iter([("index".to_owned(), index.into())]));
         for sent in parts {
             let has_token = is_token(sent);
@@ -216,6 +221,11 @@ impl Mirror<'_> {
             };
             self.comparing(index, is_own).choice(&name, want, sent)?;
             next += usize::from(is_next);
+            silent += usize::from(!is_next);
+            if silent > SILENT_PARTS_MAX {
+                let most = SILENT_PARTS_MAX;
+                return Err(bad(format!("{name} has more than {most} chunks without a token")));
+            }
         }
         Ok(())
     }

@@ -219,6 +219,14 @@ const AROUND: &[Row] = &[
 const CHOICES: &[Row] = &[
     row(STREAMS, "a chunk of choice 1", Reason::BadStream, |s, _| more(s, decoy(json!(1)))),
     row(STREAMS, "a chunk of no choice", Reason::BadStream, |s, _| more(s, decoy(json!(null)))),
+    row(STREAMS, "chunks without tokens", Reason::BadStream, |s, f| {
+        for _ in 0..5 {
+            let text = if f.is_chat() { json!({"delta": {}}) } else { json!({"text": ""}) };
+            let mut choice = text;
+            choice["index"] = json!(0);
+            more(s, choice);
+        }
+    }),
     row(STREAMS, "a chunk without index", Reason::BadStream, |s, _| {
         more(s, json!({"delta": {"content": "lies"}, "text": "lies"}));
     }),

@@ -18,14 +18,17 @@ pub fn timing(arrivals: &[Arrival], ended: Duration, max_tokens: u32) -> Timing 
     let times = token_times(arrivals);
     let total = ended.as_secs_f64();
     let first_token = times.first().copied().unwrap_or(ended).as_secs_f64();
-    let counted = u32::try_from(times.len()).unwrap_or(u32::MAX).min(max_tokens);
-    Timing {
-        first_token,
-        all_tokens: (total - first_token).max(0.0),
-        total,
-        tps: if total > 0.0 { f64::from(counted) / total } else { 0.0 },
-        tokens: u32::try_from(times.len()).unwrap_or(u32::MAX),
-    }
+    let tokens = u32::try_from(times.len()).unwrap_or(u32::MAX);
+    let all_tokens = (total - first_token).max(0.0);
+    counted(Timing { first_token, all_tokens, total, tps: 0.0, tokens }, max_tokens)
+}
+
+/// The same times with a speed that counts at most so many tokens: a chunk is whatever its sender
+/// calls one, so those that hold no verified token must not raise the speed.
+pub fn counted(timing: Timing, most: u32) -> Timing {
+    let Timing { total, tokens, .. } = timing;
+    let tps = if total > 0.0 { f64::from(tokens.min(most)) / total } else { 0.0 };
+    Timing { tps, ..timing }
 }
 
 /// Whether a long answer came all at once: it was computed before it was sent.

@@ -296,9 +296,11 @@ impl RoundMachine {
         let Some(slot) = self.slots.get_mut(&uid) else { return };
         let State::Checking(timing, capture) = &slot.state else { return };
         let (timing, capture) = (*timing, Some(Arc::clone(capture)));
-        let AnswerReport { verdict, report, statistics } = checked_answer;
+        let AnswerReport { verdict, report, statistics, tokens } = checked_answer;
         let found = match verdict {
             AnswerVerdict::Pass => {
+                let most = tokens.min(self.sampling.max_tokens);
+                let timing = measure::counted(timing, most);
                 let (outcome, cause, error) = (Outcome::Verified, None, None);
                 Found { timing, outcome, cause, error, capture, report, statistics }
             }

@@ -185,12 +185,14 @@ pub struct AnswerReport {
     pub report: Option<Value>,
     /// What was measured.
     pub statistics: record::Statistics,
+    /// Output tokens with ids that were verified; the speed counts no more of them.
+    pub tokens: u32,
 }
 
 impl AnswerReport {
-    /// A verdict alone.
+    /// A verdict alone, of an answer without a token that was verified.
     pub fn bare(verdict: AnswerVerdict) -> Self {
-        Self { verdict, report: None, statistics: record::Statistics::default() }
+        Self { verdict, report: None, statistics: record::Statistics::default(), tokens: 0 }
     }
 }
 

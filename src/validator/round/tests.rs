@@ -102,6 +102,7 @@ fn checked(uid: u16, verdict: AnswerVerdict) -> RoundEvent {
             verdict,
             report: Some(json!({"rows": 1})),
             statistics: Statistics { rows: Some(33), ..Statistics::default() },
+            tokens: 10,
         },
     }
 }
@@ -326,4 +327,27 @@ fn a_verified_answer_that_ends_before_its_first_text_is_no_miss() {
     assert_eq!((of(asked[0]).outcome, of(asked[0]).timing.tokens), (Outcome::Verified, 0));
     let samples = asked.iter().map(|uid| of(*uid).sample).collect::<Vec<_>>();
     assert_eq!(samples, [Sampled::Nothing, Sampled::Miss, Sampled::Miss]);
+}
+
+#[test]
+fn chunks_beyond_the_verified_tokens_are_not_paid() {
+    let paid = |chunks: u64, tokens: u32| {
+        let mut test = Test::asking();
+        let asked = test.asked();
+        let Answered { arrivals, .. } = answer(chunks, Ending::Whole);
+        let answer = Answered { arrivals, ended: Duration::from_secs(2), ending: Ending::Whole };
+        test.give(RoundEvent::Answered { uid: asked[0], answer });
+        let checked_answer = AnswerReport { tokens, ..AnswerReport::bare(AnswerVerdict::Pass) };
+        test.give(RoundEvent::Checked { uid: asked[0], checked_answer });
+        test.pass(100);
+        let response = test.ended().responses.iter().find(|r| r.uid == asked[0]).unwrap().clone();
+        (response.sample, response.timing.tps, response.timing.tokens)
+    };
+    assert_eq!(paid(10, 10), (Sampled::Tps(5.0), 5.0, 10));
+    // Five tokens in twenty chunks are five, and ten in five chunks are five as well.
+    assert_eq!(paid(20, 5), (Sampled::Tps(2.5), 2.5, 20));
+    assert_eq!(paid(5, 10), (Sampled::Tps(2.5), 2.5, 5));
+    // No more than were asked for, and nothing where nothing was verified.
+    assert_eq!(paid(30, 30), (Sampled::Tps(10.0), 10.0, 30));
+    assert_eq!(paid(20, 0), (Sampled::Nothing, 0.0, 20));
 }

@@ -81,7 +81,10 @@ pub(super) async fn verify(
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
     let statistics = statistics(&first.report, first.scheme, &verifier.limits);
-    AnswerReport { verdict: verdict(first.report.verdict), report: Some(report), statistics }
+    let tokens = first.answer.as_ref().map_or(0, |answer| answer.ids.len());
+    let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+    let verdict = verdict(first.report.verdict);
+    AnswerReport { verdict, report: Some(report), statistics, tokens }
 }
 
 /// Checks an answer without changing evidence, because the answer comes from a hub.

@@ -182,7 +182,7 @@ impl Ports for Fake {
             1 => AnswerVerdict::Pass,
             _ => AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 3".into() },
         };
-        AnswerReport::bare(verdict)
+        AnswerReport { tokens: 10, ..AnswerReport::bare(verdict) }
     }
 
     async fn save(&self, round: &Round) -> anyhow::Result<()> {
