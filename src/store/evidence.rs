@@ -2,12 +2,14 @@
 //! tests, as JSON that only `verify` reads.
 
 use super::database::Store;
-use super::error::StoreError;
+use super::error::{Cause, StoreError};
 use super::rows::{get_json, json};
 use serde_json::Value;
 
-const SAVE: &str = "INSERT INTO evidence (hotkey, model, state) VALUES ($1, $2, $3)
-    ON CONFLICT (hotkey, model) DO UPDATE SET state = excluded.state";
+/// Makes the row where there is none and locks it, so that whoever changes the same one waits.
+const TAKE: &str = "INSERT INTO evidence (hotkey, model, state) VALUES ($1, $2, 'null')
+    ON CONFLICT (hotkey, model) DO UPDATE SET state = evidence.state";
+const SAVE: &str = "UPDATE evidence SET state = $3 WHERE hotkey = $1 AND model = $2";
 const LOAD: &str = "SELECT state FROM evidence WHERE hotkey = $1 AND model = $2";
 
 impl Store {
@@ -22,20 +24,32 @@ impl Store {
         Ok(states.into_iter().next())
     }
 
-    /// Replaces what is known of a hotkey with a model.
+    /// Changes what is known of a hotkey with a model, and returns it as stored. `change` is given
+    /// the newest state, or `None` where nothing is known; nobody else changes it meanwhile, so two
+    /// changes at once both count.
     ///
     /// # Errors
-    /// When it cannot be kept; the caller must not act on it then.
-    pub async fn save_evidence(
+    /// When it cannot be read or kept, or `change` refuses it; the caller must not act on it then.
+    pub async fn change_evidence(
         &self,
         hotkey: &str,
         model: &str,
-        state: &Value,
-    ) -> Result<(), StoreError> {
-        let operation = format!("save the evidence about {hotkey}");
-        let text = json("state", state).map_err(|cause| self.error(&operation, cause))?;
-        let mut session = self.write(&operation).await?;
+        change: impl FnOnce(Option<Value>) -> Result<Value, String> + Send,
+    ) -> Result<Value, StoreError> {
+        let mut session = self.write(&format!("change the evidence about {hotkey}")).await?;
+        session.execute(TAKE, vec![hotkey.into(), model.into()]).await?;
+        let rows = session.rows(LOAD, vec![hotkey.into(), model.into()]).await?;
+        let known = match rows.first() {
+            Some(row) => get_json::<Option<Value>>(row, "state"),
+            None => Ok(None),
+        };
+        let changed = known.and_then(|known| {
+            let state = change(known).map_err(Cause::Record)?;
+            Ok((json("state", &state)?, state))
+        });
+        let (text, state) = changed.map_err(|cause| session.error(cause))?;
         session.execute(SAVE, vec![hotkey.into(), model.into(), text.into()]).await?;
-        session.commit().await
+        session.commit().await?;
+        Ok(state)
     }
 }

@@ -3,7 +3,7 @@
 use super::sites::{id, on_each, plan, response, round};
 use crate::store::record::{MeasuredValue, Outcome, Sampled};
 use crate::store::{Filter, Removed, Retention, Store, What};
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[test]
 fn evidence_is_replaced_as_a_whole() {
@@ -11,12 +11,43 @@ fn evidence_is_replaced_as_a_whole() {
         let store = Store::open(&site.url).await.unwrap();
         assert_eq!(store.evidence("a", "m").await.unwrap(), None);
         let state = json!({"answers": 3, "sums": {"margin": 0.1, "energy": 1e-9}});
-        store.save_evidence("a", "m", &state).await.unwrap();
-        assert_eq!(store.evidence("a", "m").await.unwrap(), Some(state));
-        store.save_evidence("a", "m", &json!({"answers": 4})).await.unwrap();
+        let save = |known: Option<Value>, state: Value| {
+            let store = store.clone();
+            async move {
+                let change = |found| {
+                    assert_eq!(found, known);
+                    Ok(state)
+                };
+                store.change_evidence("a", "m", change).await
+            }
+        };
+        assert_eq!(save(None, state.clone()).await.unwrap(), state);
+        assert_eq!(store.evidence("a", "m").await.unwrap(), Some(state.clone()));
+        let refused = store.change_evidence("a", "m", |_| Err("no".into())).await.unwrap_err();
+        assert!(refused.to_string().ends_with("cannot change the evidence about a: no"));
+        save(Some(state), json!({"answers": 4})).await.unwrap();
         assert_eq!(store.evidence("a", "m").await.unwrap(), Some(json!({"answers": 4})));
         assert_eq!(store.evidence("a", "n").await.unwrap(), None);
         assert_eq!(store.evidence("b", "m").await.unwrap(), None);
+    });
+}
+
+#[test]
+fn changes_of_evidence_at_once_all_count() {
+    on_each(async |site| {
+        let store = Store::open(&site.url).await.unwrap();
+        let one = |_: u32| {
+            let store = store.clone();
+            async move {
+                let more = |known: Option<Value>| {
+                    let answers = known.map_or(0, |known| known["answers"].as_u64().unwrap());
+                    Ok(json!({ "answers": answers + 1 }))
+                };
+                store.change_evidence("a", "m", more).await.unwrap();
+            }
+        };
+        futures_util::future::join_all((0..8).map(one)).await;
+        assert_eq!(store.evidence("a", "m").await.unwrap(), Some(json!({"answers": 8})));
     });
 }
 

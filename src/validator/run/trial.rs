@@ -15,7 +15,7 @@ use crate::validator::scores::rules::ScoringRules;
 use crate::validator::scores::series::{MissReason, Organic};
 use crate::validator::scores::{self, Input, Seat};
 use crate::verify::capture::{Capture, CheckOptions, check_question};
-use crate::verify::evidence::{ALARM, Calibrated, Observed};
+use crate::verify::evidence::{ALARM, Calibrated, Observed, Sums};
 use crate::verify::question::Question;
 use crate::verify::statistic::Statistic;
 use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict};
@@ -41,14 +41,13 @@ pub(super) async fn verify(
 ) -> AnswerReport {
     let Resident { verifier, rates, .. } = resident;
     let hotkey = case.member.hotkey.to_string();
-    let standing = match standing(store, &hotkey, &case.model).await {
-        Ok(standing) => standing,
+    let sums = match standing(store, &hotkey, &case.model).await {
+        Ok(known) => known.evidence.sums,
         Err(e) => {
-            tracing::warn!(hotkey, "the evidence cannot be read, so none is added: {e}");
-            None
+            tracing::warn!(hotkey, "the evidence cannot be read, so it does not choose rows: {e}");
+            Sums::default()
         }
     };
-    let sums = standing.as_ref().map(|known| known.evidence.sums).unwrap_or_default();
     let is_suspect = [sums.margin, sums.energy, sums.joint].iter().any(|sum| *sum > SOFT_ALARM);
     let depth = if case.is_slow || is_suspect { Depth::Slow } else { Depth::Fast };
     let capture = match Capture::deserialize(&*case.capture) {
@@ -73,10 +72,7 @@ pub(super) async fn verify(
     };
     let chance = Entropy::system().word();
     let observed = Observed::of(&first.report, first.scheme, &verifier.limits).thinned(chance);
-    let known = match standing {
-        Some(standing) => add(store, rates, &case, (standing, &observed)).await,
-        None => None,
-    };
+    let known = add(store, rates, &case, &observed).await;
     let mut report = report(&first.report, depth);
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
@@ -127,38 +123,47 @@ fn verdict(verdict: Verdict) -> AnswerVerdict {
 }
 
 /// The evidence about a miner; empty for an unknown one.
-async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<Option<HotkeyState>> {
-    let known = store.evidence(hotkey, model).await?;
-    let Some(known) = known else { return Ok(Some(HotkeyState::default())) };
-    Ok(serde_json::from_value(known).map(Some)?)
+async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<HotkeyState> {
+    match store.evidence(hotkey, model).await? {
+        Some(known) => Ok(serde_json::from_value(known)?),
+        None => Ok(HotkeyState::default()),
+    }
 }
 
-/// Adds an answer to the evidence and stores it.
+/// Adds an answer to the evidence as it stands now: checks of one miner may end at the same time,
+/// and each of them counts. What is known afterwards; nothing where it cannot be read or stored.
 async fn add(
     store: &Store,
     rates: &Calibrated,
     case: &AnswerToCheck,
-    (standing, observed): (HotkeyState, &Observed),
+    observed: &Observed,
 ) -> Option<HotkeyState> {
-    if observed.is_empty() {
-        return Some(standing);
-    }
-    let mut evidence = standing.evidence;
-    evidence.add(rates, observed);
-    let standing = standing.after(evidence, &case.round, case.block);
     let hotkey = case.member.hotkey.to_string();
-    let saved = match serde_json::to_value(&standing) {
-        Ok(state) => store.save_evidence(&hotkey, &case.model, &state).await,
-        Err(e) => {
-            tracing::error!(hotkey, "the evidence cannot be written: {e}");
-            return None;
-        }
+    let known = match observed.is_empty() {
+        true => standing(store, &hotkey, &case.model).await,
+        false => store_sum(store, rates, case, observed).await,
     };
-    if let Err(e) = saved {
-        tracing::warn!(hotkey, "the evidence cannot be stored, so it does not count: {e}");
-        return None;
-    }
-    Some(standing)
+    known.map_err(|e| tracing::warn!(hotkey, "the answer adds no evidence: {e}")).ok()
+}
+
+async fn store_sum(
+    store: &Store,
+    rates: &Calibrated,
+    case: &AnswerToCheck,
+    observed: &Observed,
+) -> anyhow::Result<HotkeyState> {
+    let change = |known: Option<Value>| {
+        let known = known.map(serde_json::from_value::<HotkeyState>).transpose();
+        let standing = known.map_err(|e| format!("its state cannot be read: {e}"))?;
+        let standing = standing.unwrap_or_default();
+        let mut evidence = standing.evidence;
+        evidence.add(rates, observed);
+        let standing = standing.after(evidence, &case.round, case.block);
+        serde_json::to_value(standing).map_err(|e| format!("its state cannot be written: {e}"))
+    };
+    let hotkey = case.member.hotkey.to_string();
+    let stored = store.change_evidence(&hotkey, &case.model, change).await?;
+    Ok(serde_json::from_value(stored)?)
 }
 
 /// What was found, for the record.
@@ -264,7 +269,7 @@ async fn findings(
 async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result<HotkeyState> {
     let mut worst = HotkeyState::default();
     for model in models {
-        let Some(known) = standing(store, hotkey, model).await? else { continue };
+        let known = standing(store, hotkey, model).await?;
         let weight = |s: &HotkeyState| (s.shut_by.is_some(), s.evidence.sums.joint);
         if weight(&known) >= weight(&worst) {
             worst = known;
@@ -309,9 +314,7 @@ mod tests {
         margins[5] = 0.4;
         let mild = Observed { margins, energies: vec![0.0], twin: None };
         for answer in 1..=9 {
-            let standing = standing(&store, &hotkey, "m").await.unwrap().unwrap();
-            let case = case(answer);
-            add(&store, &Calibrated::default(), &case, (standing, &mild)).await.unwrap();
+            add(&store, &Calibrated::default(), &case(answer), &mild).await.unwrap();
             let known = worst(&store, &hotkey, &["m".into()]).await.unwrap();
             let sums = known.evidence.sums;
             assert_eq!(known.evidence.answers, answer);
@@ -322,6 +325,23 @@ mod tests {
             }
         }
         panic!("nine such answers do not shut the gate");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn checks_that_end_at_once_all_count() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("v.sqlite");
+        let store = Store::open(place.to_str().unwrap()).await.unwrap();
+        let mut margins = vec![0.0; 33];
+        margins[5] = 0.4;
+        let mild = Observed { margins, energies: vec![0.0], twin: None };
+        let (rates, cases) = (Calibrated::default(), (1..=9).map(case).collect::<Vec<_>>());
+        let adding = cases.iter().map(|case| add(&store, &rates, case, &mild));
+        futures_util::future::join_all(adding).await;
+        let hotkey = case(0).member.hotkey.to_string();
+        let known = standing(&store, &hotkey, "m").await.unwrap();
+        assert_eq!(known.evidence.answers, 9);
+        assert!(known.shut_by.is_some(), "{known:?}");
     }
 
     #[test]
