@@ -118,15 +118,21 @@ pub struct RoundMachine {
 }
 
 impl RoundMachine {
-    /// Starts a round, unless there is no model to ask for or nobody to ask. The second part is to
-    /// be done now.
+    /// Starts a round about one of the models that somebody lists, unless there is none or nobody
+    /// to ask. The second part is to be done now.
+    ///
+    /// A model that nobody lists is not asked for, and costs nobody a sample: while the only miners
+    /// of a model restart, the next rounds would otherwise fill their windows with misses. Whoever
+    /// does not list a model that others list does miss it.
     pub fn start(
         scene: Scene,
         settings: Arc<RoundSettings>,
         clock: Clock,
         mut chance: Chance,
     ) -> Option<(Self, Vec<Action>)> {
-        let offer = chance.pick(&scene.models)?.clone();
+        let is_listed = |offer: &&Offer| scene.miners.iter().any(|m| m.models.contains(&offer.name));
+        let offers: Vec<&Offer> = scene.models.iter().filter(is_listed).collect();
+        let offer = (*chance.pick(&offers)?).clone();
         let endpoint = *chance.pick(&offer.endpoints)?;
         let sampling = QuerySampling::draw(&mut chance, &settings.lengths);
         let slots = choose(scene.miners, &offer.name, settings.asked_max, &mut chance);
@@ -147,7 +153,7 @@ impl RoundMachine {
         };
         let deadline = clock.elapsed() + settings.times.prompt;
         let (phase, context_max) = (RoundPhase::Prompting, offer.context_max);
-        let mut machine = Self {
+        let machine = Self {
             settings,
             clock,
             chance,
@@ -159,13 +165,6 @@ impl RoundMachine {
             record,
             slots,
         };
-        let is_open = |slot: &Slot| matches!(slot.state, State::Open);
-        if !machine.slots.values().any(is_open) {
-            // Nobody serves the model, so nothing need be asked to know it.
-            machine.phase = RoundPhase::Asking;
-            let actions = machine.settle(Vec::new());
-            return Some((machine, actions));
-        }
         let (model, seed) = (machine.record.model.clone(), sampling.seed);
         Some((machine, vec![Action::Prompt { model, endpoint, seed }]))
     }

@@ -165,9 +165,27 @@ fn whoever_does_not_list_the_model_misses_it() {
     test.give(RoundEvent::Answered { uid: 1, answer: answer(0, fault(BAD_STREAM)) });
     let found: Vec<_> = test.ended().responses.iter().map(|r| (r.outcome, r.sample)).collect();
     assert_eq!(found, [(Outcome::NotServed, Sampled::Miss), (Outcome::Failed, Sampled::Miss)]);
-    // Where nobody lists it, nobody need be asked.
-    let test = Test::new(vec![miner(0, "other")]);
-    assert_eq!(test.ended().responses[0].sample, Sampled::Miss);
+}
+
+#[test]
+fn a_model_that_nobody_lists_costs_nobody_a_sample() {
+    let offer = |name: &str| Offer {
+        name: name.into(),
+        endpoints: vec![Endpoint::Completion],
+        context_max: 512,
+    };
+    let start = |seed, miners| {
+        let scene = Scene { block: 7, models: vec![offer("m"), offer("n")], miners };
+        let chance = Chance::seeded(seed);
+        RoundMachine::start(scene, Arc::new(settings()), Clock::manual(0), chance)
+    };
+    for seed in 0..20 {
+        assert!(start(seed, vec![miner(0, "other"), miner(1, "another")]).is_none());
+        // Of two models only one is listed: no round is about the other.
+        let (machine, actions) = start(seed, vec![miner(0, "other"), miner(1, "n")]).unwrap();
+        assert_eq!(machine.name().1, "n");
+        assert!(matches!(actions.as_slice(), [Action::Prompt { .. }]), "{actions:?}");
+    }
 }
 
 #[test]

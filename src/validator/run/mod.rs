@@ -327,7 +327,7 @@ impl<P: Ports> Driver<P> {
         let Some((machine, actions)) =
             RoundMachine::start(scene, settings, self.clock.clone(), chance)
         else {
-            tracing::info!(block, "no round: there is no model or no miner to ask");
+            tracing::info!(block, "no round: there is no model that a miner lists");
             self.not_before = self.clock.elapsed() + PAUSE;
             return;
         };
