@@ -130,7 +130,8 @@ impl RoundMachine {
         clock: Clock,
         mut chance: Chance,
     ) -> Option<(Self, Vec<Action>)> {
-        let is_listed = |offer: &&Offer| scene.miners.iter().any(|m| m.models.contains(&offer.name));
+        let is_listed =
+            |offer: &&Offer| scene.miners.iter().any(|m| m.models.contains(&offer.name));
         let offers: Vec<&Offer> = scene.models.iter().filter(is_listed).collect();
         let offer = (*chance.pick(&offers)?).clone();
         let endpoint = *chance.pick(&offer.endpoints)?;

@@ -16,6 +16,8 @@ use std::time::Duration;
 const MORTAL_BLOCKS: u64 = 64;
 /// How often sent weights are looked up.
 const LOOKS_MAX: usize = 3;
+/// Weights of earlier epochs that are looked up again, the newest of those whose end is not known.
+const EARLIER_MAX: usize = 4;
 
 /// The result of settling weights.
 #[derive(Clone, PartialEq, Debug)]
@@ -50,6 +52,11 @@ pub(super) async fn settle<P: Ports>(
     subnet: &Subnet,
     when: When,
 ) -> anyhow::Result<Settled> {
+    if !when.is_dry
+        && let Err(e) = finish_earlier(ports, when).await
+    {
+        tracing::warn!("the weights of earlier epochs are not looked up: {e}");
+    }
     let found = if when.is_dry { None } else { ports.planned(when.epoch).await? };
     if let Some(weights) = found.filter(|weights| weights.state != WeightsState::Planned) {
         return follow(ports, weights, when).await;
@@ -78,6 +85,42 @@ pub(super) async fn settle<P: Ports>(
             follow(ports, other, when).await
         }
     }
+}
+
+/// Reads back what earlier epochs sent or committed, and marks what has become of it: a commit is
+/// revealed epochs later, or never. Whatever still waits is left for the next epoch.
+async fn finish_earlier<P: Ports>(ports: &P, when: When) -> anyhow::Result<()> {
+    let mut earlier = ports.unfinished().await?;
+    earlier.retain(|weights| weights.epoch < when.epoch);
+    let newest = earlier.last().map(|weights| weights.epoch);
+    for weights in earlier.iter().rev().take(EARLIER_MAX) {
+        let Weights { epoch, block, .. } = *weights;
+        let why = match ports.look_up(weights).await {
+            Ok(Stand::Confirmed) => {
+                ports.mark(epoch, &WeightsState::Confirmed).await?;
+                tracing::info!(epoch, "the weights stand on the chain");
+                continue;
+            }
+            Ok(Stand::Waiting) => continue,
+            Ok(Stand::Others(found)) => format!("the chain has other weights: {found:?}"),
+            Ok(Stand::NotThere(why)) => why,
+            Err(why) => {
+                tracing::warn!(epoch, "the weights cannot be looked up: {why}");
+                continue;
+            }
+        };
+        if when.block <= block + MORTAL_BLOCKS {
+            continue;
+        }
+        // Of several, only the newest can stand on the chain.
+        let why = match newest == Some(epoch) {
+            true => why,
+            false => format!("they were not seen before later weights were sent: {why}"),
+        };
+        tracing::error!(epoch, "the weights do not stand on the chain: {why}");
+        ports.mark(epoch, &WeightsState::Failed { why }).await?;
+    }
+    Ok(())
 }
 
 async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::Result<Settled> {
@@ -112,7 +155,7 @@ async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow
                 ports.mark(epoch, &weights.state).await?;
                 return Ok(Settled::Weights(Box::new(weights)));
             }
-            // For epochs, as the subnet has it; whoever settles a later epoch need not wait for it.
+            // The subnet may reveal commits some epochs later: the work of a later epoch looks again.
             Ok(Stand::Waiting) => return Ok(Settled::Weights(Box::new(weights))),
             Ok(Stand::Others(found)) => (format!("the chain has other weights: {found:?}"), true),
             Ok(Stand::NotThere(why)) => (why, true),

@@ -157,6 +157,9 @@ pub trait Ports: Send + Sync + 'static {
     /// The weights that are stored for an epoch.
     fn planned(&self, epoch: u64) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
 
+    /// The weights that were sent or committed and whose end is not known yet, oldest first.
+    fn unfinished(&self) -> impl Future<Output = anyhow::Result<Vec<Weights>>> + Send;
+
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
     /// and not sent. Where those have gone further, says how far: nothing is to be sent then.
     fn plan(

@@ -349,6 +349,14 @@ impl<C: Chain> Ports for World<C> {
         Ok(last.filter(|weights| weights.epoch == epoch))
     }
 
+    async fn unfinished(&self) -> anyhow::Result<Vec<Weights>> {
+        let is_sent = |weights: &Weights| {
+            weights.netuid == self.netuid && weights.state != WeightsState::Planned
+        };
+        let unfinished = self.store.unfinished_weights().await?;
+        Ok(unfinished.into_iter().filter(is_sent).collect())
+    }
+
     async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
         match self.store.plan_weights(weights).await? {
             WeightsClaim::Ours => Ok(None),

@@ -211,3 +211,26 @@ async fn a_dry_run_sends_and_remembers_no_weights() {
     assert_eq!((weights.state, weights.values), (WeightsState::Planned, vec![(1, u16::MAX)]));
     assert!(world.sends.lock().is_empty() && world.weights.lock().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_of_earlier_epochs_are_looked_up_again() {
+    let committed = || WeightsState::Committed { hash: "0x1".into(), reveal_round: 9 };
+    let failed = |why: &str| WeightsState::Failed { why: why.into() };
+    let gone = || Stand::NotThere("it was not revealed".into());
+    for (stand, block, expected) in [
+        (Stand::Confirmed, 110, WeightsState::Confirmed),
+        (Stand::Waiting, 110, committed()),
+        (gone(), 110, failed("it was not revealed")),
+        // It may still be in a block.
+        (gone(), 60, committed()),
+    ] {
+        let world = left(committed());
+        world.heads.send_replace(block);
+        *world.stand.lock() = stand.clone();
+        let options = RunOptions { epochs: EpochRule::Every(50), ..options(Some(1)) };
+        let running = driver(&world, options).await;
+        running.run(CancellationToken::new(), &|_| {}).await.unwrap();
+        assert_eq!(world.weights.lock()[&0].state, expected, "{stand:?} {block}");
+        assert_eq!(world.sends.lock().len(), 1, "{stand:?} {block}");
+    }
+}

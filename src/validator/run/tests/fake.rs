@@ -231,6 +231,14 @@ impl Ports for Fake {
         Ok(self.weights.lock().get(&epoch).cloned())
     }
 
+    async fn unfinished(&self) -> anyhow::Result<Vec<Weights>> {
+        self.records()?;
+        let is_open = |weights: &&Weights| {
+            matches!(weights.state, WeightsState::Sent { .. } | WeightsState::Committed { .. })
+        };
+        Ok(self.weights.lock().values().filter(is_open).cloned().collect())
+    }
+
     async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
         self.records()?;
         self.weights.lock().insert(weights.epoch, weights.clone());
