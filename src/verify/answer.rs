@@ -372,7 +372,10 @@ fn choices(body: &Value) -> Result<&Vec<Value>, Rejection> {
 
 fn id(value: &Value) -> Result<u32, Rejection> {
     let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-    id.ok_or_else(|| Rejection::new(Reason::BadIds, format!("{value:.40} is not a token id")))
+    id.ok_or_else(|| {
+        let shown: String = value.to_string().chars().take(40).collect();
+        Rejection::new(Reason::BadIds, format!("{shown} is not a token id"))
+    })
 }
 
 fn named_id(name: &Value) -> Result<u32, Rejection> {

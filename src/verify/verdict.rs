@@ -77,6 +77,9 @@ impl Reason {
     }
 }
 
+/// Bytes of what a rejection says: it may repeat a peer's words, and is kept with every round.
+pub(super) const WHAT_BYTES_MAX: usize = 500;
+
 /// A rejection: the rule that was broken and the fact that breaks it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}: {what}", reason.name())]
@@ -88,9 +91,14 @@ pub struct Rejection {
 }
 
 impl Rejection {
-    /// For `reason`, in words.
+    /// For `reason`, in words, of which at most `WHAT_BYTES_MAX` bytes are kept.
     pub fn new(reason: Reason, what: impl Into<String>) -> Self {
-        Self { reason, what: what.into() }
+        let mut what = what.into();
+        let end = (0..=WHAT_BYTES_MAX).rev().find(|at| what.is_char_boundary(*at)).unwrap_or(0);
+        if what.len() > WHAT_BYTES_MAX {
+            what.truncate(end);
+        }
+        Self { reason, what }
     }
 }
 
@@ -99,7 +107,7 @@ impl Rejection {
 pub enum Verdict {
     /// No rule is broken.
     Pass,
-    /// Something does.
+    /// A rule is broken.
     Reject(Rejection),
     /// Nothing can be said, through no fault of the peer.
     Unscored(String),
@@ -136,5 +144,20 @@ impl From<Stop> for Verdict {
 impl From<Rejection> for Stop {
     fn from(rejection: Rejection) -> Self {
         Stop::Rejected(rejection)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rejection_keeps_a_limited_part_of_what_a_peer_says() {
+        let of = |words: String| Rejection::new(Reason::BadProof, words).what;
+        assert_eq!(of("x".repeat(1 << 20)), "x".repeat(WHAT_BYTES_MAX));
+        // Characters of three bytes are not cut in two.
+        assert_eq!(of("\u{20ac}".repeat(1000)), "\u{20ac}".repeat(WHAT_BYTES_MAX / 3));
+        assert_eq!(of("short".into()), "short");
+        assert_eq!(of("y".repeat(WHAT_BYTES_MAX)), "y".repeat(WHAT_BYTES_MAX));
     }
 }
