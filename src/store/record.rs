@@ -48,14 +48,26 @@ pub struct Response {
     pub error: Option<String>,
     /// What the round adds to the miner's samples: see [`Sample`].
     pub sample: Sampled,
-    /// Request and answer as `verify` reads them (a capture), and the evidence of the check, where
-    /// they are kept.
+    /// Request and answer as `verify` reads them (a capture), where they are kept.
     pub capture: Option<Value>,
     /// The check's evidence, as `verify --json` prints it.
     pub report: Option<Value>,
     /// What the check measured; kept as long as the verdict.
     #[serde(default)]
     pub statistics: Statistics,
+}
+
+/// Why a response of a round is not verified, without the rest of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ResponseCause {
+    /// The round.
+    pub round: String,
+    /// The miner's place on the subnet.
+    pub uid: u16,
+    /// The cause's name.
+    pub cause: Option<String>,
+    /// One sentence about the cause.
+    pub error: Option<String>,
 }
 
 /// What a verification measured of an answer, as far as it did.

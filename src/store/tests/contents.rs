@@ -1,7 +1,7 @@
 //! Tests what is kept beside rounds, what is removed, what is exported and what users may ask.
 
 use super::sites::{id, on_each, plan, response, round};
-use crate::store::record::{MeasuredValue, Outcome, Sampled};
+use crate::store::record::{MeasuredValue, Outcome, Response, ResponseCause, Sampled};
 use crate::store::{Filter, Removed, Retention, Store, What};
 use serde_json::{Value, json};
 
@@ -161,5 +161,29 @@ fn documented_queries_run() {
             assert!(!rows.is_empty(), "{query}");
             session.commit().await.unwrap();
         }
+    });
+}
+
+#[test]
+fn causes_are_read_without_what_makes_answers_large() {
+    on_each(async |site| {
+        let store = Store::open(&site.url).await.unwrap();
+        for number in 1..=3 {
+            let good = response(2, "b", Sampled::Tps(9.0));
+            let error = Some(format!("token {number}"));
+            let cause = Some("LATE".to_owned());
+            let bad = Response { cause, error, ..response(3, "a", Sampled::Miss) };
+            store.save_round(&round(number, number, vec![good, bad])).await.unwrap();
+        }
+        let newest = store.causes(4, 3, 2).await.unwrap();
+        let found = |number: u64| ResponseCause {
+            round: id(number),
+            uid: 3,
+            cause: Some("LATE".into()),
+            error: Some(format!("token {number}")),
+        };
+        assert_eq!(newest, [found(3), found(2)]);
+        assert_eq!(store.causes(4, 2, 9).await.unwrap(), []);
+        assert_eq!(store.causes(5, 3, 9).await.unwrap(), []);
     });
 }

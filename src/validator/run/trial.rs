@@ -234,7 +234,7 @@ pub(super) async fn decide(
     let mut seats = BTreeMap::new();
     for (uid, hotkey) in hotkeys {
         let listed = subnet.models.get(&uid).into_iter().flatten().cloned().collect();
-        let standing = worst(store, &hotkey, models).await?;
+        let standing = worst(store, &hotkey).await?;
         seats.insert(
             uid,
             Seat { models: listed, organics: organics(uid, &hotkey), hotkey, standing },
@@ -259,18 +259,23 @@ async fn findings(
     let missed: BTreeSet<u16> = samples.iter().filter(|s| s.tps.is_none()).map(|s| s.uid).collect();
     let mut findings = Vec::new();
     for uid in missed {
-        let answered = store.responses(netuid, uid, last).await?;
-        findings.extend(answered.iter().map(|a| MissReason::of(&a.round.id, &a.response)));
+        findings.extend(store.causes(netuid, uid, last).await?.into_iter().map(MissReason::of));
     }
     Ok(findings)
 }
 
-/// What is known of a hotkey with the model that it does worst with: a gate that is shut stays so.
-async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result<HotkeyState> {
+/// What is known of a hotkey with the model that it does worst with: one with an alarm before all
+/// others, then the largest sum. Models that are not asked for any more count too, so that a gate
+/// does not open because a model left the list.
+async fn worst(store: &Store, hotkey: &str) -> anyhow::Result<HotkeyState> {
     let mut worst = HotkeyState::default();
-    for model in models {
-        let known = standing(store, hotkey, model).await?;
-        let weight = |s: &HotkeyState| (s.shut_by.is_some(), s.evidence.sums.joint);
+    let weight = |state: &HotkeyState| {
+        let Sums { margin, energy, joint } = state.evidence.sums;
+        let largest = margin.max(energy).max(joint);
+        (state.shut_by.is_some(), state.evidence.alarm().is_some(), largest)
+    };
+    for known in store.evidence_of(hotkey).await? {
+        let known: HotkeyState = serde_json::from_value(known)?;
         if weight(&known) >= weight(&worst) {
             worst = known;
         }
@@ -283,6 +288,7 @@ mod tests {
     use super::*;
     use crate::chain::keys::Hotkey;
     use crate::validator::eligible::Member;
+    use crate::verify::evidence::Evidence;
     use std::sync::Arc;
 
     fn case(number: u64) -> AnswerToCheck {
@@ -315,7 +321,7 @@ mod tests {
         let mild = Observed { margins, energies: vec![0.0], twin: None };
         for answer in 1..=9 {
             add(&store, &Calibrated::default(), &case(answer), &mild).await.unwrap();
-            let known = worst(&store, &hotkey, &["m".into()]).await.unwrap();
+            let known = worst(&store, &hotkey).await.unwrap();
             let sums = known.evidence.sums;
             assert_eq!(known.evidence.answers, answer);
             if let Some(alarm) = known.shut_by {
@@ -342,6 +348,32 @@ mod tests {
         let known = standing(&store, &hotkey, "m").await.unwrap();
         assert_eq!(known.evidence.answers, 9);
         assert!(known.shut_by.is_some(), "{known:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_alarm_counts_before_larger_sums_and_with_models_that_left_the_list() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("v.sqlite");
+        let store = Store::open(place.to_str().unwrap()).await.unwrap();
+        let known = |margin: f64, joint: f64| {
+            let sums = Sums { margin, energy: 0.0, joint };
+            HotkeyState { evidence: Evidence { sums, ..Evidence::default() }, shut_by: None }
+        };
+        let shut = known(ALARM, ALARM).after(known(ALARM, ALARM).evidence, "round", 7);
+        let shut = HotkeyState { evidence: known(8.0, 8.0).evidence, ..shut };
+        assert!(shut.shut_by.is_some());
+        let save = async |hotkey: &str, model: &str, state: &HotkeyState| {
+            let state = serde_json::to_value(state).unwrap();
+            store.change_evidence(hotkey, model, |_| Ok(state)).await.unwrap();
+        };
+        save("a", "gone", &shut).await;
+        save("a", "m", &known(0.0, 13.0)).await;
+        assert_eq!(worst(&store, "a").await.unwrap(), shut);
+        // A margin alone can be the alarm where the joint sum elsewhere is larger.
+        save("b", "m", &known(ALARM, 1.0)).await;
+        save("b", "n", &known(0.0, 13.0)).await;
+        assert_eq!(worst(&store, "b").await.unwrap(), known(ALARM, 1.0));
+        assert_eq!(worst(&store, "c").await.unwrap(), HotkeyState::default());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Scores one miner's samples of one model.
 
 use super::rules::{ScoringProfile, ScoringRules};
-use crate::store::record::{Response, Round, Sample};
+use crate::store::record::{ResponseCause, Sample};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -33,19 +33,10 @@ pub struct MissReason {
 
 impl MissReason {
     /// Of one response of a round.
-    pub fn of(round: &str, response: &Response) -> Self {
-        let short = |text: &String| text.chars().take(SENTENCE_CHARS_MAX).collect();
-        Self {
-            round: round.to_owned(),
-            uid: response.uid,
-            cause: response.cause.as_ref().map(short),
-            error: response.error.as_ref().map(short),
-        }
-    }
-
-    /// Of all responses of a round.
-    pub fn of_round(round: &Round) -> impl Iterator<Item = Self> + '_ {
-        round.responses.iter().map(|response| Self::of(&round.id, response))
+    pub fn of(found: ResponseCause) -> Self {
+        let ResponseCause { round, uid, cause, error } = found;
+        let short = |text: String| text.chars().take(SENTENCE_CHARS_MAX).collect();
+        Self { round, uid, cause: cause.map(short), error: error.map(short) }
     }
 }
 
