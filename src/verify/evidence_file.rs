@@ -91,7 +91,7 @@ impl EvidenceStore for EvidenceFile {
     }
 
     fn save(&mut self, miner: &str, evidence: &Evidence) -> Result<(), FileError> {
-        let miners = &mut self.stored.miners;
+        let miners = &self.stored.miners;
         check_name(&self.path, miner)?;
         if miners.len() >= MINERS_MAX && !miners.contains_key(miner) {
             let what = format!("holds at most {MINERS_MAX} miners, {miner} would be one more");
@@ -101,8 +101,15 @@ impl EvidenceStore for EvidenceFile {
             let what = "was changed by somebody else since it was read, and is not replaced";
             return Err(FileError::new(&self.path, what));
         }
-        miners.insert(miner.to_owned(), *evidence);
-        write_json(&self.path, &self.stored)?;
+        let before = self.stored.miners.insert(miner.to_owned(), *evidence);
+        if let Err(e) = write_json(&self.path, &self.stored) {
+            // What is not in the file must not count, nor be written with the next one.
+            match before {
+                Some(known) => self.stored.miners.insert(miner.to_owned(), known),
+                None => self.stored.miners.remove(miner),
+            };
+            return Err(e);
+        }
         self.seen = hash(&self.path)?;
         Ok(())
     }
@@ -157,6 +164,21 @@ mod tests {
         std::fs::write(&path, "damaged").unwrap();
         assert!(first.save("d", &evidence()).is_err());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "damaged");
+    }
+
+    #[test]
+    fn what_cannot_be_written_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = dir.path().join("below");
+        std::fs::create_dir(&below).unwrap();
+        let mut file = EvidenceFile::open(&below.join("evidence.json")).unwrap();
+        std::fs::remove_dir(&below).unwrap();
+        assert!(file.save("a", &evidence()).is_err());
+        assert_eq!(file.load("a").unwrap(), None);
+        std::fs::create_dir(&below).unwrap();
+        file.save("b", &evidence()).unwrap();
+        let names = EvidenceFile::open(&below.join("evidence.json")).unwrap().stored.miners;
+        assert_eq!(names.into_keys().collect::<Vec<_>>(), ["b"]);
     }
 
     #[test]
