@@ -130,7 +130,7 @@ impl Limits {
     /// Whether a chunk of `scheme` is too far from ours.
     pub fn is_over(&self, scheme: Scheme, chunk: &ChunkEvidence) -> bool {
         let is_far = match self.energy(scheme) {
-            Some(limit) => chunk.energy.is_none_or(|e| e > chunk.limit(limit)),
+            Some(limit) => chunk.energy.is_none_or(|e| e.is_nan() || e > chunk.limit(limit)),
             None => chunk.distance.is_none_or(|d| !d.passes_published()),
         };
         !chunk.is_exact && (self.exact || is_far)
@@ -176,6 +176,14 @@ mod tests {
         let evidence =
             ChunkEvidence { index: 0, rows, is_exact: false, energy: Some(energy), distance: None };
         Limits::default().is_over(scheme, &evidence)
+    }
+
+    #[test]
+    fn an_energy_that_is_no_number_is_over_the_limit() {
+        for energy in [f64::NAN, f64::INFINITY] {
+            assert!(is_over(Scheme::Residue, 32, energy), "{energy}");
+        }
+        assert!(!is_over(Scheme::Residue, 32, 1.0), "the control");
     }
 
     #[test]

@@ -283,44 +283,36 @@ pub fn check_canon(canon: Option<&str>, limits: &Limits) -> Result<(), Stop> {
 /// # Errors
 /// The first chunk that is too far from ours.
 pub fn check(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Result<(), Stop> {
-    for chunk in chunks.iter().filter(|c| !c.is_exact) {
-        let index = chunk.index;
-        if limits.exact {
-            let what = format!("rows must be equal bit for bit, those of chunk {index} are not");
-            return Err(reject(Reason::SketchEnergy, what));
-        }
-        let Some(limit) = limits.energy(scheme) else {
-            check_toploc(chunk)?;
-            continue;
-        };
-        match chunk.energy {
-            None => {
-                let what = format!("chunk {index} has the wrong length");
-                return Err(reject(Reason::BadProof, what));
-            }
-            Some(energy) if energy.is_nan() || energy > chunk.limit(limit) => {
-                let limit = (chunk.limit(limit) * 10.0).round() / 10.0;
-                let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
-                return Err(reject(Reason::SketchEnergy, what));
-            }
-            Some(_) => {}
-        }
+    let Some(chunk) = chunks.iter().find(|chunk| limits.is_over(scheme, chunk)) else {
+        return Ok(());
+    };
+    let index = chunk.index;
+    if limits.exact {
+        let what = format!("rows must be equal bit for bit, those of chunk {index} are not");
+        return Err(reject(Reason::SketchEnergy, what));
     }
-    Ok(())
+    let Some(limit) = limits.energy(scheme) else { return Err(too_far(chunk)) };
+    let Some(energy) = chunk.energy else {
+        let what = format!("chunk {index} has the wrong length");
+        return Err(reject(Reason::BadProof, what));
+    };
+    let limit = (chunk.limit(limit) * 10.0).round() / 10.0;
+    let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
+    Err(reject(Reason::SketchEnergy, what))
 }
 
-fn check_toploc(chunk: &ChunkEvidence) -> Result<(), Stop> {
+/// What is said of a TOPLOC chunk that is too far.
+fn too_far(chunk: &ChunkEvidence) -> Stop {
     let index = chunk.index;
     match chunk.distance {
-        Some(distance) if distance.passes_published() => Ok(()),
         Some(d) => {
             let what = format!(
                 "chunk {index} is too far: {} exponents differ (at most 38), mantissas by {:.1} \
                  on average (10) and {:.1} at the median (8)",
                 d.exponent_mismatches, d.mantissa_mean, d.mantissa_median
             );
-            Err(reject(Reason::SketchEnergy, what))
+            reject(Reason::SketchEnergy, what)
         }
-        None => Err(reject(Reason::BadProof, format!("chunk {index} is not a TOPLOC proof"))),
+        None => reject(Reason::BadProof, format!("chunk {index} is not a TOPLOC proof")),
     }
 }
