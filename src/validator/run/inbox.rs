@@ -25,7 +25,7 @@ pub(super) enum Message {
     /// Old records were deleted.
     Tidied(anyhow::Result<Removed>),
     /// The weights that would be set now, if they are known.
-    ToCome(Vec<(u16, u16)>),
+    ToCome(Option<Vec<(u16, u16)>>),
 }
 
 /// A running round.

@@ -318,9 +318,10 @@ impl<P: Ports> Driver<P> {
             let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
             let sender = self.inbox.0.clone();
             tokio::spawn(async move {
-                // If the records fail, the next weights are unknown.
-                let values = ports.decide(&subnet).await.map_or(Vec::new(), |d| d.values);
-                let _ = sender.send(Message::ToCome(values)).await;
+                let values = ports.decide(&subnet).await.map(|decided| decided.values);
+                let values = values
+                    .map_err(|why| tracing::warn!("the weights to come are not known: {why}"));
+                let _ = sender.send(Message::ToCome(values.ok())).await;
             });
         }
     }

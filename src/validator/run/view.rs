@@ -123,9 +123,12 @@ impl Publisher {
         self.weights = Some((weights.epoch, weights.state.clone()));
     }
 
-    pub(super) fn set_to_come(&mut self, values: Vec<(u16, u16)>) {
+    /// Takes the weights to come; where they could not be decided, the last ones stay.
+    pub(super) fn set_to_come(&mut self, values: Option<Vec<(u16, u16)>>) {
         self.is_deciding = false;
-        self.to_come = values.into_iter().collect();
+        if let Some(values) = values {
+            self.to_come = values.into_iter().collect();
+        }
     }
 
     /// Publishes `view` with what is known of everyone in it.
