@@ -203,7 +203,8 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// What a report says. A hard failure says nothing here: it fails its answer at once.
+    /// What a report says, whatever its verdict: the rows that were computed before an answer was
+    /// rejected are weighed like those of others, for limits are calibrated over all of them.
     pub fn of(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Self {
         let energy = scheme.and_then(|scheme| limits.share(scheme, report));
         Self {
