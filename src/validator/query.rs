@@ -312,12 +312,12 @@ impl Target {
             on_event(&arrival);
             arrivals.push(arrival);
         };
-        let started = clock.elapsed();
+        let mut span = Span { started: clock.elapsed(), ended: None };
         let outcome = match self.client() {
-            Ok(client) => self.read(&client, (path, body), clock, &mut keep).await,
+            Ok(client) => self.read(&client, (path, body), clock, (&mut span, &mut keep)).await,
             Err(e) => Err(e),
         };
-        let ended = clock.elapsed().saturating_sub(started);
+        let ended = span.ended.unwrap_or_else(|| clock.elapsed()).saturating_sub(span.started);
         Streamed { arrivals, ended, outcome }
     }
 
@@ -326,10 +326,11 @@ impl Target {
         client: &Client,
         (path, body): (&str, &Value),
         clock: &Clock,
-        keep: &mut impl FnMut(Arrival),
+        (span, keep): (&mut Span, &mut impl FnMut(Arrival)),
     ) -> Result<(), QueryError> {
         let bytes = serde_json::to_vec(body).map_err(|e| self.malformed(e))?;
         let started = clock.elapsed();
+        span.started = started;
         let sent = (path, Some(bytes));
         let mut response = self.send(client, sent, body["model"].as_str(), clock).await?;
         let (mut events, mut read, mut left) = (Events::default(), 0, self.size);
@@ -343,6 +344,7 @@ impl Target {
             }
             for data in events.push(&part).map_err(|what| self.malformed(what))? {
                 if data == b"[DONE]" {
+                    span.ended = Some(started + at);
                     return Ok(());
                 }
                 left.take(&data).map_err(|what| self.malformed(what))?;
@@ -365,6 +367,13 @@ pub fn is_deeper(value: &Value, depth: usize) -> bool {
         Value::Object(map) => depth == 0 || map.values().any(below),
         _ => false,
     }
+}
+
+/// When a request was sent, and when the part was read that ends its answer: events and the end
+/// are timed from the same start, without the work of making a client and of parsing.
+struct Span {
+    started: Duration,
+    ended: Option<Duration>,
 }
 
 /// What came of a stream.

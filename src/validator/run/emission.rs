@@ -12,8 +12,9 @@ use super::subnet::Subnet;
 use crate::store::record::{Weights, WeightsState};
 use std::time::Duration;
 
-/// Blocks after which an extrinsic that was signed before cannot be in a block any more.
-const MORTAL_BLOCKS: u64 = 64;
+/// Blocks after weights were decided from which on no extrinsic with them can be in a block: it may
+/// be signed some 30 blocks later, and is in one of the 32 after that or in none.
+pub(super) const LATEST_BLOCKS: u64 = 64;
 /// How often sent weights are looked up.
 const LOOKS_MAX: usize = 3;
 /// Weights of earlier epochs that are looked up again, the newest of those whose end is not known.
@@ -109,7 +110,7 @@ async fn finish_earlier<P: Ports>(ports: &P, when: When) -> anyhow::Result<()> {
                 continue;
             }
         };
-        if when.block <= block + MORTAL_BLOCKS {
+        if when.block <= block + LATEST_BLOCKS {
             continue;
         }
         // Of several, only the newest can stand on the chain.
@@ -167,7 +168,7 @@ async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow
             tokio::time::sleep(when.wait).await;
             continue;
         }
-        if is_gone && when.block > weights.block + MORTAL_BLOCKS {
+        if is_gone && when.block > weights.block + LATEST_BLOCKS {
             break why;
         }
         return Ok(Settled::Later(format!("weights are not confirmed yet: {why}")));

@@ -1,6 +1,7 @@
 //! Implements [`Ports`] for a real validator: a chain, miners over HTTP, models in this process, a
 //! database.
 
+use super::emission::LATEST_BLOCKS;
 use super::hub::OrganicsHub;
 use super::keeping::Keeper;
 use super::ports::{AnswerToCheck, Decided, MinerQuery, NotSent, Ports, Stand};
@@ -38,9 +39,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
-
-/// Blocks that a commit or an extrinsic may need to be in one.
-const MORTAL_BLOCKS: u64 = 64;
 
 /// The parts of a validator.
 pub struct World<C: Chain> {
@@ -165,7 +163,7 @@ impl<C: Chain> World<C> {
             hash,
             call: if reveal_round.is_some() { Call::Commit } else { Call::Set },
             block: weights.block,
-            until: weights.block + MORTAL_BLOCKS,
+            until: weights.block + LATEST_BLOCKS,
             reveal_round,
         })
     }
@@ -488,6 +486,16 @@ mod tests {
             assert!(what.contains(words), "{peer:?}: {what}");
             assert!(ended < Duration::from_secs(5) && arrivals.len() <= 116, "{peer:?}");
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_answer_ends_when_its_last_part_is_read() {
+        let whole = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n\
+            data: {\"choices\":[{\"text\":\"x\"}]}\n\ndata: [DONE]\n\n";
+        let Answered { arrivals, ended, ending } = ask(listen(Peer::Says(whole)).await).await;
+        assert_eq!(ending, Ending::Whole);
+        // Token and end came in one part, so they have one time.
+        assert_eq!(arrivals.iter().map(|arrival| arrival.at).collect::<Vec<_>>(), [ended]);
     }
 
     #[tokio::test(flavor = "multi_thread")]
