@@ -44,7 +44,7 @@ impl Store {
         &self,
         hotkey: &str,
         model: &str,
-        change: impl FnOnce(Option<Value>) -> Result<Value, String> + Send,
+        change: impl FnOnce(Option<Value>) -> anyhow::Result<Value> + Send,
     ) -> Result<Value, StoreError> {
         let mut session = self.write(&format!("change the evidence about {hotkey}")).await?;
         session.execute(TAKE, vec![hotkey.into(), model.into()]).await?;
@@ -54,7 +54,7 @@ impl Store {
             None => Ok(None),
         };
         let changed = known.and_then(|known| {
-            let state = change(known).map_err(Cause::Record)?;
+            let state = change(known).map_err(|e| Cause::Record(format!("{e:#}")))?;
             Ok((json("state", &state)?, state))
         });
         let (text, state) = changed.map_err(|cause| session.error(cause))?;

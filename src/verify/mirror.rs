@@ -29,8 +29,9 @@ use std::sync::Arc;
 /// Words of `service_tier`, which say nothing of the answer.
 const SERVICE_TIERS: [&str; 5] = ["auto", "default", "flex", "priority", "scale"];
 
-/// Parts of a choice without a token that may follow its opening: an honest server may end with a
-/// finish reason or a proof of its own; more of them only look like tokens to whoever counts chunks.
+/// Parts of a choice without a token that may follow its opening: an honest server may send its
+/// finish reason or the end of its proof by itself. More of them only look like tokens to whoever
+/// counts chunks.
 const SILENT_PARTS_MAX: usize = 4;
 
 /// One choice as the writer takes it.

@@ -23,7 +23,8 @@ fn evidence_is_replaced_as_a_whole() {
         };
         assert_eq!(save(None, state.clone()).await.unwrap(), state);
         assert_eq!(store.evidence("a", "m").await.unwrap(), Some(state.clone()));
-        let refused = store.change_evidence("a", "m", |_| Err("no".into())).await.unwrap_err();
+        let refused =
+            store.change_evidence("a", "m", |_| Err(anyhow::anyhow!("no"))).await.unwrap_err();
         assert!(refused.to_string().ends_with("cannot change the evidence about a: no"));
         save(Some(state), json!({"answers": 4})).await.unwrap();
         assert_eq!(store.evidence("a", "m").await.unwrap(), Some(json!({"answers": 4})));

@@ -156,7 +156,7 @@ async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow
                 ports.mark(epoch, &weights.state).await?;
                 return Ok(Settled::Weights(Box::new(weights)));
             }
-            // The subnet may reveal commits some epochs later: the work of a later epoch looks again.
+            // The subnet may reveal commits some epochs later: a later epoch's work looks again.
             Ok(Stand::Waiting) => return Ok(Settled::Weights(Box::new(weights))),
             Ok(Stand::Others(found)) => (format!("the chain has other weights: {found:?}"), true),
             Ok(Stand::NotThere(why)) => (why, true),

@@ -19,6 +19,7 @@ use crate::verify::evidence::{ALARM, Calibrated, Observed, Sums};
 use crate::verify::question::Question;
 use crate::verify::statistic::Statistic;
 use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict};
+use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -154,12 +155,12 @@ async fn store_sum(
 ) -> anyhow::Result<HotkeyState> {
     let change = |known: Option<Value>| {
         let known = known.map(serde_json::from_value::<HotkeyState>).transpose();
-        let standing = known.map_err(|e| format!("its state cannot be read: {e}"))?;
+        let standing = known.context("its state cannot be read")?;
         let standing = standing.unwrap_or_default();
         let mut evidence = standing.evidence;
         evidence.add(rates, observed);
         let standing = standing.after(evidence, &case.round, case.block);
-        serde_json::to_value(standing).map_err(|e| format!("its state cannot be written: {e}"))
+        serde_json::to_value(standing).context("its state cannot be written")
     };
     let hotkey = case.member.hotkey.to_string();
     let stored = store.change_evidence(&hotkey, &case.model, change).await?;
