@@ -160,7 +160,7 @@ pub fn check_question(
 enum Read {
     /// The verdict stands.
     Refused(Verdict, Option<Answer>),
-    /// The model has the last word.
+    /// Nothing is wrong with it so far; the model's rows decide.
     Fine(Answer),
 }
 

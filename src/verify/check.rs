@@ -250,8 +250,8 @@ impl<'a> Verification<'a> {
         let by_rows = limits.trimmed(bound.scheme);
         let statistic = by_rows.and_then(|by_rows| Statistic::of(&energies, &by_rows));
         let is_near = statistic.is_some_and(|s| s.share().is_nan() || s.share() > DECIDED);
-        let half = limits.margin_max() * DECIDED;
-        is_near || found.rows.iter().any(|row| row.margin.is_some_and(|m| m > half))
+        let near = limits.margin_max() * DECIDED;
+        is_near || found.rows.iter().any(|row| row.margin.is_some_and(|m| m > near))
     }
 
     /// What was reported of the prompt, on the rows that were kept.

@@ -172,10 +172,12 @@ mod tests {
         let below = dir.path().join("below");
         std::fs::create_dir(&below).unwrap();
         let mut file = EvidenceFile::open(&below.join("evidence.json")).unwrap();
+        // A link to nowhere: no file is there, and none can be made.
         std::fs::remove_dir(&below).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("nowhere/at/all"), &below).unwrap();
         assert!(file.save("a", &evidence()).is_err());
         assert_eq!(file.load("a").unwrap(), None);
-        std::fs::create_dir(&below).unwrap();
+        std::fs::remove_file(&below).unwrap();
         file.save("b", &evidence()).unwrap();
         let names = EvidenceFile::open(&below.join("evidence.json")).unwrap().stored.miners;
         assert_eq!(names.into_keys().collect::<Vec<_>>(), ["b"]);

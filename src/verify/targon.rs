@@ -16,7 +16,7 @@ const RANK_MAX: u32 = 75;
 const RANK_RARE: u32 = 25;
 const RARE_MAX: usize = 5;
 const RARE_PER: usize = 128;
-/// An end token that outranks a token of at least this rank was skipped.
+/// An end token that outranks a token of a greater rank than this was skipped.
 const SKIPPED_RANK: u32 = 10;
 /// Places that are looked at more closely, besides the first and the last.
 const RANDOM_PLACES: usize = 3;
@@ -114,7 +114,7 @@ fn skipped_end(rows: &[RowEvidence], known: u32) -> Ruling {
             let RowEvidence { index, rank, .. } = rows[at];
             (format!("an end token outranks token {index} of rank {rank}"), Some(at))
         }
-        None => (format!("no end token outranks one of rank {SKIPPED_RANK} or more"), None),
+        None => (format!("no end token outranks one of a rank above {SKIPPED_RANK}"), None),
     };
     Ruling { reason: Reason::SkippedEosEot, what, broken_at }
 }
