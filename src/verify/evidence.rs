@@ -25,8 +25,8 @@ use std::fmt;
 pub const ALARM: f64 = 6.0 * std::f64::consts::LN_10;
 /// The most that one answer adds: an alarm takes more than four.
 pub const ANSWER_MAX: f64 = ALARM / 4.0;
-/// The largest sum: without a limit, a miner that has become honest would wait for its pay as long as
-/// it cheated.
+/// The largest sum: without a limit, a miner that has become honest would wait for its pay as long
+/// as it cheated.
 const SUM_MAX: f64 = 2.0 * ALARM;
 
 /// What answers of one kind look like on average.
