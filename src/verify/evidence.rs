@@ -11,9 +11,9 @@
 //!
 //! Nothing here reads a clock or a file; [`EvidenceStore`] is what remembers.
 
-use super::Report;
 use super::limits::Limits;
 use super::places::{FAST_ROWS, random_rows};
+use super::{Report, Verdict};
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -204,9 +204,12 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// What a report says, whatever its verdict: the rows that were computed before an answer was
-    /// rejected are weighed like those of others, for limits are calibrated over all of them.
+    /// What a report says; nothing where it rejects. A hard failure fails its answer at once, and
+    /// rates are calibrated over answers that pass.
     pub fn of(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Self {
+        if matches!(report.verdict, Verdict::Reject(_)) {
+            return Self::default();
+        }
         let energy = scheme.and_then(|scheme| limits.share(scheme, report));
         Self {
             margins: report.rows.iter().filter_map(|r| r.margin).collect(),
@@ -377,7 +380,18 @@ impl EvidenceStore for MemoryStore {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Reason, Rejection};
     use super::*;
+
+    #[test]
+    fn an_answer_that_is_rejected_is_not_weighed() {
+        let report = |verdict| Report { energies: vec![90.0; 40], ..Report::bare(verdict) };
+        let of =
+            |verdict| Observed::of(&report(verdict), Some(Scheme::Residue), &Limits::default());
+        assert!(!of(Verdict::Pass).is_empty(), "the control");
+        let rejection = Rejection::new(Reason::SamplerMargin, "token 3");
+        assert!(of(Verdict::Reject(rejection)).is_empty());
+    }
 
     #[test]
     fn a_fair_weight_pays_honest_answers_no_more_than_they_stake() {
