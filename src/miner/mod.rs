@@ -35,6 +35,17 @@ pub struct MinerOptions {
     pub axon: Axon,
 }
 
+/// What became of an address that was to be announced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Announced {
+    /// The chain has it already; nothing was sent.
+    Standing,
+    /// It was sent, and is final.
+    Sent,
+    /// It was shown and not to be sent.
+    Withheld,
+}
+
 /// Why a miner cannot go on.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum MinerError {
@@ -116,26 +127,30 @@ impl<C: Chain> Miner<C> {
         }
     }
 
-    /// Writes the address on chain, where another one stands there, and says whether it had to.
+    /// Writes the address on chain, where another one stands there, and says what became of it.
     /// What passes by itself is tried again for as long as it takes; `show` is given what is sent,
     /// and says whether it is.
     ///
     /// # Errors
     /// When the chain refuses it for good.
-    pub async fn announce(&self, show: &(dyn Fn(&str) -> bool + Sync)) -> Result<bool, MinerError> {
+    pub async fn announce(
+        &self,
+        show: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<Announced, MinerError> {
         let MinerOptions { netuid, axon, .. } = self.options;
         let mut wait = AGAIN.0;
         loop {
             if self.standing() == Some(axon) {
                 tracing::info!(axon = %axon.address, "the chain has this address");
                 self.gate.set_refused_axon(None);
-                return Ok(false);
+                return Ok(Announced::Standing);
             }
             match self.chain.serve_axon(&self.signer, netuid, &axon, show).await {
-                Ok(()) => {
+                Ok(true) => {
                     self.gate.set_refused_axon(None);
-                    return Ok(true);
+                    return Ok(Announced::Sent);
                 }
+                Ok(false) => return Ok(Announced::Withheld),
                 Err(e) => {
                     let e = MinerError::from(e);
                     if !e.is_passing() {
@@ -194,9 +209,13 @@ impl<C: Chain> Miner<C> {
             }
             let joined = self.join().await;
             is_owed = joined.is_err();
+            // What may end this miner must be said by another endpoint as well.
+            if joined.as_ref().is_err_and(|e| !e.is_passing()) {
+                self.chain.doubt().await;
+            }
             match joined {
                 Ok(()) => (read_at, is_missing) = (block, false),
-                // One node's word is not enough to give up: the next block tells.
+                // One node's word is not enough to give up: the next block asks another.
                 Err(MinerError::NotRegistered { .. }) if !is_missing => is_missing = true,
                 Err(e @ MinerError::NotRegistered { .. }) => return Err(e),
                 // The members of a while ago are better than none.

@@ -211,3 +211,17 @@ async fn a_dry_run_sends_and_remembers_no_weights() {
     assert_eq!((weights.state, weights.values), (WeightsState::Planned, vec![(1, u16::MAX)]));
     assert!(world.sends.lock().is_empty() && world.weights.lock().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_endpoint_without_the_permit_ends_no_validator() {
+    let world = Arc::new(Fake::new());
+    let running = Running::start(&world, options(None)).await;
+    world.lies.store(true, SeqCst);
+    for block in 100..105 {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    until("weights", || world.sends.lock().len() == 1).await;
+    assert!(!running.is_finished());
+    running.stop().await.unwrap();
+}
