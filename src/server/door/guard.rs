@@ -4,7 +4,7 @@
 use super::access::check_encoding;
 use super::bodies::{BODY_BYTES_MAX, BodyError, Received, Terms};
 use super::checks::Claimed;
-use super::fair::Ticket;
+use super::fair::{Busy, Ticket};
 use super::replay::Replays;
 use super::{Gate, Refused, SignedOutcome};
 use crate::chain::epistula::WINDOW_MS;
@@ -23,6 +23,8 @@ use std::time::Duration;
 
 /// How long a request is remembered: as long as its timestamp can be accepted.
 const REMEMBER_MS: u64 = 2 * WINDOW_MS;
+/// How long a request waits for its turn.
+const TURN_TIME_MAX: Duration = Duration::from_secs(120);
 /// Bodies above this are hashed on a thread that may block.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
@@ -47,9 +49,12 @@ impl Gate {
         let started = self.0.clock.elapsed();
         let received = self.body(&head.headers, body, (from, claimed.signer), state).await?;
         let waited = self.0.clock.elapsed().saturating_sub(started);
-        let (claimed, body) = self.check_signature(claimed, received).await?;
+        let (claimed, received) = self.check_signature(claimed, received).await?;
+        received.count_signed()?;
         self.check_new(&claimed)?;
-        Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::from(body)) })
+        // It counts until the handler has read it.
+        let body = Held { body: Body::from(received.bytes.clone()), _kept: received };
+        Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::new(body)) })
     }
 
     /// Reads a body of whoever says to be this signer.
@@ -76,7 +81,7 @@ impl Gate {
         &self,
         claimed: Claimed,
         received: Received,
-    ) -> Result<(Claimed, Bytes), Refused> {
+    ) -> Result<(Claimed, Received), Refused> {
         let (own, is_small) = (self.own(), received.bytes.len() <= INLINE_BYTES_MAX);
         let check = move || (claimed.is_signed(own, &received.bytes), claimed, received);
         let (is_signed, claimed, received) = match is_small {
@@ -87,7 +92,7 @@ impl Gate {
             })?,
         };
         match is_signed {
-            true => Ok((claimed, received.bytes)),
+            true => Ok((claimed, received)),
             false => Err(Refused::new(
                 StatusCode::BAD_REQUEST,
                 SignedOutcome::BadSignature,
@@ -131,11 +136,17 @@ impl Gate {
     }
 
     async fn ticket(&self, claimed: &Claimed) -> Result<Ticket<Hotkey>, Refused> {
-        self.0.door.enter(claimed.signer).await.map_err(|_| {
+        self.0.door.enter_within(claimed.signer, TURN_TIME_MAX).await.map_err(|busy| {
             // It was not served, so it may come again.
             self.0.replays.lock().remove(claimed.signer, &claimed.name);
             let most = self.0.policy.waiting_max;
-            let detail = format!("Too many requests: {most} of this hotkey wait already");
+            let detail = match busy {
+                Busy::Full => format!("Too many requests: {most} of this hotkey wait already"),
+                Busy::Late => {
+                    let seconds = TURN_TIME_MAX.as_secs();
+                    format!("Too many requests: this one's turn did not come within {seconds} s")
+                }
+            };
             let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, SignedOutcome::Busy, detail);
             Refused { retry_after: Some(1), ..refused }
         })
@@ -184,16 +195,17 @@ pub async fn guard(
     gate.0.counts.count_signer(claimed.signer);
     request.extensions_mut().insert(Caller { hotkey: claimed.signer, name: claimed.name });
     let response = next.run(request).await;
-    response.map(|body| Body::new(Held { body, _ticket: ticket }))
+    response.map(|body| Body::new(Held { body, _kept: ticket }))
 }
 
-/// A body that keeps its request's place until it is written or given up.
-struct Held {
+/// A body that keeps something until it is read, written or given up: its bytes' place in memory,
+/// or its request's among those that run.
+struct Held<T> {
     body: Body,
-    _ticket: Option<Ticket<Hotkey>>,
+    _kept: T,
 }
 
-impl http_body::Body for Held {
+impl<T: Unpin> http_body::Body for Held<T> {
     type Data = Bytes;
     type Error = axum::Error;
 
