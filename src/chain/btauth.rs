@@ -83,7 +83,7 @@ pub enum Age {
     Fresh,
     /// It was signed before the window.
     Stale,
-    /// Behind it.
+    /// It names a time after the window.
     Ahead,
 }
 
