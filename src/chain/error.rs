@@ -137,8 +137,8 @@ const DISPATCH: [(&str, &str); 25] = [
     ("MechanismDoesNotExist", "the subnet has no such mechanism"),
     ("SubnetNotExists", "this subnet does not exist: check --netuid"),
 ];
-/// What the pool says where a reason is gone within seconds, in words: another extrinsic before this
-/// one, or a runtime upgrade since it was signed.
+/// What the pool says where a reason is gone within seconds, in words: another extrinsic before
+/// this one, or a runtime upgrade since it was signed.
 const MOMENTARY: [(&str, &str); 4] = [
     ("priority is too low", "another extrinsic of this hotkey is still in the pool: wait a minute"),
     ("outdated", "its number was used already: another program signs with this hotkey"),

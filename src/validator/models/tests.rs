@@ -151,6 +151,17 @@ async fn miners_of_every_version_are_understood() {
 }
 
 #[tokio::test]
+async fn an_address_is_named_without_its_keys() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let target = miner(format!("http://user:secret@{address}/secret?key=secret"), None);
+    let error = exchange(&target, broadcast(&[]), &Clock::system()).await.unwrap_err().to_string();
+    assert!(error.starts_with(&format!("http://{address}: ")), "{error}");
+    assert!(!error.contains("secret"), "{error}");
+}
+
+#[tokio::test]
 async fn a_miner_that_does_not_answer_costs_three_seconds() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
