@@ -11,7 +11,7 @@ pub mod address;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
-use crate::chain::pace::{Doubt, Pace};
+use crate::chain::pace::{Doubt, Pace, READINGS_MAX};
 use crate::chain::{Chain, Head};
 use crate::server::door::Gate;
 use parking_lot::Mutex;
@@ -21,8 +21,6 @@ use tokio::sync::watch;
 
 /// Waits between two tries of the announcement, at first and at most.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(300));
-/// Readings of the metagraph at once, where its block is not believed: each asks another endpoint.
-const READINGS_MAX: usize = 3;
 
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

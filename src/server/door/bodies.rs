@@ -12,12 +12,13 @@
 
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
+use crate::server::connections::network;
 use axum::body::{Body, Bytes};
 use bytes::BytesMut;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -36,8 +37,6 @@ pub const ADDRESS_MAX: usize = 128;
 pub const GRACE: Duration = Duration::from_secs(3);
 /// Bytes a second of a body, at least.
 pub const PACE_MIN: u64 = 256 << 10;
-/// Bits of an IPv6 address that name a network: its machines share one address here.
-const NETWORK_BITS: u32 = 64;
 
 /// All bodies that are being received or wait to be read; a cloneable handle.
 #[derive(Clone)]
@@ -217,17 +216,6 @@ impl Bodies {
 /// How long a body of which so much has come may have taken.
 fn time_for(bytes: usize) -> Duration {
     GRACE + Duration::from_millis(bytes as u64 * 1000 / PACE_MIN)
-}
-
-/// The address by which a peer is told from others.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(ip) => {
-            let mask = u128::MAX << (u128::BITS - NETWORK_BITS);
-            IpAddr::V6(Ipv6Addr::from(u128::from(ip) & mask))
-        }
-        ip => ip,
-    }
 }
 
 impl Table {

@@ -1,7 +1,7 @@
 //! Runs the sequence of checks that a signed request passes, from its first header to its place in
 //! the queue.
 
-use super::access::check_encoding;
+use super::access::{announced, check_encoding};
 use super::bodies::{BODY_BYTES_MAX, BodyError, Received, Terms};
 use super::checks::Claimed;
 use super::fair::{Busy, Ticket};
@@ -9,16 +9,14 @@ use super::replay::Replays;
 use super::{Gate, Refused, SignedOutcome};
 use crate::chain::epistula::WINDOW_MS;
 use crate::chain::keys::Hotkey;
+use crate::server::keeping::Keeping;
 use crate::server::state::ServerState;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http_body::{Frame, SizeHint};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 /// How long a request is remembered: as long as its timestamp can be accepted.
@@ -53,7 +51,7 @@ impl Gate {
         received.count_signed()?;
         self.check_new(&claimed)?;
         // It counts until the handler has read it.
-        let body = Held { body: Body::from(received.bytes.clone()), _kept: received };
+        let body = Keeping { body: Body::from(received.bytes.clone()), _kept: received };
         Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::new(body)) })
     }
 
@@ -69,8 +67,7 @@ impl Gate {
             .map_err(|e| Refused::new(e.status, SignedOutcome::BadRequest, e.message))?;
         let limits = state.settings().limits;
         let bytes_max = limits.body_bytes.min(BODY_BYTES_MAX);
-        let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
-        if announced.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n > bytes_max) {
+        if announced(headers).is_some_and(|bytes| bytes > bytes_max) {
             return Err(BodyError::Large(bytes_max).into());
         }
         let terms = Terms { from, signer, bytes_max, time_max: limits.body_time };
@@ -195,32 +192,5 @@ pub async fn guard(
     gate.0.counts.count_signer(claimed.signer);
     request.extensions_mut().insert(Caller { hotkey: claimed.signer, name: claimed.name });
     let response = next.run(request).await;
-    response.map(|body| Body::new(Held { body, _kept: ticket }))
-}
-
-/// A body that keeps something until it is read, written or given up: its bytes' place in memory,
-/// or its request's among those that run.
-struct Held<T> {
-    body: Body,
-    _kept: T,
-}
-
-impl<T: Unpin> http_body::Body for Held<T> {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    response.map(|body| Body::new(Keeping { body, _kept: ticket }))
 }
