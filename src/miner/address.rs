@@ -1,5 +1,6 @@
 //! Finds out where others reach this machine.
 
+use crate::endpoint::{reasons, shown};
 use crate::tls;
 use anyhow::anyhow;
 use reqwest::Client;
@@ -35,15 +36,18 @@ async fn ask(url: &str) -> anyhow::Result<IpAddr> {
     tls::install();
     let client = Client::builder().timeout(TIMEOUT).build()?;
     let asked = client.get(url).send().await.and_then(reqwest::Response::error_for_status);
-    let (mut response, mut answer) = (asked?, Vec::new());
-    while let Some(part) = response.chunk().await? {
+    let mut response =
+        asked.map_err(|e| anyhow!("{}: {}", shown(url), reasons(&e.without_url())))?;
+    let mut answer = Vec::new();
+    while let Some(part) = response.chunk().await.map_err(reqwest::Error::without_url)? {
         answer.extend_from_slice(&part);
         if answer.len() > ANSWER_BYTES_MAX {
+            let url = shown(url);
             return Err(anyhow!("{url} answered more than {ANSWER_BYTES_MAX} bytes"));
         }
     }
     let text = String::from_utf8_lossy(&answer);
-    let text = text.trim();
+    let (text, url) = (text.trim(), shown(url));
     text.parse().map_err(|_| anyhow!("{url} answered {text:?}, no IP address"))
 }
 
