@@ -26,7 +26,7 @@
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to rows and what they say |
 //! | 1 | [`chain`] | keys, wallets, the metagraph, extrinsics |
 //! | 1 | [`update`] | new versions of this program |
-//! | 0 | [`proof`] [`wire`] [`clock`] [`entropy`] [`files`] [`tls`] | leaves |
+//! | 0 | [`proof`] [`wire`] [`clock`] [`endpoint`] [`entropy`] [`files`] [`tls`] | leaves |
 //! | – | [`ops`], a package of its own | arithmetic, compiled optimised in every profile |
 //!
 //! # Invariants
@@ -43,6 +43,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod doctor;
+pub mod endpoint;
 pub mod engine;
 pub mod entropy;
 pub mod files;

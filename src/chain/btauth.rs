@@ -76,24 +76,28 @@ impl Envelope<'_> {
     }
 }
 
-/// How a nonce lies to the present.
+/// How the time of a signature lies to the present.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Age {
     /// Within the window.
     Fresh,
     /// It was signed before the window.
     Stale,
-    /// Behind it.
+    /// It names a time after the window.
     Ahead,
 }
 
 impl Age {
     /// Of a nonce at `now_ms`.
     pub fn of(nonce: u64, now_ms: u64) -> Self {
-        let sent_ms = nonce / 1_000_000;
+        Self::within((AGE_MAX_MS, AHEAD_MAX_MS), nonce / 1_000_000, now_ms)
+    }
+
+    /// Of something signed at `sent_ms`, which may be so old and so far ahead, in milliseconds.
+    pub fn within((age_max, ahead_max): (u64, u64), sent_ms: u64, now_ms: u64) -> Self {
         match sent_ms {
-            _ if sent_ms + AGE_MAX_MS < now_ms => Age::Stale,
-            _ if sent_ms > now_ms + AHEAD_MAX_MS => Age::Ahead,
+            _ if sent_ms.saturating_add(age_max) < now_ms => Age::Stale,
+            _ if sent_ms > now_ms.saturating_add(ahead_max) => Age::Ahead,
             _ => Age::Fresh,
         }
     }

@@ -137,6 +137,14 @@ const DISPATCH: [(&str, &str); 25] = [
     ("MechanismDoesNotExist", "the subnet has no such mechanism"),
     ("SubnetNotExists", "this subnet does not exist: check --netuid"),
 ];
+/// What the pool says where a reason is gone within seconds, in words: another extrinsic before
+/// this one, or a runtime upgrade since it was signed.
+const MOMENTARY: [(&str, &str); 4] = [
+    ("priority is too low", "another extrinsic of this hotkey is still in the pool: wait a minute"),
+    ("outdated", "its number was used already: another program signs with this hotkey"),
+    ("stale", "its number was used already: another program signs with this hotkey"),
+    ("bad signature", "the runtime was upgraded after it was signed: it is signed again"),
+];
 /// Dispatch errors that pass: by waiting, or as the flag is read anew.
 const PASSING: [&str; 6] = [
     "ServingRateLimitExceeded",
@@ -163,15 +171,11 @@ impl ExtrinsicRefusal {
     }
 
     fn advice(&self) -> Option<&'static str> {
-        let lower = self.word.to_lowercase();
+        if let Some(advice) = self.momentary() {
+            return Some(advice);
+        }
         match self.stage {
-            ExtrinsicStage::Pool if lower.contains("priority is too low") => {
-                Some("another extrinsic of this hotkey is still in the pool: wait a minute")
-            }
-            ExtrinsicStage::Pool if lower.contains("outdated") || lower.contains("stale") => {
-                Some("its number was used already: another program signs with this hotkey")
-            }
-            ExtrinsicStage::Pool if lower.contains("inability to pay") => {
+            ExtrinsicStage::Pool if self.word.to_lowercase().contains("inability to pay") => {
                 Some("the account cannot pay the fee")
             }
             ExtrinsicStage::Pool => {
@@ -186,21 +190,24 @@ impl ExtrinsicRefusal {
         }
     }
 
+    /// What to do, where the pool's reason is gone within seconds.
+    fn momentary(&self) -> Option<&'static str> {
+        let lower = self.word.to_lowercase();
+        let known = MOMENTARY.iter().find(|(word, _)| lower.contains(word));
+        known.filter(|_| self.stage == ExtrinsicStage::Pool).map(|(_, advice)| *advice)
+    }
+
     /// Whether the pool's reason is gone within seconds: another extrinsic before this one, or a
     /// runtime upgrade since it was signed.
     pub fn is_momentary(&self) -> bool {
-        let lower = self.word.to_lowercase();
-        let words = ["priority is too low", "outdated", "stale", "bad signature"];
-        self.stage == ExtrinsicStage::Pool && words.iter().any(|word| lower.contains(word))
+        self.momentary().is_some()
     }
 
     /// Whether the same extrinsic may succeed later without anybody doing anything.
     pub fn is_passing(&self) -> bool {
-        let lower = self.word.to_lowercase();
         match self.stage {
             ExtrinsicStage::Pool => {
-                ["priority is too low", "outdated", "stale"].iter().any(|w| lower.contains(w))
-                    || matches!(self.custom_code(), Some(6 | 12))
+                self.is_momentary() || matches!(self.custom_code(), Some(6 | 12))
             }
             ExtrinsicStage::Dispatch => PASSING.iter().any(|name| self.word.ends_with(name)),
             ExtrinsicStage::Lost => true,
@@ -220,6 +227,7 @@ mod tests {
             ("Custom error: 12", "wait about 50 blocks", true),
             ("Priority is too low: (1 vs 2)", "still in the pool", true),
             ("Transaction is outdated", "used already", true),
+            ("Transaction has a bad signature", "signed again", true),
             ("Custom error: 77", "Custom error: 77", false),
             ("something else", "something else", false),
         ] {

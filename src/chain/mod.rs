@@ -39,7 +39,8 @@ pub trait Chain: Send + Sync + 'static {
     fn metagraph(&self, netuid: u16) -> impl Future<Output = Result<Metagraph, ChainError>> + Send;
 
     /// Registers where `signer` listens, and waits until that is final. What is sent is given to
-    /// `show` in words before it is signed; nothing is signed where `show` says no.
+    /// `show` in words before it is signed; nothing is signed where `show` says no, which gives
+    /// `false`.
     ///
     /// # Errors
     /// When the chain refuses it.
@@ -49,7 +50,7 @@ pub trait Chain: Send + Sync + 'static {
         netuid: u16,
         axon: &Axon,
         show: &(dyn Fn(&str) -> bool + Sync),
-    ) -> impl Future<Output = Result<(), ChainError>> + Send;
+    ) -> impl Future<Output = Result<bool, ChainError>> + Send;
 
     /// What the chain asks of weights that `hotkey` sets, as of now.
     ///

@@ -1,6 +1,7 @@
 //! Lists networks by name: their endpoints and the genesis block that must be behind them.
 
 use super::timelock::{Drand, QUICKNET};
+use crate::endpoint::shown;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -90,7 +91,7 @@ impl Endpoints {
         };
         if let Some(bad) = urls.iter().find(|u| !u.starts_with("ws://") && !u.starts_with("wss://"))
         {
-            return Err(NetworkError::Address(bad.clone()));
+            return Err(NetworkError::Address(shown(bad)));
         }
         let urls = match urls {
             [] => known.iter().map(|u| (*u).to_owned()).collect(),
@@ -116,7 +117,8 @@ mod tests {
         let own = ["ws://127.0.0.1:1".to_owned()];
         let mine = Endpoints::new(Network::Finney, &own).unwrap();
         assert!(mine.urls == own && mine.genesis.is_some());
-        assert!(Endpoints::new(Network::Test, &["http://x".into()]).is_err());
+        let wrong = Endpoints::new(Network::Test, &["http://x/key".into()]).unwrap_err();
+        assert_eq!(wrong.to_string(), "must begin with ws:// or wss://, got http://x");
         assert!(
             "main".parse::<Network>().unwrap_err().to_string().contains("finney, test or local")
         );

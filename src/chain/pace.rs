@@ -11,6 +11,8 @@ pub const JUMP_MAX: u64 = 1_000;
 pub const BLOCKS_A_SECOND_MAX: u64 = 100;
 /// Blocks that an endpoint may be behind the newest one that was believed.
 pub const LAG_MAX: u64 = 300;
+/// Readings of the metagraph at once, where its block is not believed: each asks another endpoint.
+pub const READINGS_MAX: usize = 3;
 /// After so long without a number that can be believed, the next one is: the one before was wrong.
 pub const DOUBT_MAX: Duration = Duration::from_secs(600);
 

@@ -73,7 +73,7 @@ impl Chain for Subtensor {
         netuid: u16,
         axon: &Axon,
         show: &(dyn Fn(&str) -> bool + Sync),
-    ) -> Result<(), ChainError> {
+    ) -> Result<bool, ChainError> {
         // Asked once: what was sent may have arrived although the connection broke.
         let connection = self.connection().await?;
         let sending = serve(&connection, signer, netuid, axon, show);
@@ -157,14 +157,14 @@ impl Chain for Subtensor {
     }
 }
 
-/// Announces an axon; `show` may say no.
+/// Announces an axon; `false` where `show` says no.
 async fn serve(
     connection: &Connection,
     signer: &Keypair,
     netuid: u16,
     axon: &Axon,
     show: &(dyn Fn(&str) -> bool + Sync),
-) -> Result<(), ChainError> {
+) -> Result<bool, ChainError> {
     let at = current(connection).await?;
     let (ip, ip_type) = axon.chain_ip();
     let (version, port, protocol) = (axon.version, axon.address.port(), axon.protocol);
@@ -173,8 +173,9 @@ async fn serve(
     let fields = (netuid, version, ip, port, ip_type, protocol, unused, unused);
     let call = dynamic::tx("SubtensorModule", "serve_axon", fields);
     if !show(&send::describe(&at, &call)?) {
-        return Ok(());
+        return Ok(false);
     }
     let signed = send::sign(connection, &at, &call, signer).await?;
-    send::submit(connection, &signed).await.map_err(|failed| failed.error)
+    send::submit(connection, &signed).await.map_err(|failed| failed.error)?;
+    Ok(true)
 }

@@ -113,7 +113,7 @@ async fn serve(
         return subnet.dry_run().await.map(|()| None);
     }
     let registry = Registry::default();
-    registry.announce(config.models.iter().map(|m| m.name.clone()));
+    let announced = registry.announce(config.models.iter().map(|m| m.name.clone()));
     let state = state(&args, &config, registry.clone(), subnet.as_ref(), clock.clone());
     let (ended, signalled) = (CancellationToken::new(), CancellationToken::new());
     // Before anybody can know that it runs, and end it.
@@ -124,8 +124,8 @@ async fn serve(
     let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
     let shown: Arc<dyn Progress> = Arc::new(Bars::new());
-    let (own, threads, time) = (registry.clone(), pool.clone(), clock.clone());
-    let loading = tokio::spawn(start_models(models, own, threads, time, shown.clone()));
+    let (threads, time) = (pool.clone(), clock.clone());
+    let loading = tokio::spawn(start_models(models, announced, threads, time, shown.clone()));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome).map(|()| None),

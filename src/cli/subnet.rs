@@ -8,7 +8,7 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
-use crate::miner::{Miner, MinerError, MinerOptions};
+use crate::miner::{Announced, Miner, MinerError, MinerOptions};
 use crate::server::door::Gate;
 use crate::server::registry::{Registry, State};
 use sd_notify::NotifyState;
@@ -82,14 +82,14 @@ impl Running {
         };
         let announced = async {
             match self.0.announce(&show).await {
-                Ok(true) => {
+                Ok(Announced::Sent) => {
                     tracing::info!("announced on chain");
                     // So that `status` shows it.
                     if let Err(e) = self.0.join().await {
                         tracing::warn!("the metagraph is not refreshed: {e}");
                     }
                 }
-                Ok(false) => {}
+                Ok(Announced::Standing | Announced::Withheld) => {}
                 // What was announced before may still be right: serving goes on.
                 Err(e) => tracing::error!("the address is not announced: {e}"),
             }
@@ -110,7 +110,7 @@ impl Subnet {
             outln!("{words}");
             false
         };
-        if !self.miner.announce(&show).await.map_err(miner_failure)? {
+        if self.miner.announce(&show).await.map_err(miner_failure)? == Announced::Standing {
             outln!("nothing: the chain has this address already");
         }
         Ok(())

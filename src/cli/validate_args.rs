@@ -4,6 +4,7 @@ use super::Failure;
 use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
+use crate::endpoint::shown;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, RoundSettings, Times};
@@ -373,6 +374,7 @@ impl HubArgs {
         for (flag, url) in [("organics", &self.organics), ("stats", &self.stats)] {
             let is_http = |url: &String| url.starts_with("http://") || url.starts_with("https://");
             if let Some(url) = url.as_ref().filter(|url| !is_http(url)) {
+                let url = shown(url);
                 let what = format!("--{flag}.url must begin with http:// or https://, got {url}");
                 return Err(Failure::user(what));
             }

@@ -48,7 +48,7 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     let (listener, local) = args.listen.bind().await?;
     check_host(local, true, false)?;
     let (registry, clock) = (Registry::default(), Clock::system());
-    registry.announce(config.models.iter().map(|m| m.name.clone()));
+    let announced = registry.announce(config.models.iter().map(|m| m.name.clone()));
     let settings = config.server.settings;
     let service = Service::new(registry.clone(), &settings, clock.clone(), &pool);
     // Before anybody can know that it runs, and end it.
@@ -64,7 +64,7 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     let stall_time = settings.limits.stall_time;
     tokio::spawn(feed_watchdog(registry.clone(), move || stall_time));
     let shown = Arc::new(Bars::new());
-    let loading = tokio::spawn(start_models(config.models, registry.clone(), pool, clock, shown));
+    let loading = tokio::spawn(start_models(config.models, announced, pool, clock, shown));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome),

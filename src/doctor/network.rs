@@ -3,6 +3,7 @@
 use super::{Finding, Level};
 use crate::chain::epistula::WINDOW_MS;
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::tls;
 use reqwest::{Client, StatusCode};
 use std::net::{IpAddr, SocketAddr};
@@ -22,6 +23,7 @@ const SKEW_FAULT_MS: i64 = WINDOW_MS as i64 / 2;
 /// Asks `url` and looks at its answer's status and date.
 pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
     tls::install();
+    let shown = shown(url);
     let client = match Client::builder().timeout(TIMEOUT).build() {
         Ok(client) => client,
         Err(e) => return vec![Finding::new(topic, Level::Fault, format!("no HTTP client: {e}"))],
@@ -30,13 +32,13 @@ pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
     let response = match client.get(url).send().await {
         Ok(response) => response,
         Err(e) => {
-            let fact = format!("{url} cannot be reached: {}", root_cause(&e));
+            let fact = format!("{shown} cannot be reached: {}", root_cause(&e));
             return vec![Finding::new(topic, Level::Warning, fact).hint("is there a proxy?")];
         }
     };
     let after = clock.unix_ms();
     let status = response.status();
-    let fact = format!("{url} answers {status} after {} ms", after.saturating_sub(before));
+    let fact = format!("{shown} answers {status} after {} ms", after.saturating_sub(before));
     let level = match status.is_server_error() || status == StatusCode::UNAUTHORIZED {
         true => Level::Warning,
         false => Level::Ok,
@@ -45,7 +47,7 @@ pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
     let date = response.headers().get(reqwest::header::DATE).and_then(|d| d.to_str().ok());
     if let Some(theirs) = date.and_then(date_ms) {
         let ours = i64::try_from(before / 2 + after / 2).unwrap_or(i64::MAX);
-        findings.push(skew(ours - theirs - DATE_STEP_MS / 2, url));
+        findings.push(skew(ours - theirs - DATE_STEP_MS / 2, &shown));
     }
     findings
 }

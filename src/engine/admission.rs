@@ -64,6 +64,18 @@ pub enum Refusal {
         /// What the cache holds.
         limit: usize,
     },
+    /// As many sequences run and wait as the engine takes.
+    #[error("{most} sequences run and wait already, the limit")]
+    EngineFull {
+        /// The limit.
+        most: usize,
+    },
+    /// As many sequences of one owner run and wait as it may have.
+    #[error("{most} sequences of one key or hotkey run and wait already, the limit")]
+    OwnerFull {
+        /// The limit.
+        most: usize,
+    },
     /// The queue is full.
     #[error("{waiting} requests are waiting already, the limit")]
     QueueFull {

@@ -253,12 +253,12 @@ impl Engine {
     fn place(&self, owner: Owner) -> Result<EnginePermit, Refusal> {
         let Shared { options, permits, owners, .. } = &*self.0;
         let permit = Arc::clone(permits).try_acquire_owned();
-        let permit = permit.map_err(|_| Refusal::QueueFull { waiting: options.waiting_max })?;
+        let permit = permit.map_err(|_| Refusal::EngineFull { most: options.in_flight_max() })?;
         let limit = options.owner_max(owner);
         let mut held = owners.lock();
         let count = held.entry(owner).or_default();
         if *count >= limit {
-            return Err(Refusal::QueueFull { waiting: limit });
+            return Err(Refusal::OwnerFull { most: limit });
         }
         *count += 1;
         Ok(EnginePermit { owner, owners: Arc::clone(owners), _permit: permit })

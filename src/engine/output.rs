@@ -136,6 +136,24 @@ pub enum Event {
     Fault(Fault),
 }
 
+/// An output that came to its end.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Ended {
+    /// Rows of the prompt, where asked for.
+    pub rows: Option<Vec<PromptRow>>,
+    /// The tokens.
+    pub steps: Vec<Step>,
+    /// How it ended.
+    pub finish: Finish,
+}
+
+impl Ended {
+    /// The whole text.
+    pub fn text(&self) -> String {
+        self.steps.iter().map(|step| step.text.as_str()).collect()
+    }
+}
+
 /// A running request. Dropping it cancels the request within one step.
 pub struct Generation {
     pub(super) events: mpsc::Receiver<Event>,
@@ -150,6 +168,29 @@ impl Generation {
     /// Like [`next`](Self::next) from a thread that may block.
     pub fn next_blocking(&mut self) -> Option<Event> {
         self.events.blocking_recv()
+    }
+
+    /// The whole output. One that breaks off without an end is none.
+    ///
+    /// # Errors
+    /// When the engine failed.
+    pub async fn collect(mut self) -> Result<Ended, Fault> {
+        let (mut rows, mut steps) = (None, Vec::new());
+        while let Some(event) = self.next().await {
+            match event {
+                Event::Prompt(all) => rows = Some(all),
+                Event::Step(step) => {
+                    let finish = step.finish.clone();
+                    steps.push(step);
+                    if let Some(finish) = finish {
+                        return Ok(Ended { rows, steps, finish });
+                    }
+                }
+                Event::Finish(finish) => return Ok(Ended { rows, steps, finish }),
+                Event::Fault(fault) => return Err(fault),
+            }
+        }
+        Err(Fault::Stopped)
     }
 
     /// All tokens and the end, from a thread that may block.
@@ -171,5 +212,42 @@ impl Generation {
             }
         }
         Ok((steps, finish))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    fn step(text: &str, finish: Option<Finish>) -> Event {
+        let text = text.to_owned();
+        let (token, logprob, rank, top, powv, proof) = (1, -0.5, 1, Vec::new(), 0, None);
+        Event::Step(Step { token, text, logprob, rank, top, powv, proof, finish })
+    }
+
+    fn collected(events: Vec<Event>) -> Result<String, Fault> {
+        let (sender, receiver) = mpsc::channel(events.len());
+        events.into_iter().for_each(|event| sender.try_send(event).unwrap());
+        drop(sender);
+        let ended = Generation { events: receiver }.collect().now_or_never().unwrap();
+        ended.map(|ended| ended.text())
+    }
+
+    #[test]
+    fn an_output_that_breaks_off_is_no_whole_one() {
+        let finish = Finish {
+            reason: FinishReason::Length,
+            prompt_tokens: 1,
+            cached_tokens: 0,
+            completion_tokens: 2,
+            digest: None,
+        };
+        assert_eq!(collected(vec![step("a", None)]), Err(Fault::Stopped));
+        let whole = vec![step("a", None), step("b", Some(finish.clone()))];
+        assert_eq!(collected(whole), Ok("ab".into()));
+        assert_eq!(collected(vec![Event::Finish(finish)]), Ok(String::new()));
+        let lost = Fault::Lost("gone".into());
+        assert_eq!(collected(vec![step("a", None), Event::Fault(lost.clone())]), Err(lost));
     }
 }

@@ -1,7 +1,7 @@
 //! Plans memory: it computes what a model will need before anything of it is loaded.
 
-use super::Options;
 use super::backend::BackendKind;
+use super::{MIXED_PREFILL_TOKENS, Options};
 use crate::models::cpu::workspace_bytes;
 use crate::models::device::Device;
 use crate::models::spec::Spec;
@@ -137,7 +137,7 @@ impl MemoryPlan {
             BackendKind::Native => wanted.sequences_max,
             BackendKind::Mistralrs => wanted.sequences_max.min(MISTRAL_SEQUENCES_MAX),
         };
-        let rows = step_tokens_max.max(sequences_max + 128);
+        let rows = step_tokens_max.max(sequences_max + MIXED_PREFILL_TOKENS);
         let needs = match backend {
             BackendKind::Native => Needs::new(device, spec, rows),
             BackendKind::Mistralrs => Needs::of_mistral(spec, context_max),

@@ -11,7 +11,7 @@ pub enum Stage {
     Schedule,
     /// The rows are computed; a panic here costs the requests of the step.
     Forward,
-    /// It is said what is asked of a row, and a token is read off it.
+    /// The sampling settings of a row are applied, and a token is drawn from it.
     Reduce,
     /// A token becomes text and is sent.
     Record,

@@ -17,7 +17,7 @@ use crate::models::panics::contained;
 use crate::models::{Identity, Model, config};
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
-use crate::server::registry::{ModelEntry, Registry, Served, State};
+use crate::server::registry::{Registry, Served, State};
 use anyhow::anyhow;
 use futures_util::future::join_all;
 use std::collections::HashMap;
@@ -166,7 +166,7 @@ pub fn plan_within(located: &Located, available: u64) -> anyhow::Result<MemoryPl
     })?
 }
 
-/// Locates, plans and loads all models; false when none is ready.
+/// Locates, plans and loads the models that `registry` announced; false when none is ready.
 pub async fn start_models(
     models: Vec<ModelConfig>,
     registry: Registry,
@@ -201,10 +201,7 @@ pub async fn start_models(
     });
     let is_any_ready = started.await.unwrap_or(false);
     for (name, file) in kept {
-        let is_it = |entry: &ModelEntry| entry.name == name;
-        if let Some(State::Ready(served)) =
-            registry.entries().into_iter().find(is_it).map(|e| e.state)
-        {
+        if let Some(State::Ready(served)) = registry.entry(&name).map(|entry| entry.state) {
             tokio::spawn(prefixes::keep(file, *served));
         }
     }
@@ -252,8 +249,11 @@ fn start_one(
             let canon = &served.identity.canon;
             let model = name;
             tracing::info!(model, ?backend, %device, %canon, dtype, weights, seconds, "ready");
-            registry.set(name, None, State::Ready(Box::new(served)));
-            true
+            let is_wanted = registry.set(name, None, State::Ready(Box::new(served)));
+            if !is_wanted {
+                tracing::info!(model, "dropped again: the models file wants it otherwise by now");
+            }
+            is_wanted
         }
         Err(why) => {
             tracing::error!(model = name, "cannot be served: {why}");

@@ -108,8 +108,7 @@ impl Reloader {
             registry.remove(&gone.name);
         }
         let has_failed = |name: &str| {
-            let entries = registry.entries();
-            entries.iter().any(|e| e.name == name && matches!(e.state, State::Failed(_)))
+            registry.entry(name).is_some_and(|entry| matches!(entry.state, State::Failed(_)))
         };
         let wanted: Vec<ModelConfig> =
             models.iter().filter(|m| !old.contains(m) || has_failed(&m.name)).cloned().collect();
@@ -120,8 +119,8 @@ impl Reloader {
             tracing::info!(model = model.name, "loading");
             registry.remove(&model.name);
         }
-        registry.announce(wanted.iter().map(|m| m.name.clone()));
-        let (registry, pool, clock) = (registry.clone(), self.pool.clone(), self.clock.clone());
-        tokio::spawn(start_models(wanted, registry, pool, clock, self.shown.clone()));
+        let announced = registry.announce(wanted.iter().map(|m| m.name.clone()));
+        let (pool, clock) = (self.pool.clone(), self.clock.clone());
+        tokio::spawn(start_models(wanted, announced, pool, clock, self.shown.clone()));
     }
 }

@@ -1,5 +1,6 @@
 //! Finds out where others reach this machine.
 
+use crate::endpoint::{reasons, shown};
 use crate::tls;
 use anyhow::anyhow;
 use reqwest::Client;
@@ -10,8 +11,8 @@ use std::time::Duration;
 pub const CHECK_IP: &str = "https://checkip.amazonaws.com";
 /// How long that may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Characters of an answer.
-const ANSWER_MAX: usize = 64;
+/// Bytes of an answer; no more of it is read.
+const ANSWER_BYTES_MAX: usize = 256;
 
 /// The address to announce: the given one, else what `check_ip` says.
 ///
@@ -35,8 +36,18 @@ async fn ask(url: &str) -> anyhow::Result<IpAddr> {
     tls::install();
     let client = Client::builder().timeout(TIMEOUT).build()?;
     let asked = client.get(url).send().await.and_then(reqwest::Response::error_for_status);
-    let text = asked?.text().await?;
-    let text: String = text.trim().chars().take(ANSWER_MAX).collect();
+    let mut response =
+        asked.map_err(|e| anyhow!("{}: {}", shown(url), reasons(&e.without_url())))?;
+    let mut answer = Vec::new();
+    while let Some(part) = response.chunk().await.map_err(reqwest::Error::without_url)? {
+        answer.extend_from_slice(&part);
+        if answer.len() > ANSWER_BYTES_MAX {
+            let url = shown(url);
+            return Err(anyhow!("{url} answered more than {ANSWER_BYTES_MAX} bytes"));
+        }
+    }
+    let text = String::from_utf8_lossy(&answer);
+    let (text, url) = (text.trim(), shown(url));
     text.parse().map_err(|_| anyhow!("{url} answered {text:?}, no IP address"))
 }
 
@@ -44,12 +55,20 @@ async fn ask(url: &str) -> anyhow::Result<IpAddr> {
 mod tests {
     use super::*;
     use axum::Router;
+    use axum::body::Body;
     use axum::routing::get;
+
+    /// An answer that never ends.
+    async fn endless() -> Body {
+        let part = || Ok::<_, std::io::Error>("203.0.113.7 ");
+        Body::from_stream(tokio_stream::iter(std::iter::repeat_with(part)))
+    }
 
     #[tokio::test]
     async fn a_given_address_wins_and_nonsense_is_an_error() {
         let app = Router::new()
             .route("/good", get(|| async { "203.0.113.7\n" }))
+            .route("/endless", get(endless))
             .route("/bad", get(|| async { "<html>" }));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
@@ -62,6 +81,8 @@ mod tests {
         assert_eq!(address.to_string(), "203.0.113.7:1");
         let error = external(None, 1, &of("/bad")).await.unwrap_err().to_string();
         assert!(error.contains("no IP address"), "{error}");
+        let error = external(None, 1, &of("/endless")).await.unwrap_err().to_string();
+        assert!(error.contains("answered more than 256 bytes"), "{error}");
         assert!(external(None, 1, &of("/none")).await.unwrap_err().to_string().contains("404"));
     }
 }

@@ -11,7 +11,7 @@ pub mod address;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
-use crate::chain::pace::{Doubt, Pace};
+use crate::chain::pace::{Doubt, Pace, READINGS_MAX};
 use crate::chain::{Chain, Head};
 use crate::server::door::Gate;
 use parking_lot::Mutex;
@@ -21,8 +21,6 @@ use tokio::sync::watch;
 
 /// Waits between two tries of the announcement, at first and at most.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(300));
-/// Readings of the metagraph at once, where its block is not believed: each asks another endpoint.
-const READINGS_MAX: usize = 3;
 
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +31,17 @@ pub struct MinerOptions {
     pub epoch_length: u64,
     /// Where others reach this miner.
     pub axon: Axon,
+}
+
+/// What became of an address that was to be announced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Announced {
+    /// The chain has it already; nothing was sent.
+    Standing,
+    /// It was sent, and is final.
+    Sent,
+    /// It was shown and not to be sent.
+    Withheld,
 }
 
 /// Why a miner cannot go on.
@@ -116,26 +125,30 @@ impl<C: Chain> Miner<C> {
         }
     }
 
-    /// Writes the address on chain, where another one stands there, and says whether it had to.
+    /// Writes the address on chain, where another one stands there, and says what became of it.
     /// What passes by itself is tried again for as long as it takes; `show` is given what is sent,
     /// and says whether it is.
     ///
     /// # Errors
     /// When the chain refuses it for good.
-    pub async fn announce(&self, show: &(dyn Fn(&str) -> bool + Sync)) -> Result<bool, MinerError> {
+    pub async fn announce(
+        &self,
+        show: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<Announced, MinerError> {
         let MinerOptions { netuid, axon, .. } = self.options;
         let mut wait = AGAIN.0;
         loop {
             if self.standing() == Some(axon) {
                 tracing::info!(axon = %axon.address, "the chain has this address");
                 self.gate.set_refused_axon(None);
-                return Ok(false);
+                return Ok(Announced::Standing);
             }
             match self.chain.serve_axon(&self.signer, netuid, &axon, show).await {
-                Ok(()) => {
+                Ok(true) => {
                     self.gate.set_refused_axon(None);
-                    return Ok(true);
+                    return Ok(Announced::Sent);
                 }
+                Ok(false) => return Ok(Announced::Withheld),
                 Err(e) => {
                     let e = MinerError::from(e);
                     if !e.is_passing() {
@@ -194,9 +207,13 @@ impl<C: Chain> Miner<C> {
             }
             let joined = self.join().await;
             is_owed = joined.is_err();
+            // What may end this miner must be said by another endpoint as well.
+            if joined.as_ref().is_err_and(|e| !e.is_passing()) {
+                self.chain.doubt().await;
+            }
             match joined {
                 Ok(()) => (read_at, is_missing) = (block, false),
-                // One node's word is not enough to give up: the next block tells.
+                // One node's word is not enough to give up: the next block asks another.
                 Err(MinerError::NotRegistered { .. }) if !is_missing => is_missing = true,
                 Err(e @ MinerError::NotRegistered { .. }) => return Err(e),
                 // The members of a while ago are better than none.

@@ -2,23 +2,12 @@
 
 use super::format::{Echo, Formatter, prompt_logprobs};
 use super::head::ResponseHead;
-use crate::engine::output::{Finish, PromptRow, Step};
+use crate::engine::output::Ended;
 use crate::intake::Endpoint;
 use crate::models::text::Text;
 use crate::wire::openai::Usage;
 use crate::wire::openai::response::{ChatChoice, CompletionChoice, Response};
 use serde::Serialize;
-
-/// A choice that has ended.
-#[derive(Clone, PartialEq, Debug)]
-pub struct EndedChoice {
-    /// Rows of its prompt, where asked for.
-    pub rows: Option<Vec<PromptRow>>,
-    /// The tokens of the choice.
-    pub steps: Vec<Step>,
-    /// How the choice ended.
-    pub finish: Finish,
-}
 
 /// The body of either endpoint.
 #[derive(Clone, Debug, Serialize)]
@@ -35,10 +24,10 @@ pub fn whole(
     head: &ResponseHead,
     formatters: Vec<Formatter>,
     model: &Text,
-    outcomes: &[EndedChoice],
+    outcomes: &[Ended],
 ) -> Whole {
     let prompts = &head.prompts;
-    let cached = |(i, o): (usize, &EndedChoice)| match prompts.first(i) == i {
+    let cached = |(i, o): (usize, &Ended)| match prompts.first(i) == i {
         true => o.finish.cached_tokens,
         false => 0,
     };
@@ -63,7 +52,7 @@ pub fn whole(
             Whole::Chat(body)
         }
         Endpoint::Completion => {
-            let choice = |(index, (mut formatter, outcome)): (usize, (Formatter, &EndedChoice))| {
+            let choice = |(index, (mut formatter, outcome)): (usize, (Formatter, &Ended))| {
                 let echo = Echo { prompt: prompts.of(index), rows: rows(index) };
                 let echo = head.report.echo.then_some(&echo);
                 CompletionChoice {

@@ -24,34 +24,30 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    fn new(status: StatusCode, message: impl Into<String>) -> Self {
+    /// An error with this status.
+    pub fn with_status(status: StatusCode, message: impl Into<String>) -> Self {
         Self { status, message: message.into(), param: None, code: None }
     }
 
     /// A field is wrong.
     pub fn field(field: &str, what: impl Into<String>) -> Self {
         let message = format!("`{field}` {}", what.into());
-        Self { param: Some(field.into()), ..Self::new(StatusCode::BAD_REQUEST, message) }
+        Self { param: Some(field.into()), ..Self::with_status(StatusCode::BAD_REQUEST, message) }
     }
 
     /// The request as a whole is wrong.
     pub fn bad_request(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, message)
+        Self::with_status(StatusCode::BAD_REQUEST, message)
     }
 
     /// There is no such thing.
     pub fn not_found(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, message)
+        Self::with_status(StatusCode::NOT_FOUND, message)
     }
 
     /// A failure that may pass: 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
-    }
-
-    /// The same error with another status.
-    pub fn with_status(status: StatusCode, message: impl Into<String>) -> Self {
-        Self::new(status, message)
+        Self::with_status(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
     /// The error as it is sent, in a response or in a stream.
@@ -93,8 +89,8 @@ impl From<RequestError> for ApiError {
             FaultKind::ContextLength => {
                 Self { code: Some(CONTEXT_LENGTH), ..ApiError::bad_request(e.message) }
             }
-            FaultKind::Busy => ApiError::new(StatusCode::TOO_MANY_REQUESTS, e.message),
-            FaultKind::Ours => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.message),
+            FaultKind::Busy => ApiError::with_status(StatusCode::TOO_MANY_REQUESTS, e.message),
+            FaultKind::Ours => ApiError::with_status(StatusCode::INTERNAL_SERVER_ERROR, e.message),
         };
         Self { param: e.param, ..error }
     }
@@ -106,7 +102,7 @@ impl From<Fault> for ApiError {
             Fault::Grammar(_) => StatusCode::BAD_REQUEST,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        ApiError::new(status, fault.to_string())
+        ApiError::with_status(status, fault.to_string())
     }
 }
 
@@ -115,9 +111,11 @@ impl From<SubmitError> for ApiError {
         match e {
             SubmitError::Invalid(e) => RequestError::from(e).into(),
             SubmitError::Fault(fault) => fault.into(),
-            SubmitError::Refused(refusal @ Refusal::QueueFull { .. }) => {
-                ApiError::new(StatusCode::TOO_MANY_REQUESTS, refusal.to_string())
-            }
+            SubmitError::Refused(
+                refusal @ (Refusal::EngineFull { .. }
+                | Refusal::OwnerFull { .. }
+                | Refusal::QueueFull { .. }),
+            ) => ApiError::with_status(StatusCode::TOO_MANY_REQUESTS, refusal.to_string()),
             SubmitError::Refused(refusal) => ApiError::bad_request(refusal.to_string()),
         }
     }

@@ -7,7 +7,7 @@ use super::error::ApiError;
 use super::registry::Routed;
 use super::state::ServerState;
 use super::stream::{Streaming, stream};
-use crate::engine::output::{Event, Fault, Generation};
+use crate::engine::output::Generation;
 use crate::engine::request::Request;
 use crate::intake::Endpoint;
 use crate::intake::proof::ProofHead;
@@ -16,7 +16,7 @@ use crate::intake::translate::ResponseOptions;
 use crate::reply::format::Formatter;
 use crate::reply::frames::Frames;
 use crate::reply::head::{Prompts, ResponseHead};
-use crate::reply::whole::{EndedChoice, whole};
+use crate::reply::whole::whole;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use futures_util::future::join_all;
@@ -92,7 +92,7 @@ pub async fn run(state: &ServerState, mut job: Job) -> Result<Response, ApiError
         let frames = Frames::new(head, formatters);
         return Ok(stream(Streaming { frames, in_flight, abort }, generations));
     }
-    let ended = join_all(generations.into_iter().map(collect));
+    let ended = join_all(generations.into_iter().map(Generation::collect));
     tokio::select! {
         outcomes = ended => {
             let outcomes = outcomes.into_iter().collect::<Result<Vec<_>, _>>()?;
@@ -100,23 +100,4 @@ pub async fn run(state: &ServerState, mut job: Job) -> Result<Response, ApiError
         }
         () = abort.cancelled() => Err(ApiError::unavailable("the server is shutting down")),
     }
-}
-
-async fn collect(mut generation: Generation) -> Result<EndedChoice, ApiError> {
-    let (mut rows, mut steps) = (None, Vec::new());
-    while let Some(event) = generation.next().await {
-        match event {
-            Event::Prompt(all) => rows = Some(all),
-            Event::Step(step) => {
-                let finish = step.finish.clone();
-                steps.push(step);
-                if let Some(finish) = finish {
-                    return Ok(EndedChoice { rows, steps, finish });
-                }
-            }
-            Event::Finish(finish) => return Ok(EndedChoice { rows, steps, finish }),
-            Event::Fault(fault) => return Err(fault.into()),
-        }
-    }
-    Err(Fault::Stopped.into())
 }

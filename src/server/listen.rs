@@ -4,17 +4,17 @@
 use super::connections::{Connections, Full, Peer, connections_max};
 use super::door::access::is_open;
 use super::error::ApiError;
+use super::keeping::Keeping;
 use super::router;
 use super::settings::HttpLimits;
 use super::state::ServerState;
 use crate::clock::Clock;
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::http::{Request, Response};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join_all};
-use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -246,54 +246,33 @@ struct Answering {
 }
 
 impl hyper::service::Service<Request<Incoming>> for Answering {
-    type Response = Response<Noted<Body>>;
+    type Response = Response<Keeping<Body, Note>>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         // A client that uses open routes only and reads slowly may be disconnected for another one.
         let peer = (!is_open(request.uri().path())).then(|| self.peer.clone());
-        let mut request =
-            request.map(|body| Noted { body, peer: peer.clone(), note: Peer::arrived });
+        let arrived = Note { peer: peer.clone(), note: Peer::arrived };
+        let mut request = request.map(|body| Keeping { body, _kept: arrived });
         request.extensions_mut().insert(ConnectInfo(self.address));
         let answer = tower::Service::call(&mut self.app.clone(), request);
-        async move { Ok(answer.await?.map(|body| Noted { body, peer, note: Peer::answered })) }
-            .boxed()
+        let answered = Note { peer, note: Peer::answered };
+        async move { Ok(answer.await?.map(|body| Keeping { body, _kept: answered })) }.boxed()
     }
 }
 
-/// A body whose end is noted, also where it is given up.
-struct Noted<B> {
-    body: B,
+/// Notes that a body is at its end, also where it is given up.
+struct Note {
     peer: Option<Peer>,
     note: fn(&Peer),
 }
 
-impl<B> Drop for Noted<B> {
+impl Drop for Note {
     fn drop(&mut self) {
         if let Some(peer) = &self.peer {
             (self.note)(peer);
         }
-    }
-}
-
-impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Noted<B> {
-    type Data = Bytes;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

@@ -10,6 +10,7 @@ pub mod door;
 pub mod error;
 pub mod generate;
 pub mod handlers;
+mod keeping;
 pub mod layers;
 pub mod listen;
 pub mod openapi;

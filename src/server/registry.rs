@@ -55,35 +55,65 @@ impl State {
 
 /// All models, shared by the handlers and the loaders.
 #[derive(Clone, Default)]
-pub struct Registry(Arc<RwLock<Vec<ModelEntry>>>);
+pub struct Registry {
+    shared: Arc<RwLock<Entries>>,
+    /// Which announcement's models it may set; any where absent.
+    announcement: Option<u64>,
+}
+
+#[derive(Default)]
+struct Entries {
+    announcements: u64,
+    models: Vec<Announced>,
+}
+
+struct Announced {
+    announcement: u64,
+    entry: ModelEntry,
+}
 
 impl Registry {
-    /// Announces models that are about to load.
-    pub fn announce(&self, names: impl IntoIterator<Item = String>) {
-        let entries = names.into_iter().map(|name| ModelEntry {
-            name,
-            revision: None,
-            state: State::Loading,
-        });
-        self.0.write().extend(entries);
+    /// Announces models that are about to load. What is set through the handle that it gives is
+    /// for these entries only: a load that ends late changes no later entry of the same name.
+    pub fn announce(&self, names: impl IntoIterator<Item = String>) -> Self {
+        let mut shared = self.shared.write();
+        shared.announcements += 1;
+        let announcement = shared.announcements;
+        let entry = |name| ModelEntry { name, revision: None, state: State::Loading };
+        let models = names.into_iter().map(|name| Announced { announcement, entry: entry(name) });
+        shared.models.extend(models);
+        Self { shared: Arc::clone(&self.shared), announcement: Some(announcement) }
+    }
+
+    fn is_meant(&self, model: &Announced, name: &str) -> bool {
+        model.entry.name == name && self.announcement.is_none_or(|own| own == model.announcement)
     }
 
     /// Forgets a model. Requests that run on it end as they would.
     pub fn remove(&self, name: &str) {
-        self.0.write().retain(|e| e.name != name);
+        self.shared.write().models.retain(|model| model.entry.name != name);
     }
 
-    /// Replaces the state of a model.
-    pub fn set(&self, name: &str, revision: Option<String>, state: State) {
-        if let Some(entry) = self.0.write().iter_mut().find(|e| e.name == name) {
-            entry.revision = revision.or(entry.revision.take());
-            entry.state = state;
-        }
+    /// Replaces the state of a model; false where it was removed or announced anew meanwhile.
+    pub fn set(&self, name: &str, revision: Option<String>, state: State) -> bool {
+        let mut shared = self.shared.write();
+        let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
+        let Some(Announced { entry, .. }) = model else { return false };
+        entry.revision = revision.or(entry.revision.take());
+        entry.state = state;
+        true
+    }
+
+    /// A model as it is now.
+    pub fn entry(&self, name: &str) -> Option<ModelEntry> {
+        let shared = self.shared.read();
+        let model = shared.models.iter().find(|model| self.is_meant(model, name));
+        model.map(|model| model.entry.clone())
     }
 
     /// All models as they are now.
     pub fn entries(&self) -> Vec<ModelEntry> {
-        self.0.read().clone()
+        self.shared.read().models.iter().map(|model| model.entry.clone()).collect()
     }
 
     /// The model that a request means: by the body's `model`, which the `X-Targon-Model` header
@@ -98,10 +128,11 @@ impl Registry {
             let what = format!("must equal the header X-Targon-Model = {header}, got {body}");
             return Err(ApiError::field("model", super::error::echo(&what)));
         }
-        let entries = self.0.read();
-        let names = || entries.iter().map(|e| e.name.as_str()).collect::<Vec<_>>().join(", ");
-        let entry = match (body.or(header), entries.as_slice()) {
-            (Some(name), _) => entries.iter().find(|e| e.name == name).ok_or_else(|| {
+        let shared = self.shared.read();
+        let entries = || shared.models.iter().map(|model| &model.entry);
+        let names = || entries().map(|e| e.name.as_str()).collect::<Vec<_>>().join(", ");
+        let entry = match (body.or(header), shared.models.as_slice()) {
+            (Some(name), _) => entries().find(|e| e.name == name).ok_or_else(|| {
                 let message = format!(
                     "the model `{}` does not exist; known: {}",
                     super::error::echo(name),
@@ -109,7 +140,7 @@ impl Registry {
                 );
                 ApiError { param: Some("model".into()), ..ApiError::not_found(message) }
             })?,
-            (None, [only]) => only,
+            (None, [only]) => &only.entry,
             (None, _) => {
                 return Err(ApiError::field("model", format!("must name one of: {}", names())));
             }
@@ -137,4 +168,27 @@ pub struct Routed {
     pub name: String,
     /// The model with its engine.
     pub served: Served,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_that_ends_late_changes_no_newer_entry() {
+        let registry = Registry::default();
+        let older = registry.announce(["a", "b"].map(String::from));
+        registry.remove("a");
+        let newer = registry.announce(["a".to_owned()]);
+        let failed = |why: &str| State::Failed(why.to_owned());
+        assert!(!older.set("a", Some("old".into()), failed("old weights")));
+        let entry = registry.entry("a").unwrap();
+        assert_eq!((entry.state.word(), entry.revision), ("loading", None));
+        assert!(older.entry("a").is_none() && newer.entry("b").is_none());
+        assert!(older.set("b", None, failed("b")) && newer.set("a", None, failed("new weights")));
+        let why = registry.route(Some("a"), None).err().unwrap().message;
+        assert!(why.contains("new weights"), "{why}");
+        // Whoever reads or sets by the name alone means what stands there.
+        assert!(registry.set("a", None, State::Loading) && !registry.set("c", None, failed("c")));
+    }
 }

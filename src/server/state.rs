@@ -20,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Names of unknown request fields that are counted apart.
 const UNKNOWN_FIELDS_MAX: usize = 100;
+/// Bytes of such a name; longer ones are counted together.
+const FIELD_NAME_BYTES_MAX: usize = 64;
 
 /// Cloneable state of the server.
 #[derive(Clone)]
@@ -180,7 +182,8 @@ impl ServerState {
     pub fn note_unknown(&self, fields: &Map<String, Value>) {
         let mut known = self.0.unknown_fields.lock();
         for name in fields.keys().filter(|name| !is_ignored(name)) {
-            if !known.contains(name) && known.len() < UNKNOWN_FIELDS_MAX {
+            let is_apart = name.len() <= FIELD_NAME_BYTES_MAX && known.len() < UNKNOWN_FIELDS_MAX;
+            if is_apart && !known.contains(name) {
                 tracing::warn!(field = echo(name), "unknown request field");
                 known.insert(name.clone());
             }
@@ -213,5 +216,28 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_fields_are_counted_by_name_as_long_as_names_are_short_and_few() {
+        let state = ServerState::new(Registry::default(), Defaults::default(), Clock::manual(0));
+        let note = |name: String| state.note_unknown(&Map::from_iter([(name, Value::Null)]));
+        let longest = "x".repeat(FIELD_NAME_BYTES_MAX);
+        note(longest.clone());
+        note(format!("{longest}y"));
+        note("z".repeat(1 << 20));
+        let counted = |text: &str, name: &str, count: usize| {
+            text.contains(&format!("targon_unknown_fields_total{{field=\"{name}\"}} {count}"))
+        };
+        let text = state.metrics().encode();
+        assert!(counted(&text, &longest, 1) && counted(&text, "other", 2), "{text:.2000}");
+        assert!(text.len() < 1 << 16, "{} bytes", text.len());
+        (0..UNKNOWN_FIELDS_MAX).for_each(|n| note(format!("field_{n}")));
+        assert!(counted(&state.metrics().encode(), "other", 3));
     }
 }

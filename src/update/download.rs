@@ -2,6 +2,7 @@
 
 use super::refusal::UpdateError;
 use super::release::Build;
+use crate::endpoint::{reasons, shown};
 use crate::tls;
 use minisign_verify::PublicKey;
 use reqwest::header::LOCATION;
@@ -65,7 +66,7 @@ impl ReleaseSource {
         let (Some(url), Some(key)) = (url.filter(set), key.filter(set)) else {
             return Err(UpdateError::NotConfigured);
         };
-        let refuse = |why: String| UpdateError::Address { url: url.to_owned(), why };
+        let refuse = |why: String| UpdateError::Address { url: shown(url.trim()), why };
         let address: Url = url.trim().parse().map_err(|e| refuse(format!("{e}")))?;
         let is_local = match address.host() {
             Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
@@ -112,30 +113,24 @@ impl Server {
         let response = request.send().await.map_err(|e| self.failed(url, within, e))?;
         let status = response.status();
         if status.is_redirection() {
-            let to = response.headers().get(LOCATION).map(|to| to.as_bytes().escape_ascii());
-            let to = to.map_or("nowhere".into(), |to| to.to_string().chars().take(200).collect());
-            return Err(UpdateError::Redirected { url: url.to_string(), to });
+            let to = response.headers().get(LOCATION).and_then(|to| to.to_str().ok());
+            let to = to.and_then(|to| response.url().join(to).ok());
+            let to = to.map_or("nowhere".into(), |to| shown(to.as_str()));
+            return Err(UpdateError::Redirected { url: shown(url.as_str()), to });
         }
         if !status.is_success() {
-            return Err(UpdateError::Status { url: url.to_string(), status: status.as_u16() });
+            return Err(UpdateError::Status { url: shown(url.as_str()), status: status.as_u16() });
         }
         Ok(response)
     }
 
     fn failed(&self, url: &Url, within: Duration, e: reqwest::Error) -> UpdateError {
-        let url = url.to_string();
+        let url = shown(url.as_str());
         if e.is_timeout() {
             let (seconds, gap) = (within.as_secs(), self.limits.gap.as_secs());
             return UpdateError::Late { url, seconds, gap };
         }
-        // The reason is often only in the source.
-        let e = e.without_url();
-        let mut why = e.to_string();
-        let mut source = std::error::Error::source(&e);
-        while let Some(inner) = source {
-            why = format!("{why}: {inner}");
-            source = inner.source();
-        }
+        let why = reasons(&e.without_url());
         UpdateError::Unreachable { url, why: why.chars().take(300).collect() }
     }
 
@@ -146,7 +141,7 @@ impl Server {
         let mut bytes = Vec::new();
         while let Some(part) = response.chunk().await.map_err(|e| self.failed(url, within, e))? {
             if (bytes.len() + part.len()) as u64 > limit {
-                return Err(UpdateError::Long { url: url.to_string(), limit });
+                return Err(UpdateError::Long { url: shown(url.as_str()), limit });
             }
             bytes.extend_from_slice(&part);
         }
@@ -165,11 +160,14 @@ impl Server {
         let refuse = |why: String| UpdateError::Signature { file: name.clone(), why };
         let mut signed =
             source.key.verify_stream(&build.signature).map_err(|e| refuse(e.to_string()))?;
-        let list = source.url.to_string();
+        let list = shown(source.url.as_str());
         let url = source.url.join(name);
         let url = url.map_err(|e| UpdateError::List { url: list.clone(), why: e.into() })?;
         if build.bytes > self.limits.file_bytes {
-            return Err(UpdateError::Long { url: url.to_string(), limit: self.limits.file_bytes });
+            return Err(UpdateError::Long {
+                url: shown(url.as_str()),
+                limit: self.limits.file_bytes,
+            });
         }
         let within = self.limits.file_time;
         let mut response = self.get(&url, within).await?;
@@ -186,7 +184,7 @@ impl Server {
             };
             read += part.len() as u64;
             if read > build.bytes {
-                return Err(UpdateError::Long { url: url.to_string(), limit: build.bytes });
+                return Err(UpdateError::Long { url: shown(url.as_str()), limit: build.bytes });
             }
             sum.update(&part);
             signed.update(&part);

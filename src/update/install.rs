@@ -16,8 +16,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// How long a new program may take to say its version, and how often it is looked at.
-const TRIAL_TIME: Duration = Duration::from_secs(10);
-const TRIAL_LOOK: Duration = Duration::from_millis(50);
+const SAY_TIME: Duration = Duration::from_secs(10);
+const SAY_LOOK: Duration = Duration::from_millis(50);
 /// Tries to start it while its file is busy.
 const BUSY_TRIES_MAX: u32 = 20;
 /// Bytes of what it says that are read.
@@ -219,22 +219,22 @@ fn started(path: &Path) -> Result<Child, TrialError> {
             // A child that another thread starts at this moment may still hold the file open.
             Err(e) if e.kind() == ErrorKind::ExecutableFileBusy && tries < BUSY_TRIES_MAX => {
                 tries += 1;
-                std::thread::sleep(TRIAL_LOOK);
+                std::thread::sleep(SAY_LOOK);
             }
             other => return Ok(other?),
         }
     }
 }
 
-/// Waits for a child, up to [`TRIAL_TIME`].
+/// Waits for a child, up to [`SAY_TIME`].
 fn ended(child: &mut Child) -> Result<ExitStatus, TrialError> {
     let mut waited = Duration::ZERO;
-    while waited < TRIAL_TIME {
+    while waited < SAY_TIME {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        std::thread::sleep(TRIAL_LOOK);
-        waited += TRIAL_LOOK;
+        std::thread::sleep(SAY_LOOK);
+        waited += SAY_LOOK;
     }
-    Err(TrialError::Late(TRIAL_TIME))
+    Err(TrialError::Late(SAY_TIME))
 }

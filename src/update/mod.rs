@@ -17,6 +17,7 @@ mod release;
 mod tests;
 mod trial;
 
+use crate::endpoint::shown;
 use crate::entropy::Entropy;
 use download::Server;
 pub use download::{DownloadLimits, ReleaseSource};
@@ -92,7 +93,7 @@ impl Updater {
         limits: DownloadLimits,
     ) -> Result<Self, UpdateError> {
         let server = Server::new(limits).map_err(|e| UpdateError::Unreachable {
-            url: source.url.to_string(),
+            url: shown(source.url.as_str()),
             why: e.to_string(),
         })?;
         Ok(Self { source, server, installed, version, target: target() })

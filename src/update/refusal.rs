@@ -14,7 +14,7 @@ pub enum UpdateError {
     /// The address cannot be used.
     #[error("--update.url {url}: {why}")]
     Address {
-        /// As it was given.
+        /// Scheme, host and port of what was given.
         url: String,
         /// The rule.
         why: String,

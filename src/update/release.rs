@@ -5,6 +5,7 @@
 //! server can neither pass off an old file as a new one nor one machine's as another's.
 
 use super::refusal::{ListError, UpdateError};
+use crate::endpoint::shown;
 use minisign_verify::Signature;
 use serde::Deserialize;
 use std::fmt;
@@ -102,7 +103,7 @@ impl fmt::Debug for Build {
 impl Release {
     /// Reads the list that `url` gave.
     pub(super) fn read(url: &str, bytes: &[u8]) -> Result<Self, UpdateError> {
-        let refuse = |why: ListError| UpdateError::List { url: url.to_owned(), why };
+        let refuse = |why: ListError| UpdateError::List { url: shown(url), why };
         // The text of the list is untrusted and may be printed on a terminal, so it is shortened.
         let list: List = serde_json::from_slice(bytes)
             .map_err(|e| refuse(ListError::Json(e.to_string().chars().take(200).collect())))?;

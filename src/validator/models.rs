@@ -9,7 +9,9 @@ pub mod names;
 
 use super::query::{QueryError, Size, Target};
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::files;
+use crate::wire::models::LIST_MODELS_MAX;
 use crate::wire::python::dumps;
 use anyhow::bail;
 use serde_json::Value;
@@ -116,15 +118,15 @@ fn parse(text: &str) -> anyhow::Result<Vec<String>> {
     }
     match listed.len() {
         0 => bail!("must name at least one model"),
-        count if count > names::MODELS_MAX => {
-            bail!("must name at most {} models, got {count}", names::MODELS_MAX)
+        count if count > LIST_MODELS_MAX => {
+            bail!("must name at most {} models, got {count}", LIST_MODELS_MAX)
         }
         _ => Ok(listed),
     }
 }
 
 async fn fetch(url: &str, clock: &Clock) -> Result<Vec<String>, ModelsError> {
-    let failed = |what: String| ModelsError::Answer { url: url.to_owned(), what };
+    let failed = |what: String| ModelsError::Answer { url: shown(url), what };
     let server = Target {
         url: url.to_owned(),
         hotkey: None,

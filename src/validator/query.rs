@@ -4,6 +4,7 @@
 use crate::chain::epistula::Envelope;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
+use crate::endpoint::{reasons, shown};
 use crate::entropy::Entropy;
 use crate::tls;
 use anyhow::{Context, anyhow};
@@ -213,23 +214,22 @@ impl Target {
             e if e.is_timeout() => QueryFault::Late,
             _ => QueryFault::Broken,
         };
-        // The reason is often only in the source.
-        let mut what = e.to_string();
+        let e = e.without_url();
+        let what = reasons(&e);
         let mut source = std::error::Error::source(&e);
         while let Some(inner) = source {
-            what = format!("{what}: {inner}");
             if inner.downcast_ref::<std::io::Error>().is_some_and(is_own) {
                 fault = QueryFault::Own;
             }
             source = inner.source();
         }
-        QueryError::Network { url: self.url.clone(), what, fault }
+        QueryError::Network { url: shown(&self.url), what, fault }
     }
 
     /// An answer that is not what it should be.
     pub(super) fn malformed(&self, what: impl std::fmt::Display) -> QueryError {
         let what = what.to_string().chars().take(200).collect();
-        QueryError::Stream { url: self.url.clone(), what }
+        QueryError::Stream { url: shown(&self.url), what }
     }
 
     async fn send(
@@ -268,7 +268,7 @@ impl Target {
         }
         let body = self.body(response, BODY_BYTES_MAX).await.unwrap_or_default();
         let body = String::from_utf8_lossy(&body).chars().take(ERROR_CHARS_MAX).collect();
-        Err(QueryError::Status { url: self.url.clone(), status, body })
+        Err(QueryError::Status { url: shown(&self.url), status, body })
     }
 
     /// A small body, whatever the peer would like to send.

@@ -1,8 +1,9 @@
 //! Reads bodies: each within a time and a size, and all of them within a limit of bytes.
 
 use super::reply::Refusal;
+use crate::server::door::access::announced;
 use axum::body::Body;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use http_body_util::BodyExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,9 +40,7 @@ impl BodyMemory {
         body: Body,
         (most, time): (usize, Duration),
     ) -> Result<ReceivedBody, Refusal> {
-        let announced =
-            headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
-        let room = announced.unwrap_or(most).min(most).min(HELD_BYTES_MAX).div_ceil(UNIT);
+        let room = announced(headers).unwrap_or(most).min(most).min(HELD_BYTES_MAX).div_ceil(UNIT);
         let room = Arc::clone(&self.0).try_acquire_many_owned(room as u32).map_err(|_| {
             Refusal::busy(format!("{HELD_BYTES_MAX} bytes of bodies are held already, the limit"))
         })?;

@@ -3,7 +3,6 @@
 use super::Service;
 use super::asked::understand;
 use super::reply::{Refusal, again_later};
-use crate::engine::output::Event;
 use crate::intake::error::echo;
 use axum::Json;
 use axum::body::Body;
@@ -62,20 +61,14 @@ async fn generated(service: &Service, headers: &HeaderMap, body: Body) -> Result
     let request =
         understand(&served, is_chat, params, "sampling_params", service.state.entropy()).await?;
     let generation = served.engine.submit(request);
-    let mut generation = generation.map_err(|e| Refusal::unscored(e.to_string()))?;
+    let generation = generation.map_err(|e| Refusal::unscored(e.to_string()))?;
     let abort = service.state.abort_token();
-    let mut text = String::new();
-    loop {
-        let event = tokio::select! {
-            event = generation.next() => event,
-            () = abort.cancelled() => return Err(Refusal::closing()),
-        };
-        match event {
-            Some(Event::Step(step)) => text.push_str(&step.text),
-            Some(Event::Fault(fault)) => return Err(Refusal::unscored(fault.to_string())),
-            Some(Event::Prompt(_) | Event::Finish(_)) => {}
-            None => return Ok(text),
-        }
+    tokio::select! {
+        ended = generation.collect() => match ended {
+            Ok(ended) => Ok(ended.text()),
+            Err(fault) => Err(Refusal::unscored(fault.to_string())),
+        },
+        () = abort.cancelled() => Err(Refusal::closing()),
     }
 }
 

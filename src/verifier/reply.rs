@@ -18,7 +18,7 @@ const INTERNAL_ERROR: &str = "INTERNAL_ERROR";
 pub(super) enum VerifyReply {
     /// No rule is broken.
     Verified,
-    /// Something does.
+    /// A rule is broken.
     Rejected {
         /// Rule and fact.
         error: String,

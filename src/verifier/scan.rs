@@ -47,10 +47,11 @@ pub(super) fn members(text: &[u8]) -> Result<Vec<(String, Range<usize>)>, ScanEr
     }
 }
 
-/// The elements of a JSON array, one after the other.
+/// The elements of a JSON array, one after the other, up to the first error.
 pub(super) struct Elements<'a> {
     cursor: Cursor<'a>,
     is_first: bool,
+    is_over: bool,
 }
 
 impl<'a> Elements<'a> {
@@ -58,7 +59,7 @@ impl<'a> Elements<'a> {
     pub(super) fn new(text: &'a [u8]) -> Option<Self> {
         let mut cursor = Cursor { text, at: 0 };
         cursor.expect(b'[').ok()?;
-        Some(Self { cursor, is_first: true })
+        Some(Self { cursor, is_first: true, is_over: false })
     }
 }
 
@@ -66,15 +67,21 @@ impl<'a> Iterator for Elements<'a> {
     type Item = Result<&'a [u8], ScanError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.cursor.peek() == Some(b']') {
+        if self.is_over || self.cursor.peek() == Some(b']') {
             return None;
         }
-        if !std::mem::replace(&mut self.is_first, false)
-            && let Err(what) = self.cursor.expect(b',')
-        {
-            return Some(Err(what));
+        let element = self.element();
+        self.is_over = element.is_err();
+        Some(element)
+    }
+}
+
+impl<'a> Elements<'a> {
+    fn element(&mut self) -> Result<&'a [u8], ScanError> {
+        if !std::mem::replace(&mut self.is_first, false) {
+            self.cursor.expect(b',')?;
         }
-        Some(self.cursor.value().map(|range| &self.cursor.text[range]))
+        self.cursor.value().map(|range| &self.cursor.text[range])
     }
 }
 
@@ -203,6 +210,12 @@ mod tests {
         }
         assert_eq!(elements("[1 2]").unwrap_err(), "`,` is expected at byte 3");
         assert_eq!(elements("[1,]").unwrap_err(), "a whole value is expected at byte 3");
+        // An error is one element, and the last.
+        for text in ["[1 2]", "[1,]", "[1,2", "[\"x"] {
+            let all: Vec<_> = Elements::new(text.as_bytes()).unwrap().take(100).collect();
+            let errors = all.iter().filter(|element| element.is_err()).count();
+            assert!(errors == 1 && all.last().unwrap().is_err(), "{text}: {all:?}");
+        }
     }
 
     fn any_json() -> impl Strategy<Value = Value> {

@@ -62,7 +62,8 @@ impl Sent {
         let elements =
             || Elements::new(text).ok_or_else(|| bad("`output_sequence` must be a list"));
         let Bounds { asked, context, longest } = bounds;
-        let count = elements()?.take(asked.min(context) + 1).count();
+        let begin: Result<Vec<_>, _> = elements()?.take(asked.min(context) + 1).collect();
+        let count = begin.map_err(|e| bad(e.to_string()))?.len();
         if count > asked {
             let what = format!("at most {asked} tokens were asked for and fit, got more");
             return Err(Rejection::new(Reason::TooLong, what).into());
@@ -112,5 +113,26 @@ impl Sent {
         self.answer.ids.push(id);
         self.answer.logprobs.push(logprob.transpose()?);
         Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_list_is_broken_and_a_whole_one_can_be_too_long() {
+        let bounds = Bounds { asked: 1, context: 9, longest: 9 };
+        for (text, reason) in [
+            ("[1 2]", Reason::BadStream),
+            ("[1,", Reason::BadStream),
+            ("[1,]", Reason::BadStream),
+            ("[1, 2]", Reason::TooLong),
+        ] {
+            match Sent::read(text.as_bytes(), bounds) {
+                Err(Stop::Rejected(rejection)) => assert_eq!(rejection.reason, reason, "{text}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
     }
 }

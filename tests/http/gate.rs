@@ -590,6 +590,29 @@ async fn large_bodies_are_refused_before_they_are_hashed() {
     assert_eq!(request.send(&miner.app).await.0, StatusCode::OK);
 }
 
+#[tokio::test]
+async fn bodies_count_for_as_long_as_their_requests_wait() {
+    let policy = Policy { slots: 1, ..Policy::default() };
+    let miner = miner_with(policy, common::lasting(1));
+    let body = completion(json!({"max_tokens": LASTING_TOKENS, "stream": true}));
+    let running = Signed::new(VALIDATOR, COMPLETION, &body, NOW).request();
+    let running = miner.app.clone().oneshot(running).await.unwrap();
+    assert_eq!(miner.gate.bodies(), (0, 0));
+    let next = asks(VALIDATOR);
+    let (app, request) = (miner.app.clone(), next.request());
+    let waiting = tokio::spawn(async move { app.oneshot(request).await.unwrap().status() });
+    for _ in 0..500 {
+        if miner.gate.status()["validators"][0]["waiting"] == 1 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(miner.gate.bodies(), (1, next.body.len()));
+    drop(running);
+    assert_eq!(waiting.await.unwrap(), StatusCode::OK);
+    assert_eq!(miner.gate.bodies(), (0, 0));
+}
+
 /// Strangers at once, and the bytes that each of them announces.
 const STRANGERS: usize = 200;
 const ANNOUNCED: usize = 2 << 20;

@@ -15,7 +15,7 @@ use targon_engine::chain::pace::DOUBT_MAX;
 use targon_engine::chain::subtensor::Subtensor;
 use targon_engine::chain::{Chain, Head};
 use targon_engine::clock::Clock;
-use targon_engine::miner::{Miner, MinerError, MinerOptions};
+use targon_engine::miner::{Announced, Miner, MinerError, MinerOptions};
 use targon_engine::server::door::{Gate, Policy};
 
 pub(crate) const BLOCK: Duration = Duration::from_millis(20);
@@ -95,7 +95,7 @@ async fn an_axon_is_served_with_the_fields_that_the_chain_expects() {
         *shown.lock() = words.to_owned();
         true
     };
-    chain.serve_axon(&key(3), 4, &axon(8091), &show).await.unwrap();
+    assert!(chain.serve_axon(&key(3), 4, &axon(8091), &show).await.unwrap());
     let words = shown.lock().clone();
     for part in ["SubtensorModule", "serve_axon", "netuid: 4", "port: 8091", "ip_type: 4"] {
         assert!(words.contains(part), "{part} is not in {words}");
@@ -107,7 +107,7 @@ async fn an_axon_is_served_with_the_fields_that_the_chain_expects() {
     let standing = chain.metagraph(4).await.unwrap().uid(2).unwrap().axon;
     assert_eq!(standing, Some(axon(8091)));
     // A dry run shows the same and sends nothing.
-    chain.serve_axon(&key(3), 4, &axon(9000), &|_| false).await.unwrap();
+    assert!(!chain.serve_axon(&key(3), 4, &axon(9000), &|_| false).await.unwrap());
     assert_eq!(node.calls().len(), 1);
     // The next one takes the next number.
     chain.serve_axon(&key(3), 4, &axon(9000), &sent).await.unwrap();
@@ -264,10 +264,15 @@ async fn a_miner_announces_itself_only_where_something_changed() {
     let (miner, gate) = miner(&node, 3, 5);
     miner.join().await.unwrap();
     assert_eq!(gate.metagraph().neurons().len(), 3);
-    assert!(miner.announce(&sent).await.unwrap());
+    gate.set_refused_axon(Some("refused before".into()));
+    assert_eq!(miner.announce(&|_| false).await, Ok(Announced::Withheld));
+    assert_eq!((node.calls().len(), gate.status()["axon_refused"].is_null()), (0, false));
+    assert_eq!(miner.announce(&sent).await, Ok(Announced::Sent));
+    assert!(gate.status()["axon_refused"].is_null());
     assert_eq!(node.calls().len(), 1);
     miner.join().await.unwrap();
-    assert!(!miner.announce(&|_| panic!("nothing has changed")).await.unwrap());
+    let standing = miner.announce(&|_| panic!("nothing has changed")).await;
+    assert_eq!(standing, Ok(Announced::Standing));
     assert_eq!(node.calls().len(), 1);
     let error = self::miner(&node, 9, 5).0.join().await.unwrap_err();
     assert!(error.to_string().contains("is not registered on subnet 4"), "{error}");
@@ -321,6 +326,24 @@ async fn an_endpoint_that_names_a_huge_block_is_left_for_another() {
     assert!(wait_for_member(&gate, &stranger).await, "no news of members within ten seconds");
     assert!(gate.metagraph().block <= second.head(), "{}", gate.metagraph().block);
     assert!(gate.head().unwrap().0.block <= second.head());
+    following.abort();
+}
+
+#[tokio::test]
+async fn one_endpoint_without_the_member_ends_no_miner() {
+    let (first, second) = (FakeNode::start(subnet()).await, FakeNode::start(subnet()).await);
+    // The second one is never behind what the first has said.
+    second.auto_blocks(BLOCK);
+    tokio::time::sleep(5 * BLOCK).await;
+    first.auto_blocks(BLOCK);
+    let (miner, gate) = miner_of(&[&first, &second], 3, 3);
+    miner.join().await.unwrap();
+    first.subnet(|s| s.neurons[2] = Neuron::new(key(7).hotkey().0));
+    let stranger = key(8).hotkey();
+    second.subnet(|s| s.neurons.push(Neuron::new(stranger.0)));
+    let following = tokio::spawn(async move { miner.follow().await });
+    assert!(wait_for_member(&gate, &stranger).await, "no news of members within ten seconds");
+    assert!(!following.is_finished());
     following.abort();
 }
 

@@ -18,7 +18,7 @@ const VALUES: [(u16, u16); 2] = [(1, 100), (2, 65_535)];
 
 fn order() -> Order {
     let vector = Vector::new(VALUES.to_vec()).unwrap();
-    Order { netuid: 4, mechanism: 0, vector, version_key: 7 }
+    Order { netuid: 4, mechanism: 0, vector, version_key: Some(7) }
 }
 
 async fn node(change: impl FnOnce(&mut Subnet)) -> FakeNode {
@@ -112,6 +112,17 @@ async fn weights_are_set_and_read_back() {
     node.refuse(true);
     node.drop_connections();
     assert!(matches!(chain.read_back(&sent).await, ReadBack::Unreadable(e) if e.is_passing()));
+}
+
+#[tokio::test]
+async fn weights_without_a_version_name_the_one_that_the_subnet_asks_for_now() {
+    let node = node(|s| s.weights_version = 7).await;
+    let chain = client(&[&node]);
+    chain.metagraph(4).await.unwrap();
+    node.subnet(|s| s.weights_version = 9);
+    let order = Order { version_key: None, ..order() };
+    Signed::default().set(&chain, &order).await.unwrap().unwrap();
+    assert_eq!(node.calls()[0].args["version_key"], 9);
 }
 
 #[tokio::test]

@@ -1,12 +1,13 @@
 //! Holds a chain behind its endpoints: whoever asks gets the open connection, or one to the next
 //! endpoint.
 
-use super::connection::{At, Connection, shown};
+use super::connection::{At, Connection};
 use super::fallback;
 use super::raw::RawMetagraph;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::network::Endpoints;
+use crate::endpoint::shown;
 use crate::tls;
 use std::future::Future;
 use std::sync::Arc;

@@ -51,26 +51,29 @@ impl Commit {
     }
 }
 
-/// Encrypts weights so that the chain can read them when it reveals them.
+/// What a commit encrypts: the weights, and whose they are where the call wants it.
+pub(super) fn message(call: Call, hotkey: &Hotkey, order: &Order, version: u64) -> Vec<u8> {
+    payload((call != Call::CommitCrv3).then_some(hotkey), &order.vector, version)
+}
+
+/// Encrypts a message so that the chain can read it when it reveals it.
 pub(super) async fn make(
     at: &At,
     reader: &StorageReader<'_>,
     drand: &Drand,
     call: Call,
-    hotkey: &Hotkey,
-    order: &Order,
+    message: Vec<u8>,
 ) -> Result<Commit, ChainError> {
     let wrong = |why: String| ChainError::Runtime { spec: at.spec_version(), why };
     let schedule = schedule(at, reader).await?;
-    let (version, named, retries) = match call {
-        Call::CommitCrv3 => (0, None, Retries::Once),
+    let (version, retries) = match call {
+        Call::CommitCrv3 => (0, Retries::Once),
         _ => {
             let version = reader.known(PALLET, "CommitRevealWeightsVersion", ()).await?;
-            (version, Some(hotkey), Retries::EachBlock)
+            (version, Retries::EachBlock)
         }
     };
     let round = schedule.reveal(drand, retries).map_err(|e| wrong(e.to_string()))?.round;
-    let message = payload(named, &order.vector, order.version_key);
     let drand = *drand;
     let encrypting = tokio::task::spawn_blocking(move || drand.encrypt(&message, round));
     let bytes = encrypting.await.map_err(|e| wrong(e.to_string()))?;

@@ -29,14 +29,6 @@ impl Connection {
     }
 }
 
-/// An endpoint without what may be a key: scheme, host and port.
-pub(super) fn shown(url: &str) -> String {
-    let (scheme, rest) = url.split_once("://").unwrap_or(("ws", url));
-    let host = rest.split(['/', '?']).next().unwrap_or_default();
-    let host = host.rsplit('@').next().unwrap_or_default();
-    format!("{scheme}://{host}")
-}
-
 /// The newest final block, with the metadata of its runtime.
 pub(super) async fn current(connection: &Connection) -> Result<At, ChainError> {
     connection.client.at_current_block().await.map_err(|e| connection.broken(e))

@@ -112,9 +112,10 @@ impl Subtensor {
             Ok((connection, at, standing))
         });
         let (connection, at, standing) = reading.await?;
-        standing.check(&order.vector, order.version_key)?;
+        let version = order.version_key.unwrap_or(standing.weights_version);
+        standing.check(&order.vector, version)?;
         let call = choose(&at, standing.commit_reveal)?;
-        let preparing = self.fields(&connection, &at, call, &hotkey, order);
+        let preparing = self.fields(&connection, &at, call, &hotkey, (order, version));
         let prepared = tokio::time::timeout(self.endpoints.timeout, preparing).await;
         let (fields, reveal_round) =
             prepared.map_err(|_| connection.broken("no answer while preparing"))??;
@@ -152,13 +153,14 @@ impl Subtensor {
         at: &At,
         call: Call,
         hotkey: &Hotkey,
-        order: &Order,
+        (order, version): (&Order, u64),
     ) -> Result<(Composite<()>, Option<u64>), ChainError> {
         if matches!(call, Call::Set | Call::SetMechanism) {
-            return Ok((set_fields(call, order), None));
+            return Ok((set_fields(call, order, version), None));
         }
         let reader = StorageReader::new(connection, at, order.netuid);
-        let made = commit::make(at, &reader, &self.endpoints.drand, call, hotkey, order).await?;
+        let message = commit::message(call, hotkey, order, version);
+        let made = commit::make(at, &reader, &self.endpoints.drand, call, message).await?;
         Ok((made.fields(call, order), Some(made.round)))
     }
 
@@ -197,7 +199,7 @@ fn choose(at: &At, is_commit: bool) -> Result<Call, ChainError> {
     })
 }
 
-fn set_fields(call: Call, order: &Order) -> Composite<()> {
+fn set_fields(call: Call, order: &Order, version: u64) -> Composite<()> {
     let list = |values: Vec<u16>| {
         Value::unnamed_composite(values.into_iter().map(|value| Value::u128(value.into())))
     };
@@ -208,7 +210,7 @@ fn set_fields(call: Call, order: &Order) -> Composite<()> {
     fields.extend([
         ("dests", list(order.vector.uids())),
         ("weights", list(order.vector.weights())),
-        ("version_key", Value::u128(order.version_key.into())),
+        ("version_key", Value::u128(version.into())),
     ]);
     Composite::named(fields)
 }
@@ -274,12 +276,12 @@ mod tests {
     #[test]
     fn calls_have_the_golden_bytes() {
         let vector = Vector::new(vec![(1, 100), (2, 65_535)]).unwrap();
-        let order = Order { netuid: 4, mechanism: 0, vector, version_key: 7 };
+        let order = Order { netuid: 4, mechanism: 0, vector, version_key: None };
         for (call, golden) in [
             (Call::Set, "070004000801000200086400ffff0700000000000000"),
             (Call::SetMechanism, "07770400000801000200086400ffff0700000000000000"),
         ] {
-            assert_eq!(bytes(call, &set_fields(call, &order)), golden, "{}", call.name());
+            assert_eq!(bytes(call, &set_fields(call, &order, 7)), golden, "{}", call.name());
         }
         let made = Commit { bytes: vec![0xaa, 0xbb], round: 1000, version: 4 };
         let call = Call::CommitMechanism;

@@ -14,8 +14,8 @@ pub struct Order {
     pub mechanism: u8,
     /// The weight of each uid.
     pub vector: Vector,
-    /// Version of the software that made them.
-    pub version_key: u64,
+    /// Version of the software that made them; the one that the subnet asks for where absent.
+    pub version_key: Option<u64>,
 }
 
 /// What is asked before a step that cannot be taken back.

@@ -11,6 +11,7 @@ pub mod weights;
 
 use super::{Finding, Level};
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::validator::models;
 use crate::validator::prompt::dataset::Passages;
 use crate::validator::prompt::{self, Draft};
@@ -66,7 +67,7 @@ pub async fn list(
 /// The list of an OpenAI server.
 async fn open_list(target: &Target, clock: &Clock) -> Result<Vec<String>, QueryError> {
     let bytes = target.call("/v1/models", None, clock).await?;
-    let malformed = |what: String| QueryError::Stream { url: target.url.clone(), what };
+    let malformed = |what: String| QueryError::Stream { url: shown(&target.url), what };
     let body: Value = serde_json::from_slice(&bytes).map_err(|e| malformed(e.to_string()))?;
     let data = body["data"].as_array().ok_or_else(|| malformed("it lists no models".into()))?;
     let names = data.iter().filter_map(|model| model["id"].as_str().map(str::to_owned));

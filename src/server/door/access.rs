@@ -101,6 +101,11 @@ pub async fn limit_body(
     Ok(next.run(Request::from_parts(head, Body::from(body))).await)
 }
 
+/// The bytes of a body as its sender announces them.
+pub fn announced(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// A body within its limits.
 ///
 /// # Errors
@@ -116,8 +121,7 @@ pub async fn read_body(
         let message = format!("the body must have at most {} bytes", limits.body_bytes);
         ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
-    if announced.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n > limits.body_bytes) {
+    if announced(headers).is_some_and(|bytes| bytes > limits.body_bytes) {
         return Err(too_large());
     }
     let read = Limited::new(body, limits.body_bytes).collect();

@@ -1,27 +1,34 @@
-//! Receives bodies from senders who have only claimed an identity so far, within limits of memory.
+//! Receives bodies from senders who have only claimed an identity so far, within limits of memory,
+//! and counts them until they are read.
 //!
 //! Bytes count when they arrive, not when they are announced, and a body must arrive at a minimum
 //! rate. Bodies of one address in one signer's name form a share, and shares are limited
 //! separately: a sender that opens one body too many loses its own oldest body. If all memory is
 //! used, the address that holds most loses a body. So senders that falsely claim a member's name
 //! cannot block that member.
+//!
+//! A whole body gives way to none. Its bytes count until its handler has read it, those of a signer
+//! whose requests wait up to a limit.
 
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
+use crate::server::connections::network;
 use axum::body::{Body, Bytes};
 use bytes::BytesMut;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// Bytes of one body.
 pub const BODY_BYTES_MAX: usize = 2 << 20;
-/// Bytes of all bodies that are being received.
+/// Bytes of all bodies that are being received or wait to be read.
 pub const BODIES_BYTES_MAX: usize = 256 << 20;
+/// Bytes of one signer's whole bodies that wait to be read.
+pub const SIGNED_BYTES_MAX: usize = 32 << 20;
 /// Unfinished bodies of one address in one signer's name.
 pub const SHARE_MAX: usize = 32;
 /// Unfinished bodies of one address in all names.
@@ -30,10 +37,8 @@ pub const ADDRESS_MAX: usize = 128;
 pub const GRACE: Duration = Duration::from_secs(3);
 /// Bytes a second of a body, at least.
 pub const PACE_MIN: u64 = 256 << 10;
-/// Bits of an IPv6 address that name a network: its machines share one address here.
-const NETWORK_BITS: u32 = 64;
 
-/// All bodies that are being received; a cloneable handle.
+/// All bodies that are being received or wait to be read; a cloneable handle.
 #[derive(Clone)]
 pub struct Bodies(Arc<Inner>);
 
@@ -55,6 +60,7 @@ struct Open {
     signer: Hotkey,
     bytes: usize,
     is_whole: bool,
+    is_signed: bool, // by the signer that it names
     given_up: CancellationToken,
 }
 
@@ -62,7 +68,28 @@ struct Open {
 pub struct Received {
     /// What was received.
     pub bytes: Bytes,
-    _place: Option<Place>,
+    place: Option<Place>,
+}
+
+impl Received {
+    /// Counts the body as one of its signer's, whose signature was checked: it may wait.
+    ///
+    /// # Errors
+    /// [`BodyError::Waiting`] where too many bytes of the signer wait already.
+    pub fn count_signed(&self) -> Result<(), BodyError> {
+        let Some(place) = &self.place else { return Ok(()) };
+        let mut table = place.bodies.0.table.lock();
+        let Some(own) = table.open.get(&place.id) else { return Ok(()) };
+        let is_same = |open: &&Open| open.is_signed && open.signer == own.signer;
+        let waiting: usize = table.open.values().filter(is_same).map(|open| open.bytes).sum();
+        if waiting + own.bytes > SIGNED_BYTES_MAX {
+            return Err(BodyError::Waiting);
+        }
+        if let Some(own) = table.open.get_mut(&place.id) {
+            own.is_signed = true;
+        }
+        Ok(())
+    }
 }
 
 /// What a body may cost, and who sends it.
@@ -96,9 +123,15 @@ pub enum BodyError {
         /// The time in which they had arrived.
         took: Duration,
     },
+    /// It kept up the pace, and was not whole within this time.
+    #[error("the body must arrive within {0:?}")]
+    Late(Duration),
     /// Its place was needed for another one.
     #[error("too many bodies are being received")]
     Crowded,
+    /// Too many bytes of its signer wait.
+    #[error("at most {SIGNED_BYTES_MAX} bytes of one hotkey's requests may wait")]
+    Waiting,
     /// The connection ended before the body did.
     #[error("the body cannot be read: {0}")]
     Broken(String),
@@ -116,12 +149,12 @@ impl Bodies {
     /// The term that it breaks, or that its place was needed.
     pub async fn read(&self, terms: Terms, body: Body) -> Result<Received, BodyError> {
         if http_body::Body::is_end_stream(&body) {
-            return Ok(Received { bytes: Bytes::new(), _place: None });
+            return Ok(Received { bytes: Bytes::new(), place: None });
         }
         let place = self.open(terms);
         let bytes = self.collect(&place, terms, body).await?;
         place.close();
-        Ok(Received { bytes, _place: Some(place) })
+        Ok(Received { bytes, place: Some(place) })
     }
 
     async fn collect(
@@ -134,12 +167,16 @@ impl Bodies {
         let mut all = BytesMut::new();
         loop {
             let took = self.0.clock.elapsed().saturating_sub(started);
-            let left = time_for(all.len()).min(terms.time_max).saturating_sub(took);
+            let paced = time_for(all.len());
+            let left = paced.min(terms.time_max).saturating_sub(took);
             let frame = tokio::select! {
                 frame = tokio::time::timeout(left, body.frame()) => frame,
                 () = place.given_up.cancelled() => return Err(BodyError::Crowded),
             };
             let Ok(frame) = frame else {
+                if terms.time_max < paced {
+                    return Err(BodyError::Late(terms.time_max));
+                }
                 let took = self.0.clock.elapsed().saturating_sub(started);
                 return Err(BodyError::Slow { bytes: all.len(), took });
             };
@@ -162,12 +199,14 @@ impl Bodies {
         let id = table.next;
         table.next += 1;
         let token = given_up.clone();
-        let open = Open { from, signer: terms.signer, bytes: 0, is_whole: false, given_up: token };
+        let signer = terms.signer;
+        let open =
+            Open { from, signer, bytes: 0, is_whole: false, is_signed: false, given_up: token };
         table.open.insert(id, open);
         Place { bodies: self.clone(), id, given_up }
     }
 
-    /// Bodies that are being received, and their bytes.
+    /// Bodies that are being received or wait to be read, and their bytes.
     pub fn load(&self) -> (usize, usize) {
         let table = self.0.table.lock();
         (table.open.len(), table.bytes)
@@ -179,23 +218,12 @@ fn time_for(bytes: usize) -> Duration {
     GRACE + Duration::from_millis(bytes as u64 * 1000 / PACE_MIN)
 }
 
-/// The address by which a peer is told from others.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(ip) => {
-            let mask = u128::MAX << (u128::BITS - NETWORK_BITS);
-            IpAddr::V6(Ipv6Addr::from(u128::from(ip) & mask))
-        }
-        ip => ip,
-    }
-}
-
 impl Table {
     /// Room in the share of `from` and `signer`: the oldest body of a share that is full gives way,
     /// or that of the address's largest share.
     fn make_place(&mut self, from: IpAddr, signer: Hotkey) {
         let mut shares: HashMap<Hotkey, usize> = HashMap::new();
-        for open in self.open.values().filter(|open| open.from == from) {
+        for open in self.open.values().filter(|open| !open.is_whole && open.from == from) {
             *shares.entry(open.signer).or_default() += 1;
         }
         let largest = shares.iter().max_by_key(|(_, count)| **count).map(|(signer, _)| *signer);
@@ -366,19 +394,58 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bodies_must_keep_up_a_pace() {
+    async fn bodies_must_keep_up_a_pace_and_arrive_in_time() {
         let bodies = bodies(BODIES_BYTES_MAX);
         let (signer, time_max) = (Hotkey([7; 32]), Duration::from_millis(20));
         let terms = Terms { from: address(1), signer, bytes_max: 9, time_max };
-        let silent = Body::from_stream(tokio_stream::pending::<Result<Vec<u8>, std::io::Error>>());
-        let error = bodies.read(terms, silent).await.err().unwrap();
-        assert!(error.to_string().contains("after 3 s, got 0 bytes in 0 s"), "{error}");
+        let silent =
+            || Body::from_stream(tokio_stream::pending::<Result<Vec<u8>, std::io::Error>>());
+        assert_eq!(bodies.read(terms, silent()).await.err(), Some(BodyError::Late(time_max)));
+        let terms = Terms { time_max: Duration::from_secs(30), ..terms };
+        let reading = bodies.read(terms, silent());
+        let error = tokio::time::timeout(2 * GRACE, reading).await.unwrap().err().unwrap();
+        assert!(error.to_string().contains("after 3 s, got 0 bytes in 3 s"), "{error}");
         assert_eq!(time_for(0), GRACE);
         assert_eq!(time_for(BODY_BYTES_MAX), GRACE + Duration::from_secs(8));
         let (sender, large) = begin(&bodies, address(1), 7);
         send(&sender, BODY_BYTES_MAX);
         send(&sender, 1);
         assert_eq!(large.await.err(), Some(BodyError::Large(BODY_BYTES_MAX)));
+    }
+
+    /// Whole bodies of a signer, whose signature was checked.
+    async fn signed(bodies: &Bodies, signer: u8, bytes: usize) -> Result<Received, BodyError> {
+        let (sender, reading) = begin(bodies, address(1), signer);
+        send(&sender, bytes);
+        drop(sender);
+        let received = reading.await?;
+        received.count_signed().map(|()| received)
+    }
+
+    #[tokio::test]
+    async fn bodies_that_wait_count_up_to_a_limit_of_their_signer() {
+        let bodies = bodies(BODIES_BYTES_MAX);
+        let mut waiting = Vec::new();
+        for _ in 0..SIGNED_BYTES_MAX / BODY_BYTES_MAX {
+            waiting.push(signed(&bodies, 7, BODY_BYTES_MAX).await.unwrap());
+        }
+        assert_eq!(bodies.load(), (waiting.len(), SIGNED_BYTES_MAX));
+        assert_eq!(signed(&bodies, 7, 1).await.err(), Some(BodyError::Waiting));
+        assert!(signed(&bodies, 8, 1).await.is_ok());
+        waiting.pop();
+        assert!(signed(&bodies, 7, 1).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn bodies_that_wait_cost_the_next_ones_nothing() {
+        let bodies = bodies(BODIES_BYTES_MAX);
+        let mut waiting = Vec::new();
+        for _ in 0..SHARE_MAX {
+            waiting.push(signed(&bodies, 7, 1).await.unwrap());
+        }
+        let (_sender, mut first) = begin(&bodies, address(1), 7);
+        let (_other, mut second) = begin(&bodies, address(1), 7);
+        assert!(now(&mut first).is_none() && now(&mut second).is_none());
     }
 
     #[test]

@@ -42,14 +42,6 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>, Ref
     Ok(Some(text))
 }
 
-fn epistula_age(timestamp_ms: u64, now: u64) -> Age {
-    match timestamp_ms {
-        _ if timestamp_ms.saturating_add(WINDOW_MS) < now => Age::Stale,
-        _ if timestamp_ms > now + WINDOW_MS => Age::Ahead,
-        _ => Age::Fresh,
-    }
-}
-
 impl Claimed {
     /// Reads and checks the headers, all that can be checked before the body.
     ///
@@ -128,7 +120,9 @@ impl Claimed {
     /// When it is too old or from the future.
     pub fn check_age(&self, now: u64) -> Result<(), Refused> {
         let age = match self.kind {
-            Kind::Epistula { timestamp_ms } => epistula_age(timestamp_ms, now),
+            Kind::Epistula { timestamp_ms } => {
+                Age::within((WINDOW_MS, WINDOW_MS), timestamp_ms, now)
+            }
             Kind::Btauth { nonce, .. } => Age::of(nonce, now),
         };
         match age {

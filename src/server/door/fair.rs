@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// The queue, for callers named by `K`.
@@ -32,9 +33,14 @@ struct Lanes<K: Copy + Eq + Hash> {
 /// Leave to run, until dropped.
 pub struct Ticket<K: Copy + Eq + Hash>(Option<(Fair<K>, K)>);
 
-/// Too many requests of one caller wait already.
+/// Why a request does not run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Busy;
+pub enum Busy {
+    /// Too many requests of its caller wait already.
+    Full,
+    /// Its turn did not come in time.
+    Late,
+}
 
 impl<K: Copy + Eq + Hash> Fair<K> {
     /// A queue for `slots` requests at once; each caller may have `waiting_max` more that wait.
@@ -44,11 +50,16 @@ impl<K: Copy + Eq + Hash> Fair<K> {
         Self(Arc::new(Mutex::new(Lanes { slots, free, waiting_max, running, queues })))
     }
 
-    /// Waits for leave to run. Who stops waiting loses nothing for others.
+    /// Waits for leave to run, up to `time_max`. Who stops waiting loses nothing for others.
     ///
     /// # Errors
-    /// [`Busy`] where the caller's queue is full.
-    pub async fn enter(&self, caller: K) -> Result<Ticket<K>, Busy> {
+    /// Where the caller's queue is full, or the time is over.
+    pub async fn enter_within(&self, caller: K, time_max: Duration) -> Result<Ticket<K>, Busy> {
+        let entered = tokio::time::timeout(time_max, self.enter(caller)).await;
+        entered.unwrap_or(Err(Busy::Late))
+    }
+
+    async fn enter(&self, caller: K) -> Result<Ticket<K>, Busy> {
         let receiver = {
             let mut lanes = self.0.lock();
             // Only where nobody waits for it is there ever room.
@@ -61,7 +72,7 @@ impl<K: Copy + Eq + Hash> Fair<K> {
             receiver
         };
         // The sender lives in the queue until it sends.
-        receiver.await.map_err(|_| Busy)
+        receiver.await.map_err(|_| Busy::Full)
     }
 
     /// Requests that run and wait, by caller.
@@ -105,11 +116,11 @@ impl<K: Copy + Eq + Hash> Lanes<K> {
                 // Those who have gone do not count.
                 queue.retain(|waiting| !waiting.is_closed());
                 if queue.len() >= self.waiting_max {
-                    return Err(Busy);
+                    return Err(Busy::Full);
                 }
                 queue.push_back(sender);
             }
-            None if self.waiting_max == 0 => return Err(Busy),
+            None if self.waiting_max == 0 => return Err(Busy::Full),
             None => self.queues.push_back((caller, VecDeque::from([sender]))),
         }
         Ok(())
@@ -215,7 +226,7 @@ mod tests {
         let running = door.enter(1).await.unwrap();
         let mut waiting = Box::pin(door.enter(1));
         assert!((&mut waiting).now_or_never().is_none());
-        assert_eq!(door.enter(1).await.err(), Some(Busy));
+        assert_eq!(door.enter(1).await.err(), Some(Busy::Full));
         drop(waiting);
         let mut again = Box::pin(door.enter(1));
         assert!((&mut again).now_or_never().is_none());
@@ -224,6 +235,18 @@ mod tests {
         let ticket = (&mut again).now_or_never().unwrap().unwrap();
         drop(ticket);
         assert_eq!(door.load(&1), (0, 0));
+        assert_eq!(door.0.lock().free, 1);
+    }
+
+    #[tokio::test]
+    async fn who_waits_too_long_is_sent_away_and_leaves_room() {
+        let (door, time_max) = (Fair::new(1, 1), Duration::from_millis(10));
+        let running = door.enter_within(1, time_max).await.unwrap();
+        assert_eq!(door.enter_within(1, time_max).await.err(), Some(Busy::Late));
+        let mut next = Box::pin(door.enter_within(1, Duration::from_secs(60)));
+        assert!((&mut next).now_or_never().is_none());
+        drop(running);
+        drop((&mut next).now_or_never().unwrap().unwrap());
         assert_eq!(door.0.lock().free, 1);
     }
 

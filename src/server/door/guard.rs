@@ -1,28 +1,28 @@
 //! Runs the sequence of checks that a signed request passes, from its first header to its place in
 //! the queue.
 
-use super::access::check_encoding;
+use super::access::{announced, check_encoding};
 use super::bodies::{BODY_BYTES_MAX, BodyError, Received, Terms};
 use super::checks::Claimed;
-use super::fair::Ticket;
+use super::fair::{Busy, Ticket};
 use super::replay::Replays;
 use super::{Gate, Refused, SignedOutcome};
 use crate::chain::epistula::WINDOW_MS;
 use crate::chain::keys::Hotkey;
+use crate::server::keeping::Keeping;
 use crate::server::state::ServerState;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http_body::{Frame, SizeHint};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 /// How long a request is remembered: as long as its timestamp can be accepted.
 const REMEMBER_MS: u64 = 2 * WINDOW_MS;
+/// How long a request waits for its turn.
+const TURN_TIME_MAX: Duration = Duration::from_secs(120);
 /// Bodies above this are hashed on a thread that may block.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
@@ -47,9 +47,12 @@ impl Gate {
         let started = self.0.clock.elapsed();
         let received = self.body(&head.headers, body, (from, claimed.signer), state).await?;
         let waited = self.0.clock.elapsed().saturating_sub(started);
-        let (claimed, body) = self.check_signature(claimed, received).await?;
+        let (claimed, received) = self.check_signature(claimed, received).await?;
+        received.count_signed()?;
         self.check_new(&claimed)?;
-        Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::from(body)) })
+        // It counts until the handler has read it.
+        let body = Keeping { body: Body::from(received.bytes.clone()), _kept: received };
+        Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::new(body)) })
     }
 
     /// Reads a body of whoever says to be this signer.
@@ -64,8 +67,7 @@ impl Gate {
             .map_err(|e| Refused::new(e.status, SignedOutcome::BadRequest, e.message))?;
         let limits = state.settings().limits;
         let bytes_max = limits.body_bytes.min(BODY_BYTES_MAX);
-        let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
-        if announced.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n > bytes_max) {
+        if announced(headers).is_some_and(|bytes| bytes > bytes_max) {
             return Err(BodyError::Large(bytes_max).into());
         }
         let terms = Terms { from, signer, bytes_max, time_max: limits.body_time };
@@ -76,7 +78,7 @@ impl Gate {
         &self,
         claimed: Claimed,
         received: Received,
-    ) -> Result<(Claimed, Bytes), Refused> {
+    ) -> Result<(Claimed, Received), Refused> {
         let (own, is_small) = (self.own(), received.bytes.len() <= INLINE_BYTES_MAX);
         let check = move || (claimed.is_signed(own, &received.bytes), claimed, received);
         let (is_signed, claimed, received) = match is_small {
@@ -87,7 +89,7 @@ impl Gate {
             })?,
         };
         match is_signed {
-            true => Ok((claimed, received.bytes)),
+            true => Ok((claimed, received)),
             false => Err(Refused::new(
                 StatusCode::BAD_REQUEST,
                 SignedOutcome::BadSignature,
@@ -131,11 +133,17 @@ impl Gate {
     }
 
     async fn ticket(&self, claimed: &Claimed) -> Result<Ticket<Hotkey>, Refused> {
-        self.0.door.enter(claimed.signer).await.map_err(|_| {
+        self.0.door.enter_within(claimed.signer, TURN_TIME_MAX).await.map_err(|busy| {
             // It was not served, so it may come again.
             self.0.replays.lock().remove(claimed.signer, &claimed.name);
             let most = self.0.policy.waiting_max;
-            let detail = format!("Too many requests: {most} of this hotkey wait already");
+            let detail = match busy {
+                Busy::Full => format!("Too many requests: {most} of this hotkey wait already"),
+                Busy::Late => {
+                    let seconds = TURN_TIME_MAX.as_secs();
+                    format!("Too many requests: this one's turn did not come within {seconds} s")
+                }
+            };
             let refused = Refused::new(StatusCode::TOO_MANY_REQUESTS, SignedOutcome::Busy, detail);
             Refused { retry_after: Some(1), ..refused }
         })
@@ -184,31 +192,5 @@ pub async fn guard(
     gate.0.counts.count_signer(claimed.signer);
     request.extensions_mut().insert(Caller { hotkey: claimed.signer, name: claimed.name });
     let response = next.run(request).await;
-    response.map(|body| Body::new(Held { body, _ticket: ticket }))
-}
-
-/// A body that keeps its request's place until it is written or given up.
-struct Held {
-    body: Body,
-    _ticket: Option<Ticket<Hotkey>>,
-}
-
-impl http_body::Body for Held {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    response.map(|body| Body::new(Keeping { body, _kept: ticket }))
 }

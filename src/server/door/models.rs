@@ -2,14 +2,9 @@
 //! expects.
 
 use crate::chain::epistula;
+use crate::wire::models::{LIST_BYTES_MAX, LIST_MODELS_MAX, NAME_CHARS_MAX};
 use axum::http::{HeaderMap, HeaderName, header};
 use serde_json::Value;
-
-/// Bytes of a list of models.
-const BODY_BYTES_MAX: usize = 256 << 10;
-/// Models of one list that are remembered, and characters of a name.
-const MODELS_MAX: usize = 256;
-const NAME_CHARS_MAX: usize = 200;
 
 /// How a validator reads what is served.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,8 +46,8 @@ pub struct WantedModels {
 /// A body that names no models.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error(
-    "the body must be a JSON list of at most {MODELS_MAX} model names, or a map from them, of at \
-     most {NAME_CHARS_MAX} characters each"
+    "the body must be a JSON list of at most {LIST_MODELS_MAX} model names, or a map from them, of \
+     at most {NAME_CHARS_MAX} characters each"
 )]
 pub struct NotModels;
 
@@ -62,7 +57,7 @@ impl WantedModels {
     /// # Errors
     /// The rule, where the body is neither a list of names nor a map from names.
     pub fn read(headers: &HeaderMap, body: &[u8], at_ms: u64) -> Result<Self, NotModels> {
-        if body.len() > BODY_BYTES_MAX {
+        if body.len() > LIST_BYTES_MAX {
             return Err(NotModels);
         }
         let value: Value = serde_json::from_slice(body).map_err(|_| NotModels)?;
@@ -76,7 +71,7 @@ impl WantedModels {
             }
             _ => return Err(NotModels),
         };
-        if names.len() > MODELS_MAX {
+        if names.len() > LIST_MODELS_MAX {
             return Err(NotModels);
         }
         let fit = |name: Option<String>| name.filter(|n| n.chars().count() <= NAME_CHARS_MAX);

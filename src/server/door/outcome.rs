@@ -25,7 +25,7 @@ pub enum SignedOutcome {
     Replayed,
     /// The signer asks too often.
     Limited,
-    /// Too many of the signer's requests wait.
+    /// Too many of the signer's requests wait, or one has waited too long.
     Busy,
 }
 
@@ -70,11 +70,16 @@ impl From<BodyError> for Refused {
     fn from(error: BodyError) -> Self {
         let (status, retry_after) = match error {
             BodyError::Large(_) => (StatusCode::PAYLOAD_TOO_LARGE, None),
-            BodyError::Slow { .. } => (StatusCode::REQUEST_TIMEOUT, None),
+            BodyError::Slow { .. } | BodyError::Late(_) => (StatusCode::REQUEST_TIMEOUT, None),
             BodyError::Crowded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
+            BodyError::Waiting => (StatusCode::TOO_MANY_REQUESTS, Some(1)),
             BodyError::Broken(_) => (StatusCode::BAD_REQUEST, None),
         };
-        Self { retry_after, ..Self::new(status, SignedOutcome::BadRequest, error.to_string()) }
+        let outcome = match error {
+            BodyError::Waiting => SignedOutcome::Busy,
+            _ => SignedOutcome::BadRequest,
+        };
+        Self { retry_after, ..Self::new(status, outcome, error.to_string()) }
     }
 }
 

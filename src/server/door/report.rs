@@ -86,7 +86,11 @@ impl Collector for Gate {
         let head = self.head();
         let gauges = [
             ("targon_chain_block", "Newest block", head.map(|(h, _)| h.block as f64)),
-            ("targon_chain_block_age_seconds", "Since then", head.map(|(_, a)| a.as_secs_f64())),
+            (
+                "targon_chain_block_age_seconds",
+                "Time since the newest block",
+                head.map(|(_, a)| a.as_secs_f64()),
+            ),
             // Gone from the subnet is -1, so that an alert can tell it from no data.
             ("targon_uid", "Own uid, -1 without", Some(own.map_or(-1.0, |n| f64::from(n.uid)))),
             ("targon_stake_tao", "Own stake", own.map(|n| n.stake.tao())),
@@ -105,7 +109,7 @@ impl Collector for Gate {
 
 impl Gate {
     fn encode_counts(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let (name, help) = ("targon_signed_requests", "Signed requests by how they fared");
+        let (name, help) = ("targon_signed_requests", "Signed requests by outcome");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (outcome, count) in &*self.0.counts.outcomes.lock() {
             let label = [("outcome", outcome.word())];

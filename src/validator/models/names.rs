@@ -1,15 +1,10 @@
 //! Reads names of models as peers send them.
 
+use crate::wire::models::{LIST_BYTES_MAX, LIST_MODELS_MAX, NAME_CHARS_MAX};
 use anyhow::{anyhow, bail};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// Names of one list.
-pub const MODELS_MAX: usize = 256;
-/// Characters of a name.
-pub const NAME_CHARS_MAX: usize = 200;
-/// Bytes of a list.
-const BYTES_MAX: usize = 256 << 10;
 /// Characters of a bad name that are repeated.
 const SHOWN_CHARS_MAX: usize = 60;
 
@@ -19,8 +14,8 @@ const SHOWN_CHARS_MAX: usize = 60;
 /// # Errors
 /// Rule and fact, whatever the bytes are.
 pub fn read(bytes: &[u8]) -> anyhow::Result<Vec<String>> {
-    if bytes.len() > BYTES_MAX {
-        bail!("a list of models must have at most {BYTES_MAX} bytes");
+    if bytes.len() > LIST_BYTES_MAX {
+        bail!("a list of models must have at most {LIST_BYTES_MAX} bytes");
     }
     let value: Value =
         serde_json::from_slice(bytes).map_err(|e| anyhow!("a list of models must be JSON: {e}"))?;
@@ -40,8 +35,8 @@ pub fn read(bytes: &[u8]) -> anyhow::Result<Vec<String>> {
         }
     }
     match unique.len() {
-        count if count > MODELS_MAX => {
-            bail!("must list at most {MODELS_MAX} models, got {count}")
+        count if count > LIST_MODELS_MAX => {
+            bail!("must list at most {LIST_MODELS_MAX} models, got {count}")
         }
         _ => Ok(unique),
     }
@@ -103,7 +98,7 @@ mod tests {
         let many: Vec<String> = (0..257).map(|n| n.to_string()).collect();
         let many = serde_json::to_string(&many).unwrap();
         let long = format!("[\"{}\"]", "x".repeat(201));
-        let huge = format!("[{}]", " ".repeat(BYTES_MAX));
+        let huge = format!("[{}]", " ".repeat(LIST_BYTES_MAX));
         let deep = "[".repeat(10_000);
         for (text, rule) in [
             ("", "must be JSON"),

@@ -88,7 +88,7 @@ impl<P: Ports> Driver<P> {
                 Ok(())
             }
             // The members of a while ago are better than none; and one node's word is not enough to
-            // give up: the next block tells.
+            // give up: another endpoint is asked at the next block.
             Err(e) if e.is_passing() || !self.is_doubted => {
                 tracing::warn!("the subnet could not be read again: {e}");
                 self.is_doubted |= !e.is_passing();

@@ -437,6 +437,10 @@ impl<P: Ports> Driver<P> {
                 }
             };
             let read = read.await.map(|read| read.map(Box::new));
+            // What would end this validator must be said by another endpoint as well.
+            if read.as_ref().is_err_and(|e| !e.is_passing()) {
+                ports.doubt().await;
+            }
             // Without a receiver the program ends.
             let _ = sender.send(Message::Subnet(read)).await;
         });

@@ -5,20 +5,17 @@ use super::ports::Ports;
 use super::subnet::Subnet;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
-use crate::chain::pace::{Doubt, Pace};
+use crate::chain::pace::{Doubt, Pace, READINGS_MAX};
 use crate::clock::Clock;
 use crate::validator::eligible::{self, Member, MinerRules, NoPermit};
+use crate::wire::models::LIST_MODELS_MAX;
 use futures_util::StreamExt;
 use futures_util::stream;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Readings of the metagraph at once, where its block is not believed: each asks another endpoint.
-const READINGS_MAX: usize = 3;
 /// Miners that are asked for their models at once.
 const LISTS_MAX: usize = 32;
-/// Models of one miner that are remembered.
-const MODELS_MAX: usize = 256;
 /// Where so many miners were asked and none answered, the network is the validator's own trouble.
 const ALONE_MIN: usize = 4;
 
@@ -124,6 +121,6 @@ async fn list_models<P: Ports>(
         let of = |member: &Member| Some((member.uid, before.models.get(&member.uid)?.clone()));
         return kept.filter_map(of).collect();
     }
-    let set = |list: Vec<String>| list.into_iter().take(MODELS_MAX).collect();
+    let set = |list: Vec<String>| list.into_iter().take(LIST_MODELS_MAX).collect();
     lists.into_iter().map(|(uid, list)| (uid, list.map(set).unwrap_or_default())).collect()
 }

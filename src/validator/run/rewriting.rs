@@ -1,11 +1,10 @@
 //! Rewrites passages into queries by this validator's own engine (protocol 5.3).
 
 use super::resident::Resident;
-use crate::engine::output::Event;
 use crate::validator::prompt::{Draft, read_query};
 use crate::validator::round::chance::Chance;
 use crate::verify::question::understand;
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -62,14 +61,6 @@ async fn write(resident: &Resident, body: Value) -> anyhow::Result<String> {
     let engine = resident.engine.as_ref().context("no engine runs beside the verifier")?;
     let mut requests = understand(&resident.verifier, &body).await?.requests;
     let request = requests.pop().context("the request has no prompt")?;
-    let mut generation = engine.submit(request)?;
-    let mut text = String::new();
-    while let Some(event) = generation.next().await {
-        match event {
-            Event::Step(step) => text.push_str(&step.text),
-            Event::Fault(fault) => bail!("{fault}"),
-            Event::Prompt(_) | Event::Finish(_) => {}
-        }
-    }
-    read_query(&text)
+    let written = engine.submit(request)?.collect().await?;
+    read_query(&written.text())
 }

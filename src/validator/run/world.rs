@@ -84,7 +84,6 @@ pub struct WorldState {
     listed: Mutex<Vec<String>>,
     /// Epochs whose weights this process has remembered as sent.
     marked: Mutex<BTreeSet<u64>>,
-    version: Mutex<u64>,
 }
 
 impl<C: Chain> World<C> {
@@ -192,9 +191,7 @@ fn ending(outcome: Result<(), QueryError>) -> Ending {
 
 impl<C: Chain> Ports for World<C> {
     async fn metagraph(&self) -> Result<Metagraph, ChainError> {
-        let metagraph = self.chain.metagraph(self.netuid).await?;
-        *self.memory.version.lock() = metagraph.hyperparameters.weights_version;
-        Ok(metagraph)
+        self.chain.metagraph(self.netuid).await
     }
 
     async fn follow(&self, on_head: &(dyn Fn(Head) -> bool + Sync)) -> Result<(), ChainError> {
@@ -207,8 +204,8 @@ impl<C: Chain> Ports for World<C> {
 
     async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
         let vector = vector(weights).map_err(|e| NotSent::Never(e.to_string()))?;
-        let version_key = self.version_key.unwrap_or(*self.memory.version.lock());
-        let order = Order { netuid: self.netuid, mechanism: 0, vector, version_key };
+        let (netuid, version_key) = (self.netuid, self.version_key);
+        let order = Order { netuid, mechanism: 0, vector, version_key };
         let show = |words: &str| {
             tracing::info!("extrinsic: {words}");
             true

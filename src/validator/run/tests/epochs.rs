@@ -234,3 +234,17 @@ async fn weights_of_earlier_epochs_are_looked_up_again() {
         assert_eq!(world.sends.lock().len(), 1, "{stand:?} {block}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_endpoint_without_the_permit_ends_no_validator() {
+    let world = Arc::new(Fake::new());
+    let running = Running::start(&world, options(None)).await;
+    world.lies.store(true, SeqCst);
+    for block in 100..105 {
+        world.heads.send_replace(block);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    until("weights", || world.sends.lock().len() == 1).await;
+    assert!(!running.is_finished());
+    running.stop().await.unwrap();
+}

@@ -25,6 +25,8 @@ type Sent = (u64, Vec<(u16, u16)>);
 pub(super) struct Fake {
     pub(super) heads: watch::Sender<u64>,
     pub(super) permit: bool,
+    /// Whether the chain's endpoint of now says that nobody may validate.
+    pub(super) lies: AtomicBool,
     /// Whether the records answer.
     pub(super) records: AtomicBool,
     /// Whether checking never ends, or breaks.
@@ -55,6 +57,7 @@ impl Fake {
         Self {
             heads: watch::Sender::new(10),
             permit: true,
+            lies: false.into(),
             records: true.into(),
             hangs: false.into(),
             panics: false.into(),
@@ -92,7 +95,7 @@ impl Ports for Fake {
         }
         let neuron = |uid: u16| Neuron {
             coldkey: Hotkey([9; 32]),
-            permit: uid == 0 && self.permit,
+            permit: uid == 0 && self.permit && !self.lies.load(SeqCst),
             axon: self.serves.load(SeqCst).then_some(Axon {
                 address: ([8, 8, 8, 8], 1000 + uid).into(),
                 version: 1,
@@ -117,7 +120,10 @@ impl Ports for Fake {
         }
     }
 
-    async fn doubt(&self) {}
+    async fn doubt(&self) {
+        // Another endpoint tells the truth.
+        self.lies.store(false, SeqCst);
+    }
 
     async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
         if let Some(fate) = self.fates.lock().pop_front() {

@@ -1,0 +1,57 @@
+//! Writes addresses of other machines, and why they cannot be reached, for errors and logs.
+
+use std::error::Error;
+
+/// Characters of an address that are shown.
+const SHOWN_CHARS_MAX: usize = 200;
+
+/// An address without what may be a key: scheme, host and port.
+pub fn shown(url: &str) -> String {
+    let (scheme, rest) = match url.split_once("://") {
+        Some((scheme, rest)) => (format!("{scheme}://"), rest),
+        None => (String::new(), url),
+    };
+    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = host.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}{host}").chars().take(SHOWN_CHARS_MAX).collect()
+}
+
+/// An error and its sources, the deepest last: the reason is often only there.
+pub fn reasons(error: &dyn Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        words = format!("{words}: {inner}");
+        source = inner.source();
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_may_be_a_key_is_shown() {
+        for (url, want) in [
+            ("wss://user:key@host.example:443/v1/key?apikey=key#key", "wss://host.example:443"),
+            ("https://host.example?key", "https://host.example"),
+            ("http://[::1]:80/key", "http://[::1]:80"),
+            ("ws://127.0.0.1:9944", "ws://127.0.0.1:9944"),
+            ("host.example/key", "host.example"),
+            ("", ""),
+        ] {
+            assert_eq!(shown(url), want);
+        }
+        assert_eq!(shown(&"x".repeat(1000)).len(), SHOWN_CHARS_MAX);
+    }
+
+    #[test]
+    fn reasons_go_down_to_the_deepest() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer")]
+        struct Outer(#[source] std::io::Error);
+        let error = Outer(std::io::Error::other("inner"));
+        assert_eq!(reasons(&error), "outer: inner");
+    }
+}
