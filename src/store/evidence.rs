@@ -11,7 +11,6 @@ const TAKE: &str = "INSERT INTO evidence (hotkey, model, state) VALUES ($1, $2, 
     ON CONFLICT (hotkey, model) DO UPDATE SET state = evidence.state";
 const SAVE: &str = "UPDATE evidence SET state = $3 WHERE hotkey = $1 AND model = $2";
 const LOAD: &str = "SELECT state FROM evidence WHERE hotkey = $1 AND model = $2";
-const LOAD_ALL: &str = "SELECT state FROM evidence WHERE hotkey = $1 ORDER BY model";
 
 impl Store {
     /// What is known of a hotkey with a model, if anything.
@@ -23,15 +22,6 @@ impl Store {
         let values = vec![hotkey.into(), model.into()];
         let states = session.read(LOAD, values, |row| get_json(row, "state")).await?;
         Ok(states.into_iter().next())
-    }
-
-    /// What is known of a hotkey with any model, by ascending model.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub async fn evidence_of(&self, hotkey: &str) -> Result<Vec<Value>, StoreError> {
-        let session = self.read(&format!("read the evidence about {hotkey}")).await?;
-        session.read(LOAD_ALL, vec![hotkey.into()], |row| get_json(row, "state")).await
     }
 
     /// Changes what is known of a hotkey with a model, and returns it as stored. `change` is given

@@ -6,7 +6,7 @@ use super::ports::{AnswerToCheck, MinerQuery, Ports};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
 use super::view::View;
-use super::{Driver, Epoch, IDLE_BLOCKS, RunError, SAVE_AGAIN, SAVE_TIME, spill};
+use super::{Driver, Epoch, IDLE_BLOCKS, PAUSE, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
 use crate::validator::round::{Action, AnswerReport, AnswerVerdict, Answered, Ending, RoundEvent};
@@ -161,6 +161,9 @@ impl<P: Ports> Driver<P> {
             unscored = count(Outcome::Unscored),
             "a round is over"
         );
+        if count(Outcome::Verified) + count(Outcome::Rejected) == 0 {
+            self.not_before = self.clock.elapsed() + PAUSE;
+        }
         self.progress.end_round(&round);
         self.publisher.end_round(&round);
         self.unsaved.push_back(round);

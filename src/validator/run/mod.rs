@@ -58,7 +58,8 @@ const INBOX_MAX: usize = 256;
 pub const CHECKS_DEFAULT: usize = 2;
 /// Blocks until the subnet is read anew where nobody serves anything: a minute.
 const IDLE_BLOCKS: u64 = 5;
-/// How long to wait if there is no model to ask for or no miner to ask.
+/// How long to wait if there is no model to ask for or no miner to ask, and after a round without
+/// an answer: it is over at once, and miners that only restart would miss a whole window of rounds.
 const PAUSE: Duration = Duration::from_secs(5);
 /// How long one try of storing a round may take, and the first and longest wait between two tries.
 const SAVE_TIME: Duration = Duration::from_secs(20);

@@ -235,7 +235,7 @@ pub(super) async fn decide(
     let mut seats = BTreeMap::new();
     for (uid, hotkey) in hotkeys {
         let listed = subnet.models.get(&uid).into_iter().flatten().cloned().collect();
-        let standing = worst(store, &hotkey).await?;
+        let standing = worst(store, &hotkey, models).await?;
         seats.insert(
             uid,
             Seat { models: listed, organics: organics(uid, &hotkey), hotkey, standing },
@@ -265,17 +265,18 @@ async fn findings(
     Ok(findings)
 }
 
-/// What is known of a hotkey with the model that it does worst with: one with an alarm before all
-/// others, then the largest sum. Models that are not asked for any more count too, so that a gate
-/// does not open because a model left the list.
-async fn worst(store: &Store, hotkey: &str) -> anyhow::Result<HotkeyState> {
+/// What is known of a hotkey with the model of `models` that it does worst with: one with an alarm
+/// before all others, then the largest sum. Other models do not count: no later answer could lower
+/// their sums, and the miner would never be paid again.
+async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result<HotkeyState> {
     let mut worst = HotkeyState::default();
     let weight = |state: &HotkeyState| {
         let Sums { margin, energy, joint } = state.evidence.sums;
         let largest = margin.max(energy).max(joint);
         (state.shut_by.is_some(), state.evidence.alarm().is_some(), largest)
     };
-    for known in store.evidence_of(hotkey).await? {
+    for model in models {
+        let Some(known) = store.evidence(hotkey, model).await? else { continue };
         let known: HotkeyState = serde_json::from_value(known)?;
         if weight(&known) >= weight(&worst) {
             worst = known;
@@ -322,7 +323,7 @@ mod tests {
         let mild = Observed { margins, energies: vec![0.0], twin: None };
         for answer in 1..=9 {
             add(&store, &Calibrated::default(), &case(answer), &mild).await.unwrap();
-            let known = worst(&store, &hotkey).await.unwrap();
+            let known = worst(&store, &hotkey, &["m".into()]).await.unwrap();
             let sums = known.evidence.sums;
             assert_eq!(known.evidence.answers, answer);
             if let Some(alarm) = known.shut_by {
@@ -352,7 +353,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn an_alarm_counts_before_larger_sums_and_with_models_that_left_the_list() {
+    async fn an_alarm_counts_before_larger_sums_while_its_model_is_asked_for() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().join("v.sqlite");
         let store = Store::open(place.to_str().unwrap()).await.unwrap();
@@ -367,14 +368,16 @@ mod tests {
             let state = serde_json::to_value(state).unwrap();
             store.change_evidence(hotkey, model, |_| Ok(state)).await.unwrap();
         };
-        save("a", "gone", &shut).await;
+        let models = ["m", "n"].map(String::from);
+        save("a", "n", &shut).await;
         save("a", "m", &known(0.0, 13.0)).await;
-        assert_eq!(worst(&store, "a").await.unwrap(), shut);
+        assert_eq!(worst(&store, "a", &models).await.unwrap(), shut);
+        assert_eq!(worst(&store, "a", &models[..1]).await.unwrap(), known(0.0, 13.0));
         // A margin alone can be the alarm where the joint sum elsewhere is larger.
         save("b", "m", &known(ALARM, 1.0)).await;
         save("b", "n", &known(0.0, 13.0)).await;
-        assert_eq!(worst(&store, "b").await.unwrap(), known(ALARM, 1.0));
-        assert_eq!(worst(&store, "c").await.unwrap(), HotkeyState::default());
+        assert_eq!(worst(&store, "b", &models).await.unwrap(), known(ALARM, 1.0));
+        assert_eq!(worst(&store, "c", &models).await.unwrap(), HotkeyState::default());
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub(super) struct Fake {
     pub(super) tidied: AtomicU64,
     pub(super) rotations: AtomicU64,
     pub(super) serves: AtomicBool,
+    pub(super) answers: AtomicBool,
     pub(super) pulls: AtomicU64,
     pub(super) reported: Mutex<Vec<String>>,
 }
@@ -74,6 +75,7 @@ impl Fake {
             tidied: 0.into(),
             rotations: 0.into(),
             serves: true.into(),
+            answers: true.into(),
             pulls: 0.into(),
             reported: Mutex::default(),
         }
@@ -155,10 +157,10 @@ impl Ports for Fake {
         };
         let ended = Duration::from_millis(100);
         match query.member.uid {
-            1 | 2 => {
+            1 | 2 if self.answers.load(SeqCst) => {
                 Answered { arrivals: (0..10).map(chunk).collect(), ended, ending: Ending::Whole }
             }
-            3 => {
+            1..=3 => {
                 let ending = Ending::Fault { cause: "LATE", what: "too slow".into() };
                 Answered { arrivals: vec![], ended, ending }
             }

@@ -42,6 +42,21 @@ async fn rounds_end_in_records_and_weights() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn rounds_without_an_answer_do_not_follow_each_other_at_once() {
+    for (answers, at_most) in [(false, 1), (true, u64::MAX)] {
+        let world = Arc::new(Fake::new());
+        world.answers.store(answers, SeqCst);
+        let running = Running::start(&world, options(None)).await;
+        until("a round", || !world.saved.lock().is_empty()).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let rounds = running.progress.rounds();
+        assert!(rounds <= at_most, "{rounds} rounds");
+        assert!(!answers || rounds > 1, "the control: rounds with answers follow each other");
+        running.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_gone_costs_no_round() {
     let world = Arc::new(Fake::new());
     let dir = tempfile::tempdir().unwrap();
