@@ -12,6 +12,7 @@ use crate::audit::score::{TokenScore, score};
 use crate::audit::seeds::SeedTest;
 use crate::bench::prompts;
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::query::{DEPTH_MAX, QueryError, Size, Target, is_deeper};
@@ -239,7 +240,7 @@ impl Audit<'_> {
     ) -> Result<ServerAnswer, Failure> {
         let refuse = |what: String| Failure::user(printable(&what));
         let bytes = answered.map_err(|e| refuse(e.to_string()))?;
-        let url = &self.target.url;
+        let url = shown(&self.target.url);
         let body: Value = serde_json::from_slice(&bytes)
             .map_err(|e| refuse(format!("{url}: the answer is not JSON: {e}")))?;
         if is_deeper(&body, DEPTH_MAX) {

@@ -10,6 +10,7 @@ use crate::chain::Chain;
 use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::models;
@@ -127,7 +128,9 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
     outcome.map_err(query_failure)?;
     let error = arrivals.iter().find_map(|a| a.chunk["error"]["message"].as_str());
     match error {
-        Some(message) => Err(Failure::user(format!("{}: {}", target.url, printable(message)))),
+        Some(message) => {
+            Err(Failure::user(format!("{}: {}", shown(&target.url), printable(message))))
+        }
         None => Ok(()),
     }
 }

@@ -186,7 +186,8 @@ fn a_server_is_measured_and_its_report_compared() {
     common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
     let server = started(home, "m");
     let url = server.url();
-    let base = ["serve", "--url", &url, "--model", "tiny", "--input", "16"];
+    let with_key = url.replace("http://", "http://user:secret@");
+    let base = ["serve", "--url", &with_key, "--model", "tiny", "--input", "16"];
     let more = ["--output-tokens", "12", "--requests", "8", "--seed", "3", "--out", "o"];
     let (code, table, err) = bench(home, &[&base[..], &more, &["--concurrency", "1,4"]].concat());
     assert_eq!(code, 0, "{err}");
@@ -202,6 +203,8 @@ fn a_server_is_measured_and_its_report_compared() {
     assert!(!kinds.contains(&"server-failed") && !kinds.contains(&"length"), "{kinds:?}");
     let page = std::fs::read_to_string(home.join("o/report.html")).unwrap();
     assert!(page.contains("Throughput against latency"), "{page}");
+    let written = std::fs::read_to_string(home.join("o/report.json")).unwrap();
+    assert!(written.contains(&url) && ![written, page].concat().contains("secret"));
 
     std::fs::write(
         home.join("prices.toml"),

@@ -13,6 +13,7 @@ use crate::cli::out::note;
 use crate::cli::printable::printable;
 use crate::cli::shared::runtime;
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
 use crate::validator::round::measure::{said_error, timing};
 use anyhow::bail;
@@ -210,7 +211,7 @@ impl ServeArgs {
                 Some(LoadStop::ServerFailed) => {
                     return Err(Failure::user(format!(
                         "{} failed too often in a row and was given up",
-                        printable(&self.url)
+                        printable(&shown(&self.url))
                     )));
                 }
                 None => {}
@@ -222,7 +223,7 @@ impl ServeArgs {
 
     fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
         for (name, value) in [
-            ("url", json!(self.url)),
+            ("url", json!(shown(&self.url))),
             ("load", json!(self.load.name())),
             ("completion", json!(self.completion)),
             ("requests", json!(self.requests)),
@@ -243,7 +244,7 @@ async fn greet(server: &Server, questions: &Questions) -> Result<(), Failure> {
     let asked = questions.ask(0).map_err(Failure::user)?;
     let streamed = server.stream(&asked).await;
     if let Some(error) = said_error(&streamed.arrivals) {
-        return Err(Failure::user(format!("{}: {}", server.target.url, printable(&error))));
+        return Err(Failure::user(format!("{}: {}", shown(&server.target.url), printable(&error))));
     }
     streamed.outcome.map_err(|e| {
         let hint = match (&e, e.fault()) {
