@@ -2,7 +2,7 @@
 //! cache shortens them.
 
 use crate::engine::Engine;
-use crate::engine::output::FinishReason;
+use crate::engine::output::{Ended, FinishReason};
 use crate::engine::request::Request;
 use crate::intake::proof::{ProofHead, Prover};
 use crate::models::departure::Departure;
@@ -47,8 +47,7 @@ pub(super) fn proved(
     let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
     let mut drawn = request.clone();
     let head = prover.bind(&mut drawn, identity, None, 0);
-    let (steps, finish) = engine.submit(drawn)?.collect_blocking()?;
-    let finish = finish.context("the answer has no end")?;
+    let Ended { steps, finish, .. } = engine.submit(drawn)?.collect_blocking()?;
     let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
     // Without weight values: looking them up is not what is measured.
     Ok(Answer { powv: Vec::new(), ..Answer::of_steps(&steps, Some(end)) })

@@ -2,6 +2,7 @@
 
 use super::prompts;
 use crate::clock::Clock;
+use crate::engine::output::Ended;
 use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
 use crate::intake::proof::Prover;
@@ -107,10 +108,10 @@ impl Own {
         }
         let mut reports = Vec::new();
         for (index, head, request, generation) in running {
-            let (steps, finish) =
+            let Ended { steps, finish, .. } =
                 generation.collect_blocking().map_err(|e| OwnError::Engine(e.to_string()))?;
-            let end = finish.map(|f| head.end(f.digest, f.completion_tokens, &f.reason));
-            let answer = Answer::of_steps(&steps, end);
+            let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
+            let answer = Answer::of_steps(&steps, Some(end));
             let (scheme, nonce) = (Scheme::Residue, Some(nonce(index)));
             let claim = Claim {
                 request: &request,

@@ -175,43 +175,55 @@ impl Generation {
     /// # Errors
     /// When the engine failed.
     pub async fn collect(mut self) -> Result<Ended, Fault> {
-        let (mut rows, mut steps) = (None, Vec::new());
+        let mut so_far = Collected::default();
         while let Some(event) = self.next().await {
-            match event {
-                Event::Prompt(all) => rows = Some(all),
-                Event::Step(step) => {
-                    let finish = step.finish.clone();
-                    steps.push(step);
-                    if let Some(finish) = finish {
-                        return Ok(Ended { rows, steps, finish });
-                    }
-                }
-                Event::Finish(finish) => return Ok(Ended { rows, steps, finish }),
-                Event::Fault(fault) => return Err(fault),
+            if let Some(finish) = so_far.take(event)? {
+                return Ok(so_far.ended(finish));
             }
         }
         Err(Fault::Stopped)
     }
 
-    /// All tokens and the end, from a thread that may block.
+    /// Like [`collect`](Self::collect) from a thread that may block.
     ///
     /// # Errors
     /// When the engine failed.
-    pub fn collect_blocking(mut self) -> Result<(Vec<Step>, Option<Finish>), Fault> {
-        let mut steps: Vec<Step> = Vec::new();
-        let mut finish = None;
+    pub fn collect_blocking(mut self) -> Result<Ended, Fault> {
+        let mut so_far = Collected::default();
         while let Some(event) = self.next_blocking() {
-            match event {
-                Event::Step(step) => {
-                    finish = step.finish.clone().or(finish);
-                    steps.push(step);
-                }
-                Event::Finish(end) => finish = Some(end),
-                Event::Fault(fault) => return Err(fault),
-                Event::Prompt(_) => {}
+            if let Some(finish) = so_far.take(event)? {
+                return Ok(so_far.ended(finish));
             }
         }
-        Ok((steps, finish))
+        Err(Fault::Stopped)
+    }
+}
+
+/// What has come of an output.
+#[derive(Default)]
+struct Collected {
+    rows: Option<Vec<PromptRow>>,
+    steps: Vec<Step>,
+}
+
+impl Collected {
+    /// Adds an event; returns the end, if it is one.
+    fn take(&mut self, event: Event) -> Result<Option<Finish>, Fault> {
+        match event {
+            Event::Prompt(rows) => self.rows = Some(rows),
+            Event::Step(step) => {
+                let finish = step.finish.clone();
+                self.steps.push(step);
+                return Ok(finish);
+            }
+            Event::Finish(finish) => return Ok(Some(finish)),
+            Event::Fault(fault) => return Err(fault),
+        }
+        Ok(None)
+    }
+
+    fn ended(self, finish: Finish) -> Ended {
+        Ended { rows: self.rows, steps: self.steps, finish }
     }
 }
 
@@ -227,10 +239,13 @@ mod tests {
     }
 
     fn collected(events: Vec<Event>) -> Result<String, Fault> {
-        let (sender, receiver) = mpsc::channel(events.len());
-        events.into_iter().for_each(|event| sender.try_send(event).unwrap());
-        drop(sender);
-        let ended = Generation { events: receiver }.collect().now_or_never().unwrap();
+        let generation = || {
+            let (sender, receiver) = mpsc::channel(events.len());
+            events.iter().for_each(|event| sender.try_send(event.clone()).unwrap());
+            Generation { events: receiver }
+        };
+        let ended = generation().collect().now_or_never().unwrap();
+        assert_eq!(ended, generation().collect_blocking());
         ended.map(|ended| ended.text())
     }
 

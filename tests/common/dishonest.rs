@@ -245,7 +245,7 @@ impl Relay {
     fn collected(&self, request: Request) -> Result<Vec<Step>, Fault> {
         let generation = self.engine.submit(request);
         let generation = generation.map_err(|e| Fault::Refused(e.to_string()))?;
-        generation.collect_blocking().map(|(steps, _)| steps)
+        generation.collect_blocking().map(|ended| ended.steps)
     }
 
     fn drawn(&self, request: Request) -> Result<(Vec<Step>, Duration), Fault> {
@@ -338,7 +338,7 @@ fn old_answer(engine: &Engine, model: &Model, identity: &Identity) -> Result<Vec
     let prover = Prover { scheme: Scheme::Residue, nonce: nonce_of("old"), signer: None };
     prover.bind(&mut request, identity, None, 0);
     let generation = engine.submit(request).map_err(|e| e.to_string())?;
-    generation.collect_blocking().map(|(steps, _)| steps).map_err(|e| e.to_string())
+    generation.collect_blocking().map(|ended| ended.steps).map_err(|e| e.to_string())
 }
 
 /// The old answer, as long as it was asked for.

@@ -65,7 +65,7 @@ impl Progress for Kept {
 fn answer(served: &Served) -> Vec<(u32, f64)> {
     let mut request = Request::greedy(vec![5, 80, 7, 200], 20);
     request.stop.ignore_eos = true;
-    let (steps, _) = served.engine.submit(request).unwrap().collect_blocking().unwrap();
+    let steps = served.engine.submit(request).unwrap().collect_blocking().unwrap().steps;
     steps.iter().map(|step| (step.token, step.logprob)).collect()
 }
 

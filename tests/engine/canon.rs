@@ -204,13 +204,10 @@ fn a_prefix_hit_changes_no_bit() {
         request.reads_cache = reads_cache;
         engine.submit(request).unwrap().collect_blocking().unwrap()
     };
-    let (cold, cold_end) = run(true);
-    let (warm, warm_end) = run(true);
-    let (bypassed, bypassed_end) = run(false);
-    let cached = |f: Option<targon_engine::engine::output::Finish>| f.unwrap().cached_tokens;
-    assert_eq!((cached(cold_end), cached(warm_end), cached(bypassed_end)), (0, 128, 0));
-    assert_eq!(outcome(&cold), outcome(&warm));
-    assert_eq!(outcome(&cold), outcome(&bypassed));
+    let (cold, warm, bypassed) = (run(true), run(true), run(false));
+    assert_eq!([&cold, &warm, &bypassed].map(|ended| ended.finish.cached_tokens), [0, 128, 0]);
+    assert_eq!(outcome(&cold.steps), outcome(&warm.steps));
+    assert_eq!(outcome(&cold.steps), outcome(&bypassed.steps));
 }
 
 #[test]
@@ -218,11 +215,12 @@ fn neighbours_and_preemption_change_no_bit() {
     let alone: Vec<_> = (0..12)
         .map(|i| {
             let engine = common::tiny_engine(5, common::options());
-            let (steps, _) = engine
+            let steps = engine
                 .submit(request(i, 40 + 9 * i as usize, 60))
                 .unwrap()
                 .collect_blocking()
-                .unwrap();
+                .unwrap()
+                .steps;
             outcome(&steps)
         })
         .collect();
@@ -232,7 +230,7 @@ fn neighbours_and_preemption_change_no_bit() {
     let running: Vec<_> =
         (0..12).map(|i| engine.submit(request(i, 40 + 9 * i as usize, 60)).unwrap()).collect();
     let together: Vec<_> =
-        running.into_iter().map(|g| outcome(&g.collect_blocking().unwrap().0)).collect();
+        running.into_iter().map(|g| outcome(&g.collect_blocking().unwrap().steps)).collect();
     assert_eq!(alone, together);
     let load = || engine.stats().snapshot().load;
     assert!(load().preemptions > 0, "the cache was not tight enough to test preemption");

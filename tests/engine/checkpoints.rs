@@ -473,5 +473,5 @@ fn a_logit_that_is_not_finite_fails_that_request_only() {
     let mut bad = engine.submit(Request::greedy(vec![1, 65], 5)).unwrap();
     let good = engine.submit(Request::greedy(vec![1, 2], 5)).unwrap();
     assert_eq!(bad.next_blocking(), Some(Event::Fault(Fault::NotFinite { position: 1 })));
-    assert_eq!(good.collect_blocking().unwrap().0.len(), 5);
+    assert_eq!(good.collect_blocking().unwrap().steps.len(), 5);
 }

@@ -293,7 +293,7 @@ fn tokens_that_end_a_turn_are_known_by_their_text() {
 fn answer(model: Model) -> Vec<(u32, u64)> {
     let engine = Engine::start(model, pool(), common::options(), Clock::system()).unwrap();
     let stream = engine.submit(Request::greedy(vec![7, 200, 3], 6)).unwrap();
-    let (steps, _) = stream.collect_blocking().unwrap();
+    let steps = stream.collect_blocking().unwrap().steps;
     steps.iter().map(|s| (s.token, s.logprob.to_bits())).collect()
 }
 
@@ -393,7 +393,7 @@ fn a_file_that_changes_while_it_serves_is_a_fault_of_the_request() {
             let model = load(&path).unwrap();
             let engine = Engine::start(model, pool(), common::options(), Clock::system()).unwrap();
             let ask = || engine.submit(Request::greedy(vec![7, 200, 3], 4)).unwrap();
-            assert_eq!(ask().collect_blocking().unwrap().0.len(), 4);
+            assert_eq!(ask().collect_blocking().unwrap().steps.len(), 4);
             damage(&weights);
             let Some(Event::Fault(Fault::Weights(why))) = ask().next_blocking() else {
                 panic!("{name}: expected a fault of the weights");

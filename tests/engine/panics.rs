@@ -45,7 +45,7 @@ fn request(seed: u32) -> Request {
 
 fn run(engine: &Engine, seed: u32) -> Result<Vec<u32>, Fault> {
     let generation = engine.submit(request(seed)).unwrap();
-    let (steps, _) = generation.collect_blocking()?;
+    let steps = generation.collect_blocking()?.steps;
     Ok(steps.iter().map(|s| s.token).collect())
 }
 
@@ -69,7 +69,7 @@ fn a_panic_at_any_stage_leaves_an_engine_that_answers_as_before() {
                 (0..4).map(|seed| engine.submit(request(seed)).unwrap()).collect();
             let outcomes: Vec<Result<Vec<u32>, Fault>> = running
                 .into_iter()
-                .map(|g| Ok(g.collect_blocking()?.0.iter().map(|s| s.token).collect()))
+                .map(|g| Ok(g.collect_blocking()?.steps.iter().map(|s| s.token).collect()))
                 .collect();
             let failed = outcomes.iter().filter(|o| o.is_err()).count();
             let is_hit = countdown.load(Ordering::SeqCst) == 0;

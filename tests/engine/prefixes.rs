@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use targon_engine::clock::Clock;
 use targon_engine::config::models_toml::{self, ModelConfig};
-use targon_engine::engine::output::Finish;
+use targon_engine::engine::output::{Ended, Finish};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::lifecycle::load::start_models;
@@ -29,8 +29,8 @@ fn request(index: usize, salt: u64) -> Request {
 fn run(engine: &Engine, salt: impl Fn(usize) -> u64) -> Vec<(Finish, Vec<u32>)> {
     let submit = |i| engine.submit(request(i, salt(i))).unwrap();
     let running: Vec<_> = (0..REQUESTS).map(submit).collect();
-    let end = |(steps, finish): (Vec<targon_engine::engine::output::Step>, Option<Finish>)| {
-        (finish.unwrap(), steps.iter().map(|step| step.token).collect())
+    let end = |Ended { steps, finish, .. }: Ended| {
+        (finish, steps.iter().map(|step| step.token).collect())
     };
     running.into_iter().map(|r| end(r.collect_blocking().unwrap())).collect()
 }

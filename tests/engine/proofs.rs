@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
-use targon_engine::engine::output::Step;
+use targon_engine::engine::output::{Ended, Step};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
@@ -76,7 +76,7 @@ fn chunks(steps: &[Step]) -> Vec<ChunkProof> {
 }
 
 fn run(engine: &Engine, request: Request) -> Vec<Step> {
-    engine.submit(request).unwrap().collect_blocking().unwrap().0
+    engine.submit(request).unwrap().collect_blocking().unwrap().steps
 }
 
 #[test]
@@ -88,13 +88,13 @@ fn proofs_survive_batching_chunking_preemption_and_prefix_reuse() {
             (0..10).map(|i| request(&identity, scheme, i, 40 + 9 * i as usize, 70)).collect();
         let running: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
         for (request, generation) in requests.iter().zip(running) {
-            let (steps, finish) = generation.collect_blocking().unwrap();
+            let Ended { steps, finish, .. } = generation.collect_blocking().unwrap();
             let ids: Vec<u32> = steps.iter().map(|s| s.token).collect();
             let options = request.proof.as_ref().unwrap();
             let want = recompute(&model, &options.prover, options.root, &request.prompt, &ids);
             assert_eq!(chunks(&steps), want, "{scheme}");
             assert_eq!(want.len(), 3);
-            assert_eq!(finish.unwrap().digest, Some(want[2].digest));
+            assert_eq!(finish.digest, Some(want[2].digest));
         }
         // Once more alone, now from the prefix cache.
         let again = run(&engine, requests[9].clone());

@@ -4,7 +4,7 @@ use crate::common;
 use serde_json::{Value, json};
 use std::sync::OnceLock;
 use targon_engine::clock::Clock;
-use targon_engine::engine::output::FinishReason;
+use targon_engine::engine::output::{Ended, FinishReason};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::models::Model;
@@ -81,10 +81,10 @@ fn the_tokenizer_rebuilt_from_gguf_agrees_with_llama_cpp() {
 #[test]
 fn it_knows_the_capital_of_france_and_stops() {
     let request = Request::greedy(prompt("What is the capital of France?"), 40);
-    let (steps, finish) = engine().submit(request).unwrap().collect_blocking().unwrap();
+    let Ended { steps, finish, .. } = engine().submit(request).unwrap().collect_blocking().unwrap();
     let text: String = steps.iter().map(|s| s.text.as_str()).collect();
     assert_eq!(text, "The capital of France is Paris.");
-    assert_eq!(finish.unwrap().reason, FinishReason::EndToken(2));
+    assert_eq!(finish.reason, FinishReason::EndToken(2));
     let last = steps.last().unwrap();
     assert_eq!((last.token, last.text.as_str(), last.rank), (2, "", 1));
     assert!(steps.iter().all(|s| s.rank == 1 && s.logprob <= 0.0));
@@ -95,7 +95,7 @@ fn scoring_a_text_gives_the_log_probabilities_of_generating_it() {
     let prompt = prompt("Name a colour.");
     let mut generate = Request::greedy(prompt.clone(), 24);
     generate.stop.ignore_eos = true;
-    let (steps, _) = engine().submit(generate).unwrap().collect_blocking().unwrap();
+    let steps = engine().submit(generate).unwrap().collect_blocking().unwrap().steps;
     let mut whole = prompt.clone();
     whole.extend(steps.iter().map(|s| s.token));
     let mut score = Request::greedy(whole, 0);
@@ -117,7 +117,7 @@ fn a_long_prompt_is_prefilled_in_chunks_and_answered() {
     let text = "The quick brown fox jumps over the lazy dog. ".repeat(150);
     let ids = engine().text().tokenizer.encode(&text, false).unwrap();
     assert!(ids.len() > 1200, "{}", ids.len());
-    let (steps, _) = engine().submit(Request::greedy(ids, 9)).unwrap().collect_blocking().unwrap();
+    let steps = engine().submit(Request::greedy(ids, 9)).unwrap().collect_blocking().unwrap().steps;
     let text: String = steps.iter().map(|s| s.text.as_str()).collect();
     assert!(text.contains("quick brown fox"), "{text}");
 }

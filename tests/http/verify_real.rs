@@ -56,8 +56,8 @@ fn request(question: &str, temperature: f32, max_tokens: usize) -> Request {
 }
 
 fn answered(request: &Request) -> Answer {
-    let (steps, _) =
-        entry().served.engine.submit(request.clone()).unwrap().collect_blocking().unwrap();
+    let answer = entry().served.engine.submit(request.clone()).unwrap();
+    let steps = answer.collect_blocking().unwrap().steps;
     Answer {
         ids: steps.iter().map(|s| s.token).collect(),
         text: Some(steps.iter().map(|s| s.text.as_str()).collect()),

@@ -3,7 +3,7 @@
 use crate::pair::{QUESTIONS, ids, pair, request, run};
 use std::time::{Duration, Instant};
 use targon_engine::engine::SubmitError;
-use targon_engine::engine::output::{Event, FinishReason};
+use targon_engine::engine::output::{Ended, Event, FinishReason};
 use targon_engine::models::pass::LogprobMode;
 
 /// How far log-probabilities of the two may lie apart: bf16 rows on one side, f32 on the other.
@@ -109,9 +109,9 @@ fn eight_streams_at_once_say_what_each_says_alone() {
         let running: Vec<_> =
             requests.iter().map(|r| served.engine.submit(r.clone()).unwrap()).collect();
         for ((generation, want), question) in running.into_iter().zip(alone).zip(QUESTIONS) {
-            let (steps, finish) = generation.collect_blocking().unwrap();
+            let Ended { steps, finish, .. } = generation.collect_blocking().unwrap();
             assert_eq!(ids(&steps), want, "{name}: {question}");
-            assert_eq!(finish.unwrap().completion_tokens, steps.len(), "{name}");
+            assert_eq!(finish.completion_tokens, steps.len(), "{name}");
             tokens += steps.len();
         }
         let seconds = since.elapsed().as_secs_f64();
@@ -125,7 +125,7 @@ fn more_requests_than_places_wait_and_are_all_answered() {
     let running: Vec<_> =
         (0..20).map(|i| served.engine.submit(request(QUESTIONS[i % 8], 0.0, 4)).unwrap()).collect();
     for generation in running {
-        assert_eq!(generation.collect_blocking().unwrap().0.len(), 4);
+        assert_eq!(generation.collect_blocking().unwrap().steps.len(), 4);
     }
 }
 

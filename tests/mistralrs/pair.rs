@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use targon_engine::clock::Clock;
 use targon_engine::config::models_toml::{ModelConfig, ModelSource};
 use targon_engine::engine::backend::BackendKind;
-use targon_engine::engine::output::{FinishReason, Step};
+use targon_engine::engine::output::{Ended, FinishReason, Step};
 use targon_engine::engine::plan::{KvMemory, MemoryWanted};
 use targon_engine::engine::request::Request;
 use targon_engine::lifecycle::load::start_models;
@@ -107,8 +107,8 @@ pub(crate) fn request(question: &str, temperature: f32, max_tokens: usize) -> Re
 
 pub(crate) fn run(served: &Served, request: &Request) -> (Vec<Step>, FinishReason) {
     let generation = served.engine.submit(request.clone()).unwrap();
-    let (steps, finish) = generation.collect_blocking().unwrap();
-    (steps, finish.unwrap().reason)
+    let Ended { steps, finish, .. } = generation.collect_blocking().unwrap();
+    (steps, finish.reason)
 }
 
 pub(crate) fn ids(steps: &[Step]) -> Vec<u32> {

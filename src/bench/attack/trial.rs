@@ -147,7 +147,7 @@ impl Subject {
             });
             let running = running.collect::<Result<Vec<_>, _>>()?;
             for (ask, generation) in batch.iter().zip(running) {
-                let (steps, _) = generation.collect_blocking()?;
+                let steps = generation.collect_blocking()?.steps;
                 // Weight values are not what attacks are about; the check adds those it needs.
                 let answer = Answer { powv: Vec::new(), ..Answer::of_steps(&steps, None) };
                 trials.push(AttackedAnswer::new(ask, answer));
