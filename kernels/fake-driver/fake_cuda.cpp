@@ -132,12 +132,16 @@ API cuDeviceGet(int* d, int ordinal) {
     return 0;
 }
 API cuDeviceGetName(char* n, int len, int d) { snprintf(n, len, "%s", devices[d].name); return 0; }
+API cuDeviceGetPCIBusId(char* bus, int len, int d) {
+    snprintf(bus, len, "0000:0%d:00.0", d);
+    return 0;
+}
 API cuDeviceTotalMem_v2(size_t* bytes, int d) { *bytes = devices[d].memory; return 0; }
 API cuDeviceGetAttribute(int* v, int attribute, int d) {
     switch (attribute) {
         case 1: *v = 1024; break;             // threads of a block
         case 10: *v = 32; break;              // threads of a warp
-        case 16: *v = 132; break;             // multiprocessors
+        case 16: *v = 4; break;               // multiprocessors
         case 75: *v = devices[d].major; break;
         case 76: *v = devices[d].minor; break;
         case 97: *v = 227 * 1024; break;      // dynamic shared memory with the attribute

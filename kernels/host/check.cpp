@@ -17,7 +17,8 @@ extern "C" Launch emu_sketch_rows, emu_reduce_logits, emu_embed, emu_add_norm, e
     emu_attend_merge, emu_sum_exp, emu_largest, emu_draw, emu_look_up, emu_route, emu_combine, emu_expert_bf16,
     emu_expert_f16, emu_decode_mma_bf16_8, emu_decode_mma_f16_32, emu_prefill_mma_bf16,
     emu_prefill_mma_f16, emu_expert_mma_bf16, emu_attend_mma_bf16_8, emu_attend_mma_f16_32, emu_group_slots,
-    emu_grouped_bf16_8, emu_grouped_f16_64, emu_grouped_mma_bf16_32, emu_grouped_mma_f16_128;
+    emu_grouped_bf16_8, emu_grouped_f16_64, emu_grouped_mma_bf16_32, emu_grouped_mma_f16_128,
+    emu_read_ceiling, emu_fma_ceiling, emu_mma_ceiling_bf16, emu_mma_ceiling_f16;
 
 struct Grid {
     unsigned x, y, z;
@@ -292,6 +293,26 @@ static int check_experts(int tokens, int cols) {
     return failed;
 }
 
+static int check_ceilings(int groups) {
+    const int blocks = 2, threads = 256 * blocks;
+    auto data = filled(8 * groups, bits16);
+    std::vector<uint32_t> words(threads);
+    std::vector<float> sums(threads);
+    int failed = !same_in_every_order("read_ceiling", words, [&](uint64_t seed) {
+        return run(emu_read_ceiling, blocks, 256, 0, seed, data.data(), words.data(), (uint64_t)groups);
+    });
+    failed += !same_in_every_order("fma_ceiling", sums, [&](uint64_t seed) {
+        return run(emu_fma_ceiling, blocks, 256, 0, seed, sums.data(), 0.5f, 1.0f, 3);
+    });
+    for (Launch* launch : {emu_mma_ceiling_bf16, emu_mma_ceiling_f16}) {
+        failed += !same_in_every_order("mma_ceiling", sums, [&](uint64_t seed) {
+            return run(launch, blocks, 256, 0, seed, sums.data(), 3);
+        });
+        for (float sum : sums) failed += sum != 48.0f;
+    }
+    return failed;
+}
+
 int main() {
     int failed = 0;
     // Thread orders: forward, backward, shuffled.
@@ -309,6 +330,7 @@ int main() {
     failed += check_attention(16, 30) + check_attention(80, 511);
     failed += check_draw(5) + check_draw(1030);
     failed += check_experts(2, 34) + check_experts(5, 96);
+    failed += check_ceilings(1) + check_ceilings(5000);
     printf("%d failed\n", failed);
     return failed != 0;
 }

@@ -13,6 +13,15 @@ const RUN_SECONDS: f64 = 0.1;
 /// Rounds of the first run.
 const ROUNDS: usize = 20_000;
 
+/// What a device does at most.
+#[derive(Clone, Copy)]
+pub(super) struct Peaks {
+    /// Bytes a second.
+    pub(super) read_bandwidth: f64,
+    /// Multiply-adds as the model's arithmetic does them, in operations a second.
+    pub(super) fma_peak: f64,
+}
+
 /// Seconds of the fastest of several runs.
 pub(super) fn best_of(runs: usize, mut f: impl FnMut()) -> f64 {
     (0..runs)

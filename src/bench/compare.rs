@@ -105,7 +105,7 @@ fn one(
     };
     Compared {
         name: entry.name.clone(),
-        machine: is_engine.then(|| report.machine.cpu.clone()),
+        machine: is_engine.then(|| report.machine.computes().to_owned()),
         model: report.model.name.clone(),
         signed_by,
         marks: report.marks.iter().map(|m| m.kind.name().to_owned()).collect(),

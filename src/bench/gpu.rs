@@ -6,6 +6,7 @@
 
 mod asked;
 mod attention;
+mod ceilings;
 mod draws;
 mod invariance;
 mod lab;
@@ -14,6 +15,7 @@ mod products;
 mod rows;
 
 use self::asked::{is_same, prover, samplings};
+pub(super) use self::ceilings::CardCeilings;
 use self::lab::Lab;
 use super::host::{self, Say};
 use super::verify::write_model;
@@ -23,14 +25,13 @@ use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
 use crate::models::cpu::CpuPass;
 use crate::models::cpu::decoder::Decoder;
-use crate::models::cuda::launch::{Memory, Stream};
 use crate::models::cuda::{Card, CudaPass, CudaWeights, Sizes, cards};
 use crate::models::pass::{Batch, Pass, RowAsk, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
@@ -88,7 +89,7 @@ pub fn run(wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
             invariance::compare(&Arc::new(weights), &pool, tokens, say)?;
         }
     }
-    copies(&card, &clock, wanted.is_dry, say)?;
+    ceilings(&card, &pool, wanted.is_dry, say)?;
     for (name, spec) in shapes(wanted.is_dry)? {
         if clock.elapsed() > Duration::from_secs(wanted.seconds) {
             say(format!("{name}: left out, the time is over"));
@@ -211,16 +212,18 @@ fn compare(
     Ok(compared)
 }
 
-/// What the card's memory gives to a copy: bytes read and written.
-fn copies(card: &Arc<Card>, clock: &Clock, is_dry: bool, say: Say<'_>) -> anyhow::Result<()> {
-    let bytes = if is_dry { 1 << 16 } else { 1 << 30 };
-    let stream = Stream::new(card)?;
-    let (from, to) = (Memory::new(card, bytes, "a copy")?, Memory::new(card, bytes, "a copy")?);
-    let seconds = fastest(clock, 5, || {
-        to.copy(&from, &stream)?;
-        stream.wait().context("a copy failed")
-    })?;
-    say(format!("copy: {:.0} GB/s", 2.0 * bytes as f64 / seconds / 1e9));
+/// The most that the card does.
+fn ceilings(card: &Arc<Card>, pool: &Pool, is_dry: bool, say: Say<'_>) -> anyhow::Result<()> {
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let all = CardCeilings::new(card, pool, dtype, is_dry)?;
+        if dtype == Dtype::Bf16 {
+            say(format!("ceiling of reading: {:.0} GB/s", all.read_bandwidth()? / 1e9));
+            let peak = all.peak(Arithmetic::Portable)? / 1e12;
+            say(format!("ceiling of multiply-adds: {peak:.1} TFLOP/s in f32"));
+        }
+        let peak = all.peak(Arithmetic::Tensor)? / 1e12;
+        say(format!("ceiling of mma.sync in {dtype}: {peak:.1} TFLOP/s"));
+    }
     Ok(())
 }
 

@@ -13,6 +13,7 @@
 //! | [`own`] | how many of this engine's own answers are equal when they are recomputed |
 //! | [`attack`] | what each verification scheme catches |
 //! | [`sweep`] | prefill, decode and checks over batch and depth, for `bench engine` |
+//! | [`site`] | nothing: it says what a sweep runs on, a processor or a card |
 //! | [`traffic`] | a server under load, for `bench serve` |
 //! | [`conditions`] | whether the machine was fit to be measured |
 //! | [`report`] | nothing: it holds what was measured, and writes it |
@@ -24,6 +25,8 @@
 
 pub mod attack;
 pub mod canon;
+#[cfg(feature = "cuda")]
+mod card;
 mod ceilings;
 pub mod compare;
 pub mod conditions;
@@ -43,6 +46,7 @@ pub mod proof;
 pub mod report;
 mod rows;
 mod serve;
+pub mod site;
 pub mod stats;
 pub mod sweep;
 pub mod traffic;

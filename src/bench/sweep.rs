@@ -1,18 +1,16 @@
 //! Measures prefill, decode and checks over batch and depth in this process, for `bench engine`.
 //! Each figure stands beside the ceilings of the machine and what `bench plan` predicts from them.
 
-use super::ceilings::{fma_peak, read_bandwidth};
+use super::ceilings::Peaks;
 use super::conditions::{Conditions, Mark, MarkKind, Moment, drift, governor};
-use super::energy::Counters;
 use super::host;
 use super::load::{proved, request_of};
 use super::plan::devices::DeviceSpec;
 use super::report::schema::{BenchReport, Ceilings, MemoryUse, Phase, ReportRow, TableCeilings};
 use super::rows::{Size, row};
+use super::site::{Energy, Site};
 use crate::clock::Clock;
-use crate::engine::memory::memory;
 use crate::engine::output::Event;
-use crate::engine::plan::Bytes;
 use crate::engine::{Engine, Options};
 use crate::models::pass::blocks_of;
 use crate::models::{Identity, Model};
@@ -29,8 +27,6 @@ use std::sync::Arc;
 
 /// Rows of a step.
 const STEP_TOKENS: usize = 512;
-/// The share of available memory that keys and values may take.
-const KV_SHARE: f64 = 0.6;
 /// KV blocks that are left over.
 const SPARE_BLOCKS: usize = 64;
 
@@ -71,9 +67,12 @@ pub fn run(
     watch: &mut SweepWatch<'_>,
 ) -> anyhow::Result<()> {
     let (clock, root) = (Clock::system(), Path::new("/"));
+    let site = Site::of(&model, pool)?;
     let options = options(&model, setup)?;
+    site.check_room(&model, (options.sequences_max, options.blocks))?;
+    report.marks.extend(site.doubts_before());
     let before = Moment::now(root, &clock);
-    let ceilings = ceilings(pool, setup.device.as_ref());
+    let ceilings = ceilings(&site, setup.device.as_ref())?;
     report.ceilings = Some(ceilings.clone());
     report.marks.extend(governor(report.machine.governor.as_deref()));
     if !report.program.is_optimized {
@@ -92,7 +91,7 @@ pub fn run(
         scrutiny: Scrutiny::NONE,
         context_max: options.context_max,
     };
-    let bench = Bench { engine, verifier, setup, ceilings: &ceilings };
+    let bench = Bench { engine, verifier, setup, site: &site, ceilings: &ceilings };
     let outcome = bench.all(report, watch);
     let peak_resident = host::resident_bytes("VmHWM:").unwrap_or(0.0) as u64;
     report.memory = Some(MemoryUse { weights, kv, peak_resident });
@@ -100,10 +99,10 @@ pub fn run(
     // Before the ceilings are measured again: the load is this measurement's.
     let conditions = Conditions { before, after: Moment::now(root, &clock) };
     report.marks.extend(conditions.marks());
+    report.marks.extend(site.doubts_after());
     report.conditions = Some(conditions);
     if outcome.is_ok() && (watch.is_wanted)() {
-        let turn = pool.turn();
-        let peak = fma_peak(&turn);
+        let peak = site.peak()?;
         report.marks.extend(drift("the peak of multiply-adds", ceilings.fma_peak, peak));
     }
     outcome
@@ -123,13 +122,6 @@ fn options(model: &Model, setup: &SweepSetup) -> anyhow::Result<Options> {
         spec.context
     );
     let blocks = batch * blocks_of(context_max) + SPARE_BLOCKS;
-    let (needed, free) = ((blocks * spec.kv_dims().block_bytes()) as u64, memory().available);
-    ensure!(
-        needed as f64 <= KV_SHARE * free as f64,
-        "--batch {batch} at --depth {deepest} needs {} for keys and values, of {} that are free",
-        Bytes(needed),
-        Bytes(free)
-    );
     let (sequences_max, waiting_max) = (batch, batch);
     Ok(Options {
         context_max,
@@ -150,23 +142,21 @@ fn decode_tokens(tokens: usize, batch: usize) -> usize {
     tokens + batch + 4
 }
 
-fn ceilings(pool: &Pool, device: Option<&DeviceSpec>) -> Ceilings {
-    let turn = pool.turn();
-    Ceilings {
-        read_bandwidth: read_bandwidth(&turn),
-        fma_peak: fma_peak(&turn),
-        table: device.map(|d| TableCeilings {
-            device: d.name.into(),
-            bandwidth: d.bandwidth,
-            peak: d.peak,
-        }),
-    }
+fn ceilings(site: &Site, device: Option<&DeviceSpec>) -> anyhow::Result<Ceilings> {
+    let Peaks { read_bandwidth, fma_peak } = site.peaks()?;
+    let table = device.map(|d| TableCeilings {
+        device: d.name.into(),
+        bandwidth: d.bandwidth,
+        peak: d.peak,
+    });
+    Ok(Ceilings { read_bandwidth, fma_peak, table })
 }
 
 struct Bench<'a> {
     engine: Engine,
     verifier: Verifier,
     setup: &'a SweepSetup,
+    site: &'a Site,
     ceilings: &'a Ceilings,
 }
 
@@ -177,19 +167,20 @@ struct Run {
     joules: Option<f64>,
 }
 
-/// Clock and energy counters at the start of a run.
-struct Meter(Clock, Option<Counters>);
+/// Clock and counters of energy at the start of a run.
+struct Meter<'a>(&'a Site, Clock, Option<Energy>);
 
-impl Meter {
-    fn start() -> Self {
-        let counters = Counters::now(Path::new("/"));
-        Self(Clock::system(), counters)
+impl<'a> Meter<'a> {
+    fn start(site: &'a Site) -> Self {
+        let energy = site.energy();
+        Self(site, Clock::system(), energy)
     }
 
     fn end(self, tokens: usize) -> Run {
-        let seconds = self.0.elapsed().as_secs_f64();
-        let used = self.1.zip(Counters::now(Path::new("/")));
-        Run { tokens, seconds, joules: used.map(|(before, after)| after.since(&before)) }
+        let seconds = self.1.elapsed().as_secs_f64();
+        let used = self.2.zip(self.0.energy());
+        let joules = used.and_then(|(before, after)| after.since(&before));
+        Run { tokens, seconds, joules }
     }
 }
 
@@ -268,7 +259,7 @@ impl Bench<'_> {
         let seed = |i| self.prompt(Phase::Prefill, (batch, depth), salt, i);
         let vocab = self.engine.info().spec.vocab;
         let requests: Vec<_> = (0..batch).map(|i| request_of(vocab, depth, 1, seed(i))).collect();
-        let meter = Meter::start();
+        let meter = Meter::start(self.site);
         let running = requests.into_iter().map(|r| self.engine.submit(r));
         for generation in running.collect::<Result<Vec<_>, _>>()? {
             generation.collect_blocking()?;
@@ -308,7 +299,7 @@ impl Bench<'_> {
                 other => bail!("no first token: {other:?}"),
             }
         }
-        let (before, meter) = (count(), Meter::start());
+        let (before, meter) = (count(), Meter::start(self.site));
         let mut running = running.into_iter();
         running.next().context("no sequence")?.collect_blocking()?;
         let run = meter.end(count().saturating_sub(before) as usize);
@@ -335,7 +326,7 @@ impl Bench<'_> {
 
     /// Checks all answers, each on a thread of its own: tokens of prompts and answers.
     fn check(&self, answers: &[Proved]) -> anyhow::Result<Run> {
-        let meter = Meter::start();
+        let meter = Meter::start(self.site);
         let verdicts: Vec<Verdict> = std::thread::scope(|scope| {
             let check = |proved| scope.spawn(move || self.verdict(proved));
             let running: Vec<_> = answers.iter().map(check).collect();

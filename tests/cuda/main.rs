@@ -15,6 +15,7 @@
 mod common;
 
 mod answers;
+mod bench;
 mod devices;
 mod engine;
 mod failures;

@@ -106,6 +106,24 @@ pub fn named(names: &[String]) -> anyhow::Result<Vec<DeviceSpec>> {
     names.iter().map(find).collect()
 }
 
+/// What drivers call the cards of the table. Others of the same family, such as those for PCIe,
+/// have other datasheets.
+const BRANDS: [(&str, &str); 7] = [
+    ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+    ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+    ("NVIDIA H200", "h200"),
+    ("NVIDIA B200", "b200"),
+    ("NVIDIA L40S", "l40s"),
+    ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ("NVIDIA GeForce RTX 5090", "rtx-5090"),
+];
+
+/// The card that its driver calls `brand`, where the table has it.
+pub fn of_card(brand: &str) -> Option<DeviceSpec> {
+    let (_, name) = BRANDS.into_iter().find(|(known, _)| *known == brand)?;
+    DEVICES.into_iter().find(|device| device.name == name)
+}
+
 /// The processor that calls itself `brand`, where the table has it.
 pub fn of_cpu(brand: &str) -> Option<DeviceSpec> {
     let brand = brand.to_lowercase();
@@ -140,6 +158,18 @@ mod tests {
         assert_eq!(name("Intel(R) Xeon(R) Platinum 8480+"), Some("xeon-8480"));
         assert_eq!(name("AMD Ryzen 9 9950X 16-Core Processor"), Some("ryzen-9950x"));
         assert_eq!((name("AMD EPYC 96540"), name("")), (None, None));
+    }
+
+    #[test]
+    fn cards_are_known_by_what_drivers_call_them() {
+        for (brand, name) in BRANDS {
+            assert_eq!(of_card(brand).map(|d| d.name), Some(name));
+        }
+        let cards = DEVICES.iter().filter(|d| d.kind == DeviceKind::Gpu).count();
+        assert_eq!(cards, BRANDS.len());
+        for other in ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GB200", ""] {
+            assert_eq!(of_card(other), None);
+        }
     }
 
     #[test]

@@ -53,9 +53,29 @@ pub struct Machine {
     pub driver: Option<String>,
     /// Who chooses the processor's frequency.
     pub governor: Option<String>,
+    /// The card that computed, where one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub card: Option<CardFacts>,
+}
+
+/// A card that a model was measured on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CardFacts {
+    /// What its driver calls it.
+    pub name: String,
+    /// Bytes of its memory.
+    pub memory_bytes: u64,
+    /// Its place on the PCI bus.
+    pub bus: Option<String>,
 }
 
 impl Machine {
+    /// The name of what computes: the card where one did, else the processor.
+    pub fn computes(&self) -> &str {
+        self.card.as_ref().map_or(&self.cpu, |card| &card.name)
+    }
+
     /// This one; `root` is `/` but in tests.
     pub fn this(root: &Path) -> Self {
         let mut system = System::new();
@@ -75,6 +95,7 @@ impl Machine {
             kernel: System::kernel_version(),
             driver: driver.map(|d| d.trim_start_matches("NVRM version: ").to_owned()),
             governor: line("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            card: None,
         }
     }
 }

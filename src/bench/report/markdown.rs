@@ -1,5 +1,6 @@
 //! Writes a report as Markdown, for a terminal and for a page of text.
 
+use super::facts::CardFacts;
 use super::schema::{BenchReport, LoadLevel, ReportKind, ReportRow};
 use super::spread::Quantiles;
 use crate::engine::plan::Bytes;
@@ -47,6 +48,7 @@ pub(super) fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
     let optional = [
         ("kernel", machine.kernel.clone()),
         ("driver", machine.driver.clone()),
+        ("card", machine.card.as_ref().map(card)),
         ("weights root", model.weights_root.clone()),
         ("type", model.dtype.clone()),
         ("weights", model.weights_bytes.map(|b| Bytes(b).to_string())),
@@ -70,6 +72,12 @@ pub(super) fn facts(report: &BenchReport) -> Vec<(&'static str, String)> {
     }));
     facts.extend(report.signature.as_ref().map(|s| ("signed by", s.hotkey.clone())));
     facts
+}
+
+fn card(card: &CardFacts) -> String {
+    let memory = Bytes(card.memory_bytes);
+    let bus = card.bus.as_ref().map_or(String::new(), |bus| format!(", at {bus}"));
+    format!("{}, {memory} of memory{bus}", card.name)
 }
 
 /// The flags that are set.

@@ -100,6 +100,7 @@ pub(in crate::bench) mod tests {
             kernel: None,
             driver: None,
             governor: None,
+            card: None,
         };
         let model = ModelFacts {
             name: "m<script>".into(),

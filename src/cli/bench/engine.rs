@@ -1,17 +1,19 @@
 //! Runs `bench engine`: measures a model in this process.
 
 use super::output::{OutputArgs, until_interrupted};
-use crate::bench::plan::devices::{DeviceSpec, named, of_cpu};
-use crate::bench::report::facts::{Machine, ModelFacts};
+use crate::bench::plan::devices::{DeviceSpec, named};
+use crate::bench::report::facts::ModelFacts;
 use crate::bench::report::schema::{BenchReport, ReportKind};
+use crate::bench::site::Site;
 use crate::bench::sweep::{self, SweepSetup, SweepWatch};
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::shared::{ComputeArgs, runtime};
 use crate::clock::Clock;
+use crate::models::arithmetic::Arithmetic;
+use crate::models::device::Device;
 use crate::models::{Identity, Model};
 use crate::ops::dtype::Dtype;
-use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use clap::Args;
 use serde_json::json;
@@ -23,6 +25,7 @@ use std::sync::atomic::Ordering;
 #[command(after_help = "Examples:
   targon-engine bench engine model.gguf --out report
   targon-engine bench engine ./Llama-3.1-8B --batch 1,16 --depth 512 --json
+  targon-engine bench engine ./Llama-3.1-8B --on cuda:0 --batch 1,64 --out card
   targon-engine bench engine model.gguf --strict --wallet.name miner --out r")]
 pub(in crate::cli) struct EngineArgs {
     /// A checkpoint directory or a GGUF file.
@@ -44,8 +47,14 @@ pub(in crate::cli) struct EngineArgs {
     /// Use the same prompts in every run, so that prefill finds them in the prefix cache.
     #[arg(long)]
     repeat_prompts: bool,
-    /// The row of the device table for this machine; by default it is found by the processor's
-    /// name.
+    /// What computes: auto (the first card that works, else the processor), cpu or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    on: Device,
+    /// How a card computes: tensor (its tensor cores, where absent) or portable (the processor's
+    /// bits).
+    #[arg(long)]
+    arithmetic: Option<Arithmetic>,
+    /// The row of the device table for what computes; by default it is found by its name.
     #[arg(long)]
     device: Option<String>,
     #[command(flatten)]
@@ -60,10 +69,12 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let is_wanted = until_interrupted(&runtime);
     let dtype: Option<Dtype> = None;
-    let model = Model::load(&args.model, dtype, &pool, |_, _| {}).map_err(Failure::user)?;
+    let model = Model::load_on(args.on, &args.model, dtype, &pool, |_, _| {})
+        .and_then(|model| model.computing(args.arithmetic))
+        .map_err(Failure::user)?;
     let identity = Identity::of(&model, &pool).map_err(Failure::user)?;
-    let machine = machine(&pool);
-    let device = device.or_else(|| of_cpu(&machine.cpu));
+    let machine = Site::of(&model, &pool).map_err(Failure::user)?.machine();
+    let device = device.or_else(|| Site::table(&machine));
     let facts = facts(&args.model, &model, &identity);
     let started = Clock::system().unix_ms() / 1000;
     let mut report = BenchReport::new(ReportKind::Engine, started, machine, facts);
@@ -86,12 +97,6 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
         // What was measured until then counts.
         Err(e) => output.finish(report).and(Err(Failure::user(e))),
     }
-}
-
-/// This machine, with what computes on it.
-fn machine(pool: &Pool) -> Machine {
-    let isa = pool.turn().isa().to_string();
-    Machine { threads: Some(pool.threads()), isa: Some(isa), ..Machine::this(Path::new("/")) }
 }
 
 fn facts(path: &Path, model: &Model, identity: &Identity) -> ModelFacts {
@@ -130,6 +135,8 @@ impl EngineArgs {
             ("tokens", json!(self.tokens)),
             ("runs", json!(self.runs)),
             ("repeat_prompts", json!(self.repeat_prompts)),
+            ("on", json!(self.on.to_string())),
+            ("arithmetic", json!(self.arithmetic.map(|a| a.to_string()))),
         ] {
             report.settings.insert(name.into(), value);
         }

@@ -8,6 +8,7 @@
 
 mod attention;
 mod attention_tensor;
+mod ceiling;
 mod draw;
 mod experts;
 mod logits;
@@ -37,9 +38,10 @@ struct Shape {
 }
 
 /// The kernels' host builds, one for each `.cu`.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "attend",
     "attend_tensor",
+    "ceiling",
     "draw",
     "embed",
     "experts",

@@ -5,13 +5,14 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CString, c_char, c_void};
 use std::sync::{Arc, OnceLock};
 
 /// The kernels: PTX 9.0 for sm_80, which drivers from 580 on compile for the card at hand.
-const PTX: [&str; 11] = [
+const PTX: [&str; 12] = [
     include_str!("../../../../kernels/attend.sm_80.ptx"),
     include_str!("../../../../kernels/attend_tensor.sm_80.ptx"),
+    include_str!("../../../../kernels/ceiling.sm_80.ptx"),
     include_str!("../../../../kernels/draw.sm_80.ptx"),
     include_str!("../../../../kernels/embed.sm_80.ptx"),
     include_str!("../../../../kernels/experts.sm_80.ptx"),
@@ -26,6 +27,9 @@ const PTX: [&str; 11] = [
 const CUDA_MIN: u32 = 13_000;
 /// Compute capability that the PTX is for.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// Bytes of a place on the PCI bus, with the zero at its end.
+const BUS_BYTES: usize = 32;
+
 /// One card with the kernels loaded. All passes on a card share it.
 pub struct Card {
     ordinal: usize,
@@ -138,6 +142,36 @@ impl Card {
         &self.name
     }
 
+    /// Its place on the PCI bus, such as `0000:1b:00.0`, by which other tools of the driver know it
+    /// too.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn bus(&self) -> Result<String, CudaError> {
+        let mut text = [0_u8; BUS_BYTES];
+        // SAFETY: the driver writes at most as many bytes as it is told, with a zero at the end.
+        let code = unsafe {
+            sys::cuDeviceGetPCIBusId(
+                text.as_mut_ptr().cast::<c_char>(),
+                BUS_BYTES as i32,
+                self.context.cu_device(),
+            )
+        };
+        code.result().map_err(|e| self.failed("cuDeviceGetPCIBusId", e))?;
+        let end = text.iter().position(|byte| *byte == 0).unwrap_or(BUS_BYTES);
+        Ok(String::from_utf8_lossy(&text[..end]).into_owned())
+    }
+
+    /// How many multiprocessors it has.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn multiprocessors(&self) -> Result<usize, CudaError> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = self.context.attribute(attribute);
+        count.map(|n| n.max(1) as usize).map_err(|e| self.failed("cuDeviceGetAttribute", e))
+    }
+
     /// The canon of rows that its tensor cores compute. How these add within one instruction is a
     /// matter of the architecture, so its number is in the name; the last number counts our orders.
     pub fn tensor_canon(&self) -> String {
@@ -240,6 +274,6 @@ mod tests {
         assert_eq!(all["embed"], [8, 8, 8, 4, 4, 4, 4]);
         assert_eq!(all["attend_bf16_4"], [8, 8, 8, 8, 8, 8, 8, 24, 4, 4]);
         assert_eq!(all["softcap"], [8, 8, 4]);
-        assert!(all.len() >= 52, "{}", all.len());
+        assert!(all.len() >= 56, "{}", all.len());
     }
 }
