@@ -10,7 +10,7 @@
 use super::buffer::Buffer;
 use super::dtype::{Dtype, Rounded, round_bf16};
 use super::lanes::{Kernel, LANES, Lanes, dispatch};
-use super::pool::{Disjoint, Turn};
+use super::pool::{Disjoint, Pool, Turn};
 use super::product::{VEC_STRIDE, offset, product};
 use std::ops::Range;
 
@@ -18,6 +18,8 @@ use std::ops::Range;
 pub const BLOCK_ROWS: usize = 64;
 /// Tokens of one register tile.
 const TILE_TOKENS: usize = 6;
+/// Bytes that are packed in one turn while others wait for theirs.
+const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
 const PAIR_STRIDE: usize = 2 * BLOCK_ROWS;
 
@@ -37,6 +39,36 @@ impl Packed {
     /// When memory is refused, or the first error of `fill`.
     pub fn pack<E: Send + From<std::io::Error>>(
         turn: &Turn<'_>,
+        shape: (usize, usize),
+        dtype: Dtype,
+        fill: impl Fn(usize, &mut [u16]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        Self::pack_by(|blocks, task| turn.run(blocks, task), shape, dtype, fill)
+    }
+
+    /// The same in many short turns, between which others have theirs: engines go on while a model
+    /// is loaded beside them.
+    ///
+    /// # Errors
+    /// As for [`pack`](Self::pack).
+    pub fn pack_beside<E: Send + From<std::io::Error>>(
+        pool: &Pool,
+        (rows, cols): (usize, usize),
+        dtype: Dtype,
+        fill: impl Fn(usize, &mut [u16]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let each = (TURN_BYTES / (2 * BLOCK_ROWS * cols.max(1))).max(pool.threads());
+        let in_turns = |blocks: usize, task: &(dyn Fn(usize) + Sync)| {
+            for first in (0..blocks).step_by(each) {
+                pool.turn().run(each.min(blocks - first), |i| task(first + i));
+            }
+        };
+        Self::pack_by(in_turns, (rows, cols), dtype, fill)
+    }
+
+    /// Packs block by block; `run` calls a task for each of so many.
+    fn pack_by<E: Send + From<std::io::Error>>(
+        run: impl Fn(usize, &(dyn Fn(usize) + Sync)),
         (rows, cols): (usize, usize),
         dtype: Dtype,
         fill: impl Fn(usize, &mut [u16]) -> Result<(), E> + Sync,
@@ -47,7 +79,7 @@ impl Packed {
         let mut data = Buffer::zeroed(blocks * block_len)?;
         let shared = Disjoint::new(&mut data);
         let failure = parking_lot::Mutex::new(None);
-        turn.run(blocks, |block| {
+        run(blocks, &|block| {
             // SAFETY: each task owns its block.
             let out = unsafe { shared.piece(block * block_len..(block + 1) * block_len) };
             let mut row = vec![0; cols];

@@ -8,13 +8,14 @@
 use super::checkpoint::Checkpoint;
 use super::error::LoadError;
 use super::remembered::Remembered;
-use super::tensor::Tensor;
+use super::tensor::{Hashing, Tensor};
 use super::weight_file::WeightFile;
 use crate::ops::pool::Pool;
 use crate::proof::codec::{Encoder, Hash};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The root of a checkpoint, from what is remembered where its files are unchanged.
 ///
@@ -34,15 +35,14 @@ pub fn weights_root(
     Ok(root)
 }
 
-/// The root, computed from the tensors on all threads.
+/// The root, computed from the tensors on all threads, in many short turns: engines go on beside
+/// it.
 ///
 /// # Errors
 /// When a file cannot be read, or was changed since it was opened.
 pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Result<Hash, LoadError> {
     let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
-    let hashes: Vec<Mutex<Option<Result<blake3::Hash, LoadError>>>> =
-        tensors.iter().map(|_| Mutex::new(None)).collect();
-    pool.turn().run(tensors.len(), |i| *hashes[i].lock() = Some(tensors[i].hash()));
+    let hashes = hashes(&tensors, &pool.separate())?;
     let mut e = Encoder::new("targon-engine/weights/1");
     e.u32(tensors.len() as u32);
     for (tensor, hash) in tensors.iter().zip(hashes) {
@@ -51,10 +51,53 @@ pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Result<Hash, LoadError> 
         tensor.shape.iter().for_each(|d| {
             e.i64(*d as i64);
         });
-        let hash = hash.into_inner().unwrap_or_else(|| tensor.hash())?;
         e.raw(hash.as_bytes());
     }
     Ok(e.finish())
+}
+
+/// Pieces that a thread hashes in one turn.
+const PIECES_EACH: usize = 8;
+
+/// The hashes of tensors, in this order.
+fn hashes(tensors: &[&Tensor], pool: &Pool) -> Result<Vec<blake3::Hash>, LoadError> {
+    let next = AtomicUsize::new(0);
+    let mut workers: Vec<Mutex<Worker<'_>>> =
+        (0..pool.threads()).map(|_| Mutex::default()).collect();
+    loop {
+        pool.turn().run(workers.len(), |i| workers[i].lock().work(tensors, &next));
+        let is_idle = workers.iter_mut().all(|worker| worker.get_mut().current.is_none());
+        if is_idle && next.load(Ordering::Relaxed) >= tensors.len() {
+            break;
+        }
+    }
+    let done = workers.into_iter().flat_map(|worker| worker.into_inner().done);
+    let by_place: BTreeMap<usize, Result<blake3::Hash, LoadError>> = done.collect();
+    by_place.into_values().collect()
+}
+
+/// One thread's share of the tensors.
+#[derive(Default)]
+struct Worker<'a> {
+    current: Option<(usize, Hashing<'a>)>,
+    buffer: Vec<u8>,
+    done: Vec<(usize, Result<blake3::Hash, LoadError>)>,
+}
+
+impl<'a> Worker<'a> {
+    fn work(&mut self, tensors: &[&'a Tensor], next: &AtomicUsize) {
+        for _ in 0..PIECES_EACH {
+            let taken = self.current.take().or_else(|| {
+                let place = next.fetch_add(1, Ordering::Relaxed);
+                Some((place, tensors.get(place)?.hashing()))
+            });
+            let Some((place, mut hashing)) = taken else { return };
+            match hashing.step(&mut self.buffer).transpose() {
+                Some(hash) => self.done.push((place, hash)),
+                None => self.current = Some((place, hashing)),
+            }
+        }
+    }
 }
 
 /// What changes when one of the files does, as they were when they were opened.

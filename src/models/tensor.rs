@@ -139,19 +139,9 @@ impl Tensor {
         Ok(self.widen(&block)?[col % elements])
     }
 
-    /// The hash of the stored bytes.
-    pub(super) fn hash(&self) -> Result<blake3::Hash, LoadError> {
-        let mut hasher = blake3::Hasher::new();
-        let mut bytes = vec![0; HASH_BYTES];
-        let mut at = self.range.start;
-        while at < self.range.end {
-            let len = (self.range.end - at).min(HASH_BYTES as u64);
-            let piece = &mut bytes[..len as usize];
-            self.file.read_at(piece, at)?;
-            hasher.update(piece);
-            at += len;
-        }
-        Ok(hasher.finalize())
+    /// Begins to hash the stored bytes.
+    pub(super) fn hashing(&self) -> Hashing<'_> {
+        Hashing { tensor: self, hasher: blake3::Hasher::new(), at: self.range.start }
     }
 
     fn block(&self) -> Result<(usize, usize), LoadError> {
@@ -291,5 +281,28 @@ impl<'a> Runs<'a> {
         let run = Arc::new(Run { number, bytes });
         *slot = Some(Arc::clone(&run));
         Ok(run)
+    }
+}
+
+/// A hash of a tensor's stored bytes that grows piece by piece.
+pub(super) struct Hashing<'a> {
+    tensor: &'a Tensor,
+    hasher: blake3::Hasher,
+    at: u64,
+}
+
+impl Hashing<'_> {
+    /// Adds the next piece, which is read into `buffer`; the hash once there is no further piece.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or was changed since it was opened.
+    pub(super) fn step(&mut self, buffer: &mut Vec<u8>) -> Result<Option<blake3::Hash>, LoadError> {
+        let end = self.tensor.range.end;
+        let len = (end - self.at).min(HASH_BYTES as u64);
+        buffer.resize(len as usize, 0);
+        self.tensor.file.read_at(buffer, self.at)?;
+        self.hasher.update(buffer);
+        self.at += len;
+        Ok((self.at == end).then(|| self.hasher.finalize()))
     }
 }

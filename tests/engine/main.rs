@@ -13,6 +13,7 @@ mod fuzz;
 mod gguf_files;
 mod hub;
 mod kernels;
+mod loading;
 mod panics;
 mod parity;
 mod prefixes;

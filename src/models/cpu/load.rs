@@ -9,7 +9,7 @@ use crate::models::source::{FeedForwardSource, MlpSource, RowReader, Rows, Sourc
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
-use crate::ops::pool::{Pool, Turn};
+use crate::ops::pool::Pool;
 use std::sync::Arc;
 
 impl Decoder {
@@ -26,7 +26,7 @@ impl Decoder {
         progress: impl Fn(usize, usize),
     ) -> Result<Self, LoadError> {
         let source = Source { checkpoint, spec, dtype };
-        let loader = Loader { source, dtype, grid: None, turn: &pool.turn() };
+        let loader = Loader { source, dtype, grid: None, pool: pool.separate() };
         loader.decoder(spec, &|done| progress(done, spec.layers))
     }
 
@@ -41,7 +41,7 @@ impl Decoder {
         pool: &Pool,
     ) -> Result<Self, LoadError> {
         let source = Source { checkpoint, spec, dtype };
-        let loader = Loader { source, dtype, grid: Some(grid), turn: &pool.turn() };
+        let loader = Loader { source, dtype, grid: Some(grid), pool: pool.separate() };
         loader.decoder(spec, &|_| {})
     }
 }
@@ -51,7 +51,8 @@ struct Loader<'a> {
     source: Source<'a>,
     dtype: Dtype,
     grid: Option<Grid>,
-    turn: &'a Turn<'a>,
+    /// With an account of its own: loading has its share of the threads beside engines.
+    pool: Pool,
 }
 
 /// The rows of a matrix, from the checkpoint or changed in memory.
@@ -135,13 +136,13 @@ impl Loader<'_> {
 
     fn pack(&self, rows: &Rows, grid: Option<Grid>) -> Result<Packed, LoadError> {
         let filler = self.filler(rows, grid)?;
-        Packed::pack(self.turn, (rows.rows(), rows.cols()), self.dtype, |row, out| {
+        Packed::pack_beside(&self.pool, (rows.rows(), rows.cols()), self.dtype, |row, out| {
             filler.fill(row, self.dtype, out)
         })
     }
 
     fn filler<'a>(&self, rows: &'a Rows, grid: Option<Grid>) -> Result<Filler<'a>, LoadError> {
-        let reader = rows.reader(self.turn.threads())?;
+        let reader = rows.reader(self.pool.threads())?;
         let Some(grid) = grid else { return Ok(Filler::Stored(reader)) };
         let (cols, dtype) = (rows.cols(), self.dtype);
         let mut all = vec![0; rows.rows() * cols];
@@ -164,7 +165,7 @@ impl Loader<'_> {
         let inter = gate.rows();
         let (gate_rows, up_rows) = (self.filler(gate, self.grid)?, self.filler(up, self.grid)?);
         let shape = (gated_rows(inter), gate.cols());
-        Packed::pack(self.turn, shape, self.dtype, |row, out| match gated_row(row, inter) {
+        Packed::pack_beside(&self.pool, shape, self.dtype, |row, out| match gated_row(row, inter) {
             Some(Ok(row)) => gate_rows.fill(row, self.dtype, out),
             Some(Err(row)) => up_rows.fill(row, self.dtype, out),
             None => {

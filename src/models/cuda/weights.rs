@@ -11,7 +11,7 @@ use crate::models::error::LoadError;
 use crate::models::source::{FeedForwardSource, MlpSource, Rows, Source};
 use crate::models::spec::{ExpertSpec, Spec};
 use crate::ops::dtype::Dtype;
-use crate::ops::pool::{Pool, Turn};
+use crate::ops::pool::Pool;
 use crate::ops::rope::Rope;
 use crate::ops::rowwise::Norm;
 use parking_lot::Mutex;
@@ -105,7 +105,7 @@ impl CudaWeights {
             staging: Mutex::new(Staging(None)),
             source: Source { checkpoint, spec, dtype },
             dtype,
-            turn: &pool.turn(),
+            pool: pool.separate(),
         };
         let before = card.memory()?.0;
         let head = loader.matrix(&loader.source.head()?)?;
@@ -164,7 +164,8 @@ struct Loader<'a> {
     staging: Mutex<Staging>,
     source: Source<'a>,
     dtype: Dtype,
-    turn: &'a Turn<'a>,
+    /// With an account of its own: loading has its share of the threads beside engines.
+    pool: Pool,
 }
 
 /// Writes a row of a matrix into zeros.
@@ -219,21 +220,21 @@ impl Loader<'_> {
                 let mut bits = vec![0_u16; cols];
                 tensor.read_row(first + row, self.dtype, &mut bits).map(|()| bits)
             };
-            let piece = joined(self.turn.map(piece_rows.min(rows - first), read))?;
+            let piece = joined(self.pool.turn().map(piece_rows.min(rows - first), read))?;
             memory.write(2 * first * cols, &piece)?;
         }
         Ok(memory)
     }
 
     fn matrix(&self, rows: &Rows) -> Result<Matrix, LoadError> {
-        let reader = rows.reader(self.turn.threads())?;
+        let reader = rows.reader(self.pool.threads())?;
         let fill = |row: usize, out: &mut [u16]| reader.read_row(row, self.dtype, out);
         self.pack(rows.rows(), rows.cols(), 1, &fill)
     }
 
     /// Gate rows, then up rows, each filled up to 64; one such matrix an expert.
     fn gate_up(&self, experts: &[MlpSource]) -> Result<Matrix, LoadError> {
-        let threads = self.turn.threads();
+        let threads = self.pool.threads();
         let readers = experts.iter().map(|e| Ok([e.gate.reader(threads)?, e.up.reader(threads)?]));
         let readers = readers.collect::<Result<Vec<_>, LoadError>>()?;
         let (inter, cols) = (experts[0].gate.rows(), experts[0].gate.cols());
@@ -249,7 +250,7 @@ impl Loader<'_> {
     }
 
     fn down(&self, experts: &[MlpSource]) -> Result<Matrix, LoadError> {
-        let threads = self.turn.threads();
+        let threads = self.pool.threads();
         let readers = experts.iter().map(|e| e.down.reader(threads));
         let readers = readers.collect::<Result<Vec<_>, LoadError>>()?;
         let (rows, cols) = (experts[0].down.rows(), experts[0].down.cols());
@@ -281,7 +282,7 @@ impl Loader<'_> {
                 }
             };
             let here = piece_rows.min(all - first);
-            let piece = joined(self.turn.map(here, read))?;
+            let piece = joined(self.pool.turn().map(here, read))?;
             let raw = self.staging.lock().send(&self.stream, &piece)?;
             let is_f16 = i32::from(self.dtype == Dtype::F16);
             let args = args![raw, &memory, cols as i32, first as i32, is_f16].to_vec();
