@@ -67,7 +67,12 @@ impl ServerTable {
             let text = std::fs::read_to_string(&path).map_err(|e| {
                 ("api_keys_file", format!("{} cannot be read: {e}", path.display()))
             })?;
+            let before = all.len();
             all.extend(text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()));
+            // Without a key the API is open, which nobody means who names a file of keys.
+            if all.len() == before {
+                return Err(("api_keys_file", format!("{} holds no key", path.display())));
+            }
         }
         if let Some(short) = all.iter().find(|k| k.chars().count() < KEY_CHARS_MIN) {
             let got = short.chars().count();

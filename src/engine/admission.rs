@@ -23,6 +23,15 @@ pub struct SchedulerLimits {
     pub drafts_max: usize,
 }
 
+impl SchedulerLimits {
+    /// Rows of a step in which so many sequences decode. However many these are, prefills get what
+    /// [`mixed_tokens_max`](Self::mixed_tokens_max) has beyond all sequences.
+    pub fn mixed_budget(&self, decodes: usize) -> usize {
+        let prefills = self.mixed_tokens_max.saturating_sub(self.sequences_max);
+        self.mixed_tokens_max.min(self.step_tokens_max.max(decodes + prefills))
+    }
+}
+
 /// A sequence as it is submitted.
 #[derive(Clone, Debug)]
 pub struct NewSequence {

@@ -38,7 +38,7 @@ struct Sequence {
     salt: u64,
     reads_cache: bool,
     table: BlockTable,
-    cached_tokens: usize,     // found in the prefix cache when last admitted
+    cached_tokens: usize,     // found in the prefix cache when first admitted
     pace: Option<DraftCount>, // of its drafts, where it has any
     has_run: bool,
 }
@@ -151,7 +151,7 @@ impl Scheduler {
         self.plan_decodes(&mut plan);
         let budget = match plan.slices.is_empty() {
             true => self.limits.step_tokens_max,
-            false => self.limits.mixed_tokens_max.min(self.limits.step_tokens_max),
+            false => self.limits.mixed_budget(plan.rows()),
         };
         self.plan_drafts(&mut plan, budget);
         self.plan_prefills(&mut plan, budget);
@@ -266,7 +266,10 @@ impl Scheduler {
         let Some(mut next) = self.waiting.remove(place) else { return false };
         if next.reads_cache {
             next.computed = self.pool.share(&mut next.table, next.salt, &next.tokens);
-            next.cached_tokens = next.computed;
+            // What a preempted sequence finds is its own.
+            if !next.has_run {
+                next.cached_tokens = next.computed;
+            }
         }
         // Memory for all known tokens, so that a new sequence does not preempt at once.
         if !self.pool.grow(&mut next.table, next.tokens.len()) {
@@ -275,7 +278,6 @@ impl Scheduler {
             self.waiting.insert(place, next);
             return false;
         }
-        // What a preempted sequence finds is its own.
         if !std::mem::replace(&mut next.has_run, true) {
             self.pool.note_reuse(&next.table);
         }

@@ -138,7 +138,8 @@ impl Simulation {
     /// Nobody waits while another owner runs several, but for the step in which room is made or
     /// the beginning of its prompt is computed.
     fn check_shares(&self, plan: &Plan) {
-        let budget = self.limits.mixed_tokens_max.min(self.limits.step_tokens_max);
+        let decodes = plan.slices.iter().filter(|slice| slice.tokens.len() - slice.drafts == 1);
+        let budget = self.limits.mixed_budget(decodes.count());
         if !plan.preempted.is_empty() || plan.rows() >= budget {
             return;
         }
@@ -385,4 +386,65 @@ fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
     // Some of its 49 tokens are still in the prefix cache.
     let resumed = &plan.slices[1];
     assert_eq!((resumed.start, resumed.start + resumed.tokens.len()), (32, 49));
+}
+
+#[test]
+fn prefills_go_on_however_many_sequences_decode() {
+    let limits = SchedulerLimits {
+        step_tokens_max: 512,
+        mixed_tokens_max: 728,
+        sequences_max: 600,
+        waiting_max: 700,
+        context_max: 400,
+        drafts_max: 0,
+    };
+    let mut scheduler = Scheduler::new(limits, 2_000);
+    let sequence = |id: u64, owner: u8, tokens: usize| NewSequence {
+        id: SequenceId(id),
+        owner: Owner([owner; 32]),
+        tokens: vec![1; tokens],
+        growth_max: 100,
+        salt: id,
+        reads_cache: true,
+        is_drafted: false,
+    };
+    (0..560).for_each(|id| scheduler.submit(sequence(id, 1, 1)).unwrap());
+    let rows: Vec<usize> = (0..3).map(|_| step(&mut scheduler).rows()).collect();
+    assert_eq!(rows, [512, 560, 560]);
+    scheduler.submit(sequence(600, 2, 150)).unwrap();
+    // The newcomer gets 128 rows beside all that decode.
+    assert_eq!(step(&mut scheduler).rows(), 560 + 128);
+    assert_eq!(step(&mut scheduler).rows(), 560 + 22);
+}
+
+#[test]
+fn a_preempted_sequence_was_not_found_in_the_cache() {
+    let limits = SchedulerLimits {
+        step_tokens_max: 512,
+        mixed_tokens_max: 512,
+        sequences_max: 2,
+        waiting_max: 8,
+        context_max: 400,
+        drafts_max: 0,
+    };
+    let mut scheduler = Scheduler::new(limits, 64);
+    let sequence = |id: u64, owner: u8| NewSequence {
+        id: SequenceId(id),
+        owner: Owner([owner; 32]),
+        tokens: vec![id as u32; 100],
+        growth_max: 50,
+        salt: 0,
+        reads_cache: true,
+        is_drafted: false,
+    };
+    (0..2).for_each(|id| scheduler.submit(sequence(id, 1)).unwrap());
+    step(&mut scheduler);
+    // Another owner takes the place of the second one, and gives it back.
+    scheduler.submit(sequence(2, 2)).unwrap();
+    assert_eq!(step(&mut scheduler).preempted, [SequenceId(1)]);
+    scheduler.remove(SequenceId(2));
+    let plan = step(&mut scheduler);
+    let again = plan.slices.iter().find(|slice| slice.id == SequenceId(1)).unwrap();
+    assert!(again.start >= 96, "it finds its own blocks");
+    assert_eq!(scheduler.cached_tokens(SequenceId(1)), 0);
 }
