@@ -9,7 +9,7 @@ use super::shared::{ComputeArgs, ModelsArg, runtime};
 use crate::audit::answer::{ServerAnswer, TokensByName, read};
 use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
 use crate::audit::score::{TokenScore, score};
-use crate::audit::seeds::SeedTest;
+use crate::audit::seeds::{OtherSeed, SeedTest};
 use crate::bench::prompts;
 use crate::clock::Clock;
 use crate::endpoint::shown;
@@ -205,7 +205,10 @@ impl Audit<'_> {
         }
         let mut other = body.clone();
         other["seed"] = (body["seed"].as_u64().unwrap_or(0) ^ 1).into();
-        Ok(test.conclude(&self.ask(&other, names).await?))
+        match test.conclude(&self.ask(&other, names).await?) {
+            OtherSeed::Differs => Ok(Some(true)),
+            OtherSeed::Same => Ok(None),
+        }
     }
 
     /// One answer; a server that refuses token ids is asked without them from then on.
