@@ -351,10 +351,10 @@ fn measured(statistics: &Statistics) -> String {
 fn state(state: &WeightsState) -> String {
     match state {
         WeightsState::Planned => "not sent yet".into(),
-        WeightsState::Sent { hash } => {
+        WeightsState::Sent { hash, .. } => {
             format!("sent as {}, not seen on the chain", printable(hash))
         }
-        WeightsState::Committed { hash, reveal_round } => {
+        WeightsState::Committed { hash, reveal_round, .. } => {
             format!("committed as {}, revealed at drand round {reveal_round}", printable(hash))
         }
         WeightsState::Confirmed => "on the chain".into(),

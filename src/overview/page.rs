@@ -205,8 +205,8 @@ fn weights(weights: Option<&Weights>) -> Markup {
     let Some(weights) = weights else { return html! { p { "None were decided yet." } } };
     let state = match &weights.state {
         WeightsState::Planned => "decided, not sent".to_owned(),
-        WeightsState::Sent { hash } => format!("sent as {hash}"),
-        WeightsState::Committed { hash, reveal_round } => {
+        WeightsState::Sent { hash, .. } => format!("sent as {hash}"),
+        WeightsState::Committed { hash, reveal_round, .. } => {
             format!("committed as {hash}, revealed at drand round {reveal_round}")
         }
         WeightsState::Confirmed => "read back from the chain as sent".to_owned(),

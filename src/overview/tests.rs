@@ -117,7 +117,13 @@ async fn metrics_count_rounds_answers_and_weights() {
     };
     progress.set_weights(&weights);
     assert_eq!(progress.snapshot().weights_age(), None);
+    // A commit may never be revealed.
+    weights.state = WeightsState::Committed { hash: "0xaa".into(), blocks: None, reveal_round: 9 };
+    progress.set_weights(&weights);
+    assert_eq!(progress.snapshot().weights_age(), None);
     weights.state = WeightsState::Confirmed;
+    progress.set_confirmed(31);
+    progress.set_confirmed(20);
     progress.set_weights(&weights);
     clock.advance(Duration::from_secs(5));
     let (_, text) = get(&service, "/metrics").await;

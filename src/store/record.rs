@@ -259,21 +259,49 @@ pub struct Weights {
     pub state: WeightsState,
 }
 
+/// The blocks that may contain an extrinsic.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SentBlocks {
+    /// The final block at which it was signed: it is in none up to this.
+    pub after: u64,
+    /// The last block that may contain it.
+    pub until: u64,
+}
+
+impl WeightsState {
+    /// The blocks that may contain what was sent, where they are known.
+    pub fn sent_blocks(&self) -> Option<SentBlocks> {
+        match self {
+            Self::Sent { blocks, .. } | Self::Committed { blocks, .. } => *blocks,
+            Self::Planned | Self::Confirmed | Self::Failed { .. } => None,
+        }
+    }
+}
+
 /// How far weights are.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum WeightsState {
     /// Decided, not sent yet.
     Planned,
-    /// Sent under this hash; the chain has not been seen to hold them.
+    /// Signed to be sent under this hash; the chain has not been seen to hold them.
     Sent {
         /// The extrinsic's hash.
         hash: String,
+        /// The blocks that may contain it; unknown in records of before version 3.
+        #[serde(default)]
+        blocks: Option<SentBlocks>,
+        /// The drand round that reveals it, where it is a commit.
+        #[serde(default)]
+        reveal_round: Option<u64>,
     },
     /// Committed, to be revealed at this drand round.
     Committed {
         /// The extrinsic's hash.
         hash: String,
+        /// As of what was sent.
+        #[serde(default)]
+        blocks: Option<SentBlocks>,
         /// The drand round.
         reveal_round: u64,
     },
