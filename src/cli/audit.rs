@@ -110,7 +110,8 @@ impl AuditArgs {
     fn target(&self) -> Result<Target, Failure> {
         let url = self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
-            let what = format!("--url must begin with http:// or https://, got {}", self.url);
+            let what =
+                format!("--url must begin with http:// or https://, got {}", shown(&self.url));
             return Err(Failure::user(printable(&what)));
         }
         let timeout = Duration::from_secs(self.timeout);
@@ -274,7 +275,7 @@ fn print(
     root: &str,
 ) {
     let percent = |part: usize, of: usize| 100.0 * part as f64 / of.max(1) as f64;
-    outln!("{} at {}", printable(&args.model), printable(&args.url));
+    outln!("{} at {}", printable(&args.model), printable(&shown(&args.url)));
     outln!("  weights here   {root}");
     let [ids, names, text] = e.sources;
     outln!("  answers        {} with {} tokens", e.answers, e.tokens);

@@ -106,11 +106,11 @@ async fn users_requests_are_verified_scored_and_reported() {
     // An answer that a stop string ends before its limit.
     let text = |chunk: &Value| chunk["choices"][0]["text"].as_str().unwrap_or("").to_owned();
     let mut stopped = body.clone();
-    stopped["stop"] = chunks.iter().map(text).filter(|t| !t.is_empty()).nth(4).unwrap().into();
+    stopped["stop"] = chunks.iter().map(text).take(6).collect::<String>().into();
     let short = stream(&site.app, COMPLETION, stopped.clone()).await;
     let named = |chunk: &Value| chunk["choices"][0]["logprobs"]["tokens"].as_array().map(Vec::len);
     let verified: usize = short.iter().filter_map(named).sum();
-    assert!((1..12).contains(&verified), "{verified}");
+    assert!((3..12).contains(&verified), "{verified}");
     let mut padded = record(1, true, &short);
     (padded["request"], padded["response_tokens"]) = (stopped, 1_000_000.into());
     let mut other = record(5, true, &chunks);
