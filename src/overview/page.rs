@@ -267,6 +267,9 @@ fn answer(round: &str, response: &Response) -> Markup {
         p { "uid " (response.uid) " in round " code { (round) } ": "
             strong class=(name) { (name) } " " (word(response.cause.as_deref().unwrap_or_default()))
             " " (word(error)) }
+        @if !response.statistics.facts().is_empty() {
+            p id="measured" { "Measured: " (response.statistics.facts().join("; ")) "." }
+        }
         p { @for (class, words) in LEGEND { span class=(class) { (words) } " " } }
         p.tokens id="answer" {
             @for (text, is_token) in tokens.iter().take(TOKENS_MAX) {

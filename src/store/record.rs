@@ -86,6 +86,22 @@ pub struct Statistics {
     pub likeliest: Option<LikelyCheat>,
 }
 
+impl Statistics {
+    /// What was measured, in words; nothing where nothing was.
+    pub fn facts(&self) -> Vec<String> {
+        let Self { rows, margin, trimmed, twin, likeliest } = self;
+        let of = |what: &str, measured: &Option<MeasuredValue>| {
+            measured
+                .map(|MeasuredValue { value, limit }| format!("{what} {value:.2} of {limit:.2}"))
+        };
+        let rows = rows.filter(|rows| *rows > 0).map(|rows| format!("{rows} rows"));
+        let margin = margin.map(|margin| format!("margin {margin:.4}"));
+        let likeliest = likeliest.as_ref().map(|c| format!("{}, beta {:.2}", c.name, c.beta));
+        let all = [rows, margin, of("energy", trimmed), of("twin", twin), likeliest];
+        all.into_iter().flatten().collect()
+    }
+}
+
 /// A number with the most that an honest answer is expected to have.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MeasuredValue {

@@ -20,7 +20,7 @@ use crate::verify::evidence::{ALARM, Calibrated, Observed, Sums};
 use crate::verify::question::Question;
 use crate::verify::statistic::Statistic;
 use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -285,7 +285,8 @@ async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result
     };
     for model in models {
         let Some(known) = store.evidence(hotkey, model).await? else { continue };
-        let known: HotkeyState = serde_json::from_value(known)?;
+        let known: HotkeyState = serde_json::from_value(known)
+            .map_err(|e| anyhow!("the evidence about {hotkey} with {model} cannot be read: {e}"))?;
         if weight(&known) >= weight(&worst) {
             worst = known;
         }
