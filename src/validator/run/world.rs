@@ -40,6 +40,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
+/// Epochs of which the extrinsic is known in memory: one is under way.
+const MARKED_MAX: usize = 8;
+
 /// The parts of a validator.
 pub struct World<C: Chain> {
     /// The chain.
@@ -122,7 +125,11 @@ impl<C: Chain> World<C> {
         let marked = tokio::task::block_in_place(|| Handle::current().block_on(marking));
         match marked? {
             WeightsClaim::Ours => {
-                self.memory.marked.lock().insert(epoch, sent.hash.clone());
+                let mut marked = self.memory.marked.lock();
+                marked.insert(epoch, sent.hash.clone());
+                while marked.len() > MARKED_MAX {
+                    marked.pop_first();
+                }
                 Ok(())
             }
             WeightsClaim::Taken(state) => bail!("another process has them: {state:?}"),
