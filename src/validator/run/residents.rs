@@ -112,8 +112,7 @@ impl Residents {
     /// Brings those into memory whose turn it is of the models that are `listed`; the others leave.
     ///
     /// # Errors
-    /// Why some are not loaded, or do not leave. The others are loaded, and those that are in memory
-    /// stay.
+    /// Why some are not loaded, or do not leave. The others are loaded, and those in memory stay.
     pub async fn rotate(&self, listed: &[String]) -> anyhow::Result<()> {
         let wanted: BTreeSet<String> = listed.iter().cloned().collect();
         let next = {

@@ -264,6 +264,7 @@ async fn the_age_of_weights_counts_from_those_that_stood_on_the_chain_last() {
     let running = Running::start(&world, options(None)).await;
     let progress = Arc::clone(&running.progress);
     assert_eq!(progress.snapshot().weights_age(), Some(7));
+    until("a round", || progress.rounds() > 0).await;
     for block in [100, 200] {
         world.heads.send_replace(block);
         until("weights", || world.weights.lock().contains_key(&block)).await;
