@@ -11,9 +11,24 @@ pub fn shown(url: &str) -> String {
         Some((scheme, rest)) => (format!("{scheme}://"), rest),
         None => (String::new(), url),
     };
-    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = rest.split(['/', '?', '#', '\\']).next().unwrap_or_default();
     let host = host.rsplit('@').next().unwrap_or_default();
     format!("{scheme}{host}").chars().take(SHOWN_CHARS_MAX).collect()
+}
+
+/// Words of a library about `url`, with no more of it than [`shown`] shows.
+pub fn scrubbed(words: &str, url: &str) -> String {
+    let host = shown(url);
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let at = rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(at);
+    let user = authority.rfind('@').map_or("", |at| &authority[..=at]);
+    let mut words = words.replace(url, &host);
+    // A library may spell the address in another way, and repeat a part of it.
+    for part in [user, path].into_iter().filter(|part| part.len() > 1) {
+        words = words.replace(part, "");
+    }
+    words
 }
 
 /// An error and its sources, the deepest last: the reason is often only there.
@@ -39,11 +54,23 @@ mod tests {
             ("http://[::1]:80/key", "http://[::1]:80"),
             ("ws://127.0.0.1:9944", "ws://127.0.0.1:9944"),
             ("host.example/key", "host.example"),
+            ("https://host.example\\key", "https://host.example"),
             ("", ""),
         ] {
             assert_eq!(shown(url), want);
         }
         assert_eq!(shown(&"x".repeat(1000)).len(), SHOWN_CHARS_MAX);
+    }
+
+    #[test]
+    fn words_of_a_library_are_scrubbed() {
+        for url in ["wss://user:key@host.example/v1/key?k=key", "https://host.example/key"] {
+            for words in [format!("{url} is bad"), format!("GET {}", &url[6..])] {
+                let words = scrubbed(&words, url);
+                assert!(!words.contains("key") && words.contains("host.example"), "{words}");
+            }
+        }
+        assert_eq!(scrubbed("timed out / late", "http://[::1]:80/"), "timed out / late");
     }
 
     #[test]

@@ -25,11 +25,22 @@ impl<'a> SeedTest<'a> {
         again.text == self.text
     }
 
-    /// What a repeated answer and one of another seed say together: `None` where both are equal,
-    /// because a server that always answers the same shows nothing of its seeds.
-    pub fn conclude(&self, other_seed: &ServerAnswer) -> Option<bool> {
-        (other_seed.text != self.text).then_some(true)
+    /// What a repeated answer and one of another seed say together.
+    pub fn conclude(&self, other_seed: &ServerAnswer) -> OtherSeed {
+        match other_seed.text == self.text {
+            true => OtherSeed::Same,
+            false => OtherSeed::Differs,
+        }
     }
+}
+
+/// What another seed gives where the same one repeats an answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OtherSeed {
+    /// Another answer: the server honours seeds.
+    Differs,
+    /// The same answer: a server that always answers the same shows nothing of its seeds.
+    Same,
 }
 
 #[cfg(test)]
@@ -74,7 +85,7 @@ mod tests {
         let first = answer("one");
         let test = SeedTest::new(&first, &rows(40.0, 8)).unwrap();
         assert!(test.is_repeated(&answer("one")) && !test.is_repeated(&answer("two")));
-        assert_eq!(test.conclude(&answer("two")), Some(true));
-        assert_eq!(test.conclude(&answer("one")), None);
+        assert_eq!(test.conclude(&answer("two")), OtherSeed::Differs);
+        assert_eq!(test.conclude(&answer("one")), OtherSeed::Same);
     }
 }

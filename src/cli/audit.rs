@@ -9,7 +9,7 @@ use super::shared::{ComputeArgs, ModelsArg, runtime};
 use crate::audit::answer::{ServerAnswer, TokensByName, read};
 use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
 use crate::audit::score::{TokenScore, score};
-use crate::audit::seeds::SeedTest;
+use crate::audit::seeds::{OtherSeed, SeedTest};
 use crate::bench::prompts;
 use crate::clock::Clock;
 use crate::endpoint::shown;
@@ -110,7 +110,8 @@ impl AuditArgs {
     fn target(&self) -> Result<Target, Failure> {
         let url = self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
-            let what = format!("--url must begin with http:// or https://, got {}", self.url);
+            let what =
+                format!("--url must begin with http:// or https://, got {}", shown(&self.url));
             return Err(Failure::user(printable(&what)));
         }
         let timeout = Duration::from_secs(self.timeout);
@@ -205,7 +206,10 @@ impl Audit<'_> {
         }
         let mut other = body.clone();
         other["seed"] = (body["seed"].as_u64().unwrap_or(0) ^ 1).into();
-        Ok(test.conclude(&self.ask(&other, names).await?))
+        match test.conclude(&self.ask(&other, names).await?) {
+            OtherSeed::Differs => Ok(Some(true)),
+            OtherSeed::Same => Ok(None),
+        }
     }
 
     /// One answer; a server that refuses token ids is asked without them from then on.
@@ -271,7 +275,7 @@ fn print(
     root: &str,
 ) {
     let percent = |part: usize, of: usize| 100.0 * part as f64 / of.max(1) as f64;
-    outln!("{} at {}", printable(&args.model), printable(&args.url));
+    outln!("{} at {}", printable(&args.model), printable(&shown(&args.url)));
     outln!("  weights here   {root}");
     let [ids, names, text] = e.sources;
     outln!("  answers        {} with {} tokens", e.answers, e.tokens);

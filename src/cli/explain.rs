@@ -9,7 +9,7 @@ use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
 use crate::store::record::{
-    MeasuredValue, Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
+    Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
 };
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, StoredExplanation};
@@ -335,26 +335,17 @@ fn sample(sample: Sampled) -> String {
 
 /// What a check measured, with what honest answers are expected to have at most.
 fn measured(statistics: &Statistics) -> String {
-    let Statistics { rows, margin, trimmed, twin, likeliest } = statistics;
-    let of = |what: &str, measured: &Option<MeasuredValue>| {
-        measured.map(|MeasuredValue { value, limit }| format!("{what} {value:.2} of {limit:.2}"))
-    };
-    let rows = rows.filter(|rows| *rows > 0).map(|rows| format!("{rows} rows"));
-    let margin = margin.map(|margin| format!("margin {margin:.4}"));
-    let likeliest =
-        likeliest.as_ref().map(|c| format!("{}, beta {:.2}", printable(&c.name), c.beta));
-    let all = [rows, margin, of("energy", trimmed), of("twin", twin), likeliest];
-    let all: Vec<String> = all.into_iter().flatten().collect();
-    if all.is_empty() { "-".into() } else { all.join("; ") }
+    let facts = statistics.facts();
+    if facts.is_empty() { "-".into() } else { printable(&facts.join("; ")) }
 }
 
 fn state(state: &WeightsState) -> String {
     match state {
         WeightsState::Planned => "not sent yet".into(),
-        WeightsState::Sent { hash } => {
+        WeightsState::Sent { hash, .. } => {
             format!("sent as {}, not seen on the chain", printable(hash))
         }
-        WeightsState::Committed { hash, reveal_round } => {
+        WeightsState::Committed { hash, reveal_round, .. } => {
             format!("committed as {}, revealed at drand round {reveal_round}", printable(hash))
         }
         WeightsState::Confirmed => "on the chain".into(),
@@ -366,7 +357,7 @@ fn state(state: &WeightsState) -> String {
 mod tests {
     use super::*;
     use crate::store::WeightsClaim;
-    use crate::store::record::{LikelyCheat, Round, RoundHead, Sample, Timing};
+    use crate::store::record::{LikelyCheat, MeasuredValue, Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
     use crate::validator::scores::gate::{Alarm, HotkeyState};
     use crate::validator::scores::rules::{ScoringProfile, ScoringRules};

@@ -4,6 +4,7 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
+use crate::endpoint::{reasons, shown};
 use crate::tls;
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -40,21 +41,24 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
 async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
     tls::install();
     let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(Failure::ours)?;
-    let url = format!("{}/targon/status", args.url.trim_end_matches('/'));
-    let mut request = client.get(&url);
+    let address = format!("{}/targon/status", args.url.trim_end_matches('/'));
+    let url = shown(&args.url);
+    let mut request = client.get(address);
     if let Some(key) = args.api_key.first() {
         request = request.bearer_auth(key);
     }
     let response = request.send().await.map_err(|e| {
         let hint = Some("is `targon-engine serve` running, and is --url its open listener?");
-        Failure::user(format!("{url} does not answer: {e}")).with_hint(hint)
+        let why = reasons(&e.without_url());
+        Failure::user(format!("{url} does not answer: {why}")).with_hint(hint)
     })?;
     let status = response.status();
     let body: Value = response.json().await.map_err(|e| {
-        Failure::user(format!("{url} answered {status}, which is no status of a miner: {e}"))
+        let why = reasons(&e.without_url());
+        Failure::user(format!("{url} answered {status}, which is no status of a miner: {why}"))
     })?;
     match body["error"]["message"].as_str() {
-        Some(message) => Err(Failure::user(format!("{url}: {message}"))),
+        Some(message) => Err(Failure::user(format!("{url}: {}", printable(message)))),
         None => Ok(body),
     }
 }

@@ -7,6 +7,7 @@ use crate::chain::keys::Hotkey;
 use crate::chain::keys::Keypair;
 use crate::chain::network::{Endpoints, Network};
 use crate::chain::wallet::{Wallet, WalletError};
+use crate::endpoint::shown;
 use crate::miner::address::CHECK_IP;
 use crate::server::door::Policy;
 use clap::Args;
@@ -277,7 +278,8 @@ impl OriginalArgs {
         }
         if let Some(endpoint) = &self.model_endpoint {
             let what = format!(
-                "--model-endpoint {endpoint}: this miner runs the models itself and is no proxy"
+                "--model-endpoint {}: this miner runs the models itself and is no proxy",
+                shown(endpoint)
             );
             return Err(Failure::user(what).with_hint(Some("list the models in models.toml")));
         }

@@ -24,7 +24,7 @@ use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
-use crate::validator::run::reading::{Reading, SubnetError};
+use crate::validator::run::reading::{Reading, SubnetError, confirm};
 use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
 use sd_notify::NotifyState;
@@ -121,12 +121,13 @@ async fn check(
     chain: &Subtensor,
     signer: &Keypair,
 ) -> Result<Metagraph, Failure> {
-    let metagraph = chain.metagraph(args.chain.netuid()).await;
-    let metagraph = metagraph.map_err(|e| run_failure(SubnetError::from(e).into()))?;
     let needs = reading(args, signer).is_permit_needed;
-    let own = eligible::validator(&metagraph, &signer.hotkey(), needs);
-    own.map_err(|e| run_failure(SubnetError::from(e).into()))?;
-    Ok(metagraph)
+    let ask = async || {
+        let metagraph = chain.metagraph(args.chain.netuid()).await?;
+        eligible::validator(&metagraph, &signer.hotkey(), needs)?;
+        Ok(metagraph)
+    };
+    confirm(ask, chain.doubt()).await.map_err(|e| run_failure(e.into()))
 }
 
 /// Validates until it is over, or until there is a newer program to become.

@@ -71,10 +71,10 @@ pub(super) fn state(weights: &Weights) -> String {
     let epoch = weights.epoch;
     match &weights.state {
         WeightsState::Planned => format!("weights of epoch {epoch}: decided, not sent"),
-        WeightsState::Sent { hash } => {
+        WeightsState::Sent { hash, .. } => {
             format!("weights of epoch {epoch}: sent as {hash}, not seen on the chain yet")
         }
-        WeightsState::Committed { hash, reveal_round } => format!(
+        WeightsState::Committed { hash, reveal_round, .. } => format!(
             "weights of epoch {epoch}: committed as {hash}, revealed at drand round {reveal_round}"
         ),
         WeightsState::Confirmed => {

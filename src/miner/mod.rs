@@ -90,20 +90,44 @@ impl<C: Chain> Miner<C> {
         Self { chain, gate, signer, options, pace: Mutex::default() }
     }
 
-    /// Reads the metagraph, admits requests of its members, and checks that the hotkey is one.
+    /// Reads the metagraph, checks that the hotkey is a member, and admits requests of its members.
+    /// What would end a miner must be said by another endpoint as well, where there is one.
     ///
     /// # Errors
-    /// When the hotkey is not registered, or the chain cannot be asked or is not believed.
+    /// When the hotkey is not registered, or the chain cannot be asked or is not believed. The
+    /// members of before are kept then.
     pub async fn join(&self) -> Result<(), MinerError> {
-        let metagraph = self.read_metagraph().await?;
+        match self.join_once().await {
+            Err(e) if !e.is_passing() => {
+                tracing::warn!("{e}; asking another endpoint");
+                self.join_once().await
+            }
+            joined => joined,
+        }
+    }
+
+    /// The same by one endpoint's word. After an answer that would end this miner, the next one is
+    /// another endpoint's.
+    async fn join_once(&self) -> Result<(), MinerError> {
+        let joined = match self.read_metagraph().await {
+            Ok(metagraph) => self.admit(metagraph),
+            Err(e) => Err(e),
+        };
+        if joined.as_ref().is_err_and(|e| !e.is_passing()) {
+            self.chain.doubt().await;
+        }
+        joined
+    }
+
+    /// Takes the members of a metagraph that has this hotkey.
+    fn admit(&self, metagraph: Metagraph) -> Result<(), MinerError> {
         let hotkey = self.signer.hotkey();
-        let own = metagraph.neuron(&hotkey).map(|own| (own.uid, own.stake));
-        let members = metagraph.neurons().len();
-        self.gate.set_metagraph(Arc::new(metagraph));
-        let Some((uid, stake)) = own else {
+        let Some((uid, stake)) = metagraph.neuron(&hotkey).map(|own| (own.uid, own.stake)) else {
             let (hotkey, netuid) = (hotkey.to_string(), self.options.netuid);
             return Err(MinerError::NotRegistered { hotkey, netuid });
         };
+        let members = metagraph.neurons().len();
+        self.gate.set_metagraph(Arc::new(metagraph));
         tracing::info!(uid, %stake, members, "registered");
         Ok(())
     }
@@ -205,12 +229,8 @@ impl<C: Chain> Miner<C> {
             if !is_due && !is_missing && !is_owed {
                 continue;
             }
-            let joined = self.join().await;
+            let joined = self.join_once().await;
             is_owed = joined.is_err();
-            // What may end this miner must be said by another endpoint as well.
-            if joined.as_ref().is_err_and(|e| !e.is_passing()) {
-                self.chain.doubt().await;
-            }
             match joined {
                 Ok(()) => (read_at, is_missing) = (block, false),
                 // One node's word is not enough to give up: the next block asks another.

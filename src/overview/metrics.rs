@@ -49,7 +49,8 @@ const GAUGES: [Gauge; 9] = [
     ),
     (
         "targon_validator_weights_age_blocks",
-        "Blocks since the weights were decided that the chain has taken last",
+        "Blocks since the newest weights were decided that were read back from the chain; a commit \
+         counts once it is revealed",
         |s| s.weights_age().map(|age| age as f64),
     ),
 ];

@@ -205,8 +205,8 @@ fn weights(weights: Option<&Weights>) -> Markup {
     let Some(weights) = weights else { return html! { p { "None were decided yet." } } };
     let state = match &weights.state {
         WeightsState::Planned => "decided, not sent".to_owned(),
-        WeightsState::Sent { hash } => format!("sent as {hash}"),
-        WeightsState::Committed { hash, reveal_round } => {
+        WeightsState::Sent { hash, .. } => format!("sent as {hash}"),
+        WeightsState::Committed { hash, reveal_round, .. } => {
             format!("committed as {hash}, revealed at drand round {reveal_round}")
         }
         WeightsState::Confirmed => "read back from the chain as sent".to_owned(),
@@ -267,6 +267,9 @@ fn answer(round: &str, response: &Response) -> Markup {
         p { "uid " (response.uid) " in round " code { (round) } ": "
             strong class=(name) { (name) } " " (word(response.cause.as_deref().unwrap_or_default()))
             " " (word(error)) }
+        @if !response.statistics.facts().is_empty() {
+            p id="measured" { "Measured: " (response.statistics.facts().join("; ")) "." }
+        }
         p { @for (class, words) in LEGEND { span class=(class) { (words) } " " } }
         p.tokens id="answer" {
             @for (text, is_token) in tokens.iter().take(TOKENS_MAX) {

@@ -3,7 +3,8 @@
 use super::*;
 use crate::store::Retention;
 use crate::store::record::{
-    Outcome, Response as Answer, Round, Sampled, Timing, Weights, WeightsState,
+    LikelyCheat, MeasuredValue, Outcome, Response as Answer, Round, Sampled, Statistics, Timing,
+    Weights, WeightsState,
 };
 use axum::body::Body;
 use axum::http::Request;
@@ -117,7 +118,13 @@ async fn metrics_count_rounds_answers_and_weights() {
     };
     progress.set_weights(&weights);
     assert_eq!(progress.snapshot().weights_age(), None);
+    // A commit may never be revealed.
+    weights.state = WeightsState::Committed { hash: "0xaa".into(), blocks: None, reveal_round: 9 };
+    progress.set_weights(&weights);
+    assert_eq!(progress.snapshot().weights_age(), None);
     weights.state = WeightsState::Confirmed;
+    progress.set_confirmed(31);
+    progress.set_confirmed(20);
     progress.set_weights(&weights);
     clock.advance(Duration::from_secs(5));
     let (_, text) = get(&service, "/metrics").await;
@@ -170,7 +177,13 @@ fn hostile_round() -> Round {
         sample: Sampled::Miss,
         capture: Some(json!({"chunks": [chunk("The sea"), chunk(HOSTILE), chunk(" is"), 7]})),
         report: Some(json!({ "rows": rows })),
-        statistics: Default::default(),
+        statistics: Statistics {
+            rows: Some(33),
+            margin: Some(0.0625),
+            trimmed: Some(MeasuredValue { value: 91.5, limit: 225.0 }),
+            twin: Some(MeasuredValue { value: 1.75, limit: 1.4 }),
+            likeliest: Some(LikelyCheat { name: "int8 per channel <b>".into(), beta: 0.97 }),
+        },
     };
     let honest = Answer {
         uid: 1,
@@ -180,6 +193,7 @@ fn hostile_round() -> Round {
         error: None,
         sample: Sampled::Tps(40.0),
         capture: None,
+        statistics: Statistics::default(),
         ..answer.clone()
     };
     Round {
@@ -226,6 +240,9 @@ async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
         let page = String::from_utf8(page.to_vec()).unwrap();
         assert!(!page.contains("<script") && !page.contains("<img"), "{page}");
         assert!(page.contains("&lt;script&gt;alert(1)"), "{page}");
+        let measured = "Measured: 33 rows; margin 0.0625; energy 91.50 of 225.00; \
+            twin 1.75 of 1.40; int8 per channel &lt;b&gt;, beta 0.97.";
+        assert!(page.contains(measured), "{page}");
         // By rank, by margin, and what nobody scored.
         for part in ["class=\"first\"", "class=\"margin\"", "class=\"unseen\""] {
             let answer = &page[page.find("id=\"answer\"").unwrap()..];
@@ -239,6 +256,8 @@ async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
     for part in ["5F3sa2TJAWMq", "0.250", "40.0", "0/1", "1/1", "65535", "Epoch 9"] {
         assert!(page.contains(part), "{part} is not in {page}");
     }
+    let (_, other) = get(&service, &format!("/answers/{}/1", round.id)).await;
+    assert!(!other.contains("id=\"measured\""), "nothing was measured: {other}");
     assert_eq!(get(&service, &format!("/answers/{}/1000", round.id)).await.0, 404);
     assert_eq!(get(&service, "/answers/x/y").await.0, 400);
     // With all turns taken it says so in place of reading more.

@@ -159,6 +159,8 @@ static WEIGHTS: Source = Source {
         ("planned_ms", "w.planned_ms", Integer),
         ("state", "w.state", Text),
         ("extrinsic", "w.extrinsic", Text),
+        ("after_block", "w.after_block", Integer),
+        ("until_block", "w.until_block", Integer),
         ("reveal_round", "w.reveal_round", Integer),
         ("why", "w.why", Text),
         ("weights", "w.weights", Json),

@@ -86,6 +86,22 @@ pub struct Statistics {
     pub likeliest: Option<LikelyCheat>,
 }
 
+impl Statistics {
+    /// What was measured, in words; nothing where nothing was.
+    pub fn facts(&self) -> Vec<String> {
+        let Self { rows, margin, trimmed, twin, likeliest } = self;
+        let of = |what: &str, measured: &Option<MeasuredValue>| {
+            measured
+                .map(|MeasuredValue { value, limit }| format!("{what} {value:.2} of {limit:.2}"))
+        };
+        let rows = rows.filter(|rows| *rows > 0).map(|rows| format!("{rows} rows"));
+        let margin = margin.map(|margin| format!("margin {margin:.4}"));
+        let likeliest = likeliest.as_ref().map(|c| format!("{}, beta {:.2}", c.name, c.beta));
+        let all = [rows, margin, of("energy", trimmed), of("twin", twin), likeliest];
+        all.into_iter().flatten().collect()
+    }
+}
+
 /// A number with the most that an honest answer is expected to have.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MeasuredValue {
@@ -259,21 +275,49 @@ pub struct Weights {
     pub state: WeightsState,
 }
 
+/// The blocks that may contain an extrinsic.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SentBlocks {
+    /// The final block at which it was signed: it is in none up to this.
+    pub after: u64,
+    /// The last block that may contain it.
+    pub until: u64,
+}
+
+impl WeightsState {
+    /// The blocks that may contain what was sent, where they are known.
+    pub fn sent_blocks(&self) -> Option<SentBlocks> {
+        match self {
+            Self::Sent { blocks, .. } | Self::Committed { blocks, .. } => *blocks,
+            Self::Planned | Self::Confirmed | Self::Failed { .. } => None,
+        }
+    }
+}
+
 /// How far weights are.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum WeightsState {
     /// Decided, not sent yet.
     Planned,
-    /// Sent under this hash; the chain has not been seen to hold them.
+    /// Signed to be sent under this hash; the chain has not been seen to hold them.
     Sent {
         /// The extrinsic's hash.
         hash: String,
+        /// The blocks that may contain it; unknown in records of before version 3.
+        #[serde(default)]
+        blocks: Option<SentBlocks>,
+        /// The drand round that reveals it, where it is a commit.
+        #[serde(default)]
+        reveal_round: Option<u64>,
     },
     /// Committed, to be revealed at this drand round.
     Committed {
         /// The extrinsic's hash.
         hash: String,
+        /// As of what was sent.
+        #[serde(default)]
+        blocks: Option<SentBlocks>,
         /// The drand round.
         reveal_round: u64,
     },

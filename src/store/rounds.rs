@@ -8,7 +8,8 @@ use super::record::{
     Statistics, Timing,
 };
 use super::rows::{
-    finite, get, get_json, get_json_or_none, get_number, json, number, placeholders,
+    finite, get, get_json, get_json_or_none, get_number, get_number_or_none, json, number,
+    placeholders,
 };
 use super::session::{Bound, Session};
 use sqlx::any::AnyRow;
@@ -379,14 +380,9 @@ fn statistics(row: &AnyRow) -> Result<Statistics, Cause> {
         let pair = get::<Option<f64>>(row, value)?.zip(get(row, limit)?);
         Ok(pair.map(|(value, limit)| MeasuredValue { value, limit }))
     };
-    let rows: Option<i64> = get(row, "rows_scored")?;
-    let rows = rows.map(|rows| {
-        let what = || Cause::Stored(format!("column `rows_scored`: {rows} is out of range"));
-        u32::try_from(rows).map_err(|_| what())
-    });
     let likeliest = get::<Option<String>>(row, "likeliest")?.zip(get(row, "beta")?);
     Ok(Statistics {
-        rows: rows.transpose()?,
+        rows: get_number_or_none(row, "rows_scored")?,
         margin: get(row, "margin")?,
         trimmed: measured("trimmed", "trimmed_limit")?,
         twin: measured("twin", "twin_limit")?,

@@ -67,6 +67,16 @@ pub(super) fn get_number<T: TryFrom<i64>>(row: &AnyRow, column: &str) -> Result<
         .map_err(|_| Cause::Stored(format!("column `{column}`: {value} is out of range")))
 }
 
+/// The same where the column may be empty.
+pub(super) fn get_number_or_none<T: TryFrom<i64>>(
+    row: &AnyRow,
+    column: &str,
+) -> Result<Option<T>, Cause> {
+    let value: Option<i64> = get(row, column)?;
+    let out = |value| Cause::Stored(format!("column `{column}`: {value} is out of range"));
+    value.map(|value| T::try_from(value).map_err(|_| out(value))).transpose()
+}
+
 /// JSON that stands in a column.
 pub(super) fn get_json<T: DeserializeOwned>(row: &AnyRow, column: &str) -> Result<T, Cause> {
     read_json(column, &get::<String>(row, column)?)

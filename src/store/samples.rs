@@ -34,18 +34,6 @@ const NEWEST: &str = "WITH held AS MATERIALIZED (
     ORDER BY uid, hotkey, model, block, at_ms, round";
 
 impl Store {
-    /// The block of the newest round of a subnet, if there is one.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub async fn last_block(&self, netuid: u16) -> Result<Option<u64>, StoreError> {
-        let mut session = self.read(&format!("read the last block of netuid {netuid}")).await?;
-        let sql = "SELECT MAX(block) FROM rounds WHERE netuid = $1";
-        let block = session.integer(sql, vec![netuid.into()]).await?;
-        session.commit().await?;
-        Ok(block.and_then(|block| u64::try_from(block).ok()))
-    }
-
     /// The newest `last` samples of each miner and model, by uid, hotkey and model, oldest first.
     /// Only who holds a uid now has samples there, and only those since then.
     ///

@@ -6,7 +6,8 @@ use super::place::Location;
 use super::session::Session;
 
 /// What makes each version of the one before it, the first of an empty database.
-pub(super) const VERSIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+pub(super) const VERSIONS: &[&str] =
+    &[include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
 
 /// Key of the lock that keeps two processes from migrating a PostgreSQL database at once.
 const MIGRATION_LOCK: i64 = 0x7461_7267_6f6e;

@@ -2,13 +2,13 @@
 
 use super::database::Store;
 use super::error::{Cause, StoreError};
-use super::record::{Weights, WeightsState};
-use super::rows::{get, get_json, get_number, json, number};
+use super::record::{SentBlocks, Weights, WeightsState};
+use super::rows::{get, get_json, get_number, get_number_or_none, json, number};
 use super::session::{Bound, Session};
 use sqlx::any::AnyRow;
 
-const COLUMNS: &str = "netuid, epoch, block, state, extrinsic, reveal_round, why, planner,
-    weights, explanation";
+const COLUMNS: &str = "netuid, epoch, block, state, extrinsic, after_block, until_block,
+    reveal_round, why, planner, weights, explanation";
 const PLAN: &str = "INSERT INTO weights
         (netuid, epoch, block, planned_ms, progress, state, planner, weights, explanation)
     VALUES ($1, $2, $3, $4, 0, 'planned', $5, $6, $7)
@@ -19,9 +19,14 @@ const PLAN: &str = "INSERT INTO weights
 /// Forwards only; and what is planned is sent by the run that planned it last.
 const MARK: &str = "UPDATE weights SET progress = $3, state = $4,
         extrinsic = COALESCE($5, extrinsic), reveal_round = COALESCE($6, reveal_round),
-        why = COALESCE($7, why)
+        why = COALESCE($7, why), after_block = COALESCE($9, after_block),
+        until_block = COALESCE($10, until_block)
     WHERE netuid = $1 AND epoch = $2 AND progress < $3
         AND (progress > 0 OR $3 = 3 OR planner = $8)";
+/// Only what this run has sent, and only in the place of what it was told was refused.
+const REPLACE: &str = "UPDATE weights SET extrinsic = $3, reveal_round = $4, after_block = $5,
+        until_block = $6
+    WHERE netuid = $1 AND epoch = $2 AND progress = 1 AND planner = $7 AND extrinsic = $8";
 
 /// Whether a step was taken.
 #[must_use = "weights may be sent only by whoever took the step"]
@@ -105,33 +110,68 @@ impl Store {
         Ok(claim)
     }
 
+    /// Another extrinsic goes out in place of the one with hash `refused`, which is in no block for
+    /// certain. It is sent only where this was [`WeightsClaim::Ours`].
+    ///
+    /// # Errors
+    /// When it cannot be kept, or nothing is planned for the epoch.
+    pub async fn replace_sent_weights(
+        &self,
+        (netuid, epoch): (u16, u64),
+        refused: &str,
+        state: &WeightsState,
+    ) -> Result<WeightsClaim, StoreError> {
+        let operation = format!("mark the weights of netuid {netuid}, epoch {epoch}");
+        let refuse = |cause| self.error(&operation, cause);
+        let WeightsState::Sent { hash, blocks, reveal_round } = state else {
+            return Err(refuse(Cause::Record("`state` must be sent in place of another".into())));
+        };
+        let [after, until] = block_values(*blocks).map_err(refuse)?;
+        let reveal = reveal_value(*reveal_round).map_err(refuse)?;
+        let epoch_value = number("epoch", epoch).map_err(refuse)?;
+        let mut values: Vec<Bound<'_>> = vec![netuid.into(), epoch_value.into()];
+        values.extend([hash.as_str().into(), reveal, after, until]);
+        values.extend([self.planner().into(), refused.into()]);
+        let mut session = self.write(&operation).await?;
+        let claim = match session.execute(REPLACE, values).await? {
+            0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
+            _ => WeightsClaim::Ours,
+        };
+        session.commit().await?;
+        Ok(claim)
+    }
+
     fn mark<'a>(
         &'a self,
         netuid: u16,
         epoch: u64,
         state: &'a WeightsState,
     ) -> Result<Vec<Bound<'a>>, Cause> {
-        let (progress, name, extrinsic, reveal, why) = match state {
+        let (progress, name, extrinsic, reveal_round, why) = match state {
             WeightsState::Planned => {
                 return Err(Cause::Record("`state` must be more than planned".into()));
             }
-            WeightsState::Sent { hash } => (1, "sent", Some(hash), None, None),
-            WeightsState::Committed { hash, reveal_round } => {
-                let reveal = number("reveal_round", *reveal_round)?;
-                (2, "committed", Some(hash), Some(reveal), None)
+            WeightsState::Sent { hash, reveal_round, .. } => {
+                (1, "sent", Some(hash), *reveal_round, None)
+            }
+            WeightsState::Committed { hash, reveal_round, .. } => {
+                (2, "committed", Some(hash), Some(*reveal_round), None)
             }
             WeightsState::Failed { why } => (3, "failed", None, None, Some(why)),
             WeightsState::Confirmed => (4, "confirmed", None, None, None),
         };
+        let [after, until] = block_values(state.sent_blocks())?;
         Ok(vec![
             netuid.into(),
             number("epoch", epoch)?.into(),
             i64::from(progress).into(),
             name.into(),
             extrinsic.map(String::as_str).into(),
-            Bound::Integer(reveal),
+            reveal_value(reveal_round)?,
             why.map(String::as_str).into(),
             self.planner().into(),
+            after,
+            until,
         ])
     }
 
@@ -145,6 +185,19 @@ impl Store {
              ORDER BY block DESC, epoch DESC LIMIT 1"
         );
         let operation = format!("read the last weights of netuid {netuid}");
+        Ok(self.weights(&operation, &sql, vec![netuid.into()]).await?.pop())
+    }
+
+    /// The newest weights of a subnet that were read back from the chain, if there are any.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn confirmed_weights(&self, netuid: u16) -> Result<Option<Weights>, StoreError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM weights WHERE netuid = $1 AND progress = 4
+             ORDER BY block DESC, epoch DESC LIMIT 1"
+        );
+        let operation = format!("read the confirmed weights of netuid {netuid}");
         Ok(self.weights(&operation, &sql, vec![netuid.into()]).await?.pop())
     }
 
@@ -169,6 +222,17 @@ impl Store {
     }
 }
 
+fn block_values(blocks: Option<SentBlocks>) -> Result<[Bound<'static>; 2], Cause> {
+    let Some(SentBlocks { after, until }) = blocks else {
+        return Ok([Bound::Integer(None), Bound::Integer(None)]);
+    };
+    Ok([number("after", after)?.into(), number("until", until)?.into()])
+}
+
+fn reveal_value(round: Option<u64>) -> Result<Bound<'static>, Cause> {
+    Ok(Bound::Integer(round.map(|round| number("reveal_round", round)).transpose()?))
+}
+
 /// The entry of an epoch, and who planned it.
 async fn found(
     session: &mut Session,
@@ -185,12 +249,22 @@ async fn found(
 
 fn weights(row: &AnyRow) -> Result<(Weights, String), Cause> {
     let hash = || get::<Option<String>>(row, "extrinsic").map(Option::unwrap_or_default);
+    let blocks = || -> Result<_, Cause> {
+        let pair =
+            get_number_or_none(row, "after_block")?.zip(get_number_or_none(row, "until_block")?);
+        Ok(pair.map(|(after, until)| SentBlocks { after, until }))
+    };
     let name: String = get(row, "state")?;
     let state = match name.as_str() {
         "planned" => WeightsState::Planned,
-        "sent" => WeightsState::Sent { hash: hash()? },
+        "sent" => WeightsState::Sent {
+            hash: hash()?,
+            blocks: blocks()?,
+            reveal_round: get_number_or_none(row, "reveal_round")?,
+        },
         "committed" => WeightsState::Committed {
             hash: hash()?,
+            blocks: blocks()?,
             reveal_round: get_number(row, "reveal_round")?,
         },
         "failed" => {

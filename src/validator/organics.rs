@@ -114,12 +114,31 @@ impl Record {
         json!({"hotkey": self.hotkey, "request": self.request, "chunks": self.chunks()})
     }
 
-    /// Tokens a second: `min(tokens, max_tokens) / total_time`.
-    pub fn tps(&self) -> f64 {
-        let most = self.request.get("max_tokens").and_then(Value::as_u64).unwrap_or(u64::MAX);
-        let tokens = self.response_tokens.min(most) as f64;
-        if self.total_time > 0.0 { tokens / (self.total_time / 1e3) } else { 0.0 }
+    /// Tokens that count, of which `most` are known: no more than the hub counted, than its record
+    /// holds, and than were asked for.
+    pub fn tokens_at_most(&self, most: u64) -> u64 {
+        let held = self.chunks().iter().map(held_tokens).sum();
+        let asked = self.request.get("max_tokens").and_then(Value::as_u64).unwrap_or(u64::MAX);
+        self.response_tokens.min(held).min(asked).min(most)
     }
+
+    /// So many tokens by the whole time, a second; none without tokens or without a time.
+    pub fn tps(&self, tokens: u64) -> Option<f64> {
+        let tps = tokens as f64 / (self.total_time / 1e3);
+        (tokens > 0 && self.total_time > 0.0 && tps.is_finite()).then_some(tps)
+    }
+}
+
+/// Tokens that a chunk holds: as many as it names; one where it names none and has a choice.
+fn held_tokens(chunk: &Value) -> u64 {
+    let choice = &chunk["choices"][0];
+    if choice.is_null() {
+        return 0;
+    }
+    let logprobs = &choice["logprobs"];
+    let lists = [&logprobs["content"], &logprobs["tokens"], &choice["token_ids"]];
+    let named = lists.iter().filter_map(|list| list.as_array()).map(Vec::len).max();
+    named.unwrap_or(0).max(1) as u64
 }
 
 /// What was found of a record.
@@ -127,6 +146,9 @@ impl Record {
 pub struct ScoredRecord {
     /// The record.
     pub record: Record,
+    /// Its tokens as far as they are known: those that were verified where it was, else those that
+    /// it holds; never more than the hub counted.
+    pub tokens: u64,
     /// What it counts.
     pub organic: Organic,
     /// The rule that is broken, and by what.
@@ -135,7 +157,7 @@ pub struct ScoredRecord {
 
 /// The report of all records, as the hub's table has it: times in milliseconds, no tokens.
 pub fn report(scored: &[ScoredRecord]) -> Vec<u8> {
-    let one = |ScoredRecord { record, organic, fault }: &ScoredRecord| {
+    let one = |ScoredRecord { record, organic, tokens, fault }: &ScoredRecord| {
         let of = |key: &str| record.request.get(key).cloned().unwrap_or(Value::Null);
         let tps = if let Organic::Tps(tps) = organic { *tps } else { 0.0 };
         json!({
@@ -155,7 +177,7 @@ pub fn report(scored: &[ScoredRecord]) -> Vec<u8> {
             "hotkey": record.hotkey,
             "coldkey": record.coldkey,
             "endpoint": record.endpoint,
-            "total_tokens": record.response_tokens,
+            "total_tokens": tokens,
         })
     };
     let organics: Vec<Value> = scored.iter().map(one).collect();
@@ -263,10 +285,33 @@ mod tests {
         assert_eq!(wrong.len(), 2);
         assert!(wrong[0].starts_with("m, record 1: "), "{wrong:?}");
         let first = &records[0];
-        assert_eq!((first.model_name.as_str(), first.tps()), ("m", 25.0));
-        assert_eq!(first.chunks().len(), 2);
+        assert_eq!((first.model_name.as_str(), first.chunks().len()), ("m", 2));
         for none in ["", "[]", "{\"bucket_id\": 4, \"organics\": {}}", "{\"organics\": {}}"] {
             assert!(Bucket::read(none.as_bytes()).is_err(), "{none}");
+        }
+    }
+
+    #[test]
+    fn a_hub_cannot_count_more_tokens_than_there_are() {
+        let of = |extra: Value| serde_json::from_value::<Record>(record(extra)).unwrap();
+        let chunk = json!({"choices": [{"text": "x"}]});
+        let two = json!({"choices": [{"logprobs": {"content": [{}, {}]}}]});
+        let usage = json!({"choices": [], "usage": {}});
+        let chunks = vec![chunk; 40].into_iter().chain([two, usage]).collect::<Vec<_>>();
+        let held = |extra: Value| {
+            let mut record = of(extra);
+            record.response.clone_from(&chunks);
+            record
+        };
+        let record = held(json!({"response_tokens": 1_000_000_000}));
+        assert_eq!(record.tokens_at_most(u64::MAX), 42);
+        assert_eq!((record.tokens_at_most(12), record.tps(12)), (12, Some(6.0)));
+        assert_eq!(held(json!({"response_tokens": 7})).tokens_at_most(12), 7);
+        let asked = held(json!({"request": {"max_tokens": 3}}));
+        assert_eq!(asked.tokens_at_most(u64::MAX), 3);
+        // Without a time or a token nothing was measured.
+        for (tokens, time) in [(0, 2000.0), (5, 0.0), (5, -1.0), (5, 1e-308)] {
+            assert_eq!(of(json!({"total_time": time})).tps(tokens), None, "{tokens} {time}");
         }
     }
 
@@ -274,14 +319,15 @@ mod tests {
     fn payloads_are_those_of_the_hub_byte_for_byte() {
         assert_eq!(request(&["a/b".into(), "é".into()]), b"[\"a/b\", \"\\u00e9\"]");
         let read: Record = serde_json::from_value(record(json!({"model_name": "m"}))).unwrap();
-        let scored = [ScoredRecord { record: read, organic: Organic::Tps(25.0), fault: None }];
+        let organic = Organic::Tps(25.0);
+        let scored = [ScoredRecord { record: read, organic, tokens: 50, fault: None }];
         let text = String::from_utf8(report(&scored)).unwrap();
         let expected = "{\"organics\": [{\"time_to_first_token\": 100.0, \
             \"time_for_all_tokens\": 1900.0, \"total_time\": 2000.0, \"tps\": 25.0, \
             \"tokens\": [], \"verified\": true, \"error\": null, \"cause\": null, \
             \"model\": \"m\", \
             \"max_tokens\": 50, \"seed\": 7, \"temperature\": 0.5, \"uid\": 3, \"hotkey\": \"h\", \
-            \"coldkey\": \"c\", \"endpoint\": \"CHAT\", \"total_tokens\": 60}]}";
+            \"coldkey\": \"c\", \"endpoint\": \"CHAT\", \"total_tokens\": 50}]}";
         assert_eq!(text, expected);
     }
 

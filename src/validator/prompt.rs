@@ -1,7 +1,7 @@
 //! Makes prompts that no miner can have seen: a passage, a task about it, a persona and the date.
 //!
 //! A [`Draft`] is drawn from a [`Passages`]. The engine may rewrite its passage into a query in
-//! words of its own: [`Draft::rewriting`] is the request for that, [`read_rewriting`] reads the
+//! words of its own: [`Draft::rewriting`] is the request for that, [`read_query`] reads the
 //! answer, and whoever runs the round calls the engine in between. [`Draft::finish`] makes the
 //! [`Prompt`], as messages or as text. Chance and date are given; nothing here waits or knows a
 //! network. Seed, temperature and length of the answer belong to the round, not to the prompt.
@@ -134,17 +134,8 @@ impl Prompt {
     }
 }
 
-/// The query in the engine's answer to [`Draft::rewriting`]: its first line with words, without
+/// The query in what the engine wrote for [`Draft::rewriting`]: its first line with words, without
 /// prefix and quotation marks, shortened.
-///
-/// # Errors
-/// When the answer is no chat completion, or has no words.
-pub fn read_rewriting(answer: &Value) -> anyhow::Result<String> {
-    let content = answer["choices"][0]["message"]["content"].as_str();
-    read_query(content.context("the engine's answer has no `choices[0].message.content`")?)
-}
-
-/// The query in the engine's own words.
 ///
 /// # Errors
 /// When there are no words.
@@ -234,9 +225,7 @@ mod tests {
             assert!((16..=64).contains(&body["max_tokens"].as_u64().unwrap()));
             assert_eq!(body["messages"][1]["content"], draft.passage);
         }
-        let read = |content: &str| {
-            read_rewriting(&json!({"choices": [{"message": {"content": content}}]}))
-        };
+        let read = read_query;
         for (content, query) in [
             ("Search query: why is the sea salty?", "why is the sea salty?"),
             ("\n  search QUERY: \"why salt\" \n\nIt is salty.", "why salt"),
@@ -253,8 +242,6 @@ mod tests {
         for content in ["", "\n", "Search query:", "?! 123"] {
             assert!(read(content).unwrap_err().to_string().contains("no words"), "{content:?}");
         }
-        let error = read_rewriting(&json!({"error": 3})).unwrap_err().to_string();
-        assert!(error.contains("has no `choices[0]"), "{error}");
         let prompt = draft.finish(Some("why salt"));
         assert!(prompt.user.starts_with("why salt\n\n") && prompt.user.ends_with(&draft.task));
         assert!(!prompt.text().contains(&draft.passage));

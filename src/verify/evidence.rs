@@ -204,10 +204,11 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// What a report says; nothing where it rejects. A hard failure fails its answer at once, and
-    /// rates are calibrated over answers that pass.
+    /// What a report says; nothing where it does not pass. A hard failure fails its answer at once,
+    /// nothing is concluded from an answer that is unscored, and rates are calibrated over answers
+    /// that pass.
     pub fn of(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Self {
-        if matches!(report.verdict, Verdict::Reject(_)) {
+        if report.verdict != Verdict::Pass {
             return Self::default();
         }
         let energy = scheme.and_then(|scheme| limits.share(scheme, report));
@@ -384,13 +385,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_that_is_rejected_is_not_weighed() {
+    fn an_answer_that_does_not_pass_is_not_weighed() {
         let report = |verdict| Report { energies: vec![90.0; 40], ..Report::bare(verdict) };
         let of =
             |verdict| Observed::of(&report(verdict), Some(Scheme::Residue), &Limits::default());
         assert!(!of(Verdict::Pass).is_empty(), "the control");
         let rejection = Rejection::new(Reason::SamplerMargin, "token 3");
         assert!(of(Verdict::Reject(rejection)).is_empty());
+        assert!(of(Verdict::Unscored("no nonce".into())).is_empty());
     }
 
     #[test]

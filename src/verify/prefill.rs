@@ -26,6 +26,9 @@ pub trait Rows {
     fn take(&mut self, index: usize, report: RowReport) -> Result<(), Stop>;
 }
 
+/// What a check is called that nobody waits for.
+pub(super) const UNWANTED: &str = "nobody waits for the outcome any more";
+
 /// Whether anybody still waits for the outcome; asked before every step.
 pub type IsWanted<'a> = dyn Fn() -> bool + Sync + 'a;
 
@@ -122,7 +125,7 @@ impl<'a> Prefix<'a> {
     /// Runs `ids` at the positions from `start` on.
     fn step(&mut self, start: usize, ids: &[u32], rows: &mut dyn Rows) -> Result<(), Stop> {
         if !(self.is_wanted)() {
-            return Err(Stop::Fault("nobody waits for the outcome any more".into()));
+            return Err(Stop::Fault(UNWANTED.into()));
         }
         let (end, first) = (start + ids.len(), self.prompt.len() - 1);
         let of_prompt: Vec<usize> =

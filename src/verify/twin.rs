@@ -10,10 +10,11 @@
 //! Each costs a prefill. Whether the twin is run is said by [`super::scrutiny`]; recipes are run
 //! only where the twin says that an answer is too far, and name what it was. Without a name no
 //! answer is rejected for this: a prompt unlike all that limits were measured on can be far by
-//! itself.
+//! itself. What cannot be computed is a fault of ours: a suspicious answer is unscored then, and
+//! the answers beside it are looked at all the same.
 
 use super::limits::Limits;
-use super::prefill::{IsWanted, hidden_rows_while};
+use super::prefill::{IsWanted, UNWANTED, hidden_rows_while};
 use super::report::{Named, Report};
 use super::statistic::Statistic;
 use super::{Reason, Rejection, Stop, Verdict};
@@ -112,17 +113,50 @@ pub(super) struct Look<'a> {
     pub(super) is_wanted: &'a IsWanted<'a>,
 }
 
-/// An answer that the twin finds too far, its place among the reports, and its twin.
-type Far<'a> = (usize, &'a Suspect, Vec<Option<Apart>>);
+/// An answer that the twin finds too far.
+struct Far<'a> {
+    /// Its place among the reports.
+    place: usize,
+    suspect: &'a Suspect,
+    twin: Vec<Option<Apart>>,
+    /// Why a cheat that might be its name could not be tried.
+    untried: Option<String>,
+}
 
 impl Look<'_> {
     /// Puts what is found into the reports, each at the place of its suspect. What cannot be
-    /// computed is a fault of ours, and leaves a report as it was.
+    /// computed of one says nothing about the others.
     pub(super) fn at(&self, suspects: &[(usize, Suspect)], reports: &mut [Report]) {
-        let named = self.measure(suspects, reports);
-        let named = named.and_then(|far| self.name(&far, reports));
-        if let Err(Stop::Fault(why)) = named {
-            tracing::warn!("suspicious answers cannot be computed again: {why}");
+        let mut far = Vec::new();
+        for (place, suspect) in suspects {
+            let report = &mut reports[*place];
+            match self.measure(suspect, report) {
+                Ok(twin) if self.names && self.is_far(suspect, report) => {
+                    far.push(Far { place: *place, suspect, twin, untried: None });
+                }
+                Ok(_) => {}
+                Err(stop) => self.leave_open(report, suspect, stop),
+            }
+        }
+        self.name(&mut far, reports);
+    }
+
+    fn is_far(&self, suspect: &Suspect, report: &Report) -> bool {
+        self.limits.twin_statistic(suspect.scheme, report).is_some_and(|s| s.is_over())
+    }
+
+    /// The second look failed: nothing is said of an answer that the first one found suspicious.
+    /// One that was drawn by chance stays as it was.
+    fn leave_open(&self, report: &mut Report, suspect: &Suspect, stop: Stop) {
+        let why = match stop {
+            Stop::Fault(why) => why,
+            Stop::Rejected(rejection) => rejection.to_string(),
+        };
+        tracing::warn!("a suspicious answer cannot be computed again: {why}");
+        let is_over = self.limits.statistic(suspect.scheme, report).is_some_and(|s| s.is_over());
+        if report.verdict == Verdict::Pass && is_over {
+            let what = format!("it is suspicious, and cannot be computed again: {why}");
+            report.verdict = Verdict::Unscored(what);
         }
     }
 
@@ -138,12 +172,8 @@ impl Look<'_> {
         Ok(suspect.beside(&rows, self.model.dtype))
     }
 
-    /// Runs the twin; returns the answers that are too far by it, where these are to be named.
-    fn measure<'a>(
-        &self,
-        suspects: &'a [(usize, Suspect)],
-        reports: &mut [Report],
-    ) -> Result<Vec<Far<'a>>, Stop> {
+    /// Runs the twin of one answer.
+    fn measure(&self, suspect: &Suspect, report: &mut Report) -> Result<Vec<Option<Apart>>, Stop> {
         let Self { model, limits, .. } = self;
         let own = model.weights.cpu().ok_or_else(|| {
             let device = model.weights.device();
@@ -151,36 +181,44 @@ impl Look<'_> {
         })?;
         let rounding = Rounding::Everywhere(model.dtype);
         let stepwise = Departure { rounding, ..Departure::default() };
-        let mut far = Vec::new();
-        for (place, suspect) in suspects {
-            let twin = self.rerun(own, stepwise, suspect)?;
-            let report = &mut reports[*place];
-            report.twin = suspect.scores(&twin, limits.shrink);
-            report.twin_share = suspect.beta(&twin, &twin);
-            let statistic = limits.twin_statistic(suspect.scheme, report);
-            if self.names && statistic.is_some_and(|s| s.is_over()) {
-                far.push((*place, suspect, twin));
-            }
-        }
-        Ok(far)
+        let twin = self.rerun(own, stepwise, suspect)?;
+        report.twin = suspect.scores(&twin, limits.shrink);
+        report.twin_share = suspect.beta(&twin, &twin);
+        Ok(twin)
     }
 
-    /// Tries every recipe.
-    fn name(&self, far: &[Far<'_>], reports: &mut [Report]) -> Result<(), Stop> {
-        for recipe in RECIPES.iter().filter(|_| !far.is_empty()) {
-            let fault = |e| Stop::Fault(format!("{}: {e}", recipe.name));
-            let decoder = self.model.coarse(recipe, self.pool).map_err(fault)?;
-            for (place, suspect, twin) in far {
-                let moved = self.rerun(&decoder, recipe.departure, suspect)?;
-                let beta = suspect.beta(twin, &moved);
-                let named = beta.map(|beta| Named { name: recipe.name, beta });
-                reports[*place].named.extend(named);
+    /// Tries every recipe on all that are too far, and concludes.
+    fn name(&self, far: &mut [Far<'_>], reports: &mut [Report]) {
+        if far.is_empty() {
+            return;
+        }
+        for recipe in &RECIPES {
+            // Packing weights takes seconds.
+            let decoder = match (self.is_wanted)() {
+                true => self.model.coarse(recipe, self.pool).map_err(|e| e.to_string()),
+                false => Err(UNWANTED.to_owned()),
+            };
+            for Far { place, suspect, twin, untried } in &mut *far {
+                let moved = decoder.as_ref().map_err(|why| Stop::Fault(why.clone()));
+                let moved = moved.and_then(|d| self.rerun(d, recipe.departure, suspect));
+                match moved {
+                    Ok(moved) => {
+                        let beta = suspect.beta(twin, &moved);
+                        let named = beta.map(|beta| Named { name: recipe.name, beta });
+                        reports[*place].named.extend(named);
+                    }
+                    Err(Stop::Fault(why)) => *untried = Some(format!("{}: {why}", recipe.name)),
+                    Err(Stop::Rejected(why)) => *untried = Some(format!("{}: {why}", recipe.name)),
+                }
             }
         }
-        for (place, suspect, _) in far {
-            conclude(&mut reports[*place], suspect.scheme, self.limits);
+        for Far { place, suspect, untried, .. } in far {
+            let report = &mut reports[*place];
+            conclude(report, suspect.scheme, self.limits);
+            if let Some(why) = untried.take() {
+                self.leave_open(report, suspect, Stop::Fault(why));
+            }
         }
-        Ok(())
     }
 }
 

@@ -103,10 +103,20 @@ async fn users_requests_are_verified_scored_and_reported() {
     };
     let lines: Vec<Value> =
         chunks.iter().map(|chunk| Value::String(format!("data: {chunk}\n\n"))).collect();
+    // An answer that a stop string ends before its limit.
+    let text = |chunk: &Value| chunk["choices"][0]["text"].as_str().unwrap_or("").to_owned();
+    let mut stopped = body.clone();
+    stopped["stop"] = chunks.iter().map(text).take(6).collect::<String>().into();
+    let short = stream(&site.app, COMPLETION, stopped.clone()).await;
+    let named = |chunk: &Value| chunk["choices"][0]["logprobs"]["tokens"].as_array().map(Vec::len);
+    let verified: usize = short.iter().filter_map(named).sum();
+    assert!((3..12).contains(&verified), "{verified}");
+    let mut padded = record(1, true, &short);
+    (padded["request"], padded["response_tokens"]) = (stopped, 1_000_000.into());
     let mut other = record(5, true, &chunks);
     other["hotkey"] = key(4).into();
     let bucket = json!({"bucket_id": "b_1", "organics": {"tiny": [
-        record(1, true, &lines), record(1, false, &[]), record(2, true, &forged),
+        record(1, true, &lines), record(1, false, &[]), padded, record(2, true, &forged),
         record(3, true, &[]), {"uid": "nonsense"}, other,
     ]}});
     let told = Told::default();
@@ -117,9 +127,11 @@ async fn users_requests_are_verified_scored_and_reported() {
     let hub = OrganicsHub::new(urls, signer, Clock::system());
     let (residents, subnet) = (residents(&site), subnet());
     residents.rotate(&["tiny".to_owned()]).await.unwrap();
-    assert_eq!(hub.pull(&residents, None, &subnet).await.unwrap(), 4);
+    assert_eq!(hub.pull(&residents, None, &subnet).await.unwrap(), 5);
     let of = |uid: u8| hub.organics(uid.into(), &key(uid));
-    assert_eq!(of(1), Some(vec![Organic::Tps(24.0), Organic::Failed]));
+    // The hub's count is believed up to the tokens that were verified.
+    let most = Organic::Tps(verified as f64 / 0.5);
+    assert_eq!(of(1), Some(vec![Organic::Tps(24.0), Organic::Failed, most]));
     assert_eq!(of(2), Some(vec![Organic::Rejected]));
     assert_eq!(of(3), Some(vec![Organic::Empty]));
     assert_eq!((of(5), hub.organics(1, &key(2))), (None, None));
@@ -128,7 +140,7 @@ async fn users_requests_are_verified_scored_and_reported() {
     let report: Value = serde_json::from_str(&seen[1].1).unwrap();
     let verified: Vec<_> =
         report["organics"].as_array().unwrap().iter().map(|o| o["verified"].clone()).collect();
-    assert_eq!(verified, [true, false, false, false]);
+    assert_eq!(verified, [true, false, true, false, false]);
     // The same bucket again has nothing new in it.
     assert_eq!(hub.pull(&residents, None, &subnet).await.unwrap(), 0);
     assert_eq!(told.told.lock().len(), 3);

@@ -44,8 +44,9 @@ async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     let listed = ["b".to_owned()];
     residents.rotate(&listed).await.unwrap();
     assert_eq!((here(&residents), loaded.lock().len()), (vec!["b".to_owned()], 2));
-    let broken = Residents::new(vec![sized("a"), sized("broken")], 100, Arc::new(load));
-    let error = broken.rotate(&["a".to_owned(), "broken".to_owned()]).await.unwrap_err();
+    // One that cannot be loaded keeps no other out.
+    let broken = Residents::new(vec![sized("broken"), sized("c")], 100, Arc::new(load));
+    let error = broken.rotate(&["c".to_owned(), "broken".to_owned()]).await.unwrap_err();
     assert_eq!(error.to_string(), "broken cannot be loaded: its file is cut");
-    assert_eq!(here(&broken), ["a"]);
+    assert_eq!(here(&broken), ["c"]);
 }

@@ -7,7 +7,7 @@ use targon_engine::models::Model;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::validator::prompt::dataset::Passages;
-use targon_engine::validator::prompt::{Draft, read_query, read_rewriting};
+use targon_engine::validator::prompt::{Draft, read_query};
 use targon_engine::validator::round::chance::Chance;
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::rewriting::{Rewriting, query};
@@ -41,7 +41,7 @@ async fn a_query_is_what_the_engine_answers_to_the_request_for_it() {
         let mut same = chance.clone();
         let body = draft.rewriting(MODEL, &mut || same.bits());
         let (_, answer) = post(&site.app, CHAT, body).await;
-        let expected = read_rewriting(&answer);
+        let expected = read_query(answer["choices"][0]["message"]["content"].as_str().unwrap());
         let asked = (MODEL, &draft);
         let query = query(Rewriting::Always, &resident, asked, &mut chance).await;
         match expected {

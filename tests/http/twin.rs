@@ -5,6 +5,7 @@ use crate::common::site::{chat, site};
 use crate::common::{self, verifier};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use targon_engine::models::Model;
 use targon_engine::models::departure::{Departure, RECIPES, Recipe};
 use targon_engine::models::model::DeviceWeights;
@@ -134,6 +135,60 @@ async fn a_second_prefill_is_paid_when_it_was_asked_for() {
     let verifier = Verifier { limits: NARROW, scrutiny, ..base };
     let found = report(&verifier, &body, &theirs).await;
     assert_eq!((found.verdict, found.twin.len(), found.energies.len()), (Verdict::Pass, 0, 1));
+}
+
+/// Two answers of a stack of 16 bits, of which the second look at the first one fails in the step
+/// with this number, from 0 on.
+async fn failing_at(scrutiny: Scrutiny, limits: Limits, step: usize) -> [Report; 2] {
+    let site = site(common::options());
+    let verifier = Verifier { limits, scrutiny, ..verifier(&site.served) };
+    let body = proved(Scheme::Residue, 40);
+    let (_, response) = answer(&site, &body).await;
+    let theirs = proved_by(&verifier, (&verifier.model, TWIN), (&body, &response)).await;
+    let request = understood(&verifier, &body).await;
+    let claim = Claim {
+        request: &request,
+        seed: body["seed"].as_i64(),
+        choice: 0,
+        proof: Some(Challenge {
+            scheme: Scheme::Residue,
+            nonce: Some(from_hex(NONCE).unwrap()),
+            hotkey: None,
+        }),
+        answer: &theirs,
+        end_is_implied: false,
+    };
+    // Each answer takes one step in the first look.
+    let steps = AtomicUsize::new(0);
+    let is_wanted = || steps.fetch_add(1, Ordering::SeqCst) != 2 + step;
+    let verification = verifier.verify(Profile::Proof, 1).while_wanted(&is_wanted);
+    verification.answers(&[claim.clone(), claim]).try_into().unwrap()
+}
+
+#[tokio::test]
+async fn a_second_look_that_fails_leaves_one_answer_unscored_and_the_next_is_looked_at() {
+    let [first, second] = failing_at(NAMING, NARROW, 0).await;
+    let Verdict::Unscored(why) = &first.verdict else { panic!("{first:?}") };
+    assert!(why.contains("cannot be computed again: nobody waits"), "{why}");
+    assert!(first.twin.is_empty() && first.named.is_empty());
+    assert_eq!((second.verdict, second.twin.len()), (Verdict::Pass, 40));
+    assert_eq!(second.named.len(), RECIPES.len());
+    // One that chance drew is not suspicious.
+    let scrutiny = Scrutiny { twin: When::Always, ..Scrutiny::NONE };
+    let wide = Limits { trimmed_u8: ByRows::all(1e9), ..NARROW };
+    let [first, second] = failing_at(scrutiny, wide, 0).await;
+    assert_eq!((first.verdict, first.twin.len()), (Verdict::Pass, 0));
+    assert_eq!((second.verdict, second.twin.len()), (Verdict::Pass, 40));
+}
+
+#[tokio::test]
+async fn a_cheat_that_cannot_be_tried_leaves_open_the_one_answer_that_may_have_its_name() {
+    // Two twins, a look before the first recipe is packed, and the first answer by it.
+    let [first, second] = failing_at(NAMING, NARROW, 3).await;
+    let Verdict::Unscored(why) = &first.verdict else { panic!("{first:?}") };
+    assert!(why.contains(&format!("{}: nobody waits", RECIPES[0].name)), "{why}");
+    assert_eq!((first.twin.len(), first.named.len()), (40, RECIPES.len() - 1));
+    assert_eq!((second.verdict, second.named.len()), (Verdict::Pass, RECIPES.len()));
 }
 
 #[tokio::test]

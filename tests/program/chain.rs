@@ -348,6 +348,23 @@ async fn one_endpoint_without_the_member_ends_no_miner() {
 }
 
 #[tokio::test]
+async fn a_miner_starts_where_only_the_first_endpoint_lacks_it() {
+    let (first, second) = (FakeNode::start(subnet()).await, FakeNode::start(subnet()).await);
+    first.subnet(|s| s.neurons[2] = Neuron::new(key(7).hotkey().0));
+    let (miner, gate) = miner_of(&[&first, &second], 3, 3);
+    miner.join().await.unwrap();
+    assert!(gate.metagraph().neuron(&key(3).hotkey()).is_some());
+    // Both lack it now: that is believed, and the members of before stay until then and after.
+    second.subnet(|s| s.neurons[2] = Neuron::new(key(7).hotkey().0));
+    let asked = (first.requests(), second.requests());
+    let ended = miner.join().await;
+    assert!(matches!(ended, Err(MinerError::NotRegistered { .. })), "{ended:?}");
+    assert!(first.requests() > asked.0 && second.requests() > asked.1, "each was asked");
+    assert!(gate.metagraph().neuron(&key(3).hotkey()).is_some());
+    assert!(gate.metagraph().neuron(&key(7).hotkey()).is_none());
+}
+
+#[tokio::test]
 async fn a_first_endpoint_that_lied_does_not_freeze_the_members_for_ever() {
     let node = FakeNode::start(subnet()).await;
     node.claim_block(Some(1 << 31));

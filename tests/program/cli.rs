@@ -19,6 +19,42 @@ fn run(arguments: &[&str]) -> (i32, String, String) {
     (status.code().unwrap(), text(stdout), text(stderr))
 }
 
+/// Whatever goes wrong with an address, no command shows more of it than scheme, host and port.
+#[test]
+fn keys_in_addresses_are_never_shown() {
+    let home = tempfile::tempdir().unwrap();
+    common::write_checkpoint(home.path(), &common::tiny_config(), 3);
+    let entry = format!("[[model]]\nname = \"m\"\nsource = \"path\"\npath = {:?}\n", home.path());
+    let models = write_models(home.path(), &entry);
+    let secret = |scheme: &str| format!("{scheme}://me:s3cret@127.0.0.1:1/s3cret?key=s3cret");
+    let [http, ftp, ws] = ["http", "ftp", "ws"].map(secret);
+    let endpoint = "--subtensor.chain_endpoint";
+    let validate = ["validate", "--models", &models, "--wallet.path", "/nowhere"];
+    let mut faults = Vec::new();
+    for arguments in [
+        &["status", "--url", &http][..],
+        &["query", "--address", &http, "--model", "m", "--proof", "none", "hello"],
+        &["audit", "--url", &ftp, "--model", "m", "--models", &models],
+        &["bench", "serve", "--url", &http, "--model", "m", "--requests", "1"],
+        &["bench", "serve", "--url", &ftp, "--model", "m", "--requests", "1"],
+        &["doctor", endpoint, &ws],
+        &["doctor", endpoint, &http],
+        &["fetch", "a/b"],
+        &["serve", "--models", &models, "--model-endpoint", &http],
+        &[&validate[..], &["--organics.url", &ftp]].concat(),
+        &[&validate[..], &["--stats.url", &ftp]].concat(),
+    ] {
+        let mut command = program();
+        command.args(arguments).env("HF_ENDPOINT", &http).env("HOME", home.path());
+        let Output { stdout, stderr, .. } = command.output().unwrap();
+        let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+        if said.contains("s3cret") || !said.contains("127.0.0.1:1") {
+            faults.push(format!("{arguments:?}: {said}"));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
 /// A models.toml in `dir` with the given entries.
 pub(super) fn write_models(dir: &Path, entries: &str) -> String {
     let path = dir.join("models.toml");

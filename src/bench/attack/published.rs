@@ -169,12 +169,46 @@ mod tests {
         }
     }
 
+    /// The published verifier takes a token of any rank at a random place where its own draw there
+    /// is the same; here it must be among the most probable ones, whoever draws it.
+    #[test]
+    fn a_random_place_takes_no_token_for_being_drawn() {
+        let mut request = Request::greedy(vec![1], 40);
+        request.sampling.temperature = 0.5;
+        let claim = Claim {
+            request: &request,
+            seed: None,
+            choice: 0,
+            proof: None,
+            answer: &Answer::default(),
+            end_is_implied: false,
+        };
+        let judged = |rank: u32, is_drawn: bool, chance: u64| {
+            let mut rows: Vec<RowEvidence> = (0..40).map(|_| row(1)).collect();
+            (rows[20].rank, rows[20].is_drawn) = (rank, Some(is_drawn));
+            match targon::check(&claim, &rows, &Limits::default(), chance) {
+                Ok(()) => None,
+                Err(Stop::Rejected(rejection)) => Some(rejection.reason.name()),
+                Err(Stop::Fault(why)) => panic!("{why}"),
+            }
+        };
+        let rejected = (0..1000).filter(|chance| judged(9, true, *chance).is_some()).count();
+        // Three of the 38 places between the first and the last token.
+        assert!((50..110).contains(&rejected), "{rejected} of 1000");
+        for chance in 0..1000 {
+            let found = judged(9, true, chance);
+            assert_eq!(found, judged(9, false, chance), "whether it was drawn changes nothing");
+            assert!(found.is_none_or(|name| name == "LOGPROB_RANDOM"), "{found:?}");
+            assert_eq!(judged(8, false, chance), None, "the control: among 10 T + 3");
+        }
+    }
+
     /// One answer on which the rules differ: rows, temperature, the original, this program.
     type Difference = (Vec<RowEvidence>, f32, Option<&'static str>, Option<&'static str>);
 
     /// Each difference that is meant, with an answer that shows it (docs/verification.md).
     #[test]
-    fn every_intended_difference_from_the_published_rules_has_an_answer() {
+    fn the_rules_over_rows_differ_as_meant() {
         let ranks = |ranks: &[u32]| ranks.iter().map(|r| row(*r)).collect::<Vec<_>>();
         let with = |place: usize, rank: u32, count: usize| {
             let mut all = vec![1; count];

@@ -7,7 +7,7 @@ use super::raw::RawMetagraph;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::network::Endpoints;
-use crate::endpoint::shown;
+use crate::endpoint::{scrubbed, shown};
 use crate::tls;
 use std::future::Future;
 use std::sync::Arc;
@@ -72,7 +72,10 @@ impl Subtensor {
 
     async fn connect(&self, place: usize) -> Result<Connection, ChainError> {
         let url = &self.endpoints.urls[place];
-        let broken = |why: String| ChainError::Broken { endpoint: shown(url), why };
+        let broken = |why: String| {
+            let why = scrubbed(&why, url);
+            ChainError::Broken { endpoint: shown(url), why }
+        };
         let rpc = rpcs::RpcClient::from_insecure_url(url).await;
         let rpc = rpc.map_err(|e| broken(e.to_string()))?;
         // The default backend hides why an extrinsic was refused; this one tells.

@@ -142,7 +142,8 @@ impl ServeArgs {
             size: Size::LARGE,
         };
         if !["http://", "https://"].iter().any(|scheme| target.url.starts_with(scheme)) {
-            let what = format!("--url must begin with http:// or https://, got {}", self.url);
+            let url = shown(&self.url);
+            let what = format!("--url must begin with http:// or https://, got {url}");
             return Err(Failure::user(printable(&what)));
         }
         // Made here, so that no request waits for it.

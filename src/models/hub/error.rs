@@ -27,12 +27,12 @@ pub enum HubError {
         status: StatusCode,
     },
     /// The Hub could not be reached, or the connection broke for good.
-    #[error("cannot reach {url}: {source}")]
+    #[error("cannot reach {url}: {why}")]
     Network {
         /// The request.
         url: String,
-        /// The cause.
-        source: reqwest::Error,
+        /// What happened.
+        why: String,
     },
     /// Bytes come so slowly that there is no end to it.
     #[error("{url} sent less than {BURST_BYTES} bytes in {seconds} seconds")]

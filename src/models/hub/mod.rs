@@ -12,6 +12,7 @@ mod store;
 pub use error::HubError;
 pub use listing::WantedFiles;
 
+use crate::endpoint::{reasons, shown};
 use crate::tls;
 use error::{BURST_BYTES, corrupt};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -91,7 +92,7 @@ impl Hub {
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT)
             .build()
-            .map_err(|source| HubError::Network { url: endpoint.to_owned(), source })?;
+            .map_err(|e| HubError::Network { url: shown(endpoint), why: reasons(&e) })?;
         let endpoint = endpoint.trim_end_matches('/').to_owned();
         let token = token.filter(|t| !t.is_empty());
         Ok(Self { endpoint, cache, token, offline, patience: PATIENCE, client })
@@ -181,19 +182,23 @@ impl Hub {
     async fn listing(&self, repo: &str, revision: &str) -> Result<Listing, HubError> {
         let url = format!("{}/api/models/{repo}/revision/{revision}?blobs=true", self.endpoint);
         let body = self.in_time(&url, self.small(&url)).await??;
-        Listing::parse(&url, &body)
+        Listing::parse(&self.named(&url), &body)
     }
 
     /// A model description's bytes.
     async fn small(&self, url: &str) -> Result<Vec<u8>, HubError> {
         let response = self.get(url, None).await?;
-        let network = |source| HubError::Network { url: url.to_owned(), source };
+        let network = |e| self.network(url, e);
         let mut body = Vec::new();
         let mut chunks = response.bytes_stream();
         while let Some(chunk) = chunks.next().await {
             body.extend_from_slice(&chunk.map_err(network)?);
             if body.len() > LISTING_MAX {
-                return Err(corrupt(url, format!("at most {LISTING_MAX} bytes"), "more"));
+                return Err(corrupt(
+                    &self.named(url),
+                    format!("at most {LISTING_MAX} bytes"),
+                    "more",
+                ));
             }
         }
         Ok(body)
@@ -201,8 +206,20 @@ impl Hub {
 
     /// What comes of `work`, unless it takes too long.
     async fn in_time<T>(&self, url: &str, work: impl Future<Output = T>) -> Result<T, HubError> {
-        let slow = |_| HubError::Slow { url: url.to_owned(), seconds: self.patience.as_secs_f64() };
+        let slow =
+            |_| HubError::Slow { url: self.named(url), seconds: self.patience.as_secs_f64() };
         tokio::time::timeout(self.patience, work).await.map_err(slow)
+    }
+
+    /// An address for errors: that of the Hub may hold a key, and what follows it names a file.
+    fn named(&self, url: &str) -> String {
+        let path = url.strip_prefix(&self.endpoint).unwrap_or_default();
+        format!("{}{path}", shown(&self.endpoint))
+    }
+
+    fn network(&self, url: &str, e: reqwest::Error) -> HubError {
+        // A redirect may lead to an address that is signed for us alone.
+        HubError::Network { url: self.named(url), why: reasons(&e.without_url()) }
     }
 
     async fn get(&self, url: &str, from: Option<u64>) -> Result<Response, HubError> {
@@ -213,11 +230,11 @@ impl Hub {
         if let Some(from) = from {
             request = request.header(header::RANGE, format!("bytes={from}-"));
         }
-        let network = |source| HubError::Network { url: url.to_owned(), source };
+        let network = |e| self.network(url, e);
         let response = request.send().await.map_err(network)?;
         let status = response.status();
         if !status.is_success() {
-            return Err(HubError::Status { url: url.to_owned(), status });
+            return Err(HubError::Status { url: self.named(url), status });
         }
         Ok(response)
     }
@@ -288,7 +305,11 @@ impl Hub {
                 Err(e) if barren >= ATTEMPTS_MAX => return Err(e),
                 Ok(()) if barren >= ATTEMPTS_MAX => {
                     let (want, got) = (entry.size(), size_of(&partial));
-                    return Err(corrupt(url, format!("{want} bytes"), format!("{got} bytes")));
+                    return Err(corrupt(
+                        &self.named(url),
+                        format!("{want} bytes"),
+                        format!("{got} bytes"),
+                    ));
                 }
                 _ => tokio::time::sleep(Duration::from_millis(200 << barren.min(5))).await,
             }
@@ -324,12 +345,12 @@ impl Hub {
                 let full = at + BURST_BYTES;
                 while at < full {
                     let Some(chunk) = chunks.next().await else { return Ok(true) };
-                    let network = |source| HubError::Network { url: url.to_owned(), source };
+                    let network = |e| self.network(url, e);
                     let chunk = chunk.map_err(network)?;
                     at += chunk.len() as u64;
                     if at > entry.size() {
                         let (want, got) = (entry.size(), format!("at least {at} bytes"));
-                        return Err(corrupt(url, format!("{want} bytes"), got));
+                        return Err(corrupt(&self.named(url), format!("{want} bytes"), got));
                     }
                     file.write_all(&chunk).map_err(io)?;
                     progress(&entry.rfilename, at, entry.size());

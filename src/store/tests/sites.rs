@@ -96,6 +96,16 @@ pub(super) fn plan(epoch: u64, value: u16) -> Weights {
     }
 }
 
+/// Weights that were sent, as earlier versions remember it.
+pub(super) fn sent_as(hash: String) -> WeightsState {
+    WeightsState::Sent { hash, blocks: None, reveal_round: None }
+}
+
+/// The block of the newest round, where there is one.
+pub(super) async fn newest(store: &Store, netuid: u16) -> Option<u64> {
+    store.rounds(netuid, u64::MAX, 1).await.unwrap().first().map(|round| round.block)
+}
+
 #[track_caller]
 pub(super) fn record_words(result: Result<(), StoreError>) -> String {
     match result {

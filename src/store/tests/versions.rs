@@ -1,7 +1,7 @@
 //! Tests stores of an older and a newer schema.
 
 use super::sites::{id, on_each, record_words, response, round};
-use crate::store::record::{LikelyCheat, MeasuredValue, Sampled, Statistics};
+use crate::store::record::{LikelyCheat, MeasuredValue, Sampled, Statistics, WeightsState};
 use crate::store::schema::VERSIONS;
 use crate::store::session::LIMITS;
 use crate::store::{Store, StoreError};
@@ -26,10 +26,12 @@ fn another_version_of_the_schema_is_brought_up_to_date_or_refused() {
         assert!(words.contains(newer), "{words}");
         // A step that fails leaves nothing behind, so the next program takes it.
         open(&broken).await.unwrap_err();
-        open(&[two[0], two[1], "CREATE TABLE second (a BIGINT)"]).await.unwrap();
-        // This program's version is 2.
+        let three = [two[0], two[1], "CREATE TABLE second (a BIGINT)"];
+        open(&three).await.unwrap();
+        open(&[three[0], three[1], three[2], "CREATE TABLE third (a BIGINT)"]).await.unwrap();
+        // This program's version is 3, and knows other tables.
         let read = Store::open_to_read(&site.url).await.err().unwrap().to_string();
-        assert!(read.contains("it has version 3 of the schema"), "{read}");
+        assert!(read.contains("it has version 4 of the schema"), "{read}");
     });
 }
 
@@ -40,7 +42,7 @@ fn an_older_schema_is_not_read() {
         store.close().await;
         drop(store);
         let read = Store::open_to_read(&site.url).await.err().unwrap().to_string();
-        let older = "it has version 0 of the schema, and version 2 is read here";
+        let older = "it has version 0 of the schema, and version 3 is read here";
         assert!(read.contains(older), "{read}");
         Store::open(&site.url).await.unwrap();
         Store::open_to_read(&site.url).await.unwrap();
@@ -58,7 +60,9 @@ fn records_of_the_first_version_are_read_and_have_no_statistics() {
                     ('0000000000000000000000000000000a', 4, 40, 1, 2, 'm', '/e', 'default', '{}');
                  INSERT INTO responses VALUES
                     ('0000000000000000000000000000000a', 4, 1, 7, 'h', 'c', 0.5, 1.5, 2.0, 8.0, 16,
-                     'verified', NULL, NULL, 'tps', 8.0, NULL, NULL)",
+                     'verified', NULL, NULL, 'tps', 8.0, NULL, NULL);
+                 INSERT INTO weights VALUES
+                    (4, 7, 40, 1, 2, 'committed', '0xaa', 99, NULL, 'run', '[[7, 65535]]', '{}')",
             )
             .await
             .unwrap();
@@ -66,6 +70,9 @@ fn records_of_the_first_version_are_read_and_have_no_statistics() {
         store.close().await;
         drop(store);
         let store = Store::open(&site.url).await.unwrap();
+        let committed =
+            WeightsState::Committed { hash: "0xaa".into(), blocks: None, reveal_round: 99 };
+        assert_eq!(store.unfinished_weights().await.unwrap()[0].state, committed);
         let old = store.round(&id(10)).await.unwrap().unwrap();
         assert_eq!((old.responses[0].uid, old.responses[0].timing.tokens), (7, 16));
         assert_eq!(old.responses[0].statistics, Statistics::default());

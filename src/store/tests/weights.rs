@@ -1,14 +1,14 @@
 //! Tests weights of an epoch: planned, sent and confirmed, by one run of the program.
 
-use super::sites::{block_on, on_each, plan, postgres};
-use crate::store::record::{Weights, WeightsState};
+use super::sites::{block_on, on_each, plan, postgres, sent_as};
+use crate::store::record::{SentBlocks, Weights, WeightsState};
 use crate::store::{Store, WeightsClaim};
 
 #[test]
 fn weights_of_an_epoch_go_out_once() {
     on_each(async |site| {
         let store = Store::open(&site.url).await.unwrap();
-        let sent = WeightsState::Sent { hash: "0xaa".into() };
+        let sent = sent_as("0xaa".into());
         assert_eq!(store.last_weights(4).await.unwrap(), None);
         let nothing = store.mark_weights(4, 7, &sent).await.unwrap_err();
         assert!(nothing.to_string().contains("nothing is planned for this epoch"), "{nothing}");
@@ -19,7 +19,7 @@ fn weights_of_an_epoch_go_out_once() {
         assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
         // The same answer again, for the first one may have been lost; but nothing else.
         assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
-        let other = WeightsState::Sent { hash: "0xbb".into() };
+        let other = sent_as("0xbb".into());
         assert_eq!(
             store.mark_weights(4, 7, &other).await.unwrap(),
             WeightsClaim::Taken(sent.clone())
@@ -28,7 +28,8 @@ fn weights_of_an_epoch_go_out_once() {
         assert_eq!(again, WeightsClaim::Taken(sent.clone()));
         let last = store.last_weights(4).await.unwrap().unwrap();
         assert_eq!(last, Weights { state: sent, ..plan(7, 2) });
-        let committed = WeightsState::Committed { hash: "0xcc".into(), reveal_round: 99 };
+        let committed =
+            WeightsState::Committed { hash: "0xcc".into(), blocks: None, reveal_round: 99 };
         assert_eq!(store.mark_weights(4, 7, &committed).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.unfinished_weights().await.unwrap()[0].state, committed);
         let failed = WeightsState::Failed { why: "the chain has others".into() };
@@ -50,9 +51,45 @@ fn weights_of_an_epoch_go_out_once() {
 }
 
 #[test]
+fn what_was_sent_is_known_after_a_restart() {
+    on_each(async |site| {
+        let store = Store::open(&site.url).await.unwrap();
+        let blocks = Some(SentBlocks { after: 2519, until: 2551 });
+        let first = WeightsState::Sent { hash: "0xaa".into(), blocks, reveal_round: Some(99) };
+        assert_eq!(store.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &first).await.unwrap(), WeightsClaim::Ours);
+        // The pool has refused it, and another one goes out.
+        let blocks = Some(SentBlocks { after: 2521, until: 2553 });
+        let next = WeightsState::Sent { hash: "0xbb".into(), blocks, reveal_round: Some(101) };
+        let replace = async |store: &Store, refused: &str| {
+            store.replace_sent_weights((4, 7), refused, &next).await.unwrap()
+        };
+        assert_eq!(replace(&store, "0xcc").await, WeightsClaim::Taken(first));
+        assert_eq!(replace(&store, "0xaa").await, WeightsClaim::Ours);
+        store.close().await;
+        drop(store);
+        let store = Store::open(&site.url).await.unwrap();
+        assert_eq!(store.unfinished_weights().await.unwrap()[0].state, next);
+        // What another run has sent is not replaced by this one.
+        assert_eq!(replace(&store, "0xbb").await, WeightsClaim::Taken(next.clone()));
+        let committed =
+            WeightsState::Committed { hash: "0xbb".into(), blocks: None, reveal_round: 101 };
+        assert_eq!(store.mark_weights(4, 7, &committed).await.unwrap(), WeightsClaim::Ours);
+        let known = store.unfinished_weights().await.unwrap()[0].state.clone();
+        assert_eq!(known.sent_blocks(), blocks, "a later step keeps what is known");
+        assert_eq!(store.confirmed_weights(4).await.unwrap(), None);
+        let confirmed = store.mark_weights(4, 7, &WeightsState::Confirmed).await.unwrap();
+        assert_eq!(confirmed, WeightsClaim::Ours);
+        assert_eq!(store.plan_weights(&plan(8, 1)).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(store.confirmed_weights(4).await.unwrap().map(|w| w.epoch), Some(7));
+        assert_eq!(store.confirmed_weights(5).await.unwrap(), None);
+    });
+}
+
+#[test]
 fn weights_that_another_run_planned_are_not_sent() {
     on_each(async |site| {
-        let sent = WeightsState::Sent { hash: "0xaa".into() };
+        let sent = sent_as("0xaa".into());
         let first = Store::open(&site.url).await.unwrap();
         assert_eq!(first.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
         // A crash, and the next run of the program.
@@ -80,7 +117,7 @@ fn of_many_that_plan_at_once_one_sends() {
                 let mut sends = Vec::new();
                 for epoch in 0..10 {
                     let planned = store.plan_weights(&plan(epoch, run)).await.unwrap();
-                    let sent = WeightsState::Sent { hash: format!("{run}") };
+                    let sent = sent_as(format!("{run}"));
                     let marked = store.mark_weights(4, epoch, &sent).await.unwrap();
                     if planned == WeightsClaim::Ours && marked == WeightsClaim::Ours {
                         sends.push((epoch, run));
@@ -97,7 +134,7 @@ fn of_many_that_plan_at_once_one_sends() {
         let store = Store::open(&site.url).await.unwrap();
         for weights in store.unfinished_weights().await.unwrap() {
             let (_, run) = sends[weights.epoch as usize];
-            assert_eq!(weights.state, WeightsState::Sent { hash: format!("{run}") });
+            assert_eq!(weights.state, sent_as(format!("{run}")));
             assert_eq!(weights.values[0].1, run);
         }
     });

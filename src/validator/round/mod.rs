@@ -166,8 +166,8 @@ impl RoundMachine {
             record,
             slots,
         };
-        let (model, seed) = (machine.record.model.clone(), sampling.seed);
-        Some((machine, vec![Action::Prompt { model, endpoint, seed }]))
+        let model = machine.record.model.clone();
+        Some((machine, vec![Action::Prompt { model, endpoint }]))
     }
 
     /// The round's name.

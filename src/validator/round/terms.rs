@@ -122,8 +122,6 @@ pub enum Action {
         model: String,
         /// For which endpoint.
         endpoint: Endpoint,
-        /// The seed of the request.
-        seed: u64,
     },
     /// Ask a miner; answered by [`RoundEvent::Answered`].
     Ask {

@@ -9,12 +9,13 @@
 
 use super::ports::{NotSent, Ports, Stand};
 use super::subnet::Subnet;
-use crate::store::record::{Weights, WeightsState};
+use crate::store::record::{SentBlocks, Weights, WeightsState};
 use std::time::Duration;
 
-/// Blocks after weights were decided from which on no extrinsic with them can be in a block: it may
-/// be signed some 30 blocks later, and is in one of the 32 after that or in none.
-pub(super) const LATEST_BLOCKS: u64 = 64;
+/// Blocks after weights were decided from which on no extrinsic with them can be in a block, where
+/// the record does not say it: it may be signed some 30 blocks later, and is in one of the 32 after
+/// that or in none.
+const LATEST_BLOCKS: u64 = 64;
 /// How often sent weights are looked up.
 const LOOKS_MAX: usize = 3;
 /// Weights of earlier epochs that are looked up again, the newest of those whose end is not known.
@@ -88,6 +89,22 @@ pub(super) async fn settle<P: Ports>(
     }
 }
 
+/// The blocks that may contain an epoch's weights, as remembered or as far as they can be known.
+pub(super) fn sent_blocks(weights: &Weights) -> SentBlocks {
+    let after = weights.block;
+    let guessed = SentBlocks { after, until: after.saturating_add(LATEST_BLOCKS) };
+    weights.state.sent_blocks().unwrap_or(guessed)
+}
+
+/// The next state of a commit that was sent, and that the chain has been seen to hold.
+fn seen_waiting(state: &WeightsState) -> Option<WeightsState> {
+    let WeightsState::Sent { hash, blocks, reveal_round: Some(reveal_round) } = state else {
+        return None;
+    };
+    let (hash, blocks, reveal_round) = (hash.clone(), *blocks, *reveal_round);
+    Some(WeightsState::Committed { hash, blocks, reveal_round })
+}
+
 /// Reads back what earlier epochs sent or committed, and marks what has become of it: a commit is
 /// revealed epochs later, or never. Whatever still waits is left for the next epoch.
 async fn finish_earlier<P: Ports>(ports: &P, when: When) -> anyhow::Result<()> {
@@ -95,14 +112,19 @@ async fn finish_earlier<P: Ports>(ports: &P, when: When) -> anyhow::Result<()> {
     earlier.retain(|weights| weights.epoch < when.epoch);
     let newest = earlier.last().map(|weights| weights.epoch);
     for weights in earlier.iter().rev().take(EARLIER_MAX) {
-        let Weights { epoch, block, .. } = *weights;
+        let epoch = weights.epoch;
         let why = match ports.look_up(weights).await {
             Ok(Stand::Confirmed) => {
                 ports.mark(epoch, &WeightsState::Confirmed).await?;
                 tracing::info!(epoch, "the weights stand on the chain");
                 continue;
             }
-            Ok(Stand::Waiting) => continue,
+            Ok(Stand::Waiting) => {
+                if let Some(state) = seen_waiting(&weights.state) {
+                    ports.mark(epoch, &state).await?;
+                }
+                continue;
+            }
             Ok(Stand::Others(found)) => format!("the chain has other weights: {found:?}"),
             Ok(Stand::NotThere(why)) => why,
             Err(why) => {
@@ -110,7 +132,7 @@ async fn finish_earlier<P: Ports>(ports: &P, when: When) -> anyhow::Result<()> {
                 continue;
             }
         };
-        if when.block <= block + LATEST_BLOCKS {
+        if when.block <= sent_blocks(weights).until {
             continue;
         }
         // Of several, only the newest can stand on the chain.
@@ -157,7 +179,13 @@ async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow
                 return Ok(Settled::Weights(Box::new(weights)));
             }
             // The subnet may reveal commits some epochs later: a later epoch's work looks again.
-            Ok(Stand::Waiting) => return Ok(Settled::Weights(Box::new(weights))),
+            Ok(Stand::Waiting) => {
+                if let Some(state) = seen_waiting(&weights.state) {
+                    ports.mark(epoch, &state).await?;
+                    weights.state = state;
+                }
+                return Ok(Settled::Weights(Box::new(weights)));
+            }
             Ok(Stand::Others(found)) => (format!("the chain has other weights: {found:?}"), true),
             Ok(Stand::NotThere(why)) => (why, true),
             Err(why) => (why.to_string(), false),
@@ -168,7 +196,7 @@ async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow
             tokio::time::sleep(when.wait).await;
             continue;
         }
-        if is_gone && when.block > weights.block + LATEST_BLOCKS {
+        if is_gone && when.block > sent_blocks(&weights).until {
             break why;
         }
         return Ok(Settled::Later(format!("weights are not confirmed yet: {why}")));

@@ -139,30 +139,37 @@ impl OrganicsHub {
 }
 
 async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> ScoredRecord {
-    let fault = |cause: &str, what: &str| Some((cause.to_owned(), what.to_owned()));
+    let seen = record.tokens_at_most(u64::MAX);
+    let found = |organic, cause: &str, what: String| {
+        let fault = Some((cause.to_owned(), what));
+        ScoredRecord { record: record.clone(), organic, tokens: seen, fault }
+    };
     if !record.success {
-        let fault = fault("BAD_STREAM", "the hub got no whole answer");
-        return ScoredRecord { record, organic: Organic::Failed, fault };
+        let what = "the hub got no whole answer".to_owned();
+        return found(Organic::Failed, "BAD_STREAM", what);
     }
     if record.chunks().is_empty() {
-        let fault = fault("TOO_SHORT", "the answer has no tokens");
-        return ScoredRecord { record, organic: Organic::Empty, fault };
+        return found(Organic::Empty, "TOO_SHORT", "the answer has no tokens".to_owned());
     }
     let Some(resident) = residents.get(&record.model_name) else {
-        let fault = fault("INTERNAL_ERROR", "the model is not in memory");
-        return ScoredRecord { record, organic: Organic::Unscored, fault };
+        let what = "the model is not in memory".to_owned();
+        return found(Organic::Unscored, "INTERNAL_ERROR", what);
     };
-    match trial::verify_alone(&resident, rules, &record.model_name, record.capture()).await {
+    let checked = trial::verify_alone(&resident, rules, &record.model_name, record.capture()).await;
+    match checked.verdict {
         AnswerVerdict::Pass => {
-            ScoredRecord { organic: Organic::Tps(record.tps()), record, fault: None }
+            let tokens = record.tokens_at_most(checked.tokens.into());
+            match record.tps(tokens) {
+                Some(tps) => {
+                    ScoredRecord { organic: Organic::Tps(tps), tokens, fault: None, record }
+                }
+                None => {
+                    let what = "it verifies, and has no time or no token to measure a speed by";
+                    found(Organic::Unscored, "INTERNAL_ERROR", what.to_owned())
+                }
+            }
         }
-        AnswerVerdict::Reject { cause, what } => {
-            ScoredRecord { record, organic: Organic::Rejected, fault: Some((cause, what)) }
-        }
-        AnswerVerdict::Unscored(why) => ScoredRecord {
-            record,
-            organic: Organic::Unscored,
-            fault: fault("INTERNAL_ERROR", &why),
-        },
+        AnswerVerdict::Reject { cause, what } => found(Organic::Rejected, &cause, what),
+        AnswerVerdict::Unscored(why) => found(Organic::Unscored, "INTERNAL_ERROR", why),
     }
 }

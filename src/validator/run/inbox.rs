@@ -18,6 +18,8 @@ pub(super) enum Message {
     Subnet(Result<Option<Box<Subnet>>, SubnetError>),
     /// The weights of an epoch were settled.
     Weights(u64, anyhow::Result<Settled>),
+    /// The block at which the newest weights were decided that were read back from the chain.
+    Confirmed(u64),
     /// Models were loaded in turn.
     Rotated(anyhow::Result<()>),
     /// Requests of users were scored, so many.

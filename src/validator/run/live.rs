@@ -27,6 +27,7 @@ impl<P: Ports> Driver<P> {
             Message::Round(key, event) => self.tell(key, event),
             Message::Subnet(read) => self.take_subnet(read)?,
             Message::Weights(epoch, settled) => self.take_weights(epoch, settled),
+            Message::Confirmed(block) => self.progress.set_confirmed(block),
             Message::Tidied(tidied) => self.take_tidied(tidied),
             Message::ToCome(values) => self.publisher.set_to_come(values),
             Message::Pulled(pulled) => {
@@ -173,9 +174,9 @@ impl<P: Ports> Driver<P> {
         let Some(live) = self.live.get_mut(&key) else { return };
         let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
         match action {
-            Action::Prompt { model, endpoint, seed } => {
+            Action::Prompt { model, endpoint } => {
                 live.tasks.spawn(async move {
-                    let made = AssertUnwindSafe(ports.prompt(&model, endpoint, seed));
+                    let made = AssertUnwindSafe(ports.prompt(&model, endpoint));
                     let made = made.catch_unwind().await.unwrap_or_else(|_| Err(anyhow!(BROKE)));
                     let _ = sender.send(Message::Round(key, RoundEvent::Prompted(made))).await;
                 });

@@ -165,9 +165,7 @@ impl<P: Ports> Driver<P> {
         chance: Chance,
     ) -> Result<Self, RunError> {
         let pace = Arc::new(Mutex::new(Pace::default()));
-        let nobody = Subnet::default();
-        let metagraph = reading::read_metagraph(&*ports, 0, &pace, &clock).await?;
-        let subnet = reading::read(&*ports, options.reading, metagraph, &nobody).await?;
+        let subnet = reading::read_first(&*ports, options.reading, &pace, &clock).await?;
         ports.rotate().await.map_err(RunError::Models)?;
         let block = subnet.metagraph.block;
         // The first weights to be set are those of the next epoch.
@@ -177,6 +175,9 @@ impl<P: Ports> Driver<P> {
         let progress = RunProgress::default();
         progress.see_block(block, clock.unix_ms());
         progress.set_members(subnet.members.len());
+        if let Some(block) = confirmed(&*ports).await {
+            progress.set_confirmed(block);
+        }
         Ok(Self {
             ports,
             settings: Arc::new(options.round.clone()),
@@ -458,6 +459,9 @@ impl<P: Ports> Driver<P> {
         let (when, sender) = (self.when(block), self.inbox.0.clone());
         tokio::spawn(async move {
             let settled = settle(&*ports, &subnet, when).await;
+            if let Some(block) = confirmed(&*ports).await {
+                let _ = sender.send(Message::Confirmed(block)).await;
+            }
             let _ = sender.send(Message::Weights(when.epoch, settled)).await;
         });
     }
@@ -467,6 +471,13 @@ impl<P: Ports> Driver<P> {
         let block = self.heads.borrow().block;
         settle(&*self.ports, &self.subnet, self.when(block)).await.map_err(RunError::Records)
     }
+}
+
+/// The block at which the newest weights were decided that were read back from the chain.
+async fn confirmed<P: Ports>(ports: &P) -> Option<u64> {
+    let known = ports.confirmed().await;
+    let known = known.map_err(|e| tracing::warn!("confirmed weights cannot be read: {e}"));
+    known.ok().flatten().map(|weights| weights.block)
 }
 
 /// Settles weights, within a limit of time.

@@ -129,7 +129,6 @@ pub trait Ports: Send + Sync + 'static {
         &self,
         model: &str,
         endpoint: Endpoint,
-        seed: u64,
     ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
     /// Checks an answer.
@@ -159,6 +158,9 @@ pub trait Ports: Send + Sync + 'static {
 
     /// The weights that were sent or committed and whose end is not known yet, oldest first.
     fn unfinished(&self) -> impl Future<Output = anyhow::Result<Vec<Weights>>> + Send;
+
+    /// The newest weights that were read back from the chain.
+    fn confirmed(&self) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
 
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
     /// and not sent. Where those have gone further, says how far: nothing is to be sent then.

@@ -30,6 +30,9 @@ pub struct RunSnapshot {
     pub causes: BTreeMap<String, u64>,
     /// The last weights.
     pub weights: Option<WeightsAt>,
+    /// The block at which the newest weights were decided that were read back from the chain, by
+    /// this run or by one before it.
+    pub confirmed_block: Option<u64>,
     /// Whether it was told to stop.
     pub is_stopping: bool,
 }
@@ -51,12 +54,10 @@ impl RunSnapshot {
         self.answers.get(outcome.name()).copied().unwrap_or(0)
     }
 
-    /// Blocks since the last weights were decided that the chain has taken.
+    /// Blocks since the newest weights were decided that were read back from the chain. A commit
+    /// counts once it is revealed and its weights were read back.
     pub fn weights_age(&self) -> Option<u64> {
-        let weights = self.weights.as_ref()?;
-        let is_taken =
-            matches!(weights.state, WeightsState::Confirmed | WeightsState::Committed { .. });
-        is_taken.then(|| self.block.saturating_sub(weights.block))
+        self.confirmed_block.map(|block| self.block.saturating_sub(block))
     }
 }
 
@@ -115,6 +116,12 @@ impl RunProgress {
         let Weights { epoch, block, state, .. } = weights;
         let weights = WeightsAt { epoch: *epoch, block: *block, state: state.clone() };
         self.0.lock().weights = Some(weights);
+    }
+
+    /// Weights that were decided at `block` were read back from the chain.
+    pub fn set_confirmed(&self, block: u64) {
+        let mut known = self.0.lock();
+        known.confirmed_block = known.confirmed_block.max(Some(block));
     }
 
     pub(crate) fn stop(&self) {

@@ -73,6 +73,43 @@ pub(super) async fn read<P: Ports>(
     Ok(Subnet { metagraph, own, members, models })
 }
 
+/// What `ask` says, at a start. What would end the validator must be said by another endpoint as
+/// well, where there is one: `doubt` makes the next answer another endpoint's.
+///
+/// # Errors
+/// What the last answer says.
+pub async fn confirm<T>(
+    ask: impl AsyncFn() -> Result<T, SubnetError>,
+    doubt: impl Future<Output = ()>,
+) -> Result<T, SubnetError> {
+    match ask().await {
+        Err(e) if !e.is_passing() => {
+            tracing::warn!("{e}; asking another endpoint");
+            doubt.await;
+            ask().await
+        }
+        answered => answered,
+    }
+}
+
+/// The first subnet.
+///
+/// # Errors
+/// When this validator may not validate, or the chain cannot be asked or is not believed.
+pub(super) async fn read_first<P: Ports>(
+    ports: &P,
+    reading: Reading,
+    pace: &Mutex<Pace>,
+    clock: &Clock,
+) -> Result<Subnet, SubnetError> {
+    let nobody = Subnet::default();
+    let once = async || {
+        let metagraph = read_metagraph(ports, 0, pace, clock).await?;
+        read(ports, reading, metagraph, &nobody).await
+    };
+    confirm(once, ports.doubt()).await
+}
+
 /// The metagraph of an endpoint whose block is believed, and not older than block `before`.
 ///
 /// # Errors

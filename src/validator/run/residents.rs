@@ -112,7 +112,7 @@ impl Residents {
     /// Brings those into memory whose turn it is of the models that are `listed`; the others leave.
     ///
     /// # Errors
-    /// Why one is not loaded, or does not leave. Those that are in memory stay.
+    /// Why some are not loaded, or do not leave. The others are loaded, and those in memory stay.
     pub async fn rotate(&self, listed: &[String]) -> anyhow::Result<()> {
         let wanted: BTreeSet<String> = listed.iter().cloned().collect();
         let next = {
@@ -138,15 +138,22 @@ impl Residents {
             let state = self.state.lock();
             next.into_iter().filter(|name| !state.here.contains_key(name)).collect::<Vec<_>>()
         };
+        let mut faults = Vec::new();
         for name in missing {
             let (load, own) = (Arc::clone(&self.load), name.clone());
             let loading = tokio::task::spawn_blocking(move || load(&own));
-            let resident = loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded);
-            let resident = resident.map_err(|why| anyhow!("{name} cannot be loaded: {why}"))?;
-            tracing::info!(model = name, "loaded");
-            self.state.lock().here.insert(name, Arc::new(resident));
+            match loading.await.map_err(anyhow::Error::from).and_then(|loaded| loaded) {
+                Ok(resident) => {
+                    tracing::info!(model = name, "loaded");
+                    self.state.lock().here.insert(name, Arc::new(resident));
+                }
+                Err(why) => faults.push(format!("{name} cannot be loaded: {why}")),
+            }
         }
-        Ok(())
+        match faults.is_empty() {
+            true => Ok(()),
+            false => Err(anyhow!(faults.join("; "))),
+        }
     }
 
     /// Waits until no round needs the models that are to be unloaded.

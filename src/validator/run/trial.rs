@@ -14,12 +14,13 @@ use crate::validator::scores::gate::HotkeyState;
 use crate::validator::scores::rules::ScoringRules;
 use crate::validator::scores::series::{MissReason, Organic};
 use crate::validator::scores::{self, Input, Seat};
+use crate::verify::answer::Answer;
 use crate::verify::capture::{Capture, CheckOptions, check_question};
 use crate::verify::evidence::{ALARM, Calibrated, Observed, Sums};
 use crate::verify::question::Question;
 use crate::verify::statistic::Statistic;
 use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -78,39 +79,46 @@ pub(super) async fn verify(
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
     let statistics = statistics(&first.report, first.scheme, &verifier.limits);
-    let tokens = first.answer.as_ref().map_or(0, |answer| answer.ids.len());
-    let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+    let tokens = tokens(first.answer.as_ref());
     let verdict = verdict(first.report.verdict);
     AnswerReport { verdict, report: Some(report), statistics, tokens }
 }
 
-/// Checks an answer without changing evidence, because the answer comes from a hub.
+/// Checks an answer without changing evidence, because the answer comes from a hub. Returns its
+/// verified tokens as well.
 pub(super) async fn verify_alone(
     resident: &Resident,
     rules: Option<Profile>,
     model: &str,
     capture: Value,
-) -> AnswerVerdict {
+) -> AnswerReport {
     let capture = match Capture::deserialize(&capture) {
         Ok(capture) => capture,
-        Err(e) => return AnswerVerdict::Unscored(format!("the capture cannot be read: {e}")),
+        Err(e) => return unscored(format!("the capture cannot be read: {e}")),
     };
     let verifier = resident.verifier.clone();
     let question = Question::read(&verifier, model, &capture.request, None).await;
     let question = match question {
         Ok(question) => question,
-        Err(e) => return AnswerVerdict::Unscored(format!("the request cannot be read: {e}")),
+        Err(e) => return unscored(format!("the request cannot be read: {e}")),
     };
     let (depth, chance) = (Depth::Fast, Entropy::system().word());
     let options = CheckOptions { profile: rules, depth, chance };
     let work = move || check_question(&verifier, question, &capture, options);
-    match tokio::task::spawn_blocking(work).await {
-        Ok(checked) => checked.into_iter().next().map_or_else(
-            || AnswerVerdict::Unscored("the request asks for no answer".into()),
-            |first| verdict(first.report.verdict),
-        ),
-        Err(e) => AnswerVerdict::Unscored(format!("the verification broke: {e}")),
-    }
+    let checked = match tokio::task::spawn_blocking(work).await {
+        Ok(checked) => checked,
+        Err(e) => return unscored(format!("the verification broke: {e}")),
+    };
+    let Some(first) = checked.into_iter().next() else {
+        return unscored("the request asks for no answer");
+    };
+    let tokens = tokens(first.answer.as_ref());
+    AnswerReport { tokens, ..AnswerReport::bare(verdict(first.report.verdict)) }
+}
+
+/// Tokens of an answer that are named by ids.
+fn tokens(answer: Option<&Answer>) -> u32 {
+    u32::try_from(answer.map_or(0, |answer| answer.ids.len())).unwrap_or(u32::MAX)
 }
 
 fn verdict(verdict: Verdict) -> AnswerVerdict {
@@ -277,7 +285,8 @@ async fn worst(store: &Store, hotkey: &str, models: &[String]) -> anyhow::Result
     };
     for model in models {
         let Some(known) = store.evidence(hotkey, model).await? else { continue };
-        let known: HotkeyState = serde_json::from_value(known)?;
+        let known: HotkeyState = serde_json::from_value(known)
+            .map_err(|e| anyhow!("the evidence about {hotkey} with {model} cannot be read: {e}"))?;
         if weight(&known) >= weight(&worst) {
             worst = known;
         }

@@ -1,7 +1,7 @@
 //! Implements [`Ports`] for a real validator: a chain, miners over HTTP, models in this process, a
 //! database.
 
-use super::emission::LATEST_BLOCKS;
+use super::emission;
 use super::hub::OrganicsHub;
 use super::keeping::Keeper;
 use super::ports::{AnswerToCheck, Decided, MinerQuery, NotSent, Ports, Stand};
@@ -17,7 +17,7 @@ use crate::chain::weights::outcome::{Approval, Call, Order, ReadBack, SendError,
 use crate::chain::weights::{Vector, VectorError};
 use crate::chain::{Chain, Head};
 use crate::clock::Clock;
-use crate::store::record::{Round, Weights, WeightsState};
+use crate::store::record::{Round, SentBlocks, Weights, WeightsState};
 use crate::store::{Removed, Store, WeightsClaim};
 use crate::validator::eligible::Member;
 use crate::validator::models::{self, Mode};
@@ -35,10 +35,13 @@ use crate::verify::question::understand;
 use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
 use serde_json::json;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
+
+/// Epochs of which the extrinsic is known in memory: one is under way.
+const MARKED_MAX: usize = 8;
 
 /// The parts of a validator.
 pub struct World<C: Chain> {
@@ -82,8 +85,8 @@ pub struct World<C: Chain> {
 #[derive(Default)]
 pub struct WorldState {
     listed: Mutex<Vec<String>>,
-    /// Epochs whose weights this process has remembered as sent.
-    marked: Mutex<BTreeSet<u64>>,
+    /// Epochs whose weights this process has remembered as sent, with the extrinsic's hash.
+    marked: Mutex<BTreeMap<u64, String>>,
 }
 
 impl<C: Chain> World<C> {
@@ -106,17 +109,27 @@ impl<C: Chain> World<C> {
 
     /// Remembers an extrinsic as sent, before it is: whether it may be.
     fn remember(&self, epoch: u64, sent: &SentWeights) -> anyhow::Result<()> {
-        if self.memory.marked.lock().contains(&epoch) {
-            // The pool has refused the one before for certain.
-            return Ok(());
-        }
-        let state = WeightsState::Sent { hash: sent.hash.clone() };
+        let (hash, reveal_round) = (sent.hash.clone(), sent.reveal_round);
+        let state = WeightsState::Sent { hash, blocks: Some(blocks(sent)), reveal_round };
+        // The pool has refused the one before for certain.
+        let refused = self.memory.marked.lock().get(&epoch).cloned();
+        let marking = async {
+            match &refused {
+                None => self.store.mark_weights(self.netuid, epoch, &state).await,
+                Some(hash) => {
+                    self.store.replace_sent_weights((self.netuid, epoch), hash, &state).await
+                }
+            }
+        };
         // The chain asks from inside its own future, and does not send before it is told.
-        let marking = self.store.mark_weights(self.netuid, epoch, &state);
         let marked = tokio::task::block_in_place(|| Handle::current().block_on(marking));
         match marked? {
             WeightsClaim::Ours => {
-                self.memory.marked.lock().insert(epoch);
+                let mut marked = self.memory.marked.lock();
+                marked.insert(epoch, sent.hash.clone());
+                while marked.len() > MARKED_MAX {
+                    marked.pop_first();
+                }
                 Ok(())
             }
             WeightsClaim::Taken(state) => bail!("another process has them: {state:?}"),
@@ -150,10 +163,13 @@ impl<C: Chain> World<C> {
     /// What a record of sent weights says of the extrinsic.
     fn sent(&self, weights: &Weights) -> anyhow::Result<SentWeights> {
         let (hash, reveal_round) = match &weights.state {
-            WeightsState::Sent { hash } => (hash.clone(), None),
-            WeightsState::Committed { hash, reveal_round } => (hash.clone(), Some(*reveal_round)),
+            WeightsState::Sent { hash, reveal_round, .. } => (hash.clone(), *reveal_round),
+            WeightsState::Committed { hash, reveal_round, .. } => {
+                (hash.clone(), Some(*reveal_round))
+            }
             other => bail!("nothing was sent: {other:?}"),
         };
+        let SentBlocks { after, until } = emission::sent_blocks(weights);
         Ok(SentWeights {
             netuid: weights.netuid,
             mechanism: 0,
@@ -161,8 +177,8 @@ impl<C: Chain> World<C> {
             vector: vector(weights)?,
             hash,
             call: if reveal_round.is_some() { Call::Commit } else { Call::Set },
-            block: weights.block,
-            until: weights.block + LATEST_BLOCKS,
+            block: after,
+            until,
             reveal_round,
         })
     }
@@ -172,6 +188,10 @@ impl<C: Chain> World<C> {
 fn vector(weights: &Weights) -> Result<Vector, VectorError> {
     let paid = weights.values.iter().copied().filter(|(_, value)| *value > 0);
     Vector::new(paid.collect())
+}
+
+fn blocks(sent: &SentWeights) -> SentBlocks {
+    SentBlocks { after: sent.block, until: sent.until }
 }
 
 /// How an answer ended, and who is at fault.
@@ -220,10 +240,13 @@ impl<C: Chain> Ports for World<C> {
         };
         let asked = Approval { show: &show, signed: &signed };
         match self.chain.set_weights(&self.signer, &order, &asked).await {
-            Ok(Some(SentWeights { hash, reveal_round: Some(reveal_round), .. })) => {
-                Ok(WeightsState::Committed { hash, reveal_round })
+            Ok(Some(sent)) => {
+                let (blocks, hash) = (Some(blocks(&sent)), sent.hash);
+                Ok(match sent.reveal_round {
+                    Some(reveal_round) => WeightsState::Committed { hash, blocks, reveal_round },
+                    None => WeightsState::Sent { hash, blocks, reveal_round: None },
+                })
             }
-            Ok(Some(SentWeights { hash, .. })) => Ok(WeightsState::Sent { hash }),
             Ok(None) => {
                 let why = refused.lock().take();
                 let why = why.unwrap_or_else(|| anyhow!("they were not to be sent"));
@@ -280,7 +303,7 @@ impl<C: Chain> Ports for World<C> {
         self.residents.here().into_iter().filter(is_listed).map(offer).collect()
     }
 
-    async fn prompt(&self, model: &str, endpoint: Endpoint, _: u64) -> anyhow::Result<QueryPrompt> {
+    async fn prompt(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<QueryPrompt> {
         self.draft(model, endpoint).await
     }
 
@@ -350,6 +373,10 @@ impl<C: Chain> Ports for World<C> {
         };
         let unfinished = self.store.unfinished_weights().await?;
         Ok(unfinished.into_iter().filter(is_sent).collect())
+    }
+
+    async fn confirmed(&self) -> anyhow::Result<Option<Weights>> {
+        Ok(self.store.confirmed_weights(self.netuid).await?)
     }
 
     async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {

@@ -1,10 +1,10 @@
 //! Tests epochs and the weights that are sent in them.
 
 use super::super::*;
-use super::fake::{Fake, Running, driver, options, until};
+use super::fake::{Fake, Running, driver, options, sent_as, until};
 
 use super::super::ports::{NotSent, Stand};
-use crate::store::record::{Outcome, Weights, WeightsState};
+use crate::store::record::{Outcome, SentBlocks, Weights, WeightsState};
 use serde_json::Value;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -178,7 +178,21 @@ fn left(state: WeightsState) -> Arc<Fake> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_at_any_step_never_sends_twice() {
-    let sent = || WeightsState::Sent { hash: "0x1".into() };
+    let sent = || sent_as("0x1".into());
+    let blocks = |until| Some(SentBlocks { after: 3, until });
+    let sent_until = |until| WeightsState::Sent {
+        hash: "0x1".into(),
+        blocks: blocks(until),
+        reveal_round: None,
+    };
+    let (hash, reveal_round) = ("0x1".to_owned(), 9);
+    let commit_sent = || WeightsState::Sent {
+        hash: hash.clone(),
+        blocks: blocks(35),
+        reveal_round: Some(reveal_round),
+    };
+    let committed =
+        || WeightsState::Committed { hash: hash.clone(), blocks: blocks(35), reveal_round };
     let failed = |why: &str| WeightsState::Failed { why: why.into() };
     let gone = || Stand::NotThere("nothing".into());
     for (state, stand, block, sends, expected) in [
@@ -188,6 +202,11 @@ async fn a_crash_at_any_step_never_sends_twice() {
         // It may still arrive.
         (sent(), gone(), 10, 0, sent()),
         (sent(), gone(), 90, 0, failed("nothing")),
+        // As long as its record says, and no longer.
+        (sent_until(90), gone(), 90, 0, sent_until(90)),
+        (sent_until(20), gone(), 21, 0, failed("nothing")),
+        // A commit that is in a block, though the run that sent it ended before it knew.
+        (commit_sent(), Stand::Waiting, 10, 0, committed()),
         (WeightsState::Confirmed, gone(), 90, 0, WeightsState::Confirmed),
         (failed("why"), gone(), 90, 0, failed("why")),
     ] {
@@ -214,7 +233,8 @@ async fn a_dry_run_sends_and_remembers_no_weights() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn weights_of_earlier_epochs_are_looked_up_again() {
-    let committed = || WeightsState::Committed { hash: "0x1".into(), reveal_round: 9 };
+    let committed =
+        || WeightsState::Committed { hash: "0x1".into(), blocks: None, reveal_round: 9 };
     let failed = |why: &str| WeightsState::Failed { why: why.into() };
     let gone = || Stand::NotThere("it was not revealed".into());
     for (stand, block, expected) in [
@@ -229,10 +249,45 @@ async fn weights_of_earlier_epochs_are_looked_up_again() {
         *world.stand.lock() = stand.clone();
         let options = RunOptions { epochs: EpochRule::Every(50), ..options(Some(1)) };
         let running = driver(&world, options).await;
+        assert_eq!(running.progress().snapshot().weights_age(), None, "nothing was seen there");
         running.run(CancellationToken::new(), &|_| {}).await.unwrap();
         assert_eq!(world.weights.lock()[&0].state, expected, "{stand:?} {block}");
         assert_eq!(world.sends.lock().len(), 1, "{stand:?} {block}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_age_of_weights_counts_from_those_that_stood_on_the_chain_last() {
+    // A run before this one has confirmed those of epoch 0; all commits since wait.
+    let world = left(WeightsState::Confirmed);
+    *world.stand.lock() = Stand::Waiting;
+    let running = Running::start(&world, options(None)).await;
+    let progress = Arc::clone(&running.progress);
+    assert_eq!(progress.snapshot().weights_age(), Some(7));
+    until("a round", || progress.rounds() > 0).await;
+    for block in [100, 200] {
+        world.heads.send_replace(block);
+        until("weights", || world.weights.lock().contains_key(&block)).await;
+        until("an end", || progress.snapshot().weights.is_some_and(|w| w.epoch == block)).await;
+        assert_eq!(progress.snapshot().weights_age(), Some(block - 3), "none was revealed");
+    }
+    *world.stand.lock() = Stand::Confirmed;
+    world.heads.send_replace(300);
+    until("weights on the chain", || progress.snapshot().weights_age() == Some(0)).await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_validator_starts_where_only_the_first_endpoint_says_that_it_may_not() {
+    let world = Arc::new(Fake::new());
+    world.lies.store(true, SeqCst);
+    driver(&world, options(None)).await;
+    assert_eq!(world.readings.load(SeqCst), 2);
+    let world = Arc::new(Fake { permit: false, ..Fake::new() });
+    let (clock, chance) = (Clock::system(), Chance::seeded(1));
+    let ended = Driver::new(Arc::clone(&world), options(None), clock, chance).await.err();
+    assert!(matches!(ended, Some(RunError::Subnet(SubnetError::NoPermit(_)))), "{ended:?}");
+    assert_eq!(world.readings.load(SeqCst), 2, "the control: another one was asked");
 }
 
 #[tokio::test(flavor = "multi_thread")]

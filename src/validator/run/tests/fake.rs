@@ -132,7 +132,7 @@ impl Ports for Fake {
             return Err(fate);
         }
         self.sends.lock().push((weights.epoch, weights.values.clone()));
-        Ok(WeightsState::Sent { hash: format!("0x{}", weights.epoch) })
+        Ok(sent_as(format!("0x{}", weights.epoch)))
     }
 
     async fn look_up(&self, _: &Weights) -> anyhow::Result<Stand> {
@@ -173,7 +173,7 @@ impl Ports for Fake {
         vec![Offer { name: "m".into(), endpoints, context_max: 512 }]
     }
 
-    async fn prompt(&self, _: &str, _: Endpoint, _: u64) -> anyhow::Result<QueryPrompt> {
+    async fn prompt(&self, _: &str, _: Endpoint) -> anyhow::Result<QueryPrompt> {
         Ok(QueryPrompt { content: QueryContent::Text("hello".into()), tokens: 2 })
     }
 
@@ -247,6 +247,12 @@ impl Ports for Fake {
         Ok(self.weights.lock().values().filter(is_open).cloned().collect())
     }
 
+    async fn confirmed(&self) -> anyhow::Result<Option<Weights>> {
+        self.records()?;
+        let is_there = |weights: &&Weights| weights.state == WeightsState::Confirmed;
+        Ok(self.weights.lock().values().rev().find(is_there).cloned())
+    }
+
     async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
         self.records()?;
         self.weights.lock().insert(weights.epoch, weights.clone());
@@ -258,6 +264,11 @@ impl Ports for Fake {
         self.weights.lock().get_mut(&epoch).unwrap().state = state.clone();
         Ok(())
     }
+}
+
+/// Weights that were sent, in no block that is known.
+pub(super) fn sent_as(hash: String) -> WeightsState {
+    WeightsState::Sent { hash, blocks: None, reveal_round: None }
 }
 
 pub(super) fn options(rounds: Option<u64>) -> RunOptions {
