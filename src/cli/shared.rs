@@ -1,15 +1,18 @@
 //! Defines arguments that several commands take.
 
 use super::Failure;
-use crate::config::models_toml::{self, Config};
+use super::progress::Bars;
+use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use crate::verify::FastRows;
 use crate::verify::scrutiny::{WantedScrutiny, When};
+use crate::verify::{FastRows, Verifier};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 
 /// Which models.
 #[derive(Args)]
@@ -115,8 +118,19 @@ impl ScrutinyArgs {
     }
 }
 
+/// Loads a model to verify with by the default limits.
+pub(super) fn plain_verifier(
+    runtime: &Runtime,
+    config: ModelConfig,
+    pool: &Pool,
+) -> Result<Verifier, Failure> {
+    let bars = Bars::new();
+    let loaded = runtime.block_on(load_verifier(config, pool, VerifierRules::plain(), &bars));
+    loaded.map_err(Failure::user)
+}
+
 /// What requests run on, beside the compute threads.
-pub(super) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+pub(super) fn runtime() -> Result<Runtime, Failure> {
     // Few, because they compete with the compute threads for cores: what takes long is read on
     // other threads, and with 1, 2 and 4 of these a busy server answers probes equally fast. Two,
     // so that one that is not scheduled for a while does not hold up every connection.

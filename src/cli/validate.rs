@@ -2,7 +2,7 @@
 
 use super::out::{announce, outln};
 use super::printable::printable;
-use super::residents::{LimitsFiles, budget, residents};
+use super::progress::Bars;
 use super::serve::stop_signal;
 use super::shared::runtime;
 use super::subnet::tell;
@@ -13,6 +13,9 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::config::units;
+use crate::engine::plan::KvMemory;
+use crate::lifecycle::residents::{LimitsFiles, Needs, ResidentRules, budget, residents};
 use crate::overview::Service;
 use crate::server::listen::serve_all;
 use crate::store::Store;
@@ -25,6 +28,7 @@ use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
 use crate::validator::run::reading::{Reading, SubnetError};
+use crate::validator::run::residents::Residents;
 use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
 use sd_notify::NotifyState;
@@ -49,8 +53,8 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     }
     let settings = args.round.settings(args.chain.netuid(), &args.verifying)?;
     let source = Passages::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
-    let limits = Arc::new(LimitsFiles::read(&args.verifying.limits)?);
-    let budget = budget(args.verifying.memory.as_deref())?;
+    let limits = LimitsFiles::read(&args.verifying.limits).map_err(Failure::user)?;
+    let (limits, budget) = (Arc::new(limits), verify_memory(args)?);
     let urls = args.hub.urls()?;
     let signer = Arc::new(args.wallet.keypair()?);
     let runtime = runtime()?;
@@ -62,7 +66,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
-    let residents = residents(args, &runtime, (&limits, budget))?;
+    let residents = runtime.block_on(find_models(args, Arc::clone(&limits), budget))?;
     let clock = Clock::system();
     let world = World {
         chain,
@@ -105,6 +109,28 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     outcome?.map_or(Ok(()), |installed| Err(update::restart(&installed)))
 }
 
+/// Bytes that the models may have.
+fn verify_memory(args: &ValidateArgs) -> Result<u64, Failure> {
+    let wanted = args.verifying.memory.as_deref().map_or(Ok(KvMemory::Auto), units::kv_memory);
+    let wanted = wanted.map_err(|e| Failure::user(format!("--verify-memory {e}")))?;
+    budget(wanted).map_err(|e| Failure::user(format!("--verify-memory {e}")))
+}
+
+/// Finds the models to verify with; loads none.
+async fn find_models(
+    args: &ValidateArgs,
+    limits: Arc<LimitsFiles>,
+    budget: u64,
+) -> Result<Residents, Failure> {
+    let (models, pool) = (args.models.read(&[])?.models, args.compute.pool()?);
+    let verifying = &args.verifying;
+    let checks = usize::from(verifying.checks);
+    let needs = Needs { checks, tokens: args.tokens_needed(), budget };
+    let scrutiny = verifying.scrutiny.asked();
+    let rules = ResidentRules { limits, exact: verifying.exact, scrutiny };
+    residents(models, needs, (pool, rules), &Bars::new()).await.map_err(Failure::user)
+}
+
 fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
     let rules = MinerRules {
         own: signer.hotkey(),
@@ -141,7 +167,7 @@ async fn validate(
     let driver = Driver::new(Arc::new(world), options, clock.clone(), Chance::system()).await;
     let driver = driver.map_err(run_failure)?;
     if is_roomy && !args.listed.is_apart() {
-        limits.check_used()?;
+        limits.check_used().map_err(|e| Failure::user(format!("--limits {e}")))?;
     }
     let progress = driver.progress();
     if let Some(weights) = store.last_weights(netuid).await.map_err(Failure::ours)? {

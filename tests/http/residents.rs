@@ -2,11 +2,17 @@
 
 use crate::common;
 use parking_lot::Mutex;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use targon_engine::config::models_toml::{self, ModelConfig};
+use targon_engine::lifecycle::residents::{LimitsFiles, Needs, NoModel, ResidentRules, residents};
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
 use targon_engine::verify::evidence::Calibrated;
+use targon_engine::verify::scrutiny::WantedScrutiny;
 
 fn resident() -> Resident {
     let verifier = common::verifier(&common::tiny_served(3, common::options()));
@@ -48,4 +54,46 @@ async fn a_model_leaves_once_no_round_needs_it_and_the_next_comes_then() {
     let error = broken.rotate(&["a".to_owned(), "broken".to_owned()]).await.unwrap_err();
     assert_eq!(error.to_string(), "broken cannot be loaded: its file is cut");
     assert_eq!(here(&broken), ["a"]);
+}
+
+/// Of the golden llama, and of one whose files are not there.
+fn models() -> Vec<ModelConfig> {
+    let llama = common::golden("llama");
+    let text = format!(
+        "[[model]]\nname = \"llama\"\npath = \"{}\"\n[[model]]\nname = \"gone\"\npath = \"/nowhere\"",
+        llama.display()
+    );
+    models_toml::parse(Path::new("models.toml"), &text, &[]).unwrap().models
+}
+
+async fn prepared(needs: Needs) -> Result<Residents, NoModel> {
+    let limits = Arc::new(LimitsFiles::read(&[]).unwrap());
+    let rules = ResidentRules { limits, exact: true, scrutiny: WantedScrutiny::NOTHING };
+    residents(models(), needs, (Pool::new(2, Isa::best()).unwrap(), rules), &common::Quiet).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn models_that_fit_are_planned_then_loaded_by_the_rules() {
+    let needs = |tokens| Needs { checks: 2, tokens, budget: 1 << 40 };
+    let residents = prepared(needs(Some(40))).await.unwrap();
+    // The other one is left out; the log says why.
+    assert_eq!((residents.names(), residents.is_roomy()), (vec!["llama".to_owned()], true));
+    assert!(residents.here().is_empty());
+    residents.rotate(&residents.names()).await.unwrap();
+    let llama = residents.get("llama").unwrap();
+    assert_eq!(llama.verifier.context_max, 40);
+    assert!(llama.verifier.limits.exact && llama.engine.is_some());
+    let whole = prepared(needs(None)).await.unwrap();
+    whole.rotate(&whole.names()).await.unwrap();
+    assert!(whole.get("llama").unwrap().verifier.context_max > 40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_that_holds_no_model_is_refused_for_each_by_name() {
+    let needs = Needs { checks: 2, tokens: Some(40), budget: 1000 };
+    let error = prepared(needs).await.err().unwrap().to_string();
+    let (llama, gone) = error.split_once("; gone cannot be verified: ").unwrap();
+    assert!(llama.starts_with("llama cannot be verified: needs "), "{error}");
+    assert!(llama.contains("with 3 contexts of 40 tokens, but only 1000 B may be"), "{error}");
+    assert!(gone.contains("/nowhere"), "{error}");
 }
