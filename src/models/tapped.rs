@@ -13,7 +13,9 @@
 mod write;
 
 use super::checkpoint::Checkpoint;
+use super::config::families;
 use super::error::LoadError;
+use super::family::{Family, listed};
 use super::spec::Spec;
 use super::tensor::Tensor;
 use crate::files;
@@ -131,16 +133,17 @@ fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
         let supported = "weights that are stored quantised in safetensors are not; use `isq`";
         return unsupported("quantization_config", method.to_owned(), supported);
     }
-    let Some(class) = class_of(spec.family) else {
-        let supported = "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe and phi3 are";
-        return unsupported("model_type", spec.family.to_owned(), supported);
+    let Family { name, class, hosted, .. } = spec.family;
+    let Some(hosted) = hosted else {
+        let supported = listed(families().filter(|f| f.hosted.is_some()).map(|f| f.name));
+        return unsupported("model_type", (*name).to_owned(), &supported);
     };
     let a = &spec.attention;
-    if (a.qkv_bias && spec.family != "qwen2") || a.out_bias {
+    if (a.qkv_bias && !hosted.has_qkv_bias) || a.out_bias {
         let supported = format!("{class} of the other engine leaves biases out");
         return unsupported("attention_bias", "true".into(), &supported);
     }
-    if spec.family == "llama" && a.heads * a.head_dim != spec.hidden {
+    if !hosted.has_head_dim && a.heads * a.head_dim != spec.hidden {
         let supported = format!("only hidden_size / num_attention_heads is, for {class}");
         return unsupported("head_dim", a.head_dim.to_string(), &supported);
     }
@@ -236,7 +239,7 @@ impl Builder<'_> {
     fn config(&self) -> Value {
         let (spec, mut config) = (self.spec, self.checkpoint.config.clone());
         config["vocab_size"] = json!(spec.vocab + spec.hidden);
-        config["architectures"] = json!([class_of(spec.family)]);
+        config["architectures"] = json!([spec.family.class]);
         config["tie_word_embeddings"] = json!(spec.tied);
         for (key, value) in [
             ("hidden_act", json!("silu")),
@@ -342,20 +345,6 @@ impl Builder<'_> {
 
 fn is_extended(name: &str) -> bool {
     name == EMBEDDING || name == HEAD
-}
-
-/// The class that a family has in `architectures`.
-fn class_of(family: &str) -> Option<&'static str> {
-    Some(match family {
-        "llama" => "LlamaForCausalLM",
-        "mistral" => "MistralForCausalLM",
-        "mixtral" => "MixtralForCausalLM",
-        "qwen2" => "Qwen2ForCausalLM",
-        "qwen3" => "Qwen3ForCausalLM",
-        "qwen3_moe" => "Qwen3MoeForCausalLM",
-        "phi3" => "Phi3ForCausalLM",
-        _ => return None,
-    })
 }
 
 /// A tensor, and what the derived checkpoint calls it.
