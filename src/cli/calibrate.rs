@@ -216,7 +216,6 @@ fn describe(file: &LimitsFile, left_out: usize) {
 }
 
 fn table(file: &LimitsFile) -> Table {
-    let LimitsFile { calibration, held_out, limits, .. } = file;
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header([
@@ -228,48 +227,45 @@ fn table(file: &LimitsFile) -> Table {
         "held out: rejected",
         "false-positive rate, 95 %",
     ]);
-    let four = |spread: Option<ValueSpread>, limit: f64| match spread {
-        Some(s) => [s.mean, s.p999, s.max, limit].map(|x| format!("{x:.3}")),
-        None => ["-".into(), "-".into(), "-".into(), format!("{limit} (not measured)")],
-    };
-    let by_rows = |spread: Option<ValueSpread>, limits: ByRows| {
-        let [a, b, c, _] = four(spread, 0.0);
-        [a, b, c, limits.0.map(|x| format!("{x:.2}")).join(" ")]
-    };
-    let margins = |middle: String, largest: String, limit: f64| {
-        [middle, "-".into(), largest, format!("{limit:.4}")]
-    };
-    let (mean, largest) = (calibration.margin_mean, calibration.margin_max);
-    let (mean, largest) = (format!("{mean:.5}"), format!("{largest:.4}"));
-    let dash = || "-".to_owned();
-    for (what, values, share) in [
-        ("energy, residue-v1", four(calibration.energy_u8, limits.energy_u8), held_out.energy_u8),
-        (
-            "energy, residue-v1-u4",
-            four(calibration.energy_u4, limits.energy_u4),
-            held_out.energy_u4,
-        ),
-        (
-            "trimmed mean, residue-v1",
-            by_rows(calibration.trimmed_u8, limits.trimmed_u8),
-            held_out.trimmed,
-        ),
-        (
-            "trimmed mean, residue-v1-u4",
-            by_rows(calibration.trimmed_u4, limits.trimmed_u4),
-            held_out.trimmed,
-        ),
-        ("twin, residue-v1", by_rows(calibration.twin_u8, limits.twin_u8), held_out.twin),
-        ("twin, residue-v1-u4", by_rows(calibration.twin_u4, limits.twin_u4), held_out.twin),
-        ("margin of a token", margins(mean.clone(), largest, limits.margin), held_out.margin),
-        ("mean margin", margins(mean, dash(), limits.margin_mean), held_out.margin_mean),
-        ("any of these", [dash(), dash(), dash(), dash()], held_out.rejected),
-    ] {
-        let [a, b, c, d] = values;
+    for (what, [mean, p999, largest, limit], share) in rows(file) {
         let (rejected, interval) = rate(&share);
-        table.add_row([what.to_owned(), a, b, c, d, rejected, interval]);
+        table.add_row([what.to_owned(), mean, p999, largest, limit, rejected, interval]);
     }
     table
+}
+
+/// What is limited; mean, 99.9th percentile, largest and limit; and the held-out answers over it.
+fn rows(file: &LimitsFile) -> [(&'static str, [String; 4], Share); 9] {
+    let LimitsFile { calibration: c, held_out, limits, .. } = file;
+    let (energy_u8, energy_u4) = ("energy, residue-v1", "energy, residue-v1-u4");
+    let (trimmed_u8, trimmed_u4) = ("trimmed mean, residue-v1", "trimmed mean, residue-v1-u4");
+    let dash = || "-".to_owned();
+    let (mean, largest) = (format!("{:.5}", c.margin_mean), format!("{:.4}", c.margin_max));
+    let margin = [mean.clone(), dash(), largest, format!("{:.4}", limits.margin)];
+    let margin_mean = [mean, dash(), dash(), format!("{:.4}", limits.margin_mean)];
+    [
+        (energy_u8, spread(c.energy_u8, limits.energy_u8), held_out.energy_u8),
+        (energy_u4, spread(c.energy_u4, limits.energy_u4), held_out.energy_u4),
+        (trimmed_u8, by_rows(c.trimmed_u8, limits.trimmed_u8), held_out.trimmed),
+        (trimmed_u4, by_rows(c.trimmed_u4, limits.trimmed_u4), held_out.trimmed),
+        ("twin, residue-v1", by_rows(c.twin_u8, limits.twin_u8), held_out.twin),
+        ("twin, residue-v1-u4", by_rows(c.twin_u4, limits.twin_u4), held_out.twin),
+        ("margin of a token", margin, held_out.margin),
+        ("mean margin", margin_mean, held_out.margin_mean),
+        ("any of these", [dash(), dash(), dash(), dash()], held_out.rejected),
+    ]
+}
+
+fn spread(spread: Option<ValueSpread>, limit: f64) -> [String; 4] {
+    match spread {
+        Some(s) => [s.mean, s.p999, s.max, limit].map(|x| format!("{x:.3}")),
+        None => ["-".into(), "-".into(), "-".into(), format!("{limit} (not measured)")],
+    }
+}
+
+fn by_rows(values: Option<ValueSpread>, limits: ByRows) -> [String; 4] {
+    let [mean, p999, largest, _] = spread(values, 0.0);
+    [mean, p999, largest, limits.0.map(|x| format!("{x:.2}")).join(" ")]
 }
 
 fn rate(share: &Share) -> (String, String) {

@@ -23,6 +23,7 @@ use crate::store::record::{Round, WeightsState};
 use crate::update::{Installed, Updater};
 use crate::validator::eligible::{self, MinerRules, NoPermit};
 use crate::validator::prompt::dataset::Passages;
+use crate::validator::round::RoundSettings;
 use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
@@ -67,37 +68,10 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
     let residents = runtime.block_on(find_models(args, Arc::clone(&limits), budget))?;
-    let clock = Clock::system();
-    let world = World {
-        chain,
-        netuid: args.chain.netuid(),
-        store: store.clone(),
-        hub: OrganicsHub::new(urls, Arc::clone(&signer), clock.clone()),
-        keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
-        clock,
-        residents,
-        rewriting: args.round.rewriting(),
-        rules: args.verifying.rules,
-        mode: args.listed.mode(),
-        source,
-        scoring: args.weights.scoring(args.round.profile)?,
-        waits: args.round.waits(),
-        away_max: args.weights.away_max(),
-        version_key: args.weights.version_key(args.round.profile),
-        memory: WorldState::default(),
-        signer: Arc::clone(&signer),
-    };
-    let options = RunOptions {
-        round: settings,
-        reading: reading(args, &signer),
-        epochs: args.weights.epochs(),
-        checks: usize::from(args.verifying.checks),
-        rounds: args.round.count(),
-        is_dry: args.weights.dry_run,
-        stop_time: Duration::from_secs(args.shutdown_timeout),
-        weights_wait: WEIGHTS_WAIT,
-        spill: Some(args.unsaved.clone()),
-    };
+    let options = options(args, settings, &signer);
+    let hub = OrganicsHub::new(urls, Arc::clone(&signer), Clock::system());
+    let opened = Opened { chain, store: store.clone(), hub, residents, source, signer };
+    let world = opened.world(args)?;
     let outcome = runtime.block_on(async {
         let outcome =
             validate(args, (world, options, updater), (&metagraph, &limits, listener)).await;
@@ -107,6 +81,56 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     // A verification that was given up may still compute; nothing waits for it.
     runtime.shutdown_background();
     outcome?.map_or(Ok(()), |installed| Err(update::restart(&installed)))
+}
+
+/// What a validator uses, opened or found.
+struct Opened {
+    chain: Subtensor,
+    store: Store,
+    hub: OrganicsHub,
+    residents: Residents,
+    source: Passages,
+    signer: Arc<Keypair>,
+}
+
+impl Opened {
+    fn world(self, args: &ValidateArgs) -> Result<World<Subtensor>, Failure> {
+        let Self { chain, store, hub, residents, source, signer } = self;
+        let clock = Clock::system();
+        Ok(World {
+            chain,
+            netuid: args.chain.netuid(),
+            store,
+            hub,
+            keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
+            clock,
+            residents,
+            rewriting: args.round.rewriting(),
+            rules: args.verifying.rules,
+            mode: args.listed.mode(),
+            source,
+            scoring: args.weights.scoring(args.round.profile)?,
+            waits: args.round.waits(),
+            away_max: args.weights.away_max(),
+            version_key: args.weights.version_key(args.round.profile),
+            memory: WorldState::default(),
+            signer,
+        })
+    }
+}
+
+fn options(args: &ValidateArgs, round: RoundSettings, signer: &Keypair) -> RunOptions {
+    RunOptions {
+        round,
+        reading: reading(args, signer),
+        epochs: args.weights.epochs(),
+        checks: usize::from(args.verifying.checks),
+        rounds: args.round.count(),
+        is_dry: args.weights.dry_run,
+        stop_time: Duration::from_secs(args.shutdown_timeout),
+        weights_wait: WEIGHTS_WAIT,
+        spill: Some(args.unsaved.clone()),
+    }
 }
 
 /// Bytes that the models may have.
@@ -178,18 +202,12 @@ async fn validate(
         show_to_operators(listener, &service)?;
     }
     watch(Arc::clone(&progress))?;
-    let stop = CancellationToken::new();
+    let stop = stop_at_signal()?;
     let (retire, every) = (driver.retirement(), args.update.every());
     let newer = tokio::spawn(async move {
         let installed = update::replaced(updater, every).await;
         retire.cancel();
         installed
-    });
-    let (signal, token) = (stop_signal()?, stop.clone());
-    tokio::spawn(async move {
-        signal.await;
-        tell(NotifyState::Stopping);
-        token.cancel();
     });
     tell(NotifyState::Ready);
     let on_round = |round: &Round| {
@@ -209,6 +227,18 @@ async fn validate(
     newer.abort();
     tell(NotifyState::Stopping);
     summary.weights.map_or(Ok(None), |settled| show(settled, metagraph).map(|()| None))
+}
+
+/// Is cancelled at the first signal.
+fn stop_at_signal() -> Result<CancellationToken, Failure> {
+    let (signal, stop) = (stop_signal()?, CancellationToken::new());
+    let token = stop.clone();
+    tokio::spawn(async move {
+        signal.await;
+        tell(NotifyState::Stopping);
+        token.cancel();
+    });
+    Ok(stop)
 }
 
 /// The weights at the end.

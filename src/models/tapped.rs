@@ -110,13 +110,34 @@ pub fn derive(
 
 /// Refuses models whose logits are more than the head's product: rows would not come through.
 fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
+    refuse_keys(checkpoint, spec)?;
+    refuse_shape(checkpoint, spec)?;
+    if checkpoint.has("lm_head.bias") {
+        return Err(checkpoint
+            .tensor("lm_head.bias")?
+            .error("a head with a bias is not supported"));
+    }
+    if spec.norm.offset != spec.norm.published_offset {
+        let what =
+            "its norms hold the sum of weight and offset, which only the native engine reads";
+        return Err(LoadError::invalid(&checkpoint.path, what));
+    }
+    Ok(())
+}
+
+fn unsupported(checkpoint: &Checkpoint, key: &str, value: String, supported: &str) -> LoadError {
+    LoadError::Unsupported {
+        path: checkpoint.config_path.clone(),
+        key: key.into(),
+        value,
+        supported: supported.into(),
+    }
+}
+
+/// Keys that change logits behind the head, or how weights are stored.
+fn refuse_keys(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
     let unsupported = |key: &str, value: String, supported: &str| {
-        Err(LoadError::Unsupported {
-            path: checkpoint.config_path.clone(),
-            key: key.into(),
-            value,
-            supported: supported.into(),
-        })
+        Err(unsupported(checkpoint, key, value, supported))
     };
     if let Some(cap) = spec.logit_softcap {
         let supported = "hidden rows do not come through a cap: run this model with the native \
@@ -133,6 +154,14 @@ fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
         let supported = "weights that are stored quantised in safetensors are not; use `isq`";
         return unsupported("quantization_config", method.to_owned(), supported);
     }
+    Ok(())
+}
+
+/// What the other engine's class of the family does not compute.
+fn refuse_shape(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
+    let unsupported = |key: &str, value: String, supported: &str| {
+        Err(unsupported(checkpoint, key, value, supported))
+    };
     let Family { name, class, hosted, .. } = spec.family;
     let Some(hosted) = hosted else {
         let supported = listed(families().filter(|f| f.hosted.is_some()).map(|f| f.name));
@@ -146,16 +175,6 @@ fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
     if !hosted.has_head_dim && a.heads * a.head_dim != spec.hidden {
         let supported = format!("only hidden_size / num_attention_heads is, for {class}");
         return unsupported("head_dim", a.head_dim.to_string(), &supported);
-    }
-    if checkpoint.has("lm_head.bias") {
-        return Err(checkpoint
-            .tensor("lm_head.bias")?
-            .error("a head with a bias is not supported"));
-    }
-    if spec.norm.offset != spec.norm.published_offset {
-        let what =
-            "its norms hold the sum of weight and offset, which only the native engine reads";
-        return Err(LoadError::invalid(&checkpoint.path, what));
     }
     Ok(())
 }
