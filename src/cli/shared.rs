@@ -14,7 +14,6 @@ use std::path::PathBuf;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
-/// Which models.
 #[derive(Args)]
 pub(super) struct ModelsArg {
     /// Which models: a file with [[model]] entries.
@@ -30,7 +29,6 @@ impl ModelsArg {
     }
 }
 
-/// Where to listen.
 #[derive(Args)]
 pub(super) struct ListenArgs {
     /// Address to listen on. Without API keys anyone who can reach it can use it: keep it on
@@ -58,7 +56,6 @@ impl ListenArgs {
     }
 }
 
-/// What computes.
 #[derive(Args)]
 pub(super) struct ComputeArgs {
     /// Compute threads for all models; by default all cores.

@@ -31,7 +31,6 @@ use write::{HashedFile, copied, hash_file, identity, io_error, rounded, width};
 const VERSION: u32 = 1;
 /// Its list of files.
 const LIST: &str = "tapped.json";
-/// Bytes of the list.
 const LIST_BYTES_MAX: u64 = 1 << 20;
 const INDEX: &str = "model.safetensors.index.json";
 const EMBEDDING: &str = "model.embed_tokens.weight";

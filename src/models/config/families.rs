@@ -118,7 +118,7 @@ static ENTRIES: [Entry; 8] = [
     },
 ];
 
-/// All families.
+/// Every family that can be loaded, in the order in which errors list them.
 pub fn families() -> impl Iterator<Item = &'static Family> {
     ENTRIES.iter().map(|entry| &entry.family)
 }

@@ -75,7 +75,7 @@ impl Gguf {
         self.metadata.get(key)
     }
 
-    /// The text of `key`.
+    /// The value of `key`, where it is text in UTF-8.
     pub fn string(&self, key: &str) -> Option<&str> {
         match self.get(key)? {
             Meta::Text(text) => std::str::from_utf8(text).ok(),
@@ -83,7 +83,7 @@ impl Gguf {
         }
     }
 
-    /// The integer of `key`.
+    /// The value of `key`, where it is an integer of at least 0.
     pub fn integer(&self, key: &str) -> Option<u64> {
         match self.get(key)? {
             Meta::Integer(value) => u64::try_from(*value).ok(),
@@ -91,7 +91,7 @@ impl Gguf {
         }
     }
 
-    /// The boolean of `key`.
+    /// The value of `key`, where it is a boolean.
     pub fn boolean(&self, key: &str) -> Option<bool> {
         match self.get(key)? {
             Meta::Bool(value) => Some(*value),
@@ -99,7 +99,7 @@ impl Gguf {
         }
     }
 
-    /// The list of `key`.
+    /// The value of `key`, where it is a list that was not [forgotten](Self::forget_lists).
     pub fn list(&self, key: &str) -> Option<&List> {
         match self.get(key)? {
             Meta::List(list) => Some(list),
