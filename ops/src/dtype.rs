@@ -124,7 +124,7 @@ impl Rounded {
         &self.bits[row * self.cols..][..self.cols]
     }
 
-    /// The values of row `row`.
+    /// Row `row`, widened to f32: `cols` values.
     pub fn values(&self, row: usize) -> &[f32] {
         &self.values[row * self.cols..][..self.cols]
     }

@@ -43,7 +43,6 @@ use super::lanes::{LANES, Lanes, prefetch};
 
 /// Elements of k in a block: two chains of half as many.
 pub const BLOCK_K: usize = 32;
-/// Pairs of k in a block.
 const BLOCK_PAIRS: usize = BLOCK_K / 2;
 /// 16-bit values of one pair of k over 16 outputs.
 pub(super) const VEC_STRIDE: usize = 2 * LANES;

@@ -194,8 +194,9 @@ fn ratio(row: &TokenScore, drawn: Drawn, (more, less): (f64, f64)) -> f64 {
         }
         // Whether the difference of two noisy logits keeps its sign.
         (None, Drawn::Greedy) => {
-            let chance = |sd: f64| normal(row.lead / (sd * std::f64::consts::SQRT_2)).max(1e-300);
-            chance(more).ln() - chance(less).ln()
+            let probability =
+                |sd: f64| normal(row.lead / (sd * std::f64::consts::SQRT_2)).max(1e-300);
+            probability(more).ln() - probability(less).ln()
         }
         (None, Drawn::Sampled) => 0.0,
     };

@@ -14,7 +14,7 @@ const DAY: f64 = 86_400.0;
 pub struct Assumptions {
     /// Tokens of a validator's prompt.
     pub prompt_tokens: f64,
-    /// Tokens of its answers.
+    /// Tokens of an answer to it.
     pub answer_tokens: f64,
     /// Share of all answers that are checked.
     pub checked_share: f64,

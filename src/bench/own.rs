@@ -13,14 +13,17 @@ use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::scrutiny::Scrutiny;
-use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verifier, question};
+use crate::verify::{
+    Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, question,
+};
 use anyhow::Context;
 use serde_json::json;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Tokens of one of this engine's own answers: four chunks.
 const OWN_TOKENS: usize = 4 * CHUNK_ROWS;
-/// Own answers that run at once.
+/// Own answers that run at once, at most.
 const OWN_BATCH: usize = 16;
 
 /// Why answers are not compared.
@@ -32,6 +35,25 @@ pub enum OwnError {
     /// The engine does not start, or fails.
     #[error("{0}")]
     Engine(String),
+}
+
+/// What recomputing answers showed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct OwnTally {
+    /// Answers that are equal bit for bit, and drawn as replayed.
+    pub equal: usize,
+    /// Chunks of all answers.
+    pub chunks: usize,
+    /// Tokens of all answers.
+    pub tokens: usize,
+}
+
+impl OwnTally {
+    fn add(&mut self, report: &Report) {
+        self.equal += usize::from(report.verdict == Verdict::Pass);
+        self.chunks += report.chunks.len();
+        self.tokens += report.rows.len();
+    }
 }
 
 /// An engine beside a verifier of the same model that demands equal bits.
@@ -63,20 +85,28 @@ impl Own {
     }
 
     /// How many answers may be asked for at once.
-    pub fn batch(&self) -> usize {
-        self.engine.options().sequences_max.clamp(1, OWN_BATCH)
+    fn batch(&self) -> u32 {
+        self.engine.options().sequences_max.clamp(1, OWN_BATCH) as u32
     }
 
-    /// What a client would ask for the answers of these numbers.
+    /// Generates the first `count` answers and recomputes each, which blocks the thread; the log
+    /// says how it goes, by the model's `name`.
     ///
     /// # Errors
-    /// When a server would refuse it.
-    pub async fn requests(&self, indices: &[u32]) -> anyhow::Result<Vec<Request>> {
-        let mut asked = Vec::new();
-        for index in indices {
-            asked.push(self.request(*index).await?);
+    /// When a request is not accepted, or the engine fails.
+    pub async fn check(&self, name: &str, count: u32) -> Result<OwnTally, OwnError> {
+        let (mut tally, batch) = (OwnTally::default(), self.batch());
+        for first in (0..count).step_by(batch as usize) {
+            let indices = first..count.min(first + batch);
+            for report in self.reports(indices).await? {
+                if report.verdict != Verdict::Pass {
+                    tracing::error!("{name}: {}", report.verdict);
+                }
+                tally.add(&report);
+            }
+            tracing::info!("{name}: {} answers are equal", tally.equal);
         }
-        Ok(asked)
+        Ok(tally)
     }
 
     /// Answer `index` as a client would ask for it.
@@ -91,25 +121,24 @@ impl Own {
         requests.into_iter().next().context("the request has no choice")
     }
 
-    /// Generates answers side by side, then recomputes each.
-    ///
-    /// # Errors
-    /// When a request is not accepted, or the engine fails.
-    pub fn reports(&self, indices: &[u32], asked: Vec<Request>) -> Result<Vec<Report>, OwnError> {
+    /// Generates the answers of these numbers side by side, then recomputes each.
+    async fn reports(&self, indices: Range<u32>) -> Result<Vec<Report>, OwnError> {
         let mut running = Vec::new();
-        for (index, mut request) in indices.iter().zip(asked) {
-            let prover = Prover { scheme: Scheme::Residue, nonce: nonce(*index), signer: None };
+        for index in indices {
+            let request = self.request(index).await;
+            let mut request = request.map_err(|e| OwnError::Refused(e.to_string()))?;
+            let prover = Prover { scheme: Scheme::Residue, nonce: nonce(index), signer: None };
             let head = prover.bind(&mut request, &self.verifier.identity, None, 0);
             let generation = self
                 .engine
                 .submit(request.clone())
                 .map_err(|e| OwnError::Refused(e.to_string()))?;
-            running.push((*index, head, request, generation));
+            running.push((index, head, request, generation));
         }
         let mut reports = Vec::new();
         for (index, head, request, generation) in running {
             let Ended { steps, finish, .. } =
-                generation.collect_blocking().map_err(|e| OwnError::Engine(e.to_string()))?;
+                generation.collect().await.map_err(|e| OwnError::Engine(e.to_string()))?;
             let end = head.end(finish.digest, finish.completion_tokens, &finish.reason);
             let answer = Answer::of_steps(&steps, Some(end));
             let (scheme, nonce) = (Scheme::Residue, Some(nonce(index)));

@@ -11,7 +11,7 @@ pub enum ChainError {
     /// The connection broke while something was asked.
     #[error("the connection to {endpoint} broke: {why}")]
     Broken {
-        /// Which endpoint.
+        /// The endpoint's address.
         endpoint: String,
         /// What the endpoint answered.
         why: String,
@@ -22,7 +22,7 @@ pub enum ChainError {
          signed for it"
     )]
     WrongChain {
-        /// Which endpoint.
+        /// The endpoint's address.
         endpoint: String,
         /// The genesis of the endpoint's chain.
         got: String,

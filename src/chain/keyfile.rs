@@ -123,7 +123,7 @@ pub fn decrypt(bytes: &[u8], password: &SecretString) -> Result<Zeroizing<Vec<u8
     open(sealed, &*derive(password)?)
 }
 
-/// The key of a password.
+/// Derives the key that the file is sealed with, by argon2i at [`COST`].
 fn derive(password: &SecretString) -> Result<Zeroizing<[u8; 32]>, KeyFileError> {
     let mut key = Zeroizing::new([0; 32]);
     let (memory, passes, lanes) = COST;

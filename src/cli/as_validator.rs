@@ -2,9 +2,8 @@
 //! concludes.
 
 use super::Failure;
-use super::capture::load_verifier;
 use super::query::url;
-use super::shared::ModelsArg;
+use super::shared::{ModelsArg, plain_verifier};
 use super::subnet_args::WalletArgs;
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
@@ -14,8 +13,7 @@ use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::validator::query::{Size, Target};
 use crate::validator::round::chance::Chance;
-use crate::verify::scrutiny::WantedScrutiny;
-use crate::verify::{Limits, Verifier};
+use crate::verify::Verifier;
 use clap::Args;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,5 +114,5 @@ fn verifier(
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Pool::new(cores, Isa::best())
         .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
-    load_verifier(runtime, config, &pool, (Limits::default(), WantedScrutiny::NOTHING)).map(Some)
+    plain_verifier(runtime, config, &pool).map(Some)
 }

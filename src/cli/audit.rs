@@ -2,10 +2,9 @@
 //! the weights that are here.
 
 use super::Failure;
-use super::capture::load_verifier;
 use super::out::{note, outln};
 use super::printable::printable;
-use super::shared::{ComputeArgs, ModelsArg, runtime};
+use super::shared::{ComputeArgs, ModelsArg, plain_verifier, runtime};
 use crate::audit::answer::{ServerAnswer, TokensByName, read};
 use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
 use crate::audit::score::{TokenScore, score};
@@ -16,8 +15,7 @@ use crate::endpoint::shown;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::query::{DEPTH_MAX, QueryError, Size, Target, is_deeper};
-use crate::verify::scrutiny::WantedScrutiny;
-use crate::verify::{Limits, Verifier, question};
+use crate::verify::{Verifier, question};
 use clap::Args;
 use serde_json::{Value, json};
 use std::process::ExitCode;
@@ -86,8 +84,7 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     })?;
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let target = args.target()?;
-    let verifier =
-        load_verifier(&runtime, config, &pool, (Limits::default(), WantedScrutiny::NOTHING))?;
+    let verifier = plain_verifier(&runtime, config, &pool)?;
     let mut audit = Audit { args, target, verifier: &verifier, has_extras: true };
     let (evidence, seeds) = runtime.block_on(audit.all())?;
     let (verdict, why) = evidence.verdict();

@@ -3,36 +3,34 @@
 //! bit.
 
 use super::Failure;
-use super::capture::{Captures, CheckOptions, CheckedChoice, Verifiers};
 use super::out::outln;
 use super::printable::printable;
 use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
-use crate::bench::own::{Own, OwnError};
+use crate::bench::own::{Own, OwnError, OwnTally};
 use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::load::{Left, locate, plan};
+use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs};
+use crate::lifecycle::verifiers::Verifiers;
 use crate::models::Model;
 use crate::models::calibration::{compute, store};
 use crate::models::margin::MARGIN_CLIP;
 use crate::models::remembered::{Remembered, cache_dir};
 use crate::models::root::weights_root;
-use crate::proof::Scheme;
-use crate::proof::codec::{Hash, to_hex};
+use crate::proof::codec::to_hex;
 use crate::proof::commit::calibration_hash;
 use crate::verify::bounds;
 use crate::verify::calibrate::{
-    ENERGY_FACTOR, HonestSample, MARGIN_FACTOR, STATISTIC_FACTOR, limits_file, split,
+    ENERGY_FACTOR, MARGIN_FACTOR, STATISTIC_FACTOR, limits_file, split,
 };
 use crate::verify::classes::{ClassFit, fits, narrowest};
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
-use crate::verify::scrutiny::{WantedScrutiny, When};
 use crate::verify::statistic::ByRows;
-use crate::verify::{Depth, Limits, Profile, Verdict};
 use clap::Args;
 use comfy_table::{Table, presets};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Arguments of `calibrate`.
 #[derive(Args)]
@@ -175,74 +173,14 @@ fn tell_classes(args: &CalibrateArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Captured answers, checked at every row.
-struct CheckedPairs {
-    /// Of each miner, in the order of captures; those without a name are of one.
-    samples: BTreeMap<Option<String>, Vec<HonestSample>>,
-    model: Hash,
-    /// Captures that could not be used.
-    left_out: usize,
-}
-
-/// Checks captures, of each miner the first `most` that can be used.
-fn measure(args: &CalibrateArgs, most: usize) -> Result<CheckedPairs, Failure> {
-    let asked = WantedScrutiny { twin: Some(When::Always), ..WantedScrutiny::NOTHING };
-    let pool = args.compute.pool()?;
-    let mut verifiers = Verifiers::new(&args.models, pool, (Limits::NONE, asked))?;
-    let options = CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
-    let mut samples: BTreeMap<Option<String>, Vec<HonestSample>> = BTreeMap::new();
-    let (mut model, mut left_out) = (None, 0);
-    for path in &args.pairs {
-        let mut captures = Captures::open(path)?;
-        for line in captures.iter() {
-            let (place, capture) = line?;
-            let capture = capture.map_err(|e| Failure::user(format!("{place}: {e}")))?;
-            if capture.request["model"].as_str().is_some_and(|name| !args.is_wanted(name)) {
-                continue;
-            }
-            let verifier = verifiers.of(&capture)?;
-            let hash = verifier.identity.portable_hash();
-            if *model.get_or_insert(hash) != hash {
-                let what = format!("{place}: limits belong to one model, this is a second one");
-                return Err(Failure::user(what).with_hint(Some("choose one with --model")));
-            }
-            let of_miner = samples.entry(capture.miner().map(str::to_owned)).or_default();
-            if of_miner.len() >= most {
-                continue;
-            }
-            for checked in verifiers.check(&verifier, &place, &capture, options)? {
-                match sample(&place, checked) {
-                    Some(sample) if of_miner.len() < most => of_miner.push(sample),
-                    Some(_) => {}
-                    None => left_out += 1,
-                }
-            }
-        }
-    }
-    let Some(model) = model else {
-        return Err(Failure::user("the captures hold no answer of this model"));
-    };
-    Ok(CheckedPairs { samples, model, left_out })
-}
-
-/// What limits can be taken from; the log says why not.
-fn sample(place: &str, checked: CheckedChoice) -> Option<HonestSample> {
-    let CheckedChoice { choice, scheme, request, report, .. } = checked;
-    let why = match (&report.verdict, scheme) {
-        (Verdict::Pass, Some(Scheme::Residue | Scheme::ResidueU4)) => None,
-        (Verdict::Pass, _) => Some("only residue schemes have energies".to_owned()),
-        (verdict, _) => Some(verdict.to_string()),
-    };
-    match (why, scheme) {
-        (None, Some(scheme)) => Some(HonestSample::new(&request.prompt, scheme, report)),
-        (why, _) => {
-            let why = why.unwrap_or_default();
-            tracing::warn!(
-                "{place} choice {choice} is no honest answer to take limits from: {why}"
-            );
-            None
-        }
-    }
+/// Checks captures, of each miner the first `answers_max` that can be used.
+fn measure(args: &CalibrateArgs, answers_max: usize) -> Result<CheckedPairs, Failure> {
+    let (config, pool) = (args.models.read(&[])?, args.compute.pool()?);
+    let file = (args.models.path.as_path(), config);
+    let mut verifiers = Verifiers::new(file, pool, MEASURING, Arc::new(Bars::new()));
+    let wanted = WantedPairs { model: args.model.as_deref(), answers_max };
+    let checked = runtime()?.block_on(check_pairs(&args.pairs, &mut verifiers, wanted));
+    checked.map_err(|e| Failure::user(&e).with_hint(e.hint()))
 }
 
 fn describe(file: &LimitsFile, left_out: usize) {
@@ -278,7 +216,6 @@ fn describe(file: &LimitsFile, left_out: usize) {
 }
 
 fn table(file: &LimitsFile) -> Table {
-    let LimitsFile { calibration, held_out, limits, .. } = file;
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header([
@@ -290,48 +227,45 @@ fn table(file: &LimitsFile) -> Table {
         "held out: rejected",
         "false-positive rate, 95 %",
     ]);
-    let four = |spread: Option<ValueSpread>, limit: f64| match spread {
-        Some(s) => [s.mean, s.p999, s.max, limit].map(|x| format!("{x:.3}")),
-        None => ["-".into(), "-".into(), "-".into(), format!("{limit} (not measured)")],
-    };
-    let by_rows = |spread: Option<ValueSpread>, limits: ByRows| {
-        let [a, b, c, _] = four(spread, 0.0);
-        [a, b, c, limits.0.map(|x| format!("{x:.2}")).join(" ")]
-    };
-    let margins = |middle: String, largest: String, limit: f64| {
-        [middle, "-".into(), largest, format!("{limit:.4}")]
-    };
-    let (mean, largest) = (calibration.margin_mean, calibration.margin_max);
-    let (mean, largest) = (format!("{mean:.5}"), format!("{largest:.4}"));
-    let dash = || "-".to_owned();
-    for (what, values, share) in [
-        ("energy, residue-v1", four(calibration.energy_u8, limits.energy_u8), held_out.energy_u8),
-        (
-            "energy, residue-v1-u4",
-            four(calibration.energy_u4, limits.energy_u4),
-            held_out.energy_u4,
-        ),
-        (
-            "trimmed mean, residue-v1",
-            by_rows(calibration.trimmed_u8, limits.trimmed_u8),
-            held_out.trimmed,
-        ),
-        (
-            "trimmed mean, residue-v1-u4",
-            by_rows(calibration.trimmed_u4, limits.trimmed_u4),
-            held_out.trimmed,
-        ),
-        ("twin, residue-v1", by_rows(calibration.twin_u8, limits.twin_u8), held_out.twin),
-        ("twin, residue-v1-u4", by_rows(calibration.twin_u4, limits.twin_u4), held_out.twin),
-        ("margin of a token", margins(mean.clone(), largest, limits.margin), held_out.margin),
-        ("mean margin", margins(mean, dash(), limits.margin_mean), held_out.margin_mean),
-        ("any of these", [dash(), dash(), dash(), dash()], held_out.rejected),
-    ] {
-        let [a, b, c, d] = values;
+    for (what, [mean, p999, largest, limit], share) in rows(file) {
         let (rejected, interval) = rate(&share);
-        table.add_row([what.to_owned(), a, b, c, d, rejected, interval]);
+        table.add_row([what.to_owned(), mean, p999, largest, limit, rejected, interval]);
     }
     table
+}
+
+/// What is limited; mean, 99.9th percentile, largest and limit; and the held-out answers over it.
+fn rows(file: &LimitsFile) -> [(&'static str, [String; 4], Share); 9] {
+    let LimitsFile { calibration: c, held_out, limits, .. } = file;
+    let (energy_u8, energy_u4) = ("energy, residue-v1", "energy, residue-v1-u4");
+    let (trimmed_u8, trimmed_u4) = ("trimmed mean, residue-v1", "trimmed mean, residue-v1-u4");
+    let dash = || "-".to_owned();
+    let (mean, largest) = (format!("{:.5}", c.margin_mean), format!("{:.4}", c.margin_max));
+    let margin = [mean.clone(), dash(), largest, format!("{:.4}", limits.margin)];
+    let margin_mean = [mean, dash(), dash(), format!("{:.4}", limits.margin_mean)];
+    [
+        (energy_u8, spread(c.energy_u8, limits.energy_u8), held_out.energy_u8),
+        (energy_u4, spread(c.energy_u4, limits.energy_u4), held_out.energy_u4),
+        (trimmed_u8, by_rows(c.trimmed_u8, limits.trimmed_u8), held_out.trimmed),
+        (trimmed_u4, by_rows(c.trimmed_u4, limits.trimmed_u4), held_out.trimmed),
+        ("twin, residue-v1", by_rows(c.twin_u8, limits.twin_u8), held_out.twin),
+        ("twin, residue-v1-u4", by_rows(c.twin_u4, limits.twin_u4), held_out.twin),
+        ("margin of a token", margin, held_out.margin),
+        ("mean margin", margin_mean, held_out.margin_mean),
+        ("any of these", [dash(), dash(), dash(), dash()], held_out.rejected),
+    ]
+}
+
+fn spread(spread: Option<ValueSpread>, limit: f64) -> [String; 4] {
+    match spread {
+        Some(s) => [s.mean, s.p999, s.max, limit].map(|x| format!("{x:.3}")),
+        None => ["-".into(), "-".into(), "-".into(), format!("{limit} (not measured)")],
+    }
+}
+
+fn by_rows(values: Option<ValueSpread>, limits: ByRows) -> [String; 4] {
+    let [mean, p999, largest, _] = spread(values, 0.0);
+    [mean, p999, largest, limits.0.map(|x| format!("{x:.2}")).join(" ")]
 }
 
 fn rate(share: &Share) -> (String, String) {
@@ -354,21 +288,9 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
         let options = plan(&located, &mut Left::default()).map_err(Failure::user)?.options;
         let model = located.load_model(&pool, |_, _| {});
         let own = Own::start(model.map_err(Failure::user)?, options, &pool);
-        let own = own.map_err(own_failure)?;
-        let (mut equal, mut chunks, mut tokens) = (0_usize, 0, 0);
-        for indices in (0..count).collect::<Vec<_>>().chunks(own.batch()) {
-            let asked = runtime.block_on(own.requests(indices));
-            let asked = asked.map_err(|why| Failure::user(format!("{name}: {why}")))?;
-            for report in own.reports(indices, asked).map_err(own_failure)? {
-                equal += usize::from(report.verdict == Verdict::Pass);
-                chunks += report.chunks.len();
-                tokens += report.rows.len();
-                if report.verdict != Verdict::Pass {
-                    tracing::error!("{name}: {}", report.verdict);
-                }
-            }
-            tracing::info!("{name}: {equal} answers are equal");
-        }
+        let own = own.map_err(|e| own_failure(&name, e))?;
+        let tally = runtime.block_on(own.check(&name, count));
+        let OwnTally { equal, chunks, tokens } = tally.map_err(|e| own_failure(&name, e))?;
         let lower = 100.0 * bounds::interval(equal, count as usize).0;
         outln!("{name}: {equal} of {count} answers are equal bit for bit and drawn as replayed");
         outln!("  {chunks} chunks, {tokens} tokens; the true rate is above {lower:.2} % (95 %)");
@@ -379,9 +301,10 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-fn own_failure(e: OwnError) -> Failure {
+fn own_failure(name: &str, e: OwnError) -> Failure {
+    let message = format!("{name}: {e}");
     match e {
-        OwnError::Refused(_) => Failure::user(e),
-        OwnError::Engine(_) => Failure::ours(e),
+        OwnError::Refused(_) => Failure::user(message),
+        OwnError::Engine(_) => Failure::ours(message),
     }
 }

@@ -1,10 +1,10 @@
 //! Defines a checked answer with all that `verify` shows of it. The text and the HTML page are made
 //! of the same values.
 
-use super::capture::CheckedChoice;
 use super::printable::printable;
 use crate::models::text::Text;
 use crate::proof::CHUNK_ROWS;
+use crate::verify::capture::CheckedChoice;
 use crate::verify::evidence::{ALARM, Evidence, Sums};
 use crate::verify::statistic::Statistic;
 use crate::verify::{ChunkEvidence, Limits, Profile, Verdict};

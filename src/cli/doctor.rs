@@ -113,7 +113,7 @@ async fn online(
     let (metagraph, seen) = membership::endpoints(&endpoints, args.chain.netuid(), clock).await;
     findings.extend(seen);
     if let (Some(metagraph), Some(hotkey)) = (metagraph, hotkey) {
-        findings.extend(membership::standing(&metagraph, &hotkey));
+        findings.extend(membership::registration(&metagraph, &hotkey));
     }
     Ok(findings)
 }

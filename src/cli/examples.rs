@@ -77,7 +77,6 @@ targon-engine doctor --as-validator 127.0.0.1:8000 --max-tokens 64",
     ("man", "targon-engine man /usr/local/share/man/man1"),
 ];
 
-/// The command with its examples.
 pub(super) fn with_examples(command: Command) -> Command {
     add(command, "")
 }

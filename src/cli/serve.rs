@@ -138,16 +138,9 @@ async fn serve(
     let set_log = logging::set;
     let reloader =
         Reloader { path, seen, keys, log, set_log, config, state, pool, clock, open, shown };
-    let dead = last_engine_death(registry);
     let (outcome, newer) = tokio::select! {
         outcome = &mut serving => return finish(outcome).map(|()| None),
-        outcome = reloader.run() => {
-            let outcome = outcome.map(|()| None);
-            return outcome.map_err(|e| Failure::ours(format!("cannot watch signals: {e}")));
-        }
-        name = dead => {
-            return Err(Failure::ours(format!("the last engine, that of {name}, has stopped")));
-        }
+        outcome = follow(reloader, registry) => return outcome.map(|()| None),
         outcome = mine(running) => (outcome, None),
         installed = replaced(updater, args.update.every()) => (Ok(()), Some(installed)),
     };
@@ -155,6 +148,18 @@ async fn serve(
     ended.cancel();
     finish(serving.await)?;
     outcome.map(|()| newer.filter(|_| !signalled.is_cancelled()))
+}
+
+/// Follows the models file for as long as an engine is left.
+async fn follow(reloader: Reloader, registry: Registry) -> Result<(), Failure> {
+    tokio::select! {
+        outcome = reloader.run() => {
+            outcome.map_err(|e| Failure::ours(format!("cannot watch signals: {e}")))
+        }
+        name = last_engine_death(registry) => {
+            Err(Failure::ours(format!("the last engine, that of {name}, has stopped")))
+        }
+    }
 }
 
 /// The subnet's side, where flags ask for it.

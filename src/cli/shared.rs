@@ -1,17 +1,19 @@
 //! Defines arguments that several commands take.
 
 use super::Failure;
-use crate::config::models_toml::{self, Config};
+use super::progress::Bars;
+use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use crate::verify::FastRows;
 use crate::verify::scrutiny::{WantedScrutiny, When};
+use crate::verify::{FastRows, Verifier};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 
-/// Which models.
 #[derive(Args)]
 pub(super) struct ModelsArg {
     /// Which models: a file with [[model]] entries.
@@ -27,7 +29,6 @@ impl ModelsArg {
     }
 }
 
-/// Where to listen.
 #[derive(Args)]
 pub(super) struct ListenArgs {
     /// Address to listen on. Without API keys anyone who can reach it can use it: keep it on
@@ -55,7 +56,6 @@ impl ListenArgs {
     }
 }
 
-/// What computes.
 #[derive(Args)]
 pub(super) struct ComputeArgs {
     /// Compute threads for all models; by default all cores.
@@ -115,8 +115,19 @@ impl ScrutinyArgs {
     }
 }
 
+/// Loads a model to verify with by the default limits.
+pub(super) fn plain_verifier(
+    runtime: &Runtime,
+    config: ModelConfig,
+    pool: &Pool,
+) -> Result<Verifier, Failure> {
+    let bars = Bars::new();
+    let loaded = runtime.block_on(load_verifier(config, pool, VerifierRules::plain(), &bars));
+    loaded.map_err(Failure::user)
+}
+
 /// What requests run on, beside the compute threads.
-pub(super) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+pub(super) fn runtime() -> Result<Runtime, Failure> {
     // Few, because they compete with the compute threads for cores: what takes long is read on
     // other threads, and with 1, 2 and 4 of these a busy server answers probes equally fast. Two,
     // so that one that is not scheduled for a while does not hold up every connection.

@@ -2,7 +2,7 @@
 
 use super::out::{announce, outln};
 use super::printable::printable;
-use super::residents::{LimitsFiles, budget, residents};
+use super::progress::Bars;
 use super::serve::stop_signal;
 use super::shared::runtime;
 use super::subnet::tell;
@@ -13,6 +13,9 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::config::units;
+use crate::engine::plan::KvMemory;
+use crate::lifecycle::residents::{LimitsFiles, Needs, ResidentRules, budget, residents};
 use crate::overview::Service;
 use crate::server::listen::serve_all;
 use crate::store::Store;
@@ -20,11 +23,13 @@ use crate::store::record::{Round, WeightsState};
 use crate::update::{Installed, Updater};
 use crate::validator::eligible::{self, MinerRules, NoPermit};
 use crate::validator::prompt::dataset::Passages;
+use crate::validator::round::RoundSettings;
 use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
 use crate::validator::run::reading::{Reading, SubnetError, confirm};
+use crate::validator::run::residents::Residents;
 use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
 use sd_notify::NotifyState;
@@ -49,8 +54,8 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     }
     let settings = args.round.settings(args.chain.netuid(), &args.verifying)?;
     let source = Passages::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
-    let limits = Arc::new(LimitsFiles::read(&args.verifying.limits)?);
-    let budget = budget(args.verifying.memory.as_deref())?;
+    let limits = LimitsFiles::read(&args.verifying.limits).map_err(Failure::user)?;
+    let (limits, budget) = (Arc::new(limits), verify_memory(args)?);
     let urls = args.hub.urls()?;
     let signer = Arc::new(args.wallet.keypair()?);
     let runtime = runtime()?;
@@ -62,38 +67,11 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
-    let residents = residents(args, &runtime, (&limits, budget))?;
-    let clock = Clock::system();
-    let world = World {
-        chain,
-        netuid: args.chain.netuid(),
-        store: store.clone(),
-        hub: OrganicsHub::new(urls, Arc::clone(&signer), clock.clone()),
-        keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
-        clock,
-        residents,
-        rewriting: args.round.rewriting(),
-        rules: args.verifying.rules,
-        mode: args.listed.mode(),
-        source,
-        scoring: args.weights.scoring(args.round.profile)?,
-        waits: args.round.waits(),
-        away_max: args.weights.away_max(),
-        version_key: args.weights.version_key(args.round.profile),
-        memory: WorldState::default(),
-        signer: Arc::clone(&signer),
-    };
-    let options = RunOptions {
-        round: settings,
-        reading: reading(args, &signer),
-        epochs: args.weights.epochs(),
-        checks: usize::from(args.verifying.checks),
-        rounds: args.round.count(),
-        is_dry: args.weights.dry_run,
-        stop_time: Duration::from_secs(args.shutdown_timeout),
-        weights_wait: WEIGHTS_WAIT,
-        spill: Some(args.unsaved.clone()),
-    };
+    let residents = runtime.block_on(find_models(args, Arc::clone(&limits), budget))?;
+    let options = options(args, settings, &signer);
+    let hub = OrganicsHub::new(urls, Arc::clone(&signer), Clock::system());
+    let opened = Opened { chain, store: store.clone(), hub, residents, source, signer };
+    let world = opened.world(args)?;
     let outcome = runtime.block_on(async {
         let outcome =
             validate(args, (world, options, updater), (&metagraph, &limits, listener)).await;
@@ -103,6 +81,78 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     // A verification that was given up may still compute; nothing waits for it.
     runtime.shutdown_background();
     outcome?.map_or(Ok(()), |installed| Err(update::restart(&installed)))
+}
+
+/// What a validator uses, opened or found.
+struct Opened {
+    chain: Subtensor,
+    store: Store,
+    hub: OrganicsHub,
+    residents: Residents,
+    source: Passages,
+    signer: Arc<Keypair>,
+}
+
+impl Opened {
+    fn world(self, args: &ValidateArgs) -> Result<World<Subtensor>, Failure> {
+        let Self { chain, store, hub, residents, source, signer } = self;
+        let clock = Clock::system();
+        Ok(World {
+            chain,
+            netuid: args.chain.netuid(),
+            store,
+            hub,
+            keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
+            clock,
+            residents,
+            rewriting: args.round.rewriting(),
+            rules: args.verifying.rules,
+            mode: args.listed.mode(),
+            source,
+            scoring: args.weights.scoring(args.round.profile)?,
+            waits: args.round.waits(),
+            away_max: args.weights.away_max(),
+            version_key: args.weights.version_key(args.round.profile),
+            memory: WorldState::default(),
+            signer,
+        })
+    }
+}
+
+fn options(args: &ValidateArgs, round: RoundSettings, signer: &Keypair) -> RunOptions {
+    RunOptions {
+        round,
+        reading: reading(args, signer),
+        epochs: args.weights.epochs(),
+        checks: usize::from(args.verifying.checks),
+        rounds: args.round.count(),
+        is_dry: args.weights.dry_run,
+        stop_time: Duration::from_secs(args.shutdown_timeout),
+        weights_wait: WEIGHTS_WAIT,
+        spill: Some(args.unsaved.clone()),
+    }
+}
+
+/// Bytes that the models may have.
+fn verify_memory(args: &ValidateArgs) -> Result<u64, Failure> {
+    let wanted = args.verifying.memory.as_deref().map_or(Ok(KvMemory::Auto), units::kv_memory);
+    let wanted = wanted.map_err(|e| Failure::user(format!("--verify-memory {e}")))?;
+    budget(wanted).map_err(|e| Failure::user(format!("--verify-memory {e}")))
+}
+
+/// Finds the models to verify with; loads none.
+async fn find_models(
+    args: &ValidateArgs,
+    limits: Arc<LimitsFiles>,
+    budget: u64,
+) -> Result<Residents, Failure> {
+    let (models, pool) = (args.models.read(&[])?.models, args.compute.pool()?);
+    let verifying = &args.verifying;
+    let checks = usize::from(verifying.checks);
+    let needs = Needs { checks, tokens: args.tokens_needed(), budget };
+    let scrutiny = verifying.scrutiny.asked();
+    let rules = ResidentRules { limits, exact: verifying.exact, scrutiny };
+    residents(models, needs, (pool, rules), &Bars::new()).await.map_err(Failure::user)
 }
 
 fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
@@ -142,7 +192,7 @@ async fn validate(
     let driver = Driver::new(Arc::new(world), options, clock.clone(), Chance::system()).await;
     let driver = driver.map_err(run_failure)?;
     if is_roomy && !args.listed.is_apart() {
-        limits.check_used()?;
+        limits.check_used().map_err(|e| Failure::user(format!("--limits {e}")))?;
     }
     let progress = driver.progress();
     if let Some(weights) = store.last_weights(netuid).await.map_err(Failure::ours)? {
@@ -153,18 +203,12 @@ async fn validate(
         show_to_operators(listener, &service)?;
     }
     watch(Arc::clone(&progress))?;
-    let stop = CancellationToken::new();
+    let stop = stop_at_signal()?;
     let (retire, every) = (driver.retirement(), args.update.every());
     let newer = tokio::spawn(async move {
         let installed = update::replaced(updater, every).await;
         retire.cancel();
         installed
-    });
-    let (signal, token) = (stop_signal()?, stop.clone());
-    tokio::spawn(async move {
-        signal.await;
-        tell(NotifyState::Stopping);
-        token.cancel();
     });
     tell(NotifyState::Ready);
     let on_round = |round: &Round| {
@@ -184,6 +228,18 @@ async fn validate(
     newer.abort();
     tell(NotifyState::Stopping);
     summary.weights.map_or(Ok(None), |settled| show(settled, metagraph).map(|()| None))
+}
+
+/// Is cancelled at the first signal.
+fn stop_at_signal() -> Result<CancellationToken, Failure> {
+    let (signal, stop) = (stop_signal()?, CancellationToken::new());
+    let token = stop.clone();
+    tokio::spawn(async move {
+        signal.await;
+        tell(NotifyState::Stopping);
+        token.cancel();
+    });
+    Ok(stop)
 }
 
 /// The weights at the end.

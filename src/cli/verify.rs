@@ -1,13 +1,17 @@
 //! Runs `verify`: checks captured answers, one a line.
 
 use super::Failure;
-use super::capture::{Capture, Captures, CheckOptions, CheckedChoice, Verifiers};
 use super::checked::{CheckedAnswer, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
-use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
+use super::progress::Bars;
+use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs, runtime};
 use super::verify_html;
 use crate::entropy::Entropy;
+use crate::lifecycle::verifiers::{VerifierRules, Verifiers};
+use crate::models::text::Text;
+use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
+use crate::verify::captures::{CapturedLine, Captures};
 use crate::verify::evidence::{Calibrated, Observed, weigh};
 use crate::verify::evidence_file::EvidenceFile;
 use crate::verify::limits_file::{self, LimitsFile};
@@ -19,6 +23,8 @@ use maud::Markup;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use tokio::runtime::Runtime;
 
 /// Exit code where an answer was rejected.
 const REJECTED: u8 = 3;
@@ -75,51 +81,104 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let own = file.as_ref().map_or_else(Limits::default, |f| f.limits);
     let limits = Limits { exact: args.exact || own.exact, ..own };
     let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
-    let rules = (limits, args.scrutiny.asked());
-    let mut verifiers = Verifiers::new(&args.models, args.compute.pool()?, rules)?;
-    let mut captures = Captures::open(&args.file)?;
-    let entropy = Entropy::system();
-    let mut account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
-    let (mut worst, mut sections) = (0, Vec::new());
-    for line in captures.iter() {
-        let (place, capture) = line?;
-        let capture = match capture {
-            Ok(capture) => capture,
-            Err(rejection) => {
-                let unread = Unread { place: &place, verdict: Verdict::Reject(rejection) };
-                worst = worst.max(unread.tell(args, &mut sections));
-                continue;
-            }
-        };
-        let verifier = verifiers.of(&capture)?;
-        check_model(args, file.as_ref(), &verifier)?;
-        let checked = match verifiers.check(&verifier, &place, &capture, args.options(&entropy)) {
-            Ok(checked) => checked,
-            Err(failure) => {
-                let verdict = Verdict::Unscored(failure.message().to_owned());
-                let unread = Unread { place: &place, verdict };
-                worst = worst.max(unread.tell(args, &mut sections));
-                continue;
-            }
-        };
-        for checked in &checked {
-            worst = worst.max(weight(&checked.report.verdict));
-            let tally = account.as_mut().map(|a| a.add(&place, &capture, checked, &limits));
-            let tally = tally.transpose()?;
-            let (tally, model) = (tally.as_ref(), &*verifier.model.text);
-            let finding = CheckedAnswer { place: &place, checked, tally, model, limits: &limits };
-            print(&finding, args);
-            if args.html.is_some() {
-                sections.push(verify_html::section(&finding).map_err(Failure::ours)?);
-            }
-        }
+    let rules = VerifierRules { limits, scrutiny: args.scrutiny.asked() };
+    let models = (args.models.path.as_path(), args.models.read(&[])?);
+    let verifiers = Verifiers::new(models, args.compute.pool()?, rules, Arc::new(Bars::new()));
+    let captures = Captures::open(&args.file).map_err(Failure::user)?;
+    let (runtime, entropy) = (runtime()?, Entropy::system());
+    let account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
+    let (worst, sections) = (0, Vec::new());
+    let mut checking =
+        Checking { args, file, limits, runtime, entropy, verifiers, account, worst, sections };
+    for line in captures {
+        checking.line(line.map_err(Failure::user)?)?;
     }
+    let Checking { worst, sections, .. } = checking;
     if let Some(path) = &args.html {
         let page = verify_html::page(&args.file.display().to_string(), &sections);
         std::fs::write(path, page)
             .map_err(|e| Failure::user(format!("{} cannot be written: {e}", path.display())))?;
     }
     Ok(ExitCode::from([0, UNSCORED, REJECTED][worst]))
+}
+
+/// What lines are checked with, and what came out so far.
+struct Checking<'a> {
+    args: &'a VerifyArgs,
+    file: Option<LimitsFile>,
+    limits: Limits,
+    runtime: Runtime,
+    entropy: Entropy,
+    verifiers: Verifiers,
+    account: Option<Account>,
+    /// Weight of the worst verdict.
+    worst: usize,
+    /// The parts of the HTML page.
+    sections: Vec<Markup>,
+}
+
+impl Checking<'_> {
+    /// Checks the answer of a line and prints what was found.
+    fn line(&mut self, CapturedLine { place, capture }: CapturedLine) -> Result<(), Failure> {
+        let place = place.to_string();
+        let capture = match capture {
+            Ok(capture) => capture,
+            Err(rejection) => {
+                self.unread(&place, &Verdict::Reject(rejection));
+                return Ok(());
+            }
+        };
+        let verifier = self.runtime.block_on(self.verifiers.of(&capture));
+        let verifier = verifier.map_err(|e| Failure::user(&e).with_hint(e.hint()))?;
+        check_model(self.args, self.file.as_ref(), &verifier)?;
+        let options = self.args.options(&self.entropy);
+        let checked = self.runtime.block_on(self.verifiers.check(&verifier, &capture, options));
+        match checked {
+            Ok(checked) => self.choices(&place, &capture, &checked, &verifier.model.text),
+            Err(why) => {
+                self.unread(&place, &Verdict::Unscored(format!("{place}: {why}")));
+                Ok(())
+            }
+        }
+    }
+
+    fn choices(
+        &mut self,
+        place: &str,
+        capture: &Capture,
+        checked: &[CheckedChoice],
+        model: &Text,
+    ) -> Result<(), Failure> {
+        for checked in checked {
+            self.worst = self.worst.max(weight(&checked.report.verdict));
+            let limits = &self.limits;
+            let tally = self.account.as_mut().map(|a| a.add(place, capture, checked, limits));
+            let tally = tally.transpose()?;
+            let finding = CheckedAnswer { place, checked, tally: tally.as_ref(), model, limits };
+            print(&finding, self.args);
+            if self.args.html.is_some() {
+                self.sections.push(verify_html::section(&finding).map_err(Failure::ours)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Says of a line that no choice of it could be checked; those after it are.
+    fn unread(&mut self, place: &str, verdict: &Verdict) {
+        if self.args.json {
+            let (reason, what) = reason(verdict).unzip();
+            let line = json!({
+                "place": place, "choice": null, "passed": false, "reason": reason, "what": what,
+            });
+            outln!("{line}");
+        } else {
+            outln!("{place}: {}", printable(&verdict.to_string()));
+        }
+        if self.args.html.is_some() {
+            self.sections.push(verify_html::unread(place, verdict));
+        }
+        self.worst = self.worst.max(weight(verdict));
+    }
 }
 
 impl VerifyArgs {
@@ -130,32 +189,6 @@ impl VerifyArgs {
             depth,
             chance: self.chance.unwrap_or_else(|| entropy.word()),
         }
-    }
-}
-
-/// A line of which no choice could be checked; those after it are.
-struct Unread<'a> {
-    place: &'a str,
-    verdict: Verdict,
-}
-
-impl Unread<'_> {
-    /// Says so; returns the weight of the verdict.
-    fn tell(&self, args: &VerifyArgs, sections: &mut Vec<Markup>) -> usize {
-        let Self { place, verdict } = self;
-        if args.json {
-            let (reason, what) = reason(verdict).unzip();
-            let line = json!({
-                "place": place, "choice": null, "passed": false, "reason": reason, "what": what,
-            });
-            outln!("{line}");
-        } else {
-            outln!("{place}: {}", printable(&verdict.to_string()));
-        }
-        if args.html.is_some() {
-            sections.push(verify_html::unread(place, verdict));
-        }
-        weight(verdict)
     }
 }
 

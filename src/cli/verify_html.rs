@@ -1,11 +1,11 @@
 //! Writes the page of `verify --html`, with every token of the checked answers, tables and plots.
 //! The page needs nothing from outside and runs nothing; whatever came from a peer is escaped text.
 
-use super::capture::CheckedChoice;
 use super::checked::{CheckedAnswer, number};
 use crate::verify::ChunkEvidence;
 use crate::verify::RowEvidence;
 use crate::verify::Verdict;
+use crate::verify::capture::CheckedChoice;
 use anyhow::anyhow;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use plotters::prelude::{

@@ -53,8 +53,8 @@ pub async fn endpoints(
     (newest, findings)
 }
 
-/// How `hotkey` stands as a member.
-pub fn standing(metagraph: &Metagraph, hotkey: &Hotkey) -> Vec<Finding> {
+/// Registration, stake and axon of `hotkey` as the metagraph has them.
+pub fn registration(metagraph: &Metagraph, hotkey: &Hotkey) -> Vec<Finding> {
     let netuid = metagraph.netuid;
     let Some(neuron) = metagraph.neuron(hotkey) else {
         let fact = format!("{hotkey} is not registered on subnet {netuid}");
@@ -105,10 +105,10 @@ mod tests {
     fn strangers_and_poor_validators_are_told() {
         let members = vec![neuron(0, 5_000_000_000, true), neuron(1, 5_000_000_000, false)];
         let metagraph = Metagraph::new(4, 7, Hyperparameters::default(), members);
-        let stranger = standing(&metagraph, &Hotkey([9; 32]));
+        let stranger = registration(&metagraph, &Hotkey([9; 32]));
         assert!(stranger.len() == 1 && stranger[0].level == Level::Fault, "{stranger:?}");
         let levels = |uid: u8| {
-            let found = standing(&metagraph, &Hotkey([uid + 1; 32]));
+            let found = registration(&metagraph, &Hotkey([uid + 1; 32]));
             found.into_iter().map(|f| f.level).collect::<Vec<_>>()
         };
         assert_eq!(levels(0), [Level::Ok, Level::Warning, Level::Ok]);

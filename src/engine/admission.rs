@@ -85,7 +85,7 @@ pub enum Refusal {
         /// The limit.
         most: usize,
     },
-    /// The queue is full.
+    /// As many requests wait as may; a later try may be accepted.
     #[error("{waiting} requests are waiting already, the limit")]
     QueueFull {
         /// The limit.

@@ -82,9 +82,9 @@ pub struct Timings {
     pub prefill: Histogram,
     /// From the first token to the end.
     pub decode: Histogram,
-    /// Tokens of a prompt.
+    /// Requests by the tokens of their prompts.
     pub prompt_tokens: Histogram,
-    /// Tokens of an output.
+    /// Requests by the tokens of their outputs.
     pub output_tokens: Histogram,
     /// Rows of a step.
     pub step_tokens: Histogram,

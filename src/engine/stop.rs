@@ -19,7 +19,7 @@ pub enum Scan {
     Stop {
         /// The last text.
         text: String,
-        /// The string that matched.
+        /// The stop string that was found.
         matched: String,
     },
 }

@@ -1,11 +1,18 @@
 //! Manages the models of a models file: they are located or downloaded, planned and loaded
 //! ([`load`]), updated when the file changes ([`reload`]), and monitored ([`watch`]).
 //!
+//! Models to verify with are loaded by [`verifiers`] for captured answers, and by [`residents`] for
+//! a validator, which may have them in memory in turn. [`pairs`] checks captured honest answers
+//! with them.
+//!
 //! Nothing here prints; the caller says how progress is shown ([`load::Progress`]).
 
 pub mod load;
 #[cfg(feature = "mistralrs")]
 mod mistral;
+pub mod pairs;
 mod prefixes;
 pub mod reload;
+pub mod residents;
+pub mod verifiers;
 pub mod watch;

@@ -182,7 +182,7 @@ impl Checkpoint {
             let what = format!(
                 "is no part of a {} model of {} layers as its configuration describes it; without \
                     it the model would be another one",
-                spec.family, spec.layers
+                spec.family.name, spec.layers
             );
             return Err(tensor.error(what));
         }

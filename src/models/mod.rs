@@ -2,7 +2,8 @@
 //!
 //! [`Model::load`] opens a checkpoint, turns its configuration into a [`spec::Spec`], packs the
 //! weights for a device, and keeps the files open. Its [`text::Text`] is all that requests and
-//! responses need. A family is data for the one decoder of a device; [`pass`] is how everybody runs
+//! responses need. A family is data
+//! ([`config::families`]) for the one decoder of a device; [`pass`] is how everybody runs
 //! it, [`cpu`] is the pass on the CPU. Nothing here knows about requests or scheduling.
 
 pub mod arithmetic;
@@ -17,6 +18,7 @@ pub mod cuda;
 pub mod departure;
 pub mod device;
 pub mod error;
+pub mod family;
 pub mod gguf;
 mod gguf_tokenizer;
 pub mod grammar;

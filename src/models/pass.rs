@@ -106,9 +106,9 @@ pub struct Scores<'a> {
 /// The token of a row that is reported on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Token {
-    /// The one that is drawn.
+    /// A token that the pass draws by the row's settings.
     Drawn,
-    /// One that is known.
+    /// A token that the caller knows: of a prompt, or of an answer to verify.
     Known(u32),
     /// One that is known, with its margin: how far it is from being drawn.
     Measured(u32),

@@ -40,7 +40,7 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// Added to single logits.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Key of the noise.
+    /// Key of the Gumbel noise; with the position it decides every draw.
     pub noise_key: u64,
 }
 

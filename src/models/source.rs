@@ -79,7 +79,7 @@ pub enum FeedForwardSource {
 
 /// The matrices of a gated perceptron.
 pub struct MlpSource {
-    /// Rows of the gate.
+    /// Rows that the activation is applied to.
     pub gate: Rows,
     /// Rows beside it.
     pub up: Rows,

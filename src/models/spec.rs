@@ -1,6 +1,7 @@
 //! Describes as data what distinguishes the dense decoder families: one forward pass reads a
 //! [`Spec`].
 
+use super::family::{ExpertNames, Family};
 use crate::ops::attention::KvDims;
 use crate::ops::rope::RopeScaling;
 use crate::ops::rowwise::Activation;
@@ -9,8 +10,8 @@ use std::collections::BTreeSet;
 /// Shape and options of a decoder-only transformer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Spec {
-    /// Family, as `model_type` of the configuration names it.
-    pub family: &'static str,
+    /// What sets its family apart.
+    pub family: &'static Family,
     /// Rows of the embedding (and of the logits).
     pub vocab: usize,
     /// Elements of the residual stream.
@@ -86,17 +87,6 @@ pub struct ExpertSpec {
     pub renormalise: bool,
     /// Tensor names within a layer.
     pub names: ExpertNames,
-}
-
-/// Tensor names of a mixture, within `model.layers.N`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ExpertNames {
-    /// The router and the experts live below this module.
-    pub module: &'static str,
-    /// Gate, up and down projection of an expert.
-    pub projections: [&'static str; 3],
-    /// vLLM registers the router before the experts.
-    pub router_first: bool,
 }
 
 /// RMS norms.

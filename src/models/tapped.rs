@@ -13,7 +13,9 @@
 mod write;
 
 use super::checkpoint::Checkpoint;
+use super::config::families;
 use super::error::LoadError;
+use super::family::{Family, listed};
 use super::spec::Spec;
 use super::tensor::Tensor;
 use crate::files;
@@ -29,7 +31,6 @@ use write::{HashedFile, copied, hash_file, identity, io_error, rounded, width};
 const VERSION: u32 = 1;
 /// Its list of files.
 const LIST: &str = "tapped.json";
-/// Bytes of the list.
 const LIST_BYTES_MAX: u64 = 1 << 20;
 const INDEX: &str = "model.safetensors.index.json";
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -108,13 +109,34 @@ pub fn derive(
 
 /// Refuses models whose logits are more than the head's product: rows would not come through.
 fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
+    refuse_keys(checkpoint, spec)?;
+    refuse_shape(checkpoint, spec)?;
+    if checkpoint.has("lm_head.bias") {
+        return Err(checkpoint
+            .tensor("lm_head.bias")?
+            .error("a head with a bias is not supported"));
+    }
+    if spec.norm.offset != spec.norm.published_offset {
+        let what =
+            "its norms hold the sum of weight and offset, which only the native engine reads";
+        return Err(LoadError::invalid(&checkpoint.path, what));
+    }
+    Ok(())
+}
+
+fn unsupported(checkpoint: &Checkpoint, key: &str, value: String, supported: &str) -> LoadError {
+    LoadError::Unsupported {
+        path: checkpoint.config_path.clone(),
+        key: key.into(),
+        value,
+        supported: supported.into(),
+    }
+}
+
+/// Keys that change logits behind the head, or how weights are stored.
+fn refuse_keys(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
     let unsupported = |key: &str, value: String, supported: &str| {
-        Err(LoadError::Unsupported {
-            path: checkpoint.config_path.clone(),
-            key: key.into(),
-            value,
-            supported: supported.into(),
-        })
+        Err(unsupported(checkpoint, key, value, supported))
     };
     if let Some(cap) = spec.logit_softcap {
         let supported = "hidden rows do not come through a cap: run this model with the native \
@@ -131,28 +153,27 @@ fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
         let supported = "weights that are stored quantised in safetensors are not; use `isq`";
         return unsupported("quantization_config", method.to_owned(), supported);
     }
-    let Some(class) = class_of(spec.family) else {
-        let supported = "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe and phi3 are";
-        return unsupported("model_type", spec.family.to_owned(), supported);
+    Ok(())
+}
+
+/// What the other engine's class of the family does not compute.
+fn refuse_shape(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
+    let unsupported = |key: &str, value: String, supported: &str| {
+        Err(unsupported(checkpoint, key, value, supported))
+    };
+    let Family { name, class, hosted, .. } = spec.family;
+    let Some(hosted) = hosted else {
+        let supported = listed(families().filter(|f| f.hosted.is_some()).map(|f| f.name));
+        return unsupported("model_type", (*name).to_owned(), &supported);
     };
     let a = &spec.attention;
-    if (a.qkv_bias && spec.family != "qwen2") || a.out_bias {
+    if (a.qkv_bias && !hosted.has_qkv_bias) || a.out_bias {
         let supported = format!("{class} of the other engine leaves biases out");
         return unsupported("attention_bias", "true".into(), &supported);
     }
-    if spec.family == "llama" && a.heads * a.head_dim != spec.hidden {
+    if !hosted.has_head_dim && a.heads * a.head_dim != spec.hidden {
         let supported = format!("only hidden_size / num_attention_heads is, for {class}");
         return unsupported("head_dim", a.head_dim.to_string(), &supported);
-    }
-    if checkpoint.has("lm_head.bias") {
-        return Err(checkpoint
-            .tensor("lm_head.bias")?
-            .error("a head with a bias is not supported"));
-    }
-    if spec.norm.offset != spec.norm.published_offset {
-        let what =
-            "its norms hold the sum of weight and offset, which only the native engine reads";
-        return Err(LoadError::invalid(&checkpoint.path, what));
     }
     Ok(())
 }
@@ -236,7 +257,7 @@ impl Builder<'_> {
     fn config(&self) -> Value {
         let (spec, mut config) = (self.spec, self.checkpoint.config.clone());
         config["vocab_size"] = json!(spec.vocab + spec.hidden);
-        config["architectures"] = json!([class_of(spec.family)]);
+        config["architectures"] = json!([spec.family.class]);
         config["tie_word_embeddings"] = json!(spec.tied);
         for (key, value) in [
             ("hidden_act", json!("silu")),
@@ -342,20 +363,6 @@ impl Builder<'_> {
 
 fn is_extended(name: &str) -> bool {
     name == EMBEDDING || name == HEAD
-}
-
-/// The class that a family has in `architectures`.
-fn class_of(family: &str) -> Option<&'static str> {
-    Some(match family {
-        "llama" => "LlamaForCausalLM",
-        "mistral" => "MistralForCausalLM",
-        "mixtral" => "MixtralForCausalLM",
-        "qwen2" => "Qwen2ForCausalLM",
-        "qwen3" => "Qwen3ForCausalLM",
-        "qwen3_moe" => "Qwen3MoeForCausalLM",
-        "phi3" => "Phi3ForCausalLM",
-        _ => return None,
-    })
 }
 
 /// A tensor, and what the derived checkpoint calls it.

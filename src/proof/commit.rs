@@ -71,7 +71,7 @@ impl RequestTerms {
     }
 }
 
-/// Hash of a calibration.
+/// The hash by which a model's identity names its calibration (`docs/proofs.md`).
 pub fn calibration_hash(calibration: &Calibration) -> Hash {
     let mut e = Encoder::new("targon-engine/calibration/1");
     e.u32(calibration.channels() as u32).u8(calibration.shift);

@@ -16,7 +16,7 @@ pub struct PowvShape {
 /// The element that a pair of sums selects.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Element {
-    /// Which parameter.
+    /// Index into the shapes.
     pub parameter: usize,
     /// The row of the element in its parameter.
     pub row: usize,

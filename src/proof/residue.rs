@@ -44,7 +44,7 @@ impl ResidueBits {
         }
     }
 
-    /// Residue `j` of a sketch.
+    /// Residue `j`; those of four bits lie two in a byte, the even one in its lower half.
     pub(super) fn residue(self, sketch: &Sketch, j: usize) -> u8 {
         match self {
             ResidueBits::U8 => sketch[j],

@@ -60,7 +60,7 @@ pub enum DecodeError {
     /// A coefficient outside the field.
     #[error("coefficient {index} is {got}, outside GF(65497)")]
     Coefficient {
-        /// Which.
+        /// Place of the coefficient in its polynomial.
         index: usize,
         /// The value that was found.
         got: u32,

@@ -59,7 +59,7 @@ impl Prompts {
 /// What all chunks of a response share.
 #[derive(Clone, Debug)]
 pub struct ResponseHead {
-    /// Which endpoint.
+    /// The endpoint, which decides the names and forms of all objects.
     pub endpoint: Endpoint,
     /// How it is written.
     pub report: ResponseOptions,

@@ -19,10 +19,10 @@ pub(super) enum Refusals {
     /// The body took too long.
     #[response(status = 408)]
     Timeout(ErrorBody),
-    /// The body is too large.
+    /// The body has more bytes than the server takes.
     #[response(status = 413)]
     TooLarge(ErrorBody),
-    /// The body is compressed.
+    /// The body has a `Content-Encoding`: it must come as it is.
     #[response(status = 415)]
     Compressed(ErrorBody),
     /// The queue is full: try again after `Retry-After` seconds.

@@ -22,7 +22,7 @@ pub struct Settings {
 pub struct HttpLimits {
     /// Bytes of a request body.
     pub body_bytes: usize,
-    /// Connections of one address.
+    /// Connections that one client address may hold open at once.
     pub connections_per_address: usize,
     /// For a request's head to arrive, and between requests of a connection.
     pub header_time: Duration,

@@ -24,7 +24,7 @@ pub struct Streaming {
     pub abort: CancellationToken,
 }
 
-/// The response that streams `generations`.
+/// Sends the events of all choices as server-sent events, each when it comes.
 pub fn stream(streaming: Streaming, generations: Vec<Generation>) -> Response {
     let events = generations.into_iter().enumerate().map(|(index, generation)| {
         let next = move |mut g: Generation| async move { g.next().await.map(|e| ((index, e), g)) };

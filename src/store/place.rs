@@ -6,7 +6,6 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use url::Url;
 
-/// Bytes of a URL.
 const URL_BYTES_MAX: usize = 4096;
 /// Parameters of a PostgreSQL URL that the driver honours.
 const PARAMETERS: [&str; 17] = [

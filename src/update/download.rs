@@ -20,13 +20,13 @@ const REDIRECTS_MAX: usize = 3;
 /// How much is read, and how long.
 #[derive(Clone, Copy, Debug)]
 pub struct DownloadLimits {
-    /// Bytes of the list.
+    /// Bytes of a release's list of files, at most.
     pub list_bytes: u64,
     /// Bytes of a program.
     pub file_bytes: u64,
     /// Longest wait for a connection.
     pub connect_time: Duration,
-    /// For the list in all.
+    /// Longest time for the list, from the request to its last byte.
     pub list_time: Duration,
     /// For a program in all.
     pub file_time: Duration,

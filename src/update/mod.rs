@@ -152,8 +152,8 @@ impl Updater {
             }
             last = said;
             // So that not all programs of a network ask in the same second: from 3/4 to 5/4.
-            let chance = Entropy::system().word() as u32 % 256;
-            tokio::time::sleep(every * 3 / 4 + every * chance / 512).await;
+            let jitter = Entropy::system().word() as u32 % 256;
+            tokio::time::sleep(every * 3 / 4 + every * jitter / 512).await;
         }
     }
 }

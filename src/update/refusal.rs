@@ -187,7 +187,7 @@ pub enum ListError {
     /// Its format is not known.
     #[error("`format` must be {known}, got {got}")]
     Format {
-        /// The one that is known.
+        /// The format that this version reads.
         known: u32,
         /// What the list says.
         got: u32,

@@ -35,9 +35,9 @@ const ERROR_CHARS_MAX: usize = 1000;
 /// How much of an answer is taken; more is refused, and no more of it is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Size {
-    /// Bytes.
+    /// Bytes of the whole answer.
     pub bytes: usize,
-    /// Events.
+    /// Server-sent events of the whole answer.
     pub events: usize,
     /// Values of all events, counted by what opens or separates them: a value of one byte takes
     /// many in memory.
@@ -168,7 +168,7 @@ fn is_own(e: &std::io::Error) -> bool {
 pub struct Arrival {
     /// Since the request was sent.
     pub at: Duration,
-    /// The chunk.
+    /// The event's data as JSON.
     pub chunk: Value,
 }
 

@@ -18,7 +18,7 @@ use std::ops::Range;
 /// Seed where a request names none.
 const SEED_DEFAULT: i64 = 42;
 
-/// A body of `/verify`.
+/// What a body of `/verify` says besides the answer, which is only located in it.
 #[derive(Debug)]
 pub(super) struct VerifyBody {
     /// The model; the only one where it is not named.

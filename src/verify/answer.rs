@@ -31,9 +31,9 @@ pub struct Answer {
     pub powv: Vec<Option<i64>>,
     /// Why it ended.
     pub finish_reason: Option<String>,
-    /// Chunks of its proof.
+    /// The proof's chunks as they were sent, in order; empty without a proof.
     pub chunks: Vec<ChunkProof>,
-    /// End of its proof.
+    /// What closes the proof, where it was sent.
     pub end: Option<ProofEnd>,
 }
 

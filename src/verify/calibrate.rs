@@ -5,13 +5,14 @@
 //! honest value times a factor for what the sample did not show; so the rate that the other half
 //! shows is small, and its upper bound says how small it can be claimed to be.
 
+use super::capture::CheckedChoice;
 use super::evidence::{Calibrated, Side, Weight};
 use super::limits::Limits;
 use super::limits_file::{HeldOut, LimitsFile, Measured, Share, ValueSpread};
 use super::places::{FAST_ROWS, random_rows};
 use super::rows::check_margins;
 use super::statistic::{ByRows, Statistic};
-use super::{ChunkEvidence, Report, RowEvidence, bounds};
+use super::{ChunkEvidence, Report, RowEvidence, Verdict, bounds};
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::codec::{Encoder, Hash, first_u64};
@@ -60,7 +61,33 @@ pub struct HonestSample {
     pub report: Report,
 }
 
+/// Why no limits are taken from an answer.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NoSample {
+    /// Its proof has no energies, or it has no proof.
+    #[error("only residue schemes have energies")]
+    Scheme,
+    /// It did not pass.
+    #[error("{0}")]
+    NotPassed(Verdict),
+}
+
 impl HonestSample {
+    /// Of an answer that passed under [`Limits::NONE`].
+    ///
+    /// # Errors
+    /// Why it says nothing about honest answers.
+    pub fn of_checked(checked: CheckedChoice) -> Result<Self, NoSample> {
+        let CheckedChoice { scheme, request, report, .. } = checked;
+        match (&report.verdict, scheme) {
+            (Verdict::Pass, Some(scheme @ (Scheme::Residue | Scheme::ResidueU4))) => {
+                Ok(Self::new(&request.prompt, scheme, report))
+            }
+            (Verdict::Pass, _) => Err(NoSample::Scheme),
+            (verdict, _) => Err(NoSample::NotPassed(verdict.clone())),
+        }
+    }
+
     /// Of an answer to the prompt with these ids.
     pub fn new(prompt: &[u32], scheme: Scheme, report: Report) -> Self {
         let prompt = Encoder::new("targon-engine/prompt/1").ids(prompt).finish();

@@ -88,7 +88,7 @@ pub struct CheckOptions {
     pub chance: u64,
 }
 
-/// One choice, checked.
+/// What was asked and sent of one choice, and what checking it found.
 #[derive(Clone, Debug)]
 pub struct CheckedChoice {
     /// Its number.

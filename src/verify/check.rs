@@ -22,13 +22,13 @@ const DECIDED: f64 = 0.7;
 /// Verifies answers of one model.
 #[derive(Clone)]
 pub struct Verifier {
-    /// The model.
+    /// The weights that answers must follow from.
     pub model: Arc<Model>,
     /// What its proofs are bound to.
     pub identity: Arc<Identity>,
     /// Compute threads.
     pub pool: Pool,
-    /// Limits.
+    /// What separates honest answers from others.
     pub limits: Limits,
     /// How closely answers are looked at that are suspicious, or drawn.
     pub scrutiny: Scrutiny,

@@ -62,7 +62,7 @@ pub struct Claim<'a> {
 /// The proof that a request asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Challenge {
-    /// The scheme.
+    /// How hidden rows are committed to.
     pub scheme: Scheme,
     /// The verifier's own nonce; without one the prover chose it, and it binds nobody.
     pub nonce: Option<Hash>,

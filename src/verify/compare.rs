@@ -26,7 +26,6 @@ pub(super) struct Compare<'a> {
 /// How one field is compared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Rule {
-    /// It is equal.
     Equal,
     /// It is text, and any text will do.
     Name,

@@ -27,7 +27,7 @@ pub struct LimitsFile {
     pub model: String,
     /// Which miners: their stack and hardware, in words.
     pub class: String,
-    /// The limits.
+    /// What verification rejects by.
     pub limits: Limits,
     /// What honest miners and the mildest cheat look like over many answers.
     pub rates: Calibrated,
@@ -43,7 +43,7 @@ pub struct LimitsFile {
 pub struct Measured {
     /// Distinct prompts.
     pub prompts: usize,
-    /// Answers.
+    /// Answers to these prompts.
     pub answers: usize,
     /// Their tokens.
     pub tokens: usize,
@@ -75,7 +75,7 @@ pub struct Measured {
 pub struct ValueSpread {
     /// How many.
     pub count: usize,
-    /// Mean.
+    /// Arithmetic mean.
     pub mean: f64,
     /// 99.9th percentile: the value that at most one in a thousand exceeds.
     pub p999: f64,
@@ -100,7 +100,7 @@ impl ValueSpread {
 pub struct HeldOut {
     /// Distinct prompts.
     pub prompts: usize,
-    /// Answers.
+    /// Answers to these prompts.
     pub answers: usize,
     /// Answers with a chunk above the energy of `residue-v1`.
     pub energy_u8: Share,
@@ -122,7 +122,7 @@ pub struct HeldOut {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Share {
-    /// Over it.
+    /// Answers that are over the limit.
     pub over: usize,
     /// Of how many that it applies to.
     pub of: usize,
@@ -133,7 +133,7 @@ pub struct Share {
 }
 
 impl Share {
-    /// `over` of `of`.
+    /// Counts a share, with its rate and the 95 % upper bound of the true one.
     pub fn new(over: usize, of: usize) -> Self {
         Self { over, of, rate: over as f64 / of.max(1) as f64, upper95: upper(over, of) }
     }

@@ -92,7 +92,7 @@ fn bad(what: impl Into<String>) -> Rejection {
 
 /// Writes the answer to a question again.
 pub struct Mirror<'a> {
-    /// The model.
+    /// Tokenizer, template and grammars of the model.
     pub model: &'a Arc<Text>,
     /// What was asked.
     pub question: &'a Question,

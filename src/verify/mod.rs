@@ -17,6 +17,7 @@ pub mod answer;
 pub mod bounds;
 pub mod calibrate;
 pub mod capture;
+pub mod captures;
 mod check;
 mod claim;
 pub mod classes;

@@ -22,7 +22,7 @@ const CANON_BYTES_MAX: usize = 40;
 
 /// A proof whose binding, chain and signature hold.
 pub struct BoundProof {
-    /// The scheme.
+    /// The scheme, which decides how rows are compared.
     pub scheme: Scheme,
     /// How we compute rows of its canon, where we can: only these can be equal bit for bit.
     pub arithmetic: Option<Arithmetic>,

@@ -21,7 +21,7 @@ pub enum QuestionError {
     /// It asks for no proof that is known.
     #[error("proof.scheme {0}")]
     Scheme(UnknownScheme),
-    /// Its nonce.
+    /// The proof's nonce is no hash in hexadecimal.
     #[error("proof.nonce {0}")]
     Nonce(HexError),
     /// Who was asked.
@@ -51,7 +51,7 @@ pub struct Question {
     pub seed: Option<i64>,
     /// The proof that was asked for.
     pub proof: Option<Challenge>,
-    /// The prompts.
+    /// The prompts by ids, and how many choices each has.
     pub prompts: Prompts,
     /// The server chooses how tokens are named.
     names_are_free: bool,

@@ -31,7 +31,7 @@ pub struct Report {
 /// A known cheat.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Named {
-    /// Its name.
+    /// Name of its recipe.
     pub name: &'static str,
     /// How much of what it would change is found: about 1 for whoever does it, 0 for others.
     pub beta: f64,
@@ -58,7 +58,7 @@ impl Report {
 pub struct RowEvidence {
     /// Number of the token.
     pub index: usize,
-    /// The token.
+    /// Id of the token that was sent.
     pub token: u32,
     /// 1 + how many tokens are more probable.
     pub rank: u32,

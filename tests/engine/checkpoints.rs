@@ -10,8 +10,10 @@ use targon_engine::engine::output::{Event, Fault};
 use targon_engine::engine::request::Request;
 use targon_engine::models::Model;
 use targon_engine::models::checkpoint::Checkpoint;
+use targon_engine::models::config::families;
 use targon_engine::models::cpu::CpuPass;
 use targon_engine::models::cpu::decoder::Decoder;
+use targon_engine::models::family::Family;
 use targon_engine::models::pass::{Batch, Pass, RowAsk};
 use targon_engine::models::tokenizer::TextTokenizer;
 use targon_engine::ops::dtype::Dtype;
@@ -337,6 +339,17 @@ fn packed(config: &Path, tensors: &Tensors) -> Result<Decoder, String> {
     write_tensors(&dir.path().join("model.safetensors"), tensors);
     let checkpoint = Checkpoint::open(dir.path()).map_err(|e| e.to_string())?;
     common::decoder(&checkpoint, None, &pool()).map_err(|e| e.to_string())
+}
+
+/// What has no golden checkpoint is not compared with a reference.
+#[test]
+fn every_family_has_a_golden_checkpoint_of_its_class() {
+    for Family { name, class, .. } in families() {
+        assert!(common::FAMILIES.contains(name), "{name}");
+        let config = std::fs::read(common::golden(name).join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config["architectures"], json!([class]), "{name}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use targon_engine::models::checkpoint::Checkpoint;
+use targon_engine::models::config::families;
 use targon_engine::models::tapped::{self, Tapped};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::proof::codec::Hash;
@@ -154,6 +155,17 @@ fn what_is_whole_is_used_again_and_what_is_damaged_is_built_anew() {
     }
     let left: Vec<_> = files(&tapped::directory(cache.path()));
     assert_eq!(left.len(), 1, "no half of one: {left:?}");
+}
+
+#[test]
+fn families_that_the_other_engine_computes_are_derived_and_others_are_not() {
+    for family in families() {
+        let cache = tempfile::tempdir().unwrap();
+        let derived = derive(cache.path(), &golden(family.name));
+        // Heads of the golden llama have another size than hidden size over heads.
+        let is_computed = family.hosted.is_some_and(|hosted| hosted.has_head_dim);
+        assert_eq!(derived.is_ok(), is_computed, "{}: {derived:?}", family.name);
+    }
 }
 
 #[test]

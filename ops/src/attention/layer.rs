@@ -3,7 +3,6 @@
 use super::cache::{BLOCK_TOKENS, Segment};
 use std::ops::Range;
 
-/// Blocks of a partition.
 pub(super) const PARTITION_BLOCKS: usize = 16;
 /// Positions of a partition.
 pub const PARTITION_TOKENS: usize = PARTITION_BLOCKS * BLOCK_TOKENS;

@@ -7,7 +7,7 @@ use crate::models::sampler::Sampling;
 use crate::proof::Scheme;
 use crate::proof::commit::ChunkProof;
 
-/// One attack.
+/// A line of the table: how answers are made, and what must catch them.
 pub(super) struct Attack {
     /// Its name in tables.
     pub(super) name: &'static str,

@@ -15,7 +15,7 @@ pub const CHUNKS: usize = 8;
 /// Everything.
 #[derive(Clone, Serialize, Debug)]
 pub struct Results {
-    /// The model.
+    /// Name of the model under attack.
     pub model: String,
     /// The limits that every line was checked by.
     pub limits: String,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 pub enum Tamper {
     /// Symmetric integers of so many bits in groups of so many columns; 0 is a whole row.
     Integers {
-        /// Bits.
+        /// Bits of an integer.
         bits: u32,
         /// Columns that share a scale.
         group: usize,
@@ -26,7 +26,7 @@ pub enum Tamper {
     LastLayers {
         /// How many.
         layers: usize,
-        /// Bits.
+        /// Bits of an integer.
         bits: u32,
     },
     /// Eight-bit floats with four exponent bits, one scale for a tensor.

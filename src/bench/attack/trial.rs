@@ -43,9 +43,7 @@ pub(super) struct AttackRequest {
 /// A question with its answer.
 #[derive(Clone)]
 pub(super) struct AttackedAnswer {
-    /// The question.
     pub(super) ask: AttackRequest,
-    /// The answer.
     pub(super) answer: Answer,
     /// Whether the answer claims that its end token was not sent.
     pub(super) end_is_implied: bool,
@@ -53,7 +51,6 @@ pub(super) struct AttackedAnswer {
 
 /// The model under attack, and what everybody knows of it.
 pub(super) struct Subject {
-    /// The model.
     pub(super) model: Arc<Model>,
     /// What proofs are bound to.
     pub(super) identity: Arc<Identity>,
@@ -248,7 +245,7 @@ impl AttackedAnswer {
         Self { ask: ask.clone(), answer, end_is_implied: false }
     }
 
-    /// Bytes of the proof.
+    /// Bytes of all chunks, without base64.
     pub(super) fn proof_bytes(&self) -> usize {
         self.answer.chunks.iter().map(|c| c.data.len()).sum()
     }

@@ -8,7 +8,6 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
-/// Bytes of a report.
 const REPORT_BYTES_MAX: u64 = 64 << 20;
 /// What a signature says it is of.
 const DOMAIN: &[u8] = b"targon-engine bench report 1\n";

@@ -85,13 +85,13 @@ pub enum ScheduleError {
     /// The time of a block is beyond all rounds.
     #[error("block {block} has no time of a drand round")]
     NoRound {
-        /// The block.
+        /// Number of the block.
         block: u64,
     },
     /// An epoch is beyond all blocks.
     #[error("epoch {epoch} has no first block")]
     NoBlock {
-        /// The epoch.
+        /// Number of the epoch, as the chain counts them.
         epoch: u64,
     },
 }

@@ -129,7 +129,7 @@ pub enum Unmet {
     /// `UidVecContainInvalidOne`.
     #[error("there is no uid {uid} among the {neurons} members of subnet {netuid}")]
     NoSuchUid {
-        /// Which.
+        /// The uid that has no member.
         uid: u16,
         /// Members.
         neurons: u16,

@@ -28,7 +28,7 @@ pub enum VectorError {
     /// Out of order, or twice.
     #[error("uids must ascend, each once: {uid} comes after {before}")]
     Order {
-        /// The one before.
+        /// The uid that stands before it in the vector.
         before: u16,
         /// The one that is too small.
         uid: u16,
@@ -70,7 +70,7 @@ pub enum VectorError {
     NotScaled {
         /// Whose.
         uid: u16,
-        /// The value.
+        /// A weight of 0, or the largest where that is not 65535.
         value: u16,
     },
     /// A mechanism that there cannot be.
@@ -78,7 +78,7 @@ pub enum VectorError {
     NoIndex {
         /// The subnet.
         netuid: u16,
-        /// The mechanism.
+        /// Number of the mechanism within the subnet.
         mechanism: u8,
     },
 }

@@ -5,7 +5,6 @@ mod compare;
 mod engine;
 mod output;
 mod plan;
-mod questions;
 mod serve;
 
 use super::Failure;

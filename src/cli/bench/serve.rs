@@ -1,12 +1,12 @@
 //! Runs `bench serve`: puts a server that speaks OpenAI's API under load.
 
 use super::output::{OutputArgs, ReportOutput, until_interrupted};
-use super::questions::{Questions, Shape};
 use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
 use crate::bench::report::facts::{Machine, ModelFacts};
 use crate::bench::report::schema::{BenchReport, ReportKind};
 use crate::bench::traffic::drive::{Load, LoadStop, drive};
 use crate::bench::traffic::heard::{Answering, Chunk, Heard, LoadRequest, TokenUsage, Transport};
+use crate::bench::traffic::questions::{Questions, Shape};
 use crate::bench::traffic::tally::{self, Promise};
 use crate::cli::Failure;
 use crate::cli::out::note;
@@ -17,7 +17,7 @@ use crate::endpoint::shown;
 use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
 use crate::validator::round::measure::{said_error, timing};
 use anyhow::bail;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
@@ -48,8 +48,8 @@ pub(in crate::cli) struct ServeArgs {
     api_key: Option<String>,
     /// What is asked: `fixed` has one length; `targon` is what a validator of the subnet asks, half
     /// chat and half completions, with its ranges of temperature, seed and length.
-    #[arg(long, value_enum, default_value_t = Shape::Fixed)]
-    load: Shape,
+    #[arg(long, value_enum, default_value_t = LoadArg::Fixed)]
+    load: LoadArg,
     /// Use the completions endpoint instead of chat, with --load fixed.
     #[arg(long)]
     completion: bool,
@@ -90,6 +90,23 @@ pub(in crate::cli) struct ServeArgs {
     timeout: u64,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LoadArg {
+    /// Prompts and answers of one length.
+    Fixed,
+    /// What a validator of the subnet asks.
+    Targon,
+}
+
+impl From<LoadArg> for Shape {
+    fn from(load: LoadArg) -> Self {
+        match load {
+            LoadArg::Fixed => Self::Fixed,
+            LoadArg::Targon => Self::Targon,
+        }
+    }
 }
 
 fn positive(text: &str) -> anyhow::Result<f64> {
@@ -153,12 +170,13 @@ impl ServeArgs {
 
     fn questions(&self) -> Questions {
         let seed = self.seed.unwrap_or_else(|| crate::entropy::Entropy::system().word());
+        let shape = Shape::from(self.load);
         Questions {
-            shape: self.load,
+            shape,
             model: self.model.clone(),
             is_completion: self.completion,
             words: self.input as usize,
-            tokens: self.output_tokens.unwrap_or(match self.load {
+            tokens: self.output_tokens.unwrap_or(match shape {
                 Shape::Fixed => 128,
                 Shape::Targon => 1920,
             }),
@@ -200,7 +218,7 @@ impl ServeArgs {
             let seed = questions.seed ^ first;
             let driven = drive(ask, asked, load, (seed, threads), wanted).await;
             let level = tally::level(&driven, load, promise, &self.model);
-            let length = (self.load == Shape::Fixed && !self.no_ignore_eos)
+            let length = (questions.shape == Shape::Fixed && !self.no_ignore_eos)
                 .then_some(u64::from(questions.tokens));
             report.marks.extend(tally::marks(&level, driven.stop, length, self.repeat_prompts));
             let (speed, done) = (level.steady_tokens_per_second, level.completed);
@@ -225,10 +243,10 @@ impl ServeArgs {
     fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
         for (name, value) in [
             ("url", json!(shown(&self.url))),
-            ("load", json!(self.load.name())),
+            ("load", json!(questions.shape.name())),
             ("completion", json!(self.completion)),
             ("requests", json!(self.requests)),
-            ("input", json!((self.load == Shape::Fixed).then_some(self.input))),
+            ("input", json!((questions.shape == Shape::Fixed).then_some(self.input))),
             ("output_tokens", json!(questions.tokens)),
             ("repeat_prompts", json!(self.repeat_prompts)),
             ("ttft_limit", json!(self.ttft_limit)),

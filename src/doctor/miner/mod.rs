@@ -74,7 +74,7 @@ async fn open_list(target: &Target, clock: &Clock) -> Result<Vec<String>, QueryE
     Ok(names.collect())
 }
 
-/// What to ask for.
+/// What a miner is asked, and who checks its answers.
 #[derive(Clone, Copy)]
 pub struct Asking<'a> {
     /// The name of the model to ask for.

@@ -48,7 +48,7 @@ pub(super) fn text(value: &Value) -> Result<Value, Error> {
     repr(value).map(Value::from)
 }
 
-/// `repr(value)`.
+/// The text that Python's `repr` gives for a value.
 fn repr(value: &Value) -> Result<String, Error> {
     let mut out = String::new();
     write_repr(&mut out, value, 0)?;

@@ -1,6 +1,6 @@
 //! Reads what a configuration says of the rotary embedding, in its old and its new spelling.
 
-use super::Config;
+use super::reader::Config;
 use crate::models::error::LoadError;
 use crate::models::spec::RopeSpec;
 use crate::ops::rope::RopeScaling;

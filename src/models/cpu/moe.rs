@@ -81,7 +81,7 @@ fn route(isa: Isa, spec: &ExpertSpec, scores: &mut [f32]) -> Vec<(usize, f32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::spec::ExpertNames;
+    use crate::models::family::ExpertNames;
 
     #[test]
     fn routing_takes_the_largest_and_breaks_ties_downwards() {

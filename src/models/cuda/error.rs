@@ -35,7 +35,7 @@ pub enum CudaError {
     Architecture {
         /// Number of the card.
         ordinal: usize,
-        /// Its name.
+        /// The name that the driver gives it.
         name: String,
         /// Major and minor version.
         capability: (i32, i32),

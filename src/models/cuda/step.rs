@@ -260,7 +260,7 @@ impl Step<'_> {
         self.launch("add_norm", [count, 1, 1], 256, 4 * cols, args);
     }
 
-    /// Adds the norm of a branch.
+    /// Adds a branch to the residual stream after its own norm (Gemma 2).
     fn norm_add(&self, [branch, bias]: Branch, weight: &Memory) {
         let (cols, eps) = (self.spec().hidden, self.spec().norm.eps);
         let args = args![self.buffers.residual, branch, bias, weight, cols as i32, eps];

@@ -134,7 +134,7 @@ impl CudaWeights {
         self.dtype
     }
 
-    /// The card.
+    /// The card whose memory holds them.
     pub fn card(&self) -> &Arc<Card> {
         &self.card
     }

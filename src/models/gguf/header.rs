@@ -221,7 +221,7 @@ pub enum HeaderError {
         /// The key that holds it.
         key: String,
     },
-    /// A list of lists.
+    /// Lists within lists, which no known key has.
     #[error("{what} is a list of lists, which is not supported")]
     Lists {
         /// The value.

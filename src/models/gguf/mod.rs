@@ -11,7 +11,9 @@ mod parts;
 
 pub use header::{HEADER_BYTES_MAX, Header, List, Scalar, Value as Meta};
 
+use super::config::{families, of_gguf};
 use super::error::LoadError;
+use super::family::{Family, GgufFamily, listed};
 use super::tensor::Tensor;
 use keys::CONFIG_KEYS;
 use names::Counts;
@@ -73,7 +75,7 @@ impl Gguf {
         self.metadata.get(key)
     }
 
-    /// The text of `key`.
+    /// The value of `key`, where it is text in UTF-8.
     pub fn string(&self, key: &str) -> Option<&str> {
         match self.get(key)? {
             Meta::Text(text) => std::str::from_utf8(text).ok(),
@@ -81,7 +83,7 @@ impl Gguf {
         }
     }
 
-    /// The integer of `key`.
+    /// The value of `key`, where it is an integer of at least 0.
     pub fn integer(&self, key: &str) -> Option<u64> {
         match self.get(key)? {
             Meta::Integer(value) => u64::try_from(*value).ok(),
@@ -89,7 +91,7 @@ impl Gguf {
         }
     }
 
-    /// The boolean of `key`.
+    /// The value of `key`, where it is a boolean.
     pub fn boolean(&self, key: &str) -> Option<bool> {
         match self.get(key)? {
             Meta::Bool(value) => Some(*value),
@@ -97,7 +99,7 @@ impl Gguf {
         }
     }
 
-    /// The list of `key`.
+    /// The value of `key`, where it is a list that was not [forgotten](Self::forget_lists).
     pub fn list(&self, key: &str) -> Option<&List> {
         match self.get(key)? {
             Meta::List(list) => Some(list),
@@ -123,28 +125,31 @@ impl Gguf {
         keys::architecture(&self.path, &self.metadata)
     }
 
+    /// The family, by architecture and number of experts.
+    fn family(&self) -> Result<(&'static Family, &'static GgufFamily), LoadError> {
+        let architecture = self.architecture()?;
+        let experts = self.integer(&format!("{architecture}.expert_count")).unwrap_or(0);
+        of_gguf(architecture, experts).ok_or_else(|| {
+            let mut known: Vec<&str> = Vec::new();
+            for gguf in families().filter_map(|family| family.gguf.as_ref()) {
+                if !known.contains(&gguf.architecture) {
+                    known.push(gguf.architecture);
+                }
+            }
+            let supported = listed(known.into_iter());
+            self.unsupported("general.architecture", architecture, &supported)
+        })
+    }
+
     /// The metadata as a Hugging Face configuration.
     ///
     /// # Errors
     /// When the architecture is unknown, a required key is missing, or a value cannot be honoured.
     pub fn config(&self) -> Result<Value, LoadError> {
-        let architecture = self.architecture()?;
-        let experts = self.integer(&format!("{architecture}.expert_count")).unwrap_or(0);
-        let model_type = match (architecture, experts) {
-            ("llama", 0) => "llama",
-            ("llama", _) => "mixtral",
-            ("qwen2", 0) => "qwen2",
-            ("qwen3", 0) => "qwen3",
-            ("qwen3moe", _) => "qwen3_moe",
-            ("gemma2", 0) => "gemma2",
-            ("phi3", 0) => "phi3",
-            _ => {
-                let supported = "llama, qwen2, qwen3, qwen3moe, gemma2 and phi3 are";
-                return Err(self.unsupported("general.architecture", architecture, supported));
-            }
-        };
+        let (family, gguf) = self.family()?;
+        let architecture = gguf.architecture;
         let mut config = Map::new();
-        config.insert("model_type".into(), model_type.into());
+        config.insert("model_type".into(), family.name.into());
         for (from, to, _) in CONFIG_KEYS {
             if let Some(value) = self.get(&format!("{architecture}.{from}")) {
                 config.insert((*to).into(), number(value));
@@ -152,7 +157,7 @@ impl Gguf {
         }
         self.check_counts(architecture)?;
         self.check_rotation(architecture)?;
-        self.complete(architecture, &mut config)?;
+        self.complete(gguf, &mut config)?;
         Ok(Value::Object(config))
     }
 
@@ -196,7 +201,12 @@ impl Gguf {
     }
 
     /// What the plain key table cannot say.
-    fn complete(&self, arch: &str, config: &mut Map<String, Value>) -> Result<(), LoadError> {
+    fn complete(
+        &self,
+        family: &GgufFamily,
+        config: &mut Map<String, Value>,
+    ) -> Result<(), LoadError> {
+        let arch = family.architecture;
         config.insert("vocab_size".into(), self.vocab_rows().into());
         let tied = !self.stored.contains_key("output.weight");
         config.insert("tie_word_embeddings".into(), tied.into());
@@ -207,23 +217,28 @@ impl Gguf {
         if self.integer(&format!("{arch}.attention.sliding_window")) == Some(0) {
             config.insert("sliding_window".into(), Value::Null);
         }
-        if arch == "gemma2" {
-            // The converter stores 1 + w.
-            config.insert("norm_includes_one".into(), true.into());
-            config.insert("hidden_activation".into(), "gelu_pytorch_tanh".into());
-            // The 27B model (46 layers) scales queries by hidden size over heads; the metadata
-            // does not say so.
-            if self.integer("gemma2.block_count") == Some(46) {
-                let whole = |key| self.integer(key).unwrap_or(0);
-                let heads = whole("gemma2.attention.head_count").max(1);
-                let scalar = whole("gemma2.embedding_length") / heads;
-                config.insert("query_pre_attn_scalar".into(), scalar.into());
-            }
-        }
+        self.complete_by_family(family, config);
         if let Some(scaling) = self.rope_scaling(arch)? {
             config.insert("rope_scaling".into(), scaling);
         }
         Ok(())
+    }
+
+    /// What the family knows and its metadata leaves out.
+    fn complete_by_family(&self, family: &GgufFamily, config: &mut Map<String, Value>) {
+        let arch = family.architecture;
+        let whole = |key: &str| self.integer(&format!("{arch}.{key}"));
+        if family.norms_include_one {
+            config.insert("norm_includes_one".into(), true.into());
+        }
+        if let Some(activation) = family.activation {
+            config.insert("hidden_activation".into(), activation.into());
+        }
+        if family.scaled_by_heads.is_some_and(|layers| whole("block_count") == Some(layers)) {
+            let heads = whole("attention.head_count").unwrap_or(0).max(1);
+            let scalar = whole("embedding_length").unwrap_or(0) / heads;
+            config.insert("query_pre_attn_scalar".into(), scalar.into());
+        }
     }
 
     /// Linear scaling is what a factor means where no type is given. `rope.scale_linear` is the
@@ -283,17 +298,18 @@ impl Gguf {
     /// All tensors under their Hugging Face names.
     ///
     /// # Errors
-    /// When two mean the same, or a stack of experts has another number of them.
+    /// When the architecture is unknown, two mean the same, or a stack of experts has another
+    /// number of them.
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>, LoadError> {
-        let arch = self.architecture()?;
-        let count = |key: &str| self.integer(&format!("{arch}.{key}"));
+        let (family, gguf) = self.family()?;
+        let count = |key: &str| self.integer(&format!("{}.{key}", gguf.architecture));
         let heads = |key: &str| count(key).unwrap_or(1) as usize;
         let counts = Counts {
             heads: heads("attention.head_count"),
             kv_heads: heads("attention.head_count_kv"),
             experts: count("expert_count").unwrap_or(0) as usize,
         };
-        names::translate_all(arch, &counts, &self.stored)
+        names::translate_all((family, gguf), &counts, &self.stored)
     }
 }
 

@@ -2,6 +2,7 @@
 //! have.
 
 use crate::models::error::LoadError;
+use crate::models::family::{ExpertNames, Family, GgufFamily};
 use crate::models::tensor::Tensor;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,25 +14,25 @@ pub(super) struct Counts {
     pub(super) experts: usize,
 }
 
-/// All tensors of a file of the architecture `arch`, translated.
+/// All tensors of a file of a family, translated.
 pub(super) fn translate_all(
-    arch: &str,
+    (family, gguf): (&Family, &GgufFamily),
     counts: &Counts,
     stored: &BTreeMap<String, Tensor>,
 ) -> Result<BTreeMap<String, Tensor>, LoadError> {
     let mut tensors = BTreeMap::new();
     for (name, tensor) in stored {
         let mut tensor = tensor.clone();
-        if arch == "llama" {
+        if gguf.is_interleaved {
             if name.contains("attn_q.") {
                 unpermute(&mut tensor, counts.heads);
             } else if name.contains("attn_k.") {
                 unpermute(&mut tensor, counts.kv_heads);
             }
         }
-        match expert_stack(arch, name) {
+        match expert_stack(family, name) {
             Some(expert) => split_experts(&tensor, counts.experts, &expert, &mut tensors)?,
-            None => insert(&mut tensors, translate(arch, name), tensor)?,
+            None => insert(&mut tensors, translate(family, gguf, name), tensor)?,
         }
     }
     Ok(tensors)
@@ -51,7 +52,7 @@ fn insert(
 }
 
 /// The Hugging Face name of a GGUF tensor; unknown names stay as they are.
-fn translate(arch: &str, name: &str) -> String {
+fn translate(family: &Family, gguf: &GgufFamily, name: &str) -> String {
     match name {
         "token_embd.weight" => return "model.embed_tokens.weight".into(),
         "output_norm.weight" => return "model.norm.weight".into(),
@@ -61,42 +62,41 @@ fn translate(arch: &str, name: &str) -> String {
     let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     let Some((layer, part)) = layer else { return name.to_owned() };
     let (part, suffix) = part.rsplit_once('.').unwrap_or((part, "weight"));
-    let part = match (part, arch) {
-        ("attn_q", _) => "self_attn.q_proj",
-        ("attn_k", _) => "self_attn.k_proj",
-        ("attn_v", _) => "self_attn.v_proj",
-        ("attn_qkv", _) => "self_attn.qkv_proj",
-        ("attn_output", _) => "self_attn.o_proj",
-        ("attn_q_norm", _) => "self_attn.q_norm",
-        ("attn_k_norm", _) => "self_attn.k_norm",
-        ("attn_norm", _) => "input_layernorm",
-        ("ffn_norm", "gemma2") => "pre_feedforward_layernorm",
-        ("ffn_norm", _) | ("post_attention_norm", _) => "post_attention_layernorm",
-        ("post_ffw_norm", _) => "post_feedforward_layernorm",
-        ("ffn_up", "phi3") => "mlp.gate_up_proj",
-        ("ffn_gate", _) => "mlp.gate_proj",
-        ("ffn_up", _) => "mlp.up_proj",
-        ("ffn_down", _) => "mlp.down_proj",
-        ("ffn_gate_inp", "llama") => "block_sparse_moe.gate",
-        ("ffn_gate_inp", _) => "mlp.gate",
-        (other, _) => other,
+    let part = match part {
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_qkv" => "self_attn.qkv_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "attn_norm" => "input_layernorm",
+        "ffn_norm" => gguf.ffn_norm,
+        "post_attention_norm" => "post_attention_layernorm",
+        "post_ffw_norm" => "post_feedforward_layernorm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => gguf.ffn_up,
+        "ffn_down" => "mlp.down_proj",
+        "ffn_gate_inp" => {
+            let module = family.experts.map_or("mlp", |experts| experts.module);
+            return format!("model.layers.{layer}.{module}.gate.{suffix}");
+        }
+        other => other,
     };
     format!("model.layers.{layer}.{part}.{suffix}")
 }
 
 /// For a stack of all experts' matrices: the name of one expert's, with `{}` for its number.
-fn expert_stack(arch: &str, name: &str) -> Option<String> {
+fn expert_stack(family: &Family, name: &str) -> Option<String> {
+    let ExpertNames { module, projections: [gate, up, down], .. } = family.experts?;
     let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
-    let (mixtral, qwen) = match part {
-        "ffn_gate_exps.weight" => ("w1", "gate_proj"),
-        "ffn_up_exps.weight" => ("w3", "up_proj"),
-        "ffn_down_exps.weight" => ("w2", "down_proj"),
+    let projection = match part {
+        "ffn_gate_exps.weight" => gate,
+        "ffn_up_exps.weight" => up,
+        "ffn_down_exps.weight" => down,
         _ => return None,
     };
-    Some(match arch {
-        "llama" => format!("model.layers.{layer}.block_sparse_moe.experts.{{}}.{mixtral}.weight"),
-        _ => format!("model.layers.{layer}.mlp.experts.{{}}.{qwen}.weight"),
-    })
+    Some(format!("model.layers.{layer}.{module}.experts.{{}}.{projection}.weight"))
 }
 
 fn split_experts(
@@ -141,23 +141,41 @@ fn unpermute(tensor: &mut Tensor, heads: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::config::of_gguf;
 
     #[test]
     fn names_become_those_of_hugging_face() {
-        for (arch, from, to) in [
-            ("llama", "token_embd.weight", "model.embed_tokens.weight"),
-            ("llama", "blk.7.attn_q.weight", "model.layers.7.self_attn.q_proj.weight"),
-            ("qwen2", "blk.0.attn_k.bias", "model.layers.0.self_attn.k_proj.bias"),
-            ("llama", "blk.1.ffn_norm.weight", "model.layers.1.post_attention_layernorm.weight"),
-            ("gemma2", "blk.1.ffn_norm.weight", "model.layers.1.pre_feedforward_layernorm.weight"),
-            ("phi3", "blk.2.ffn_up.weight", "model.layers.2.mlp.gate_up_proj.weight"),
-            ("llama", "rope_freqs.weight", "rope_freqs.weight"),
+        for (arch, experts, from, to) in [
+            ("llama", 0, "token_embd.weight", "model.embed_tokens.weight"),
+            ("llama", 0, "blk.7.attn_q.weight", "model.layers.7.self_attn.q_proj.weight"),
+            ("qwen2", 0, "blk.0.attn_k.bias", "model.layers.0.self_attn.k_proj.bias"),
+            ("llama", 0, "blk.1.ffn_norm.weight", "model.layers.1.post_attention_layernorm.weight"),
+            (
+                "gemma2",
+                0,
+                "blk.1.ffn_norm.weight",
+                "model.layers.1.pre_feedforward_layernorm.weight",
+            ),
+            ("phi3", 0, "blk.2.ffn_up.weight", "model.layers.2.mlp.gate_up_proj.weight"),
+            (
+                "llama",
+                8,
+                "blk.2.ffn_gate_inp.weight",
+                "model.layers.2.block_sparse_moe.gate.weight",
+            ),
+            ("qwen3moe", 8, "blk.2.ffn_gate_inp.weight", "model.layers.2.mlp.gate.weight"),
+            ("llama", 0, "rope_freqs.weight", "rope_freqs.weight"),
         ] {
-            assert_eq!(translate(arch, from), to);
+            let (family, gguf) = of_gguf(arch, experts).unwrap();
+            assert_eq!(translate(family, gguf, from), to);
         }
-        assert_eq!(
-            expert_stack("qwen3moe", "blk.3.ffn_up_exps.weight").as_deref(),
-            Some("model.layers.3.mlp.experts.{}.up_proj.weight")
-        );
+        for (arch, part, name) in [
+            ("qwen3moe", "up", "model.layers.3.mlp.experts.{}.up_proj.weight"),
+            ("llama", "down", "model.layers.3.block_sparse_moe.experts.{}.w2.weight"),
+        ] {
+            let (family, _) = of_gguf(arch, 8).unwrap();
+            let stack = format!("blk.3.ffn_{part}_exps.weight");
+            assert_eq!(expert_stack(family, &stack).as_deref(), Some(name));
+        }
     }
 }

@@ -42,7 +42,6 @@ pub(super) struct Listing {
     siblings: Vec<RepositoryFile>,
 }
 
-/// A file of a repository.
 #[derive(Deserialize, Clone, Debug)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RepositoryFile {

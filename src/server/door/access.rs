@@ -12,7 +12,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 
-/// The header that names a request.
+/// The client's name for a request, or ours; every response has it.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Characters of a request's name.
 pub const REQUEST_ID_MAX: usize = 128;

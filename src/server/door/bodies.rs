@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-/// Bytes of one body.
+/// Bytes of one body; more are refused, whatever the settings allow.
 pub const BODY_BYTES_MAX: usize = 2 << 20;
 /// Bytes of all bodies that are being received or wait to be read.
 pub const BODIES_BYTES_MAX: usize = 256 << 20;

@@ -8,7 +8,7 @@ pub(super) fn below(bits: &mut Bits<'_>, limit: usize) -> usize {
     ((u128::from(bits()) * limit as u128) >> 64) as usize
 }
 
-/// One of a list.
+/// Draws an element; all are equally likely. The list must not be empty.
 pub(super) fn pick<'a, T: ?Sized>(bits: &mut Bits<'_>, list: &[&'a T]) -> &'a T {
     list[below(bits, list.len())]
 }

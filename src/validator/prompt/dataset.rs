@@ -19,7 +19,7 @@ const PASSAGE_CHARS_MAX: usize = 500;
 /// Where passages come from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Passages {
-    /// Our own.
+    /// The passages that this program brings.
     Ours,
     /// Those of a file; at least one.
     File(Vec<String>),
@@ -153,7 +153,6 @@ impl Passages {
         }
     }
 
-    /// One of its passages.
     pub(super) fn passage(&self, bits: &mut Bits<'_>) -> &str {
         match self {
             Passages::Ours => ours::passage(bits),

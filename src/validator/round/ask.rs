@@ -26,7 +26,7 @@ pub struct QueryPrompt {
 pub enum QueryContent {
     /// The list of messages, as JSON.
     Messages(Value),
-    /// The text.
+    /// The prompt of a completion.
     Text(String),
 }
 
@@ -43,7 +43,7 @@ impl QueryContent {
 /// How a miner must draw its tokens.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct QuerySampling {
-    /// The seed.
+    /// The request's `seed`.
     pub seed: u64,
     /// The temperature, below 1.
     pub temperature: f64,

@@ -65,7 +65,7 @@ impl Chance {
         self.below(1 << 16) as f64 / f64::from(1_u32 << 16)
     }
 
-    /// One of a list.
+    /// Draws an element; all are equally likely. An empty list has none.
     pub fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
         list.get(self.below(list.len() as u64) as usize)
     }

@@ -19,7 +19,7 @@ pub const REOPEN: f64 = ALARM / 2.0;
 pub struct Alarm {
     /// The round whose answer raised it.
     pub round: String,
-    /// Its block.
+    /// Block of that round.
     pub block: u64,
     /// Which sum: `margin`, `energy` or `joint`.
     pub test: String,

@@ -21,7 +21,7 @@ pub(super) type Findings<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
 /// What a round found about one miner, as far as a sample needs it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct MissReason {
-    /// The round.
+    /// Id of the round.
     pub round: String,
     /// The miner's place.
     pub uid: u16,
@@ -59,7 +59,7 @@ pub enum Organic {
 /// One sample, and why it is what it is.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Point {
-    /// Its round.
+    /// Id of the round that it was taken in.
     pub round: String,
     /// The block of the round.
     pub block: u64,

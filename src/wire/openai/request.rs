@@ -63,7 +63,7 @@ pub struct CompletionRequest {
 /// Fields of both endpoints. Numbers keep their sign, so that a negative one is refused by name.
 #[derive(Clone, Deserialize, Default, Debug, ToSchema)]
 pub struct Common {
-    /// Which model.
+    /// Name of the model that must answer.
     pub model: Option<String>,
     /// Most tokens to generate.
     #[serde(default, deserialize_with = "integer")]
@@ -137,7 +137,7 @@ pub struct Common {
     pub request_id: Option<String>,
     /// Send chunks as they come.
     pub stream: Option<bool>,
-    /// Options of the stream.
+    /// What a stream sends beside its tokens.
     pub stream_options: Option<StreamOptions>,
     /// Token strings become `token_id:<n>`.
     pub return_tokens_as_token_ids: Option<bool>,
@@ -207,7 +207,7 @@ pub struct ProofRequest {
     pub nonce: Option<String>,
 }
 
-/// Options of a stream.
+/// What a stream sends beside its tokens.
 #[derive(Clone, Copy, Deserialize, Default, Debug, ToSchema)]
 pub struct StreamOptions {
     /// A last chunk with the usage.

@@ -8,13 +8,13 @@ use utoipa::ToSchema;
 /// Token counts.
 #[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug, ToSchema)]
 pub struct Usage {
-    /// Tokens of the prompts.
+    /// Tokens of all prompts, cached ones included.
     pub prompt_tokens: usize,
     /// Both together.
     pub total_tokens: usize,
     /// Generated tokens.
     pub completion_tokens: usize,
-    /// Details of the prompts.
+    /// How many of the prompts' tokens came from a cache.
     pub prompt_tokens_details: PromptTokensDetails,
 }
 
@@ -48,7 +48,7 @@ pub struct ProofChunk {
     pub digest: String,
 }
 
-/// The end of a proof.
+/// What closes a proof: its root, what it is bound to, and who signs it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, ToSchema)]
 pub struct ProofEnd {
     /// Name of the scheme.
@@ -93,7 +93,7 @@ pub struct Extras {
     /// Proofs of hidden rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proof: Option<Proofs>,
-    /// End of the proof.
+    /// What closes the proof.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proof_end: Option<ProofEnd>,
 }
@@ -153,12 +153,12 @@ pub struct ChatMessage {
     pub role: &'static str,
     /// Its text; null beside calls without any.
     pub content: Option<String>,
-    /// The tools it calls.
+    /// Calls of the tools that the request offers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
 }
 
-/// A choice of one chat chunk.
+/// What a chat chunk adds to a choice.
 #[derive(Clone, Serialize, Debug)]
 pub struct ChatChunkChoice {
     /// Its number among the choices.
@@ -283,7 +283,7 @@ pub struct ErrorObject {
     pub code: ErrorCode,
 }
 
-/// The `code` of an error.
+/// What stands in `code`: a number or a word.
 #[derive(Clone, Copy, Serialize, PartialEq, Eq, Debug)]
 #[serde(untagged)]
 pub enum ErrorCode {

@@ -111,7 +111,7 @@ pub struct ToolCall {
     pub function: CalledFunction,
 }
 
-/// The function of a call.
+/// Which function a call names, and with what arguments.
 #[derive(Clone, Serialize, PartialEq, Eq, Default, Debug, ToSchema)]
 pub struct CalledFunction {
     /// Its name; with the first part.

@@ -120,7 +120,7 @@ fn write(dir: &Path, case: &Case) {
     std::fs::write(dir.join("config.json"), case.config.to_string()).unwrap();
     let spec = config::parse(&dir.join("config.json"), &case.config).unwrap();
     let mut noise = Noise(case.seed);
-    let centre = if spec.family == "gemma2" { 0.0 } else { 1.0 };
+    let centre = if spec.family.name == "gemma2" { 0.0 } else { 1.0 };
     let names = spec.tensor_names().into_iter().filter(|name| name != "rope_freqs.weight");
     let tensors: HashMap<String, (Vec<usize>, Vec<u8>)> = names
         .map(|name| {

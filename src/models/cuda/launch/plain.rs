@@ -80,7 +80,7 @@ pub struct Entry {
     pub sketch_key: u64,
     /// Key of the exact hash.
     pub exact_key: u64,
-    /// Position.
+    /// Position of the row in its sequence.
     pub position: u32,
     /// Place among the results; negative skips the row.
     pub slot: i32,
@@ -90,9 +90,9 @@ pub struct Entry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Query {
-    /// The row.
+    /// Index of the row of logits.
     pub row: u32,
-    /// The token.
+    /// Id of the token, or `u32::MAX`.
     pub token: u32,
 }
 
@@ -169,7 +169,7 @@ macro_rules! args {
 }
 pub(crate) use args;
 
-/// The bytes of values.
+/// Values as they are copied to a card.
 pub fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
     // SAFETY: `Plain` values are bytes without gaps, and live as long as the borrow.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }

@@ -35,7 +35,7 @@ impl Stream {
         Ok(Self { card: Arc::clone(card), stream, waits: Arc::default() })
     }
 
-    /// The card.
+    /// The card that its work runs on.
     pub fn card(&self) -> &Arc<Card> {
         &self.card
     }
@@ -113,11 +113,11 @@ impl Stream {
 /// One launch of a kernel.
 #[derive(Clone, PartialEq)]
 pub struct Launch {
-    /// The kernel.
+    /// Name of the kernel in its module.
     pub kernel: &'static str,
     /// Thread blocks.
     pub grid: [usize; 3],
-    /// Threads of each.
+    /// Threads of each thread block.
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: usize,

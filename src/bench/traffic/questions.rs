@@ -1,10 +1,9 @@
 //! Makes the requests of `bench serve`: prompts that no cache knows, of one length or as a
-//! validator draws them.
+//! validator draws them. The same seed makes the same requests.
 
-use crate::bench::traffic::heard::LoadRequest;
+use super::heard::LoadRequest;
 use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt, QuerySampling, body};
 use crate::validator::round::chance::Chance;
-use clap::ValueEnum;
 use serde_json::json;
 
 /// Words that prompts are made of.
@@ -18,16 +17,18 @@ const WORDS: [&str; 32] = [
 const SHORTEST: f64 = 512.0 / 1920.0;
 
 /// What is asked.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Debug)]
-pub(super) enum Shape {
-    /// Prompts and answers of one length.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shape {
+    /// Prompts and answers of one length, greedy.
     Fixed,
-    /// What a validator of the subnet asks.
+    /// What a validator of the subnet asks: half chat and half completions, with its ranges of
+    /// temperature, seed and length.
     Targon,
 }
 
 impl Shape {
-    pub(super) fn name(self) -> &'static str {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Fixed => "fixed",
             Self::Targon => "targon",
@@ -36,20 +37,32 @@ impl Shape {
 }
 
 /// All that is asked, by number.
-pub(super) struct Questions {
-    pub(super) shape: Shape,
-    pub(super) model: String,
-    pub(super) is_completion: bool,
-    pub(super) words: usize,
-    pub(super) tokens: u32,
-    pub(super) ignores_eos: bool,
-    pub(super) is_repeated: bool,
-    pub(super) seed: u64,
+#[derive(Clone, Debug)]
+pub struct Questions {
+    /// What is asked.
+    pub shape: Shape,
+    /// The model's name at the server.
+    pub model: String,
+    /// Whether [`Shape::Fixed`] uses the completions endpoint instead of chat.
+    pub is_completion: bool,
+    /// Words of a prompt, at least 9; about as many tokens.
+    pub words: usize,
+    /// Tokens of an answer; with [`Shape::Targon`] the most.
+    pub tokens: u32,
+    /// Whether [`Shape::Fixed`] asks for answers that end only at their length.
+    pub ignores_eos: bool,
+    /// Whether the first prompt is asked again and again.
+    pub is_repeated: bool,
+    /// Decides all that is drawn.
+    pub seed: u64,
 }
 
 impl Questions {
     /// Makes request number `index`.
-    pub(super) fn ask(&self, index: u64) -> anyhow::Result<LoadRequest> {
+    ///
+    /// # Errors
+    /// As for [`body`].
+    pub fn ask(&self, index: u64) -> anyhow::Result<LoadRequest> {
         let index = if self.is_repeated { 0 } else { index };
         let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));
         let is_completion = match self.shape {
