@@ -5,7 +5,8 @@ use super::out::outln;
 use super::progress::{Bars, table};
 use super::shared::ModelsArg;
 use super::shared::runtime;
-use crate::lifecycle::load::{Left, locate, plan};
+use crate::lifecycle::load::locate;
+use crate::lifecycle::rooms::Rooms;
 use clap::Args;
 
 /// Arguments of `plan`.
@@ -19,15 +20,21 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
     let bars = Bars::new();
     let runtime = runtime()?;
-    let mut left = Left::default();
-    let mut rows = Vec::new();
+    let rooms = Rooms::default();
+    let (mut rows, mut leases) = (Vec::new(), Vec::new());
     for model in config.models {
         let name = model.name.clone();
         let located = runtime.block_on(locate(model, &bars));
-        let planned = located.and_then(|located| plan(&located, &mut left));
-        rows.push((name, planned));
+        let planned = located.and_then(|located| rooms.plan(&located));
+        rows.push((
+            name,
+            planned.map(|(plan, lease)| {
+                leases.push(lease);
+                plan
+            }),
+        ));
     }
-    outln!("{}", table(&rows, &left.free()));
+    outln!("{}", table(&rows, &rooms.free()));
     match rows.iter().find_map(|(name, plan)| plan.as_ref().err().map(|why| (name, why))) {
         Some((name, why)) => Err(Failure::user(format!("{name} cannot be served: {why}"))),
         None => Ok(()),

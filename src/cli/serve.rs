@@ -11,8 +11,9 @@ use super::{Failure, logging};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
 use crate::intake::translate::Defaults;
-use crate::lifecycle::load::{Progress, start_models};
+use crate::lifecycle::load::{Loading, Progress, start_models};
 use crate::lifecycle::reload::{Reloader, Stamp, stamp};
+use crate::lifecycle::rooms::Rooms;
 use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::models::pass::LogprobMode;
 use crate::ops::CANON;
@@ -124,20 +125,20 @@ async fn serve(
     let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
     let shown: Arc<dyn Progress> = Arc::new(Bars::new());
-    let (threads, time) = (pool.clone(), clock.clone());
-    let loading = tokio::spawn(start_models(models, announced, threads, time, shown.clone()));
+    let rooms = Rooms::default();
+    let loading = Loading { registry: announced, pool, clock, rooms, shown };
+    let started = tokio::spawn(start_models(models, loading.clone()));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome).map(|()| None),
-        ready = loading => if !ready.map_err(Failure::ours)? {
+        ready = started => if !ready.map_err(Failure::ours)? {
             return Err(Failure::user(describe_failures(&registry)));
         },
     }
     let (path, keys) = (args.models.path, args.api_key);
     let open = (local, is_miner);
     let set_log = logging::set;
-    let reloader =
-        Reloader { path, seen, keys, log, set_log, config, state, pool, clock, open, shown };
+    let reloader = Reloader { path, seen, keys, log, set_log, config, state, loading, open };
     let (outcome, newer) = tokio::select! {
         outcome = &mut serving => return finish(outcome).map(|()| None),
         outcome = follow(reloader, registry) => return outcome.map(|()| None),

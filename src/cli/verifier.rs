@@ -9,7 +9,8 @@ use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
-use crate::lifecycle::load::start_models;
+use crate::lifecycle::load::{Loading, start_models};
+use crate::lifecycle::rooms::Rooms;
 use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
@@ -64,7 +65,9 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     let stall_time = settings.limits.stall_time;
     tokio::spawn(feed_watchdog(registry.clone(), move || stall_time));
     let shown = Arc::new(Bars::new());
-    let loading = tokio::spawn(start_models(config.models, announced, pool, clock, shown));
+    let rooms = Rooms::default();
+    let loading = Loading { registry: announced, pool, clock, rooms, shown };
+    let loading = tokio::spawn(start_models(config.models, loading));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return finish(outcome),

@@ -110,8 +110,9 @@ impl Live {
         let scores = Scores {
             rules: if is_drawn { self.draw.rules(request, drafts)? } else { plain.rules },
             mode: if is_drawn { request.logprob_mode } else { plain.mode },
-            top: if request.logprob_ids.is_empty() { count } else { 0 },
-            ids: request.logprob_ids.clone(),
+            // Chosen ids stand in place of an output's alternatives, not of a prompt's.
+            top: if is_drawn && !request.logprob_ids.is_empty() { 0 } else { count },
+            ids: if is_drawn { request.logprob_ids.clone() } else { plain.ids },
             ..plain
         };
         let proof = request.proof.as_ref().filter(|_| is_drawn);

@@ -449,7 +449,8 @@ impl Scheduler {
         assert!(self.waiting.iter().all(|s| s.table.ids().is_empty() && s.computed == 0));
         assert!(self.running.len() <= self.limits.sequences_max);
         let decodes = plan.slices.iter().filter(|s| s.tokens.len() == 1 + s.drafts).count();
-        assert!(plan.rows() <= self.limits.step_tokens_max.max(decodes));
+        let mixed = self.limits.mixed_budget(decodes);
+        assert!(plan.rows() <= self.limits.step_tokens_max.max(mixed));
         for slice in &plan.slices {
             assert!(slice.blocks.len() * BLOCK_TOKENS >= slice.start + slice.tokens.len());
         }

@@ -177,25 +177,56 @@ pub fn whole(field: &str, value: Option<i64>, low: i64) -> Result<Option<usize>,
     }
 }
 
-/// How the response is to be written; `top` is the chat endpoint's count of alternatives.
-pub fn report(
-    common: &Common,
+/// How many alternatives a chat asks for; `None` without log-probabilities. `logprobs` is true or
+/// false there, and 1 and 0 mean the same; another number counts alternatives as in completions.
+///
+/// # Errors
+/// What is out of bounds, or said twice.
+pub fn chat_logprobs(
+    logprobs: Option<Logprobs>,
     top: Option<i64>,
-    defaults: Defaults,
-) -> Result<ResponseOptions, RequestError> {
+) -> Result<Option<usize>, RequestError> {
     let top = whole("top_logprobs", top, 0)?;
     if let Some(count) = top.filter(|count| *count > TOP_LOGPROBS_MAX) {
         let what = format!("must be at most {TOP_LOGPROBS_MAX}, got {count}");
         return Err(RequestError::field("top_logprobs", what));
     }
-    let logprobs = match (common.logprobs, top) {
-        (None | Some(Logprobs::Flag(false)), Some(1..)) => {
-            return Err(RequestError::field("top_logprobs", "needs `logprobs` to be true"));
+    match (logprobs, top) {
+        (None | Some(Logprobs::Flag(false) | Logprobs::Count(0)), Some(1..)) => {
+            Err(RequestError::field("top_logprobs", "needs `logprobs` to be true"))
         }
-        (None | Some(Logprobs::Flag(false)), _) => None,
-        (Some(Logprobs::Flag(true)), top) => Some(top.unwrap_or(0)),
-        (Some(Logprobs::Count(count)), _) => whole("logprobs", Some(count), 0)?,
-    };
+        (None | Some(Logprobs::Flag(false) | Logprobs::Count(0)), _) => Ok(None),
+        (Some(Logprobs::Flag(true)), top) => Ok(Some(top.unwrap_or(0))),
+        (Some(Logprobs::Count(1)), Some(top)) => Ok(Some(top)),
+        (Some(Logprobs::Count(count)), Some(_)) => {
+            let what = format!("must be true or false beside `top_logprobs`, got {count}");
+            Err(RequestError::field("logprobs", what))
+        }
+        (Some(Logprobs::Count(count)), None) => whole("logprobs", Some(count), 0),
+    }
+}
+
+/// How many alternatives a completion asks for: there `true` has always meant one.
+///
+/// # Errors
+/// When it is negative.
+pub fn completion_logprobs(logprobs: Option<Logprobs>) -> Result<Option<usize>, RequestError> {
+    match logprobs {
+        None | Some(Logprobs::Flag(false)) => Ok(None),
+        Some(Logprobs::Flag(true)) => Ok(Some(1)),
+        Some(Logprobs::Count(count)) => whole("logprobs", Some(count), 0),
+    }
+}
+
+/// How the response is to be written, with `logprobs` alternatives.
+///
+/// # Errors
+/// 400 that names the field.
+pub fn report(
+    common: &Common,
+    logprobs: Option<usize>,
+    defaults: Defaults,
+) -> Result<ResponseOptions, RequestError> {
     let mode = match common.logprobs_mode.as_deref() {
         None => defaults.logprob_mode,
         Some("raw") => LogprobMode::Raw,

@@ -7,15 +7,15 @@ use super::error::RequestError;
 use super::prompt::{Room, chat_prompt, completion_prompts, count_prompts};
 use super::tools::ToolParser;
 use super::translate::{
-    COMPLETION_TOKENS_DEFAULT, Defaults, FieldNames, ResponseOptions, Translator, refuse_in_chats,
-    refuse_unsupported, report, whole,
+    COMPLETION_TOKENS_DEFAULT, Defaults, FieldNames, ResponseOptions, Translator, chat_logprobs,
+    completion_logprobs, refuse_in_chats, refuse_unsupported, report, whole,
 };
 use super::work::{self, weight};
 use crate::engine::request::Request;
 use crate::entropy::Entropy;
 use crate::models::chat::ChatTemplate;
 use crate::models::text::Text;
-use crate::wire::openai::request::{Common, Logprobs};
+use crate::wire::openai::request::Common;
 use crate::wire::openai::{ChatRequest, CompletionRequest, Prompt};
 use std::sync::Arc;
 
@@ -63,7 +63,8 @@ impl Reader<'_> {
         let common = &request.common;
         refuse_unsupported(&common.unknown)?;
         refuse_in_chats(&common.unknown)?;
-        let report = report(common, request.top_logprobs, self.defaults)?;
+        let logprobs = chat_logprobs(common.logprobs, request.top_logprobs)?;
+        let report = report(common, logprobs, self.defaults)?;
         let newer = whole("max_completion_tokens", request.max_completion_tokens, 1)?;
         let older = whole("max_tokens", common.max_tokens, 1)?;
         let limit = if newer.is_some() { "max_completion_tokens" } else { "max_tokens" };
@@ -82,15 +83,12 @@ impl Reader<'_> {
     /// # Errors
     /// 400 that names the field.
     pub async fn completion(self, request: &CompletionRequest) -> Result<Understood, RequestError> {
-        let mut common = request.common.clone();
-        // Here `true` has always meant one alternative.
-        if common.logprobs == Some(Logprobs::Flag(true)) {
-            common.logprobs = Some(Logprobs::Count(1));
-        }
+        let common = request.common.clone();
         refuse_unsupported(&common.unknown)?;
         refuse_completion_fields(request)?;
         let echo = request.echo == Some(true);
-        let report = ResponseOptions { echo, ..report(&common, None, self.defaults)? };
+        let logprobs = completion_logprobs(common.logprobs)?;
+        let report = ResponseOptions { echo, ..report(&common, logprobs, self.defaults)? };
         // Nothing need be generated where the prompt is what is asked about.
         let low = i64::from(!report.echo && report.prompt_logprobs.is_none());
         let max_tokens = whole("max_tokens", common.max_tokens, low)?;

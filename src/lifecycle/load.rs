@@ -1,61 +1,53 @@
 //! Takes models.toml to running engines: files, memory plan and weights, each step with progress.
 
+use super::located::{BOUNDLESS, Located};
 use super::prefixes;
+use super::rooms::{Lease, Rooms};
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::engine::Engine;
 #[cfg(not(feature = "mistralrs"))]
 use crate::engine::backend::BackendError;
 use crate::engine::backend::BackendKind;
-use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
-use crate::models::checkpoint::Checkpoint;
-use crate::models::device::{Device, DeviceError};
-use crate::models::error::LoadError;
+use crate::models::Identity;
+use crate::models::device::Device;
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::panics::contained;
-use crate::models::{Identity, Model, config};
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
 use anyhow::anyhow;
 use futures_util::future::join_all;
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-/// A model whose files are on this machine.
-pub struct Located {
-    /// What the file says of it.
-    pub config: ModelConfig,
-    /// Its directory, or its GGUF file.
-    pub path: PathBuf,
-    /// Its commit on the Hub, or where it lies.
-    pub revision: String,
-}
-
-impl Located {
-    /// Loads the model onto its device, computing as the models file says. `progress` gets the
-    /// layers that are loaded, and all.
-    ///
-    /// # Errors
-    /// What is wrong with its files or its device, or that the device cannot compute so.
-    pub fn load_model(
-        &self,
-        pool: &Pool,
-        progress: impl Fn(usize, usize),
-    ) -> Result<Model, LoadError> {
-        let ModelConfig { device, dtype, arithmetic, .. } = self.config;
-        Model::load_on(device, &self.path, dtype, pool, progress)?.computing(arithmetic)
-    }
-}
+/// How long a model waits for the memory of models that are no longer wanted.
+const LEAVING_MAX: Duration = Duration::from_secs(600);
+/// How often it looks whether they are gone.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// A model with its memory plan.
-pub struct Planned {
-    /// The model.
-    pub located: Located,
-    /// What it will need of memory.
-    pub plan: MemoryPlan,
+struct Planned {
+    located: Located,
+    plan: MemoryPlan,
+    lease: Lease,
+}
+
+/// What loading models needs.
+#[derive(Clone)]
+pub struct Loading {
+    /// Has announced the models.
+    pub registry: Registry,
+    /// Compute threads.
+    pub pool: Pool,
+    /// Times the loading.
+    pub clock: Clock,
+    /// Where memory is accounted for.
+    pub rooms: Rooms,
+    /// Shows how loading goes.
+    pub shown: Arc<dyn Progress>,
 }
 
 /// Each model's name and its plan, or why it has none.
@@ -96,109 +88,38 @@ pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> anyhow::Result
     Ok(Located { config, path, revision })
 }
 
-/// What each device has left for models.
-#[derive(Default)]
-pub struct Left(HashMap<Device, Room>);
-
-/// Bytes of a device: what it had free when it was first asked, and what is left of that.
-#[derive(Clone, Copy)]
-struct Room {
-    free: u64,
-    left: u64,
-}
-
-impl Left {
-    /// Bytes of a device: what it has free, less what was [taken](Self::take) since.
-    ///
-    /// # Errors
-    /// When there is no such device.
-    pub fn of(&mut self, device: Device) -> Result<u64, DeviceError> {
-        let device = device.resolved();
-        if let Some(room) = self.0.get(&device) {
-            return Ok(room.left);
-        }
-        let free = device.free_memory()?.unwrap_or_else(|| memory().available);
-        self.0.insert(device, Room { free, left: free });
-        Ok(free)
-    }
-
-    /// The processor and every card that a model asked for, with the bytes that each had free
-    /// before any model took some.
-    pub fn free(&self) -> Vec<(Device, u64)> {
-        let mut free: Vec<(Device, u64)> =
-            self.0.iter().map(|(device, room)| (*device, room.free)).collect();
-        if !self.0.contains_key(&Device::Cpu) {
-            free.push((Device::Cpu, memory().available));
-        }
-        free.sort();
-        free
-    }
-
-    /// Gives some of it to a model.
-    pub fn take(&mut self, device: Device, bytes: u64) {
-        if let Some(room) = self.0.get_mut(&device.resolved()) {
-            room.left = room.left.saturating_sub(bytes);
-        }
-    }
-}
-
-/// Plans one model into what its device has left, and takes that; from its headers alone.
-///
-/// # Errors
-/// Why it does not fit or cannot be planned, in words.
-pub fn plan(located: &Located, left: &mut Left) -> anyhow::Result<MemoryPlan> {
-    let device = located.config.device;
-    let plan = plan_within(located, left.of(device)?)?;
-    left.take(device, plan.total());
-    Ok(plan)
-}
-
-/// Plans one model into `available` bytes of its device.
-///
-/// # Errors
-/// As for [`plan`].
-pub fn plan_within(located: &Located, available: u64) -> anyhow::Result<MemoryPlan> {
-    contained("planning it", || {
-        let checkpoint = Checkpoint::open(&located.path)?;
-        let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
-        let ModelConfig { device, wanted, backend, .. } = located.config;
-        Ok(MemoryPlan::with(backend, device, &spec, wanted, available)?)
-    })?
-}
-
-/// Locates, plans and loads the models that `registry` announced; false when none is ready.
-pub async fn start_models(
-    models: Vec<ModelConfig>,
-    registry: Registry,
-    pool: Pool,
-    clock: Clock,
-    shown: Arc<dyn Progress>,
-) -> bool {
+/// Locates, plans and loads the models that the registry announced; false when none is ready.
+pub async fn start_models(models: Vec<ModelConfig>, loading: Loading) -> bool {
+    let Loading { registry, shown, rooms, .. } = &loading;
     let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
-    let located = join_all(models.into_iter().map(|m| locate(m, &*shown))).await;
-    let (mut left, mut rows, mut planned) = (Left::default(), Vec::new(), Vec::new());
+    let located = join_all(models.into_iter().map(|m| locate(m, &**shown))).await;
+    let (mut rows, mut planned) = (Vec::new(), Vec::new());
     for (name, located) in names.into_iter().zip(located) {
-        let plan = located.and_then(|located| {
-            let plan = plan(&located, &mut left)?;
-            registry.set(&name, Some(located.revision.clone()), State::Loading);
-            planned.push(Planned { located, plan });
-            Ok(plan)
+        let plan = match located {
+            Ok(located) => loading.plan(located).await,
+            Err(why) => Err(why),
+        };
+        rows.push(match plan {
+            Ok(ready) => {
+                registry.set(&name, Some(ready.located.revision.clone()), State::Loading);
+                let plan = ready.plan;
+                planned.push(ready);
+                (name, Ok(plan))
+            }
+            Err(why) => {
+                tracing::error!(model = name, "cannot be served: {why}");
+                registry.set(&name, None, State::Failed(why.to_string()));
+                (name, Err(why))
+            }
         });
-        if let Err(why) = &plan {
-            tracing::error!(model = name, "cannot be served: {why}");
-            registry.set(&name, None, State::Failed(why.to_string()));
-        }
-        rows.push((name, plan));
     }
-    shown.planned(&rows, &left.free());
+    shown.planned(&rows, &rooms.free());
     let kept = |p: &Planned| {
         Some((p.located.config.name.clone(), p.located.config.prefix_cache_file.clone()?))
     };
     let kept: Vec<(String, PathBuf)> = planned.iter().filter_map(kept).collect();
-    let models = registry.clone();
-    let started = tokio::task::spawn_blocking(move || {
-        start_all(planned, &models, &pool, &clock, &*shown) > 0
-    });
+    let all = loading.clone();
+    let started = tokio::task::spawn_blocking(move || all.start_all(planned) > 0);
     let is_any_ready = started.await.unwrap_or(false);
     for (name, file) in kept {
         if let Some(State::Ready(served)) = registry.entry(&name).map(|entry| entry.state) {
@@ -208,86 +129,102 @@ pub async fn start_models(
     is_any_ready
 }
 
-/// Loads weights and starts the engine of each planned model, side by side, and records the outcome
-/// in the registry. Returns how many are ready.
-fn start_all(
-    planned: Vec<Planned>,
-    registry: &Registry,
-    pool: &Pool,
-    clock: &Clock,
-    shown: &dyn Progress,
-) -> usize {
-    let outcomes = std::thread::scope(|scope| {
-        let threads: Vec<_> = planned
-            .iter()
-            .map(|p| scope.spawn(|| start_one(p, registry, pool.clone(), clock.clone(), shown)))
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap_or(false)).collect::<Vec<_>>()
-    });
-    outcomes.into_iter().filter(|is_ready| *is_ready).count()
-}
-
-fn start_one(
-    planned: &Planned,
-    registry: &Registry,
-    pool: Pool,
-    clock: Clock,
-    shown: &dyn Progress,
-) -> bool {
-    let name = &planned.located.config.name;
-    let started = clock.elapsed();
-    let progress = |done: usize, layers: usize| shown.layers(name, done, layers);
-    let loaded = contained("loading it", || load_one(planned, pool, clock.clone(), progress));
-    let loaded = loaded.unwrap_or_else(|e| Err(e.into()));
-    shown.ended(name);
-    match loaded {
-        Ok(served) => {
-            let seconds = (clock.elapsed() - started).as_secs_f64();
-            let dtype = served.identity.type_name();
-            let weights = to_hex(&served.identity.weights_root);
-            let (device, backend) = (served.model.weights.device(), served.engine.info().backend);
-            let canon = &served.identity.canon;
-            let model = name;
-            tracing::info!(model, ?backend, %device, %canon, dtype, weights, seconds, "ready");
-            let is_wanted = registry.set(name, None, State::Ready(Box::new(served)));
-            if !is_wanted {
-                tracing::info!(model, "dropped again: the models file wants it otherwise by now");
+impl Loading {
+    /// Plans a model. Where memory that it wants belongs to models that are leaving, it waits for
+    /// them, for a limited time; then it takes what there is.
+    async fn plan(&self, located: Located) -> anyhow::Result<Planned> {
+        let wanted = located.plan_within(BOUNDLESS)?.total();
+        let (name, device) = (located.config.name.clone(), located.config.device);
+        let (started, mut is_told) = (self.clock.elapsed(), false);
+        loop {
+            // Asked first: what leaves after this question is seen by the plan.
+            let leaving = self.rooms.leaving(device);
+            let planned = self.rooms.plan(&located);
+            let is_whole = planned.as_ref().is_ok_and(|(plan, _)| plan.total() >= wanted);
+            if is_whole || leaving.is_empty() || self.clock.elapsed() - started > LEAVING_MAX {
+                let (plan, lease) = planned?;
+                return Ok(Planned { located, plan, lease });
             }
-            is_wanted
-        }
-        Err(why) => {
-            tracing::error!(model = name, "cannot be served: {why}");
-            registry.set(name, None, State::Failed(why.to_string()));
-            false
+            if !std::mem::replace(&mut is_told, true) {
+                let leaving = leaving.join(", ");
+                tracing::info!(model = name, "waits for the memory of {leaving}");
+            }
+            drop(planned);
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
-}
 
-fn load_one(
-    planned: &Planned,
-    pool: Pool,
-    clock: Clock,
-    progress: impl Fn(usize, usize),
-) -> anyhow::Result<Served> {
-    match planned.located.config.backend {
-        BackendKind::Native => load_native(planned, pool, clock, progress),
-        #[cfg(feature = "mistralrs")]
-        BackendKind::Mistralrs => {
-            let Planned { located, plan } = planned;
-            super::mistral::load(&located.config, &located.path, plan.options, &pool, clock)
+    /// Loads weights and starts the engine of each planned model, side by side, and records the
+    /// outcome in the registry. Returns how many are ready.
+    fn start_all(&self, planned: Vec<Planned>) -> usize {
+        let outcomes = std::thread::scope(|scope| {
+            let start = |planned: Planned| scope.spawn(move || self.start_one(planned));
+            let threads: Vec<_> = planned.into_iter().map(start).collect();
+            threads.into_iter().map(|t| t.join().unwrap_or(false)).collect::<Vec<_>>()
+        });
+        outcomes.into_iter().filter(|is_ready| *is_ready).count()
+    }
+
+    fn start_one(&self, planned: Planned) -> bool {
+        let Self { registry, clock, shown, .. } = self;
+        let Planned { located, plan, lease } = planned;
+        let name = &located.config.name;
+        let started = clock.elapsed();
+        let loaded = contained("loading it", || self.load_one(&located, &plan));
+        let loaded = loaded.unwrap_or_else(|e| Err(e.into()));
+        shown.ended(name);
+        match loaded {
+            Ok(served) => {
+                lease.hand_over(&served.model);
+                let seconds = (clock.elapsed() - started).as_secs_f64();
+                let dtype = served.identity.type_name();
+                let weights = to_hex(&served.identity.weights_root);
+                let (device, backend) =
+                    (served.model.weights.device(), served.engine.info().backend);
+                let canon = &served.identity.canon;
+                let model = name;
+                tracing::info!(
+                    model, ?backend, %device, %canon, dtype, weights, seconds, "ready"
+                );
+                let is_wanted = registry.set(name, None, State::Ready(Box::new(served)));
+                if !is_wanted {
+                    let what = "dropped again: the models file wants it otherwise by now";
+                    tracing::info!(model, "{what}");
+                }
+                is_wanted
+            }
+            Err(why) => {
+                tracing::error!(model = name, "cannot be served: {why}");
+                registry.set(name, None, State::Failed(why.to_string()));
+                false
+            }
         }
-        #[cfg(not(feature = "mistralrs"))]
-        BackendKind::Mistralrs => Err(BackendError::NotBuilt("mistralrs").into()),
+    }
+
+    fn load_one(&self, located: &Located, plan: &MemoryPlan) -> anyhow::Result<Served> {
+        let (pool, clock) = (self.pool.clone(), self.clock.clone());
+        match located.config.backend {
+            BackendKind::Native => {
+                let name = &located.config.name;
+                let progress = |done: usize, layers: usize| self.shown.layers(name, done, layers);
+                load_native(located, plan, (pool, clock), progress)
+            }
+            #[cfg(feature = "mistralrs")]
+            BackendKind::Mistralrs => {
+                super::mistral::load(&located.config, &located.path, plan.options, &pool, clock)
+            }
+            #[cfg(not(feature = "mistralrs"))]
+            BackendKind::Mistralrs => Err(BackendError::NotBuilt("mistralrs").into()),
+        }
     }
 }
 
 fn load_native(
-    planned: &Planned,
-    pool: Pool,
-    clock: Clock,
+    located: &Located,
+    plan: &MemoryPlan,
+    (pool, clock): (Pool, Clock),
     progress: impl Fn(usize, usize),
 ) -> anyhow::Result<Served> {
-    let Planned { located, plan } = planned;
     let model = Arc::new(located.load_model(&pool, progress)?);
     let identity = Identity::of(&model, &pool)?;
     let kernels = match model.weights.device() {

@@ -1,5 +1,6 @@
 //! Manages the models of a models file: they are located or downloaded, planned and loaded
-//! ([`load`]), updated when the file changes ([`reload`]), and monitored ([`watch`]).
+//! ([`load`]), updated when the file changes ([`reload`]), and monitored ([`watch`]); [`rooms`]
+//! keeps account of memory.
 //!
 //! Models to verify with are loaded by [`verifiers`] for captured answers, and by [`residents`] for
 //! a validator, which may have them in memory in turn. [`pairs`] checks captured honest answers
@@ -8,11 +9,13 @@
 //! Nothing here prints; the caller says how progress is shown ([`load::Progress`]).
 
 pub mod load;
+pub mod located;
 #[cfg(feature = "mistralrs")]
 mod mistral;
 pub mod pairs;
 mod prefixes;
 pub mod reload;
 pub mod residents;
+pub mod rooms;
 pub mod verifiers;
 pub mod watch;

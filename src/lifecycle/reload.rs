@@ -1,15 +1,12 @@
 //! Reads models.toml again while the server runs: at SIGHUP, and when the file changes.
 
-use super::load::{Progress, start_models};
-use crate::clock::Clock;
+use super::load::{Loading, start_models};
 use crate::config::models_toml::{self, Config, ModelConfig};
-use crate::ops::pool::Pool;
 use crate::server::listen::check_open;
 use crate::server::registry::State;
 use crate::server::state::ServerState;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -41,14 +38,10 @@ pub struct Reloader {
     pub config: Config,
     /// Whose models and settings follow the file.
     pub state: ServerState,
-    /// Compute threads.
-    pub pool: Pool,
-    /// Times the loading.
-    pub clock: Clock,
+    /// What models are loaded with, as the first ones were.
+    pub loading: Loading,
     /// Where the open routes listen, and whether this is a miner.
     pub open: (SocketAddr, bool),
-    /// Shows how loading goes.
-    pub shown: Arc<dyn Progress>,
 }
 
 impl Reloader {
@@ -106,6 +99,7 @@ impl Reloader {
         for gone in old.iter().filter(|m| !models.contains(m)) {
             tracing::info!(model = gone.name, "removed; what runs on it goes on to its end");
             registry.remove(&gone.name);
+            self.loading.rooms.leave(&gone.name);
         }
         let has_failed = |name: &str| {
             registry.entry(name).is_some_and(|entry| matches!(entry.state, State::Failed(_)))
@@ -118,9 +112,9 @@ impl Reloader {
         for model in &wanted {
             tracing::info!(model = model.name, "loading");
             registry.remove(&model.name);
+            self.loading.rooms.leave(&model.name);
         }
-        let announced = registry.announce(wanted.iter().map(|m| m.name.clone()));
-        let (pool, clock) = (self.pool.clone(), self.clock.clone());
-        tokio::spawn(start_models(wanted, announced, pool, clock, self.shown.clone()));
+        let registry = registry.announce(wanted.iter().map(|m| m.name.clone()));
+        tokio::spawn(start_models(wanted, Loading { registry, ..self.loading.clone() }));
     }
 }

@@ -1,7 +1,8 @@
 //! Prepares the models that a validator verifies with: computes what memory each needs, and loads
 //! one when the validator asks for it.
 
-use super::load::{self, Located, Progress};
+use super::load::{self, Progress};
+use super::located::{BOUNDLESS, Located};
 use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
 use crate::engine::Engine;
@@ -22,9 +23,6 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-
-/// What a plan is made for before it is compared with the memory there is.
-const BOUNDLESS: u64 = 1 << 60;
 
 /// A limits file for a model that is none of those that were loaded.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -201,10 +199,10 @@ async fn plan(
     let (slots, budget) = (needs.slots(), needs.budget);
     config.wanted = wanted(config.wanted, slots);
     let mut located = load::locate(config, shown).await?;
-    let mut plan = load::plan_within(&located, BOUNDLESS)?;
+    let mut plan = located.plan_within(BOUNDLESS)?;
     if let Some(tokens) = needs.tokens.filter(|tokens| *tokens < plan.options.context_max) {
         located.config.wanted.context_max = Some(tokens);
-        plan = load::plan_within(&located, BOUNDLESS)?;
+        plan = located.plan_within(BOUNDLESS)?;
     }
     let (needed, context) = (plan.total(), plan.options.context_max);
     if needed > budget {
@@ -228,7 +226,7 @@ struct Loader {
 impl Loader {
     fn load(&self, name: &str) -> anyhow::Result<Resident> {
         let located = self.found.get(name).context("the models file does not have it")?;
-        let whole = load::plan_within(located, BOUNDLESS)?.options;
+        let whole = located.plan_within(BOUNDLESS)?.options;
         let model = Arc::new(located.load_model(&self.pool, |_, _| {})?);
         let ResidentRules { limits, exact, scrutiny } = &self.rules;
         let scrutiny = scrutiny.on(&model)?;

@@ -1,6 +1,7 @@
 //! Loads models to verify with, each once, when it is first needed.
 
 use super::load::{self, Progress};
+use super::rooms::Rooms;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::models::Identity;
 use crate::ops::pool::Pool;
@@ -146,7 +147,7 @@ async fn load_one(
     shown: &dyn Progress,
 ) -> anyhow::Result<Verifier> {
     let located = load::locate(config, shown).await?;
-    let plan = load::plan(&located, &mut load::Left::default())?;
+    let plan = Rooms::default().plan(&located)?.0;
     let model = located.load_model(pool, |_, _| {})?;
     let scrutiny = scrutiny.on(&model)?;
     let identity = Identity::of(&model, pool)?;

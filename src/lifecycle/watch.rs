@@ -17,11 +17,11 @@ pub fn describe_failures(registry: &Registry) -> String {
 
 /// Marks models whose engines were given up as failed; completes once that leaves none.
 pub async fn last_engine_death(registry: Registry) -> String {
+    let mut last = None;
     loop {
         let entries = registry.entries();
         let is_dead =
             |e: &&ModelEntry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
-        let mut last = None;
         for ModelEntry { name, .. } in entries.iter().filter(is_dead) {
             let why = "its engine failed again and again, or lost its device; a reload tries anew"
                 .to_owned();
@@ -30,10 +30,10 @@ pub async fn last_engine_death(registry: Registry) -> String {
             last = Some(name.clone());
         }
         let is_over = |e: ModelEntry| matches!(e.state, State::Failed(_));
-        if let Some(name) = last
+        if let Some(name) = &last
             && registry.entries().into_iter().all(is_over)
         {
-            return name;
+            return name.clone();
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

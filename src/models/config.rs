@@ -80,6 +80,7 @@ fn check_shape(c: &Config<'_>, spec: &Spec) -> Result<(), LoadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::rowwise::Activation;
     use serde_json::json;
 
     fn base() -> Value {
@@ -101,6 +102,32 @@ mod tests {
         let spec = parse(Path::new("config.json"), &base()).unwrap();
         assert_eq!((spec.attention.head_dim, spec.qkv_rows()), (16, 128));
         assert!(!spec.tied && spec.attention.windows == [None, None]);
+    }
+
+    #[test]
+    fn absent_keys_have_their_librarys_defaults_and_null_takes_away() {
+        let of = |family: &str, key: Option<(&str, Value)>| {
+            let mut json = base();
+            json["model_type"] = json!(family);
+            json.as_object_mut().unwrap().remove("hidden_act");
+            (json["num_local_experts"], json["num_experts_per_tok"]) = (json!(4), json!(2));
+            if let Some((key, value)) = key {
+                json[key] = value;
+            }
+            parse(Path::new("config.json"), &json).unwrap()
+        };
+        let gemma = of("gemma2", None);
+        assert_eq!((gemma.attention.softcap, gemma.logit_softcap), (Some(50.0), Some(30.0)));
+        assert_eq!(gemma.attention.scale, 1.0 / 16.0);
+        assert_eq!(gemma.feed_forward.activation, Activation::GeluTanh);
+        assert_eq!(gemma.attention.windows, [Some(4096), None]);
+        let without = |key: &str| of("gemma2", Some((key, Value::Null)));
+        assert_eq!(without("attn_logit_softcapping").attention.softcap, None);
+        assert_eq!(without("final_logit_softcapping").logit_softcap, None);
+        assert_eq!(without("sliding_window").attention.windows, [None, None]);
+        assert_eq!(of("mixtral", None).rope.theta, 1e6);
+        assert_eq!(of("mixtral", Some(("rope_theta", json!(5e5)))).rope.theta, 5e5);
+        assert_eq!(of("qwen2", None).rope.theta, 1e4);
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use targon_engine::clock::Clock;
 use targon_engine::config::models_toml;
 use targon_engine::engine::request::Request;
-use targon_engine::lifecycle::load::{Plans, Progress, start_models};
+use targon_engine::lifecycle::load::{Loading, Plans, Progress, start_models};
+use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::device::Device;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
@@ -90,7 +91,14 @@ fn models_are_planned_and_computed_on_their_own_cards() {
     let before = [0, 1].map(free);
     let pool = Pool::new(2, Isa::best()).unwrap();
     let shown = Arc::clone(&kept);
-    let started = start_models(config.models, registry.clone(), pool, Clock::system(), shown);
+    let loading = Loading {
+        registry: registry.clone(),
+        pool,
+        clock: Clock::system(),
+        rooms: Rooms::default(),
+        shown,
+    };
+    let started = start_models(config.models, loading);
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     assert!(runtime.block_on(started));
 

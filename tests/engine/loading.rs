@@ -1,16 +1,21 @@
 //! Loading a model beside others: engines that run go on.
 
-use crate::common::{options, tiny_config, write_checkpoint};
+use crate::common::{Quiet, options, tiny_config, write_checkpoint};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 use targon_engine::clock::Clock;
+use targon_engine::config::models_toml::{self, ModelConfig};
 use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
+use targon_engine::lifecycle::load::{Loading, locate, start_models};
+use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::Model;
 use targon_engine::models::device::Device;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
+use targon_engine::server::registry::{Registry, State};
 
 /// Longer than any step takes here.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -42,4 +47,69 @@ fn an_engine_answers_while_another_model_is_loaded() {
     });
     let layers = tiny_config()["num_hidden_layers"].as_u64().unwrap() as usize;
     assert_eq!(answered.get(), 4 * layers);
+}
+
+/// A model of the models file in `home`, with a KV cache of so many MiB.
+fn model(home: &Path, name: &str, kv: usize) -> ModelConfig {
+    let text = format!("[[model]]\nname = \"{name}\"\npath = \"m\"\nkv_memory = \"{kv} MiB\"\n");
+    models_toml::parse(&home.join("models.toml"), &text, &[]).unwrap().models.remove(0)
+}
+
+/// A directory with a checkpoint, and bytes that a model of 8 MiB for its KV cache needs.
+async fn home() -> (tempfile::TempDir, u64) {
+    let home = tempfile::tempdir().unwrap();
+    let path: PathBuf = home.path().join("m");
+    write_checkpoint(&path, &tiny_config(), 5);
+    let located = locate(model(home.path(), "a", 8), &Quiet).await.unwrap();
+    let needed = located.plan_within(1 << 40).unwrap().total();
+    (home, needed)
+}
+
+fn loading(free: u64) -> Loading {
+    Loading {
+        registry: Registry::default(),
+        pool: Pool::new(2, Isa::best()).unwrap(),
+        clock: Clock::system(),
+        // What is promised does not show in what is free.
+        rooms: Rooms::measured_by(move |_| Ok(free)),
+        shown: Arc::new(Quiet),
+    }
+}
+
+async fn start(model: ModelConfig, loading: &Loading) -> bool {
+    let registry = loading.registry.announce([model.name.clone()]);
+    start_models(vec![model], Loading { registry, ..loading.clone() }).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_model_was_promised_is_not_planned_again() {
+    let (home, needed) = home().await;
+    let loading = loading(2 * needed - 1);
+    assert!(start(model(home.path(), "a", 8), &loading).await);
+    assert!(!start(model(home.path(), "b", 8), &loading).await);
+    let State::Failed(why) = loading.registry.entry("b").unwrap().state else { panic!() };
+    assert!(why.contains("short"), "{why}");
+    // Once it has left, there is room.
+    loading.registry.remove("a");
+    loading.registry.remove("b");
+    loading.rooms.leave("a");
+    assert!(start(model(home.path(), "b", 8), &loading).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_model_waits_until_the_requests_of_the_old_one_have_ended() {
+    let (home, needed) = home().await;
+    let loading = loading(2 * needed - 1);
+    assert!(start(model(home.path(), "a", 8), &loading).await);
+    // A request holds on to the model that it runs on.
+    let request = loading.registry.route(Some("a"), None).ok().unwrap();
+    loading.registry.remove("a");
+    loading.rooms.leave("a");
+    let (changed, with) = (model(home.path(), "a", 7), loading.clone());
+    let started = tokio::spawn(async move { start(changed, &with).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let entry = loading.registry.entry("a").unwrap();
+    assert!(matches!(entry.state, State::Loading) && !started.is_finished());
+    drop(request);
+    assert!(tokio::time::timeout(PATIENCE, started).await.unwrap().unwrap());
 }

@@ -1,16 +1,18 @@
 //! A panic at every stage of a step costs a request or a step, and never the engine or another one.
 
-use crate::common::{Noise, tiny_model};
+use crate::common::{Noise, tiny_model, tiny_served};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use targon_engine::clock::Clock;
 use targon_engine::engine::guard::{Stage, Watch};
 use targon_engine::engine::output::Fault;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
+use targon_engine::lifecycle::watch::last_engine_death;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
+use targon_engine::server::registry::{Registry, Served, State};
 
 const OPTIONS: Options = Options {
     context_max: 128,
@@ -114,4 +116,28 @@ fn an_engine_that_always_panics_is_given_up_and_says_so() {
     assert!(broken.is_dead() && faults.len() >= 3, "{faults:?}");
     assert!(broken.submit(request(1)).is_err(), "a dead engine takes nothing");
     assert_eq!(run(&other, 2).unwrap().len(), 12);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_death_is_noticed_though_another_model_was_loading() {
+    let patience = Duration::from_secs(60);
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    let watch = Watch::new(|stage| assert!(stage != Stage::Schedule, "injected"));
+    let engine = engine(&pool, 3, watch);
+    let registry = Registry::default();
+    registry.announce(["a", "b"].map(String::from));
+    let ready = Served { engine: engine.clone(), ..tiny_served(3, OPTIONS) };
+    registry.set("a", None, State::Ready(Box::new(ready)));
+    let death = tokio::spawn(last_engine_death(registry.clone()));
+    let begun = Instant::now();
+    while !matches!(registry.entry("a").unwrap().state, State::Failed(_)) {
+        let _ = engine.submit(request(1));
+        assert!(begun.elapsed() < patience);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Long enough for another look.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!death.is_finished(), "b is still loading");
+    registry.set("b", None, State::Failed("no such file".into()));
+    assert_eq!(tokio::time::timeout(patience, death).await.unwrap().unwrap(), "a");
 }

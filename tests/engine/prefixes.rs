@@ -9,7 +9,8 @@ use targon_engine::config::models_toml::{self, ModelConfig};
 use targon_engine::engine::output::{Ended, Finish};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::lifecycle::load::start_models;
+use targon_engine::lifecycle::load::{Loading, start_models};
+use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, State};
@@ -85,8 +86,14 @@ fn models(home: &Path) -> Vec<ModelConfig> {
 async fn start(home: &Path) -> (Registry, Engine) {
     let (registry, pool) = (Registry::default(), Pool::new(2, Isa::best()).unwrap());
     registry.announce(["m".to_owned()]);
-    let (clock, shown) = (Clock::system(), Arc::new(common::Quiet));
-    assert!(start_models(models(home), registry.clone(), pool, clock, shown).await);
+    let loading = Loading {
+        registry: registry.clone(),
+        pool,
+        clock: Clock::system(),
+        rooms: Rooms::default(),
+        shown: Arc::new(common::Quiet),
+    };
+    assert!(start_models(models(home), loading).await);
     let State::Ready(served) = registry.entries().remove(0).state else { panic!("not ready") };
     (registry, served.engine)
 }

@@ -211,6 +211,42 @@ async fn chosen_ids_are_reported_in_place_of_the_most_probable() {
 }
 
 #[tokio::test]
+async fn chosen_ids_leave_the_prompts_alternatives_alone() {
+    let site = site(common::options());
+    let rows = |extra: Value| {
+        let site = &site;
+        async move { ok(site, COMPLETION, completion(extra)).await["choices"][0].clone() }
+    };
+    let plain = rows(json!({"prompt_logprobs": 2})).await;
+    let chosen = rows(json!({
+        "prompt_logprobs": 2, "logprobs": 1, "logprob_token_ids": [250, 251, 252],
+    }));
+    assert_eq!(chosen.await["prompt_logprobs"], plain["prompt_logprobs"]);
+}
+
+#[tokio::test]
+async fn a_chats_log_probabilities_may_be_switched_by_numbers() {
+    let site = site(common::options());
+    let alternatives = |extra: Value| {
+        let site = &site;
+        async move {
+            let answer = ok(site, CHAT, chat(extra)).await;
+            let content = answer["choices"][0]["logprobs"]["content"].clone();
+            content[0]["top_logprobs"].as_array().map(Vec::len)
+        }
+    };
+    for (extra, want) in [
+        (json!({"logprobs": 1, "top_logprobs": 5}), Some(5)),
+        (json!({"logprobs": true, "top_logprobs": 5}), Some(5)),
+        (json!({"logprobs": 0}), None),
+        (json!({"logprobs": 0, "top_logprobs": 0}), None),
+        (json!({"logprobs": 3}), Some(3)),
+    ] {
+        assert_eq!(alternatives(extra.clone()).await, want, "{extra}");
+    }
+}
+
+#[tokio::test]
 async fn salts_separate_prefixes_and_names_come_back() {
     let site = site(common::options());
     let prompt = "x".repeat(64);
@@ -285,6 +321,8 @@ async fn what_cannot_be_had_is_refused_by_name() {
         (json!({"prompt_logprobs": 1, "stream": true}), "prompt_logprobs", "`stream`"),
         (json!({"prompt_logprobs": 99}), "prompt_logprobs", "at most 20, got 99"),
         (json!({"logprob_token_ids": [1]}), "logprob_token_ids", "needs `logprobs`"),
+        (json!({"logprobs": 0, "top_logprobs": 2}), "top_logprobs", "needs `logprobs`"),
+        (json!({"logprobs": 4, "top_logprobs": 2}), "logprobs", "must be true or false beside"),
         (json!({"cache_salt": ""}), "cache_salt", "must not be empty"),
         (json!({"request_id": "a b"}), "request_id", "visible ASCII"),
         (json!({"truncate_prompt_tokens": 0}), "truncate_prompt_tokens", "at least 1"),

@@ -9,7 +9,8 @@ use targon_engine::engine::backend::BackendKind;
 use targon_engine::engine::output::{Ended, FinishReason, Step};
 use targon_engine::engine::plan::{KvMemory, MemoryWanted};
 use targon_engine::engine::request::Request;
-use targon_engine::lifecycle::load::start_models;
+use targon_engine::lifecycle::load::{Loading, start_models};
+use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::device::Device;
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
@@ -54,9 +55,14 @@ pub(crate) fn start(models: Vec<ModelConfig>) -> Registry {
     registry.announce(models.iter().map(|m| m.name.clone()));
     let pool = Pool::new(2, Isa::best()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
-    let started =
-        start_models(models, registry.clone(), pool, Clock::system(), Arc::new(common::Quiet));
-    runtime.block_on(started);
+    let loading = Loading {
+        registry: registry.clone(),
+        pool,
+        clock: Clock::system(),
+        rooms: Rooms::default(),
+        shown: Arc::new(common::Quiet),
+    };
+    runtime.block_on(start_models(models, loading));
     registry
 }
 

@@ -6,6 +6,7 @@ use super::reader::Config;
 use crate::models::error::LoadError;
 use crate::models::family::{ExpertNames, Family, GgufFamily, HostedFamily, listed};
 use crate::models::spec::{AttentionSpec, ExpertSpec, FeedForwardSpec, NormSpec, Spec};
+use crate::ops::rowwise::Activation;
 use serde_json::Value;
 
 /// A family, and how its configuration is read.
@@ -177,11 +178,13 @@ fn qwen3(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
 fn gemma2(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     c.only("attention_bias", &Value::Bool(false))?;
     let mut spec = dense(c, family)?;
-    let scalar = c.optional_f64("query_pre_attn_scalar")?;
-    let scalar = scalar.unwrap_or(spec.attention.head_dim as f64);
+    let scalar = c.optional_f64("query_pre_attn_scalar")?.unwrap_or(256.0);
     spec.attention.scale = (1.0 / scalar.sqrt()) as f32;
-    spec.attention.softcap = c.optional_f64("attn_logit_softcapping")?.map(|v| v as f32);
-    spec.logit_softcap = c.optional_f64("final_logit_softcapping")?.map(|v| v as f32);
+    spec.attention.softcap = c.f64_or("attn_logit_softcapping", 50.0)?.map(|v| v as f32);
+    spec.logit_softcap = c.f64_or("final_logit_softcapping", 30.0)?.map(|v| v as f32);
+    if !c.has("hidden_activation") && !c.has("hidden_act") {
+        spec.feed_forward.activation = Activation::GeluTanh;
+    }
     let window = c.window_or(4096)?;
     let sliding = c.layer_types(spec.layers)?;
     let sliding = sliding.unwrap_or_else(|| (0..spec.layers).map(|i| i % 2 == 0).collect());
@@ -209,6 +212,7 @@ fn phi3(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
 fn mixtral(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     let mut spec = dense(c, family)?;
     spec.attention.windows = vec![c.optional_usize("sliding_window")?; spec.layers];
+    spec.rope = c.rope(1e6)?;
     spec.feed_forward.experts = Some(ExpertSpec {
         count: c.usize("num_local_experts")?,
         used: c.usize("num_experts_per_tok")?,
@@ -274,7 +278,7 @@ fn dense(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
             published_offset: 0.0,
             post: false,
         },
-        rope: c.rope()?,
+        rope: c.rope(10_000.0)?,
         embed_scale: None,
         logit_softcap: None,
         tied: c.flag("tie_word_embeddings")?,

@@ -97,6 +97,14 @@ impl Config<'_> {
         self.optional_f64(key)?.ok_or_else(|| self.error(key, "is missing"))
     }
 
+    /// A number that null takes away; an absent key means the library's default.
+    pub(super) fn f64_or(&self, key: &str, default: f64) -> Result<Option<f64>, LoadError> {
+        match self.json.get(key) {
+            None => Ok(Some(default)),
+            Some(_) => self.optional_f64(key),
+        }
+    }
+
     /// `sliding_window`: null means none, an absent key means the library's default.
     pub(super) fn window_or(&self, default: usize) -> Result<Option<usize>, LoadError> {
         if self.json.get("sliding_window").is_none() {

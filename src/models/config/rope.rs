@@ -33,8 +33,9 @@ impl Config<'_> {
     }
 
     /// The rotary embedding. Newer files keep theta and scaling in one object, `rope_parameters`,
-    /// older ones apart, some both; what is said twice must be the same.
-    pub(super) fn rope(&self) -> Result<RopeSpec, LoadError> {
+    /// older ones apart, some both; what is said twice must be the same. Where nothing says theta
+    /// it is `default`.
+    pub(super) fn rope(&self, default: f64) -> Result<RopeSpec, LoadError> {
         let mut theta = self.optional_f64("rope_theta")?.map(|theta| ("rope_theta", theta));
         let mut scaling = None;
         for (key, theta_key) in [
@@ -46,7 +47,7 @@ impl Config<'_> {
             self.agree(&mut theta, theta_key, rope.optional("rope_theta")?)?;
             self.agree(&mut scaling, key, Some(rope.scaling()?))?;
         }
-        let theta = theta.map_or(10_000.0, |(_, theta)| theta);
+        let theta = theta.map_or(default, |(_, theta)| theta);
         Ok(RopeSpec { theta, scaling: scaling.map_or(RopeScaling::None, |(_, s)| s) })
     }
 

@@ -234,9 +234,15 @@ impl Gguf {
         if let Some(activation) = family.activation {
             config.insert("hidden_activation".into(), activation.into());
         }
-        if family.scaled_by_heads.is_some_and(|layers| whole("block_count") == Some(layers)) {
+        // The default of these files, whatever that of the family's library is.
+        config.entry("rope_theta").or_insert(json!(10_000.0));
+        if let Some(layers) = family.scaled_by_heads {
             let heads = whole("attention.head_count").unwrap_or(0).max(1);
-            let scalar = whole("embedding_length").unwrap_or(0) / heads;
+            let of_head = whole("embedding_length").unwrap_or(0) / heads;
+            let scalar = match whole("block_count") == Some(layers) {
+                true => of_head,
+                false => whole("attention.key_length").unwrap_or(of_head),
+            };
             config.insert("query_pre_attn_scalar".into(), scalar.into());
         }
     }

@@ -1,0 +1,165 @@
+//! Keeps account of the memory that models were promised on each device.
+//!
+//! A KV cache takes its pages when it is written, so what a device has free says nothing of what
+//! is promised and not yet used. A promise counts until its model is gone: one that the models file
+//! no longer names keeps its memory while requests run on it.
+
+use super::located::Located;
+use crate::engine::memory::memory;
+use crate::engine::plan::MemoryPlan;
+use crate::models::Model;
+use crate::models::device::{Device, DeviceError};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+/// Says how many bytes a device has free.
+type Measure = dyn Fn(Device) -> Result<u64, DeviceError> + Send + Sync;
+
+/// The accounts of all devices, shared by all who load models.
+#[derive(Clone)]
+pub struct Rooms {
+    accounts: Arc<Mutex<BTreeMap<Device, Account>>>,
+    measure: Arc<Measure>,
+}
+
+#[derive(Default)]
+struct Account {
+    /// Bytes that were free when nothing was promised.
+    free: u64,
+    promises: Vec<Promise>,
+}
+
+struct Promise {
+    model: String,
+    bytes: u64,
+    holder: Holder,
+    is_leaving: bool,
+}
+
+/// Who has the memory of a promise.
+enum Holder {
+    /// A load that has not ended.
+    Load(Weak<()>),
+    /// A model, and the engine that runs it.
+    Model(Weak<Model>),
+}
+
+impl Promise {
+    fn is_held(&self) -> bool {
+        match &self.holder {
+            Holder::Load(load) => load.strong_count() > 0,
+            Holder::Model(model) => model.strong_count() > 0,
+        }
+    }
+}
+
+impl Account {
+    /// Forgets what is held no more; bytes that are promised.
+    fn promised(&mut self) -> u64 {
+        self.promises.retain(Promise::is_held);
+        self.promises.iter().map(|promise| promise.bytes).sum()
+    }
+}
+
+/// Memory that is promised to a model while it is loaded; given back when this is dropped.
+pub struct Lease {
+    rooms: Rooms,
+    device: Device,
+    load: Arc<()>,
+}
+
+impl Lease {
+    /// From now on the promise is held by `model`, until it and its engine are gone.
+    pub fn hand_over(self, model: &Arc<Model>) {
+        let mut accounts = self.rooms.accounts.lock();
+        let promises = accounts.get_mut(&self.device).map(|account| &mut account.promises);
+        let own = |holder: &Holder| match holder {
+            Holder::Load(load) => load.ptr_eq(&Arc::downgrade(&self.load)),
+            Holder::Model(_) => false,
+        };
+        for promise in promises.into_iter().flatten().filter(|promise| own(&promise.holder)) {
+            promise.holder = Holder::Model(Arc::downgrade(model));
+        }
+    }
+}
+
+impl Default for Rooms {
+    fn default() -> Self {
+        let free = |device: Device| Ok(device.free_memory()?.unwrap_or_else(|| memory().available));
+        Self::measured_by(free)
+    }
+}
+
+impl Rooms {
+    /// Accounts of devices of which `measure` says what they have free.
+    pub fn measured_by(
+        measure: impl Fn(Device) -> Result<u64, DeviceError> + Send + Sync + 'static,
+    ) -> Self {
+        Self { accounts: Arc::default(), measure: Arc::new(measure) }
+    }
+
+    /// Bytes of a device that another model may have: what it had free when nothing was promised,
+    /// less what is promised, and no more than it has free now.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn left(&self, device: Device) -> Result<u64, DeviceError> {
+        let device = device.resolved();
+        let now = (self.measure)(device)?;
+        let mut accounts = self.accounts.lock();
+        let account = accounts.entry(device).or_default();
+        let promised = account.promised();
+        if account.promises.is_empty() {
+            account.free = now;
+        }
+        Ok(account.free.saturating_sub(promised).min(now))
+    }
+
+    /// Plans one model into what its device has left, and promises that; from its headers alone.
+    ///
+    /// # Errors
+    /// Why it does not fit or cannot be planned, in words.
+    pub fn plan(&self, located: &Located) -> anyhow::Result<(MemoryPlan, Lease)> {
+        let device = located.config.device.resolved();
+        let plan = located.plan_within(self.left(device)?)?;
+        let load = Arc::new(());
+        let promise = Promise {
+            model: located.config.name.clone(),
+            bytes: plan.total(),
+            holder: Holder::Load(Arc::downgrade(&load)),
+            is_leaving: false,
+        };
+        self.accounts.lock().entry(device).or_default().promises.push(promise);
+        Ok((plan, Lease { rooms: self.clone(), device, load }))
+    }
+
+    /// Says that a model is no longer wanted: its memory will be free when its requests have ended.
+    pub fn leave(&self, model: &str) {
+        let mut accounts = self.accounts.lock();
+        let promises = accounts.values_mut().flat_map(|account| &mut account.promises);
+        promises.filter(|promise| promise.model == model).for_each(|p| p.is_leaving = true);
+    }
+
+    /// The models that still have memory of a device and are no longer wanted.
+    pub fn leaving(&self, device: Device) -> Vec<String> {
+        let mut accounts = self.accounts.lock();
+        let Some(account) = accounts.get_mut(&device.resolved()) else { return Vec::new() };
+        account.promised();
+        let leaving = account.promises.iter().filter(|promise| promise.is_leaving);
+        leaving.map(|promise| promise.model.clone()).collect()
+    }
+
+    /// The processor and every card that a model asked for, with the bytes that each had free
+    /// before any model took some.
+    pub fn free(&self) -> Vec<(Device, u64)> {
+        let accounts = self.accounts.lock();
+        let mut free: Vec<(Device, u64)> =
+            accounts.iter().map(|(device, account)| (*device, account.free)).collect();
+        if !accounts.contains_key(&Device::Cpu) {
+            free.extend((self.measure)(Device::Cpu).ok().map(|bytes| (Device::Cpu, bytes)));
+        }
+        free.sort();
+        free
+    }
+}
