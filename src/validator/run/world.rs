@@ -363,8 +363,7 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn planned(&self, epoch: u64) -> anyhow::Result<Option<Weights>> {
-        let last = self.store.last_weights(self.netuid).await?;
-        Ok(last.filter(|weights| weights.epoch == epoch))
+        Ok(self.store.weights_of(self.netuid, epoch).await?)
     }
 
     async fn unfinished(&self) -> anyhow::Result<Vec<Weights>> {
