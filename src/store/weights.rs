@@ -175,6 +175,17 @@ impl Store {
         ])
     }
 
+    /// The weights of an epoch, if there are any.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn weights_of(&self, netuid: u16, epoch: u64) -> Result<Option<Weights>, StoreError> {
+        let operation = format!("read the weights of netuid {netuid}, epoch {epoch}");
+        let epoch = number("epoch", epoch).map_err(|cause| self.error(&operation, cause))?;
+        let sql = format!("SELECT {COLUMNS} FROM weights WHERE netuid = $1 AND epoch = $2");
+        Ok(self.weights(&operation, &sql, vec![netuid.into(), epoch.into()]).await?.pop())
+    }
+
     /// The newest weights of a subnet, if there are any.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use axum::routing::post;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
 use targon_engine::chain::epistula::{self, Envelope};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
@@ -25,6 +26,8 @@ use targon_engine::verify::evidence::Calibrated;
 /// What the hub hands out, and what it was told.
 #[derive(Clone, Default)]
 struct Told {
+    /// What it advances before it hands a bucket out, as if it took so long.
+    slow: Option<(Clock, Duration)>,
     refuses: bool,
     bucket: Arc<Mutex<String>>,
     told: Arc<Mutex<Vec<(String, String)>>>,
@@ -46,6 +49,9 @@ async fn take(told: &Told, path: &str, headers: &HeaderMap, body: &Bytes) {
 async fn hub(told: Told) -> String {
     let bucket = async |State(told): State<Told>, headers: HeaderMap, body: Bytes| {
         take(&told, "/organics", &headers, &body).await;
+        if let Some((clock, time)) = &told.slow {
+            clock.advance(*time);
+        }
         told.bucket.lock().clone()
     };
     let scores = async |State(told): State<Told>, headers: HeaderMap, body: Bytes| {
@@ -149,6 +155,34 @@ async fn users_requests_are_verified_scored_and_reported() {
     let error = hub.pull(&residents, None, &subnet).await.unwrap_err().to_string();
     assert!(error.contains("the answer is no bucket"), "{error}");
     assert_eq!(of(2), Some(vec![Organic::Rejected]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_there_is_no_time_for_are_unscored() {
+    let site = site(common::options());
+    let body = completion(json!({
+        "stream": true, "logprobs": true, "temperature": 0.0, "return_tokens_as_token_ids": true,
+    }));
+    let chunks = stream(&site.app, COMPLETION, body.clone()).await;
+    let hotkey = Hotkey([1; 32]).to_string();
+    let record = json!({
+        "request": body, "response": chunks, "uid": 1, "hotkey": hotkey, "endpoint": "COMPLETION",
+        "success": true, "total_time": 500.0, "response_tokens": 12,
+    });
+    for (seconds, expected) in [(599, Organic::Tps(24.0)), (601, Organic::Unscored)] {
+        let clock = Clock::manual(1_795_333_310_123);
+        let told =
+            Told { slow: Some((clock.clone(), Duration::from_secs(seconds))), ..Told::default() };
+        let bucket = json!({"bucket_id": "b", "organics": {"tiny": [record, record]}});
+        *told.bucket.lock() = bucket.to_string();
+        let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+        let urls = Urls { organics: Some(hub(told.clone()).await), stats: None };
+        let hub = OrganicsHub::new(urls, signer, clock);
+        let residents = residents(&site);
+        residents.rotate(&["tiny".to_owned()]).await.unwrap();
+        assert_eq!(hub.pull(&residents, None, &subnet()).await.unwrap(), 2);
+        assert_eq!(hub.organics(1, &hotkey), Some(vec![expected; 2]), "after {seconds} s");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

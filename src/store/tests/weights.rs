@@ -47,6 +47,12 @@ fn weights_of_an_epoch_go_out_once() {
         let elsewhere = Weights { netuid: 5, ..plan(7, 1) };
         assert_eq!(store.plan_weights(&elsewhere).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.last_weights(4).await.unwrap(), Some(plan(8, 1)));
+        // Those of an epoch are found whatever came after it.
+        let of = async |netuid, epoch| store.weights_of(netuid, epoch).await.unwrap();
+        let confirmed = Weights { state: WeightsState::Confirmed, ..plan(7, 2) };
+        assert_eq!(of(4, 7).await, Some(confirmed));
+        assert_eq!((of(4, 8).await, of(4, 9).await), (Some(plan(8, 1)), None));
+        assert_eq!(of(5, 7).await, Some(elsewhere));
     });
 }
 

@@ -20,6 +20,9 @@ use std::time::Duration;
 
 /// How long a hub may take for one request (protocol 5.13).
 const TIME: Duration = Duration::from_secs(60);
+/// How long a bucket may take in all; records that are not verified by then are unscored. The next
+/// bucket is due after four minutes, and rounds need the same cores.
+const PULL_TIME: Duration = Duration::from_secs(600);
 /// Bytes of a bucket.
 const BUCKET_BYTES_MAX: usize = 64 << 20;
 
@@ -83,6 +86,7 @@ impl OrganicsHub {
         subnet: &Subnet,
     ) -> anyhow::Result<usize> {
         let Some(url) = &self.urls.organics else { return Ok(0) };
+        let started = self.clock.elapsed();
         let models: Vec<String> = residents.here().into_iter().map(|(name, _)| name).collect();
         let target = self.target(url);
         let body = organics::request(&models);
@@ -102,7 +106,11 @@ impl OrganicsHub {
         };
         let mut scored = Vec::new();
         for record in records.into_iter().filter(|record| holds(record)) {
-            scored.push(score(residents, rules, record).await);
+            let is_late = self.clock.elapsed().saturating_sub(started) > PULL_TIME;
+            scored.push(match is_late {
+                false => score(residents, rules, record).await,
+                true => late(record),
+            });
         }
         let mut scores: BTreeMap<(u16, String), Vec<Organic>> = BTreeMap::new();
         for one in &scored {
@@ -136,6 +144,13 @@ impl OrganicsHub {
         self.target(url).call("/", Some(body), &self.clock).await?;
         Ok(())
     }
+}
+
+/// A record that there was no time for.
+fn late(record: Record) -> ScoredRecord {
+    let (organic, tokens) = (Organic::Unscored, record.tokens_at_most(u64::MAX));
+    let what = format!("there was no time for it within {} s", PULL_TIME.as_secs());
+    ScoredRecord { record, organic, tokens, fault: Some(("INTERNAL_ERROR".to_owned(), what)) }
 }
 
 async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> ScoredRecord {

@@ -11,7 +11,7 @@ use super::rewriting::{self, Rewriting};
 use super::subnet::Subnet;
 use super::trial;
 use crate::chain::error::ChainError;
-use crate::chain::keys::Keypair;
+use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::Metagraph;
 use crate::chain::weights::outcome::{Approval, Call, Order, ReadBack, SendError, SentWeights};
 use crate::chain::weights::{Vector, VectorError};
@@ -159,29 +159,27 @@ impl<C: Chain> World<C> {
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
         Ok(QueryPrompt { content, tokens })
     }
+}
 
-    /// What a record of sent weights says of the extrinsic.
-    fn sent(&self, weights: &Weights) -> anyhow::Result<SentWeights> {
-        let (hash, reveal_round) = match &weights.state {
-            WeightsState::Sent { hash, reveal_round, .. } => (hash.clone(), *reveal_round),
-            WeightsState::Committed { hash, reveal_round, .. } => {
-                (hash.clone(), Some(*reveal_round))
-            }
-            other => bail!("nothing was sent: {other:?}"),
-        };
-        let SentBlocks { after, until } = emission::sent_blocks(weights);
-        Ok(SentWeights {
-            netuid: weights.netuid,
-            mechanism: 0,
-            hotkey: self.signer.hotkey(),
-            vector: vector(weights)?,
-            hash,
-            call: if reveal_round.is_some() { Call::Commit } else { Call::Set },
-            block: after,
-            until,
-            reveal_round,
-        })
-    }
+/// What a record of weights that `hotkey` has sent says of the extrinsic.
+fn sent(hotkey: Hotkey, weights: &Weights) -> anyhow::Result<SentWeights> {
+    let (hash, reveal_round) = match &weights.state {
+        WeightsState::Sent { hash, reveal_round, .. } => (hash.clone(), *reveal_round),
+        WeightsState::Committed { hash, reveal_round, .. } => (hash.clone(), Some(*reveal_round)),
+        other => bail!("nothing was sent: {other:?}"),
+    };
+    let SentBlocks { after, until } = emission::sent_blocks(weights);
+    Ok(SentWeights {
+        netuid: weights.netuid,
+        mechanism: 0,
+        hotkey,
+        vector: vector(weights)?,
+        hash,
+        call: if reveal_round.is_some() { Call::Commit } else { Call::Set },
+        block: after,
+        until,
+        reveal_round,
+    })
 }
 
 /// The weights above zero; the chain stores no zeros.
@@ -259,7 +257,7 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn look_up(&self, weights: &Weights) -> anyhow::Result<Stand> {
-        match self.chain.read_back(&self.sent(weights)?).await {
+        match self.chain.read_back(&sent(self.signer.hotkey(), weights)?).await {
             ReadBack::Confirmed => Ok(Stand::Confirmed),
             ReadBack::Waiting { .. } => Ok(Stand::Waiting),
             ReadBack::Differs { found } => Ok(Stand::Others(found)),
@@ -363,8 +361,7 @@ impl<C: Chain> Ports for World<C> {
     }
 
     async fn planned(&self, epoch: u64) -> anyhow::Result<Option<Weights>> {
-        let last = self.store.last_weights(self.netuid).await?;
-        Ok(last.filter(|weights| weights.epoch == epoch))
+        Ok(self.store.weights_of(self.netuid, epoch).await?)
     }
 
     async fn unfinished(&self) -> anyhow::Result<Vec<Weights>> {
@@ -476,6 +473,27 @@ mod tests {
         let streamed = target.stream("/v1/completions", &body, &Clock::system(), |_| {}).await;
         let Streamed { arrivals, ended, outcome } = streamed;
         Answered { arrivals, ended, ending: ending(outcome) }
+    }
+
+    #[test]
+    fn what_was_sent_is_looked_for_as_its_record_says() {
+        let of = |state: WeightsState| {
+            let values = vec![(0, 0), (1, u16::MAX)];
+            let weights =
+                Weights { netuid: 4, epoch: 9, block: 100, values, explanation: json!({}), state };
+            sent(Hotkey([7; 32]), &weights)
+        };
+        let (hash, blocks) = ("0xaa".to_owned(), Some(SentBlocks { after: 97, until: 129 }));
+        let lost = of(WeightsState::Sent { hash: hash.clone(), blocks, reveal_round: Some(5) });
+        let lost = lost.unwrap();
+        assert_eq!((lost.call, lost.reveal_round), (Call::Commit, Some(5)), "a commit stays one");
+        assert_eq!((lost.block, lost.until, lost.vector.values().len()), (97, 129, 1));
+        let plain = of(WeightsState::Sent { hash: hash.clone(), blocks, reveal_round: None });
+        assert_eq!(plain.unwrap().call, Call::Set);
+        // Records of before version 3 do not say it: no extrinsic is signed so late.
+        let old = of(WeightsState::Committed { hash, blocks: None, reveal_round: 5 }).unwrap();
+        assert_eq!((old.block, old.until), (100, 164));
+        assert!(of(WeightsState::Planned).is_err());
     }
 
     #[tokio::test(flavor = "multi_thread")]
