@@ -11,7 +11,7 @@ pub mod address;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
-use crate::chain::pace::{Doubt, Pace, READINGS_MAX};
+use crate::chain::pace::{self, Doubt, Pace};
 use crate::chain::{Chain, Head};
 use crate::server::door::Gate;
 use parking_lot::Mutex;
@@ -134,19 +134,9 @@ impl<C: Chain> Miner<C> {
 
     /// The metagraph of an endpoint whose block is believed.
     async fn read_metagraph(&self) -> Result<Metagraph, MinerError> {
-        let mut reading = 1;
-        loop {
-            let metagraph = self.chain.metagraph(self.options.netuid).await?;
-            let (before, now) = (self.gate.metagraph().block, self.gate.clock().unix_ms());
-            let checked = self.pace.lock().members(metagraph.block, before, now);
-            let Err(doubt) = checked else { return Ok(metagraph) };
-            if reading == READINGS_MAX {
-                return Err(doubt.into());
-            }
-            tracing::warn!("{doubt}; asking another endpoint");
-            self.chain.doubt().await;
-            reading += 1;
-        }
+        let known = (self.gate.metagraph().block, self.gate.clock());
+        let ask = || self.chain.metagraph(self.options.netuid);
+        pace::read_metagraph(&self.pace, known, ask, || self.chain.doubt()).await
     }
 
     /// Writes the address on chain, where another one stands there, and says what became of it.
