@@ -37,7 +37,7 @@ pub struct MinerOptions {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Announced {
     /// The chain has it already; nothing was sent.
-    Standing,
+    Already,
     /// It was sent, and is final.
     Sent,
     /// It was shown and not to be sent.
@@ -152,10 +152,10 @@ impl<C: Chain> Miner<C> {
         let MinerOptions { netuid, axon, .. } = self.options;
         let mut wait = AGAIN.0;
         loop {
-            if self.standing() == Some(axon) {
+            if self.announced() == Some(axon) {
                 tracing::info!(axon = %axon.address, "the chain has this address");
                 self.gate.set_refused_axon(None);
-                return Ok(Announced::Standing);
+                return Ok(Announced::Already);
             }
             match self.chain.serve_axon(&self.signer, netuid, &axon, show).await {
                 Ok(true) => {
@@ -182,7 +182,7 @@ impl<C: Chain> Miner<C> {
     }
 
     /// What the chain says of this miner's address, as far as it was read.
-    fn standing(&self) -> Option<Axon> {
+    fn announced(&self) -> Option<Axon> {
         self.gate.metagraph().neuron(&self.signer.hotkey()).and_then(|own| own.axon)
     }
 

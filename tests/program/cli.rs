@@ -164,7 +164,9 @@ fn a_broken_model_does_not_stop_the_others_and_sigterm_ends_cleanly() {
     let (status, text) = server.get("/ready?model=absent");
     assert!(status == 503 && text.contains("cannot read"), "{text}");
     for model in ["good", "second"] {
-        let body = serde_json::json!({"model": model, "prompt": "hi", "max_tokens": 3, "ignore_eos": true});
+        let body = serde_json::json!({
+            "model": model, "prompt": "hi", "max_tokens": 3, "ignore_eos": true,
+        });
         let (status, text) = server.post("/v1/completions", &body.to_string());
         assert!(status == 200 && text.contains("\"completion_tokens\":3"), "{text}");
     }
