@@ -28,7 +28,7 @@ pub enum TwinPolicy {
 
 /// Why answers cannot be looked at as closely as was asked for.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum AskedError {
+pub enum ScrutinyError {
     /// Not one of the words, and no share.
     #[error("must be never, suspicion, always, or a share between 0 and 1, got {0}")]
     Policy(String),
@@ -41,15 +41,15 @@ pub enum AskedError {
 }
 
 impl FromStr for TwinPolicy {
-    type Err = AskedError;
+    type Err = ScrutinyError;
 
-    fn from_str(text: &str) -> Result<Self, AskedError> {
+    fn from_str(text: &str) -> Result<Self, ScrutinyError> {
         match (text, text.parse::<f64>()) {
             ("never", _) => Ok(Self::Never),
             ("suspicion", _) => Ok(Self::Suspicion),
             ("always", _) => Ok(Self::Always),
             (_, Ok(share)) if share > 0.0 && share < 1.0 => Ok(Self::Share(share)),
-            _ => Err(AskedError::Policy(text.to_owned())),
+            _ => Err(ScrutinyError::Policy(text.to_owned())),
         }
     }
 }
@@ -96,19 +96,19 @@ impl WantedScrutiny {
     ///
     /// # Errors
     /// When it was asked for by name and cannot be done.
-    pub fn on(self, model: &Model) -> Result<Scrutiny, AskedError> {
+    pub fn on(self, model: &Model) -> Result<Scrutiny, ScrutinyError> {
         let Self { twin, stops_early, names, rows } = self;
         let is_asked = names || twin.is_some_and(|twin| twin != TwinPolicy::Never);
         if model.weights.cpu().is_none() {
             let device = model.weights.device();
             return match is_asked {
-                true => Err(AskedError::Device(device)),
+                true => Err(ScrutinyError::Device(device)),
                 false => Ok(Scrutiny { stops_early, rows, ..Scrutiny::NONE }),
             };
         }
         let twin = twin.unwrap_or_default();
         match names && twin == TwinPolicy::Never {
-            true => Err(AskedError::Never),
+            true => Err(ScrutinyError::Never),
             false => Ok(Scrutiny { twin, stops_early, names, rows }),
         }
     }
