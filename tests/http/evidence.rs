@@ -494,7 +494,7 @@ async fn pairs_that_are_no_samples_are_refused_by_their_line() {
         let (pool, quiet) = (Pool::new(2, Isa::best()).unwrap(), Arc::new(common::Quiet));
         let mut verifiers = Verifiers::new((models.as_path(), config), pool, MEASURING, quiet);
         let wanted = WantedPairs { model, answers_max: 5 };
-        let checked = check_pairs(&[path.clone()], &mut verifiers, wanted).await;
+        let checked = check_pairs(std::slice::from_ref(&path), &mut verifiers, wanted).await;
         checked.map_err(|e| (e.to_string(), e.hint()))
     };
     let found = check("", None).await.unwrap();
