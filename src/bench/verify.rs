@@ -20,7 +20,7 @@ use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
-use crate::verify::scrutiny::{Scrutiny, When};
+use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
 use crate::verify::statistic::ByRows;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
 use anyhow::{Context, ensure};
@@ -308,7 +308,7 @@ enum Look {
 
 /// A fast check of `claim`, whose answer passes and is looked at as `how` says.
 fn look(case: &Case, claim: &Claim<'_>, how: Look) -> anyhow::Result<Report> {
-    let twin = if how == Look::Once { When::Never } else { When::Always };
+    let twin = if how == Look::Once { TwinPolicy::Never } else { TwinPolicy::Always };
     let names = how == Look::Names;
     // Recipes are tried on what the twin finds too far: here, on everything.
     let twin_u8 = if names { ByRows::all(f64::MIN_POSITIVE) } else { Limits::default().twin_u8 };

@@ -2,6 +2,10 @@
 //! shrinks. Without this check, one number that is far too large would make the numbers of every
 //! honest endpoint look old.
 
+use super::error::ChainError;
+use super::metagraph::Metagraph;
+use crate::clock::Clock;
+use parking_lot::Mutex;
 use std::time::Duration;
 
 /// Blocks that may come at once: a connection that was away for some hours sees that many.
@@ -12,7 +16,7 @@ pub const BLOCKS_A_SECOND_MAX: u64 = 100;
 /// Blocks that an endpoint may be behind the newest one that was believed.
 pub const LAG_MAX: u64 = 300;
 /// Readings of the metagraph at once, where its block is not believed: each asks another endpoint.
-pub const READINGS_MAX: usize = 3;
+const READINGS_MAX: usize = 3;
 /// After so long without a number that can be believed, the next one is: the one before was wrong.
 pub const DOUBT_MAX: Duration = Duration::from_secs(600);
 
@@ -95,9 +99,69 @@ impl Pace {
     }
 }
 
+/// Reads a metagraph that is believed where the members of block `before` are known: what is
+/// doubted is asked again, after `doubt` has made the next answer another endpoint's.
+///
+/// # Errors
+/// When the chain cannot be asked, or [`READINGS_MAX`] answers in turn are not believed.
+pub async fn read_metagraph<E, Asked, Doubted>(
+    pace: &Mutex<Pace>,
+    (before, clock): (u64, &Clock),
+    ask: impl Fn() -> Asked,
+    doubt: impl Fn() -> Doubted,
+) -> Result<Metagraph, E>
+where
+    E: From<ChainError> + From<Doubt>,
+    Asked: Future<Output = Result<Metagraph, ChainError>>,
+    Doubted: Future<Output = ()>,
+{
+    let mut reading = 1;
+    loop {
+        let metagraph = ask().await?;
+        let checked = pace.lock().members(metagraph.block, before, clock.unix_ms());
+        let Err(why) = checked else { return Ok(metagraph) };
+        if reading == READINGS_MAX {
+            return Err(why.into());
+        }
+        tracing::warn!("{why}; asking another endpoint");
+        doubt().await;
+        reading += 1;
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::metagraph::Hyperparameters;
     use super::*;
+    use std::cell::Cell;
+
+    #[derive(Debug, PartialEq, thiserror::Error)]
+    enum Fault {
+        #[error(transparent)]
+        Doubted(#[from] Doubt),
+        #[error(transparent)]
+        Chain(#[from] ChainError),
+    }
+
+    #[tokio::test]
+    async fn what_is_doubted_is_asked_of_other_endpoints_and_given_up_after_three() {
+        let clock = Clock::manual(0);
+        let read = async |blocks: [u64; 3]| {
+            let (pace, endpoint) = (Mutex::new(Pace::default()), Cell::new(0));
+            pace.lock().head(1000, 0).unwrap();
+            let ask = async || {
+                let block = blocks[endpoint.get()];
+                Ok(Metagraph::new(4, block, Hyperparameters::default(), Vec::new()))
+            };
+            let doubt = async || endpoint.set(endpoint.get() + 1);
+            let read = read_metagraph::<Fault, _, _>(&pace, (999, &clock), ask, doubt).await;
+            (read.map(|metagraph| metagraph.block), endpoint.get())
+        };
+        assert_eq!(read([999, 0, 0]).await, (Ok(999), 0));
+        assert_eq!(read([998, u64::MAX, 1001]).await, (Ok(1001), 2));
+        let last = Doubt::Behind { block: 7, known: 999 };
+        assert_eq!(read([998, u64::MAX, 7]).await, (Err(Fault::Doubted(last)), 2));
+    }
 
     const MINUTE: u64 = 60_000;
 

@@ -5,30 +5,17 @@ use super::Failure;
 use super::out::{note, outln};
 use super::printable::printable;
 use super::shared::{ComputeArgs, ModelsArg, plain_verifier, runtime};
-use crate::audit::answer::{ServerAnswer, TokensByName, read};
-use crate::audit::evidence::{AuditEvidence, Conclusion, Drawn};
-use crate::audit::score::{TokenScore, score};
-use crate::audit::seeds::{OtherSeed, SeedTest};
+use crate::audit::asking::{AuditError, AuditRequests, Findings, audit};
+use crate::audit::evidence::{AuditEvidence, Conclusion};
 use crate::bench::prompts;
-use crate::clock::Clock;
 use crate::endpoint::shown;
-use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
-use crate::validator::query::{DEPTH_MAX, QueryError, Size, Target, is_deeper};
-use crate::verify::{Verifier, question};
+use crate::validator::query::{Size, Target};
 use clap::Args;
 use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Alternatives that are asked for: what every server gives.
-const TOP: u32 = 5;
-/// Every fourth answer is greedy.
-const GREEDY_EVERY: u32 = 4;
-/// Answers before the test may end.
-const ANSWERS_MIN: u32 = 6;
-/// Answers by which it is tried whether seeds are honoured.
-const SEED_TRIES: u32 = 3;
 /// Exit codes, as those of `verify`.
 const NOT_THESE: u8 = 3;
 const CANNOT_TELL: u8 = 4;
@@ -85,8 +72,13 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let target = args.target()?;
     let verifier = plain_verifier(&runtime, config, &pool)?;
-    let mut audit = Audit { args, target, verifier: &verifier, has_extras: true };
-    let (evidence, seeds) = runtime.block_on(audit.all())?;
+    let told = |answers: u32, evidence: &AuditEvidence| {
+        let AuditEvidence { nats_eight_bits, nats_other, .. } = evidence;
+        note!("answer {answers}: {nats_eight_bits:+.1} and {nats_other:+.1} nats so far");
+    };
+    let asked = (target, args.requests());
+    let found = runtime.block_on(audit(asked, &verifier, &prompts::all(), &told));
+    let Findings { evidence, honours_seeds: seeds } = found.map_err(audit_failure)?;
     let (verdict, why) = evidence.verdict();
     let root = to_hex(&verifier.identity.weights_root);
     match args.json {
@@ -123,131 +115,20 @@ impl AuditArgs {
         })
     }
 
-    /// What every server understands.
-    fn body(&self, prompt: &str, drawn: Drawn, seed: u32) -> Value {
-        let temperature = if drawn == Drawn::Greedy { 0 } else { 1 };
-        let mut body = json!({
-            "model": self.model, "max_tokens": self.tokens, "temperature": temperature,
-            "top_p": 1, "seed": seed, "stream": false,
-        });
-        match self.chat {
-            true => {
-                body["messages"] = json!([{"role": "user", "content": prompt}]);
-                body["logprobs"] = true.into();
-                body["top_logprobs"] = TOP.into();
-            }
-            false => {
-                body["prompt"] = prompt.into();
-                body["logprobs"] = TOP.into();
-            }
+    fn requests(&self) -> AuditRequests {
+        AuditRequests {
+            model: self.model.clone(),
+            is_chat: self.chat,
+            answers_max: self.answers,
+            tokens: self.tokens,
         }
-        body
-    }
-
-    fn path(&self) -> &'static str {
-        if self.chat { "/v1/chat/completions" } else { "/v1/completions" }
     }
 }
 
-struct Audit<'a> {
-    args: &'a AuditArgs,
-    target: Target,
-    verifier: &'a Verifier,
-    /// The server takes fields that not all have.
-    has_extras: bool,
-}
-
-impl Audit<'_> {
-    async fn all(&mut self) -> Result<(AuditEvidence, Seeds), Failure> {
-        let text = &self.verifier.model.text;
-        let names = TokensByName::new(&text.tokenizer, text.vocab);
-        let (prompts, entropy) = (prompts::all(), Entropy::system());
-        let mut evidence = AuditEvidence::default();
-        let mut seeds = None;
-        for index in 0..self.args.answers {
-            let drawn = if index % GREEDY_EVERY == 3 { Drawn::Greedy } else { Drawn::Sampled };
-            // Chosen by chance: a server cannot know what it will be asked.
-            let prompt = &prompts[entropy.word() as usize % prompts.len()];
-            let body = self.args.body(prompt, drawn, entropy.word() as u32 >> 1);
-            let answer = self.ask(&body, &names).await?;
-            let understood = question::understand(self.verifier, &body).await;
-            let requests = understood.map_err(Failure::user)?.requests;
-            let request = requests.first().ok_or_else(|| Failure::ours("no request"))?;
-            let rows = score(self.verifier, request, &answer).map_err(Failure::ours)?;
-            if let Some(id) = answer.ids.first().filter(|_| rows.is_empty()) {
-                return Err(Failure::ours(format!("token {id} has no row")));
-            }
-            evidence.add(&answer, drawn, &rows, request.prompt.len());
-            if seeds.is_none() && index < SEED_TRIES {
-                seeds = self.honours_seed(&body, (&answer, &rows), &names).await?;
-            }
-            let (eight_bits, other) = (evidence.nats_eight_bits, evidence.nats_other);
-            note!("answer {}: {eight_bits:+.1} and {other:+.1} nats so far", index + 1);
-            if index + 1 >= ANSWERS_MIN && evidence.verdict().0 != Conclusion::CannotTell {
-                break;
-            }
-        }
-        Ok((evidence, seeds))
-    }
-
-    /// Asks for an answer again, with its own seed and with another one.
-    async fn honours_seed(
-        &mut self,
-        body: &Value,
-        (answer, rows): (&ServerAnswer, &[TokenScore]),
-        names: &TokensByName<'_>,
-    ) -> Result<Seeds, Failure> {
-        let Some(test) = SeedTest::new(answer, rows) else { return Ok(None) };
-        if !test.is_repeated(&self.ask(body, names).await?) {
-            return Ok(Some(false));
-        }
-        let mut other = body.clone();
-        other["seed"] = (body["seed"].as_u64().unwrap_or(0) ^ 1).into();
-        match test.conclude(&self.ask(&other, names).await?) {
-            OtherSeed::Differs => Ok(Some(true)),
-            OtherSeed::Same => Ok(None),
-        }
-    }
-
-    /// One answer; a server that refuses token ids is asked without them from then on.
-    async fn ask(
-        &mut self,
-        body: &Value,
-        names: &TokensByName<'_>,
-    ) -> Result<ServerAnswer, Failure> {
-        if self.has_extras {
-            let mut more = body.clone();
-            more["return_token_ids"] = true.into();
-            match self.call(&more).await {
-                Err(QueryError::Status { status, .. }) if matches!(status.as_u16(), 400 | 422) => {
-                    self.has_extras = false;
-                }
-                answered => return self.read(answered, names),
-            }
-        }
-        let answered = self.call(body).await;
-        self.read(answered, names)
-    }
-
-    async fn call(&self, body: &Value) -> Result<Vec<u8>, QueryError> {
-        let bytes = body.to_string().into_bytes();
-        self.target.call(self.args.path(), Some(bytes), &Clock::system()).await
-    }
-
-    fn read(
-        &self,
-        answered: Result<Vec<u8>, QueryError>,
-        names: &TokensByName<'_>,
-    ) -> Result<ServerAnswer, Failure> {
-        let refuse = |what: String| Failure::user(printable(&what));
-        let bytes = answered.map_err(|e| refuse(e.to_string()))?;
-        let url = shown(&self.target.url);
-        let body: Value = serde_json::from_slice(&bytes)
-            .map_err(|e| refuse(format!("{url}: the answer is not JSON: {e}")))?;
-        if is_deeper(&body, DEPTH_MAX) {
-            return Err(refuse(format!("{url}: the answer nests more than {DEPTH_MAX} deep")));
-        }
-        read(&body, names).map_err(|what| refuse(format!("{url}: {what}")))
+fn audit_failure(e: AuditError) -> Failure {
+    match e.is_ours() {
+        true => Failure::ours(e),
+        false => Failure::user(printable(&e.to_string())),
     }
 }
 

@@ -139,7 +139,16 @@ mod tests {
                 let own = words.iter().skip(1).take(path.split(' ').count());
                 assert!(own.eq(path.split(' ')), "{path} shows {words:?}");
                 // What completions and manual pages do is no argument's business.
-                parse(&words).unwrap_or_else(|e| panic!("{path}: {words:?}\n{e}"));
+                let is_card = |e: &clap::Error| {
+                    let lacks = e.to_string().contains("needs a build with the feature `cuda`");
+                    lacks && !cfg!(feature = "cuda") && words.iter().any(|w| w.starts_with("cuda"))
+                };
+                match parse(&words) {
+                    Ok(()) => {}
+                    // An example may name a card, also where this build has none.
+                    Err(e) if is_card(&e) => {}
+                    Err(e) => panic!("{path}: {words:?}\n{e}"),
+                }
             }
         }
         let known = |of: &str| all.iter().any(|(path, _)| path == of);

@@ -413,7 +413,7 @@ mod tests {
         let alarm = Alarm { round: "f".repeat(32), block: 77, test: "margin".into(), sums };
         let evidence = Evidence { answers: 40, alarms: 1, sums };
         if let Some(seat) = seats.get_mut(&2) {
-            seat.standing = HotkeyState { evidence, shut_by: Some(alarm) };
+            seat.state = HotkeyState { evidence, shut_by: Some(alarm) };
         }
         let sample = |uid: u16, block: u64, tps| Sample {
             round: format!("{block:032}"),

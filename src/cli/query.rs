@@ -15,11 +15,10 @@ use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::models;
 use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Size, Streamed, Target, is_deeper};
+use crate::verify::captures::CapturedStream;
 use clap::Args;
 use serde_json::{Value, json};
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -152,26 +151,7 @@ fn query_failure(e: QueryError) -> Failure {
 async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value, Failure> {
     let entropy = Entropy::system();
     if let Some(path) = &args.body {
-        let place = path.display();
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| Failure::user(format!("--body {place} cannot be read: {e}")))?;
-        let mut body: Value = serde_json::from_str(&text)
-            .map_err(|e| Failure::user(format!("--body {place} is not JSON: {e}")))?;
-        let Some(fields) = body.as_object_mut() else {
-            return Err(Failure::user(format!("--body {place} must hold a JSON object")));
-        };
-        fields.insert("stream".into(), true.into());
-        if let Some(proof) = fields.get_mut("proof").and_then(Value::as_object_mut)
-            && proof.get("nonce").is_none_or(Value::is_null)
-        {
-            // Without one of ours the answer may be another's.
-            proof.insert("nonce".into(), fresh_nonce(&entropy).into());
-        }
-        if is_deeper(&body, DEPTH_MAX) {
-            let what = format!("--body {place} must nest at most {DEPTH_MAX} deep");
-            return Err(Failure::user(what));
-        }
-        return Ok(body);
+        return body_of_file(path, &entropy);
     }
     let prompt = args.prompt.as_deref().ok_or_else(|| Failure::user("a prompt is missing"))?;
     let model = match &args.model {
@@ -189,6 +169,29 @@ async fn body(args: &QueryArgs, target: &Target, clock: &Clock) -> Result<Value,
     }
     if args.proof != "none" {
         body["proof"] = json!({"scheme": args.proof, "nonce": fresh_nonce(&entropy)});
+    }
+    Ok(body)
+}
+
+/// A body as a user wrote it, which is asked as a stream and bound to a nonce of ours.
+fn body_of_file(path: &Path, entropy: &Entropy) -> Result<Value, Failure> {
+    let place = path.display();
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::user(format!("--body {place} cannot be read: {e}")))?;
+    let mut body: Value = serde_json::from_str(&text)
+        .map_err(|e| Failure::user(format!("--body {place} is not JSON: {e}")))?;
+    let Some(fields) = body.as_object_mut() else {
+        return Err(Failure::user(format!("--body {place} must hold a JSON object")));
+    };
+    fields.insert("stream".into(), true.into());
+    if let Some(proof) = fields.get_mut("proof").and_then(Value::as_object_mut)
+        && proof.get("nonce").is_none_or(Value::is_null)
+    {
+        // Without one of ours the answer may be another's.
+        proof.insert("nonce".into(), fresh_nonce(entropy).into());
+    }
+    if is_deeper(&body, DEPTH_MAX) {
+        return Err(Failure::user(format!("--body {place} must nest at most {DEPTH_MAX} deep")));
     }
     Ok(body)
 }
@@ -265,26 +268,15 @@ fn summarize(arrivals: &[Arrival]) {
     }
 }
 
-/// One more line of a capture file.
-fn save(
-    path: &std::path::Path,
-    target: &Target,
-    body: &Value,
-    arrivals: &[Arrival],
-) -> Result<(), Failure> {
-    let chunks: Vec<&Value> = arrivals.iter().map(|a| &a.chunk).collect();
-    let times: Vec<u128> = arrivals.iter().map(|a| a.at.as_millis()).collect();
-    let mut line = json!({"request": body, "chunks": chunks, "at_ms": times});
-    if let Some(hotkey) = target.hotkey {
-        line["hotkey"] = hotkey.to_string().into();
-    }
-    let place = path.display();
-    let mut file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map_err(|e| Failure::user(format!("--save {place} cannot be opened: {e}")))?;
-    writeln!(file, "{line}").map_err(|e| Failure::user(format!("--save {place}: {e}")))?;
-    tracing::info!(file = %place, "saved for `verify`");
+/// One more line of a file of captures.
+fn save(path: &Path, target: &Target, body: &Value, arrivals: &[Arrival]) -> Result<(), Failure> {
+    let stream = CapturedStream {
+        request: body,
+        chunks: arrivals.iter().map(|a| &a.chunk).collect(),
+        at_ms: arrivals.iter().map(|a| a.at.as_millis() as u64).collect(),
+        hotkey: target.hotkey.map(|hotkey| hotkey.to_string()),
+    };
+    stream.append_to(path).map_err(|e| Failure::user(format!("--save {e}")))?;
+    tracing::info!(file = %path.display(), "saved for `verify`");
     Ok(())
 }

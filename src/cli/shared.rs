@@ -6,7 +6,7 @@ use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use crate::verify::scrutiny::{WantedScrutiny, When};
+use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
 use crate::verify::{FastRows, Verifier};
 use clap::Args;
 use std::net::SocketAddr;
@@ -82,7 +82,7 @@ pub(super) struct ScrutinyArgs {
     /// suspicion (where the first time found something), a share of all answers (0.05) besides, or
     /// always. Suspicion where absent, on the processor; never elsewhere.
     #[arg(long, value_name = "WHEN", env = "TARGON_TWIN", help_heading = "Verification")]
-    twin: Option<When>,
+    twin: Option<TwinPolicy>,
     /// Try known cheats on answers that the twin finds too far: one more prefill for each, and
     /// memory for the weights once more.
     #[arg(long, env = "TARGON_NAME_CHEATS", help_heading = "Verification")]

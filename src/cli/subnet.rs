@@ -89,7 +89,7 @@ impl Running {
                         tracing::warn!("the metagraph is not refreshed: {e}");
                     }
                 }
-                Ok(Announced::Standing | Announced::Withheld) => {}
+                Ok(Announced::Already | Announced::Withheld) => {}
                 // What was announced before may still be right: serving goes on.
                 Err(e) => tracing::error!("the address is not announced: {e}"),
             }
@@ -110,7 +110,7 @@ impl Subnet {
             outln!("{words}");
             false
         };
-        if self.miner.announce(&show).await.map_err(miner_failure)? == Announced::Standing {
+        if self.miner.announce(&show).await.map_err(miner_failure)? == Announced::Already {
             outln!("nothing: the chain has this address already");
         }
         Ok(())

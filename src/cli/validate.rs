@@ -16,7 +16,7 @@ use crate::clock::Clock;
 use crate::config::units;
 use crate::engine::plan::KvMemory;
 use crate::lifecycle::residents::{LimitsFiles, Needs, ResidentRules, budget, residents};
-use crate::overview::Service;
+use crate::overview::Overview;
 use crate::server::listen::serve_all;
 use crate::store::Store;
 use crate::store::record::{Round, WeightsState};
@@ -198,9 +198,9 @@ async fn validate(
     if let Some(weights) = store.last_weights(netuid).await.map_err(Failure::ours)? {
         progress.set_weights(&weights);
     }
-    let service = Service::new(Arc::clone(&progress), &store, netuid, clock);
+    let overview = Overview::new(Arc::clone(&progress), &store, netuid, clock);
     if let Some(listener) = listener {
-        show_to_operators(listener, &service)?;
+        show_to_operators(listener, &overview)?;
     }
     watch(Arc::clone(&progress))?;
     let stop = stop_at_signal()?;
@@ -267,13 +267,13 @@ async fn bound(address: SocketAddr) -> Result<TcpListener, Failure> {
 }
 
 /// Serves the routes for operators until the program ends: while it stops, they say so.
-fn show_to_operators(listener: TcpListener, service: &Service) -> Result<(), Failure> {
+fn show_to_operators(listener: TcpListener, overview: &Overview) -> Result<(), Failure> {
     let local = listener.local_addr().map_err(Failure::ours)?;
     if !local.ip().is_loopback() {
         tracing::warn!(%local, "whoever reaches this address can read the validator's records");
     }
     announce!("http://{local}");
-    let (listeners, state) = (vec![(listener, service.router())], service.state().clone());
+    let (listeners, state) = (vec![(listener, overview.router())], overview.state().clone());
     tokio::spawn(serve_all(listeners, state, std::future::pending(), Duration::ZERO));
     Ok(())
 }

@@ -7,7 +7,7 @@ use crate::verify::calibrate::HonestSample;
 use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
 use crate::verify::captures::{CapturedLine, Captures, CapturesError, Place};
 use crate::verify::question::QuestionError;
-use crate::verify::scrutiny::{WantedScrutiny, When};
+use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
 use crate::verify::{Depth, Limits, Profile, Rejection};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 /// What verifiers must judge by, so that samples show all that honest answers do.
 pub const MEASURING: VerifierRules = VerifierRules {
     limits: Limits::NONE,
-    scrutiny: WantedScrutiny { twin: Some(When::Always), ..WantedScrutiny::NOTHING },
+    scrutiny: WantedScrutiny { twin: Some(TwinPolicy::Always), ..WantedScrutiny::NOTHING },
 };
 
 /// Every row of the proof that was asked for.

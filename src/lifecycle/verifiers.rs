@@ -21,8 +21,14 @@ pub enum VerifierError {
     NotListed {
         /// The models file.
         file: PathBuf,
-        /// The name, empty where the request has none and the file has several models.
+        /// The name that the request has.
         model: String,
+    },
+    /// A request without a name could mean any of several models.
+    #[error("`request` must name its `model`: {} has several", file.display())]
+    Unnamed {
+        /// The models file.
+        file: PathBuf,
     },
     /// The model of that entry does not load.
     #[error("{model} cannot be loaded: {why}")]
@@ -39,7 +45,7 @@ impl VerifierError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NotListed { .. } => Some("add a [[model]] entry of that name"),
-            Self::Load { .. } => None,
+            Self::Unnamed { .. } | Self::Load { .. } => None,
         }
     }
 }
@@ -99,15 +105,15 @@ impl Verifiers {
     }
 
     fn entry(&self, asked: Option<&str>) -> Result<&ModelConfig, VerifierError> {
-        let entry = match (asked, self.models.as_slice()) {
-            (Some(name), models) => models.iter().find(|m| m.name == name),
-            (None, [only]) => Some(only),
-            (None, _) => None,
-        };
-        entry.ok_or_else(|| VerifierError::NotListed {
-            file: self.file.clone(),
-            model: asked.unwrap_or_default().to_owned(),
-        })
+        let file = || self.file.clone();
+        match (asked, self.models.as_slice()) {
+            (Some(name), models) => models
+                .iter()
+                .find(|m| m.name == name)
+                .ok_or_else(|| VerifierError::NotListed { file: file(), model: name.to_owned() }),
+            (None, [only]) => Ok(only),
+            (None, _) => Err(VerifierError::Unnamed { file: file() }),
+        }
     }
 
     /// Checks every choice of a capture, which blocks the thread.
@@ -159,4 +165,50 @@ async fn load_one(
         scrutiny,
         context_max: plan.options.context_max,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load::Plans;
+    use super::*;
+    use crate::config::models_toml;
+    use crate::models::device::Device;
+    use crate::ops::lanes::Isa;
+    use serde_json::json;
+
+    struct Quiet;
+
+    impl Progress for Quiet {
+        fn file(&self, _: &str, _: u64, _: u64) {}
+        fn planned(&self, _: &Plans, _: &[(Device, u64)]) {}
+        fn layers(&self, _: &str, _: usize, _: usize) {}
+        fn ended(&self, _: &str) {}
+    }
+
+    async fn refused(names: &[&str], request: serde_json::Value) -> (String, Option<&'static str>) {
+        let entry = |name: &&str| format!("[[model]]\nname = \"{name}\"\npath = \"nowhere\"\n");
+        let (file, text) = (Path::new("m.toml"), names.iter().map(entry).collect::<String>());
+        let config = models_toml::parse(file, &text, &[]).unwrap();
+        let pool = Pool::new(1, Isa::best()).unwrap();
+        let rules = VerifierRules::plain();
+        let mut verifiers = Verifiers::new((file, config), pool, rules, Arc::new(Quiet));
+        let capture = Capture::of_response(request, json!({}));
+        let error = verifiers.of(&capture).await.err().unwrap();
+        (error.to_string(), error.hint())
+    }
+
+    #[tokio::test]
+    async fn a_model_that_is_not_listed_or_does_not_load_is_named() {
+        let add = Some("add a [[model]] entry of that name");
+        let other = refused(&["a"], json!({"model": "b"})).await;
+        assert_eq!(other, ("m.toml has no model `b`".to_owned(), add));
+        // Without a name only a single model can be meant.
+        let (several, _) = refused(&["a", "b"], json!({})).await;
+        assert_eq!(several, "`request` must name its `model`: m.toml has several");
+        for request in [json!({"model": "a"}), json!({})] {
+            let (error, hint) = refused(&["a"], request).await;
+            assert!(error.starts_with("a cannot be loaded: "), "{error}");
+            assert!(error.contains("nowhere") && hint.is_none(), "{error}");
+        }
+    }
 }

@@ -11,7 +11,7 @@ pub mod address;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{Axon, Metagraph};
-use crate::chain::pace::{Doubt, Pace, READINGS_MAX};
+use crate::chain::pace::{self, Doubt, Pace};
 use crate::chain::{Chain, Head};
 use crate::server::door::Gate;
 use parking_lot::Mutex;
@@ -37,7 +37,7 @@ pub struct MinerOptions {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Announced {
     /// The chain has it already; nothing was sent.
-    Standing,
+    Already,
     /// It was sent, and is final.
     Sent,
     /// It was shown and not to be sent.
@@ -134,19 +134,9 @@ impl<C: Chain> Miner<C> {
 
     /// The metagraph of an endpoint whose block is believed.
     async fn read_metagraph(&self) -> Result<Metagraph, MinerError> {
-        let mut reading = 1;
-        loop {
-            let metagraph = self.chain.metagraph(self.options.netuid).await?;
-            let (before, now) = (self.gate.metagraph().block, self.gate.clock().unix_ms());
-            let checked = self.pace.lock().members(metagraph.block, before, now);
-            let Err(doubt) = checked else { return Ok(metagraph) };
-            if reading == READINGS_MAX {
-                return Err(doubt.into());
-            }
-            tracing::warn!("{doubt}; asking another endpoint");
-            self.chain.doubt().await;
-            reading += 1;
-        }
+        let known = (self.gate.metagraph().block, self.gate.clock());
+        let ask = || self.chain.metagraph(self.options.netuid);
+        pace::read_metagraph(&self.pace, known, ask, || self.chain.doubt()).await
     }
 
     /// Writes the address on chain, where another one stands there, and says what became of it.
@@ -162,10 +152,10 @@ impl<C: Chain> Miner<C> {
         let MinerOptions { netuid, axon, .. } = self.options;
         let mut wait = AGAIN.0;
         loop {
-            if self.standing() == Some(axon) {
+            if self.announced() == Some(axon) {
                 tracing::info!(axon = %axon.address, "the chain has this address");
                 self.gate.set_refused_axon(None);
-                return Ok(Announced::Standing);
+                return Ok(Announced::Already);
             }
             match self.chain.serve_axon(&self.signer, netuid, &axon, show).await {
                 Ok(true) => {
@@ -192,7 +182,7 @@ impl<C: Chain> Miner<C> {
     }
 
     /// What the chain says of this miner's address, as far as it was read.
-    fn standing(&self) -> Option<Axon> {
+    fn announced(&self) -> Option<Axon> {
         self.gate.metagraph().neuron(&self.signer.hotkey()).and_then(|own| own.axon)
     }
 

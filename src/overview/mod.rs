@@ -1,7 +1,7 @@
 //! Serves the HTTP routes for operators of a running validator: health, readiness and counters.
 //!
 //! Nothing here changes anything: the records are a handle that cannot write, and the state is a
-//! copy. Other modules can add routes to [`Service::router`].
+//! copy. Other modules can add routes to [`Overview::router`].
 
 mod metrics;
 mod page;
@@ -39,7 +39,7 @@ const PAGES_MAX: usize = 2;
 
 /// What the routes share. Clones show the same validator.
 #[derive(Clone)]
-pub struct Service {
+pub struct Overview {
     state: ServerState,
     progress: Arc<RunProgress>,
     store: Store,
@@ -47,8 +47,8 @@ pub struct Service {
     pages: Arc<Semaphore>,
 }
 
-impl Service {
-    /// A service that shows `progress`, and the records of subnet `netuid`.
+impl Overview {
+    /// Shows `progress`, and the records of subnet `netuid`.
     pub fn new(progress: Arc<RunProgress>, store: &Store, netuid: u16, clock: Clock) -> Self {
         let counted = Counted { progress: Arc::clone(&progress), clock: clock.clone() };
         let state = ServerState::new(Registry::default(), Defaults::TARGON, clock);
@@ -134,9 +134,9 @@ fn status_of(is_fine: bool) -> StatusCode {
 }
 
 /// `GET /health`: the program runs and its loop makes progress.
-async fn health(State(service): State<Service>) -> Response {
-    let beat = service.snapshot().beat_ms;
-    let age = service.age(beat);
+async fn health(State(overview): State<Overview>) -> Response {
+    let beat = overview.snapshot().beat_ms;
+    let age = overview.age(beat);
     let is_fine = beat == 0 || age <= BEAT_TIME;
     let body = json!({
         "status": if is_fine { "ok" } else { "stalled" },
@@ -146,17 +146,17 @@ async fn health(State(service): State<Service>) -> Response {
 }
 
 /// `GET /ready`: it holds rounds, hears the chain, and remembers what it finds.
-async fn ready(State(service): State<Service>) -> Response {
-    let troubles = service.troubles();
+async fn ready(State(overview): State<Overview>) -> Response {
+    let troubles = overview.troubles();
     let is_ready = troubles.is_empty();
     let body = json!({"ready": is_ready, "why": troubles});
     (status_of(is_ready), Json(body)).into_response()
 }
 
 /// `GET /`: miners, verdicts, weights and an answer, for people.
-async fn index(State(service): State<Service>) -> Result<Response, ApiError> {
-    let _turn = service.pages.try_acquire().map_err(|_| busy())?;
-    let (store, netuid, now) = (&service.store, service.netuid, service.snapshot());
+async fn index(State(overview): State<Overview>) -> Result<Response, ApiError> {
+    let _turn = overview.pages.try_acquire().map_err(|_| busy())?;
+    let (store, netuid, now) = (&overview.store, overview.netuid, overview.snapshot());
     let rounds = store.rounds(netuid, u64::MAX, page::ROUNDS).await.map_err(unread)?;
     let verdicts = store.verdicts(netuid, page::ROUNDS).await.map_err(unread)?;
     let weights = store.last_weights(netuid).await.map_err(unread)?;
@@ -171,11 +171,11 @@ async fn index(State(service): State<Service>) -> Result<Response, ApiError> {
 
 /// `GET /answers/{round}/{uid}`: one answer, for people.
 async fn answer(
-    State(service): State<Service>,
+    State(overview): State<Overview>,
     Path((round, uid)): Path<(String, u16)>,
 ) -> Result<Response, ApiError> {
-    let _turn = service.pages.try_acquire().map_err(|_| busy())?;
-    let found = service.store.response(&round, uid).await.map_err(unread)?;
+    let _turn = overview.pages.try_acquire().map_err(|_| busy())?;
+    let found = overview.store.response(&round, uid).await.map_err(unread)?;
     let found = found.ok_or_else(|| ApiError::not_found("no such answer is recorded"))?;
     Ok(page::one(&round, &found))
 }

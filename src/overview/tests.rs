@@ -14,16 +14,16 @@ use tower::ServiceExt;
 
 const NOW: u64 = 1_700_000_000_000;
 
-async fn service() -> (Service, Arc<RunProgress>, Clock, tempfile::TempDir) {
+async fn service() -> (Overview, Arc<RunProgress>, Clock, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v.sqlite");
     let store = Store::open(path.to_str().unwrap()).await.unwrap();
     let (progress, clock) = (Arc::<RunProgress>::default(), Clock::manual(NOW));
-    let service = Service::new(Arc::clone(&progress), &store, 4, clock.clone());
+    let service = Overview::new(Arc::clone(&progress), &store, 4, clock.clone());
     (service, progress, clock, dir)
 }
 
-async fn get(service: &Service, path: &str) -> (u16, String) {
+async fn get(service: &Overview, path: &str) -> (u16, String) {
     let request = Request::get(path).body(Body::empty()).unwrap();
     let response = service.router().oneshot(request).await.unwrap();
     let status = response.status().as_u16();
@@ -31,7 +31,7 @@ async fn get(service: &Service, path: &str) -> (u16, String) {
     (status, String::from_utf8(bytes.to_vec()).unwrap())
 }
 
-async fn why(service: &Service) -> (u16, Vec<String>) {
+async fn why(service: &Overview) -> (u16, Vec<String>) {
     let (status, body) = get(service, "/ready").await;
     let body: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(body["ready"], status == 200);
@@ -214,7 +214,7 @@ fn hostile_round() -> Round {
 async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path().join("v.sqlite").to_str().unwrap()).await.unwrap();
-    let service = Service::new(Arc::default(), &store, 4, Clock::manual(NOW));
+    let service = Overview::new(Arc::default(), &store, 4, Clock::manual(NOW));
     let (status, empty) = get(&service, "/").await;
     assert_eq!(status, 200);
     assert!(empty.contains("No round has ended yet") && empty.contains("No answer is kept"));

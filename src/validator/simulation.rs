@@ -195,7 +195,7 @@ struct World {
     events: BTreeMap<u64, (u64, RoundEvent)>,
     numbered: u64,
     samples: BTreeMap<u16, VecDeque<Sample>>,
-    standings: BTreeMap<u16, HotkeyState>,
+    states: BTreeMap<u16, HotkeyState>,
     outcomes: BTreeMap<(Kind, &'static str), u64>,
     ended: u64,
     events_max: usize,
@@ -214,7 +214,7 @@ impl World {
             events: BTreeMap::new(),
             numbered: 0,
             samples: BTreeMap::new(),
-            standings: BTreeMap::new(),
+            states: BTreeMap::new(),
             outcomes: BTreeMap::new(),
             ended: 0,
             events_max: 0,
@@ -318,11 +318,11 @@ impl World {
             }
             if response.outcome == Outcome::Verified {
                 let observed = kind.observed(&mut self.chance);
-                let standing = self.standings.remove(&response.uid).unwrap_or_default();
-                let mut evidence = standing.evidence;
+                let state = self.states.remove(&response.uid).unwrap_or_default();
+                let mut evidence = state.evidence;
                 evidence.add(&Calibrated::default(), &observed);
-                let standing = standing.after(evidence, &round.id, round.block);
-                self.standings.insert(response.uid, standing);
+                let state = state.after(evidence, &round.id, round.block);
+                self.states.insert(response.uid, state);
             }
         }
     }
@@ -365,8 +365,8 @@ impl World {
                 Kind::Absent => Vec::new(),
                 _ => vec![MODEL.to_owned()],
             };
-            let standing = self.standings.get(&uid).cloned().unwrap_or_default();
-            (uid, Seat { hotkey: self.hotkey(uid), models, organics: None, standing })
+            let state = self.states.get(&uid).cloned().unwrap_or_default();
+            (uid, Seat { hotkey: self.hotkey(uid), models, organics: None, state })
         };
         let seats: BTreeMap<u16, Seat> = (0..MINERS).map(seat).collect();
         let samples: Vec<Sample> = self.samples.values().flatten().cloned().collect();
@@ -448,7 +448,7 @@ fn a_place_with_a_new_hotkey_starts_from_nothing() {
     let before = world.decide(ScoringProfile::Default);
     assert!(before[&uid] > 0.0 && Kind::of(uid) == Kind::Honest);
     world.replaced.insert(uid);
-    world.standings.remove(&uid);
+    world.states.remove(&uid);
     let after = world.decide(ScoringProfile::Default);
     assert!(after[&uid] == 0.0 && after[&(uid + 14)] > 0.0, "{after:?}");
     // The control: version 4.4 passes samples on to the next hotkey.

@@ -1,4 +1,4 @@
-//! Reads a file of captured answers, one a line, each when its turn comes.
+//! Reads a file of captured answers, one a line, each when its turn comes, and appends to one.
 //!
 //! A line that holds no captured answer, or is longer than [`LINE_BYTES_MAX`], is given as the
 //! [`Rejection`] that says so, and the next one is read: it holds the peer's bytes. Only a file
@@ -6,9 +6,11 @@
 
 use super::capture::Capture;
 use super::{Reason, Rejection};
+use serde::Serialize;
+use serde_json::Value;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Bytes of a line: more than `query` keeps of an answer, however it is escaped.
@@ -48,6 +50,42 @@ pub enum CapturesError {
         /// What the system says.
         source: io::Error,
     },
+    /// Nothing can be added to it.
+    #[error("{} cannot be written: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+/// A streamed answer, as a line of a file.
+#[derive(Serialize, Debug)]
+pub struct CapturedStream<'a> {
+    /// The body of the request.
+    pub request: &'a Value,
+    /// The events as they came.
+    pub chunks: Vec<&'a Value>,
+    /// When each of them was read, in milliseconds since the request was sent.
+    pub at_ms: Vec<u64>,
+    /// The hotkey that must have signed the proof, as SS58.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hotkey: Option<String>,
+}
+
+impl CapturedStream<'_> {
+    /// Adds the line to the file, which is made where there is none.
+    ///
+    /// # Errors
+    /// When it cannot be opened or written.
+    pub fn append_to(&self, path: &Path) -> Result<(), CapturesError> {
+        let failed = |source| CapturesError::Write { path: path.to_owned(), source };
+        let mut line = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
+        line.push(b'\n');
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        file.and_then(|mut file| file.write_all(&line)).map_err(failed)
+    }
 }
 
 /// A line, and what was captured in it or why it is no captured answer.
@@ -134,6 +172,7 @@ impl Iterator for Captures {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     use std::fs;
 
     #[test]
@@ -153,6 +192,30 @@ mod tests {
             assert_eq!(rejection.reason, Reason::BadStream);
             assert!(rejection.what.contains(want), "{rejection}");
         }
+    }
+
+    #[test]
+    fn what_is_appended_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.jsonl");
+        let request = json!({"model": "m"});
+        let chunks = [json!({"choices": []}), json!({"usage": null})];
+        for hotkey in [None, Some("5F".to_owned())] {
+            let (chunks, at_ms) = (chunks.iter().collect(), vec![3, 5]);
+            let stream = CapturedStream { request: &request, chunks, at_ms, hotkey };
+            stream.append_to(&path).unwrap();
+        }
+        let captures = Captures::open(&path).unwrap().map(|line| line.unwrap().capture.unwrap());
+        let read = captures.map(|c| (c.request.clone(), c.miner().map(str::to_owned)));
+        assert_eq!(
+            read.collect::<Vec<_>>(),
+            [(request.clone(), None), (request, Some("5F".to_owned()))]
+        );
+        let absent = dir.path().join("absent/c.jsonl");
+        let stream =
+            CapturedStream { request: &json!({}), chunks: vec![], at_ms: vec![], hotkey: None };
+        let error = stream.append_to(&absent).unwrap_err().to_string();
+        assert!(error.contains("absent/c.jsonl cannot be written: "), "{error}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::str::FromStr;
 
 /// When an answer is worth a second prefill.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub enum When {
+pub enum TwinPolicy {
     /// Never.
     Never,
     /// Where the first one finds it suspicious.
@@ -28,10 +28,10 @@ pub enum When {
 
 /// Why answers cannot be looked at as closely as was asked for.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum AskedError {
+pub enum ScrutinyError {
     /// Not one of the words, and no share.
     #[error("must be never, suspicion, always, or a share between 0 and 1, got {0}")]
-    When(String),
+    Policy(String),
     /// Only the processor computes otherwise than by the canon.
     #[error("`--twin` and `--name-cheats` need weights on the processor, these are on {0}")]
     Device(Device),
@@ -40,16 +40,16 @@ pub enum AskedError {
     Never,
 }
 
-impl FromStr for When {
-    type Err = AskedError;
+impl FromStr for TwinPolicy {
+    type Err = ScrutinyError;
 
-    fn from_str(text: &str) -> Result<Self, AskedError> {
+    fn from_str(text: &str) -> Result<Self, ScrutinyError> {
         match (text, text.parse::<f64>()) {
             ("never", _) => Ok(Self::Never),
             ("suspicion", _) => Ok(Self::Suspicion),
             ("always", _) => Ok(Self::Always),
             (_, Ok(share)) if share > 0.0 && share < 1.0 => Ok(Self::Share(share)),
-            _ => Err(AskedError::When(text.to_owned())),
+            _ => Err(ScrutinyError::Policy(text.to_owned())),
         }
     }
 }
@@ -58,7 +58,7 @@ impl FromStr for When {
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Scrutiny {
     /// When the twin is run.
-    pub twin: When,
+    pub twin: TwinPolicy,
     /// Whether a fast check of a proof stops after a random number of chunks, which the verifier
     /// draws after the answer, unless these leave it open what the answer is. What stands later is
     /// then not seen, its end included.
@@ -73,8 +73,8 @@ pub struct Scrutiny {
 /// What a caller asks for, before it is known where the weights are.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct WantedScrutiny {
-    /// When the twin is run; [`When::default`] where absent, if it can be run at all.
-    pub twin: Option<When>,
+    /// When the twin is run; [`TwinPolicy::default`] where absent, if it can be run at all.
+    pub twin: Option<TwinPolicy>,
     /// As in [`Scrutiny`].
     pub stops_early: bool,
     /// As in [`Scrutiny`].
@@ -85,26 +85,30 @@ pub struct WantedScrutiny {
 
 impl WantedScrutiny {
     /// One prefill, whatever it shows.
-    pub const NOTHING: Self =
-        Self { twin: Some(When::Never), stops_early: false, names: false, rows: FastRows::DEFAULT };
+    pub const NOTHING: Self = Self {
+        twin: Some(TwinPolicy::Never),
+        stops_early: false,
+        names: false,
+        rows: FastRows::DEFAULT,
+    };
 
     /// What is done with `model`.
     ///
     /// # Errors
     /// When it was asked for by name and cannot be done.
-    pub fn on(self, model: &Model) -> Result<Scrutiny, AskedError> {
+    pub fn on(self, model: &Model) -> Result<Scrutiny, ScrutinyError> {
         let Self { twin, stops_early, names, rows } = self;
-        let is_asked = names || twin.is_some_and(|twin| twin != When::Never);
+        let is_asked = names || twin.is_some_and(|twin| twin != TwinPolicy::Never);
         if model.weights.cpu().is_none() {
             let device = model.weights.device();
             return match is_asked {
-                true => Err(AskedError::Device(device)),
+                true => Err(ScrutinyError::Device(device)),
                 false => Ok(Scrutiny { stops_early, rows, ..Scrutiny::NONE }),
             };
         }
         let twin = twin.unwrap_or_default();
-        match names && twin == When::Never {
-            true => Err(AskedError::Never),
+        match names && twin == TwinPolicy::Never {
+            true => Err(ScrutinyError::Never),
             false => Ok(Scrutiny { twin, stops_early, names, rows }),
         }
     }
@@ -113,7 +117,7 @@ impl WantedScrutiny {
 impl Scrutiny {
     /// None: one prefill, whatever it shows.
     pub const NONE: Self =
-        Self { twin: When::Never, stops_early: false, names: false, rows: FastRows::DEFAULT };
+        Self { twin: TwinPolicy::Never, stops_early: false, names: false, rows: FastRows::DEFAULT };
 
     /// Whether what was found asks for a second prefill; `chance` is the verifier's.
     pub(super) fn wants(
@@ -133,10 +137,10 @@ impl Scrutiny {
         let is_over = || limits.statistic(scheme, report).is_some_and(|s| s.is_over());
         let drawn = || f64::from(philox(chance, [0, 3, 0, 0])[0]) / 2.0_f64.powi(32);
         let is_due = match self.twin {
-            When::Never => false,
-            When::Suspicion => is_over(),
-            When::Share(share) => drawn() < share || is_over(),
-            When::Always => true,
+            TwinPolicy::Never => false,
+            TwinPolicy::Suspicion => is_over(),
+            TwinPolicy::Share(share) => drawn() < share || is_over(),
+            TwinPolicy::Always => true,
         };
         is_open && is_measurable && is_due
     }

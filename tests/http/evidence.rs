@@ -6,6 +6,12 @@ use axum::http::StatusCode;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
+use targon_engine::config::models_toml;
+use targon_engine::lifecycle::pairs::{MEASURING, WantedPairs, check_pairs};
+use targon_engine::lifecycle::verifiers::Verifiers;
+use targon_engine::ops::lanes::Isa;
+use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::verify::ChunkEvidence;
 use targon_engine::verify::RowEvidence;
@@ -470,6 +476,51 @@ async fn the_program_calibrates_judges_and_remembers() {
     assert!(page.contains("<svg") && page.contains("Content-Security-Policy"));
     let (code, _, err) = run(dir.path(), &["verify", &file, "--limits", &store]);
     assert!(code == 1 && err.contains("evidence.json: "), "{err}");
+}
+
+#[tokio::test]
+async fn pairs_that_are_no_samples_are_refused_by_their_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = std::fs::read_to_string(captured(dir.path()).await).unwrap();
+    common::write_checkpoint(&dir.path().join("m2"), &common::tiny_config(), 4);
+    let models = dir.path().join("models.toml");
+    let both =
+        std::fs::read_to_string(&models).unwrap() + "[[model]]\nname = \"other\"\npath = \"m2\"\n";
+    std::fs::write(&models, both).unwrap();
+    let path = dir.path().join("pairs.jsonl");
+    let check = async |last: &str, model: Option<&str>| {
+        std::fs::write(&path, format!("{good}\n{last}\n")).unwrap();
+        let config = models_toml::read(&models, &[]).unwrap();
+        let (pool, quiet) = (Pool::new(2, Isa::best()).unwrap(), Arc::new(common::Quiet));
+        let mut verifiers = Verifiers::new((models.as_path(), config), pool, MEASURING, quiet);
+        let wanted = WantedPairs { model, answers_max: 5 };
+        let checked = check_pairs(std::slice::from_ref(&path), &mut verifiers, wanted).await;
+        checked.map_err(|e| (e.to_string(), e.hint()))
+    };
+    let found = check("", None).await.unwrap();
+    let samples = &found.samples[&Some("tester".to_owned())];
+    assert_eq!((found.samples.len(), samples.len(), found.left_out), (1, 5, 0));
+    let named = |model: &str, body: Value| {
+        let mut request = chat(body);
+        request["model"] = model.into();
+        json!({"request": request, "response": {}, "miner": "second"}).to_string()
+    };
+    let no_proof = named("tiny", json!({"max_tokens": 4}));
+    assert_eq!(check(&no_proof, None).await.unwrap().left_out, 1);
+    for (last, want) in [
+        ("nonsense".to_owned(), "pairs.jsonl:7: BAD_STREAM"),
+        (named("other", json!({})), "pairs.jsonl:7: limits belong to one model"),
+        (named("tiny", json!({"max_tokens": -1})), "pairs.jsonl:7: `request`"),
+        (named("gone", json!({})), "models.toml has no model `gone`"),
+    ] {
+        let (error, hint) = check(&last, None).await.unwrap_err();
+        assert!(error.contains(want), "{error}");
+        assert_eq!(hint.is_some(), want.contains("model"), "{error}");
+    }
+    // Another model's captures count for nothing.
+    assert!(check(&named("other", json!({})), Some("tiny")).await.is_ok());
+    let (error, _) = check("", Some("other")).await.unwrap_err();
+    assert_eq!(error, "the captures hold no answer of this model");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::from_hex;
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::prefill::hidden_rows;
-use targon_engine::verify::scrutiny::{Scrutiny, WantedScrutiny, When};
+use targon_engine::verify::scrutiny::{Scrutiny, TwinPolicy, WantedScrutiny};
 use targon_engine::verify::statistic::ByRows;
 use targon_engine::verify::{
     Challenge, Claim, Depth, Limits, Profile, Reason, Report, Verdict, Verifier,
@@ -36,7 +36,7 @@ const NARROW: Limits = Limits {
     margin_mean: 1.0,
     ..Limits::NONE
 };
-const NAMING: Scrutiny = Scrutiny { twin: When::Suspicion, names: true, ..Scrutiny::NONE };
+const NAMING: Scrutiny = Scrutiny { twin: TwinPolicy::Suspicion, names: true, ..Scrutiny::NONE };
 
 fn proved(scheme: Scheme, tokens: usize) -> Value {
     chat(json!({
@@ -113,12 +113,12 @@ async fn a_second_prefill_is_paid_when_it_was_asked_for() {
     let base = verifier(&site.served);
     let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
     for (twin, limits, is_run) in [
-        (When::Never, NARROW, false),
-        (When::Suspicion, wide, false),
-        (When::Suspicion, NARROW, true),
-        (When::Share(0.999_999), wide, true),
-        (When::Share(0.000_001), wide, false),
-        (When::Always, wide, true),
+        (TwinPolicy::Never, NARROW, false),
+        (TwinPolicy::Suspicion, wide, false),
+        (TwinPolicy::Suspicion, NARROW, true),
+        (TwinPolicy::Share(0.999_999), wide, true),
+        (TwinPolicy::Share(0.000_001), wide, false),
+        (TwinPolicy::Always, wide, true),
     ] {
         let scrutiny = Scrutiny { twin, ..Scrutiny::NONE };
         let verifier = Verifier { limits, scrutiny, ..base.clone() };
@@ -131,7 +131,7 @@ async fn a_second_prefill_is_paid_when_it_was_asked_for() {
     let body = proved(Scheme::Residue, 1);
     let (_, response) = answer(&site, &body).await;
     let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
-    let scrutiny = Scrutiny { twin: When::Always, ..NAMING };
+    let scrutiny = Scrutiny { twin: TwinPolicy::Always, ..NAMING };
     let verifier = Verifier { limits: NARROW, scrutiny, ..base };
     let found = report(&verifier, &body, &theirs).await;
     assert_eq!((found.verdict, found.twin.len(), found.energies.len()), (Verdict::Pass, 0, 1));
@@ -174,7 +174,7 @@ async fn a_second_look_that_fails_leaves_one_answer_unscored_and_the_next_is_loo
     assert_eq!((second.verdict, second.twin.len()), (Verdict::Pass, 40));
     assert_eq!(second.named.len(), RECIPES.len());
     // One that chance drew is not suspicious.
-    let scrutiny = Scrutiny { twin: When::Always, ..Scrutiny::NONE };
+    let scrutiny = Scrutiny { twin: TwinPolicy::Always, ..Scrutiny::NONE };
     let wide = Limits { trimmed_u8: ByRows::all(1e9), ..NARROW };
     let [first, second] = failing_at(scrutiny, wide, 0).await;
     assert_eq!((first.verdict, first.twin.len()), (Verdict::Pass, 0));
@@ -251,11 +251,11 @@ async fn an_early_check_stops_at_a_chunk_that_chance_draws_unless_it_is_open() {
 
 #[test]
 fn what_was_asked_for_is_read_or_refused() {
-    let read = |text: &str| text.parse::<When>();
-    assert_eq!(read("never"), Ok(When::Never));
-    assert_eq!(read("suspicion"), Ok(When::Suspicion));
-    assert_eq!(read("always"), Ok(When::Always));
-    assert_eq!(read("0.05"), Ok(When::Share(0.05)));
+    let read = |text: &str| text.parse::<TwinPolicy>();
+    assert_eq!(read("never"), Ok(TwinPolicy::Never));
+    assert_eq!(read("suspicion"), Ok(TwinPolicy::Suspicion));
+    assert_eq!(read("always"), Ok(TwinPolicy::Always));
+    assert_eq!(read("0.05"), Ok(TwinPolicy::Share(0.05)));
     for wrong in ["", "0", "1", "nan", "-0.5", "sometimes", "inf"] {
         assert!(
             read(wrong).unwrap_err().to_string().contains("must be never, suspicion"),

@@ -271,8 +271,8 @@ async fn a_miner_announces_itself_only_where_something_changed() {
     assert!(gate.status()["axon_refused"].is_null());
     assert_eq!(node.calls().len(), 1);
     miner.join().await.unwrap();
-    let standing = miner.announce(&|_| panic!("nothing has changed")).await;
-    assert_eq!(standing, Ok(Announced::Standing));
+    let again = miner.announce(&|_| panic!("nothing has changed")).await;
+    assert_eq!(again, Ok(Announced::Already));
     assert_eq!(node.calls().len(), 1);
     let error = self::miner(&node, 9, 5).0.join().await.unwrap_err();
     assert!(error.to_string().contains("is not registered on subnet 4"), "{error}");

@@ -13,7 +13,7 @@ use crate::verify::answer::Answer;
 use crate::verify::capture::{Capture, CheckOptions, check_capture};
 use crate::verify::mirror::{Mirror, Told};
 use crate::verify::question::Question;
-use crate::verify::scrutiny::{Scrutiny, When};
+use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
 use crate::verify::statistic::ByRows;
 use crate::verify::{
     Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, structure,
@@ -116,7 +116,7 @@ impl AttackVerifier {
         let Self(Verifier { limits, scrutiny, .. }) = self;
         let energies = of("trimmed mean", |r| &r.energies, limits.trimmed(scheme));
         let twin = match scrutiny.twin {
-            When::Always => of("twin", |r| &r.twin, limits.twin(scheme)),
+            TwinPolicy::Always => of("twin", |r| &r.twin, limits.twin(scheme)),
             _ => None,
         };
         energies.into_iter().chain(twin).collect()

@@ -10,7 +10,7 @@ use crate::cli::out::outln;
 use crate::cli::shared::ComputeArgs;
 use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
-use crate::verify::scrutiny::{Scrutiny, When};
+use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
 use crate::verify::{FastRows, Limits, limits_file};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -41,7 +41,7 @@ pub(in crate::cli) struct AttackArgs {
     exact: bool,
     /// When to compute rows a second time, as for `verify`: never, suspicion, a share or always.
     #[arg(long, default_value = "always")]
-    twin: When,
+    twin: TwinPolicy,
     /// Try known cheats on answers that the twin finds too far.
     #[arg(long)]
     name_cheats: bool,

@@ -122,7 +122,7 @@ fn draw_miners(frame: &mut Frame<'_>, view: &View, first: usize, area: Rect) -> 
 fn row(uid: u16, miner: &MinerView, share: f64) -> Row<'static> {
     let hotkey: String = miner.hotkey.chars().take(11).chain(['…']).collect();
     let last = miner.last.as_ref().map(|last| last.timing);
-    let (now, timing) = match miner.standing {
+    let (now, timing) = match miner.state {
         None => ("", last),
         Some(MinerState::NotServed) => ("not served", last),
         Some(MinerState::Asked) => ("asked", last),
@@ -179,9 +179,9 @@ mod tests {
         let last = |outcome, cause: Option<&str>| {
             Some(Last { timing, outcome, cause: cause.map(str::to_owned) })
         };
-        let miner = |standing, last| MinerView {
+        let miner = |state, last| MinerView {
             hotkey: "5F3sa2TJAWMqDhXG6jhV4N8ko9SxwGy8TpaNS1repo5EYjQX".into(),
-            standing,
+            state,
             last,
             counts: [("verified", 2), ("rejected", 1)].into(),
         };

@@ -186,14 +186,14 @@ impl RoundMachine {
     }
 
     /// Where everyone is whom it asks, by ascending uid.
-    pub fn standings(&self) -> impl Iterator<Item = (u16, MinerState)> {
-        let standing = |slot: &Slot| match &slot.state {
+    pub fn miner_states(&self) -> impl Iterator<Item = (u16, MinerState)> {
+        let state = |slot: &Slot| match &slot.state {
             State::NotServed => MinerState::NotServed,
             State::Open => MinerState::Asked,
             State::Checking(timing, _) => MinerState::Checking(*timing),
             State::Closed(found) => MinerState::Done(found.timing, found.outcome),
         };
-        self.slots.iter().map(move |(uid, slot)| (*uid, standing(slot)))
+        self.slots.iter().map(move |(uid, slot)| (*uid, state(slot)))
     }
 
     /// When it must be told that time has passed, on its clock.

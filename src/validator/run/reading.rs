@@ -5,7 +5,7 @@ use super::ports::Ports;
 use super::subnet::Subnet;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
-use crate::chain::pace::{Doubt, Pace, READINGS_MAX};
+use crate::chain::pace::{self, Doubt, Pace};
 use crate::clock::Clock;
 use crate::validator::eligible::{self, Member, MinerRules, NoPermit};
 use crate::wire::models::LIST_MODELS_MAX;
@@ -120,18 +120,8 @@ pub(super) async fn read_metagraph<P: Ports>(
     pace: &Mutex<Pace>,
     clock: &Clock,
 ) -> Result<Metagraph, SubnetError> {
-    let mut reading = 1;
-    loop {
-        let metagraph = ports.metagraph().await?;
-        let checked = pace.lock().members(metagraph.block, before, clock.unix_ms());
-        let Err(doubt) = checked else { return Ok(metagraph) };
-        if reading == READINGS_MAX {
-            return Err(doubt.into());
-        }
-        tracing::warn!("{doubt}; asking another endpoint");
-        ports.doubt().await;
-        reading += 1;
-    }
+    let (ask, doubt) = (|| ports.metagraph(), || ports.doubt());
+    pace::read_metagraph(pace, (before, clock), ask, doubt).await
 }
 
 /// What each miner serves. One that does not answer serves nothing; where none answers, what they

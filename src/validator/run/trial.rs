@@ -43,7 +43,7 @@ pub(super) async fn verify(
 ) -> AnswerReport {
     let Resident { verifier, rates, .. } = resident;
     let hotkey = case.member.hotkey.to_string();
-    let sums = match standing(store, &hotkey, &case.model).await {
+    let sums = match hotkey_state(store, &hotkey, &case.model).await {
         Ok(known) => known.evidence.sums,
         Err(e) => {
             tracing::warn!(hotkey, "the evidence cannot be read, so it does not choose rows: {e}");
@@ -132,7 +132,7 @@ fn verdict(verdict: Verdict) -> AnswerVerdict {
 }
 
 /// The evidence about a miner; empty for an unknown one.
-async fn standing(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<HotkeyState> {
+async fn hotkey_state(store: &Store, hotkey: &str, model: &str) -> anyhow::Result<HotkeyState> {
     match store.evidence(hotkey, model).await? {
         Some(known) => Ok(serde_json::from_value(known)?),
         None => Ok(HotkeyState::default()),
@@ -149,7 +149,7 @@ async fn add(
 ) -> Option<HotkeyState> {
     let hotkey = case.member.hotkey.to_string();
     let known = match observed.is_empty() {
-        true => standing(store, &hotkey, &case.model).await,
+        true => hotkey_state(store, &hotkey, &case.model).await,
         false => store_sum(store, rates, case, observed).await,
     };
     known.map_err(|e| tracing::warn!(hotkey, "the answer adds no evidence: {e}")).ok()
@@ -163,12 +163,12 @@ async fn store_sum(
 ) -> anyhow::Result<HotkeyState> {
     let change = |known: Option<Value>| {
         let known = known.map(serde_json::from_value::<HotkeyState>).transpose();
-        let standing = known.context("its state cannot be read")?;
-        let standing = standing.unwrap_or_default();
-        let mut evidence = standing.evidence;
+        let state = known.context("its state cannot be read")?;
+        let state = state.unwrap_or_default();
+        let mut evidence = state.evidence;
         evidence.add(rates, observed);
-        let standing = standing.after(evidence, &case.round, case.block);
-        serde_json::to_value(standing).context("its state cannot be written")
+        let state = state.after(evidence, &case.round, case.block);
+        serde_json::to_value(state).context("its state cannot be written")
     };
     let hotkey = case.member.hotkey.to_string();
     let stored = store.change_evidence(&hotkey, &case.model, change).await?;
@@ -243,11 +243,8 @@ pub(super) async fn decide(
     let mut seats = BTreeMap::new();
     for (uid, hotkey) in hotkeys {
         let listed = subnet.models.get(&uid).into_iter().flatten().cloned().collect();
-        let standing = worst(store, &hotkey, models).await?;
-        seats.insert(
-            uid,
-            Seat { models: listed, organics: organics(uid, &hotkey), hotkey, standing },
-        );
+        let state = worst(store, &hotkey, models).await?;
+        seats.insert(uid, Seat { models: listed, organics: organics(uid, &hotkey), hotkey, state });
     }
     let asked = metagraph.hyperparameters;
     let limits =
@@ -356,7 +353,7 @@ mod tests {
         let adding = cases.iter().map(|case| add(&store, &rates, case, &mild));
         futures_util::future::join_all(adding).await;
         let hotkey = case(0).member.hotkey.to_string();
-        let known = standing(&store, &hotkey, "m").await.unwrap();
+        let known = hotkey_state(&store, &hotkey, "m").await.unwrap();
         assert_eq!(known.evidence.answers, 9);
         assert!(known.shut_by.is_some(), "{known:?}");
     }

@@ -55,7 +55,7 @@ pub struct MinerView {
     /// Its hotkey, as SS58.
     pub hotkey: String,
     /// Where it is in the newest round that asks it.
-    pub standing: Option<MinerState>,
+    pub state: Option<MinerState>,
     /// What became of its last answer.
     pub last: Option<Last>,
     /// Answers of this run by outcome.
@@ -151,9 +151,9 @@ impl Publisher {
             let (id, model) = live.machine.name();
             let phase = live.machine.phase();
             view.rounds.push(Running { id, model, block: live.block, phase });
-            for (uid, standing) in live.machine.standings() {
+            for (uid, state) in live.machine.miner_states() {
                 if let Some(miner) = view.miners.get_mut(&uid) {
-                    miner.standing = Some(standing);
+                    miner.state = Some(state);
                 }
             }
         }

@@ -53,7 +53,7 @@ impl HotkeyState {
         Self { evidence, shut_by }
     }
 
-    /// What it means for pay. A standing that was kept without its gate (an evidence file) is
+    /// What it means for pay. A state that was kept without its gate (an evidence file) is
     /// checked by its sums alone.
     pub fn explained(&self, profile: ScoringProfile) -> EvidenceGate {
         let is_shut = self.shut_by.is_some() || self.evidence.alarm().is_some();

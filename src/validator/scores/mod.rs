@@ -39,7 +39,7 @@ pub struct Seat {
     /// Its requests of real users, where any are known.
     pub organics: Option<Vec<Organic>>,
     /// What the checks of many answers say together.
-    pub standing: HotkeyState,
+    pub state: HotkeyState,
 }
 
 /// What weights are made of.
@@ -155,7 +155,7 @@ fn explain(
     let earned =
         models.iter().chain(&organics).map(|s| s.score).fold(0.0, |sum, score| sum + score);
     let sum = earned.clamp(f64::MIN, f64::MAX);
-    let gate = seat.standing.explained(rules.profile);
+    let gate = seat.state.explained(rules.profile);
     let score = if gate.pays { sum } else { 0.0 };
     Explanation {
         uid,

@@ -185,40 +185,40 @@ fn an_alarm_ends_pay_until_later_answers_speak_against_it() {
     let rates = Calibrated::default();
     let cheat = Observed { margins: vec![0.1; 4], energies: vec![2.0; 4], twin: None };
     let honest = Observed { margins: vec![0.0; 32], energies: vec![0.3; 4], twin: None };
-    let (mut standing, mut answers) = (HotkeyState::default(), 0);
-    let mut step = |standing: HotkeyState, observed: &Observed| {
+    let (mut state, mut answers) = (HotkeyState::default(), 0);
+    let mut step = |state: HotkeyState, observed: &Observed| {
         answers += 1;
-        let mut evidence = standing.evidence;
+        let mut evidence = state.evidence;
         evidence.add(&rates, observed);
-        standing.after(evidence, &format!("round-{answers}"), answers)
+        state.after(evidence, &format!("round-{answers}"), answers)
     };
-    while standing.shut_by.is_none() {
-        standing = step(standing, &cheat);
+    while state.shut_by.is_none() {
+        state = step(state, &cheat);
     }
-    let alarm = standing.shut_by.clone().unwrap();
+    let alarm = state.shut_by.clone().unwrap();
     assert!(alarm.block > 4, "one answer never decides");
     assert_eq!(alarm.round, format!("round-{}", alarm.block));
-    let paid = |standing: &HotkeyState, profile| {
+    let paid = |state: &HotkeyState, profile| {
         let mut seats = seats(2);
-        seats.get_mut(&0).unwrap().standing = standing.clone();
+        seats.get_mut(&0).unwrap().state = state.clone();
         let samples = history(&[vec![Some(80.0)], vec![Some(40.0)]]);
         let decision = decide_over(profile, &seats, &samples);
         (decision.miners[0].weight, decision.miners[0].sum > 0.0)
     };
-    assert_eq!(paid(&standing, ScoringProfile::Default), (0, true));
-    assert_eq!(paid(&standing, ScoringProfile::Targon44), (65_535, true), "4.4 knows no evidence");
+    assert_eq!(paid(&state, ScoringProfile::Default), (0, true));
+    assert_eq!(paid(&state, ScoringProfile::Targon44), (65_535, true), "4.4 knows no evidence");
     // Below the alarm, but not yet below half of it: still shut.
     let mut was_between = false;
-    while standing.shut_by.is_some() {
-        let Sums { margin, energy, joint } = standing.evidence.sums;
+    while state.shut_by.is_some() {
+        let Sums { margin, energy, joint } = state.evidence.sums;
         let largest = margin.max(energy).max(joint);
         was_between |= largest < ALARM && largest > REOPEN;
-        assert_eq!(standing.shut_by.as_ref().unwrap(), &alarm, "the first alarm is kept");
-        assert_eq!(paid(&standing, ScoringProfile::Default), (0, true));
-        standing = step(standing, &honest);
+        assert_eq!(state.shut_by.as_ref().unwrap(), &alarm, "the first alarm is kept");
+        assert_eq!(paid(&state, ScoringProfile::Default), (0, true));
+        state = step(state, &honest);
     }
     assert!(was_between);
-    assert_eq!(paid(&standing, ScoringProfile::Default), (65_535, true));
+    assert_eq!(paid(&state, ScoringProfile::Default), (65_535, true));
     // Sums from elsewhere, without the gate: an alarm counts at once.
     let sums = Sums { margin: ALARM, energy: 0.0, joint: 0.0 };
     let evidence = Evidence { answers: 9, alarms: 1, sums };
@@ -283,7 +283,7 @@ fn whoever_is_behind_an_alarm_is_the_last_to_be_named() {
     let mut seats = seats(4);
     let sums = Sums { margin: ALARM, ..Sums::default() };
     let evidence = Evidence { answers: 9, alarms: 1, sums };
-    seats.get_mut(&0).unwrap().standing = HotkeyState { evidence, shut_by: None };
+    seats.get_mut(&0).unwrap().state = HotkeyState { evidence, shut_by: None };
     let samples = history(&[vec![Some(50.0)], vec![], vec![], vec![Some(50.0)]]);
     let models = [MODEL.to_owned()];
     let named = |min_allowed| {

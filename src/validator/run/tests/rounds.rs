@@ -131,14 +131,14 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
 async fn who_watches_sees_rounds_miners_verdicts_and_weights_to_come() {
     let (world, running) = hanging().await;
     let views = running.views.clone();
-    let standing = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.standing);
-    until("a verification", || matches!(standing(1), Some(MinerState::Checking(_)))).await;
+    let state = |uid: u16| views.borrow().miners.get(&uid).and_then(|m| m.state);
+    until("a verification", || matches!(state(1), Some(MinerState::Checking(_)))).await;
     let is_checking = || views.borrow().rounds.iter().any(|r| r.phase == RoundPhase::Checking);
     until("a round that waits for verdicts", is_checking).await;
     let view = Arc::clone(&views.borrow());
     assert_eq!((view.netuid, view.block, view.epoch), (4, 10, (0, 100)));
     assert_eq!(view.miners.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
-    assert_eq!(standing(5), Some(MinerState::NotServed));
+    assert_eq!(state(5), Some(MinerState::NotServed));
     assert!(view.rounds.iter().all(|round| round.model == "m"));
     assert_eq!(view.miners[&1].last, None);
     world.hangs.store(false, SeqCst);
