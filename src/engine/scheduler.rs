@@ -448,9 +448,8 @@ impl Scheduler {
         }
         assert!(self.waiting.iter().all(|s| s.table.ids().is_empty() && s.computed == 0));
         assert!(self.running.len() <= self.limits.sequences_max);
-        let decodes = plan.slices.iter().filter(|s| s.tokens.len() == 1 + s.drafts).count();
-        let mixed = self.limits.mixed_budget(decodes);
-        assert!(plan.rows() <= self.limits.step_tokens_max.max(mixed));
+        let SchedulerLimits { step_tokens_max, mixed_tokens_max, .. } = self.limits;
+        assert!(plan.rows() <= step_tokens_max.max(mixed_tokens_max));
         for slice in &plan.slices {
             assert!(slice.blocks.len() * BLOCK_TOKENS >= slice.start + slice.tokens.len());
         }

@@ -105,7 +105,7 @@ async fn a_changed_model_waits_until_the_requests_of_the_old_one_have_ended() {
     let request = loading.registry.route(Some("a"), None).ok().unwrap();
     loading.registry.remove("a");
     loading.rooms.leave("a");
-    let (changed, with) = (model(home.path(), "a", 7), loading.clone());
+    let (changed, with) = (model(home.path(), "a", 9), loading.clone());
     let started = tokio::spawn(async move { start(changed, &with).await });
     tokio::time::sleep(Duration::from_secs(1)).await;
     let entry = loading.registry.entry("a").unwrap();
