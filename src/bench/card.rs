@@ -119,9 +119,12 @@ impl CardSite {
         Some(millijoules as f64 / 1e3)
     }
 
-    /// Whether others use it.
-    pub(super) fn busy(&self) -> Option<Mark> {
-        let used = self.ask(|device| device.utilization_rates())?.gpu;
+    /// Whether others use the card of this number, which must not be used by this process yet.
+    pub(super) fn busy(number: usize) -> Option<Mark> {
+        let bus = Card::open(number).ok()?.bus().ok()?;
+        let nvml = Nvml::builder().lib_path(OsStr::new(NVML)).init().ok()?;
+        let device = nvml.device_by_pci_bus_id(bus.as_str()).ok()?;
+        let used = device.utilization_rates().ok()?.gpu;
         (used > OTHERS_MAX).then(|| {
             let what = format!(
                 "the card was used for {used} % of the time before, at most {OTHERS_MAX} % may be"

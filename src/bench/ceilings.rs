@@ -1,13 +1,16 @@
 //! Measures the most that this machine can do: reading memory, and fused multiply-adds. Other
 //! measurements are compared with these figures.
 
+use super::host::caches_bytes;
 use crate::clock::Clock;
 use crate::ops::lanes::{Kernel, Lanes, dispatch};
 use crate::ops::pool::Turn;
 use std::hint::black_box;
+use std::path::Path;
 
-/// Values that are read: more than caches hold.
+/// Values that are read at least, and how many times what the caches hold.
 const READ_VALUES: usize = 128 << 20;
+const CACHES: usize = 2;
 /// Seconds that a run of multiply-adds should last at least.
 const RUN_SECONDS: f64 = 0.1;
 /// Rounds of the first run.
@@ -52,8 +55,8 @@ impl Kernel for Sum<'_> {
 
 /// Bytes a second that all threads read.
 pub(super) fn read_bandwidth(turn: &Turn<'_>) -> f64 {
-    let data = vec![1.0_f32; READ_VALUES];
-    let pieces = 256;
+    let count = READ_VALUES.max(CACHES * caches_bytes(Path::new("/")) / size_of::<f32>());
+    let (data, pieces) = (vec![1.0_f32; count], 256);
     let piece = data.len() / pieces;
     let seconds = best_of(5, || {
         turn.run(pieces, |i| {

@@ -30,6 +30,9 @@ pub struct RankedReport {
     pub sealed: Sealed,
 }
 
+/// Tokens that a validator's answers have at most: the load of a score.
+const ANSWER_TOKENS: u64 = 1920;
+
 /// A machine in the comparison. What a report cannot say is absent.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Compared {
@@ -121,6 +124,58 @@ fn one(
     }
 }
 
+/// How far the depth of a row may be from the assumed prompt before it is said.
+const NEAR: f64 = 0.25;
+
+/// Why reports rank what is not alike, and prices that count for none of them.
+pub fn caveats(entries: &[RankedReport], prices: &[Price], assumed: Assumptions) -> Vec<String> {
+    let mut caveats = Vec::new();
+    if let [first, rest @ ..] = entries {
+        for other in rest {
+            let pair = format!("{} and {}", first.name, other.name);
+            caveats
+                .extend(differ(&first.report, &other.report).map(|what| format!("{pair}: {what}")));
+        }
+    }
+    for entry in entries {
+        let near = |row: &ReportRow| {
+            (row.depth as f64 - assumed.prompt_tokens).abs() <= NEAR * assumed.prompt_tokens
+        };
+        if let Some(row) = alone(&entry.report, Phase::Decode, assumed).filter(|row| !near(row)) {
+            let (name, depth, prompt) = (&entry.name, row.depth, assumed.prompt_tokens);
+            caveats.push(format!("{name}: its score is of depth {depth}, not of {prompt} tokens"));
+        }
+    }
+    let is_used = |known: &Price| {
+        entries.iter().any(|e| price(e, prices).is_some_and(|p| p.device == known.device))
+    };
+    let unused = prices.iter().filter(|price| !is_used(price));
+    caveats.extend(unused.map(|p| format!("the price of {} counts for no report", p.device)));
+    caveats
+}
+
+/// What two reports measured differently.
+fn differ(a: &BenchReport, b: &BenchReport) -> Option<String> {
+    if a.kind != b.kind {
+        return Some("one measured an engine, the other a server".into());
+    }
+    let model = |r: &BenchReport| {
+        let root = r.model.weights_root.clone();
+        (root.unwrap_or_else(|| r.model.name.clone()), r.model.dtype.clone())
+    };
+    if model(a) != model(b) {
+        let name = |r: &BenchReport| {
+            let dtype = r.model.dtype.as_ref().map_or(String::new(), |d| format!(" in {d}"));
+            format!("{}{dtype}", r.model.name)
+        };
+        return Some(format!("other models, {} and {}", name(a), name(b)));
+    }
+    let keys = ["batch", "depth", "tokens", "load", "input", "output_tokens"];
+    let other = keys.into_iter().find(|key| a.settings.get(*key) != b.settings.get(*key))?;
+    let value = |r: &BenchReport| r.settings.get(other).cloned().unwrap_or(Value::Null);
+    Some(format!("other settings, {other} {} and {}", value(a), value(b)))
+}
+
 /// The price of the report's file, or of its row of the device table.
 fn price<'a>(entry: &RankedReport, prices: &'a [Price]) -> Option<&'a Price> {
     let table = entry.report.ceilings.as_ref().and_then(|c| c.table.as_ref());
@@ -158,19 +213,24 @@ fn score(report: &BenchReport, assumed: Assumptions, consistency: fn(f64) -> f64
         if report.settings.get("load").and_then(Value::as_str) != Some("targon") {
             return None;
         }
+        if report.settings.get("output_tokens").and_then(Value::as_u64) != Some(ANSWER_TOKENS) {
+            return None;
+        }
         let level = report.levels.first()?;
         let share = level.completed as f64 / level.sent.max(1) as f64;
         return Some(level.validator_tps.as_ref()?.mean * consistency(share));
     }
-    let alone = |phase: Phase| -> Option<&ReportRow> {
-        let rows = report.rows.iter().filter(|row| row.phase == phase && row.batch == 1);
-        let distance = |row: &ReportRow| (row.depth as f64 - assumed.prompt_tokens).abs();
-        rows.min_by(|a, b| distance(a).total_cmp(&distance(b)))
-    };
     let Assumptions { prompt_tokens, answer_tokens, .. } = assumed;
-    let first = prompt_tokens / alone(Phase::Prefill)?.speed.mean;
-    let rest = answer_tokens / alone(Phase::Decode)?.speed.mean;
+    let first = prompt_tokens / alone(report, Phase::Prefill, assumed)?.speed.mean;
+    let rest = answer_tokens / alone(report, Phase::Decode, assumed)?.speed.mean;
     Some(answer_tokens / (first + rest) * consistency(1.0))
+}
+
+/// The row of one sequence whose depth is nearest to the assumed prompt.
+fn alone(report: &BenchReport, phase: Phase, assumed: Assumptions) -> Option<&ReportRow> {
+    let rows = report.rows.iter().filter(|row| row.phase == phase && row.batch == 1);
+    let distance = |row: &ReportRow| (row.depth as f64 - assumed.prompt_tokens).abs();
+    rows.min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
 #[cfg(test)]
@@ -215,6 +275,26 @@ mod tests {
         assert!((slow.score.unwrap() - score).abs() < 1e-9);
         assert!((slow.score_per_dollar_day.unwrap() - score / 24.0).abs() < 1e-9);
         assert_eq!((compared[2].per_dollar_hour, compared[2].verified_per_dollar), (None, None));
+    }
+
+    #[test]
+    fn what_is_not_alike_is_said() {
+        let said =
+            |a: RankedReport, b: RankedReport, prices: &[Price]| caveats(&[a, b], prices, ASSUMED);
+        // The sample's rows have a depth of 128, near enough to 100.
+        let near = Assumptions { prompt_tokens: 120.0, ..ASSUMED };
+        assert_eq!(caveats(&[entry("a", 1.0), entry("b", 2.0)], &[], near), [""; 0]);
+        let mut other = entry("b", 2.0);
+        other.report.model.weights_root = Some("cd".into());
+        let models = said(entry("a", 1.0), other, &[]).join("; ");
+        assert!(models.contains("a and b: other models"), "{models}");
+        let mut sizes = entry("b", 2.0);
+        sizes.report.settings.insert("batch".into(), serde_json::json!([1]));
+        let sizes = said(entry("a", 1.0), sizes, &[]).join("; ");
+        assert!(sizes.contains("other settings, batch null and [1]"), "{sizes}");
+        let unused = said(entry("a", 1.0), entry("b", 2.0), &[price("h2000", 1.0)]).join("; ");
+        assert!(unused.contains("the price of h2000 counts for no report"), "{unused}");
+        assert!(unused.contains("its score is of depth 128, not of 100 tokens"), "{unused}");
     }
 
     #[test]

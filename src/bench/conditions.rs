@@ -242,10 +242,20 @@ impl Conditions {
     }
 }
 
-/// Whether a processor's governor keeps it slow.
-pub fn governor(name: Option<&str>) -> Option<Mark> {
-    (name == Some("powersave"))
-        .then(|| Mark::new(MarkKind::Throttled, "the frequency governor is `powersave`"))
+/// Drivers whose governor `powersave` raises the frequency under load, as any but theirs does not.
+const DYNAMIC_DRIVERS: [&str; 2] = ["intel_pstate", "amd-pstate-epp"];
+
+/// Whether a processor's governor keeps it slow, by the files below `root`.
+pub fn governor(root: &Path) -> Option<Mark> {
+    let read = |file: &str| {
+        let path = root.join("sys/devices/system/cpu/cpu0/cpufreq").join(file);
+        std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
+    };
+    let driver = read("scaling_driver");
+    let is_slow =
+        read("scaling_governor") == "powersave" && !DYNAMIC_DRIVERS.contains(&driver.as_str());
+    let what = format!("the frequency governor of {driver} is `powersave`");
+    is_slow.then(|| Mark::new(MarkKind::Throttled, what))
 }
 
 /// Whether a ceiling fell from `before` to `after`.
@@ -314,8 +324,21 @@ mod tests {
 
     #[test]
     fn slow_governors_and_falling_ceilings_are_marked() {
-        assert_eq!(governor(Some("performance")), None);
-        assert!(governor(Some("powersave")).is_some());
+        for (name, driver, is_slow) in [
+            ("powersave", "acpi-cpufreq", true),
+            ("powersave", "intel_pstate", false),
+            ("powersave", "amd-pstate-epp", false),
+            ("powersave", "amd-pstate", true),
+            ("performance", "acpi-cpufreq", false),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            let files = root.path().join("sys/devices/system/cpu/cpu0/cpufreq");
+            std::fs::create_dir_all(&files).unwrap();
+            std::fs::write(files.join("scaling_governor"), format!("{name}\n")).unwrap();
+            std::fs::write(files.join("scaling_driver"), format!("{driver}\n")).unwrap();
+            assert_eq!(governor(root.path()).is_some(), is_slow, "{name} {driver}");
+        }
+        assert_eq!(governor(tempfile::tempdir().unwrap().path()), None);
         assert_eq!(drift("x", 100.0, 91.0), None);
         assert!(drift("x", 100.0, 80.0).unwrap().what.contains("80 %"));
     }

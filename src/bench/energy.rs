@@ -16,9 +16,13 @@ impl Counters {
             let name = zone.file_name().into_string().ok()?;
             let read = |file: &str| std::fs::read_to_string(zone.path().join(file)).ok();
             let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
-            // Parts of a package count in it, but for its memory.
-            let is_part = name.matches(':').count() > 1;
-            let is_counted = !is_part || read("name")?.trim() == "dram";
+            // Parts of a package count in it, but for its memory; `psys` is the platform, packages
+            // and all.
+            let (is_part, label) = (name.matches(':').count() > 1, read("name")?);
+            let is_counted = match is_part {
+                true => label.trim() == "dram",
+                false => label.starts_with("package-"),
+            };
             let is_rapl = name.starts_with("intel-rapl:") && is_counted;
             let value = (number("energy_uj")?, number("max_energy_range_uj")?);
             is_rapl.then_some((name, value))
@@ -50,6 +54,7 @@ mod tests {
                 ("intel-rapl:0", "package-0", package),
                 ("intel-rapl:0:0", "core", core),
                 ("intel-rapl:0:1", "dram", memory),
+                ("intel-rapl:1", "psys", 3 * package + memory),
             ] {
                 let zone = root.path().join("sys/class/powercap").join(zone);
                 std::fs::create_dir_all(&zone).unwrap();

@@ -4,6 +4,8 @@
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use anyhow::Context;
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Takes the lines of a measurement's text, as they come.
 pub type Say<'a> = &'a mut dyn FnMut(String);
@@ -47,4 +49,49 @@ pub(super) fn resident_bytes(line: &str) -> anyhow::Result<f64> {
 /// Sets the `VmHWM:` of [`resident_bytes`] to what is resident now.
 pub(super) fn reset_peak() -> anyhow::Result<()> {
     std::fs::write("/proc/self/clear_refs", "5").context("the peak cannot be reset")
+}
+
+/// Bytes of the last-level caches of all processors, by the files below `root`; 0 where the kernel
+/// does not say.
+pub(super) fn caches_bytes(root: &Path) -> usize {
+    let Ok(cpus) = std::fs::read_dir(root.join("sys/devices/system/cpu")) else { return 0 };
+    let mut caches: BTreeMap<(usize, String), usize> = BTreeMap::new();
+    for cpu in cpus.flatten() {
+        let Ok(levels) = std::fs::read_dir(cpu.path().join("cache")) else { continue };
+        for level in levels.flatten() {
+            let read = |file: &str| std::fs::read_to_string(level.path().join(file)).ok();
+            let number = |file: &str| read(file)?.trim().parse::<usize>().ok();
+            // "32768K"; cores that share a cache list the same cores.
+            let kib = read("size").and_then(|s| s.trim().strip_suffix('K')?.parse::<usize>().ok());
+            if let (Some(level), Some(kib), Some(cores)) =
+                (number("level"), kib, read("shared_cpu_list"))
+            {
+                caches.insert((level, cores), kib << 10);
+            }
+        }
+    }
+    let last = caches.keys().map(|(level, _)| *level).max();
+    caches.iter().filter(|((level, _), _)| Some(*level) == last).map(|(_, bytes)| bytes).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caches_that_cores_share_count_once() {
+        let root = tempfile::tempdir().unwrap();
+        for (cpu, cores) in [(0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")] {
+            for (index, level, kib) in [(0, 1, 32), (3, 3, 32_768)] {
+                let path = format!("sys/devices/system/cpu/cpu{cpu}/cache/index{index}");
+                let path = root.path().join(path);
+                std::fs::create_dir_all(&path).unwrap();
+                std::fs::write(path.join("level"), format!("{level}\n")).unwrap();
+                std::fs::write(path.join("size"), format!("{kib}K\n")).unwrap();
+                std::fs::write(path.join("shared_cpu_list"), format!("{cores}\n")).unwrap();
+            }
+        }
+        assert_eq!(caches_bytes(root.path()), 64 << 20);
+        assert_eq!(caches_bytes(tempfile::tempdir().unwrap().path()), 0);
+    }
 }

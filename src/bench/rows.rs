@@ -25,11 +25,11 @@ impl Size {
     fn work(self, spec: &Spec) -> (f64, f64) {
         let Self { phase, batch, depth, tokens } = self;
         let (work, count) = match phase {
-            Phase::Prefill => (prefill(spec, depth, 1), depth),
+            Phase::Prefill => (prefill(spec, batch, depth, 1), batch * depth),
             Phase::Decode => (decode(spec, batch, depth + tokens / 2), batch),
             Phase::Verify => {
                 let checked = FastRows::DEFAULT.of(spec, depth + tokens).saturating_add(1);
-                (prefill(spec, depth + tokens, checked.min(tokens)), depth + tokens)
+                (prefill(spec, 1, depth + tokens, checked.min(tokens)), depth + tokens)
             }
         };
         (work.bytes() / count as f64, work.operations() / count as f64)
@@ -48,7 +48,8 @@ impl Size {
             source: "measured in the same run",
         };
         let context = depth + tokens / 2;
-        let load = Workload { batches: vec![batch], context, prompt: depth, answer: tokens };
+        let batches = vec![batch];
+        let load = Workload { batches, context, prompts: batch, prompt: depth, answer: tokens };
         let prediction = predict(spec, &device, &load, Some(Efficiency::OF_CEILINGS));
         match phase {
             Phase::Prefill => prediction.prefill_tokens_per_second,

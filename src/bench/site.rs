@@ -154,13 +154,14 @@ impl Site {
         Counters::now(Path::new("/")).map(Energy::Processor)
     }
 
-    /// What is to be doubted of the device before a measurement.
-    pub(super) fn doubts_before(&self) -> Vec<Mark> {
-        #[cfg(feature = "cuda")]
-        if let Some(card) = self.card() {
-            return card.busy().into_iter().collect();
+    /// What is to be doubted of a device before this process uses it: loading a model keeps a card
+    /// busy.
+    pub fn watch(device: Device) -> Vec<Mark> {
+        match device.resolved() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => CardSite::busy(number).into_iter().collect(),
+            _ => Vec::new(),
         }
-        Vec::new()
     }
 
     /// What is to be doubted of the device after a measurement.

@@ -70,11 +70,15 @@ pub fn run(
     let site = Site::of(&model, pool)?;
     let options = options(&model, setup)?;
     site.check_room(&model, (options.sequences_max, options.blocks))?;
-    report.marks.extend(site.doubts_before());
     let before = Moment::now(root, &clock);
     let ceilings = ceilings(&site, setup.device.as_ref())?;
     report.ceilings = Some(ceilings.clone());
-    report.marks.extend(governor(report.machine.governor.as_deref()));
+    // What the ceilings were measured with is not the engine's.
+    host::trim();
+    if let Err(why) = host::reset_peak() {
+        tracing::info!("the peak of memory contains what ceilings are measured with: {why}");
+    }
+    report.marks.extend(governor(root));
     if !report.program.is_optimized {
         let what = "the program was compiled without optimisation";
         report.marks.push(Mark::new(MarkKind::Unoptimized, what));

@@ -27,12 +27,14 @@ fn say(used: u32, hot: u64, energy: bool) {
 
 /// A sweep of the tiny model on the first card; `during` is called before each run.
 fn swept(arithmetic: Arithmetic, path: &Path, during: &dyn Fn()) -> anyhow::Result<BenchReport> {
+    let doubts = Site::watch(Device::Cuda(0));
     let (model, pool) = model_by(arithmetic, Device::Cuda(0), path);
     let identity = Identity::of(&model, &pool)?;
     let machine = Site::of(&model, &pool)?.machine();
     let facts =
         ModelFacts { name: "tiny".into(), weights_root: None, dtype: None, weights_bytes: None };
     let mut report = BenchReport::new(ReportKind::Engine, 0, machine, facts);
+    report.marks.extend(doubts);
     let setup = SweepSetup {
         batches: vec![1, 2],
         depths: vec![40],

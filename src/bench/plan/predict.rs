@@ -49,6 +49,8 @@ pub struct Workload {
     pub batches: Vec<usize>,
     /// Positions of each.
     pub context: usize,
+    /// Prompts that are computed at once.
+    pub prompts: usize,
     /// Tokens of a prompt.
     pub prompt: usize,
     /// Tokens of an answer.
@@ -83,7 +85,7 @@ pub struct Prediction {
     pub devices: u64,
     /// Seconds to the first token after the prompt.
     pub first_token_seconds: f64,
-    /// Tokens a second of the prompt.
+    /// Tokens a second of the prompts.
     pub prefill_tokens_per_second: f64,
     /// A row for each batch.
     pub decode: Vec<Decode>,
@@ -122,10 +124,11 @@ pub fn predict(
             fits: weights as f64 + cache(*batch) <= usable * devices,
         }
     };
-    let first_token_seconds = time(prefill(spec, load.prompt, 1)).0;
+    let first_token_seconds = time(prefill(spec, 1, load.prompt, 1)).0;
+    let prefill_seconds = time(prefill(spec, load.prompts, load.prompt, 1)).0;
     let positions = load.prompt + load.answer;
     let checked = FastRows::DEFAULT.of(spec, positions).saturating_add(1).min(load.answer);
-    let check = time(prefill(spec, positions, checked)).0;
+    let check = time(prefill(spec, 1, positions, checked)).0;
     Prediction {
         device: device.name,
         source: device.source,
@@ -133,7 +136,7 @@ pub fn predict(
         weights,
         devices: devices as u64,
         first_token_seconds,
-        prefill_tokens_per_second: load.prompt as f64 / first_token_seconds,
+        prefill_tokens_per_second: (load.prompts * load.prompt) as f64 / prefill_seconds,
         decode: load.batches.iter().map(decode).collect(),
         checks_per_minute: 60.0 / check,
         power: device.power * devices,
@@ -174,7 +177,7 @@ mod tests {
     }
 
     fn load() -> Workload {
-        Workload { batches: vec![1, 256], context: 0, prompt: 2048, answer: 512 }
+        Workload { batches: vec![1, 256], context: 0, prompts: 1, prompt: 2048, answer: 512 }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Reads prices of devices from a file with dates, and computes what tokens cost at them.
 
+use crate::files;
 use anyhow::{anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -21,8 +22,12 @@ pub struct Price {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    #[serde(default)]
     price: Vec<Price>,
 }
+
+/// Bytes of a file.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Reads `[[price]]` entries.
 ///
@@ -30,7 +35,9 @@ struct File {
 /// A file that cannot be read, or an entry that is wrong, by name.
 pub fn read(path: &Path) -> anyhow::Result<Vec<Price>> {
     let place = path.display();
-    let text = std::fs::read_to_string(path).map_err(|e| anyhow!("{place} cannot be read: {e}"))?;
+    let bytes = files::read(path, FILE_BYTES_MAX);
+    let bytes = bytes.map_err(|e| anyhow!("{place} cannot be read: {e}"))?;
+    let text = String::from_utf8(bytes).map_err(|_| anyhow!("{place} is no text"))?;
     parse(&text).map_err(|what| anyhow!("{place}: {what}"))
 }
 
@@ -39,6 +46,9 @@ fn parse(text: &str) -> anyhow::Result<Vec<Price>> {
         let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
         anyhow!("line {line}: {}", e.message())
     })?;
+    if file.price.is_empty() {
+        bail!("it has no `[[price]]` entry");
+    }
     for (index, price) in file.price.iter().enumerate() {
         let Price { device, per_hour, date, .. } = price;
         if !(per_hour.is_finite() && *per_hour > 0.0) {

@@ -2,6 +2,7 @@
 //!
 //! Weights and the KV cache have two bytes an element. A multiply-add counts as two operations.
 
+use crate::engine::plan::STEP_TOKENS;
 use crate::models::parameter_counts::ParameterCounts;
 use crate::models::spec::Spec;
 
@@ -85,16 +86,23 @@ pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
     Work { products, attention }
 }
 
-/// A prompt of `tokens` tokens whose last `scored` rows go through the head.
-pub fn prefill(spec: &Spec, tokens: usize, scored: usize) -> Work {
-    let (p, tokens, scored) = (ParameterCounts::of(spec), tokens as f64, scored as f64);
+/// `prompts` new prompts of `tokens` tokens each, computed in steps that are full; of each the last
+/// `scored` rows go through the head. A step reads the weights once, whoever its rows belong to.
+pub fn prefill(spec: &Spec, prompts: usize, tokens: usize, scored: usize) -> Work {
+    let p = ParameterCounts::of(spec);
+    let (rows, each) = (prompts * tokens, tokens.div_ceil(STEP_TOKENS));
+    let steps = rows.div_ceil(STEP_TOKENS) as f64;
+    let weights = weights_touched(spec, &p, rows.min(STEP_TOKENS) as f64);
+    let (prompts, tokens, scored) = (prompts as f64, tokens as f64, scored as f64);
     let products = Part {
-        bytes: weights_touched(spec, &p, tokens) + ELEMENT * p.head,
-        operations: 2.0 * (p.active() * tokens + p.head * scored),
+        bytes: steps * weights + steps.min(prompts) * ELEMENT * p.head,
+        operations: 2.0 * prompts * (p.active() * tokens + p.head * scored),
     };
-    // The mean query sees half of the prompt.
-    let attended = tokens * attention(spec, (tokens + 1.0) / 2.0);
-    let attention = Part { bytes: kv_read(spec, tokens), operations: attended };
+    // The mean query sees half of the prompt, and a step reads what its prompt has up to it.
+    let attention = Part {
+        bytes: prompts * kv_read(spec, tokens) * (each as f64 + 1.0) / 2.0,
+        operations: prompts * tokens * attention(spec, (tokens + 1.0) / 2.0),
+    };
     Work { products, attention }
 }
 
@@ -158,9 +166,20 @@ mod tests {
         let narrow = spec(json!({"model_type": "mistral", "sliding_window": 4096}));
         let read = |spec: &Spec| decode(spec, 1, 32_768).bytes() - decode(spec, 1, 0).bytes();
         assert!(near(read(&wide), 8.0 * read(&narrow)));
-        let (short, long) = (prefill(&wide, 512, 1), prefill(&wide, 1024, 1));
-        assert!(
-            long.operations() > 2.0 * short.operations() && long.bytes() < 1.01 * short.bytes()
-        );
+        let (short, long) = (prefill(&wide, 1, 512, 1), prefill(&wide, 1, 1024, 1));
+        assert!(long.operations() > 2.0 * short.operations(), "{short:?} {long:?}");
+        assert!((1.9..2.1).contains(&(long.bytes() / short.bytes())), "{short:?} {long:?}");
+    }
+
+    #[test]
+    fn prompts_share_the_weights_of_a_step() {
+        let spec = spec(json!({}));
+        let one = prefill(&spec, 1, 128, 1);
+        let (four, eight) = (prefill(&spec, 4, 128, 1), prefill(&spec, 8, 128, 1));
+        // Four prompts fill a step, eight fill two.
+        let ratio = |a: &Work, b: &Work| a.products.bytes / b.products.bytes;
+        assert!(near(ratio(&four, &one), 1.0) && near(ratio(&eight, &one), 2.0));
+        assert!(near(four.operations(), 4.0 * one.operations()));
+        assert!(near(eight.attention.bytes, 8.0 * one.attention.bytes));
     }
 }

@@ -1,6 +1,5 @@
 //! Summarises repeats: means with their intervals, and distributions by their quantiles.
 
-use crate::bench::stats::quantile;
 use serde::{Deserialize, Serialize};
 
 /// Places of the curve of a distribution: shares 0, 0.02, ... 1.
@@ -85,7 +84,7 @@ impl Quantiles {
     pub fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
-        let at = |q: f64| quantile(&sorted, q);
+        let at = |q: f64| between(&sorted, q);
         let mean = mean(&sorted);
         Some(Self {
             count: sorted.len(),
@@ -99,6 +98,15 @@ impl Quantiles {
             curve: (0..CURVE).filter_map(|i| at(i as f64 / (CURVE - 1) as f64)).collect(),
         })
     }
+}
+
+/// The value below which a share `q` of the sorted values lies, in a straight line between the two
+/// at that place, as NumPy's `percentile` has it and so vLLM's figures; `None` where there are
+/// none.
+fn between(sorted: &[f64], q: f64) -> Option<f64> {
+    let place = sorted.len().checked_sub(1)? as f64 * q;
+    let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
+    Some(low + (high - low) * place.fract())
 }
 
 #[cfg(test)]
@@ -129,6 +137,8 @@ mod tests {
         assert_eq!((q.p50, q.p90, q.p95, q.p99, q.max), (50.0, 90.0, 95.0, 99.0, 100.0));
         assert_eq!((q.curve.len(), q.curve[0], q.curve[50]), (51, 0.0, 100.0));
         assert!(q.curve.is_sorted());
+        assert_eq!(Quantiles::of(&[1.0, 4.0]).unwrap().p50, 2.5);
+        assert_eq!(Quantiles::of(&[3.0]).unwrap().p99, 3.0);
         assert_eq!(Quantiles::of(&[]), None);
     }
 }

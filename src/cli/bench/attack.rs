@@ -90,15 +90,15 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
     // What is left in the temporary directory is the system's to clean.
     let _ = std::fs::remove_dir_all(&scratch);
     let results = results.map_err(Failure::user)?;
-    if let Some(out) = &args.out {
-        write(out, &results)?;
-    }
     if args.json {
         outln!("{}", serde_json::to_string(&results).map_err(Failure::ours)?);
     } else {
         print(&results);
     }
-    Ok(())
+    match &args.out {
+        Some(out) => write(out, &results),
+        None => Ok(()),
+    }
 }
 
 fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {

@@ -1,6 +1,6 @@
 //! Runs `bench compare`: prints reports of several machines beside each other.
 
-use crate::bench::compare::{Assumptions, Compared, RankedReport, compare};
+use crate::bench::compare::{Assumptions, Compared, RankedReport, caveats, compare};
 use crate::bench::plan::prices::{self, Price};
 use crate::bench::report::seal;
 use crate::cli::Failure;
@@ -35,7 +35,7 @@ pub(in crate::cli) struct CompareArgs {
     /// Share of all answers that are checked.
     #[arg(long, default_value_t = 1.0)]
     checked_share: f64,
-    /// Refuse reports that are unsigned, partial or to be doubted.
+    /// Refuse reports that are unsigned, partial, to be doubted, or not alike.
     #[arg(long)]
     strict: bool,
     /// Print JSON.
@@ -49,11 +49,19 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), Failure> {
     let assumed = args.assumptions()?;
     let entries =
         args.reports.iter().map(|path| args.entry(path)).collect::<Result<Vec<_>, _>>()?;
+    let caveats = caveats(&entries, &prices, assumed);
+    if let Some(what) = caveats.first().filter(|_| args.strict) {
+        return Err(Failure::user(printable(&format!("the ranking is to be doubted: {what}"))));
+    }
     let compared = compare(&entries, &prices, assumed, sigmoid);
     if args.json {
-        outln!("{}", json!({"assumptions": assumed, "compared": compared, "prices": prices}));
+        let all = json!({
+            "assumptions": assumed, "compared": compared, "prices": prices, "caveats": caveats,
+        });
+        outln!("{all}");
     } else {
         print(&compared, assumed, &prices);
+        caveats.iter().for_each(|what| outln!("Not alike: {}", printable(what)));
     }
     Ok(())
 }

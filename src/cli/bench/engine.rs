@@ -69,6 +69,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let is_wanted = until_interrupted(&runtime);
     let dtype: Option<Dtype> = None;
+    let doubts = Site::watch(args.on);
     let model = Model::load_on(args.on, &args.model, dtype, &pool, |_, _| {})
         .and_then(|model| model.computing(args.arithmetic))
         .map_err(Failure::user)?;
@@ -79,6 +80,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let started = Clock::system().unix_ms() / 1000;
     let mut report = BenchReport::new(ReportKind::Engine, started, machine, facts);
     report.program.canon = identity.canon.clone().into_owned();
+    report.marks.extend(doubts);
     args.note_settings(&mut report);
     let setup = args.setup(device);
     let mut keep = |report: &BenchReport| {
@@ -92,10 +94,9 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let mut watch = SweepWatch { is_wanted: &wanted, keep: &mut keep };
     let outcome = sweep::run((model, identity), &pool, &setup, &mut report, &mut watch);
     match outcome {
-        Ok(()) => output.finish(report),
         Err(e) if report.rows.is_empty() => Err(Failure::user(e)),
         // What was measured until then counts.
-        Err(e) => output.finish(report).and(Err(Failure::user(e))),
+        outcome => output.finish(report, outcome.map_err(Failure::user)),
     }
 }
 

@@ -54,10 +54,8 @@ impl OutputArgs {
             std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
         }
         let watched = Conditions::watch(Path::new("/"), &Clock::system());
-        let path = Path::new("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor");
-        let slow = std::fs::read_to_string(path).ok();
         let mut marks = watched.marks();
-        marks.extend(governor(slow.as_deref().map(str::trim)));
+        marks.extend(governor(Path::new("/")));
         match marks.first() {
             Some(Mark { what, .. }) if self.strict => {
                 let what = format!("this machine is not fit to be measured: {what}");
@@ -82,32 +80,44 @@ impl ReportOutput<'_> {
             .map_err(|e| anyhow!("{} cannot be written: {e}", path.display()))
     }
 
-    /// Signs, writes and prints a report; fails where it is to be doubted and `--strict` is given.
-    pub(super) fn finish(&self, mut report: BenchReport) -> Result<(), Failure> {
+    /// Signs, prints and writes a report. What the measurement itself failed by (`outcome`) is
+    /// said before anything else; then what could not be written, and with `--strict` what the
+    /// report is to be doubted for.
+    pub(super) fn finish(
+        &self,
+        mut report: BenchReport,
+        outcome: Result<(), Failure>,
+    ) -> Result<(), Failure> {
         note_before(&mut report, &self.marks);
         if let Some(keypair) = &self.keypair {
             seal::sign(&mut report, keypair).map_err(Failure::ours)?;
-        }
-        self.keep(&report).map_err(Failure::user)?;
-        if let Some(out) = &self.args.out {
-            let page = html::write(&report).map_err(Failure::ours)?;
-            let (table, lines) = (markdown::write(&report), csv::write(&report));
-            for (name, text) in [("report.md", table), ("report.csv", lines), ("report.html", page)]
-            {
-                let path = out.join(name);
-                files::replace(&path, text.as_bytes()).map_err(|e| cannot_write(&path, &e))?;
-            }
         }
         match self.args.json {
             true => outln!("{}", serde_json::to_string(&report).map_err(Failure::ours)?),
             false => outln!("{}", printable_lines(markdown::write(&report).trim_end())),
         }
+        let written = self.write(&report);
+        outcome.and(written)?;
         match report.marks.first() {
             Some(mark) if self.args.strict => {
                 Err(Failure::user(format!("the result is to be doubted: {}", mark.what)))
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl ReportOutput<'_> {
+    fn write(&self, report: &BenchReport) -> Result<(), Failure> {
+        let Some(out) = &self.args.out else { return Ok(()) };
+        self.keep(report).map_err(Failure::user)?;
+        let page = html::write(report).map_err(Failure::ours)?;
+        let (table, lines) = (markdown::write(report), csv::write(report));
+        for (name, text) in [("report.md", table), ("report.csv", lines), ("report.html", page)] {
+            let path = out.join(name);
+            files::replace(&path, text.as_bytes()).map_err(|e| cannot_write(&path, &e))?;
+        }
+        Ok(())
     }
 }
 

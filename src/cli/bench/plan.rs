@@ -38,7 +38,7 @@ pub(in crate::cli) struct PlanArgs {
     batch: Vec<u16>,
     /// Positions of each sequence while it decodes.
     #[arg(long, default_value_t = 1024)]
-    context: usize,
+    context: u32,
     /// Tokens of a prompt.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     prompt: u32,
@@ -74,8 +74,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let prices = args.prices.as_deref().map(prices::read).transpose().map_err(Failure::user)?;
     let prices = prices.unwrap_or_default();
     let spec = spec(&args.model)?;
-    let (prompt, answer) = (args.prompt as usize, args.answer as usize);
-    let longest = prompt.max(args.context) + answer;
+    let [context, prompt, answer] =
+        [args.context, args.prompt, args.answer].map(|tokens| tokens as usize);
+    let longest = prompt.max(context) + answer;
     if longest > spec.context {
         let what = format!(
             "{longest} tokens are asked for, but the model's context is {} tokens",
@@ -84,7 +85,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
         return Err(Failure::user(what).with_hint(Some("lower --prompt, --context or --answer")));
     }
     let batches = args.batch.iter().map(|b| usize::from(*b)).collect();
-    let load = Workload { batches, context: args.context, prompt, answer };
+    let load = Workload { batches, context, prompts: 1, prompt, answer };
     let own = args.memory_share.zip(args.compute_share);
     let own = own.map(|(memory, compute)| Efficiency { memory, compute });
     let predictions: Vec<Prediction> =

@@ -24,10 +24,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Seconds that a connection may be silent: the validator's own patience is 5, but a loaded server
-/// should be measured and not cut off.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// Arguments of `bench serve`.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -86,8 +82,12 @@ pub(in crate::cli) struct ServeArgs {
     #[arg(long)]
     seed: Option<u64>,
     /// Seconds that one answer may take.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
+    /// Seconds that a connection may be silent, before the first token too; a validator's own are
+    /// 5. As long as the answer may take where absent.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    read_timeout: Option<u64>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -143,8 +143,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && args.is_here();
     report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
     report.conditions = Some(conditions);
-    output.finish(report)?;
-    outcome
+    output.finish(report, outcome)
 }
 
 impl ServeArgs {
@@ -154,7 +153,7 @@ impl ServeArgs {
             hotkey: None,
             signer: None,
             api_key: self.api_key.clone(),
-            read_timeout: READ_TIMEOUT,
+            read_timeout: Duration::from_secs(self.read_timeout.unwrap_or(self.timeout)),
             timeout: Duration::from_secs(self.timeout),
             size: Size::LARGE,
         };
@@ -244,9 +243,11 @@ impl ServeArgs {
         for (name, value) in [
             ("url", json!(shown(&self.url))),
             ("load", json!(questions.shape.name())),
-            ("completion", json!(self.completion)),
+            ("completion", json!((questions.shape == Shape::Fixed).then_some(self.completion))),
             ("requests", json!(self.requests)),
-            ("input", json!((questions.shape == Shape::Fixed).then_some(self.input))),
+            ("input", json!(self.input)),
+            ("timeout", json!(self.timeout)),
+            ("read_timeout", json!(self.read_timeout)),
             ("output_tokens", json!(questions.tokens)),
             ("repeat_prompts", json!(self.repeat_prompts)),
             ("ttft_limit", json!(self.ttft_limit)),
