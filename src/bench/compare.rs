@@ -322,8 +322,11 @@ mod tests {
         let mut report = sample(1.0);
         report.kind = ReportKind::Serve;
         report.levels = vec![tally::level(&driven, Load::Rate(1.0), promise, "m")];
-        for (load, expected) in [("targon", Some(20.0)), ("fixed", None)] {
+        for (load, tokens, expected) in
+            [("targon", 1920, Some(20.0)), ("fixed", 1920, None), ("targon", 64, None)]
+        {
             report.settings.insert("load".into(), load.into());
+            report.settings.insert("output_tokens".into(), tokens.into());
             // Half of the requests were answered, at 40 tokens a second.
             assert_eq!(score(&report, ASSUMED, |share| share), expected, "{load}");
         }
