@@ -50,7 +50,7 @@ fn what_cannot_be_predicted_is_refused_by_name() {
     std::fs::write(home.join("prices.toml"), "[[price]]\ndevice = 1\n").unwrap();
     std::fs::write(home.join("bad.json"), "{\"model_type\": \"gpt2\"}").unwrap();
     for (arguments, want) in [
-        (&["m", "--devices", "h300"][..], "there is no device h300 in the table"),
+        (&["m", "--devices", "h300"][..], "there is no device \"h300\" in the table"),
         (&["m"], "1536 tokens are asked for, but the model's context is 512 tokens"),
         (&["m", "--prices", "prices.toml"], "prices.toml: line 2: invalid type"),
         (&["m", "--batch", "0"], "invalid value '0' for '--batch"),
@@ -138,7 +138,7 @@ fn an_engine_that_cannot_be_measured_is_refused_by_name() {
     for (arguments, want) in [
         (&["engine", "nowhere"][..], "nowhere"),
         (&["engine", "m", "--depth", "500"], "needs a context of"),
-        (&["engine", "m", "--device", "h300"], "--device: there is no device h300"),
+        (&["engine", "m", "--device", "h300"], "--device: there is no device \"h300\""),
         (&["engine", "m", "--runs", "0"], "invalid value '0' for '--runs"),
     ] {
         let (code, _, err) = bench(home, arguments);

@@ -98,9 +98,9 @@ pub fn named(names: &[String]) -> anyhow::Result<Vec<DeviceSpec>> {
         return Ok(DEVICES.to_vec());
     }
     let find = |name: &String| {
-        DEVICES.into_iter().find(|d| d.name == name).ok_or_else(|| {
+        DEVICES.into_iter().find(|d| d.name.eq_ignore_ascii_case(name.trim())).ok_or_else(|| {
             let known: Vec<&str> = DEVICES.iter().map(|d| d.name).collect();
-            anyhow!("there is no device {name} in the table, only {}", known.join(", "))
+            anyhow!("there is no device \"{name}\" in the table, only {}", known.join(", "))
         })
     };
     names.iter().map(find).collect()
@@ -176,7 +176,8 @@ mod tests {
     fn unknown_names_are_refused_with_the_known_ones() {
         assert_eq!(named(&[]).unwrap().len(), DEVICES.len());
         assert_eq!(named(&["h200".into()]).unwrap()[0].memory, 141 * GB);
+        assert_eq!(named(&["H200 ".into()]).unwrap()[0].name, "h200");
         let error = named(&["h300".into()]).unwrap_err().to_string();
-        assert!(error.contains("no device h300") && error.contains("h100-sxm"), "{error}");
+        assert!(error.contains("no device \"h300\"") && error.contains("h100-sxm"), "{error}");
     }
 }

@@ -65,6 +65,9 @@ pub(in crate::cli) struct EngineArgs {
 
 pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let device = args.device()?;
+    if !args.model.exists() {
+        return Err(Failure::user(format!("{} does not exist", args.model.display())));
+    }
     let output = args.output.start()?;
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let is_wanted = until_interrupted(&runtime);

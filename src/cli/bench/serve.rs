@@ -51,7 +51,8 @@ pub(in crate::cli) struct ServeArgs {
     completion: bool,
     /// Requests a second that arrive as a Poisson process, however long answers take; several
     /// levels with commas between them.
-    #[arg(long, value_delimiter = ',', value_parser = positive, conflicts_with = "concurrency")]
+    #[arg(long, value_delimiter = ',', value_parser = positive, conflicts_with = "concurrency",
+          allow_negative_numbers = true)]
     rate: Vec<f64>,
     /// Requests that run at once, always; several levels with commas between them. 1 where neither
     /// this nor --rate is given.
