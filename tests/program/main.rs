@@ -13,6 +13,7 @@ mod node;
 mod shell;
 
 mod bench;
+mod build_script;
 mod cache;
 mod chain;
 mod cli;

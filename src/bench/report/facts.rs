@@ -13,7 +13,7 @@ use sysinfo::{CpuRefreshKind, System};
 pub struct Program {
     /// The version of this program.
     pub version: String,
-    /// The commit that it was built from, where `TARGON_COMMIT` named it to the compiler.
+    /// The commit that it was built from, where `build.rs` knew it.
     pub commit: Option<String>,
     /// The canon of its arithmetic.
     pub canon: String,
