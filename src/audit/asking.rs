@@ -52,6 +52,11 @@ pub enum AuditError {
 }
 
 impl AuditError {
+    /// Whether the server is at fault, or the way to it: what it answered before still counts.
+    fn is_servers(&self) -> bool {
+        matches!(self, Self::Query(_) | Self::Answer { .. })
+    }
+
     /// Whether it is a failure of this program, and not of the server or of what was asked.
     pub fn is_ours(&self) -> bool {
         matches!(self, Self::Score(_) | Self::NoRow(_) | Self::NoChoice)
@@ -77,7 +82,8 @@ impl AuditRequests {
         let temperature = if drawn == Drawn::Greedy { 0 } else { 1 };
         let mut body = json!({
             "model": self.model, "max_tokens": self.tokens, "temperature": temperature,
-            "top_p": 1, "seed": seed, "stream": false,
+            "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "seed": seed,
+            "stream": false,
         });
         match self.is_chat {
             true => {
@@ -105,13 +111,17 @@ pub struct Findings {
     pub evidence: AuditEvidence,
     /// Whether the server honours seeds, where that was seen.
     pub honours_seeds: Option<bool>,
+    /// Why the server was asked no further, where it failed after an answer. The test had not
+    /// ended: what was found is less than it needs.
+    pub broken_off: Option<AuditError>,
 }
 
 /// Asks `target` for answers to `prompts`, which must not be empty, and scores each by `verifier`,
 /// which blocks the thread. `shown` is given the number of answers and what they show, after each.
+/// A request that fails, or an answer that cannot be read, ends the asking.
 ///
 /// # Errors
-/// The first request that fails, or answer that cannot be read or scored.
+/// Where the server fails before it has answered once; an answer that could not be scored.
 pub async fn audit(
     (target, requests): (Target, AuditRequests),
     verifier: &Verifier,
@@ -121,24 +131,20 @@ pub async fn audit(
     let text = &verifier.model.text;
     let names = TokensByName::new(&text.tokenizer, text.vocab);
     let (clock, entropy) = (Clock::system(), Entropy::system());
-    let mut server = Server { target, requests, names, clock, has_extras: true };
+    let mut server = Server { target, requests, names, clock, verifier, has_extras: true };
     let mut found = Findings::default();
     for index in 0..server.requests.answers_max {
         let drawn = if index % GREEDY_EVERY == 3 { Drawn::Greedy } else { Drawn::Sampled };
         let prompt = &prompts[entropy.word() as usize % prompts.len()];
         let body = server.requests.body(prompt, drawn, entropy.word() as u32 >> 1);
-        let answer = server.ask(&body).await?;
-        let requests = question::understand(verifier, &body).await?.requests;
-        let request = requests.first().ok_or(AuditError::NoChoice)?;
-        let rows = score(verifier, request, &answer).map_err(AuditError::Score)?;
-        if let Some(id) = answer.ids.first().filter(|_| rows.is_empty()) {
-            return Err(AuditError::NoRow(*id));
+        match server.answer((&body, drawn), index < SEED_TRIES, &mut found).await {
+            Ok(()) => shown(index + 1, &found.evidence),
+            Err(why) if why.is_servers() && found.evidence.answers > 0 => {
+                found.broken_off = Some(why);
+                break;
+            }
+            Err(why) => return Err(why),
         }
-        found.evidence.add(&answer, drawn, &rows, request.prompt.len());
-        if found.honours_seeds.is_none() && index < SEED_TRIES {
-            found.honours_seeds = server.honours_seed(&body, (&answer, &rows)).await?;
-        }
-        shown(index + 1, &found.evidence);
         let is_certain = found.evidence.verdict().0 != Conclusion::CannotTell;
         if index + 1 >= ANSWERS_MIN && is_certain {
             break;
@@ -153,11 +159,50 @@ struct Server<'a> {
     requests: AuditRequests,
     names: TokensByName<'a>,
     clock: Clock,
+    verifier: &'a Verifier,
     /// The server takes fields that not all have.
     has_extras: bool,
 }
 
 impl Server<'_> {
+    /// Asks for an answer and adds what it shows; `tries_seed` where it may show whether seeds are
+    /// honoured.
+    async fn answer(
+        &mut self,
+        (body, drawn): (&Value, Drawn),
+        tries_seed: bool,
+        found: &mut Findings,
+    ) -> Result<(), AuditError> {
+        let understood = question::understand(self.verifier, body).await?;
+        let request = understood.requests.first().ok_or(AuditError::NoChoice)?;
+        let answer = self.ask(body).await?;
+        self.check_length(request.prompt.len(), answer.ids.len())?;
+        let rows = match answer.ids.is_empty() {
+            true => Vec::new(),
+            false => score(self.verifier, request, &answer).map_err(AuditError::Score)?,
+        };
+        if let Some(id) = answer.ids.first().filter(|_| rows.is_empty()) {
+            return Err(AuditError::NoRow(*id));
+        }
+        found.evidence.add(&answer, drawn, &rows, request.prompt.len());
+        if found.honours_seeds.is_none() && tries_seed {
+            found.honours_seeds = self.honours_seed(body, (&answer, &rows)).await?;
+        }
+        Ok(())
+    }
+
+    /// What was asked for fits into the context; what came may be longer.
+    fn check_length(&self, prompt: usize, answer: usize) -> Result<(), AuditError> {
+        let (asked, most) = (self.requests.tokens, self.verifier.context_max);
+        match prompt + answer > most {
+            true => Err(self.refuse(format!(
+                "the answer has {answer} tokens, {asked} were asked for; after a prompt of \
+                 {prompt} they are more than the {most} of our context"
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// Asks for an answer again, with its own seed and with another one.
     async fn honours_seed(
         &mut self,
@@ -176,12 +221,11 @@ impl Server<'_> {
         }
     }
 
-    /// One answer; a server that refuses token ids is asked without them from then on.
+    /// One answer; a server that refuses the fields that not all have is asked without them from
+    /// then on.
     async fn ask(&mut self, body: &Value) -> Result<ServerAnswer, AuditError> {
         if self.has_extras {
-            let mut more = body.clone();
-            more["return_token_ids"] = true.into();
-            match self.call(&more).await {
+            match self.call(&with_extras(body)).await {
                 Err(QueryError::Status { status, .. }) if matches!(status.as_u16(), 400 | 422) => {
                     self.has_extras = false;
                 }
@@ -197,14 +241,29 @@ impl Server<'_> {
     }
 
     fn read(&self, bytes: &[u8]) -> Result<ServerAnswer, AuditError> {
-        let refuse = |what: String| AuditError::Answer { url: shown(&self.target.url), what };
         let body: Value = serde_json::from_slice(bytes)
-            .map_err(|e| refuse(format!("the answer is not JSON: {e}")))?;
+            .map_err(|e| self.refuse(format!("the answer is not JSON: {e}")))?;
         if is_deeper(&body, DEPTH_MAX) {
-            return Err(refuse(format!("the answer nests more than {DEPTH_MAX} deep")));
+            return Err(self.refuse(format!("the answer nests more than {DEPTH_MAX} deep")));
         }
-        read(&body, &self.names).map_err(|what| refuse(what.to_string()))
+        read(&body, &self.names).map_err(|what| self.refuse(what.to_string()))
     }
+
+    fn refuse(&self, what: String) -> AuditError {
+        AuditError::Answer { url: shown(&self.target.url), what }
+    }
+}
+
+/// The request with fields that not every server knows: tokens by their ids, alternatives too, and
+/// nothing of a server's own defaults in how they are drawn.
+fn with_extras(body: &Value) -> Value {
+    let mut more = body.clone();
+    more["return_token_ids"] = true.into();
+    more["return_tokens_as_token_ids"] = true.into();
+    more["repetition_penalty"] = 1.into();
+    more["top_k"] = (-1).into();
+    more["min_p"] = 0.into();
+    more
 }
 
 #[cfg(test)]
@@ -218,10 +277,15 @@ mod tests {
         let plain = requests(false);
         assert_eq!(plain.path(), "/v1/completions");
         let want = json!({
-            "model": "m", "max_tokens": 48, "temperature": 1, "top_p": 1, "seed": 7,
-            "stream": false, "prompt": "hi", "logprobs": 5,
+            "model": "m", "max_tokens": 48, "temperature": 1, "top_p": 1, "presence_penalty": 0,
+            "frequency_penalty": 0, "seed": 7, "stream": false, "prompt": "hi", "logprobs": 5,
         });
         assert_eq!(plain.body("hi", Drawn::Sampled, 7), want);
+        let more = with_extras(&want);
+        let of = |key: &str| more[key].clone();
+        let off = [of("repetition_penalty"), of("top_k"), of("min_p"), of("return_token_ids")];
+        assert_eq!(off, [json!(1), json!(-1), json!(0), json!(true)]);
+        assert_eq!(more.as_object().unwrap().len(), want.as_object().unwrap().len() + 5);
         let chat = requests(true);
         assert_eq!(chat.path(), "/v1/chat/completions");
         let body = chat.body("hi", Drawn::Greedy, 7);

@@ -70,6 +70,8 @@ impl Conclusion {
 pub struct AuditEvidence {
     /// Answers that count.
     pub answers: usize,
+    /// Answers without a token that is known: empty ones, among others.
+    pub without_tokens: usize,
     /// Tokens of those answers.
     pub tokens: usize,
     /// Answers whose tokens are known from ids, from names, from text.
@@ -99,12 +101,17 @@ pub struct AuditEvidence {
 }
 
 impl AuditEvidence {
-    /// Adds an answer; `prompt` is how many tokens we asked with.
+    /// Adds an answer, of which there is no row where it has no token; `prompt` is how many tokens
+    /// we asked with.
     pub fn add(&mut self, answer: &ServerAnswer, drawn: Drawn, rows: &[TokenScore], prompt: usize) {
         self.answers += 1;
+        self.other_prompts += usize::from(answer.prompt_tokens.is_some_and(|n| n != prompt as u64));
+        if answer.ids.is_empty() {
+            self.without_tokens += 1;
+            return;
+        }
         self.tokens += rows.len();
         self.sources[answer.source as usize] += 1;
-        self.other_prompts += usize::from(answer.prompt_tokens.is_some_and(|n| n != prompt as u64));
         let (mut eight_bits, mut other) = (0.0, 0.0);
         for row in rows {
             self.first += usize::from(row.rank == 1);
@@ -167,9 +174,11 @@ impl AuditEvidence {
         }
         if let Some(far) = self.surprise().filter(|far| *far > SURPRISE_MAX) {
             let what = format!("its tokens surprise these weights by {far:.1} standard deviations");
-            return match self.sources[TokenSource::Text as usize] > 0 {
-                true => cannot(format!("{what}, but the tokens are a guess from text")),
-                false => (Conclusion::NotTheseWeights, what),
+            let is_guess = self.sources[TokenSource::Text as usize] > 0;
+            return match self.agreement() {
+                Some(how) => cannot(format!("{how}, but {what}: they are not drawn as asked")),
+                None if is_guess => cannot(format!("{what}, but the tokens are a guess from text")),
+                None => (Conclusion::NotTheseWeights, what),
             };
         }
         let odds = format!(
@@ -181,6 +190,22 @@ impl AuditEvidence {
             (_, other) if other >= ALARM => (Conclusion::NotTheseWeights, odds),
             (eight_bits, _) if eight_bits <= AGREES => (Conclusion::Agrees, odds),
             _ => cannot(odds),
+        }
+    }
+
+    /// What agrees with these weights, however the tokens were drawn: a server may truncate or
+    /// penalise by defaults of its own.
+    fn agreement(&self) -> Option<String> {
+        let what = if self.compared > 0 { "log-probabilities" } else { "greedy tokens" };
+        match (self.nats_eight_bits, self.nats_other) {
+            (_, other) if other >= ALARM => None,
+            (eight_bits, _) if eight_bits <= AGREES => {
+                Some(format!("its {what} agree with these weights"))
+            }
+            (_, other) if other <= AGREES => {
+                Some(format!("its {what} agree with these weights in eight bits"))
+            }
+            _ => None,
         }
     }
 }
@@ -325,6 +350,39 @@ mod tests {
         assert_eq!(
             after(&[], Drawn::Sampled, TokenSource::Ids, 1).verdict().0,
             Conclusion::CannotTell
+        );
+    }
+
+    #[test]
+    fn surprising_tokens_accuse_nobody_whose_log_probabilities_agree() {
+        let of = |noise: Option<f64>| {
+            let surprising = TokenScore { surprise: 2.0, ..row(noise, 1.0) };
+            after(&[surprising; 32], Drawn::Sampled, TokenSource::Ids, 8).verdict()
+        };
+        for (noise, how) in
+            [(0.0, "these weights, but"), (0.11, "these weights in eight bits, but")]
+        {
+            let (verdict, why) = of(Some(noise));
+            assert_eq!(verdict, Conclusion::CannotTell, "{noise}: {why}");
+            assert!(why.starts_with(&format!("its log-probabilities agree with {how}")), "{why}");
+            assert!(why.ends_with("they are not drawn as asked"), "{why}");
+        }
+        for noise in [None, Some(0.135), Some(0.3)] {
+            let (verdict, why) = of(noise);
+            assert_eq!(verdict, Conclusion::NotTheseWeights, "{noise:?}: {why}");
+        }
+    }
+
+    #[test]
+    fn an_answer_without_tokens_is_counted_and_is_no_guess() {
+        let surprising = TokenScore { surprise: 2.0, ..row(None, 1.0) };
+        let mut evidence = after(&[surprising; 32], Drawn::Sampled, TokenSource::Ids, 4);
+        let empty = ServerAnswer { ids: Vec::new(), ..answer(TokenSource::Text) };
+        evidence.add(&empty, Drawn::Sampled, &[], 5);
+        assert_eq!((evidence.answers, evidence.without_tokens, evidence.tokens), (5, 1, 128));
+        assert_eq!(
+            (evidence.sources, evidence.verdict().0),
+            ([4, 0, 0], Conclusion::NotTheseWeights)
         );
     }
 }

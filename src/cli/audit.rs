@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 /// Exit codes, as those of `verify`.
+const AGREES: u8 = 0;
 const NOT_THESE: u8 = 3;
 const CANNOT_TELL: u8 = 4;
 
@@ -27,7 +28,9 @@ const CANNOT_TELL: u8 = 4;
   targon-engine audit --url http://127.0.0.1:8000 --model M --local mine --json
 
 Exit code 0: the answers agree with these weights; 3: they were computed with
-others; 4: too little was said to tell.")]
+others; 4: too little was said to tell, or the server failed after its first
+answer: then what was found so far is printed, and `broken_off` says why. A
+server that never answers is an error: exit code 1.")]
 pub(super) struct AuditArgs {
     /// The server, without /v1.
     #[arg(long)]
@@ -63,6 +66,7 @@ pub(super) struct AuditArgs {
 }
 
 pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
+    let target = args.target()?;
     let name = args.local.as_ref().unwrap_or(&args.model);
     let models = args.models.read(&[])?.models;
     let config = models.into_iter().find(|m| m.name == *name).ok_or_else(|| {
@@ -70,7 +74,6 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
         Failure::user(printable(&what)).with_hint(Some("name one of its models by --local"))
     })?;
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
-    let target = args.target()?;
     let verifier = plain_verifier(&runtime, config, &pool)?;
     let told = |answers: u32, evidence: &AuditEvidence| {
         let AuditEvidence { nats_eight_bits, nats_other, .. } = evidence;
@@ -78,22 +81,23 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     };
     let asked = (target, args.requests());
     let found = runtime.block_on(audit(asked, &verifier, &prompts::all(), &told));
-    let Findings { evidence, honours_seeds: seeds } = found.map_err(audit_failure)?;
-    let (verdict, why) = evidence.verdict();
+    let found = found.map_err(audit_failure)?;
     let root = to_hex(&verifier.identity.weights_root);
     match args.json {
-        true => outln!("{}", as_json(&evidence, seeds, (verdict, &why), &root)),
-        false => print(args, &evidence, seeds, (verdict, &why), &root),
+        true => outln!("{}", as_json(&found, &root)),
+        false => print(args, &found, &root),
     }
-    Ok(match verdict {
-        Conclusion::Agrees => ExitCode::SUCCESS,
-        Conclusion::CannotTell => ExitCode::from(CANNOT_TELL),
-        Conclusion::NotTheseWeights => ExitCode::from(NOT_THESE),
-    })
+    Ok(ExitCode::from(code(found.evidence.verdict().0, found.broken_off.is_none())))
 }
 
-/// Whether a server honours seeds: `None` where it was not seen.
-type Seeds = Option<bool>;
+/// A test that broke off neither clears nor accuses anybody, whatever it had found.
+fn code(verdict: Conclusion, is_whole: bool) -> u8 {
+    match verdict {
+        Conclusion::Agrees if is_whole => AGREES,
+        Conclusion::NotTheseWeights if is_whole => NOT_THESE,
+        _ => CANNOT_TELL,
+    }
+}
 
 impl AuditArgs {
     fn target(&self) -> Result<Target, Failure> {
@@ -132,31 +136,27 @@ fn audit_failure(e: AuditError) -> Failure {
     }
 }
 
-fn as_json(
-    evidence: &AuditEvidence,
-    seeds: Seeds,
-    (verdict, why): (Conclusion, &str),
-    root: &str,
-) -> Value {
+fn as_json(found: &Findings, root: &str) -> Value {
+    let Findings { evidence, honours_seeds, broken_off } = found;
+    let (verdict, why) = evidence.verdict();
     json!({
         "verdict": verdict, "why": why, "weights_root": root, "evidence": evidence,
         "logit_noise": evidence.noise(), "mean_logprob_error": evidence.mean_error(),
-        "surprise_sd": evidence.surprise(), "seed_honoured": seeds,
+        "surprise_sd": evidence.surprise(), "seed_honoured": honours_seeds,
+        "broken_off": broken_off.as_ref().map(ToString::to_string),
     })
 }
 
-fn print(
-    args: &AuditArgs,
-    e: &AuditEvidence,
-    seeds: Seeds,
-    (verdict, why): (Conclusion, &str),
-    root: &str,
-) {
+fn print(args: &AuditArgs, found: &Findings, root: &str) {
+    let Findings { evidence: e, honours_seeds, broken_off } = found;
     let percent = |part: usize, of: usize| 100.0 * part as f64 / of.max(1) as f64;
     outln!("{} at {}", printable(&args.model), printable(&shown(&args.url)));
     outln!("  weights here   {root}");
     let [ids, names, text] = e.sources;
     outln!("  answers        {} with {} tokens", e.answers, e.tokens);
+    if e.without_tokens > 0 {
+        outln!("  without tokens {} answers: empty, or none is certain", e.without_tokens);
+    }
     outln!("  tokens known   by ids {ids}, by their bytes {names}, guessed from text {text}");
     let (first, five) = (percent(e.first, e.tokens), percent(e.among_five, e.tokens));
     outln!("  ranks          {first:.1} % first, {five:.1} % among five");
@@ -172,7 +172,7 @@ fn print(
         outln!("  sampled        tokens surprise by {far:+.1} standard deviations");
     }
     let [drawn, of] = e.drawn;
-    match seeds {
+    match honours_seeds {
         None => outln!("  seed           cannot be told"),
         Some(false) => outln!("  seed           not honoured"),
         Some(true) => {
@@ -180,5 +180,39 @@ fn print(
             outln!("  seed           honoured; this engine draws {share:.1} % of the same tokens");
         }
     }
-    outln!("{}: {why}", verdict.words());
+    let (verdict, why) = e.verdict();
+    match broken_off {
+        None => outln!("{}: {why}", verdict.words()),
+        Some(failure) => {
+            outln!("broken off: {}", printable(&failure.to_string()));
+            outln!("{} so far: {why}", verdict.words());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        audit: AuditArgs,
+    }
+
+    #[test]
+    fn only_a_test_that_ended_clears_or_accuses() {
+        let of = |verdict| [code(verdict, true), code(verdict, false)];
+        assert_eq!(of(Conclusion::Agrees), [0, 4]);
+        assert_eq!(of(Conclusion::NotTheseWeights), [3, 4]);
+        assert_eq!(of(Conclusion::CannotTell), [4, 4]);
+    }
+
+    #[test]
+    fn an_address_is_checked_before_the_models_file_is_read() {
+        let line = ["audit", "--url", "llm.example", "--model", "m", "--models", "/absent.toml"];
+        let failure = run(&Program::parse_from(line).audit).unwrap_err();
+        assert!(failure.message().starts_with("--url must begin with http"), "{failure:?}");
+    }
 }

@@ -90,8 +90,14 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let (worst, sections) = (0, Vec::new());
     let mut checking =
         Checking { args, file, limits, runtime, entropy, verifiers, account, worst, sections };
+    let mut is_empty = true;
     for line in captures {
+        is_empty = false;
         checking.line(line.map_err(Failure::user)?)?;
+    }
+    if is_empty {
+        let what = format!("{} holds no captured answer: it is empty", args.file.display());
+        return Err(Failure::user(what));
     }
     let Checking { worst, sections, .. } = checking;
     if let Some(path) = &args.html {

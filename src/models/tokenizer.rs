@@ -129,6 +129,11 @@ impl TextTokenizer {
         self.special.contains(&id)
     }
 
+    /// Whether the token stands for a byte that no other token spells (`<0x2C>`).
+    pub fn is_byte(&self, id: u32) -> bool {
+        self.content_of(id).is_some_and(|token| self.scheme.is_byte(&token))
+    }
+
     /// The bytes of a token that starts a text.
     fn first_bytes(&self, id: u32) -> Box<[u8]> {
         let token = self.inner.id_to_token(id).unwrap_or_default();

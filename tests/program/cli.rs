@@ -274,6 +274,12 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
         let file = file.display().to_string();
         run(&["verify", &file, "--models", &models, "--profile", "proof"])
     };
+    // A file without a line is no proof that all answers pass.
+    for empty in ["", "\n  \n"] {
+        let (code, out, err) = judge(&[&empty.to_owned()]);
+        assert!(code == 1 && out.is_empty(), "{code} {out}{err}");
+        assert!(err.contains("answers.jsonl holds no captured answer"), "{err}");
+    }
     let (code, out, err) = judge(&[&unscored]);
     assert!(code == 4 && out.contains("unscored: the request asked for no proof"), "{out}{err}");
     let (code, out, _) = judge(&[&rejected]);

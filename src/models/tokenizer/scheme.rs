@@ -101,6 +101,11 @@ impl TokenDecoder {
         matches!(self, Self::Pieces { steps, .. } if steps.iter().any(strips))
     }
 
+    /// Whether a token is a byte by its number.
+    pub(super) fn is_byte(&self, token: &str) -> bool {
+        matches!(self, Self::Pieces { byte_fallback: true, .. }) && byte_of(token).is_some()
+    }
+
     /// The bytes that a token stands for; `is_first` in its text.
     pub(super) fn bytes(
         &self,
