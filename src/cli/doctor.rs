@@ -263,7 +263,7 @@ mod tests {
     use crate::engine::plan::{KvMemory, MemoryWanted};
     use crate::models::device::{Device, DeviceError};
 
-    /// A model on `device` of which all but the weights is here; it needs about 1 MiB.
+    /// A small model on `device`.
     fn model(name: &str, device: Device, backend: BackendKind) -> ModelConfig {
         ModelConfig {
             name: name.into(),
@@ -304,7 +304,7 @@ mod tests {
         let dir = checkpoint();
         let free = |device| match device {
             Device::Cpu => Ok(1 << 40),
-            Device::Cuda(0) => Ok(3 << 20),
+            Device::Cuda(0) => Ok(256 << 20),
             other => Err(DeviceError::NotBuilt(other)),
         };
         let rooms = Rooms::measured_by(free);
@@ -323,7 +323,7 @@ mod tests {
                 finding if finding.level == Level::Ok => count += 1,
                 finding => break finding,
             }
-            assert!(count < 100, "the memory of a card is shared");
+            assert!(count < 1000, "the memory of a card is shared");
         };
         assert!(count > 0 && full.level == Level::Fault, "{count}: {full:?}");
         assert!(full.fact.contains("cannot be served on cuda:0"), "{full:?}");

@@ -220,6 +220,8 @@ mod tests {
         assert!(refused.level == Level::Note && refused.fact.contains("refuses it"), "{refused:?}");
         let none = |text| amx(text, || unreachable!("there is no AMX")).is_none();
         assert!(none("flags : sse avx2") && none(""));
+        // A kernel gives tiles only where the processor has them.
+        assert!(amx_permission().is_err() || read(CPU_INFO).contains("amx_tile"));
         assert!(governor("powersave\n").is_some() && governor("performance\n").is_none());
         assert!(huge_pages("always madvise [never]\n").is_some());
         assert!(huge_pages("always [madvise] never\n").is_none());
