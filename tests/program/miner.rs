@@ -221,7 +221,8 @@ async fn a_signed_examination_says_what_each_rule_concludes() {
 
     // The signed listener is known as one of this program.
     let port = axon.rsplit(':').next().unwrap().trim_end_matches('/');
-    let (_, out, _) = home.run(&["doctor", "--offline", "--axon.port", port, "--port", "0"]);
+    let place = ["--axon.ip", "127.0.0.2", "--axon.port", port, "--port", "0"];
+    let (_, out, _) = home.run(&[&["doctor", "--offline"], &place[..]].concat());
     assert!(out.contains(&format!("port {port} is taken by a targon-engine")), "{out}");
 
     // Who may not ask, and who asks another, is told so by the rule that refuses them.
