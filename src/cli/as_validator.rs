@@ -3,9 +3,9 @@
 
 use super::Failure;
 use super::query::url;
-use super::shared::{ModelsArg, plain_verifier};
-use super::subnet_args::WalletArgs;
-use crate::chain::keys::Hotkey;
+use super::shared::{MODELS_ADVICE, ModelsArg, plain_verifier};
+use super::subnet_args::{WALLET_ADVICE, WalletArgs};
+use crate::chain::keys::{Hotkey, Keypair};
 use crate::clock::Clock;
 use crate::doctor::Finding;
 use crate::doctor::miner::{Asking, ask, list, rules::READ_TIMEOUT};
@@ -52,41 +52,59 @@ impl MinerArgs {
         self.as_validator.is_some()
     }
 
-    fn target(&self, wallet: &WalletArgs) -> Result<Target, Failure> {
+    fn address(&self) -> &str {
+        self.as_validator.as_deref().unwrap_or_default().trim()
+    }
+
+    /// Refuses flags with which nothing could be asked.
+    fn check(&self, wallet: &WalletArgs) -> Result<(), Failure> {
+        if self.address().is_empty() {
+            let what = "--as-validator must be ip:port or a URL, got an empty address";
+            return Err(Failure::user(what));
+        }
         if let Some(t) = self.temperature.filter(|t| !(0.0..=2.0).contains(t)) {
             return Err(Failure::user(format!("--temperature must lie in 0 to 2, got {t}")));
         }
-        let signer = match (wallet.is_named(), self.hotkey) {
-            (true, None) => {
-                let what = "a signed request needs the hotkey that it is for";
-                return Err(Failure::user(what).with_hint(Some("name the miner's by --hotkey")));
-            }
-            (true, Some(_)) => Some(Arc::new(wallet.keypair()?)),
-            (false, _) => None,
-        };
-        Ok(Target {
-            url: url(self.as_validator.as_deref().unwrap_or_default()),
+        if wallet.is_named() && self.hotkey.is_none() {
+            let what = "a signed request needs the hotkey that it is for";
+            return Err(Failure::user(what).with_hint(Some("name the miner's by --hotkey")));
+        }
+        Ok(())
+    }
+
+    fn target(&self, signer: Option<Arc<Keypair>>) -> Target {
+        Target {
+            url: url(self.address()),
             hotkey: self.hotkey,
             api_key: self.api_key.clone().filter(|_| signer.is_none()),
             signer,
             read_timeout: READ_TIMEOUT,
             timeout: TIMEOUT,
             size: Size::of_tokens(self.max_tokens),
-        })
+        }
     }
 }
 
-/// Asks the miner, and says what was found.
+/// Asks the miner, and says what was found. What is wrong with the wallet or the models file is
+/// among it.
 pub(super) fn examine(
     args: &MinerArgs,
     models: &ModelsArg,
     wallet: &WalletArgs,
     runtime: &Runtime,
 ) -> Result<Vec<Finding>, Failure> {
-    let (target, clock) = (args.target(wallet)?, Clock::system());
+    args.check(wallet)?;
+    let signer = match wallet.is_named().then(|| wallet.keypair()).transpose() {
+        Ok(signer) => signer.map(Arc::new),
+        Err(failure) => return Ok(vec![failure.fault("wallet", WALLET_ADVICE)]),
+    };
+    let (target, clock) = (args.target(signer), Clock::system());
     let (model, mut findings) = runtime.block_on(list(&target, args.model.as_deref(), &clock));
     let Some(model) = model else { return Ok(findings) };
-    let verifier = verifier(&model, models, runtime)?;
+    let verifier = verifier(&model, models, runtime).unwrap_or_else(|finding| {
+        findings.push(finding);
+        None
+    });
     let asking = Asking {
         model: &model,
         max_tokens: args.max_tokens,
@@ -103,16 +121,17 @@ fn verifier(
     model: &str,
     models: &ModelsArg,
     runtime: &Runtime,
-) -> Result<Option<Verifier>, Failure> {
-    if !models.path.exists() {
+) -> Result<Option<Verifier>, Finding> {
+    if !models.path.exists() && !models.is_given() {
         return Ok(None);
     }
-    let all = models.read(&[])?.models;
+    let all = models.read(&[]).map_err(|failure| failure.fault("models", MODELS_ADVICE))?.models;
     let Some(config) = all.into_iter().find(|config| config.name == model) else {
         return Ok(None);
     };
+    let weights = |failure: Failure| failure.fault("weights", "rules that need them say nothing");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Pool::new(cores, Isa::best())
-        .map_err(|e| Failure::ours(format!("cannot start compute threads: {e}")))?;
-    plain_verifier(runtime, config, &pool).map(Some)
+        .map_err(|e| weights(Failure::ours(format!("cannot start compute threads: {e}"))))?;
+    plain_verifier(runtime, config, &pool).map(Some).map_err(weights)
 }

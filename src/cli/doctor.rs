@@ -5,18 +5,18 @@ use super::as_validator::{self, MinerArgs};
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
-use super::shared::{ListenArgs, ModelsArg};
-use super::subnet_args::{AxonArgs, ChainArgs, WalletArgs};
+use super::shared::{ListenArgs, MODELS_ADVICE, ModelsArg};
+use super::subnet_args::{AxonArgs, ChainArgs, WALLET_ADVICE, WalletArgs};
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
-use crate::engine::memory::memory;
+use crate::lifecycle::rooms::{Lease, Rooms};
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::remembered::cache_dir;
 use clap::Args;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Arguments of `doctor`.
@@ -44,10 +44,14 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    if args.offline && args.miner.is_named() {
+        let what = "--offline does not go with --as-validator, which asks a miner";
+        return Err(Failure::user(what).with_hint(Some("leave one of the two out")));
+    }
     let runtime = runtime()?;
     let findings = match args.miner.is_named() {
         true => as_validator::examine(&args.miner, &args.models, &args.wallet, &runtime)?,
-        false => runtime.block_on(examine(args))?,
+        false => runtime.block_on(examine(args)),
     };
     let worst = worst(&findings);
     if args.json {
@@ -58,47 +62,70 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(u8::from(worst == Level::Fault)))
 }
 
-async fn examine(args: &DoctorArgs) -> Result<Vec<Finding>, Failure> {
+/// Looks at every part. A part that fails is a finding, and the others are looked at.
+async fn examine(args: &DoctorArgs) -> Vec<Finding> {
     let clock = Clock::system();
-    let hub = Hub::from_env().map_err(Failure::ours)?;
-    let mut findings = machine::examine(&[hub.cache().to_owned(), cache_dir()]);
-    let mut hotkey = None;
-    if args.wallet.is_named() {
-        let (found, seen) = wallet::examine(&args.wallet.wallet()?);
-        hotkey = found;
-        findings.extend(seen);
-    } else {
-        let fact = "no wallet is named, so nothing is said about keys and registration";
-        findings.push(
-            Finding::new("wallet", Level::Note, fact)
-                .hint("name one by --wallet.name and --wallet.hotkey"),
-        );
-    }
-    findings.extend(ports(args).await?);
+    let hub = Hub::from_env();
+    let caches = hub.iter().map(|hub| hub.cache().to_owned()).chain([cache_dir()]);
+    let mut findings = machine::examine(&caches.collect::<Vec<_>>());
+    let hub = hub.map_err(|e| {
+        findings.push(Failure::ours(e).fault("hub", "install the package ca-certificates"));
+    });
+    let hub = hub.ok();
+    let (hotkey, seen) = keys(&args.wallet);
+    findings.extend(seen);
+    findings.extend(ports(args).await);
     if args.offline {
-        findings.push(Finding::new("network", Level::Note, "nobody was asked (--offline)"));
+        let fact = "nobody was asked (--offline), and this clock was compared with no other";
+        findings.push(Finding::new("network", Level::Note, fact));
     } else {
-        findings.extend(online(args, &hub, hotkey, &clock).await?);
+        findings.extend(online(args, hub.as_ref(), hotkey, &clock).await);
     }
-    findings.extend(examine_models(args, &hub).await?);
-    Ok(findings)
+    findings.extend(examine_models(args, hub.as_ref()).await);
+    findings
 }
 
-async fn ports(args: &DoctorArgs) -> Result<Vec<Finding>, Failure> {
-    let mut findings = vec![network::port("axon port", args.axon.listen()?).await];
-    if let Some(address) = args.listen.address() {
-        findings.push(network::port("open port", address).await);
+fn keys(args: &WalletArgs) -> (Option<Hotkey>, Vec<Finding>) {
+    if !args.is_named() {
+        let fact = "no wallet is named, so nothing is said about keys and registration";
+        let finding = Finding::new("wallet", Level::Note, fact)
+            .hint("name one by --wallet.name and --wallet.hotkey");
+        return (None, vec![finding]);
     }
-    Ok(findings)
+    match args.wallet() {
+        Ok(wallet) => wallet::examine(&wallet),
+        Err(failure) => (None, vec![failure.fault("wallet", WALLET_ADVICE)]),
+    }
+}
+
+async fn ports(args: &DoctorArgs) -> Vec<Finding> {
+    let mut findings = vec![match args.axon.listen() {
+        Ok(address) => network::port("axon port", "--axon.port", address).await,
+        Err(failure) => failure.fault("axon port", "give an address of this machine"),
+    }];
+    findings.push(match args.listen.address(!args.offline).await {
+        Ok(Some(address)) => network::port("open port", "--port", address).await,
+        Ok(None) => Finding::new(
+            "open port",
+            Level::Note,
+            "the name of --host was not looked up (--offline)",
+        ),
+        Err(failure) => failure.fault("open port", "give an address of this machine by --host"),
+    });
+    findings
 }
 
 async fn online(
     args: &DoctorArgs,
-    hub: &Hub,
+    hub: Option<&Hub>,
     hotkey: Option<Hotkey>,
     clock: &Clock,
-) -> Result<Vec<Finding>, Failure> {
-    let mut findings = network::service("hub", hub.endpoint(), clock).await;
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    match hub {
+        Some(hub) => findings.extend(network::service("hub", hub.endpoint(), clock).await),
+        None => findings.push(network::uncompared("the Hub could not be asked")),
+    }
     match args.axon.external(args.axon.port).await {
         Ok(address) => {
             findings.extend(network::announced(address.ip()));
@@ -109,48 +136,79 @@ async fn online(
                 .hint("give it by --axon.external_ip"),
         ),
     }
-    let endpoints = args.chain.endpoints()?;
+    let endpoints = match args.chain.endpoints() {
+        Ok(endpoints) => endpoints,
+        Err(failure) => {
+            findings.push(failure.fault("chain", "give ws://HOST:PORT or wss://HOST:PORT"));
+            return findings;
+        }
+    };
     let (metagraph, seen) = membership::endpoints(&endpoints, args.chain.netuid(), clock).await;
     findings.extend(seen);
     if let (Some(metagraph), Some(hotkey)) = (metagraph, hotkey) {
         findings.extend(membership::registration(&metagraph, &hotkey));
     }
-    Ok(findings)
+    findings
 }
 
-async fn examine_models(args: &DoctorArgs, hub: &Hub) -> Result<Vec<Finding>, Failure> {
-    if !args.models.path.exists() {
+async fn examine_models(args: &DoctorArgs, hub: Option<&Hub>) -> Vec<Finding> {
+    if !args.models.path.exists() && !args.models.is_given() {
         let fact = format!("{} does not exist", args.models.path.display());
         let finding = Finding::new("models", Level::Note, fact)
             .hint("name the file with [[model]] entries by --models");
-        return Ok(vec![finding]);
+        return vec![finding];
     }
+    let models = match args.models.read(&[]) {
+        Ok(config) => config.models,
+        Err(failure) => return vec![failure.fault("models", MODELS_ADVICE)],
+    };
+    let is_offline = args.offline || hub.is_some_and(Hub::is_offline);
+    let mut planned = Planned::default();
     let mut findings = Vec::new();
-    let mut available = memory().available;
-    for model in args.models.read(&[])?.models {
-        match files(&model, hub, args.offline || hub.is_offline()).await {
+    for model in models {
+        match files(&model, hub, is_offline).await {
             Ok((path, seen)) => {
                 findings.extend(seen);
-                let (name, wanted) = (model.name.as_str(), model.wanted);
-                let files = models::Files { name, path: &path, wanted };
-                findings.extend(models::examine(&files, &mut available));
+                findings.extend(planned.examine(&model, &path));
             }
             Err(finding) => findings.push(finding),
         }
     }
-    Ok(findings)
+    findings
+}
+
+/// The memory of the models that were looked at, accounted for as `serve` does.
+#[derive(Default)]
+struct Planned {
+    rooms: Rooms,
+    leases: Vec<Lease>,
+}
+
+impl Planned {
+    fn examine(&mut self, model: &ModelConfig, path: &Path) -> Vec<Finding> {
+        let files = models::Files { name: &model.name, path, device: model.device };
+        models::examine(&files, &mut |spec| {
+            let (plan, lease) = self.rooms.plan_shape(model, spec)?;
+            self.leases.push(lease);
+            Ok(plan)
+        })
+    }
 }
 
 /// Where a model's files are, or why they are nowhere.
 async fn files(
     model: &ModelConfig,
-    hub: &Hub,
+    hub: Option<&Hub>,
     is_offline: bool,
 ) -> Result<(PathBuf, Option<Finding>), Finding> {
     let topic = format!("model {}", model.name);
     let (repo, revision, file) = match &model.source {
         ModelSource::Path(path) => return Ok((path.clone(), None)),
         ModelSource::Hub { repo, revision, file } => (repo, revision, file.as_deref()),
+    };
+    let Some(hub) = hub else {
+        let fact = format!("{repo} was not looked for: the Hub cannot be used");
+        return Err(Finding::new(topic, Level::Fault, fact).hint("see the finding of the Hub"));
     };
     let now = match is_offline {
         true => None,
@@ -169,9 +227,10 @@ async fn files(
         (Ok(_), _) => None,
         (Err(_), Some(Ok(commit))) => {
             let fact = format!("{repo} at {commit} is on the Hub and not kept here yet");
-            return Err(
-                Finding::new(topic, Level::Note, fact).hint(format!("targon-engine fetch {repo}"))
-            );
+            return Err(Finding::new(topic, Level::Note, fact).hint(format!(
+                "targon-engine fetch {repo}; before that, `targon-engine plan` says whether it \
+                     fits"
+            )));
         }
         (Err(why), None) => return Err(Finding::new(topic, Level::Fault, why.to_string())),
         (Err(_), Some(Err(e))) => return Err(Finding::new(topic, Level::Fault, e.to_string())),
@@ -195,4 +254,81 @@ fn print(findings: &[Finding]) {
     }
     let count = |level: Level| findings.iter().filter(|f| f.level == level).count();
     outln!("\nfaults: {}, warnings: {}", count(Level::Fault), count(Level::Warning));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::backend::BackendKind;
+    use crate::engine::plan::{KvMemory, MemoryWanted};
+    use crate::models::device::{Device, DeviceError};
+
+    /// A small model on `device`.
+    fn model(name: &str, device: Device, backend: BackendKind) -> ModelConfig {
+        ModelConfig {
+            name: name.into(),
+            source: ModelSource::Path(PathBuf::new()),
+            backend,
+            device,
+            arithmetic: None,
+            dtype: None,
+            isq: None,
+            prefix_cache_file: None,
+            wanted: MemoryWanted {
+                context_max: Some(64),
+                kv_memory: KvMemory::Auto,
+                sequences_max: 4,
+                drafts_max: 0,
+            },
+        }
+    }
+
+    fn checkpoint() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let config = json!({
+            "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true,
+        });
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let header = b"{}";
+        let length = (header.len() as u64).to_le_bytes();
+        let weights = [&length[..], header].concat();
+        std::fs::write(dir.path().join("model.safetensors"), weights).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_model_is_judged_by_the_memory_of_its_device_and_by_its_engine() {
+        let dir = checkpoint();
+        let free = |device| match device {
+            Device::Cpu => Ok(1 << 40),
+            Device::Cuda(0) => Ok(256 << 20),
+            other => Err(DeviceError::NotBuilt(other)),
+        };
+        let rooms = Rooms::measured_by(free);
+        let mut planned = Planned { rooms, leases: Vec::new() };
+        let mut first = |device, backend| {
+            planned.examine(&model("m", device, backend), dir.path()).swap_remove(0)
+        };
+        let host = first(Device::Cpu, BackendKind::Native);
+        assert!(host.level == Level::Ok && host.fact.contains("on cpu for 4 seq"), "{host:?}");
+        let other = first(Device::Cpu, BackendKind::Mistralrs);
+        assert!(other.fact.contains("on cpu for 1 sequences"), "{other:?}");
+        // The card has room for some of them, not for all.
+        let mut count = 0;
+        let full = loop {
+            match first(Device::Cuda(0), BackendKind::Native) {
+                finding if finding.level == Level::Ok => count += 1,
+                finding => break finding,
+            }
+            assert!(count < 1000, "the memory of a card is shared");
+        };
+        assert!(count > 0 && full.level == Level::Fault, "{count}: {full:?}");
+        assert!(full.fact.contains("cannot be served on cuda:0"), "{full:?}");
+        let none = first(Device::Cuda(1), BackendKind::Native);
+        assert!(none.level == Level::Fault && none.fact.contains("cuda:1"), "{none:?}");
+        assert!(none.fact.contains("feature `cuda`"), "{none:?}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Defines the error of a command, and whether the user or the program caused it. The exit code
 //! follows from that.
 
+use crate::doctor::{Finding, Level};
 use std::fmt;
 
 /// A failure of a command.
@@ -25,6 +26,12 @@ impl Failure {
     /// The sentence alone.
     pub(super) fn message(&self) -> &str {
         &self.message
+    }
+
+    /// What `doctor` says of a part that could not be looked at; `advice` where there is no hint.
+    pub(super) fn fault(self, topic: &str, advice: &str) -> Finding {
+        let hint = self.hint.unwrap_or_else(|| advice.into());
+        Finding::new(topic, Level::Fault, self.message).hint(hint)
     }
 
     pub(super) fn with_hint(self, hint: Option<impl Into<String>>) -> Self {

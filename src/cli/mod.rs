@@ -95,7 +95,7 @@ impl Cli {
 enum Command {
     /// Serve models over HTTP, and with a wallet as a miner on a subnet.
     Serve(Box<serve::ServeArgs>),
-    /// Print the memory that the models will need, without loading them.
+    /// Print the memory that the models will need, without loading or downloading them.
     Plan(plan::PlanArgs),
     /// Compute the whitening that a model's proofs need, and store it.
     Calibrate(calibrate::CalibrateArgs),

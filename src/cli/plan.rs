@@ -1,11 +1,11 @@
-//! Runs `plan`: prints the memory that models need, without loading them.
+//! Runs `plan`: prints the memory that models need, without loading or downloading them.
 
 use super::Failure;
 use super::out::outln;
 use super::progress::{Bars, table};
 use super::shared::ModelsArg;
 use super::shared::runtime;
-use crate::lifecycle::load::locate;
+use crate::lifecycle::load::shape;
 use crate::lifecycle::rooms::Rooms;
 use clap::Args;
 
@@ -24,8 +24,8 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let (mut rows, mut leases) = (Vec::new(), Vec::new());
     for model in config.models {
         let name = model.name.clone();
-        let located = runtime.block_on(locate(model, &bars));
-        let planned = located.and_then(|located| rooms.plan(&located));
+        let spec = runtime.block_on(shape(&model, &bars));
+        let planned = spec.and_then(|spec| rooms.plan_shape(&model, &spec));
         rows.push((
             name,
             planned.map(|(plan, lease)| {

@@ -8,24 +8,66 @@ use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
 use crate::verify::{FastRows, Verifier};
-use clap::Args;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, Command, FromArgMatches};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
+/// What to do about a models file that cannot be read.
+pub(super) const MODELS_ADVICE: &str = "name the file by --models; `config check` reads it alone";
+/// The models file where none is named.
+const MODELS_DEFAULT: &str = "models.toml";
+
 #[derive(Args)]
 pub(super) struct ModelsArg {
+    // Before the path: it is read while the path is still there.
+    #[command(flatten)]
+    source: ModelsSource,
     /// Which models: a file with [[model]] entries.
-    #[arg(long = "models", env = "TARGON_MODELS", default_value = "models.toml")]
+    #[arg(long = "models", env = "TARGON_MODELS", default_value = MODELS_DEFAULT)]
     pub(super) path: PathBuf,
 }
 
 impl ModelsArg {
+    /// Whether somebody named the file, so that it must be there.
+    pub(super) fn is_given(&self) -> bool {
+        self.source.is_given || self.path != Path::new(MODELS_DEFAULT)
+    }
+
     /// Reads the file; `keys` open the API besides those that it names.
     pub(super) fn read(&self, keys: &[String]) -> Result<Config, Failure> {
         models_toml::read(&self.path, keys)
             .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))
+    }
+}
+
+/// Whether `--models` or its variable names the file. It has no flag of its own.
+struct ModelsSource {
+    is_given: bool,
+}
+
+impl Args for ModelsSource {
+    fn augment_args(command: Command) -> Command {
+        command
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        command
+    }
+}
+
+impl FromArgMatches for ModelsSource {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let source = matches.value_source("path");
+        let given = [ValueSource::CommandLine, ValueSource::EnvVariable];
+        Ok(Self { is_given: source.is_some_and(|source| given.contains(&source)) })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
     }
 }
 
@@ -41,9 +83,20 @@ pub(super) struct ListenArgs {
 }
 
 impl ListenArgs {
-    /// The address, where it is given by number.
-    pub(super) fn address(&self) -> Option<SocketAddr> {
-        format!("{}:{}", self.host, self.port).parse().ok()
+    /// The address; a host's name is looked up where `may_ask`, else there is none.
+    pub(super) async fn address(&self, may_ask: bool) -> Result<Option<SocketAddr>, Failure> {
+        let address = format!("{}:{}", self.host, self.port);
+        if let Ok(address) = address.parse() {
+            return Ok(Some(address));
+        }
+        if !may_ask {
+            return Ok(None);
+        }
+        let found = tokio::net::lookup_host(&address).await;
+        let mut found = found.map_err(|e| {
+            Failure::user(format!("--host {} is no address of a machine: {e}", self.host))
+        })?;
+        Ok(found.next())
     }
 
     pub(super) async fn bind(&self) -> Result<(TcpListener, SocketAddr), Failure> {

@@ -18,6 +18,8 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
+/// What to do about a wallet that cannot be looked at.
+pub(super) const WALLET_ADVICE: &str = "name it by --wallet.name and --wallet.hotkey";
 /// Name of a wallet and of a hotkey where none is given.
 const DEFAULT: &str = "default";
 /// Targon's subnet.

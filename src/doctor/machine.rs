@@ -6,6 +6,7 @@ use crate::engine::plan::Bytes;
 use crate::models::device::{CardMemory, Cards, Device, DeviceError, cards};
 use crate::ops::lanes::Isa;
 use crate::server::connections::CONNECTIONS_MAX;
+use std::io;
 use std::path::{Path, PathBuf};
 use sysinfo::System;
 
@@ -31,7 +32,7 @@ pub fn examine(caches: &[PathBuf]) -> Vec<Finding> {
     system.refresh_cpu_all();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut findings = vec![cpu(&system, cores)];
-    findings.extend(amx(&read(CPU_INFO)));
+    findings.extend(amx(&read(CPU_INFO), amx_permission));
     findings.extend(governor(&read(GOVERNOR)));
     findings.extend(load(&read(LOAD), cores));
     findings.extend(gpu(std::fs::read_to_string(NVIDIA_VERSION).ok().as_deref(), cards()));
@@ -59,12 +60,38 @@ fn cpu(system: &System, cores: usize) -> Finding {
     }
 }
 
-fn amx(cpu_info: &str) -> Option<Finding> {
+/// `permission` asks the kernel whether this process may use the tiles.
+fn amx(cpu_info: &str, permission: impl FnOnce() -> io::Result<()>) -> Option<Finding> {
     let has = |flag: &str| cpu_info.split_whitespace().any(|word| word == flag);
     has("amx_bf16").then(|| {
-        let fact = "the processor has AMX, which the kernels of this build do not use";
+        let may = match permission() {
+            Ok(()) => "this process may use it".to_owned(),
+            Err(why) => format!("the kernel refuses it to this process ({why})"),
+        };
+        let fact = format!("the processor has AMX, {may}; the kernels of this build do not use it");
         Finding::new("amx", Level::Note, fact)
     })
+}
+
+/// Asks the kernel for AMX tiles, which a process may only use after that. It then saves 8 KiB
+/// more of a thread's state, and only once the thread has used them.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn amx_permission() -> io::Result<()> {
+    /// `ARCH_REQ_XCOMP_PERM` of the kernel's asm/prctl.h.
+    const REQUEST: libc::c_ulong = 0x1023;
+    /// The state of tiles, `XFEATURE_XTILEDATA` of the kernel.
+    const TILE_DATA: libc::c_ulong = 18;
+    // SAFETY: arch_prctl with this code takes a number and touches no memory of ours.
+    match unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// No other processor or system has a call for it.
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn amx_permission() -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn governor(text: &str) -> Option<Finding> {
@@ -187,8 +214,14 @@ mod tests {
 
     #[test]
     fn kernel_files_are_read_and_may_be_missing() {
-        assert_eq!(amx("flags : sse amx_bf16 avx2").unwrap().level, Level::Note);
-        assert!(amx("flags : sse avx2").is_none() && amx("").is_none());
+        let tiles = |permission| amx("flags : sse amx_bf16 avx2", || permission).unwrap();
+        assert!(tiles(Ok(())).fact.contains("AMX, this process may use it"));
+        let refused = tiles(Err(io::ErrorKind::PermissionDenied.into()));
+        assert!(refused.level == Level::Note && refused.fact.contains("refuses it"), "{refused:?}");
+        let none = |text| amx(text, || unreachable!("there is no AMX")).is_none();
+        assert!(none("flags : sse avx2") && none(""));
+        // A kernel gives tiles only where the processor has them.
+        assert!(amx_permission().is_err() || read(CPU_INFO).contains("amx_tile"));
         assert!(governor("powersave\n").is_some() && governor("performance\n").is_none());
         assert!(huge_pages("always madvise [never]\n").is_some());
         assert!(huge_pages("always [madvise] never\n").is_none());

@@ -2,14 +2,19 @@
 //! template.
 
 use super::{Finding, Level};
-use crate::engine::plan::{Bytes, MemoryPlan, MemoryWanted};
+use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::chat::ChatTemplate;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
+use crate::models::device::Device;
 use crate::models::panics::contained;
+use crate::models::spec::Spec;
 use crate::models::tokenizer::TextTokenizer;
 use serde_json::{Map, Value, json};
 use std::path::Path;
+
+/// What a model of a shape needs and whether its device has it, or why it cannot be served.
+pub type Planning<'a> = dyn FnMut(&Spec) -> anyhow::Result<MemoryPlan> + 'a;
 
 /// Where a model's files are.
 pub struct Files<'a> {
@@ -17,46 +22,42 @@ pub struct Files<'a> {
     pub name: &'a str,
     /// A checkpoint directory or a GGUF file.
     pub path: &'a Path,
-    /// The sizes that its entry asks for.
-    pub wanted: MemoryWanted,
+    /// What computes it.
+    pub device: Device,
 }
 
-/// Looks at one model; `available` bytes of memory are left, and become less by what it needs.
-pub fn examine(files: &Files<'_>, available: &mut u64) -> Vec<Finding> {
+/// Looks at one model; `plan` keeps account of the memory that the models before it need.
+pub fn examine(files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding> {
     let topic = format!("model {}", files.name);
-    match contained("reading its files", || look(&topic, files, *available)) {
-        Ok((needed, findings)) => {
-            *available = available.saturating_sub(needed);
-            findings
-        }
+    match contained("reading its files", || look(&topic, files, plan)) {
+        Ok(findings) => findings,
         Err(e) => vec![Finding::new(topic, Level::Fault, e.to_string())],
     }
 }
 
-fn look(topic: &str, files: &Files<'_>, available: u64) -> (u64, Vec<Finding>) {
+fn look(topic: &str, files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding> {
     let fault = |why: String| Finding::new(topic, Level::Fault, why);
     let checkpoint = match Checkpoint::open(files.path) {
         Ok(checkpoint) => checkpoint,
-        Err(e) => return (0, vec![fault(e.to_string())]),
+        Err(e) => return vec![fault(e.to_string())],
     };
     let mut findings = Vec::new();
-    let mut needed = 0;
     let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
-    let plan = spec.map_err(|e| e.to_string()).and_then(|spec| {
-        MemoryPlan::new(&spec, files.wanted, available).map_err(|e| e.to_string())
-    });
-    match plan {
+    match spec.map_err(anyhow::Error::from).and_then(|spec| plan(&spec)) {
         Ok(plan) => {
-            needed = plan.total();
             let fact = format!(
-                "{} of memory for {} sequences of {} tokens",
-                Bytes(needed),
+                "{} of memory on {} for {} sequences of {} tokens",
+                Bytes(plan.total()),
+                files.device.resolved(),
                 plan.options.sequences_max,
                 plan.options.context_max
             );
             findings.push(Finding::new(topic, Level::Ok, fact));
         }
-        Err(why) => findings.push(fault(why)),
+        Err(why) => {
+            let fact = format!("cannot be served on {}: {why}", files.device.resolved());
+            findings.push(fault(fact));
+        }
     }
     match TextTokenizer::load(&checkpoint) {
         Ok(tokenizer) => {
@@ -66,7 +67,7 @@ fn look(topic: &str, files: &Files<'_>, available: u64) -> (u64, Vec<Finding>) {
         }
         Err(e) => findings.push(fault(e.to_string())),
     }
-    (needed, findings)
+    findings
 }
 
 /// Renders a small conversation.
@@ -101,23 +102,14 @@ fn template(topic: &str, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::plan::KvMemory;
 
     #[test]
     fn a_path_with_nothing_is_one_fault() {
         let dir = tempfile::tempdir().unwrap();
-        let wanted = MemoryWanted {
-            context_max: None,
-            kv_memory: KvMemory::Auto,
-            sequences_max: 1,
-            drafts_max: 0,
-        };
         let path = dir.path().join("none");
-        let mut available = 1 << 30;
-        let files = Files { name: "m", path: &path, wanted };
-        let findings = examine(&files, &mut available);
+        let files = Files { name: "m", path: &path, device: Device::Cpu };
+        let findings = examine(&files, &mut |_| unreachable!("there is no shape"));
         assert!(findings.len() == 1 && findings[0].level == Level::Fault, "{findings:?}");
         assert_eq!(findings[0].topic, "model m");
-        assert_eq!(available, 1 << 30);
     }
 }

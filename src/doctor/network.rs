@@ -4,9 +4,12 @@ use super::{Finding, Level};
 use crate::chain::epistula::WINDOW_MS;
 use crate::clock::Clock;
 use crate::endpoint::shown;
+use crate::server::door::access::REQUEST_ID;
 use crate::tls;
+use reqwest::redirect::Policy;
 use reqwest::{Client, StatusCode};
-use std::net::{IpAddr, SocketAddr};
+use serde_json::Value;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -14,6 +17,10 @@ use tokio::net::{TcpListener, TcpStream};
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection to this machine's own public address may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// The id of the request that asks who listens.
+const OWN_ID: &str = "targon-engine-doctor";
+/// Bytes of the answer to it.
+const OWN_ANSWER_MAX: usize = 4 << 10;
 /// A `Date` header counts whole seconds, and an answer may be a second old.
 const DATE_STEP_MS: i64 = 1_000;
 /// A skew from which on some signatures arrive too late: half of the window.
@@ -33,7 +40,8 @@ pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
         Ok(response) => response,
         Err(e) => {
             let fact = format!("{shown} cannot be reached: {}", root_cause(&e));
-            return vec![Finding::new(topic, Level::Warning, fact).hint("is there a proxy?")];
+            let unreached = Finding::new(topic, Level::Warning, fact).hint("is there a proxy?");
+            return vec![unreached, uncompared(&format!("{shown} cannot be reached"))];
         }
     };
     let after = clock.unix_ms();
@@ -45,11 +53,24 @@ pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
     };
     let mut findings = vec![Finding::new(topic, level, fact)];
     let date = response.headers().get(reqwest::header::DATE).and_then(|d| d.to_str().ok());
-    if let Some(theirs) = date.and_then(date_ms) {
-        let ours = i64::try_from(before / 2 + after / 2).unwrap_or(i64::MAX);
-        findings.push(skew(ours - theirs - DATE_STEP_MS / 2, &shown));
-    }
+    findings.push(match date.and_then(date_ms) {
+        Some(theirs) => {
+            let ours = i64::try_from(before / 2 + after / 2).unwrap_or(i64::MAX);
+            skew(ours - theirs - DATE_STEP_MS / 2, &shown)
+        }
+        None => uncompared(&format!("{shown} says no time")),
+    });
     findings
+}
+
+/// What is said where nobody told the time.
+pub fn uncompared(why: &str) -> Finding {
+    let fact = format!("this clock was compared with no other: {why}");
+    let hint = format!(
+        "signatures hold {} s: see that the clock is synchronised (timedatectl)",
+        WINDOW_MS / 1000
+    );
+    Finding::new("clock", Level::Warning, fact).hint(hint)
 }
 
 /// The reason that lies deepest: the outer ones only say that something failed.
@@ -82,17 +103,54 @@ fn skew(ahead_ms: i64, url: &str) -> Finding {
     }
 }
 
-/// Whether `address` can be listened on.
-pub async fn port(topic: &str, address: SocketAddr) -> Finding {
+/// Whether `address` can be listened on; `flag` names another port.
+pub async fn port(topic: &str, flag: &str, address: SocketAddr) -> Finding {
     match TcpListener::bind(address).await {
         Ok(_) => Finding::new(topic, Level::Ok, format!("{address} is free")),
-        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
-            let fact = format!("{address} is taken");
-            Finding::new(topic, Level::Note, fact)
-                .hint("by this program, if it runs; else name another port")
-        }
-        Err(e) => Finding::new(topic, Level::Fault, format!("cannot listen on {address}: {e}")),
+        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => taken(topic, flag, address).await,
+        Err(e) => Finding::new(topic, Level::Fault, format!("cannot listen on {address}: {e}"))
+            .hint(format!("name a port by {flag} that this user may listen on")),
     }
+}
+
+/// Who has a port that is taken: a server of this program, or another.
+async fn taken(topic: &str, flag: &str, address: SocketAddr) -> Finding {
+    let port = address.port();
+    if is_own(address).await {
+        let fact = format!("port {port} is taken by a targon-engine that runs ({address})");
+        return Finding::new(topic, Level::Note, fact)
+            .hint(format!("stop it before you start another, or name another port by {flag}"));
+    }
+    let fact = format!("port {port} is taken by another program ({address}): `serve` cannot start");
+    Finding::new(topic, Level::Warning, fact)
+        .hint(format!("`ss -ltnp` says by which; stop it, or name another port by {flag}"))
+}
+
+/// Whether a server of this program listens there. An open listener says its canon; a signed one
+/// sends the request's id back with the refusal of a request without a signature.
+async fn is_own(address: SocketAddr) -> bool {
+    tls::install();
+    // A listener on all addresses is asked on this machine.
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    let url = format!("http://{}/version", SocketAddr::new(ip, address.port()));
+    let client = Client::builder().timeout(CONNECT_TIMEOUT).no_proxy();
+    let Ok(client) = client.redirect(Policy::none()).build() else { return false };
+    let asked = client.get(url).header(REQUEST_ID, OWN_ID).send().await;
+    let Ok(mut answer) = asked else { return false };
+    let is_echoed = answer.headers().get(REQUEST_ID).is_some_and(|id| id == OWN_ID);
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = answer.chunk().await {
+        body.extend_from_slice(&chunk);
+        if body.len() > OWN_ANSWER_MAX {
+            return false;
+        }
+    }
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    is_echoed && (body["canon"].is_string() || body["detail"].is_string())
 }
 
 /// Whether this machine's announced address leads back to it; only meaningful while it serves.
@@ -152,7 +210,10 @@ mod tests {
     async fn ports_and_services_are_tried() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let taken = listener.local_addr().unwrap();
-        assert_eq!(port("axon", taken).await.level, Level::Note);
+        let held = port("axon port", "--axon.port", taken).await;
+        assert_eq!(held.level, Level::Warning, "{held:?}");
+        assert!(held.fact.contains(&format!("port {} is taken by another", taken.port())));
+        assert!(held.hint.unwrap().contains("--axon.port"));
         assert_eq!(reachable(taken).await.level, Level::Ok);
         let app = axum::Router::new().route(
             "/",
@@ -166,10 +227,11 @@ mod tests {
         assert_eq!(findings[0].level, Level::Ok, "{findings:?}");
         assert_eq!(findings[1].level, Level::Fault, "{findings:?}");
         let refused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        assert_eq!(port("axon", refused).await.level, Level::Ok);
+        assert_eq!(port("axon port", "--axon.port", refused).await.level, Level::Ok);
         assert_eq!(reachable(refused).await.level, Level::Note);
         let nobody = service("hub", &format!("http://{refused}/"), &clock).await;
-        assert!(nobody.len() == 1 && nobody[0].level == Level::Warning, "{nobody:?}");
+        let levels: Vec<_> = nobody.iter().map(|f| (f.topic.as_str(), f.level)).collect();
+        assert_eq!(levels, [("hub", Level::Warning), ("clock", Level::Warning)], "{nobody:?}");
     }
 
     #[test]

@@ -11,9 +11,12 @@ use crate::engine::backend::BackendError;
 use crate::engine::backend::BackendKind;
 use crate::engine::plan::MemoryPlan;
 use crate::models::Identity;
+use crate::models::config::parse;
 use crate::models::device::Device;
+use crate::models::error::read_json;
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::panics::contained;
+use crate::models::spec::Spec;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::server::registry::{Registry, Served, State};
@@ -86,6 +89,34 @@ pub async fn locate(config: ModelConfig, shown: &dyn Progress) -> anyhow::Result
         }
     };
     Ok(Located { config, path, revision })
+}
+
+/// The shape of a model, for which no weights are downloaded: from its files where they are here,
+/// else from the `config.json` on the Hub.
+///
+/// # Errors
+/// What is wrong with the files or the Hub, or that a GGUF file, whose header has the shape, is
+/// not here yet.
+pub async fn shape(config: &ModelConfig, shown: &dyn Progress) -> anyhow::Result<Spec> {
+    let here = |path| Located { config: config.clone(), path, revision: String::new() }.spec();
+    let (repo, revision, file) = match &config.source {
+        ModelSource::Path(path) => return here(path.clone()),
+        ModelSource::Hub { repo, revision, file } => (repo, revision, file),
+    };
+    let hub = Hub::from_env()?;
+    let Some(file) = file else {
+        let progress = |file: &str, done, total| shown.file(file, done, total);
+        let snapshot = hub.fetch(repo, revision, WantedFiles::Configuration, &progress).await?;
+        let path = snapshot.directory.join("config.json");
+        return contained("planning it", || Ok(parse(&path, &read_json(&path)?)?))?;
+    };
+    match hub.kept(repo, revision, WantedFiles::File(file)) {
+        Ok(snapshot) => here(snapshot.directory.join(file)),
+        Err(_) => Err(anyhow!(
+            "its shape is in the header of {file}, which is not here yet, and a plan downloads no \
+             weights: targon-engine fetch {repo} --revision {revision} --file {file}"
+        )),
+    }
 }
 
 /// Locates, plans and loads the models that the registry announced; false when none is ready.

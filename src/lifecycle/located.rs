@@ -5,6 +5,7 @@ use crate::engine::plan::MemoryPlan;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
 use crate::models::panics::contained;
+use crate::models::spec::Spec;
 use crate::models::{Model, config};
 use crate::ops::pool::Pool;
 use std::path::PathBuf;
@@ -37,16 +38,35 @@ impl Located {
         Model::load_on(device, &self.path, dtype, pool, progress)?.computing(arithmetic)
     }
 
+    /// The model's shape, from its headers alone.
+    ///
+    /// # Errors
+    /// What is wrong with its files, in words.
+    pub fn spec(&self) -> anyhow::Result<Spec> {
+        contained("planning it", || {
+            let checkpoint = Checkpoint::open(&self.path)?;
+            Ok(config::parse(&checkpoint.config_path, &checkpoint.config)?)
+        })?
+    }
+
     /// Plans the model into `available` bytes of its device, from its headers alone.
     ///
     /// # Errors
     /// Why it does not fit or cannot be planned, in words.
     pub fn plan_within(&self, available: u64) -> anyhow::Result<MemoryPlan> {
-        contained("planning it", || {
-            let checkpoint = Checkpoint::open(&self.path)?;
-            let spec = config::parse(&checkpoint.config_path, &checkpoint.config)?;
-            let ModelConfig { device, wanted, backend, .. } = self.config;
-            Ok(MemoryPlan::with(backend, device, &spec, wanted, available)?)
-        })?
+        shape_within(&self.config, &self.spec()?, available)
     }
+}
+
+/// Plans a model of this shape into `available` bytes of its device.
+///
+/// # Errors
+/// Why it does not fit, in words.
+pub(super) fn shape_within(
+    config: &ModelConfig,
+    spec: &Spec,
+    available: u64,
+) -> anyhow::Result<MemoryPlan> {
+    let ModelConfig { device, wanted, backend, .. } = *config;
+    Ok(MemoryPlan::with(backend, device, spec, wanted, available)?)
 }

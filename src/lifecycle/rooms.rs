@@ -4,11 +4,13 @@
 //! is promised and not yet used. A promise counts until its model is gone: one that the models file
 //! no longer names keeps its memory while requests run on it.
 
-use super::located::Located;
+use super::located::{Located, shape_within};
+use crate::config::models_toml::ModelConfig;
 use crate::engine::memory::memory;
 use crate::engine::plan::MemoryPlan;
 use crate::models::Model;
 use crate::models::device::{Device, DeviceError};
+use crate::models::spec::Spec;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -121,11 +123,23 @@ impl Rooms {
     /// # Errors
     /// Why it does not fit or cannot be planned, in words.
     pub fn plan(&self, located: &Located) -> anyhow::Result<(MemoryPlan, Lease)> {
-        let device = located.config.device.resolved();
-        let plan = located.plan_within(self.left(device)?)?;
+        self.plan_shape(&located.config, &located.spec()?)
+    }
+
+    /// The same for a model of which only the shape is known.
+    ///
+    /// # Errors
+    /// Why it does not fit, or that there is no such device, in words.
+    pub fn plan_shape(
+        &self,
+        config: &ModelConfig,
+        spec: &Spec,
+    ) -> anyhow::Result<(MemoryPlan, Lease)> {
+        let device = config.device.resolved();
+        let plan = shape_within(config, spec, self.left(device)?)?;
         let load = Arc::new(());
         let promise = Promise {
-            model: located.config.name.clone(),
+            model: config.name.clone(),
             bytes: plan.total(),
             holder: Holder::Load(Arc::downgrade(&load)),
             is_leaving: false,

@@ -191,6 +191,25 @@ async fn a_checkpoint_is_fetched_once_and_found_offline() {
 }
 
 #[tokio::test]
+async fn a_configuration_is_fetched_alone_and_leaves_the_kept_checkpoint_where_it_is_found() {
+    let setup = Setup::new(Faults::default()).await;
+    let dir = setup.fetch(WantedFiles::Configuration).await.unwrap();
+    assert_eq!(setup.site.requests.lock().clone(), ["config.json whole"]);
+    assert!(dir.join("config.json").exists() && !dir.join("model.safetensors").exists());
+    let offline = setup.hub(None, true);
+    offline.kept("o/m", "main", WantedFiles::Configuration).unwrap();
+    assert!(offline.kept("o/m", "main", WantedFiles::Checkpoint).is_err());
+    // Of a revision that has moved on, the checkpoint that is kept stays the one of its name.
+    let reference = setup.cache.path().join("models--o--m/refs/main");
+    let older = COMMIT.chars().rev().collect::<String>();
+    std::fs::write(&reference, &older).unwrap();
+    setup.fetch(WantedFiles::Configuration).await.unwrap();
+    assert_eq!(std::fs::read_to_string(&reference).unwrap(), older);
+    setup.fetch(WantedFiles::Checkpoint).await.unwrap();
+    assert_eq!(std::fs::read_to_string(&reference).unwrap(), COMMIT);
+}
+
+#[tokio::test]
 async fn a_dropped_connection_resumes_where_it_stopped() {
     let setup = Setup::new(Faults { drop_after: Some(70_000), ..Faults::default() }).await;
     let dir = setup.fetch(WantedFiles::Checkpoint).await.unwrap();

@@ -34,7 +34,12 @@ fn home() -> tempfile::TempDir {
 }
 
 fn findings(home: &Path, arguments: &[&str]) -> (i32, Vec<Value>) {
-    let mut all = vec!["doctor", "--json", "--axon.port", "0", "--port", "0"];
+    let mut all = vec!["doctor", "--json"];
+    for port in ["--axon.port", "--port"] {
+        if !arguments.contains(&port) {
+            all.extend([port, "0"]);
+        }
+    }
     all.extend(arguments);
     let (code, out, err) = run(home, &all);
     let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}\n{err}"));
@@ -102,6 +107,57 @@ fn models_are_looked_at_one_by_one() {
     let (code, out, _) = run(home.path(), &["doctor", "--offline", "--port", "0"]);
     assert!(code == 1 && out.contains("FAULT    model cut: "), "{out}");
     assert!(out.contains("hint: ") && out.contains("\nfaults: 2, warnings: "), "{out}");
+}
+
+#[test]
+fn a_part_that_fails_is_a_finding_beside_the_others() {
+    let home = home();
+    let wrong = |flags: &[&str], topic: &str, words: &str| {
+        let (code, found) = findings(home.path(), &[flags, &["--offline"]].concat());
+        assert_eq!((code, level(&found, topic, words).as_str()), (1, "fault"), "{flags:?}");
+        assert!(found.iter().any(|f| f["topic"] == "disk"), "{found:#?}");
+    };
+    wrong(&["--wallet.name", "../x"], "wallet", "../x");
+    wrong(&["--axon.ip", "here"], "axon port", "--axon.ip must be an IP address, got here");
+    wrong(&["--models", "nothere.toml"], "models", "nothere.toml: cannot be read");
+    std::fs::write(home.path().join("models.toml"), "[[model]]\nname = \"m\"\npth = \"m\"\n")
+        .unwrap();
+    wrong(&[], "models", "line 3: unknown field `pth`");
+    // Nobody named the file.
+    std::fs::remove_file(home.path().join("models.toml")).unwrap();
+    let (code, found) = findings(home.path(), &["--offline"]);
+    assert_eq!((code, level(&found, "models", "does not exist").as_str()), (0, "note"));
+    wrong(&["--models", "models.toml"], "models", "models.toml: cannot be read");
+    let chain = ["--subtensor.chain_endpoint", "http://x", "--axon.external_ip", "127.0.0.2"];
+    let (code, found) = findings(home.path(), &chain);
+    assert_eq!((code, level(&found, "chain", "--subtensor.chain_endpoint").as_str()), (1, "fault"));
+    assert_eq!(level(&found, "clock", "compared with no other"), "warning");
+}
+
+#[test]
+fn a_visit_that_cannot_be_is_refused_or_is_a_finding() {
+    let home = home();
+    for (flags, words) in [
+        (&["--as-validator", ""][..], "got an empty address"),
+        (&["--as-validator", " "], "got an empty address"),
+        (&["--as-validator", "127.0.0.1:1", "--offline"], "--offline does not go with"),
+    ] {
+        let (code, _, err) = run(home.path(), &[&["doctor", "--json"], flags].concat());
+        assert!(code == 1 && err.contains(words), "{flags:?}: {err}");
+    }
+    let key = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY";
+    let (code, found) =
+        visit(home.path(), "127.0.0.1:1", &["--hotkey", key, "--wallet.name", "../x"]);
+    assert_eq!((code, level(&found, "wallet", "../x").as_str()), (1, "fault"));
+}
+
+#[test]
+fn a_port_that_another_program_holds_is_told() {
+    let home = home();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let (_, found) = findings(home.path(), &["--offline", "--axon.port", &port]);
+    assert_eq!(level(&found, "axon port", &format!("port {port} is taken by another")), "warning");
 }
 
 #[test]
@@ -193,6 +249,10 @@ fn a_miner_is_judged_as_validators_do() {
         assert_eq!(level(&found, &of("UNLIKELY_TOKENS"), "0 of 24 tokens"), "ok");
         assert_eq!(level(&found, &of("verdict"), "its speed counts"), "ok");
     }
+    // Its port is known as that of this program.
+    let port = address.rsplit(':').next().unwrap();
+    let (_, seen) = findings(home.path(), &["--offline", "--port", port]);
+    assert_eq!(level(&seen, "open port", "taken by a targon-engine that runs"), "note");
     // A model that it does not list is a miss.
     let (code, found) = visit(home.path(), &address, &["--model", "other"]);
     assert_eq!((code, level(&found, "models list", "other is not among").as_str()), (1, "fault"));

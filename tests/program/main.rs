@@ -21,6 +21,7 @@ mod closed_stdout;
 mod doctor;
 mod guides;
 mod miner;
+mod plan;
 mod store;
 mod update;
 mod validator;

@@ -219,6 +219,12 @@ async fn a_signed_examination_says_what_each_rule_concludes() {
         }
     }
 
+    // The signed listener is known as one of this program.
+    let port = axon.rsplit(':').next().unwrap().trim_end_matches('/');
+    let place = ["--axon.ip", "127.0.0.2", "--axon.port", port, "--port", "0"];
+    let (_, out, _) = home.run(&[&["doctor", "--offline"], &place[..]].concat());
+    assert!(out.contains(&format!("port {port} is taken by a targon-engine")), "{out}");
+
     // Who may not ask, and who asks another, is told so by the rule that refuses them.
     let validator = validator.to_string();
     for (arguments, words) in [

@@ -127,7 +127,7 @@ async fn fetch(repo: &str) -> Result<PathBuf, Failure> {
         return Err(Failure::user(what));
     }
     let hub = Hub::from_env().map_err(Failure::ours)?;
-    let wanted = WantedFiles::File("config.json");
+    let wanted = WantedFiles::Configuration;
     let snapshot = hub.fetch(repo, "main", wanted, &|_, _, _| {}).await.map_err(Failure::user)?;
     Ok(snapshot.directory.join("config.json"))
 }

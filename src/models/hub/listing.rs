@@ -14,9 +14,11 @@ const WEIGHTS_BYTES_MAX: u64 = 1 << 40;
 const NAME_MAX: usize = 200;
 const COMMIT_DIGITS: usize = 40;
 const SHA256_DIGITS: usize = 64;
+/// The file with a model's shape.
+const CONFIGURATION: &str = "config.json";
 /// The files of a checkpoint beside its weights.
 const SMALL: [&str; 7] = [
-    "config.json",
+    CONFIGURATION,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,8 +32,22 @@ const SMALL: [&str; 7] = [
 pub enum WantedFiles<'a> {
     /// Everything a safetensors checkpoint needs.
     Checkpoint,
+    /// Its `config.json` alone. What a revision stands for in the cache stays as it is, so that a
+    /// checkpoint which is kept under it is found there without the Hub.
+    Configuration,
     /// The file of this name alone.
     File(&'a str),
+}
+
+impl<'a> WantedFiles<'a> {
+    /// The files without which it is not there.
+    pub(super) fn needed(self) -> Vec<&'a str> {
+        match self {
+            Self::File(file) => vec![file],
+            Self::Checkpoint => vec![CONFIGURATION, "tokenizer.json"],
+            Self::Configuration => vec![CONFIGURATION],
+        }
+    }
 }
 
 /// A repository at one commit.
@@ -118,15 +134,12 @@ impl Listing {
         let is_wanted = |name: &str| match wanted {
             WantedFiles::File(file) => name == file,
             WantedFiles::Checkpoint => is_checkpoint_file(name),
+            WantedFiles::Configuration => name == CONFIGURATION,
         };
         let entries: Vec<&RepositoryFile> =
             self.siblings.iter().filter(|e| is_wanted(&e.rfilename)).collect();
         let has = |test: &dyn Fn(&str) -> bool| entries.iter().any(|e| test(&e.rfilename));
-        let needed = match wanted {
-            WantedFiles::File(file) => vec![file],
-            WantedFiles::Checkpoint => vec!["config.json", "tokenizer.json"],
-        };
-        if let Some(name) = needed.into_iter().find(|name| !has(&|n| n == *name)) {
+        if let Some(name) = wanted.needed().into_iter().find(|name| !has(&|n| n == *name)) {
             return Err(missing(name));
         }
         if matches!(wanted, WantedFiles::Checkpoint) && !has(&|n| n.ends_with(".safetensors")) {

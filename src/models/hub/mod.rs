@@ -175,7 +175,10 @@ impl Hub {
             .try_collect::<()>()
             .await?;
         let reference = root.join("refs").join(revision);
-        write_small(&reference, listing.sha.as_bytes())?;
+        let is_part = matches!(wanted, WantedFiles::Configuration);
+        if !(is_part && reference.exists()) {
+            write_small(&reference, listing.sha.as_bytes())?;
+        }
         Ok(Snapshot { commit: listing.sha, directory })
     }
 
@@ -386,11 +389,7 @@ fn offline(
     if !directory.is_dir() {
         return Err(absent(format!("{repo} at {revision}")));
     }
-    let needed = match wanted {
-        WantedFiles::File(name) => vec![name],
-        WantedFiles::Checkpoint => vec!["config.json", "tokenizer.json"],
-    };
-    for name in needed {
+    for name in wanted.needed() {
         if !directory.join(name).exists() {
             return Err(absent(format!("{repo}/{name} at {revision}")));
         }
