@@ -103,7 +103,7 @@ impl Pace {
 /// doubted is asked again, after `doubt` has made the next answer another endpoint's.
 ///
 /// # Errors
-/// When the chain cannot be asked, or [`READINGS_MAX`] answers in turn are not believed.
+/// When the chain cannot be asked, or `READINGS_MAX` answers in turn are not believed.
 pub async fn read_metagraph<E, Asked, Doubted>(
     pace: &Mutex<Pace>,
     (before, clock): (u64, &Clock),
