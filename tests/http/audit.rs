@@ -5,7 +5,7 @@ use crate::common::site::{COMPLETION, post_raw, site};
 use axum::Router;
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -49,10 +49,13 @@ async fn audited(fault: Fault, at: usize) -> (Result<Findings, AuditError>, usiz
     let counted = Arc::clone(&count);
     let front = Router::new().fallback(move |body: String| {
         let (app, place) = (app.clone(), counted.fetch_add(1, Ordering::Relaxed));
+        // An end token that chance draws would make answers shorter.
+        let mut body: Value = serde_json::from_str(&body).unwrap();
+        body["ignore_eos"] = json!(true);
         async move {
             match place == at {
                 true => fault.answer().into_response(),
-                false => post_raw(&app, COMPLETION, body).await.into_response(),
+                false => post_raw(&app, COMPLETION, body.to_string()).await.into_response(),
             }
         }
     });
