@@ -1,6 +1,6 @@
 //! Takes models.toml to running engines: files, memory plan and weights, each step with progress.
 
-use super::located::{BOUNDLESS, Located};
+use super::located::{BOUNDLESS, Located, shape_within};
 use super::prefixes;
 use super::rooms::{Lease, Rooms};
 use crate::clock::Clock;
@@ -164,13 +164,14 @@ impl Loading {
     /// Plans a model. Where memory that it wants belongs to models that are leaving, it waits for
     /// them, for a limited time; then it takes what there is.
     async fn plan(&self, located: Located) -> anyhow::Result<Planned> {
-        let wanted = located.plan_within(BOUNDLESS)?.total();
+        let spec = located.spec()?;
+        let wanted = shape_within(&located.config, &spec, BOUNDLESS)?.total();
         let (name, device) = (located.config.name.clone(), located.config.device);
         let (started, mut is_told) = (self.clock.elapsed(), false);
         loop {
             // Asked first: what leaves after this question is seen by the plan.
             let leaving = self.rooms.leaving(device);
-            let planned = self.rooms.plan(&located);
+            let planned = self.rooms.plan_shape(&located.config, &spec);
             let is_whole = planned.as_ref().is_ok_and(|(plan, _)| plan.total() >= wanted);
             if is_whole || leaving.is_empty() || self.clock.elapsed() - started > LEAVING_MAX {
                 let (plan, lease) = planned?;

@@ -62,6 +62,16 @@ impl Account {
         self.promises.retain(Promise::is_held);
         self.promises.iter().map(|promise| promise.bytes).sum()
     }
+
+    /// Bytes that another model may have, where the device has `now` free: what it had free when
+    /// nothing was promised, less what is promised, and no more than that.
+    fn left(&mut self, now: u64) -> u64 {
+        let promised = self.promised();
+        if self.promises.is_empty() {
+            self.free = now;
+        }
+        self.free.saturating_sub(promised).min(now)
+    }
 }
 
 /// Memory that is promised to a model while it is loaded; given back when this is dropped.
@@ -101,23 +111,6 @@ impl Rooms {
         Self { accounts: Arc::default(), measure: Arc::new(measure) }
     }
 
-    /// Bytes of a device that another model may have: what it had free when nothing was promised,
-    /// less what is promised, and no more than it has free now.
-    ///
-    /// # Errors
-    /// When there is no such device.
-    pub fn left(&self, device: Device) -> Result<u64, DeviceError> {
-        let device = device.resolved();
-        let now = (self.measure)(device)?;
-        let mut accounts = self.accounts.lock();
-        let account = accounts.entry(device).or_default();
-        let promised = account.promised();
-        if account.promises.is_empty() {
-            account.free = now;
-        }
-        Ok(account.free.saturating_sub(promised).min(now))
-    }
-
     /// Plans one model into what its device has left, and promises that; from its headers alone.
     ///
     /// # Errors
@@ -136,7 +129,11 @@ impl Rooms {
         spec: &Spec,
     ) -> anyhow::Result<(MemoryPlan, Lease)> {
         let device = config.device.resolved();
-        let plan = shape_within(config, spec, self.left(device)?)?;
+        let now = (self.measure)(device)?;
+        // Nobody else is promised anything between the question and the promise.
+        let mut accounts = self.accounts.lock();
+        let account = accounts.entry(device).or_default();
+        let plan = shape_within(config, spec, account.left(now))?;
         let load = Arc::new(());
         let promise = Promise {
             model: config.name.clone(),
@@ -144,7 +141,8 @@ impl Rooms {
             holder: Holder::Load(Arc::downgrade(&load)),
             is_leaving: false,
         };
-        self.accounts.lock().entry(device).or_default().promises.push(promise);
+        account.promises.push(promise);
+        drop(accounts);
         Ok((plan, Lease { rooms: self.clone(), device, load }))
     }
 

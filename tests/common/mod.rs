@@ -17,7 +17,8 @@ use targon_engine::engine::output::FinishReason;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
-use targon_engine::lifecycle::load::{Plans, Progress};
+use targon_engine::lifecycle::load::{Loading, Plans, Progress};
+use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::device::Device;
@@ -29,7 +30,7 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::{Hash, from_hex};
 use targon_engine::proof::commit::ChunkChain;
-use targon_engine::server::registry::Served;
+use targon_engine::server::registry::{Registry, Served};
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::scrutiny::Scrutiny;
 use targon_engine::verify::{Limits, Verifier, prefill};
@@ -42,6 +43,17 @@ impl Progress for Quiet {
     fn planned(&self, _: &Plans, _: &[(Device, u64)]) {}
     fn layers(&self, _: &str, _: usize, _: usize) {}
     fn ended(&self, _: &str) {}
+}
+
+/// What the models of a registry are loaded with.
+pub fn loading(registry: &Registry) -> Loading {
+    Loading {
+        registry: registry.clone(),
+        pool: Pool::new(2, Isa::best()).unwrap(),
+        clock: Clock::system(),
+        rooms: Rooms::default(),
+        shown: Arc::new(Quiet),
+    }
 }
 
 /// The golden checkpoints, one for each family.

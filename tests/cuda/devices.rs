@@ -1,19 +1,15 @@
 //! Models of one process on several cards: each is planned for its own card and computed there.
 
-use crate::common::{tiny_config, write_checkpoint};
+use crate::common::{loading, tiny_config, write_checkpoint};
 use crate::failures::{alone, is_alone};
 use crate::{Counter, count};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use targon_engine::clock::Clock;
 use targon_engine::config::models_toml;
 use targon_engine::engine::request::Request;
 use targon_engine::lifecycle::load::{Loading, Plans, Progress, start_models};
-use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::device::Device;
-use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, Served, State};
 
 /// Three models on two cards, and one on a card that is too small.
@@ -89,15 +85,8 @@ fn models_are_planned_and_computed_on_their_own_cards() {
     registry.announce(config.models.iter().map(|m| m.name.clone()));
     let free = |card: usize| Device::Cuda(card).free_memory().unwrap().unwrap();
     let before = [0, 1].map(free);
-    let pool = Pool::new(2, Isa::best()).unwrap();
     let shown = Arc::clone(&kept);
-    let loading = Loading {
-        registry: registry.clone(),
-        pool,
-        clock: Clock::system(),
-        rooms: Rooms::default(),
-        shown,
-    };
+    let loading = Loading { shown, ..loading(&registry) };
     let started = start_models(config.models, loading);
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     assert!(runtime.block_on(started));

@@ -1,6 +1,6 @@
 //! Loading a model beside others: engines that run go on.
 
-use crate::common::{Quiet, options, tiny_config, write_checkpoint};
+use crate::common::{self, Quiet, options, tiny_config, write_checkpoint};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -66,14 +66,9 @@ async fn home() -> (tempfile::TempDir, u64) {
 }
 
 fn loading(free: u64) -> Loading {
-    Loading {
-        registry: Registry::default(),
-        pool: Pool::new(2, Isa::best()).unwrap(),
-        clock: Clock::system(),
-        // What is promised does not show in what is free.
-        rooms: Rooms::measured_by(move |_| Ok(free)),
-        shown: Arc::new(Quiet),
-    }
+    // What is promised does not show in what is free.
+    let rooms = Rooms::measured_by(move |_| Ok(free));
+    Loading { rooms, ..common::loading(&Registry::default()) }
 }
 
 async fn start(model: ModelConfig, loading: &Loading) -> bool {
@@ -94,6 +89,24 @@ async fn what_one_model_was_promised_is_not_planned_again() {
     loading.registry.remove("b");
     loading.rooms.leave("a");
     assert!(start(model(home.path(), "b", 8), &loading).await);
+}
+
+#[tokio::test]
+async fn models_that_are_planned_at_once_do_not_get_the_same_memory() {
+    let (home, needed) = home().await;
+    let located = locate(model(home.path(), "a", 8), &Quiet).await.unwrap();
+    let rooms = Rooms::measured_by(move |_| Ok(4 * needed - 1));
+    let (together, leases) = (std::sync::Barrier::new(8), parking_lot::Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                together.wait();
+                let planned = rooms.plan(&located);
+                leases.lock().extend(planned.map(|(_, lease)| lease));
+            });
+        }
+    });
+    assert_eq!(leases.into_inner().len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

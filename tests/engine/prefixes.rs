@@ -2,17 +2,12 @@
 
 use crate::common;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-use targon_engine::clock::Clock;
 use targon_engine::config::models_toml::{self, ModelConfig};
 use targon_engine::engine::output::{Ended, Finish};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::lifecycle::load::{Loading, start_models};
-use targon_engine::lifecycle::rooms::Rooms;
-use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::pool::Pool;
+use targon_engine::lifecycle::load::start_models;
 use targon_engine::server::registry::{Registry, State};
 
 /// Requests that run at once, each with the same 224 tokens and eight of its own.
@@ -84,15 +79,9 @@ fn models(home: &Path) -> Vec<ModelConfig> {
 
 /// The engine of a program that starts anew, and what keeps it.
 async fn start(home: &Path) -> (Registry, Engine) {
-    let (registry, pool) = (Registry::default(), Pool::new(2, Isa::best()).unwrap());
+    let registry = Registry::default();
     registry.announce(["m".to_owned()]);
-    let loading = Loading {
-        registry: registry.clone(),
-        pool,
-        clock: Clock::system(),
-        rooms: Rooms::default(),
-        shown: Arc::new(common::Quiet),
-    };
+    let loading = common::loading(&registry);
     assert!(start_models(models(home), loading).await);
     let State::Ready(served) = registry.entries().remove(0).state else { panic!("not ready") };
     (registry, served.engine)

@@ -258,16 +258,21 @@ fn random_workloads_keep_every_invariant_and_finish() {
     assert!(accepted > 2_000 && drafted > accepted + 2_000, "{drafted} {accepted}");
 }
 
+/// Limits of `sequences_max` sequences without drafts, in steps of so many rows.
+fn limits((step, mixed): (usize, usize), sequences_max: usize) -> SchedulerLimits {
+    SchedulerLimits {
+        step_tokens_max: step,
+        mixed_tokens_max: mixed,
+        sequences_max,
+        waiting_max: 8,
+        context_max: 400,
+        drafts_max: 0,
+    }
+}
+
 #[test]
 fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
-    let limits = SchedulerLimits {
-        step_tokens_max: 64,
-        mixed_tokens_max: 64,
-        sequences_max: 4,
-        waiting_max: 4,
-        context_max: 1_000,
-        drafts_max: 0,
-    };
+    let limits = SchedulerLimits { waiting_max: 4, context_max: 1_000, ..limits((64, 64), 4) };
     let mut scheduler = Scheduler::new(limits, 4);
     let sequence = |id: u64, count: usize, growth_max: usize| NewSequence {
         id: SequenceId(id),
@@ -295,14 +300,7 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
 
 #[test]
 fn a_prompt_that_begins_as_another_waits_one_step_and_computes_only_its_own_end() {
-    let limits = SchedulerLimits {
-        step_tokens_max: 512,
-        mixed_tokens_max: 512,
-        sequences_max: 8,
-        waiting_max: 8,
-        context_max: 400,
-        drafts_max: 0,
-    };
+    let limits = limits((512, 512), 8);
     let mut scheduler = Scheduler::new(limits, 64);
     let sequence = |id: u64, salt: u64, reads_cache: bool| NewSequence {
         id: SequenceId(id),
@@ -348,14 +346,7 @@ fn ids(plan: &Plan) -> Vec<u64> {
 
 #[test]
 fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
-    let limits = SchedulerLimits {
-        step_tokens_max: 64,
-        mixed_tokens_max: 64,
-        sequences_max: 2,
-        waiting_max: 8,
-        context_max: 400,
-        drafts_max: 0,
-    };
+    let limits = limits((64, 64), 2);
     let mut scheduler = Scheduler::new(limits, 64);
     let sequence = |id: u64, owner: u8, growth_max: usize| NewSequence {
         id: SequenceId(id),
@@ -390,14 +381,7 @@ fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
 
 #[test]
 fn prefills_go_on_however_many_sequences_decode() {
-    let limits = SchedulerLimits {
-        step_tokens_max: 512,
-        mixed_tokens_max: 728,
-        sequences_max: 600,
-        waiting_max: 700,
-        context_max: 400,
-        drafts_max: 0,
-    };
+    let limits = SchedulerLimits { waiting_max: 700, ..limits((512, 728), 600) };
     let mut scheduler = Scheduler::new(limits, 2_000);
     let sequence = |id: u64, owner: u8, tokens: usize| NewSequence {
         id: SequenceId(id),
@@ -419,14 +403,7 @@ fn prefills_go_on_however_many_sequences_decode() {
 
 #[test]
 fn a_preempted_sequence_was_not_found_in_the_cache() {
-    let limits = SchedulerLimits {
-        step_tokens_max: 512,
-        mixed_tokens_max: 512,
-        sequences_max: 2,
-        waiting_max: 8,
-        context_max: 400,
-        drafts_max: 0,
-    };
+    let limits = limits((512, 512), 2);
     let mut scheduler = Scheduler::new(limits, 64);
     let sequence = |id: u64, owner: u8| NewSequence {
         id: SequenceId(id),

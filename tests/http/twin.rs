@@ -6,6 +6,7 @@ use crate::common::{self, verifier};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use targon_engine::engine::request::Request;
 use targon_engine::models::Model;
 use targon_engine::models::departure::{Departure, RECIPES, Recipe};
 use targon_engine::models::model::DeviceWeights;
@@ -137,6 +138,19 @@ async fn a_second_prefill_is_paid_when_it_was_asked_for() {
     assert_eq!((found.verdict, found.twin.len(), found.energies.len()), (Verdict::Pass, 0, 1));
 }
 
+/// An answer to a request for residues.
+fn claimed<'a>(request: &'a Request, body: &Value, answer: &'a Answer) -> Claim<'a> {
+    let nonce = Some(from_hex(NONCE).unwrap());
+    Claim {
+        request,
+        seed: body["seed"].as_i64(),
+        choice: 0,
+        proof: Some(Challenge { scheme: Scheme::Residue, nonce, hotkey: None }),
+        answer,
+        end_is_implied: false,
+    }
+}
+
 /// Two answers of a stack of 16 bits, of which the second look at the first one fails in the step
 /// with this number, from 0 on.
 async fn failing_at(scrutiny: Scrutiny, limits: Limits, step: usize) -> [Report; 2] {
@@ -146,18 +160,7 @@ async fn failing_at(scrutiny: Scrutiny, limits: Limits, step: usize) -> [Report;
     let (_, response) = answer(&site, &body).await;
     let theirs = proved_by(&verifier, (&verifier.model, TWIN), (&body, &response)).await;
     let request = understood(&verifier, &body).await;
-    let claim = Claim {
-        request: &request,
-        seed: body["seed"].as_i64(),
-        choice: 0,
-        proof: Some(Challenge {
-            scheme: Scheme::Residue,
-            nonce: Some(from_hex(NONCE).unwrap()),
-            hotkey: None,
-        }),
-        answer: &theirs,
-        end_is_implied: false,
-    };
+    let claim = claimed(&request, &body, &theirs);
     // Each answer takes one step in the first look.
     let steps = AtomicUsize::new(0);
     let is_wanted = || steps.fetch_add(1, Ordering::SeqCst) != 2 + step;
@@ -214,18 +217,7 @@ async fn an_early_check_stops_at_a_chunk_that_chance_draws_unless_it_is_open() {
     let body = proved(Scheme::Residue, 250);
     let (_, response) = answer(&site, &body).await;
     let request = understood(&base, &body).await;
-    let claim = Claim {
-        request: &request,
-        seed: body["seed"].as_i64(),
-        choice: 0,
-        proof: Some(Challenge {
-            scheme: Scheme::Residue,
-            nonce: Some(from_hex(NONCE).unwrap()),
-            hotkey: None,
-        }),
-        answer: &response,
-        end_is_implied: false,
-    };
+    let claim = claimed(&request, &body, &response);
     let chunks = |verifier: &Verifier, claim: &Claim<'_>, chance| {
         let report = verifier.verify(Profile::Proof, chance).answer(claim);
         assert_eq!(report.verdict, Verdict::Pass, "{chance}");

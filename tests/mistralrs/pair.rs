@@ -2,19 +2,15 @@
 
 use crate::common;
 use serde_json::{Value, json};
-use std::sync::{Arc, OnceLock};
-use targon_engine::clock::Clock;
+use std::sync::OnceLock;
 use targon_engine::config::models_toml::{ModelConfig, ModelSource};
 use targon_engine::engine::backend::BackendKind;
 use targon_engine::engine::output::{Ended, FinishReason, Step};
 use targon_engine::engine::plan::{KvMemory, MemoryWanted};
 use targon_engine::engine::request::Request;
-use targon_engine::lifecycle::load::{Loading, start_models};
-use targon_engine::lifecycle::rooms::Rooms;
+use targon_engine::lifecycle::load::start_models;
 use targon_engine::models::device::Device;
 use targon_engine::ops::dtype::Dtype;
-use targon_engine::ops::lanes::Isa;
-use targon_engine::ops::pool::Pool;
 use targon_engine::server::registry::{Registry, Served};
 
 /// Requests of different kinds.
@@ -53,15 +49,8 @@ pub(crate) fn entry(name: &str, backend: BackendKind, isq: Option<&str>) -> Mode
 pub(crate) fn start(models: Vec<ModelConfig>) -> Registry {
     let registry = Registry::default();
     registry.announce(models.iter().map(|m| m.name.clone()));
-    let pool = Pool::new(2, Isa::best()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
-    let loading = Loading {
-        registry: registry.clone(),
-        pool,
-        clock: Clock::system(),
-        rooms: Rooms::default(),
-        shown: Arc::new(common::Quiet),
-    };
+    let loading = common::loading(&registry);
     runtime.block_on(start_models(models, loading));
     registry
 }

@@ -147,19 +147,21 @@ mod tests {
         assert_eq!(skipped, Some("SKIPPED_EOS_EOT"));
     }
 
+    fn sampled(tokens: usize, temperature: f32) -> Request {
+        let mut request = Request::greedy(vec![1], tokens);
+        request.sampling.temperature = temperature;
+        request
+    }
+
+    fn claimed<'a>(request: &'a Request, answer: &'a Answer) -> Claim<'a> {
+        Claim { request, seed: None, choice: 0, proof: None, answer, end_is_implied: false }
+    }
+
     /// What the rules of this program say; `end` is the best rank of an end token where the answer
     /// came without one.
     fn ours(rows: &[RowEvidence], temperature: f32, end: Option<u32>) -> Option<&'static str> {
-        let mut request = Request::greedy(vec![1], rows.len());
-        request.sampling.temperature = temperature;
-        let claim = Claim {
-            request: &request,
-            seed: None,
-            choice: 0,
-            proof: None,
-            answer: &Answer::default(),
-            end_is_implied: end.is_some(),
-        };
+        let (request, answer) = (sampled(rows.len(), temperature), Answer::default());
+        let claim = Claim { end_is_implied: end.is_some(), ..claimed(&request, &answer) };
         let ended = end.map_or(Ok(()), |end| targon::check_implied_end(&claim, Some(end)));
         let limits = Limits::default();
         match ended.and_then(|()| targon::check(&claim, rows, &limits, 1)) {
@@ -173,16 +175,8 @@ mod tests {
     /// is the same; here it must be among the most probable ones, whoever draws it.
     #[test]
     fn a_random_place_takes_no_token_for_being_drawn() {
-        let mut request = Request::greedy(vec![1], 40);
-        request.sampling.temperature = 0.5;
-        let claim = Claim {
-            request: &request,
-            seed: None,
-            choice: 0,
-            proof: None,
-            answer: &Answer::default(),
-            end_is_implied: false,
-        };
+        let (request, answer) = (sampled(40, 0.5), Answer::default());
+        let claim = claimed(&request, &answer);
         let judged = |rank: u32, is_drawn: bool, chance: u64| {
             let mut rows: Vec<RowEvidence> = (0..40).map(|_| row(1)).collect();
             (rows[20].rank, rows[20].is_drawn) = (rank, Some(is_drawn));
