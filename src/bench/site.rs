@@ -21,7 +21,7 @@ const KV_SHARE: f64 = 0.6;
 
 /// What a model is measured on.
 pub struct Site {
-    pool: Pool,
+    pub(super) pool: Pool,
     #[cfg(feature = "cuda")]
     card: Option<CardSite>,
 }

@@ -14,7 +14,6 @@ use crate::engine::output::Event;
 use crate::engine::{Engine, Options};
 use crate::models::pass::blocks_of;
 use crate::models::{Identity, Model};
-use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
@@ -55,23 +54,22 @@ pub struct SweepWatch<'a> {
     pub keep: &'a mut dyn FnMut(&BenchReport) -> anyhow::Result<()>,
 }
 
-/// Measures `model` into `report`; what is there stays, whatever happens later.
+/// Measures `model` on its device into `report`; what is there stays, whatever happens later.
 ///
 /// # Errors
 /// When a size does not fit, or the engine fails.
 pub fn run(
     (model, identity): (Model, Identity),
-    pool: &Pool,
+    site: &Site,
     setup: &SweepSetup,
     report: &mut BenchReport,
     watch: &mut SweepWatch<'_>,
 ) -> anyhow::Result<()> {
     let (clock, root) = (Clock::system(), Path::new("/"));
-    let site = Site::of(&model, pool)?;
     let options = options(&model, setup)?;
     site.check_room(&model, (options.sequences_max, options.blocks))?;
     let before = Moment::now(root, &clock);
-    let ceilings = ceilings(&site, setup.device.as_ref())?;
+    let ceilings = ceilings(site, setup.device.as_ref())?;
     report.ceilings = Some(ceilings.clone());
     // What the ceilings were measured with is not the engine's.
     host::trim();
@@ -86,16 +84,16 @@ pub fn run(
     let weights = model.weights.bytes() as u64;
     let kv = (options.blocks * model.spec.kv_dims().block_bytes()) as u64;
     let model = Arc::new(model);
-    let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system())?;
+    let engine = Engine::start(Arc::clone(&model), site.pool.clone(), options, Clock::system())?;
     let verifier = Verifier {
         model,
         identity: Arc::new(identity),
-        pool: pool.separate(),
+        pool: site.pool.separate(),
         limits: Limits::default(),
         scrutiny: Scrutiny::NONE,
         context_max: options.context_max,
     };
-    let bench = Bench { engine, verifier, setup, site: &site, ceilings: &ceilings };
+    let bench = Bench { engine, verifier, setup, site, ceilings: &ceilings };
     let outcome = bench.all(report, watch);
     let peak_resident = host::resident_bytes("VmHWM:").unwrap_or(0.0) as u64;
     report.memory = Some(MemoryUse { weights, kv, peak_resident });

@@ -77,7 +77,8 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
         .and_then(|model| model.computing(args.arithmetic))
         .map_err(Failure::user)?;
     let identity = Identity::of(&model, &pool).map_err(Failure::user)?;
-    let machine = Site::of(&model, &pool).map_err(Failure::user)?.machine();
+    let site = Site::of(&model, &pool).map_err(Failure::user)?;
+    let machine = site.machine();
     let device = device.or_else(|| Site::table(&machine));
     let facts = facts(&args.model, &model, &identity);
     let started = Clock::system().unix_ms() / 1000;
@@ -95,7 +96,7 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     };
     let wanted = || is_wanted.load(Ordering::SeqCst);
     let mut watch = SweepWatch { is_wanted: &wanted, keep: &mut keep };
-    let outcome = sweep::run((model, identity), &pool, &setup, &mut report, &mut watch);
+    let outcome = sweep::run((model, identity), &site, &setup, &mut report, &mut watch);
     match outcome {
         Err(e) if report.rows.is_empty() => Err(Failure::user(e)),
         // What was measured until then counts.
