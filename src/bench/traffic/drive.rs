@@ -75,10 +75,10 @@ pub enum LoadStop {
     ServerFailed,
 }
 
-/// Seconds from the start to each of `count` arrivals of a Poisson process.
-fn arrivals(rate: f64, count: usize, seed: u64) -> Vec<f64> {
-    let gap = |i: usize| {
-        let word = philox(seed, [i as u32, 0, 0, 0x706f_6973])[0];
+/// Seconds from the start to each arrival of a Poisson process.
+fn arrivals(rate: f64, seed: u64) -> impl Iterator<Item = f64> {
+    let gap = move |i: u32| {
+        let word = philox(seed, [i, 0, 0, 0x706f_6973])[0];
         // In (0, 1], so that the logarithm is finite.
         -((f64::from(word) + 1.0) / 4_294_967_296.0).ln() / rate
     };
@@ -86,13 +86,14 @@ fn arrivals(rate: f64, count: usize, seed: u64) -> Vec<f64> {
         *at += gap;
         Some(*at)
     };
-    (0..count).map(gap).scan(0.0, sum).collect()
+    (0..).map(gap).scan(0.0, sum)
 }
 
-/// Sends `asked` and waits for all answers.
+/// Sends `asked` and waits for all answers. A request is made when the one before it is sent, so
+/// that only one waits in memory.
 pub async fn drive(
     ask: &Arc<dyn Transport>,
-    asked: Vec<LoadRequest>,
+    asked: impl Iterator<Item = LoadRequest>,
     load: Load,
     (seed, threads): (u64, usize),
     is_wanted: &(dyn Fn() -> bool + Sync),
@@ -100,14 +101,14 @@ pub async fn drive(
     let (clock, cpu) = (Clock::system(), cpu_seconds());
     let ticks = Arc::new(Mutex::new(Vec::new()));
     let ticker = tokio::spawn(tick(clock.clone(), Arc::clone(&ticks)));
-    let (times, limit) = match load {
-        Load::Rate(rate) => (arrivals(rate, asked.len(), seed), IN_FLIGHT_MAX),
-        Load::Concurrency(many) => (vec![0.0; asked.len()], many.max(1)),
+    let (times, limit): (Box<dyn Iterator<Item = f64> + Send>, _) = match load {
+        Load::Rate(rate) => (Box::new(arrivals(rate, seed)), IN_FLIGHT_MAX),
+        Load::Concurrency(many) => (Box::new(std::iter::repeat(0.0)), many.max(1)),
     };
     let mut run = Run { clock: clock.clone(), sent: Vec::new(), failures: 0, late: Vec::new() };
     let mut running = JoinSet::new();
     let mut stop = None;
-    for (asked, time) in asked.into_iter().zip(times) {
+    for (asked, time) in asked.zip(times) {
         stop = run.wait(&mut running, time, limit, is_wanted).await;
         if stop.is_some() {
             break;
@@ -238,15 +239,16 @@ mod tests {
         (Arc::new(Server { good, asked, running, most: Arc::clone(&most) }), most)
     }
 
-    fn asked(count: usize) -> Vec<LoadRequest> {
-        vec![LoadRequest { path: "/", body: Value::Null }; count]
+    fn asked(count: usize) -> impl Iterator<Item = LoadRequest> {
+        std::iter::repeat_n(LoadRequest { path: "/", body: Value::Null }, count)
     }
 
     #[test]
     fn arrivals_are_a_poisson_process() {
-        let times = arrivals(50.0, 20_000, 3);
-        assert!(times.is_sorted() && times == arrivals(50.0, 20_000, 3));
-        assert_ne!(times, arrivals(50.0, 20_000, 4));
+        let drawn = |seed| arrivals(50.0, seed).take(20_000).collect::<Vec<_>>();
+        let times = drawn(3);
+        assert!(times.is_sorted() && times == drawn(3));
+        assert_ne!(times, drawn(4));
         let gaps: Vec<f64> = times.windows(2).map(|w| w[1] - w[0]).collect();
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         assert!((mean - 0.02).abs() < 0.001, "{mean}");
@@ -266,7 +268,7 @@ mod tests {
 
         let (ask, _) = server(100);
         let driven = drive(&ask, asked(20), Load::Rate(200.0), (1, 1), &|| true).await;
-        let drawn = arrivals(200.0, 20, 1);
+        let drawn: Vec<f64> = arrivals(200.0, 1).take(20).collect();
         let mut sent: Vec<f64> = driven.sent.iter().map(|s| s.at).collect();
         sent.sort_by(f64::total_cmp);
         assert!(sent.iter().zip(&drawn).all(|(at, time)| at >= time), "{sent:?} {drawn:?}");
@@ -283,8 +285,13 @@ mod tests {
         let (ask, _) = server(500);
         let clock = Clock::system();
         let is_wanted = || clock.elapsed() < Duration::from_millis(150);
-        let driven = drive(&ask, asked(5_000), Load::Concurrency(2), (1, 1), &is_wanted).await;
+        let made = AtomicUsize::new(0);
+        let asked = asked(5_000).inspect(|_| _ = made.fetch_add(1, Ordering::SeqCst));
+        let driven = drive(&ask, asked, Load::Concurrency(2), (1, 1), &is_wanted).await;
         assert_eq!(driven.stop, Some(LoadStop::Unwanted));
+        // One is made ahead of those that were sent.
+        let sent = driven.sent.len() + driven.unfinished;
+        assert_eq!(made.load(Ordering::SeqCst), sent + 1);
         assert!(!driven.sent.is_empty() && driven.sent.len() < 100, "{}", driven.sent.len());
     }
 }

@@ -2,7 +2,7 @@
 //! validator draws them. The same seed makes the same requests.
 
 use super::heard::LoadRequest;
-use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt, QuerySampling, body};
+use crate::validator::round::ask::{Endpoint, QueryContent, QuerySampling, unchecked_body};
 use crate::validator::round::chance::Chance;
 use serde_json::json;
 
@@ -59,10 +59,7 @@ pub struct Questions {
 
 impl Questions {
     /// Makes request number `index`.
-    ///
-    /// # Errors
-    /// As for [`body`].
-    pub fn ask(&self, index: u64) -> anyhow::Result<LoadRequest> {
+    pub fn ask(&self, index: u64) -> LoadRequest {
         let index = if self.is_repeated { 0 } else { index };
         let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));
         let is_completion = match self.shape {
@@ -80,8 +77,7 @@ impl Questions {
             Shape::Targon => ((f64::from(self.tokens) * SHORTEST) as u32).max(8),
         };
         let sampling = QuerySampling::draw(&mut chance, &(shortest..=self.tokens.max(shortest)));
-        let prompt = QueryPrompt { content, tokens: self.words };
-        let (mut body, _) = body(&self.model, endpoint, sampling, prompt, usize::MAX)?;
+        let mut body = unchecked_body(&self.model, sampling, content);
         body["stream_options"] = json!({"include_usage": true});
         if self.shape == Shape::Fixed {
             body["temperature"] = json!(0);
@@ -91,7 +87,7 @@ impl Questions {
                 body["ignore_eos"] = json!(true);
             }
         }
-        Ok(LoadRequest { path: endpoint.path(), body })
+        LoadRequest { path: endpoint.path(), body }
     }
 
     /// Begins with a number of its own, so that no two prompts share a prefix.
@@ -127,13 +123,13 @@ mod tests {
     #[test]
     fn prompts_differ_from_their_first_word_on_unless_asked() {
         let q = questions(Shape::Fixed);
-        let text = |i| q.ask(i).unwrap().body["prompt"].as_str().unwrap()[..8].to_owned();
+        let text = |i| q.ask(i).body["prompt"].as_str().unwrap()[..8].to_owned();
         let starts: HashSet<String> = (0..500).map(text).collect();
         assert_eq!(starts.len(), 500);
-        assert_eq!(q.ask(3).unwrap(), q.ask(3).unwrap());
+        assert_eq!(q.ask(3), q.ask(3));
         let same = Questions { is_repeated: true, ..questions(Shape::Fixed) };
-        assert_eq!(same.ask(3).unwrap(), same.ask(9).unwrap());
-        let body = q.ask(0).unwrap().body;
+        assert_eq!(same.ask(3), same.ask(9));
+        let body = q.ask(0).body;
         assert_eq!(
             (body["max_tokens"].as_u64(), body["ignore_eos"].as_bool()),
             (Some(1920), Some(true))
@@ -144,7 +140,7 @@ mod tests {
     #[test]
     fn a_validators_load_has_both_endpoints_and_its_ranges() {
         let q = questions(Shape::Targon);
-        let asked: Vec<LoadRequest> = (0..400).map(|i| q.ask(i).unwrap()).collect();
+        let asked: Vec<LoadRequest> = (0..400).map(|i| q.ask(i)).collect();
         let chats = asked.iter().filter(|a| a.path.contains("chat")).count();
         assert!((120..280).contains(&chats), "{chats}");
         for LoadRequest { body, .. } in &asked {

@@ -5,8 +5,9 @@ use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
 use crate::bench::report::facts::{Machine, ModelFacts};
 use crate::bench::report::schema::{BenchReport, ReportKind};
 use crate::bench::traffic::drive::{Load, LoadStop, drive};
-use crate::bench::traffic::heard::{Answering, Chunk, Heard, LoadRequest, TokenUsage, Transport};
+use crate::bench::traffic::heard::Transport;
 use crate::bench::traffic::questions::{Questions, Shape};
+use crate::bench::traffic::server::{GreetError, Server};
 use crate::bench::traffic::tally::{self, Promise};
 use crate::cli::Failure;
 use crate::cli::out::note;
@@ -14,8 +15,7 @@ use crate::cli::printable::printable;
 use crate::cli::shared::runtime;
 use crate::clock::Clock;
 use crate::endpoint::shown;
-use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
-use crate::validator::round::measure::{said_error, timing};
+use crate::validator::query::{QueryError, QueryFault, Size, Target};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -123,7 +123,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let is_wanted = until_interrupted(&runtime);
     let clock = Clock::system();
     let questions = args.questions();
-    let server = Arc::new(args.server(&clock)?);
+    let server = args.server(&clock)?;
     runtime.block_on(greet(&server, &questions))?;
     let facts = ModelFacts {
         name: args.model.clone(),
@@ -136,7 +136,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     args.note_settings(&mut report, &questions);
     let before = Moment::now(Path::new("/"), &clock);
     let wanted = || is_wanted.load(Ordering::SeqCst);
-    let ask: Arc<dyn Transport> = server;
+    let ask: Arc<dyn Transport> = Arc::new(server);
     let outcome = runtime.block_on(args.levels(&ask, &questions, &wanted, (&mut report, &output)));
     let conditions = Conditions { before, after: Moment::now(Path::new("/"), &clock) };
     report.seconds = conditions.after.elapsed - conditions.before.elapsed;
@@ -163,9 +163,7 @@ impl ServeArgs {
             let what = format!("--url must begin with http:// or https://, got {url}");
             return Err(Failure::user(printable(&what)));
         }
-        // Made here, so that no request waits for it.
-        target.client().map_err(Failure::user)?;
-        Ok(Server { target, clock: clock.clone() })
+        Server::new(target, clock.clone()).map_err(Failure::user)
     }
 
     fn questions(&self) -> Questions {
@@ -212,9 +210,7 @@ impl ServeArgs {
         for (number, load) in self.loads().into_iter().enumerate() {
             // Number 0 is the first request, which is not measured.
             let first = 1 + number as u64 * u64::from(self.requests);
-            let asked: anyhow::Result<Vec<LoadRequest>> =
-                (first..first + u64::from(self.requests)).map(|i| questions.ask(i)).collect();
-            let asked = asked.map_err(Failure::user)?;
+            let asked = (first..first + u64::from(self.requests)).map(|i| questions.ask(i));
             let seed = questions.seed ^ first;
             let driven = drive(ask, asked, load, (seed, threads), wanted).await;
             let level = tally::level(&driven, load, promise, &self.model);
@@ -260,72 +256,19 @@ impl ServeArgs {
     }
 }
 
-/// Sends one request that is not measured: a wrong address or name is seen here.
 async fn greet(server: &Server, questions: &Questions) -> Result<(), Failure> {
-    let asked = questions.ask(0).map_err(Failure::user)?;
-    let streamed = server.stream(&asked).await;
-    if let Some(error) = said_error(&streamed.arrivals) {
-        return Err(Failure::user(format!("{}: {}", shown(&server.target.url), printable(&error))));
-    }
-    streamed.outcome.map_err(|e| {
-        let hint = match (&e, e.fault()) {
-            (_, QueryFault::Unreachable) => Some("is a server running there?"),
-            (QueryError::Status { status, .. }, _) if status.as_u16() == 503 => {
-                Some("wait until the model is loaded: this program's /ready then answers 200")
-            }
-            (_, QueryFault::Status) => Some("are --url, --model and --api-key right?"),
-            _ => None,
-        };
-        Failure::user(printable(&e.to_string())).with_hint(hint)
-    })
+    let greeted = server.greet(&questions.ask(0)).await;
+    greeted.map_err(|e| Failure::user(printable(&e.to_string())).with_hint(hint(&e)))
 }
 
-/// The server, over connections that requests share.
-struct Server {
-    target: Target,
-    clock: Clock,
-}
-
-impl Server {
-    async fn stream(&self, asked: &LoadRequest) -> Streamed {
-        self.target.stream(asked.path, &asked.body, &self.clock, |_| {}).await
-    }
-}
-
-impl Transport for Server {
-    fn ask(&self, asked: LoadRequest) -> Answering {
-        let server = Self { target: self.target.clone(), clock: self.clock.clone() };
-        Box::pin(async move {
-            let streamed = server.stream(&asked).await;
-            let max_tokens = asked.body["max_tokens"].as_u64().unwrap_or(u64::MAX);
-            heard(&streamed, u32::try_from(max_tokens).unwrap_or(u32::MAX))
-        })
-    }
-}
-
-fn heard(streamed: &Streamed, max_tokens: u32) -> Heard {
-    let Streamed { arrivals, ended, outcome } = streamed;
-    let failure = match (outcome, said_error(arrivals)) {
-        (Err(e), _) => Some(kind(e)),
-        (Ok(()), Some(_)) => Some("an error in the stream".into()),
-        (Ok(()), None) => None,
-    };
-    Heard {
-        chunks: arrivals.iter().map(|a| Chunk::read(a.at.as_secs_f64(), &a.chunk)).collect(),
-        usage: arrivals.iter().rev().find_map(|a| TokenUsage::read(&a.chunk)),
-        ended: ended.as_secs_f64(),
-        validator_tps: timing(arrivals, *ended, max_tokens).tps,
-        failure,
-    }
-}
-
-fn kind(e: &QueryError) -> String {
+fn hint(e: &GreetError) -> Option<&'static str> {
+    let GreetError::Query(e) = e else { return None };
     match (e, e.fault()) {
-        (QueryError::Status { status, .. }, _) => format!("status {}", status.as_u16()),
-        (_, QueryFault::Own) => "a fault of this machine".into(),
-        (_, QueryFault::Unreachable) => "unreachable".into(),
-        (_, QueryFault::Late) => "timeout".into(),
-        (_, QueryFault::Malformed) => "malformed stream".into(),
-        (_, QueryFault::Broken | QueryFault::Status) => "broken connection".into(),
+        (_, QueryFault::Unreachable) => Some("is a server running there?"),
+        (QueryError::Status { status, .. }, _) if status.as_u16() == 503 => {
+            Some("wait until the model is loaded: this program's /ready then answers 200")
+        }
+        (_, QueryFault::Status) => Some("are --url, --model and --api-key right?"),
+        _ => None,
     }
 }

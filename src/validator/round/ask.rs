@@ -87,16 +87,21 @@ pub fn body(
     if !prompt.content.fits(endpoint) {
         bail!("the prompt is not what {} wants", endpoint.path());
     }
+    Ok((unchecked_body(model, sampling, prompt.content), sampling))
+}
+
+/// The same body, whether or not there is room for an answer.
+pub fn unchecked_body(model: &str, sampling: QuerySampling, content: QueryContent) -> Value {
     let QuerySampling { seed, temperature, max_tokens } = sampling;
     let mut body = json!({
         "seed": seed, "max_tokens": max_tokens, "temperature": temperature, "model": model,
         "stream": true, "logprobs": true,
     });
-    match prompt.content {
+    match content {
         QueryContent::Messages(messages) => body["messages"] = messages,
         QueryContent::Text(text) => body["prompt"] = text.into(),
     }
-    Ok((body, sampling))
+    body
 }
 
 /// The same body with what asks for a proof, and says which distribution log-probabilities
