@@ -1,8 +1,9 @@
-//! `cargo bench --bench engine -- MODEL [--device D] [--json]`: the engine on a real model, then
-//! through HTTP; `scripts/bench-peers` puts the figures beside llama.cpp's.
+//! `cargo bench --bench engine [-- MODEL] [--device D] [--json]`: the engine on a real model, then
+//! through HTTP; `scripts/bench-peers` puts the figures beside llama.cpp's. Without MODEL, that is
+//! what `scripts/fetch-model` fetched.
 
-use std::path::Path;
 use targon_engine::bench::engine::run;
+use targon_engine::bench::host::model_or_fetched;
 use targon_engine::models::device::Device;
 
 fn main() -> anyhow::Result<()> {
@@ -14,8 +15,7 @@ fn main() -> anyhow::Result<()> {
     };
     let is_path = |i: usize, arg: &str| !arg.starts_with("--") && at.is_none_or(|at| i != at + 1);
     let path = args.iter().enumerate().find(|(i, arg)| is_path(*i, arg)).map(|(_, path)| path);
-    let path = path.expect("usage: cargo bench --bench engine -- MODEL [--device D] [--json]");
-    let figures = run(device, Path::new(path))?;
+    let figures = run(device, &model_or_fetched(path.cloned())?)?;
     match args.iter().any(|a| a == "--json") {
         true => println!("{}", figures.json()),
         false => println!("{figures}"),

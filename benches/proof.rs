@@ -1,9 +1,9 @@
-//! `cargo bench --bench proof -- MODEL`: what proofs cost.
+//! `cargo bench --bench proof [-- MODEL]`: what proofs cost. Without MODEL, that is what
+//! `scripts/fetch-model` fetched.
 
-use std::path::Path;
+use targon_engine::bench::host::model_or_fetched;
 
 fn main() -> anyhow::Result<()> {
-    let path = std::env::args().skip(1).find(|a| a != "--bench");
-    let path = path.expect("usage: cargo bench --bench proof -- MODEL");
-    targon_engine::bench::proof::run(Path::new(&path), &mut |line| println!("{line}"))
+    let path = model_or_fetched(std::env::args().skip(1).find(|a| a != "--bench"))?;
+    targon_engine::bench::proof::run(&path, &mut |line| println!("{line}"))
 }

@@ -4,6 +4,8 @@
 
 #[path = "tidy/circles.rs"]
 mod circles;
+#[path = "tidy/documents.rs"]
+mod documents;
 #[path = "tidy/heads.rs"]
 mod heads;
 
@@ -319,4 +321,19 @@ fn no_large_file_is_tracked() {
         .filter(|f| fs::metadata(root().join(f)).is_ok_and(|m| m.len() > BLOB_BYTES_MAX))
         .collect::<Vec<_>>();
     report(large.into_iter().map(|f| format!("{f}: above {BLOB_BYTES_MAX} bytes")).collect());
+}
+
+#[test]
+fn what_documents_name_is_there() {
+    let guides = files("docs", &["md"]);
+    let others = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "deploy/README.md"];
+    let mut faults = Vec::new();
+    for document in guides.into_iter().chain(others.map(|file| root().join(file))) {
+        let text = fs::read_to_string(&document).unwrap();
+        let benches = documents::benches(&text).into_iter().map(|b| format!("benches/{b}.rs"));
+        let named = documents::paths(&text).into_iter().chain(benches);
+        let missing = named.filter(|path| !root().join(path).exists());
+        faults.extend(missing.map(|path| format!("{}: there is no {path}", name(&document))));
+    }
+    report(faults);
 }

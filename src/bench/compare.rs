@@ -61,8 +61,8 @@ pub struct Compared {
     /// Tokens for a dollar that are generated, and checked as often as assumed on the same machine.
     pub verified_per_dollar: Option<f64>,
     /// The subnet's score of one model: tokens a second of a single request as a validator counts
-    /// them, times what the share of answers makes of it. Of a server, from the first level of a
-    /// load of that shape.
+    /// them, times what the share of answers makes of it. Of a server, from the level of such a
+    /// load in which one request runs at a time.
     pub score: Option<f64>,
     /// The score that a dollar buys for a day.
     pub score_per_dollar_day: Option<f64>,
@@ -154,6 +154,23 @@ pub fn caveats(entries: &[RankedReport], prices: &[Price], assumed: Assumptions)
     caveats
 }
 
+/// The settings that decide what figures say; what computes is what a comparison is about.
+const SETTINGS: [&str; 13] = [
+    "batch",
+    "depth",
+    "tokens",
+    "repeat_prompts",
+    "load",
+    "rate",
+    "concurrency",
+    "requests",
+    "completion",
+    "input",
+    "output_tokens",
+    "ignore_eos",
+    "read_timeout",
+];
+
 /// What two reports measured differently.
 fn differ(a: &BenchReport, b: &BenchReport) -> Option<String> {
     if a.kind != b.kind {
@@ -170,8 +187,7 @@ fn differ(a: &BenchReport, b: &BenchReport) -> Option<String> {
         };
         return Some(format!("other models, {} and {}", name(a), name(b)));
     }
-    let keys = ["batch", "depth", "tokens", "load", "input", "output_tokens"];
-    let other = keys.into_iter().find(|key| a.settings.get(*key) != b.settings.get(*key))?;
+    let other = SETTINGS.into_iter().find(|key| a.settings.get(*key) != b.settings.get(*key))?;
     let value = |r: &BenchReport| r.settings.get(other).cloned().unwrap_or(Value::Null);
     Some(format!("other settings, {other} {} and {}", value(a), value(b)))
 }
@@ -216,7 +232,7 @@ fn score(report: &BenchReport, assumed: Assumptions, consistency: fn(f64) -> f64
         if report.settings.get("output_tokens").and_then(Value::as_u64) != Some(ANSWER_TOKENS) {
             return None;
         }
-        let level = report.levels.first()?;
+        let level = report.levels.iter().find(|level| level.concurrency == Some(1))?;
         let share = level.completed as f64 / level.sent.max(1) as f64;
         return Some(level.validator_tps.as_ref()?.mean * consistency(share));
     }
@@ -292,6 +308,14 @@ mod tests {
         sizes.report.settings.insert("batch".into(), serde_json::json!([1]));
         let sizes = said(entry("a", 1.0), sizes, &[]).join("; ");
         assert!(sizes.contains("other settings, batch null and [1]"), "{sizes}");
+        let rates = [1, 8].map(|rate| {
+            let mut entry = entry("a", 1.0);
+            entry.report.settings.insert("rate".into(), serde_json::json!([rate]));
+            entry
+        });
+        let [one, eight] = rates;
+        let rates = said(one, eight, &[]).join("; ");
+        assert!(rates.contains("other settings, rate [1] and [8]"), "{rates}");
         let unused = said(entry("a", 1.0), entry("b", 2.0), &[price("h2000", 1.0)]).join("; ");
         assert!(unused.contains("the price of h2000 counts for no report"), "{unused}");
         assert!(unused.contains("its score is of depth 128, not of 100 tokens"), "{unused}");
@@ -321,7 +345,8 @@ mod tests {
         let promise = Promise { first_token: 1.0, per_token: 1.0 };
         let mut report = sample(1.0);
         report.kind = ReportKind::Serve;
-        report.levels = vec![tally::level(&driven, Load::Rate(1.0), promise, "m")];
+        let level = |load| tally::level(&driven, load, promise, "m");
+        report.levels = vec![level(Load::Rate(1.0)), level(Load::Concurrency(1))];
         for (load, tokens, expected) in
             [("targon", 1920, Some(20.0)), ("fixed", 1920, None), ("targon", 64, None)]
         {
@@ -330,6 +355,9 @@ mod tests {
             // Half of the requests were answered, at 40 tokens a second.
             assert_eq!(score(&report, ASSUMED, |share| share), expected, "{load}");
         }
+        report.settings.insert("output_tokens".into(), 1920.into());
+        report.levels.pop();
+        assert_eq!(score(&report, ASSUMED, |share| share), None, "no request ran alone");
     }
 
     #[test]

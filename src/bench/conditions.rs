@@ -31,6 +31,8 @@ const WATCH: Duration = Duration::from_millis(500);
 pub enum MarkKind {
     /// Others used the machine.
     Busy,
+    /// A hypervisor took time from it.
+    Stolen,
     /// Memory went to the disk and back.
     Swapping,
     /// The processor was slowed down.
@@ -60,6 +62,7 @@ impl MarkKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Busy => "busy",
+            Self::Stolen => "stolen",
             Self::Swapping => "swapping",
             Self::Throttled => "throttled",
             Self::Drift => "drift",
@@ -217,7 +220,7 @@ impl Conditions {
         }
         if let Some(share) = self.stolen().filter(|s| *s > STEAL_MAX) {
             let what = format!("the hypervisor took {}, at most 1 % may be", percent(share));
-            marks.push(Mark::new(MarkKind::Busy, what));
+            marks.push(Mark::new(MarkKind::Stolen, what));
         }
         if let Some(pages) = self.delta(|m| m.swapped).filter(|p| *p > SWAPPED_MAX as f64) {
             let what = format!("{pages} pages were swapped, at most {SWAPPED_MAX} may be");
@@ -309,8 +312,8 @@ mod tests {
         let after = root("400 0 0 1680 0 0 0 20", 1000, 4);
         let after = Moment { own_seconds: 1.0, unix: 60.0, ..Moment::now(after.path(), &clock) };
         let marks = Conditions { before, after }.marks();
-        use MarkKind::{Busy, ClockJump, Swapping, Throttled};
-        assert_eq!(kinds(&marks), [Busy, Busy, Swapping, Throttled, ClockJump], "{marks:?}");
+        use MarkKind::{Busy, ClockJump, Stolen, Swapping, Throttled};
+        assert_eq!(kinds(&marks), [Busy, Stolen, Swapping, Throttled, ClockJump], "{marks:?}");
         assert!(marks[0].what.contains("20.0 % of all cores"), "{marks:?}");
     }
 

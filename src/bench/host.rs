@@ -3,9 +3,9 @@
 
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Takes the lines of a measurement's text, as they come.
 pub type Say<'a> = &'a mut dyn FnMut(String);
@@ -17,6 +17,22 @@ pub type Say<'a> = &'a mut dyn FnMut(String);
 pub fn pool() -> anyhow::Result<Pool> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     Pool::new(threads, Isa::best()).context("threads cannot be started")
+}
+
+/// The model to measure: the one that is named, else what `scripts/fetch-model` fetched.
+///
+/// # Errors
+/// When it is not there.
+pub fn model_or_fetched(named: Option<String>) -> anyhow::Result<PathBuf> {
+    let fetched = || {
+        let var = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let home = || var("HOME").unwrap_or_default().join(".cache/targon-engine/models");
+        let models = var("TARGON_ENGINE_MODELS").unwrap_or_else(home);
+        models.join("SmolLM2-135M-Instruct.Q4_1.gguf")
+    };
+    let path = named.map_or_else(fetched, PathBuf::from);
+    ensure!(path.exists(), "{} is missing: run scripts/fetch-model, or name one", path.display());
+    Ok(path)
 }
 
 /// CPU seconds of all threads of this process.

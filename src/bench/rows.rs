@@ -1,9 +1,9 @@
 //! Makes a row of `bench engine`: speeds beside bytes, operations, ceilings and the prediction.
 
-use super::plan::devices::{DeviceKind, DeviceSpec};
+use super::plan::devices::{DeviceKind, DeviceSpec, named};
 use super::plan::predict::{Efficiency, Workload, predict};
 use super::plan::work::{decode, prefill};
-use super::report::schema::{Ceilings, Limit, Phase, ReportRow};
+use super::report::schema::{Ceilings, Limit, OfDatasheet, Phase, ReportRow};
 use super::report::spread::Spread;
 use crate::models::spec::Spec;
 use crate::verify::FastRows;
@@ -35,27 +35,32 @@ impl Size {
         (work.bytes() / count as f64, work.operations() / count as f64)
     }
 
-    /// Tokens a second that the plan predicts for a machine of these ceilings.
-    fn predicted(self, spec: &Spec, ceilings: &Ceilings) -> f64 {
+    /// Tokens a second that the plan predicts for `device`.
+    fn predicted(self, spec: &Spec, device: &DeviceSpec, share: Option<Efficiency>) -> f64 {
         let Self { phase, batch, depth, tokens } = self;
-        let device = DeviceSpec {
-            name: "this machine",
-            kind: DeviceKind::Cpu,
-            memory: u64::MAX,
-            bandwidth: ceilings.read_bandwidth,
-            peak: ceilings.fma_peak,
-            power: 0.0,
-            source: "measured in the same run",
-        };
         let context = depth + tokens / 2;
         let batches = vec![batch];
         let load = Workload { batches, context, prompts: batch, prompt: depth, answer: tokens };
-        let prediction = predict(spec, &device, &load, Some(Efficiency::OF_CEILINGS));
+        let prediction = predict(spec, device, &load, share);
         match phase {
             Phase::Prefill => prediction.prefill_tokens_per_second,
             Phase::Decode => prediction.decode.first().map_or(0.0, |d| d.tokens_per_second),
             Phase::Verify => prediction.checks_per_minute / 60.0 * (depth + tokens) as f64,
         }
+    }
+}
+
+/// A device that does what was measured.
+fn measured_device(ceilings: &Ceilings) -> DeviceSpec {
+    DeviceSpec {
+        name: "this machine",
+        kind: DeviceKind::Cpu,
+        memory: u64::MAX,
+        bandwidth: ceilings.read_bandwidth,
+        peak: ceilings.fma_peak,
+        mma_share: 1.0,
+        power: 0.0,
+        source: "measured in the same run",
     }
 }
 
@@ -71,7 +76,18 @@ pub(super) fn row(
     let (bytes_per_second, operations_per_second) = (bytes * speed.mean, operations * speed.mean);
     let of_bandwidth = bytes_per_second / ceilings.read_bandwidth;
     let of_peak = operations_per_second / ceilings.fma_peak;
-    let predicted = size.predicted(spec, ceilings);
+    let predicted = size.predicted(spec, &measured_device(ceilings), Some(Efficiency::OF_CEILINGS));
+    let table =
+        ceilings.table.as_ref().and_then(|table| named(std::slice::from_ref(&table.device)).ok());
+    let datasheet = table.and_then(|found| found.into_iter().next()).map(|device| {
+        let predicted = size.predicted(spec, &device, None);
+        OfDatasheet {
+            of_bandwidth: bytes_per_second / device.bandwidth,
+            of_peak: operations_per_second / device.peak,
+            predicted,
+            error: predicted / speed.mean - 1.0,
+        }
+    });
     let limit = match of_bandwidth.max(of_peak) {
         most if most < OVERHEAD_BELOW => Limit::Overhead,
         _ if of_bandwidth >= of_peak => Limit::Memory,
@@ -93,17 +109,19 @@ pub(super) fn row(
         limit,
         predicted,
         joules_per_token: None,
+        datasheet,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::report::schema::TableCeilings;
     use crate::models::config;
     use serde_json::json;
     use std::path::Path;
 
-    /// An 8B Llama at 100 GB/s and 1 TFLOP/s.
+    /// An 8B Llama at 100 GB/s and 1 TFLOP/s, on a machine that calls itself a Ryzen.
     fn measured(size: Size, speed: f64) -> ReportRow {
         let json = json!({
             "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
@@ -111,7 +129,8 @@ mod tests {
             "intermediate_size": 14_336, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
         });
         let spec = config::parse(Path::new("config.json"), &json).unwrap();
-        let ceilings = Ceilings { read_bandwidth: 100e9, fma_peak: 1e12, table: None };
+        let table = TableCeilings { device: "ryzen-9950x".into(), bandwidth: 89.6e9, peak: 4.4e12 };
+        let ceilings = Ceilings { read_bandwidth: 100e9, fma_peak: 1e12, table: Some(table) };
         row(&spec, &ceilings, size, vec![speed; 3]).unwrap()
     }
 
@@ -126,6 +145,11 @@ mod tests {
         assert!((4.9..5.0).contains(&row.predicted), "{row:?}");
         assert!((row.error - (row.predicted / 5.0 - 1.0)).abs() < 1e-12);
         assert_eq!(measured(size, 0.5).limit, Limit::Overhead);
+        // 70 % of the datasheet's 89.6 GB/s over the same bytes.
+        let sheet = row.datasheet.unwrap();
+        assert!((sheet.predicted / row.predicted - 0.7 * 89.6 / 75.0).abs() < 1e-3, "{row:?}");
+        assert!((sheet.error - (sheet.predicted / 5.0 - 1.0)).abs() < 1e-12);
+        assert!((sheet.of_bandwidth / row.of_bandwidth - 100.0 / 89.6).abs() < 1e-9, "{row:?}");
     }
 
     #[test]

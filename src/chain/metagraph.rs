@@ -164,7 +164,7 @@ impl Metagraph {
     }
 
     /// The same with stake of which a part is not known.
-    pub(super) fn with_partial_stake(self) -> Self {
+    pub fn with_partial_stake(self) -> Self {
         Self { is_stake_partial: true, ..self }
     }
 

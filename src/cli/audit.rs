@@ -54,7 +54,7 @@ pub(super) struct AuditArgs {
     #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(8..=128))]
     tokens: u32,
     /// The time limit of one answer, in seconds.
-    #[arg(long, default_value_t = 120)]
+    #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
     /// Print JSON.
     #[arg(long)]

@@ -123,11 +123,18 @@ async fn online(
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
     match hub {
+        Some(hub) if hub.is_offline() => {
+            let fact = "the Hub was not asked (HF_HUB_OFFLINE)";
+            findings.push(Finding::new("hub", Level::Note, fact));
+            findings.push(network::uncompared("the Hub was not asked"));
+        }
         Some(hub) => findings.extend(network::service("hub", hub.endpoint(), clock).await),
         None => findings.push(network::uncompared("the Hub could not be asked")),
     }
+    let mut external = None;
     match args.axon.external(args.axon.port).await {
         Ok(address) => {
+            external = Some(address);
             findings.extend(network::announced(address.ip()));
             findings.push(network::reachable(address).await);
         }
@@ -146,7 +153,7 @@ async fn online(
     let (metagraph, seen) = membership::endpoints(&endpoints, args.chain.netuid(), clock).await;
     findings.extend(seen);
     if let (Some(metagraph), Some(hotkey)) = (metagraph, hotkey) {
-        findings.extend(membership::registration(&metagraph, &hotkey));
+        findings.extend(membership::registration(&metagraph, &hotkey, external));
     }
     findings
 }
@@ -217,7 +224,9 @@ async fn files(
     let kept = hub.kept(repo, revision, file.map_or(WantedFiles::Checkpoint, WantedFiles::File));
     let finding = match (&kept, now) {
         (Ok(_), Some(Err(e))) => {
-            Some(Finding::new(&topic, Level::Warning, format!("the Hub cannot be asked: {e}")))
+            let fact = format!("the Hub cannot be asked: {e}");
+            let hint = "the kept files are served; see the finding of the Hub";
+            Some(Finding::new(&topic, Level::Warning, fact).hint(hint))
         }
         (Ok(kept), Some(Ok(commit))) if kept.commit != commit => {
             let fact = format!("kept at {}, but {revision} is {commit} now", kept.commit);
@@ -232,8 +241,15 @@ async fn files(
                      fits"
             )));
         }
-        (Err(why), None) => return Err(Finding::new(topic, Level::Fault, why.to_string())),
-        (Err(_), Some(Err(e))) => return Err(Finding::new(topic, Level::Fault, e.to_string())),
+        (Err(why), None) => {
+            let hint = format!("with a network: targon-engine fetch {repo}");
+            return Err(Finding::new(topic, Level::Fault, why.to_string()).hint(hint));
+        }
+        (Err(_), Some(Err(e))) => {
+            let hint =
+                "check the repository's name and `revision`, HF_TOKEN, and the Hub's finding";
+            return Err(Finding::new(topic, Level::Fault, e.to_string()).hint(hint));
+        }
     };
     let directory = kept.map(|kept| kept.directory).unwrap_or_default();
     Ok((file.map_or(directory.clone(), |file| directory.join(file)), finding))

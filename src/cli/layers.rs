@@ -206,6 +206,20 @@ mod tests {
     }
 
     #[test]
+    fn every_flag_of_what_runs_as_a_service_has_a_variable() {
+        let command = super::super::Cli::command();
+        for name in ["serve", "validate", "verifier"] {
+            let service = command.find_subcommand(name).unwrap();
+            let bare = service.get_arguments().filter(|arg| arg.get_env().is_none());
+            let bare: Vec<&str> = bare.map(|arg| arg.get_id().as_str()).collect();
+            // These choose what one call does, and the file has a variable of another kind.
+            let of_one_call = ["config", "help", "dry_run", "once", "rounds", "yes", "json"];
+            let unnamed: Vec<_> = bare.iter().filter(|id| !of_one_call.contains(id)).collect();
+            assert!(unnamed.is_empty(), "{name}: {unnamed:?}");
+        }
+    }
+
+    #[test]
     fn every_spelling_is_one_flag() {
         let directory = tempfile::tempdir().unwrap();
         for spelling in [

@@ -131,7 +131,10 @@ fn gpu(version: Option<&str>, cards: Cards) -> Vec<Finding> {
         (_, Cards::Known(known)) if known.is_empty() => {
             one(Level::Note, "the driver knows no card; models run on the processor".into())
         }
-        (_, Cards::Known(known)) => known.into_iter().map(card).collect(),
+        (driver, Cards::Known(known)) => {
+            let driver = driver.map(|driver| one(Level::Ok, format!("driver: {driver}")));
+            driver.into_iter().flatten().chain(known.into_iter().map(card)).collect()
+        }
     }
 }
 
@@ -181,7 +184,8 @@ fn disk(path: &Path) -> Finding {
         Ok(disk) => disk.f_bavail.saturating_mul(disk.f_frsize),
         Err(e) => {
             let fact = format!("the disk of {} cannot be read: {e}", path.display());
-            return Finding::new("disk", Level::Warning, fact);
+            return Finding::new("disk", Level::Warning, fact)
+                .hint("may this user read it? HF_HOME and TARGON_CACHE name other directories");
         }
     };
     let fact = format!("{} free for {}", Bytes(free), path.display());

@@ -7,9 +7,12 @@ use crate::chain::metagraph::{Metagraph, Neuron};
 use crate::chain::network::Endpoints;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::endpoint::shown;
 use crate::server::door::STAKE_MIN;
+use std::net::SocketAddr;
 use std::time::Duration;
 
+const ENDPOINT_ADVICE: &str = "name one by --subtensor.network or --subtensor.chain_endpoint";
 /// How long an endpoint may take.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -22,6 +25,7 @@ pub async fn endpoints(
     let (mut newest, mut findings): (Option<Metagraph>, _) = (None, Vec::new());
     for url in &endpoints.urls {
         let one = Endpoints { urls: vec![url.clone()], timeout: TIMEOUT, ..endpoints.clone() };
+        let place = shown(url);
         let started = clock.elapsed();
         let chain = Subtensor::new(one);
         let answer = tokio::time::timeout(2 * TIMEOUT, chain.metagraph(netuid)).await;
@@ -29,32 +33,38 @@ pub async fn endpoints(
         let finding = match answer {
             Ok(Ok(metagraph)) => {
                 let (n, block) = (metagraph.neurons().len(), metagraph.block);
-                let fact = format!("subnet {netuid} has {n} members at block {block} ({took} ms)");
+                let fact = format!(
+                    "{place}: subnet {netuid} has {n} members at block {block} ({took} ms)"
+                );
                 if newest.as_ref().is_none_or(|m| m.block < block) {
                     newest = Some(metagraph);
                 }
                 Finding::new("chain", Level::Ok, fact)
             }
-            Ok(Err(e)) => Finding::new("chain", Level::Warning, e.to_string()),
+            Ok(Err(e)) => {
+                Finding::new("chain", Level::Warning, format!("{place}: {e}")).hint(ENDPOINT_ADVICE)
+            }
             Err(_) => {
-                let fact = format!("an endpoint gives no answer in {} s", 2 * TIMEOUT.as_secs());
-                Finding::new("chain", Level::Warning, fact)
+                let fact = format!("{place} gives no answer in {} s", 2 * TIMEOUT.as_secs());
+                Finding::new("chain", Level::Warning, fact).hint(ENDPOINT_ADVICE)
             }
         };
         findings.push(finding);
     }
     if newest.is_none() {
         let fact = "no endpoint of the chain can be used";
-        findings.push(
-            Finding::new("chain", Level::Fault, fact)
-                .hint("name one by --subtensor.network or --subtensor.chain_endpoint"),
-        );
+        findings.push(Finding::new("chain", Level::Fault, fact).hint(ENDPOINT_ADVICE));
     }
     (newest, findings)
 }
 
-/// Registration, stake and axon of `hotkey` as the metagraph has them.
-pub fn registration(metagraph: &Metagraph, hotkey: &Hotkey) -> Vec<Finding> {
+/// Registration, stake and axon of `hotkey` as the metagraph has them; `external` is the address
+/// that a miner here would announce.
+pub fn registration(
+    metagraph: &Metagraph,
+    hotkey: &Hotkey,
+    external: Option<SocketAddr>,
+) -> Vec<Finding> {
     let netuid = metagraph.netuid;
     let Some(neuron) = metagraph.neuron(hotkey) else {
         let fact = format!("{hotkey} is not registered on subnet {netuid}");
@@ -64,28 +74,38 @@ pub fn registration(metagraph: &Metagraph, hotkey: &Hotkey) -> Vec<Finding> {
         ];
     };
     let fact = format!("uid {} on subnet {netuid}, incentive {}", neuron.uid, neuron.incentive);
-    vec![Finding::new("registration", Level::Ok, fact), stake(neuron), axon(neuron)]
+    let stake = stake(neuron, metagraph.is_stake_partial);
+    vec![Finding::new("registration", Level::Ok, fact), stake, axon(neuron, external)]
 }
 
 /// Stake matters to whoever asks miners: they refuse validators with little of it.
-fn stake(neuron: &Neuron) -> Finding {
+fn stake(neuron: &Neuron, is_partial: bool) -> Finding {
     let (stake, least) = (neuron.stake, STAKE_MIN);
     let permit = if neuron.permit { "a" } else { "no" };
-    let fact = format!("{} TAO, {permit} validator permit", stake.tao());
-    match neuron.permit && stake < least {
+    // Then miners admit by permit.
+    let known = if is_partial { ", as far as the endpoint says" } else { "" };
+    let fact = format!("{} TAO{known}, {permit} validator permit", stake.tao());
+    match neuron.permit && stake < least && !is_partial {
         true => Finding::new("stake", Level::Warning, fact)
             .hint(format!("miners answer validators from {} TAO on", least.tao())),
         false => Finding::new("stake", Level::Ok, fact),
     }
 }
 
-fn axon(neuron: &Neuron) -> Finding {
-    match &neuron.axon {
-        Some(axon) => {
+fn axon(neuron: &Neuron, external: Option<SocketAddr>) -> Finding {
+    match (&neuron.axon, external) {
+        (Some(axon), Some(external)) if axon.address != external => {
+            let fact = format!("{} is announced on chain, {external} is here", axon.address);
+            Finding::new("axon", Level::Note, fact).hint(
+                "`serve` announces the address of its own flags; another machine's may still be \
+                 right",
+            )
+        }
+        (Some(axon), _) => {
             let fact = format!("{} is announced on chain", axon.address);
             Finding::new("axon", Level::Ok, fact)
         }
-        None => Finding::new("axon", Level::Note, "no address is announced on chain")
+        (None, _) => Finding::new("axon", Level::Note, "no address is announced on chain")
             .hint("`serve` announces it; a validator needs none"),
     }
 }
@@ -105,14 +125,22 @@ mod tests {
     fn strangers_and_poor_validators_are_told() {
         let members = vec![neuron(0, 5_000_000_000, true), neuron(1, 5_000_000_000, false)];
         let metagraph = Metagraph::new(4, 7, Hyperparameters::default(), members);
-        let stranger = registration(&metagraph, &Hotkey([9; 32]));
+        let stranger = registration(&metagraph, &Hotkey([9; 32]), None);
         assert!(stranger.len() == 1 && stranger[0].level == Level::Fault, "{stranger:?}");
         let levels = |uid: u8| {
-            let found = registration(&metagraph, &Hotkey([uid + 1; 32]));
+            let found = registration(&metagraph, &Hotkey([uid + 1; 32]), None);
             found.into_iter().map(|f| f.level).collect::<Vec<_>>()
         };
         assert_eq!(levels(0), [Level::Ok, Level::Warning, Level::Ok]);
         assert_eq!(levels(1), [Level::Ok, Level::Ok, Level::Ok]);
+        let here: SocketAddr = "127.0.0.1:8091".parse().unwrap();
+        let axon = |external| registration(&metagraph, &Hotkey([1; 32]), Some(external)).remove(2);
+        assert_eq!(axon(here).level, Level::Ok);
+        let moved = axon("127.0.0.1:8092".parse().unwrap());
+        assert!(moved.level == Level::Note && moved.fact.contains("8092 is here"), "{moved:?}");
+        let partial = metagraph.clone().with_partial_stake();
+        let stake = registration(&partial, &Hotkey([1; 32]), None).remove(1);
+        assert!(stake.level == Level::Ok && stake.fact.contains("as far as"), "{stake:?}");
     }
 
     #[tokio::test]
@@ -126,5 +154,7 @@ mod tests {
         assert!(metagraph.is_none());
         let levels: Vec<Level> = findings.iter().map(|f| f.level).collect();
         assert_eq!(levels, [Level::Warning, Level::Fault], "{findings:?}");
+        assert!(findings.iter().all(|f| f.hint.is_some()), "{findings:?}");
+        assert!(findings[0].fact.contains("127.0.0.1"), "{findings:?}");
     }
 }

@@ -13,6 +13,10 @@ use crate::models::tokenizer::TextTokenizer;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
+const DOWNLOAD_ADVICE: &str = "is this the directory of a whole checkpoint, or a GGUF file?";
+const PLAN_ADVICE: &str =
+    "lower `context_max` or `sequences_max`, or choose another `device`: `targon-engine plan`";
+
 /// What a model of a shape needs and whether its device has it, or why it cannot be served.
 pub type Planning<'a> = dyn FnMut(&Spec) -> anyhow::Result<MemoryPlan> + 'a;
 
@@ -31,15 +35,15 @@ pub fn examine(files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding> {
     let topic = format!("model {}", files.name);
     match contained("reading its files", || look(&topic, files, plan)) {
         Ok(findings) => findings,
-        Err(e) => vec![Finding::new(topic, Level::Fault, e.to_string())],
+        Err(e) => vec![Finding::new(topic, Level::Fault, e.to_string()).hint(DOWNLOAD_ADVICE)],
     }
 }
 
 fn look(topic: &str, files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding> {
-    let fault = |why: String| Finding::new(topic, Level::Fault, why);
+    let fault = |why: String, hint: &str| Finding::new(topic, Level::Fault, why).hint(hint);
     let checkpoint = match Checkpoint::open(files.path) {
         Ok(checkpoint) => checkpoint,
-        Err(e) => return vec![fault(e.to_string())],
+        Err(e) => return vec![fault(e.to_string(), DOWNLOAD_ADVICE)],
     };
     let mut findings = Vec::new();
     let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
@@ -56,7 +60,7 @@ fn look(topic: &str, files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding>
         }
         Err(why) => {
             let fact = format!("cannot be served on {}: {why}", files.device.resolved());
-            findings.push(fault(fact));
+            findings.push(fault(fact, PLAN_ADVICE));
         }
     }
     match TextTokenizer::load(&checkpoint) {
@@ -65,7 +69,7 @@ fn look(topic: &str, files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding>
             findings.push(Finding::new(topic, Level::Ok, fact));
             findings.push(template(topic, &checkpoint, &tokenizer));
         }
-        Err(e) => findings.push(fault(e.to_string())),
+        Err(e) => findings.push(fault(e.to_string(), DOWNLOAD_ADVICE)),
     }
     findings
 }
@@ -79,7 +83,9 @@ fn template(topic: &str, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> 
             return Finding::new(topic, Level::Warning, fact)
                 .hint("Targon's validators ask both endpoints");
         }
-        Err(e) => return Finding::new(topic, Level::Fault, e.to_string()),
+        Err(e) => {
+            return Finding::new(topic, Level::Fault, e.to_string()).hint(DOWNLOAD_ADVICE);
+        }
     };
     let message = |role: &str| json!({"role": role, "content": "Hello"});
     let mut variables: Map<String, Value> = Map::new();
@@ -111,5 +117,6 @@ mod tests {
         let findings = examine(&files, &mut |_| unreachable!("there is no shape"));
         assert!(findings.len() == 1 && findings[0].level == Level::Fault, "{findings:?}");
         assert_eq!(findings[0].topic, "model m");
+        assert!(findings[0].hint.is_some(), "{findings:?}");
     }
 }

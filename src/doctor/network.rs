@@ -33,7 +33,10 @@ pub async fn service(topic: &str, url: &str, clock: &Clock) -> Vec<Finding> {
     let shown = shown(url);
     let client = match Client::builder().timeout(TIMEOUT).build() {
         Ok(client) => client,
-        Err(e) => return vec![Finding::new(topic, Level::Fault, format!("no HTTP client: {e}"))],
+        Err(e) => {
+            let fault = Finding::new(topic, Level::Fault, format!("no HTTP client: {e}"));
+            return vec![fault.hint("install the package ca-certificates")];
+        }
     };
     let before = clock.unix_ms();
     let response = match client.get(url).send().await {

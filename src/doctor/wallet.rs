@@ -42,7 +42,8 @@ fn secret(path: &Path) -> Vec<Finding> {
         // A missing file was named already, unless only the public part is here.
         Err(e) => {
             let fact = format!("{place} cannot be read, so nothing can be signed: {e}");
-            return vec![Finding::new(TOPIC, Level::Fault, fact)];
+            let hint = "only `serve` and `validate` sign; they need the hotkey's own file here";
+            return vec![Finding::new(TOPIC, Level::Fault, fact).hint(hint)];
         }
     };
     let mut findings = Vec::new();
@@ -54,7 +55,8 @@ fn secret(path: &Path) -> Vec<Finding> {
     let Ok(bytes) = std::fs::read(path) else { return findings };
     match keyfile::is_encrypted(&bytes) {
         Err(what) => {
-            findings.push(Finding::new(TOPIC, Level::Fault, format!("{place} {what}")));
+            let hint = "restore it from a backup, or from its phrase: targon-engine wallet";
+            findings.push(Finding::new(TOPIC, Level::Fault, format!("{place} {what}")).hint(hint));
         }
         Ok(true) => {
             let variable = keyfile::password_variable(path);

@@ -174,7 +174,7 @@ pub struct Arrival {
 
 impl Target {
     /// What requests to it are sent by, kept for others with this time between two reads: making
-    /// one costs milliseconds. Those sent by the same one share connections.
+    /// one costs milliseconds.
     ///
     /// # Errors
     /// When this machine cannot make one.

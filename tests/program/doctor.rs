@@ -165,6 +165,23 @@ fn a_models_file_is_checked() {
     let home = home();
     let (code, out, _) = run(home.path(), &["config", "check"]);
     assert!(code == 0 && out.contains("models.toml: 1 models, no fault"), "{out}");
+    let all = "[[model]]\nname = \"m\"\npath = \"m\"\ndevice = \"cpu\"\nkv_memory = \"64 MiB\"\n\
+               sequences_max = 3\nspeculative_tokens = 4\nprefix_cache_file = \"p.bin\"\n\
+               [server]\napi_keys = [\"0123456789abcdef\"]\nbody_seconds = 7\n";
+    std::fs::write(home.path().join("models.toml"), all).unwrap();
+    let (_, out, _) = run(home.path(), &["config", "check"]);
+    for line in [
+        "  engine       native",
+        "  device       cpu",
+        "  sequences    3",
+        "  kv memory    64.0 MiB",
+        "  speculation  up to 4 tokens",
+        "  API keys     1",
+        "  seconds      header 30, body 7, write 30, stall 60",
+    ] {
+        assert!(out.lines().any(|l| l == line), "{line}: {out}");
+    }
+    assert!(out.contains("p.bin") && !out.contains("0123456789abcdef"), "{out}");
     std::fs::write(home.path().join("models.toml"), "[[model]]\nname = \"m\"\npth = \"m\"\n")
         .unwrap();
     let (code, _, err) = run(home.path(), &["config", "check"]);

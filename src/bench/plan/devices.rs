@@ -25,6 +25,9 @@ pub struct DeviceSpec {
     pub bandwidth: f64,
     /// Floating-point operations a second of the products, without sparsity.
     pub peak: f64,
+    /// Share of that peak which `mma.sync`, the instruction of this engine's kernels, can reach:
+    /// newer cards have larger instructions. Of processors 1.
+    pub mma_share: f64,
     /// Watts.
     pub power: f64,
     /// Where the numbers come from.
@@ -33,14 +36,27 @@ pub struct DeviceSpec {
 
 const GB: u64 = 1_000_000_000;
 
+/// What `mma.sync` is said to reach of an H100's peak; of a B200's it is assumed.
+const MMA_SHARE_OF_LARGER: f64 = 0.62;
+
 /// A card: memory in GB, bandwidth in GB/s, dense bf16 in TFLOP/s, watts.
 const fn gpu(
     name: &'static str,
     (memory, bandwidth, peak, power): (u64, f64, f64, f64),
     source: &'static str,
 ) -> DeviceSpec {
-    let (bandwidth, peak) = (bandwidth * 1e9, peak * 1e12);
-    DeviceSpec { name, kind: DeviceKind::Gpu, memory: memory * GB, bandwidth, peak, power, source }
+    let (memory, bandwidth, peak) = (memory * GB, bandwidth * 1e9, peak * 1e12);
+    let (kind, mma_share) = (DeviceKind::Gpu, 1.0);
+    DeviceSpec { name, kind, memory, bandwidth, peak, mma_share, power, source }
+}
+
+/// A card whose peak belongs to instructions that are larger than `mma.sync`.
+const fn large_gpu(
+    name: &'static str,
+    numbers: (u64, f64, f64, f64),
+    source: &'static str,
+) -> DeviceSpec {
+    DeviceSpec { mma_share: MMA_SHARE_OF_LARGER, ..gpu(name, numbers, source) }
 }
 
 /// A processor: cores, GHz with all of them busy on vectors, f32 operations a core and cycle,
@@ -51,15 +67,20 @@ const fn cpu(
     source: &'static str,
 ) -> DeviceSpec {
     let (bandwidth, peak) = (bandwidth * 1e9, cores * ghz * 1e9 * per_cycle);
-    DeviceSpec { name, kind: DeviceKind::Cpu, memory: u64::MAX, bandwidth, peak, power, source }
+    let (kind, memory, mma_share) = (DeviceKind::Cpu, u64::MAX, 1.0);
+    DeviceSpec { name, kind, memory, bandwidth, peak, mma_share, power, source }
 }
 
 /// All that is known.
 pub const DEVICES: [DeviceSpec; 11] = [
     gpu("a100-80gb", (80, 2039.0, 312.0, 400.0), "NVIDIA A100 80GB SXM datasheet, 2021"),
-    gpu("h100-sxm", (80, 3350.0, 989.4, 700.0), "NVIDIA H100 SXM5 datasheet, 2023"),
-    gpu("h200", (141, 4800.0, 989.4, 700.0), "NVIDIA H200 SXM datasheet, 2024"),
-    gpu("b200", (180, 8000.0, 2250.0, 1000.0), "NVIDIA HGX B200 datasheet, 2025, one of 8 GPUs"),
+    large_gpu("h100-sxm", (80, 3350.0, 989.4, 700.0), "NVIDIA H100 SXM5 datasheet, 2023"),
+    large_gpu("h200", (141, 4800.0, 989.4, 700.0), "NVIDIA H200 SXM datasheet, 2024"),
+    large_gpu(
+        "b200",
+        (180, 8000.0, 2250.0, 1000.0),
+        "NVIDIA HGX B200 datasheet, 2025, one of 8 GPUs",
+    ),
     gpu("l40s", (48, 864.0, 362.05, 350.0), "NVIDIA L40S datasheet, 2023"),
     gpu("rtx-4090", (24, 1008.0, 165.2, 450.0), "NVIDIA Ada whitepaper 2.1, f32 accumulation"),
     gpu(

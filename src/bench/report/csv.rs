@@ -5,7 +5,8 @@ use super::spread::Quantiles;
 
 const ENGINE: &str = "phase,batch,depth,tokens,runs,tokens_per_second,sd,low,high,\
     bytes_per_second,operations_per_second,of_bandwidth,of_peak,limit,predicted,error,\
-    joules_per_token";
+    joules_per_token,of_datasheet_bandwidth,of_datasheet_peak,datasheet_predicted,\
+    datasheet_error";
 const SERVE: &str = "rate,concurrency,seconds,sent,completed,input_tokens,output_tokens,\
     steady_tokens_per_second,goodput,first_token_p50,first_token_p99,per_token_p50,per_token_p99,\
     gap_p99,worst_gap,validator_tps_p50";
@@ -48,6 +49,10 @@ fn row(row: &ReportRow) -> String {
         row.predicted.to_string(),
         row.error.to_string(),
         optional(row.joules_per_token),
+        optional(row.datasheet.map(|sheet| sheet.of_bandwidth)),
+        optional(row.datasheet.map(|sheet| sheet.of_peak)),
+        optional(row.datasheet.map(|sheet| sheet.predicted)),
+        optional(row.datasheet.map(|sheet| sheet.error)),
     ]
     .join(",")
 }

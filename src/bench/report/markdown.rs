@@ -131,7 +131,7 @@ pub(super) fn number(value: f64) -> String {
     }
 }
 
-pub(super) const ROW_COLUMNS: [&str; 11] = [
+pub(super) const ROW_COLUMNS: [&str; 13] = [
     "phase",
     "batch",
     "depth",
@@ -143,10 +143,12 @@ pub(super) const ROW_COLUMNS: [&str; 11] = [
     "bound",
     "predicted",
     "error",
+    "of datasheet",
+    "predicted by it",
 ];
 
 /// The cells of a row.
-pub(super) fn row(row: &ReportRow) -> [String; 11] {
+pub(super) fn row(row: &ReportRow) -> [String; 13] {
     let interval = |[low, high]: [f64; 2]| format!("{}..{}", number(low), number(high));
     let percent = |share: f64| format!("{:.0} %", 100.0 * share);
     [
@@ -161,6 +163,12 @@ pub(super) fn row(row: &ReportRow) -> [String; 11] {
         row.limit.name().into(),
         number(row.predicted),
         format!("{:+.0} %", 100.0 * row.error),
+        row.datasheet.map_or("-".into(), |sheet| {
+            format!("{}, {}", percent(sheet.of_bandwidth), percent(sheet.of_peak))
+        }),
+        row.datasheet.map_or("-".into(), |sheet| {
+            format!("{} ({:+.0} %)", number(sheet.predicted), 100.0 * sheet.error)
+        }),
     ]
 }
 
@@ -174,7 +182,9 @@ fn rows(all: &[ReportRow]) -> Table {
 pub(super) const ROWS_LEGEND: &str = "tok/s is the mean of the runs, with its standard deviation \
     and its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of \
     the measured ceiling; bound is what holds it back. predicted is what `bench plan` says from \
-    these ceilings, and error how far that lies above what was measured.";
+    these ceilings, and error how far that lies above what was measured. of datasheet is the share \
+    of the bandwidth and of the peak that the datasheet promises, and predicted by it is what `bench \
+    plan` says without a measurement, with its error.";
 
 /// What the columns of levels mean.
 pub(super) fn legend(report: &BenchReport) -> String {
@@ -237,6 +247,7 @@ fn levels(all: &[LoadLevel]) -> Table {
 #[cfg(test)]
 mod tests {
     use crate::bench::conditions::{Mark, MarkKind};
+    use crate::bench::report::schema::OfDatasheet;
     use crate::bench::report::seal::tests::sample;
     use serde_json::json;
 
@@ -244,11 +255,14 @@ mod tests {
     fn facts_rows_and_doubts_are_written() {
         let mut report = sample(10.0);
         report.marks.push(Mark::new(MarkKind::Busy, "others used it"));
+        report.rows[0].datasheet =
+            Some(OfDatasheet { of_bandwidth: 0.2, of_peak: 0.1, predicted: 90.0, error: 0.125 });
         report.is_partial = true;
         let text = super::write(&report);
         assert!(text.contains("- started: 2026-09-21T14:13:20Z"), "{text}");
         assert!(text.contains("- ceilings: 400.0 GB/s read, 6000.0 GFLOP/s"), "{text}");
         assert!(text.contains("| decode  | 1     | 128   | 10.5  |"), "{text}");
+        assert!(text.contains("| 20 %, 10 %   | 90.0 (+12 %)    |"), "{text}");
         assert!(!text.contains("settings"), "{text}");
         report.settings = serde_json::from_value(json!({
             "batch": [1, 4], "runs": 6, "input": null, "repeat_prompts": false, "load": "fixed",

@@ -165,6 +165,23 @@ pub struct ReportRow {
     pub error: f64,
     /// Joules a token of processor and memory, where the kernel counts them.
     pub joules_per_token: Option<f64>,
+    /// The row beside the datasheet of what computes, where the device table has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datasheet: Option<OfDatasheet>,
+}
+
+/// A row beside a datasheet's numbers.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfDatasheet {
+    /// Share of its bandwidth.
+    pub of_bandwidth: f64,
+    /// Share of its peak.
+    pub of_peak: f64,
+    /// Tokens a second that `bench plan` predicts from it.
+    pub predicted: f64,
+    /// That prediction over the measurement, less 1.
+    pub error: f64,
 }
 
 /// Bytes of memory.

@@ -128,6 +128,7 @@ pub(in crate::bench) mod tests {
                 predicted: factor * speed,
                 error: -0.05,
                 joules_per_token: Some(0.5),
+                datasheet: None,
             });
         }
         report

@@ -33,6 +33,24 @@ pub enum Load {
     Concurrency(usize),
 }
 
+impl Load {
+    /// Requests that run at once, where that is what is asked for.
+    pub fn at_once(self) -> Option<usize> {
+        match self {
+            Self::Rate(_) => None,
+            Self::Concurrency(many) => Some(many),
+        }
+    }
+
+    /// Requests a second, where that is what is asked for.
+    pub fn rate(self) -> Option<f64> {
+        match self {
+            Self::Rate(rate) => Some(rate),
+            Self::Concurrency(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -30,7 +30,7 @@ pub struct Chunk {
     pub at: f64,
     /// It has a choice: it stands for a token, once text has come.
     pub has_choice: bool,
-    /// Whether it has text for the reader.
+    /// Whether it has something for the reader: text, thoughts or the call of a tool.
     pub has_text: bool,
 }
 
@@ -65,9 +65,16 @@ impl Chunk {
     pub fn read(at: f64, chunk: &Value) -> Self {
         let choice = &chunk["choices"][0];
         let delta = &choice["delta"];
-        let texts = [&delta["content"], &delta["reasoning_content"], &choice["text"]];
+        let texts = [
+            &delta["content"],
+            &delta["reasoning"],
+            &delta["reasoning_content"],
+            &delta["refusal"],
+            &choice["text"],
+        ];
         let has_text = texts.iter().any(|t| t.as_str().is_some_and(|t| !t.is_empty()));
-        Self { at, has_choice: !choice.is_null(), has_text }
+        let has_calls = delta["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
+        Self { at, has_choice: !choice.is_null(), has_text: has_text || has_calls }
     }
 }
 
@@ -95,6 +102,16 @@ impl Heard {
         self.usage.map_or_else(|| self.tokens().count() as u64, |u| u.completion)
     }
 
+    /// Seconds between each token's chunk and the next.
+    pub(super) fn gaps(&self) -> impl Iterator<Item = f64> + '_ {
+        self.tokens().zip(self.tokens().skip(1)).map(|(from, to)| to - from)
+    }
+
+    /// Tokens that a chunk stands for: servers may put several into one.
+    pub(super) fn tokens_per_chunk(&self) -> f64 {
+        self.count() as f64 / self.tokens().count().max(1) as f64
+    }
+
     /// The longest wait for a chunk, that for the first and for the end included.
     pub(super) fn worst_gap(&self) -> f64 {
         let times = self.chunks.iter().map(|c| c.at).chain([self.ended]);
@@ -114,6 +131,15 @@ mod tests {
         assert!(role.has_choice && !role.has_text);
         assert!(Chunk::read(0.2, &json!({"choices": [{"delta": {"content": "a"}}]})).has_text);
         assert!(Chunk::read(0.2, &json!({"choices": [{"text": "a"}]})).has_text);
+        for delta in [
+            json!({"reasoning": "a"}),
+            json!({"reasoning_content": "a"}),
+            json!({"tool_calls": [{"index": 0}]}),
+        ] {
+            assert!(Chunk::read(0.2, &json!({"choices": [{"delta": delta}]})).has_text, "{delta}");
+        }
+        let empty = json!({"choices": [{"delta": {"reasoning": null, "tool_calls": []}}]});
+        assert!(!Chunk::read(0.2, &empty).has_text);
         let last = json!({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 2}}});
         assert!(!Chunk::read(0.3, &last).has_choice);

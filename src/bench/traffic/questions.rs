@@ -1,7 +1,9 @@
 //! Makes the requests of `bench serve`: prompts that no cache knows, of one length or as a
-//! validator draws them. The same seed makes the same requests.
+//! validator draws them. The same seed makes the same requests; those of a validator name the day.
 
 use super::heard::LoadRequest;
+use crate::validator::prompt::Draft;
+use crate::validator::prompt::dataset::Passages;
 use crate::validator::round::ask::{Endpoint, QueryContent, QuerySampling, unchecked_body};
 use crate::validator::round::chance::Chance;
 use serde_json::json;
@@ -21,8 +23,8 @@ const SHORTEST: f64 = 512.0 / 1920.0;
 pub enum Shape {
     /// Prompts and answers of one length, greedy.
     Fixed,
-    /// What a validator of the subnet asks: half chat and half completions, with its ranges of
-    /// temperature, seed and length.
+    /// What a validator of the subnet asks: half chat and half completions, with its prompts and
+    /// its ranges of temperature, seed and length.
     Targon,
 }
 
@@ -45,7 +47,7 @@ pub struct Questions {
     pub model: String,
     /// Whether [`Shape::Fixed`] uses the completions endpoint instead of chat.
     pub is_completion: bool,
-    /// Words of a prompt, at least 9; about as many tokens.
+    /// Words of a prompt of [`Shape::Fixed`], at least 9; about as many tokens.
     pub words: usize,
     /// Tokens of an answer; with [`Shape::Targon`] the most.
     pub tokens: u32,
@@ -55,6 +57,8 @@ pub struct Questions {
     pub is_repeated: bool,
     /// Decides all that is drawn.
     pub seed: u64,
+    /// The day that prompts of [`Shape::Targon`] name, as `YYYY-MM-DD`.
+    pub date: String,
 }
 
 impl Questions {
@@ -67,19 +71,15 @@ impl Questions {
             Shape::Targon => chance.below(2) == 0,
         };
         let endpoint = if is_completion { Endpoint::Completion } else { Endpoint::Chat };
-        let text = self.prompt(&mut chance);
-        let content = match endpoint {
-            Endpoint::Completion => QueryContent::Text(text),
-            Endpoint::Chat => QueryContent::Messages(json!([{"role": "user", "content": text}])),
-        };
+        let content = self.content(endpoint, &mut chance);
         let shortest = match self.shape {
             Shape::Fixed => self.tokens,
             Shape::Targon => ((f64::from(self.tokens) * SHORTEST) as u32).max(8),
         };
         let sampling = QuerySampling::draw(&mut chance, &(shortest..=self.tokens.max(shortest)));
         let mut body = unchecked_body(&self.model, sampling, content);
-        body["stream_options"] = json!({"include_usage": true});
         if self.shape == Shape::Fixed {
+            body["stream_options"] = json!({"include_usage": true});
             body["temperature"] = json!(0);
             // Log-probabilities are work that only a validator asks for.
             body["logprobs"] = json!(null);
@@ -90,8 +90,26 @@ impl Questions {
         LoadRequest { path: endpoint.path(), body }
     }
 
+    fn content(&self, endpoint: Endpoint, chance: &mut Chance) -> QueryContent {
+        match (self.shape, endpoint) {
+            (Shape::Fixed, Endpoint::Completion) => QueryContent::Text(self.words(chance)),
+            (Shape::Fixed, Endpoint::Chat) => {
+                let user = json!({"role": "user", "content": self.words(chance)});
+                QueryContent::Messages(json!([user]))
+            }
+            (Shape::Targon, _) => {
+                let draft = Draft::draw(&Passages::Ours, &self.date, &mut || chance.bits());
+                let prompt = draft.finish(None);
+                match endpoint {
+                    Endpoint::Completion => QueryContent::Text(prompt.text()),
+                    Endpoint::Chat => QueryContent::Messages(prompt.messages()),
+                }
+            }
+        }
+    }
+
     /// Begins with a number of its own, so that no two prompts share a prefix.
-    fn prompt(&self, chance: &mut Chance) -> String {
+    fn words(&self, chance: &mut Chance) -> String {
         let mut text = format!("{} {}", chance.hex::<4>(), chance.hex::<4>());
         // The number counts as some words.
         for _ in 8..self.words.max(9) {
@@ -117,6 +135,7 @@ mod tests {
             ignores_eos: true,
             is_repeated: false,
             seed: 7,
+            date: "2026-01-31".into(),
         }
     }
 
@@ -147,6 +166,15 @@ mod tests {
             assert!((512..=1920).contains(&body["max_tokens"].as_u64().unwrap()), "{body}");
             assert!((0.0..1.0).contains(&body["temperature"].as_f64().unwrap()), "{body}");
             assert!(body["logprobs"] == true && body["ignore_eos"].is_null(), "{body}");
+            // Nobody but a client of the open API asks for usage.
+            assert!(body["stream_options"].is_null(), "{body}");
         }
+        let chat = asked.iter().find(|a| a.path.contains("chat")).unwrap();
+        let roles: Vec<_> = chat.body["messages"].as_array().unwrap().iter().collect();
+        assert_eq!((&roles[0]["role"], &roles[1]["role"]), (&json!("system"), &json!("user")));
+        assert!(chat.body["messages"][0]["content"].as_str().unwrap().contains("2026-01-31"));
+        let text = asked.iter().find(|a| !a.path.contains("chat")).unwrap();
+        assert!(text.body["prompt"].as_str().unwrap().contains("2026-01-31"));
+        assert_eq!(q.ask(3), q.ask(3));
     }
 }

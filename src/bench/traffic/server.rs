@@ -1,10 +1,17 @@
-//! Asks a server that speaks OpenAI's API, over connections that requests share.
+//! Asks a server that speaks OpenAI's API. Each request has a connection of its own, as a
+//! validator's has.
 
 use super::heard::{Answering, Chunk, Heard, LoadRequest, TokenUsage, Transport};
 use crate::clock::Clock;
 use crate::endpoint::shown;
-use crate::validator::query::{QueryError, QueryFault, Streamed, Target};
+use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
 use crate::validator::round::measure::{said_error, timing};
+use serde_json::Value;
+use std::time::Duration;
+
+/// How long the server may take to say what it is, and bytes of that.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+const VERSION_BYTES_MAX: usize = 1000;
 
 /// A server under load.
 #[derive(Clone)]
@@ -50,6 +57,15 @@ impl Server {
             return Err(GreetError::Said { url: shown(&self.target.url), error });
         }
         Ok(streamed.outcome?)
+    }
+
+    /// What the server says it is at `/version`, where it has that: vLLM and this program do.
+    pub async fn version(&self) -> Option<Value> {
+        let size = Size { bytes: VERSION_BYTES_MAX, ..Size::LARGE };
+        let target = Target { timeout: VERSION_TIMEOUT, size, ..self.target.clone() };
+        let body = target.call("/version", None, &self.clock).await.ok()?;
+        let said: Value = serde_json::from_slice(&body).ok()?;
+        said.is_object().then_some(said)
     }
 
     async fn stream(&self, asked: &LoadRequest) -> Streamed {

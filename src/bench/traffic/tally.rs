@@ -2,10 +2,11 @@
 
 use super::drive::{Driven, Load, LoadStop, TimedAnswer};
 use super::heard::Heard;
+use super::vllm;
 use crate::bench::conditions::{Mark, MarkKind};
 use crate::bench::report::schema::{Client, LoadLevel};
 use crate::bench::report::spread::Quantiles;
-use serde_json::{Map, Value, json};
+use serde_json::Map;
 use std::collections::BTreeMap;
 
 /// Share of each second that the client's threads may be busy.
@@ -61,23 +62,15 @@ pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Load
     let of = |value: fn(&Times) -> Option<f64>| {
         Quantiles::of(&times.iter().filter_map(value).collect::<Vec<_>>())
     };
-    let gaps = good().flat_map(|s| {
-        let tokens: Vec<f64> = s.heard.tokens().collect();
-        tokens.windows(2).map(|w| w[1] - w[0]).collect::<Vec<_>>()
-    });
-    let gap = Quantiles::of(&gaps.collect::<Vec<_>>());
+    let gap = Quantiles::of(&good().flat_map(|s| s.heard.gaps()).collect::<Vec<_>>());
     let tps: Vec<f64> = good().map(|s| s.heard.validator_tps).collect();
     let usage = |of: fn(&Heard) -> u64| good().map(|s| of(&s.heard)).sum::<u64>();
     let all = [0.0, driven.seconds];
     let steady = steady(driven).unwrap_or(all);
-    let (rate, concurrency) = match load {
-        Load::Rate(rate) => (Some(rate), None),
-        Load::Concurrency(many) => (None, Some(many)),
-    };
     let kept = times.iter().filter(|t| t.keeps(promise)).count();
     let mut level = LoadLevel {
-        rate,
-        concurrency,
+        rate: load.rate(),
+        concurrency: load.at_once(),
         seconds: driven.seconds,
         sent: driven.sent.len() + driven.unfinished,
         completed: good().count(),
@@ -97,7 +90,7 @@ pub fn level(driven: &Driven, load: Load, promise: Promise, model: &str) -> Load
         client: driven.client.clone(),
         vllm: Map::new(),
     };
-    level.vllm = vllm(&level, model);
+    level.vllm = vllm::summary(&level, driven, model);
     level
 }
 
@@ -116,10 +109,7 @@ fn steady(driven: &Driven) -> Option<[f64; 2]> {
 fn within(driven: &Driven, [from, to]: [f64; 2]) -> f64 {
     let tokens = |sent: &TimedAnswer| {
         let inside = |at: &f64| (from..=to).contains(&(sent.at + at));
-        let (all, in_window) = (sent.heard.tokens().count(), sent.heard.tokens().filter(inside));
-        // A chunk may hold several tokens.
-        let per_chunk = sent.heard.count() as f64 / all.max(1) as f64;
-        in_window.count() as f64 * per_chunk
+        sent.heard.tokens().filter(inside).count() as f64 * sent.heard.tokens_per_chunk()
     };
     driven.sent.iter().map(tokens).sum::<f64>() / (to - from).max(1e-9)
 }
@@ -189,54 +179,6 @@ fn bottleneck(level: &LoadLevel) -> Option<String> {
     }
     (send_late > LATE_MAX)
         .then(|| format!("requests were sent {:.0} ms later than drawn", ms(send_late)))
-}
-
-/// The names of vLLM's result files; times in milliseconds. Its first token is the first chunk,
-/// ours the first with text, which is never earlier.
-fn vllm(level: &LoadLevel, model: &str) -> Map<String, Value> {
-    let seconds = level.seconds.max(1e-9);
-    let all = level.input_tokens + level.output_tokens;
-    let rate = level.rate.map_or(json!("inf"), |rate| json!(rate));
-    let mut map = Map::new();
-    for (name, value) in [
-        ("backend", json!("openai")),
-        ("model_id", json!(model)),
-        ("num_prompts", json!(level.sent)),
-        ("request_rate", rate),
-        ("burstiness", json!(1.0)),
-        ("max_concurrency", json!(level.concurrency)),
-        ("duration", json!(level.seconds)),
-        ("completed", json!(level.completed)),
-        ("failed", json!(level.sent - level.completed)),
-        ("total_input_tokens", json!(level.input_tokens)),
-        ("total_output_tokens", json!(level.output_tokens)),
-        ("request_throughput", json!(level.completed as f64 / seconds)),
-        ("request_goodput", json!(level.goodput)),
-        ("output_throughput", json!(level.output_tokens as f64 / seconds)),
-        ("total_token_throughput", json!(all as f64 / seconds)),
-    ] {
-        map.insert(name.into(), value);
-    }
-    for (name, quantiles) in [
-        ("ttft", &level.first_token),
-        ("tpot", &level.per_token),
-        ("itl", &level.gap),
-        ("e2el", &level.total),
-    ] {
-        let Some(q) = quantiles else { continue };
-        for (kind, seconds) in [
-            ("mean", Some(q.mean)),
-            ("median", Some(q.p50)),
-            ("std", q.sd),
-            ("p50", Some(q.p50)),
-            ("p90", Some(q.p90)),
-            ("p95", Some(q.p95)),
-            ("p99", Some(q.p99)),
-        ] {
-            map.insert(format!("{kind}_{name}_ms"), json!(seconds.map(|s| 1e3 * s)));
-        }
-    }
-    map
 }
 
 #[cfg(test)]

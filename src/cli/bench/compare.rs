@@ -164,9 +164,11 @@ fn print(all: &[Compared], assumed: Assumptions, prices: &[Price]) {
     let Assumptions { prompt_tokens, answer_tokens, checked_share } = assumed;
     outln!("Assumed: prompts of {prompt_tokens} and answers of {answer_tokens} tokens;");
     outln!("  {:.0} % of all answers are checked, on the same machine;", 100.0 * checked_share);
-    outln!("  the score is a validator's tokens a second of one request at a time, all answered,");
-    outln!("  in Targon's own profile: what it is worth depends on all other miners. A server has");
-    outln!("  one where it was measured with --load targon.");
+    outln!(
+        "  the score is a validator's tokens a second of one request at a time, in Targon's own"
+    );
+    outln!("  profile: what it is worth depends on all other miners. An engine is taken to answer");
+    outln!("  all; a server has a score where it was measured with --load targon --concurrency 1.");
 }
 
 #[cfg(test)]

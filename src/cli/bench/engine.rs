@@ -68,11 +68,10 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     if !args.model.exists() {
         return Err(Failure::user(format!("{} does not exist", args.model.display())));
     }
-    let output = args.output.start()?;
+    let output = args.output.start(Site::watch(args.on))?;
     let (runtime, pool) = (runtime()?, args.compute.pool()?);
     let is_wanted = until_interrupted(&runtime);
     let dtype: Option<Dtype> = None;
-    let doubts = Site::watch(args.on);
     let model = Model::load_on(args.on, &args.model, dtype, &pool, |_, _| {})
         .and_then(|model| model.computing(args.arithmetic))
         .map_err(Failure::user)?;
@@ -84,7 +83,6 @@ pub(super) fn run(args: &EngineArgs) -> Result<(), Failure> {
     let started = Clock::system().unix_ms() / 1000;
     let mut report = BenchReport::new(ReportKind::Engine, started, machine, facts);
     report.program.canon = identity.canon.clone().into_owned();
-    report.marks.extend(doubts);
     args.note_settings(&mut report);
     let setup = args.setup(device);
     let mut keep = |report: &BenchReport| {

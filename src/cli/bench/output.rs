@@ -13,6 +13,7 @@ use crate::clock::Clock;
 use crate::files;
 use anyhow::anyhow;
 use clap::Args;
+use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Args)]
 pub(super) struct OutputArgs {
     /// Write report.json, report.md, report.csv and report.html into this directory; the first is
-    /// there from the first result on.
+    /// there from the first result on. `bench serve` adds vllm-1.json and so on, one a level.
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// Print JSON in place of tables.
@@ -44,8 +45,8 @@ pub(super) struct ReportOutput<'a> {
 
 impl OutputArgs {
     /// Asks for the wallet's password, makes the directory and looks at the machine: all that may
-    /// be refused before a measurement.
-    pub(super) fn start(&self) -> Result<ReportOutput<'_>, Failure> {
+    /// be refused before a measurement. `watched` is what is to be doubted of a card.
+    pub(super) fn start(&self, watched: Vec<Mark>) -> Result<ReportOutput<'_>, Failure> {
         let keypair = match self.wallet.is_named() {
             true => Some(self.wallet.keypair()?),
             false => None,
@@ -53,9 +54,9 @@ impl OutputArgs {
         if let Some(out) = &self.out {
             std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
         }
-        let watched = Conditions::watch(Path::new("/"), &Clock::system());
-        let mut marks = watched.marks();
+        let mut marks = Conditions::watch(Path::new("/"), &Clock::system()).marks();
         marks.extend(governor(Path::new("/")));
+        marks.extend(watched);
         match marks.first() {
             Some(Mark { what, .. }) if self.strict => {
                 let what = format!("this machine is not fit to be measured: {what}");
@@ -77,6 +78,14 @@ impl ReportOutput<'_> {
         let path = out.join("report.json");
         let json = serde_json::to_vec_pretty(report)?;
         files::replace(&path, &json)
+            .map_err(|e| anyhow!("{} cannot be written: {e}", path.display()))
+    }
+
+    /// Keeps a level of load in the form of vLLM's result files.
+    pub(super) fn keep_vllm(&self, number: usize, file: &Map<String, Value>) -> anyhow::Result<()> {
+        let Some(out) = &self.args.out else { return Ok(()) };
+        let path = out.join(format!("vllm-{number}.json"));
+        files::replace(&path, &serde_json::to_vec(file)?)
             .map_err(|e| anyhow!("{} cannot be written: {e}", path.display()))
     }
 

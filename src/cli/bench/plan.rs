@@ -91,9 +91,13 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let predictions: Vec<Prediction> =
         devices.iter().map(|device| predict(&spec, device, &load, own)).collect();
     if args.json {
-        outln!("{}", json!({"model": args.model, "predictions": predictions, "prices": prices}));
+        let asked = json!({"prompt": prompt, "context": context, "answer": answer});
+        let all = json!({
+            "model": args.model, "tokens": asked, "predictions": predictions, "prices": prices,
+        });
+        outln!("{all}");
     } else if args.csv {
-        print_csv(&predictions, &prices);
+        print_csv(args, &predictions, &prices);
     } else {
         print(args, &spec, &predictions, &prices);
     }
@@ -183,6 +187,9 @@ fn print(args: &PlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Pri
         let (device, per_hour, date) = (&price.device, price.per_hour, &price.date);
         outln!("  {device}: ${per_hour} an hour on {date}{}", printable(&source));
     }
+    for price in prices.iter().filter(|p| named(std::slice::from_ref(&p.device)).is_err()) {
+        outln!("The price of {} counts for no device of the table.", printable(&price.device));
+    }
 }
 
 /// Dollars for a million tokens at the best batch that fits.
@@ -201,17 +208,18 @@ fn number(value: f64) -> String {
     }
 }
 
-fn print_csv(predictions: &[Prediction], prices: &[Price]) {
+fn print_csv(args: &PlanArgs, predictions: &[Prediction], prices: &[Price]) {
+    let PlanArgs { prompt, context, answer, .. } = args;
     outln!(
-        "device,devices,first_token_seconds,prefill_tokens_per_second,batch,tokens_per_second,\
-         bound,fits,checks_per_minute,dollars_per_million_tokens"
+        "prompt,context,answer,device,devices,first_token_seconds,prefill_tokens_per_second,\
+         batch,tokens_per_second,bound,fits,checks_per_minute,dollars_per_million_tokens"
     );
     for p in predictions {
         for d in &p.decode {
             let per_hour = price(prices, p.device).map(|q| q.per_hour * p.devices as f64);
             let dollars = per_hour.map(|h| per_million(h, d.tokens_per_second).to_string());
             outln!(
-                "{},{},{},{},{},{},{},{},{},{}",
+                "{prompt},{context},{answer},{},{},{},{},{},{},{},{},{},{}",
                 p.device,
                 p.devices,
                 p.first_token_seconds,

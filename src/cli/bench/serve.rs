@@ -9,16 +9,19 @@ use crate::bench::traffic::heard::Transport;
 use crate::bench::traffic::questions::{Questions, Shape};
 use crate::bench::traffic::server::{GreetError, Server};
 use crate::bench::traffic::tally::{self, Promise};
+use crate::bench::traffic::vllm;
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::printable::printable;
 use crate::cli::shared::runtime;
 use crate::clock::Clock;
 use crate::endpoint::shown;
+use crate::validator::prompt::date;
 use crate::validator::query::{QueryError, QueryFault, Size, Target};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use serde_json::json;
+use std::net::UdpSocket;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -43,7 +46,7 @@ pub(in crate::cli) struct ServeArgs {
     #[arg(long, env = "TARGON_BENCH_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
     /// What is asked: `fixed` has one length; `targon` is what a validator of the subnet asks, half
-    /// chat and half completions, with its ranges of temperature, seed and length.
+    /// chat and half completions, with its prompts and its ranges of temperature, seed and length.
     #[arg(long, value_enum, default_value_t = LoadArg::Fixed)]
     load: LoadArg,
     /// Use the completions endpoint instead of chat, with --load fixed.
@@ -61,7 +64,7 @@ pub(in crate::cli) struct ServeArgs {
     /// Requests of each level.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     requests: u32,
-    /// Words of a prompt, about as many tokens.
+    /// Words of a prompt with --load fixed, about as many tokens.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     input: u32,
     /// Tokens of an answer; with --load targon the most, and 1920 where absent.
@@ -118,13 +121,14 @@ fn positive(text: &str) -> anyhow::Result<f64> {
 }
 
 pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
-    let output = args.output.start()?;
+    let output = args.output.start(Vec::new())?;
     let runtime = runtime()?;
     let is_wanted = until_interrupted(&runtime);
     let clock = Clock::system();
-    let questions = args.questions();
+    let questions = args.questions(&clock)?;
     let server = args.server(&clock)?;
     runtime.block_on(greet(&server, &questions))?;
+    let version = runtime.block_on(server.version());
     let facts = ModelFacts {
         name: args.model.clone(),
         weights_root: None,
@@ -134,6 +138,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let machine = Machine::this(Path::new("/"));
     let mut report = BenchReport::new(ReportKind::Serve, clock.unix_ms() / 1000, machine, facts);
     args.note_settings(&mut report, &questions);
+    report.settings.insert("server".into(), json!(version));
     let before = Moment::now(Path::new("/"), &clock);
     let wanted = || is_wanted.load(Ordering::SeqCst);
     let ask: Arc<dyn Transport> = Arc::new(server);
@@ -141,7 +146,8 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let conditions = Conditions { before, after: Moment::now(Path::new("/"), &clock) };
     report.seconds = conditions.after.elapsed - conditions.before.elapsed;
     // A server on this machine is meant to use it.
-    let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && args.is_here();
+    let is_here = args.is_here();
+    let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && is_here;
     report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
     report.conditions = Some(conditions);
     output.finish(report, outcome)
@@ -166,10 +172,10 @@ impl ServeArgs {
         Server::new(target, clock.clone()).map_err(Failure::user)
     }
 
-    fn questions(&self) -> Questions {
+    fn questions(&self, clock: &Clock) -> Result<Questions, Failure> {
         let seed = self.seed.unwrap_or_else(|| crate::entropy::Entropy::system().word());
         let shape = Shape::from(self.load);
-        Questions {
+        Ok(Questions {
             shape,
             model: self.model.clone(),
             is_completion: self.completion,
@@ -181,14 +187,15 @@ impl ServeArgs {
             ignores_eos: !self.no_ignore_eos,
             is_repeated: self.repeat_prompts,
             seed,
-        }
+            date: date(clock.unix_ms()).map_err(Failure::user)?,
+        })
     }
 
-    /// Whether the server is on this machine.
+    /// Whether the server is on this machine: nothing else can listen at its address.
     fn is_here(&self) -> bool {
-        let host = url::Url::parse(&self.url).ok().and_then(|u| u.host_str().map(str::to_owned));
-        let host = host.unwrap_or_default();
-        host == "localhost" || host == "[::1]" || host.starts_with("127.")
+        let url = url::Url::parse(&self.url).ok();
+        let addresses = url.and_then(|url| url.socket_addrs(|| None).ok()).unwrap_or_default();
+        addresses.iter().any(|address| UdpSocket::bind((address.ip(), 0)).is_ok())
     }
 
     fn loads(&self) -> Vec<Load> {
@@ -219,8 +226,10 @@ impl ServeArgs {
             report.marks.extend(tally::marks(&level, driven.stop, length, self.repeat_prompts));
             let (speed, done) = (level.steady_tokens_per_second, level.completed);
             note!("{load}: {done} of {} answers, {speed:.1} tokens/s", level.sent);
+            let file = vllm::file(&level, &driven);
             report.levels.push(level);
             output.keep(report).map_err(Failure::user)?;
+            output.keep_vllm(number + 1, &file).map_err(Failure::user)?;
             match driven.stop {
                 Some(LoadStop::Unwanted) => return Ok(()),
                 Some(LoadStop::ServerFailed) => {
@@ -237,12 +246,17 @@ impl ServeArgs {
     }
 
     fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
+        let is_fixed = questions.shape == Shape::Fixed;
+        let concurrency: Vec<usize> = self.loads().into_iter().filter_map(Load::at_once).collect();
         for (name, value) in [
             ("url", json!(shown(&self.url))),
             ("load", json!(questions.shape.name())),
-            ("completion", json!((questions.shape == Shape::Fixed).then_some(self.completion))),
+            ("completion", json!(is_fixed.then_some(self.completion))),
+            ("ignore_eos", json!(is_fixed.then_some(questions.ignores_eos))),
+            ("rate", json!(self.rate)),
+            ("concurrency", json!(concurrency)),
             ("requests", json!(self.requests)),
-            ("input", json!(self.input)),
+            ("input", json!(is_fixed.then_some(self.input))),
             ("timeout", json!(self.timeout)),
             ("read_timeout", json!(self.read_timeout)),
             ("output_tokens", json!(questions.tokens)),

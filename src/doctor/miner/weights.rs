@@ -54,7 +54,10 @@ pub async fn check(
         let rulings = rulings(&claim, &report.rows, &verifier.limits, chance);
         findings(&topic, &report, &rulings)
     };
-    let broke = |e: tokio::task::JoinError| vec![of("weights", Level::Warning, e.to_string())];
+    let broke = |e: tokio::task::JoinError| {
+        let hint = "a fault of this program, not of the miner: ask again, and report it";
+        vec![of("weights", Level::Warning, e.to_string()).hint(hint)]
+    };
     tokio::task::spawn_blocking(work).await.unwrap_or_else(broke)
 }
 
