@@ -30,7 +30,7 @@ const RANKS: [(&str, u8); 27] = [
     ("cli", 10),
     ("lifecycle", 9),
     ("config", 8),
-    ("doctor", 8),
+    ("doctor", 9),
     ("miner", 7),
     ("overview", 7),
     ("verifier", 7),

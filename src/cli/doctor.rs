@@ -9,14 +9,15 @@ use super::shared::{ListenArgs, MODELS_ADVICE, ModelsArg};
 use super::subnet_args::{AxonArgs, ChainArgs, WALLET_ADVICE, WalletArgs};
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
-use crate::config::models_toml::{ModelConfig, ModelSource};
+use crate::config::models_toml::ModelConfig;
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
+use crate::engine::plan::MemoryPlan;
 use crate::lifecycle::rooms::{Lease, Rooms};
-use crate::models::hub::{Hub, WantedFiles};
+use crate::models::hub::Hub;
 use crate::models::remembered::cache_dir;
+use crate::models::spec::Spec;
 use clap::Args;
 use serde_json::json;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Arguments of `doctor`.
@@ -171,17 +172,8 @@ async fn examine_models(args: &DoctorArgs, hub: Option<&Hub>) -> Vec<Finding> {
     };
     let is_offline = args.offline || hub.is_some_and(Hub::is_offline);
     let mut planned = Planned::default();
-    let mut findings = Vec::new();
-    for model in models {
-        match files(&model, hub, is_offline).await {
-            Ok((path, seen)) => {
-                findings.extend(seen);
-                findings.extend(planned.examine(&model, &path));
-            }
-            Err(finding) => findings.push(finding),
-        }
-    }
-    findings
+    let mut plan = |model: &ModelConfig, spec: &Spec| planned.plan(model, spec);
+    models::examine_all(&models, (hub, is_offline), &mut plan).await
 }
 
 /// The memory of the models that were looked at, accounted for as `serve` does.
@@ -192,67 +184,11 @@ struct Planned {
 }
 
 impl Planned {
-    fn examine(&mut self, model: &ModelConfig, path: &Path) -> Vec<Finding> {
-        let files = models::Files { name: &model.name, path, device: model.device };
-        models::examine(&files, &mut |spec| {
-            let (plan, lease) = self.rooms.plan_shape(model, spec)?;
-            self.leases.push(lease);
-            Ok(plan)
-        })
+    fn plan(&mut self, model: &ModelConfig, spec: &Spec) -> anyhow::Result<MemoryPlan> {
+        let (plan, lease) = self.rooms.plan_shape(model, spec)?;
+        self.leases.push(lease);
+        Ok(plan)
     }
-}
-
-/// Where a model's files are, or why they are nowhere.
-async fn files(
-    model: &ModelConfig,
-    hub: Option<&Hub>,
-    is_offline: bool,
-) -> Result<(PathBuf, Option<Finding>), Finding> {
-    let topic = format!("model {}", model.name);
-    let (repo, revision, file) = match &model.source {
-        ModelSource::Path(path) => return Ok((path.clone(), None)),
-        ModelSource::Hub { repo, revision, file } => (repo, revision, file.as_deref()),
-    };
-    let Some(hub) = hub else {
-        let fact = format!("{repo} was not looked for: the Hub cannot be used");
-        return Err(Finding::new(topic, Level::Fault, fact).hint("see the finding of the Hub"));
-    };
-    let now = match is_offline {
-        true => None,
-        false => Some(hub.commit(repo, revision).await),
-    };
-    let kept = hub.kept(repo, revision, file.map_or(WantedFiles::Checkpoint, WantedFiles::File));
-    let finding = match (&kept, now) {
-        (Ok(_), Some(Err(e))) => {
-            let fact = format!("the Hub cannot be asked: {e}");
-            let hint = "the kept files are served; see the finding of the Hub";
-            Some(Finding::new(&topic, Level::Warning, fact).hint(hint))
-        }
-        (Ok(kept), Some(Ok(commit))) if kept.commit != commit => {
-            let fact = format!("kept at {}, but {revision} is {commit} now", kept.commit);
-            let hint = "the next start downloads it; a fixed `revision` keeps this one";
-            Some(Finding::new(&topic, Level::Note, fact).hint(hint))
-        }
-        (Ok(_), _) => None,
-        (Err(_), Some(Ok(commit))) => {
-            let fact = format!("{repo} at {commit} is on the Hub and not kept here yet");
-            return Err(Finding::new(topic, Level::Note, fact).hint(format!(
-                "targon-engine fetch {repo}; before that, `targon-engine plan` says whether it \
-                     fits"
-            )));
-        }
-        (Err(why), None) => {
-            let hint = format!("with a network: targon-engine fetch {repo}");
-            return Err(Finding::new(topic, Level::Fault, why.to_string()).hint(hint));
-        }
-        (Err(_), Some(Err(e))) => {
-            let hint =
-                "check the repository's name and `revision`, HF_TOKEN, and the Hub's finding";
-            return Err(Finding::new(topic, Level::Fault, e.to_string()).hint(hint));
-        }
-    };
-    let directory = kept.map(|kept| kept.directory).unwrap_or_default();
-    Ok((file.map_or(directory.clone(), |file| directory.join(file)), finding))
 }
 
 fn print(findings: &[Finding]) {
@@ -275,9 +211,11 @@ fn print(findings: &[Finding]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::models_toml::ModelSource;
     use crate::engine::backend::BackendKind;
     use crate::engine::plan::{KvMemory, MemoryWanted};
     use crate::models::device::{Device, DeviceError};
+    use std::path::PathBuf;
 
     /// A small model on `device`.
     fn model(name: &str, device: Device, backend: BackendKind) -> ModelConfig {
@@ -326,7 +264,9 @@ mod tests {
         let rooms = Rooms::measured_by(free);
         let mut planned = Planned { rooms, leases: Vec::new() };
         let mut first = |device, backend| {
-            planned.examine(&model("m", device, backend), dir.path()).swap_remove(0)
+            let model = model("m", device, backend);
+            let mut plan = |model: &ModelConfig, spec: &Spec| planned.plan(model, spec);
+            models::examine(&model, dir.path(), &mut plan).swap_remove(0)
         };
         let host = first(Device::Cpu, BackendKind::Native);
         assert!(host.level == Level::Ok && host.fact.contains("on cpu for 4 seq"), "{host:?}");

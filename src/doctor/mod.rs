@@ -4,6 +4,7 @@
 //! Each part gives [`Finding`]s: the fact, how severe it is, and what to do. Nothing is changed,
 //! nothing is downloaded, and no password is asked for.
 
+mod kept;
 pub mod machine;
 pub mod membership;
 pub mod miner;

@@ -1,12 +1,13 @@
 //! Examines model files without loading weights: configuration, memory, tokenizer and chat
 //! template.
 
-use super::{Finding, Level};
+use super::{Finding, Level, kept};
+use crate::config::models_toml::ModelConfig;
 use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::chat::ChatTemplate;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
-use crate::models::device::Device;
+use crate::models::hub::Hub;
 use crate::models::panics::contained;
 use crate::models::spec::Spec;
 use crate::models::tokenizer::TextTokenizer;
@@ -18,48 +19,62 @@ const PLAN_ADVICE: &str =
     "lower `context_max` or `sequences_max`, or choose another `device`: `targon-engine plan`";
 
 /// What a model of a shape needs and whether its device has it, or why it cannot be served.
-pub type Planning<'a> = dyn FnMut(&Spec) -> anyhow::Result<MemoryPlan> + 'a;
+pub type Planning<'a> = dyn FnMut(&ModelConfig, &Spec) -> anyhow::Result<MemoryPlan> + 'a;
 
-/// Where a model's files are.
-pub struct Files<'a> {
-    /// What requests call it.
-    pub name: &'a str,
-    /// A checkpoint directory or a GGUF file.
-    pub path: &'a Path,
-    /// What computes it.
-    pub device: Device,
+/// Looks at all models; `plan` keeps account of the memory that the models before one need. The Hub
+/// is asked unless `is_offline`.
+pub async fn examine_all(
+    models: &[ModelConfig],
+    (hub, is_offline): (Option<&Hub>, bool),
+    plan: &mut Planning<'_>,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for model in models {
+        match kept::locate(model, hub, is_offline).await {
+            Ok((path, seen)) => {
+                findings.extend(seen);
+                findings.extend(examine(model, &path, plan));
+            }
+            Err(finding) => findings.push(finding),
+        }
+    }
+    findings
 }
 
-/// Looks at one model; `plan` keeps account of the memory that the models before it need.
-pub fn examine(files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding> {
-    let topic = format!("model {}", files.name);
-    match contained("reading its files", || look(&topic, files, plan)) {
+/// Looks at one model, whose checkpoint directory or GGUF file is `path`.
+pub fn examine(model: &ModelConfig, path: &Path, plan: &mut Planning<'_>) -> Vec<Finding> {
+    let topic = format!("model {}", model.name);
+    match contained("reading its files", || look(&topic, (model, path), plan)) {
         Ok(findings) => findings,
         Err(e) => vec![Finding::new(topic, Level::Fault, e.to_string()).hint(DOWNLOAD_ADVICE)],
     }
 }
 
-fn look(topic: &str, files: &Files<'_>, plan: &mut Planning<'_>) -> Vec<Finding> {
+fn look(
+    topic: &str,
+    (model, path): (&ModelConfig, &Path),
+    plan: &mut Planning<'_>,
+) -> Vec<Finding> {
     let fault = |why: String, hint: &str| Finding::new(topic, Level::Fault, why).hint(hint);
-    let checkpoint = match Checkpoint::open(files.path) {
+    let checkpoint = match Checkpoint::open(path) {
         Ok(checkpoint) => checkpoint,
         Err(e) => return vec![fault(e.to_string(), DOWNLOAD_ADVICE)],
     };
     let mut findings = Vec::new();
     let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
-    match spec.map_err(anyhow::Error::from).and_then(|spec| plan(&spec)) {
+    match spec.map_err(anyhow::Error::from).and_then(|spec| plan(model, &spec)) {
         Ok(plan) => {
             let fact = format!(
                 "{} of memory on {} for {} sequences of {} tokens",
                 Bytes(plan.total()),
-                files.device.resolved(),
+                model.device.resolved(),
                 plan.options.sequences_max,
                 plan.options.context_max
             );
             findings.push(Finding::new(topic, Level::Ok, fact));
         }
         Err(why) => {
-            let fact = format!("cannot be served on {}: {why}", files.device.resolved());
+            let fact = format!("cannot be served on {}: {why}", model.device.resolved());
             findings.push(fault(fact, PLAN_ADVICE));
         }
     }
@@ -108,13 +123,16 @@ fn template(topic: &str, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::models_toml;
 
-    #[test]
-    fn a_path_with_nothing_is_one_fault() {
+    #[tokio::test]
+    async fn a_path_with_nothing_is_one_fault() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("none");
-        let files = Files { name: "m", path: &path, device: Device::Cpu };
-        let findings = examine(&files, &mut |_| unreachable!("there is no shape"));
+        let file = dir.path().join("models.toml");
+        std::fs::write(&file, "[[model]]\nname = \"m\"\npath = \"none\"\n").unwrap();
+        let config = models_toml::read(&file, &[]).unwrap();
+        let mut plan = |_: &ModelConfig, _: &Spec| unreachable!("there is no shape");
+        let findings = examine_all(&config.models, (None, true), &mut plan).await;
         assert!(findings.len() == 1 && findings[0].level == Level::Fault, "{findings:?}");
         assert_eq!(findings[0].topic, "model m");
         assert!(findings[0].hint.is_some(), "{findings:?}");

@@ -1,15 +1,14 @@
 //! Runs `bench serve`: puts a server that speaks OpenAI's API under load.
 
-use super::output::{OutputArgs, ReportOutput, until_interrupted};
-use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
+use super::output::{OutputArgs, until_interrupted};
 use crate::bench::report::facts::{Machine, ModelFacts};
 use crate::bench::report::schema::{BenchReport, ReportKind};
-use crate::bench::traffic::drive::{Load, LoadStop, drive};
+use crate::bench::traffic::drive::Load;
 use crate::bench::traffic::heard::Transport;
+use crate::bench::traffic::levels::{self, LoadSetup, LoadWatch};
 use crate::bench::traffic::questions::{Questions, Shape};
 use crate::bench::traffic::server::{GreetError, Server};
-use crate::bench::traffic::tally::{self, Promise};
-use crate::bench::traffic::vllm;
+use crate::bench::traffic::tally::Promise;
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::printable::printable;
@@ -20,7 +19,7 @@ use crate::validator::prompt::date;
 use crate::validator::query::{QueryError, QueryFault, Size, Target};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::net::UdpSocket;
 use std::path::Path;
 use std::sync::Arc;
@@ -139,18 +138,28 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let mut report = BenchReport::new(ReportKind::Serve, clock.unix_ms() / 1000, machine, facts);
     args.note_settings(&mut report, &questions);
     report.settings.insert("server".into(), json!(version));
-    let before = Moment::now(Path::new("/"), &clock);
+    let setup = LoadSetup {
+        place: printable(&shown(&args.url)),
+        loads: args.loads(),
+        requests: args.requests.into(),
+        promise: Promise { first_token: args.ttft_limit, per_token: args.tpot_limit },
+        threads: runtime.metrics().num_workers(),
+        is_here: args.is_here(),
+    };
+    let mut keep = |report: &BenchReport, file: &Map<String, Value>| {
+        if let Some(level) = report.levels.last() {
+            let (load, speed) = (level.load(), level.steady_tokens_per_second);
+            note!("{load}: {} of {} answers, {speed:.1} tokens/s", level.completed, level.sent);
+        }
+        output.keep(report)?;
+        output.keep_vllm(report.levels.len(), file)
+    };
     let wanted = || is_wanted.load(Ordering::SeqCst);
-    let ask: Arc<dyn Transport> = Arc::new(server);
-    let outcome = runtime.block_on(args.levels(&ask, &questions, &wanted, (&mut report, &output)));
-    let conditions = Conditions { before, after: Moment::now(Path::new("/"), &clock) };
-    report.seconds = conditions.after.elapsed - conditions.before.elapsed;
-    // A server on this machine is meant to use it.
-    let is_here = args.is_here();
-    let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && is_here;
-    report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
-    report.conditions = Some(conditions);
-    output.finish(report, outcome)
+    let mut watch = LoadWatch { is_wanted: &wanted, keep: &mut keep };
+    let server: Arc<dyn Transport> = Arc::new(server);
+    let measuring = levels::run(&server, &questions, &setup, &mut report, &mut watch);
+    let outcome = runtime.block_on(measuring);
+    output.finish(report, outcome.map_err(Failure::user))
 }
 
 impl ServeArgs {
@@ -203,46 +212,6 @@ impl ServeArgs {
         let many = self.concurrency.iter().map(|many| Load::Concurrency((*many).into()));
         let all: Vec<Load> = rates.chain(many).collect();
         if all.is_empty() { vec![Load::Concurrency(1)] } else { all }
-    }
-
-    async fn levels(
-        &self,
-        ask: &Arc<dyn Transport>,
-        questions: &Questions,
-        wanted: &(dyn Fn() -> bool + Sync),
-        (report, output): (&mut BenchReport, &ReportOutput<'_>),
-    ) -> Result<(), Failure> {
-        let promise = Promise { first_token: self.ttft_limit, per_token: self.tpot_limit };
-        let threads = tokio::runtime::Handle::current().metrics().num_workers();
-        for (number, load) in self.loads().into_iter().enumerate() {
-            // Number 0 is the first request, which is not measured.
-            let first = 1 + number as u64 * u64::from(self.requests);
-            let asked = (first..first + u64::from(self.requests)).map(|i| questions.ask(i));
-            let seed = questions.seed ^ first;
-            let driven = drive(ask, asked, load, (seed, threads), wanted).await;
-            let level = tally::level(&driven, load, promise, &self.model);
-            let length = (questions.shape == Shape::Fixed && !self.no_ignore_eos)
-                .then_some(u64::from(questions.tokens));
-            report.marks.extend(tally::marks(&level, driven.stop, length, self.repeat_prompts));
-            let (speed, done) = (level.steady_tokens_per_second, level.completed);
-            note!("{load}: {done} of {} answers, {speed:.1} tokens/s", level.sent);
-            let file = vllm::file(&level, &driven);
-            report.levels.push(level);
-            output.keep(report).map_err(Failure::user)?;
-            output.keep_vllm(number + 1, &file).map_err(Failure::user)?;
-            match driven.stop {
-                Some(LoadStop::Unwanted) => return Ok(()),
-                Some(LoadStop::ServerFailed) => {
-                    return Err(Failure::user(format!(
-                        "{} failed too often in a row and was given up",
-                        printable(&shown(&self.url))
-                    )));
-                }
-                None => {}
-            }
-        }
-        report.is_partial = false;
-        Ok(())
     }
 
     fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
