@@ -39,7 +39,7 @@ const OPTIONS: Options = Options {
 pub fn run(device: Device, path: &Path) -> anyhow::Result<Figures> {
     let pool = host::pool()?;
     let mut figures = Figures::default();
-    figures.push("read_gb_per_second", vec![read_bandwidth(&pool.turn()) / 1e9]);
+    figures.push("read_gb_per_second", vec![read_bandwidth(&pool.turn())? / 1e9]);
     figures.push("fma_gflop_per_second", vec![fma_peak(&pool.turn()) / 1e9]);
     let started = Clock::system();
     let model = Arc::new(Model::load_on(device, path, None, &pool, |_, _| {})?);

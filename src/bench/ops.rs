@@ -15,7 +15,7 @@ pub fn run(say: Say<'_>) -> anyhow::Result<()> {
     let pool = host::pool()?;
     let turn = pool.turn();
     say(format!("{} threads, {}", turn.threads(), turn.isa()));
-    let bandwidth = read_bandwidth(&turn) / 1e9;
+    let bandwidth = read_bandwidth(&turn)? / 1e9;
     let peak = fma_peak(&turn) / 1e9;
     say(format!("read bandwidth {bandwidth:6.1} GB/s   FMA peak {peak:6.1} GFLOP/s"));
     for (rows, cols) in [(576, 576), (3072, 576), (576, 1536), (49_152, 576)] {

@@ -105,7 +105,7 @@ impl Site {
             return card.peaks(&self.pool);
         }
         let turn = self.pool.turn();
-        Ok(Peaks { read_bandwidth: read_bandwidth(&turn), fma_peak: fma_peak(&turn) })
+        Ok(Peaks { read_bandwidth: read_bandwidth(&turn)?, fma_peak: fma_peak(&turn) })
     }
 
     /// Measures the peak of multiply-adds.

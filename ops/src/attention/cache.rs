@@ -78,8 +78,9 @@ impl KvCache {
     /// When the system refuses the address space.
     pub fn new(dims: KvDims, dtype: Dtype, blocks: usize) -> io::Result<Self> {
         let len = blocks * dims.block_len();
-        let layer = || Ok(KvLayer { keys: Buffer::zeroed(len)?, values: Buffer::zeroed(len)? });
-        let layers = (0..dims.layers).map(|_| layer()).collect::<io::Result<_>>()?;
+        let mut buffers = Buffer::all_zeroed(len, 2 * dims.layers)?.into_iter();
+        let pairs = std::iter::from_fn(|| buffers.next().zip(buffers.next()));
+        let layers = pairs.map(|(keys, values)| KvLayer { keys, values }).collect();
         Ok(Self { dims, dtype, layers })
     }
 
