@@ -8,6 +8,8 @@ use crate::models::cpu::CpuPass;
 use crate::models::pass::{Batch, Pass, Ranked, RowAsk, RowReport, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::ops::attention::{BLOCK_TOKENS, HeadAt, KvCache};
+use crate::ops::lanes::Isa;
+use crate::ops::logits::LogSumExp;
 use crate::verify::answer::Answer;
 use anyhow::{Context, anyhow};
 
@@ -178,16 +180,9 @@ impl Drawn {
 }
 
 fn is_typical(logits: &[f32], sampling: &Sampling, token: u32) -> bool {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let scaled = |x: f32| f64::from(x - max) / f64::from(sampling.temperature);
-    let (mut sum, mut moment) = (0.0, 0.0);
-    for x in logits {
-        let weight = scaled(*x).exp();
-        sum += weight;
-        moment += weight * scaled(*x);
-    }
-    let entropy = sum.ln() - moment / sum;
-    let probability = scaled(logits[token as usize]).exp() / sum;
+    let sum = LogSumExp::new(Isa::best(), logits, sampling.temperature);
+    let entropy = sum.moments(logits).entropy;
+    let probability = sum.logprob(logits[token as usize]).exp();
     probability >= EPSILON.min(DELTA * (-entropy).exp())
 }
 
@@ -214,7 +209,6 @@ mod tests {
     use super::*;
     use crate::ops::attention::{Attention, KvDims, Segment};
     use crate::ops::dtype::{Dtype, Rounded};
-    use crate::ops::lanes::Isa;
     use crate::ops::pool::Pool;
 
     #[test]
