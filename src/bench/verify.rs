@@ -91,28 +91,14 @@ impl Case {
         let ask = |index| respond(&engine, &identity, (index, prompt, output));
         let trials = (0..count).map(ask);
         let trials = trials.collect::<anyhow::Result<_>>()?;
-        let verifier = Verifier {
-            model,
-            identity,
-            pool: pool.clone(),
-            limits: Limits::default(),
-            scrutiny: Scrutiny::NONE,
-            context_max: OPTIONS.context_max,
-        };
+        let verifier = Verifier::new(model, identity, pool.clone(), OPTIONS.context_max);
         Ok(Self { verifier, trials })
     }
 
     fn claim(&self, index: usize, profile: Profile) -> Claim<'_> {
         let (request, nonce, answer) = &self.trials[index];
         let asked = Challenge { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
-        Claim {
-            request,
-            seed: None,
-            choice: 0,
-            proof: (profile == Profile::Proof).then_some(asked),
-            answer,
-            end_is_implied: false,
-        }
+        Claim { proof: (profile == Profile::Proof).then_some(asked), ..Claim::new(request, answer) }
     }
 
     fn verify(&self, profile: Profile, depth: Depth) -> anyhow::Result<()> {

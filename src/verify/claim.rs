@@ -59,6 +59,13 @@ pub struct Claim<'a> {
     pub end_is_implied: bool,
 }
 
+impl<'a> Claim<'a> {
+    /// The only choice of a request without a seed or a proof, whose answer says how it ends.
+    pub fn new(request: &'a Request, answer: &'a Answer) -> Self {
+        Self { request, seed: None, choice: 0, proof: None, answer, end_is_implied: false }
+    }
+}
+
 /// The proof that a request asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Challenge {
