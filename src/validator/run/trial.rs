@@ -371,7 +371,7 @@ mod tests {
         assert!(shut.shut_by.is_some());
         let save = async |hotkey: &str, model: &str, state: &HotkeyState| {
             let state = serde_json::to_value(state).unwrap();
-            store.change_evidence(hotkey, model, |_| Ok(state)).await.unwrap();
+            store.change_evidence(hotkey, model, |_| anyhow::Ok(state)).await.unwrap();
         };
         let models = ["m", "n"].map(String::from);
         save("a", "n", &shut).await;
