@@ -285,7 +285,10 @@ fn quantisation(entry: &Entry, backend: BackendKind) -> Result<Option<String>, K
         Some(_) if !is_mistral => return Err(KeyError::new("tensor_parallel", only)),
         Some(0) | None | Some(1) => {}
         Some(count) => {
-            return Err(KeyError::new("tensor_parallel", format!("{TENSOR_PARALLEL}, got {count}")));
+            return Err(KeyError::new(
+                "tensor_parallel",
+                format!("{TENSOR_PARALLEL}, got {count}"),
+            ));
         }
     }
     if is_mistral && entry.speculative_tokens.is_some_and(|tokens| tokens > 0) {

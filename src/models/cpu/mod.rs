@@ -50,7 +50,7 @@ impl CpuPass {
         Self { scratch: self.scratch.departing(departure), ..self }
     }
 
-    /// The keys and values, for those who want others than the model's.
+    /// The keys and values that were stored so far.
     pub fn cache_mut(&mut self) -> &mut KvCache {
         &mut self.cache
     }
