@@ -5,6 +5,23 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+/// A key of a file whose value breaks a rule.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("`{key}` {rule}")]
+pub struct KeyError {
+    /// The key, with the tables that it is in.
+    pub key: &'static str,
+    /// The rule and the fact, as in "must be 1, got 2".
+    pub rule: String,
+}
+
+impl KeyError {
+    /// Names the key, the rule and the fact.
+    pub fn new(key: &'static str, rule: impl ToString) -> Self {
+        Self { key, rule: rule.to_string() }
+    }
+}
+
 /// Reads a file of at most `limit` bytes.
 ///
 /// # Errors

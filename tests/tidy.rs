@@ -251,6 +251,15 @@ fn banned_words_stay_out() {
     report(faults);
 }
 
+/// Whether a type is a bare text, or a tuple that ends in one.
+fn is_text(error: &str) -> bool {
+    let last = match error.strip_prefix('(').and_then(|inside| inside.strip_suffix(')')) {
+        Some(inside) => inside.rsplit(',').next().unwrap_or("").trim(),
+        None => error,
+    };
+    matches!(last, "String" | "&str" | "&'static str")
+}
+
 /// Whether a line names a `Result` whose error is a bare text.
 fn has_text_for_error(line: &str) -> bool {
     line.match_indices("Result<").any(|(at, name)| {
@@ -262,7 +271,7 @@ fn has_text_for_error(line: &str) -> bool {
                 '>' if before == '-' => {} // the arrow of a function's type
                 '>' if depth == 0 => {
                     let error = last.map(|from: usize| inside[from..place].trim());
-                    return matches!(error, Some("String" | "&str" | "&'static str"));
+                    return error.is_some_and(is_text);
                 }
                 '>' | ')' | ']' => depth -= 1,
                 ',' if depth == 0 => last = Some(place + 1),
@@ -297,12 +306,14 @@ fn a_text_for_an_error_is_seen() {
         "fn read() -> Result<Vec<(u8, String)>, &'static str>;",
         "    Done(Result<Option<Box<dyn Fn(u8) -> bool>>, String>),",
         "fn f() -> impl Future<Output = Result<(), String>> + Send;",
+        "fn check(&self) -> Result<(), (&'static str, String)> {",
     ] {
         assert!(has_text_for_error(line), "{line}");
     }
     for line in [
         "fn read(text: &str) -> Result<String, ReadError> {",
         "fn f() -> Result<BTreeMap<u16, String>, StoreError>;",
+        "fn f() -> Result<(u8, String), (String, ReadError)>;",
         "fn f() -> anyhow::Result<String> {",
     ] {
         assert!(!has_text_for_error(line), "{line}");

@@ -13,13 +13,11 @@
 //! can be split over threads.
 
 mod cache;
-mod heads;
 mod layer;
 mod partial;
 mod tile;
 
-pub use cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KvCache, KvDims, Segment};
-pub use heads::HeadAt;
+pub use cache::{BLOCK_TOKENS, BlockLayout, HEAD_DIM_MAX, KvCache, KvDims, Segment};
 pub use layer::{Attention, PARTITION_TOKENS};
 
 use super::dtype::Rounded;

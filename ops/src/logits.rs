@@ -48,6 +48,32 @@ impl LogSumExp {
     }
 }
 
+/// What the distribution of a row is like as a whole.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Moments {
+    /// Nats by which a token drawn from it surprises on average.
+    pub entropy: f64,
+    /// The variance of that surprise, in nats squared.
+    pub variance: f64,
+    /// The sum of the squares of all probabilities.
+    pub squares: f64,
+}
+
+impl LogSumExp {
+    /// The moments of `row`, whose log-sum-exp this is.
+    pub fn moments(&self, row: &[f32]) -> Moments {
+        let (mut entropy, mut second, mut squares) = (0.0, 0.0, 0.0);
+        for logit in row {
+            let surprise = -self.logprob(*logit);
+            let probability = (-surprise).exp();
+            entropy += probability * surprise;
+            second += probability * surprise * surprise;
+            squares += probability * probability;
+        }
+        Moments { entropy, variance: (second - entropy * entropy).max(0.0), squares }
+    }
+}
+
 struct Max<'a>(&'a [f32]);
 
 impl Kernel for Max<'_> {
@@ -181,6 +207,24 @@ mod tests {
                     assert_eq!(lse.ln_sum, *first.get_or_insert(lse.ln_sum), "{isa} {n}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn moments_are_those_of_the_softmax() {
+        let x = row(300);
+        for temperature in [1.0_f32, 0.7] {
+            let weights: Vec<f64> =
+                x.iter().map(|v| (f64::from(*v) / f64::from(temperature)).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let p: Vec<f64> = weights.iter().map(|w| w / total).collect();
+            let entropy: f64 = p.iter().map(|p| -p * p.ln()).sum();
+            let variance: f64 = p.iter().map(|p| p * (-p.ln() - entropy).powi(2)).sum();
+            let squares: f64 = p.iter().map(|p| p * p).sum();
+            let got = LogSumExp::new(Isa::best(), &x, temperature).moments(&x);
+            assert!((got.entropy - entropy).abs() < 1e-5, "{got:?}");
+            assert!((got.variance - variance).abs() < 1e-4, "{got:?}");
+            assert!((got.squares - squares).abs() < 1e-6, "{got:?}");
         }
     }
 

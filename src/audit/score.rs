@@ -4,6 +4,8 @@
 use super::answer::{ServerAnswer, ServerToken};
 use crate::engine::request::Request;
 use crate::models::pass::{RowAsk, RowReport, Scores, Token};
+use crate::ops::lanes::Isa;
+use crate::ops::logits::{LogSumExp, Moments};
 use crate::verify::prefill::{Prefix, Rows};
 use crate::verify::{Stop, Verifier};
 use anyhow::bail;
@@ -50,7 +52,7 @@ pub fn score(
         let most = verifier.context_max;
         bail!("prompt and answer have {length} tokens, our context has {most}");
     }
-    let mut scorer = RowScorer { request, answer, rows: Vec::new() };
+    let mut scorer = RowScorer { isa: verifier.pool.isa(), request, answer, rows: Vec::new() };
     let pass = |blocks| verifier.model.pass(&verifier.pool, blocks);
     let run = Prefix::new(pass, &request.prompt, answer.ids.len())
         .and_then(|mut prefix| prefix.run(&answer.ids, &mut scorer));
@@ -62,6 +64,7 @@ pub fn score(
 }
 
 struct RowScorer<'a> {
+    isa: Isa,
     request: &'a Request,
     answer: &'a ServerAnswer,
     rows: Vec<TokenScore>,
@@ -82,7 +85,7 @@ impl Rows for RowScorer<'_> {
             return Err(Stop::Fault("our row lacks its logits".into()));
         };
         let reported = self.answer.reported.get(index);
-        let mut row = row(&logits, self.answer.ids[index], reported);
+        let mut row = row(self.isa, &logits, self.answer.ids[index], reported);
         row.rank = scored.token.rank;
         row.is_drawn = scored.margin.is_some_and(|m| m.is_drawn);
         self.rows.push(row);
@@ -91,19 +94,10 @@ impl Rows for RowScorer<'_> {
 }
 
 /// What a row of logits says of `token`.
-fn row(logits: &[f32], token: u32, reported: Option<&ServerToken>) -> TokenScore {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |x: f32| f64::from(x - most).exp();
-    let total: f64 = logits.iter().map(|x| weight(*x)).sum();
-    let logprob = |id: u32| f64::from(logits[id as usize] - most) - total.ln();
-    // Moments of -log p under p, and the sum of squares of p.
-    let (mut entropy, mut second, mut squares) = (0.0, 0.0, 0.0);
-    for x in logits {
-        let (p, surprise) = (weight(*x) / total, total.ln() - f64::from(x - most));
-        entropy += p * surprise;
-        second += p * surprise * surprise;
-        squares += p * p;
-    }
+fn row(isa: Isa, logits: &[f32], token: u32, reported: Option<&ServerToken>) -> TokenScore {
+    let sum = LogSumExp::new(isa, logits, 1.0);
+    let logprob = |id: u32| sum.logprob(logits[id as usize]);
+    let Moments { entropy, variance, squares } = sum.moments(logits);
     let own = logits[token as usize];
     let others = logits.iter().zip(0_u32..).filter(|(_, id)| *id != token);
     let other = others.map(|(x, _)| *x).fold(f32::NEG_INFINITY, f32::max);
@@ -130,7 +124,7 @@ fn row(logits: &[f32], token: u32, reported: Option<&ServerToken>) -> TokenScore
         error: sent.filter(|sent| is_said(*sent)).map(|sent| sent - logprob(token)),
         lead: f64::from(own - other),
         surprise: -logprob(token) - entropy,
-        variance: (second - entropy * entropy).max(0.0),
+        variance,
         is_drawn: false,
     }
 }
@@ -146,26 +140,26 @@ mod tests {
         let total: f64 = LOGITS.iter().map(|x| f64::from(*x).exp()).sum();
         let logprob = |i: usize| f64::from(LOGITS[i]) - total.ln();
         let exact = ServerToken { logprob: Some(logprob(1)), top: vec![(0, logprob(0))] };
-        let same = row(&LOGITS, 1, Some(&exact));
-        assert!(same.noise.unwrap() < 1e-7 && same.error.unwrap().abs() < 1e-7, "{same:?}");
+        let same = row(Isa::best(), &LOGITS, 1, Some(&exact));
+        assert!(same.noise.unwrap() < 1e-6 && same.error.unwrap().abs() < 1e-6, "{same:?}");
         assert_eq!(same.lead, -1.0);
         let p: Vec<f64> = (0..4).map(|i| logprob(i).exp()).collect();
         let entropy: f64 = (0..4).map(|i| -p[i] * logprob(i)).sum();
-        assert!((same.surprise - (-logprob(1) - entropy)).abs() < 1e-9);
+        assert!((same.surprise - (-logprob(1) - entropy)).abs() < 1e-6);
         let off = ServerToken { logprob: Some(logprob(1) + 0.3), top: Vec::new() };
         let squares: f64 = p.iter().map(|p| p * p).sum();
         let share = 1.0 - 2.0 * p[1] + squares;
-        let noise = row(&LOGITS, 1, Some(&off)).noise.unwrap();
-        assert!((noise - 0.3 / share.sqrt()).abs() < 1e-7, "{noise}");
-        assert_eq!(row(&LOGITS, 0, None).noise, None);
+        let noise = row(Isa::best(), &LOGITS, 1, Some(&off)).noise.unwrap();
+        assert!((noise - 0.3 / share.sqrt()).abs() < 1e-6, "{noise}");
+        assert_eq!(row(Isa::best(), &LOGITS, 0, None).noise, None);
         let nothing = ServerToken { logprob: Some(-9999.0), top: Vec::new() };
-        let read = row(&LOGITS, 1, Some(&nothing));
+        let read = row(Isa::best(), &LOGITS, 1, Some(&nothing));
         assert_eq!((read.noise, read.error), (None, None), "a number that stands for none");
     }
 
     #[test]
     fn a_sure_token_says_nothing_about_logits() {
         let sent = ServerToken { logprob: Some(-0.01), top: Vec::new() };
-        assert_eq!(row(&[50.0, 0.0], 0, Some(&sent)).noise, None);
+        assert_eq!(row(Isa::best(), &[50.0, 0.0], 0, Some(&sent)).noise, None);
     }
 }

@@ -3,6 +3,7 @@
 //! scoring, the first token of a short prompt, a long context, the ceilings of the machine, and
 //! streams through HTTP (`serve`).
 
+use super::arguments::BenchArgs;
 use super::ceilings::{fma_peak, read_bandwidth};
 use super::figures::Figures;
 use super::load::{REPEATS, request};
@@ -30,6 +31,17 @@ const OPTIONS: Options = Options {
     step_tokens_max: 512,
     drafts_max: 0,
 };
+
+/// What `cargo bench --bench engine` prints: the figures, as JSON where the arguments ask for it.
+///
+/// # Errors
+/// An argument that cannot be read, and as for [`run`].
+pub fn run_by(mut args: BenchArgs) -> anyhow::Result<String> {
+    let device: Option<Device> = args.value("--device")?;
+    let path = host::model_or_fetched(args.word())?;
+    let figures = run(device.unwrap_or_default(), &path)?;
+    Ok(if args.has("--json") { figures.json().to_string() } else { figures.to_string() })
+}
 
 /// Measures the model at `path` on a device of an otherwise idle machine: tokens a second, seconds
 /// and bytes.

@@ -17,6 +17,7 @@ mod rows;
 use self::asked::{is_same, prover, samplings};
 pub(super) use self::ceilings::CardCeilings;
 use self::lab::Lab;
+use super::arguments::BenchArgs;
 use super::host::{self, Say};
 use super::verify::write_model;
 use crate::clock::Clock;
@@ -33,7 +34,7 @@ use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use anyhow::ensure;
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,11 +42,13 @@ use std::time::Duration;
 const PREFILL_ROWS: usize = 512;
 /// Positions behind which decoding is timed.
 const CONTEXT: usize = 1024;
+/// Seconds after which nothing more is begun, where no others are asked for.
+const SECONDS: u64 = 540;
 /// Seconds that a figure is measured for, at most.
 const SECONDS_EACH: f64 = 4.0;
 
 /// The card and the shape that are measured.
-pub struct Wanted<'a> {
+pub struct Wanted {
     /// The card's number.
     pub device: usize,
     /// Tiny shapes: shows that the measurement itself works.
@@ -53,14 +56,30 @@ pub struct Wanted<'a> {
     /// Seconds after which nothing more is begun.
     pub seconds: u64,
     /// A checkpoint whose bits are compared as well.
-    pub model: Option<&'a Path>,
+    pub model: Option<PathBuf>,
+}
+
+impl Wanted {
+    /// Reads the arguments of `cargo bench --bench gpu`.
+    ///
+    /// # Errors
+    /// A flag whose value cannot be read.
+    pub fn read(mut args: BenchArgs) -> anyhow::Result<Self> {
+        let number = args.value::<usize>("--device")?;
+        Ok(Self {
+            device: number.unwrap_or(0),
+            is_dry: args.has("--dry"),
+            seconds: args.value("--seconds")?.unwrap_or(SECONDS),
+            model: args.value("--model")?,
+        })
+    }
 }
 
 /// Compares and measures; without a card it says so and does nothing.
 ///
 /// # Errors
 /// When the card computes other bits than the CPU, or fails.
-pub fn run(wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
+pub fn run(wanted: &Wanted, say: Say<'_>) -> anyhow::Result<()> {
     let why = match cards() {
         Ok(0) => Some("no NVIDIA card".to_owned()),
         Err(why) => Some(why.to_string()),
@@ -141,7 +160,7 @@ fn kernels(card: &Arc<Card>, pool: &Pool, is_dry: bool, say: Say<'_>) -> anyhow:
 }
 
 /// Answers of both devices, for a model of noise in both types and for the one that was given.
-fn equal(card: &Arc<Card>, pool: &Pool, wanted: &Wanted<'_>, say: Say<'_>) -> anyhow::Result<()> {
+fn equal(card: &Arc<Card>, pool: &Pool, wanted: &Wanted, say: Say<'_>) -> anyhow::Result<()> {
     let directory = std::env::temp_dir().join(format!("targon-gpu-{}", std::process::id()));
     std::fs::create_dir_all(&directory)?;
     let outcome = write_model(&directory, 131_072).and_then(|()| {
@@ -154,7 +173,7 @@ fn equal(card: &Arc<Card>, pool: &Pool, wanted: &Wanted<'_>, say: Say<'_>) -> an
     });
     std::fs::remove_dir_all(&directory)?;
     outcome?;
-    if let Some(path) = wanted.model {
+    if let Some(path) = &wanted.model {
         let count = compare(card, pool, path, None, 64)?;
         say(format!("{}: {count} of {count} answers have the CPU's bits", path.display()));
     }

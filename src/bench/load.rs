@@ -4,15 +4,13 @@
 use crate::engine::Engine;
 use crate::engine::output::{Ended, FinishReason};
 use crate::engine::request::Request;
-use crate::intake::proof::{ProofHead, Prover};
+use crate::intake::proof::Prover;
 use crate::models::departure::Departure;
 use crate::models::{Identity, Model};
-use crate::ops::dtype::Dtype;
 use crate::ops::philox::philox;
 use crate::ops::rounding::Rounding;
 use crate::proof::Scheme;
 use crate::proof::codec::Hash;
-use crate::proof::commit::{ChunkChain, ChunkProof};
 use crate::verify::answer::Answer;
 use crate::verify::{Verifier, prefill};
 use anyhow::{Context, anyhow};
@@ -53,26 +51,6 @@ pub(super) fn proved(
     Ok(Answer { powv: Vec::new(), ..Answer::of_steps(&steps, Some(end)) })
 }
 
-/// The chunks that prove an answer's rows, computed by whatever made them: `rows` are 16-bit
-/// patterns of `dtype`, one for each token, after a prompt of so many tokens.
-pub(super) fn prove_rows(
-    head: &ProofHead,
-    identity: &Identity,
-    (dtype, prompt): (Dtype, usize),
-    (ids, rows): (&[u32], &[Vec<u16>]),
-) -> Vec<ChunkProof> {
-    let row_prover = head.rows(identity);
-    let mut chain = ChunkChain::new(head.root);
-    let mut chunks = Vec::new();
-    for (place, (id, bits)) in ids.iter().zip(rows).enumerate() {
-        let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
-        let row = row_prover.prove((prompt - 1 + place) as u32, bits, &values);
-        chunks.extend(chain.push(*id, row));
-    }
-    chunks.extend(chain.close());
-    chunks
-}
-
 /// The same answer as a stack of 16 bits proves it: its rows are those that the verifier's twin
 /// computes.
 ///
@@ -91,9 +69,8 @@ pub(super) fn proved_by_a_stack(
     let rows = prefill::hidden_rows(pass, &request.prompt, &answer.ids);
     let rows = rows.map_err(|stop| anyhow!("{stop:?}"))?;
     let prover = Prover { scheme: Scheme::Residue, nonce, signer: None };
-    let head = prover.head(&request.terms(None, 0).hash(), identity);
-    let shape = (model.dtype, request.prompt.len());
-    let chunks = prove_rows(&head, identity, shape, (&answer.ids, &rows));
+    let head = prover.head(&request.terms(None, 0), identity);
+    let chunks = head.chunks(identity, request.prompt.len(), (&answer.ids, &rows));
     let digest = chunks.last().map(|chunk| chunk.digest);
     let end = head.end(digest, answer.ids.len(), &FinishReason::Length);
     Ok(Answer { chunks, end: Some(end), ..answer.clone() })

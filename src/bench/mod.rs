@@ -18,11 +18,13 @@
 //! | [`conditions`] | whether the machine was fit to be measured |
 //! | [`report`] | nothing: it holds what was measured, and writes it |
 //! | [`compare`] | nothing: it ranks machines by their reports |
+//! | [`arguments`] | nothing: it reads what `cargo bench` passes |
 //! | [`plan`] | nothing: it predicts models on devices that are not here |
 //!
 //! Nothing here prints: figures are data ([`figures`]) or lines that the caller takes
 //! ([`host::Say`]).
 
+pub mod arguments;
 pub mod attack;
 pub mod canon;
 #[cfg(feature = "cuda")]

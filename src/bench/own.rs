@@ -12,7 +12,6 @@ use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
-use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{
     Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier, question,
 };
@@ -73,14 +72,9 @@ impl Own {
         let model = Arc::new(model);
         let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system())
             .map_err(|e| OwnError::Engine(e.to_string()))?;
-        let verifier = Verifier {
-            model,
-            identity: Arc::new(identity),
-            pool: pool.separate(),
-            limits: Limits { exact: true, ..Limits::default() },
-            scrutiny: Scrutiny::NONE,
-            context_max: options.context_max,
-        };
+        let verifier =
+            Verifier::new(model, Arc::new(identity), pool.separate(), options.context_max)
+                .with_limits(Limits { exact: true, ..Limits::default() });
         Ok(Self { engine, verifier, prompts: prompts::all() })
     }
 
@@ -143,12 +137,8 @@ impl Own {
             let answer = Answer::of_steps(&steps, Some(end));
             let (scheme, nonce) = (Scheme::Residue, Some(nonce(index)));
             let claim = Claim {
-                request: &request,
-                seed: None,
-                choice: 0,
                 proof: Some(Challenge { scheme, nonce, hotkey: None }),
-                answer: &answer,
-                end_is_implied: false,
+                ..Claim::new(&request, &answer)
             };
             reports.push(self.verifier.verify(Profile::Proof, 0).depth(Depth::Slow).answer(&claim));
         }

@@ -18,8 +18,7 @@ use crate::proof::Scheme;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
-use crate::verify::scrutiny::Scrutiny;
-use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Verdict, Verifier};
+use crate::verify::{Challenge, Claim, Depth, Profile, Verdict, Verifier};
 use anyhow::{Context, bail, ensure};
 use std::path::Path;
 use std::sync::Arc;
@@ -85,14 +84,8 @@ pub fn run(
     let kv = (options.blocks * model.spec.kv_dims().block_bytes()) as u64;
     let model = Arc::new(model);
     let engine = Engine::start(Arc::clone(&model), site.pool.clone(), options, Clock::system())?;
-    let verifier = Verifier {
-        model,
-        identity: Arc::new(identity),
-        pool: site.pool.separate(),
-        limits: Limits::default(),
-        scrutiny: Scrutiny::NONE,
-        context_max: options.context_max,
-    };
+    let verifier =
+        Verifier::new(model, Arc::new(identity), site.pool.separate(), options.context_max);
     let bench = Bench { engine, verifier, setup, site, ceilings: &ceilings };
     let outcome = bench.all(report, watch);
     let peak_resident = host::resident_bytes("VmHWM:").unwrap_or(0.0) as u64;
@@ -345,14 +338,7 @@ impl Bench<'_> {
     fn verdict(&self, proved: &Proved) -> Verdict {
         let Proved { request, nonce, answer } = proved;
         let proof = Challenge { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
-        let claim = Claim {
-            request,
-            seed: None,
-            choice: 0,
-            proof: Some(proof),
-            answer,
-            end_is_implied: false,
-        };
+        let claim = Claim { proof: Some(proof), ..Claim::new(request, answer) };
         let verification = self.verifier.verify(Profile::Proof, 7).depth(Depth::Fast);
         verification.answer(&claim).verdict
     }

@@ -20,6 +20,7 @@ use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
+use crate::verify::prefill::steps;
 use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
 use crate::verify::statistic::ByRows;
 use crate::verify::{Challenge, Claim, Depth, Limits, Profile, Report, Verdict, Verifier};
@@ -40,8 +41,6 @@ const ROUNDS: usize = 5;
 /// Checks that an early exit is averaged over.
 const DRAWS: u64 = 16;
 const TEMPERATURE: f32 = 0.7;
-/// Rows of a step of the passes that are made here, as the verifier has.
-const STEP_ROWS: usize = 256;
 /// Entries of the original's table: 10 T + 6.
 const TABLE: usize = 13;
 const OPTIONS: Options = Options {
@@ -91,28 +90,14 @@ impl Case {
         let ask = |index| respond(&engine, &identity, (index, prompt, output));
         let trials = (0..count).map(ask);
         let trials = trials.collect::<anyhow::Result<_>>()?;
-        let verifier = Verifier {
-            model,
-            identity,
-            pool: pool.clone(),
-            limits: Limits::default(),
-            scrutiny: Scrutiny::NONE,
-            context_max: OPTIONS.context_max,
-        };
+        let verifier = Verifier::new(model, identity, pool.clone(), OPTIONS.context_max);
         Ok(Self { verifier, trials })
     }
 
     fn claim(&self, index: usize, profile: Profile) -> Claim<'_> {
         let (request, nonce, answer) = &self.trials[index];
         let asked = Challenge { scheme: Scheme::Residue, nonce: Some(*nonce), hotkey: None };
-        Claim {
-            request,
-            seed: None,
-            choice: 0,
-            proof: (profile == Profile::Proof).then_some(asked),
-            answer,
-            end_is_implied: false,
-        }
+        Claim { proof: (profile == Profile::Proof).then_some(asked), ..Claim::new(request, answer) }
     }
 
     fn verify(&self, profile: Profile, depth: Depth) -> anyhow::Result<()> {
@@ -160,8 +145,7 @@ fn forward(case: &Case, ids: &[u32], tables: Range<usize>) -> anyhow::Result<()>
     let Verifier { model, pool, .. } = &case.verifier;
     let mut pass = model.pass(pool, blocks_of(ids.len()))?;
     let sampling = Sampling::greedy();
-    for (number, step) in ids.chunks(STEP_ROWS).enumerate() {
-        let start = number * STEP_ROWS;
+    for (start, step) in steps(ids, 0) {
         let table = |position: usize| {
             let scores = Scores { top: TABLE, ..Scores::new(Token::Known(0), &sampling) };
             RowAsk { scores: Some(scores), ..RowAsk::new(position - start, position) }

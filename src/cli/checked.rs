@@ -40,8 +40,7 @@ impl CheckedAnswer<'_> {
         let chunks = &self.checked.report.chunks;
         let exact = chunks.iter().filter(|c| c.is_exact).count();
         match self.checked.profile {
-            Profile::Powv => "targon-4.1".to_owned(),
-            Profile::Ranks => "targon-4.4".to_owned(),
+            rules @ (Profile::Powv | Profile::Ranks) => rules.name().to_owned(),
             Profile::Proof => match &self.checked.report.other_canon {
                 Some(canon) => format!(
                     "{} chunks of {}, whose rows were compared by energy and not bit for bit, \

@@ -12,12 +12,10 @@ use crate::store::record::{
     Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
 };
 use crate::store::{Store, StoreError};
-use crate::validator::scores::explanation::{Explanation, StoredExplanation};
-use crate::validator::scores::series::{Point, Series};
+use crate::validator::scores::explanation::{ExplainError, Explained};
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Characters of a round's id that are shown in text.
@@ -84,14 +82,13 @@ async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>
 /// What is known of one miner.
 pub(super) struct Shown {
     weights: Weights,
-    stored: StoredExplanation,
-    miner: Explanation,
+    explained: Explained,
     rounds: Vec<RoundResponse>,
 }
 
 impl Shown {
-    /// Of the last weights that are remembered for `netuid`. Samples get the causes that were not
-    /// at hand when the weights were decided from what is known by now of the miner's rounds.
+    /// The last weights that are remembered for `netuid`, with what is known by now of the miner's
+    /// rounds.
     pub(super) fn new(
         netuid: u16,
         uid: u16,
@@ -102,23 +99,11 @@ impl Shown {
             let hint = Some("they are decided once an epoch while `validate` runs");
             Failure::user(format!("no weights are remembered for subnet {netuid}")).with_hint(hint)
         })?;
-        let stored = StoredExplanation::read(&weights.explanation).map_err(|e| {
-            let block = weights.block;
-            Failure::ours(format!("the explanation of the weights of block {block} is none: {e}"))
+        let explained = Explained::new(&weights, uid, seen).map_err(|e| match &e {
+            ExplainError::Unreadable { .. } => Failure::ours(&e),
+            ExplainError::NoMember { .. } => Failure::user(&e),
         })?;
-        let mut miner = stored.miners.get(&uid).cloned().ok_or_else(|| {
-            let (first, last) = (stored.miners.first_key_value(), stored.miners.last_key_value());
-            let known = match (first, last) {
-                (Some((first, _)), Some((last, _))) => {
-                    format!("uids lie between {first} and {last}")
-                }
-                _ => "the subnet had no members".to_owned(),
-            };
-            let block = weights.block;
-            Failure::user(format!("uid {uid} had no place when block {block} was weighed: {known}"))
-        })?;
-        complete(&mut miner, seen);
-        Ok(Self { weights, stored, miner, rounds: Vec::new() })
+        Ok(Self { weights, explained, rounds: Vec::new() })
     }
 
     /// The explanation as JSON.
@@ -136,17 +121,13 @@ impl Shown {
             "epoch": self.weights.epoch,
             "block": self.weights.block,
             "state": self.weights.state,
-            "profile": self.stored.profile,
-            "window": self.stored.window,
-            "no_weights": self.stored.none,
-            "best_score": self.best(),
-            "miner": self.miner,
+            "profile": self.explained.stored.profile,
+            "window": self.explained.stored.window,
+            "no_weights": self.explained.stored.none,
+            "best_score": self.explained.best_score(),
+            "miner": self.explained.miner,
             "rounds": self.rounds.iter().map(round).collect::<Vec<_>>(),
         })
-    }
-
-    fn best(&self) -> f64 {
-        self.stored.miners.values().map(|m| m.score).fold(0.0, f64::max)
     }
 
     /// For people: from the weight down to what it is made of.
@@ -158,7 +139,8 @@ impl Shown {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        let Self { weights, stored, miner, .. } = self;
+        let Self { weights, explained, .. } = self;
+        let Explained { stored, miner } = explained;
         writeln!(
             out,
             "uid {} of subnet {}, {}",
@@ -174,7 +156,7 @@ impl Shown {
             writeln!(out, "nobody has a weight: {}", printable(none))?;
         }
         writeln!(out)?;
-        let of = self.best();
+        let of = self.explained.best_score();
         writeln!(out, "weight      {:>10}  of 65535", miner.weight)?;
         writeln!(out, "normalised  {:>10.4}  the best score is {of:.4}", miner.normalised)?;
         let gate = if miner.gate.pays { "the gate is open" } else { "the gate is shut: no pay" };
@@ -187,16 +169,12 @@ impl Shown {
         self.write_rounds(out)
     }
 
-    fn series(&self) -> impl Iterator<Item = &Series> {
-        self.miner.models.iter().chain(&self.miner.organics)
-    }
-
     fn write_series(&self, out: &mut String) -> std::fmt::Result {
-        if self.series().next().is_none() {
+        if self.explained.series().next().is_none() {
             return writeln!(out, "no samples, and no model that counts\n");
         }
         let mut table = table(["series", "answers", "misses", "mean", "consistency", "score"]);
-        for series in self.series() {
+        for series in self.explained.series() {
             table.add_row([
                 printable(&series.model),
                 series.answers.to_string(),
@@ -207,7 +185,7 @@ impl Shown {
             ]);
         }
         writeln!(out, "{table}")?;
-        for series in self.series() {
+        for series in self.explained.series() {
             let model = printable(&series.model);
             if let Some(why) = &series.left_out {
                 writeln!(out, "{model} does not count: {}", printable(why))?;
@@ -224,7 +202,7 @@ impl Shown {
     }
 
     fn write_gate(&self, out: &mut String) -> std::fmt::Result {
-        let gate = &self.miner.gate;
+        let gate = &self.explained.miner.gate;
         let sums = gate.sums;
         writeln!(
             out,
@@ -247,18 +225,13 @@ impl Shown {
 
     /// What cost it: misses, newest first.
     fn write_misses(&self, out: &mut String) -> std::fmt::Result {
-        let of = |series: &Series| {
-            let model = printable(&series.model);
-            let missed = series.points.iter().filter(|p| p.tps.is_none() && !p.round.is_empty());
-            missed.map(move |point| (model.clone(), point.clone())).collect::<Vec<_>>()
-        };
-        let mut misses: Vec<(String, Point)> = self.series().flat_map(of).collect();
-        misses.sort_by_key(|(_, point)| std::cmp::Reverse(point.block));
+        let misses = self.explained.misses();
         if misses.is_empty() {
             return writeln!(out, "no misses among the samples that count\n");
         }
         writeln!(out, "misses among the samples that count, newest first:")?;
         for (model, point) in misses {
+            let model = printable(model);
             let why = why(point.cause.as_deref(), point.error.as_deref());
             let (block, round) = (point.block, printable(&point.round));
             writeln!(out, "  block {block}, round {round}, {model}: {why}")?;
@@ -290,19 +263,6 @@ impl Shown {
             ]);
         }
         writeln!(out, "{table}")
-    }
-}
-
-/// Gives misses without a cause the one of their round.
-fn complete(miner: &mut Explanation, seen: &[RoundResponse]) {
-    let known: BTreeMap<&str, &Response> =
-        seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
-    let points = miner.models.iter_mut().flat_map(|series| &mut series.points);
-    for point in points.filter(|point| point.cause.is_none() && point.error.is_none()) {
-        if let Some(response) = known.get(point.round.as_str()) {
-            point.cause.clone_from(&response.cause);
-            point.error.clone_from(&response.error);
-        }
     }
 }
 
@@ -363,6 +323,7 @@ mod tests {
     use crate::validator::scores::rules::{ScoringProfile, ScoringRules};
     use crate::validator::scores::{Input, Seat, decide};
     use crate::verify::evidence::{ALARM, Evidence, Sums};
+    use std::collections::BTreeMap;
 
     const MODEL: &str = "a/model";
 
@@ -550,7 +511,8 @@ mod tests {
         let (message, _) = fails(9, Some(weights()));
         assert_eq!(
             message,
-            "uid 9 had no place when block 12 was weighed: uids lie between 0 and 2"
+            "uid 9 was not on the subnet when weights were decided at block 12: uids lie between 0 \
+             and 2"
         );
         let odd = Weights { explanation: json!({"profile": "x"}), ..weights() };
         assert!(fails(1, Some(odd)).1);

@@ -161,9 +161,7 @@ pub(super) async fn feed_watchdog(
 
 fn is_alive(registry: &Registry, stall: Duration) -> bool {
     registry.entries().iter().all(|entry| match &entry.state {
-        State::Ready(served) => {
-            !served.engine.is_dead() && served.engine.stalled_for().is_none_or(|s| s <= stall)
-        }
+        State::Ready(served) => !served.hangs(stall),
         State::Loading | State::Failed(_) => true,
     })
 }

@@ -10,13 +10,13 @@ use super::verify_html;
 use crate::entropy::Entropy;
 use crate::lifecycle::verifiers::{VerifierRules, Verifiers};
 use crate::models::text::Text;
-use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
+use crate::verify::capture::{Capture, CheckedChoice};
 use crate::verify::captures::{CapturedLine, Captures};
 use crate::verify::evidence::{Calibrated, Observed, weigh};
 use crate::verify::evidence_file::EvidenceFile;
 use crate::verify::limits_file::{self, LimitsFile};
 use crate::verify::statistic::Statistic;
-use crate::verify::{Depth, Limits, Profile, Verdict, Verifier};
+use crate::verify::{Depth, Limits, Profile, Verdict, Verification, Verifier};
 use clap::Args;
 use comfy_table::{Table, presets};
 use maud::Markup;
@@ -137,10 +137,13 @@ impl Checking<'_> {
         let verifier = self.runtime.block_on(self.verifiers.of(&capture));
         let verifier = verifier.map_err(|e| Failure::user(&e).with_hint(e.hint()))?;
         check_model(self.args, self.file.as_ref(), &verifier)?;
-        let options = self.args.options(&self.entropy);
-        let checked = self.runtime.block_on(self.verifiers.check(&verifier, &capture, options));
-        match checked {
-            Ok(checked) => self.choices(&place, &capture, &checked, &verifier.model.text),
+        let question = self.runtime.block_on(self.verifiers.question(&verifier, &capture));
+        match question {
+            Ok(question) => {
+                let verification = self.args.verification(&verifier, &self.entropy);
+                let checked = verification.capture(question, &capture);
+                self.choices(&place, &capture, &checked, &verifier.model.text)
+            }
             Err(why) => {
                 self.unread(&place, &Verdict::Unscored(format!("{place}: {why}")));
                 Ok(())
@@ -188,13 +191,10 @@ impl Checking<'_> {
 }
 
 impl VerifyArgs {
-    fn options(&self, entropy: &Entropy) -> CheckOptions {
+    fn verification<'a>(&self, verifier: &'a Verifier, entropy: &Entropy) -> Verification<'a> {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
-        CheckOptions {
-            profile: self.profile,
-            depth,
-            chance: self.chance.unwrap_or_else(|| entropy.word()),
-        }
+        let chance = self.chance.unwrap_or_else(|| entropy.word());
+        verifier.verify(self.profile, chance).depth(depth)
     }
 }
 

@@ -6,6 +6,7 @@ use super::{nearest, units};
 use crate::engine::backend::{BackendError, BackendKind};
 use crate::engine::drafts::STEP_ROWS_MAX;
 use crate::engine::plan::{KvMemory, MemoryWanted};
+use crate::files::KeyError;
 use crate::models::arithmetic::{Arithmetic, ArithmeticError};
 use crate::models::device::{Device, DeviceError};
 use crate::ops::dtype::Dtype;
@@ -170,8 +171,8 @@ pub fn parse(path: &Path, text: &str, keys: &[String]) -> Result<Config, ConfigE
     let mut models: Vec<ModelConfig> = Vec::new();
     for (index, entry) in file.model.into_iter().enumerate() {
         let label = entry.name.clone().unwrap_or_else(|| format!("number {}", index + 1));
-        let model = check(entry, directory)
-            .map_err(|(key, what)| error(format!("model {label}: `{key}` {what}"), None))?;
+        let model =
+            check(entry, directory).map_err(|e| error(format!("model {label}: {e}"), None))?;
         if models.iter().any(|m| m.name == model.name) {
             return Err(error(format!("two models are called {}", model.name), None));
         }
@@ -184,7 +185,7 @@ pub fn parse(path: &Path, text: &str, keys: &[String]) -> Result<Config, ConfigE
         models.push(model);
     }
     let server = file.server.check(directory, keys);
-    let server = server.map_err(|(key, what)| error(format!("[server] `{key}` {what}"), None))?;
+    let server = server.map_err(|e| error(format!("[server] {e}"), None))?;
     Ok(Config { models, server })
 }
 
@@ -195,18 +196,15 @@ fn unknown_key(message: &str) -> Option<String> {
     nearest(key, known).map(|known| format!("did you mean `{known}`?"))
 }
 
-/// A key and what is wrong with it.
-type Fault = (&'static str, String);
-
-fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
+fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, KeyError> {
     let backend = entry.engine.as_deref().map_or(Ok(BackendKind::default()), str::parse);
-    let backend = backend.map_err(|e: BackendError| ("engine", e.to_string()))?;
+    let backend = backend.map_err(|e: BackendError| KeyError::new("engine", e))?;
     let device = entry.device.as_deref().map_or(Ok(Device::default()), str::parse);
-    let device = device.map_err(|e: DeviceError| ("device", e.to_string()))?;
+    let device = device.map_err(|e: DeviceError| KeyError::new("device", e))?;
     let device = match (backend, device) {
         // What the native engine finds on a card says nothing of the other one.
         (BackendKind::Mistralrs, Device::Auto) => Device::Cpu,
-        (BackendKind::Mistralrs, Device::Cuda(_)) => return Err(("device", NO_CARDS.into())),
+        (BackendKind::Mistralrs, Device::Cuda(_)) => return Err(KeyError::new("device", NO_CARDS)),
         (_, device) => device,
     };
     let arithmetic = arithmetic(&entry, backend, device)?;
@@ -214,37 +212,39 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, Fault> {
         None | Some("auto") => None,
         Some("bf16") => Some(Dtype::Bf16),
         Some("f16") => Some(Dtype::F16),
-        Some(other) => return Err(("dtype", format!("must be auto, bf16 or f16, got {other}"))),
+        Some(other) => {
+            return Err(KeyError::new("dtype", format!("must be auto, bf16 or f16, got {other}")));
+        }
     };
     let kv_memory = entry.kv_memory.as_deref().map_or(Ok(KvMemory::Auto), units::kv_memory);
     let sequences_max = entry.sequences_max.unwrap_or(SEQUENCES_DEFAULT);
     if !(1..=SEQUENCES_MAX).contains(&sequences_max) {
         let what = format!("must lie in 1..={SEQUENCES_MAX}, got {sequences_max}");
-        return Err(("sequences_max", what));
+        return Err(KeyError::new("sequences_max", what));
     }
     let drafts_max = entry.speculative_tokens.unwrap_or(0);
     if drafts_max > SPECULATIVE_MAX {
         let what = format!("must lie in 0..={SPECULATIVE_MAX}, got {drafts_max}");
-        return Err(("speculative_tokens", what));
+        return Err(KeyError::new("speculative_tokens", what));
     }
     if entry.context_max == Some(0) {
-        return Err(("context_max", "must be at least 1, got 0".into()));
+        return Err(KeyError::new("context_max", "must be at least 1, got 0"));
     }
     let wanted = MemoryWanted {
         context_max: entry.context_max,
-        kv_memory: kv_memory.map_err(|e| ("kv_memory", e.to_string()))?,
+        kv_memory: kv_memory.map_err(|e| KeyError::new("kv_memory", e))?,
         sequences_max,
         drafts_max,
     };
     let isq = quantisation(&entry, backend)?;
     let prefix_cache_file = entry.prefix_cache_file.as_ref().map(|path| directory.join(path));
     if prefix_cache_file.is_some() && backend == BackendKind::Mistralrs {
-        return Err(("prefix_cache_file", "goes only with engine = \"native\"".to_owned()));
+        return Err(KeyError::new("prefix_cache_file", "goes only with engine = \"native\""));
     }
     let (source, default_name) = source(&entry, directory)?;
-    let name = entry.name.or(default_name).ok_or(("name", "is missing".to_owned()))?;
+    let name = entry.name.or(default_name).ok_or_else(|| KeyError::new("name", "is missing"))?;
     if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
-        return Err(("name", "must have 1 to 200 characters, none of them control".into()));
+        return Err(KeyError::new("name", "must have 1 to 200 characters, none of them control"));
     }
     Ok(ModelConfig {
         name,
@@ -264,47 +264,54 @@ fn arithmetic(
     entry: &Entry,
     backend: BackendKind,
     device: Device,
-) -> Result<Option<Arithmetic>, Fault> {
+) -> Result<Option<Arithmetic>, KeyError> {
     let Some(name) = entry.arithmetic.as_deref() else { return Ok(None) };
-    let fault = |what: String| ("arithmetic", what);
-    let arithmetic = name.parse().map_err(|e: ArithmeticError| fault(e.to_string()))?;
+    let fault = |what: &str| KeyError::new("arithmetic", what);
+    let arithmetic = name.parse().map_err(|e: ArithmeticError| KeyError::new("arithmetic", e))?;
     match (backend, device, arithmetic) {
-        (BackendKind::Mistralrs, ..) => Err(fault("goes only with engine = \"native\"".into())),
+        (BackendKind::Mistralrs, ..) => Err(fault("goes only with engine = \"native\"")),
         (_, Device::Cpu, Arithmetic::Tensor) => {
-            Err(fault("must be portable on the processor, got tensor".into()))
+            Err(fault("must be portable on the processor, got tensor"))
         }
         _ => Ok(Some(arithmetic)),
     }
 }
 
 /// The keys that are for mistral.rs alone: the type that weights are quantised to.
-fn quantisation(entry: &Entry, backend: BackendKind) -> Result<Option<String>, Fault> {
+fn quantisation(entry: &Entry, backend: BackendKind) -> Result<Option<String>, KeyError> {
     let is_mistral = backend == BackendKind::Mistralrs;
-    let only = || "goes only with engine = \"mistralrs\"".to_owned();
+    let only = "goes only with engine = \"mistralrs\"";
     match entry.tensor_parallel {
-        Some(_) if !is_mistral => return Err(("tensor_parallel", only())),
+        Some(_) if !is_mistral => return Err(KeyError::new("tensor_parallel", only)),
         Some(0) | None | Some(1) => {}
-        Some(count) => return Err(("tensor_parallel", format!("{TENSOR_PARALLEL}, got {count}"))),
+        Some(count) => {
+            return Err(KeyError::new(
+                "tensor_parallel",
+                format!("{TENSOR_PARALLEL}, got {count}"),
+            ));
+        }
     }
     if is_mistral && entry.speculative_tokens.is_some_and(|tokens| tokens > 0) {
-        return Err(("speculative_tokens", "goes only with engine = \"native\"".to_owned()));
+        return Err(KeyError::new("speculative_tokens", "goes only with engine = \"native\""));
     }
     let Some(isq) = entry.isq.as_deref() else { return Ok(None) };
     if !is_mistral {
-        return Err(("isq", only()));
+        return Err(KeyError::new("isq", only));
     }
     let known = |name: &&&str| name.eq_ignore_ascii_case(isq);
     match ISQ_TYPES.iter().find(known) {
         Some(name) => Ok(Some((*name).to_owned())),
-        None => Err(("isq", format!("must be one of {}, got {isq}", ISQ_TYPES.join(", ")))),
+        None => {
+            Err(KeyError::new("isq", format!("must be one of {}, got {isq}", ISQ_TYPES.join(", "))))
+        }
     }
 }
 
 /// The source, and the name it suggests.
-fn source(entry: &Entry, directory: &Path) -> Result<(ModelSource, Option<String>), Fault> {
+fn source(entry: &Entry, directory: &Path) -> Result<(ModelSource, Option<String>), KeyError> {
     let hub = |file: Option<String>| {
         let repo = entry.repo.clone().or_else(|| entry.name.clone());
-        let repo = repo.ok_or(("repo", "is missing".to_owned()))?;
+        let repo = repo.ok_or_else(|| KeyError::new("repo", "is missing"))?;
         let revision = entry.revision.clone().unwrap_or_else(|| "main".into());
         Ok((ModelSource::Hub { repo: repo.clone(), revision, file }, Some(repo)))
     };
@@ -315,22 +322,24 @@ fn source(entry: &Entry, directory: &Path) -> Result<(ModelSource, Option<String
     let kind = entry.source.as_deref();
     match (kind, &entry.path) {
         (Some("hf") | None, None) => hub(entry.file.clone()),
-        (Some("hf"), Some(_)) => Err(("path", "does not go with source = \"hf\"".into())),
+        (Some("hf"), Some(_)) => Err(KeyError::new("path", "does not go with source = \"hf\"")),
         (Some("path" | "gguf") | None, Some(path)) => {
             if let Some(key) = [("repo", &entry.repo), ("file", &entry.file)]
                 .into_iter()
                 .find_map(|(key, value)| value.is_some().then_some(key))
             {
-                return Err((key, "does not go with `path`".into()));
+                return Err(KeyError::new(key, "does not go with `path`"));
             }
             Ok(local(path))
         }
         (Some("gguf"), None) => match &entry.file {
             Some(file) => hub(Some(file.clone())),
-            None => Err(("path", "is missing (or `repo` and `file`)".into())),
+            None => Err(KeyError::new("path", "is missing (or `repo` and `file`)")),
         },
-        (Some("path"), None) => Err(("path", "is missing".into())),
-        (Some(other), _) => Err(("source", format!("must be hf, path or gguf, got {other}"))),
+        (Some("path"), None) => Err(KeyError::new("path", "is missing")),
+        (Some(other), _) => {
+            Err(KeyError::new("source", format!("must be hf, path or gguf, got {other}")))
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Reads the `[server]` table of models.toml.
 
 use super::units;
+use crate::files::KeyError;
 use crate::server::connections::CONNECTIONS_MAX;
 use crate::server::settings::{ApiKeys, HttpLimits, Settings};
 use serde::Deserialize;
@@ -55,34 +56,31 @@ impl ServerTable {
     ///
     /// # Errors
     /// A key and what is wrong with it.
-    pub fn check(
-        self,
-        directory: &Path,
-        keys: &[String],
-    ) -> Result<ServerConfig, (&'static str, String)> {
+    pub fn check(self, directory: &Path, keys: &[String]) -> Result<ServerConfig, KeyError> {
         let mut all = keys.to_vec();
         all.extend(self.api_keys.unwrap_or_default());
         if let Some(file) = self.api_keys_file {
             let path = directory.join(file);
             let text = std::fs::read_to_string(&path).map_err(|e| {
-                ("api_keys_file", format!("{} cannot be read: {e}", path.display()))
+                KeyError::new("api_keys_file", format!("{} cannot be read: {e}", path.display()))
             })?;
             let before = all.len();
             all.extend(text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()));
             // Without a key the API is open, which nobody means who names a file of keys.
             if all.len() == before {
-                return Err(("api_keys_file", format!("{} holds no key", path.display())));
+                let what = format!("{} holds no key", path.display());
+                return Err(KeyError::new("api_keys_file", what));
             }
         }
         if let Some(short) = all.iter().find(|k| k.chars().count() < KEY_CHARS_MIN) {
             let got = short.chars().count();
             let what = format!("must have at least {KEY_CHARS_MIN} characters each, one has {got}");
-            return Err(("api_keys", what));
+            return Err(KeyError::new("api_keys", what));
         }
         let defaults = HttpLimits::default();
         let limits = HttpLimits {
             body_bytes: match self.body_max {
-                Some(text) => units::size(&text).map_err(|e| ("body_max", e.to_string()))?,
+                Some(text) => units::size(&text).map_err(|e| KeyError::new("body_max", e))?,
                 None => defaults.body_bytes,
             },
             connections_per_address: connections(
@@ -103,25 +101,21 @@ impl ServerTable {
     }
 }
 
-fn connections(value: Option<u64>, default: usize) -> Result<usize, (&'static str, String)> {
+fn connections(value: Option<u64>, default: usize) -> Result<usize, KeyError> {
     match value {
         None => Ok(default),
         Some(n) if (1..=CONNECTIONS_MAX as u64).contains(&n) => Ok(n as usize),
         Some(n) => {
             let what = format!("must lie in 1..={CONNECTIONS_MAX}, got {n}");
-            Err(("connections_per_address", what))
+            Err(KeyError::new("connections_per_address", what))
         }
     }
 }
 
-fn seconds(
-    key: &'static str,
-    value: Option<u64>,
-    default: Duration,
-) -> Result<Duration, (&'static str, String)> {
+fn seconds(key: &'static str, value: Option<u64>, default: Duration) -> Result<Duration, KeyError> {
     match value {
         None => Ok(default),
         Some(s) if (1..=SECONDS_MAX).contains(&s) => Ok(Duration::from_secs(s)),
-        Some(s) => Err((key, format!("must lie in 1..={SECONDS_MAX}, got {s}"))),
+        Some(s) => Err(KeyError::new(key, format!("must lie in 1..={SECONDS_MAX}, got {s}"))),
     }
 }

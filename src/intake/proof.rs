@@ -7,7 +7,7 @@ use crate::engine::request::{ProofOptions, Request};
 use crate::models::Identity;
 use crate::ops::dtype::Dtype;
 use crate::proof::codec::{Hash, HexError, from_hex, to_hex};
-use crate::proof::commit::{Binding, ChunkProof, RowProver, end_message, noise_key};
+use crate::proof::commit::{Binding, ChunkProof, RequestTerms, RowProver, chunks_of, end_message};
 use crate::proof::{Scheme, UnknownScheme};
 use crate::wire::openai::request::ProofRequest;
 use crate::wire::openai::response::{ProofChunk, ProofEnd};
@@ -63,24 +63,24 @@ impl Prover {
         seed: Option<i64>,
         choice: u32,
     ) -> ProofHead {
-        let head = self.head(&request.terms(seed, choice).hash(), identity);
+        let head = self.head(&request.terms(seed, choice), identity);
         request.sampling.noise_key = head.noise_key;
         request.proof = Some(ProofOptions { root: head.root, prover: head.rows(identity) });
         head
     }
 
     /// What the proof of the choice with these terms ([`Request::terms`]) is bound to.
-    pub fn head(&self, terms: &Hash, identity: &Identity) -> ProofHead {
-        let binding = Binding {
-            scheme: self.scheme,
-            nonce: self.nonce,
-            request: *terms,
-            model: identity.model_hash,
-            hotkey: self.signer.as_ref().map_or([0; 32], |s| s.hotkey().0),
-        };
-        let noise_key = noise_key(&self.nonce, terms);
-        let (root, canon) = (binding.root(), identity.canon.clone());
-        ProofHead { prover: self.clone(), root, model: binding.model, canon, noise_key }
+    pub fn head(&self, terms: &RequestTerms, identity: &Identity) -> ProofHead {
+        let hotkey = self.signer.as_ref().map(|s| s.hotkey().0);
+        let model = identity.model_hash;
+        let binding = Binding::new((self.scheme, self.nonce), terms, model, hotkey);
+        ProofHead {
+            prover: self.clone(),
+            root: binding.root(),
+            noise_key: binding.noise_key(),
+            model,
+            canon: identity.canon.clone(),
+        }
     }
 }
 
@@ -99,6 +99,22 @@ impl ProofHead {
     /// What turns rows into chunks.
     pub fn rows(&self, identity: &Identity) -> RowProver {
         RowProver::new(self.prover.scheme, &self.root, Arc::clone(&identity.calibration))
+    }
+
+    /// The chunks that prove the rows of a whole output, whatever computed them: `rows` are 16-bit
+    /// patterns of the model's type, one for each of `ids`, after a prompt of `prompt` tokens.
+    pub fn chunks(
+        &self,
+        identity: &Identity,
+        prompt: usize,
+        (ids, rows): (&[u32], &[Vec<u16>]),
+    ) -> Vec<ChunkProof> {
+        let prover = self.rows(identity);
+        let prove = |(position, (id, bits)): (u32, (&u32, &Vec<u16>))| {
+            let values: Vec<f32> = bits.iter().map(|b| identity.dtype.widen(*b)).collect();
+            (*id, prover.prove(position, bits, &values))
+        };
+        chunks_of(self.root, (prompt as u32 - 1..).zip(ids.iter().zip(rows)).map(prove))
     }
 
     /// The end of the proof of `tokens` tokens whose chain ends in `digest` (the root where it has

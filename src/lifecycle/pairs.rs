@@ -4,7 +4,7 @@
 use super::verifiers::{VerifierError, VerifierRules, Verifiers};
 use crate::proof::codec::Hash;
 use crate::verify::calibrate::HonestSample;
-use crate::verify::capture::{Capture, CheckOptions, CheckedChoice};
+use crate::verify::capture::{Capture, CheckedChoice};
 use crate::verify::captures::{CapturedLine, Captures, CapturesError, Place};
 use crate::verify::question::QuestionError;
 use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
@@ -17,10 +17,6 @@ pub const MEASURING: VerifierRules = VerifierRules {
     limits: Limits::NONE,
     scrutiny: WantedScrutiny { twin: Some(TwinPolicy::Always), ..WantedScrutiny::NOTHING },
 };
-
-/// Every row of the proof that was asked for.
-const EVERY_ROW: CheckOptions =
-    CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
 
 /// Why captured answers are no samples. Answers that are not honest are none of these: they are
 /// left out.
@@ -120,10 +116,14 @@ pub async fn check_pairs(
             if pairs.samples.entry(miner.clone()).or_default().len() >= wanted.answers_max {
                 continue;
             }
-            match verifiers.check(&verifier, &capture, EVERY_ROW).await {
-                Ok(checked) => pairs.add(&place, miner, checked, wanted.answers_max),
+            let question = match verifiers.question(&verifier, &capture).await {
+                Ok(question) => question,
                 Err(why) => return Err(PairsError::Question { place, why }),
-            }
+            };
+            // Every row of the proof that was asked for; nothing is left to chance.
+            let verification = verifier.verify(Profile::Proof, 0).depth(Depth::Slow);
+            let checked = verification.capture(question, &capture);
+            pairs.add(&place, miner, checked, wanted.answers_max);
         }
     }
     let model = model.ok_or(PairsError::Empty)?;

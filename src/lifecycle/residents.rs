@@ -242,14 +242,9 @@ impl Loader {
         let pool = self.pool.separate();
         let engine = Engine::start(Arc::clone(&model), pool.clone(), options, Clock::system());
         let engine = engine.map_err(|e| anyhow!("cannot start the engine: {e}"))?;
-        let verifier = Verifier {
-            model,
-            identity: Arc::new(identity),
-            pool,
-            limits,
-            scrutiny,
-            context_max: whole.context_max,
-        };
+        let verifier = Verifier::new(model, Arc::new(identity), pool, whole.context_max)
+            .with_limits(limits)
+            .with_scrutiny(scrutiny);
         Ok(Resident { verifier, rates, engine: Some(engine) })
     }
 }

@@ -5,8 +5,8 @@ use super::rooms::Rooms;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::models::Identity;
 use crate::ops::pool::Pool;
-use crate::verify::capture::{Capture, CheckOptions, CheckedChoice, check_capture};
-use crate::verify::question::QuestionError;
+use crate::verify::capture::Capture;
+use crate::verify::question::{Question, QuestionError};
 use crate::verify::scrutiny::WantedScrutiny;
 use crate::verify::{Limits, Verifier};
 use std::collections::HashMap;
@@ -116,18 +116,17 @@ impl Verifiers {
         }
     }
 
-    /// Checks every choice of a capture, which blocks the thread.
+    /// What a capture asked; where it names no model, only the first one here can be meant.
     ///
     /// # Errors
     /// The request cannot be read, which is no fault of the peer.
-    pub async fn check(
+    pub async fn question(
         &self,
         verifier: &Verifier,
         capture: &Capture,
-        options: CheckOptions,
-    ) -> Result<Vec<CheckedChoice>, QuestionError> {
+    ) -> Result<Question, QuestionError> {
         let only = self.models.first().map_or("", |model| model.name.as_str());
-        check_capture(verifier, capture.model().unwrap_or(only), capture, options).await
+        capture.question(verifier, only).await
     }
 }
 
@@ -157,14 +156,14 @@ async fn load_one(
     let model = located.load_model(pool, |_, _| {})?;
     let scrutiny = scrutiny.on(&model)?;
     let identity = Identity::of(&model, pool)?;
-    Ok(Verifier {
-        model: Arc::new(model),
-        identity: Arc::new(identity),
-        pool: pool.separate(),
-        limits,
-        scrutiny,
-        context_max: plan.options.context_max,
-    })
+    Ok(Verifier::new(
+        Arc::new(model),
+        Arc::new(identity),
+        pool.separate(),
+        plan.options.context_max,
+    )
+    .with_limits(limits)
+    .with_scrutiny(scrutiny))
 }
 
 #[cfg(test)]

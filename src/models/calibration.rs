@@ -119,7 +119,7 @@ pub fn compute(model: &Model, pool: &Pool) -> Result<(Calibration, usize), LoadE
     let mut pass = model.pass_by(Arithmetic::Portable, pool, blocks)?;
     let mut rows = Vec::new();
     for piece in pieces(model)? {
-        let bits = hidden_rows(&mut *pass, &piece)?;
+        let bits = rows_of_piece(&mut *pass, &piece)?;
         rows.extend(bits.into_iter().flatten().map(|bits| dtype.widen(bits)));
     }
     let calibration = Calibration::from_rows(&rows, channels, HONEST_ERROR);
@@ -140,7 +140,7 @@ fn pieces(model: &Model) -> Result<Vec<Vec<u32>>, LoadError> {
 }
 
 /// The hidden row of every token of a piece, which begins a sequence.
-fn hidden_rows(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadError> {
+fn rows_of_piece(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadError> {
     let ask = |row| RowAsk { hidden: true, ..RowAsk::new(row, row) };
     let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
     let results = match pass.step(&Batch::of(ids, 0), &asks) {

@@ -65,6 +65,11 @@ pub fn blocks_of(positions: usize) -> usize {
     positions.div_ceil(BLOCK_TOKENS)
 }
 
+/// Rows of logits that a device computes at once, where it has `bytes` bytes for them.
+pub(super) fn logit_rows_max(vocab: usize, bytes: usize) -> usize {
+    (bytes / (4 * vocab)).max(1)
+}
+
 /// What is to be known of one row.
 #[derive(Clone, Default)]
 pub struct RowAsk<'a> {

@@ -69,6 +69,11 @@ impl RequestTerms {
         };
         e.finish()
     }
+
+    /// Key of the sampler's noise under a verifier's nonce.
+    pub fn noise_key(&self, nonce: &Hash) -> u64 {
+        noise_key(nonce, &self.hash())
+    }
 }
 
 /// The hash by which a model's identity names its calibration (`docs/proofs.md`).
@@ -91,8 +96,7 @@ pub fn model_hash(weights_root: &Hash, dtype: &str, canon: &str, calibration: &H
     e.raw(weights_root).bytes(dtype.as_bytes()).bytes(canon.as_bytes()).raw(calibration).finish()
 }
 
-/// Key of the sampler's noise for a validator's nonce.
-pub fn noise_key(nonce: &Hash, request: &Hash) -> u64 {
+fn noise_key(nonce: &Hash, request: &Hash) -> u64 {
     first_u64(&Encoder::new("targon-engine/sampler/nonce/1").raw(nonce).raw(request).finish())
 }
 
@@ -117,6 +121,22 @@ pub struct Binding {
 }
 
 impl Binding {
+    /// Binds the proof of a request with these terms; `hotkey` is the prover's public key, if it
+    /// has one.
+    pub fn new(
+        (scheme, nonce): (Scheme, Hash),
+        terms: &RequestTerms,
+        model: Hash,
+        hotkey: Option<[u8; 32]>,
+    ) -> Self {
+        Self { scheme, nonce, request: terms.hash(), model, hotkey: hotkey.unwrap_or_default() }
+    }
+
+    /// Key of the sampler's noise.
+    pub fn noise_key(&self) -> u64 {
+        noise_key(&self.nonce, &self.request)
+    }
+
     /// The root of the chain.
     pub fn root(&self) -> Hash {
         let mut e = Encoder::new("targon-engine/proof/1");
@@ -268,6 +288,15 @@ impl ChunkChain {
     }
 }
 
+/// The chunks of a whole output: each row with the token that was drawn from it.
+pub fn chunks_of(root: Hash, rows: impl IntoIterator<Item = (u32, RowData)>) -> Vec<ChunkProof> {
+    let mut chain = ChunkChain::new(root);
+    let mut chunks: Vec<ChunkProof> =
+        rows.into_iter().filter_map(|(id, row)| chain.push(id, row)).collect();
+    chunks.extend(chain.close());
+    chunks
+}
+
 fn chunk_data(root: &Hash, rows: &[RowData]) -> Vec<u8> {
     let mut data = Vec::with_capacity(rows.len() * SKETCH_BYTES + EXACT_BYTES);
     let (mut hashes, mut activations) = (Vec::new(), Vec::new());
@@ -371,14 +400,13 @@ mod tests {
 
     fn run(scheme: Scheme, root: Hash, count: u32) -> (Vec<ChunkProof>, Hash) {
         let prover = RowProver::new(scheme, &root, calibration());
-        let mut chain = ChunkChain::new(root);
-        let mut chunks = Vec::new();
-        for i in 0..count {
+        let rows = (0..count).map(|i| {
             let (bits, values) = row(i);
-            chunks.extend(chain.push(100 + i, prover.prove(10 + i, &bits, &values)));
-        }
-        chunks.extend(chain.close());
-        (chunks, *chain.digest())
+            (100 + i, prover.prove(10 + i, &bits, &values))
+        });
+        let chunks = chunks_of(root, rows);
+        let last = chunks.last().map_or(root, |chunk| chunk.digest);
+        (chunks, last)
     }
 
     /// Vectors that another implementer can use; `docs/proofs.md` shows them.

@@ -5,6 +5,7 @@ use crate::engine::Engine;
 use crate::models::{Identity, Model};
 use parking_lot::RwLock;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One model that is served, or should be.
 #[derive(Clone)]
@@ -39,6 +40,13 @@ pub struct Served {
     pub fingerprint: String,
     /// What its proofs are bound to.
     pub identity: Arc<Identity>,
+}
+
+impl Served {
+    /// Whether its engine makes no progress: it has stopped, or its step takes longer than `limit`.
+    pub fn hangs(&self, limit: Duration) -> bool {
+        self.engine.is_dead() || self.engine.stalled_for().is_some_and(|stalled| stalled > limit)
+    }
 }
 
 impl State {

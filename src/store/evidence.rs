@@ -5,6 +5,7 @@ use super::database::Store;
 use super::error::{Cause, StoreError};
 use super::rows::{get_json, json};
 use serde_json::Value;
+use std::fmt;
 
 /// Makes the row where there is none and locks it, so that whoever changes the same one waits.
 const TAKE: &str = "INSERT INTO evidence (hotkey, model, state) VALUES ($1, $2, 'null')
@@ -30,11 +31,11 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be read or kept, or `change` refuses it; the caller must not act on it then.
-    pub async fn change_evidence(
+    pub async fn change_evidence<E: fmt::Display>(
         &self,
         hotkey: &str,
         model: &str,
-        change: impl FnOnce(Option<Value>) -> anyhow::Result<Value> + Send,
+        change: impl FnOnce(Option<Value>) -> Result<Value, E> + Send,
     ) -> Result<Value, StoreError> {
         let mut session = self.write(&format!("change the evidence about {hotkey}")).await?;
         session.execute(TAKE, vec![hotkey.into(), model.into()]).await?;

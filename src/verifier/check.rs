@@ -173,14 +173,7 @@ fn run(
     (token, chance): (&CancellationToken, u64),
 ) -> Verdict {
     let answers = readings(&verifier.model.text, sent);
-    let claim = |answer| Claim {
-        request,
-        seed: None,
-        choice: 0,
-        proof: None,
-        answer,
-        end_is_implied: true,
-    };
+    let claim = |answer| Claim { end_is_implied: true, ..Claim::new(request, answer) };
     let claims: Vec<Claim<'_>> = answers.iter().map(claim).collect();
     let is_wanted = || !token.is_cancelled();
     let check = verifier.verify(Profile::Ranks, chance).depth(Depth::Slow);

@@ -10,8 +10,7 @@ use crate::server::error::ApiError;
 use crate::server::registry::{Registry, Served, State as ModelState};
 use crate::server::settings::{ApiKeys, Settings};
 use crate::server::state::ServerState;
-use crate::verify::scrutiny::Scrutiny;
-use crate::verify::{self, Verifier};
+use crate::verify::Verifier;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -66,14 +65,12 @@ impl Service {
     }
 
     pub(super) fn verifier(&self, served: &Served) -> Verifier {
-        Verifier {
-            model: Arc::clone(&served.model),
-            identity: Arc::clone(&served.identity),
-            pool: self.pool.clone(),
-            limits: verify::Limits::default(),
-            scrutiny: Scrutiny::NONE,
-            context_max: served.engine.options().context_max,
-        }
+        Verifier::new(
+            Arc::clone(&served.model),
+            Arc::clone(&served.identity),
+            self.pool.clone(),
+            served.engine.options().context_max,
+        )
     }
 
     /// Bytes of the longest token of the model `name`.

@@ -1,15 +1,17 @@
 //! Checks captured answers: a request with the response that a client received, as it was received.
 //!
-//! A [`Capture`] is one line of a file. [`check_capture`] reads the request as a server does
-//! ([`Question`]), parses the response ([`Answer`]), writes it again and compares every field
-//! ([`Mirror`]), and then runs the model ([`Verifier`]). A line that cannot be read is rejected,
-//! because it holds the peer's bytes.
+//! A [`Capture`] is one line of a file. Its request is read as a server does ([`Question`]).
+//! [`Verification::capture`] parses the response ([`Answer`]), writes it again and compares every
+//! field ([`Mirror`]), and then runs the model ([`Verifier`]). A line that cannot be read is
+//! rejected, because it holds the peer's bytes.
 
 use super::answer::{Answer, RawResponse};
 use super::mirror::{Mirror, Told};
 use super::question::{Question, QuestionError};
 use super::structure::Walk;
-use super::{Claim, Depth, Profile, Reason, Rejection, Report, Verdict, Verifier, structure};
+use super::{
+    Claim, Profile, Reason, Rejection, Report, Verdict, Verification, Verifier, structure,
+};
 use crate::clock::Clock;
 use crate::engine::request::Request;
 use crate::proof::Scheme;
@@ -69,23 +71,24 @@ impl Capture {
         self.request["model"].as_str()
     }
 
+    /// What was asked; the model's name is `model` where the request names none.
+    ///
+    /// # Errors
+    /// The request cannot be read, which is no fault of the peer.
+    pub async fn question(
+        &self,
+        verifier: &Verifier,
+        model: &str,
+    ) -> Result<Question, QuestionError> {
+        Question::read(verifier, model, &self.request, self.hotkey.as_deref()).await
+    }
+
     fn sent(&self) -> RawResponse<'_> {
         match (&self.response, &self.chunks) {
             (Some(body), _) => RawResponse::Whole(body),
             (None, chunks) => RawResponse::Stream(chunks.as_deref().unwrap_or_default()),
         }
     }
-}
-
-/// How captures are checked.
-#[derive(Clone, Copy, Debug)]
-pub struct CheckOptions {
-    /// Where absent, the proof if there is one to expect, else Targon's ranks.
-    pub profile: Option<Profile>,
-    /// How much is computed.
-    pub depth: Depth,
-    /// Decides which rows are looked at: the peer must not know it beforehand.
-    pub chance: u64,
 }
 
 /// What was asked and sent of one choice, and what checking it found.
@@ -107,53 +110,32 @@ pub struct CheckedChoice {
     pub seconds: f64,
 }
 
-/// Checks every choice of a capture; the model's name is `model` where the request names none.
-///
-/// # Errors
-/// The request cannot be read, which is no fault of the peer.
-pub async fn check_capture(
-    verifier: &Verifier,
-    model: &str,
-    capture: &Capture,
-    options: CheckOptions,
-) -> Result<Vec<CheckedChoice>, QuestionError> {
-    let hotkey = capture.hotkey.as_deref();
-    let question = Question::read(verifier, model, &capture.request, hotkey).await?;
-    Ok(check_question(verifier, question, capture, options))
-}
-
-/// Checks the answer to a question that is understood already.
-pub fn check_question(
-    verifier: &Verifier,
-    mut question: Question,
-    capture: &Capture,
-    options: CheckOptions,
-) -> Vec<CheckedChoice> {
-    let (clock, sent) = (Clock::system(), capture.sent());
-    question.adapt(sent);
-    let profile = options.profile.unwrap_or(match question.proof {
-        Some(_) => Profile::Proof,
-        None => Profile::Ranks,
-    });
-    let answers = read(verifier, &question, sent);
-    let claims: Vec<Claim<'_>> = claims(&question, &answers).collect();
-    let mut reports =
-        verifier.verify(profile, options.chance).depth(options.depth).answers(&claims).into_iter();
-    drop(claims);
-    let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
-    let scheme = question.proof.map(|asked| asked.scheme);
-    let checked = (0..).zip(question.understood.requests).zip(answers);
-    let checked = checked.map(|((choice, request), answer)| {
-        let (answer, report) = match answer {
-            Read::Refused(verdict, answer) => (answer, Report::bare(verdict)),
-            Read::Fine(answer) => {
-                let left_out = || Verdict::Unscored("the answer was left without a report".into());
-                (Some(answer), reports.next().unwrap_or_else(|| Report::bare(left_out())))
-            }
-        };
-        CheckedChoice { choice, profile, scheme, request, answer, report, seconds }
-    });
-    checked.collect()
+impl Verification<'_> {
+    /// Verifies every choice of a capture, whose request was read as `question`.
+    pub fn capture(self, mut question: Question, capture: &Capture) -> Vec<CheckedChoice> {
+        let (clock, sent) = (Clock::system(), capture.sent());
+        question.adapt(sent);
+        let profile = self.profile_for(question.proof);
+        let answers = read(self.verifier, &question, sent);
+        let claims: Vec<Claim<'_>> = claims(&question, &answers).collect();
+        let mut reports = self.answers(&claims).into_iter();
+        drop(claims);
+        let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
+        let scheme = question.proof.map(|asked| asked.scheme);
+        let checked = (0..).zip(question.understood.requests).zip(answers);
+        let checked = checked.map(|((choice, request), answer)| {
+            let (answer, report) = match answer {
+                Read::Refused(verdict, answer) => (answer, Report::bare(verdict)),
+                Read::Fine(answer) => {
+                    let left_out =
+                        || Verdict::Unscored("the answer was left without a report".into());
+                    (Some(answer), reports.next().unwrap_or_else(|| Report::bare(left_out())))
+                }
+            };
+            CheckedChoice { choice, profile, scheme, request, answer, report, seconds }
+        });
+        checked.collect()
+    }
 }
 
 /// A choice once everything was compared that needs no model.
@@ -179,7 +161,7 @@ fn claim<'a>(
     answer: &'a Answer,
 ) -> Claim<'a> {
     let (seed, proof) = (question.seed, question.proof);
-    Claim { request, seed, choice, proof, answer, end_is_implied: false }
+    Claim { seed, choice, proof, ..Claim::new(request, answer) }
 }
 
 /// Reads every choice, writes all of them again, and compares.

@@ -6,7 +6,7 @@ use super::scrutiny::Scrutiny;
 use super::statistic::Statistic;
 use super::structure::End;
 use super::twin::{Look, Suspect};
-use super::{ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
+use super::{Challenge, ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
 use super::{logprobs, proof, rows, structure, targon};
 use crate::models::arithmetic::Arithmetic;
 use crate::models::{Identity, Model};
@@ -36,13 +36,13 @@ pub struct Verifier {
     pub context_max: usize,
 }
 
-/// How answers are verified: made by [`Verifier::verify`], run by [`answer`](Self::answer) or
-/// [`answers`](Self::answers).
+/// How answers are verified: made by [`Verifier::verify`], run by [`answer`](Self::answer),
+/// [`answers`](Self::answers) or, for what a client received, [`capture`](Self::capture).
 #[must_use]
 #[derive(Clone, Copy)]
 pub struct Verification<'a> {
-    verifier: &'a Verifier,
-    profile: Profile,
+    pub(super) verifier: &'a Verifier,
+    profile: Option<Profile>,
     depth: Depth,
     chance: u64,
     is_wanted: &'a IsWanted<'a>,
@@ -56,10 +56,29 @@ struct Work {
 }
 
 impl Verifier {
-    /// Verification by the rules of `profile`: fast, and to the end. `chance` decides which rows a
-    /// fast check looks at: the peer must not know it beforehand.
-    pub fn verify(&self, profile: Profile, chance: u64) -> Verification<'_> {
-        Verification { verifier: self, profile, depth: Depth::Fast, chance, is_wanted: &|| true }
+    /// A verifier with the default limits and no scrutiny beyond them, for sequences of up to
+    /// `context_max` tokens.
+    pub fn new(model: Arc<Model>, identity: Arc<Identity>, pool: Pool, context_max: usize) -> Self {
+        let (limits, scrutiny) = (Limits::default(), Scrutiny::NONE);
+        Self { model, identity, pool, limits, scrutiny, context_max }
+    }
+
+    /// The same with other limits.
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// The same with other scrutiny.
+    pub fn with_scrutiny(self, scrutiny: Scrutiny) -> Self {
+        Self { scrutiny, ..self }
+    }
+
+    /// Verification by the rules of `profile`: fast, and to the end. Where there is none, an answer
+    /// is verified by its proof if one was asked for, else by Targon's ranks. `chance` decides
+    /// which rows a fast check looks at: the peer must not know it beforehand.
+    pub fn verify(&self, profile: impl Into<Option<Profile>>, chance: u64) -> Verification<'_> {
+        let (profile, depth) = (profile.into(), Depth::Fast);
+        Verification { verifier: self, profile, depth, chance, is_wanted: &|| true }
     }
 }
 
@@ -72,6 +91,11 @@ impl<'a> Verification<'a> {
     /// Gives up, unscored, once `is_wanted` says no.
     pub fn while_wanted(self, is_wanted: &'a IsWanted<'a>) -> Self {
         Self { is_wanted, ..self }
+    }
+
+    /// The rules for an answer of which this proof was asked.
+    pub(super) fn profile_for(self, proof: Option<Challenge>) -> Profile {
+        self.profile.unwrap_or(if proof.is_some() { Profile::Proof } else { Profile::Ranks })
     }
 
     /// Verifies one answer.
@@ -143,14 +167,15 @@ impl<'a> Verification<'a> {
     fn prepare(self, claim: &Claim<'_>) -> Result<Option<Work>, Stop> {
         let Verifier { model, identity, scrutiny, context_max, .. } = self.verifier;
         let end = structure::check(claim, &model.text, *context_max)?.end;
-        structure::check_powv(claim, model, self.profile == Profile::Powv)?;
-        let bound = match self.profile {
+        let profile = self.profile_for(claim.proof);
+        structure::check_powv(claim, model, profile == Profile::Powv)?;
+        let bound = match profile {
             Profile::Proof => Some(proof::bind(claim, &end, (&**model, &**identity))?),
             Profile::Powv | Profile::Ranks => None,
         };
         let mut output = claim.answer.ids.clone();
         let count = output.len();
-        let mut wanted: BTreeSet<usize> = match (self.profile, self.depth) {
+        let mut wanted: BTreeSet<usize> = match (profile, self.depth) {
             (Profile::Powv, _) => return Ok(None),
             (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
             (Profile::Proof, Depth::Fast) => {

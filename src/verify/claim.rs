@@ -5,7 +5,7 @@ use crate::chain::keys::Hotkey;
 use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::Hash;
-use anyhow::anyhow;
+use std::str::FromStr;
 
 /// Which rules apply.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,16 +19,30 @@ pub enum Profile {
     Proof,
 }
 
-impl std::str::FromStr for Profile {
-    type Err = anyhow::Error;
+/// A name that no rules have.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("must be targon-4.1, targon-4.4 or proof, got {0}")]
+pub struct ProfileError(String);
 
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        match text {
-            "targon-4.1" => Ok(Self::Powv),
-            "targon-4.4" => Ok(Self::Ranks),
-            "proof" => Ok(Self::Proof),
-            other => Err(anyhow!("must be targon-4.1, targon-4.4 or proof, got {other}")),
+impl Profile {
+    const ALL: [Self; 3] = [Self::Powv, Self::Ranks, Self::Proof];
+
+    /// The name on the command line and in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Powv => "targon-4.1",
+            Self::Ranks => "targon-4.4",
+            Self::Proof => "proof",
         }
+    }
+}
+
+impl FromStr for Profile {
+    type Err = ProfileError;
+
+    fn from_str(text: &str) -> Result<Self, ProfileError> {
+        let named = Self::ALL.into_iter().find(|profile| profile.name() == text);
+        named.ok_or_else(|| ProfileError(text.to_owned()))
     }
 }
 
@@ -57,6 +71,13 @@ pub struct Claim<'a> {
     pub answer: &'a Answer,
     /// Whether a final end token may be missing from the answer: some stacks do not send it.
     pub end_is_implied: bool,
+}
+
+impl<'a> Claim<'a> {
+    /// The only choice of a request without a seed or a proof, whose answer says how it ends.
+    pub fn new(request: &'a Request, answer: &'a Answer) -> Self {
+        Self { request, seed: None, choice: 0, proof: None, answer, end_is_implied: false }
+    }
 }
 
 /// The proof that a request asked for.

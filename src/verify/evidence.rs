@@ -14,6 +14,7 @@
 use super::limits::Limits;
 use super::places::{FAST_ROWS, random_rows};
 use super::{Report, Verdict};
+use crate::files::KeyError;
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -126,7 +127,7 @@ impl Calibrated {
     ///
     /// # Errors
     /// The key, and rule and fact.
-    pub fn check(&self) -> Result<(), (&'static str, String)> {
+    pub fn check(&self) -> Result<(), KeyError> {
         let Self { honest, cheat, energy_shape, twin, half_life } = self;
         for (key, value, low, high) in [
             ("rates.honest.mismatch", honest.mismatch, 0.0, 1.0),
@@ -144,7 +145,8 @@ impl Calibrated {
             if !(value > low && value < high) {
                 let high = if high == f64::MAX { String::new() } else { format!(" and {high}") };
                 let between = if high.is_empty() { "above" } else { "between" };
-                return Err((key, format!("must lie {between} {low}{high}, got {value}")));
+                let rule = format!("must lie {between} {low}{high}, got {value}");
+                return Err(KeyError::new(key, rule));
             }
         }
         let (honest, cheat) = (honest.scale(), cheat.scale());
@@ -152,7 +154,7 @@ impl Calibrated {
             let what = format!(
                 "a margin must be at least {honest} for each mismatch, as the honest, got {cheat}"
             );
-            return Err(("rates.cheat.margin", what));
+            return Err(KeyError::new("rates.cheat.margin", what));
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use super::report::{ChunkEvidence, Report};
 use super::statistic::{ByRows, Statistic};
+use crate::files::KeyError;
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use serde::{Deserialize, Serialize};
@@ -137,7 +138,7 @@ impl Limits {
     }
 
     /// Refuses numbers that nothing could be held against.
-    pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
+    pub(super) fn check(&self) -> Result<(), KeyError> {
         let by_rows = [
             ("limits.trimmed_u8", self.trimmed_u8),
             ("limits.trimmed_u4", self.trimmed_u4),
@@ -161,7 +162,7 @@ impl Limits {
                     Some(most) => format!("must lie above 0 and be at most {most}"),
                     None => "must be a number above 0".to_owned(),
                 };
-                return Err((key, format!("{rule}, got {value}")));
+                return Err(KeyError::new(key, format!("{rule}, got {value}")));
             }
         }
         Ok(())

@@ -7,6 +7,7 @@ use super::bounds::upper;
 use super::evidence::Calibrated;
 use super::file::{FileError, read_json, write_json};
 use super::limits::Limits;
+use crate::files::KeyError;
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
@@ -173,18 +174,19 @@ impl LimitsFile {
         }
     }
 
-    fn check(&self) -> Result<(), (&'static str, String)> {
+    fn check(&self) -> Result<(), KeyError> {
         if self.version != VERSION {
-            return Err(("version", format!("must be {VERSION}, got {}", self.version)));
+            let what = format!("must be {VERSION}, got {}", self.version);
+            return Err(KeyError::new("version", what));
         }
         let canonical = from_hex::<32>(&self.model).map(|hash| to_hex(&hash));
         if canonical.as_ref() != Ok(&self.model) {
             let what = format!("must be 64 lower-case hexadecimal digits, got {:.80}", self.model);
-            return Err(("model", what));
+            return Err(KeyError::new("model", what));
         }
         if self.class.is_empty() || self.class.len() > CLASS_BYTES_MAX {
             let what = format!("must have 1 to {CLASS_BYTES_MAX} bytes, got {}", self.class.len());
-            return Err(("class", what));
+            return Err(KeyError::new("class", what));
         }
         self.limits.check()?;
         self.rates.check()
@@ -203,7 +205,7 @@ pub fn read(path: &Path) -> Result<LimitsFile, FileError> {
         return Err(FileError::key(path, "version", what));
     }
     let file: LimitsFile = read_json(path)?;
-    file.check().map_err(|(key, what)| FileError::key(path, key, &what))?;
+    file.check().map_err(|e| FileError::new(path, e.to_string()))?;
     Ok(file)
 }
 
@@ -226,7 +228,7 @@ pub fn check_place(path: &Path) -> Result<(), FileError> {
 /// # Errors
 /// When a value could not be read back, or the file cannot be written.
 pub fn write(path: &Path, file: &LimitsFile) -> Result<(), FileError> {
-    file.check().map_err(|(key, what)| FileError::key(path, key, &what))?;
+    file.check().map_err(|e| FileError::new(path, e.to_string()))?;
     check_place(path)?;
     write_json(path, file)
 }

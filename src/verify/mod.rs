@@ -43,7 +43,7 @@ mod twin;
 mod verdict;
 
 pub use check::{Verification, Verifier};
-pub use claim::{Challenge, Claim, Depth, Profile};
+pub use claim::{Challenge, Claim, Depth, Profile, ProfileError};
 pub use limits::Limits;
 pub use places::{FAST_ROWS, FastRows, FastRowsError};
 pub use report::{ChunkEvidence, Named, Report, RowEvidence};

@@ -113,13 +113,7 @@ impl<'a> Prefix<'a> {
     }
 
     fn steps(&mut self, from: usize, ids: &[u32], rows: &mut dyn Rows) -> Result<(), Stop> {
-        let mut start = from;
-        while start < ids.len() {
-            let end = ids.len().min(start + STEP_ROWS);
-            self.step(start, &ids[start..end], rows)?;
-            start = end;
-        }
-        Ok(())
+        steps(ids, from).try_for_each(|(start, ids)| self.step(start, ids, rows))
     }
 
     /// Runs `ids` at the positions from `start` on.
@@ -159,6 +153,12 @@ impl<'a> Prefix<'a> {
         }
         Ok(())
     }
+}
+
+/// The steps of a pass over `ids` from the position `from` on, each with its first position.
+pub fn steps(ids: &[u32], from: usize) -> impl Iterator<Item = (usize, &[u32])> {
+    let left = ids.get(from..).unwrap_or_default();
+    (from..).step_by(STEP_ROWS).zip(left.chunks(STEP_ROWS))
 }
 
 /// The hidden row that each token of `output` was drawn from, as 16-bit patterns.

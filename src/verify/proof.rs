@@ -10,7 +10,7 @@ use crate::models::arithmetic::Arithmetic;
 use crate::models::{Identity, Model};
 use crate::proof::codec::{Hash, from_hex, to_hex};
 use crate::proof::commit::{
-    Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link, noise_key,
+    Binding, ResidueChunk, RowData, RowProver, chunk_hash, end_message, link,
 };
 use crate::proof::residue::{ResidueBits, Sketch, row_energy};
 use crate::proof::{CHUNK_ROWS, Scheme, toploc};
@@ -76,14 +76,8 @@ pub fn bind(
     if asked.hotkey.is_some() && asked.hotkey != hotkey {
         return Err(reject(Reason::BadSignature, "another hotkey, or none, has signed"));
     }
-    let terms = claim.request.terms(claim.seed, claim.choice).hash();
-    let binding = Binding {
-        scheme: asked.scheme,
-        nonce,
-        request: terms,
-        model: model_hash,
-        hotkey: hotkey.map_or([0; 32], |h| h.0),
-    };
+    let terms = claim.request.terms(claim.seed, claim.choice);
+    let binding = Binding::new((asked.scheme, nonce), &terms, model_hash, hotkey.map(|h| h.0));
     let root = binding.root();
     if hex("root", &end.root)? != root {
         return Err(reject(Reason::WrongRoot, "the root is not that of this request"));
@@ -92,7 +86,7 @@ pub fn bind(
     check_signature(claim, &digest, reason, hotkey)?;
     let chunks = claim.answer.chunks.iter().map(|c| c.data.clone()).collect();
     let (scheme, arithmetic) = (asked.scheme, model.arithmetic_of(&end.canon));
-    Ok(BoundProof { scheme, arithmetic, root, noise_key: noise_key(&nonce, &terms), chunks })
+    Ok(BoundProof { scheme, arithmetic, root, noise_key: binding.noise_key(), chunks })
 }
 
 /// The hash of our model in the canon that the prover names, which must be the one that it sent.

@@ -29,11 +29,9 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::{Hash, from_hex};
-use targon_engine::proof::commit::ChunkChain;
 use targon_engine::server::registry::{Registry, Served};
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::scrutiny::Scrutiny;
-use targon_engine::verify::{Limits, Verifier, prefill};
+use targon_engine::verify::{Verifier, prefill};
 
 /// Shows nothing of loading.
 pub struct Quiet;
@@ -289,14 +287,12 @@ pub fn tiny_engine(seed: u32, options: Options) -> Engine {
 
 /// Who checks answers of a model that is served.
 pub fn verifier(served: &Served) -> Verifier {
-    Verifier {
-        model: Arc::clone(&served.model),
-        identity: Arc::clone(&served.identity),
-        pool: Pool::new(2, Isa::best()).unwrap(),
-        limits: Limits::default(),
-        scrutiny: Scrutiny::NONE,
-        context_max: served.engine.options().context_max,
-    }
+    Verifier::new(
+        Arc::clone(&served.model),
+        Arc::clone(&served.identity),
+        Pool::new(2, Isa::best()).unwrap(),
+        served.engine.options().context_max,
+    )
 }
 
 /// The decoder of a checkpoint.
@@ -347,17 +343,9 @@ pub fn spoof_rows(
 ) {
     let nonce: Hash = from_hex(nonce).unwrap();
     let prover = Prover { scheme, nonce, signer: None };
-    let head = prover.head(&request.terms(seed, 0).hash(), &verifier.identity);
-    let prover = head.rows(&verifier.identity);
-    let mut chain = ChunkChain::new(head.root);
-    let mut chunks = Vec::new();
-    let ids = answer.ids.clone();
-    let (dtype, first) = (verifier.model.dtype, request.prompt.len() - 1);
-    for (place, (id, bits)) in ids.iter().zip(rows).enumerate() {
-        let values: Vec<f32> = bits.iter().map(|b| dtype.widen(*b)).collect();
-        chunks.extend(chain.push(*id, prover.prove((first + place) as u32, &bits, &values)));
-    }
-    chunks.extend(chain.close());
-    answer.chunks = chunks;
-    answer.end = Some(head.end(Some(*chain.digest()), ids.len(), &FinishReason::Length));
+    let head = prover.head(&request.terms(seed, 0), &verifier.identity);
+    let prompt = request.prompt.len();
+    answer.chunks = head.chunks(&verifier.identity, prompt, (&answer.ids, &rows));
+    let digest = answer.chunks.last().map(|chunk| chunk.digest);
+    answer.end = Some(head.end(digest, answer.ids.len(), &FinishReason::Length));
 }

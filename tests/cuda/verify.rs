@@ -44,12 +44,8 @@ async fn judged(prover: &Served, judge: &Verifier) -> Report {
     let answer = Answer::of_steps(&steps, end);
     assert_eq!(answer.canon(), Some(&*prover.identity.canon));
     let claim = Claim {
-        request: &request,
-        seed: None,
-        choice: 0,
         proof: Some(Challenge { scheme, nonce: Some(nonce), hotkey: None }),
-        answer: &answer,
-        end_is_implied: false,
+        ..Claim::new(&request, &answer)
     };
     judge.verify(Profile::Proof, 0).depth(Depth::Slow).answer(&claim)
 }

@@ -25,7 +25,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::from_hex;
-use targon_engine::proof::commit::{Binding, ChunkChain, ChunkProof, RowProver, end_message};
+use targon_engine::proof::commit::{Binding, ChunkProof, RowProver, chunks_of, end_message};
 use targon_engine::server::registry::{Registry, Served, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
@@ -45,13 +45,8 @@ fn recompute(
     let asks: Vec<RowAsk<'_>> = (prompt.len() - 1..ids.len()).map(ask).collect();
     let mut pass = model.pass(&pool, blocks_of(ids.len())).unwrap();
     let reports = pass.step(&Batch::of(&ids, 0), &asks).unwrap();
-    let mut chain = ChunkChain::new(root);
-    let mut chunks = Vec::new();
-    for (id, report) in output.iter().zip(reports) {
-        chunks.extend(chain.push(*id, report.unwrap().proof.unwrap()));
-    }
-    chunks.extend(chain.close());
-    chunks
+    let rows = reports.into_iter().map(|report| report.unwrap().proof.unwrap());
+    chunks_of(root, output.iter().copied().zip(rows))
 }
 
 fn request(

@@ -225,20 +225,14 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
             defaults: Defaults::default(),
             entropy: &Entropy::system(),
         };
-        let read = reader.completion(&serde_json::from_value(body).unwrap()).await;
+        let read = reader.completion(&serde_json::from_value(body).unwrap()).await.unwrap();
         let asked = Challenge {
             scheme: "residue-v1".parse().unwrap(),
             nonce: Some(from_hex(NONCE).unwrap()),
             hotkey: None,
         };
-        let claim = Claim {
-            request: &read.unwrap().requests[0],
-            seed: Some(1),
-            choice: 0,
-            proof: Some(asked),
-            answer: &answer,
-            end_is_implied: false,
-        };
+        let claim =
+            Claim { seed: Some(1), proof: Some(asked), ..Claim::new(&read.requests[0], &answer) };
         let report = verifier.verify(Profile::Proof, 7).answer(&claim);
         assert!(matches!(report.verdict, Verdict::Pass), "{:?}", report.verdict);
     }

@@ -20,14 +20,7 @@ const FALSE: usize = 41;
 fn check(verifier: &Verifier, request: &Request, answer: &Answer, chance: u64) -> Report {
     let proof =
         Challenge { scheme: Scheme::Residue, nonce: Some(from_hex(NONCE).unwrap()), hotkey: None };
-    let claim = Claim {
-        request,
-        seed: Some(5),
-        choice: 0,
-        proof: Some(proof),
-        answer,
-        end_is_implied: false,
-    };
+    let claim = Claim { seed: Some(5), proof: Some(proof), ..Claim::new(request, answer) };
     verifier.verify(Profile::Proof, chance).depth(Depth::Fast).answer(&claim)
 }
 

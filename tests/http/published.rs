@@ -129,14 +129,7 @@ async fn leading_tokens_without_text_count() {
         whole.tops.insert(0, Vec::new());
         whole.powv.insert(0, None);
         let request = understood(&verifier, &body).await;
-        let claim = Claim {
-            request: &request,
-            seed: None,
-            choice: 0,
-            proof: None,
-            answer: &whole,
-            end_is_implied: false,
-        };
+        let claim = Claim::new(&request, &whole);
         let walk = structure::check(&claim, &verifier.model.text, 512).unwrap();
         assert_eq!(walk.pieces[0], "", "{lead}");
         let report = ranks(&verifier, &body, &whole).await;

@@ -14,7 +14,7 @@ use targon_engine::server::registry::{Registry, State};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::capture::{Capture, CheckOptions, CheckedChoice, check_capture};
+use targon_engine::verify::capture::{Capture, CheckedChoice};
 use targon_engine::verify::question::Question;
 use targon_engine::verify::{Claim, Depth, Profile, Reason, Verdict, Verifier};
 
@@ -118,8 +118,8 @@ async fn checked(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<Checked
         Some(chunks) => Capture::of_stream(body.clone(), chunks.clone()),
         None => Capture::of_response(body.clone(), sent.clone()),
     };
-    let rules = CheckOptions { profile: None, depth: Depth::Slow, chance: 7 };
-    check_capture(verifier, "tiny", &capture, rules).await.unwrap()
+    let question = capture.question(verifier, "tiny").await.unwrap();
+    verifier.verify(None, 7).depth(Depth::Slow).capture(question, &capture)
 }
 
 async fn verdict(verifier: &Verifier, body: &Value, sent: &Value) -> Verdict {
@@ -418,12 +418,9 @@ async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> 
     let answer = Answer { text, ids, powv, finish_reason, chunks, end, ..Answer::default() };
     let question = Question::read(verifier, "tiny", body, None).await.unwrap();
     let claim = Claim {
-        request: &question.requests()[0],
         seed: question.seed,
-        choice: 0,
         proof: question.proof,
-        answer: &answer,
-        end_is_implied: false,
+        ..Claim::new(&question.requests()[0], &answer)
     };
     verifier.verify(Profile::Proof, 7).answer(&claim).verdict != Verdict::Pass
 }

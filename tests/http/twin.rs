@@ -142,12 +142,9 @@ async fn a_second_prefill_is_paid_when_it_was_asked_for() {
 fn claimed<'a>(request: &'a Request, body: &Value, answer: &'a Answer) -> Claim<'a> {
     let nonce = Some(from_hex(NONCE).unwrap());
     Claim {
-        request,
         seed: body["seed"].as_i64(),
-        choice: 0,
         proof: Some(Challenge { scheme: Scheme::Residue, nonce, hotkey: None }),
-        answer,
-        end_is_implied: false,
+        ..Claim::new(request, answer)
     }
 }
 

@@ -59,14 +59,7 @@ pub(super) async fn judge(
 ) -> Report {
     let request = understood(verifier, body).await;
     let seed = body["seed"].as_i64();
-    let claim = Claim {
-        request: &request,
-        seed,
-        choice: 0,
-        proof: asked(body),
-        answer,
-        end_is_implied: false,
-    };
+    let claim = Claim { seed, proof: asked(body), ..Claim::new(&request, answer) };
     verifier.verify(profile, 7).depth(depth).answer(&claim)
 }
 
@@ -330,7 +323,7 @@ async fn only_the_hotkeys_own_signature_over_this_end_counts() {
     let judge = |answer: &Answer, hotkey: Option<Hotkey>| {
         let proof = asked(&body).map(|a| Challenge { hotkey, ..a });
         let end_is_implied = false;
-        let claim = Claim { request: &request, seed, choice: 0, proof, answer, end_is_implied };
+        let claim = Claim { seed, proof, end_is_implied, ..Claim::new(&request, answer) };
         verifier.verify(Profile::Proof, 7).answer(&claim).verdict
     };
     let reason = |verdict: Verdict| match verdict {
@@ -404,12 +397,10 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     let claims: Vec<Claim<'_>> = (0..)
         .zip(understood.requests.iter().zip(&answers))
         .map(|(choice, (request, answer))| Claim {
-            request,
             seed,
             choice,
             proof,
-            answer,
-            end_is_implied: false,
+            ..Claim::new(request, answer)
         })
         .collect();
     assert_eq!(claims.len(), 4);
@@ -502,14 +493,8 @@ async fn work_that_nobody_waits_for_is_given_up_unscored() {
     let body = proved("residue-v1");
     let (_, honest) = answer(&site, &body).await;
     let request = understood(&verifier, &body).await;
-    let claim = Claim {
-        request: &request,
-        seed: body["seed"].as_i64(),
-        choice: 0,
-        proof: asked(&body),
-        answer: &honest,
-        end_is_implied: false,
-    };
+    let claim =
+        Claim { seed: body["seed"].as_i64(), proof: asked(&body), ..Claim::new(&request, &honest) };
     let report = verifier.verify(Profile::Proof, 7).while_wanted(&|| false).answer(&claim);
     assert!(matches!(report.verdict, Verdict::Unscored(_)), "{report:?}");
 }

@@ -68,7 +68,7 @@ fn answered(request: &Request) -> Answer {
 }
 
 fn verdict(request: &Request, answer: &Answer, end_is_implied: bool) -> Verdict {
-    let claim = Claim { request, seed: None, choice: 0, proof: None, answer, end_is_implied };
+    let claim = Claim { end_is_implied, ..Claim::new(request, answer) };
     entry().verifier.verify(Profile::Ranks, 3).depth(Depth::Slow).answer(&claim).verdict
 }
 

@@ -36,8 +36,7 @@ fn answer(head: &ProofHead, steps: &[Step], reason: &FinishReason) -> Answer {
 /// What the native verifier finds of an answer, under the default limits.
 fn judged(asked: &Request, answer: &Answer) -> Report {
     let proof = Some(Challenge { scheme: Scheme::Residue, nonce: Some(NONCE), hotkey: None });
-    let claim =
-        Claim { request: asked, seed: None, choice: 0, proof, answer, end_is_implied: false };
+    let claim = Claim { proof, ..Claim::new(asked, answer) };
     let verifier = common::verifier(&pair().native);
     verifier.verify(Profile::Proof, 3).depth(Depth::Slow).answer(&claim)
 }

@@ -54,6 +54,27 @@ struct KvLayer {
     values: Buffer, // (blocks, kv_heads, BLOCK_TOKENS / 2, head_dim, 2)
 }
 
+/// Where the elements of one key/value head lie in a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockLayout {
+    dtype: Dtype,
+    head_dim: usize,
+}
+
+impl BlockLayout {
+    /// Element `d` of the key of the position `slot` of the block, among the block's keys.
+    #[inline(always)]
+    pub fn key(self, slot: usize, d: usize) -> usize {
+        offset(self.dtype, KEY_STRIDE, slot, d)
+    }
+
+    /// Element `d` of the value of the position `slot` of the block, among the block's values.
+    #[inline(always)]
+    pub fn value(self, slot: usize, d: usize) -> usize {
+        offset(self.dtype, 2 * self.head_dim, d, slot)
+    }
+}
+
 /// The rows of one sequence in a step, consecutive in the batch and in position.
 #[derive(Clone, Debug)]
 pub struct Segment {
@@ -94,6 +115,11 @@ impl KvCache {
         self.dtype
     }
 
+    /// Where the elements of one head lie in a block.
+    pub fn layout(&self) -> BlockLayout {
+        BlockLayout { dtype: self.dtype, head_dim: self.dims.head_dim }
+    }
+
     /// Stores the keys and values of a step in `layer`. `qkv` is (rows, row_len); keys start at
     /// column `k_at`, values follow them.
     pub fn store(
@@ -106,6 +132,7 @@ impl KvCache {
         let KvDims { kv_heads, head_dim, .. } = self.dims;
         let (block_len, head_len, dtype) =
             (self.dims.block_len(), BLOCK_TOKENS * head_dim, self.dtype);
+        let layout = self.layout();
         let KvLayer { keys, values } = &mut self.layers[layer];
         let (keys, values) = (Disjoint::new(keys), Disjoint::new(values));
         turn.run(segments.len() * kv_heads, |task| {
@@ -124,8 +151,8 @@ impl KvCache {
                 let k = &qkv[row * row_len + k_at + head * head_dim..][..head_dim];
                 let v = &qkv[row * row_len + k_at + (kv_heads + head) * head_dim..][..head_dim];
                 for (d, (k, v)) in k.iter().zip(v).enumerate() {
-                    keys[offset(dtype, KEY_STRIDE, slot, d)] = dtype.round(*k);
-                    values[offset(dtype, 2 * head_dim, d, slot)] = dtype.round(*v);
+                    keys[layout.key(slot, d)] = dtype.round(*k);
+                    values[layout.value(slot, d)] = dtype.round(*v);
                 }
             }
         });
@@ -140,8 +167,8 @@ impl KvCache {
         (&keys[at..at + head_len], &values[at..at + head_len])
     }
 
-    /// The same, to be changed.
-    pub(super) fn block_mut(
+    /// The same, to be changed: 16-bit patterns that lie as [`layout`](Self::layout) says.
+    pub fn block_mut(
         &mut self,
         layer: usize,
         block: u32,

@@ -10,7 +10,7 @@ use crate::engine::request::Request;
 use crate::proof::Scheme;
 use crate::proof::codec::to_hex;
 use crate::verify::answer::Answer;
-use crate::verify::capture::{Capture, CheckOptions, check_capture};
+use crate::verify::capture::Capture;
 use crate::verify::mirror::{Mirror, Told};
 use crate::verify::question::Question;
 use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
@@ -30,14 +30,16 @@ pub(super) struct AttackVerifier(Verifier);
 impl AttackVerifier {
     /// With the model's true weights.
     pub(super) fn new(subject: &Subject, limits: Limits, scrutiny: Scrutiny) -> Self {
-        Self(Verifier {
-            model: Arc::clone(&subject.model),
-            identity: Arc::clone(&subject.identity),
-            pool: subject.pool.clone(),
-            limits,
-            scrutiny,
-            context_max: subject.engine.options().context_max,
-        })
+        Self(
+            Verifier::new(
+                Arc::clone(&subject.model),
+                Arc::clone(&subject.identity),
+                subject.pool.clone(),
+                subject.engine.options().context_max,
+            )
+            .with_limits(limits)
+            .with_scrutiny(scrutiny),
+        )
     }
 
     /// What answers are checked by.
@@ -70,12 +72,9 @@ impl AttackVerifier {
         let ask = &trial.ask;
         let asked = |scheme| Challenge { scheme, nonce: Some(ask.nonce()), hotkey: ask.hotkey };
         let claim = Claim {
-            request: &ask.request,
-            seed: None,
-            choice: 0,
             proof: scheme.map(asked),
-            answer,
             end_is_implied: trial.end_is_implied,
+            ..Claim::new(&ask.request, answer)
         };
         let profile = if scheme.is_some() { Profile::Proof } else { Profile::Ranks };
         self.0.verify(profile, ask.index as u64).depth(depth).answer(&claim)
@@ -228,14 +227,7 @@ impl Received {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let question = runtime.block_on(Question::read(verifier, "attacked", &body, None))?;
-        let claim = Claim {
-            request,
-            seed: None,
-            choice: 0,
-            proof: None,
-            answer,
-            end_is_implied: trial.end_is_implied,
-        };
+        let claim = Claim { end_is_implied: trial.end_is_implied, ..Claim::new(request, answer) };
         let walk = structure::check(&claim, &verifier.model.text, verifier.context_max);
         let walk = walk.map_err(|stop| anyhow!("{stop:?}"))?;
         let mut answer = answer.clone();
@@ -252,9 +244,8 @@ impl Received {
 
     fn check(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
-        let options = CheckOptions { profile: None, depth: Depth::Fast, chance: 0 };
-        let checked =
-            self.runtime.block_on(check_capture(verifier, "attacked", &capture, options))?;
+        let question = self.runtime.block_on(capture.question(verifier, "attacked"))?;
+        let checked = verifier.verify(None, 0).capture(question, &capture);
         checked.into_iter().next().map(|j| j.report).context("there is no choice")
     }
 }

@@ -7,7 +7,9 @@ use crate::models::Model;
 use crate::models::cpu::CpuPass;
 use crate::models::pass::{Batch, Pass, Ranked, RowAsk, RowReport, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
-use crate::ops::attention::{BLOCK_TOKENS, HeadAt, KvCache};
+use crate::ops::attention::{BLOCK_TOKENS, KvCache};
+use crate::ops::lanes::Isa;
+use crate::ops::logits::LogSumExp;
 use crate::verify::answer::Answer;
 use anyhow::{Context, anyhow};
 
@@ -178,33 +180,27 @@ impl Drawn {
 }
 
 fn is_typical(logits: &[f32], sampling: &Sampling, token: u32) -> bool {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let scaled = |x: f32| f64::from(x - max) / f64::from(sampling.temperature);
-    let (mut sum, mut moment) = (0.0, 0.0);
-    for x in logits {
-        let weight = scaled(*x).exp();
-        sum += weight;
-        moment += weight * scaled(*x);
-    }
-    let entropy = sum.ln() - moment / sum;
-    let probability = scaled(logits[token as usize]).exp() / sum;
+    let sum = LogSumExp::new(Isa::best(), logits, sampling.temperature);
+    let entropy = sum.moments(logits).entropy;
+    let probability = sum.logprob(logits[token as usize]).exp();
     probability >= EPSILON.min(DELTA * (-entropy).exp())
 }
 
 /// Passes every key and value head stored at `slot` of `block` through `change`, as a coarser cache
 /// would.
 fn rewrite(cache: &mut KvCache, block: u32, slot: usize, change: fn(&mut [f32])) {
-    let (dims, dtype) = (cache.dims(), cache.dtype());
-    let through = |bits: Vec<u16>| -> Vec<u16> {
-        let mut head: Vec<f32> = bits.into_iter().map(|bits| dtype.widen(bits)).collect();
+    let (dims, dtype, layout) = (cache.dims(), cache.dtype(), cache.layout());
+    let mut head = vec![0.0; dims.head_dim];
+    let mut pass = |stored: &mut [u16], at: &dyn Fn(usize) -> usize| {
+        head.iter_mut().enumerate().for_each(|(d, x)| *x = dtype.widen(stored[at(d)]));
         change(&mut head);
-        head.into_iter().map(|x| dtype.round(x)).collect()
+        head.iter().enumerate().for_each(|(d, x)| stored[at(d)] = dtype.round(*x));
     };
     for layer in 0..dims.layers {
         for kv_head in 0..dims.kv_heads {
-            let at = HeadAt { layer, block, slot, kv_head };
-            let (key, value) = cache.head(at);
-            cache.set_head(at, &through(key), &through(value));
+            let (keys, values) = cache.block_mut(layer, block, kv_head);
+            pass(keys, &|d| layout.key(slot, d));
+            pass(values, &|d| layout.value(slot, d));
         }
     }
 }
@@ -214,7 +210,6 @@ mod tests {
     use super::*;
     use crate::ops::attention::{Attention, KvDims, Segment};
     use crate::ops::dtype::{Dtype, Rounded};
-    use crate::ops::lanes::Isa;
     use crate::ops::pool::Pool;
 
     #[test]

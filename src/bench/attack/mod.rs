@@ -3,7 +3,7 @@
 //!
 //! `catalogue` lists the attacks, `answers` makes their answers (`trial`, `tamper`, `lockstep`,
 //! `malformed`), `check` verifies them, [`results`] are plain data that [`plot`] draws and `goals`
-//! measures. Nothing here prints. Only changed weights are written, to a directory of the caller's.
+//! measures. Nothing here prints. Only changed weights are written, and removed afterwards.
 //!
 //! Every attack uses the same prompts. The honest answers that false positives are counted on use
 //! other prompts, and limits were measured elsewhere. Attacks on weights, caches and prompts prove
@@ -22,7 +22,9 @@ pub mod results;
 pub mod tamper;
 mod trial;
 
-use super::prompts;
+use super::arguments::BenchArgs;
+use super::{host, prompts};
+use crate::entropy::Entropy;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
@@ -30,7 +32,7 @@ use crate::verify::evidence::Calibrated;
 use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Depth, Limits};
 use answers::AnswerMaker;
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use catalogue::{Attack, Cheat};
 use check::AttackVerifier;
 use results::{Detector, Line, Results, Tokens};
@@ -64,8 +66,55 @@ pub struct AttackSetup {
     pub rates: Calibrated,
 }
 
+impl AttackSetup {
+    /// So many prompts and honest answers, by the default limits.
+    pub fn new(prompts: usize, honest: usize) -> Self {
+        Self {
+            prompts,
+            honest,
+            tokens: None,
+            only: None,
+            limits: Limits::default(),
+            scrutiny: Scrutiny::default(),
+            rates: Calibrated::default(),
+        }
+    }
+}
+
+/// What `cargo bench --bench attack` runs: a model, and how many prompts and honest answers.
+///
+/// # Errors
+/// An argument that cannot be read, and as for [`run`].
+pub fn run_by(mut args: BenchArgs, progress: impl Fn(&str)) -> anyhow::Result<Results> {
+    let path = host::model_or_fetched(args.word())?;
+    let setup = AttackSetup::new(args.number("PROMPTS", 4)?, args.number("HONEST", 32)?);
+    run(&path, &host::pool()?, setup, progress)
+}
+
+/// Runs everything on the model at `path`; `progress` is told what comes next. Changed weights are
+/// written into a directory of its own, which is removed afterwards.
+///
+/// # Errors
+/// When the model cannot be loaded, has no chat template, there are too few prompts, an engine
+/// fails or a file cannot be written.
+pub fn run(
+    path: &Path,
+    pool: &Pool,
+    setup: AttackSetup,
+    progress: impl Fn(&str),
+) -> anyhow::Result<Results> {
+    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", Entropy::system().uuid()));
+    std::fs::create_dir(&scratch)
+        .map_err(|e| anyhow!("{} cannot be written: {e}", scratch.display()))?;
+    let bench = AttackBench::new(path, &scratch, pool, setup);
+    let results = bench.and_then(|bench| bench.run(progress));
+    // What is left in the temporary directory is the system's to clean.
+    let _ = std::fs::remove_dir_all(&scratch);
+    results
+}
+
 /// The model under attack.
-pub struct AttackBench {
+struct AttackBench {
     subject: Subject,
     verifier: AttackVerifier,
     setup: AttackSetup,
@@ -76,15 +125,7 @@ pub struct AttackBench {
 
 impl AttackBench {
     /// Loads the model at `path`; `scratch` is a directory for changed weights.
-    ///
-    /// # Errors
-    /// When the model cannot be loaded, has no chat template, or there are too few prompts.
-    pub fn new(
-        path: &Path,
-        scratch: &Path,
-        pool: &Pool,
-        setup: AttackSetup,
-    ) -> anyhow::Result<Self> {
+    fn new(path: &Path, scratch: &Path, pool: &Pool, setup: AttackSetup) -> anyhow::Result<Self> {
         let all = prompts::all();
         let wanted = setup.prompts + setup.honest;
         if wanted > all.len() {
@@ -110,10 +151,7 @@ impl AttackBench {
     }
 
     /// Runs everything; `progress` is told what comes next.
-    ///
-    /// # Errors
-    /// When an engine fails or a file cannot be written.
-    pub fn run(&self, progress: impl Fn(&str)) -> anyhow::Result<Results> {
+    fn run(&self, progress: impl Fn(&str)) -> anyhow::Result<Results> {
         let mut lines = self.honest(&progress)?;
         let mut tokens = Vec::new();
         let mut attacks = catalogue::all(self.subject.model.spec.layers);

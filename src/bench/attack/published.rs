@@ -154,7 +154,7 @@ mod tests {
     }
 
     fn claimed<'a>(request: &'a Request, answer: &'a Answer) -> Claim<'a> {
-        Claim { request, seed: None, choice: 0, proof: None, answer, end_is_implied: false }
+        Claim::new(request, answer)
     }
 
     /// What the rules of this program say; `end` is the best rank of an end token where the answer

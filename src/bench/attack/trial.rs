@@ -1,7 +1,6 @@
 //! Makes the questions and answers of the attack bench, and gives an answer its proof.
 
 use super::tamper::{Tamper, tampered};
-use crate::bench::load::prove_rows;
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
 use crate::engine::output::FinishReason;
@@ -15,7 +14,7 @@ use crate::models::model::DeviceWeights;
 use crate::models::{Identity, Model};
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
-use crate::proof::commit::{link, noise_key, nonce_of};
+use crate::proof::commit::{link, nonce_of};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::verify::answer::Answer;
 use crate::verify::prefill;
@@ -70,7 +69,7 @@ impl AttackRequest {
 
     /// The key of the noise that an honest answer is drawn with under `nonce`.
     pub(super) fn noise(&self, nonce: &Hash) -> u64 {
-        noise_key(nonce, &self.request.terms(None, 0).hash())
+        self.request.terms(None, 0).noise_key(nonce)
     }
 
     /// How an honest answer is proved.
@@ -207,8 +206,8 @@ impl Subject {
         answer: &mut Answer,
     ) {
         let head = self.head(ask, prover);
-        let shape = (self.model.dtype, ask.request.prompt.len());
-        answer.chunks = prove_rows(&head, &self.identity, shape, (&answer.ids, rows));
+        let prompt = ask.request.prompt.len();
+        answer.chunks = head.chunks(&self.identity, prompt, (&answer.ids, rows));
         self.seal(ask, prover, answer);
     }
 
@@ -221,7 +220,7 @@ impl Subject {
     }
 
     fn head(&self, ask: &AttackRequest, prover: &Prover) -> ProofHead {
-        prover.head(&ask.request.terms(None, 0).hash(), &self.identity)
+        prover.head(&ask.request.terms(None, 0), &self.identity)
     }
 
     /// The text that `ids` spell in answer to `request`.

@@ -3,12 +3,11 @@
 
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{GoalOutcome, Line, Results, Tokens};
-use crate::bench::attack::{AttackBench, AttackSetup};
+use crate::bench::attack::{self, AttackSetup};
 use crate::bench::stats::{Rate, Stopping};
 use crate::cli::Failure;
 use crate::cli::out::outln;
 use crate::cli::shared::ComputeArgs;
-use crate::entropy::Entropy;
 use crate::verify::evidence::Calibrated;
 use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
 use crate::verify::{FastRows, Limits, limits_file};
@@ -63,8 +62,6 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
     }
-    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", Entropy::system().uuid()));
-    std::fs::create_dir(&scratch).map_err(|e| cannot_write(&scratch, &e))?;
     let (limits, rates) = match &args.limits {
         Some(path) => {
             limits_file::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?
@@ -72,8 +69,6 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         None => (Limits::default(), Calibrated::default()),
     };
     let setup = AttackSetup {
-        prompts: args.prompts.into(),
-        honest: args.honest.into(),
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
         limits: Limits { exact: args.exact || limits.exact, ..limits },
@@ -84,11 +79,9 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
             rows: args.rows,
         },
         rates,
+        ..AttackSetup::new(args.prompts.into(), args.honest.into())
     };
-    let results = AttackBench::new(&args.model, &scratch, &pool, setup)
-        .and_then(|bench| bench.run(|next| tracing::info!("{next}")));
-    // What is left in the temporary directory is the system's to clean.
-    let _ = std::fs::remove_dir_all(&scratch);
+    let results = attack::run(&args.model, &pool, setup, |next| tracing::info!("{next}"));
     let results = results.map_err(Failure::user)?;
     if args.json {
         outln!("{}", serde_json::to_string(&results).map_err(Failure::ours)?);

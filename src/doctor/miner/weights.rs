@@ -41,14 +41,7 @@ pub async fn check(
     };
     let (verifier, topic) = (verifier.clone(), topic.to_owned());
     let work = move || {
-        let claim = Claim {
-            request: &request,
-            seed: None,
-            choice: 0,
-            proof: None,
-            answer: &answer,
-            end_is_implied: true,
-        };
+        let claim = Claim { end_is_implied: true, ..Claim::new(&request, &answer) };
         let check = verifier.verify(Profile::Ranks, chance).depth(Depth::Slow);
         let report = check.answer(&claim);
         let rulings = rulings(&claim, &report.rows, &verifier.limits, chance);

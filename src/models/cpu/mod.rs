@@ -6,7 +6,7 @@ mod moe;
 pub mod weights;
 
 use super::departure::Departure;
-use super::pass::{Batch, Pass, PassFault, RowAsk, RowFault, RowResult};
+use super::pass::{Batch, Pass, PassFault, RowAsk, RowFault, RowResult, logit_rows_max};
 use super::rows::{HiddenRow, answer};
 use super::spec::Spec;
 use crate::ops::attention::KvCache;
@@ -18,16 +18,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Bytes of logits that exist at once, whatever the batch and the vocabulary.
-const LOGITS_BYTES_MAX: usize = 16 << 20;
-
-/// Rows of logits that are computed at once for a vocabulary.
-fn logit_rows_max(vocab: usize) -> usize {
-    (LOGITS_BYTES_MAX / (4 * vocab)).max(1)
-}
+const CPU_LOGITS_BYTES_MAX: usize = 16 << 20;
 
 /// Bytes of buffers and logits for steps of `rows` rows.
 pub fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
-    Scratch::bytes(spec, rows) + logit_rows_max(spec.vocab) * spec.vocab * 4
+    Scratch::bytes(spec, rows) + logit_rows_max(spec.vocab, CPU_LOGITS_BYTES_MAX) * spec.vocab * 4
 }
 
 /// Runs a decoder on the compute pool. Each step takes a turn of it.
@@ -55,7 +50,7 @@ impl CpuPass {
         Self { scratch: self.scratch.departing(departure), ..self }
     }
 
-    /// The keys and values, for those who want others than the model's.
+    /// The keys and values that were stored so far.
     pub fn cache_mut(&mut self) -> &mut KvCache {
         &mut self.cache
     }
@@ -67,7 +62,8 @@ impl Pass for CpuPass {
         let turn = pool.turn();
         decoder.forward(&turn, cache, &batch.ids, &batch.segments, scratch)?;
         let mut results = Vec::with_capacity(asks.len());
-        for asks in asks.chunks(logit_rows_max(decoder.spec.vocab)) {
+        let at_once = logit_rows_max(decoder.spec.vocab, CPU_LOGITS_BYTES_MAX);
+        for asks in asks.chunks(at_once) {
             let rows: Vec<usize> = asks.iter().map(|ask| ask.row).collect();
             let hidden = decoder.final_rows(&turn, &rows, scratch);
             results.extend(read(decoder, &turn, asks, &hidden, logits));

@@ -6,14 +6,14 @@ use super::launch::{Entry, Memory, Query, Rule};
 use super::memory::{At, Inputs, Outputs, grained};
 use super::weights::CudaWeights;
 use crate::models::hosted::Why;
-use crate::models::pass::{RowAsk, Scores, Token};
+use crate::models::pass::{RowAsk, Scores, Token, logit_rows_max};
 use crate::proof::residue::{Calibration, ResidueBits};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Bytes of logits on the card at once.
-const LOGITS_BYTES_MAX: usize = 64 << 20;
+const CUDA_LOGITS_BYTES_MAX: usize = 64 << 20;
 /// The largest logits that a truncated draw starts from, and the most alternatives.
 const CANDIDATES: usize = 256;
 /// A token that is drawn, and a draw that the host has to make.
@@ -21,14 +21,9 @@ pub(super) const UNKNOWN: u32 = u32::MAX;
 /// Calibrations that stay on the card: a model has one.
 const CALIBRATIONS_MAX: usize = 4;
 
-/// Rows of logits that are on the card at once.
-pub(super) fn logit_rows_max(vocab: usize) -> usize {
-    (LOGITS_BYTES_MAX / (4 * vocab)).max(1)
-}
-
 /// Bytes of logits and results for steps of `rows` rows.
 pub(super) fn answer_bytes(spec: &crate::models::spec::Spec, rows: usize) -> usize {
-    let rows = rows.min(logit_rows_max(spec.vocab));
+    let rows = rows.min(logit_rows_max(spec.vocab, CUDA_LOGITS_BYTES_MAX));
     grained(rows * (4 * spec.vocab + 2 * spec.hidden + 8 * CANDIDATES + 64))
 }
 
@@ -109,7 +104,7 @@ impl Answers {
         asks: &'a [RowAsk<'b>],
         inputs: &mut Inputs,
     ) -> Result<Vec<Chunk<'a, 'b>>, CudaError> {
-        let at_once = logit_rows_max(weights.spec.vocab);
+        let at_once = logit_rows_max(weights.spec.vocab, CUDA_LOGITS_BYTES_MAX);
         asks.chunks(at_once).map(|asks| self.chunk(weights, asks, inputs)).collect()
     }
 

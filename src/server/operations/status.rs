@@ -114,7 +114,7 @@ pub async fn decode(State(state): State<ServerState>) -> Response {
     for entry in state.registry().entries() {
         let ModelState::Ready(served) = &entry.state else { continue };
         let stalled = served.engine.stalled_for();
-        let hangs = served.engine.is_dead() || stalled.is_some_and(|s| s > limit);
+        let hangs = served.hangs(limit);
         is_fine &= !hangs;
         let status = json!({
             "status": if hangs { "stalled" } else { "ok" },

@@ -16,7 +16,7 @@ fn evidence_is_replaced_as_a_whole() {
             async move {
                 let change = |found| {
                     assert_eq!(found, known);
-                    Ok(state)
+                    anyhow::Ok(state)
                 };
                 store.change_evidence("a", "m", change).await
             }
@@ -42,7 +42,7 @@ fn changes_of_evidence_at_once_all_count() {
             async move {
                 let more = |known: Option<Value>| {
                     let answers = known.map_or(0, |known| known["answers"].as_u64().unwrap());
-                    Ok(json!({ "answers": answers + 1 }))
+                    anyhow::Ok(json!({ "answers": answers + 1 }))
                 };
                 store.change_evidence("a", "m", more).await.unwrap();
             }

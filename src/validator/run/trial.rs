@@ -15,11 +15,11 @@ use crate::validator::scores::rules::ScoringRules;
 use crate::validator::scores::series::{MissReason, Organic};
 use crate::validator::scores::{self, Input, Seat};
 use crate::verify::answer::Answer;
-use crate::verify::capture::{Capture, CheckOptions, check_question};
+use crate::verify::capture::{Capture, CheckedChoice};
 use crate::verify::evidence::{ALARM, Calibrated, Observed, Sums};
-use crate::verify::question::Question;
+use crate::verify::question::{Question, QuestionError};
 use crate::verify::statistic::Statistic;
-use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict};
+use crate::verify::{Depth, Limits, Profile, Report, RowEvidence, Verdict, Verifier};
 use anyhow::{Context, anyhow};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -52,25 +52,10 @@ pub(super) async fn verify(
     };
     let is_suspect = [sums.margin, sums.energy, sums.joint].iter().any(|sum| *sum > SOFT_ALARM);
     let depth = if case.is_slow || is_suspect { Depth::Slow } else { Depth::Fast };
-    let capture = match Capture::deserialize(&*case.capture) {
-        Ok(capture) => capture,
-        Err(e) => return unscored(format!("the capture cannot be read: {e}")),
-    };
-    let question = Question::read(verifier, &case.model, &capture.request, Some(&hotkey)).await;
-    let question = match question {
-        Ok(question) => question,
-        Err(e) => return unscored(format!("the request cannot be read: {e}")),
-    };
-    // Drawn after the answer, so the miner cannot know it.
-    let options = CheckOptions { profile: rules, depth, chance: Entropy::system().word() };
-    let own = verifier.clone();
-    let work = move || check_question(&own, question, &capture, options);
-    let checked = match tokio::task::spawn_blocking(work).await {
+    let asked = (case.model.as_str(), Some(hotkey.as_str()));
+    let first = match check(verifier, asked, &case.capture, (rules, depth)).await {
         Ok(checked) => checked,
-        Err(e) => return unscored(format!("the verification broke: {e}")),
-    };
-    let Some(first) = checked.into_iter().next() else {
-        return unscored("the request asks for no answer");
+        Err(why) => return unscored(why),
     };
     let chance = Entropy::system().word();
     let observed = Observed::of(&first.report, first.scheme, &verifier.limits).thinned(chance);
@@ -92,28 +77,42 @@ pub(super) async fn verify_alone(
     model: &str,
     capture: Value,
 ) -> AnswerReport {
-    let capture = match Capture::deserialize(&capture) {
-        Ok(capture) => capture,
-        Err(e) => return unscored(format!("the capture cannot be read: {e}")),
-    };
-    let verifier = resident.verifier.clone();
-    let question = Question::read(&verifier, model, &capture.request, None).await;
-    let question = match question {
-        Ok(question) => question,
-        Err(e) => return unscored(format!("the request cannot be read: {e}")),
-    };
-    let (depth, chance) = (Depth::Fast, Entropy::system().word());
-    let options = CheckOptions { profile: rules, depth, chance };
-    let work = move || check_question(&verifier, question, &capture, options);
-    let checked = match tokio::task::spawn_blocking(work).await {
-        Ok(checked) => checked,
-        Err(e) => return unscored(format!("the verification broke: {e}")),
-    };
-    let Some(first) = checked.into_iter().next() else {
-        return unscored("the request asks for no answer");
-    };
-    let tokens = tokens(first.answer.as_ref());
-    AnswerReport { tokens, ..AnswerReport::bare(verdict(first.report.verdict)) }
+    match check(&resident.verifier, (model, None), &capture, (rules, Depth::Fast)).await {
+        Ok(checked) => {
+            let tokens = tokens(checked.answer.as_ref());
+            AnswerReport { tokens, ..AnswerReport::bare(verdict(checked.report.verdict)) }
+        }
+        Err(why) => unscored(why),
+    }
+}
+
+/// Why an answer could not be checked, which is not the miner's fault.
+#[derive(Debug, thiserror::Error)]
+enum Unchecked {
+    #[error("the capture cannot be read: {0}")]
+    Capture(#[from] serde_json::Error),
+    #[error("the request cannot be read: {0}")]
+    Request(#[from] QuestionError),
+    #[error("the verification broke: {0}")]
+    Broken(#[from] tokio::task::JoinError),
+    #[error("the request asks for no answer")]
+    Nothing,
+}
+
+/// Checks the first choice of a capture, on a thread that may block; `hotkey` must have signed it.
+async fn check(
+    verifier: &Verifier,
+    (model, hotkey): (&str, Option<&str>),
+    capture: &Value,
+    (rules, depth): (Option<Profile>, Depth),
+) -> Result<CheckedChoice, Unchecked> {
+    let capture = Capture::deserialize(capture)?;
+    let question = Question::read(verifier, model, &capture.request, hotkey).await?;
+    // Drawn after the answer, so the miner cannot know it.
+    let (own, chance) = (verifier.clone(), Entropy::system().word());
+    let work = move || own.verify(rules, chance).depth(depth).capture(question, &capture);
+    let checked = tokio::task::spawn_blocking(work).await?;
+    checked.into_iter().next().ok_or(Unchecked::Nothing)
 }
 
 /// Tokens of an answer that are named by ids.
@@ -372,7 +371,7 @@ mod tests {
         assert!(shut.shut_by.is_some());
         let save = async |hotkey: &str, model: &str, state: &HotkeyState| {
             let state = serde_json::to_value(state).unwrap();
-            store.change_evidence(hotkey, model, |_| Ok(state)).await.unwrap();
+            store.change_evidence(hotkey, model, |_| anyhow::Ok(state)).await.unwrap();
         };
         let models = ["m", "n"].map(String::from);
         save("a", "n", &shut).await;

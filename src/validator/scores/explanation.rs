@@ -3,7 +3,8 @@
 
 use super::gate::EvidenceGate;
 use super::rules::ScoringProfile;
-use super::series::Series;
+use super::series::{Point, Series};
+use crate::store::record::{Response, RoundResponse, Weights};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -82,5 +83,97 @@ impl StoredExplanation {
     /// When it is none: another version may have written it.
     pub fn read(explanation: &Value) -> Result<Self, serde_json::Error> {
         Self::deserialize(explanation)
+    }
+}
+
+/// Why a miner's weight cannot be explained.
+#[derive(Debug, thiserror::Error)]
+pub enum ExplainError {
+    /// What is stored with the weights is no explanation.
+    #[error("the explanation stored with the weights of block {block} cannot be read: {why}")]
+    Unreadable {
+        /// When the weights were decided.
+        block: u64,
+        /// What is wrong with it.
+        why: serde_json::Error,
+    },
+    /// Nobody had the uid.
+    #[error("uid {uid} was not on the subnet when weights were decided at block {block}: {known}")]
+    NoMember {
+        /// The uid.
+        uid: u16,
+        /// When the weights were decided.
+        block: u64,
+        /// Which uids there were.
+        known: String,
+    },
+}
+
+/// The explanation of one miner's weight, among those of all.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Explained {
+    /// The explanations of all miners.
+    pub stored: StoredExplanation,
+    /// This miner's. Its misses have the causes that are known by now.
+    pub miner: Explanation,
+}
+
+impl Explained {
+    /// Of the miner with this uid in `weights`. Misses get the causes that were not at hand when
+    /// the weights were decided from `seen`, what is known by now of the miner's rounds.
+    ///
+    /// # Errors
+    /// The explanation cannot be read, or has no such miner.
+    pub fn new(weights: &Weights, uid: u16, seen: &[RoundResponse]) -> Result<Self, ExplainError> {
+        let block = weights.block;
+        let stored = StoredExplanation::read(&weights.explanation)
+            .map_err(|why| ExplainError::Unreadable { block, why })?;
+        let mut miner = stored.miners.get(&uid).cloned().ok_or_else(|| {
+            let known = match (stored.miners.first_key_value(), stored.miners.last_key_value()) {
+                (Some((first, _)), Some((last, _))) => {
+                    format!("uids lie between {first} and {last}")
+                }
+                _ => "the subnet had no members".to_owned(),
+            };
+            ExplainError::NoMember { uid, block, known }
+        })?;
+        miner.complete(seen);
+        Ok(Self { stored, miner })
+    }
+
+    /// The best score of all miners.
+    pub fn best_score(&self) -> f64 {
+        self.stored.miners.values().map(|miner| miner.score).fold(0.0, f64::max)
+    }
+
+    /// The miner's series: of models, then of users' requests.
+    pub fn series(&self) -> impl Iterator<Item = &Series> {
+        self.miner.models.iter().chain(&self.miner.organics)
+    }
+
+    /// The misses among the samples that count, newest first, each with its series' model.
+    pub fn misses(&self) -> Vec<(&str, &Point)> {
+        let points = self
+            .series()
+            .flat_map(|series| series.points.iter().map(|point| (series.model.as_str(), point)));
+        let mut misses: Vec<(&str, &Point)> =
+            points.filter(|(_, p)| p.tps.is_none() && !p.round.is_empty()).collect();
+        misses.sort_by_key(|(_, point)| std::cmp::Reverse(point.block));
+        misses
+    }
+}
+
+impl Explanation {
+    /// Gives misses without a cause the one of their round.
+    fn complete(&mut self, seen: &[RoundResponse]) {
+        let known: BTreeMap<&str, &Response> =
+            seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
+        let points = self.models.iter_mut().flat_map(|series| &mut series.points);
+        for point in points.filter(|point| point.cause.is_none() && point.error.is_none()) {
+            if let Some(response) = known.get(point.round.as_str()) {
+                point.cause.clone_from(&response.cause);
+                point.error.clone_from(&response.error);
+            }
+        }
     }
 }
