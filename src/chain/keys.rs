@@ -95,10 +95,10 @@ impl FromStr for Hotkey {
 #[derive(Clone)]
 pub struct Keypair(Inner);
 
-/// Bytes that are no key pair.
+/// Bytes that cannot be read as a key pair.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PairError {
-    /// The bytes are no seed.
+    /// The bytes cannot be read as a seed.
     #[error("not a seed: {0}")]
     Seed(SignatureError),
     /// Not an expanded secret.

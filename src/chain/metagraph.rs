@@ -110,7 +110,7 @@ impl Neuron {
     }
 }
 
-/// What the subnet asks of whoever sets weights or serves.
+/// What the subnet asks of members that set weights or serve.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Hyperparameters {
     /// Blocks of an epoch.

@@ -45,7 +45,7 @@ impl Wallet {
     pub fn new(path: &Path, name: &str, hotkey: &str) -> Result<Self, WalletError> {
         for (what, word) in [("wallet", name), ("hotkey", hotkey)] {
             if word.is_empty() || word.starts_with('.') || word.contains(['/', '\0']) {
-                let what = format!("has no {what} of that name: {word:?} is no file name");
+                let what = format!("has no {what} of that name: {word:?} is not a file name");
                 return Err(error(path, what));
             }
         }

@@ -42,7 +42,7 @@ pub enum VectorRule {
     Sdk,
 }
 
-/// A name that is no rule's.
+/// A name that no rule has.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("must be targon-4.4 or sdk, got {0}")]
 pub struct UnknownRule(pub String);

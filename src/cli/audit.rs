@@ -90,7 +90,7 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(code(found.evidence.verdict().0, found.broken_off.is_none())))
 }
 
-/// A test that broke off neither clears nor accuses anybody, whatever it had found.
+/// A test that broke off gives no conclusion, whatever it had found.
 fn code(verdict: Conclusion, is_whole: bool) -> u8 {
     match verdict {
         Conclusion::Agrees if is_whole => AGREES,

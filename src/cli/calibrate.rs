@@ -203,7 +203,7 @@ fn describe(file: &LimitsFile, left_out: usize) {
          times {STATISTIC_FACTOR}, largest honest margin times {MARGIN_FACTOR}"
     );
     outln!(
-        "{:.2} of the twin's way are found in honest rows; {} are taken for granted",
+        "honest rows show {:.2} of the twin's rounding error; checks subtract {} of it",
         calibration.twin_share,
         limits.shrink
     );

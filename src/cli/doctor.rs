@@ -46,7 +46,7 @@ pub(super) struct DoctorArgs {
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     if args.offline && args.miner.is_named() {
         let what = "--offline does not go with --as-validator, which asks a miner";
-        return Err(Failure::user(what).with_hint(Some("leave one of the two out")));
+        return Err(Failure::user(what).with_hint(Some("omit --offline or --as-validator")));
     }
     let runtime = runtime()?;
     let findings = match args.miner.is_named() {

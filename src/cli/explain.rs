@@ -104,7 +104,9 @@ impl Shown {
         })?;
         let stored = StoredExplanation::read(&weights.explanation).map_err(|e| {
             let block = weights.block;
-            Failure::ours(format!("the explanation of the weights of block {block} is none: {e}"))
+            Failure::ours(format!(
+                "the explanation stored with the weights of block {block} cannot be read: {e}"
+            ))
         })?;
         let mut miner = stored.miners.get(&uid).cloned().ok_or_else(|| {
             let (first, last) = (stored.miners.first_key_value(), stored.miners.last_key_value());
@@ -115,7 +117,10 @@ impl Shown {
                 _ => "the subnet had no members".to_owned(),
             };
             let block = weights.block;
-            Failure::user(format!("uid {uid} had no place when block {block} was weighed: {known}"))
+            Failure::user(format!(
+                "uid {uid} was not on the subnet when weights were decided at block {block}: \
+                 {known}"
+            ))
         })?;
         complete(&mut miner, seen);
         Ok(Self { weights, stored, miner, rounds: Vec::new() })
@@ -550,7 +555,8 @@ mod tests {
         let (message, _) = fails(9, Some(weights()));
         assert_eq!(
             message,
-            "uid 9 had no place when block 12 was weighed: uids lie between 0 and 2"
+            "uid 9 was not on the subnet when weights were decided at block 12: uids lie between 0 \
+             and 2"
         );
         let odd = Weights { explanation: json!({"profile": "x"}), ..weights() };
         assert!(fails(1, Some(odd)).1);

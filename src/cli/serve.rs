@@ -176,7 +176,9 @@ async fn subnet(
             .map(Some);
     }
     if args.chain.is_named() {
-        tracing::warn!("no miner: it wants --wallet.name, --wallet.hotkey or --netuid");
+        tracing::warn!(
+            "chain flags are ignored: a miner also needs --wallet.name, --wallet.hotkey or --netuid"
+        );
     }
     Ok(None)
 }

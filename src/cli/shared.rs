@@ -94,7 +94,7 @@ impl ListenArgs {
         }
         let found = tokio::net::lookup_host(&address).await;
         let mut found = found.map_err(|e| {
-            Failure::user(format!("--host {} is no address of a machine: {e}", self.host))
+            Failure::user(format!("--host {} is not an address of a machine: {e}", self.host))
         })?;
         Ok(found.next())
     }
@@ -133,7 +133,7 @@ impl ComputeArgs {
 pub(super) struct ScrutinyArgs {
     /// When to compute an answer's rows a second time, as an honest stack of 16 bits would: never,
     /// suspicion (where the first time found something), a share of all answers (0.05) besides, or
-    /// always. Suspicion where absent, on the processor; never elsewhere.
+    /// always. Default: suspicion on the processor, never elsewhere.
     #[arg(long, value_name = "WHEN", env = "TARGON_TWIN", help_heading = "Verification")]
     twin: Option<TwinPolicy>,
     /// Try known cheats on answers that the twin finds too far: one more prefill for each, and

@@ -55,7 +55,7 @@ async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
     let status = response.status();
     let body: Value = response.json().await.map_err(|e| {
         let why = reasons(&e.without_url());
-        Failure::user(format!("{url} answered {status}, which is no status of a miner: {why}"))
+        Failure::user(format!("{url} answered {status}, which is not a miner's status: {why}"))
     })?;
     match body["error"]["message"].as_str() {
         Some(message) => Err(Failure::user(format!("{url}: {}", printable(message)))),

@@ -270,7 +270,7 @@ async fn bound(address: SocketAddr) -> Result<TcpListener, Failure> {
 fn show_to_operators(listener: TcpListener, overview: &Overview) -> Result<(), Failure> {
     let local = listener.local_addr().map_err(Failure::ours)?;
     if !local.ip().is_loopback() {
-        tracing::warn!(%local, "whoever reaches this address can read the validator's records");
+        tracing::warn!(%local, "all who reach this address can read the validator's records");
     }
     announce!("http://{local}");
     let (listeners, state) = (vec![(listener, overview.router())], overview.state().clone());

@@ -36,12 +36,13 @@ impl BackendKind {
     }
 }
 
-/// A name that is no backend of this build.
+/// A name that does not name a backend of this build.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BackendError {
     /// One that is known, but not built.
     #[error(
-        "= {0} needs a build with the feature `{0}` (cargo build --features {0}), this has none"
+        "= {0} needs a build with the feature `{0}` (cargo build --features {0}); this build does \
+         not have it"
     )]
     NotBuilt(&'static str),
     /// One that is not known.

@@ -71,7 +71,7 @@ pub struct Options {
 
 /// Prefill rows that may join a step in which sequences decode.
 const MIXED_PREFILL_TOKENS: usize = 128;
-/// The part of all places that an owner who is told from others leaves to them.
+/// One part in this many of all places is kept for other owners.
 const LEFT_TO_OTHERS: usize = 4;
 
 impl Options {

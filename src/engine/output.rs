@@ -170,7 +170,7 @@ impl Generation {
         self.events.blocking_recv()
     }
 
-    /// The whole output. One that breaks off without an end is none.
+    /// The whole output; an error where it breaks off without an end.
     ///
     /// # Errors
     /// When the engine failed.

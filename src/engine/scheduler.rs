@@ -6,7 +6,7 @@
 //! running one, whose tokens are kept and recomputed later (often from the prefix cache). A request
 //! that could never fit is refused at submission, so a lone sequence always makes progress.
 //!
-//! Whoever runs least is started next. Where there is no room for it and another owner runs two
+//! The owner who runs least is next. Where there is no room for it and another owner runs two
 //! sequences more, that owner's newest one is preempted: nobody waits for the end of an answer of
 //! somebody who has several. The oldest running sequence is never the one, so all end.
 //!

@@ -155,7 +155,7 @@ impl CheckedPairs {
                 Err(why) => {
                     self.left_out += 1;
                     tracing::warn!(
-                        "{place} choice {choice} is no honest answer to take limits from: {why}"
+                        "{place} choice {choice} is not an honest answer to take limits from: {why}"
                     );
                 }
             }

@@ -44,7 +44,7 @@ struct File {
 enum FileError {
     #[error("it cannot be read: {0}")]
     Io(#[from] io::Error),
-    #[error("it is no list of prefixes: {0}")]
+    #[error("it is not a list of prefixes: {0}")]
     Json(#[from] serde_json::Error),
     #[error("`version` must be {VERSION}, got {0}")]
     Version(u32),

@@ -24,7 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A limits file for a model that is none of those that were loaded.
+/// A limits file for a model that was not loaded.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}: `model` is {model}, which no model here has: {}", path.display(), known.join(", "))]
 pub struct UnusedLimits {

@@ -119,7 +119,7 @@ impl Verifiers {
     /// Checks every choice of a capture, which blocks the thread.
     ///
     /// # Errors
-    /// The request cannot be read, which is no fault of the peer.
+    /// The request cannot be read. The peer did not cause that.
     pub async fn check(
         &self,
         verifier: &Verifier,

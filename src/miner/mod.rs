@@ -47,7 +47,7 @@ pub enum Announced {
 /// Why a miner cannot go on.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum MinerError {
-    /// The hotkey is no member.
+    /// The hotkey is not a member.
     #[error("the hotkey {hotkey} is not registered on subnet {netuid}")]
     NotRegistered {
         /// The hotkey that was looked for.

@@ -278,7 +278,7 @@ fn uses(process: &Path, path: &Path) -> bool {
 }
 
 /// Removes a thing that nobody holds; says who does otherwise. It gets another name first, so that
-/// whoever begins to use it meanwhile finds it whole or not at all.
+/// a process that begins to use it meanwhile finds it whole or not at all.
 ///
 /// # Errors
 /// When it cannot be renamed or removed; what is left of it is of the kind `temporary`.

@@ -291,7 +291,7 @@ const LEGEND: [(&str, &str); 6] = [
     ("unseen", "not scored"),
 ];
 
-/// A chunk's text, and whether it says that it is a token: the first chunk of a chat is none.
+/// A chunk's text, and whether it says that it is a token: the first chunk of a chat does not.
 fn token(chunk: &Value) -> Option<(&str, bool)> {
     let choice = chunk["choices"].get(0)?;
     let text = choice["delta"]["content"].as_str().or(choice["text"].as_str()).unwrap_or_default();

@@ -59,7 +59,7 @@ impl fmt::Display for Scheme {
     }
 }
 
-/// A name that is no scheme's.
+/// A name that no scheme has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("must be one of {}", Scheme::ALL.map(Scheme::name).join(", "))]
 pub struct UnknownScheme;

@@ -57,7 +57,7 @@ impl State {
 #[derive(Clone, Default)]
 pub struct Registry {
     shared: Arc<RwLock<Entries>>,
-    /// Which announcement's models it may set; any where absent.
+    /// Which announcement's models it may set; `None` allows all.
     announcement: Option<u64>,
 }
 

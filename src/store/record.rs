@@ -329,3 +329,16 @@ pub enum WeightsState {
         why: String,
     },
 }
+
+impl WeightsState {
+    /// The state in one word, for a message.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Planned => "planned",
+            Self::Sent { .. } => "sent",
+            Self::Committed { .. } => "committed",
+            Self::Confirmed => "confirmed",
+            Self::Failed { .. } => "failed",
+        }
+    }
+}

@@ -34,7 +34,7 @@ const FORMER_SAMPLES: &str = "DELETE FROM samples WHERE (round, uid) IN (
             WHERE l.netuid = h.netuid AND l.uid = h.uid))
     LIMIT $2)";
 
-/// What to forget; what is none stays.
+/// Which records to delete; a kind without a limit stays.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Retention {
     /// Rounds that began earlier, with their responses, in milliseconds since 1970; and samples of

@@ -184,7 +184,7 @@ fn check_id(id: &str) -> Result<(), Cause> {
     match id.len() == 32 && id.bytes().all(is_hex) {
         true => Ok(()),
         false => {
-            let words = format!("`id` must have 32 small hexadecimal digits, got {id:?}");
+            let words = format!("`id` must have 32 lowercase hexadecimal digits, got {id:?}");
             Err(Cause::Record(words))
         }
     }

@@ -29,7 +29,7 @@ const REPLACE: &str = "UPDATE weights SET extrinsic = $3, reveal_round = $4, aft
     WHERE netuid = $1 AND epoch = $2 AND progress = 1 AND planner = $7 AND extrinsic = $8";
 
 /// Whether a step was taken.
-#[must_use = "weights may be sent only by whoever took the step"]
+#[must_use = "weights may be sent only by the process that took the step"]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum WeightsClaim {
     /// It was, by this run of the program.

@@ -134,7 +134,7 @@ impl Updater {
     }
 
     /// Looks now and every `every`, a little earlier or later, until a newer release is in the
-    /// program's place. A refusal is a line in the log, and the same one again is none.
+    /// program's place. A refusal is logged once; repetitions are not logged.
     pub async fn follow(&self, every: Duration) -> Installed {
         let mut last = String::new();
         loop {

@@ -19,7 +19,7 @@ pub enum UpdateError {
         /// The rule.
         why: String,
     },
-    /// The key is none.
+    /// The key cannot be parsed.
     #[error("--update.key is not the base64 line of a minisign public key: {why}")]
     Key {
         /// What the decoder says.
@@ -80,7 +80,7 @@ pub enum UpdateError {
         got: u64,
     },
     /// The list cannot be understood.
-    #[error("{url} is no list of a release: {why}")]
+    #[error("{url} does not contain a release list: {why}")]
     List {
         /// The address that was read.
         url: String,
@@ -131,7 +131,7 @@ pub enum UpdateError {
     },
     /// It ran here, failed in its first minutes, and was replaced by the program before it.
     #[error(
-        "release {version} failed here and was rolled back; it is taken again once {} is removed",
+        "release {version} failed here and was rolled back; to try it again, remove {}",
         path.display()
     )]
     Failed {
@@ -141,7 +141,7 @@ pub enum UpdateError {
         path: PathBuf,
     },
     /// There is no other program to go back to.
-    #[error("{}: the kept program is this one", path.display())]
+    #[error("{}: there is no older program to return to", path.display())]
     NoOther {
         /// Where the old program is kept.
         path: PathBuf,
@@ -192,7 +192,7 @@ pub enum ListError {
         /// What the list says.
         got: u32,
     },
-    /// A text is no version.
+    /// A version is not written as MAJOR.MINOR.PATCH.
     #[error("a version must be MAJOR.MINOR.PATCH, got {0:?}")]
     Version(String),
     /// The name of a file would lead elsewhere.
@@ -201,13 +201,13 @@ pub enum ListError {
     /// The address of a file cannot be made.
     #[error(transparent)]
     Address(#[from] url::ParseError),
-    /// A checksum is none.
-    #[error("`sha256` of {file} must have 64 small hexadecimal digits")]
+    /// A checksum is not written as 64 lowercase hexadecimal digits.
+    #[error("`sha256` of {file} must have 64 lowercase hexadecimal digits")]
     Sha256 {
         /// The name that the list gives the file.
         file: String,
     },
-    /// A signature is none.
+    /// A signature cannot be parsed.
     #[error("`signature` of {file} is not a minisign signature: {why}")]
     Signature {
         /// The name that the list gives the file.
@@ -237,7 +237,7 @@ pub enum TrialError {
         /// What the program says.
         said: String,
     },
-    /// The version of the running program is none, so that nothing can be newer.
+    /// The running program's version cannot be parsed, so nothing can be newer.
     #[error(transparent)]
     Running(#[from] ListError),
     /// The step itself broke.

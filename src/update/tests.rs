@@ -459,7 +459,7 @@ fn where_no_other_program_is_kept_the_new_one_stays_and_its_trial_ends() {
     installed.put_on_trial(&arguments).unwrap();
     let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
     let refusal = trial.put_back("9.9.9").unwrap_err();
-    assert!(refusal.to_string().contains("the kept program is this one"), "{refusal}");
+    assert!(refusal.to_string().contains("there is no older program to return to"), "{refusal}");
     assert_eq!(names(place.directory.path()), ["engine", "engine.previous"]);
     assert_eq!(fs::read(place.path()).unwrap(), NEW);
 }

@@ -69,7 +69,7 @@ fn is_public(ip: IpAddr) -> bool {
 /// Why a key may not validate.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 pub enum NoPermit {
-    /// It is no member.
+    /// It is not a member.
     #[error("the hotkey {hotkey} is not registered on subnet {netuid}")]
     NotRegistered {
         /// Whose.

@@ -71,9 +71,9 @@ impl Bucket {
     /// Reads a hub's answer.
     ///
     /// # Errors
-    /// What it is in place of a bucket.
+    /// When it is not a bucket: what is wrong with it.
     pub fn read(bytes: &[u8]) -> anyhow::Result<Self> {
-        serde_json::from_slice(bytes).map_err(|e| anyhow!("the answer is no bucket: {e}"))
+        serde_json::from_slice(bytes).map_err(|e| anyhow!("the answer is not a valid bucket: {e}"))
     }
 
     /// Its records, and what is wrong with those that cannot be read.

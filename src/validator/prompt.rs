@@ -38,7 +38,7 @@ const QUERY_CHARS_MAX: usize = 400;
 /// # Errors
 /// When the time lies outside the calendar.
 pub fn date(unix_ms: u64) -> anyhow::Result<String> {
-    let outside = || anyhow!("{unix_ms} ms since 1970 is no time of the calendar");
+    let outside = || anyhow!("{unix_ms} ms since 1970 is outside the calendar");
     let ms = i64::try_from(unix_ms).map_err(|_| outside())?;
     let time = Timestamp::from_millisecond(ms).map_err(|_| outside())?;
     Ok(time.to_zoned(TimeZone::UTC).date().to_string())
@@ -251,6 +251,6 @@ mod tests {
     fn dates_are_of_the_calendar() {
         assert_eq!(date(0).unwrap(), "1970-01-01");
         assert_eq!(date(1_709_251_199_999).unwrap(), "2024-02-29");
-        assert!(date(u64::MAX).unwrap_err().to_string().contains("no time of the calendar"));
+        assert!(date(u64::MAX).unwrap_err().to_string().contains("outside the calendar"));
     }
 }

@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use serde_json::{Value, json};
 use std::fmt;
 
-/// The word for what is no fault of the peer.
+/// The word for a failure that the peer did not cause.
 const INTERNAL_ERROR: &str = "INTERNAL_ERROR";
 
 /// What `/verify` says about an answer.
@@ -49,7 +49,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// A request that is none, in a sentence.
+    /// A request that cannot be read, in a sentence.
     pub(super) fn detail(status: StatusCode, what: String) -> Self {
         Self::Detail(status, what.into())
     }

@@ -110,7 +110,7 @@ pub struct CheckedChoice {
 /// Checks every choice of a capture; the model's name is `model` where the request names none.
 ///
 /// # Errors
-/// The request cannot be read, which is no fault of the peer.
+/// The request cannot be read. The peer did not cause that.
 pub async fn check_capture(
     verifier: &Verifier,
     model: &str,

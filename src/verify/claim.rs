@@ -66,6 +66,6 @@ pub struct Challenge {
     pub scheme: Scheme,
     /// The verifier's own nonce; without one the prover chose it, and it binds nobody.
     pub nonce: Option<Hash>,
-    /// Who must have signed; anybody or nobody where absent.
+    /// Who must have signed; without one, any signature and none are both accepted.
     pub hotkey: Option<Hotkey>,
 }

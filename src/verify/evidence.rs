@@ -173,7 +173,7 @@ impl Calibrated {
     }
 
     /// The same of rows, by the twin where it was run. Rows of one answer err together, so they
-    /// count as one. What is no number says nothing.
+    /// count as one. NaN changes nothing.
     fn rows(&self, answer: &Observed) -> f64 {
         let (weight, value) = match (answer.twin, answer.energies.as_slice()) {
             (Some(value), _) => (self.twin, value),

@@ -216,7 +216,7 @@ pub fn check_place(path: &Path) -> Result<(), FileError> {
         return Ok(());
     }
     read(path).map(|_| ()).map_err(|e| {
-        let what = format!("is in the way, remove it: it is no limits file: {}", e.what);
+        let what = format!("is in the way, remove it: it is not a limits file: {}", e.what);
         FileError::new(path, what)
     })
 }
@@ -244,7 +244,7 @@ mod tests {
             std::fs::write(&path, other).unwrap();
             let error = check_place(&path).unwrap_err().to_string();
             assert!(error.starts_with(&path.display().to_string()), "{error}");
-            assert!(error.contains("it is no limits file"), "{error}");
+            assert!(error.contains("it is not a limits file"), "{error}");
         }
         assert!(check_place(dir.path()).is_err());
     }

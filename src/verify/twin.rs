@@ -230,7 +230,7 @@ fn conclude(report: &mut Report, scheme: Scheme, limits: &Limits) {
         return;
     };
     let Statistic { value, rows, limit } = statistic;
-    // What is no number says nothing.
+    // NaN says nothing.
     if report.verdict == Verdict::Pass && value > limit {
         let what = format!(
             "{rows} rows are {value:.2} times as far as rounding moves them, at most {limit:.2}: \

@@ -1,4 +1,4 @@
-//! Holds a chain behind its endpoints: whoever asks gets the open connection, or one to the next
+//! Holds a chain behind its endpoints: every caller gets the open connection, or one to the next
 //! endpoint.
 
 use super::connection::{At, Connection};

@@ -12,7 +12,7 @@ pub struct WeightLimits {
     pub min_allowed: u16,
     /// Largest share of one weight, of 65,535.
     pub max_limit: u16,
-    /// The place of whoever sets the weights: one weight for oneself is exempt from both limits.
+    /// The uid that sets the weights: one weight for itself is exempt from both limits.
     pub own: Option<u16>,
 }
 
@@ -33,7 +33,7 @@ pub enum VectorError {
         /// The one that is too small.
         uid: u16,
     },
-    /// A raw weight that is none.
+    /// A raw weight is negative, too large or not a number.
     #[error("a raw weight must be at least 0 and below 3.4e38, got {value} for uid {uid}")]
     Value {
         /// Whose.
@@ -121,7 +121,7 @@ impl Vector {
     }
 }
 
-/// Whether the only weight is for whoever sets it.
+/// Whether the only weight is for the hotkey that sets it.
 pub(super) fn is_own(raw: &[(u16, f64)], limits: &WeightLimits) -> bool {
     matches!((raw, limits.own), ([(uid, _)], Some(own)) if *uid == own)
 }

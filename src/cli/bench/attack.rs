@@ -27,7 +27,7 @@ pub(in crate::cli) struct AttackArgs {
     /// Honest answers that false positives are counted on, to other prompts.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(0..=4000))]
     honest: u16,
-    /// Tokens of every answer; 128 of honest and 256 of attacked ones where absent.
+    /// Tokens of every answer. Default: 128 of honest and 256 of attacked ones.
     #[arg(long, value_parser = clap::value_parser!(u16).range(32..=512))]
     tokens: Option<u16>,
     /// Run only attacks whose name contains this.

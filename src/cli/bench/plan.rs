@@ -29,7 +29,7 @@ pub(in crate::cli) struct PlanArgs {
     /// A config.json, a checkpoint directory, a GGUF file, or OWNER/NAME on the Hub (of which only
     /// the configuration is fetched).
     model: String,
-    /// Devices of the table, with commas between them; all where absent.
+    /// Devices of the table, with commas between them. Default: all.
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
     /// Sequences that decode at once, with commas between them.

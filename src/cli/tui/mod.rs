@@ -35,13 +35,13 @@ static IS_TAKEN: AtomicBool = AtomicBool::new(false);
 /// Checks that there is a terminal.
 ///
 /// # Errors
-/// When input or output is none.
+/// When input or output is not a terminal.
 pub(super) fn check() -> Result<(), Failure> {
     for (is_terminal, name) in
         [(std::io::stdin().is_terminal(), "stdin"), (std::io::stdout().is_terminal(), "stdout")]
     {
         if !is_terminal {
-            let what = format!("--tui needs a terminal, and {name} is none");
+            let what = format!("--tui needs a terminal, and {name} is not one");
             let hint = "without --tui the log says the same in lines";
             return Err(Failure::user(what).with_hint(Some(hint)));
         }

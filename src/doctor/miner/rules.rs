@@ -52,7 +52,7 @@ impl Answered<'_> {
         findings
     }
 
-    /// Why the answer is no answer at all: `BAD_STREAM`.
+    /// Why the response has no answer at all: `BAD_STREAM`.
     fn refused(&self) -> Option<Finding> {
         let rule = "BAD_STREAM";
         if let Err(e) = &self.streamed.outcome {
@@ -193,7 +193,7 @@ pub fn hint(e: &QueryError) -> &'static str {
         }
     };
     match status {
-        QueryFault::Own => "this machine lacks something: the miner is not to blame",
+        QueryFault::Own => "this machine lacks something; the miner is not the cause",
         QueryFault::Unreachable => "is it running, and is its port open in firewall and router?",
         QueryFault::Late => "it is overloaded, or the first token takes too long: see its /metrics",
         _ => "is this an HTTP server? a proxy in between may break the connection",
@@ -352,7 +352,7 @@ mod tests {
             (status(400, "Unknown Epistula version"), Level::Fault, "--wallet.name"),
             (status(503, ""), Level::Fault, "a miss"),
             (network(QueryFault::Late), Level::Fault, "overloaded"),
-            (network(QueryFault::Own), Level::Warning, "not to blame"),
+            (network(QueryFault::Own), Level::Warning, "not the cause"),
         ] {
             let [refused] = judge(honest(5), Err(e)).try_into().unwrap();
             assert_eq!((refused.topic.as_str(), refused.level), ("chat, BAD_STREAM", level));

@@ -33,7 +33,7 @@ pub use terms::{
 const ALONE_MIN: usize = 4;
 /// The cause of a miner that nobody could connect to.
 pub const UNREACHABLE: &str = "UNREACHABLE";
-/// The cause of an answer that is none.
+/// The cause of a response that has no answer.
 pub const BAD_STREAM: &str = "BAD_STREAM";
 
 /// Where a round is.
@@ -441,8 +441,8 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
     let Found { timing, outcome, cause, error, capture, report, statistics } = found;
     let sample = match outcome {
         Outcome::Verified if timing.tps > 0.0 => Sampled::Tps(timing.tps),
-        // An honest answer may end before its first text: there is no speed to measure, and nobody
-        // to blame.
+        // An honest answer may end before its first text: there is no speed to measure, and it is
+        // not a miss.
         Outcome::Verified | Outcome::Unscored => Sampled::Nothing,
         // A round that asked nobody says nothing about anybody.
         _ if !was_asked => Sampled::Nothing,

@@ -41,7 +41,7 @@ impl<P: Ports> Driver<P> {
             Message::Rotated(rotated) => {
                 self.is_rotating = false;
                 if let Err(why) = rotated {
-                    tracing::error!("the loaded models do not change: {why}");
+                    tracing::error!("models could not be swapped: {why}");
                 }
             }
         }

@@ -132,7 +132,9 @@ impl<C: Chain> World<C> {
                 }
                 Ok(())
             }
-            WeightsClaim::Taken(state) => bail!("another process has them: {state:?}"),
+            WeightsClaim::Taken(state) => {
+                bail!("another process is setting these weights (state: {})", state.word())
+            }
         }
     }
 

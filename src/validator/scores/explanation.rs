@@ -79,7 +79,7 @@ impl StoredExplanation {
     /// From `Weights.explanation`.
     ///
     /// # Errors
-    /// When it is none: another version may have written it.
+    /// When it cannot be read: another version may have written it.
     pub fn read(explanation: &Value) -> Result<Self, serde_json::Error> {
         Self::deserialize(explanation)
     }

@@ -156,12 +156,12 @@ impl Series {
         findings: &Findings<'_>,
     ) -> Self {
         let counts = |sample: &&&Sample| match rules.profile {
-            // Samples belong to who earned them: whoever takes over a place starts with none, and
-            // is neither paid nor punished for its predecessor.
+            // Samples belong to who earned them: a hotkey that takes over a uid starts with none,
+            // and its predecessor's samples neither raise nor lower its score.
             ScoringProfile::Default => sample.hotkey == hotkey,
             ScoringProfile::Targon44 => true,
         };
-        // What is no number is a fault of ours, and faults of ours are not samples. Rounds already
+        // NaN is a fault of ours, and faults of ours are not samples. Rounds already
         // leave out what could not be checked.
         let is_number = |s: &&&Sample| s.tps.is_none_or(|t| t.is_finite() && t >= 0.0);
         let own: Vec<&&Sample> = samples.iter().filter(counts).collect();

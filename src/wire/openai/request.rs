@@ -202,7 +202,7 @@ pub struct StructuredOutputs {
 pub struct ProofRequest {
     /// Name of the scheme.
     pub scheme: String,
-    /// 32 bytes in hexadecimal, chosen by whoever verifies.
+    /// 32 bytes in hexadecimal, chosen by the verifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nonce: Option<String>,
 }
