@@ -4,7 +4,7 @@
 use super::answer::{ServerAnswer, ServerToken};
 use crate::engine::request::Request;
 use crate::models::pass::{RowAsk, RowReport, Scores, Token};
-use crate::verify::prefill::{Prefix, Rows};
+use crate::verify::prefill::{Prefix, RowSink};
 use crate::verify::{Stop, Verifier};
 use anyhow::bail;
 use std::ops::Range;
@@ -67,7 +67,7 @@ struct RowScorer<'a> {
     rows: Vec<TokenScore>,
 }
 
-impl Rows for RowScorer<'_> {
+impl RowSink for RowScorer<'_> {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let (ids, sampling) = (&self.answer.ids, &self.request.sampling);
         let ask = |(index, position): (usize, usize)| {

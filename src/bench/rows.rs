@@ -13,14 +13,14 @@ const OVERHEAD_BELOW: f64 = 0.25;
 
 /// Phase, batch and depth of a row.
 #[derive(Clone, Copy)]
-pub(super) struct Size {
+pub(super) struct RowSize {
     pub(super) phase: Phase,
     pub(super) batch: usize,
     pub(super) depth: usize,
     pub(super) tokens: usize,
 }
 
-impl Size {
+impl RowSize {
     /// Bytes and operations of a token, at least.
     fn work(self, spec: &Spec) -> (f64, f64) {
         let Self { phase, batch, depth, tokens } = self;
@@ -68,7 +68,7 @@ fn measured_device(ceilings: &Ceilings) -> DeviceSpec {
 pub(super) fn row(
     spec: &Spec,
     ceilings: &Ceilings,
-    size: Size,
+    size: RowSize,
     runs: Vec<f64>,
 ) -> Option<ReportRow> {
     let speed = Spread::of(&runs)?;
@@ -93,7 +93,7 @@ pub(super) fn row(
         _ if of_bandwidth >= of_peak => Limit::Memory,
         _ => Limit::Compute,
     };
-    let Size { phase, batch, depth, tokens } = size;
+    let RowSize { phase, batch, depth, tokens } = size;
     Some(ReportRow {
         phase,
         batch,
@@ -122,7 +122,7 @@ mod tests {
     use std::path::Path;
 
     /// An 8B Llama at 100 GB/s and 1 TFLOP/s, on a machine that calls itself a Ryzen.
-    fn measured(size: Size, speed: f64) -> ReportRow {
+    fn measured(size: RowSize, speed: f64) -> ReportRow {
         let json = json!({
             "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn decode_of_one_sequence_reads_all_weights_for_each_token() {
-        let size = Size { phase: Phase::Decode, batch: 1, depth: 128, tokens: 64 };
+        let size = RowSize { phase: Phase::Decode, batch: 1, depth: 128, tokens: 64 };
         let row = measured(size, 5.0);
         // 15.0 GB without the embedding, five times a second.
         assert!((74e9..77e9).contains(&row.bytes_per_second), "{row:?}");
@@ -154,11 +154,11 @@ mod tests {
 
     #[test]
     fn prefill_is_bound_by_arithmetic_and_checks_cost_as_much() {
-        let size = Size { phase: Phase::Prefill, batch: 4, depth: 1024, tokens: 64 };
+        let size = RowSize { phase: Phase::Prefill, batch: 4, depth: 1024, tokens: 64 };
         let row = measured(size, 40.0);
         assert_eq!(row.limit, Limit::Compute);
         assert!((0.5..0.6).contains(&row.of_peak), "{row:?}");
-        let check = measured(Size { phase: Phase::Verify, ..size }, 40.0);
+        let check = measured(RowSize { phase: Phase::Verify, ..size }, 40.0);
         assert!((check.predicted / row.predicted - 1.0).abs() < 0.1, "{check:?}");
     }
 }

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_test_that_ended_clears_or_accuses() {
+    fn only_a_test_that_ended_gives_a_conclusion() {
         let of = |verdict| [code(verdict, true), code(verdict, false)];
         assert_eq!(of(Conclusion::Agrees), [0, 4]);
         assert_eq!(of(Conclusion::NotTheseWeights), [3, 4]);

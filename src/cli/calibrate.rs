@@ -10,9 +10,9 @@ use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
 use crate::bench::own::{Own, OwnError, OwnTally};
 use crate::config::models_toml::ModelConfig;
+use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::locate;
 use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs};
-use crate::lifecycle::rooms::Rooms;
 use crate::lifecycle::verifiers::Verifiers;
 use crate::models::Model;
 use crate::models::calibration::{compute, store};
@@ -286,7 +286,7 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
     for config in wanted {
         let name = config.name.clone();
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
-        let options = Rooms::default().plan(&located).map_err(Failure::user)?.0.options;
+        let options = MemoryAccounts::default().plan(&located).map_err(Failure::user)?.0.options;
         let model = located.load_model(&pool, |_, _| {});
         let own = Own::start(model.map_err(Failure::user)?, options, &pool);
         let own = own.map_err(|e| own_failure(&name, e))?;

@@ -11,7 +11,7 @@ use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
-use crate::lifecycle::rooms::{Lease, Rooms};
+use crate::lifecycle::accounts::{Lease, MemoryAccounts};
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::remembered::cache_dir;
 use clap::Args;
@@ -187,7 +187,7 @@ async fn examine_models(args: &DoctorArgs, hub: Option<&Hub>) -> Vec<Finding> {
 /// The memory of the models that were looked at, accounted for as `serve` does.
 #[derive(Default)]
 struct Planned {
-    rooms: Rooms,
+    memory: MemoryAccounts,
     leases: Vec<Lease>,
 }
 
@@ -195,7 +195,7 @@ impl Planned {
     fn examine(&mut self, model: &ModelConfig, path: &Path) -> Vec<Finding> {
         let files = models::Files { name: &model.name, path, device: model.device };
         models::examine(&files, &mut |spec| {
-            let (plan, lease) = self.rooms.plan_shape(model, spec)?;
+            let (plan, lease) = self.memory.plan_shape(model, spec)?;
             self.leases.push(lease);
             Ok(plan)
         })
@@ -316,15 +316,15 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_judged_by_the_memory_of_its_device_and_by_its_engine() {
+    fn a_model_is_planned_by_the_memory_of_its_device_and_by_its_engine() {
         let dir = checkpoint();
         let free = |device| match device {
             Device::Cpu => Ok(1 << 40),
             Device::Cuda(0) => Ok(256 << 20),
             other => Err(DeviceError::NotBuilt(other)),
         };
-        let rooms = Rooms::measured_by(free);
-        let mut planned = Planned { rooms, leases: Vec::new() };
+        let memory = MemoryAccounts::measured_by(free);
+        let mut planned = Planned { memory, leases: Vec::new() };
         let mut first = |device, backend| {
             planned.examine(&model("m", device, backend), dir.path()).swap_remove(0)
         };

@@ -9,7 +9,7 @@ use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
 use crate::store::record::{
-    Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
+    EpochWeights, MinerResponse, Outcome, RoundResponse, Sampled, Statistics, WeightsState,
 };
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, StoredExplanation};
@@ -73,7 +73,9 @@ pub(super) fn run(args: &ExplainArgs) -> Result<(), Failure> {
 }
 
 /// The last weights, and what the miner did last.
-async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>), StoreError> {
+async fn read(
+    args: &ExplainArgs,
+) -> Result<(Option<EpochWeights>, Vec<RoundResponse>), StoreError> {
     let store = Store::open_to_read(&args.database).await?;
     let weights = store.last_weights(args.netuid).await?;
     let seen = store.responses(args.netuid, args.uid, args.rounds.max(ROUNDS_READ_MIN)).await?;
@@ -83,7 +85,7 @@ async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>
 
 /// What is known of one miner.
 pub(super) struct Shown {
-    weights: Weights,
+    weights: EpochWeights,
     stored: StoredExplanation,
     miner: Explanation,
     rounds: Vec<RoundResponse>,
@@ -95,7 +97,7 @@ impl Shown {
     pub(super) fn new(
         netuid: u16,
         uid: u16,
-        weights: Option<Weights>,
+        weights: Option<EpochWeights>,
         seen: &[RoundResponse],
     ) -> Result<Self, Failure> {
         let weights = weights.ok_or_else(|| {
@@ -129,7 +131,7 @@ impl Shown {
     /// The explanation as JSON.
     pub(super) fn json(&self) -> Value {
         let round = |RoundResponse { round, response }: &RoundResponse| {
-            let Response { timing, outcome, cause, error, sample, statistics, .. } = response;
+            let MinerResponse { timing, outcome, cause, error, sample, statistics, .. } = response;
             json!({
                 "round": round.id, "block": round.block, "model": round.model,
                 "outcome": outcome, "cause": cause, "error": error, "sample": sample,
@@ -300,7 +302,7 @@ impl Shown {
 
 /// Gives misses without a cause the one of their round.
 fn complete(miner: &mut Explanation, seen: &[RoundResponse]) {
-    let known: BTreeMap<&str, &Response> =
+    let known: BTreeMap<&str, &MinerResponse> =
         seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
     let points = miner.models.iter_mut().flat_map(|series| &mut series.points);
     for point in points.filter(|point| point.cause.is_none() && point.error.is_none()) {
@@ -378,7 +380,7 @@ mod tests {
         why: Option<(&str, &str)>,
     ) -> RoundResponse {
         let tps = if let Sampled::Tps(tps) = sample { tps } else { 0.0 };
-        let response = Response {
+        let response = MinerResponse {
             uid: 1,
             hotkey: "key-1".into(),
             coldkey: "cold".into(),
@@ -407,7 +409,7 @@ mod tests {
     }
 
     /// Weights over three miners: a fast one, one with a miss, one behind an alarm.
-    fn weights() -> Weights {
+    fn weights() -> EpochWeights {
         let mut seats = BTreeMap::new();
         for uid in 0..3 {
             let models = vec![MODEL.to_owned()];
@@ -439,7 +441,7 @@ mod tests {
         let input =
             Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
         let decision = decide(&ScoringRules::of(ScoringProfile::Default), &input);
-        Weights {
+        EpochWeights {
             netuid: 4,
             epoch: 5,
             block: 12,
@@ -533,7 +535,7 @@ mod tests {
             responses: vec![response],
         };
         store.save_round(&round).await.unwrap();
-        let planned = Weights { state: WeightsState::Planned, ..weights() };
+        let planned = EpochWeights { state: WeightsState::Planned, ..weights() };
         assert_eq!(store.plan_weights(&planned).await.unwrap(), WeightsClaim::Ours);
         let (weights, seen) = read(&args).await.unwrap();
         assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
@@ -558,7 +560,7 @@ mod tests {
             "uid 9 was not on the subnet when weights were decided at block 12: uids lie between 0 \
              and 2"
         );
-        let odd = Weights { explanation: json!({"profile": "x"}), ..weights() };
+        let odd = EpochWeights { explanation: json!({"profile": "x"}), ..weights() };
         assert!(fails(1, Some(odd)).1);
     }
 }

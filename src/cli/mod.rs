@@ -42,7 +42,7 @@ mod wallet;
 #[cfg(test)]
 mod guides;
 
-use crate::update::Trial;
+use crate::update::Probation;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use examples::with_examples;
 pub use failure::Failure;
@@ -145,13 +145,13 @@ enum Command {
 /// Parses the arguments, runs the command, prints a failure. A new program that fails in its first
 /// minutes gives way to the one before it.
 pub fn main() -> ExitCode {
-    let trial = update::on_trial();
+    let probation = update::on_probation();
     let failed = match launch() {
         Ok(code) => return code,
         Err(code) => code,
     };
-    if let Some(trial) = trial.filter(Trial::is_open) {
-        update::roll_back(trial, &format!("it ended with {failed}"));
+    if let Some(probation) = probation.filter(Probation::is_open) {
+        update::roll_back(probation, &format!("it ended with {failed}"));
     }
     ExitCode::from(failed)
 }

@@ -28,7 +28,7 @@ use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
-use crate::validator::run::reading::{Reading, SubnetError, confirm};
+use crate::validator::run::reading::{ReadingTerms, SubnetError, confirm};
 use crate::validator::run::residents::Residents;
 use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
@@ -155,14 +155,14 @@ async fn find_models(
     residents(models, needs, (pool, rules), &Bars::new()).await.map_err(Failure::user)
 }
 
-fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
+fn reading(args: &ValidateArgs, signer: &Keypair) -> ReadingTerms {
     let rules = MinerRules {
         own: signer.hotkey(),
         vpermit_tao_limit: args.round.vpermit_tao_limit,
         private_axons: args.round.private_axons,
     };
     let is_permit_needed = !args.round.allow_no_permit && !args.chain.is_test();
-    Reading { rules, is_permit_needed }
+    ReadingTerms { rules, is_permit_needed }
 }
 
 /// Whether this key may validate.

@@ -1,7 +1,7 @@
 //! Makes the tables that `validate` prints: the verdicts of a round, and the weights at the end.
 
 use super::printable::printable;
-use crate::store::record::{Response, Round, Weights, WeightsState};
+use crate::store::record::{EpochWeights, MinerResponse, Round, WeightsState};
 use comfy_table::{CellAlignment, Table, presets};
 
 /// Characters of an error in a table.
@@ -19,7 +19,7 @@ pub(super) fn verdicts(round: &Round) -> Table {
     let header = ["uid", "hotkey", "model", "TTFT s", "tokens/s", "outcome", "cause", "why"];
     let mut table = table(&header);
     for response in &round.responses {
-        let Response { uid, hotkey, timing, outcome, cause, error, .. } = response;
+        let MinerResponse { uid, hotkey, timing, outcome, cause, error, .. } = response;
         let has_times = timing.tokens > 0;
         let time = |value: f64, digits| match has_times {
             true => format!("{value:.digits$}"),
@@ -43,7 +43,7 @@ pub(super) fn verdicts(round: &Round) -> Table {
 }
 
 /// Who gets what, and how far the weights are.
-pub(super) fn weights(weights: &Weights, hotkey_of: impl Fn(u16) -> Option<String>) -> Table {
+pub(super) fn weights(weights: &EpochWeights, hotkey_of: impl Fn(u16) -> Option<String>) -> Table {
     let mut table = table(&["uid", "hotkey", "weight", "share"]);
     let sum: f64 = weights.values.iter().map(|(_, value)| f64::from(*value)).sum();
     for (uid, value) in &weights.values {
@@ -67,7 +67,7 @@ fn align(table: &mut Table, columns: &[usize]) {
 }
 
 /// How far weights are, in words.
-pub(super) fn state(weights: &Weights) -> String {
+pub(super) fn state(weights: &EpochWeights) -> String {
     let epoch = weights.epoch;
     match &weights.state {
         WeightsState::Planned => format!("weights of epoch {epoch}: decided, not sent"),

@@ -1,7 +1,7 @@
 //! Examines the processor, graphics cards, memory, disk, and the limits of the process.
 
 use super::{Finding, Level};
-use crate::engine::memory::{Memory, memory};
+use crate::engine::memory::{HostMemory, memory};
 use crate::engine::plan::Bytes;
 use crate::models::device::{CardMemory, Cards, Device, DeviceError, cards};
 use crate::ops::lanes::Isa;
@@ -155,7 +155,7 @@ fn card((device, card): (Device, Result<CardMemory, DeviceError>)) -> Finding {
 }
 
 fn memory_and_swap(system: &System) -> Finding {
-    let Memory { total, available: free } = memory();
+    let HostMemory { total, available: free } = memory();
     let swap = system.used_swap();
     let fact = format!("{} free of {}, {} swapped out", Bytes(free), Bytes(total), Bytes(swap));
     if free < MEMORY_WARNING {

@@ -136,7 +136,7 @@ impl StepRows {
 
 /// A request that has ended by itself.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ended {
+pub(super) struct EndedRequest {
     pub(super) timeline: Timeline,
     pub(super) prompt_tokens: usize,
     /// Of those, found in the prefix cache.
@@ -224,7 +224,7 @@ impl Stats {
         self.counters.lock().decode_tokens += 1;
     }
 
-    pub(super) fn record_end(&self, ended: &Ended, now: Duration) {
+    pub(super) fn record_end(&self, ended: &EndedRequest, now: Duration) {
         let (t, line) = (&self.timings, ended.timeline);
         if !line.is_counted {
             return;

@@ -12,7 +12,7 @@ use crate::verify::{Depth, Limits, Profile, Rejection};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What verifiers must judge by, so that samples show all that honest answers do.
+/// What verifiers must check with, so that samples show all that honest answers do.
 pub const MEASURING: VerifierRules = VerifierRules {
     limits: Limits::NONE,
     scrutiny: WantedScrutiny { twin: Some(TwinPolicy::Always), ..WantedScrutiny::NOTHING },
@@ -90,7 +90,7 @@ pub struct CheckedPairs {
     pub left_out: usize,
 }
 
-/// Checks the captures of all files by `verifiers`, which judge by [`MEASURING`]. This blocks the
+/// Checks the captures of all files by `verifiers`, which check with [`MEASURING`]. This blocks the
 /// thread.
 ///
 /// # Errors

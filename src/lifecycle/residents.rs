@@ -117,7 +117,7 @@ impl Needs {
     }
 }
 
-/// By what a resident judges.
+/// What a resident checks answers with.
 pub struct ResidentRules {
     /// Limits of models that have a file; others have the default.
     pub limits: Arc<LimitsFiles>,

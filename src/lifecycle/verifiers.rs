@@ -1,7 +1,7 @@
 //! Loads models to verify with, each once, when it is first needed.
 
+use super::accounts::MemoryAccounts;
 use super::load::{self, Progress};
-use super::rooms::Rooms;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::models::Identity;
 use crate::ops::pool::Pool;
@@ -50,7 +50,7 @@ impl VerifierError {
     }
 }
 
-/// By what verifiers judge.
+/// What verifiers check answers with.
 #[derive(Clone, Copy, Debug)]
 pub struct VerifierRules {
     /// The limits between honest and not.
@@ -153,7 +153,7 @@ async fn load_one(
     shown: &dyn Progress,
 ) -> anyhow::Result<Verifier> {
     let located = load::locate(config, shown).await?;
-    let plan = Rooms::default().plan(&located)?.0;
+    let plan = MemoryAccounts::default().plan(&located)?.0;
     let model = located.load_model(pool, |_, _| {})?;
     let scrutiny = scrutiny.on(&model)?;
     let identity = Identity::of(&model, pool)?;

@@ -11,7 +11,7 @@ use super::error::LoadError;
 use super::spec::Spec;
 use crate::ops::attention::HEAD_DIM_MAX;
 use crate::ops::lanes::LANES;
-use reader::Config;
+use reader::CheckpointConfig;
 use serde_json::Value;
 use std::path::Path;
 
@@ -29,7 +29,7 @@ const CONTEXT_MAX: usize = 1 << 28;
 /// # Errors
 /// When a key is missing, has the wrong type, or a value is not supported.
 pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
-    let config = Config { path, json };
+    let config = CheckpointConfig { path, json };
     if !json.is_object() {
         return Err(LoadError::invalid(path, "must be an object"));
     }
@@ -39,7 +39,7 @@ pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn check_shape(c: &Config<'_>, spec: &Spec) -> Result<(), LoadError> {
+fn check_shape(c: &CheckpointConfig<'_>, spec: &Spec) -> Result<(), LoadError> {
     let a = &spec.attention;
     let experts = spec.feed_forward.experts;
     for (key, value, max) in [

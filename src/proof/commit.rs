@@ -172,22 +172,22 @@ impl RowProver {
 
     /// What a sketch and an exact hash are made with; `None` where the scheme has neither.
     pub fn residue(&self) -> Option<(ResidueBits, RowKeys, &std::sync::Arc<Calibration>)> {
-        let profile = match self.scheme {
+        let bits = match self.scheme {
             Scheme::Residue => ResidueBits::U8,
             Scheme::ResidueU4 => ResidueBits::U4,
             Scheme::Toploc => return None,
         };
-        Some((profile, self.keys, &self.calibration))
+        Some((bits, self.keys, &self.calibration))
     }
 
     /// What the row at absolute position `position` contributes.
-    pub fn prove(&self, position: u32, bits: &[u16], values: &[f32]) -> RowData {
-        let Some((profile, keys, calibration)) = self.residue() else {
-            return RowData::Bits(bits.to_vec());
+    pub fn prove(&self, position: u32, row: &[u16], values: &[f32]) -> RowData {
+        let Some((bits, keys, calibration)) = self.residue() else {
+            return RowData::Bits(row.to_vec());
         };
         RowData::Residue {
-            sketch: sketch(calibration, profile, keys.sketch, position, values),
-            exact: exact_hash(keys.exact, position, bits),
+            sketch: sketch(calibration, bits, keys.sketch, position, values),
+            exact: exact_hash(keys.exact, position, row),
         }
     }
 }

@@ -4,7 +4,7 @@
 use super::connections::{Connections, Full, Peer, connections_max};
 use super::door::access::is_open;
 use super::error::ApiError;
-use super::keeping::Keeping;
+use super::keeping::KeepingBody;
 use super::router;
 use super::settings::HttpLimits;
 use super::state::ServerState;
@@ -246,7 +246,7 @@ struct Answering {
 }
 
 impl hyper::service::Service<Request<Incoming>> for Answering {
-    type Response = Response<Keeping<Body, Note>>;
+    type Response = Response<KeepingBody<Body, Note>>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
@@ -254,11 +254,11 @@ impl hyper::service::Service<Request<Incoming>> for Answering {
         // A client that uses open routes only and reads slowly may be disconnected for another one.
         let peer = (!is_open(request.uri().path())).then(|| self.peer.clone());
         let arrived = Note { peer: peer.clone(), note: Peer::arrived };
-        let mut request = request.map(|body| Keeping { body, _kept: arrived });
+        let mut request = request.map(|body| KeepingBody { body, _kept: arrived });
         request.extensions_mut().insert(ConnectInfo(self.address));
         let answer = tower::Service::call(&mut self.app.clone(), request);
         let answered = Note { peer, note: Peer::answered };
-        async move { Ok(answer.await?.map(|body| Keeping { body, _kept: answered })) }.boxed()
+        async move { Ok(answer.await?.map(|body| KeepingBody { body, _kept: answered })) }.boxed()
     }
 }
 

@@ -14,12 +14,12 @@ pub struct ModelEntry {
     /// The commit or file it comes from, once known.
     pub revision: Option<String>,
     /// Whether it is loading, ready or failed.
-    pub state: State,
+    pub state: ModelState,
 }
 
 /// Where a model stands.
 #[derive(Clone)]
-pub enum State {
+pub enum ModelState {
     /// Files or weights are on their way.
     Loading,
     /// It answers.
@@ -41,14 +41,14 @@ pub struct Served {
     pub identity: Arc<Identity>,
 }
 
-impl State {
+impl ModelState {
     /// The word for `/v1/models`.
     pub fn word(&self) -> &'static str {
         match self {
-            State::Loading => "loading",
-            State::Ready(served) if served.engine.is_dead() => "failed",
-            State::Ready(_) => "ready",
-            State::Failed(_) => "failed",
+            ModelState::Loading => "loading",
+            ModelState::Ready(served) if served.engine.is_dead() => "failed",
+            ModelState::Ready(_) => "ready",
+            ModelState::Failed(_) => "failed",
         }
     }
 }
@@ -79,7 +79,7 @@ impl Registry {
         let mut shared = self.shared.write();
         shared.announcements += 1;
         let announcement = shared.announcements;
-        let entry = |name| ModelEntry { name, revision: None, state: State::Loading };
+        let entry = |name| ModelEntry { name, revision: None, state: ModelState::Loading };
         let models = names.into_iter().map(|name| Announced { announcement, entry: entry(name) });
         shared.models.extend(models);
         Self { shared: Arc::clone(&self.shared), announcement: Some(announcement) }
@@ -95,7 +95,7 @@ impl Registry {
     }
 
     /// Replaces the state of a model; false where it was removed or announced anew meanwhile.
-    pub fn set(&self, name: &str, revision: Option<String>, state: State) -> bool {
+    pub fn set(&self, name: &str, revision: Option<String>, state: ModelState) -> bool {
         let mut shared = self.shared.write();
         let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
         let Some(Announced { entry, .. }) = model else { return false };
@@ -146,16 +146,16 @@ impl Registry {
             }
         };
         match &entry.state {
-            State::Ready(served) if !served.engine.is_dead() => {
+            ModelState::Ready(served) if !served.engine.is_dead() => {
                 Ok(Routed { name: entry.name.clone(), served: (**served).clone() })
             }
-            State::Ready(_) => {
+            ModelState::Ready(_) => {
                 Err(ApiError::unavailable(format!("the engine of `{}` has stopped", entry.name)))
             }
-            State::Loading => {
+            ModelState::Loading => {
                 Err(ApiError::unavailable(format!("`{}` is still loading", entry.name)))
             }
-            State::Failed(why) => {
+            ModelState::Failed(why) => {
                 Err(ApiError::unavailable(format!("`{}` could not be loaded: {why}", entry.name)))
             }
         }
@@ -180,7 +180,7 @@ mod tests {
         let older = registry.announce(["a", "b"].map(String::from));
         registry.remove("a");
         let newer = registry.announce(["a".to_owned()]);
-        let failed = |why: &str| State::Failed(why.to_owned());
+        let failed = |why: &str| ModelState::Failed(why.to_owned());
         assert!(!older.set("a", Some("old".into()), failed("old weights")));
         let entry = registry.entry("a").unwrap();
         assert_eq!((entry.state.word(), entry.revision), ("loading", None));
@@ -189,6 +189,8 @@ mod tests {
         let why = registry.route(Some("a"), None).err().unwrap().message;
         assert!(why.contains("new weights"), "{why}");
         // Whoever reads or sets by the name alone means what stands there.
-        assert!(registry.set("a", None, State::Loading) && !registry.set("c", None, failed("c")));
+        assert!(
+            registry.set("a", None, ModelState::Loading) && !registry.set("c", None, failed("c"))
+        );
     }
 }

@@ -5,7 +5,7 @@ use super::door::models::{ListShape, WantedModels};
 use super::door::{Caller, Gate, guard};
 use super::handlers;
 use super::operations::status;
-use super::registry::{Served, State as ModelState};
+use super::registry::{ModelState, Served};
 use super::state::ServerState;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Extension, State};

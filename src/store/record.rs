@@ -26,12 +26,12 @@ pub struct Round {
     /// The scoring profile in force: `default` or `targon-4.4`.
     pub profile: String,
     /// Of whom it asked, in the order of uids.
-    pub responses: Vec<Response>,
+    pub responses: Vec<MinerResponse>,
 }
 
 /// What one miner did in a round.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Response {
+pub struct MinerResponse {
     /// Its place on the subnet.
     pub uid: u16,
     /// Its hotkey, as SS58.
@@ -237,7 +237,7 @@ pub struct RoundResponse {
     /// When and of what the round was.
     pub round: RoundHead,
     /// What the miner did.
-    pub response: Response,
+    pub response: MinerResponse,
 }
 
 /// One entry of a miner's history for one model, oldest first.
@@ -259,7 +259,7 @@ pub struct Sample {
 
 /// Weights that were decided for one epoch: written before they are sent.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Weights {
+pub struct EpochWeights {
     /// The subnet.
     pub netuid: u16,
     /// The epoch: the number of the subnet's epoch where the chain counts them, else the block at

@@ -127,7 +127,7 @@ pub enum UpdateError {
     #[error("the new program does not run on this machine: {why}")]
     Unfit {
         /// What happened.
-        why: TrialError,
+        why: SelfTestError,
     },
     /// It ran here, failed in its first minutes, and was replaced by the program before it.
     #[error(
@@ -219,7 +219,7 @@ pub enum ListError {
 
 /// Why a new program cannot take the old one's place.
 #[derive(Debug, thiserror::Error)]
-pub enum TrialError {
+pub enum SelfTestError {
     /// It cannot be started or read from.
     #[error(transparent)]
     Io(#[from] io::Error),

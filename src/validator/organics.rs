@@ -192,11 +192,12 @@ pub fn stats(
     models: &[String],
     samples: &[Sample],
 ) -> Vec<u8> {
-    use crate::store::record::{Outcome, Response};
+    use crate::store::record::{MinerResponse, Outcome};
     // 48 characters, as the table wants; as unique as the round.
     let name: String = round.id.chars().chain(round.id.chars()).take(48).collect();
-    let one = |answer: &Response| {
-        let Response { uid, hotkey, coldkey, timing, outcome, cause, error, capture, .. } = answer;
+    let one = |answer: &MinerResponse| {
+        let MinerResponse { uid, hotkey, coldkey, timing, outcome, cause, error, capture, .. } =
+            answer;
         json!({
             "r_nanoid": name, "hotkey": hotkey, "coldkey": coldkey, "uid": uid,
             "stats": {
@@ -212,7 +213,8 @@ pub fn stats(
         })
     };
     // Who was not asked, or about whom nothing is known, is not in the original's statistics.
-    let is_asked = |r: &&Response| !matches!(r.outcome, Outcome::NotServed | Outcome::Unscored);
+    let is_asked =
+        |r: &&MinerResponse| !matches!(r.outcome, Outcome::NotServed | Outcome::Unscored);
     let responses: Vec<Value> = round.responses.iter().filter(is_asked).map(one).collect();
     let endpoint = if round.endpoint.contains("chat") { "CHAT" } else { "COMPLETION" };
     dumps(&json!({
@@ -333,8 +335,8 @@ mod tests {
 
     #[test]
     fn statistics_of_a_round_are_those_of_the_hub_byte_for_byte() {
-        use crate::store::record::{Outcome, Response, Round, Sample, Sampled, Timing};
-        let answer = |uid, outcome, cause: Option<&str>, capture| Response {
+        use crate::store::record::{MinerResponse, Outcome, Round, Sample, Sampled, Timing};
+        let answer = |uid, outcome, cause: Option<&str>, capture| MinerResponse {
             uid,
             hotkey: format!("h{uid}"),
             coldkey: format!("c{uid}"),

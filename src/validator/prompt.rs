@@ -2,9 +2,9 @@
 //!
 //! A [`Draft`] is drawn from a [`Passages`]. The engine may rewrite its passage into a query in
 //! words of its own: [`Draft::rewriting`] is the request for that, [`read_query`] reads the
-//! answer, and whoever runs the round calls the engine in between. [`Draft::finish`] makes the
-//! [`Prompt`], as messages or as text. Chance and date are given; nothing here waits or knows a
-//! network. Seed, temperature and length of the answer belong to the round, not to the prompt.
+//! answer, and the round's owner calls the engine in between. [`Draft::finish`] makes the
+//! [`DrawnPrompt`], as messages or as text. Chance and date are given; nothing here waits or knows
+//! a network. Seed, temperature and length of the answer belong to the round, not to the prompt.
 //!
 //! Of our own drafts alone there are more than 10^12 for each day, so that two of a day's prompts
 //! are hardly ever equal.
@@ -68,7 +68,7 @@ pub struct Draft {
 
 /// What the model reads.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Prompt {
+pub struct DrawnPrompt {
     /// Who it is and how it answers.
     pub system: String,
     /// What it answers.
@@ -107,7 +107,7 @@ impl Draft {
     }
 
     /// The prompt, about the query where there is one and else about the passage itself.
-    pub fn finish(&self, query: Option<&str>) -> Prompt {
+    pub fn finish(&self, query: Option<&str>) -> DrawnPrompt {
         let Persona { name, country } = self.persona;
         let system = format!(
             "Today is {}. You are {name}, an expert assistant that was built in {country}. First \
@@ -115,11 +115,11 @@ impl Draft {
              mention today's date. Then answer it. Always write in English.",
             self.date
         );
-        Prompt { system, user: format!("{}\n\n{}", query.unwrap_or(&self.passage), self.task) }
+        DrawnPrompt { system, user: format!("{}\n\n{}", query.unwrap_or(&self.passage), self.task) }
     }
 }
 
-impl Prompt {
+impl DrawnPrompt {
     /// For the chat endpoint.
     pub fn messages(&self) -> Value {
         json!([

@@ -41,14 +41,14 @@ impl IntoResponse for VerifyReply {
 
 /// Why a request says nothing about an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Refusal {
+pub(super) enum VerifierRefusal {
     /// The caller sent no request, and FastAPI says so.
     Detail(StatusCode, Value),
     /// Nothing can be said. Without `verified` the caller counts the answer neither way.
     Error(StatusCode, String),
 }
 
-impl Refusal {
+impl VerifierRefusal {
     /// A request that cannot be read, in a sentence.
     pub(super) fn detail(status: StatusCode, what: String) -> Self {
         Self::Detail(status, what.into())
@@ -100,7 +100,7 @@ pub(super) fn detail(status: StatusCode, what: &str) -> Response {
     (status, Json(json!({"detail": what}))).into_response()
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for VerifierRefusal {
     fn into_response(self) -> Response {
         match self {
             Self::Detail(status, what) => (status, Json(json!({"detail": what}))).into_response(),
@@ -133,12 +133,12 @@ struct Labels {
 
 impl VerificationCounts {
     /// Counts an answer.
-    pub(super) fn count(&self, outcome: &Result<VerifyReply, Refusal>) {
+    pub(super) fn count(&self, outcome: &Result<VerifyReply, VerifierRefusal>) {
         let (verdict, cause) = match outcome {
             Ok(VerifyReply::Verified) => ("verified", ""),
             Ok(VerifyReply::Rejected { cause, .. }) => ("rejected", *cause),
-            Err(Refusal::Error(..)) => ("unscored", INTERNAL_ERROR),
-            Err(Refusal::Detail(..)) => ("refused", ""),
+            Err(VerifierRefusal::Error(..)) => ("unscored", INTERNAL_ERROR),
+            Err(VerifierRefusal::Detail(..)) => ("refused", ""),
         };
         self.0.get_or_create(&Labels { verdict, cause }).inc();
     }

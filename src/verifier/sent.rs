@@ -41,7 +41,7 @@ pub(super) struct Sent {
     pub(super) first: String,
 }
 
-/// One token. Values are read one by one, so that each is blamed by its name.
+/// One token. Values are read one by one, so that an error names the one at fault.
 #[derive(Deserialize)]
 struct Token<'a> {
     #[serde(borrow)]

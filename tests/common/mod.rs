@@ -17,8 +17,8 @@ use targon_engine::engine::output::FinishReason;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::proof::Prover;
+use targon_engine::lifecycle::accounts::MemoryAccounts;
 use targon_engine::lifecycle::load::{Loading, Plans, Progress};
-use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::device::Device;
@@ -51,7 +51,7 @@ pub fn loading(registry: &Registry) -> Loading {
         registry: registry.clone(),
         pool: Pool::new(2, Isa::best()).unwrap(),
         clock: Clock::system(),
-        rooms: Rooms::default(),
+        memory: MemoryAccounts::default(),
         shown: Arc::new(Quiet),
     }
 }

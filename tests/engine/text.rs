@@ -17,7 +17,7 @@ use targon_engine::models::tokenizer::{Detokenizer, TextTokenizer};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::codec::from_hex;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::Challenge;
@@ -181,7 +181,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
     let served = sentence_piece_model();
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served.clone())));
     let app = router(ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000)));
     let verifier = common::verifier(&served);
     let (the, grin) = (258, [0xf0, 0x9f, 0x98]);

@@ -183,8 +183,8 @@ pub(super) const ROWS_LEGEND: &str = "tok/s is the mean of the runs, with its st
     and its interval of 95 %. GB/s and GFLOP/s are what the row needs at least, with the share of \
     the measured ceiling; bound is what holds it back. predicted is what `bench plan` says from \
     these ceilings, and error how far that lies above what was measured. of datasheet is the share \
-    of the bandwidth and of the peak that the datasheet promises, and predicted by it is what `bench \
-    plan` says without a measurement, with its error.";
+    of the bandwidth and of the peak that the datasheet promises, and predicted by it is what \
+    `bench plan` says without a measurement, with its error.";
 
 /// What the columns of levels mean.
 pub(super) fn legend(report: &BenchReport) -> String {

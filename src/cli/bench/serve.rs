@@ -6,7 +6,7 @@ use crate::bench::report::facts::{Machine, ModelFacts};
 use crate::bench::report::schema::{BenchReport, ReportKind};
 use crate::bench::traffic::drive::{Load, LoadStop, drive};
 use crate::bench::traffic::heard::Transport;
-use crate::bench::traffic::questions::{Questions, Shape};
+use crate::bench::traffic::questions::{LoadShape, Questions};
 use crate::bench::traffic::server::{GreetError, Server};
 use crate::bench::traffic::tally::{self, Promise};
 use crate::bench::traffic::vllm;
@@ -35,7 +35,7 @@ use std::time::Duration;
       --concurrency 1,8,32 --out report
   targon-engine bench serve --url http://127.0.0.1:8000 --model M \\
       --load targon --rate 2")]
-pub(in crate::cli) struct ServeArgs {
+pub(in crate::cli) struct BenchServeArgs {
     /// The server, without /v1.
     #[arg(long)]
     url: String,
@@ -104,7 +104,7 @@ enum LoadArg {
     Targon,
 }
 
-impl From<LoadArg> for Shape {
+impl From<LoadArg> for LoadShape {
     fn from(load: LoadArg) -> Self {
         match load {
             LoadArg::Fixed => Self::Fixed,
@@ -120,7 +120,7 @@ fn positive(text: &str) -> anyhow::Result<f64> {
     }
 }
 
-pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &BenchServeArgs) -> Result<(), Failure> {
     let output = args.output.start(Vec::new())?;
     let runtime = runtime()?;
     let is_wanted = until_interrupted(&runtime);
@@ -153,7 +153,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     output.finish(report, outcome)
 }
 
-impl ServeArgs {
+impl BenchServeArgs {
     fn server(&self, clock: &Clock) -> Result<Server, Failure> {
         let target = Target {
             url: self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
@@ -174,15 +174,15 @@ impl ServeArgs {
 
     fn questions(&self, clock: &Clock) -> Result<Questions, Failure> {
         let seed = self.seed.unwrap_or_else(|| crate::entropy::Entropy::system().word());
-        let shape = Shape::from(self.load);
+        let shape = LoadShape::from(self.load);
         Ok(Questions {
             shape,
             model: self.model.clone(),
             is_completion: self.completion,
             words: self.input as usize,
             tokens: self.output_tokens.unwrap_or(match shape {
-                Shape::Fixed => 128,
-                Shape::Targon => 1920,
+                LoadShape::Fixed => 128,
+                LoadShape::Targon => 1920,
             }),
             ignores_eos: !self.no_ignore_eos,
             is_repeated: self.repeat_prompts,
@@ -221,7 +221,7 @@ impl ServeArgs {
             let seed = questions.seed ^ first;
             let driven = drive(ask, asked, load, (seed, threads), wanted).await;
             let level = tally::level(&driven, load, promise, &self.model);
-            let length = (questions.shape == Shape::Fixed && !self.no_ignore_eos)
+            let length = (questions.shape == LoadShape::Fixed && !self.no_ignore_eos)
                 .then_some(u64::from(questions.tokens));
             report.marks.extend(tally::marks(&level, driven.stop, length, self.repeat_prompts));
             let (speed, done) = (level.steady_tokens_per_second, level.completed);
@@ -246,7 +246,7 @@ impl ServeArgs {
     }
 
     fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
-        let is_fixed = questions.shape == Shape::Fixed;
+        let is_fixed = questions.shape == LoadShape::Fixed;
         let concurrency: Vec<usize> = self.loads().into_iter().filter_map(Load::at_once).collect();
         for (name, value) in [
             ("url", json!(shown(&self.url))),

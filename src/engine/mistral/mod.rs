@@ -13,7 +13,7 @@ mod load;
 mod state;
 mod tap;
 
-pub use load::{LoadedMistral, Settings, VERSION};
+pub use load::{LoadedMistral, MistralSettings, VERSION};
 
 use super::backend::{Backend, BackendKind, Command, Submission};
 use super::guard::{Stage, Watch};

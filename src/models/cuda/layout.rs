@@ -4,7 +4,7 @@
 use super::choose::Attention;
 use super::error::CudaError;
 use super::launch::Tile;
-use super::memory::{At, Inputs};
+use super::memory::{Inputs, Offset};
 use super::weights::CudaWeights;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::pass::{Batch, Segment};
@@ -17,13 +17,13 @@ const TABLE_GRAIN: usize = 1024;
 /// A step's rows, as they lie in its inputs.
 pub(super) struct Layout {
     pub(super) rows: usize,
-    pub(super) ids: At,
-    pub(super) positions: At,
-    pub(super) slots: At,
-    pub(super) cos: At,
-    pub(super) sin: At,
-    pub(super) table: At,
-    pub(super) tiles: At,
+    pub(super) ids: Offset,
+    pub(super) positions: Offset,
+    pub(super) slots: Offset,
+    pub(super) cos: Offset,
+    pub(super) sin: Offset,
+    pub(super) table: Offset,
+    pub(super) tiles: Offset,
     pub(super) tile_count: usize,
     /// Queries that a thread block of attention takes.
     pub(super) tile_queries: usize,

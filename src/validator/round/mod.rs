@@ -15,7 +15,7 @@ pub mod measure;
 mod terms;
 
 use crate::clock::Clock;
-use crate::store::record::{self, Outcome, Response, Sampled, Statistics, Timing};
+use crate::store::record::{self, MinerResponse, Outcome, Sampled, Statistics, Timing};
 use crate::validator::query::Arrival;
 use ask::{Endpoint, QueryPrompt, QuerySampling};
 use chance::Chance;
@@ -426,7 +426,7 @@ fn capture(hotkey: &str, body: Value, arrivals: Vec<Arrival>) -> Value {
     capture
 }
 
-fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
+fn response(slot: Slot, keep: Keep, was_asked: bool) -> MinerResponse {
     let Slot { miner, state, .. } = slot;
     let found = match state {
         State::Closed(found) => *found,
@@ -455,7 +455,7 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
     };
     let capture = capture.filter(|_| is_kept).map(Arc::unwrap_or_clone);
     let Candidate { uid, hotkey, coldkey, .. } = miner;
-    Response {
+    MinerResponse {
         uid,
         hotkey,
         coldkey,

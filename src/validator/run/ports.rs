@@ -10,7 +10,7 @@ use crate::chain::Head;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::store::Removed;
-use crate::store::record::{Round, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Round, WeightsState};
 use crate::validator::eligible::Member;
 use crate::validator::round::ask::{Endpoint, QueryPrompt};
 use crate::validator::round::{AnswerReport, Answered, Offer};
@@ -100,11 +100,14 @@ pub trait Ports: Send + Sync + 'static {
 
     /// Sends weights, once, and waits until the chain has taken them. They are remembered as sent
     /// before they are sent, and not sent where that fails.
-    fn send(&self, weights: &Weights)
-    -> impl Future<Output = Result<WeightsState, NotSent>> + Send;
+    fn send(
+        &self,
+        weights: &EpochWeights,
+    ) -> impl Future<Output = Result<WeightsState, NotSent>> + Send;
 
     /// What stands on the chain for weights.
-    fn look_up(&self, weights: &Weights) -> impl Future<Output = anyhow::Result<Stand>> + Send;
+    fn look_up(&self, weights: &EpochWeights)
+    -> impl Future<Output = anyhow::Result<Stand>> + Send;
 
     /// Reads again the list of models that miners are told.
     fn list(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
@@ -154,19 +157,22 @@ pub trait Ports: Send + Sync + 'static {
     fn decide(&self, subnet: &Subnet) -> impl Future<Output = anyhow::Result<Decided>> + Send;
 
     /// The weights that are stored for an epoch.
-    fn planned(&self, epoch: u64) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
+    fn planned(
+        &self,
+        epoch: u64,
+    ) -> impl Future<Output = anyhow::Result<Option<EpochWeights>>> + Send;
 
     /// The weights that were sent or committed and whose end is not known yet, oldest first.
-    fn unfinished(&self) -> impl Future<Output = anyhow::Result<Vec<Weights>>> + Send;
+    fn unfinished(&self) -> impl Future<Output = anyhow::Result<Vec<EpochWeights>>> + Send;
 
     /// The newest weights that were read back from the chain.
-    fn confirmed(&self) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
+    fn confirmed(&self) -> impl Future<Output = anyhow::Result<Option<EpochWeights>>> + Send;
 
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
     /// and not sent. Where those have gone further, says how far: nothing is to be sent then.
     fn plan(
         &self,
-        weights: &Weights,
+        weights: &EpochWeights,
     ) -> impl Future<Output = anyhow::Result<Option<WeightsState>>> + Send;
 
     /// Stores the state of an epoch's weights.

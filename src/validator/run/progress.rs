@@ -1,7 +1,7 @@
 //! Holds the state that operators see of a running validator. The driver writes it; others only
 //! read it.
 
-use crate::store::record::{Outcome, Round, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Outcome, Round, WeightsState};
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -112,8 +112,8 @@ impl RunProgress {
     }
 
     /// The last weights, of this run or of one before it.
-    pub fn set_weights(&self, weights: &Weights) {
-        let Weights { epoch, block, state, .. } = weights;
+    pub fn set_weights(&self, weights: &EpochWeights) {
+        let EpochWeights { epoch, block, state, .. } = weights;
         let weights = WeightsAt { epoch: *epoch, block: *block, state: state.clone() };
         self.0.lock().weights = Some(weights);
     }

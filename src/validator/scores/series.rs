@@ -16,7 +16,7 @@ const ORGANIC_EMPTY: f64 = -100.0;
 const SENTENCE_CHARS_MAX: usize = 300;
 
 /// What rounds found, by round and uid.
-pub(super) type Findings<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
+pub(super) type MissReasons<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
 
 /// What a round found about one miner, as far as a sample needs it.
 #[derive(Clone, PartialEq, Debug)]
@@ -153,7 +153,7 @@ impl Series {
         model: &str,
         hotkey: &str,
         samples: &[&Sample],
-        findings: &Findings<'_>,
+        findings: &MissReasons<'_>,
     ) -> Self {
         let counts = |sample: &&&Sample| match rules.profile {
             // Samples belong to who earned them: a hotkey that takes over a uid starts with none,
@@ -232,7 +232,7 @@ impl Series {
 }
 
 impl Point {
-    fn of(sample: &Sample, findings: &Findings<'_>) -> Self {
+    fn of(sample: &Sample, findings: &MissReasons<'_>) -> Self {
         let finding = findings.get(&(sample.round.as_str(), sample.uid));
         let said = |of: fn(&MissReason) -> &Option<String>| finding.and_then(|f| of(f).clone());
         Self {
