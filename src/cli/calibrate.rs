@@ -8,6 +8,7 @@ use super::printable::printable;
 use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
+use super::tables::bordered;
 use crate::bench::own::{Own, OwnError, OwnTally};
 use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::accounts::MemoryAccounts;
@@ -29,7 +30,7 @@ use crate::verify::classes::{ClassFit, fits, narrowest};
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
 use crate::verify::statistic::ByRows;
 use clap::Args;
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -217,9 +218,7 @@ fn describe(file: &LimitsFile, left_out: usize) {
 }
 
 fn table(file: &LimitsFile) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header([
+    let mut table = bordered([
         "what",
         "honest mean",
         "99.9 %",

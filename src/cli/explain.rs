@@ -7,7 +7,8 @@
 use super::Failure;
 use super::out::outln;
 use super::printable::printable;
-use super::shared::runtime;
+use super::shared::{DatabaseArg, runtime};
+use super::tables::bordered;
 use crate::store::record::{
     EpochWeights, MinerResponse, Outcome, RoundResponse, Sampled, Statistics, WeightsState,
 };
@@ -15,7 +16,6 @@ use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{Explanation, StoredExplanation};
 use crate::validator::scores::series::{Point, Series};
 use clap::Args;
-use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -34,15 +34,8 @@ pub(super) struct ExplainArgs {
     /// The subnet.
     #[arg(long, env = "TARGON_NETUID", default_value_t = 4)]
     netuid: u16,
-    /// The validator's records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
-    #[arg(
-        id = "database.url",
-        long = "database.url",
-        env = "TARGON_DATABASE_URL",
-        hide_env_values = true,
-        default_value = "validator.sqlite"
-    )]
-    database: String,
+    #[command(flatten)]
+    database: DatabaseArg,
     /// How many rounds are shown, the newest first.
     #[arg(
         long,
@@ -76,7 +69,7 @@ pub(super) fn run(args: &ExplainArgs) -> Result<(), Failure> {
 async fn read(
     args: &ExplainArgs,
 ) -> Result<(Option<EpochWeights>, Vec<RoundResponse>), StoreError> {
-    let store = Store::open_to_read(&args.database).await?;
+    let store = Store::open_to_read(&args.database.url).await?;
     let weights = store.last_weights(args.netuid).await?;
     let seen = store.responses(args.netuid, args.uid, args.rounds.max(ROUNDS_READ_MIN)).await?;
     store.close().await;
@@ -202,7 +195,7 @@ impl Shown {
         if self.series().next().is_none() {
             return writeln!(out, "no samples, and no model that counts\n");
         }
-        let mut table = table(["series", "answers", "misses", "mean", "consistency", "score"]);
+        let mut table = bordered(["series", "answers", "misses", "mean", "consistency", "score"]);
         for series in self.series() {
             table.add_row([
                 printable(&series.model),
@@ -278,8 +271,9 @@ impl Shown {
             return writeln!(out, "no rounds to show");
         }
         writeln!(out, "last rounds, newest first:")?;
-        let mut table =
-            table(["block", "round", "model", "outcome", "tokens/s", "sample", "measured", "why"]);
+        let mut table = bordered([
+            "block", "round", "model", "outcome", "tokens/s", "sample", "measured", "why",
+        ]);
         for RoundResponse { round, response } in &self.rounds {
             let why = match response.outcome {
                 Outcome::Verified => String::new(),
@@ -311,13 +305,6 @@ fn complete(miner: &mut Explanation, seen: &[RoundResponse]) {
             point.error.clone_from(&response.error);
         }
     }
-}
-
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(header);
-    table
 }
 
 fn short(round: &str) -> String {
@@ -517,9 +504,10 @@ mod tests {
     async fn records_are_read_beside_the_validator_that_writes_them() {
         let directory = tempfile::tempdir().unwrap();
         let database = directory.path().join("validator.sqlite").display().to_string();
+        let database = DatabaseArg { url: database };
         let args = ExplainArgs { uid: 1, netuid: 4, database, rounds: 20, json: false };
         assert!(read(&args).await.is_err(), "there are no records yet");
-        let store = Store::open(&args.database).await.unwrap();
+        let store = Store::open(&args.database.url).await.unwrap();
         let why = Some(("UNLIKELY_TOKEN", "token 17 has rank 90"));
         let RoundResponse { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
         let round = Round {

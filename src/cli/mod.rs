@@ -29,6 +29,7 @@ mod shared;
 mod status;
 mod subnet;
 mod subnet_args;
+mod tables;
 mod tui;
 mod update;
 mod validate;
@@ -116,6 +117,8 @@ enum Command {
     /// Send one request to a miner as a validator would, and print what comes back.
     Query(Box<query::QueryArgs>),
     /// Print what a validator has recorded: rounds, responses, samples or weights.
+    ///
+    /// The validator may run meanwhile.
     Export(export::ExportArgs),
     /// Show every number behind a miner's weight, down to the round and token that cost it.
     Explain(explain::ExplainArgs),

@@ -4,10 +4,10 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
+use super::tables::bordered;
 use crate::endpoint::{reasons, shown};
 use crate::tls;
 use clap::Args;
-use comfy_table::{Table, presets};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -81,8 +81,6 @@ fn print(status: &Value) {
     ] {
         outln!("{label:<20}{}", text(&status[key]));
     }
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
     let columns = [
         "hotkey",
         "uid",
@@ -95,7 +93,7 @@ fn print(status: &Value) {
     ];
     let header =
         ["validator", "uid", "stake", "requests", "running", "waiting", "wants", "seconds ago"];
-    table.set_header(header);
+    let mut table = bordered(header);
     let none = Vec::new();
     let validators = status["validators"].as_array().unwrap_or(&none);
     for validator in validators {

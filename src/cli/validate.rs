@@ -63,7 +63,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let chain = Subtensor::new(args.chain.endpoints()?);
     // Before anything large is loaded.
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
-    let store = runtime.block_on(Store::open(&args.database));
+    let store = runtime.block_on(Store::open(&args.database.url));
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;

@@ -8,9 +8,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::path::Path;
 use targon_engine::clock::Clock;
-use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::intake::understand::Reader;
 use targon_engine::models::Model;
 use targon_engine::models::chat::ChatTemplate;
 use targon_engine::models::tokenizer::{Detokenizer, TextTokenizer};
@@ -219,12 +217,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
             continue; // its text is that of prompt and output
         }
         let answer = Answer::of_response(&whole, 0).unwrap();
-        let reader = Reader {
-            model: &verifier.model.text,
-            context_max: 512,
-            defaults: Defaults::default(),
-            entropy: &Entropy::system(),
-        };
+        let reader = common::reader(&verifier.model.text);
         let read = reader.completion(&serde_json::from_value(body).unwrap()).await;
         let asked = Challenge {
             scheme: "residue-v1".parse().unwrap(),

@@ -10,9 +10,7 @@ use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::request::Request;
-use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::intake::understand::Reader;
 use targon_engine::models::Identity;
 use targon_engine::models::pass::{RowAsk, RowReport};
 use targon_engine::ops::lanes::Isa;
@@ -32,12 +30,7 @@ use targon_engine::verify::{
 pub(super) const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
 
 pub(super) async fn understood(verifier: &Verifier, body: &Value) -> Request {
-    let reader = Reader {
-        model: &verifier.model.text,
-        context_max: 512,
-        defaults: Defaults::default(),
-        entropy: &Entropy::system(),
-    };
+    let reader = common::reader(&verifier.model.text);
     let understood = match body.get("messages") {
         Some(_) => reader.chat(&serde_json::from_value(body.clone()).unwrap()).await,
         None => reader.completion(&serde_json::from_value(body.clone()).unwrap()).await,
@@ -393,12 +386,7 @@ async fn choices_of_one_prompt_are_checked_together_as_they_are_one_by_one() {
     answers[1].text = Some("hello".into());
     answers[2].chunks[1].data.fill(0);
     rechain(&mut answers[2]);
-    let reader = Reader {
-        model: &verifier.model.text,
-        context_max: 512,
-        defaults: Defaults::default(),
-        entropy: &Entropy::system(),
-    };
+    let reader = common::reader(&verifier.model.text);
     let understood = reader.chat(&serde_json::from_value(body.clone()).unwrap()).await.unwrap();
     let (seed, proof) = (body["seed"].as_i64(), asked(&body));
     let claims: Vec<Claim<'_>> = (0..)

@@ -13,7 +13,7 @@ use crate::bench::traffic::vllm;
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::printable::printable;
-use crate::cli::shared::runtime;
+use crate::cli::shared::{check_http, runtime};
 use crate::clock::Clock;
 use crate::endpoint::shown;
 use crate::validator::prompt::date;
@@ -155,6 +155,7 @@ pub(super) fn run(args: &BenchServeArgs) -> Result<(), Failure> {
 
 impl BenchServeArgs {
     fn server(&self, clock: &Clock) -> Result<Server, Failure> {
+        check_http("url", &self.url)?;
         let target = Target {
             url: self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
             hotkey: None,
@@ -164,11 +165,6 @@ impl BenchServeArgs {
             timeout: Duration::from_secs(self.timeout),
             size: Size::LARGE,
         };
-        if !["http://", "https://"].iter().any(|scheme| target.url.starts_with(scheme)) {
-            let url = shown(&self.url);
-            let what = format!("--url must begin with http:// or https://, got {url}");
-            return Err(Failure::user(printable(&what)));
-        }
         Server::new(target, clock.clone()).map_err(Failure::user)
     }
 
