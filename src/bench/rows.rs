@@ -117,18 +117,11 @@ pub(super) fn row(
 mod tests {
     use super::*;
     use crate::bench::report::schema::TableCeilings;
-    use crate::models::config;
-    use serde_json::json;
-    use std::path::Path;
+    use crate::models::config::samples::LLAMA_8B;
 
     /// An 8B Llama at 100 GB/s and 1 TFLOP/s, on a machine that calls itself a Ryzen.
     fn measured(size: RowSize, speed: f64) -> ReportRow {
-        let json = json!({
-            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "intermediate_size": 14_336, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-        });
-        let spec = config::parse(Path::new("config.json"), &json).unwrap();
+        let spec = LLAMA_8B.spec();
         let table = TableCeilings { device: "ryzen-9950x".into(), bandwidth: 89.6e9, peak: 4.4e12 };
         let ceilings = Ceilings { read_bandwidth: 100e9, fma_peak: 1e12, table: Some(table) };
         row(&spec, &ceilings, size, vec![speed; 3]).unwrap()

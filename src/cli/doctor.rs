@@ -277,6 +277,7 @@ mod tests {
     use super::*;
     use crate::engine::backend::BackendKind;
     use crate::engine::plan::{KvMemory, MemoryWanted};
+    use crate::models::config::samples::LlamaSizes;
     use crate::models::device::{Device, DeviceError};
 
     /// A small model on `device`.
@@ -301,13 +302,17 @@ mod tests {
 
     fn checkpoint() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let config = json!({
-            "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": true,
-        });
-        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let tiny = LlamaSizes {
+            vocab: 512,
+            hidden: 64,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            inter: 128,
+            context: 512,
+            tied: true,
+        };
+        std::fs::write(dir.path().join("config.json"), tiny.json().to_string()).unwrap();
         let header = b"{}";
         let length = (header.len() as u64).to_le_bytes();
         let weights = [&length[..], header].concat();

@@ -4,6 +4,8 @@
 mod families;
 mod reader;
 mod rope;
+#[cfg(test)]
+pub(crate) mod samples;
 
 pub use families::{families, of_gguf};
 
@@ -79,16 +81,25 @@ fn check_shape(c: &CheckpointConfig<'_>, spec: &Spec) -> Result<(), LoadError> {
 
 #[cfg(test)]
 mod tests {
+    use super::samples::LlamaSizes;
     use super::*;
     use crate::ops::rowwise::Activation;
     use serde_json::json;
 
     fn base() -> Value {
-        json!({
-            "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
-            "max_position_embeddings": 256, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        })
+        let tiny = LlamaSizes {
+            vocab: 100,
+            hidden: 64,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            inter: 96,
+            context: 256,
+            tied: false,
+        };
+        let mut json = tiny.json();
+        json["hidden_act"] = json!("silu");
+        json
     }
 
     fn parse_with(key: &str, value: Value) -> Result<Spec, String> {
