@@ -68,7 +68,7 @@ impl Conclusion {
 /// The answers so far.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct AuditEvidence {
-    /// Answers that count.
+    /// Answers with a token that is known here.
     pub answers: usize,
     /// Answers without a token that is known: empty ones, among others.
     pub without_tokens: usize,

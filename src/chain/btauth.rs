@@ -45,7 +45,7 @@ pub struct RequestEnvelope<'a> {
 }
 
 impl RequestEnvelope<'_> {
-    /// The signed bytes.
+    /// The bytes that are signed: its fields, and the hash of the body.
     pub fn message(&self, body: &[u8]) -> Vec<u8> {
         let Self { method, path, nonce, sender, receiver } = self;
         let digest = hex::encode(Sha256::digest(body));

@@ -130,7 +130,7 @@ impl Keypair {
         Zeroizing::new(self.0.secret.to_bytes())
     }
 
-    /// The public key.
+    /// The public key, which is the hotkey's address.
     pub fn hotkey(&self) -> Hotkey {
         Hotkey(self.0.public.to_bytes())
     }

@@ -19,7 +19,7 @@ const LOCAL: [&str; 1] = ["ws://127.0.0.1:9944"];
 /// A network of the Bittensor chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Network {
-    /// The main network.
+    /// The main network, whose tokens have value.
     Finney,
     /// The public test network.
     Test,

@@ -25,11 +25,11 @@ pub struct Wallet {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{} {what}", path.display())]
 pub struct WalletError {
-    /// The file.
+    /// The file or directory that cannot be used.
     pub path: PathBuf,
-    /// Rule and fact.
+    /// The rule for it, and what was found in its place.
     pub what: String,
-    /// What to do.
+    /// What the user can do about it.
     pub hint: Option<String>,
 }
 
@@ -41,7 +41,7 @@ impl Wallet {
     /// The wallet `name` below `path`, with its hotkey `hotkey`.
     ///
     /// # Errors
-    /// When a name is no file name.
+    /// When a name is not a file name.
     pub fn new(path: &Path, name: &str, hotkey: &str) -> Result<Self, WalletError> {
         for (what, word) in [("wallet", name), ("hotkey", hotkey)] {
             if word.is_empty() || word.starts_with('.') || word.contains(['/', '\0']) {

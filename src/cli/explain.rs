@@ -31,7 +31,7 @@ pub(super) struct ExplainArgs {
     /// The miner's uid on the subnet.
     #[arg(long, env = "TARGON_EXPLAIN_UID")]
     uid: u16,
-    /// The subnet.
+    /// The number of the subnet.
     #[arg(long, env = "TARGON_NETUID", default_value_t = 4)]
     netuid: u16,
     #[command(flatten)]

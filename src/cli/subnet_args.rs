@@ -229,7 +229,7 @@ impl AxonArgs {
         let given = self.external_ip.or(Some(bound).filter(|ip| !ip.is_unspecified()));
         let port = self.external_port.unwrap_or(listening);
         let found = crate::miner::address::external(given, port, &self.check_ip).await;
-        // Whoever was asked may answer the next time.
+        // A user who was asked may answer the next time.
         found.map_err(|what| Failure::ours(what).with_hint(Some("give it by --axon.external_ip")))
     }
 

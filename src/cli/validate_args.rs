@@ -144,11 +144,11 @@ impl ListArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum KeepArg {
-    /// None.
+    /// Keep no request and no answer.
     None,
     /// Those of answers that did not pass.
     Faults,
-    /// All.
+    /// Keep every request with its answer.
     All,
 }
 

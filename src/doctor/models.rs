@@ -26,7 +26,7 @@ pub struct Files<'a> {
     pub name: &'a str,
     /// A checkpoint directory or a GGUF file.
     pub path: &'a Path,
-    /// What computes it.
+    /// The device that is to compute it.
     pub device: Device,
 }
 

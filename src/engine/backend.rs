@@ -78,7 +78,7 @@ pub enum Command {
 
 /// A request that was taken.
 pub struct Submission {
-    /// The request, checked.
+    /// The request, whose bounds were checked.
     pub request: Request,
     /// Where its events go: there is room for all that it can have.
     pub events: mpsc::Sender<Event>,

@@ -144,7 +144,7 @@ impl Core {
             Ok(live) => live,
             Err(fault) => {
                 self.stats.record_fault();
-                // Whoever does not listen any more need not be told.
+                // A request whose receiver is gone need not be told.
                 return drop(failing.try_send(Event::Fault(fault)));
             }
         };

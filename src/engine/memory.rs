@@ -12,7 +12,7 @@ const GROUPS: &str = "/sys/fs/cgroup";
 /// Which groups this process is in.
 const OWN_GROUPS: &str = "/proc/self/cgroup";
 
-/// Bytes of memory.
+/// The memory of this machine, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HostMemory {
     /// The machine's, or the smallest limit of a control group around this process.

@@ -60,10 +60,10 @@ pub struct Scheduler {
     accepted: u64,
 }
 
-/// Figures for operators.
+/// What the scheduler holds and has done, in numbers.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct SchedulerLoad {
-    /// Sequences in steps.
+    /// Sequences that take part in steps.
     pub running: usize,
     /// Sequences in the queue.
     pub waiting: usize,
@@ -422,7 +422,7 @@ impl Scheduler {
         self.pool.hot_prefixes()
     }
 
-    /// Figures for operators.
+    /// What it holds now and has done so far, in numbers.
     pub fn load(&self) -> SchedulerLoad {
         SchedulerLoad {
             running: self.running.len(),

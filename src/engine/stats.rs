@@ -48,9 +48,9 @@ pub struct EngineSnapshot {
     pub busy_since: Duration,
     /// Time spent in steps.
     pub busy: Duration,
-    /// Prompt tokens computed.
+    /// Prompt tokens that were computed, not found in the prefix cache.
     pub prefill_tokens: u64,
-    /// Tokens generated.
+    /// Output tokens that were generated.
     pub decode_tokens: u64,
     /// Prompt tokens of ended requests.
     pub prompt_tokens: u64,
@@ -159,7 +159,7 @@ impl Timeline {
 }
 
 impl Stats {
-    /// The counters now.
+    /// A copy of all counters at this moment.
     pub fn snapshot(&self) -> EngineSnapshot {
         *self.counters.lock()
     }

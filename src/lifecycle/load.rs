@@ -43,9 +43,9 @@ struct Planned {
 pub struct Loading {
     /// Has announced the models.
     pub registry: Registry,
-    /// Compute threads.
+    /// The threads that compute, shared by all models.
     pub pool: Pool,
-    /// Times the loading.
+    /// The clock that loading is timed by.
     pub clock: Clock,
     /// Where memory is accounted for.
     pub memory: MemoryAccounts,

@@ -22,7 +22,7 @@ pub const MEASURING: VerifierRules = VerifierRules {
 const EVERY_ROW: CheckOptions =
     CheckOptions { profile: Some(Profile::Proof), depth: Depth::Slow, chance: 0 };
 
-/// Why captured answers are no samples. Answers that are not honest are none of these: they are
+/// Why captured answers are not samples. Answers that are not honest are none of these: they are
 /// left out.
 #[derive(Debug, thiserror::Error)]
 pub enum PairsError {
@@ -32,7 +32,7 @@ pub enum PairsError {
     /// A line holds no captured answer.
     #[error("{place}: {why}")]
     Line {
-        /// The line.
+        /// File and line of the capture.
         place: Place,
         /// What is wrong with it.
         why: Rejection,
@@ -43,7 +43,7 @@ pub enum PairsError {
     /// A request cannot be read.
     #[error("{place}: {why}")]
     Question {
-        /// Its line.
+        /// File and line of the capture whose request it is.
         place: Place,
         /// The field, with rule and fact.
         why: QuestionError,

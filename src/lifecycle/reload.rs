@@ -24,7 +24,7 @@ pub fn stamp(path: &Path) -> Option<Stamp> {
 
 /// What a reload needs.
 pub struct Reloader {
-    /// The file.
+    /// The models file that is read again.
     pub path: PathBuf,
     /// Its stamp when it was last read.
     pub seen: Option<Stamp>,

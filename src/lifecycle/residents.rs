@@ -28,7 +28,7 @@ use std::sync::Arc;
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}: `model` is {model}, which no model here has: {}", path.display(), known.join(", "))]
 pub struct UnusedLimits {
-    /// The file.
+    /// The limits file that applies to nothing.
     pub path: PathBuf,
     /// Hash of the model that it names, in hexadecimal.
     pub model: String,

@@ -19,7 +19,7 @@ pub enum VerifierError {
     /// The models file has no entry for what was asked.
     #[error("{} has no model `{model}`", file.display())]
     NotListed {
-        /// The models file.
+        /// The models file that was searched.
         file: PathBuf,
         /// The name that the request has.
         model: String,
@@ -27,13 +27,13 @@ pub enum VerifierError {
     /// A request without a name could mean any of several models.
     #[error("`request` must name its `model`: {} has several", file.display())]
     Unnamed {
-        /// The models file.
+        /// The models file that has several entries.
         file: PathBuf,
     },
     /// The model of that entry does not load.
     #[error("{model} cannot be loaded: {why}")]
     Load {
-        /// Its name.
+        /// Name of the model's entry in the models file.
         model: String,
         /// What is wrong with its files, its memory plan or its device.
         why: anyhow::Error,

@@ -25,7 +25,7 @@ const AGAIN: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MinerOptions {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// Blocks between two readings of the metagraph.
     pub epoch_length: u64,

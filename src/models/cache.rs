@@ -154,7 +154,7 @@ pub fn find(places: &CacheDirectories, kind: &'static CacheKind) -> io::Result<V
     Ok(items)
 }
 
-/// What in a directory has a name like `pattern`; nothing where it is none, or a link to one.
+/// What in a directory has a name like `pattern`; nothing where it is not a directory, or a link.
 fn matching(directory: &Path, pattern: &str) -> io::Result<Vec<PathBuf>> {
     let (before, after) = pattern.split_once('*').unwrap_or((pattern, ""));
     let is_exact = !pattern.contains('*');

@@ -11,9 +11,9 @@ use crate::ops::rowwise::Norm;
 
 /// A checkpoint, read as a shape says and rounded to a type.
 pub struct Source<'a> {
-    /// The files.
+    /// Where the stored tensors are read from.
     pub checkpoint: &'a Checkpoint,
-    /// Shape and options.
+    /// The shape that the tensors must have.
     pub spec: &'a Spec,
     /// Type of weights and arithmetic.
     pub dtype: Dtype,

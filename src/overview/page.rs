@@ -67,7 +67,7 @@ pub(super) fn newest(verdicts: &[ResponseVerdict]) -> Option<(String, u16)> {
     Some((verdict.round.clone(), verdict.uid))
 }
 
-/// The page.
+/// The page at `/`, as one document.
 pub(super) fn index(shown: &Shown) -> Response {
     let Shown { netuid, now, .. } = shown;
     let running = format!("block {} · {} rounds since the start", now.block, now.rounds);

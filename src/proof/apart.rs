@@ -17,7 +17,7 @@ pub struct Apart {
 
 impl Apart {
     /// Of the row at absolute position `position`, `own` and `other` being its exact f32 values;
-    /// nothing where one of them is no number, because then it cannot be said how far that is.
+    /// nothing where one of them is NaN, because then it cannot be said how far that is.
     ///
     /// # Panics
     /// When a row has another number of channels than the calibration.

@@ -17,7 +17,7 @@ pub const EXACT_BYTES: usize = 8;
 /// What of a request decides its output.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct RequestTerms {
-    /// Prompt ids.
+    /// The prompt's tokens, as ids.
     pub prompt: Vec<u32>,
     /// Temperature, top-p, min-p, top-a, repetition, presence and frequency penalty, in this order.
     pub floats: [f32; 7],
@@ -29,7 +29,7 @@ pub struct RequestTerms {
     pub seed: Option<i64>,
     /// Number of the choice within its request.
     pub choice: u32,
-    /// Most tokens.
+    /// Tokens of the output, at most.
     pub max_tokens: u32,
     /// No end before this many.
     pub min_tokens: u32,
@@ -130,7 +130,7 @@ impl Binding {
 pub struct RowKeys {
     /// Signs of the sketch.
     pub sketch: u64,
-    /// Exact hash.
+    /// The key of exact hashes.
     pub exact: u64,
 }
 

@@ -101,7 +101,7 @@ impl Connections {
         Self(Arc::new(Inner { most: most.max(1), clock, table }))
     }
 
-    /// Open connections.
+    /// How many connections are open.
     pub fn len(&self) -> usize {
         self.0.table.lock().open.len()
     }

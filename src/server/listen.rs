@@ -122,7 +122,7 @@ pub async fn accept_within(
             let connection = graceful.watch(connection);
             tokio::spawn(async move {
                 tokio::select! {
-                    // A peer that breaks off or is too slow is no event of ours.
+                    // A peer that breaks off or is too slow is not worth a log line.
                     ended = connection => if let Err(e) = ended {
                         tracing::debug!("connection ended: {e}");
                     },
@@ -136,7 +136,7 @@ pub async fn accept_within(
         () = accept => {}
         () = done => {}
     }
-    // Whoever has not taken the answer by then does not get it.
+    // A peer that has not taken the answer by then does not get it.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await;
 }
 

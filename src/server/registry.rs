@@ -22,7 +22,7 @@ pub struct ModelEntry {
 pub enum ModelState {
     /// Files or weights are on their way.
     Loading,
-    /// It answers.
+    /// It is loaded, and answers requests.
     Ready(Box<Served>),
     /// It will not answer.
     Failed(String),
@@ -162,7 +162,7 @@ impl Registry {
     }
 }
 
-/// A request's model.
+/// The model that a request is for, and what answers it.
 pub struct Routed {
     /// What requests call the model.
     pub name: String,
@@ -188,7 +188,7 @@ mod tests {
         assert!(older.set("b", None, failed("b")) && newer.set("a", None, failed("new weights")));
         let why = registry.route(Some("a"), None).err().unwrap().message;
         assert!(why.contains("new weights"), "{why}");
-        // Whoever reads or sets by the name alone means what stands there.
+        // A reader or writer that gives the name alone means the entry that stands there.
         assert!(
             registry.set("a", None, ModelState::Loading) && !registry.set("c", None, failed("c"))
         );

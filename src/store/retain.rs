@@ -55,9 +55,9 @@ pub struct Retention {
 pub struct Removed {
     /// Rounds with their responses.
     pub rounds: u64,
-    /// Captured answers.
+    /// Captured answers that were deleted.
     pub captures: u64,
-    /// Reports of verification.
+    /// Reports of verification that were deleted.
     pub reports: u64,
     /// Samples that scores are made of.
     pub samples: u64,

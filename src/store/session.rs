@@ -249,7 +249,7 @@ fn words(error: &sqlx::Error) -> String {
     }
 }
 
-/// A transaction.
+/// A transaction under way; where it is not finished, its connection is closed.
 pub(super) struct Session {
     connections: Arc<ConnectionPool>,
     operation: String,

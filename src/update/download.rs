@@ -50,7 +50,7 @@ impl Default for DownloadLimits {
 /// Where releases are, and who signs them.
 #[derive(Clone, Debug)]
 pub struct ReleaseSource {
-    /// The list's address.
+    /// URL of the release's list.
     pub(super) url: Url,
     /// Whose signatures are taken.
     pub(super) key: PublicKey,

@@ -50,7 +50,7 @@ impl Installed {
         Ok(Self { path })
     }
 
-    /// The program's file.
+    /// Path of the program, links resolved.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }

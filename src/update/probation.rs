@@ -111,7 +111,7 @@ impl Probation {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(UpdateError::io("cannot be read", &note, e)),
         };
-        // Whoever writes nonsense there has the program roll back, as its starts say nothing.
+        // A note that cannot be read rolls the program back, as its starts say nothing.
         let before = String::from_utf8_lossy(&said).trim().parse().unwrap_or(STARTS_MAX);
         let starts = before.saturating_add(1);
         let written = files::replace(&note, starts.to_string().as_bytes());

@@ -16,7 +16,7 @@ pub enum UpdateError {
     Address {
         /// Scheme, host and port of what was given.
         url: String,
-        /// The rule.
+        /// What is wrong with it.
         why: String,
     },
     /// The key cannot be parsed.
@@ -76,7 +76,7 @@ pub enum UpdateError {
         file: String,
         /// What the list says.
         expected: u64,
-        /// What came.
+        /// Bytes that came.
         got: u64,
     },
     /// The list cannot be understood.
@@ -90,7 +90,7 @@ pub enum UpdateError {
     /// The release has nothing for this machine.
     #[error("release {version} has no build for {target}")]
     NoBuild {
-        /// The release.
+        /// The version of the release.
         version: String,
         /// The target that this program was built for.
         target: String,
@@ -110,7 +110,7 @@ pub enum UpdateError {
         file: String,
         /// Program, version and target that the list names.
         expected: String,
-        /// The signed comment.
+        /// The trusted comment of the signature.
         got: String,
     },
     /// The bytes are others than the list says.
@@ -120,13 +120,13 @@ pub enum UpdateError {
         file: String,
         /// What the list says.
         expected: String,
-        /// What came.
+        /// The SHA-256 of what came.
         got: String,
     },
     /// The new program does not start here.
     #[error("the new program does not run on this machine: {why}")]
     Unfit {
-        /// What happened.
+        /// What is wrong with the new program.
         why: SelfTestError,
     },
     /// It ran here, failed in its first minutes, and was replaced by the program before it.
@@ -135,7 +135,7 @@ pub enum UpdateError {
         path.display()
     )]
     Failed {
-        /// The release.
+        /// The version of the release.
         version: String,
         /// The file that says so.
         path: PathBuf,
@@ -163,17 +163,17 @@ pub enum UpdateError {
     ReadOnly {
         /// What could not be written.
         path: PathBuf,
-        /// The system's words.
+        /// Why the system refuses.
         source: io::Error,
     },
     /// Another step with a file fails.
     #[error("{}: {what}: {source}", path.display())]
     Io {
-        /// The step.
+        /// What cannot be done with the file.
         what: &'static str,
-        /// The file.
+        /// The file that the step is about.
         path: PathBuf,
-        /// The system's words.
+        /// Why the system refuses.
         source: io::Error,
     },
 }

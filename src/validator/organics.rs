@@ -37,7 +37,7 @@ pub struct Record {
     pub request: Map<String, Value>,
     /// The events of the stream, as objects or as the lines that carried them.
     response: Vec<Value>,
-    /// Who answered.
+    /// The uid of the miner that answered.
     pub uid: u16,
     /// Its hotkey, as SS58.
     pub hotkey: String,
@@ -48,16 +48,16 @@ pub struct Record {
     pub endpoint: String,
     /// Whether the hub got a whole answer.
     pub success: bool,
-    /// Milliseconds.
+    /// From the request to the end of the answer, in milliseconds.
     #[serde(default)]
     pub total_time: f64,
-    /// Milliseconds.
+    /// From the request to the first token, in milliseconds.
     #[serde(default)]
     pub time_to_first_token: f64,
     /// Tokens, by the hub's count.
     #[serde(default)]
     pub response_tokens: u64,
-    /// The model.
+    /// Name of the model that was asked for.
     #[serde(default)]
     pub model_name: String,
 }
@@ -144,12 +144,12 @@ fn held_tokens(chunk: &Value) -> u64 {
 /// What was found of a record.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ScoredRecord {
-    /// The record.
+    /// The record of the hub that it was made from.
     pub record: Record,
     /// Its tokens as far as they are known: those that were verified where it was, else those that
     /// it holds; never more than the hub counted.
     pub tokens: u64,
-    /// What it counts.
+    /// What the record counts for the miner's score.
     pub organic: Organic,
     /// The rule that is broken, and by what.
     pub fault: Option<(String, String)>,

@@ -71,7 +71,7 @@ pub struct Draft {
 pub struct DrawnPrompt {
     /// Who it is and how it answers.
     pub system: String,
-    /// What it answers.
+    /// The text that it is to answer.
     pub user: String,
 }
 

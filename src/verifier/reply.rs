@@ -20,9 +20,9 @@ pub(super) enum VerifyReply {
     Verified,
     /// A rule is broken.
     Rejected {
-        /// Rule and fact.
+        /// The rule that the answer breaks, and what it has.
         error: String,
-        /// The container's word.
+        /// The word that Targon's container has for the rule.
         cause: &'static str,
     },
 }

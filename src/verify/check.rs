@@ -26,13 +26,13 @@ pub struct Verifier {
     pub model: Arc<Model>,
     /// What its proofs are bound to.
     pub identity: Arc<Identity>,
-    /// Compute threads.
+    /// The threads that compute.
     pub pool: Pool,
     /// What separates honest answers from others.
     pub limits: Limits,
     /// How closely answers are looked at that are suspicious, or drawn.
     pub scrutiny: Scrutiny,
-    /// Longest sequence.
+    /// Tokens of prompt and output together, at most.
     pub context_max: usize,
 }
 
@@ -270,7 +270,7 @@ impl<'a> Verification<'a> {
     }
 }
 
-/// A row of ours that is no number is a fault of ours, whatever was proved of it.
+/// A row of ours with NaN is a fault of ours, whatever was proved of it.
 fn check_finite(dtype: Dtype, rows: &[Vec<u16>]) -> Result<(), Stop> {
     let is_broken = |row: &Vec<u16>| row.iter().any(|bits| !dtype.widen(*bits).is_finite());
     match rows.iter().position(is_broken) {

@@ -53,7 +53,7 @@ pub struct Claim<'a> {
     pub choice: u32,
     /// The proof that was asked for.
     pub proof: Option<Challenge>,
-    /// What came back.
+    /// The answer that was received.
     pub answer: &'a Answer,
     /// Whether a final end token may be missing from the answer: some stacks do not send it.
     pub end_is_implied: bool,

@@ -237,7 +237,7 @@ impl Observed {
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sums {
-    /// The sampler's margins.
+    /// Of the margins of draws.
     pub margin: f64,
     /// Energies of hidden rows.
     pub energy: f64,

@@ -45,7 +45,7 @@ pub struct Measured {
     pub prompts: usize,
     /// Answers to these prompts.
     pub answers: usize,
-    /// Their tokens.
+    /// Tokens of all answers together.
     pub tokens: usize,
     /// Energies of chunks of `residue-v1`, where there were any.
     pub energy_u8: Option<ValueSpread>,
@@ -69,17 +69,17 @@ pub struct Measured {
     pub margin_max: f64,
 }
 
-/// How values lie.
+/// How values of honest answers are distributed.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValueSpread {
-    /// How many.
+    /// How many values there were.
     pub count: usize,
-    /// Arithmetic mean.
+    /// The arithmetic mean of the values.
     pub mean: f64,
     /// 99.9th percentile: the value that at most one in a thousand exceeds.
     pub p999: f64,
-    /// Largest.
+    /// The largest value.
     pub max: f64,
 }
 
@@ -210,7 +210,7 @@ pub fn read(path: &Path) -> Result<LimitsFile, FileError> {
 /// Refuses to write where another file lies than one of limits: it would be lost.
 ///
 /// # Errors
-/// What lies there, and why it is none.
+/// What lies there, and why it is not a limits file.
 pub fn check_place(path: &Path) -> Result<(), FileError> {
     if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
         return Ok(());

@@ -47,7 +47,7 @@ pub struct Question {
     pub understood: Understood,
     /// The model's name.
     pub model: String,
-    /// The API's seed.
+    /// The `seed` of the request.
     pub seed: Option<i64>,
     /// The proof that was asked for.
     pub proof: Option<Challenge>,

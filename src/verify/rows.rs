@@ -76,7 +76,7 @@ impl<'a> RowChecker<'a> {
         &self.found
     }
 
-    /// What was found.
+    /// What all rows gave.
     pub fn finish(self) -> RowFindings {
         self.found
     }

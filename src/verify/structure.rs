@@ -7,7 +7,7 @@ use crate::engine::transcript::Transcript;
 use crate::models::Model;
 use crate::models::text::Text;
 
-/// Log-probabilities above this are no rounding of zero.
+/// Log-probabilities above this cannot be zero that was rounded.
 pub(super) const LOGPROB_MAX: f64 = 1e-3;
 
 /// Whether the last token of an output ends it.

@@ -38,17 +38,17 @@ const DELTA_MAX: f64 = 0.375;
 
 /// What a second look at an answer needs: its proof, and our own rows.
 pub(super) struct Recheck {
-    /// The proof's scheme.
+    /// The scheme that the answer was proved by.
     pub(super) scheme: Scheme,
     /// The keys of its sketches.
     pub(super) prover: RowProver,
     /// Sketches of its rows, in order; none in chunks that are equal bit for bit.
     pub(super) sketches: Vec<Option<Sketch>>,
-    /// Our rows.
+    /// The final-norm rows that we computed, as bits.
     pub(super) rows: Vec<Vec<u16>>,
     /// The tokens that it answers to.
     pub(super) prompt: Vec<u32>,
-    /// Its own.
+    /// The tokens of the answer, as ids.
     pub(super) output: Vec<u32>,
 }
 
@@ -75,7 +75,7 @@ impl Recheck {
     }
 
     /// Distance of each row in units of what rounding moves it by, after `share` of the way that
-    /// the twin went. Rows of which the twin is no number have none.
+    /// the twin went. Rows whose twin is NaN have none.
     fn scores(&self, twin: &[Option<Apart>], share: f64) -> Vec<f64> {
         let score = |(_, apart, sketch): (usize, &Apart, &Sketch)| {
             let squares = apart.residuals(sketch, share).map(|r| r * r);

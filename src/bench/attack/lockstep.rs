@@ -29,7 +29,7 @@ pub(super) struct Way<'a> {
 
 /// One answer to be made.
 pub(super) struct AnswerJob<'a> {
-    /// What was asked.
+    /// The request, as the attacker received it.
     pub(super) ask: &'a AttackRequest,
     /// What is answered.
     pub(super) prompt: Vec<u32>,

@@ -67,7 +67,7 @@ pub(in crate::cli) struct BenchServeArgs {
     /// Words of a prompt with --load fixed, about as many tokens.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     input: u32,
-    /// Tokens of an answer; with --load targon the most, and 1920 where absent.
+    /// Tokens of an answer; with --load targon the most, by default 1920.
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=100_000))]
     output_tokens: Option<u32>,
     /// Leave out `ignore_eos`, which some servers refuse: answers may then be shorter.
@@ -82,7 +82,7 @@ pub(in crate::cli) struct BenchServeArgs {
     /// Mean seconds a token after the first within which a request counts as good.
     #[arg(long, default_value_t = 0.1, value_parser = positive)]
     tpot_limit: f64,
-    /// Decides prompts and arrivals; fresh where absent.
+    /// Decides prompts and arrivals. Default: a fresh one.
     #[arg(long)]
     seed: Option<u64>,
     /// Seconds that one answer may take.

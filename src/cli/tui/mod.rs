@@ -77,7 +77,7 @@ impl Drop for Tui {
 }
 
 impl Tui {
-    /// Takes the terminal and shows `views` until dropped. Whoever wants to stop cancels `stop`.
+    /// Takes the terminal and shows `views` until dropped. A key that ends it cancels `stop`.
     ///
     /// # Errors
     /// When the terminal cannot be taken.

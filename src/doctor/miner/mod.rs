@@ -81,7 +81,7 @@ pub struct Asking<'a> {
     pub model: &'a str,
     /// The most tokens of each answer.
     pub max_tokens: u32,
-    /// The temperature; drawn where absent.
+    /// The temperature; `None` draws one.
     pub temperature: Option<f64>,
     /// Who checks with the model's weights, where they are here.
     pub verifier: Option<&'a Verifier>,

@@ -129,7 +129,7 @@ impl MistralBackend {
             }
             Err(fault) => {
                 stats.record_fault();
-                // Whoever does not listen any more need not be told.
+                // A request whose receiver is gone need not be told.
                 let _ = failing.try_send(Event::Fault(fault));
             }
         }

@@ -124,7 +124,7 @@ impl CudaWeights {
         Ok(Self { card, spec, dtype, rope, embedding, head, norm, layers, bytes })
     }
 
-    /// The shape.
+    /// The shape of the model.
     pub fn spec(&self) -> &Arc<Spec> {
         &self.spec
     }

@@ -25,14 +25,14 @@ const TEXT_BYTES_MIN: u64 = 8;
 const TEXT: u32 = 8;
 const LIST: u32 = 9;
 
-/// A metadata value.
+/// The value of a metadata key.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Value {
     /// Any of the eight integer types.
     Integer(i128),
     /// Either of the two float types.
     Float(f64),
-    /// A boolean.
+    /// A value of the type `bool`: one byte, 0 or 1.
     Bool(bool),
     /// A text as it is stored, which may not be UTF-8.
     Text(Box<[u8]>),
@@ -111,7 +111,7 @@ impl Scalar {
 }
 
 impl List {
-    /// Number of entries.
+    /// How many values the list has.
     pub fn len(&self) -> usize {
         match self {
             Self::Texts(texts) => texts.len(),
@@ -206,13 +206,13 @@ pub enum HeaderError {
     Read {
         /// What was to be read.
         what: String,
-        /// The system's reason.
+        /// Why the system refuses.
         source: std::io::Error,
     },
-    /// A name that is no text.
+    /// A name that is not UTF-8.
     #[error("{what} has a name that is not UTF-8")]
     Name {
-        /// Whose name.
+        /// The key or tensor that has the name.
         what: String,
     },
     /// One key with two values.
@@ -224,21 +224,21 @@ pub enum HeaderError {
     /// Lists within lists, which no known key has.
     #[error("{what} is a list of lists, which is not supported")]
     Lists {
-        /// The value.
+        /// The key whose value it is.
         what: String,
     },
     /// A type that the format does not have.
     #[error("{what} has the unknown type {id}")]
     Type {
-        /// The value.
+        /// The key or tensor that has the type.
         what: String,
-        /// The type's number.
+        /// The number that stands for the type in the file.
         id: u32,
     },
     /// None, or too many.
     #[error("tensor `{name}` has {dimensions} dimensions; 1 to {DIMENSIONS_MAX} are supported")]
     Dimensions {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// How many it has.
         dimensions: u32,
@@ -246,7 +246,7 @@ pub enum HeaderError {
     /// A shape that no tensor can have.
     #[error("tensor `{name}` has the impossible shape {shape:?}: a 0, or too many elements")]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// Its dimensions, fastest first.
         shape: Vec<u64>,

@@ -135,7 +135,7 @@ impl Gate {
         self.0.door.set_slots(slots);
     }
 
-    /// The members.
+    /// The members of the subnet, as they were last read.
     pub fn metagraph(&self) -> Arc<Metagraph> {
         Arc::clone(&self.0.metagraph.read())
     }

@@ -29,7 +29,7 @@ const INLINE_BYTES_MAX: usize = 64 << 10;
 /// Who sent a request: what handlers may rely on.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Caller {
-    /// The signer.
+    /// The hotkey that signed the request.
     pub hotkey: Hotkey,
     /// What names the request among the signer's: its uuid.
     pub name: String,
@@ -55,7 +55,7 @@ impl Gate {
         Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::new(body)) })
     }
 
-    /// Reads a body of whoever says to be this signer.
+    /// Reads a body whose sender claims to be this signer.
     async fn body(
         &self,
         headers: &HeaderMap,

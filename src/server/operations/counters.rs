@@ -24,9 +24,9 @@ const HTTP_SECONDS: [f64; 12] =
 pub struct HttpLabels {
     /// GET, POST, ...
     pub method: String,
-    /// The route.
+    /// Path of the route.
     pub path: String,
-    /// The answer.
+    /// The HTTP status of the answer.
     pub status: u16,
 }
 

@@ -103,7 +103,7 @@ impl Found {
     }
 }
 
-/// A running round.
+/// A round that has begun, as a pure state machine.
 pub struct RoundMachine {
     settings: Arc<RoundSettings>,
     clock: Clock,
@@ -170,7 +170,7 @@ impl RoundMachine {
         Some((machine, vec![Action::Prompt { model, endpoint }]))
     }
 
-    /// The round's name.
+    /// The id of the round: 32 hexadecimal digits.
     pub fn id(&self) -> &str {
         &self.record.id
     }
@@ -180,7 +180,7 @@ impl RoundMachine {
         (self.record.id.clone(), self.record.model.clone())
     }
 
-    /// Where it is.
+    /// What the round waits for.
     pub fn phase(&self) -> RoundPhase {
         self.phase
     }

@@ -158,7 +158,7 @@ fn a_round_goes_from_prompt_to_verdicts() {
 }
 
 #[test]
-fn whoever_does_not_list_the_model_misses_it() {
+fn a_miner_that_does_not_list_the_model_misses_it() {
     let mut test = Test::new(vec![miner(0, "other"), miner(1, "m")]);
     test.give(RoundEvent::Prompted(Ok(prompt())));
     assert_eq!(test.asked(), [1]);

@@ -35,9 +35,9 @@ pub enum Settled {
 /// Where and when weights are settled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct When {
-    /// The epoch.
+    /// The epoch that the weights are for.
     pub(super) epoch: u64,
-    /// The newest block.
+    /// The newest block that is known.
     pub(super) block: u64,
     /// How long to wait between two looks.
     pub(super) wait: Duration,

@@ -31,7 +31,7 @@ const BUCKET_BYTES_MAX: usize = 64 << 20;
 pub struct Urls {
     /// Of requests of users: `/organics` and `/organics/scores` below it.
     pub organics: Option<String>,
-    /// Of statistics.
+    /// URL that statistics of rounds are sent to.
     pub stats: Option<String>,
 }
 

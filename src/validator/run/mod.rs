@@ -82,7 +82,7 @@ pub struct RunOptions {
     pub epochs: EpochRule,
     /// Answers that are checked at once: each has a KV cache of its own, and they share all cores.
     pub checks: usize,
-    /// After so many rounds it ends, with weights; never where absent.
+    /// After so many rounds it ends, with weights; `None` never ends it.
     pub rounds: Option<u64>,
     /// Decide weights and send none.
     pub is_dry: bool,

@@ -21,9 +21,9 @@ use std::sync::Arc;
 /// One query, as a round wants it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct MinerQuery {
-    /// The miner.
+    /// The miner that is asked.
     pub member: Member,
-    /// The route.
+    /// The path of the request.
     pub path: &'static str,
     /// The body of the request.
     pub body: Value,
@@ -38,7 +38,7 @@ pub struct AnswerToCheck {
     pub model: String,
     /// The miner that answered.
     pub member: Member,
-    /// The round.
+    /// The id of the round that asked.
     pub round: String,
     /// The block at which the round began.
     pub block: u64,
@@ -115,7 +115,7 @@ pub trait Ports: Send + Sync + 'static {
     /// Tells a miner which models are asked for, and asks which ones it serves.
     fn models(&self, member: &Member) -> impl Future<Output = anyhow::Result<Vec<String>>> + Send;
 
-    /// Asks a miner.
+    /// Sends one query to a miner and waits until its answer has ended.
     fn ask(&self, query: MinerQuery) -> impl Future<Output = Answered> + Send;
 
     /// The models that can be verified now.
@@ -127,14 +127,14 @@ pub trait Ports: Send + Sync + 'static {
     /// Keeps a model in memory as long as what is returned.
     fn hold(&self, model: &str) -> Hold;
 
-    /// Makes a prompt.
+    /// Draws a prompt for a model, and has it written where prompts are rewritten.
     fn prompt(
         &self,
         model: &str,
         endpoint: Endpoint,
     ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
-    /// Checks an answer.
+    /// Verifies an answer, and adds what it shows to the evidence about its miner.
     fn verify(&self, case: AnswerToCheck) -> impl Future<Output = AnswerReport> + Send;
 
     /// Stores a round: once it returns, nothing of the round can be lost. Saving the same round
@@ -147,7 +147,7 @@ pub trait Ports: Send + Sync + 'static {
     /// Whether rounds are to be reported.
     fn wants_reports(&self) -> bool;
 
-    /// Reports a round.
+    /// Sends the statistics of a round that has ended to the hub.
     fn report(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Deletes records that are older than the operator wants them kept.

@@ -12,11 +12,11 @@ use tokio::sync::watch;
 /// A validator at one moment.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct View {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
-    /// This validator's place.
+    /// The uid of this validator.
     pub own: u16,
-    /// The newest block.
+    /// The number of the newest block that is known.
     pub block: u64,
     /// The first block of the epoch, and how many it has.
     pub epoch: (u64, u64),
@@ -39,13 +39,13 @@ pub struct View {
 /// A running round.
 #[derive(Clone, PartialEq, Debug)]
 pub struct RunningRound {
-    /// Its name.
+    /// The id of the round: 32 hexadecimal digits.
     pub id: String,
     /// The model that it asks for.
     pub model: String,
     /// The block at which it began.
     pub block: u64,
-    /// Where it is.
+    /// What the round waits for.
     pub phase: RoundPhase,
 }
 
@@ -65,15 +65,15 @@ pub struct MinerView {
 /// A miner's last answer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Last {
-    /// When what arrived.
+    /// When the answer's parts arrived.
     pub timing: Timing,
-    /// The verdict.
+    /// What verification found of the answer.
     pub outcome: Outcome,
     /// Its cause, as it was reported.
     pub cause: Option<String>,
 }
 
-/// The publisher's side.
+/// Publishes the newest view to all who subscribe.
 pub(super) struct Publisher {
     sender: watch::Sender<Arc<View>>,
     known: BTreeMap<u16, MinerView>,

@@ -45,21 +45,21 @@ const MARKED_MAX: usize = 8;
 
 /// The parts of a validator.
 pub struct World<C: Chain> {
-    /// The chain.
+    /// Where the chain is read, and weights are sent to.
     pub chain: C,
-    /// Who signs.
+    /// The hotkey that signs queries and weights.
     pub signer: Arc<Keypair>,
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
-    /// Its records.
+    /// Where rounds, samples, evidence and weights are kept.
     pub store: Store,
-    /// Time.
+    /// The time that records and signatures have.
     pub clock: Clock,
     /// The models that it verifies with.
     pub residents: Residents,
     /// Whether the engine writes prompts.
     pub rewriting: Rewriting,
-    /// The rules of a verification; those that the request asks for where absent.
+    /// The rules of a verification; `None` takes those that the request asks for.
     pub rules: Option<verify::Profile>,
     /// The hub, where there is one.
     pub hub: OrganicsHub,
@@ -75,7 +75,7 @@ pub struct World<C: Chain> {
     pub waits: (Duration, Duration),
     /// Blocks after the last round from which on old samples do not count.
     pub away_max: u64,
-    /// Version that weights name; the subnet's own where absent.
+    /// Version that weights name; `None` is the subnet's own.
     pub version_key: Option<u64>,
     /// The state that is kept between two calls.
     pub memory: WorldState,

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 /// One miner's numbers, in the order in which they follow from each other.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Explanation {
-    /// Its place.
+    /// The uid of the miner.
     pub uid: u16,
     /// Who holds it, as SS58.
     pub hotkey: String,
@@ -34,7 +34,7 @@ pub struct Explanation {
 /// Weights, or why there are none, and how they came about.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Decision {
-    /// The arithmetic.
+    /// The arithmetic that the weights were decided by.
     pub profile: ScoringProfile,
     /// Its window of samples.
     pub window: usize,
@@ -50,7 +50,7 @@ pub struct Decision {
 /// stand beside it.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StoredExplanation {
-    /// The arithmetic.
+    /// The arithmetic that the weights were decided by.
     pub profile: ScoringProfile,
     /// Its window of samples.
     pub window: usize,

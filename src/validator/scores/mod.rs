@@ -60,7 +60,7 @@ pub struct Input<'a> {
 /// Why there are no weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoWeights {
-    /// Nobody is there.
+    /// The subnet has no members.
     #[error("the subnet has no places")]
     Empty,
     /// Nobody has earned anything.

@@ -23,7 +23,7 @@ pub(super) type MissReasons<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
 pub struct MissReason {
     /// Id of the round.
     pub round: String,
-    /// The miner's place.
+    /// The uid of the miner.
     pub uid: u16,
     /// The cause's name, where the answer was not verified.
     pub cause: Option<String>,
@@ -46,7 +46,7 @@ impl MissReason {
 pub enum Organic {
     /// Verified, with so many tokens a second.
     Tps(f64),
-    /// No answer.
+    /// The miner gave no answer, or not a whole one.
     Failed,
     /// An answer without tokens that can be read.
     Empty,
@@ -105,14 +105,14 @@ pub fn sigmoid(share: f64) -> f64 {
 /// A mean and what consistency makes of it.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Mean {
-    /// Tokens a second.
+    /// Mean speed of the samples, in tokens a second.
     pub mean: f64,
     /// Between 0 and 1.
     pub consistency: f64,
 }
 
 impl Mean {
-    /// Their product.
+    /// The mean speed times the consistency.
     pub fn score(self) -> f64 {
         self.mean * self.consistency
     }

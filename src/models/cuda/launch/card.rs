@@ -132,7 +132,7 @@ impl Card {
         Ok(())
     }
 
-    /// Its number.
+    /// The number that the driver gives the card, from 0.
     pub fn ordinal(&self) -> usize {
         self.ordinal
     }

@@ -44,11 +44,11 @@ pub struct Tile {
     pub start: i32,
     /// First query.
     pub first_query: i32,
-    /// How many.
+    /// How many queries it has.
     pub queries: i32,
     /// Where the sequence's block table begins.
     pub table: i32,
-    /// Fills up.
+    /// Padding, which kernels do not read.
     pub unused: i32,
 }
 
@@ -68,7 +68,7 @@ pub struct Rule {
     pub top_p: f32,
     /// 0 keeps all.
     pub min_p: f32,
-    /// Fills up.
+    /// Padding, which kernels do not read.
     pub unused: i32,
 }
 
@@ -100,9 +100,9 @@ pub struct Query {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
-    /// Query heads.
+    /// Heads that queries have.
     pub heads: i32,
-    /// Key/value heads.
+    /// Heads that keys and values have.
     pub kv_heads: i32,
     /// Elements of a head.
     pub head_dim: i32,

@@ -115,7 +115,7 @@ impl Stream {
 pub struct Launch {
     /// Name of the kernel in its module.
     pub kernel: &'static str,
-    /// Thread blocks.
+    /// Thread blocks in x, y and z.
     pub grid: [usize; 3],
     /// Threads of each thread block.
     pub threads: u32,
