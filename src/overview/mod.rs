@@ -166,7 +166,7 @@ async fn index(State(overview): State<Overview>) -> Result<Response, ApiError> {
         }
         None => None,
     };
-    Ok(page::index(&page::Shown { netuid, now, rounds, verdicts, weights, answer }))
+    Ok(page::index(&page::PageContent { netuid, now, rounds, verdicts, weights, answer }))
 }
 
 /// `GET /answers/{round}/{uid}`: one answer, for people.

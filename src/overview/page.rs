@@ -47,7 +47,7 @@ td.key { font-family: monospace; }
 ";
 
 /// What the page shows.
-pub(super) struct Shown {
+pub(super) struct PageContent {
     pub(super) netuid: u16,
     pub(super) now: RunSnapshot,
     /// Newest first.
@@ -68,8 +68,8 @@ pub(super) fn newest(verdicts: &[ResponseVerdict]) -> Option<(String, u16)> {
 }
 
 /// The page at `/`, as one document.
-pub(super) fn index(shown: &Shown) -> Response {
-    let Shown { netuid, now, .. } = shown;
+pub(super) fn index(shown: &PageContent) -> Response {
+    let PageContent { netuid, now, .. } = shown;
     let running = format!("block {} · {} rounds since the start", now.block, now.rounds);
     document(&html! {
         h1 { "Validator of subnet " (netuid) }
@@ -135,7 +135,7 @@ fn word(text: &str) -> String {
     text.chars().take(WORD_CHARS_MAX).collect()
 }
 
-fn miners(shown: &Shown) -> Markup {
+fn miners(shown: &PageContent) -> Markup {
     let mut order: Vec<&str> = shown.verdicts.iter().map(|v| v.round.as_str()).collect();
     order.dedup();
     let place: BTreeMap<&str, usize> = order.iter().enumerate().map(|(i, id)| (*id, i)).collect();

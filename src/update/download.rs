@@ -83,12 +83,12 @@ impl ReleaseSource {
 }
 
 /// A server of releases.
-pub(super) struct Server {
+pub(super) struct ReleaseServer {
     client: Client,
     limits: DownloadLimits,
 }
 
-impl Server {
+impl ReleaseServer {
     pub(super) fn new(limits: DownloadLimits) -> Result<Self, reqwest::Error> {
         tls::install();
         let same_host = redirect::Policy::custom(|attempt| {

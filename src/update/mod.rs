@@ -19,7 +19,7 @@ mod tests;
 
 use crate::endpoint::shown;
 use crate::entropy::Entropy;
-use download::Server;
+use download::ReleaseServer;
 pub use download::{DownloadLimits, ReleaseSource};
 pub use install::Installed;
 use install::Staging;
@@ -32,7 +32,7 @@ use std::time::Duration;
 /// Looks for releases that are newer than a program.
 pub struct Updater {
     source: ReleaseSource,
-    server: Server,
+    server: ReleaseServer,
     installed: Installed,
     version: Version,
     target: String,
@@ -92,7 +92,7 @@ impl Updater {
         source: ReleaseSource,
         limits: DownloadLimits,
     ) -> Result<Self, UpdateError> {
-        let server = Server::new(limits).map_err(|e| UpdateError::Unreachable {
+        let server = ReleaseServer::new(limits).map_err(|e| UpdateError::Unreachable {
             url: shown(source.url.as_str()),
             why: e.to_string(),
         })?;

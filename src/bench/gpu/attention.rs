@@ -2,7 +2,7 @@
 //! with each other, and both with a softmax in f64.
 
 use super::runner::{KernelRunner, same};
-use crate::models::cuda::launch::{AttentionShape, Memory, Pointer, Tile, args};
+use crate::models::cuda::launch::{AttentionShape, Memory, Pointer, QueryTile, args};
 use crate::ops::attention::{Attention, BLOCK_TOKENS, KvCache, KvDims, PARTITION_TOKENS, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
 use anyhow::{Context, ensure};
@@ -201,7 +201,7 @@ impl<'a> Case<'a> {
         let ([heads, kv_heads, head_dim], runner) = (self.dims(), self.runner);
         let partitions = (self.start + self.rows).div_ceil(PARTITION_TOKENS);
         let queries = self.rows * heads / kv_heads;
-        let tile = |first: usize| Tile {
+        let tile = |first: usize| QueryTile {
             row_zero: self.start as i32,
             start: self.start as i32,
             first_query: first as i32,
@@ -209,7 +209,7 @@ impl<'a> Case<'a> {
             table: 0,
             unused: 0,
         };
-        let tiles: Vec<Tile> = (0..queries).step_by(size).map(tile).collect();
+        let tiles: Vec<QueryTile> = (0..queries).step_by(size).map(tile).collect();
         let on_card = runner.put(&tiles)?;
         let all = self.start + self.rows;
         let out = runner.put(&vec![0_u16; all * heads * head_dim])?;

@@ -4,7 +4,7 @@
 //! only products and attention of tensor arithmetic have orders of their own. A branch waits for
 //! the next norm, which adds it to the residual stream.
 
-use super::choose::{Attention, Product, slot_tiles};
+use super::choose::{AttentionKernel, Product, slot_tiles};
 use super::error::CudaError;
 use super::launch::{Arg, AttentionShape, GRID_MAX, Launch, Memory, Pointer, args};
 use super::layout::Layout;
@@ -321,8 +321,12 @@ impl StepRun<'_> {
 
     fn attend_tiles(&self, shape: AttentionShape, [keys, values]: [Pointer; 2]) {
         let (a, b, layout) = (&self.spec().attention, self.buffers, self.layout);
-        let Attention { kernel, threads, shared } =
-            Attention::new(self.arithmetic, layout.tile_queries, a.head_dim, self.weights.dtype);
+        let AttentionKernel { kernel, threads, shared } = AttentionKernel::new(
+            self.arithmetic,
+            layout.tile_queries,
+            a.head_dim,
+            self.weights.dtype,
+        );
         let depth = if b.parts.is_some() { layout.partitions } else { 1 };
         let (table, tiles) = (self.input(layout.table), self.input(layout.tiles));
         let parts = b.parts.unwrap_or(Pointer::NULL);

@@ -46,13 +46,13 @@ pub enum List {
     /// Texts as they are stored.
     Texts(Vec<Box<[u8]>>),
     /// Numbers or booleans as they are stored.
-    Scalars(Scalar, Vec<u8>),
+    Scalars(ScalarType, Vec<u8>),
 }
 
 /// A type of fixed size.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[allow(missing_docs, reason = "the names say it")]
-pub enum Scalar {
+pub enum ScalarType {
     U8,
     I8,
     U16,
@@ -66,9 +66,9 @@ pub enum Scalar {
     F64,
 }
 
-impl Scalar {
+impl ScalarType {
     fn of(id: u32) -> Option<Self> {
-        use Scalar::{Bool, F32, F64, I8, I16, I32, I64, U8, U16, U32, U64};
+        use ScalarType::{Bool, F32, F64, I8, I16, I32, I64, U8, U16, U32, U64};
         Some(match id {
             0 => U8,
             1 => I8,
@@ -127,7 +127,7 @@ impl List {
     /// The entries of a list of numbers or booleans.
     pub fn scalars(&self) -> impl Iterator<Item = Value> {
         let (kind, bytes) = match self {
-            Self::Texts(_) => (Scalar::U8, &[][..]),
+            Self::Texts(_) => (ScalarType::U8, &[][..]),
             Self::Scalars(kind, bytes) => (*kind, &bytes[..]),
         };
         bytes.chunks_exact(kind.bytes() as usize).map(move |bytes| kind.value(bytes))
@@ -421,8 +421,8 @@ impl<R: Read> Reader<R> {
     }
 }
 
-fn scalar(id: u32, what: &str) -> Result<Scalar, HeaderError> {
-    Scalar::of(id).ok_or_else(|| HeaderError::Type { what: what.to_owned(), id })
+fn scalar(id: u32, what: &str) -> Result<ScalarType, HeaderError> {
+    ScalarType::of(id).ok_or_else(|| HeaderError::Type { what: what.to_owned(), id })
 }
 
 /// The dimensions slowest first, if their product can be counted.

@@ -9,7 +9,7 @@ mod keys;
 mod names;
 mod parts;
 
-pub use header::{HEADER_BYTES_MAX, Header, List, Scalar, Value as Meta};
+pub use header::{HEADER_BYTES_MAX, Header, List, ScalarType, Value as Meta};
 
 use super::config::{families, of_gguf};
 use super::error::LoadError;

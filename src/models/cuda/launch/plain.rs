@@ -31,13 +31,13 @@ macro_rules! plain {
         )*
     };
 }
-plain!(u8, i8, u16, i16, u32, i32, u64, f32, f64, Tile, Rule, Entry, Query);
+plain!(u8, i8, u16, i16, u32, i32, u64, f32, f64, QueryTile, Rule, Entry, Query);
 
 /// Queries of one sequence that one thread block attends (`attend.cu`): query i is row `first_row`
 /// + i / group of the batch, which is at position `start` + i / group.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Tile {
+pub struct QueryTile {
     /// The sequence's first row in the batch.
     pub row_zero: i32,
     /// Position of that row.
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn structures_have_the_sizes_of_the_kernels() {
-        assert_eq!([size_of::<Tile>(), size_of::<AttentionShape>()], [24, 24]);
+        assert_eq!([size_of::<QueryTile>(), size_of::<AttentionShape>()], [24, 24]);
         assert_eq!([size_of::<Rule>(), size_of::<Entry>(), size_of::<Query>()], [32, 24, 8]);
         let shape =
             AttentionShape { heads: 1, kv_heads: 2, head_dim: 3, window: 4, scale: 5.0, cap: 6.0 };
