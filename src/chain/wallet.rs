@@ -214,7 +214,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         for (name, hotkey) in [("", "h"), ("..", "h"), ("a/b", "h"), ("w", "../k")] {
             let error = Wallet::new(root.path(), name, hotkey).unwrap_err();
-            assert!(error.to_string().contains("no file name"), "{error}");
+            assert!(error.to_string().contains("not a file name"), "{error}");
         }
         let wallet = Wallet::new(root.path(), "w", "h").unwrap();
         let missing = wallet.keypair(never).unwrap_err();

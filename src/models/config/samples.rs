@@ -47,13 +47,17 @@ pub(crate) const SMOLLM2_135M: LlamaSizes = LlamaSizes {
 impl LlamaSizes {
     /// Its `config.json`.
     pub(crate) fn json(self) -> Value {
-        json!({
+        let mut json = json!({
             "model_type": "llama", "vocab_size": self.vocab, "hidden_size": self.hidden,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "intermediate_size": self.inter,
             "max_position_embeddings": self.context, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": self.tied,
-        })
+        });
+        // Families have defaults of their own for this key.
+        if self.tied {
+            json["tie_word_embeddings"] = json!(true);
+        }
+        json
     }
 
     /// Its shape, with `extra` over the keys of its configuration.
