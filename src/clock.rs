@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A cloneable clock.
+/// Tells the time to all who hold a copy.
 #[derive(Clone, Debug)]
 pub struct Clock(Source);
 
@@ -19,7 +19,7 @@ enum Source {
 }
 
 impl Clock {
-    /// The machine's clocks.
+    /// Tells the machine's time.
     pub fn system() -> Self {
         Self(Source::System { start: Instant::now() })
     }

@@ -104,7 +104,7 @@ impl Rounded {
         self.values.resize(rows * self.cols, 0.0);
     }
 
-    /// Number of rows.
+    /// Rows of the matrix, one for each output.
     pub fn rows(&self) -> usize {
         self.values.len() / self.cols
     }
@@ -114,7 +114,7 @@ impl Rounded {
         self.cols
     }
 
-    /// Element type.
+    /// The type of the 16-bit elements that are stored.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }

@@ -107,12 +107,12 @@ impl Packed {
         self.cols
     }
 
-    /// Element type.
+    /// The type of the 16-bit elements that are stored.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
-    /// Bytes held.
+    /// Bytes of memory that the packed matrix takes, padding included.
     pub fn bytes(&self) -> usize {
         self.data.len() * 2
     }

@@ -16,7 +16,7 @@ pub enum RopeScaling {
     None,
     /// Positions divided by `factor`.
     Linear {
-        /// Divisor.
+        /// What positions are divided by.
         factor: f64,
     },
     /// Llama 3: long wavelengths divided by `factor`, short ones kept, a ramp between.

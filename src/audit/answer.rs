@@ -12,7 +12,7 @@ use std::collections::HashMap;
 pub const TOKENS_MAX: usize = 4096;
 /// Alternatives of one token that are read.
 const TOP_MAX: usize = 20;
-/// The sign for bytes that are no text, U+FFFD.
+/// The sign for bytes that are not UTF-8, U+FFFD.
 const REPLACED: &[u8] = "\u{fffd}".as_bytes();
 
 /// Where the tokens of an answer are known from.
@@ -30,7 +30,7 @@ pub enum TokenSource {
 /// A token as a server reports it.
 #[derive(Clone, PartialEq, Default, Debug)]
 pub struct ServerToken {
-    /// Its natural log-probability.
+    /// Its natural log-probability as the server reports it, where it does.
     pub logprob: Option<f64>,
     /// Alternatives that are known here, with theirs.
     pub top: Vec<(u32, f64)>,

@@ -63,7 +63,7 @@ impl AuditError {
     }
 }
 
-/// What is asked.
+/// What an audit asks a server for.
 #[derive(Clone, Debug)]
 pub struct AuditRequests {
     /// The model's name at the server.

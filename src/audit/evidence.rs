@@ -8,7 +8,7 @@
 //! them better than eight bits; eight bits lie between, because an honest server may compute its
 //! products in them. Each row adds a log-likelihood ratio to both tests, within `ROW_MAX`, and each
 //! answer at most a quarter of what decides: rows of an answer share keys and values, so they are
-//! no independent witnesses.
+//! not independent observations.
 
 use super::answer::{ServerAnswer, TokenSource};
 use super::score::TokenScore;
@@ -68,7 +68,7 @@ impl Conclusion {
 /// The answers so far.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct AuditEvidence {
-    /// Answers that count.
+    /// Answers with a token that is known here.
     pub answers: usize,
     /// Answers without a token that is known: empty ones, among others.
     pub without_tokens: usize,

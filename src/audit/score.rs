@@ -6,7 +6,7 @@ use crate::engine::request::Request;
 use crate::models::pass::{RowAsk, RowReport, Scores, Token};
 use crate::ops::lanes::Isa;
 use crate::ops::logits::{LogSumExp, Moments};
-use crate::verify::prefill::{Prefix, Rows};
+use crate::verify::prefill::{Prefix, RowSink};
 use crate::verify::{Stop, Verifier};
 use anyhow::bail;
 use std::ops::Range;
@@ -70,7 +70,7 @@ struct RowScorer<'a> {
     rows: Vec<TokenScore>,
 }
 
-impl Rows for RowScorer<'_> {
+impl RowSink for RowScorer<'_> {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let (ids, sampling) = (&self.answer.ids, &self.request.sampling);
         let ask = |(index, position): (usize, usize)| {

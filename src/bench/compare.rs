@@ -36,7 +36,7 @@ const ANSWER_TOKENS: u64 = 1920;
 /// A machine in the comparison. What a report cannot say is absent.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Compared {
-    /// The report's name.
+    /// Name of the report's file or directory.
     pub name: String,
     /// The machine; of a server unknown.
     pub machine: Option<String>,

@@ -9,14 +9,14 @@ mod attention;
 mod ceilings;
 mod draws;
 mod invariance;
-mod lab;
 mod mixture;
 mod products;
 mod rows;
+mod runner;
 
 use self::asked::{is_same, prover, samplings};
 pub(super) use self::ceilings::CardCeilings;
-use self::lab::Lab;
+use self::runner::KernelRunner;
 use super::arguments::BenchArgs;
 use super::host::{self, Say};
 use super::verify::write_model;
@@ -142,16 +142,16 @@ fn shapes(is_dry: bool) -> anyhow::Result<Vec<(&'static str, Spec)>> {
 /// The kernels that are not products, one by one.
 fn kernels(card: &Arc<Card>, pool: &Pool, is_dry: bool, say: Say<'_>) -> anyhow::Result<()> {
     for dtype in [Dtype::Bf16, Dtype::F16] {
-        let lab = Lab::new(card, pool, dtype)?;
+        let runner = KernelRunner::new(card, pool, dtype)?;
         // Columns, positions before some rows, tokens of the vocabulary.
         let (cols, [start, rows], vocab) = match is_dry {
             true => (200, [520, 3], 1_500),
             false => (4_096, [1_100, 40], 128_256),
         };
-        let mut results = rows::compare(&lab, cols)?;
-        results.extend(attention::compare(&lab, (start, rows))?);
-        results.extend(draws::compare(&lab, vocab, cols)?);
-        results.extend(mixture::compare(&lab, cols)?);
+        let mut results = rows::compare(&runner, cols)?;
+        results.extend(attention::compare(&runner, (start, rows))?);
+        results.extend(draws::compare(&runner, vocab, cols)?);
+        results.extend(mixture::compare(&runner, cols)?);
         for (kernel, count) in results {
             say(format!("{kernel} in {dtype}: {count} of {count} results are what they must be"));
         }

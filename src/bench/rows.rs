@@ -13,14 +13,14 @@ const OVERHEAD_BELOW: f64 = 0.25;
 
 /// Phase, batch and depth of a row.
 #[derive(Clone, Copy)]
-pub(super) struct Size {
+pub(super) struct RowSize {
     pub(super) phase: Phase,
     pub(super) batch: usize,
     pub(super) depth: usize,
     pub(super) tokens: usize,
 }
 
-impl Size {
+impl RowSize {
     /// Bytes and operations of a token, at least.
     fn work(self, spec: &Spec) -> (f64, f64) {
         let Self { phase, batch, depth, tokens } = self;
@@ -68,7 +68,7 @@ fn measured_device(ceilings: &Ceilings) -> DeviceSpec {
 pub(super) fn row(
     spec: &Spec,
     ceilings: &Ceilings,
-    size: Size,
+    size: RowSize,
     runs: Vec<f64>,
 ) -> Option<ReportRow> {
     let speed = Spread::of(&runs)?;
@@ -93,7 +93,7 @@ pub(super) fn row(
         _ if of_bandwidth >= of_peak => Limit::Memory,
         _ => Limit::Compute,
     };
-    let Size { phase, batch, depth, tokens } = size;
+    let RowSize { phase, batch, depth, tokens } = size;
     Some(ReportRow {
         phase,
         batch,
@@ -117,18 +117,11 @@ pub(super) fn row(
 mod tests {
     use super::*;
     use crate::bench::report::schema::TableCeilings;
-    use crate::models::config;
-    use serde_json::json;
-    use std::path::Path;
+    use crate::models::config::samples::LLAMA_8B;
 
     /// An 8B Llama at 100 GB/s and 1 TFLOP/s, on a machine that calls itself a Ryzen.
-    fn measured(size: Size, speed: f64) -> ReportRow {
-        let json = json!({
-            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "intermediate_size": 14_336, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-        });
-        let spec = config::parse(Path::new("config.json"), &json).unwrap();
+    fn measured(size: RowSize, speed: f64) -> ReportRow {
+        let spec = LLAMA_8B.spec();
         let table = TableCeilings { device: "ryzen-9950x".into(), bandwidth: 89.6e9, peak: 4.4e12 };
         let ceilings = Ceilings { read_bandwidth: 100e9, fma_peak: 1e12, table: Some(table) };
         row(&spec, &ceilings, size, vec![speed; 3]).unwrap()
@@ -136,7 +129,7 @@ mod tests {
 
     #[test]
     fn decode_of_one_sequence_reads_all_weights_for_each_token() {
-        let size = Size { phase: Phase::Decode, batch: 1, depth: 128, tokens: 64 };
+        let size = RowSize { phase: Phase::Decode, batch: 1, depth: 128, tokens: 64 };
         let row = measured(size, 5.0);
         // 15.0 GB without the embedding, five times a second.
         assert!((74e9..77e9).contains(&row.bytes_per_second), "{row:?}");
@@ -154,11 +147,11 @@ mod tests {
 
     #[test]
     fn prefill_is_bound_by_arithmetic_and_checks_cost_as_much() {
-        let size = Size { phase: Phase::Prefill, batch: 4, depth: 1024, tokens: 64 };
+        let size = RowSize { phase: Phase::Prefill, batch: 4, depth: 1024, tokens: 64 };
         let row = measured(size, 40.0);
         assert_eq!(row.limit, Limit::Compute);
         assert!((0.5..0.6).contains(&row.of_peak), "{row:?}");
-        let check = measured(Size { phase: Phase::Verify, ..size }, 40.0);
+        let check = measured(RowSize { phase: Phase::Verify, ..size }, 40.0);
         assert!((check.predicted / row.predicted - 1.0).abs() < 0.1, "{check:?}");
     }
 }

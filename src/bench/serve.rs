@@ -10,7 +10,7 @@ use crate::models::{Identity, Model};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::server::listen;
-use crate::server::registry::{Registry, Served, State};
+use crate::server::registry::{ModelState, Registry, Served};
 use crate::server::state::ServerState;
 use anyhow::Context;
 use std::net::SocketAddr;
@@ -60,7 +60,7 @@ fn start(runtime: &Runtime, engine: &Engine, model: &Arc<Model>) -> anyhow::Resu
     let identity = Arc::new(identity);
     let (engine, model) = (engine.clone(), Arc::clone(model));
     let served = Served { engine, model, fingerprint: "bench".into(), identity };
-    registry.set("m", None, State::Ready(Box::new(served)));
+    registry.set("m", None, ModelState::Ready(Box::new(served)));
     let state = ServerState::new(registry, Defaults::default(), Clock::system());
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"));
     let listener = listener.context("no port is free")?;

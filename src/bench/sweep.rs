@@ -7,7 +7,7 @@ use super::host;
 use super::load::{proved, request_of};
 use super::plan::devices::DeviceSpec;
 use super::report::schema::{BenchReport, Ceilings, MemoryUse, Phase, ReportRow, TableCeilings};
-use super::rows::{Size, row};
+use super::rows::{RowSize, row};
 use super::site::{Energy, Site};
 use crate::clock::Clock;
 use crate::engine::output::Event;
@@ -234,7 +234,7 @@ impl Bench<'_> {
                 report.marks.push(Mark::new(MarkKind::WarmCache, what));
             }
         }
-        let size = Size { phase, batch, depth, tokens: self.setup.tokens };
+        let size = RowSize { phase, batch, depth, tokens: self.setup.tokens };
         let spec = &self.engine.info().spec;
         let is_whole = runs.len() == self.setup.runs;
         let mean = joules.iter().sum::<f64>() / joules.len().max(1) as f64;

@@ -31,7 +31,7 @@ pub const AHEAD_MAX_MS: u64 = 2_000;
 
 /// What is signed, besides the body.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Envelope<'a> {
+pub struct RequestEnvelope<'a> {
     /// GET, POST, ...
     pub method: &'a str,
     /// Path and query.
@@ -44,8 +44,8 @@ pub struct Envelope<'a> {
     pub receiver: Option<Hotkey>,
 }
 
-impl Envelope<'_> {
-    /// The signed bytes.
+impl RequestEnvelope<'_> {
+    /// The bytes that are signed: its fields, and the hash of the body.
     pub fn message(&self, body: &[u8]) -> Vec<u8> {
         let Self { method, path, nonce, sender, receiver } = self;
         let digest = hex::encode(Sha256::digest(body));
@@ -115,7 +115,7 @@ mod tests {
             let header = |name: &str| vector["headers"][name].as_str();
             let text = |name: &str| vector[name].as_str().unwrap();
             let body = hex::decode(text("body_hex")).unwrap();
-            let envelope = Envelope {
+            let envelope = RequestEnvelope {
                 method: text("method"),
                 path: text("path"),
                 nonce: header("X-Bittensor-Nonce").unwrap().parse().unwrap(),
@@ -126,7 +126,7 @@ mod tests {
             let sent = signature(header("X-Bittensor-Signature").unwrap()).unwrap();
             assert!(envelope.verify(&body, &sent));
             assert!(!envelope.verify(b"another", &sent));
-            let elsewhere = Envelope { path: "/elsewhere", ..envelope.clone() };
+            let elsewhere = RequestEnvelope { path: "/elsewhere", ..envelope.clone() };
             assert!(!elsewhere.verify(&body, &sent));
             let now = vector["verify_now_ns"].as_u64().unwrap() / 1_000_000;
             let age = |now| Age::of(envelope.nonce, now);
@@ -139,8 +139,13 @@ mod tests {
     fn what_is_signed_verifies() {
         let signer = Keypair::from_seed(&[7; 32]).unwrap();
         let sender = signer.hotkey();
-        let envelope =
-            Envelope { method: "POST", path: "/v1", nonce: 1, sender, receiver: Some(sender) };
+        let envelope = RequestEnvelope {
+            method: "POST",
+            path: "/v1",
+            nonce: 1,
+            sender,
+            receiver: Some(sender),
+        };
         let headers = envelope.sign(&signer, b"x");
         let sent = &headers.iter().find(|(name, _)| *name == HEADER_SIGNATURE).unwrap().1;
         assert!(envelope.verify(b"x", &signature(sent).unwrap()));

@@ -44,7 +44,7 @@ pub struct Envelope<'a> {
 }
 
 impl Envelope<'_> {
-    /// The signed bytes.
+    /// The bytes that are signed: its fields, and the hash of the body.
     pub fn message(&self, body: &[u8]) -> Vec<u8> {
         let receiver = self.signed_for.map(|key| key.to_string()).unwrap_or_default();
         let digest = hex::encode(Sha256::digest(body));

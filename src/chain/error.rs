@@ -11,7 +11,7 @@ pub enum ChainError {
     /// The connection broke while something was asked.
     #[error("the connection to {endpoint} broke: {why}")]
     Broken {
-        /// The endpoint's address.
+        /// URL of the endpoint.
         endpoint: String,
         /// What the endpoint answered.
         why: String,
@@ -22,11 +22,11 @@ pub enum ChainError {
          signed for it"
     )]
     WrongChain {
-        /// The endpoint's address.
+        /// URL of the endpoint that has another genesis.
         endpoint: String,
         /// The genesis of the endpoint's chain.
         got: String,
-        /// The pinned one.
+        /// The genesis that it must have.
         expected: String,
     },
     /// The subnet does not exist.

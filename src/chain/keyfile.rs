@@ -68,16 +68,16 @@ pub enum KeyFileError {
     /// A key of another kind.
     #[error("must hold an sr25519 key (cryptoType 1), got cryptoType {0}")]
     CryptoType(String),
-    /// Its address is none.
+    /// Its address cannot be parsed.
     #[error("`ss58Address`: {0}")]
     Address(AddressError),
-    /// Its public key is none.
+    /// Its public key does not have 32 bytes.
     #[error("`publicKey` must be 32 bytes")]
     PublicKey,
     /// It says nothing of whose it is.
     #[error("names neither `ss58Address` nor `publicKey`")]
     NoKey,
-    /// None of its secrets is one.
+    /// It has no secret that can be read.
     #[error("holds no secret that can be read")]
     NoSecret,
     /// Its secrets and its address disagree.
@@ -86,7 +86,7 @@ pub enum KeyFileError {
     /// The words are not a phrase.
     #[error("not a BIP-39 phrase")]
     Phrase,
-    /// A seed that is none.
+    /// Its seed cannot be parsed.
     #[error(transparent)]
     Pair(#[from] PairError),
     /// A key cannot be derived, made or written down, and why.

@@ -95,10 +95,10 @@ impl FromStr for Hotkey {
 #[derive(Clone)]
 pub struct Keypair(Inner);
 
-/// Bytes that are no key pair.
+/// Bytes that cannot be read as a key pair.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PairError {
-    /// The bytes are no seed.
+    /// The bytes cannot be read as a seed.
     #[error("not a seed: {0}")]
     Seed(SignatureError),
     /// Not an expanded secret.
@@ -130,7 +130,7 @@ impl Keypair {
         Zeroizing::new(self.0.secret.to_bytes())
     }
 
-    /// The public key.
+    /// The public key, which is the hotkey's address.
     pub fn hotkey(&self) -> Hotkey {
         Hotkey(self.0.public.to_bytes())
     }

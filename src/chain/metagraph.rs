@@ -32,11 +32,11 @@ impl fmt::Display for Rao {
 /// Where a neuron says that it listens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Axon {
-    /// Address and port.
+    /// Where it takes requests over HTTP.
     pub address: SocketAddr,
     /// Version that was registered with it.
     pub version: u32,
-    /// Protocol tag.
+    /// The number of the protocol that was registered; nothing here depends on it.
     pub protocol: u8,
 }
 
@@ -110,7 +110,7 @@ impl Neuron {
     }
 }
 
-/// What the subnet asks of whoever sets weights or serves.
+/// What the subnet asks of members that set weights or serve.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Hyperparameters {
     /// Blocks of an epoch.
@@ -130,11 +130,11 @@ pub struct Hyperparameters {
 /// A subnet at one block.
 #[derive(Clone, PartialEq, Default, Debug)]
 pub struct Metagraph {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The block at which all of it was read.
     pub block: u64,
-    /// The subnet's parameters.
+    /// The rules that the subnet's owner has set.
     pub hyperparameters: Hyperparameters,
     /// The block of the subnet's last epoch, as the chain counts; 0 where it had none.
     pub last_step: u64,
@@ -168,7 +168,7 @@ impl Metagraph {
         Self { is_stake_partial: true, ..self }
     }
 
-    /// All members.
+    /// Miners and validators of the subnet, in order of their uids.
     pub fn neurons(&self) -> &[Neuron] {
         &self.neurons
     }

@@ -19,7 +19,7 @@ const LOCAL: [&str; 1] = ["ws://127.0.0.1:9944"];
 /// A network of the Bittensor chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Network {
-    /// The main network.
+    /// The main network, whose tokens have value.
     Finney,
     /// The public test network.
     Test,
@@ -27,7 +27,7 @@ pub enum Network {
     Local,
 }
 
-/// A network or an address that is none.
+/// A network or an address that cannot be understood.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NetworkError {
     /// No network of that name.
@@ -66,7 +66,7 @@ impl fmt::Display for Network {
 pub struct Endpoints {
     /// `ws://` or `wss://` addresses, the preferred one first.
     pub urls: Vec<String>,
-    /// The genesis they must have; any where absent.
+    /// The genesis they must have; `None` allows any.
     pub genesis: Option<[u8; 32]>,
     /// How long an answer may take.
     pub timeout: Duration,

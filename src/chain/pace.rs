@@ -82,7 +82,10 @@ impl Pace {
         if Duration::from_millis(now_ms.saturating_sub(since)) < DOUBT_MAX {
             return Err(doubt);
         }
-        tracing::warn!(block, "{doubt}; but nothing else has been said for long, so it is now");
+        tracing::warn!(
+            block,
+            "{doubt}; accepted after all, because no other block number arrived for a long time"
+        );
         (self.newest, self.doubted_ms) = (Some((block, now_ms)), None);
         Ok(())
     }

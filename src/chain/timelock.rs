@@ -71,7 +71,7 @@ impl Drand {
     /// Encrypts a message to a round. Takes some 20 ms.
     ///
     /// # Errors
-    /// When the network's key is none.
+    /// When the network's key is not a point of its curve.
     pub fn encrypt(&self, message: &[u8], round: u64) -> Result<Vec<u8>, TimelockError> {
         let wrong = |what, why| TimelockError { what, why };
         let network = G2Affine::deserialize_compressed(&self.key[..])

@@ -25,11 +25,11 @@ pub struct Wallet {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{} {what}", path.display())]
 pub struct WalletError {
-    /// The file.
+    /// The file or directory that cannot be used.
     pub path: PathBuf,
-    /// Rule and fact.
+    /// The rule for it, and what was found in its place.
     pub what: String,
-    /// What to do.
+    /// What the user can do about it.
     pub hint: Option<String>,
 }
 
@@ -41,11 +41,11 @@ impl Wallet {
     /// The wallet `name` below `path`, with its hotkey `hotkey`.
     ///
     /// # Errors
-    /// When a name is no file name.
+    /// When a name is not a file name.
     pub fn new(path: &Path, name: &str, hotkey: &str) -> Result<Self, WalletError> {
         for (what, word) in [("wallet", name), ("hotkey", hotkey)] {
             if word.is_empty() || word.starts_with('.') || word.contains(['/', '\0']) {
-                let what = format!("has no {what} of that name: {word:?} is no file name");
+                let what = format!("has no {what} of that name: {word:?} is not a file name");
                 return Err(error(path, what));
             }
         }
@@ -214,7 +214,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         for (name, hotkey) in [("", "h"), ("..", "h"), ("a/b", "h"), ("w", "../k")] {
             let error = Wallet::new(root.path(), name, hotkey).unwrap_err();
-            assert!(error.to_string().contains("no file name"), "{error}");
+            assert!(error.to_string().contains("not a file name"), "{error}");
         }
         let wallet = Wallet::new(root.path(), "w", "h").unwrap();
         let missing = wallet.keypair(never).unwrap_err();

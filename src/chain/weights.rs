@@ -42,7 +42,7 @@ pub enum VectorRule {
     Sdk,
 }
 
-/// A name that is no rule's.
+/// A name that no rule has.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("must be targon-4.4 or sdk, got {0}")]
 pub struct UnknownRule(pub String);
@@ -72,7 +72,7 @@ impl VectorRule {
     /// What is sent for these raw weights: pairs of uid and weight, by ascending uid.
     ///
     /// # Errors
-    /// When a raw weight is no number from 0 on, or the rule has no vector for them.
+    /// When a raw weight is negative or not a number, or the rule has no vector for them.
     pub fn vector(self, raw: &[(u16, f64)], limits: &WeightLimits) -> Result<Vector, VectorError> {
         check_order(raw.iter().map(|(uid, _)| *uid))?;
         // The original's arithmetic is in f32; a larger number would become infinite there.

@@ -32,14 +32,14 @@ pub(super) struct MinerArgs {
     /// The miner's hotkey, which signed requests are for.
     #[arg(long, requires = "as_validator")]
     hotkey: Option<Hotkey>,
-    /// Which model to ask for; where absent, the first that the miner lists.
+    /// Which model to ask for. Default: the first that the miner lists.
     #[arg(long, requires = "as_validator")]
     model: Option<String>,
     /// Most tokens of each of two answers; validators draw 512 to 1920.
     #[arg(long, requires = "as_validator", default_value_t = 512)]
     #[arg(value_parser = clap::value_parser!(u32).range(8..=1920))]
     max_tokens: u32,
-    /// Temperature of both answers; where absent, drawn below 1 as validators do.
+    /// Temperature of both answers. Default: drawn below 1, as validators do.
     #[arg(long, requires = "as_validator")]
     temperature: Option<f64>,
     /// A key of the open API of your own server; never sent with a signed request.

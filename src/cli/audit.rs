@@ -4,7 +4,7 @@
 use super::Failure;
 use super::out::{note, outln};
 use super::printable::printable;
-use super::shared::{ComputeArgs, ModelsArg, plain_verifier, runtime};
+use super::shared::{ComputeArgs, ModelsArg, check_http, plain_verifier, runtime};
 use crate::audit::asking::{AuditError, AuditRequests, Findings, audit};
 use crate::audit::evidence::{AuditEvidence, Conclusion};
 use crate::bench::prompts;
@@ -90,7 +90,7 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(code(found.evidence.verdict().0, found.broken_off.is_none())))
 }
 
-/// A test that broke off neither clears nor accuses anybody, whatever it had found.
+/// A test that broke off gives no conclusion, whatever it had found.
 fn code(verdict: Conclusion, is_whole: bool) -> u8 {
     match verdict {
         Conclusion::Agrees if is_whole => AGREES,
@@ -101,12 +101,8 @@ fn code(verdict: Conclusion, is_whole: bool) -> u8 {
 
 impl AuditArgs {
     fn target(&self) -> Result<Target, Failure> {
+        check_http("url", &self.url)?;
         let url = self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
-            let what =
-                format!("--url must begin with http:// or https://, got {}", shown(&self.url));
-            return Err(Failure::user(printable(&what)));
-        }
         let timeout = Duration::from_secs(self.timeout);
         Ok(Target {
             url,
@@ -202,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_test_that_ended_clears_or_accuses() {
+    fn only_a_test_that_ended_gives_a_conclusion() {
         let of = |verdict| [code(verdict, true), code(verdict, false)];
         assert_eq!(of(Conclusion::Agrees), [0, 4]);
         assert_eq!(of(Conclusion::NotTheseWeights), [3, 4]);

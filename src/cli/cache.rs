@@ -20,14 +20,14 @@ const DAY_MS: u64 = 86_400_000;
 #[derive(Subcommand)]
 pub(super) enum CacheCommand {
     /// List what is kept, where, how large it is, when it was last used, and who holds it.
-    List(ListArgs),
+    List(CacheListArgs),
     /// Remove what can be fetched or computed again; what a process uses stays.
     Clean(CleanArgs),
 }
 
 /// Arguments of `cache list`.
 #[derive(Args)]
-pub(super) struct ListArgs {
+pub(super) struct CacheListArgs {
     /// Print one JSON object: `places`, `items` and `bytes`.
     #[arg(long)]
     json: bool,
@@ -84,7 +84,7 @@ fn all(
     Ok(items)
 }
 
-fn list(args: &ListArgs, places: &CacheDirectories) -> Result<(), Failure> {
+fn list(args: &CacheListArgs, places: &CacheDirectories) -> Result<(), Failure> {
     let items = all(places, |_| true)?;
     let bytes: u64 = outermost(&items).iter().map(|item| item.bytes).sum();
     if args.json {

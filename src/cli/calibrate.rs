@@ -8,11 +8,12 @@ use super::printable::printable;
 use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ModelsArg};
+use super::tables::bordered;
 use crate::bench::own::{Own, OwnError, OwnTally};
 use crate::config::models_toml::ModelConfig;
+use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::locate;
 use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs};
-use crate::lifecycle::rooms::Rooms;
 use crate::lifecycle::verifiers::Verifiers;
 use crate::models::Model;
 use crate::models::calibration::{compute, store};
@@ -29,7 +30,7 @@ use crate::verify::classes::{ClassFit, fits, narrowest};
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
 use crate::verify::statistic::ByRows;
 use clap::Args;
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -203,7 +204,7 @@ fn describe(file: &LimitsFile, left_out: usize) {
          times {STATISTIC_FACTOR}, largest honest margin times {MARGIN_FACTOR}"
     );
     outln!(
-        "{:.2} of the twin's way are found in honest rows; {} are taken for granted",
+        "honest rows show {:.2} of the twin's rounding error; checks subtract {} of it",
         calibration.twin_share,
         limits.shrink
     );
@@ -217,9 +218,7 @@ fn describe(file: &LimitsFile, left_out: usize) {
 }
 
 fn table(file: &LimitsFile) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header([
+    let mut table = bordered([
         "what",
         "honest mean",
         "99.9 %",
@@ -286,7 +285,7 @@ fn check_own(args: &CalibrateArgs, count: u32) -> Result<(), Failure> {
     for config in wanted {
         let name = config.name.clone();
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
-        let options = Rooms::default().plan(&located).map_err(Failure::user)?.0.options;
+        let options = MemoryAccounts::default().plan(&located).map_err(Failure::user)?.0.options;
         let model = located.load_model(&pool, |_, _| {});
         let own = Own::start(model.map_err(Failure::user)?, options, &pool);
         let own = own.map_err(|e| own_failure(&name, e))?;

@@ -134,7 +134,7 @@ pub(super) fn number(value: Option<f64>) -> String {
     value.map_or("-".into(), |v| format!("{v:.4}"))
 }
 
-/// Name and words of a verdict that is no pass.
+/// Name and words of a verdict other than a pass.
 pub(super) fn reason(verdict: &Verdict) -> Option<(&'static str, String)> {
     match verdict {
         Verdict::Reject(r) => Some((r.reason.name(), r.what.clone())),

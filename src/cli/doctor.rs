@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
 use crate::doctor::{Finding, Level, machine, membership, models, network, wallet, worst};
 use crate::engine::plan::MemoryPlan;
-use crate::lifecycle::rooms::{Lease, Rooms};
+use crate::lifecycle::accounts::{Lease, MemoryAccounts};
 use crate::models::hub::Hub;
 use crate::models::remembered::cache_dir;
 use crate::models::spec::Spec;
@@ -47,7 +47,7 @@ pub(super) struct DoctorArgs {
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     if args.offline && args.miner.is_named() {
         let what = "--offline does not go with --as-validator, which asks a miner";
-        return Err(Failure::user(what).with_hint(Some("leave one of the two out")));
+        return Err(Failure::user(what).with_hint(Some("omit --offline or --as-validator")));
     }
     let runtime = runtime()?;
     let findings = match args.miner.is_named() {
@@ -179,13 +179,13 @@ async fn examine_models(args: &DoctorArgs, hub: Option<&Hub>) -> Vec<Finding> {
 /// The memory of the models that were looked at, accounted for as `serve` does.
 #[derive(Default)]
 struct Planned {
-    rooms: Rooms,
+    memory: MemoryAccounts,
     leases: Vec<Lease>,
 }
 
 impl Planned {
     fn plan(&mut self, model: &ModelConfig, spec: &Spec) -> anyhow::Result<MemoryPlan> {
-        let (plan, lease) = self.rooms.plan_shape(model, spec)?;
+        let (plan, lease) = self.memory.plan_shape(model, spec)?;
         self.leases.push(lease);
         Ok(plan)
     }
@@ -214,6 +214,7 @@ mod tests {
     use crate::config::models_toml::ModelSource;
     use crate::engine::backend::BackendKind;
     use crate::engine::plan::{KvMemory, MemoryWanted};
+    use crate::models::config::samples::LlamaSizes;
     use crate::models::device::{Device, DeviceError};
     use std::path::PathBuf;
 
@@ -239,13 +240,17 @@ mod tests {
 
     fn checkpoint() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let config = json!({
-            "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": true,
-        });
-        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let tiny = LlamaSizes {
+            vocab: 512,
+            hidden: 64,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            inter: 128,
+            context: 512,
+            tied: true,
+        };
+        std::fs::write(dir.path().join("config.json"), tiny.json().to_string()).unwrap();
         let header = b"{}";
         let length = (header.len() as u64).to_le_bytes();
         let weights = [&length[..], header].concat();
@@ -254,15 +259,15 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_judged_by_the_memory_of_its_device_and_by_its_engine() {
+    fn a_model_is_planned_by_the_memory_of_its_device_and_by_its_engine() {
         let dir = checkpoint();
         let free = |device| match device {
             Device::Cpu => Ok(1 << 40),
             Device::Cuda(0) => Ok(256 << 20),
             other => Err(DeviceError::NotBuilt(other)),
         };
-        let rooms = Rooms::measured_by(free);
-        let mut planned = Planned { rooms, leases: Vec::new() };
+        let memory = MemoryAccounts::measured_by(free);
+        let mut planned = Planned { memory, leases: Vec::new() };
         let mut first = |device, backend| {
             let model = model("m", device, backend);
             let mut plan = |model: &ModelConfig, spec: &Spec| planned.plan(model, spec);

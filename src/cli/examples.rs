@@ -138,7 +138,7 @@ mod tests {
             for words in shown {
                 let own = words.iter().skip(1).take(path.split(' ').count());
                 assert!(own.eq(path.split(' ')), "{path} shows {words:?}");
-                // What completions and manual pages do is no argument's business.
+                // Completions and manual pages do not depend on an argument.
                 let is_card = |e: &clap::Error| {
                     let lacks = e.to_string().contains("needs a build with the feature `cuda`");
                     lacks && !cfg!(feature = "cuda") && words.iter().any(|w| w.starts_with("cuda"))

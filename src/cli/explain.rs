@@ -7,14 +7,14 @@
 use super::Failure;
 use super::out::outln;
 use super::printable::printable;
-use super::shared::runtime;
+use super::shared::{DatabaseArg, runtime};
+use super::tables::bordered;
 use crate::store::record::{
-    Outcome, Response, RoundResponse, Sampled, Statistics, Weights, WeightsState,
+    EpochWeights, MinerResponse, Outcome, RoundResponse, Sampled, Statistics, WeightsState,
 };
 use crate::store::{Store, StoreError};
 use crate::validator::scores::explanation::{ExplainError, Explained};
 use clap::Args;
-use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -29,18 +29,11 @@ pub(super) struct ExplainArgs {
     /// The miner's uid on the subnet.
     #[arg(long, env = "TARGON_EXPLAIN_UID")]
     uid: u16,
-    /// The subnet.
+    /// The number of the subnet.
     #[arg(long, env = "TARGON_NETUID", default_value_t = 4)]
     netuid: u16,
-    /// The validator's records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
-    #[arg(
-        id = "database.url",
-        long = "database.url",
-        env = "TARGON_DATABASE_URL",
-        hide_env_values = true,
-        default_value = "validator.sqlite"
-    )]
-    database: String,
+    #[command(flatten)]
+    database: DatabaseArg,
     /// How many rounds are shown, the newest first.
     #[arg(
         long,
@@ -71,8 +64,10 @@ pub(super) fn run(args: &ExplainArgs) -> Result<(), Failure> {
 }
 
 /// The last weights, and what the miner did last.
-async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>), StoreError> {
-    let store = Store::open_to_read(&args.database).await?;
+async fn read(
+    args: &ExplainArgs,
+) -> Result<(Option<EpochWeights>, Vec<RoundResponse>), StoreError> {
+    let store = Store::open_to_read(&args.database.url).await?;
     let weights = store.last_weights(args.netuid).await?;
     let seen = store.responses(args.netuid, args.uid, args.rounds.max(ROUNDS_READ_MIN)).await?;
     store.close().await;
@@ -81,7 +76,7 @@ async fn read(args: &ExplainArgs) -> Result<(Option<Weights>, Vec<RoundResponse>
 
 /// What is known of one miner.
 pub(super) struct Shown {
-    weights: Weights,
+    weights: EpochWeights,
     explained: Explained,
     rounds: Vec<RoundResponse>,
 }
@@ -92,7 +87,7 @@ impl Shown {
     pub(super) fn new(
         netuid: u16,
         uid: u16,
-        weights: Option<Weights>,
+        weights: Option<EpochWeights>,
         seen: &[RoundResponse],
     ) -> Result<Self, Failure> {
         let weights = weights.ok_or_else(|| {
@@ -109,7 +104,7 @@ impl Shown {
     /// The explanation as JSON.
     pub(super) fn json(&self) -> Value {
         let round = |RoundResponse { round, response }: &RoundResponse| {
-            let Response { timing, outcome, cause, error, sample, statistics, .. } = response;
+            let MinerResponse { timing, outcome, cause, error, sample, statistics, .. } = response;
             json!({
                 "round": round.id, "block": round.block, "model": round.model,
                 "outcome": outcome, "cause": cause, "error": error, "sample": sample,
@@ -173,7 +168,7 @@ impl Shown {
         if self.explained.series().next().is_none() {
             return writeln!(out, "no samples, and no model that counts\n");
         }
-        let mut table = table(["series", "answers", "misses", "mean", "consistency", "score"]);
+        let mut table = bordered(["series", "answers", "misses", "mean", "consistency", "score"]);
         for series in self.explained.series() {
             table.add_row([
                 printable(&series.model),
@@ -244,8 +239,9 @@ impl Shown {
             return writeln!(out, "no rounds to show");
         }
         writeln!(out, "last rounds, newest first:")?;
-        let mut table =
-            table(["block", "round", "model", "outcome", "tokens/s", "sample", "measured", "why"]);
+        let mut table = bordered([
+            "block", "round", "model", "outcome", "tokens/s", "sample", "measured", "why",
+        ]);
         for RoundResponse { round, response } in &self.rounds {
             let why = match response.outcome {
                 Outcome::Verified => String::new(),
@@ -264,13 +260,6 @@ impl Shown {
         }
         writeln!(out, "{table}")
     }
-}
-
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(header);
-    table
 }
 
 fn short(round: &str) -> String {
@@ -334,7 +323,7 @@ mod tests {
         why: Option<(&str, &str)>,
     ) -> RoundResponse {
         let tps = if let Sampled::Tps(tps) = sample { tps } else { 0.0 };
-        let response = Response {
+        let response = MinerResponse {
             uid: 1,
             hotkey: "key-1".into(),
             coldkey: "cold".into(),
@@ -363,7 +352,7 @@ mod tests {
     }
 
     /// Weights over three miners: a fast one, one with a miss, one behind an alarm.
-    fn weights() -> Weights {
+    fn weights() -> EpochWeights {
         let mut seats = BTreeMap::new();
         for uid in 0..3 {
             let models = vec![MODEL.to_owned()];
@@ -395,7 +384,7 @@ mod tests {
         let input =
             Input { seats: &seats, models: &models, samples: &samples, findings: &[], limits };
         let decision = decide(&ScoringRules::of(ScoringProfile::Default), &input);
-        Weights {
+        EpochWeights {
             netuid: 4,
             epoch: 5,
             block: 12,
@@ -471,9 +460,10 @@ mod tests {
     async fn records_are_read_beside_the_validator_that_writes_them() {
         let directory = tempfile::tempdir().unwrap();
         let database = directory.path().join("validator.sqlite").display().to_string();
+        let database = DatabaseArg { url: database };
         let args = ExplainArgs { uid: 1, netuid: 4, database, rounds: 20, json: false };
         assert!(read(&args).await.is_err(), "there are no records yet");
-        let store = Store::open(&args.database).await.unwrap();
+        let store = Store::open(&args.database.url).await.unwrap();
         let why = Some(("UNLIKELY_TOKEN", "token 17 has rank 90"));
         let RoundResponse { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
         let round = Round {
@@ -489,7 +479,7 @@ mod tests {
             responses: vec![response],
         };
         store.save_round(&round).await.unwrap();
-        let planned = Weights { state: WeightsState::Planned, ..weights() };
+        let planned = EpochWeights { state: WeightsState::Planned, ..weights() };
         assert_eq!(store.plan_weights(&planned).await.unwrap(), WeightsClaim::Ours);
         let (weights, seen) = read(&args).await.unwrap();
         assert_eq!((weights.as_ref(), seen.len()), (Some(&planned), 1));
@@ -514,7 +504,7 @@ mod tests {
             "uid 9 was not on the subnet when weights were decided at block 12: uids lie between 0 \
              and 2"
         );
-        let odd = Weights { explanation: json!({"profile": "x"}), ..weights() };
+        let odd = EpochWeights { explanation: json!({"profile": "x"}), ..weights() };
         assert!(fails(1, Some(odd)).1);
     }
 }

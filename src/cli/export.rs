@@ -2,7 +2,7 @@
 
 use super::Failure;
 use super::out::outln;
-use super::shared::runtime;
+use super::shared::{DatabaseArg, runtime};
 use crate::clock::Clock;
 use crate::store::{Cell, Filter, Store, StoreError, What};
 use anyhow::anyhow;
@@ -14,16 +14,8 @@ use serde_json::value::RawValue;
 /// Arguments of `export`.
 #[derive(Args)]
 pub(super) struct ExportArgs {
-    /// The validator's records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
-    /// They can be read while the validator runs.
-    #[arg(
-        id = "database.url",
-        long = "database.url",
-        env = "TARGON_DATABASE_URL",
-        hide_env_values = true,
-        default_value = "validator.sqlite"
-    )]
-    database: String,
+    #[command(flatten)]
+    database: DatabaseArg,
     /// What to export.
     #[arg(long, env = "TARGON_EXPORT_WHAT", value_enum, default_value_t = Table::Responses)]
     what: Table,
@@ -86,7 +78,7 @@ pub(super) fn run(args: &ExportArgs) -> Result<(), Failure> {
 }
 
 async fn print(args: &ExportArgs, what: What, filter: Filter) -> Result<(), StoreError> {
-    let store = Store::open_to_read(&args.database).await?;
+    let store = Store::open_to_read(&args.database.url).await?;
     let columns = what.columns();
     if args.format == Format::Csv {
         outln!("{}", columns.join(","));

@@ -18,12 +18,12 @@ impl Failure {
         Self { message: message.to_string(), hint: None, is_ours: false }
     }
 
-    /// Our own failure.
+    /// A failure of this program: exit code 2.
     pub(super) fn ours(message: impl fmt::Display) -> Self {
         Self { message: message.to_string(), hint: None, is_ours: true }
     }
 
-    /// The sentence alone.
+    /// The message without hint and exit code.
     pub(super) fn message(&self) -> &str {
         &self.message
     }

@@ -29,6 +29,7 @@ mod shared;
 mod status;
 mod subnet;
 mod subnet_args;
+mod tables;
 mod tui;
 mod update;
 mod validate;
@@ -42,7 +43,7 @@ mod wallet;
 #[cfg(test)]
 mod guides;
 
-use crate::update::Trial;
+use crate::update::Probation;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use examples::with_examples;
 pub use failure::Failure;
@@ -116,6 +117,8 @@ enum Command {
     /// Send one request to a miner as a validator would, and print what comes back.
     Query(Box<query::QueryArgs>),
     /// Print what a validator has recorded: rounds, responses, samples or weights.
+    ///
+    /// The validator may run meanwhile.
     Export(export::ExportArgs),
     /// Show every number behind a miner's weight, down to the round and token that cost it.
     Explain(explain::ExplainArgs),
@@ -145,13 +148,13 @@ enum Command {
 /// Parses the arguments, runs the command, prints a failure. A new program that fails in its first
 /// minutes gives way to the one before it.
 pub fn main() -> ExitCode {
-    let trial = update::on_trial();
+    let probation = update::on_probation();
     let failed = match launch() {
         Ok(code) => return code,
         Err(code) => code,
     };
-    if let Some(trial) = trial.filter(Trial::is_open) {
-        update::roll_back(trial, &format!("it ended with {failed}"));
+    if let Some(probation) = probation.filter(Probation::is_open) {
+        update::roll_back(probation, &format!("it ended with {failed}"));
     }
     ExitCode::from(failed)
 }

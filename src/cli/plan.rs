@@ -5,8 +5,8 @@ use super::out::outln;
 use super::progress::{Bars, table};
 use super::shared::ModelsArg;
 use super::shared::runtime;
+use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::shape;
-use crate::lifecycle::rooms::Rooms;
 use clap::Args;
 
 /// Arguments of `plan`.
@@ -20,12 +20,12 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
     let bars = Bars::new();
     let runtime = runtime()?;
-    let rooms = Rooms::default();
+    let memory = MemoryAccounts::default();
     let (mut rows, mut leases) = (Vec::new(), Vec::new());
     for model in config.models {
         let name = model.name.clone();
         let spec = runtime.block_on(shape(&model, &bars));
-        let planned = spec.and_then(|spec| rooms.plan_shape(&model, &spec));
+        let planned = spec.and_then(|spec| memory.plan_shape(&model, &spec));
         rows.push((
             name,
             planned.map(|(plan, lease)| {
@@ -34,7 +34,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
             }),
         ));
     }
-    outln!("{}", table(&rows, &rooms.free()));
+    outln!("{}", table(&rows, &memory.free()));
     match rows.iter().find_map(|(name, plan)| plan.as_ref().err().map(|why| (name, why))) {
         Some((name, why)) => Err(Failure::user(format!("{name} cannot be served: {why}"))),
         None => Ok(()),

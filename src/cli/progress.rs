@@ -1,10 +1,10 @@
 //! Shows the progress of downloads and of loading, and memory plans, to people at a terminal.
 
 use super::out::note;
+use super::tables::bordered;
 use crate::engine::plan::Bytes;
 use crate::lifecycle::load::{Plans, Progress};
 use crate::models::device::Device;
-use comfy_table::{Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -12,9 +12,8 @@ use std::io::IsTerminal;
 
 /// The plans as a table for people, and the memory that each device has for them.
 pub(super) fn table(rows: &Plans, free: &[(Device, u64)]) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["model", "weights", "KV cache", "workspace", "total", "sequences x context"]);
+    let mut table =
+        bordered(["model", "weights", "KV cache", "workspace", "total", "sequences x context"]);
     for (name, plan) in rows {
         match plan {
             Ok(p) => table.add_row([

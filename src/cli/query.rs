@@ -37,7 +37,7 @@ pub(super) struct QueryArgs {
     /// The model; by default the first one that the miner lists.
     #[arg(long)]
     model: Option<String>,
-    /// The prompt.
+    /// The text that the model reads.
     prompt: Option<String>,
     /// A JSON file with a whole request body instead of a prompt.
     #[arg(long, conflicts_with = "prompt")]

@@ -4,16 +4,16 @@ use super::out::announce;
 use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
-use super::subnet::{Running, Subnet, feed_watchdog, tell};
+use super::subnet::{PreparedMiner, RunningMiner, feed_watchdog, tell};
 use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
 use super::update::{UpdateArgs, replaced, restart};
 use super::{Failure, logging};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
 use crate::intake::translate::Defaults;
+use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::{Loading, Progress, start_models};
 use crate::lifecycle::reload::{Reloader, Stamp, stamp};
-use crate::lifecycle::rooms::Rooms;
 use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::models::pass::LogprobMode;
 use crate::ops::CANON;
@@ -105,7 +105,7 @@ async fn serve(
     let updater = args.update.updater(args.autoupdate)?;
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
-    let is_miner = Subnet::is_wanted(&args.wallet, &args.chain);
+    let is_miner = PreparedMiner::is_wanted(&args.wallet, &args.chain);
     check_host(local, config.server.settings.keys.is_empty(), is_miner)?;
     let subnet = subnet(&args, &config, &clock).await?;
     if let Some(subnet) = &subnet
@@ -125,8 +125,8 @@ async fn serve(
     let serving = tokio::spawn(serve_all(listeners, state.clone(), stop, timeout));
     let models = config.models.clone();
     let shown: Arc<dyn Progress> = Arc::new(Bars::new());
-    let rooms = Rooms::default();
-    let loading = Loading { registry: announced, pool, clock, rooms, shown };
+    let memory = MemoryAccounts::default();
+    let loading = Loading { registry: announced, pool, clock, memory, shown };
     let started = tokio::spawn(start_models(models, loading.clone()));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
@@ -168,15 +168,17 @@ async fn subnet(
     args: &ServeArgs,
     config: &Config,
     clock: &Clock,
-) -> Result<Option<Subnet>, Failure> {
-    if Subnet::is_wanted(&args.wallet, &args.chain) {
+) -> Result<Option<PreparedMiner>, Failure> {
+    if PreparedMiner::is_wanted(&args.wallet, &args.chain) {
         let slots = config.models.iter().map(|m| m.wanted.sequences_max).sum();
-        return Subnet::open((&args.wallet, &args.chain, &args.axon), slots, clock.clone())
+        return PreparedMiner::open((&args.wallet, &args.chain, &args.axon), slots, clock.clone())
             .await
             .map(Some);
     }
     if args.chain.is_named() {
-        tracing::warn!("no miner: it wants --wallet.name, --wallet.hotkey or --netuid");
+        tracing::warn!(
+            "chain flags are ignored: a miner also needs --wallet.name, --wallet.hotkey or --netuid"
+        );
     }
     Ok(None)
 }
@@ -186,7 +188,7 @@ fn state(
     args: &ServeArgs,
     config: &Config,
     registry: Registry,
-    subnet: Option<&Subnet>,
+    subnet: Option<&PreparedMiner>,
     clock: Clock,
 ) -> ServerState {
     let defaults = Defaults {
@@ -212,8 +214,8 @@ fn state(
 fn listeners(
     open: TcpListener,
     state: &ServerState,
-    subnet: Option<Subnet>,
-) -> (Vec<(TcpListener, Router)>, Option<Running>) {
+    subnet: Option<PreparedMiner>,
+) -> (Vec<(TcpListener, Router)>, Option<RunningMiner>) {
     let mut listeners = vec![(open, router(state.clone()))];
     let running = subnet.map(|subnet| {
         announce!("http://{} signed", subnet.local);
@@ -245,7 +247,7 @@ fn stopping(
 }
 
 /// A miner's life on chain; of a server that is none, nothing.
-async fn mine(running: Option<Running>) -> Result<(), Failure> {
+async fn mine(running: Option<RunningMiner>) -> Result<(), Failure> {
     match running {
         Some(running) => running.run().await,
         None => {

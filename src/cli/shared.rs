@@ -1,8 +1,10 @@
 //! Defines arguments that several commands take.
 
 use super::Failure;
+use super::printable::printable;
 use super::progress::Bars;
 use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::endpoint::shown;
 use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
@@ -94,7 +96,7 @@ impl ListenArgs {
         }
         let found = tokio::net::lookup_host(&address).await;
         let mut found = found.map_err(|e| {
-            Failure::user(format!("--host {} is no address of a machine: {e}", self.host))
+            Failure::user(format!("--host {} is not an address of a machine: {e}", self.host))
         })?;
         Ok(found.next())
     }
@@ -128,12 +130,26 @@ impl ComputeArgs {
     }
 }
 
+/// Where a validator's records are.
+#[derive(Args)]
+pub(super) struct DatabaseArg {
+    /// The validator's records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
+    #[arg(
+        id = "database.url",
+        long = "database.url",
+        env = "TARGON_DATABASE_URL",
+        hide_env_values = true,
+        default_value = "validator.sqlite"
+    )]
+    pub(super) url: String,
+}
+
 /// How closely suspicious answers are looked at.
 #[derive(Args)]
 pub(super) struct ScrutinyArgs {
     /// When to compute an answer's rows a second time, as an honest stack of 16 bits would: never,
     /// suspicion (where the first time found something), a share of all answers (0.05) besides, or
-    /// always. Suspicion where absent, on the processor; never elsewhere.
+    /// always. Default: suspicion on the processor, never elsewhere.
     #[arg(long, value_name = "WHEN", env = "TARGON_TWIN", help_heading = "Verification")]
     twin: Option<TwinPolicy>,
     /// Try known cheats on answers that the twin finds too far: one more prefill for each, and
@@ -177,6 +193,16 @@ pub(super) fn plain_verifier(
     let bars = Bars::new();
     let loaded = runtime.block_on(load_verifier(config, pool, VerifierRules::plain(), &bars));
     loaded.map_err(Failure::user)
+}
+
+/// Refuses the URL of the flag `--flag` where requests cannot be sent to it.
+pub(super) fn check_http(flag: &str, url: &str) -> Result<(), Failure> {
+    let base = url.trim_end_matches('/');
+    if ["http://", "https://"].iter().any(|scheme| base.starts_with(scheme)) {
+        return Ok(());
+    }
+    let what = format!("--{flag} must begin with http:// or https://, got {}", shown(url));
+    Err(Failure::user(printable(&what)))
 }
 
 /// What requests run on, beside the compute threads.

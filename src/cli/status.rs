@@ -4,10 +4,10 @@ use super::Failure;
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
+use super::tables::bordered;
 use crate::endpoint::{reasons, shown};
 use crate::tls;
 use clap::Args;
-use comfy_table::{Table, presets};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
     let status = response.status();
     let body: Value = response.json().await.map_err(|e| {
         let why = reasons(&e.without_url());
-        Failure::user(format!("{url} answered {status}, which is no status of a miner: {why}"))
+        Failure::user(format!("{url} answered {status}, which is not a miner's status: {why}"))
     })?;
     match body["error"]["message"].as_str() {
         Some(message) => Err(Failure::user(format!("{url}: {}", printable(message)))),
@@ -81,8 +81,6 @@ fn print(status: &Value) {
     ] {
         outln!("{label:<20}{}", text(&status[key]));
     }
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
     let columns = [
         "hotkey",
         "uid",
@@ -95,7 +93,7 @@ fn print(status: &Value) {
     ];
     let header =
         ["validator", "uid", "stake", "requests", "running", "waiting", "wants", "seconds ago"];
-    table.set_header(header);
+    let mut table = bordered(header);
     let none = Vec::new();
     let validators = status["validators"].as_array().unwrap_or(&none);
     for validator in validators {

@@ -10,7 +10,7 @@ use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
 use crate::miner::{Announced, Miner, MinerError, MinerOptions};
 use crate::server::door::Gate;
-use crate::server::registry::{Registry, State};
+use crate::server::registry::{ModelState, Registry};
 use sd_notify::NotifyState;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use tokio::net::TcpListener;
 const AXON_VERSION: u32 = 1;
 
 /// A miner before its models are loaded.
-pub(super) struct Subnet {
+pub(super) struct PreparedMiner {
     pub(super) signer: Arc<Keypair>,
     pub(super) gate: Gate,
     pub(super) listener: TcpListener,
@@ -29,7 +29,7 @@ pub(super) struct Subnet {
     miner: Miner<Subtensor>,
 }
 
-impl Subnet {
+impl PreparedMiner {
     /// Whether the flags ask for one.
     pub(super) fn is_wanted(wallet: &WalletArgs, chain: &ChainArgs) -> bool {
         wallet.is_named() || chain.netuid.is_some()
@@ -64,16 +64,16 @@ impl Subnet {
 }
 
 /// The miner's part that runs once models answer.
-pub(super) struct Running(Miner<Subtensor>);
+pub(super) struct RunningMiner(Miner<Subtensor>);
 
-impl Subnet {
+impl PreparedMiner {
     /// What listens, and what goes on to run.
-    pub(super) fn split(self) -> (TcpListener, Running) {
-        (self.listener, Running(self.miner))
+    pub(super) fn split(self) -> (TcpListener, RunningMiner) {
+        (self.listener, RunningMiner(self.miner))
     }
 }
 
-impl Running {
+impl RunningMiner {
     /// Announces the address and follows the chain for ever.
     pub(super) async fn run(self) -> Result<(), Failure> {
         let show = |words: &str| {
@@ -103,7 +103,7 @@ impl Running {
     }
 }
 
-impl Subnet {
+impl PreparedMiner {
     /// Prints the extrinsic that would be sent.
     pub(super) async fn dry_run(&self) -> Result<(), Failure> {
         let show = |words: &str| {
@@ -161,7 +161,7 @@ pub(super) async fn feed_watchdog(
 
 fn is_alive(registry: &Registry, stall: Duration) -> bool {
     registry.entries().iter().all(|entry| match &entry.state {
-        State::Ready(served) => !served.hangs(stall),
-        State::Loading | State::Failed(_) => true,
+        ModelState::Ready(served) => !served.hangs(stall),
+        ModelState::Loading | ModelState::Failed(_) => true,
     })
 }

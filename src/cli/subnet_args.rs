@@ -1,4 +1,4 @@
-//! Defines the flags of whoever takes part in a subnet, under the names that Targon and the
+//! Defines the flags of members of a subnet, under the names that Targon and the
 //! Bittensor SDK use. Dashes and underscores in place of dots work too ([`layers`](super::layers)).
 
 use super::Failure;
@@ -229,7 +229,7 @@ impl AxonArgs {
         let given = self.external_ip.or(Some(bound).filter(|ip| !ip.is_unspecified()));
         let port = self.external_port.unwrap_or(listening);
         let found = crate::miner::address::external(given, port, &self.check_ip).await;
-        // Whoever was asked may answer the next time.
+        // A user who was asked may answer the next time.
         found.map_err(|what| Failure::ours(what).with_hint(Some("give it by --axon.external_ip")))
     }
 
@@ -280,7 +280,7 @@ impl OriginalArgs {
         }
         if let Some(endpoint) = &self.model_endpoint {
             let what = format!(
-                "--model-endpoint {}: this miner runs the models itself and is no proxy",
+                "--model-endpoint {}: this miner runs the models itself and is not a proxy",
                 shown(endpoint)
             );
             return Err(Failure::user(what).with_hint(Some("list the models in models.toml")));

@@ -4,7 +4,8 @@ use super::Failure;
 use super::out::note;
 use super::subnet::tell;
 use crate::update::{
-    DownloadLimits, Installed, ReleaseSource, STARTS_MAX, TRIAL_TIME, Trial, UpdateError, Updater,
+    DownloadLimits, Installed, PROBATION_TIME, Probation, ReleaseSource, STARTS_MAX, UpdateError,
+    Updater,
 };
 use clap::Args;
 use sd_notify::NotifyState;
@@ -92,24 +93,24 @@ pub(super) fn restart(installed: &Installed) -> Failure {
     Failure::ours(installed.restart())
 }
 
-/// The trial of this program, where it has just replaced an older one; one that was started too
+/// The probation of this program, where it has just replaced an older one; one that was started too
 /// often is rolled back here.
-pub(super) fn on_trial() -> Option<Trial> {
-    let trial = Trial::begin().unwrap_or_else(|error| {
-        note!("warning: whether this program is on trial cannot be told: {error}");
+pub(super) fn on_probation() -> Option<Probation> {
+    let probation = Probation::begin().unwrap_or_else(|error| {
+        note!("warning: whether this program is on probation cannot be told: {error}");
         None
     })?;
-    if !trial.is_over() {
-        return Some(trial);
+    if !probation.is_over() {
+        return Some(probation);
     }
-    roll_back(trial, &format!("it was started {STARTS_MAX} times and never lasted"));
+    roll_back(probation, &format!("it was started {STARTS_MAX} times and never lasted"));
     None
 }
 
 /// Becomes the program before this one; returns where that fails.
-pub(super) fn roll_back(trial: Trial, why: &str) {
-    let (own, minutes) = (env!("CARGO_PKG_VERSION"), TRIAL_TIME.as_secs() / 60);
+pub(super) fn roll_back(probation: Probation, why: &str) {
+    let (own, minutes) = (env!("CARGO_PKG_VERSION"), PROBATION_TIME.as_secs() / 60);
     note!("error: release {own} failed in its first {minutes} minutes: {why}; rolling back");
-    let error = trial.roll_back();
+    let error = probation.roll_back();
     note!("error: the program before it cannot come back: {error}");
 }

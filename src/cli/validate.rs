@@ -28,7 +28,7 @@ use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
-use crate::validator::run::reading::{Reading, SubnetError, confirm};
+use crate::validator::run::reading::{ReadingTerms, SubnetError, confirm};
 use crate::validator::run::residents::Residents;
 use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
@@ -63,7 +63,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let chain = Subtensor::new(args.chain.endpoints()?);
     // Before anything large is loaded.
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
-    let store = runtime.block_on(Store::open(&args.database));
+    let store = runtime.block_on(Store::open(&args.database.url));
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
@@ -155,14 +155,14 @@ async fn find_models(
     residents(models, needs, (pool, rules), &Bars::new()).await.map_err(Failure::user)
 }
 
-fn reading(args: &ValidateArgs, signer: &Keypair) -> Reading {
+fn reading(args: &ValidateArgs, signer: &Keypair) -> ReadingTerms {
     let rules = MinerRules {
         own: signer.hotkey(),
         vpermit_tao_limit: args.round.vpermit_tao_limit,
         private_axons: args.round.private_axons,
     };
     let is_permit_needed = !args.round.allow_no_permit && !args.chain.is_test();
-    Reading { rules, is_permit_needed }
+    ReadingTerms { rules, is_permit_needed }
 }
 
 /// Whether this key may validate.
@@ -270,7 +270,7 @@ async fn bound(address: SocketAddr) -> Result<TcpListener, Failure> {
 fn show_to_operators(listener: TcpListener, overview: &Overview) -> Result<(), Failure> {
     let local = listener.local_addr().map_err(Failure::ours)?;
     if !local.ip().is_loopback() {
-        tracing::warn!(%local, "whoever reaches this address can read the validator's records");
+        tracing::warn!(%local, "all who reach this address can read the validator's records");
     }
     announce!("http://{local}");
     let (listeners, state) = (vec![(listener, overview.router())], overview.state().clone());

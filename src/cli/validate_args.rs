@@ -1,10 +1,9 @@
 //! Defines the flags of `validate`, under Targon's names where it has them.
 
 use super::Failure;
-use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs};
+use super::shared::{ComputeArgs, DatabaseArg, ModelsArg, ScrutinyArgs, check_http};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
-use crate::endpoint::shown;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, RoundSettings, Times};
@@ -57,15 +56,8 @@ pub(super) struct ValidateArgs {
     pub(super) update: UpdateArgs,
     #[command(flatten)]
     pub(super) hub: HubArgs,
-    /// Records: a path, sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE.
-    #[arg(
-        id = "database.url",
-        long = "database.url",
-        env = "TARGON_DATABASE_URL",
-        hide_env_values = true,
-        default_value = "validator.sqlite"
-    )]
-    pub(super) database: String,
+    #[command(flatten)]
+    pub(super) database: DatabaseArg,
     /// The file for rounds that could not be stored in the database before the program ended.
     #[arg(long, env = "TARGON_UNSAVED", default_value = "unsaved-rounds.jsonl")]
     pub(super) unsaved: PathBuf,
@@ -152,11 +144,11 @@ impl ListArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum KeepArg {
-    /// None.
+    /// Keep no request and no answer.
     None,
     /// Those of answers that did not pass.
     Faults,
-    /// All.
+    /// Keep every request with its answer.
     All,
 }
 
@@ -371,12 +363,9 @@ pub(super) struct HubArgs {
 
 impl HubArgs {
     pub(super) fn urls(&self) -> Result<Urls, Failure> {
-        for (flag, url) in [("organics", &self.organics), ("stats", &self.stats)] {
-            let is_http = |url: &String| url.starts_with("http://") || url.starts_with("https://");
-            if let Some(url) = url.as_ref().filter(|url| !is_http(url)) {
-                let url = shown(url);
-                let what = format!("--{flag}.url must begin with http:// or https://, got {url}");
-                return Err(Failure::user(what));
+        for (flag, url) in [("organics.url", &self.organics), ("stats.url", &self.stats)] {
+            if let Some(url) = url {
+                check_http(flag, url)?;
             }
         }
         Ok(Urls { organics: self.organics.clone(), stats: self.stats.clone() })

@@ -1,25 +1,19 @@
 //! Makes the tables that `validate` prints: the verdicts of a round, and the weights at the end.
 
 use super::printable::printable;
-use crate::store::record::{Response, Round, Weights, WeightsState};
-use comfy_table::{CellAlignment, Table, presets};
+use super::tables::bordered;
+use crate::store::record::{EpochWeights, MinerResponse, Round, WeightsState};
+use comfy_table::{CellAlignment, Table};
 
 /// Characters of an error in a table.
 const ERROR_CHARS_MAX: usize = 60;
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(header);
-    table
-}
-
 /// The verdicts of a round.
 pub(super) fn verdicts(round: &Round) -> Table {
     let header = ["uid", "hotkey", "model", "TTFT s", "tokens/s", "outcome", "cause", "why"];
-    let mut table = table(&header);
+    let mut table = bordered(header);
     for response in &round.responses {
-        let Response { uid, hotkey, timing, outcome, cause, error, .. } = response;
+        let MinerResponse { uid, hotkey, timing, outcome, cause, error, .. } = response;
         let has_times = timing.tokens > 0;
         let time = |value: f64, digits| match has_times {
             true => format!("{value:.digits$}"),
@@ -43,8 +37,8 @@ pub(super) fn verdicts(round: &Round) -> Table {
 }
 
 /// Who gets what, and how far the weights are.
-pub(super) fn weights(weights: &Weights, hotkey_of: impl Fn(u16) -> Option<String>) -> Table {
-    let mut table = table(&["uid", "hotkey", "weight", "share"]);
+pub(super) fn weights(weights: &EpochWeights, hotkey_of: impl Fn(u16) -> Option<String>) -> Table {
+    let mut table = bordered(["uid", "hotkey", "weight", "share"]);
     let sum: f64 = weights.values.iter().map(|(_, value)| f64::from(*value)).sum();
     for (uid, value) in &weights.values {
         table.add_row([
@@ -67,7 +61,7 @@ fn align(table: &mut Table, columns: &[usize]) {
 }
 
 /// How far weights are, in words.
-pub(super) fn state(weights: &Weights) -> String {
+pub(super) fn state(weights: &EpochWeights) -> String {
     let epoch = weights.epoch;
     match &weights.state {
         WeightsState::Planned => format!("weights of epoch {epoch}: decided, not sent"),

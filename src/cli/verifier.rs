@@ -9,12 +9,12 @@ use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
+use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::{Loading, start_models};
-use crate::lifecycle::rooms::Rooms;
 use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
-use crate::server::registry::{Registry, State};
+use crate::server::registry::{ModelState, Registry};
 use crate::verifier::Service;
 use clap::Args;
 use sd_notify::NotifyState;
@@ -65,8 +65,8 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     let stall_time = settings.limits.stall_time;
     tokio::spawn(feed_watchdog(registry.clone(), move || stall_time));
     let shown = Arc::new(Bars::new());
-    let rooms = Rooms::default();
-    let loading = Loading { registry: announced, pool, clock, rooms, shown };
+    let memory = MemoryAccounts::default();
+    let loading = Loading { registry: announced, pool, clock, memory, shown };
     let loading = tokio::spawn(start_models(config.models, loading));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
@@ -76,7 +76,7 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
         },
     }
     // A container that lacks its model does not come up; neither does this.
-    if registry.entries().iter().any(|e| matches!(e.state, State::Failed(_))) {
+    if registry.entries().iter().any(|e| matches!(e.state, ModelState::Failed(_))) {
         return Err(Failure::user(describe_failures(&registry)));
     }
     tell(NotifyState::Ready);

@@ -6,6 +6,7 @@ use super::out::outln;
 use super::printable::printable;
 use super::progress::Bars;
 use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs, runtime};
+use super::tables::bordered;
 use super::verify_html;
 use crate::entropy::Entropy;
 use crate::lifecycle::verifiers::{VerifierRules, Verifiers};
@@ -18,7 +19,7 @@ use crate::verify::limits_file::{self, LimitsFile};
 use crate::verify::statistic::Statistic;
 use crate::verify::{Depth, Limits, Profile, Verdict, Verification, Verifier};
 use clap::Args;
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use maud::Markup;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -301,9 +302,8 @@ fn statistic_json(statistic: Statistic) -> Value {
 
 /// What was found for every row that was scored.
 fn table(finding: &CheckedAnswer<'_>) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["token", "id", "text", "log-prob", "reported", "rank", "margin", "energy"]);
+    let mut table =
+        bordered(["token", "id", "text", "log-prob", "reported", "rank", "margin", "energy"]);
     let marked = |text: String, is_over: bool| if is_over { format!("{text} !") } else { text };
     for row in &finding.checked.report.rows {
         let is_far = finding.chunk(row.index).is_some_and(|c| finding.is_far(c));

@@ -83,11 +83,11 @@ pub struct ModelConfig {
     pub isq: Option<String>,
     /// Where prefixes that many requests begin with are kept across restarts.
     pub prefix_cache_file: Option<PathBuf>,
-    /// Sizes.
+    /// What its memory is planned for: context, KV cache, sequences and drafts.
     pub wanted: MemoryWanted,
 }
 
-/// The whole file.
+/// What a models file says, with all defaults filled in.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
     /// The models that are served.
@@ -100,9 +100,9 @@ pub struct Config {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{path}: {what}")]
 pub struct ConfigError {
-    /// The file.
+    /// The models file.
     pub path: PathBuf,
-    /// Rule and fact.
+    /// The rule for the entry, and what stands there.
     pub what: String,
     /// Advice, where there is some.
     pub hint: Option<String>,

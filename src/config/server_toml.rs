@@ -42,12 +42,12 @@ pub struct ServerTable {
     stall_seconds: Option<u64>,
 }
 
-/// The table, checked.
+/// What the `[server]` table says, checked.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct ServerConfig {
     /// What the server follows.
     pub settings: Settings,
-    /// What is logged; as the flag says where absent.
+    /// What is logged; `None` is as the flag says.
     pub log: Option<String>,
 }
 

@@ -2,7 +2,7 @@
 
 use crate::engine::plan::KvMemory;
 
-/// A text that is no quantity.
+/// A text that cannot be read as a quantity.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum UnitError {
     /// Neither a size nor a share.
@@ -11,7 +11,7 @@ pub enum UnitError {
     /// A share of nothing, or of more than all.
     #[error("a share must lie above 0% and up to 100%, got {0}")]
     Share(String),
-    /// The text is no size.
+    /// The text cannot be read as a size.
     #[error("must be a size such as \"8 MiB\", got \"{0}\"")]
     Size(String),
 }

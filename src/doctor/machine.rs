@@ -1,7 +1,7 @@
 //! Examines the processor, graphics cards, memory, disk, and the limits of the process.
 
 use super::{Finding, Level};
-use crate::engine::memory::{Memory, memory};
+use crate::engine::memory::{HostMemory, memory};
 use crate::engine::plan::Bytes;
 use crate::models::device::{CardMemory, Cards, Device, DeviceError, cards};
 use crate::ops::lanes::Isa;
@@ -155,7 +155,7 @@ fn card((device, card): (Device, Result<CardMemory, DeviceError>)) -> Finding {
 }
 
 fn memory_and_swap(system: &System) -> Finding {
-    let Memory { total, available: free } = memory();
+    let HostMemory { total, available: free } = memory();
     let swap = system.used_swap();
     let fact = format!("{} free of {}, {} swapped out", Bytes(free), Bytes(total), Bytes(swap));
     if free < MEMORY_WARNING {
@@ -247,6 +247,7 @@ mod tests {
         let old = one(version, Cards::Unusable("driver 580 or newer".into()));
         assert!(old.level == Level::Warning && old.fact.ends_with("580 or newer"), "{old:?}");
         assert_eq!(one(version, Cards::Known(Vec::new())).level, Level::Note);
+        assert_eq!(one(None, Cards::Known(Vec::new())).level, Level::Note);
         let card =
             |free: u64| CardMemory { name: "H100".into(), free: free << 30, total: 80 << 30 };
         let known = vec![
@@ -255,10 +256,11 @@ mod tests {
             (Device::Cuda(2), Err(DeviceError::NotBuilt(Device::Cuda(2)))),
         ];
         let found = gpu(version, Cards::Known(known));
-        assert_eq!(found[0].fact, "cuda:0, H100: 79.00 GiB free of 80.00 GiB");
+        assert!(found[0].fact.contains("580.1"), "{found:?}");
+        assert_eq!(found[1].fact, "cuda:0, H100: 79.00 GiB free of 80.00 GiB");
         let levels: Vec<Level> = found.iter().map(|f| f.level).collect();
-        assert_eq!(levels, [Level::Ok, Level::Note, Level::Warning]);
-        assert!(found[2].fact.contains("cuda:2") && found[2].hint.is_some());
+        assert_eq!(levels, [Level::Ok, Level::Ok, Level::Note, Level::Warning]);
+        assert!(found[3].fact.contains("cuda:2") && found[3].hint.is_some());
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub fn registration(
     vec![Finding::new("registration", Level::Ok, fact), stake, axon(neuron, external)]
 }
 
-/// Stake matters to whoever asks miners: they refuse validators with little of it.
+/// Stake matters to validators: miners refuse those with little of it.
 fn stake(neuron: &Neuron, is_partial: bool) -> Finding {
     let (stake, least) = (neuron.stake, STAKE_MIN);
     let permit = if neuron.permit { "a" } else { "no" };

@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_read_and_skews_are_judged() {
+    fn dates_are_read_and_skews_are_found() {
         assert_eq!(date_ms("Thu, 26 Nov 2026 17:40:00 GMT"), Some(1_795_714_800_000));
         assert_eq!(date_ms("yesterday"), None);
         for (ahead, level) in [

@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_found_and_modes_are_judged() {
+    fn files_are_found_and_modes_are_checked() {
         let dir = tempfile::tempdir().unwrap();
         let wallet = Wallet::new(dir.path(), "w", "h").unwrap();
         let missing = examine(&wallet);

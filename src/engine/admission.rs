@@ -15,7 +15,7 @@ pub struct SchedulerLimits {
     pub mixed_tokens_max: usize,
     /// Sequences that run at once.
     pub sequences_max: usize,
-    /// Sequences that wait.
+    /// Sequences that may wait for a place among those that run.
     pub waiting_max: usize,
     /// Tokens of one sequence.
     pub context_max: usize,
@@ -37,13 +37,13 @@ impl SchedulerLimits {
 pub struct NewSequence {
     /// Its name, larger than all before.
     pub id: SequenceId,
-    /// Whose it is.
+    /// Whom its place counts for.
     pub owner: Owner,
     /// The prompt (and, for scoring, the output).
     pub tokens: Vec<u32>,
     /// Most tokens that may still be pushed.
     pub growth_max: usize,
-    /// Separates prefix caches.
+    /// Sequences share cached prefixes only with those of the same salt.
     pub salt: u64,
     /// Whether cached prefixes may be read.
     pub reads_cache: bool,
@@ -62,7 +62,7 @@ pub enum Refusal {
     Context {
         /// Prompt and output together.
         tokens: usize,
-        /// The context.
+        /// Tokens of the model's context.
         limit: usize,
     },
     /// Larger than the whole KV cache.
@@ -76,19 +76,19 @@ pub enum Refusal {
     /// As many sequences run and wait as the engine takes.
     #[error("{most} sequences run and wait already, the limit")]
     EngineFull {
-        /// The limit.
+        /// Sequences of all owners that may run and wait.
         most: usize,
     },
     /// As many sequences of one owner run and wait as it may have.
     #[error("{most} sequences of one key or hotkey run and wait already, the limit")]
     OwnerFull {
-        /// The limit.
+        /// Sequences of this owner that may run and wait.
         most: usize,
     },
     /// As many requests wait as may; a later try may be accepted.
     #[error("{waiting} requests are waiting already, the limit")]
     QueueFull {
-        /// The limit.
+        /// Requests that may wait.
         waiting: usize,
     },
 }

@@ -36,12 +36,13 @@ impl BackendKind {
     }
 }
 
-/// A name that is no backend of this build.
+/// A name that does not name a backend of this build.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BackendError {
     /// One that is known, but not built.
     #[error(
-        "= {0} needs a build with the feature `{0}` (cargo build --features {0}), this has none"
+        "= {0} needs a build with the feature `{0}` (cargo build --features {0}); this build does \
+         not have it"
     )]
     NotBuilt(&'static str),
     /// One that is not known.
@@ -77,7 +78,7 @@ pub enum Command {
 
 /// A request that was taken.
 pub struct Submission {
-    /// The request, checked.
+    /// The request, whose bounds were checked.
     pub request: Request,
     /// Where its events go: there is room for all that it can have.
     pub events: mpsc::Sender<Event>,

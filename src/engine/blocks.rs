@@ -94,7 +94,7 @@ impl BlockTable {
         &self.ids
     }
 
-    /// Positions that fit.
+    /// Positions that its blocks hold.
     pub fn capacity(&self) -> usize {
         self.ids.len() * BLOCK_TOKENS
     }

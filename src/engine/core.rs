@@ -92,7 +92,9 @@ impl Core {
     fn lose(&mut self) {
         tracing::error!(requests = self.live.len(), "the device is lost; the engine is given up");
         for (_, live) in self.live.drain() {
-            live.send(Event::Fault(Fault::Lost("an earlier step found it so".into())));
+            live.send(Event::Fault(Fault::Lost(
+                "an earlier step reported that the device is lost".into(),
+            )));
             self.stats.record_fault();
         }
         self.scheduler = self.scheduler.emptied();
@@ -142,7 +144,7 @@ impl Core {
             Ok(live) => live,
             Err(fault) => {
                 self.stats.record_fault();
-                // Whoever does not listen any more need not be told.
+                // A request whose receiver is gone need not be told.
                 return drop(failing.try_send(Event::Fault(fault)));
             }
         };

@@ -5,7 +5,7 @@ use super::backend::EnginePermit;
 use super::draw::Draw;
 use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step};
 use super::request::Request;
-use super::stats::{Ended, Timeline};
+use super::stats::{EndedRequest, Timeline};
 use super::transcript::Transcript;
 use crate::models::parameters::Parameters;
 use crate::models::pass::{Ranked, RowAsk, Scored, Scores, Token};
@@ -158,8 +158,8 @@ impl Live {
     }
 
     /// What statistics keep of it once it has ended.
-    pub(super) fn ended(&self, reason: &FinishReason) -> Ended {
-        Ended {
+    pub(super) fn ended(&self, reason: &FinishReason) -> EndedRequest {
+        EndedRequest {
             timeline: self.timeline,
             prompt_tokens: self.request.prompt.len(),
             cached_tokens: self.cached_tokens,

@@ -12,9 +12,9 @@ const GROUPS: &str = "/sys/fs/cgroup";
 /// Which groups this process is in.
 const OWN_GROUPS: &str = "/proc/self/cgroup";
 
-/// Bytes of memory.
+/// The memory of this machine, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Memory {
+pub struct HostMemory {
     /// The machine's, or the smallest limit of a control group around this process.
     pub total: u64,
     /// What may still be taken: free, or cached and given back when needed.
@@ -22,16 +22,16 @@ pub struct Memory {
 }
 
 /// The machine's memory, within the limits of the control groups around this process.
-pub fn memory() -> Memory {
+pub fn memory() -> HostMemory {
     let mut system = System::new();
     system.refresh_memory();
-    let machine = Memory { total: system.total_memory(), available: system.available_memory() };
+    let machine = HostMemory { total: system.total_memory(), available: system.available_memory() };
     let own = std::fs::read_to_string(OWN_GROUPS).unwrap_or_default();
     within(machine, Path::new(GROUPS), &own)
 }
 
 /// `machine`, within the groups below `root` that `own` lists: `number:controllers:path` a line.
-fn within(machine: Memory, root: &Path, own: &str) -> Memory {
+fn within(machine: HostMemory, root: &Path, own: &str) -> HostMemory {
     let groups = own.lines().filter_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);
         let (controllers, path) = (parts.next()?, parts.next()?);
@@ -49,7 +49,7 @@ fn within(machine: Memory, root: &Path, own: &str) -> Memory {
         // its host sees; the mounted root is then the group itself.
         path.ancestors().map(|p| names.read(&root.join(p))).collect::<Vec<_>>()
     });
-    limits.flatten().fold(machine, |least, group| Memory {
+    limits.flatten().fold(machine, |least, group| HostMemory {
         total: least.total.min(group.total),
         available: least.available.min(group.available),
     })
@@ -75,7 +75,7 @@ static VERSION_2: Names = Names {
 
 impl Names {
     /// The group of a directory; none where it has no limit (`max`) or is no group.
-    fn read(&self, group: &Path) -> Option<Memory> {
+    fn read(&self, group: &Path) -> Option<HostMemory> {
         let text = |name: &str| std::fs::read_to_string(group.join(name)).ok();
         let number = |name: &str| text(name)?.trim().parse::<u64>().ok();
         let (total, usage) = (number(self.limit)?, number(self.usage)?);
@@ -86,7 +86,7 @@ impl Names {
             .filter_map(|(_, value)| value.trim().parse::<u64>().ok())
             .sum();
         let available = total.saturating_sub(usage.saturating_sub(cached));
-        Some(Memory { total, available })
+        Some(HostMemory { total, available })
     }
 }
 
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
-    const MACHINE: Memory = Memory { total: 64 * GIB, available: 50 * GIB };
+    const MACHINE: HostMemory = HostMemory { total: 64 * GIB, available: 50 * GIB };
 
     fn group(directory: &Path, files: &[(&str, String)]) {
         std::fs::create_dir_all(directory).unwrap();
@@ -117,7 +117,7 @@ mod tests {
             ],
         );
         let memory = within(MACHINE, dir.path(), "0::/\n");
-        assert_eq!(memory, Memory { total: 20 * GIB, available: 17 * GIB });
+        assert_eq!(memory, HostMemory { total: 20 * GIB, available: 17 * GIB });
     }
 
     #[test]
@@ -129,7 +129,7 @@ mod tests {
         group(&dir.path().join("a.slice"), &limit(8, 3));
         group(&dir.path().join("a.slice/b.service"), &[("memory.max", "max\n".into())]);
         let memory = within(MACHINE, dir.path(), "0::/a.slice/b.service\n");
-        assert_eq!(memory, Memory { total: 8 * GIB, available: 5 * GIB });
+        assert_eq!(memory, HostMemory { total: 8 * GIB, available: 5 * GIB });
     }
 
     #[test]
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(within(MACHINE, dir.path(), own), MACHINE);
         group(&dir.path().join("memory/x/y"), &files(32 * GIB));
         let memory = within(MACHINE, dir.path(), own);
-        assert_eq!(memory, Memory { total: 32 * GIB, available: 30 * GIB });
+        assert_eq!(memory, HostMemory { total: 32 * GIB, available: 30 * GIB });
         // No groups at all, and nonsense.
         assert_eq!(within(MACHINE, dir.path(), ""), MACHINE);
         assert_eq!(within(MACHINE, dir.path(), "x\n::\n0::\n"), MACHINE);

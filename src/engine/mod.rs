@@ -57,11 +57,11 @@ use tokio::sync::{Semaphore, mpsc};
 pub struct Options {
     /// Tokens of one sequence.
     pub context_max: usize,
-    /// KV blocks.
+    /// Blocks of the KV cache, which all sequences share.
     pub blocks: usize,
     /// Sequences that run at once.
     pub sequences_max: usize,
-    /// Requests that wait.
+    /// Requests that may wait for a place; further ones are refused.
     pub waiting_max: usize,
     /// Rows of a step that only prefills.
     pub step_tokens_max: usize,
@@ -71,7 +71,7 @@ pub struct Options {
 
 /// Prefill rows that may join a step in which sequences decode.
 const MIXED_PREFILL_TOKENS: usize = 128;
-/// The part of all places that an owner who is told from others leaves to them.
+/// One part in this many of all places is kept for other owners.
 const LEFT_TO_OTHERS: usize = 4;
 
 impl Options {
@@ -300,7 +300,7 @@ impl Engine {
         self.0.options
     }
 
-    /// Counters.
+    /// What the engine counts while it runs.
     pub fn stats(&self) -> &Stats {
         &self.0.stats
     }

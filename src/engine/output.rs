@@ -128,11 +128,11 @@ impl From<pass::PassFault> for Fault {
 pub enum Event {
     /// The prompt's rows, all at once, where they were asked for. The first token has no row.
     Prompt(Vec<PromptRow>),
-    /// A token.
+    /// A token of the output; the next one may follow.
     Step(Step),
     /// The end of a request that generates nothing.
     Finish(Finish),
-    /// The request failed.
+    /// The request failed; nothing follows.
     Fault(Fault),
 }
 
@@ -141,14 +141,14 @@ pub enum Event {
 pub struct Ended {
     /// Rows of the prompt, where asked for.
     pub rows: Option<Vec<PromptRow>>,
-    /// The tokens.
+    /// The tokens of the output, in order.
     pub steps: Vec<Step>,
-    /// How it ended.
+    /// Why it ended, and the end of its proof.
     pub finish: Finish,
 }
 
 impl Ended {
-    /// The whole text.
+    /// The texts of all tokens, one after the other.
     pub fn text(&self) -> String {
         self.steps.iter().map(|step| step.text.as_str()).collect()
     }
@@ -170,7 +170,7 @@ impl Generation {
         self.events.blocking_recv()
     }
 
-    /// The whole output. One that breaks off without an end is none.
+    /// The whole output; an error where it breaks off without an end.
     ///
     /// # Errors
     /// When the engine failed.

@@ -16,7 +16,7 @@ const PROMPT_CHUNK: u64 = 1024;
 /// for each sequence (`flash_attn_cpu_single_q` of 0.8.1) has one buffer for all of them, so that
 /// each gets the attention of the last one.
 const MISTRAL_SEQUENCES_MAX: usize = 1;
-/// Requests that wait.
+/// Requests of one model that may wait for a place; further ones are refused.
 pub const WAITING_MAX: usize = 256;
 
 /// How much memory the KV cache may take.
@@ -33,7 +33,7 @@ pub enum KvMemory {
 /// What the user asks for.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct MemoryWanted {
-    /// Tokens of one sequence; the model's own context where absent.
+    /// Tokens of one sequence; `None` is the model's own context.
     pub context_max: Option<usize>,
     /// Memory of the KV cache.
     pub kv_memory: KvMemory,
@@ -46,9 +46,9 @@ pub struct MemoryWanted {
 /// Bytes that one model needs, and the engine's sizes that follow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MemoryPlan {
-    /// Packed weights.
+    /// Bytes of the packed weights.
     pub weights: u64,
-    /// KV cache.
+    /// Bytes of the KV cache.
     pub kv: u64,
     /// Buffers of a step and logits.
     pub workspace: u64,
@@ -258,18 +258,10 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::config;
-    use serde_json::json;
-    use std::path::Path;
+    use crate::models::config::samples::SMOLLM2_135M;
 
     fn spec() -> Spec {
-        let json = json!({
-            "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
-            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-            "intermediate_size": 1536, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": true,
-        });
-        config::parse(Path::new("config.json"), &json).unwrap()
+        SMOLLM2_135M.spec()
     }
 
     fn plan(wanted: MemoryWanted, available: u64) -> Result<MemoryPlan, String> {

@@ -36,9 +36,9 @@ pub struct StopRules {
 /// One sequence to generate from (or only to score).
 #[derive(Clone, PartialEq, Debug)]
 pub struct Request {
-    /// Whose it is.
+    /// Whom its place counts for.
     pub owner: Owner,
-    /// Prompt ids.
+    /// The prompt's tokens, as ids.
     pub prompt: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: Sampling,
@@ -232,7 +232,7 @@ fn check_sampling(sampling: &Sampling, vocab: usize) -> Result<(), InvalidReques
 pub struct InvalidRequest {
     /// The field, as the API names it.
     pub field: &'static str,
-    /// Rule and fact.
+    /// The rule for the field, and what the request has.
     pub what: String,
 }
 

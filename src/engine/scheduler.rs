@@ -6,7 +6,7 @@
 //! running one, whose tokens are kept and recomputed later (often from the prefix cache). A request
 //! that could never fit is refused at submission, so a lone sequence always makes progress.
 //!
-//! Whoever runs least is started next. Where there is no room for it and another owner runs two
+//! The owner who runs least is next. Where there is no room for it and another owner runs two
 //! sequences more, that owner's newest one is preempted: nobody waits for the end of an answer of
 //! somebody who has several. The oldest running sequence is never the one, so all end.
 //!
@@ -60,10 +60,10 @@ pub struct Scheduler {
     accepted: u64,
 }
 
-/// Figures for operators.
+/// What the scheduler holds and has done, in numbers.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct SchedulerLoad {
-    /// Sequences in steps.
+    /// Sequences that take part in steps.
     pub running: usize,
     /// Sequences in the queue.
     pub waiting: usize,
@@ -422,7 +422,7 @@ impl Scheduler {
         self.pool.hot_prefixes()
     }
 
-    /// Figures for operators.
+    /// What it holds now and has done so far, in numbers.
     pub fn load(&self) -> SchedulerLoad {
         SchedulerLoad {
             running: self.running.len(),

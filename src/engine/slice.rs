@@ -2,7 +2,7 @@
 
 use super::blocks::BlockId;
 
-/// Names a sequence.
+/// The number of a sequence, larger than those of all before it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct SequenceId(pub u64);
 
@@ -19,7 +19,7 @@ pub struct Slice {
     pub is_last: bool,
     /// How many of them, the last ones, are drafts: guesses of what follows the known tokens.
     pub drafts: usize,
-    /// Block table.
+    /// The blocks of its KV cache, in the order of positions.
     pub blocks: Vec<BlockId>,
 }
 
@@ -31,7 +31,7 @@ impl Slice {
     }
 }
 
-/// One step.
+/// What one step computes.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Plan {
     /// Rows by sequence, decoding ones first.

@@ -48,9 +48,9 @@ pub struct EngineSnapshot {
     pub busy_since: Duration,
     /// Time spent in steps.
     pub busy: Duration,
-    /// Prompt tokens computed.
+    /// Prompt tokens that were computed, not found in the prefix cache.
     pub prefill_tokens: u64,
-    /// Tokens generated.
+    /// Output tokens that were generated.
     pub decode_tokens: u64,
     /// Prompt tokens of ended requests.
     pub prompt_tokens: u64,
@@ -136,7 +136,7 @@ impl StepRows {
 
 /// A request that has ended by itself.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ended {
+pub(super) struct EndedRequest {
     pub(super) timeline: Timeline,
     pub(super) prompt_tokens: usize,
     /// Of those, found in the prefix cache.
@@ -159,7 +159,7 @@ impl Timeline {
 }
 
 impl Stats {
-    /// The counters now.
+    /// A copy of all counters at this moment.
     pub fn snapshot(&self) -> EngineSnapshot {
         *self.counters.lock()
     }
@@ -224,7 +224,7 @@ impl Stats {
         self.counters.lock().decode_tokens += 1;
     }
 
-    pub(super) fn record_end(&self, ended: &Ended, now: Duration) {
+    pub(super) fn record_end(&self, ended: &EndedRequest, now: Duration) {
         let (t, line) = (&self.timings, ended.timeline);
         if !line.is_counted {
             return;

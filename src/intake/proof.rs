@@ -23,7 +23,7 @@ pub struct Prover {
     pub scheme: Scheme,
     /// The verifier's nonce, or one of the prover's own.
     pub nonce: Hash,
-    /// Who signs; nobody where absent.
+    /// Who signs; without a hotkey nobody does.
     pub signer: Option<Arc<Keypair>>,
 }
 

@@ -274,7 +274,7 @@ pub struct FieldNames {
 pub struct Translator<'a> {
     /// What the model makes of texts.
     pub model: &'a Text,
-    /// Longest sequence.
+    /// Tokens of prompt and output together, at most.
     pub context_max: usize,
     /// The fields of both endpoints.
     pub common: &'a Common,

@@ -38,9 +38,9 @@ pub struct Understood {
 pub struct Reader<'a> {
     /// What the model makes of texts.
     pub model: &'a Arc<Text>,
-    /// Longest sequence.
+    /// Tokens of prompt and output together, at most.
     pub context_max: usize,
-    /// The flags.
+    /// What the server's flags say where a request says nothing.
     pub defaults: Defaults,
     /// Where seeds and names of calls come from.
     pub entropy: &'a Entropy,

@@ -1,8 +1,8 @@
 //! Takes models.toml to running engines: files, memory plan and weights, each step with progress.
 
+use super::accounts::{Lease, MemoryAccounts};
 use super::located::{BOUNDLESS, Located, shape_within};
 use super::prefixes;
-use super::rooms::{Lease, Rooms};
 use crate::clock::Clock;
 use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::engine::Engine;
@@ -19,7 +19,7 @@ use crate::models::panics::contained;
 use crate::models::spec::Spec;
 use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
-use crate::server::registry::{Registry, Served, State};
+use crate::server::registry::{ModelState, Registry, Served};
 use anyhow::anyhow;
 use futures_util::future::join_all;
 use std::path::PathBuf;
@@ -43,12 +43,12 @@ struct Planned {
 pub struct Loading {
     /// Has announced the models.
     pub registry: Registry,
-    /// Compute threads.
+    /// The threads that compute, shared by all models.
     pub pool: Pool,
-    /// Times the loading.
+    /// The clock that loading is timed by.
     pub clock: Clock,
     /// Where memory is accounted for.
-    pub rooms: Rooms,
+    pub memory: MemoryAccounts,
     /// Shows how loading goes.
     pub shown: Arc<dyn Progress>,
 }
@@ -121,7 +121,7 @@ pub async fn shape(config: &ModelConfig, shown: &dyn Progress) -> anyhow::Result
 
 /// Locates, plans and loads the models that the registry announced; false when none is ready.
 pub async fn start_models(models: Vec<ModelConfig>, loading: Loading) -> bool {
-    let Loading { registry, shown, rooms, .. } = &loading;
+    let Loading { registry, shown, memory, .. } = &loading;
     let names: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
     let located = join_all(models.into_iter().map(|m| locate(m, &**shown))).await;
     let (mut rows, mut planned) = (Vec::new(), Vec::new());
@@ -132,19 +132,19 @@ pub async fn start_models(models: Vec<ModelConfig>, loading: Loading) -> bool {
         };
         rows.push(match plan {
             Ok(ready) => {
-                registry.set(&name, Some(ready.located.revision.clone()), State::Loading);
+                registry.set(&name, Some(ready.located.revision.clone()), ModelState::Loading);
                 let plan = ready.plan;
                 planned.push(ready);
                 (name, Ok(plan))
             }
             Err(why) => {
                 tracing::error!(model = name, "cannot be served: {why}");
-                registry.set(&name, None, State::Failed(why.to_string()));
+                registry.set(&name, None, ModelState::Failed(why.to_string()));
                 (name, Err(why))
             }
         });
     }
-    shown.planned(&rows, &rooms.free());
+    shown.planned(&rows, &memory.free());
     let kept = |p: &Planned| {
         Some((p.located.config.name.clone(), p.located.config.prefix_cache_file.clone()?))
     };
@@ -153,7 +153,7 @@ pub async fn start_models(models: Vec<ModelConfig>, loading: Loading) -> bool {
     let started = tokio::task::spawn_blocking(move || all.start_all(planned) > 0);
     let is_any_ready = started.await.unwrap_or(false);
     for (name, file) in kept {
-        if let Some(State::Ready(served)) = registry.entry(&name).map(|entry| entry.state) {
+        if let Some(ModelState::Ready(served)) = registry.entry(&name).map(|entry| entry.state) {
             tokio::spawn(prefixes::keep(file, *served));
         }
     }
@@ -170,8 +170,8 @@ impl Loading {
         let (started, mut is_told) = (self.clock.elapsed(), false);
         loop {
             // Asked first: what leaves after this question is seen by the plan.
-            let leaving = self.rooms.leaving(device);
-            let planned = self.rooms.plan_shape(&located.config, &spec);
+            let leaving = self.memory.leaving(device);
+            let planned = self.memory.plan_shape(&located.config, &spec);
             let is_whole = planned.as_ref().is_ok_and(|(plan, _)| plan.total() >= wanted);
             if is_whole || leaving.is_empty() || self.clock.elapsed() - started > LEAVING_MAX {
                 let (plan, lease) = planned?;
@@ -218,7 +218,7 @@ impl Loading {
                 tracing::info!(
                     model, ?backend, %device, %canon, dtype, weights, seconds, "ready"
                 );
-                let is_wanted = registry.set(name, None, State::Ready(Box::new(served)));
+                let is_wanted = registry.set(name, None, ModelState::Ready(Box::new(served)));
                 if !is_wanted {
                     let what = "dropped again: the models file wants it otherwise by now";
                     tracing::info!(model, "{what}");
@@ -227,7 +227,7 @@ impl Loading {
             }
             Err(why) => {
                 tracing::error!(model = name, "cannot be served: {why}");
-                registry.set(name, None, State::Failed(why.to_string()));
+                registry.set(name, None, ModelState::Failed(why.to_string()));
                 false
             }
         }

@@ -4,7 +4,7 @@
 use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
 use crate::engine::Options;
-use crate::engine::mistral::{self, LoadedMistral, Settings, VERSION};
+use crate::engine::mistral::{self, LoadedMistral, MistralSettings, VERSION};
 use crate::models::remembered::cache_dir;
 use crate::models::{Identity, Model, tapped};
 use crate::ops::pool::Pool;
@@ -34,7 +34,7 @@ pub(super) fn load(
     if let Some(isq) = isq {
         identity = identity.quantised(&format!("isq-{isq}"));
     }
-    let settings = Settings { isq: isq.clone() };
+    let settings = MistralSettings { isq: isq.clone() };
     let loaded = LoadedMistral::load(tapped, &settings, options.sequences_max)?;
     let fingerprint = identity.fingerprint(&engine);
     let model = Arc::new(model);

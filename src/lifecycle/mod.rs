@@ -1,5 +1,5 @@
 //! Manages the models of a models file: they are located or downloaded, planned and loaded
-//! ([`load`]), updated when the file changes ([`reload`]), and monitored ([`watch`]); [`rooms`]
+//! ([`load`]), updated when the file changes ([`reload`]), and monitored ([`watch`]); [`accounts`]
 //! keeps account of memory.
 //!
 //! Models to verify with are loaded by [`verifiers`] for captured answers, and by [`residents`] for
@@ -8,6 +8,7 @@
 //!
 //! Nothing here prints; the caller says how progress is shown ([`load::Progress`]).
 
+pub mod accounts;
 pub mod load;
 pub mod located;
 #[cfg(feature = "mistralrs")]
@@ -16,6 +17,5 @@ pub mod pairs;
 mod prefixes;
 pub mod reload;
 pub mod residents;
-pub mod rooms;
 pub mod verifiers;
 pub mod watch;

@@ -12,13 +12,13 @@ use crate::verify::{Depth, Limits, Profile, Rejection};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What verifiers must judge by, so that samples show all that honest answers do.
+/// What verifiers must check with, so that samples show all that honest answers do.
 pub const MEASURING: VerifierRules = VerifierRules {
     limits: Limits::NONE,
     scrutiny: WantedScrutiny { twin: Some(TwinPolicy::Always), ..WantedScrutiny::NOTHING },
 };
 
-/// Why captured answers are no samples. Answers that are not honest are none of these: they are
+/// Why captured answers are not samples. Answers that are not honest are none of these: they are
 /// left out.
 #[derive(Debug, thiserror::Error)]
 pub enum PairsError {
@@ -28,7 +28,7 @@ pub enum PairsError {
     /// A line holds no captured answer.
     #[error("{place}: {why}")]
     Line {
-        /// The line.
+        /// File and line of the capture.
         place: Place,
         /// What is wrong with it.
         why: Rejection,
@@ -39,7 +39,7 @@ pub enum PairsError {
     /// A request cannot be read.
     #[error("{place}: {why}")]
     Question {
-        /// Its line.
+        /// File and line of the capture whose request it is.
         place: Place,
         /// The field, with rule and fact.
         why: QuestionError,
@@ -86,7 +86,7 @@ pub struct CheckedPairs {
     pub left_out: usize,
 }
 
-/// Checks the captures of all files by `verifiers`, which judge by [`MEASURING`]. This blocks the
+/// Checks the captures of all files by `verifiers`, which check with [`MEASURING`]. This blocks the
 /// thread.
 ///
 /// # Errors
@@ -155,7 +155,7 @@ impl CheckedPairs {
                 Err(why) => {
                     self.left_out += 1;
                     tracing::warn!(
-                        "{place} choice {choice} is no honest answer to take limits from: {why}"
+                        "{place} choice {choice} is not an honest answer to take limits from: {why}"
                     );
                 }
             }

@@ -44,7 +44,7 @@ struct File {
 enum FileError {
     #[error("it cannot be read: {0}")]
     Io(#[from] io::Error),
-    #[error("it is no list of prefixes: {0}")]
+    #[error("it is not a list of prefixes: {0}")]
     Json(#[from] serde_json::Error),
     #[error("`version` must be {VERSION}, got {0}")]
     Version(u32),
@@ -227,7 +227,7 @@ mod tests {
         refused(9, "another model or tokenizer");
         let other = std::fs::read_to_string(&path).unwrap().replace(":1,", ":2,");
         for (text, want) in [
-            ("nonsense", "no list of prefixes"),
+            ("nonsense", "not a list of prefixes"),
             ("{\"version\":1}", "missing field `model`"),
             (&other, "`version` must be 1, got 2"),
             (&" ".repeat(FILE_BYTES_MAX as usize + 1), "more than 1048576 bytes"),

@@ -3,7 +3,7 @@
 use super::load::{Loading, start_models};
 use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::server::listen::check_open;
-use crate::server::registry::State;
+use crate::server::registry::ModelState;
 use crate::server::state::ServerState;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ pub fn stamp(path: &Path) -> Option<Stamp> {
 
 /// What a reload needs.
 pub struct Reloader {
-    /// The file.
+    /// The models file that is read again.
     pub path: PathBuf,
     /// Its stamp when it was last read.
     pub seen: Option<Stamp>,
@@ -99,10 +99,10 @@ impl Reloader {
         for gone in old.iter().filter(|m| !models.contains(m)) {
             tracing::info!(model = gone.name, "removed; what runs on it goes on to its end");
             registry.remove(&gone.name);
-            self.loading.rooms.leave(&gone.name);
+            self.loading.memory.leave(&gone.name);
         }
         let has_failed = |name: &str| {
-            registry.entry(name).is_some_and(|entry| matches!(entry.state, State::Failed(_)))
+            registry.entry(name).is_some_and(|entry| matches!(entry.state, ModelState::Failed(_)))
         };
         let wanted: Vec<ModelConfig> =
             models.iter().filter(|m| !old.contains(m) || has_failed(&m.name)).cloned().collect();
@@ -112,7 +112,7 @@ impl Reloader {
         for model in &wanted {
             tracing::info!(model = model.name, "loading");
             registry.remove(&model.name);
-            self.loading.rooms.leave(&model.name);
+            self.loading.memory.leave(&model.name);
         }
         let registry = registry.announce(wanted.iter().map(|m| m.name.clone()));
         tokio::spawn(start_models(wanted, Loading { registry, ..self.loading.clone() }));

@@ -24,11 +24,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A limits file for a model that is none of those that were loaded.
+/// A limits file for a model that was not loaded.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}: `model` is {model}, which no model here has: {}", path.display(), known.join(", "))]
 pub struct UnusedLimits {
-    /// The file.
+    /// The limits file that applies to nothing.
     pub path: PathBuf,
     /// Hash of the model that it names, in hexadecimal.
     pub model: String,
@@ -117,7 +117,7 @@ impl Needs {
     }
 }
 
-/// By what a resident judges.
+/// What a resident checks answers with.
 pub struct ResidentRules {
     /// Limits of models that have a file; others have the default.
     pub limits: Arc<LimitsFiles>,

@@ -1,7 +1,7 @@
 //! Loads models to verify with, each once, when it is first needed.
 
+use super::accounts::MemoryAccounts;
 use super::load::{self, Progress};
-use super::rooms::Rooms;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::models::Identity;
 use crate::ops::pool::Pool;
@@ -19,7 +19,7 @@ pub enum VerifierError {
     /// The models file has no entry for what was asked.
     #[error("{} has no model `{model}`", file.display())]
     NotListed {
-        /// The models file.
+        /// The models file that was searched.
         file: PathBuf,
         /// The name that the request has.
         model: String,
@@ -27,13 +27,13 @@ pub enum VerifierError {
     /// A request without a name could mean any of several models.
     #[error("`request` must name its `model`: {} has several", file.display())]
     Unnamed {
-        /// The models file.
+        /// The models file that has several entries.
         file: PathBuf,
     },
     /// The model of that entry does not load.
     #[error("{model} cannot be loaded: {why}")]
     Load {
-        /// Its name.
+        /// Name of the model's entry in the models file.
         model: String,
         /// What is wrong with its files, its memory plan or its device.
         why: anyhow::Error,
@@ -50,7 +50,7 @@ impl VerifierError {
     }
 }
 
-/// By what verifiers judge.
+/// What verifiers check answers with.
 #[derive(Clone, Copy, Debug)]
 pub struct VerifierRules {
     /// The limits between honest and not.
@@ -119,7 +119,7 @@ impl Verifiers {
     /// What a capture asked; where it names no model, only the first one here can be meant.
     ///
     /// # Errors
-    /// The request cannot be read, which is no fault of the peer.
+    /// The request cannot be read. The peer did not cause that.
     pub async fn question(
         &self,
         verifier: &Verifier,
@@ -152,7 +152,7 @@ async fn load_one(
     shown: &dyn Progress,
 ) -> anyhow::Result<Verifier> {
     let located = load::locate(config, shown).await?;
-    let plan = Rooms::default().plan(&located)?.0;
+    let plan = MemoryAccounts::default().plan(&located)?.0;
     let model = located.load_model(pool, |_, _| {})?;
     let scrutiny = scrutiny.on(&model)?;
     let identity = Identity::of(&model, pool)?;

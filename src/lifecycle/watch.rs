@@ -1,6 +1,6 @@
 //! Notices models that failed: which, why, and when none is left.
 
-use crate::server::registry::{ModelEntry, Registry, State};
+use crate::server::registry::{ModelEntry, ModelState, Registry};
 use std::time::Duration;
 
 /// How often engines are looked at.
@@ -9,8 +9,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Every model that cannot be served, a line each.
 pub fn describe_failures(registry: &Registry) -> String {
     let failures = registry.entries().into_iter().filter_map(|e| match e.state {
-        State::Failed(why) => Some(format!("{} cannot be served: {why}", e.name)),
-        State::Loading | State::Ready(_) => None,
+        ModelState::Failed(why) => Some(format!("{} cannot be served: {why}", e.name)),
+        ModelState::Loading | ModelState::Ready(_) => None,
     });
     failures.collect::<Vec<_>>().join("\n")
 }
@@ -20,16 +20,18 @@ pub async fn last_engine_death(registry: Registry) -> String {
     let mut last = None;
     loop {
         let entries = registry.entries();
-        let is_dead =
-            |e: &&ModelEntry| matches!(&e.state, State::Ready(served) if served.engine.is_dead());
+        let is_dead = |e: &&ModelEntry| match &e.state {
+            ModelState::Ready(served) => served.engine.is_dead(),
+            ModelState::Loading | ModelState::Failed(_) => false,
+        };
         for ModelEntry { name, .. } in entries.iter().filter(is_dead) {
             let why = "its engine failed again and again, or lost its device; a reload tries anew"
                 .to_owned();
             tracing::error!(model = name, "{why}");
-            registry.set(name, None, State::Failed(why));
+            registry.set(name, None, ModelState::Failed(why));
             last = Some(name.clone());
         }
-        let is_over = |e: ModelEntry| matches!(e.state, State::Failed(_));
+        let is_over = |e: ModelEntry| matches!(e.state, ModelState::Failed(_));
         if let Some(name) = &last
             && registry.entries().into_iter().all(is_over)
         {

@@ -25,7 +25,7 @@ const AGAIN: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs
 /// What a miner is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MinerOptions {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// Blocks between two readings of the metagraph.
     pub epoch_length: u64,
@@ -47,7 +47,7 @@ pub enum Announced {
 /// Why a miner cannot go on.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum MinerError {
-    /// The hotkey is no member.
+    /// The hotkey is not a member.
     #[error("the hotkey {hotkey} is not registered on subnet {netuid}")]
     NotRegistered {
         /// The hotkey that was looked for.

@@ -154,7 +154,7 @@ pub fn find(places: &CacheDirectories, kind: &'static CacheKind) -> io::Result<V
     Ok(items)
 }
 
-/// What in a directory has a name like `pattern`; nothing where it is none, or a link to one.
+/// What in a directory has a name like `pattern`; nothing where it is not a directory, or a link.
 fn matching(directory: &Path, pattern: &str) -> io::Result<Vec<PathBuf>> {
     let (before, after) = pattern.split_once('*').unwrap_or((pattern, ""));
     let is_exact = !pattern.contains('*');
@@ -278,7 +278,7 @@ fn uses(process: &Path, path: &Path) -> bool {
 }
 
 /// Removes a thing that nobody holds; says who does otherwise. It gets another name first, so that
-/// whoever begins to use it meanwhile finds it whole or not at all.
+/// a process that begins to use it meanwhile finds it whole or not at all.
 ///
 /// # Errors
 /// When it cannot be renamed or removed; what is left of it is of the kind `temporary`.

@@ -50,11 +50,11 @@ pub struct Stored {
     pub dtype: String,
     /// Rows it was computed from.
     pub rows: usize,
-    /// See [`Calibration`].
+    /// Bits of a projection below its residue.
     pub shift: u8,
-    /// See [`Calibration`].
+    /// Channel c is multiplied by `2^(exponents[c] + 8)`.
     pub exponents: Vec<i8>,
-    /// See [`Calibration`].
+    /// What is subtracted from each channel afterwards.
     pub means: Vec<i16>,
 }
 
@@ -265,7 +265,7 @@ fn parse(
     }
 }
 
-/// Refuses a model that has another calibration of itself lying beside it: whoever put it there
+/// Refuses a model that has another calibration of itself lying beside it: the one who put it there
 /// wants proofs that nobody else makes.
 fn check_beside(model: &Model, root: &Hash, computed: &Calibration) -> Result<(), LoadError> {
     let path = beside(&model.checkpoint.path);

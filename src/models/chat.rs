@@ -73,7 +73,7 @@ pub enum TemplateError {
     Raised {
         /// Line of the template.
         line: usize,
-        /// What it said.
+        /// The text that the template gave to `raise_exception`.
         message: String,
     },
     /// The template failed.
@@ -81,7 +81,7 @@ pub enum TemplateError {
     Failed {
         /// Line of the template.
         line: usize,
-        /// What failed.
+        /// What minijinja says.
         message: String,
     },
 }

@@ -38,7 +38,7 @@ const HARMLESS: [&str; 6] = [
     ".self_attn.masked_bias",
 ];
 
-/// An opened checkpoint.
+/// The files of a model, opened: configuration, tokenizer and tensors.
 pub struct Checkpoint {
     /// The directory or file.
     pub path: PathBuf,

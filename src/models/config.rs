@@ -4,6 +4,8 @@
 mod families;
 mod reader;
 mod rope;
+#[cfg(test)]
+pub(crate) mod samples;
 
 pub use families::{families, of_gguf};
 
@@ -11,7 +13,7 @@ use super::error::LoadError;
 use super::spec::Spec;
 use crate::ops::attention::HEAD_DIM_MAX;
 use crate::ops::lanes::LANES;
-use reader::Config;
+use reader::CheckpointConfig;
 use serde_json::Value;
 use std::path::Path;
 
@@ -29,7 +31,7 @@ const CONTEXT_MAX: usize = 1 << 28;
 /// # Errors
 /// When a key is missing, has the wrong type, or a value is not supported.
 pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
-    let config = Config { path, json };
+    let config = CheckpointConfig { path, json };
     if !json.is_object() {
         return Err(LoadError::invalid(path, "must be an object"));
     }
@@ -39,7 +41,7 @@ pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn check_shape(c: &Config<'_>, spec: &Spec) -> Result<(), LoadError> {
+fn check_shape(c: &CheckpointConfig<'_>, spec: &Spec) -> Result<(), LoadError> {
     let a = &spec.attention;
     let experts = spec.feed_forward.experts;
     for (key, value, max) in [
@@ -79,16 +81,25 @@ fn check_shape(c: &Config<'_>, spec: &Spec) -> Result<(), LoadError> {
 
 #[cfg(test)]
 mod tests {
+    use super::samples::LlamaSizes;
     use super::*;
     use crate::ops::rowwise::Activation;
     use serde_json::json;
 
     fn base() -> Value {
-        json!({
-            "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
-            "max_position_embeddings": 256, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        })
+        let tiny = LlamaSizes {
+            vocab: 100,
+            hidden: 64,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            inter: 96,
+            context: 256,
+            tied: false,
+        };
+        let mut json = tiny.json();
+        json["hidden_act"] = json!("silu");
+        json
     }
 
     fn parse_with(key: &str, value: Value) -> Result<Spec, String> {

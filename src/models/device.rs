@@ -22,7 +22,7 @@ pub enum DeviceError {
     #[error("must be auto, cpu or cuda:N, got {0}")]
     Name(String),
     /// This program was built without kernels for cards.
-    #[error("{0} needs a build with the feature `cuda`, this has none")]
+    #[error("{0} needs a build with the feature `cuda`; this build does not have it")]
     NotBuilt(Device),
     /// The card is not there, or does not work.
     #[cfg(feature = "cuda")]
@@ -175,7 +175,8 @@ mod tests {
             true => assert_eq!(card.unwrap().to_string(), "cuda:3"),
             false => {
                 let refused = card.unwrap_err().to_string();
-                let said = "cuda:3 needs a build with the feature `cuda`, this has none";
+                let said =
+                    "cuda:3 needs a build with the feature `cuda`; this build does not have it";
                 assert_eq!(refused, said);
             }
         }

@@ -13,33 +13,33 @@ pub enum LoadError {
     /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     Io {
-        /// The file.
+        /// The file that the system does not open or read.
         path: PathBuf,
-        /// The system's reason.
+        /// Why the system refuses.
         source: io::Error,
     },
     /// A file is not what its name promises.
     #[error("{path}: {}", plain(.what))]
     Invalid {
-        /// The file.
+        /// The file that is wrong.
         path: PathBuf,
-        /// Rule and fact.
+        /// The rule for it, and what was found in its place.
         what: String,
     },
     /// A key of the model configuration is missing or has the wrong type.
     #[error("{path}: `{key}` {}", plain(.what))]
     Key {
-        /// The file.
+        /// The configuration file that the key belongs to.
         path: PathBuf,
         /// The key that has a wrong value.
         key: String,
-        /// Rule and fact.
+        /// The rule for the value, and what was found in its place.
         what: String,
     },
     /// A value that this engine does not implement.
     #[error("{path}: `{key}` = {value} is not supported; {supported}")]
     Unsupported {
-        /// The file.
+        /// The configuration file that the key belongs to.
         path: PathBuf,
         /// The key whose value is not supported.
         key: String,
@@ -51,11 +51,11 @@ pub enum LoadError {
     /// A tensor is missing, or has the wrong shape or type.
     #[error("tensor `{name}` in {path}: {}", plain(.what))]
     Tensor {
-        /// The tensor.
+        /// Name of the tensor, as the file has it.
         name: String,
         /// The file (or directory) it was looked for in.
         path: PathBuf,
-        /// Rule and fact.
+        /// The rule for the tensor, and what was found in its place.
         what: String,
     },
     /// The system refused memory.

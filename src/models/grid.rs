@@ -41,7 +41,7 @@ impl Grid {
         Self::Integers { bits, group, half_scales: false }
     }
 
-    /// Moves a matrix of so many columns to the grid. Numbers that are none stay so.
+    /// Moves a matrix of so many columns to the grid. NaN stays NaN.
     pub fn apply(self, cols: usize, values: &mut [f32]) {
         match self {
             Self::Integers { bits, group, half_scales } => {

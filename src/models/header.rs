@@ -153,7 +153,7 @@ struct Raw {
 enum SizeError {
     #[error("dtype {0} is unknown")]
     Dtype(String),
-    #[error("shape {0:?} is no whole number of bytes")]
+    #[error("a tensor of shape {0:?} does not fill whole bytes")]
     Shape(Vec<usize>),
 }
 
@@ -284,11 +284,15 @@ mod tests {
             (both(&tensor("b", "BF16", "[3]", 8, 12)), 12, "[3] elements of BF16 have 6 bytes"),
             (both(&tensor("b", "BF16", "[2]", 12, 8)), 12, "its offsets are 12..8"),
             (both(&tensor("b", "Q4_K", "[2]", 8, 12)), 12, "dtype Q4_K is unknown"),
-            (both(&tensor("b", "F4", "[1]", 8, 9)), 9, "shape [1] is no whole number of bytes"),
+            (
+                both(&tensor("b", "F4", "[1]", 8, 9)),
+                9,
+                "a tensor of shape [1] does not fill whole bytes",
+            ),
             (
                 both(&tensor("b", "BF16", "[4294967296,4294967296]", 8, 8)),
                 8,
-                "shape [4294967296, 4294967296] is no whole",
+                "shape [4294967296, 4294967296] does not fill",
             ),
             (both(&tensor("b", "BF16", "[1,1,1,1,1,1,1,1,1]", 8, 10)), 10, "at most 8 dimensions"),
             (both(r#""b":{"dtype":"F32"}"#), 8, "missing field `shape`"),

@@ -21,13 +21,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A loaded model.
+/// A model that is loaded: its weights, its text and where it computes.
 pub struct Model {
     /// What reading and writing text needs of it.
     pub text: Arc<Text>,
     /// The files, still open.
     pub checkpoint: Checkpoint,
-    /// Shape and options.
+    /// The shape of the model, from its configuration.
     pub spec: Arc<Spec>,
     /// Type of weights, matrix inputs and KV cache.
     pub dtype: Dtype,

@@ -143,7 +143,7 @@ pub struct Near {
 pub struct Ranked {
     /// The token whose score this is.
     pub token: u32,
-    /// Its natural log-probability.
+    /// Its natural log-probability, in the mode that was asked for.
     pub logprob: f64,
     /// 1 + how many tokens are more probable.
     pub rank: u32,

@@ -14,7 +14,7 @@ use crate::ops::logits::{LogSumExp, rank, top_k};
 /// A final-norm row: its 16-bit patterns and their exact values.
 #[derive(Clone, Copy)]
 pub struct HiddenRow<'a> {
-    /// The patterns.
+    /// The 16-bit patterns, one for each channel.
     pub bits: &'a [u16],
     /// The row's values, one for each channel.
     pub values: &'a [f32],

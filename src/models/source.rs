@@ -11,16 +11,16 @@ use crate::ops::rowwise::Norm;
 
 /// A checkpoint, read as a shape says and rounded to a type.
 pub struct Source<'a> {
-    /// The files.
+    /// Where the stored tensors are read from.
     pub checkpoint: &'a Checkpoint,
-    /// Shape and options.
+    /// The shape that the tensors must have.
     pub spec: &'a Spec,
     /// Type of weights and arithmetic.
     pub dtype: Dtype,
 }
 
 /// A matrix as rows of stored tensors.
-pub struct Rows {
+pub struct MatrixRows {
     parts: Vec<Part>,
 }
 
@@ -41,7 +41,7 @@ pub struct LayerSource {
     /// Norm before attention.
     pub attention_norm: Norm,
     /// q, k and v rows.
-    pub qkv: Rows,
+    pub qkv: MatrixRows,
     /// Their bias.
     pub qkv_bias: Option<Vec<f32>>,
     /// Norm of each query head.
@@ -49,7 +49,7 @@ pub struct LayerSource {
     /// Norm of each key head.
     pub k_norm: Option<Norm>,
     /// Output projection.
-    pub out: Rows,
+    pub out: MatrixRows,
     /// Bias of the output projection, where the family has one.
     pub out_bias: Option<Vec<f32>>,
     /// Norm after attention.
@@ -71,7 +71,7 @@ pub enum FeedForwardSource {
         /// How tokens are routed.
         spec: ExpertSpec,
         /// Scores the experts.
-        router: Rows,
+        router: MatrixRows,
         /// One gated perceptron for each expert.
         experts: Vec<MlpSource>,
     },
@@ -80,14 +80,14 @@ pub enum FeedForwardSource {
 /// The matrices of a gated perceptron.
 pub struct MlpSource {
     /// Rows that the activation is applied to.
-    pub gate: Rows,
+    pub gate: MatrixRows,
     /// Rows beside it.
-    pub up: Rows,
+    pub up: MatrixRows,
     /// Back to the residual stream.
-    pub down: Rows,
+    pub down: MatrixRows,
 }
 
-impl Rows {
+impl MatrixRows {
     fn of(tensors: Vec<Tensor>) -> Self {
         let part = |tensor: Tensor| Part { first: 0, rows: tensor.rows(), tensor };
         Self { parts: tensors.into_iter().map(part).collect() }
@@ -156,9 +156,9 @@ impl Source<'_> {
     ///
     /// # Errors
     /// When it is missing or has another shape.
-    pub fn head(&self) -> Result<Rows, LoadError> {
+    pub fn head(&self) -> Result<MatrixRows, LoadError> {
         match self.spec.tied {
-            true => Ok(Rows::of(vec![self.embedding()?])),
+            true => Ok(MatrixRows::of(vec![self.embedding()?])),
             false => self.matrix("lm_head.weight", [self.spec.vocab, self.spec.hidden]),
         }
     }
@@ -223,17 +223,17 @@ impl Source<'_> {
         })
     }
 
-    fn qkv(&self, index: usize) -> Result<Rows, LoadError> {
+    fn qkv(&self, index: usize) -> Result<MatrixRows, LoadError> {
         let (a, hidden) = (&self.spec.attention, self.spec.hidden);
         let tensor = |part: &str, rows: usize| {
             let name = format!("model.layers.{index}.self_attn.{part}.weight");
             self.checkpoint.tensor(&name)?.expect(&[rows, hidden])
         };
         if a.fused {
-            return Ok(Rows::of(vec![tensor("qkv_proj", self.spec.qkv_rows())?]));
+            return Ok(MatrixRows::of(vec![tensor("qkv_proj", self.spec.qkv_rows())?]));
         }
         let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        Ok(Rows::of(vec![tensor("q_proj", q)?, tensor("k_proj", kv)?, tensor("v_proj", kv)?]))
+        Ok(MatrixRows::of(vec![tensor("q_proj", q)?, tensor("k_proj", kv)?, tensor("v_proj", kv)?]))
     }
 
     fn qkv_bias(&self, index: usize) -> Result<Option<Vec<f32>>, LoadError> {
@@ -276,8 +276,8 @@ impl Source<'_> {
             let joint = self.checkpoint.tensor(&name("gate_up_proj"))?;
             let joint = joint.expect(&[2 * inter, hidden])?;
             return Ok(MlpSource {
-                gate: Rows::some(joint.clone(), 0, inter),
-                up: Rows::some(joint, inter, inter),
+                gate: MatrixRows::some(joint.clone(), 0, inter),
+                up: MatrixRows::some(joint, inter, inter),
                 down: self.matrix(&name("down_proj"), [hidden, inter])?,
             });
         }
@@ -312,7 +312,7 @@ impl Source<'_> {
         Ok(Norm::new(weight, self.spec.norm.eps))
     }
 
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Rows, LoadError> {
-        Ok(Rows::of(vec![self.checkpoint.tensor(name)?.expect(&shape)?]))
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<MatrixRows, LoadError> {
+        Ok(MatrixRows::of(vec![self.checkpoint.tensor(name)?.expect(&shape)?]))
     }
 }

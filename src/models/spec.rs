@@ -16,17 +16,17 @@ pub struct Spec {
     pub vocab: usize,
     /// Elements of the residual stream.
     pub hidden: usize,
-    /// Decoder layers.
+    /// How many decoder layers a row passes.
     pub layers: usize,
     /// Longest sequence the model was made for.
     pub context: usize,
     /// How a layer attends.
     pub attention: AttentionSpec,
-    /// Feed-forward layers.
+    /// The feed-forward half of each layer.
     pub feed_forward: FeedForwardSpec,
     /// How rows are normalised.
     pub norm: NormSpec,
-    /// Rotary embedding.
+    /// How positions rotate queries and keys.
     pub rope: RopeSpec,
     /// Factor on the embedding (Gemma).
     pub embed_scale: Option<f32>,
@@ -41,9 +41,9 @@ pub struct Spec {
 /// Options of the attention layers.
 #[derive(Clone, PartialEq, Debug)]
 pub struct AttentionSpec {
-    /// Query heads.
+    /// Heads that queries have.
     pub heads: usize,
-    /// Key/value heads.
+    /// Heads that keys and values have; each serves as many query heads.
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
@@ -89,7 +89,7 @@ pub struct ExpertSpec {
     pub names: ExpertNames,
 }
 
-/// RMS norms.
+/// How rows are normalised.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct NormSpec {
     /// Added to the mean square.
@@ -102,12 +102,12 @@ pub struct NormSpec {
     pub post: bool,
 }
 
-/// Rotary embedding.
+/// How positions rotate queries and keys.
 #[derive(Clone, PartialEq, Debug)]
 pub struct RopeSpec {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Stretching.
+    /// How frequencies are stretched for long contexts.
     pub scaling: RopeScaling,
 }
 

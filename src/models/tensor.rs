@@ -70,7 +70,7 @@ impl StoredType {
 pub struct Tensor {
     /// Name in the file.
     pub name: String,
-    /// Element type.
+    /// The type of the elements in the file.
     pub stored: StoredType,
     /// Shape, slowest dimension first.
     pub shape: Vec<usize>,

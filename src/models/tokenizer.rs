@@ -275,7 +275,7 @@ impl Detokenizer {
 /// end tokens of GGUF metadata. `vocab` is the number of ids that can be drawn.
 ///
 /// # Errors
-/// When one is no id of the vocabulary: the model would never end by it.
+/// When one is not an id of the vocabulary: the model would never end by it.
 pub fn stop_ids(checkpoint: &Checkpoint, vocab: usize) -> Result<Vec<u32>, LoadError> {
     let generation = checkpoint.path.join("generation_config.json");
     let configs = [

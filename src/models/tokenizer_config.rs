@@ -23,9 +23,9 @@ const ADDITIONAL: &str = "additional_special_tokens";
 /// What the files say beside the tokenizer itself.
 #[derive(Clone, PartialEq, Default, Debug)]
 pub(super) struct TokenizerConfig {
-    /// The beginning token.
+    /// The text of the token that a prompt begins with.
     pub(super) bos: Option<String>,
-    /// The end token.
+    /// The text of the token that ends an output.
     pub(super) eos: Option<String>,
     /// Whether encoding adds them; `None` where the tokenizer's own post-processor decides.
     pub(super) adds: Option<Adds>,

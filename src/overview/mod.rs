@@ -72,12 +72,12 @@ impl Overview {
         &self.store
     }
 
-    /// The subnet.
+    /// The number of the subnet that the records are of.
     pub fn netuid(&self) -> u16 {
         self.netuid
     }
 
-    /// The routes.
+    /// The routes for operators, over these records.
     pub fn router(&self) -> Router {
         let shared = Router::new()
             .route("/version", get(status::version))
@@ -166,7 +166,7 @@ async fn index(State(overview): State<Overview>) -> Result<Response, ApiError> {
         }
         None => None,
     };
-    Ok(page::index(&page::Shown { netuid, now, rounds, verdicts, weights, answer }))
+    Ok(page::index(&page::PageContent { netuid, now, rounds, verdicts, weights, answer }))
 }
 
 /// `GET /answers/{round}/{uid}`: one answer, for people.

@@ -4,10 +4,12 @@
 //! The functions are pure: from records to one self-contained document without scripts. Text of
 //! peers is escaped, and the content policy allows nothing to be loaded or run.
 
-use crate::store::record::{Outcome, Response, ResponseVerdict, RoundHead, Weights, WeightsState};
+use crate::store::record::{
+    EpochWeights, MinerResponse, Outcome, ResponseVerdict, RoundHead, WeightsState,
+};
 use crate::validator::run::progress::RunSnapshot;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use axum::response::{IntoResponse, Response as Reply};
+use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -45,15 +47,15 @@ td.key { font-family: monospace; }
 ";
 
 /// What the page shows.
-pub(super) struct Shown {
+pub(super) struct PageContent {
     pub(super) netuid: u16,
     pub(super) now: RunSnapshot,
     /// Newest first.
     pub(super) rounds: Vec<RoundHead>,
     /// Oldest first.
     pub(super) verdicts: Vec<ResponseVerdict>,
-    pub(super) weights: Option<Weights>,
-    pub(super) answer: Option<(String, Response)>,
+    pub(super) weights: Option<EpochWeights>,
+    pub(super) answer: Option<(String, MinerResponse)>,
 }
 
 /// The answer that the page shows by itself: the newest verified one that is kept, because each of
@@ -65,9 +67,9 @@ pub(super) fn newest(verdicts: &[ResponseVerdict]) -> Option<(String, u16)> {
     Some((verdict.round.clone(), verdict.uid))
 }
 
-/// The page.
-pub(super) fn index(shown: &Shown) -> Reply {
-    let Shown { netuid, now, .. } = shown;
+/// The page at `/`, as one document.
+pub(super) fn index(shown: &PageContent) -> Response {
+    let PageContent { netuid, now, .. } = shown;
     let running = format!("block {} · {} rounds since the start", now.block, now.rounds);
     document(&html! {
         h1 { "Validator of subnet " (netuid) }
@@ -92,7 +94,7 @@ pub(super) fn index(shown: &Shown) -> Reply {
 }
 
 /// One answer on a page of its own.
-pub(super) fn one(round: &str, response: &Response) -> Reply {
+pub(super) fn one(round: &str, response: &MinerResponse) -> Response {
     document(&html! {
         nav { a href="/" { "all miners" } }
         h1 { "An answer" }
@@ -101,7 +103,7 @@ pub(super) fn one(round: &str, response: &Response) -> Reply {
 }
 
 /// A document whose one style sheet is named by its hash: no other counts, and nothing is loaded.
-fn document(body: &Markup) -> Reply {
+fn document(body: &Markup) -> Response {
     let hash = STANDARD.encode(Sha256::digest(STYLE));
     let policy = format!(
         "default-src 'none'; style-src 'sha256-{hash}'; img-src data:; base-uri 'none'; \
@@ -133,7 +135,7 @@ fn word(text: &str) -> String {
     text.chars().take(WORD_CHARS_MAX).collect()
 }
 
-fn miners(shown: &Shown) -> Markup {
+fn miners(shown: &PageContent) -> Markup {
     let mut order: Vec<&str> = shown.verdicts.iter().map(|v| v.round.as_str()).collect();
     order.dedup();
     let place: BTreeMap<&str, usize> = order.iter().enumerate().map(|(i, id)| (*id, i)).collect();
@@ -201,7 +203,7 @@ fn cell(verdict: &ResponseVerdict, place: &BTreeMap<&str, usize>) -> Markup {
     }
 }
 
-fn weights(weights: Option<&Weights>) -> Markup {
+fn weights(weights: Option<&EpochWeights>) -> Markup {
     let Some(weights) = weights else { return html! { p { "None were decided yet." } } };
     let state = match &weights.state {
         WeightsState::Planned => "decided, not sent".to_owned(),
@@ -255,7 +257,7 @@ fn rounds(rounds: &[RoundHead]) -> Markup {
 }
 
 /// The tokens of an answer, as they came, coloured by what the check found.
-fn answer(round: &str, response: &Response) -> Markup {
+fn answer(round: &str, response: &MinerResponse) -> Markup {
     let rows = response.report.as_ref().and_then(|report| report["rows"].as_array());
     let rows: BTreeMap<u64, &Value> =
         rows.into_iter().flatten().filter_map(|row| Some((row["index"].as_u64()?, row))).collect();
@@ -291,7 +293,7 @@ const LEGEND: [(&str, &str); 6] = [
     ("unseen", "not scored"),
 ];
 
-/// A chunk's text, and whether it says that it is a token: the first chunk of a chat is none.
+/// A chunk's text, and whether it says that it is a token: the first chunk of a chat does not.
 fn token(chunk: &Value) -> Option<(&str, bool)> {
     let choice = chunk["choices"].get(0)?;
     let text = choice["delta"]["content"].as_str().or(choice["text"].as_str()).unwrap_or_default();

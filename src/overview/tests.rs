@@ -3,8 +3,8 @@
 use super::*;
 use crate::store::Retention;
 use crate::store::record::{
-    LikelyCheat, MeasuredValue, Outcome, Response as Answer, Round, Sampled, Statistics, Timing,
-    Weights, WeightsState,
+    EpochWeights, LikelyCheat, MeasuredValue, MinerResponse, Outcome, Round, Sampled, Statistics,
+    Timing, WeightsState,
 };
 use axum::body::Body;
 use axum::http::Request;
@@ -64,8 +64,8 @@ async fn it_is_ready_while_it_works_and_says_what_is_wrong_else() {
     assert_eq!(why(&service).await.1, ["it is stopping"]);
 }
 
-fn answer(uid: u16, outcome: Outcome, cause: Option<&str>) -> Answer {
-    Answer {
+fn answer(uid: u16, outcome: Outcome, cause: Option<&str>) -> MinerResponse {
+    MinerResponse {
         uid,
         hotkey: String::new(),
         coldkey: String::new(),
@@ -108,7 +108,7 @@ async fn metrics_count_rounds_answers_and_weights() {
         ],
     };
     progress.end_round(&round);
-    let mut weights = Weights {
+    let mut weights = EpochWeights {
         netuid: 4,
         epoch: 30,
         block: 31,
@@ -166,7 +166,7 @@ fn hostile_round() -> Round {
     let chunk = |text: &str| json!({"choices": [{"text": text, "token_ids": [7]}]});
     let rows = json!([{"index": 0, "token": 7, "rank": 1, "logprob": -0.5, "margin": 0.0},
         {"index": 1, "token": 8, "rank": 9, "logprob": -4.0, "margin": 2.5}]);
-    let answer = Answer {
+    let answer = MinerResponse {
         uid: 3,
         hotkey: HOSTILE.into(),
         coldkey: HOSTILE.into(),
@@ -185,7 +185,7 @@ fn hostile_round() -> Round {
             likeliest: Some(LikelyCheat { name: "int8 per channel <b>".into(), beta: 0.97 }),
         },
     };
-    let honest = Answer {
+    let honest = MinerResponse {
         uid: 1,
         hotkey: "5F3sa2TJAWMqDhXG6jhV4N8ko9SxwGy8TpaNS1repo5EYjQX".into(),
         outcome: Outcome::Verified,
@@ -220,7 +220,7 @@ async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
     assert!(empty.contains("No round has ended yet") && empty.contains("No answer is kept"));
     let round = hostile_round();
     store.save_round(&round).await.unwrap();
-    let weights = Weights {
+    let weights = EpochWeights {
         netuid: 4,
         epoch: 9,
         block: 41,

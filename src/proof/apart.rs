@@ -9,7 +9,7 @@ use super::residue::{Calibration, ResidueBits, Sketch, project};
 /// One row and another computation of it.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Apart {
-    profile: ResidueBits,
+    bits: ResidueBits,
     own: [f64; 8],
     delta: [f64; 8],
     square: f64,
@@ -17,12 +17,12 @@ pub struct Apart {
 
 impl Apart {
     /// Of the row at absolute position `position`, `own` and `other` being its exact f32 values;
-    /// nothing where one of them is no number, because then it cannot be said how far that is.
+    /// nothing where one of them is NaN, because then it cannot be said how far that is.
     ///
     /// # Panics
     /// When a row has another number of channels than the calibration.
     pub fn new(
-        (calibration, profile): (&Calibration, ResidueBits),
+        (calibration, bits): (&Calibration, ResidueBits),
         (key, position): (u64, u32),
         own: &[f32],
         other: &[f32],
@@ -30,14 +30,14 @@ impl Apart {
         if own.iter().chain(other).any(|x| !x.is_finite()) {
             return None;
         }
-        let project = |row| project(calibration, profile, key, position, row);
+        let project = |row| project(calibration, bits, key, position, row);
         let (ours, theirs) = (project(own), project(other));
-        let step = 0.5_f64.powi(profile.shift(calibration.shift) as i32);
+        let step = 0.5_f64.powi(bits.shift(calibration.shift) as i32);
         let whiten = |c: usize, x: f32| f64::from(calibration.whiten(c, x));
         let channels = own.iter().zip(other).enumerate();
         let square: f64 = channels.map(|(c, (a, b))| (whiten(c, *b) - whiten(c, *a)).powi(2)).sum();
         Some(Self {
-            profile,
+            bits,
             own: ours.map(|sum| f64::from(sum) * step),
             delta: std::array::from_fn(|j| (f64::from(theirs[j]) - f64::from(ours[j])) * step),
             square: square * step * step,
@@ -52,21 +52,21 @@ impl Apart {
 
     /// What the other computation adds to each projection, in steps of a residue.
     pub fn deltas(&self) -> &[f64] {
-        &self.delta[..self.profile.projections()]
+        &self.delta[..self.bits.projections()]
     }
 
     /// Values that a residue takes.
     pub fn modulus(&self) -> f64 {
-        f64::from(self.profile.modulus())
+        f64::from(self.bits.modulus())
     }
 
     /// How far each residue of a sketch is from ours with `share` of what the other computation
     /// adds: the shortest way around, in steps.
     pub fn residuals(&self, sketch: &Sketch, share: f64) -> impl Iterator<Item = f64> {
         let (modulus, sketch) = (self.modulus(), *sketch);
-        let (profile, own, delta) = (self.profile, self.own, self.delta);
-        (0..profile.projections()).map(move |j| {
-            let apart = f64::from(profile.residue(&sketch, j)) - own[j] - share * delta[j];
+        let (bits, own, delta) = (self.bits, self.own, self.delta);
+        (0..bits.projections()).map(move |j| {
+            let apart = f64::from(bits.residue(&sketch, j)) - own[j] - share * delta[j];
             apart - modulus * (apart / modulus).round()
         })
     }
@@ -98,17 +98,17 @@ mod tests {
         let calibration = Calibration::from_rows(&data, 96, 0.02);
         let own = &data[..96];
         let other = moved(own, 0.02, 9);
-        for profile in [ResidueBits::U8, ResidueBits::U4] {
-            let apart = Apart::new((&calibration, profile), KEY, own, &other).unwrap();
-            let theirs = sketch(&calibration, profile, KEY.0, KEY.1, &other);
+        for bits in [ResidueBits::U8, ResidueBits::U4] {
+            let apart = Apart::new((&calibration, bits), KEY, own, &other).unwrap();
+            let theirs = sketch(&calibration, bits, KEY.0, KEY.1, &other);
             let square = |share| apart.residuals(&theirs, share).map(|r| r * r).sum::<f64>();
             // Only what a residue drops is left, at most half a step each.
-            assert!(square(1.0) <= 0.25 * profile.projections() as f64, "{profile:?}");
-            assert!(square(0.0) > 8.0 * square(1.0), "the control: {profile:?}");
-            let ours = sketch(&calibration, profile, KEY.0, KEY.1, own);
-            let energy = row_energy(profile, &ours, &theirs) * profile.projections() as f64;
-            assert!((square(0.0).sqrt() - energy.sqrt()).abs() < 3.0, "{profile:?}");
-            assert_eq!(apart.deltas().len(), profile.projections());
+            assert!(square(1.0) <= 0.25 * bits.projections() as f64, "{bits:?}");
+            assert!(square(0.0) > 8.0 * square(1.0), "the control: {bits:?}");
+            let ours = sketch(&calibration, bits, KEY.0, KEY.1, own);
+            let energy = row_energy(bits, &ours, &theirs) * bits.projections() as f64;
+            assert!((square(0.0).sqrt() - energy.sqrt()).abs() < 3.0, "{bits:?}");
+            assert_eq!(apart.deltas().len(), bits.projections());
         }
     }
 

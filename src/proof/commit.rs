@@ -17,7 +17,7 @@ pub const EXACT_BYTES: usize = 8;
 /// What of a request decides its output.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct RequestTerms {
-    /// Prompt ids.
+    /// The prompt's tokens, as ids.
     pub prompt: Vec<u32>,
     /// Temperature, top-p, min-p, top-a, repetition, presence and frequency penalty, in this order.
     pub floats: [f32; 7],
@@ -29,7 +29,7 @@ pub struct RequestTerms {
     pub seed: Option<i64>,
     /// Number of the choice within its request.
     pub choice: u32,
-    /// Most tokens.
+    /// Tokens of the output, at most.
     pub max_tokens: u32,
     /// No end before this many.
     pub min_tokens: u32,
@@ -150,7 +150,7 @@ impl Binding {
 pub struct RowKeys {
     /// Signs of the sketch.
     pub sketch: u64,
-    /// Exact hash.
+    /// The key of exact hashes.
     pub exact: u64,
 }
 
@@ -192,22 +192,22 @@ impl RowProver {
 
     /// What a sketch and an exact hash are made with; `None` where the scheme has neither.
     pub fn residue(&self) -> Option<(ResidueBits, RowKeys, &std::sync::Arc<Calibration>)> {
-        let profile = match self.scheme {
+        let bits = match self.scheme {
             Scheme::Residue => ResidueBits::U8,
             Scheme::ResidueU4 => ResidueBits::U4,
             Scheme::Toploc => return None,
         };
-        Some((profile, self.keys, &self.calibration))
+        Some((bits, self.keys, &self.calibration))
     }
 
     /// What the row at absolute position `position` contributes.
-    pub fn prove(&self, position: u32, bits: &[u16], values: &[f32]) -> RowData {
-        let Some((profile, keys, calibration)) = self.residue() else {
-            return RowData::Bits(bits.to_vec());
+    pub fn prove(&self, position: u32, row: &[u16], values: &[f32]) -> RowData {
+        let Some((bits, keys, calibration)) = self.residue() else {
+            return RowData::Bits(row.to_vec());
         };
         RowData::Residue {
-            sketch: sketch(calibration, profile, keys.sketch, position, values),
-            exact: exact_hash(keys.exact, position, bits),
+            sketch: sketch(calibration, bits, keys.sketch, position, values),
+            exact: exact_hash(keys.exact, position, row),
         }
     }
 }

@@ -19,7 +19,7 @@ use std::str::FromStr;
 /// Output rows that one chunk of a proof covers.
 pub const CHUNK_ROWS: usize = 32;
 
-/// A proof scheme.
+/// How an answer is proved.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Scheme {
     /// Four projections of eight bits a row, an exact hash a chunk.
@@ -59,7 +59,7 @@ impl fmt::Display for Scheme {
     }
 }
 
-/// A name that is no scheme's.
+/// A name that no scheme has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("must be one of {}", Scheme::ALL.map(Scheme::name).join(", "))]
 pub struct UnknownScheme;

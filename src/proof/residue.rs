@@ -9,7 +9,7 @@
 
 use crate::ops::philox::philox;
 
-/// Bytes of a row's sketch, in either profile.
+/// Bytes of a row's sketch, of either number of bits.
 pub const SKETCH_BYTES: usize = 4;
 /// Third and fourth counter word of the sign noise: which half of the projections, and the domain.
 const DOMAIN: u32 = 0x7369_676e;
@@ -52,7 +52,7 @@ impl ResidueBits {
         }
     }
 
-    /// Bits below the residue, given the shift of the eight-bit profile: four bits hold a quarter
+    /// Bits below the residue, given the shift of eight bits: four bits hold a quarter
     /// of the honest noise.
     pub fn shift(self, base: u8) -> u32 {
         match self {
@@ -175,25 +175,25 @@ pub type Sketch = [u8; SKETCH_BYTES];
 /// When the row has another number of channels than the calibration.
 pub fn sketch(
     calibration: &Calibration,
-    profile: ResidueBits,
+    bits: ResidueBits,
     key: u64,
     position: u32,
     values: &[f32],
 ) -> Sketch {
-    pack(profile, calibration.shift, &project(calibration, profile, key, position, values))
+    pack(bits, calibration.shift, &project(calibration, bits, key, position, values))
 }
 
 /// Projections of a whitened row, before anything is dropped of them.
 pub(super) fn project(
     calibration: &Calibration,
-    profile: ResidueBits,
+    bits: ResidueBits,
     key: u64,
     position: u32,
     values: &[f32],
 ) -> [i32; 8] {
     assert_eq!(values.len(), calibration.channels());
     let mut sums = [0_i32; 8];
-    let halves = profile.projections() / 4;
+    let halves = bits.projections() / 4;
     for (block, channels) in values.chunks(32).enumerate() {
         let mut whitened = [0_i32; 32];
         for (i, x) in channels.iter().enumerate() {
@@ -220,11 +220,11 @@ fn signed_sum(whitened: &[i32; 32], signs: u32) -> i32 {
     sum
 }
 
-fn pack(profile: ResidueBits, shift: u8, sums: &[i32; 8]) -> Sketch {
-    let shift = profile.shift(shift);
+fn pack(bits: ResidueBits, shift: u8, sums: &[i32; 8]) -> Sketch {
+    let shift = bits.shift(shift);
     let half = if shift == 0 { 0 } else { 1 << (shift - 1) };
-    let residue = |sum: i32| (((sum + half) >> shift) & (profile.modulus() - 1)) as u8;
-    match profile {
+    let residue = |sum: i32| (((sum + half) >> shift) & (bits.modulus() - 1)) as u8;
+    match bits {
         ResidueBits::U8 => std::array::from_fn(|i| residue(sums[i])),
         ResidueBits::U4 => {
             std::array::from_fn(|i| residue(sums[2 * i]) | residue(sums[2 * i + 1]) << 4)
@@ -233,21 +233,21 @@ fn pack(profile: ResidueBits, shift: u8, sums: &[i32; 8]) -> Sketch {
 }
 
 /// Energy of the difference of two sketches of one row: the mean squared wrapped difference.
-pub fn row_energy(profile: ResidueBits, a: &Sketch, b: &Sketch) -> f64 {
-    let modulus = profile.modulus();
+pub fn row_energy(bits: ResidueBits, a: &Sketch, b: &Sketch) -> f64 {
+    let modulus = bits.modulus();
     let square = |x: u8, y: u8| {
         let d = (i32::from(x) - i32::from(y)).rem_euclid(modulus);
         let wrapped = if d > modulus / 2 { d - modulus } else { d };
         f64::from(wrapped * wrapped)
     };
     let pairs = a.iter().zip(b);
-    let total: f64 = match profile {
+    let total: f64 = match bits {
         ResidueBits::U8 => pairs.map(|(x, y)| square(*x, *y)).sum(),
         ResidueBits::U4 => {
             pairs.map(|(x, y)| square(x & 15, y & 15) + square(x >> 4, y >> 4)).sum()
         }
     };
-    total / profile.projections() as f64
+    total / bits.projections() as f64
 }
 
 /// Exact hash of a row's 16-bit patterns: a sum, so any order of channels gives it.
@@ -327,19 +327,19 @@ mod tests {
         let data = rows(300, channels, 2);
         let calibration = Calibration::from_rows(&data, channels, 0.02);
         assert_eq!(calibration.shift, 4);
-        for (profile, honest_max) in [(ResidueBits::U8, 70.0), (ResidueBits::U4, 6.0)] {
+        for (bits, honest_max) in [(ResidueBits::U8, 70.0), (ResidueBits::U4, 6.0)] {
             let (mut honest, mut forged) = (0.0, 0.0);
             let rows = 200;
             for (r, row) in data.chunks_exact(channels).take(rows).enumerate() {
-                let of = |row: &[f32]| sketch(&calibration, profile, 77, r as u32, row);
+                let of = |row: &[f32]| sketch(&calibration, bits, 77, r as u32, row);
                 let near = perturbed(row, &calibration, 0.02, r as u32 + 9);
-                honest += row_energy(profile, &of(row), &of(&near));
-                forged += row_energy(profile, &of(row), &of(&data[..channels]));
+                honest += row_energy(bits, &of(row), &of(&near));
+                forged += row_energy(bits, &of(row), &of(&data[..channels]));
             }
             let (honest, forged) = (honest / rows as f64, forged / rows as f64);
-            assert!(honest < honest_max && honest > 1.0, "{profile:?} honest {honest}");
-            let expected = profile.forged_energy();
-            assert!((forged / expected - 1.0).abs() < 0.15, "{profile:?} {forged} {expected}");
+            assert!(honest < honest_max && honest > 1.0, "{bits:?} honest {honest}");
+            let expected = bits.forged_energy();
+            assert!((forged / expected - 1.0).abs() < 0.15, "{bits:?} {forged} {expected}");
         }
     }
 

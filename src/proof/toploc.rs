@@ -11,7 +11,7 @@ const PRIME: u32 = 65_497;
 /// Activations in a proof.
 pub const TOP_K: usize = 128;
 
-/// A decoded proof.
+/// A proof by TOPLOC, decoded: a polynomial through the largest activations.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Proof {
     modulus: u32,
@@ -42,19 +42,19 @@ pub enum DecodeError {
     /// Wrong number of bytes.
     #[error("a TOPLOC proof of {k} points has {want} bytes, got {got}")]
     Length {
-        /// Points.
+        /// How many activations a proof has.
         k: usize,
-        /// Bytes it has.
+        /// Bytes that a proof of so many points has.
         want: usize,
-        /// Bytes there are.
+        /// Bytes that were sent.
         got: usize,
     },
     /// A modulus that cannot hold the points.
     #[error("the modulus must lie in {k}..=65497, got {got}")]
     Modulus {
-        /// Points.
+        /// How many activations a proof has.
         k: usize,
-        /// The modulus.
+        /// The modulus that was sent.
         got: u32,
     },
     /// A coefficient outside the field.

@@ -90,7 +90,7 @@ impl Formatter {
         };
         let mut all = Parsed::default();
         for step in steps {
-            // The token that ends the output is no part of its text.
+            // The token that ends the output is not part of its text.
             let is_end = step.finish.is_some() && step.text.is_empty();
             let mut parsed = match is_end {
                 true => Parsed::default(),

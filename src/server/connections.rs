@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Open connections of one listener, where the system allows as many files.
 pub const CONNECTIONS_MAX: usize = 4096;
-/// Files that are no connections: checkpoints, the chain's sockets, logs, libraries.
+/// Files that are not connections: checkpoints, the chain's sockets, logs, libraries.
 const FILES_RESERVE: usize = 256;
 /// One in so many connections is kept from any single address.
 const OTHERS_SHARE: usize = 8;
@@ -101,7 +101,7 @@ impl Connections {
         Self(Arc::new(Inner { most: most.max(1), clock, table }))
     }
 
-    /// Open connections.
+    /// How many connections are open.
     pub fn len(&self) -> usize {
         self.0.table.lock().open.len()
     }
@@ -216,7 +216,7 @@ impl Peer {
     }
 }
 
-/// Who an address belongs to: whoever has one of IPv6 has its whole network.
+/// Who an address belongs to: the owner of one IPv6 address has its whole network.
 pub(super) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),

@@ -6,13 +6,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 /// A body that keeps something until it is at its end or given up.
-pub(super) struct Keeping<B, K> {
+pub(super) struct KeepingBody<B, K> {
     pub(super) body: B,
     /// Dropped with the body.
     pub(super) _kept: K,
 }
 
-impl<B: Body<Data = Bytes> + Unpin, K: Unpin> Body for Keeping<B, K> {
+impl<B: Body<Data = Bytes> + Unpin, K: Unpin> Body for KeepingBody<B, K> {
     type Data = Bytes;
     type Error = B::Error;
 

@@ -4,7 +4,7 @@
 use super::connections::{Connections, Full, Peer, connections_max};
 use super::door::access::is_open;
 use super::error::ApiError;
-use super::keeping::Keeping;
+use super::keeping::KeepingBody;
 use super::router;
 use super::settings::HttpLimits;
 use super::state::ServerState;
@@ -122,7 +122,7 @@ pub async fn accept_within(
             let connection = graceful.watch(connection);
             tokio::spawn(async move {
                 tokio::select! {
-                    // A peer that breaks off or is too slow is no event of ours.
+                    // A peer that breaks off or is too slow is not worth a log line.
                     ended = connection => if let Err(e) = ended {
                         tracing::debug!("connection ended: {e}");
                     },
@@ -136,7 +136,7 @@ pub async fn accept_within(
         () = accept => {}
         () = done => {}
     }
-    // Whoever has not taken the answer by then does not get it.
+    // A peer that has not taken the answer by then does not get it.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await;
 }
 
@@ -246,7 +246,7 @@ struct Answering {
 }
 
 impl hyper::service::Service<Request<Incoming>> for Answering {
-    type Response = Response<Keeping<Body, Note>>;
+    type Response = Response<KeepingBody<Body, Note>>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
@@ -254,11 +254,11 @@ impl hyper::service::Service<Request<Incoming>> for Answering {
         // A client that uses open routes only and reads slowly may be disconnected for another one.
         let peer = (!is_open(request.uri().path())).then(|| self.peer.clone());
         let arrived = Note { peer: peer.clone(), note: Peer::arrived };
-        let mut request = request.map(|body| Keeping { body, _kept: arrived });
+        let mut request = request.map(|body| KeepingBody { body, _kept: arrived });
         request.extensions_mut().insert(ConnectInfo(self.address));
         let answer = tower::Service::call(&mut self.app.clone(), request);
         let answered = Note { peer, note: Peer::answered };
-        async move { Ok(answer.await?.map(|body| Keeping { body, _kept: answered })) }.boxed()
+        async move { Ok(answer.await?.map(|body| KeepingBody { body, _kept: answered })) }.boxed()
     }
 }
 

@@ -34,7 +34,7 @@ use operations::{metrics, status};
 use state::ServerState;
 use tower::util::MapRequest;
 
-/// The routes.
+/// The routes of the API and for operators.
 pub fn router(state: ServerState) -> Router {
     let router = Router::new()
         .route("/v1/chat/completions", post(handlers::chat))

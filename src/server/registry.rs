@@ -15,15 +15,15 @@ pub struct ModelEntry {
     /// The commit or file it comes from, once known.
     pub revision: Option<String>,
     /// Whether it is loading, ready or failed.
-    pub state: State,
+    pub state: ModelState,
 }
 
 /// Where a model stands.
 #[derive(Clone)]
-pub enum State {
+pub enum ModelState {
     /// Files or weights are on their way.
     Loading,
-    /// It answers.
+    /// It is loaded, and answers requests.
     Ready(Box<Served>),
     /// It will not answer.
     Failed(String),
@@ -49,14 +49,14 @@ impl Served {
     }
 }
 
-impl State {
+impl ModelState {
     /// The word for `/v1/models`.
     pub fn word(&self) -> &'static str {
         match self {
-            State::Loading => "loading",
-            State::Ready(served) if served.engine.is_dead() => "failed",
-            State::Ready(_) => "ready",
-            State::Failed(_) => "failed",
+            ModelState::Loading => "loading",
+            ModelState::Ready(served) if served.engine.is_dead() => "failed",
+            ModelState::Ready(_) => "ready",
+            ModelState::Failed(_) => "failed",
         }
     }
 }
@@ -65,7 +65,7 @@ impl State {
 #[derive(Clone, Default)]
 pub struct Registry {
     shared: Arc<RwLock<Entries>>,
-    /// Which announcement's models it may set; any where absent.
+    /// Which announcement's models it may set; `None` allows all.
     announcement: Option<u64>,
 }
 
@@ -87,7 +87,7 @@ impl Registry {
         let mut shared = self.shared.write();
         shared.announcements += 1;
         let announcement = shared.announcements;
-        let entry = |name| ModelEntry { name, revision: None, state: State::Loading };
+        let entry = |name| ModelEntry { name, revision: None, state: ModelState::Loading };
         let models = names.into_iter().map(|name| Announced { announcement, entry: entry(name) });
         shared.models.extend(models);
         Self { shared: Arc::clone(&self.shared), announcement: Some(announcement) }
@@ -103,7 +103,7 @@ impl Registry {
     }
 
     /// Replaces the state of a model; false where it was removed or announced anew meanwhile.
-    pub fn set(&self, name: &str, revision: Option<String>, state: State) -> bool {
+    pub fn set(&self, name: &str, revision: Option<String>, state: ModelState) -> bool {
         let mut shared = self.shared.write();
         let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
         let Some(Announced { entry, .. }) = model else { return false };
@@ -154,23 +154,23 @@ impl Registry {
             }
         };
         match &entry.state {
-            State::Ready(served) if !served.engine.is_dead() => {
+            ModelState::Ready(served) if !served.engine.is_dead() => {
                 Ok(Routed { name: entry.name.clone(), served: (**served).clone() })
             }
-            State::Ready(_) => {
+            ModelState::Ready(_) => {
                 Err(ApiError::unavailable(format!("the engine of `{}` has stopped", entry.name)))
             }
-            State::Loading => {
+            ModelState::Loading => {
                 Err(ApiError::unavailable(format!("`{}` is still loading", entry.name)))
             }
-            State::Failed(why) => {
+            ModelState::Failed(why) => {
                 Err(ApiError::unavailable(format!("`{}` could not be loaded: {why}", entry.name)))
             }
         }
     }
 }
 
-/// A request's model.
+/// The model that a request is for, and what answers it.
 pub struct Routed {
     /// What requests call the model.
     pub name: String,
@@ -188,7 +188,7 @@ mod tests {
         let older = registry.announce(["a", "b"].map(String::from));
         registry.remove("a");
         let newer = registry.announce(["a".to_owned()]);
-        let failed = |why: &str| State::Failed(why.to_owned());
+        let failed = |why: &str| ModelState::Failed(why.to_owned());
         assert!(!older.set("a", Some("old".into()), failed("old weights")));
         let entry = registry.entry("a").unwrap();
         assert_eq!((entry.state.word(), entry.revision), ("loading", None));
@@ -196,7 +196,9 @@ mod tests {
         assert!(older.set("b", None, failed("b")) && newer.set("a", None, failed("new weights")));
         let why = registry.route(Some("a"), None).err().unwrap().message;
         assert!(why.contains("new weights"), "{why}");
-        // Whoever reads or sets by the name alone means what stands there.
-        assert!(registry.set("a", None, State::Loading) && !registry.set("c", None, failed("c")));
+        // A reader or writer that gives the name alone means the entry that stands there.
+        assert!(
+            registry.set("a", None, ModelState::Loading) && !registry.set("c", None, failed("c"))
+        );
     }
 }

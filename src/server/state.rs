@@ -106,7 +106,7 @@ impl ServerState {
         self.0.signer.clone()
     }
 
-    /// The models.
+    /// The models by name, and where each stands.
     pub fn registry(&self) -> &Registry {
         &self.0.registry
     }
@@ -126,7 +126,7 @@ impl ServerState {
         *self.0.settings.write() = Arc::new(settings);
     }
 
-    /// The server's metrics.
+    /// What is counted for `/metrics`.
     pub fn metrics(&self) -> &Metrics {
         &self.0.metrics
     }
@@ -163,7 +163,7 @@ impl ServerState {
         self.0.is_draining.load(Ordering::SeqCst)
     }
 
-    /// Requests that run.
+    /// How many requests have begun and not ended.
     pub fn in_flight(&self) -> usize {
         self.0.in_flight.load(Ordering::SeqCst)
     }

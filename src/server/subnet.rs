@@ -5,7 +5,7 @@ use super::door::models::{ListShape, WantedModels};
 use super::door::{Caller, Gate, guard};
 use super::handlers;
 use super::operations::status;
-use super::registry::{Served, State as ModelState};
+use super::registry::{ModelState, Served};
 use super::state::ServerState;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Extension, State};
@@ -92,7 +92,7 @@ pub async fn subnet_status(State(state): State<ServerState>) -> Response {
     match state.gate() {
         Some(gate) => Json(gate.status()).into_response(),
         None => {
-            let what = "this server is no subnet miner: it was started without --wallet.hotkey";
+            let what = "this server is not a subnet miner: it was started without --wallet.hotkey";
             super::error::ApiError::not_found(what).into_response()
         }
     }

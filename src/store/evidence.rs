@@ -7,7 +7,7 @@ use super::rows::{get_json, json};
 use serde_json::Value;
 use std::fmt;
 
-/// Makes the row where there is none and locks it, so that whoever changes the same one waits.
+/// Makes the row where there is none and locks it, so that others who change it wait.
 const TAKE: &str = "INSERT INTO evidence (hotkey, model, state) VALUES ($1, $2, 'null')
     ON CONFLICT (hotkey, model) DO UPDATE SET state = evidence.state";
 const SAVE: &str = "UPDATE evidence SET state = $3 WHERE hotkey = $1 AND model = $2";

@@ -1,4 +1,4 @@
-//! Reads all rows of a table, page after page, for whoever wants the data elsewhere. A page is a
+//! Reads all rows of a table, page after page, for use of the data elsewhere. A page is a
 //! transaction of its own: a slow reader delays neither the validator nor the database's
 //! maintenance.
 
@@ -21,7 +21,7 @@ pub enum What {
     Weights,
 }
 
-/// Which rows.
+/// Which rows of a table are read.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Filter {
     /// Those of this time or later, in milliseconds since 1970: a round's start, a sample's end of

@@ -43,7 +43,7 @@ pub(super) enum Location {
 /// A PostgreSQL database.
 #[derive(Clone)]
 pub(super) struct Postgres {
-    /// With its password.
+    /// The whole URL, password included.
     pub(super) url: Url,
     /// What must not be printed, as it is written and as it is meant.
     secrets: Vec<String>,

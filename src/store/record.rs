@@ -9,7 +9,7 @@ use serde_json::Value;
 pub struct Round {
     /// Unique over all rounds: 32 hexadecimal digits.
     pub id: String,
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The chain's block when the round began.
     pub block: u64,
@@ -17,7 +17,7 @@ pub struct Round {
     pub started_ms: u64,
     /// When its last verdict was known.
     pub ended_ms: u64,
-    /// The model's name.
+    /// The model that was asked for.
     pub model: String,
     /// `/v1/chat/completions` or `/v1/completions`.
     pub endpoint: String,
@@ -26,12 +26,12 @@ pub struct Round {
     /// The scoring profile in force: `default` or `targon-4.4`.
     pub profile: String,
     /// Of whom it asked, in the order of uids.
-    pub responses: Vec<Response>,
+    pub responses: Vec<MinerResponse>,
 }
 
 /// What one miner did in a round.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Response {
+pub struct MinerResponse {
     /// Its place on the subnet.
     pub uid: u16,
     /// Its hotkey, as SS58.
@@ -60,11 +60,11 @@ pub struct Response {
 /// Why a response of a round is not verified, without the rest of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ResponseCause {
-    /// The round.
+    /// The id of the round.
     pub round: String,
     /// The miner's place on the subnet.
     pub uid: u16,
-    /// The cause's name.
+    /// Name of the rule that was broken, or of what failed.
     pub cause: Option<String>,
     /// One sentence about the cause.
     pub error: Option<String>,
@@ -105,29 +105,29 @@ impl Statistics {
 /// A number with the most that an honest answer is expected to have.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MeasuredValue {
-    /// The number.
+    /// What was measured of the answer.
     pub value: f64,
     /// The limit of the value.
     pub limit: f64,
 }
 
-/// A known cheat.
+/// A known cheat that explains an answer's distances.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct LikelyCheat {
-    /// Its name.
+    /// Its name among the recipes of known cheats.
     pub name: String,
-    /// How much of what it changes is found: about 1 for whoever does it, 0 for others.
+    /// How much of what it changes is found: about 1 where the cheat was done, 0 elsewhere.
     pub beta: f64,
 }
 
 /// Times of one answer, since the request was sent, in seconds (protocol 5.4).
 #[derive(Clone, Copy, Default, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Timing {
-    /// `time_to_first_token`.
+    /// Until the first token came: the protocol's `time_to_first_token`.
     pub first_token: f64,
     /// `time_for_all_tokens`: from the first token to the end.
     pub all_tokens: f64,
-    /// `total_time`.
+    /// Until the answer ended: the protocol's `total_time`.
     pub total: f64,
     /// Tokens a second: `min(tokens, max_tokens) / total`; of a verified answer at most as many as
     /// it has verified tokens.
@@ -188,9 +188,9 @@ pub enum Sampled {
 /// A round without its request and its responses.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct RoundHead {
-    /// As in [`Round`].
+    /// The id of the round: 32 hexadecimal digits.
     pub id: String,
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The chain's block when the round began.
     pub block: u64,
@@ -198,9 +198,9 @@ pub struct RoundHead {
     pub started_ms: u64,
     /// When its last verdict was known.
     pub ended_ms: u64,
-    /// The model's name.
+    /// The model that was asked for.
     pub model: String,
-    /// The endpoint's path.
+    /// `/v1/chat/completions` or `/v1/completions`.
     pub endpoint: String,
     /// The scoring profile in force.
     pub profile: String,
@@ -217,7 +217,7 @@ pub struct ResponseVerdict {
     pub round: String,
     /// When it began, in milliseconds since 1970.
     pub started_ms: u64,
-    /// The miner's place.
+    /// The uid of the miner.
     pub uid: u16,
     /// Its hotkey then, as SS58.
     pub hotkey: String,
@@ -237,7 +237,7 @@ pub struct RoundResponse {
     /// When and of what the round was.
     pub round: RoundHead,
     /// What the miner did.
-    pub response: Response,
+    pub response: MinerResponse,
 }
 
 /// One entry of a miner's history for one model, oldest first.
@@ -245,7 +245,7 @@ pub struct RoundResponse {
 pub struct Sample {
     /// The round that it comes from.
     pub round: String,
-    /// The miner's place.
+    /// The uid of the miner.
     pub uid: u16,
     /// Its hotkey then, as SS58: another key at the same place has none of these samples.
     pub hotkey: String,
@@ -259,8 +259,8 @@ pub struct Sample {
 
 /// Weights that were decided for one epoch: written before they are sent.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Weights {
-    /// The subnet.
+pub struct EpochWeights {
+    /// The number of the subnet.
     pub netuid: u16,
     /// The epoch: the number of the subnet's epoch where the chain counts them, else the block at
     /// which the epoch began. At most one entry an epoch is ever sent.
@@ -302,7 +302,7 @@ pub enum WeightsState {
     Planned,
     /// Signed to be sent under this hash; the chain has not been seen to hold them.
     Sent {
-        /// The extrinsic's hash.
+        /// Hash of the signed extrinsic, in hexadecimal.
         hash: String,
         /// The blocks that may contain it; unknown in records of before version 3.
         #[serde(default)]
@@ -313,19 +313,32 @@ pub enum WeightsState {
     },
     /// Committed, to be revealed at this drand round.
     Committed {
-        /// The extrinsic's hash.
+        /// Hash of the signed extrinsic, in hexadecimal.
         hash: String,
         /// As of what was sent.
         #[serde(default)]
         blocks: Option<SentBlocks>,
-        /// The drand round.
+        /// The drand round whose signature opens the commit.
         reveal_round: u64,
     },
     /// Read back from the chain as sent.
     Confirmed,
     /// Not on the chain, for this reason.
     Failed {
-        /// One sentence.
+        /// Why they are not there, in one sentence.
         why: String,
     },
+}
+
+impl WeightsState {
+    /// The state in one word, for a message.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Planned => "planned",
+            Self::Sent { .. } => "sent",
+            Self::Committed { .. } => "committed",
+            Self::Confirmed => "confirmed",
+            Self::Failed { .. } => "failed",
+        }
+    }
 }

@@ -34,7 +34,7 @@ const FORMER_SAMPLES: &str = "DELETE FROM samples WHERE (round, uid) IN (
             WHERE l.netuid = h.netuid AND l.uid = h.uid))
     LIMIT $2)";
 
-/// What to forget; what is none stays.
+/// Which records to delete; a kind without a limit stays.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Retention {
     /// Rounds that began earlier, with their responses, in milliseconds since 1970; and samples of
@@ -55,9 +55,9 @@ pub struct Retention {
 pub struct Removed {
     /// Rounds with their responses.
     pub rounds: u64,
-    /// Captured answers.
+    /// Captured answers that were deleted.
     pub captures: u64,
-    /// Reports of verification.
+    /// Reports of verification that were deleted.
     pub reports: u64,
     /// Samples that scores are made of.
     pub samples: u64,

@@ -4,7 +4,7 @@ use super::database::Store;
 use super::error::{Cause, StoreError};
 use super::hotkeys;
 use super::record::{
-    LikelyCheat, MeasuredValue, Outcome, Response, Round, RoundHead, RoundResponse, Sampled,
+    LikelyCheat, MeasuredValue, MinerResponse, Outcome, Round, RoundHead, RoundResponse, Sampled,
     Statistics, Timing,
 };
 use super::rows::{
@@ -184,13 +184,16 @@ fn check_id(id: &str) -> Result<(), Cause> {
     match id.len() == 32 && id.bytes().all(is_hex) {
         true => Ok(()),
         false => {
-            let words = format!("`id` must have 32 small hexadecimal digits, got {id:?}");
+            let words = format!("`id` must have 32 lowercase hexadecimal digits, got {id:?}");
             Err(Cause::Record(words))
         }
     }
 }
 
-fn response_values<'a>(round: &'a Round, response: &'a Response) -> Result<Vec<Bound<'a>>, Cause> {
+fn response_values<'a>(
+    round: &'a Round,
+    response: &'a MinerResponse,
+) -> Result<Vec<Bound<'a>>, Cause> {
     let (sample, sample_tps) = match response.sample {
         Sampled::Tps(tps) => ("tps", finite("sample", tps)?),
         Sampled::Miss => ("miss", Bound::Real(None)),
@@ -244,7 +247,7 @@ fn statistics_values(statistics: &Statistics) -> Result<[Bound<'_>; 8], Cause> {
 
 fn sample_values<'a>(
     round: &'a Round,
-    response: &'a Response,
+    response: &'a MinerResponse,
 ) -> Result<Option<Vec<Bound<'a>>>, Cause> {
     let tps = match response.sample {
         Sampled::Tps(tps) => finite("sample", tps)?,
@@ -352,10 +355,10 @@ pub(super) fn outcome(row: &AnyRow) -> Result<Outcome, Cause> {
     Outcome::named(&name).ok_or_else(|| Cause::Stored(format!("column `outcome`: {name:?}")))
 }
 
-pub(super) fn response(row: &AnyRow) -> Result<Response, Cause> {
+pub(super) fn response(row: &AnyRow) -> Result<MinerResponse, Cause> {
     let unknown = |column, name: &str| Cause::Stored(format!("column `{column}`: {name:?}"));
     let sample: String = get(row, "sample")?;
-    Ok(Response {
+    Ok(MinerResponse {
         uid: get_number(row, "uid")?,
         hotkey: get(row, "hotkey")?,
         coldkey: get(row, "coldkey")?,

@@ -32,7 +32,7 @@ pub(super) fn number(field: &str, value: u64) -> Result<i64, Cause> {
         .map_err(|_| Cause::Record(format!("`{field}` must be at most {}, got {value}", i64::MAX)))
 }
 
-/// A measurement; no database orders those that are none.
+/// A measurement; NaN is refused, because databases do not order it.
 pub(super) fn finite(field: &str, value: f64) -> Result<Bound<'static>, Cause> {
     match value.is_finite() {
         true => Ok(value.into()),

@@ -6,8 +6,9 @@ use super::record::Sample;
 use super::rows::{get, get_number, number};
 use sqlx::any::AnyRow;
 
-/// The newest samples of whoever holds the uid now, since he does. Of each miner and model the
-/// index finds the block of the oldest one that counts, so old samples cost next to nothing.
+/// The newest samples of the hotkey that holds the uid, from the block at which it took the uid
+/// over. Of each miner and model the index finds the block of the oldest one that counts, so old
+/// samples cost next to nothing.
 const NEWEST: &str = "WITH held AS MATERIALIZED (
         SELECT h.uid, h.hotkey, h.since_block FROM hotkeys h
         WHERE h.netuid = $1 AND h.since_block = (SELECT MAX(l.since_block) FROM hotkeys l

@@ -49,7 +49,7 @@ impl SessionLimits {
 }
 
 /// What each connection to a SQLite file that is written begins with: readers go on while a round
-/// is written, and what is committed is on the disk.
+/// is written, and a committed transaction is on the disk.
 const SQLITE_WRITER: &str = "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; \
                              PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
                              PRAGMA cell_size_check = ON";
@@ -249,7 +249,7 @@ fn words(error: &sqlx::Error) -> String {
     }
 }
 
-/// A transaction.
+/// A transaction under way; where it is not finished, its connection is closed.
 pub(super) struct Session {
     connections: Arc<ConnectionPool>,
     operation: String,

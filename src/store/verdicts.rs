@@ -2,7 +2,7 @@
 
 use super::database::Store;
 use super::error::{Cause, StoreError};
-use super::record::{Response, ResponseCause, ResponseVerdict};
+use super::record::{MinerResponse, ResponseCause, ResponseVerdict};
 use super::rounds::{outcome, response, timing};
 use super::rows::{get, get_number};
 use sqlx::any::AnyRow;
@@ -66,7 +66,11 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn response(&self, round: &str, uid: u16) -> Result<Option<Response>, StoreError> {
+    pub async fn response(
+        &self,
+        round: &str,
+        uid: u16,
+    ) -> Result<Option<MinerResponse>, StoreError> {
         let session = self.read(&format!("read the answer of uid {uid}")).await?;
         let sql = "SELECT * FROM responses WHERE round = $1 AND uid = $2";
         let found = session.read(sql, vec![round.into(), uid.into()], response).await?;

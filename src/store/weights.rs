@@ -2,7 +2,7 @@
 
 use super::database::Store;
 use super::error::{Cause, StoreError};
-use super::record::{SentBlocks, Weights, WeightsState};
+use super::record::{EpochWeights, SentBlocks, WeightsState};
 use super::rows::{get, get_json, get_number, get_number_or_none, json, number};
 use super::session::{Bound, Session};
 use sqlx::any::AnyRow;
@@ -29,7 +29,7 @@ const REPLACE: &str = "UPDATE weights SET extrinsic = $3, reveal_round = $4, aft
     WHERE netuid = $1 AND epoch = $2 AND progress = 1 AND planner = $7 AND extrinsic = $8";
 
 /// Whether a step was taken.
-#[must_use = "weights may be sent only by whoever took the step"]
+#[must_use = "weights may be sent only by the process that took the step"]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum WeightsClaim {
     /// It was, by this run of the program.
@@ -45,8 +45,8 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be kept, or are more than planned already.
-    pub async fn plan_weights(&self, weights: &Weights) -> Result<WeightsClaim, StoreError> {
-        let Weights { netuid, epoch, .. } = *weights;
+    pub async fn plan_weights(&self, weights: &EpochWeights) -> Result<WeightsClaim, StoreError> {
+        let EpochWeights { netuid, epoch, .. } = *weights;
         let operation = format!("plan the weights of netuid {netuid}, epoch {epoch}");
         let values = self.plan(weights).map_err(|cause| self.error(&operation, cause))?;
         let mut session = self.write(&operation).await?;
@@ -58,7 +58,7 @@ impl Store {
         Ok(claim)
     }
 
-    fn plan(&self, weights: &Weights) -> Result<Vec<Bound<'_>>, Cause> {
+    fn plan(&self, weights: &EpochWeights) -> Result<Vec<Bound<'_>>, Cause> {
         if weights.state != WeightsState::Planned {
             return Err(Cause::Record("`state` must be planned where weights are planned".into()));
         }
@@ -179,7 +179,11 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub async fn weights_of(&self, netuid: u16, epoch: u64) -> Result<Option<Weights>, StoreError> {
+    pub async fn weights_of(
+        &self,
+        netuid: u16,
+        epoch: u64,
+    ) -> Result<Option<EpochWeights>, StoreError> {
         let operation = format!("read the weights of netuid {netuid}, epoch {epoch}");
         let epoch = number("epoch", epoch).map_err(|cause| self.error(&operation, cause))?;
         let sql = format!("SELECT {COLUMNS} FROM weights WHERE netuid = $1 AND epoch = $2");
@@ -190,7 +194,7 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub async fn last_weights(&self, netuid: u16) -> Result<Option<Weights>, StoreError> {
+    pub async fn last_weights(&self, netuid: u16) -> Result<Option<EpochWeights>, StoreError> {
         let sql = format!(
             "SELECT {COLUMNS} FROM weights WHERE netuid = $1
              ORDER BY block DESC, epoch DESC LIMIT 1"
@@ -203,7 +207,7 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub async fn confirmed_weights(&self, netuid: u16) -> Result<Option<Weights>, StoreError> {
+    pub async fn confirmed_weights(&self, netuid: u16) -> Result<Option<EpochWeights>, StoreError> {
         let sql = format!(
             "SELECT {COLUMNS} FROM weights WHERE netuid = $1 AND progress = 4
              ORDER BY block DESC, epoch DESC LIMIT 1"
@@ -216,7 +220,7 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub async fn unfinished_weights(&self) -> Result<Vec<Weights>, StoreError> {
+    pub async fn unfinished_weights(&self) -> Result<Vec<EpochWeights>, StoreError> {
         let sql =
             format!("SELECT {COLUMNS} FROM weights WHERE progress < 3 ORDER BY block, netuid");
         self.weights("read the unfinished weights", &sql, Vec::new()).await
@@ -227,7 +231,7 @@ impl Store {
         operation: &str,
         sql: &str,
         values: Vec<Bound<'_>>,
-    ) -> Result<Vec<Weights>, StoreError> {
+    ) -> Result<Vec<EpochWeights>, StoreError> {
         let session = self.read(operation).await?;
         session.read(sql, values, |row| weights(row).map(|(weights, _)| weights)).await
     }
@@ -249,7 +253,7 @@ async fn found(
     session: &mut Session,
     netuid: u16,
     epoch: u64,
-) -> Result<(Weights, String), StoreError> {
+) -> Result<(EpochWeights, String), StoreError> {
     let epoch = number("epoch", epoch).map_err(|cause| session.error(cause))?;
     let sql = format!("SELECT {COLUMNS} FROM weights WHERE netuid = $1 AND epoch = $2");
     let rows = session.rows(&sql, vec![netuid.into(), epoch.into()]).await?;
@@ -258,7 +262,7 @@ async fn found(
     found.map_err(|cause| session.error(cause))
 }
 
-fn weights(row: &AnyRow) -> Result<(Weights, String), Cause> {
+fn weights(row: &AnyRow) -> Result<(EpochWeights, String), Cause> {
     let hash = || get::<Option<String>>(row, "extrinsic").map(Option::unwrap_or_default);
     let blocks = || -> Result<_, Cause> {
         let pair =
@@ -284,7 +288,7 @@ fn weights(row: &AnyRow) -> Result<(Weights, String), Cause> {
         "confirmed" => WeightsState::Confirmed,
         other => return Err(Cause::Stored(format!("column `state`: unknown state {other:?}"))),
     };
-    let weights = Weights {
+    let weights = EpochWeights {
         netuid: get_number(row, "netuid")?,
         epoch: get_number(row, "epoch")?,
         block: get_number(row, "block")?,

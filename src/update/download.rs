@@ -50,7 +50,7 @@ impl Default for DownloadLimits {
 /// Where releases are, and who signs them.
 #[derive(Clone, Debug)]
 pub struct ReleaseSource {
-    /// The list's address.
+    /// URL of the release's list.
     pub(super) url: Url,
     /// Whose signatures are taken.
     pub(super) key: PublicKey,
@@ -83,12 +83,12 @@ impl ReleaseSource {
 }
 
 /// A server of releases.
-pub(super) struct Server {
+pub(super) struct ReleaseServer {
     client: Client,
     limits: DownloadLimits,
 }
 
-impl Server {
+impl ReleaseServer {
     pub(super) fn new(limits: DownloadLimits) -> Result<Self, reqwest::Error> {
         tls::install();
         let same_host = redirect::Policy::custom(|attempt| {

@@ -3,7 +3,7 @@
 //! At every moment a complete program exists under the program's name. The old one stays beside it
 //! as `NAME.previous`.
 
-use super::refusal::{TrialError, UpdateError};
+use super::refusal::{SelfTestError, UpdateError};
 use super::release::Version;
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -50,7 +50,7 @@ impl Installed {
         Ok(Self { path })
     }
 
-    /// The program's file.
+    /// Path of the program, links resolved.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -107,11 +107,11 @@ impl Installed {
         Ok((Staging { installed: self.clone(), path, lock }, file))
     }
 
-    /// Becomes the newer program at this path, on trial: where it fails in its first minutes, the
-    /// old one comes back. Returns only where that fails.
+    /// Becomes the newer program at this path, on probation: where it fails in its first minutes,
+    /// the old one comes back. Returns only where that fails.
     pub fn restart(&self) -> UpdateError {
         let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-        if let Err(error) = self.put_on_trial(&arguments) {
+        if let Err(error) = self.put_on_probation(&arguments) {
             tracing::warn!("the new program is not rolled back if it fails: {error}");
         }
         self.start()
@@ -171,7 +171,7 @@ impl Staging {
             true => Ok(()),
             false => {
                 let said: String = said.trim().chars().take(80).collect();
-                Err(UpdateError::Unfit { why: TrialError::Version { expected, said } })
+                Err(UpdateError::Unfit { why: SelfTestError::Version { expected, said } })
             }
         }
     }
@@ -193,7 +193,7 @@ impl Staging {
 }
 
 /// What a program says of its version.
-fn tried(path: &Path) -> Result<String, TrialError> {
+fn tried(path: &Path) -> Result<String, SelfTestError> {
     let mut child = started(path)?;
     let status = ended(&mut child).inspect_err(|_| {
         // It is gone, or it is ended now; both are well.
@@ -206,11 +206,11 @@ fn tried(path: &Path) -> Result<String, TrialError> {
     }
     match status.success() {
         true => Ok(String::from_utf8_lossy(&said).into_owned()),
-        false => Err(TrialError::Status(status)),
+        false => Err(SelfTestError::Status(status)),
     }
 }
 
-fn started(path: &Path) -> Result<Child, TrialError> {
+fn started(path: &Path) -> Result<Child, SelfTestError> {
     let mut tries = 0;
     loop {
         let mut command = Command::new(path);
@@ -227,7 +227,7 @@ fn started(path: &Path) -> Result<Child, TrialError> {
 }
 
 /// Waits for a child, up to [`SAY_TIME`].
-fn ended(child: &mut Child) -> Result<ExitStatus, TrialError> {
+fn ended(child: &mut Child) -> Result<ExitStatus, SelfTestError> {
     let mut waited = Duration::ZERO;
     while waited < SAY_TIME {
         if let Some(status) = child.try_wait()? {
@@ -236,5 +236,5 @@ fn ended(child: &mut Child) -> Result<ExitStatus, TrialError> {
         std::thread::sleep(SAY_LOOK);
         waited += SAY_LOOK;
     }
-    Err(TrialError::Late(SAY_TIME))
+    Err(SelfTestError::Late(SAY_TIME))
 }

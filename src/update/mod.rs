@@ -7,32 +7,32 @@
 //! and [`Installed::restart`] becomes it, at a moment that the caller chooses. Whatever goes wrong
 //! is a [`UpdateError`], and the running program stays. There is no way to an older version
 //! (`docs/updates.md`), but back to the one before, where a new one fails in its first minutes
-//! ([`Trial`]).
+//! ([`Probation`]).
 
 mod download;
 mod install;
+mod probation;
 mod refusal;
 mod release;
 #[cfg(test)]
 mod tests;
-mod trial;
 
 use crate::endpoint::shown;
 use crate::entropy::Entropy;
-use download::Server;
+use download::ReleaseServer;
 pub use download::{DownloadLimits, ReleaseSource};
 pub use install::Installed;
 use install::Staging;
-pub use refusal::{ListError, TrialError, UpdateError};
+pub use probation::{PROBATION_TIME, Probation, STARTS_MAX};
+pub use refusal::{ListError, SelfTestError, UpdateError};
 use release::Release;
 pub use release::{Version, target};
 use std::time::Duration;
-pub use trial::{STARTS_MAX, TRIAL_TIME, Trial};
 
 /// Looks for releases that are newer than a program.
 pub struct Updater {
     source: ReleaseSource,
-    server: Server,
+    server: ReleaseServer,
     installed: Installed,
     version: Version,
     target: String,
@@ -40,7 +40,7 @@ pub struct Updater {
 
 /// What a look found.
 #[derive(Debug)]
-pub enum Found {
+pub enum FoundRelease {
     /// The release is the running version.
     Same,
     /// The release is older than the running version, and is left alone.
@@ -92,7 +92,7 @@ impl Updater {
         source: ReleaseSource,
         limits: DownloadLimits,
     ) -> Result<Self, UpdateError> {
-        let server = Server::new(limits).map_err(|e| UpdateError::Unreachable {
+        let server = ReleaseServer::new(limits).map_err(|e| UpdateError::Unreachable {
             url: shown(source.url.as_str()),
             why: e.to_string(),
         })?;
@@ -103,13 +103,13 @@ impl Updater {
     ///
     /// # Errors
     /// When there is no list, or a newer release that cannot be taken.
-    pub async fn look(&self) -> Result<Found, UpdateError> {
+    pub async fn look(&self) -> Result<FoundRelease, UpdateError> {
         let url = &self.source.url;
         let release = Release::read(url.as_str(), &self.server.list(url).await?)?;
         match release.version.cmp(&self.version) {
-            std::cmp::Ordering::Less => Ok(Found::Older(release.version)),
-            std::cmp::Ordering::Equal => Ok(Found::Same),
-            std::cmp::Ordering::Greater => self.stage(&release).await.map(Found::Newer),
+            std::cmp::Ordering::Less => Ok(FoundRelease::Older(release.version)),
+            std::cmp::Ordering::Equal => Ok(FoundRelease::Same),
+            std::cmp::Ordering::Greater => self.stage(&release).await.map(FoundRelease::Newer),
         }
     }
 
@@ -134,17 +134,19 @@ impl Updater {
     }
 
     /// Looks now and every `every`, a little earlier or later, until a newer release is in the
-    /// program's place. A refusal is a line in the log, and the same one again is none.
+    /// program's place. A refusal is logged once; repetitions are not logged.
     pub async fn follow(&self, every: Duration) -> Installed {
         let mut last = String::new();
         loop {
             let said = match self.look().await {
-                Ok(Found::Newer(staged)) => match put(staged).await {
+                Ok(FoundRelease::Newer(staged)) => match put(staged).await {
                     Ok(installed) => return installed,
                     Err(refusal) => refusal.to_string(),
                 },
-                Ok(Found::Same) => String::new(),
-                Ok(Found::Older(version)) => format!("release {version} is older than this one"),
+                Ok(FoundRelease::Same) => String::new(),
+                Ok(FoundRelease::Older(version)) => {
+                    format!("release {version} is older than this one")
+                }
                 Err(refusal) => refusal.to_string(),
             };
             if !said.is_empty() && said != last {

@@ -16,10 +16,10 @@ pub enum UpdateError {
     Address {
         /// Scheme, host and port of what was given.
         url: String,
-        /// The rule.
+        /// What is wrong with it.
         why: String,
     },
-    /// The key is none.
+    /// The key cannot be parsed.
     #[error("--update.key is not the base64 line of a minisign public key: {why}")]
     Key {
         /// What the decoder says.
@@ -76,11 +76,11 @@ pub enum UpdateError {
         file: String,
         /// What the list says.
         expected: u64,
-        /// What came.
+        /// Bytes that came.
         got: u64,
     },
     /// The list cannot be understood.
-    #[error("{url} is no list of a release: {why}")]
+    #[error("{url} does not contain a release list: {why}")]
     List {
         /// The address that was read.
         url: String,
@@ -90,7 +90,7 @@ pub enum UpdateError {
     /// The release has nothing for this machine.
     #[error("release {version} has no build for {target}")]
     NoBuild {
-        /// The release.
+        /// The version of the release.
         version: String,
         /// The target that this program was built for.
         target: String,
@@ -110,7 +110,7 @@ pub enum UpdateError {
         file: String,
         /// Program, version and target that the list names.
         expected: String,
-        /// The signed comment.
+        /// The trusted comment of the signature.
         got: String,
     },
     /// The bytes are others than the list says.
@@ -120,28 +120,28 @@ pub enum UpdateError {
         file: String,
         /// What the list says.
         expected: String,
-        /// What came.
+        /// The SHA-256 of what came.
         got: String,
     },
     /// The new program does not start here.
     #[error("the new program does not run on this machine: {why}")]
     Unfit {
-        /// What happened.
-        why: TrialError,
+        /// What is wrong with the new program.
+        why: SelfTestError,
     },
     /// It ran here, failed in its first minutes, and was replaced by the program before it.
     #[error(
-        "release {version} failed here and was rolled back; it is taken again once {} is removed",
+        "release {version} failed here and was rolled back; to try it again, remove {}",
         path.display()
     )]
     Failed {
-        /// The release.
+        /// The version of the release.
         version: String,
         /// The file that says so.
         path: PathBuf,
     },
     /// There is no other program to go back to.
-    #[error("{}: the kept program is this one", path.display())]
+    #[error("{}: there is no older program to return to", path.display())]
     NoOther {
         /// Where the old program is kept.
         path: PathBuf,
@@ -163,17 +163,17 @@ pub enum UpdateError {
     ReadOnly {
         /// What could not be written.
         path: PathBuf,
-        /// The system's words.
+        /// Why the system refuses.
         source: io::Error,
     },
     /// Another step with a file fails.
     #[error("{}: {what}: {source}", path.display())]
     Io {
-        /// The step.
+        /// What cannot be done with the file.
         what: &'static str,
-        /// The file.
+        /// The file that the step is about.
         path: PathBuf,
-        /// The system's words.
+        /// Why the system refuses.
         source: io::Error,
     },
 }
@@ -192,7 +192,7 @@ pub enum ListError {
         /// What the list says.
         got: u32,
     },
-    /// A text is no version.
+    /// A version is not written as MAJOR.MINOR.PATCH.
     #[error("a version must be MAJOR.MINOR.PATCH, got {0:?}")]
     Version(String),
     /// The name of a file would lead elsewhere.
@@ -201,13 +201,13 @@ pub enum ListError {
     /// The address of a file cannot be made.
     #[error(transparent)]
     Address(#[from] url::ParseError),
-    /// A checksum is none.
-    #[error("`sha256` of {file} must have 64 small hexadecimal digits")]
+    /// A checksum is not written as 64 lowercase hexadecimal digits.
+    #[error("`sha256` of {file} must have 64 lowercase hexadecimal digits")]
     Sha256 {
         /// The name that the list gives the file.
         file: String,
     },
-    /// A signature is none.
+    /// A signature cannot be parsed.
     #[error("`signature` of {file} is not a minisign signature: {why}")]
     Signature {
         /// The name that the list gives the file.
@@ -219,7 +219,7 @@ pub enum ListError {
 
 /// Why a new program cannot take the old one's place.
 #[derive(Debug, thiserror::Error)]
-pub enum TrialError {
+pub enum SelfTestError {
     /// It cannot be started or read from.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -237,7 +237,7 @@ pub enum TrialError {
         /// What the program says.
         said: String,
     },
-    /// The version of the running program is none, so that nothing can be newer.
+    /// The running program's version cannot be parsed, so nothing can be newer.
     #[error(transparent)]
     Running(#[from] ListError),
     /// The step itself broke.

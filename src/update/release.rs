@@ -187,7 +187,7 @@ mod tests {
             (build("../up", &sha, "").to_string(), "plain name"),
             (build("a/b", &sha, "").to_string(), "plain name"),
             (build("", &sha, "").to_string(), "plain name"),
-            (build("a", "XY", "").to_string(), "64 small hexadecimal digits"),
+            (build("a", "XY", "").to_string(), "64 lowercase hexadecimal digits"),
             (build("a", &sha, "no").to_string(), "not a minisign signature"),
         ] {
             let refusal = Release::read("http://x/", list.as_bytes()).unwrap_err().to_string();

@@ -136,7 +136,7 @@ impl Place {
         list: Answer,
         file: Answer,
         limits: DownloadLimits,
-    ) -> Result<Found, UpdateError> {
+    ) -> Result<FoundRelease, UpdateError> {
         let url = serve([("list.json", list), ("engine-9.9.9", file)].into()).await;
         self.updater(&url, limits).look().await
     }
@@ -166,7 +166,7 @@ async fn a_newer_release_takes_the_place_of_the_program_and_the_old_one_is_kept(
     let list = place.list(NEW, none());
     let found =
         place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
-    let Found::Newer(staged) = found else { panic!("{found:?}") };
+    let FoundRelease::Newer(staged) = found else { panic!("{found:?}") };
     assert_eq!(staged.version().to_string(), "9.9.9");
     assert_eq!(fs::read(place.path()).unwrap(), b"the old one");
     staged.install().unwrap();
@@ -181,7 +181,7 @@ async fn a_newer_release_takes_the_place_of_the_program_and_the_old_one_is_kept(
     let list = place.list(NEW, none());
     let found =
         place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
-    let Found::Newer(staged) = found else { panic!("{found:?}") };
+    let FoundRelease::Newer(staged) = found else { panic!("{found:?}") };
     staged.install().unwrap();
     assert_eq!(fs::read(&previous).unwrap(), b"the old one");
     assert_eq!(names(place.directory.path()), ["engine", "engine.previous"]);
@@ -206,9 +206,9 @@ async fn the_same_version_and_older_ones_are_left_alone() {
         let found =
             place.look(list, Answer::Whole(NEW.into()), DownloadLimits::default()).await.unwrap();
         match found {
-            Found::Same => assert!(is_same, "{version}"),
-            Found::Older(_) => assert!(!is_same, "{version}"),
-            Found::Newer(_) => panic!("{version}"),
+            FoundRelease::Same => assert!(is_same, "{version}"),
+            FoundRelease::Older(_) => assert!(!is_same, "{version}"),
+            FoundRelease::Newer(_) => panic!("{version}"),
         }
         place.check_untouched(version);
     }
@@ -318,7 +318,7 @@ async fn only_redirects_on_the_same_host_are_followed() {
     let list = place.list(NEW, none());
     let answers = [("list.json", list), ("engine-9.9.9", Answer::Elsewhere("/there".into()))];
     let url = serve(answers.into_iter().chain([("there", file)]).collect()).await;
-    assert!(matches!(place.updater(&url, all).look().await, Ok(Found::Newer(_))));
+    assert!(matches!(place.updater(&url, all).look().await, Ok(FoundRelease::Newer(_))));
 }
 
 #[tokio::test]
@@ -398,35 +398,35 @@ fn without_an_address_and_a_key_that_can_be_used_there_is_no_updater() {
     assert!(!error.contains("secret"), "{error}");
 }
 
-/// The new program is in place and on trial, the old one is kept.
-fn on_trial(place: &Place) -> (Installed, Vec<OsString>) {
+/// The new program is in place and on probation, the old one is kept.
+fn on_probation(place: &Place) -> (Installed, Vec<OsString>) {
     let (path, previous) = (place.path(), place.directory.path().join("engine.previous"));
     fs::rename(&path, &previous).unwrap();
     fs::write(&path, NEW).unwrap();
     let installed = Installed::at(&path).unwrap();
     let arguments: Vec<OsString> = ["serve", "--port", "1"].map(OsString::from).into();
-    installed.put_on_trial(&arguments).unwrap();
+    installed.put_on_probation(&arguments).unwrap();
     (installed, arguments)
 }
 
 #[tokio::test]
 async fn a_new_program_that_never_lasts_gives_way_to_the_kept_one_once() {
     let place = Place::new();
-    let (installed, arguments) = on_trial(&place);
-    let begun = |arguments: &[OsString]| Trial::of(installed.clone(), arguments).unwrap();
+    let (installed, arguments) = on_probation(&place);
+    let begun = |arguments: &[OsString]| Probation::of(installed.clone(), arguments).unwrap();
     // A command of the same program with other arguments has nothing to do with it.
     assert!(begun(&[]).is_none() && begun(&arguments[..2]).is_none());
     for start in 1..=STARTS_MAX {
-        let trial = begun(&arguments).unwrap();
-        assert!(!trial.is_over() && trial.is_open(), "start {start}");
+        let probation = begun(&arguments).unwrap();
+        assert!(!probation.is_over() && probation.is_open(), "start {start}");
     }
-    let trial = begun(&arguments).unwrap();
-    assert!(trial.is_over());
-    trial.put_back("9.9.9").unwrap();
+    let probation = begun(&arguments).unwrap();
+    assert!(probation.is_over());
+    probation.put_back("9.9.9").unwrap();
     assert_eq!(names(place.directory.path()), ["engine", "engine.failed", "engine.previous"]);
     assert_eq!(fs::read(place.path()).unwrap(), b"the old one");
     assert_eq!(fs::metadata(place.path()).unwrap().permissions().mode() & 0o7777, 0o750);
-    assert!(begun(&arguments).is_none(), "the old program is on no trial");
+    assert!(begun(&arguments).is_none(), "the old program is not on probation");
     // The release that failed is not taken again, for as long as that stands there.
     let file = Answer::Whole(NEW.into());
     let found = place.look(place.list(NEW, none()), file.clone(), DownloadLimits::default()).await;
@@ -435,52 +435,53 @@ async fn a_new_program_that_never_lasts_gives_way_to_the_kept_one_once() {
         matches!(&refusal, UpdateError::Failed { version, .. } if version == "9.9.9"),
         "{refusal}"
     );
-    assert!(refusal.to_string().contains("engine.failed is removed"), "{refusal}");
+    let said = refusal.to_string();
+    assert!(said.contains("to try it again, remove ") && said.ends_with("engine.failed"), "{said}");
     // Another one is looked at: this one is not signed for its version.
     let other = place.list(NEW, serde_json::json!({"version": "9.9.10"}));
     let refusal = place.look(other, file.clone(), DownloadLimits::default()).await.unwrap_err();
     assert!(matches!(refusal, UpdateError::SignedFor { .. }), "{refusal}");
     fs::remove_file(place.directory.path().join("engine.failed")).unwrap();
     let found = place.look(place.list(NEW, none()), file, DownloadLimits::default()).await;
-    assert!(matches!(found, Ok(Found::Newer(_))));
+    assert!(matches!(found, Ok(FoundRelease::Newer(_))));
 }
 
 #[test]
-fn where_no_other_program_is_kept_the_new_one_stays_and_its_trial_ends() {
+fn where_no_other_program_is_kept_the_new_one_stays_and_its_probation_ends() {
     let place = Place::new();
     let previous = place.directory.path().join("engine.previous");
-    let (installed, arguments) = on_trial(&place);
+    let (installed, arguments) = on_probation(&place);
     fs::remove_file(&previous).unwrap();
-    let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
-    let refusal = trial.put_back("9.9.9").unwrap_err();
+    let probation = Probation::of(installed.clone(), &arguments).unwrap().unwrap();
+    let refusal = probation.put_back("9.9.9").unwrap_err();
     assert!(refusal.to_string().contains("engine.previous: cannot be found"), "{refusal}");
     assert_eq!(names(place.directory.path()), ["engine"]);
     fs::hard_link(place.path(), &previous).unwrap();
-    installed.put_on_trial(&arguments).unwrap();
-    let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
-    let refusal = trial.put_back("9.9.9").unwrap_err();
-    assert!(refusal.to_string().contains("the kept program is this one"), "{refusal}");
+    installed.put_on_probation(&arguments).unwrap();
+    let probation = Probation::of(installed.clone(), &arguments).unwrap().unwrap();
+    let refusal = probation.put_back("9.9.9").unwrap_err();
+    assert!(refusal.to_string().contains("there is no older program to return to"), "{refusal}");
     assert_eq!(names(place.directory.path()), ["engine", "engine.previous"]);
     assert_eq!(fs::read(place.path()).unwrap(), NEW);
 }
 
 #[test]
-fn a_note_that_says_nothing_ends_the_trial_and_one_that_is_no_file_is_named() {
+fn a_note_that_says_nothing_ends_the_probation_and_one_that_is_no_file_is_named() {
     let place = Place::new();
-    let (installed, arguments) = on_trial(&place);
+    let (installed, arguments) = on_probation(&place);
     let in_directory = names(place.directory.path());
     let note = in_directory.iter().find(|name| name.starts_with(".engine.trial-")).unwrap();
     let note = place.directory.path().join(note);
     for nonsense in [&b"many"[..], b"-1", b"99999999999", b"\xff", b""] {
         fs::write(&note, nonsense).unwrap();
-        let trial = Trial::of(installed.clone(), &arguments).unwrap().unwrap();
-        assert!(trial.is_over(), "{nonsense:?}");
+        let probation = Probation::of(installed.clone(), &arguments).unwrap().unwrap();
+        assert!(probation.is_over(), "{nonsense:?}");
     }
     fs::write(&note, vec![b'1'; 65]).unwrap();
-    let refusal = Trial::of(installed.clone(), &arguments).unwrap_err();
+    let refusal = Probation::of(installed.clone(), &arguments).unwrap_err();
     assert!(refusal.to_string().contains("more than 64 bytes"), "{refusal}");
     fs::remove_file(&note).unwrap();
     fs::create_dir(&note).unwrap();
-    let refusal = Trial::of(installed, &arguments).unwrap_err();
+    let refusal = Probation::of(installed, &arguments).unwrap_err();
     assert!(refusal.to_string().contains("it is not a file"), "{refusal}");
 }

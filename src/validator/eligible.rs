@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 /// Which members are miners.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct MinerRules {
-    /// This validator.
+    /// The hotkey of this validator, which does not ask itself.
     pub own: Hotkey,
     /// A member with a permit and more stake than this, in TAO, is a validator and is not asked.
     pub vpermit_tao_limit: f64,
@@ -19,13 +19,13 @@ pub struct MinerRules {
 /// A member that can be asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Member {
-    /// Its place.
+    /// The uid it holds on the subnet.
     pub uid: u16,
     /// What it signs with.
     pub hotkey: Hotkey,
-    /// Who owns it.
+    /// The coldkey that owns its hotkey.
     pub coldkey: Hotkey,
-    /// Where it listens.
+    /// Where its axon takes requests, as the chain has it.
     pub address: SocketAddr,
 }
 
@@ -69,12 +69,12 @@ fn is_public(ip: IpAddr) -> bool {
 /// Why a key may not validate.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 pub enum NoPermit {
-    /// It is no member.
+    /// It is not a member.
     #[error("the hotkey {hotkey} is not registered on subnet {netuid}")]
     NotRegistered {
-        /// Whose.
+        /// The hotkey that was to validate.
         hotkey: Hotkey,
-        /// Where.
+        /// The number of the subnet.
         netuid: u16,
     },
     /// It is a member like any other.
@@ -83,13 +83,13 @@ pub enum NoPermit {
          TAO, and the chain gives permits to the members with the most stake"
     )]
     NoPermit {
-        /// Its place.
+        /// The uid that the hotkey holds.
         uid: u16,
-        /// Whose.
+        /// The hotkey that was to validate.
         hotkey: Hotkey,
-        /// Where.
+        /// The number of the subnet.
         netuid: u16,
-        /// Its stake.
+        /// The stake that it has, in TAO.
         stake: String,
     },
 }

@@ -53,7 +53,7 @@ pub enum ModelsError {
     /// A file that cannot be read.
     #[error("{}: {what}", path.display())]
     File {
-        /// The file.
+        /// The file with the list of models.
         path: PathBuf,
         /// What is wrong with it, line by line.
         what: String,
@@ -64,9 +64,9 @@ pub enum ModelsError {
     /// A server that gives something else.
     #[error("{url}: {what}")]
     Answer {
-        /// The server.
+        /// URL of the server that was asked for the list.
         url: String,
-        /// Rule and fact.
+        /// The rule for its answer, and what was found in its place.
         what: String,
     },
 }

@@ -37,7 +37,7 @@ pub struct Record {
     pub request: Map<String, Value>,
     /// The events of the stream, as objects or as the lines that carried them.
     response: Vec<Value>,
-    /// Who answered.
+    /// The uid of the miner that answered.
     pub uid: u16,
     /// Its hotkey, as SS58.
     pub hotkey: String,
@@ -48,16 +48,16 @@ pub struct Record {
     pub endpoint: String,
     /// Whether the hub got a whole answer.
     pub success: bool,
-    /// Milliseconds.
+    /// From the request to the end of the answer, in milliseconds.
     #[serde(default)]
     pub total_time: f64,
-    /// Milliseconds.
+    /// From the request to the first token, in milliseconds.
     #[serde(default)]
     pub time_to_first_token: f64,
     /// Tokens, by the hub's count.
     #[serde(default)]
     pub response_tokens: u64,
-    /// The model.
+    /// Name of the model that was asked for.
     #[serde(default)]
     pub model_name: String,
 }
@@ -71,9 +71,9 @@ impl Bucket {
     /// Reads a hub's answer.
     ///
     /// # Errors
-    /// What it is in place of a bucket.
+    /// When it is not a bucket: what is wrong with it.
     pub fn read(bytes: &[u8]) -> anyhow::Result<Self> {
-        serde_json::from_slice(bytes).map_err(|e| anyhow!("the answer is no bucket: {e}"))
+        serde_json::from_slice(bytes).map_err(|e| anyhow!("the answer is not a valid bucket: {e}"))
     }
 
     /// Its records, and what is wrong with those that cannot be read.
@@ -144,12 +144,12 @@ fn held_tokens(chunk: &Value) -> u64 {
 /// What was found of a record.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ScoredRecord {
-    /// The record.
+    /// The record of the hub that it was made from.
     pub record: Record,
     /// Its tokens as far as they are known: those that were verified where it was, else those that
     /// it holds; never more than the hub counted.
     pub tokens: u64,
-    /// What it counts.
+    /// What the record counts for the miner's score.
     pub organic: Organic,
     /// The rule that is broken, and by what.
     pub fault: Option<(String, String)>,
@@ -192,11 +192,12 @@ pub fn stats(
     models: &[String],
     samples: &[Sample],
 ) -> Vec<u8> {
-    use crate::store::record::{Outcome, Response};
+    use crate::store::record::{MinerResponse, Outcome};
     // 48 characters, as the table wants; as unique as the round.
     let name: String = round.id.chars().chain(round.id.chars()).take(48).collect();
-    let one = |answer: &Response| {
-        let Response { uid, hotkey, coldkey, timing, outcome, cause, error, capture, .. } = answer;
+    let one = |answer: &MinerResponse| {
+        let MinerResponse { uid, hotkey, coldkey, timing, outcome, cause, error, capture, .. } =
+            answer;
         json!({
             "r_nanoid": name, "hotkey": hotkey, "coldkey": coldkey, "uid": uid,
             "stats": {
@@ -212,7 +213,8 @@ pub fn stats(
         })
     };
     // Who was not asked, or about whom nothing is known, is not in the original's statistics.
-    let is_asked = |r: &&Response| !matches!(r.outcome, Outcome::NotServed | Outcome::Unscored);
+    let is_asked =
+        |r: &&MinerResponse| !matches!(r.outcome, Outcome::NotServed | Outcome::Unscored);
     let responses: Vec<Value> = round.responses.iter().filter(is_asked).map(one).collect();
     let endpoint = if round.endpoint.contains("chat") { "CHAT" } else { "COMPLETION" };
     dumps(&json!({
@@ -333,8 +335,8 @@ mod tests {
 
     #[test]
     fn statistics_of_a_round_are_those_of_the_hub_byte_for_byte() {
-        use crate::store::record::{Outcome, Response, Round, Sample, Sampled, Timing};
-        let answer = |uid, outcome, cause: Option<&str>, capture| Response {
+        use crate::store::record::{MinerResponse, Outcome, Round, Sample, Sampled, Timing};
+        let answer = |uid, outcome, cause: Option<&str>, capture| MinerResponse {
             uid,
             hotkey: format!("h{uid}"),
             coldkey: format!("c{uid}"),

@@ -2,9 +2,9 @@
 //!
 //! A [`Draft`] is drawn from a [`Passages`]. The engine may rewrite its passage into a query in
 //! words of its own: [`Draft::rewriting`] is the request for that, [`read_query`] reads the
-//! answer, and whoever runs the round calls the engine in between. [`Draft::finish`] makes the
-//! [`Prompt`], as messages or as text. Chance and date are given; nothing here waits or knows a
-//! network. Seed, temperature and length of the answer belong to the round, not to the prompt.
+//! answer, and the round's owner calls the engine in between. [`Draft::finish`] makes the
+//! [`DrawnPrompt`], as messages or as text. Chance and date are given; nothing here waits or knows
+//! a network. Seed, temperature and length of the answer belong to the round, not to the prompt.
 //!
 //! Of our own drafts alone there are more than 10^12 for each day, so that two of a day's prompts
 //! are hardly ever equal.
@@ -38,7 +38,7 @@ const QUERY_CHARS_MAX: usize = 400;
 /// # Errors
 /// When the time lies outside the calendar.
 pub fn date(unix_ms: u64) -> anyhow::Result<String> {
-    let outside = || anyhow!("{unix_ms} ms since 1970 is no time of the calendar");
+    let outside = || anyhow!("{unix_ms} ms since 1970 is outside the calendar");
     let ms = i64::try_from(unix_ms).map_err(|_| outside())?;
     let time = Timestamp::from_millisecond(ms).map_err(|_| outside())?;
     Ok(time.to_zoned(TimeZone::UTC).date().to_string())
@@ -68,10 +68,10 @@ pub struct Draft {
 
 /// What the model reads.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Prompt {
+pub struct DrawnPrompt {
     /// Who it is and how it answers.
     pub system: String,
-    /// What it answers.
+    /// The text that it is to answer.
     pub user: String,
 }
 
@@ -107,7 +107,7 @@ impl Draft {
     }
 
     /// The prompt, about the query where there is one and else about the passage itself.
-    pub fn finish(&self, query: Option<&str>) -> Prompt {
+    pub fn finish(&self, query: Option<&str>) -> DrawnPrompt {
         let Persona { name, country } = self.persona;
         let system = format!(
             "Today is {}. You are {name}, an expert assistant that was built in {country}. First \
@@ -115,11 +115,11 @@ impl Draft {
              mention today's date. Then answer it. Always write in English.",
             self.date
         );
-        Prompt { system, user: format!("{}\n\n{}", query.unwrap_or(&self.passage), self.task) }
+        DrawnPrompt { system, user: format!("{}\n\n{}", query.unwrap_or(&self.passage), self.task) }
     }
 }
 
-impl Prompt {
+impl DrawnPrompt {
     /// For the chat endpoint.
     pub fn messages(&self) -> Value {
         json!([
@@ -251,6 +251,6 @@ mod tests {
     fn dates_are_of_the_calendar() {
         assert_eq!(date(0).unwrap(), "1970-01-01");
         assert_eq!(date(1_709_251_199_999).unwrap(), "2024-02-29");
-        assert!(date(u64::MAX).unwrap_err().to_string().contains("no time of the calendar"));
+        assert!(date(u64::MAX).unwrap_err().to_string().contains("outside the calendar"));
     }
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// How long a connection may take (protocol 5.4).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of one line of an answer, and of a body that is no stream.
+/// Bytes of one line of an answer, and of a body that is not a stream.
 const LINE_BYTES_MAX: usize = 1 << 20;
 const BODY_BYTES_MAX: usize = 256 << 10;
 /// What a validator takes of an answer besides its tokens, and for each token: a chunk with
@@ -75,7 +75,7 @@ pub struct Target {
     pub url: String,
     /// Whose it is; signed requests are for this hotkey.
     pub hotkey: Option<Hotkey>,
-    /// Who signs; unsigned where absent.
+    /// Who signs; `None` sends the request unsigned.
     pub signer: Option<Arc<Keypair>>,
     /// A key of the open API, for a server that wants one.
     pub api_key: Option<String>,
@@ -98,9 +98,9 @@ pub enum QueryFault {
     Late,
     /// The connection breaks, or does not speak HTTP.
     Broken,
-    /// A status that is no success.
+    /// A status other than success.
     Status,
-    /// A stream that is none, or has too much in it.
+    /// A stream that is malformed, or has too much in it.
     Malformed,
 }
 
@@ -110,19 +110,19 @@ pub enum QueryError {
     /// There is no answer, or it breaks off.
     #[error("{url}: {what}")]
     Network {
-        /// Who was asked.
+        /// The URL that was asked.
         url: String,
-        /// What happened.
+        /// What went wrong, in one sentence.
         what: String,
-        /// Of which kind.
+        /// Whose failure it is, and of which kind.
         fault: QueryFault,
     },
     /// The miner says no.
     #[error("{url} answered {status}: {body}")]
     Status {
-        /// Who was asked.
+        /// The URL that was asked.
         url: String,
-        /// Its status.
+        /// The HTTP status of the answer.
         status: StatusCode,
         /// What it said, shortened.
         body: String,
@@ -130,7 +130,7 @@ pub enum QueryError {
     /// The stream is not one.
     #[error("{url}: the stream is malformed: {what}")]
     Stream {
-        /// Who was asked.
+        /// The URL that was asked.
         url: String,
         /// What is wrong with it.
         what: String,
@@ -379,7 +379,7 @@ struct Span {
 /// What came of a stream.
 #[derive(Debug)]
 pub struct Streamed {
-    /// Its events.
+    /// Its events, each with the time at which it was read.
     pub arrivals: Vec<Arrival>,
     /// When it ended, since the request was sent.
     pub ended: Duration,

@@ -50,9 +50,9 @@ enum Kind {
     Mild,
     /// Computes all, then sends all.
     Burst,
-    /// Sends what is no stream.
+    /// Sends something else than a stream.
     Malformed,
-    /// Whole answers in no time at all, of tokens that are none.
+    /// Whole answers in no time at all; their tokens do not verify.
     Instant,
     /// Ends after a few tokens.
     Short,

@@ -2,7 +2,7 @@
 //! response is a 422 as FastAPI writes it. If its form is right and it cannot be verified here, the
 //! peer is not at fault.
 
-use super::reply::{Refusal, fault};
+use super::reply::{VerifierRefusal, fault};
 use super::scan::members;
 use crate::engine::request::Request;
 use crate::entropy::Entropy;
@@ -35,13 +35,13 @@ pub(super) struct VerifyBody {
 
 impl VerifyBody {
     /// Takes a body apart. The caller's part may have `most` bytes.
-    pub(super) fn read(text: &[u8], most: usize) -> Result<Self, Refusal> {
+    pub(super) fn read(text: &[u8], most: usize) -> Result<Self, VerifierRefusal> {
         if text.trim_ascii_start().first() != Some(&b'{') {
             let what = "Input should be a valid dictionary or object to extract fields from";
-            return Err(Refusal::field("model_attributes_type", &[], what));
+            return Err(VerifierRefusal::field("model_attributes_type", &[], what));
         }
         let all = members(text).map_err(|what| {
-            Refusal::field("json_invalid", &[], &format!("JSON decode error: {what}"))
+            VerifierRefusal::field("json_invalid", &[], &format!("JSON decode error: {what}"))
         })?;
         // Of several members of one name the last counts, as in Python.
         let find =
@@ -53,11 +53,13 @@ impl VerifyBody {
             let fields =
                 [("request_type", kind), ("request_params", params), ("output_sequence", output)];
             let absent = fields.into_iter().filter(|(_, value)| value.is_none());
-            return Err(Refusal::fields(absent.map(|(name, _)| missing(name, later)).collect()));
+            return Err(VerifierRefusal::fields(
+                absent.map(|(name, _)| missing(name, later)).collect(),
+            ));
         };
         if params.len() > most {
             let what = format!("must have at most {most} bytes, got {}", params.len());
-            return Err(Refusal::field("too_long", &["request_params"], &what));
+            return Err(VerifierRefusal::field("too_long", &["request_params"], &what));
         }
         let kind: String = parse(&text[kind.clone()], "request_type", "string")?;
         let model = find("model").map(|range| parse(&text[range], "model", "string"));
@@ -87,10 +89,10 @@ fn missing(name: &str, is_later: bool) -> Value {
     fault("missing", &[name], what)
 }
 
-fn parse<T: DeserializeOwned>(text: &[u8], name: &str, kind: &str) -> Result<T, Refusal> {
+fn parse<T: DeserializeOwned>(text: &[u8], name: &str, kind: &str) -> Result<T, VerifierRefusal> {
     serde_json::from_slice(text).map_err(|e| {
         let what = format!("Input should be a valid {kind}: {}", echo(&e.to_string()));
-        Refusal::field(&format!("{kind}_type"), &[name], &what)
+        VerifierRefusal::field(&format!("{kind}_type"), &[name], &what)
     })
 }
 
@@ -102,7 +104,7 @@ pub(super) async fn understand(
     mut params: Map<String, Value>,
     path: &str,
     entropy: &Entropy,
-) -> Result<Request, Refusal> {
+) -> Result<Request, VerifierRefusal> {
     // The rules of a server refuse it.
     let is_endless = is_endless(&params);
     if is_endless {
@@ -126,10 +128,10 @@ pub(super) async fn understand(
         true => reader.chat(&body::<ChatRequest>(params, path)?).await,
         false => reader.completion(&body::<CompletionRequest>(params, path)?).await,
     };
-    let mut requests = understood.map_err(|e| Refusal::unscored(e.message))?.requests;
+    let mut requests = understood.map_err(|e| VerifierRefusal::unscored(e.message))?.requests;
     if requests.len() != 1 {
         let what = "one prompt and one choice are verified at a time, got";
-        return Err(Refusal::unscored(format!("{what} {}", requests.len())));
+        return Err(VerifierRefusal::unscored(format!("{what} {}", requests.len())));
     }
     let mut request = requests.remove(0);
     if is_endless {
@@ -138,11 +140,11 @@ pub(super) async fn understand(
     Ok(request)
 }
 
-fn body<T: DeserializeOwned>(params: Map<String, Value>, path: &str) -> Result<T, Refusal> {
+fn body<T: DeserializeOwned>(params: Map<String, Value>, path: &str) -> Result<T, VerifierRefusal> {
     serde_path_to_error::deserialize(Value::Object(params)).map_err(|e| {
         let field = e.path().to_string();
         let path = [path, &field];
         let path = &path[..if field == "." { 1 } else { 2 }];
-        Refusal::field("value_error", path, &echo(&e.inner().to_string()))
+        VerifierRefusal::field("value_error", path, &echo(&e.inner().to_string()))
     })
 }

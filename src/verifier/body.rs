@@ -1,6 +1,6 @@
 //! Reads bodies: each within a time and a size, and all of them within a limit of bytes.
 
-use super::reply::Refusal;
+use super::reply::VerifierRefusal;
 use crate::server::door::access::announced;
 use axum::body::Body;
 use axum::http::{HeaderMap, StatusCode};
@@ -39,21 +39,23 @@ impl BodyMemory {
         headers: &HeaderMap,
         body: Body,
         (most, time): (usize, Duration),
-    ) -> Result<ReceivedBody, Refusal> {
+    ) -> Result<ReceivedBody, VerifierRefusal> {
         let room = announced(headers).unwrap_or(most).min(most).min(HELD_BYTES_MAX).div_ceil(UNIT);
         let room = Arc::clone(&self.0).try_acquire_many_owned(room as u32).map_err(|_| {
-            Refusal::busy(format!("{HELD_BYTES_MAX} bytes of bodies are held already, the limit"))
+            VerifierRefusal::busy(format!(
+                "{HELD_BYTES_MAX} bytes of bodies are held already, the limit"
+            ))
         })?;
         let mut arrived = Arrived { kept: Vec::new(), count: 0, most };
         let is_over = |arrived: &Arrived| arrived.count > most;
         match tokio::time::timeout(time, arrived.collect(body)).await {
             Ok(Err(e)) => {
                 let what = format!("the body cannot be read: {e}");
-                return Err(Refusal::detail(StatusCode::BAD_REQUEST, what));
+                return Err(VerifierRefusal::detail(StatusCode::BAD_REQUEST, what));
             }
             Err(_) if !is_over(&arrived) => {
                 let what = format!("the body must arrive within {time:?}");
-                return Err(Refusal::detail(StatusCode::REQUEST_TIMEOUT, what));
+                return Err(VerifierRefusal::detail(StatusCode::REQUEST_TIMEOUT, what));
             }
             Ok(Ok(())) | Err(_) => {}
         }

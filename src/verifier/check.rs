@@ -4,7 +4,7 @@ use super::Service;
 use super::asked::{VerifyBody, understand};
 use super::body::ReceivedBody;
 use super::lead::readings;
-use super::reply::{Refusal, VerifyReply};
+use super::reply::{VerifierRefusal, VerifyReply};
 use super::sent::{Bounds, Sent};
 use super::service::{REQUESTS_MAX, RUNNING_MAX};
 use crate::engine::request::Request;
@@ -42,18 +42,18 @@ async fn checked(
     service: &Service,
     headers: &HeaderMap,
     body: Body,
-) -> Result<VerifyReply, Refusal> {
+) -> Result<VerifyReply, VerifierRefusal> {
     if service.state.is_draining() {
-        return Err(Refusal::closing());
+        return Err(VerifierRefusal::closing());
     }
     let limits = service.state.settings().limits;
     let most = service.body_bytes_max();
     let held = service.bodies.read(headers, body, (most, limits.body_time)).await?;
     // From here on the end of the process waits for it.
-    let _in_flight = service.state.begin().map_err(|_| Refusal::closing())?;
+    let _in_flight = service.state.begin().map_err(|_| VerifierRefusal::closing())?;
     let Ok(_slot) = service.slots.try_acquire() else {
         let what = format!("{REQUESTS_MAX} answers are being verified already, the limit");
-        return Err(Refusal::busy(what));
+        return Err(VerifierRefusal::busy(what));
     };
     if held.bytes.is_none() {
         // Only the answer can be that long: the caller's part has a limit of its own.
@@ -65,7 +65,7 @@ async fn checked(
     let asked = off(move || VerifyBody::read(bytes(&text), limits.body_bytes)).await??;
     let VerifyBody { model, is_chat, is_endless, params, output } = asked;
     let name = model.as_deref();
-    let served = service.model(name).map_err(|e| Refusal::unscored(e.message))?;
+    let served = service.model(name).map_err(|e| VerifierRefusal::unscored(e.message))?;
     let mut request =
         understand(&served, is_chat, params, "request_params", service.state.entropy()).await?;
     let verifier = service.verifier(&served);
@@ -79,7 +79,7 @@ async fn checked(
     let sent = match off(move || Sent::read(&bytes(&held)[output], bounds)).await? {
         Ok(sent) => sent,
         Err(Stop::Rejected(rejection)) => return Ok(rejected(&rejection, None)),
-        Err(Stop::Fault(why)) => return Err(Refusal::unscored(why)),
+        Err(Stop::Fault(why)) => return Err(VerifierRefusal::unscored(why)),
     };
     if is_endless {
         // It may end where it likes.
@@ -89,7 +89,7 @@ async fn checked(
     match verdict(service, verifier, request, sent).await? {
         Verdict::Pass => Ok(VerifyReply::Verified),
         Verdict::Reject(rejection) => Ok(rejected(&rejection, Some(overfit))),
-        Verdict::Unscored(why) => Err(Refusal::unscored(why)),
+        Verdict::Unscored(why) => Err(VerifierRefusal::unscored(why)),
     }
 }
 
@@ -98,9 +98,11 @@ fn bytes(held: &ReceivedBody) -> &[u8] {
 }
 
 /// Runs what takes its time away from the async threads.
-async fn off<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+async fn off<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, VerifierRefusal> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| Refusal::unscored(format!("the verifier broke: {e}")))
+    done.map_err(|e| VerifierRefusal::unscored(format!("the verifier broke: {e}")))
 }
 
 fn rejected(rejection: &Rejection, overfit: Option<bool>) -> VerifyReply {
@@ -142,16 +144,16 @@ async fn verdict(
     verifier: Verifier,
     request: Request,
     sent: Sent,
-) -> Result<Verdict, Refusal> {
+) -> Result<Verdict, VerifierRefusal> {
     let token = service.state.abort_token().child_token();
     let _guard = token.clone().drop_guard();
     let running = Arc::clone(&service.running).acquire_owned();
     let running = tokio::select! {
-        running = running => running.map_err(|e| Refusal::unscored(e.to_string()))?,
-        () = token.cancelled() => return Err(Refusal::closing()),
+        running = running => running.map_err(|e| VerifierRefusal::unscored(e.to_string()))?,
+        () = token.cancelled() => return Err(VerifierRefusal::closing()),
         () = tokio::time::sleep(WAIT_MAX) => {
             let what = format!("{RUNNING_MAX} others are still being verified after {WAIT_MAX:?}");
-            return Err(Refusal::busy(what));
+            return Err(VerifierRefusal::busy(what));
         }
     };
     let (work, chance) = (token.clone(), service.state.entropy().word());
@@ -162,7 +164,7 @@ async fn verdict(
     });
     tokio::select! {
         done = done => done,
-        () = token.cancelled() => Err(Refusal::closing()),
+        () = token.cancelled() => Err(VerifierRefusal::closing()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::Service;
 use super::asked::understand;
-use super::reply::{Refusal, again_later};
+use super::reply::{VerifierRefusal, again_later};
 use crate::intake::error::echo;
 use axum::Json;
 use axum::body::Body;
@@ -28,7 +28,7 @@ pub(super) async fn generate(
 ) -> Response {
     match generated(&service, &headers, body).await {
         Ok(text) => Json(json!({"text": text})).into_response(),
-        Err(Refusal::Error(status, why)) => {
+        Err(VerifierRefusal::Error(status, why)) => {
             tracing::warn!("/generate: {why}");
             again_later((status, Json(json!({"text": null}))).into_response())
         }
@@ -36,22 +36,27 @@ pub(super) async fn generate(
     }
 }
 
-async fn generated(service: &Service, headers: &HeaderMap, body: Body) -> Result<String, Refusal> {
+async fn generated(
+    service: &Service,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<String, VerifierRefusal> {
     if service.state.is_draining() {
-        return Err(Refusal::closing());
+        return Err(VerifierRefusal::closing());
     }
     let limits = service.state.settings().limits;
     let bounds = (limits.body_bytes, limits.body_time);
     let held = service.bodies.read(headers, body, bounds).await?;
-    let _in_flight = service.state.begin().map_err(|_| Refusal::closing())?;
+    let _in_flight = service.state.begin().map_err(|_| VerifierRefusal::closing())?;
     let bytes = held.bytes.as_deref().ok_or_else(|| {
         let what = format!("the body must have at most {} bytes", limits.body_bytes);
-        Refusal::detail(StatusCode::PAYLOAD_TOO_LARGE, what)
+        VerifierRefusal::detail(StatusCode::PAYLOAD_TOO_LARGE, what)
     })?;
     let request: Generate = serde_json::from_slice(bytes)
-        .map_err(|e| Refusal::field("value_error", &[], &echo(&e.to_string())))?;
-    let served =
-        service.model(request.model.as_deref()).map_err(|e| Refusal::unscored(e.message))?;
+        .map_err(|e| VerifierRefusal::field("value_error", &[], &echo(&e.to_string())))?;
+    let served = service
+        .model(request.model.as_deref())
+        .map_err(|e| VerifierRefusal::unscored(e.message))?;
     let is_chat = served.engine.text().chat.is_some();
     let mut params = request.sampling_params;
     match is_chat {
@@ -61,14 +66,14 @@ async fn generated(service: &Service, headers: &HeaderMap, body: Body) -> Result
     let request =
         understand(&served, is_chat, params, "sampling_params", service.state.entropy()).await?;
     let generation = served.engine.submit(request);
-    let generation = generation.map_err(|e| Refusal::unscored(e.to_string()))?;
+    let generation = generation.map_err(|e| VerifierRefusal::unscored(e.to_string()))?;
     let abort = service.state.abort_token();
     tokio::select! {
         ended = generation.collect() => match ended {
             Ok(ended) => Ok(ended.text()),
-            Err(fault) => Err(Refusal::unscored(fault.to_string())),
+            Err(fault) => Err(VerifierRefusal::unscored(fault.to_string())),
         },
-        () = abort.cancelled() => Err(Refusal::closing()),
+        () = abort.cancelled() => Err(VerifierRefusal::closing()),
     }
 }
 

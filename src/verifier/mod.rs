@@ -34,7 +34,7 @@ use std::any::Any;
 use tower_http::catch_panic::CatchPanicLayer;
 
 impl Service {
-    /// The routes.
+    /// The routes of Targon's container.
     pub fn router(&self) -> Router {
         let shared = Router::new()
             .route("/health", get(status::health))

@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use serde_json::{Value, json};
 use std::fmt;
 
-/// The word for what is no fault of the peer.
+/// The word for a failure that the peer did not cause.
 const INTERNAL_ERROR: &str = "INTERNAL_ERROR";
 
 /// What `/verify` says about an answer.
@@ -20,9 +20,9 @@ pub(super) enum VerifyReply {
     Verified,
     /// A rule is broken.
     Rejected {
-        /// Rule and fact.
+        /// The rule that the answer breaks, and what it has.
         error: String,
-        /// The container's word.
+        /// The word that Targon's container has for the rule.
         cause: &'static str,
     },
 }
@@ -41,15 +41,15 @@ impl IntoResponse for VerifyReply {
 
 /// Why a request says nothing about an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Refusal {
+pub(super) enum VerifierRefusal {
     /// The caller sent no request, and FastAPI says so.
     Detail(StatusCode, Value),
     /// Nothing can be said. Without `verified` the caller counts the answer neither way.
     Error(StatusCode, String),
 }
 
-impl Refusal {
-    /// A request that is none, in a sentence.
+impl VerifierRefusal {
+    /// A request that cannot be read, in a sentence.
     pub(super) fn detail(status: StatusCode, what: String) -> Self {
         Self::Detail(status, what.into())
     }
@@ -100,7 +100,7 @@ pub(super) fn detail(status: StatusCode, what: &str) -> Response {
     (status, Json(json!({"detail": what}))).into_response()
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for VerifierRefusal {
     fn into_response(self) -> Response {
         match self {
             Self::Detail(status, what) => (status, Json(json!({"detail": what}))).into_response(),
@@ -133,12 +133,12 @@ struct Labels {
 
 impl VerificationCounts {
     /// Counts an answer.
-    pub(super) fn count(&self, outcome: &Result<VerifyReply, Refusal>) {
+    pub(super) fn count(&self, outcome: &Result<VerifyReply, VerifierRefusal>) {
         let (verdict, cause) = match outcome {
             Ok(VerifyReply::Verified) => ("verified", ""),
             Ok(VerifyReply::Rejected { cause, .. }) => ("rejected", *cause),
-            Err(Refusal::Error(..)) => ("unscored", INTERNAL_ERROR),
-            Err(Refusal::Detail(..)) => ("refused", ""),
+            Err(VerifierRefusal::Error(..)) => ("unscored", INTERNAL_ERROR),
+            Err(VerifierRefusal::Detail(..)) => ("refused", ""),
         };
         self.0.get_or_create(&Labels { verdict, cause }).inc();
     }

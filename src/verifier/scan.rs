@@ -91,7 +91,7 @@ struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
-    /// The next byte that is no blank.
+    /// The next byte that is not a blank.
     fn peek(&mut self) -> Option<u8> {
         while self.text.get(self.at).is_some_and(|b| b" \t\r\n".contains(b)) {
             self.at += 1;

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 /// Bytes of JSON for one byte of text: `\u0000` at worst, for a control character, half of a
-/// two-byte character, or a byte that is no character.
+/// two-byte character, or a byte that is not a character.
 const ESCAPED_BYTES: usize = 6;
 /// Bytes of a token besides its text. `{"text": "", "logprob": -1.2345678901234567e-05,
 /// "token_id": 4294967295, "powv": -9223372036854775808}, ` are 106; the rest is for indentation
@@ -41,7 +41,7 @@ pub(super) struct Sent {
     pub(super) first: String,
 }
 
-/// One token. Values are read one by one, so that each is blamed by its name.
+/// One token. Values are read one by one, so that an error names the one at fault.
 #[derive(Deserialize)]
 struct Token<'a> {
     #[serde(borrow)]

@@ -7,7 +7,7 @@ use crate::clock::Clock;
 use crate::intake::translate::Defaults;
 use crate::ops::pool::Pool;
 use crate::server::error::ApiError;
-use crate::server::registry::{Registry, Served, State as ModelState};
+use crate::server::registry::{ModelState, Registry, Served};
 use crate::server::settings::{ApiKeys, Settings};
 use crate::server::state::ServerState;
 use crate::verify::Verifier;

@@ -29,7 +29,7 @@ pub struct Answer {
     pub prompt: Vec<Reported>,
     /// Reported weight values, by token.
     pub powv: Vec<Option<i64>>,
-    /// Why it ended.
+    /// The finish reason that was reported.
     pub finish_reason: Option<String>,
     /// The proof's chunks as they were sent, in order; empty without a proof.
     pub chunks: Vec<ChunkProof>,
@@ -44,7 +44,7 @@ pub struct Top {
     pub name: String,
     /// Its bytes, where they came.
     pub bytes: Option<Vec<u8>>,
-    /// Its log-probability.
+    /// Its natural log-probability, as it was reported.
     pub logprob: f64,
 }
 
@@ -55,7 +55,7 @@ pub struct Reported {
     pub place: usize,
     /// Its log-probability, where it does not stand among the others.
     pub logprob: Option<f64>,
-    /// Probable tokens.
+    /// The alternatives that were reported, most probable first.
     pub top: Vec<Top>,
     /// Their ranks, where they came.
     pub ranks: Vec<u64>,

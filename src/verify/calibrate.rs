@@ -53,11 +53,11 @@ const HALF_LIFE: f64 = 200.0;
 /// An honest answer, checked at every row under [`Limits::NONE`].
 #[derive(Clone, PartialEq, Debug)]
 pub struct HonestSample {
-    /// What was asked.
+    /// Hash of the prompt, by which answers are told apart.
     pub prompt: Hash,
     /// How it was proved.
     pub scheme: Scheme,
-    /// What was found.
+    /// What verification found of the answer.
     pub report: Report,
 }
 

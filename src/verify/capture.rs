@@ -94,17 +94,17 @@ impl Capture {
 /// What was asked and sent of one choice, and what checking it found.
 #[derive(Clone, Debug)]
 pub struct CheckedChoice {
-    /// Its number.
+    /// Number of the choice, from 0.
     pub choice: u32,
     /// The rules that checked.
     pub profile: Profile,
     /// The proof that was asked for.
     pub scheme: Option<Scheme>,
-    /// What was asked.
+    /// The request that the choice answers.
     pub request: Request,
     /// What came, where it can be read.
     pub answer: Option<Answer>,
-    /// What was found.
+    /// What verification found of the answer.
     pub report: Report,
     /// How long it took.
     pub seconds: f64,

@@ -19,7 +19,7 @@ pub const LINE_BYTES_MAX: usize = 256 << 20;
 /// A line of a file, written as `file:line`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Place {
-    /// The file.
+    /// The file of captured answers.
     pub path: PathBuf,
     /// Number of the line, from 1 on.
     pub line: usize,
@@ -37,7 +37,7 @@ pub enum CapturesError {
     /// It cannot be opened.
     #[error("{} cannot be read: {source}", path.display())]
     Open {
-        /// The file.
+        /// The file of captured answers.
         path: PathBuf,
         /// What the system says.
         source: io::Error,
@@ -53,7 +53,7 @@ pub enum CapturesError {
     /// Nothing can be added to it.
     #[error("{} cannot be written: {source}", path.display())]
     Write {
-        /// The file.
+        /// The file that captures are added to.
         path: PathBuf,
         /// What the system says.
         source: io::Error,
@@ -88,10 +88,10 @@ impl CapturedStream<'_> {
     }
 }
 
-/// A line, and what was captured in it or why it is no captured answer.
+/// A line, and what was captured in it or why it is not a captured answer.
 #[derive(Clone, Debug)]
 pub struct CapturedLine {
-    /// Where it stands.
+    /// File and line.
     pub place: Place,
     /// What it holds.
     pub capture: Result<Capture, Rejection>,

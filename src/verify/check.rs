@@ -5,7 +5,7 @@ use super::prefill::{IsWanted, Prefix};
 use super::scrutiny::Scrutiny;
 use super::statistic::Statistic;
 use super::structure::End;
-use super::twin::{Look, Suspect};
+use super::twin::{Look, Recheck};
 use super::{Challenge, ChunkEvidence, Claim, Depth, Limits, Profile, Report, Stop, Verdict};
 use super::{logprobs, proof, rows, structure, targon};
 use crate::models::arithmetic::Arithmetic;
@@ -26,13 +26,13 @@ pub struct Verifier {
     pub model: Arc<Model>,
     /// What its proofs are bound to.
     pub identity: Arc<Identity>,
-    /// Compute threads.
+    /// The threads that compute.
     pub pool: Pool,
     /// What separates honest answers from others.
     pub limits: Limits,
     /// How closely answers are looked at that are suspicious, or drawn.
     pub scrutiny: Scrutiny,
-    /// Longest sequence.
+    /// Tokens of prompt and output together, at most.
     pub context_max: usize,
 }
 
@@ -117,7 +117,7 @@ impl<'a> Verification<'a> {
             reports.push(Report::bare(verdict));
             open.extend(work.map(|work| (place, work)));
         }
-        let mut suspects: Vec<(usize, Suspect)> = Vec::new();
+        let mut rechecks: Vec<(usize, Recheck)> = Vec::new();
         while let Some((first, _)) = open.first() {
             let prompt = &claims[*first].request.prompt;
             let arithmetic = self.arithmetic(&open[0].1);
@@ -137,9 +137,9 @@ impl<'a> Verification<'a> {
                 Ok(prefix) => {
                     let mut prefix = prefix.while_wanted(self.is_wanted).asking(asked);
                     for (place, work) in same {
-                        let (report, suspect) = self.check_one(&claims[place], work, &mut prefix);
+                        let (report, recheck) = self.check_one(&claims[place], work, &mut prefix);
                         reports[place] = report;
-                        suspects.extend(suspect.map(|suspect| (place, suspect)));
+                        rechecks.extend(recheck.map(|recheck| (place, recheck)));
                     }
                 }
                 Err(stop) => {
@@ -149,10 +149,10 @@ impl<'a> Verification<'a> {
                 }
             }
         }
-        if !suspects.is_empty() {
+        if !rechecks.is_empty() {
             let Verifier { model, pool, limits, scrutiny, .. } = self.verifier;
             let (names, is_wanted) = (scrutiny.names, self.is_wanted);
-            Look { model, pool, limits, names, is_wanted }.at(&suspects, &mut reports);
+            Look { model, pool, limits, names, is_wanted }.at(&rechecks, &mut reports);
         }
         reports
     }
@@ -197,17 +197,17 @@ impl<'a> Verification<'a> {
         claim: &Claim<'_>,
         work: Work,
         prefix: &mut Prefix<'_>,
-    ) -> (Report, Option<Suspect>) {
+    ) -> (Report, Option<Recheck>) {
         let Verifier { identity, limits, scrutiny, .. } = self.verifier;
         let mut report = Report::bare(Verdict::Pass);
         let mut hidden = Vec::new();
         if let Err(stop) = self.check_rows(claim, &work, prefix, (&mut report, &mut hidden)) {
             report.verdict = stop.into();
         }
-        let suspect = work.bound.as_ref().and_then(|bound| {
+        let recheck = work.bound.as_ref().and_then(|bound| {
             let is_wanted = scrutiny.wants(&report, bound.scheme, limits, self.chance);
             let rows = hidden.len();
-            is_wanted.then(|| Suspect {
+            is_wanted.then(|| Recheck {
                 scheme: bound.scheme,
                 prover: bound.prover(identity),
                 sketches: bound.sketches(&report.chunks, hidden.len()),
@@ -217,7 +217,7 @@ impl<'a> Verification<'a> {
                 output: work.output[..rows].to_vec(),
             })
         });
-        (report, suspect)
+        (report, recheck)
     }
 
     fn check_rows(
@@ -266,7 +266,7 @@ impl<'a> Verification<'a> {
     }
 
     /// Whether the first chunks of an answer leave open what it is: near a limit, on either side.
-    fn is_undecided(self, bound: &proof::BoundProof, found: &rows::Found) -> bool {
+    fn is_undecided(self, bound: &proof::BoundProof, found: &rows::RowFindings) -> bool {
         let limits = &self.verifier.limits;
         let (chunks, energies) = bound.compare(&found.proofs);
         if proof::check(&chunks, bound.scheme, limits).is_err() {
@@ -295,7 +295,7 @@ impl<'a> Verification<'a> {
     }
 }
 
-/// A row of ours that is no number is a fault of ours, whatever was proved of it.
+/// A row of ours with NaN is a fault of ours, whatever was proved of it.
 fn check_finite(dtype: Dtype, rows: &[Vec<u16>]) -> Result<(), Stop> {
     let is_broken = |row: &Vec<u16>| row.iter().any(|bits| !dtype.widen(*bits).is_finite());
     match rows.iter().position(is_broken) {

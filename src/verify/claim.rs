@@ -67,7 +67,7 @@ pub struct Claim<'a> {
     pub choice: u32,
     /// The proof that was asked for.
     pub proof: Option<Challenge>,
-    /// What came back.
+    /// The answer that was received.
     pub answer: &'a Answer,
     /// Whether a final end token may be missing from the answer: some stacks do not send it.
     pub end_is_implied: bool,
@@ -87,6 +87,6 @@ pub struct Challenge {
     pub scheme: Scheme,
     /// The verifier's own nonce; without one the prover chose it, and it binds nobody.
     pub nonce: Option<Hash>,
-    /// Who must have signed; anybody or nobody where absent.
+    /// Who must have signed; without one, any signature and none are both accepted.
     pub hotkey: Option<Hotkey>,
 }

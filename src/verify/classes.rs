@@ -16,7 +16,7 @@ use std::cmp::Ordering;
 /// How a class fits a miner.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ClassFit<'a> {
-    /// The class.
+    /// The limits file of the class.
     pub file: &'a LimitsFile,
     /// Number of the first answer, from 1 on, that breaks a limit of it, and which.
     pub broken: Option<(usize, String)>,

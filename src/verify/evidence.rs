@@ -175,7 +175,7 @@ impl Calibrated {
     }
 
     /// The same of rows, by the twin where it was run. Rows of one answer err together, so they
-    /// count as one. What is no number says nothing.
+    /// count as one. NaN changes nothing.
     fn rows(&self, answer: &Observed) -> f64 {
         let (weight, value) = match (answer.twin, answer.energies.as_slice()) {
             (Some(value), _) => (self.twin, value),
@@ -239,7 +239,7 @@ impl Observed {
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sums {
-    /// The sampler's margins.
+    /// Of the margins of draws.
     pub margin: f64,
     /// Energies of hidden rows.
     pub energy: f64,

@@ -14,7 +14,7 @@ pub(super) const FILE_BYTES_MAX: u64 = 4 << 20;
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{path}: {what}")]
 pub struct FileError {
-    /// The file.
+    /// The file that the fault is in.
     pub path: PathBuf,
     /// Key, rule and fact.
     pub what: String,

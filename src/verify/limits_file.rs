@@ -46,7 +46,7 @@ pub struct Measured {
     pub prompts: usize,
     /// Answers to these prompts.
     pub answers: usize,
-    /// Their tokens.
+    /// Tokens of all answers together.
     pub tokens: usize,
     /// Energies of chunks of `residue-v1`, where there were any.
     pub energy_u8: Option<ValueSpread>,
@@ -70,17 +70,17 @@ pub struct Measured {
     pub margin_max: f64,
 }
 
-/// How values lie.
+/// How values of honest answers are distributed.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValueSpread {
-    /// How many.
+    /// How many values there were.
     pub count: usize,
-    /// Arithmetic mean.
+    /// The arithmetic mean of the values.
     pub mean: f64,
     /// 99.9th percentile: the value that at most one in a thousand exceeds.
     pub p999: f64,
-    /// Largest.
+    /// The largest value.
     pub max: f64,
 }
 
@@ -212,13 +212,13 @@ pub fn read(path: &Path) -> Result<LimitsFile, FileError> {
 /// Refuses to write where another file lies than one of limits: it would be lost.
 ///
 /// # Errors
-/// What lies there, and why it is none.
+/// What lies there, and why it is not a limits file.
 pub fn check_place(path: &Path) -> Result<(), FileError> {
     if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
         return Ok(());
     }
     read(path).map(|_| ()).map_err(|e| {
-        let what = format!("is in the way, remove it: it is no limits file: {}", e.what);
+        let what = format!("is in the way, remove it: it is not a limits file: {}", e.what);
         FileError::new(path, what)
     })
 }
@@ -246,7 +246,7 @@ mod tests {
             std::fs::write(&path, other).unwrap();
             let error = check_place(&path).unwrap_err().to_string();
             assert!(error.starts_with(&path.display().to_string()), "{error}");
-            assert!(error.contains("it is no limits file"), "{error}");
+            assert!(error.contains("it is not a limits file"), "{error}");
         }
         assert!(check_place(dir.path()).is_err());
     }

@@ -94,7 +94,7 @@ fn bad(what: impl Into<String>) -> Rejection {
 pub struct Mirror<'a> {
     /// Tokenizer, template and grammars of the model.
     pub model: &'a Arc<Text>,
-    /// What was asked.
+    /// The request that was captured.
     pub question: &'a Question,
     /// Its choices; `None` where one cannot be read, and is rejected already.
     pub told: &'a [Option<Told>],

@@ -130,27 +130,14 @@ pub(super) fn prompt_rows(tokens: usize, depth: Depth, chance: u64) -> BTreeSet<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::config;
-    use serde_json::json;
-    use std::path::Path;
-
-    /// A model of this shape: layers, hidden, rows of the gate, heads of keys, vocabulary.
-    fn spec([layers, hidden, inter, kv_heads, vocab]: [usize; 5], head_dim: usize) -> Spec {
-        let json = json!({
-            "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
-            "num_hidden_layers": layers, "num_attention_heads": hidden / head_dim,
-            "num_key_value_heads": kv_heads, "intermediate_size": inter,
-            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-        });
-        config::parse(Path::new("config.json"), &json).unwrap()
-    }
+    use crate::models::config::samples::{LLAMA_8B, SMOLLM2_135M};
 
     #[test]
     fn a_fast_check_looks_at_as_many_rows_as_the_pass_pays_for() {
         // SmolLM2-135M: 106.2 million in its layers, 28.3 in its head.
-        let small = spec([30, 576, 1536, 3, 49_152], 64);
+        let small = SMOLLM2_135M.spec();
         // Llama 3.1 8B: 6.98 billion and 0.53.
-        let large = spec([32, 4096, 14_336, 8, 128_256], 128);
+        let large = LLAMA_8B.spec();
         let rows = FastRows::default();
         assert_eq!([1, 68, 296, 456].map(|n| rows.of(&small, n)), [32, 32, 138, 213]);
         assert_eq!([1, 68, 296].map(|n| rows.of(&large, n)), [32, 112, 491]);

@@ -11,7 +11,7 @@ use std::ops::Range;
 const STEP_ROWS: usize = 256;
 
 /// A check of the rows of an output.
-pub trait Rows {
+pub trait RowSink {
     /// What is asked of the rows that the tokens `indices` of the output were drawn from, one ask
     /// each; the first row is at `position`. Which row of the batch it is, is filled in later.
     ///
@@ -93,7 +93,7 @@ impl<'a> Prefix<'a> {
     ///
     /// # Errors
     /// What `rows` says, or a fault of the engine. Other outputs can be run all the same.
-    pub fn run(&mut self, output: &[u32], rows: &mut dyn Rows) -> Result<(), Stop> {
+    pub fn run(&mut self, output: &[u32], rows: &mut dyn RowSink) -> Result<(), Stop> {
         let (room, length) = (self.output_max, output.len());
         assert!(length <= room, "there is room for {room} tokens, got {length}");
         // The last token decides nothing: its row would predict what follows.
@@ -106,18 +106,23 @@ impl<'a> Prefix<'a> {
     ///
     /// # Errors
     /// As for [`run`](Self::run).
-    pub fn extend(&mut self, output: &[u32], done: usize, rows: &mut dyn Rows) -> Result<(), Stop> {
+    pub fn extend(
+        &mut self,
+        output: &[u32],
+        done: usize,
+        rows: &mut dyn RowSink,
+    ) -> Result<(), Stop> {
         assert!(self.is_run && done > 0 && output.len() <= self.output_max);
         let ids = [self.prompt, &output[..output.len().saturating_sub(1)]].concat();
         self.steps(self.prompt.len() - 1 + done, &ids, rows)
     }
 
-    fn steps(&mut self, from: usize, ids: &[u32], rows: &mut dyn Rows) -> Result<(), Stop> {
+    fn steps(&mut self, from: usize, ids: &[u32], rows: &mut dyn RowSink) -> Result<(), Stop> {
         steps(ids, from).try_for_each(|(start, ids)| self.step(start, ids, rows))
     }
 
     /// Runs `ids` at the positions from `start` on.
-    fn step(&mut self, start: usize, ids: &[u32], rows: &mut dyn Rows) -> Result<(), Stop> {
+    fn step(&mut self, start: usize, ids: &[u32], rows: &mut dyn RowSink) -> Result<(), Stop> {
         if !(self.is_wanted)() {
             return Err(Stop::Fault(UNWANTED.into()));
         }
@@ -188,7 +193,7 @@ pub(super) fn hidden_rows_while(
 
 struct HiddenRows(Vec<Vec<u16>>);
 
-impl Rows for HiddenRows {
+impl RowSink for HiddenRows {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let ask = |(_, position)| RowAsk { hidden: true, ..RowAsk::new(0, position) };
         Ok(indices.zip(position..).map(ask).collect())

@@ -208,7 +208,7 @@ fn compare(
 ) -> (ChunkEvidence, Vec<f64>) {
     let (energy, distance) = (None, None);
     let none = ChunkEvidence { index, rows: rows.len(), is_exact: false, energy, distance };
-    let profile = match bound.scheme {
+    let bits = match bound.scheme {
         Scheme::Residue => ResidueBits::U8,
         Scheme::ResidueU4 => ResidueBits::U4,
         Scheme::Toploc => {
@@ -222,7 +222,7 @@ fn compare(
     for (row, sketch) in rows.iter().zip(&theirs.sketches) {
         if let RowData::Residue { sketch: own, exact } = row {
             hashes.push(*exact);
-            energies.push(row_energy(profile, own, sketch));
+            energies.push(row_energy(bits, own, sketch));
         }
     }
     let is_exact = bound.arithmetic.is_some() && chunk_hash(&bound.root, &hashes) == theirs.exact;

@@ -21,7 +21,7 @@ pub enum QuestionError {
     /// It asks for no proof that is known.
     #[error("proof.scheme {0}")]
     Scheme(UnknownScheme),
-    /// The proof's nonce is no hash in hexadecimal.
+    /// The proof's nonce cannot be read as a hash in hexadecimal.
     #[error("proof.nonce {0}")]
     Nonce(HexError),
     /// Who was asked.
@@ -29,8 +29,8 @@ pub enum QuestionError {
     Hotkey(AddressError),
     /// A proof is bound to a limit that it does not name.
     #[error(
-        "`request` must name `max_tokens`: without it the limit is the context, which is another \
-         on every machine, and proofs are bound to it"
+        "`request` must name `max_tokens`: without it the limit is the context, which differs \
+         between machines, and proofs are bound to it"
     )]
     NoLimit,
     /// Its fields are not those of a body.
@@ -47,7 +47,7 @@ pub struct Question {
     pub understood: Understood,
     /// The model's name.
     pub model: String,
-    /// The API's seed.
+    /// The `seed` of the request.
     pub seed: Option<i64>,
     /// The proof that was asked for.
     pub proof: Option<Challenge>,

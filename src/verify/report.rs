@@ -4,10 +4,10 @@
 use super::verdict::Verdict;
 use crate::proof::{CHUNK_ROWS, toploc};
 
-/// What was found.
+/// What verification found of one answer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Report {
-    /// The outcome.
+    /// Whether the answer passes, and why not.
     pub verdict: Verdict,
     /// Rows whose logits were computed, ascending.
     pub rows: Vec<RowEvidence>,
@@ -33,7 +33,7 @@ pub struct Report {
 pub struct Named {
     /// Name of its recipe.
     pub name: &'static str,
-    /// How much of what it would change is found: about 1 for whoever does it, 0 for others.
+    /// How much of what it would change is found: about 1 where the cheat was done, 0 elsewhere.
     pub beta: f64,
 }
 
@@ -64,7 +64,7 @@ pub struct RowEvidence {
     pub rank: u32,
     /// Its log-probability in the request's mode.
     pub logprob: f64,
-    /// What was reported.
+    /// The log-probability that was reported for it.
     pub reported: Option<f64>,
     /// The best rank of a token that would end the output.
     pub end_rank: Option<u32>,
@@ -82,7 +82,7 @@ pub struct RowEvidence {
 /// What one chunk of a proof shows.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct ChunkEvidence {
-    /// Its number.
+    /// Number of the chunk in the proof, from 0.
     pub index: usize,
     /// How many rows it has: fewer than others where it is the last.
     pub rows: usize,

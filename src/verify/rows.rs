@@ -2,7 +2,7 @@
 //! log-probability, and the sampler's margin where its noise is known.
 
 use super::logprobs::Tops;
-use super::prefill::Rows;
+use super::prefill::RowSink;
 use super::proof::BoundProof;
 use super::{Claim, Limits, Reason, Rejection, RowEvidence, Stop, targon};
 use crate::engine::draw::Draw;
@@ -15,7 +15,7 @@ use std::ops::Range;
 
 /// What was found of the rows of one output.
 #[derive(Default)]
-pub struct Found {
+pub struct RowFindings {
     /// Of those that were scored.
     pub rows: Vec<RowEvidence>,
     /// What each row contributes to the proof.
@@ -34,7 +34,7 @@ pub struct RowChecker<'a> {
     prover: Option<RowProver>,
     draw: Draw,
     keeps_hidden: bool,
-    found: Found,
+    found: RowFindings,
 }
 
 impl<'a> RowChecker<'a> {
@@ -62,7 +62,7 @@ impl<'a> RowChecker<'a> {
             prover: bound.map(|(bound, identity)| bound.prover(identity)),
             draw: Draw::new(request, &model.text),
             keeps_hidden: false,
-            found: Found::default(),
+            found: RowFindings::default(),
         }
     }
 
@@ -72,12 +72,12 @@ impl<'a> RowChecker<'a> {
     }
 
     /// What was found so far.
-    pub fn found(&self) -> &Found {
+    pub fn found(&self) -> &RowFindings {
         &self.found
     }
 
-    /// What was found.
-    pub fn finish(self) -> Found {
+    /// What all rows gave.
+    pub fn finish(self) -> RowFindings {
         self.found
     }
 
@@ -98,7 +98,7 @@ impl<'a> RowChecker<'a> {
     }
 }
 
-impl Rows for RowChecker<'_> {
+impl RowSink for RowChecker<'_> {
     /// # Errors
     /// A rejection where the grammar forbids a token, a fault where it is too complex.
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {

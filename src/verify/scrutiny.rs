@@ -73,7 +73,7 @@ pub struct Scrutiny {
 /// What a caller asks for, before it is known where the weights are.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct WantedScrutiny {
-    /// When the twin is run; [`TwinPolicy::default`] where absent, if it can be run at all.
+    /// When the twin is run; `None` is [`TwinPolicy::default`], if it can be run at all.
     pub twin: Option<TwinPolicy>,
     /// As in [`Scrutiny`].
     pub stops_early: bool,

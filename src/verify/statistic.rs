@@ -80,7 +80,7 @@ impl Statistic {
         Some(Self { value: trimmed_mean(values)?, rows: values.len(), limit })
     }
 
-    /// Whether it is more than an honest answer is expected to have; what is no number is.
+    /// Whether it is more than an honest answer is expected to have; NaN is more.
     pub fn is_over(&self) -> bool {
         self.value.is_nan() || self.value > self.limit
     }

@@ -7,7 +7,7 @@ use crate::engine::transcript::Transcript;
 use crate::models::Model;
 use crate::models::text::Text;
 
-/// Log-probabilities above this are no rounding of zero.
+/// Log-probabilities above this cannot be zero that was rounded.
 pub(super) const LOGPROB_MAX: f64 = 1e-3;
 
 /// Whether the last token of an output ends it.
@@ -37,7 +37,10 @@ pub fn check(claim: &Claim<'_>, text: &Text, context_max: usize) -> Result<Walk,
     let count = answer.ids.len();
     let reject = |reason, what: String| Err(Stop::Rejected(Rejection::new(reason, what)));
     if count == 0 {
-        return reject(Reason::TooShort, "an answer has at least one token, this has none".into());
+        return reject(
+            Reason::TooShort,
+            "an answer has at least one token; this one has none".into(),
+        );
     }
     if count > request.max_tokens {
         let what = format!("at most {} tokens were asked for, got {count}", request.max_tokens);

@@ -34,7 +34,7 @@ const CERTAIN_PER: usize = 20;
 pub struct Ruling {
     /// The rule, by the reason that breaking it has.
     pub reason: Reason,
-    /// Rule and fact.
+    /// What the rule demands, and what the answer has.
     pub what: String,
     /// Where it is broken: at a row, or behind the last one by all of them.
     pub broken_at: Option<usize>,

@@ -36,23 +36,23 @@ const SQUARE_MIN: f64 = 1.0;
 /// A delta so near half of a residue's range may wrap to the other side, and says nothing.
 const DELTA_MAX: f64 = 0.375;
 
-/// An answer that is looked at again, with our own rows.
-pub(super) struct Suspect {
-    /// The proof's scheme.
+/// What a second look at an answer needs: its proof, and our own rows.
+pub(super) struct Recheck {
+    /// The scheme that the answer was proved by.
     pub(super) scheme: Scheme,
     /// The keys of its sketches.
     pub(super) prover: RowProver,
     /// Sketches of its rows, in order; none in chunks that are equal bit for bit.
     pub(super) sketches: Vec<Option<Sketch>>,
-    /// Our rows.
+    /// The final-norm rows that we computed, as bits.
     pub(super) rows: Vec<Vec<u16>>,
     /// The tokens that it answers to.
     pub(super) prompt: Vec<u32>,
-    /// Its own.
+    /// The tokens of the answer, as ids.
     pub(super) output: Vec<u32>,
 }
 
-impl Suspect {
+impl Recheck {
     /// Another computation of its rows beside ours.
     fn beside(&self, other: &[Vec<u16>], dtype: Dtype) -> Vec<Option<Apart>> {
         let Some((profile, keys, calibration)) = self.prover.residue() else { return Vec::new() };
@@ -75,7 +75,7 @@ impl Suspect {
     }
 
     /// Distance of each row in units of what rounding moves it by, after `share` of the way that
-    /// the twin went. Rows of which the twin is no number have none.
+    /// the twin went. Rows whose twin is NaN have none.
     fn scores(&self, twin: &[Option<Apart>], share: f64) -> Vec<f64> {
         let score = |(_, apart, sketch): (usize, &Apart, &Sketch)| {
             let squares = apart.residuals(sketch, share).map(|r| r * r);
@@ -117,63 +117,63 @@ pub(super) struct Look<'a> {
 struct Far<'a> {
     /// Its place among the reports.
     place: usize,
-    suspect: &'a Suspect,
+    recheck: &'a Recheck,
     twin: Vec<Option<Apart>>,
     /// Why a cheat that might be its name could not be tried.
     untried: Option<String>,
 }
 
 impl Look<'_> {
-    /// Puts what is found into the reports, each at the place of its suspect. What cannot be
+    /// Puts what is found into the reports, each at the place of its recheck. What cannot be
     /// computed of one says nothing about the others.
-    pub(super) fn at(&self, suspects: &[(usize, Suspect)], reports: &mut [Report]) {
+    pub(super) fn at(&self, rechecks: &[(usize, Recheck)], reports: &mut [Report]) {
         let mut far = Vec::new();
-        for (place, suspect) in suspects {
+        for (place, recheck) in rechecks {
             let report = &mut reports[*place];
-            match self.measure(suspect, report) {
-                Ok(twin) if self.names && self.is_far(suspect, report) => {
-                    far.push(Far { place: *place, suspect, twin, untried: None });
+            match self.measure(recheck, report) {
+                Ok(twin) if self.names && self.is_far(recheck, report) => {
+                    far.push(Far { place: *place, recheck, twin, untried: None });
                 }
                 Ok(_) => {}
-                Err(stop) => self.leave_open(report, suspect, stop),
+                Err(stop) => self.leave_open(report, recheck, stop),
             }
         }
         self.name(&mut far, reports);
     }
 
-    fn is_far(&self, suspect: &Suspect, report: &Report) -> bool {
-        self.limits.twin_statistic(suspect.scheme, report).is_some_and(|s| s.is_over())
+    fn is_far(&self, recheck: &Recheck, report: &Report) -> bool {
+        self.limits.twin_statistic(recheck.scheme, report).is_some_and(|s| s.is_over())
     }
 
     /// The second look failed: nothing is said of an answer that the first one found suspicious.
     /// One that was drawn by chance stays as it was.
-    fn leave_open(&self, report: &mut Report, suspect: &Suspect, stop: Stop) {
+    fn leave_open(&self, report: &mut Report, recheck: &Recheck, stop: Stop) {
         let why = match stop {
             Stop::Fault(why) => why,
             Stop::Rejected(rejection) => rejection.to_string(),
         };
         tracing::warn!("a suspicious answer cannot be computed again: {why}");
-        let is_over = self.limits.statistic(suspect.scheme, report).is_some_and(|s| s.is_over());
+        let is_over = self.limits.statistic(recheck.scheme, report).is_some_and(|s| s.is_over());
         if report.verdict == Verdict::Pass && is_over {
             let what = format!("it is suspicious, and cannot be computed again: {why}");
             report.verdict = Verdict::Unscored(what);
         }
     }
 
-    /// Another computation of a suspect's rows, beside ours.
+    /// Another computation of a recheck's rows, beside ours.
     fn rerun(
         &self,
         decoder: &Arc<Decoder>,
         departure: Departure,
-        suspect: &Suspect,
+        recheck: &Recheck,
     ) -> Result<Vec<Option<Apart>>, Stop> {
         let pass = |blocks| Model::departing(decoder, departure, (self.pool, blocks));
-        let rows = hidden_rows_while(self.is_wanted, pass, &suspect.prompt, &suspect.output)?;
-        Ok(suspect.beside(&rows, self.model.dtype))
+        let rows = hidden_rows_while(self.is_wanted, pass, &recheck.prompt, &recheck.output)?;
+        Ok(recheck.beside(&rows, self.model.dtype))
     }
 
     /// Runs the twin of one answer.
-    fn measure(&self, suspect: &Suspect, report: &mut Report) -> Result<Vec<Option<Apart>>, Stop> {
+    fn measure(&self, recheck: &Recheck, report: &mut Report) -> Result<Vec<Option<Apart>>, Stop> {
         let Self { model, limits, .. } = self;
         let own = model.weights.cpu().ok_or_else(|| {
             let device = model.weights.device();
@@ -181,9 +181,9 @@ impl Look<'_> {
         })?;
         let rounding = Rounding::Everywhere(model.dtype);
         let stepwise = Departure { rounding, ..Departure::default() };
-        let twin = self.rerun(own, stepwise, suspect)?;
-        report.twin = suspect.scores(&twin, limits.shrink);
-        report.twin_share = suspect.beta(&twin, &twin);
+        let twin = self.rerun(own, stepwise, recheck)?;
+        report.twin = recheck.scores(&twin, limits.shrink);
+        report.twin_share = recheck.beta(&twin, &twin);
         Ok(twin)
     }
 
@@ -198,12 +198,12 @@ impl Look<'_> {
                 true => self.model.coarse(recipe, self.pool).map_err(|e| e.to_string()),
                 false => Err(UNWANTED.to_owned()),
             };
-            for Far { place, suspect, twin, untried } in &mut *far {
+            for Far { place, recheck, twin, untried } in &mut *far {
                 let moved = decoder.as_ref().map_err(|why| Stop::Fault(why.clone()));
-                let moved = moved.and_then(|d| self.rerun(d, recipe.departure, suspect));
+                let moved = moved.and_then(|d| self.rerun(d, recipe.departure, recheck));
                 match moved {
                     Ok(moved) => {
-                        let beta = suspect.beta(twin, &moved);
+                        let beta = recheck.beta(twin, &moved);
                         let named = beta.map(|beta| Named { name: recipe.name, beta });
                         reports[*place].named.extend(named);
                     }
@@ -212,11 +212,11 @@ impl Look<'_> {
                 }
             }
         }
-        for Far { place, suspect, untried, .. } in far {
+        for Far { place, recheck, untried, .. } in far {
             let report = &mut reports[*place];
-            conclude(report, suspect.scheme, self.limits);
+            conclude(report, recheck.scheme, self.limits);
             if let Some(why) = untried.take() {
-                self.leave_open(report, suspect, Stop::Fault(why));
+                self.leave_open(report, recheck, Stop::Fault(why));
             }
         }
     }
@@ -230,7 +230,7 @@ fn conclude(report: &mut Report, scheme: Scheme, limits: &Limits) {
         return;
     };
     let Statistic { value, rows, limit } = statistic;
-    // What is no number says nothing.
+    // NaN says nothing.
     if report.verdict == Verdict::Pass && value > limit {
         let what = format!(
             "{rows} rows are {value:.2} times as far as rounding moves them, at most {limit:.2}: \
@@ -258,7 +258,7 @@ mod tests {
     }
 
     /// An answer of this engine with three rows.
-    fn suspect() -> Suspect {
+    fn recheck() -> Recheck {
         let rows: Vec<Vec<u16>> = (0..3).map(row).collect();
         let known: Vec<f32> = (0..200).flat_map(|place| widen(&row(place))).collect();
         let calibration = Arc::new(Calibration::from_rows(&known, CHANNELS, 0.02));
@@ -269,32 +269,32 @@ mod tests {
         };
         let sketches = rows.iter().enumerate().map(sketched).collect();
         let (prompt, output) = (vec![1], vec![2, 3, 4]);
-        Suspect { scheme: Scheme::Residue, prover, sketches, rows, prompt, output }
+        Recheck { scheme: Scheme::Residue, prover, sketches, rows, prompt, output }
     }
 
     #[test]
     fn a_twin_that_rounds_nothing_away_divides_by_no_zero() {
-        let suspect = suspect();
-        let twin = suspect.beside(&suspect.rows, Dtype::Bf16);
+        let recheck = recheck();
+        let twin = recheck.beside(&recheck.rows, Dtype::Bf16);
         assert!(twin.iter().all(|apart| apart.unwrap().square() == 0.0));
-        let scores = suspect.scores(&twin, 0.4);
+        let scores = recheck.scores(&twin, 0.4);
         // An honest residue drops half a step at most.
         assert!(scores.len() == 3 && scores.iter().all(|x| (0.0..=0.25).contains(x)), "{scores:?}");
-        assert_eq!(suspect.beta(&twin, &twin), None, "what moves nothing is no cheat's name");
+        assert_eq!(recheck.beta(&twin, &twin), None, "what moves nothing is no cheat's name");
         let far: Vec<Vec<u16>> = (7..10).map(row).collect();
-        let moved = suspect.beside(&far, Dtype::Bf16);
-        assert!(suspect.beta(&twin, &moved).unwrap().abs() < 0.1, "the control: it can be one");
+        let moved = recheck.beside(&far, Dtype::Bf16);
+        assert!(recheck.beta(&twin, &moved).unwrap().abs() < 0.1, "the control: it can be one");
     }
 
     #[test]
     fn rows_of_which_a_twin_overflows_count_for_nothing() {
-        let suspect = suspect();
-        let mut rows = suspect.rows.clone();
+        let recheck = recheck();
+        let mut rows = recheck.rows.clone();
         rows[1][5] = Dtype::Bf16.round(f32::INFINITY);
-        let twin = suspect.beside(&rows, Dtype::Bf16);
-        assert_eq!(suspect.scores(&twin, 0.4).len(), 2);
+        let twin = recheck.beside(&rows, Dtype::Bf16);
+        assert_eq!(recheck.scores(&twin, 0.4).len(), 2);
         rows.iter_mut().for_each(|row| row[0] = Dtype::Bf16.round(f32::NAN));
-        let twin = suspect.beside(&rows, Dtype::Bf16);
-        assert_eq!((suspect.scores(&twin, 0.4), suspect.beta(&twin, &twin)), (vec![], None));
+        let twin = recheck.beside(&rows, Dtype::Bf16);
+        assert_eq!((recheck.scores(&twin, 0.4), recheck.beta(&twin, &twin)), (vec![], None));
     }
 }

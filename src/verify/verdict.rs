@@ -84,9 +84,9 @@ pub(super) const WHAT_BYTES_MAX: usize = 500;
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}: {what}", reason.name())]
 pub struct Rejection {
-    /// Which rule.
+    /// The rule that is broken.
     pub reason: Reason,
-    /// Rule and fact.
+    /// What the rule demands, and what the answer has.
     pub what: String,
 }
 

@@ -32,12 +32,12 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::proof::commit::ChunkChain;
 use targon_engine::server::door::{Gate, Policy};
 use targon_engine::server::listen::serve_all;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::server::subnet;
 use targon_engine::verify::Stop;
-use targon_engine::verify::prefill::{Prefix, Rows};
+use targon_engine::verify::prefill::{Prefix, RowSink};
 use tokio::net::TcpListener;
 
 const NETUID: u16 = 4;
@@ -122,7 +122,7 @@ pub async fn run(setup: Setup, listening: impl FnOnce(&str)) -> Result<(), Strin
     let served = tokio::task::spawn_blocking(loading).await.map_err(|e| words(&e))??;
     let registry = Registry::default();
     registry.announce([setup.model.clone()]);
-    registry.set(&setup.model, None, State::Ready(Box::new(served)));
+    registry.set(&setup.model, None, ModelState::Ready(Box::new(served)));
     let (signer, clock) = (Arc::new(setup.signer), Clock::system());
     let policy = Policy { slots: OPTIONS.sequences_max, ..Policy::default() };
     let gate = Gate::new(signer.hotkey(), policy, clock.clone());
@@ -282,7 +282,7 @@ struct Told<'a> {
     chain: Option<ChunkChain>,
 }
 
-impl Rows for Told<'_> {
+impl RowSink for Told<'_> {
     fn ask(
         &mut self,
         indices: std::ops::Range<usize>,

@@ -11,18 +11,22 @@ use safetensors::tensor::{Dtype as StoredDtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use targon_engine::clock::Clock;
 use targon_engine::engine::output::FinishReason;
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
+use targon_engine::entropy::Entropy;
 use targon_engine::intake::proof::Prover;
+use targon_engine::intake::translate::Defaults;
+use targon_engine::intake::understand::Reader;
+use targon_engine::lifecycle::accounts::MemoryAccounts;
 use targon_engine::lifecycle::load::{Loading, Plans, Progress};
-use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::checkpoint::Checkpoint;
 use targon_engine::models::cpu::decoder::Decoder;
 use targon_engine::models::device::Device;
 use targon_engine::models::error::LoadError;
+use targon_engine::models::text::Text;
 use targon_engine::models::{Identity, Model};
 use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
@@ -32,6 +36,12 @@ use targon_engine::proof::codec::{Hash, from_hex};
 use targon_engine::server::registry::{Registry, Served};
 use targon_engine::verify::answer::Answer;
 use targon_engine::verify::{Verifier, prefill};
+
+/// Reads bodies as a server without flags does, with a context of 512 tokens.
+pub fn reader(text: &Arc<Text>) -> Reader<'_> {
+    static ENTROPY: LazyLock<Entropy> = LazyLock::new(|| Entropy::seeded(1));
+    Reader { model: text, context_max: 512, defaults: Defaults::default(), entropy: &ENTROPY }
+}
 
 /// Shows nothing of loading.
 pub struct Quiet;
@@ -49,7 +59,7 @@ pub fn loading(registry: &Registry) -> Loading {
         registry: registry.clone(),
         pool: Pool::new(2, Isa::best()).unwrap(),
         clock: Clock::system(),
-        rooms: Rooms::default(),
+        memory: MemoryAccounts::default(),
         shown: Arc::new(Quiet),
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use targon_engine::clock::Clock;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::intake::translate::Defaults;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use tower::ServiceExt;
@@ -25,9 +25,9 @@ pub fn site(options: Options) -> Site {
     let served = tiny_served(3, options);
     let registry = Registry::default();
     registry.announce(["tiny", "slow", "broken"].map(String::from));
-    let ready = State::Ready(Box::new(served.clone()));
+    let ready = ModelState::Ready(Box::new(served.clone()));
     registry.set("tiny", Some("abc".into()), ready);
-    registry.set("broken", None, State::Failed("no such file".into()));
+    registry.set("broken", None, ModelState::Failed("no such file".into()));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
     Site { engine: served.engine.clone(), served, app: router(state.clone()), state }
 }

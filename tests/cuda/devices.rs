@@ -10,7 +10,7 @@ use targon_engine::config::models_toml;
 use targon_engine::engine::request::Request;
 use targon_engine::lifecycle::load::{Loading, Plans, Progress, start_models};
 use targon_engine::models::device::Device;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 
 /// Three models on two cards, and one on a card that is too small.
 const MODELS: &str = r#"
@@ -102,7 +102,7 @@ fn models_are_planned_and_computed_on_their_own_cards() {
         assert!(taken > 0 && taken <= most, "cuda:{card}: {taken} of {most} planned");
     }
     let small = registry.entries().into_iter().find(|entry| entry.name == "d").unwrap();
-    let State::Failed(why) = small.state else { panic!("cuda:5 has room for nothing") };
+    let ModelState::Failed(why) = small.state else { panic!("cuda:5 has room for nothing") };
     assert!(why.contains("hold") || why.contains("short"), "{why}");
 
     // Each answers on its own card; the two that compute alike answer alike.

@@ -24,10 +24,10 @@ fn site((arithmetic, device): (Arithmetic, Device), path: &Path) -> Served {
     served(Arc::into_inner(model).unwrap(), options())
 }
 
-/// An answer of `prover`, checked by `judge`.
-async fn judged(prover: &Served, judge: &Verifier) -> Report {
+/// An answer of `prover`, checked by `verifier`.
+async fn checked(prover: &Served, verifier: &Verifier) -> Report {
     let body = json!({"prompt": "the rows of two canons", "temperature": 0.8, "max_tokens": 100});
-    let understood = question::understand(judge, &body).await.unwrap();
+    let understood = question::understand(verifier, &body).await.unwrap();
     let mut request = understood.requests.into_iter().next().unwrap();
     request.stop.ignore_eos = true;
     let (scheme, nonce) = (Scheme::Residue, nonce_of("tensor"));
@@ -47,7 +47,7 @@ async fn judged(prover: &Served, judge: &Verifier) -> Report {
         proof: Some(Challenge { scheme, nonce: Some(nonce), hotkey: None }),
         ..Claim::new(&request, &answer)
     };
-    judge.verify(Profile::Proof, 0).depth(Depth::Slow).answer(&claim)
+    verifier.verify(Profile::Proof, 0).depth(Depth::Slow).answer(&claim)
 }
 
 #[tokio::test]
@@ -56,7 +56,7 @@ async fn rows_are_compared_bit_for_bit_where_the_canon_fits() {
     let dir = tempfile::tempdir().unwrap();
     write_checkpoint(dir.path(), &tiny_config(), 8);
     let [card, older] = [Device::Cuda(1), Device::Cuda(6)];
-    for (prover, judge, fits) in [
+    for (prover, checker, fits) in [
         ((Tensor, card), (Tensor, card), true),
         // The verifier's own arithmetic does not matter, only what its device can compute.
         ((Tensor, card), (Portable, card), true),
@@ -65,10 +65,10 @@ async fn rows_are_compared_bit_for_bit_where_the_canon_fits() {
         ((Tensor, card), (Portable, Device::Cpu), false),
         ((Tensor, older), (Tensor, card), false),
     ] {
-        let place = format!("{prover:?} {judge:?}");
+        let place = format!("{prover:?} {checker:?}");
         let prover = site(prover, dir.path());
-        let judge = verifier(&site(judge, dir.path()));
-        let report = judged(&prover, &judge).await;
+        let verifier = verifier(&site(checker, dir.path()));
+        let report = checked(&prover, &verifier).await;
         assert_eq!(report.verdict, Verdict::Pass, "{place}");
         assert!(!report.chunks.is_empty());
         let canon = &*prover.identity.canon;
@@ -76,8 +76,8 @@ async fn rows_are_compared_bit_for_bit_where_the_canon_fits() {
         for chunk in &report.chunks {
             assert_eq!(chunk.is_exact, fits, "{place}: {chunk:?}");
         }
-        let limits = Limits { exact: true, ..judge.limits };
-        match judged(&prover, &Verifier { limits, ..judge }).await.verdict {
+        let limits = Limits { exact: true, ..verifier.limits };
+        match checked(&prover, &Verifier { limits, ..verifier }).await.verdict {
             Verdict::Pass => assert!(fits, "{place}"),
             Verdict::Reject(why) => assert!(!fits && why.what.contains(canon), "{place}: {why}"),
             Verdict::Unscored(why) => panic!("{place}: {why}"),

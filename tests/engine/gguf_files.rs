@@ -484,7 +484,7 @@ fn safetensors_headers_are_checked_against_the_file() {
         ("a header of 2^64 - 1", length(u64::MAX), whole),
         ("a header of 2^62", length(1 << 62), whole),
         ("a header to the end", length(good.len() as u64 - 8), "safetensors header: "),
-        ("too many elements", header(overflow, 16), "is no whole number of bytes"),
+        ("too many elements", header(overflow, 16), "does not fill whole bytes"),
         ("text", header("x", 0), "safetensors header: "),
         ("lists in lists", header(&"[".repeat(100_000), 0), "safetensors header: "),
         ("a longer file", with([&good[..], &[0]].concat()), "its tensors end at byte"),

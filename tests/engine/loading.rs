@@ -9,13 +9,13 @@ use targon_engine::clock::Clock;
 use targon_engine::config::models_toml::{self, ModelConfig};
 use targon_engine::engine::Engine;
 use targon_engine::engine::request::Request;
+use targon_engine::lifecycle::accounts::MemoryAccounts;
 use targon_engine::lifecycle::load::{Loading, locate, start_models};
-use targon_engine::lifecycle::rooms::Rooms;
 use targon_engine::models::Model;
 use targon_engine::models::device::Device;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{ModelState, Registry};
 
 /// Longer than any step takes here.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -67,8 +67,8 @@ async fn home() -> (tempfile::TempDir, u64) {
 
 fn loading(free: u64) -> Loading {
     // What is promised does not show in what is free.
-    let rooms = Rooms::measured_by(move |_| Ok(free));
-    Loading { rooms, ..common::loading(&Registry::default()) }
+    let memory = MemoryAccounts::measured_by(move |_| Ok(free));
+    Loading { memory, ..common::loading(&Registry::default()) }
 }
 
 async fn start(model: ModelConfig, loading: &Loading) -> bool {
@@ -82,12 +82,12 @@ async fn what_one_model_was_promised_is_not_planned_again() {
     let loading = loading(2 * needed - 1);
     assert!(start(model(home.path(), "a", 8), &loading).await);
     assert!(!start(model(home.path(), "b", 8), &loading).await);
-    let State::Failed(why) = loading.registry.entry("b").unwrap().state else { panic!() };
+    let ModelState::Failed(why) = loading.registry.entry("b").unwrap().state else { panic!() };
     assert!(why.contains("short"), "{why}");
     // Once it has left, there is room.
     loading.registry.remove("a");
     loading.registry.remove("b");
-    loading.rooms.leave("a");
+    loading.memory.leave("a");
     assert!(start(model(home.path(), "b", 8), &loading).await);
 }
 
@@ -95,13 +95,13 @@ async fn what_one_model_was_promised_is_not_planned_again() {
 async fn models_that_are_planned_at_once_do_not_get_the_same_memory() {
     let (home, needed) = home().await;
     let located = locate(model(home.path(), "a", 8), &Quiet).await.unwrap();
-    let rooms = Rooms::measured_by(move |_| Ok(4 * needed - 1));
+    let memory = MemoryAccounts::measured_by(move |_| Ok(4 * needed - 1));
     let (together, leases) = (std::sync::Barrier::new(8), parking_lot::Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 together.wait();
-                let planned = rooms.plan(&located);
+                let planned = memory.plan(&located);
                 leases.lock().extend(planned.map(|(_, lease)| lease));
             });
         }
@@ -117,12 +117,12 @@ async fn a_changed_model_waits_until_the_requests_of_the_old_one_have_ended() {
     // A request holds on to the model that it runs on.
     let request = loading.registry.route(Some("a"), None).ok().unwrap();
     loading.registry.remove("a");
-    loading.rooms.leave("a");
+    loading.memory.leave("a");
     let (changed, with) = (model(home.path(), "a", 9), loading.clone());
     let started = tokio::spawn(async move { start(changed, &with).await });
     tokio::time::sleep(Duration::from_secs(1)).await;
     let entry = loading.registry.entry("a").unwrap();
-    assert!(matches!(entry.state, State::Loading) && !started.is_finished());
+    assert!(matches!(entry.state, ModelState::Loading) && !started.is_finished());
     drop(request);
     assert!(tokio::time::timeout(PATIENCE, started).await.unwrap().unwrap());
 }

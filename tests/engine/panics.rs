@@ -12,7 +12,7 @@ use targon_engine::engine::{Engine, Options};
 use targon_engine::lifecycle::watch::last_engine_death;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 
 const OPTIONS: Options = Options {
     context_max: 128,
@@ -127,10 +127,10 @@ async fn the_last_death_is_noticed_though_another_model_was_loading() {
     let registry = Registry::default();
     registry.announce(["a", "b"].map(String::from));
     let ready = Served { engine: engine.clone(), ..tiny_served(3, OPTIONS) };
-    registry.set("a", None, State::Ready(Box::new(ready)));
+    registry.set("a", None, ModelState::Ready(Box::new(ready)));
     let death = tokio::spawn(last_engine_death(registry.clone()));
     let begun = Instant::now();
-    while !matches!(registry.entry("a").unwrap().state, State::Failed(_)) {
+    while !matches!(registry.entry("a").unwrap().state, ModelState::Failed(_)) {
         let _ = engine.submit(request(1));
         assert!(begun.elapsed() < patience);
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -138,6 +138,6 @@ async fn the_last_death_is_noticed_though_another_model_was_loading() {
     // Long enough for another look.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(!death.is_finished(), "b is still loading");
-    registry.set("b", None, State::Failed("no such file".into()));
+    registry.set("b", None, ModelState::Failed("no such file".into()));
     assert_eq!(tokio::time::timeout(patience, death).await.unwrap().unwrap(), "a");
 }

@@ -8,7 +8,7 @@ use targon_engine::engine::output::{Ended, Finish};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
 use targon_engine::lifecycle::load::start_models;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{ModelState, Registry};
 
 /// Requests that run at once, each with the same 224 tokens and eight of its own.
 const REQUESTS: usize = 64;
@@ -83,7 +83,7 @@ async fn start(home: &Path) -> (Registry, Engine) {
     registry.announce(["m".to_owned()]);
     let loading = common::loading(&registry);
     assert!(start_models(models(home), loading).await);
-    let State::Ready(served) = registry.entries().remove(0).state else { panic!("not ready") };
+    let ModelState::Ready(served) = registry.entries().remove(0).state else { panic!("not ready") };
     (registry, served.engine)
 }
 

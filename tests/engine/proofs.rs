@@ -26,7 +26,7 @@ use targon_engine::ops::pool::Pool;
 use targon_engine::proof::Scheme;
 use targon_engine::proof::codec::from_hex;
 use targon_engine::proof::commit::{Binding, ChunkProof, RowProver, chunks_of, end_message};
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use tower::ServiceExt;
@@ -132,7 +132,7 @@ fn site() -> (Router, Served) {
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
     let served = common::tiny_served(3, common::options());
-    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served.clone())));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
     (router(state.signed_by(std::sync::Arc::new(alice()))), served)
 }

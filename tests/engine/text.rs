@@ -8,16 +8,14 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::path::Path;
 use targon_engine::clock::Clock;
-use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::intake::understand::Reader;
 use targon_engine::models::Model;
 use targon_engine::models::chat::ChatTemplate;
 use targon_engine::models::tokenizer::{Detokenizer, TextTokenizer};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::codec::from_hex;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::Challenge;
@@ -181,7 +179,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
     let served = sentence_piece_model();
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served.clone())));
     let app = router(ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000)));
     let verifier = common::verifier(&served);
     let (the, grin) = (258, [0xf0, 0x9f, 0x98]);
@@ -219,12 +217,7 @@ async fn server_stream_echo_stop_strings_and_verifier_agree_on_the_first_blank()
             continue; // its text is that of prompt and output
         }
         let answer = Answer::of_response(&whole, 0).unwrap();
-        let reader = Reader {
-            model: &verifier.model.text,
-            context_max: 512,
-            defaults: Defaults::default(),
-            entropy: &Entropy::system(),
-        };
+        let reader = common::reader(&verifier.model.text);
         let read = reader.completion(&serde_json::from_value(body).unwrap()).await.unwrap();
         let asked = Challenge {
             scheme: "residue-v1".parse().unwrap(),

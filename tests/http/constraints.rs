@@ -8,10 +8,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 use targon_engine::clock::Clock;
 use targon_engine::engine::Engine;
-use targon_engine::entropy::Entropy;
 use targon_engine::intake::error::{FaultKind, RequestError};
-use targon_engine::intake::translate::Defaults;
-use targon_engine::intake::understand::Reader;
 use targon_engine::models::grammar::Grammar;
 use targon_engine::wire::openai::ChatRequest;
 
@@ -401,13 +398,8 @@ async fn read(engine: &Engine, extra: Value) -> Result<Option<Grammar>, RequestE
     let mut body = json!({"messages": [{"role": "user", "content": "hello"}]});
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     let request: ChatRequest = serde_json::from_value(body).unwrap();
-    let reader = Reader {
-        model: engine.text(),
-        context_max: 512,
-        defaults: Defaults::default(),
-        entropy: &Entropy::system(),
-    };
-    reader.chat(&request).await.map(|understood| understood.requests[0].grammar.clone())
+    let understood = common::reader(engine.text()).chat(&request).await;
+    understood.map(|understood| understood.requests[0].grammar.clone())
 }
 
 /// Whether a whole output may be this text; the tiny model's first ids are the bytes.

@@ -427,7 +427,7 @@ async fn captured(dir: &Path) -> String {
 }
 
 #[tokio::test]
-async fn the_program_calibrates_judges_and_remembers() {
+async fn the_program_calibrates_checks_and_remembers() {
     let dir = tempfile::tempdir().unwrap();
     let file = captured(dir.path()).await;
     let place = |name: &str| dir.path().join(name).display().to_string();
@@ -448,12 +448,12 @@ async fn the_program_calibrates_judges_and_remembers() {
     }
     let (code, _, err) = run(dir.path(), &["calibrate", "--pairs", &file]);
     assert!(code == 1 && err.contains("--limits") && err.contains("--classes"), "{err}");
-    let judge = |more: &[&str]| {
+    let check = |more: &[&str]| {
         let base: [&str; 8] =
             ["verify", &file, "--limits", &out, "--evidence", &store, "--html", &page];
         run(dir.path(), &[&base[..], more].concat())
     };
-    let (code, lines, err) = judge(&["--json"]);
+    let (code, lines, err) = check(&["--json"]);
     assert_eq!(code, 0, "{lines}{err}");
     let lines: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(lines.len(), 12);
@@ -469,7 +469,7 @@ async fn the_program_calibrates_judges_and_remembers() {
     });
     let text = std::fs::read_to_string(&file).unwrap();
     std::fs::write(&file, format!("{text}\n{hostile}\n")).unwrap();
-    let (code, shown, _) = judge(&["--explain"]);
+    let (code, shown, _) = check(&["--explain"]);
     assert!(code == 3 && shown.contains("evidence on tester after 24 answers"), "{shown}");
     let page = std::fs::read_to_string(&page).unwrap();
     assert!(page.contains("&lt;script&gt;") && !page.contains("<script"), "{page:.2000}");

@@ -23,7 +23,7 @@ use targon_engine::intake::translate::Defaults;
 use targon_engine::server::door::bodies::{GRACE, SHARE_MAX};
 use targon_engine::server::door::{Gate, Policy, STAKE_MIN, SignedOutcome};
 use targon_engine::server::listen::accept;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::settings::HttpLimits;
 use targon_engine::server::state::ServerState;
 use targon_engine::server::subnet::router;
@@ -72,8 +72,8 @@ fn miner_with(policy: Policy, options: Options) -> Miner {
 fn miner_over(served: Served, policy: Policy) -> Miner {
     let (engine, registry) = (served.engine.clone(), Registry::default());
     registry.announce(["tiny", "broken"].map(String::from));
-    registry.set("tiny", None, State::Ready(Box::new(served)));
-    registry.set("broken", None, State::Failed("no such file".into()));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served)));
+    registry.set("broken", None, ModelState::Failed("no such file".into()));
     let clock = Clock::manual(NOW);
     let gate = Gate::new(key(MINER).hotkey(), policy, clock.clone());
     gate.set_metagraph(Arc::new(members()));
@@ -510,7 +510,7 @@ async fn sdk_11_signatures_are_taken_beside_epistula() {
     let body = completion(json!({"max_tokens": 3})).to_string().into_bytes();
     let signed = |path: &'static str, nonce: u64| {
         let (sender, receiver) = (key(VALIDATOR).hotkey(), Some(key(MINER).hotkey()));
-        let envelope = btauth::Envelope { method: "POST", path, nonce, sender, receiver };
+        let envelope = btauth::RequestEnvelope { method: "POST", path, nonce, sender, receiver };
         let mut request = Signed {
             method: "POST",
             path: COMPLETION.into(),

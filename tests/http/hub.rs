@@ -153,7 +153,7 @@ async fn users_requests_are_verified_scored_and_reported() {
     // Something else than a bucket changes nothing.
     *told.bucket.lock() = "[]".into();
     let error = hub.pull(&residents, None, &subnet).await.unwrap_err().to_string();
-    assert!(error.contains("the answer is no bucket"), "{error}");
+    assert!(error.contains("the answer is not a valid bucket"), "{error}");
     assert_eq!(of(2), Some(vec![Organic::Rejected]));
 }
 

@@ -5,7 +5,7 @@
 
 use crate::common;
 use crate::common::site::{Site, chat, completion, site};
-use crate::verify::{answer, judge, understood};
+use crate::verify::{answer, check, understood};
 use serde_json::{Value, json};
 use std::path::Path;
 use targon_engine::models::Model;
@@ -29,7 +29,7 @@ async fn greedy(site: &Site, prompt: &[u32]) -> (Value, Answer) {
 }
 
 async fn ranks(verifier: &Verifier, body: &Value, answer: &Answer) -> Report {
-    judge(verifier, body, answer, Profile::Ranks, Depth::Slow).await
+    check(verifier, body, answer, Profile::Ranks, Depth::Slow).await
 }
 
 #[tokio::test]

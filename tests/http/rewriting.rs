@@ -120,10 +120,10 @@ async fn a_model_without_a_template_goes_on_with_a_text() {
 fn served_app(site: &Site) -> axum::Router {
     use targon_engine::clock::Clock;
     use targon_engine::intake::translate::Defaults;
-    use targon_engine::server::registry::{Registry, State};
+    use targon_engine::server::registry::{ModelState, Registry};
     use targon_engine::server::{router, state::ServerState};
     let registry = Registry::default();
     registry.announce([MODEL.to_owned()]);
-    registry.set(MODEL, None, State::Ready(Box::new(site.served.clone())));
+    registry.set(MODEL, None, ModelState::Ready(Box::new(site.served.clone())));
     router(ServerState::new(registry, Defaults::default(), Clock::system()))
 }

@@ -13,7 +13,7 @@ use targon_engine::clock::Clock;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::server::listen::serve_all;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{ModelState, Registry};
 use targon_engine::server::settings::{HttpLimits, Settings};
 use targon_engine::verifier::Service;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -37,7 +37,7 @@ fn desk(limits: HttpLimits) -> Desk {
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
     let served = site.served.clone();
-    registry.set("tiny", None, State::Ready(Box::new(served)));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served)));
     let pool = Pool::new(2, Isa::best()).unwrap();
     let settings = Settings { limits, ..Settings::default() };
     let service = Service::new(registry.clone(), &settings, Clock::system(), &pool);

@@ -14,7 +14,7 @@ use targon_engine::clock::Clock;
 use targon_engine::intake::translate::Defaults;
 use targon_engine::server::door::{Gate, Policy, STAKE_MIN, SignedOutcome};
 use targon_engine::server::listen::accept;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{ModelState, Registry};
 use targon_engine::server::settings::HttpLimits;
 use targon_engine::server::state::ServerState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -53,7 +53,7 @@ fn miner() -> (axum::Router, Gate) {
     let served = common::tiny_served(3, common::options());
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(served)));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served)));
     let rate = NonZeroU32::new(100_000).unwrap();
     let policy = Policy { rate, slots: 16, waiting_max: 64, ..Policy::default() };
     let gate = Gate::new(key(99).hotkey(), policy, Clock::system());

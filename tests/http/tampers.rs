@@ -10,7 +10,7 @@ use targon_engine::intake::translate::Defaults;
 use targon_engine::models::Model;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::server::registry::{Registry, State};
+use targon_engine::server::registry::{ModelState, Registry};
 use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::answer::Answer;
@@ -464,7 +464,7 @@ fn site_with_tools() -> Site {
     let served = common::served(model, common::options());
     let registry = Registry::default();
     registry.announce(["tiny".to_owned()]);
-    registry.set("tiny", None, State::Ready(Box::new(served.clone())));
+    registry.set("tiny", None, ModelState::Ready(Box::new(served.clone())));
     let state = ServerState::new(registry, Defaults::default(), Clock::manual(1_000_000));
     Site { engine: served.engine.clone(), served, app: router(state.clone()), state }
 }

@@ -1,6 +1,6 @@
 //! Suspicion, the twin and the names of cheats, from a captured answer to its report.
 
-use super::verify::{NONCE, answer, judge, understood};
+use super::verify::{NONCE, answer, check, understood};
 use crate::common::site::{chat, site};
 use crate::common::{self, verifier};
 use serde_json::{Value, json};
@@ -63,7 +63,7 @@ async fn proved_by(
 }
 
 async fn report(verifier: &Verifier, body: &Value, answer: &Answer) -> Report {
-    judge(verifier, body, answer, Profile::Proof, Depth::Fast).await
+    check(verifier, body, answer, Profile::Proof, Depth::Fast).await
 }
 
 #[tokio::test]
@@ -192,7 +192,7 @@ async fn a_cheat_that_cannot_be_tried_leaves_open_the_one_answer_that_may_have_i
 }
 
 #[tokio::test]
-async fn a_distance_that_is_no_number_accuses_nobody() {
+async fn a_distance_that_is_not_a_number_rejects_nobody() {
     let site = site(common::options());
     let base = verifier(&site.served);
     let body = proved(Scheme::Residue, 40);

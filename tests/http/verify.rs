@@ -10,9 +10,7 @@ use std::sync::Arc;
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::clock::Clock;
 use targon_engine::engine::request::Request;
-use targon_engine::entropy::Entropy;
 use targon_engine::intake::translate::Defaults;
-use targon_engine::intake::understand::Reader;
 use targon_engine::models::Identity;
 use targon_engine::models::pass::{RowAsk, RowReport};
 use targon_engine::ops::lanes::Isa;
@@ -24,7 +22,7 @@ use targon_engine::server::router;
 use targon_engine::server::state::ServerState;
 use targon_engine::verify::Challenge;
 use targon_engine::verify::answer::Answer;
-use targon_engine::verify::prefill::{Prefix, Rows};
+use targon_engine::verify::prefill::{Prefix, RowSink};
 use targon_engine::verify::{
     Claim, Depth, Limits, Profile, Reason, Report, Stop, Verdict, Verifier,
 };
@@ -32,12 +30,7 @@ use targon_engine::verify::{
 pub(super) const NONCE: &str = "2222222222222222222222222222222222222222222222222222222222222222";
 
 pub(super) async fn understood(verifier: &Verifier, body: &Value) -> Request {
-    let reader = Reader {
-        model: &verifier.model.text,
-        context_max: 512,
-        defaults: Defaults::default(),
-        entropy: &Entropy::system(),
-    };
+    let reader = common::reader(&verifier.model.text);
     let understood = match body.get("messages") {
         Some(_) => reader.chat(&serde_json::from_value(body.clone()).unwrap()).await,
         None => reader.completion(&serde_json::from_value(body.clone()).unwrap()).await,
@@ -50,7 +43,7 @@ fn asked(body: &Value) -> Option<Challenge> {
     Some(Challenge { scheme, nonce: Some(from_hex(NONCE).unwrap()), hotkey: None })
 }
 
-pub(super) async fn judge(
+pub(super) async fn check(
     verifier: &Verifier,
     body: &Value,
     answer: &Answer,
@@ -106,7 +99,7 @@ async fn honest_answers_pass_with_exact_rows_and_no_margin() {
         let streamed = Answer::of_stream(&frames, 0).unwrap();
         assert_eq!((&whole.ids, &whole.text), (&streamed.ids, &streamed.text));
         for (answer, depth) in [(&whole, Depth::Slow), (&streamed, Depth::Fast)] {
-            let report = judge(&verifier, &body, answer, Profile::Proof, depth).await;
+            let report = check(&verifier, &body, answer, Profile::Proof, depth).await;
             assert_eq!(report.verdict, Verdict::Pass, "{body}");
             assert!(report.chunks.iter().all(|c| c.is_exact));
             assert!(report.rows.iter().all(|r| r.margin == Some(0.0)), "{body}");
@@ -115,7 +108,7 @@ async fn honest_answers_pass_with_exact_rows_and_no_margin() {
                 assert!(row.reported.is_none() || row.reported == Some(row.logprob), "{row:?}");
             }
         }
-        let powv = judge(&verifier, &body, &streamed, Profile::Powv, Depth::Fast).await;
+        let powv = check(&verifier, &body, &streamed, Profile::Powv, Depth::Fast).await;
         assert_eq!(powv.verdict, Verdict::Pass);
     }
 }
@@ -172,7 +165,7 @@ async fn whatever_is_changed_is_rejected_for_the_right_reason() {
     for (name, change, reason) in cases {
         let mut changed = honest.clone();
         change(&mut changed);
-        let report = judge(&verifier, &body, &changed, Profile::Proof, Depth::Slow).await;
+        let report = check(&verifier, &body, &changed, Profile::Proof, Depth::Slow).await;
         let Verdict::Reject(rejection) = &report.verdict else { panic!("{name}: {report:?}") };
         assert_eq!(rejection.reason, reason, "{name}: {rejection}");
     }
@@ -205,7 +198,7 @@ async fn rows_of_another_canon_are_compared_by_energy_and_never_exactly() {
         );
         answer.end.as_mut().unwrap().canon = canon.into();
         let is_ours = canon == "canon-2";
-        let report = judge(&own, &body, &answer, Profile::Proof, Depth::Slow).await;
+        let report = check(&own, &body, &answer, Profile::Proof, Depth::Slow).await;
         assert_eq!(report.verdict, Verdict::Pass, "{canon}");
         assert_eq!(report.other_canon.as_deref(), (!is_ours).then_some(canon));
         for chunk in &report.chunks {
@@ -213,7 +206,7 @@ async fn rows_of_another_canon_are_compared_by_energy_and_never_exactly() {
             assert!(chunk.energy.is_none_or(|e| e == 0.0), "{chunk:?}");
         }
         let exact = Verifier { limits: Limits { exact: true, ..own.limits }, ..own.clone() };
-        let verdict = judge(&exact, &body, &answer, Profile::Proof, Depth::Slow).await.verdict;
+        let verdict = check(&exact, &body, &answer, Profile::Proof, Depth::Slow).await.verdict;
         match verdict {
             Verdict::Pass => assert!(is_ours),
             Verdict::Reject(r) => assert!(!is_ours && r.what.contains(canon), "{r}"),
@@ -250,7 +243,7 @@ async fn forged_rows_have_the_energy_of_noise() {
                 forge(i, &mut chunk.data);
             }
             rechain(&mut forged);
-            let report = judge(&verifier, &body, &forged, Profile::Proof, Depth::Fast).await;
+            let report = check(&verifier, &body, &forged, Profile::Proof, Depth::Fast).await;
             let Verdict::Reject(rejection) = &report.verdict else {
                 panic!("{scheme} {name}: {:?}", report.chunks)
             };
@@ -277,7 +270,7 @@ async fn true_rows_of_tokens_that_were_not_drawn_do_not_help() {
         let seed = body["seed"].as_i64();
         let asked = (&request, request.prompt.as_slice());
         common::spoof(&verifier, asked, seed, NONCE, &mut spoofed);
-        let report = judge(&verifier, &body, &spoofed, Profile::Proof, Depth::Fast).await;
+        let report = check(&verifier, &body, &spoofed, Profile::Proof, Depth::Fast).await;
         let Verdict::Reject(rejection) = &report.verdict else { panic!("{change}: {report:?}") };
         assert_eq!(rejection.reason, Reason::SamplerMargin, "{change}: {rejection}");
         assert!(report.chunks.iter().all(|c| c.is_exact), "the rows themselves are true");
@@ -300,7 +293,7 @@ async fn rows_of_another_model_or_prompt_are_seen_in_the_first_chunk() {
     {
         let mut forged = honest.clone();
         common::spoof(computed_by, (&request, prompt), body["seed"].as_i64(), NONCE, &mut forged);
-        let report = judge(&verifier, &body, &forged, Profile::Proof, Depth::Fast).await;
+        let report = check(&verifier, &body, &forged, Profile::Proof, Depth::Fast).await;
         let Verdict::Reject(rejection) = &report.verdict else { panic!("{name}: {report:?}") };
         assert_eq!(rejection.reason, Reason::SketchEnergy, "{name}: {rejection}");
         assert!(report.chunks[0].energy.unwrap() > Limits::default().energy_u8, "{name}");
@@ -320,7 +313,7 @@ async fn only_the_hotkeys_own_signature_over_this_end_counts() {
     let (_, honest) = answer(&signed, &body).await;
     let request = understood(&verifier, &body).await;
     let seed = body["seed"].as_i64();
-    let judge = |answer: &Answer, hotkey: Option<Hotkey>| {
+    let check = |answer: &Answer, hotkey: Option<Hotkey>| {
         let proof = asked(&body).map(|a| Challenge { hotkey, ..a });
         let end_is_implied = false;
         let claim = Claim { seed, proof, end_is_implied, ..Claim::new(&request, answer) };
@@ -330,22 +323,22 @@ async fn only_the_hotkeys_own_signature_over_this_end_counts() {
         Verdict::Reject(rejection) => rejection.reason,
         other => panic!("{other}"),
     };
-    assert_eq!(judge(&honest, None), Verdict::Pass);
-    assert_eq!(judge(&honest, Some(alice().hotkey())), Verdict::Pass);
+    assert_eq!(check(&honest, None), Verdict::Pass);
+    assert_eq!(check(&honest, Some(alice().hotkey())), Verdict::Pass);
     let bob = Keypair::from_seed(&[8; 32]).unwrap();
-    assert_eq!(reason(judge(&honest, Some(bob.hotkey()))), Reason::BadSignature);
+    assert_eq!(reason(check(&honest, Some(bob.hotkey()))), Reason::BadSignature);
     let resigned = |by: &Keypair, tag: u8| {
         let mut changed = honest.clone();
         let message = end_message(&honest.chunks.last().unwrap().digest, 70, tag);
         changed.end.as_mut().unwrap().signature = Some(to_hex(&by.sign(&message)));
         changed
     };
-    assert_eq!(judge(&resigned(&alice(), 4), None), Verdict::Pass, "4 stands for the limit");
-    assert_eq!(reason(judge(&resigned(&bob, 4), None)), Reason::BadSignature);
-    assert_eq!(reason(judge(&resigned(&alice(), 1), None)), Reason::BadSignature);
+    assert_eq!(check(&resigned(&alice(), 4), None), Verdict::Pass, "4 stands for the limit");
+    assert_eq!(reason(check(&resigned(&bob, 4), None)), Reason::BadSignature);
+    assert_eq!(reason(check(&resigned(&alice(), 1), None)), Reason::BadSignature);
     let mut missing = honest.clone();
     missing.end.as_mut().unwrap().signature = None;
-    assert_eq!(reason(judge(&missing, None)), Reason::BadSignature);
+    assert_eq!(reason(check(&missing, None)), Reason::BadSignature);
 }
 
 #[tokio::test]
@@ -373,7 +366,7 @@ async fn any_response_ends_in_a_rejection_not_a_panic() {
 }
 
 #[tokio::test]
-async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
+async fn choices_of_one_prompt_are_checked_together_as_they_are_one_by_one() {
     let site = site(common::options());
     let verifier = common::verifier(&site.served);
     let mut body = proved("residue-v1");
@@ -386,12 +379,7 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
     answers[1].text = Some("hello".into());
     answers[2].chunks[1].data.fill(0);
     rechain(&mut answers[2]);
-    let reader = Reader {
-        model: &verifier.model.text,
-        context_max: 512,
-        defaults: Defaults::default(),
-        entropy: &Entropy::system(),
-    };
+    let reader = common::reader(&verifier.model.text);
     let understood = reader.chat(&serde_json::from_value(body.clone()).unwrap()).await.unwrap();
     let (seed, proof) = (body["seed"].as_i64(), asked(&body));
     let claims: Vec<Claim<'_>> = (0..)
@@ -431,7 +419,7 @@ async fn choices_of_one_prompt_are_judged_together_as_they_are_one_by_one() {
 #[derive(Default)]
 struct Seen(Vec<(usize, Vec<u16>, Option<Vec<u32>>)>);
 
-impl Rows for Seen {
+impl RowSink for Seen {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         let ask = |(index, position): (usize, usize)| RowAsk {
             hidden: true,
@@ -451,7 +439,7 @@ impl Rows for Seen {
 /// Stops at the first row.
 struct Stopping(Stop);
 
-impl Rows for Stopping {
+impl RowSink for Stopping {
     fn ask(&mut self, indices: Range<usize>, position: usize) -> Result<Vec<RowAsk<'_>>, Stop> {
         Ok(indices.zip(position..).map(|(_, position)| RowAsk::new(0, position)).collect())
     }

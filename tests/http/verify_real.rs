@@ -13,7 +13,7 @@ use targon_engine::models::Model;
 use targon_engine::models::pass::LogprobMode;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
-use targon_engine::server::registry::{Registry, Served, State};
+use targon_engine::server::registry::{ModelState, Registry, Served};
 use targon_engine::server::settings::Settings;
 use targon_engine::verifier::Service;
 use targon_engine::verify::answer::Answer;
@@ -169,7 +169,7 @@ fn service() -> &'static Service {
         let registry = Registry::default();
         registry.announce(["smollm2".to_owned()]);
         let Entry { served, verifier } = entry();
-        registry.set("smollm2", None, State::Ready(Box::new(served.clone())));
+        registry.set("smollm2", None, ModelState::Ready(Box::new(served.clone())));
         Service::new(registry, &Settings::default(), Clock::system(), &verifier.pool)
     })
 }

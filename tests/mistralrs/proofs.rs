@@ -34,7 +34,7 @@ fn answer(head: &ProofHead, steps: &[Step], reason: &FinishReason) -> Answer {
 }
 
 /// What the native verifier finds of an answer, under the default limits.
-fn judged(asked: &Request, answer: &Answer) -> Report {
+fn checked(asked: &Request, answer: &Answer) -> Report {
     let proof = Some(Challenge { scheme: Scheme::Residue, nonce: Some(NONCE), hotkey: None });
     let claim = Claim { proof, ..Claim::new(asked, answer) };
     let verifier = common::verifier(&pair().native);
@@ -49,7 +49,7 @@ fn the_native_verifier_passes_honest_answers_of_mistralrs_under_the_default_limi
         asked.stop.ignore_eos = true;
         let (asked, answer) = proved(&pair().other, asked);
         assert_eq!(answer.end.as_ref().unwrap().canon, "mistralrs-0-8-1");
-        let report = judged(&asked, &answer);
+        let report = checked(&asked, &answer);
         assert_eq!(report.verdict, Verdict::Pass, "{question} at {temperature}");
         assert!(report.chunks.iter().all(|c| !c.is_exact), "rows of another canon");
         energies.extend(report.chunks.iter().filter_map(|c| c.energy));
@@ -60,7 +60,7 @@ fn the_native_verifier_passes_honest_answers_of_mistralrs_under_the_default_limi
     let largest = margins.iter().fold(0.0_f64, |m, x| m.max(*x));
     let mean = margins.iter().sum::<f64>() / rows as f64;
     println!(
-        "mistralrs judged by native: {count} chunks, energy median {:.1}, most {:.1} (limit {}); \
+        "mistralrs checked by native: {count} chunks, energy median {:.1}, most {:.1} (limit {}); \
          {rows} rows, margin mean {mean:.5}, most {largest:.4}",
         energies[count / 2],
         energies[count - 1],
@@ -89,7 +89,7 @@ fn rows_of_mistralrs_are_close_to_those_that_the_native_engine_proved() {
         energies.push(row_energy(ResidueBits::U8, &own.sketches[0], sketch));
     }
     let mean = energies.iter().sum::<f64>() / energies.len() as f64;
-    println!("native judged by rows of mistralrs: {} rows, energy {mean:.1}", energies.len());
+    println!("native checked by rows of mistralrs: {} rows, energy {mean:.1}", energies.len());
     assert!(mean > 0.0 && mean < Limits::default().energy_u8, "{mean}");
 }
 
@@ -100,13 +100,13 @@ fn an_answer_to_another_question_is_rejected() {
     let (asked, honest) = proved(&pair().other, asked);
     let mut moved = asked.clone();
     moved.prompt[5] += 1;
-    let report = judged(&moved, &honest);
+    let report = checked(&moved, &honest);
     let Verdict::Reject(rejection) = report.verdict else { panic!("{:?}", report.verdict) };
     assert_eq!(rejection.reason, Reason::BadPowv, "powv counts the prompt's tokens");
     // Rows of this request under the tokens of another.
     let mut swapped = honest.clone();
     swapped.ids.swap(3, 20);
-    let report = judged(&asked, &swapped);
+    let report = checked(&asked, &swapped);
     assert!(matches!(report.verdict, Verdict::Reject(_)), "{:?}", report.verdict);
 }
 
@@ -125,7 +125,7 @@ fn a_quantised_model_has_an_identity_of_its_own_and_is_never_taken_for_the_other
     let apart = (logprob(&served) - logprob(&pair().other)).abs();
     assert!(apart > 1e-6, "the weights were not quantised: {apart}");
     let (asked, honest) = proved(&served, asked);
-    let Verdict::Reject(rejection) = judged(&asked, &honest).verdict else { panic!("it passed") };
+    let Verdict::Reject(rejection) = checked(&asked, &honest).verdict else { panic!("it passed") };
     assert_eq!(rejection.reason, Reason::WrongRoot);
 }
 
@@ -139,9 +139,9 @@ fn four_bit_rows_under_the_name_of_the_model_are_rejected_by_their_energy() {
     let mut asked = request(QUESTIONS[4], 0.0, CHUNK_ROWS);
     asked.stop.ignore_eos = true;
     let (asked, lie) = proved(&served, asked);
-    let report = judged(&asked, &lie);
+    let report = checked(&asked, &lie);
     let energies: Vec<f64> = report.chunks.iter().filter_map(|c| c.energy).collect();
-    println!("4-bit rows judged by native: energies {energies:.0?}");
+    println!("4-bit rows checked by native: energies {energies:.0?}");
     let Verdict::Reject(rejection) = report.verdict else { panic!("{:?}", report.verdict) };
     assert_eq!(rejection.reason, Reason::SketchEnergy);
 }

@@ -268,7 +268,7 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let unscored = format!("{{\"request\": {request}, \"response\": {{\"choices\": [{choice}]}}}}");
     let rejected = format!("{{\"request\": {request}, \"response\": {{\"choices\": []}}}}");
     let file = dir.path().join("answers.jsonl");
-    let judge = |lines: &[&String]| {
+    let check = |lines: &[&String]| {
         let lines: Vec<&str> = lines.iter().map(|l| l.as_str()).collect();
         std::fs::write(&file, lines.join("\n")).unwrap();
         let file = file.display().to_string();
@@ -276,21 +276,21 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     };
     // A file without a line is no proof that all answers pass.
     for empty in ["", "\n  \n"] {
-        let (code, out, err) = judge(&[&empty.to_owned()]);
+        let (code, out, err) = check(&[&empty.to_owned()]);
         assert!(code == 1 && out.is_empty(), "{code} {out}{err}");
         assert!(err.contains("answers.jsonl holds no captured answer"), "{err}");
     }
-    let (code, out, err) = judge(&[&unscored]);
+    let (code, out, err) = check(&[&unscored]);
     assert!(code == 4 && out.contains("unscored: the request asked for no proof"), "{out}{err}");
-    let (code, out, _) = judge(&[&rejected]);
+    let (code, out, _) = check(&[&rejected]);
     assert!(code == 3 && out.contains("reject: BAD_STREAM"), "{out}");
-    assert_eq!(judge(&[&unscored, &rejected]).0, 3);
-    assert_eq!(judge(&[&rejected, &unscored]).0, 3);
+    assert_eq!(check(&[&unscored, &rejected]).0, 3);
+    assert_eq!(check(&[&rejected, &unscored]).0, 3);
     // A line that is none is refused, and so is one of a request that is none; the next is checked.
     let nested =
         format!("{{\"request\": {request}, \"chunks\": [{}{}]}}", "[".repeat(126), "]".repeat(126));
     for bad in ["{", "\u{1b}[2J", &nested] {
-        let (code, out, err) = judge(&[&bad.to_owned(), &unscored]);
+        let (code, out, err) = check(&[&bad.to_owned(), &unscored]);
         assert_eq!(code, 3, "{out}{err}");
         assert!(
             out.contains("answers.jsonl:1: reject: BAD_STREAM: this is not a captured"),
@@ -299,7 +299,7 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
         assert!(out.contains("answers.jsonl:2 choice 0: unscored"), "{out}");
     }
     let no_request = r#"{"request": {"max_tokens": "x", "prompt": "x"}, "chunks": []}"#.to_owned();
-    let (code, out, _) = judge(&[&no_request, &rejected]);
+    let (code, out, _) = check(&[&no_request, &rejected]);
     assert!(code == 3 && out.contains("answers.jsonl:1: unscored: "), "{out}");
     assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
     // What a peer says neither steers the terminal nor looks like a verdict of ours.
@@ -307,7 +307,7 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let steers = format!(
         "{{\"request\": {request}, \"chunks\": [{{\"error\": {{\"message\": {words}}}}}]}}"
     );
-    let (code, out, _) = judge(&[&steers]);
+    let (code, out, _) = check(&[&steers]);
     assert!(code == 3 && out.contains(r"\u001b[2J\u009b31m\u202e\nanswers"), "{out}");
     assert!(out.chars().all(|c| c == '\n' || (!c.is_control() && c != '\u{202e}')), "{out:?}");
     assert!(out.lines().all(|line| !line.starts_with("answers.jsonl:9")), "{out}");

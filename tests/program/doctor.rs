@@ -242,7 +242,7 @@ fn visit(home: &Path, address: &str, extra: &[&str]) -> (i32, Vec<Value>) {
 }
 
 #[test]
-fn a_miner_is_judged_as_validators_do() {
+fn a_miner_is_checked_as_validators_do() {
     let home = home();
     let (server, address) = tiny_server(home.path(), 1);
     let asked = ["--max-tokens", "24", "--temperature", "0"];

@@ -257,7 +257,7 @@ async fn starts_that_cannot_work_end_at_once_with_what_to_do() {
     let (code, err) = serve(&home, &node, &["--netuid", "77"]).ends();
     assert!(code == 1 && err.contains("the chain has no subnet 77"), "{err}");
     let (code, err) = serve(&home, &node, &["--model-endpoint", "http://x"]).ends();
-    assert!(code == 1 && err.contains("is no proxy"), "{err}");
+    assert!(code == 1 && err.contains("is not a proxy"), "{err}");
     let (code, err) = serve(&home, &node, &["--walet.name", "x"]).ends();
     assert!(code == 1 && err.contains("--wallet.name"), "{err}");
     let key = home.path().join(".bittensor/wallets/w/hotkeys/miner");

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use targon_engine::store::Store;
-use targon_engine::store::record::{Outcome, Response, Round, Sampled, Timing};
+use targon_engine::store::record::{MinerResponse, Outcome, Round, Sampled, Timing};
 
 /// The database of the child that writes until it is killed, and its number.
 const CHILD: &str = "TARGON_TEST_STORE_CHILD";
@@ -17,7 +17,7 @@ const MINERS: u16 = 8;
 const CAPTURE_BYTES: usize = 20_000;
 
 fn round(child: u64, number: u64) -> Round {
-    let response = |uid| Response {
+    let response = |uid| MinerResponse {
         uid,
         hotkey: format!("hotkey {uid}"),
         coldkey: "coldkey".into(),

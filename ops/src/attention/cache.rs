@@ -14,7 +14,7 @@ use std::ops::Range;
 
 /// Positions in a KV block.
 pub const BLOCK_TOKENS: usize = 32;
-/// Largest head dimension.
+/// Elements of the largest head that attention computes.
 pub const HEAD_DIM_MAX: usize = 256;
 /// 16-bit values of one pair of the head dimension over the positions of a block.
 pub(super) const KEY_STRIDE: usize = 2 * BLOCK_TOKENS;

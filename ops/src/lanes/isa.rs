@@ -85,7 +85,7 @@ impl fmt::Display for Set {
     }
 }
 
-/// A name that is no instruction set of this CPU.
+/// A name that does not name an instruction set of this CPU.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum IsaError {
     /// This CPU lacks it.

@@ -1,7 +1,7 @@
 //! Makes the answers of every attack in the list, on the same questions.
 
 use super::catalogue::{Attack, Cheat};
-use super::lockstep::{self, Job, Way};
+use super::lockstep::{self, AnswerJob, Way};
 use super::tamper::{Tamper, int8_head};
 use super::trial::{AttackRequest, AttackedAnswer, Rows, Subject, start};
 use crate::bench::stats::choice;
@@ -124,8 +124,8 @@ impl<'a> AnswerMaker<'a> {
         way: Way<'_>,
         change: impl Fn(&[u32]) -> Vec<u32>,
     ) -> anyhow::Result<Proved> {
-        let job = |ask: &'a AttackRequest| Job { ask, prompt: change(&ask.request.prompt) };
-        let jobs: Vec<Job<'_>> = self.asks.iter().map(job).collect();
+        let job = |ask: &'a AttackRequest| AnswerJob { ask, prompt: change(&ask.request.prompt) };
+        let jobs: Vec<AnswerJob<'_>> = self.asks.iter().map(job).collect();
         let (trials, rows) = lockstep::run(self.subject, way, &jobs)?;
         Ok(self.proved(schemes, &trials, &rows))
     }

@@ -30,8 +30,8 @@ pub(super) struct Way<'a> {
 }
 
 /// One answer to be made.
-pub(super) struct Job<'a> {
-    /// What was asked.
+pub(super) struct AnswerJob<'a> {
+    /// The request, as the attacker received it.
     pub(super) ask: &'a AttackRequest,
     /// What is answered.
     pub(super) prompt: Vec<u32>,
@@ -48,7 +48,7 @@ struct Drawn {
 pub(super) fn run(
     subject: &Subject,
     way: Way<'_>,
-    jobs: &[Job<'_>],
+    jobs: &[AnswerJob<'_>],
 ) -> anyhow::Result<(Vec<AttackedAnswer>, Vec<Rows>)> {
     let mut all = (Vec::new(), Vec::new());
     for batch in jobs.chunks(BATCH) {
@@ -62,7 +62,7 @@ pub(super) fn run(
     Ok(all)
 }
 
-fn decode(subject: &Subject, way: Way<'_>, jobs: &[Job<'_>]) -> anyhow::Result<Vec<Drawn>> {
+fn decode(subject: &Subject, way: Way<'_>, jobs: &[AnswerJob<'_>]) -> anyhow::Result<Vec<Drawn>> {
     let lengths = jobs.iter().map(|j| j.prompt.len() + j.ask.request.max_tokens);
     let length = lengths.max().unwrap_or(0);
     let blocks = blocks_of(length); // of one sequence
@@ -138,8 +138,8 @@ fn token(report: &RowReport) -> u32 {
 }
 
 /// The sequences that are not done, each with its token at `position`.
-fn fed(jobs: &[Job<'_>], drawn: &[Drawn], position: usize) -> Vec<(usize, u32)> {
-    let token = |(sequence, job): (usize, &Job<'_>)| {
+fn fed(jobs: &[AnswerJob<'_>], drawn: &[Drawn], position: usize) -> Vec<(usize, u32)> {
+    let token = |(sequence, job): (usize, &AnswerJob<'_>)| {
         let ids = &drawn[sequence].answer.ids;
         if ids.len() == job.ask.request.max_tokens {
             return None;
@@ -153,7 +153,7 @@ fn fed(jobs: &[Job<'_>], drawn: &[Drawn], position: usize) -> Vec<(usize, u32)> 
     jobs.iter().enumerate().filter_map(token).collect()
 }
 
-impl Job<'_> {
+impl AnswerJob<'_> {
     /// What is asked of row `row`, after which a token is drawn: as if the prompt were the one that
     /// was asked.
     fn ask_row(&self, row: usize, position: usize) -> RowAsk<'_> {

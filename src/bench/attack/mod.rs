@@ -54,7 +54,7 @@ pub struct AttackSetup {
     pub prompts: usize,
     /// Honest answers, to the prompts after those.
     pub honest: usize,
-    /// Tokens of every answer; 128 of honest ones and 256 of others where absent.
+    /// Tokens of every answer. Default: 128 of honest ones and 256 of others.
     pub tokens: Option<usize>,
     /// Only attacks whose name holds this.
     pub only: Option<String>,

@@ -177,7 +177,7 @@ mod tests {
     fn a_random_place_takes_no_token_for_being_drawn() {
         let (request, answer) = (sampled(40, 0.5), Answer::default());
         let claim = claimed(&request, &answer);
-        let judged = |rank: u32, is_drawn: bool, chance: u64| {
+        let checked = |rank: u32, is_drawn: bool, chance: u64| {
             let mut rows: Vec<RowEvidence> = (0..40).map(|_| row(1)).collect();
             (rows[20].rank, rows[20].is_drawn) = (rank, Some(is_drawn));
             match targon::check(&claim, &rows, &Limits::default(), chance) {
@@ -186,14 +186,14 @@ mod tests {
                 Err(Stop::Fault(why)) => panic!("{why}"),
             }
         };
-        let rejected = (0..1000).filter(|chance| judged(9, true, *chance).is_some()).count();
+        let rejected = (0..1000).filter(|chance| checked(9, true, *chance).is_some()).count();
         // Three of the 38 places between the first and the last token.
         assert!((50..110).contains(&rejected), "{rejected} of 1000");
         for chance in 0..1000 {
-            let found = judged(9, true, chance);
-            assert_eq!(found, judged(9, false, chance), "whether it was drawn changes nothing");
+            let found = checked(9, true, chance);
+            assert_eq!(found, checked(9, false, chance), "whether it was drawn changes nothing");
             assert!(found.is_none_or(|name| name == "LOGPROB_RANDOM"), "{found:?}");
-            assert_eq!(judged(8, false, chance), None, "the control: among 10 T + 3");
+            assert_eq!(checked(8, false, chance), None, "the control: among 10 T + 3");
         }
     }
 
@@ -220,7 +220,7 @@ mod tests {
         let (low, rejected) = ("UNLIKELY_TOKEN", Some("UNLIKELY_TOKEN"));
         let differences: [(&str, Difference); 8] = [
             ("the last three tokens count", (with(38, 75, 40), 0.73, None, rejected)),
-            ("three tokens are judged", (with(0, 75, 3), 0.8, None, rejected)),
+            ("three tokens are checked", (with(0, 75, 3), 0.8, None, rejected)),
             ("rare ranks are counted by length", (spread(25, 30, 160), 0.8, Some(low), None)),
             ("ranks that are not known are not the first", {
                 (ranks(&[20; 40]), 0.8, None, Some("UNLIKELY_TOKENS"))

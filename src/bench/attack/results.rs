@@ -12,7 +12,7 @@ use std::fmt;
 /// Chunks of the longest answers that are looked at one by one.
 pub const CHUNKS: usize = 8;
 
-/// Everything.
+/// What a run of the attacks measured, as it is written to `attack.json`.
 #[derive(Clone, Serialize, Debug)]
 pub struct Results {
     /// Name of the model under attack.
@@ -27,7 +27,7 @@ pub struct Results {
     pub lines: Vec<Line>,
     /// Evidence that grows with tokens.
     pub tokens: Vec<Tokens>,
-    /// What was demanded.
+    /// Each goal, and what was measured for it.
     pub goals: Vec<GoalOutcome>,
 }
 
@@ -48,7 +48,7 @@ pub enum Detector {
 /// How one kind of answers fared under one way to check.
 #[derive(Clone, Serialize, Debug)]
 pub struct Line {
-    /// The attack; `honest` is none.
+    /// The attack's name; `honest` stands for no attack.
     pub name: String,
     /// What should show it.
     pub detector: Detector,
@@ -80,7 +80,7 @@ pub struct Line {
 /// How many tokens one attack on the sampler survives.
 #[derive(Clone, Serialize, Debug)]
 pub struct Tokens {
-    /// The attack.
+    /// The name of the attack in the list of attacks.
     pub name: String,
     /// Tokens that are not the ones that the verifier draws.
     pub mismatch: Rate,
@@ -100,7 +100,7 @@ pub struct Tokens {
 /// A goal and what became of it.
 #[derive(Clone, Serialize, Debug)]
 pub struct GoalOutcome {
-    /// What was demanded.
+    /// What had to be reached, in words.
     pub goal: String,
     /// What was measured.
     pub measured: String,

@@ -1,8 +1,8 @@
 //! Compares the kernels of attention: the portable ones with the CPU's bits, those of tensor cores
 //! with each other, and both with a softmax in f64.
 
-use super::lab::{Lab, same};
-use crate::models::cuda::launch::{Memory, Pointer, Shape, Tile, args};
+use super::runner::{KernelRunner, same};
+use crate::models::cuda::launch::{AttentionShape, Memory, Pointer, QueryTile, args};
 use crate::ops::attention::{Attention, BLOCK_TOKENS, KvCache, KvDims, PARTITION_TOKENS, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
 use anyhow::{Context, ensure};
@@ -18,8 +18,8 @@ fn error_max(dtype: Dtype) -> f64 {
 
 /// One sequence: `rows` queries at the end of its context.
 struct Case<'a> {
-    lab: &'a Lab<'a>,
-    shape: Shape,
+    runner: &'a KernelRunner<'a>,
+    shape: AttentionShape,
     start: usize,
     rows: usize,
     qkv: Vec<f32>, // (positions, heads + 2 * kv_heads, head_dim), rounded
@@ -31,7 +31,7 @@ struct Case<'a> {
 
 /// All of them on a sequence of `start + rows` positions; results by kernel.
 pub(super) fn compare(
-    lab: &Lab<'_>,
+    runner: &KernelRunner<'_>,
     (start, rows): (usize, usize),
 ) -> anyhow::Result<Vec<(&'static str, usize)>> {
     let (mut portable, mut tensor) = (0, 0);
@@ -39,8 +39,8 @@ pub(super) fn compare(
         [(8, 2, 64, 0, 0.0), (4, 4, 80, 0, 20.0), (4, 2, 128, 40, 0.0)]
     {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = Shape { heads, kv_heads, head_dim, window, scale, cap };
-        let case = Case::new(lab, shape, start, rows)?;
+        let shape = AttentionShape { heads, kv_heads, head_dim, window, scale, cap };
+        let case = Case::new(runner, shape, start, rows)?;
         let (by_cpu, exact) = (case.on_the_cpu()?, case.exact());
         case.near("the CPU's attention", &by_cpu, &exact)?;
         for size in [1, 4, 8] {
@@ -60,26 +60,31 @@ pub(super) fn compare(
 }
 
 impl<'a> Case<'a> {
-    fn new(lab: &'a Lab<'a>, shape: Shape, start: usize, rows: usize) -> anyhow::Result<Self> {
+    fn new(
+        runner: &'a KernelRunner<'a>,
+        shape: AttentionShape,
+        start: usize,
+        rows: usize,
+    ) -> anyhow::Result<Self> {
         let [heads, kv_heads, head_dim] =
             [shape.heads, shape.kv_heads, shape.head_dim].map(|n| n as usize);
         let (all, positions) = (heads + 2 * kv_heads, start + rows);
         let noise: Vec<f32> =
-            lab.noise(positions * all * head_dim).iter().map(|x| 3.0 * x).collect();
-        let qkv = lab.widened(&lab.rounded(&noise));
+            runner.noise(positions * all * head_dim).iter().map(|x| 3.0 * x).collect();
+        let qkv = runner.widened(&runner.rounded(&noise));
         let blocks = positions.div_ceil(BLOCK_TOKENS);
         // Blocks lie in descending order.
         let table: Vec<u32> = (0..blocks as u32).rev().collect();
         let slot = |p: usize| table[p / BLOCK_TOKENS] * 32 + (p % BLOCK_TOKENS) as u32;
         let slots: Vec<u32> = (0..positions).map(slot).collect();
         let len = blocks * kv_heads * head_dim.next_multiple_of(32) * BLOCK_TOKENS;
-        let empty = || lab.put(&vec![0_u16; len]);
+        let empty = || runner.put(&vec![0_u16; len]);
         let (keys, values) = (empty()?, [empty()?, empty()?]);
-        let queries = lab.put(&vec![0_u16; positions * heads * head_dim])?;
+        let queries = runner.put(&vec![0_u16; positions * heads * head_dim])?;
         // No rotation: angles of zero.
         let angles = positions * head_dim / 2;
-        let (cos, sin) = (lab.put(&vec![1.0_f32; angles])?, lab.put(&vec![0.0_f32; angles])?);
-        let (x, places) = (lab.put(&qkv)?, lab.put(&slots)?);
+        let (cos, sin) = (runner.put(&vec![1.0_f32; angles])?, runner.put(&vec![0.0_f32; angles])?);
+        let (x, places) = (runner.put(&qkv)?, runner.put(&slots)?);
         let none = Pointer::NULL;
         for (packs_values, values) in values.iter().enumerate() {
             let args = args![
@@ -97,13 +102,13 @@ impl<'a> Case<'a> {
                 shape.kv_heads,
                 shape.head_dim,
                 0.0_f32,
-                lab.is_f16(),
+                runner.is_f16(),
                 packs_values as i32,
             ];
-            lab.launch("qkv_finish", [positions, all, 1], (128, 0), args)?;
+            runner.launch("qkv_finish", [positions, all, 1], (128, 0), args)?;
         }
-        let tables = lab.put(&table)?;
-        Ok(Self { lab, shape, start, rows, qkv, queries, keys, values, tables })
+        let tables = runner.put(&table)?;
+        Ok(Self { runner, shape, start, rows, qkv, queries, keys, values, tables })
     }
 
     fn dims(&self) -> [usize; 3] {
@@ -113,11 +118,11 @@ impl<'a> Case<'a> {
     /// The last rows by the CPU's attention.
     fn on_the_cpu(&self) -> anyhow::Result<Vec<f32>> {
         let ([heads, kv_heads, head_dim], positions) = (self.dims(), self.start + self.rows);
-        let (row_len, dtype) = ((heads + 2 * kv_heads) * head_dim, self.lab.dtype);
+        let (row_len, dtype) = ((heads + 2 * kv_heads) * head_dim, self.runner.dtype);
         let blocks = positions.div_ceil(BLOCK_TOKENS);
         let dims = KvDims { layers: 1, kv_heads, head_dim };
         let mut cache = KvCache::new(dims, dtype, blocks).context("the CPU's cache")?;
-        let turn = self.lab.pool.turn();
+        let turn = self.runner.pool.turn();
         let segment = |rows: usize, start: usize| Segment {
             rows: 0..rows,
             start,
@@ -135,7 +140,7 @@ impl<'a> Case<'a> {
         let last = (&self.qkv[self.start * row_len..], row_len);
         let segments = [segment(self.rows, self.start)];
         cache.attend(&turn, 0, attention, &segments, last, &mut out);
-        Ok((0..self.rows).flat_map(|row| self.lab.widened(out.bits(row))).collect())
+        Ok((0..self.rows).flat_map(|row| self.runner.widened(out.bits(row))).collect())
     }
 
     /// The last rows in f64, each with the mean magnitude of its values.
@@ -179,7 +184,7 @@ impl<'a> Case<'a> {
         for (at, (got, [exact, size])) in got.iter().zip(exact).enumerate() {
             let error = (f64::from(*got) - exact).abs() / size;
             ensure!(
-                error < error_max(self.lab.dtype),
+                error < error_max(self.runner.dtype),
                 "{name}: element {at} is {got:e}, and {exact:e} in f64"
             );
         }
@@ -193,10 +198,10 @@ impl<'a> Case<'a> {
         is_split: bool,
         is_tensor: bool,
     ) -> anyhow::Result<(Vec<f32>, &'static str)> {
-        let ([heads, kv_heads, head_dim], lab) = (self.dims(), self.lab);
+        let ([heads, kv_heads, head_dim], runner) = (self.dims(), self.runner);
         let partitions = (self.start + self.rows).div_ceil(PARTITION_TOKENS);
         let queries = self.rows * heads / kv_heads;
-        let tile = |first: usize| Tile {
+        let tile = |first: usize| QueryTile {
             row_zero: self.start as i32,
             start: self.start as i32,
             first_query: first as i32,
@@ -204,12 +209,12 @@ impl<'a> Case<'a> {
             table: 0,
             unused: 0,
         };
-        let tiles: Vec<Tile> = (0..queries).step_by(size).map(tile).collect();
-        let on_card = lab.put(&tiles)?;
+        let tiles: Vec<QueryTile> = (0..queries).step_by(size).map(tile).collect();
+        let on_card = runner.put(&tiles)?;
         let all = self.start + self.rows;
-        let out = lab.put(&vec![0_u16; all * heads * head_dim])?;
-        let parts = lab.put(&vec![0.0_f32; all * heads * partitions * (head_dim + 2)])?;
-        let (name, threads, shared) = variant(lab, size, head_dim, is_tensor);
+        let out = runner.put(&vec![0_u16; all * heads * head_dim])?;
+        let parts = runner.put(&vec![0.0_f32; all * heads * partitions * (head_dim + 2)])?;
+        let (name, threads, shared) = variant(runner, size, head_dim, is_tensor);
         let (depth, values) = (if is_split { partitions } else { 1 }, usize::from(is_tensor));
         let args = args![
             &self.queries,
@@ -223,23 +228,23 @@ impl<'a> Case<'a> {
             partitions as i32,
             i32::from(is_split),
         ];
-        lab.launch(name, [tiles.len(), kv_heads, depth], (threads, shared), args)?;
+        runner.launch(name, [tiles.len(), kv_heads, depth], (threads, shared), args)?;
         if is_split {
             // Rows before the last ones have no partial results, and are not read.
             let positions: Vec<u32> = (0..all as u32).collect();
-            let positions = lab.put(&positions)?;
+            let positions = runner.put(&positions)?;
             let args =
-                args![&parts, &positions, &out, self.shape, partitions as i32, lab.is_f16(),];
-            lab.launch("attend_merge", [all, heads, 1], (128, 0), args)?;
+                args![&parts, &positions, &out, self.shape, partitions as i32, runner.is_f16(),];
+            runner.launch("attend_merge", [all, heads, 1], (128, 0), args)?;
         }
-        let bits: Vec<u16> = lab.get(&out, all * heads * head_dim)?;
-        Ok((lab.widened(&bits[self.start * heads * head_dim..]), name))
+        let bits: Vec<u16> = runner.get(&out, all * heads * head_dim)?;
+        Ok((runner.widened(&bits[self.start * heads * head_dim..]), name))
     }
 }
 
 /// The kernel for tiles of `size` queries, its threads and its dynamic shared memory.
 fn variant(
-    lab: &Lab<'_>,
+    runner: &KernelRunner<'_>,
     size: usize,
     head_dim: usize,
     is_tensor: bool,
@@ -256,5 +261,5 @@ fn variant(
         false => (32 * warps, 4 * size * (PARTITION_TOKENS + padded + warps * head_dim)),
         true => (512, 16 * size * (4 * ((padded / 32) | 1) + PARTITION_TOKENS / 8 + 4)),
     };
-    (lab.name(names), threads as u32, shared)
+    (runner.name(names), threads as u32, shared)
 }

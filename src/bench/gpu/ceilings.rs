@@ -6,7 +6,7 @@
 //! instructions of newer architectures do more. They multiply ones, and real weights draw more
 //! power: a card at its power limit reaches less.
 
-use super::lab::{Lab, same};
+use super::runner::{KernelRunner, same};
 use crate::clock::Clock;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::cuda::Card;
@@ -41,7 +41,7 @@ const RUNS: usize = 3;
 
 /// A card whose ceilings are measured.
 pub(crate) struct CardCeilings<'a> {
-    lab: Lab<'a>,
+    runner: KernelRunner<'a>,
     card: Arc<Card>,
     blocks: usize,
     read_bytes: usize,
@@ -66,8 +66,8 @@ impl<'a> CardCeilings<'a> {
                 (BLOCKS_EACH * card.multiprocessors()?, READ_BYTES.min(room))
             }
         };
-        let (lab, clock) = (Lab::new(card, pool, dtype)?, Clock::system());
-        Ok(Self { lab, card: Arc::clone(card), blocks, read_bytes, clock })
+        let (runner, clock) = (KernelRunner::new(card, pool, dtype)?, Clock::system());
+        Ok(Self { runner, card: Arc::clone(card), blocks, read_bytes, clock })
     }
 
     fn threads(&self) -> usize {
@@ -76,7 +76,7 @@ impl<'a> CardCeilings<'a> {
 
     fn launch(&self, kernel: &'static str, args: &[Arg]) -> anyhow::Result<f64> {
         let started = self.clock.elapsed();
-        self.lab.launch(kernel, [self.blocks, 1, 1], (THREADS as u32, 0), args)?;
+        self.runner.launch(kernel, [self.blocks, 1, 1], (THREADS as u32, 0), args)?;
         Ok((self.clock.elapsed() - started).as_secs_f64())
     }
 
@@ -95,12 +95,12 @@ impl<'a> CardCeilings<'a> {
     /// When the card fails, or did not read what is there.
     pub(crate) fn read_bandwidth(&self) -> anyhow::Result<f64> {
         let (data, count) = self.words()?;
-        let out = self.lab.put(&vec![0_u32; self.threads()])?;
+        let out = self.runner.put(&vec![0_u32; self.threads()])?;
         let args = args![&data, &out, (count / 4) as u64];
         let run = || self.launch("read_ceiling", args);
         run()?;
         let runs = (0..2 * RUNS).map(|_| run()).collect::<anyhow::Result<Vec<f64>>>()?;
-        let all = self.lab.get::<u32>(&out, self.threads())?.into_iter().fold(0, |a, b| a ^ b);
+        let all = self.runner.get::<u32>(&out, self.threads())?.into_iter().fold(0, |a, b| a ^ b);
         let want = (0..count as u32).fold(0, |a, b| a ^ b);
         ensure!(all == want, "read_ceiling read {all:#x}, not {want:#x}");
         Ok(4.0 * count as f64 / runs.into_iter().fold(f64::INFINITY, f64::min))
@@ -132,12 +132,12 @@ impl<'a> CardCeilings<'a> {
     }
 
     fn fma_peak(&self) -> anyhow::Result<f64> {
-        let out = self.lab.put(&vec![0.0_f32; self.threads()])?;
+        let out = self.runner.put(&vec![0.0_f32; self.threads()])?;
         let (factor, term) = STEP;
         let run =
             |rounds: usize| self.launch("fma_ceiling", args![&out, factor, term, rounds as i32]);
         run(ROUNDS)?;
-        let got: Vec<f32> = self.lab.get(&out, self.threads())?;
+        let got: Vec<f32> = self.runner.get(&out, self.threads())?;
         let of_lane = |lane: usize| {
             let chain =
                 |j: usize| (0..ROUNDS).fold((lane + j) as f32, |x, _| factor.mul_add(x, term));
@@ -151,11 +151,11 @@ impl<'a> CardCeilings<'a> {
     }
 
     fn mma_peak(&self) -> anyhow::Result<f64> {
-        let kernel = self.lab.name(["mma_ceiling_bf16", "mma_ceiling_f16"]);
-        let out = self.lab.put(&vec![0.0_f32; self.threads()])?;
+        let kernel = self.runner.name(["mma_ceiling_bf16", "mma_ceiling_f16"]);
+        let out = self.runner.put(&vec![0.0_f32; self.threads()])?;
         let run = |rounds: usize| self.launch(kernel, args![&out, rounds as i32]);
         let (seconds, rounds) = self.rounds(run)?;
-        let got: Vec<f32> = self.lab.get(&out, self.threads())?;
+        let got: Vec<f32> = self.runner.get(&out, self.threads())?;
         same(kernel, &got, &vec![(16 * rounds) as f32; got.len()])?;
         let warps = self.threads() / 32;
         Ok((TILE_OPERATIONS * TILES * warps * rounds) as f64 / seconds)

@@ -1,7 +1,7 @@
 //! Compares the kernels that read logits and hidden rows with the CPU: sums, the largest logits,
 //! draws, single tokens, sketches and hashes.
 
-use super::lab::{Lab, same, same_words, words};
+use super::runner::{KernelRunner, same, same_words, words};
 use crate::models::cuda::launch::{Entry, Query, Rule, args};
 use crate::models::sampler::{Distribution, Sampling};
 use crate::ops::logits::{LogSumExp, rank, top_k};
@@ -16,14 +16,14 @@ const ROWS: usize = 6;
 
 /// All of them for a vocabulary and rows of `hidden` values; results by kernel.
 pub(super) fn compare(
-    lab: &Lab<'_>,
+    runner: &KernelRunner<'_>,
     vocab: usize,
     hidden: usize,
 ) -> anyhow::Result<Vec<(&'static str, usize)>> {
     // A few tokens hold most of the probability, as in a model's rows; there are ties.
-    let noise = lab.noise(ROWS * vocab);
+    let noise = runner.noise(ROWS * vocab);
     let logit = |x: &f32| ((-(f64::from(*x).abs() + 1e-6).ln() * 250.0).round() * 0.01) as f32;
-    let logits = Logits { lab, vocab, values: noise.iter().map(logit).collect() };
+    let logits = Logits { runner, vocab, values: noise.iter().map(logit).collect() };
     let temperatures = [1.0, 0.7, 1.3, 0.6, 1.7, 1.0];
     let sums = logits.sums(&temperatures)?;
     Ok(vec![
@@ -31,12 +31,12 @@ pub(super) fn compare(
         ("largest", logits.compare_largest()?),
         ("draw", logits.compare_draws(&temperatures, &sums.1)?),
         ("look_up", logits.compare_tokens()?),
-        ("sketch_rows", proofs(lab, hidden)?),
+        ("sketch_rows", proofs(runner, hidden)?),
     ])
 }
 
 struct Logits<'a> {
-    lab: &'a Lab<'a>,
+    runner: &'a KernelRunner<'a>,
     vocab: usize,
     values: Vec<f32>, // (ROWS, vocab)
 }
@@ -49,12 +49,13 @@ impl Logits<'_> {
     /// Maxima and sums of exponentials.
     fn sums(&self, temperatures: &[f32; ROWS]) -> anyhow::Result<(Vec<f32>, Vec<f64>)> {
         let inverse = temperatures.map(|t| 1.0 / t);
-        let (logits, inverse) = (self.lab.put(&self.values)?, self.lab.put(&inverse)?);
-        let (maxima, sums) = (self.lab.put(&[0.0_f32; ROWS])?, self.lab.put(&[0.0_f64; ROWS])?);
+        let (logits, inverse) = (self.runner.put(&self.values)?, self.runner.put(&inverse)?);
+        let (maxima, sums) =
+            (self.runner.put(&[0.0_f32; ROWS])?, self.runner.put(&[0.0_f64; ROWS])?);
         let args = args![&logits, &inverse, &maxima, &sums, self.vocab as i32];
         let shared = 4 * self.vocab.div_ceil(512);
-        self.lab.launch("sum_exp", [ROWS, 1, 1], (256, shared), args)?;
-        Ok((self.lab.get(&maxima, ROWS)?, self.lab.get(&sums, ROWS)?))
+        self.runner.launch("sum_exp", [ROWS, 1, 1], (256, shared), args)?;
+        Ok((self.runner.get(&maxima, ROWS)?, self.runner.get(&sums, ROWS)?))
     }
 
     fn compare_sums(
@@ -62,7 +63,7 @@ impl Logits<'_> {
         temperatures: &[f32; ROWS],
         (maxima, sums): &(Vec<f32>, Vec<f64>),
     ) -> anyhow::Result<usize> {
-        let isa = self.lab.pool.isa();
+        let isa = self.runner.pool.isa();
         let of_cpu: Vec<LogSumExp> =
             self.rows().zip(temperatures).map(|(row, t)| LogSumExp::new(isa, row, *t)).collect();
         let want: Vec<f32> = of_cpu.iter().map(LogSumExp::max).collect();
@@ -75,12 +76,12 @@ impl Logits<'_> {
     }
 
     fn largest(&self) -> anyhow::Result<(Vec<u32>, Vec<f32>)> {
-        let (lab, count) = (self.lab, ROWS * CANDIDATES);
-        let logits = lab.put(&self.values)?;
-        let (ids, top) = (lab.put(&vec![0_u32; count])?, lab.put(&vec![0.0_f32; count])?);
+        let (runner, count) = (self.runner, ROWS * CANDIDATES);
+        let logits = runner.put(&self.values)?;
+        let (ids, top) = (runner.put(&vec![0_u32; count])?, runner.put(&vec![0.0_f32; count])?);
         let args = args![&logits, &ids, &top, self.vocab as i32, CANDIDATES as i32];
-        lab.launch("largest", [ROWS, 1, 1], (256, 0), args)?;
-        Ok((lab.get(&ids, count)?, lab.get(&top, count)?))
+        runner.launch("largest", [ROWS, 1, 1], (256, 0), args)?;
+        Ok((runner.get(&ids, count)?, runner.get(&top, count)?))
     }
 
     fn compare_largest(&self) -> anyhow::Result<usize> {
@@ -88,7 +89,7 @@ impl Logits<'_> {
         let mut compared = 0;
         for (row, (ids, top)) in self.rows().zip(ids.chunks(CANDIDATES).zip(top.chunks(CANDIDATES)))
         {
-            let want = top_k(self.lab.pool.isa(), row, CANDIDATES);
+            let want = top_k(self.runner.pool.isa(), row, CANDIDATES);
             let (want_ids, want_top): (Vec<u32>, Vec<f32>) = want.into_iter().unzip();
             compared += same("largest", &top[..want_top.len()], &want_top)?;
             same_words("largest, tokens", &words(&ids[..want_ids.len()]), &words(&want_ids))?;
@@ -97,10 +98,10 @@ impl Logits<'_> {
     }
 
     fn compare_draws(&self, temperatures: &[f32; ROWS], sums: &[f64]) -> anyhow::Result<usize> {
-        let lab = self.lab;
+        let runner = self.runner;
         let (ids, top) = self.largest()?;
-        let (logits, sums) = (lab.put(&self.values)?, lab.put(sums)?);
-        let (ids, top) = (lab.put(&ids)?, lab.put(&top)?);
+        let (logits, sums) = (runner.put(&self.values)?, runner.put(sums)?);
+        let (ids, top) = (runner.put(&ids)?, runner.put(&top)?);
         let mut compared = 0;
         for (i, (top_k, top_p, min_p)) in
             [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (20, 0.95, 0.1)].into_iter().enumerate()
@@ -115,11 +116,11 @@ impl Logits<'_> {
                 unused: 0,
             };
             let rules: Vec<Rule> = (0..ROWS).map(rule).collect();
-            let (on_card, tokens) = (lab.put(&rules)?, lab.put(&[0_u32; ROWS])?);
+            let (on_card, tokens) = (runner.put(&rules)?, runner.put(&[0_u32; ROWS])?);
             let (vocab, count) = (self.vocab as i32, CANDIDATES as i32);
             let args = args![&logits, &on_card, &ids, &top, &sums, &tokens, vocab, count];
-            lab.launch("draw", [ROWS, 1, 1], (256, 0), args)?;
-            let tokens: Vec<u32> = lab.get(&tokens, ROWS)?;
+            runner.launch("draw", [ROWS, 1, 1], (256, 0), args)?;
+            let tokens: Vec<u32> = runner.get(&tokens, ROWS)?;
             for ((row, rule), token) in self.rows().zip(&rules).zip(tokens) {
                 let sampling = Sampling {
                     temperature: rule.temperature,
@@ -129,7 +130,7 @@ impl Logits<'_> {
                     noise_key: rule.key,
                     ..Sampling::greedy()
                 };
-                let drawn = Distribution::new(lab.pool.isa(), row, &sampling);
+                let drawn = Distribution::new(runner.pool.isa(), row, &sampling);
                 let want = drawn.draw(&sampling, rule.position);
                 // A draw that needs more than the largest is the host's.
                 let is_host = token == u32::MAX && top_p < 1.0;
@@ -141,37 +142,37 @@ impl Logits<'_> {
     }
 
     fn compare_tokens(&self) -> anyhow::Result<usize> {
-        let (lab, last) = (self.lab, self.vocab as u32 - 1);
+        let (runner, last) = (self.runner, self.vocab as u32 - 1);
         let query = |row: usize| Query { row: row as u32, token: [0, last, u32::MAX][row % 3] };
         let drawn: Vec<u32> = (0..ROWS as u32).map(|row| row % last.max(1)).collect();
         let queries: Vec<Query> = (0..ROWS).map(query).collect();
         let (logits, on_card, tokens) =
-            (lab.put(&self.values)?, lab.put(&queries)?, lab.put(&drawn)?);
-        let (found, ranks) = (lab.put(&[0.0_f32; ROWS])?, lab.put(&[0_u32; ROWS])?);
+            (runner.put(&self.values)?, runner.put(&queries)?, runner.put(&drawn)?);
+        let (found, ranks) = (runner.put(&[0.0_f32; ROWS])?, runner.put(&[0_u32; ROWS])?);
         let args = args![&logits, &on_card, &tokens, &found, &ranks, self.vocab as i32];
-        lab.launch("look_up", [ROWS, 1, 1], (256, 0), args)?;
+        runner.launch("look_up", [ROWS, 1, 1], (256, 0), args)?;
         let (mut want, mut want_ranks) = (Vec::new(), Vec::new());
         for ((row, query), drawn) in self.rows().zip(&queries).zip(drawn) {
             let token = if query.token == u32::MAX { drawn } else { query.token };
             want.push(row[token as usize]);
             want_ranks.push(rank(row, token));
         }
-        let ranks: Vec<u32> = lab.get(&ranks, ROWS)?;
+        let ranks: Vec<u32> = runner.get(&ranks, ROWS)?;
         same_words("look_up, ranks", &words(&ranks), &words(&want_ranks))?;
-        same("look_up", &lab.get(&found, ROWS)?, &want)
+        same("look_up", &runner.get(&found, ROWS)?, &want)
     }
 }
 
 /// Sketches and exact hashes of rows.
-fn proofs(lab: &Lab<'_>, channels: usize) -> anyhow::Result<usize> {
-    let scaled = |size: f32| lab.noise(channels).into_iter().map(move |x| x * size);
+fn proofs(runner: &KernelRunner<'_>, channels: usize) -> anyhow::Result<usize> {
+    let scaled = |size: f32| runner.noise(channels).into_iter().map(move |x| x * size);
     let calibration = Calibration {
         exponents: scaled(4.0).map(|x| x as i8).collect(),
         means: scaled(200.0).map(|x| x as i16).collect(),
         shift: 4,
     };
     let bits: Vec<u16> =
-        lab.noise(ROWS * channels).iter().map(|x| lab.dtype.round(8.0 * x)).collect();
+        runner.noise(ROWS * channels).iter().map(|x| runner.dtype.round(8.0 * x)).collect();
     let entry = |row: usize| Entry {
         sketch_key: 0x1234_5678_9abc_def0 + row as u64,
         exact_key: u64::MAX - row as u64,
@@ -179,11 +180,11 @@ fn proofs(lab: &Lab<'_>, channels: usize) -> anyhow::Result<usize> {
         slot: row as i32,
     };
     let table: Vec<Entry> = (0..ROWS).map(entry).collect();
-    let (rows, entries) = (lab.put(&bits)?, lab.put(&table)?);
-    let (exponents, means) = (lab.put(&calibration.exponents)?, lab.put(&calibration.means)?);
+    let (rows, entries) = (runner.put(&bits)?, runner.put(&table)?);
+    let (exponents, means) = (runner.put(&calibration.exponents)?, runner.put(&calibration.means)?);
     let mut compared = 0;
-    for (profile, projections, shift) in [(ResidueBits::U8, 4, 4), (ResidueBits::U4, 8, 6)] {
-        let (sketches, hashes) = (lab.put(&[0_u32; ROWS])?, lab.put(&[0_u64; ROWS])?);
+    for (residue_bits, projections, shift) in [(ResidueBits::U8, 4, 4), (ResidueBits::U4, 8, 6)] {
+        let (sketches, hashes) = (runner.put(&[0_u32; ROWS])?, runner.put(&[0_u64; ROWS])?);
         let args = args![
             &rows,
             &exponents,
@@ -194,20 +195,20 @@ fn proofs(lab: &Lab<'_>, channels: usize) -> anyhow::Result<usize> {
             channels as i32,
             shift,
             projections,
-            lab.is_f16(),
+            runner.is_f16(),
         ];
-        lab.launch("sketch_rows", [ROWS, 1, 1], (128, 0), args)?;
+        runner.launch("sketch_rows", [ROWS, 1, 1], (128, 0), args)?;
         let (mut want, mut want_hashes) = (Vec::new(), Vec::new());
         for (entry, row) in table.iter().zip(bits.chunks_exact(channels)) {
             let Entry { sketch_key, exact_key, position, .. } = *entry;
-            let values = lab.widened(row);
-            let sketch = sketch(&calibration, profile, sketch_key, position, &values);
+            let values = runner.widened(row);
+            let sketch = sketch(&calibration, residue_bits, sketch_key, position, &values);
             want.push(u32::from_le_bytes(sketch));
             want_hashes.push(exact_hash(exact_key, position, row));
         }
-        let got: Vec<u32> = lab.get(&sketches, ROWS)?;
+        let got: Vec<u32> = runner.get(&sketches, ROWS)?;
         compared += same_words("sketch_rows", &words(&got), &words(&want))?;
-        let got: Vec<u64> = lab.get(&hashes, ROWS)?;
+        let got: Vec<u64> = runner.get(&hashes, ROWS)?;
         compared += same_words("sketch_rows, hashes", &got, &want_hashes)?;
     }
     Ok(compared)

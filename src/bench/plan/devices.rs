@@ -21,14 +21,14 @@ pub struct DeviceSpec {
     pub kind: DeviceKind,
     /// Bytes of memory; of processors the memory is the machine's and counts as unlimited.
     pub memory: u64,
-    /// Bytes a second.
+    /// Memory bandwidth, in bytes a second.
     pub bandwidth: f64,
     /// Floating-point operations a second of the products, without sparsity.
     pub peak: f64,
     /// Share of that peak which `mma.sync`, the instruction of this engine's kernels, can reach:
     /// newer cards have larger instructions. Of processors 1.
     pub mma_share: f64,
-    /// Watts.
+    /// Power that the device draws at most, in watts.
     pub power: f64,
     /// Where the numbers come from.
     pub source: &'static str,

@@ -39,7 +39,7 @@ impl Efficiency {
 pub enum Bottleneck {
     /// Reading weights and cache.
     Memory,
-    /// Arithmetic.
+    /// Operations take longer than reading memory.
     Compute,
 }
 
@@ -61,7 +61,7 @@ pub struct Workload {
 /// Decoding with a batch.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Decode {
-    /// Sequences.
+    /// Sequences that decode at once.
     pub batch: usize,
     /// Tokens a second of all of them.
     pub tokens_per_second: f64,
@@ -80,7 +80,7 @@ pub struct Prediction {
     pub source: &'static str,
     /// Shares of the datasheet's numbers.
     pub efficiency: Efficiency,
-    /// Bytes of weights.
+    /// Bytes of the weights that lie in memory.
     pub weights: u64,
     /// Devices that one copy of the weights needs.
     pub devices: u64,
@@ -163,18 +163,10 @@ fn seconds(work: Work, device: &DeviceSpec, devices: f64, share: Efficiency) -> 
 mod tests {
     use super::*;
     use crate::bench::plan::devices::named;
-    use crate::models::config;
-    use serde_json::json;
-    use std::path::Path;
+    use crate::models::config::samples::{LLAMA_8B, LlamaSizes};
 
     fn llama(layers: usize, hidden: usize, inter: usize) -> Spec {
-        let json = json!({
-            "model_type": "llama", "vocab_size": 128_256, "hidden_size": hidden,
-            "num_hidden_layers": layers, "num_attention_heads": hidden / 128,
-            "num_key_value_heads": 8, "intermediate_size": inter,
-            "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-        });
-        config::parse(Path::new("config.json"), &json).unwrap()
+        LlamaSizes { layers, hidden, inter, heads: hidden / 128, ..LLAMA_8B }.spec()
     }
 
     fn load() -> Workload {

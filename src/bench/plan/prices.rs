@@ -37,7 +37,7 @@ pub fn read(path: &Path) -> anyhow::Result<Vec<Price>> {
     let place = path.display();
     let bytes = files::read(path, FILE_BYTES_MAX);
     let bytes = bytes.map_err(|e| anyhow!("{place} cannot be read: {e}"))?;
-    let text = String::from_utf8(bytes).map_err(|_| anyhow!("{place} is no text"))?;
+    let text = String::from_utf8(bytes).map_err(|_| anyhow!("{place} is not text"))?;
     parse(&text).map_err(|what| anyhow!("{place}: {what}"))
 }
 

@@ -87,7 +87,7 @@ pub fn decode(spec: &Spec, batch: usize, context: usize) -> Work {
 }
 
 /// `prompts` new prompts of `tokens` tokens each, computed in steps that are full; of each the last
-/// `scored` rows go through the head. A step reads the weights once, whoever its rows belong to.
+/// `scored` rows go through the head. A step reads the weights once for all its rows.
 pub fn prefill(spec: &Spec, prompts: usize, tokens: usize, scored: usize) -> Work {
     let p = ParameterCounts::of(spec);
     let (rows, each) = (prompts * tokens, tokens.div_ceil(STEP_TOKENS));
@@ -110,19 +110,8 @@ pub fn prefill(spec: &Spec, prompts: usize, tokens: usize, scored: usize) -> Wor
 mod tests {
     use super::*;
     use crate::engine::plan::weight_bytes;
-    use crate::models::config;
-    use serde_json::{Value, json};
-    use std::path::Path;
-
-    fn spec(extra: Value) -> Spec {
-        let mut json = json!({
-            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "intermediate_size": 14_336, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-        });
-        json.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        config::parse(Path::new("config.json"), &json).unwrap()
-    }
+    use crate::models::config::samples::LLAMA_8B;
+    use serde_json::json;
 
     fn near(a: f64, b: f64) -> bool {
         (a - b).abs() <= 1e-3 * b.abs()
@@ -130,7 +119,7 @@ mod tests {
 
     #[test]
     fn an_8b_llama_has_its_known_numbers() {
-        let spec = spec(json!({}));
+        let spec = LLAMA_8B.spec();
         let p = ParameterCounts::of(&spec);
         // 8.03e9 parameters with the embedding of 0.525e9, norms left out.
         assert!(near(p.shared + 2.0 * p.head, 8.03e9), "{p:?}");
@@ -146,7 +135,7 @@ mod tests {
 
     #[test]
     fn experts_are_touched_by_more_tokens_but_computed_by_each() {
-        let moe = spec(json!({
+        let moe = LLAMA_8B.spec_with(&json!({
             "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
             "vocab_size": 32_000,
         }));
@@ -162,8 +151,8 @@ mod tests {
 
     #[test]
     fn windows_bound_what_is_read() {
-        let wide = spec(json!({"model_type": "mistral", "sliding_window": null}));
-        let narrow = spec(json!({"model_type": "mistral", "sliding_window": 4096}));
+        let wide = LLAMA_8B.spec_with(&json!({"model_type": "mistral", "sliding_window": null}));
+        let narrow = LLAMA_8B.spec_with(&json!({"model_type": "mistral", "sliding_window": 4096}));
         let read = |spec: &Spec| decode(spec, 1, 32_768).bytes() - decode(spec, 1, 0).bytes();
         assert!(near(read(&wide), 8.0 * read(&narrow)));
         let (short, long) = (prefill(&wide, 1, 512, 1), prefill(&wide, 1, 1024, 1));
@@ -173,7 +162,7 @@ mod tests {
 
     #[test]
     fn prompts_share_the_weights_of_a_step() {
-        let spec = spec(json!({}));
+        let spec = LLAMA_8B.spec();
         let one = prefill(&spec, 1, 128, 1);
         let (four, eight) = (prefill(&spec, 4, 128, 1), prefill(&spec, 8, 128, 1));
         // Four prompts fill a step, eight fill two.

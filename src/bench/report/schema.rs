@@ -23,7 +23,7 @@ pub enum ReportKind {
     Serve,
 }
 
-/// One measurement.
+/// A report of a benchmark, as it is written and signed.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BenchReport {
@@ -81,9 +81,9 @@ pub struct Ceilings {
 pub struct TableCeilings {
     /// The device's name in the table.
     pub device: String,
-    /// Bytes a second.
+    /// Memory bandwidth, in bytes a second.
     pub bandwidth: f64,
-    /// Operations a second.
+    /// Floating-point operations a second.
     pub peak: f64,
 }
 
@@ -116,7 +116,7 @@ impl Phase {
 pub enum Limit {
     /// Reading weights and cache.
     Memory,
-    /// Arithmetic.
+    /// Operations take longer than reading memory.
     Compute,
     /// Neither: it reaches less than a quarter of both ceilings.
     Overhead,
@@ -184,7 +184,7 @@ pub struct OfDatasheet {
     pub error: f64,
 }
 
-/// Bytes of memory.
+/// Memory that a run took, in bytes.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryUse {
@@ -259,7 +259,7 @@ pub struct Client {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Signature {
-    /// The hotkey's address.
+    /// The address of the hotkey, as SS58.
     pub hotkey: String,
     /// Its sr25519 signature, in hexadecimal.
     pub signature: String,

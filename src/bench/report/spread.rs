@@ -11,7 +11,7 @@ const CURVE: usize = 51;
 pub struct Spread {
     /// How many runs there were.
     pub runs: usize,
-    /// Their mean.
+    /// The arithmetic mean of the runs.
     pub mean: f64,
     /// Their standard deviation (with n - 1); one run has none.
     pub sd: Option<f64>,
@@ -55,13 +55,13 @@ fn student(freedom: usize) -> f64 {
     known.copied().unwrap_or_else(|| 1.96 + 2.45 / freedom.max(1) as f64)
 }
 
-/// A distribution.
+/// How values are distributed.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantiles {
-    /// Values.
+    /// How many values there were.
     pub count: usize,
-    /// Their mean.
+    /// The arithmetic mean of the values.
     pub mean: f64,
     /// Their standard deviation; one value has none.
     pub sd: Option<f64>,
@@ -73,7 +73,7 @@ pub struct Quantiles {
     pub p95: f64,
     /// 99 % lie below.
     pub p99: f64,
-    /// The largest.
+    /// The largest value.
     pub max: f64,
     /// The quantiles at the shares 0, 0.02, ... 1.
     pub curve: Vec<f64>,

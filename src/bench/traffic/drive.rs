@@ -65,7 +65,7 @@ impl fmt::Display for Load {
 pub struct TimedAnswer {
     /// Seconds since the load began.
     pub at: f64,
-    /// The answer.
+    /// What came back, and when.
     pub heard: Heard,
 }
 

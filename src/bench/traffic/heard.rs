@@ -8,7 +8,7 @@ use std::pin::Pin;
 /// A request as it is sent.
 #[derive(Clone, PartialEq, Debug)]
 pub struct LoadRequest {
-    /// The route.
+    /// Path of the request below the server's URL.
     pub path: &'static str,
     /// The body, which asks for a stream.
     pub body: Value,

@@ -2,7 +2,7 @@
 
 use super::drive::{Load, LoadStop, drive};
 use super::heard::Transport;
-use super::questions::{Questions, Shape};
+use super::questions::{LoadShape, Questions};
 use super::tally::{self, Promise};
 use super::vllm;
 use crate::bench::conditions::{Conditions, Mark, MarkKind, Moment};
@@ -29,12 +29,15 @@ pub struct LoadSetup {
     pub is_here: bool,
 }
 
+/// Takes the report as it is after a level, and that level as vLLM's result file.
+pub type KeepLevel<'a> = dyn FnMut(&BenchReport, &Map<String, Value>) -> anyhow::Result<()> + 'a;
+
 /// Who follows a measurement.
 pub struct LoadWatch<'a> {
     /// Whether it should go on.
     pub is_wanted: &'a (dyn Fn() -> bool + Sync),
-    /// Takes the report as it is after a level, and that level as vLLM's result file.
-    pub keep: &'a mut dyn FnMut(&BenchReport, &Map<String, Value>) -> anyhow::Result<()>,
+    /// Keeps each level.
+    pub keep: &'a mut KeepLevel<'a>,
 }
 
 /// Measures a server into `report`; what is there stays, whatever happens later.
@@ -66,7 +69,7 @@ async fn levels(
     report: &mut BenchReport,
     watch: &mut LoadWatch<'_>,
 ) -> anyhow::Result<()> {
-    let is_long = questions.shape == Shape::Fixed && questions.ignores_eos;
+    let is_long = questions.shape == LoadShape::Fixed && questions.ignores_eos;
     let length = is_long.then_some(u64::from(questions.tokens));
     for (load, number) in setup.loads.iter().zip(0..) {
         // Request 0 is the first one, which is not measured.
@@ -113,7 +116,7 @@ mod tests {
     /// The report of two levels of 20 requests each, and the files that were kept.
     async fn measured(model: &str) -> (anyhow::Result<()>, BenchReport, usize) {
         let questions = Questions {
-            shape: Shape::Fixed,
+            shape: LoadShape::Fixed,
             model: model.into(),
             is_completion: false,
             words: 9,

@@ -20,7 +20,7 @@ const SHORTEST: f64 = 512.0 / 1920.0;
 
 /// What is asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Shape {
+pub enum LoadShape {
     /// Prompts and answers of one length, greedy.
     Fixed,
     /// What a validator of the subnet asks: half chat and half completions, with its prompts and
@@ -28,7 +28,7 @@ pub enum Shape {
     Targon,
 }
 
-impl Shape {
+impl LoadShape {
     /// Its name in reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -42,22 +42,22 @@ impl Shape {
 #[derive(Clone, Debug)]
 pub struct Questions {
     /// What is asked.
-    pub shape: Shape,
+    pub shape: LoadShape,
     /// The model's name at the server.
     pub model: String,
-    /// Whether [`Shape::Fixed`] uses the completions endpoint instead of chat.
+    /// Whether [`LoadShape::Fixed`] uses the completions endpoint instead of chat.
     pub is_completion: bool,
-    /// Words of a prompt of [`Shape::Fixed`], at least 9; about as many tokens.
+    /// Words of a prompt of [`LoadShape::Fixed`], at least 9; about as many tokens.
     pub words: usize,
-    /// Tokens of an answer; with [`Shape::Targon`] the most.
+    /// Tokens of an answer; with [`LoadShape::Targon`] the most.
     pub tokens: u32,
-    /// Whether [`Shape::Fixed`] asks for answers that end only at their length.
+    /// Whether [`LoadShape::Fixed`] asks for answers that end only at their length.
     pub ignores_eos: bool,
     /// Whether the first prompt is asked again and again.
     pub is_repeated: bool,
     /// Decides all that is drawn.
     pub seed: u64,
-    /// The day that prompts of [`Shape::Targon`] name, as `YYYY-MM-DD`.
+    /// The day that prompts of [`LoadShape::Targon`] name, as `YYYY-MM-DD`.
     pub date: String,
 }
 
@@ -67,18 +67,18 @@ impl Questions {
         let index = if self.is_repeated { 0 } else { index };
         let mut chance = Chance::seeded(self.seed.wrapping_add(index.wrapping_mul(0x9e37_79b9)));
         let is_completion = match self.shape {
-            Shape::Fixed => self.is_completion,
-            Shape::Targon => chance.below(2) == 0,
+            LoadShape::Fixed => self.is_completion,
+            LoadShape::Targon => chance.below(2) == 0,
         };
         let endpoint = if is_completion { Endpoint::Completion } else { Endpoint::Chat };
         let content = self.content(endpoint, &mut chance);
         let shortest = match self.shape {
-            Shape::Fixed => self.tokens,
-            Shape::Targon => ((f64::from(self.tokens) * SHORTEST) as u32).max(8),
+            LoadShape::Fixed => self.tokens,
+            LoadShape::Targon => ((f64::from(self.tokens) * SHORTEST) as u32).max(8),
         };
         let sampling = QuerySampling::draw(&mut chance, &(shortest..=self.tokens.max(shortest)));
         let mut body = unchecked_body(&self.model, sampling, content);
-        if self.shape == Shape::Fixed {
+        if self.shape == LoadShape::Fixed {
             body["stream_options"] = json!({"include_usage": true});
             body["temperature"] = json!(0);
             // Log-probabilities are work that only a validator asks for.
@@ -92,12 +92,12 @@ impl Questions {
 
     fn content(&self, endpoint: Endpoint, chance: &mut Chance) -> QueryContent {
         match (self.shape, endpoint) {
-            (Shape::Fixed, Endpoint::Completion) => QueryContent::Text(self.words(chance)),
-            (Shape::Fixed, Endpoint::Chat) => {
+            (LoadShape::Fixed, Endpoint::Completion) => QueryContent::Text(self.words(chance)),
+            (LoadShape::Fixed, Endpoint::Chat) => {
                 let user = json!({"role": "user", "content": self.words(chance)});
                 QueryContent::Messages(json!([user]))
             }
-            (Shape::Targon, _) => {
+            (LoadShape::Targon, _) => {
                 let draft = Draft::draw(&Passages::Ours, &self.date, &mut || chance.bits());
                 let prompt = draft.finish(None);
                 match endpoint {
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    fn questions(shape: Shape) -> Questions {
+    fn questions(shape: LoadShape) -> Questions {
         Questions {
             shape,
             model: "m".into(),
@@ -141,12 +141,12 @@ mod tests {
 
     #[test]
     fn prompts_differ_from_their_first_word_on_unless_asked() {
-        let q = questions(Shape::Fixed);
+        let q = questions(LoadShape::Fixed);
         let text = |i| q.ask(i).body["prompt"].as_str().unwrap()[..8].to_owned();
         let starts: HashSet<String> = (0..500).map(text).collect();
         assert_eq!(starts.len(), 500);
         assert_eq!(q.ask(3), q.ask(3));
-        let same = Questions { is_repeated: true, ..questions(Shape::Fixed) };
+        let same = Questions { is_repeated: true, ..questions(LoadShape::Fixed) };
         assert_eq!(same.ask(3), same.ask(9));
         let body = q.ask(0).body;
         assert_eq!(
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_validators_load_has_both_endpoints_and_its_ranges() {
-        let q = questions(Shape::Targon);
+        let q = questions(LoadShape::Targon);
         let asked: Vec<LoadRequest> = (0..400).map(|i| q.ask(i)).collect();
         let chats = asked.iter().filter(|a| a.path.contains("chat")).count();
         assert!((120..280).contains(&chats), "{chats}");

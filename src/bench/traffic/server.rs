@@ -29,7 +29,7 @@ pub enum GreetError {
     /// The stream has an error of the server's in it.
     #[error("{url}: {error}")]
     Said {
-        /// Who was asked.
+        /// URL of the server.
         url: String,
         /// What it said, shortened.
         error: String,

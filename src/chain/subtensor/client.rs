@@ -1,7 +1,7 @@
-//! Holds a chain behind its endpoints: whoever asks gets the open connection, or one to the next
+//! Holds a chain behind its endpoints: every caller gets the open connection, or one to the next
 //! endpoint.
 
-use super::connection::{At, Connection};
+use super::connection::{ClientAtBlock, Connection};
 use super::fallback;
 use super::raw::RawMetagraph;
 use crate::chain::error::ChainError;
@@ -133,7 +133,7 @@ impl Subtensor {
     pub(super) async fn metagraph_at(
         &self,
         connection: &Connection,
-        at: &At,
+        at: &ClientAtBlock,
         netuid: u16,
     ) -> Result<Metagraph, ChainError> {
         let call = dynamic::runtime_api_call::<_, Option<RawMetagraph>>(

@@ -1,7 +1,7 @@
 //! Makes commits of weights, encrypted to the drand round that reveals them, and finds them again
 //! while they wait.
 
-use super::connection::At;
+use super::connection::ClientAtBlock;
 use super::reader::{PALLET, StorageReader};
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
@@ -58,7 +58,7 @@ pub(super) fn message(call: Call, hotkey: &Hotkey, order: &Order, version: u64) 
 
 /// Encrypts a message so that the chain can read it when it reveals it.
 pub(super) async fn make(
-    at: &At,
+    at: &ClientAtBlock,
     reader: &StorageReader<'_>,
     drand: &Drand,
     call: Call,
@@ -86,7 +86,7 @@ pub(super) async fn make(
 }
 
 /// The subnet's epochs as of now.
-async fn schedule(at: &At, reader: &StorageReader<'_>) -> Result<Schedule, ChainError> {
+async fn schedule(at: &ClientAtBlock, reader: &StorageReader<'_>) -> Result<Schedule, ChainError> {
     let wrong = |why: String| ChainError::Runtime { spec: at.spec_version(), why };
     let slot = constants::dynamic::<u64>("Aura", "SlotDuration");
     let block_ms = at.constants().entry(slot).map_err(|e| wrong(e.to_string()))?;
@@ -112,7 +112,7 @@ async fn schedule(at: &At, reader: &StorageReader<'_>) -> Result<Schedule, Chain
 
 /// Commits of a hotkey in the epoch to which another one would belong now.
 pub(super) async fn waiting(
-    at: &At,
+    at: &ClientAtBlock,
     reader: &StorageReader<'_>,
     index: u16,
     hotkey: &Hotkey,

@@ -12,7 +12,7 @@ use subxt::config::SubstrateConfig;
 pub(super) const FINAL_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// The chain at one block, with the metadata of its runtime.
-pub(super) type At = OnlineClientAtBlock<SubstrateConfig>;
+pub(super) type ClientAtBlock = OnlineClientAtBlock<SubstrateConfig>;
 
 /// An open connection.
 #[derive(Clone)]
@@ -30,6 +30,6 @@ impl Connection {
 }
 
 /// The newest final block, with the metadata of its runtime.
-pub(super) async fn current(connection: &Connection) -> Result<At, ChainError> {
+pub(super) async fn current(connection: &Connection) -> Result<ClientAtBlock, ChainError> {
     connection.client.at_current_block().await.map_err(|e| connection.broken(e))
 }

@@ -1,7 +1,7 @@
 //! Reads the metagraph from storage, for runtimes whose own call is missing or changed. Stake here
 //! is the subnet's own token only: what a validator has through the root network is not in storage.
 
-use super::connection::{At, Connection};
+use super::connection::{ClientAtBlock, Connection};
 use super::raw::RawAxon;
 use super::reader::StorageReader;
 use crate::chain::error::ChainError;
@@ -17,7 +17,7 @@ const AT_ONCE: usize = 16;
 
 pub(super) async fn metagraph(
     connection: &Connection,
-    at: &At,
+    at: &ClientAtBlock,
     netuid: u16,
 ) -> Result<Metagraph, ChainError> {
     let reader = StorageReader::new(connection, at, netuid);

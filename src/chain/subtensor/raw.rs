@@ -1,6 +1,6 @@
 //! Decodes what the runtime's own call answers about a subnet, by field name.
 
-use super::connection::At;
+use super::connection::ClientAtBlock;
 use crate::chain::error::ChainError;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{Axon, Hyperparameters, Metagraph, Neuron, Rao, share};
@@ -45,7 +45,7 @@ pub(super) struct RawMetagraph {
 }
 
 impl RawMetagraph {
-    pub(super) fn read(self, netuid: u16, at: &At) -> Result<Metagraph, ChainError> {
+    pub(super) fn read(self, netuid: u16, at: &ClientAtBlock) -> Result<Metagraph, ChainError> {
         let count = self.hotkeys.len();
         let lengths = [
             self.coldkeys.len(),

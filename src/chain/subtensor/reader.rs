@@ -1,6 +1,6 @@
 //! Reads the pallet's storage at one block.
 
-use super::connection::{At, Connection};
+use super::connection::{ClientAtBlock, Connection};
 use crate::chain::error::ChainError;
 use scale_decode::DecodeAsType;
 use subxt::dynamic::{Value, storage};
@@ -13,12 +13,12 @@ pub(super) const PALLET: &str = "SubtensorModule";
 /// Storage of one subnet at one block.
 pub(super) struct StorageReader<'a> {
     connection: &'a Connection,
-    at: &'a At,
+    at: &'a ClientAtBlock,
     pub(super) netuid: u16,
 }
 
 impl<'a> StorageReader<'a> {
-    pub(super) fn new(connection: &'a Connection, at: &'a At, netuid: u16) -> Self {
+    pub(super) fn new(connection: &'a Connection, at: &'a ClientAtBlock, netuid: u16) -> Self {
         Self { connection, at, netuid }
     }
 

@@ -1,7 +1,7 @@
 //! Sends an extrinsic: describes it, signs it with a hotkey, sends it once, and follows it to a
 //! final block.
 
-use super::connection::{At, Connection};
+use super::connection::{ClientAtBlock, Connection};
 use crate::chain::error::{ChainError, ExtrinsicRefusal, ExtrinsicStage};
 use crate::chain::keys::Keypair;
 use subxt::client::OnlineClientAtBlockImpl;
@@ -59,7 +59,7 @@ impl Signer<SubstrateConfig> for Signing<'_> {
 }
 
 /// A call in words, by the metadata that will read it.
-pub(super) fn describe(at: &At, call: &impl Payload) -> Result<String, ChainError> {
+pub(super) fn describe(at: &ClientAtBlock, call: &impl Payload) -> Result<String, ChainError> {
     let unreadable = |why: String| ChainError::Runtime { spec: at.spec_version(), why };
     let data = at.tx().call_data(call).map_err(|e| unreadable(e.to_string()))?;
     let metadata = at.metadata_ref();
@@ -71,7 +71,7 @@ pub(super) fn describe(at: &At, call: &impl Payload) -> Result<String, ChainErro
 /// A call as an extrinsic that may be in one of the next [`MORTAL_BLOCKS`] blocks.
 pub(super) async fn sign(
     connection: &Connection,
-    at: &At,
+    at: &ClientAtBlock,
     call: &impl Payload,
     signer: &Keypair,
 ) -> Result<Signed, ChainError> {

@@ -2,7 +2,7 @@
 //! wants, sends one extrinsic for it, and reads what stands there afterwards.
 
 use super::client::Subtensor;
-use super::connection::{At, Connection, FINAL_TIMEOUT, current};
+use super::connection::{ClientAtBlock, Connection, FINAL_TIMEOUT, current};
 use super::reader::{PALLET, StorageReader};
 use super::{commit, send};
 use crate::chain::error::ChainError;
@@ -25,7 +25,7 @@ impl Subtensor {
     pub(super) async fn standing_at(
         &self,
         connection: &Connection,
-        at: &At,
+        at: &ClientAtBlock,
         (netuid, mechanism): (u16, u8),
         hotkey: &Hotkey,
     ) -> Result<Standing, ChainError> {
@@ -150,7 +150,7 @@ impl Subtensor {
     async fn fields(
         &self,
         connection: &Connection,
-        at: &At,
+        at: &ClientAtBlock,
         call: Call,
         hotkey: &Hotkey,
         (order, version): (&Order, u64),
@@ -183,7 +183,7 @@ impl Subtensor {
 }
 
 /// The call that this runtime wants for weights.
-fn choose(at: &At, is_commit: bool) -> Result<Call, ChainError> {
+fn choose(at: &ClientAtBlock, is_commit: bool) -> Result<Call, ChainError> {
     let pallet = at.metadata_ref().pallet_by_name(PALLET);
     let has = |call: &Call| {
         pallet.as_ref().is_some_and(|p| p.call_variant_by_name(call.name()).is_some())

@@ -8,13 +8,13 @@ use crate::chain::keys::Hotkey;
 /// Weights that are to be set.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Order {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The mechanism of the subnet; 0 for the first, which most subnets have alone.
     pub mechanism: u8,
     /// The weight of each uid.
     pub vector: Vector,
-    /// Version of the software that made them; the one that the subnet asks for where absent.
+    /// Version of the software that made them; `None` is the one that the subnet asks for.
     pub version_key: Option<u64>,
 }
 
@@ -57,11 +57,11 @@ impl Call {
 /// An extrinsic with weights that was signed, and what is needed to look for it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SentWeights {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The mechanism of the subnet.
     pub mechanism: u8,
-    /// Whose weights.
+    /// The hotkey that sets the weights.
     pub hotkey: Hotkey,
     /// The weight of each uid.
     pub vector: Vector,

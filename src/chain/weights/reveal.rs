@@ -37,7 +37,7 @@ pub enum RevealEpochs {
 /// A subnet's epochs, as known at one block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Schedule {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The block at which the schedule was read.
     pub block: u64,

@@ -10,13 +10,13 @@ pub const COMMITS_MAX: usize = 10;
 /// What the chain says of one hotkey's right to set weights, all read at one block.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Standing {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// The mechanism of the subnet that the weights are for; most have only the first, 0.
     pub mechanism: u8,
     /// How many mechanisms the subnet has.
     pub mechanisms: u8,
-    /// Whose weights.
+    /// The hotkey that is to set weights.
     pub hotkey: Hotkey,
     /// The block at which all this was read.
     pub block: u64,
@@ -59,7 +59,7 @@ pub enum Unmet {
     /// `MechanismDoesNotExist`.
     #[error("subnet {netuid} has {count} mechanisms: there is no number {mechanism}")]
     NoMechanism {
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
         /// Which one was meant.
         mechanism: u8,
@@ -69,11 +69,11 @@ pub enum Unmet {
     /// `UidsLengthExceedUidsInSubNet`.
     #[error("{given} weights for the {neurons} members of subnet {netuid}")]
     TooMany {
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
-        /// Weights.
+        /// How many weights the vector has.
         given: usize,
-        /// Members.
+        /// How many members the subnet has: no vector may be longer.
         neurons: u16,
     },
     /// `HotKeyNotRegisteredInSubNet`.
@@ -82,9 +82,9 @@ pub enum Unmet {
          register"
     )]
     NotRegistered {
-        /// Whose.
+        /// The hotkey that has no uid.
         hotkey: Hotkey,
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
     },
     /// `NotEnoughStakeToSetWeights`.
@@ -121,9 +121,9 @@ pub enum Unmet {
     /// `NeuronNoValidatorPermit`.
     #[error("uid {uid} has no validator permit on subnet {netuid}: it needs more stake")]
     NoPermit {
-        /// Whose.
+        /// The uid of the hotkey that sets weights.
         uid: u16,
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
     },
     /// `UidVecContainInvalidOne`.
@@ -131,19 +131,19 @@ pub enum Unmet {
     NoSuchUid {
         /// The uid that has no member.
         uid: u16,
-        /// Members.
+        /// How many members the subnet has: uids lie below.
         neurons: u16,
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
     },
     /// `WeightVecLengthIsLow`.
     #[error("subnet {netuid} wants at least {wanted} weights, got {given}")]
     TooFew {
-        /// Weights.
+        /// How many weights the vector has.
         given: usize,
         /// Weights that must be.
         wanted: u16,
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
     },
     /// `MaxWeightExceeded`.
@@ -160,7 +160,7 @@ pub enum Unmet {
         limit: f64,
         /// The same as the chain has it.
         max_limit: u16,
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
     },
     /// `TooManyUnrevealedCommits`.

@@ -12,7 +12,7 @@ pub struct WeightLimits {
     pub min_allowed: u16,
     /// Largest share of one weight, of 65,535.
     pub max_limit: u16,
-    /// The place of whoever sets the weights: one weight for oneself is exempt from both limits.
+    /// The uid that sets the weights: one weight for itself is exempt from both limits.
     pub own: Option<u16>,
 }
 
@@ -33,12 +33,12 @@ pub enum VectorError {
         /// The one that is too small.
         uid: u16,
     },
-    /// A raw weight that is none.
+    /// A raw weight is negative, too large or not a number.
     #[error("a raw weight must be at least 0 and below 3.4e38, got {value} for uid {uid}")]
     Value {
-        /// Whose.
+        /// The uid that the weight is for.
         uid: u16,
-        /// The number.
+        /// The raw weight as it was given.
         value: f64,
     },
     /// The sum is beyond the arithmetic of the rule.
@@ -60,15 +60,15 @@ pub enum VectorError {
     Place {
         /// Counted from 0.
         place: usize,
-        /// Whose.
+        /// The uid that has no member.
         uid: u16,
-        /// Members.
+        /// How many members the subnet has: uids lie below.
         neurons: u16,
     },
     /// Values as the chain would not store them.
     #[error("the largest weight must be 65535 and none 0, got {value} for uid {uid}")]
     NotScaled {
-        /// Whose.
+        /// The uid whose weight is too large a share.
         uid: u16,
         /// A weight of 0, or the largest where that is not 65535.
         value: u16,
@@ -76,7 +76,7 @@ pub enum VectorError {
     /// A mechanism that there cannot be.
     #[error("there is no mechanism {mechanism} of subnet {netuid}")]
     NoIndex {
-        /// The subnet.
+        /// The number of the subnet.
         netuid: u16,
         /// Number of the mechanism within the subnet.
         mechanism: u8,
@@ -121,7 +121,7 @@ impl Vector {
     }
 }
 
-/// Whether the only weight is for whoever sets it.
+/// Whether the only weight is for the hotkey that sets it.
 pub(super) fn is_own(raw: &[(u16, f64)], limits: &WeightLimits) -> bool {
     matches!((raw, limits.own), ([(uid, _)], Some(own)) if *uid == own)
 }

@@ -1,6 +1,7 @@
 //! Runs `bench attack`: measures what each verification scheme catches, on a model of the user's
 //! choice.
 
+use super::output::cannot_write;
 use crate::bench::attack::plot;
 use crate::bench::attack::results::{GoalOutcome, Line, Results, Tokens};
 use crate::bench::attack::{self, AttackSetup};
@@ -8,11 +9,12 @@ use crate::bench::stats::{Rate, Stopping};
 use crate::cli::Failure;
 use crate::cli::out::outln;
 use crate::cli::shared::ComputeArgs;
+use crate::cli::tables::bordered;
 use crate::verify::evidence::Calibrated;
 use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
 use crate::verify::{FastRows, Limits, limits_file};
 use clap::Args;
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use std::path::{Path, PathBuf};
 
 /// Arguments of `bench attack`.
@@ -26,7 +28,7 @@ pub(in crate::cli) struct AttackArgs {
     /// Honest answers that false positives are counted on, to other prompts.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(0..=4000))]
     honest: u16,
-    /// Tokens of every answer; 128 of honest and 256 of attacked ones where absent.
+    /// Tokens of every answer. Default: 128 of honest and 256 of attacked ones.
     #[arg(long, value_parser = clap::value_parser!(u16).range(32..=512))]
     tokens: Option<u16>,
     /// Run only attacks whose name contains this.
@@ -94,10 +96,6 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
     }
 }
 
-fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
-    Failure::user(format!("{} cannot be written: {e}", path.display()))
-}
-
 fn write(out: &Path, results: &Results) -> Result<(), Failure> {
     let json = serde_json::to_string_pretty(results).map_err(Failure::ours)?;
     let svg = plot::svg(results).map_err(Failure::ours)?;
@@ -123,13 +121,6 @@ fn print(results: &Results) {
     );
 }
 
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(header);
-    table
-}
-
 fn or_dash(text: Option<String>) -> String {
     text.unwrap_or_else(|| "-".into())
 }
@@ -141,7 +132,7 @@ fn rate(rate: &Rate) -> String {
 }
 
 fn lines(lines: &[Line]) -> Table {
-    let mut table = table([
+    let mut table = bordered([
         "answers that are",
         "verified by",
         "bytes/token",
@@ -174,7 +165,7 @@ fn lines(lines: &[Line]) -> Table {
 }
 
 fn tokens(all: &[Tokens]) -> Table {
-    let mut table = table([
+    let mut table = bordered([
         "cheat",
         "mismatch (95 %)",
         "mean margin",
@@ -200,7 +191,7 @@ fn tokens(all: &[Tokens]) -> Table {
 }
 
 fn goals(all: &[GoalOutcome]) -> Table {
-    let mut table = table(["goal", "measured", ""]);
+    let mut table = bordered(["goal", "measured", ""]);
     for outcome in all {
         let met = if outcome.is_met { "met" } else { "missed" };
         table.add_row([outcome.goal.as_str(), outcome.measured.as_str(), met]);

@@ -50,11 +50,10 @@ pub(in crate::cli) struct EngineArgs {
     /// What computes: auto (the first card that works, else the processor), cpu or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value_t)]
     on: Device,
-    /// How a card computes: tensor (its tensor cores, where absent) or portable (the processor's
-    /// bits).
+    /// How a card computes: tensor (tensor cores, the default) or portable (the processor's bits).
     #[arg(long)]
     arithmetic: Option<Arithmetic>,
-    /// The row of the device table for what computes; by default it is found by its name.
+    /// Which row of the device table describes the device; by default it is found by its name.
     #[arg(long)]
     device: Option<String>,
     #[command(flatten)]

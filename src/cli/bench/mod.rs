@@ -19,10 +19,10 @@ pub(super) enum BenchCommand {
     Engine(engine::EngineArgs),
     /// Measure a server that speaks OpenAI's API, this program's or another's, under load: times,
     /// throughput, and what kept its promises.
-    Serve(Box<serve::ServeArgs>),
+    Serve(Box<serve::BenchServeArgs>),
     /// Predict a model on a table of devices, from its configuration alone: tokens a second, what
     /// holds them back, and what they cost.
-    Plan(plan::PlanArgs),
+    Plan(plan::BenchPlanArgs),
     /// Rank machines by their reports: speed, energy, money, and what a validator's check costs.
     Compare(compare::CompareArgs),
     /// Say what each verification scheme catches, on a model of your choice.

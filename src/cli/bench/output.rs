@@ -139,7 +139,7 @@ fn note_before(report: &mut BenchReport, seen: &[Mark]) {
     }
 }
 
-fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
+pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
     Failure::user(format!("{} cannot be written: {e}", path.display()))
 }
 

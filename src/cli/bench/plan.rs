@@ -25,11 +25,11 @@ use std::path::{Path, PathBuf};
   targon-engine bench plan HuggingFaceTB/SmolLM2-135M-Instruct
   targon-engine bench plan ./config.json --devices h100-sxm,h200 --batch 1,64
   targon-engine bench plan model.gguf --prices prices.toml --csv > plan.csv")]
-pub(in crate::cli) struct PlanArgs {
+pub(in crate::cli) struct BenchPlanArgs {
     /// A config.json, a checkpoint directory, a GGUF file, or OWNER/NAME on the Hub (of which only
     /// the configuration is fetched).
     model: String,
-    /// Devices of the table, with commas between them; all where absent.
+    /// Devices of the table, with commas between them. Default: all.
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
     /// Sequences that decode at once, with commas between them.
@@ -69,7 +69,7 @@ fn share(text: &str) -> anyhow::Result<f64> {
     }
 }
 
-pub(super) fn run(args: &PlanArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &BenchPlanArgs) -> Result<(), Failure> {
     let devices = named(&args.devices).map_err(|e| Failure::user(format!("--devices: {e}")))?;
     let prices = args.prices.as_deref().map(prices::read).transpose().map_err(Failure::user)?;
     let prices = prices.unwrap_or_default();
@@ -140,7 +140,7 @@ fn price<'a>(prices: &'a [Price], device: &str) -> Option<&'a Price> {
     prices.iter().find(|p| p.device == device)
 }
 
-fn print(args: &PlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Price]) {
+fn print(args: &BenchPlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Price]) {
     let weights = predictions.first().map_or(0, |p| p.weights);
     outln!("{}, {} of weights in 16 bits", printable(&args.model), Bytes(weights));
     outln!(
@@ -208,8 +208,8 @@ fn number(value: f64) -> String {
     }
 }
 
-fn print_csv(args: &PlanArgs, predictions: &[Prediction], prices: &[Price]) {
-    let PlanArgs { prompt, context, answer, .. } = args;
+fn print_csv(args: &BenchPlanArgs, predictions: &[Prediction], prices: &[Price]) {
+    let BenchPlanArgs { prompt, context, answer, .. } = args;
     outln!(
         "prompt,context,answer,device,devices,first_token_seconds,prefill_tokens_per_second,\
          batch,tokens_per_second,bound,fits,checks_per_minute,dollars_per_million_tokens"

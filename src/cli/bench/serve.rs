@@ -6,13 +6,13 @@ use crate::bench::report::schema::{BenchReport, ReportKind};
 use crate::bench::traffic::drive::Load;
 use crate::bench::traffic::heard::Transport;
 use crate::bench::traffic::levels::{self, LoadSetup, LoadWatch};
-use crate::bench::traffic::questions::{Questions, Shape};
+use crate::bench::traffic::questions::{LoadShape, Questions};
 use crate::bench::traffic::server::{GreetError, Server};
 use crate::bench::traffic::tally::Promise;
 use crate::cli::Failure;
 use crate::cli::out::note;
 use crate::cli::printable::printable;
-use crate::cli::shared::runtime;
+use crate::cli::shared::{check_http, runtime};
 use crate::clock::Clock;
 use crate::endpoint::shown;
 use crate::validator::prompt::date;
@@ -34,7 +34,7 @@ use std::time::Duration;
       --concurrency 1,8,32 --out report
   targon-engine bench serve --url http://127.0.0.1:8000 --model M \\
       --load targon --rate 2")]
-pub(in crate::cli) struct ServeArgs {
+pub(in crate::cli) struct BenchServeArgs {
     /// The server, without /v1.
     #[arg(long)]
     url: String,
@@ -66,7 +66,7 @@ pub(in crate::cli) struct ServeArgs {
     /// Words of a prompt with --load fixed, about as many tokens.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     input: u32,
-    /// Tokens of an answer; with --load targon the most, and 1920 where absent.
+    /// Tokens of an answer; with --load targon the most, by default 1920.
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=100_000))]
     output_tokens: Option<u32>,
     /// Leave out `ignore_eos`, which some servers refuse: answers may then be shorter.
@@ -81,7 +81,7 @@ pub(in crate::cli) struct ServeArgs {
     /// Mean seconds a token after the first within which a request counts as good.
     #[arg(long, default_value_t = 0.1, value_parser = positive)]
     tpot_limit: f64,
-    /// Decides prompts and arrivals; fresh where absent.
+    /// Decides prompts and arrivals. Default: a fresh one.
     #[arg(long)]
     seed: Option<u64>,
     /// Seconds that one answer may take.
@@ -103,7 +103,7 @@ enum LoadArg {
     Targon,
 }
 
-impl From<LoadArg> for Shape {
+impl From<LoadArg> for LoadShape {
     fn from(load: LoadArg) -> Self {
         match load {
             LoadArg::Fixed => Self::Fixed,
@@ -119,7 +119,7 @@ fn positive(text: &str) -> anyhow::Result<f64> {
     }
 }
 
-pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &BenchServeArgs) -> Result<(), Failure> {
     let output = args.output.start(Vec::new())?;
     let runtime = runtime()?;
     let is_wanted = until_interrupted(&runtime);
@@ -162,8 +162,9 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     output.finish(report, outcome.map_err(Failure::user))
 }
 
-impl ServeArgs {
+impl BenchServeArgs {
     fn server(&self, clock: &Clock) -> Result<Server, Failure> {
+        check_http("url", &self.url)?;
         let target = Target {
             url: self.url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
             hotkey: None,
@@ -173,25 +174,20 @@ impl ServeArgs {
             timeout: Duration::from_secs(self.timeout),
             size: Size::LARGE,
         };
-        if !["http://", "https://"].iter().any(|scheme| target.url.starts_with(scheme)) {
-            let url = shown(&self.url);
-            let what = format!("--url must begin with http:// or https://, got {url}");
-            return Err(Failure::user(printable(&what)));
-        }
         Server::new(target, clock.clone()).map_err(Failure::user)
     }
 
     fn questions(&self, clock: &Clock) -> Result<Questions, Failure> {
         let seed = self.seed.unwrap_or_else(|| crate::entropy::Entropy::system().word());
-        let shape = Shape::from(self.load);
+        let shape = LoadShape::from(self.load);
         Ok(Questions {
             shape,
             model: self.model.clone(),
             is_completion: self.completion,
             words: self.input as usize,
             tokens: self.output_tokens.unwrap_or(match shape {
-                Shape::Fixed => 128,
-                Shape::Targon => 1920,
+                LoadShape::Fixed => 128,
+                LoadShape::Targon => 1920,
             }),
             ignores_eos: !self.no_ignore_eos,
             is_repeated: self.repeat_prompts,
@@ -215,7 +211,7 @@ impl ServeArgs {
     }
 
     fn note_settings(&self, report: &mut BenchReport, questions: &Questions) {
-        let is_fixed = questions.shape == Shape::Fixed;
+        let is_fixed = questions.shape == LoadShape::Fixed;
         let concurrency: Vec<usize> = self.loads().into_iter().filter_map(Load::at_once).collect();
         for (name, value) in [
             ("url", json!(shown(&self.url))),

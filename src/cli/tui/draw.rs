@@ -76,7 +76,7 @@ fn words(state: &WeightsState) -> &'static str {
 }
 
 fn draw_rounds(frame: &mut Frame<'_>, view: &View, area: Rect) {
-    let line = |round: &crate::validator::run::view::Running| {
+    let line = |round: &crate::validator::run::view::RunningRound| {
         let phase = match round.phase {
             RoundPhase::Prompting => "makes a prompt",
             RoundPhase::Asking => "asks",
@@ -169,7 +169,7 @@ fn verdict(miner: &MinerView) -> Line<'static> {
 mod tests {
     use super::*;
     use crate::store::record::Outcome;
-    use crate::validator::run::view::{Last, Running};
+    use crate::validator::run::view::{Last, RunningRound};
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
@@ -185,7 +185,7 @@ mod tests {
             last,
             counts: [("verified", 2), ("rejected", 1)].into(),
         };
-        let running = |phase| Running {
+        let running = |phase| RunningRound {
             id: "0123456789abcdef".into(),
             model: "tiny\u{1b}[2J".into(),
             block: 99,

@@ -35,13 +35,13 @@ static IS_TAKEN: AtomicBool = AtomicBool::new(false);
 /// Checks that there is a terminal.
 ///
 /// # Errors
-/// When input or output is none.
+/// When input or output is not a terminal.
 pub(super) fn check() -> Result<(), Failure> {
     for (is_terminal, name) in
         [(std::io::stdin().is_terminal(), "stdin"), (std::io::stdout().is_terminal(), "stdout")]
     {
         if !is_terminal {
-            let what = format!("--tui needs a terminal, and {name} is none");
+            let what = format!("--tui needs a terminal, and {name} is not one");
             let hint = "without --tui the log says the same in lines";
             return Err(Failure::user(what).with_hint(Some(hint)));
         }
@@ -77,7 +77,7 @@ impl Drop for Tui {
 }
 
 impl Tui {
-    /// Takes the terminal and shows `views` until dropped. Whoever wants to stop cancels `stop`.
+    /// Takes the terminal and shows `views` until dropped. A key that ends it cancels `stop`.
     ///
     /// # Errors
     /// When the terminal cannot be taken.

@@ -19,8 +19,8 @@ use crate::validator::query::{QueryError, Streamed, Target};
 use crate::validator::round::ask::{self, Endpoint, QueryContent, QueryPrompt, QuerySampling};
 use crate::validator::round::chance::Chance;
 use crate::verify::{Verifier, question};
-use reading::Reading;
-use rules::Answered;
+use reading::StreamReading;
+use rules::ReceivedAnswer;
 use serde_json::Value;
 
 /// Names of models that a finding repeats.
@@ -81,7 +81,7 @@ pub struct Asking<'a> {
     pub model: &'a str,
     /// The most tokens of each answer.
     pub max_tokens: u32,
-    /// The temperature; drawn where absent.
+    /// The temperature; `None` draws one.
     pub temperature: Option<f64>,
     /// Who checks with the model's weights, where they are here.
     pub verifier: Option<&'a Verifier>,
@@ -142,8 +142,8 @@ async fn ask_one(
     );
     let mut findings = vec![Finding::new(topic, Level::Ok, fact)];
     let streamed = target.stream(endpoint.path(), &body, clock, |_| {}).await;
-    let reading = Reading::of(&streamed.arrivals);
-    let answered = Answered { topic, streamed: &streamed, reading: &reading, sampling };
+    let reading = StreamReading::of(&streamed.arrivals);
+    let answered = ReceivedAnswer { topic, streamed: &streamed, reading: &reading, sampling };
     findings.extend(answered.findings());
     if let (Some(verifier), true) = (asking.verifier, is_whole(&streamed)) {
         let place = chance.bits();

@@ -13,7 +13,7 @@ const UNKNOWN_LOGPROB: f64 = -100.0;
 
 /// A token of an answer.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Token {
+pub struct StreamedToken {
     /// What the reader sees of it.
     pub text: String,
     /// Its id, where it was named.
@@ -28,9 +28,9 @@ pub struct Token {
 
 /// What a validator has after it has read a stream.
 #[derive(Clone, PartialEq, Default, Debug)]
-pub struct Reading {
+pub struct StreamReading {
     /// The tokens that count.
-    pub tokens: Vec<Token>,
+    pub tokens: Vec<StreamedToken>,
     /// When the first text came, whether its token counts or not.
     pub first_text: Option<Duration>,
     /// Chunks from the first text on that are left out, because nothing names their token.
@@ -41,7 +41,7 @@ pub struct Reading {
     pub without_choice: Option<usize>,
 }
 
-impl Reading {
+impl StreamReading {
     /// Reads the events of a stream.
     pub fn of(arrivals: &[Arrival]) -> Self {
         let mut reading = Self::default();
@@ -80,7 +80,7 @@ impl Reading {
             self.unnamed += 1;
             return;
         }
-        self.tokens.push(Token {
+        self.tokens.push(StreamedToken {
             text: text.to_owned(),
             id,
             logprob: logprob.as_f64().unwrap_or(UNKNOWN_LOGPROB),
@@ -108,12 +108,12 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn reading(chunks: &[Value]) -> Reading {
+    fn reading(chunks: &[Value]) -> StreamReading {
         let at = |(ms, chunk): (u64, &Value)| Arrival {
             at: Duration::from_millis(ms),
             chunk: json!({"choices": [chunk]}),
         };
-        Reading::of(&(1..).zip(chunks).map(at).collect::<Vec<_>>())
+        StreamReading::of(&(1..).zip(chunks).map(at).collect::<Vec<_>>())
     }
 
     fn chat(text: &str, name: &str) -> Value {
@@ -155,15 +155,15 @@ mod tests {
     #[test]
     fn a_chunk_without_choice_ends_it() {
         let usage = Arrival { at: Duration::ZERO, chunk: json!({"choices": [], "usage": {}}) };
-        let read = Reading::of(&[usage]);
+        let read = StreamReading::of(&[usage]);
         assert_eq!((read.without_choice, read.tokens.len()), (Some(0), 0));
-        assert_eq!(Reading::of(&[]), Reading::default());
+        assert_eq!(StreamReading::of(&[]), StreamReading::default());
     }
 
     #[test]
     fn the_longest_silence_counts_to_the_end() {
         let at = |ms| Arrival { at: Duration::from_millis(ms), chunk: Value::Null };
-        let gap = |end| Reading::longest_gap(&[at(10), at(300)], Duration::from_millis(end));
+        let gap = |end| StreamReading::longest_gap(&[at(10), at(300)], Duration::from_millis(end));
         assert_eq!((gap(310).as_millis(), gap(900).as_millis()), (290, 600));
     }
 }

@@ -1,7 +1,7 @@
 //! Applies the rules of Targon 4.4 that need no weights of the model: stream, names of tokens,
 //! lengths and times (protocol 4.3, 4.4 and 5.4).
 
-use super::reading::Reading;
+use super::reading::StreamReading;
 use crate::doctor::{Finding, Level};
 use crate::validator::query::{Arrival, QueryError, QueryFault, Streamed};
 use crate::validator::round::ask::QuerySampling;
@@ -17,18 +17,18 @@ const TOKENS_MIN: usize = 3;
 
 /// An answer, and what was asked for.
 #[derive(Clone, Copy)]
-pub struct Answered<'a> {
+pub struct ReceivedAnswer<'a> {
     /// What findings are about: `chat` or `completion`.
     pub topic: &'a str,
     /// The answer as it was received.
     pub streamed: &'a Streamed,
     /// The answer as a validator reads it.
-    pub reading: &'a Reading,
+    pub reading: &'a StreamReading,
     /// How tokens had to be drawn.
     pub sampling: QuerySampling,
 }
 
-impl Answered<'_> {
+impl ReceivedAnswer<'_> {
     fn finding(&self, rule: &str, level: Level, fact: impl Into<String>) -> Finding {
         Finding::new(format!("{}, {rule}", self.topic), level, fact)
     }
@@ -52,7 +52,7 @@ impl Answered<'_> {
         findings
     }
 
-    /// Why the answer is no answer at all: `BAD_STREAM`.
+    /// Why the response has no answer at all: `BAD_STREAM`.
     fn refused(&self) -> Option<Finding> {
         let rule = "BAD_STREAM";
         if let Err(e) = &self.streamed.outcome {
@@ -77,7 +77,7 @@ impl Answered<'_> {
     }
 
     fn names(&self) -> Finding {
-        let Reading { tokens, unnamed, .. } = self.reading;
+        let StreamReading { tokens, unnamed, .. } = self.reading;
         let silent = tokens.iter().filter(|t| t.id.is_none()).count();
         if unnamed + silent == 0 {
             let fact = "every token is named by its id and has a log-probability";
@@ -121,7 +121,7 @@ impl Answered<'_> {
     /// Speed is what counts of an answer that passes.
     fn pace(&self) -> Finding {
         let timing = timing(self.arrivals(), self.streamed.ended, self.sampling.max_tokens);
-        let gap = Reading::longest_gap(self.arrivals(), self.streamed.ended);
+        let gap = StreamReading::longest_gap(self.arrivals(), self.streamed.ended);
         let fact = format!(
             "{:.1} tokens/s, first text after {:.3} s, whole answer {:.3} s, longest silence \
              {:.3} s",
@@ -193,7 +193,7 @@ pub fn hint(e: &QueryError) -> &'static str {
         }
     };
     match status {
-        QueryFault::Own => "this machine lacks something: the miner is not to blame",
+        QueryFault::Own => "this machine lacks something; the miner is not the cause",
         QueryFault::Unreachable => "is it running, and is its port open in firewall and router?",
         QueryFault::Late => "it is overloaded, or the first token takes too long: see its /metrics",
         _ => "is this an HTTP server? a proxy in between may break the connection",
@@ -245,18 +245,22 @@ mod tests {
             .collect()
     }
 
-    fn judge(arrivals: Vec<Arrival>, outcome: Result<(), QueryError>) -> Vec<Finding> {
+    fn check(arrivals: Vec<Arrival>, outcome: Result<(), QueryError>) -> Vec<Finding> {
         let ended = arrivals.last().map(|a| a.at).unwrap_or_default();
         let streamed = Streamed { arrivals, ended, outcome };
-        let reading = Reading::of(&streamed.arrivals);
-        let answered =
-            Answered { topic: "chat", streamed: &streamed, reading: &reading, sampling: SAMPLING };
+        let reading = StreamReading::of(&streamed.arrivals);
+        let answered = ReceivedAnswer {
+            topic: "chat",
+            streamed: &streamed,
+            reading: &reading,
+            sampling: SAMPLING,
+        };
         answered.findings()
     }
 
     /// The rules that are broken; each says what to do.
     fn broken(arrivals: Vec<Arrival>) -> Vec<String> {
-        let bad = judge(arrivals, Ok(())).into_iter().filter(|f| f.level > Level::Ok);
+        let bad = check(arrivals, Ok(())).into_iter().filter(|f| f.level > Level::Ok);
         bad.map(|f| {
             assert!(f.hint.is_some(), "{f:?}");
             f.topic.strip_prefix("chat, ").unwrap().to_owned()
@@ -273,7 +277,7 @@ mod tests {
     #[test]
     fn an_honest_answer_breaks_nothing() {
         assert_eq!(broken(honest(80)), Vec::<String>::new());
-        let findings = judge(honest(80), Ok(()));
+        let findings = check(honest(80), Ok(()));
         let speed = findings.iter().find(|f| f.topic == "chat, speed").unwrap();
         assert!(speed.fact.starts_with("100.0 tokens/s, first text after 0.010 s"), "{speed:?}");
     }
@@ -335,7 +339,7 @@ mod tests {
         let said = json!({"error": {"message": "no room"}});
         let mut arrivals = honest(5);
         arrivals.push(Arrival { at: Duration::from_secs(1), chunk: said });
-        let [refused] = judge(arrivals, Ok(())).try_into().unwrap();
+        let [refused] = check(arrivals, Ok(())).try_into().unwrap();
         assert!(refused.fact.ends_with("no room"), "{refused:?}");
     }
 
@@ -352,9 +356,9 @@ mod tests {
             (status(400, "Unknown Epistula version"), Level::Fault, "--wallet.name"),
             (status(503, ""), Level::Fault, "a miss"),
             (network(QueryFault::Late), Level::Fault, "overloaded"),
-            (network(QueryFault::Own), Level::Warning, "not to blame"),
+            (network(QueryFault::Own), Level::Warning, "not the cause"),
         ] {
-            let [refused] = judge(honest(5), Err(e)).try_into().unwrap();
+            let [refused] = check(honest(5), Err(e)).try_into().unwrap();
             assert_eq!((refused.topic.as_str(), refused.level), ("chat, BAD_STREAM", level));
             assert!(refused.hint.as_ref().unwrap().contains(words), "{refused:?}");
         }

@@ -78,12 +78,13 @@ fn findings(topic: &str, report: &Report, rulings: &[Ruling]) -> Vec<Finding> {
                 findings.push(told);
             }
             let fact = format!("{} makes this answer a miss", refused.reason.name());
-            let hint = "see what is said of that rule";
+            let hint = "see the finding of that rule";
             findings.push(of("verdict", Level::Fault, &fact).hint(hint));
         }
         Verdict::Unscored(why) => {
             let fact = format!("cannot be checked here: {why}");
-            findings.push(of("verdict", Level::Warning, &fact).hint("nothing of the miner's"));
+            let hint = "the miner is not the cause";
+            findings.push(of("verdict", Level::Warning, &fact).hint(hint));
         }
     }
     findings

@@ -19,7 +19,7 @@ const LAYERS: &str = "/^model[.]layers[.]/";
 
 /// How mistral.rs loads a model.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Settings {
+pub struct MistralSettings {
     /// The type that the layers' weights are quantised to while they are loaded, by its name in
     /// mistral.rs. Head and embedding are not.
     pub isq: Option<String>,
@@ -39,7 +39,7 @@ impl LoadedMistral {
     /// What mistral.rs says, or that it panicked.
     pub fn load(
         tapped: Tapped,
-        settings: &Settings,
+        settings: &MistralSettings,
         sequences_max: usize,
     ) -> Result<Self, LoadError> {
         // mistral.rs keeps in a thread what it quantises to, so each model has one of its own.
@@ -57,7 +57,7 @@ fn error(what: impl std::fmt::Display) -> LoadError {
 
 fn runner(
     tapped: &Tapped,
-    settings: &Settings,
+    settings: &MistralSettings,
     sequences_max: usize,
 ) -> Result<Arc<MistralRs>, LoadError> {
     // It does not multiply 16-bit numbers on the processor.

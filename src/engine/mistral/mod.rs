@@ -13,7 +13,7 @@ mod load;
 mod state;
 mod tap;
 
-pub use load::{LoadedMistral, Settings, VERSION};
+pub use load::{LoadedMistral, MistralSettings, VERSION};
 
 use super::backend::{Backend, BackendKind, Command, Submission};
 use super::guard::{Stage, Watch};
@@ -129,7 +129,7 @@ impl MistralBackend {
             }
             Err(fault) => {
                 stats.record_fault();
-                // Whoever does not listen any more need not be told.
+                // A request whose receiver is gone need not be told.
                 let _ = failing.try_send(Event::Fault(fault));
             }
         }

@@ -83,7 +83,7 @@ impl Json {
         Ok(())
     }
 
-    /// Keys that are no text become one.
+    /// Keys that are not text become text.
     fn write_key(&self, out: &mut String, key: &Value) -> Result<(), Error> {
         match key.as_str() {
             Some(text) => quote(out, text, self.ascii),

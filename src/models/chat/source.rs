@@ -12,7 +12,8 @@ pub(super) const TEXT: &str = "__text";
 /// Brackets within brackets; what is nested deeper stays as it is, and minijinja refuses it.
 const DEPTH_MAX: usize = 64;
 
-/// The source with these parts rewritten. What is no template is left for the compiler to refuse.
+/// The source with these parts rewritten. A text that is not a template is left for the compiler
+/// to refuse.
 pub(super) fn rewrite(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

@@ -2,7 +2,7 @@
 //! is read. A family that is added here is read from safetensors; from GGUF and by the second
 //! engine where its entry says so.
 
-use super::reader::Config;
+use super::reader::CheckpointConfig;
 use crate::models::error::LoadError;
 use crate::models::family::{ExpertNames, Family, GgufFamily, HostedFamily, listed};
 use crate::models::spec::{AttentionSpec, ExpertSpec, FeedForwardSpec, NormSpec, Spec};
@@ -12,7 +12,7 @@ use serde_json::Value;
 /// A family, and how its configuration is read.
 struct Entry {
     family: Family,
-    read: fn(&Config<'_>, &'static Family) -> Result<Spec, LoadError>,
+    read: fn(&CheckpointConfig<'_>, &'static Family) -> Result<Spec, LoadError>,
 }
 
 const MIXTRAL_EXPERTS: ExpertNames =
@@ -134,7 +134,7 @@ pub fn of_gguf(architecture: &str, experts: u64) -> Option<(&'static Family, &'s
 }
 
 /// Reads the configuration as its family does.
-pub(super) fn read(c: &Config<'_>) -> Result<Spec, LoadError> {
+pub(super) fn read(c: &CheckpointConfig<'_>) -> Result<Spec, LoadError> {
     let key = "model_type";
     let name = c.string(key)?;
     let Some(entry) = ENTRIES.iter().find(|entry| entry.family.name == name) else {
@@ -145,7 +145,7 @@ pub(super) fn read(c: &Config<'_>) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn llama(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn llama(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     c.only("mlp_bias", &Value::Bool(false))?;
     let bias = c.flag("attention_bias")?;
     let mut spec = dense(c, family)?;
@@ -153,20 +153,20 @@ fn llama(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn mistral(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn mistral(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     let mut spec = dense(c, family)?;
     spec.attention.windows = vec![c.window_or(4096)?; spec.layers];
     Ok(spec)
 }
 
-fn qwen2(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn qwen2(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     c.only("use_sliding_window", &Value::Bool(false))?;
     let mut spec = dense(c, family)?;
     spec.attention.qkv_bias = true;
     Ok(spec)
 }
 
-fn qwen3(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn qwen3(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     c.only("use_sliding_window", &Value::Bool(false))?;
     let bias = c.flag("attention_bias")?;
     let mut spec = dense(c, family)?;
@@ -175,7 +175,7 @@ fn qwen3(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn gemma2(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn gemma2(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     c.only("attention_bias", &Value::Bool(false))?;
     let mut spec = dense(c, family)?;
     let scalar = c.optional_f64("query_pre_attn_scalar")?.unwrap_or(256.0);
@@ -199,7 +199,7 @@ fn gemma2(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn phi3(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn phi3(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     let mut spec = dense(c, family)?;
     spec.attention.fused = true;
     spec.feed_forward.fused = true;
@@ -209,7 +209,7 @@ fn phi3(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn mixtral(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn mixtral(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     let mut spec = dense(c, family)?;
     spec.attention.windows = vec![c.optional_usize("sliding_window")?; spec.layers];
     spec.rope = c.rope(1e6)?;
@@ -222,7 +222,7 @@ fn mixtral(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     Ok(spec)
 }
 
-fn qwen3_moe(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn qwen3_moe(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     c.only("use_sliding_window", &Value::Bool(false))?;
     c.only("decoder_sparse_step", &Value::from(1))?;
     c.only("mlp_only_layers", &Value::Array(Vec::new()))?;
@@ -243,7 +243,7 @@ fn qwen3_moe(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError>
 }
 
 /// What all families share; options are off.
-fn dense(c: &Config<'_>, family: &'static Family) -> Result<Spec, LoadError> {
+fn dense(c: &CheckpointConfig<'_>, family: &'static Family) -> Result<Spec, LoadError> {
     let (hidden, heads) = (c.usize("hidden_size")?, c.usize("num_attention_heads")?);
     let layers = c.layers()?;
     let head_dim = c.optional_usize("head_dim")?.unwrap_or(hidden / heads.max(1));

@@ -10,12 +10,12 @@ use std::path::Path;
 const LAYERS_MAX: usize = 1 << 10;
 
 /// Typed access to the JSON, with errors that name the key.
-pub(super) struct Config<'a> {
+pub(super) struct CheckpointConfig<'a> {
     pub(super) path: &'a Path,
     pub(super) json: &'a Value,
 }
 
-impl Config<'_> {
+impl CheckpointConfig<'_> {
     pub(super) fn error(&self, key: &str, what: impl ToString) -> LoadError {
         LoadError::Key { path: self.path.into(), key: key.into(), what: what.to_string() }
     }

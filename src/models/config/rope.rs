@@ -1,6 +1,6 @@
 //! Reads what a configuration says of the rotary embedding, in its old and its new spelling.
 
-use super::reader::Config;
+use super::reader::CheckpointConfig;
 use crate::models::error::LoadError;
 use crate::models::spec::RopeSpec;
 use crate::ops::rope::RopeScaling;
@@ -19,7 +19,7 @@ const ROPE_KEYS: [&str; 8] = [
     PARTIAL,
 ];
 
-impl Config<'_> {
+impl CheckpointConfig<'_> {
     pub(super) fn refuse_partial_rotary(&self) -> Result<(), LoadError> {
         for source in [None, Some("rope_parameters"), Some("rope_scaling")] {
             let object = source.map_or(Some(self.json), |key| self.get(key));
@@ -73,13 +73,17 @@ impl Config<'_> {
 
 /// `rope_parameters` or `rope_scaling`.
 struct RopeObject<'a> {
-    config: &'a Config<'a>,
+    config: &'a CheckpointConfig<'a>,
     name: &'a str,
     object: &'a Map<String, Value>,
 }
 
 impl<'a> RopeObject<'a> {
-    fn new(config: &'a Config<'a>, name: &'a str, value: &'a Value) -> Result<Self, LoadError> {
+    fn new(
+        config: &'a CheckpointConfig<'a>,
+        name: &'a str,
+        value: &'a Value,
+    ) -> Result<Self, LoadError> {
         let wrong = || config.error(name, format!("must be an object, got {value}"));
         let object = value.as_object().ok_or_else(wrong)?;
         let unknown = |(key, value): &(&String, &Value)| {

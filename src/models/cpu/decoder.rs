@@ -18,7 +18,7 @@ use crate::ops::rounding::Rounding;
 use crate::ops::rowwise::softcap;
 use std::sync::Arc;
 
-/// A loaded transformer.
+/// A transformer whose weights are in this machine's memory.
 pub struct Decoder {
     /// The model's shape and options.
     pub spec: Arc<Spec>,

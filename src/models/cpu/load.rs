@@ -5,7 +5,7 @@ use super::weights::{Embedding, FeedForward, Layer, Mixture, Mlp, Weights};
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
 use crate::models::grid::Grid;
-use crate::models::source::{FeedForwardSource, MlpSource, RowReader, Rows, Source};
+use crate::models::source::{FeedForwardSource, MatrixRows, MlpSource, RowReader, Source};
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, gated_row, gated_rows};
@@ -134,14 +134,18 @@ impl Loader<'_> {
         Ok(Mlp { gate_up, down: self.pack(&source.down, self.grid)? })
     }
 
-    fn pack(&self, rows: &Rows, grid: Option<Grid>) -> Result<Packed, LoadError> {
+    fn pack(&self, rows: &MatrixRows, grid: Option<Grid>) -> Result<Packed, LoadError> {
         let filler = self.filler(rows, grid)?;
         Packed::pack_beside(&self.pool, (rows.rows(), rows.cols()), self.dtype, |row, out| {
             filler.fill(row, self.dtype, out)
         })
     }
 
-    fn filler<'a>(&self, rows: &'a Rows, grid: Option<Grid>) -> Result<Filler<'a>, LoadError> {
+    fn filler<'a>(
+        &self,
+        rows: &'a MatrixRows,
+        grid: Option<Grid>,
+    ) -> Result<Filler<'a>, LoadError> {
         let reader = rows.reader(self.pool.threads())?;
         let Some(grid) = grid else { return Ok(Filler::Stored(reader)) };
         let (cols, dtype) = (rows.cols(), self.dtype);
@@ -161,7 +165,7 @@ impl Loader<'_> {
     }
 
     /// Packs gate and up rows in alternating blocks.
-    fn pack_gated(&self, gate: &Rows, up: &Rows) -> Result<Packed, LoadError> {
+    fn pack_gated(&self, gate: &MatrixRows, up: &MatrixRows) -> Result<Packed, LoadError> {
         let inter = gate.rows();
         let (gate_rows, up_rows) = (self.filler(gate, self.grid)?, self.filler(up, self.grid)?);
         let shape = (gated_rows(inter), gate.cols());

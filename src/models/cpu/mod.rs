@@ -82,16 +82,16 @@ fn read(
     logits: &mut Vec<f32>,
 ) -> Vec<RowResult> {
     let vocab = decoder.spec.vocab;
-    let needy: Vec<usize> = (0..asks.len()).filter(|i| asks[*i].needs_logits()).collect();
-    if !needy.is_empty() {
+    let with_logits: Vec<usize> = (0..asks.len()).filter(|i| asks[*i].needs_logits()).collect();
+    if !with_logits.is_empty() {
         let mut some = Rounded::new(hidden.dtype(), hidden.cols());
-        some.set_rows(needy.len());
-        needy.iter().enumerate().for_each(|(to, from)| some.copy_row(to, hidden, *from));
+        some.set_rows(with_logits.len());
+        with_logits.iter().enumerate().for_each(|(to, from)| some.copy_row(to, hidden, *from));
         decoder.logits(turn, &some, logits);
     }
     let logits = Disjoint::new(logits);
     turn.map(asks.len(), |i| {
-        let row = needy.binary_search(&i).ok().map(|place| {
+        let row = with_logits.binary_search(&i).ok().map(|place| {
             // SAFETY: each row of logits belongs to one ask, which is one task.
             unsafe { logits.piece(place * vocab..(place + 1) * vocab) }
         });

@@ -13,7 +13,7 @@ pub struct Weights {
     pub head: Option<Packed>,
     /// The norm before the head.
     pub norm: Norm,
-    /// Decoder layers.
+    /// The layers, in the order in which a row passes them.
     pub layers: Vec<Layer>,
 }
 
@@ -25,7 +25,7 @@ pub enum Embedding {
     Stored(Tensor),
 }
 
-/// One decoder layer.
+/// The weights of one decoder layer.
 pub struct Layer {
     /// Norm before attention.
     pub attention_norm: Norm,
@@ -37,7 +37,7 @@ pub struct Layer {
     pub q_norm: Option<Norm>,
     /// Norm of each key head.
     pub k_norm: Option<Norm>,
-    /// Output projection.
+    /// The matrix that attention's output is multiplied by.
     pub out: Packed,
     /// Bias of the output projection, where the family has one.
     pub out_bias: Option<Vec<f32>>,
@@ -45,7 +45,7 @@ pub struct Layer {
     pub post_attention_norm: Option<Norm>,
     /// Norm before the feed-forward layer.
     pub feed_forward_norm: Norm,
-    /// Feed-forward layer.
+    /// One perceptron, or a mixture of them.
     pub feed_forward: FeedForward,
     /// Norm after it (Gemma 2).
     pub post_feed_forward_norm: Option<Norm>,
@@ -78,7 +78,7 @@ pub struct Mixture {
 }
 
 impl Weights {
-    /// The head's matrix.
+    /// The matrix that gives logits: the head, or the embedding that is tied to it.
     pub fn head(&self) -> &Packed {
         match (&self.head, &self.embedding) {
             (Some(head), _) | (None, Embedding::Tied(head)) => head,

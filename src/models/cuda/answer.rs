@@ -5,11 +5,11 @@
 //! than the kernels sort come to the host as logits, and `rows::answer` reads them there; so does a
 //! row whose draw needs more than the largest logits. The rest of a chunk of rows is one copy.
 
-use super::asks::{Chunk, Places, Proofs, UNKNOWN, near_tokens, why_hosted};
+use super::asks::{AskChunk, Places, SketchGroup, UNKNOWN, near_tokens, why_hosted};
 use super::error::CudaError;
 use super::launch::args;
-use super::memory::{At, Outputs};
-use super::step::Step;
+use super::memory::{Offset, Outputs};
+use super::step::StepRun;
 use super::weights::CudaWeights;
 use crate::models::hosted::{HostedRows, Why};
 use crate::models::pass::{
@@ -27,18 +27,23 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 const SUM_CHUNK: usize = 512;
 
 /// Adds the kernels that read the rows of a chunk to its step.
-pub(super) fn launch(chunk: &Chunk<'_, '_>, step: &Step<'_>, outputs: &Outputs, places: &Places) {
+pub(super) fn launch(
+    chunk: &AskChunk<'_, '_>,
+    step: &StepRun<'_>,
+    outputs: &Outputs,
+    places: &Places,
+) {
     launch_proofs(chunk, step, outputs, places);
-    if chunk.needy > chunk.hosted {
+    if chunk.with_logits > chunk.hosted {
         launch_scores(chunk, step, outputs, places);
     }
 }
 
-fn launch_proofs(chunk: &Chunk<'_, '_>, step: &Step<'_>, outputs: &Outputs, places: &Places) {
+fn launch_proofs(chunk: &AskChunk<'_, '_>, step: &StepRun<'_>, outputs: &Outputs, places: &Places) {
     let at = |place| outputs.pointer(place);
-    for Proofs { whitening, profile, table } in &chunk.proofs {
+    for SketchGroup { whitening, bits, table } in &chunk.proofs {
         let channels = step.weights.spec.hidden as i32;
-        let shift = profile.shift(whitening.source.shift) as i32;
+        let shift = bits.shift(whitening.source.shift) as i32;
         let args = args![
             at(places.finals),
             &whitening.exponents,
@@ -48,16 +53,16 @@ fn launch_proofs(chunk: &Chunk<'_, '_>, step: &Step<'_>, outputs: &Outputs, plac
             at(places.hashes),
             channels,
             shift,
-            profile.projections() as i32,
+            bits.projections() as i32,
             step.is_f16(),
         ];
         step.launch("sketch_rows", [chunk.order.len(), 1, 1], 128, 0, args);
     }
 }
 
-fn launch_scores(chunk: &Chunk<'_, '_>, step: &Step<'_>, outputs: &Outputs, places: &Places) {
+fn launch_scores(chunk: &AskChunk<'_, '_>, step: &StepRun<'_>, outputs: &Outputs, places: &Places) {
     let at = |place| outputs.pointer(place);
-    let (vocab, rows) = (step.weights.spec.vocab, [chunk.needy, 1, 1]);
+    let (vocab, rows) = (step.weights.spec.vocab, [chunk.with_logits, 1, 1]);
     let (logits, v) = (at(places.logits), vocab as i32);
     let shared = 4 * vocab.div_ceil(SUM_CHUNK);
     for (i, temperatures) in [chunk.ones, chunk.inverses].into_iter().enumerate() {
@@ -86,14 +91,14 @@ fn launch_scores(chunk: &Chunk<'_, '_>, step: &Step<'_>, outputs: &Outputs, plac
 }
 
 /// A chunk whose rows were read.
-pub(super) struct Reading<'a, 'b, 'c> {
-    pub(super) chunk: &'a Chunk<'b, 'c>,
+pub(super) struct ChunkReading<'a, 'b, 'c> {
+    pub(super) chunk: &'a AskChunk<'b, 'c>,
     pub(super) places: Places,
     pub(super) weights: &'a CudaWeights,
     pub(super) pool: &'a Pool,
 }
 
-impl Reading<'_, '_, '_> {
+impl ChunkReading<'_, '_, '_> {
     /// Copies what was found to the host, waits, and answers every ask of the chunk in its order.
     /// Rows whose logits came to the host are counted.
     pub(super) fn collect(
@@ -108,7 +113,7 @@ impl Reading<'_, '_, '_> {
             (0, true) => places.logits,
             (hosted, _) => places.logits.plus(4 * hosted * vocab),
         };
-        outputs.fetch(At::default(), end.bytes())?;
+        outputs.fetch(Offset::default(), end.bytes())?;
         let found = Found::read(chunk, places, outputs)?;
         let finals: Vec<u16> = match chunk.has_finals {
             true => outputs.read(places.finals, chunk.order.len() * hidden)?,
@@ -145,8 +150,9 @@ impl Reading<'_, '_, '_> {
         let Self { chunk, places, weights, pool } = self;
         let vocab = weights.spec.vocab;
         let at = |place: usize| places.logits.plus(4 * place * vocab);
-        let left: Vec<usize> =
-            (chunk.hosted..chunk.needy).filter(|place| found.is_left(chunk, *place)).collect();
+        let left: Vec<usize> = (chunk.hosted..chunk.with_logits)
+            .filter(|place| found.is_left(chunk, *place))
+            .collect();
         for place in &left {
             outputs.fetch(at(*place), 4 * vocab)?;
         }
@@ -258,21 +264,24 @@ struct Found {
 
 impl Found {
     fn read(
-        chunk: &Chunk<'_, '_>,
+        chunk: &AskChunk<'_, '_>,
         places: &Places,
         outputs: &mut Outputs,
     ) -> Result<Self, CudaError> {
-        let (rows, needy) = (chunk.order.len(), chunk.needy);
+        let (rows, with_logits) = (chunk.order.len(), chunk.with_logits);
         let queries = chunk.queries();
         Ok(Self {
-            tokens: outputs.read(places.tokens, needy)?,
+            tokens: outputs.read(places.tokens, with_logits)?,
             maxima: [
-                outputs.read(places.maxima[0], needy)?,
-                outputs.read(places.maxima[1], needy)?,
+                outputs.read(places.maxima[0], with_logits)?,
+                outputs.read(places.maxima[1], with_logits)?,
             ],
-            sums: [outputs.read(places.sums[0], needy)?, outputs.read(places.sums[1], needy)?],
-            top_ids: outputs.read(places.top_ids, needy * chunk.top)?,
-            top_logits: outputs.read(places.top_logits, needy * chunk.top)?,
+            sums: [
+                outputs.read(places.sums[0], with_logits)?,
+                outputs.read(places.sums[1], with_logits)?,
+            ],
+            top_ids: outputs.read(places.top_ids, with_logits * chunk.top)?,
+            top_logits: outputs.read(places.top_logits, with_logits * chunk.top)?,
             found: outputs.read(places.found, queries)?,
             ranks: outputs.read(places.ranks, queries)?,
             sketches: outputs.read(places.sketches, rows)?,
@@ -281,7 +290,7 @@ impl Found {
     }
 
     /// Whether the draw of a place needs more than the card looked at.
-    fn is_left(&self, chunk: &Chunk<'_, '_>, place: usize) -> bool {
+    fn is_left(&self, chunk: &AskChunk<'_, '_>, place: usize) -> bool {
         let scores = chunk.asks[chunk.order[place]].scores.as_ref();
         scores.is_some_and(|s| s.token == Token::Drawn) && self.tokens[place] == UNKNOWN
     }

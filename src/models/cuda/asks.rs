@@ -3,7 +3,7 @@
 
 use super::error::CudaError;
 use super::launch::{Entry, Memory, Query, Rule};
-use super::memory::{At, Inputs, Outputs, grained};
+use super::memory::{Inputs, Offset, Outputs, grained};
 use super::weights::CudaWeights;
 use crate::models::hosted::Why;
 use crate::models::pass::{RowAsk, Scores, Token, logit_rows_max};
@@ -42,58 +42,58 @@ pub(super) struct Whitening {
 
 /// Rows that are read at once. First those whose logits the host reads, then those that the card
 /// reads, then those without logits.
-pub(super) struct Chunk<'a, 'b> {
+pub(super) struct AskChunk<'a, 'b> {
     pub(super) asks: &'a [RowAsk<'b>],
     /// The ask of each place.
     pub(super) order: Vec<usize>,
     /// Places whose logits the host reads.
     pub(super) hosted: usize,
     /// Places with logits.
-    pub(super) needy: usize,
+    pub(super) with_logits: usize,
     /// The row of each place, in the inputs.
-    pub(super) rows: At,
+    pub(super) rows: Offset,
     /// Whether final rows go to the host.
     pub(super) has_finals: bool,
-    pub(super) ones: At,
-    pub(super) inverses: At,
+    pub(super) ones: Offset,
+    pub(super) inverses: Offset,
     /// Whether a row is reduced at another temperature than 1.
     pub(super) is_scaled: bool,
-    pub(super) rules: At,
+    pub(super) rules: Offset,
     pub(super) draws: bool,
     pub(super) top: usize,
-    pub(super) queries: At,
+    pub(super) queries: Offset,
     /// Queries of each place that the card reads.
     pub(super) query_ranges: Vec<Range<usize>>,
-    pub(super) proofs: Vec<Proofs>,
+    pub(super) proofs: Vec<SketchGroup>,
 }
 
-/// Sketches of one calibration and profile.
-pub(super) struct Proofs {
+/// Sketches of one calibration and number of bits.
+pub(super) struct SketchGroup {
     pub(super) whitening: Arc<Whitening>,
-    pub(super) profile: ResidueBits,
-    pub(super) table: At,
+    pub(super) bits: ResidueBits,
+    pub(super) table: Offset,
 }
 
-/// Rows with one calibration and profile: an entry for each place of their chunk.
+/// Rows with one calibration and number of bits: an entry for each place of their chunk.
 struct Group {
     calibration: Arc<Calibration>,
-    profile: ResidueBits,
+    bits: ResidueBits,
     table: Vec<Entry>,
 }
 
 /// Where results are.
 pub(super) struct Places {
-    pub(super) tokens: At,
-    pub(super) maxima: [At; 2],
-    pub(super) sums: [At; 2],
-    pub(super) top_ids: At,
-    pub(super) top_logits: At,
-    pub(super) found: At,
-    pub(super) ranks: At,
-    pub(super) sketches: At,
-    pub(super) hashes: At,
-    pub(super) finals: At,
-    pub(super) logits: At,
+    pub(super) tokens: Offset,
+    pub(super) maxima: [Offset; 2],
+    pub(super) sums: [Offset; 2],
+    pub(super) top_ids: Offset,
+    pub(super) top_logits: Offset,
+    pub(super) found: Offset,
+    pub(super) ranks: Offset,
+    pub(super) sketches: Offset,
+    pub(super) hashes: Offset,
+    pub(super) finals: Offset,
+    pub(super) logits: Offset,
 }
 
 impl Answers {
@@ -103,7 +103,7 @@ impl Answers {
         weights: &CudaWeights,
         asks: &'a [RowAsk<'b>],
         inputs: &mut Inputs,
-    ) -> Result<Vec<Chunk<'a, 'b>>, CudaError> {
+    ) -> Result<Vec<AskChunk<'a, 'b>>, CudaError> {
         let at_once = logit_rows_max(weights.spec.vocab, CUDA_LOGITS_BYTES_MAX);
         asks.chunks(at_once).map(|asks| self.chunk(weights, asks, inputs)).collect()
     }
@@ -113,7 +113,7 @@ impl Answers {
         weights: &CudaWeights,
         asks: &'a [RowAsk<'b>],
         inputs: &mut Inputs,
-    ) -> Result<Chunk<'a, 'b>, CudaError> {
+    ) -> Result<AskChunk<'a, 'b>, CudaError> {
         let mut order: Vec<usize> = (0..asks.len()).collect();
         order.sort_by_key(|i| match (asks[*i].needs_logits(), is_for_host(&asks[*i])) {
             (true, true) => 0,
@@ -121,7 +121,7 @@ impl Answers {
             (false, _) => 2,
         });
         let count = |test: &dyn Fn(&RowAsk<'_>) -> bool| asks.iter().filter(|a| test(a)).count();
-        let needy = count(&|ask| ask.needs_logits());
+        let with_logits = count(&|ask| ask.needs_logits());
         let hosted = count(&|ask| ask.needs_logits() && is_for_host(ask));
         let has_finals = asks.iter().any(|ask| {
             let is_bare = ask.prover.is_some_and(|prover| prover.residue().is_none());
@@ -129,36 +129,36 @@ impl Answers {
             ask.hidden || is_bare || is_hosted
         });
         let rows: Vec<u32> = order.iter().map(|i| asks[*i].row as u32).collect();
-        let read: Vec<&RowAsk<'_>> = order[..needy].iter().map(|i| &asks[*i]).collect();
+        let read: Vec<&RowAsk<'_>> = order[..with_logits].iter().map(|i| &asks[*i]).collect();
         let scores = |place: usize| read[place].scores.as_ref().filter(|_| place >= hosted);
         let temperature =
             |place: usize| scores(place).map_or(1.0, |s| s.sampling.logprob_temperature());
-        let inverses: Vec<f32> = (0..needy).map(|place| 1.0 / temperature(place)).collect();
+        let inverses: Vec<f32> = (0..with_logits).map(|place| 1.0 / temperature(place)).collect();
         let rules: Vec<Rule> =
-            (0..needy).map(|place| rule(read[place].position, scores(place))).collect();
+            (0..with_logits).map(|place| rule(read[place].position, scores(place))).collect();
         let is_drawn = |s: &Scores<'_>| s.token == Token::Drawn;
-        let mut top = (0..needy).filter_map(scores).map(|s| s.top).max().unwrap_or(0);
-        if (0..needy).filter_map(scores).any(|s| is_drawn(s) && is_truncated(s, weights)) {
+        let mut top = (0..with_logits).filter_map(scores).map(|s| s.top).max().unwrap_or(0);
+        if (0..with_logits).filter_map(scores).any(|s| is_drawn(s) && is_truncated(s, weights)) {
             top = CANDIDATES;
         }
         let (mut queries, mut query_ranges) = (Vec::new(), Vec::new());
-        for place in 0..needy {
+        for place in 0..with_logits {
             let first = queries.len();
             let tokens = scores(place).map_or(Vec::new(), wanted_tokens);
             queries.extend(tokens.into_iter().map(|token| Query { row: place as u32, token }));
             query_ranges.push(first..queries.len());
         }
-        Ok(Chunk {
+        Ok(AskChunk {
             asks,
             hosted,
-            needy,
+            with_logits,
             rows: inputs.push(&rows),
             has_finals,
-            ones: inputs.push(&vec![1.0_f32; needy]),
+            ones: inputs.push(&vec![1.0_f32; with_logits]),
             is_scaled: inverses.iter().any(|x| *x != 1.0),
             inverses: inputs.push(&inverses),
             rules: inputs.push(&rules),
-            draws: (0..needy).filter_map(scores).any(is_drawn),
+            draws: (0..with_logits).filter_map(scores).any(is_drawn),
             top,
             queries: inputs.push(&queries),
             query_ranges,
@@ -167,7 +167,7 @@ impl Answers {
         })
     }
 
-    /// Tables of the rows that the card proves, by calibration and profile.
+    /// Tables of the rows that the card proves, by calibration and number of bits.
     fn proofs(
         &mut self,
         weights: &CudaWeights,
@@ -175,17 +175,17 @@ impl Answers {
         order: &[usize],
         hosted: usize,
         inputs: &mut Inputs,
-    ) -> Result<Vec<Proofs>, CudaError> {
+    ) -> Result<Vec<SketchGroup>, CudaError> {
         let mut groups: BTreeMap<(usize, usize), Group> = BTreeMap::new();
         let nobody = Entry { sketch_key: 0, exact_key: 0, position: 0, slot: -1 };
         for (place, ask) in order.iter().map(|i| &asks[*i]).enumerate().skip(hosted) {
-            let Some((profile, keys, calibration)) = ask.prover.and_then(|p| p.residue()) else {
+            let Some((bits, keys, calibration)) = ask.prover.and_then(|p| p.residue()) else {
                 continue;
             };
-            let key = (Arc::as_ptr(calibration) as usize, profile.projections());
+            let key = (Arc::as_ptr(calibration) as usize, bits.projections());
             let group = groups.entry(key).or_insert_with(|| Group {
                 calibration: Arc::clone(calibration),
-                profile,
+                bits,
                 table: vec![nobody; order.len()],
             });
             group.table[place] = Entry {
@@ -195,9 +195,9 @@ impl Answers {
                 slot: place as i32,
             };
         }
-        let of_group = |Group { calibration, profile, table }| {
+        let of_group = |Group { calibration, bits, table }| {
             let whitening = self.whitening(weights, &calibration)?;
-            Ok(Proofs { whitening, profile, table: inputs.push(&table) })
+            Ok(SketchGroup { whitening, bits, table: inputs.push(&table) })
         };
         groups.into_values().map(of_group).collect()
     }
@@ -300,7 +300,7 @@ pub(super) fn near_tokens(scores: &Scores<'_>) -> Vec<u32> {
     ids
 }
 
-impl Chunk<'_, '_> {
+impl AskChunk<'_, '_> {
     /// Tokens that are looked up.
     pub(super) fn queries(&self) -> usize {
         self.query_ranges.last().map_or(0, |range| range.end)
@@ -308,20 +308,20 @@ impl Chunk<'_, '_> {
 
     /// Places for the results, what goes to the host in one copy first.
     pub(super) fn reserve(&self, weights: &CudaWeights, outputs: &mut Outputs) -> Places {
-        let (rows, needy) = (self.order.len(), self.needy);
+        let (rows, with_logits) = (self.order.len(), self.with_logits);
         let queries = self.queries();
         Places {
-            tokens: outputs.reserve::<u32>(needy),
-            maxima: [outputs.reserve::<f32>(needy), outputs.reserve::<f32>(needy)],
-            sums: [outputs.reserve::<f64>(needy), outputs.reserve::<f64>(needy)],
-            top_ids: outputs.reserve::<u32>(needy * self.top),
-            top_logits: outputs.reserve::<f32>(needy * self.top),
+            tokens: outputs.reserve::<u32>(with_logits),
+            maxima: [outputs.reserve::<f32>(with_logits), outputs.reserve::<f32>(with_logits)],
+            sums: [outputs.reserve::<f64>(with_logits), outputs.reserve::<f64>(with_logits)],
+            top_ids: outputs.reserve::<u32>(with_logits * self.top),
+            top_logits: outputs.reserve::<f32>(with_logits * self.top),
             found: outputs.reserve::<f32>(queries),
             ranks: outputs.reserve::<u32>(queries),
             sketches: outputs.reserve::<u32>(rows),
             hashes: outputs.reserve::<u64>(rows),
             finals: outputs.reserve::<u16>(rows * weights.spec.hidden),
-            logits: outputs.reserve::<f32>(needy * weights.spec.vocab),
+            logits: outputs.reserve::<f32>(with_logits * weights.spec.vocab),
         }
     }
 }

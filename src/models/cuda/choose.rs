@@ -98,14 +98,14 @@ pub(super) fn slot_tiles(slots: usize, group: usize, mixture: &ExpertSpec) -> us
 }
 
 /// A kernel of attention, and what a thread block of it takes.
-pub(super) struct Attention {
+pub(super) struct AttentionKernel {
     pub(super) kernel: &'static str,
     pub(super) threads: u32,
     /// Bytes of dynamic shared memory.
     pub(super) shared: usize,
 }
 
-impl Attention {
+impl AttentionKernel {
     /// Queries of a thread block, where a sequence has up to `widest` in a step.
     pub(super) fn queries(arithmetic: Arithmetic, widest: usize, head_dim: usize) -> usize {
         match (arithmetic, widest) {

@@ -50,7 +50,7 @@ pub enum CudaError {
         ordinal: usize,
         /// What it was for.
         what: &'static str,
-        /// Bytes asked for.
+        /// Bytes that were asked for.
         needed: usize,
         /// Bytes that are free.
         free: usize,
@@ -64,7 +64,7 @@ pub enum CudaError {
         call: &'static str,
         /// The driver's number for it.
         code: u32,
-        /// The driver's words.
+        /// What the driver says of its error.
         text: String,
     },
     /// The card's state is lost to this process; models on it cannot go on.
@@ -72,11 +72,11 @@ pub enum CudaError {
     Lost {
         /// Number of the card.
         ordinal: usize,
-        /// Where it showed.
+        /// The call of the driver that failed.
         call: &'static str,
         /// The driver's number for it.
         code: u32,
-        /// The driver's words.
+        /// What the driver says of its error.
         text: String,
     },
 }

@@ -13,6 +13,8 @@ mod transfer;
 
 pub use card::{Card, cards};
 pub(crate) use plain::args;
-pub use plain::{Arg, Entry, Plain, Pointer, Query, Rule, Shape, Tile, bytes_of, values_of};
+pub use plain::{
+    Arg, AttentionShape, Entry, Plain, Pointer, Query, QueryTile, Rule, bytes_of, values_of,
+};
 pub use stream::{GRID_MAX, Graph, Launch, Stream};
 pub use transfer::{Memory, Pinned};

@@ -1,10 +1,10 @@
 //! Lays out what the host tells the card of a step: rows, positions, places in the cache, tiles of
 //! queries.
 
-use super::choose::Attention;
+use super::choose::AttentionKernel;
 use super::error::CudaError;
-use super::launch::Tile;
-use super::memory::{At, Inputs};
+use super::launch::QueryTile;
+use super::memory::{Inputs, Offset};
 use super::weights::CudaWeights;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::pass::{Batch, Segment};
@@ -17,13 +17,13 @@ const TABLE_GRAIN: usize = 1024;
 /// A step's rows, as they lie in its inputs.
 pub(super) struct Layout {
     pub(super) rows: usize,
-    pub(super) ids: At,
-    pub(super) positions: At,
-    pub(super) slots: At,
-    pub(super) cos: At,
-    pub(super) sin: At,
-    pub(super) table: At,
-    pub(super) tiles: At,
+    pub(super) ids: Offset,
+    pub(super) positions: Offset,
+    pub(super) slots: Offset,
+    pub(super) cos: Offset,
+    pub(super) sin: Offset,
+    pub(super) table: Offset,
+    pub(super) tiles: Offset,
     pub(super) tile_count: usize,
     /// Queries that a thread block of attention takes.
     pub(super) tile_queries: usize,
@@ -63,7 +63,7 @@ impl Layout {
         let a = &weights.spec.attention;
         let group = a.heads / a.kv_heads;
         let widest = batch.segments.iter().map(|s| s.rows.len()).max().unwrap_or(1) * group;
-        let tile_queries = Attention::queries(arithmetic, widest, a.head_dim);
+        let tile_queries = AttentionKernel::queries(arithmetic, widest, a.head_dim);
         let tiles = tiles(batch, &begins, tile_queries, group);
         let last = positions.iter().max().copied().unwrap_or(0) as usize;
         let rope = weights.rope.table(&pool.turn(), &positions);
@@ -103,12 +103,12 @@ fn check(batch: &Batch, vocab: usize, blocks: usize) -> Result<(), CudaError> {
     if next == batch.ids.len() { Ok(()) } else { wrong("segments must cover the rows".into()) }
 }
 
-fn tiles(batch: &Batch, begins: &[usize], size: usize, group: usize) -> Vec<Tile> {
+fn tiles(batch: &Batch, begins: &[usize], size: usize, group: usize) -> Vec<QueryTile> {
     let of_segment = |(segment, begin): (&Segment, &usize)| {
         let queries = segment.rows.len() * group;
         let (row_zero, start) = (segment.rows.start as i32, segment.start as i32);
         let table = *begin as i32;
-        (0..queries).step_by(size).map(move |first| Tile {
+        (0..queries).step_by(size).map(move |first| QueryTile {
             row_zero,
             start,
             first_query: first as i32,

@@ -61,12 +61,12 @@ pub(super) fn grained(bytes: usize) -> usize {
 }
 
 /// A buffer that is as large as the largest step so far needed.
-pub(super) struct Room {
+pub(super) struct GrowingBuffer {
     what: &'static str,
     memory: Option<Memory>,
 }
 
-impl Room {
+impl GrowingBuffer {
     pub(super) fn new(what: &'static str) -> Self {
         Self { what, memory: None }
     }
@@ -88,7 +88,7 @@ impl Room {
 
 /// A place in a host buffer and in its copy on the card.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct At(usize);
+pub(super) struct Offset(usize);
 
 /// What the host tells the card of one step, in one copy.
 pub(super) struct Inputs {
@@ -106,11 +106,11 @@ impl Inputs {
         self.bytes.clear();
     }
 
-    pub(super) fn push<T: Plain>(&mut self, values: &[T]) -> At {
+    pub(super) fn push<T: Plain>(&mut self, values: &[T]) -> Offset {
         let at = self.bytes.len().next_multiple_of(ALIGNMENT);
         self.bytes.resize(at, 0);
         self.bytes.extend_from_slice(bytes_of(values));
-        At(at)
+        Offset(at)
     }
 
     /// Starts the copy of all that was pushed.
@@ -122,7 +122,7 @@ impl Inputs {
     }
 
     /// Where it is on the card, once it was sent.
-    pub(super) fn pointer(&self, At(at): At) -> Pointer {
+    pub(super) fn pointer(&self, Offset(at): Offset) -> Pointer {
         self.both.as_ref().map_or(Pointer::NULL, |(_, memory)| memory.pointer().plus(at))
     }
 }
@@ -144,10 +144,10 @@ impl Outputs {
     }
 
     /// Room for `count` values behind what was reserved before.
-    pub(super) fn reserve<T: Plain>(&mut self, count: usize) -> At {
+    pub(super) fn reserve<T: Plain>(&mut self, count: usize) -> Offset {
         let at = self.len.next_multiple_of(ALIGNMENT);
         self.len = at + count * size_of::<T>();
-        At(at)
+        Offset(at)
     }
 
     /// Makes the room on the card.
@@ -156,12 +156,12 @@ impl Outputs {
     }
 
     /// Where it is on the card, once it fits.
-    pub(super) fn pointer(&self, At(at): At) -> Pointer {
+    pub(super) fn pointer(&self, Offset(at): Offset) -> Pointer {
         self.both.as_ref().map_or(Pointer::NULL, |(_, memory)| memory.pointer().plus(at))
     }
 
     /// Starts the copy of `len` bytes from `from` on to the host.
-    pub(super) fn fetch(&mut self, At(from): At, len: usize) -> Result<(), CudaError> {
+    pub(super) fn fetch(&mut self, Offset(from): Offset, len: usize) -> Result<(), CudaError> {
         match &mut self.both {
             Some((pinned, memory)) => pinned.fetch(memory, from..from + len),
             None => Ok(()),
@@ -169,7 +169,11 @@ impl Outputs {
     }
 
     /// Waits for copies, and reads.
-    pub(super) fn read<T: Plain>(&mut self, At(at): At, count: usize) -> Result<Vec<T>, CudaError> {
+    pub(super) fn read<T: Plain>(
+        &mut self,
+        Offset(at): Offset,
+        count: usize,
+    ) -> Result<Vec<T>, CudaError> {
         match &mut self.both {
             Some((pinned, _)) => Ok(values_of(&pinned.bytes()?[at..], count)),
             None => Ok(Vec::new()),
@@ -177,7 +181,7 @@ impl Outputs {
     }
 }
 
-impl At {
+impl Offset {
     /// Bytes before this place.
     pub(super) fn bytes(self) -> usize {
         self.0

@@ -28,7 +28,7 @@ use super::spec::Spec;
 /// Bytes that a model takes on a card.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sizes {
-    /// All packed weights.
+    /// Bytes of all packed weights.
     pub weights: u64,
     /// One block of the KV cache.
     pub block: u64,

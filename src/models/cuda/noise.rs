@@ -3,7 +3,7 @@
 use super::error::CudaError;
 use super::launch::{Card, Memory, bytes_of};
 use super::memory::padded;
-use super::weights::{CudaWeights, GATE_ROWS, Layer, Matrix};
+use super::weights::{CardLayer, CudaWeights, GATE_ROWS, Matrix};
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::rope::Rope;
@@ -43,8 +43,8 @@ impl CudaWeights {
             memory.write(0, &vec![1.0_f32; len]).map(|()| memory)
         };
         let (hidden, inter) = (spec.hidden, spec.feed_forward.inter);
-        let layer = |_| -> Result<Layer, CudaError> {
-            Ok(Layer {
+        let layer = |_| -> Result<CardLayer, CudaError> {
+            Ok(CardLayer {
                 attention_norm: ones(hidden)?,
                 qkv: matrix(spec.qkv_rows(), hidden)?,
                 qkv_bias: None,

@@ -1,14 +1,14 @@
 //! Implements the pass on a card: a step's inputs in one copy, its launches, its answers in one
 //! copy.
 
-use super::answer::{self, Reading};
+use super::answer::{self, ChunkReading};
 use super::asks::Answers;
 use super::error::CudaError;
 use super::graphs::Graphs;
 use super::launch::Stream;
 use super::layout::Layout;
 use super::memory::{Inputs, KvBlocks, Outputs};
-use super::step::{Rooms, Step};
+use super::step::{StepMemory, StepRun};
 use super::weights::CudaWeights;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::hosted::HostedRows;
@@ -24,7 +24,7 @@ pub struct CudaPass {
     stream: Stream,
     pool: Pool,
     kv: KvBlocks,
-    rooms: Rooms,
+    memory: StepMemory,
     inputs: Inputs,
     outputs: Outputs,
     answers: Answers,
@@ -47,7 +47,7 @@ impl CudaPass {
             stream,
             pool: pool.clone(),
             kv,
-            rooms: Rooms::new(),
+            memory: StepMemory::new(),
             inputs: Inputs::new(),
             outputs: Outputs::new(),
             answers: Answers::default(),
@@ -71,14 +71,14 @@ impl CudaPass {
         let model = (&*self.weights, self.arithmetic);
         let layout = Layout::new(model, &self.pool, batch, self.kv.blocks, &mut self.inputs)?;
         let chunks = self.answers.plan(&self.weights, asks, &mut self.inputs)?;
-        let buffers = self.rooms.fit(&self.weights, &layout)?;
+        let buffers = self.memory.fit(&self.weights, &layout)?;
         for chunk in &chunks {
             self.outputs.clear();
             chunk.reserve(&self.weights, &mut self.outputs);
             self.outputs.fit(&self.stream)?;
         }
         self.inputs.send(&self.stream)?;
-        let step = Step {
+        let step = StepRun {
             weights: &self.weights,
             arithmetic: self.arithmetic,
             kv: &self.kv,
@@ -99,8 +99,8 @@ impl CudaPass {
             let places = chunk.reserve(&self.weights, &mut self.outputs);
             let finals = self.outputs.pointer(places.finals);
             step.final_rows(branch, chunk.rows, chunk.order.len(), finals);
-            if chunk.needy > 0 {
-                step.logits(finals, self.outputs.pointer(places.logits), chunk.needy);
+            if chunk.with_logits > 0 {
+                step.logits(finals, self.outputs.pointer(places.logits), chunk.with_logits);
             }
             answer::launch(chunk, &step, &self.outputs, &places);
             let launches = step.launches.take();
@@ -108,7 +108,7 @@ impl CudaPass {
                 true => self.graphs.run(&self.stream, launches)?,
                 false => self.stream.run(&launches)?,
             }
-            let reading = Reading { chunk, places, weights: &self.weights, pool: &self.pool };
+            let reading = ChunkReading { chunk, places, weights: &self.weights, pool: &self.pool };
             results.extend(reading.collect(&mut self.outputs, &mut self.hosted)?);
         }
         if asks.is_empty() {

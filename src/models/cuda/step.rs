@@ -4,12 +4,12 @@
 //! only products and attention of tensor arithmetic have orders of their own. A branch waits for
 //! the next norm, which adds it to the residual stream.
 
-use super::choose::{Attention, Product, slot_tiles};
+use super::choose::{AttentionKernel, Product, slot_tiles};
 use super::error::CudaError;
-use super::launch::{Arg, GRID_MAX, Launch, Memory, Pointer, Shape, args};
+use super::launch::{Arg, AttentionShape, GRID_MAX, Launch, Memory, Pointer, args};
 use super::layout::Layout;
-use super::memory::{At, Inputs, KvBlocks, Room, grained};
-use super::weights::{CudaWeights, EXPERTS_MAX, GATE_ROWS, Layer, Matrix};
+use super::memory::{GrowingBuffer, Inputs, KvBlocks, Offset, grained};
+use super::weights::{CardLayer, CudaWeights, EXPERTS_MAX, GATE_ROWS, Matrix};
 use crate::models::arithmetic::Arithmetic;
 use crate::models::spec::{ExpertSpec, Spec};
 use crate::ops::attention::PARTITION_TOKENS;
@@ -23,18 +23,18 @@ const PARTS_BYTES_MAX: usize = 64 << 20;
 const TILES_MAX: usize = 256;
 
 /// Buffers between kernels.
-pub(super) struct Rooms {
-    residual: Room,
-    normed: Room,
-    qkv: Room,
-    queries: Room,
-    attended: Room,
-    parts: Room,
-    branch: Room,
-    gate_up: Room,
-    inner: Room,
-    routing: Room,
-    experts: Room,
+pub(super) struct StepMemory {
+    residual: GrowingBuffer,
+    normed: GrowingBuffer,
+    qkv: GrowingBuffer,
+    queries: GrowingBuffer,
+    attended: GrowingBuffer,
+    parts: GrowingBuffer,
+    branch: GrowingBuffer,
+    gate_up: GrowingBuffer,
+    inner: GrowingBuffer,
+    routing: GrowingBuffer,
+    experts: GrowingBuffer,
 }
 
 /// Where they are, for a step of some rows.
@@ -66,7 +66,7 @@ pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
     buffers + inputs + if is_split { PARTS_BYTES_MAX } else { 0 }
 }
 
-/// Bytes of the buffers, in the order of [`Rooms`], but for the partial results.
+/// Bytes of the buffers, in the order of [`StepMemory`], but for the partial results.
 struct Sizes([usize; 10]);
 
 impl Sizes {
@@ -102,21 +102,21 @@ fn routing(rows: usize, experts: usize, used: usize) -> [usize; 6] {
     ends
 }
 
-impl Rooms {
+impl StepMemory {
     pub(super) fn new() -> Self {
-        let room = || Room::new("a step's buffers");
+        let buffer = || GrowingBuffer::new("a step's buffers");
         Self {
-            residual: room(),
-            normed: room(),
-            qkv: room(),
-            queries: room(),
-            attended: room(),
-            parts: room(),
-            branch: room(),
-            gate_up: room(),
-            inner: room(),
-            routing: room(),
-            experts: room(),
+            residual: buffer(),
+            normed: buffer(),
+            qkv: buffer(),
+            queries: buffer(),
+            attended: buffer(),
+            parts: buffer(),
+            branch: buffer(),
+            gate_up: buffer(),
+            inner: buffer(),
+            routing: buffer(),
+            experts: buffer(),
         }
     }
 
@@ -157,7 +157,7 @@ impl Rooms {
 }
 
 /// A step under way.
-pub(super) struct Step<'a> {
+pub(super) struct StepRun<'a> {
     pub(super) weights: &'a CudaWeights,
     pub(super) arithmetic: Arithmetic,
     pub(super) kv: &'a KvBlocks,
@@ -171,7 +171,7 @@ pub(super) struct Step<'a> {
 /// What a norm adds first: a branch, and its bias.
 pub(super) type Branch = [Pointer; 2];
 
-impl Step<'_> {
+impl StepRun<'_> {
     /// Adds a launch to the step.
     pub(super) fn launch(
         &self,
@@ -193,7 +193,7 @@ impl Step<'_> {
         i32::from(self.weights.dtype == Dtype::F16)
     }
 
-    pub(super) fn input(&self, at: At) -> Pointer {
+    pub(super) fn input(&self, at: Offset) -> Pointer {
         self.inputs.pointer(at)
     }
 
@@ -246,7 +246,7 @@ impl Step<'_> {
         &self,
         [branch, bias]: Branch,
         weight: &Memory,
-        chosen: Option<(At, usize)>,
+        chosen: Option<(Offset, usize)>,
         out: Pointer,
     ) {
         let (cols, eps) = (self.spec().hidden, self.spec().norm.eps);
@@ -277,7 +277,7 @@ impl Step<'_> {
     }
 
     /// Finishes queries, keys and values, stores and attends.
-    fn attend(&self, index: usize, layer: &Layer) {
+    fn attend(&self, index: usize, layer: &CardLayer) {
         let (spec, b, layout) = (self.spec(), self.buffers, self.layout);
         let a = &spec.attention;
         let [keys, values] = self.kv.layer(index);
@@ -304,7 +304,7 @@ impl Step<'_> {
         ];
         let grid = [layout.rows, a.heads + 2 * a.kv_heads, 1];
         self.launch("qkv_finish", grid, 128, 0, args);
-        let shape = Shape {
+        let shape = AttentionShape {
             heads,
             kv_heads,
             head_dim,
@@ -319,10 +319,14 @@ impl Step<'_> {
         self.launch("attend_merge", [layout.rows, a.heads, 1], 128, 0, args);
     }
 
-    fn attend_tiles(&self, shape: Shape, [keys, values]: [Pointer; 2]) {
+    fn attend_tiles(&self, shape: AttentionShape, [keys, values]: [Pointer; 2]) {
         let (a, b, layout) = (&self.spec().attention, self.buffers, self.layout);
-        let Attention { kernel, threads, shared } =
-            Attention::new(self.arithmetic, layout.tile_queries, a.head_dim, self.weights.dtype);
+        let AttentionKernel { kernel, threads, shared } = AttentionKernel::new(
+            self.arithmetic,
+            layout.tile_queries,
+            a.head_dim,
+            self.weights.dtype,
+        );
         let depth = if b.parts.is_some() { layout.partitions } else { 1 };
         let (table, tiles) = (self.input(layout.table), self.input(layout.tiles));
         let parts = b.parts.unwrap_or(Pointer::NULL);
@@ -334,7 +338,7 @@ impl Step<'_> {
         self.launch(kernel, grid, threads, shared, args);
     }
 
-    fn feed_forward(&self, layer: &Layer) {
+    fn feed_forward(&self, layer: &CardLayer) {
         let (b, rows) = (self.buffers, self.layout.rows);
         let Some((mixture, router)) = &layer.router else {
             self.matmul(&layer.gate_up, b.normed, b.gate_up, rows);
@@ -413,7 +417,7 @@ impl Step<'_> {
     }
 
     /// The final norm of chosen rows.
-    pub(super) fn final_rows(&self, branch: bool, rows: At, count: usize, out: Pointer) {
+    pub(super) fn final_rows(&self, branch: bool, rows: Offset, count: usize, out: Pointer) {
         let branch = self.branch(branch, None);
         self.add_norm(branch, &self.weights.norm, Some((rows, count)), out)
     }

@@ -8,7 +8,7 @@ use super::launch::{Card, Launch, Memory, Pinned, Pointer, Stream, args, bytes_o
 use super::memory::padded;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::error::LoadError;
-use crate::models::source::{FeedForwardSource, MlpSource, Rows, Source};
+use crate::models::source::{FeedForwardSource, MatrixRows, MlpSource, Source};
 use crate::models::spec::{ExpertSpec, Spec};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
@@ -37,7 +37,7 @@ pub struct CudaWeights {
     pub(super) embedding: Option<Memory>, // (vocab, hidden) where it is not the head
     pub(super) head: Matrix,
     pub(super) norm: Memory,
-    pub(super) layers: Vec<Layer>,
+    pub(super) layers: Vec<CardLayer>,
     pub(super) bytes: usize,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Matrix {
 }
 
 /// One decoder layer; vectors are f32.
-pub(super) struct Layer {
+pub(super) struct CardLayer {
     pub(super) attention_norm: Memory,
     pub(super) qkv: Matrix,
     pub(super) qkv_bias: Option<Memory>,
@@ -124,7 +124,7 @@ impl CudaWeights {
         Ok(Self { card, spec, dtype, rope, embedding, head, norm, layers, bytes })
     }
 
-    /// The shape.
+    /// The shape of the model.
     pub fn spec(&self) -> &Arc<Spec> {
         &self.spec
     }
@@ -172,7 +172,7 @@ struct Loader<'a> {
 type Fill<'a> = dyn Fn(usize, &mut [u16]) -> Result<(), LoadError> + Sync + 'a;
 
 impl Loader<'_> {
-    fn layer(&self, index: usize) -> Result<Layer, LoadError> {
+    fn layer(&self, index: usize) -> Result<CardLayer, LoadError> {
         let source = self.source.layer(index)?;
         let optional = |norm: Option<Norm>| norm.map(|n| self.norm(n)).transpose();
         let bias = |bias: Option<Vec<f32>>| bias.map(|b| self.vector(&b)).transpose();
@@ -182,7 +182,7 @@ impl Loader<'_> {
                 (Some((spec, self.matrix(&router)?)), experts)
             }
         };
-        Ok(Layer {
+        Ok(CardLayer {
             attention_norm: self.norm(source.attention_norm)?,
             qkv: self.matrix(&source.qkv)?,
             qkv_bias: bias(source.qkv_bias)?,
@@ -226,7 +226,7 @@ impl Loader<'_> {
         Ok(memory)
     }
 
-    fn matrix(&self, rows: &Rows) -> Result<Matrix, LoadError> {
+    fn matrix(&self, rows: &MatrixRows) -> Result<Matrix, LoadError> {
         let reader = rows.reader(self.pool.threads())?;
         let fill = |row: usize, out: &mut [u16]| reader.read_row(row, self.dtype, out);
         self.pack(rows.rows(), rows.cols(), 1, &fill)

@@ -25,14 +25,14 @@ const TEXT_BYTES_MIN: u64 = 8;
 const TEXT: u32 = 8;
 const LIST: u32 = 9;
 
-/// A metadata value.
+/// The value of a metadata key.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Value {
     /// Any of the eight integer types.
     Integer(i128),
     /// Either of the two float types.
     Float(f64),
-    /// A boolean.
+    /// A value of the type `bool`: one byte, 0 or 1.
     Bool(bool),
     /// A text as it is stored, which may not be UTF-8.
     Text(Box<[u8]>),
@@ -46,13 +46,13 @@ pub enum List {
     /// Texts as they are stored.
     Texts(Vec<Box<[u8]>>),
     /// Numbers or booleans as they are stored.
-    Scalars(Scalar, Vec<u8>),
+    Scalars(ScalarType, Vec<u8>),
 }
 
 /// A type of fixed size.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[allow(missing_docs, reason = "the names say it")]
-pub enum Scalar {
+pub enum ScalarType {
     U8,
     I8,
     U16,
@@ -66,9 +66,9 @@ pub enum Scalar {
     F64,
 }
 
-impl Scalar {
+impl ScalarType {
     fn of(id: u32) -> Option<Self> {
-        use Scalar::{Bool, F32, F64, I8, I16, I32, I64, U8, U16, U32, U64};
+        use ScalarType::{Bool, F32, F64, I8, I16, I32, I64, U8, U16, U32, U64};
         Some(match id {
             0 => U8,
             1 => I8,
@@ -111,7 +111,7 @@ impl Scalar {
 }
 
 impl List {
-    /// Number of entries.
+    /// How many values the list has.
     pub fn len(&self) -> usize {
         match self {
             Self::Texts(texts) => texts.len(),
@@ -127,7 +127,7 @@ impl List {
     /// The entries of a list of numbers or booleans.
     pub fn scalars(&self) -> impl Iterator<Item = Value> {
         let (kind, bytes) = match self {
-            Self::Texts(_) => (Scalar::U8, &[][..]),
+            Self::Texts(_) => (ScalarType::U8, &[][..]),
             Self::Scalars(kind, bytes) => (*kind, &bytes[..]),
         };
         bytes.chunks_exact(kind.bytes() as usize).map(move |bytes| kind.value(bytes))
@@ -206,13 +206,13 @@ pub enum HeaderError {
     Read {
         /// What was to be read.
         what: String,
-        /// The system's reason.
+        /// Why the system refuses.
         source: std::io::Error,
     },
-    /// A name that is no text.
+    /// A name that is not UTF-8.
     #[error("{what} has a name that is not UTF-8")]
     Name {
-        /// Whose name.
+        /// The key or tensor that has the name.
         what: String,
     },
     /// One key with two values.
@@ -224,21 +224,21 @@ pub enum HeaderError {
     /// Lists within lists, which no known key has.
     #[error("{what} is a list of lists, which is not supported")]
     Lists {
-        /// The value.
+        /// The key whose value it is.
         what: String,
     },
     /// A type that the format does not have.
     #[error("{what} has the unknown type {id}")]
     Type {
-        /// The value.
+        /// The key or tensor that has the type.
         what: String,
-        /// The type's number.
+        /// The number that stands for the type in the file.
         id: u32,
     },
     /// None, or too many.
     #[error("tensor `{name}` has {dimensions} dimensions; 1 to {DIMENSIONS_MAX} are supported")]
     Dimensions {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// How many it has.
         dimensions: u32,
@@ -246,7 +246,7 @@ pub enum HeaderError {
     /// A shape that no tensor can have.
     #[error("tensor `{name}` has the impossible shape {shape:?}: a 0, or too many elements")]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// Its dimensions, fastest first.
         shape: Vec<u64>,
@@ -421,8 +421,8 @@ impl<R: Read> Reader<R> {
     }
 }
 
-fn scalar(id: u32, what: &str) -> Result<Scalar, HeaderError> {
-    Scalar::of(id).ok_or_else(|| HeaderError::Type { what: what.to_owned(), id })
+fn scalar(id: u32, what: &str) -> Result<ScalarType, HeaderError> {
+    ScalarType::of(id).ok_or_else(|| HeaderError::Type { what: what.to_owned(), id })
 }
 
 /// The dimensions slowest first, if their product can be counted.

@@ -1,6 +1,6 @@
 //! Lists the metadata keys that are read, and what each may hold.
 
-use super::header::{List, Scalar, Value as Meta};
+use super::header::{List, ScalarType, Value as Meta};
 use crate::models::error::LoadError;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -112,7 +112,8 @@ fn fault(value: &Meta, want: Want) -> Option<&'static str> {
         Positive => (is_positive(value), "a positive number"),
         Texts => (matches!(value, Meta::List(List::Texts(_))), "a list of texts"),
         Floats => {
-            let floats = matches!(value, Meta::List(List::Scalars(Scalar::F32 | Scalar::F64, _)));
+            let floats =
+                matches!(value, Meta::List(List::Scalars(ScalarType::F32 | ScalarType::F64, _)));
             (floats, "a list of floats")
         }
         Integers => (is_integers(value), "a list of integers"),
@@ -138,5 +139,5 @@ fn is_positive(value: &Meta) -> bool {
 
 fn is_integers(value: &Meta) -> bool {
     let Meta::List(List::Scalars(kind, _)) = value else { return false };
-    !matches!(kind, Scalar::F32 | Scalar::F64 | Scalar::Bool)
+    !matches!(kind, ScalarType::F32 | ScalarType::F64 | ScalarType::Bool)
 }

@@ -9,14 +9,14 @@ mod keys;
 mod names;
 mod parts;
 
-pub use header::{HEADER_BYTES_MAX, Header, List, Scalar, Value as Meta};
+pub use header::{HEADER_BYTES_MAX, Header, List, ScalarType, Value as Meta};
 
 use super::config::{families, of_gguf};
 use super::error::LoadError;
 use super::family::{Family, GgufFamily, listed};
 use super::tensor::Tensor;
 use keys::CONFIG_KEYS;
-use names::Counts;
+use names::HeadCounts;
 use parts::Parts;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -310,7 +310,7 @@ impl Gguf {
         let (family, gguf) = self.family()?;
         let count = |key: &str| self.integer(&format!("{}.{key}", gguf.architecture));
         let heads = |key: &str| count(key).unwrap_or(1) as usize;
-        let counts = Counts {
+        let counts = HeadCounts {
             heads: heads("attention.head_count"),
             kv_heads: heads("attention.head_count_kv"),
             experts: count("expert_count").unwrap_or(0) as usize,

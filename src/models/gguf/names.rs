@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Heads and experts, which the order of rows and stacks depends on.
-pub(super) struct Counts {
+pub(super) struct HeadCounts {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) experts: usize,
@@ -17,7 +17,7 @@ pub(super) struct Counts {
 /// All tensors of a file of a family, translated.
 pub(super) fn translate_all(
     (family, gguf): (&Family, &GgufFamily),
-    counts: &Counts,
+    counts: &HeadCounts,
     stored: &BTreeMap<String, Tensor>,
 ) -> Result<BTreeMap<String, Tensor>, LoadError> {
     let mut tensors = BTreeMap::new();

@@ -21,23 +21,23 @@ pub enum HubError {
     /// The Hub answered with an error.
     #[error("{url} answered {status}{}", hint(*status))]
     Status {
-        /// The request.
+        /// The URL that was asked for.
         url: String,
-        /// The answer.
+        /// The HTTP status of the answer.
         status: StatusCode,
     },
     /// The Hub could not be reached, or the connection broke for good.
     #[error("cannot reach {url}: {why}")]
     Network {
-        /// The request.
+        /// The URL that was asked for.
         url: String,
-        /// What happened.
+        /// Why there was no answer, or no whole one.
         why: String,
     },
     /// Bytes come so slowly that there is no end to it.
     #[error("{url} sent less than {BURST_BYTES} bytes in {seconds} seconds")]
     Slow {
-        /// The request.
+        /// The URL that was asked for.
         url: String,
         /// The time it had.
         seconds: f64,
@@ -45,7 +45,7 @@ pub enum HubError {
     /// Another process holds a file of the cache.
     #[error("{path} is held by another process")]
     Locked {
-        /// The lock.
+        /// The lock file of the cache.
         path: PathBuf,
     },
     /// A file is not what the Hub promised.
@@ -55,13 +55,13 @@ pub enum HubError {
         file: String,
         /// Promised size or checksum.
         expected: String,
-        /// Received.
+        /// The size or checksum of what was received.
         got: String,
     },
     /// The repository lacks a file that a checkpoint needs.
     #[error("repository {repo} at {commit} has no {file}")]
     Missing {
-        /// The repository.
+        /// The repository, as `owner/name`.
         repo: String,
         /// The commit that was asked for.
         commit: String,
@@ -74,9 +74,9 @@ pub enum HubError {
     /// The cache cannot be written.
     #[error("cannot write {path}: {source}")]
     Io {
-        /// The file.
+        /// The file of the cache that cannot be written.
         path: PathBuf,
-        /// The system's reason.
+        /// Why the system refuses.
         source: io::Error,
     },
 }

@@ -53,7 +53,7 @@ impl<'a> WantedFiles<'a> {
 /// A repository at one commit.
 #[derive(Deserialize)]
 pub(super) struct Listing {
-    /// The commit.
+    /// Hash of the commit that the revision names.
     pub(super) sha: String,
     siblings: Vec<RepositoryFile>,
 }

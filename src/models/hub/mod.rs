@@ -104,7 +104,7 @@ impl Hub {
         Self { patience, ..self }
     }
 
-    /// The Hub's address.
+    /// URL of the Hub.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }

@@ -66,7 +66,7 @@ struct Open {
 
 /// A body that has come as a whole. Its bytes count until this is dropped.
 pub struct Received {
-    /// What was received.
+    /// The bytes of the whole body.
     pub bytes: Bytes,
     place: Option<Place>,
 }
@@ -95,7 +95,7 @@ impl Received {
 /// What a body may cost, and who sends it.
 #[derive(Clone, Copy)]
 pub struct Terms {
-    /// The peer's address.
+    /// The address of the peer, whose share of memory it counts for.
     pub from: IpAddr,
     /// Who it says to have signed it.
     pub signer: Hotkey,

@@ -142,7 +142,7 @@ impl Claimed {
             }
             Kind::Btauth { method, path, nonce } => {
                 let (nonce, sender, receiver) = (*nonce, self.signer, Some(own));
-                let envelope = btauth::Envelope { method, path, nonce, sender, receiver };
+                let envelope = btauth::RequestEnvelope { method, path, nonce, sender, receiver };
                 envelope.verify(body, &self.signature)
             }
         }

@@ -26,7 +26,7 @@ struct Lanes<K: Copy + Eq + Hash> {
     free: isize, // below zero where slots were taken away, or callers came in without one
     waiting_max: usize,
     running: HashMap<K, usize>,
-    // Callers that wait, whoever was served longest ago first.
+    // Callers that wait; the one that was served longest ago comes first.
     queues: VecDeque<(K, VecDeque<oneshot::Sender<Ticket<K>>>)>,
 }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 /// Who may ask, and how much.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Policy {
-    /// Stake that a signer must have; none where absent.
+    /// Stake that a signer must have; `None` asks for none.
     pub stake_min: Option<Rao>,
     /// Signers that need neither membership nor stake.
     pub allow: BTreeSet<Hotkey>,
@@ -135,7 +135,7 @@ impl Gate {
         self.0.door.set_slots(slots);
     }
 
-    /// The members.
+    /// The members of the subnet, as they were last read.
     pub fn metagraph(&self) -> Arc<Metagraph> {
         Arc::clone(&self.0.metagraph.read())
     }

@@ -9,7 +9,7 @@ use super::replay::Replays;
 use super::{Gate, Refused, SignedOutcome};
 use crate::chain::epistula::WINDOW_MS;
 use crate::chain::keys::Hotkey;
-use crate::server::keeping::Keeping;
+use crate::server::keeping::KeepingBody;
 use crate::server::state::ServerState;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
@@ -29,7 +29,7 @@ const INLINE_BYTES_MAX: usize = 64 << 10;
 /// Who sent a request: what handlers may rely on.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Caller {
-    /// The signer.
+    /// The hotkey that signed the request.
     pub hotkey: Hotkey,
     /// What names the request among the signer's: its uuid.
     pub name: String,
@@ -51,11 +51,11 @@ impl Gate {
         received.count_signed()?;
         self.check_new(&claimed)?;
         // It counts until the handler has read it.
-        let body = Keeping { body: Body::from(received.bytes.clone()), _kept: received };
+        let body = KeepingBody { body: Body::from(received.bytes.clone()), _kept: received };
         Ok(Checked { claimed, waited, request: Request::from_parts(head, Body::new(body)) })
     }
 
-    /// Reads a body of whoever says to be this signer.
+    /// Reads a body whose sender claims to be this signer.
     async fn body(
         &self,
         headers: &HeaderMap,
@@ -192,5 +192,5 @@ pub async fn guard(
     gate.0.counts.count_signer(claimed.signer);
     request.extensions_mut().insert(Caller { hotkey: claimed.signer, name: claimed.name });
     let response = next.run(request).await;
-    response.map(|body| Body::new(Keeping { body, _kept: ticket }))
+    response.map(|body| Body::new(KeepingBody { body, _kept: ticket }))
 }

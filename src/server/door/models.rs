@@ -35,7 +35,7 @@ impl ListShape {
 /// What a validator last asked this miner to serve.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct WantedModels {
-    /// Names of models.
+    /// The models that it wants, by name.
     pub models: Vec<String>,
     /// How it reads what is served.
     pub shape: ListShape,

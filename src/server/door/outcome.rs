@@ -13,7 +13,7 @@ pub enum SignedOutcome {
     Accepted,
     /// A header is missing or malformed, or the request is for somebody else.
     BadRequest,
-    /// The signer is no member, or denied.
+    /// The signer is not a member, or denied.
     UnknownSigner,
     /// The signer has too little stake.
     LowStake,

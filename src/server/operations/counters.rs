@@ -4,7 +4,7 @@
 use crate::engine::Engine;
 use crate::engine::stats::{EngineSnapshot, Timings};
 use crate::server::door::Gate;
-use crate::server::registry::{ModelEntry, Registry as Models, State as ModelState};
+use crate::server::registry::{ModelEntry, ModelState, Registry as Models};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -24,9 +24,9 @@ const HTTP_SECONDS: [f64; 12] =
 pub struct HttpLabels {
     /// GET, POST, ...
     pub method: String,
-    /// The route.
+    /// Path of the route.
     pub path: String,
-    /// The answer.
+    /// The HTTP status of the answer.
     pub status: u16,
 }
 

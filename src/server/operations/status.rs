@@ -3,7 +3,7 @@
 use crate::ops::CANON;
 use crate::server::error::{ApiError, echo};
 use crate::server::refusals::Refusals;
-use crate::server::registry::{ModelEntry, State as ModelState};
+use crate::server::registry::{ModelEntry, ModelState};
 use crate::server::state::ServerState;
 use crate::wire::openai::ErrorBody;
 use crate::wire::openai::response::ModelCard;

@@ -1,7 +1,7 @@
 //! Makes any round, for tests of properties.
 
 use crate::store::record::{
-    LikelyCheat, MeasuredValue, Outcome, Response, Round, Sampled, Statistics, Timing,
+    LikelyCheat, MeasuredValue, MinerResponse, Outcome, Round, Sampled, Statistics, Timing,
 };
 use proptest::prelude::*;
 use serde_json::Value;
@@ -30,7 +30,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-fn any_response() -> impl Strategy<Value = Response> {
+fn any_response() -> impl Strategy<Value = MinerResponse> {
     let number = -1e300_f64..1e300;
     let numbers = [number.clone(), number.clone(), number.clone(), number.clone()];
     let measured = (any::<u32>(), any_text(), numbers.clone());
@@ -56,7 +56,7 @@ fn any_response() -> impl Strategy<Value = Response> {
     let values = (prop::option::of(any_json()), prop::option::of(any_json()), statistics);
     (numbers, any::<u32>(), outcome, sample, texts, values).prop_map(
         |([first_token, all_tokens, total, tps], tokens, outcome, sample, texts, values)| {
-            Response {
+            MinerResponse {
                 uid: 0,
                 hotkey: texts.0,
                 coldkey: texts.1,
@@ -85,7 +85,8 @@ pub(super) fn any_round() -> impl Strategy<Value = Round> {
             request,
             found,
         )| {
-            let responses = found.into_iter().map(|(uid, response)| Response { uid, ..response });
+            let responses =
+                found.into_iter().map(|(uid, response)| MinerResponse { uid, ..response });
             Round {
                 id: format!("{id:032x}"),
                 netuid,

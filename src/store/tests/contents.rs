@@ -1,7 +1,7 @@
 //! Tests what is kept beside rounds, what is removed, what is exported and what users may ask.
 
 use super::sites::{id, on_each, plan, response, round};
-use crate::store::record::{MeasuredValue, Outcome, Response, ResponseCause, Sampled};
+use crate::store::record::{MeasuredValue, MinerResponse, Outcome, ResponseCause, Sampled};
 use crate::store::{Filter, Removed, Retention, Store, What};
 use serde_json::{Value, json};
 
@@ -173,7 +173,7 @@ fn causes_are_read_without_what_makes_answers_large() {
             let good = response(2, "b", Sampled::Tps(9.0));
             let error = Some(format!("token {number}"));
             let cause = Some("LATE".to_owned());
-            let bad = Response { cause, error, ..response(3, "a", Sampled::Miss) };
+            let bad = MinerResponse { cause, error, ..response(3, "a", Sampled::Miss) };
             store.save_round(&round(number, number, vec![good, bad])).await.unwrap();
         }
         let newest = store.causes(4, 3, 2).await.unwrap();

@@ -88,7 +88,7 @@ fn records_that_cannot_be_kept_are_refused_by_name() {
         assert!(words.starts_with("`block` must be at most 9223372036854775807, got"), "{words}");
         let bad = Round { id: "1".into(), ..good };
         let words = record_words(store.save_round(&bad).await);
-        assert_eq!(words, "`id` must have 32 small hexadecimal digits, got \"1\"");
+        assert_eq!(words, "`id` must have 32 lowercase hexadecimal digits, got \"1\"");
         assert_eq!(newest(&store, 4).await, None);
     });
 }

@@ -1,6 +1,8 @@
 //! Makes the databases of the tests, and records to put into them.
 
-use crate::store::record::{Outcome, Response, Round, Sampled, Timing, Weights, WeightsState};
+use crate::store::record::{
+    EpochWeights, MinerResponse, Outcome, Round, Sampled, Timing, WeightsState,
+};
 use crate::store::{Cause, Store, StoreError};
 use serde_json::json;
 use sqlx::Connection;
@@ -49,8 +51,8 @@ pub(super) fn id(number: u64) -> String {
     format!("{number:032x}")
 }
 
-pub(super) fn response(uid: u16, hotkey: &str, sample: Sampled) -> Response {
-    Response {
+pub(super) fn response(uid: u16, hotkey: &str, sample: Sampled) -> MinerResponse {
+    MinerResponse {
         uid,
         hotkey: hotkey.into(),
         coldkey: format!("cold {hotkey}"),
@@ -70,7 +72,7 @@ pub(super) fn response(uid: u16, hotkey: &str, sample: Sampled) -> Response {
 }
 
 /// A round of netuid 4 at a block, with the number as its id and its time.
-pub(super) fn round(number: u64, block: u64, responses: Vec<Response>) -> Round {
+pub(super) fn round(number: u64, block: u64, responses: Vec<MinerResponse>) -> Round {
     Round {
         id: id(number),
         netuid: 4,
@@ -85,8 +87,8 @@ pub(super) fn round(number: u64, block: u64, responses: Vec<Response>) -> Round 
     }
 }
 
-pub(super) fn plan(epoch: u64, value: u16) -> Weights {
-    Weights {
+pub(super) fn plan(epoch: u64, value: u16) -> EpochWeights {
+    EpochWeights {
         netuid: 4,
         epoch,
         block: 360 * epoch,

@@ -1,7 +1,7 @@
 //! Tests weights of an epoch: planned, sent and confirmed, by one run of the program.
 
 use super::sites::{block_on, on_each, plan, postgres, sent_as};
-use crate::store::record::{SentBlocks, Weights, WeightsState};
+use crate::store::record::{EpochWeights, SentBlocks, WeightsState};
 use crate::store::{Store, WeightsClaim};
 
 #[test]
@@ -27,7 +27,7 @@ fn weights_of_an_epoch_go_out_once() {
         let again = store.plan_weights(&plan(7, 3)).await.unwrap();
         assert_eq!(again, WeightsClaim::Taken(sent.clone()));
         let last = store.last_weights(4).await.unwrap().unwrap();
-        assert_eq!(last, Weights { state: sent, ..plan(7, 2) });
+        assert_eq!(last, EpochWeights { state: sent, ..plan(7, 2) });
         let committed =
             WeightsState::Committed { hash: "0xcc".into(), blocks: None, reveal_round: 99 };
         assert_eq!(store.mark_weights(4, 7, &committed).await.unwrap(), WeightsClaim::Ours);
@@ -44,12 +44,12 @@ fn weights_of_an_epoch_go_out_once() {
         assert_eq!(late, WeightsClaim::Taken(WeightsState::Confirmed));
         // Another epoch and another subnet have their own.
         assert_eq!(store.plan_weights(&plan(8, 1)).await.unwrap(), WeightsClaim::Ours);
-        let elsewhere = Weights { netuid: 5, ..plan(7, 1) };
+        let elsewhere = EpochWeights { netuid: 5, ..plan(7, 1) };
         assert_eq!(store.plan_weights(&elsewhere).await.unwrap(), WeightsClaim::Ours);
         assert_eq!(store.last_weights(4).await.unwrap(), Some(plan(8, 1)));
         // Those of an epoch are found whatever came after it.
         let of = async |netuid, epoch| store.weights_of(netuid, epoch).await.unwrap();
-        let confirmed = Weights { state: WeightsState::Confirmed, ..plan(7, 2) };
+        let confirmed = EpochWeights { state: WeightsState::Confirmed, ..plan(7, 2) };
         assert_eq!(of(4, 7).await, Some(confirmed));
         assert_eq!((of(4, 8).await, of(4, 9).await), (Some(plan(8, 1)), None));
         assert_eq!(of(5, 7).await, Some(elsewhere));

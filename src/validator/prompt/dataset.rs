@@ -31,19 +31,19 @@ pub enum DatasetError {
     /// It cannot be read.
     #[error("{}: {what}", path.display())]
     File {
-        /// The file.
+        /// The file of passages.
         path: PathBuf,
-        /// What happened.
+        /// Why it cannot be read, in the system's words.
         what: String,
     },
     /// A line is not as it must be.
     #[error("{}:{line}: {what}", path.display())]
     Line {
-        /// The file.
+        /// The file of passages.
         path: PathBuf,
         /// Its line, from 1.
         line: usize,
-        /// Rule and fact.
+        /// The rule for a line, and what stands there.
         what: String,
     },
     /// A data set of the Hub.
@@ -52,7 +52,7 @@ pub enum DatasetError {
          lines with a `text` or `conversations` field"
     )]
     Hub {
-        /// Its name there.
+        /// Name of the data set on the Hub.
         name: String,
     },
 }

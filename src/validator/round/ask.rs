@@ -12,7 +12,7 @@ const SEEDS: RangeInclusive<u64> = 10_000..=10_000_000;
 /// Tokens of the shortest answer that is worth asking for.
 const TOKENS_MIN: u32 = 8;
 
-/// What is asked.
+/// The prompt of a round.
 #[derive(Clone, PartialEq, Debug)]
 pub struct QueryPrompt {
     /// The conversation or the text.
@@ -47,7 +47,7 @@ pub struct QuerySampling {
     pub seed: u64,
     /// The temperature, below 1.
     pub temperature: f64,
-    /// The most tokens.
+    /// Tokens that the answer may have.
     pub max_tokens: u32,
 }
 

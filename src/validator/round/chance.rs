@@ -21,7 +21,7 @@ enum Source {
 }
 
 impl Chance {
-    /// The machine's.
+    /// Random numbers of the operating system.
     pub fn system() -> Self {
         Self(Source::System)
     }

@@ -15,7 +15,7 @@ pub mod measure;
 mod terms;
 
 use crate::clock::Clock;
-use crate::store::record::{self, Outcome, Response, Sampled, Statistics, Timing};
+use crate::store::record::{self, MinerResponse, Outcome, Sampled, Statistics, Timing};
 use crate::validator::query::Arrival;
 use ask::{Endpoint, QueryPrompt, QuerySampling};
 use chance::Chance;
@@ -33,7 +33,7 @@ pub use terms::{
 const ALONE_MIN: usize = 4;
 /// The cause of a miner that nobody could connect to.
 pub const UNREACHABLE: &str = "UNREACHABLE";
-/// The cause of an answer that is none.
+/// The cause of a response that has no answer.
 pub const BAD_STREAM: &str = "BAD_STREAM";
 
 /// Where a round is.
@@ -103,7 +103,7 @@ impl Found {
     }
 }
 
-/// A running round.
+/// A round that has begun, as a pure state machine.
 pub struct RoundMachine {
     settings: Arc<RoundSettings>,
     clock: Clock,
@@ -170,7 +170,7 @@ impl RoundMachine {
         Some((machine, vec![Action::Prompt { model, endpoint }]))
     }
 
-    /// The round's name.
+    /// The id of the round: 32 hexadecimal digits.
     pub fn id(&self) -> &str {
         &self.record.id
     }
@@ -180,7 +180,7 @@ impl RoundMachine {
         (self.record.id.clone(), self.record.model.clone())
     }
 
-    /// Where it is.
+    /// What the round waits for.
     pub fn phase(&self) -> RoundPhase {
         self.phase
     }
@@ -426,7 +426,7 @@ fn capture(hotkey: &str, body: Value, arrivals: Vec<Arrival>) -> Value {
     capture
 }
 
-fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
+fn response(slot: Slot, keep: Keep, was_asked: bool) -> MinerResponse {
     let Slot { miner, state, .. } = slot;
     let found = match state {
         State::Closed(found) => *found,
@@ -441,8 +441,8 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
     let Found { timing, outcome, cause, error, capture, report, statistics } = found;
     let sample = match outcome {
         Outcome::Verified if timing.tps > 0.0 => Sampled::Tps(timing.tps),
-        // An honest answer may end before its first text: there is no speed to measure, and nobody
-        // to blame.
+        // An honest answer may end before its first text: there is no speed to measure, and it is
+        // not a miss.
         Outcome::Verified | Outcome::Unscored => Sampled::Nothing,
         // A round that asked nobody says nothing about anybody.
         _ if !was_asked => Sampled::Nothing,
@@ -455,7 +455,7 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> Response {
     };
     let capture = capture.filter(|_| is_kept).map(Arc::unwrap_or_clone);
     let Candidate { uid, hotkey, coldkey, .. } = miner;
-    Response {
+    MinerResponse {
         uid,
         hotkey,
         coldkey,

@@ -13,7 +13,7 @@ use std::time::Duration;
 /// How rounds are held.
 #[derive(Clone, PartialEq, Debug)]
 pub struct RoundSettings {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
     /// Name of the scoring profile, for the record.
     pub profile: String,
@@ -34,11 +34,11 @@ pub struct RoundSettings {
 /// Which requests and answers a record keeps in full.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Keep {
-    /// None.
+    /// No capture is kept.
     Nothing,
     /// Those that were not verified, as far as anything came.
     Faults,
-    /// All.
+    /// Every capture is kept.
     All,
 }
 
@@ -56,7 +56,7 @@ pub struct Times {
 /// A model that can be verified.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Offer {
-    /// Its name.
+    /// The name that requests have in their field `model`.
     pub name: String,
     /// Where it can be asked; at least one.
     pub endpoints: Vec<Endpoint>,
@@ -67,7 +67,7 @@ pub struct Offer {
 /// A miner that can be asked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Candidate {
-    /// Its uid.
+    /// The uid it holds on the subnet.
     pub uid: u16,
     /// Its hotkey, as SS58.
     pub hotkey: String,
@@ -80,7 +80,7 @@ pub struct Candidate {
 /// What a round starts from.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Scene {
-    /// The chain's block.
+    /// The newest block of the chain when the round begins.
     pub block: u64,
     /// Models that can be verified.
     pub models: Vec<Offer>,
@@ -88,26 +88,26 @@ pub struct Scene {
     pub miners: Vec<Candidate>,
 }
 
-/// An event.
+/// What a round is told.
 #[derive(Debug)]
 pub enum RoundEvent {
     /// The prompt is there, or there is none for this reason.
     Prompted(anyhow::Result<QueryPrompt>),
     /// A miner's answer has ended.
     Answered {
-        /// The miner.
+        /// The uid of the miner.
         uid: u16,
-        /// Its answer.
+        /// What came of its answer, and how it ended.
         answer: Answered,
     },
     /// An answer was checked.
     Checked {
-        /// The miner.
+        /// The uid of the miner.
         uid: u16,
-        /// The result.
+        /// What verification found of the answer.
         checked_answer: AnswerReport,
     },
-    /// Time has passed.
+    /// Time has passed: deadlines are looked at.
     Tick,
     /// The program ends: what is open stays unscored.
     Stop,
@@ -118,25 +118,25 @@ pub enum RoundEvent {
 pub enum Action {
     /// Make a prompt; answered by [`RoundEvent::Prompted`].
     Prompt {
-        /// For which model.
+        /// The model that the prompt is for.
         model: String,
-        /// For which endpoint.
+        /// The endpoint that the prompt is for.
         endpoint: Endpoint,
     },
     /// Ask a miner; answered by [`RoundEvent::Answered`].
     Ask {
-        /// The miner.
+        /// The uid of the miner.
         uid: u16,
-        /// On which route.
+        /// The path of the request.
         path: &'static str,
-        /// What.
+        /// The body of the request.
         body: Value,
         /// Tokens that it may answer.
         max_tokens: u32,
     },
     /// Check an answer; answered by [`RoundEvent::Checked`].
     Check {
-        /// The miner.
+        /// The uid of the miner.
         uid: u16,
         /// The request with the answer, as `verify` reads it.
         capture: Arc<Value>,
@@ -165,9 +165,9 @@ pub enum Ending {
     Whole,
     /// By the miner's fault.
     Fault {
-        /// Its name.
+        /// Name of the fault, as records and metrics have it.
         cause: &'static str,
-        /// One sentence.
+        /// What happened, in one sentence.
         what: String,
     },
     /// By a failure of the validator itself.
@@ -177,11 +177,11 @@ pub enum Ending {
 /// What verification found.
 #[derive(Clone, PartialEq, Debug)]
 pub struct AnswerReport {
-    /// The verdict.
+    /// Whether the answer passes, fails, or nothing is known.
     pub verdict: AnswerVerdict,
     /// The evidence, for the record.
     pub report: Option<Value>,
-    /// What was measured.
+    /// What was measured of the answer's rows.
     pub statistics: record::Statistics,
     /// Output tokens with ids that were verified; the speed counts no more of them.
     pub tokens: u32,
@@ -194,7 +194,7 @@ impl AnswerReport {
     }
 }
 
-/// A verdict.
+/// Whether an answer comes from the model.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum AnswerVerdict {
     /// It comes from the model.
@@ -203,7 +203,7 @@ pub enum AnswerVerdict {
     Reject {
         /// The rule that is broken.
         cause: String,
-        /// Rule and fact.
+        /// What the rule demands, and what the answer has.
         what: String,
     },
     /// Nothing can be concluded.

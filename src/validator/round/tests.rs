@@ -158,7 +158,7 @@ fn a_round_goes_from_prompt_to_verdicts() {
 }
 
 #[test]
-fn whoever_does_not_list_the_model_misses_it() {
+fn a_miner_that_does_not_list_the_model_misses_it() {
     let mut test = Test::new(vec![miner(0, "other"), miner(1, "m")]);
     test.give(RoundEvent::Prompted(Ok(prompt())));
     assert_eq!(test.asked(), [1]);
@@ -189,7 +189,7 @@ fn a_model_that_nobody_lists_costs_nobody_a_sample() {
 }
 
 #[test]
-fn without_a_prompt_nobody_is_blamed() {
+fn without_a_prompt_nobody_misses() {
     let ways: [fn(&mut Test); 4] = [
         |test| test.pass(10),
         |test| test.give(RoundEvent::Stop),
@@ -264,7 +264,7 @@ fn what_was_not_streamed_or_reports_an_error_failed() {
 
 #[test]
 fn a_network_that_reaches_nobody_is_ours() {
-    for (lost, reached, blamed) in [(4, 0, 0), (3, 0, 3), (4, 1, 4)] {
+    for (lost, reached, misses) in [(4, 0, 0), (3, 0, 3), (4, 1, 4)] {
         let count = lost + reached;
         let clock = Clock::manual(0);
         let offer =
@@ -282,7 +282,7 @@ fn a_network_that_reaches_nobody_is_ours() {
         }
         let [Action::End(round)] = actions.as_slice() else { panic!("{actions:?}") };
         let missed = round.responses.iter().filter(|r| r.sample == Sampled::Miss).count();
-        assert_eq!(missed, usize::from(blamed + reached), "{lost} {reached}");
+        assert_eq!(missed, usize::from(misses + reached), "{lost} {reached}");
     }
 }
 

@@ -9,7 +9,7 @@
 
 use super::ports::{NotSent, Ports, Stand};
 use super::subnet::Subnet;
-use crate::store::record::{SentBlocks, Weights, WeightsState};
+use crate::store::record::{EpochWeights, SentBlocks, WeightsState};
 use std::time::Duration;
 
 /// Blocks after weights were decided from which on no extrinsic with them can be in a block, where
@@ -27,7 +27,7 @@ pub enum Settled {
     /// There were no weights to send, for this reason.
     None(String),
     /// The weights with their new state.
-    Weights(Box<Weights>),
+    Weights(Box<EpochWeights>),
     /// It is to be tried again at a later block, for this reason.
     Later(String),
 }
@@ -35,9 +35,9 @@ pub enum Settled {
 /// Where and when weights are settled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct When {
-    /// The epoch.
+    /// The epoch that the weights are for.
     pub(super) epoch: u64,
-    /// The newest block.
+    /// The newest block that is known.
     pub(super) block: u64,
     /// How long to wait between two looks.
     pub(super) wait: Duration,
@@ -67,7 +67,7 @@ pub(super) async fn settle<P: Ports>(
     if let Some(why) = decided.none {
         return Ok(Settled::None(why));
     }
-    let weights = Weights {
+    let weights = EpochWeights {
         netuid: subnet.metagraph.netuid,
         epoch: when.epoch,
         block: when.block,
@@ -83,14 +83,14 @@ pub(super) async fn settle<P: Ports>(
         Some(state) => {
             // Another process was faster: its weights count.
             let found = ports.planned(when.epoch).await?;
-            let other = found.unwrap_or(Weights { state, ..weights });
+            let other = found.unwrap_or(EpochWeights { state, ..weights });
             follow(ports, other, when).await
         }
     }
 }
 
 /// The blocks that may contain an epoch's weights, as remembered or as far as they can be known.
-pub(super) fn sent_blocks(weights: &Weights) -> SentBlocks {
+pub(super) fn sent_blocks(weights: &EpochWeights) -> SentBlocks {
     let after = weights.block;
     let guessed = SentBlocks { after, until: after.saturating_add(LATEST_BLOCKS) };
     weights.state.sent_blocks().unwrap_or(guessed)
@@ -146,7 +146,11 @@ async fn finish_earlier<P: Ports>(ports: &P, when: When) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::Result<Settled> {
+async fn send<P: Ports>(
+    ports: &P,
+    mut weights: EpochWeights,
+    when: When,
+) -> anyhow::Result<Settled> {
     match ports.send(&weights).await {
         Ok(state) => {
             ports.mark(weights.epoch, &state).await?;
@@ -163,7 +167,11 @@ async fn send<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::
 }
 
 /// Reads back weights that were sent.
-async fn follow<P: Ports>(ports: &P, mut weights: Weights, when: When) -> anyhow::Result<Settled> {
+async fn follow<P: Ports>(
+    ports: &P,
+    mut weights: EpochWeights,
+    when: When,
+) -> anyhow::Result<Settled> {
     let is_sent =
         matches!(weights.state, WeightsState::Sent { .. } | WeightsState::Committed { .. });
     if !is_sent {

@@ -1,9 +1,9 @@
 //! Exchanges data with a hub: requests of users are fetched from it and scored, and rounds are
 //! reported to it. Neither happens without a URL.
 
+use super::checking;
 use super::residents::Residents;
 use super::subnet::Subnet;
-use super::trial;
 use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use crate::store::record::{Round, Sample};
@@ -31,7 +31,7 @@ const BUCKET_BYTES_MAX: usize = 64 << 20;
 pub struct Urls {
     /// Of requests of users: `/organics` and `/organics/scores` below it.
     pub organics: Option<String>,
-    /// Of statistics.
+    /// URL that statistics of rounds are sent to.
     pub stats: Option<String>,
 }
 
@@ -170,7 +170,8 @@ async fn score(residents: &Residents, rules: Option<Profile>, record: Record) ->
         let what = "the model is not in memory".to_owned();
         return found(Organic::Unscored, "INTERNAL_ERROR", what);
     };
-    let checked = trial::verify_alone(&resident, rules, &record.model_name, record.capture()).await;
+    let checked =
+        checking::verify_alone(&resident, rules, &record.model_name, record.capture()).await;
     match checked.verdict {
         AnswerVerdict::Pass => {
             let tokens = record.tokens_at_most(checked.tokens.into());

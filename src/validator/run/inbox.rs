@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use tokio::task::JoinSet;
 
 /// A report to the owner of the state.
-pub(super) enum Message {
+pub(super) enum DriverMessage {
     /// An event of a round.
     Round(u64, RoundEvent),
     /// The subnet was read; nothing where the epoch that is due has not begun.
@@ -31,7 +31,7 @@ pub(super) enum Message {
 }
 
 /// A running round.
-pub(super) struct Live {
+pub(super) struct LiveRound {
     pub(super) machine: RoundMachine,
     pub(super) block: u64,
     pub(super) members: BTreeMap<u16, Member>,
@@ -41,7 +41,7 @@ pub(super) struct Live {
     _hold: Hold,
 }
 
-impl Live {
+impl LiveRound {
     pub(super) fn new(machine: RoundMachine, block: u64, members: &[Member], hold: Hold) -> Self {
         let members = members.iter().map(|member| (member.uid, *member)).collect();
         Self { machine, block, members, tasks: JoinSet::new(), _hold: hold }

@@ -33,7 +33,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// From now on.
+    /// Counts ages by this clock from now on.
     pub fn new(keeping: Keeping, clock: Clock) -> Self {
         let started = (clock.unix_ms(), clock.elapsed());
         Self { keeping, clock, started }

@@ -1,7 +1,7 @@
 //! Executes the actions of running rounds, and gives the results back to them as events.
 
 use super::emission::Settled;
-use super::inbox::Message;
+use super::inbox::DriverMessage;
 use super::ports::{AnswerToCheck, MinerQuery, Ports};
 use super::reading::SubnetError;
 use super::subnet::Subnet;
@@ -22,15 +22,15 @@ use tokio::sync::watch;
 const BROKE: &str = "a part of the validator broke; the log says where";
 
 impl<P: Ports> Driver<P> {
-    pub(super) fn take(&mut self, message: Message) -> Result<(), RunError> {
+    pub(super) fn take(&mut self, message: DriverMessage) -> Result<(), RunError> {
         match message {
-            Message::Round(key, event) => self.tell(key, event),
-            Message::Subnet(read) => self.take_subnet(read)?,
-            Message::Weights(epoch, settled) => self.take_weights(epoch, settled),
-            Message::Confirmed(block) => self.progress.set_confirmed(block),
-            Message::Tidied(tidied) => self.take_tidied(tidied),
-            Message::ToCome(values) => self.publisher.set_to_come(values),
-            Message::Pulled(pulled) => {
+            DriverMessage::Round(key, event) => self.tell(key, event),
+            DriverMessage::Subnet(read) => self.take_subnet(read)?,
+            DriverMessage::Weights(epoch, settled) => self.take_weights(epoch, settled),
+            DriverMessage::Confirmed(block) => self.progress.set_confirmed(block),
+            DriverMessage::Tidied(tidied) => self.take_tidied(tidied),
+            DriverMessage::ToCome(values) => self.publisher.set_to_come(values),
+            DriverMessage::Pulled(pulled) => {
                 self.is_pulling = false;
                 match pulled {
                     Ok(0) => {}
@@ -38,10 +38,10 @@ impl<P: Ports> Driver<P> {
                     Err(why) => tracing::warn!("requests of users are not scored: {why}"),
                 }
             }
-            Message::Rotated(rotated) => {
+            DriverMessage::Rotated(rotated) => {
                 self.is_rotating = false;
                 if let Err(why) = rotated {
-                    tracing::error!("the loaded models do not change: {why}");
+                    tracing::error!("models could not be swapped: {why}");
                 }
             }
         }
@@ -178,7 +178,8 @@ impl<P: Ports> Driver<P> {
                 live.tasks.spawn(async move {
                     let made = AssertUnwindSafe(ports.prompt(&model, endpoint));
                     let made = made.catch_unwind().await.unwrap_or_else(|_| Err(anyhow!(BROKE)));
-                    let _ = sender.send(Message::Round(key, RoundEvent::Prompted(made))).await;
+                    let _ =
+                        sender.send(DriverMessage::Round(key, RoundEvent::Prompted(made))).await;
                 });
             }
             Action::Ask { uid, path, body, max_tokens } => {
@@ -192,7 +193,7 @@ impl<P: Ports> Driver<P> {
                         ending: Ending::Ours(BROKE.to_owned()),
                     });
                     let event = RoundEvent::Answered { uid, answer };
-                    let _ = sender.send(Message::Round(key, event)).await;
+                    let _ = sender.send(DriverMessage::Round(key, event)).await;
                 });
             }
             Action::Check { uid, capture, is_slow } => {
@@ -209,7 +210,7 @@ impl<P: Ports> Driver<P> {
                         AnswerReport::bare(AnswerVerdict::Unscored(BROKE.to_owned()))
                     });
                     let event = RoundEvent::Checked { uid, checked_answer };
-                    let _ = sender.send(Message::Round(key, event)).await;
+                    let _ = sender.send(DriverMessage::Round(key, event)).await;
                 });
             }
             Action::End(_) => {}
@@ -325,7 +326,7 @@ impl<P: Ports> Driver<P> {
                 let values = ports.decide(&subnet).await.map(|decided| decided.values);
                 let values = values
                     .map_err(|why| tracing::warn!("the weights to come are not known: {why}"));
-                let _ = sender.send(Message::ToCome(values.ok())).await;
+                let _ = sender.send(DriverMessage::ToCome(values.ok())).await;
             });
         }
     }

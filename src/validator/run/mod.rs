@@ -6,6 +6,7 @@
 //! records cannot be written, finished rounds stay in memory, and after a few of them no new round
 //! begins.
 
+mod checking;
 mod emission;
 pub mod epochs;
 pub mod hub;
@@ -20,7 +21,6 @@ pub mod residents;
 pub mod rewriting;
 mod spill;
 pub mod subnet;
-mod trial;
 pub mod view;
 pub mod world;
 
@@ -34,11 +34,11 @@ use crate::validator::round::{RoundMachine, RoundPhase, RoundSettings, Scene};
 pub use emission::Settled;
 use emission::When;
 use epochs::{Epoch, EpochRule};
-use inbox::{Live, Message};
+use inbox::{DriverMessage, LiveRound};
 use parking_lot::Mutex;
 use ports::Ports;
 use progress::RunProgress;
-use reading::{Reading, SubnetError};
+use reading::{ReadingTerms, SubnetError};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,12 +77,12 @@ pub struct RunOptions {
     /// How rounds are held.
     pub round: RoundSettings,
     /// How the subnet is read.
-    pub reading: Reading,
+    pub reading: ReadingTerms,
     /// Where the subnet is read and weights are set.
     pub epochs: EpochRule,
     /// Answers that are checked at once: each has a KV cache of its own, and they share all cores.
     pub checks: usize,
-    /// After so many rounds it ends, with weights; never where absent.
+    /// After so many rounds it ends, with weights; `None` never ends it.
     pub rounds: Option<u64>,
     /// Decide weights and send none.
     pub is_dry: bool,
@@ -132,9 +132,9 @@ pub struct Driver<P: Ports> {
     progress: Arc<RunProgress>,
     subnet: Arc<Subnet>,
     heads: watch::Sender<Head>,
-    inbox: (mpsc::Sender<Message>, mpsc::Receiver<Message>),
+    inbox: (mpsc::Sender<DriverMessage>, mpsc::Receiver<DriverMessage>),
     checks: Arc<Semaphore>,
-    live: BTreeMap<u64, Live>,
+    live: BTreeMap<u64, LiveRound>,
     begun: u64,
     not_before: Duration,
     unsaved: VecDeque<Round>,
@@ -312,7 +312,7 @@ impl<P: Ports> Driver<P> {
     }
 
     fn begin_rounds(&mut self) {
-        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Checking;
+        let is_asking = |live: &LiveRound| live.machine.phase() != RoundPhase::Checking;
         let is_enough = self.options.rounds.is_some_and(|rounds| self.begun >= rounds);
         let is_full = self.live.len() >= ROUNDS_MAX || self.unsaved.len() >= UNSAVED_MAX;
         let is_early = self.clock.elapsed() < self.not_before;
@@ -337,7 +337,7 @@ impl<P: Ports> Driver<P> {
         tracing::info!(round = machine.id(), block, "a round begins");
         let key = self.begun;
         let hold = self.ports.hold(&machine.name().1);
-        self.live.insert(key, Live::new(machine, block, &self.subnet.members, hold));
+        self.live.insert(key, LiveRound::new(machine, block, &self.subnet.members, hold));
         self.perform(key, actions);
     }
 
@@ -359,7 +359,7 @@ impl<P: Ports> Driver<P> {
     fn stop(&mut self) {
         self.progress.stop();
         self.stopping = Some(self.clock.elapsed() + self.options.stop_time);
-        let is_asking = |live: &Live| live.machine.phase() != RoundPhase::Checking;
+        let is_asking = |live: &LiveRound| live.machine.phase() != RoundPhase::Checking;
         let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
         let keys: Vec<u64> = asking.collect();
         tracing::info!(rounds = self.live.len(), given_up = keys.len(), "stopping");
@@ -377,7 +377,7 @@ impl<P: Ports> Driver<P> {
             let subnet = Arc::clone(&self.subnet);
             tokio::spawn(async move {
                 let pulled = ports.pull(&subnet).await;
-                let _ = sender.send(Message::Pulled(pulled)).await;
+                let _ = sender.send(DriverMessage::Pulled(pulled)).await;
             });
         }
     }
@@ -411,7 +411,7 @@ impl<P: Ports> Driver<P> {
         let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
         tokio::spawn(async move {
             let rotated = ports.rotate().await;
-            let _ = sender.send(Message::Rotated(rotated)).await;
+            let _ = sender.send(DriverMessage::Rotated(rotated)).await;
         });
     }
 
@@ -420,7 +420,7 @@ impl<P: Ports> Driver<P> {
         let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
         tokio::spawn(async move {
             let tidied = ports.tidy().await;
-            let _ = sender.send(Message::Tidied(tidied)).await;
+            let _ = sender.send(DriverMessage::Tidied(tidied)).await;
         });
     }
 
@@ -444,7 +444,7 @@ impl<P: Ports> Driver<P> {
                 ports.doubt().await;
             }
             // Without a receiver the program ends.
-            let _ = sender.send(Message::Subnet(read)).await;
+            let _ = sender.send(DriverMessage::Subnet(read)).await;
         });
     }
 
@@ -460,9 +460,9 @@ impl<P: Ports> Driver<P> {
         tokio::spawn(async move {
             let settled = settle(&*ports, &subnet, when).await;
             if let Some(block) = confirmed(&*ports).await {
-                let _ = sender.send(Message::Confirmed(block)).await;
+                let _ = sender.send(DriverMessage::Confirmed(block)).await;
             }
-            let _ = sender.send(Message::Weights(when.epoch, settled)).await;
+            let _ = sender.send(DriverMessage::Weights(when.epoch, settled)).await;
         });
     }
 

@@ -10,7 +10,7 @@ use crate::chain::Head;
 use crate::chain::error::ChainError;
 use crate::chain::metagraph::Metagraph;
 use crate::store::Removed;
-use crate::store::record::{Round, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Round, WeightsState};
 use crate::validator::eligible::Member;
 use crate::validator::round::ask::{Endpoint, QueryPrompt};
 use crate::validator::round::{AnswerReport, Answered, Offer};
@@ -21,9 +21,9 @@ use std::sync::Arc;
 /// One query, as a round wants it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct MinerQuery {
-    /// The miner.
+    /// The miner that is asked.
     pub member: Member,
-    /// The route.
+    /// The path of the request.
     pub path: &'static str,
     /// The body of the request.
     pub body: Value,
@@ -38,7 +38,7 @@ pub struct AnswerToCheck {
     pub model: String,
     /// The miner that answered.
     pub member: Member,
-    /// The round.
+    /// The id of the round that asked.
     pub round: String,
     /// The block at which the round began.
     pub block: u64,
@@ -100,11 +100,14 @@ pub trait Ports: Send + Sync + 'static {
 
     /// Sends weights, once, and waits until the chain has taken them. They are remembered as sent
     /// before they are sent, and not sent where that fails.
-    fn send(&self, weights: &Weights)
-    -> impl Future<Output = Result<WeightsState, NotSent>> + Send;
+    fn send(
+        &self,
+        weights: &EpochWeights,
+    ) -> impl Future<Output = Result<WeightsState, NotSent>> + Send;
 
     /// What stands on the chain for weights.
-    fn look_up(&self, weights: &Weights) -> impl Future<Output = anyhow::Result<Stand>> + Send;
+    fn look_up(&self, weights: &EpochWeights)
+    -> impl Future<Output = anyhow::Result<Stand>> + Send;
 
     /// Reads again the list of models that miners are told.
     fn list(&self) -> impl Future<Output = anyhow::Result<()>> + Send;
@@ -112,7 +115,7 @@ pub trait Ports: Send + Sync + 'static {
     /// Tells a miner which models are asked for, and asks which ones it serves.
     fn models(&self, member: &Member) -> impl Future<Output = anyhow::Result<Vec<String>>> + Send;
 
-    /// Asks a miner.
+    /// Sends one query to a miner and waits until its answer has ended.
     fn ask(&self, query: MinerQuery) -> impl Future<Output = Answered> + Send;
 
     /// The models that can be verified now.
@@ -124,14 +127,14 @@ pub trait Ports: Send + Sync + 'static {
     /// Keeps a model in memory as long as what is returned.
     fn hold(&self, model: &str) -> Hold;
 
-    /// Makes a prompt.
+    /// Draws a prompt for a model, and has it written where prompts are rewritten.
     fn prompt(
         &self,
         model: &str,
         endpoint: Endpoint,
     ) -> impl Future<Output = anyhow::Result<QueryPrompt>> + Send;
 
-    /// Checks an answer.
+    /// Verifies an answer, and adds what it shows to the evidence about its miner.
     fn verify(&self, case: AnswerToCheck) -> impl Future<Output = AnswerReport> + Send;
 
     /// Stores a round: once it returns, nothing of the round can be lost. Saving the same round
@@ -144,7 +147,7 @@ pub trait Ports: Send + Sync + 'static {
     /// Whether rounds are to be reported.
     fn wants_reports(&self) -> bool;
 
-    /// Reports a round.
+    /// Sends the statistics of a round that has ended to the hub.
     fn report(&self, round: &Round) -> impl Future<Output = anyhow::Result<()>> + Send;
 
     /// Deletes records that are older than the operator wants them kept.
@@ -154,19 +157,22 @@ pub trait Ports: Send + Sync + 'static {
     fn decide(&self, subnet: &Subnet) -> impl Future<Output = anyhow::Result<Decided>> + Send;
 
     /// The weights that are stored for an epoch.
-    fn planned(&self, epoch: u64) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
+    fn planned(
+        &self,
+        epoch: u64,
+    ) -> impl Future<Output = anyhow::Result<Option<EpochWeights>>> + Send;
 
     /// The weights that were sent or committed and whose end is not known yet, oldest first.
-    fn unfinished(&self) -> impl Future<Output = anyhow::Result<Vec<Weights>>> + Send;
+    fn unfinished(&self) -> impl Future<Output = anyhow::Result<Vec<EpochWeights>>> + Send;
 
     /// The newest weights that were read back from the chain.
-    fn confirmed(&self) -> impl Future<Output = anyhow::Result<Option<Weights>>> + Send;
+    fn confirmed(&self) -> impl Future<Output = anyhow::Result<Option<EpochWeights>>> + Send;
 
     /// Remembers weights that were decided, in place of those that were decided for the same epoch
     /// and not sent. Where those have gone further, says how far: nothing is to be sent then.
     fn plan(
         &self,
-        weights: &Weights,
+        weights: &EpochWeights,
     ) -> impl Future<Output = anyhow::Result<Option<WeightsState>>> + Send;
 
     /// Stores the state of an epoch's weights.

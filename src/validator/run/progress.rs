@@ -1,7 +1,7 @@
 //! Holds the state that operators see of a running validator. The driver writes it; others only
 //! read it.
 
-use crate::store::record::{Outcome, Round, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Outcome, Round, WeightsState};
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ pub struct RunSnapshot {
     /// When the owner of the state last went round its loop, in milliseconds since 1970; 0 before
     /// it first did. It does not change while the loop hangs.
     pub beat_ms: u64,
-    /// The newest block.
+    /// The number of the newest block that is known.
     pub block: u64,
     /// When it came, in milliseconds since 1970.
     pub block_ms: u64,
@@ -28,7 +28,7 @@ pub struct RunSnapshot {
     pub answers: BTreeMap<&'static str, u64>,
     /// Answers that were not verified, by the name of their cause.
     pub causes: BTreeMap<String, u64>,
-    /// The last weights.
+    /// The newest weights of this run, and how far they are.
     pub weights: Option<WeightsAt>,
     /// The block at which the newest weights were decided that were read back from the chain, by
     /// this run or by one before it.
@@ -40,7 +40,7 @@ pub struct RunSnapshot {
 /// Weights, without who gets what.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct WeightsAt {
-    /// Their epoch.
+    /// The epoch that they were decided for.
     pub epoch: u64,
     /// The block at which they were decided.
     pub block: u64,
@@ -112,8 +112,8 @@ impl RunProgress {
     }
 
     /// The last weights, of this run or of one before it.
-    pub fn set_weights(&self, weights: &Weights) {
-        let Weights { epoch, block, state, .. } = weights;
+    pub fn set_weights(&self, weights: &EpochWeights) {
+        let EpochWeights { epoch, block, state, .. } = weights;
         let weights = WeightsAt { epoch: *epoch, block: *block, state: state.clone() };
         self.0.lock().weights = Some(weights);
     }

@@ -21,7 +21,7 @@ const ALONE_MIN: usize = 4;
 
 /// How a subnet is read.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Reading {
+pub struct ReadingTerms {
     /// Who can be asked.
     pub rules: MinerRules,
     /// Whether this validator needs a permit.
@@ -59,11 +59,11 @@ impl SubnetError {
 /// When this validator may not validate.
 pub(super) async fn read<P: Ports>(
     ports: &P,
-    reading: Reading,
+    reading: ReadingTerms,
     metagraph: Metagraph,
     before: &Subnet,
 ) -> Result<Subnet, SubnetError> {
-    let Reading { rules, is_permit_needed } = reading;
+    let ReadingTerms { rules, is_permit_needed } = reading;
     let own = eligible::validator(&metagraph, &rules.own, is_permit_needed)?;
     let members = rules.members(&metagraph);
     if let Err(e) = ports.list().await {
@@ -98,7 +98,7 @@ pub async fn confirm<T>(
 /// When this validator may not validate, or the chain cannot be asked or is not believed.
 pub(super) async fn read_first<P: Ports>(
     ports: &P,
-    reading: Reading,
+    reading: ReadingTerms,
     pace: &Mutex<Pace>,
     clock: &Clock,
 ) -> Result<Subnet, SubnetError> {

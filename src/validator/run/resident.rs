@@ -12,6 +12,6 @@ pub struct Resident {
     pub verifier: Verifier,
     /// What evidence over many answers is weighed by.
     pub rates: Calibrated,
-    /// What writes prompts.
+    /// The engine that words queries anew, where prompts are rewritten.
     pub engine: Option<Engine>,
 }

@@ -32,9 +32,9 @@ impl Hold {
 /// A model and what it needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Sized {
-    /// Its name.
+    /// Name of the model's entry in the models file.
     pub name: String,
-    /// Bytes in memory.
+    /// Bytes of memory that the model takes while it is loaded.
     pub bytes: u64,
 }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Subnet {
     /// As the chain has it.
     pub metagraph: Metagraph,
-    /// This validator's place.
+    /// The uid of this validator.
     pub own: u16,
     /// Those that can be asked.
     pub members: Vec<Member>,

@@ -1,9 +1,9 @@
 //! Defines the state that a live view of a running validator shows, as plain data: the driver
 //! publishes it, a terminal draws it.
 
-use super::inbox::Live;
+use super::inbox::LiveRound;
 use super::subnet::Subnet;
-use crate::store::record::{Outcome, Round, Timing, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Outcome, Round, Timing, WeightsState};
 use crate::validator::round::{MinerState, RoundPhase};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,11 +12,11 @@ use tokio::sync::watch;
 /// A validator at one moment.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct View {
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
-    /// This validator's place.
+    /// The uid of this validator.
     pub own: u16,
-    /// The newest block.
+    /// The number of the newest block that is known.
     pub block: u64,
     /// The first block of the epoch, and how many it has.
     pub epoch: (u64, u64),
@@ -27,7 +27,7 @@ pub struct View {
     /// Whether it was told to stop.
     pub is_stopping: bool,
     /// Rounds that run, the oldest first.
-    pub rounds: Vec<Running>,
+    pub rounds: Vec<RunningRound>,
     /// Who can be asked, by uid.
     pub miners: BTreeMap<u16, MinerView>,
     /// The last weights that were settled in this run: epoch, and how far they are.
@@ -38,14 +38,14 @@ pub struct View {
 
 /// A running round.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Running {
-    /// Its name.
+pub struct RunningRound {
+    /// The id of the round: 32 hexadecimal digits.
     pub id: String,
     /// The model that it asks for.
     pub model: String,
     /// The block at which it began.
     pub block: u64,
-    /// Where it is.
+    /// What the round waits for.
     pub phase: RoundPhase,
 }
 
@@ -65,15 +65,15 @@ pub struct MinerView {
 /// A miner's last answer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Last {
-    /// When what arrived.
+    /// When the answer's parts arrived.
     pub timing: Timing,
-    /// The verdict.
+    /// What verification found of the answer.
     pub outcome: Outcome,
     /// Its cause, as it was reported.
     pub cause: Option<String>,
 }
 
-/// The publisher's side.
+/// Publishes the newest view to all who subscribe.
 pub(super) struct Publisher {
     sender: watch::Sender<Arc<View>>,
     known: BTreeMap<u16, MinerView>,
@@ -119,7 +119,7 @@ impl Publisher {
         self.is_outdated = true;
     }
 
-    pub(super) fn set_weights(&mut self, weights: &Weights) {
+    pub(super) fn set_weights(&mut self, weights: &EpochWeights) {
         self.weights = Some((weights.epoch, weights.state.clone()));
     }
 
@@ -136,7 +136,7 @@ impl Publisher {
         &self,
         mut view: View,
         subnet: &Subnet,
-        live: impl Iterator<Item = &'a Live>,
+        live: impl Iterator<Item = &'a LiveRound>,
     ) {
         view.own = subnet.own;
         view.weights.clone_from(&self.weights);
@@ -150,7 +150,7 @@ impl Publisher {
         for live in live {
             let (id, model) = live.machine.name();
             let phase = live.machine.phase();
-            view.rounds.push(Running { id, model, block: live.block, phase });
+            view.rounds.push(RunningRound { id, model, block: live.block, phase });
             for (uid, state) in live.machine.miner_states() {
                 if let Some(miner) = view.miners.get_mut(&uid) {
                     miner.state = Some(state);

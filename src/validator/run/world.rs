@@ -1,6 +1,7 @@
 //! Implements [`Ports`] for a real validator: a chain, miners over HTTP, models in this process, a
 //! database.
 
+use super::checking;
 use super::emission;
 use super::hub::OrganicsHub;
 use super::keeping::Keeper;
@@ -9,7 +10,6 @@ use super::resident::Resident;
 use super::residents::{Hold, Residents};
 use super::rewriting::{self, Rewriting};
 use super::subnet::Subnet;
-use super::trial;
 use crate::chain::error::ChainError;
 use crate::chain::keys::{Hotkey, Keypair};
 use crate::chain::metagraph::Metagraph;
@@ -17,7 +17,7 @@ use crate::chain::weights::outcome::{Approval, Call, Order, ReadBack, SendError,
 use crate::chain::weights::{Vector, VectorError};
 use crate::chain::{Chain, Head};
 use crate::clock::Clock;
-use crate::store::record::{Round, SentBlocks, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Round, SentBlocks, WeightsState};
 use crate::store::{Removed, Store, WeightsClaim};
 use crate::validator::eligible::Member;
 use crate::validator::models::{self, Mode};
@@ -45,21 +45,21 @@ const MARKED_MAX: usize = 8;
 
 /// The parts of a validator.
 pub struct World<C: Chain> {
-    /// The chain.
+    /// Where the chain is read, and weights are sent to.
     pub chain: C,
-    /// Who signs.
+    /// The hotkey that signs queries and weights.
     pub signer: Arc<Keypair>,
-    /// The subnet.
+    /// The number of the subnet.
     pub netuid: u16,
-    /// Its records.
+    /// Where rounds, samples, evidence and weights are kept.
     pub store: Store,
-    /// Time.
+    /// The time that records and signatures have.
     pub clock: Clock,
     /// The models that it verifies with.
     pub residents: Residents,
     /// Whether the engine writes prompts.
     pub rewriting: Rewriting,
-    /// The rules of a verification; those that the request asks for where absent.
+    /// The rules of a verification; `None` takes those that the request asks for.
     pub rules: Option<verify::Profile>,
     /// The hub, where there is one.
     pub hub: OrganicsHub,
@@ -75,7 +75,7 @@ pub struct World<C: Chain> {
     pub waits: (Duration, Duration),
     /// Blocks after the last round from which on old samples do not count.
     pub away_max: u64,
-    /// Version that weights name; the subnet's own where absent.
+    /// Version that weights name; `None` is the subnet's own.
     pub version_key: Option<u64>,
     /// The state that is kept between two calls.
     pub memory: WorldState,
@@ -132,7 +132,9 @@ impl<C: Chain> World<C> {
                 }
                 Ok(())
             }
-            WeightsClaim::Taken(state) => bail!("another process has them: {state:?}"),
+            WeightsClaim::Taken(state) => {
+                bail!("another process is setting these weights (state: {})", state.word())
+            }
         }
     }
 
@@ -162,7 +164,7 @@ impl<C: Chain> World<C> {
 }
 
 /// What a record of weights that `hotkey` has sent says of the extrinsic.
-fn sent(hotkey: Hotkey, weights: &Weights) -> anyhow::Result<SentWeights> {
+fn sent(hotkey: Hotkey, weights: &EpochWeights) -> anyhow::Result<SentWeights> {
     let (hash, reveal_round) = match &weights.state {
         WeightsState::Sent { hash, reveal_round, .. } => (hash.clone(), *reveal_round),
         WeightsState::Committed { hash, reveal_round, .. } => (hash.clone(), Some(*reveal_round)),
@@ -183,7 +185,7 @@ fn sent(hotkey: Hotkey, weights: &Weights) -> anyhow::Result<SentWeights> {
 }
 
 /// The weights above zero; the chain stores no zeros.
-fn vector(weights: &Weights) -> Result<Vector, VectorError> {
+fn vector(weights: &EpochWeights) -> Result<Vector, VectorError> {
     let paid = weights.values.iter().copied().filter(|(_, value)| *value > 0);
     Vector::new(paid.collect())
 }
@@ -220,7 +222,7 @@ impl<C: Chain> Ports for World<C> {
         self.chain.doubt().await;
     }
 
-    async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
+    async fn send(&self, weights: &EpochWeights) -> Result<WeightsState, NotSent> {
         let vector = vector(weights).map_err(|e| NotSent::Never(e.to_string()))?;
         let (netuid, version_key) = (self.netuid, self.version_key);
         let order = Order { netuid, mechanism: 0, vector, version_key };
@@ -256,7 +258,7 @@ impl<C: Chain> Ports for World<C> {
         }
     }
 
-    async fn look_up(&self, weights: &Weights) -> anyhow::Result<Stand> {
+    async fn look_up(&self, weights: &EpochWeights) -> anyhow::Result<Stand> {
         match self.chain.read_back(&sent(self.signer.hotkey(), weights)?).await {
             ReadBack::Confirmed => Ok(Stand::Confirmed),
             ReadBack::Waiting { .. } => Ok(Stand::Waiting),
@@ -311,7 +313,7 @@ impl<C: Chain> Ports for World<C> {
                 AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
             return AnswerReport::bare(verdict);
         };
-        trial::verify(&resident, &self.store, self.rules, case).await
+        checking::verify(&resident, &self.store, self.rules, case).await
     }
 
     async fn rotate(&self) -> anyhow::Result<()> {
@@ -357,26 +359,26 @@ impl<C: Chain> Ports for World<C> {
         let models = self.listed();
         let known = |uid, hotkey: &str| self.hub.organics(uid, hotkey);
         let (rules, away_max) = (&self.scoring, self.away_max);
-        trial::decide(&self.store, (rules, away_max), subnet, &models, known).await
+        checking::decide(&self.store, (rules, away_max), subnet, &models, known).await
     }
 
-    async fn planned(&self, epoch: u64) -> anyhow::Result<Option<Weights>> {
+    async fn planned(&self, epoch: u64) -> anyhow::Result<Option<EpochWeights>> {
         Ok(self.store.weights_of(self.netuid, epoch).await?)
     }
 
-    async fn unfinished(&self) -> anyhow::Result<Vec<Weights>> {
-        let is_sent = |weights: &Weights| {
+    async fn unfinished(&self) -> anyhow::Result<Vec<EpochWeights>> {
+        let is_sent = |weights: &EpochWeights| {
             weights.netuid == self.netuid && weights.state != WeightsState::Planned
         };
         let unfinished = self.store.unfinished_weights().await?;
         Ok(unfinished.into_iter().filter(is_sent).collect())
     }
 
-    async fn confirmed(&self) -> anyhow::Result<Option<Weights>> {
+    async fn confirmed(&self) -> anyhow::Result<Option<EpochWeights>> {
         Ok(self.store.confirmed_weights(self.netuid).await?)
     }
 
-    async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
+    async fn plan(&self, weights: &EpochWeights) -> anyhow::Result<Option<WeightsState>> {
         match self.store.plan_weights(weights).await? {
             WeightsClaim::Ours => Ok(None),
             WeightsClaim::Taken(state) => Ok(Some(state)),
@@ -479,8 +481,14 @@ mod tests {
     fn what_was_sent_is_looked_for_as_its_record_says() {
         let of = |state: WeightsState| {
             let values = vec![(0, 0), (1, u16::MAX)];
-            let weights =
-                Weights { netuid: 4, epoch: 9, block: 100, values, explanation: json!({}), state };
+            let weights = EpochWeights {
+                netuid: 4,
+                epoch: 9,
+                block: 100,
+                values,
+                explanation: json!({}),
+                state,
+            };
             sent(Hotkey([7; 32]), &weights)
         };
         let (hash, blocks) = ("0xaa".to_owned(), Some(SentBlocks { after: 97, until: 129 }));

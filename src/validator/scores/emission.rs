@@ -48,7 +48,7 @@ pub fn ours(
     let shares = clipped(&weights, max_share)?;
     let best = shares.iter().copied().fold(0.0, f64::max);
     // The chain takes shares of the sum after rounding: if small ones were rounded down, one at the
-    // limit would come to lie above it. It also keeps whoever has earned something above 0.
+    // limit would come to lie above it. It also keeps miners that have earned something above 0.
     let value = |share: &f64| (share / best * f64::from(u16::MAX)).ceil() as u16;
     let mut values: Vec<(u16, u16)> = uids.iter().copied().zip(shares.iter().map(value)).collect();
     let missing = usize::from(limits.min_allowed).saturating_sub(values.len());

@@ -4,7 +4,7 @@
 use super::gate::EvidenceGate;
 use super::rules::ScoringProfile;
 use super::series::{Point, Series};
-use crate::store::record::{Response, RoundResponse, Weights};
+use crate::store::record::{EpochWeights, MinerResponse, RoundResponse};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 /// One miner's numbers, in the order in which they follow from each other.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Explanation {
-    /// Its place.
+    /// The uid of the miner.
     pub uid: u16,
     /// Who holds it, as SS58.
     pub hotkey: String,
@@ -32,10 +32,10 @@ pub struct Explanation {
     pub weight: u16,
 }
 
-/// Weights, or why there are none, and how they came about.
+/// EpochWeights, or why there are none, and how they came about.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Decision {
-    /// The arithmetic.
+    /// The arithmetic that the weights were decided by.
     pub profile: ScoringProfile,
     /// Its window of samples.
     pub window: usize,
@@ -51,7 +51,7 @@ pub struct Decision {
 /// stand beside it.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StoredExplanation {
-    /// The arithmetic.
+    /// The arithmetic that the weights were decided by.
     pub profile: ScoringProfile,
     /// Its window of samples.
     pub window: usize,
@@ -62,7 +62,7 @@ pub struct StoredExplanation {
 }
 
 impl Decision {
-    /// For `Weights.explanation`.
+    /// For `EpochWeights.explanation`.
     ///
     /// # Errors
     /// When a number cannot be written, which is a fault of ours.
@@ -77,10 +77,10 @@ impl Decision {
 }
 
 impl StoredExplanation {
-    /// From `Weights.explanation`.
+    /// From `EpochWeights.explanation`.
     ///
     /// # Errors
-    /// When it is none: another version may have written it.
+    /// When it cannot be read: another version may have written it.
     pub fn read(explanation: &Value) -> Result<Self, serde_json::Error> {
         Self::deserialize(explanation)
     }
@@ -124,7 +124,11 @@ impl Explained {
     ///
     /// # Errors
     /// The explanation cannot be read, or has no such miner.
-    pub fn new(weights: &Weights, uid: u16, seen: &[RoundResponse]) -> Result<Self, ExplainError> {
+    pub fn new(
+        weights: &EpochWeights,
+        uid: u16,
+        seen: &[RoundResponse],
+    ) -> Result<Self, ExplainError> {
         let block = weights.block;
         let stored = StoredExplanation::read(&weights.explanation)
             .map_err(|why| ExplainError::Unreadable { block, why })?;
@@ -166,7 +170,7 @@ impl Explained {
 impl Explanation {
     /// Gives misses without a cause the one of their round.
     fn complete(&mut self, seen: &[RoundResponse]) {
-        let known: BTreeMap<&str, &Response> =
+        let known: BTreeMap<&str, &MinerResponse> =
             seen.iter().map(|answered| (answered.round.id.as_str(), &answered.response)).collect();
         let points = self.models.iter_mut().flat_map(|series| &mut series.points);
         for point in points.filter(|point| point.cause.is_none() && point.error.is_none()) {

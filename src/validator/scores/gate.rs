@@ -23,14 +23,14 @@ pub struct Alarm {
     pub block: u64,
     /// Which sum: `margin`, `energy` or `joint`.
     pub test: String,
-    /// The sums then.
+    /// The sums of the evidence at that moment.
     pub sums: Sums,
 }
 
 /// What is known of one hotkey over all its answers, and whether it is paid.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct HotkeyState {
-    /// The sums.
+    /// The sums that all answers so far add up to.
     pub evidence: Evidence,
     /// The alarm that stops the pay, if there is one.
     pub shut_by: Option<Alarm>,
@@ -79,7 +79,7 @@ pub struct EvidenceGate {
     pub answers: u64,
     /// Of them, those that ended in an alarm.
     pub alarms: u64,
-    /// The sums now.
+    /// The sums of the evidence as they are now.
     pub sums: Sums,
     /// A sum that is an alarm.
     pub alarm_at: f64,

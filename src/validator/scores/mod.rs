@@ -23,7 +23,7 @@ use emission::ChainLimits;
 use explanation::{Decision, Explanation};
 use gate::HotkeyState;
 use rules::{ScoringProfile, ScoringRules};
-use series::{Findings, MissReason, Organic, Series};
+use series::{MissReason, MissReasons, Organic, Series};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A sum of scores below this decides nothing (protocol 5.5).
@@ -60,7 +60,7 @@ pub struct Input<'a> {
 /// Why there are no weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoWeights {
-    /// Nobody is there.
+    /// The subnet has no members.
     #[error("the subnet has no places")]
     Empty,
     /// Nobody has earned anything.
@@ -131,7 +131,7 @@ fn explain(
     seat: &Seat,
     asked: &BTreeSet<&str>,
     samples: &BTreeMap<&str, Vec<&Sample>>,
-    findings: &Findings<'_>,
+    findings: &MissReasons<'_>,
 ) -> Explanation {
     // A set: a model that is named twice in a miner's list is still one model, and naming it again
     // must not pay.

@@ -15,7 +15,7 @@ pub const WINDOW_MAX: usize = 1000;
 /// Which arithmetic.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ScoringProfile {
-    /// Ours.
+    /// This program's own arithmetic.
     #[serde(rename = "default")]
     Default,
     /// Targon 4.4's.
@@ -47,7 +47,7 @@ impl FromStr for ScoringProfile {
 /// What is in force.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ScoringRules {
-    /// The arithmetic.
+    /// The arithmetic that weights are decided by.
     pub profile: ScoringProfile,
     /// The newest samples of a miner and model that count.
     pub window: usize,

@@ -16,14 +16,14 @@ const ORGANIC_EMPTY: f64 = -100.0;
 const SENTENCE_CHARS_MAX: usize = 300;
 
 /// What rounds found, by round and uid.
-pub(super) type Findings<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
+pub(super) type MissReasons<'a> = BTreeMap<(&'a str, u16), &'a MissReason>;
 
 /// What a round found about one miner, as far as a sample needs it.
 #[derive(Clone, PartialEq, Debug)]
 pub struct MissReason {
     /// Id of the round.
     pub round: String,
-    /// The miner's place.
+    /// The uid of the miner.
     pub uid: u16,
     /// The cause's name, where the answer was not verified.
     pub cause: Option<String>,
@@ -46,7 +46,7 @@ impl MissReason {
 pub enum Organic {
     /// Verified, with so many tokens a second.
     Tps(f64),
-    /// No answer.
+    /// The miner gave no answer, or not a whole one.
     Failed,
     /// An answer without tokens that can be read.
     Empty,
@@ -105,14 +105,14 @@ pub fn sigmoid(share: f64) -> f64 {
 /// A mean and what consistency makes of it.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Mean {
-    /// Tokens a second.
+    /// Mean speed of the samples, in tokens a second.
     pub mean: f64,
     /// Between 0 and 1.
     pub consistency: f64,
 }
 
 impl Mean {
-    /// Their product.
+    /// The mean speed times the consistency.
     pub fn score(self) -> f64 {
         self.mean * self.consistency
     }
@@ -153,15 +153,15 @@ impl Series {
         model: &str,
         hotkey: &str,
         samples: &[&Sample],
-        findings: &Findings<'_>,
+        findings: &MissReasons<'_>,
     ) -> Self {
         let counts = |sample: &&&Sample| match rules.profile {
-            // Samples belong to who earned them: whoever takes over a place starts with none, and
-            // is neither paid nor punished for its predecessor.
+            // Samples belong to who earned them: a hotkey that takes over a uid starts with none,
+            // and its predecessor's samples neither raise nor lower its score.
             ScoringProfile::Default => sample.hotkey == hotkey,
             ScoringProfile::Targon44 => true,
         };
-        // What is no number is a fault of ours, and faults of ours are not samples. Rounds already
+        // NaN is a fault of ours, and faults of ours are not samples. Rounds already
         // leave out what could not be checked.
         let is_number = |s: &&&Sample| s.tps.is_none_or(|t| t.is_finite() && t >= 0.0);
         let own: Vec<&&Sample> = samples.iter().filter(counts).collect();
@@ -232,7 +232,7 @@ impl Series {
 }
 
 impl Point {
-    fn of(sample: &Sample, findings: &Findings<'_>) -> Self {
+    fn of(sample: &Sample, findings: &MissReasons<'_>) -> Self {
         let finding = findings.get(&(sample.round.as_str(), sample.uid));
         let said = |of: fn(&MissReason) -> &Option<String>| finding.and_then(|f| of(f).clone());
         Self {

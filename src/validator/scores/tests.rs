@@ -279,7 +279,7 @@ fn the_chain_gets_enough_uids_and_no_share_above_its_limit() {
 }
 
 #[test]
-fn whoever_is_behind_an_alarm_is_the_last_to_be_named() {
+fn a_miner_behind_an_alarm_is_the_last_to_be_named() {
     let mut seats = seats(4);
     let sums = Sums { margin: ALARM, ..Sums::default() };
     let evidence = Evidence { answers: 9, alarms: 1, sums };
@@ -361,7 +361,7 @@ proptest! {
     }
 
     #[test]
-    fn honest_ranks_above_whoever_misses(tps in 0.5..500.0_f64, place in 0..30_usize) {
+    fn honest_ranks_above_a_miner_that_misses(tps in 0.5..500.0_f64, place in 0..30_usize) {
         let mut missed = vec![Some(tps); 30];
         missed[place] = None;
         let decision = decide_for(ScoringProfile::Default, &[vec![Some(tps); 30], missed]);

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 /// Body of `/v1/chat/completions`.
 #[derive(Clone, Deserialize, Debug, ToSchema)]
 pub struct ChatRequest {
-    /// The conversation.
+    /// The messages of the conversation, the oldest first.
     pub messages: Vec<Message>,
     /// Newer name of `max_tokens`.
     #[serde(default, deserialize_with = "integer")]
@@ -71,7 +71,7 @@ pub struct Common {
     /// No end before this many.
     #[serde(default, deserialize_with = "integer")]
     pub min_tokens: Option<i64>,
-    /// Divides the logits.
+    /// What logits are divided by before the draw; 0 is greedy.
     pub temperature: Option<f32>,
     /// Keeps the smallest set with this much probability.
     pub top_p: Option<f32>,
@@ -96,7 +96,7 @@ pub struct Common {
     /// Choices for each prompt.
     #[serde(default, deserialize_with = "integer")]
     pub n: Option<i64>,
-    /// Stop strings.
+    /// Texts that end the output where they appear; they are not part of it.
     #[serde(default, deserialize_with = "string_or_list")]
     #[schema(value_type = Option<StringOrList>)]
     pub stop: Vec<String>,
@@ -147,7 +147,7 @@ pub struct Common {
     pub proof: Option<ProofRequest>,
     /// Who asks; not used.
     pub user: Option<Value>,
-    /// Everything else.
+    /// Fields that are not known, by name.
     #[serde(flatten)]
     #[schema(ignore)]
     pub unknown: Map<String, Value>,
@@ -202,7 +202,7 @@ pub struct StructuredOutputs {
 pub struct ProofRequest {
     /// Name of the scheme.
     pub scheme: String,
-    /// 32 bytes in hexadecimal, chosen by whoever verifies.
+    /// 32 bytes in hexadecimal, chosen by the verifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nonce: Option<String>,
 }

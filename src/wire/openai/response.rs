@@ -5,14 +5,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-/// Token counts.
+/// How many tokens the request took.
 #[derive(Clone, Copy, Serialize, Default, PartialEq, Eq, Debug, ToSchema)]
 pub struct Usage {
     /// Tokens of all prompts, cached ones included.
     pub prompt_tokens: usize,
-    /// Both together.
+    /// Prompt and generated tokens together.
     pub total_tokens: usize,
-    /// Generated tokens.
+    /// Tokens that were generated, of all choices.
     pub completion_tokens: usize,
     /// How many of the prompts' tokens came from a cache.
     pub prompt_tokens_details: PromptTokensDetails,
@@ -107,7 +107,7 @@ pub struct Response<C> {
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
-    /// The model's name.
+    /// Name of the model that answered.
     pub model: String,
     /// Engine, weights and kernels.
     pub system_fingerprint: String,
@@ -123,7 +123,7 @@ pub struct Response<C> {
     /// Which distribution log-probabilities describe, where they are reported.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs_mode: Option<&'static str>,
-    /// Token counts.
+    /// How many tokens the request took, where that is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
 }
@@ -141,7 +141,7 @@ pub struct ChatChoice {
     pub finish_reason: &'static str,
     /// The stop string or id that matched.
     pub stop_reason: Option<Value>,
-    /// Targon's fields.
+    /// Fields beyond OpenAI's, at the same level.
     #[serde(flatten)]
     pub extras: Extras,
 }
@@ -172,7 +172,7 @@ pub struct ChatChunkChoice {
     /// The stop string or id that matched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<Value>,
-    /// Targon's fields.
+    /// Fields beyond OpenAI's, at the same level.
     #[serde(flatten)]
     pub extras: Extras,
 }
@@ -212,7 +212,7 @@ pub struct ChatLogprob {
 pub struct TokenLogprob {
     /// Text, or `token_id:<n>`.
     pub token: String,
-    /// Natural logarithm.
+    /// The natural logarithm of the token's probability.
     pub logprob: f64,
     /// The token's own bytes, half characters included.
     pub bytes: Vec<u8>,
@@ -223,7 +223,7 @@ pub struct TokenLogprob {
 pub struct CompletionChoice {
     /// `prompt index * n + i`.
     pub index: usize,
-    /// What was generated.
+    /// The text that was generated.
     pub text: String,
     /// Log-probabilities, where asked for.
     pub logprobs: Option<CompletionLogprobs>,
@@ -231,7 +231,7 @@ pub struct CompletionChoice {
     pub finish_reason: Option<&'static str>,
     /// The stop string or id that matched.
     pub stop_reason: Option<Value>,
-    /// Targon's fields.
+    /// Fields beyond OpenAI's, at the same level.
     #[serde(flatten)]
     pub extras: Extras,
     /// Log-probabilities of the prompt, where asked for.
@@ -271,9 +271,9 @@ pub struct ErrorBody {
 /// What went wrong.
 #[derive(Clone, Serialize, PartialEq, Eq, Debug, ToSchema)]
 pub struct ErrorObject {
-    /// A sentence.
+    /// What is wrong with the request, in one sentence.
     pub message: String,
-    /// A stable word.
+    /// The kind of error, in a word that stays the same.
     #[serde(rename = "type")]
     pub kind: &'static str,
     /// The field at fault.
@@ -315,7 +315,7 @@ pub struct ModelCard {
     pub owned_by: &'static str,
     /// `loading`, `ready` or `failed`.
     pub status: &'static str,
-    /// Longest sequence.
+    /// Tokens of prompt and output together, at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<usize>,
     /// Type of the weights in memory.
@@ -324,7 +324,7 @@ pub struct ModelCard {
     /// Where the weights came from: a commit or a file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// Why it failed.
+    /// Why the model cannot be loaded, where it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

@@ -36,21 +36,21 @@ pub struct Card {
     name: String,
     capability: (i32, i32),
     pub(super) context: Arc<CudaContext>,
-    pub(super) functions: HashMap<&'static str, Function>,
+    pub(super) functions: HashMap<&'static str, KernelHandle>,
     lost: Mutex<Option<CudaError>>,
 }
 
 /// A kernel: its handle, and the bytes of each of its parameters.
-pub(super) struct Function {
+pub(super) struct KernelHandle {
     pub(super) handle: sys::CUfunction,
     pub(super) sizes: Vec<usize>,
 }
 
 // SAFETY: a function's handle may be used from any thread while its module is loaded, which is as
 // long as the program runs; nothing here is written after it is made.
-unsafe impl Send for Function {}
+unsafe impl Send for KernelHandle {}
 // SAFETY: as above.
-unsafe impl Sync for Function {}
+unsafe impl Sync for KernelHandle {}
 
 /// How many cards there are.
 ///
@@ -127,12 +127,12 @@ impl Card {
             // SAFETY: the module was loaded above and is never unloaded.
             let handle = unsafe { result::module::get_function(module, c_name) }
                 .map_err(failed("cuModuleGetFunction"))?;
-            self.functions.insert(name, Function { handle, sizes });
+            self.functions.insert(name, KernelHandle { handle, sizes });
         }
         Ok(())
     }
 
-    /// Its number.
+    /// The number that the driver gives the card, from 0.
     pub fn ordinal(&self) -> usize {
         self.ordinal
     }

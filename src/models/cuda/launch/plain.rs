@@ -31,24 +31,24 @@ macro_rules! plain {
         )*
     };
 }
-plain!(u8, i8, u16, i16, u32, i32, u64, f32, f64, Tile, Rule, Entry, Query);
+plain!(u8, i8, u16, i16, u32, i32, u64, f32, f64, QueryTile, Rule, Entry, Query);
 
 /// Queries of one sequence that one thread block attends (`attend.cu`): query i is row `first_row`
 /// + i / group of the batch, which is at position `start` + i / group.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Tile {
+pub struct QueryTile {
     /// The sequence's first row in the batch.
     pub row_zero: i32,
     /// Position of that row.
     pub start: i32,
     /// First query.
     pub first_query: i32,
-    /// How many.
+    /// How many queries it has.
     pub queries: i32,
     /// Where the sequence's block table begins.
     pub table: i32,
-    /// Fills up.
+    /// Padding, which kernels do not read.
     pub unused: i32,
 }
 
@@ -68,7 +68,7 @@ pub struct Rule {
     pub top_p: f32,
     /// 0 keeps all.
     pub min_p: f32,
-    /// Fills up.
+    /// Padding, which kernels do not read.
     pub unused: i32,
 }
 
@@ -99,10 +99,10 @@ pub struct Query {
 /// Shape of an attention layer (`attend.cu`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Query heads.
+pub struct AttentionShape {
+    /// Heads that queries have.
     pub heads: i32,
-    /// Key/value heads.
+    /// Heads that keys and values have.
     pub kv_heads: i32,
     /// Elements of a head.
     pub head_dim: i32,
@@ -151,15 +151,15 @@ impl From<f32> for Arg {
     }
 }
 
-impl From<Shape> for Arg {
-    fn from(shape: Shape) -> Self {
+impl From<AttentionShape> for Arg {
+    fn from(shape: AttentionShape) -> Self {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         let words = [
             pair(shape.heads as u32, shape.kv_heads as u32),
             pair(shape.head_dim as u32, shape.window as u32),
             pair(shape.scale.to_bits(), shape.cap.to_bits()),
         ];
-        Self { words, size: size_of::<Shape>() }
+        Self { words, size: size_of::<AttentionShape>() }
     }
 }
 
@@ -188,9 +188,10 @@ mod tests {
 
     #[test]
     fn structures_have_the_sizes_of_the_kernels() {
-        assert_eq!([size_of::<Tile>(), size_of::<Shape>()], [24, 24]);
+        assert_eq!([size_of::<QueryTile>(), size_of::<AttentionShape>()], [24, 24]);
         assert_eq!([size_of::<Rule>(), size_of::<Entry>(), size_of::<Query>()], [32, 24, 8]);
-        let shape = Shape { heads: 1, kv_heads: 2, head_dim: 3, window: 4, scale: 5.0, cap: 6.0 };
+        let shape =
+            AttentionShape { heads: 1, kv_heads: 2, head_dim: 3, window: 4, scale: 5.0, cap: 6.0 };
         let arg = Arg::from(shape);
         assert_eq!(arg.words[1], 3 | 4 << 32);
         assert_eq!(arg.words[2] >> 32, u64::from(6.0_f32.to_bits()));

@@ -1,7 +1,7 @@
 //! Runs work on a card: launches, waits, captures.
 
 use super::super::error::CudaError;
-use super::card::{Card, Function};
+use super::card::{Card, KernelHandle};
 use super::plain::Arg;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaGraph, CudaStream, sys};
@@ -115,7 +115,7 @@ impl Stream {
 pub struct Launch {
     /// Name of the kernel in its module.
     pub kernel: &'static str,
-    /// Thread blocks.
+    /// Thread blocks in x, y and z.
     pub grid: [usize; 3],
     /// Threads of each thread block.
     pub threads: u32,
@@ -130,7 +130,7 @@ impl Launch {
     ///
     /// # Errors
     /// When there is none, its parameters have other sizes, or the grid is none.
-    fn function<'a>(&self, card: &'a Card) -> Result<&'a Function, CudaError> {
+    fn function<'a>(&self, card: &'a Card) -> Result<&'a KernelHandle, CudaError> {
         let Self { kernel, grid, args, .. } = self;
         let Some(function) = card.functions.get(kernel) else {
             return Err(CudaError::Shape(format!("no kernel {kernel}")));

@@ -42,12 +42,12 @@ impl Memory {
         }
     }
 
-    /// Where it begins.
+    /// The address of its first byte, on the card.
     pub fn pointer(&self) -> Pointer {
         Pointer(self.at)
     }
 
-    /// Its length.
+    /// Its length in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -137,7 +137,7 @@ impl Pinned {
         Ok(Self { at: at.cast(), bytes, stream: stream.clone(), copied: None })
     }
 
-    /// Its length.
+    /// Its length in bytes.
     pub fn size(&self) -> usize {
         self.bytes
     }

@@ -4,7 +4,7 @@ use super::super::*;
 use super::fake::{Fake, Running, driver, options, sent_as, until};
 
 use super::super::ports::{NotSent, Stand};
-use crate::store::record::{Outcome, SentBlocks, Weights, WeightsState};
+use crate::store::record::{EpochWeights, Outcome, SentBlocks, WeightsState};
 use serde_json::Value;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -164,7 +164,7 @@ async fn a_retirement_waits_for_verdicts_and_for_the_weights_of_the_epoch() {
 /// Weights of epoch 0 in a state, as an earlier run has left them.
 fn left(state: WeightsState) -> Arc<Fake> {
     let world = Arc::new(Fake::new());
-    let weights = Weights {
+    let weights = EpochWeights {
         netuid: 4,
         epoch: 0,
         block: 3,

@@ -7,7 +7,7 @@ use super::super::*;
 use crate::chain::keys::Hotkey;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon, Hyperparameters, Metagraph, Neuron, Rao};
 use crate::store::Removed;
-use crate::store::record::{Weights, WeightsState};
+use crate::store::record::{EpochWeights, WeightsState};
 use crate::validator::eligible::{Member, MinerRules};
 use crate::validator::query::Arrival;
 use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt};
@@ -37,7 +37,7 @@ pub(super) struct Fake {
     pub(super) checking: AtomicUsize,
     pub(super) checking_max: AtomicUsize,
     pub(super) saved: Mutex<Vec<Round>>,
-    pub(super) weights: Mutex<BTreeMap<u64, Weights>>,
+    pub(super) weights: Mutex<BTreeMap<u64, EpochWeights>>,
     pub(super) sends: Mutex<Vec<Sent>>,
     /// What becomes of the next sendings, and what stands on the chain then.
     pub(super) fates: Mutex<VecDeque<NotSent>>,
@@ -127,7 +127,7 @@ impl Ports for Fake {
         self.lies.store(false, SeqCst);
     }
 
-    async fn send(&self, weights: &Weights) -> Result<WeightsState, NotSent> {
+    async fn send(&self, weights: &EpochWeights) -> Result<WeightsState, NotSent> {
         if let Some(fate) = self.fates.lock().pop_front() {
             return Err(fate);
         }
@@ -135,7 +135,7 @@ impl Ports for Fake {
         Ok(sent_as(format!("0x{}", weights.epoch)))
     }
 
-    async fn look_up(&self, _: &Weights) -> anyhow::Result<Stand> {
+    async fn look_up(&self, _: &EpochWeights) -> anyhow::Result<Stand> {
         Ok(self.stand.lock().clone())
     }
 
@@ -234,26 +234,26 @@ impl Ports for Fake {
         Ok(Decided { values, none: None, explanation: Value::Null })
     }
 
-    async fn planned(&self, epoch: u64) -> anyhow::Result<Option<Weights>> {
+    async fn planned(&self, epoch: u64) -> anyhow::Result<Option<EpochWeights>> {
         self.records()?;
         Ok(self.weights.lock().get(&epoch).cloned())
     }
 
-    async fn unfinished(&self) -> anyhow::Result<Vec<Weights>> {
+    async fn unfinished(&self) -> anyhow::Result<Vec<EpochWeights>> {
         self.records()?;
-        let is_open = |weights: &&Weights| {
+        let is_open = |weights: &&EpochWeights| {
             matches!(weights.state, WeightsState::Sent { .. } | WeightsState::Committed { .. })
         };
         Ok(self.weights.lock().values().filter(is_open).cloned().collect())
     }
 
-    async fn confirmed(&self) -> anyhow::Result<Option<Weights>> {
+    async fn confirmed(&self) -> anyhow::Result<Option<EpochWeights>> {
         self.records()?;
-        let is_there = |weights: &&Weights| weights.state == WeightsState::Confirmed;
+        let is_there = |weights: &&EpochWeights| weights.state == WeightsState::Confirmed;
         Ok(self.weights.lock().values().rev().find(is_there).cloned())
     }
 
-    async fn plan(&self, weights: &Weights) -> anyhow::Result<Option<WeightsState>> {
+    async fn plan(&self, weights: &EpochWeights) -> anyhow::Result<Option<WeightsState>> {
         self.records()?;
         self.weights.lock().insert(weights.epoch, weights.clone());
         Ok(None)
@@ -290,7 +290,7 @@ pub(super) fn options(rounds: Option<u64>) -> RunOptions {
         MinerRules { own: Hotkey([0; 32]), vpermit_tao_limit: 4096.0, private_axons: false };
     RunOptions {
         round,
-        reading: Reading { rules, is_permit_needed: true },
+        reading: ReadingTerms { rules, is_permit_needed: true },
         epochs: EpochRule::Every(100),
         checks: CHECKS_DEFAULT,
         rounds,

@@ -123,7 +123,7 @@ async fn a_stop_ends_in_time_with_everything_remembered() {
     assert_eq!(summary.rounds, saved.len() as u64);
     assert!(!saved.is_empty());
     let stopped = saved.iter().flat_map(|round| &round.responses);
-    let why = |r: &crate::store::record::Response| r.error.clone().unwrap_or_default();
+    let why = |r: &crate::store::record::MinerResponse| r.error.clone().unwrap_or_default();
     assert!(stopped.filter(|r| r.uid == 1).all(|r| why(r).contains("was stopped")));
 }
 

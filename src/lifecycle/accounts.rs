@@ -1,8 +1,8 @@
-//! Keeps account of the memory that models were promised on each device.
+//! Keeps account of the memory that is reserved for models on each device.
 //!
 //! A KV cache takes its pages when it is written, so what a device has free says nothing of what
-//! is promised and not yet used. A promise counts until its model is gone: one that the models file
-//! no longer names keeps its memory while requests run on it.
+//! is reserved and not yet used. A reservation counts until its model is gone: one that the models
+//! file no longer names keeps its memory while requests run on it.
 
 use super::located::{Located, shape_within};
 use crate::config::models_toml::ModelConfig;
@@ -20,26 +20,26 @@ type Measure = dyn Fn(Device) -> Result<u64, DeviceError> + Send + Sync;
 
 /// The accounts of all devices, shared by all who load models.
 #[derive(Clone)]
-pub struct Rooms {
+pub struct MemoryAccounts {
     accounts: Arc<Mutex<BTreeMap<Device, Account>>>,
     measure: Arc<Measure>,
 }
 
 #[derive(Default)]
 struct Account {
-    /// Bytes that were free when nothing was promised.
+    /// Bytes that were free when nothing was reserved.
     free: u64,
-    promises: Vec<Promise>,
+    reservations: Vec<Reservation>,
 }
 
-struct Promise {
+struct Reservation {
     model: String,
     bytes: u64,
     holder: Holder,
     is_leaving: bool,
 }
 
-/// Who has the memory of a promise.
+/// Who has the memory of a reservation.
 enum Holder {
     /// A load that has not ended.
     Load(Weak<()>),
@@ -47,7 +47,7 @@ enum Holder {
     Model(Weak<Model>),
 }
 
-impl Promise {
+impl Reservation {
     fn is_held(&self) -> bool {
         match &self.holder {
             Holder::Load(load) => load.strong_count() > 0,
@@ -57,53 +57,53 @@ impl Promise {
 }
 
 impl Account {
-    /// Forgets what is held no more; bytes that are promised.
-    fn promised(&mut self) -> u64 {
-        self.promises.retain(Promise::is_held);
-        self.promises.iter().map(|promise| promise.bytes).sum()
+    /// Forgets what is held no more; bytes that are reserved.
+    fn reserved(&mut self) -> u64 {
+        self.reservations.retain(Reservation::is_held);
+        self.reservations.iter().map(|reservation| reservation.bytes).sum()
     }
 
     /// Bytes that another model may have, where the device has `now` free: what it had free when
-    /// nothing was promised, less what is promised, and no more than that.
+    /// nothing was reserved, less what is reserved, and no more than that.
     fn left(&mut self, now: u64) -> u64 {
-        let promised = self.promised();
-        if self.promises.is_empty() {
+        let reserved = self.reserved();
+        if self.reservations.is_empty() {
             self.free = now;
         }
-        self.free.saturating_sub(promised).min(now)
+        self.free.saturating_sub(reserved).min(now)
     }
 }
 
-/// Memory that is promised to a model while it is loaded; given back when this is dropped.
+/// Memory that is reserved for a model while it is loaded; given back when this is dropped.
 pub struct Lease {
-    rooms: Rooms,
+    memory: MemoryAccounts,
     device: Device,
     load: Arc<()>,
 }
 
 impl Lease {
-    /// From now on the promise is held by `model`, until it and its engine are gone.
+    /// From now on the reservation is held by `model`, until it and its engine are gone.
     pub fn hand_over(self, model: &Arc<Model>) {
-        let mut accounts = self.rooms.accounts.lock();
-        let promises = accounts.get_mut(&self.device).map(|account| &mut account.promises);
+        let mut accounts = self.memory.accounts.lock();
+        let reservations = accounts.get_mut(&self.device).map(|account| &mut account.reservations);
         let own = |holder: &Holder| match holder {
             Holder::Load(load) => load.ptr_eq(&Arc::downgrade(&self.load)),
             Holder::Model(_) => false,
         };
-        for promise in promises.into_iter().flatten().filter(|promise| own(&promise.holder)) {
-            promise.holder = Holder::Model(Arc::downgrade(model));
+        for reservation in reservations.into_iter().flatten().filter(|r| own(&r.holder)) {
+            reservation.holder = Holder::Model(Arc::downgrade(model));
         }
     }
 }
 
-impl Default for Rooms {
+impl Default for MemoryAccounts {
     fn default() -> Self {
         let free = |device: Device| Ok(device.free_memory()?.unwrap_or_else(|| memory().available));
         Self::measured_by(free)
     }
 }
 
-impl Rooms {
+impl MemoryAccounts {
     /// Accounts of devices of which `measure` says what they have free.
     pub fn measured_by(
         measure: impl Fn(Device) -> Result<u64, DeviceError> + Send + Sync + 'static,
@@ -111,7 +111,7 @@ impl Rooms {
         Self { accounts: Arc::default(), measure: Arc::new(measure) }
     }
 
-    /// Plans one model into what its device has left, and promises that; from its headers alone.
+    /// Plans one model into what its device has left, and reserves that, from its headers alone.
     ///
     /// # Errors
     /// Why it does not fit or cannot be planned, in words.
@@ -130,36 +130,36 @@ impl Rooms {
     ) -> anyhow::Result<(MemoryPlan, Lease)> {
         let device = config.device.resolved();
         let now = (self.measure)(device)?;
-        // Nobody else is promised anything between the question and the promise.
+        // Nothing else is reserved between the question and the reservation.
         let mut accounts = self.accounts.lock();
         let account = accounts.entry(device).or_default();
         let plan = shape_within(config, spec, account.left(now))?;
         let load = Arc::new(());
-        let promise = Promise {
+        let reservation = Reservation {
             model: config.name.clone(),
             bytes: plan.total(),
             holder: Holder::Load(Arc::downgrade(&load)),
             is_leaving: false,
         };
-        account.promises.push(promise);
+        account.reservations.push(reservation);
         drop(accounts);
-        Ok((plan, Lease { rooms: self.clone(), device, load }))
+        Ok((plan, Lease { memory: self.clone(), device, load }))
     }
 
     /// Says that a model is no longer wanted: its memory will be free when its requests have ended.
     pub fn leave(&self, model: &str) {
         let mut accounts = self.accounts.lock();
-        let promises = accounts.values_mut().flat_map(|account| &mut account.promises);
-        promises.filter(|promise| promise.model == model).for_each(|p| p.is_leaving = true);
+        let reservations = accounts.values_mut().flat_map(|account| &mut account.reservations);
+        reservations.filter(|r| r.model == model).for_each(|r| r.is_leaving = true);
     }
 
     /// The models that still have memory of a device and are no longer wanted.
     pub fn leaving(&self, device: Device) -> Vec<String> {
         let mut accounts = self.accounts.lock();
         let Some(account) = accounts.get_mut(&device.resolved()) else { return Vec::new() };
-        account.promised();
-        let leaving = account.promises.iter().filter(|promise| promise.is_leaving);
-        leaving.map(|promise| promise.model.clone()).collect()
+        account.reserved();
+        let leaving = account.reservations.iter().filter(|reservation| reservation.is_leaving);
+        leaving.map(|reservation| reservation.model.clone()).collect()
     }
 
     /// The processor and every card that a model asked for, with the bytes that each had free

@@ -1,11 +1,11 @@
 //! Watches the first minutes of a new program: where it fails in them, the old one comes back.
 //!
 //! Before a program becomes a newer one it leaves a note beside it, `.NAME.trial-…`, for a start
-//! with the same arguments. The new program reads it before anything else ([`Trial::begin`]),
-//! counts its starts in it, and removes it once it has run for [`TRIAL_TIME`]. Where it ends with
-//! an error before, or was started [`STARTS_MAX`] times and never lasted, it puts the kept program
-//! back in place, writes its own version into `NAME.failed`, and becomes the old program. No
-//! updater takes that version again, so this happens once.
+//! with the same arguments. The new program reads it before anything else ([`Probation::begin`]),
+//! counts its starts in it, and removes it once it has run for [`PROBATION_TIME`]. Where it ends
+//! with an error before, or was started [`STARTS_MAX`] times and never lasted, it puts the kept
+//! program back in place, writes its own version into `NAME.failed`, and becomes the old program.
+//! No updater takes that version again, so this happens once.
 
 use super::install::Installed;
 use super::refusal::UpdateError;
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How long a new program runs before it counts as good. Models are loaded in it.
-pub const TRIAL_TIME: Duration = Duration::from_secs(600);
+pub const PROBATION_TIME: Duration = Duration::from_secs(600);
 /// Starts of a new program that did not last; before the next one, the old program comes back.
 pub const STARTS_MAX: u32 = 3;
 /// Bytes of a note, and of the file with the version that failed.
@@ -31,7 +31,7 @@ const NAME_DIGITS: usize = 16;
 
 /// A new program that has not shown yet that it works here.
 #[derive(Debug)]
-pub struct Trial {
+pub struct Probation {
     installed: Installed,
     note: PathBuf,
     starts: u32,
@@ -54,11 +54,11 @@ impl Installed {
         self.beside("", ".failed")
     }
 
-    /// Says that the program in place is on trial for starts with these arguments.
+    /// Says that the program in place is on probation for starts with these arguments.
     ///
     /// # Errors
     /// When the note cannot be written: the new program is then not rolled back.
-    pub(super) fn put_on_trial(&self, arguments: &[OsString]) -> Result<(), UpdateError> {
+    pub(super) fn put_on_probation(&self, arguments: &[OsString]) -> Result<(), UpdateError> {
         let note = self.note(arguments);
         files::replace(&note, b"0").map_err(|e| UpdateError::io("cannot be written", &note, e))
     }
@@ -81,24 +81,24 @@ impl Installed {
     }
 }
 
-impl Trial {
-    /// The trial of this process, if it is on one; counts this start. To be asked before anything
-    /// that may fail.
+impl Probation {
+    /// The probation of this process, if it is on one; counts this start. To be asked before
+    /// anything that may fail.
     ///
     /// # Errors
     /// When the note is there and cannot be read or written.
     pub fn begin() -> Result<Option<Self>, UpdateError> {
         let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
         let Ok(installed) = Installed::running() else { return Ok(None) };
-        let Some(trial) = Self::of(installed, &arguments)? else { return Ok(None) };
-        let note = trial.note.clone();
+        let Some(probation) = Self::of(installed, &arguments)? else { return Ok(None) };
+        let note = probation.note.clone();
         // Where no thread can be had, the note stays, and the next start counts on.
         let wait = move || {
-            std::thread::sleep(TRIAL_TIME);
+            std::thread::sleep(PROBATION_TIME);
             let _ = fs::remove_file(note);
         };
-        let _ = std::thread::Builder::new().name("trial".into()).spawn(wait);
-        Ok(Some(trial))
+        let _ = std::thread::Builder::new().name("probation".into()).spawn(wait);
+        Ok(Some(probation))
     }
 
     pub(super) fn of(
@@ -111,7 +111,7 @@ impl Trial {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(UpdateError::io("cannot be read", &note, e)),
         };
-        // Whoever writes nonsense there has the program roll back, as its starts say nothing.
+        // A note that cannot be read rolls the program back, as its starts say nothing.
         let before = String::from_utf8_lossy(&said).trim().parse().unwrap_or(STARTS_MAX);
         let starts = before.saturating_add(1);
         let written = files::replace(&note, starts.to_string().as_bytes());
@@ -130,7 +130,7 @@ impl Trial {
     }
 
     /// Puts the kept program back in place and becomes it. Returns only where that fails: the new
-    /// program then stays, and is on trial no more.
+    /// program then stays, and is on probation no more.
     pub fn roll_back(self) -> UpdateError {
         let own = env!("CARGO_PKG_VERSION");
         match self.put_back(own) {

@@ -9,14 +9,14 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 /// A stream of a card, noise, and the type of the values.
-pub(super) struct Lab<'a> {
+pub(super) struct KernelRunner<'a> {
     stream: Stream,
     pub(super) pool: &'a Pool,
     pub(super) dtype: Dtype,
     state: Cell<u32>,
 }
 
-impl<'a> Lab<'a> {
+impl<'a> KernelRunner<'a> {
     pub(super) fn new(card: &Arc<Card>, pool: &'a Pool, dtype: Dtype) -> anyhow::Result<Self> {
         Ok(Self { stream: Stream::new(card)?, pool, dtype, state: Cell::new(11) })
     }

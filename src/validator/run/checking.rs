@@ -192,7 +192,7 @@ fn report(report: &Report, depth: Depth) -> Value {
     })
 }
 
-/// What was measured, for the record. What is no number is left out.
+/// What was measured, for the record, without values that are not numbers.
 fn statistics(report: &Report, scheme: Option<Scheme>, limits: &Limits) -> Statistics {
     let measured = |statistic: Statistic| {
         let Statistic { value, limit, .. } = statistic;
