@@ -1,5 +1,6 @@
-//! Applies the roofline: each part of a step takes as long as its bytes or its operations do,
-//! whichever takes longer.
+//! Applies the roofline, with a rounded ridge: a part of a step takes as long as the root of the
+//! squares of what its bytes and its operations take alone. Where one of them takes far longer,
+//! that is the roofline; where they take equally long, they overlap in part.
 
 use super::devices::{DeviceKind, DeviceSpec};
 use super::work::{Part, Work, decode, prefill};
@@ -20,7 +21,7 @@ pub struct Efficiency {
 impl Efficiency {
     /// What this engine reaches of a processor's ceilings that were measured in the same run
     /// (docs/hardware.md); of a datasheet's numbers it is less.
-    pub const OF_CEILINGS: Self = Self { memory: 0.75, compute: 0.66 };
+    pub const OF_CEILINGS: Self = Self { memory: 0.62, compute: 0.66 };
 
     /// What this engine is taken to reach. It was measured on processors only, and against their
     /// measured ceilings, so for every card this is an assumption: half of what its instruction can
@@ -28,7 +29,7 @@ impl Efficiency {
     pub fn assumed(device: &DeviceSpec) -> Self {
         match device.kind {
             DeviceKind::Gpu => Self { memory: 0.7, compute: 0.5 * device.mma_share },
-            DeviceKind::Cpu => Self { memory: 0.7, compute: 0.6 },
+            DeviceKind::Cpu => Self { memory: 0.6, compute: 0.6 },
         }
     }
 }
@@ -149,10 +150,8 @@ fn seconds(work: Work, device: &DeviceSpec, devices: f64, share: Efficiency) -> 
     let part = |part: Part| {
         let memory = part.bytes / (device.bandwidth * devices * share.memory);
         let compute = part.operations / (device.peak * devices * share.compute);
-        match memory >= compute {
-            true => (memory, Bottleneck::Memory),
-            false => (compute, Bottleneck::Compute),
-        }
+        let bound = if memory >= compute { Bottleneck::Memory } else { Bottleneck::Compute };
+        (memory.hypot(compute), bound)
     };
     let (products, attention) = (part(work.products), part(work.attention));
     let longer = if products.0 >= attention.0 { products.1 } else { attention.1 };
@@ -187,13 +186,31 @@ mod tests {
         assert_eq!((p.devices, p.decode[0].fits), (1, true));
         let assumed = predict(&llama(32, 4096, 14_336), &h100, &load(), None);
         let ratio = assumed.decode[0].tokens_per_second / p.decode[0].tokens_per_second;
-        assert!((ratio - 0.7).abs() < 1e-9);
-        // Half of the 62 % that mma.sync reaches.
+        assert!((ratio - 0.7).abs() < 1e-3, "{ratio}");
+        // Half of the 62 % that mma.sync reaches, and reading overlaps in part.
         let ratio = assumed.prefill_tokens_per_second / p.prefill_tokens_per_second;
-        assert!((ratio - 0.31).abs() < 1e-9, "{ratio}");
-        // Prefill is bound by arithmetic: 2 * 6.98e9 a token without the head, and attention.
+        assert!((0.31..0.36).contains(&ratio), "{ratio}");
+        // Prefill is bound by arithmetic, 2 * 6.98e9 a token without the head, and attention. Steps
+        // of 512 rows read all weights, which takes 0.6 times as long.
         let roof = 989.4e12 / (2.0 * 6.98e9);
-        assert!((0.95 * roof..roof).contains(&p.prefill_tokens_per_second), "{p:?}");
+        assert!((0.82 * roof..0.85 * roof).contains(&p.prefill_tokens_per_second), "{p:?}");
+    }
+
+    #[test]
+    fn at_the_ridge_bytes_and_operations_overlap_in_part() {
+        let h100 = named(&["h100-sxm".into()]).unwrap()[0];
+        let share = Efficiency { memory: 1.0, compute: 1.0 };
+        let part = |bytes, operations| {
+            let work = Work {
+                products: Part { bytes, operations },
+                attention: Part { bytes: 0.0, operations: 0.0 },
+            };
+            seconds(work, &h100, 1.0, share)
+        };
+        let (bytes, operations) = (h100.bandwidth, h100.peak);
+        assert!((part(bytes, operations).0 - 2.0_f64.sqrt()).abs() < 1e-12);
+        assert_eq!(part(bytes, 0.0), (1.0, Bottleneck::Memory));
+        assert_eq!(part(0.0, operations), (1.0, Bottleneck::Compute));
     }
 
     #[test]
