@@ -40,6 +40,13 @@ fn a_model_is_predicted_on_devices_with_prices() {
 
     let (_, csv, _) = all(&["--csv", "--batch", "1,8", "--devices", "h200"]);
     assert_eq!(csv.lines().count(), 3, "{csv}");
+    assert!(csv.starts_with("prompt,context,answer,") && csv.contains("\n64,64,32,h200,"), "{csv}");
+
+    let (code, _, err) = all(&["--devices", "h200", "--html", "plan.html"]);
+    let page = std::fs::read_to_string(home.join("plan.html")).unwrap();
+    assert!(code == 0 && page.contains("<td>h200</td>"), "{err} {page}");
+    let (code, _, err) = all(&["--html", "none/plan.html"]);
+    assert!(code == 1 && err.contains("none/plan.html cannot be written"), "{err}");
 }
 
 #[test]
@@ -219,6 +226,9 @@ fn a_server_is_measured_and_its_report_compared() {
     let per_dollar = json["compared"][0]["per_dollar_hour"].as_f64().unwrap();
     assert!((per_dollar - speed / 2.0).abs() < 1e-6 * speed, "{json}");
 
+    let (code, csv, _) = bench(home, &["compare", "o/report.json", "--csv", "--html", "c.html"]);
+    assert!(code == 0 && csv.starts_with("rank,report,model,") && csv.contains("\n1,o,"), "{csv}");
+    assert!(std::fs::read_to_string(home.join("c.html")).unwrap().contains("<td>o</td>"));
     let compare = ["bench", "compare", "o/report.json"];
     ends_quietly(command(home, &compare), 0);
     ends_quietly(command(home, &[&compare[..], &["--json"]].concat()), 0);

@@ -22,9 +22,38 @@ figcaption { font-weight: bold; }
 /// # Errors
 /// When a plot cannot be drawn.
 pub fn write(report: &BenchReport) -> anyhow::Result<String> {
-    let policy = "default-src 'none'; style-src 'unsafe-inline'";
     let plots = plots::all(report)?;
     let title = format!("Measurement of {}", report.model.name);
+    let body = html! {
+        h1 { (title) }
+        (doubts(report))
+        dl {
+            @for (name, value) in facts(report) {
+                dt { (name) }
+                dd { (value) }
+            }
+        }
+        @if !report.rows.is_empty() {
+            (table(&ROW_COLUMNS, report.rows.iter().map(row)))
+            p { (ROWS_LEGEND) }
+        }
+        @if !report.levels.is_empty() {
+            (table(&LEVEL_COLUMNS, report.levels.iter().map(level)))
+            p { (legend(report)) }
+        }
+        @for (title, plot) in &plots {
+            figure {
+                figcaption { (title) }
+                (PreEscaped(plot))
+            }
+        }
+    };
+    Ok(page(&title, body))
+}
+
+/// A page that may load nothing and run nothing.
+pub(super) fn page(title: &str, body: Markup) -> String {
+    let policy = "default-src 'none'; style-src 'unsafe-inline'";
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -34,33 +63,10 @@ pub fn write(report: &BenchReport) -> anyhow::Result<String> {
                 title { (title) }
                 style { (PreEscaped(STYLE)) }
             }
-            body {
-                h1 { (title) }
-                (doubts(report))
-                dl {
-                    @for (name, value) in facts(report) {
-                        dt { (name) }
-                        dd { (value) }
-                    }
-                }
-                @if !report.rows.is_empty() {
-                    (table(&ROW_COLUMNS, report.rows.iter().map(row)))
-                    p { (ROWS_LEGEND) }
-                }
-                @if !report.levels.is_empty() {
-                    (table(&LEVEL_COLUMNS, report.levels.iter().map(level)))
-                    p { (legend(report)) }
-                }
-                @for (title, plot) in &plots {
-                    figure {
-                        figcaption { (title) }
-                        (PreEscaped(plot))
-                    }
-                }
-            }
+            body { (body) }
         }
     };
-    Ok(page.into_string())
+    page.into_string()
 }
 
 fn doubts(report: &BenchReport) -> Markup {
@@ -74,13 +80,18 @@ fn doubts(report: &BenchReport) -> Markup {
     }
 }
 
-fn table<const N: usize>(columns: &[&str], rows: impl Iterator<Item = [String; N]>) -> Markup {
+/// A table of text.
+pub(super) fn table<R>(columns: &[impl AsRef<str>], rows: impl Iterator<Item = R>) -> Markup
+where
+    R: IntoIterator,
+    R::Item: AsRef<str>,
+{
     html! {
         table {
             thead {
                 tr {
                     @for column in columns {
-                        th { (column) }
+                        th { (column.as_ref()) }
                     }
                 }
             }
@@ -88,7 +99,7 @@ fn table<const N: usize>(columns: &[&str], rows: impl Iterator<Item = [String; N
                 @for row in rows {
                     tr {
                         @for cell in row {
-                            td { (cell) }
+                            td { (cell.as_ref()) }
                         }
                     }
                 }

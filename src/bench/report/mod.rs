@@ -2,7 +2,7 @@
 //! of it.
 //!
 //! [`schema`] is the data, [`facts`] says what was measured on, [`spread`] holds statistics,
-//! [`seal`] signs and reads files, the rest writes.
+//! [`seal`] signs and reads files, the rest writes. [`sheet`] is a table of several reports.
 
 pub mod csv;
 pub mod facts;
@@ -11,4 +11,5 @@ pub mod markdown;
 mod plots;
 pub mod schema;
 pub mod seal;
+pub mod sheet;
 pub mod spread;

@@ -1,14 +1,15 @@
 //! Runs `bench compare`: prints reports of several machines beside each other.
 
+use super::output::write_page;
 use crate::bench::compare::{Assumptions, Compared, RankedReport, caveats, compare};
 use crate::bench::plan::prices::{self, Price};
 use crate::bench::report::seal;
+use crate::bench::report::sheet::Sheet;
 use crate::cli::Failure;
 use crate::cli::out::outln;
-use crate::cli::printable::printable;
+use crate::cli::printable::{printable, printable_lines};
 use crate::validator::scores::series::sigmoid;
 use clap::Args;
-use comfy_table::{Table, presets};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -39,8 +40,14 @@ pub(in crate::cli) struct CompareArgs {
     #[arg(long)]
     strict: bool,
     /// Print JSON.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "csv")]
     json: bool,
+    /// Print one line of comma-separated values for each report.
+    #[arg(long)]
+    csv: bool,
+    /// Write the ranking as a page of its own, too.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 pub(super) fn run(args: &CompareArgs) -> Result<(), Failure> {
@@ -54,16 +61,18 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), Failure> {
         return Err(Failure::user(printable(&format!("the ranking is to be doubted: {what}"))));
     }
     let compared = compare(&entries, &prices, assumed, sigmoid);
+    let sheet = sheet(&compared, assumed, &prices, &caveats);
     if args.json {
         let all = json!({
             "assumptions": assumed, "compared": compared, "prices": prices, "caveats": caveats,
         });
         outln!("{all}");
+    } else if args.csv {
+        print_csv(&compared);
     } else {
-        print(&compared, assumed, &prices);
-        caveats.iter().for_each(|what| outln!("Not alike: {}", printable(what)));
+        outln!("{}", printable_lines(&sheet.markdown()));
     }
-    Ok(())
+    args.html.as_deref().map_or(Ok(()), |path| write_page(path, &sheet))
 }
 
 impl CompareArgs {
@@ -111,35 +120,72 @@ fn name(path: &Path) -> String {
     if stem == "report" && !parent.is_empty() { parent } else { stem }
 }
 
-fn print(all: &[Compared], assumed: Assumptions, prices: &[Price]) {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
-    table.set_header([
-        "rank",
-        "report",
-        "tok/s",
-        "$/h",
-        "tok/s per $/h",
-        "$/Mtok",
-        "J/tok",
-        "verified tok/$",
-        "score",
-        "score per $ a day",
-        "signed",
-        "doubts",
+const COLUMNS: [&str; 12] = [
+    "rank",
+    "report",
+    "tok/s",
+    "$/h",
+    "tok/s per $/h",
+    "$/Mtok",
+    "J/tok",
+    "verified tok/$",
+    "score",
+    "score per $ a day",
+    "signed",
+    "doubts",
+];
+
+/// The ranking with what it takes for granted.
+fn sheet(all: &[Compared], assumed: Assumptions, prices: &[Price], caveats: &[String]) -> Sheet {
+    let mut after = Vec::new();
+    for c in all {
+        let machine = c.machine.as_deref().unwrap_or("a server whose machine is unknown");
+        after.push(format!("  {}: {} on {machine}", c.name, c.model));
+    }
+    for Price { device, per_hour, date, source } in prices {
+        let source = source.as_deref().map_or(String::new(), |s| format!(", {s}"));
+        after.push(format!("  {device}: ${per_hour} an hour on {date}{source}"));
+    }
+    let Assumptions { prompt_tokens, answer_tokens, checked_share } = assumed;
+    let share = 100.0 * checked_share;
+    after.extend([
+        format!("Assumed: prompts of {prompt_tokens} and answers of {answer_tokens} tokens;"),
+        format!("  {share:.0} % of all answers are checked, on the same machine;"),
+        "  the score is a validator's tokens a second of one request at a time, in Targon's own"
+            .into(),
+        "  profile: what it is worth depends on all other miners. An engine is taken to answer"
+            .into(),
+        "  all; a server has a score where it was measured with --load targon --concurrency 1."
+            .into(),
     ]);
-    let number = |value: Option<f64>| match value {
-        None => "-".into(),
-        Some(v) if v.abs() >= 100.0 => format!("{v:.0}"),
-        Some(v) => format!("{v:.3}"),
+    after.extend(caveats.iter().map(|what| format!("Not alike: {what}")));
+    Sheet {
+        title: "Measurements compared".into(),
+        before: Vec::new(),
+        columns: COLUMNS.map(String::from).to_vec(),
+        rows: all.iter().enumerate().map(|(rank, c)| row(rank + 1, c)).collect(),
+        after,
+    }
+}
+
+fn print_csv(all: &[Compared]) {
+    outln!(
+        "rank,report,model,machine,tokens_per_second,per_hour,per_dollar_hour,\
+         dollars_per_million_tokens,joules_per_token,verified_per_dollar,score,\
+         score_per_dollar_day,signed_by,is_partial,marks"
+    );
+    let number = |value: Option<f64>| value.map_or_else(String::new, |v| v.to_string());
+    // Names may hold anything: commas and quotation marks of a cell are put between marks.
+    let text = |text: &str| match text.contains([',', '"', '\n', '\r']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_owned(),
     };
     for (rank, c) in all.iter().enumerate() {
-        let mut doubts = c.marks.clone();
-        doubts.extend(c.is_partial.then(|| "partial".to_owned()));
-        let signed = c.signed_by.as_ref().map_or("no".into(), |s| s.chars().take(8).collect());
-        table.add_row([
+        let cells = [
             (rank + 1).to_string(),
-            printable(&c.name),
+            text(&c.name),
+            text(&c.model),
+            text(c.machine.as_deref().unwrap_or_default()),
             number(c.tokens_per_second),
             number(c.price.as_ref().map(|p| p.0)),
             number(c.per_dollar_hour),
@@ -148,27 +194,37 @@ fn print(all: &[Compared], assumed: Assumptions, prices: &[Price]) {
             number(c.verified_per_dollar),
             number(c.score),
             number(c.score_per_dollar_day),
-            signed,
-            if doubts.is_empty() { "none".into() } else { doubts.join(", ") },
-        ]);
+            c.signed_by.clone().unwrap_or_default(),
+            c.is_partial.to_string(),
+            c.marks.join(" "),
+        ];
+        outln!("{}", printable(&cells.join(",")));
     }
-    outln!("{table}");
-    for c in all {
-        let machine = c.machine.as_deref().unwrap_or("a server whose machine is unknown");
-        outln!("  {}: {} on {}", printable(&c.name), printable(&c.model), printable(machine));
-    }
-    for Price { device, per_hour, date, source } in prices {
-        let source = source.as_deref().map_or(String::new(), |s| format!(", {s}"));
-        outln!("  {}: ${per_hour} an hour on {date}{}", printable(device), printable(&source));
-    }
-    let Assumptions { prompt_tokens, answer_tokens, checked_share } = assumed;
-    outln!("Assumed: prompts of {prompt_tokens} and answers of {answer_tokens} tokens;");
-    outln!("  {:.0} % of all answers are checked, on the same machine;", 100.0 * checked_share);
-    outln!(
-        "  the score is a validator's tokens a second of one request at a time, in Targon's own"
-    );
-    outln!("  profile: what it is worth depends on all other miners. An engine is taken to answer");
-    outln!("  all; a server has a score where it was measured with --load targon --concurrency 1.");
+}
+
+fn row(rank: usize, c: &Compared) -> Vec<String> {
+    let number = |value: Option<f64>| match value {
+        None => "-".into(),
+        Some(v) if v.abs() >= 100.0 => format!("{v:.0}"),
+        Some(v) => format!("{v:.3}"),
+    };
+    let mut doubts = c.marks.clone();
+    doubts.extend(c.is_partial.then(|| "partial".to_owned()));
+    let signed = c.signed_by.as_ref().map_or("no".into(), |s| s.chars().take(8).collect());
+    vec![
+        rank.to_string(),
+        c.name.clone(),
+        number(c.tokens_per_second),
+        number(c.price.as_ref().map(|p| p.0)),
+        number(c.per_dollar_hour),
+        number(c.dollars_per_million),
+        number(c.joules_per_token),
+        number(c.verified_per_dollar),
+        number(c.score),
+        number(c.score_per_dollar_day),
+        signed,
+        if doubts.is_empty() { "none".into() } else { doubts.join(", ") },
+    ]
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use crate::bench::conditions::{Conditions, Mark, governor};
 use crate::bench::report::schema::BenchReport;
+use crate::bench::report::sheet::Sheet;
 use crate::bench::report::{csv, html, markdown, seal};
 use crate::chain::keys::Keypair;
 use crate::cli::Failure;
@@ -141,6 +142,11 @@ fn note_before(report: &mut BenchReport, seen: &[Mark]) {
 
 pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Failure {
     Failure::user(format!("{} cannot be written: {e}", path.display()))
+}
+
+/// Writes a table as a page.
+pub(super) fn write_page(path: &Path, sheet: &Sheet) -> Result<(), Failure> {
+    files::replace(path, sheet.html().as_bytes()).map_err(|e| cannot_write(path, &e))
 }
 
 /// A flag that is lowered by the first interrupt (Ctrl-C); the second ends the program.

@@ -1,11 +1,13 @@
 //! Runs `bench plan`: predicts what a model would do on devices that are not here.
 
+use super::output::write_page;
 use crate::bench::plan::devices::named;
 use crate::bench::plan::predict::{Efficiency, Prediction, Workload, predict};
 use crate::bench::plan::prices::{self, Price, per_million};
+use crate::bench::report::sheet::Sheet;
 use crate::cli::Failure;
 use crate::cli::out::outln;
-use crate::cli::printable::printable;
+use crate::cli::printable::{printable, printable_lines};
 use crate::cli::shared::runtime;
 use crate::engine::plan::Bytes;
 use crate::models::checkpoint::Checkpoint;
@@ -15,7 +17,6 @@ use crate::models::hub::{Hub, WantedFiles};
 use crate::models::spec::Spec;
 use anyhow::bail;
 use clap::Args;
-use comfy_table::{Table, presets};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -60,6 +61,9 @@ pub(in crate::cli) struct BenchPlanArgs {
     /// Print one line of comma-separated values for each device and batch.
     #[arg(long)]
     csv: bool,
+    /// Write the predictions as a page of its own, too.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 fn share(text: &str) -> anyhow::Result<f64> {
@@ -90,6 +94,7 @@ pub(super) fn run(args: &BenchPlanArgs) -> Result<(), Failure> {
     let own = own.map(|(memory, compute)| Efficiency { memory, compute });
     let predictions: Vec<Prediction> =
         devices.iter().map(|device| predict(&spec, device, &load, own)).collect();
+    let sheet = sheet(args, &spec, &predictions, &prices);
     if args.json {
         let asked = json!({"prompt": prompt, "context": context, "answer": answer});
         let all = json!({
@@ -99,9 +104,9 @@ pub(super) fn run(args: &BenchPlanArgs) -> Result<(), Failure> {
     } else if args.csv {
         print_csv(args, &predictions, &prices);
     } else {
-        print(args, &spec, &predictions, &prices);
+        outln!("{}", printable_lines(&sheet.markdown()));
     }
-    Ok(())
+    args.html.as_deref().map_or(Ok(()), |path| write_page(path, &sheet))
 }
 
 /// The model's shape.
@@ -140,56 +145,71 @@ fn price<'a>(prices: &'a [Price], device: &str) -> Option<&'a Price> {
     prices.iter().find(|p| p.device == device)
 }
 
-fn print(args: &BenchPlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Price]) {
+/// The predictions with what they rest on.
+fn sheet(args: &BenchPlanArgs, spec: &Spec, predictions: &[Prediction], prices: &[Price]) -> Sheet {
     let weights = predictions.first().map_or(0, |p| p.weights);
-    outln!("{}, {} of weights in 16 bits", printable(&args.model), Bytes(weights));
-    outln!(
-        "prompt {}, context {}, answer {} tokens; {} bytes of KV cache a token",
-        args.prompt,
-        args.context,
-        args.answer,
-        spec.kv_dims().block_bytes() / crate::ops::attention::BLOCK_TOKENS
-    );
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
-    let mut header: Vec<String> =
+    let kv = spec.kv_dims().block_bytes() / crate::ops::attention::BLOCK_TOKENS;
+    let (prompt, context, answer) = (args.prompt, args.context, args.answer);
+    let mut columns: Vec<String> =
         ["device", "devices", "first token", "prefill tok/s"].map(String::from).to_vec();
-    header.extend(args.batch.iter().map(|b| format!("tok/s, batch {b}")));
-    header.extend(["checks/min", "$/Mtok"].map(String::from));
-    table.set_header(header);
-    for p in predictions {
-        let mut row = vec![
-            p.device.to_owned(),
-            p.devices.to_string(),
-            format!("{:.1} ms", p.first_token_seconds * 1e3),
-            number(p.prefill_tokens_per_second),
-        ];
-        row.extend(p.decode.iter().map(|d| match d.fits {
-            true => format!("{} ({:?})", number(d.tokens_per_second), d.bound).to_lowercase(),
-            false => "no room".into(),
-        }));
-        row.push(number(p.checks_per_minute));
-        row.push(cheapest(p, prices).map_or("-".into(), |dollars| format!("{dollars:.3}")));
-        table.add_row(row);
+    columns.extend(args.batch.iter().map(|b| format!("tok/s, batch {b}")));
+    columns.extend(["checks/min", "$/Mtok"].map(String::from));
+    Sheet {
+        title: format!("Predictions for {}", args.model),
+        before: vec![
+            format!("{}, {} of weights in 16 bits", args.model, Bytes(weights)),
+            format!(
+                "prompt {prompt}, context {context}, answer {answer} tokens; {kv} bytes of KV cache \
+                 a token"
+            ),
+        ],
+        columns,
+        rows: predictions.iter().map(|p| row(p, prices)).collect(),
+        after: notes(predictions, prices),
     }
-    outln!("{table}");
-    outln!("devices: how many hold the model; checks/min: fast checks of such answers on them.");
-    outln!("Predicted, not measured: the datasheet's numbers times the share that is reached.");
+}
+
+fn row(p: &Prediction, prices: &[Price]) -> Vec<String> {
+    let mut row = vec![
+        p.device.to_owned(),
+        p.devices.to_string(),
+        format!("{:.1} ms", p.first_token_seconds * 1e3),
+        number(p.prefill_tokens_per_second),
+    ];
+    row.extend(p.decode.iter().map(|d| match d.fits {
+        true => format!("{} ({:?})", number(d.tokens_per_second), d.bound).to_lowercase(),
+        false => "no room".into(),
+    }));
+    row.push(number(p.checks_per_minute));
+    row.push(cheapest(p, prices).map_or("-".into(), |dollars| format!("{dollars:.3}")));
+    row
+}
+
+fn notes(predictions: &[Prediction], prices: &[Price]) -> Vec<String> {
+    let mut notes = vec![
+        "devices: how many hold the model; checks/min: fast checks of such answers on them.".into(),
+        "Predicted, not measured: the datasheet's numbers times the share that is reached.".into(),
+    ];
     for p in predictions {
         let (memory, compute) = (p.efficiency.memory * 100.0, p.efficiency.compute * 100.0);
         let shares = format!("{memory:.0} % of bandwidth, {compute:.0} % of arithmetic");
-        outln!("  {:<12} {shares}; {}", p.device, p.source);
+        notes.push(format!("  {:<12} {shares}; {}", p.device, p.source));
     }
-    outln!("Time between kernels is not counted, so small models are slower on cards than this.");
-    outln!("This engine has run on processors only: rows of cards say what their roofline allows.");
+    notes.extend([
+        "Time between kernels is not counted, so small models are slower on cards than this."
+            .into(),
+        "This engine has run on processors only: rows of cards say what their roofline allows."
+            .into(),
+    ]);
     for price in prices.iter().filter(|p| predictions.iter().any(|q| q.device == p.device)) {
         let source = price.source.as_deref().map_or(String::new(), |s| format!(", {s}"));
         let (device, per_hour, date) = (&price.device, price.per_hour, &price.date);
-        outln!("  {device}: ${per_hour} an hour on {date}{}", printable(&source));
+        notes.push(format!("  {device}: ${per_hour} an hour on {date}{source}"));
     }
     for price in prices.iter().filter(|p| named(std::slice::from_ref(&p.device)).is_err()) {
-        outln!("The price of {} counts for no device of the table.", printable(&price.device));
+        notes.push(format!("The price of {} counts for no device of the table.", price.device));
     }
+    notes
 }
 
 /// Dollars for a million tokens at the best batch that fits.
