@@ -45,8 +45,8 @@ fn a_model_is_predicted_on_devices_with_prices() {
     let (code, _, err) = all(&["--devices", "h200", "--html", "plan.html"]);
     let page = std::fs::read_to_string(home.join("plan.html")).unwrap();
     assert!(code == 0 && page.contains("<td>h200</td>"), "{err} {page}");
-    let (code, _, err) = all(&["--html", "none/plan.html"]);
-    assert!(code == 1 && err.contains("none/plan.html cannot be written"), "{err}");
+    let (code, _, err) = all(&["--html", "prices.toml/plan.html"]);
+    assert!(code == 1 && err.contains("prices.toml/plan.html cannot be written"), "{err}");
 }
 
 #[test]

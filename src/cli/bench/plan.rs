@@ -159,8 +159,8 @@ fn sheet(args: &BenchPlanArgs, spec: &Spec, predictions: &[Prediction], prices: 
         before: vec![
             format!("{}, {} of weights in 16 bits", args.model, Bytes(weights)),
             format!(
-                "prompt {prompt}, context {context}, answer {answer} tokens; {kv} bytes of KV cache \
-                 a token"
+                "prompt {prompt}, context {context}, answer {answer} tokens; {kv} bytes of KV \
+                 cache a token"
             ),
         ],
         columns,
