@@ -84,6 +84,7 @@ fn card(card: &CardFacts) -> String {
 fn settings(all: &Map<String, Value>) -> String {
     let one = |(name, value): (&String, &Value)| match value {
         Value::Null | Value::Bool(false) => None,
+        Value::Array(list) if list.is_empty() => None,
         Value::Bool(true) => Some(name.clone()),
         Value::String(text) => Some(format!("{name} {text}")),
         Value::Array(list) => {
@@ -265,7 +266,7 @@ mod tests {
         assert!(text.contains("| 20 %, 10 %   | 90.0 (+12 %)    |"), "{text}");
         assert!(!text.contains("settings"), "{text}");
         report.settings = serde_json::from_value(json!({
-            "batch": [1, 4], "runs": 6, "input": null, "repeat_prompts": false, "load": "fixed",
+            "batch": [1, 4], "rate": [], "runs": 6, "input": null, "repeat_prompts": false, "load": "fixed",
         }))
         .unwrap();
         let text = super::write(&report);
