@@ -266,7 +266,8 @@ mod tests {
         assert!(text.contains("| 20 %, 10 %   | 90.0 (+12 %)    |"), "{text}");
         assert!(!text.contains("settings"), "{text}");
         report.settings = serde_json::from_value(json!({
-            "batch": [1, 4], "rate": [], "runs": 6, "input": null, "repeat_prompts": false, "load": "fixed",
+            "batch": [1, 4], "rate": [], "runs": 6, "input": null, "repeat_prompts": false,
+            "load": "fixed",
         }))
         .unwrap();
         let text = super::write(&report);
