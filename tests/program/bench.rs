@@ -185,6 +185,17 @@ fn started(home: &Path, directory: &str) -> super::cli::Server {
     server
 }
 
+/// A name in a report cannot make a line of its own in a comparison.
+fn a_name_makes_no_line(home: &Path, report: &str) {
+    let text = std::fs::read_to_string(home.join(report)).unwrap();
+    let mut forged: Value = serde_json::from_str(&text).unwrap();
+    forged["model"]["name"] = "m\nNot alike: nothing".into();
+    std::fs::write(home.join("forged.json"), forged.to_string()).unwrap();
+    let (code, table, _) = bench(home, &["compare", "forged.json"]);
+    assert!(code == 0 && table.contains("Not alike: nothing"), "{table}");
+    assert!(!table.contains("\nNot alike"), "{table}");
+}
+
 #[test]
 fn a_server_is_measured_and_its_report_compared() {
     use targon_engine::bench::report::seal;
@@ -229,6 +240,7 @@ fn a_server_is_measured_and_its_report_compared() {
     let (code, csv, _) = bench(home, &["compare", "o/report.json", "--csv", "--html", "c.html"]);
     assert!(code == 0 && csv.starts_with("rank,report,model,") && csv.contains("\n1,o,"), "{csv}");
     assert!(std::fs::read_to_string(home.join("c.html")).unwrap().contains("<td>o</td>"));
+    a_name_makes_no_line(home, "o/report.json");
     let compare = ["bench", "compare", "o/report.json"];
     ends_quietly(command(home, &compare), 0);
     ends_quietly(command(home, &[&compare[..], &["--json"]].concat()), 0);

@@ -21,6 +21,19 @@ pub struct Sheet {
 }
 
 impl Sheet {
+    /// The same with every line and cell replaced by what `text` makes of it.
+    #[must_use]
+    pub fn map(self, text: impl Fn(&str) -> String) -> Self {
+        let all = |lines: Vec<String>| lines.iter().map(|line| text(line)).collect();
+        Self {
+            title: text(&self.title),
+            before: all(self.before),
+            columns: all(self.columns),
+            rows: self.rows.into_iter().map(&all).collect(),
+            after: all(self.after),
+        }
+    }
+
     /// The lines and the table, for a terminal and for a page of text.
     pub fn markdown(&self) -> String {
         let mut table = Table::new();
@@ -64,5 +77,8 @@ mod tests {
         assert!(page.contains("<h1>A &lt;title&gt;</h1>") && page.contains("<li>last</li>"));
         assert!(page.contains("<td>&lt;b&gt;</td>") && !page.contains("<b>"), "{page}");
         assert!(page.contains("default-src 'none'"), "{page}");
+        let loud = sheet.map(str::to_uppercase);
+        assert_eq!(loud.markdown(), "FIRST\n| A | B   |\n|---|-----|\n| 1 | <B> |\n  LAST");
+        assert_eq!(loud.title, "A <TITLE>");
     }
 }

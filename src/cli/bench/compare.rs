@@ -7,7 +7,7 @@ use crate::bench::report::seal;
 use crate::bench::report::sheet::Sheet;
 use crate::cli::Failure;
 use crate::cli::out::outln;
-use crate::cli::printable::{printable, printable_lines};
+use crate::cli::printable::printable;
 use crate::validator::scores::series::sigmoid;
 use clap::Args;
 use serde_json::json;
@@ -61,7 +61,8 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), Failure> {
         return Err(Failure::user(printable(&format!("the ranking is to be doubted: {what}"))));
     }
     let compared = compare(&entries, &prices, assumed, sigmoid);
-    let sheet = sheet(&compared, assumed, &prices, &caveats);
+    // Each line by itself: names come from files of others, and must not make lines of their own.
+    let sheet = sheet(&compared, assumed, &prices, &caveats).map(printable);
     if args.json {
         let all = json!({
             "assumptions": assumed, "compared": compared, "prices": prices, "caveats": caveats,
@@ -70,7 +71,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), Failure> {
     } else if args.csv {
         print_csv(&compared);
     } else {
-        outln!("{}", printable_lines(&sheet.markdown()));
+        outln!("{}", sheet.markdown());
     }
     args.html.as_deref().map_or(Ok(()), |path| write_page(path, &sheet))
 }
@@ -181,23 +182,11 @@ fn print_csv(all: &[Compared]) {
         false => text.to_owned(),
     };
     for (rank, c) in all.iter().enumerate() {
-        let cells = [
-            (rank + 1).to_string(),
-            text(&c.name),
-            text(&c.model),
-            text(c.machine.as_deref().unwrap_or_default()),
-            number(c.tokens_per_second),
-            number(c.price.as_ref().map(|p| p.0)),
-            number(c.per_dollar_hour),
-            number(c.dollars_per_million),
-            number(c.joules_per_token),
-            number(c.verified_per_dollar),
-            number(c.score),
-            number(c.score_per_dollar_day),
-            c.signed_by.clone().unwrap_or_default(),
-            c.is_partial.to_string(),
-            c.marks.join(" "),
-        ];
+        let machine = c.machine.as_deref().unwrap_or_default();
+        let mut cells = vec![(rank + 1).to_string(), text(&c.name), text(&c.model), text(machine)];
+        cells.extend(numbers(c).map(number));
+        cells.push(c.signed_by.clone().unwrap_or_default());
+        cells.extend([c.is_partial.to_string(), c.marks.join(" ")]);
         outln!("{}", printable(&cells.join(",")));
     }
 }
@@ -211,19 +200,23 @@ fn row(rank: usize, c: &Compared) -> Vec<String> {
     let mut doubts = c.marks.clone();
     doubts.extend(c.is_partial.then(|| "partial".to_owned()));
     let signed = c.signed_by.as_ref().map_or("no".into(), |s| s.chars().take(8).collect());
-    vec![
-        rank.to_string(),
-        c.name.clone(),
-        number(c.tokens_per_second),
-        number(c.price.as_ref().map(|p| p.0)),
-        number(c.per_dollar_hour),
-        number(c.dollars_per_million),
-        number(c.joules_per_token),
-        number(c.verified_per_dollar),
-        number(c.score),
-        number(c.score_per_dollar_day),
-        signed,
-        if doubts.is_empty() { "none".into() } else { doubts.join(", ") },
+    let mut row = vec![rank.to_string(), c.name.clone()];
+    row.extend(numbers(c).map(number));
+    row.extend([signed, if doubts.is_empty() { "none".into() } else { doubts.join(", ") }]);
+    row
+}
+
+/// The figures of a row, in the order of the columns.
+fn numbers(c: &Compared) -> [Option<f64>; 8] {
+    [
+        c.tokens_per_second,
+        c.price.as_ref().map(|p| p.0),
+        c.per_dollar_hour,
+        c.dollars_per_million,
+        c.joules_per_token,
+        c.verified_per_dollar,
+        c.score,
+        c.score_per_dollar_day,
     ]
 }
 

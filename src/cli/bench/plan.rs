@@ -7,7 +7,7 @@ use crate::bench::plan::prices::{self, Price, per_million};
 use crate::bench::report::sheet::Sheet;
 use crate::cli::Failure;
 use crate::cli::out::outln;
-use crate::cli::printable::{printable, printable_lines};
+use crate::cli::printable::printable;
 use crate::cli::shared::runtime;
 use crate::engine::plan::Bytes;
 use crate::models::checkpoint::Checkpoint;
@@ -94,7 +94,7 @@ pub(super) fn run(args: &BenchPlanArgs) -> Result<(), Failure> {
     let own = own.map(|(memory, compute)| Efficiency { memory, compute });
     let predictions: Vec<Prediction> =
         devices.iter().map(|device| predict(&spec, device, &load, own)).collect();
-    let sheet = sheet(args, &spec, &predictions, &prices);
+    let sheet = sheet(args, &spec, &predictions, &prices).map(printable);
     if args.json {
         let asked = json!({"prompt": prompt, "context": context, "answer": answer});
         let all = json!({
@@ -104,7 +104,7 @@ pub(super) fn run(args: &BenchPlanArgs) -> Result<(), Failure> {
     } else if args.csv {
         print_csv(args, &predictions, &prices);
     } else {
-        outln!("{}", printable_lines(&sheet.markdown()));
+        outln!("{}", sheet.markdown());
     }
     args.html.as_deref().map_or(Ok(()), |path| write_page(path, &sheet))
 }
