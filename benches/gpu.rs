@@ -1,5 +1,6 @@
-//! `cargo bench --features cuda --bench gpu -- [--dry] [--device N] [--seconds S] [--model PATH]`:
-//! an NVIDIA card against the CPU's bits, then its speed. `scripts/check-gpu` runs it.
+//! `cargo bench --features cuda --bench gpu -- [--dry] [--device N] [--seconds S] [--model PATH]
+//! [--only PARTS] [--layers N] [--runs N]`: an NVIDIA card against the CPU's bits, then its speed.
+//! `scripts/check-gpu` runs it and says what the flags are.
 
 use targon_engine::bench::arguments::BenchArgs;
 use targon_engine::bench::gpu::{Wanted, run};

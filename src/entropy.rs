@@ -42,17 +42,20 @@ impl Entropy {
         }
     }
 
-    /// 64 bits: the lower half of a uuid, whose form fixes two of them.
+    /// 64 random bits.
     pub fn word(&self) -> u64 {
-        self.uuid().as_u128() as u64
+        // The form of a uuid fixes six bits, all between bit 62 and bit 80.
+        let uuid = self.uuid().as_u128();
+        ((uuid >> 80) as u64) << 16 | u64::from(uuid as u16)
     }
 
-    /// 32 bytes: two uuids, whose form fixes six bits of each.
-    pub fn nonce(&self) -> [u8; 32] {
-        let mut nonce = [0; 32];
-        nonce[..16].copy_from_slice(self.uuid().as_bytes());
-        nonce[16..].copy_from_slice(self.uuid().as_bytes());
-        nonce
+    /// Random bytes, such as a key or a nonce.
+    pub fn bytes<const N: usize>(&self) -> [u8; N] {
+        let mut bytes = [0; N];
+        for part in bytes.chunks_mut(8) {
+            part.copy_from_slice(&self.word().to_le_bytes()[..part.len()]);
+        }
+        bytes
     }
 }
 
@@ -66,9 +69,19 @@ mod tests {
         let first = one.uuid();
         assert_eq!((first, first.get_version_num()), (two.uuid(), 4));
         let clone = one.clone();
-        assert_eq!((clone.word(), one.nonce()), (two.word(), two.nonce()));
+        assert_eq!((clone.word(), one.bytes::<12>()), (two.word(), two.bytes()));
         assert_ne!(one.uuid(), first);
         assert_ne!(Entropy::seeded(8).uuid(), first);
         assert_ne!(Entropy::system().uuid(), Entropy::system().uuid());
+    }
+
+    #[test]
+    fn all_bits_of_the_systems_words_are_random() {
+        let (mut ones, mut zeros) = (0, 0);
+        for _ in 0..100 {
+            let word = Entropy::system().word();
+            (ones, zeros) = (ones | word, zeros | !word);
+        }
+        assert_eq!((ones, zeros), (u64::MAX, u64::MAX));
     }
 }

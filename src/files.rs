@@ -64,6 +64,37 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(&directory)?.sync_all()
 }
 
+/// A directory among the system's temporary files that goes with its owner.
+pub struct ScratchDirectory(PathBuf);
+
+impl ScratchDirectory {
+    /// A new one, whose name begins with `prefix`.
+    ///
+    /// # Errors
+    /// The path, and why it cannot be made.
+    pub fn new(prefix: &str) -> io::Result<Self> {
+        // A random name: nobody can lay a directory in its place beforehand.
+        let path = std::env::temp_dir().join(format!("{prefix}-{}", uuid::Uuid::new_v4().simple()));
+        let named = |e: io::Error| {
+            io::Error::new(e.kind(), format!("{} cannot be made: {e}", path.display()))
+        };
+        std::fs::create_dir(&path).map_err(named)?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for ScratchDirectory {
+    fn drop(&mut self) {
+        // What is left in the temporary directory is the system's to clean.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Writes a file that must not exist yet down to the disk, with the mode of `like`.
 fn write_new(path: &Path, like: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
@@ -79,6 +110,18 @@ fn write_new(path: &Path, like: &Path, bytes: &[u8]) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn a_scratch_directory_goes_with_its_owner() {
+        let (one, two) = (ScratchDirectory::new("t").unwrap(), ScratchDirectory::new("t").unwrap());
+        assert_ne!(one.path(), two.path());
+        std::fs::write(one.path().join("file"), "text").unwrap();
+        let path = one.path().to_owned();
+        drop(one);
+        assert!(!path.exists() && two.path().is_dir());
+        let error = ScratchDirectory::new("no/such/place").err().unwrap().to_string();
+        assert!(error.contains("no/such/place-") && error.contains(" cannot be made: "), "{error}");
+    }
 
     fn names(directory: &Path) -> Vec<String> {
         let entries = std::fs::read_dir(directory).unwrap();

@@ -25,6 +25,7 @@
 //! | 2 | [`engine`] | scheduling, KV blocks, requests to tokens and text |
 //! | 1 | [`models`] | checkpoints, tokenizers, weights to rows and what they say |
 //! | 1 | [`chain`] | keys, wallets, the metagraph, extrinsics |
+//! | 1 | [`chance`] | draws from random bits |
 //! | 1 | [`update`] | new versions of this program |
 //! | 0 | [`proof`] [`wire`] [`clock`] [`endpoint`] [`entropy`] [`files`] [`tls`] | leaves |
 //! | – | [`ops`], a package of its own | arithmetic, compiled optimised in every profile |
@@ -39,6 +40,7 @@
 pub mod audit;
 pub mod bench;
 pub mod chain;
+pub mod chance;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -25,6 +25,7 @@ pub mod dtype;
 pub mod gated;
 pub mod gumbel;
 pub mod lanes;
+pub mod lcg;
 pub mod logits;
 pub mod math;
 pub mod matmul;

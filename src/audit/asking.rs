@@ -6,9 +6,9 @@ use super::answer::{ServerAnswer, TokensByName, read};
 use super::evidence::{AuditEvidence, Conclusion, Drawn};
 use super::score::{TokenScore, score};
 use super::seeds::{OtherSeed, SeedTest};
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::endpoint::shown;
-use crate::entropy::Entropy;
 use crate::validator::query::{DEPTH_MAX, QueryError, Target, is_deeper};
 use crate::verify::Verifier;
 use crate::verify::question::{self, QuestionError};
@@ -125,18 +125,17 @@ pub struct Findings {
 pub async fn audit(
     (target, requests): (Target, AuditRequests),
     verifier: &Verifier,
-    prompts: &[String],
+    (prompts, chance, clock): (&[String], &mut Chance, Clock),
     shown: &dyn Fn(u32, &AuditEvidence),
 ) -> Result<Findings, AuditError> {
     let text = &verifier.model.text;
     let names = TokensByName::new(&text.tokenizer, text.vocab);
-    let (clock, entropy) = (Clock::system(), Entropy::system());
     let mut server = Server { target, requests, names, clock, verifier, has_extras: true };
     let mut found = Findings::default();
     for index in 0..server.requests.answers_max {
         let drawn = if index % GREEDY_EVERY == 3 { Drawn::Greedy } else { Drawn::Sampled };
-        let prompt = &prompts[entropy.word() as usize % prompts.len()];
-        let body = server.requests.body(prompt, drawn, entropy.word() as u32 >> 1);
+        let Some(prompt) = chance.pick(prompts) else { break };
+        let body = server.requests.body(prompt, drawn, chance.bits() as u32 >> 1);
         match server.answer((&body, drawn), index < SEED_TRIES, &mut found).await {
             Ok(()) => shown(index + 1, &found.evidence),
             Err(why) if why.is_servers() && found.evidence.answers > 0 => {

@@ -13,6 +13,12 @@ impl BenchArgs {
         Self(std::env::args().skip(1).filter(|arg| arg != "--bench").collect())
     }
 
+    /// Those of a line of text.
+    #[cfg(test)]
+    pub(super) fn of(text: &str) -> Self {
+        Self(text.split(' ').map(str::to_owned).collect())
+    }
+
     /// Whether the flag is there.
     pub(super) fn has(&self, flag: &str) -> bool {
         self.0.iter().any(|arg| arg == flag)
@@ -57,7 +63,7 @@ mod tests {
 
     #[test]
     fn words_and_flags_may_be_mixed() {
-        let args = |text: &str| BenchArgs(text.split(' ').map(str::to_owned).collect());
+        let args = BenchArgs::of;
         let mut mixed = args("--device cuda m.gguf --json 4 x");
         assert_eq!(mixed.value::<String>("--device").unwrap().as_deref(), Some("cuda"));
         assert_eq!(mixed.value::<u64>("--seconds").unwrap(), None);

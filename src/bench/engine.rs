@@ -7,9 +7,8 @@ use super::arguments::BenchArgs;
 use super::ceilings::{fma_peak, read_bandwidth};
 use super::figures::Figures;
 use super::load::{REPEATS, request};
-use super::{host, serve};
+use super::{host, runs, serve};
 use crate::clock::Clock;
-use crate::engine::output::Event;
 use crate::engine::request::Request;
 use crate::engine::{Engine, Options};
 use crate::models::Model;
@@ -69,7 +68,7 @@ pub fn run(device: Device, path: &Path) -> anyhow::Result<Figures> {
 }
 
 fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
-    generate(engine, 1, 32, 16, 0)?; // warm-up
+    decode(engine, 1, (32, 16), 0)?; // warm-up
     let mut salt = 1;
     let mut repeat = |name: &str, f: &dyn Fn(u32) -> anyhow::Result<f64>| {
         let values = (0..REPEATS).map(|_| {
@@ -79,17 +78,17 @@ fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
         figures.push(name, values.collect::<Result<_, _>>()?);
         anyhow::Ok(())
     };
-    repeat("pp512", &|salt| Ok(generate(engine, 1, 512, 1, salt)?.prefill))?;
-    repeat("tg128", &|salt| Ok(generate(engine, 1, 1, 128, salt)?.decode))?;
+    repeat("pp512", &|salt| prefill(engine, 1, 512, salt))?;
+    repeat("tg128", &|salt| decode(engine, 1, (1, 128), salt))?;
     for batch in [4, 8, 16, 64] {
         let name = format!("tg64_b{batch}");
-        repeat(&name, &|salt| Ok(generate(engine, batch, 16, 64, salt)?.decode))?;
+        repeat(&name, &|salt| decode(engine, batch, (16, 64), salt))?;
     }
     repeat("pp512_scored", &|salt| score(engine, 512, salt))?;
-    repeat("ttft32_seconds", &|salt| Ok(32.0 / generate(engine, 1, 32, 1, salt)?.prefill))?;
+    repeat("ttft32_seconds", &|salt| Ok(32.0 / prefill(engine, 1, 32, salt)?))?;
     repeat("system1000_b64_seconds", &|salt| system_prompt(engine, salt, |_| 0))?;
     if engine.info().spec.context >= OPTIONS.context_max {
-        repeat("tg64_at_8000", &|salt| Ok(generate(engine, 1, LONG, 64, salt)?.decode))?;
+        repeat("tg64_at_8000", &|salt| decode(engine, 1, (LONG, 64), salt))?;
     }
     // Once: it computes every prompt whole, which takes minutes on few cores.
     let apart = system_prompt(engine, salt + 1, |i| 1 + i)?;
@@ -123,37 +122,19 @@ fn system_prompt(engine: &Engine, seed: u32, salt: impl Fn(u64) -> u64) -> anyho
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Tokens a second.
-struct Speed {
-    prefill: f64,
-    decode: f64,
+/// Tokens a second of `batch` prompts that no other run has, until each has its first token.
+fn prefill(engine: &Engine, batch: usize, prompt: usize, salt: u32) -> anyhow::Result<f64> {
+    let requests = (0..batch).map(|i| request(prompt, 1, salt * 100 + i as u32)).collect();
+    Ok(runs::prefill(engine, None, requests)?.rate())
 }
 
-/// Runs `batch` sequences side by side; every prompt is new, so nothing is cached.
-fn generate(
+/// Tokens a second of `batch` sequences that decode side by side.
+fn decode(
     engine: &Engine,
     batch: usize,
-    prompt: usize,
-    output: usize,
+    (prompt, tokens): (usize, usize),
     salt: u32,
-) -> anyhow::Result<Speed> {
-    let requests = (0..batch).map(|i| request(prompt, output, salt * 100 + i as u32));
-    let started = Clock::system();
-    let running = requests.map(|r| engine.submit(r));
-    let mut running = running.collect::<Result<Vec<_>, _>>()?;
-    let mut first = 0.0_f64;
-    for generation in &mut running {
-        match generation.next_blocking() {
-            Some(Event::Step(_)) => first = first.max(started.elapsed().as_secs_f64()),
-            other => anyhow::bail!("no first token: {other:?}"),
-        }
-    }
-    for generation in running {
-        generation.collect_blocking()?;
-    }
-    let decode = started.elapsed().as_secs_f64() - first;
-    Ok(Speed {
-        prefill: (batch * prompt) as f64 / first,
-        decode: (batch * (output - 1)) as f64 / decode,
-    })
+) -> anyhow::Result<f64> {
+    let request = |i: usize, tokens: usize| request(prompt, tokens, salt * 100 + i as u32);
+    Ok(runs::decode(engine, None, (batch, tokens), &request)?.rate())
 }

@@ -21,6 +21,7 @@ use super::arguments::BenchArgs;
 use super::host::{self, Say};
 use super::verify::write_model;
 use crate::clock::Clock;
+use crate::files::ScratchDirectory;
 use crate::models::arithmetic::Arithmetic;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
@@ -32,9 +33,11 @@ use crate::models::sampler::Sampling;
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
-use anyhow::ensure;
+use anyhow::{anyhow, bail, ensure};
 use serde_json::json;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,6 +60,45 @@ pub struct Wanted {
     pub seconds: u64,
     /// A checkpoint whose bits are compared as well.
     pub model: Option<PathBuf>,
+    /// The parts that are measured, in the order of [`Part`]; all where none is named.
+    parts: Vec<Part>,
+    /// Layers of the shapes, where not all are wanted: for a profiler.
+    layers: Option<NonZeroUsize>,
+    /// Runs of each figure, where fewer are wanted: for a profiler too.
+    runs: NonZeroUsize,
+}
+
+/// A part of the measurement.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// Kernels for products, one by one.
+    Products,
+    /// All other kernels.
+    Kernels,
+    /// Whole answers beside the CPU's.
+    Answers,
+    /// Rows however they are computed.
+    Rows,
+    /// The most that the card does.
+    Ceilings,
+    /// Prefill and decode.
+    Speeds,
+}
+
+impl FromStr for Part {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        Ok(match text {
+            "products" => Self::Products,
+            "kernels" => Self::Kernels,
+            "answers" => Self::Answers,
+            "rows" => Self::Rows,
+            "ceilings" => Self::Ceilings,
+            "speeds" => Self::Speeds,
+            _ => bail!("must be products, kernels, answers, rows, ceilings or speeds"),
+        })
+    }
 }
 
 impl Wanted {
@@ -66,12 +108,25 @@ impl Wanted {
     /// A flag whose value cannot be read.
     pub fn read(mut args: BenchArgs) -> anyhow::Result<Self> {
         let number = args.value::<usize>("--device")?;
+        let only = args.value::<String>("--only")?;
+        let parse = |part: &str| part.parse().map_err(|e| anyhow!("--only {e}, got {part}"));
         Ok(Self {
+            parts: only
+                .iter()
+                .flat_map(|parts| parts.split(','))
+                .map(parse)
+                .collect::<Result<_, _>>()?,
+            layers: args.value("--layers")?,
+            runs: args.value("--runs")?.unwrap_or(NonZeroUsize::MAX),
             device: number.unwrap_or(0),
             is_dry: args.has("--dry"),
             seconds: args.value("--seconds")?.unwrap_or(SECONDS),
             model: args.value("--model")?,
         })
+    }
+
+    fn has(&self, part: Part) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
     }
 }
 
@@ -93,30 +148,66 @@ pub fn run(wanted: &Wanted, say: Say<'_>) -> anyhow::Result<()> {
     let (free, total) = card.memory()?;
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     say(format!("{}: {:.1} of {:.1} GiB free", card.name(), gib(free), gib(total)));
-    let matrices: &[(usize, usize)] = match wanted.is_dry {
-        true => &[(70, 1_096)],
-        false => &[(1_000, 2_048), (1_024, 14_336)],
-    };
-    products::compare(&card, &pool, matrices, say)?;
-    kernels(&card, &pool, wanted.is_dry, say)?;
-    equal(&card, &pool, wanted, say)?;
-    if let Some((_, spec)) = shapes(wanted.is_dry)?.into_iter().next() {
-        // Long enough for the kernels of a prefill.
-        let tokens = if wanted.is_dry { 75 } else { 300 };
-        for dtype in [Dtype::Bf16, Dtype::F16] {
-            let weights = CudaWeights::noise(&card, &Arc::new(spec.clone()), dtype)?;
-            invariance::compare(&Arc::new(weights), &pool, tokens, say)?;
-        }
+    compare_bits(&card, &pool, wanted, say)?;
+    if wanted.has(Part::Ceilings) {
+        ceilings(&card, &pool, wanted.is_dry, say)?;
     }
-    ceilings(&card, &pool, wanted.is_dry, say)?;
+    if !wanted.has(Part::Speeds) {
+        return Ok(());
+    }
     for (name, spec) in shapes(wanted.is_dry)? {
+        let spec = match wanted.layers {
+            Some(layers) => first_layers(spec, layers.get()),
+            None => spec,
+        };
         if clock.elapsed() > Duration::from_secs(wanted.seconds) {
             say(format!("{name}: left out, the time is over"));
             continue;
         }
-        speeds(&card, (&clock, &pool), (name, &Arc::new(spec)), say)?;
+        speeds(&card, (&clock, &pool, wanted.runs.get()), (name, &Arc::new(spec)), say)?;
     }
     Ok(())
+}
+
+/// All comparisons of bits that are wanted.
+fn compare_bits(
+    card: &Arc<Card>,
+    pool: &Pool,
+    wanted: &Wanted,
+    say: Say<'_>,
+) -> anyhow::Result<()> {
+    let is_dry = wanted.is_dry;
+    let matrices: &[(usize, usize)] = match is_dry {
+        true => &[(70, 1_096)],
+        false => &[(1_000, 2_048), (1_024, 14_336)],
+    };
+    if wanted.has(Part::Products) {
+        products::compare(card, pool, matrices, say)?;
+    }
+    if wanted.has(Part::Kernels) {
+        kernels(card, pool, is_dry, say)?;
+    }
+    if wanted.has(Part::Answers) {
+        equal(card, pool, wanted, say)?;
+    }
+    let Some((_, spec)) = shapes(is_dry)?.into_iter().next() else { return Ok(()) };
+    // Long enough for the kernels of a prefill.
+    let tokens = if is_dry { 75 } else { 300 };
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        if wanted.has(Part::Rows) {
+            let weights = CudaWeights::noise(card, &Arc::new(spec.clone()), dtype)?;
+            invariance::compare(&Arc::new(weights), pool, tokens, say)?;
+        }
+    }
+    Ok(())
+}
+
+/// A shape cut to its first layers.
+fn first_layers(spec: Spec, layers: usize) -> Spec {
+    let layers = layers.min(spec.layers);
+    let mut attention = spec.attention.clone();
+    attention.windows.truncate(layers);
+    Spec { layers, attention, ..spec }
 }
 
 fn shapes(is_dry: bool) -> anyhow::Result<Vec<(&'static str, Spec)>> {
@@ -161,18 +252,13 @@ fn kernels(card: &Arc<Card>, pool: &Pool, is_dry: bool, say: Say<'_>) -> anyhow:
 
 /// Answers of both devices, for a model of noise in both types and for the one that was given.
 fn equal(card: &Arc<Card>, pool: &Pool, wanted: &Wanted, say: Say<'_>) -> anyhow::Result<()> {
-    let directory = std::env::temp_dir().join(format!("targon-gpu-{}", std::process::id()));
-    std::fs::create_dir_all(&directory)?;
-    let outcome = write_model(&directory, 131_072).and_then(|()| {
-        let rows = if wanted.is_dry { 9 } else { 300 };
-        for dtype in [Dtype::Bf16, Dtype::F16] {
-            let count = compare(card, pool, &directory, Some(dtype), rows)?;
-            say(format!("noise in {dtype}: {count} of {count} answers have the CPU's bits"));
-        }
-        Ok(())
-    });
-    std::fs::remove_dir_all(&directory)?;
-    outcome?;
+    let scratch = ScratchDirectory::new("targon-gpu")?;
+    write_model(scratch.path(), 131_072)?;
+    let rows = if wanted.is_dry { 9 } else { 300 };
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let count = compare(card, pool, scratch.path(), Some(dtype), rows)?;
+        say(format!("noise in {dtype}: {count} of {count} answers have the CPU's bits"));
+    }
     if let Some(path) = &wanted.model {
         let count = compare(card, pool, path, None, 64)?;
         say(format!("{}: {count} of {count} answers have the CPU's bits", path.display()));
@@ -269,7 +355,7 @@ fn fastest(
 /// Prefill and decode of one shape in bf16, in both arithmetics.
 fn speeds(
     card: &Arc<Card>,
-    (clock, pool): (&Clock, &Pool),
+    (clock, pool, runs): (&Clock, &Pool, usize),
     (name, spec): (&str, &Arc<Spec>),
     say: Say<'_>,
 ) -> anyhow::Result<()> {
@@ -288,7 +374,7 @@ fn speeds(
     for arithmetic in [Arithmetic::Tensor, Arithmetic::Portable] {
         let pass = CudaPass::new(&weights, pool, per_sequence * most)?.computing(arithmetic);
         let name = format!("{name} {arithmetic}");
-        let mut timed = Timed { pass, name, clock, spec, sizes, per_sequence };
+        let mut timed = Timed { pass, name, clock, spec, sizes, per_sequence, runs };
         timed.prefill(if is_tiny { 20 } else { PREFILL_ROWS }, say)?;
         for batch in &batches {
             for proves in [false, true] {
@@ -308,6 +394,8 @@ struct Timed<'a> {
     sizes: Sizes,
     /// KV blocks of a sequence.
     per_sequence: usize,
+    /// The most runs of each figure.
+    runs: usize,
 }
 
 impl Timed<'_> {
@@ -315,7 +403,7 @@ impl Timed<'_> {
         let ids: Vec<u32> = (0..rows as u32).collect();
         let greedy = Sampling::greedy();
         let pass = &mut self.pass;
-        let seconds = fastest(self.clock, 5, || {
+        let seconds = fastest(self.clock, self.runs.min(5), || {
             let ask = ask(rows - 1, rows - 1, &greedy);
             pass.step(&Batch::of(&ids, 0), &[ask]).map(drop).map_err(Into::into)
         })?;
@@ -336,10 +424,10 @@ impl Timed<'_> {
         proves: bool,
         say: Say<'_>,
     ) -> anyhow::Result<()> {
-        let Self { pass, per_sequence, .. } = self;
+        let Self { pass, per_sequence, runs, .. } = self;
         let (greedy, prover) = (Sampling::greedy(), prover(self.spec));
         let mut at = context;
-        let seconds = fastest(self.clock, 30, || {
+        let seconds = fastest(self.clock, (*runs).min(30), || {
             let mut rows = Batch::default();
             for sequence in 0..batch {
                 let first = sequence * *per_sequence;
@@ -366,4 +454,27 @@ impl Timed<'_> {
 
 fn ask(row: usize, at: usize, sampling: &Sampling) -> RowAsk<'_> {
     RowAsk { scores: Some(Scores::new(Token::Drawn, sampling)), ..RowAsk::new(row, at) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_named_and_others_refused() {
+        let read = |text: &str| Wanted::read(BenchArgs::of(text));
+        let some = read("--only rows,speeds --layers 2 --runs 1").unwrap();
+        assert!(some.has(Part::Rows) && some.has(Part::Speeds) && !some.has(Part::Products));
+        assert_eq!((some.layers.map(NonZeroUsize::get), some.runs.get()), (Some(2), 1));
+        let all = read("--dry").unwrap();
+        assert!(all.has(Part::Products) && all.has(Part::Ceilings) && all.layers.is_none());
+        for (text, want) in [("--only speed", "got speed"), ("--layers 0", "--layers")] {
+            let error = read(text).err().unwrap().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+        let spec = shapes(false).unwrap().remove(0).1;
+        let cut = first_layers(spec.clone(), 2);
+        assert_eq!((cut.layers, cut.attention.windows.len()), (2, 2));
+        assert_eq!(first_layers(spec, 1_000).layers, 16);
+    }
 }

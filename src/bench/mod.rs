@@ -47,6 +47,7 @@ pub mod prompts;
 pub mod proof;
 pub mod report;
 mod rows;
+mod runs;
 mod serve;
 pub mod site;
 pub mod stats;

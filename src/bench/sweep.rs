@@ -8,9 +8,9 @@ use super::load::{proved, request_of};
 use super::plan::devices::DeviceSpec;
 use super::report::schema::{BenchReport, Ceilings, MemoryUse, Phase, ReportRow, TableCeilings};
 use super::rows::{RowSize, row};
-use super::site::{Energy, Site};
+use super::runs::{self, Meter, Run, decode_tokens};
+use super::site::Site;
 use crate::clock::Clock;
-use crate::engine::output::Event;
 use crate::engine::{Engine, Options};
 use crate::models::pass::blocks_of;
 use crate::models::{Identity, Model};
@@ -19,7 +19,7 @@ use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
 use crate::verify::answer::Answer;
 use crate::verify::{Challenge, Claim, Depth, Profile, Verdict, Verifier};
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -128,15 +128,6 @@ fn options(model: &Model, setup: &SweepSetup) -> anyhow::Result<Options> {
     })
 }
 
-/// Tries to measure one decode.
-const DECODE_TRIES: usize = 5;
-
-/// Tokens that a sequence must be allowed, so that `tokens` are measured while all of them run: the
-/// first goes on while the others start.
-fn decode_tokens(tokens: usize, batch: usize) -> usize {
-    tokens + batch + 4
-}
-
 fn ceilings(site: &Site, device: Option<&DeviceSpec>) -> anyhow::Result<Ceilings> {
     let Peaks { read_bandwidth, fma_peak } = site.peaks()?;
     let table = device.map(|d| TableCeilings {
@@ -153,30 +144,6 @@ struct Bench<'a> {
     setup: &'a SweepSetup,
     site: &'a Site,
     ceilings: &'a Ceilings,
-}
-
-/// What one run took.
-struct Run {
-    tokens: usize,
-    seconds: f64,
-    joules: Option<f64>,
-}
-
-/// Clock and counters of energy at the start of a run.
-struct Meter<'a>(&'a Site, Clock, Option<Energy>);
-
-impl<'a> Meter<'a> {
-    fn start(site: &'a Site) -> Self {
-        let energy = site.energy();
-        Self(site, Clock::system(), energy)
-    }
-
-    fn end(self, tokens: usize) -> Run {
-        let seconds = self.1.elapsed().as_secs_f64();
-        let used = self.2.zip(self.0.energy());
-        let joules = used.and_then(|(before, after)| after.since(&before));
-        Run { tokens, seconds, joules }
-    }
 }
 
 impl Bench<'_> {
@@ -225,7 +192,7 @@ impl Bench<'_> {
                 Phase::Verify => self.check(&answers)?,
             };
             joules.extend(run.joules.map(|j| j / run.tokens as f64));
-            runs.push(run.tokens as f64 / run.seconds);
+            runs.push(run.rate());
         }
         if phase == Phase::Prefill && !self.setup.repeats_prompts {
             let found = self.engine.stats().snapshot().cached_tokens - cached;
@@ -251,58 +218,17 @@ impl Bench<'_> {
     }
 
     fn prefill(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Run> {
+        let vocab = self.engine.info().spec.vocab;
         let seed = |i| self.prompt(Phase::Prefill, (batch, depth), salt, i);
-        let vocab = self.engine.info().spec.vocab;
-        let requests: Vec<_> = (0..batch).map(|i| request_of(vocab, depth, 1, seed(i))).collect();
-        let meter = Meter::start(self.site);
-        let running = requests.into_iter().map(|r| self.engine.submit(r));
-        for generation in running.collect::<Result<Vec<_>, _>>()? {
-            generation.collect_blocking()?;
-        }
-        Ok(meter.end(batch * depth))
+        let requests = (0..batch).map(|i| request_of(vocab, depth, 1, seed(i))).collect();
+        runs::prefill(&self.engine, Some(self.site), requests)
     }
 
-    /// Prompts are computed before, so that all sequences find theirs and start together. What
-    /// counts is between the last of their first tokens and the end of the sequence that began
-    /// first.
     fn decode(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Run> {
-        for _ in 0..DECODE_TRIES {
-            if let Some(run) = self.decode_once(batch, depth, salt)? {
-                return Ok(run);
-            }
-        }
-        let tokens = self.setup.tokens;
-        bail!("the first sequence ends before the last begins: {tokens} --tokens are too few")
-    }
-
-    /// Nothing where the first sequence ended before this thread had seen the last one begin.
-    fn decode_once(&self, batch: usize, depth: usize, salt: usize) -> anyhow::Result<Option<Run>> {
-        let seed = |i| self.prompt(Phase::Decode, (batch, depth), salt, i);
         let vocab = self.engine.info().spec.vocab;
-        let submit = |tokens: usize| {
-            let requests = (0..batch).map(|i| request_of(vocab, depth, tokens, seed(i)));
-            requests.map(|r| self.engine.submit(r)).collect::<Result<Vec<_>, _>>()
-        };
-        for generation in submit(1)? {
-            generation.collect_blocking()?;
-        }
-        let count = || self.engine.stats().snapshot().decode_tokens;
-        let mut running = submit(decode_tokens(self.setup.tokens, batch))?;
-        for generation in &mut running {
-            match generation.next_blocking() {
-                Some(Event::Step(_)) => {}
-                other => bail!("no first token: {other:?}"),
-            }
-        }
-        let (before, meter) = (count(), Meter::start(self.site));
-        let mut running = running.into_iter();
-        running.next().context("no sequence")?.collect_blocking()?;
-        let run = meter.end(count().saturating_sub(before) as usize);
-        for generation in running {
-            generation.collect_blocking()?;
-        }
-        let is_measured = run.tokens > 0 && run.seconds > 0.0;
-        Ok(is_measured.then_some(run))
+        let seed = |i| self.prompt(Phase::Decode, (batch, depth), salt, i);
+        let request = |i: usize, tokens: usize| request_of(vocab, depth, tokens, seed(i));
+        runs::decode(&self.engine, Some(self.site), (batch, self.setup.tokens), &request)
     }
 
     /// Honest answers with proofs.
@@ -321,7 +247,7 @@ impl Bench<'_> {
 
     /// Checks all answers, each on a thread of its own: tokens of prompts and answers.
     fn check(&self, answers: &[Proved]) -> anyhow::Result<Run> {
-        let meter = Meter::start(self.site);
+        let meter = Meter::start(Some(self.site));
         let verdicts: Vec<Verdict> = std::thread::scope(|scope| {
             let check = |proved| scope.spawn(move || self.verdict(proved));
             let running: Vec<_> = answers.iter().map(check).collect();

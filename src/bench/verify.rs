@@ -15,6 +15,7 @@ use crate::models::departure::RECIPES;
 use crate::models::pass::{Batch, RowAsk, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::models::{Identity, Model};
+use crate::ops::lcg::Lcg;
 use crate::ops::pool::Pool;
 use crate::proof::codec::Hash;
 use crate::proof::commit::nonce_of;
@@ -388,9 +389,9 @@ pub(super) fn write_model(directory: &Path, vocab: usize) -> anyhow::Result<()> 
             .map(|(part, shape)| (format!("model.layers.{layer}.{part}.weight"), shape)),
         );
     }
-    let mut state = 11_u32;
+    let mut noise = Lcg::new(11);
     let tensors = shapes.into_iter().map(|(name, shape)| {
-        let bytes = values(&shape, &mut state).flat_map(bf16::to_le_bytes).collect::<Vec<u8>>();
+        let bytes = values(&shape, &mut noise).flat_map(bf16::to_le_bytes).collect::<Vec<u8>>();
         (name, shape, bytes)
     });
     let tensors: Vec<_> = tensors.collect();
@@ -409,15 +410,15 @@ pub(super) fn write_model(directory: &Path, vocab: usize) -> anyhow::Result<()> 
 }
 
 /// Random numbers of a size that keeps rows at the scale of one; norms are about one.
-fn values<'a>(shape: &[usize], state: &'a mut u32) -> impl Iterator<Item = bf16> + use<'a> {
+fn values<'a>(shape: &[usize], noise: &'a mut Lcg) -> impl Iterator<Item = bf16> + use<'a> {
     let count: usize = shape.iter().product();
     let (middle, spread) = match shape {
         [_] => (1.0, 0.3),
         _ => (0.0, 4.0 / (shape[1] as f32).sqrt()),
     };
     (0..count).map(move |_| {
-        *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let uniform = (*state ^ (*state >> 15)) as f32 / u32::MAX as f32 - 0.5;
+        let bits = noise.bits();
+        let uniform = (bits ^ (bits >> 15)) as f32 / u32::MAX as f32 - 0.5;
         bf16::from_f32(middle + spread * uniform)
     })
 }

@@ -6,6 +6,7 @@ use super::error::ChainError;
 use super::metagraph::Metagraph;
 use crate::clock::Clock;
 use parking_lot::Mutex;
+use std::fmt::Display;
 use std::time::Duration;
 
 /// Blocks that may come at once: a connection that was away for some hours sees that many.
@@ -132,6 +133,26 @@ where
     }
 }
 
+/// What `ask` says, at a start. What does not pass by itself would end the caller, so another
+/// endpoint must say it as well, where there is one: `doubt` makes the next answer that endpoint's.
+///
+/// # Errors
+/// What the last answer says.
+pub async fn confirm<T, E: Display, Asked: Future<Output = Result<T, E>>>(
+    ask: impl Fn() -> Asked,
+    is_passing: impl Fn(&E) -> bool,
+    doubt: impl Future<Output = ()>,
+) -> Result<T, E> {
+    match ask().await {
+        Err(e) if !is_passing(&e) => {
+            tracing::warn!("{e}; asking another endpoint");
+            doubt.await;
+            ask().await
+        }
+        answered => answered,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::metagraph::Hyperparameters;
@@ -144,6 +165,24 @@ mod tests {
         Doubted(#[from] Doubt),
         #[error(transparent)]
         Chain(#[from] ChainError),
+    }
+
+    #[tokio::test]
+    async fn only_what_does_not_pass_is_confirmed_by_another_endpoint() {
+        let told = async |answers: [Result<u8, u8>; 2]| {
+            let (asked, doubted) = (Cell::new(0), Cell::new(0));
+            let ask = || async {
+                asked.set(asked.get() + 1);
+                answers[asked.get() - 1]
+            };
+            let doubt = async { doubted.set(doubted.get() + 1) };
+            let said = confirm(ask, |e| *e < 10, doubt).await;
+            (said, asked.get(), doubted.get())
+        };
+        assert_eq!(told([Ok(1), Ok(2)]).await, (Ok(1), 1, 0));
+        assert_eq!(told([Err(3), Ok(2)]).await, (Err(3), 1, 0));
+        assert_eq!(told([Err(30), Ok(2)]).await, (Ok(2), 2, 1));
+        assert_eq!(told([Err(30), Err(31)]).await, (Err(31), 2, 1));
     }
 
     #[tokio::test]

@@ -6,13 +6,14 @@ use super::query::url;
 use super::shared::{MODELS_ADVICE, ModelsArg, plain_verifier};
 use super::subnet_args::{WALLET_ADVICE, WalletArgs};
 use crate::chain::keys::{Hotkey, Keypair};
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::doctor::Finding;
 use crate::doctor::miner::{Asking, ask, list, rules::READ_TIMEOUT};
+use crate::entropy::Entropy;
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
-use crate::validator::query::{Size, Target};
-use crate::validator::round::chance::Chance;
+use crate::validator::query::{QuerySigner, Size, Target};
 use crate::verify::Verifier;
 use clap::Args;
 use std::sync::Arc;
@@ -77,7 +78,7 @@ impl MinerArgs {
             url: url(self.address()),
             hotkey: self.hotkey,
             api_key: self.api_key.clone().filter(|_| signer.is_none()),
-            signer,
+            signer: signer.map(|key| QuerySigner { key, entropy: Entropy::system() }),
             read_timeout: READ_TIMEOUT,
             timeout: TIMEOUT,
             size: Size::of_tokens(self.max_tokens),
@@ -111,7 +112,7 @@ pub(super) fn examine(
         temperature: args.temperature,
         verifier: verifier.as_ref(),
     };
-    let mut chance = Chance::system();
+    let mut chance = Chance::of(&Entropy::system());
     findings.extend(runtime.block_on(ask(&target, asking, &mut chance, &clock)));
     Ok(findings)
 }

@@ -8,7 +8,10 @@ use super::shared::{ComputeArgs, ModelsArg, check_http, plain_verifier, runtime}
 use crate::audit::asking::{AuditError, AuditRequests, Findings, audit};
 use crate::audit::evidence::{AuditEvidence, Conclusion};
 use crate::bench::prompts;
+use crate::chance::Chance;
+use crate::clock::Clock;
 use crate::endpoint::shown;
+use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::query::{Size, Target};
 use clap::Args;
@@ -79,8 +82,10 @@ pub(super) fn run(args: &AuditArgs) -> Result<ExitCode, Failure> {
         let AuditEvidence { nats_eight_bits, nats_other, .. } = evidence;
         note!("answer {answers}: {nats_eight_bits:+.1} and {nats_other:+.1} nats so far");
     };
-    let asked = (target, args.requests());
-    let found = runtime.block_on(audit(asked, &verifier, &prompts::all(), &told));
+    let (asked, mut chance) = ((target, args.requests()), Chance::of(&Entropy::system()));
+    let all = prompts::all();
+    let drawn = (all.as_slice(), &mut chance, Clock::system());
+    let found = runtime.block_on(audit(asked, &verifier, drawn, &told));
     let found = found.map_err(audit_failure)?;
     let root = to_hex(&verifier.identity.weights_root);
     match args.json {

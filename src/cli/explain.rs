@@ -305,6 +305,7 @@ fn state(state: &WeightsState) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::entropy::Entropy;
     use crate::store::WeightsClaim;
     use crate::store::record::{LikelyCheat, MeasuredValue, Round, RoundHead, Sample, Timing};
     use crate::validator::scores::emission::ChainLimits;
@@ -463,7 +464,7 @@ mod tests {
         let database = DatabaseArg { url: database };
         let args = ExplainArgs { uid: 1, netuid: 4, database, rounds: 20, json: false };
         assert!(read(&args).await.is_err(), "there are no records yet");
-        let store = Store::open(&args.database.url).await.unwrap();
+        let store = Store::open(&args.database.url, &Entropy::seeded(1)).await.unwrap();
         let why = Some(("UNLIKELY_TOKEN", "token 17 has rank 90"));
         let RoundResponse { round, response } = seen(11, Outcome::Rejected, Sampled::Miss, why);
         let round = Round {

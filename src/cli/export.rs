@@ -3,6 +3,7 @@
 use super::Failure;
 use super::out::outln;
 use super::shared::{DatabaseArg, runtime};
+use super::tables::csv_field;
 use crate::clock::Clock;
 use crate::store::{Cell, Filter, Store, StoreError, What};
 use anyhow::anyhow;
@@ -125,16 +126,9 @@ fn record(row: &[Cell]) -> String {
         Cell::Null => String::new(),
         Cell::Integer(value) => value.to_string(),
         Cell::Real(value) => Value::from(*value).to_string(),
-        Cell::Text(text) | Cell::Json(text) => quoted(text),
+        Cell::Text(text) | Cell::Json(text) => csv_field(text),
     };
     row.iter().map(field).collect::<Vec<_>>().join(",")
-}
-
-fn quoted(text: &str) -> String {
-    match text.contains(['"', ',', '\n', '\r']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
-    }
 }
 
 /// A point in time as the user writes it, in milliseconds since 1970.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 /// Arguments of `completions`.
 #[derive(Args)]
 pub(super) struct CompletionsArgs {
-    /// The shell.
+    /// The shell that the script is for.
     shell: Shell,
 }
 

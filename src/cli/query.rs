@@ -14,7 +14,9 @@ use crate::endpoint::shown;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
 use crate::validator::models;
-use crate::validator::query::{Arrival, DEPTH_MAX, QueryError, Size, Streamed, Target, is_deeper};
+use crate::validator::query::{
+    Arrival, DEPTH_MAX, QueryError, QuerySigner, Size, Streamed, Target, is_deeper,
+};
 use crate::verify::captures::CapturedStream;
 use clap::Args;
 use serde_json::{Value, json};
@@ -48,7 +50,7 @@ pub(super) struct QueryArgs {
     /// The most tokens of the answer.
     #[arg(long, default_value_t = 64)]
     max_tokens: u32,
-    /// Temperature.
+    /// The temperature that tokens are drawn at; 0 takes the most probable ones.
     #[arg(long, default_value_t = 0.7)]
     temperature: f32,
     /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none.
@@ -74,7 +76,10 @@ pub(super) struct QueryArgs {
 
 pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
     let signer = match args.wallet.is_named() || args.uid.is_some() {
-        true => Some(Arc::new(args.wallet.keypair()?)),
+        true => {
+            let key = Arc::new(args.wallet.keypair()?);
+            Some(QuerySigner { key, entropy: Entropy::system() })
+        }
         false => None,
     };
     runtime()?.block_on(async {
@@ -197,7 +202,7 @@ fn body_of_file(path: &Path, entropy: &Entropy) -> Result<Value, Failure> {
 }
 
 fn fresh_nonce(entropy: &Entropy) -> String {
-    to_hex(&entropy.nonce())
+    to_hex(&entropy.bytes::<32>())
 }
 
 async fn first_model(target: &Target, clock: &Clock) -> Result<String, Failure> {

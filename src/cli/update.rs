@@ -3,6 +3,7 @@
 use super::Failure;
 use super::out::note;
 use super::subnet::tell;
+use crate::entropy::Entropy;
 use crate::update::{
     DownloadLimits, Installed, PROBATION_TIME, Probation, ReleaseSource, STARTS_MAX, UpdateError,
     Updater,
@@ -78,7 +79,7 @@ impl UpdateArgs {
 /// Completes once a newer program is in place; never without an updater.
 pub(super) async fn replaced(updater: Option<Updater>, every: Duration) -> Installed {
     match updater {
-        Some(updater) => updater.follow(every).await,
+        Some(updater) => updater.follow(every, &Entropy::system()).await,
         None => std::future::pending().await,
     }
 }

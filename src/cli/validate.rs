@@ -11,10 +11,13 @@ use super::{Failure, tui, update, validate_table};
 use crate::chain::Chain;
 use crate::chain::keys::Keypair;
 use crate::chain::metagraph::Metagraph;
+use crate::chain::pace;
 use crate::chain::subtensor::Subtensor;
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::config::units;
 use crate::engine::plan::KvMemory;
+use crate::entropy::Entropy;
 use crate::lifecycle::residents::{LimitsFiles, Needs, ResidentRules, budget, residents};
 use crate::overview::Overview;
 use crate::server::listen::serve_all;
@@ -23,12 +26,12 @@ use crate::store::record::{Round, WeightsState};
 use crate::update::{Installed, Updater};
 use crate::validator::eligible::{self, MinerRules, NoPermit};
 use crate::validator::prompt::dataset::Passages;
+use crate::validator::query::QuerySigner;
 use crate::validator::round::RoundSettings;
-use crate::validator::round::chance::Chance;
 use crate::validator::run::hub::OrganicsHub;
 use crate::validator::run::keeping::Keeper;
 use crate::validator::run::progress::RunProgress;
-use crate::validator::run::reading::{ReadingTerms, SubnetError, confirm};
+use crate::validator::run::reading::{ReadingTerms, SubnetError};
 use crate::validator::run::residents::Residents;
 use crate::validator::run::world::{World, WorldState};
 use crate::validator::run::{Driver, RunError, RunOptions, Settled};
@@ -63,14 +66,16 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let chain = Subtensor::new(args.chain.endpoints()?);
     // Before anything large is loaded.
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
-    let store = runtime.block_on(Store::open(&args.database.url));
+    let store = runtime.block_on(Store::open(&args.database.url, &Entropy::system()));
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
     let residents = runtime.block_on(find_models(args, Arc::clone(&limits), budget))?;
     let options = options(args, settings, &signer);
-    let hub = OrganicsHub::new(urls, Arc::clone(&signer), Clock::system());
-    let opened = Opened { chain, store: store.clone(), hub, residents, source, signer };
+    let entropy = Entropy::system();
+    let query_signer = QuerySigner { key: Arc::clone(&signer), entropy: entropy.clone() };
+    let hub = OrganicsHub::new(urls, query_signer, Clock::system());
+    let opened = Opened { chain, store: store.clone(), hub, residents, source, signer, entropy };
     let world = opened.world(args)?;
     let outcome = runtime.block_on(async {
         let outcome =
@@ -91,11 +96,12 @@ struct Opened {
     residents: Residents,
     source: Passages,
     signer: Arc<Keypair>,
+    entropy: Entropy,
 }
 
 impl Opened {
     fn world(self, args: &ValidateArgs) -> Result<World<Subtensor>, Failure> {
-        let Self { chain, store, hub, residents, source, signer } = self;
+        let Self { chain, store, hub, residents, source, signer, entropy } = self;
         let clock = Clock::system();
         Ok(World {
             chain,
@@ -104,6 +110,7 @@ impl Opened {
             hub,
             keeper: Keeper::new(args.keeping.keeping(), clock.clone()),
             clock,
+            entropy,
             residents,
             rewriting: args.round.rewriting(),
             rules: args.verifying.rules,
@@ -172,12 +179,14 @@ async fn check(
     signer: &Keypair,
 ) -> Result<Metagraph, Failure> {
     let needs = reading(args, signer).is_permit_needed;
-    let ask = async || {
+    let ask = || async {
         let metagraph = chain.metagraph(args.chain.netuid()).await?;
         eligible::validator(&metagraph, &signer.hotkey(), needs)?;
         Ok(metagraph)
     };
-    confirm(ask, chain.doubt()).await.map_err(|e| run_failure(e.into()))
+    pace::confirm(ask, SubnetError::is_passing, chain.doubt())
+        .await
+        .map_err(|e| run_failure(e.into()))
 }
 
 /// Validates until it is over, or until there is a newer program to become.
@@ -189,7 +198,8 @@ async fn validate(
     let is_bounded = options.rounds.is_some();
     let (clock, store, netuid) = (world.clock.clone(), world.store.clone(), world.netuid);
     let is_roomy = world.residents.is_roomy();
-    let driver = Driver::new(Arc::new(world), options, clock.clone(), Chance::system()).await;
+    let chance = Chance::of(&world.entropy);
+    let driver = Driver::new(Arc::new(world), options, clock.clone(), chance).await;
     let driver = driver.map_err(run_failure)?;
     if is_roomy && !args.listed.is_apart() {
         limits.check_used().map_err(|e| Failure::user(format!("--limits {e}")))?;

@@ -283,7 +283,7 @@ fn quantisation(entry: &Entry, backend: BackendKind) -> Result<Option<String>, K
     let only = "goes only with engine = \"mistralrs\"";
     match entry.tensor_parallel {
         Some(_) if !is_mistral => return Err(KeyError::new("tensor_parallel", only)),
-        Some(0) | None | Some(1) => {}
+        None | Some(1) => {}
         Some(count) => {
             return Err(KeyError::new(
                 "tensor_parallel",
@@ -406,6 +406,9 @@ mod tests {
         for (more, want) in [
             ("isq=\"int4\"", "`isq` must be one of q4_0"),
             ("tensor_parallel=2", "`tensor_parallel` must be 1: mistral.rs"),
+            ("tensor_parallel=0", "`tensor_parallel` must be 1: mistral.rs"),
+            ("device=\"cuda:0\"", "`device`"),
+            ("arithmetic=\"portable\"", "`arithmetic` goes only with engine"),
             ("speculative_tokens=4", "`speculative_tokens` goes only with engine"),
             ("prefix_cache_file=\"p\"", "`prefix_cache_file` goes only with engine"),
             ("device=\"auto\"\nisq=\"\"", "`isq` must be one of"),

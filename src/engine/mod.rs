@@ -32,6 +32,7 @@ pub mod transcript;
 use self::core::Core;
 use crate::clock::Clock;
 use crate::models::Model;
+use crate::models::pass::PassFault;
 use crate::models::spec::Spec;
 use crate::models::text::Text;
 use crate::ops::attention::BLOCK_TOKENS;
@@ -153,6 +154,17 @@ struct Shared {
     clock: Clock,
 }
 
+/// Why an engine cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The device has no room for its cache, or does not work.
+    #[error(transparent)]
+    Pass(#[from] PassFault),
+    /// The system refuses a thread.
+    #[error("no thread for it: {0}")]
+    Thread(#[from] io::Error),
+}
+
 impl Engine {
     /// Starts the owner thread for `model` on the shared `pool`.
     ///
@@ -163,7 +175,7 @@ impl Engine {
         pool: Pool,
         options: Options,
         clock: Clock,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, StartError> {
         Self::start_watched(model, pool, options, clock, Watch::default())
     }
 
@@ -177,7 +189,7 @@ impl Engine {
         options: Options,
         clock: Clock,
         watch: Watch,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, StartError> {
         let model = model.into();
         let text = Arc::clone(&model.text);
         let backend = BackendKind::Native;
@@ -198,7 +210,7 @@ impl Engine {
             is_lost: false,
         };
         stats.record_load(core.scheduler.load());
-        Self::over(Box::new(core), (text, info), options, stats, clock)
+        Ok(Self::over(Box::new(core), (text, info), options, stats, clock)?)
     }
 
     /// A handle over any backend, which runs on a thread of its own from now on and counts what it

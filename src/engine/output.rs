@@ -117,8 +117,8 @@ impl From<pass::PassFault> for Fault {
     fn from(fault: pass::PassFault) -> Self {
         match fault {
             pass::PassFault::Weights(e) => Self::Weights(e.to_string()),
-            pass::PassFault::Memory(what) | pass::PassFault::Device(what) => Self::Device(what),
-            pass::PassFault::Lost(what) => Self::Lost(what),
+            pass::PassFault::Lost(e) => Self::Lost(e.to_string()),
+            fault => Self::Device(fault.to_string()),
         }
     }
 }

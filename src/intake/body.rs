@@ -29,7 +29,9 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, RequestError> {
         let path = dotted(e.path());
         explain(body, path, e.inner())
     })?;
-    deserializer.end().map_err(|e| RequestError::new(format!("the body goes on: {e}")))?;
+    deserializer
+        .end()
+        .map_err(|e| RequestError::new(format!("the body has more behind its JSON value: {e}")))?;
     Ok(parsed)
 }
 
@@ -239,7 +241,7 @@ mod tests {
             (b"5", "it must be a JSON object, got a number"),
             (b"", "EOF while parsing"),
             (b"{\"prompt\": \"a\"", "EOF while parsing"),
-            (b"{\"prompt\": \"a\"} x", "the body goes on"),
+            (b"{\"prompt\": \"a\"} x", "the body has more behind its JSON value"),
         ] {
             let e = parse::<CompletionRequest>(body).unwrap_err();
             assert!(e.message.contains(message) && e.param.is_none(), "{e}");

@@ -67,8 +67,9 @@ impl Lane {
             let _thread = thread;
             job()
         });
-        done.await
-            .map_err(|_| RequestError::ours("the request could not be read: a fault of ours"))?
+        done.await.map_err(|_| {
+            RequestError::ours("the request could not be read, because the server failed")
+        })?
     }
 }
 

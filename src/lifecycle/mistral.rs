@@ -26,6 +26,8 @@ pub(super) fn load(
 ) -> anyhow::Result<Served> {
     let ModelConfig { dtype, isq, .. } = config;
     let model = Model::describe(path, *dtype)?;
+    // Before the identity: that hashes all weights, and may compute a calibration.
+    tapped::refuse(&model.checkpoint, &model.spec)?;
     let mut identity = Identity::of_described(&model, pool)?;
     let shape = (&*model.spec, model.dtype);
     let tapped = tapped::derive(&cache_dir(), &model.checkpoint, shape, &identity.weights_root)?;

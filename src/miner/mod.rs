@@ -97,26 +97,12 @@ impl<C: Chain> Miner<C> {
     /// When the hotkey is not registered, or the chain cannot be asked or is not believed. The
     /// members of before are kept then.
     pub async fn join(&self) -> Result<(), MinerError> {
-        match self.join_once().await {
-            Err(e) if !e.is_passing() => {
-                tracing::warn!("{e}; asking another endpoint");
-                self.join_once().await
-            }
-            joined => joined,
-        }
+        pace::confirm(|| self.join_once(), MinerError::is_passing, self.chain.doubt()).await
     }
 
-    /// The same by one endpoint's word. After an answer that would end this miner, the next one is
-    /// another endpoint's.
+    /// The same by one endpoint's word.
     async fn join_once(&self) -> Result<(), MinerError> {
-        let joined = match self.read_metagraph().await {
-            Ok(metagraph) => self.admit(metagraph),
-            Err(e) => Err(e),
-        };
-        if joined.as_ref().is_err_and(|e| !e.is_passing()) {
-            self.chain.doubt().await;
-        }
-        joined
+        self.admit(self.read_metagraph().await?)
     }
 
     /// Takes the members of a metagraph that has this hotkey.
@@ -220,6 +206,9 @@ impl<C: Chain> Miner<C> {
                 continue;
             }
             let joined = self.join_once().await;
+            if joined.as_ref().is_err_and(|e| !e.is_passing()) {
+                self.chain.doubt().await;
+            }
             is_owed = joined.is_err();
             match joined {
                 Ok(()) => (read_at, is_missing) = (block, false),

@@ -116,7 +116,7 @@ pub fn compute(model: &Model, pool: &Pool) -> Result<(Calibration, usize), LoadE
     let (channels, dtype) = (model.spec.hidden, model.dtype);
     // In the one arithmetic that every device has, so that all parties compute the same.
     let blocks = blocks_of(PIECE_TOKENS_MAX);
-    let mut pass = model.pass_by(Arithmetic::Portable, pool, blocks)?;
+    let mut pass = model.pass_by(Arithmetic::Portable, pool, blocks).map_err(of_pass)?;
     let mut rows = Vec::new();
     for piece in pieces(model)? {
         let bits = rows_of_piece(&mut *pass, &piece)?;
@@ -143,16 +143,19 @@ fn pieces(model: &Model) -> Result<Vec<Vec<u32>>, LoadError> {
 fn rows_of_piece(pass: &mut dyn Pass, ids: &[u32]) -> Result<Vec<Vec<u16>>, LoadError> {
     let ask = |row| RowAsk { hidden: true, ..RowAsk::new(row, row) };
     let asks: Vec<RowAsk<'_>> = (0..ids.len()).map(ask).collect();
-    let results = match pass.step(&Batch::of(ids, 0), &asks) {
-        Ok(results) => results,
-        Err(PassFault::Weights(e)) => return Err(e),
-        Err(fault) => return Err(LoadError::Device(fault.to_string())),
-    };
+    let results = pass.step(&Batch::of(ids, 0), &asks).map_err(of_pass)?;
     let row = |result: RowResult| {
         let report = result.map_err(|e| LoadError::invalid(Path::new("calibration text"), e))?;
         Ok(report.hidden.unwrap_or_default())
     };
     results.into_iter().map(row).collect()
+}
+
+fn of_pass(fault: PassFault) -> LoadError {
+    match fault {
+        PassFault::Weights(e) => e,
+        fault => LoadError::Device(fault.into()),
+    }
 }
 
 /// Hash of everything that the pass depends on: the canon, weights and their type, shape and

@@ -7,6 +7,9 @@ use serde_json::Value;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+/// What a device or another engine said, as the error of its own kind.
+pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -62,8 +65,8 @@ pub enum LoadError {
     #[error("cannot reserve memory: {0}")]
     Memory(#[from] io::Error),
     /// The device refuses the model, or does not work.
-    #[error("{0}")]
-    Device(String),
+    #[error(transparent)]
+    Device(DeviceError),
     /// The Hub could not give the files.
     #[error(transparent)]
     Hub(#[from] super::hub::HubError),

@@ -10,14 +10,13 @@ use super::departure::{Departure, Recipe};
 use super::device::Device;
 use super::error::LoadError;
 use super::parameters::Parameters;
-use super::pass::Pass;
+use super::pass::{Pass, PassFault};
 use super::spec::Spec;
 use super::text::Text;
 use crate::ops::CANON;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use std::borrow::Cow;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -121,7 +120,7 @@ impl DeviceWeights {
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(number) => {
                 let what = format!("cuda:{number} needs a build with the feature `cuda`");
-                Err(LoadError::Device(what))
+                Err(LoadError::Device(what.into()))
             }
             Device::Auto | Device::Cpu => {
                 let decoder = Decoder::load(checkpoint, spec, dtype, pool, progress)?;
@@ -174,7 +173,7 @@ impl Model {
             None => {
                 let device = self.weights.device();
                 let what = format!("{arithmetic} arithmetic needs an NVIDIA card, got {device}");
-                Err(LoadError::Device(what))
+                Err(LoadError::Device(what.into()))
             }
         }
     }
@@ -213,8 +212,9 @@ impl Model {
         decoder: &Arc<Decoder>,
         departure: Departure,
         (pool, blocks): (&Pool, usize),
-    ) -> io::Result<Box<dyn Pass>> {
-        Ok(Box::new(CpuPass::new(decoder, pool, blocks)?.departing(departure)))
+    ) -> Result<Box<dyn Pass>, PassFault> {
+        let pass = CpuPass::new(decoder, pool, blocks).map_err(PassFault::Cache)?;
+        Ok(Box::new(pass.departing(departure)))
     }
 
     /// The weights as a recipe leaves them, packed for the processor.
@@ -239,7 +239,7 @@ impl Model {
     ///
     /// # Errors
     /// When the system refuses the memory, or the weights are elsewhere.
-    pub fn pass(&self, pool: &Pool, blocks: usize) -> io::Result<Box<dyn Pass>> {
+    pub fn pass(&self, pool: &Pool, blocks: usize) -> Result<Box<dyn Pass>, PassFault> {
         self.pass_by(self.arithmetic, pool, blocks)
     }
 
@@ -252,21 +252,17 @@ impl Model {
         arithmetic: Arithmetic,
         pool: &Pool,
         blocks: usize,
-    ) -> io::Result<Box<dyn Pass>> {
+    ) -> Result<Box<dyn Pass>, PassFault> {
         match (&self.weights, arithmetic) {
             (DeviceWeights::Cpu(decoder), Arithmetic::Portable) => {
-                Ok(Box::new(CpuPass::new(decoder, pool, blocks)?))
+                Ok(Box::new(CpuPass::new(decoder, pool, blocks).map_err(PassFault::Cache)?))
             }
-            (DeviceWeights::Cpu(_), Arithmetic::Tensor) => {
-                Err(io::Error::other("tensor arithmetic needs an NVIDIA card"))
-            }
+            (DeviceWeights::Cpu(_), Arithmetic::Tensor) => Err(PassFault::NeedsCard),
             #[cfg(feature = "cuda")]
             (DeviceWeights::Cuda(weights), arithmetic) => {
                 Ok(Box::new(CudaPass::new(weights, pool, blocks)?.computing(arithmetic)))
             }
-            (DeviceWeights::Elsewhere, _) => {
-                Err(io::Error::other("the weights of this model are with another engine"))
-            }
+            (DeviceWeights::Elsewhere, _) => Err(PassFault::Elsewhere),
         }
     }
 }

@@ -7,7 +7,7 @@
 //! [`rows`](super::rows) defines what a device answers. If a device has no kernel for an ask (see
 //! [`Scores::is_plain`]), it may copy that row to the host and call the definition.
 
-use super::error::LoadError;
+use super::error::{DeviceError, LoadError};
 use super::hosted::HostedRows;
 use super::margin::Margin;
 use super::rules::RowRules;
@@ -15,6 +15,7 @@ use super::sampler::Sampling;
 use crate::ops::attention::BLOCK_TOKENS;
 pub use crate::ops::attention::Segment;
 use crate::proof::commit::{RowData, RowProver};
+use std::io;
 use std::ops::Range;
 
 /// Computes rows of one model, step by step.
@@ -182,21 +183,30 @@ pub struct Scored {
     pub margin: Option<Margin>,
 }
 
-/// Why a step failed; never the caller's fault.
+/// Why a pass cannot be made, or a step failed; never the caller's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum PassFault {
     /// Weights could not be read.
     #[error(transparent)]
     Weights(#[from] LoadError),
+    /// The processor's memory has no room for the KV cache.
+    #[error("no memory for the KV cache: {0}")]
+    Cache(#[source] io::Error),
     /// The device has no memory for this step; a smaller one may fit.
-    #[error("{0}")]
-    Memory(String),
+    #[error(transparent)]
+    Memory(DeviceError),
     /// The device refused this step; the next may succeed.
-    #[error("{0}")]
-    Device(String),
+    #[error(transparent)]
+    Device(DeviceError),
     /// The device does not work any more, for any step.
-    #[error("{0}")]
-    Lost(String),
+    #[error(transparent)]
+    Lost(DeviceError),
+    /// The processor computes in the portable arithmetic only.
+    #[error("tensor arithmetic needs an NVIDIA card")]
+    NeedsCard,
+    /// No pass of this program can run them.
+    #[error("the weights of this model are with another engine")]
+    Elsewhere,
 }
 
 /// Why one row has no answer; the others of its step have theirs.

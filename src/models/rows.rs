@@ -108,6 +108,17 @@ fn choose(
     }
 }
 
+/// Tokens with their logits, largest first, ranked by the row's sum.
+pub(super) fn ranked_in_order(top: &[(u32, f32)], sum: &LogSumExp) -> Vec<Ranked> {
+    let above = |logit: f32| top.partition_point(|(_, other)| *other > logit) as u32;
+    let ranked = |(token, logit): &(u32, f32)| Ranked {
+        token: *token,
+        logprob: sum.logprob(*logit),
+        rank: 1 + above(*logit),
+    };
+    top.iter().map(ranked).collect()
+}
+
 /// A row with the sum that its log-probabilities follow from.
 struct Reading<'a> {
     isa: Isa,
@@ -120,15 +131,9 @@ impl Reading<'_> {
     fn report(&self, ask: &Scores<'_>, Choice { token, margin }: Choice) -> Scored {
         let top = top_k(self.isa, self.row, ask.top);
         let near = self.near(ask, top.last().map(|(_, logit)| *logit));
-        let above = |logit: f32| top.partition_point(|(_, other)| *other > logit) as u32;
-        let ranked = top.iter().map(|(token, logit)| Ranked {
-            token: *token,
-            logprob: self.sum.logprob(*logit),
-            rank: 1 + above(*logit),
-        });
         Scored {
             token: self.token(token),
-            top: ranked.collect(),
+            top: ranked_in_order(&top, &self.sum),
             ids: ask.ids.iter().map(|id| self.token(*id)).collect(),
             near,
             end_rank: None,

@@ -42,7 +42,7 @@ pub struct LayerSource {
     pub attention_norm: Norm,
     /// q, k and v rows.
     pub qkv: MatrixRows,
-    /// Their bias.
+    /// Bias of the q, k and v rows, where the model has one.
     pub qkv_bias: Option<Vec<f32>>,
     /// Norm of each query head.
     pub q_norm: Option<Norm>,

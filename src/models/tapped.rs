@@ -107,8 +107,12 @@ pub fn derive(
     Ok(tapped)
 }
 
-/// Refuses models whose logits are more than the head's product: rows would not come through.
-fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
+/// Refuses models whose logits are more than the head's product: rows would not come through. It
+/// reads the configuration and the names of tensors alone.
+///
+/// # Errors
+/// What the head, the shape or the norms have that cannot be derived.
+pub fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
     refuse_keys(checkpoint, spec)?;
     refuse_shape(checkpoint, spec)?;
     if checkpoint.has("lm_head.bias") {

@@ -107,7 +107,7 @@ impl WeightFile {
     /// Fails if the file was written to, cut or lengthened since it was opened.
     ///
     /// # Errors
-    /// As said.
+    /// When it was, or cannot be looked at.
     pub fn check_unchanged(&self) -> Result<(), LoadError> {
         let io = |source| LoadError::Io { path: self.path.clone(), source };
         let now = Stamp::of(&self.file.metadata().map_err(io)?);

@@ -111,7 +111,7 @@ impl Overview {
         } else if let age = self.age(now.beat_ms)
             && age > BEAT_TIME
         {
-            troubles.push(format!("its loop stands still for {} s", age.as_secs()));
+            troubles.push(format!("its loop has not moved for {} s", age.as_secs()));
         }
         if let age = self.age(now.block_ms)
             && age > BLOCK_TIME

@@ -1,6 +1,7 @@
 //! The routes of the service, asked without a socket.
 
 use super::*;
+use crate::entropy::Entropy;
 use crate::store::Retention;
 use crate::store::record::{
     EpochWeights, LikelyCheat, MeasuredValue, MinerResponse, Outcome, Round, Sampled, Statistics,
@@ -17,7 +18,7 @@ const NOW: u64 = 1_700_000_000_000;
 async fn service() -> (Overview, Arc<RunProgress>, Clock, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v.sqlite");
-    let store = Store::open(path.to_str().unwrap()).await.unwrap();
+    let store = Store::open(path.to_str().unwrap(), &Entropy::seeded(1)).await.unwrap();
     let (progress, clock) = (Arc::<RunProgress>::default(), Clock::manual(NOW));
     let service = Overview::new(Arc::clone(&progress), &store, 4, clock.clone());
     (service, progress, clock, dir)
@@ -52,7 +53,7 @@ async fn it_is_ready_while_it_works_and_says_what_is_wrong_else() {
     assert_eq!(why(&service).await.1, ["2 rounds that are over are not remembered yet"]);
     progress.set_unsaved(0);
     clock.advance(Duration::from_secs(61));
-    assert_eq!(why(&service).await.1, ["its loop stands still for 61 s"]);
+    assert_eq!(why(&service).await.1, ["its loop has not moved for 61 s"]);
     let (status, body) = get(&service, "/health").await;
     assert_eq!((status, body.contains("\"stalled\"")), (503, true));
     clock.advance(Duration::from_secs(60));
@@ -213,7 +214,9 @@ fn hostile_round() -> Round {
 #[tokio::test]
 async fn the_page_shows_everything_and_runs_nothing_of_a_peers() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path().join("v.sqlite").to_str().unwrap()).await.unwrap();
+    let store = Store::open(dir.path().join("v.sqlite").to_str().unwrap(), &Entropy::seeded(1))
+        .await
+        .unwrap();
     let service = Overview::new(Arc::default(), &store, 4, Clock::manual(NOW));
     let (status, empty) = get(&service, "/").await;
     assert_eq!(status, 200);

@@ -145,7 +145,7 @@ impl Asking<'_> {
         let dtype = served.engine.info().dtype;
         let own = match &self.caller {
             Some(caller) => nonce_of(&caller.name),
-            None => self.state.entropy().nonce(),
+            None => self.state.entropy().bytes(),
         };
         Ok(Some(Prover::read(field, dtype, own, self.state.signer())?))
     }

@@ -5,7 +5,7 @@ use super::{handlers, tokens};
 use utoipa::OpenApi;
 use utoipa_swagger_ui::SwaggerUi;
 
-/// The API.
+/// All routes and types of the open API, as an OpenAPI document.
 #[derive(OpenApi)]
 #[openapi(
     info(

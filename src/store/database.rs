@@ -6,6 +6,7 @@ use super::place::{Location, sqlite_url};
 use super::schema::{self, VERSIONS};
 use super::session::{Access, ConnectionPool, LIMITS, Session, SessionLimits};
 use crate::clock::Clock;
+use crate::entropy::Entropy;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,23 +24,29 @@ struct Inner {
     place: Location,
     reads: Arc<ConnectionPool>,
     /// None where the store is only read.
-    writes: Option<Arc<ConnectionPool>>,
-    /// Names this run of the program, as the one that may send the weights that it planned.
-    planner: String,
+    writer: Option<Writer>,
     clock: Clock,
     /// Device and inode of a SQLite file.
     file: Option<(u64, u64)>,
+}
+
+/// What writing takes.
+struct Writer {
+    connections: Arc<ConnectionPool>,
+    /// Names this run of the program, as the one that may send the weights that it planned.
+    planner: String,
     _lock: Option<Lock>,
 }
 
 impl Store {
     /// Opens a store to write it, and makes it where it does not exist: a path, `sqlite://PATH` or
-    /// `postgres://USER:PASSWORD@HOST/DATABASE`. One process writes a SQLite file at a time.
+    /// `postgres://USER:PASSWORD@HOST/DATABASE`. One process writes a SQLite file at a time;
+    /// `entropy` gives this run of the program its name.
     ///
     /// # Errors
     /// When it cannot be reached, another process writes it, or a newer program has written it.
-    pub async fn open(url: &str) -> Result<Self, StoreError> {
-        Self::open_as(url, VERSIONS, LIMITS).await
+    pub async fn open(url: &str, entropy: &Entropy) -> Result<Self, StoreError> {
+        Self::open_as(url, VERSIONS, LIMITS, entropy).await
     }
 
     /// Opens a store that exists to read it, beside the process that writes it.
@@ -61,7 +68,7 @@ impl Store {
         let mut session = reads.begin(OPEN).await?;
         schema::check(&mut session, &place, VERSIONS).await?;
         session.commit().await?;
-        Ok(Self::of(place, reads, None, file, None))
+        Ok(Self::of(place, reads, None, file))
     }
 
     /// [`Store::open`] with a schema of these versions, and these limits.
@@ -69,6 +76,7 @@ impl Store {
         url: &str,
         versions: &[&str],
         limits: SessionLimits,
+        entropy: &Entropy,
     ) -> Result<Self, StoreError> {
         let place = located(Location::parse(url)?)?;
         let refuse = |cause| failed(&place, cause);
@@ -92,33 +100,32 @@ impl Store {
             Location::Sqlite(path) => Some(identity(path).map_err(|e| refuse(Cause::File(e)))?),
             Location::Postgres(_) => None,
         };
-        Ok(Self::of(place, reads, Some(writes), file, lock))
+        let planner = entropy.uuid().simple().to_string();
+        let writer = Writer { connections: writes, planner, _lock: lock };
+        Ok(Self::of(place, reads, Some(writer), file))
     }
 
     fn of(
         place: Location,
         reads: Arc<ConnectionPool>,
-        writes: Option<Arc<ConnectionPool>>,
+        writer: Option<Writer>,
         file: Option<(u64, u64)>,
-        lock: Option<Lock>,
     ) -> Self {
-        let planner = uuid::Uuid::new_v4().simple().to_string();
-        let clock = Clock::system();
-        Self(Arc::new(Inner { place, reads, writes, planner, clock, file, _lock: lock }))
+        Self(Arc::new(Inner { place, reads, writer, clock: Clock::system(), file }))
     }
 
     /// The same records, which cannot be written through it.
     pub fn reading(&self) -> Self {
         let Inner { place, reads, file, .. } = &*self.0;
-        Self::of(place.clone(), Arc::clone(reads), None, *file, None)
+        Self::of(place.clone(), Arc::clone(reads), None, *file)
     }
 
     /// Closes the connections once those in use have ended. A store that is dropped without it
     /// loses nothing that was committed.
     pub async fn close(&self) {
         self.0.reads.close().await;
-        if let Some(writes) = &self.0.writes {
-            writes.close().await;
+        if let Some(writer) = &self.0.writer {
+            writer.connections.close().await;
         }
     }
 
@@ -127,8 +134,9 @@ impl Store {
         self.0.place.shown()
     }
 
+    /// Names this run of the program; a store that is only read has planned nothing.
     pub(super) fn planner(&self) -> &str {
-        &self.0.planner
+        self.0.writer.as_ref().map_or("", |writer| &writer.planner)
     }
 
     pub(super) fn unix_ms(&self) -> u64 {
@@ -143,12 +151,12 @@ impl Store {
 
     /// Begins a transaction that writes.
     pub(super) async fn write(&self, operation: &str) -> Result<Session, StoreError> {
-        let Some(writes) = &self.0.writes else {
+        let Some(writer) = &self.0.writer else {
             let cause = Cause::Database("the store was opened to be read".into());
             return Err(self.error(operation, cause));
         };
         self.check_file(operation)?;
-        writes.begin(operation).await
+        writer.connections.begin(operation).await
     }
 
     pub(super) fn error(&self, operation: &str, cause: Cause) -> StoreError {

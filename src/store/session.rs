@@ -170,7 +170,7 @@ impl ConnectionPool {
         Ok(Self { place, options, setup, begin, idle, permits, max, limits })
     }
 
-    /// Begins a transaction.
+    /// Begins a transaction, waiting for a free connection; `operation` completes "cannot ...".
     pub(super) async fn begin(self: &Arc<Self>, operation: &str) -> Result<Session, StoreError> {
         let refuse = |cause| self.error(operation, cause);
         let turn = self.permits.clone().acquire_owned();

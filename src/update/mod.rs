@@ -135,7 +135,7 @@ impl Updater {
 
     /// Looks now and every `every`, a little earlier or later, until a newer release is in the
     /// program's place. A refusal is logged once; repetitions are not logged.
-    pub async fn follow(&self, every: Duration) -> Installed {
+    pub async fn follow(&self, every: Duration, entropy: &Entropy) -> Installed {
         let mut last = String::new();
         loop {
             let said = match self.look().await {
@@ -154,7 +154,7 @@ impl Updater {
             }
             last = said;
             // So that not all programs of a network ask in the same second: from 3/4 to 5/4.
-            let jitter = Entropy::system().word() as u32 % 256;
+            let jitter = entropy.word() as u32 % 256;
             tokio::time::sleep(every * 3 / 4 + every * jitter / 512).await;
         }
     }

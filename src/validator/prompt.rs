@@ -9,13 +9,11 @@
 //! Of our own drafts alone there are more than 10^12 for each day, so that two of a day's prompts
 //! are hardly ever equal.
 
-mod chance;
 pub mod dataset;
 pub mod ours;
 
+use crate::chance::Chance;
 use anyhow::{Context, anyhow};
-pub use chance::Bits;
-use chance::{below, line};
 use dataset::Passages;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -47,9 +45,9 @@ pub fn date(unix_ms: u64) -> anyhow::Result<String> {
 /// Whom the model plays.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Persona {
-    /// A given name.
+    /// A given name, one of 300 and more.
     pub name: &'static str,
-    /// A country.
+    /// The country that it says it is from.
     pub country: &'static str,
 }
 
@@ -76,17 +74,17 @@ pub struct DrawnPrompt {
 }
 
 impl Draft {
-    /// Draws one.
-    pub fn draw(source: &Passages, date: &str, bits: &mut Bits<'_>) -> Self {
-        let persona = Persona { name: line(bits, NAMES), country: line(bits, COUNTRIES) };
-        let passage = source.passage(bits).to_owned();
-        Self { passage, task: ours::task(bits), persona, date: date.to_owned() }
+    /// Draws passage, task and persona.
+    pub fn draw(source: &Passages, date: &str, chance: &mut Chance) -> Self {
+        let persona = Persona { name: chance.line(NAMES), country: chance.line(COUNTRIES) };
+        let passage = source.passage(chance).to_owned();
+        Self { passage, task: ours::task(chance), persona, date: date.to_owned() }
     }
 
     /// The request for a query in the engine's own words, as a body of `/v1/chat/completions`.
-    pub fn rewriting(&self, model: &str, bits: &mut Bits<'_>) -> Value {
+    pub fn rewriting(&self, model: &str, chance: &mut Chance) -> Value {
         let (low, high) = REWRITING_TOKENS;
-        let max_tokens = low as usize + below(bits, (high - low) as usize + 1);
+        let max_tokens = u64::from(low) + chance.below(u64::from(high - low) + 1);
         let system = format!(
             "Today is {}. The user gives you a passage. Write one sentence that somebody who wants \
              to know more about its subject would type into a search engine. Do not answer it, and \
@@ -100,7 +98,7 @@ impl Draft {
                 {"role": "user", "content": self.passage},
             ],
             "temperature": REWRITING_TEMPERATURE,
-            "seed": bits() >> 33,
+            "seed": chance.bits() >> 33,
             "max_tokens": max_tokens,
             "stream": false,
         })
@@ -156,29 +154,19 @@ fn query(line: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::philox::philox;
     use std::collections::{BTreeMap, BTreeSet};
 
     /// A context that every prompt of ours leaves room in. A tokenizer over bytes has at most one
     /// token for each, so bytes bound tokens whatever the model.
     const OURS_BYTES_MAX: usize = 1024;
 
-    fn seeded(key: u64) -> impl FnMut() -> u64 {
-        let mut count = 0;
-        move || {
-            count += 1;
-            let words = philox(key, [count, 0, 0, 0]);
-            u64::from(words[0]) << 32 | u64::from(words[1])
-        }
-    }
-
     #[test]
     fn ten_thousand_prompts_are_all_different_and_fit() {
-        let mut bits = seeded(1);
+        let mut chance = Chance::seeded(1);
         let (mut seen, mut tasks, mut passages) =
             (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
         for _ in 0..10_000 {
-            let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut bits);
+            let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut chance);
             let prompt = draft.finish(None);
             let text = prompt.text();
             assert!((300..OURS_BYTES_MAX).contains(&text.len()), "{} bytes: {text}", text.len());
@@ -198,9 +186,9 @@ mod tests {
     #[test]
     fn a_seed_decides() {
         let draw = |key| {
-            let mut bits = seeded(key);
-            let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut bits);
-            (draft.rewriting("m", &mut bits), draft)
+            let mut chance = Chance::seeded(key);
+            let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut chance);
+            (draft.rewriting("m", &mut chance), draft)
         };
         assert_eq!(draw(3), draw(3));
         assert_ne!(draw(3), draw(4));
@@ -218,10 +206,10 @@ mod tests {
 
     #[test]
     fn an_engine_is_asked_for_a_query_and_its_answer_is_read() {
-        let mut bits = seeded(5);
-        let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut bits);
+        let mut chance = Chance::seeded(5);
+        let draft = Draft::draw(&Passages::Ours, "2026-01-31", &mut chance);
         for _ in 0..200 {
-            let body = draft.rewriting("a/model", &mut bits);
+            let body = draft.rewriting("a/model", &mut chance);
             assert!((16..=64).contains(&body["max_tokens"].as_u64().unwrap()));
             assert_eq!(body["messages"][1]["content"], draft.passage);
         }

@@ -76,7 +76,7 @@ pub struct Target {
     /// Whose it is; signed requests are for this hotkey.
     pub hotkey: Option<Hotkey>,
     /// Who signs; `None` sends the request unsigned.
-    pub signer: Option<Arc<Keypair>>,
+    pub signer: Option<QuerySigner>,
     /// A key of the open API, for a server that wants one.
     pub api_key: Option<String>,
     /// How long may pass between two reads.
@@ -85,6 +85,15 @@ pub struct Target {
     pub timeout: Duration,
     /// How much of an answer is taken.
     pub size: Size,
+}
+
+/// Signs requests.
+#[derive(Clone)]
+pub struct QuerySigner {
+    /// The hotkey that signs.
+    pub key: Arc<Keypair>,
+    /// Where the names of signed requests come from.
+    pub entropy: Entropy,
 }
 
 /// The kind of a failure, and who is at fault.
@@ -247,10 +256,10 @@ impl Target {
         // The same bytes are signed and sent.
         let body = body.unwrap_or_default();
         if let Some(signer) = &self.signer {
-            let uuid = Entropy::system().uuid().to_string();
+            let uuid = signer.entropy.uuid().to_string();
             let (timestamp_ms, signed_for) = (clock.unix_ms(), self.hotkey);
             let envelope = Envelope { timestamp_ms, uuid: &uuid, signed_for };
-            for (name, value) in envelope.sign(signer, &body) {
+            for (name, value) in envelope.sign(&signer.key, &body) {
                 request = request.header(name, value);
             }
         }

@@ -3,7 +3,6 @@
 
 use super::query::Arrival;
 use super::round::ask::{Endpoint, QueryContent, QueryPrompt};
-use super::round::chance::Chance;
 use super::round::{
     Action, AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Candidate, Ending, Keep, Offer,
     RoundEvent, RoundMachine, RoundPhase, RoundSettings, Scene, Times, UNREACHABLE,
@@ -12,6 +11,7 @@ use super::scores::emission::ChainLimits;
 use super::scores::gate::HotkeyState;
 use super::scores::rules::{ScoringProfile, ScoringRules};
 use super::scores::{self, Input, Seat};
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::store::record::{Outcome, Round, Sample, Sampled};
 use crate::verify::evidence::{Calibrated, Observed, Side};

@@ -138,7 +138,7 @@ impl HonestSample {
 /// What is measured of a row.
 #[derive(Clone, Copy)]
 enum Measure {
-    /// Its energy.
+    /// The energy of its residues.
     Energy,
     /// The same in units of what rounding moves it by.
     Twin,

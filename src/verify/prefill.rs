@@ -2,9 +2,8 @@
 //! from. Outputs of the same prompt share its keys and values ([`Prefix`]).
 
 use super::Stop;
-use crate::models::pass::{Batch, Pass, RowAsk, RowReport, Scored, blocks_of};
+use crate::models::pass::{Batch, Pass, PassFault, RowAsk, RowReport, Scored, blocks_of};
 use std::collections::BTreeMap;
-use std::io;
 use std::ops::Range;
 
 /// Rows of one step.
@@ -53,7 +52,7 @@ impl<'a> Prefix<'a> {
     /// # Errors
     /// When there is no memory, or no prompt.
     pub fn new(
-        pass: impl FnOnce(usize) -> io::Result<Box<dyn Pass>>,
+        pass: impl FnOnce(usize) -> Result<Box<dyn Pass>, PassFault>,
         prompt: &'a [u32],
         output_max: usize,
     ) -> Result<Self, Stop> {
@@ -61,7 +60,7 @@ impl<'a> Prefix<'a> {
             return Err(Stop::Fault("a prompt must have at least one token, got none".into()));
         }
         let pass = pass(blocks_of(prompt.len() + output_max.saturating_sub(1)))
-            .map_err(|e| Stop::Fault(format!("no memory for the KV cache: {e}")))?;
+            .map_err(|e| Stop::Fault(e.to_string()))?;
         Ok(Self {
             pass,
             prompt,
@@ -171,7 +170,7 @@ pub fn steps(ids: &[u32], from: usize) -> impl Iterator<Item = (usize, &[u32])> 
 /// # Errors
 /// As for a [`Prefix`].
 pub fn hidden_rows(
-    pass: impl FnOnce(usize) -> io::Result<Box<dyn Pass>>,
+    pass: impl FnOnce(usize) -> Result<Box<dyn Pass>, PassFault>,
     prompt: &[u32],
     output: &[u32],
 ) -> Result<Vec<Vec<u16>>, Stop> {
@@ -181,7 +180,7 @@ pub fn hidden_rows(
 /// The same, given up with a fault once `is_wanted` says no.
 pub(super) fn hidden_rows_while(
     is_wanted: &IsWanted<'_>,
-    pass: impl FnOnce(usize) -> io::Result<Box<dyn Pass>>,
+    pass: impl FnOnce(usize) -> Result<Box<dyn Pass>, PassFault>,
     prompt: &[u32],
     output: &[u32],
 ) -> Result<Vec<Vec<u16>>, Stop> {

@@ -6,6 +6,7 @@ use super::claim::Challenge;
 use crate::chain::keys::{AddressError, Hotkey};
 use crate::engine::request::Request;
 use crate::entropy::Entropy;
+use crate::intake::error::RequestError;
 use crate::intake::translate::Defaults;
 use crate::intake::understand::{Reader, Understood};
 use crate::models::pass::LogprobMode;
@@ -38,7 +39,7 @@ pub enum QuestionError {
     Body(#[from] serde_json::Error),
     /// A server would refuse it, in these words.
     #[error("`request`: {0}")]
-    Refused(String),
+    Refused(#[from] RequestError),
 }
 
 /// A request body, understood.
@@ -142,7 +143,8 @@ fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, Questi
     Ok(Some(Challenge { scheme, nonce, hotkey }))
 }
 
-/// Reads a body as a server does.
+/// Reads a body as a server does. The noise of a request without a seed is not random: who runs the
+/// request gives it a seed, or binds it to a proof.
 ///
 /// # Errors
 /// The field, and rule and fact.
@@ -151,8 +153,7 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
     if body["proof"].is_object() && body.get("messages").is_some() && !is_limited {
         return Err(QuestionError::NoLimit);
     }
-    // What is drawn here is replaced by what the proof is bound to, or never looked at.
-    let entropy = Entropy::system();
+    let entropy = Entropy::seeded(0);
     let reader = Reader {
         model: &verifier.model.text,
         context_max: verifier.context_max,
@@ -166,5 +167,5 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
         let request: CompletionRequest = serde_json::from_value(body.clone())?;
         reader.completion(&request).await
     };
-    understood.map_err(|e| QuestionError::Refused(e.message))
+    Ok(understood?)
 }

@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use targon_engine::audit::asking::{AuditError, AuditRequests, Findings, audit};
+use targon_engine::chance::Chance;
+use targon_engine::clock::Clock;
 use targon_engine::validator::query::{Size, Target};
 
 /// Tokens that are asked for.
@@ -76,7 +78,9 @@ async fn audited(fault: Fault, at: usize) -> (Result<Findings, AuditError>, usiz
         AuditRequests { model: "tiny".into(), is_chat: false, answers_max: 3, tokens: TOKENS };
     let prompts = ["Write about the sea.".to_owned()];
     let verifier = common::verifier(&site.served);
-    let found = audit((target, requests), &verifier, &prompts, &|_, _| {}).await;
+    let mut chance = Chance::seeded(1);
+    let drawn = (prompts.as_slice(), &mut chance, Clock::system());
+    let found = audit((target, requests), &verifier, drawn, &|_, _| {}).await;
     (found, count.load(Ordering::Relaxed))
 }
 

@@ -15,7 +15,9 @@ use targon_engine::chain::epistula::{self, Envelope};
 use targon_engine::chain::keys::{Hotkey, Keypair};
 use targon_engine::chain::metagraph::{Hyperparameters, Metagraph, Neuron, Rao};
 use targon_engine::clock::Clock;
+use targon_engine::entropy::Entropy;
 use targon_engine::store::record::{Round, Sample};
+use targon_engine::validator::query::QuerySigner;
 use targon_engine::validator::run::hub::{OrganicsHub, Urls};
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::residents::{Residents, Sized};
@@ -90,6 +92,11 @@ fn subnet() -> Subnet {
     Subnet { metagraph, ..Subnet::default() }
 }
 
+fn signer() -> QuerySigner {
+    let key = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+    QuerySigner { key, entropy: Entropy::seeded(7) }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn users_requests_are_verified_scored_and_reported() {
     let site = site(common::options());
@@ -128,7 +135,7 @@ async fn users_requests_are_verified_scored_and_reported() {
     let told = Told::default();
     *told.bucket.lock() = bucket.to_string();
     let url = hub(told.clone()).await;
-    let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+    let signer = signer();
     let urls = Urls { organics: Some(url), stats: None };
     let hub = OrganicsHub::new(urls, signer, Clock::system());
     let (residents, subnet) = (residents(&site), subnet());
@@ -175,7 +182,7 @@ async fn records_that_there_is_no_time_for_are_unscored() {
             Told { slow: Some((clock.clone(), Duration::from_secs(seconds))), ..Told::default() };
         let bucket = json!({"bucket_id": "b", "organics": {"tiny": [record, record]}});
         *told.bucket.lock() = bucket.to_string();
-        let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+        let signer = signer();
         let urls = Urls { organics: Some(hub(told.clone()).await), stats: None };
         let hub = OrganicsHub::new(urls, signer, clock);
         let residents = residents(&site);
@@ -187,9 +194,9 @@ async fn records_that_there_is_no_time_for_are_unscored() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn statistics_are_sent_signed_and_a_hub_that_says_no_or_nothing_is_named() {
-    let signer = Arc::new(Keypair::from_seed(&[7; 32]).unwrap());
+    let signer = signer();
     let hub_at = |stats: Option<String>| {
-        OrganicsHub::new(Urls { organics: None, stats }, Arc::clone(&signer), Clock::system())
+        OrganicsHub::new(Urls { organics: None, stats }, signer.clone(), Clock::system())
     };
     let round = Round {
         id: "ab".repeat(16),
@@ -223,7 +230,7 @@ async fn statistics_are_sent_signed_and_a_hub_that_says_no_or_nothing_is_named()
     // Exactly the bytes that Python's `json.dumps` makes were signed.
     assert!(seen[0].1.contains(r#""request": {"prompt": "caf\u00e9"}"#), "{seen:?}");
     let said: Value = serde_json::from_str(&seen[0].1).unwrap();
-    assert_eq!(said["request"]["hotkey"], signer.hotkey().to_string());
+    assert_eq!(said["request"]["hotkey"], signer.key.hotkey().to_string());
     assert_eq!((&said["models"], seen.len()), (&json!(["tiny"]), 1));
     assert_eq!(said["scores"], json!({"3": {"tiny": [12.5]}}));
     let refusing = Told { refuses: true, ..Told::default() };

@@ -2,13 +2,13 @@
 
 use crate::common;
 use crate::common::site::{CHAT, COMPLETION, Site, post, site};
+use targon_engine::chance::Chance;
 use targon_engine::engine::Options;
 use targon_engine::models::Model;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::validator::prompt::dataset::Passages;
 use targon_engine::validator::prompt::{Draft, read_query};
-use targon_engine::validator::round::chance::Chance;
 use targon_engine::validator::run::resident::Resident;
 use targon_engine::validator::run::rewriting::{Rewriting, query};
 use targon_engine::verify::evidence::Calibrated;
@@ -28,7 +28,7 @@ fn resident(site: &Site) -> Resident {
 
 fn draft(key: u64) -> Draft {
     let mut chance = Chance::seeded(key);
-    Draft::draw(&Passages::Ours, DATE, &mut || chance.bits())
+    Draft::draw(&Passages::Ours, DATE, &mut chance)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -39,7 +39,7 @@ async fn a_query_is_what_the_engine_answers_to_the_request_for_it() {
     for key in 0..12 {
         let (draft, mut chance) = (draft(key), Chance::seeded(key));
         let mut same = chance.clone();
-        let body = draft.rewriting(MODEL, &mut || same.bits());
+        let body = draft.rewriting(MODEL, &mut same);
         let (_, answer) = post(&site.app, CHAT, body).await;
         let expected = read_query(answer["choices"][0]["message"]["content"].as_str().unwrap());
         let asked = (MODEL, &draft);
@@ -97,7 +97,7 @@ async fn a_model_without_a_template_goes_on_with_a_text() {
     let resident = resident(&site);
     let draft = draft(2);
     let mut same = Chance::seeded(2);
-    let mut body = draft.rewriting(MODEL, &mut || same.bits());
+    let mut body = draft.rewriting(MODEL, &mut same);
     let words = |place: usize| body["messages"][place]["content"].as_str().unwrap().to_owned();
     let text = format!("{}\n\n{}\n\nSearch query:", words(0), words(1));
     body.as_object_mut().unwrap().remove("messages");

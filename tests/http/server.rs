@@ -186,7 +186,7 @@ async fn bad_requests_are_refused_by_name() {
     for (body, message) in [
         (&b"{\"prompt\": \"a\""[..], "not a valid request"),
         (b"{\"prompt\": \"\xff\"}", "not a valid request"),
-        (b"{\"prompt\": \"a\"} x", "the body goes on"),
+        (b"{\"prompt\": \"a\"} x", "the body has more behind its JSON value"),
         (b"[]", "not a valid request"),
         (b"", "not a valid request"),
     ] {

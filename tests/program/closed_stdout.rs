@@ -107,6 +107,7 @@ fn every_file_that_prints_has_a_test() {
 
 /// A validator's records with one round.
 fn write_store(path: &Path) {
+    use targon_engine::entropy::Entropy;
     use targon_engine::store::{Store, record::Round};
     let round = Round {
         id: "0".repeat(32),
@@ -122,7 +123,7 @@ fn write_store(path: &Path) {
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let store = Store::open(path.to_str().unwrap()).await.unwrap();
+        let store = Store::open(path.to_str().unwrap(), &Entropy::system()).await.unwrap();
         store.save_round(&round).await.unwrap();
         store.close().await;
     });

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use targon_engine::entropy::Entropy;
 use targon_engine::store::Store;
 use targon_engine::store::record::{MinerResponse, Outcome, Round, Sampled, Timing};
 
@@ -57,7 +58,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 fn write_until_killed(url: &str) -> ! {
     let child: u64 = std::env::var(CHILD_NUMBER).unwrap().parse().unwrap();
     block_on(async {
-        let store = Store::open(url).await.unwrap();
+        let store = Store::open(url, &Entropy::system()).await.unwrap();
         for number in 0.. {
             let round = round(child, number);
             store.save_round(&round).await.unwrap();
@@ -99,7 +100,7 @@ fn check_kills(url: &str, kills: u64) {
         let reported = killed(url, number, delay);
         block_on(async {
             // The next writer of the file finds it free, and every finished round whole.
-            let store = Store::open(url).await.unwrap();
+            let store = Store::open(url, &Entropy::system()).await.unwrap();
             for id in &reported {
                 assert!(store.round(id).await.unwrap().is_some(), "round {id} is lost");
             }
@@ -108,7 +109,7 @@ fn check_kills(url: &str, kills: u64) {
         finished.extend(reported);
     }
     block_on(async {
-        let store = Store::open(url).await.unwrap();
+        let store = Store::open(url, &Entropy::system()).await.unwrap();
         let heads = store.rounds(4, u64::MAX, 10_000).await.unwrap();
         // Of each kill one round may be kept that had no time to be reported.
         let (kept, reported) = (heads.len(), finished.len());
@@ -167,7 +168,7 @@ fn records_are_exported_while_the_validator_writes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("validator.sqlite");
     let store = block_on(async {
-        let store = Store::open(path.to_str().unwrap()).await.unwrap();
+        let store = Store::open(path.to_str().unwrap(), &Entropy::system()).await.unwrap();
         for number in 0..40 {
             store.save_round(&round(1, number)).await.unwrap();
         }

@@ -133,7 +133,7 @@ fn weights(layers: usize) -> Vec<Attack> {
         own("int4 per channel", integers(4, 0), Some(1)),
         own("int8 per channel", channel, Some(1)),
         spoof("spoofed from int8 per channel", channel, None),
-        own("int8 g32", fine, Some(4)),
+        own("int8 g32", fine, Some(2)),
         spoof("spoofed from int8 g32", fine, None),
         own("fp8 e4m3", Tamper::Fp8, Some(1)),
         own("int4 last 3 layers", Tamper::LastLayers { layers: 3, bits: 4 }, None),
@@ -152,7 +152,7 @@ fn rows() -> Vec<Attack> {
             Detector::Nothing,
             Some(Goal::Never),
         ),
-        energy("int8 KV cache", Cheat::Int8Cache),
+        attack("int8 KV cache", Cheat::Int8Cache, Detector::Energy, Some(Goal::Chunks(2))),
         energy("one prompt token changed", Cheat::Prompt(change_a_token)),
         energy("prompt without its first 8 tokens", Cheat::Prompt(drop_the_start)),
         energy("1 token in 32 exchanged", Cheat::Exchanged),
@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(all.iter().map(|a| a.name).collect::<BTreeSet<_>>().len(), all.len());
         let chunks = all.iter().filter(|a| matches!(a.goal, Some(Goal::Chunks(_)))).count();
         let tokens = all.iter().filter(|a| matches!(a.goal, Some(Goal::Tokens(_)))).count();
-        assert_eq!((chunks, tokens), (6, 4));
+        assert_eq!((chunks, tokens), (7, 4));
     }
 
     #[test]

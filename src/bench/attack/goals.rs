@@ -17,7 +17,7 @@ pub(super) fn outcomes(attacks: &[Attack], lines: &[Line], tokens: &[Tokens]) ->
         let line = |check: &str| lines.iter().find(|l| l.name == attack.name && l.check == check);
         let outcome = match attack.goal {
             Some(Goal::Chunks(count)) => {
-                line(Scheme::Residue.name()).and_then(|line| by_chunks(line, count))
+                by_chunks(lines.iter().filter(|l| l.name == attack.name), count)
             }
             Some(Goal::Tokens(count)) => {
                 tokens.iter().find(|t| t.name == attack.name).map(|t| by_tokens(t, count))
@@ -46,12 +46,21 @@ fn honest(lines: &[Line]) -> Option<GoalOutcome> {
     })
 }
 
-fn by_chunks(line: &Line, count: usize) -> Option<GoalOutcome> {
-    let missed = line.missed.as_ref()?.get(count.clamp(1, CHUNKS) - 1)?;
+/// By whichever check of rows of `residue-v1` misses the fewest answers: the largest chunk, or a
+/// statistic of all rows.
+fn by_chunks<'a>(lines: impl Iterator<Item = &'a Line>, count: usize) -> Option<GoalOutcome> {
+    let is_of_rows = |line: &&Line| {
+        let rest = line.check.strip_prefix(Scheme::Residue.name());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(", "))
+    };
+    let missed =
+        |line: &'a Line| Some((line, line.missed.as_ref()?.get(count.clamp(1, CHUNKS) - 1)?));
+    let all = lines.filter(is_of_rows).filter_map(missed);
+    let (line, missed) = all.min_by_key(|(_, missed)| missed.count)?;
     let chunks = if count == 1 { "1 chunk".to_owned() } else { format!("{count} chunks") };
     Some(GoalOutcome {
         goal: format!("{}: seen in {chunks}", line.name),
-        measured: format!("missed {}", show(missed)),
+        measured: format!("missed {} by {}", show(missed), line.check),
         is_met: missed.of > 0 && missed.count == 0,
     })
 }
@@ -111,11 +120,16 @@ mod tests {
         let missed = |count| {
             let line = Line::bare("int8 g32", Detector::Energy, "residue-v1", Rate::new(9, 9));
             let mut missed = vec![Rate::new(5, 9); CHUNKS];
-            missed[3] = Rate::new(count, 9);
+            missed[1] = Rate::new(count, 9);
             Line { missed: Some(missed), ..line }
         };
         assert!(outcomes(&attacks, &[missed(0)], &[])[0].is_met);
         assert!(!outcomes(&attacks, &[missed(1)], &[])[0].is_met);
+        // The best of the checks of rows counts, but no check of another scheme.
+        let by = |check: &str, count| Line { check: check.into(), ..missed(count) };
+        let twin = outcomes(&attacks, &[missed(5), by("residue-v1, twin", 0)], &[]).remove(0);
+        assert!(twin.is_met && twin.measured.ends_with("by residue-v1, twin"), "{twin:?}");
+        assert!(!outcomes(&attacks, &[missed(5), by("residue-v1-u4, twin", 0)], &[])[0].is_met);
         let replay = |k| Line::bare("replay", Detector::Binding, WITH_MARGIN, Rate::new(k, 9));
         assert!(outcomes(&attacks, &[replay(9)], &[])[0].is_met);
         assert!(!outcomes(&attacks, &[replay(8)], &[])[0].is_met);

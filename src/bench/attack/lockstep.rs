@@ -5,13 +5,15 @@
 use super::trial::{AttackRequest, AttackedAnswer, Rows, Subject};
 use crate::models::Model;
 use crate::models::cpu::CpuPass;
-use crate::models::pass::{Batch, Pass, Ranked, RowAsk, RowReport, Scores, Token, blocks_of};
+use crate::models::pass::{
+    Batch, Pass, PassFault, Ranked, RowAsk, RowReport, Scores, Token, blocks_of,
+};
 use crate::models::sampler::Sampling;
 use crate::ops::attention::{BLOCK_TOKENS, KvCache};
 use crate::ops::lanes::Isa;
 use crate::ops::logits::LogSumExp;
 use crate::verify::answer::Answer;
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 
 /// Sequences that advance together.
 const BATCH: usize = 16;
@@ -66,12 +68,11 @@ fn decode(subject: &Subject, way: Way<'_>, jobs: &[AnswerJob<'_>]) -> anyhow::Re
     let lengths = jobs.iter().map(|j| j.prompt.len() + j.ask.request.max_tokens);
     let length = lengths.max().unwrap_or(0);
     let blocks = blocks_of(length); // of one sequence
-    let no_memory = |e: std::io::Error| anyhow!("no memory for the KV cache: {e}");
     let decoder = subject.model.weights.cpu().context("the weights must be the processor's")?;
     let truth = CpuPass::new(decoder, &subject.pool, jobs.len() * blocks);
-    let mut truth = truth.map_err(no_memory)?;
+    let mut truth = truth.map_err(PassFault::Cache)?;
     let draft = way.draft.map(|model| model.pass(&subject.pool, jobs.len() * blocks));
-    let mut draft = draft.transpose().map_err(no_memory)?;
+    let mut draft = draft.transpose()?;
     let mut drawn: Vec<Drawn> = jobs.iter().map(|_| Drawn::default()).collect();
     for position in 0..length {
         let fed = fed(jobs, &drawn, position);

@@ -24,7 +24,7 @@ mod trial;
 
 use super::arguments::BenchArgs;
 use super::{host, prompts};
-use crate::entropy::Entropy;
+use crate::files::ScratchDirectory;
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
@@ -32,7 +32,7 @@ use crate::verify::evidence::Calibrated;
 use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Depth, Limits};
 use answers::AnswerMaker;
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use catalogue::{Attack, Cheat};
 use check::AttackVerifier;
 use results::{Detector, Line, Results, Tokens};
@@ -103,14 +103,8 @@ pub fn run(
     setup: AttackSetup,
     progress: impl Fn(&str),
 ) -> anyhow::Result<Results> {
-    let scratch = std::env::temp_dir().join(format!("targon-attack-{}", Entropy::system().uuid()));
-    std::fs::create_dir(&scratch)
-        .map_err(|e| anyhow!("{} cannot be written: {e}", scratch.display()))?;
-    let bench = AttackBench::new(path, &scratch, pool, setup);
-    let results = bench.and_then(|bench| bench.run(progress));
-    // What is left in the temporary directory is the system's to clean.
-    let _ = std::fs::remove_dir_all(&scratch);
-    results
+    let scratch = ScratchDirectory::new("targon-attack")?;
+    AttackBench::new(path, scratch.path(), pool, setup)?.run(progress)
 }
 
 /// The model under attack.

@@ -6,6 +6,7 @@ use crate::models::cpu::decoder::Decoder;
 use crate::models::error::LoadError;
 use crate::models::grid::{Fp8Scale, Grid};
 use crate::ops::dtype::Dtype;
+use crate::ops::lcg::Lcg;
 use crate::ops::pool::Pool;
 use safetensors::tensor::{Dtype as Stored, TensorView};
 use serde_json::Value;
@@ -136,11 +137,9 @@ fn low_rank(share: f32, name: &str, cols: usize, values: &mut [f32]) {
     const RANK: usize = 4;
     let rows = values.len() / cols;
     // The name seeds the update, so that it is the same in every run.
-    let mut state = name.bytes().fold(7_u32, |s, b| s.wrapping_mul(31).wrapping_add(b.into()));
-    let mut draw = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-    };
+    let seed = name.bytes().fold(7_u32, |s, b| s.wrapping_mul(31).wrapping_add(b.into()));
+    let mut noise = Lcg::new(seed);
+    let mut draw = || (noise.bits() >> 8) as f32 / (1 << 24) as f32 - 0.5;
     let left: Vec<f32> = (0..rows * RANK).map(|_| draw()).collect();
     let right: Vec<f32> = (0..cols * RANK).map(|_| draw()).collect();
     let update: Vec<f32> = (0..rows * cols)

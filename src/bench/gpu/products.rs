@@ -5,6 +5,7 @@ use crate::bench::host::Say;
 use crate::models::cuda::Card;
 use crate::models::cuda::launch::{Arg, Launch, Memory, Pinned, Stream, values_of};
 use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::lcg::Lcg;
 use crate::ops::matmul::{Packed, matmul_into};
 use crate::ops::pool::Pool;
 use anyhow::ensure;
@@ -102,11 +103,8 @@ impl Case {
         dtype: Dtype,
         (rows, cols): (usize, usize),
     ) -> anyhow::Result<Self> {
-        let mut state = 7_u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state as f32 / u32::MAX as f32 - 0.5
-        };
+        let mut generator = Lcg::new(7);
+        let mut noise = || generator.bits() as f32 / u32::MAX as f32 - 0.5;
         let bits: Vec<u16> = (0..rows * cols).map(|_| dtype.round(noise())).collect();
         let on_cpu = Packed::pack(&pool.turn(), (rows, cols), dtype, |row, out| {
             out.copy_from_slice(&bits[row * cols..][..cols]);

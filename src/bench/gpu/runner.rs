@@ -3,9 +3,10 @@
 use crate::models::cuda::Card;
 use crate::models::cuda::launch::{Arg, Launch, Memory, Pinned, Plain, Stream, values_of};
 use crate::ops::dtype::Dtype;
+use crate::ops::lcg::Lcg;
 use crate::ops::pool::Pool;
 use anyhow::{Context, ensure};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::sync::Arc;
 
 /// A stream of a card, noise, and the type of the values.
@@ -13,12 +14,12 @@ pub(super) struct KernelRunner<'a> {
     stream: Stream,
     pub(super) pool: &'a Pool,
     pub(super) dtype: Dtype,
-    state: Cell<u32>,
+    noise: RefCell<Lcg>,
 }
 
 impl<'a> KernelRunner<'a> {
     pub(super) fn new(card: &Arc<Card>, pool: &'a Pool, dtype: Dtype) -> anyhow::Result<Self> {
-        Ok(Self { stream: Stream::new(card)?, pool, dtype, state: Cell::new(11) })
+        Ok(Self { stream: Stream::new(card)?, pool, dtype, noise: RefCell::new(Lcg::new(11)) })
     }
 
     pub(super) fn is_f16(&self) -> i32 {
@@ -27,11 +28,8 @@ impl<'a> KernelRunner<'a> {
 
     /// Numbers from -1 to 1.
     pub(super) fn noise(&self, count: usize) -> Vec<f32> {
-        let next = || {
-            self.state.set(self.state.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
-            self.state.get() as f32 / u32::MAX as f32 * 2.0 - 1.0
-        };
-        (0..count).map(|_| next()).collect()
+        let mut noise = self.noise.borrow_mut();
+        (0..count).map(|_| noise.bits() as f32 / u32::MAX as f32 * 2.0 - 1.0).collect()
     }
 
     pub(super) fn rounded(&self, values: &[f32]) -> Vec<u16> {

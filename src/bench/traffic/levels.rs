@@ -40,58 +40,67 @@ pub struct LoadWatch<'a> {
     pub keep: &'a mut KeepLevel<'a>,
 }
 
-/// Measures a server into `report`; what is there stays, whatever happens later.
-///
-/// # Errors
-/// When the server fails too often in a row, or a level cannot be kept.
-pub async fn run(
-    server: &Arc<dyn Transport>,
-    questions: &Questions,
-    setup: &LoadSetup,
-    report: &mut BenchReport,
-    watch: &mut LoadWatch<'_>,
-) -> anyhow::Result<()> {
-    let (clock, root) = (Clock::system(), Path::new("/"));
-    let before = Moment::now(root, &clock);
-    let outcome = levels(server, questions, setup, report, watch).await;
-    let conditions = Conditions { before, after: Moment::now(root, &clock) };
-    report.seconds = conditions.after.elapsed - conditions.before.elapsed;
-    let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && setup.is_here;
-    report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
-    report.conditions = Some(conditions);
-    outcome
+/// A server, what it is asked, and how it is loaded.
+pub struct LevelsRun<'a> {
+    /// The server.
+    pub server: &'a Arc<dyn Transport>,
+    /// The requests.
+    pub questions: &'a Questions,
+    /// Levels and conditions.
+    pub setup: &'a LoadSetup,
 }
 
-async fn levels(
-    server: &Arc<dyn Transport>,
-    questions: &Questions,
-    setup: &LoadSetup,
-    report: &mut BenchReport,
-    watch: &mut LoadWatch<'_>,
-) -> anyhow::Result<()> {
-    let is_long = questions.shape == LoadShape::Fixed && questions.ignores_eos;
-    let length = is_long.then_some(u64::from(questions.tokens));
-    for (load, number) in setup.loads.iter().zip(0..) {
-        // Request 0 is the first one, which is not measured.
-        let first = 1 + number * setup.requests;
-        let asked = (first..first + setup.requests).map(|i| questions.ask(i));
-        let seed = questions.seed ^ first;
-        let driven = drive(server, asked, *load, (seed, setup.threads), watch.is_wanted).await;
-        let level = tally::level(&driven, *load, setup.promise, &questions.model);
-        report.marks.extend(tally::marks(&level, driven.stop, length, questions.is_repeated));
-        let file = vllm::file(&level, &driven);
-        report.levels.push(level);
-        (watch.keep)(report, &file)?;
-        match driven.stop {
-            Some(LoadStop::Unwanted) => return Ok(()),
-            Some(LoadStop::ServerFailed) => {
-                bail!("{} failed too often in a row and was given up", setup.place)
-            }
-            None => {}
-        }
+impl LevelsRun<'_> {
+    /// Measures the server into `report`; what is there stays, whatever happens later.
+    ///
+    /// # Errors
+    /// When the server fails too often in a row, or a level cannot be kept.
+    pub async fn run(
+        &self,
+        report: &mut BenchReport,
+        watch: &mut LoadWatch<'_>,
+    ) -> anyhow::Result<()> {
+        let (clock, root) = (Clock::system(), Path::new("/"));
+        let before = Moment::now(root, &clock);
+        let outcome = self.levels(report, watch).await;
+        let conditions = Conditions { before, after: Moment::now(root, &clock) };
+        report.seconds = conditions.after.elapsed - conditions.before.elapsed;
+        let is_own = |mark: &Mark| mark.kind == MarkKind::Busy && self.setup.is_here;
+        report.marks.extend(conditions.marks().into_iter().filter(|mark| !is_own(mark)));
+        report.conditions = Some(conditions);
+        outcome
     }
-    report.is_partial = false;
-    Ok(())
+
+    async fn levels(
+        &self,
+        report: &mut BenchReport,
+        watch: &mut LoadWatch<'_>,
+    ) -> anyhow::Result<()> {
+        let Self { server, questions, setup } = *self;
+        let is_long = questions.shape == LoadShape::Fixed && questions.ignores_eos;
+        let length = is_long.then_some(u64::from(questions.tokens));
+        for (load, number) in setup.loads.iter().zip(0..) {
+            // Request 0 is the first one, which is not measured.
+            let first = 1 + number * setup.requests;
+            let asked = (first..first + setup.requests).map(|i| questions.ask(i));
+            let seed = questions.seed ^ first;
+            let driven = drive(server, asked, *load, (seed, setup.threads), watch.is_wanted).await;
+            let level = tally::level(&driven, *load, setup.promise, &questions.model);
+            report.marks.extend(tally::marks(&level, driven.stop, length, questions.is_repeated));
+            let file = vllm::file(&level, &driven);
+            report.levels.push(level);
+            (watch.keep)(report, &file)?;
+            match driven.stop {
+                Some(LoadStop::Unwanted) => return Ok(()),
+                Some(LoadStop::ServerFailed) => {
+                    bail!("{} failed too often in a row and was given up", setup.place)
+                }
+                None => {}
+            }
+        }
+        report.is_partial = false;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -150,7 +159,8 @@ mod tests {
         };
         let mut watch = LoadWatch { is_wanted: &|| true, keep: &mut keep };
         let server: Arc<dyn Transport> = Arc::new(Server);
-        let outcome = run(&server, &questions, &setup, &mut report, &mut watch).await;
+        let run = LevelsRun { server: &server, questions: &questions, setup: &setup };
+        let outcome = run.run(&mut report, &mut watch).await;
         (outcome, report, files)
     }
 

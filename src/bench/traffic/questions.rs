@@ -2,10 +2,10 @@
 //! validator draws them. The same seed makes the same requests; those of a validator name the day.
 
 use super::heard::LoadRequest;
+use crate::chance::Chance;
 use crate::validator::prompt::Draft;
 use crate::validator::prompt::dataset::Passages;
 use crate::validator::round::ask::{Endpoint, QueryContent, QuerySampling, unchecked_body};
-use crate::validator::round::chance::Chance;
 use serde_json::json;
 
 /// Words that prompts are made of.
@@ -98,7 +98,7 @@ impl Questions {
                 QueryContent::Messages(json!([user]))
             }
             (LoadShape::Targon, _) => {
-                let draft = Draft::draw(&Passages::Ours, &self.date, &mut || chance.bits());
+                let draft = Draft::draw(&Passages::Ours, &self.date, chance);
                 let prompt = draft.finish(None);
                 match endpoint {
                     Endpoint::Completion => QueryContent::Text(prompt.text()),

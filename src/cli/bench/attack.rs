@@ -46,6 +46,9 @@ pub(in crate::cli) struct AttackArgs {
     /// Try known cheats on answers that the twin finds too far.
     #[arg(long)]
     name_cheats: bool,
+    /// Stop fast checks after a random number of chunks, as for `verify`.
+    #[arg(long)]
+    early_exit: bool,
     /// How many rows a fast check scores, as for `verify`: a number, or a share of the pass.
     #[arg(long, default_value_t)]
     rows: FastRows,
@@ -76,7 +79,7 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         limits: Limits { exact: args.exact || limits.exact, ..limits },
         scrutiny: Scrutiny {
             twin: args.twin,
-            stops_early: false,
+            stops_early: args.early_exit,
             names: args.name_cheats,
             rows: args.rows,
         },

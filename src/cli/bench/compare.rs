@@ -8,6 +8,7 @@ use crate::bench::report::sheet::Sheet;
 use crate::cli::Failure;
 use crate::cli::out::outln;
 use crate::cli::printable::printable;
+use crate::cli::tables::csv_field;
 use crate::validator::scores::series::sigmoid;
 use clap::Args;
 use serde_json::json;
@@ -36,7 +37,7 @@ pub(in crate::cli) struct CompareArgs {
     /// Share of all answers that are checked.
     #[arg(long, default_value_t = 1.0)]
     checked_share: f64,
-    /// Refuse reports that are unsigned, partial, to be doubted, or not alike.
+    /// Refuse reports that are unsigned, partial or marked, or that measured different things.
     #[arg(long)]
     strict: bool,
     /// Print JSON.
@@ -176,14 +177,10 @@ fn print_csv(all: &[Compared]) {
          score_per_dollar_day,signed_by,is_partial,marks"
     );
     let number = |value: Option<f64>| value.map_or_else(String::new, |v| v.to_string());
-    // Names may hold anything: commas and quotation marks of a cell are put between marks.
-    let text = |text: &str| match text.contains([',', '"', '\n', '\r']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
-    };
     for (rank, c) in all.iter().enumerate() {
         let machine = c.machine.as_deref().unwrap_or_default();
-        let mut cells = vec![(rank + 1).to_string(), text(&c.name), text(&c.model), text(machine)];
+        let mut cells = vec![(rank + 1).to_string()];
+        cells.extend([&*c.name, &*c.model, machine].map(csv_field));
         cells.extend(numbers(c).map(number));
         cells.push(c.signed_by.clone().unwrap_or_default());
         cells.extend([c.is_partial.to_string(), c.marks.join(" ")]);

@@ -5,7 +5,7 @@ use crate::bench::report::facts::{Machine, ModelFacts};
 use crate::bench::report::schema::{BenchReport, ReportKind};
 use crate::bench::traffic::drive::Load;
 use crate::bench::traffic::heard::Transport;
-use crate::bench::traffic::levels::{self, LoadSetup, LoadWatch};
+use crate::bench::traffic::levels::{LevelsRun, LoadSetup, LoadWatch};
 use crate::bench::traffic::questions::{LoadShape, Questions};
 use crate::bench::traffic::server::{GreetError, Server};
 use crate::bench::traffic::tally::Promise;
@@ -157,7 +157,8 @@ pub(super) fn run(args: &BenchServeArgs) -> Result<(), Failure> {
     let wanted = || is_wanted.load(Ordering::SeqCst);
     let mut watch = LoadWatch { is_wanted: &wanted, keep: &mut keep };
     let server: Arc<dyn Transport> = Arc::new(server);
-    let measuring = levels::run(&server, &questions, &setup, &mut report, &mut watch);
+    let run = LevelsRun { server: &server, questions: &questions, setup: &setup };
+    let measuring = run.run(&mut report, &mut watch);
     let outcome = runtime.block_on(measuring);
     output.finish(report, outcome.map_err(Failure::user))
 }

@@ -10,6 +10,7 @@ pub mod rules;
 pub mod weights;
 
 use super::{Finding, Level};
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::endpoint::shown;
 use crate::validator::models;
@@ -17,7 +18,6 @@ use crate::validator::prompt::dataset::Passages;
 use crate::validator::prompt::{self, Draft};
 use crate::validator::query::{QueryError, Streamed, Target};
 use crate::validator::round::ask::{self, Endpoint, QueryContent, QueryPrompt, QuerySampling};
-use crate::validator::round::chance::Chance;
 use crate::verify::{Verifier, question};
 use reading::StreamReading;
 use rules::ReceivedAnswer;
@@ -52,7 +52,7 @@ pub async fn list(
     match wanted.map(str::to_owned).or_else(|| names.first().cloned()) {
         None => {
             let fact = "the miner lists no model, so no validator asks it";
-            let hint = "has it loaded one? see /ready of its open port";
+            let hint = "see /ready of its open port, which says whether it has loaded one";
             (None, vec![Finding::new(topic, Level::Fault, fact).hint(hint)])
         }
         Some(model) if !names.contains(&model) => {
@@ -169,7 +169,7 @@ async fn body(
     let temperature = temperature.unwrap_or(drawn.temperature);
     let sampling = QuerySampling { temperature, ..drawn };
     let date = prompt::date(clock.unix_ms())?;
-    let draft = Draft::draw(&Passages::Ours, &date, &mut || chance.bits());
+    let draft = Draft::draw(&Passages::Ours, &date, chance);
     let drawn = draft.finish(None);
     let content = match endpoint {
         Endpoint::Chat => QueryContent::Messages(drawn.messages()),

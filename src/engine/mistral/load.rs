@@ -52,7 +52,7 @@ impl LoadedMistral {
 }
 
 fn error(what: impl std::fmt::Display) -> LoadError {
-    LoadError::Device(format!("mistral.rs: {what}"))
+    LoadError::Device(format!("mistral.rs: {what}").into())
 }
 
 fn runner(
@@ -85,7 +85,7 @@ fn runner(
 
 /// Quantises the layers and nothing else: a head that is quantised gives no exact rows.
 fn topology(isq: &str) -> Result<Topology, LoadError> {
-    parse_isq_value(isq, None).map_err(LoadError::Device)?;
+    parse_isq_value(isq, None).map_err(|e| LoadError::Device(e.into()))?;
     let layers = serde_json::json!({ LAYERS: {"isq": isq} }).to_string();
     Topology::from_str(&layers).map_err(|e| error(format!("{e:#}")))
 }

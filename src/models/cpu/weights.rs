@@ -31,7 +31,7 @@ pub struct Layer {
     pub attention_norm: Norm,
     /// q, k and v rows of one matrix.
     pub qkv: Packed,
-    /// Their bias.
+    /// Bias of the q, k and v rows, where the model has one.
     pub qkv_bias: Option<Vec<f32>>,
     /// Norm of each query head.
     pub q_norm: Option<Norm>,

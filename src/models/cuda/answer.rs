@@ -15,7 +15,7 @@ use crate::models::hosted::{HostedRows, Why};
 use crate::models::pass::{
     LogprobMode, Ranked, RowAsk, RowFault, RowReport, RowResult, Scored, Token,
 };
-use crate::models::rows::{HiddenRow, answer};
+use crate::models::rows::{HiddenRow, answer, ranked_in_order};
 use crate::ops::logits::LogSumExp;
 use crate::ops::pool::Pool;
 use crate::proof::commit::RowData;
@@ -221,17 +221,20 @@ impl ChunkReading<'_, '_, '_> {
         };
         let looked_up = self.chunk.query_ranges[place].clone();
         let mut known = looked_up.map(|i| (sum.logprob(found.found[i]), found.ranks[i]));
+        // Queries were made of the same ask, so there is one for each token that is named below.
         let mut ranked = |token: u32| {
-            let (logprob, rank) = known.next().unwrap_or_default();
-            Ranked { token, logprob, rank }
+            let (logprob, rank) = known.next().ok_or(RowFault::Panicked)?;
+            Ok::<_, RowFault>(Ranked { token, logprob, rank })
         };
         let token = ranked(match scores.token {
             Token::Drawn => found.tokens[place],
             Token::Known(token) | Token::Measured(token) => token,
-        });
-        let ids = scores.ids.iter().map(|id| ranked(*id)).collect();
-        let near = near_tokens(scores).into_iter().map(|id| (id, ranked(id).logprob)).collect();
-        let end_rank = scores.ends.iter().map(|id| ranked(*id).rank).min();
+        })?;
+        let ids = scores.ids.iter().map(|id| ranked(*id)).collect::<Result<_, _>>()?;
+        let near = near_tokens(scores).into_iter().map(|id| Ok((id, ranked(id)?.logprob)));
+        let near = near.collect::<Result<_, RowFault>>()?;
+        let ends = scores.ends.iter().map(|id| ranked(*id)).collect::<Result<Vec<_>, _>>()?;
+        let end_rank = ends.iter().map(|end| end.rank).min();
         let top = found.top(self.chunk.top, place, scores.top, &sum);
         Ok(Some(Scored { token, top, ids, near, end_rank, margin: None }))
     }
@@ -298,14 +301,8 @@ impl Found {
     /// The `count` largest of the `stride` that were sorted.
     fn top(&self, stride: usize, place: usize, count: usize, sum: &LogSumExp) -> Vec<Ranked> {
         let at = place * stride..place * stride + count;
-        let ids = self.top_ids[at.clone()].iter().zip(&self.top_logits[at]);
-        let top: Vec<_> = ids.take_while(|(id, _)| **id != UNKNOWN).collect();
-        let above = |logit: f32| top.partition_point(|(_, other)| **other > logit) as u32;
-        let ranked = top.iter().map(|(id, logit)| Ranked {
-            token: **id,
-            logprob: sum.logprob(**logit),
-            rank: 1 + above(**logit),
-        });
-        ranked.collect()
+        let pairs = self.top_ids[at.clone()].iter().zip(&self.top_logits[at]);
+        let known = pairs.map(|(id, logit)| (*id, *logit)).take_while(|(id, _)| *id != UNKNOWN);
+        ranked_in_order(&known.collect::<Vec<_>>(), sum)
     }
 }

@@ -84,25 +84,15 @@ pub enum CudaError {
 impl From<CudaError> for PassFault {
     fn from(error: CudaError) -> Self {
         match error {
-            CudaError::OutOfMemory { .. } => PassFault::Memory(error.to_string()),
-            CudaError::Lost { .. } => PassFault::Lost(error.to_string()),
-            _ => PassFault::Device(error.to_string()),
+            CudaError::OutOfMemory { .. } => PassFault::Memory(error.into()),
+            CudaError::Lost { .. } => PassFault::Lost(error.into()),
+            _ => PassFault::Device(error.into()),
         }
     }
 }
 
 impl From<CudaError> for LoadError {
     fn from(error: CudaError) -> Self {
-        LoadError::Device(error.to_string())
-    }
-}
-
-impl From<CudaError> for std::io::Error {
-    fn from(error: CudaError) -> Self {
-        let kind = match error {
-            CudaError::OutOfMemory { .. } => std::io::ErrorKind::OutOfMemory,
-            _ => std::io::ErrorKind::Other,
-        };
-        std::io::Error::new(kind, error)
+        LoadError::Device(error.into())
     }
 }

@@ -6,6 +6,7 @@ use super::memory::padded;
 use super::weights::{CardLayer, CudaWeights, GATE_ROWS, Matrix};
 use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
+use crate::ops::lcg::Lcg;
 use crate::ops::rope::Rope;
 use std::sync::Arc;
 
@@ -22,13 +23,9 @@ impl CudaWeights {
         if a.qkv_bias || a.out_bias || a.qk_norm || spec.norm.post {
             return Err(CudaError::Shape("noise is for shapes without biases".into()));
         }
-        let mut state = 1_u32;
-        let bits: Vec<u16> = (0..VALUES)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                dtype.round((f64::from(state) / f64::from(u32::MAX) - 0.5) as f32 * 0.05)
-            })
-            .collect();
+        let mut noise = Lcg::new(1);
+        let mut value = || (f64::from(noise.bits()) / f64::from(u32::MAX) - 0.5) as f32 * 0.05;
+        let bits: Vec<u16> = (0..VALUES).map(|_| dtype.round(value())).collect();
         let before = card.memory()?.0;
         let matrix = |rows: usize, cols: usize| -> Result<Matrix, CudaError> {
             let memory = Memory::new(card, 2 * padded(rows) * padded(cols), "weights")?;

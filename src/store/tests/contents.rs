@@ -1,6 +1,6 @@
 //! Tests what is kept beside rounds, what is removed, what is exported and what users may ask.
 
-use super::sites::{id, on_each, plan, response, round};
+use super::sites::{another_run, id, on_each, plan, response, round};
 use crate::store::record::{MeasuredValue, MinerResponse, Outcome, ResponseCause, Sampled};
 use crate::store::{Filter, Removed, Retention, Store, What};
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 #[test]
 fn evidence_is_replaced_as_a_whole() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         assert_eq!(store.evidence("a", "m").await.unwrap(), None);
         let state = json!({"answers": 3, "sums": {"margin": 0.1, "energy": 1e-9}});
         let save = |known: Option<Value>, state: Value| {
@@ -36,7 +36,7 @@ fn evidence_is_replaced_as_a_whole() {
 #[test]
 fn changes_of_evidence_at_once_all_count() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let one = |_: u32| {
             let store = store.clone();
             async move {
@@ -55,7 +55,7 @@ fn changes_of_evidence_at_once_all_count() {
 #[test]
 fn retention_removes_what_it_says_and_no_more() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for number in 0..10 {
             let hotkey = if number < 5 { "old" } else { "new" };
             let of = |uid, hotkey| response(uid, hotkey, Sampled::Tps(number as f64));
@@ -101,7 +101,7 @@ fn retention_removes_what_it_says_and_no_more() {
 #[test]
 fn an_export_has_every_row_once_in_order() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for number in 0..70 {
             // Pairs of one time, and more rows than a page has.
             let mut next = round(number, number, vec![]);
@@ -144,7 +144,7 @@ fn an_export_has_every_row_once_in_order() {
 #[test]
 fn documented_queries_run() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let mut rejected = response(7, "b", Sampled::Miss);
         (rejected.outcome, rejected.cause) = (Outcome::Rejected, Some("TOO_SHORT".into()));
         let mut good = response(3, "a", Sampled::Tps(9.0));
@@ -168,7 +168,7 @@ fn documented_queries_run() {
 #[test]
 fn causes_are_read_without_what_makes_answers_large() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for number in 1..=3 {
             let good = response(2, "b", Sampled::Tps(9.0));
             let error = Some(format!("token {number}"));

@@ -1,6 +1,6 @@
 //! Tests SQLite files: one writer, damage, full disks.
 
-use super::sites::{block_on, id, newest, refusal, response, round, sqlite};
+use super::sites::{another_run, block_on, id, newest, refusal, response, round, sqlite};
 use crate::store::Store;
 use crate::store::record::Sampled;
 use sqlx::Connection;
@@ -19,7 +19,7 @@ async fn tamper(path: &str, sql: &str) {
 fn one_process_writes_a_file_and_others_read_it() {
     block_on(async {
         let site = sqlite();
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let link = Path::new(&site.url).with_file_name("link.sqlite");
         std::os::unix::fs::symlink(&site.url, &link).unwrap();
         for name in [site.url.as_str(), link.to_str().unwrap(), &format!("sqlite://{}", site.url)] {
@@ -38,7 +38,7 @@ fn one_process_writes_a_file_and_others_read_it() {
         store.close().await;
         drop(store);
         assert_eq!(newest(&reader, 4).await, Some(2));
-        Store::open(&site.url).await.unwrap();
+        Store::open(&site.url, &another_run()).await.unwrap();
     });
 }
 
@@ -75,7 +75,7 @@ fn files_that_are_no_store_of_ours_are_refused_by_name() {
 fn what_is_committed_is_on_the_disk() {
     block_on(async {
         let site = sqlite();
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let mut session = store.write("look at settings").await.unwrap();
         // 2 is FULL.
         for (setting, expected) in [("synchronous", 2), ("foreign_keys", 1)] {
@@ -91,7 +91,7 @@ fn what_is_committed_is_on_the_disk() {
 fn a_full_disk_refuses_a_round_and_loses_none() {
     block_on(async {
         let site = sqlite();
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let large = |number| {
             let mut large = round(number, number, vec![response(1, "a", Sampled::Tps(1.0))]);
             large.responses[0].capture = Some("x".repeat(100_000).into());
@@ -116,7 +116,7 @@ fn a_full_disk_refuses_a_round_and_loses_none() {
         // Space again: the next run goes on where this one stopped.
         store.close().await;
         drop(store);
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         store.save_round(&large(saved + 1)).await.unwrap();
         for number in 0..=saved + 1 {
             assert_eq!(store.round(&id(number)).await.unwrap(), Some(large(number)));
@@ -128,7 +128,7 @@ fn a_full_disk_refuses_a_round_and_loses_none() {
 fn a_file_that_is_gone_or_replaced_is_written_no_more() {
     block_on(async {
         let site = sqlite();
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         store.save_round(&round(1, 1, vec![])).await.unwrap();
         let aside = Path::new(&site.url).with_extension("aside");
         std::fs::rename(&site.url, &aside).unwrap();
@@ -148,7 +148,7 @@ fn a_file_that_is_gone_or_replaced_is_written_no_more() {
 fn a_damaged_file_is_reported() {
     block_on(async {
         let site = sqlite();
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for number in 0..50 {
             let next = round(number, number, vec![response(1, "a", Sampled::Tps(1.0))]);
             store.save_round(&next).await.unwrap();
@@ -160,7 +160,7 @@ fn a_damaged_file_is_reported() {
         bytes[4096..].fill(0xaa);
         std::fs::write(&site.url, &bytes).unwrap();
         let read = async {
-            let store = Store::open(&site.url).await?;
+            let store = Store::open(&site.url, &another_run()).await?;
             store.round(&id(25)).await
         };
         let words = read.await.unwrap_err().to_string();

@@ -1,6 +1,6 @@
 //! Tests the reading of file names and of URLs of servers.
 
-use super::sites::{block_on, round};
+use super::sites::{another_run, block_on, round};
 use crate::store::Store;
 use crate::store::place::Location;
 
@@ -44,7 +44,7 @@ fn any_file_name_is_taken_as_it_is() {
         let directory = tempfile::tempdir().unwrap();
         for name in ["a b", "50%41?x=1#y", "ü.sqlite", "file:x"] {
             let path = directory.path().join(name);
-            let store = Store::open(path.to_str().unwrap()).await.unwrap();
+            let store = Store::open(path.to_str().unwrap(), &another_run()).await.unwrap();
             store.save_round(&round(1, 1, vec![])).await.unwrap();
             assert!(path.exists(), "{name}");
             Store::open_to_read(path.to_str().unwrap()).await.unwrap();

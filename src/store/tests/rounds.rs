@@ -1,7 +1,7 @@
 //! Tests rounds, their responses and the samples of miners.
 
 use super::any::any_round;
-use super::sites::{id, newest, on_each, record_words, response, round};
+use super::sites::{another_run, id, newest, on_each, record_words, response, round};
 use crate::store::Store;
 use crate::store::record::{Outcome, Round, Sampled};
 use proptest::prelude::*;
@@ -15,7 +15,7 @@ fn kept(text: &str) -> String {
 #[test]
 fn any_round_comes_back_as_it_was() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
             cases: 64,
             failure_persistence: None,
@@ -52,7 +52,7 @@ fn any_round_comes_back_as_it_was() {
 #[test]
 fn a_round_is_kept_once() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let first = round(1, 10, vec![response(3, "a", Sampled::Tps(9.0))]);
         store.save_round(&first).await.unwrap();
         store.save_round(&first).await.unwrap();
@@ -64,7 +64,7 @@ fn a_round_is_kept_once() {
         // It is all there after the program has ended.
         store.close().await;
         drop(store);
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         assert_eq!(newest(&store, 4).await, Some(10));
         assert_eq!(newest(&store, 5).await, None);
     });
@@ -73,7 +73,7 @@ fn a_round_is_kept_once() {
 #[test]
 fn records_that_cannot_be_kept_are_refused_by_name() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let good = round(1, 10, vec![response(3, "a", Sampled::Tps(9.0))]);
         let mut bad = good.clone();
         bad.responses[0].timing.total = f64::NAN;
@@ -96,7 +96,7 @@ fn records_that_cannot_be_kept_are_refused_by_name() {
 #[test]
 fn samples_are_the_newest_of_each_miner_and_model_oldest_first() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for number in 0..20 {
             let sample = match number % 5 {
                 4 => Sampled::Miss,
@@ -124,7 +124,7 @@ fn samples_are_the_newest_of_each_miner_and_model_oldest_first() {
 #[test]
 fn another_hotkey_at_a_uid_has_none_of_its_samples() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let of =
             |n, block, hotkey| round(n, block, vec![response(1, hotkey, Sampled::Tps(n as f64))]);
         store.save_round(&of(1, 100, "a")).await.unwrap();
@@ -153,7 +153,7 @@ fn another_hotkey_at_a_uid_has_none_of_its_samples() {
 #[test]
 fn rounds_and_responses_are_listed_newest_first() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for number in 0..6 {
             let uids = if number % 2 == 0 { vec![1, 2] } else { vec![2] };
             let of = |uid| response(uid, &format!("hotkey {uid}"), Sampled::Tps(1.0));

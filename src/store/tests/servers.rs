@@ -1,6 +1,6 @@
 //! Tests PostgreSQL servers that vanish, stay silent or do not encrypt.
 
-use super::sites::{block_on, id, postgres, refusal, response, round};
+use super::sites::{another_run, block_on, id, postgres, refusal, response, round};
 use crate::store::Store;
 use crate::store::record::Sampled;
 use crate::store::schema::VERSIONS;
@@ -36,7 +36,7 @@ async fn cut_after(server: String, bytes: u64) -> u16 {
 fn a_server_that_goes_away_keeps_a_round_whole_or_not_at_all() {
     block_on(async {
         let Some(site) = postgres().await else { return };
-        let direct = Store::open(&site.url).await.unwrap();
+        let direct = Store::open(&site.url, &another_run()).await.unwrap();
         let url = url::Url::parse(&site.url).unwrap();
         let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap());
         let responses = || (0..20).map(|uid| response(uid, "a", Sampled::Tps(1.0))).collect();
@@ -47,7 +47,7 @@ fn a_server_that_goes_away_keeps_a_round_whole_or_not_at_all() {
             through.set_port(Some(port)).unwrap();
             let next = round(number, number, responses());
             let saved = async {
-                let store = Store::open(through.as_str()).await?;
+                let store = Store::open(through.as_str(), &another_run()).await?;
                 store.save_round(&next).await
             };
             let saved = saved.await;
@@ -85,7 +85,8 @@ fn a_server_that_does_not_answer_is_given_up() {
         });
         let url = format!("postgres://me:secret@127.0.0.1:{port}/db");
         let limits = SessionLimits::all(Duration::from_millis(200));
-        let words = Store::open_as(&url, VERSIONS, limits).await.err().unwrap().to_string();
+        let words =
+            Store::open_as(&url, VERSIONS, limits, &another_run()).await.err().unwrap().to_string();
         let expected = format!(
             "postgres://me@127.0.0.1:{port}/db: cannot open the store: connecting took longer than \
              200ms"

@@ -1,11 +1,13 @@
 //! Makes the databases of the tests, and records to put into them.
 
+use crate::entropy::Entropy;
 use crate::store::record::{
     EpochWeights, MinerResponse, Outcome, Round, Sampled, Timing, WeightsState,
 };
 use crate::store::{Cause, Store, StoreError};
 use serde_json::json;
 use sqlx::Connection;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A database for one test.
 pub(super) struct Site {
@@ -103,6 +105,12 @@ pub(super) fn sent_as(hash: String) -> WeightsState {
     WeightsState::Sent { hash, blocks: None, reveal_round: None }
 }
 
+/// What names a run of the program: every call is another run.
+pub(super) fn another_run() -> Entropy {
+    static RUNS: AtomicU64 = AtomicU64::new(0);
+    Entropy::seeded(RUNS.fetch_add(1, Ordering::Relaxed))
+}
+
 /// The block of the newest round, where there is one.
 pub(super) async fn newest(store: &Store, netuid: u16) -> Option<u64> {
     store.rounds(netuid, u64::MAX, 1).await.unwrap().first().map(|round| round.block)
@@ -117,7 +125,7 @@ pub(super) fn record_words(result: Result<(), StoreError>) -> String {
 }
 
 pub(super) async fn refusal(url: &str) -> String {
-    match Store::open(url).await {
+    match Store::open(url, &another_run()).await {
         Ok(_) => panic!("{url} was opened"),
         Err(e) => e.to_string(),
     }

@@ -1,6 +1,6 @@
 //! Tests stores of an older and a newer schema.
 
-use super::sites::{id, on_each, record_words, response, round};
+use super::sites::{another_run, id, on_each, record_words, response, round};
 use crate::store::record::{LikelyCheat, MeasuredValue, Sampled, Statistics, WeightsState};
 use crate::store::schema::VERSIONS;
 use crate::store::session::LIMITS;
@@ -14,7 +14,7 @@ fn another_version_of_the_schema_is_brought_up_to_date_or_refused() {
         let broken =
             [two[0], two[1], "CREATE TABLE second (a BIGINT); CREATE TABLE first (x TEXT)"];
         let open = async |versions: &[&str]| {
-            let store = Store::open_as(&site.url, versions, LIMITS).await?;
+            let store = Store::open_as(&site.url, versions, LIMITS, &another_run()).await?;
             store.close().await;
             Ok::<_, StoreError>(())
         };
@@ -38,13 +38,13 @@ fn another_version_of_the_schema_is_brought_up_to_date_or_refused() {
 #[test]
 fn an_older_schema_is_not_read() {
     on_each(async |site| {
-        let store = Store::open_as(&site.url, &[], LIMITS).await.unwrap();
+        let store = Store::open_as(&site.url, &[], LIMITS, &another_run()).await.unwrap();
         store.close().await;
         drop(store);
         let read = Store::open_to_read(&site.url).await.err().unwrap().to_string();
         let older = "it has version 0 of the schema, and version 3 is read here";
         assert!(read.contains(older), "{read}");
-        Store::open(&site.url).await.unwrap();
+        Store::open(&site.url, &another_run()).await.unwrap();
         Store::open_to_read(&site.url).await.unwrap();
     });
 }
@@ -52,7 +52,8 @@ fn an_older_schema_is_not_read() {
 #[test]
 fn records_of_the_first_version_are_read_and_have_no_statistics() {
     on_each(async |site| {
-        let store = Store::open_as(&site.url, &VERSIONS[..1], LIMITS).await.unwrap();
+        let store =
+            Store::open_as(&site.url, &VERSIONS[..1], LIMITS, &another_run()).await.unwrap();
         let mut session = store.write("write as the first version did").await.unwrap();
         session
             .script(
@@ -69,7 +70,7 @@ fn records_of_the_first_version_are_read_and_have_no_statistics() {
         session.commit().await.unwrap();
         store.close().await;
         drop(store);
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let committed =
             WeightsState::Committed { hash: "0xaa".into(), blocks: None, reveal_round: 99 };
         assert_eq!(store.unfinished_weights().await.unwrap()[0].state, committed);

@@ -1,13 +1,13 @@
 //! Tests weights of an epoch: planned, sent and confirmed, by one run of the program.
 
-use super::sites::{block_on, on_each, plan, postgres, sent_as};
+use super::sites::{another_run, block_on, on_each, plan, postgres, sent_as};
 use crate::store::record::{EpochWeights, SentBlocks, WeightsState};
 use crate::store::{Store, WeightsClaim};
 
 #[test]
 fn weights_of_an_epoch_go_out_once() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let sent = sent_as("0xaa".into());
         assert_eq!(store.last_weights(4).await.unwrap(), None);
         let nothing = store.mark_weights(4, 7, &sent).await.unwrap_err();
@@ -59,7 +59,7 @@ fn weights_of_an_epoch_go_out_once() {
 #[test]
 fn what_was_sent_is_known_after_a_restart() {
     on_each(async |site| {
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         let blocks = Some(SentBlocks { after: 2519, until: 2551 });
         let first = WeightsState::Sent { hash: "0xaa".into(), blocks, reveal_round: Some(99) };
         assert_eq!(store.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
@@ -74,7 +74,7 @@ fn what_was_sent_is_known_after_a_restart() {
         assert_eq!(replace(&store, "0xaa").await, WeightsClaim::Ours);
         store.close().await;
         drop(store);
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         assert_eq!(store.unfinished_weights().await.unwrap()[0].state, next);
         // What another run has sent is not replaced by this one.
         assert_eq!(replace(&store, "0xbb").await, WeightsClaim::Taken(next.clone()));
@@ -96,12 +96,12 @@ fn what_was_sent_is_known_after_a_restart() {
 fn weights_that_another_run_planned_are_not_sent() {
     on_each(async |site| {
         let sent = sent_as("0xaa".into());
-        let first = Store::open(&site.url).await.unwrap();
+        let first = Store::open(&site.url, &another_run()).await.unwrap();
         assert_eq!(first.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
         // A crash, and the next run of the program.
         first.close().await;
         drop(first);
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         assert_eq!(store.unfinished_weights().await.unwrap(), [plan(7, 1)]);
         let taken = store.mark_weights(4, 7, &sent).await.unwrap();
         assert_eq!(taken, WeightsClaim::Taken(WeightsState::Planned));
@@ -119,7 +119,7 @@ fn of_many_that_plan_at_once_one_sends() {
         for run in 0..8_u16 {
             let url = site.url.clone();
             runs.spawn(async move {
-                let store = Store::open(&url).await.unwrap();
+                let store = Store::open(&url, &another_run()).await.unwrap();
                 let mut sends = Vec::new();
                 for epoch in 0..10 {
                     let planned = store.plan_weights(&plan(epoch, run)).await.unwrap();
@@ -137,7 +137,7 @@ fn of_many_that_plan_at_once_one_sends() {
         let epochs: Vec<_> = sends.iter().map(|(epoch, _)| *epoch).collect();
         assert_eq!(epochs, (0..10).collect::<Vec<_>>());
         // What is stored is what was sent.
-        let store = Store::open(&site.url).await.unwrap();
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
         for weights in store.unfinished_weights().await.unwrap() {
             let (_, run) = sends[weights.epoch as usize];
             assert_eq!(weights.state, sent_as(format!("{run}")));

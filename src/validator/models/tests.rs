@@ -3,6 +3,8 @@
 use super::*;
 use crate::chain::epistula::{self, Envelope};
 use crate::chain::keys::Keypair;
+use crate::entropy::Entropy;
+use crate::validator::query::QuerySigner;
 use axum::body::Bytes;
 use axum::http::{HeaderMap, StatusCode};
 use axum::routing::get;
@@ -26,7 +28,8 @@ fn answer(body: impl Into<String>) -> MethodRouter {
 fn miner(url: String, signer: Option<Keypair>) -> Target {
     let (read_timeout, timeout) = (Duration::from_secs(60), Duration::from_secs(60));
     let hotkey = signer.as_ref().map(Keypair::hotkey);
-    let (signer, size) = (signer.map(Arc::new), Size::LARGE);
+    let signer = signer.map(|key| QuerySigner { key: Arc::new(key), entropy: Entropy::seeded(1) });
+    let size = Size::LARGE;
     Target { url, hotkey, signer, api_key: None, read_timeout, timeout, size }
 }
 

@@ -1,7 +1,7 @@
 //! Provides the passages of prompts: our own, or those of an operator's file.
 
-use super::chance::{Bits, below};
 use super::ours;
+use crate::chance::Chance;
 use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::fs::File;
@@ -153,10 +153,10 @@ impl Passages {
         }
     }
 
-    pub(super) fn passage(&self, bits: &mut Bits<'_>) -> &str {
+    pub(super) fn passage(&self, chance: &mut Chance) -> &str {
         match self {
-            Passages::Ours => ours::passage(bits),
-            Passages::File(passages) => &passages[below(bits, passages.len())],
+            Passages::Ours => ours::passage(chance),
+            Passages::File(passages) => &passages[chance.below(passages.len() as u64) as usize],
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Holds passages and tasks of our own. A task is put together from parts, so that the same passage
 //! is asked about in very many ways.
 
-use super::chance::{Bits, below, line, pick};
+use crate::chance::Chance;
 
 const PASSAGES: &str = include_str!("../data/passages.txt");
 
@@ -99,15 +99,21 @@ pub fn passages() -> usize {
 }
 
 /// One of them.
-pub(super) fn passage(bits: &mut Bits<'_>) -> &'static str {
-    line(bits, PASSAGES)
+pub(super) fn passage(chance: &mut Chance) -> &'static str {
+    chance.line(PASSAGES)
+}
+
+/// Draws an element of a list that is not empty.
+fn pick(chance: &mut Chance, list: &[&'static str]) -> &'static str {
+    chance.pick(list).copied().unwrap_or_default()
 }
 
 /// What is to be done with a passage.
-pub(super) fn task(bits: &mut Bits<'_>) -> String {
-    let (reader, angle, form) = (pick(bits, &READERS), pick(bits, &ANGLES), pick(bits, &FORMS));
-    let (count, items) = (3 + below(bits, 7), pick(bits, &ITEMS));
-    match below(bits, 6) {
+pub(super) fn task(chance: &mut Chance) -> String {
+    let (reader, angle, form) =
+        (pick(chance, &READERS), pick(chance, &ANGLES), pick(chance, &FORMS));
+    let (count, items) = (3 + chance.below(7), pick(chance, &ITEMS));
+    match chance.below(6) {
         0 => format!(
             "Write {form} about this for {reader}. Pay attention to {angle}, and give \
              {count} {items}."

@@ -1,6 +1,6 @@
 //! Makes the request that all miners of a round get: sampling parameters, prompt, and proof.
 
-use super::chance::Chance;
+use crate::chance::Chance;
 pub use crate::intake::Endpoint;
 use crate::proof::Scheme;
 use anyhow::bail;

@@ -10,15 +10,14 @@
 //! sample. Every phase has a deadline, so a round always ends.
 
 pub mod ask;
-pub mod chance;
 pub mod measure;
 mod terms;
 
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::store::record::{self, MinerResponse, Outcome, Sampled, Statistics, Timing};
 use crate::validator::query::Arrival;
 use ask::{Endpoint, QueryPrompt, QuerySampling};
-use chance::Chance;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;

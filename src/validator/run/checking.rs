@@ -37,7 +37,7 @@ fn unscored(why: impl ToString) -> AnswerReport {
 /// Checks an answer, and adds it to what is known of its miner.
 pub(super) async fn verify(
     resident: &Resident,
-    store: &Store,
+    (store, entropy): (&Store, &Entropy),
     rules: Option<Profile>,
     case: AnswerToCheck,
 ) -> AnswerReport {
@@ -53,17 +53,19 @@ pub(super) async fn verify(
     let is_suspect = [sums.margin, sums.energy, sums.joint].iter().any(|sum| *sum > SOFT_ALARM);
     let depth = if case.is_slow || is_suspect { Depth::Slow } else { Depth::Fast };
     let asked = (case.model.as_str(), Some(hotkey.as_str()));
-    let first = match check(verifier, asked, &case.capture, (rules, depth)).await {
+    // Drawn after the answer, so the miner cannot know it.
+    let chance = entropy.word();
+    let first = match check(verifier, asked, &case.capture, (rules, depth, chance)).await {
         Ok(checked) => checked,
         Err(why) => return unscored(why),
     };
-    let chance = Entropy::system().word();
-    let observed = Observed::of(&first.report, first.scheme, &verifier.limits).thinned(chance);
+    let limits = &verifier.limits;
+    let observed = Observed::of(&first.report, first.scheme, limits).thinned(entropy.word());
     let known = add(store, rates, &case, &observed).await;
     let mut report = report(&first.report, depth);
     report["seconds"] = first.seconds.into();
     report["evidence"] = known.map_or(Value::Null, |known| json!(known.evidence));
-    let statistics = statistics(&first.report, first.scheme, &verifier.limits);
+    let statistics = statistics(&first.report, first.scheme, limits);
     let tokens = tokens(first.answer.as_ref());
     let verdict = verdict(first.report.verdict);
     AnswerReport { verdict, report: Some(report), statistics, tokens }
@@ -73,11 +75,11 @@ pub(super) async fn verify(
 /// verified tokens as well.
 pub(super) async fn verify_alone(
     resident: &Resident,
-    rules: Option<Profile>,
+    (rules, chance): (Option<Profile>, u64),
     model: &str,
     capture: Value,
 ) -> AnswerReport {
-    match check(&resident.verifier, (model, None), &capture, (rules, Depth::Fast)).await {
+    match check(&resident.verifier, (model, None), &capture, (rules, Depth::Fast, chance)).await {
         Ok(checked) => {
             let tokens = tokens(checked.answer.as_ref());
             AnswerReport { tokens, ..AnswerReport::bare(verdict(checked.report.verdict)) }
@@ -100,16 +102,16 @@ enum Unchecked {
 }
 
 /// Checks the first choice of a capture, on a thread that may block; `hotkey` must have signed it.
+/// `chance` decides which rows are looked at.
 async fn check(
     verifier: &Verifier,
     (model, hotkey): (&str, Option<&str>),
     capture: &Value,
-    (rules, depth): (Option<Profile>, Depth),
+    (rules, depth, chance): (Option<Profile>, Depth, u64),
 ) -> Result<CheckedChoice, Unchecked> {
     let capture = Capture::deserialize(capture)?;
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
-    // Drawn after the answer, so the miner cannot know it.
-    let (own, chance) = (verifier.clone(), Entropy::system().word());
+    let own = verifier.clone();
     let work = move || own.verify(rules, chance).depth(depth).capture(question, &capture);
     let checked = tokio::task::spawn_blocking(work).await?;
     checked.into_iter().next().ok_or(Unchecked::Nothing)
@@ -319,7 +321,7 @@ mod tests {
     async fn answers_that_pass_add_up_until_the_gate_shuts() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().join("v.sqlite");
-        let store = Store::open(place.to_str().unwrap()).await.unwrap();
+        let store = Store::open(place.to_str().unwrap(), &Entropy::seeded(1)).await.unwrap();
         let hotkey = case(0).member.hotkey.to_string();
         // One token of 33 is 0.4 logits from being drawn: below the limits of a token, 0.5, and of
         // the mean, 0.02.
@@ -344,7 +346,7 @@ mod tests {
     async fn checks_that_end_at_once_all_count() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().join("v.sqlite");
-        let store = Store::open(place.to_str().unwrap()).await.unwrap();
+        let store = Store::open(place.to_str().unwrap(), &Entropy::seeded(1)).await.unwrap();
         let mut margins = vec![0.0; 33];
         margins[5] = 0.4;
         let mild = Observed { margins, energies: vec![0.0], twin: None };
@@ -361,7 +363,7 @@ mod tests {
     async fn an_alarm_counts_before_larger_sums_while_its_model_is_asked_for() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().join("v.sqlite");
-        let store = Store::open(place.to_str().unwrap()).await.unwrap();
+        let store = Store::open(place.to_str().unwrap(), &Entropy::seeded(1)).await.unwrap();
         let known = |margin: f64, joint: f64| {
             let sums = Sums { margin, energy: 0.0, joint };
             HotkeyState { evidence: Evidence { sums, ..Evidence::default() }, shut_by: None }

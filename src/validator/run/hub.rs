@@ -4,18 +4,16 @@
 use super::checking;
 use super::residents::Residents;
 use super::subnet::Subnet;
-use crate::chain::keys::Keypair;
 use crate::clock::Clock;
 use crate::store::record::{Round, Sample};
 use crate::validator::organics::{self, Bucket, Record, ScoredRecord};
-use crate::validator::query::{Size, Target};
+use crate::validator::query::{QuerySigner, Size, Target};
 use crate::validator::round::AnswerVerdict;
 use crate::validator::scores::series::Organic;
 use crate::verify::Profile;
 use anyhow::anyhow;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a hub may take for one request (protocol 5.13).
@@ -38,7 +36,7 @@ pub struct Urls {
 /// A client of the hub that keeps its last bucket.
 pub struct OrganicsHub {
     urls: Urls,
-    signer: Arc<Keypair>,
+    signer: QuerySigner,
     clock: Clock,
     last: Mutex<Last>,
 }
@@ -52,7 +50,7 @@ struct Last {
 
 impl OrganicsHub {
     /// A hub client; without URLs it does nothing.
-    pub fn new(urls: Urls, signer: Arc<Keypair>, clock: Clock) -> Self {
+    pub fn new(urls: Urls, signer: QuerySigner, clock: Clock) -> Self {
         Self { urls, signer, clock, last: Mutex::default() }
     }
 
@@ -61,7 +59,7 @@ impl OrganicsHub {
             url: url.to_owned(),
             // No receiver: a hub has no hotkey.
             hotkey: None,
-            signer: Some(Arc::clone(&self.signer)),
+            signer: Some(self.signer.clone()),
             api_key: None,
             read_timeout: TIME,
             timeout: TIME,
@@ -108,7 +106,7 @@ impl OrganicsHub {
         for record in records.into_iter().filter(|record| holds(record)) {
             let is_late = self.clock.elapsed().saturating_sub(started) > PULL_TIME;
             scored.push(match is_late {
-                false => score(residents, rules, record).await,
+                false => score(residents, (rules, self.signer.entropy.word()), record).await,
                 true => late(record),
             });
         }
@@ -140,7 +138,7 @@ impl OrganicsHub {
         samples: &[Sample],
     ) -> anyhow::Result<()> {
         let Some(url) = &self.urls.stats else { return Ok(()) };
-        let body = organics::stats(round, &self.signer.hotkey().to_string(), models, samples);
+        let body = organics::stats(round, &self.signer.key.hotkey().to_string(), models, samples);
         self.target(url).call("/", Some(body), &self.clock).await?;
         Ok(())
     }
@@ -153,7 +151,7 @@ fn late(record: Record) -> ScoredRecord {
     ScoredRecord { record, organic, tokens, fault: Some(("INTERNAL_ERROR".to_owned(), what)) }
 }
 
-async fn score(residents: &Residents, rules: Option<Profile>, record: Record) -> ScoredRecord {
+async fn score(residents: &Residents, how: (Option<Profile>, u64), record: Record) -> ScoredRecord {
     let seen = record.tokens_at_most(u64::MAX);
     let found = |organic, cause: &str, what: String| {
         let fault = Some((cause.to_owned(), what));
@@ -171,7 +169,7 @@ async fn score(residents: &Residents, rules: Option<Profile>, record: Record) ->
         return found(Organic::Unscored, "INTERNAL_ERROR", what);
     };
     let checked =
-        checking::verify_alone(&resident, rules, &record.model_name, record.capture()).await;
+        checking::verify_alone(&resident, how, &record.model_name, record.capture()).await;
     match checked.verdict {
         AnswerVerdict::Pass => {
             let tokens = record.tokens_at_most(checked.tokens.into());

@@ -73,25 +73,6 @@ pub(super) async fn read<P: Ports>(
     Ok(Subnet { metagraph, own, members, models })
 }
 
-/// What `ask` says, at a start. What would end the validator must be said by another endpoint as
-/// well, where there is one: `doubt` makes the next answer another endpoint's.
-///
-/// # Errors
-/// What the last answer says.
-pub async fn confirm<T>(
-    ask: impl AsyncFn() -> Result<T, SubnetError>,
-    doubt: impl Future<Output = ()>,
-) -> Result<T, SubnetError> {
-    match ask().await {
-        Err(e) if !e.is_passing() => {
-            tracing::warn!("{e}; asking another endpoint");
-            doubt.await;
-            ask().await
-        }
-        answered => answered,
-    }
-}
-
 /// The first subnet.
 ///
 /// # Errors
@@ -103,11 +84,11 @@ pub(super) async fn read_first<P: Ports>(
     clock: &Clock,
 ) -> Result<Subnet, SubnetError> {
     let nobody = Subnet::default();
-    let once = async || {
+    let once = || async {
         let metagraph = read_metagraph(ports, 0, pace, clock).await?;
         read(ports, reading, metagraph, &nobody).await
     };
-    confirm(once, ports.doubt()).await
+    pace::confirm(once, SubnetError::is_passing, ports.doubt()).await
 }
 
 /// The metagraph of an endpoint whose block is believed, and not older than block `before`.

@@ -1,8 +1,8 @@
 //! Rewrites passages into queries by this validator's own engine (protocol 5.3).
 
 use super::resident::Resident;
+use crate::chance::Chance;
 use crate::validator::prompt::{Draft, read_query};
-use crate::validator::round::chance::Chance;
 use crate::verify::question::understand;
 use anyhow::{Context, anyhow};
 use serde_json::Value;
@@ -34,7 +34,7 @@ pub async fn query(
 ) -> anyhow::Result<Option<String>> {
     let mut body = match how {
         Rewriting::Never => return Ok(None),
-        Rewriting::OrPassage | Rewriting::Always => draft.rewriting(model, &mut || chance.bits()),
+        Rewriting::OrPassage | Rewriting::Always => draft.rewriting(model, chance),
     };
     if resident.verifier.model.text.chat.is_none() {
         // A model without a template goes on with a text.

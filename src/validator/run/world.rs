@@ -16,16 +16,17 @@ use crate::chain::metagraph::Metagraph;
 use crate::chain::weights::outcome::{Approval, Call, Order, ReadBack, SendError, SentWeights};
 use crate::chain::weights::{Vector, VectorError};
 use crate::chain::{Chain, Head};
+use crate::chance::Chance;
 use crate::clock::Clock;
+use crate::entropy::Entropy;
 use crate::store::record::{EpochWeights, Round, SentBlocks, WeightsState};
 use crate::store::{Removed, Store, WeightsClaim};
 use crate::validator::eligible::Member;
 use crate::validator::models::{self, Mode};
 use crate::validator::prompt::dataset::Passages;
 use crate::validator::prompt::{self, Draft};
-use crate::validator::query::{QueryError, QueryFault, Size, Streamed, Target};
+use crate::validator::query::{QueryError, QueryFault, QuerySigner, Size, Streamed, Target};
 use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt};
-use crate::validator::round::chance::Chance;
 use crate::validator::round::{
     AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Ending, Offer, UNREACHABLE,
 };
@@ -55,6 +56,8 @@ pub struct World<C: Chain> {
     pub store: Store,
     /// The time that records and signatures have.
     pub clock: Clock,
+    /// Where prompts, names of requests and the choice of checked rows come from.
+    pub entropy: Entropy,
     /// The models that it verifies with.
     pub residents: Residents,
     /// Whether the engine writes prompts.
@@ -94,7 +97,10 @@ impl<C: Chain> World<C> {
         Target {
             url: format!("http://{}", member.address),
             hotkey: Some(member.hotkey),
-            signer: Some(Arc::clone(&self.signer)),
+            signer: Some(QuerySigner {
+                key: Arc::clone(&self.signer),
+                entropy: self.entropy.clone(),
+            }),
             api_key: None,
             read_timeout: self.waits.0,
             timeout: self.waits.1,
@@ -141,8 +147,8 @@ impl<C: Chain> World<C> {
     async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<QueryPrompt> {
         let resident = self.residents.get(model).context("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
-        let mut chance = Chance::system();
-        let draft = Draft::draw(&self.source, &date, &mut || chance.bits());
+        let mut chance = Chance::of(&self.entropy);
+        let draft = Draft::draw(&self.source, &date, &mut chance);
         let query =
             rewriting::query(self.rewriting, &resident, (model, &draft), &mut chance).await?;
         let prompt = draft.finish(query.as_deref());
@@ -313,7 +319,7 @@ impl<C: Chain> Ports for World<C> {
                 AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
             return AnswerReport::bare(verdict);
         };
-        checking::verify(&resident, &self.store, self.rules, case).await
+        checking::verify(&resident, (&self.store, &self.entropy), self.rules, case).await
     }
 
     async fn rotate(&self) -> anyhow::Result<()> {

@@ -32,7 +32,7 @@ pub struct Explanation {
     pub weight: u16,
 }
 
-/// EpochWeights, or why there are none, and how they came about.
+/// The weights of an epoch, or why there are none, and how they came about.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Decision {
     /// The arithmetic that the weights were decided by.
@@ -100,7 +100,7 @@ pub enum ExplainError {
     /// Nobody had the uid.
     #[error("uid {uid} was not on the subnet when weights were decided at block {block}: {known}")]
     NoMember {
-        /// The uid.
+        /// The uid that was asked about.
         uid: u16,
         /// When the weights were decided.
         block: u64,

@@ -1,7 +1,7 @@
-//! Provides the random generator of a validator as a parameter.
+//! Draws numbers, elements and orders from random bits, so that the same bits give the same draws.
 //!
-//! [`Chance::system`] uses the operating system, so that nobody can predict it. [`Chance::seeded`]
-//! gives the same sequence every time, for tests.
+//! [`Chance::of`] takes them from an [`Entropy`]: from the operating system, so that nobody can
+//! predict them, or in a test from a seed. [`Chance::seeded`] gives the same sequence every time.
 
 use crate::entropy::Entropy;
 use crate::ops::philox::philox;
@@ -10,20 +10,20 @@ use crate::proof::codec::to_hex;
 /// Separates this sequence from others with the same key.
 const DOMAIN: u32 = 0x7661_6c69;
 
-/// A source of random numbers.
+/// A sequence of random numbers.
 #[derive(Clone, Debug)]
 pub struct Chance(Source);
 
 #[derive(Clone, Debug)]
 enum Source {
-    System,
+    Drawn(Entropy),
     Seeded { key: u64, count: u64 },
 }
 
 impl Chance {
-    /// Random numbers of the operating system.
-    pub fn system() -> Self {
-        Self(Source::System)
+    /// The bits of a source, which others draw from as well.
+    pub fn of(entropy: &Entropy) -> Self {
+        Self(Source::Drawn(entropy.clone()))
     }
 
     /// A sequence that `key` decides.
@@ -34,7 +34,7 @@ impl Chance {
     /// A source of its own, for somebody else.
     pub fn fork(&mut self) -> Self {
         match &self.0 {
-            Source::System => Self::system(),
+            Source::Drawn(entropy) => Self::seeded(entropy.word()),
             Source::Seeded { .. } => Self::seeded(self.bits()),
         }
     }
@@ -42,11 +42,7 @@ impl Chance {
     /// 64 random bits.
     pub fn bits(&mut self) -> u64 {
         match &mut self.0 {
-            Source::System => {
-                // A UUID of version 4 has six bits that are not random, all between bit 62 and 80.
-                let uuid = Entropy::system().uuid().as_u128();
-                ((uuid >> 80) as u64) << 16 | u64::from(uuid as u16)
-            }
+            Source::Drawn(entropy) => entropy.word(),
             Source::Seeded { key, count } => {
                 let words = philox(*key, [*count as u32, (*count >> 32) as u32, 0, DOMAIN]);
                 *count += 1;
@@ -68,6 +64,11 @@ impl Chance {
     /// Draws an element; all are equally likely. An empty list has none.
     pub fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
         list.get(self.below(list.len() as u64) as usize)
+    }
+
+    /// Draws a line of a text; an empty text has an empty one.
+    pub fn line(&mut self, text: &'static str) -> &'static str {
+        text.lines().nth(self.below(text.lines().count() as u64) as usize).unwrap_or_default()
     }
 
     /// Puts a list into random order (Fisher and Yates).
@@ -108,8 +109,8 @@ mod tests {
     }
 
     #[test]
-    fn the_machines_bits_are_all_random() {
-        let mut chance = Chance::system();
+    fn all_bits_of_a_source_are_random() {
+        let mut chance = Chance::of(&Entropy::seeded(1));
         let (mut ones, mut zeros) = (0, 0);
         for _ in 0..100 {
             let bits = chance.bits();
@@ -118,5 +119,6 @@ mod tests {
         }
         assert_eq!((ones, zeros), (u64::MAX, u64::MAX));
         assert_eq!((chance.below(0), chance.pick::<u8>(&[])), (0, None));
+        assert_eq!(chance.line(""), "");
     }
 }
