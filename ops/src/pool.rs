@@ -2,8 +2,12 @@
 //! of the process.
 //!
 //! A forward pass is a few hundred short parallel phases, so workers spin for the next phase before
-//! they park. Tasks of a phase are handed out one by one: work is split over output rows or heads,
-//! never over a reduction, so who runs a task does not change a bit.
+//! they park. Work is split over output rows or heads, never over a reduction, so who runs a task
+//! does not change a bit.
+//!
+//! Every thread begins with a share of its own: tasks that lie together, so that it reads weights in
+//! one stream and claims them from a counter that nobody else writes. Once it has none left it takes
+//! those of others.
 //!
 //! An engine takes a [`Turn`] for one step. Among those that wait, the one that has used the
 //! threads least goes first (start-time fair queueing), so a model with long steps cannot starve
@@ -68,19 +72,30 @@ impl Queue {
 }
 
 struct Shared {
-    phase: AtomicUsize,   // counts phases; a change wakes the workers
-    job: UnsafeCell<Job>, // written before `phase`, read after it
-    next: AtomicUsize,    // next task of the phase
-    busy: AtomicUsize,    // workers that have not finished the phase
+    phase: Lines<AtomicUsize>, // counts phases; a change wakes the workers
+    job: UnsafeCell<Job>,      // written before `phase`, read after it
+    shares: Vec<Lines<Share>>, // of the phase: the caller's, then each worker's
+    busy: Lines<AtomicUsize>,  // workers that have not finished the phase
     parked: Vec<AtomicBool>,
     failed: AtomicBool, // a task of the phase panicked
     stop: AtomicBool,
     is_running: AtomicBool, // a phase; there is one at a time
 }
 
+/// A value on cache lines of its own: two, because processors fetch them in pairs.
+#[repr(align(128))]
+#[derive(Default)]
+struct Lines<T>(T);
+
+/// The tasks that a thread begins with.
+#[derive(Default)]
+struct Share {
+    next: AtomicUsize,
+    end: AtomicUsize,
+}
+
 #[derive(Clone)]
 struct Job {
-    tasks: usize,
     run: *const (dyn Fn(usize) + Sync),
     caller: Option<Thread>,
 }
@@ -100,10 +115,10 @@ impl Pool {
     pub fn new(threads: usize, isa: Isa) -> std::io::Result<Self> {
         let workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
-            phase: AtomicUsize::new(0),
-            job: UnsafeCell::new(Job { tasks: 0, run: &|_| {}, caller: None }),
-            next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            phase: Lines::default(),
+            job: UnsafeCell::new(Job { run: &|_| {}, caller: None }),
+            shares: (0..=workers).map(|_| Lines::default()).collect(),
+            busy: Lines::default(),
             parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             failed: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -210,17 +225,17 @@ impl Turn<'_> {
         // because it waits for `busy` to reach zero.
         let run: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         // SAFETY: no other phase runs, so no worker is busy and nobody reads `job` now.
-        unsafe { *shared.job.get() = Job { tasks, run, caller: Some(thread::current()) } };
-        shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.threads.workers.len(), Ordering::Relaxed);
-        shared.phase.fetch_add(1, Ordering::SeqCst);
+        unsafe { *shared.job.get() = Job { run, caller: Some(thread::current()) } };
+        shared.share(tasks);
+        shared.busy.0.store(self.threads.workers.len(), Ordering::Relaxed);
+        shared.phase.0.fetch_add(1, Ordering::SeqCst);
         for (parked, worker) in shared.parked.iter().zip(&self.threads.workers) {
             if parked.load(Ordering::SeqCst) {
                 worker.thread().unpark();
             }
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| shared.drain(tasks, run)));
-        wait(|| shared.busy.load(Ordering::Acquire) == 0);
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.drain(0, run)));
+        wait(|| shared.busy.0.load(Ordering::Acquire) == 0);
         let theirs = shared.failed.swap(false, Ordering::Relaxed);
         shared.is_running.store(false, Ordering::Release);
         if let Err(panic) = mine {
@@ -238,13 +253,27 @@ impl Turn<'_> {
 }
 
 impl Shared {
-    fn drain(&self, tasks: usize, run: &(dyn Fn(usize) + Sync)) {
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
+    /// Cuts the tasks of the next phase into shares. Whoever sees the phase sees them.
+    fn share(&self, tasks: usize) {
+        let count = self.shares.len();
+        for (i, Lines(share)) in self.shares.iter().enumerate() {
+            share.next.store(i * tasks / count, Ordering::Relaxed);
+            share.end.store((i + 1) * tasks / count, Ordering::Relaxed);
+        }
+    }
+
+    /// Runs the tasks of the own share, then what is left of the others'.
+    fn drain(&self, own: usize, run: &(dyn Fn(usize) + Sync)) {
+        let (before, from) = self.shares.split_at(own);
+        for Lines(share) in from.iter().chain(before) {
+            let end = share.end.load(Ordering::Relaxed);
+            loop {
+                let task = share.next.fetch_add(1, Ordering::Relaxed);
+                if task >= end {
+                    break;
+                }
+                run(task);
             }
-            run(task);
         }
     }
 
@@ -260,10 +289,10 @@ impl Shared {
             let job = unsafe { (*self.job.get()).clone() };
             // SAFETY: the caller keeps the closure alive until `busy` is zero.
             let run = unsafe { &*job.run };
-            if catch_unwind(AssertUnwindSafe(|| self.drain(job.tasks, run))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.drain(me + 1, run))).is_err() {
                 self.failed.store(true, Ordering::Relaxed);
             }
-            if self.busy.fetch_sub(1, Ordering::AcqRel) == 1
+            if self.busy.0.fetch_sub(1, Ordering::AcqRel) == 1
                 && let Some(caller) = job.caller
             {
                 caller.unpark();
@@ -273,7 +302,7 @@ impl Shared {
 
     fn await_phase(&self, me: usize, seen: usize) {
         let moved =
-            || self.phase.load(Ordering::SeqCst) != seen || self.stop.load(Ordering::SeqCst);
+            || self.phase.0.load(Ordering::SeqCst) != seen || self.stop.load(Ordering::SeqCst);
         for _ in 0..SPINS_MAX {
             if moved() {
                 return;
@@ -349,6 +378,7 @@ impl<'a, T> Disjoint<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     #[test]
     fn every_task_runs_once_in_every_phase() {
@@ -360,6 +390,25 @@ mod tests {
                 counts[i].fetch_add(1, Ordering::Relaxed);
             });
             assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "phase {phase}");
+        }
+    }
+
+    #[test]
+    fn who_has_no_tasks_left_takes_those_of_others() {
+        let pool = Pool::new(2, Isa::SCALAR).unwrap();
+        let turn = pool.turn();
+        for slow in [0, 7] {
+            let done = AtomicUsize::new(0);
+            turn.run(8, |i| {
+                // A thread that is held by one task leaves the rest of its share to the other.
+                let began = Instant::now();
+                while i == slow && done.load(Ordering::Relaxed) < 7 {
+                    assert!(began.elapsed() < Duration::from_secs(20), "nobody took its tasks");
+                    thread::yield_now();
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 8);
         }
     }
 
