@@ -11,13 +11,17 @@ use super::buffer::Buffer;
 use super::dtype::{Dtype, Rounded, round_bf16};
 use super::lanes::{Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
-use super::product::{VEC_STRIDE, offset, product};
+use super::product::{BLOCK_K, VEC_STRIDE, offset, product};
 use std::ops::Range;
 
 /// Output rows packed side by side.
 pub const BLOCK_ROWS: usize = 64;
 /// Tokens of one register tile.
 const TILE_TOKENS: usize = 6;
+/// Tokens of a tile above which half of its rows are computed at a time.
+const HALF_TILE_TOKENS: usize = 4;
+/// How far ahead of a product its weights are asked for: two blocks of k.
+const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
 /// Bytes that are packed in one turn while others wait for theirs.
 const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
@@ -131,6 +135,11 @@ impl Packed {
 
     fn block(&self, block: usize) -> &[u16] {
         &self.data[block * BLOCK_ROWS * self.cols..][..BLOCK_ROWS * self.cols]
+    }
+
+    /// What lies [`AHEAD`] behind vector `vec` of `block`, in this block or the next ones.
+    fn ahead(&self, block: usize, vec: usize) -> Option<&[u16]> {
+        self.data.get(block * BLOCK_ROWS * self.cols + vec * VEC_STRIDE + AHEAD..)
     }
 
     /// Rows of `block` that exist (the last block may be padded).
@@ -285,6 +294,10 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
     fn tile<L: Lanes, const T: usize>(&mut self, first: usize) {
         let mut out = [[0.0; BLOCK_ROWS]; T];
         match L::ROW_VECS {
+            4 if T > HALF_TILE_TOKENS => {
+                self.vecs::<L, T, 2>(first, 0, &mut out);
+                self.vecs::<L, T, 2>(first, 2, &mut out);
+            }
             4 => self.vecs::<L, T, 4>(first, 0, &mut out),
             _ => {
                 for v in 0..BLOCK_ROWS / LANES {
@@ -306,10 +319,11 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
         out: &mut [[f32; BLOCK_ROWS]; T],
     ) {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
+        let next = if T > 2 { self.w.ahead(self.block, vec) } else { None };
         let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.values(first + t));
         let acc = match self.w.dtype {
-            Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x, None),
-            Dtype::F16 => product::<L, T, V, true>(w, pairs, x, None),
+            Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x, next),
+            Dtype::F16 => product::<L, T, V, true>(w, pairs, x, next),
         };
         for t in 0..T {
             for v in 0..V {

@@ -123,10 +123,10 @@ pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: 
             }
         } else {
             for p in 0..count {
-                prefetch_pair::<V>(next, p * stride);
                 step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
             }
             for p in 0..count {
+                prefetch_pair::<V>(next, p * stride);
                 step::<L, T, V, F16, true>(w.add(p * stride), inputs, 2 * p + 1, &mut odd);
             }
         }
