@@ -134,13 +134,13 @@ mod tests {
         // 15.0 GB without the embedding, five times a second.
         assert!((74e9..77e9).contains(&row.bytes_per_second), "{row:?}");
         assert_eq!(row.limit, Limit::Memory);
-        // 62 % of 100 GB/s over 15.03 GB, and a little for 15 GFLOP.
-        assert!((4.05..4.13).contains(&row.predicted), "{row:?}");
+        // 72 % of 100 GB/s over 15.03 GB, and a little for 15 GFLOP.
+        assert!((4.70..4.80).contains(&row.predicted), "{row:?}");
         assert!((row.error - (row.predicted / 5.0 - 1.0)).abs() < 1e-12);
         assert_eq!(measured(size, 0.5).limit, Limit::Overhead);
         // 60 % of the datasheet's 89.6 GB/s over the same bytes.
         let sheet = row.datasheet.unwrap();
-        assert!((sheet.predicted / row.predicted - 0.6 * 89.6 / 62.0).abs() < 1e-2, "{row:?}");
+        assert!((sheet.predicted / row.predicted - 0.6 * 89.6 / 72.0).abs() < 1e-2, "{row:?}");
         assert!((sheet.error - (sheet.predicted / 5.0 - 1.0)).abs() < 1e-12);
         assert!((sheet.of_bandwidth / row.of_bandwidth - 100.0 / 89.6).abs() < 1e-9, "{row:?}");
     }

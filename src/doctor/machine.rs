@@ -173,7 +173,7 @@ fn memory_and_swap(system: &System) -> Finding {
 fn huge_pages(text: &str) -> Option<Finding> {
     text.contains("[never]").then(|| {
         Finding::new("huge pages", Level::Note, "transparent huge pages are off")
-            .hint(format!("weights are read a little faster with: echo madvise > {HUGE_PAGES}"))
+            .hint(format!("weights are read faster with: echo madvise > {HUGE_PAGES}"))
     })
 }
 

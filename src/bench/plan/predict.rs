@@ -21,7 +21,7 @@ pub struct Efficiency {
 impl Efficiency {
     /// What this engine reaches of a processor's ceilings that were measured in the same run
     /// (docs/hardware.md); of a datasheet's numbers it is less.
-    pub const OF_CEILINGS: Self = Self { memory: 0.62, compute: 0.66 };
+    pub const OF_CEILINGS: Self = Self { memory: 0.72, compute: 0.70 };
 
     /// What this engine is taken to reach. It was measured on processors only, and against their
     /// measured ceilings, so for every card this is an assumption: half of what its instruction can
