@@ -5,9 +5,9 @@
 //! they park. Work is split over output rows or heads, never over a reduction, so who runs a task
 //! does not change a bit.
 //!
-//! Every thread begins with a share of its own: tasks that lie together, so that it reads weights in
-//! one stream and claims them from a counter that nobody else writes. Once it has none left it takes
-//! those of others.
+//! Every thread begins with a share of its own: tasks that lie together, so that it reads weights
+//! in one stream and claims them from a counter that nobody else writes. Once it has none left it
+//! takes those of others.
 //!
 //! An engine takes a [`Turn`] for one step. Among those that wait, the one that has used the
 //! threads least goes first (start-time fair queueing), so a model with long steps cannot starve
