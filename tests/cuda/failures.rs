@@ -101,10 +101,8 @@ fn a_step_that_fails_costs_itself_and_a_lost_card_its_models() {
     // A larger step needs more than there is; the smaller one goes on.
     leave(2, 1000);
     let fault = broken.card.step(&batch, &asks).unwrap_err();
-    assert!(
-        matches!(&fault, PassFault::Memory(why) if why.to_string().contains("cuda:2 has no memory")),
-        "{fault}"
-    );
+    let is_full = fault.to_string().contains("cuda:2 has no memory");
+    assert!(is_full && matches!(&fault, PassFault::Memory(_)), "{fault}");
     leave(2, 1 << 30);
     one(&mut broken, "after memory ran out");
     broken.step(&batch, &asks, "with memory again");
