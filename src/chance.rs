@@ -31,10 +31,11 @@ impl Chance {
         Self(Source::Seeded { key, count: 0 })
     }
 
-    /// A source of its own, for somebody else.
+    /// A sequence for somebody else. One of a source draws from it as well: a key of 64 bits in its
+    /// place could be searched for.
     pub fn fork(&mut self) -> Self {
         match &self.0 {
-            Source::Drawn(entropy) => Self::seeded(entropy.word()),
+            Source::Drawn(entropy) => Self::of(entropy),
             Source::Seeded { .. } => Self::seeded(self.bits()),
         }
     }
@@ -106,6 +107,19 @@ mod tests {
         };
         assert_eq!(draw(7), draw(7));
         assert_ne!(draw(7), draw(8));
+    }
+
+    #[test]
+    fn forks_draw_from_the_source_or_from_a_key_of_their_own() {
+        let same = Entropy::seeded(1);
+        let mut chance = Chance::of(&Entropy::seeded(1));
+        let mut fork = chance.fork();
+        let got = [fork.bits(), chance.bits(), fork.bits()];
+        assert_eq!(got, [same.word(), same.word(), same.word()]);
+
+        let (mut one, mut two) = (Chance::seeded(7), Chance::seeded(7));
+        assert_eq!(one.fork().bits(), two.fork().bits());
+        assert_ne!(one.fork().bits(), two.bits());
     }
 
     #[test]

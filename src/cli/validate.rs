@@ -66,13 +66,13 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let chain = Subtensor::new(args.chain.endpoints()?);
     // Before anything large is loaded.
     let metagraph = runtime.block_on(check(args, &chain, &signer))?;
-    let store = runtime.block_on(Store::open(&args.database.url, &Entropy::system()));
+    let entropy = Entropy::system();
+    let store = runtime.block_on(Store::open(&args.database.url, &entropy));
     let store = store.map_err(|e| Failure::user(e).with_hint(Some("see --database.url")))?;
     // A run of some rounds ends before anything newer matters.
     let updater = args.update.updater(args.round.count().is_none())?;
     let residents = runtime.block_on(find_models(args, Arc::clone(&limits), budget))?;
     let options = options(args, settings, &signer);
-    let entropy = Entropy::system();
     let query_signer = QuerySigner { key: Arc::clone(&signer), entropy: entropy.clone() };
     let hub = OrganicsHub::new(urls, query_signer, Clock::system());
     let opened = Opened { chain, store: store.clone(), hub, residents, source, signer, entropy };
