@@ -66,7 +66,8 @@ impl FromStr for BackendKind {
 /// Runs the requests of one model on a thread of its own.
 pub trait Backend: Send {
     /// Takes commands until every handle is gone; false when it gave up before. A request's events
-    /// end with the last token, a finish or a fault; when its channel is closed it is dropped.
+    /// end with the last token, a finish or a fault, which is sent when it is counted and holds
+    /// nothing of the engine; when its channel is closed it is dropped.
     fn run(self: Box<Self>, commands: Receiver<Command>) -> bool;
 }
 

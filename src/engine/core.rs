@@ -80,25 +80,23 @@ impl Core {
     fn recover(&mut self) {
         self.panics += 1;
         tracing::error!(requests = self.live.len(), "a step of the engine failed; it starts anew");
-        for (_, live) in self.live.drain() {
-            live.send(Event::Fault(Fault::Panicked(Stage::Schedule)));
-            self.stats.record_fault();
-        }
-        self.scheduler = self.scheduler.emptied();
-        self.stats.record_load(self.scheduler.load());
+        self.end_all(&Fault::Panicked(Stage::Schedule));
     }
 
     /// Ends the requests that still wait for a device that is lost.
     fn lose(&mut self) {
         tracing::error!(requests = self.live.len(), "the device is lost; the engine is given up");
-        for (_, live) in self.live.drain() {
-            live.send(Event::Fault(Fault::Lost(
-                "an earlier step reported that the device is lost".into(),
-            )));
-            self.stats.record_fault();
-        }
+        let why = "an earlier step reported that the device is lost";
+        self.end_all(&Fault::Lost(why.into()));
+    }
+
+    fn end_all(&mut self, fault: &Fault) {
         self.scheduler = self.scheduler.emptied();
         self.stats.record_load(self.scheduler.load());
+        for (_, live) in self.live.drain() {
+            self.stats.record_fault();
+            live.close(Event::Fault(fault.clone()));
+        }
     }
 
     /// Takes what has arrived, or waits for something while idle; false when no handle is left.
@@ -152,9 +150,7 @@ impl Core {
             // The first token follows nothing: there is no row to compute.
             live.send(Event::Prompt(Vec::new()));
             if live.request.max_tokens == 0 {
-                live.send(Event::Finish(live.finish(FinishReason::Length)));
-                let ended = live.ended(&FinishReason::Length);
-                return self.stats.record_end(&ended, self.clock.elapsed());
+                return self.finish_scored(live, self.clock.elapsed());
             }
         }
         match self.scheduler.submit(new) {
@@ -162,7 +158,10 @@ impl Core {
                 self.live.insert(id, live);
             }
             // Handles check the same limits, so this is a disagreement of ours.
-            Err(refusal) => live.send(Event::Fault(Fault::Refused(refusal.to_string()))),
+            Err(refusal) => {
+                self.stats.record_fault();
+                live.close(Event::Fault(Fault::Refused(refusal.to_string())));
+            }
         }
     }
 
@@ -171,14 +170,16 @@ impl Core {
             self.live.iter().filter(|(_, l)| l.is_abandoned()).map(|(id, _)| *id).collect();
         for id in gone {
             self.stats.record_abort();
-            self.end(id);
+            drop(self.end(id));
         }
     }
 
-    fn end(&mut self, id: SequenceId) {
+    /// Takes a request out; `None` where it has ended before.
+    fn end(&mut self, id: SequenceId) -> Option<Live> {
         self.scheduler.remove(id);
-        self.live.remove(&id);
+        self.stats.record_load(self.scheduler.load());
         self.stats.record_hot(|| self.scheduler.hot_prefixes());
+        self.live.remove(&id)
     }
 
     fn step(&mut self) {
@@ -269,37 +270,40 @@ impl Core {
         if live.target(at.position).is_some() {
             live.push_prompt_row(row.0);
             let is_whole = at.position + 2 == live.request.prompt.len();
-            if is_whole && live.request.max_tokens == 0 {
-                self.finish_scored(id, now);
+            if is_whole
+                && live.request.max_tokens == 0
+                && let Some(live) = self.end(id)
+            {
+                self.finish_scored(live, now);
             }
             return;
         }
-        let token = row.0.token.token;
         self.stats.record_token(&mut live.timeline, now);
-        match live.push_token((&self.model.text, &self.model.parameters), row) {
-            Ok(Some(reason)) => {
-                self.stats.record_end(&live.ended(&reason), now);
-                self.end(id);
-            }
-            Ok(None) => self.scheduler.push(id, token),
-            Err(fault) => self.fail(id, fault),
+        let step = match live.push_token((&self.model.text, &self.model.parameters), row) {
+            Ok(step) => step,
+            Err(fault) => return self.fail(id, fault),
+        };
+        let Some(finish) = &step.finish else {
+            self.scheduler.push(id, step.token);
+            return live.send(Event::Step(step));
+        };
+        self.stats.record_end(&live.ended(&finish.reason), now);
+        if let Some(live) = self.end(id) {
+            live.close(Event::Step(step));
         }
     }
 
-    /// Ends a request that only scores its prompt.
-    fn finish_scored(&mut self, id: SequenceId, now: Duration) {
-        if let Some(live) = self.live.get(&id) {
-            live.send(Event::Finish(live.finish(FinishReason::Length)));
-            self.stats.record_end(&live.ended(&FinishReason::Length), now);
-        }
-        self.end(id);
+    /// Ends a request that only scores its prompt, and that was taken out.
+    fn finish_scored(&self, live: Live, now: Duration) {
+        self.stats.record_end(&live.ended(&FinishReason::Length), now);
+        let finish = live.finish(FinishReason::Length);
+        live.close(Event::Finish(finish));
     }
 
     fn fail(&mut self, id: SequenceId, fault: Fault) {
-        if let Some(live) = self.live.get(&id) {
-            live.send(Event::Fault(fault));
+        if let Some(live) = self.end(id) {
             self.stats.record_fault();
+            live.close(Event::Fault(fault));
         }
-        self.end(id);
     }
 }

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 pub(super) struct Live {
     pub(super) request: Request,
     events: mpsc::Sender<Event>,
-    _place: EnginePermit,
+    place: EnginePermit,
     draw: Draw,
     transcript: Transcript,
     prompt_sum: u64,
@@ -50,7 +50,7 @@ impl Live {
             cached_tokens: 0,
             timeline: Timeline::new(submitted, !request.is_warmup),
             events,
-            _place: place,
+            place,
             request,
         }
     }
@@ -60,10 +60,18 @@ impl Live {
         self.events.is_closed()
     }
 
-    /// Sends an event. The channel holds everything a request can produce, so it is never full;
-    /// a receiver that is gone is noticed at the next step.
+    /// Sends an event after which others follow. The channel holds everything a request can
+    /// produce, so it is never full; a receiver that is gone is noticed at the next step.
     pub(super) fn send(&self, event: Event) {
         let _ = self.events.try_send(event);
+    }
+
+    /// Gives its place back and sends the last event: whoever receives it may ask again at once.
+    /// By then the request is counted and holds nothing of its engine.
+    pub(super) fn close(self, last: Event) {
+        let Self { events, place, .. } = self;
+        drop(place);
+        let _ = events.try_send(last);
     }
 
     /// The known token after the row at `position`, if it is one of the prompt's.
@@ -131,7 +139,7 @@ impl Live {
         }
     }
 
-    /// Records a drawn token and sends it; the reason when it ended the request.
+    /// Records a drawn token: the step that is to be sent, which says whether it is the last.
     ///
     /// # Errors
     /// When the weight of its powv cannot be read, or its grammar does not know the token.
@@ -139,7 +147,7 @@ impl Live {
         &mut self,
         (text, parameters): (&Text, &Parameters),
         (scored, proof): (Scored, Option<RowData>),
-    ) -> Result<Option<FinishReason>, Fault> {
+    ) -> Result<Step, Fault> {
         let Ranked { token, logprob, rank } = scored.token;
         let top = alternatives(scored);
         let powv = parameters.powv(self.prompt_sum, self.output_sum);
@@ -152,9 +160,8 @@ impl Live {
             let full = chain.push(token, row);
             full.or_else(|| if ended { chain.close() } else { None })
         });
-        let finish = reason.clone().map(|reason| self.finish(reason));
-        self.send(Event::Step(Step { token, text, logprob, rank, top, powv, proof, finish }));
-        Ok(reason)
+        let finish = reason.map(|reason| self.finish(reason));
+        Ok(Step { token, text, logprob, rank, top, powv, proof, finish })
     }
 
     /// What statistics keep of it once it has ended.

@@ -9,6 +9,7 @@ mod calibration;
 mod canon;
 mod checkpoints;
 mod drafts;
+mod endings;
 mod fuzz;
 mod gguf_files;
 mod hub;

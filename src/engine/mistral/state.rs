@@ -128,15 +128,17 @@ impl Shared {
             }
         }
         queue.dropped = if is_dropped { queue.dropped + 1 } else { 0 };
+        let mut given_up = VecDeque::new();
         if queue.dropped >= DROPPED_MAX {
             tracing::error!("mistral.rs dropped {DROPPED_MAX} requests in a row; it is given up");
-            for live in queue.waiting.drain(..) {
-                live.send(Event::Fault(Fault::Stopped));
-                self.stats.record_fault();
-            }
+            given_up = std::mem::take(&mut queue.waiting);
         }
         drop(queue);
         self.record_load();
+        for live in given_up {
+            self.stats.record_fault();
+            live.close(Event::Fault(Fault::Stopped));
+        }
     }
 
     /// Counts the rows of one sequence's step. Steps of several sequences overlap; the time of a

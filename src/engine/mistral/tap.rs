@@ -7,7 +7,7 @@
 use super::state::{Held, Shared};
 use crate::engine::guard::{Stage, Watch};
 use crate::engine::live::Live;
-use crate::engine::output::{Event, Fault};
+use crate::engine::output::{Event, Fault, Step};
 use crate::engine::stats::StepRows;
 use crate::models::pass::{RowFault, RowReport};
 use crate::models::rows::{HiddenRow, answer};
@@ -36,6 +36,15 @@ struct Running {
     last_at: Duration,
 }
 
+/// What a step led to.
+enum Next {
+    Token(u32),
+    /// The last one, which is not sent yet.
+    End(Box<Step>),
+    /// Nobody listens.
+    Abandoned,
+}
+
 impl Tap {
     pub(super) fn new(
         shared: Arc<Shared>,
@@ -54,33 +63,38 @@ impl Tap {
             None => return None,
             Some(running) => self.next(running, values, context),
         };
-        if let Ok(Some(token)) = outcome {
+        if let Ok(Next::Token(token)) = outcome {
             return Some(token);
         }
-        // Its channel closes here, so that this step is its last.
         let ended = running.take();
         drop(running);
-        if let (Err(fault), Some(ended)) = (outcome, &ended) {
-            ended.live.send(Event::Fault(fault));
-            self.shared.stats.record_fault();
-        }
-        drop(ended);
+        let Running { live, responses, .. } = ended?;
+        // Its channel closes here, so that this step is its last.
+        drop(responses);
         self.shared.ended(self.held, false);
+        match outcome {
+            Ok(Next::End(step)) => live.close(Event::Step(*step)),
+            Ok(_) => {}
+            Err(fault) => {
+                self.shared.stats.record_fault();
+                live.close(Event::Fault(fault));
+            }
+        }
         None
     }
 
-    /// Draws and sends the next token; `None` when there is none after it, or nobody listens.
+    /// Draws the next token; sends it where others follow.
     fn next(
         &self,
         running: &mut Running,
         mut values: Vec<f32>,
         context: &[u32],
-    ) -> Result<Option<u32>, Fault> {
+    ) -> Result<Next, Fault> {
         let Shared { model, tapped, stats, clock, .. } = &*self.shared;
         while running.responses.try_recv().is_ok() {}
         if running.live.is_abandoned() {
             stats.record_abort();
-            return Ok(None);
+            return Ok(Next::Abandoned);
         }
         let expected = tapped.vocab + tapped.channels;
         if values.len() != expected {
@@ -100,16 +114,17 @@ impl Tap {
         self.shared.record_step(rows, running.last_at, now);
         running.last_at = now;
         let Some(scored) = report.scores else { return Err(Fault::Panicked(Stage::Reduce)) };
-        let token = scored.token.token;
         guard.guard(Stage::Record, || {
             let live = &mut running.live;
             stats.record_token(&mut live.timeline, now);
-            let reason =
-                live.push_token((&model.text, &model.parameters), (scored, report.proof))?;
-            if let Some(reason) = &reason {
-                stats.record_end(&live.ended(reason), now);
+            let step = live.push_token((&model.text, &model.parameters), (scored, report.proof))?;
+            if let Some(finish) = &step.finish {
+                stats.record_end(&live.ended(&finish.reason), now);
+                return Ok(Next::End(Box::new(step)));
             }
-            Ok(reason.is_none().then_some(token))
+            let token = step.token;
+            live.send(Event::Step(step));
+            Ok(Next::Token(token))
         })
     }
 
@@ -155,9 +170,8 @@ impl Drop for Tap {
             }
         }
         tracing::error!("a sequence failed in mistral.rs: {why}");
-        live.send(Event::Fault(Fault::Device(why)));
         self.shared.stats.record_fault();
-        drop(live);
         self.shared.ended(self.held, true);
+        live.close(Event::Fault(Fault::Device(why)));
     }
 }
