@@ -20,8 +20,10 @@ pub const BLOCK_ROWS: usize = 64;
 const TILE_TOKENS: usize = 6;
 /// Tokens of a tile above which half of its rows are computed at a time.
 const HALF_TILE_TOKENS: usize = 4;
-/// How far ahead of a product its weights are asked for: two blocks of k.
+/// How far ahead of a product its weights are prefetched: two blocks of k.
 const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
+/// Tokens of a tile from which weights are prefetched; for fewer it gained nothing.
+const AHEAD_TOKENS_MIN: usize = 3;
 /// Bytes that are packed in one turn while others wait for theirs.
 const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
@@ -319,7 +321,7 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
         out: &mut [[f32; BLOCK_ROWS]; T],
     ) {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
-        let next = if T > 2 { self.w.ahead(self.block, vec) } else { None };
+        let next = if T >= AHEAD_TOKENS_MIN { self.w.ahead(self.block, vec) } else { None };
         let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.values(first + t));
         let acc = match self.w.dtype {
             Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x, next),

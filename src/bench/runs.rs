@@ -87,7 +87,7 @@ pub(super) fn decode(
             return Ok(run);
         }
     }
-    bail!("the first sequence ends before the last begins: {tokens} --tokens are too few")
+    bail!("the first sequence ends before the last begins: {tokens} decoded tokens are too few")
 }
 
 /// Nothing where the first sequence ended before this thread had seen the last one begin.

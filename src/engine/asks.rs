@@ -2,12 +2,11 @@
 //! them without knowing requests.
 
 use super::guard::{Stage, Watch};
-use super::live::Live;
+use super::live::{Live, ScoredRow};
 use super::output::Fault;
 use super::scheduler::{Plan, Slice};
-use crate::models::pass::{Batch, RowAsk, RowFault, RowResult, Scored};
+use crate::models::pass::{Batch, RowAsk, RowFault, RowResult};
 use crate::ops::pool::Pool;
-use crate::proof::commit::RowData;
 
 /// A row of a plan that has something to report.
 #[derive(Clone, Copy)]
@@ -18,9 +17,6 @@ pub(super) struct RowAt {
     pub(super) draft: Option<u32>,
     row: usize, // in the batch
 }
-
-/// What a row says of its token, and what it contributes to the proof.
-pub(super) type ScoredRow = (Scored, Option<RowData>);
 
 /// What is asked of a row, or why its request ends before it is computed.
 type Asked<'a> = Result<RowAsk<'a>, Fault>;
@@ -62,7 +58,7 @@ pub(super) fn ask<'a>(
 pub(super) fn row(position: usize, result: Option<RowResult>) -> Result<ScoredRow, Fault> {
     match result {
         Some(Ok(report)) => match report.scores {
-            Some(scored) => Ok((scored, report.proof)),
+            Some(scored) => Ok(ScoredRow { scored, proof: report.proof }),
             None => Err(Fault::Panicked(Stage::Reduce)),
         },
         Some(Err(RowFault::NotFinite)) => Err(Fault::NotFinite { position }),

@@ -5,10 +5,10 @@
 //! it happened in: one request, the requests of the step, or, where the scheduler's own state may
 //! be broken, all requests; then the loop goes on with an empty scheduler.
 
-use super::asks::{RowAt, ScoredRow, ask, lay_out, row};
+use super::asks::{RowAt, ask, lay_out, row};
 use super::backend::{Backend, Command, Submission};
 use super::guard::{Stage, Watch};
-use super::live::Live;
+use super::live::{Live, ScoredRow};
 use super::output::{Event, Fault, FinishReason};
 use super::scheduler::{NewSequence, Plan, Scheduler, SequenceId};
 use super::stats::{Stats, StepRows};
@@ -268,7 +268,7 @@ impl Core {
         };
         live.next_row = at.position + 1;
         if live.target(at.position).is_some() {
-            live.push_prompt_row(row.0);
+            live.push_prompt_row(row.scored);
             let is_whole = at.position + 2 == live.request.prompt.len();
             if is_whole
                 && live.request.max_tokens == 0
@@ -279,7 +279,7 @@ impl Core {
             return;
         }
         self.stats.record_token(&mut live.timeline, now);
-        let step = match live.push_token((&self.model.text, &self.model.parameters), row) {
+        let step = match live.push_token(&self.model, row) {
             Ok(step) => step,
             Err(fault) => return self.fail(id, fault),
         };

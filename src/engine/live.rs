@@ -7,12 +7,18 @@ use super::output::{Event, Fault, Finish, FinishReason, PromptRow, Step};
 use super::request::Request;
 use super::stats::{EndedRequest, Timeline};
 use super::transcript::Transcript;
-use crate::models::parameters::Parameters;
+use crate::models::Model;
 use crate::models::pass::{Ranked, RowAsk, Scored, Scores, Token};
 use crate::models::text::Text;
 use crate::proof::commit::{ChunkChain, RowData};
 use std::time::Duration;
 use tokio::sync::mpsc;
+
+/// What a row says of its token, and what it contributes to the proof.
+pub(super) struct ScoredRow {
+    pub(super) scored: Scored,
+    pub(super) proof: Option<RowData>,
+}
 
 /// A request with its channel and everything that outlives a step.
 pub(super) struct Live {
@@ -145,16 +151,16 @@ impl Live {
     /// When the weight of its powv cannot be read, or its grammar does not know the token.
     pub(super) fn push_token(
         &mut self,
-        (text, parameters): (&Text, &Parameters),
-        (scored, proof): (Scored, Option<RowData>),
+        model: &Model,
+        ScoredRow { scored, proof }: ScoredRow,
     ) -> Result<Step, Fault> {
         let Ranked { token, logprob, rank } = scored.token;
         let top = alternatives(scored);
-        let powv = parameters.powv(self.prompt_sum, self.output_sum);
+        let powv = model.parameters.powv(self.prompt_sum, self.output_sum);
         let powv = powv.map_err(|e| Fault::Weights(e.to_string()))?;
         let is_whole = self.draw.push(&self.request.sampling, token)?;
         self.output_sum += u64::from(token);
-        let (text, reason) = self.transcript.push(&self.request, text, token, is_whole);
+        let (text, reason) = self.transcript.push(&self.request, &model.text, token, is_whole);
         let ended = reason.is_some();
         let proof = self.chain.as_mut().zip(proof).and_then(|(chain, row)| {
             let full = chain.push(token, row);

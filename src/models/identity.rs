@@ -13,7 +13,7 @@ use crate::proof::codec::{Hash, to_hex};
 use crate::proof::commit::{calibration_hash, model_hash};
 use crate::proof::residue::Calibration;
 use std::borrow::Cow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The hashes of a model, and the whitening of its rows.
@@ -32,6 +32,17 @@ pub struct Identity {
     pub canon: Cow<'static, str>,
     /// Hash of all of these.
     pub model_hash: Hash,
+}
+
+/// An identity whose calibration was computed anew.
+#[derive(Debug)]
+pub struct Recalibrated {
+    /// With this calibration.
+    pub identity: Identity,
+    /// Hidden rows that it comes from.
+    pub rows: usize,
+    /// Where it was put.
+    pub path: PathBuf,
 }
 
 impl Identity {
@@ -64,6 +75,19 @@ impl Identity {
         let weights_root = root::compute(&model.checkpoint, pool)?;
         let (calibration, _) = calibration::compute(model, pool)?;
         Ok(Self::new(model, weights_root, calibration))
+    }
+
+    /// The same with a calibration that is computed now, whatever the cache holds, and put there.
+    ///
+    /// # Errors
+    /// As for [`of`](Self::of), and when the calibration cannot be written.
+    pub fn recalibrated(model: &Model, pool: &Pool) -> Result<Recalibrated, LoadError> {
+        let cache = remembered::cache_dir();
+        let remembered = Remembered(&cache);
+        let weights_root = root::weights_root(&model.checkpoint, pool, remembered)?;
+        let (calibration, rows) = calibration::compute(model, pool)?;
+        let path = calibration::store(model, &weights_root, &calibration, rows, remembered)?;
+        Ok(Recalibrated { identity: Self::new(model, weights_root, calibration), rows, path })
     }
 
     fn new(model: &Model, weights_root: Hash, calibration: Calibration) -> Self {

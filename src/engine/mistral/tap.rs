@@ -5,11 +5,11 @@
 //! how ours end that are complete, and those whose caller has left.
 
 use super::state::{Held, Shared};
+use crate::engine::asks::row;
 use crate::engine::guard::{Stage, Watch};
-use crate::engine::live::Live;
+use crate::engine::live::{Live, ScoredRow};
 use crate::engine::output::{Event, Fault, Step};
 use crate::engine::stats::StepRows;
-use crate::models::pass::{RowFault, RowReport};
 use crate::models::rows::{HiddenRow, answer};
 use candle_core::{Result as CandleResult, Tensor};
 use mistralrs::{CustomLogitsProcessor, Response};
@@ -104,8 +104,7 @@ impl Tap {
         let position = context.len().saturating_sub(1);
         let is_first = running.live.tokens() == 0;
         let guard = Watch::default();
-        let report = guard.guard(Stage::Reduce, || self.read(&running.live, &mut values, position));
-        let report = report?;
+        let row = guard.guard(Stage::Reduce, || self.read(&running.live, &mut values, position))?;
         let now = clock.elapsed();
         let rows = match is_first {
             true => StepRows { all: context.len(), decoded: 0 },
@@ -113,11 +112,10 @@ impl Tap {
         };
         self.shared.record_step(rows, running.last_at, now);
         running.last_at = now;
-        let Some(scored) = report.scores else { return Err(Fault::Panicked(Stage::Reduce)) };
         guard.guard(Stage::Record, || {
             let live = &mut running.live;
             stats.record_token(&mut live.timeline, now);
-            let step = live.push_token((&model.text, &model.parameters), (scored, report.proof))?;
+            let step = live.push_token(model, row)?;
             if let Some(finish) = &step.finish {
                 stats.record_end(&live.ended(&finish.reason), now);
                 return Ok(Next::End(Box::new(step)));
@@ -129,17 +127,14 @@ impl Tap {
     }
 
     /// What is asked of the row at `position`, which `values` hold after the logits.
-    fn read(&self, live: &Live, values: &mut [f32], position: usize) -> Result<RowReport, Fault> {
+    fn read(&self, live: &Live, values: &mut [f32], position: usize) -> Result<ScoredRow, Fault> {
         let dtype = self.shared.model.dtype;
         let (logits, hidden) = values.split_at_mut(self.shared.tapped.vocab);
         let bits: Vec<u16> = hidden.iter().map(|x| dtype.round(*x)).collect();
         let rounded: Vec<f32> = bits.iter().map(|bits| dtype.widen(*bits)).collect();
         let hidden = HiddenRow { bits: &bits, values: &rounded };
         let ask = live.ask(0, position, &[])?;
-        answer(self.shared.isa, &ask, hidden, Some(logits)).map_err(|fault| match fault {
-            RowFault::NotFinite => Fault::NotFinite { position },
-            RowFault::Panicked => Fault::Panicked(Stage::Reduce),
-        })
+        row(position, Some(answer(self.shared.isa, &ask, hidden, Some(logits))))
     }
 }
 
