@@ -158,11 +158,8 @@ pub fn read(path: &Path, keys: &[String]) -> Result<Config, ConfigError> {
 /// When an entry is wrong.
 pub fn parse(path: &Path, text: &str, keys: &[String]) -> Result<Config, ConfigError> {
     let error = |what: String, hint: Option<String>| ConfigError { path: path.into(), what, hint };
-    let file: File = toml::from_str(text).map_err(|e| {
-        let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-        let what = format!("line {line}: {}", e.message());
-        error(what, unknown_key(e.message()))
-    })?;
+    let file: File = toml::from_str(text)
+        .map_err(|e| error(super::toml_fault(text, &e), unknown_key(e.message())))?;
     if file.model.is_empty() {
         let hint = Some("add a [[model]] entry with a name and a source".to_owned());
         return Err(error("lists no model".into(), hint));
@@ -461,7 +458,16 @@ mod tests {
                 None,
             ),
             ("[[model]]\nname=\"a\"\n[[model]]\nname=\"a\"", "two models are called a", None),
-            ("[[model]]\nname=\"a\"\ncontext_max=\"big\"", "line 3: invalid type", None),
+            (
+                "[[model]]\nname=\"a\"\ncontext_max = \"big\"",
+                "line 3: `context_max`: invalid type: string \"big\", expected usize",
+                None,
+            ),
+            (
+                "[[model]]\ndevice = [\"cuda:0\", \"cuda:1\"]",
+                "line 2: `device`: invalid type: sequence, expected a string",
+                None,
+            ),
             ("[[model\n", "line 1:", None),
             (
                 "[server]\napi_key = [\"x\"]",

@@ -75,11 +75,16 @@ pub struct HostedFamily {
     pub has_qkv_bias: bool,
     /// Whether heads may have another size than hidden size over heads.
     pub has_head_dim: bool,
+    /// Whether it sees a limited window of positions.
+    pub has_window: bool,
+    /// Whether it stretches the frequencies of rotations.
+    pub has_rope_scaling: bool,
 }
 
 impl HostedFamily {
-    /// No biases, heads of any size.
-    pub const PLAIN: Self = Self { has_qkv_bias: false, has_head_dim: true };
+    /// No biases, heads of any size, windows, frequencies as they are.
+    pub const PLAIN: Self =
+        Self { has_qkv_bias: false, has_head_dim: true, has_window: true, has_rope_scaling: false };
 }
 
 /// Names as a sentence goes on with them: `a, b and c are`.

@@ -16,10 +16,11 @@ use super::checkpoint::Checkpoint;
 use super::config::families;
 use super::error::LoadError;
 use super::family::{Family, listed};
-use super::spec::Spec;
+use super::spec::{ExpertSpec, Spec};
 use super::tensor::Tensor;
 use crate::files;
 use crate::ops::dtype::Dtype;
+use crate::ops::rope::RopeScaling;
 use crate::proof::codec::{Encoder, Hash, to_hex};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -28,7 +29,7 @@ use std::path::{Path, PathBuf};
 use write::{HashedFile, copied, hash_file, identity, io_error, rounded, width};
 
 /// Version of what is derived: a change of its contents is a new one.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Its list of files.
 const LIST: &str = "tapped.json";
 const LIST_BYTES_MAX: u64 = 1 << 20;
@@ -120,6 +121,11 @@ pub fn refuse(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
             .tensor("lm_head.bias")?
             .error("a head with a bias is not supported"));
     }
+    if checkpoint.has("rope_freqs.weight") {
+        return Err(checkpoint
+            .tensor("rope_freqs.weight")?
+            .error("a table of divisors for rotations is not supported by the other engine"));
+    }
     if spec.norm.offset != spec.norm.published_offset {
         let what =
             "its norms hold the sum of weight and offset, which only the native engine reads";
@@ -179,6 +185,20 @@ fn refuse_shape(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
         let supported = format!("only hidden_size / num_attention_heads is, for {class}");
         return unsupported("head_dim", a.head_dim.to_string(), &supported);
     }
+    if spec.rope.scaling != RopeScaling::None && !hosted.has_rope_scaling {
+        let supported = format!("{class} of the other engine does not stretch frequencies");
+        let (key, scaling) = ("rope_scaling", &spec.rope.scaling);
+        return unsupported(key, format!("{scaling:?}"), &supported);
+    }
+    let window = a.windows.first().copied().flatten();
+    if a.windows.iter().any(|w| *w != window) {
+        let supported = "one for all layers is, in the other engine";
+        return unsupported("sliding_window", "of some layers".into(), supported);
+    }
+    if window.is_some() && !hosted.has_window {
+        let supported = format!("{class} of the other engine has none");
+        return unsupported("sliding_window", format!("{window:?}"), &supported);
+    }
     Ok(())
 }
 
@@ -232,6 +252,19 @@ fn check(place: &Path, root: &Hash) -> Result<(), Damage> {
     Ok(())
 }
 
+/// What the other engine reads of stretched frequencies.
+fn rope_scaling(scaling: RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 { factor, low, high, original_context } => json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original_context as usize,
+        }),
+    }
+}
+
 /// Writes one derived checkpoint into a directory of its own.
 struct Builder<'a> {
     checkpoint: &'a Checkpoint,
@@ -256,18 +289,33 @@ impl Builder<'_> {
         files::replace(&path, &list).map_err(|source| io_error(&path, source))
     }
 
-    /// The configuration with as many more rows; what the native engine takes as given where a file
-    /// does not say it is said.
+    /// The configuration with as many more rows. What the native engine computes by is said in the
+    /// other engine's keys: a file may have it under others, or leave it to a default.
     fn config(&self) -> Value {
         let (spec, mut config) = (self.spec, self.checkpoint.config.clone());
-        config["vocab_size"] = json!(spec.vocab + spec.hidden);
-        config["architectures"] = json!([spec.family.class]);
-        config["tie_word_embeddings"] = json!(spec.tied);
+        let window = spec.attention.windows.first().copied().flatten();
+        for (key, value) in [
+            ("vocab_size", json!(spec.vocab + spec.hidden)),
+            ("architectures", json!([spec.family.class])),
+            ("tie_word_embeddings", json!(spec.tied)),
+            ("rope_theta", json!(spec.rope.theta)),
+            ("rope_scaling", rope_scaling(spec.rope.scaling)),
+            ("sliding_window", json!(window)),
+            ("use_sliding_window", json!(window.is_some())),
+            // Its window begins at this layer.
+            ("max_window_layers", json!(if window.is_some() { 0 } else { spec.layers })),
+        ] {
+            config[key] = value;
+        }
+        if let Some(ExpertSpec { count, used, .. }) = spec.feed_forward.experts {
+            config["num_local_experts"] = json!(count);
+            config["num_experts_per_tok"] = json!(used);
+        }
         for (key, value) in [
             ("hidden_act", json!("silu")),
-            ("rope_theta", json!(spec.rope.theta)),
             ("rms_norm_eps", json!(spec.norm.eps)),
             ("max_position_embeddings", json!(spec.context)),
+            ("original_max_position_embeddings", json!(spec.context)),
             ("num_key_value_heads", json!(spec.attention.kv_heads)),
         ] {
             if config.get(key).is_none_or(Value::is_null) {

@@ -4,6 +4,7 @@
 
 pub mod budget;
 pub mod gguf;
+pub mod narrow;
 pub mod site;
 
 use half::bf16;

@@ -7,6 +7,7 @@
 mod common;
 
 mod contract;
+mod families;
 mod pair;
 mod proofs;
 mod service;

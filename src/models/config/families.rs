@@ -30,7 +30,12 @@ static ENTRIES: [Entry; 8] = [
             class: "LlamaForCausalLM",
             experts: None,
             gguf: Some(GgufFamily { is_interleaved: true, ..GgufFamily::plain("llama") }),
-            hosted: Some(HostedFamily { has_head_dim: false, ..HostedFamily::PLAIN }),
+            hosted: Some(HostedFamily {
+                has_head_dim: false,
+                has_window: false,
+                has_rope_scaling: true,
+                ..HostedFamily::PLAIN
+            }),
         },
         read: llama,
     },
@@ -51,7 +56,11 @@ static ENTRIES: [Entry; 8] = [
             class: "Qwen2ForCausalLM",
             experts: None,
             gguf: Some(GgufFamily::plain("qwen2")),
-            hosted: Some(HostedFamily { has_qkv_bias: true, ..HostedFamily::PLAIN }),
+            hosted: Some(HostedFamily {
+                has_qkv_bias: true,
+                has_head_dim: false,
+                ..HostedFamily::PLAIN
+            }),
         },
         read: qwen2,
     },
@@ -89,7 +98,7 @@ static ENTRIES: [Entry; 8] = [
             class: "Phi3ForCausalLM",
             experts: None,
             gguf: Some(GgufFamily { ffn_up: "mlp.gate_up_proj", ..GgufFamily::plain("phi3") }),
-            hosted: Some(HostedFamily::PLAIN),
+            hosted: Some(HostedFamily { has_head_dim: false, ..HostedFamily::PLAIN }),
         },
         read: phi3,
     },
@@ -103,7 +112,7 @@ static ENTRIES: [Entry; 8] = [
                 is_interleaved: true,
                 ..GgufFamily::plain("llama")
             }),
-            hosted: Some(HostedFamily::PLAIN),
+            hosted: Some(HostedFamily { has_head_dim: false, ..HostedFamily::PLAIN }),
         },
         read: mixtral,
     },
@@ -113,7 +122,8 @@ static ENTRIES: [Entry; 8] = [
             class: "Qwen3MoeForCausalLM",
             experts: Some(QWEN_EXPERTS),
             gguf: Some(GgufFamily { experts: 0..=u64::MAX, ..GgufFamily::plain("qwen3moe") }),
-            hosted: Some(HostedFamily::PLAIN),
+            // On the processor mistral.rs 0.8.1 finds experts only where they are stacked.
+            hosted: None,
         },
         read: qwen3_moe,
     },
