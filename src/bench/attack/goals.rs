@@ -46,7 +46,7 @@ fn honest(lines: &[Line]) -> Option<GoalOutcome> {
     })
 }
 
-/// By whichever check of rows of `residue-v1` misses the fewest answers: the largest chunk, or a
+/// By whichever check of rows of `residue-v1` misses the smallest share of its answers: the largest chunk, or a
 /// statistic of all rows.
 fn by_chunks<'a>(lines: impl Iterator<Item = &'a Line>, count: usize) -> Option<GoalOutcome> {
     let is_of_rows = |line: &&Line| {
@@ -56,7 +56,7 @@ fn by_chunks<'a>(lines: impl Iterator<Item = &'a Line>, count: usize) -> Option<
     let missed =
         |line: &'a Line| Some((line, line.missed.as_ref()?.get(count.clamp(1, CHUNKS) - 1)?));
     let all = lines.filter(is_of_rows).filter_map(missed);
-    let (line, missed) = all.min_by_key(|(_, missed)| missed.count)?;
+    let (line, missed) = all.min_by(|(_, a), (_, b)| a.share().total_cmp(&b.share()))?;
     let chunks = if count == 1 { "1 chunk".to_owned() } else { format!("{count} chunks") };
     Some(GoalOutcome {
         goal: format!("{}: seen in {chunks}", line.name),

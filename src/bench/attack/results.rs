@@ -186,24 +186,27 @@ impl Line {
         }
     }
 
-    /// Checked by what all rows say together, which rejects nobody by itself.
+    /// Checked by what all rows say together, which rejects nobody by itself. Answers that were
+    /// rejected before it was computed do not count.
     pub(super) fn of_statistic(
         (name, check): (&str, &str),
         detector: Detector,
         reports: &[Report],
         (values, limits): (fn(&Report) -> &[f64], &ByRows),
     ) -> Self {
+        let is_known = |r: &&Report| !(values(r).is_empty() && is_rejected(r));
+        let reports: Vec<&Report> = reports.iter().filter(is_known).collect();
         let is_over = |report: &Report, count: usize| {
             let values = values(report);
             let first = &values[..values.len().min(count.saturating_mul(CHUNK_ROWS))];
             Statistic::of(first, limits).is_some_and(|statistic| statistic.is_over())
         };
-        let missed = (1..=CHUNKS).map(|n| Rate::of(reports, |r| !is_over(r, n))).collect();
-        let suspected = Rate::of(reports, |r| is_over(r, usize::MAX));
-        let statistic = |r: &Report| Statistic::of(values(r), limits).map(|s| s.value);
+        let missed = (1..=CHUNKS).map(|n| Rate::of(&reports, |r| !is_over(r, n))).collect();
+        let suspected = Rate::of(&reports, |r| is_over(r, usize::MAX));
+        let statistic = |r: &&Report| Statistic::of(values(r), limits).map(|s| s.value);
         Self {
             energy: median_and_extremes(reports.iter().filter_map(statistic).collect()),
-            missed: (detector != Detector::Nothing).then_some(missed),
+            missed: (detector != Detector::Nothing && !reports.is_empty()).then_some(missed),
             ..Self::bare(name, detector, check, suspected)
         }
     }
@@ -349,7 +352,11 @@ mod tests {
             energies: vec![value; rows],
             ..Report::bare(Verdict::Pass)
         };
-        let reports = [values(3.0, 256), values(2.0, 128), values(9.0, 7)];
+        let rejected = || {
+            let rejection = Rejection::new(Reason::SketchEnergy, "far");
+            Report::bare(Verdict::Reject(rejection))
+        };
+        let reports = [values(3.0, 256), values(2.0, 128), values(9.0, 7), rejected()];
         let by_rows = ByRows([5.0, 5.0, 5.0, 5.0, 1.0]);
         let of = |r: &[Report]| {
             Line::of_statistic(("x", "y"), Detector::Energy, r, (|r| &r.energies, &by_rows))
@@ -360,6 +367,10 @@ mod tests {
         let missed: Vec<usize> = line.missed.unwrap().iter().map(|r| r.count).collect();
         assert_eq!(missed, [3, 3, 3, 3, 3, 3, 3, 2], "the limit of 256 rows is less");
         assert_eq!(of(&[]).energy, None);
+        let line = of(&[rejected()]);
+        assert_eq!((line.rejected.of, line.missed), (0, None), "none was computed");
+        // Equal bits have no distance, and count as near.
+        assert_eq!(of(&[values(0.0, 0)]).rejected.of, 1);
     }
 
     #[test]
