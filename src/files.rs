@@ -22,6 +22,19 @@ impl KeyError {
     }
 }
 
+/// Where a TOML text is wrong, and how: the line, its key where a value is at fault, and the rule.
+pub fn toml_fault(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().map_or("", |span| &text[..span.start]);
+    let (number, message) = (before.matches('\n').count() + 1, error.message());
+    let line = text.lines().nth(number - 1).unwrap_or_default();
+    match line.split_once('=') {
+        Some((key, _)) if message.starts_with("invalid ") => {
+            format!("line {number}: `{}`: {message}", key.trim())
+        }
+        _ => format!("line {number}: {message}"),
+    }
+}
+
 /// Reads a file of at most `limit` bytes.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use super::{nearest, units};
 use crate::engine::backend::{BackendError, BackendKind};
 use crate::engine::drafts::STEP_ROWS_MAX;
 use crate::engine::plan::{KvMemory, MemoryWanted};
-use crate::files::KeyError;
+use crate::files::{self, KeyError};
 use crate::models::arithmetic::{Arithmetic, ArithmeticError};
 use crate::models::device::{Device, DeviceError};
 use crate::ops::dtype::Dtype;
@@ -159,7 +159,7 @@ pub fn read(path: &Path, keys: &[String]) -> Result<Config, ConfigError> {
 pub fn parse(path: &Path, text: &str, keys: &[String]) -> Result<Config, ConfigError> {
     let error = |what: String, hint: Option<String>| ConfigError { path: path.into(), what, hint };
     let file: File = toml::from_str(text)
-        .map_err(|e| error(super::toml_fault(text, &e), unknown_key(e.message())))?;
+        .map_err(|e| error(files::toml_fault(text, &e), unknown_key(e.message())))?;
     if file.model.is_empty() {
         let hint = Some("add a [[model]] entry with a name and a source".to_owned());
         return Err(error("lists no model".into(), hint));

@@ -46,8 +46,8 @@ fn honest(lines: &[Line]) -> Option<GoalOutcome> {
     })
 }
 
-/// By whichever check of rows of `residue-v1` misses the smallest share of its answers: the largest chunk, or a
-/// statistic of all rows.
+/// By whichever check of rows of `residue-v1` misses the smallest share of its answers: the largest
+/// chunk, or a statistic of all rows.
 fn by_chunks<'a>(lines: impl Iterator<Item = &'a Line>, count: usize) -> Option<GoalOutcome> {
     let is_of_rows = |line: &&Line| {
         let rest = line.check.strip_prefix(Scheme::Residue.name());

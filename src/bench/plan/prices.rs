@@ -1,6 +1,5 @@
 //! Reads prices of devices from a file with dates, and computes what tokens cost at them.
 
-use crate::config::toml_fault;
 use crate::files;
 use anyhow::{anyhow, bail};
 use serde::{Deserialize, Serialize};
@@ -43,7 +42,7 @@ pub fn read(path: &Path) -> anyhow::Result<Vec<Price>> {
 }
 
 fn parse(text: &str) -> anyhow::Result<Vec<Price>> {
-    let file: File = toml::from_str(text).map_err(|e| anyhow!(toml_fault(text, &e)))?;
+    let file: File = toml::from_str(text).map_err(|e| anyhow!(files::toml_fault(text, &e)))?;
     if file.price.is_empty() {
         bail!("it has no `[[price]]` entry");
     }
