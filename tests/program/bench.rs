@@ -59,7 +59,7 @@ fn what_cannot_be_predicted_is_refused_by_name() {
     for (arguments, want) in [
         (&["m", "--devices", "h300"][..], "there is no device \"h300\" in the table"),
         (&["m"], "1536 tokens are asked for, but the model's context is 512 tokens"),
-        (&["m", "--prices", "prices.toml"], "prices.toml: line 2: invalid type"),
+        (&["m", "--prices", "prices.toml"], "prices.toml: line 2: `device`: invalid type"),
         (&["m", "--batch", "0"], "invalid value '0' for '--batch"),
         (&["m", "--memory-share", "2", "--compute-share", "1"], "must lie above 0 and at most"),
         (&["bad.json"], "gpt2"),
