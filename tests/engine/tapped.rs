@@ -179,6 +179,13 @@ fn heads_that_rows_do_not_come_through_are_refused_by_name() {
     let error = derive(cache.path(), &golden("qwen2")).unwrap_err();
     assert!(error.contains("`head_dim` = 16 is not supported"), "{error}");
     let source = tempfile::tempdir().unwrap();
+    let mut file = common::gguf::tiny(3, true);
+    let divisors = [1.0_f32, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 8.0];
+    file.add("rope_freqs.weight", &[8], 0, divisors.iter().flat_map(|d| d.to_le_bytes()).collect());
+    let path = source.path().join("stretched.gguf");
+    file.write(&path);
+    let error = derive(cache.path(), &path).unwrap_err();
+    assert!(error.contains("rope_freqs.weight") && error.contains("divisors"), "{error}");
     let mut config = tiny_config();
     config["model_type"] = "mistral".into();
     config["rope_scaling"] = serde_json::json!({"rope_type": "linear", "factor": 2.0});
