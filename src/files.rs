@@ -27,9 +27,11 @@ pub fn toml_fault(text: &str, error: &toml::de::Error) -> String {
     let before = error.span().map_or("", |span| &text[..span.start]);
     let (number, message) = (before.matches('\n').count() + 1, error.message());
     let line = text.lines().nth(number - 1).unwrap_or_default();
-    match line.split_once('=') {
-        Some((key, _)) if message.starts_with("invalid ") => {
-            format!("line {number}: `{}`: {message}", key.trim())
+    let is_in_key = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    match line.split_once('=').map(|(key, _)| key.trim()) {
+        // A line within a list may hold `=` in a text.
+        Some(key) if message.starts_with("invalid ") && key.chars().all(is_in_key) => {
+            format!("line {number}: `{key}`: {message}")
         }
         _ => format!("line {number}: {message}"),
     }

@@ -468,6 +468,7 @@ mod tests {
                 "line 2: `device`: invalid type: sequence, expected a string",
                 None,
             ),
+            ("[server]\napi_keys = [\n\"a=b\", 1]", "line 3: invalid type: integer `1`", None),
             ("[[model\n", "line 1:", None),
             (
                 "[server]\napi_key = [\"x\"]",

@@ -187,19 +187,24 @@ fn refuse_shape(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
     }
     if spec.rope.scaling != RopeScaling::None && !hosted.has_rope_scaling {
         let supported = format!("{class} of the other engine does not stretch frequencies");
-        let (key, scaling) = ("rope_scaling", &spec.rope.scaling);
-        return unsupported(key, format!("{scaling:?}"), &supported);
+        let scaling = rope_scaling(spec.rope.scaling).to_string();
+        return unsupported("rope_scaling", scaling, &supported);
     }
-    let window = a.windows.first().copied().flatten();
+    let window = window(spec);
     if a.windows.iter().any(|w| *w != window) {
         let supported = "one for all layers is, in the other engine";
         return unsupported("sliding_window", "of some layers".into(), supported);
     }
-    if window.is_some() && !hosted.has_window {
+    if let Some(window) = window.filter(|_| !hosted.has_window) {
         let supported = format!("{class} of the other engine has none");
-        return unsupported("sliding_window", format!("{window:?}"), &supported);
+        return unsupported("sliding_window", window.to_string(), &supported);
     }
     Ok(())
+}
+
+/// The window of the first layer, which is that of all where nothing was refused.
+fn window(spec: &Spec) -> Option<usize> {
+    spec.attention.windows.first().copied().flatten()
 }
 
 fn remove(path: &Path) -> Result<(), LoadError> {
@@ -293,7 +298,7 @@ impl Builder<'_> {
     /// other engine's keys: a file may have it under others, or leave it to a default.
     fn config(&self) -> Value {
         let (spec, mut config) = (self.spec, self.checkpoint.config.clone());
-        let window = spec.attention.windows.first().copied().flatten();
+        let window = window(spec);
         for (key, value) in [
             ("vocab_size", json!(spec.vocab + spec.hidden)),
             ("architectures", json!([spec.family.class])),

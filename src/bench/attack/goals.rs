@@ -46,8 +46,8 @@ fn honest(lines: &[Line]) -> Option<GoalOutcome> {
     })
 }
 
-/// By whichever check of rows of `residue-v1` misses the smallest share of its answers: the largest
-/// chunk, or a statistic of all rows.
+/// By whichever check of rows of `residue-v1` misses the fewest answers: the largest chunk, or a
+/// statistic of all rows. An answer that a statistic was not computed for is one that it misses.
 fn by_chunks<'a>(lines: impl Iterator<Item = &'a Line>, count: usize) -> Option<GoalOutcome> {
     let is_of_rows = |line: &&Line| {
         let rest = line.check.strip_prefix(Scheme::Residue.name());
@@ -55,12 +55,14 @@ fn by_chunks<'a>(lines: impl Iterator<Item = &'a Line>, count: usize) -> Option<
     };
     let missed =
         |line: &'a Line| Some((line, line.missed.as_ref()?.get(count.clamp(1, CHUNKS) - 1)?));
-    let all = lines.filter(is_of_rows).filter_map(missed);
-    let (line, missed) = all.min_by(|(_, a), (_, b)| a.share().total_cmp(&b.share()))?;
+    let known: Vec<(&Line, &Rate)> = lines.filter(is_of_rows).filter_map(missed).collect();
+    let all = known.iter().map(|(_, missed)| missed.of).max()?;
+    let missed = known.into_iter().map(|(line, m)| (line, Rate::new(m.count + all - m.of, all)));
+    let (line, missed) = missed.min_by_key(|(_, missed)| missed.count)?;
     let chunks = if count == 1 { "1 chunk".to_owned() } else { format!("{count} chunks") };
     Some(GoalOutcome {
         goal: format!("{}: seen in {chunks}", line.name),
-        measured: format!("missed {} by {}", show(missed), line.check),
+        measured: format!("missed {} by {}", show(&missed), line.check),
         is_met: missed.of > 0 && missed.count == 0,
     })
 }
@@ -130,6 +132,11 @@ mod tests {
         let twin = outcomes(&attacks, &[missed(5), by("residue-v1, twin", 0)], &[]).remove(0);
         assert!(twin.is_met && twin.measured.ends_with("by residue-v1, twin"), "{twin:?}");
         assert!(!outcomes(&attacks, &[missed(5), by("residue-v1-u4, twin", 0)], &[])[0].is_met);
+        // Three answers without a twin are missed by it, whatever it says of the others.
+        let known =
+            Line { missed: Some(vec![Rate::new(0, 6); CHUNKS]), ..by("residue-v1, twin", 0) };
+        let twin = outcomes(&attacks, &[missed(5), known], &[]).remove(0);
+        assert!(!twin.is_met && twin.measured.starts_with("missed 3 of 9"), "{twin:?}");
         let replay = |k| Line::bare("replay", Detector::Binding, WITH_MARGIN, Rate::new(k, 9));
         assert!(outcomes(&attacks, &[replay(9)], &[])[0].is_met);
         assert!(!outcomes(&attacks, &[replay(8)], &[])[0].is_met);
