@@ -5,13 +5,17 @@ It answers as docs/proofs.md says, so `targon-engine verify` can check what it w
 margins of its answers are what honest rounding costs, and limits must leave room for them.
 
     other_stack.py REQUESTS ANSWERS [--dtype bf16|f32] [--attention sdpa|eager] [--prefill-only]
-                   [--weights GRID] [--cache GRID]
+                   [--weights GRID] [--cache GRID] [--llama FILE [--llama-cache TYPE] [--decoded]]
 
 REQUESTS holds JSON lines `{"request": BODY}`, where BODY asks /v1/completions with a list of ids as
 prompt and with a proof of residue-v1 or residue-v1-u4. With --prefill-only it holds captured
 answers, and only their rows are computed again: the tokens stay those of whoever drew them. With
 --weights or --cache it is a cheat, whose matrices or keys and values lie on a coarser grid: what
 limits must catch.
+
+With --llama, a GGUF file of bf16 weights such as `scripts/bench-peers` makes, the rows are those of the
+llama.cpp that it has built, and the tokens those of captured answers; --decoded computes an answer's
+rows one by one, as its miner does.
 
 `pip install torch transformers==5.24.0 gguf blake3`; `scripts/fetch-model` and
 `targon-engine calibrate` come first. For GGUF files of the Llama architecture.
@@ -24,6 +28,7 @@ import json
 import os
 import pathlib
 import struct
+import subprocess
 import sys
 import time
 
@@ -362,6 +367,16 @@ class Stack:
     def __init__(self, args):
         torch.set_num_threads(args.threads)
         self.file, self.logits_f32 = File(args.model), args.logits == "f32"
+        weights = self.file.weights_root()
+        self.calibrate(args, weights)
+        # Not the engine's order of additions: a verifier compares by energies.
+        self.canon = f"llama.cpp-{args.llama_cache}" if args.llama else f"transformers-{args.dtype}"
+        self.model_hash = named("targon-engine/model/2", weights, listed(b"bf16"),
+                                listed(self.canon.encode()), self.calibration_hash())
+        self.llama, self.decodes = None, args.decoded
+        if args.llama:
+            self.llama = Llama(args)
+            return
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
         self.model = LlamaForCausalLM._from_config(
             self.file.config(), dtype=dtype, attn_implementation=args.attention).eval()
@@ -371,19 +386,19 @@ class Stack:
                 state[name] = GRIDS[args.weights](values).to(torch.bfloat16)
         self.model.load_state_dict(state)
         self.cache_grid = args.cache
-        weights = self.file.weights_root()
+
+    def calibrate(self, args, weights):
+        """Reads the whitening of rows that the engine has stored."""
         path = args.calibration or self.calibration_path(weights)
         self.calibration = json.loads(path.read_text())
         stored = self.calibration["weights_root"]
         assert stored == weights.hex(), f"{path} is for weights {stored}, these are {weights.hex()}"
+
+    def calibration_hash(self):
         exponents, means = self.calibration["exponents"], self.calibration["means"]
-        calibration = named(
+        return named(
             "targon-engine/calibration/1", u32(len(means)), bytes([self.calibration["shift"]]),
             struct.pack(f"<{len(means)}b", *exponents), struct.pack(f"<{len(means)}h", *means))
-        # Not the engine's order of additions: a verifier compares by energies.
-        self.canon = f"transformers-{args.dtype}"
-        self.model_hash = named("targon-engine/model/2", weights, listed(b"bf16"),
-                                listed(self.canon.encode()), calibration)
 
     @staticmethod
     def calibration_path(weights):
@@ -439,9 +454,13 @@ class Stack:
         """Proofs of outputs that are there already, each from one pass."""
         answers = []
         for request in requests:
-            tokens = torch.tensor([request.prompt + request.output[:-1]])
-            rows = self.forward(tokens, torch.ones_like(tokens), None)[0]
-            answers.append(self.answer(request, bits_of(rows)[len(request.prompt) - 1:],
+            tokens, prompt = request.prompt + request.output[:-1], len(request.prompt)
+            if self.llama:
+                rows = self.llama.rows(tokens, prompt if self.decodes else len(tokens))
+            else:
+                tokens = torch.tensor([tokens])
+                rows = self.forward(tokens, torch.ones_like(tokens), None)[0]
+            answers.append(self.answer(request, bits_of(rows)[prompt - 1:],
                                        request.choice["finish_reason"]))
         return answers
 
@@ -478,6 +497,32 @@ class Stack:
         return {"request": asked, "response": {"choices": [choice]}}
 
 
+class Llama:
+    """llama.cpp, as the program llama_rows."""
+
+    def __init__(self, args):
+        own = pathlib.Path(__file__).with_name("llama_rows.c")
+        home = next((cache_dir() / "peers").glob("llama.cpp-*"), None)
+        build = next(home.glob("build-*/bin/libllama.so"), None) if home else None
+        assert build, "there is no llama.cpp: run scripts/bench-peers --peers llama first"
+        program, source = build.with_name("llama_rows"), home / "llama.cpp"
+        subprocess.run(
+            ["cc", "-O2", "-o", program, own, f"-I{source}/include", f"-I{source}/ggml/include",
+             f"-L{build.parent}", "-lllama", f"-Wl,-rpath,{build.parent}"], check=True)
+        self.process = subprocess.Popen(
+            [program, args.llama, str(args.threads), args.llama_cache],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.channels = File(args.model).get("llama.embedding_length")
+
+    def rows(self, tokens, at_once):
+        self.process.stdin.write(struct.pack(f"<{len(tokens) + 2}I", len(tokens), at_once, *tokens))
+        self.process.stdin.flush()
+        wanted = 4 * len(tokens) * self.channels
+        data = self.process.stdout.read(wanted)
+        assert len(data) == wanted, "llama_rows ended"
+        return torch.from_numpy(np.frombuffer(data, np.float32).reshape(len(tokens), -1).copy())
+
+
 def bits_of(rows):
     """Rows as the 16-bit patterns that are proved."""
     assert torch.isfinite(rows).all(), "a row is not finite"
@@ -500,11 +545,17 @@ def arguments():
     parser.add_argument("--cache", choices=GRIDS, help="a cheat: keys and values on this grid")
     parser.add_argument("--logits", choices=["native", "f32"], default="native",
                         help="native: in the type of the arithmetic, as transformers has them")
+    parser.add_argument("--llama", type=pathlib.Path, help="a GGUF file of bf16, for llama.cpp")
+    parser.add_argument("--llama-cache", choices=["f16", "bf16", "f32"], default="f16",
+                        help="the type of llama.cpp's keys and values")
+    parser.add_argument("--decoded", action="store_true", help="llama.cpp computes row by row")
     parser.add_argument("--batch", type=int, default=16, help="requests side by side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prefill-only", action="store_true",
                         help="prove the tokens of captured answers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    assert not args.llama or args.prefill_only, "--llama proves captured answers: add --prefill-only"
+    return args
 
 
 @torch.inference_mode()
@@ -523,7 +574,7 @@ def main():
                 count += len(answer["response"]["choices"][0]["token_ids"])
     seconds = time.monotonic() - began
     print(f"{len(requests)} answers, {count} tokens, {count / seconds:.1f} tokens/s; "
-          f"torch {torch.__version__}, {args.dtype}, {args.attention}", file=sys.stderr)
+          f"{stack.canon}, torch {torch.__version__}, {args.attention}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,8 @@ def table(place):
     peers = {name: figures for name, figures in peers.items() if figures}
     print(cpu())
     print(f"ceilings: {ours['read_gb_per_second']:.1f} GB/s read, "
-          f"{ours['fma_gflop_per_second']:.0f} GFLOP/s of fused multiply-adds")
+          f"{ours['fma_gflop_per_second']:.0f} GFLOP/s of fused multiply-adds"
+          + (f", {ours['amx_gflop_per_second']:.0f} of AMX" if "amx_gflop_per_second" in ours else ""))
     print("tokens/s, medians of", len(list(place.glob("ours-*.json"))), "rounds, best float type\n")
     print("| test | targon-engine |" + "".join(f" {name} | ratio |" for name in peers))
     print("|---|---|" + "---|---|" * len(peers))
@@ -244,14 +245,17 @@ def table(place):
     print(f"decode reads {read:.1f} GB/s, {100 * read / ours['read_gb_per_second']:.0f} % of the ceiling")
     print(f"scoring {ours['pp512_scored'] / ours['pp512']:.2f} x bare prefill; "
           f"first token of 32 after {1000 * ours['ttft32_seconds']:.1f} ms")
-    shared, apart = (ours[f"system1000_b64_{kind}seconds"] for kind in ("", "apart_"))
-    print(f"64 requests with one system prompt of 1,000 tokens {shared:.1f} s, each computing it {apart:.1f} s")
+    if "system1000_b64_seconds" in ours:
+        shared, apart = (ours[f"system1000_b64_{kind}seconds"] for kind in ("", "apart_"))
+        print(f"64 requests with one system prompt of 1,000 tokens {shared:.1f} s, "
+              f"each computing it {apart:.1f} s")
     if "tg64_at_8000" in ours:
         print(f"decode at 8,000 tokens {ours['tg64_at_8000'] / ours['tg128']:.2f} x its speed at 0")
     print(f"load {ours['load_seconds']:.2f} s; peak resident {peak / 1e6:.0f} MB = "
           f"{(peak - kv) / weights:.2f} x weights ({weights / 1e6:.0f} MB) + KV ({kv / 1e6:.0f} MB)")
-    print("streams over HTTP against the engine alone (client on the same cores): "
-          f"{ours['http_over_engine_b1']:.3f} at batch 1, {ours['http_over_engine_b16']:.3f} at 16")
+    if "http_over_engine_b1" in ours:
+        print("streams over HTTP against the engine alone (client on the same cores): "
+              f"{ours['http_over_engine_b1']:.3f} at batch 1, {ours['http_over_engine_b16']:.3f} at 16")
     quantised = rounds(place, "llama-Q8_0-*.json", llama_bench)
     if quantised:
         print(f"for scale: llama.cpp Q8_0 prefill {quantised['pp512']:.1f}, decode {quantised['tg128']:.1f}")

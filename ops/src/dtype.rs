@@ -6,6 +6,7 @@
 
 use half::{bf16, f16};
 use std::fmt;
+use std::ops::Range;
 
 /// bf16 magnitudes below 2^-50 count as zero inside the engine.
 pub const BF16_FLUSH: f32 = f32::from_bits((127 - 50) << 23);
@@ -84,7 +85,7 @@ pub fn round_f16(x: f32) -> u16 {
 }
 
 /// Rows rounded to a dtype, ready to enter a matrix product: the 16-bit patterns (what the proofs
-/// commit to, and pairs for the BF16 dot product) and the same values widened (for FMA).
+/// commit to, and the tiles of AMX multiply) and the same values widened (for FMA).
 pub struct Rounded {
     dtype: Dtype,
     cols: usize,
@@ -122,6 +123,11 @@ impl Rounded {
     /// The 16-bit patterns of row `row`.
     pub fn bits(&self, row: usize) -> &[u16] {
         &self.bits[row * self.cols..][..self.cols]
+    }
+
+    /// The 16-bit patterns of some rows: (rows, cols).
+    pub fn bits_of(&self, rows: Range<usize>) -> &[u16] {
+        &self.bits[rows.start * self.cols..rows.end * self.cols]
     }
 
     /// Row `row`, widened to f32: `cols` values.

@@ -27,3 +27,52 @@ pub fn gated(
         unsafe { round_piece(dtype, gate, &bits, &values, token * inter + rows.start) };
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::dtype::Dtype;
+    use super::super::lanes::Isa;
+    use super::super::matmul::{gated_row, gated_rows};
+    use super::super::pool::Pool;
+    use super::*;
+
+    /// The bits of a gated half with 70 columns for each of `tokens` rows of 96.
+    fn bits(isa: Isa, dtype: Dtype, tokens: usize) -> Vec<u16> {
+        let (inter, cols) = (70, 96);
+        let pool = Pool::new(2, isa).unwrap();
+        let turn = pool.turn();
+        let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.004;
+        let w =
+            Packed::pack::<std::io::Error>(&turn, (gated_rows(inter), cols), dtype, |row, out| {
+                let source =
+                    gated_row(row, inter).map(|half| half.map_or_else(|up| up + inter, |g| g));
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out = source.map_or(0, |row| dtype.round(value(row * cols + k)));
+                }
+                Ok(())
+            });
+        let (mut x, mut out) = (Rounded::new(dtype, cols), Rounded::new(dtype, inter));
+        x.set_rows(tokens);
+        for token in 0..tokens {
+            let row: Vec<f32> = (0..cols).map(|k| value((token * 31 + k) * 3)).collect();
+            x.set_row(token, &row);
+        }
+        gated(&turn, &w.unwrap(), (Activation::Silu, Rounding::Inputs), &x, &mut out);
+        (0..tokens).flat_map(|token| out.bits(token).to_vec()).collect()
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_on_every_instruction_set_and_beside_others() {
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            let alone = bits(Isa::SCALAR, dtype, 1);
+            assert!(alone.iter().any(|bits| *bits != 0));
+            for isa in Isa::available_and_emulated() {
+                for tokens in [1, 2, 3, 16, 33, 70] {
+                    let got = bits(isa, dtype, tokens);
+                    assert!(got == bits(Isa::SCALAR, dtype, tokens), "{isa} {dtype} {tokens}");
+                    assert!(got[..70] == alone, "{isa} {dtype} {tokens}: the first row");
+                }
+            }
+        }
+    }
+}

@@ -19,6 +19,7 @@
 /// Name of the numeric canon, which every row of this engine is computed in.
 pub const CANON: &str = "canon-2";
 
+pub mod amx;
 pub mod attention;
 pub mod buffer;
 pub mod dtype;

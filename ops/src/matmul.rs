@@ -5,11 +5,12 @@
 //! lanes are output rows and no horizontal sum exists.
 //!
 //! A product is `out[t][r] = sum_k w[r][k] * x[t][k]`, each element in the order of the canon.
-//! Tiles of up to 6 tokens by 64 rows are handed to an epilogue as plain slices.
+//! Tiles of up to 6 tokens by 64 rows (32 by 64 with AMX) are handed to an epilogue as plain slices.
 
+use super::amx::unit::{OUTPUTS, ROWS_MAX, Tiles};
 use super::buffer::Buffer;
 use super::dtype::{Dtype, Rounded, round_bf16};
-use super::lanes::{Kernel, LANES, Lanes, dispatch};
+use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
 use super::product::{BLOCK_K, VEC_STRIDE, offset, product};
 use std::ops::Range;
@@ -22,6 +23,9 @@ const TILE_TOKENS: usize = 6;
 const HALF_TILE_TOKENS: usize = 4;
 /// How far ahead of a product its weights are prefetched: two blocks of k.
 const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
+/// Tokens from which a product uses AMX. By counting its instructions: a block of k costs vectors 64
+/// rounds of two multiply-adds a token, and tiles about as many for up to 16 tokens.
+const AMX_TOKENS_MIN: usize = 3;
 /// Tokens of a tile from which weights are prefetched; for fewer it gained nothing.
 const AHEAD_TOKENS_MIN: usize = 3;
 /// Bytes that are packed in one turn while others wait for theirs.
@@ -169,13 +173,13 @@ pub(super) fn matmul(
     epilogue: impl Fn(usize, Range<usize>, &[f32]) + Sync,
 ) {
     assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
-    let (blocks, isa) = (w.blocks(), turn.isa());
-    for_each_task(turn, blocks, x.rows(), |block, tokens| {
+    let unit = Unit::of(turn.isa(), w.dtype, x.rows());
+    for_each_task(turn, unit, w.blocks(), x.rows(), |block, tokens| {
         let rows = w.rows_of(block);
         let sink = |token: usize, products: &[f32; BLOCK_ROWS]| {
             epilogue(token, rows.clone(), &products[..rows.len()]);
         };
-        dispatch(isa, BlockProduct { w, block, x, tokens, sink });
+        unit.start().run(BlockProduct { w, block, x, tokens, sink });
     });
 }
 
@@ -208,23 +212,22 @@ pub(super) fn matmul_gated(
     combine: impl Fn(usize, Range<usize>, &mut [f32], &[f32]) + Sync,
 ) {
     assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
-    let isa = turn.isa();
-    for_each_task(turn, w.blocks() / 2, x.rows(), |pair, tokens| {
-        for first in tokens.clone().step_by(TILE_TOKENS) {
-            let tokens = first..(first + TILE_TOKENS).min(tokens.end);
-            let mut gates = [[0.0; BLOCK_ROWS]; TILE_TOKENS];
+    let unit = Unit::of(turn.isa(), w.dtype, x.rows());
+    for_each_task(turn, unit, w.blocks() / 2, x.rows(), |pair, tokens| {
+        let mut started = unit.start();
+        let mut gates = [[0.0; BLOCK_ROWS]; ROWS_MAX];
+        for first in tokens.clone().step_by(unit.tokens()) {
+            let tokens = first..(first + unit.tokens()).min(tokens.end);
             let keep = |token: usize, products: &[f32; BLOCK_ROWS]| {
                 gates[token - first] = *products;
             };
-            dispatch(
-                isa,
-                BlockProduct { w, block: 2 * pair, x, tokens: tokens.clone(), sink: keep },
-            );
+            let block = 2 * pair;
+            started.run(BlockProduct { w, block, x, tokens: tokens.clone(), sink: keep });
             let rows = pair * BLOCK_ROWS..(pair + 1) * BLOCK_ROWS;
             let join = |token: usize, up: &[f32; BLOCK_ROWS]| {
                 combine(token, rows.clone(), &mut gates[token - first], up);
             };
-            dispatch(isa, BlockProduct { w, block: 2 * pair + 1, x, tokens, sink: join });
+            started.run(BlockProduct { w, block: block + 1, x, tokens, sink: join });
         }
     });
 }
@@ -243,17 +246,62 @@ pub fn gated_rows(inter: usize) -> usize {
     inter.div_ceil(BLOCK_ROWS) * BLOCK_ROWS * 2
 }
 
+/// What computes a product.
+#[derive(Clone, Copy)]
+enum Unit {
+    Lanes(Isa),
+    Tiles(Isa),
+}
+
+/// The same for a thread that has begun.
+enum Started {
+    Lanes(Isa),
+    Tiles(Tiles),
+}
+
+impl Unit {
+    fn of(isa: Isa, dtype: Dtype, tokens: usize) -> Self {
+        let suits = isa.has_tiles() && dtype == Dtype::Bf16 && tokens >= AMX_TOKENS_MIN;
+        if suits { Self::Tiles(isa) } else { Self::Lanes(isa) }
+    }
+
+    /// Tokens that it multiplies at once.
+    fn tokens(self) -> usize {
+        match self {
+            Self::Lanes(_) => TILE_TOKENS,
+            Self::Tiles(_) => ROWS_MAX,
+        }
+    }
+
+    fn start(self) -> Started {
+        match self {
+            Self::Lanes(isa) => Started::Lanes(isa),
+            Self::Tiles(isa) => isa.tiles().map_or(Started::Lanes(isa), Started::Tiles),
+        }
+    }
+}
+
+impl Started {
+    fn run<S: FnMut(usize, &[f32; BLOCK_ROWS])>(&mut self, product: BlockProduct<'_, S>) {
+        match self {
+            Self::Lanes(isa) => dispatch(*isa, product),
+            Self::Tiles(tiles) => product.by_tiles(tiles),
+        }
+    }
+}
+
 /// Cuts (blocks x tokens) into tasks: enough for the threads, each with as many tokens as
 /// possible, because a block's weights are read from memory once for each task.
 fn for_each_task(
     turn: &Turn<'_>,
+    unit: Unit,
     blocks: usize,
     tokens: usize,
     task: impl Fn(usize, Range<usize>) + Sync,
 ) {
     let wanted = turn.threads() * 12;
     let pieces = wanted.div_ceil(blocks).min(tokens.div_ceil(TILE_TOKENS * 4)).max(1);
-    let size = tokens.div_ceil(pieces).next_multiple_of(TILE_TOKENS);
+    let size = tokens.div_ceil(pieces).next_multiple_of(unit.tokens());
     let pieces = tokens.div_ceil(size.max(1));
     turn.run(blocks * pieces, |i| {
         let first = i / blocks * size;
@@ -292,6 +340,17 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> Kernel for BlockProduct<'_, S> {
 }
 
 impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
+    fn by_tiles(mut self, tiles: &mut Tiles) {
+        const { assert!(OUTPUTS == BLOCK_ROWS) };
+        let mut out = [[0.0; BLOCK_ROWS]; ROWS_MAX];
+        for first in self.tokens.clone().step_by(ROWS_MAX) {
+            let tokens = first..(first + ROWS_MAX).min(self.tokens.end);
+            let x = self.x.bits_of(tokens.clone());
+            tiles.product(self.w.block(self.block), x, tokens.len(), &mut out);
+            tokens.zip(&out).for_each(|(token, products)| (self.sink)(token, products));
+        }
+    }
+
     #[inline(always)]
     fn tile<L: Lanes, const T: usize>(&mut self, first: usize) {
         let mut out = [[0.0; BLOCK_ROWS]; T];

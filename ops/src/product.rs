@@ -8,7 +8,7 @@
 //! `odd` over 1, 3, ..., 31. Its sum is `even + odd`; the result starts from +0 and adds the sums
 //! in ascending order. This is what one TDPBF16PS of AMX does per block (Intel's manual, and
 //! 512,000 outputs of a Sapphire Rapids), and what two FMAs repeat on every other CPU and on a GPU.
-//! There is no AMX path yet; the layout below is what its tiles read.
+//! [`amx`](super::amx) uses that instruction itself.
 //!
 //! # Zeros
 //!
@@ -35,8 +35,7 @@
 //! 16 outputs lie side by side, k in pairs. bf16 pairs are interleaved element by element; f16
 //! pairs keep 16 odd elements, then 16 even ones (what a widening load reads). 16 pairs of bf16
 //! over 16 outputs, loaded with the stride of a pair, are a B tile of AMX, and rows of inputs as
-//! they lie are its A tiles; a last block shorter than 32 is a tile of fewer rows. f16 would need
-//! interleaved pairs for that.
+//! they lie are its A tiles. f16 would need interleaved pairs for that.
 
 use super::dtype::Dtype;
 use super::lanes::{LANES, Lanes, prefetch};

@@ -24,7 +24,7 @@ const ROUNDS: usize = 20_000;
 pub(super) struct Peaks {
     /// Bytes a second.
     pub(super) read_bandwidth: f64,
-    /// Multiply-adds as the model's arithmetic does them, in operations a second.
+    /// Multiply-adds as the model's products do them, in operations a second.
     pub(super) fma_peak: f64,
 }
 
@@ -93,7 +93,27 @@ impl Kernel for Fma {
     }
 }
 
-/// Operations a second of multiply-adds on all threads.
+/// Operations a second of products of many rows: with tiles where the instruction set has them.
+pub(super) fn product_peak(turn: &Turn<'_>) -> f64 {
+    tile_peak(turn).unwrap_or_else(|| fma_peak(turn))
+}
+
+/// Operations a second of AMX on all threads, on what its tiles hold.
+pub(super) fn tile_peak(turn: &Turn<'_>) -> Option<f64> {
+    const ROUND: usize = 4 * 16 * 16 * 32 * 2;
+    const ROUNDS: usize = 400_000;
+    let isa = turn.isa();
+    isa.has_tiles().then(|| {
+        let seconds = best_of(3, || {
+            turn.run(turn.threads(), |_| {
+                isa.tiles().into_iter().for_each(|mut t| t.exercise(ROUNDS))
+            });
+        });
+        (turn.threads() * ROUNDS * ROUND) as f64 / seconds
+    })
+}
+
+/// Operations a second of multiply-adds of vectors on all threads.
 pub(super) fn fma_peak(turn: &Turn<'_>) -> f64 {
     let tasks = turn.threads();
     let seconds = |runs: usize, rounds: usize| {

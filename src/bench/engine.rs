@@ -4,7 +4,7 @@
 //! streams through HTTP (`serve`).
 
 use super::arguments::BenchArgs;
-use super::ceilings::{fma_peak, read_bandwidth};
+use super::ceilings::{fma_peak, read_bandwidth, tile_peak};
 use super::figures::Figures;
 use super::load::{REPEATS, request};
 use super::{host, runs, serve};
@@ -38,8 +38,19 @@ const OPTIONS: Options = Options {
 pub fn run_by(mut args: BenchArgs) -> anyhow::Result<String> {
     let device: Option<Device> = args.value("--device")?;
     let path = host::model_or_fetched(args.word())?;
-    let figures = run(device.unwrap_or_default(), &path)?;
+    let extent = if args.has("--short") { Extent::Short } else { Extent::Whole };
+    let figures = run(device.unwrap_or_default(), &path, extent)?;
     Ok(if args.has("--json") { figures.json().to_string() } else { figures.to_string() })
+}
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// Everything.
+    Whole,
+    /// Without what takes hours on a large model and few cores: long contexts, shared prompts and
+    /// HTTP.
+    Short,
 }
 
 /// Measures the model at `path` on a device of an otherwise idle machine: tokens a second, seconds
@@ -47,27 +58,32 @@ pub fn run_by(mut args: BenchArgs) -> anyhow::Result<String> {
 ///
 /// # Errors
 /// When the model cannot be loaded, or the engine or its server fails.
-pub fn run(device: Device, path: &Path) -> anyhow::Result<Figures> {
+pub fn run(device: Device, path: &Path, extent: Extent) -> anyhow::Result<Figures> {
     let pool = host::pool()?;
     let mut figures = Figures::default();
     figures.push("read_gb_per_second", vec![read_bandwidth(&pool.turn())? / 1e9]);
     figures.push("fma_gflop_per_second", vec![fma_peak(&pool.turn()) / 1e9]);
+    if let Some(peak) = tile_peak(&pool.turn()) {
+        figures.push("amx_gflop_per_second", vec![peak / 1e9]);
+    }
     let started = Clock::system();
     let model = Arc::new(Model::load_on(device, path, None, &pool, |_, _| {})?);
     let weights = model.weights.bytes();
     let engine = Engine::start(Arc::clone(&model), pool, OPTIONS, Clock::system())?;
     figures.push("load_seconds", vec![started.elapsed().as_secs_f64()]);
-    measure(&engine, &mut figures)?;
+    measure(&engine, extent, &mut figures)?;
     let peak = host::resident_bytes("VmHWM:")?;
     let kv = engine.options().blocks * engine.info().spec.kv_dims().block_bytes();
     figures.push("weights_bytes", vec![weights as f64]);
     figures.push("kv_bytes", vec![kv as f64]);
     figures.push("peak_resident_bytes", vec![peak]);
-    serve::measure(&engine, &model, &mut figures)?;
+    if extent == Extent::Whole {
+        serve::measure(&engine, &model, &mut figures)?;
+    }
     Ok(figures)
 }
 
-fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
+fn measure(engine: &Engine, extent: Extent, figures: &mut Figures) -> anyhow::Result<()> {
     decode(engine, 1, (32, 16), 0)?; // warm-up
     let mut salt = 1;
     let mut repeat = |name: &str, f: &dyn Fn(u32) -> anyhow::Result<f64>| {
@@ -86,6 +102,9 @@ fn measure(engine: &Engine, figures: &mut Figures) -> anyhow::Result<()> {
     }
     repeat("pp512_scored", &|salt| score(engine, 512, salt))?;
     repeat("ttft32_seconds", &|salt| Ok(32.0 / prefill(engine, 1, 32, salt)?))?;
+    if extent == Extent::Short {
+        return Ok(());
+    }
     repeat("system1000_b64_seconds", &|salt| system_prompt(engine, salt, |_| 0))?;
     if engine.info().spec.context >= OPTIONS.context_max {
         repeat("tg64_at_8000", &|salt| decode(engine, 1, (LONG, 64), salt))?;

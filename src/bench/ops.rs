@@ -1,6 +1,6 @@
 //! Measures kernels against the ceilings of this machine, which are measured in the same run.
 
-use super::ceilings::{best_of, fma_peak, read_bandwidth};
+use super::ceilings::{best_of, product_peak, read_bandwidth};
 use super::host::{self, Say};
 use crate::ops::attention::{Attention, KvCache, KvDims, Segment};
 use crate::ops::dtype::{Dtype, Rounded};
@@ -16,7 +16,7 @@ pub fn run(say: Say<'_>) -> anyhow::Result<()> {
     let turn = pool.turn();
     say(format!("{} threads, {}", turn.threads(), turn.isa()));
     let bandwidth = read_bandwidth(&turn)? / 1e9;
-    let peak = fma_peak(&turn) / 1e9;
+    let peak = product_peak(&turn) / 1e9;
     say(format!("read bandwidth {bandwidth:6.1} GB/s   FMA peak {peak:6.1} GFLOP/s"));
     for (rows, cols) in [(576, 576), (3072, 576), (576, 1536), (49_152, 576)] {
         product(say, &turn, (rows, cols), (bandwidth, peak))?;

@@ -3,7 +3,7 @@
 
 #[cfg(feature = "cuda")]
 use super::card::CardSite;
-use super::ceilings::{Peaks, fma_peak, read_bandwidth};
+use super::ceilings::{Peaks, product_peak, read_bandwidth};
 use super::conditions::Mark;
 use super::energy::Counters;
 use super::plan::devices::{DeviceSpec, of_card, of_cpu};
@@ -105,7 +105,7 @@ impl Site {
             return card.peaks(&self.pool);
         }
         let turn = self.pool.turn();
-        Ok(Peaks { read_bandwidth: read_bandwidth(&turn)?, fma_peak: fma_peak(&turn) })
+        Ok(Peaks { read_bandwidth: read_bandwidth(&turn)?, fma_peak: product_peak(&turn) })
     }
 
     /// Measures the peak of multiply-adds.
@@ -117,7 +117,7 @@ impl Site {
         if let Some(card) = self.card() {
             return card.peak(&self.pool);
         }
-        Ok(fma_peak(&self.pool.turn()))
+        Ok(product_peak(&self.pool.turn()))
     }
 
     /// Refuses sizes for which there is no room: `batch` sequences with `blocks` KV blocks in all.

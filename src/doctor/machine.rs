@@ -4,9 +4,9 @@ use super::{Finding, Level};
 use crate::engine::memory::{HostMemory, memory};
 use crate::engine::plan::Bytes;
 use crate::models::device::{CardMemory, Cards, Device, DeviceError, cards};
+use crate::ops::amx::support::{TilesError, usable};
 use crate::ops::lanes::Isa;
 use crate::server::connections::CONNECTIONS_MAX;
-use std::io;
 use std::path::{Path, PathBuf};
 use sysinfo::System;
 
@@ -32,7 +32,7 @@ pub fn examine(caches: &[PathBuf]) -> Vec<Finding> {
     system.refresh_cpu_all();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut findings = vec![cpu(&system, cores)];
-    findings.extend(amx(&read(CPU_INFO), amx_permission));
+    findings.extend(amx(&read(CPU_INFO), usable));
     findings.extend(governor(&read(GOVERNOR)));
     findings.extend(load(&read(LOAD), cores));
     findings.extend(gpu(std::fs::read_to_string(NVIDIA_VERSION).ok().as_deref(), cards()));
@@ -60,38 +60,16 @@ fn cpu(system: &System, cores: usize) -> Finding {
     }
 }
 
-/// `permission` asks the kernel whether this process may use the tiles.
-fn amx(cpu_info: &str, permission: impl FnOnce() -> io::Result<()>) -> Option<Finding> {
+/// `usable` says whether the kernels use the tiles of a processor that has them.
+fn amx(cpu_info: &str, usable: impl FnOnce() -> Result<(), TilesError>) -> Option<Finding> {
     let has = |flag: &str| cpu_info.split_whitespace().any(|word| word == flag);
-    has("amx_bf16").then(|| {
-        let may = match permission() {
-            Ok(()) => "this process may use it".to_owned(),
-            Err(why) => format!("the kernel refuses it to this process ({why})"),
-        };
-        let fact = format!("the processor has AMX, {may}; the kernels of this build do not use it");
-        Finding::new("amx", Level::Note, fact)
+    has("amx_bf16").then(|| match usable() {
+        Ok(()) => Finding::new("amx", Level::Ok, "products of several rows use its tiles"),
+        Err(why) => {
+            Finding::new("amx", Level::Warning, format!("the processor has AMX, not used: {why}"))
+                .hint("bits are the same without it, and prompts take several times as long")
+        }
     })
-}
-
-/// Asks the kernel for AMX tiles, which a process may only use after that. It then saves 8 KiB
-/// more of a thread's state, and only once the thread has used them.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn amx_permission() -> io::Result<()> {
-    /// `ARCH_REQ_XCOMP_PERM` of the kernel's asm/prctl.h.
-    const REQUEST: libc::c_ulong = 0x1023;
-    /// The state of tiles, `XFEATURE_XTILEDATA` of the kernel.
-    const TILE_DATA: libc::c_ulong = 18;
-    // SAFETY: arch_prctl with this code takes a number and touches no memory of ours.
-    match unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// No other processor or system has a call for it.
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn amx_permission() -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn governor(text: &str) -> Option<Finding> {
@@ -218,14 +196,12 @@ mod tests {
 
     #[test]
     fn kernel_files_are_read_and_may_be_missing() {
-        let tiles = |permission| amx("flags : sse amx_bf16 avx2", || permission).unwrap();
-        assert!(tiles(Ok(())).fact.contains("AMX, this process may use it"));
-        let refused = tiles(Err(io::ErrorKind::PermissionDenied.into()));
-        assert!(refused.level == Level::Note && refused.fact.contains("refuses it"), "{refused:?}");
+        let tiles = |usable| amx("flags : sse amx_bf16 avx2", || usable).unwrap();
+        assert_eq!(tiles(Ok(())).level, Level::Ok);
+        let refused = tiles(Err(TilesError::Refused(1)));
+        assert!(refused.level == Level::Warning && refused.fact.contains("refuses"), "{refused:?}");
         let none = |text| amx(text, || unreachable!("there is no AMX")).is_none();
         assert!(none("flags : sse avx2") && none(""));
-        // A kernel gives tiles only where the processor has them.
-        assert!(amx_permission().is_err() || read(CPU_INFO).contains("amx_tile"));
         assert!(governor("powersave\n").is_some() && governor("performance\n").is_none());
         assert!(huge_pages("always madvise [never]\n").is_some());
         assert!(huge_pages("always [madvise] never\n").is_none());

@@ -191,11 +191,21 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
     let (code, _, err) = run(&["serve", "--models", &absent, "--port", "0"]);
     assert!(code == 1 && err.contains("error: a cannot be served: cannot read"), "{err}");
     let (code, _, err) = run(&["serve", "--isa", "mmx"]);
-    assert!(code == 1 && err.contains("unknown instruction set `mmx`; known: avx512, "), "{err}");
+    assert!(
+        code == 1 && err.contains("unknown instruction set `mmx`; known: amx, avx512, "),
+        "{err}"
+    );
     let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
     let (code, _, err) = run(&["serve", "--isa", foreign]);
     let said = format!("this CPU has no {foreign}; it has ");
     assert!(code == 1 && err.contains(&said) && err.contains("scalar"), "{err}");
+    if !targon_engine::ops::lanes::Isa::best().has_tiles() {
+        let (code, _, err) = run(&["serve", "--isa", "amx"]);
+        assert!(
+            code == 1 && err.contains("amx cannot be used: ") && err.contains("scalar"),
+            "{err}"
+        );
+    }
     let (code, _, err) = run(&["srve"]);
     assert!(code == 1 && err.contains("serve"), "{err}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

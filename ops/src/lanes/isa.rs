@@ -1,5 +1,7 @@
 //! Names the instruction sets, and finds which of them this CPU has.
 
+use super::super::amx::support::{TilesError, usable};
+use super::super::amx::unit::Tiles;
 use std::fmt;
 use std::str::FromStr;
 
@@ -10,6 +12,8 @@ pub struct Isa(Set);
 /// The instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Set {
+    /// AVX-512, and the bf16 tiles of AMX for products of several rows.
+    Amx,
     /// AVX-512 F, BW, DQ and VL, with FMA and F16C.
     Avx512,
     /// AVX2 with FMA and F16C.
@@ -34,18 +38,43 @@ impl Isa {
         Set::ALL.into_iter().filter(|set| set.is_available()).map(Isa).collect()
     }
 
+    /// Every set that this CPU has, and AMX: in software where the CPU has AVX-512 and no tiles.
+    #[cfg(test)]
+    pub(crate) fn available_and_emulated() -> Vec<Isa> {
+        let mut sets = Isa::available();
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if sets[0].0 == Set::Avx512 {
+            super::super::amx::emulated::install();
+            sets.push(Isa(Set::Amx));
+        }
+        println!("instruction sets {sets:?}; AMX of the CPU itself: {:?}", usable());
+        sets
+    }
+
+    /// The tiles of this thread, for products of bf16 values.
+    pub fn tiles(self) -> Option<Tiles> {
+        // SAFETY: this set is only made where they were found usable.
+        (self.0 == Set::Amx).then(|| unsafe { Tiles::new() })
+    }
+
+    /// Whether it has tiles.
+    pub fn has_tiles(self) -> bool {
+        self.0 == Set::Amx
+    }
+
     pub(super) fn set(self) -> Set {
         self.0
     }
 }
 
 impl Set {
-    const ALL: [Set; 4] = [Set::Avx512, Set::Avx2, Set::Neon, Set::Scalar];
+    const ALL: [Set; 5] = [Set::Amx, Set::Avx512, Set::Avx2, Set::Neon, Set::Scalar];
 
     #[cfg(target_arch = "x86_64")]
     fn is_available(self) -> bool {
         let fma = is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         match self {
+            Set::Amx => Set::Avx512.is_available() && usable().is_ok(),
             Set::Avx512 => {
                 fma && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -63,7 +92,7 @@ impl Set {
         match self {
             Set::Neon => cfg!(target_arch = "aarch64"),
             Set::Scalar => true,
-            Set::Avx512 | Set::Avx2 => false,
+            Set::Amx | Set::Avx512 | Set::Avx2 => false,
         }
     }
 }
@@ -77,6 +106,7 @@ impl fmt::Display for Isa {
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Set::Amx => "amx",
             Set::Avx512 => "avx512",
             Set::Avx2 => "avx2",
             Set::Neon => "neon",
@@ -88,6 +118,9 @@ impl fmt::Display for Set {
 /// A name that does not name an instruction set of this CPU.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum IsaError {
+    /// Tiles cannot be used.
+    #[error("amx cannot be used: {0}; this CPU has {available}", available = names(&Isa::available()))]
+    Tiles(TilesError),
     /// This CPU lacks it.
     #[error("this CPU has no {0}; it has {available}", available = names(&Isa::available()))]
     Missing(String),
@@ -106,7 +139,10 @@ impl FromStr for Isa {
     fn from_str(name: &str) -> Result<Self, IsaError> {
         match Set::ALL.into_iter().find(|set| set.to_string() == name) {
             Some(set) if set.is_available() => Ok(Isa(set)),
-            Some(set) => Err(IsaError::Missing(set.to_string())),
+            Some(set) => Err(match (set, usable()) {
+                (Set::Amx, Err(why)) => IsaError::Tiles(why),
+                _ => IsaError::Missing(set.to_string()),
+            }),
             None => Err(IsaError::Unknown(name.to_owned())),
         }
     }

@@ -101,7 +101,7 @@ fn for_each_product(
     inputs: &[f32],
     mut check: impl FnMut(&str, &[f32], &[f32], f32),
 ) {
-    for isa in Isa::available() {
+    for isa in Isa::available_and_emulated() {
         let pool = Pool::new(2, isa).unwrap();
         let turn = pool.turn();
         let w = pack(&turn, (rows, cols), dtype, weights);
@@ -121,8 +121,21 @@ fn for_each_product(
     }
 }
 
-const SHAPES: [(usize, usize, usize); 7] =
-    [(1, 2, 1), (64, 64, 1), (130, 34, 13), (192, 96, 64), (65, 30, 2), (3, 62, 5), (129, 158, 7)];
+/// Rows, columns and tokens: with whole blocks of k and without, and with one or two tiles of tokens
+/// that are full and that are not.
+const SHAPES: [(usize, usize, usize); 11] = [
+    (1, 2, 1),
+    (64, 64, 1),
+    (130, 34, 13),
+    (192, 96, 64),
+    (65, 30, 2),
+    (3, 62, 5),
+    (129, 158, 7),
+    (64, 128, 16),
+    (70, 64, 17),
+    (100, 98, 32),
+    (128, 40, 49),
+];
 
 #[test]
 fn products_follow_the_canon_on_every_instruction_set_and_shape() {
