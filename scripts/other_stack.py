@@ -5,7 +5,8 @@ It answers as docs/proofs.md says, so `targon-engine verify` can check what it w
 margins of its answers are what honest rounding costs, and limits must leave room for them.
 
     other_stack.py REQUESTS ANSWERS [--dtype bf16|f32] [--attention sdpa|eager] [--prefill-only]
-                   [--weights GRID] [--cache GRID] [--llama FILE [--llama-cache TYPE] [--decoded]]
+                   [--weights GRID] [--cache GRID] [--vllm CHECKPOINT]
+                   [--llama FILE [--llama-cache TYPE] [--decoded]]
 
 REQUESTS holds JSON lines `{"request": BODY}`, where BODY asks /v1/completions with a list of ids as
 prompt and with a proof of residue-v1 or residue-v1-u4. With --prefill-only it holds captured
@@ -13,9 +14,9 @@ answers, and only their rows are computed again: the tokens stay those of whoeve
 --weights or --cache it is a cheat, whose matrices or keys and values lie on a coarser grid: what
 limits must catch.
 
-With --llama, a GGUF file of bf16 weights such as `scripts/bench-peers` makes, the rows are those of the
-llama.cpp that it has built, and the tokens those of captured answers; --decoded computes an answer's
-rows one by one, as its miner does.
+With --llama, a GGUF file of bf16 weights, the rows are those of a llama.cpp that was built, and the tokens those of captured answers; --decoded computes an answer's
+rows one by one, as its miner does. With --vllm, a checkpoint directory of bf16, they are vLLM's, run
+by the Python of an environment that has it. `scripts/bench-peers` makes the files and both engines.
 
 `pip install torch transformers==5.24.0 gguf blake3`; `scripts/fetch-model` and
 `targon-engine calibrate` come first. For GGUF files of the Llama architecture.
@@ -370,12 +371,13 @@ class Stack:
         weights = self.file.weights_root()
         self.calibrate(args, weights)
         # Not the engine's order of additions: a verifier compares by energies.
-        self.canon = f"llama.cpp-{args.llama_cache}" if args.llama else f"transformers-{args.dtype}"
+        other = f"llama-cpp-{args.llama_cache}" if args.llama else "vllm-bf16" if args.vllm else None
+        self.canon = other or f"transformers-{args.dtype}"
         self.model_hash = named("targon-engine/model/2", weights, listed(b"bf16"),
                                 listed(self.canon.encode()), self.calibration_hash())
-        self.llama, self.decodes = None, args.decoded
-        if args.llama:
-            self.llama = Llama(args)
+        self.other, self.decodes = None, args.decoded
+        if other:
+            self.other = Llama(args) if args.llama else Vllm(args)
             return
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
         self.model = LlamaForCausalLM._from_config(
@@ -455,8 +457,8 @@ class Stack:
         answers = []
         for request in requests:
             tokens, prompt = request.prompt + request.output[:-1], len(request.prompt)
-            if self.llama:
-                rows = self.llama.rows(tokens, prompt if self.decodes else len(tokens))
+            if self.other:
+                rows = self.other.rows(tokens, prompt if self.decodes else len(tokens))
             else:
                 tokens = torch.tensor([tokens])
                 rows = self.forward(tokens, torch.ones_like(tokens), None)[0]
@@ -523,6 +525,30 @@ class Llama:
         return torch.from_numpy(np.frombuffer(data, np.float32).reshape(len(tokens), -1).copy())
 
 
+class Vllm:
+    """vLLM on the CPU: what it pools of every token is the row after the last norm."""
+
+    def __init__(self, args):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{args.threads - 1}"
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM, TokensPrompt
+        from vllm.config import PoolerConfig
+
+        pooler = PoolerConfig(task="token_embed", tok_pooling_type="ALL", use_activation=False)
+        self.prompt = TokensPrompt
+        self.llm = LLM(model=str(args.vllm), runner="pooling", convert="embed", dtype="bfloat16",
+                       max_model_len=4096, enable_prefix_caching=False, disable_log_stats=True,
+                       pooler_config=pooler)
+
+    def rows(self, tokens, at_once):
+        assert at_once == len(tokens), "vLLM pools no rows that are decoded"
+        prompts = [self.prompt(prompt_token_ids=tokens)]
+        rows = self.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)[0].outputs.data
+        assert len(rows) == len(tokens), f"{len(rows)} rows of {len(tokens)} tokens"
+        return rows.float()
+
+
 def bits_of(rows):
     """Rows as the 16-bit patterns that are proved."""
     assert torch.isfinite(rows).all(), "a row is not finite"
@@ -546,6 +572,7 @@ def arguments():
     parser.add_argument("--logits", choices=["native", "f32"], default="native",
                         help="native: in the type of the arithmetic, as transformers has them")
     parser.add_argument("--llama", type=pathlib.Path, help="a GGUF file of bf16, for llama.cpp")
+    parser.add_argument("--vllm", type=pathlib.Path, help="a checkpoint directory, for vLLM")
     parser.add_argument("--llama-cache", choices=["f16", "bf16", "f32"], default="f16",
                         help="the type of llama.cpp's keys and values")
     parser.add_argument("--decoded", action="store_true", help="llama.cpp computes row by row")
@@ -554,7 +581,7 @@ def arguments():
     parser.add_argument("--prefill-only", action="store_true",
                         help="prove the tokens of captured answers")
     args = parser.parse_args()
-    assert not args.llama or args.prefill_only, "--llama proves captured answers: add --prefill-only"
+    assert args.prefill_only or not (args.llama or args.vllm), "add --prefill-only"
     return args
 
 

@@ -151,7 +151,7 @@ def shape(path):
     writer.add_vocab_size(vocab)
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
     letters += [chr(256 + i) for i in range(256 - len(letters))]
-    words = ["<s>", "</s>", *letters]
+    words = ["<s>", "</s>", *letters, "ab"]
     words += [f"<{i}>" for i in range(len(words), vocab)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")

@@ -8,6 +8,7 @@ use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::config::server_toml::ServerConfig;
 use crate::engine::backend::BackendKind;
 use crate::engine::plan::{Bytes, KvMemory};
+use crate::models::device::names;
 use crate::server::settings::Settings;
 use clap::{Args, Subcommand};
 
@@ -66,7 +67,7 @@ fn model_rows(model: &ModelConfig) -> Vec<(&'static str, String)> {
     let mut rows = vec![
         ("files", files),
         ("engine", engine.into()),
-        ("device", model.device.to_string()),
+        ("device", names(model.devices.iter().copied())),
         ("dtype", model.dtype.map_or("as stored".into(), |dtype| dtype.to_string())),
         ("context", wanted.context_max.map_or("the model's".into(), |n| n.to_string())),
         ("sequences", wanted.sequences_max.to_string()),

@@ -224,7 +224,7 @@ mod tests {
             name: name.into(),
             source: ModelSource::Path(PathBuf::new()),
             backend,
-            device,
+            devices: vec![device],
             arithmetic: None,
             dtype: None,
             isq: None,

@@ -22,13 +22,15 @@ const SPECULATIVE_MAX: usize = STEP_ROWS_MAX - 1;
 /// Types that weights can be quantised to on every device.
 const ISQ_TYPES: [&str; 9] = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k"];
 /// Why there are no cards.
-const NO_CARDS: &str = "must be cpu for engine = \"mistralrs\": this program has no build of \
-    mistral.rs for cards";
+const NO_CARDS: &str = "must be cpu for engine = \"mistralrs\" in a build without the feature \
+    `mistralrs-cuda`";
+/// Cards that the layers of one model may be put on.
+const DEVICES_MAX: usize = 16;
 /// Why there is one process.
 const TENSOR_PARALLEL: &str = "must be 1: mistral.rs 0.8.1 runs a process for each part and sends \
     requests to them without our sampler, so that they would go on with other tokens than were \
     sent";
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 18] = [
     "name",
     "source",
     "repo",
@@ -38,6 +40,7 @@ const KEYS: [&str; 17] = [
     "engine",
     "dtype",
     "device",
+    "devices",
     "arithmetic",
     "context_max",
     "kv_memory",
@@ -73,8 +76,9 @@ pub struct ModelConfig {
     pub source: ModelSource,
     /// The engine that runs it.
     pub backend: BackendKind,
-    /// Where it is computed.
-    pub device: Device,
+    /// Where it is computed: one device, or the cards that mistral.rs puts its layers on, in this
+    /// order.
+    pub devices: Vec<Device>,
     /// How it is computed there; where nothing is said, as is fastest on the device.
     pub arithmetic: Option<Arithmetic>,
     /// Overrides the stored type.
@@ -85,6 +89,13 @@ pub struct ModelConfig {
     pub prefix_cache_file: Option<PathBuf>,
     /// What its memory is planned for: context, KV cache, sequences and drafts.
     pub wanted: MemoryWanted,
+}
+
+impl ModelConfig {
+    /// The device of a model, or of its first layers.
+    pub fn device(&self) -> Device {
+        self.devices.first().copied().unwrap_or_default()
+    }
 }
 
 /// What a models file says, with all defaults filled in.
@@ -129,6 +140,7 @@ struct Entry {
     engine: Option<String>,
     dtype: Option<String>,
     device: Option<String>,
+    devices: Option<Vec<String>>,
     arithmetic: Option<String>,
     context_max: Option<usize>,
     kv_memory: Option<String>,
@@ -196,15 +208,8 @@ fn unknown_key(message: &str) -> Option<String> {
 fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, KeyError> {
     let backend = entry.engine.as_deref().map_or(Ok(BackendKind::default()), str::parse);
     let backend = backend.map_err(|e: BackendError| KeyError::new("engine", e))?;
-    let device = entry.device.as_deref().map_or(Ok(Device::default()), str::parse);
-    let device = device.map_err(|e: DeviceError| KeyError::new("device", e))?;
-    let device = match (backend, device) {
-        // What the native engine finds on a card says nothing of the other one.
-        (BackendKind::Mistralrs, Device::Auto) => Device::Cpu,
-        (BackendKind::Mistralrs, Device::Cuda(_)) => return Err(KeyError::new("device", NO_CARDS)),
-        (_, device) => device,
-    };
-    let arithmetic = arithmetic(&entry, backend, device)?;
+    let devices = devices(&entry, backend)?;
+    let arithmetic = arithmetic(&entry, backend, devices[0])?;
     let dtype = match entry.dtype.as_deref() {
         None | Some("auto") => None,
         Some("bf16") => Some(Dtype::Bf16),
@@ -247,13 +252,53 @@ fn check(entry: Entry, directory: &Path) -> Result<ModelConfig, KeyError> {
         name,
         source,
         backend,
-        device,
+        devices,
         arithmetic,
         dtype,
         isq,
         prefix_cache_file,
         wanted,
     })
+}
+
+/// Where a model is computed; never empty.
+fn devices(entry: &Entry, backend: BackendKind) -> Result<Vec<Device>, KeyError> {
+    let Some(names) = &entry.devices else {
+        let name = entry.device.as_deref().unwrap_or("auto");
+        return Ok(vec![device("device", name, backend)?]);
+    };
+    let fault = |what: String| Err(KeyError::new("devices", what));
+    if backend != BackendKind::Mistralrs {
+        return fault("goes only with engine = \"mistralrs\"".into());
+    }
+    if entry.device.is_some() {
+        return fault("does not go with `device`".into());
+    }
+    if !(1..=DEVICES_MAX).contains(&names.len()) {
+        return fault(format!("must name 1 to {DEVICES_MAX} cards, got {}", names.len()));
+    }
+    let mut devices = Vec::new();
+    for name in names {
+        match device("devices", name, backend)? {
+            card @ Device::Cuda(_) if !devices.contains(&card) => devices.push(card),
+            card @ Device::Cuda(_) => return fault(format!("names {card} twice")),
+            other => return fault(format!("must name cards, got {other}")),
+        }
+    }
+    Ok(devices)
+}
+
+/// The device of this name, which `key` says.
+fn device(key: &'static str, name: &str, backend: BackendKind) -> Result<Device, KeyError> {
+    let is_mistral = backend == BackendKind::Mistralrs;
+    if is_mistral && name.starts_with("cuda:") && !cfg!(feature = "mistralrs-cuda") {
+        return Err(KeyError::new(key, format!("{NO_CARDS}, got {name}")));
+    }
+    match name.parse().map_err(|e: DeviceError| KeyError::new(key, e))? {
+        // What the native engine finds on a card says nothing of the other one.
+        Device::Auto if is_mistral => Ok(Device::Cpu),
+        device => Ok(device),
+    }
 }
 
 /// How a model is computed, where the entry says it.
@@ -380,9 +425,9 @@ mod tests {
         let file = PathBuf::from("/etc/small.prefixes.json");
         assert_eq!(models[1].prefix_cache_file, Some(file));
         assert_eq!(models[1].source, ModelSource::Path("/etc/weights/m.gguf".into()));
-        assert_eq!((models[0].device, models[0].arithmetic), (Device::Auto, None));
+        assert_eq!((models[0].device(), models[0].arithmetic), (Device::Auto, None));
         assert_eq!(models[1].arithmetic, Some(Arithmetic::Portable));
-        assert_eq!((models[1].backend, models[1].device), (BackendKind::Native, Device::Cpu));
+        assert_eq!((models[1].backend, models[1].device()), (BackendKind::Native, Device::Cpu));
         assert_eq!(models[1].dtype, Some(Dtype::F16));
         assert_eq!(models[1].wanted.kv_memory, KvMemory::Bytes(1 << 30));
     }
@@ -404,7 +449,10 @@ mod tests {
             ("isq=\"int4\"", "`isq` must be one of q4_0"),
             ("tensor_parallel=2", "`tensor_parallel` must be 1: mistral.rs"),
             ("tensor_parallel=0", "`tensor_parallel` must be 1: mistral.rs"),
-            ("device=\"cuda:0\"", "`device`"),
+            ("devices=[]", "`devices` must name 1 to 16 cards, got 0"),
+            ("devices=[\"cpu\", \"cpu\"]", "`devices` must name cards, got cpu"),
+            ("device=\"cpu\"\ndevices=[\"cpu\"]", "`devices` does not go with `device`"),
+            ("device=\"cuda:x\"", "`device` must be"),
             ("arithmetic=\"portable\"", "`arithmetic` goes only with engine"),
             ("speculative_tokens=4", "`speculative_tokens` goes only with engine"),
             ("prefix_cache_file=\"p\"", "`prefix_cache_file` goes only with engine"),
@@ -412,6 +460,18 @@ mod tests {
         ] {
             let (error, _) = entry(more).unwrap_err();
             assert!(error.contains(want), "{error}");
+        }
+        let cards = entry("devices=[\"cuda:1\", \"cuda:0\"]");
+        if cfg!(feature = "mistralrs-cuda") {
+            let devices = cards.unwrap().models.remove(0).devices;
+            assert_eq!(devices, [Device::Cuda(1), Device::Cuda(0)]);
+            let (error, _) = entry("devices=[\"cuda:1\", \"cuda:1\"]").unwrap_err();
+            assert!(error.contains("`devices` names cuda:1 twice"), "{error}");
+        } else {
+            let (error, _) = cards.unwrap_err();
+            assert!(error.contains("`mistralrs-cuda`, got cuda:1"), "{error}");
+            let (error, _) = entry("device=\"cuda:0\"").unwrap_err();
+            assert!(error.contains("`device` must be cpu for engine"), "{error}");
         }
     }
 
@@ -442,6 +502,7 @@ mod tests {
                 "`engine` must be native or mistralrs",
                 None,
             ),
+            ("[[model]]\nname=\"a\"\ndevices=[\"cuda:0\"]", "`devices` goes only with", None),
             ("[[model]]\nname=\"a\"\nisq=\"q8_0\"", "`isq` goes only with engine", None),
             ("[[model]]\nname=\"a\"\ntensor_parallel=2", "`tensor_parallel` goes only with", None),
             ("[[model]]\nname=\"a\"\nkv_memory=\"4\"", "`kv_memory` must be a size", None),

@@ -7,6 +7,7 @@ use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::chat::ChatTemplate;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
+use crate::models::device::names;
 use crate::models::hub::Hub;
 use crate::models::panics::contained;
 use crate::models::spec::Spec;
@@ -61,20 +62,21 @@ fn look(
         Err(e) => return vec![fault(e.to_string(), DOWNLOAD_ADVICE)],
     };
     let mut findings = Vec::new();
+    let devices = names(model.devices.iter().map(|device| device.resolved()));
     let spec = config::parse(&checkpoint.config_path, &checkpoint.config);
     match spec.map_err(anyhow::Error::from).and_then(|spec| plan(model, &spec)) {
         Ok(plan) => {
             let fact = format!(
                 "{} of memory on {} for {} sequences of {} tokens",
                 Bytes(plan.total()),
-                model.device.resolved(),
+                devices,
                 plan.options.sequences_max,
                 plan.options.context_max
             );
             findings.push(Finding::new(topic, Level::Ok, fact));
         }
         Err(why) => {
-            let fact = format!("cannot be served on {}: {why}", model.device.resolved());
+            let fact = format!("cannot be served on {devices}: {why}");
             findings.push(fault(fact, PLAN_ADVICE));
         }
     }

@@ -1,4 +1,5 @@
-//! Plans memory: it computes what a model will need before anything of it is loaded.
+//! Plans memory: it computes what a model will need before anything of it is loaded, and on which
+//! devices its layers lie.
 
 use super::backend::BackendKind;
 use super::{MIXED_PREFILL_TOKENS, Options};
@@ -67,6 +68,17 @@ pub enum PlanError {
         /// The context of the model.
         context: usize,
     },
+    /// Several devices for an engine that uses one.
+    #[error("only engine = \"mistralrs\" puts a model on several devices")]
+    OneDevice,
+    /// A device that has no room for a layer beside what it needs anyway.
+    #[error("{device} has {} free, which is not enough for one of the layers", Bytes(*free))]
+    NoLayer {
+        /// The device.
+        device: Device,
+        /// What it has free.
+        free: u64,
+    },
     /// The KV cache would not hold one sequence.
     #[error(
         "{} for the KV cache hold {tokens} tokens, but one sequence of {context} needs {}; \
@@ -93,6 +105,17 @@ pub enum PlanError {
         /// What the machine has.
         available: u64,
     },
+}
+
+/// What one device has of a model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// The device.
+    pub device: Device,
+    /// Layers that lie on it, after those of the parts before.
+    pub layers: usize,
+    /// Bytes that it needs for them and for its share of all else.
+    pub bytes: u64,
 }
 
 impl MemoryPlan {
@@ -128,21 +151,67 @@ impl MemoryPlan {
         wanted: MemoryWanted,
         available: u64,
     ) -> Result<Self, PlanError> {
-        let context_max = wanted.context_max.unwrap_or(spec.context);
-        if context_max > spec.context {
-            return Err(PlanError::Context { wanted: context_max, context: spec.context });
+        let wanted = sized(backend, device, spec, wanted)?;
+        let needs = Needs::of(backend, device, spec, wanted);
+        Self::fit(&needs, spec, wanted, available)
+    }
+
+    /// Plans a model whose layers lie on these devices, in this order, with `free` bytes each. The
+    /// first one has embedding and head too. Each gets layers in proportion to what it has free
+    /// beside what it needs anyway.
+    ///
+    /// # Errors
+    /// When it cannot fit, with the numbers, or the engine uses one device only.
+    pub fn over(
+        backend: BackendKind,
+        devices: &[(Device, u64)],
+        spec: &Spec,
+        wanted: MemoryWanted,
+    ) -> Result<(Self, Vec<Part>), PlanError> {
+        if let [(device, free)] = *devices {
+            let plan = Self::with(backend, device, spec, wanted, free)?;
+            return Ok((plan, vec![Part { device, layers: spec.layers, bytes: plan.total() }]));
         }
-        let step_tokens_max = STEP_TOKENS.min(context_max);
-        let sequences_max = match backend {
-            BackendKind::Native => wanted.sequences_max,
-            BackendKind::Mistralrs => wanted.sequences_max.min(MISTRAL_SEQUENCES_MAX),
+        let (BackendKind::Mistralrs, [(first, _), ..]) = (backend, devices) else {
+            return Err(PlanError::OneDevice);
         };
-        let rows = step_tokens_max.max(sequences_max + MIXED_PREFILL_TOKENS);
-        let needs = match backend {
-            BackendKind::Native => Needs::new(device, spec, rows),
-            BackendKind::Mistralrs => Needs::of_mistral(spec, context_max),
+        let wanted = sized(backend, *first, spec, wanted)?;
+        let mut needs = Needs::of(backend, *first, spec, wanted);
+        let fixed = |index: usize| needs.workspace + if index == 0 { needs.outer } else { 0 };
+        let room = |(index, (_, free)): (usize, &(Device, u64))| free.saturating_sub(fixed(index));
+        let rooms: Vec<u64> = devices.iter().enumerate().map(room).collect();
+        let layers = in_proportion(spec.layers, &rooms);
+        if let Some(index) = layers.iter().position(|layers| *layers == 0) {
+            let (device, free) = devices[index];
+            return Err(PlanError::NoLayer { device, free });
+        }
+        // What each layer may have where it has least.
+        let each = rooms.iter().zip(&layers).map(|(room, layers)| room / *layers as u64).min();
+        let all_fixed: u64 = (0..devices.len()).map(fixed).sum();
+        let fixed: Vec<u64> = (0..devices.len()).map(fixed).collect();
+        needs.workspace *= devices.len() as u64;
+        let available = all_fixed + each.unwrap_or(0) * spec.layers as u64;
+        let plan = Self::fit(&needs, spec, wanted, available)?;
+        let layer = (plan.weights - needs.outer + plan.kv) / spec.layers as u64;
+        let part = |(((device, _), layers), fixed): ((&(Device, u64), usize), u64)| Part {
+            device: *device,
+            layers,
+            bytes: fixed + layers as u64 * layer,
         };
-        let Needs { weights, block: block_bytes, workspace } = needs;
+        let parts = devices.iter().zip(layers).zip(fixed).map(part).collect();
+        Ok((plan, parts))
+    }
+
+    /// Plans what needs so much into `available` bytes; `wanted` is what [`sized`] gives.
+    fn fit(
+        needs: &Needs,
+        spec: &Spec,
+        wanted: MemoryWanted,
+        available: u64,
+    ) -> Result<Self, PlanError> {
+        let Needs { weights, block: block_bytes, workspace, .. } = *needs;
+        let context_max = wanted.context_max.unwrap_or(spec.context);
+        let sequences_max = wanted.sequences_max;
         let left = available.saturating_sub(weights + workspace);
         let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;
         let wanted_blocks = match wanted.kv_memory {
@@ -170,7 +239,7 @@ impl MemoryPlan {
             blocks: wanted_blocks as usize,
             sequences_max,
             waiting_max: WAITING_MAX,
-            step_tokens_max,
+            step_tokens_max: STEP_TOKENS.min(context_max),
             drafts_max: wanted.drafts_max,
         };
         Ok(Self { weights, kv, workspace, options })
@@ -182,42 +251,98 @@ impl MemoryPlan {
     }
 }
 
+/// What is asked for within what the model and the engine can do.
+fn sized(
+    backend: BackendKind,
+    device: Device,
+    spec: &Spec,
+    wanted: MemoryWanted,
+) -> Result<MemoryWanted, PlanError> {
+    let context_max = wanted.context_max.unwrap_or(spec.context);
+    if context_max > spec.context {
+        return Err(PlanError::Context { wanted: context_max, context: spec.context });
+    }
+    let sequences_max = match (backend, device.resolved()) {
+        (BackendKind::Mistralrs, Device::Cpu) => wanted.sequences_max.min(MISTRAL_SEQUENCES_MAX),
+        _ => wanted.sequences_max,
+    };
+    Ok(MemoryWanted { context_max: Some(context_max), sequences_max, ..wanted })
+}
+
+/// Splits `count` in proportion to `weights`: each has its whole part, and the largest rests have
+/// one more.
+fn in_proportion(count: usize, weights: &[u64]) -> Vec<usize> {
+    let sum: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
+    if sum == 0 {
+        return vec![0; weights.len()];
+    }
+    let share = |weight: &u64| u128::from(*weight) * count as u128;
+    let mut parts: Vec<usize> = weights.iter().map(|w| (share(w) / sum) as usize).collect();
+    let mut by_rest: Vec<usize> = (0..weights.len()).collect();
+    by_rest.sort_by_key(|index| std::cmp::Reverse(share(&weights[*index]) % sum));
+    let left = count - parts.iter().sum::<usize>();
+    by_rest.into_iter().take(left).for_each(|index| parts[index] += 1);
+    parts
+}
+
 /// Bytes that a device needs for a shape.
 struct Needs {
     weights: u64,
+    /// Of the weights, those outside the layers.
+    outer: u64,
     /// One block of the KV cache.
     block: u64,
     workspace: u64,
 }
 
 impl Needs {
-    /// What mistral.rs needs on the processor for sequences of `context` tokens: 32-bit numbers;
-    /// the head with the rows of its tap, and the embedding where it is another matrix; a prompt is
-    /// computed in one step, its attention in chunks.
-    fn of_mistral(spec: &Spec, context: usize) -> Self {
-        let width = 4;
+    fn of(backend: BackendKind, device: Device, spec: &Spec, wanted: MemoryWanted) -> Self {
+        let context_max = wanted.context_max.unwrap_or(spec.context);
+        let step = STEP_TOKENS.min(context_max);
+        match backend {
+            BackendKind::Native => {
+                Self::new(device, spec, step.max(wanted.sequences_max + MIXED_PREFILL_TOKENS))
+            }
+            BackendKind::Mistralrs => Self::of_mistral(device, spec, context_max),
+        }
+    }
+
+    /// What mistral.rs needs for sequences of `context` tokens: numbers of 32 bits on the processor,
+    /// of 16 on a card; the head with the rows of its tap, and the embedding where it is another
+    /// matrix; a prompt is computed in one step, its attention in chunks.
+    fn of_mistral(device: Device, spec: &Spec, context: usize) -> Self {
+        let width = match device.resolved() {
+            Device::Cuda(_) => 2,
+            _ => 4,
+        };
         let (hidden, context) = (spec.hidden as u64, context as u64);
         let embedding = if spec.tied { 0 } else { spec.vocab as u64 * hidden };
         let taps = if spec.tied { 1 } else { 2 } * hidden * hidden;
+        let head = spec.vocab.next_multiple_of(64) as u64 * hidden;
+        let outer = (head + embedding + taps) * width;
         let weights = (weight_bytes(spec) / 2 + embedding + taps) * width;
         let widest = spec.hidden.max(spec.feed_forward.inter).max(spec.qkv_rows()) as u64;
         let scores = spec.attention.heads as u64 * context.min(PROMPT_CHUNK);
-        let workspace = context * width * (4 * widest + 2 * scores);
+        // Scores are numbers of 32 bits on every device.
+        let workspace = context * (4 * width * widest + 2 * 4 * scores);
         // A step copies the caches of its sequences into those of a batch, and back.
         let block = 2 * spec.kv_dims().block_bytes() as u64 * width / 2;
-        Self { weights, block, workspace }
+        Self { weights, outer, block, workspace }
     }
 
-    /// With steps of `rows` rows.
+    /// What the native engine needs, with steps of `rows` rows.
     fn new(device: Device, spec: &Spec, rows: usize) -> Self {
         match device.resolved() {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                let sizes = crate::models::cuda::Sizes::new(spec, rows);
-                Self { weights: sizes.weights, block: sizes.block, workspace: sizes.workspace }
+                use crate::models::cuda::Sizes;
+                let sizes = Sizes::new(spec, rows);
+                let Sizes { weights, block, workspace } = sizes;
+                Self { weights, outer: 0, block, workspace }
             }
             _ => Self {
                 weights: weight_bytes(spec),
+                outer: 0,
                 block: spec.kv_dims().block_bytes() as u64,
                 workspace: workspace_bytes(spec, rows) as u64,
             },
@@ -299,6 +424,45 @@ mod tests {
         assert_eq!((native.options.sequences_max, other.options.sequences_max), (8, 1));
         assert_eq!(8 * other.kv, 4 * native.kv);
         assert!(matches!(plan(1 << 30), Err(PlanError::KvTooSmall { .. })));
+    }
+
+    #[test]
+    fn layers_lie_on_cards_as_they_have_room() {
+        let over = |free: &[u64]| {
+            let cards = free.iter().enumerate().map(|(i, free)| (Device::Cuda(i), *free));
+            let cards: Vec<(Device, u64)> = cards.collect();
+            MemoryPlan::over(BackendKind::Mistralrs, &cards, &spec(), WANTED)
+        };
+        let layers = |free: &[u64]| -> Vec<usize> {
+            let (plan, parts) = over(free).unwrap();
+            let bytes: u64 = parts.iter().map(|part| part.bytes).sum();
+            assert!(bytes <= plan.total() && plan.total() - bytes < 30, "{plan:?} {parts:?}");
+            assert!(parts.iter().zip(free).all(|(part, free)| part.bytes <= *free), "{parts:?}");
+            parts.into_iter().map(|part| part.layers).collect()
+        };
+        // 16 bits a number: half of what the processor needs, and all sequences at once.
+        let (alone, parts) = over(&[64 << 30]).unwrap();
+        let cpu = MemoryPlan::with(BackendKind::Mistralrs, Device::Cpu, &spec(), WANTED, 64 << 30);
+        assert_eq!((2 * alone.weights, alone.options.sequences_max), (cpu.unwrap().weights, 8));
+        assert_eq!((parts.len(), parts[0].layers), (1, 30));
+        assert_eq!(layers(&[64 << 30, 64 << 30]), [15, 15]);
+        assert_eq!(layers(&[16 << 30, 32 << 30, 48 << 30]).iter().sum::<usize>(), 30);
+        assert_eq!(layers(&[1 << 60, 1 << 60]), [15, 15]);
+        // Neither could hold the model with one context alone.
+        let (one, two) = (1100 << 20, 1000 << 20);
+        assert!(over(&[one]).is_err() && over(&[two]).is_err());
+        let split = layers(&[one, two]);
+        assert!(split[0] < split[1], "the first has embedding and head too: {split:?}");
+        let error = |free: &[u64]| over(free).unwrap_err().to_string();
+        assert!(error(&[64 << 30, 1 << 20]).starts_with("cuda:1 has 1.0 MiB free"));
+        assert!(error(&[0, 0]).starts_with("cuda:0 has 0 B free"));
+        let native = MemoryPlan::over(
+            BackendKind::Native,
+            &[(Device::Cuda(0), 1 << 40), (Device::Cuda(1), 1 << 40)],
+            &spec(),
+            WANTED,
+        );
+        assert_eq!(native.unwrap_err(), PlanError::OneDevice);
     }
 
     #[test]

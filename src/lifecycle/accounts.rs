@@ -7,7 +7,7 @@
 use super::located::{Located, shape_within};
 use crate::config::models_toml::ModelConfig;
 use crate::engine::memory::memory;
-use crate::engine::plan::MemoryPlan;
+use crate::engine::plan::{MemoryPlan, Part};
 use crate::models::Model;
 use crate::models::device::{Device, DeviceError};
 use crate::models::spec::Spec;
@@ -77,20 +77,30 @@ impl Account {
 /// Memory that is reserved for a model while it is loaded; given back when this is dropped.
 pub struct Lease {
     memory: MemoryAccounts,
-    device: Device,
+    parts: Vec<Part>,
     load: Arc<()>,
 }
 
 impl Lease {
+    /// What each device has of the model.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// The devices that it is on.
+    pub fn devices(&self) -> impl Iterator<Item = Device> {
+        self.parts.iter().map(|part| part.device)
+    }
+
     /// From now on the reservation is held by `model`, until it and its engine are gone.
     pub fn hand_over(self, model: &Arc<Model>) {
         let mut accounts = self.memory.accounts.lock();
-        let reservations = accounts.get_mut(&self.device).map(|account| &mut account.reservations);
+        let reservations = accounts.values_mut().flat_map(|account| &mut account.reservations);
         let own = |holder: &Holder| match holder {
             Holder::Load(load) => load.ptr_eq(&Arc::downgrade(&self.load)),
             Holder::Model(_) => false,
         };
-        for reservation in reservations.into_iter().flatten().filter(|r| own(&r.holder)) {
+        for reservation in reservations.filter(|r| own(&r.holder)) {
             reservation.holder = Holder::Model(Arc::downgrade(model));
         }
     }
@@ -111,7 +121,7 @@ impl MemoryAccounts {
         Self { accounts: Arc::default(), measure: Arc::new(measure) }
     }
 
-    /// Plans one model into what its device has left, and reserves that, from its headers alone.
+    /// Plans one model into what its devices have left, and reserves that, from its headers alone.
     ///
     /// # Errors
     /// Why it does not fit or cannot be planned, in words.
@@ -128,22 +138,25 @@ impl MemoryAccounts {
         config: &ModelConfig,
         spec: &Spec,
     ) -> anyhow::Result<(MemoryPlan, Lease)> {
-        let device = config.device.resolved();
-        let now = (self.measure)(device)?;
+        let devices = config.devices.iter().map(|device| device.resolved());
+        let now = devices.map(|device| Ok((device, (self.measure)(device)?)));
+        let now = now.collect::<anyhow::Result<BTreeMap<Device, u64>>>()?;
         // Nothing else is reserved between the question and the reservation.
         let mut accounts = self.accounts.lock();
-        let account = accounts.entry(device).or_default();
-        let plan = shape_within(config, spec, account.left(now))?;
+        let left = |device: Device| accounts.entry(device).or_default().left(now[&device]);
+        let (plan, parts) = shape_within(config, spec, left)?;
         let load = Arc::new(());
-        let reservation = Reservation {
-            model: config.name.clone(),
-            bytes: plan.total(),
-            holder: Holder::Load(Arc::downgrade(&load)),
-            is_leaving: false,
-        };
-        account.reservations.push(reservation);
+        for Part { device, bytes, .. } in &parts {
+            let reservation = Reservation {
+                model: config.name.clone(),
+                bytes: *bytes,
+                holder: Holder::Load(Arc::downgrade(&load)),
+                is_leaving: false,
+            };
+            accounts.entry(*device).or_default().reservations.push(reservation);
+        }
         drop(accounts);
-        Ok((plan, Lease { memory: self.clone(), device, load }))
+        Ok((plan, Lease { memory: self.clone(), parts, load }))
     }
 
     /// Says that a model is no longer wanted: its memory will be free when its requests have ended.
@@ -153,13 +166,18 @@ impl MemoryAccounts {
         reservations.filter(|r| r.model == model).for_each(|r| r.is_leaving = true);
     }
 
-    /// The models that still have memory of a device and are no longer wanted.
-    pub fn leaving(&self, device: Device) -> Vec<String> {
+    /// The models that still have memory of these devices and are no longer wanted.
+    pub fn leaving(&self, devices: &[Device]) -> Vec<String> {
         let mut accounts = self.accounts.lock();
-        let Some(account) = accounts.get_mut(&device.resolved()) else { return Vec::new() };
-        account.reserved();
-        let leaving = account.reservations.iter().filter(|reservation| reservation.is_leaving);
-        leaving.map(|reservation| reservation.model.clone()).collect()
+        let mut models = Vec::new();
+        for device in devices {
+            let Some(account) = accounts.get_mut(&device.resolved()) else { continue };
+            account.reserved();
+            let leaving = account.reservations.iter().filter(|reservation| reservation.is_leaving);
+            models.extend(leaving.map(|reservation| reservation.model.clone()));
+        }
+        models.dedup();
+        models
     }
 
     /// The processor and every card that a model asked for, with the bytes that each had free

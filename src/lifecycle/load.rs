@@ -9,10 +9,10 @@ use crate::engine::Engine;
 #[cfg(not(feature = "mistralrs"))]
 use crate::engine::backend::BackendError;
 use crate::engine::backend::BackendKind;
-use crate::engine::plan::MemoryPlan;
+use crate::engine::plan::{MemoryPlan, Part};
 use crate::models::Identity;
 use crate::models::config::parse;
-use crate::models::device::Device;
+use crate::models::device::{Device, names};
 use crate::models::error::read_json;
 use crate::models::hub::{Hub, WantedFiles};
 use crate::models::panics::contained;
@@ -165,12 +165,12 @@ impl Loading {
     /// them, for a limited time; then it takes what there is.
     async fn plan(&self, located: Located) -> anyhow::Result<Planned> {
         let spec = located.spec()?;
-        let wanted = shape_within(&located.config, &spec, BOUNDLESS)?.total();
-        let (name, device) = (located.config.name.clone(), located.config.device);
+        let wanted = shape_within(&located.config, &spec, |_| BOUNDLESS)?.0.total();
+        let (name, devices) = (located.config.name.clone(), located.config.devices.clone());
         let (started, mut is_told) = (self.clock.elapsed(), false);
         loop {
             // Asked first: what leaves after this question is seen by the plan.
-            let leaving = self.memory.leaving(device);
+            let leaving = self.memory.leaving(&devices);
             let planned = self.memory.plan_shape(&located.config, &spec);
             let is_whole = planned.as_ref().is_ok_and(|(plan, _)| plan.total() >= wanted);
             if is_whole || leaving.is_empty() || self.clock.elapsed() - started > LEAVING_MAX {
@@ -202,22 +202,21 @@ impl Loading {
         let Planned { located, plan, lease } = planned;
         let name = &located.config.name;
         let started = clock.elapsed();
-        let loaded = contained("loading it", || self.load_one(&located, &plan));
+        let loaded = contained("loading it", || self.load_one(&located, &plan, lease.parts()));
         let loaded = loaded.unwrap_or_else(|e| Err(e.into()));
         shown.ended(name);
         match loaded {
             Ok(served) => {
-                lease.hand_over(&served.model);
                 let seconds = (clock.elapsed() - started).as_secs_f64();
                 let dtype = served.identity.type_name();
                 let weights = to_hex(&served.identity.weights_root);
-                let (device, backend) =
-                    (served.model.weights.device(), served.engine.info().backend);
+                let (device, backend) = (names(lease.devices()), served.engine.info().backend);
                 let canon = &served.identity.canon;
                 let model = name;
                 tracing::info!(
                     model, ?backend, %device, %canon, dtype, weights, seconds, "ready"
                 );
+                lease.hand_over(&served.model);
                 let is_wanted = registry.set(name, None, ModelState::Ready(Box::new(served)));
                 if !is_wanted {
                     let what = "dropped again: the models file wants it otherwise by now";
@@ -233,7 +232,13 @@ impl Loading {
         }
     }
 
-    fn load_one(&self, located: &Located, plan: &MemoryPlan) -> anyhow::Result<Served> {
+    #[cfg_attr(not(feature = "mistralrs"), allow(unused_variables, reason = "one device"))]
+    fn load_one(
+        &self,
+        located: &Located,
+        plan: &MemoryPlan,
+        parts: &[Part],
+    ) -> anyhow::Result<Served> {
         let (pool, clock) = (self.pool.clone(), self.clock.clone());
         match located.config.backend {
             BackendKind::Native => {
@@ -242,9 +247,7 @@ impl Loading {
                 load_native(located, plan, (pool, clock), progress)
             }
             #[cfg(feature = "mistralrs")]
-            BackendKind::Mistralrs => {
-                super::mistral::load(&located.config, &located.path, plan.options, &pool, clock)
-            }
+            BackendKind::Mistralrs => super::mistral::load(located, (plan, parts), &pool, clock),
             #[cfg(not(feature = "mistralrs"))]
             BackendKind::Mistralrs => Err(BackendError::NotBuilt("mistralrs").into()),
         }

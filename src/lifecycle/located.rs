@@ -1,8 +1,9 @@
 //! Plans and loads a model whose files are on this machine.
 
 use crate::config::models_toml::ModelConfig;
-use crate::engine::plan::MemoryPlan;
+use crate::engine::plan::{MemoryPlan, Part};
 use crate::models::checkpoint::Checkpoint;
+use crate::models::device::Device;
 use crate::models::error::LoadError;
 use crate::models::panics::contained;
 use crate::models::spec::Spec;
@@ -34,7 +35,8 @@ impl Located {
         pool: &Pool,
         progress: impl Fn(usize, usize),
     ) -> Result<Model, LoadError> {
-        let ModelConfig { device, dtype, arithmetic, .. } = self.config;
+        let ModelConfig { dtype, arithmetic, .. } = self.config;
+        let device = self.config.device();
         Model::load_on(device, &self.path, dtype, pool, progress)?.computing(arithmetic)
     }
 
@@ -49,24 +51,25 @@ impl Located {
         })?
     }
 
-    /// Plans the model into `available` bytes of its device, from its headers alone.
+    /// Plans the model into `available` bytes of each of its devices, from its headers alone.
     ///
     /// # Errors
     /// Why it does not fit or cannot be planned, in words.
     pub fn plan_within(&self, available: u64) -> anyhow::Result<MemoryPlan> {
-        shape_within(&self.config, &self.spec()?, available)
+        Ok(shape_within(&self.config, &self.spec()?, |_| available)?.0)
     }
 }
 
-/// Plans a model of this shape into `available` bytes of its device.
+/// Plans a model of this shape into what each of its devices has `free`; says what each will have.
 ///
 /// # Errors
 /// Why it does not fit, in words.
 pub(super) fn shape_within(
     config: &ModelConfig,
     spec: &Spec,
-    available: u64,
-) -> anyhow::Result<MemoryPlan> {
-    let ModelConfig { device, wanted, backend, .. } = *config;
-    Ok(MemoryPlan::with(backend, device, spec, wanted, available)?)
+    mut free: impl FnMut(Device) -> u64,
+) -> anyhow::Result<(MemoryPlan, Vec<Part>)> {
+    let with_free = |device: &Device| (device.resolved(), free(device.resolved()));
+    let devices: Vec<(Device, u64)> = config.devices.iter().map(with_free).collect();
+    Ok(MemoryPlan::over(config.backend, &devices, spec, config.wanted)?)
 }

@@ -78,6 +78,11 @@ impl Device {
     }
 }
 
+/// The devices by name.
+pub fn names(devices: impl IntoIterator<Item = Device>) -> String {
+    devices.into_iter().map(|device| device.to_string()).collect::<Vec<_>>().join(", ")
+}
+
 /// A card that works.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CardMemory {

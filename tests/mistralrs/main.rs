@@ -7,6 +7,7 @@
 mod common;
 
 mod contract;
+mod devices;
 mod families;
 mod pair;
 mod proofs;

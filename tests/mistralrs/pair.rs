@@ -31,7 +31,7 @@ pub(crate) fn entry(name: &str, backend: BackendKind, isq: Option<&str>) -> Mode
         name: name.into(),
         source: ModelSource::Path(common::smollm2()),
         backend,
-        device: Device::Cpu,
+        devices: vec![Device::Cpu],
         arithmetic: None,
         dtype: Some(Dtype::Bf16),
         isq: isq.map(str::to_owned),

@@ -1,13 +1,16 @@
 //! Loads a derived checkpoint into the memory of mistral.rs.
 
+use crate::engine::plan::Part;
+use crate::models::device::Device;
 use crate::models::error::LoadError;
 use crate::models::tapped::Tapped;
+use crate::ops::dtype::Dtype;
 use mistralrs::core::{
     Loader, MistralRs, MistralRsBuilder, NormalLoaderBuilder, NormalSpecificConfig,
 };
 use mistralrs::{
-    DefaultSchedulerMethod, DeviceMapSetting, ModelDType, SchedulerConfig, TokenSource, Topology,
-    parse_isq_value,
+    DefaultSchedulerMethod, DeviceMapSetting, LayerTopology, ModelDType, SchedulerConfig,
+    TokenSource, Topology, parse_isq_value,
 };
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -23,6 +26,9 @@ pub struct MistralSettings {
     /// The type that the layers' weights are quantised to while they are loaded, by its name in
     /// mistral.rs. Head and embedding are not.
     pub isq: Option<String>,
+    /// Which layers lie on which device; the first one has embedding and head too. Where there is
+    /// none, all lie in the processor's memory.
+    pub parts: Vec<Part>,
 }
 
 /// A model that mistral.rs holds.
@@ -32,7 +38,7 @@ pub struct LoadedMistral {
 }
 
 impl LoadedMistral {
-    /// Loads a derived checkpoint into the processor's memory; at most `sequences_max` sequences
+    /// Loads a derived checkpoint of this type onto its devices; at most `sequences_max` sequences
     /// will run at once.
     ///
     /// # Errors
@@ -40,10 +46,11 @@ impl LoadedMistral {
     pub fn load(
         tapped: Tapped,
         settings: &MistralSettings,
+        dtype: Dtype,
         sequences_max: usize,
     ) -> Result<Self, LoadError> {
         // mistral.rs keeps in a thread what it quantises to, so each model has one of its own.
-        let load = || runner(&tapped, settings, sequences_max);
+        let load = || runner(&tapped, settings, dtype, sequences_max);
         let loaded = std::thread::scope(|scope| scope.spawn(load).join());
         let panicked = |_| Err(error("it panicked at the model; the log says where"));
         let runner = loaded.unwrap_or_else(panicked)?;
@@ -58,14 +65,20 @@ fn error(what: impl std::fmt::Display) -> LoadError {
 fn runner(
     tapped: &Tapped,
     settings: &MistralSettings,
+    dtype: Dtype,
     sequences_max: usize,
 ) -> Result<Arc<MistralRs>, LoadError> {
-    // It does not multiply 16-bit numbers on the processor.
-    let (device, dtype) = (candle_core::Device::Cpu, ModelDType::F32);
-    let config = NormalSpecificConfig {
-        topology: settings.isq.as_deref().map(topology).transpose()?,
-        ..NormalSpecificConfig::default()
+    let parts = settings.parts.iter().map(|part| Ok((open(part.device)?, part.layers)));
+    let parts = parts.collect::<Result<Vec<(candle_core::Device, usize)>, LoadError>>()?;
+    let device = parts.first().map_or(candle_core::Device::Cpu, |(device, _)| device.clone());
+    let dtype = match (&device, dtype) {
+        // It does not multiply 16-bit numbers on the processor.
+        (candle_core::Device::Cpu, _) => ModelDType::F32,
+        (_, Dtype::Bf16) => ModelDType::BF16,
+        (_, Dtype::F16) => ModelDType::F16,
     };
+    let topology = topology(settings.isq.as_deref(), &parts)?;
+    let config = NormalSpecificConfig { topology, ..NormalSpecificConfig::default() };
     let directory = tapped.directory.display().to_string();
     let loader = NormalLoaderBuilder::new(config, None, None, Some(directory), false, None);
     let loader: Box<dyn Loader> = loader.build(None).map_err(error)?;
@@ -83,9 +96,36 @@ fn runner(
     Ok(runtime.block_on(builder.build()))
 }
 
-/// Quantises the layers and nothing else: a head that is quantised gives no exact rows.
-fn topology(isq: &str) -> Result<Topology, LoadError> {
-    parse_isq_value(isq, None).map_err(|e| LoadError::Device(e.into()))?;
-    let layers = serde_json::json!({ LAYERS: {"isq": isq} }).to_string();
-    Topology::from_str(&layers).map_err(|e| error(format!("{e:#}")))
+/// The device as mistral.rs knows it.
+fn open(device: Device) -> Result<candle_core::Device, LoadError> {
+    match device.resolved() {
+        Device::Cuda(number) => candle_core::Device::new_cuda(number).map_err(error),
+        _ => Ok(candle_core::Device::Cpu),
+    }
+}
+
+/// What is said of layers: their type, where they are quantised, and their device, where there are
+/// several. Head and embedding are not quantised: that would give no exact rows.
+fn topology(
+    isq: Option<&str>,
+    parts: &[(candle_core::Device, usize)],
+) -> Result<Option<Topology>, LoadError> {
+    let mut topology = match isq {
+        None => Topology::empty(),
+        Some(isq) => {
+            parse_isq_value(isq, None).map_err(|e| LoadError::Device(e.into()))?;
+            let layers = serde_json::json!({ LAYERS: {"isq": isq} }).to_string();
+            Topology::from_str(&layers).map_err(|e| error(format!("{e:#}")))?
+        }
+    };
+    if parts.len() > 1 {
+        let mut first = 0;
+        for (device, layers) in parts {
+            let layer = LayerTopology { isq: None, device: Some(device.clone()) };
+            topology = topology.with_range(first..first + layers, layer);
+            first += layers;
+        }
+    }
+    let says_nothing = isq.is_none() && parts.len() <= 1;
+    Ok((!says_nothing).then_some(topology))
 }
