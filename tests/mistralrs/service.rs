@@ -42,6 +42,7 @@ async fn a_stream_that_runs_when_the_server_drains_goes_on_to_its_end() {
         let stream = app.clone().oneshot(chat(model, question, streamed)).await.unwrap();
         assert_eq!(stream.status(), StatusCode::OK);
         state.drain();
+        assert_eq!(state.in_flight(), 1, "{model}: its stream still runs");
         let late = app.oneshot(chat(model, question, json!({"max_tokens": 1}))).await.unwrap();
         assert_eq!(late.status(), StatusCode::SERVICE_UNAVAILABLE, "{model}");
         let mut content = String::new();

@@ -6,7 +6,7 @@ use cudarc::driver::{CudaContext, sys};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// The kernels: PTX 9.0 for sm_80, which drivers from 580 on compile for the card at hand.
 const PTX: [&str; 12] = [
@@ -57,9 +57,7 @@ unsafe impl Sync for KernelHandle {}
 /// # Errors
 /// When there is no driver, or it is too old for the kernels.
 pub fn cards() -> Result<usize, CudaError> {
-    static PRESENT: OnceLock<bool> = OnceLock::new();
-    // SAFETY: the library's constructors run, as they would for any program that links it.
-    if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
+    if !has_driver() {
         return Err(CudaError::NoDriver);
     }
     let mut have = 0;
@@ -71,6 +69,20 @@ pub fn cards() -> Result<usize, CudaError> {
     }
     // A driver without a card answers with an error of its own.
     Ok(CudaContext::device_count().map_or(0, |count| count.max(0) as usize))
+}
+
+/// Whether the driver's library can be loaded.
+#[cfg(not(feature = "mistralrs-cuda"))]
+fn has_driver() -> bool {
+    static PRESENT: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // SAFETY: the library's constructors run, as they would for any program that links it.
+    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+}
+
+/// A program that has mistral.rs for cards is linked with the library, and does not start without.
+#[cfg(feature = "mistralrs-cuda")]
+fn has_driver() -> bool {
+    true
 }
 
 impl Card {
