@@ -44,8 +44,7 @@ mod tests {
         let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.004;
         let w =
             Packed::pack::<std::io::Error>(&turn, (gated_rows(inter), cols), dtype, |row, out| {
-                let source =
-                    gated_row(row, inter).map(|half| half.map_or_else(|up| up + inter, |g| g));
+                let source = gated_row(row, inter).map(|half| half.unwrap_or_else(|up| up + inter));
                 for (k, out) in out.iter_mut().enumerate() {
                     *out = source.map_or(0, |row| dtype.round(value(row * cols + k)));
                 }

@@ -5,7 +5,8 @@
 //! lanes are output rows and no horizontal sum exists.
 //!
 //! A product is `out[t][r] = sum_k w[r][k] * x[t][k]`, each element in the order of the canon.
-//! Tiles of up to 6 tokens by 64 rows (32 by 64 with AMX) are handed to an epilogue as plain slices.
+//! Tiles of up to 6 tokens by 64 rows (with AMX 32 tokens) are handed to an epilogue as plain
+//! slices.
 
 use super::amx::unit::{OUTPUTS, ROWS_MAX, Tiles};
 use super::buffer::Buffer;
@@ -23,7 +24,7 @@ const TILE_TOKENS: usize = 6;
 const HALF_TILE_TOKENS: usize = 4;
 /// How far ahead of a product its weights are prefetched: two blocks of k.
 const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
-/// Tokens from which a product uses AMX. By counting its instructions: a block of k costs vectors 64
+/// Tokens from which a product uses AMX, by counting instructions: a block of k costs vectors 64
 /// rounds of two multiply-adds a token, and tiles about as many for up to 16 tokens.
 const AMX_TOKENS_MIN: usize = 3;
 /// Tokens of a tile from which weights are prefetched; for fewer it gained nothing.

@@ -304,9 +304,9 @@ impl Needs {
         }
     }
 
-    /// What mistral.rs needs for sequences of `context` tokens: numbers of 32 bits on the processor,
-    /// of 16 on a card; the head with the rows of its tap, and the embedding where it is another
-    /// matrix; a prompt is computed in one step, its attention in chunks.
+    /// What mistral.rs needs for sequences of `context` tokens: numbers of 32 bits on the
+    /// processor, of 16 on a card; the head with the rows of its tap, and the embedding where it is
+    /// another matrix; a prompt is computed in one step, its attention in chunks.
     fn of_mistral(device: Device, spec: &Spec, context: usize) -> Self {
         let width = match device.resolved() {
             Device::Cuda(_) => 2,

@@ -47,7 +47,6 @@ impl Isa {
             super::super::amx::emulated::install();
             sets.push(Isa(Set::Amx));
         }
-        println!("instruction sets {sets:?}; AMX of the CPU itself: {:?}", usable());
         sets
     }
 
@@ -119,7 +118,7 @@ impl fmt::Display for Set {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum IsaError {
     /// Tiles cannot be used.
-    #[error("amx cannot be used: {0}; this CPU has {available}", available = names(&Isa::available()))]
+    #[error("amx cannot be used: {0}; it has {available}", available = names(&Isa::available()))]
     Tiles(TilesError),
     /// This CPU lacks it.
     #[error("this CPU has no {0}; it has {available}", available = names(&Isa::available()))]

@@ -31,8 +31,7 @@ pub use vector::{Kernel, LANES, Lanes};
 pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
     match isa.set() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: an `Isa` is only made of what the CPU was found to have; whoever has AMX for these
-        // kernels has AVX-512 too.
+        // SAFETY: an `Isa` is only made of what the CPU was found to have; AMX needs AVX-512 too.
         Set::Amx | Set::Avx512 => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.

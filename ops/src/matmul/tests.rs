@@ -121,8 +121,8 @@ fn for_each_product(
     }
 }
 
-/// Rows, columns and tokens: with whole blocks of k and without, and with one or two tiles of tokens
-/// that are full and that are not.
+/// Rows, columns and tokens: whole blocks of k and others, and one or two tiles of tokens, full and
+/// not.
 const SHAPES: [(usize, usize, usize); 11] = [
     (1, 2, 1),
     (64, 64, 1),
