@@ -37,6 +37,7 @@ import gguf
 import numpy as np
 import proof_reference as reference
 import torch
+import transformers
 from blake3 import blake3
 from proof_reference import first_u64, ids, listed, named, u32
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -379,6 +380,9 @@ class Stack:
         if other:
             self.other = Llama(args) if args.llama else Vllm(args)
             return
+        # Earlier ones take no notice of a cache that is given by this name.
+        version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+        assert version >= (5, 24), f"transformers 5.24 or newer, not {transformers.__version__}"
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
         self.model = LlamaForCausalLM._from_config(
             self.file.config(), dtype=dtype, attn_implementation=args.attention).eval()
