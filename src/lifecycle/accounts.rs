@@ -176,6 +176,7 @@ impl MemoryAccounts {
             let leaving = account.reservations.iter().filter(|reservation| reservation.is_leaving);
             models.extend(leaving.map(|reservation| reservation.model.clone()));
         }
+        models.sort();
         models.dedup();
         models
     }
