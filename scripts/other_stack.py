@@ -585,7 +585,12 @@ def arguments():
     parser.add_argument("--prefill-only", action="store_true",
                         help="prove the tokens of captured answers")
     args = parser.parse_args()
-    assert args.prefill_only or not (args.llama or args.vllm), "add --prefill-only"
+    other = args.llama or args.vllm
+    assert not (args.llama and args.vllm), "either --llama or --vllm"
+    assert args.prefill_only or not other, "--llama and --vllm prove captured answers: add --prefill-only"
+    # What has no effect would be taken for what was measured.
+    assert not (other and (args.weights or args.cache)), "cheats are computed by transformers alone"
+    assert args.llama or not args.decoded, "--decoded goes only with --llama"
     return args
 
 
@@ -605,7 +610,8 @@ def main():
                 count += len(answer["response"]["choices"][0]["token_ids"])
     seconds = time.monotonic() - began
     print(f"{len(requests)} answers, {count} tokens, {count / seconds:.1f} tokens/s; "
-          f"{stack.canon}, torch {torch.__version__}, {args.attention}", file=sys.stderr)
+          f"{stack.canon}" + ("" if stack.other else f", torch {torch.__version__}, {args.attention}"),
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

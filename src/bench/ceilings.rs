@@ -100,31 +100,24 @@ pub(super) fn product_peak(turn: &Turn<'_>) -> f64 {
 
 /// Operations a second of AMX on all threads, on what its tiles hold.
 pub(super) fn tile_peak(turn: &Turn<'_>) -> Option<f64> {
-    const ROUND: usize = 4 * 16 * 16 * 32 * 2;
-    const ROUNDS: usize = 400_000;
     let isa = turn.isa();
-    isa.has_tiles().then(|| {
-        let seconds = best_of(3, || {
-            turn.run(turn.threads(), |_| {
-                isa.tiles().into_iter().for_each(|mut t| t.exercise(ROUNDS))
-            });
-        });
-        (turn.threads() * ROUNDS * ROUND) as f64 / seconds
-    })
+    let multiply = |rounds| isa.tiles().into_iter().for_each(|mut tiles| tiles.exercise(rounds));
+    isa.has_tiles().then(|| peak(turn, 4 * 16 * 16 * 32 * 2, multiply))
 }
 
 /// Operations a second of multiply-adds of vectors on all threads.
 pub(super) fn fma_peak(turn: &Turn<'_>) -> f64 {
+    peak(turn, 12 * 16 * 2, |rounds| {
+        black_box(dispatch(turn.isa(), Fma(rounds)));
+    })
+}
+
+/// Operations a second of all threads, each of which runs so many rounds of `operations`.
+fn peak(turn: &Turn<'_>, operations: usize, run: impl Fn(usize) + Sync) -> f64 {
     let tasks = turn.threads();
-    let seconds = |runs: usize, rounds: usize| {
-        best_of(runs, || {
-            turn.run(tasks, |_| {
-                black_box(dispatch(turn.isa(), Fma(rounds)));
-            });
-        })
-    };
+    let seconds = |runs: usize, rounds: usize| best_of(runs, || turn.run(tasks, |_| run(rounds)));
     // Long enough to be measured, however fast the machine is or the program was compiled.
     let factor = (RUN_SECONDS / seconds(1, ROUNDS)).clamp(1.0, 1e4);
     let rounds = (ROUNDS as f64 * factor) as usize;
-    (tasks * rounds * 12 * 16 * 2) as f64 / seconds(3, rounds)
+    (tasks * rounds * operations) as f64 / seconds(3, rounds)
 }

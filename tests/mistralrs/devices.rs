@@ -6,8 +6,8 @@ use targon_engine::engine::backend::BackendKind;
 use targon_engine::models::device::Device;
 use targon_engine::server::registry::ModelState;
 
-/// All devices are the processor here, so this shows that each layer has its weights, its cache and
-/// its place, not that rows travel between cards.
+/// All devices are the processor here, so this shows that a model runs with its layers split, not
+/// that rows travel between cards. What mistral.rs is told has a test beside it.
 #[test]
 fn layers_on_three_devices_compute_what_one_device_computes() {
     for isq in [None, Some("q8_0")] {

@@ -1,8 +1,8 @@
 //! Computes the tile instructions in software where a test's CPU refuses them, as Intel's manual
 //! describes them: an instruction that ends in SIGILL is decoded and done by the handler.
 //!
-//! So tests of what uses tiles run on every x86-64 CPU. What a CPU does is measured on a CPU:
-//! [`support`](super::support) tries it.
+//! So tests of tiles run on every x86-64 CPU, and those of what uses them where there is AVX-512.
+//! What a CPU does is measured on a CPU: [`support`](super::support) tries it.
 
 use std::cell::UnsafeCell;
 use std::sync::Once;
@@ -15,9 +15,7 @@ struct State {
 }
 
 thread_local! {
-    static STATE: UnsafeCell<State> = const {
-        UnsafeCell::new(State { data: [[[0; 64]; 16]; 8], rows: [0; 8], row_bytes: [0; 8] })
-    };
+    static STATE: UnsafeCell<State> = const { UnsafeCell::new(State::RELEASED) };
 }
 
 /// From now on, tile instructions of this process are computed here where the CPU refuses them.
@@ -148,6 +146,8 @@ impl Place {
 }
 
 impl State {
+    const RELEASED: Self = Self { data: [[[0; 64]; 16]; 8], rows: [0; 8], row_bytes: [0; 8] };
+
     /// `None` where the CPU would refuse it.
     ///
     /// # Safety
@@ -157,7 +157,7 @@ impl State {
             // SAFETY: the instruction reads 64 bytes.
             Instruction::Configure { from } => unsafe { self.configure(from as *const u8) },
             Instruction::Release => {
-                *self = Self { data: [[[0; 64]; 16]; 8], rows: [0; 8], row_bytes: [0; 8] };
+                *self = Self::RELEASED;
                 Some(())
             }
             Instruction::Zero { tile } => {

@@ -129,3 +129,27 @@ fn topology(
     let says_nothing = isq.is_none() && parts.len() <= 1;
     Ok((!says_nothing).then_some(topology))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device::Cpu;
+
+    #[test]
+    fn each_layer_is_on_the_device_of_its_part_and_is_quantised_where_it_is_asked() {
+        assert!(topology(None, &[]).unwrap().is_none());
+        assert!(topology(None, &[(Cpu, 30)]).unwrap().is_none());
+        for isq in [None, Some("q8_0")] {
+            let said = topology(isq, &[(Cpu, 2), (Cpu, 3)]).unwrap().unwrap();
+            assert_eq!(said.layers.len(), 5, "{isq:?}");
+            let layers = said.layers.iter().flatten();
+            let placed = layers.filter(|layer| layer.device.is_some() && layer.isq.is_none());
+            assert_eq!(placed.count(), 5, "{isq:?}");
+            assert_eq!(said.patterns.len(), usize::from(isq.is_some()));
+        }
+        let one = topology(Some("q8_0"), &[(Cpu, 30)]).unwrap().unwrap();
+        assert!(one.layers.is_empty() && one.patterns[0].0.is_match("model.layers.29.mlp"));
+        assert!(!one.patterns[0].0.is_match("lm_head.weight"), "a head gives exact rows");
+        assert!(topology(Some("int4"), &[]).is_err());
+    }
+}
