@@ -231,10 +231,14 @@ fn table(file: &LimitsFile) -> Table {
 }
 
 /// What is limited; mean, 99.9th percentile, largest and limit; and the held-out answers over it.
-fn rows(file: &LimitsFile) -> [(&'static str, [String; 4], Share); 9] {
+fn rows(file: &LimitsFile) -> [(&'static str, [String; 4], Share); 10] {
     let LimitsFile { calibration: c, held_out, limits, .. } = file;
     let (energy_u8, energy_u4) = ("energy, residue-v1", "energy, residue-v1-u4");
     let (trimmed_u8, trimmed_u4) = ("trimmed mean, residue-v1", "trimmed mean, residue-v1-u4");
+    let far = Share::new(
+        held_out.energy_u8.over + held_out.energy_u4.over,
+        held_out.energy_u8.of + held_out.energy_u4.of,
+    );
     let dash = || "-".to_owned();
     let (mean, largest) = (format!("{:.5}", c.margin_mean), format!("{:.4}", c.margin_max));
     let margin = [mean.clone(), dash(), largest, format!("{:.4}", limits.margin)];
@@ -242,6 +246,7 @@ fn rows(file: &LimitsFile) -> [(&'static str, [String; 4], Share); 9] {
     [
         (energy_u8, spread(c.energy_u8, limits.energy_u8), held_out.energy_u8),
         (energy_u4, spread(c.energy_u4, limits.energy_u4), held_out.energy_u4),
+        ("energy over rounding's", spread(c.energy_rounding, limits.energy_rounding), far),
         (trimmed_u8, by_rows(c.trimmed_u8, limits.trimmed_u8), held_out.trimmed),
         (trimmed_u4, by_rows(c.trimmed_u4, limits.trimmed_u4), held_out.trimmed),
         ("twin, residue-v1", by_rows(c.twin_u8, limits.twin_u8), held_out.twin),

@@ -87,7 +87,25 @@ impl CheckedAnswer<'_> {
         let likeliest = likeliest.map(|n| format!("{}, beta {:.2}", n.name, n.beta));
         let likeliest = likeliest.collect::<Vec<_>>().join("; ");
         let names = (!named.is_empty()).then(|| format!("likeliest: {likeliest}"));
-        [energy, twin, names].into_iter().flatten().collect()
+        [energy, self.explained(), twin, names].into_iter().flatten().collect()
+    }
+
+    /// The chunks that are further than usual because rounding moves their rows that far.
+    fn explained(&self) -> Option<String> {
+        let usual = self.limits.energy(self.checked.scheme?)?;
+        let is_explained = |c: &&ChunkEvidence| {
+            !c.is_exact && c.energy.is_some_and(|e| e > c.limit(usual)) && !self.is_far(c)
+        };
+        let mut explained = self.checked.report.chunks.iter().filter(is_explained);
+        let ChunkEvidence { index, energy, rounding, .. } = explained.next()?;
+        let others = match explained.count() {
+            0 => String::new(),
+            count => format!("; so it is in {count} more"),
+        };
+        let (energy, rounding) = (number(*energy), number(*rounding));
+        Some(format!(
+            "chunk {index} has energy {energy}: rounding alone gives it {rounding}{others}"
+        ))
     }
 
     /// Whether a token is too far from being drawn.

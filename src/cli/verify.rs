@@ -285,6 +285,7 @@ fn line(finding: &CheckedAnswer<'_>, with_rows: bool) -> Value {
         "canon": finding.checked.answer.as_ref().and_then(|a| Some(&a.end.as_ref()?.canon)),
         "exact_chunks": report.chunks.iter().filter(|c| c.is_exact).count(),
         "energies": report.chunks.iter().map(|c| c.energy).collect::<Vec<_>>(),
+        "rounding": report.chunks.iter().map(|c| c.rounding).collect::<Vec<_>>(),
         "row_energies": report.energies, "row_twin": report.twin,
         "named": report.named.iter().map(|n| json!({"name": n.name, "beta": n.beta}))
             .collect::<Vec<_>>(),

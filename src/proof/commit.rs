@@ -192,12 +192,7 @@ impl RowProver {
 
     /// What a sketch and an exact hash are made with; `None` where the scheme has neither.
     pub fn residue(&self) -> Option<(ResidueBits, RowKeys, &std::sync::Arc<Calibration>)> {
-        let bits = match self.scheme {
-            Scheme::Residue => ResidueBits::U8,
-            Scheme::ResidueU4 => ResidueBits::U4,
-            Scheme::Toploc => return None,
-        };
-        Some((bits, self.keys, &self.calibration))
+        Some((ResidueBits::of(self.scheme)?, self.keys, &self.calibration))
     }
 
     /// What the row at absolute position `position` contributes.

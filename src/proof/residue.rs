@@ -7,6 +7,7 @@
 //! arithmetic after the first rounding is integer, so the order of additions does not matter and
 //! CPU and GPU agree bit for bit.
 
+use super::Scheme;
 use crate::ops::philox::philox;
 
 /// Bytes of a row's sketch, of either number of bits.
@@ -28,6 +29,15 @@ pub enum ResidueBits {
 }
 
 impl ResidueBits {
+    /// Those of a scheme; TOPLOC has none.
+    pub fn of(scheme: Scheme) -> Option<Self> {
+        match scheme {
+            Scheme::Residue => Some(Self::U8),
+            Scheme::ResidueU4 => Some(Self::U4),
+            Scheme::Toploc => None,
+        }
+    }
+
     /// Projections of a row.
     pub fn projections(self) -> usize {
         match self {
@@ -64,6 +74,14 @@ impl ResidueBits {
     /// Mean energy of two unrelated sketches: that of a uniform difference.
     pub fn forged_energy(self) -> f64 {
         f64::from(self.modulus()).powi(2) / 12.0 + 1.0 / 6.0
+    }
+
+    /// Mean energy that `rows` unrelated sketches stay above but in about one case of a million:
+    /// five standard deviations below [`forged_energy`](Self::forged_energy), the square of a
+    /// uniform difference having a relative variance of 4/5.
+    pub fn forged_least(self, rows: usize) -> f64 {
+        let residues = (rows.max(1) * self.projections()) as f64;
+        self.forged_energy() * (1.0 - 5.0 * (0.8 / residues).sqrt()).max(0.0)
     }
 }
 
@@ -340,6 +358,28 @@ mod tests {
             assert!(honest < honest_max && honest > 1.0, "{bits:?} honest {honest}");
             let expected = bits.forged_energy();
             assert!((forged / expected - 1.0).abs() < 0.15, "{bits:?} {forged} {expected}");
+        }
+    }
+
+    #[test]
+    fn chunks_of_made_up_rows_are_hardly_ever_nearer() {
+        const CHUNKS: u32 = 20_000;
+        for (bits, rows) in [
+            (ResidueBits::U8, 8),
+            (ResidueBits::U8, 32),
+            (ResidueBits::U4, 8),
+            (ResidueBits::U4, 32),
+        ] {
+            let random = |chunk, row| philox(5, [chunk, row, 0, 0])[0].to_le_bytes();
+            let energy = |chunk| {
+                let energies = (0..rows).map(|row| row_energy(bits, &random(chunk, row), &[0; 4]));
+                energies.sum::<f64>() / f64::from(rows)
+            };
+            let least = (0..CHUNKS).map(energy).fold(f64::INFINITY, f64::min);
+            let (bound, mean) = (bits.forged_least(rows as usize), bits.forged_energy());
+            assert!(least > bound, "{bits:?} {rows} rows: {least} {bound}");
+            let nearer = mean - 0.6 * (mean - bound);
+            assert!(least < nearer, "the control: they spread: {least} {nearer}");
         }
     }
 

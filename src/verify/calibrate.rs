@@ -107,6 +107,15 @@ impl HonestSample {
         self.report.chunks.iter().filter_map(energy)
     }
 
+    /// The same in units of what rounding alone gives them, where that is known.
+    fn energies_in_roundings(&self) -> impl Iterator<Item = f64> {
+        let energy = |c: &ChunkEvidence| match c.is_exact {
+            true => Some(0.0),
+            false => Some(c.energy? / c.limit(1.0) / c.rounding.filter(|r| *r > 0.0)?),
+        };
+        self.report.chunks.iter().filter_map(energy)
+    }
+
     /// What `measure` says of its rows; zeros where all are equal bit for bit.
     fn values(&self, measure: Measure) -> Cow<'_, [f64]> {
         let Report { chunks, energies, twin, .. } = &self.report;
@@ -188,6 +197,10 @@ fn spread(samples: &[HonestSample], scheme: Scheme) -> Option<ValueSpread> {
     ValueSpread::of(of_scheme.flat_map(HonestSample::energies).collect())
 }
 
+fn in_roundings(samples: &[HonestSample]) -> Option<ValueSpread> {
+    ValueSpread::of(samples.iter().flat_map(HonestSample::energies_in_roundings).collect())
+}
+
 /// How the statistics of whole answers lie.
 fn together(samples: &[HonestSample], scheme: Scheme, measure: Measure) -> Option<ValueSpread> {
     let of_scheme = samples.iter().filter(|s| s.scheme == scheme);
@@ -227,6 +240,7 @@ fn measured(samples: &[HonestSample]) -> Measured {
         tokens: samples.iter().map(|s| s.report.rows.len()).sum(),
         energy_u8: spread(samples, Scheme::Residue),
         energy_u4: spread(samples, Scheme::ResidueU4),
+        energy_rounding: in_roundings(samples),
         trimmed_u8: together(samples, Scheme::Residue, Measure::Energy),
         trimmed_u4: together(samples, Scheme::ResidueU4, Measure::Energy),
         twin_u8: together(samples, Scheme::Residue, Measure::Twin),
@@ -254,6 +268,7 @@ fn limits(samples: &[HonestSample]) -> Limits {
     Limits {
         energy_u8: energy(Scheme::Residue, ENERGY_U8_MIN, default.energy_u8),
         energy_u4: energy(Scheme::ResidueU4, ENERGY_U4_MIN, default.energy_u4),
+        energy_rounding: in_roundings(samples).map_or(0.0, |spread| spread.max * ENERGY_FACTOR),
         trimmed_u8: of(Scheme::Residue, Measure::Energy, ENERGY_U8_MIN, default.trimmed_u8),
         trimmed_u4: of(Scheme::ResidueU4, Measure::Energy, ENERGY_U4_MIN, default.trimmed_u4),
         twin_u8: of(Scheme::Residue, Measure::Twin, TWIN_MIN, default.twin_u8),

@@ -2,7 +2,8 @@
 
 use super::places::{prompt_rows, random_rows, random_stop};
 use super::prefill::{IsWanted, Prefix};
-use super::scrutiny::Scrutiny;
+use super::proof::BoundProof;
+use super::scrutiny::{Scrutiny, TwinPolicy};
 use super::statistic::Statistic;
 use super::structure::End;
 use super::twin::{Look, Recheck};
@@ -50,7 +51,7 @@ pub struct Verification<'a> {
 
 /// What is left to do for an answer once everything holds that needs no model.
 struct Work {
-    bound: Option<proof::BoundProof>,
+    bound: Option<BoundProof>,
     output: Vec<u32>,
     wanted: BTreeSet<usize>,
 }
@@ -191,7 +192,8 @@ impl<'a> Verification<'a> {
         Ok(Some(Work { bound, output, wanted }))
     }
 
-    /// Checks an answer, and says whether it is to be looked at again.
+    /// Checks an answer, and says whether it is to be looked at again: where it is suspicious, or
+    /// where nothing is wrong but energies that rounding may explain.
     fn check_one(
         self,
         claim: &Claim<'_>,
@@ -201,13 +203,23 @@ impl<'a> Verification<'a> {
         let Verifier { identity, limits, scrutiny, .. } = self.verifier;
         let mut report = Report::bare(Verdict::Pass);
         let mut hidden = Vec::new();
-        if let Err(stop) = self.check_rows(claim, &work, prefix, (&mut report, &mut hidden)) {
+        let rows = self.compare_rows(&work, claim, prefix, (&mut report, &mut hidden));
+        let is_open = |bound: &BoundProof| self.is_open(bound.scheme, &report.chunks);
+        let is_far = matches!(rows, Err(Stop::Rejected(_)));
+        let is_open = is_far && work.bound.as_ref().is_some_and(is_open);
+        let rest = match rows.is_ok() || is_open {
+            true => self.check_tokens(&work, claim, prefix, &report),
+            false => Ok(()),
+        };
+        let is_open = is_open && rest.is_ok();
+        if let Err(stop) = rows.and(rest) {
             report.verdict = stop.into();
         }
         let recheck = work.bound.as_ref().and_then(|bound| {
             let is_wanted = scrutiny.wants(&report, bound.scheme, limits, self.chance);
             let rows = hidden.len();
-            is_wanted.then(|| Recheck {
+            (is_open || is_wanted).then(|| Recheck {
+                is_open,
                 scheme: bound.scheme,
                 prover: bound.prover(identity),
                 sketches: bound.sketches(&report.chunks, hidden.len()),
@@ -220,10 +232,11 @@ impl<'a> Verification<'a> {
         (report, recheck)
     }
 
-    fn check_rows(
+    /// Computes the rows, and checks those that were proved.
+    fn compare_rows(
         self,
-        claim: &Claim<'_>,
         Work { bound, output, wanted }: &Work,
+        claim: &Claim<'_>,
         prefix: &mut Prefix<'_>,
         (report, hidden): (&mut Report, &mut Vec<Vec<u16>>),
     ) -> Result<(), Stop> {
@@ -252,25 +265,44 @@ impl<'a> Verification<'a> {
             }
             proof::check_canon(report.other_canon.as_deref(), limits)?;
             proof::check(&report.chunks, bound.scheme, limits)?;
-            rows::check_margins(&report.rows, limits)?;
-            let proof = Some((bound.scheme, report.chunks.as_slice()));
-            logprobs::check(&report.rows, proof, limits)?;
-            self.check_prompt(claim, proof, prefix)?;
-            proof::check_nonce(claim)?;
-        } else {
-            targon::check(claim, &report.rows, limits, self.chance)?;
-            logprobs::check(&report.rows, None, limits)?;
-            self.check_prompt(claim, None, prefix)?;
         }
         Ok(())
     }
 
+    /// Checks tokens and what was reported of them.
+    fn check_tokens(
+        self,
+        Work { bound, .. }: &Work,
+        claim: &Claim<'_>,
+        prefix: &Prefix<'_>,
+        report: &Report,
+    ) -> Result<(), Stop> {
+        let limits = &self.verifier.limits;
+        let proof = bound.as_ref().map(|bound| (bound.scheme, report.chunks.as_slice()));
+        match proof {
+            Some(_) => rows::check_margins(&report.rows, limits)?,
+            None => targon::check(claim, &report.rows, limits, self.chance)?,
+        }
+        logprobs::check(&report.rows, proof, limits)?;
+        self.check_prompt(claim, proof, prefix)?;
+        if proof.is_some() {
+            proof::check_nonce(claim)?;
+        }
+        Ok(())
+    }
+
+    /// Whether chunks that are too far may still be explained by rounding, once the twin was run.
+    fn is_open(self, scheme: Scheme, chunks: &[ChunkEvidence]) -> bool {
+        let Verifier { limits, scrutiny, .. } = self.verifier;
+        scrutiny.twin != TwinPolicy::Never && limits.is_open(scheme, chunks)
+    }
+
     /// Whether the first chunks of an answer leave open what it is: near a limit, on either side.
-    fn is_undecided(self, bound: &proof::BoundProof, found: &rows::RowFindings) -> bool {
+    fn is_undecided(self, bound: &BoundProof, found: &rows::RowFindings) -> bool {
         let limits = &self.verifier.limits;
         let (chunks, energies) = bound.compare(&found.proofs);
         if proof::check(&chunks, bound.scheme, limits).is_err() {
-            return false;
+            return self.is_open(bound.scheme, &chunks);
         }
         let by_rows = limits.trimmed(bound.scheme);
         let statistic = by_rows.and_then(|by_rows| Statistic::of(&energies, &by_rows));

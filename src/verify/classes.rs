@@ -67,9 +67,8 @@ fn broken(answer: &HonestSample, limits: &Limits) -> Option<String> {
     let Report { chunks, rows, .. } = report;
     if let Some(chunk) = chunks.iter().find(|chunk| limits.is_over(*scheme, chunk)) {
         let (index, energy) = (chunk.index, chunk.energy.unwrap_or_default());
-        return Some(match limits.energy(*scheme) {
+        return Some(match limits.chunk_energy(*scheme, chunk) {
             Some(limit) if !limits.exact => {
-                let limit = chunk.limit(limit);
                 format!("chunk {index} has energy {energy:.1}, at most {limit:.1}")
             }
             _ => format!("chunk {index} is not equal bit for bit"),

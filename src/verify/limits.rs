@@ -5,6 +5,7 @@ use super::statistic::{ByRows, Statistic};
 use crate::files::KeyError;
 use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
+use crate::proof::residue::ResidueBits;
 use serde::{Deserialize, Serialize};
 
 /// Limits between honest and not. The defaults spare an honest miner that computes in bf16 with
@@ -19,6 +20,11 @@ pub struct Limits {
     pub energy_u8: f64,
     /// The same of `residue-v1-u4`.
     pub energy_u4: f64,
+    /// Where a chunk has more, it may have so many times the energy that rounding alone gives its
+    /// rows (`twin.rs`), as long as made-up rows would have more still. Zero where that was not
+    /// measured: it is never more then.
+    #[serde(default)]
+    pub energy_rounding: f64,
     /// Trimmed mean of the energies of an answer's rows, of `residue-v1`: more is suspicious.
     pub trimmed_u8: ByRows,
     /// The same of `residue-v1-u4`.
@@ -46,6 +52,7 @@ impl Default for Limits {
         Self {
             energy_u8: 660.0,
             energy_u4: 18.5,
+            energy_rounding: 5.0,
             trimmed_u8: ByRows([1230.0, 290.0, 225.0, 190.0, 125.0]),
             trimmed_u4: ByRows([26.5, 15.5, 12.2, 10.8, 7.7]),
             twin_u8: ByRows([3.6, 1.45, 1.4, 1.3, 1.15]),
@@ -65,6 +72,7 @@ impl Limits {
     pub const NONE: Self = Self {
         energy_u8: f64::INFINITY,
         energy_u4: f64::INFINITY,
+        energy_rounding: 0.0,
         trimmed_u8: ByRows::all(f64::INFINITY),
         trimmed_u4: ByRows::all(f64::INFINITY),
         twin_u8: ByRows::all(f64::INFINITY),
@@ -84,6 +92,34 @@ impl Limits {
             Scheme::ResidueU4 => Some(self.energy_u4),
             Scheme::Toploc => None,
         }
+    }
+
+    /// The largest energy of this chunk of `scheme`; TOPLOC has none.
+    pub fn chunk_energy(&self, scheme: Scheme, chunk: &ChunkEvidence) -> Option<f64> {
+        let usual = chunk.limit(self.energy(scheme)?);
+        match chunk.rounding {
+            Some(energy) if energy.is_finite() => {
+                Some(self.explained(scheme, chunk, energy).max(usual))
+            }
+            _ => Some(usual),
+        }
+    }
+
+    /// The largest energy of a chunk that rounding explains, given what rounding alone gives it.
+    fn explained(&self, scheme: Scheme, chunk: &ChunkEvidence, rounding: f64) -> f64 {
+        let made_up = ResidueBits::of(scheme).map_or(0.0, |bits| bits.forged_least(chunk.rows));
+        chunk.limit(self.energy_rounding * rounding).min(made_up)
+    }
+
+    /// Whether chunks that are too far from ours might all be explained by rounding: only the twin
+    /// can tell.
+    pub fn is_open(&self, scheme: Scheme, chunks: &[ChunkEvidence]) -> bool {
+        let is_open = |chunk: &ChunkEvidence| {
+            let most = self.explained(scheme, chunk, f64::MAX);
+            chunk.energy.is_some_and(|energy| energy <= most)
+        };
+        let mut far = chunks.iter().filter(|chunk| self.is_over(scheme, chunk)).peekable();
+        !self.exact && self.energy_rounding > 0.0 && far.peek().is_some() && far.all(is_open)
     }
 
     /// The largest statistic of an answer in `scheme`; TOPLOC has none.
@@ -130,8 +166,8 @@ impl Limits {
 
     /// Whether a chunk of `scheme` is too far from ours.
     pub fn is_over(&self, scheme: Scheme, chunk: &ChunkEvidence) -> bool {
-        let is_far = match self.energy(scheme) {
-            Some(limit) => chunk.energy.is_none_or(|e| e.is_nan() || e > chunk.limit(limit)),
+        let is_far = match self.chunk_energy(scheme, chunk) {
+            Some(limit) => chunk.energy.is_none_or(|e| e.is_nan() || e > limit),
             None => chunk.distance.is_none_or(|d| !d.passes_published()),
         };
         !chunk.is_exact && (self.exact || is_far)
@@ -156,6 +192,10 @@ impl Limits {
             ("limits.margin_mean", self.margin_mean, Some(MARGIN_CLIP)),
             ("limits.agreement", self.agreement, Some(1.0)),
         ];
+        if !(0.0..=f64::MAX).contains(&self.energy_rounding) {
+            let rule = format!("must be a number of at least 0, got {}", self.energy_rounding);
+            return Err(KeyError::new("limits.energy_rounding", rule));
+        }
         for (key, value, most) in single.into_iter().chain(by_rows) {
             if !(value > 0.0 && value <= most.unwrap_or(f64::MAX)) {
                 let rule = match most {
@@ -175,7 +215,7 @@ mod tests {
 
     fn is_over(scheme: Scheme, rows: usize, energy: f64) -> bool {
         let evidence =
-            ChunkEvidence { index: 0, rows, is_exact: false, energy: Some(energy), distance: None };
+            ChunkEvidence { index: 0, rows, energy: Some(energy), ..ChunkEvidence::default() };
         Limits::default().is_over(scheme, &evidence)
     }
 
@@ -185,6 +225,48 @@ mod tests {
             assert!(is_over(Scheme::Residue, 32, energy), "{energy}");
         }
         assert!(!is_over(Scheme::Residue, 32, 1.0), "the control");
+    }
+
+    #[test]
+    fn rounding_explains_energies_that_made_up_rows_do_not_have() {
+        let limits = Limits { energy_u8: 600.0, energy_rounding: 4.0, ..Limits::default() };
+        let chunk = |energy: f64, rounding| {
+            let energy = Some(energy);
+            ChunkEvidence { rows: 32, energy, rounding, ..ChunkEvidence::default() }
+        };
+        let is_over = |limits: &Limits, energy, rounding| {
+            limits.is_over(Scheme::Residue, &chunk(energy, rounding))
+        };
+        let made_up = ResidueBits::U8.forged_least(32);
+        assert!((3000.0..3500.0).contains(&made_up), "{made_up}");
+        for (energy, rounding, want) in [
+            (1600.0, Some(401.0), false),
+            (1610.0, Some(401.0), true),
+            (601.0, None, true),
+            (601.0, Some(10.0), true),
+            (599.0, Some(10.0), false),
+            (made_up + 1.0, Some(1e9), true),
+            (made_up - 1.0, Some(1e9), false),
+            (601.0, Some(f64::NAN), true),
+            (601.0, Some(f64::INFINITY), true),
+        ] {
+            assert_eq!(is_over(&limits, energy, rounding), want, "{energy} {rounding:?}");
+        }
+        let never = Limits { energy_rounding: 0.0, ..limits };
+        assert!(is_over(&never, 601.0, Some(401.0)), "the control");
+        // Four bits hold too little: what they explain is less than what is usual.
+        let four = |energy| Limits::default().is_over(Scheme::ResidueU4, &chunk(energy, Some(1e9)));
+        assert!(four(18.6) && !four(18.4));
+
+        let is_open = |limits: &Limits, energies: &[f64]| {
+            let chunks: Vec<_> = energies.iter().map(|energy| chunk(*energy, None)).collect();
+            limits.is_open(Scheme::Residue, &chunks)
+        };
+        assert!(is_open(&limits, &[10.0, 700.0, 3000.0]));
+        assert!(!is_open(&limits, &[10.0, 700.0, 3500.0]), "what is made up is no question");
+        assert!(!is_open(&limits, &[10.0, 500.0]) && !is_open(&never, &[700.0]));
+        assert!(!is_open(&limits, &[700.0, f64::NAN]));
+        assert!(!is_open(&Limits { exact: true, ..limits }, &[700.0]));
     }
 
     #[test]

@@ -52,6 +52,10 @@ pub struct Measured {
     pub energy_u8: Option<ValueSpread>,
     /// Energies of chunks of `residue-v1-u4`, where there were any.
     pub energy_u4: Option<ValueSpread>,
+    /// Energies of chunks of both in units of what rounding alone gives them, where the twin was
+    /// run.
+    #[serde(default)]
+    pub energy_rounding: Option<ValueSpread>,
     /// Trimmed means of whole answers of `residue-v1`, where there were any.
     pub trimmed_u8: Option<ValueSpread>,
     /// Trimmed means of whole answers of `residue-v1-u4`, where there were any.

@@ -206,14 +206,9 @@ fn compare(
     rows: &[RowData],
     data: &[u8],
 ) -> (ChunkEvidence, Vec<f64>) {
-    let (energy, distance) = (None, None);
-    let none = ChunkEvidence { index, rows: rows.len(), is_exact: false, energy, distance };
-    let bits = match bound.scheme {
-        Scheme::Residue => ResidueBits::U8,
-        Scheme::ResidueU4 => ResidueBits::U4,
-        Scheme::Toploc => {
-            return (compare_toploc(none, bound.arithmetic.is_some(), rows, data), Vec::new());
-        }
+    let none = ChunkEvidence { index, rows: rows.len(), ..ChunkEvidence::default() };
+    let Some(bits) = ResidueBits::of(bound.scheme) else {
+        return (compare_toploc(none, bound.arithmetic.is_some(), rows, data), Vec::new());
     };
     let Ok(theirs) = ResidueChunk::from_bytes(data, rows.len()) else {
         return (none, Vec::new());
@@ -285,13 +280,17 @@ pub fn check(chunks: &[ChunkEvidence], scheme: Scheme, limits: &Limits) -> Resul
         let what = format!("rows must be equal bit for bit, those of chunk {index} are not");
         return Err(reject(Reason::SketchEnergy, what));
     }
-    let Some(limit) = limits.energy(scheme) else { return Err(too_far(chunk)) };
+    let Some(limit) = limits.chunk_energy(scheme, chunk) else { return Err(too_far(chunk)) };
     let Some(energy) = chunk.energy else {
         let what = format!("chunk {index} has the wrong length");
         return Err(reject(Reason::BadProof, what));
     };
-    let limit = (chunk.limit(limit) * 10.0).round() / 10.0;
-    let what = format!("chunk {index} has energy {energy:.1}, at most {limit}");
+    let limit = (limit * 10.0).round() / 10.0;
+    let why = match chunk.rounding {
+        Some(rounding) => format!("; rounding alone gives it {rounding:.1}"),
+        None => String::new(),
+    };
+    let what = format!("chunk {index} has energy {energy:.1}, at most {limit}{why}");
     Err(reject(Reason::SketchEnergy, what))
 }
 

@@ -80,7 +80,7 @@ pub struct RowEvidence {
 }
 
 /// What one chunk of a proof shows.
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct ChunkEvidence {
     /// Number of the chunk in the proof, from 0.
     pub index: usize,
@@ -90,6 +90,8 @@ pub struct ChunkEvidence {
     pub is_exact: bool,
     /// Mean energy of its rows (residue schemes).
     pub energy: Option<f64>,
+    /// Mean energy that rounding alone gives these rows, where the twin was run (`twin.rs`).
+    pub rounding: Option<f64>,
     /// Distance from our rows (TOPLOC).
     pub distance: Option<toploc::Distance>,
 }

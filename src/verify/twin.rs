@@ -3,7 +3,9 @@
 //!
 //! The twin ([`Rounding::Everywhere`]) says for every row how much rounding moves it: by a factor
 //! of ten more in one than in the next. So distances are measured in its units, which shows cheats
-//! that move rows no further than honest rounding moves others. A [recipe](RECIPES) is a third
+//! that move rows no further than honest rounding moves others. A chunk that is too far by the
+//! usual limit is rejected only where it is so in these units too
+//! ([`Limits::chunk_energy`](super::Limits::chunk_energy)). A [recipe](RECIPES) is a third
 //! computation, by a cheat that is known; `beta` is how much of what it moves is found in the
 //! proof, one where the prover does just that and about zero where it is honest.
 //!
@@ -17,17 +19,17 @@ use super::limits::Limits;
 use super::prefill::{IsWanted, UNWANTED, hidden_rows_while};
 use super::report::{Named, Report};
 use super::statistic::Statistic;
-use super::{Reason, Rejection, Stop, Verdict};
+use super::{ChunkEvidence, Reason, Rejection, Stop, Verdict, proof};
 use crate::models::Model;
 use crate::models::cpu::decoder::Decoder;
 use crate::models::departure::{Departure, RECIPES};
 use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::ops::rounding::Rounding;
-use crate::proof::Scheme;
 use crate::proof::apart::Apart;
 use crate::proof::commit::RowProver;
 use crate::proof::residue::Sketch;
+use crate::proof::{CHUNK_ROWS, Scheme};
 use std::sync::Arc;
 
 /// Least square that a row is measured in, in steps of a residue: where the twin rounds to the same
@@ -38,6 +40,8 @@ const DELTA_MAX: f64 = 0.375;
 
 /// What a second look at an answer needs: its proof, and our own rows.
 pub(super) struct Recheck {
+    /// Whether it was rejected for energies that rounding might explain, and for nothing else.
+    pub(super) is_open: bool,
     /// The scheme that the answer was proved by.
     pub(super) scheme: Scheme,
     /// The keys of its sketches.
@@ -83,6 +87,15 @@ impl Recheck {
             squares.sum::<f64>() / count / apart.square().max(SQUARE_MIN)
         };
         self.counted(twin).map(score).collect()
+    }
+
+    /// The energy that the twin has in each chunk of `chunks`, where all of its rows have one.
+    fn weigh(&self, twin: &[Option<Apart>], chunks: &mut [ChunkEvidence]) {
+        for (chunk, twin) in chunks.iter_mut().zip(twin.chunks(CHUNK_ROWS)) {
+            let squares = twin.iter().map(|apart| Some(apart.as_ref()?.square()));
+            let sum: Option<f64> = squares.sum();
+            chunk.rounding = sum.map(|sum| sum / twin.len() as f64);
+        }
     }
 
     /// How much of what a recipe moves is found in the proof; nothing where it moves nothing.
@@ -131,11 +144,16 @@ impl Look<'_> {
         for (place, recheck) in rechecks {
             let report = &mut reports[*place];
             match self.measure(recheck, report) {
-                Ok(twin) if self.names && self.is_far(recheck, report) => {
-                    far.push(Far { place: *place, recheck, twin, untried: None });
+                Ok(twin) => {
+                    if recheck.is_open {
+                        self.decide(report, recheck);
+                    }
+                    if self.names && self.is_far(recheck, report) {
+                        far.push(Far { place: *place, recheck, twin, untried: None });
+                    }
                 }
-                Ok(_) => {}
-                Err(stop) => self.leave_open(report, recheck, stop),
+                Err(stop) if recheck.is_open => report.verdict = unscored(&stop),
+                Err(stop) => self.leave_open(report, recheck, &stop),
             }
         }
         self.name(&mut far, reports);
@@ -145,18 +163,30 @@ impl Look<'_> {
         self.limits.twin_statistic(recheck.scheme, report).is_some_and(|s| s.is_over())
     }
 
+    /// Rejects an answer for its energies only where rounding does not explain them.
+    fn decide(&self, report: &mut Report, recheck: &Recheck) {
+        let Self { limits, .. } = self;
+        let is_far = |chunk: &&ChunkEvidence| limits.is_over(recheck.scheme, chunk);
+        report.verdict = match report.chunks.iter().filter(is_far).find(|c| c.rounding.is_none()) {
+            Some(chunk) => {
+                let what =
+                    format!("rows of chunk {} that 16 bits round are not finite", chunk.index);
+                unscored(&Stop::Fault(what))
+            }
+            None => match proof::check(&report.chunks, recheck.scheme, limits) {
+                Ok(()) => Verdict::Pass,
+                Err(stop) => stop.into(),
+            },
+        };
+    }
+
     /// The second look failed: nothing is said of an answer that the first one found suspicious.
     /// One that was drawn by chance stays as it was.
-    fn leave_open(&self, report: &mut Report, recheck: &Recheck, stop: Stop) {
-        let why = match stop {
-            Stop::Fault(why) => why,
-            Stop::Rejected(rejection) => rejection.to_string(),
-        };
-        tracing::warn!("a suspicious answer cannot be computed again: {why}");
+    fn leave_open(&self, report: &mut Report, recheck: &Recheck, stop: &Stop) {
+        tracing::warn!("a suspicious answer cannot be computed again: {}", because(stop));
         let is_over = self.limits.statistic(recheck.scheme, report).is_some_and(|s| s.is_over());
         if report.verdict == Verdict::Pass && is_over {
-            let what = format!("it is suspicious, and cannot be computed again: {why}");
-            report.verdict = Verdict::Unscored(what);
+            report.verdict = unscored(stop);
         }
     }
 
@@ -184,6 +214,7 @@ impl Look<'_> {
         let twin = self.rerun(own, stepwise, recheck)?;
         report.twin = recheck.scores(&twin, limits.shrink);
         report.twin_share = recheck.beta(&twin, &twin);
+        recheck.weigh(&twin, &mut report.chunks);
         Ok(twin)
     }
 
@@ -207,8 +238,7 @@ impl Look<'_> {
                         let named = beta.map(|beta| Named { name: recipe.name, beta });
                         reports[*place].named.extend(named);
                     }
-                    Err(Stop::Fault(why)) => *untried = Some(format!("{}: {why}", recipe.name)),
-                    Err(Stop::Rejected(why)) => *untried = Some(format!("{}: {why}", recipe.name)),
+                    Err(stop) => *untried = Some(format!("{}: {}", recipe.name, because(&stop))),
                 }
             }
         }
@@ -216,10 +246,23 @@ impl Look<'_> {
             let report = &mut reports[*place];
             conclude(report, recheck.scheme, self.limits);
             if let Some(why) = untried.take() {
-                self.leave_open(report, recheck, Stop::Fault(why));
+                self.leave_open(report, recheck, &Stop::Fault(why));
             }
         }
     }
+}
+
+fn because(stop: &Stop) -> String {
+    match stop {
+        Stop::Fault(why) => why.clone(),
+        Stop::Rejected(rejection) => rejection.to_string(),
+    }
+}
+
+/// The verdict on a suspicious answer whose second look failed.
+fn unscored(stop: &Stop) -> Verdict {
+    let why = because(stop);
+    Verdict::Unscored(format!("it is suspicious, and cannot be computed again: {why}"))
 }
 
 /// Rejects what is too far and has a name.
@@ -269,7 +312,8 @@ mod tests {
         };
         let sketches = rows.iter().enumerate().map(sketched).collect();
         let (prompt, output) = (vec![1], vec![2, 3, 4]);
-        Recheck { scheme: Scheme::Residue, prover, sketches, rows, prompt, output }
+        let (is_open, scheme) = (false, Scheme::Residue);
+        Recheck { is_open, scheme, prover, sketches, rows, prompt, output }
     }
 
     #[test]

@@ -253,9 +253,8 @@ fn sample(prompt: u32, margins: &[f64], energies: &[f64]) -> HonestSample {
     let chunk = |(index, energy): (usize, &f64)| ChunkEvidence {
         index,
         rows: 32,
-        is_exact: false,
         energy: Some(*energy),
-        distance: None,
+        ..ChunkEvidence::default()
     };
     let report = Report {
         rows: margins.iter().enumerate().map(row).collect(),
@@ -289,6 +288,7 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     let largest = largest.fold(0.0, f64::max);
     assert_eq!(file.limits.energy_u8, ENERGY_FACTOR * largest);
     assert_eq!(file.limits.energy_u4, Limits::default().energy_u4, "none was measured");
+    assert_eq!((file.limits.energy_rounding, file.calibration.energy_rounding), (0.0, None));
     let [_, one, two, ..] = file.limits.trimmed_u8.0;
     assert!(one > two && two > STATISTIC_FACTOR * 20.0, "more rows, closer limits: {one} {two}");
     assert_eq!(file.limits.trimmed_u4, Limits::default().trimmed_u4, "none was measured");
@@ -306,6 +306,32 @@ fn limits_rest_on_one_half_of_the_prompts_and_are_tested_on_the_other() {
     assert!(rates.check().is_ok());
     let one = split(samples[..2].to_vec(), 0.5).unwrap_err().to_string();
     assert!(one.contains("needs prompts on both sides"), "{one}");
+}
+
+#[test]
+fn energies_are_limited_by_what_rounding_gives_where_the_twin_was_run() {
+    let mut samples = honest_samples(20);
+    for (place, sample) in samples.iter_mut().enumerate() {
+        for chunk in &mut sample.report.chunks {
+            // All but one stand at half of what rounding gives.
+            let share = if place == 7 { 2.5 } else { 0.5 };
+            chunk.rounding = chunk.energy.map(|energy| energy / share);
+        }
+    }
+    let halves = split(samples, 0.5).unwrap();
+    let file = limits_file(&[7; 32], "a stack", &halves);
+    let largest = file.calibration.energy_rounding.unwrap().max;
+    assert!([0.5, 2.5].iter().any(|share| (share - largest).abs() < 1e-9), "{largest}");
+    assert_eq!(file.limits.energy_rounding, ENERGY_FACTOR * largest);
+    let mut written = serde_json::to_value(&file).unwrap();
+    for (part, key) in [("limits", "energy_rounding"), ("calibration", "energy_rounding")] {
+        written[part].as_object_mut().unwrap().remove(key).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("limits.json");
+    std::fs::write(&path, written.to_string()).unwrap();
+    let older = limits_file::read(&path).unwrap();
+    assert_eq!(older.limits.energy_rounding, 0.0, "what was not measured excuses nobody");
 }
 
 #[test]
@@ -329,6 +355,7 @@ fn a_limits_file_is_read_back_or_its_fault_is_named() {
         ("/class", json!(""), "`class` must have 1 to 200 bytes, got 0"),
         ("/limits/margin", json!(-1), "`limits.margin` must lie above 0 and be at most 1, got -1"),
         ("/limits/margin", json!("x"), "`limits.margin` is wrong: invalid type"),
+        ("/limits/energy_rounding", json!(-1), "`limits.energy_rounding` must be a number of at"),
         ("/limits/energy_u8", json!(0), "`limits.energy_u8` must be a number above 0, got 0"),
         ("/rates/cheat/mismatch", json!(0), "`rates.cheat.mismatch` must lie between"),
         ("/rates/half_life", json!(1), "`rates.half_life` must lie between 1 and"),

@@ -181,6 +181,88 @@ async fn a_second_look_that_fails_leaves_one_answer_unscored_and_the_next_is_loo
     assert_eq!((second.verdict, second.twin.len()), (Verdict::Pass, 40));
 }
 
+/// Rows that are not equal bit for bit are too far, unless rounding explains them.
+const OPEN: Limits = Limits { energy_u8: 1e-3, energy_rounding: 2.0, ..NARROW };
+
+#[tokio::test]
+async fn energies_that_rounding_explains_reject_nobody() {
+    let site = site(common::options());
+    let once = Verifier { limits: OPEN, ..verifier(&site.served) };
+    let scrutiny = Scrutiny { twin: TwinPolicy::Suspicion, ..Scrutiny::NONE };
+    let twice = Verifier { scrutiny, ..once.clone() };
+    let own = &once.model;
+    let body = proved(Scheme::Residue, 64);
+    let (_, response) = answer(&site, &body).await;
+    let honest = proved_by(&once, (own, TWIN), (&body, &response)).await;
+    let found = report(&twice, &body, &honest).await;
+    assert_eq!(found.verdict, Verdict::Pass, "{:?}", found.chunks);
+    for chunk in &found.chunks {
+        let (energy, rounding) = (chunk.energy.unwrap(), chunk.rounding.unwrap());
+        assert!(energy > chunk.limit(1e-3) && energy < 2.0 * rounding, "{chunk:?}");
+    }
+    let is_far = |report: &Report, what: &str| match &report.verdict {
+        Verdict::Reject(why) => why.reason == Reason::SketchEnergy && why.what.contains(what),
+        _ => false,
+    };
+    // Controls: without the twin, without the rule, and where bits must be equal.
+    let never = Verifier { limits: Limits { energy_rounding: 0.0, ..OPEN }, ..twice.clone() };
+    let exact = Verifier { limits: Limits { exact: true, ..OPEN }, ..twice.clone() };
+    for (verifier, what) in [(&once, "at most 0"), (&never, "at most 0"), (&exact, "bit for bit")] {
+        let found = report(verifier, &body, &honest).await;
+        assert!(is_far(&found, what) && found.twin.is_empty(), "{found:?}");
+    }
+    // A cheat is too far in these units as well.
+    let recipe = RECIPES.iter().find(|r| r.name == "int8 per channel").unwrap();
+    let weights = DeviceWeights::Cpu(own.coarse(recipe, &once.pool).unwrap());
+    let cheap = Model { weights, ..common::tiny_model(3, &once.pool) };
+    let theirs = proved_by(&once, (&cheap, recipe.departure), (&body, &response)).await;
+    let found = report(&twice, &body, &theirs).await;
+    assert!(is_far(&found, "; rounding alone gives it"), "{found:?}");
+    // What is made up is so far that no second look is paid for.
+    let mut shorter = understood(&once, &body).await;
+    shorter.prompt.remove(0);
+    let request = understood(&once, &body).await;
+    let mut forged = response.clone();
+    let seed = body["seed"].as_i64();
+    common::spoof(&once, (&request, &shorter.prompt), seed, NONCE, &mut forged);
+    let found = report(&twice, &body, &forged).await;
+    assert!(is_far(&found, "at most 0") && found.twin.is_empty(), "{found:?}");
+    // Whatever else is wrong is said without a second look.
+    let claim = claimed(&request, &body, &honest);
+    let challenge = Challenge { scheme: Scheme::Residue, nonce: None, hotkey: None };
+    let claim = Claim { proof: Some(challenge), ..claim };
+    let found = twice.verify(Profile::Proof, 1).answer(&claim);
+    assert!(is_far(&found, "at most 0") && found.twin.is_empty(), "{found:?}");
+    // A second look that fails says nothing.
+    let [first, second] = failing_at(scrutiny, OPEN, 0).await;
+    let Verdict::Unscored(why) = &first.verdict else { panic!("{first:?}") };
+    assert!(why.contains("cannot be computed again: nobody waits"), "{why}");
+    assert_eq!(second.verdict, Verdict::Pass);
+}
+
+#[tokio::test]
+async fn an_early_check_reads_to_the_end_where_rounding_may_explain_what_it_saw() {
+    let site = site(common::options());
+    let scrutiny = Scrutiny { stops_early: true, twin: TwinPolicy::Suspicion, ..Scrutiny::NONE };
+    let base = Verifier { limits: OPEN, scrutiny, ..verifier(&site.served) };
+    let body = proved(Scheme::Residue, 250);
+    let (_, response) = answer(&site, &body).await;
+    let theirs = proved_by(&base, (&base.model, TWIN), (&body, &response)).await;
+    let request = understood(&base, &body).await;
+    let claim = claimed(&request, &body, &theirs);
+    let never = Scrutiny { twin: TwinPolicy::Never, ..scrutiny };
+    let once = Verifier { scrutiny: never, ..base.clone() };
+    let mut stopped = 0;
+    for chance in 0..10 {
+        let open = base.verify(Profile::Proof, chance).answer(&claim);
+        assert_eq!((open.verdict, open.chunks.len()), (Verdict::Pass, 8), "{chance}");
+        let far = once.verify(Profile::Proof, chance).answer(&claim);
+        assert!(matches!(far.verdict, Verdict::Reject(_)), "{chance}");
+        stopped += usize::from(far.chunks.len() < 8);
+    }
+    assert!(stopped > 0, "the control: what is decided is not read to the end");
+}
+
 #[tokio::test]
 async fn a_cheat_that_cannot_be_tried_leaves_open_the_one_answer_that_may_have_its_name() {
     // Two twins, a look before the first recipe is packed, and the first answer by it.

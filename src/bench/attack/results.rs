@@ -317,7 +317,7 @@ mod tests {
             rows: CHUNK_ROWS,
             is_exact: *energy == 0.0,
             energy: Some(*energy),
-            distance: None,
+            ..ChunkEvidence::default()
         };
         let chunks = energies.iter().enumerate().map(chunk).collect();
         Report { chunks, ..Report::bare(verdict) }
