@@ -1,8 +1,9 @@
 //! Opens a checkpoint on disk: configuration, tensors by their Hugging Face names, and tokenizer
 //! files.
 //!
-//! Two formats: a directory with `config.json` and safetensors (single or sharded), and one GGUF
-//! file, whose metadata and tensor names are translated (see [`super::gguf`]). Files stay open:
+//! Two formats: a directory with `config.json` and safetensors (single or sharded), whose matrices
+//! may be quantised (see [`super::quantised`]), and one GGUF file, whose metadata and tensor names
+//! are translated (see [`super::gguf`]). Files stay open:
 //! proofs of weights read single elements later. They are never mapped (see
 //! [`super::weight_file`]).
 //!
@@ -13,6 +14,7 @@ use super::config;
 use super::error::{LoadError, read_json};
 use super::gguf::Gguf;
 use super::header::{self, TensorEntry};
+use super::quantised::Quantisation;
 use super::spec::Spec;
 use super::tensor::{Runs, StoredType, Tensor};
 use super::weight_file::WeightFile;
@@ -51,6 +53,15 @@ pub struct Checkpoint {
     /// The GGUF metadata, where that is the format.
     pub gguf: Option<Gguf>,
     tensors: BTreeMap<String, Tensor>,
+    quantised: Option<Quantised>,
+}
+
+/// What is known of safetensors whose matrices are quantised.
+struct Quantised {
+    /// Method, bits and group in one word.
+    scheme: String,
+    /// The tensors as the files have them.
+    stored: BTreeMap<String, Tensor>,
 }
 
 impl Checkpoint {
@@ -70,9 +81,16 @@ impl Checkpoint {
         let generation_config =
             if generation.exists() { Some(read_object(&generation)?) } else { None };
         let config = read_object(&config_path)?;
-        let tensors = match read_index(dir)? {
+        let stored = match read_index(dir)? {
             Some(index) => index.tensors()?,
             None => read_shard(&dir.join(SINGLE))?,
+        };
+        let (tensors, quantised) = match Quantisation::of(&config_path, &config)? {
+            None => (stored, None),
+            Some(how) => {
+                let tensors = how.applied(&config_path, &stored)?;
+                (tensors, Some(Quantised { scheme: how.scheme, stored }))
+            }
         };
         Ok(Self {
             path: dir.to_owned(),
@@ -81,6 +99,7 @@ impl Checkpoint {
             generation_config,
             gguf: None,
             tensors,
+            quantised,
         })
     }
 
@@ -93,6 +112,7 @@ impl Checkpoint {
             generation_config: None,
             tensors: gguf.tensors()?,
             gguf: Some(gguf),
+            quantised: None,
         })
     }
 
@@ -129,7 +149,7 @@ impl Checkpoint {
                 }
                 Ok(Dtype::F16)
             }
-            StoredType::Bf16 | StoredType::Quantised(_) | StoredType::Unread(_) => Ok(Dtype::Bf16),
+            _ => Ok(Dtype::Bf16),
         }
     }
 
@@ -158,6 +178,21 @@ impl Checkpoint {
     /// All tensors, by name.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.tensors.values()
+    }
+
+    /// All tensors as they are stored, by name: of quantised matrices the parts.
+    pub fn stored(&self) -> impl Iterator<Item = &Tensor> {
+        self.quantised.as_ref().map_or(&self.tensors, |q| &q.stored).values()
+    }
+
+    /// How the matrices of safetensors are quantised, in one word, where they are.
+    pub fn scheme(&self) -> Option<&str> {
+        Some(&self.quantised.as_ref()?.scheme)
+    }
+
+    /// Whether reading it gives other values than its files hold.
+    pub fn is_quantised(&self) -> bool {
+        self.gguf.is_some() || self.quantised.is_some()
     }
 
     /// Fails where a tensor is not one that `spec` computes with: the model would be another one

@@ -10,6 +10,7 @@ pub(crate) mod samples;
 pub use families::{families, of_gguf};
 
 use super::error::LoadError;
+use super::quantised::Quantisation;
 use super::spec::Spec;
 use crate::ops::attention::HEAD_DIM_MAX;
 use crate::ops::lanes::LANES;
@@ -35,7 +36,7 @@ pub fn parse(path: &Path, json: &Value) -> Result<Spec, LoadError> {
     if !json.is_object() {
         return Err(LoadError::invalid(path, "must be an object"));
     }
-    config.refuse_quantised()?;
+    Quantisation::of(path, json)?;
     let spec = families::read(&config)?;
     check_shape(&config, &spec)?;
     Ok(spec)
@@ -185,7 +186,7 @@ mod tests {
             ("architectures", json!("LlamaForCausalLM"), "`architectures` must be a list"),
             ("num_hidden_layers", json!(u64::MAX), "`num_hidden_layers` must lie in 1..=1024"),
             ("vocab_size", json!(1 << 23), "`vocab_size` must lie in 1..=4194304, got 8388608"),
-            ("quantization_config", json!({"quant_method": "awq"}), "= \"awq\" is not supported"),
+            ("quantization_config", json!({"quant_method": "eetq"}), "= \"eetq\" is not supported"),
             ("partial_rotary_factor", json!(0.5), "`partial_rotary_factor` = 0.5 is not supported"),
             ("head_dim", json!(20), "`head_dim` = 20 is not supported; multiples of 16"),
             ("num_key_value_heads", json!(3), "`num_key_value_heads` must divide"),

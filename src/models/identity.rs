@@ -25,8 +25,8 @@ pub struct Identity {
     pub calibration: Arc<Calibration>,
     /// Type of weights and arithmetic.
     pub dtype: Dtype,
-    /// How the weights were quantised when they were loaded, where they were: such a model is
-    /// another one.
+    /// How the weights are quantised in safetensors or were when they were loaded, where they are:
+    /// such a model is another one.
     pub scheme: Option<String>,
     /// The canon that its rows are computed in, or the name of another engine.
     pub canon: Cow<'static, str>,
@@ -95,7 +95,7 @@ impl Identity {
             weights_root,
             calibration: Arc::new(calibration),
             dtype: model.dtype,
-            scheme: None,
+            scheme: model.checkpoint.scheme().map(str::to_owned),
             canon: model.canon(),
             model_hash: [0; 32],
         };
@@ -133,7 +133,11 @@ impl Identity {
     /// The same model with its weights quantised by `scheme`: no verifier takes one for the other.
     #[must_use]
     pub fn quantised(self, scheme: &str) -> Self {
-        Self { scheme: Some(scheme.to_owned()), ..self }.hashed()
+        let scheme = match &self.scheme {
+            None => scheme.to_owned(),
+            Some(stored) => format!("{stored}+{scheme}"),
+        };
+        Self { scheme: Some(scheme), ..self }.hashed()
     }
 
     /// What the hash would be if rows were computed in another canon, with the same calibration.

@@ -11,6 +11,7 @@ pub mod cache;
 pub mod calibration;
 pub mod chat;
 pub mod checkpoint;
+pub mod coded;
 pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -33,6 +34,7 @@ pub mod panics;
 pub mod parameter_counts;
 pub mod parameters;
 pub mod pass;
+pub mod quantised;
 pub mod remembered;
 pub mod root;
 pub mod rows;

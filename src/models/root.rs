@@ -41,7 +41,7 @@ pub fn weights_root(
 /// # Errors
 /// When a file cannot be read, or was changed since it was opened.
 pub fn compute(checkpoint: &Checkpoint, pool: &Pool) -> Result<Hash, LoadError> {
-    let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
+    let tensors: Vec<&Tensor> = checkpoint.stored().collect();
     let hashes = hashes(&tensors, &pool.separate())?;
     let mut e = Encoder::new("targon-engine/weights/1");
     e.u32(tensors.len() as u32);
@@ -103,7 +103,7 @@ impl<'a> Worker<'a> {
 /// What changes when one of the files does, as they were when they were opened.
 fn identity(checkpoint: &Checkpoint) -> Hash {
     let files: BTreeMap<&Path, &WeightFile> =
-        checkpoint.tensors().map(|t| (t.file.path(), &*t.file)).collect();
+        checkpoint.stored().map(|t| (t.file.path(), &*t.file)).collect();
     let mut e = Encoder::new("targon-engine/files/1");
     for file in files.into_values() {
         file.identify(&mut e);

@@ -6,7 +6,7 @@
 //! gets the same rows, because `vocab_size` counts the rows of both; nothing looks them up.
 //!
 //! It is built once into the cache: the files that hold head and embedding are written anew, all
-//! others are links. A GGUF file becomes one file of 16-bit safetensors, as the native engine
+//! others are links. What is quantised becomes files of 16-bit safetensors, as the native engine
 //! rounds it. It appears under its name only when it is whole, and what was written is held against
 //! its hashes before every use.
 
@@ -158,11 +158,6 @@ fn refuse_keys(checkpoint: &Checkpoint, spec: &Spec) -> Result<(), LoadError> {
             return unsupported(key, value.to_string(), "only 1 is");
         }
     }
-    if let Some(value) = checkpoint.config.get("quantization_config").filter(|v| !v.is_null()) {
-        let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("without a name");
-        let supported = "weights that are stored quantised in safetensors are not; use `isq`";
-        return unsupported("quantization_config", method.to_owned(), supported);
-    }
     Ok(())
 }
 
@@ -298,6 +293,8 @@ impl Builder<'_> {
     /// other engine's keys: a file may have it under others, or leave it to a default.
     fn config(&self) -> Value {
         let (spec, mut config) = (self.spec, self.checkpoint.config.clone());
+        // What is written is not quantised.
+        config["quantization_config"] = Value::Null;
         let window = window(spec);
         for (key, value) in [
             ("vocab_size", json!(spec.vocab + spec.hidden)),
@@ -357,7 +354,7 @@ impl Builder<'_> {
             let name = format!("model-{:05}-of-{count:05}.safetensors", number + 1);
             places.extend(tensors.iter().map(|(t, _)| (t.clone(), name.clone().into())));
             let changes = tensors.iter().any(|(name, _)| is_extended(name));
-            match changes || self.checkpoint.gguf.is_some() {
+            match changes || self.checkpoint.is_quantised() {
                 true => self.shard(&name, &tensors)?,
                 false => self.link(name, path)?,
             }
@@ -402,9 +399,9 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// How a tensor is written: as it is stored, or rounded where the file is GGUF.
+    /// How a tensor is written: as it is stored, or rounded where that is quantised.
     fn written<'t>(&self, (name, tensor): &'t Named) -> Written<'t> {
-        let rounded = self.checkpoint.gguf.is_some().then_some(self.dtype);
+        let rounded = self.checkpoint.is_quantised().then_some(self.dtype);
         let dtype = match (rounded, &tensor.stored) {
             (Some(Dtype::Bf16), _) => "BF16".to_owned(),
             (Some(Dtype::F16), _) => "F16".to_owned(),

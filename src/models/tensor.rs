@@ -1,5 +1,6 @@
 //! Reads one stored tensor: where its bytes lie, and how a row becomes 16-bit values.
 
+use super::coded::{Coded, Loaded};
 use super::error::LoadError;
 use super::weight_file::WeightFile;
 use crate::ops::dtype::Dtype;
@@ -28,6 +29,8 @@ pub enum StoredType {
     Bf16,
     /// A block-quantised GGUF type.
     Quantised(GgmlDType),
+    /// Codes with scales beside them.
+    Coded(Arc<Coded>),
     /// A type of this name, which the engine does not compute with.
     Unread(String),
 }
@@ -39,7 +42,7 @@ impl StoredType {
             StoredType::F32 => Some((1, 4)),
             StoredType::F16 | StoredType::Bf16 => Some((1, 2)),
             StoredType::Quantised(dtype) => Some((dtype.block_size(), dtype.type_size())),
-            StoredType::Unread(_) => None,
+            StoredType::Coded(_) | StoredType::Unread(_) => None,
         }
     }
 
@@ -50,6 +53,7 @@ impl StoredType {
             StoredType::F16 => "F16".into(),
             StoredType::Bf16 => "BF16".into(),
             StoredType::Quantised(dtype) => format!("{dtype:?}"),
+            StoredType::Coded(coded) => format!("{:?}", coded.coding),
             StoredType::Unread(name) => name.clone(),
         }
     }
@@ -112,7 +116,10 @@ impl Tensor {
 
     /// Writes row `row` as `dtype`.
     pub fn read_row(&self, row: usize, dtype: Dtype, out: &mut [u16]) -> Result<(), LoadError> {
-        self.decode(row, &self.row_bytes(row)?, dtype, out)
+        match &self.stored {
+            StoredType::Coded(coded) => self.round(row, &coded.load()?.row(row), dtype, out),
+            _ => self.decode(row, &self.row_bytes(row)?, dtype, out),
+        }
     }
 
     /// All values of a one-dimensional tensor, rounded to `dtype` and widened again.
@@ -129,6 +136,9 @@ impl Tensor {
 
     /// One stored element, widened; of a quantised row only its block is read.
     pub fn element(&self, row: usize, col: usize) -> Result<f32, LoadError> {
+        if let StoredType::Coded(coded) = &self.stored {
+            return coded.element(row, col);
+        }
         let (elements, len) = self.block()?;
         if col >= self.cols() {
             return Err(self.error(format!("has no column {col}")));
@@ -188,11 +198,23 @@ impl Tensor {
                     *to = u16::from_le_bytes([from[0], from[1]]);
                 }
             }
-            _ => {
-                let values = self.widen(bytes)?;
-                out.iter_mut().zip(values).for_each(|(to, x)| *to = dtype.round(x));
-            }
+            _ => return self.round(row, &self.widen(bytes)?, dtype, out),
         }
+        self.check_finite(row, dtype, out)
+    }
+
+    fn round(
+        &self,
+        row: usize,
+        values: &[f32],
+        dtype: Dtype,
+        out: &mut [u16],
+    ) -> Result<(), LoadError> {
+        out.iter_mut().zip(values).for_each(|(to, x)| *to = dtype.round(*x));
+        self.check_finite(row, dtype, out)
+    }
+
+    fn check_finite(&self, row: usize, dtype: Dtype, out: &[u16]) -> Result<(), LoadError> {
         if out.iter().any(|bits| !dtype.widen(*bits).is_finite()) {
             return Err(self.error(format!("row {row} holds a NaN or a value outside {dtype}")));
         }
@@ -216,14 +238,59 @@ impl Tensor {
                     Ok(_) | Err(_) => return Err(self.error("a row cannot be dequantised")),
                 }
             }
-            StoredType::Unread(_) => return self.block().map(|_| Vec::new()),
+            StoredType::Coded(_) | StoredType::Unread(_) => {
+                return self.block().map(|_| Vec::new());
+            }
         })
     }
 }
 
-/// Reads a tensor's rows in runs, so that few of them need a call to the system. Rows near each
-/// other may be asked for from several threads.
+/// Reads a tensor's rows in runs, so that few of them need a call to the system; codes, whose rows
+/// do not lie together, are read at once. Rows near each other may be asked for from several
+/// threads.
 pub struct Runs<'a> {
+    tensor: &'a Tensor,
+    kept: Kept<'a>,
+}
+
+/// What is kept in memory of a tensor.
+enum Kept<'a> {
+    Runs(LastRuns<'a>),
+    Whole(Loaded<'a>),
+}
+
+impl<'a> Runs<'a> {
+    /// Keeps as many runs as `threads` need.
+    pub fn new(tensor: &'a Tensor, threads: usize) -> Result<Self, LoadError> {
+        let kept = match &tensor.stored {
+            StoredType::Coded(coded) => Kept::Whole(coded.load()?),
+            _ => Kept::Runs(LastRuns::new(tensor, threads)?),
+        };
+        Ok(Self { tensor, kept })
+    }
+
+    /// Writes row `row` as `dtype`.
+    pub fn read_row(&self, row: usize, dtype: Dtype, out: &mut [u16]) -> Result<(), LoadError> {
+        match &self.kept {
+            Kept::Runs(runs) => {
+                runs.with_row(row, |bytes| self.tensor.decode(row, bytes, dtype, out))
+            }
+            Kept::Whole(loaded) => self.tensor.round(row, &loaded.row(row), dtype, out),
+        }
+    }
+
+    /// Largest magnitude of row `row`.
+    pub fn row_max(&self, row: usize) -> Result<f32, LoadError> {
+        let values = match &self.kept {
+            Kept::Runs(runs) => runs.with_row(row, |bytes| self.tensor.widen(bytes))?,
+            Kept::Whole(loaded) => loaded.row(row),
+        };
+        Ok(values.into_iter().fold(0.0, |m, x| x.abs().max(m)))
+    }
+}
+
+/// The last runs that were read.
+struct LastRuns<'a> {
     tensor: &'a Tensor,
     row_len: usize,
     rows: usize, // of a run
@@ -235,24 +302,12 @@ struct Run {
     bytes: Vec<u8>,
 }
 
-impl<'a> Runs<'a> {
-    /// Keeps as many runs as `threads` need.
-    pub fn new(tensor: &'a Tensor, threads: usize) -> Result<Self, LoadError> {
+impl<'a> LastRuns<'a> {
+    fn new(tensor: &'a Tensor, threads: usize) -> Result<Self, LoadError> {
         let row_len = tensor.row_len()?;
         let rows = (RUN_BYTES_MAX / row_len.max(1)).clamp(1, RUN_ROWS);
         let slots = (0..threads * 2).map(|_| Mutex::new(None)).collect();
         Ok(Self { tensor, row_len, rows, slots })
-    }
-
-    /// Writes row `row` as `dtype`.
-    pub fn read_row(&self, row: usize, dtype: Dtype, out: &mut [u16]) -> Result<(), LoadError> {
-        self.with_row(row, |bytes| self.tensor.decode(row, bytes, dtype, out))
-    }
-
-    /// Largest magnitude of row `row`.
-    pub fn row_max(&self, row: usize) -> Result<f32, LoadError> {
-        let values = self.with_row(row, |bytes| self.tensor.widen(bytes))?;
-        Ok(values.into_iter().fold(0.0, |m, x| x.abs().max(m)))
     }
 
     fn with_row<T>(

@@ -5,6 +5,7 @@
 pub mod budget;
 pub mod gguf;
 pub mod narrow;
+pub mod quantised;
 pub mod site;
 
 use half::bf16;

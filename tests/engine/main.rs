@@ -19,6 +19,7 @@ mod panics;
 mod parity;
 mod prefixes;
 mod proofs;
+mod quantised;
 mod real_model;
 mod reference;
 mod scheduler_sim;

@@ -217,7 +217,7 @@ fn heads_that_rows_do_not_come_through_are_refused_by_name() {
         (
             "quantization_config",
             serde_json::json!({"quant_method": "gptq", "bits": 4}),
-            "`quantization_config` = gptq is not supported",
+            "`quantization_config` says that matrices are gptq-int4, and none is",
         ),
     ] {
         let mut config = tiny_config();

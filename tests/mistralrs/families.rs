@@ -1,6 +1,7 @@
 //! Every family that mistral.rs is given: tiny checkpoints with random weights, on both engines.
 
 use crate::common::narrow::{copied, narrowed};
+use crate::common::quantised::gptq;
 use crate::common::tokenizer_json;
 use crate::pair::{entry, ids, run, start};
 use crate::proofs::{checked, proved};
@@ -61,6 +62,11 @@ fn check(family: &str, write: fn(&str, &Path)) {
 #[test]
 fn llama_with_stretched_frequencies() {
     check("llama", narrowed);
+}
+
+#[test]
+fn llama_of_quantised_safetensors() {
+    check("llama", |_, place| drop(gptq(place)));
 }
 
 #[test]

@@ -129,13 +129,6 @@ impl CheckpointConfig<'_> {
         }
     }
 
-    pub(super) fn refuse_quantised(&self) -> Result<(), LoadError> {
-        let Some(quantisation) = self.get("quantization_config") else { return Ok(()) };
-        let method = quantisation.get("quant_method").unwrap_or(quantisation).to_string();
-        let supported = "bf16, f16 and f32 safetensors, and GGUF, are";
-        Err(self.unsupported("quantization_config.quant_method", &method, supported))
-    }
-
     pub(super) fn activation(&self) -> Result<Activation, LoadError> {
         let key = if self.has("hidden_activation") { "hidden_activation" } else { "hidden_act" };
         match self.get(key).map(|v| v.as_str().unwrap_or_default()) {
