@@ -150,7 +150,8 @@ impl Groups {
 pub enum Zeros {
     /// The middle of all codes.
     Middle,
-    /// One for each group of an output, packed as codes are; this much is added to each.
+    /// One for each group of an output, packed as codes are. This much is added to each; the sum
+    /// may need a bit more than a code.
     Stored(Stored, u32),
 }
 

@@ -11,11 +11,12 @@ use targon_engine::chain::{epistula, keyfile};
 use targon_engine::config::models_toml;
 use targon_engine::models::Model;
 use targon_engine::models::chat::ChatTemplate;
-use targon_engine::models::checkpoint::Index;
+use targon_engine::models::checkpoint::{Checkpoint, Index};
 use targon_engine::models::config::families;
 use targon_engine::models::error::LoadError;
 use targon_engine::models::gguf::{HEADER_BYTES_MAX, Header};
 use targon_engine::models::{config, header};
+use targon_engine::ops::dtype::Dtype;
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::commit::ResidueChunk;
@@ -335,6 +336,64 @@ fn gguf_files() {
         match Model::load(&path, None, pool, |_, _| {}) {
             Ok(model) => assert_eq!(model.spec.hidden, 64),
             Err(e) => assert!(e.to_string().contains("m.gguf"), "{e}"),
+        }
+    });
+}
+
+/// The checkpoints of quantised matrices, and a place for changed ones.
+static QUANTISED: LazyLock<(Vec<(Value, Vec<u8>)>, tempfile::TempDir)> = LazyLock::new(|| {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantised");
+    let read = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.unwrap().path();
+        let config = std::fs::read(path.join("config.json")).unwrap();
+        let weights = std::fs::read(path.join("model.safetensors")).unwrap();
+        (serde_json::from_slice(&config).unwrap(), weights)
+    };
+    let all = std::fs::read_dir(data).unwrap().map(read).collect();
+    (all, tempfile::tempdir().unwrap())
+});
+
+/// Swaps the sizes of a tensor of two dimensions, or puts `value` at `at` of the data.
+fn reshape(weights: &mut [u8], (at, way, value): (u16, u8, u8)) {
+    let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    let (text, data) = weights[8..].split_at_mut(header - 8);
+    let opening = b"\"shape\":[";
+    let shapes: Vec<usize> = (0..text.len()).filter(|i| text[*i..].starts_with(opening)).collect();
+    let start = shapes[usize::from(at) % shapes.len()] + opening.len();
+    let len = text[start..].iter().position(|b| *b == b']').unwrap();
+    match way % 4 {
+        0 => text[start..start + len].rotate_left(usize::from(value) % len.max(1)),
+        1 => {
+            let sizes = std::str::from_utf8(&text[start..start + len]).unwrap();
+            let other: Vec<&str> = sizes.split(',').rev().collect();
+            let other = other.join(",");
+            text[start..start + len].copy_from_slice(other.as_bytes());
+        }
+        _ => data[usize::from(at) % data.len()] = value,
+    }
+}
+
+#[test]
+fn quantised_safetensors() {
+    type Change = (u8, u8, i64, Vec<(u16, u8, u8)>);
+    bolero::check!().with_type::<Change>().for_each(|(which, kind, number, changes)| {
+        let (all, dir) = &*QUANTISED;
+        let (mut config, mut weights) = all[usize::from(*which) % all.len()].clone();
+        let said = config["quantization_config"].as_object_mut().unwrap();
+        let key = said.keys().nth(usize::from(*kind) % said.len()).unwrap().clone();
+        if number % 3 == 0 {
+            said.insert(key, json_of(*kind, *number));
+        }
+        changes.iter().take(3).for_each(|change| reshape(&mut weights, *change));
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        std::fs::write(dir.path().join("model.safetensors"), &weights).unwrap();
+        let Ok(checkpoint) = Checkpoint::open(dir.path()) else { return };
+        let Ok(matrix) = checkpoint.tensor("m.weight") else { return };
+        let mut row = vec![0; matrix.cols()];
+        for number in 0..matrix.rows().min(40) {
+            let whole = matrix.read_row(number, Dtype::F16, &mut row);
+            let element = matrix.element(number, number % matrix.cols().max(1));
+            assert!(element.is_ok() || whole.is_err(), "{number}: {element:?}");
         }
     });
 }
