@@ -52,6 +52,21 @@ def gptq_by_activation():
             "m.scales": scales, "m.g_idx": groups, "expected": expected.T.contiguous()}
 
 
+def gptq_of_two_bits():
+    """Codes that vLLM does not pack with zeros of their own, in groups of which the last is cut off."""
+    generator = torch.Generator().manual_seed(6)
+    size, outputs = 24, 32
+    count = -(-INPUTS // size)
+    codes = torch.randint(4, (INPUTS, outputs), generator=generator, dtype=torch.int32)
+    zeros = torch.randint(3, (count, outputs), generator=generator, dtype=torch.int32)
+    scales = torch.rand(count, outputs, generator=generator).to(torch.float16)
+    groups = torch.arange(INPUTS) // size
+    expected = (codes - zeros[groups] - 1).to(torch.float16) * scales[groups]
+    return {"m.qweight": quant_utils.gptq_pack(codes, 2, INPUTS, outputs),
+            "m.qzeros": quant_utils.pack_cols(zeros, 2, count, outputs),
+            "m.scales": scales, "expected": expected.T.contiguous()}
+
+
 def awq():
     expected, codes, scales, zeros = quant_utils.quantize_weights(
         weights(1, torch.float16).T.contiguous(), scalar_types.uint4, GROUP, zero_points=True)
@@ -108,11 +123,14 @@ def main(directory):
 
     packed = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
     asymmetric = packed | {"symmetric": False}
+    packed8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    grouped8 = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": GROUP}
     int8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
     fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
     of_gptq = {"quant_method": "gptq", "group_size": GROUP}
     vectors = {
         "gptq-int4": (gptq(4, scalar_types.uint4b8), of_gptq | {"bits": 4}),
+        "gptq-int2": (gptq_of_two_bits(), of_gptq | {"bits": 2, "group_size": 24}),
         "gptq-int8": (gptq(8, scalar_types.uint8b128), of_gptq | {"bits": 8}),
         "gptq-v2-act": (gptq_by_activation(), of_gptq | {
             "bits": 4, "desc_act": True, "checkpoint_format": "gptq_v2"}),
@@ -121,6 +139,8 @@ def main(directory):
         "packed": (compressed("pack-quantized", packed), of_groups("pack-quantized", packed)),
         "packed-zeros": (compressed("pack-quantized", asymmetric),
                          of_groups("pack-quantized", asymmetric)),
+        "packed-int8": (compressed("pack-quantized", packed8), of_groups("pack-quantized", packed8)),
+        "int8-groups": (compressed("int-quantized", grouped8), of_groups("int-quantized", grouped8)),
         "int8": (compressed("int-quantized", int8), of_groups("int-quantized", int8)),
         "fp8-rows": (compressed("float-quantized", fp8), of_groups("float-quantized", fp8)),
         "fp8-tensor": (compressed("float-quantized", fp8 | {"strategy": "tensor"}),

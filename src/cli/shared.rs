@@ -150,7 +150,8 @@ pub(super) struct DatabaseArg {
 pub(super) struct ScrutinyArgs {
     /// When to compute an answer's rows a second time, as an honest stack of 16 bits would: never,
     /// suspicion (where the first time found something), a share of all answers (0.05) besides, or
-    /// always. Default: suspicion on the processor, never elsewhere.
+    /// always. Never also rejects an answer of which rounding might explain the distance. Default:
+    /// suspicion on the processor, never elsewhere.
     #[arg(long, value_name = "WHEN", env = "TARGON_TWIN", help_heading = "Verification")]
     twin: Option<TwinPolicy>,
     /// Try known cheats on answers that the twin finds too far: one more prefill for each, and

@@ -250,7 +250,7 @@ fn plots(finding: &CheckedAnswer<'_>) -> anyhow::Result<Vec<(&'static str, Strin
             is_log: false,
         },
         Plot {
-            title: "Energy of a chunk, and its limit",
+            title: "Energy of a chunk, and its limit where rounding explains no more",
             across: "chunk",
             points: report.chunks.iter().filter_map(energy).collect(),
             limit: finding.checked.scheme.and_then(|s| finding.limits.energy(s)),

@@ -165,6 +165,10 @@ fn inputs(model: &Model, root: &Hash) -> Result<Hash, LoadError> {
     e.u32(VERSION).bytes(CANON.as_bytes());
     e.raw(root).bytes(model.dtype.to_string().as_bytes());
     e.bytes(format!("{:?}", model.spec).as_bytes());
+    // The root has the bytes; this says how they are read.
+    if let Some(scheme) = model.checkpoint.scheme() {
+        e.bytes(scheme.as_bytes());
+    }
     for piece in pieces(model)? {
         e.ids(&piece);
     }

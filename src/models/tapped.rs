@@ -6,7 +6,7 @@
 //! gets the same rows, because `vocab_size` counts the rows of both; nothing looks them up.
 //!
 //! It is built once into the cache: the files that hold head and embedding are written anew, all
-//! others are links. What is quantised becomes files of 16-bit safetensors, as the native engine
+//! others are links. What is quantised becomes one file of 16-bit safetensors, as the native engine
 //! rounds it. It appears under its name only when it is whole, and what was written is held against
 //! its hashes before every use.
 
@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use write::{HashedFile, copied, hash_file, identity, io_error, rounded, width};
 
 /// Version of what is derived: a change of its contents is a new one.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Its list of files.
 const LIST: &str = "tapped.json";
 const LIST_BYTES_MAX: u64 = 1 << 20;
@@ -67,7 +67,7 @@ pub fn directory(cache: &Path) -> PathBuf {
 }
 
 /// The derived checkpoint of `checkpoint`, whose weights root is `root`: the one in the cache where
-/// it is whole, else built now. `dtype` is what a GGUF file is rounded to.
+/// it is whole, else built now. `dtype` is what quantised values are rounded to.
 ///
 /// # Errors
 /// When the checkpoint has a head that cannot be extended, a file cannot be read or written, or
@@ -337,8 +337,8 @@ impl Builder<'_> {
     /// One file for each of the checkpoint's: a link, or written anew.
     fn weights(&mut self) -> Result<(), LoadError> {
         let mut of_files: BTreeMap<&Path, Vec<Named>> = BTreeMap::new();
-        if self.checkpoint.gguf.is_some() {
-            // A GGUF file calls its tensors otherwise.
+        if self.checkpoint.is_quantised() {
+            // A GGUF file calls its tensors otherwise, and others may hold unused ones.
             let names = self.spec.tensor_names().into_iter().filter(|n| self.checkpoint.has(n));
             let named = |name: String| self.checkpoint.tensor(&name).map(|t| (name, t));
             let tensors = names.filter(|n| n != "rope_freqs.weight").map(named);

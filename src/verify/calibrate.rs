@@ -12,10 +12,11 @@ use super::limits_file::{HeldOut, LimitsFile, Measured, Share, ValueSpread};
 use super::places::{FAST_ROWS, random_rows};
 use super::rows::check_margins;
 use super::statistic::{ByRows, Statistic};
+use super::twin::SQUARE_MIN;
 use super::{ChunkEvidence, Report, RowEvidence, Verdict, bounds};
 use crate::models::margin::MARGIN_CLIP;
-use crate::proof::Scheme;
 use crate::proof::codec::{Encoder, Hash, first_u64};
+use crate::proof::{CHUNK_ROWS, Scheme};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
@@ -107,13 +108,14 @@ impl HonestSample {
         self.report.chunks.iter().filter_map(energy)
     }
 
-    /// The same in units of what rounding alone gives them, where that is known.
+    /// Those of whole chunks in units of what rounding alone gives them, where that is known.
     fn energies_in_roundings(&self) -> impl Iterator<Item = f64> {
         let energy = |c: &ChunkEvidence| match c.is_exact {
             true => Some(0.0),
-            false => Some(c.energy? / c.limit(1.0) / c.rounding.filter(|r| *r > 0.0)?),
+            false => Some(c.energy? / c.rounding?.max(SQUARE_MIN)),
         };
-        self.report.chunks.iter().filter_map(energy)
+        let whole = self.report.chunks.iter().filter(|chunk| chunk.rows == CHUNK_ROWS);
+        whole.filter_map(energy)
     }
 
     /// What `measure` says of its rows; zeros where all are equal bit for bit.

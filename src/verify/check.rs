@@ -211,8 +211,10 @@ impl<'a> Verification<'a> {
             true => self.check_tokens(&work, claim, prefix, &report),
             false => Ok(()),
         };
-        let is_open = is_open && rest.is_ok();
-        if let Err(stop) = rows.and(rest) {
+        // What else is wrong counts before energies of which only the twin can tell.
+        let (first, then) = if is_open { (rest, rows) } else { (rows, rest) };
+        let is_open = is_open && first.is_ok();
+        if let Err(stop) = first.and(then) {
             report.verdict = stop.into();
         }
         let recheck = work.bound.as_ref().and_then(|bound| {

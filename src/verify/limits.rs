@@ -108,7 +108,7 @@ impl Limits {
     /// The largest energy of a chunk that rounding explains, given what rounding alone gives it.
     fn explained(&self, scheme: Scheme, chunk: &ChunkEvidence, rounding: f64) -> f64 {
         let made_up = ResidueBits::of(scheme).map_or(0.0, |bits| bits.forged_least(chunk.rows));
-        chunk.limit(self.energy_rounding * rounding).min(made_up)
+        (self.energy_rounding * rounding).min(made_up)
     }
 
     /// Whether chunks that are too far from ours might all be explained by rounding: only the twin

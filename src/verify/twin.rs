@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 /// Least square that a row is measured in, in steps of a residue: where the twin rounds to the same
 /// row, what a residue drops (a twelfth) is not a distance.
-const SQUARE_MIN: f64 = 1.0;
+pub(super) const SQUARE_MIN: f64 = 1.0;
 /// A delta so near half of a residue's range may wrap to the other side, and says nothing.
 const DELTA_MAX: f64 = 0.375;
 

@@ -340,8 +340,11 @@ fn gguf_files() {
     });
 }
 
+/// Configuration and weights.
+type Quantised = (Value, Vec<u8>);
+
 /// The checkpoints of quantised matrices, and a place for changed ones.
-static QUANTISED: LazyLock<(Vec<(Value, Vec<u8>)>, tempfile::TempDir)> = LazyLock::new(|| {
+static QUANTISED: LazyLock<(Vec<Quantised>, tempfile::TempDir)> = LazyLock::new(|| {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantised");
     let read = |entry: std::io::Result<std::fs::DirEntry>| {
         let path = entry.unwrap().path();
@@ -392,8 +395,12 @@ fn quantised_safetensors() {
         let mut row = vec![0; matrix.cols()];
         for number in 0..matrix.rows().min(40) {
             let whole = matrix.read_row(number, Dtype::F16, &mut row);
-            let element = matrix.element(number, number % matrix.cols().max(1));
+            let col = number % matrix.cols().max(1);
+            let element = matrix.element(number, col);
             assert!(element.is_ok() || whole.is_err(), "{number}: {element:?}");
+            if let (Ok(element), Ok(())) = (element, whole) {
+                assert_eq!(Dtype::F16.round(element), row[col], "{number}, {col}");
+            }
         }
     });
 }

@@ -34,7 +34,7 @@ fn matrices_have_the_values_that_the_libraries_give_them_that_packed_them() {
         let expected = checkpoint.tensor("expected").unwrap();
         let dtype = if expected.stored.name() == "F16" { Dtype::F16 } else { Dtype::Bf16 };
         let matrix = checkpoint.tensor("m.weight").unwrap();
-        assert_eq!(matrix.shape, [24, 64], "{path:?}");
+        assert_eq!((&matrix.shape, matrix.cols()), (&expected.shape, 64), "{path:?}");
         let want = rows(&expected, dtype);
         assert_eq!(rows(&matrix, dtype), want, "{path:?}");
         let (mut row, mut differ) = (vec![0; 64], 0);
@@ -48,7 +48,7 @@ fn matrices_have_the_values_that_the_libraries_give_them_that_packed_them() {
             }
         }
         assert!(differ > 700, "the control, {path:?}: neighbours differ");
-        assert!(matrix.element(24, 0).is_err() && matrix.element(0, 64).is_err());
+        assert!(matrix.element(matrix.rows(), 0).is_err() && matrix.element(0, 64).is_err());
         let names: Vec<_> = checkpoint.tensors().map(|t| t.name.as_str()).collect();
         assert_eq!(names, ["expected", "m.weight"], "{path:?}: nothing is left over");
         schemes.push(checkpoint.scheme().unwrap().to_owned());
@@ -60,11 +60,14 @@ fn matrices_have_the_values_that_the_libraries_give_them_that_packed_them() {
         "compressed-int4-g32",
         "compressed-int4-g32",
         "compressed-int8",
+        "compressed-int8",
+        "compressed-int8-g32",
         "fp8",
         "fp8-16x32",
-        "gptq-int4-g32",
+        "gptq-int2-g24",
         "gptq-int4-g32",
         "gptq-int8-g32",
+        "gptq-v2-int4-g32",
     ];
     assert_eq!(schemes, want);
 }
@@ -92,7 +95,8 @@ fn a_quantised_model_computes_what_its_values_do_and_is_another_one() {
     plain(dirs[0].path());
     gptq(dirs[1].path());
     gptq(dirs[2].path());
-    let other = json!({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"});
+    let mut other = json!({"quant_method": "gptq", "bits": 4, "group_size": 32});
+    other["checkpoint_format"] = json!("gptq_v2");
     config(dirs[2].path(), &other);
     let [plain, coded, shifted] = dirs.each_ref().map(|dir| load(dir.path()));
     assert_eq!((coded.dtype, coded.checkpoint.scheme()), (Dtype::Bf16, Some("gptq-int4-g32")));
@@ -111,6 +115,23 @@ fn a_quantised_model_computes_what_its_values_do_and_is_another_one() {
     );
     assert_eq!(first.calibration, second.calibration, "the rows are the same");
     assert_eq!(second.quantised("isq-q8_0").type_name(), "bf16+gptq-int4-g32+isq-q8_0");
+}
+
+#[test]
+fn what_is_remembered_of_a_model_is_of_one_reading_of_its_files() {
+    let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    gptq(dir.path());
+    let of = |model: &Model| Identity::cached_in(cache.path(), model, &pool()).unwrap();
+    let first = of(&load(dir.path()));
+    let mut other = json!({"quant_method": "gptq", "bits": 4, "group_size": 32});
+    other["checkpoint_format"] = json!("gptq_v2");
+    config(dir.path(), &other);
+    let model = load(dir.path());
+    let second = of(&model);
+    assert_eq!(first.weights_root, second.weights_root, "the files are the same");
+    assert_ne!(first.calibration, second.calibration);
+    assert_eq!(second.calibration, Identity::compute(&model, &pool()).unwrap().calibration);
+    assert_ne!(first.model_hash, second.model_hash);
 }
 
 #[test]
@@ -163,6 +184,60 @@ fn parts_that_are_missing_or_do_not_fit_are_named() {
         tensors.insert(format!("{M}.act_order"), (dtype, shape, bytes));
     });
     assert!(said.contains("act_order") && said.contains("is no part of"), "{said}");
+    let said = refusal(|_, tensors| {
+        let (_, _, bytes) =
+            plain(tempfile::tempdir().unwrap().path())[&format!("{M}.weight")].clone();
+        tensors.insert(format!("{M}.weight"), (StoredDtype::BF16, vec![64, 96], bytes));
+    });
+    assert!(said.contains("stands beside `model.layers.1.mlp.down_proj.qweight`"), "{said}");
+    let ordered = json!({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": true});
+    let said = refusal(|dir, tensors| {
+        config(dir, &ordered);
+        tensors.remove(&format!("{M}.g_idx"));
+    });
+    assert!(said.contains("has no `model.layers.1.mlp.down_proj.g_idx`"), "{said}");
+    let other = json!({"quant_method": "gptq", "bits": 4, "group_size": 48});
+    let said = refusal(|dir, _| config(dir, &other));
+    assert!(said.contains("inputs in groups of 48 have 2"), "{said}");
+}
+
+#[test]
+fn parts_that_would_change_values_are_not_left_out() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantised");
+    let opened = |name: &str, change: fn(&mut Tensors)| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(data.join(name).join("config.json"), dir.path().join("config.json")).unwrap();
+        let mut tensors = read(&data.join(name));
+        change(&mut tensors);
+        write(dir.path(), &tensors);
+        let names = |c: Checkpoint| c.tensors().map(|t| t.name.clone()).collect::<Vec<_>>();
+        Checkpoint::open(dir.path()).map(names).map_err(|e| e.to_string())
+    };
+    let order = |t: &mut Tensors| {
+        let words = (StoredDtype::I32, vec![64], vec![0; 256]);
+        t.insert("m.weight_g_idx".into(), words);
+    };
+    let said = opened("int8-groups", order).unwrap_err();
+    assert!(said.contains("`m.weight_g_idx`") && said.contains("beside codes of eight"), "{said}");
+    let unordered = |t: &mut Tensors| {
+        t.insert("m.weight_g_idx".into(), (StoredDtype::I32, vec![64], vec![0xff; 256]));
+    };
+    assert_eq!(opened("packed", unordered).unwrap(), ["expected", "m.weight"]);
+    // Two scales: the second is left over, and refused once it is known what a model needs.
+    let twice = |t: &mut Tensors| {
+        let scale = t["m.weight_scale_inv"].clone();
+        t.insert("m.weight_scale".into(), scale);
+    };
+    let names = opened("fp8-blocks", twice).unwrap();
+    assert_eq!(names, ["expected", "m.weight", "m.weight_scale_inv"]);
+    let embedding = |t: &mut Tensors| {
+        for end in ["weight", "weight_scale"] {
+            let part = t.remove(&format!("m.{end}")).unwrap();
+            t.insert(format!("model.embed_tokens.{end}"), part);
+        }
+    };
+    let said = opened("fp8-rows", embedding).unwrap_err();
+    assert!(said.contains("an embedding of codes is not supported"), "{said}");
 }
 
 #[test]
@@ -182,7 +257,7 @@ fn methods_that_are_not_read_are_refused_by_key() {
         (json!({"quant_method": "bitsandbytes"}), "quant_method` = \"bitsandbytes\" is not"),
         (json!({}), "quant_method` = {} is not supported; awq, compressed-tensors, fp8"),
         (json!({"quant_method": "gptq"}), "quantization_config.bits` is missing"),
-        (json!({"quant_method": "gptq", "bits": 3}), "bits` = 3 is not supported; 2 and 4 and 8"),
+        (json!({"quant_method": "gptq", "bits": 3}), "bits` = 3 is not supported; 2, 4 and 8 are"),
         (
             json!({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}),
             "checkpoint_format` = \"marlin\" is not supported",

@@ -227,12 +227,13 @@ async fn energies_that_rounding_explains_reject_nobody() {
     common::spoof(&once, (&request, &shorter.prompt), seed, NONCE, &mut forged);
     let found = report(&twice, &body, &forged).await;
     assert!(is_far(&found, "at most 0") && found.twin.is_empty(), "{found:?}");
-    // Whatever else is wrong is said without a second look.
+    // What else is wrong is said in its place, without a second look.
     let claim = claimed(&request, &body, &honest);
     let challenge = Challenge { scheme: Scheme::Residue, nonce: None, hotkey: None };
     let claim = Claim { proof: Some(challenge), ..claim };
     let found = twice.verify(Profile::Proof, 1).answer(&claim);
-    assert!(is_far(&found, "at most 0") && found.twin.is_empty(), "{found:?}");
+    let Verdict::Unscored(why) = &found.verdict else { panic!("{found:?}") };
+    assert!(why.contains("`proof.nonce`") && found.twin.is_empty(), "{why}");
     // A second look that fails says nothing.
     let [first, second] = failing_at(scrutiny, OPEN, 0).await;
     let Verdict::Unscored(why) = &first.verdict else { panic!("{first:?}") };
