@@ -137,12 +137,17 @@ fn what_is_remembered_of_a_model_is_of_one_reading_of_its_files() {
 #[test]
 fn a_derived_checkpoint_holds_values_and_no_codes() {
     let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    gptq(dir.path());
+    let mut tensors = gptq(dir.path());
+    // What no model computes with may be of any type.
+    let unused = (StoredDtype::I64, vec![2], vec![7; 16]);
+    tensors.insert("model.position_ids".into(), unused);
+    write(dir.path(), &tensors);
     let model = load(dir.path());
     let (spec, dtype) = (&model.spec, model.dtype);
     let derived = tapped::derive(cache.path(), &model.checkpoint, (spec, dtype), &[5; 32]).unwrap();
     let other = Checkpoint::open(&derived.directory).unwrap();
     assert_eq!((other.scheme(), &other.config["quantization_config"]), (None, &Value::Null));
+    assert!(model.checkpoint.has("model.position_ids") && !other.has("model.position_ids"));
     let names: Vec<String> = model.checkpoint.tensors().map(|t| t.name.clone()).collect();
     for name in names.iter().filter(|name| is_matrix(name)) {
         let [own, derived] = [&model.checkpoint, &other].map(|c| c.tensor(name).unwrap());
