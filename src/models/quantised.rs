@@ -9,10 +9,9 @@
 
 mod parts;
 
-use super::coded::Layout;
 use super::error::LoadError;
 use super::tensor::{StoredType, Tensor};
-use parts::{Parts, coding};
+use parts::{Parts, Words, coding};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -38,17 +37,12 @@ enum Method {
     /// Floats or whole numbers of eight bits in rows; where scales have two dimensions, outputs and
     /// inputs that share one.
     Rows { block: Option<[usize; 2]> },
-    /// Codes of so many bits in words, with scales for groups of so many inputs, or for all.
-    Words { layout: Layout, bits: u32, group: Option<usize>, gptq: Gptq },
-}
-
-/// What only GPTQ says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Gptq {
-    /// What is added to a stored zero.
-    zero_more: u32,
-    /// Whether the groups of inputs must be there.
-    is_ordered: bool,
+    /// GPTQ's words: what is added to a stored zero, and whether groups of inputs must be there.
+    Gptq { words: Words, zero_more: u32, is_ordered: bool },
+    /// AWQ's words.
+    Awq { words: Words },
+    /// The words of compressed-tensors.
+    Packed { words: Words },
 }
 
 /// A configuration, with errors that name its keys.
@@ -101,12 +95,11 @@ impl Quantisation {
             let parts = Parts { module, stored, codes };
             let coded = match self.method {
                 Method::Rows { block } => parts.in_rows(block)?,
-                Method::Words { layout: Layout::Rows, bits, group, .. } => {
-                    parts.compressed(bits, group)?
+                Method::Gptq { words, zero_more, is_ordered } => {
+                    parts.gptq(words, zero_more, is_ordered)?
                 }
-                Method::Words { layout, bits, group, gptq: Gptq { zero_more, is_ordered } } => {
-                    parts.in_words((layout, bits), group, (zero_more, is_ordered))?
-                }
+                Method::Awq { words } => parts.awq(words)?,
+                Method::Packed { words } => parts.packed(words)?,
             };
             if module == EMBEDDING {
                 return Err(codes.error("an embedding of codes is not supported"));
@@ -133,11 +126,9 @@ impl Quantisation {
     fn others(&self) -> &'static [&'static str] {
         match self.method {
             Method::Rows { .. } => &[],
-            Method::Words { layout: Layout::Columns, .. } => &["qzeros", "g_idx"],
-            Method::Words { layout: Layout::Interleaved, .. } => &["qzeros"],
-            Method::Words { layout: Layout::Rows, .. } => {
-                &["weight_zero_point", "weight_g_idx", "weight_shape"]
-            }
+            Method::Gptq { .. } => &["qzeros", "g_idx"],
+            Method::Awq { .. } => &["qzeros"],
+            Method::Packed { .. } => &["weight_zero_point", "weight_g_idx", "weight_shape"],
         }
     }
 
@@ -148,8 +139,8 @@ impl Quantisation {
                 let is_coded = coding(&tensor.stored).is_some() && tensor.shape.len() == 2;
                 name.strip_suffix(".weight").filter(|_| is_coded)
             }
-            Method::Words { layout: Layout::Rows, .. } => name.strip_suffix(".weight_packed"),
-            Method::Words { .. } => name.strip_suffix(".qweight"),
+            Method::Gptq { .. } | Method::Awq { .. } => name.strip_suffix(".qweight"),
+            Method::Packed { .. } => name.strip_suffix(".weight_packed"),
         }
     }
 }
@@ -238,8 +229,8 @@ impl Reader<'_> {
             _ => (1, ""),
         };
         let is_ordered = self.get("desc_act").and_then(Value::as_bool).unwrap_or(false);
-        let (group, gptq) = (self.group("group_size")?, Gptq { zero_more, is_ordered });
-        let method = Method::Words { layout: Layout::Columns, bits, group, gptq };
+        let group = self.group("group_size")?;
+        let method = Method::Gptq { words: Words { bits, group }, zero_more, is_ordered };
         Ok(Quantisation { method, scheme: format!("gptq{version}-int{bits}{}", of_group(group)) })
     }
 
@@ -249,8 +240,8 @@ impl Reader<'_> {
         self.only("version", &versions, "gemm is")?;
         self.only("zero_point", &[true.into()], "true is")?;
         let key = if self.get("q_group_size").is_some() { "q_group_size" } else { "group_size" };
-        let (group, gptq) = (self.group(key)?, Gptq::default());
-        let method = Method::Words { layout: Layout::Interleaved, bits, group, gptq };
+        let group = self.group(key)?;
+        let method = Method::Awq { words: Words { bits, group } };
         Ok(Quantisation { method, scheme: format!("awq-int{bits}{}", of_group(group)) })
     }
 
@@ -295,22 +286,22 @@ impl Reader<'_> {
         let bits =
             |allowed| self.bits(&format!("{path}.num_bits"), weights.get("num_bits"), allowed);
         let group = Reader { path: self.path, json: weights }.group("group_size")?;
+        let of_rows = group.map(|size| [1, size]);
         let block =
             || self.block(&format!("{path}.block_structure"), weights.get("block_structure"));
         let (method, scheme) = match (format, number) {
             ("pack-quantized", "int") => {
-                let (layout, bits) = (Layout::Rows, bits(&[4, 8])?);
-                let gptq = Gptq::default();
-                (Method::Words { layout, bits, group, gptq }, format!("int{bits}"))
+                let bits = bits(&[4, 8])?;
+                (Method::Packed { words: Words { bits, group } }, format!("int{bits}"))
             }
             ("float-quantized" | "naive-quantized", "float") => {
                 bits(&[8])?;
                 let block = block()?;
-                (Method::Rows { block }, format!("fp8{}", of_block(block)))
+                (Method::Rows { block: block.or(of_rows) }, format!("fp8{}", of_block(block)))
             }
             ("int-quantized" | "naive-quantized", "int") => {
                 bits(&[8])?;
-                (Method::Rows { block: None }, "int8".to_owned())
+                (Method::Rows { block: of_rows }, "int8".to_owned())
             }
             _ => {
                 let supported = "float-quantized, int-quantized and pack-quantized are";

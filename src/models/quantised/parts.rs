@@ -15,6 +15,20 @@ pub(super) fn coding(stored: &StoredType) -> Option<Coding> {
     }
 }
 
+/// Codes of so many bits in words, with scales for groups of so many inputs, or for all.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Words {
+    pub(super) bits: u32,
+    pub(super) group: Option<usize>,
+}
+
+impl Words {
+    /// Codes of a word.
+    fn many(self) -> usize {
+        (u32::BITS / self.bits) as usize
+    }
+}
+
 /// The tensors that one matrix is made of.
 pub(super) struct Parts<'a> {
     pub(super) module: &'a str,
@@ -38,13 +52,13 @@ impl<'a> Parts<'a> {
             .ok_or_else(|| scales.error(format!("must be F16, BF16 or F32, got {name}")))
     }
 
-    /// Words of 32 bits in this shape.
-    fn words(tensor: &Tensor, shape: [usize; 2]) -> Result<Stored, LoadError> {
+    /// Whole numbers of 32 bits in this shape.
+    fn words(tensor: &Tensor, shape: &[usize]) -> Result<Stored, LoadError> {
         let name = tensor.stored.name();
         if name != "I32" {
             return Err(tensor.error(format!("must be I32, got {name}")));
         }
-        Ok(bytes(&tensor.clone().expect(&shape)?))
+        Ok(bytes(&tensor.clone().expect(shape)?))
     }
 
     /// Group of each input, where inputs of a group are no neighbours.
@@ -54,11 +68,7 @@ impl<'a> Parts<'a> {
         (size, count): (usize, usize),
     ) -> Result<Option<Vec<u32>>, LoadError> {
         let Some(tensor) = tensor else { return Ok(None) };
-        let name = tensor.stored.name();
-        if name != "I32" {
-            return Err(tensor.error(format!("must be I32, got {name}")));
-        }
-        let words = bytes(&tensor.clone().expect(&[cols])?).read()?;
+        let words = Self::words(tensor, &[cols])?.read()?;
         let words = words.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         if words.clone().all(|group| group == -1) {
             return Ok(None); // compressed-tensors' word for no order
@@ -89,70 +99,94 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// GPTQ and AWQ.
-    pub(super) fn in_words(
+    /// The shape of words that hold `many` codes each.
+    fn dimensions(&self, many: usize) -> Result<[usize; 2], LoadError> {
+        match *self.codes.shape.as_slice() {
+            // No more codes than the file has bits.
+            [first, second] if first.max(second).checked_mul(many).is_some() => Ok([first, second]),
+            _ => {
+                let what = format!("must have two dimensions, got {:?}", self.codes.shape);
+                Err(self.codes.error(what))
+            }
+        }
+    }
+
+    /// Words of neighbouring inputs.
+    pub(super) fn gptq(
         &self,
-        (layout, bits): (Layout, u32),
-        group: Option<usize>,
-        (zero_more, is_ordered): (u32, bool),
+        words: Words,
+        zero_more: u32,
+        is_ordered: bool,
     ) -> Result<Coded, LoadError> {
-        let (codes, scales) = (self.codes, self.get("scales")?);
-        let many = (u32::BITS / bits) as usize;
-        let &[first, second] = codes.shape.as_slice() else {
-            return Err(codes.error(format!("must have two dimensions, got {:?}", codes.shape)));
+        let many = words.many();
+        let [high, rows] = self.dimensions(many)?;
+        if !rows.is_multiple_of(many) {
+            let what = format!("{rows} outputs must be a multiple of {many}");
+            return Err(self.codes.error(what));
+        }
+        let coded = self.by_input((Layout::Columns, words), [rows, high * many], zero_more)?;
+        let order = match is_ordered {
+            true => Some(self.get("g_idx")?),
+            false => self.find("g_idx"),
         };
-        let (words, fits) = match layout {
-            Layout::Columns => (first, second.is_multiple_of(many)),
-            _ => (second, true),
-        };
-        let whole = words
-            .checked_mul(many)
-            .filter(|_| fits)
-            .ok_or_else(|| codes.error(format!("{second} outputs must be a multiple of {many}")))?;
-        let [rows, cols] = match layout {
-            Layout::Columns => [second, whole],
-            _ => [whole, first],
-        };
+        let Groups { block: [_, size], count: [_, count], .. } = coded.groups;
+        let of_inputs = Self::of_inputs(order, high * many, (size, count))?;
+        Ok(Coded { groups: Groups { of_inputs, ..coded.groups }, ..coded })
+    }
+
+    /// Words of neighbouring outputs.
+    pub(super) fn awq(&self, words: Words) -> Result<Coded, LoadError> {
+        let many = words.many();
+        let [cols, wide] = self.dimensions(many)?;
+        self.by_input((Layout::Interleaved, words), [wide * many, cols], 0)
+    }
+
+    /// A matrix whose scales and zeros lie by groups of inputs.
+    fn by_input(
+        &self,
+        (layout, words): (Layout, Words),
+        [rows, cols]: [usize; 2],
+        zero_more: u32,
+    ) -> Result<Coded, LoadError> {
+        let Words { bits, group } = words;
+        let scales = self.get("scales")?;
         let count = scales.shape.first().copied().unwrap_or(0);
         let scales = scales.clone().expect(&[count, rows])?;
         let size = Self::group_size(&scales, (cols, count), group)?;
-        let zeros = Self::words(self.get("qzeros")?, [count, rows / many])?;
-        let of_inputs = match layout {
-            Layout::Columns if is_ordered => {
-                Self::of_inputs(Some(self.get("g_idx")?), cols, (size, count))?
-            }
-            Layout::Columns => Self::of_inputs(self.find("g_idx"), cols, (size, count))?,
-            _ => None,
-        };
+        let zeros = Self::words(self.get("qzeros")?, &[count, rows / words.many()])?;
+        let (block, count) = ([1, size], [rows, count]);
         Ok(Coded {
             shape: [rows, cols],
             coding: Coding::Packed(layout, bits),
-            codes: Self::words(codes, [first, second])?,
+            codes: Self::words(self.codes, &self.codes.shape)?,
             scale_type: Self::scale_type(&scales)?,
             scales: bytes(&scales),
             zeros: Zeros::Stored(zeros, zero_more),
-            groups: Groups { block: [1, size], count: [rows, count], by_input: true, of_inputs },
+            groups: Groups { block, count, by_input: true, of_inputs: None },
         })
     }
 
-    /// Packed codes of compressed-tensors.
-    pub(super) fn compressed(&self, bits: u32, group: Option<usize>) -> Result<Coded, LoadError> {
+    /// Words of compressed-tensors.
+    pub(super) fn packed(&self, words: Words) -> Result<Coded, LoadError> {
+        let Words { bits, group } = words;
+        let many = words.many();
         let [rows, cols] = self.shape()?;
-        let many = (u32::BITS / bits) as usize;
         let scales = self.get("weight_scale")?;
-        let count = if scales.shape.len() < 2 { 1 } else { scales.cols() };
+        let (count, shape) = match scales.shape.len() {
+            0 | 1 => (1, vec![rows]),
+            _ => (scales.cols(), vec![rows, scales.cols()]),
+        };
         let size = Self::group_size(scales, (cols, count), group)?;
-        let shape = if scales.shape.len() < 2 { vec![rows] } else { vec![rows, count] };
         let scales = scales.clone().expect(&shape)?;
         let zeros = match self.find("weight_zero_point") {
             None => Zeros::Middle,
-            Some(zeros) => Zeros::Stored(Self::words(zeros, [rows.div_ceil(many), count])?, 0),
+            Some(zeros) => Zeros::Stored(Self::words(zeros, &[rows.div_ceil(many), count])?, 0),
         };
         let of_inputs = Self::of_inputs(self.find("weight_g_idx"), cols, (size, count))?;
         Ok(Coded {
             shape: [rows, cols],
             coding: Coding::Packed(Layout::Rows, bits),
-            codes: Self::words(self.codes, [rows, cols.div_ceil(many)])?,
+            codes: Self::words(self.codes, &[rows, cols.div_ceil(many)])?,
             scale_type: Self::scale_type(&scales)?,
             scales: bytes(&scales),
             zeros,
@@ -163,7 +197,7 @@ impl<'a> Parts<'a> {
     /// The shape that compressed-tensors store beside packed codes.
     fn shape(&self) -> Result<[usize; 2], LoadError> {
         let tensor = self.get("weight_shape")?;
-        let (name, all) = (tensor.stored.name(), bytes(tensor).read()?);
+        let (name, all) = (tensor.stored.name(), bytes(&tensor.clone().expect(&[2])?).read()?);
         let number = |bytes: &[u8]| match (name.as_str(), bytes.len()) {
             ("I64", 8) => i64::from_le_bytes(bytes.try_into().ok()?).try_into().ok(),
             ("I32", 4) => i32::from_le_bytes(bytes.try_into().ok()?).try_into().ok(),
@@ -189,18 +223,16 @@ impl<'a> Parts<'a> {
                 return Err(part.error("is not supported beside codes of eight bits"));
             }
         }
-        let of_group = |count: usize| cols.checked_div(count).filter(|size| size * count == cols);
         let block = match (scales.shape.as_slice(), block) {
             ([] | [1] | [1, 1], _) => Some([rows, cols]),
-            (&[out], _) if out == rows => Some([1, cols]),
+            (&[_] | &[_, 1], None) => Some([1, cols]),
             (&[_, _], Some(block)) => Some(block),
-            (&[out, count], None) if out == rows => of_group(count).map(|size| [1, size]),
             _ => None,
         };
         let block = block.filter(|block| !block.contains(&0));
         let count = block.map(|[out, along]| [rows.div_ceil(out), cols.div_ceil(along)]);
-        let fits =
-            |[out, along]: &[usize; 2]| scales.shape.iter().product::<usize>() == out * along;
+        let groups: usize = scales.shape.iter().product();
+        let fits = |[out, along]: &[usize; 2]| groups == out * along;
         let (block, count) = block.zip(count.filter(fits)).ok_or_else(|| {
             scales.error(format!("has shape {:?} for {rows} x {cols} codes", scales.shape))
         })?;
