@@ -1,9 +1,11 @@
-/* Final-norm rows of llama.cpp, for scripts/other_stack.py:
+/* Final-norm rows and logits of llama.cpp, for scripts/other_stack.py:
  *     llama_rows MODEL THREADS CACHE
  * CACHE is the type of keys and values: f16 (llama.cpp's own choice), bf16 or f32. Reads requests from
- * standard input: the number of tokens, how many of them are computed at once (the others follow one by
- * one, as a miner decodes), and the ids, each a little-endian u32. Writes the rows of every token as f32:
- * (tokens, channels). Built against llama.cpp 11434 by other_stack.py. */
+ * standard input: the position of the first token (0 forgets all that came before), the number of tokens,
+ * how many of them are computed at once (the others follow one by one, as a miner decodes), whether
+ * logits are wanted (0 or 1), and the ids, each a little-endian u32. Writes the rows of every token as f32,
+ * (tokens, channels), and where they are wanted the last one's logits, (vocabulary). Built against
+ * llama.cpp 11434 by other_engines.py. */
 #include <llama.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -30,23 +32,25 @@ static enum ggml_type cache_type(const char *name) {
     return GGML_TYPE_F32;
 }
 
+static void put(const float *values, int count) {
+    if (!values) fail("llama.cpp has no such values");
+    if (fwrite(values, sizeof *values, (size_t)count, stdout) != (size_t)count) fail("cannot write");
+}
+
 /* Computes `count` tokens from position `first` on and writes their rows. */
 static void compute(struct llama_context *context, struct llama_batch *batch, const uint32_t *ids,
                     uint32_t first, uint32_t count, int channels) {
     batch->n_tokens = (int32_t)count;
     for (uint32_t i = 0; i < count; i++) {
-        batch->token[i] = (llama_token)ids[first + i];
+        batch->token[i] = (llama_token)ids[i];
         batch->pos[i] = (llama_pos)(first + i);
         batch->n_seq_id[i] = 1;
         batch->seq_id[i][0] = 0;
         batch->logits[i] = 1;
     }
     if (llama_decode(context, *batch)) fail("llama_decode failed");
-    for (uint32_t i = 0; i < count; i++) {
-        const float *row = llama_get_embeddings_ith(context, (int32_t)i);
-        if (!row) fail("there is no row");
-        if (fwrite(row, sizeof *row, (size_t)channels, stdout) != (size_t)channels) fail("cannot write");
-    }
+    for (uint32_t i = 0; i < count; i++)
+        put(llama_get_embeddings_ith(context, (int32_t)i), channels);
 }
 
 int main(int count, char **words) {
@@ -67,16 +71,22 @@ int main(int count, char **words) {
     if (!context) fail("there is no context");
     struct llama_batch batch = llama_batch_init(CONTEXT, 0, 1);
     static uint32_t ids[CONTEXT];
-    uint32_t head[2];
-    while (fread(head, sizeof *head, 2, stdin) == 2) {
-        uint32_t tokens = head[0], at_once = head[1];
-        if (!tokens || tokens > CONTEXT || !at_once || at_once > tokens) fail("a wrong number of tokens");
+    uint32_t head[4], position = 0;
+    int channels = llama_model_n_embd(model);
+    int vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    while (fread(head, sizeof *head, 4, stdin) == 4) {
+        uint32_t first = head[0], tokens = head[1], at_once = head[2];
+        if (first && first != position) fail("the first token does not follow the last one");
+        if (!tokens || tokens > CONTEXT - first || !at_once || at_once > tokens)
+            fail("a wrong number of tokens");
         if (fread(ids, sizeof *ids, tokens, stdin) != tokens) fail("the ids end early");
-        llama_memory_clear(llama_get_memory(context), true);
-        compute(context, &batch, ids, 0, at_once, llama_model_n_embd(model));
+        if (!first) llama_memory_clear(llama_get_memory(context), true);
+        compute(context, &batch, ids, first, at_once, channels);
         for (uint32_t i = at_once; i < tokens; i++)
-            compute(context, &batch, ids, i, 1, llama_model_n_embd(model));
+            compute(context, &batch, ids + i, first + i, 1, channels);
+        if (head[3]) put(llama_get_logits_ith(context, -1), vocabulary);
         fflush(stdout);
+        position = first + tokens;
     }
     return 0;
 }

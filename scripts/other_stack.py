@@ -4,7 +4,7 @@
 It answers as docs/proofs.md says, so `targon-engine verify` can check what it wrote: energies and
 margins of its answers are what honest rounding costs, and limits must leave room for them.
 
-    other_stack.py REQUESTS ANSWERS [--dtype bf16|f32] [--attention sdpa|eager] [--prefill-only]
+    other_stack.py REQUESTS ANSWERS [--prefill-only] [--dtype bf16|f32] [--attention sdpa|eager]
                    [--weights GRID] [--cache GRID] [--vllm CHECKPOINT]
                    [--llama FILE [--llama-cache TYPE] [--decoded]]
 
@@ -14,9 +14,11 @@ answers, and only their rows are computed again: the tokens stay those of whoeve
 --weights or --cache it is a cheat, whose matrices or keys and values lie on a coarser grid: what
 limits must catch.
 
-With --llama, a GGUF file of bf16 weights, the rows are those of a llama.cpp that was built, and the tokens those of captured answers; --decoded computes an answer's
-rows one by one, as its miner does. With --vllm, a checkpoint directory of bf16, they are vLLM's, run
-by the Python of an environment that has it. `scripts/bench-peers` makes the files and both engines.
+With --llama, a GGUF file of bf16 weights, the rows and logits are those of a llama.cpp that was
+built; --decoded computes the rows of a captured answer one by one, as its miner does. With --vllm,
+a checkpoint directory of bf16, they are vLLM's, run by the Python of an environment that has it:
+its rows always come from one pass over an answer. `scripts/bench-peers` makes the files and both
+engines.
 
 `pip install torch transformers==5.24.0 gguf blake3`; `scripts/fetch-model` and
 `targon-engine calibrate` come first. For GGUF files of the Llama architecture.
@@ -29,7 +31,6 @@ import json
 import os
 import pathlib
 import struct
-import subprocess
 import sys
 import time
 
@@ -39,6 +40,7 @@ import proof_reference as reference
 import torch
 import transformers
 from blake3 import blake3
+from other_engines import Llama, Vllm
 from proof_reference import first_u64, ids, listed, named, u32
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -378,7 +380,7 @@ class Stack:
                                 listed(self.canon.encode()), self.calibration_hash())
         self.other, self.decodes = None, args.decoded
         if other:
-            self.other = Llama(args) if args.llama else Vllm(args)
+            self.other = Llama(args, cache_dir(), self.file) if args.llama else Vllm(args)
             return
         # Earlier ones take no notice of a cache that is given by this name.
         version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -427,6 +429,10 @@ class Stack:
 
     def generate(self, requests):
         """Answers several requests side by side, shorter prompts padded on the left."""
+        if self.other:
+            all_rows = self.other.generate(requests, self.reason, self.file.end_ids)
+            return [self.answer(request, bits_of(rows), self.reason(request))
+                    for request, rows in zip(requests, all_rows)]
         longest = max(len(r.prompt) for r in requests)
         padded = [[0] * (longest - len(r.prompt)) + r.prompt for r in requests]
         mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt)
@@ -503,56 +509,6 @@ class Stack:
         return {"request": asked, "response": {"choices": [choice]}}
 
 
-class Llama:
-    """llama.cpp, as the program llama_rows."""
-
-    def __init__(self, args):
-        own = pathlib.Path(__file__).with_name("llama_rows.c")
-        home = next((cache_dir() / "peers").glob("llama.cpp-*"), None)
-        build = next(home.glob("build-*/bin/libllama.so"), None) if home else None
-        assert build, "there is no llama.cpp: run scripts/bench-peers --peers llama first"
-        program, source = build.with_name("llama_rows"), home / "llama.cpp"
-        subprocess.run(
-            ["cc", "-O2", "-o", program, own, f"-I{source}/include", f"-I{source}/ggml/include",
-             f"-L{build.parent}", "-lllama", f"-Wl,-rpath,{build.parent}"], check=True)
-        self.process = subprocess.Popen(
-            [program, args.llama, str(args.threads), args.llama_cache],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.channels = File(args.model).get("llama.embedding_length")
-
-    def rows(self, tokens, at_once):
-        self.process.stdin.write(struct.pack(f"<{len(tokens) + 2}I", len(tokens), at_once, *tokens))
-        self.process.stdin.flush()
-        wanted = 4 * len(tokens) * self.channels
-        data = self.process.stdout.read(wanted)
-        assert len(data) == wanted, "llama_rows ended"
-        return torch.from_numpy(np.frombuffer(data, np.float32).reshape(len(tokens), -1).copy())
-
-
-class Vllm:
-    """vLLM on the CPU: what it pools of every token is the row after the last norm."""
-
-    def __init__(self, args):
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{args.threads - 1}"
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM, TokensPrompt
-        from vllm.config import PoolerConfig
-
-        pooler = PoolerConfig(task="token_embed", tok_pooling_type="ALL", use_activation=False)
-        self.prompt = TokensPrompt
-        self.llm = LLM(model=str(args.vllm), runner="pooling", convert="embed", dtype="bfloat16",
-                       max_model_len=4096, enable_prefix_caching=False, disable_log_stats=True,
-                       pooler_config=pooler)
-
-    def rows(self, tokens, at_once):
-        assert at_once == len(tokens), "vLLM pools no rows that are decoded"
-        prompts = [self.prompt(prompt_token_ids=tokens)]
-        rows = self.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)[0].outputs.data
-        assert len(rows) == len(tokens), f"{len(rows)} rows of {len(tokens)} tokens"
-        return rows.float()
-
-
 def bits_of(rows):
     """Rows as the 16-bit patterns that are proved."""
     assert torch.isfinite(rows).all(), "a row is not finite"
@@ -587,10 +543,10 @@ def arguments():
     args = parser.parse_args()
     other = args.llama or args.vllm
     assert not (args.llama and args.vllm), "either --llama or --vllm"
-    assert args.prefill_only or not other, "--llama and --vllm prove captured answers: add --prefill-only"
     # What has no effect would be taken for what was measured.
     assert not (other and (args.weights or args.cache)), "cheats are computed by transformers alone"
-    assert args.llama or not args.decoded, "--decoded goes only with --llama"
+    assert args.llama and args.prefill_only or not args.decoded, (
+        "--decoded goes only with --llama and --prefill-only")
     return args
 
 
