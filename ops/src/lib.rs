@@ -36,3 +36,4 @@ pub mod product;
 pub mod rope;
 pub mod rounding;
 pub mod rowwise;
+mod tasks;

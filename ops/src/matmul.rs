@@ -14,6 +14,7 @@ use super::dtype::{Dtype, Rounded, round_bf16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
 use super::product::{BLOCK_K, VEC_STRIDE, offset, product};
+use super::tasks::{Grain, Task, Tasks};
 use std::ops::Range;
 
 /// Output rows packed side by side.
@@ -33,6 +34,8 @@ const AHEAD_TOKENS_MIN: usize = 3;
 const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
 const PAIR_STRIDE: usize = 2 * BLOCK_ROWS;
+/// Vectors of a block's rows.
+const ROW_VECS: usize = BLOCK_ROWS / LANES;
 
 /// A weight matrix in the engine's layout.
 pub struct Packed {
@@ -149,9 +152,10 @@ impl Packed {
         self.data.get(block * BLOCK_ROWS * self.cols + vec * VEC_STRIDE + AHEAD..)
     }
 
-    /// Rows of `block` that exist (the last block may be padded).
-    fn rows_of(&self, block: usize) -> Range<usize> {
-        block * BLOCK_ROWS..((block + 1) * BLOCK_ROWS).min(self.rows)
+    /// Rows of these vectors of `block` that exist (the last block may be padded).
+    fn rows_of(&self, block: usize, vecs: &Range<usize>) -> Range<usize> {
+        let start = (block * BLOCK_ROWS + vecs.start * LANES).min(self.rows);
+        start..(block * BLOCK_ROWS + vecs.end * LANES).min(self.rows)
     }
 }
 
@@ -175,12 +179,13 @@ pub(super) fn matmul(
 ) {
     assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
     let unit = Unit::of(turn.isa(), w.dtype, x.rows());
-    for_each_task(turn, unit, w.blocks(), x.rows(), |block, tokens| {
-        let rows = w.rows_of(block);
-        let sink = |token: usize, products: &[f32; BLOCK_ROWS]| {
+    for_each_task(turn, unit, w.blocks(), x.rows(), |task| {
+        let (block, vecs) = (task.block, vecs_of(&task));
+        let rows = w.rows_of(block, &vecs);
+        let part = Part { w, block, vecs, x, tokens: task.tokens };
+        unit.start().run(part, |token, products| {
             epilogue(token, rows.clone(), &products[..rows.len()]);
-        };
-        unit.start().run(BlockProduct { w, block, x, tokens, sink });
+        });
     });
 }
 
@@ -214,21 +219,20 @@ pub(super) fn matmul_gated(
 ) {
     assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
     let unit = Unit::of(turn.isa(), w.dtype, x.rows());
-    for_each_task(turn, unit, w.blocks() / 2, x.rows(), |pair, tokens| {
-        let mut started = unit.start();
+    for_each_task(turn, unit, w.blocks() / 2, x.rows(), |task| {
+        let (mut started, vecs) = (unit.start(), vecs_of(&task));
         let mut gates = [[0.0; BLOCK_ROWS]; ROWS_MAX];
-        for first in tokens.clone().step_by(unit.tokens()) {
-            let tokens = first..(first + unit.tokens()).min(tokens.end);
-            let keep = |token: usize, products: &[f32; BLOCK_ROWS]| {
-                gates[token - first] = *products;
-            };
-            let block = 2 * pair;
-            started.run(BlockProduct { w, block, x, tokens: tokens.clone(), sink: keep });
-            let rows = pair * BLOCK_ROWS..(pair + 1) * BLOCK_ROWS;
-            let join = |token: usize, up: &[f32; BLOCK_ROWS]| {
-                combine(token, rows.clone(), &mut gates[token - first], up);
-            };
-            started.run(BlockProduct { w, block: block + 1, x, tokens, sink: join });
+        let first_row = task.block * BLOCK_ROWS;
+        let rows = first_row + vecs.start * LANES..first_row + vecs.end * LANES;
+        for tokens in unit.tiles(task.tokens) {
+            let first = tokens.start;
+            let part = |block| Part { w, block, vecs: vecs.clone(), x, tokens: tokens.clone() };
+            started.run(part(2 * task.block), |token, products| {
+                gates[token - first][..products.len()].copy_from_slice(products);
+            });
+            started.run(part(2 * task.block + 1), |token, up| {
+                combine(token, rows.clone(), &mut gates[token - first][..up.len()], up);
+            });
         }
     });
 }
@@ -266,11 +270,22 @@ impl Unit {
         if suits { Self::Tiles(isa) } else { Self::Lanes(isa) }
     }
 
-    /// Tokens that it multiplies at once.
-    fn tokens(self) -> usize {
+    /// Pieces of `tokens` that it multiplies at once.
+    fn tiles(self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         match self {
-            Self::Lanes(_) => TILE_TOKENS,
-            Self::Tiles(_) => ROWS_MAX,
+            Self::Lanes(_) => tiles(tokens, TILE_TOKENS, 1),
+            Self::Tiles(_) => tiles(tokens, ROWS_MAX, ROWS_MAX / 2),
+        }
+    }
+
+    /// How a product of so many tokens may be cut. Half a block is read more slowly than a whole
+    /// one: the half of its lines that lies between is not fetched ahead. With few tokens, reading
+    /// is what takes the time.
+    fn grain(self, tokens: usize) -> Grain {
+        let parts = if tokens > HALF_TILE_TOKENS { 2 } else { 1 };
+        match self {
+            Self::Lanes(_) => Grain { tokens: TILE_TOKENS * 4, step: 1, parts },
+            Self::Tiles(_) => Grain { tokens: ROWS_MAX, step: ROWS_MAX / 2, parts: 1 },
         }
     }
 
@@ -283,103 +298,125 @@ impl Unit {
 }
 
 impl Started {
-    fn run<S: FnMut(usize, &[f32; BLOCK_ROWS])>(&mut self, product: BlockProduct<'_, S>) {
+    /// Calls `sink(token, products)` for each token of the part.
+    fn run(&mut self, part: Part<'_>, mut sink: impl FnMut(usize, &[f32])) {
         match self {
-            Self::Lanes(isa) => dispatch(*isa, product),
-            Self::Tiles(tiles) => product.by_tiles(tiles),
+            Self::Lanes(isa) => dispatch(*isa, BlockProduct { part, sink }),
+            Self::Tiles(tiles) => part.by_tiles(tiles, &mut sink),
         }
     }
 }
 
-/// Cuts (blocks x tokens) into tasks: enough for the threads, each with as many tokens as
-/// possible, because a block's weights are read from memory once for each task.
+/// Runs the tasks of (blocks x tokens) on all threads.
 fn for_each_task(
     turn: &Turn<'_>,
     unit: Unit,
     blocks: usize,
     tokens: usize,
-    task: impl Fn(usize, Range<usize>) + Sync,
+    run: impl Fn(Task) + Sync,
 ) {
-    let wanted = turn.threads() * 12;
-    let pieces = wanted.div_ceil(blocks).min(tokens.div_ceil(TILE_TOKENS * 4)).max(1);
-    let size = tokens.div_ceil(pieces).next_multiple_of(unit.tokens());
-    let pieces = tokens.div_ceil(size.max(1));
-    turn.run(blocks * pieces, |i| {
-        let first = i / blocks * size;
-        task(i % blocks, first..(first + size).min(tokens));
+    let tasks = Tasks::of(turn.threads(), unit.grain(tokens), blocks, tokens);
+    turn.run(tasks.count(), |i| {
+        if let Some(task) = tasks.get(i) {
+            run(task);
+        }
     });
 }
 
-/// All tiles of one block over a range of tokens.
-struct BlockProduct<'a, S> {
+/// The vectors of a block's outputs that a task has.
+fn vecs_of(task: &Task) -> Range<usize> {
+    task.part * ROW_VECS / task.parts..(task.part + 1) * ROW_VECS / task.parts
+}
+
+/// As few pieces of `tokens` as possible with at most `most`, all of about the same size: a
+/// multiple of `step` but for the last one.
+#[inline(always)]
+fn tiles(tokens: Range<usize>, most: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let Range { mut start, end } = tokens;
+    std::iter::from_fn(move || {
+        let left = end - start;
+        let size = left.div_ceil(left.div_ceil(most).max(1)).next_multiple_of(step).min(left);
+        start += size;
+        (size > 0).then(|| start - size..start)
+    })
+}
+
+/// Some vectors of one block's outputs over a range of tokens.
+struct Part<'a> {
     w: &'a Packed,
     block: usize,
+    vecs: Range<usize>,
     x: &'a Rounded,
     tokens: Range<usize>,
+}
+
+/// The products of a part, by vectors.
+struct BlockProduct<'a, S> {
+    part: Part<'a>,
     sink: S,
 }
 
-impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> Kernel for BlockProduct<'_, S> {
+impl<S: FnMut(usize, &[f32])> Kernel for BlockProduct<'_, S> {
     type Out = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(mut self) {
-        let mut first = self.tokens.start;
-        while first < self.tokens.end {
-            let count = (self.tokens.end - first).min(TILE_TOKENS);
-            match count {
-                1 => self.tile::<L, 1>(first),
-                2 => self.tile::<L, 2>(first),
-                3 => self.tile::<L, 3>(first),
-                4 => self.tile::<L, 4>(first),
-                5 => self.tile::<L, 5>(first),
-                _ => self.tile::<L, TILE_TOKENS>(first),
+    fn run<L: Lanes>(self) {
+        let Self { part, mut sink } = self;
+        for tokens in tiles(part.tokens.clone(), TILE_TOKENS, 1) {
+            let first = tokens.start;
+            match tokens.len() {
+                1 => part.tile::<L, 1>(first, &mut sink),
+                2 => part.tile::<L, 2>(first, &mut sink),
+                3 => part.tile::<L, 3>(first, &mut sink),
+                4 => part.tile::<L, 4>(first, &mut sink),
+                5 => part.tile::<L, 5>(first, &mut sink),
+                _ => part.tile::<L, TILE_TOKENS>(first, &mut sink),
             }
-            first += count;
         }
     }
 }
 
-impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
-    fn by_tiles(mut self, tiles: &mut Tiles) {
+impl Part<'_> {
+    /// The outputs within the block.
+    fn outputs(&self) -> Range<usize> {
+        self.vecs.start * LANES..self.vecs.end * LANES
+    }
+
+    fn by_tiles(&self, amx: &mut Tiles, sink: &mut impl FnMut(usize, &[f32])) {
         const { assert!(OUTPUTS == BLOCK_ROWS) };
         let mut out = [[0.0; BLOCK_ROWS]; ROWS_MAX];
-        for first in self.tokens.clone().step_by(ROWS_MAX) {
-            let tokens = first..(first + ROWS_MAX).min(self.tokens.end);
+        for tokens in tiles(self.tokens.clone(), ROWS_MAX, ROWS_MAX / 2) {
             let x = self.x.bits_of(tokens.clone());
-            tiles.product(self.w.block(self.block), x, tokens.len(), &mut out);
-            tokens.zip(&out).for_each(|(token, products)| (self.sink)(token, products));
+            amx.product(self.w.block(self.block), x, tokens.len(), &mut out);
+            tokens.zip(&out).for_each(|(token, out)| sink(token, &out[self.outputs()]));
         }
     }
 
     #[inline(always)]
-    fn tile<L: Lanes, const T: usize>(&mut self, first: usize) {
+    fn tile<L: Lanes, const T: usize>(&self, first: usize, sink: &mut impl FnMut(usize, &[f32])) {
         let mut out = [[0.0; BLOCK_ROWS]; T];
-        match L::ROW_VECS {
-            4 if T > HALF_TILE_TOKENS => {
-                self.vecs::<L, T, 2>(first, 0, &mut out);
-                self.vecs::<L, T, 2>(first, 2, &mut out);
-            }
-            4 => self.vecs::<L, T, 4>(first, 0, &mut out),
-            _ => {
-                for v in 0..BLOCK_ROWS / LANES {
-                    self.vecs::<L, T, 1>(first, v, &mut out);
-                }
-            }
+        let mut vec = self.vecs.start;
+        while vec < self.vecs.end {
+            let most = if T > HALF_TILE_TOKENS { L::ROW_VECS.min(2) } else { L::ROW_VECS };
+            vec += match (self.vecs.end - vec).min(most) {
+                4 => self.vecs::<L, T, 4>(first, vec, &mut out),
+                2 | 3 => self.vecs::<L, T, 2>(first, vec, &mut out),
+                _ => self.vecs::<L, T, 1>(first, vec, &mut out),
+            };
         }
-        for (t, products) in out.iter().enumerate() {
-            (self.sink)(first + t, products);
+        for (t, out) in out.iter().enumerate() {
+            sink(first + t, &out[self.outputs()]);
         }
     }
 
-    /// `V` vectors of 16 rows from vector `vec` on.
+    /// `V` vectors of 16 rows from vector `vec` on; returns `V`.
     #[inline(always)]
     fn vecs<L: Lanes, const T: usize, const V: usize>(
         &self,
         first: usize,
         vec: usize,
         out: &mut [[f32; BLOCK_ROWS]; T],
-    ) {
+    ) -> usize {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
         let next = if T >= AHEAD_TOKENS_MIN { self.w.ahead(self.block, vec) } else { None };
         let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.values(first + t));
@@ -392,6 +429,7 @@ impl<S: FnMut(usize, &[f32; BLOCK_ROWS])> BlockProduct<'_, S> {
                 out[t][(vec + v) * LANES..][..LANES].copy_from_slice(&acc[t][v].to_array());
             }
         }
+        V
     }
 }
 
