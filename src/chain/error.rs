@@ -1,6 +1,7 @@
 //! Defines the errors of the chain, as sentences that say what to do.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// Why the chain did not do what was asked.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -57,6 +58,8 @@ impl ChainError {
 pub enum ExtrinsicStage {
     /// The pool did not take it.
     Pool,
+    /// The node was too busy to take it, or does not take this one for a while.
+    Busy,
     /// It ran and failed.
     Dispatch,
     /// It was lost on the way.
@@ -78,6 +81,7 @@ impl fmt::Display for ExtrinsicRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let by = match self.stage {
             ExtrinsicStage::Pool => "the chain refused the extrinsic",
+            ExtrinsicStage::Busy => "the node did not take the extrinsic",
             ExtrinsicStage::Dispatch => "the extrinsic ran and failed",
             ExtrinsicStage::Lost => "the extrinsic was lost",
         };
@@ -155,11 +159,32 @@ const PASSING: [&str; 6] = [
     "CommitRevealDisabled",
 ];
 
+/// Codes of the pool's answers.
+const POOL: RangeInclusive<i32> = 1_010..=1_019;
+/// The pool has this very extrinsic already.
+const ALREADY_IMPORTED: i32 = 1_013;
+/// Codes of what passes: the extrinsic is banned for a while, the pool is full; and, of the server
+/// before it, a limit that is reached, and a busy one.
+const BUSY: [i32; 5] = [1_012, 1_016, -32_005, -32_009, 429];
+
 impl ExtrinsicRefusal {
     /// From what the pool said, whose wording differs from node to node: only the number after
     /// "custom" counts.
     pub fn of_pool(text: &str) -> Self {
         Self { stage: ExtrinsicStage::Pool, word: text.chars().take(300).collect() }
+    }
+
+    /// From an error of the node's own, and whether it says for certain that nothing was taken.
+    pub fn of_node(code: i32, text: &str) -> (Self, bool) {
+        let refusal = Self::of_pool(text);
+        let lower = text.to_lowercase();
+        let says_busy =
+            ["busy", "rate limit", "too many requests"].iter().any(|w| lower.contains(w));
+        if BUSY.contains(&code) || says_busy {
+            return (Self { stage: ExtrinsicStage::Busy, ..refusal }, true);
+        }
+        // Of what is no answer of the pool nobody knows where it happened.
+        (refusal, POOL.contains(&code) && code != ALREADY_IMPORTED)
     }
 
     /// The number after "custom".
@@ -186,7 +211,7 @@ impl ExtrinsicRefusal {
                 let known = DISPATCH.iter().find(|(name, _)| self.word.ends_with(name));
                 known.map(|(_, advice)| *advice)
             }
-            ExtrinsicStage::Lost => Some("it will be tried again"),
+            ExtrinsicStage::Busy | ExtrinsicStage::Lost => Some("it will be tried again"),
         }
     }
 
@@ -197,10 +222,10 @@ impl ExtrinsicRefusal {
         known.filter(|_| self.stage == ExtrinsicStage::Pool).map(|(_, advice)| *advice)
     }
 
-    /// Whether the pool's reason is gone within seconds: another extrinsic before this one, or a
-    /// runtime upgrade since it was signed.
+    /// Whether the reason is gone within seconds: another extrinsic before this one, a runtime
+    /// upgrade since it was signed, or a busy node.
     pub fn is_momentary(&self) -> bool {
-        self.momentary().is_some()
+        self.stage == ExtrinsicStage::Busy || self.momentary().is_some()
     }
 
     /// Whether the same extrinsic may succeed later without anybody doing anything.
@@ -210,7 +235,7 @@ impl ExtrinsicRefusal {
                 self.is_momentary() || matches!(self.custom_code(), Some(6 | 12))
             }
             ExtrinsicStage::Dispatch => PASSING.iter().any(|name| self.word.ends_with(name)),
-            ExtrinsicStage::Lost => true,
+            ExtrinsicStage::Busy | ExtrinsicStage::Lost => true,
         }
     }
 }
@@ -234,6 +259,20 @@ mod tests {
             let refusal = ExtrinsicRefusal::of_pool(text);
             assert!(refusal.to_string().contains(want), "{refusal}");
             assert_eq!(refusal.is_passing(), is_passing, "{text}");
+        }
+        for (code, text, is_busy, is_certain) in [
+            (1_010, "Invalid Transaction: Custom error: 10", false, true),
+            (1_012, "Transaction is temporarily banned", true, true),
+            (1_013, "Transaction Already Imported", false, false),
+            (1_016, "Immediately Dropped", true, true),
+            (-32_009, "Server is busy, try again later", true, true),
+            (-32_000, "Too Many Requests", true, true),
+            // It may have been taken before this happened.
+            (-32_603, "Internal error", false, false),
+        ] {
+            let (refusal, certain) = ExtrinsicRefusal::of_node(code, text);
+            assert_eq!((refusal.is_passing(), certain), (is_busy, is_certain), "{code}");
+            assert_eq!(refusal.is_momentary(), is_busy, "{code}");
         }
         let word = "SubtensorModule::ServingRateLimitExceeded".to_owned();
         let failed = ExtrinsicRefusal { stage: ExtrinsicStage::Dispatch, word };

@@ -118,7 +118,7 @@ impl Opened {
             source,
             scoring: args.weights.scoring(args.round.profile)?,
             waits: args.round.waits(),
-            away_max: args.weights.away_max(),
+            away_max: args.weights.away_max(args.round_time()),
             version_key: args.weights.version_key(args.round.profile),
             memory: WorldState::default(),
             signer,

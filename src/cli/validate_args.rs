@@ -28,6 +28,8 @@ const QUERY_GRACE: Duration = Duration::from_secs(10);
 const PROMPT_TOKENS_MAX: usize = 4096;
 /// Blocks without a round after which a validator starts anew (protocol 5.7).
 const AWAY_BLOCKS_MAX: u64 = 360;
+/// Between two blocks of finney.
+const BLOCK_SECONDS: u64 = 12;
 /// Version that weights of the profile `targon-4.4` name: 4.4.1 (protocol 0).
 const TARGON_VERSION: u64 = 404_010;
 
@@ -81,6 +83,12 @@ impl ValidateArgs {
     pub(super) fn tokens_needed(&self) -> Option<usize> {
         let is_known = self.hub.organics.is_none();
         is_known.then_some(PROMPT_TOKENS_MAX + self.round.tokens_max as usize)
+    }
+
+    /// How long a round takes at most.
+    pub(super) fn round_time(&self) -> Duration {
+        let (_, query) = self.round.waits();
+        PROMPT_TIME + query + QUERY_GRACE + Duration::from_secs(self.verifying.verdicts_timeout)
     }
 }
 
@@ -430,9 +438,11 @@ impl WeightsArgs {
         self.epoch_length.map_or(EpochRule::Chain, EpochRule::Every)
     }
 
-    /// Blocks after the last round from which on old samples do not count (protocol 5.7).
-    pub(super) fn away_max(&self) -> u64 {
-        self.epoch_length.unwrap_or(AWAY_BLOCKS_MAX)
+    /// Blocks after the last round from which on old samples do not count (protocol 5.7). Rounds
+    /// are known by the block that they began at, and are stored `round` later at most.
+    pub(super) fn away_max(&self, round: Duration) -> u64 {
+        let blocks = round.as_secs().div_ceil(BLOCK_SECONDS);
+        self.epoch_length.unwrap_or(0).max(AWAY_BLOCKS_MAX) + blocks
     }
 
     pub(super) fn scoring(&self, profile: ScoringProfile) -> Result<ScoringRules, Failure> {

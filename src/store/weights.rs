@@ -28,6 +28,11 @@ const REPLACE: &str = "UPDATE weights SET extrinsic = $3, reveal_round = $4, aft
         until_block = $6
     WHERE netuid = $1 AND epoch = $2 AND progress = 1 AND planner = $7 AND extrinsic = $8";
 
+/// The same, back to what is planned.
+const WITHDRAW: &str = "UPDATE weights SET progress = 0, state = 'planned', extrinsic = NULL,
+        reveal_round = NULL, after_block = NULL, until_block = NULL
+    WHERE netuid = $1 AND epoch = $2 AND progress = 1 AND planner = $3 AND extrinsic = $4";
+
 /// Whether a step was taken.
 #[must_use = "weights may be sent only by the process that took the step"]
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -134,6 +139,29 @@ impl Store {
         values.extend([self.planner().into(), refused.into()]);
         let mut session = self.write(&operation).await?;
         let claim = match session.execute(REPLACE, values).await? {
+            0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
+            _ => WeightsClaim::Ours,
+        };
+        session.commit().await?;
+        Ok(claim)
+    }
+
+    /// The weights of an epoch are planned again, and no more: the extrinsic with hash `refused`, by
+    /// which this run sent them, is in no block for certain.
+    ///
+    /// # Errors
+    /// When it cannot be kept, or nothing is planned for the epoch.
+    pub async fn withdraw_sent_weights(
+        &self,
+        (netuid, epoch): (u16, u64),
+        refused: &str,
+    ) -> Result<WeightsClaim, StoreError> {
+        let operation = format!("mark the weights of netuid {netuid}, epoch {epoch}");
+        let epoch_value = number("epoch", epoch).map_err(|cause| self.error(&operation, cause))?;
+        let values: Vec<Bound<'_>> =
+            vec![netuid.into(), epoch_value.into(), self.planner().into(), refused.into()];
+        let mut session = self.write(&operation).await?;
+        let claim = match session.execute(WITHDRAW, values).await? {
             0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
             _ => WeightsClaim::Ours,
         };

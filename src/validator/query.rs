@@ -158,7 +158,8 @@ impl QueryError {
 }
 
 /// Errors of the operating system that say nothing about the other side: no descriptors, memory or
-/// ports left, no network.
+/// ports left, no interface. A network that cannot be reached is not among them: a miner's router
+/// can say that too.
 fn is_own(e: &std::io::Error) -> bool {
     let own = [
         libc::EMFILE,
@@ -167,7 +168,6 @@ fn is_own(e: &std::io::Error) -> bool {
         libc::ENOBUFS,
         libc::EADDRNOTAVAIL,
         libc::ENETDOWN,
-        libc::ENETUNREACH,
     ];
     e.raw_os_error().is_some_and(|code| own.contains(&code))
 }

@@ -62,6 +62,7 @@ enum Kind {
     Flood,
 }
 
+const BLOCK_TIME: Duration = Duration::from_secs(12);
 const KINDS: [Kind; 14] = [
     Kind::Honest,
     Kind::Slow,
@@ -190,6 +191,7 @@ struct World {
     clock: Clock,
     chance: Chance,
     number: u64,
+    heard: Duration, // when the chain's last block came
     live: BTreeMap<u64, (RoundMachine, Duration)>,
     coming: BinaryHeap<Reverse<(Duration, u64)>>,
     events: BTreeMap<u64, (u64, RoundEvent)>,
@@ -209,6 +211,7 @@ impl World {
             clock: Clock::manual(1_700_000_000_000),
             chance: Chance::seeded(seed),
             number: 0,
+            heard: Duration::ZERO,
             live: BTreeMap::new(),
             coming: BinaryHeap::new(),
             events: BTreeMap::new(),
@@ -239,7 +242,12 @@ impl World {
     fn begin(&mut self) {
         let endpoints = vec![Endpoint::Completion, Endpoint::Chat];
         let offer = Offer { name: MODEL.into(), endpoints, context_max: 4096 };
-        let scene = Scene { block: self.number, models: vec![offer], miners: self.miners() };
+        let scene = Scene {
+            block: self.number,
+            heard: self.heard,
+            models: vec![offer],
+            miners: self.miners(),
+        };
         let (clock, chance) = (self.clock.clone(), self.chance.fork());
         let started = RoundMachine::start(scene, Arc::new(settings()), clock, chance);
         let (machine, actions) = started.unwrap();
@@ -337,7 +345,8 @@ impl World {
         }
         let next_event = self.coming.peek().map(|Reverse((at, _))| *at);
         let deadline = self.live.values().map(|(machine, _)| machine.deadline()).min();
-        let next = next_event.into_iter().chain(deadline).min().expect("a round has a deadline");
+        let block = self.heard + BLOCK_TIME;
+        let next = next_event.into_iter().chain(deadline).chain([block]).min().unwrap_or(block);
         // Whole milliseconds, which is how a manual clock counts; never short of the time.
         let wait = next.saturating_sub(self.clock.elapsed()) + Duration::from_millis(1);
         self.clock.advance(wait);
@@ -349,8 +358,13 @@ impl World {
             let (key, event) = self.events.remove(&number).expect("an event comes once");
             self.tell(key, event);
         }
-        let keys: Vec<u64> = self.live.keys().copied().collect();
-        keys.into_iter().for_each(|key| self.tell(key, RoundEvent::Tick));
+        let has_block = self.clock.elapsed() >= block;
+        if has_block {
+            self.heard = self.clock.elapsed();
+        }
+        for key in self.live.keys().copied().collect::<Vec<u64>>() {
+            self.tell(key, if has_block { RoundEvent::Block } else { RoundEvent::Tick });
+        }
     }
 
     fn tell(&mut self, key: u64, event: RoundEvent) {

@@ -17,8 +17,6 @@ use subxt::utils::{AccountId32, MultiSignature};
 
 /// Blocks within which an extrinsic is in a block or never.
 pub(super) const MORTAL_BLOCKS: u64 = 32;
-/// JSON-RPC's code of a pool that has the extrinsic already.
-const ALREADY_IMPORTED: i32 = 1013;
 
 /// An extrinsic that can be sent.
 pub(super) type Signed =
@@ -100,9 +98,9 @@ fn not_taken(connection: &Connection, error: &ExtrinsicError) -> Failed {
     match backend {
         BackendError::Rpc(RpcError::ClientError(rpcs::Error::User(e))) => {
             let data = e.data.as_ref().map(|d| format!(": {}", d.get())).unwrap_or_default();
-            let refusal = ExtrinsicRefusal::of_pool(&format!("{}{data} ({})", e.message, e.code));
-            let may_be_included = e.code == ALREADY_IMPORTED;
-            Failed { may_be_included, ..Failed::certain(refusal) }
+            let text = format!("{}{data} ({})", e.message, e.code);
+            let (refusal, is_certain) = ExtrinsicRefusal::of_node(e.code, &text);
+            Failed { may_be_included: !is_certain, ..Failed::certain(refusal) }
         }
         e => Failed { error: connection.broken(e), may_be_included: true },
     }

@@ -93,6 +93,32 @@ fn what_was_sent_is_known_after_a_restart() {
 }
 
 #[test]
+fn weights_that_the_chain_refused_are_planned_again() {
+    on_each(async |site| {
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
+        let withdraw = async |store: &Store, refused: &str| {
+            store.withdraw_sent_weights((4, 7), refused).await.unwrap()
+        };
+        assert_eq!(store.plan_weights(&plan(7, 1)).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(withdraw(&store, "0xaa").await, WeightsClaim::Taken(WeightsState::Planned));
+        let blocks = Some(SentBlocks { after: 2519, until: 2551 });
+        let sent = WeightsState::Sent { hash: "0xaa".into(), blocks, reveal_round: Some(99) };
+        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(withdraw(&store, "0xbb").await, WeightsClaim::Taken(sent.clone()));
+        assert_eq!(withdraw(&store, "0xaa").await, WeightsClaim::Ours);
+        assert_eq!(store.unfinished_weights().await.unwrap(), [plan(7, 1)]);
+        // They may be decided anew, and sent.
+        assert_eq!(store.plan_weights(&plan(7, 2)).await.unwrap(), WeightsClaim::Ours);
+        assert_eq!(store.mark_weights(4, 7, &sent).await.unwrap(), WeightsClaim::Ours);
+        store.close().await;
+        drop(store);
+        // What another run has sent is not for this one to take back.
+        let store = Store::open(&site.url, &another_run()).await.unwrap();
+        assert_eq!(withdraw(&store, "0xaa").await, WeightsClaim::Taken(sent));
+    });
+}
+
+#[test]
 fn weights_that_another_run_planned_are_not_sent() {
     on_each(async |site| {
         let sent = sent_as("0xaa".into());

@@ -27,11 +27,22 @@ pub use terms::{
     RoundSettings, Scene, Times,
 };
 
-/// Where so many miners were asked and none could be reached, the network is the validator's own
-/// trouble.
-const ALONE_MIN: usize = 4;
+/// Where the chain is silent for so long around a miner's fault on the network, three blocks of
+/// finney, the fault is the validator's own: no miner can keep blocks from it.
+pub const SILENCE_MAX: Duration = Duration::from_secs(36);
 /// The cause of a miner that nobody could connect to.
 pub const UNREACHABLE: &str = "UNREACHABLE";
+/// The cause of an answer that did not come, or not in time.
+pub const LATE: &str = "LATE";
+/// The cause of a connection that broke.
+pub const BROKEN_OFF: &str = "BROKEN_OFF";
+/// Bytes of captures that a round keeps of faulty answers, and of one of them. An honest answer of
+/// 1,920 tokens with its proofs has about a MiB; whoever sends junk up to a query's limit must not
+/// fill the disk with it.
+const CAPTURES_MAX: usize = 8 << 20;
+const CAPTURE_MAX: usize = 2 << 20;
+/// Causes that a network which is away has too.
+const OF_NETWORK: [&str; 3] = [UNREACHABLE, LATE, BROKEN_OFF];
 /// The cause of a response that has no answer.
 pub const BAD_STREAM: &str = "BAD_STREAM";
 
@@ -75,6 +86,8 @@ enum State {
     Open,
     /// Its answer is being checked.
     Checking(Timing, Arc<Value>),
+    /// It failed by the network at this time; whose network is told by the chain's next block.
+    Doubted(Box<Found>, Duration),
     /// It is done with.
     Closed(Box<Found>),
 }
@@ -109,6 +122,7 @@ pub struct RoundMachine {
     chance: Chance,
     phase: RoundPhase,
     deadline: Duration,
+    heard: Duration, // when the chain's last block came
     endpoint: Endpoint,
     sampling: QuerySampling,
     context_max: usize,
@@ -159,6 +173,7 @@ impl RoundMachine {
             chance,
             phase,
             deadline,
+            heard: scene.heard,
             endpoint,
             sampling,
             context_max,
@@ -190,14 +205,20 @@ impl RoundMachine {
             State::NotServed => MinerState::NotServed,
             State::Open => MinerState::Asked,
             State::Checking(timing, _) => MinerState::Checking(*timing),
-            State::Closed(found) => MinerState::Done(found.timing, found.outcome),
+            State::Doubted(found, _) | State::Closed(found) => {
+                MinerState::Done(found.timing, found.outcome)
+            }
         };
         self.slots.iter().map(move |(uid, slot)| (*uid, state(slot)))
     }
 
     /// When it must be told that time has passed, on its clock.
     pub fn deadline(&self) -> Duration {
-        self.deadline
+        let silences = self.slots.values().filter_map(|slot| match slot.state {
+            State::Doubted(_, at) => Some(at + SILENCE_MAX),
+            _ => None,
+        });
+        silences.chain([self.deadline]).min().unwrap_or(self.deadline)
     }
 
     /// Takes what happened and says what is to be done. What comes too late changes nothing.
@@ -210,6 +231,10 @@ impl RoundMachine {
             RoundEvent::Answered { uid, answer } => self.answered(uid, answer),
             RoundEvent::Checked { uid, checked_answer } => {
                 self.checked(uid, checked_answer);
+                Vec::new()
+            }
+            RoundEvent::Block => {
+                self.hear();
                 Vec::new()
             }
             RoundEvent::Tick => Vec::new(),
@@ -279,8 +304,11 @@ impl RoundMachine {
         match fault {
             Some((cause, what)) => {
                 let capture = Some(capture).filter(|_| !is_empty);
-                let found = Found { capture, ..Found::failed(timing, cause, what) };
-                slot.state = State::Closed(Box::new(found));
+                let found = Box::new(Found { capture, ..Found::failed(timing, cause, what) });
+                slot.state = match OF_NETWORK.contains(&cause) {
+                    true => State::Doubted(found, self.clock.elapsed()),
+                    false => State::Closed(found),
+                };
                 Vec::new()
             }
             None => {
@@ -321,6 +349,7 @@ impl RoundMachine {
             let timing = match slot.state {
                 State::Open => Timing::default(),
                 State::Checking(timing, _) => timing,
+                State::Doubted(ref found, _) => found.timing,
                 State::NotServed | State::Closed(_) => continue,
             };
             slot.state = State::Closed(Box::new(Found::unscored(timing, why)));
@@ -338,9 +367,10 @@ impl RoundMachine {
             };
             self.give_up_phase(why);
         }
+        self.excuse(now);
         let has = |is: fn(&State) -> bool| self.slots.values().any(|slot| is(&slot.state));
         let is_open = has(|state| matches!(state, State::Open));
-        let is_checking = has(|state| matches!(state, State::Checking(..)));
+        let is_checking = has(|state| matches!(state, State::Checking(..) | State::Doubted(..)));
         if self.phase == RoundPhase::Asking && !is_open && is_checking {
             (self.phase, self.deadline) =
                 (RoundPhase::Checking, now + self.settings.times.verdicts);
@@ -366,33 +396,51 @@ impl RoundMachine {
     fn end(&mut self) -> record::Round {
         let was_asked = self.phase != RoundPhase::Prompting;
         self.phase = RoundPhase::Ended;
-        self.excuse();
         let keep = self.settings.keep;
         let slots = std::mem::take(&mut self.slots);
         let responses = slots.into_values().map(|slot| response(slot, keep, was_asked));
         self.record.responses = responses.collect();
+        if keep == Keep::Faults {
+            limit_captures(&mut self.record.responses);
+        }
         self.record.ended_ms = self.clock.unix_ms();
         self.record.clone()
     }
 
-    /// Where not one of several miners could be reached, that is not theirs.
-    fn excuse(&mut self) {
-        let asked = self.slots.values().filter(|slot| !matches!(slot.state, State::NotServed));
-        let is_lost = |slot: &Slot| match &slot.state {
-            State::Closed(found) => found.cause.as_deref() == Some(UNREACHABLE),
-            _ => false,
-        };
-        let (count, is_alone) =
-            asked.fold((0, true), |(n, all), slot| (n + 1, all && is_lost(slot)));
-        if count < ALONE_MIN || !is_alone {
-            return;
-        }
-        let why =
-            format!("none of {count} miners can be reached: this machine's network is in doubt");
-        for slot in self.slots.values_mut().filter(|slot| is_lost(slot)) {
-            slot.state = State::Closed(Box::new(Found::unscored(Timing::default(), &why)));
+    /// A block of the chain has come. If none came for long before, the network was away, and
+    /// what it broke meanwhile is nobody's fault; else whoever failed by the network did.
+    fn hear(&mut self) {
+        let now = self.clock.elapsed();
+        let was_away = now.saturating_sub(std::mem::replace(&mut self.heard, now)) > SILENCE_MAX;
+        for slot in self.slots.values_mut() {
+            slot.state = match std::mem::replace(&mut slot.state, State::NotServed) {
+                State::Doubted(found, _) if was_away => State::Closed(Box::new(excused(&found))),
+                State::Doubted(found, _) => State::Closed(found),
+                other => other,
+            };
         }
     }
+
+    /// Closes what failed by the network and was followed by no block.
+    fn excuse(&mut self, now: Duration) {
+        for slot in self.slots.values_mut() {
+            if let State::Doubted(found, at) = &slot.state
+                && now >= *at + SILENCE_MAX
+            {
+                slot.state = State::Closed(Box::new(excused(found)));
+            }
+        }
+    }
+}
+
+/// What failed by the network while the chain was silent too.
+fn excused(found: &Found) -> Found {
+    let cause = found.cause.as_deref().unwrap_or_default();
+    let why = format!(
+        "{cause}, while no block of the chain came for {} s: this machine's network is in doubt",
+        SILENCE_MAX.as_secs()
+    );
+    Found::unscored(found.timing, &why)
 }
 
 /// The miners of a round: in random order until enough of them serve the model.
@@ -425,6 +473,42 @@ fn capture(hotkey: &str, body: Value, arrivals: Vec<Arrival>) -> Value {
     capture
 }
 
+/// Leaves out what is too much of the captures, the largest first.
+fn limit_captures(responses: &mut [MinerResponse]) {
+    let mut kept: Vec<(usize, &mut MinerResponse)> = responses
+        .iter_mut()
+        .filter_map(|response| Some((length(response.capture.as_ref()?), response)))
+        .collect();
+    kept.sort_by_key(|(length, _)| *length);
+    let mut sum = 0;
+    for (length, response) in kept {
+        sum += length;
+        if length > CAPTURE_MAX || sum > CAPTURES_MAX {
+            response.capture = None;
+            let note = format!("; the answer is not kept: {length} bytes are too many");
+            response.error.get_or_insert_default().push_str(&note);
+        }
+    }
+}
+
+/// Bytes of a value as JSON.
+fn length(value: &Value) -> usize {
+    struct Counter(usize);
+    impl std::io::Write for Counter {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut counter = Counter(0);
+    // Neither a value nor a counter can fail.
+    let _ = serde_json::to_writer(&mut counter, value);
+    counter.0
+}
+
 fn response(slot: Slot, keep: Keep, was_asked: bool) -> MinerResponse {
     let Slot { miner, state, .. } = slot;
     let found = match state {
@@ -435,7 +519,9 @@ fn response(slot: Slot, keep: Keep, was_asked: bool) -> MinerResponse {
             Found { outcome: Outcome::NotServed, ..found }
         }
         // No round ends with these.
-        State::Open | State::Checking(..) => Found::unscored(Timing::default(), "it was left open"),
+        State::Open | State::Checking(..) | State::Doubted(..) => {
+            Found::unscored(Timing::default(), "it was left open")
+        }
     };
     let Found { timing, outcome, cause, error, capture, report, statistics } = found;
     let sample = match outcome {

@@ -82,6 +82,8 @@ pub struct Candidate {
 pub struct Scene {
     /// The newest block of the chain when the round begins.
     pub block: u64,
+    /// When that block came, on the round's clock.
+    pub heard: Duration,
     /// Models that can be verified.
     pub models: Vec<Offer>,
     /// Miners that can be asked.
@@ -107,6 +109,8 @@ pub enum RoundEvent {
         /// What verification found of the answer.
         checked_answer: AnswerReport,
     },
+    /// A block of the chain has come.
+    Block,
     /// Time has passed: deadlines are looked at.
     Tick,
     /// The program ends: what is open stays unscored.

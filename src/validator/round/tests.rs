@@ -39,7 +39,7 @@ impl Test {
         let clock = Clock::manual(1_000);
         let offer =
             Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };
-        let scene = Scene { block: 7, models: vec![offer], miners };
+        let scene = Scene { block: 7, heard: Duration::ZERO, models: vec![offer], miners };
         let started =
             RoundMachine::start(scene, Arc::new(settings()), clock.clone(), Chance::seeded(3));
         let (machine, actions) = started.unwrap();
@@ -175,7 +175,8 @@ fn a_model_that_nobody_lists_costs_nobody_a_sample() {
         context_max: 512,
     };
     let start = |seed, miners| {
-        let scene = Scene { block: 7, models: vec![offer("m"), offer("n")], miners };
+        let scene =
+            Scene { block: 7, heard: Duration::ZERO, models: vec![offer("m"), offer("n")], miners };
         let chance = Chance::seeded(seed);
         RoundMachine::start(scene, Arc::new(settings()), Clock::manual(0), chance)
     };
@@ -212,7 +213,8 @@ fn every_phase_ends_at_its_deadline_and_what_came_is_kept() {
     let mut test = Test::asking();
     let asked = test.asked();
     test.give(RoundEvent::Answered { uid: asked[0], answer: answer(10, Ending::Whole) });
-    test.give(RoundEvent::Answered { uid: asked[1], answer: answer(10, fault("LATE")) });
+    test.give(RoundEvent::Answered { uid: asked[1], answer: answer(10, fault(LATE)) });
+    test.give(RoundEvent::Block);
     test.pass(99);
     assert_eq!(test.machine.phase(), Asking);
     test.pass(1);
@@ -228,7 +230,7 @@ fn every_phase_ends_at_its_deadline_and_what_came_is_kept() {
     assert_eq!(error(asked[0]), "the answer was not verified in time");
     assert_eq!(
         (of(asked[1]).outcome, of(asked[1]).cause.as_deref()),
-        (Outcome::Failed, Some("LATE"))
+        (Outcome::Failed, Some(LATE))
     );
     assert_eq!(error(asked[2]), "the query did not end in time");
     let missed = round.responses.iter().filter(|r| r.sample == Sampled::Miss);
@@ -263,33 +265,81 @@ fn what_was_not_streamed_or_reports_an_error_failed() {
 }
 
 #[test]
-fn a_network_that_reaches_nobody_is_ours() {
-    for (lost, reached, misses) in [(4, 0, 0), (3, 0, 3), (4, 1, 4)] {
-        let count = lost + reached;
-        let clock = Clock::manual(0);
-        let offer =
-            Offer { name: "m".into(), endpoints: vec![Endpoint::Completion], context_max: 512 };
-        let miners = (0..count).map(|uid| miner(uid, "m")).collect();
-        let scene = Scene { block: 7, models: vec![offer], miners };
-        let settings = Arc::new(RoundSettings { asked_max: 10, ..settings() });
-        let (mut machine, _) =
-            RoundMachine::start(scene, settings, clock, Chance::seeded(1)).unwrap();
-        machine.handle(RoundEvent::Prompted(Ok(prompt())));
-        let mut actions = Vec::new();
-        for uid in 0..count {
-            let cause = if uid < lost { UNREACHABLE } else { "STATUS" };
-            actions = machine.handle(RoundEvent::Answered { uid, answer: answer(0, fault(cause)) });
-        }
-        let [Action::End(round)] = actions.as_slice() else { panic!("{actions:?}") };
-        let missed = round.responses.iter().filter(|r| r.sample == Sampled::Miss).count();
-        assert_eq!(missed, usize::from(misses + reached), "{lost} {reached}");
+fn junk_is_not_kept_beyond_a_limit() {
+    let mut test = Test::asking();
+    let asked = test.asked();
+    for (uid, bytes) in asked.iter().zip([CAPTURE_MAX + 1, 100_000, CAPTURE_MAX - 1_000]) {
+        let mut junk = answer(1, fault(BAD_STREAM));
+        junk.arrivals[0].chunk = json!({"choices": [{"text": "x".repeat(bytes)}]});
+        test.give(RoundEvent::Answered { uid: *uid, answer: junk });
     }
+    let of = |i: usize| test.ended().responses.iter().find(|r| r.uid == asked[i]).unwrap();
+    assert!(of(0).capture.is_none() && of(1).capture.is_some() && of(2).capture.is_some());
+    let error = of(0).error.as_deref().unwrap();
+    assert!(error.starts_with("a reason; the answer is not kept: 20"), "{error}");
+    let mut many: Vec<MinerResponse> = vec![of(2).clone(); 30];
+    limit_captures(&mut many);
+    let kept: usize = many.iter().filter_map(|r| r.capture.as_ref()).map(length).sum();
+    assert!(kept <= CAPTURES_MAX && kept > CAPTURES_MAX - CAPTURE_MAX, "{kept}");
+}
+
+/// What is said of miners that fail by the network, where blocks come after so many seconds.
+fn misses(cause: &'static str, blocks: &[u64]) -> (usize, u64) {
+    let mut test = Test::asking();
+    for uid in test.asked() {
+        test.give(RoundEvent::Answered { uid, answer: answer(0, fault(cause)) });
+    }
+    let mut seconds = 0;
+    while !matches!(test.actions.as_slice(), [Action::End(_)]) {
+        seconds += 1;
+        test.clock.advance(Duration::from_secs(1));
+        let is_block = blocks.contains(&seconds);
+        test.give(if is_block { RoundEvent::Block } else { RoundEvent::Tick });
+    }
+    let missed = |response: &&MinerResponse| response.sample == Sampled::Miss;
+    (test.ended().responses.iter().filter(missed).count(), seconds)
+}
+
+#[test]
+fn a_network_is_ours_where_the_chain_is_silent_too() {
+    for cause in [UNREACHABLE, LATE, BROKEN_OFF] {
+        // The next block says that the network was there: whoever did not answer is at fault, also
+        // where that is everybody.
+        assert_eq!(misses(cause, &[9]), (3, 9), "{cause}");
+        assert_eq!(misses(cause, &[36]), (3, 36), "{cause}");
+        // Three blocks of finney are missing.
+        assert_eq!(misses(cause, &[40]), (0, 36), "{cause}");
+        assert_eq!(misses(cause, &[]), (0, 36), "{cause}");
+    }
+    // Who answers wrongly was reached.
+    assert_eq!(misses("STATUS", &[]), (3, 0));
+}
+
+#[test]
+fn a_block_after_a_long_silence_excuses_what_broke_in_it() {
+    let mut test = Test::asking();
+    let [first, second, third] = test.asked()[..] else { panic!() };
+    test.pass(30);
+    test.give(RoundEvent::Answered { uid: first, answer: answer(0, fault(LATE)) });
+    test.pass(10);
+    assert_eq!(test.machine.deadline(), Duration::from_secs(66));
+    test.give(RoundEvent::Block);
+    test.give(RoundEvent::Answered { uid: second, answer: answer(0, fault(LATE)) });
+    test.pass(5);
+    test.give(RoundEvent::Block);
+    test.give(RoundEvent::Answered { uid: third, answer: answer(10, Ending::Whole) });
+    test.give(checked(third, AnswerVerdict::Pass));
+    let of = |uid| test.ended().responses.iter().find(|r| r.uid == uid).unwrap();
+    assert_eq!((of(first).outcome, of(first).sample), (Outcome::Unscored, Sampled::Nothing));
+    let why = of(first).error.as_deref().unwrap();
+    assert!(why.contains("LATE, while no block of the chain came for 36 s"), "{why}");
+    assert_eq!((of(second).cause.as_deref(), of(second).sample), (Some(LATE), Sampled::Miss));
 }
 
 #[test]
 fn without_models_or_miners_there_is_no_round() {
     let start = |models: Vec<Offer>, miners| {
-        let scene = Scene { block: 7, models, miners };
+        let scene = Scene { block: 7, heard: Duration::ZERO, models, miners };
         let clock = Clock::manual(0);
         RoundMachine::start(scene, Arc::new(settings()), clock, Chance::seeded(1)).is_some()
     };
@@ -336,7 +386,8 @@ fn a_verified_answer_that_ends_before_its_first_text_is_no_miss() {
     };
     test.give(RoundEvent::Answered { uid: asked[0], answer: silent(Ending::Whole) });
     test.give(RoundEvent::Answered { uid: asked[1], answer: silent(Ending::Whole) });
-    test.give(RoundEvent::Answered { uid: asked[2], answer: silent(fault("LATE")) });
+    test.give(RoundEvent::Answered { uid: asked[2], answer: silent(fault(LATE)) });
+    test.give(RoundEvent::Block);
     test.give(checked(asked[0], AnswerVerdict::Pass));
     let reject = AnswerVerdict::Reject { cause: "SAMPLER_MARGIN".into(), what: "token 0".into() };
     test.give(checked(asked[1], reject));

@@ -11,7 +11,7 @@ use crate::store::record::{LikelyCheat, MeasuredValue, Sample, Statistics};
 use crate::validator::round::{AnswerReport, AnswerVerdict};
 use crate::validator::scores::emission::ChainLimits;
 use crate::validator::scores::gate::HotkeyState;
-use crate::validator::scores::rules::ScoringRules;
+use crate::validator::scores::rules::{ScoringProfile, ScoringRules};
 use crate::validator::scores::series::{MissReason, Organic};
 use crate::validator::scores::{self, Input, Seat};
 use crate::verify::answer::Answer;
@@ -24,7 +24,12 @@ use anyhow::{Context, anyhow};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use tokio_util::sync::CancellationToken;
 
+/// Blocks after which a sample does not count any more, about three days: whoever could make every
+/// later answer unscored would else be paid for old ones for ever. A window of 30 rounds about one
+/// of 20 models is 14 hours. Targon 4.4 has no such limit.
+const SAMPLE_AGE_MAX: u64 = 21_600;
 /// Rows of a report that are kept.
 const ROWS_MAX: usize = 64;
 /// A miner with a sum of evidence above this is looked at closely.
@@ -102,7 +107,8 @@ enum Unchecked {
 }
 
 /// Checks the first choice of a capture, on a thread that may block; `hotkey` must have signed it.
-/// `chance` decides which rows are looked at.
+/// `chance` decides which rows are looked at. The thread soon ends where nobody waits for it any
+/// more: the memory that it has is another check's then.
 async fn check(
     verifier: &Verifier,
     (model, hotkey): (&str, Option<&str>),
@@ -111,8 +117,13 @@ async fn check(
 ) -> Result<CheckedChoice, Unchecked> {
     let capture = Capture::deserialize(capture)?;
     let question = Question::read(verifier, model, &capture.request, hotkey).await?;
-    let own = verifier.clone();
-    let work = move || own.verify(rules, chance).depth(depth).capture(question, &capture);
+    let (own, unwanted) = (verifier.clone(), CancellationToken::new());
+    let _guard = unwanted.clone().drop_guard();
+    let work = move || {
+        let is_wanted = || !unwanted.is_cancelled();
+        let check = own.verify(rules, chance).depth(depth).while_wanted(&is_wanted);
+        check.capture(question, &capture)
+    };
     let checked = tokio::task::spawn_blocking(work).await?;
     checked.into_iter().next().ok_or(Unchecked::Nothing)
 }
@@ -239,7 +250,10 @@ pub(super) async fn decide(
     let hotkeys: BTreeMap<u16, String> = keys.collect();
     store.save_hotkeys(netuid, block, &hotkeys).await?;
     let (last, since) = (rules.window as u32, block.saturating_sub(away_max));
-    let samples = store.samples(netuid, last, since).await?;
+    let mut samples = store.samples(netuid, last, since).await?;
+    if rules.profile == ScoringProfile::Default {
+        samples.retain(|sample| sample.block.saturating_add(SAMPLE_AGE_MAX) >= block);
+    }
     let findings = findings(store, netuid, &samples, last).await?;
     let mut seats = BTreeMap::new();
     for (uid, hotkey) in hotkeys {

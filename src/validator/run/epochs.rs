@@ -28,7 +28,7 @@ impl EpochRule {
     pub(super) fn is_news(self, metagraph: &Metagraph, began: u64) -> bool {
         match self {
             EpochRule::Chain => metagraph.last_step > began,
-            EpochRule::Every(_) => true,
+            EpochRule::Every(_) => metagraph.block >= began,
         }
     }
 }
@@ -91,8 +91,30 @@ impl Epoch {
         }
     }
 
-    /// The chain's next epoch has not begun at `block`.
-    pub(super) fn not_yet(&mut self, block: u64) {
+    /// A reading of the epoch `found` was made where `head` was the newest block that was known.
+    /// Returns whether it is the first one of a new epoch.
+    pub(super) fn take(&mut self, epochs: EpochRule, found: Self, head: u64) -> bool {
+        if found.began > self.began {
+            *self = found.after(self);
+            return true;
+        }
+        let was_read = self.is_read;
+        if found.began < self.began || (!was_read && epochs == EpochRule::Chain) {
+            self.not_yet(epochs, head);
+            return false;
+        }
+        self.is_read = true;
+        !was_read
+    }
+
+    /// The epoch that is due has not begun where the chain was read, when `block` was the newest
+    /// block that was known.
+    pub(super) fn not_yet(&mut self, epochs: EpochRule, block: u64) {
+        if epochs != EpochRule::Chain {
+            // The metagraph is read at a final block, which follows the newest one.
+            self.again_at = block.saturating_add(1);
+            return;
+        }
         let wait = 1_u64.checked_shl(self.looks).unwrap_or(LOOK_BLOCKS_MAX).min(LOOK_BLOCKS_MAX);
         self.looks = self.looks.saturating_add(1);
         (self.is_read, self.due) = (true, block.saturating_add(wait));
@@ -123,7 +145,7 @@ mod tests {
         let mut block = 1_360;
         for wait in [1, 2, 4, 8, 16, 32, 32, 32] {
             assert!(!chain.is_news(&metagraph(block, 1_000, 360), epoch.began));
-            epoch.not_yet(block);
+            epoch.not_yet(chain, block);
             epoch.on_block(chain, block + wait - 1);
             assert!(epoch.is_read, "{wait}");
             epoch.on_block(chain, block + wait);
@@ -149,5 +171,26 @@ mod tests {
         assert!((epoch.began, epoch.is_read) == (200, true));
         epoch.on_block(every, 305);
         assert!((epoch.began, epoch.is_read, epoch.is_settling) == (300, false, true));
+        // The chain is read at a final block, some blocks behind.
+        let behind = metagraph(299, 33, 360);
+        assert!(!every.is_news(&behind, epoch.began));
+        assert!(!epoch.take(every, Epoch::of(every, &behind), 305));
+        assert_eq!((epoch.is_read, epoch.again_at), (false, 306));
+        let there = metagraph(301, 33, 360);
+        assert!(every.is_news(&there, epoch.began));
+        assert!(epoch.take(every, Epoch::of(every, &there), 306));
+        assert!(epoch.is_read && !epoch.take(every, Epoch::of(every, &there), 307));
+    }
+
+    #[test]
+    fn a_subnet_that_is_read_between_two_epochs_begins_none() {
+        let chain = EpochRule::Chain;
+        let idle = metagraph(1_361, 1_000, 360);
+        let mut epoch = Epoch::of(chain, &metagraph(1_100, 1_000, 360));
+        assert!(!epoch.take(chain, Epoch::of(chain, &idle), 1_200) && epoch.is_read);
+        epoch.on_block(chain, 1_361);
+        assert!(!epoch.is_read && !epoch.take(chain, Epoch::of(chain, &idle), 1_361));
+        assert!(epoch.is_read && epoch.due == 1_362, "looked at again, not at once");
+        assert!(epoch.take(chain, Epoch::of(chain, &metagraph(1_370, 1_362, 360)), 1_370));
     }
 }

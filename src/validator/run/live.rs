@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 /// What a panic in a port is called: it is a fault of this program, never of a miner.
-const BROKE: &str = "a part of the validator broke; the log says where";
+pub(super) const BROKE: &str = "a part of the validator broke; the log says where";
 
 impl<P: Ports> Driver<P> {
     pub(super) fn take(&mut self, message: DriverMessage) -> Result<(), RunError> {
@@ -68,22 +68,19 @@ impl<P: Ports> Driver<P> {
         self.epoch.is_reading = false;
         match read {
             Ok(None) => {
-                self.epoch.not_yet(self.heads.borrow().block);
+                let head = self.heads.borrow().block;
+                self.epoch.not_yet(self.options.epochs, head);
                 self.is_doubted = false;
                 Ok(())
             }
             Ok(Some(subnet)) => {
-                let found = Epoch::of(self.options.epochs, &subnet.metagraph);
-                if found.began > self.epoch.began {
-                    self.epoch = found.after(&self.epoch);
-                }
-                // A later epoch may have begun meanwhile.
-                self.epoch.is_read = found.began >= self.epoch.began;
+                let (epochs, head) = (self.options.epochs, self.heads.borrow().block);
+                let is_new = self.epoch.take(epochs, Epoch::of(epochs, &subnet.metagraph), head);
                 self.progress.set_members(subnet.members.len());
-                self.epoch.look_at = self.heads.borrow().block + IDLE_BLOCKS;
+                self.epoch.look_at = head + IDLE_BLOCKS;
                 self.subnet = Arc::new(*subnet);
                 self.is_doubted = false;
-                if self.options.rounds.is_none() {
+                if is_new && self.options.rounds.is_none() {
                     self.rotate();
                 }
                 Ok(())
@@ -130,6 +127,10 @@ impl<P: Ports> Driver<P> {
 
     pub(super) fn tell_stop(&mut self, key: u64) {
         self.tell(key, RoundEvent::Stop);
+    }
+
+    pub(super) fn tell_block(&mut self, key: u64) {
+        self.tell(key, RoundEvent::Block);
     }
 
     fn tell(&mut self, key: u64, event: RoundEvent) {
@@ -321,12 +322,11 @@ impl<P: Ports> Driver<P> {
         if self.publisher.is_outdated && !self.publisher.is_deciding && self.unsaved.is_empty() {
             (self.publisher.is_outdated, self.publisher.is_deciding) = (false, true);
             let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
-            let sender = self.inbox.0.clone();
-            tokio::spawn(async move {
+            self.beside(DriverMessage::ToCome(None), async move {
                 let values = ports.decide(&subnet).await.map(|decided| decided.values);
                 let values = values
                     .map_err(|why| tracing::warn!("the weights to come are not known: {why}"));
-                let _ = sender.send(DriverMessage::ToCome(values.ok())).await;
+                DriverMessage::ToCome(values.ok())
             });
         }
     }

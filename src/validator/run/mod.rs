@@ -26,20 +26,24 @@ pub mod world;
 
 use crate::chain::Head;
 use crate::chain::error::ChainError;
-use crate::chain::pace::Pace;
+use crate::chain::pace::{LAG_MAX, Pace};
 use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::store::record::Round;
 use crate::validator::round::{RoundMachine, RoundPhase, RoundSettings, Scene};
+use anyhow::anyhow;
 pub use emission::Settled;
 use emission::When;
 use epochs::{Epoch, EpochRule};
+use futures_util::FutureExt;
 use inbox::{DriverMessage, LiveRound};
+use live::BROKE;
 use parking_lot::Mutex;
 use ports::Ports;
 use progress::RunProgress;
 use reading::{ReadingTerms, SubnetError};
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,6 +72,8 @@ const SAVE_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from
 const WEIGHTS_TIME: Duration = Duration::from_secs(600);
 /// Blocks between two questions for users' requests (protocol 5.13).
 const ORGANICS_EVERY: u64 = 20;
+/// How often the owner says that it goes on while it waits for one thing only.
+const BEAT: Duration = Duration::from_secs(10);
 /// Reports of rounds that are under way at once; with more, a round is not reported.
 const REPORTS_MAX: usize = 4;
 
@@ -132,6 +138,7 @@ pub struct Driver<P: Ports> {
     progress: Arc<RunProgress>,
     subnet: Arc<Subnet>,
     heads: watch::Sender<Head>,
+    heard: Duration, // when the newest block came
     inbox: (mpsc::Sender<DriverMessage>, mpsc::Receiver<DriverMessage>),
     checks: Arc<Semaphore>,
     live: BTreeMap<u64, LiveRound>,
@@ -168,9 +175,7 @@ impl<P: Ports> Driver<P> {
         let subnet = reading::read_first(&*ports, options.reading, &pace, &clock).await?;
         ports.rotate().await.map_err(RunError::Models)?;
         let block = subnet.metagraph.block;
-        // The first weights to be set are those of the next epoch.
-        let mut epoch = Epoch::of(options.epochs, &subnet.metagraph);
-        epoch.is_settled = true;
+        let epoch = Epoch::of(options.epochs, &subnet.metagraph);
         tracing::info!(uid = subnet.own, block, miners = subnet.members.len(), "validator");
         let progress = RunProgress::default();
         progress.see_block(block, clock.unix_ms());
@@ -178,6 +183,7 @@ impl<P: Ports> Driver<P> {
         if let Some(block) = confirmed(&*ports).await {
             progress.set_confirmed(block);
         }
+        let heard = clock.elapsed();
         Ok(Self {
             ports,
             settings: Arc::new(options.round.clone()),
@@ -189,6 +195,7 @@ impl<P: Ports> Driver<P> {
             progress: Arc::new(progress),
             subnet: Arc::new(subnet),
             heads: watch::Sender::new(Head { block }),
+            heard,
             inbox: mpsc::channel(INBOX_MAX),
             live: BTreeMap::new(),
             begun: 0,
@@ -235,7 +242,8 @@ impl<P: Ports> Driver<P> {
         stop: CancellationToken,
         on_round: &(dyn Fn(&Round) + Sync),
     ) -> Result<Summary, RunError> {
-        self.recover().await?;
+        let beat = Beat::of(&self);
+        beat.during(self.recover()).await?;
         let (ports, pace, clock) =
             (Arc::clone(&self.ports), Arc::clone(&self.pace), self.clock.clone());
         let heads = self.heads.clone();
@@ -256,7 +264,7 @@ impl<P: Ports> Driver<P> {
         ended?;
         let mut summary = Summary { rounds: self.progress.rounds(), weights: None };
         if self.options.rounds.is_some() && !stop.is_cancelled() {
-            summary.weights = Some(self.last_weights().await?);
+            summary.weights = Some(beat.during(self.last_weights()).await?);
         }
         Ok(summary)
     }
@@ -323,7 +331,8 @@ impl<P: Ports> Driver<P> {
             return;
         }
         let block = self.heads.borrow().block;
-        let scene = Scene { block, models: self.ports.offers(), miners: self.subnet.miners() };
+        let (models, miners) = (self.ports.offers(), self.subnet.miners());
+        let scene = Scene { block, heard: self.heard, models, miners };
         let chance = self.chance.fork();
         let settings = Arc::clone(&self.settings);
         let Some((machine, actions)) =
@@ -368,17 +377,23 @@ impl<P: Ports> Driver<P> {
 
     /// Handles a new block: an epoch may begin with it.
     fn on_block(&mut self, block: u64) {
-        self.progress.see_block(block, self.clock.unix_ms());
+        self.heard = self.clock.elapsed();
+        let before = self.progress.see_block(block, self.clock.unix_ms());
+        if block.saturating_add(LAG_MAX) < before {
+            // The number before was believed, and wrong: what waits for a later one never comes.
+            let known = Epoch::of(self.options.epochs, &self.subnet.metagraph);
+            self.epoch = known.after(&self.epoch);
+            self.pulled = block / ORGANICS_EVERY;
+        }
         self.epoch.on_block(self.options.epochs, block);
+        let keys: Vec<u64> = self.live.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.tell_block(key));
         let turn = block / ORGANICS_EVERY;
         if turn > self.pulled && !self.is_pulling && self.stopping.is_none() {
             (self.pulled, self.is_pulling) = (turn, true);
-            let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
-            let subnet = Arc::clone(&self.subnet);
-            tokio::spawn(async move {
-                let pulled = ports.pull(&subnet).await;
-                let _ = sender.send(DriverMessage::Pulled(pulled)).await;
-            });
+            let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
+            let broke = DriverMessage::Pulled(Err(anyhow!(BROKE)));
+            self.beside(broke, async move { DriverMessage::Pulled(ports.pull(&subnet).await) });
         }
     }
 
@@ -408,28 +423,39 @@ impl<P: Ports> Driver<P> {
         if std::mem::replace(&mut self.is_rotating, true) {
             return;
         }
-        let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
-        tokio::spawn(async move {
-            let rotated = ports.rotate().await;
-            let _ = sender.send(DriverMessage::Rotated(rotated)).await;
-        });
+        let ports = Arc::clone(&self.ports);
+        let broke = DriverMessage::Rotated(Err(anyhow!(BROKE)));
+        self.beside(broke, async move { DriverMessage::Rotated(ports.rotate().await) });
     }
 
     /// Deletes old records, in a task of its own.
     fn tidy(&self) {
-        let (ports, sender) = (Arc::clone(&self.ports), self.inbox.0.clone());
+        let ports = Arc::clone(&self.ports);
+        let broke = DriverMessage::Tidied(Err(anyhow!(BROKE)));
+        self.beside(broke, async move { DriverMessage::Tidied(ports.tidy().await) });
+    }
+
+    /// Runs work beside the owner, to whom its message is sent: `broke` where it panics, so that
+    /// nothing waits for it for ever.
+    pub(in crate::validator::run) fn beside(
+        &self,
+        broke: DriverMessage,
+        work: impl Future<Output = DriverMessage> + Send + 'static,
+    ) {
+        let sender = self.inbox.0.clone();
         tokio::spawn(async move {
-            let tidied = ports.tidy().await;
-            let _ = sender.send(DriverMessage::Tidied(tidied)).await;
+            let message = AssertUnwindSafe(work).catch_unwind().await.unwrap_or(broke);
+            // Without a receiver the program ends.
+            let _ = sender.send(message).await;
         });
     }
 
     fn read_subnet(&self) {
         let (ports, pace) = (Arc::clone(&self.ports), Arc::clone(&self.pace));
         let (clock, before) = (self.clock.clone(), Arc::clone(&self.subnet));
-        let (how, sender) = (self.options.reading, self.inbox.0.clone());
-        let (epochs, began) = (self.options.epochs, self.epoch.began);
-        tokio::spawn(async move {
+        let (how, epochs, began) = (self.options.reading, self.options.epochs, self.epoch.began);
+        let broke = DriverMessage::Subnet(Err(SubnetError::Broke(BROKE)));
+        self.beside(broke, async move {
             let read = async {
                 let known = before.metagraph.block;
                 let metagraph = reading::read_metagraph(&*ports, known, &pace, &clock).await?;
@@ -443,8 +469,7 @@ impl<P: Ports> Driver<P> {
             if read.as_ref().is_err_and(|e| !e.is_passing()) {
                 ports.doubt().await;
             }
-            // Without a receiver the program ends.
-            let _ = sender.send(DriverMessage::Subnet(read)).await;
+            DriverMessage::Subnet(read)
         });
     }
 
@@ -457,12 +482,13 @@ impl<P: Ports> Driver<P> {
     fn settle_weights(&self, block: u64) {
         let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
         let (when, sender) = (self.when(block), self.inbox.0.clone());
-        tokio::spawn(async move {
+        let broke = DriverMessage::Weights(when.epoch, Err(anyhow!(BROKE)));
+        self.beside(broke, async move {
             let settled = settle(&*ports, &subnet, when).await;
             if let Some(block) = confirmed(&*ports).await {
                 let _ = sender.send(DriverMessage::Confirmed(block)).await;
             }
-            let _ = sender.send(DriverMessage::Weights(when.epoch, settled)).await;
+            DriverMessage::Weights(when.epoch, settled)
         });
     }
 
@@ -470,6 +496,29 @@ impl<P: Ports> Driver<P> {
     async fn last_weights(&self) -> Result<Settled, RunError> {
         let block = self.heads.borrow().block;
         settle(&*self.ports, &self.subnet, self.when(block)).await.map_err(RunError::Records)
+    }
+}
+
+/// Says that a run goes on while it waits for one thing.
+struct Beat {
+    progress: Arc<RunProgress>,
+    clock: Clock,
+}
+
+impl Beat {
+    fn of<P: Ports>(driver: &Driver<P>) -> Self {
+        Self { progress: driver.progress(), clock: driver.clock.clone() }
+    }
+
+    async fn during<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            self.progress.beat(self.clock.unix_ms(), 0);
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(BEAT) => {}
+            }
+        }
     }
 }
 

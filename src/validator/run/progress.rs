@@ -87,9 +87,11 @@ impl RunProgress {
         known.rounds_running = rounds_running as u64;
     }
 
-    pub(crate) fn see_block(&self, block: u64, now_ms: u64) {
+    /// Returns the block that was seen before.
+    pub(crate) fn see_block(&self, block: u64, now_ms: u64) -> u64 {
         let mut known = self.0.lock();
-        (known.block, known.block_ms) = (block, now_ms);
+        known.block_ms = now_ms;
+        std::mem::replace(&mut known.block, block)
     }
 
     pub(crate) fn set_members(&self, count: usize) {

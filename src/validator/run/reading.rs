@@ -40,13 +40,16 @@ pub enum SubnetError {
     /// This validator may not validate.
     #[error(transparent)]
     NoPermit(#[from] NoPermit),
+    /// A part of the validator broke.
+    #[error("{0}")]
+    Broke(&'static str),
 }
 
 impl SubnetError {
     /// Whether it passes by itself.
     pub fn is_passing(&self) -> bool {
         match self {
-            SubnetError::Doubted(_) => true,
+            SubnetError::Doubted(_) | SubnetError::Broke(_) => true,
             SubnetError::Chain(e) => e.is_passing(),
             SubnetError::NoPermit(_) => false,
         }

@@ -28,7 +28,7 @@ use crate::validator::prompt::{self, Draft};
 use crate::validator::query::{QueryError, QueryFault, QuerySigner, Size, Streamed, Target};
 use crate::validator::round::ask::{Endpoint, QueryContent, QueryPrompt};
 use crate::validator::round::{
-    AnswerReport, AnswerVerdict, Answered, BAD_STREAM, Ending, Offer, UNREACHABLE,
+    AnswerReport, AnswerVerdict, Answered, BAD_STREAM, BROKEN_OFF, Ending, LATE, Offer, UNREACHABLE,
 };
 use crate::validator::scores::rules::ScoringRules;
 use crate::verify;
@@ -144,6 +144,18 @@ impl<C: Chain> World<C> {
         }
     }
 
+    /// Takes back that an epoch's weights were sent, where the chain has refused them for certain.
+    async fn forget(&self, epoch: u64) {
+        let Some(hash) = self.memory.marked.lock().remove(&epoch) else { return };
+        match self.store.withdraw_sent_weights((self.netuid, epoch), &hash).await {
+            Ok(WeightsClaim::Ours) => {}
+            Ok(WeightsClaim::Taken(state)) => {
+                tracing::warn!(epoch, state = state.word(), "refused weights are not planned anew");
+            }
+            Err(e) => tracing::warn!(epoch, "refused weights are not planned anew: {e}"),
+        }
+    }
+
     async fn draft(&self, model: &str, endpoint: Endpoint) -> anyhow::Result<QueryPrompt> {
         let resident = self.residents.get(model).context("the model is not loaded")?;
         let date = prompt::date(self.clock.unix_ms())?;
@@ -207,8 +219,8 @@ fn ending(outcome: Result<(), QueryError>) -> Ending {
     let cause = match e.fault() {
         QueryFault::Own => return Ending::Ours(what),
         QueryFault::Unreachable => UNREACHABLE,
-        QueryFault::Late => "LATE",
-        QueryFault::Broken => "BROKEN_OFF",
+        QueryFault::Late => LATE,
+        QueryFault::Broken => BROKEN_OFF,
         QueryFault::Status => "STATUS",
         QueryFault::Malformed => BAD_STREAM,
     };
@@ -259,7 +271,10 @@ impl<C: Chain> Ports for World<C> {
                 Err(NotSent::Later(format!("weights are not remembered as sent: {why}")))
             }
             Err(e @ SendError::Uncertain { .. }) => Err(NotSent::Unknown(e.to_string())),
-            Err(e) if e.is_passing() => Err(NotSent::Later(e.to_string())),
+            Err(e) if e.is_passing() => {
+                self.forget(weights.epoch).await;
+                Err(NotSent::Later(e.to_string()))
+            }
             Err(e) => Err(NotSent::Never(e.to_string())),
         }
     }

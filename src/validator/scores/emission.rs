@@ -32,14 +32,25 @@ pub fn targon(raw: &[(u16, f64)], limits: ChainLimits) -> Result<Vec<(u16, u16)>
     Ok(VectorRule::Targon44.vector(raw, &limits)?.values().to_vec())
 }
 
-/// Ours: where too few have earned something for the chain, `spare` uids get `LEAST`, in this
-/// order. Targon's way would pay all of the subnet in earnest where the subnet is small.
+/// Uids that may be named beside those that have earned something, each group in its order.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Spare {
+    /// Those that nothing speaks against.
+    pub fine: Vec<u16>,
+    /// Those behind an alarm.
+    pub shut: Vec<u16>,
+}
+
+/// Ours: where too few have earned something for the chain, spare uids get `LEAST`, in their order.
+/// Targon's way would pay all of the subnet in earnest where the subnet is small. Where so few have
+/// earned something that each would get more than the chain's largest share, spare uids get as
+/// little as that share demands, all the same.
 ///
 /// # Errors
 /// When nobody has earned anything.
 pub fn ours(
     raw: &[(u16, f64)],
-    spare: impl Iterator<Item = u16>,
+    spare: Spare,
     limits: ChainLimits,
 ) -> Result<Vec<(u16, u16)>, VectorError> {
     let paid = raw.iter().copied().filter(|(_, weight)| *weight > 0.0);
@@ -51,9 +62,29 @@ pub fn ours(
     // limit would come to lie above it. It also keeps miners that have earned something above 0.
     let value = |share: &f64| (share / best * f64::from(u16::MAX)).ceil() as u16;
     let mut values: Vec<(u16, u16)> = uids.iter().copied().zip(shares.iter().map(value)).collect();
+    let is_spare = |uid: &u16| uids.binary_search(uid).is_err();
+    let Spare { mut fine, mut shut } = spare;
+    fine.retain(is_spare);
+    shut.retain(is_spare);
     let missing = usize::from(limits.min_allowed).saturating_sub(values.len());
-    let spare = spare.filter(|uid| uids.binary_search(uid).is_err()).take(missing);
-    values.extend(spare.map(|uid| (uid, LEAST)));
+    let short = short_of(&values, limits.max_weight);
+    if short > 0 {
+        let all = fine.len() as u64 * u64::from(u16::MAX) < short;
+        let count = if all { fine.len() + shut.len() } else { fine.len() };
+        let count = count.max(missing);
+        let each = short.div_ceil(count.max(1) as u64).clamp(LEAST.into(), u16::MAX.into());
+        values.extend(fine.into_iter().chain(shut).take(count).map(|uid| (uid, each as u16)));
+    } else {
+        values.extend(fine.into_iter().chain(shut).take(missing).map(|uid| (uid, LEAST)));
+    }
     values.sort_unstable();
     Ok(values)
+}
+
+/// What is missing in the sum of these weights, so that the largest has no larger share of it than
+/// `max_weight` of 65,535.
+fn short_of(values: &[(u16, u16)], max_weight: u16) -> u64 {
+    let largest = values.iter().map(|(_, value)| u64::from(*value)).max().unwrap_or(0);
+    let sum: u64 = values.iter().map(|(_, value)| u64::from(*value)).sum();
+    (largest * u64::from(u16::MAX)).div_ceil(u64::from(max_weight).max(1)).saturating_sub(sum)
 }

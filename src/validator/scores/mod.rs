@@ -19,7 +19,7 @@ pub mod series;
 mod tests;
 
 use crate::store::record::Sample;
-use emission::ChainLimits;
+use emission::{ChainLimits, Spare};
 use explanation::{Decision, Explanation};
 use gate::HotkeyState;
 use rules::{ScoringProfile, ScoringRules};
@@ -117,11 +117,10 @@ pub fn decide(rules: &ScoringRules, input: &Input<'_>) -> Decision {
     Decision { profile: rules.profile, window: rules.window, values, none, miners }
 }
 
-/// Who is named where the chain wants more uids than have earned something: whoever is behind an
-/// alarm comes last.
-fn spare(miners: &[Explanation]) -> impl Iterator<Item = u16> + '_ {
-    let of = |pays| miners.iter().filter(move |miner| miner.gate.pays == pays);
-    of(true).chain(of(false)).map(|miner| miner.uid)
+/// Who may be named though it has earned nothing.
+fn spare(miners: &[Explanation]) -> Spare {
+    let of = |pays| miners.iter().filter(|miner| miner.gate.pays == pays).map(|m| m.uid).collect();
+    Spare { fine: of(true), shut: of(false) }
 }
 
 /// One miner's numbers, up to its score.

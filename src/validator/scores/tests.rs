@@ -1,6 +1,6 @@
 //! The arithmetic of scores: golden numbers of the protocol, and what must hold for any samples.
 
-use super::emission::ChainLimits;
+use super::emission::{ChainLimits, Spare};
 use super::explanation::{Decision, StoredExplanation};
 use super::gate::{HotkeyState, REOPEN};
 use super::rules::{ScoringProfile, ScoringRules, WINDOW_TARGON_442};
@@ -255,8 +255,8 @@ fn the_chain_gets_enough_uids_and_no_share_above_its_limit() {
     let raw = [(0, 0.0), (1, 1.0), (2, 0.0), (3, 0.5)];
     let at_least = |min_allowed| ChainLimits { min_allowed, max_weight: u16::MAX };
     let ours = |raw: &[(u16, f64)], limits| {
-        let spare: Vec<u16> = raw.iter().rev().map(|(uid, _)| *uid).collect();
-        emission::ours(raw, spare.into_iter(), limits).unwrap()
+        let fine = raw.iter().rev().map(|(uid, _)| *uid).collect();
+        emission::ours(raw, Spare { fine, shut: Vec::new() }, limits).unwrap()
     };
     let targon = |raw: &[(u16, f64)], limits| emission::targon(raw, limits).unwrap();
     assert_eq!(ours(&raw, at_least(2)), [(1, 65_535), (3, 32_768)]);
@@ -274,8 +274,26 @@ fn the_chain_gets_enough_uids_and_no_share_above_its_limit() {
         assert!(values.windows(2).all(|pair| pair[0].1 >= pair[1].1), "{values:?}");
         assert!(values[19].1 < values[18].1, "{values:?}");
     }
-    // Two uids cannot have a tenth each: equal shares, as the SDK gives them.
+    // Where there are two uids alone they cannot have a tenth each; no vector can.
     assert_eq!(ours(&raw[..2], capped), [(0, 65_535), (1, 65_535)]);
+}
+
+#[test]
+fn few_that_are_paid_leave_the_rest_to_others_where_the_chain_has_a_largest_share() {
+    let capped = ChainLimits { min_allowed: 0, max_weight: 6_554 };
+    let raw = |uids: u16| (0..uids).map(|uid| (uid, if uid < 3 { 1.0 } else { 0.0 })).collect();
+    for (uids, shut, named) in [(256_u16, 6, 250_usize), (12, 2, 10), (12, 3, 12)] {
+        let raw: Vec<(u16, f64)> = raw(uids);
+        let spare = Spare { fine: (0..uids - shut).collect(), shut: (uids - shut..uids).collect() };
+        let values = emission::ours(&raw, spare, capped).unwrap();
+        assert_eq!(values.len(), named, "{uids} {shut}");
+        let sum: u64 = values.iter().map(|(_, value)| u64::from(*value)).sum();
+        assert!(values[..3].iter().all(|(_, value)| *value == u16::MAX));
+        assert!(u64::from(u16::MAX) * 65_535 <= 6_554 * sum, "{uids}: {values:?}");
+        // No more than the chain demands.
+        let less = sum - (values.len() - 3) as u64;
+        assert!(u64::from(u16::MAX) * 65_535 > 6_554 * less, "{uids}: {values:?}");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn weights_are_set_where_an_epoch_begins_and_once() {
-    let world = Arc::new(Fake::new());
+    let world = Arc::new(Fake::new().settled(0));
     let running = Running::start(&world, options(None)).await;
     let progress = Arc::clone(&running.progress);
     until("a round", || progress.rounds() > 0).await;
@@ -51,7 +51,7 @@ async fn weights_are_set_where_an_epoch_begins_and_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn epochs_of_the_chain_are_found_where_the_chain_runs_them() {
-    let world = Arc::new(Fake::new());
+    let world = Arc::new(Fake::new().settled(7));
     world.last_step.store(7, SeqCst);
     let options = RunOptions { epochs: EpochRule::Chain, ..options(None) };
     let running = Running::start(&world, options).await;
@@ -107,8 +107,77 @@ async fn where_nobody_serves_the_subnet_is_read_again_before_the_next_epoch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_start_in_the_middle_of_an_epoch_sets_its_weights_where_they_are_not() {
+    for (world, sends) in [(Fake::new(), 1), (Fake::new().settled(0), 0)] {
+        let world = Arc::new(world);
+        let running = Running::start(&world, options(None)).await;
+        let progress = Arc::clone(&running.progress);
+        until("weights", || progress.snapshot().weights.is_some()).await;
+        assert_eq!(world.sends.lock().len(), sends);
+        assert_eq!(world.weights.lock()[&0].state, WeightsState::Confirmed);
+        running.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_subnet_is_read_once_a_block_until_an_epoch_is_final() {
+    let world = Arc::new(Fake::new().settled(0));
+    world.heads.send_replace(50);
+    world.behind.store(3, SeqCst);
+    let running = Running::start(&world, options(None)).await;
+    let (progress, before) = (Arc::clone(&running.progress), world.rotations.load(SeqCst));
+    for (block, readings) in [(100, 2), (101, 3), (102, 4), (103, 5)] {
+        world.heads.send_replace(block);
+        until("a reading", || world.readings.load(SeqCst) == readings).await;
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        assert_eq!(world.readings.load(SeqCst), readings, "{block}");
+    }
+    until("weights", || world.sends.lock().len() == 1).await;
+    until("models swapped once", || world.rotations.load(SeqCst) == before + 1).await;
+    assert_eq!((world.sends.lock()[0].0, progress.snapshot().block), (100, 103));
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decision_that_breaks_is_made_again() {
+    let world = Arc::new(Fake::new().settled(0));
+    let running = Running::start(&world, options(None)).await;
+    world.breaks.store(u64::MAX, SeqCst);
+    world.heads.send_replace(100);
+    until("a break", || world.breaks.load(SeqCst) < u64::MAX).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(world.sends.lock().is_empty());
+    world.breaks.store(0, SeqCst);
+    world.heads.send_replace(101);
+    until("weights", || world.sends.lock().len() == 1).await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_number_that_was_too_large_delays_no_epoch() {
+    for epochs in [EpochRule::Chain, EpochRule::Every(100)] {
+        let world = Arc::new(Fake::new().settled(0));
+        let driver = driver(&world, RunOptions { epochs, ..options(None) }).await;
+        let (progress, pace) = (driver.progress(), Arc::clone(&driver.pace));
+        let run = tokio::spawn(async move { driver.run(CancellationToken::new(), &|_| {}).await });
+        until("a round", || progress.rounds() > 0).await;
+        // Believed, because a connection may have been away for so long; and then not.
+        let readings = world.readings.load(SeqCst);
+        world.behind.store(900, SeqCst);
+        world.heads.send_replace(910);
+        until("a look", || world.readings.load(SeqCst) > readings).await;
+        world.behind.store(0, SeqCst);
+        *pace.lock() = Pace::default();
+        world.last_step.store(100, SeqCst);
+        world.heads.send_replace(101);
+        until("weights", || world.sends.lock().iter().any(|(epoch, _)| *epoch == 100)).await;
+        run.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn records_that_are_gone_where_weights_are_due_delay_them_and_no_more() {
-    let world = Arc::new(Fake::new());
+    let world = Arc::new(Fake::new().settled(0));
     let running = Running::start(&world, options(None)).await;
     world.records.store(false, SeqCst);
     for block in [100, 101, 102] {
@@ -292,7 +361,7 @@ async fn a_validator_starts_where_only_the_first_endpoint_says_that_it_may_not()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_endpoint_without_the_permit_ends_no_validator() {
-    let world = Arc::new(Fake::new());
+    let world = Arc::new(Fake::new().settled(0));
     let running = Running::start(&world, options(None)).await;
     world.lies.store(true, SeqCst);
     for block in 100..105 {

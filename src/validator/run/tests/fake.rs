@@ -43,6 +43,10 @@ pub(super) struct Fake {
     pub(super) fates: Mutex<VecDeque<NotSent>>,
     pub(super) stand: Mutex<Stand>,
     pub(super) readings: AtomicU64,
+    /// Blocks that the chain's final state is behind its newest block.
+    pub(super) behind: AtomicU64,
+    /// Decisions that break before one does not.
+    pub(super) breaks: AtomicU64,
     /// The subnet's last epoch, as the chain counts.
     pub(super) last_step: AtomicU64,
     pub(super) tidied: AtomicU64,
@@ -71,6 +75,8 @@ impl Fake {
             fates: Mutex::default(),
             stand: Mutex::new(Stand::Confirmed),
             readings: 0.into(),
+            behind: 0.into(),
+            breaks: 0.into(),
             last_step: 0.into(),
             tidied: 0.into(),
             rotations: 0.into(),
@@ -79,6 +85,20 @@ impl Fake {
             pulls: 0.into(),
             reported: Mutex::default(),
         }
+    }
+
+    /// The weights of an epoch stand on the chain already.
+    pub(super) fn settled(self, epoch: u64) -> Self {
+        let weights = EpochWeights {
+            netuid: 4,
+            epoch,
+            block: epoch + 3,
+            values: vec![(1, u16::MAX)],
+            explanation: Value::Null,
+            state: WeightsState::Confirmed,
+        };
+        self.weights.lock().insert(epoch, weights);
+        self
     }
 
     fn records(&self) -> anyhow::Result<()> {
@@ -107,7 +127,8 @@ impl Ports for Fake {
         };
         let neurons = (0..6).map(neuron).collect();
         let hyperparameters = Hyperparameters { tempo: 100, ..Hyperparameters::default() };
-        let metagraph = Metagraph::new(4, *self.heads.borrow(), hyperparameters, neurons);
+        let block = *self.heads.borrow() - self.behind.load(SeqCst);
+        let metagraph = Metagraph::new(4, block, hyperparameters, neurons);
         Ok(metagraph.stepped_at(self.last_step.load(SeqCst)))
     }
 
@@ -161,7 +182,7 @@ impl Ports for Fake {
                 Answered { arrivals: (0..10).map(chunk).collect(), ended, ending: Ending::Whole }
             }
             1..=3 => {
-                let ending = Ending::Fault { cause: "LATE", what: "too slow".into() };
+                let ending = Ending::Fault { cause: "STATUS", what: "too busy".into() };
                 Answered { arrivals: vec![], ended, ending }
             }
             _ => panic!("a part breaks"),
@@ -230,6 +251,8 @@ impl Ports for Fake {
 
     async fn decide(&self, _: &Subnet) -> anyhow::Result<Decided> {
         self.records()?;
+        let more = self.breaks.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
+        assert!(more.is_err(), "a part breaks");
         let values = vec![(1, u16::MAX)];
         Ok(Decided { values, none: None, explanation: Value::Null })
     }

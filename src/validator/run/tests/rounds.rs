@@ -27,7 +27,7 @@ async fn rounds_end_in_records_and_weights() {
             [
                 (1, Outcome::Verified, None),
                 (2, Outcome::Rejected, Some("SAMPLER_MARGIN")),
-                (3, Outcome::Failed, Some("LATE")),
+                (3, Outcome::Failed, Some("STATUS")),
                 (4, Outcome::Unscored, Some("UNSCORED")), // its query broke
                 (5, Outcome::NotServed, Some("NOT_SERVED")),
             ]
