@@ -1,4 +1,4 @@
-//! Deals a product of (blocks x tokens) out to threads.
+//! Splits a product of (blocks x tokens) into tasks for threads.
 //!
 //! A block's weights are read from memory once for each of its tasks, so tasks have many tokens.
 //! Blocks that are left over once every thread has as many as the others are cut into halves by

@@ -146,8 +146,8 @@ impl Store {
         Ok(claim)
     }
 
-    /// The weights of an epoch are planned again, and no more: the extrinsic with hash `refused`, by
-    /// which this run sent them, is in no block for certain.
+    /// The weights of an epoch are planned again, and no more: the extrinsic with hash `refused`,
+    /// by which this run sent them, is in no block for certain.
     ///
     /// # Errors
     /// When it cannot be kept, or nothing is planned for the epoch.

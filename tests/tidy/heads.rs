@@ -9,8 +9,8 @@ const VERBS: &str = "accepts adds admits allocates allows answers applies asks b
     identifies implements installs keeps launches lays limits lists loads makes manages measures \
     multiplies names notices opens packs parses plans predicts prepares provides puts queues ranks \
     reads receives records recovers reduces releases remembers renders replaces resolves restricts \
-    rewrites runs says scores sends serves sets settles shows signs simulates starts states stores \
-    summarises sums takes tests translates turns updates verifies watches wraps writes";
+    rewrites runs says scores sends serves sets settles shows signs simulates splits starts states \
+    stores summarises sums takes tests translates turns updates verifies watches wraps writes";
 
 /// What is wrong with a file's head, if anything.
 pub(crate) fn fault(text: &str) -> Option<&'static str> {

@@ -6,19 +6,21 @@
 //! [`record::Round`]. Clock and chance are parameters; nothing here waits, reads or sends.
 //!
 //! A miner's failure counts against the miner. A failure of the validator itself (no prompt, no
-//! verdict, no miner could be reached, the program ends) is [`Outcome::Unscored`] and adds no
+//! verdict, a network that is away, the program ends) is [`Outcome::Unscored`] and adds no
 //! sample. Every phase has a deadline, so a round always ends.
 
 pub mod ask;
 pub mod measure;
+mod slot;
 mod terms;
 
 use crate::chance::Chance;
 use crate::clock::Clock;
-use crate::store::record::{self, MinerResponse, Outcome, Sampled, Statistics, Timing};
+use crate::store::record::{self, Outcome, Timing};
 use crate::validator::query::Arrival;
 use ask::{Endpoint, QueryPrompt, QuerySampling};
 use serde_json::{Value, json};
+use slot::{Found, SILENCE_MAX, Slot, State, limit_captures, response};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,20 +29,12 @@ pub use terms::{
     RoundSettings, Scene, Times,
 };
 
-/// Where the chain is silent for so long around a miner's fault on the network, three blocks of
-/// finney, the fault is the validator's own: no miner can keep blocks from it.
-pub const SILENCE_MAX: Duration = Duration::from_secs(36);
 /// The cause of a miner that nobody could connect to.
 pub const UNREACHABLE: &str = "UNREACHABLE";
 /// The cause of an answer that did not come, or not in time.
 pub const LATE: &str = "LATE";
 /// The cause of a connection that broke.
 pub const BROKEN_OFF: &str = "BROKEN_OFF";
-/// Bytes of captures that a round keeps of faulty answers, and of one of them. An honest answer of
-/// 1,920 tokens with its proofs has about a MiB; whoever sends junk up to a query's limit must not
-/// fill the disk with it.
-const CAPTURES_MAX: usize = 8 << 20;
-const CAPTURE_MAX: usize = 2 << 20;
 /// Causes that a network which is away has too.
 const OF_NETWORK: [&str; 3] = [UNREACHABLE, LATE, BROKEN_OFF];
 /// The cause of a response that has no answer.
@@ -70,49 +64,6 @@ pub enum MinerState {
     Checking(Timing),
     /// It is done with.
     Done(Timing, Outcome),
-}
-
-/// A miner in this round.
-struct Slot {
-    miner: Candidate,
-    body: Value,
-    state: State,
-}
-
-enum State {
-    /// It does not serve the model.
-    NotServed,
-    /// It is to be asked, or was.
-    Open,
-    /// Its answer is being checked.
-    Checking(Timing, Arc<Value>),
-    /// It failed by the network at this time; whose network is told by the chain's next block.
-    Doubted(Box<Found>, Duration),
-    /// It is done with.
-    Closed(Box<Found>),
-}
-
-struct Found {
-    timing: Timing,
-    outcome: Outcome,
-    cause: Option<String>,
-    error: Option<String>,
-    capture: Option<Arc<Value>>,
-    report: Option<Value>,
-    statistics: Statistics,
-}
-
-impl Found {
-    fn failed(timing: Timing, cause: &str, error: String) -> Self {
-        let (cause, error) = (Some(cause.to_owned()), Some(error));
-        let outcome = Outcome::Failed;
-        let statistics = Statistics::default();
-        Self { timing, outcome, cause, error, capture: None, report: None, statistics }
-    }
-
-    fn unscored(timing: Timing, why: &str) -> Self {
-        Self { outcome: Outcome::Unscored, ..Self::failed(timing, "UNSCORED", why.to_owned()) }
-    }
 }
 
 /// A round that has begun, as a pure state machine.
@@ -414,7 +365,7 @@ impl RoundMachine {
         let was_away = now.saturating_sub(std::mem::replace(&mut self.heard, now)) > SILENCE_MAX;
         for slot in self.slots.values_mut() {
             slot.state = match std::mem::replace(&mut slot.state, State::NotServed) {
-                State::Doubted(found, _) if was_away => State::Closed(Box::new(excused(&found))),
+                State::Doubted(found, _) if was_away => State::Closed(Box::new(found.excused())),
                 State::Doubted(found, _) => State::Closed(found),
                 other => other,
             };
@@ -427,20 +378,10 @@ impl RoundMachine {
             if let State::Doubted(found, at) = &slot.state
                 && now >= *at + SILENCE_MAX
             {
-                slot.state = State::Closed(Box::new(excused(found)));
+                slot.state = State::Closed(Box::new(found.excused()));
             }
         }
     }
-}
-
-/// What failed by the network while the chain was silent too.
-fn excused(found: &Found) -> Found {
-    let cause = found.cause.as_deref().unwrap_or_default();
-    let why = format!(
-        "{cause}, while no block of the chain came for {} s: this machine's network is in doubt",
-        SILENCE_MAX.as_secs()
-    );
-    Found::unscored(found.timing, &why)
 }
 
 /// The miners of a round: in random order until enough of them serve the model.
@@ -471,88 +412,6 @@ fn capture(hotkey: &str, body: Value, arrivals: Vec<Arrival>) -> Value {
     let mut capture = json!({"hotkey": hotkey, "at_ms": times});
     (capture["request"], capture["chunks"]) = (body, Value::Array(chunks));
     capture
-}
-
-/// Leaves out what is too much of the captures, the largest first.
-fn limit_captures(responses: &mut [MinerResponse]) {
-    let mut kept: Vec<(usize, &mut MinerResponse)> = responses
-        .iter_mut()
-        .filter_map(|response| Some((length(response.capture.as_ref()?), response)))
-        .collect();
-    kept.sort_by_key(|(length, _)| *length);
-    let mut sum = 0;
-    for (length, response) in kept {
-        sum += length;
-        if length > CAPTURE_MAX || sum > CAPTURES_MAX {
-            response.capture = None;
-            let note = format!("; the answer is not kept: {length} bytes are too many");
-            response.error.get_or_insert_default().push_str(&note);
-        }
-    }
-}
-
-/// Bytes of a value as JSON.
-fn length(value: &Value) -> usize {
-    struct Counter(usize);
-    impl std::io::Write for Counter {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0 += bytes.len();
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut counter = Counter(0);
-    // Neither a value nor a counter can fail.
-    let _ = serde_json::to_writer(&mut counter, value);
-    counter.0
-}
-
-fn response(slot: Slot, keep: Keep, was_asked: bool) -> MinerResponse {
-    let Slot { miner, state, .. } = slot;
-    let found = match state {
-        State::Closed(found) => *found,
-        State::NotServed => {
-            let error = "the miner does not list the model".to_owned();
-            let found = Found::failed(Timing::default(), "NOT_SERVED", error);
-            Found { outcome: Outcome::NotServed, ..found }
-        }
-        // No round ends with these.
-        State::Open | State::Checking(..) | State::Doubted(..) => {
-            Found::unscored(Timing::default(), "it was left open")
-        }
-    };
-    let Found { timing, outcome, cause, error, capture, report, statistics } = found;
-    let sample = match outcome {
-        Outcome::Verified if timing.tps > 0.0 => Sampled::Tps(timing.tps),
-        // An honest answer may end before its first text: there is no speed to measure, and it is
-        // not a miss.
-        Outcome::Verified | Outcome::Unscored => Sampled::Nothing,
-        // A round that asked nobody says nothing about anybody.
-        _ if !was_asked => Sampled::Nothing,
-        _ => Sampled::Miss,
-    };
-    let is_kept = match keep {
-        Keep::Nothing => false,
-        Keep::Faults => outcome != Outcome::Verified,
-        Keep::All => true,
-    };
-    let capture = capture.filter(|_| is_kept).map(Arc::unwrap_or_clone);
-    let Candidate { uid, hotkey, coldkey, .. } = miner;
-    MinerResponse {
-        uid,
-        hotkey,
-        coldkey,
-        timing,
-        outcome,
-        cause,
-        error,
-        sample,
-        capture,
-        report,
-        statistics,
-    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! The machine, event by event. Thousands of rounds with a whole subnet are in the simulation.
 
+use super::slot::{CAPTURE_MAX, CAPTURES_MAX, length};
 use super::*;
 use crate::proof::Scheme;
+use crate::store::record::{MinerResponse, Sampled, Statistics};
 use crate::validator::round::ask::QueryContent;
 use RoundPhase::{Asking, Checking, Ended, Prompting};
 use std::collections::BTreeSet;

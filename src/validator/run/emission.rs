@@ -21,6 +21,9 @@ const LOOKS_MAX: usize = 3;
 /// Weights of earlier epochs that are looked up again, the newest of those whose end is not known.
 const EARLIER_MAX: usize = 4;
 
+/// How long settling weights may take in all.
+const WEIGHTS_TIME: Duration = Duration::from_secs(600);
+
 /// The result of settling weights.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Settled {
@@ -43,6 +46,24 @@ pub(super) struct When {
     pub(super) wait: Duration,
     /// Decide only: remember nothing, send nothing.
     pub(super) is_dry: bool,
+}
+
+/// The block at which the newest weights were decided that were read back from the chain.
+pub(super) async fn confirmed_at<P: Ports>(ports: &P) -> Option<u64> {
+    let known = ports.confirmed().await;
+    let known = known.map_err(|e| tracing::warn!("confirmed weights cannot be read: {e}"));
+    known.ok().flatten().map(|weights| weights.block)
+}
+
+/// Settles weights, within a limit of time.
+pub(super) async fn settle_in_time<P: Ports>(
+    ports: &P,
+    subnet: &Subnet,
+    when: When,
+) -> anyhow::Result<Settled> {
+    let settling = tokio::time::timeout(WEIGHTS_TIME, settle(ports, subnet, when));
+    let late = || Ok(Settled::Later(format!("weights are not settled after {WEIGHTS_TIME:?}")));
+    settling.await.unwrap_or_else(|_| late())
 }
 
 /// Moves the weights of an epoch as far as possible now.

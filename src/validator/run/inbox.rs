@@ -10,6 +10,9 @@ use crate::validator::round::{RoundEvent, RoundMachine};
 use std::collections::BTreeMap;
 use tokio::task::JoinSet;
 
+/// What a panic in a port is called: it is a fault of this program, never of a miner.
+pub(super) const BROKE: &str = "a part of the validator broke; the log says where";
+
 /// A report to the owner of the state.
 pub(super) enum DriverMessage {
     /// An event of a round.

@@ -1,25 +1,18 @@
 //! Executes the actions of running rounds, and gives the results back to them as events.
 
-use super::emission::Settled;
-use super::inbox::DriverMessage;
+use super::inbox::{BROKE, DriverMessage};
 use super::ports::{AnswerToCheck, MinerQuery, Ports};
-use super::reading::SubnetError;
-use super::subnet::Subnet;
 use super::view::View;
-use super::{Driver, Epoch, IDLE_BLOCKS, PAUSE, RunError, SAVE_AGAIN, SAVE_TIME, spill};
+use super::{Driver, PAUSE, RunError, SAVE_AGAIN, SAVE_TIME, spill};
 use crate::store::Removed;
 use crate::store::record::{Outcome, Round};
 use crate::validator::round::{Action, AnswerReport, AnswerVerdict, Answered, Ending, RoundEvent};
 use anyhow::anyhow;
 use futures_util::FutureExt;
-use std::fmt::Display;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
-
-/// What a panic in a port is called: it is a fault of this program, never of a miner.
-pub(super) const BROKE: &str = "a part of the validator broke; the log says where";
 
 impl<P: Ports> Driver<P> {
     pub(super) fn take(&mut self, message: DriverMessage) -> Result<(), RunError> {
@@ -59,66 +52,6 @@ impl<P: Ports> Driver<P> {
                 tracing::warn!("old records were not deleted; the next epoch tries again: {e}")
             }
         }
-    }
-
-    fn take_subnet(
-        &mut self,
-        read: Result<Option<Box<Subnet>>, SubnetError>,
-    ) -> Result<(), RunError> {
-        self.epoch.is_reading = false;
-        match read {
-            Ok(None) => {
-                let head = self.heads.borrow().block;
-                self.epoch.not_yet(self.options.epochs, head);
-                self.is_doubted = false;
-                Ok(())
-            }
-            Ok(Some(subnet)) => {
-                let (epochs, head) = (self.options.epochs, self.heads.borrow().block);
-                let is_new = self.epoch.take(epochs, Epoch::of(epochs, &subnet.metagraph), head);
-                self.progress.set_members(subnet.members.len());
-                self.epoch.look_at = head + IDLE_BLOCKS;
-                self.subnet = Arc::new(*subnet);
-                self.is_doubted = false;
-                if is_new && self.options.rounds.is_none() {
-                    self.rotate();
-                }
-                Ok(())
-            }
-            // The members of a while ago are better than none; and one node's word is not enough to
-            // give up: another endpoint is asked at the next block.
-            Err(e) if e.is_passing() || !self.is_doubted => {
-                tracing::warn!("the subnet could not be read again: {e}");
-                self.is_doubted |= !e.is_passing();
-                self.epoch.again_at = self.heads.borrow().block + 1;
-                Ok(())
-            }
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    fn take_weights(&mut self, epoch: u64, settled: anyhow::Result<Settled>) {
-        self.epoch.is_settling = false;
-        let is_current = epoch == self.epoch.began;
-        match settled {
-            Ok(Settled::Weights(weights)) => {
-                self.progress.set_weights(&weights);
-                self.publisher.set_weights(&weights);
-                tracing::info!(epoch, state = ?weights.state, "weights");
-                self.epoch.is_settled |= is_current;
-            }
-            Ok(Settled::None(why)) => {
-                tracing::warn!(epoch, "no weights: {why}");
-                self.epoch.is_settled |= is_current;
-            }
-            Ok(Settled::Later(why)) => self.settle_later(epoch, &why),
-            Err(why) => self.settle_later(epoch, &why),
-        }
-    }
-
-    fn settle_later(&mut self, epoch: u64, why: &dyn Display) {
-        tracing::warn!(epoch, "weights are not set yet: {why}");
-        self.epoch.again_at = self.heads.borrow().block + 1;
     }
 
     pub(super) fn tell_tick(&mut self, key: u64) {

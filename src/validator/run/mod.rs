@@ -8,6 +8,7 @@
 
 mod checking;
 mod emission;
+mod epoch_work;
 pub mod epochs;
 pub mod hub;
 mod inbox;
@@ -36,8 +37,7 @@ pub use emission::Settled;
 use emission::When;
 use epochs::{Epoch, EpochRule};
 use futures_util::FutureExt;
-use inbox::{DriverMessage, LiveRound};
-use live::BROKE;
+use inbox::{BROKE, DriverMessage, LiveRound};
 use parking_lot::Mutex;
 use ports::Ports;
 use progress::RunProgress;
@@ -68,12 +68,8 @@ const PAUSE: Duration = Duration::from_secs(5);
 /// How long one try of storing a round may take, and the first and longest wait between two tries.
 const SAVE_TIME: Duration = Duration::from_secs(20);
 const SAVE_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// How long settling weights may take in all.
-const WEIGHTS_TIME: Duration = Duration::from_secs(600);
 /// Blocks between two questions for users' requests (protocol 5.13).
 const ORGANICS_EVERY: u64 = 20;
-/// How often the owner says that it goes on while it waits for one thing only.
-const BEAT: Duration = Duration::from_secs(10);
 /// Reports of rounds that are under way at once; with more, a round is not reported.
 const REPORTS_MAX: usize = 4;
 
@@ -180,7 +176,7 @@ impl<P: Ports> Driver<P> {
         let progress = RunProgress::default();
         progress.see_block(block, clock.unix_ms());
         progress.set_members(subnet.members.len());
-        if let Some(block) = confirmed(&*ports).await {
+        if let Some(block) = emission::confirmed_at(&*ports).await {
             progress.set_confirmed(block);
         }
         let heard = clock.elapsed();
@@ -242,8 +238,8 @@ impl<P: Ports> Driver<P> {
         stop: CancellationToken,
         on_round: &(dyn Fn(&Round) + Sync),
     ) -> Result<Summary, RunError> {
-        let beat = Beat::of(&self);
-        beat.during(self.recover()).await?;
+        let (progress, beats) = (self.progress(), self.clock.clone());
+        progress.beating(&beats, self.recover()).await?;
         let (ports, pace, clock) =
             (Arc::clone(&self.ports), Arc::clone(&self.pace), self.clock.clone());
         let heads = self.heads.clone();
@@ -264,7 +260,7 @@ impl<P: Ports> Driver<P> {
         ended?;
         let mut summary = Summary { rounds: self.progress.rounds(), weights: None };
         if self.options.rounds.is_some() && !stop.is_cancelled() {
-            summary.weights = Some(beat.during(self.last_weights()).await?);
+            summary.weights = Some(progress.beating(&beats, self.last_weights()).await?);
         }
         Ok(summary)
     }
@@ -397,42 +393,11 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    fn begin_epoch_work(&mut self) {
-        let block = self.heads.borrow().block;
-        if self.stopping.is_some() || block < self.epoch.again_at {
-            return;
-        }
-        let is_idle = self.subnet.is_idle() && block >= self.epoch.look_at;
-        if (is_idle || !self.epoch.is_read) && !self.epoch.is_reading {
-            self.epoch.is_reading = true;
-            self.read_subnet();
-        }
-        let is_due = self.epoch.is_read && !self.epoch.is_settled;
-        if is_due && !self.epoch.is_settling && self.options.rounds.is_none() {
-            self.epoch.is_settling = true;
-            self.settle_weights(block);
-        }
-        if !self.epoch.is_tidied && !self.is_tidying && self.options.rounds.is_none() {
-            (self.epoch.is_tidied, self.is_tidying) = (true, true);
-            self.tidy();
-        }
-    }
-
-    /// Loads other models, in a task of its own.
-    pub(in crate::validator::run) fn rotate(&mut self) {
-        if std::mem::replace(&mut self.is_rotating, true) {
-            return;
-        }
-        let ports = Arc::clone(&self.ports);
-        let broke = DriverMessage::Rotated(Err(anyhow!(BROKE)));
-        self.beside(broke, async move { DriverMessage::Rotated(ports.rotate().await) });
-    }
-
-    /// Deletes old records, in a task of its own.
-    fn tidy(&self) {
-        let ports = Arc::clone(&self.ports);
-        let broke = DriverMessage::Tidied(Err(anyhow!(BROKE)));
-        self.beside(broke, async move { DriverMessage::Tidied(ports.tidy().await) });
+    /// Where and when weights are settled that are decided at `block`.
+    pub(in crate::validator::run) fn when(&self, block: u64) -> When {
+        let (epoch, wait, is_dry) =
+            (self.epoch.began, self.options.weights_wait, self.options.is_dry);
+        When { epoch, block, wait, is_dry }
     }
 
     /// Runs work beside the owner, to whom its message is sent: `broke` where it panics, so that
@@ -450,90 +415,12 @@ impl<P: Ports> Driver<P> {
         });
     }
 
-    fn read_subnet(&self) {
-        let (ports, pace) = (Arc::clone(&self.ports), Arc::clone(&self.pace));
-        let (clock, before) = (self.clock.clone(), Arc::clone(&self.subnet));
-        let (how, epochs, began) = (self.options.reading, self.options.epochs, self.epoch.began);
-        let broke = DriverMessage::Subnet(Err(SubnetError::Broke(BROKE)));
-        self.beside(broke, async move {
-            let read = async {
-                let known = before.metagraph.block;
-                let metagraph = reading::read_metagraph(&*ports, known, &pace, &clock).await?;
-                match epochs.is_news(&metagraph, began) || before.is_idle() {
-                    true => reading::read(&*ports, how, metagraph, &before).await.map(Some),
-                    false => Ok(None),
-                }
-            };
-            let read = read.await.map(|read| read.map(Box::new));
-            // What would end this validator must be said by another endpoint as well.
-            if read.as_ref().is_err_and(|e| !e.is_passing()) {
-                ports.doubt().await;
-            }
-            DriverMessage::Subnet(read)
-        });
-    }
-
-    fn when(&self, block: u64) -> When {
-        let (epoch, wait, is_dry) =
-            (self.epoch.began, self.options.weights_wait, self.options.is_dry);
-        When { epoch, block, wait, is_dry }
-    }
-
-    fn settle_weights(&self, block: u64) {
-        let (ports, subnet) = (Arc::clone(&self.ports), Arc::clone(&self.subnet));
-        let (when, sender) = (self.when(block), self.inbox.0.clone());
-        let broke = DriverMessage::Weights(when.epoch, Err(anyhow!(BROKE)));
-        self.beside(broke, async move {
-            let settled = settle(&*ports, &subnet, when).await;
-            if let Some(block) = confirmed(&*ports).await {
-                let _ = sender.send(DriverMessage::Confirmed(block)).await;
-            }
-            DriverMessage::Weights(when.epoch, settled)
-        });
-    }
-
     /// The weights at the end of a run of some rounds.
     async fn last_weights(&self) -> Result<Settled, RunError> {
         let block = self.heads.borrow().block;
-        settle(&*self.ports, &self.subnet, self.when(block)).await.map_err(RunError::Records)
+        let settled = emission::settle_in_time(&*self.ports, &self.subnet, self.when(block)).await;
+        settled.map_err(RunError::Records)
     }
-}
-
-/// Says that a run goes on while it waits for one thing.
-struct Beat {
-    progress: Arc<RunProgress>,
-    clock: Clock,
-}
-
-impl Beat {
-    fn of<P: Ports>(driver: &Driver<P>) -> Self {
-        Self { progress: driver.progress(), clock: driver.clock.clone() }
-    }
-
-    async fn during<T>(&self, work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        loop {
-            self.progress.beat(self.clock.unix_ms(), 0);
-            tokio::select! {
-                done = &mut work => return done,
-                () = tokio::time::sleep(BEAT) => {}
-            }
-        }
-    }
-}
-
-/// The block at which the newest weights were decided that were read back from the chain.
-async fn confirmed<P: Ports>(ports: &P) -> Option<u64> {
-    let known = ports.confirmed().await;
-    let known = known.map_err(|e| tracing::warn!("confirmed weights cannot be read: {e}"));
-    known.ok().flatten().map(|weights| weights.block)
-}
-
-/// Settles weights, within a limit of time.
-async fn settle<P: Ports>(ports: &P, subnet: &Subnet, when: When) -> anyhow::Result<Settled> {
-    let settling = tokio::time::timeout(WEIGHTS_TIME, emission::settle(ports, subnet, when));
-    let late = || Ok(Settled::Later(format!("weights are not settled after {WEIGHTS_TIME:?}")));
-    settling.await.unwrap_or_else(|_| late())
 }
 
 #[cfg(test)]

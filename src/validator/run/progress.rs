@@ -1,10 +1,15 @@
 //! Holds the state that operators see of a running validator. The driver writes it; others only
 //! read it.
 
+use crate::clock::Clock;
 use crate::store::record::{EpochWeights, Outcome, Round, WeightsState};
 use parking_lot::Mutex;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How often a run says that it goes on while it waits for one thing only.
+const BEAT: Duration = Duration::from_secs(10);
 
 /// How a validator is at one moment, counted since the program started.
 #[derive(Clone, Default, PartialEq, Debug, Serialize)]
@@ -85,6 +90,18 @@ impl RunProgress {
         let mut known = self.0.lock();
         known.beat_ms = now_ms;
         known.rounds_running = rounds_running as u64;
+    }
+
+    /// Does work that may take long, and says meanwhile that the program goes on.
+    pub(crate) async fn beating<T>(&self, clock: &Clock, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            self.beat(clock.unix_ms(), 0);
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(BEAT) => {}
+            }
+        }
     }
 
     /// Returns the block that was seen before.
