@@ -135,8 +135,14 @@ impl Checking<'_> {
                 return Ok(());
             }
         };
-        let verifier = self.runtime.block_on(self.verifiers.of(&capture));
-        let verifier = verifier.map_err(|e| Failure::user(&e).with_hint(e.hint()))?;
+        let verifier = match self.runtime.block_on(self.verifiers.of(&capture)) {
+            Ok(verifier) => verifier,
+            Err(e) if e.is_of_request() => {
+                self.unread(&place, &Verdict::Unscored(e.to_string()));
+                return Ok(());
+            }
+            Err(e) => return Err(Failure::user(&e).with_hint(e.hint())),
+        };
         check_model(self.args, self.file.as_ref(), &verifier)?;
         let question = self.runtime.block_on(self.verifiers.question(&verifier, &capture));
         match question {
@@ -146,7 +152,7 @@ impl Checking<'_> {
                 self.choices(&place, &capture, &checked, &verifier.model.text)
             }
             Err(why) => {
-                self.unread(&place, &Verdict::Unscored(format!("{place}: {why}")));
+                self.unread(&place, &Verdict::Unscored(why.to_string()));
                 Ok(())
             }
         }

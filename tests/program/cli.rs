@@ -312,6 +312,15 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let (code, out, _) = check(&[&no_request, &rejected]);
     assert!(code == 3 && out.contains("answers.jsonl:1: unscored: "), "{out}");
     assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
+    // A model that is not here, or that is not named, is no fault of the answer either.
+    let other = request.replace(r#""m""#, r#""zz""#);
+    let no_model = format!("{{\"request\": {other}, \"response\": {{\"choices\": []}}}}");
+    let (code, out, err) = check(&[&no_model, &rejected]);
+    assert_eq!(code, 3, "{out}{err}");
+    let unscored_line = format!("answers.jsonl:1: unscored: {models} has no model `zz`\n");
+    assert!(out.contains(&unscored_line), "{out}");
+    assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
+    assert_eq!(check(&[&no_model]).0, 4);
     // What a peer says neither steers the terminal nor looks like a verdict of ours.
     let words = r#""\u001b[2J\u009b31m\u202e\nanswers.jsonl:9 choice 0: pass""#;
     let steers = format!(
