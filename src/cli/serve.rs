@@ -9,6 +9,7 @@ use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
 use super::update::{UpdateArgs, replaced, restart};
 use super::{Failure, logging};
 use crate::clock::Clock;
+use crate::config::log::LogFilter;
 use crate::config::models_toml::Config;
 use crate::intake::translate::Defaults;
 use crate::lifecycle::accounts::MemoryAccounts;
@@ -78,7 +79,7 @@ enum Mode {
     Scaled,
 }
 
-pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
+pub(super) fn run(args: ServeArgs, log: LogFilter) -> Result<(), Failure> {
     args.original.check()?;
     let seen = stamp(&args.models.path);
     let config = args.models.read(&args.api_key)?;
@@ -86,8 +87,7 @@ pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
     tracing::info!(threads = pool.threads(), isa = %pool.isa(), canon = CANON, "compute pool");
     let runtime = runtime()?;
     if let Some(log) = &config.server.log {
-        let refuse = |e| Failure::user(format!("[server] `log` is not a valid filter: {e}"));
-        logging::set(log).map_err(refuse)?;
+        logging::set(log).map_err(Failure::ours)?;
     }
     let outcome = runtime.block_on(serve(args, log, (config, seen), pool));
     // Loading threads may still be busy; nothing waits for them.
@@ -98,7 +98,7 @@ pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
 /// Serves until a signal, or until there is a newer program to become.
 async fn serve(
     args: ServeArgs,
-    log: String,
+    log: LogFilter,
     (config, seen): (Config, Option<Stamp>),
     pool: Pool,
 ) -> Result<Option<Installed>, Failure> {

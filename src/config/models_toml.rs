@@ -543,6 +543,11 @@ mod tests {
             ),
             ("[[model]]\nname=\"a\"\n[server]\nbody_seconds=0", "must lie in 1..=86400", None),
             ("[[model]]\nname=\"a\"\n[server]\nbody_max=\"8\"", "must be a size such as", None),
+            (
+                "[[model]]\nname=\"a\"\n[server]\nlog=\"engine=foo\"",
+                "[server] `log` must be error, warn, info,",
+                None,
+            ),
         ] {
             let (error, got_hint) = parsed(text).unwrap_err();
             assert!(error.starts_with("/etc/models.toml: ") && error.contains(want), "{error}");

@@ -1,5 +1,6 @@
 //! Reads the `[server]` table of models.toml.
 
+use super::log::{LogError, LogFilter};
 use super::units;
 use crate::files::KeyError;
 use crate::server::connections::CONNECTIONS_MAX;
@@ -48,7 +49,7 @@ pub struct ServerConfig {
     /// What the server follows.
     pub settings: Settings,
     /// What is logged; `None` is as the flag says.
-    pub log: Option<String>,
+    pub log: Option<LogFilter>,
 }
 
 impl ServerTable {
@@ -92,12 +93,14 @@ impl ServerTable {
             write_time: seconds("write_seconds", self.write_seconds, defaults.write_time)?,
             stall_time: seconds("stall_seconds", self.stall_seconds, defaults.stall_time)?,
         };
+        let log = self.log.as_deref().map(str::parse).transpose();
+        let log = log.map_err(|e: LogError| KeyError::new("log", e))?;
         let settings = Settings {
             keys: ApiKeys::new(all.iter().map(String::as_str)),
             limits,
             cors_origins: self.cors_origins.unwrap_or_default(),
         };
-        Ok(ServerConfig { settings, log: self.log })
+        Ok(ServerConfig { settings, log })
     }
 }
 

@@ -217,6 +217,30 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
 }
 
 #[test]
+fn a_level_of_the_log_that_is_none_is_refused_wherever_it_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let entry = "[[model]]\nname = \"m\"\npath = \"m\"\n";
+    let models = write_models(dir.path(), entry);
+    let check = ["config", "check", "--models", &models];
+    for level in ["inof", "9", "engine", "engine=foo"] {
+        let by_flag = run(&[&check[..], &["--log", level]].concat());
+        let by_variable = program().args(check).env("TARGON_LOG", level).output().unwrap();
+        let said = String::from_utf8(by_variable.stderr).unwrap();
+        for (code, err) in [(by_flag.0, by_flag.2), (by_variable.status.code().unwrap(), said)] {
+            assert!(code == 1 && err.contains("'--log <LOG>': must be error, warn,"), "{err}");
+            assert!(err.contains(&format!("got `{level}`")), "{err}");
+        }
+    }
+    assert_eq!(run(&[&check[..], &["--log", "warn,engine=debug"]].concat()).0, 0);
+    let models = write_models(dir.path(), &format!("{entry}[server]\nlog = \"engine=foo\"\n"));
+    for command in [&["config", "check"][..], &["serve", "--port", "0"]] {
+        let (code, _, err) = run(&[command, &["--models", &models]].concat());
+        let want = format!("error: {models}: [server] `log` must be error, warn,");
+        assert!(code == 1 && err.contains(&want), "{err}");
+    }
+}
+
+#[test]
 fn a_plan_is_a_table_and_what_cannot_fit_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
@@ -245,11 +269,14 @@ fn models_and_keys_follow_the_file_while_serving() {
         server.post("/v1/completions", &body).0
     };
     assert_eq!((ask("one"), ask("two")), (200, 404));
-    // A mistake changes nothing.
-    write_models(dir.path(), "[[model]]\nnam = 1\n");
-    server.hang_up();
-    std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(ask("one"), 200);
+    // A mistake changes nothing, wherever it is.
+    let no_filter = format!("{}[server]\nlog = \"inof\"\n", entry("two"));
+    for mistake in ["[[model]]\nnam = 1\n", &no_filter] {
+        write_models(dir.path(), mistake);
+        server.hang_up();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!((ask("one"), ask("two")), (200, 404));
+    }
     write_models(dir.path(), &entry("two"));
     server.hang_up();
     server.wait_until("/ready?model=two", 200);
@@ -263,6 +290,8 @@ fn models_and_keys_follow_the_file_while_serving() {
     let (code, log) = server.terminate();
     assert_eq!(code, 0, "{log}");
     assert!(log.contains("nothing is reloaded") && log.contains("unknown field `nam`"), "{log}");
+    let refused = format!("nothing is reloaded: {models}: [server] `log` must be error,");
+    assert!(log.contains(&refused), "{log}");
     assert!(!log.contains("0123456789abcdef"), "{log}");
 }
 
