@@ -5,9 +5,11 @@ use super::printable::printable;
 use super::progress::Bars;
 use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::endpoint::shown;
+use crate::files;
 use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
+use crate::proof::{Scheme, UnknownScheme};
 use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
 use crate::verify::{FastRows, Verifier};
 use clap::parser::ValueSource;
@@ -205,6 +207,23 @@ pub(super) fn check_http(flag: &str, url: &str) -> Result<(), Failure> {
     }
     let what = format!("--{flag} must begin with http:// or https://, got {}", shown(url));
     Err(Failure::user(printable(&what)))
+}
+
+/// Refuses a file of the flag `--flag` that could not be written when the work is done.
+pub(super) fn check_writable(flag: &str, path: Option<&Path>) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    let place = path.display();
+    files::check_writable(path)
+        .map_err(|e| Failure::user(format!("--{flag} {place} cannot be written: {e}")))
+}
+
+/// The proof that the flag `--proof` asks for.
+pub(super) fn proof_scheme(name: &str) -> Result<Option<Scheme>, Failure> {
+    if name == "none" {
+        return Ok(None);
+    }
+    let scheme = name.parse().map(Some);
+    scheme.map_err(|e: UnknownScheme| Failure::user(format!("--proof {name}: {e}, none")))
 }
 
 /// What requests run on, beside the compute threads.

@@ -1,7 +1,7 @@
 //! Defines the flags of `validate`, under Targon's names where it has them.
 
 use super::Failure;
-use super::shared::{ComputeArgs, DatabaseArg, ModelsArg, ScrutinyArgs, check_http};
+use super::shared::{ComputeArgs, DatabaseArg, ModelsArg, ScrutinyArgs, check_http, proof_scheme};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
 use crate::proof::Scheme;
@@ -285,12 +285,9 @@ impl RoundArgs {
 
     fn proof(&self) -> Result<Option<Scheme>, Failure> {
         match (self.proof.as_deref(), self.profile) {
-            (Some("none"), _) | (None, ScoringProfile::Targon44) => Ok(None),
+            (None, ScoringProfile::Targon44) => Ok(None),
             (None, ScoringProfile::Default) => Ok(Some(Scheme::Residue)),
-            (Some(name), _) => {
-                let scheme = name.parse::<Scheme>();
-                scheme.map(Some).map_err(|e| Failure::user(format!("--proof {name}: {e}, none")))
-            }
+            (Some(name), _) => proof_scheme(name),
         }
     }
 }

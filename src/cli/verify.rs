@@ -5,7 +5,7 @@ use super::checked::{CheckedAnswer, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
 use super::progress::Bars;
-use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs, runtime};
+use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs, check_writable, runtime};
 use super::tables::bordered;
 use super::verify_html;
 use crate::entropy::Entropy;
@@ -76,6 +76,7 @@ pub(super) struct VerifyArgs {
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
+    check_writable("html", args.html.as_deref())?;
     let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
     let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
     let evidence = evidence.map_err(Failure::user)?;
@@ -103,8 +104,9 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let Checking { worst, sections, .. } = checking;
     if let Some(path) = &args.html {
         let page = verify_html::page(&args.file.display().to_string(), &sections);
-        std::fs::write(path, page)
-            .map_err(|e| Failure::user(format!("{} cannot be written: {e}", path.display())))?;
+        std::fs::write(path, page).map_err(|e| {
+            Failure::user(format!("--html {} cannot be written: {e}", path.display()))
+        })?;
     }
     Ok(ExitCode::from([0, UNSCORED, REJECTED][worst]))
 }

@@ -101,8 +101,22 @@ mod tests {
             filter.filter().unwrap();
         }
         for text in [
-            "", " ", "inof", "verbose", "9", "3", "engine", "engine=", "engine=foo", "=info",
-            "info,", "info,inof", "a b=info", "a:b=info", "engine=debug=info", "[span]=info",
+            "",
+            " ",
+            "inof",
+            "verbose",
+            "9",
+            "3",
+            "engine",
+            "engine=",
+            "engine=foo",
+            "=info",
+            "info,",
+            "info,inof",
+            "a b=info",
+            "a:b=info",
+            "engine=debug=info",
+            "[span]=info",
         ] {
             let error = text.parse::<LogFilter>().unwrap_err().to_string();
             assert!(error.ends_with(&format!("commas, got `{text}`")), "{error}");

@@ -341,6 +341,11 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let (code, out, _) = check(&[&no_request, &rejected]);
     assert!(code == 3 && out.contains("answers.jsonl:1: unscored: "), "{out}");
     assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
+    // A page that could not be written is refused before anything is checked.
+    let page = ["verify", &file.display().to_string(), "--models", &models, "--html", "/no/such/p"];
+    let (code, out, err) = run(&page);
+    let want = "--html /no/such/p cannot be written: ";
+    assert!(code == 1 && out.is_empty() && err.contains(want), "{code} {out}{err}");
     // A model that is not here, or that is not named, is no fault of the answer either.
     let other = request.replace(r#""m""#, r#""zz""#);
     let no_model = format!("{{\"request\": {other}, \"response\": {{\"choices\": []}}}}");
