@@ -158,3 +158,33 @@ fn a_capture_is_a_line_of_its_own_or_none() {
     assert!(status.code() == Some(1) && err.contains("--save c.jsonl cannot be written"), "{err}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), before);
 }
+
+#[test]
+fn a_status_is_that_of_a_miner_or_it_is_said_that_it_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    for answer in [
+        (|_| "{}".to_owned()) as Answer,
+        |_| "[]".to_owned(),
+        |_| "null".to_owned(),
+        |_| r#"{"detail": "Not Found"}"#.to_owned(),
+    ] {
+        let (code, out, err) = run(dir.path(), &["status", "--url", &server(answer)]);
+        let want = " answered 200 OK, which is not a miner's status: it names no `hotkey`";
+        assert!(code == 1 && out.is_empty() && err.contains(want), "{code} {out}{err}");
+    }
+    // An address needs no scheme; another one than HTTP's is refused.
+    let miner = server(|_| r#"{"hotkey": "5F"}"#.to_owned());
+    let (code, out, err) = run(dir.path(), &["status", "--url", &miner]);
+    assert!(code == 0 && out.contains("5F"), "{out}{err}");
+    let (code, _, err) = run(dir.path(), &["status", "--url", "ftp://127.0.0.1:1"]);
+    assert!(code == 1 && err.contains("--url must begin with http:// or https://"), "{err}");
+}
+
+#[test]
+fn a_list_without_models_is_no_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = server(|_| "{}".to_owned());
+    let (code, out, _) = run(dir.path(), &["doctor", "--as-validator", &address]);
+    assert!(code == 1 && out.contains("the list of models is malformed"), "{out}");
+    assert!(out.contains("answer /v1/models with JSON") && !out.contains("events"), "{out}");
+}
