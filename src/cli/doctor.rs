@@ -139,10 +139,11 @@ async fn online(
             findings.extend(network::announced(address.ip()));
             findings.push(network::reachable(address).await);
         }
-        Err(failure) => findings.push(
-            Finding::new("public address", Level::Warning, failure.message())
-                .hint("give it by --axon.external_ip"),
-        ),
+        Err(failure) => {
+            let level = if failure.is_ours { Level::Warning } else { Level::Fault };
+            let finding = Finding::new("public address", level, failure.message());
+            findings.push(finding.hint("give it by --axon.external_ip"));
+        }
     }
     let endpoints = match args.chain.endpoints() {
         Ok(endpoints) => endpoints,

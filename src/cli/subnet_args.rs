@@ -2,13 +2,14 @@
 //! Bittensor SDK use. Dashes and underscores in place of dots work too ([`layers`](super::layers)).
 
 use super::Failure;
+use super::shared::check_http;
 use crate::chain::keyfile::{self, KeyFileError};
 use crate::chain::keys::Hotkey;
 use crate::chain::keys::Keypair;
 use crate::chain::network::{Endpoints, Network};
 use crate::chain::wallet::{Wallet, WalletError};
 use crate::endpoint::shown;
-use crate::miner::address::CHECK_IP;
+use crate::miner::address::{self, CHECK_IP};
 use crate::server::door::Policy;
 use clap::Args;
 use secrecy::SecretString;
@@ -179,7 +180,8 @@ pub(super) struct AxonArgs {
     #[arg(long = "axon.external_ip", env = "BT_AXON_EXTERNAL_IP", help_heading = "Axon")]
     external_ip: Option<IpAddr>,
     /// Port to announce on the chain; by default the port of the signed routes.
-    #[arg(long = "axon.external_port", env = "BT_AXON_EXTERNAL_PORT", help_heading = "Axon")]
+    #[arg(long = "axon.external_port", env = "BT_AXON_EXTERNAL_PORT", help_heading = "Axon",
+        value_parser = clap::value_parser!(u16).range(1..))]
     external_port: Option<u16>,
     /// The service that is asked for the public address.
     #[arg(long, env = "TARGON_CHECK_IP", default_value = CHECK_IP, help_heading = "Axon")]
@@ -226,9 +228,14 @@ impl AxonArgs {
     /// Where others reach it.
     pub(super) async fn external(&self, listening: u16) -> Result<SocketAddr, Failure> {
         let bound = self.listen()?.ip();
+        check_http("check-ip", &self.check_ip)?;
+        if let Some(ip) = self.external_ip {
+            address::check(ip)
+                .map_err(|rule| Failure::user(format!("--axon.external_ip {rule}")))?;
+        }
         let given = self.external_ip.or(Some(bound).filter(|ip| !ip.is_unspecified()));
         let port = self.external_port.unwrap_or(listening);
-        let found = crate::miner::address::external(given, port, &self.check_ip).await;
+        let found = address::external(given, port, &self.check_ip).await;
         // A user who was asked may answer the next time.
         found.map_err(|what| Failure::ours(what).with_hint(Some("give it by --axon.external_ip")))
     }
