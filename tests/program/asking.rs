@@ -52,6 +52,16 @@ fn run(home: &Path, arguments: &[&str]) -> (i32, String, String) {
     (status.code().unwrap(), text(&stdout), text(&stderr))
 }
 
+/// The program where no file can have more than so many KiB.
+pub(super) fn run_on_little_disk(home: &Path, kib: u64, arguments: &[&str]) -> (i32, String) {
+    let limited = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$0\" \"$@\"");
+    let mut shell = Command::new("bash");
+    shell.current_dir(home).env("HOME", home).args(["-c", &limited]);
+    shell.arg(env!("CARGO_BIN_EXE_targon-engine")).args(arguments);
+    let Output { status, stderr, .. } = shell.output().unwrap();
+    (status.code().unwrap(), text(&stderr))
+}
+
 const CHUNK: &str = r#"{"choices":[{"index":0,"delta":{"content":"hi"},"token_ids":[1],
 "logprobs":{"content":[{"token":"hi","logprob":-0.5}]}}]}"#;
 
@@ -145,17 +155,11 @@ fn a_capture_is_a_line_of_its_own_or_none() {
     assert!(kept.ends_with('\n') && lines.len() == 2 && lines[0] == r#"{"a": 1}"#, "{kept}");
     assert!(serde_json::from_str::<serde_json::Value>(lines[1]).is_ok(), "{kept}");
     // Where only a part of a line can be written, nothing of it stays.
-    // Bash counts in KiB: with what stands there, the line does not fit.
+    // With what stands there, the line does not fit into a KiB.
     let before = "x".repeat(800);
     std::fs::write(&file, &before).unwrap();
-    let words = query.map(|word| format!("'{word}'")).join(" ");
-    let limited = format!("trap '' XFSZ; ulimit -f 1; exec \"$0\" {words}");
-    let mut shell = Command::new("bash");
-    shell.current_dir(dir.path()).env("HOME", dir.path()).env_remove("TARGON_LOG");
-    shell.args(["-c", &limited, env!("CARGO_BIN_EXE_targon-engine")]);
-    let Output { status, stderr, .. } = shell.output().unwrap();
-    let err = text(&stderr);
-    assert!(status.code() == Some(1) && err.contains("--save c.jsonl cannot be written"), "{err}");
+    let (code, err) = run_on_little_disk(dir.path(), 1, &query);
+    assert!(code == 1 && err.contains("--save c.jsonl cannot be written"), "{err}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), before);
 }
 
