@@ -5,7 +5,7 @@ use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{PreparedMiner, RunningMiner, feed_watchdog, tell};
-use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
+use super::subnet_args::{AxonArgs, ChainArgs, MemberFlags, OriginalArgs, WalletArgs};
 use super::update::{UpdateArgs, replaced, restart};
 use super::{Failure, logging};
 use crate::clock::Clock;
@@ -42,6 +42,8 @@ pub(super) struct ServeArgs {
     models: ModelsArg,
     #[command(flatten)]
     listen: ListenArgs,
+    #[command(flatten)]
+    members: MemberFlags,
     #[command(flatten)]
     pub(super) wallet: WalletArgs,
     #[command(flatten)]
@@ -102,6 +104,9 @@ async fn serve(
     (config, seen): (Config, Option<Stamp>),
     pool: Pool,
 ) -> Result<Option<Installed>, Failure> {
+    if !args.autoupdate {
+        args.update.warn_unused();
+    }
     let updater = args.update.updater(args.autoupdate)?;
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
@@ -175,11 +180,7 @@ async fn subnet(
             .await
             .map(Some);
     }
-    if args.chain.is_named() {
-        tracing::warn!(
-            "chain flags are ignored: a miner also needs --wallet.name, --wallet.hotkey or --netuid"
-        );
-    }
+    args.members.warn_unused();
     Ok(None)
 }
 

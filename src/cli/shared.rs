@@ -13,7 +13,7 @@ use crate::proof::{Scheme, UnknownScheme};
 use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
 use crate::verify::{FastRows, Verifier};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, Command, FromArgMatches};
+use clap::{ArgMatches, Args, FromArgMatches};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
@@ -52,21 +52,9 @@ struct ModelsSource {
     is_given: bool,
 }
 
-impl Args for ModelsSource {
-    fn augment_args(command: Command) -> Command {
-        command
-    }
-
-    fn augment_args_for_update(command: Command) -> Command {
-        command
-    }
-}
-
 impl FromArgMatches for ModelsSource {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let source = matches.value_source("path");
-        let given = [ValueSource::CommandLine, ValueSource::EnvVariable];
-        Ok(Self { is_given: source.is_some_and(|source| given.contains(&source)) })
+        Ok(Self { is_given: is_given(matches, "path") })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -74,6 +62,30 @@ impl FromArgMatches for ModelsSource {
         Ok(())
     }
 }
+
+/// Whether the command line or a variable has a value for the argument of this id.
+pub(super) fn is_given(matches: &ArgMatches, id: &str) -> bool {
+    let given = [ValueSource::CommandLine, ValueSource::EnvVariable];
+    matches.value_source(id).is_some_and(|source| given.contains(&source))
+}
+
+/// Lets a type look at the arguments that others define.
+macro_rules! without_flags {
+    ($name:ty) => {
+        impl clap::Args for $name {
+            fn augment_args(command: clap::Command) -> clap::Command {
+                command
+            }
+
+            fn augment_args_for_update(command: clap::Command) -> clap::Command {
+                command
+            }
+        }
+    };
+}
+
+pub(super) use without_flags;
+without_flags!(ModelsSource);
 
 #[derive(Args)]
 pub(super) struct ListenArgs {

@@ -2,7 +2,7 @@
 //! Bittensor SDK use. Dashes and underscores in place of dots work too ([`layers`](super::layers)).
 
 use super::Failure;
-use super::shared::check_http;
+use super::shared::{check_http, is_given, without_flags};
 use crate::chain::keyfile::{self, KeyFileError};
 use crate::chain::keys::Hotkey;
 use crate::chain::keys::Keypair;
@@ -11,7 +11,7 @@ use crate::chain::wallet::{Wallet, WalletError};
 use crate::endpoint::shown;
 use crate::miner::address::{self, CHECK_IP};
 use crate::server::door::Policy;
-use clap::Args;
+use clap::{ArgMatches, Args, FromArgMatches};
 use secrecy::SecretString;
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
@@ -127,11 +127,6 @@ pub(super) struct ChainArgs {
 }
 
 impl ChainArgs {
-    /// Whether flags were given that mean something on a subnet only.
-    pub(super) fn is_named(&self) -> bool {
-        self.netuid.is_some() || !self.chain_endpoint.is_empty()
-    }
-
     pub(super) fn endpoints(&self) -> Result<Endpoints, Failure> {
         let is_near = |url: &str| {
             ["127.", "localhost", "[::1]"].iter().any(|host| url[5..].starts_with(host))
@@ -250,6 +245,57 @@ impl AxonArgs {
             rate: self.hotkey_rate,
             slots,
             waiting_max: self.hotkey_waiting,
+        }
+    }
+}
+
+/// Ids and names of the flags that mean something to a member of a subnet only.
+const MEMBERS: [(&str, &str); 15] = [
+    ("wallet.path", "wallet.path"),
+    ("network", "subtensor.network"),
+    ("chain_endpoint", "subtensor.chain_endpoint"),
+    ("axon.port", "axon.port"),
+    ("axon.ip", "axon.ip"),
+    ("external_ip", "axon.external_ip"),
+    ("external_port", "axon.external_port"),
+    ("check_ip", "check-ip"),
+    ("dry_run", "dry-run"),
+    ("no_force_validator_permit", "no-force-validator-permit"),
+    ("allow_hotkey", "allow-hotkey"),
+    ("deny_hotkey", "deny-hotkey"),
+    ("hotkey_rate", "hotkey-rate"),
+    ("hotkey_waiting", "hotkey-waiting"),
+    ("epoch_length", "epoch-length"),
+];
+
+/// Which of them were given, by their names. It has no flags of its own, and stands before them:
+/// they are read while they are still there.
+pub(super) struct MemberFlags(Vec<&'static str>);
+
+without_flags!(MemberFlags);
+
+impl FromArgMatches for MemberFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = MEMBERS.iter().filter(|(id, _)| is_given(matches, id));
+        Ok(Self(given.map(|(_, name)| *name).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl MemberFlags {
+    /// Warns of those that were given to a server that is no member of a subnet.
+    pub(super) fn warn_unused(&self) {
+        if !self.0.is_empty() {
+            let names =
+                self.0.iter().map(|name| format!("--{name}")).collect::<Vec<_>>().join(", ");
+            tracing::warn!(
+                "without --wallet.name, --wallet.hotkey or --netuid this is no miner, and these \
+                 flags have no effect: {names}"
+            );
         }
     }
 }

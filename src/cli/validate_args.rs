@@ -4,6 +4,7 @@ use super::Failure;
 use super::shared::{ComputeArgs, DatabaseArg, ModelsArg, ScrutinyArgs, check_http, proof_scheme};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
+use crate::clock::Clock;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, RoundSettings, Times};
@@ -111,19 +112,17 @@ pub(super) struct ListArgs {
         id = "models.config",
         long = "models.config",
         env = "TARGON_MODELS_CONFIG",
-        default_value = CONFIG_FILE,
         help_heading = "Models"
     )]
-    config: PathBuf,
+    config: Option<PathBuf>,
     /// The server of --models.mode endpoint.
     #[arg(
         id = "models.endpoint",
         long = "models.endpoint",
         env = "TARGON_MODELS_ENDPOINT",
-        default_value = ENDPOINT,
         help_heading = "Models"
     )]
-    endpoint: String,
+    endpoint: Option<String>,
 }
 
 impl ListArgs {
@@ -136,9 +135,35 @@ impl ListArgs {
     pub(super) fn mode(&self) -> Option<Mode> {
         self.mode.map(|mode| match mode {
             ListMode::Default => Mode::Default,
-            ListMode::Config => Mode::Config(self.config.clone()),
-            ListMode::Endpoint => Mode::Endpoint(self.endpoint.clone()),
+            ListMode::Config => {
+                Mode::Config(self.config.clone().unwrap_or_else(|| CONFIG_FILE.into()))
+            }
+            ListMode::Endpoint => {
+                Mode::Endpoint(self.endpoint.clone().unwrap_or_else(|| ENDPOINT.into()))
+            }
         })
+    }
+
+    /// Refuses what no mode would use, and a file that cannot be read now: later it is only said
+    /// that none of its models is there.
+    pub(super) async fn check(&self, clock: &Clock) -> Result<(), Failure> {
+        let (has_config, has_endpoint) = (self.config.is_some(), self.endpoint.is_some());
+        for (is_given, is_used, name) in [
+            (has_config, matches!(self.mode, Some(ListMode::Config)), "config"),
+            (has_endpoint, matches!(self.mode, Some(ListMode::Endpoint)), "endpoint"),
+        ] {
+            if is_given && !is_used {
+                let what = format!("--models.{name} goes only with --models.mode {name}");
+                return Err(Failure::user(what));
+            }
+        }
+        match self.mode() {
+            Some(mode @ Mode::Config(_)) => {
+                let listed = mode.list(clock).await;
+                listed.map(drop).map_err(|e| Failure::user(format!("--models.config {e}")))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -263,6 +288,13 @@ impl RoundArgs {
             return Err(Failure::user(what));
         }
         let (_, query) = self.waits();
+        // Whoever has more stake than no number has is nobody, and than less than nothing everybody.
+        if !(0.0..).contains(&self.vpermit_tao_limit) {
+            let got = self.vpermit_tao_limit;
+            return Err(Failure::user(format!(
+                "--vpermit-tao-limit must be at least 0, got {got}"
+            )));
+        }
         Ok(RoundSettings {
             netuid,
             profile: self.profile.to_string(),

@@ -190,6 +190,14 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
     let absent = write_models(dir.path(), "[[model]]\nname = \"a\"\npath = \"absent\"\n");
     let (code, _, err) = run(&["serve", "--models", &absent, "--port", "0"]);
     assert!(code == 1 && err.contains("error: a cannot be served: cannot read"), "{err}");
+    assert!(!err.contains("no effect"), "{err}");
+    // What means nothing here is said once.
+    let serve = ["serve", "--models", &absent, "--port", "0"];
+    let unused = ["--dry-run", "--axon.port", "8092", "--update.url", "https://example.org"];
+    let (_, _, err) = run(&[serve, unused].concat());
+    let members = "these flags have no effect: --axon.port, --dry-run\n";
+    assert!(err.contains(members) && err.matches("this is no miner").count() == 1, "{err}");
+    assert!(err.contains("--update.key have no effect without --autoupdate"), "{err}");
     let (code, _, err) = run(&["serve", "--isa", "mmx"]);
     assert!(
         code == 1 && err.contains("unknown instruction set `mmx`; known: amx, avx512, "),
