@@ -58,10 +58,10 @@ pub(super) struct CalibrateArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
     first: u16,
     /// The miners that gave these answers: stack, version and hardware, as text.
-    #[arg(long, value_name = "NAME", default_value = "unnamed")]
+    #[arg(long, value_name = "NAME", default_value = "unnamed", requires = "limits")]
     class: String,
     /// The share of prompts that are used only to test the limits.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, requires = "limits")]
     held_out: f64,
     /// Generate this number of answers here, and print how many are equal bit for bit when
     /// recomputed.
@@ -92,11 +92,13 @@ impl CalibrateArgs {
     fn wanted(&self) -> Result<Vec<ModelConfig>, Failure> {
         let models = self.models.read(&[])?.models;
         let wanted: Vec<_> = models.into_iter().filter(|m| self.is_wanted(&m.name)).collect();
-        match wanted.is_empty() {
-            true => {
-                Err(Failure::user(format!("{} lists no such model", self.models.path.display())))
+        match &self.model {
+            Some(name) if wanted.is_empty() => {
+                let place = self.models.path.display();
+                let what = format!("--model: {place} has no model `{}`", printable(name));
+                Err(Failure::user(what).with_hint(Some("add a [[model]] entry of that name")))
             }
-            false => Ok(wanted),
+            _ => Ok(wanted),
         }
     }
 }

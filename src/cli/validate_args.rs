@@ -288,6 +288,12 @@ impl RoundArgs {
             return Err(Failure::user(what));
         }
         let (_, query) = self.waits();
+        let proof = self.proof()?;
+        if verifying.rules == Some(verify::Profile::Proof) && proof.is_none() {
+            let what = "--rules proof needs a proof to be asked for, and --proof is none";
+            let hint = "the profile targon-4.4 asks for none unless --proof says so";
+            return Err(Failure::user(what).with_hint(Some(hint)));
+        }
         // Whoever has more stake than no number has is nobody, and than less than nothing everybody.
         if !(0.0..).contains(&self.vpermit_tao_limit) {
             let got = self.vpermit_tao_limit;
@@ -300,7 +306,7 @@ impl RoundArgs {
             profile: self.profile.to_string(),
             asked_max: usize::from(self.miners_max),
             lengths: self.tokens_min..=self.tokens_max,
-            proof: self.proof()?,
+            proof,
             slow_share: self.slow_share,
             keep: match self.captures {
                 KeepArg::None => Keep::Nothing,

@@ -46,7 +46,7 @@ pub(super) struct VerifyArgs {
     #[arg(long)]
     profile: Option<Profile>,
     /// Compute logits at every row, not only at random ones (`--rows`).
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["rows", "early_exit"])]
     slow: bool,
     /// Require that hidden rows are equal bit for bit, because the miner runs this engine.
     #[arg(long)]
@@ -76,6 +76,7 @@ pub(super) struct VerifyArgs {
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
+    args.check()?;
     check_writable("html", args.html.as_deref())?;
     let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
     let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
@@ -89,9 +90,19 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let captures = Captures::open(&args.file).map_err(Failure::user)?;
     let (runtime, entropy) = (runtime()?, Entropy::system());
     let account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
-    let (worst, sections) = (0, Vec::new());
-    let mut checking =
-        Checking { args, file, limits, runtime, entropy, verifiers, account, worst, sections };
+    let (worst, is_warned, sections) = (0, false, Vec::new());
+    let mut checking = Checking {
+        args,
+        file,
+        limits,
+        runtime,
+        entropy,
+        verifiers,
+        account,
+        worst,
+        is_warned,
+        sections,
+    };
     let mut is_empty = true;
     for line in captures {
         is_empty = false;
@@ -122,6 +133,8 @@ struct Checking<'a> {
     account: Option<Account>,
     /// Weight of the worst verdict.
     worst: usize,
+    /// Whether it was said that `--exact` has no effect on an answer.
+    is_warned: bool,
     /// The parts of the HTML page.
     sections: Vec<Markup>,
 }
@@ -169,6 +182,10 @@ impl Checking<'_> {
     ) -> Result<(), Failure> {
         for checked in checked {
             self.worst = self.worst.max(weight(&checked.report.verdict));
+            if self.args.exact && checked.profile != Profile::Proof && !self.is_warned {
+                tracing::warn!("{place}: --exact says nothing of an answer without a proof");
+                self.is_warned = true;
+            }
             let limits = &self.limits;
             let tally = self.account.as_mut().map(|a| a.add(place, capture, checked, limits));
             let tally = tally.transpose()?;
@@ -200,6 +217,27 @@ impl Checking<'_> {
 }
 
 impl VerifyArgs {
+    /// Refuses what only proofs are checked by, where the rules are others.
+    fn check(&self) -> Result<(), Failure> {
+        let Some(profile) = self.profile.filter(|profile| *profile != Profile::Proof) else {
+            return Ok(());
+        };
+        let wanted = self.scrutiny.asked();
+        let unused = [
+            ("--exact", self.exact),
+            ("--twin", wanted.twin.is_some()),
+            ("--name-cheats", wanted.names),
+            ("--early-exit", wanted.stops_early),
+        ];
+        match unused.iter().find(|(_, is_given)| *is_given) {
+            Some((flag, _)) => {
+                let what = format!("{flag} goes only with proofs, --profile is {}", profile.name());
+                Err(Failure::user(what))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn verification<'a>(&self, verifier: &'a Verifier, entropy: &Entropy) -> Verification<'a> {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
         let chance = self.chance.unwrap_or_else(|| entropy.word());

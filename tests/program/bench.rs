@@ -150,6 +150,14 @@ fn an_engine_that_cannot_be_measured_is_refused_by_name() {
         (&["engine", "m", "--depth", "500"], "needs a context of"),
         (&["engine", "m", "--device", "h300"], "--device: there is no device \"h300\""),
         (&["engine", "m", "--runs", "0"], "invalid value '0' for '--runs"),
+        (
+            &["serve", "--url", "x", "--model", "m", "--load", "targon", "--input", "9"],
+            "--input goes only with --load fixed",
+        ),
+        (
+            &["serve", "--url", "x", "--model", "m", "--load", "targon", "--completion"],
+            "--completion goes only with --load fixed",
+        ),
     ] {
         let (code, _, err) = bench(home, arguments);
         assert!(code == 1 && err.contains(want), "{arguments:?}: {err}");

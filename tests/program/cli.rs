@@ -354,6 +354,23 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let (code, out, err) = run(&page);
     let want = "--html /no/such/p cannot be written: ";
     assert!(code == 1 && out.is_empty() && err.contains(want), "{code} {out}{err}");
+    // What would have no effect is refused, or said where it depends on the answer.
+    let file_name = file.display().to_string();
+    let verify = ["verify", &file_name, "--models", &models];
+    for (flags, want) in [
+        (&["--slow", "--rows", "3"][..], "cannot be used with"),
+        (&["--slow", "--early-exit"], "cannot be used with"),
+        (&["--profile", "targon-4.4", "--exact"], "--exact goes only with proofs"),
+        (&["--profile", "targon-4.1", "--twin", "never"], "--twin goes only with proofs"),
+        (&["--profile", "targon-4.4", "--name-cheats"], "--name-cheats goes only with proofs"),
+    ] {
+        let (code, out, err) = run(&[&verify[..], flags].concat());
+        assert!(code == 1 && out.is_empty() && err.contains(want), "{flags:?}: {out}{err}");
+    }
+    std::fs::write(&file, format!("{unscored}\n{unscored}\n")).unwrap();
+    let (_, _, err) = run(&[&verify[..], &["--exact"]].concat());
+    let want = "answers.jsonl:1: --exact says nothing of an answer without a proof";
+    assert!(err.contains(want) && err.matches("says nothing").count() == 1, "{err}");
     // A model that is not here, or that is not named, is no fault of the answer either.
     let other = request.replace(r#""m""#, r#""zz""#);
     let no_model = format!("{{\"request\": {other}, \"response\": {{\"choices\": []}}}}");

@@ -311,6 +311,8 @@ async fn starts_that_cannot_work_end_at_once_with_what_is_missing() {
     let listed = ["--models.mode", "config", "--models.config", "no-such.txt"];
     expect(1, &["--models.config no-such.txt", "No such file"], &listed).await;
     expect(1, &["--models.config goes only with --models.mode config"], &listed[2..]).await;
+    let no_proof = ["--profile", "targon-4.4", "--rules", "proof"];
+    expect(1, &["--rules proof needs a proof to be asked for"], &no_proof).await;
     expect(1, &["--proof nothing: must be one of"], &["--proof", "nothing"]).await;
     expect(1, &["no-such.jsonl"], &["--dataset", "no-such.jsonl"]).await;
     expect(1, &["no-such.json", "cannot be read"], &["--limits", "no-such.json"]).await;
