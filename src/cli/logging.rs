@@ -44,6 +44,11 @@ pub(super) fn set(log: &LogFilter) -> anyhow::Result<()> {
     Ok(HANDLE.get().map_or(Ok(()), |handle| handle.reload(filter))?)
 }
 
+/// Logs from now on what a models file says, if it says it.
+pub(super) fn follow(log: Option<&LogFilter>) -> Result<(), Failure> {
+    log.map_or(Ok(()), set).map_err(Failure::ours)
+}
+
 /// Keeps lines from now on, where stderr is the terminal that a view draws on.
 pub(super) fn to_memory() {
     if io::stderr().is_terminal() {

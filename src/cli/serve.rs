@@ -88,9 +88,7 @@ pub(super) fn run(args: ServeArgs, log: LogFilter) -> Result<(), Failure> {
     let pool = args.compute.pool()?;
     tracing::info!(threads = pool.threads(), isa = %pool.isa(), canon = CANON, "compute pool");
     let runtime = runtime()?;
-    if let Some(log) = &config.server.log {
-        logging::set(log).map_err(Failure::ours)?;
-    }
+    logging::follow(config.server.log.as_ref())?;
     let outcome = runtime.block_on(serve(args, log, (config, seen), pool));
     // Loading threads may still be busy; nothing waits for them.
     runtime.shutdown_background();

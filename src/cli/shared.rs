@@ -4,6 +4,7 @@ use super::Failure;
 use super::printable::printable;
 use super::progress::Bars;
 use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::config::server_toml::check_keys;
 use crate::endpoint::shown;
 use crate::files;
 use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
@@ -42,6 +43,7 @@ impl ModelsArg {
 
     /// Reads the file; `keys` open the API besides those that it names.
     pub(super) fn read(&self, keys: &[String]) -> Result<Config, Failure> {
+        check_keys(keys).map_err(|e| Failure::user(format!("--api-key: keys {e}")))?;
         models_toml::read(&self.path, keys)
             .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))
     }

@@ -191,6 +191,9 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
     let (code, _, err) = run(&["serve", "--models", &absent, "--port", "0"]);
     assert!(code == 1 && err.contains("error: a cannot be served: cannot read"), "{err}");
     assert!(!err.contains("no effect"), "{err}");
+    let (code, _, err) = run(&["serve", "--models", &absent, "--api-key", "short"]);
+    let short = "error: --api-key: keys must have at least 16 characters each, one has 5";
+    assert!(code == 1 && err.contains(short), "{err}");
     // What means nothing here is said once.
     let serve = ["serve", "--models", &absent, "--port", "0"];
     let unused = ["--dry-run", "--axon.port", "8092", "--update.url", "https://example.org"];

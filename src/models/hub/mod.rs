@@ -47,6 +47,16 @@ pub struct Hub {
     client: Client,
 }
 
+/// Whether a repository of the Hub can be called so.
+pub fn is_repository(name: &str) -> bool {
+    check_repo(name).is_ok()
+}
+
+/// Whether a revision or a file of a repository can be called so.
+pub fn is_name(name: &str) -> bool {
+    check_name(name).is_ok()
+}
+
 /// A repository on disk.
 #[derive(Debug)]
 pub struct Snapshot {
