@@ -13,7 +13,7 @@ use crate::bench::own::{Own, OwnError, OwnTally};
 use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::locate;
-use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs};
+use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs, names};
 use crate::lifecycle::verifiers::Verifiers;
 use crate::models::Model;
 use crate::models::identity::{Identity, Recalibrated};
@@ -129,7 +129,8 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     limits_file::check_place(out).map_err(Failure::user)?;
     let CheckedPairs { samples, model, left_out } = measure(args, usize::MAX)?;
     let samples = samples.into_values().flatten().collect();
-    let split = split(samples, args.held_out).map_err(Failure::user)?;
+    let split = split(samples, args.held_out)
+        .map_err(|e| Failure::user(format!("--pairs {} {e}", names(&args.pairs))))?;
     let file = limits_file(&model, &args.class, &split);
     limits_file::write(out, &file).map_err(Failure::user)?;
     describe(&file, left_out);
@@ -180,7 +181,7 @@ fn measure(args: &CalibrateArgs, answers_max: usize) -> Result<CheckedPairs, Fai
     let mut verifiers = Verifiers::new(file, pool, MEASURING, Arc::new(Bars::new()));
     let wanted = WantedPairs { model: args.model.as_deref(), answers_max };
     let checked = runtime()?.block_on(check_pairs(&args.pairs, &mut verifiers, wanted));
-    checked.map_err(|e| Failure::user(&e).with_hint(e.hint()))
+    checked.map_err(|e| Failure::user(format!("--pairs {e}")).with_hint(e.hint()))
 }
 
 fn describe(file: &LimitsFile, left_out: usize) {

@@ -8,6 +8,7 @@ use crate::config::server_toml::check_keys;
 use crate::endpoint::shown;
 use crate::files;
 use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
+use crate::models::hub::{Hub, HubError};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
 use crate::proof::{Scheme, UnknownScheme};
@@ -221,6 +222,14 @@ pub(super) fn check_http(flag: &str, url: &str) -> Result<(), Failure> {
     }
     let what = format!("--{flag} must begin with http:// or https://, got {}", shown(url));
     Err(Failure::user(printable(&what)))
+}
+
+/// The Hub and its cache.
+pub(super) fn hub() -> Result<Hub, Failure> {
+    Hub::from_env().map_err(|e| match e {
+        HubError::NoHome => Failure::user(e).with_hint(Some("set HOME, or HF_HOME")),
+        e => Failure::ours(e),
+    })
 }
 
 /// Refuses a file of the flag `--flag` that could not be written when the work is done.

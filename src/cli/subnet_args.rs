@@ -65,8 +65,11 @@ impl WalletArgs {
     pub(super) fn wallet(&self) -> Result<Wallet, Failure> {
         let path = match self.path.strip_prefix("~") {
             Ok(rest) => {
-                let home = std::env::var_os("HOME");
-                let home = home.ok_or_else(|| Failure::user("HOME is not set"))?;
+                let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
+                let home = home.ok_or_else(|| {
+                    let place = self.path.display();
+                    Failure::user(format!("--wallet.path {place}: HOME is not set"))
+                })?;
                 Path::new(&home).join(rest)
             }
             Err(_) => self.path.clone(),
