@@ -51,7 +51,9 @@ impl PreparedMiner {
         let local = listener.local_addr().map_err(Failure::ours)?;
         let external = axon.external(local.port()).await?;
         if is_private(external.ip()) {
-            tracing::warn!(%external, "the address lies in a private network: no validator reaches it");
+            tracing::warn!(
+                %external, "the address lies in a private network: no validator reaches it"
+            );
         }
         tracing::info!(%hotkey, netuid = chain.netuid(), %external, "subnet miner");
         let gate = Gate::new(hotkey, axon.policy(slots), clock);

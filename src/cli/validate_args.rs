@@ -294,7 +294,7 @@ impl RoundArgs {
             let hint = "the profile targon-4.4 asks for none unless --proof says so";
             return Err(Failure::user(what).with_hint(Some(hint)));
         }
-        // Whoever has more stake than no number has is nobody, and than less than nothing everybody.
+        // Nobody has more stake than no number, and everybody has more than less than nothing.
         if !(0.0..).contains(&self.vpermit_tao_limit) {
             let got = self.vpermit_tao_limit;
             return Err(Failure::user(format!(

@@ -28,10 +28,13 @@ fn request(socket: &mut TcpStream) -> String {
     let (mut text, mut part) = (String::new(), [0; 4096]);
     loop {
         let read = socket.read(&mut part).unwrap();
+        if read == 0 {
+            return text;
+        }
         text += std::str::from_utf8(&part[..read]).unwrap();
         let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
         let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
-        if read == 0 || body.len() >= length.map_or(0, |length| length.parse().unwrap()) {
+        if body.len() >= length.map_or(0, |length| length.parse().unwrap()) {
             return head.lines().next().unwrap_or_default().to_owned();
         }
     }

@@ -352,37 +352,6 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     let (code, out, _) = check(&[&no_request, &rejected]);
     assert!(code == 3 && out.contains("answers.jsonl:1: unscored: "), "{out}");
     assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
-    // A page that could not be written is refused before anything is checked.
-    let page = ["verify", &file.display().to_string(), "--models", &models, "--html", "/no/such/p"];
-    let (code, out, err) = run(&page);
-    let want = "--html /no/such/p cannot be written: ";
-    assert!(code == 1 && out.is_empty() && err.contains(want), "{code} {out}{err}");
-    // What would have no effect is refused, or said where it depends on the answer.
-    let file_name = file.display().to_string();
-    let verify = ["verify", &file_name, "--models", &models];
-    for (flags, want) in [
-        (&["--slow", "--rows", "3"][..], "cannot be used with"),
-        (&["--slow", "--early-exit"], "cannot be used with"),
-        (&["--profile", "targon-4.4", "--exact"], "--exact goes only with proofs"),
-        (&["--profile", "targon-4.1", "--twin", "never"], "--twin goes only with proofs"),
-        (&["--profile", "targon-4.4", "--name-cheats"], "--name-cheats goes only with proofs"),
-    ] {
-        let (code, out, err) = run(&[&verify[..], flags].concat());
-        assert!(code == 1 && out.is_empty() && err.contains(want), "{flags:?}: {out}{err}");
-    }
-    std::fs::write(&file, format!("{unscored}\n{unscored}\n")).unwrap();
-    let (_, _, err) = run(&[&verify[..], &["--exact"]].concat());
-    let want = "answers.jsonl:1: --exact says nothing of an answer without a proof";
-    assert!(err.contains(want) && err.matches("says nothing").count() == 1, "{err}");
-    // A model that is not here, or that is not named, is no fault of the answer either.
-    let other = request.replace(r#""m""#, r#""zz""#);
-    let no_model = format!("{{\"request\": {other}, \"response\": {{\"choices\": []}}}}");
-    let (code, out, err) = check(&[&no_model, &rejected]);
-    assert_eq!(code, 3, "{out}{err}");
-    let unscored_line = format!("answers.jsonl:1: unscored: {models} has no model `zz`\n");
-    assert!(out.contains(&unscored_line), "{out}");
-    assert!(out.contains("answers.jsonl:2 choice 0: reject"), "{out}");
-    assert_eq!(check(&[&no_model]).0, 4);
     // What a peer says neither steers the terminal nor looks like a verdict of ours.
     let words = r#""\u001b[2J\u009b31m\u202e\nanswers.jsonl:9 choice 0: pass""#;
     let steers = format!(
@@ -392,4 +361,43 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     assert!(code == 3 && out.contains(r"\u001b[2J\u009b31m\u202e\nanswers"), "{out}");
     assert!(out.chars().all(|c| c == '\n' || (!c.is_control() && c != '\u{202e}')), "{out:?}");
     assert!(out.lines().all(|line| !line.starts_with("answers.jsonl:9")), "{out}");
+}
+
+#[test]
+fn a_check_that_cannot_be_made_as_asked_is_refused_and_an_unknown_model_is_unscored() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
+    let models = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
+    let line = |model: &str| {
+        let request = format!(r#"{{"model": "{model}", "prompt": "x", "max_tokens": 2}}"#);
+        let choice =
+            r#"{"index": 0, "token_ids": [104, 104], "text": "hh", "finish_reason": "length"}"#;
+        format!("{{\"request\": {request}, \"response\": {{\"choices\": [{choice}]}}}}\n")
+    };
+    let file = dir.path().join("answers.jsonl");
+    let name = file.display().to_string();
+    let verify = |flags: &[&str]| run(&[&["verify", &name, "--models", &models], flags].concat());
+    std::fs::write(&file, line("m").repeat(2)).unwrap();
+    for (flags, want) in [
+        (&["--html", "/no/such/p"][..], "--html /no/such/p cannot be written: "),
+        (&["--slow", "--rows", "3"], "cannot be used with"),
+        (&["--slow", "--early-exit"], "cannot be used with"),
+        (&["--profile", "targon-4.4", "--exact"], "--exact goes only with proofs"),
+        (&["--profile", "targon-4.1", "--twin", "never"], "--twin goes only with proofs"),
+        (&["--profile", "targon-4.4", "--name-cheats"], "--name-cheats goes only with proofs"),
+    ] {
+        let (code, out, err) = verify(flags);
+        assert!(code == 1 && out.is_empty() && err.contains(want), "{flags:?}: {out}{err}");
+    }
+    // Whether a flag has an effect may depend on the answer.
+    let (_, _, err) = verify(&["--exact"]);
+    let want = "answers.jsonl:1: --exact says nothing of an answer without a proof";
+    assert!(err.contains(want) && err.matches("says nothing").count() == 1, "{err}");
+    // A model that is not here is no fault of the answer, and the next line is checked.
+    std::fs::write(&file, line("zz") + &line("m")).unwrap();
+    let (code, out, err) = verify(&["--profile", "proof"]);
+    assert_eq!(code, 4, "{out}{err}");
+    let unscored = format!("answers.jsonl:1: unscored: {models} has no model `zz`\n");
+    assert!(out.contains(&unscored), "{out}");
+    assert!(out.contains("answers.jsonl:2 choice 0: unscored: the request asked for no"), "{out}");
 }
