@@ -107,7 +107,7 @@ pub(super) struct ListArgs {
         help_heading = "Models"
     )]
     mode: Option<ListMode>,
-    /// The file of --models.mode config.
+    /// The file of --models.mode config; by default models.txt.
     #[arg(
         id = "models.config",
         long = "models.config",
@@ -115,7 +115,7 @@ pub(super) struct ListArgs {
         help_heading = "Models"
     )]
     config: Option<PathBuf>,
-    /// The server of --models.mode endpoint.
+    /// The server of --models.mode endpoint; by default that of Targon's validators.
     #[arg(
         id = "models.endpoint",
         long = "models.endpoint",
