@@ -2,7 +2,7 @@
 //! file is always replaced as a whole.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// A key of a file whose value breaks a rule.
@@ -77,6 +77,53 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         })?;
     // Without this a power cut can undo the rename.
     File::open(&directory)?.sync_all()
+}
+
+/// Tries whether the file can be written, for those who write it only after long work. Nothing of
+/// it changes, and where there was none there is none again.
+///
+/// # Errors
+/// When it cannot be opened, or made where there is none.
+pub fn check_writable(path: &Path) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    match options.append(true).open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            options.create(true).open(path)?;
+            // What a link stands for was made, not the link.
+            std::fs::remove_file(std::fs::canonicalize(path)?)
+        }
+        opened => opened.map(drop),
+    }
+}
+
+/// Adds a line to a file, which is made where there is none. A last line that was not ended is
+/// ended before, and where the line cannot be written whole, nothing of it stays.
+///
+/// # Errors
+/// When it cannot be opened, read or written.
+pub fn append_line(path: &Path, line: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+    let meta = file.metadata()?;
+    let length = meta.is_file().then_some(meta.len());
+    let mut bytes = Vec::with_capacity(line.len() + 2);
+    if length.is_some_and(|length| length > 0) && last_byte(path)? != b'\n' {
+        bytes.push(b'\n');
+    }
+    bytes.extend_from_slice(line);
+    bytes.push(b'\n');
+    file.write_all(&bytes).inspect_err(|_| {
+        if let Some(length) = length {
+            // That it failed is reported either way.
+            let _ = file.set_len(length);
+        }
+    })
+}
+
+fn last_byte(path: &Path) -> io::Result<u8> {
+    let (mut file, mut last) = (File::open(path)?, [0]);
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut last)?;
+    Ok(last[0])
 }
 
 /// A directory among the system's temporary files that goes with its owner.
@@ -181,6 +228,37 @@ mod tests {
         std::fs::create_dir_all(path.join("inside")).unwrap();
         assert!(replace(&path, b"x").is_err());
         assert_eq!(names(dir.path()), ["taken"]);
+    }
+
+    #[test]
+    fn whether_a_file_can_be_written_is_tried_and_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kept, link) = (dir.path().join("kept"), dir.path().join("link"));
+        std::fs::write(&kept, "text").unwrap();
+        symlink(dir.path().join("none"), &link).unwrap();
+        for path in [&kept, &link, &dir.path().join("new")] {
+            check_writable(path).unwrap();
+        }
+        assert_eq!(names(dir.path()), ["kept", "link"]);
+        assert_eq!(std::fs::read(&kept).unwrap(), b"text");
+        for path in [dir.path(), &dir.path().join("no/such"), &kept.join("below")] {
+            assert!(check_writable(path).is_err(), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn a_line_is_added_after_one_that_was_not_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines");
+        for (before, want) in [("", "new\n"), ("old\n", "old\nnew\n"), ("old", "old\nnew\n")] {
+            std::fs::write(&path, before).unwrap();
+            append_line(&path, b"new").unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), want);
+        }
+        append_line(&dir.path().join("made"), b"new").unwrap();
+        // What is no file has no last line and no length.
+        append_line(Path::new("/dev/null"), b"new").unwrap();
+        assert!(append_line(Path::new("/dev/full"), b"new").is_err());
     }
 
     #[test]

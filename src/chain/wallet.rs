@@ -21,6 +21,15 @@ pub struct Wallet {
     hotkey: String,
 }
 
+/// What can be seen of a file with secrets without a password.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SeenHotkey {
+    /// Its secrets are those of this key.
+    Plain(Hotkey),
+    /// Nothing.
+    Encrypted,
+}
+
 /// Why a wallet cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{} {what}", path.display())]
@@ -91,6 +100,31 @@ impl Wallet {
         keyfile::public_key(&bytes).map_err(|what| error(&path, what))
     }
 
+    /// Looks into the file with the hotkey's secrets, as far as that needs no password, and
+    /// compares it with the public file beside it, if there is one.
+    ///
+    /// # Errors
+    /// When it is missing or wrong, or the other file is that of another key.
+    pub fn look(&self) -> Result<SeenHotkey, WalletError> {
+        let (path, public_path) = (self.hotkey_file(), self.hotkey_public_file());
+        let wrong = |what: KeyFileError| error(&path, what);
+        let bytes = read(&path)?;
+        if keyfile::is_encrypted(&bytes).map_err(wrong)? {
+            return Ok(SeenHotkey::Encrypted);
+        }
+        let hotkey = keyfile::keypair(&bytes).map_err(wrong)?.hotkey();
+        if public_path.exists() {
+            let public = keyfile::public_key(&read(&public_path)?);
+            let public = public.map_err(|what| error(&public_path, what))?;
+            if public != hotkey {
+                let what =
+                    format!("must name {hotkey}, the key of {}, got {public}", path.display());
+                return Err(error(&public_path, what));
+            }
+        }
+        Ok(SeenHotkey::Plain(hotkey))
+    }
+
     /// The hotkey. Where its file is encrypted, the password is that of its `BT_PW_` variable, else
     /// what `ask` gives.
     ///
@@ -144,15 +178,24 @@ impl Wallet {
         }
         let new = keyfile::generate().map_err(|what| error(&path, what))?;
         write_new(&path, &new.json).map_err(|e| failed(&path, e))?;
-        write_new(&public_path, &new.public_json).map_err(|e| failed(&public_path, e))?;
+        write_new(&public_path, &new.public_json).map_err(|e| {
+            remove(&path);
+            failed(&public_path, e)
+        })?;
         Ok(new.pair)
     }
 }
 
+/// Writes a file that must not exist yet, whole or not at all.
 fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+    file.write_all(bytes).and_then(|()| file.sync_all()).inspect_err(|_| remove(path))
+}
+
+/// Removes what was just written: what is left of a key would only stand in the way of another. A
+/// failure was the reason, and is reported either way.
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
 }
 
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, WalletError> {
@@ -207,6 +250,37 @@ mod tests {
         let error = wallet.create_hotkey().unwrap_err();
         assert!(error.to_string().contains("never overwritten"), "{error}");
         assert_eq!(fs::read(wallet.hotkey_file()).unwrap(), before);
+    }
+
+    #[test]
+    fn a_hotkey_is_looked_at_without_its_password() {
+        let root = tempfile::tempdir().unwrap();
+        let [one, other] = ["h", "o"].map(|name| Wallet::new(root.path(), "w", name).unwrap());
+        let absent = one.look().unwrap_err().to_string();
+        assert!(absent.contains("w/hotkeys/h cannot be read: "), "{absent}");
+        let made = one.create_hotkey().unwrap().hotkey();
+        assert_eq!(one.look(), Ok(SeenHotkey::Plain(made)));
+        let another = other.create_hotkey().unwrap().hotkey();
+        fs::copy(other.hotkey_public_file(), one.hotkey_public_file()).unwrap();
+        let mixed = one.look().unwrap_err();
+        assert_eq!(mixed.path, one.hotkey_public_file());
+        assert!(mixed.what.starts_with(&format!("must name {made}, the key of ")), "{mixed}");
+        assert!(mixed.what.ends_with(&format!(", got {another}")), "{mixed}");
+        fs::write(one.hotkey_file(), "no key").unwrap();
+        assert!(one.look().unwrap_err().to_string().contains("is not a key file"));
+        fs::write(one.hotkey_file(), "$NACL and more").unwrap();
+        assert_eq!(one.look(), Ok(SeenHotkey::Encrypted));
+    }
+
+    #[test]
+    fn a_public_file_that_cannot_be_written_leaves_no_hotkey_behind() {
+        let root = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(root.path(), "w", "h").unwrap();
+        fs::create_dir_all(root.path().join("w/hotkeys")).unwrap();
+        // A link to nowhere does not exist, and cannot be made anew.
+        std::os::unix::fs::symlink("/no/such/file", wallet.hotkey_public_file()).unwrap();
+        assert!(wallet.create_hotkey().is_err());
+        assert!(!wallet.hotkey_file().exists());
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use super::Failure;
 use super::out::{note, outln};
 use super::printable::printable;
+use super::shared::hub;
 use crate::clock::Clock;
 use crate::engine::plan::Bytes;
 use crate::models::cache::{CacheDirectories, CacheKind, InUse, Item, KINDS, find, remove};
-use crate::models::hub::Hub;
 use anyhow::anyhow;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
@@ -65,8 +65,8 @@ fn age_ms(text: &str) -> anyhow::Result<u64> {
 }
 
 pub(super) fn run(command: &CacheCommand) -> Result<(), Failure> {
-    let hub = Hub::from_env().map_err(Failure::ours)?;
-    let places = CacheDirectories::new(hub.cache());
+    let hub = hub()?;
+    let places = CacheDirectories::new(hub.cache()).map_err(Failure::user)?;
     match command {
         CacheCommand::List(args) => list(args, &places),
         CacheCommand::Clean(args) => clean(args, &places, Clock::system().unix_ms()),

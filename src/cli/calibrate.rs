@@ -13,7 +13,7 @@ use crate::bench::own::{Own, OwnError, OwnTally};
 use crate::config::models_toml::ModelConfig;
 use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::locate;
-use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs};
+use crate::lifecycle::pairs::{CheckedPairs, MEASURING, WantedPairs, check_pairs, names};
 use crate::lifecycle::verifiers::Verifiers;
 use crate::models::Model;
 use crate::models::identity::{Identity, Recalibrated};
@@ -58,10 +58,10 @@ pub(super) struct CalibrateArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
     first: u16,
     /// The miners that gave these answers: stack, version and hardware, as text.
-    #[arg(long, value_name = "NAME", default_value = "unnamed")]
+    #[arg(long, value_name = "NAME", default_value = "unnamed", requires = "limits")]
     class: String,
     /// The share of prompts that are used only to test the limits.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, requires = "limits")]
     held_out: f64,
     /// Generate this number of answers here, and print how many are equal bit for bit when
     /// recomputed.
@@ -92,11 +92,13 @@ impl CalibrateArgs {
     fn wanted(&self) -> Result<Vec<ModelConfig>, Failure> {
         let models = self.models.read(&[])?.models;
         let wanted: Vec<_> = models.into_iter().filter(|m| self.is_wanted(&m.name)).collect();
-        match wanted.is_empty() {
-            true => {
-                Err(Failure::user(format!("{} lists no such model", self.models.path.display())))
+        match &self.model {
+            Some(name) if wanted.is_empty() => {
+                let place = self.models.path.display();
+                let what = format!("--model: {place} has no model `{}`", printable(name));
+                Err(Failure::user(what).with_hint(Some("add a [[model]] entry of that name")))
             }
-            false => Ok(wanted),
+            _ => Ok(wanted),
         }
     }
 }
@@ -127,7 +129,8 @@ fn take_limits(args: &CalibrateArgs, out: &Path) -> Result<(), Failure> {
     limits_file::check_place(out).map_err(Failure::user)?;
     let CheckedPairs { samples, model, left_out } = measure(args, usize::MAX)?;
     let samples = samples.into_values().flatten().collect();
-    let split = split(samples, args.held_out).map_err(Failure::user)?;
+    let split = split(samples, args.held_out)
+        .map_err(|e| Failure::user(format!("--pairs {} {e}", names(&args.pairs))))?;
     let file = limits_file(&model, &args.class, &split);
     limits_file::write(out, &file).map_err(Failure::user)?;
     describe(&file, left_out);
@@ -178,7 +181,7 @@ fn measure(args: &CalibrateArgs, answers_max: usize) -> Result<CheckedPairs, Fai
     let mut verifiers = Verifiers::new(file, pool, MEASURING, Arc::new(Bars::new()));
     let wanted = WantedPairs { model: args.model.as_deref(), answers_max };
     let checked = runtime()?.block_on(check_pairs(&args.pairs, &mut verifiers, wanted));
-    checked.map_err(|e| Failure::user(&e).with_hint(e.hint()))
+    checked.map_err(|e| Failure::user(format!("--pairs {e}")).with_hint(e.hint()))
 }
 
 fn describe(file: &LimitsFile, left_out: usize) {

@@ -100,6 +100,6 @@ fn server_rows(server: &ServerConfig) -> Vec<(&'static str, String)> {
         ("seconds", format!("header {header}, body {body}, write {write}, stall {stall}")),
     ];
     rows.extend((!cors_origins.is_empty()).then(|| ("CORS origins", cors_origins.join(", "))));
-    rows.extend(server.log.clone().map(|log| ("log", log)));
+    rows.extend(server.log.as_ref().map(|log| ("log", log.to_string())));
     rows
 }

@@ -5,7 +5,7 @@ use super::as_validator::{self, MinerArgs};
 use super::out::outln;
 use super::printable::printable;
 use super::shared::runtime;
-use super::shared::{ListenArgs, MODELS_ADVICE, ModelsArg};
+use super::shared::{ListenArgs, MODELS_ADVICE, ModelsArg, hub};
 use super::subnet_args::{AxonArgs, ChainArgs, WALLET_ADVICE, WalletArgs};
 use crate::chain::keys::Hotkey;
 use crate::clock::Clock;
@@ -66,11 +66,15 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
 /// Looks at every part. A part that fails is a finding, and the others are looked at.
 async fn examine(args: &DoctorArgs) -> Vec<Finding> {
     let clock = Clock::system();
-    let hub = Hub::from_env();
-    let caches = hub.iter().map(|hub| hub.cache().to_owned()).chain([cache_dir()]);
+    let (hub, own) = (hub(), cache_dir());
+    let caches = hub.iter().map(|hub| hub.cache().to_owned()).chain(own.iter().cloned());
     let mut findings = machine::examine(&caches.collect::<Vec<_>>());
-    let hub = hub.map_err(|e| {
-        findings.push(Failure::ours(e).fault("hub", "install the package ca-certificates"));
+    if let Err(e) = &own {
+        let finding = Finding::new("cache", Level::Fault, e.to_string());
+        findings.push(finding.hint("set HOME, or TARGON_CACHE"));
+    }
+    let hub = hub.map_err(|failure| {
+        findings.push(failure.fault("hub", "install the package ca-certificates"));
     });
     let hub = hub.ok();
     let (hotkey, seen) = keys(&args.wallet);
@@ -139,10 +143,11 @@ async fn online(
             findings.extend(network::announced(address.ip()));
             findings.push(network::reachable(address).await);
         }
-        Err(failure) => findings.push(
-            Finding::new("public address", Level::Warning, failure.message())
-                .hint("give it by --axon.external_ip"),
-        ),
+        Err(failure) => {
+            let level = if failure.is_ours { Level::Warning } else { Level::Fault };
+            let finding = Finding::new("public address", level, failure.message());
+            findings.push(finding.hint("give it by --axon.external_ip"));
+        }
     }
     let endpoints = match args.chain.endpoints() {
         Ok(endpoints) => endpoints,

@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+/// The flag that names the YAML file.
+const CONFIG: &str = "config";
+
 /// Values for flags, by the flag's long name.
 type Values = BTreeMap<String, Vec<String>>;
 
@@ -98,14 +101,28 @@ fn yaml(command: &Command, path: &Path) -> Result<Values, Failure> {
     let known = flags(command);
     let mut values = Values::new();
     for (key, value) in flat {
-        let Some(arg) = known.iter().find(|arg| is_called(arg, &key)) else {
+        let called: Vec<_> = known.iter().filter(|arg| is_called(arg, &key)).collect();
+        let Some(long) = called.first().and_then(|arg| arg.get_long()) else {
             let names = known.iter().filter_map(|arg| arg.get_long());
             let hint = nearest(&key, names).map(|name| format!("did you mean `{name}`?"));
             return Err(Failure::user(format!("{place}: unknown key `{key}`")).with_hint(hint));
         };
-        values.insert(arg.get_long().unwrap_or_default().to_owned(), value);
+        let fault = |what: String| Err(Failure::user(format!("{place}: `{key}` {what}")));
+        if long == CONFIG {
+            return fault("names a file like this one: only the command line can".into());
+        }
+        if value.len() > 1 && !called.iter().any(|arg| takes_list(arg)) {
+            return fault(format!("must be one value, got a list of {}", value.len()));
+        }
+        if values.insert(long.to_owned(), value).is_some() {
+            return fault(format!("is `{long}`, which is given twice"));
+        }
     }
     Ok(values)
+}
+
+fn takes_list(arg: &Arg) -> bool {
+    arg.get_value_delimiter().is_some() || matches!(arg.get_action(), ArgAction::Append)
 }
 
 /// Nested keys become dotted ones.
@@ -262,6 +279,12 @@ mod tests {
             ("netuid: four", "invalid value 'four'"),
             ("dry_run: ture", "invalid value 'ture'"),
             ("netuid: [[1]]", "`netuid` must be a word, a number"),
+            ("models: [a, b]", "`models` must be one value, got a list of 2"),
+            ("config: other.yaml", "`config` names a file like this one"),
+            (
+                "wallet.name: a\nwallet_name: b",
+                "`wallet_name` is `wallet.name`, which is given twice",
+            ),
         ] {
             let error = parsed(directory.path(), config, &[]).err().unwrap();
             assert!(error.contains(want), "{error}");

@@ -2,11 +2,11 @@
 //! terminal.
 
 use super::Failure;
+use crate::config::log::LogFilter;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
-use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
@@ -20,9 +20,8 @@ static HANDLE: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 /// The newest lines, while they do not go to stderr.
 static LINES: Mutex<Option<VecDeque<String>>> = Mutex::new(None);
 
-pub(super) fn start(text: &str, json: bool) -> Result<(), Failure> {
-    let filter =
-        filter(text).map_err(|e| Failure::user(format!("--log is not a valid filter: {e}")))?;
+pub(super) fn start(log: &LogFilter, json: bool) -> Result<(), Failure> {
+    let filter = log.filter().map_err(|e| Failure::user(format!("--log is not followed: {e}")))?;
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(|| Output)
@@ -36,19 +35,18 @@ pub(super) fn start(text: &str, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Logs from now on what `text` says.
+/// Logs from now on what `log` says.
 ///
 /// # Errors
-/// When it is not a filter.
-pub(super) fn set(text: &str) -> anyhow::Result<()> {
-    let filter = filter(text)?;
+/// When the running log cannot follow it.
+pub(super) fn set(log: &LogFilter) -> anyhow::Result<()> {
+    let filter = log.filter()?;
     Ok(HANDLE.get().map_or(Ok(()), |handle| handle.reload(filter))?)
 }
 
-fn filter(text: &str) -> Result<EnvFilter, ParseError> {
-    // What the other engine says of itself is for those who ask for it.
-    let quiet = "mistralrs_core=warn,mistralrs_quant=warn";
-    EnvFilter::try_new(format!("{quiet},{}", text.replace("engine=", "targon_engine=")))
+/// Logs from now on what a models file says, if it says it.
+pub(super) fn follow(log: Option<&LogFilter>) -> Result<(), Failure> {
+    log.map_or(Ok(()), set).map_err(Failure::ours)
 }
 
 /// Keeps lines from now on, where stderr is the terminal that a view draws on.

@@ -43,12 +43,14 @@ mod wallet;
 #[cfg(test)]
 mod guides;
 
+use crate::config::log::LogFilter;
 use crate::update::Probation;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use examples::with_examples;
 pub use failure::Failure;
 use out::note;
 use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
 
 /// The heading in `--help` of what every command takes, so that it does not stand between the
 /// command's own flags.
@@ -58,9 +60,10 @@ const COMMON: &str = "Every command";
 #[derive(Parser)]
 #[command(name = "targon-engine", version, about, max_term_width = 100)]
 struct Cli {
-    /// The log level: error, warn, info, debug or trace, or a filter such as `engine=debug`.
+    /// The log level: error, warn, info, debug, trace or off, or levels of parts such as
+    /// `warn,engine=debug`.
     #[arg(long, global = true, help_heading = COMMON, env = "TARGON_LOG", default_value = "info")]
-    log: String,
+    log: LogFilter,
     /// Log as one JSON object a line.
     #[arg(long, global = true, help_heading = COMMON, env = "TARGON_LOG_JSON")]
     log_json: bool,
@@ -82,12 +85,12 @@ struct Cli {
 
 impl Cli {
     /// What is logged: the SDK's flags are stronger, the most talkative strongest.
-    fn log(&self) -> &str {
+    fn log(&self) -> LogFilter {
         match (self.logging_trace, self.logging_debug, self.logging_info) {
-            (true, ..) => "trace",
-            (_, true, _) => "debug",
-            (_, _, true) => "info",
-            _ => &self.log,
+            (true, ..) => LogFilter::level(LevelFilter::TRACE),
+            (_, true, _) => LogFilter::level(LevelFilter::DEBUG),
+            (_, _, true) => LogFilter::level(LevelFilter::INFO),
+            _ => self.log.clone(),
         }
     }
 }
@@ -173,7 +176,7 @@ fn launch() -> Result<ExitCode, u8> {
             return if e.use_stderr() { Err(1) } else { Ok(ExitCode::SUCCESS) };
         }
     };
-    let log = cli.log().to_owned();
+    let log = cli.log();
     let outcome = logging::start(&log, cli.log_json).and_then(|()| run(cli.command, log));
     outcome.map_err(report)
 }
@@ -187,7 +190,7 @@ fn report(failure: Failure) -> u8 {
     if failure.is_ours { 2 } else { 1 }
 }
 
-fn run(command: Command, log: String) -> Result<ExitCode, Failure> {
+fn run(command: Command, log: LogFilter) -> Result<ExitCode, Failure> {
     match command {
         Command::Verify(args) => return verify::run(&args),
         Command::Doctor(args) => return doctor::run(&args),

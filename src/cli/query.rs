@@ -4,25 +4,29 @@
 use super::Failure;
 use super::out::outln;
 use super::printable::{printable, printable_lines};
-use super::shared::runtime;
+use super::shared::{check_writable, proof_scheme, runtime};
 use super::subnet_args::{ChainArgs, WalletArgs};
 use crate::chain::Chain;
 use crate::chain::keys::Hotkey;
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::doctor::miner::names;
 use crate::endpoint::shown;
 use crate::entropy::Entropy;
 use crate::proof::codec::to_hex;
-use crate::validator::models;
 use crate::validator::query::{
     Arrival, DEPTH_MAX, QueryError, QuerySigner, Size, Streamed, Target, is_deeper,
 };
 use crate::verify::captures::CapturedStream;
+use anyhow::bail;
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Most seconds of any wait: a day.
+const SECONDS_MAX: u64 = 86_400;
 
 /// Arguments of `query`.
 #[derive(Args)]
@@ -36,22 +40,24 @@ pub(super) struct QueryArgs {
     /// The hotkey behind --address: who the request is signed for, and who must have signed proofs.
     #[arg(long, requires = "address")]
     hotkey: Option<Hotkey>,
-    /// The model; by default the first one that the miner lists.
+    /// The model; by default the first one that the miner or the server lists.
     #[arg(long)]
     model: Option<String>,
     /// The text that the model reads.
     prompt: Option<String>,
-    /// A JSON file with a whole request body instead of a prompt.
-    #[arg(long, conflicts_with = "prompt")]
+    /// A JSON file with a whole request body instead of a prompt and of the flags that make one.
+    #[arg(long, conflicts_with_all = [
+        "prompt", "model", "completion", "max_tokens", "temperature", "proof",
+    ])]
     body: Option<PathBuf>,
     /// Use the completions endpoint instead of chat.
     #[arg(long)]
     completion: bool,
     /// The most tokens of the answer.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
     /// The temperature that tokens are drawn at; 0 takes the most probable ones.
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.7, value_parser = temperature)]
     temperature: f32,
     /// The proof to ask for: residue-v1, residue-v1-u4, toploc or none.
     #[arg(long, default_value = "residue-v1")]
@@ -61,9 +67,11 @@ pub(super) struct QueryArgs {
     save: Option<PathBuf>,
     /// Seconds that may pass between two reads.
     #[arg(long, default_value_t = 60)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=SECONDS_MAX))]
     read_timeout: u64,
     /// Seconds that the whole answer may take.
     #[arg(long, default_value_t = 600)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=SECONDS_MAX))]
     timeout: u64,
     /// A key of the open API of your own server; never sent with a signed request.
     #[arg(long, env = "TARGON_QUERY_API_KEY", hide_env_values = true, requires = "address")]
@@ -74,7 +82,18 @@ pub(super) struct QueryArgs {
     chain: ChainArgs,
 }
 
+/// A temperature that a request can have.
+fn temperature(text: &str) -> anyhow::Result<f32> {
+    let value: f32 = text.parse()?;
+    match (0.0..f32::INFINITY).contains(&value) {
+        true => Ok(value),
+        false => bail!("must be a finite number from 0 on, got {value}"),
+    }
+}
+
 pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
+    proof_scheme(&args.proof)?;
+    check_writable("save", args.save.as_deref())?;
     let signer = match args.wallet.is_named() || args.uid.is_some() {
         true => {
             let key = Arc::new(args.wallet.keypair()?);
@@ -129,14 +148,22 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
             save(path, &target, &body, &arrivals)?;
         }
     }
-    outcome.map_err(query_failure)?;
-    let error = arrivals.iter().find_map(|a| a.chunk["error"]["message"].as_str());
-    match error {
-        Some(message) => {
-            Err(Failure::user(format!("{}: {}", shown(&target.url), printable(message))))
-        }
-        None => Ok(()),
+    let failed = |what: &str| Failure::user(format!("{}: {what}", shown(&target.url)));
+    // What the server itself says of its failure explains how the stream ends.
+    if let Some(message) = arrivals.iter().find_map(|a| error_of(&a.chunk)) {
+        return Err(failed(&printable(message)));
     }
+    outcome.map_err(query_failure)?;
+    match arrivals.is_empty() {
+        true => Err(failed("the stream ends before its first event: it is no answer")),
+        false => Ok(()),
+    }
+}
+
+/// What an event says of a failure, if it says anything of one.
+fn error_of(chunk: &Value) -> Option<&str> {
+    let error = &chunk["error"];
+    error["message"].as_str().or_else(|| error.as_str())
 }
 
 fn query_failure(e: QueryError) -> Failure {
@@ -207,12 +234,13 @@ fn fresh_nonce(entropy: &Entropy) -> String {
 
 async fn first_model(target: &Target, clock: &Clock) -> Result<String, Failure> {
     let hint = Some("name one by --model");
-    if target.signer.is_none() {
-        return Err(Failure::user("--model is missing").with_hint(hint));
-    }
-    let models = models::served(target, clock).await.map_err(query_failure)?;
-    let first = models.into_iter().next();
-    first.ok_or_else(|| Failure::user("the miner lists no model").with_hint(hint))
+    let listed = names(target, clock).await.map_err(|e| {
+        let failure = query_failure(e);
+        let hint = failure.hint.clone().or(hint.map(str::to_owned));
+        failure.with_hint(hint)
+    })?;
+    let none = || Failure::user(format!("{} lists no model", shown(&target.url))).with_hint(hint);
+    listed.into_iter().next().ok_or_else(none)
 }
 
 /// One line for each token.

@@ -5,10 +5,11 @@ use super::progress::Bars;
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{PreparedMiner, RunningMiner, feed_watchdog, tell};
-use super::subnet_args::{AxonArgs, ChainArgs, OriginalArgs, WalletArgs};
+use super::subnet_args::{AxonArgs, ChainArgs, MemberFlags, OriginalArgs, WalletArgs};
 use super::update::{UpdateArgs, replaced, restart};
 use super::{Failure, logging};
 use crate::clock::Clock;
+use crate::config::log::LogFilter;
 use crate::config::models_toml::Config;
 use crate::intake::translate::Defaults;
 use crate::lifecycle::accounts::MemoryAccounts;
@@ -41,6 +42,8 @@ pub(super) struct ServeArgs {
     models: ModelsArg,
     #[command(flatten)]
     listen: ListenArgs,
+    #[command(flatten)]
+    members: MemberFlags,
     #[command(flatten)]
     pub(super) wallet: WalletArgs,
     #[command(flatten)]
@@ -78,17 +81,14 @@ enum Mode {
     Scaled,
 }
 
-pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
+pub(super) fn run(args: ServeArgs, log: LogFilter) -> Result<(), Failure> {
     args.original.check()?;
     let seen = stamp(&args.models.path);
     let config = args.models.read(&args.api_key)?;
     let pool = args.compute.pool()?;
     tracing::info!(threads = pool.threads(), isa = %pool.isa(), canon = CANON, "compute pool");
     let runtime = runtime()?;
-    if let Some(log) = &config.server.log {
-        let refuse = |e| Failure::user(format!("[server] `log` is not a valid filter: {e}"));
-        logging::set(log).map_err(refuse)?;
-    }
+    logging::follow(config.server.log.as_ref())?;
     let outcome = runtime.block_on(serve(args, log, (config, seen), pool));
     // Loading threads may still be busy; nothing waits for them.
     runtime.shutdown_background();
@@ -98,10 +98,13 @@ pub(super) fn run(args: ServeArgs, log: String) -> Result<(), Failure> {
 /// Serves until a signal, or until there is a newer program to become.
 async fn serve(
     args: ServeArgs,
-    log: String,
+    log: LogFilter,
     (config, seen): (Config, Option<Stamp>),
     pool: Pool,
 ) -> Result<Option<Installed>, Failure> {
+    if !args.autoupdate {
+        args.update.warn_unused();
+    }
     let updater = args.update.updater(args.autoupdate)?;
     let (listener, local) = args.listen.bind().await?;
     let clock = Clock::system();
@@ -175,11 +178,7 @@ async fn subnet(
             .await
             .map(Some);
     }
-    if args.chain.is_named() {
-        tracing::warn!(
-            "chain flags are ignored: a miner also needs --wallet.name, --wallet.hotkey or --netuid"
-        );
-    }
+    args.members.warn_unused();
     Ok(None)
 }
 

@@ -4,14 +4,18 @@ use super::Failure;
 use super::printable::printable;
 use super::progress::Bars;
 use crate::config::models_toml::{self, Config, ModelConfig};
+use crate::config::server_toml::check_keys;
 use crate::endpoint::shown;
+use crate::files;
 use crate::lifecycle::verifiers::{VerifierRules, load_verifier};
+use crate::models::hub::{Hub, HubError};
 use crate::ops::lanes::Isa;
 use crate::ops::pool::Pool;
+use crate::proof::{Scheme, UnknownScheme};
 use crate::verify::scrutiny::{TwinPolicy, WantedScrutiny};
 use crate::verify::{FastRows, Verifier};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, Command, FromArgMatches};
+use clap::{ArgMatches, Args, FromArgMatches};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
@@ -40,6 +44,7 @@ impl ModelsArg {
 
     /// Reads the file; `keys` open the API besides those that it names.
     pub(super) fn read(&self, keys: &[String]) -> Result<Config, Failure> {
+        check_keys(keys).map_err(|e| Failure::user(format!("--api-key: keys {e}")))?;
         models_toml::read(&self.path, keys)
             .map_err(|e| Failure::user(&e).with_hint(e.hint.as_deref()))
     }
@@ -50,21 +55,9 @@ struct ModelsSource {
     is_given: bool,
 }
 
-impl Args for ModelsSource {
-    fn augment_args(command: Command) -> Command {
-        command
-    }
-
-    fn augment_args_for_update(command: Command) -> Command {
-        command
-    }
-}
-
 impl FromArgMatches for ModelsSource {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let source = matches.value_source("path");
-        let given = [ValueSource::CommandLine, ValueSource::EnvVariable];
-        Ok(Self { is_given: source.is_some_and(|source| given.contains(&source)) })
+        Ok(Self { is_given: is_given(matches, "path") })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -72,6 +65,30 @@ impl FromArgMatches for ModelsSource {
         Ok(())
     }
 }
+
+/// Whether the command line or a variable has a value for the argument of this id.
+pub(super) fn is_given(matches: &ArgMatches, id: &str) -> bool {
+    let given = [ValueSource::CommandLine, ValueSource::EnvVariable];
+    matches.value_source(id).is_some_and(|source| given.contains(&source))
+}
+
+/// Lets a type look at the arguments that others define.
+macro_rules! without_flags {
+    ($name:ty) => {
+        impl clap::Args for $name {
+            fn augment_args(command: clap::Command) -> clap::Command {
+                command
+            }
+
+            fn augment_args_for_update(command: clap::Command) -> clap::Command {
+                command
+            }
+        }
+    };
+}
+
+pub(super) use without_flags;
+without_flags!(ModelsSource);
 
 #[derive(Args)]
 pub(super) struct ListenArgs {
@@ -205,6 +222,31 @@ pub(super) fn check_http(flag: &str, url: &str) -> Result<(), Failure> {
     }
     let what = format!("--{flag} must begin with http:// or https://, got {}", shown(url));
     Err(Failure::user(printable(&what)))
+}
+
+/// The Hub and its cache.
+pub(super) fn hub() -> Result<Hub, Failure> {
+    Hub::from_env().map_err(|e| match e {
+        HubError::NoHome => Failure::user(e).with_hint(Some("set HOME, or HF_HOME")),
+        e => Failure::ours(e),
+    })
+}
+
+/// Refuses a file of the flag `--flag` that could not be written when the work is done.
+pub(super) fn check_writable(flag: &str, path: Option<&Path>) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    let place = path.display();
+    files::check_writable(path)
+        .map_err(|e| Failure::user(format!("--{flag} {place} cannot be written: {e}")))
+}
+
+/// The proof that the flag `--proof` asks for.
+pub(super) fn proof_scheme(name: &str) -> Result<Option<Scheme>, Failure> {
+    if name == "none" {
+        return Ok(None);
+    }
+    let scheme = name.parse().map(Some);
+    scheme.map_err(|e: UnknownScheme| Failure::user(format!("--proof {name}: {e}, none")))
 }
 
 /// What requests run on, beside the compute threads.

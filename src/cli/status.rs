@@ -3,7 +3,7 @@
 use super::Failure;
 use super::out::outln;
 use super::printable::printable;
-use super::shared::runtime;
+use super::shared::{check_http, runtime};
 use super::tables::bordered;
 use crate::endpoint::{reasons, shown};
 use crate::tls;
@@ -13,11 +13,13 @@ use std::time::Duration;
 
 /// How long the miner may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// What to do where no miner answers.
+const HINT: &str = "is `targon-engine serve` running, and is --url its open listener?";
 
 /// Arguments of `status`.
 #[derive(Args)]
 pub(super) struct StatusArgs {
-    /// The open listener of the miner.
+    /// The open listener of the miner: a URL, or `ip:port`.
     #[arg(long, env = "TARGON_URL", default_value = "http://127.0.0.1:8000")]
     url: String,
     /// Its API key, if it has keys; of several the first is used.
@@ -29,7 +31,12 @@ pub(super) struct StatusArgs {
 }
 
 pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
-    let status = runtime()?.block_on(ask(args))?;
+    let url = match args.url.contains("://") {
+        true => args.url.clone(),
+        false => format!("http://{}", args.url),
+    };
+    check_http("url", &url)?;
+    let status = runtime()?.block_on(ask(&url, args))?;
     if args.json {
         outln!("{status}");
     } else {
@@ -38,28 +45,30 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
+async fn ask(address: &str, args: &StatusArgs) -> Result<Value, Failure> {
     tls::install();
     let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(Failure::ours)?;
-    let address = format!("{}/targon/status", args.url.trim_end_matches('/'));
-    let url = shown(&args.url);
-    let mut request = client.get(address);
+    let url = shown(address);
+    let mut request = client.get(format!("{}/targon/status", address.trim_end_matches('/')));
     if let Some(key) = args.api_key.first() {
         request = request.bearer_auth(key);
     }
     let response = request.send().await.map_err(|e| {
-        let hint = Some("is `targon-engine serve` running, and is --url its open listener?");
         let why = reasons(&e.without_url());
-        Failure::user(format!("{url} does not answer: {why}")).with_hint(hint)
+        Failure::user(format!("{url} does not answer: {why}")).with_hint(Some(HINT))
     })?;
     let status = response.status();
-    let body: Value = response.json().await.map_err(|e| {
-        let why = reasons(&e.without_url());
-        Failure::user(format!("{url} answered {status}, which is not a miner's status: {why}"))
-    })?;
-    match body["error"]["message"].as_str() {
-        Some(message) => Err(Failure::user(format!("{url}: {}", printable(message)))),
-        None => Ok(body),
+    let other = |why: &str| {
+        let what = format!("{url} answered {status}, which is not a miner's status: {why}");
+        Failure::user(what).with_hint(Some(HINT))
+    };
+    let body: Value = response.json().await.map_err(|e| other(&reasons(&e.without_url())))?;
+    if let Some(message) = body["error"]["message"].as_str() {
+        return Err(Failure::user(format!("{url}: {}", printable(message))));
+    }
+    match body["hotkey"].is_string() {
+        true => Ok(body),
+        false => Err(other("it names no `hotkey`")),
     }
 }
 

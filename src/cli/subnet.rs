@@ -8,6 +8,7 @@ use crate::chain::keys::Keypair;
 use crate::chain::metagraph::{AXON_PROTOCOL, Axon};
 use crate::chain::subtensor::Subtensor;
 use crate::clock::Clock;
+use crate::miner::address::is_private;
 use crate::miner::{Announced, Miner, MinerError, MinerOptions};
 use crate::server::door::Gate;
 use crate::server::registry::{ModelState, Registry};
@@ -49,6 +50,11 @@ impl PreparedMiner {
             .map_err(|e| Failure::user(format!("--axon.port: cannot listen on {address}: {e}")))?;
         let local = listener.local_addr().map_err(Failure::ours)?;
         let external = axon.external(local.port()).await?;
+        if is_private(external.ip()) {
+            tracing::warn!(
+                %external, "the address lies in a private network: no validator reaches it"
+            );
+        }
         tracing::info!(%hotkey, netuid = chain.netuid(), %external, "subnet miner");
         let gate = Gate::new(hotkey, axon.policy(slots), clock);
         let options = MinerOptions {

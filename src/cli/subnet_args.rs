@@ -2,15 +2,16 @@
 //! Bittensor SDK use. Dashes and underscores in place of dots work too ([`layers`](super::layers)).
 
 use super::Failure;
+use super::shared::{check_http, is_given, without_flags};
 use crate::chain::keyfile::{self, KeyFileError};
 use crate::chain::keys::Hotkey;
 use crate::chain::keys::Keypair;
 use crate::chain::network::{Endpoints, Network};
 use crate::chain::wallet::{Wallet, WalletError};
 use crate::endpoint::shown;
-use crate::miner::address::CHECK_IP;
+use crate::miner::address::{self, CHECK_IP};
 use crate::server::door::Policy;
-use clap::Args;
+use clap::{ArgMatches, Args, FromArgMatches};
 use secrecy::SecretString;
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
@@ -64,8 +65,11 @@ impl WalletArgs {
     pub(super) fn wallet(&self) -> Result<Wallet, Failure> {
         let path = match self.path.strip_prefix("~") {
             Ok(rest) => {
-                let home = std::env::var_os("HOME");
-                let home = home.ok_or_else(|| Failure::user("HOME is not set"))?;
+                let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
+                let home = home.ok_or_else(|| {
+                    let place = self.path.display();
+                    Failure::user(format!("--wallet.path {place}: HOME is not set"))
+                })?;
                 Path::new(&home).join(rest)
             }
             Err(_) => self.path.clone(),
@@ -126,11 +130,6 @@ pub(super) struct ChainArgs {
 }
 
 impl ChainArgs {
-    /// Whether flags were given that mean something on a subnet only.
-    pub(super) fn is_named(&self) -> bool {
-        self.netuid.is_some() || !self.chain_endpoint.is_empty()
-    }
-
     pub(super) fn endpoints(&self) -> Result<Endpoints, Failure> {
         let is_near = |url: &str| {
             ["127.", "localhost", "[::1]"].iter().any(|host| url[5..].starts_with(host))
@@ -179,7 +178,8 @@ pub(super) struct AxonArgs {
     #[arg(long = "axon.external_ip", env = "BT_AXON_EXTERNAL_IP", help_heading = "Axon")]
     external_ip: Option<IpAddr>,
     /// Port to announce on the chain; by default the port of the signed routes.
-    #[arg(long = "axon.external_port", env = "BT_AXON_EXTERNAL_PORT", help_heading = "Axon")]
+    #[arg(long = "axon.external_port", env = "BT_AXON_EXTERNAL_PORT", help_heading = "Axon",
+        value_parser = clap::value_parser!(u16).range(1..))]
     external_port: Option<u16>,
     /// The service that is asked for the public address.
     #[arg(long, env = "TARGON_CHECK_IP", default_value = CHECK_IP, help_heading = "Axon")]
@@ -226,9 +226,14 @@ impl AxonArgs {
     /// Where others reach it.
     pub(super) async fn external(&self, listening: u16) -> Result<SocketAddr, Failure> {
         let bound = self.listen()?.ip();
+        check_http("check-ip", &self.check_ip)?;
+        if let Some(ip) = self.external_ip {
+            address::check(ip)
+                .map_err(|rule| Failure::user(format!("--axon.external_ip {rule}")))?;
+        }
         let given = self.external_ip.or(Some(bound).filter(|ip| !ip.is_unspecified()));
         let port = self.external_port.unwrap_or(listening);
-        let found = crate::miner::address::external(given, port, &self.check_ip).await;
+        let found = address::external(given, port, &self.check_ip).await;
         // A user who was asked may answer the next time.
         found.map_err(|what| Failure::ours(what).with_hint(Some("give it by --axon.external_ip")))
     }
@@ -243,6 +248,57 @@ impl AxonArgs {
             rate: self.hotkey_rate,
             slots,
             waiting_max: self.hotkey_waiting,
+        }
+    }
+}
+
+/// Ids and names of the flags that mean something to a member of a subnet only.
+const MEMBERS: [(&str, &str); 15] = [
+    ("wallet.path", "wallet.path"),
+    ("network", "subtensor.network"),
+    ("chain_endpoint", "subtensor.chain_endpoint"),
+    ("axon.port", "axon.port"),
+    ("axon.ip", "axon.ip"),
+    ("external_ip", "axon.external_ip"),
+    ("external_port", "axon.external_port"),
+    ("check_ip", "check-ip"),
+    ("dry_run", "dry-run"),
+    ("no_force_validator_permit", "no-force-validator-permit"),
+    ("allow_hotkey", "allow-hotkey"),
+    ("deny_hotkey", "deny-hotkey"),
+    ("hotkey_rate", "hotkey-rate"),
+    ("hotkey_waiting", "hotkey-waiting"),
+    ("epoch_length", "epoch-length"),
+];
+
+/// Which of them were given, by their names. It has no flags of its own, and stands before them:
+/// they are read while they are still there.
+pub(super) struct MemberFlags(Vec<&'static str>);
+
+without_flags!(MemberFlags);
+
+impl FromArgMatches for MemberFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = MEMBERS.iter().filter(|(id, _)| is_given(matches, id));
+        Ok(Self(given.map(|(_, name)| *name).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl MemberFlags {
+    /// Warns of those that were given to a server that is no member of a subnet.
+    pub(super) fn warn_unused(&self) {
+        if !self.0.is_empty() {
+            let names =
+                self.0.iter().map(|name| format!("--{name}")).collect::<Vec<_>>().join(", ");
+            tracing::warn!(
+                "without --wallet.name, --wallet.hotkey or --netuid this is no miner, and these \
+                 flags have no effect: {names}"
+            );
         }
     }
 }

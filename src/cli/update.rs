@@ -70,6 +70,13 @@ impl UpdateArgs {
         Updater::new(source, DownloadLimits::default()).map(Some).map_err(Failure::ours)
     }
 
+    /// Warns of a source that nobody looks at.
+    pub(super) fn warn_unused(&self) {
+        if self.url.is_some() || self.key.is_some() {
+            tracing::warn!("--update.url and --update.key have no effect without --autoupdate");
+        }
+    }
+
     /// Time between two looks.
     pub(super) fn every(&self) -> Duration {
         Duration::from_secs(self.interval)

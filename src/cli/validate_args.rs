@@ -1,9 +1,10 @@
 //! Defines the flags of `validate`, under Targon's names where it has them.
 
 use super::Failure;
-use super::shared::{ComputeArgs, DatabaseArg, ModelsArg, ScrutinyArgs, check_http};
+use super::shared::{ComputeArgs, DatabaseArg, ModelsArg, ScrutinyArgs, check_http, proof_scheme};
 use super::subnet_args::{ChainArgs, OriginalArgs, WalletArgs};
 use super::update::UpdateArgs;
+use crate::clock::Clock;
 use crate::proof::Scheme;
 use crate::validator::models::{CONFIG_FILE, ENDPOINT, Mode};
 use crate::validator::round::{Keep, RoundSettings, Times};
@@ -114,24 +115,22 @@ pub(super) struct ListArgs {
         help_heading = "Models"
     )]
     mode: Option<ListMode>,
-    /// The file of --models.mode config.
+    /// The file of --models.mode config; by default models.txt.
     #[arg(
         id = "models.config",
         long = "models.config",
         env = "TARGON_MODELS_CONFIG",
-        default_value = CONFIG_FILE,
         help_heading = "Models"
     )]
-    config: PathBuf,
-    /// The server of --models.mode endpoint.
+    config: Option<PathBuf>,
+    /// The server of --models.mode endpoint; by default that of Targon's validators.
     #[arg(
         id = "models.endpoint",
         long = "models.endpoint",
         env = "TARGON_MODELS_ENDPOINT",
-        default_value = ENDPOINT,
         help_heading = "Models"
     )]
-    endpoint: String,
+    endpoint: Option<String>,
 }
 
 impl ListArgs {
@@ -144,9 +143,35 @@ impl ListArgs {
     pub(super) fn mode(&self) -> Option<Mode> {
         self.mode.map(|mode| match mode {
             ListMode::Default => Mode::Default,
-            ListMode::Config => Mode::Config(self.config.clone()),
-            ListMode::Endpoint => Mode::Endpoint(self.endpoint.clone()),
+            ListMode::Config => {
+                Mode::Config(self.config.clone().unwrap_or_else(|| CONFIG_FILE.into()))
+            }
+            ListMode::Endpoint => {
+                Mode::Endpoint(self.endpoint.clone().unwrap_or_else(|| ENDPOINT.into()))
+            }
         })
+    }
+
+    /// Refuses what no mode would use, and a file that cannot be read now: later it is only said
+    /// that none of its models is there.
+    pub(super) async fn check(&self, clock: &Clock) -> Result<(), Failure> {
+        let (has_config, has_endpoint) = (self.config.is_some(), self.endpoint.is_some());
+        for (is_given, is_used, name) in [
+            (has_config, matches!(self.mode, Some(ListMode::Config)), "config"),
+            (has_endpoint, matches!(self.mode, Some(ListMode::Endpoint)), "endpoint"),
+        ] {
+            if is_given && !is_used {
+                let what = format!("--models.{name} goes only with --models.mode {name}");
+                return Err(Failure::user(what));
+            }
+        }
+        match self.mode() {
+            Some(mode @ Mode::Config(_)) => {
+                let listed = mode.list(clock).await;
+                listed.map(drop).map_err(|e| Failure::user(format!("--models.config {e}")))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -271,12 +296,25 @@ impl RoundArgs {
             return Err(Failure::user(what));
         }
         let (_, query) = self.waits();
+        let proof = self.proof()?;
+        if verifying.rules == Some(verify::Profile::Proof) && proof.is_none() {
+            let what = "--rules proof needs a proof to be asked for, and --proof is none";
+            let hint = "the profile targon-4.4 asks for none unless --proof says so";
+            return Err(Failure::user(what).with_hint(Some(hint)));
+        }
+        // Nobody has more stake than no number, and everybody has more than less than nothing.
+        if !(0.0..).contains(&self.vpermit_tao_limit) {
+            let got = self.vpermit_tao_limit;
+            return Err(Failure::user(format!(
+                "--vpermit-tao-limit must be at least 0, got {got}"
+            )));
+        }
         Ok(RoundSettings {
             netuid,
             profile: self.profile.to_string(),
             asked_max: usize::from(self.miners_max),
             lengths: self.tokens_min..=self.tokens_max,
-            proof: self.proof()?,
+            proof,
             slow_share: self.slow_share,
             keep: match self.captures {
                 KeepArg::None => Keep::Nothing,
@@ -293,12 +331,9 @@ impl RoundArgs {
 
     fn proof(&self) -> Result<Option<Scheme>, Failure> {
         match (self.proof.as_deref(), self.profile) {
-            (Some("none"), _) | (None, ScoringProfile::Targon44) => Ok(None),
+            (None, ScoringProfile::Targon44) => Ok(None),
             (None, ScoringProfile::Default) => Ok(Some(Scheme::Residue)),
-            (Some(name), _) => {
-                let scheme = name.parse::<Scheme>();
-                scheme.map(Some).map_err(|e| Failure::user(format!("--proof {name}: {e}, none")))
-            }
+            (Some(name), _) => proof_scheme(name),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Runs `verifier`: offers the HTTP routes of Targon's verifier container, until a signal comes.
 
-use super::Failure;
 use super::out::announce;
 use super::progress::Bars;
 use super::serve::{check_host, finish, stop_signal};
 use super::shared::runtime;
 use super::shared::{ComputeArgs, ListenArgs, ModelsArg};
 use super::subnet::{feed_watchdog, tell};
+use super::{Failure, logging};
 use crate::clock::Clock;
 use crate::config::models_toml::Config;
 use crate::lifecycle::accounts::MemoryAccounts;
@@ -37,6 +37,13 @@ pub(super) struct VerifierArgs {
 
 pub(super) fn run(args: &VerifierArgs) -> Result<(), Failure> {
     let config = args.models.read(&[])?;
+    logging::follow(config.server.log.as_ref())?;
+    let server = &config.server.settings;
+    if !server.keys.is_empty() || !server.cors_origins.is_empty() {
+        tracing::warn!(
+            "[server] api_keys and cors_origins have no effect here: Targon's verifier has no keys"
+        );
+    }
     let pool = args.compute.pool()?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve(args, config, pool));

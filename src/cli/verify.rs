@@ -5,7 +5,7 @@ use super::checked::{CheckedAnswer, Tally, number, reason};
 use super::out::outln;
 use super::printable::printable;
 use super::progress::Bars;
-use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs, runtime};
+use super::shared::{ComputeArgs, ModelsArg, ScrutinyArgs, check_writable, runtime};
 use super::tables::bordered;
 use super::verify_html;
 use crate::entropy::Entropy;
@@ -46,7 +46,7 @@ pub(super) struct VerifyArgs {
     #[arg(long)]
     profile: Option<Profile>,
     /// Compute logits at every row, not only at random ones (`--rows`).
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["rows", "early_exit"])]
     slow: bool,
     /// Require that hidden rows are equal bit for bit, because the miner runs this engine.
     #[arg(long)]
@@ -76,6 +76,8 @@ pub(super) struct VerifyArgs {
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
+    args.check()?;
+    check_writable("html", args.html.as_deref())?;
     let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
     let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
     let evidence = evidence.map_err(Failure::user)?;
@@ -88,9 +90,19 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let captures = Captures::open(&args.file).map_err(Failure::user)?;
     let (runtime, entropy) = (runtime()?, Entropy::system());
     let account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
-    let (worst, sections) = (0, Vec::new());
-    let mut checking =
-        Checking { args, file, limits, runtime, entropy, verifiers, account, worst, sections };
+    let (worst, is_warned, sections) = (0, false, Vec::new());
+    let mut checking = Checking {
+        args,
+        file,
+        limits,
+        runtime,
+        entropy,
+        verifiers,
+        account,
+        worst,
+        is_warned,
+        sections,
+    };
     let mut is_empty = true;
     for line in captures {
         is_empty = false;
@@ -103,8 +115,9 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let Checking { worst, sections, .. } = checking;
     if let Some(path) = &args.html {
         let page = verify_html::page(&args.file.display().to_string(), &sections);
-        std::fs::write(path, page)
-            .map_err(|e| Failure::user(format!("{} cannot be written: {e}", path.display())))?;
+        std::fs::write(path, page).map_err(|e| {
+            Failure::user(format!("--html {} cannot be written: {e}", path.display()))
+        })?;
     }
     Ok(ExitCode::from([0, UNSCORED, REJECTED][worst]))
 }
@@ -120,6 +133,8 @@ struct Checking<'a> {
     account: Option<Account>,
     /// Weight of the worst verdict.
     worst: usize,
+    /// Whether it was said that `--exact` has no effect on an answer.
+    is_warned: bool,
     /// The parts of the HTML page.
     sections: Vec<Markup>,
 }
@@ -135,8 +150,14 @@ impl Checking<'_> {
                 return Ok(());
             }
         };
-        let verifier = self.runtime.block_on(self.verifiers.of(&capture));
-        let verifier = verifier.map_err(|e| Failure::user(&e).with_hint(e.hint()))?;
+        let verifier = match self.runtime.block_on(self.verifiers.of(&capture)) {
+            Ok(verifier) => verifier,
+            Err(e) if e.is_of_request() => {
+                self.unread(&place, &Verdict::Unscored(e.to_string()));
+                return Ok(());
+            }
+            Err(e) => return Err(Failure::user(&e).with_hint(e.hint())),
+        };
         check_model(self.args, self.file.as_ref(), &verifier)?;
         let question = self.runtime.block_on(self.verifiers.question(&verifier, &capture));
         match question {
@@ -146,7 +167,7 @@ impl Checking<'_> {
                 self.choices(&place, &capture, &checked, &verifier.model.text)
             }
             Err(why) => {
-                self.unread(&place, &Verdict::Unscored(format!("{place}: {why}")));
+                self.unread(&place, &Verdict::Unscored(why.to_string()));
                 Ok(())
             }
         }
@@ -161,6 +182,10 @@ impl Checking<'_> {
     ) -> Result<(), Failure> {
         for checked in checked {
             self.worst = self.worst.max(weight(&checked.report.verdict));
+            if self.args.exact && checked.profile != Profile::Proof && !self.is_warned {
+                tracing::warn!("{place}: --exact says nothing of an answer without a proof");
+                self.is_warned = true;
+            }
             let limits = &self.limits;
             let tally = self.account.as_mut().map(|a| a.add(place, capture, checked, limits));
             let tally = tally.transpose()?;
@@ -192,6 +217,27 @@ impl Checking<'_> {
 }
 
 impl VerifyArgs {
+    /// Refuses what only proofs are checked by, where the rules are others.
+    fn check(&self) -> Result<(), Failure> {
+        let Some(profile) = self.profile.filter(|profile| *profile != Profile::Proof) else {
+            return Ok(());
+        };
+        let wanted = self.scrutiny.asked();
+        let unused = [
+            ("--exact", self.exact),
+            ("--twin", wanted.twin.is_some()),
+            ("--name-cheats", wanted.names),
+            ("--early-exit", wanted.stops_early),
+        ];
+        match unused.iter().find(|(_, is_given)| *is_given) {
+            Some((flag, _)) => {
+                let what = format!("{flag} goes only with proofs, --profile is {}", profile.name());
+                Err(Failure::user(what))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn verification<'a>(&self, verifier: &'a Verifier, entropy: &Entropy) -> Verification<'a> {
         let depth = if self.slow { Depth::Slow } else { Depth::Fast };
         let chance = self.chance.unwrap_or_else(|| entropy.word());

@@ -3,6 +3,7 @@
 use super::Failure;
 use super::out::outln;
 use super::subnet_args::{WalletArgs, wallet_failure};
+use crate::chain::wallet::SeenHotkey;
 use clap::{Args, Subcommand};
 
 /// Arguments of `wallet`.
@@ -14,26 +15,31 @@ pub(super) struct Arguments {
 
 #[derive(Subcommand)]
 enum Action {
-    /// Print the addresses and files of a wallet; never a secret.
+    /// Print the addresses and files of a wallet, or what is wrong with them; never a secret.
     Show(WalletArgs),
     /// Make a hotkey. Only the owner can read its files, and no file is overwritten.
     NewHotkey(WalletArgs),
 }
 
 pub(super) fn run(args: &Arguments) -> Result<(), Failure> {
-    let (wallet, hotkey) = match &args.action {
+    let (wallet, hotkey, seen) = match &args.action {
         Action::Show(args) => {
             let wallet = args.wallet()?;
             let hotkey = wallet.hotkey().map_err(wallet_failure)?;
-            (wallet, hotkey)
+            let seen = wallet.look().map_err(wallet_failure)?;
+            (wallet, hotkey, seen)
         }
         Action::NewHotkey(args) => {
             let wallet = args.wallet()?;
-            let pair = wallet.create_hotkey().map_err(wallet_failure)?;
-            (wallet, pair.hotkey())
+            let hotkey = wallet.create_hotkey().map_err(wallet_failure)?.hotkey();
+            (wallet, hotkey, SeenHotkey::Plain(hotkey))
         }
     };
-    outln!("hotkey   {hotkey}  {}", wallet.hotkey_file().display());
+    let remark = match seen {
+        SeenHotkey::Plain(_) => "",
+        SeenHotkey::Encrypted => "  (encrypted: not looked into)",
+    };
+    outln!("hotkey   {hotkey}  {}{remark}", wallet.hotkey_file().display());
     match wallet.coldkey() {
         Ok(coldkey) => outln!("coldkey  {coldkey}  {}", wallet.coldkey_file().display()),
         Err(_) if !wallet.coldkey_file().exists() => outln!("coldkey  none"),

@@ -1,5 +1,6 @@
 //! Resolves models.toml, flags and environment into options for each part of the program.
 
+pub mod log;
 pub mod models_toml;
 pub mod server_toml;
 pub mod units;

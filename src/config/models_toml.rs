@@ -9,6 +9,7 @@ use crate::engine::plan::{KvMemory, MemoryWanted};
 use crate::files::{self, KeyError};
 use crate::models::arithmetic::{Arithmetic, ArithmeticError};
 use crate::models::device::{Device, DeviceError};
+use crate::models::hub;
 use crate::ops::dtype::Dtype;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,10 @@ const DEVICES_MAX: usize = 16;
 const TENSOR_PARALLEL: &str = "must be 1: mistral.rs 0.8.1 runs a process for each part and sends \
     requests to them without our sampler, so that they would go on with other tokens than were \
     sent";
+/// What a repository of the Hub is called.
+const REPOSITORY: &str = "a repository of the Hub, NAME or OWNER/NAME";
+/// What a revision is called, and a file of a repository.
+const HUB_NAME: &str = "a name within a repository of the Hub";
 const KEYS: [&str; 18] = [
     "name",
     "source",
@@ -352,9 +357,19 @@ fn quantisation(entry: &Entry, backend: BackendKind) -> Result<Option<String>, K
 /// The source, and the name it suggests.
 fn source(entry: &Entry, directory: &Path) -> Result<(ModelSource, Option<String>), KeyError> {
     let hub = |file: Option<String>| {
-        let repo = entry.repo.clone().or_else(|| entry.name.clone());
-        let repo = repo.ok_or_else(|| KeyError::new("repo", "is missing"))?;
+        let named = entry.repo.clone().map(|repo| ("repo", repo));
+        let named = named.or_else(|| entry.name.clone().map(|name| ("name", name)));
+        let (key, repo) = named.ok_or_else(|| KeyError::new("repo", "is missing"))?;
+        if !hub::is_repository(&repo) {
+            let what = format!("must be {REPOSITORY}, or there must be a `path`, got {repo:?}");
+            return Err(KeyError::new(key, what));
+        }
         let revision = entry.revision.clone().unwrap_or_else(|| "main".into());
+        for (key, text) in [("revision", Some(&revision)), ("file", file.as_ref())] {
+            if let Some(text) = text.filter(|text| !hub::is_name(text)) {
+                return Err(KeyError::new(key, format!("must be {HUB_NAME}, got {text:?}")));
+            }
+        }
         Ok((ModelSource::Hub { repo: repo.clone(), revision, file }, Some(repo)))
     };
     let local = |path: &Path| {
@@ -366,9 +381,10 @@ fn source(entry: &Entry, directory: &Path) -> Result<(ModelSource, Option<String
         (Some("hf") | None, None) => hub(entry.file.clone()),
         (Some("hf"), Some(_)) => Err(KeyError::new("path", "does not go with source = \"hf\"")),
         (Some("path" | "gguf") | None, Some(path)) => {
-            if let Some(key) = [("repo", &entry.repo), ("file", &entry.file)]
-                .into_iter()
-                .find_map(|(key, value)| value.is_some().then_some(key))
+            let of_hub =
+                [("repo", &entry.repo), ("file", &entry.file), ("revision", &entry.revision)];
+            if let Some(key) =
+                of_hub.into_iter().find_map(|(key, value)| value.is_some().then_some(key))
             {
                 return Err(KeyError::new(key, "does not go with `path`"));
             }
@@ -541,8 +557,31 @@ mod tests {
                 "[server] `api_keys` must have at least 16 characters each, one has 5",
                 None,
             ),
+            (
+                "[[model]]\nname=\"a\"\n[server]\napi_keys=[\"0123456789abcdef\\n\"]",
+                "[server] `api_keys` must have no control characters",
+                None,
+            ),
+            (
+                "[[model]]\nname=\"a\"\npath=\"p\"\nrevision=\"main\"",
+                "model a: `revision` does not go with `path`",
+                None,
+            ),
+            ("[[model]]\nname=\"a\"\nrevision=\"\"", "`revision` must be a name within", None),
+            ("[[model]]\nrepo=\"../x\"", "`repo` must be a repository of the Hub", None),
+            ("[[model]]\nname=\"not a repo\"", "`name` must be a repository of the Hub", None),
+            (
+                "[[model]]\nname=\"a\"\nfile=\"../../m.gguf\"",
+                "`file` must be a name within a repository of the Hub, got \"../../m.gguf\"",
+                None,
+            ),
             ("[[model]]\nname=\"a\"\n[server]\nbody_seconds=0", "must lie in 1..=86400", None),
             ("[[model]]\nname=\"a\"\n[server]\nbody_max=\"8\"", "must be a size such as", None),
+            (
+                "[[model]]\nname=\"a\"\n[server]\nlog=\"engine=foo\"",
+                "[server] `log` must be error, warn, info,",
+                None,
+            ),
         ] {
             let (error, got_hint) = parsed(text).unwrap_err();
             assert!(error.starts_with("/etc/models.toml: ") && error.contains(want), "{error}");

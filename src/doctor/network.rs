@@ -4,6 +4,7 @@ use super::{Finding, Level};
 use crate::chain::epistula::WINDOW_MS;
 use crate::clock::Clock;
 use crate::endpoint::shown;
+use crate::miner::address::is_private;
 use crate::server::door::access::REQUEST_ID;
 use crate::tls;
 use reqwest::redirect::Policy;
@@ -176,11 +177,7 @@ pub async fn reachable(address: SocketAddr) -> Finding {
 
 /// Says what an announced address is worth.
 pub fn announced(ip: IpAddr) -> Option<Finding> {
-    let is_private = match ip {
-        IpAddr::V4(v4) => v4.is_private() || v4.is_loopback() || v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unique_local() || v6.is_unicast_link_local(),
-    };
-    is_private.then(|| {
+    is_private(ip).then(|| {
         let fact = format!("{ip} lies in a private network: no validator reaches it");
         Finding::new("public address", Level::Warning, fact).hint("give it by --axon.external_ip")
     })

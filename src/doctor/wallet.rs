@@ -3,7 +3,7 @@
 use super::{Finding, Level};
 use crate::chain::keyfile;
 use crate::chain::keys::Hotkey;
-use crate::chain::wallet::Wallet;
+use crate::chain::wallet::{SeenHotkey, Wallet};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -28,14 +28,19 @@ pub fn examine(wallet: &Wallet) -> (Option<Hotkey>, Vec<Finding>) {
             None
         }
     };
-    findings.extend(secret(&wallet.hotkey_file()));
+    // What both say of one file is said once.
+    let said: Vec<String> = findings.iter().map(|finding| finding.fact.clone()).collect();
+    let news = |finding: &Finding| !said.contains(&finding.fact);
+    findings.extend(secret(wallet).into_iter().filter(news));
     findings.push(coldkey(wallet));
     findings.extend(coldkey_secret(&wallet.coldkey_file().with_file_name("coldkey")));
     (hotkey, findings)
 }
 
-/// The file with the hotkey's secrets: its mode, and whether a password is at hand.
-fn secret(path: &Path) -> Vec<Finding> {
+/// The file with the hotkey's secrets: its mode, whether they are those of the address, and whether
+/// a password is at hand where it needs one.
+fn secret(wallet: &Wallet) -> Vec<Finding> {
+    let path = &wallet.hotkey_file();
     let place = path.display();
     let mode = match std::fs::metadata(path) {
         Ok(meta) => meta.permissions().mode() & 0o777,
@@ -52,30 +57,34 @@ fn secret(path: &Path) -> Vec<Finding> {
         let hint = format!("chmod 600 {place}");
         findings.push(Finding::new(TOPIC, Level::Fault, fact).hint(hint));
     }
-    let Ok(bytes) = std::fs::read(path) else { return findings };
-    match keyfile::is_encrypted(&bytes) {
-        Err(what) => {
-            let hint = "restore it from a backup, or from its phrase: targon-engine wallet";
-            findings.push(Finding::new(TOPIC, Level::Fault, format!("{place} {what}")).hint(hint));
+    findings.push(match wallet.look() {
+        Err(e) => {
+            let hint =
+                "restore it and the file beside it from a backup, or from its phrase (btcli)";
+            Finding::new(TOPIC, Level::Fault, e.to_string()).hint(hint)
         }
-        Ok(true) => {
-            let variable = keyfile::password_variable(path);
-            let finding = match std::env::var_os(&variable) {
-                Some(_) => {
-                    let fact = format!("the key file is encrypted, its password in {variable}");
-                    Finding::new(TOPIC, Level::Ok, fact)
-                }
-                None => {
-                    let fact = "the key file is encrypted: a password is asked for at every start";
-                    Finding::new(TOPIC, Level::Note, fact)
-                        .hint(format!("a service without a terminal needs {variable}"))
-                }
-            };
-            findings.push(finding);
+        Ok(SeenHotkey::Encrypted) => sealed(path),
+        Ok(SeenHotkey::Plain(key)) => {
+            let fact = format!("{place} holds the secret of {key}");
+            Finding::new(TOPIC, Level::Ok, fact)
         }
-        Ok(false) => {}
-    }
+    });
     findings
+}
+
+/// A key file that only its password opens.
+fn sealed(path: &Path) -> Finding {
+    let variable = keyfile::password_variable(path);
+    let fact = "the key file is encrypted, so it was not looked into";
+    match std::env::var_os(&variable) {
+        Some(_) => Finding::new(TOPIC, Level::Ok, format!("{fact}; its password is in {variable}")),
+        None => Finding::new(
+            TOPIC,
+            Level::Note,
+            format!("{fact}: a password is asked for at every start"),
+        )
+        .hint(format!("a service without a terminal needs {variable}")),
+    }
 }
 
 fn coldkey(wallet: &Wallet) -> Finding {
@@ -115,11 +124,24 @@ mod tests {
         assert_eq!(found, Some(key));
         assert!(made.iter().all(|f| f.level < Level::Warning), "{made:?}");
 
+        let is_held = |f: &Finding| {
+            f.level == Level::Ok && f.fact.ends_with(&format!("holds the secret of {key}"))
+        };
+        assert!(made.iter().any(is_held), "{made:?}");
+
         let open = std::fs::Permissions::from_mode(0o644);
         std::fs::set_permissions(wallet.hotkey_file(), open).unwrap();
         let is_named =
             |(level, fact): &(Level, String)| *level == Level::Fault && fact.contains("mode 644");
         assert!(findings(&wallet).iter().any(is_named));
+
+        std::fs::write(wallet.hotkey_file(), "no key").unwrap();
+        let is_wrong =
+            |(level, fact): &&(Level, String)| *level == Level::Fault && fact.contains("not a key");
+        assert_eq!(findings(&wallet).iter().filter(is_wrong).count(), 1);
+        std::fs::write(wallet.hotkey_file(), "$NACL").unwrap();
+        let is_sealed = |(_, fact): &(Level, String)| fact.contains("was not looked into");
+        assert!(findings(&wallet).iter().any(is_sealed));
 
         std::fs::write(dir.path().join("w/coldkey"), "secret").unwrap();
         let is_told = |(level, fact): &(Level, String)| {

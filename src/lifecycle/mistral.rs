@@ -30,7 +30,7 @@ pub(super) fn load(
     tapped::refuse(&model.checkpoint, &model.spec)?;
     let mut identity = Identity::of_described(&model, pool)?;
     let shape = (&*model.spec, model.dtype);
-    let tapped = tapped::derive(&cache_dir(), &model.checkpoint, shape, &identity.weights_root)?;
+    let tapped = tapped::derive(&cache_dir()?, &model.checkpoint, shape, &identity.weights_root)?;
     let engine = format!("mistralrs-{VERSION}");
     identity = identity.in_canon(engine.replace('.', "-"));
     if let Some(isq) = isq {

@@ -51,8 +51,23 @@ pub enum PairsError {
         place: Place,
     },
     /// Not one answer was asked of a model that is wanted.
-    #[error("the captures hold no answer of this model")]
-    Empty,
+    #[error("{files} hold no answer{}", of_model(.model))]
+    Empty {
+        /// The files of captures that were read.
+        files: String,
+        /// The model, where only one counts.
+        model: Option<String>,
+    },
+}
+
+fn of_model(model: &Option<String>) -> String {
+    model.as_ref().map_or_else(String::new, |model| format!(" of the model `{model}`"))
+}
+
+/// The names of files, for errors.
+pub fn names(files: &[PathBuf]) -> String {
+    let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+    names.join(", ")
 }
 
 impl PairsError {
@@ -126,7 +141,9 @@ pub async fn check_pairs(
             pairs.add(&place, miner, checked, wanted.answers_max);
         }
     }
-    let model = model.ok_or(PairsError::Empty)?;
+    let empty =
+        || PairsError::Empty { files: names(files), model: wanted.model.map(str::to_owned) };
+    let model = model.ok_or_else(empty)?;
     Ok(CheckedPairs { model, ..pairs })
 }
 

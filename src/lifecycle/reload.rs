@@ -1,6 +1,7 @@
 //! Reads models.toml again while the server runs: at SIGHUP, and when the file changes.
 
 use super::load::{Loading, start_models};
+use crate::config::log::LogFilter;
 use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::server::listen::check_open;
 use crate::server::registry::ModelState;
@@ -31,9 +32,9 @@ pub struct Reloader {
     /// Keys that open the API besides those that the file names.
     pub keys: Vec<String>,
     /// What is logged where the file does not say.
-    pub log: String,
+    pub log: LogFilter,
     /// Follows another filter of the log.
-    pub set_log: fn(&str) -> anyhow::Result<()>,
+    pub set_log: fn(&LogFilter) -> anyhow::Result<()>,
     /// What the file said.
     pub config: Config,
     /// Whose models and settings follow the file.
@@ -78,7 +79,7 @@ impl Reloader {
         if new.server.settings.cors_origins != self.config.server.settings.cors_origins {
             tracing::warn!("[server] cors_origins is read only at start: restart to change it");
         }
-        if let Err(why) = (self.set_log)(new.server.log.as_deref().unwrap_or(&self.log)) {
+        if let Err(why) = (self.set_log)(new.server.log.as_ref().unwrap_or(&self.log)) {
             tracing::error!("[server] log is not followed: {why}");
         }
         if new.server != self.config.server {

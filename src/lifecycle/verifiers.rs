@@ -48,6 +48,14 @@ impl VerifierError {
             Self::Unnamed { .. } | Self::Load { .. } => None,
         }
     }
+
+    /// Whether it says something of the one request alone: others may have a verifier.
+    pub fn is_of_request(&self) -> bool {
+        match self {
+            Self::NotListed { .. } | Self::Unnamed { .. } => true,
+            Self::Load { .. } => false,
+        }
+    }
 }
 
 /// What verifiers check answers with.
@@ -184,7 +192,7 @@ mod tests {
         fn ended(&self, _: &str) {}
     }
 
-    async fn refused(names: &[&str], request: serde_json::Value) -> (String, Option<&'static str>) {
+    async fn refused(names: &[&str], request: serde_json::Value) -> VerifierError {
         let entry = |name: &&str| format!("[[model]]\nname = \"{name}\"\npath = \"nowhere\"\n");
         let (file, text) = (Path::new("m.toml"), names.iter().map(entry).collect::<String>());
         let config = models_toml::parse(file, &text, &[]).unwrap();
@@ -192,22 +200,25 @@ mod tests {
         let rules = VerifierRules::plain();
         let mut verifiers = Verifiers::new((file, config), pool, rules, Arc::new(Quiet));
         let capture = Capture::of_response(request, json!({}));
-        let error = verifiers.of(&capture).await.err().unwrap();
-        (error.to_string(), error.hint())
+        verifiers.of(&capture).await.err().unwrap()
     }
 
     #[tokio::test]
     async fn a_model_that_is_not_listed_or_does_not_load_is_named() {
         let add = Some("add a [[model]] entry of that name");
         let other = refused(&["a"], json!({"model": "b"})).await;
-        assert_eq!(other, ("m.toml has no model `b`".to_owned(), add));
+        assert_eq!(other.to_string(), "m.toml has no model `b`");
+        assert!(other.hint() == add && other.is_of_request());
         // Without a name only a single model can be meant.
-        let (several, _) = refused(&["a", "b"], json!({})).await;
-        assert_eq!(several, "`request` must name its `model`: m.toml has several");
+        let several = refused(&["a", "b"], json!({})).await;
+        assert_eq!(several.to_string(), "`request` must name its `model`: m.toml has several");
+        assert!(several.is_of_request());
         for request in [json!({"model": "a"}), json!({})] {
-            let (error, hint) = refused(&["a"], request).await;
+            let fault = refused(&["a"], request).await;
+            let error = fault.to_string();
             assert!(error.starts_with("a cannot be loaded: "), "{error}");
-            assert!(error.contains("nowhere") && hint.is_none(), "{error}");
+            assert!(error.contains("nowhere") && fault.hint().is_none(), "{error}");
+            assert!(!fault.is_of_request());
         }
     }
 }

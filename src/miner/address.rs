@@ -2,7 +2,7 @@
 
 use crate::endpoint::{reasons, shown};
 use crate::tls;
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
 use reqwest::Client;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -32,6 +32,25 @@ pub async fn external(
     Ok(SocketAddr::new(ip, port))
 }
 
+/// Whether an address can be announced.
+///
+/// # Errors
+/// When it is that of no machine.
+pub fn check(ip: IpAddr) -> anyhow::Result<()> {
+    match ip.to_canonical().is_unspecified() {
+        true => bail!("must be an address that others can reach, got {ip}"),
+        false => Ok(()),
+    }
+}
+
+/// Whether only machines nearby can reach an address: validators cannot.
+pub fn is_private(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(v4) => v4.is_private() || v4.is_loopback() || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unique_local() || v6.is_unicast_link_local(),
+    }
+}
+
 async fn ask(url: &str) -> anyhow::Result<IpAddr> {
     tls::install();
     let client = Client::builder().timeout(TIMEOUT).build()?;
@@ -48,7 +67,9 @@ async fn ask(url: &str) -> anyhow::Result<IpAddr> {
     }
     let text = String::from_utf8_lossy(&answer);
     let (text, url) = (text.trim(), shown(url));
-    text.parse().map_err(|_| anyhow!("{url} answered {text:?}, no IP address"))
+    let ip = text.parse().map_err(|_| anyhow!("{url} answered {text:?}, no IP address"))?;
+    check(ip).map_err(|rule| anyhow!("what {url} answers {rule}"))?;
+    Ok(ip)
 }
 
 #[cfg(test)]
@@ -57,6 +78,20 @@ mod tests {
     use axum::Router;
     use axum::body::Body;
     use axum::routing::get;
+
+    #[test]
+    fn addresses_that_nobody_or_only_neighbours_reach_are_known() {
+        let of = |text: &str| text.parse::<IpAddr>().unwrap();
+        for none in ["0.0.0.0", "::", "::ffff:0.0.0.0"] {
+            assert!(check(of(none)).is_err(), "{none}");
+        }
+        for near in ["127.0.0.2", "10.1.2.3", "169.254.0.1", "::1", "fe80::1", "::ffff:10.0.0.1"] {
+            assert!(is_private(of(near)) && check(of(near)).is_ok(), "{near}");
+        }
+        for far in ["203.0.113.7", "2001:db8::1"] {
+            assert!(!is_private(of(far)) && check(of(far)).is_ok(), "{far}");
+        }
+    }
 
     /// An answer that never ends.
     async fn endless() -> Body {
@@ -69,6 +104,7 @@ mod tests {
         let app = Router::new()
             .route("/good", get(|| async { "203.0.113.7\n" }))
             .route("/endless", get(endless))
+            .route("/nowhere", get(|| async { "0.0.0.0" }))
             .route("/bad", get(|| async { "<html>" }));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
@@ -81,6 +117,11 @@ mod tests {
         assert_eq!(address.to_string(), "203.0.113.7:1");
         let error = external(None, 1, &of("/bad")).await.unwrap_err().to_string();
         assert!(error.contains("no IP address"), "{error}");
+        let error = external(None, 1, &of("/nowhere")).await.unwrap_err().to_string();
+        assert!(
+            error.ends_with("must be an address that others can reach, got 0.0.0.0"),
+            "{error}"
+        );
         let error = external(None, 1, &of("/endless")).await.unwrap_err().to_string();
         assert!(error.contains("answered more than 256 bytes"), "{error}");
         assert!(external(None, 1, &of("/none")).await.unwrap_err().to_string().contains("404"));

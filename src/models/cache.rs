@@ -5,6 +5,7 @@
 //! the place of a thing is shown and left alone, those inside a thing are removed as links. What
 //! another process has open, maps or locks is held, and stays.
 
+use super::error::LoadError;
 use super::remembered::cache_dir;
 use serde::Serialize;
 use std::fs::{File, Metadata, TryLockError};
@@ -28,8 +29,11 @@ pub struct CacheDirectories {
 
 impl CacheDirectories {
     /// The Hub's directory `hub`, and the one that the environment names.
-    pub fn new(hub: &Path) -> Self {
-        Self { hub: hub.to_owned(), own: cache_dir() }
+    ///
+    /// # Errors
+    /// When it names none.
+    pub fn new(hub: &Path) -> Result<Self, LoadError> {
+        Ok(Self { hub: hub.to_owned(), own: cache_dir()? })
     }
 
     fn of(&self, place: Place) -> &Path {

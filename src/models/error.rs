@@ -21,6 +21,9 @@ pub enum LoadError {
         /// Why the system refuses.
         source: io::Error,
     },
+    /// There is no place for what is computed.
+    #[error("there is no place for a cache: HOME is not set, nor TARGON_CACHE or XDG_CACHE_HOME")]
+    NoCache,
     /// A file is not what its name promises.
     #[error("{path}: {}", plain(.what))]
     Invalid {

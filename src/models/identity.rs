@@ -53,7 +53,7 @@ impl Identity {
     /// When a file cannot be read, the calibration pass fails, or another calibration lies beside
     /// the model.
     pub fn of(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
-        Self::cached_in(&remembered::cache_dir(), model, pool)
+        Self::cached_in(&remembered::cache_dir()?, model, pool)
     }
 
     /// The same with this directory as the cache.
@@ -82,7 +82,7 @@ impl Identity {
     /// # Errors
     /// As for [`of`](Self::of), and when the calibration cannot be written.
     pub fn recalibrated(model: &Model, pool: &Pool) -> Result<Recalibrated, LoadError> {
-        let cache = remembered::cache_dir();
+        let cache = remembered::cache_dir()?;
         let remembered = Remembered(&cache);
         let weights_root = root::weights_root(&model.checkpoint, pool, remembered)?;
         let (calibration, rows) = calibration::compute(model, pool)?;
@@ -119,7 +119,7 @@ impl Identity {
     /// # Errors
     /// As for [`of`](Self::of), and when there is no memory for its weights.
     pub fn of_described(model: &Model, pool: &Pool) -> Result<Self, LoadError> {
-        let cache = remembered::cache_dir();
+        let cache = remembered::cache_dir()?;
         let remembered = Remembered(&cache);
         let weights_root = root::weights_root(&model.checkpoint, pool, remembered)?;
         if let Some(calibration) = calibration::known(model, &weights_root, remembered)? {

@@ -4,6 +4,7 @@
 //! It is one file of the cache, written by this program alone. A damaged file is ignored, because
 //! everything in it can be computed again.
 
+use super::error::LoadError;
 use crate::files;
 use crate::proof::codec::{Encoder, Hash, from_hex, to_hex};
 use parking_lot::Mutex;
@@ -24,12 +25,16 @@ static CHANGING: Mutex<()> = Mutex::new(());
 
 /// Where the program keeps what it can compute again: `TARGON_CACHE`, or the user's cache
 /// directory.
-pub fn cache_dir() -> PathBuf {
+///
+/// # Errors
+/// When the environment names neither.
+pub fn cache_dir() -> Result<PathBuf, LoadError> {
     let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("TARGON_CACHE").unwrap_or_else(|| {
-        let home = || var("HOME").unwrap_or_default().join(".cache");
-        var("XDG_CACHE_HOME").unwrap_or_else(home).join("targon-engine")
-    })
+    let of_user = || {
+        let home = || var("HOME").map(|home| home.join(".cache"));
+        var("XDG_CACHE_HOME").or_else(home).map(|caches| caches.join("targon-engine"))
+    };
+    var("TARGON_CACHE").or_else(of_user).ok_or(LoadError::NoCache)
 }
 
 /// The file of a cache directory.

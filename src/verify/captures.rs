@@ -6,11 +6,12 @@
 
 use super::capture::Capture;
 use super::{Reason, Rejection};
+use crate::files;
 use serde::Serialize;
 use serde_json::Value;
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 /// Bytes of a line: more than `query` keeps of an answer, however it is escaped.
@@ -78,13 +79,11 @@ impl CapturedStream<'_> {
     /// Adds the line to the file, which is made where there is none.
     ///
     /// # Errors
-    /// When it cannot be opened or written.
+    /// When it cannot be opened or written; nothing of the line is then in it.
     pub fn append_to(&self, path: &Path) -> Result<(), CapturesError> {
         let failed = |source| CapturesError::Write { path: path.to_owned(), source };
-        let mut line = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
-        line.push(b'\n');
-        let file = OpenOptions::new().create(true).append(true).open(path);
-        file.and_then(|mut file| file.write_all(&line)).map_err(failed)
+        let line = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
+        files::append_line(path, &line).map_err(failed)
     }
 }
 

@@ -102,6 +102,7 @@ fn grammars() -> Vec<Attack> {
             regex("a?".repeat(20_000)),
             "at most 1000 groups, repetitions and classes",
         ),
+        ("an open group", regex("(a".into()), "unclosed group"),
         ("a rule of itself alone", lark("start: start".into()), "no text can satisfy it"),
     ]
 }

@@ -565,6 +565,14 @@ fn the_programs_own_answers_are_all_equal() {
     std::fs::write(dir.path().join("models.toml"), models).unwrap();
     let (code, out, err) = run(dir.path(), &["calibrate", "--answers", "3"]);
     assert!(code == 0 && out.contains("tiny: 3 of 3 answers are equal"), "{out}{err}");
-    let (code, _, err) = run(dir.path(), &["calibrate", "--held-out", "1.5"]);
+    let limits = ["calibrate", "--pairs", "p.jsonl", "--limits", "l.json", "--held-out", "1.5"];
+    let (code, _, err) = run(dir.path(), &limits);
     assert!(code == 1 && err.contains("--held-out must lie between 0 and 1, got 1.5"), "{err}");
+    // What only limits rest on means nothing without them, and a model must be one of the file.
+    for flag in ["--held-out", "--class"] {
+        let (code, _, err) = run(dir.path(), &["calibrate", flag, "0.5"]);
+        assert!(code == 1 && err.contains("--limits <FILE>"), "{err}");
+    }
+    let (code, _, err) = run(dir.path(), &["calibrate", "--model", "nope"]);
+    assert!(code == 1 && err.contains("--model: models.toml has no model `nope`"), "{err}");
 }

@@ -5,6 +5,9 @@ use crate::common;
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
+use targon_engine::verify::Limits;
+use targon_engine::verify::evidence::Calibrated;
+use targon_engine::verify::limits_file::{self, HeldOut, LimitsFile, Measured, Share};
 
 fn run(home: &Path, arguments: &[&str]) -> (i32, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
@@ -147,10 +150,69 @@ fn an_engine_that_cannot_be_measured_is_refused_by_name() {
         (&["engine", "m", "--depth", "500"], "needs a context of"),
         (&["engine", "m", "--device", "h300"], "--device: there is no device \"h300\""),
         (&["engine", "m", "--runs", "0"], "invalid value '0' for '--runs"),
+        (
+            &["serve", "--url", "x", "--model", "m", "--load", "targon", "--input", "9"],
+            "--input goes only with --load fixed",
+        ),
+        (
+            &["serve", "--url", "x", "--model", "m", "--load", "targon", "--completion"],
+            "--completion goes only with --load fixed",
+        ),
     ] {
         let (code, _, err) = bench(home, arguments);
         assert!(code == 1 && err.contains(want), "{arguments:?}: {err}");
     }
+}
+
+#[test]
+fn attacks_that_there_are_not_and_limits_of_another_model_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    common::write_checkpoint(&home.join("m"), &common::tiny_config(), 1);
+    write_limits(&home.join("limits.json"));
+    for (arguments, want) in [
+        (["--only", "nosuch"], "got \"nosuch\"; they are: "),
+        (["--limits", "limits.json"], "limits.json: `model` is 0707"),
+    ] {
+        let small = ["attack", "m", "--prompts", "2", "--honest", "0", "--tokens", "32"];
+        let (code, out, err) = bench(home, &[&small[..], &arguments].concat());
+        assert!(code == 1 && out.is_empty() && err.contains(want), "{code} {out}{err}");
+    }
+}
+
+/// Limits that nothing was measured for, of a model that there is not.
+fn write_limits(path: &Path) {
+    let share = Share::new(0, 0);
+    let calibration = Measured {
+        prompts: 0,
+        answers: 0,
+        tokens: 0,
+        energy_u8: None,
+        energy_u4: None,
+        energy_rounding: None,
+        trimmed_u8: None,
+        trimmed_u4: None,
+        twin_u8: None,
+        twin_u4: None,
+        twin_share: 0.0,
+        mismatch_rate: 0.0,
+        margin_mean: 0.0,
+        margin_max: 0.0,
+    };
+    let held_out = HeldOut {
+        prompts: 0,
+        answers: 0,
+        energy_u8: share,
+        energy_u4: share,
+        trimmed: share,
+        twin: share,
+        margin: share,
+        margin_mean: share,
+        rejected: share,
+    };
+    let limits = (Limits::default(), Calibrated::default());
+    let file = LimitsFile::new(&[7; 32], "nobody", limits, calibration, held_out);
+    limits_file::write(path, &file).unwrap();
 }
 
 #[test]

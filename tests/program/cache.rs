@@ -74,3 +74,29 @@ fn what_is_kept_is_listed_and_cleaned_by_kind_and_age() {
     let (_, out, _) = run(home.path(), &["list", "--json"]);
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["items"], serde_json::json!([]));
 }
+
+/// The program in a directory of its own, with these variables alone.
+fn run_with(variables: &[(&str, &str)], arguments: &[&str]) -> (i32, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_targon-engine"));
+    command.current_dir(directory.path()).env_clear().envs(variables.iter().copied());
+    let output = command.args(arguments).output().unwrap();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn without_a_home_nothing_is_kept_where_the_program_happens_to_be() {
+    for home in [&[][..], &[("HOME", "")]] {
+        let (code, err) = run_with(home, &["cache", "list"]);
+        assert!(code == 1 && err.contains("no place for files of the Hub: HOME is not"), "{err}");
+        let elsewhere = [home, &[("HF_HOME", "/nowhere")]].concat();
+        let (code, err) = run_with(&elsewhere, &["cache", "list"]);
+        assert!(code == 1 && err.contains("no place for a cache: HOME is not set"), "{err}");
+        let all = [&elsewhere[..], &[("TARGON_CACHE", "/nowhere")]].concat();
+        assert_eq!(run_with(&all, &["cache", "list"]).0, 0);
+        let (code, err) = run_with(home, &["wallet", "show", "--wallet.name", "w"]);
+        let want = "--wallet.path ~/.bittensor/wallets: HOME is not set";
+        assert!(code == 1 && err.contains(want), "{err}");
+    }
+}

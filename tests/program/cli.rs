@@ -190,6 +190,17 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
     let absent = write_models(dir.path(), "[[model]]\nname = \"a\"\npath = \"absent\"\n");
     let (code, _, err) = run(&["serve", "--models", &absent, "--port", "0"]);
     assert!(code == 1 && err.contains("error: a cannot be served: cannot read"), "{err}");
+    assert!(!err.contains("no effect"), "{err}");
+    let (code, _, err) = run(&["serve", "--models", &absent, "--api-key", "short"]);
+    let short = "error: --api-key: keys must have at least 16 characters each, one has 5";
+    assert!(code == 1 && err.contains(short), "{err}");
+    // What means nothing here is said once.
+    let serve = ["serve", "--models", &absent, "--port", "0"];
+    let unused = ["--dry-run", "--axon.port", "8092", "--update.url", "https://example.org"];
+    let (_, _, err) = run(&[serve, unused].concat());
+    let members = "these flags have no effect: --axon.port, --dry-run\n";
+    assert!(err.contains(members) && err.matches("this is no miner").count() == 1, "{err}");
+    assert!(err.contains("--update.key have no effect without --autoupdate"), "{err}");
     let (code, _, err) = run(&["serve", "--isa", "mmx"]);
     assert!(
         code == 1 && err.contains("unknown instruction set `mmx`; known: amx, avx512, "),
@@ -214,6 +225,30 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
     let good = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
     let (code, _, err) = run(&["serve", "--models", &good, "--port", &port]);
     assert!(code == 1 && err.contains("cannot listen on 127.0.0.1:"), "{err}");
+}
+
+#[test]
+fn a_level_of_the_log_that_is_none_is_refused_wherever_it_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let entry = "[[model]]\nname = \"m\"\npath = \"m\"\n";
+    let models = write_models(dir.path(), entry);
+    let check = ["config", "check", "--models", &models];
+    for level in ["inof", "9", "engine", "engine=foo"] {
+        let by_flag = run(&[&check[..], &["--log", level]].concat());
+        let by_variable = program().args(check).env("TARGON_LOG", level).output().unwrap();
+        let said = String::from_utf8(by_variable.stderr).unwrap();
+        for (code, err) in [(by_flag.0, by_flag.2), (by_variable.status.code().unwrap(), said)] {
+            assert!(code == 1 && err.contains("'--log <LOG>': must be error, warn,"), "{err}");
+            assert!(err.contains(&format!("got `{level}`")), "{err}");
+        }
+    }
+    assert_eq!(run(&[&check[..], &["--log", "warn,engine=debug"]].concat()).0, 0);
+    let models = write_models(dir.path(), &format!("{entry}[server]\nlog = \"engine=foo\"\n"));
+    for command in [&["config", "check"][..], &["serve", "--port", "0"]] {
+        let (code, _, err) = run(&[command, &["--models", &models]].concat());
+        let want = format!("error: {models}: [server] `log` must be error, warn,");
+        assert!(code == 1 && err.contains(&want), "{err}");
+    }
 }
 
 #[test]
@@ -245,11 +280,14 @@ fn models_and_keys_follow_the_file_while_serving() {
         server.post("/v1/completions", &body).0
     };
     assert_eq!((ask("one"), ask("two")), (200, 404));
-    // A mistake changes nothing.
-    write_models(dir.path(), "[[model]]\nnam = 1\n");
-    server.hang_up();
-    std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(ask("one"), 200);
+    // A mistake changes nothing, wherever it is.
+    let no_filter = format!("{}[server]\nlog = \"inof\"\n", entry("two"));
+    for mistake in ["[[model]]\nnam = 1\n", &no_filter] {
+        write_models(dir.path(), mistake);
+        server.hang_up();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!((ask("one"), ask("two")), (200, 404));
+    }
     write_models(dir.path(), &entry("two"));
     server.hang_up();
     server.wait_until("/ready?model=two", 200);
@@ -263,6 +301,8 @@ fn models_and_keys_follow_the_file_while_serving() {
     let (code, log) = server.terminate();
     assert_eq!(code, 0, "{log}");
     assert!(log.contains("nothing is reloaded") && log.contains("unknown field `nam`"), "{log}");
+    let refused = format!("nothing is reloaded: {models}: [server] `log` must be error,");
+    assert!(log.contains(&refused), "{log}");
     assert!(!log.contains("0123456789abcdef"), "{log}");
 }
 
@@ -321,4 +361,43 @@ fn a_rejection_outweighs_what_could_not_be_scored_in_any_order() {
     assert!(code == 3 && out.contains(r"\u001b[2J\u009b31m\u202e\nanswers"), "{out}");
     assert!(out.chars().all(|c| c == '\n' || (!c.is_control() && c != '\u{202e}')), "{out:?}");
     assert!(out.lines().all(|line| !line.starts_with("answers.jsonl:9")), "{out}");
+}
+
+#[test]
+fn a_check_that_cannot_be_made_as_asked_is_refused_and_an_unknown_model_is_unscored() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_checkpoint(&dir.path().join("m"), &common::tiny_config(), 1);
+    let models = write_models(dir.path(), "[[model]]\nname = \"m\"\npath = \"m\"\n");
+    let line = |model: &str| {
+        let request = format!(r#"{{"model": "{model}", "prompt": "x", "max_tokens": 2}}"#);
+        let choice =
+            r#"{"index": 0, "token_ids": [104, 104], "text": "hh", "finish_reason": "length"}"#;
+        format!("{{\"request\": {request}, \"response\": {{\"choices\": [{choice}]}}}}\n")
+    };
+    let file = dir.path().join("answers.jsonl");
+    let name = file.display().to_string();
+    let verify = |flags: &[&str]| run(&[&["verify", &name, "--models", &models], flags].concat());
+    std::fs::write(&file, line("m").repeat(2)).unwrap();
+    for (flags, want) in [
+        (&["--html", "/no/such/p"][..], "--html /no/such/p cannot be written: "),
+        (&["--slow", "--rows", "3"], "cannot be used with"),
+        (&["--slow", "--early-exit"], "cannot be used with"),
+        (&["--profile", "targon-4.4", "--exact"], "--exact goes only with proofs"),
+        (&["--profile", "targon-4.1", "--twin", "never"], "--twin goes only with proofs"),
+        (&["--profile", "targon-4.4", "--name-cheats"], "--name-cheats goes only with proofs"),
+    ] {
+        let (code, out, err) = verify(flags);
+        assert!(code == 1 && out.is_empty() && err.contains(want), "{flags:?}: {out}{err}");
+    }
+    // Whether a flag has an effect may depend on the answer.
+    let (_, _, err) = verify(&["--exact"]);
+    let want = "answers.jsonl:1: --exact says nothing of an answer without a proof";
+    assert!(err.contains(want) && err.matches("says nothing").count() == 1, "{err}");
+    // A model that is not here is no fault of the answer, and the next line is checked.
+    std::fs::write(&file, line("zz") + &line("m")).unwrap();
+    let (code, out, err) = verify(&["--profile", "proof"]);
+    assert_eq!(code, 4, "{out}{err}");
+    let unscored = format!("answers.jsonl:1: unscored: {models} has no model `zz`\n");
+    assert!(out.contains(&unscored), "{out}");
+    assert!(out.contains("answers.jsonl:2 choice 0: unscored: the request asked for no"), "{out}");
 }

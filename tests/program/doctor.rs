@@ -1,7 +1,7 @@
 //! `doctor`, `config check`, `completions` and `man` as a user runs them.
 
-use crate::common;
 use crate::node::{FakeNode, Neuron, Subnet};
+use crate::{asking, common};
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -88,6 +88,48 @@ async fn a_member_of_the_subnet_is_found_well() {
     std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o644)).unwrap();
     let (code, found) = findings(home.path(), &[wallet.as_slice(), &["--offline"]].concat());
     assert_eq!((code, level(&found, "wallet", "mode 644").as_str()), (1, "fault"));
+}
+
+#[test]
+fn a_wallet_is_shown_where_its_hotkey_is_right() {
+    let home = tempfile::tempdir().unwrap();
+    let wallet = |action: &'static str, hotkey: &'static str| {
+        ["wallet", action, "--wallet.name", "w", "--wallet.hotkey", hotkey]
+    };
+    let show = || run(home.path(), &wallet("show", "h"));
+    let file = |name: &str| home.path().join(".bittensor/wallets/w/hotkeys").join(name);
+    for hotkey in ["h", "other"] {
+        assert_eq!(run(home.path(), &wallet("new-hotkey", hotkey)).0, 0);
+    }
+    let (code, out, err) = show();
+    assert!(code == 0 && out.starts_with("hotkey   5") && !out.contains("encrypted"), "{out}{err}");
+    let good = std::fs::read(file("h")).unwrap();
+    for (bytes, want) in [("no key", "is not a key file"), ("{}", "names neither")] {
+        std::fs::write(file("h"), bytes).unwrap();
+        let (code, out, err) = show();
+        assert!(code == 1 && out.is_empty() && err.contains(want), "{out}{err}");
+    }
+    std::fs::write(file("h"), "$NACL").unwrap();
+    let (code, out, _) = show();
+    assert!(code == 0 && out.contains("(encrypted: not looked into)"), "{out}");
+    std::fs::write(file("h"), good).unwrap();
+    std::fs::copy(file("otherpub.txt"), file("hpub.txt")).unwrap();
+    let (code, _, err) = show();
+    assert!(code == 1 && err.contains("hpub.txt must name 5"), "{err}");
+    std::fs::remove_file(file("h")).unwrap();
+    let (code, _, err) = show();
+    assert!(code == 1 && err.contains("w/hotkeys/h cannot be read: "), "{err}");
+}
+
+#[test]
+fn a_hotkey_that_cannot_be_written_whole_leaves_nothing_behind() {
+    let home = tempfile::tempdir().unwrap();
+    let words = ["wallet", "new-hotkey", "--wallet.name", "w", "--wallet.hotkey", "h"];
+    let (code, err) = asking::run_on_little_disk(home.path(), 0, &words);
+    assert!(code == 1 && err.contains("w/hotkeys/h cannot be written: "), "{err}");
+    let hotkeys = home.path().join(".bittensor/wallets/w/hotkeys");
+    assert_eq!(std::fs::read_dir(hotkeys).unwrap().count(), 0);
+    assert_eq!(run(home.path(), &words).0, 0);
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod node;
 #[path = "../common/shell.rs"]
 mod shell;
 
+mod asking;
 mod bench;
 mod build_script;
 mod cache;

@@ -254,6 +254,15 @@ async fn starts_that_cannot_work_end_at_once_with_what_to_do() {
     home.hotkey("miner");
     let (code, err) = serve(&home, &node, &[]).ends();
     assert!(code == 1 && err.contains("is not registered on subnet 4"), "{err}");
+    for (flag, value, want) in [
+        ("--axon.external_ip", "0.0.0.0", "an address that others can reach, got 0.0.0.0"),
+        ("--axon.external_ip", "::", "an address that others can reach, got ::"),
+        ("--axon.external_port", "0", "0 is not in 1.."),
+        ("--check-ip", "foo", "must begin with http:// or https://, got foo"),
+    ] {
+        let (code, err) = serve(&home, &node, &[flag, value]).ends();
+        assert!(code == 1 && err.contains(flag) && err.contains(want), "{err}");
+    }
     let (code, err) = serve(&home, &node, &["--netuid", "77"]).ends();
     assert!(code == 1 && err.contains("the chain has no subnet 77"), "{err}");
     let (code, err) = serve(&home, &node, &["--model-endpoint", "http://x"]).ends();
@@ -279,6 +288,7 @@ async fn a_miners_open_routes_stay_on_loopback_and_a_dry_run_signs_nothing() {
     assert!(words.contains("serve_axon") && words.contains("netuid: 4"), "{words}");
     let (code, err) = serving.ends();
     assert_eq!((code, node.calls().len()), (0, 0), "{err}");
+    assert!(err.contains("the address lies in a private network"), "{err}");
     ends_quietly(serve_command(&home, &node, &["--dry-run"]), 0);
     // Trouble that passes is not the user's: whoever supervises the program starts it again.
     node.refuse(true);

@@ -296,6 +296,23 @@ async fn starts_that_cannot_work_end_at_once_with_what_is_missing() {
     expect(1, &["the chain has no subnet 77"], &["--netuid", "77"]).await;
     expect(1, &["--tokens-min must be at most"], &["--tokens-min", "50"]).await;
     expect(1, &["--slow-share must lie between 0 and 1"], &["--slow-share", "2"]).await;
+    expect(
+        1,
+        &["--vpermit-tao-limit must be at least 0, got NaN"],
+        &["--vpermit-tao-limit", "nan"],
+    )
+    .await;
+    expect(1, &["--vpermit-tao-limit must be at least 0, got -1"], &["--vpermit-tao-limit=-1"])
+        .await;
+    expect(1, &["--unsaved .: cannot be read: it is not a file"], &["--unsaved", "."]).await;
+    std::fs::write(home.path().join("garbage.jsonl"), "\n{}\n").unwrap();
+    let garbage = ["--unsaved garbage.jsonl: line 2: not a round: "];
+    expect(1, &garbage, &["--unsaved", "garbage.jsonl"]).await;
+    let listed = ["--models.mode", "config", "--models.config", "no-such.txt"];
+    expect(1, &["--models.config no-such.txt", "No such file"], &listed).await;
+    expect(1, &["--models.config goes only with --models.mode config"], &listed[2..]).await;
+    let no_proof = ["--profile", "targon-4.4", "--rules", "proof"];
+    expect(1, &["--rules proof needs a proof to be asked for"], &no_proof).await;
     expect(1, &["--proof nothing: must be one of"], &["--proof", "nothing"]).await;
     expect(1, &["no-such.jsonl"], &["--dataset", "no-such.jsonl"]).await;
     expect(1, &["no-such.json", "cannot be read"], &["--limits", "no-such.json"]).await;

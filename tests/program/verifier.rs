@@ -163,3 +163,17 @@ fn a_model_that_cannot_be_had_ends_it_with_its_name() {
     let (code, log) = place.start("verifier").wait();
     assert!(code == 1 && log.contains("one cannot be served"), "{code}: {log}");
 }
+
+#[test]
+fn it_follows_the_log_of_the_file_and_says_what_else_of_it_has_no_effect() {
+    let place = Place::new(&["one"]);
+    let models = std::fs::read_to_string(place.path("models.toml")).unwrap();
+    let server = "[server]\nlog = \"warn\"\napi_keys = [\"0123456789abcdef\"]\n";
+    std::fs::write(place.path("models.toml"), models + server).unwrap();
+    let program = place.start("verifier");
+    program.wait_until_ready();
+    let (code, log) = program.terminate();
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("[server] api_keys and cors_origins have no effect here"), "{log}");
+    assert!(!log.contains("stopped") && !log.contains("0123456789abcdef"), "{log}");
+}

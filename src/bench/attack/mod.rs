@@ -29,6 +29,7 @@ use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::verify::evidence::Calibrated;
+use crate::verify::limits_file::LimitsFile;
 use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Depth, Limits};
 use answers::AnswerMaker;
@@ -36,7 +37,7 @@ use anyhow::bail;
 use catalogue::{Attack, Cheat};
 use check::AttackVerifier;
 use results::{Detector, Line, Results, Tokens};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use trial::{AttackRequest, Subject};
 
 /// Tokens of an honest answer, and of an attacked one: eight chunks.
@@ -60,6 +61,8 @@ pub struct AttackSetup {
     pub only: Option<String>,
     /// Limits of one answer.
     pub limits: Limits,
+    /// The file that they come from, which must be for the model.
+    pub limits_file: Option<(PathBuf, LimitsFile)>,
     /// How closely answers are looked at.
     pub scrutiny: Scrutiny,
     /// What evidence over many answers is weighed by.
@@ -75,6 +78,7 @@ impl AttackSetup {
             tokens: None,
             only: None,
             limits: Limits::default(),
+            limits_file: None,
             scrutiny: Scrutiny::default(),
             rates: Calibrated::default(),
         }
@@ -95,8 +99,8 @@ pub fn run_by(mut args: BenchArgs, progress: impl Fn(&str)) -> anyhow::Result<Re
 /// written into a directory of its own, which is removed afterwards.
 ///
 /// # Errors
-/// When the model cannot be loaded, has no chat template, there are too few prompts, an engine
-/// fails or a file cannot be written.
+/// When the model cannot be loaded or is not that of the limits, has no chat template, there are
+/// too few prompts, no attack is chosen, an engine fails or a file cannot be written.
 pub fn run(
     path: &Path,
     pool: &Pool,
@@ -107,12 +111,27 @@ pub fn run(
     AttackBench::new(path, scratch.path(), pool, setup)?.run(progress)
 }
 
+/// The attacks whose name holds `only`, or all.
+fn chosen(layers: usize, only: Option<&str>) -> anyhow::Result<Vec<Attack>> {
+    let mut attacks = catalogue::all(layers);
+    let names: Vec<&str> = attacks.iter().map(|attack| attack.name).collect();
+    let names = names.join("; ");
+    attacks.retain(|attack| only.is_none_or(|only| attack.name.contains(only)));
+    match (attacks.is_empty(), only) {
+        (true, Some(only)) => {
+            bail!("--only must be a part of the name of an attack, got {only:?}; they are: {names}")
+        }
+        _ => Ok(attacks),
+    }
+}
+
 /// The model under attack.
 struct AttackBench {
     subject: Subject,
     verifier: AttackVerifier,
     setup: AttackSetup,
     model: String,
+    attacks: Vec<Attack>,
     attacked: Vec<AttackRequest>,
     honest: Vec<AttackRequest>,
 }
@@ -130,6 +149,10 @@ impl AttackBench {
             let dtype = subject.model.dtype;
             bail!("changed weights are written in bf16, this model is {dtype}");
         }
+        if let Some((path, file)) = &setup.limits_file {
+            file.check_model(path, &subject.identity.portable_hash())?;
+        }
+        let attacks = chosen(subject.model.spec.layers, setup.only.as_deref())?;
         let verifier = AttackVerifier::new(&subject, setup.limits, setup.scrutiny);
         let asks = |from: usize, count: usize, tokens: usize| {
             let tokens = setup.tokens.unwrap_or(tokens);
@@ -141,24 +164,18 @@ impl AttackBench {
             asks(setup.prompts, setup.honest, HONEST_TOKENS);
         let (attacked, honest) = (attacked?, honest?);
         let model = path.display().to_string();
-        Ok(Self { subject, verifier, setup, model, attacked, honest })
+        Ok(Self { subject, verifier, setup, model, attacks, attacked, honest })
     }
 
     /// Runs everything; `progress` is told what comes next.
     fn run(&self, progress: impl Fn(&str)) -> anyhow::Result<Results> {
         let mut lines = self.honest(&progress)?;
         let mut tokens = Vec::new();
-        let mut attacks = catalogue::all(self.subject.model.spec.layers);
-        if let Some(only) = &self.setup.only {
-            attacks.retain(|attack| attack.name.contains(only.as_str()));
-        }
-        if !attacks.is_empty() {
-            progress("honest answers to the prompts that are attacked");
-            let mut answers = AnswerMaker::new(&self.subject, &self.attacked)?;
-            for attack in &attacks {
-                progress(attack.name);
-                self.attack(attack, &mut answers, &mut lines, &mut tokens)?;
-            }
+        progress("honest answers to the prompts that are attacked");
+        let mut answers = AnswerMaker::new(&self.subject, &self.attacked)?;
+        for attack in &self.attacks {
+            progress(attack.name);
+            self.attack(attack, &mut answers, &mut lines, &mut tokens)?;
         }
         let length = |asks: &[AttackRequest]| asks.first().map_or(0, |ask| ask.request.max_tokens);
         Ok(Results {
@@ -166,7 +183,7 @@ impl AttackBench {
             limits: format!("{:?}", self.verifier.limits()),
             attacked: (self.attacked.len(), length(&self.attacked)),
             honest: (self.honest.len(), length(&self.honest)),
-            goals: goals::outcomes(&attacks, &lines, &tokens),
+            goals: goals::outcomes(&self.attacks, &lines, &tokens),
             lines,
             tokens,
         })

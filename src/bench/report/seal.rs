@@ -78,7 +78,28 @@ fn parse(bytes: &[u8]) -> anyhow::Result<BenchReport> {
         let got = &value["version"];
         bail!("`version` must be {VERSION}, got {got}: another program wrote it");
     }
-    serde_path_to_error::deserialize(value).map_err(|e| anyhow!("`{}`: {}", e.path(), e.inner()))
+    let report = serde_path_to_error::deserialize(value);
+    let report = report.map_err(|e| anyhow!("`{}`: {}", e.path(), e.inner()))?;
+    check_speeds(&report)?;
+    Ok(report)
+}
+
+/// Refuses what no machine measures, and what would be ranked as if it had.
+fn check_speeds(report: &BenchReport) -> anyhow::Result<()> {
+    let rows = report.rows.iter().flat_map(|row| {
+        let speeds = row.runs.iter().copied().chain([row.speed.mean]);
+        speeds
+            .map(|speed| ("rows: speed", speed))
+            .chain(row.joules_per_token.map(|joules| ("rows: joules_per_token", joules)))
+    });
+    let levels = report.levels.iter().flat_map(|level| {
+        let speed = ("levels: steady_tokens_per_second", level.steady_tokens_per_second);
+        [speed, ("levels: goodput", level.goodput), ("levels: seconds", level.seconds)]
+    });
+    match rows.chain(levels).find(|(_, value)| !(0.0..f64::INFINITY).contains(value)) {
+        Some((key, value)) => bail!("`{key}` must be at least 0, got {value}"),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -174,6 +195,10 @@ pub(in crate::bench) mod tests {
         assert!(with("version", 2.into()).contains("`version` must be 1, got 2"));
         assert!(with("seconds", "x".into()).contains("`seconds`: invalid type"));
         assert!(with("more", 1.into()).contains("unknown field `more`"));
+        let mut slow = good.clone();
+        slow["rows"][1]["speed"]["mean"] = (-1).into();
+        let error = parse(slow.to_string().as_bytes()).unwrap_err().to_string();
+        assert_eq!(error, "`rows: speed` must be at least 0, got -1");
         let directory = tempfile::tempdir().unwrap();
         let error = read(&directory.path().join("a.json")).unwrap_err().to_string();
         assert!(error.contains("a.json cannot be read"), "{error}");

@@ -67,16 +67,16 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
     }
-    let (limits, rates) = match &args.limits {
-        Some(path) => {
-            limits_file::read(path).map(|f| (f.limits, f.rates)).map_err(Failure::user)?
-        }
+    let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
+    let (limits, rates) = match &file {
+        Some(file) => (file.limits, file.rates),
         None => (Limits::default(), Calibrated::default()),
     };
     let setup = AttackSetup {
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
         limits: Limits { exact: args.exact || limits.exact, ..limits },
+        limits_file: args.limits.clone().zip(file),
         scrutiny: Scrutiny {
             twin: args.twin,
             stops_early: args.early_exit,

@@ -8,12 +8,12 @@ use crate::bench::report::sheet::Sheet;
 use crate::cli::Failure;
 use crate::cli::out::outln;
 use crate::cli::printable::printable;
-use crate::cli::shared::runtime;
+use crate::cli::shared::{hub, runtime};
 use crate::engine::plan::Bytes;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
 use crate::models::error::read_json;
-use crate::models::hub::{Hub, WantedFiles};
+use crate::models::hub::WantedFiles;
 use crate::models::spec::Spec;
 use anyhow::bail;
 use clap::Args;
@@ -135,7 +135,7 @@ async fn fetch(repo: &str) -> Result<PathBuf, Failure> {
         let what = format!("{} is neither a file here nor OWNER/NAME", printable(repo));
         return Err(Failure::user(what));
     }
-    let hub = Hub::from_env().map_err(Failure::ours)?;
+    let hub = hub()?;
     let wanted = WantedFiles::Configuration;
     let snapshot = hub.fetch(repo, "main", wanted, &|_, _, _| {}).await.map_err(Failure::user)?;
     Ok(snapshot.directory.join("config.json"))

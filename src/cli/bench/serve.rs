@@ -26,6 +26,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+/// Words of a prompt where nothing is said.
+const WORDS_DEFAULT: u32 = 128;
+
 /// Arguments of `bench serve`.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -63,9 +66,9 @@ pub(in crate::cli) struct BenchServeArgs {
     /// Requests of each level.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     requests: u32,
-    /// Words of a prompt with --load fixed, about as many tokens.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    input: u32,
+    /// Words of a prompt with --load fixed, about as many tokens; by default 128.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    input: Option<u32>,
     /// Tokens of an answer; with --load targon the most, by default 1920.
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=100_000))]
     output_tokens: Option<u32>,
@@ -120,6 +123,7 @@ fn positive(text: &str) -> anyhow::Result<f64> {
 }
 
 pub(super) fn run(args: &BenchServeArgs) -> Result<(), Failure> {
+    args.check()?;
     let output = args.output.start(Vec::new())?;
     let runtime = runtime()?;
     let is_wanted = until_interrupted(&runtime);
@@ -164,6 +168,21 @@ pub(super) fn run(args: &BenchServeArgs) -> Result<(), Failure> {
 }
 
 impl BenchServeArgs {
+    /// Refuses what a validator's own load would not follow.
+    fn check(&self) -> Result<(), Failure> {
+        let unused = [("--input", self.input.is_some()), ("--completion", self.completion)];
+        match (self.load, unused.iter().find(|(_, is_given)| *is_given)) {
+            (LoadArg::Targon, Some((flag, _))) => {
+                Err(Failure::user(format!("{flag} goes only with --load fixed")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn words(&self) -> u32 {
+        self.input.unwrap_or(WORDS_DEFAULT)
+    }
+
     fn server(&self, clock: &Clock) -> Result<Server, Failure> {
         check_http("url", &self.url)?;
         let target = Target {
@@ -185,7 +204,7 @@ impl BenchServeArgs {
             shape,
             model: self.model.clone(),
             is_completion: self.completion,
-            words: self.input as usize,
+            words: self.words() as usize,
             tokens: self.output_tokens.unwrap_or(match shape {
                 LoadShape::Fixed => 128,
                 LoadShape::Targon => 1920,
@@ -222,7 +241,7 @@ impl BenchServeArgs {
             ("rate", json!(self.rate)),
             ("concurrency", json!(concurrency)),
             ("requests", json!(self.requests)),
-            ("input", json!(is_fixed.then_some(self.input))),
+            ("input", json!(is_fixed.then_some(self.words()))),
             ("timeout", json!(self.timeout)),
             ("read_timeout", json!(self.read_timeout)),
             ("output_tokens", json!(questions.tokens)),

@@ -28,24 +28,17 @@ const NAMES_MAX: usize = 8;
 /// Tokens of the shortest answer that can be asked for.
 const TOKENS_MIN: u32 = 8;
 
-/// Asks for the models that are served: at a signed listener as validators do, otherwise by the
-/// open API. Gives the model to ask for: `wanted`, or the first.
+/// Asks for the [`names`] of the models that are served. Gives the model to ask for: `wanted`, or
+/// the first.
 pub async fn list(
     target: &Target,
     wanted: Option<&str>,
     clock: &Clock,
 ) -> (Option<String>, Vec<Finding>) {
     let topic = "models list";
-    let names = match target.signer {
-        Some(_) => models::served(target, clock).await,
-        None => open_list(target, clock).await,
-    };
-    let names = match names {
+    let names = match names(target, clock).await {
         Ok(names) => names,
-        Err(e) => {
-            let finding = Finding::new(topic, Level::Fault, e.to_string()).hint(rules::hint(&e));
-            return (None, vec![finding]);
-        }
+        Err(e) => return (None, vec![unlisted(target, &e)]),
     };
     let shown = names.iter().take(NAMES_MAX).cloned().collect::<Vec<_>>().join(", ");
     let fact = format!("{} models: {shown}", names.len());
@@ -61,6 +54,32 @@ pub async fn list(
             (None, vec![Finding::new(topic, Level::Fault, fact).hint(hint)])
         }
         Some(model) => (Some(model), vec![Finding::new(topic, Level::Ok, fact)]),
+    }
+}
+
+/// What is wrong with an answer that lists no models.
+fn unlisted(target: &Target, e: &QueryError) -> Finding {
+    let topic = "models list";
+    let QueryError::Stream { url, what } = e else {
+        return Finding::new(topic, Level::Fault, e.to_string()).hint(rules::hint(e));
+    };
+    let fact = format!("{url}: the list of models is malformed: {what}");
+    let hint = match target.signer {
+        Some(_) => r#"answer /models with a JSON list of names, such as ["MODEL"]"#,
+        None => r#"answer /v1/models with JSON such as {"data": [{"id": "MODEL"}]}"#,
+    };
+    Finding::new(topic, Level::Fault, fact).hint(hint)
+}
+
+/// The models that are served: asked for at a signed listener as validators do, otherwise by the
+/// open API.
+///
+/// # Errors
+/// When there is no answer, or another than a list.
+pub async fn names(target: &Target, clock: &Clock) -> Result<Vec<String>, QueryError> {
+    match target.signer {
+        Some(_) => models::served(target, clock).await,
+        None => open_list(target, clock).await,
     }
 }
 

@@ -68,6 +68,9 @@ pub enum HubError {
         /// The file that the commit lacks.
         file: String,
     },
+    /// There is no place for what is downloaded.
+    #[error("there is no place for files of the Hub: HOME is not set, nor HF_HOME or HF_HUB_CACHE")]
+    NoHome,
     /// A name that would leave the cache directory.
     #[error("`{0}` is not a valid name for a repository, revision or file")]
     Name(String),

@@ -47,6 +47,16 @@ pub struct Hub {
     client: Client,
 }
 
+/// Whether a repository of the Hub can be called so.
+pub fn is_repository(name: &str) -> bool {
+    check_repo(name).is_ok()
+}
+
+/// Whether a revision or a file of a repository can be called so.
+pub fn is_name(name: &str) -> bool {
+    check_name(name).is_ok()
+}
+
 /// A repository on disk.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -60,19 +70,19 @@ impl Hub {
     /// The Hub and cache that the environment names.
     ///
     /// # Errors
-    /// When no HTTP client can be made (no usable TLS roots).
+    /// When it names no cache, or no HTTP client can be made (no usable TLS roots).
     pub fn from_env() -> Result<Self, HubError> {
         let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
-        let home = var("HF_HOME").map_or_else(
-            || PathBuf::from(var("HOME").unwrap_or_default()).join(".cache/huggingface"),
-            PathBuf::from,
-        );
-        let stored = || std::fs::read_to_string(home.join("token")).ok();
+        let of_user = || var("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
+        let home = var("HF_HOME").map(PathBuf::from).or_else(of_user);
+        let cache = var("HF_HUB_CACHE").map(PathBuf::from);
+        let cache = cache.or_else(|| home.as_ref().map(|home| home.join("hub")));
+        let cache = cache.ok_or(HubError::NoHome)?;
+        let stored = || std::fs::read_to_string(home?.join("token")).ok();
         let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned());
         let offline = var("HF_HUB_OFFLINE")
             .is_some_and(|v| ["1", "true", "yes", "on"].contains(&v.to_ascii_lowercase().as_str()));
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        let cache = var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
         Self::new(&endpoint, cache, token, offline)
     }
 
