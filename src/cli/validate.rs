@@ -18,7 +18,6 @@ use crate::clock::Clock;
 use crate::config::units;
 use crate::engine::plan::KvMemory;
 use crate::entropy::Entropy;
-use crate::files;
 use crate::lifecycle::residents::{LimitsFiles, Needs, ResidentRules, budget, residents};
 use crate::overview::Overview;
 use crate::server::listen::serve_all;
@@ -35,11 +34,9 @@ use crate::validator::run::progress::RunProgress;
 use crate::validator::run::reading::{ReadingTerms, SubnetError};
 use crate::validator::run::residents::Residents;
 use crate::validator::run::world::{World, WorldState};
-use crate::validator::run::{Driver, RunError, RunOptions, Settled};
+use crate::validator::run::{Driver, RunError, RunOptions, Settled, spill};
 use sd_notify::NotifyState;
-use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -50,8 +47,6 @@ use tokio_util::sync::CancellationToken;
 const STUCK_TIME: Duration = Duration::from_secs(300);
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_secs(5);
-/// Bytes of a file of rounds that were not stored.
-const UNSAVED_BYTES_MAX: u64 = 1 << 30;
 /// Wait between two looks at weights that were sent.
 const WEIGHTS_WAIT: Duration = Duration::from_secs(6);
 
@@ -64,7 +59,7 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     let source = Passages::open(args.round.dataset.as_deref()).map_err(Failure::user)?;
     let limits = LimitsFiles::read(&args.verifying.limits).map_err(Failure::user)?;
     let (limits, budget) = (Arc::new(limits), verify_memory(args)?);
-    check_unsaved(&args.unsaved)?;
+    spill::read(&args.unsaved).map_err(|e| Failure::user(format!("--unsaved {e}")))?;
     let urls = args.hub.urls()?;
     let signer = Arc::new(args.wallet.keypair()?);
     let runtime = runtime()?;
@@ -93,25 +88,6 @@ pub(super) fn run(args: &ValidateArgs) -> Result<(), Failure> {
     // A verification that was given up may still compute; nothing waits for it.
     runtime.shutdown_background();
     outcome?.map_or(Ok(()), |installed| Err(update::restart(&installed)))
-}
-
-/// Refuses a file of rounds that the run would fail by when it has begun.
-fn check_unsaved(path: &Path) -> Result<(), Failure> {
-    let fault = |what: String| Err(Failure::user(format!("--unsaved {}: {what}", path.display())));
-    let bytes = match files::read(path, UNSAVED_BYTES_MAX) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(e) => return fault(format!("cannot be read: {e}")),
-    };
-    for (place, line) in bytes.split(|b| *b == b'\n').enumerate() {
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        if let Err(e) = serde_json::from_slice::<Round>(line) {
-            return fault(format!("line {}: not a round: {e}", place + 1));
-        }
-    }
-    Ok(())
 }
 
 /// What a validator uses, opened or found.

@@ -45,8 +45,9 @@ pub(super) struct VerifyArgs {
     /// asked for). Where absent, the proof if there is one to expect, else targon-4.4.
     #[arg(long)]
     profile: Option<Profile>,
-    /// Compute logits at every row, not only at random ones (`--rows`).
-    #[arg(long, conflicts_with_all = ["rows", "early_exit"])]
+    /// Compute logits at every row, in place of random ones and early ends (`--rows`,
+    /// `--early-exit`).
+    #[arg(long)]
     slow: bool,
     /// Require that hidden rows are equal bit for bit, because the miner runs this engine.
     #[arg(long)]

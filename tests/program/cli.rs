@@ -380,8 +380,6 @@ fn a_check_that_cannot_be_made_as_asked_is_refused_and_an_unknown_model_is_unsco
     std::fs::write(&file, line("m").repeat(2)).unwrap();
     for (flags, want) in [
         (&["--html", "/no/such/p"][..], "--html /no/such/p cannot be written: "),
-        (&["--slow", "--rows", "3"], "cannot be used with"),
-        (&["--slow", "--early-exit"], "cannot be used with"),
         (&["--profile", "targon-4.4", "--exact"], "--exact goes only with proofs"),
         (&["--profile", "targon-4.1", "--twin", "never"], "--twin goes only with proofs"),
         (&["--profile", "targon-4.4", "--name-cheats"], "--name-cheats goes only with proofs"),

@@ -20,7 +20,7 @@ pub mod reading;
 pub mod resident;
 pub mod residents;
 pub mod rewriting;
-mod spill;
+pub mod spill;
 pub mod subnet;
 pub mod view;
 pub mod world;

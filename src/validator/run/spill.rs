@@ -23,19 +23,23 @@ pub(super) fn write(path: &Path, rounds: &[Round]) -> anyhow::Result<()> {
 }
 
 /// Reads them; a file that is not there has none.
-pub(super) fn read(path: &Path) -> anyhow::Result<Vec<Round>> {
+///
+/// # Errors
+/// When it cannot be read, or a line of it is not a round.
+pub fn read(path: &Path) -> anyhow::Result<Vec<Round>> {
     let fault = |what: String| anyhow!("{}: {what}", path.display());
     let bytes = match files::read(path, FILE_BYTES_MAX) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(fault(format!("cannot be read: {e}"))),
     };
-    let lines = bytes.split(|b| *b == b'\n').filter(|line| !line.trim_ascii().is_empty());
+    let lines = bytes.split(|b| *b == b'\n').enumerate();
+    let lines = lines.filter(|(_, line)| !line.trim_ascii().is_empty());
     let read = |(number, line): (usize, &[u8])| {
         let round = serde_json::from_slice(line);
         round.map_err(|e| fault(format!("line {}: not a round: {e}", number + 1)))
     };
-    lines.enumerate().map(read).collect()
+    lines.map(read).collect()
 }
 
 /// Removes it, once its rounds are remembered.
