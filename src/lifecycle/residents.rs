@@ -50,6 +50,14 @@ impl LimitsFiles {
     pub fn read(paths: &[PathBuf]) -> Result<Self, FileError> {
         let read = |path: &PathBuf| limits_file::read(path).map(|file| (path.clone(), file));
         let files = paths.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        for (place, (path, file)) in files.iter().enumerate() {
+            let is_same = |(_, other): &&(PathBuf, LimitsFile)| other.model == file.model;
+            if let Some((first, _)) = files[..place].iter().find(is_same) {
+                let what =
+                    format!("is for the same model as {}: give one of them", first.display());
+                return Err(FileError::new(path, what));
+            }
+        }
         Ok(Self { files, loaded: Mutex::default() })
     }
 
@@ -262,6 +270,20 @@ mod tests {
         let halves = split(samples.collect(), 0.5).unwrap();
         crate::verify::limits_file::write(path, &limits_file(&[model; 32], "test", &halves))
             .unwrap();
+    }
+
+    #[test]
+    fn two_limits_files_for_one_model_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["one.json", "two.json"].map(|name| dir.path().join(name));
+        paths.iter().for_each(|path| write_limits(path, 1));
+        let error = LimitsFiles::read(&paths).err().unwrap();
+        assert_eq!(error.path, paths[1]);
+        assert!(
+            error.what.contains("is for the same model as ") && error.what.contains("one.json")
+        );
+        write_limits(&paths[1], 2);
+        assert!(LimitsFiles::read(&paths).is_ok());
     }
 
     #[test]

@@ -368,7 +368,10 @@ fn hold_out(samples: &[HonestSample], limits: &Limits) -> HeldOut {
     };
     let limit = limits.margin_max();
     let single = |rows: &[RowEvidence]| rows.iter().any(|r| r.margin.is_some_and(|m| m > limit));
-    let on_average = |rows: &[RowEvidence]| mean_margin(rows) > limits.margin_mean;
+    let on_average = |rows: &[RowEvidence]| {
+        let margins = rows.iter().filter(|row| row.margin.is_some()).count();
+        mean_margin(rows) > limits.margin_mean_max(margins)
+    };
     let breaks = |rows: &[RowEvidence]| check_margins(rows, limits).is_err();
     let rejected = samples.iter().zip(&fast);
     let rejected = rejected.filter(|(s, rows)| is_far(s) || breaks(&s.report.rows) || breaks(rows));

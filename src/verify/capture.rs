@@ -112,17 +112,39 @@ pub struct CheckedChoice {
 
 impl Verification<'_> {
     /// Verifies every choice of a capture, whose request was read as `question`.
+    ///
+    /// Where Targon's rules read log-probabilities of which nobody says what distribution they
+    /// describe, they may be the model's own or those at the temperature: servers do either. A
+    /// choice that fails as the one is read as the other.
     pub fn capture(self, mut question: Question, capture: &Capture) -> Vec<CheckedChoice> {
-        let (clock, sent) = (Clock::system(), capture.sent());
+        let sent = capture.sent();
         question.adapt(sent);
+        let is_open =
+            self.profile_for(question.proof) == Profile::Ranks && question.has_unnamed_mode(sent);
+        let mut checked = self.reading(&question, sent);
+        let is_rejected =
+            |choice: &CheckedChoice| matches!(choice.report.verdict, Verdict::Reject(_));
+        if is_open && checked.iter().any(is_rejected) {
+            question.scale();
+            for (first, second) in checked.iter_mut().zip(self.reading(&question, sent)) {
+                if is_rejected(first) && !is_rejected(&second) {
+                    *first = second;
+                }
+            }
+        }
+        checked
+    }
+
+    fn reading(self, question: &Question, sent: RawResponse<'_>) -> Vec<CheckedChoice> {
+        let clock = Clock::system();
         let profile = self.profile_for(question.proof);
-        let answers = read(self.verifier, &question, sent);
-        let claims: Vec<Claim<'_>> = claims(&question, &answers).collect();
+        let answers = read(self.verifier, question, sent);
+        let claims: Vec<Claim<'_>> = claims(question, &answers).collect();
         let mut reports = self.answers(&claims).into_iter();
         drop(claims);
         let seconds = clock.elapsed().as_secs_f64() / answers.len().max(1) as f64;
         let scheme = question.proof.map(|asked| asked.scheme);
-        let checked = (0..).zip(question.understood.requests).zip(answers);
+        let checked = (0..).zip(question.understood.requests.iter().cloned()).zip(answers);
         let checked = checked.map(|((choice, request), answer)| {
             let (answer, report) = match answer {
                 Read::Refused(verdict, answer) => (answer, Report::bare(verdict)),

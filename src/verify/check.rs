@@ -1,6 +1,6 @@
 //! Checks one answer: first what needs no model, then one prefill and the checks of its rows.
 
-use super::places::{prompt_rows, random_rows, random_stop};
+use super::places::{FAST_ROWS, prompt_rows, random_rows, random_stop};
 use super::prefill::{IsWanted, Prefix};
 use super::proof::BoundProof;
 use super::scrutiny::{Scrutiny, TwinPolicy};
@@ -253,7 +253,7 @@ impl<'a> Verification<'a> {
             _ => output.len(),
         };
         prefix.run(&output[..stop], &mut checker)?;
-        let is_open = |bound| self.is_undecided(bound, checker.found());
+        let is_open = |bound| self.is_undecided(bound, checker.found(), wanted);
         if stop < output.len() && bound.as_ref().is_some_and(is_open) {
             prefix.extend(output, stop, &mut checker)?;
         }
@@ -285,7 +285,7 @@ impl<'a> Verification<'a> {
             Some(_) => rows::check_margins(&report.rows, limits)?,
             None => targon::check(claim, &report.rows, limits, self.chance)?,
         }
-        logprobs::check(&report.rows, proof, limits)?;
+        logprobs::check(claim.request, &report.rows, proof, limits)?;
         self.check_prompt(claim, proof, prefix)?;
         if proof.is_some() {
             proof::check_nonce(claim)?;
@@ -299,8 +299,14 @@ impl<'a> Verification<'a> {
         scrutiny.twin != TwinPolicy::Never && limits.is_open(scheme, chunks)
     }
 
-    /// Whether the first chunks of an answer leave open what it is: near a limit, on either side.
-    fn is_undecided(self, bound: &BoundProof, found: &rows::RowFindings) -> bool {
+    /// Whether the first chunks of an answer leave open what it is: near a limit, on either side, or
+    /// with few of the `wanted` rows among them, so that its draws were hardly looked at.
+    fn is_undecided(
+        self,
+        bound: &BoundProof,
+        found: &rows::RowFindings,
+        wanted: &BTreeSet<usize>,
+    ) -> bool {
         let limits = &self.verifier.limits;
         let (chunks, energies) = bound.compare(&found.proofs);
         if proof::check(&chunks, bound.scheme, limits).is_err() {
@@ -309,8 +315,13 @@ impl<'a> Verification<'a> {
         let by_rows = limits.trimmed(bound.scheme);
         let statistic = by_rows.and_then(|by_rows| Statistic::of(&energies, &by_rows));
         let is_near = statistic.is_some_and(|s| s.share().is_nan() || s.share() > DECIDED);
+        let margins: Vec<f64> = found.rows.iter().filter_map(|row| row.margin).collect();
         let near = limits.margin_max() * DECIDED;
-        is_near || found.rows.iter().any(|row| row.margin.is_some_and(|m| m > near))
+        let near_on_average = limits.margin_mean_max(margins.len()) * DECIDED;
+        is_near
+            || margins.len() < FAST_ROWS.min(wanted.len())
+            || margins.iter().any(|margin| margin.is_nan() || *margin > near)
+            || rows::mean(&margins) > near_on_average
     }
 
     /// What was reported of the prompt, on the rows that were kept.
@@ -325,7 +336,7 @@ impl<'a> Verification<'a> {
         }
         let Verifier { model, limits, .. } = self.verifier;
         let checker = logprobs::PromptChecker::new(claim, model, proof, limits);
-        prefix.scored().iter().try_for_each(|(place, scored)| checker.check(*place, scored))
+        checker.check(prefix.scored())
     }
 }
 

@@ -21,6 +21,8 @@ pub(super) struct Compare<'a> {
     pub(super) has_prompt_rows: bool,
     /// Ids of the prompt, which may be repeated.
     pub(super) prompt: &'a [u32],
+    /// The end token that the answer ends with, which other servers name as the reason.
+    pub(super) end: Option<u32>,
 }
 
 /// How one field is compared.
@@ -35,6 +37,12 @@ enum Rule {
     Elsewhere,
     /// Arguments of a call: JSON of the same value.
     Json,
+    /// The bytes of a token. Of a part of a character other servers write what they make of it.
+    Bytes,
+    /// Where texts begin. Other servers count from where a chunk begins, and what they hold back.
+    Offsets,
+    /// Null, or the end token's id where other servers name it.
+    StopReason,
 }
 
 /// A field: what is wrong where it differs, whether it may be missing, how it is compared.
@@ -65,14 +73,15 @@ fn field(key: &str, place: Place<'_>) -> Field {
         }
         "role" => of(Reason::BadStream, true, Rule::Equal),
         "finish_reason" => of(Reason::EarlyEnd, false, Rule::Equal),
-        "stop_reason" => of(Reason::EarlyEnd, true, Rule::Equal),
+        "stop_reason" => of(Reason::EarlyEnd, true, Rule::StopReason),
         "token_ids" | "prompt_token_ids" => of(Reason::BadIds, true, Rule::Equal),
         "powv" => of(Reason::BadPowv, true, Rule::Equal),
         "proof" | "proof_end" => of(Reason::BadProof, true, Rule::Equal),
         "logprobs" => of(Reason::LogprobMismatch, false, Rule::Equal),
         "logprob" | "token_logprobs" => of(Reason::LogprobMismatch, false, Rule::Logprobs),
         "top_logprobs" => of(Reason::LogprobMismatch, true, Rule::Elsewhere),
-        "bytes" | "text_offset" => of(Reason::LogprobMismatch, true, Rule::Equal),
+        "bytes" => of(Reason::LogprobMismatch, true, Rule::Bytes),
+        "text_offset" => of(Reason::LogprobMismatch, true, Rule::Offsets),
         _ => of(Reason::BadStream, false, Rule::Equal),
     };
     Field { reason: place.reason.unwrap_or(field.reason), ..field }
@@ -161,6 +170,10 @@ impl Compare<'_> {
         Err(Rejection::new(field(&key, place).reason, what))
     }
 
+    fn is_end(&self, sent: &Value) -> bool {
+        self.end.is_some_and(|end| *sent == end)
+    }
+
     fn by_rule(
         &self,
         rule: Rule,
@@ -171,6 +184,10 @@ impl Compare<'_> {
     ) -> Result<(), Rejection> {
         let is_fine = match rule {
             Rule::Equal => return self.equal(place, reason, want, sent),
+            Rule::Bytes | Rule::Offsets | Rule::StopReason if self.is_own => want == sent,
+            Rule::Bytes => want == sent || (!is_text(want) && bytes(sent).is_some()),
+            Rule::Offsets => are_offsets(want, sent),
+            Rule::StopReason => want == sent || (is_empty(want) && self.is_end(sent)),
             Rule::Elsewhere => true,
             Rule::Name => is_name(sent),
             Rule::Logprobs => are_logprobs(want, sent),
@@ -179,6 +196,22 @@ impl Compare<'_> {
         };
         if is_fine { Ok(()) } else { Err(differs(place.name, reason, want, sent)) }
     }
+}
+
+/// A list of bytes.
+fn bytes(value: &Value) -> Option<Vec<u8>> {
+    let byte = |value: &Value| u8::try_from(value.as_u64()?).ok();
+    value.as_array()?.iter().map(byte).collect()
+}
+
+/// Whether bytes are whole characters.
+fn is_text(value: &Value) -> bool {
+    bytes(value).is_some_and(|bytes| std::str::from_utf8(&bytes).is_ok())
+}
+
+fn are_offsets(want: &Value, sent: &Value) -> bool {
+    let numbers = |value: &Value| value.as_array().map(|l| (l.len(), l.iter().all(Value::is_u64)));
+    matches!((numbers(want), numbers(sent)), (Some((a, _)), Some((b, true))) if a == b)
 }
 
 fn differs(name: &str, reason: Reason, want: &Value, sent: &Value) -> Rejection {
@@ -304,7 +337,7 @@ mod tests {
     use serde_json::json;
 
     fn compare(is_own: bool, want: Value, sent: Value) -> Option<Reason> {
-        let compare = Compare { is_own, has_prompt_rows: false, prompt: &[1, 2] };
+        let compare = Compare { is_own, has_prompt_rows: false, prompt: &[1, 2], end: Some(9) };
         compare.choice("choice 0", &want, &sent).err().map(|r| r.reason)
     }
 
@@ -334,6 +367,32 @@ mod tests {
         let own = compare(true, want.clone(), json!({"index": 0, "text": "a", "powv": 5}));
         assert_eq!(own, Some(Reason::BadIds));
         assert_eq!(compare(false, want, json!({"index": 0})), Some(Reason::TextMismatch));
+    }
+
+    #[test]
+    fn other_servers_describe_tokens_and_ends_in_their_own_way() {
+        let replaced = json!([239, 191, 189]); // U+FFFD
+        for (key, want, sent, own, other) in [
+            ("bytes", json!([240, 159]), replaced.clone(), false, true),
+            ("bytes", json!([240, 159]), json!([]), false, true),
+            ("bytes", json!([240, 159]), json!([300]), false, false),
+            ("bytes", json!([97]), replaced, false, false),
+            ("text_offset", json!([3, 5]), json!([3, 14]), false, true),
+            ("text_offset", json!([3, 5]), json!([3]), false, false),
+            ("text_offset", json!([3, 5]), json!([3, -1]), false, false),
+            ("stop_reason", json!(null), json!(9), false, true),
+            ("stop_reason", json!(null), json!(8), false, false),
+            ("stop_reason", json!("x"), json!("y"), false, false),
+            ("stop_reason", json!("x"), json!("x"), true, true),
+        ] {
+            for (is_own, fine) in [(true, own), (false, other)] {
+                let (want, sent) = (json!({key: want}), json!({key: sent}));
+                let found = compare(is_own, want.clone(), sent.clone());
+                // What is not own may also be left out.
+                let is_left_out = !is_own && sent[key] == json!([]);
+                assert_eq!(found.is_none(), fine || is_left_out, "{is_own} {want} {sent}");
+            }
+        }
     }
 
     #[test]

@@ -21,7 +21,8 @@ pub struct FileError {
 }
 
 impl FileError {
-    pub(super) fn new(path: &Path, what: impl Into<String>) -> Self {
+    /// A fault of a file.
+    pub fn new(path: &Path, what: impl Into<String>) -> Self {
         Self { path: path.to_owned(), what: what.into() }
     }
 

@@ -1,5 +1,6 @@
 //! Defines the limits that separate honest answers from others.
 
+use super::places::FAST_ROWS;
 use super::report::{ChunkEvidence, Report};
 use super::statistic::{ByRows, Statistic};
 use crate::files::KeyError;
@@ -7,6 +8,10 @@ use crate::models::margin::MARGIN_CLIP;
 use crate::proof::Scheme;
 use crate::proof::residue::ResidueBits;
 use serde::{Deserialize, Serialize};
+
+/// Margins that the limit of their mean was measured on: those of a fast check of a long answer,
+/// which looks at its last row and others.
+const MARGINS: usize = FAST_ROWS + 1;
 
 /// Limits between honest and not. The defaults spare an honest miner that computes in bf16 with
 /// another library (`docs/verification.md` has the measurement); classes of miners with smaller
@@ -92,6 +97,12 @@ impl Limits {
             Scheme::ResidueU4 => Some(self.energy_u4),
             Scheme::Toploc => None,
         }
+    }
+
+    /// The largest mean of so many margins. Of few, one that is honest is much of the mean: they may
+    /// have the sum that [`MARGINS`] have.
+    pub fn margin_mean_max(&self, margins: usize) -> f64 {
+        self.margin_mean * (MARGINS as f64 / margins.max(1) as f64).max(1.0)
     }
 
     /// The largest energy of this chunk of `scheme`; TOPLOC has none.
@@ -217,6 +228,14 @@ mod tests {
         let evidence =
             ChunkEvidence { index: 0, rows, energy: Some(energy), ..ChunkEvidence::default() };
         Limits::default().is_over(scheme, &evidence)
+    }
+
+    #[test]
+    fn few_margins_may_have_the_sum_of_a_fast_checks() {
+        let limits = Limits::default();
+        for (margins, most) in [(1, 0.66), (3, 0.22), (32, 0.020625), (33, 0.02), (400, 0.02)] {
+            assert!((limits.margin_mean_max(margins) - most).abs() < 1e-12, "{margins}");
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! Where hidden rows are equal bit for bit, so is what follows from them. Elsewhere a report may be
 //! off as far as logits of another stack are: limits on margins, which are differences of logits,
-//! say how far that is, and reports get several times as much.
+//! say how far that is, and reports get several times as much. Reports that were scaled by the
+//! temperature are as many times further off as it is below one.
 
 use super::answer::{Reported, Top, id_of_name};
 use super::report::ChunkEvidence;
@@ -11,7 +12,7 @@ use super::report::RowEvidence;
 use super::{Claim, Limits, Reason, Rejection, Stop};
 use crate::engine::request::Request;
 use crate::models::Model;
-use crate::models::pass::{Near, RowAsk, Scored, Scores, Token};
+use crate::models::pass::{LogprobMode, Near, RowAsk, Scored, Scores, Token};
 use crate::models::tokenizer::TextTokenizer;
 use crate::proof::{CHUNK_ROWS, Scheme};
 use crate::wire::openai::json_logprob;
@@ -23,6 +24,8 @@ const EXACT: f64 = 1e-9;
 const SINGLE_PER_MARGIN: f64 = 4.0;
 /// Reports may be off by so many times that limit on average.
 const MEAN_PER_MARGIN: f64 = 0.5;
+/// And the worst alternatives of rows by so many times: each is the largest of several errors.
+const TOPS_MEAN_PER_MARGIN: f64 = 1.0;
 /// Below this all log-probabilities are the same nothing to another stack.
 const FLOOR: f64 = -30.0;
 /// How far below the last of ours, in nats, the text of an alternative is looked for.
@@ -55,15 +58,18 @@ impl<'a> Tops<'a> {
 
     /// The tokens that the alternatives of token `index` may stand for.
     pub(super) fn near(&self, index: usize) -> Option<Near> {
-        let meant = Meant { own: self.tokens[index], asked: &self.request.logprob_ids };
-        Some(meant.near(self.of(index)?, self.vocab))
+        Some(self.meant(index).near(self.of(index)?, self.vocab))
     }
 
     /// How far the worst alternative of token `index` is from the truth.
     pub(super) fn error(&self, index: usize, scored: &Scored) -> Option<f64> {
-        let meant = Meant { own: self.tokens[index], asked: &self.request.logprob_ids };
         let count = self.request.top_logprobs;
-        Some(meant.error(self.of(index)?, (count, scored), self.tokenizer))
+        Some(self.meant(index).error(self.of(index)?, (count, scored), self.tokenizer))
+    }
+
+    fn meant(&self, index: usize) -> Meant<'a> {
+        let search = SEARCH * nats_per_logit(self.request);
+        Meant { own: self.tokens[index], asked: &self.request.logprob_ids, search }
     }
 
     fn of(&self, index: usize) -> Option<&'a [Top]> {
@@ -77,6 +83,8 @@ struct Meant<'a> {
     own: u32,
     /// Tokens that were asked for by their ids.
     asked: &'a [u32],
+    /// How far below the last of ours, in nats, their texts are looked for.
+    search: f64,
 }
 
 impl Meant<'_> {
@@ -93,7 +101,7 @@ impl Meant<'_> {
             }
             None => {
                 let ids = std::iter::once(self.own).chain(self.asked.iter().copied()).collect();
-                Near { ids, reach: Some(SEARCH as f32) }
+                Near { ids, reach: Some(self.search as f32) }
             }
         }
     }
@@ -136,7 +144,7 @@ impl Meant<'_> {
         let ids = ids_of(top);
         let is_meant = |(id, logprob): &(u32, f64)| match &ids {
             Some(ids) => ids.contains(id),
-            None => self.is_asked(*id) || last.is_some_and(|last| *logprob >= last - SEARCH),
+            None => self.is_asked(*id) || last.is_some_and(|last| *logprob >= last - self.search),
         };
         scored.near.iter().filter(|c| is_meant(c)).copied().collect()
     }
@@ -165,6 +173,7 @@ pub(super) struct PromptChecker<'a> {
     tokenizer: &'a TextTokenizer,
     is_exact: bool,
     limit: f64,
+    mean_limit: f64,
 }
 
 impl<'a> PromptChecker<'a> {
@@ -183,21 +192,31 @@ impl<'a> PromptChecker<'a> {
             tokenizer: &model.text.tokenizer,
             is_exact,
             limit: single(is_exact, limits),
+            mean_limit: MEAN_PER_MARGIN * limits.margin,
         }
     }
 
-    /// Sets everything that was reported at `place` beside what our row says.
+    /// Sets everything that was reported of these rows beside what ours say.
     ///
     /// # Errors
-    /// What is too far off.
-    pub(super) fn check(&self, place: usize, scored: &Scored) -> Result<(), Stop> {
+    /// What is too far off, or all of it on average.
+    pub(super) fn check(&self, rows: &BTreeMap<usize, Scored>) -> Result<(), Stop> {
+        let mut values = MeanError::default();
+        rows.iter().try_for_each(|(place, scored)| self.check_row(*place, scored, &mut values))?;
+        values.check("log-probabilities of the prompt", self.mean_limit)
+    }
+
+    fn check_row(&self, place: usize, scored: &Scored, values: &mut MeanError) -> Result<(), Stop> {
         let (own, asked) = (self.request.prompt[place + 1], &self.request.logprob_ids);
         for reported in self.reported.iter().filter(|r| r.place == place) {
             let value = scored.token.logprob;
-            let value = reported.logprob.map_or(0.0, |r| distance(r, value, self.is_exact));
+            let value = reported.logprob.map(|r| distance(r, value, self.is_exact));
+            values.add(value);
+            let value = value.unwrap_or(0.0);
             // Only the first choice of a prompt was asked for its rows; all repeat them.
             let held = (reported.top.len(), scored);
-            let top = Meant { own, asked }.error(&reported.top, held, self.tokenizer);
+            let top =
+                Meant { own, asked, search: SEARCH }.error(&reported.top, held, self.tokenizer);
             let error = value.max(top);
             let is_ranked = !self.is_exact || are_ranks(scored, reported);
             if error.is_nan() || error > self.limit || !is_ranked {
@@ -241,7 +260,8 @@ pub(super) fn prompt_asks<'a>(
             });
             let Some(scores) = &mut ask.scores else { continue };
             scores.top = scores.top.max(reported.top.len());
-            let more = Meant { own, asked: &request.logprob_ids }.near(&reported.top, vocab);
+            let meant = Meant { own, asked: &request.logprob_ids, search: SEARCH };
+            let more = meant.near(&reported.top, vocab);
             if !reported.ranks.is_empty() {
                 let named = reported.top.iter().filter_map(|top| id_of_name(&top.name));
                 scores.ids.extend(named.filter(|id| (*id as usize) < vocab));
@@ -263,20 +283,59 @@ fn single(is_exact: bool, limits: &Limits) -> f64 {
     if is_exact { EXACT } else { SINGLE_PER_MARGIN * limits.margin }
 }
 
-/// Checks what was reported for the rows that were scored, beside the `proof` of their hidden rows,
-/// if there is one. Without one, Targon's own rule checks the tokens.
+/// By how many nats reports on a request's tokens differ where logits differ by one: they are of
+/// logits over the temperature where that was asked for. Above a temperature of one it is less,
+/// which no limit makes use of.
+fn nats_per_logit(request: &Request) -> f64 {
+    match request.logprob_mode {
+        LogprobMode::Raw => 1.0,
+        LogprobMode::Scaled => 1.0 / f64::from(request.sampling.logprob_temperature().min(1.0)),
+    }
+}
+
+/// What reports are off by, on average.
+#[derive(Default)]
+struct MeanError {
+    sum: f64,
+    count: usize,
+}
+
+impl MeanError {
+    fn add(&mut self, error: Option<f64>) {
+        if let Some(error) = error {
+            (self.sum, self.count) = (self.sum + error, self.count + 1);
+        }
+    }
+
+    /// # Errors
+    /// When it is above `limit`; `what` was reported.
+    fn check(&self, what: &str, limit: f64) -> Result<(), Stop> {
+        let (count, mean) = (self.count, self.sum / self.count.max(1) as f64);
+        if mean > limit {
+            let what = format!("{count} {what} are off by {mean:.4} nats on average");
+            let what = format!("{what}, at most {limit}");
+            return Err(Rejection::new(Reason::LogprobMismatch, what).into());
+        }
+        Ok(())
+    }
+}
+
+/// Checks what was reported for the rows of a request that were scored, beside the `proof` of their
+/// hidden rows, if there is one. Without one, Targon's own rule checks the tokens.
 ///
 /// # Errors
 /// The first report that is too far off, or their mean.
 pub(super) fn check(
+    request: &Request,
     rows: &[RowEvidence],
     proof: Option<(Scheme, &[ChunkEvidence])>,
     limits: &Limits,
 ) -> Result<(), Stop> {
-    let (mut sum, mut count) = (0.0, 0_usize);
+    let scale = nats_per_logit(request);
+    let (mut values, mut tops) = (MeanError::default(), MeanError::default());
     for row in rows {
         let is_exact = limits.exact || proof.is_some_and(|proof| is_exact(proof, row.index));
-        let limit = single(is_exact, limits);
+        let limit = single(is_exact, limits) * if is_exact { 1.0 } else { scale };
         let own = row.reported.filter(|_| is_exact || proof.is_some());
         let own = own.map(|reported| distance(reported, row.logprob, is_exact));
         for (what, error) in [("log-probability", own), ("alternatives", row.top_error)] {
@@ -287,17 +346,14 @@ pub(super) fn check(
                 return Err(Rejection::new(Reason::LogprobMismatch, what).into());
             }
         }
-        if let Some(error) = own.filter(|_| !is_exact) {
-            (sum, count) = (sum + error, count + 1);
+        if !is_exact {
+            values.add(own);
+            tops.add(row.top_error);
         }
     }
-    let (mean, limit) = (sum / count.max(1) as f64, MEAN_PER_MARGIN * limits.margin);
-    if mean > limit {
-        let what = format!("{count} log-probabilities are off by {mean:.4} nats on average");
-        let what = format!("{what}, at most {limit}");
-        return Err(Rejection::new(Reason::LogprobMismatch, what).into());
-    }
-    Ok(())
+    let limit = scale * limits.margin;
+    values.check("log-probabilities", MEAN_PER_MARGIN * limit)?;
+    tops.check("alternatives", TOPS_MEAN_PER_MARGIN * limit)
 }
 
 /// Whether the rows that a token's chunk proves are ours: the whole rows, not only their largest
@@ -311,5 +367,68 @@ fn distance(reported: f64, own: f64, is_exact: bool) -> f64 {
     match is_exact {
         true => (reported - own).abs(),
         false => (reported.max(FLOOR) - own.max(FLOOR)).abs(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(index: usize, off: f64) -> RowEvidence {
+        RowEvidence {
+            index,
+            token: 7,
+            rank: 1,
+            logprob: -3.0,
+            reported: Some(-3.0 - off),
+            end_rank: None,
+            margin: Some(0.0),
+            is_drawn: Some(true),
+            top_error: None,
+        }
+    }
+
+    /// What is said of reports that are off by so many nats, at a temperature.
+    fn said(mode: LogprobMode, temperature: f32, off: &[f64]) -> Option<String> {
+        let mut request = Request::greedy(vec![1], 9);
+        (request.logprob_mode, request.sampling.temperature) = (mode, temperature);
+        let rows: Vec<_> = off.iter().enumerate().map(|(index, off)| row(index, *off)).collect();
+        let chunks = [ChunkEvidence { rows: off.len(), ..ChunkEvidence::default() }];
+        let proof = Some((Scheme::Residue, chunks.as_slice()));
+        match check(&request, &rows, proof, &Limits::default()) {
+            Err(Stop::Rejected(rejection)) => Some(rejection.what),
+            Err(other) => panic!("{other:?}"),
+            Ok(()) => None,
+        }
+    }
+
+    #[test]
+    fn reports_at_a_temperature_may_be_off_by_as_many_logits_as_others() {
+        use LogprobMode::{Raw, Scaled};
+        // A single one by 2 logits, all of them by a quarter of one on average.
+        let many = |off: f64| vec![off; 20];
+        for (mode, temperature, scale) in
+            [(Raw, 0.1, 1.0), (Scaled, 0.1, 10.0), (Scaled, 0.5, 2.0), (Scaled, 1.5, 1.0)]
+        {
+            let off = |share: f64| [many(0.0), vec![2.0 * scale * share]].concat();
+            assert_eq!(said(mode, temperature, &off(0.99)), None, "{mode:?} {temperature}");
+            let what = said(mode, temperature, &off(1.01)).unwrap();
+            assert!(what.contains("the log-probability of token 20 are off by"), "{what}");
+            assert_eq!(said(mode, temperature, &many(0.24 * scale)), None);
+            let what = said(mode, temperature, &many(0.26 * scale)).unwrap();
+            assert!(what.contains("on average"), "{what}");
+        }
+    }
+
+    #[test]
+    fn alternatives_are_held_to_a_mean_too() {
+        let rows = |error: f64| {
+            (0..20).map(|i| RowEvidence { top_error: Some(error), ..row(i, 0.0) }).collect()
+        };
+        let said = |rows: Vec<RowEvidence>| {
+            check(&Request::greedy(vec![1], 9), &rows, None, &Limits::default())
+        };
+        assert_eq!(said(rows(0.49)), Ok(()));
+        assert!(said(rows(0.51)).is_err());
     }
 }

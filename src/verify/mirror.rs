@@ -232,7 +232,15 @@ impl Mirror<'_> {
     }
 
     fn comparing(&self, index: usize, is_own: bool) -> Compare<'_> {
-        Compare { is_own, has_prompt_rows: false, prompt: self.question.prompts.of(index) }
+        let prompt = self.question.prompts.of(index);
+        Compare { is_own, has_prompt_rows: false, prompt, end: self.end(index) }
+    }
+
+    /// The end token that a choice ends with.
+    fn end(&self, index: usize) -> Option<u32> {
+        let token = self.told.get(index)?.as_ref()?.steps.last()?.token;
+        let request = self.question.understood.requests.get(index)?;
+        request.end_ids(self.model).contains(&token).then_some(token)
     }
 
     /// The fields beside the choices; `has_prompt_rows` says that the prompt's log-probabilities

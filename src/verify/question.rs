@@ -111,14 +111,32 @@ impl Question {
             let name = bodies.iter().find_map(first_name);
             self.understood.report.tokens_as_ids = name.is_some_and(|n| id_of_name(n).is_some());
         }
-        let mode = bodies.iter().find_map(|body| body["logprobs_mode"].as_str());
-        if self.mode_is_free && mode == Some(LogprobMode::Scaled.name()) {
-            self.understood.report.mode = LogprobMode::Scaled;
-            for request in &mut self.understood.requests {
-                request.logprob_mode = LogprobMode::Scaled;
-            }
+        if self.mode_is_free && named_mode(bodies) == Some(LogprobMode::Scaled.name()) {
+            self.scale();
         }
     }
+
+    /// Whether neither the request nor the answer says which distribution its log-probabilities
+    /// describe.
+    pub(super) fn has_unnamed_mode(&self, sent: RawResponse<'_>) -> bool {
+        let bodies = match sent {
+            RawResponse::Whole(body) => std::slice::from_ref(body),
+            RawResponse::Stream(chunks) => chunks,
+        };
+        self.mode_is_free && named_mode(bodies).is_none()
+    }
+
+    /// Takes log-probabilities for those at the temperature.
+    pub(super) fn scale(&mut self) {
+        self.understood.report.mode = LogprobMode::Scaled;
+        for request in &mut self.understood.requests {
+            request.logprob_mode = LogprobMode::Scaled;
+        }
+    }
+}
+
+fn named_mode(bodies: &[Value]) -> Option<&str> {
+    bodies.iter().find_map(|body| body["logprobs_mode"].as_str())
 }
 
 /// The first token that a body names.

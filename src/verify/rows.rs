@@ -171,10 +171,15 @@ pub fn check_margins(rows: &[RowEvidence], limits: &Limits) -> Result<(), Stop> 
         let what = format!("token {} is {margin:.3} logits from being drawn", row.index);
         return reject(format!("{what}, at most {limit}"));
     }
-    let mean = margins.iter().sum::<f64>() / margins.len().max(1) as f64;
-    if mean.is_nan() || mean > limits.margin_mean {
+    let (mean, limit) = (mean(&margins), limits.margin_mean_max(margins.len()));
+    if mean.is_nan() || mean > limit {
         let what = format!("{} tokens are {mean:.4} logits from being drawn", margins.len());
-        return reject(format!("{what} on average, at most {}", limits.margin_mean));
+        return reject(format!("{what} on average, at most {limit:.4}"));
     }
     Ok(())
+}
+
+/// The mean of some numbers, 0 for none.
+pub(super) fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
 }

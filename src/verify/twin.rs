@@ -28,7 +28,7 @@ use crate::ops::pool::Pool;
 use crate::ops::rounding::Rounding;
 use crate::proof::apart::Apart;
 use crate::proof::commit::RowProver;
-use crate::proof::residue::Sketch;
+use crate::proof::residue::{ResidueBits, Sketch};
 use crate::proof::{CHUNK_ROWS, Scheme};
 use std::sync::Arc;
 
@@ -89,12 +89,13 @@ impl Recheck {
         self.counted(twin).map(score).collect()
     }
 
-    /// The energy that the twin has in each chunk of `chunks`, where all of its rows have one.
+    /// The energy that the twin has in each chunk of `chunks`, where all of its rows have one. No row
+    /// has more than a made-up one, as on the wire, so that a wild one excuses no others.
     fn weigh(&self, twin: &[Option<Apart>], chunks: &mut [ChunkEvidence]) {
+        let most = ResidueBits::of(self.scheme).map_or(f64::INFINITY, ResidueBits::forged_energy);
         for (chunk, twin) in chunks.iter_mut().zip(twin.chunks(CHUNK_ROWS)) {
             let squares = twin.iter().map(|apart| Some(apart.as_ref()?.square()));
-            let sum: Option<f64> = squares.sum();
-            chunk.rounding = sum.map(|sum| sum / twin.len() as f64);
+            chunk.rounding = mean_capped(squares, most);
         }
     }
 
@@ -114,6 +115,13 @@ impl Recheck {
         }
         (moved > 0.0).then(|| found / moved)
     }
+}
+
+/// The mean of numbers, of which none counts for more than `most`; nothing where one is missing.
+fn mean_capped(values: impl ExactSizeIterator<Item = Option<f64>>, most: f64) -> Option<f64> {
+    let count = values.len() as f64;
+    let sum: Option<f64> = values.map(|value| Some(value?.min(most))).sum();
+    sum.map(|sum| sum / count)
 }
 
 /// Looks at answers again.
@@ -314,6 +322,16 @@ mod tests {
         let (prompt, output) = (vec![1], vec![2, 3, 4]);
         let (is_open, scheme) = (false, Scheme::Residue);
         Recheck { is_open, scheme, prover, sketches, rows, prompt, output }
+    }
+
+    #[test]
+    fn one_wild_row_excuses_no_others() {
+        let most = ResidueBits::U8.forged_energy();
+        let rows = |wild: Option<f64>| [vec![Some(10.0); 31], vec![wild]].concat().into_iter();
+        let mean = mean_capped(rows(Some(1e5)), most).unwrap();
+        assert!((mean - (310.0 + most) / 32.0).abs() < 1e-9 && mean < 200.0, "{mean}");
+        assert_eq!(mean_capped(rows(Some(10.0)), most), Some(10.0));
+        assert_eq!(mean_capped(rows(None), most), None);
     }
 
     #[test]

@@ -332,7 +332,7 @@ const NUMBERS: &[Row] = &[
         f.part(s, 5)["logprobs"]["content"][0]["bytes"] = json!([108, 105]);
     }),
     row(TEXTS, "another offset", Reason::LogprobMismatch, |s, f| {
-        f.part(s, 5)["logprobs"]["text_offset"][0] = json!(77);
+        f.part(s, 5)["logprobs"]["text_offset"][0] = json!(-1);
     }),
     row(CHATS, "a field of an entry", Reason::LogprobMismatch, |s, f| {
         f.part(s, 5)["logprobs"]["content"][0]["note"] = json!("lies");
@@ -662,6 +662,36 @@ async fn other_honest_servers_cut_their_text_otherwise() {
         change(&mut sent);
         expect(&verdict(&verifier, &body, &sent).await, reason, &format!("change {place}"));
     }
+}
+
+/// Log-probabilities at a low temperature say of most tokens that they are certain.
+#[tokio::test]
+async fn log_probabilities_of_no_named_kind_may_be_those_at_the_temperature() {
+    let site = site(common::options());
+    let verifier = common::verifier(&site.served);
+    let more = json!({"temperature": 0.05, "max_tokens": 48, "logprobs_mode": "scaled",
+        "ignore_eos": true});
+    let mut body = ChatStream.body(more);
+    body.as_object_mut().unwrap().remove("proof");
+    let honest = ask(&site, &body).await;
+    let by_ranks = async |body: &Value, sent: &Value| {
+        let capture = Capture::of_stream(body.clone(), sent.as_array().unwrap().clone());
+        let question = capture.question(&verifier, "tiny").await.unwrap();
+        let check = verifier.verify(Some(Profile::Ranks), 7);
+        check.capture(question, &capture).remove(0).report.verdict
+    };
+    assert_eq!(by_ranks(&body, &honest).await, Verdict::Pass, "the control: it is named");
+    body.as_object_mut().unwrap().remove("logprobs_mode");
+    let mut elsewhere = as_elsewhere(honest.as_array().unwrap());
+    for chunk in &mut elsewhere {
+        chunk.as_object_mut().unwrap().remove("logprobs_mode");
+    }
+    assert_eq!(by_ranks(&body, &Value::from(elsewhere.clone())).await, Verdict::Pass);
+    for chunk in &mut elsewhere {
+        chunk["logprobs_mode"] = json!("raw");
+    }
+    let named = by_ranks(&body, &Value::from(elsewhere)).await;
+    assert!(matches!(named, Verdict::Reject(_)), "the control: {named}");
 }
 
 #[tokio::test]

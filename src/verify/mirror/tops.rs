@@ -66,7 +66,9 @@ impl Mirror<'_> {
             true => id_of_name(&top.name).is_some_and(|id| {
                 let is_known = (id as usize) < self.model.vocab;
                 let own = self.model.tokenizer.bytes_of(id);
-                is_known && self.is_named(top, id) && bytes.is_none_or(|b| b == own)
+                // Of a part of a character other servers write what they make of it.
+                let are_fine = |b: &[u8]| b == own || std::str::from_utf8(own).is_err();
+                is_known && self.is_named(top, id) && bytes.is_none_or(are_fine)
             }),
             false => bytes.is_none_or(|b| top.name == String::from_utf8_lossy(b)),
         };
