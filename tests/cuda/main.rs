@@ -20,6 +20,7 @@ mod devices;
 mod engine;
 mod failures;
 mod families;
+mod shared;
 mod tensor;
 mod verify;
 
@@ -42,6 +43,7 @@ enum Counter {
     CopiesToHost,
     CopiesToDevice,
     GraphLaunches,
+    Attributes = 6,
 }
 
 fn driver() -> &'static libloading::Library {

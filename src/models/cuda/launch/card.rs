@@ -27,6 +27,8 @@ const PTX: [&str; 12] = [
 const CUDA_MIN: u32 = 13_000;
 /// Compute capability that the PTX is for.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// How PTX declares shared memory whose size each launch says.
+const DYNAMIC_SHARED: &str = ".extern .shared";
 /// Bytes of a place on the PCI bus, with the zero at its end.
 const BUS_BYTES: usize = 32;
 
@@ -139,9 +141,28 @@ impl Card {
             // SAFETY: the module was loaded above and is never unloaded.
             let handle = unsafe { result::module::get_function(module, c_name) }
                 .map_err(failed("cuModuleGetFunction"))?;
+            if text.contains(DYNAMIC_SHARED) {
+                self.allow_shared(handle).map_err(failed("cuFuncSetAttribute"))?;
+            }
             self.functions.insert(name, KernelHandle { handle, sizes });
         }
         Ok(())
+    }
+
+    /// Lets a kernel take all the shared memory that a block may have. All passes of the card share
+    /// the kernel, so what one of them allowed before its launch, another would take back.
+    fn allow_shared(&self, function: sys::CUfunction) -> Result<(), DriverError> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
+        use sys::CUfunction_attribute::{
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC,
+            CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as STATIC,
+        };
+        let most = self.context.attribute(MOST)?;
+        // SAFETY: the function's module was loaded before, and is never unloaded.
+        unsafe {
+            let taken = result::function::get_function_attribute(function, STATIC)?;
+            result::function::set_function_attribute(function, DYNAMIC, most - taken)
+        }
     }
 
     /// The number that the driver gives the card, from 0.
