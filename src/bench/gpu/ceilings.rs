@@ -114,9 +114,8 @@ impl<'a> CardCeilings<'a> {
         for first in (0..count).step_by(PIECE) {
             let end = (first + PIECE).min(count);
             let piece: Vec<u32> = (first as u32..end as u32).collect();
-            data.write(4 * first, &piece)?;
+            data.write(&self.runner.stream, 4 * first, &piece)?;
         }
-        self.card.settle()?;
         Ok((data, count))
     }
 

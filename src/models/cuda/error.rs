@@ -2,6 +2,7 @@
 
 use crate::models::error::LoadError;
 use crate::models::pass::PassFault;
+use std::ops::RangeInclusive;
 
 /// Why a card cannot be used, or stopped working.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -79,6 +80,16 @@ pub enum CudaError {
         /// What the driver says of its error.
         text: String,
     },
+}
+
+/// What the driver says of a capture that it refuses or that something else made invalid.
+const CAPTURE_CODES: RangeInclusive<u32> = 900..=907;
+
+impl CudaError {
+    /// Whether it is the capture that failed: the same launches may succeed without one.
+    pub(super) fn is_of_capture(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if CAPTURE_CODES.contains(code))
+    }
 }
 
 impl From<CudaError> for PassFault {

@@ -117,7 +117,7 @@ impl CudaWeights {
         }
         let norm = loader.norm(loader.source.final_norm()?)?;
         let rope = loader.source.rope()?;
-        card.settle()?;
+        loader.stream.wait()?;
         drop(loader);
         let bytes = before.saturating_sub(card.memory()?.0);
         let (card, spec) = (Arc::clone(card), Arc::clone(spec));
@@ -205,7 +205,7 @@ impl Loader<'_> {
 
     fn vector(&self, values: &[f32]) -> Result<Memory, LoadError> {
         let memory = Memory::new(self.card, size_of_val(values), "weights")?;
-        memory.write(0, values)?;
+        memory.write(&self.stream, 0, values)?;
         Ok(memory)
     }
 
@@ -221,7 +221,7 @@ impl Loader<'_> {
                 tensor.read_row(first + row, self.dtype, &mut bits).map(|()| bits)
             };
             let piece = joined(self.pool.turn().map(piece_rows.min(rows - first), read))?;
-            memory.write(2 * first * cols, &piece)?;
+            memory.write(&self.stream, 2 * first * cols, &piece)?;
         }
         Ok(memory)
     }

@@ -110,6 +110,9 @@ impl Card {
     fn load(ordinal: usize) -> Result<Self, CudaError> {
         let refused = |call| move |e: DriverError| failure(ordinal, call, e);
         let context = CudaContext::new(ordinal).map_err(refused("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: that tracks only memory that the library holds itself, and it holds none here. With
+        // it, the first of several streams would wait for the whole context, while others capture.
+        unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(refused("cuDeviceGetName"))?;
         let capability = context.compute_capability().map_err(refused("cuDeviceGetAttribute"))?;
         if capability < CAPABILITY_MIN {
@@ -219,15 +222,6 @@ impl Card {
     pub fn memory(&self) -> Result<(usize, usize), CudaError> {
         self.check()?;
         self.context.mem_get_info().map_err(|e| self.failed("cuMemGetInfo", e))
-    }
-
-    /// Waits for all that was put on the card.
-    ///
-    /// # Errors
-    /// When something of it failed.
-    pub fn settle(&self) -> Result<(), CudaError> {
-        self.check()?;
-        self.context.synchronize().map_err(|e| self.failed("cuCtxSynchronize", e))
     }
 
     /// Whether it still works for this process.
