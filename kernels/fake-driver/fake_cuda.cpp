@@ -8,7 +8,8 @@
 // wrong when, by device, so that tests do not meet in one process. A fault that breaks a context stays:
 // every later call on that device returns it, as on a card.
 //
-// Environment: FAKE_CUDA_DRIVER (13000), FAKE_CUDA_DEVICES (8), FAKE_CUDA_SEED (order of threads).
+// Environment: FAKE_CUDA_DRIVER (13000), FAKE_CUDA_DEVICES (8), FAKE_CUDA_SEED (order of threads);
+// FAKE_CUDA_INIT, FAKE_CUDA_RETAIN, FAKE_CUDA_JIT: what cuInit, the primary context or the compiler says.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -28,7 +29,7 @@
 enum {
     INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
     NO_BINARY = 209, INVALID_CONTEXT = 201, NOT_FOUND = 500, OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719,
-    CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905
+    STUB_LIBRARY = 34, INVALID_PTX = 218, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905
 };
 
 static long env(const char* name, long otherwise) {
@@ -161,8 +162,13 @@ static bool is_allocated(Device& device, uint64_t at, size_t bytes) {
     return at + bytes <= found->first + found->second;
 }
 
-API cuInit(unsigned) { return device_count() > 0 ? 0 : NO_DEVICE; }
-API cuDriverGetVersion(int* v) { *v = (int)env("FAKE_CUDA_DRIVER", 13000); return 0; }
+API cuInit(unsigned) { return (int)env("FAKE_CUDA_INIT", device_count() > 0 ? 0 : NO_DEVICE); }
+API cuDriverGetVersion(int* v) {
+    // The library to link with that comes with the toolkit says so everywhere.
+    if (env("FAKE_CUDA_INIT", 0) == STUB_LIBRARY) return STUB_LIBRARY;
+    *v = (int)env("FAKE_CUDA_DRIVER", 13000);
+    return 0;
+}
 API cuDeviceGetCount(int* n) { *n = device_count(); return 0; }
 API cuDeviceGet(int* d, int ordinal) {
     if (ordinal < 0 || ordinal >= device_count()) return INVALID_DEVICE;
@@ -188,7 +194,10 @@ API cuDeviceGetAttribute(int* v, int attribute, int d) {
     }
     return 0;
 }
-API cuDevicePrimaryCtxRetain(void** c, int d) { *c = &devices[d].context; return devices[d].broken; }
+API cuDevicePrimaryCtxRetain(void** c, int d) {
+    *c = &devices[d].context;
+    return (int)env("FAKE_CUDA_RETAIN", devices[d].broken);
+}
 API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 API cuCtxGetCurrent(void** c) { *c = current ? &current->context : nullptr; return 0; }
 API cuCtxSetCurrent(void* c) {
@@ -384,6 +393,19 @@ API cuModuleLoadData(void** m, const void* image) {
     if (text.find(".version 9.0") == std::string::npos) return fail(INVALID_IMAGE, "not PTX 9.0");
     *m = parse(text);
     return 0;
+}
+// Options 5 and 6 are a log of errors and its bytes.
+API cuModuleLoadDataEx(void** m, const void* image, unsigned count, int* options, void** values) {
+    char* log = nullptr;
+    size_t bytes = 0;
+    for (unsigned i = 0; i < count; ++i) {
+        if (options[i] == 5) log = (char*)values[i];
+        if (options[i] == 6) bytes = (size_t)values[i];
+    }
+    const int code = (int)env("FAKE_CUDA_JIT", 0);
+    if (code == INVALID_PTX && log)
+        snprintf(log, bytes, "ptxas application ptx input, line 9; error   : stand-in\n");
+    return code ? fail(code, "the compiler") : cuModuleLoadData(m, image);
 }
 API cuModuleUnload(void* m) { delete (Module*)m; return 0; }
 

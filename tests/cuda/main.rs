@@ -21,6 +21,7 @@ mod devices;
 mod engine;
 mod failures;
 mod families;
+mod opening;
 mod shared;
 mod tensor;
 mod verify;

@@ -10,6 +10,16 @@ pub enum CudaError {
     /// No driver library.
     #[error("no NVIDIA driver: libcuda.so.1 could not be loaded")]
     NoDriver,
+    /// The driver is there and does not work: the machine may have cards.
+    #[error("the NVIDIA driver does not work: {call} says {text} (error {code})")]
+    Driver {
+        /// The call of the driver that failed.
+        call: &'static str,
+        /// The driver's number for it.
+        code: u32,
+        /// What the driver says of its error.
+        text: String,
+    },
     /// A number that no card has.
     #[error("cuda:{ordinal}: the driver knows {count} cards")]
     NoDevice {
