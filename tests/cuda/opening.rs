@@ -3,6 +3,9 @@
 
 use crate::failures::{alone, is_alone};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::sync::mpsc::{Sender, channel};
 use targon_engine::bench::arguments::BenchArgs;
 use targon_engine::bench::gpu::{Wanted, run};
@@ -120,4 +123,49 @@ fn a_card_that_cannot_be_opened_is_not_lost() {
     }
     let (device, log) = auto();
     assert!(device == Device::Cpu && log.contains(" WARN ") && log.contains(want), "{log}");
+}
+
+/// A program of a directory that says how it was called.
+fn program(path: &Path, text: &str) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// `scripts/check-gpu`, called from a directory with only these programs beside the system's.
+fn check_gpu(from: &Path, words: &[&str], programs: &str) -> Output {
+    let script: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/check-gpu");
+    let mut command = Command::new(script);
+    command.args(words).current_dir(from).env_clear();
+    command.env("PATH", format!("{programs}:/usr/bin:/bin")).env("HOME", from);
+    command.output().unwrap()
+}
+
+#[test]
+fn paths_are_those_of_the_callers_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let tell = "echo \"$PWD\" \"$@\"";
+    program(&dir.path().join("here/measure"), &format!("{tell}; exit 3"));
+    program(&dir.path().join("bin/cargo"), tell);
+    program(&dir.path().join("bin/rustc"), "echo rustc 9.0.0");
+    let here = dir.path().join("here").canonicalize().unwrap();
+    let said = |output: &Output| String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    // A program needs no toolchain, is found beside the caller, and says how it ended.
+    for name in ["measure", "./measure", "../here/measure"] {
+        let output = check_gpu(&here, &[name, "--model", "m x", "--dry"], "/nowhere");
+        assert_eq!(said(&output), format!("{} --model m x --dry", here.display()));
+        assert_eq!(output.status.code(), Some(3));
+    }
+    let missing = check_gpu(&here, &["missing", "--dry"], "/nowhere");
+    assert!(!missing.status.success());
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("missing is no program"));
+    // A build runs in a directory of its own.
+    let bin = dir.path().join("bin").display().to_string();
+    for (path, want) in [("m x", here.join("m x")), ("/m", "/m".into())] {
+        let text = said(&check_gpu(&here, &["--dry", "--model", path, "--runs", "1"], &bin));
+        let end = format!("--bench gpu -- --dry --model {} --runs 1", want.display());
+        assert!(text.ends_with(&end) && text.starts_with(env!("CARGO_MANIFEST_DIR")), "{text}");
+    }
+    let bare = said(&check_gpu(&here, &[], &bin));
+    assert!(bare.ends_with("--bench gpu --"), "{bare}");
 }
