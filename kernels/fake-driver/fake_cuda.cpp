@@ -186,6 +186,7 @@ API cuDeviceGetAttribute(int* v, int attribute, int d) {
         case 1: *v = 1024; break;             // threads of a block
         case 10: *v = 32; break;              // threads of a warp
         case 16: *v = 4; break;               // multiprocessors
+        case 39: *v = devices[d].major == 8 && devices[d].minor ? 1536 : 2048; break;  // its threads
         case 75: *v = devices[d].major; break;
         case 76: *v = devices[d].minor; break;
         case 97: *v = shared_max(devices[d]); break;

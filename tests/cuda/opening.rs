@@ -125,6 +125,12 @@ fn a_card_that_cannot_be_opened_is_not_lost() {
     assert!(device == Device::Cpu && log.contains(" WARN ") && log.contains(want), "{log}");
 }
 
+#[test]
+fn multiprocessors_hold_what_their_cards_say() {
+    let threads = |number| Card::open(number).unwrap().multiprocessor_threads().unwrap();
+    assert_eq!([0, 5, 6].map(threads), [2048, 1536, 2048]);
+}
+
 /// A program of a directory that says how it was called.
 fn program(path: &Path, text: &str) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -215,7 +215,18 @@ impl Card {
     /// # Errors
     /// When the driver does not say.
     pub fn multiprocessors(&self) -> Result<usize, CudaError> {
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        self.count(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    }
+
+    /// How many threads one of them holds at once.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn multiprocessor_threads(&self) -> Result<usize, CudaError> {
+        self.count(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)
+    }
+
+    fn count(&self, attribute: sys::CUdevice_attribute) -> Result<usize, CudaError> {
         let count = self.context.attribute(attribute);
         count.map(|n| n.max(1) as usize).map_err(|e| self.failed("cuDeviceGetAttribute", e))
     }
