@@ -1,5 +1,5 @@
-//! Shared memory of thread blocks: what kernels may take is set once, when a card is opened, because
-//! all models of a card launch the same kernels.
+//! Shared memory of thread blocks: what kernels may take is set once, when a card is opened,
+//! because all models of a card launch the same kernels.
 
 use crate::common::{tiny_config, write_checkpoint};
 use crate::failures::{alone, is_alone};

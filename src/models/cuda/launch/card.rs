@@ -125,8 +125,8 @@ impl Card {
     fn load(ordinal: usize) -> Result<Self, CudaError> {
         let refused = |call| move |e: DriverError| refusal(ordinal, call, e);
         let context = CudaContext::new(ordinal).map_err(refused("cuDevicePrimaryCtxRetain"))?;
-        // SAFETY: that tracks only memory that the library holds itself, and it holds none here. With
-        // it, the first of several streams would wait for the whole context, while others capture.
+        // SAFETY: that tracks only memory that the library holds itself, and it holds none here.
+        // With it, the first stream would wait for the whole context.
         unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(refused("cuDeviceGetName"))?;
         let capability = context.compute_capability().map_err(refused("cuDeviceGetAttribute"))?;
@@ -280,8 +280,8 @@ fn compiled(ordinal: usize, text: &str) -> Result<sys::CUmodule, CudaError> {
     let mut values =
         [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(LOG_BYTES)];
     let mut module = std::ptr::null_mut();
-    // SAFETY: the image is PTX that ends with a zero; there is a value for each option, and the log
-    // has as many bytes as the driver is told. All of them outlive the call.
+    // SAFETY: the image is PTX that ends with a zero; there is a value for each option, and the
+    // log has as many bytes as the driver is told. All of them outlive the call.
     let code = unsafe {
         sys::cuModuleLoadDataEx(
             &raw mut module,
@@ -316,7 +316,8 @@ fn refusal(ordinal: usize, call: &'static str, error: DriverError) -> CudaError 
 fn failure(ordinal: usize, call: &'static str, error: DriverError) -> CudaError {
     let (code, text) = said(error);
     match code {
-        // Values, images, their compiler, handles, names, resources of one launch, unsupported, captures.
+        // Values, images, their compiler, handles, names, resources of one launch, what is not
+        // supported, captures.
         1
         | 2
         | 200

@@ -78,8 +78,8 @@ impl Memory {
             .map_err(|e| stream.card.failed("cuMemcpyDtoDAsync", e))
     }
 
-    /// Copies `from` to `offset` bytes behind the beginning, in the order of a stream, and waits for
-    /// that stream alone: others of the card may be under way, or captured.
+    /// Copies `from` to `offset` bytes behind the beginning, in the order of a stream, and waits
+    /// for that stream alone: others of the card may be under way, or captured.
     ///
     /// # Errors
     /// When it does not fit, or the card is lost.
@@ -97,7 +97,7 @@ impl Memory {
             return Ok(());
         }
         stream.card.bind()?;
-        // SAFETY: the range lies in this allocation, and `from` stays until the copy was waited for.
+        // SAFETY: the range lies in this allocation, and `from` stays until it was waited for.
         unsafe {
             let at = self.at + offset as u64;
             result::memcpy_htod_async(at, from, stream.stream.cu_stream())
