@@ -278,17 +278,22 @@ API cuGraphUpload(void*, void*) { return 0; }
 API cuGraphDestroy(void* g) { delete (Graph*)g; return 0; }
 API cuGraphExecDestroy(void* g) { delete (Graph*)g; return 0; }
 
+// What an allocation takes of a device: large ones whole pages, as far as that is known of drivers.
+static size_t held(size_t n) {
+    const size_t grain = n < 1 << 20 ? 512 : 2 << 20;
+    return (n + grain - 1) / grain * grain;
+}
 API cuMemAlloc_v2(uint64_t* p, size_t n) {
     CONTEXT;
     NOT_IN_CAPTURE;
     Device& device = *current;
     std::lock_guard<std::mutex> guard(device.mutex);
     if (!n) return INVALID_VALUE;
-    if (device.used + n > device.memory) return fail(OUT_OF_MEMORY, "cuMemAlloc");
+    if (device.used + held(n) > device.memory) return fail(OUT_OF_MEMORY, "cuMemAlloc");
     *p = (uint64_t)aligned_alloc(512, (n + 511) / 512 * 512);
     memset((void*)*p, 0xCD, n);  // what was never written shows
     device.allocations[*p] = n;
-    device.used += n;
+    device.used += held(n);
     ++device.counts[ALLOCATIONS];
     return 0;
 }
@@ -297,7 +302,7 @@ API cuMemFree_v2(uint64_t p) {
         std::lock_guard<std::mutex> guard(device.mutex);
         auto found = device.allocations.find(p);
         if (found == device.allocations.end()) continue;
-        device.used -= found->second;
+        device.used -= held(found->second);
         memset((void*)p, 0xDD, found->second);
         device.allocations.erase(found);
         free((void*)p);

@@ -366,7 +366,7 @@ fn speeds(
     let is_tiny = spec.layers == 1;
     let batches = if is_tiny { vec![1, 2] } else { vec![1, 8, 64] };
     let most = batches.last().copied().unwrap_or(1);
-    let needed = sizes.weights + sizes.workspace + sizes.block * (per_sequence * most) as u64;
+    let needed = sizes.held + sizes.workspace + sizes.block * (per_sequence * most) as u64;
     let free = card.memory()?.0 as u64;
     if needed > free {
         say(format!("{name}: left out, {needed} bytes are needed and {free} are free"));

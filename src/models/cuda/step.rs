@@ -8,7 +8,7 @@ use super::choose::{AttentionKernel, Product, slot_tiles};
 use super::error::CudaError;
 use super::launch::{Arg, AttentionShape, GRID_MAX, Launch, Memory, Pointer, args};
 use super::layout::Layout;
-use super::memory::{GrowingBuffer, Inputs, KvBlocks, Offset, grained};
+use super::memory::{GrowingBuffer, Inputs, KvBlocks, Offset, grained, held};
 use super::weights::{CardLayer, CudaWeights, EXPERTS_MAX, GATE_ROWS, Matrix};
 use crate::models::arithmetic::Arithmetic;
 use crate::models::spec::{ExpertSpec, Spec};
@@ -58,12 +58,12 @@ pub(super) struct Buffers {
 }
 
 /// Bytes of a card's memory for steps of `rows` rows, without logits and results.
-pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
-    let buffers: usize = Sizes::new(spec, rows).0.into_iter().map(grained).sum();
-    let is_split = spec.context > PARTITION_TOKENS;
+pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> u64 {
     // Rotations are the largest of what a row is told.
-    let inputs = grained(rows * (4 * spec.attention.head_dim + 128));
-    buffers + inputs + if is_split { PARTS_BYTES_MAX } else { 0 }
+    let inputs = rows * (4 * spec.attention.head_dim + 128);
+    let parts = if spec.context > PARTITION_TOKENS { PARTS_BYTES_MAX } else { 0 };
+    let buffers = Sizes::new(spec, rows).0.into_iter().chain([inputs, parts]);
+    buffers.map(|bytes| held(grained(bytes) as u64)).sum()
 }
 
 /// Bytes of the buffers, in the order of [`StepMemory`], but for the partial results.
