@@ -86,3 +86,24 @@ fn loading_and_proving_leave_the_captures_of_others_alone() {
     // The count counts, and where nothing is captured nobody is harmed.
     assert_eq!((synchronise(0), count(0, Counter::ContextSyncs)), (0, 1));
 }
+
+#[test]
+fn contexts_of_three_and_four_partitions_are_one_graph() {
+    if !is_alone() {
+        return alone("captures::contexts_of_three_and_four_partitions_are_one_graph", &[], &[]);
+    }
+    let mut subject = subject(4096);
+    let ids: Vec<u32> = (0..1_600).map(|i| i * i % 250).collect();
+    for first in (0..1_600).step_by(400) {
+        let ask = subject.1.ask(399, first + 399, 0);
+        subject.0.step(&Batch::of(&ids[first..first + 400], first), &[ask], "a prompt");
+    }
+    // Two partitions, three, four: as many as there is room for are launched in either of the last
+    // two, and the answers have the CPU's bits. No position begins a block of 32, which the CPU
+    // empties for a new sequence.
+    let mut step = |at: usize| decode(&mut subject, at, &format!("position {at}"));
+    assert_eq!([600, 601, 602].map(&mut step), [0, 1, 1]);
+    assert_eq!([1_100, 1_590, 1_023, 1_025, 1_535, 1_537].map(&mut step), [0, 1, 1, 1, 1, 1]);
+    // A context of one partition is not split, and of another kind.
+    assert_eq!([511, 300, 513].map(&mut step), [0, 1, 1]);
+}
