@@ -27,7 +27,7 @@ use crate::models::checkpoint::Checkpoint;
 use crate::models::config;
 use crate::models::cpu::CpuPass;
 use crate::models::cpu::decoder::Decoder;
-use crate::models::cuda::{Card, CudaPass, CudaWeights, Sizes, cards};
+use crate::models::cuda::{Card, CudaError, CudaPass, CudaWeights, Sizes, cards};
 use crate::models::pass::{Batch, Pass, RowAsk, Scores, Token, blocks_of};
 use crate::models::sampler::Sampling;
 use crate::models::spec::Spec;
@@ -130,14 +130,16 @@ impl Wanted {
     }
 }
 
-/// Compares and measures; without a card it says so and does nothing.
+/// Compares and measures; without a card or a driver it says so and does nothing.
 ///
 /// # Errors
-/// When the card computes other bits than the CPU, or fails.
+/// When the driver does not work or is too old, or the card computes other bits than the CPU, or
+/// fails.
 pub fn run(wanted: &Wanted, say: Say<'_>) -> anyhow::Result<()> {
     let why = match cards() {
         Ok(0) => Some("no NVIDIA card".to_owned()),
-        Err(why) => Some(why.to_string()),
+        Err(why @ CudaError::NoDriver) => Some(why.to_string()),
+        Err(why) => return Err(why.into()),
         Ok(_) => None,
     };
     if let Some(why) = why {
@@ -364,7 +366,7 @@ fn speeds(
     let is_tiny = spec.layers == 1;
     let batches = if is_tiny { vec![1, 2] } else { vec![1, 8, 64] };
     let most = batches.last().copied().unwrap_or(1);
-    let needed = sizes.weights + sizes.workspace + sizes.block * (per_sequence * most) as u64;
+    let needed = sizes.held + sizes.workspace + sizes.block * (per_sequence * most) as u64;
     let free = card.memory()?.0 as u64;
     if needed > free {
         say(format!("{name}: left out, {needed} bytes are needed and {free} are free"));

@@ -104,7 +104,10 @@ fn gpu(version: Option<&str>, cards: Cards) -> Vec<Finding> {
         }
         (Some(driver), Cards::Unusable(why)) => {
             let fact = format!("driver: {driver}; models run on the processor: {why}");
-            vec![Finding::new("gpu", Level::Warning, fact).hint("install a newer driver")]
+            vec![
+                Finding::new("gpu", Level::Warning, fact)
+                    .hint("models whose `device` names a card do not load until that is mended"),
+            ]
         }
         (_, Cards::Known(known)) if known.is_empty() => {
             one(Level::Note, "the driver knows no card; models run on the processor".into())

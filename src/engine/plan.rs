@@ -17,6 +17,10 @@ const PROMPT_CHUNK: u64 = 1024;
 /// for each sequence (`flash_attn_cpu_single_q` of 0.8.1) has one buffer for all of them, so that
 /// each gets the attention of the last one.
 const MISTRAL_SEQUENCES_MAX: usize = 1;
+/// Bytes that stay free on a card where the user says how large the cache is: for norms,
+/// calibrations, code of kernels and graphs, and the driver's own.
+#[cfg(feature = "cuda")]
+const CARD_RESERVE: u64 = 256 << 20;
 /// Requests of one model that may wait for a place; further ones are refused.
 pub const WAITING_MAX: usize = 256;
 
@@ -97,11 +101,13 @@ pub enum PlanError {
         needed: u64,
     },
     /// More memory than there is.
-    #[error("needs {}, but only {} are available: {} short", Bytes(*needed), Bytes(*available),
-            Bytes(needed - available))]
+    #[error("needs {}{}, but only {} are available: {} short", Bytes(*needed), Beside(*reserve),
+            Bytes(*available), Bytes(needed + reserve - available))]
     Memory {
         /// Weights, KV cache and workspace.
         needed: u64,
+        /// What has to stay free beside them.
+        reserve: u64,
         /// What the machine has.
         available: u64,
     },
@@ -218,7 +224,7 @@ impl MemoryPlan {
             KvMemory::Bytes(bytes) => bytes / block_bytes,
             KvMemory::Share(share) => (available as f64 * share) as u64 / block_bytes,
         };
-        let kv = wanted_blocks * block_bytes;
+        let kv = (needs.cache)(wanted_blocks * block_bytes);
         if wanted_blocks < per_sequence {
             return Err(PlanError::KvTooSmall {
                 kv,
@@ -227,9 +233,11 @@ impl MemoryPlan {
                 needed: per_sequence * block_bytes,
             });
         }
+        // What `auto` leaves is more.
+        let reserve = if wanted.kv_memory == KvMemory::Auto { 0 } else { needs.reserve };
         let needed = weights + kv + workspace;
-        if needed > available {
-            return Err(PlanError::Memory { needed, available });
+        if needed + reserve > available {
+            return Err(PlanError::Memory { needed, reserve, available });
         }
         let options = Options {
             context_max,
@@ -290,6 +298,10 @@ struct Needs {
     /// One block of the KV cache.
     block: u64,
     workspace: u64,
+    /// What a KV cache of so many bytes takes of the device's memory.
+    cache: fn(u64) -> u64,
+    /// What stays free where the size of the cache is given.
+    reserve: u64,
 }
 
 impl Needs {
@@ -324,7 +336,7 @@ impl Needs {
         let workspace = context * (4 * width * widest + 2 * 4 * scores);
         // A step copies the caches of its sequences into those of a batch, and back.
         let block = 2 * spec.kv_dims().block_bytes() as u64 * width / 2;
-        Self { weights, outer, block, workspace }
+        Self { weights, outer, block, workspace, cache: |bytes| bytes, reserve: 0 }
     }
 
     /// What the native engine needs, with steps of `rows` rows.
@@ -333,15 +345,17 @@ impl Needs {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
                 use crate::models::cuda::Sizes;
-                let sizes = Sizes::new(spec, rows);
-                let Sizes { weights, block, workspace } = sizes;
-                Self { weights, outer: 0, block, workspace }
+                let Sizes { held, block, workspace, .. } = Sizes::new(spec, rows);
+                let (cache, reserve) = (Sizes::cache, CARD_RESERVE);
+                Self { weights: held, outer: 0, block, workspace, cache, reserve }
             }
             _ => Self {
                 weights: weight_bytes(spec),
                 outer: 0,
                 block: spec.kv_dims().block_bytes() as u64,
                 workspace: workspace_bytes(spec, rows) as u64,
+                cache: |bytes| bytes,
+                reserve: 0,
             },
         }
     }
@@ -373,6 +387,18 @@ impl fmt::Display for Bytes {
             1024..1_048_576 => write!(f, "{:.1} KiB", value / 1024.0),
             1_048_576..1_073_741_824 => write!(f, "{:.1} MiB", value / 1_048_576.0),
             _ => write!(f, "{:.2} GiB", value / 1_073_741_824.0),
+        }
+    }
+}
+
+/// Bytes that stay free, where there are some, for the error that counts them.
+struct Beside(u64);
+
+impl fmt::Display for Beside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            bytes => write!(f, " beside {} that stay free", Bytes(bytes)),
         }
     }
 }
@@ -460,6 +486,33 @@ mod tests {
             WANTED,
         );
         assert_eq!(native.unwrap_err(), PlanError::OneDevice);
+    }
+
+    /// On a card matrices of 1 MiB and more are whole pages of 2 MiB, and so is the cache.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_card_holds_whole_pages_and_keeps_a_reserve() {
+        const MIB: u64 = 1 << 20;
+        let on = |kv_memory, available| {
+            let wanted = MemoryWanted { context_max: Some(512), kv_memory, ..WANTED };
+            MemoryPlan::on(Device::Cuda(0), &spec(), wanted, available)
+        };
+        let plan = on(KvMemory::Bytes(45 * MIB), 64 << 30).unwrap();
+        // By layer 2 MiB for queries, keys and values, 4 and 2 for the feed-forward part, and
+        // 648 KiB after attention, which are less than a page; the head is 27 pages.
+        assert_eq!(plan.weights, 30 * (8 * MIB + (648 << 10)) + 54 * MIB);
+        // A block is 720 KiB: 64 of them are 45 MiB, and take 46.
+        assert_eq!((plan.options.blocks, plan.kv), (64, 46 * MIB));
+        // With a size for the cache, 256 MiB stay free; `auto` leaves a fifth of its own.
+        let most = plan.total() + 256 * MIB;
+        assert_eq!(on(KvMemory::Bytes(45 * MIB), most), Ok(plan));
+        let why = on(KvMemory::Bytes(45 * MIB), most - MIB).unwrap_err().to_string();
+        assert!(why.contains(" beside 256.0 MiB that stay free, but only"), "{why}");
+        assert!(why.ends_with(": 1.0 MiB short"), "{why}");
+        let share = KvMemory::Share(46.0 / 1024.0);
+        assert!(on(share, 1024 * MIB).is_ok());
+        assert!(on(KvMemory::Share(0.9), 1024 * MIB).is_err());
+        assert!(on(KvMemory::Auto, most - MIB).is_ok());
     }
 
     #[test]

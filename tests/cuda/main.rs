@@ -16,10 +16,13 @@ mod common;
 
 mod answers;
 mod bench;
+mod captures;
 mod devices;
 mod engine;
 mod failures;
 mod families;
+mod opening;
+mod shared;
 mod tensor;
 mod verify;
 
@@ -42,6 +45,8 @@ enum Counter {
     CopiesToHost,
     CopiesToDevice,
     GraphLaunches,
+    Attributes = 6,
+    ContextSyncs,
 }
 
 fn driver() -> &'static libloading::Library {
@@ -61,6 +66,12 @@ fn fail(device: i32, kernel: &str, after: i32, code: i32) {
     unsafe {
         driver().get::<Fail>(b"fake_cuda_fail").unwrap()(device, kernel.as_ptr(), after, code)
     };
+}
+
+/// The next capture that has so many launches is disturbed: another thread waits for the context.
+fn disturb(device: i32, launches: i32) {
+    type Disturb = unsafe extern "C" fn(i32, i32) -> i32;
+    unsafe { driver().get::<Disturb>(b"fake_cuda_disturb").unwrap()(device, launches) };
 }
 
 /// From now on a device has only so many bytes more than are in use.

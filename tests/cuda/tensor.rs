@@ -234,3 +234,26 @@ fn a_decode_step_becomes_a_graph() {
     }
     assert!(count(0, Counter::GraphLaunches) - before >= 3);
 }
+
+#[test]
+fn a_context_of_three_partitions_has_the_same_bits_in_decode() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = tiny_config();
+    for (key, value) in [("num_hidden_layers", 1), ("max_position_embeddings", 2048)] {
+        config[key] = value.into();
+    }
+    write_checkpoint(dir.path(), &config, 8);
+    let subject = Subject::new(dir.path(), Dtype::Bf16);
+    let ids: Vec<u32> = (0..1_040).map(|i| i * i % 250).collect();
+    let ask = |first: usize, at| RowAsk { hidden: true, ..RowAsk::new(at - first, at) };
+    let asked: Vec<RowAsk<'_>> = (1_030..1_040).map(|at| ask(0, at)).collect();
+    let mut at_once = subject.pass(Arithmetic::Tensor, blocks_of(ids.len()));
+    let want = at_once.step(&Batch::of(&ids, 0), &asked).unwrap();
+    let mut pass = subject.pass(Arithmetic::Tensor, blocks_of(ids.len()));
+    pass.step(&Batch::of(&ids[..1_030], 0), &[]).unwrap();
+    // There is room for four partitions, of which the last is not there.
+    for (at, want) in (1_030..).zip(&want) {
+        let got = pass.step(&Batch::of(&ids[at..=at], at), &[ask(at, at)]).unwrap();
+        assert!(is_same(&got[0], want), "row {at} differs");
+    }
+}

@@ -329,7 +329,7 @@ const NUMBERS: &[Row] = &[
         f.part(s, 5)["logprobs"]["tokens"][0] = json!("lies");
     }),
     row(CHATS, "other bytes", Reason::LogprobMismatch, |s, f| {
-        f.part(s, 5)["logprobs"]["content"][0]["bytes"] = json!([108, 105]);
+        f.part(s, 5)["logprobs"]["content"][0]["bytes"] = json!([108, 256]);
     }),
     row(TEXTS, "another offset", Reason::LogprobMismatch, |s, f| {
         f.part(s, 5)["logprobs"]["text_offset"][0] = json!(-1);

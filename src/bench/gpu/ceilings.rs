@@ -18,8 +18,6 @@ use std::sync::Arc;
 
 /// Threads of a block.
 const THREADS: usize = 256;
-/// Blocks of each multiprocessor: as many as it holds at once.
-const BLOCKS_EACH: usize = 8;
 /// Chains of multiply-adds in a thread.
 const CHAINS: usize = 16;
 /// Tiles of sums in a warp, and the operations on one in a round: 16 x 8 sums over 16 products.
@@ -63,7 +61,9 @@ impl<'a> CardCeilings<'a> {
             true => (2, 1 << 16),
             false => {
                 let room = (card.memory()?.0 as f64 * FREE_SHARE) as usize;
-                (BLOCKS_EACH * card.multiprocessors()?, READ_BYTES.min(room))
+                // As many as all multiprocessors hold at once: 8 each on some cards, 6 on others.
+                let each = (card.multiprocessor_threads()? / THREADS).max(1);
+                (each * card.multiprocessors()?, READ_BYTES.min(room))
             }
         };
         let (runner, clock) = (KernelRunner::new(card, pool, dtype)?, Clock::system());
@@ -114,9 +114,8 @@ impl<'a> CardCeilings<'a> {
         for first in (0..count).step_by(PIECE) {
             let end = (first + PIECE).min(count);
             let piece: Vec<u32> = (first as u32..end as u32).collect();
-            data.write(4 * first, &piece)?;
+            data.write(&self.runner.stream, 4 * first, &piece)?;
         }
-        self.card.settle()?;
         Ok((data, count))
     }
 

@@ -112,11 +112,10 @@ impl Case {
         })?;
         let stream = Stream::new(card)?;
         let raw = Memory::new(card, 2 * bits.len(), "a product")?;
-        raw.write(0, &bits)?;
+        raw.write(&stream, 0, &bits)?;
         let tiles = rows.next_multiple_of(32) * cols.next_multiple_of(32);
         let packed = Memory::new(card, 2 * tiles, "a product")?;
         packed.zero(&stream)?;
-        card.settle()?;
         let is_f16 = i32::from(dtype == Dtype::F16);
         let args = vec![
             Arg::from(&raw),
@@ -154,10 +153,9 @@ impl Case {
         let bits: Vec<u16> =
             (0..tokens).flat_map(|row| self.inputs.bits(row).iter().copied()).collect();
         let x = Memory::new(card, 2 * bits.len(), "a product")?;
-        x.write(0, &bits)?;
+        x.write(&self.stream, 0, &bits)?;
         let bytes = 4 * tokens * rows;
         let out = Memory::new(card, bytes, "a product")?;
-        card.settle()?;
         let args = vec![
             Arg::from(&self.packed),
             Arg::from(&x),

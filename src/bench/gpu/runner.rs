@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// A stream of a card, noise, and the type of the values.
 pub(super) struct KernelRunner<'a> {
-    stream: Stream,
+    pub(super) stream: Stream,
     pub(super) pool: &'a Pool,
     pub(super) dtype: Dtype,
     noise: RefCell<Lcg>,
@@ -44,8 +44,7 @@ impl<'a> KernelRunner<'a> {
     pub(super) fn put<T: Plain>(&self, values: &[T]) -> anyhow::Result<Memory> {
         let memory =
             Memory::new(self.stream.card(), size_of_val(values).max(16), "one kernel's test")?;
-        memory.write(0, values)?;
-        self.stream.card().settle()?;
+        memory.write(&self.stream, 0, values)?;
         Ok(memory)
     }
 

@@ -2,7 +2,7 @@
 //! host.
 
 use super::error::CudaError;
-use super::launch::{Entry, Memory, Query, Rule};
+use super::launch::{Entry, Memory, Query, Rule, Stream};
 use super::memory::{Inputs, Offset, Outputs, grained};
 use super::weights::CudaWeights;
 use crate::models::hosted::Why;
@@ -28,8 +28,9 @@ pub(super) fn answer_bytes(spec: &crate::models::spec::Spec, rows: usize) -> usi
 }
 
 /// What the answers of all steps share.
-#[derive(Default)]
 pub(super) struct Answers {
+    /// The pass's own, by which calibrations go to the card.
+    stream: Stream,
     calibrations: Vec<Arc<Whitening>>,
 }
 
@@ -97,6 +98,10 @@ pub(super) struct Places {
 }
 
 impl Answers {
+    pub(super) fn new(stream: &Stream) -> Self {
+        Self { stream: stream.clone(), calibrations: Vec::new() }
+    }
+
     /// Cuts `asks` into chunks and pushes what the card has to know of them.
     pub(super) fn plan<'a, 'b>(
         &mut self,
@@ -216,10 +221,9 @@ impl Answers {
             return Ok(Arc::clone(whitening));
         }
         let exponents = Memory::new(&weights.card, calibration.exponents.len(), "a calibration")?;
-        exponents.write(0, &calibration.exponents)?;
+        exponents.write(&self.stream, 0, &calibration.exponents)?;
         let means = Memory::new(&weights.card, 2 * calibration.means.len(), "a calibration")?;
-        means.write(0, &calibration.means)?;
-        weights.card.settle()?;
+        means.write(&self.stream, 0, &calibration.means)?;
         let source = Arc::clone(calibration);
         if self.calibrations.len() == CALIBRATIONS_MAX {
             self.calibrations.remove(0);

@@ -2,6 +2,7 @@
 
 use crate::models::error::LoadError;
 use crate::models::pass::PassFault;
+use std::ops::RangeInclusive;
 
 /// Why a card cannot be used, or stopped working.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -9,6 +10,16 @@ pub enum CudaError {
     /// No driver library.
     #[error("no NVIDIA driver: libcuda.so.1 could not be loaded")]
     NoDriver,
+    /// The driver is there and does not work: the machine may have cards.
+    #[error("the NVIDIA driver does not work: {call} says {text} (error {code})")]
+    Driver {
+        /// The call of the driver that failed.
+        call: &'static str,
+        /// The driver's number for it.
+        code: u32,
+        /// What the driver says of its error.
+        text: String,
+    },
     /// A number that no card has.
     #[error("cuda:{ordinal}: the driver knows {count} cards")]
     NoDevice {
@@ -79,6 +90,16 @@ pub enum CudaError {
         /// What the driver says of its error.
         text: String,
     },
+}
+
+/// What the driver says of a capture that it refuses or that something else made invalid.
+const CAPTURE_CODES: RangeInclusive<u32> = 900..=907;
+
+impl CudaError {
+    /// Whether it is the capture that failed: the same launches may succeed without one.
+    pub(super) fn is_of_capture(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if CAPTURE_CODES.contains(code))
+    }
 }
 
 impl From<CudaError> for PassFault {

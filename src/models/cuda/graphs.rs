@@ -15,6 +15,7 @@ const KINDS_MAX: usize = 32;
 #[derive(Default)]
 pub(super) struct Graphs {
     known: Vec<Known>, // most recently used last
+    has_warned: bool,
 }
 
 struct Known {
@@ -23,7 +24,8 @@ struct Known {
 }
 
 impl Graphs {
-    /// Puts launches on the stream; from the second time on as a graph.
+    /// Puts launches on the stream; from the second time on as a graph. A capture that fails costs
+    /// the step nothing but time: its launches run without one, and the next step tries again.
     pub(super) fn run(&mut self, stream: &Stream, launches: Vec<Launch>) -> Result<(), CudaError> {
         let Some(at) = self.known.iter().position(|known| known.launches == launches) else {
             stream.run(&launches)?;
@@ -36,10 +38,24 @@ impl Graphs {
         let mut known = self.known.remove(at);
         let graph = match &mut known.graph {
             Some(graph) => graph,
-            none => none.insert(stream.capture(&launches)?),
+            none => match stream.capture(&launches) {
+                Ok(graph) => none.insert(graph),
+                Err(why) if why.is_of_capture() => {
+                    self.warn(&why);
+                    self.known.push(known);
+                    return stream.run(&launches);
+                }
+                Err(why) => return Err(why),
+            },
         };
         let outcome = graph.launch();
         self.known.push(known);
         outcome
+    }
+
+    fn warn(&mut self, why: &CudaError) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            tracing::warn!("a step was launched without a graph: {why}");
+        }
     }
 }

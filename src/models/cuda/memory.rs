@@ -11,37 +11,41 @@ use std::sync::Arc;
 const ALIGNMENT: usize = 16;
 /// Buffers grow in steps of this.
 const GRAIN: usize = 64 << 10;
+/// Bytes from which on an allocation is large, the pages of such, and the grain of others.
+const LARGE_BYTES: u64 = 1 << 20;
+const PAGE_BYTES: u64 = 2 << 20;
+const SMALL_GRAIN: u64 = 512;
 /// Columns of a tile of a packed matrix; keys of a head are one.
 pub(super) const TILE: usize = 32;
 
-/// Keys and values of all blocks, layer by layer.
+/// Keys and values of all blocks, layer by layer, in one allocation: each would be rounded up.
 pub(super) struct KvBlocks {
     pub(super) blocks: usize,
-    layers: Vec<[Memory; 2]>,
+    /// Bytes of a layer's keys, and of its values.
+    half: usize,
+    memory: Memory,
 }
 
 impl KvBlocks {
     /// Zeroed, because what fills up a tile of keys or values is never written. Values need whole
     /// tiles in tensor arithmetic alone; a cache has room for either.
     pub(super) fn new(stream: &Stream, spec: &Spec, blocks: usize) -> Result<Self, CudaError> {
-        let mut layers = Vec::with_capacity(spec.layers);
-        let heads = blocks * spec.attention.kv_heads * BLOCK_TOKENS;
-        let (card, head_dim) = (stream.card(), spec.attention.head_dim);
-        for _ in 0..spec.layers {
-            let bytes = 2 * heads * padded(head_dim);
-            let keys = Memory::new(card, bytes, "the KV cache")?;
-            let values = Memory::new(card, bytes, "the KV cache")?;
-            keys.zero(stream)?;
-            values.zero(stream)?;
-            layers.push([keys, values]);
-        }
-        Ok(Self { blocks, layers })
+        let bytes = blocks * block_bytes(spec);
+        let memory = Memory::new(stream.card(), bytes, "the KV cache")?;
+        memory.zero(stream)?;
+        Ok(Self { blocks, half: bytes / (2 * spec.layers), memory })
     }
 
     /// Keys and values of a layer.
     pub(super) fn layer(&self, index: usize) -> [Pointer; 2] {
-        self.layers[index].each_ref().map(Memory::pointer)
+        [2 * index, 2 * index + 1].map(|half| self.memory.pointer().plus(half * self.half))
     }
+}
+
+/// What an allocation of so many bytes takes of a card: a large one has pages of its own, small
+/// ones share some. That is how drivers are known to do it; on no card was it measured.
+pub(super) fn held(bytes: u64) -> u64 {
+    bytes.next_multiple_of(if bytes < LARGE_BYTES { SMALL_GRAIN } else { PAGE_BYTES })
 }
 
 /// Columns rounded up to whole tiles.
@@ -207,4 +211,19 @@ fn sized<'a>(
         *both = Some((Pinned::new(stream, bytes)?, memory));
     }
     both.as_mut().ok_or_else(|| CudaError::Shape("a buffer that was just made".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_allocations_are_whole_pages() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!([1, 512, 513].map(held), [512, 512, 1024]);
+        assert_eq!(
+            [MIB - 1, MIB, 2 * MIB, 2 * MIB + 1].map(held),
+            [MIB, 2 * MIB, 2 * MIB, 4 * MIB]
+        );
+    }
 }

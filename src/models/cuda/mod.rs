@@ -28,21 +28,30 @@ use super::spec::Spec;
 /// Bytes that a model takes on a card.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sizes {
-    /// Bytes of all packed weights.
+    /// Bytes of all packed weights, as a step reads them.
     pub weights: u64,
+    /// The same with what fills up their allocations.
+    pub held: u64,
     /// One block of the KV cache.
     pub block: u64,
-    /// Buffers of a step, logits and results.
+    /// Buffers of a step, logits and results, with what fills up their allocations.
     pub workspace: u64,
 }
 
 impl Sizes {
     /// Of a shape, for steps of `rows` rows.
     pub fn new(spec: &Spec, rows: usize) -> Self {
+        let answers = memory::held(asks::answer_bytes(spec, rows) as u64);
         Self {
-            weights: weights::weight_bytes(spec),
+            weights: weights::weight_bytes(spec, |bytes| bytes),
+            held: weights::weight_bytes(spec, memory::held),
             block: memory::block_bytes(spec) as u64,
-            workspace: (step::workspace_bytes(spec, rows) + asks::answer_bytes(spec, rows)) as u64,
+            workspace: step::workspace_bytes(spec, rows) + answers,
         }
+    }
+
+    /// What a KV cache of so many bytes takes.
+    pub fn cache(bytes: u64) -> u64 {
+        memory::held(bytes)
     }
 }

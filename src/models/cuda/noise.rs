@@ -1,7 +1,7 @@
 //! Makes weights of noise, for measurements of speed: a shape needs no checkpoint for that.
 
 use super::error::CudaError;
-use super::launch::{Card, Memory, bytes_of};
+use super::launch::{Card, Memory, Stream, bytes_of};
 use super::memory::padded;
 use super::weights::{CardLayer, CudaWeights, GATE_ROWS, Matrix};
 use crate::models::spec::Spec;
@@ -26,18 +26,18 @@ impl CudaWeights {
         let mut noise = Lcg::new(1);
         let mut value = || (f64::from(noise.bits()) / f64::from(u32::MAX) - 0.5) as f32 * 0.05;
         let bits: Vec<u16> = (0..VALUES).map(|_| dtype.round(value())).collect();
-        let before = card.memory()?.0;
+        let (stream, before) = (Stream::new(card)?, card.memory()?.0);
         let matrix = |rows: usize, cols: usize| -> Result<Matrix, CudaError> {
             let memory = Memory::new(card, 2 * padded(rows) * padded(cols), "weights")?;
             for at in (0..memory.bytes()).step_by(2 * VALUES) {
                 let len = (2 * VALUES).min(memory.bytes() - at);
-                memory.write(at, &bytes_of(&bits)[..len])?;
+                memory.write(&stream, at, &bytes_of(&bits)[..len])?;
             }
             Ok(Matrix { memory, rows, cols })
         };
         let ones = |len: usize| -> Result<Memory, CudaError> {
             let memory = Memory::new(card, 4 * len, "weights")?;
-            memory.write(0, &vec![1.0_f32; len]).map(|()| memory)
+            memory.write(&stream, 0, &vec![1.0_f32; len]).map(|()| memory)
         };
         let (hidden, inter) = (spec.hidden, spec.feed_forward.inter);
         let layer = |_| -> Result<CardLayer, CudaError> {
@@ -64,7 +64,6 @@ impl CudaWeights {
         let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
         let (head, norm) = (matrix(spec.vocab, hidden)?, ones(hidden)?);
         let rope = Rope::new(a.head_dim, spec.rope.theta, spec.rope.scaling);
-        card.settle()?;
         let bytes = before.saturating_sub(card.memory()?.0);
         let (card, spec) = (Arc::clone(card), Arc::clone(spec));
         Ok(Self { card, spec, dtype, rope, embedding, head, norm, layers, bytes })

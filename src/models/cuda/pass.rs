@@ -44,13 +44,13 @@ impl CudaPass {
         Ok(Self {
             weights: Arc::clone(weights),
             arithmetic: Arithmetic::Portable,
+            answers: Answers::new(&stream),
             stream,
             pool: pool.clone(),
             kv,
             memory: StepMemory::new(),
             inputs: Inputs::new(),
             outputs: Outputs::new(),
-            answers: Answers::default(),
             graphs: Graphs::default(),
             hosted: HostedRows::default(),
         })

@@ -8,7 +8,7 @@ use super::choose::{AttentionKernel, Product, slot_tiles};
 use super::error::CudaError;
 use super::launch::{Arg, AttentionShape, GRID_MAX, Launch, Memory, Pointer, args};
 use super::layout::Layout;
-use super::memory::{GrowingBuffer, Inputs, KvBlocks, Offset, grained};
+use super::memory::{GrowingBuffer, Inputs, KvBlocks, Offset, grained, held};
 use super::weights::{CardLayer, CudaWeights, EXPERTS_MAX, GATE_ROWS, Matrix};
 use crate::models::arithmetic::Arithmetic;
 use crate::models::spec::{ExpertSpec, Spec};
@@ -45,25 +45,33 @@ pub(super) struct Buffers {
     qkv: Pointer,               // f32 (rows, qkv_rows)
     queries: Pointer,           // 16 bits (rows, heads * head_dim)
     attended: Pointer,          // 16 bits (rows, heads * head_dim)
-    parts: Option<Pointer>, // f32 (rows, heads, partitions, head_dim + 2), where contexts are split
-    branch: Pointer,        // f32 (rows, hidden)
-    gate_up: Pointer,       // f32 (slots, 2 * stride)
-    inner: Pointer,         // 16 bits (slots, inter)
-    scores: Pointer,        // f32 (rows, experts)
-    chosen: Pointer,        // u32 (rows, used)
-    shares: Pointer,        // f32 (rows, used)
-    grouped: Pointer,       // u32 (slots): slots by expert
-    slot_tiles: Pointer,    // four u32 (tiles)
-    experts: Pointer,       // f32 (slots, hidden)
+    parts: Option<Parts>,
+    branch: Pointer,     // f32 (rows, hidden)
+    gate_up: Pointer,    // f32 (slots, 2 * stride)
+    inner: Pointer,      // 16 bits (slots, inter)
+    scores: Pointer,     // f32 (rows, experts)
+    chosen: Pointer,     // u32 (rows, used)
+    shares: Pointer,     // f32 (rows, used)
+    grouped: Pointer,    // u32 (slots): slots by expert
+    slot_tiles: Pointer, // four u32 (tiles)
+    experts: Pointer,    // f32 (slots, hidden)
+}
+
+/// Partial results of contexts that are split over thread blocks.
+#[derive(Clone, Copy)]
+struct Parts {
+    at: Pointer, // f32 (rows, heads, depth, head_dim + 2)
+    /// Partitions that there is room for.
+    depth: usize,
 }
 
 /// Bytes of a card's memory for steps of `rows` rows, without logits and results.
-pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> usize {
-    let buffers: usize = Sizes::new(spec, rows).0.into_iter().map(grained).sum();
-    let is_split = spec.context > PARTITION_TOKENS;
+pub(super) fn workspace_bytes(spec: &Spec, rows: usize) -> u64 {
     // Rotations are the largest of what a row is told.
-    let inputs = grained(rows * (4 * spec.attention.head_dim + 128));
-    buffers + inputs + if is_split { PARTS_BYTES_MAX } else { 0 }
+    let inputs = rows * (4 * spec.attention.head_dim + 128);
+    let parts = if spec.context > PARTITION_TOKENS { PARTS_BYTES_MAX } else { 0 };
+    let buffers = Sizes::new(spec, rows).0.into_iter().chain([inputs, parts]);
+    buffers.map(|bytes| held(grained(bytes) as u64)).sum()
 }
 
 /// Bytes of the buffers, in the order of [`StepMemory`], but for the partial results.
@@ -131,18 +139,13 @@ impl StepMemory {
         let (experts, used) = spec.feed_forward.experts.map_or((0, 0), |e| (e.count, e.used));
         let places = routing(layout.rows, experts, used);
         let route = self.routing.fit(card, route)?;
-        let a = &spec.attention;
-        let parts = 4 * layout.rows * a.heads * layout.partitions * (a.head_dim + 2);
-        let is_split = layout.partitions > 1
-            && layout.tile_count * a.kv_heads < TILES_MAX
-            && parts <= PARTS_BYTES_MAX;
         Ok(Buffers {
             residual: self.residual.fit(card, residual)?,
             normed: self.normed.fit(card, normed)?,
             qkv: self.qkv.fit(card, qkv)?,
             queries: self.queries.fit(card, queries)?,
             attended: self.attended.fit(card, attended)?,
-            parts: if is_split { Some(self.parts.fit(card, parts)?) } else { None },
+            parts: self.fit_parts(weights, layout)?,
             branch: self.branch.fit(card, branch)?,
             gate_up: self.gate_up.fit(card, gate_up)?,
             inner: self.inner.fit(card, inner)?,
@@ -153,6 +156,27 @@ impl StepMemory {
             slot_tiles: route.plus(places[4]),
             experts: self.experts.fit(card, out)?,
         })
+    }
+
+    /// Room for partial results, where contexts are split. Partitions are rounded up to a power of
+    /// two, so that a growing context seldom is another kind of step, which would need another
+    /// graph: thread blocks of partitions that are not there return at once, and nobody reads them.
+    fn fit_parts(
+        &mut self,
+        weights: &CudaWeights,
+        layout: &Layout,
+    ) -> Result<Option<Parts>, CudaError> {
+        let (a, count) = (&weights.spec.attention, layout.partitions);
+        if count == 1 || layout.tile_count * a.kv_heads >= TILES_MAX {
+            return Ok(None);
+        }
+        let bytes = |depth: usize| 4 * layout.rows * a.heads * depth * (a.head_dim + 2);
+        let depths = [count.next_power_of_two(), count];
+        let Some(depth) = depths.into_iter().find(|d| bytes(*d) <= PARTS_BYTES_MAX) else {
+            return Ok(None);
+        };
+        let at = self.parts.fit(&weights.card, bytes(depth))?;
+        Ok(Some(Parts { at, depth }))
     }
 }
 
@@ -313,9 +337,9 @@ impl StepRun<'_> {
             cap: a.softcap.unwrap_or(0.0),
         };
         self.attend_tiles(shape, [keys, values]);
-        let Some(parts) = b.parts else { return };
-        let (positions, partitions) = (self.input(layout.positions), layout.partitions as i32);
-        let args = args![parts, positions, b.attended, shape, partitions, self.is_f16()];
+        let Some(Parts { at, depth }) = b.parts else { return };
+        let (positions, depth) = (self.input(layout.positions), depth as i32);
+        let args = args![at, positions, b.attended, shape, depth, self.is_f16()];
         self.launch("attend_merge", [layout.rows, a.heads, 1], 128, 0, args);
     }
 
@@ -327,12 +351,20 @@ impl StepRun<'_> {
             a.head_dim,
             self.weights.dtype,
         );
-        let depth = if b.parts.is_some() { layout.partitions } else { 1 };
+        let Parts { at, depth } = b.parts.unwrap_or(Parts { at: Pointer::NULL, depth: 1 });
         let (table, tiles) = (self.input(layout.table), self.input(layout.tiles));
-        let parts = b.parts.unwrap_or(Pointer::NULL);
-        let (partitions, split) = (layout.partitions as i32, i32::from(b.parts.is_some()));
+        let split = i32::from(b.parts.is_some());
         let args = args![
-            b.queries, keys, values, table, tiles, parts, b.attended, shape, partitions, split,
+            b.queries,
+            keys,
+            values,
+            table,
+            tiles,
+            at,
+            b.attended,
+            shape,
+            depth as i32,
+            split
         ];
         let grid = [layout.tile_count, a.kv_heads, depth];
         self.launch(kernel, grid, threads, shared, args);

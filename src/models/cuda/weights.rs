@@ -67,20 +67,22 @@ pub(super) struct CardLayer {
     pub(super) post_feed_forward_norm: Option<Memory>,
 }
 
-/// Bytes of the weights of a shape on a card.
-pub(super) fn weight_bytes(spec: &Spec) -> u64 {
-    let matrix = |rows: usize, cols: usize| (2 * padded(rows) * padded(cols)) as u64;
-    let inter = spec.feed_forward.inter;
-    let mlp =
-        matrix(2 * inter.next_multiple_of(GATE_ROWS), spec.hidden) + matrix(spec.hidden, inter);
-    let feed_forward = match spec.feed_forward.experts {
-        None => mlp,
-        Some(e) => e.count as u64 * mlp + matrix(e.count, spec.hidden),
+/// Bytes of the matrices of a shape on a card, where an allocation of so many takes what `held`
+/// says.
+pub(super) fn weight_bytes(spec: &Spec, held: fn(u64) -> u64) -> u64 {
+    let several = |count: usize, rows: usize, cols: usize| {
+        held((2 * count * padded(rows) * padded(cols)) as u64)
     };
-    let attention =
-        matrix(spec.qkv_rows(), spec.hidden) + matrix(spec.hidden, spec.attention_cols());
-    let table = if spec.tied { 0 } else { (2 * spec.vocab * spec.hidden) as u64 };
-    spec.layers as u64 * (attention + feed_forward) + matrix(spec.vocab, spec.hidden) + table
+    let matrix = |rows: usize, cols: usize| several(1, rows, cols);
+    let (hidden, inter) = (spec.hidden, spec.feed_forward.inter);
+    let (experts, router) =
+        spec.feed_forward.experts.map_or((1, 0), |e| (e.count, matrix(e.count, hidden)));
+    let feed_forward = several(experts, 2 * inter.next_multiple_of(GATE_ROWS), hidden)
+        + several(experts, hidden, inter)
+        + router;
+    let attention = matrix(spec.qkv_rows(), hidden) + matrix(hidden, spec.attention_cols());
+    let table = if spec.tied { 0 } else { held((2 * spec.vocab * hidden) as u64) };
+    spec.layers as u64 * (attention + feed_forward) + matrix(spec.vocab, hidden) + table
 }
 
 impl CudaWeights {
@@ -117,7 +119,7 @@ impl CudaWeights {
         }
         let norm = loader.norm(loader.source.final_norm()?)?;
         let rope = loader.source.rope()?;
-        card.settle()?;
+        loader.stream.wait()?;
         drop(loader);
         let bytes = before.saturating_sub(card.memory()?.0);
         let (card, spec) = (Arc::clone(card), Arc::clone(spec));
@@ -205,7 +207,7 @@ impl Loader<'_> {
 
     fn vector(&self, values: &[f32]) -> Result<Memory, LoadError> {
         let memory = Memory::new(self.card, size_of_val(values), "weights")?;
-        memory.write(0, values)?;
+        memory.write(&self.stream, 0, values)?;
         Ok(memory)
     }
 
@@ -221,7 +223,7 @@ impl Loader<'_> {
                 tensor.read_row(first + row, self.dtype, &mut bits).map(|()| bits)
             };
             let piece = joined(self.pool.turn().map(piece_rows.min(rows - first), read))?;
-            memory.write(2 * first * cols, &piece)?;
+            memory.write(&self.stream, 2 * first * cols, &piece)?;
         }
         Ok(memory)
     }

@@ -5,7 +5,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::Arc;
 
 /// The kernels: PTX 9.0 for sm_80, which drivers from 580 on compile for the card at hand.
@@ -27,6 +27,10 @@ const PTX: [&str; 12] = [
 const CUDA_MIN: u32 = 13_000;
 /// Compute capability that the PTX is for.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// Bytes that the driver's compiler may say of an error.
+const LOG_BYTES: usize = 4096;
+/// How PTX declares shared memory whose size each launch says.
+const DYNAMIC_SHARED: &str = ".extern .shared";
 /// Bytes of a place on the PCI bus, with the zero at its end.
 const BUS_BYTES: usize = 32;
 
@@ -55,20 +59,33 @@ unsafe impl Sync for KernelHandle {}
 /// How many cards there are.
 ///
 /// # Errors
-/// When there is no driver, or it is too old for the kernels.
+/// When there is no driver, it does not work, or it is too old for the kernels.
 pub fn cards() -> Result<usize, CudaError> {
     if !has_driver() {
         return Err(CudaError::NoDriver);
     }
+    let failed = |call| {
+        move |error: DriverError| {
+            let (code, text) = said(error);
+            CudaError::Driver { call, code, text }
+        }
+    };
     let mut have = 0;
     // SAFETY: the library is there, and writes one number.
     let code = unsafe { sys::cuDriverGetVersion(&raw mut have) };
-    let have = if code == sys::CUresult::CUDA_SUCCESS { have as u32 } else { 0 };
+    code.result().map_err(failed("cuDriverGetVersion"))?;
+    let have = have as u32;
     if have < CUDA_MIN {
         return Err(CudaError::OldDriver { have, need: CUDA_MIN });
     }
-    // A driver without a card answers with an error of its own.
-    Ok(CudaContext::device_count().map_or(0, |count| count.max(0) as usize))
+    match result::init() {
+        Ok(()) => {}
+        // A driver that works, on a machine without a card.
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(0),
+        Err(error) => return Err(failed("cuInit")(error)),
+    }
+    let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    Ok(count.max(0) as usize)
 }
 
 /// Whether the driver's library can be loaded.
@@ -106,8 +123,11 @@ impl Card {
     }
 
     fn load(ordinal: usize) -> Result<Self, CudaError> {
-        let refused = |call| move |e: DriverError| failure(ordinal, call, e);
+        let refused = |call| move |e: DriverError| refusal(ordinal, call, e);
         let context = CudaContext::new(ordinal).map_err(refused("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: that tracks only memory that the library holds itself, and it holds none here.
+        // With it, the first stream would wait for the whole context.
+        unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(refused("cuDeviceGetName"))?;
         let capability = context.compute_capability().map_err(refused("cuDeviceGetAttribute"))?;
         if capability < CAPABILITY_MIN {
@@ -129,19 +149,35 @@ impl Card {
 
     fn load_module(&mut self, text: &'static str) -> Result<(), CudaError> {
         let ordinal = self.ordinal;
-        let failed = |call| move |e: DriverError| failure(ordinal, call, e);
-        let image = CString::new(text).map_err(|_| CudaError::Shape("PTX has a zero".into()))?;
-        // SAFETY: the image is PTX that ends with a zero, and outlives the call.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }
-            .map_err(failed("cuModuleLoadData"))?;
+        let failed = |call| move |e: DriverError| refusal(ordinal, call, e);
+        let module = compiled(ordinal, text)?;
         for (name, sizes) in entries(text) {
             let c_name = CString::new(name).map_err(|_| CudaError::Shape(name.into()))?;
             // SAFETY: the module was loaded above and is never unloaded.
             let handle = unsafe { result::module::get_function(module, c_name) }
                 .map_err(failed("cuModuleGetFunction"))?;
+            if text.contains(DYNAMIC_SHARED) {
+                self.allow_shared(handle).map_err(failed("cuFuncSetAttribute"))?;
+            }
             self.functions.insert(name, KernelHandle { handle, sizes });
         }
         Ok(())
+    }
+
+    /// Lets a kernel take all the shared memory that a block may have. All passes of the card share
+    /// the kernel, so what one of them allowed before its launch, another would take back.
+    fn allow_shared(&self, function: sys::CUfunction) -> Result<(), DriverError> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
+        use sys::CUfunction_attribute::{
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC,
+            CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as STATIC,
+        };
+        let most = self.context.attribute(MOST)?;
+        // SAFETY: the function's module was loaded before, and is never unloaded.
+        unsafe {
+            let taken = result::function::get_function_attribute(function, STATIC)?;
+            result::function::set_function_attribute(function, DYNAMIC, most - taken)
+        }
     }
 
     /// The number that the driver gives the card, from 0.
@@ -179,7 +215,18 @@ impl Card {
     /// # Errors
     /// When the driver does not say.
     pub fn multiprocessors(&self) -> Result<usize, CudaError> {
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        self.count(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    }
+
+    /// How many threads one of them holds at once.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn multiprocessor_threads(&self) -> Result<usize, CudaError> {
+        self.count(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)
+    }
+
+    fn count(&self, attribute: sys::CUdevice_attribute) -> Result<usize, CudaError> {
         let count = self.context.attribute(attribute);
         count.map(|n| n.max(1) as usize).map_err(|e| self.failed("cuDeviceGetAttribute", e))
     }
@@ -198,15 +245,6 @@ impl Card {
     pub fn memory(&self) -> Result<(usize, usize), CudaError> {
         self.check()?;
         self.context.mem_get_info().map_err(|e| self.failed("cuMemGetInfo", e))
-    }
-
-    /// Waits for all that was put on the card.
-    ///
-    /// # Errors
-    /// When something of it failed.
-    pub fn settle(&self) -> Result<(), CudaError> {
-        self.check()?;
-        self.context.synchronize().map_err(|e| self.failed("cuCtxSynchronize", e))
     }
 
     /// Whether it still works for this process.
@@ -230,17 +268,62 @@ impl Card {
     }
 }
 
-/// The error of a call on a card.
-fn failure(ordinal: usize, call: &'static str, error: DriverError) -> CudaError {
-    let code = error.0 as u32;
+/// Has the driver compile PTX for the current card. What its compiler says of an error is part of
+/// the error.
+fn compiled(ordinal: usize, text: &str) -> Result<sys::CUmodule, CudaError> {
+    use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+    let image = CString::new(text).map_err(|_| CudaError::Shape("PTX has a zero".into()))?;
+    // Zeroed, and one byte larger than the driver knows: what it writes ends with a zero.
+    let mut log = [0_u8; LOG_BYTES + 1];
+    let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    // The second value is a number in the place of an address.
+    let mut values =
+        [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(LOG_BYTES)];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the image is PTX that ends with a zero; there is a value for each option, and the
+    // log has as many bytes as the driver is told. All of them outlive the call.
+    let code = unsafe {
+        sys::cuModuleLoadDataEx(
+            &raw mut module,
+            image.as_ptr().cast::<c_void>(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    let Err(error) = code.result() else { return Ok(module) };
+    let (code, mut text) = said(error);
+    let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
+    if !log.trim().is_empty() {
+        text = format!("{text}: {}", log.trim());
+    }
+    Err(CudaError::Refused { ordinal, call: "cuModuleLoadDataEx", code, text })
+}
+
+/// The driver's number of an error, and its words for it.
+fn said(error: DriverError) -> (u32, String) {
     let text = error.error_string().map_or("?".into(), |t| t.to_string_lossy().into_owned());
+    (error.0 as u32, text)
+}
+
+/// The error of a call while a card is opened: nothing was there yet that could be lost.
+fn refusal(ordinal: usize, call: &'static str, error: DriverError) -> CudaError {
+    let (code, text) = said(error);
+    CudaError::Refused { ordinal, call, code, text }
+}
+
+/// The error of a call on an open card.
+fn failure(ordinal: usize, call: &'static str, error: DriverError) -> CudaError {
+    let (code, text) = said(error);
     match code {
-        // Values, images, handles, names, resources of one launch, unsupported, captures.
+        // Values, images, their compiler, handles, names, resources of one launch, what is not
+        // supported, captures.
         1
         | 2
         | 200
         | 209
         | 218
+        | 221
         | 222
         | 223
         | 301

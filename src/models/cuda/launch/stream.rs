@@ -9,9 +9,6 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Dynamic shared memory that a kernel has without asking: what is left of 48 KiB when its static
-/// shared memory, at most 16 KiB where there is both, is taken off.
-const SHARED_DEFAULT: usize = 32 << 10;
 /// Thread blocks in the second and third dimension of a grid.
 pub const GRID_MAX: usize = 65_535;
 
@@ -53,14 +50,6 @@ impl Stream {
         let Launch { kernel, grid, threads, shared, args } = launch;
         let failed = |e: DriverError| self.card.failed(kernel, e);
         let function = launch.function(&self.card)?;
-        if *shared > SHARED_DEFAULT {
-            let attribute =
-                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = *shared as i32;
-            // SAFETY: the function lives as long as its card.
-            unsafe { result::function::set_function_attribute(function.handle, attribute, bytes) }
-                .map_err(failed)?;
-        }
         let mut pointers: Vec<*mut c_void> =
             args.iter().map(|arg| arg.words.as_ptr().cast_mut().cast()).collect();
         // SAFETY: there is a pointer for each parameter, to at least as many bytes as it has, which

@@ -78,12 +78,17 @@ impl Memory {
             .map_err(|e| stream.card.failed("cuMemcpyDtoDAsync", e))
     }
 
-    /// Copies `from` to `offset` bytes behind the beginning. Done when the card has
-    /// [settled](Card::settle).
+    /// Copies `from` to `offset` bytes behind the beginning, in the order of a stream, and waits
+    /// for that stream alone: others of the card may be under way, or captured.
     ///
     /// # Errors
     /// When it does not fit, or the card is lost.
-    pub fn write<T: Plain>(&self, offset: usize, from: &[T]) -> Result<(), CudaError> {
+    pub fn write<T: Plain>(
+        &self,
+        stream: &Stream,
+        offset: usize,
+        from: &[T],
+    ) -> Result<(), CudaError> {
         let len = size_of_val(from);
         if offset.checked_add(len).is_none_or(|end| end > self.bytes) {
             return Err(CudaError::Shape(format!("{len} bytes at {offset} of {}", self.bytes)));
@@ -91,10 +96,14 @@ impl Memory {
         if len == 0 {
             return Ok(());
         }
-        self.card.bind()?;
-        // SAFETY: the range lies in this allocation; the driver has read `from` when it returns.
-        unsafe { result::memcpy_htod_sync(self.at + offset as u64, from) }
-            .map_err(|e| self.card.failed("cuMemcpyHtoD", e))
+        stream.card.bind()?;
+        // SAFETY: the range lies in this allocation, and `from` stays until it was waited for.
+        unsafe {
+            let at = self.at + offset as u64;
+            result::memcpy_htod_async(at, from, stream.stream.cu_stream())
+        }
+        .map_err(|e| stream.card.failed("cuMemcpyHtoDAsync", e))?;
+        stream.wait()
     }
 }
 
