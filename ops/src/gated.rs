@@ -20,7 +20,11 @@ pub fn gated(
     let (bits, values) = out.parts_mut();
     let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
     matmul_gated(turn, gate_up, x, |token, rows, gate, up| {
-        let len = inter.min(rows.end) - rows.start;
+        // Half of the last block may be padding alone.
+        let len = inter.min(rows.end).saturating_sub(rows.start);
+        if len == 0 {
+            return;
+        }
         let gate = &mut gate[..len];
         rounding.gate(isa, activation, gate, &up[..len]);
         // SAFETY: rows of one token are disjoint between calls.
@@ -36,9 +40,9 @@ mod tests {
     use super::super::pool::Pool;
     use super::*;
 
-    /// The bits of a gated half with 70 columns for each of `tokens` rows of 96.
-    fn bits(isa: Isa, dtype: Dtype, tokens: usize) -> Vec<u16> {
-        let (inter, cols) = (70, 96);
+    /// The bits of a gated half with `inter` columns for each of `tokens` rows of 96.
+    fn bits(isa: Isa, dtype: Dtype, (inter, tokens): (usize, usize)) -> Vec<u16> {
+        let cols = 96;
         let pool = Pool::new(2, isa).unwrap();
         let turn = pool.turn();
         let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) * 0.004;
@@ -62,14 +66,18 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_on_every_instruction_set_and_beside_others() {
-        for dtype in [Dtype::Bf16, Dtype::F16] {
-            let alone = bits(Isa::SCALAR, dtype, 1);
+        // Of 140 the last block is shared by two threads, and half of it is padding.
+        for (dtype, inter) in
+            [Dtype::Bf16, Dtype::F16].into_iter().flat_map(|dtype| [(dtype, 70), (dtype, 140)])
+        {
+            let alone = bits(Isa::SCALAR, dtype, (inter, 1));
             assert!(alone.iter().any(|bits| *bits != 0));
             for isa in Isa::available_and_emulated() {
                 for tokens in [1, 2, 3, 16, 33, 70] {
-                    let got = bits(isa, dtype, tokens);
-                    assert!(got == bits(Isa::SCALAR, dtype, tokens), "{isa} {dtype} {tokens}");
-                    assert!(got[..70] == alone, "{isa} {dtype} {tokens}: the first row");
+                    let got = bits(isa, dtype, (inter, tokens));
+                    let want = bits(Isa::SCALAR, dtype, (inter, tokens));
+                    assert!(got == want, "{isa} {dtype} {inter} {tokens}");
+                    assert!(got[..inter] == alone, "{isa} {dtype} {inter} {tokens}: the first row");
                 }
             }
         }

@@ -54,6 +54,8 @@ struct Work {
     bound: Option<BoundProof>,
     output: Vec<u32>,
     wanted: BTreeSet<usize>,
+    /// Tokens after which the check may end: all of them where it may not.
+    stop: usize,
 }
 
 impl Verifier {
@@ -176,12 +178,20 @@ impl<'a> Verification<'a> {
         };
         let mut output = claim.answer.ids.clone();
         let count = output.len();
+        let stops_early = scrutiny.stops_early && self.depth == Depth::Fast && bound.is_some();
+        let stop = if stops_early { random_stop(count, self.chance) } else { count };
         let mut wanted: BTreeSet<usize> = match (profile, self.depth) {
             (Profile::Powv, _) => return Ok(None),
             (Profile::Ranks, _) | (_, Depth::Slow) => (0..count).collect(),
             (Profile::Proof, Depth::Fast) => {
                 let positions = claim.request.prompt.len() + count;
-                random_rows(count, scrutiny.rows.of(&model.spec, positions), self.chance)
+                let rows = scrutiny.rows.of(&model.spec, positions);
+                let mut wanted = random_rows(count, rows, self.chance);
+                if stop < count {
+                    // Draws are looked at wherever the check ends.
+                    wanted.extend(random_rows(stop, rows.min(FAST_ROWS), self.chance));
+                }
+                wanted
             }
         };
         if end == End::Implied {
@@ -189,7 +199,8 @@ impl<'a> Verification<'a> {
             output.push(0);
             wanted.insert(count);
         }
-        Ok(Some(Work { bound, output, wanted }))
+        let stop = if stop < count { stop } else { output.len() };
+        Ok(Some(Work { bound, output, wanted, stop }))
     }
 
     /// Checks an answer, and says whether it is to be looked at again: where it is suspicious, or
@@ -237,25 +248,19 @@ impl<'a> Verification<'a> {
     /// Computes the rows, and checks those that were proved.
     fn compare_rows(
         self,
-        Work { bound, output, wanted }: &Work,
+        Work { bound, output, wanted, stop }: &Work,
         claim: &Claim<'_>,
         prefix: &mut Prefix<'_>,
         (report, hidden): (&mut Report, &mut Vec<Vec<u16>>),
     ) -> Result<(), Stop> {
-        let Verifier { model, identity, limits, scrutiny, .. } = self.verifier;
+        let Verifier { model, identity, limits, .. } = self.verifier;
         let proved = bound.as_ref().map(|bound| (bound, &**identity));
         let checker = rows::RowChecker::new(claim, model, proved, wanted);
         let mut checker = checker.keeping_hidden(bound.is_some());
-        let stop = match bound {
-            Some(_) if scrutiny.stops_early && self.depth == Depth::Fast => {
-                random_stop(output.len(), self.chance)
-            }
-            _ => output.len(),
-        };
-        prefix.run(&output[..stop], &mut checker)?;
-        let is_open = |bound| self.is_undecided(bound, checker.found(), wanted);
-        if stop < output.len() && bound.as_ref().is_some_and(is_open) {
-            prefix.extend(output, stop, &mut checker)?;
+        prefix.run(&output[..*stop], &mut checker)?;
+        let is_open = |bound| self.is_undecided(bound, checker.found());
+        if *stop < output.len() && bound.as_ref().is_some_and(is_open) {
+            prefix.extend(output, *stop, &mut checker)?;
         }
         let found = checker.finish();
         check_finite(model.dtype, &found.hidden)?;
@@ -299,14 +304,8 @@ impl<'a> Verification<'a> {
         scrutiny.twin != TwinPolicy::Never && limits.is_open(scheme, chunks)
     }
 
-    /// Whether the first chunks of an answer leave open what it is: near a limit, on either side, or
-    /// with few of the `wanted` rows among them, so that its draws were hardly looked at.
-    fn is_undecided(
-        self,
-        bound: &BoundProof,
-        found: &rows::RowFindings,
-        wanted: &BTreeSet<usize>,
-    ) -> bool {
+    /// Whether the first chunks of an answer leave open what it is: near a limit, on either side.
+    fn is_undecided(self, bound: &BoundProof, found: &rows::RowFindings) -> bool {
         let limits = &self.verifier.limits;
         let (chunks, energies) = bound.compare(&found.proofs);
         if proof::check(&chunks, bound.scheme, limits).is_err() {
@@ -319,7 +318,6 @@ impl<'a> Verification<'a> {
         let near = limits.margin_max() * DECIDED;
         let near_on_average = limits.margin_mean_max(margins.len()) * DECIDED;
         is_near
-            || margins.len() < FAST_ROWS.min(wanted.len())
             || margins.iter().any(|margin| margin.is_nan() || *margin > near)
             || rows::mean(&margins) > near_on_average
     }
