@@ -99,7 +99,10 @@ impl Reloader {
         let old = &self.config.models;
         for gone in old.iter().filter(|m| !models.contains(m)) {
             tracing::info!(model = gone.name, "removed; what runs on it goes on to its end");
-            registry.remove(&gone.name);
+            // One of the same name takes its place below, so that the list is never empty.
+            if !models.iter().any(|m| m.name == gone.name) {
+                registry.remove(&gone.name);
+            }
             self.loading.memory.leave(&gone.name);
         }
         let has_failed = |name: &str| {
@@ -112,7 +115,6 @@ impl Reloader {
         }
         for model in &wanted {
             tracing::info!(model = model.name, "loading");
-            registry.remove(&model.name);
             self.loading.memory.leave(&model.name);
         }
         let registry = registry.announce(wanted.iter().map(|m| m.name.clone()));
