@@ -14,6 +14,7 @@ use crate::config::models_toml::Config;
 use crate::intake::translate::Defaults;
 use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::{Loading, Progress, start_models};
+use crate::lifecycle::prefixes;
 use crate::lifecycle::reload::{Reloader, Stamp, stamp};
 use crate::lifecycle::watch::{describe_failures, last_engine_death};
 use crate::models::pass::LogprobMode;
@@ -110,6 +111,9 @@ async fn serve(
     let clock = Clock::system();
     let is_miner = PreparedMiner::is_wanted(&args.wallet, &args.chain);
     check_host(local, config.server.settings.keys.is_empty(), is_miner)?;
+    if let Some(what) = prefixes::unused(&config, is_miner) {
+        tracing::warn!("{what}");
+    }
     let subnet = subnet(&args, &config, &clock).await?;
     if let Some(subnet) = &subnet
         && args.axon.dry_run

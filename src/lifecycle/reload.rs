@@ -1,6 +1,7 @@
 //! Reads models.toml again while the server runs: at SIGHUP, and when the file changes.
 
 use super::load::{Loading, start_models};
+use super::prefixes;
 use crate::config::log::LogFilter;
 use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::server::listen::check_open;
@@ -75,6 +76,9 @@ impl Reloader {
         let is_open = new.server.settings.keys.is_empty();
         if let Err(e) = check_open(address, is_open, is_miner) {
             return tracing::error!("nothing is reloaded: {e}");
+        }
+        if let Some(what) = prefixes::unused(&new, is_miner) {
+            tracing::warn!("{what}");
         }
         if new.server.settings.cors_origins != self.config.server.settings.cors_origins {
             tracing::warn!("[server] cors_origins is read only at start: restart to change it");
