@@ -16,7 +16,7 @@ use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::{Loading, Progress, start_models};
 use crate::lifecycle::prefixes;
 use crate::lifecycle::reload::{Reloader, Stamp, stamp};
-use crate::lifecycle::watch::{describe_failures, last_engine_death};
+use crate::lifecycle::watch::last_engine_death;
 use crate::models::pass::LogprobMode;
 use crate::ops::CANON;
 use crate::ops::pool::Pool;
@@ -139,7 +139,7 @@ async fn serve(
     tokio::select! {
         outcome = &mut serving => return finish(outcome).map(|()| None),
         ready = started => if !ready.map_err(Failure::ours)? {
-            return Err(Failure::user(describe_failures(&registry)));
+            return Err(Failure::of_models(&registry));
         },
     }
     let (path, keys) = (args.models.path, args.api_key);

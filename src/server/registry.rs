@@ -16,6 +16,8 @@ pub struct ModelEntry {
     pub revision: Option<String>,
     /// Whether it is loading, ready or failed.
     pub state: ModelState,
+    /// Whether it failed by what may pass by itself, as an outage of the Hub.
+    pub may_pass: bool,
 }
 
 /// Where a model stands.
@@ -90,7 +92,8 @@ impl Registry {
         let announcement = shared.announcements;
         let names: Vec<String> = names.into_iter().collect();
         shared.models.retain(|model| !names.contains(&model.entry.name));
-        let entry = |name| ModelEntry { name, revision: None, state: ModelState::Loading };
+        let entry =
+            |name| ModelEntry { name, revision: None, state: ModelState::Loading, may_pass: false };
         let models = names.into_iter().map(|name| Announced { announcement, entry: entry(name) });
         shared.models.extend(models);
         Self { shared: Arc::clone(&self.shared), announcement: Some(announcement) }
@@ -111,8 +114,17 @@ impl Registry {
         let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
         let Some(Announced { entry, .. }) = model else { return false };
         entry.revision = revision.or(entry.revision.take());
-        entry.state = state;
+        (entry.state, entry.may_pass) = (state, false);
         true
+    }
+
+    /// Marks a model as failed by what may pass by itself.
+    pub fn fail_for_now(&self, name: &str, why: String) {
+        let mut shared = self.shared.write();
+        let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
+        if let Some(Announced { entry, .. }) = model {
+            (entry.state, entry.may_pass) = (ModelState::Failed(why), true);
+        }
     }
 
     /// Marks the models of which `is_bad` says so as failed, and returns their names. Nobody can
