@@ -1,9 +1,11 @@
 //! Renders chat templates: Jinja by minijinja, with the helpers that published templates expect.
 //!
 //! A template is untrusted twice: the publisher wrote it and the client fills it. So rendering has
-//! a limit on its steps and on the size of its result. `python.rs` and `dumps.rs` implement what
+//! a limit on its steps, on the size of its result, and on what it makes on the way (`bounds.rs`).
+//! `python.rs` and `dumps.rs` implement what
 //! Python does differently from minijinja, and `source.rs` translates syntax that only Jinja2 has.
 
+mod bounds;
 mod dumps;
 mod python;
 mod source;
@@ -212,8 +214,17 @@ fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_function(source::MODULO, python::modulo);
-    environment.add_function(source::TEXT, python::text);
-    environment.add_filter("string", python::text);
+    environment.add_function(source::TEXT, bounds::counted_text);
+    environment.add_function(source::OPERAND, bounds::operand);
+    environment.add_function(source::PRODUCT, bounds::product);
+    environment.add_filter("string", bounds::counted_text);
+    environment.add_filter("list", bounds::list);
+    environment.add_filter("replace", bounds::replace);
+    environment.add_filter("batch", bounds::batch);
+    environment.add_filter("slice", bounds::slice);
+    environment.add_filter("format", bounds::format);
+    environment.add_filter("indent", bounds::indent);
+    environment.add_filter(bounds::INDENT, minijinja::filters::indent);
     environment.add_filter("join", python::join);
     environment.add_filter("tojson", dumps::to_json);
     environment.add_template_owned(NAME, source::rewrite(source))?;
@@ -345,6 +356,57 @@ mod tests {
         assert!(render(&brackets, json!({})).is_err());
         let long = " ".repeat(SOURCE_BYTES_MAX + 1);
         assert!(render(&long, json!({})).unwrap_err().contains("must be at most 262144 bytes"));
+    }
+
+    #[test]
+    fn no_text_or_list_takes_all_memory() {
+        let grown = |expression: &str| {
+            format!(
+                "{{% set ns = namespace(x='aaaaaaaa', l=[1]) %}}{{% for i in range(60) %}}\
+                 {{% set ns.x = {expression} %}}{{% endfor %}}"
+            )
+        };
+        let many = "(['a'] * 900000)";
+        for source in [
+            grown("ns.x ~ ns.x"),
+            grown("ns.x + ns.x"),
+            grown("ns.x * 9"),
+            grown("(ns.x, ns.x) | join"),
+            grown("ns.x | replace('a', 'aa')"),
+            grown("ns.x.replace('a', 'aa')"),
+            grown("[ns.x + '\\\\'] | string"),
+            grown("(ns.x ~ '\\\\') | tojson"),
+            grown("'%s%s' % (ns.x, ns.x)"),
+            grown("'%s%s' | format(ns.x, ns.x)"),
+            grown("ns.x.join([ns.x, ns.x])"),
+            grown("(ns.l + ns.l) * 2").replace("ns.x =", "ns.l ="),
+            "{{ (['a'] * 1000000000000) | join }}".into(),
+            "{{ ([0] * 10000000000000) | list }}".into(),
+            "{{ 10000000000000 * [0] }}".into(),
+            format!("{{{{ {many} | join('a' * 1000) }}}}"),
+            format!("{{{{ {many} + {many} + {many} + {many} | list }}}}{{{{ {many} * 2 }}}}"),
+            format!("{{{{ (['a' * 1000] * 900000) | tojson }}}}{{{{ {many} * 2 }}}}"),
+            "{{ [1] | batch(1000000000000) }}".into(),
+            "{{ [1] | slice(1000000000000) | list }}".into(),
+            "{{ 'a' | indent(1000000000000) }}".into(),
+            "{{ 'a' | indent(width=1000000000000) }}".into(),
+            "{{ '%1000000000000d' % 1 }}".into(),
+            "{{ '%*d' | format(1000000000000, 1) }}".into(),
+            "{{ '{:>1000000000000}'.format(1) }}".into(),
+            "{{ ('a,' * 2000000).split(',') | length }}".into(),
+            "{{ ('a' * 2000000) | list | length }}".into(),
+        ] {
+            let error = render(&source, json!({})).unwrap_err();
+            let is_bound = ["at most", "wrote more than"].iter().any(|w| error.contains(w));
+            assert!(is_bound, "{source}: {error}");
+        }
+        // The control: what a conversation needs is made as before.
+        let honest = "{% set ns = namespace(x='', l=[]) %}{% for i in range(2000) %}\
+            {% set ns.x = ns.x + 'word ' * 2 ~ i %}{% set ns.l = ns.l + [i] %}{% endfor %}\
+            {{ ns.x | length }} {{ ns.l | length }} {{ 'a\nb' | indent(2) }} {{ 1 + 2 * 3 }} \
+            {{ [1] * 2 + [3] }} {{ 'xyx' | replace('x', 'ab') }} {{ [1, 2, 3] | batch(2) | list }}";
+        let want = "26890 2000 a\n  b 7 [1, 1, 3] abyab [[1, 2], [3]]";
+        assert_eq!(render(honest, json!({})).unwrap(), want);
     }
 
     #[test]
