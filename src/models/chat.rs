@@ -17,6 +17,7 @@ use super::tokenizer_config::TokenizerConfig;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use python::TEXT_BYTES_MAX;
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// Instructions a rendering may take.
@@ -27,6 +28,8 @@ const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// allow, and minijinja drops both by recursion. Only what is touched takes memory.
 const STACK_BYTES: usize = 512 << 20;
 const NAME: &str = "chat_template";
+/// The function that prints the time at which a request was read.
+const STRFTIME: &str = "strftime_now";
 /// How a template names the role `developer`, where it knows it.
 const DEVELOPER: [&str; 2] = ["'developer'", "\"developer\""];
 
@@ -161,11 +164,16 @@ impl ChatTemplate {
 
     /// The prompt text of a conversation. `variables` are the template's inputs: `messages`,
     /// `tools`, `add_generation_prompt`, and whatever the client adds. The role `developer` is
-    /// `system` to a template that does not know it.
+    /// `system` to a template that does not know it. `now_ms`, in milliseconds since 1970, is the
+    /// time that a template may print: who renders a prompt again gives the time of the first.
     ///
     /// # Errors
     /// When the template raises, fails or runs too long.
-    pub fn render(&self, mut variables: Map<String, Value>) -> Result<String, TemplateError> {
+    pub fn render(
+        &self,
+        mut variables: Map<String, Value>,
+        now_ms: u64,
+    ) -> Result<String, TemplateError> {
         for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
             variables.entry(name).or_insert_with(|| token.clone().into());
         }
@@ -174,12 +182,17 @@ impl ChatTemplate {
         {
             messages.iter_mut().for_each(developer_is_system);
         }
-        let rendered = on_large_stack(|| self.write(variables));
+        let rendered = on_large_stack(|| self.write(variables, now_ms));
         rendered.unwrap_or_else(|e| Err(TemplateError::Failed { line: 0, message: e.to_string() }))
     }
 
-    fn write(&self, variables: Map<String, Value>) -> Result<String, TemplateError> {
-        let rendered = self.environment.get_template(NAME).and_then(|t| {
+    fn write(&self, variables: Map<String, Value>, now_ms: u64) -> Result<String, TemplateError> {
+        let mut environment = Cow::Borrowed(&self.environment);
+        if self.source.contains(STRFTIME) {
+            let format = move |format: String| strftime(&format, now_ms);
+            environment.to_mut().add_function(STRFTIME, format);
+        }
+        let rendered = environment.get_template(NAME).and_then(|t| {
             let mut text = Bounded(Vec::new());
             t.render_captured_to(minijinja::Value::from_serialize(&variables), &mut text)?;
             Ok(String::from_utf8_lossy(&text.0).into_owned())
@@ -212,7 +225,6 @@ fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
     environment.set_formatter(python::write_value);
     environment.set_unknown_method_callback(python::method);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", strftime_now);
     environment.add_function(source::MODULO, python::modulo);
     environment.add_function(source::TEXT, bounds::counted_text);
     environment.add_function(source::OPERAND, bounds::operand);
@@ -282,11 +294,13 @@ fn developer_is_system(message: &mut Value) {
     }
 }
 
-/// Today's date in the given format (UTC).
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
-    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
-    jiff::fmt::strtime::format(&format, &now)
-        .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))
+/// A time in the given format (UTC).
+fn strftime(format: &str, unix_ms: u64) -> Result<String, minijinja::Error> {
+    let wrong = |e: String| minijinja::Error::new(ErrorKind::InvalidOperation, e);
+    let time = i64::try_from(unix_ms).map_err(|e| wrong(e.to_string()))?;
+    let time = jiff::Timestamp::from_millisecond(time).map_err(|e| wrong(e.to_string()))?;
+    let time = time.to_zoned(jiff::tz::TimeZone::UTC);
+    jiff::fmt::strtime::format(format, &time).map_err(|e| wrong(e.to_string()))
 }
 
 #[cfg(test)]
@@ -294,12 +308,14 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    const NOW_MS: u64 = 1_735_689_599_999;
+
     fn render(source: &str, variables: Value) -> Result<String, String> {
         let tokens = ("<s>".to_owned(), "</s>".to_owned());
         let template = ChatTemplate::compile(Path::new("t.jinja"), source, tokens);
         let template = template.map_err(|e| e.to_string())?;
         let Value::Object(variables) = variables else { unreachable!() };
-        template.render(variables).map_err(|e| e.to_string())
+        template.render(variables, NOW_MS).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -411,7 +427,8 @@ mod tests {
 
     #[test]
     fn dates_follow_strftime() {
-        let year = render("{{ strftime_now('%d %b %Y') }}", json!({})).unwrap();
-        assert!(year.len() == 11 && year.ends_with(char::is_numeric), "{year}");
+        let source = "{% macro d() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ d() }} \
+            {{ strftime_now('%H:%M:%S') }}";
+        assert_eq!(render(source, json!({})).unwrap(), "31 Dec 2024 23:59:59");
     }
 }
