@@ -172,7 +172,8 @@ impl Server<'_> {
         tries_seed: bool,
         found: &mut Findings,
     ) -> Result<(), AuditError> {
-        let understood = question::understand(self.verifier, body).await?;
+        let understood =
+            question::understand(self.verifier, body, Clock::system().unix_ms()).await?;
         let request = understood.requests.first().ok_or(AuditError::NoChoice)?;
         let answer = self.ask(body).await?;
         self.check_length(request.prompt.len(), answer.ids.len())?;

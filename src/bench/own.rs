@@ -111,7 +111,8 @@ impl Own {
             Some(_) => body["messages"] = json!([{"role": "user", "content": prompt}]),
             None => body["prompt"] = json!(prompt),
         }
-        let requests = question::understand(&self.verifier, &body).await?.requests;
+        let requests =
+            question::understand(&self.verifier, &body, Clock::system().unix_ms()).await?.requests;
         requests.into_iter().next().context("the request has no choice")
     }
 

@@ -8,6 +8,7 @@ use crate::config::models_toml::{ModelConfig, ModelSource};
 use crate::config::server_toml::ServerConfig;
 use crate::engine::backend::BackendKind;
 use crate::engine::plan::{Bytes, KvMemory};
+use crate::lifecycle::prefixes;
 use crate::models::device::names;
 use crate::server::settings::Settings;
 use clap::{Args, Subcommand};
@@ -30,6 +31,10 @@ pub(super) struct CheckArgs {
 pub(super) fn run(command: &ConfigCommand) -> Result<(), Failure> {
     let ConfigCommand::Check(args) = command;
     let config = args.models.read(&[])?;
+    // Whether this file's server is a miner stands in flags.
+    if let Some(what) = prefixes::unused(&config, false) {
+        tracing::warn!("{what}");
+    }
     for model in &config.models {
         outln!("model {}", printable(&model.name));
         print(&model_rows(model));

@@ -2,6 +2,8 @@
 //! follows from that.
 
 use crate::doctor::{Finding, Level};
+use crate::lifecycle::watch::describe_failures;
+use crate::server::registry::Registry;
 use std::fmt;
 
 /// A failure of a command.
@@ -21,6 +23,12 @@ impl Failure {
     /// A failure of this program: exit code 2.
     pub(super) fn ours(message: impl fmt::Display) -> Self {
         Self { message: message.to_string(), hint: None, is_ours: true }
+    }
+
+    /// Models that cannot be served: ours where a new start may do, as after an outage of the Hub.
+    pub(super) fn of_models(registry: &Registry) -> Self {
+        let is_ours = registry.entries().iter().any(|entry| entry.may_pass);
+        Self { is_ours, ..Self::user(describe_failures(registry)) }
     }
 
     /// The message without hint and exit code.

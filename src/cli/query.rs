@@ -141,11 +141,12 @@ async fn ask(args: &QueryArgs, target: Target) -> Result<(), Failure> {
     let is_chat = body.get("messages").is_some();
     let path = if is_chat { "/v1/chat/completions" } else { "/v1/completions" };
     outln!("{:>8} {:>9} {:>10} {:>8} {:>12}  text", "ms", "token id", "log-prob", "chunk", "powv");
+    let asked_ms = clock.unix_ms();
     let Streamed { arrivals, outcome, .. } = target.stream(path, &body, &clock, print).await;
     if !arrivals.is_empty() {
         summarize(&arrivals);
         if let Some(path) = &args.save {
-            save(path, &target, &body, &arrivals)?;
+            save(path, &target, (&body, asked_ms), &arrivals)?;
         }
     }
     let failed = |what: &str| Failure::user(format!("{}: {what}", shown(&target.url)));
@@ -302,11 +303,17 @@ fn summarize(arrivals: &[Arrival]) {
 }
 
 /// One more line of a file of captures.
-fn save(path: &Path, target: &Target, body: &Value, arrivals: &[Arrival]) -> Result<(), Failure> {
+fn save(
+    path: &Path,
+    target: &Target,
+    (body, asked_ms): (&Value, u64),
+    arrivals: &[Arrival],
+) -> Result<(), Failure> {
     let stream = CapturedStream {
         request: body,
         chunks: arrivals.iter().map(|a| &a.chunk).collect(),
         at_ms: arrivals.iter().map(|a| a.at.as_millis() as u64).collect(),
+        asked_ms,
         hotkey: target.hotkey.map(|hotkey| hotkey.to_string()),
     };
     stream.append_to(path).map_err(|e| Failure::user(format!("--save {e}")))?;

@@ -14,8 +14,9 @@ use crate::config::models_toml::Config;
 use crate::intake::translate::Defaults;
 use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::{Loading, Progress, start_models};
+use crate::lifecycle::prefixes;
 use crate::lifecycle::reload::{Reloader, Stamp, stamp};
-use crate::lifecycle::watch::{describe_failures, last_engine_death};
+use crate::lifecycle::watch::last_engine_death;
 use crate::models::pass::LogprobMode;
 use crate::ops::CANON;
 use crate::ops::pool::Pool;
@@ -110,6 +111,9 @@ async fn serve(
     let clock = Clock::system();
     let is_miner = PreparedMiner::is_wanted(&args.wallet, &args.chain);
     check_host(local, config.server.settings.keys.is_empty(), is_miner)?;
+    if let Some(what) = prefixes::unused(&config, is_miner) {
+        tracing::warn!("{what}");
+    }
     let subnet = subnet(&args, &config, &clock).await?;
     if let Some(subnet) = &subnet
         && args.axon.dry_run
@@ -135,7 +139,7 @@ async fn serve(
     tokio::select! {
         outcome = &mut serving => return finish(outcome).map(|()| None),
         ready = started => if !ready.map_err(Failure::ours)? {
-            return Err(Failure::user(describe_failures(&registry)));
+            return Err(Failure::of_models(&registry));
         },
     }
     let (path, keys) = (args.models.path, args.api_key);

@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::config::models_toml::Config;
 use crate::lifecycle::accounts::MemoryAccounts;
 use crate::lifecycle::load::{Loading, start_models};
-use crate::lifecycle::watch::{describe_failures, last_engine_death};
+use crate::lifecycle::watch::last_engine_death;
 use crate::ops::pool::Pool;
 use crate::server::listen::serve_all;
 use crate::server::registry::{ModelState, Registry};
@@ -79,12 +79,12 @@ async fn serve(args: &VerifierArgs, config: Config, pool: Pool) -> Result<(), Fa
     tokio::select! {
         outcome = &mut serving => return finish(outcome),
         loaded = loading => if !loaded.map_err(Failure::ours)? {
-            return Err(Failure::user(describe_failures(&registry)));
+            return Err(Failure::of_models(&registry));
         },
     }
     // A container that lacks its model does not come up; neither does this.
     if registry.entries().iter().any(|e| matches!(e.state, ModelState::Failed(_))) {
-        return Err(Failure::user(describe_failures(&registry)));
+        return Err(Failure::of_models(&registry));
     }
     tell(NotifyState::Ready);
     tokio::select! {

@@ -2,6 +2,7 @@
 //! template.
 
 use super::{Finding, Level, kept};
+use crate::clock::Clock;
 use crate::config::models_toml::ModelConfig;
 use crate::engine::plan::{Bytes, MemoryPlan};
 use crate::models::chat::ChatTemplate;
@@ -108,7 +109,7 @@ fn template(topic: &str, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> 
     let mut variables: Map<String, Value> = Map::new();
     variables.insert("messages".into(), json!([message("system"), message("user")]));
     variables.insert("add_generation_prompt".into(), true.into());
-    match template.render(variables) {
+    match template.render(variables, Clock::system().unix_ms()) {
         Ok(text) => {
             let ids = tokenizer.encode(&text, false).map_or(0, |ids| ids.len());
             let fact = format!("chat template renders two messages to {ids} tokens");

@@ -49,6 +49,8 @@ pub struct NewSequence {
     pub reads_cache: bool,
     /// Whether its next tokens may be guessed.
     pub is_drafted: bool,
+    /// It fills the prefix cache for others: what it finds there is not reused by a request.
+    pub is_warmup: bool,
 }
 
 /// Why a sequence is not accepted.

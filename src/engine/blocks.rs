@@ -61,6 +61,16 @@ impl Prefix {
     }
 }
 
+impl Drop for Prefix {
+    /// Drops what comes before in a loop: by recursion a long list would end the stack.
+    fn drop(&mut self) {
+        let mut next = self.before.take();
+        while let Some(mut prefix) = next.and_then(Arc::into_inner) {
+            next = prefix.before.take();
+        }
+    }
+}
+
 #[derive(Default)]
 struct Block {
     holders: u32,
@@ -303,6 +313,24 @@ mod tests {
         assert_eq!(compute(&mut pool, 0, &tokens(&[1, 3])), 32);
         assert_eq!(compute(&mut pool, 0, &tokens(&[1, 2])[..64]), 32);
         assert_eq!(compute(&mut pool, 7, &tokens(&[1, 2])), 0, "another salt shares nothing");
+    }
+
+    #[test]
+    fn a_long_prefix_is_dropped_on_a_small_stack_and_a_shared_part_stays() {
+        let dropped = || {
+            let mut middle = None;
+            let mut last = None;
+            for place in 0..200_000 {
+                last = Some(Arc::new(Prefix::new(last, 0, &[place; BLOCK_TOKENS])));
+                if place == 9 {
+                    middle.clone_from(&last);
+                }
+            }
+            drop(last);
+            middle.map(|prefix| prefix.all_tokens().len())
+        };
+        let thread = std::thread::Builder::new().stack_size(2 << 20).spawn(dropped).unwrap();
+        assert_eq!(thread.join().unwrap(), Some(10 * BLOCK_TOKENS));
     }
 
     #[test]

@@ -133,6 +133,7 @@ impl Core {
             reads_cache: request.reads_cache && request.prompt_logprobs.is_none(),
             // A grammar would have to be copied and moved on for every draft.
             is_drafted: request.grammar.is_none(),
+            is_warmup: request.is_warmup,
         };
         let failing = events.clone();
         let made = self.watch.guard(Stage::Take, || {

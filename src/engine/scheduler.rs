@@ -41,6 +41,7 @@ struct Sequence {
     cached_tokens: usize,     // found in the prefix cache when first admitted
     pace: Option<DraftCount>, // of its drafts, where it has any
     has_run: bool,
+    is_warmup: bool,
 }
 
 impl Sequence {
@@ -141,6 +142,7 @@ impl Scheduler {
             cached_tokens: 0,
             pace: (new.is_drafted && self.limits.drafts_max > 0).then(DraftCount::default),
             has_run: false,
+            is_warmup: new.is_warmup,
         });
         Ok(())
     }
@@ -278,7 +280,7 @@ impl Scheduler {
             self.waiting.insert(place, next);
             return false;
         }
-        if !std::mem::replace(&mut next.has_run, true) {
+        if !std::mem::replace(&mut next.has_run, true) && !next.is_warmup {
             self.pool.note_reuse(&next.table);
         }
         self.running.push(next);

@@ -57,7 +57,7 @@ impl Room {
     }
 }
 
-/// The prompt of a chat: its messages through the model's template.
+/// The prompt of a chat: its messages through the model's template, which may print the time.
 ///
 /// # Errors
 /// 400 for messages that the template cannot render, or that do not fit.
@@ -65,6 +65,7 @@ pub fn chat_prompt(
     model: &Text,
     request: &ChatRequest,
     room: Room,
+    now_ms: u64,
 ) -> Result<Vec<u32>, RequestError> {
     let template =
         model.chat.as_ref().ok_or_else(|| RequestError::new("this model has no chat template"))?;
@@ -90,7 +91,7 @@ pub fn chat_prompt(
         variables.insert("reasoning_effort".into(), effort.clone().into());
     }
     variables.extend(request.chat_template_kwargs.clone().unwrap_or_default());
-    let mut text = template.render(variables)?;
+    let mut text = template.render(variables, now_ms)?;
     if let Some(content) = continued {
         cut_at_mark(&mut text, &content)?;
     }

@@ -44,6 +44,8 @@ pub struct Reader<'a> {
     pub defaults: Defaults,
     /// Where seeds and names of calls come from.
     pub entropy: &'a Entropy,
+    /// When the request was asked, in milliseconds since 1970: a chat template may print it.
+    pub now_ms: u64,
 }
 
 impl Reader<'_> {
@@ -71,8 +73,10 @@ impl Reader<'_> {
         let format = self.model.chat.as_ref().and_then(ChatTemplate::tool_format);
         let tooling = Tooling::new(request, format)?;
         let (model, room, asked) = (Arc::clone(self.model), self.room(common), Arc::clone(request));
+        let now_ms = self.now_ms;
         let inputs = (&request.messages, &request.tools, &request.chat_template_kwargs);
-        let prompt = work::run(weight(&inputs), move || chat_prompt(&model, &asked, room)).await?;
+        let prompt =
+            work::run(weight(&inputs), move || chat_prompt(&model, &asked, room, now_ms)).await?;
         let names = FieldNames { prompt: "messages", limit };
         let what = (Endpoint::Chat, names, report, newer.or(older));
         self.finish(common, what, (vec![prompt], tooling)).await

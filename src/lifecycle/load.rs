@@ -14,7 +14,7 @@ use crate::models::Identity;
 use crate::models::config::parse;
 use crate::models::device::{Device, names};
 use crate::models::error::read_json;
-use crate::models::hub::{Hub, WantedFiles};
+use crate::models::hub::{Hub, HubError, WantedFiles};
 use crate::models::panics::contained;
 use crate::models::spec::Spec;
 use crate::ops::pool::Pool;
@@ -139,7 +139,10 @@ pub async fn start_models(models: Vec<ModelConfig>, loading: Loading) -> bool {
             }
             Err(why) => {
                 tracing::error!(model = name, "cannot be served: {why}");
-                registry.set(&name, None, ModelState::Failed(why.to_string()));
+                match why.downcast_ref::<HubError>() {
+                    Some(e) if e.may_pass() => registry.fail_for_now(&name, why.to_string()),
+                    _ => drop(registry.set(&name, None, ModelState::Failed(why.to_string()))),
+                }
                 (name, Err(why))
             }
         });

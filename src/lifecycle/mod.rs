@@ -14,7 +14,7 @@ pub mod located;
 #[cfg(feature = "mistralrs")]
 mod mistral;
 pub mod pairs;
-mod prefixes;
+pub mod prefixes;
 pub mod reload;
 pub mod residents;
 pub mod verifiers;

@@ -2,6 +2,7 @@
 //! token ids only; they are computed again when the program starts, while no request runs, so that
 //! the first requests find them in the prefix cache.
 
+use crate::config::models_toml::Config;
 use crate::engine::hot::{HotPrefix, PREFIXES_MAX, TOKENS_MAX, hottest};
 use crate::engine::output::Event;
 use crate::engine::request::Request;
@@ -17,6 +18,20 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::task::spawn_blocking;
+
+/// What a user should know whose models file names files for prefixes: those of a known client's
+/// requests are salted by their owner and never kept, whether a key or a signature tells who it is.
+pub fn unused(config: &Config, is_miner: bool) -> Option<String> {
+    let names = config.models.iter().filter(|m| m.prefix_cache_file.is_some());
+    let names: Vec<&str> = names.map(|m| m.name.as_str()).collect();
+    let why = match (config.server.settings.keys.is_empty(), is_miner) {
+        _ if names.is_empty() => return None,
+        (true, false) => return None,
+        (true, true) => "signed requests are never kept, only those that come to the open listener",
+        (false, _) => "nothing is kept where requests need an API key: each key has its own cache",
+    };
+    Some(format!("`prefix_cache_file` of {}: {why}", names.join(", ")))
+}
 
 /// Written into the file; another form gets another number.
 const VERSION: u32 = 1;
@@ -237,5 +252,20 @@ mod tests {
         }
         std::fs::write(&path, "").unwrap();
         assert_eq!(read(9), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_file_that_nothing_is_written_to_is_named() {
+        let config = |text: &str| {
+            crate::config::models_toml::parse(Path::new("models.toml"), text, &[]).unwrap()
+        };
+        let file = "[[model]]\nname = \"a\"\nprefix_cache_file = \"p\"\n[[model]]\nname = \"b\"\n";
+        let keys = "[server]\napi_keys = [\"a-long-enough-key\"]\n";
+        let keyed = unused(&config(&format!("{file}{keys}")), false).unwrap();
+        assert!(keyed.starts_with("`prefix_cache_file` of a: nothing is kept"), "{keyed}");
+        let signed = unused(&config(file), true).unwrap();
+        assert!(signed.contains("signed requests are never kept"), "{signed}");
+        assert_eq!(unused(&config(file), false), None);
+        assert_eq!(unused(&config(&format!("[[model]]\nname = \"b\"\n{keys}")), true), None);
     }
 }

@@ -1,6 +1,7 @@
 //! Reads models.toml again while the server runs: at SIGHUP, and when the file changes.
 
 use super::load::{Loading, start_models};
+use super::prefixes;
 use crate::config::log::LogFilter;
 use crate::config::models_toml::{self, Config, ModelConfig};
 use crate::server::listen::check_open;
@@ -76,6 +77,9 @@ impl Reloader {
         if let Err(e) = check_open(address, is_open, is_miner) {
             return tracing::error!("nothing is reloaded: {e}");
         }
+        if let Some(what) = prefixes::unused(&new, is_miner) {
+            tracing::warn!("{what}");
+        }
         if new.server.settings.cors_origins != self.config.server.settings.cors_origins {
             tracing::warn!("[server] cors_origins is read only at start: restart to change it");
         }
@@ -99,7 +103,10 @@ impl Reloader {
         let old = &self.config.models;
         for gone in old.iter().filter(|m| !models.contains(m)) {
             tracing::info!(model = gone.name, "removed; what runs on it goes on to its end");
-            registry.remove(&gone.name);
+            // One of the same name takes its place below, so that the list is never empty.
+            if !models.iter().any(|m| m.name == gone.name) {
+                registry.remove(&gone.name);
+            }
             self.loading.memory.leave(&gone.name);
         }
         let has_failed = |name: &str| {
@@ -112,7 +119,6 @@ impl Reloader {
         }
         for model in &wanted {
             tracing::info!(model = model.name, "loading");
-            registry.remove(&model.name);
             self.loading.memory.leave(&model.name);
         }
         let registry = registry.announce(wanted.iter().map(|m| m.name.clone()));

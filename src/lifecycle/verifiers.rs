@@ -2,6 +2,7 @@
 
 use super::accounts::MemoryAccounts;
 use super::load::{self, Progress};
+use crate::clock::Clock;
 use crate::config::models_toml::{Config, ModelConfig};
 use crate::models::Identity;
 use crate::ops::pool::Pool;
@@ -133,8 +134,9 @@ impl Verifiers {
         verifier: &Verifier,
         capture: &Capture,
     ) -> Result<Question, QuestionError> {
+        let now_ms = Clock::system().unix_ms();
         let only = self.models.first().map_or("", |model| model.name.as_str());
-        capture.question(verifier, only).await
+        capture.question(verifier, only, now_ms).await
     }
 }
 

@@ -17,23 +17,19 @@ pub fn describe_failures(registry: &Registry) -> String {
 
 /// Marks models whose engines were given up as failed; completes once that leaves none.
 pub async fn last_engine_death(registry: Registry) -> String {
+    let why = "its engine failed again and again, or lost its device; a reload tries anew";
+    let is_dead = |entry: &ModelEntry| match &entry.state {
+        ModelState::Ready(served) => served.engine.is_dead(),
+        ModelState::Loading | ModelState::Failed(_) => false,
+    };
     let mut last = None;
     loop {
-        let entries = registry.entries();
-        let is_dead = |e: &&ModelEntry| match &e.state {
-            ModelState::Ready(served) => served.engine.is_dead(),
-            ModelState::Loading | ModelState::Failed(_) => false,
-        };
-        for ModelEntry { name, .. } in entries.iter().filter(is_dead) {
-            let why = "its engine failed again and again, or lost its device; a reload tries anew"
-                .to_owned();
+        for name in registry.fail_where(is_dead, why) {
             tracing::error!(model = name, "{why}");
-            registry.set(name, None, ModelState::Failed(why));
-            last = Some(name.clone());
+            last = Some(name);
         }
-        let is_over = |e: ModelEntry| matches!(e.state, ModelState::Failed(_));
         if let Some(name) = &last
-            && registry.entries().into_iter().all(is_over)
+            && registry.has_only_failed()
         {
             return name.clone();
         }

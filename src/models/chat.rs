@@ -1,9 +1,11 @@
 //! Renders chat templates: Jinja by minijinja, with the helpers that published templates expect.
 //!
 //! A template is untrusted twice: the publisher wrote it and the client fills it. So rendering has
-//! a limit on its steps and on the size of its result. `python.rs` and `dumps.rs` implement what
+//! a limit on its steps, on the size of its result, and on what it makes on the way (`bounds.rs`).
+//! `python.rs` and `dumps.rs` implement what
 //! Python does differently from minijinja, and `source.rs` translates syntax that only Jinja2 has.
 
+mod bounds;
 mod dumps;
 mod python;
 mod source;
@@ -15,6 +17,7 @@ use super::tokenizer_config::TokenizerConfig;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use python::TEXT_BYTES_MAX;
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// Instructions a rendering may take.
@@ -25,6 +28,8 @@ const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// allow, and minijinja drops both by recursion. Only what is touched takes memory.
 const STACK_BYTES: usize = 512 << 20;
 const NAME: &str = "chat_template";
+/// The function that prints the time at which a request was read.
+const STRFTIME: &str = "strftime_now";
 /// How a template names the role `developer`, where it knows it.
 const DEVELOPER: [&str; 2] = ["'developer'", "\"developer\""];
 
@@ -159,11 +164,16 @@ impl ChatTemplate {
 
     /// The prompt text of a conversation. `variables` are the template's inputs: `messages`,
     /// `tools`, `add_generation_prompt`, and whatever the client adds. The role `developer` is
-    /// `system` to a template that does not know it.
+    /// `system` to a template that does not know it. `now_ms`, in milliseconds since 1970, is the
+    /// time that a template may print: who renders a prompt again gives the time of the first.
     ///
     /// # Errors
     /// When the template raises, fails or runs too long.
-    pub fn render(&self, mut variables: Map<String, Value>) -> Result<String, TemplateError> {
+    pub fn render(
+        &self,
+        mut variables: Map<String, Value>,
+        now_ms: u64,
+    ) -> Result<String, TemplateError> {
         for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
             variables.entry(name).or_insert_with(|| token.clone().into());
         }
@@ -172,12 +182,17 @@ impl ChatTemplate {
         {
             messages.iter_mut().for_each(developer_is_system);
         }
-        let rendered = on_large_stack(|| self.write(variables));
+        let rendered = on_large_stack(|| self.write(variables, now_ms));
         rendered.unwrap_or_else(|e| Err(TemplateError::Failed { line: 0, message: e.to_string() }))
     }
 
-    fn write(&self, variables: Map<String, Value>) -> Result<String, TemplateError> {
-        let rendered = self.environment.get_template(NAME).and_then(|t| {
+    fn write(&self, variables: Map<String, Value>, now_ms: u64) -> Result<String, TemplateError> {
+        let mut environment = Cow::Borrowed(&self.environment);
+        if self.source.contains(STRFTIME) {
+            let format = move |format: String| strftime(&format, now_ms);
+            environment.to_mut().add_function(STRFTIME, format);
+        }
+        let rendered = environment.get_template(NAME).and_then(|t| {
             let mut text = Bounded(Vec::new());
             t.render_captured_to(minijinja::Value::from_serialize(&variables), &mut text)?;
             Ok(String::from_utf8_lossy(&text.0).into_owned())
@@ -210,10 +225,18 @@ fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
     environment.set_formatter(python::write_value);
     environment.set_unknown_method_callback(python::method);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", strftime_now);
     environment.add_function(source::MODULO, python::modulo);
-    environment.add_function(source::TEXT, python::text);
-    environment.add_filter("string", python::text);
+    environment.add_function(source::TEXT, bounds::counted_text);
+    environment.add_function(source::OPERAND, bounds::operand);
+    environment.add_function(source::PRODUCT, bounds::product);
+    environment.add_filter("string", bounds::counted_text);
+    environment.add_filter("list", bounds::list);
+    environment.add_filter("replace", bounds::replace);
+    environment.add_filter("batch", bounds::batch);
+    environment.add_filter("slice", bounds::slice);
+    environment.add_filter("format", bounds::format);
+    environment.add_filter("indent", bounds::indent);
+    environment.add_filter(bounds::INDENT, minijinja::filters::indent);
     environment.add_filter("join", python::join);
     environment.add_filter("tojson", dumps::to_json);
     environment.add_template_owned(NAME, source::rewrite(source))?;
@@ -271,11 +294,13 @@ fn developer_is_system(message: &mut Value) {
     }
 }
 
-/// Today's date in the given format (UTC).
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
-    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
-    jiff::fmt::strtime::format(&format, &now)
-        .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))
+/// A time in the given format (UTC).
+fn strftime(format: &str, unix_ms: u64) -> Result<String, minijinja::Error> {
+    let wrong = |e: String| minijinja::Error::new(ErrorKind::InvalidOperation, e);
+    let time = i64::try_from(unix_ms).map_err(|e| wrong(e.to_string()))?;
+    let time = jiff::Timestamp::from_millisecond(time).map_err(|e| wrong(e.to_string()))?;
+    let time = time.to_zoned(jiff::tz::TimeZone::UTC);
+    jiff::fmt::strtime::format(format, &time).map_err(|e| wrong(e.to_string()))
 }
 
 #[cfg(test)]
@@ -283,12 +308,14 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    const NOW_MS: u64 = 1_735_689_599_999;
+
     fn render(source: &str, variables: Value) -> Result<String, String> {
         let tokens = ("<s>".to_owned(), "</s>".to_owned());
         let template = ChatTemplate::compile(Path::new("t.jinja"), source, tokens);
         let template = template.map_err(|e| e.to_string())?;
         let Value::Object(variables) = variables else { unreachable!() };
-        template.render(variables).map_err(|e| e.to_string())
+        template.render(variables, NOW_MS).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -348,8 +375,60 @@ mod tests {
     }
 
     #[test]
+    fn no_text_or_list_takes_all_memory() {
+        let grown = |expression: &str| {
+            format!(
+                "{{% set ns = namespace(x='aaaaaaaa', l=[1]) %}}{{% for i in range(60) %}}\
+                 {{% set ns.x = {expression} %}}{{% endfor %}}"
+            )
+        };
+        let many = "(['a'] * 900000)";
+        for source in [
+            grown("ns.x ~ ns.x"),
+            grown("ns.x + ns.x"),
+            grown("ns.x * 9"),
+            grown("(ns.x, ns.x) | join"),
+            grown("ns.x | replace('a', 'aa')"),
+            grown("ns.x.replace('a', 'aa')"),
+            grown("[ns.x + '\\\\'] | string"),
+            grown("(ns.x ~ '\\\\') | tojson"),
+            grown("'%s%s' % (ns.x, ns.x)"),
+            grown("'%s%s' | format(ns.x, ns.x)"),
+            grown("ns.x.join([ns.x, ns.x])"),
+            grown("(ns.l + ns.l) * 2").replace("ns.x =", "ns.l ="),
+            "{{ (['a'] * 1000000000000) | join }}".into(),
+            "{{ ([0] * 10000000000000) | list }}".into(),
+            "{{ 10000000000000 * [0] }}".into(),
+            format!("{{{{ {many} | join('a' * 1000) }}}}"),
+            format!("{{{{ {many} + {many} + {many} + {many} | list }}}}{{{{ {many} * 2 }}}}"),
+            format!("{{{{ (['a' * 1000] * 900000) | tojson }}}}{{{{ {many} * 2 }}}}"),
+            "{{ [1] | batch(1000000000000) }}".into(),
+            "{{ [1] | slice(1000000000000) | list }}".into(),
+            "{{ 'a' | indent(1000000000000) }}".into(),
+            "{{ 'a' | indent(width=1000000000000) }}".into(),
+            "{{ '%1000000000000d' % 1 }}".into(),
+            "{{ '%*d' | format(1000000000000, 1) }}".into(),
+            "{{ '{:>1000000000000}'.format(1) }}".into(),
+            "{{ ('a,' * 2000000).split(',') | length }}".into(),
+            "{{ ('a' * 2000000) | list | length }}".into(),
+        ] {
+            let error = render(&source, json!({})).unwrap_err();
+            let is_bound = ["at most", "wrote more than"].iter().any(|w| error.contains(w));
+            assert!(is_bound, "{source}: {error}");
+        }
+        // The control: what a conversation needs is made as before.
+        let honest = "{% set ns = namespace(x='', l=[]) %}{% for i in range(2000) %}\
+            {% set ns.x = ns.x + 'word ' * 2 ~ i %}{% set ns.l = ns.l + [i] %}{% endfor %}\
+            {{ ns.x | length }} {{ ns.l | length }} {{ 'a\nb' | indent(2) }} {{ 1 + 2 * 3 }} \
+            {{ [1] * 2 + [3] }} {{ 'xyx' | replace('x', 'ab') }} {{ [1, 2, 3] | batch(2) | list }}";
+        let want = "26890 2000 a\n  b 7 [1, 1, 3] abyab [[1, 2], [3]]";
+        assert_eq!(render(honest, json!({})).unwrap(), want);
+    }
+
+    #[test]
     fn dates_follow_strftime() {
-        let year = render("{{ strftime_now('%d %b %Y') }}", json!({})).unwrap();
-        assert!(year.len() == 11 && year.ends_with(char::is_numeric), "{year}");
+        let source = "{% macro d() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ d() }} \
+            {{ strftime_now('%H:%M:%S') }}";
+        assert_eq!(render(source, json!({})).unwrap(), "31 Dec 2024 23:59:59");
     }
 }

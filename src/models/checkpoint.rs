@@ -286,6 +286,10 @@ impl Index {
         self.shards.values().map(String::as_str).collect()
     }
 
+    fn missing(&self, dir: &Path) -> Option<&str> {
+        self.shards().into_iter().find(|shard| !dir.join(shard).exists())
+    }
+
     /// The tensors of all shards, which hold what the index says and nothing else.
     fn tensors(&self) -> Result<BTreeMap<String, Tensor>, LoadError> {
         let dir = self.path.parent().unwrap_or(Path::new("."));
@@ -296,7 +300,7 @@ impl Index {
                 "does not list `{SINGLE}`, which stands beside it: remove the one that is stale"
             ));
         }
-        if let Some(absent) = shards.iter().find(|shard| !dir.join(shard).exists()) {
+        if let Some(absent) = self.missing(dir) {
             return error(format!("lists shard `{absent}`, which is missing from the directory"));
         }
         let mut tensors = BTreeMap::new();
@@ -333,6 +337,14 @@ fn is_file_name(name: &str) -> bool {
 fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
     let path = dir.join(INDEX);
     if path.exists() { Index::parse(&path, &read_json(&path)?).map(Some) } else { Ok(None) }
+}
+
+/// A file of weights that a checkpoint in `dir` needs and lacks.
+pub(super) fn missing_weights(dir: &Path) -> Result<Option<String>, LoadError> {
+    Ok(match read_index(dir)? {
+        Some(index) => index.missing(dir).map(str::to_owned),
+        None => (!dir.join(SINGLE).exists()).then(|| SINGLE.to_owned()),
+    })
 }
 
 /// The tensors of one safetensors file.

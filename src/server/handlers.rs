@@ -99,7 +99,13 @@ impl Asking<'_> {
             Some(_) => Defaults::TARGON,
             None => self.state.defaults(),
         };
-        Reader { model: served.engine.text(), context_max, defaults, entropy: self.state.entropy() }
+        Reader {
+            model: served.engine.text(),
+            context_max,
+            defaults,
+            entropy: self.state.entropy(),
+            now_ms: self.state.clock().unix_ms(),
+        }
     }
 
     /// Whose a request is, by hotkey or key: owners share the engine, and what one has sent must

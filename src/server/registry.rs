@@ -16,6 +16,8 @@ pub struct ModelEntry {
     pub revision: Option<String>,
     /// Whether it is loading, ready or failed.
     pub state: ModelState,
+    /// Whether it failed by what may pass by itself, as an outage of the Hub.
+    pub may_pass: bool,
 }
 
 /// Where a model stands.
@@ -81,13 +83,17 @@ struct Announced {
 }
 
 impl Registry {
-    /// Announces models that are about to load. What is set through the handle that it gives is
+    /// Announces models that are about to load, in place of those of the same names: at no moment
+    /// is there neither the old nor the new one. What is set through the handle that it gives is
     /// for these entries only: a load that ends late changes no later entry of the same name.
     pub fn announce(&self, names: impl IntoIterator<Item = String>) -> Self {
         let mut shared = self.shared.write();
         shared.announcements += 1;
         let announcement = shared.announcements;
-        let entry = |name| ModelEntry { name, revision: None, state: ModelState::Loading };
+        let names: Vec<String> = names.into_iter().collect();
+        shared.models.retain(|model| !names.contains(&model.entry.name));
+        let entry =
+            |name| ModelEntry { name, revision: None, state: ModelState::Loading, may_pass: false };
         let models = names.into_iter().map(|name| Announced { announcement, entry: entry(name) });
         shared.models.extend(models);
         Self { shared: Arc::clone(&self.shared), announcement: Some(announcement) }
@@ -108,8 +114,36 @@ impl Registry {
         let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
         let Some(Announced { entry, .. }) = model else { return false };
         entry.revision = revision.or(entry.revision.take());
-        entry.state = state;
+        (entry.state, entry.may_pass) = (state, false);
         true
+    }
+
+    /// Marks a model as failed by what may pass by itself.
+    pub fn fail_for_now(&self, name: &str, why: String) {
+        let mut shared = self.shared.write();
+        let model = shared.models.iter_mut().find(|model| self.is_meant(model, name));
+        if let Some(Announced { entry, .. }) = model {
+            (entry.state, entry.may_pass) = (ModelState::Failed(why), true);
+        }
+    }
+
+    /// Marks the models of which `is_bad` says so as failed, and returns their names. Nobody can
+    /// announce another of the same name in between.
+    pub fn fail_where(&self, is_bad: impl Fn(&ModelEntry) -> bool, why: &str) -> Vec<String> {
+        let mut shared = self.shared.write();
+        let bad = shared.models.iter_mut().map(|model| &mut model.entry).filter(|e| is_bad(e));
+        let fail = |entry: &mut ModelEntry| {
+            entry.state = ModelState::Failed(why.to_owned());
+            entry.name.clone()
+        };
+        bad.map(fail).collect()
+    }
+
+    /// Whether there are models, and none loads or answers.
+    pub fn has_only_failed(&self) -> bool {
+        let models = &self.shared.read().models;
+        let has_failed = |model: &Announced| matches!(model.entry.state, ModelState::Failed(_));
+        !models.is_empty() && models.iter().all(has_failed)
     }
 
     /// A model as it is now.
@@ -196,9 +230,34 @@ mod tests {
         assert!(older.set("b", None, failed("b")) && newer.set("a", None, failed("new weights")));
         let why = registry.route(Some("a"), None).err().unwrap().message;
         assert!(why.contains("new weights"), "{why}");
+        let standing = |registry: &Registry| registry.entries().len();
+        assert_eq!(standing(&registry), 2);
+        registry.announce(["a".to_owned()]);
+        assert_eq!(
+            (standing(&registry), registry.entry("a").unwrap().state.word()),
+            (2, "loading")
+        );
+        assert!(!newer.set("a", None, failed("not meant")));
         // A reader or writer that gives the name alone means the entry that stands there.
         assert!(
             registry.set("a", None, ModelState::Loading) && !registry.set("c", None, failed("c"))
         );
+    }
+
+    #[test]
+    fn models_fail_by_what_they_are_now_and_no_model_is_no_failure() {
+        let registry = Registry::default();
+        assert!(!registry.has_only_failed(), "a reload may have taken the last one away");
+        registry.announce(["a", "b"].map(String::from));
+        let is_a = |entry: &ModelEntry| entry.name == "a" && entry.state.word() == "loading";
+        assert_eq!(registry.fail_where(is_a, "gone"), ["a"]);
+        assert!(registry.fail_where(is_a, "gone").is_empty(), "it has failed already");
+        let why = registry.route(Some("a"), None).err().unwrap().message;
+        assert!(why.contains("gone") && !registry.has_only_failed(), "{why}");
+        registry.fail_where(|_| true, "all");
+        assert!(registry.has_only_failed());
+        // One of them is tried anew, however the other one is.
+        registry.announce(["a".to_owned()]);
+        assert!(!registry.has_only_failed() && registry.entry("b").is_some());
     }
 }

@@ -69,7 +69,7 @@ impl Form {
     }
 
     /// The answer.
-    fn tokenize(&self, engine: &Engine) -> Result<Bytes, RequestError> {
+    fn tokenize(&self, engine: &Engine, now_ms: u64) -> Result<Bytes, RequestError> {
         let (model, context_max) = (engine.text(), engine.options().context_max);
         let room = Room::Free(context_max);
         let (tokens, shows) = match self {
@@ -77,7 +77,7 @@ impl Form {
                 let special = text.add_special_tokens.unwrap_or(true);
                 (encode(model, "prompt", &text.prompt, special, room)?, text.return_token_strs)
             }
-            Self::Chat(chat, shows) => (chat_prompt(model, chat, room)?, *shows),
+            Self::Chat(chat, shows) => (chat_prompt(model, chat, room, now_ms)?, *shows),
         };
         let text_of = |id: &u32| model.tokenizer.text_of(*id);
         let texts = shows.unwrap_or(false).then(|| tokens.iter().map(text_of).collect::<Vec<_>>());
@@ -117,7 +117,8 @@ pub async fn tokenize(
     let size = body.len();
     let form = work::run(size, move || Form::parse(&body)).await?;
     let engine = route(&state, &headers, form.model())?.served.engine;
-    Ok(json_response(work::run(size, move || form.tokenize(&engine)).await?))
+    let now_ms = state.clock().unix_ms();
+    Ok(json_response(work::run(size, move || form.tokenize(&engine, now_ms)).await?))
 }
 
 /// Body of `/detokenize`.

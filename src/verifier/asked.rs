@@ -103,7 +103,7 @@ pub(super) async fn understand(
     is_chat: bool,
     mut params: Map<String, Value>,
     path: &str,
-    entropy: &Entropy,
+    (entropy, now_ms): (&Entropy, u64),
 ) -> Result<Request, VerifierRefusal> {
     // The rules of a server refuse it.
     let is_endless = is_endless(&params);
@@ -123,7 +123,7 @@ pub(super) async fn understand(
     }
     let context_max = served.engine.options().context_max;
     let (model, defaults) = (served.engine.text(), Defaults::default());
-    let reader = Reader { model, context_max, defaults, entropy };
+    let reader = Reader { model, context_max, defaults, entropy, now_ms };
     let understood = match is_chat {
         true => reader.chat(&body::<ChatRequest>(params, path)?).await,
         false => reader.completion(&body::<CompletionRequest>(params, path)?).await,

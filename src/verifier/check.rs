@@ -66,8 +66,9 @@ async fn checked(
     let VerifyBody { model, is_chat, is_endless, params, output } = asked;
     let name = model.as_deref();
     let served = service.model(name).map_err(|e| VerifierRefusal::unscored(e.message))?;
-    let mut request =
-        understand(&served, is_chat, params, "request_params", service.state.entropy()).await?;
+    let (state, path) = (&service.state, "request_params");
+    let surroundings = (state.entropy(), state.clock().unix_ms());
+    let mut request = understand(&served, is_chat, params, path, surroundings).await?;
     let verifier = service.verifier(&served);
     // Nobody's model goes beyond its own context, whatever was asked. The last token needs no row.
     let room = (verifier.model.spec.context + 1).saturating_sub(request.prompt.len());

@@ -63,8 +63,9 @@ async fn generated(
         true => params.insert("messages".into(), request.messages.into()),
         false => params.insert("prompt".into(), lines(&request.messages).into()),
     };
-    let request =
-        understand(&served, is_chat, params, "sampling_params", service.state.entropy()).await?;
+    let (state, path) = (&service.state, "sampling_params");
+    let surroundings = (state.entropy(), state.clock().unix_ms());
+    let request = understand(&served, is_chat, params, path, surroundings).await?;
     let generation = served.engine.submit(request);
     let generation = generation.map_err(|e| VerifierRefusal::unscored(e.to_string()))?;
     let abort = service.state.abort_token();

@@ -17,9 +17,12 @@ use crate::engine::request::Request;
 use crate::proof::Scheme;
 use serde::Deserialize;
 use serde_json::Value;
+use std::time::Duration;
 
 /// Characters of a fault in a line that are repeated.
 const FAULT_CHARS_MAX: usize = 200;
+/// How far a peer's clock may be ahead.
+const AHEAD_MS_MAX: u64 = 60_000;
 
 /// One line of a file.
 #[derive(Clone, Debug, Deserialize)]
@@ -32,17 +35,37 @@ pub struct Capture {
     hotkey: Option<String>,
     /// Who answered, where there is no hotkey.
     miner: Option<String>,
+    /// When it was asked, in milliseconds since 1970.
+    asked_ms: Option<u64>,
 }
 
 impl Capture {
     /// A request with its answer in one piece.
     pub fn of_response(request: Value, response: Value) -> Self {
-        Self { request, response: Some(response), chunks: None, hotkey: None, miner: None }
+        Self { response: Some(response), ..Self::of(request) }
     }
 
     /// A request with its answer in chunks.
     pub fn of_stream(request: Value, chunks: Vec<Value>) -> Self {
-        Self { request, response: None, chunks: Some(chunks), hotkey: None, miner: None }
+        Self { chunks: Some(chunks), ..Self::of(request) }
+    }
+
+    fn of(request: Value) -> Self {
+        Self { request, response: None, chunks: None, hotkey: None, miner: None, asked_ms: None }
+    }
+
+    /// When it was asked, as far as a chat template could print it. Where the capture does not say
+    /// so, the answer's `created` counts. That is the peer's word, so it may be at most `age_max`
+    /// before `now_ms`, and a minute after it; otherwise it is taken to be asked now.
+    pub fn asked_ms(&self, now_ms: u64, age_max: Duration) -> u64 {
+        let first = match self.sent() {
+            RawResponse::Whole(body) => Some(body),
+            RawResponse::Stream(chunks) => chunks.first(),
+        };
+        let created = first.and_then(|body| body["created"].as_u64()?.checked_mul(1000));
+        let age_max = u64::try_from(age_max.as_millis()).unwrap_or(u64::MAX);
+        let plausible = now_ms.saturating_sub(age_max)..=now_ms.saturating_add(AHEAD_MS_MAX);
+        self.asked_ms.or(created.filter(|ms| plausible.contains(ms))).unwrap_or(now_ms)
     }
 
     /// Reads a line. JSON that nests too deep to be read is refused like any other.
@@ -71,7 +94,8 @@ impl Capture {
         self.request["model"].as_str()
     }
 
-    /// What was asked; the model's name is `model` where the request names none.
+    /// What was asked, for an answer of any age that is verified at `now_ms`; the model's name is
+    /// `model` where the request names none.
     ///
     /// # Errors
     /// The request cannot be read, which is no fault of the peer.
@@ -79,8 +103,10 @@ impl Capture {
         &self,
         verifier: &Verifier,
         model: &str,
+        now_ms: u64,
     ) -> Result<Question, QuestionError> {
-        Question::read(verifier, model, &self.request, self.hotkey.as_deref()).await
+        let asked_ms = self.asked_ms(now_ms, Duration::MAX);
+        Question::read(verifier, model, &self.request, self.hotkey.as_deref(), asked_ms).await
     }
 
     fn sent(&self) -> RawResponse<'_> {

@@ -70,6 +70,8 @@ pub struct CapturedStream<'a> {
     pub chunks: Vec<&'a Value>,
     /// When each of them was read, in milliseconds since the request was sent.
     pub at_ms: Vec<u64>,
+    /// When it was asked, in milliseconds since 1970.
+    pub asked_ms: u64,
     /// The hotkey that must have signed the proof, as SS58.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hotkey: Option<String>,
@@ -201,7 +203,7 @@ mod tests {
         let chunks = [json!({"choices": []}), json!({"usage": null})];
         for hotkey in [None, Some("5F".to_owned())] {
             let (chunks, at_ms) = (chunks.iter().collect(), vec![3, 5]);
-            let stream = CapturedStream { request: &request, chunks, at_ms, hotkey };
+            let stream = CapturedStream { request: &request, chunks, at_ms, asked_ms: 7, hotkey };
             stream.append_to(&path).unwrap();
         }
         let captures = Captures::open(&path).unwrap().map(|line| line.unwrap().capture.unwrap());
@@ -211,8 +213,13 @@ mod tests {
             [(request.clone(), None), (request, Some("5F".to_owned()))]
         );
         let absent = dir.path().join("absent/c.jsonl");
-        let stream =
-            CapturedStream { request: &json!({}), chunks: vec![], at_ms: vec![], hotkey: None };
+        let stream = CapturedStream {
+            request: &json!({}),
+            chunks: vec![],
+            at_ms: vec![],
+            asked_ms: 0,
+            hotkey: None,
+        };
         let error = stream.append_to(&absent).unwrap_err().to_string();
         assert!(error.contains("absent/c.jsonl cannot be written: "), "{error}");
     }

@@ -61,7 +61,8 @@ pub struct Question {
 }
 
 impl Question {
-    /// Reads `body` as a server does whose model is `model`; `hotkey` must have signed proofs.
+    /// Reads `body`, asked at `now_ms`, as a server does whose model is `model`; `hotkey` must have
+    /// signed proofs.
     ///
     /// # Errors
     /// The field, and rule and fact.
@@ -70,8 +71,9 @@ impl Question {
         model: &str,
         body: &Value,
         hotkey: Option<&str>,
+        now_ms: u64,
     ) -> Result<Self, QuestionError> {
-        let understood = understand(verifier, body).await?;
+        let understood = understand(verifier, body, now_ms).await?;
         let prompts = understood.requests.iter().step_by(understood.n);
         let prompts = prompts.map(|request| request.prompt.clone()).collect();
         Ok(Self {
@@ -161,12 +163,16 @@ fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, Questi
     Ok(Some(Challenge { scheme, nonce, hotkey }))
 }
 
-/// Reads a body as a server does. The noise of a request without a seed is not random: who runs the
+/// Reads a body as a server does that is asked at `now_ms`. The noise of a request without a seed is not random: who runs the
 /// request gives it a seed, or binds it to a proof.
 ///
 /// # Errors
 /// The field, and rule and fact.
-pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood, QuestionError> {
+pub async fn understand(
+    verifier: &Verifier,
+    body: &Value,
+    now_ms: u64,
+) -> Result<Understood, QuestionError> {
     let is_limited = ["max_tokens", "max_completion_tokens"].iter().any(|k| !body[*k].is_null());
     if body["proof"].is_object() && body.get("messages").is_some() && !is_limited {
         return Err(QuestionError::NoLimit);
@@ -177,6 +183,7 @@ pub async fn understand(verifier: &Verifier, body: &Value) -> Result<Understood,
         context_max: verifier.context_max,
         defaults: Defaults::default(),
         entropy: &entropy,
+        now_ms,
     };
     let understood = if body.get("messages").is_some() {
         let request: ChatRequest = serde_json::from_value(body.clone())?;

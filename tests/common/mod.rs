@@ -42,7 +42,8 @@ use targon_engine::verify::{Verifier, prefill};
 /// Reads bodies as a server without flags does, with a context of 512 tokens.
 pub fn reader(text: &Arc<Text>) -> Reader<'_> {
     static ENTROPY: LazyLock<Entropy> = LazyLock::new(|| Entropy::seeded(1));
-    Reader { model: text, context_max: 512, defaults: Defaults::default(), entropy: &ENTROPY }
+    let defaults = Defaults::default();
+    Reader { model: text, context_max: 512, defaults, entropy: &ENTROPY, now_ms: 0 }
 }
 
 /// Shows nothing of loading.

@@ -27,7 +27,7 @@ fn site((arithmetic, device): (Arithmetic, Device), path: &Path) -> Served {
 /// An answer of `prover`, checked by `verifier`.
 async fn checked(prover: &Served, verifier: &Verifier) -> Report {
     let body = json!({"prompt": "the rows of two canons", "temperature": 0.8, "max_tokens": 100});
-    let understood = question::understand(verifier, &body).await.unwrap();
+    let understood = question::understand(verifier, &body, 0).await.unwrap();
     let mut request = understood.requests.into_iter().next().unwrap();
     request.stop.ignore_eos = true;
     let (scheme, nonce) = (Scheme::Residue, nonce_of("tensor"));

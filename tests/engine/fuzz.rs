@@ -44,7 +44,7 @@ fn chat_templates() {
         let tokens = (String::new(), String::new());
         if let Ok(template) = ChatTemplate::compile(Path::new("t"), source, tokens) {
             let variables = json!({"messages": [{"role": "user", "content": content}]});
-            let text = template.render(variables.as_object().unwrap().clone());
+            let text = template.render(variables.as_object().unwrap().clone(), 0);
             assert!(text.is_err() || text.unwrap().len() <= 32 << 20);
         }
     });

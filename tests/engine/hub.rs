@@ -34,6 +34,8 @@ struct Faults {
     token: Option<&'static str>,
     /// Change what the listing says.
     lie: Option<Lie>,
+    /// Answer so instead of the first listings, this many of them.
+    fails: Option<(StatusCode, usize)>,
     /// Send a byte at a time, with pauses.
     drips: bool,
 }
@@ -42,6 +44,7 @@ struct Site {
     files: BTreeMap<&'static str, Vec<u8>>,
     faults: Faults,
     requests: Mutex<Vec<String>>,
+    listings: Mutex<usize>,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -52,6 +55,16 @@ async fn listing(State(site): State<Arc<Site>>, headers: HeaderMap) -> Response<
     let sent = headers.get("authorization").map(|v| v.to_str().unwrap().to_owned());
     if site.faults.token.is_some_and(|t| sent != Some(format!("Bearer {t}"))) {
         return StatusCode::UNAUTHORIZED.into_response();
+    }
+    let listings = {
+        let mut listings = site.listings.lock();
+        *listings += 1;
+        *listings
+    };
+    if let Some((status, count)) = site.faults.fails
+        && listings <= count
+    {
+        return status.into_response();
     }
     let siblings: Vec<Value> = site
         .files
@@ -142,7 +155,12 @@ impl Setup {
             // The same bytes as another file's: one blob.
             ("generation_config.json", b"{}".to_vec()),
         ]);
-        let site = Arc::new(Site { files, faults, requests: Mutex::new(Vec::new()) });
+        let site = Arc::new(Site {
+            files,
+            faults,
+            requests: Mutex::default(),
+            listings: Mutex::default(),
+        });
         let app = Router::new()
             .route("/api/models/o/m/revision/{revision}", get(listing))
             .route("/o/m/resolve/{commit}/{*name}", get(resolve))
@@ -367,4 +385,75 @@ async fn a_hub_that_sends_a_byte_now_and_then_is_given_up() {
     let error = fetch.await.unwrap_err();
     assert!(matches!(error, HubError::Slow { .. }), "{error}");
     assert!(error.to_string().contains("sent less than 65536 bytes in 0.1 seconds"), "{error}");
+}
+
+#[tokio::test]
+async fn a_hub_that_fails_for_a_moment_is_asked_again() {
+    for (status, count, asked) in [
+        (StatusCode::SERVICE_UNAVAILABLE, 2, 3),
+        (StatusCode::TOO_MANY_REQUESTS, 1, 2),
+        (StatusCode::BAD_GATEWAY, 9, 4),
+        (StatusCode::FORBIDDEN, 1, 1), // the control: asking again does not help
+    ] {
+        let setup = Setup::new(Faults { fails: Some((status, count)), ..Faults::default() }).await;
+        let fetched = setup.fetch(WantedFiles::Configuration).await;
+        assert_eq!(*setup.site.listings.lock(), asked, "{status}");
+        match fetched {
+            Ok(_) => assert!(count < asked, "{status}"),
+            Err(e) => assert!(e.may_pass() != (asked == 1) && count >= asked, "{status}: {e}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_kept_whole_serves_while_the_hub_cannot_be_asked() {
+    let setup = Setup::new(Faults::default()).await;
+    let dir = setup.fetch(WantedFiles::Checkpoint).await.unwrap();
+    let failing =
+        Faults { fails: Some((StatusCode::SERVICE_UNAVAILABLE, 99)), ..Faults::default() };
+    let failing = Setup::new(failing).await;
+    let cache = || setup.cache.path().to_owned();
+    let at = |endpoint: &str| Hub::new(endpoint, cache(), None, false).unwrap();
+    let hubs = [at(&failing.endpoint), at("http://127.0.0.1:1")];
+    let wanted = WantedFiles::Checkpoint;
+    for hub in &hubs {
+        let kept = hub.fetch("o/m", "main", wanted, &|_, _, _| {}).await.unwrap();
+        assert_eq!((kept.directory, kept.commit.as_str()), (dir.clone(), COMMIT));
+        // Nothing is kept of another revision.
+        let error = hub.fetch("o/m", "other", wanted, &|_, _, _| {}).await.unwrap_err();
+        assert!(error.may_pass(), "{error}");
+    }
+    // An index names shards, of which one is gone.
+    let index = json!({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}});
+    std::fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    let error = hubs[0].fetch("o/m", "main", wanted, &|_, _, _| {}).await.unwrap_err();
+    assert!(error.to_string().contains("503"), "{error}");
+    std::fs::write(dir.join("model-2.safetensors"), "").unwrap();
+    hubs[0].fetch("o/m", "main", wanted, &|_, _, _| {}).await.unwrap();
+    std::fs::remove_file(dir.join("model.safetensors")).unwrap();
+    let error = hubs[1].fetch("o/m", "main", wanted, &|_, _, _| {}).await.unwrap_err();
+    assert!(matches!(error, HubError::Network { .. }), "{error}");
+    // The Hub says no: what is kept does not hide that.
+    let refusing = Setup::new(Faults { token: Some("secret"), ..Faults::default() }).await;
+    let hub = at(&refusing.endpoint);
+    let fetch = hub.fetch("o/m", "main", WantedFiles::Configuration, &|_, _, _| {});
+    assert!(fetch.await.unwrap_err().to_string().contains("401"));
+}
+
+#[tokio::test]
+async fn a_whole_commit_that_was_fetched_is_not_asked_for_again() {
+    let setup = Setup::new(Faults::default()).await;
+    let wanted = WantedFiles::Checkpoint;
+    let hub = setup.hub(None, false);
+    let fetch = || hub.fetch("o/m", COMMIT, wanted, &|_, _, _| {});
+    // Fetched by a name that moves: files may be missing that only the listing tells of.
+    setup.fetch(wanted).await.unwrap();
+    let first = fetch().await.unwrap();
+    assert_eq!(*setup.site.listings.lock(), 2);
+    assert_eq!(fetch().await.unwrap().directory, first.directory);
+    assert_eq!(*setup.site.listings.lock(), 2);
+    std::fs::remove_file(first.directory.join("model.safetensors")).unwrap();
+    fetch().await.unwrap();
+    assert_eq!(*setup.site.listings.lock(), 3);
+    assert!(first.directory.join("model.safetensors").exists());
 }

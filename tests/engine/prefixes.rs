@@ -123,3 +123,20 @@ async fn hot_prefixes_are_computed_before_the_first_request_after_a_restart() {
     assert!(ends.iter().all(|(end, _)| end.cached_tokens == SYSTEM));
     assert_rows(snapshot().prefill_tokens, SYSTEM + REQUESTS * OWN);
 }
+
+#[test]
+fn what_a_warm_up_finds_is_not_reused_by_anybody() {
+    let engine = common::tiny_engine(5, options());
+    engine.stats().keep_hot_prefixes();
+    let hot = |is_warmup: bool| {
+        for index in 0..6 {
+            let request = Request { is_warmup, ..request(index, 0) };
+            engine.submit(request).unwrap().collect_blocking().unwrap();
+        }
+        engine.stats().hot_prefixes()
+    };
+    assert_eq!(hot(true), vec![]);
+    // The control: requests of others that find the same are counted, all six of them.
+    let found = hot(false);
+    assert_eq!(found.iter().map(|p| (p.reuses, p.tokens.len())).collect::<Vec<_>>(), [(6, SYSTEM)]);
+}

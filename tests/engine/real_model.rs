@@ -27,7 +27,7 @@ fn prompt(question: &str) -> Vec<u32> {
         "messages": [{"role": "user", "content": question}], "add_generation_prompt": true,
     });
     let Value::Object(variables) = variables else { unreachable!() };
-    let text = model.chat.as_ref().unwrap().render(variables).unwrap();
+    let text = model.chat.as_ref().unwrap().render(variables, 0).unwrap();
     model.tokenizer.encode(&text, false).unwrap()
 }
 

@@ -82,6 +82,7 @@ impl Simulation {
             salt,
             reads_cache,
             is_drafted: self.noise.below(4) > 0,
+            is_warmup: false,
         };
         match self.scheduler.submit(new) {
             Ok(()) => {
@@ -282,6 +283,7 @@ fn a_prompt_larger_than_the_cache_is_refused_and_the_rest_runs() {
         salt: 0,
         reads_cache: true,
         is_drafted: false,
+        is_warmup: false,
     };
     assert_eq!(
         scheduler.submit(sequence(0, 129, 1)),
@@ -310,6 +312,7 @@ fn a_prompt_that_begins_as_another_waits_one_step_and_computes_only_its_own_end(
         salt,
         reads_cache,
         is_drafted: false,
+        is_warmup: false,
     };
     for (id, salt, reads_cache) in
         [(2, 0, true), (3, 0, true), (4, 5, true), (5, 0, false), (6, 5, true), (7, 0, true)]
@@ -356,6 +359,7 @@ fn the_newest_of_an_owner_with_several_gives_way_at_once_and_goes_on_later() {
         salt: id,
         reads_cache: true,
         is_drafted: false,
+        is_warmup: false,
     };
     for id in 0..4 {
         scheduler.submit(sequence(id, 1, 300)).unwrap();
@@ -391,6 +395,7 @@ fn prefills_go_on_however_many_sequences_decode() {
         salt: id,
         reads_cache: true,
         is_drafted: false,
+        is_warmup: false,
     };
     (0..560).for_each(|id| scheduler.submit(sequence(id, 1, 1)).unwrap());
     let rows: Vec<usize> = (0..3).map(|_| step(&mut scheduler).rows()).collect();
@@ -413,6 +418,7 @@ fn a_preempted_sequence_was_not_found_in_the_cache() {
         salt: 0,
         reads_cache: true,
         is_drafted: false,
+        is_warmup: false,
     };
     (0..2).for_each(|id| scheduler.submit(sequence(id, 1)).unwrap());
     step(&mut scheduler);

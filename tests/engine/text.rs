@@ -238,7 +238,7 @@ fn render(source: &str, variables: &Value) -> Result<String, String> {
     let tokens = (String::new(), String::new());
     let template = ChatTemplate::compile(Path::new("t"), source, tokens);
     let template = template.map_err(|e| e.to_string())?;
-    template.render(variables.as_object().unwrap().clone()).map_err(|e| e.to_string())
+    template.render(variables.as_object().unwrap().clone(), 0).map_err(|e| e.to_string())
 }
 
 #[test]

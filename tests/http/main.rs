@@ -7,6 +7,7 @@ mod common;
 
 mod audit;
 mod constraints;
+mod dates;
 mod endurance;
 mod evidence;
 mod fast_rows;

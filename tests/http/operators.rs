@@ -74,6 +74,36 @@ async fn keys_guard_the_api_but_not_the_probes() {
     assert_eq!(status, StatusCode::UNAUTHORIZED);
 }
 
+/// The answer to a request whose announced body never comes.
+async fn without_its_body(address: SocketAddr, line: &str) -> String {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let head = "host: x\r\nconnection: close\r\nauthorization: Bearer a-long-enough-key\r\n\
+                content-length: 1048576";
+    socket.write_all(format!("{line} HTTP/1.1\r\n{head}\r\n\r\n").as_bytes()).await.unwrap();
+    until_closed(&mut socket).await
+}
+
+#[tokio::test]
+async fn an_open_route_waits_for_no_body() {
+    let site = site(common::options());
+    let settings = |limits| {
+        let keys = ApiKeys::new(["a-long-enough-key"]);
+        site.state.set(Settings { keys, limits, ..Settings::default() });
+    };
+    settings(HttpLimits::default());
+    let address = listening(&site).await;
+    for path in ["/health", "/metrics", "/", "/docs/"] {
+        let answer = without_its_body(address, &format!("GET {path}")).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    }
+    let answer = without_its_body(address, "POST /health").await;
+    assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
+    // The control: a route that needs a key waits, and says that it waited for nothing.
+    settings(quick());
+    let answer = without_its_body(address, &format!("POST {COMPLETION}")).await;
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+}
+
 #[tokio::test]
 async fn every_answer_carries_the_name_of_its_request() {
     let site = site(common::options());

@@ -118,7 +118,7 @@ async fn checked(verifier: &Verifier, body: &Value, sent: &Value) -> Vec<Checked
         Some(chunks) => Capture::of_stream(body.clone(), chunks.clone()),
         None => Capture::of_response(body.clone(), sent.clone()),
     };
-    let question = capture.question(verifier, "tiny").await.unwrap();
+    let question = capture.question(verifier, "tiny", 0).await.unwrap();
     verifier.verify(None, 7).depth(Depth::Slow).capture(question, &capture)
 }
 
@@ -416,7 +416,7 @@ async fn shows_in_the_proof(verifier: &Verifier, body: &Value, sent: &Value) -> 
     };
     let text = Some(text);
     let answer = Answer { text, ids, powv, finish_reason, chunks, end, ..Answer::default() };
-    let question = Question::read(verifier, "tiny", body, None).await.unwrap();
+    let question = Question::read(verifier, "tiny", body, None, 0).await.unwrap();
     let claim = Claim {
         seed: question.seed,
         proof: question.proof,

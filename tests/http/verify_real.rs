@@ -46,7 +46,7 @@ fn request(question: &str, temperature: f32, max_tokens: usize) -> Request {
         "messages": [{"role": "user", "content": question}], "add_generation_prompt": true,
     });
     let Value::Object(variables) = variables else { unreachable!() };
-    let text = model.chat.as_ref().unwrap().render(variables).unwrap();
+    let text = model.chat.as_ref().unwrap().render(variables, 0).unwrap();
     let ids = model.tokenizer.encode(&text, false).unwrap();
     let mut request = Request::greedy(ids, max_tokens);
     request.sampling.temperature = temperature;

@@ -88,7 +88,7 @@ pub(crate) fn prompt(question: &str) -> Vec<u32> {
         "messages": [{"role": "user", "content": question}], "add_generation_prompt": true,
     });
     let Value::Object(variables) = variables else { unreachable!() };
-    let rendered = text.chat.as_ref().unwrap().render(variables).unwrap();
+    let rendered = text.chat.as_ref().unwrap().render(variables, 0).unwrap();
     text.tokenizer.encode(&rendered, false).unwrap()
 }
 

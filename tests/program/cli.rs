@@ -178,6 +178,18 @@ fn a_broken_model_does_not_stop_the_others_and_sigterm_ends_cleanly() {
 }
 
 #[test]
+fn a_server_whose_models_the_hub_cannot_give_for_now_may_be_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = write_models(dir.path(), "[[model]]\nname = \"a\"\nrepo = \"o/m\"\n");
+    let mut command = program();
+    command.args(["serve", "--models", &models, "--port", "0"]).env("HOME", dir.path());
+    let output = command.env("HF_ENDPOINT", "http://127.0.0.1:1").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("a cannot be served: cannot reach http://127.0.0.1:1/"), "{said}");
+    assert_eq!(output.status.code(), Some(2), "{said}");
+}
+
+#[test]
 fn mistakes_exit_with_one_and_say_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let typo = write_models(dir.path(), "[[model]]\nname = \"a\"\ncontxt_max = 1\n");

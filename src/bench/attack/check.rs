@@ -226,7 +226,7 @@ impl Received {
             "stream": true, "proof": {"scheme": scheme.name(), "nonce": to_hex(&ask.nonce())},
         });
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-        let question = runtime.block_on(Question::read(verifier, "attacked", &body, None))?;
+        let question = runtime.block_on(Question::read(verifier, "attacked", &body, None, 0))?;
         let claim = Claim { end_is_implied: trial.end_is_implied, ..Claim::new(request, answer) };
         let walk = structure::check(&claim, &verifier.model.text, verifier.context_max);
         let walk = walk.map_err(|stop| anyhow!("{stop:?}"))?;
@@ -244,7 +244,7 @@ impl Received {
 
     fn check(&self, verifier: &Verifier, chunks: Vec<Value>) -> anyhow::Result<Report> {
         let capture = Capture::of_stream(self.body.clone(), chunks);
-        let question = self.runtime.block_on(capture.question(verifier, "attacked"))?;
+        let question = self.runtime.block_on(capture.question(verifier, "attacked", 0))?;
         let checked = verifier.verify(None, 0).capture(question, &capture);
         checked.into_iter().next().map(|j| j.report).context("there is no choice")
     }

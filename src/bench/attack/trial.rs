@@ -117,7 +117,7 @@ impl Subject {
             "messages": [{"role": "user", "content": text}], "add_generation_prompt": true,
         });
         let variables = variables.as_object().cloned().unwrap_or_default();
-        let text = chat.render(variables)?;
+        let text = chat.render(variables, Clock::system().unix_ms())?;
         let prompt = self.model.text.tokenizer.encode(&text, false).map_err(|e| anyhow!(e))?;
         let mut request = Request::greedy(prompt, tokens);
         request.sampling.temperature = TEMPERATURE;

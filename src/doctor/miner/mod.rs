@@ -201,7 +201,7 @@ async fn body(
     };
     let shortest = QuerySampling { max_tokens: TOKENS_MIN, ..sampling };
     let (plain, _) = ask::body(model, endpoint, shortest, prompt(0), usize::MAX)?;
-    let understood = question::understand(verifier, &plain).await?;
+    let understood = question::understand(verifier, &plain, Clock::system().unix_ms()).await?;
     let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
     ask::body(model, endpoint, sampling, prompt(tokens), verifier.context_max)
 }

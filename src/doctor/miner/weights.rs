@@ -1,6 +1,7 @@
 //! Applies the rules of Targon 4.4 that need the model's weights: it reports what
 //! `verify/targon.rs` rules, by the same pass over ids as a validator of this program.
 
+use crate::clock::Clock;
 use crate::doctor::{Finding, Level};
 use crate::models::pass::LogprobMode;
 use crate::validator::query::Streamed;
@@ -19,7 +20,7 @@ pub async fn check(
 ) -> Vec<Finding> {
     let of =
         |rule: &str, level, fact: String| Finding::new(format!("{topic}, {rule}"), level, fact);
-    let mut request = match question::understand(verifier, body).await {
+    let mut request = match question::understand(verifier, body, Clock::system().unix_ms()).await {
         Ok(understood) => match understood.requests.into_iter().next() {
             Some(request) => request,
             None => return Vec::new(),

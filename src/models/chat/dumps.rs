@@ -1,13 +1,14 @@
 //! Writes JSON as Python's `json.dumps` does with its options, because templates use it.
 
+use super::bounds::{charge, check_bytes};
 use super::python::{DEPTH_MAX, check_depth, failed, text};
 use crate::wire::python::{float, quote};
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Error, Value};
+use minijinja::{Error, State, Value};
 use std::fmt::Write;
 
 /// The filter `tojson`: Python's `json.dumps` with its options.
-pub(super) fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
+pub(super) fn to_json(state: &State, value: Value, options: Kwargs) -> Result<Value, Error> {
     let flag = |name: &str| options.get::<Option<bool>>(name).map(|f| f.unwrap_or(false));
     let indent: Option<Value> = options.get("indent")?;
     let indent = match indent.filter(|i| !i.is_none()) {
@@ -33,6 +34,7 @@ pub(super) fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
     options.assert_all_used()?;
     let mut out = String::new();
     json.write(&mut out, &value, 0)?;
+    charge(state, out.len())?;
     Ok(Value::from_safe_string(out))
 }
 
@@ -48,6 +50,7 @@ struct Json {
 impl Json {
     fn write(&self, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
         check_depth(depth)?;
+        check_bytes(out.len())?;
         match value.kind() {
             ValueKind::String => quote(out, value.as_str().unwrap_or_default(), self.ascii),
             ValueKind::None | ValueKind::Undefined => out.push_str("null"),

@@ -1,6 +1,9 @@
 //! Implements what Python does to values in a template: `str`, `repr`, `%`, methods of strings and
 //! lists.
 
+use super::bounds::{
+    arithmetic, charge, charge_replaced, check_bytes, check_items, check_widths, operand,
+};
 use crate::wire::python::float;
 use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, FormatStyle, Output, State, Value, format_filter};
@@ -31,8 +34,11 @@ fn is_ours(value: &Value) -> bool {
 /// Writes the value of `{{ .. }}`.
 pub(super) fn write_value(out: &mut Output, state: &State, value: &Value) -> Result<(), Error> {
     if is_ours(value) {
-        write_repr(out, value, 0)
+        let text = repr(value)?;
+        charge(state, text.len())?;
+        Ok(out.write_str(&text)?)
     } else {
+        charge(state, value.as_str().map_or(0, str::len))?;
         minijinja::escape_formatter(out, state, value)
     }
 }
@@ -50,9 +56,19 @@ pub(super) fn text(value: &Value) -> Result<Value, Error> {
 
 /// The text that Python's `repr` gives for a value.
 fn repr(value: &Value) -> Result<String, Error> {
-    let mut out = String::new();
+    let mut out = Bounded(String::new());
     write_repr(&mut out, value, 0)?;
-    Ok(out)
+    Ok(out.0)
+}
+
+/// A text that is refused once it is too long.
+struct Bounded(String);
+
+impl Write for Bounded {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.push_str(text);
+        check_bytes(self.0.len()).map_err(|_| fmt::Error)
+    }
 }
 
 fn write_repr(out: &mut dyn Write, value: &Value, depth: usize) -> Result<(), Error> {
@@ -120,15 +136,15 @@ pub(super) fn modulo(
     is_tuple: Option<bool>,
 ) -> Result<Value, Error> {
     let Some(format) = left.as_str() else {
-        let variables = minijinja::context! { left, right };
-        return state.env().compile_expression("left % right")?.eval(variables);
+        return arithmetic(state, "left % right", left, right);
     };
     let args: Vec<Value> = match is_tuple {
         Some(true) => right.try_iter()?.collect(),
         _ => vec![right],
     };
     let (format, args) = prepare(format, args)?;
-    format_filter(FormatStyle::Printf, &format, &args).map(Value::from)
+    check_widths(&format, '%', &args)?;
+    operand(state, format_filter(FormatStyle::Printf, &format, &args)?.into())
 }
 
 /// Gives `%s` Python's text of its argument and `%r` its `repr`. Named arguments stay as they are.
@@ -165,7 +181,12 @@ fn prepare(format: &str, mut args: Vec<Value>) -> Result<(String, Vec<Value>), E
 }
 
 /// The filter `join`.
-pub(super) fn join(value: Value, joiner: Option<String>, options: Kwargs) -> Result<String, Error> {
+pub(super) fn join(
+    state: &State,
+    value: Value,
+    joiner: Option<String>,
+    options: Kwargs,
+) -> Result<String, Error> {
     let joiner = match joiner {
         Some(joiner) => joiner,
         None => options.get::<Option<String>>("d")?.unwrap_or_default(),
@@ -180,7 +201,9 @@ pub(super) fn join(value: Value, joiner: Option<String>, options: Kwargs) -> Res
         };
         out.push_str(if place > 0 { &joiner } else { "" });
         out.push_str(text(&item)?.as_str().unwrap_or_default());
+        check_bytes(out.len())?;
     }
+    charge(state, out.len())?;
     Ok(out)
 }
 
@@ -192,7 +215,10 @@ pub(super) fn method(
     args: &[Value],
 ) -> Result<Value, Error> {
     let found = match (value.as_str(), value.kind()) {
-        (Some(text), _) => string_method(text, name, args)?,
+        (Some(text), _) => {
+            check_method(state, text, name, args)?;
+            string_method(text, name, args)?
+        }
         (None, ValueKind::Seq | ValueKind::Iterable) if name == "index" => {
             let (wanted,): (Value,) = from_args(args)?;
             let place = value.try_iter()?.position(|item| item == wanted);
@@ -204,6 +230,32 @@ pub(super) fn method(
     match found {
         Some(value) => Ok(value),
         None => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
+    }
+}
+
+/// Refuses a method whose result would be too long.
+fn check_method(state: &State, text: &str, name: &str, args: &[Value]) -> Result<(), Error> {
+    let part = |place: usize| args.get(place).and_then(Value::as_str);
+    match (name, part(0), part(1)) {
+        ("replace", Some(from), Some(to)) => charge_replaced(state, text, from, to),
+        ("split" | "rsplit", Some(mark), _) if !mark.is_empty() => {
+            check_items(text.matches(mark).count())
+        }
+        ("split" | "rsplit", ..) => check_items(text.split_whitespace().count()),
+        ("splitlines", ..) => check_items(text.lines().count()),
+        ("format", ..) => check_widths(text, '{', args),
+        ("join", ..) => match args.first().map(Value::try_iter) {
+            Some(Ok(items)) => {
+                let mut bytes = 0_usize;
+                for item in items {
+                    bytes += item.as_str().map_or(0, str::len) + text.len();
+                    check_bytes(bytes)?;
+                }
+                charge(state, bytes)
+            }
+            _ => Ok(()),
+        },
+        _ => Ok(()),
     }
 }
 

@@ -3,12 +3,17 @@
 //!
 //! `{% generation %}` marks the model's own words for training; here it is a block without
 //! meaning. `%` and `~` mean Python's formatting and Python's `str`, so they become calls of
-//! [`MODULO`] and [`TEXT`]. No line is added or removed: errors name the line of the file.
+//! [`MODULO`] and [`TEXT`]; `*` and the operands of `+` become calls of [`PRODUCT`] and
+//! [`OPERAND`], so that no text grows without a limit. No line is added or removed: errors name the line of the file.
 
 /// The function for `a % b`; a third argument says that `b` was written as a tuple.
 pub(super) const MODULO: &str = "__modulo";
 /// The function for an operand of `~`.
 pub(super) const TEXT: &str = "__text";
+/// The function for an operand of `+`, which counts what it makes.
+pub(super) const OPERAND: &str = "__operand";
+/// The function for `a * b`.
+pub(super) const PRODUCT: &str = "__product";
 /// Brackets within brackets; what is nested deeper stays as it is, and minijinja refuses it.
 const DEPTH_MAX: usize = 64;
 
@@ -102,7 +107,7 @@ fn rewrite_tag(tag: &str) -> String {
         let block = ["with", "endwith"][name];
         return format!("{open}{}{close}", expression.replace(expression.trim(), block));
     }
-    if !expression.contains(['%', '~']) {
+    if !expression.contains(['%', '~', '+', '*']) {
         return tag.to_owned();
     }
     match Level::read(expression, &mut 0, is_statement, 0) {
@@ -152,6 +157,8 @@ struct Level {
     product: Option<(String, String)>,
     operand: String,
     is_tuple: bool, // the operand is one bracket with a comma in it
+    is_added: bool, // the present term stands after a `+`
+    is_test: bool,  // the present term is a test, not a value
 }
 
 impl Level {
@@ -182,8 +189,11 @@ impl Level {
                 "~" => level.end_joined(),
                 _ if token.trim().is_empty() => level.operand.push_str(token),
                 _ if std::mem::take(&mut is_name) || level.separates(token) => {
+                    level.is_added |= token == "+";
                     level.end_term();
                     level.out.push_str(token);
+                    level.is_added = token == "+";
+                    level.is_test = token == "is" || (token == "not" && level.is_test);
                 }
                 _ => {
                     level.is_tuple = false;
@@ -215,14 +225,16 @@ impl Level {
         let is_tuple = std::mem::take(&mut self.is_tuple);
         let product = match self.product.take() {
             None => right,
-            Some((left, op)) if op == "%" => {
+            // Before the arguments of a call there is no left side.
+            Some((left, op)) if op == "%" || (op == "*" && !left.trim().is_empty()) => {
+                let function = if op == "%" { MODULO } else { PRODUCT };
                 // Outer blanks stay outside, so that words do not grow together.
                 let body = left.trim_start();
                 let (before, after) =
                     (&left[..left.len() - body.len()], &right[right.trim_end().len()..]);
                 let right = right.trim_end();
-                let mark = if is_tuple { ", true" } else { "" };
-                format!("{before}{MODULO}({body},{right}{mark}){after}")
+                let mark = if is_tuple && op == "%" { ", true" } else { "" };
+                format!("{before}{function}({body},{right}{mark}){after}")
             }
             Some((left, op)) => left + &op + &right,
         };
@@ -242,19 +254,28 @@ impl Level {
     fn end_term(&mut self) {
         self.end_joined();
         let operands = std::mem::take(&mut self.joined);
+        let is_counted = std::mem::take(&mut self.is_added) && !self.is_test;
         match operands.as_slice() {
+            [only] if is_counted && !is_number(only) => self.out.push_str(&call(OPERAND, only)),
             [only] => self.out.push_str(only),
             many => {
-                let call = |o: &String| {
-                    let body = o.trim();
-                    let start = o.len() - o.trim_start().len();
-                    let (before, after) = (&o[..start], &o[start + body.len()..]);
-                    format!("{before}{TEXT}({body}){after}")
-                };
-                self.out.push_str(&many.iter().map(call).collect::<Vec<_>>().join("~"));
+                let many: Vec<String> = many.iter().map(|operand| call(TEXT, operand)).collect();
+                self.out.push_str(&many.join("~"));
             }
         }
     }
+}
+
+/// An expression as the argument of a function; its outer blanks stay outside.
+fn call(function: &str, expression: &str) -> String {
+    let body = expression.trim();
+    let start = expression.len() - expression.trim_start().len();
+    let (before, after) = (&expression[..start], &expression[start + body.len()..]);
+    format!("{before}{function}({body}){after}")
+}
+
+fn is_number(expression: &str) -> bool {
+    expression.trim().bytes().all(|b| b.is_ascii_digit() || b == b'.')
 }
 
 /// Whether a closed group has a comma of its own.
@@ -287,13 +308,18 @@ mod tests {
                 "{% raw %}{% generation %}{{ a % b }}{% endraw %}{{ __modulo(a,b) }}",
             ),
             ("{{ '%s ~ }}' % x }}", "{{ __modulo('%s ~ }}' , x) }}"),
-            ("{{ '%s %s' % (a, b) + c }}", "{{ __modulo('%s %s' , (a, b), true) + c }}"),
+            (
+                "{{ '%s %s' % (a, b) + c }}",
+                "{{ __operand(__modulo('%s %s' , (a, b), true)) + __operand(c) }}",
+            ),
+            ("{{ f(*a) + 1 - 2 * b }}", "{{ __operand(f(*a)) + 1 - __product(2 , b) }}"),
+            ("{% if x is not eq a + b and c %}", "{% if x is not eq a + __operand(b) and c %}"),
             ("{{ a % (b) }}", "{{ __modulo(a , (b)) }}"),
             (
                 "{% if loop.index0 % 2 == 0 and not x %}",
                 "{% if __modulo(loop.index0 , 2) == 0 and not x %}",
             ),
-            ("{{ a * b % c % d }}", "{{ __modulo(__modulo(a * b , c) , d) }}"),
+            ("{{ a * b % c % d }}", "{{ __modulo(__modulo(__product(a , b) , c) , d) }}"),
             ("{{ x - -a % b }}", "{{ x - __modulo(-a , b) }}"),
             (
                 "{{ a ~ b.c|d('~') ~ [1 ~ 2] }}",

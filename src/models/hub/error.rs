@@ -84,6 +84,19 @@ pub enum HubError {
     },
 }
 
+impl HubError {
+    /// Whether it is of the Hub or of the way to it, and may be over in a while.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Network { .. } | Self::Slow { .. } => true,
+            Self::Status { status, .. } => {
+                *status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()
+            }
+            _ => false,
+        }
+    }
+}
+
 fn hint(status: StatusCode) -> &'static str {
     match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {

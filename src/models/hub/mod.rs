@@ -6,6 +6,7 @@
 //! `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean elsewhere.
 
 mod error;
+mod kept;
 mod listing;
 mod store;
 
@@ -16,7 +17,7 @@ use crate::endpoint::{reasons, shown};
 use crate::tls;
 use error::{BURST_BYTES, corrupt};
 use futures_util::{StreamExt, TryStreamExt, stream};
-use listing::{Listing, RepositoryFile, check_commit, check_name, check_repo};
+use listing::{Listing, RepositoryFile, check_name, check_repo};
 use reqwest::{Client, Response, StatusCode, header};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -31,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const FILES_AT_ONCE: usize = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// The pauses before a model description is asked for again.
+const LISTING_PAUSES: [Duration; 3] =
+    [Duration::from_millis(200), Duration::from_millis(500), Duration::from_secs(1)];
 /// Bytes of a model description.
 const LISTING_MAX: usize = 16 << 20;
 
@@ -152,10 +156,11 @@ impl Hub {
         check_repo(repo)?;
         check_name(revision)?;
         let root = self.cache.join(format!("models--{}", repo.replace('/', "--")));
-        offline(&root, repo, revision, wanted)
+        kept::find(&root, repo, revision, wanted)
     }
 
-    /// Makes `wanted` of `repo` at `revision` present and returns where it is.
+    /// Makes `wanted` of `repo` at `revision` present and returns where it is. While the Hub cannot
+    /// be asked, that is what the revision stood for when it was last fetched.
     ///
     /// # Errors
     /// When it is neither cached nor to be had, or a file does not match its checksum.
@@ -170,9 +175,20 @@ impl Hub {
         check_name(revision)?;
         let root = self.cache.join(format!("models--{}", repo.replace('/', "--")));
         if self.offline {
-            return offline(&root, repo, revision, wanted);
+            return kept::find(&root, repo, revision, wanted);
         }
-        let listing = self.listing(repo, revision).await?;
+        if let Some(kept) = kept::find_commit(&root, repo, revision, wanted) {
+            return Ok(kept);
+        }
+        let listing = match self.listing_at_last(repo, revision).await {
+            Ok(listing) => listing,
+            Err(e) if e.may_pass() => {
+                let Ok(kept) = kept::find(&root, repo, revision, wanted) else { return Err(e) };
+                tracing::warn!(repo, revision, commit = kept.commit, "the kept files serve: {e}");
+                return Ok(kept);
+            }
+            Err(e) => return Err(e),
+        };
         let blobs = listing.choose(repo, wanted)?;
         let directory = root.join("snapshots").join(&listing.sha);
         let commit = listing.sha.as_str();
@@ -190,6 +206,21 @@ impl Hub {
             write_small(&reference, listing.sha.as_bytes())?;
         }
         Ok(Snapshot { commit: listing.sha, directory })
+    }
+
+    /// The listing, asked for again where the Hub fails for a moment.
+    async fn listing_at_last(&self, repo: &str, revision: &str) -> Result<Listing, HubError> {
+        for pause in LISTING_PAUSES {
+            match self.listing(repo, revision).await {
+                // A Hub that is slow has had its time.
+                Err(e) if e.may_pass() && !matches!(e, HubError::Slow { .. }) => {
+                    tracing::debug!(repo, revision, "asking again: {e}");
+                    tokio::time::sleep(pause).await;
+                }
+                outcome => return outcome,
+            }
+        }
+        self.listing(repo, revision).await
     }
 
     async fn listing(&self, repo: &str, revision: &str) -> Result<Listing, HubError> {
@@ -380,29 +411,4 @@ impl Hub {
 struct Place<'a> {
     blob: PathBuf,
     directory: &'a Path,
-}
-
-/// A snapshot from the cache alone.
-fn offline(
-    root: &Path,
-    repo: &str,
-    revision: &str,
-    wanted: WantedFiles<'_>,
-) -> Result<Snapshot, HubError> {
-    let absent = |what: String| HubError::Offline { what, cache: root.to_owned() };
-    let commit = std::fs::read_to_string(root.join("refs").join(revision))
-        .map_or_else(|_| revision.to_owned(), |c| c.trim().to_owned());
-    if check_commit(revision, &commit).is_err() {
-        return Err(absent(format!("{repo} at {revision}")));
-    }
-    let directory = root.join("snapshots").join(&commit);
-    if !directory.is_dir() {
-        return Err(absent(format!("{repo} at {revision}")));
-    }
-    for name in wanted.needed() {
-        if !directory.join(name).exists() {
-            return Err(absent(format!("{repo}/{name} at {revision}")));
-        }
-    }
-    Ok(Snapshot { commit, directory })
 }

@@ -24,12 +24,15 @@ use anyhow::{Context, anyhow};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// Blocks after which a sample does not count any more, about three days: whoever could make every
 /// later answer unscored would else be paid for old ones for ever. A window of 30 rounds about one
 /// of 20 models is 14 hours. Targon 4.4 has no such limit.
 const SAMPLE_AGE_MAX: u64 = 21_600;
+/// How old an answer may be that is verified here, by its own word: rounds take minutes.
+const ANSWER_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Rows of a report that are kept.
 const ROWS_MAX: usize = 64;
 /// A miner with a sum of evidence above this is looked at closely.
@@ -43,7 +46,7 @@ fn unscored(why: impl ToString) -> AnswerReport {
 pub(super) async fn verify(
     resident: &Resident,
     (store, entropy): (&Store, &Entropy),
-    rules: Option<Profile>,
+    (rules, now_ms): (Option<Profile>, u64),
     case: AnswerToCheck,
 ) -> AnswerReport {
     let Resident { verifier, rates, .. } = resident;
@@ -60,7 +63,8 @@ pub(super) async fn verify(
     let asked = (case.model.as_str(), Some(hotkey.as_str()));
     // Drawn after the answer, so the miner cannot know it.
     let chance = entropy.word();
-    let first = match check(verifier, asked, &case.capture, (rules, depth, chance)).await {
+    let first = match check(verifier, asked, (&case.capture, now_ms), (rules, depth, chance)).await
+    {
         Ok(checked) => checked,
         Err(why) => return unscored(why),
     };
@@ -82,9 +86,10 @@ pub(super) async fn verify_alone(
     resident: &Resident,
     (rules, chance): (Option<Profile>, u64),
     model: &str,
-    capture: Value,
+    (capture, now_ms): (&Value, u64),
 ) -> AnswerReport {
-    match check(&resident.verifier, (model, None), &capture, (rules, Depth::Fast, chance)).await {
+    let how = (rules, Depth::Fast, chance);
+    match check(&resident.verifier, (model, None), (capture, now_ms), how).await {
         Ok(checked) => {
             let tokens = tokens(checked.answer.as_ref());
             AnswerReport { tokens, ..AnswerReport::bare(verdict(checked.report.verdict)) }
@@ -112,11 +117,12 @@ enum Unchecked {
 async fn check(
     verifier: &Verifier,
     (model, hotkey): (&str, Option<&str>),
-    capture: &Value,
+    (capture, now_ms): (&Value, u64),
     (rules, depth, chance): (Option<Profile>, Depth, u64),
 ) -> Result<CheckedChoice, Unchecked> {
     let capture = Capture::deserialize(capture)?;
-    let question = Question::read(verifier, model, &capture.request, hotkey).await?;
+    let asked_ms = capture.asked_ms(now_ms, ANSWER_AGE_MAX);
+    let question = Question::read(verifier, model, &capture.request, hotkey, asked_ms).await?;
     let (own, unwanted) = (verifier.clone(), CancellationToken::new());
     let _guard = unwanted.clone().drop_guard();
     let work = move || {

@@ -106,7 +106,10 @@ impl OrganicsHub {
         for record in records.into_iter().filter(|record| holds(record)) {
             let is_late = self.clock.elapsed().saturating_sub(started) > PULL_TIME;
             scored.push(match is_late {
-                false => score(residents, (rules, self.signer.entropy.word()), record).await,
+                false => {
+                    let how = (rules, self.signer.entropy.word());
+                    score(residents, how, (record, self.clock.unix_ms())).await
+                }
                 true => late(record),
             });
         }
@@ -151,7 +154,11 @@ fn late(record: Record) -> ScoredRecord {
     ScoredRecord { record, organic, tokens, fault: Some(("INTERNAL_ERROR".to_owned(), what)) }
 }
 
-async fn score(residents: &Residents, how: (Option<Profile>, u64), record: Record) -> ScoredRecord {
+async fn score(
+    residents: &Residents,
+    how: (Option<Profile>, u64),
+    (record, now_ms): (Record, u64),
+) -> ScoredRecord {
     let seen = record.tokens_at_most(u64::MAX);
     let found = |organic, cause: &str, what: String| {
         let fault = Some((cause.to_owned(), what));
@@ -168,8 +175,8 @@ async fn score(residents: &Residents, how: (Option<Profile>, u64), record: Recor
         let what = "the model is not in memory".to_owned();
         return found(Organic::Unscored, "INTERNAL_ERROR", what);
     };
-    let checked =
-        checking::verify_alone(&resident, how, &record.model_name, record.capture()).await;
+    let (model, capture) = (&record.model_name, record.capture());
+    let checked = checking::verify_alone(&resident, how, model, (&capture, now_ms)).await;
     match checked.verdict {
         AnswerVerdict::Pass => {
             let tokens = record.tokens_at_most(checked.tokens.into());

@@ -2,6 +2,7 @@
 
 use super::resident::Resident;
 use crate::chance::Chance;
+use crate::clock::Clock;
 use crate::validator::prompt::{Draft, read_query};
 use crate::verify::question::understand;
 use anyhow::{Context, anyhow};
@@ -59,7 +60,8 @@ pub async fn query(
 
 async fn write(resident: &Resident, body: Value) -> anyhow::Result<String> {
     let engine = resident.engine.as_ref().context("no engine runs beside the verifier")?;
-    let mut requests = understand(&resident.verifier, &body).await?.requests;
+    let mut requests =
+        understand(&resident.verifier, &body, Clock::system().unix_ms()).await?.requests;
     let request = requests.pop().context("the request has no prompt")?;
     let written = engine.submit(request)?.collect().await?;
     read_query(&written.text())

@@ -175,7 +175,7 @@ impl<C: Chain> World<C> {
                 QueryContent::Text(prompt.text())
             }
         };
-        let understood = understand(&resident.verifier, &body).await?;
+        let understood = understand(&resident.verifier, &body, self.clock.unix_ms()).await?;
         let tokens = understood.requests.first().map_or(0, |request| request.prompt.len());
         Ok(QueryPrompt { content, tokens })
     }
@@ -334,7 +334,9 @@ impl<C: Chain> Ports for World<C> {
                 AnswerVerdict::Unscored(format!("the model {} is not loaded", case.model));
             return AnswerReport::bare(verdict);
         };
-        checking::verify(&resident, (&self.store, &self.entropy), self.rules, case).await
+        let now_ms = self.clock.unix_ms();
+        let how = (self.rules, now_ms);
+        checking::verify(&resident, (&self.store, &self.entropy), how, case).await
     }
 
     async fn rotate(&self) -> anyhow::Result<()> {
