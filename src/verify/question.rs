@@ -163,8 +163,8 @@ fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, Questi
     Ok(Some(Challenge { scheme, nonce, hotkey }))
 }
 
-/// Reads a body as a server does that is asked at `now_ms`. The noise of a request without a seed is not random: who runs the
-/// request gives it a seed, or binds it to a proof.
+/// Reads a body as a server does that is asked at `now_ms`. The noise of a request without a seed
+/// is not random: who runs the request gives it a seed, or binds it to a proof.
 ///
 /// # Errors
 /// The field, and rule and fact.

@@ -89,8 +89,8 @@ impl Recheck {
         self.counted(twin).map(score).collect()
     }
 
-    /// The energy that the twin has in each chunk of `chunks`, where all of its rows have one. No row
-    /// has more than a made-up one, as on the wire, so that a wild one excuses no others.
+    /// The energy that the twin has in each chunk of `chunks`, where all of its rows have one. No
+    /// row has more than a made-up one, as on the wire, so that a wild one excuses no others.
     fn weigh(&self, twin: &[Option<Apart>], chunks: &mut [ChunkEvidence]) {
         let most = ResidueBits::of(self.scheme).map_or(f64::INFINITY, ResidueBits::forged_energy);
         for (chunk, twin) in chunks.iter_mut().zip(twin.chunks(CHUNK_ROWS)) {

@@ -676,7 +676,7 @@ async fn log_probabilities_of_no_named_kind_may_be_those_at_the_temperature() {
     let honest = ask(&site, &body).await;
     let by_ranks = async |body: &Value, sent: &Value| {
         let capture = Capture::of_stream(body.clone(), sent.as_array().unwrap().clone());
-        let question = capture.question(&verifier, "tiny").await.unwrap();
+        let question = capture.question(&verifier, "tiny", 0).await.unwrap();
         let check = verifier.verify(Some(Profile::Ranks), 7);
         check.capture(question, &capture).remove(0).report.verdict
     };

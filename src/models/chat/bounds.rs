@@ -2,11 +2,12 @@
 //!
 //! Texts that are written between tags into a variable (`{% set x %}`) are bounded by fuel alone.
 
-use super::python::{TEXT_BYTES_MAX, failed, text};
 use minijinja::value::{Kwargs, Object, Rest, ValueKind};
-use minijinja::{Error, State, Value};
+use minijinja::{Error, ErrorKind, State, Value};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Bytes of a rendered conversation.
+pub(super) const TEXT_BYTES_MAX: usize = 32 << 20;
 /// Items of one list.
 const ITEMS_MAX: usize = 1_000_000;
 /// Bytes of all texts and lists of one rendering, also of those that are gone: an honest template
@@ -16,6 +17,11 @@ const MADE_BYTES_MAX: usize = 32 * TEXT_BYTES_MAX;
 const MADE: &str = "__made";
 /// minijinja's own filter of this name.
 pub(super) const INDENT: &str = "__indent";
+
+/// An error of an operation.
+pub(super) fn failed(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, what.into())
+}
 
 #[derive(Default, Debug)]
 struct Made(AtomicUsize);
@@ -63,11 +69,6 @@ pub(super) fn operand(state: &State, value: Value) -> Result<Value, Error> {
     Ok(value)
 }
 
-/// An operand of `~`, and the filter `string`: Python's text of it, counted.
-pub(super) fn counted_text(state: &State, value: Value) -> Result<Value, Error> {
-    operand(state, text(&value)?)
-}
-
 /// `left * right`.
 pub(super) fn product(state: &State, left: Value, right: Value) -> Result<Value, Error> {
     for (part, count) in [(&left, &right), (&right, &left)] {
@@ -90,14 +91,6 @@ pub(super) fn arithmetic(
 pub(super) fn list(state: &State, value: Value) -> Result<Value, Error> {
     let items: Vec<Value> = value.try_iter()?.take(ITEMS_MAX + 1).collect();
     operand(state, items.into())
-}
-
-/// The filter `replace`.
-pub(super) fn replace(state: &State, value: Value, from: Value, to: Value) -> Result<Value, Error> {
-    let [value, from, to] = [text(&value)?, text(&from)?, text(&to)?];
-    let [value, from, to] = [&value, &from, &to].map(|v| v.as_str().unwrap_or_default());
-    charge_replaced(state, value, from, to)?;
-    Ok(value.replace(from, to).into())
 }
 
 /// Counts the result of replacing every `from` in `text`.

@@ -1,7 +1,7 @@
 //! Writes JSON as Python's `json.dumps` does with its options, because templates use it.
 
-use super::bounds::{charge, check_bytes};
-use super::python::{DEPTH_MAX, check_depth, failed, text};
+use super::bounds::{charge, check_bytes, failed};
+use super::python::{DEPTH_MAX, check_depth, text};
 use crate::wire::python::{float, quote};
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, State, Value};

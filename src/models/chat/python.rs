@@ -2,21 +2,16 @@
 //! lists.
 
 use super::bounds::{
-    arithmetic, charge, charge_replaced, check_bytes, check_items, check_widths, operand,
+    TEXT_BYTES_MAX, arithmetic, charge, charge_replaced, check_bytes, check_items, check_widths,
+    failed, operand,
 };
 use crate::wire::python::float;
 use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
-use minijinja::{Error, ErrorKind, FormatStyle, Output, State, Value, format_filter};
+use minijinja::{Error, FormatStyle, Output, State, Value, format_filter};
 use std::fmt::{self, Write};
 
-/// Bytes of a rendered conversation.
-pub(super) const TEXT_BYTES_MAX: usize = 32 << 20;
 /// Lists within lists that are written; deeper ones are an error.
 pub(super) const DEPTH_MAX: usize = 128;
-
-pub(super) fn failed(what: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidOperation, what.into())
-}
 
 pub(super) fn check_depth(depth: usize) -> Result<(), Error> {
     match depth <= DEPTH_MAX {
@@ -52,6 +47,19 @@ pub(super) fn text(value: &Value) -> Result<Value, Error> {
         });
     }
     repr(value).map(Value::from)
+}
+
+/// An operand of `~`, and the filter `string`: Python's text of it, counted.
+pub(super) fn counted_text(state: &State, value: Value) -> Result<Value, Error> {
+    operand(state, text(&value)?)
+}
+
+/// The filter `replace`.
+pub(super) fn replace(state: &State, value: Value, from: Value, to: Value) -> Result<Value, Error> {
+    let [value, from, to] = [text(&value)?, text(&from)?, text(&to)?];
+    let [value, from, to] = [&value, &from, &to].map(|v| v.as_str().unwrap_or_default());
+    charge_replaced(state, value, from, to)?;
+    Ok(value.replace(from, to).into())
 }
 
 /// The text that Python's `repr` gives for a value.

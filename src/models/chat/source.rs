@@ -4,7 +4,8 @@
 //! `{% generation %}` marks the model's own words for training; here it is a block without
 //! meaning. `%` and `~` mean Python's formatting and Python's `str`, so they become calls of
 //! [`MODULO`] and [`TEXT`]; `*` and the operands of `+` become calls of [`PRODUCT`] and
-//! [`OPERAND`], so that no text grows without a limit. No line is added or removed: errors name the line of the file.
+//! [`OPERAND`], so that no text grows without a limit. No line is added or removed: errors name the
+//! line of the file.
 
 /// The function for `a % b`; a third argument says that `b` was written as a tuple.
 pub(super) const MODULO: &str = "__modulo";

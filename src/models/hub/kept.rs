@@ -1,10 +1,18 @@
 //! Finds what the cache keeps of a repository, without the Hub.
 
-use super::Snapshot;
 use super::error::HubError;
 use super::listing::{WantedFiles, check_commit};
 use crate::models::checkpoint::missing_weights;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// A repository on disk.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// The commit that the revision stood for.
+    pub commit: String,
+    /// The directory with the files.
+    pub directory: PathBuf,
+}
 
 /// A snapshot from the cache alone, where all files are there that `wanted` needs.
 pub(super) fn find(

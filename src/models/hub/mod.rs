@@ -17,6 +17,7 @@ use crate::endpoint::{reasons, shown};
 use crate::tls;
 use error::{BURST_BYTES, corrupt};
 use futures_util::{StreamExt, TryStreamExt, stream};
+pub use kept::Snapshot;
 use listing::{Listing, RepositoryFile, check_name, check_repo};
 use reqwest::{Client, Response, StatusCode, header};
 use std::io::{Seek, SeekFrom, Write};
@@ -59,15 +60,6 @@ pub fn is_repository(name: &str) -> bool {
 /// Whether a revision or a file of a repository can be called so.
 pub fn is_name(name: &str) -> bool {
     check_name(name).is_ok()
-}
-
-/// A repository on disk.
-#[derive(Debug)]
-pub struct Snapshot {
-    /// The commit that the revision stood for.
-    pub commit: String,
-    /// The directory with the files.
-    pub directory: PathBuf,
 }
 
 impl Hub {
