@@ -181,11 +181,11 @@ impl Ports for Fake {
             1 | 2 if self.answers.load(SeqCst) => {
                 Answered { arrivals: (0..10).map(chunk).collect(), ended, ending: Ending::Whole }
             }
-            1..=3 => {
+            4 if self.answers.load(SeqCst) => panic!("a part breaks"),
+            _ => {
                 let ending = Ending::Fault { cause: "STATUS", what: "too busy".into() };
                 Answered { arrivals: vec![], ended, ending }
             }
-            _ => panic!("a part breaks"),
         }
     }
 
