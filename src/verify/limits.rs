@@ -100,7 +100,7 @@ impl Limits {
     }
 
     /// The largest mean of so many margins. Of few, one that is honest is much of the mean: they
-    /// may have the sum that [`MARGINS`] have.
+    /// may have the sum that those of a fast check of a long answer have.
     pub fn margin_mean_max(&self, margins: usize) -> f64 {
         self.margin_mean * (MARGINS as f64 / margins.max(1) as f64).max(1.0)
     }
