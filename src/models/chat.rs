@@ -232,8 +232,8 @@ fn environment(source: &str) -> Result<Environment<'static>, minijinja::Error> {
     environment.add_filter("string", python::counted_text);
     environment.add_filter("list", bounds::list);
     environment.add_filter("replace", python::replace);
-    environment.add_filter("batch", bounds::batch);
-    environment.add_filter("slice", bounds::slice);
+    environment.add_filter("batch", bounds::limited(minijinja::filters::batch));
+    environment.add_filter("slice", bounds::limited(minijinja::filters::slice));
     environment.add_filter("format", bounds::format);
     environment.add_filter("indent", bounds::indent);
     environment.add_filter(bounds::INDENT, minijinja::filters::indent);

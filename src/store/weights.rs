@@ -54,13 +54,7 @@ impl Store {
         let EpochWeights { netuid, epoch, .. } = *weights;
         let operation = format!("plan the weights of netuid {netuid}, epoch {epoch}");
         let values = self.plan(weights).map_err(|cause| self.error(&operation, cause))?;
-        let mut session = self.write(&operation).await?;
-        let claim = match session.execute(PLAN, values).await? {
-            0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
-            _ => WeightsClaim::Ours,
-        };
-        session.commit().await?;
-        Ok(claim)
+        self.claim(&operation, (netuid, epoch), (PLAN, values)).await
     }
 
     fn plan(&self, weights: &EpochWeights) -> Result<Vec<Bound<'_>>, Cause> {
@@ -137,13 +131,7 @@ impl Store {
         let mut values: Vec<Bound<'_>> = vec![netuid.into(), epoch_value.into()];
         values.extend([hash.as_str().into(), reveal, after, until]);
         values.extend([self.planner().into(), refused.into()]);
-        let mut session = self.write(&operation).await?;
-        let claim = match session.execute(REPLACE, values).await? {
-            0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
-            _ => WeightsClaim::Ours,
-        };
-        session.commit().await?;
-        Ok(claim)
+        self.claim(&operation, (netuid, epoch), (REPLACE, values)).await
     }
 
     /// The weights of an epoch are planned again, and no more: the extrinsic with hash `refused`,
@@ -160,8 +148,19 @@ impl Store {
         let epoch_value = number("epoch", epoch).map_err(|cause| self.error(&operation, cause))?;
         let values: Vec<Bound<'_>> =
             vec![netuid.into(), epoch_value.into(), self.planner().into(), refused.into()];
-        let mut session = self.write(&operation).await?;
-        let claim = match session.execute(WITHDRAW, values).await? {
+        self.claim(&operation, (netuid, epoch), (WITHDRAW, values)).await
+    }
+
+    /// Takes a step by a statement that changes the entry of an epoch, or nothing where it has come
+    /// another way.
+    async fn claim(
+        &self,
+        operation: &str,
+        (netuid, epoch): (u16, u64),
+        (statement, values): (&'static str, Vec<Bound<'_>>),
+    ) -> Result<WeightsClaim, StoreError> {
+        let mut session = self.write(operation).await?;
+        let claim = match session.execute(statement, values).await? {
             0 => WeightsClaim::Taken(found(&mut session, netuid, epoch).await?.0.state),
             _ => WeightsClaim::Ours,
         };

@@ -70,6 +70,16 @@ pub enum RawResponse<'a> {
     Stream(&'a [Value]),
 }
 
+impl<'a> RawResponse<'a> {
+    /// Its bodies: the one, or all chunks.
+    pub(super) fn bodies(self) -> &'a [Value] {
+        match self {
+            Self::Whole(body) => std::slice::from_ref(body),
+            Self::Stream(chunks) => chunks,
+        }
+    }
+}
+
 fn bad(what: impl Into<String>) -> Rejection {
     Rejection::new(Reason::BadStream, what)
 }

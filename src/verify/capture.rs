@@ -58,10 +58,7 @@ impl Capture {
     /// so, the answer's `created` counts. That is the peer's word, so it may be at most `age_max`
     /// before `now_ms`, and a minute after it; otherwise it is taken to be asked now.
     pub fn asked_ms(&self, now_ms: u64, age_max: Duration) -> u64 {
-        let first = match self.sent() {
-            RawResponse::Whole(body) => Some(body),
-            RawResponse::Stream(chunks) => chunks.first(),
-        };
+        let first = self.sent().bodies().first();
         let created = first.and_then(|body| body["created"].as_u64()?.checked_mul(1000));
         let age_max = u64::try_from(age_max.as_millis()).unwrap_or(u64::MAX);
         let plausible = now_ms.saturating_sub(age_max)..=now_ms.saturating_add(AHEAD_MS_MAX);

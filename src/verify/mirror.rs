@@ -233,7 +233,9 @@ impl Mirror<'_> {
 
     fn comparing(&self, index: usize, is_own: bool) -> Compare<'_> {
         let prompt = self.question.prompts.of(index);
-        Compare { is_own, has_prompt_rows: false, prompt, end: self.end(index) }
+        // The own form of an answer names no end token.
+        let end = if is_own { None } else { self.end(index) };
+        Compare { is_own, has_prompt_rows: false, prompt, end }
     }
 
     /// The end token that a choice ends with.

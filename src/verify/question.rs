@@ -105,10 +105,7 @@ impl Question {
 
     /// Takes from an answer what the request leaves to the server, and its flags decide.
     pub(super) fn adapt(&mut self, sent: RawResponse<'_>) {
-        let bodies = match sent {
-            RawResponse::Whole(body) => std::slice::from_ref(body),
-            RawResponse::Stream(chunks) => chunks,
-        };
+        let bodies = sent.bodies();
         if self.names_are_free {
             let name = bodies.iter().find_map(first_name);
             self.understood.report.tokens_as_ids = name.is_some_and(|n| id_of_name(n).is_some());
@@ -121,11 +118,7 @@ impl Question {
     /// Whether neither the request nor the answer says which distribution its log-probabilities
     /// describe.
     pub(super) fn has_unnamed_mode(&self, sent: RawResponse<'_>) -> bool {
-        let bodies = match sent {
-            RawResponse::Whole(body) => std::slice::from_ref(body),
-            RawResponse::Stream(chunks) => chunks,
-        };
-        self.mode_is_free && named_mode(bodies).is_none()
+        self.mode_is_free && named_mode(sent.bodies()).is_none()
     }
 
     /// Takes log-probabilities for those at the temperature.

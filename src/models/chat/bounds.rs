@@ -104,26 +104,17 @@ pub(super) fn charge_replaced(
     charge(state, text.len().saturating_add(added))
 }
 
-/// The filter `batch`.
-pub(super) fn batch(
-    state: &State,
-    value: Value,
-    count: usize,
-    fill: Option<Value>,
-) -> Result<Value, Error> {
-    check_items(count)?;
-    minijinja::filters::batch(state, value, count, fill)
-}
+/// One of minijinja's filters that make lists of so many items.
+type CountFilter = fn(&State, Value, usize, Option<Value>) -> Result<Value, Error>;
 
-/// The filter `slice`.
-pub(super) fn slice(
-    state: &State,
-    value: Value,
-    count: usize,
-    fill: Option<Value>,
-) -> Result<Value, Error> {
-    check_items(count)?;
-    minijinja::filters::slice(state, value, count, fill)
+/// The filter with a limit on the count.
+pub(super) fn limited(
+    filter: CountFilter,
+) -> impl Fn(&State, Value, usize, Option<Value>) -> Result<Value, Error> {
+    move |state, value, count, fill| {
+        check_items(count)?;
+        filter(state, value, count, fill)
+    }
 }
 
 /// The filter `indent`.
