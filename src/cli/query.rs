@@ -113,8 +113,10 @@ pub(super) fn run(args: &QueryArgs) -> Result<(), Failure> {
 
 /// The URL of `ip:port`, or of a URL.
 pub(super) fn url(address: &str) -> String {
-    let is_url = address.starts_with("http://") || address.starts_with("https://");
-    if is_url { address.to_owned() } else { format!("http://{address}") }
+    match address.contains("://") {
+        true => address.to_owned(),
+        false => format!("http://{address}"),
+    }
 }
 
 /// Where the miner listens, and who it is.

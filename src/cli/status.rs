@@ -3,6 +3,7 @@
 use super::Failure;
 use super::out::outln;
 use super::printable::printable;
+use super::query::url;
 use super::shared::{check_http, runtime};
 use super::tables::bordered;
 use crate::endpoint::{reasons, shown};
@@ -31,10 +32,7 @@ pub(super) struct StatusArgs {
 }
 
 pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
-    let url = match args.url.contains("://") {
-        true => args.url.clone(),
-        false => format!("http://{}", args.url),
-    };
+    let url = url(&args.url);
     check_http("url", &url)?;
     let status = runtime()?.block_on(ask(&url, args))?;
     if args.json {

@@ -10,7 +10,7 @@ use super::translate::{
     COMPLETION_TOKENS_DEFAULT, Defaults, FieldNames, ResponseOptions, Translator, chat_logprobs,
     completion_logprobs, refuse_in_chats, refuse_unsupported, report, whole,
 };
-use super::work::{self, weight};
+use super::work::{self, SMALL_BYTES_MAX, weight};
 use crate::engine::request::Request;
 use crate::entropy::Entropy;
 use crate::models::chat::ChatTemplate;
@@ -75,8 +75,10 @@ impl Reader<'_> {
         let (model, room, asked) = (Arc::clone(self.model), self.room(common), Arc::clone(request));
         let now_ms = self.now_ms;
         let inputs = (&request.messages, &request.tools, &request.chat_template_kwargs);
-        let prompt =
-            work::run(weight(&inputs), move || chat_prompt(&model, &asked, room, now_ms)).await?;
+        let prompt = work::run(weight(&inputs, SMALL_BYTES_MAX), move || {
+            chat_prompt(&model, &asked, room, now_ms)
+        })
+        .await?;
         let names = FieldNames { prompt: "messages", limit };
         let what = (Endpoint::Chat, names, report, newer.or(older));
         self.finish(common, what, (vec![prompt], tooling)).await

@@ -73,20 +73,23 @@ impl Lane {
     }
 }
 
-/// About how many bytes `value` has as JSON; counting ends once it is certainly large.
-pub fn weight(value: &impl serde::Serialize) -> usize {
-    let mut counter = Counter(0);
+/// How many bytes `value` has as JSON; counting ends once they are more than `most`.
+pub fn weight(value: &impl serde::Serialize, most: usize) -> usize {
+    let mut counter = Counter { bytes: 0, most };
     // The only failure is the counter's own, at which the count is large enough.
     let _ = serde_json::to_writer(&mut counter, value);
-    counter.0
+    counter.bytes
 }
 
-struct Counter(usize);
+struct Counter {
+    bytes: usize,
+    most: usize,
+}
 
 impl Write for Counter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len();
-        if self.0 > SMALL_BYTES_MAX {
+        self.bytes += bytes.len();
+        if self.bytes > self.most {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         Ok(bytes.len())
@@ -140,9 +143,10 @@ mod tests {
 
     #[test]
     fn weights_are_counted_no_further_than_they_matter() {
-        assert_eq!(weight(&"abc"), 5);
+        assert_eq!(weight(&"abc", SMALL_BYTES_MAX), 5);
         assert!(
-            (SMALL_BYTES_MAX..SMALL_BYTES_MAX + (8 << 20)).contains(&weight(&"a".repeat(1 << 20)))
+            (SMALL_BYTES_MAX..SMALL_BYTES_MAX + (8 << 20))
+                .contains(&weight(&"a".repeat(1 << 20), SMALL_BYTES_MAX))
         );
     }
 }

@@ -138,19 +138,21 @@ impl Verification<'_> {
     ///
     /// Where Targon's rules read log-probabilities of which nobody says what distribution they
     /// describe, they may be the model's own or those at the temperature: servers do either. A
-    /// choice that fails as the one is read as the other.
+    /// choice that fails by them as the one is read as the other.
     pub fn capture(self, mut question: Question, capture: &Capture) -> Vec<CheckedChoice> {
         let sent = capture.sent();
         question.adapt(sent);
         let is_open =
             self.profile_for(question.proof) == Profile::Ranks && question.has_unnamed_mode(sent);
         let mut checked = self.reading(&question, sent);
-        let is_rejected =
-            |choice: &CheckedChoice| matches!(choice.report.verdict, Verdict::Reject(_));
-        if is_open && checked.iter().any(is_rejected) {
+        let is_misread = |choice: &CheckedChoice| match &choice.report.verdict {
+            Verdict::Reject(r) => matches!(r.reason, Reason::LogprobMismatch | Reason::Overfit),
+            Verdict::Pass | Verdict::Unscored(_) => false,
+        };
+        if is_open && checked.iter().any(is_misread) {
             question.scale();
             for (first, second) in checked.iter_mut().zip(self.reading(&question, sent)) {
-                if is_rejected(first) && !is_rejected(&second) {
+                if is_misread(first) && !matches!(second.report.verdict, Verdict::Reject(_)) {
                     *first = second;
                 }
             }

@@ -1,6 +1,7 @@
 //! Holds what a round knows of each miner, and makes its part of the record.
 
 use super::terms::{Candidate, Keep};
+use crate::intake::work::weight;
 use crate::store::record::{MinerResponse, Outcome, Sampled, Statistics, Timing};
 use serde_json::Value;
 use std::sync::Arc;
@@ -73,38 +74,26 @@ impl Found {
 
 /// Leaves out what is too much of the captures, the largest first.
 pub(super) fn limit_captures(responses: &mut [MinerResponse]) {
+    let bytes = |capture: &Value| weight(capture, CAPTURE_MAX);
     let mut kept: Vec<(usize, &mut MinerResponse)> = responses
         .iter_mut()
-        .filter_map(|response| Some((length(response.capture.as_ref()?), response)))
+        .filter_map(|response| Some((bytes(response.capture.as_ref()?), response)))
         .collect();
-    kept.sort_by_key(|(length, _)| *length);
+    kept.sort_by_key(|(bytes, _)| *bytes);
     let mut sum = 0;
-    for (length, response) in kept {
-        sum += length;
-        if length > CAPTURE_MAX || sum > CAPTURES_MAX {
-            response.capture = None;
-            let note = format!("; the answer is not kept: {length} bytes are too many");
-            response.error.get_or_insert_default().push_str(&note);
-        }
+    for (bytes, response) in kept {
+        sum += bytes;
+        let whose = match bytes > CAPTURE_MAX {
+            true => format!("it has more than {CAPTURE_MAX} bytes"),
+            false if sum > CAPTURES_MAX => {
+                format!("those of the round have more than {CAPTURES_MAX} bytes")
+            }
+            false => continue,
+        };
+        response.capture = None;
+        let note = format!("; the answer is not kept: {whose}");
+        response.error.get_or_insert_default().push_str(&note);
     }
-}
-
-/// Bytes of a value as JSON.
-pub(super) fn length(value: &Value) -> usize {
-    struct Counter(usize);
-    impl std::io::Write for Counter {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0 += bytes.len();
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut counter = Counter(0);
-    // Neither a value nor a counter can fail.
-    let _ = serde_json::to_writer(&mut counter, value);
-    counter.0
 }
 
 /// The record of a miner in a round that has ended.

@@ -1,6 +1,6 @@
 //! The machine, event by event. Thousands of rounds with a whole subnet are in the simulation.
 
-use super::slot::{CAPTURE_MAX, CAPTURES_MAX, length};
+use super::slot::{CAPTURE_MAX, CAPTURES_MAX};
 use super::*;
 use crate::proof::Scheme;
 use crate::store::record::{MinerResponse, Sampled, Statistics};
@@ -278,11 +278,14 @@ fn junk_is_not_kept_beyond_a_limit() {
     let of = |i: usize| test.ended().responses.iter().find(|r| r.uid == asked[i]).unwrap();
     assert!(of(0).capture.is_none() && of(1).capture.is_some() && of(2).capture.is_some());
     let error = of(0).error.as_deref().unwrap();
-    assert!(error.starts_with("a reason; the answer is not kept: 20"), "{error}");
+    assert!(error == "a reason; the answer is not kept: it has more than 2097152 bytes", "{error}");
     let mut many: Vec<MinerResponse> = vec![of(2).clone(); 30];
     limit_captures(&mut many);
-    let kept: usize = many.iter().filter_map(|r| r.capture.as_ref()).map(length).sum();
+    let kept: usize =
+        many.iter().filter_map(|r| r.capture.as_ref()).map(|c| c.to_string().len()).sum();
     assert!(kept <= CAPTURES_MAX && kept > CAPTURES_MAX - CAPTURE_MAX, "{kept}");
+    let error = many.iter().find(|r| r.capture.is_none()).and_then(|r| r.error.as_deref()).unwrap();
+    assert!(error.ends_with("those of the round have more than 8388608 bytes"), "{error}");
 }
 
 /// What is said of miners that fail by the network, where blocks come after so many seconds.

@@ -54,16 +54,8 @@ impl<P: Ports> Driver<P> {
         }
     }
 
-    pub(super) fn tell_tick(&mut self, key: u64) {
-        self.tell(key, RoundEvent::Tick);
-    }
-
-    pub(super) fn tell_stop(&mut self, key: u64) {
-        self.tell(key, RoundEvent::Stop);
-    }
-
-    pub(super) fn tell_block(&mut self, key: u64) {
-        self.tell(key, RoundEvent::Block);
+    pub(super) fn tell_all(&mut self, keys: Vec<u64>, event: fn() -> RoundEvent) {
+        keys.into_iter().for_each(|key| self.tell(key, event()));
     }
 
     fn tell(&mut self, key: u64, event: RoundEvent) {

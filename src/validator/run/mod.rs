@@ -31,7 +31,7 @@ use crate::chain::pace::{LAG_MAX, Pace};
 use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::store::record::Round;
-use crate::validator::round::{RoundMachine, RoundPhase, RoundSettings, Scene};
+use crate::validator::round::{RoundEvent, RoundMachine, RoundPhase, RoundSettings, Scene};
 use anyhow::anyhow;
 pub use emission::Settled;
 use emission::When;
@@ -351,13 +351,11 @@ impl<P: Ports> Driver<P> {
         let now = self.clock.elapsed();
         if self.stopping.is_some_and(|until| now >= until) {
             let keys: Vec<u64> = self.live.keys().copied().collect();
-            keys.into_iter().for_each(|key| self.tell_stop(key));
+            self.tell_all(keys, || RoundEvent::Stop);
         }
         let due = self.live.iter().filter(|(_, live)| now >= live.machine.deadline());
         let keys: Vec<u64> = due.map(|(key, _)| *key).collect();
-        for key in keys {
-            self.tell_tick(key);
-        }
+        self.tell_all(keys, || RoundEvent::Tick);
     }
 
     /// Begins no new round and cancels queries. Rounds that only wait for verdicts may continue.
@@ -368,7 +366,7 @@ impl<P: Ports> Driver<P> {
         let asking = self.live.iter().filter(|(_, live)| is_asking(live)).map(|(key, _)| *key);
         let keys: Vec<u64> = asking.collect();
         tracing::info!(rounds = self.live.len(), given_up = keys.len(), "stopping");
-        keys.into_iter().for_each(|key| self.tell_stop(key));
+        self.tell_all(keys, || RoundEvent::Stop);
     }
 
     /// Handles a new block: an epoch may begin with it.
@@ -383,7 +381,7 @@ impl<P: Ports> Driver<P> {
         }
         self.epoch.on_block(self.options.epochs, block);
         let keys: Vec<u64> = self.live.keys().copied().collect();
-        keys.into_iter().for_each(|key| self.tell_block(key));
+        self.tell_all(keys, || RoundEvent::Block);
         let turn = block / ORGANICS_EVERY;
         if turn > self.pulled && !self.is_pulling && self.stopping.is_none() {
             (self.pulled, self.is_pulling) = (turn, true);
