@@ -20,10 +20,9 @@ mod tile;
 pub use cache::{BLOCK_TOKENS, BlockLayout, HEAD_DIM_MAX, KvCache, KvDims, Segment};
 pub use layer::{Attention, PARTITION_TOKENS};
 
-use super::dtype::Rounded;
 use super::lanes::dispatch;
 use super::pool::{Disjoint, Turn};
-use super::rowwise::round_piece;
+use super::rounded::Rounded;
 use partial::Partial;
 use std::ops::Range;
 use tile::{Join, TILE_QUERIES, Tile};
@@ -45,14 +44,11 @@ impl KvCache {
     ) {
         let (heads, head_dim) = (attention.heads, self.dims.head_dim);
         let plan = Plan::new(segments, attention, self.dims.kv_heads, turn.threads());
-        let (dtype, out_len) = (out.dtype(), out.cols());
         out.set_rows(qkv.len() / row_len);
-        let (bits, values) = out.parts_mut();
-        let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
+        let out = out.pieces();
         let finish = |row: usize, head: usize, result: &mut Partial| {
-            let at = row * out_len + head * head_dim;
             // SAFETY: each (row, head) is finished by one task.
-            unsafe { round_piece(dtype, result.mean(head_dim), &bits, &values, at) };
+            unsafe { out.round(row, head * head_dim, result.mean(head_dim)) };
         };
         let len = Partial::stored_len(head_dim);
         let mut parts = vec![0.0; plan.parts * len];

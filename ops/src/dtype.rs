@@ -6,7 +6,6 @@
 
 use half::{bf16, f16};
 use std::fmt;
-use std::ops::Range;
 
 /// bf16 magnitudes below 2^-50 count as zero inside the engine.
 pub const BF16_FLUSH: f32 = f32::from_bits((127 - 50) << 23);
@@ -82,86 +81,6 @@ pub fn round_f16(x: f32) -> u16 {
     let finite = if magnitude < 113 << 23 { subnormal } else { normal };
     let value = if magnitude >= 143 << 23 { special } else { finite };
     (sign | value) as u16
-}
-
-/// Rows rounded to a dtype, ready to enter a matrix product: the 16-bit patterns (what the proofs
-/// commit to, and the tiles of AMX multiply) and the same values widened (for FMA).
-pub struct Rounded {
-    dtype: Dtype,
-    cols: usize,
-    bits: Vec<u16>,   // (rows, cols)
-    values: Vec<f32>, // (rows, cols)
-}
-
-impl Rounded {
-    /// No rows of `cols` elements.
-    pub fn new(dtype: Dtype, cols: usize) -> Self {
-        Self { dtype, cols, bits: Vec::new(), values: Vec::new() }
-    }
-
-    /// Sets the number of rows; new rows are zero.
-    pub fn set_rows(&mut self, rows: usize) {
-        self.bits.resize(rows * self.cols, 0);
-        self.values.resize(rows * self.cols, 0.0);
-    }
-
-    /// Rows of the matrix, one for each output.
-    pub fn rows(&self) -> usize {
-        self.values.len() / self.cols
-    }
-
-    /// Elements in a row.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// The type of the 16-bit elements that are stored.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    /// The 16-bit patterns of row `row`.
-    pub fn bits(&self, row: usize) -> &[u16] {
-        &self.bits[row * self.cols..][..self.cols]
-    }
-
-    /// The 16-bit patterns of some rows: (rows, cols).
-    pub fn bits_of(&self, rows: Range<usize>) -> &[u16] {
-        &self.bits[rows.start * self.cols..rows.end * self.cols]
-    }
-
-    /// Row `row`, widened to f32: `cols` values.
-    pub fn values(&self, row: usize) -> &[f32] {
-        &self.values[row * self.cols..][..self.cols]
-    }
-
-    /// Both halves of all rows, to be filled by tasks that own disjoint rows or columns.
-    pub fn parts_mut(&mut self) -> (&mut [u16], &mut [f32]) {
-        (&mut self.bits, &mut self.values)
-    }
-
-    /// Rounds `x` into row `row`.
-    pub fn set_row(&mut self, row: usize, x: &[f32]) {
-        let range = row * self.cols..(row + 1) * self.cols;
-        round_into(self.dtype, x, &mut self.bits[range.clone()], &mut self.values[range]);
-    }
-
-    /// Copies row `from` of `source` into row `row`.
-    pub fn copy_row(&mut self, row: usize, source: &Rounded, from: usize) {
-        assert_eq!((self.cols, self.dtype), (source.cols, source.dtype));
-        let range = row * self.cols..(row + 1) * self.cols;
-        self.bits[range.clone()].copy_from_slice(source.bits(from));
-        self.values[range].copy_from_slice(source.values(from));
-    }
-}
-
-/// Rounds `x` to `dtype`, as bits and as values.
-#[inline(always)]
-pub fn round_into(dtype: Dtype, x: &[f32], bits: &mut [u16], values: &mut [f32]) {
-    for ((x, b), v) in x.iter().zip(bits).zip(values) {
-        *b = dtype.round(*x);
-        *v = dtype.widen(*b);
-    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! Computes the gated half of a perceptron, of dense layers and of experts.
 
-use super::dtype::Rounded;
 use super::matmul::{Packed, matmul_gated};
-use super::pool::{Disjoint, Turn};
+use super::pool::Turn;
+use super::rounded::Rounded;
 use super::rounding::Rounding;
-use super::rowwise::{Activation, round_piece};
+use super::rowwise::Activation;
 
 /// `out = round(activation(gate x) * (up x))`, both halves of a block in one task; `rounding` is
 /// that of what comes between. `gate_up` has alternating blocks ([`super::matmul::gated_row`]).
@@ -15,10 +15,9 @@ pub fn gated(
     x: &Rounded,
     out: &mut Rounded,
 ) {
-    let (inter, dtype, isa) = (out.cols(), out.dtype(), turn.isa());
+    let (inter, isa) = (out.cols(), turn.isa());
     out.set_rows(x.rows());
-    let (bits, values) = out.parts_mut();
-    let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
+    let out = out.pieces();
     matmul_gated(turn, gate_up, x, |token, rows, gate, up| {
         // Half of the last block may be padding alone.
         let len = inter.min(rows.end).saturating_sub(rows.start);
@@ -28,7 +27,7 @@ pub fn gated(
         let gate = &mut gate[..len];
         rounding.gate(isa, activation, gate, &up[..len]);
         // SAFETY: rows of one token are disjoint between calls.
-        unsafe { round_piece(dtype, gate, &bits, &values, token * inter + rows.start) };
+        unsafe { out.round(token, rows.start, gate) };
     });
 }
 

@@ -34,6 +34,7 @@ pub mod philox;
 pub mod pool;
 pub mod product;
 pub mod rope;
+pub mod rounded;
 pub mod rounding;
 pub mod rowwise;
 mod tasks;

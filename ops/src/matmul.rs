@@ -10,10 +10,11 @@
 
 use super::amx::unit::{OUTPUTS, ROWS_MAX, Tiles};
 use super::buffer::Buffer;
-use super::dtype::{Dtype, Rounded, round_bf16};
+use super::dtype::{Dtype, round_bf16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
 use super::product::{BLOCK_K, VEC_STRIDE, offset, product};
+use super::rounded::Rounded;
 use super::tasks::{Grain, Task, Tasks};
 use std::ops::Range;
 
@@ -418,8 +419,10 @@ impl Part<'_> {
         out: &mut [[f32; BLOCK_ROWS]; T],
     ) -> usize {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
-        let next = if T >= AHEAD_TOKENS_MIN { self.w.ahead(self.block, vec) } else { None };
-        let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.values(first + t));
+        let is_first = first == self.tokens.start;
+        let ahead = (is_first && T >= AHEAD_TOKENS_MIN).then(|| self.w.ahead(self.block, vec));
+        let next = ahead.flatten();
+        let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.input(first + t));
         let acc = match self.w.dtype {
             Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x, next),
             Dtype::F16 => product::<L, T, V, true>(w, pairs, x, next),

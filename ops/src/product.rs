@@ -8,7 +8,9 @@
 //! `odd` over 1, 3, ..., 31. Its sum is `even + odd`; the result starts from +0 and adds the sums
 //! in ascending order. This is what one TDPBF16PS of AMX does per block (Intel's manual, and
 //! 512,000 outputs of a Sapphire Rapids), and what two FMAs repeat on every other CPU and on a GPU.
-//! [`amx`](super::amx) uses that instruction itself.
+//! [`amx`](super::amx) uses that instruction itself. VDPBF16PS of AVX-512 BF16 adds two products to
+//! an accumulator one after the other, so it is two steps of a chain at once where its operands
+//! hold elements that are 2 apart.
 //!
 //! # Zeros
 //!
@@ -56,6 +58,37 @@ pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usiz
     }
 }
 
+/// A row of inputs, rounded to 16 bits: as f32, and as [`fours_into`](super::rounded) has them.
+#[derive(Clone, Copy)]
+pub(super) struct Input<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) fours: &'a [u32],
+}
+
+/// Where the values of a row begin.
+#[derive(Clone, Copy)]
+pub(super) struct At {
+    values: *const f32,
+    fours: *const u32,
+}
+
+impl Input<'_> {
+    pub(super) fn start(self) -> At {
+        At { values: self.values.as_ptr(), fours: self.fours.as_ptr() }
+    }
+}
+
+impl At {
+    pub(super) const NOWHERE: At = At { values: std::ptr::null(), fours: std::ptr::null() };
+
+    /// # Safety
+    /// The row must have `k` values, a multiple of four, before others.
+    unsafe fn add(self, k: usize) -> At {
+        // SAFETY: the caller's promise; two of each four values share one element of `fours`.
+        unsafe { At { values: self.values.add(k), fours: self.fours.add(k / 2) } }
+    }
+}
+
 /// Products of `T` rows of inputs with `V` vectors of 16 outputs from `w` on: `pairs` pairs of k
 /// that lie `stride` apart. Input `t` is `x(t)`, 2 * `pairs` values. `next` lies as `w` does and is
 /// read after it, so it is prefetched meanwhile.
@@ -63,14 +96,15 @@ pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usiz
 pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: bool>(
     w: &[u16],
     (pairs, stride): (usize, usize),
-    x: impl Fn(usize) -> &'x [f32],
+    x: impl Fn(usize) -> Input<'x>,
     next: Option<&[u16]>,
 ) -> [[L; V]; T] {
     assert!(pairs > 0 && w.len() >= (pairs - 1) * stride + V * VEC_STRIDE);
-    let mut inputs = [std::ptr::null::<f32>(); T];
+    let mut inputs = [At::NOWHERE; T];
     for (t, input) in inputs.iter_mut().enumerate() {
-        assert!(x(t).len() == 2 * pairs);
-        *input = x(t).as_ptr();
+        let x = x(t);
+        assert!(x.values.len() == 2 * pairs && x.fours.len() >= pairs);
+        *input = x.start();
     }
     let mut acc = [[L::splat(0.0); V]; T];
     let mut first = 0;
@@ -108,13 +142,15 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
 pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     w: *const u16,
     (count, stride): (usize, usize),
-    inputs: &[*const f32; T],
+    inputs: &[At; T],
     next: Option<*const u16>,
 ) -> [[L; V]; T] {
     let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
     // SAFETY: the caller's promise.
     unsafe {
-        if 2 * T * V <= L::CHAINS {
+        if L::HAS_DOT && !F16 {
+            (even, odd) = dots::<L, T, V>(w, (count, stride), inputs, next);
+        } else if 2 * T * V <= L::CHAINS {
             for p in 0..count {
                 prefetch_pair::<V>(next, p * stride);
                 step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
@@ -148,6 +184,100 @@ fn prefetch_pair<const V: usize>(next: Option<*const u16>, offset: usize) {
     }
 }
 
+/// The two chains of a block by [`dot_bf16`](Lanes::dot_bf16): two pairs of k are one step of each.
+/// They take turns as in [`block`].
+///
+/// # Safety
+/// As for [`block`].
+#[inline(always)]
+unsafe fn dots<L: Lanes, const T: usize, const V: usize>(
+    w: *const u16,
+    (count, stride): (usize, usize),
+    inputs: &[At; T],
+    next: Option<*const u16>,
+) -> ([[L; V]; T], [[L; V]; T]) {
+    let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
+    let is_beside = 2 * T * V <= L::CHAINS;
+    for p in (0..count).step_by(2) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let pairs = TwoPairs::of(w, p, (count, stride));
+            dot_step::<L, T, V, false>(pairs, inputs, p, &mut even);
+            if is_beside {
+                prefetch_pair::<V>(next, p * stride);
+                prefetch_pair::<V>(next, (p + 1) * stride);
+                dot_step::<L, T, V, true>(pairs, inputs, p, &mut odd);
+            }
+        }
+    }
+    if !is_beside {
+        for p in (0..count).step_by(2) {
+            prefetch_pair::<V>(next, p * stride);
+            prefetch_pair::<V>(next, (p + 1) * stride);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let pairs = TwoPairs::of(w, p, (count, stride));
+                dot_step::<L, T, V, true>(pairs, inputs, p, &mut odd);
+            }
+        }
+    }
+    (even, odd)
+}
+
+/// Pairs `p` and `p + 1` of k: where their first vectors lie, and how far apart those of the second
+/// are. Where a block ends with the first, the second is zero.
+#[derive(Clone, Copy)]
+struct TwoPairs {
+    first: *const u16,
+    second: *const u16,
+    second_stride: usize,
+}
+
+impl TwoPairs {
+    /// # Safety
+    /// `w` must be readable for `count` pairs `stride` apart, of which `p` is one.
+    #[inline(always)]
+    unsafe fn of(w: *const u16, p: usize, (count, stride): (usize, usize)) -> Self {
+        static ZEROS: [u16; VEC_STRIDE] = [0; VEC_STRIDE];
+        // SAFETY: the caller's promise.
+        let first = unsafe { w.add(p * stride) };
+        match p + 1 < count {
+            // SAFETY: the caller's promise.
+            true => Self { first, second: unsafe { first.add(stride) }, second_stride: VEC_STRIDE },
+            false => Self { first, second: ZEROS.as_ptr(), second_stride: 0 },
+        }
+    }
+}
+
+/// One step of the odd or the even chains.
+///
+/// # Safety
+/// The pairs must be readable for `V` vectors, the inputs at `p` and `p + 1`.
+#[inline(always)]
+unsafe fn dot_step<L: Lanes, const T: usize, const V: usize, const ODD: bool>(
+    pairs: TwoPairs,
+    inputs: &[At; T],
+    p: usize,
+    acc: &mut [[L; V]; T],
+) {
+    let mut row = [L::splat(0.0); V];
+    for v in 0..V {
+        // SAFETY: the caller's promise.
+        row[v] = unsafe {
+            let first = pairs.first.add(v * VEC_STRIDE);
+            let second = pairs.second.add(v * pairs.second_stride);
+            if ODD { L::odd_halves(first, second) } else { L::even_halves(first, second) }
+        };
+    }
+    for t in 0..T {
+        // SAFETY: the caller's promise.
+        let x = unsafe { &*inputs[t].fours.add(p + usize::from(ODD)) };
+        for v in 0..V {
+            acc[t][v] = row[v].dot_bf16(x, acc[t][v]);
+        }
+    }
+}
+
 /// One k of a tile: the odd or the even elements of the pairs at `w`.
 ///
 /// # Safety
@@ -155,7 +285,7 @@ fn prefetch_pair<const V: usize>(next: Option<*const u16>, offset: usize) {
 #[inline(always)]
 unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const ODD: bool>(
     w: *const u16,
-    inputs: &[*const f32; T],
+    inputs: &[At; T],
     k: usize,
     acc: &mut [[L; V]; T],
 ) {
@@ -168,7 +298,7 @@ unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const 
     }
     for t in 0..T {
         // SAFETY: the caller's promise.
-        let x = L::splat(unsafe { *inputs[t].add(k) });
+        let x = L::splat(unsafe { *inputs[t].values.add(k) });
         for v in 0..V {
             acc[t][v] = row[v].mul_add(x, acc[t][v]);
         }

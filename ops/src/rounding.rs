@@ -5,10 +5,11 @@
 //! of the canon: so its rows err as honest rows of other software do, and their distance from ours
 //! says how far an honest row may lie.
 
-use super::dtype::{Dtype, Rounded};
+use super::dtype::Dtype;
 use super::lanes::Isa;
 use super::pool::{Disjoint, Turn};
 use super::rope::RopeTable;
+use super::rounded::Rounded;
 use super::rowwise::{Activation, Norm};
 
 /// Values that a task rounds at once.

@@ -3,10 +3,10 @@
 //! A row is reduced in sixteen lanes (element i goes to lane i mod 16) and one tree, whatever the
 //! batch; a tail shorter than sixteen is padded with zeros.
 
-use super::dtype::{Dtype, round_into};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::math;
 use super::pool::{Disjoint, Turn};
+use super::rounded::Rounded;
 
 /// RMS norm: `y = x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich, 2019).
 pub struct Norm {
@@ -31,20 +31,19 @@ impl Norm {
     }
 
     /// Normalises every row of `x` (tokens, cols) into `out`, rounded to its dtype.
-    pub fn apply_rounded(&self, turn: &Turn<'_>, x: &[f32], out: &mut super::dtype::Rounded) {
-        let (cols, dtype) = (self.cols(), out.dtype());
+    pub fn apply_rounded(&self, turn: &Turn<'_>, x: &[f32], out: &mut Rounded) {
+        let cols = self.cols();
         let rows = x.len() / cols;
         out.set_rows(rows);
-        let (bits, values) = out.parts_mut();
-        let (bits, values) = (Disjoint::new(bits), Disjoint::new(values));
+        let out = out.pieces();
         turn.run_ranges(rows, 8, |range| {
             for row in range {
-                let at = row * cols..(row + 1) * cols;
+                let norm = |values: &mut [f32]| {
+                    values.copy_from_slice(&x[row * cols..(row + 1) * cols]);
+                    self.apply(turn.isa(), values);
+                };
                 // SAFETY: each row belongs to one task.
-                let (bits, values) = unsafe { (bits.piece(at.clone()), values.piece(at.clone())) };
-                values.copy_from_slice(&x[at]);
-                self.apply(turn.isa(), values);
-                round_in_place(dtype, bits, values);
+                unsafe { out.fill(row, 0, cols, norm) };
             }
         });
     }
@@ -71,13 +70,6 @@ impl Norm {
     /// Normalises one row in place.
     pub fn apply(&self, isa: Isa, row: &mut [f32]) {
         dispatch(isa, NormRow { norm: self, row });
-    }
-}
-
-fn round_in_place(dtype: Dtype, bits: &mut [u16], values: &mut [f32]) {
-    for (b, v) in bits.iter_mut().zip(values) {
-        *b = dtype.round(*v);
-        *v = dtype.widen(*b);
     }
 }
 
@@ -202,23 +194,6 @@ impl Kernel for Softcap<'_> {
     }
 }
 
-/// Rounds a block of columns of one token: `x` into bits and values at `at`.
-///
-/// # Safety
-/// No other task may touch `at` of the same phase.
-pub(super) unsafe fn round_piece(
-    dtype: Dtype,
-    x: &[f32],
-    bits: &Disjoint<'_, u16>,
-    values: &Disjoint<'_, f32>,
-    at: usize,
-) {
-    let range = at..at + x.len();
-    // SAFETY: the caller's promise.
-    let (bits, values) = unsafe { (bits.piece(range.clone()), values.piece(range)) };
-    round_into(dtype, x, bits, values);
-}
-
 /// Softmax in place, summed in ascending order.
 pub fn softmax(isa: Isa, row: &mut [f32]) {
     dispatch(isa, Softmax(row));
@@ -247,7 +222,7 @@ impl Kernel for Softmax<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::dtype::Rounded;
+    use super::super::dtype::Dtype;
     use super::super::lanes::Isa;
     use super::super::pool::Pool;
     use super::*;

@@ -5,10 +5,11 @@
 use super::ceilings::best_of;
 use super::host::Say;
 use crate::ops::attention::{Attention, BLOCK_TOKENS, KvCache, KvDims, Segment};
-use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::dtype::Dtype;
 use crate::ops::lanes::{Isa, Kernel, Lanes, dispatch};
 use crate::ops::matmul::{Packed, matmul_into};
 use crate::ops::pool::{Pool, Turn};
+use crate::ops::rounded::Rounded;
 use std::hint::black_box;
 
 /// Runs of a measurement whose fastest counts.

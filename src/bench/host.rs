@@ -10,13 +10,15 @@ use std::path::{Path, PathBuf};
 /// Takes the lines of a measurement's text, as they come.
 pub type Say<'a> = &'a mut dyn FnMut(String);
 
-/// Compute threads for every core.
+/// Compute threads for every core, with the instruction set that `TARGON_ISA` names, or the fastest.
 ///
 /// # Errors
-/// When threads cannot be started.
+/// When this CPU has no such set, or threads cannot be started.
 pub fn pool() -> anyhow::Result<Pool> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    Pool::new(threads, Isa::best()).context("threads cannot be started")
+    let named = std::env::var("TARGON_ISA").ok().map(|name| name.parse());
+    let isa = named.transpose().context("TARGON_ISA")?.unwrap_or_else(Isa::best);
+    Pool::new(threads, isa).context("threads cannot be started")
 }
 
 /// The model to measure: the one that is named, else what `scripts/fetch-model` fetched.

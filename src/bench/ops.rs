@@ -3,9 +3,10 @@
 use super::ceilings::{best_of, product_peak, read_bandwidth};
 use super::host::{self, Say};
 use crate::ops::attention::{Attention, KvCache, KvDims, Segment};
-use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, matmul_into};
 use crate::ops::pool::Turn;
+use crate::ops::rounded::Rounded;
 
 /// Measures matrix products and attention, on an otherwise idle machine.
 ///

@@ -6,7 +6,7 @@ use super::partial::Partial;
 use crate::dtype::{Dtype, round_bf16, round_f16};
 use crate::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::math;
-use crate::product::{VEC_STRIDE, block, product};
+use crate::product::{At, Input, VEC_STRIDE, block, product};
 use std::ops::Range;
 
 /// Queries of one tile at most.
@@ -16,6 +16,16 @@ const VALUE_VECS: usize = 4;
 
 /// Scores or weights of the positions of a block.
 type Scores = [f32; BLOCK_TOKENS];
+/// `N` values rounded to the cache's type, in the forms of an [`Input`]; `PAIRS` is half of `N`.
+#[derive(Clone, Copy)]
+struct Row<const N: usize, const PAIRS: usize> {
+    values: [f32; N],
+    fours: [u32; PAIRS],
+}
+/// A query.
+type Query = Row<HEAD_DIM_MAX, { HEAD_DIM_MAX / 2 }>;
+/// The weights of the positions of a block.
+type Weights = Row<BLOCK_TOKENS, { BLOCK_TOKENS / 2 }>;
 
 /// Up to six queries that share a key/value head.
 pub(super) struct Tile<'a> {
@@ -86,11 +96,11 @@ where
     fn run<L: Lanes>(self) {
         let tile = &self.tile;
         let head_dim = tile.cache.dims.head_dim;
-        let (mut queries, mut seen) = ([[0.0_f32; HEAD_DIM_MAX]; T], [const { 0..0 }; T]);
+        let (mut queries, mut seen) = ([Query::ZERO; T], [const { 0..0 }; T]);
         for t in 0..T {
             let ((row, head), (qkv, row_len)) = (tile.query(t), tile.qkv);
             let from = &qkv[row * row_len + head * head_dim..][..head_dim];
-            round_to::<L, F16>(from, &mut queries[t]);
+            queries[t].round::<L, F16>(from);
             seen[t] = tile.attention.seen(tile.segment.position(row));
         }
         let mut total = [Partial::NOTHING; T];
@@ -127,7 +137,7 @@ impl Tile<'_> {
     fn partition<L: Lanes, const T: usize, const F16: bool>(
         &self,
         partition: usize,
-        queries: &[[f32; HEAD_DIM_MAX]; T],
+        queries: &[Query; T],
         seen: &[Range<usize>; T],
         part: &mut [Partial; T],
     ) {
@@ -147,10 +157,10 @@ impl Tile<'_> {
                 *valid = seen.start.clamp(base, base + BLOCK_TOKENS) - base
                     ..seen.end.clamp(base, base + BLOCK_TOKENS) - base;
             }
-            let rescale = self.soften::<L, T, F16>(&mut scores, &valid, part);
+            let (weights, rescale) = self.soften::<L, T, F16>(&mut scores, &valid, part);
             let pairs = (end - base).min(BLOCK_TOKENS).div_ceil(2);
             let values = Values { pairs, head_dim, now: values, next: next.map(|next| next.1) };
-            accumulate::<L, T, F16>(values, &scores, rescale, part);
+            accumulate::<L, T, F16>(values, &weights, rescale, part);
         }
     }
 
@@ -161,15 +171,15 @@ impl Tile<'_> {
     }
 
     /// Turns scores into weights relative to each query's new maximum, rounded to the cache's type,
-    /// updates the sums and returns the factors on what was accumulated before. A query that sees
-    /// nothing of the block gets weights of zero and a factor of one.
+    /// updates the sums and returns them, with the factors on what was accumulated before. A query
+    /// that sees nothing of the block gets weights of zero and a factor of one.
     #[inline(always)]
     fn soften<L: Lanes, const T: usize, const F16: bool>(
         &self,
         scores: &mut [Scores; T],
         valid: &[Range<usize>; T],
         part: &mut [Partial; T],
-    ) -> [f32; T] {
+    ) -> ([Weights; T], [f32; T]) {
         let mut falls = [0.0_f32; LANES]; // old maximum - new maximum
         for t in 0..T {
             let block_max = self.mask::<L>(&mut scores[t], &valid[t]);
@@ -179,11 +189,10 @@ impl Tile<'_> {
         }
         // SAFETY: the array holds 16 values.
         let factors = math::exp(unsafe { L::load(falls.as_ptr()) }).to_array();
-        let mut rescale = [1.0; T];
+        let (mut weights, mut rescale) = ([Weights::ZERO; T], [1.0; T]);
         for t in 0..T {
             rescale[t] = factors[t];
             if valid[t].is_empty() {
-                scores[t].fill(0.0);
                 continue;
             }
             let mut vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
@@ -193,11 +202,11 @@ impl Tile<'_> {
             }
             let mut exact = [0.0; BLOCK_TOKENS];
             store_vecs(&vecs, &mut exact);
-            round_to::<L, F16>(&exact, &mut scores[t]);
-            let vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
+            weights[t].round::<L, F16>(&exact);
+            let vecs: [L; KEY_VECS] = load_vecs(&weights[t].values);
             part[t].sum = part[t].sum.mul_add(rescale[t], vecs[0].add(vecs[1]).sum());
         }
-        rescale
+        (weights, rescale)
     }
 
     /// Scales and caps one query's scores, puts -infinity where it does not see, and returns the
@@ -227,19 +236,35 @@ fn partitions(seen: &[Range<usize>]) -> Range<usize> {
     first..seen.iter().map(|s| s.end).max().unwrap_or(0).div_ceil(PARTITION_TOKENS)
 }
 
-/// Rounds `from`, whole vectors, to the cache's type, as values.
-#[inline(always)]
-fn round_to<L: Lanes, const F16: bool>(from: &[f32], to: &mut [f32]) {
-    for (from, to) in from.chunks_exact(LANES).zip(to.chunks_exact_mut(LANES)) {
-        let mut bits = [0; LANES];
-        for (bits, x) in bits.iter_mut().zip(from) {
-            *bits = if F16 { round_f16(*x) } else { round_bf16(*x) };
+impl<const N: usize, const PAIRS: usize> Row<N, PAIRS> {
+    const ZERO: Self = Self { values: [0.0; N], fours: [0; PAIRS] };
+
+    /// Rounds `from`, whole vectors, to the cache's type.
+    #[inline(always)]
+    fn round<L: Lanes, const F16: bool>(&mut self, from: &[f32]) {
+        let fours = self.fours.chunks_exact_mut(LANES / 2);
+        let to = self.values.chunks_exact_mut(LANES).zip(fours);
+        for (from, (values, fours)) in from.chunks_exact(LANES).zip(to) {
+            let mut bits = [0; LANES];
+            for (bits, x) in bits.iter_mut().zip(from) {
+                *bits = if F16 { round_f16(*x) } else { round_bf16(*x) };
+            }
+            // SAFETY: arrays and chunks have 16 values, those of fours 8.
+            unsafe {
+                let bits = bits.as_ptr();
+                let widened = if F16 { L::load_f16(bits) } else { L::load_bf16(bits) };
+                widened.store(values.as_mut_ptr());
+                if L::HAS_DOT && !F16 {
+                    widened.store_fours(fours.as_mut_ptr());
+                }
+            }
         }
-        // SAFETY: arrays and chunks have 16 values.
-        unsafe {
-            let values = if F16 { L::load_f16(bits.as_ptr()) } else { L::load_bf16(bits.as_ptr()) };
-            values.store(to.as_mut_ptr());
-        }
+    }
+
+    /// The first `count` values.
+    #[inline(always)]
+    fn first(&self, count: usize) -> Input<'_> {
+        Input { values: &self.values[..count], fours: &self.fours[..count / 2] }
     }
 }
 
@@ -249,10 +274,10 @@ fn round_to<L: Lanes, const F16: bool>(from: &[f32], to: &mut [f32]) {
 fn scores<L: Lanes, const T: usize, const F16: bool>(
     keys: &[u16],
     head_dim: usize,
-    queries: &[[f32; HEAD_DIM_MAX]; T],
+    queries: &[Query; T],
     next: Option<&[u16]>,
 ) -> [Scores; T] {
-    let (pairs, query) = ((head_dim / 2, KEY_STRIDE), |t: usize| &queries[t][..head_dim]);
+    let (pairs, query) = ((head_dim / 2, KEY_STRIDE), |t: usize| queries[t].first(head_dim));
     let mut scores = [[0.0_f32; BLOCK_TOKENS]; T];
     if L::ROW_VECS >= KEY_VECS {
         let acc = product::<L, T, KEY_VECS, F16>(keys, pairs, query, next);
@@ -303,7 +328,7 @@ struct Values<'a> {
 #[inline(always)]
 fn accumulate<L: Lanes, const T: usize, const F16: bool>(
     values: Values<'_>,
-    weights: &[Scores; T],
+    weights: &[Weights; T],
     rescale: [f32; T],
     part: &mut [Partial; T],
 ) {
@@ -324,15 +349,15 @@ fn accumulate<L: Lanes, const T: usize, const F16: bool>(
 fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     Values { pairs, head_dim, now, next }: Values<'_>,
     d: usize,
-    weights: &[Scores; T],
+    weights: &[Weights; T],
     rescale: [f32; T],
     part: &mut [Partial; T],
 ) {
     assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX && pairs <= BLOCK_TOKENS / 2);
     assert!(pairs == 0 || now.len() >= (pairs - 1) * 2 * head_dim + 2 * (d + V * LANES));
-    let mut inputs = [std::ptr::null::<f32>(); T];
+    let mut inputs = [At::NOWHERE; T];
     for t in 0..T {
-        inputs[t] = weights[t].as_ptr();
+        inputs[t] = weights[t].first(2 * pairs).start();
     }
     let next = next.map(|next| next.as_ptr().wrapping_add(2 * d));
     // SAFETY: in bounds by the assertions above; a row of weights has two for each pair.

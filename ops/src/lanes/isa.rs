@@ -14,6 +14,8 @@ pub struct Isa(Set);
 pub(super) enum Set {
     /// AVX-512, and the bf16 tiles of AMX for products of several rows.
     Amx,
+    /// AVX-512 as below, and its BF16 for products.
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ and VL, with FMA and F16C.
     Avx512,
     /// AVX2 with FMA and F16C.
@@ -43,7 +45,7 @@ impl Isa {
     pub(crate) fn available_and_emulated() -> Vec<Isa> {
         let mut sets = Isa::available();
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if sets[0].0 == Set::Avx512 {
+        if matches!(sets[0].0, Set::Avx512Bf16 | Set::Avx512) {
             super::super::amx::emulated::install();
             sets.push(Isa(Set::Amx));
         }
@@ -67,13 +69,15 @@ impl Isa {
 }
 
 impl Set {
-    const ALL: [Set; 5] = [Set::Amx, Set::Avx512, Set::Avx2, Set::Neon, Set::Scalar];
+    const ALL: [Set; 6] =
+        [Set::Amx, Set::Avx512Bf16, Set::Avx512, Set::Avx2, Set::Neon, Set::Scalar];
 
     #[cfg(target_arch = "x86_64")]
     fn is_available(self) -> bool {
         let fma = is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         match self {
             Set::Amx => Set::Avx512.is_available() && usable().is_ok(),
+            Set::Avx512Bf16 => super::dot::is_usable(),
             Set::Avx512 => {
                 fma && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -91,7 +95,7 @@ impl Set {
         match self {
             Set::Neon => cfg!(target_arch = "aarch64"),
             Set::Scalar => true,
-            Set::Amx | Set::Avx512 | Set::Avx2 => false,
+            Set::Amx | Set::Avx512Bf16 | Set::Avx512 | Set::Avx2 => false,
         }
     }
 }
@@ -106,6 +110,7 @@ impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Set::Amx => "amx",
+            Set::Avx512Bf16 => "avx512-bf16",
             Set::Avx512 => "avx512",
             Set::Avx2 => "avx2",
             Set::Neon => "neon",
@@ -120,6 +125,12 @@ pub enum IsaError {
     /// Tiles cannot be used.
     #[error("amx cannot be used: {0}; it has {available}", available = names(&Isa::available()))]
     Tiles(TilesError),
+    /// VDPBF16PS does not compute the canon.
+    #[error(
+        "avx512-bf16 is not used: this CPU's VDPBF16PS gives other bits than the canon; it has {}",
+        names(&Isa::available())
+    )]
+    Dot,
     /// This CPU lacks it.
     #[error("this CPU has no {0}; it has {available}", available = names(&Isa::available()))]
     Missing(String),
@@ -140,6 +151,8 @@ impl FromStr for Isa {
             Some(set) if set.is_available() => Ok(Isa(set)),
             Some(set) => Err(match (set, usable()) {
                 (Set::Amx, Err(why)) => IsaError::Tiles(why),
+                #[cfg(target_arch = "x86_64")]
+                (Set::Avx512Bf16, _) if super::dot::is_there() => IsaError::Dot,
                 _ => IsaError::Missing(set.to_string()),
             }),
             None => Err(IsaError::Unknown(name.to_owned())),

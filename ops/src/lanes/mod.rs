@@ -13,6 +13,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod dot;
 mod isa;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -31,7 +33,13 @@ pub use vector::{Kernel, LANES, Lanes};
 pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
     match isa.set() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: an `Isa` is only made of what the CPU was found to have; AMX needs AVX-512 too.
+        // SAFETY: an `Isa` is only made of what the CPU was found to have.
+        Set::Avx512Bf16 => unsafe { avx512::run_with_dot(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above; AMX needs AVX-512 too, and was not asked for its BF16.
+        Set::Amx if dot::is_usable() => unsafe { avx512::run_with_dot(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
         Set::Amx | Set::Avx512 => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.

@@ -3,6 +3,9 @@
 /// Lanes in one vector, whatever the hardware width.
 pub const LANES: usize = 16;
 
+/// The high half of a lane.
+const HIGH: u32 = 0xffff_0000;
+
 /// Sixteen f32 values; the text of [`lanes`](super) is the contract.
 pub trait Lanes: Copy + Send + Sync {
     /// Vectors of 16 output rows that a matrix tile keeps in registers.
@@ -10,6 +13,9 @@ pub trait Lanes: Copy + Send + Sync {
     /// Accumulators that a tile keeps in registers. Where the two chains of all its outputs fit,
     /// they run side by side, else one after the other. The bits are the same.
     const CHAINS: usize;
+    /// Whether [`dot_bf16`](Self::dot_bf16) is one instruction. Where it is not, products use
+    /// [`mul_add`](Self::mul_add).
+    const HAS_DOT: bool = false;
 
     /// All lanes `x`.
     fn splat(x: f32) -> Self;
@@ -63,6 +69,53 @@ pub trait Lanes: Copy + Send + Sync {
     /// `from` must be readable for 16 values.
     unsafe fn load_f16(from: *const u16) -> Self;
 
+    /// `c`, and the products of the high and then of the low bf16 halves of the lanes' bits and of
+    /// `x` added to it: two fused multiply-adds.
+    #[inline(always)]
+    fn dot_bf16(self, x: &u32, c: Self) -> Self {
+        let high = |bits: u32| f32::from_bits(bits & HIGH);
+        let low = |bits: u32| f32::from_bits(bits << 16);
+        let mut sums = c.to_array();
+        for (sum, w) in sums.iter_mut().zip(self.to_array().map(f32::to_bits)) {
+            *sum = low(w).mul_add(low(*x), high(w).mul_add(high(*x), *sum));
+        }
+        // SAFETY: `sums` holds 16 values.
+        unsafe { Self::load(sums.as_ptr()) }
+    }
+    /// The even elements of two vectors of interleaved bf16 pairs, as bits: those of `first` in the
+    /// high half of each lane, those of `second` in the low one.
+    ///
+    /// # Safety
+    /// Both must be readable for 32 values.
+    #[inline(always)]
+    unsafe fn even_halves(first: *const u16, second: *const u16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { halves(first, second) }
+    }
+    /// The odd elements in the same way.
+    ///
+    /// # Safety
+    /// Both must be readable for 32 values.
+    #[inline(always)]
+    unsafe fn odd_halves(first: *const u16, second: *const u16) -> Self {
+        // SAFETY: the caller's promise; the odd element of a pair follows the even one.
+        unsafe { halves(first.add(1), second.add(1)) }
+    }
+    /// Writes lanes that hold bf16 values as halves to the first 8 places at `to`: of each four, the
+    /// first and the third are in one place, the second and the fourth in the next.
+    ///
+    /// # Safety
+    /// `to` must be writable for 8 values.
+    #[inline(always)]
+    unsafe fn store_fours(self, to: *mut u32) {
+        let bits = self.to_array().map(f32::to_bits);
+        for place in 0..LANES / 2 {
+            let first = place / 2 * 4 + place % 2;
+            // SAFETY: the caller's promise.
+            unsafe { *to.add(place) = bits[first] | bits[first + 2] >> 16 };
+        }
+    }
+
     /// The lanes as an array.
     #[inline(always)]
     fn to_array(self) -> [f32; LANES] {
@@ -95,6 +148,22 @@ pub trait Lanes: Copy + Send + Sync {
         }
         lanes[0]
     }
+}
+
+/// Every other bf16 value at `first` and at `second`, as bits: the high and the low half of lanes.
+///
+/// # Safety
+/// Both must be readable for 31 values.
+#[inline(always)]
+unsafe fn halves<L: Lanes>(first: *const u16, second: *const u16) -> L {
+    let mut lanes = [0.0; LANES];
+    for (i, lane) in lanes.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let (high, low) = unsafe { (*first.add(2 * i), *second.add(2 * i)) };
+        *lane = f32::from_bits(u32::from(high) << 16 | u32::from(low));
+    }
+    // SAFETY: `lanes` holds 16 values.
+    unsafe { L::load(lanes.as_ptr()) }
 }
 
 /// A computation written once over [`Lanes`]. `run` must be `#[inline(always)]`.

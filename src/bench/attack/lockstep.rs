@@ -210,8 +210,9 @@ fn rewrite(cache: &mut KvCache, block: u32, slot: usize, change: fn(&mut [f32]))
 mod tests {
     use super::*;
     use crate::ops::attention::{Attention, KvDims, Segment};
-    use crate::ops::dtype::{Dtype, Rounded};
+    use crate::ops::dtype::Dtype;
     use crate::ops::pool::Pool;
+    use crate::ops::rounded::Rounded;
 
     #[test]
     fn what_is_typical_depends_on_how_sure_the_model_is() {

@@ -4,7 +4,8 @@
 use super::runner::{KernelRunner, same};
 use crate::models::cuda::launch::{AttentionShape, Memory, Pointer, QueryTile, args};
 use crate::ops::attention::{Attention, BLOCK_TOKENS, KvCache, KvDims, PARTITION_TOKENS, Segment};
-use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::dtype::Dtype;
+use crate::ops::rounded::Rounded;
 use anyhow::{Context, ensure};
 
 /// How far a result may be from the one in f64, in units of the mean magnitude of the values:

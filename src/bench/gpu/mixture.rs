@@ -3,10 +3,10 @@
 
 use super::runner::{KernelRunner, same, same_words, words};
 use crate::models::cuda::launch::{Memory, args};
-use crate::ops::dtype::Rounded;
 use crate::ops::lanes::{Lanes, Scalar};
 use crate::ops::math;
 use crate::ops::matmul::{Packed, matmul_into};
+use crate::ops::rounded::Rounded;
 
 const EXPERTS: usize = 6;
 /// Experts of a token.

@@ -4,10 +4,11 @@
 use crate::bench::host::Say;
 use crate::models::cuda::Card;
 use crate::models::cuda::launch::{Arg, Launch, Memory, Pinned, Stream, values_of};
-use crate::ops::dtype::{Dtype, Rounded};
+use crate::ops::dtype::Dtype;
 use crate::ops::lcg::Lcg;
 use crate::ops::matmul::{Packed, matmul_into};
 use crate::ops::pool::Pool;
+use crate::ops::rounded::Rounded;
 use anyhow::ensure;
 use std::sync::Arc;
 

@@ -10,8 +10,8 @@ use super::pass::{Batch, Pass, PassFault, RowAsk, RowFault, RowResult, logit_row
 use super::rows::{HiddenRow, answer};
 use super::spec::Spec;
 use crate::ops::attention::KvCache;
-use crate::ops::dtype::Rounded;
 use crate::ops::pool::{Disjoint, Pool, Turn};
+use crate::ops::rounded::Rounded;
 use decoder::{Decoder, Scratch};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -6,11 +6,11 @@
 
 use super::weights::Mixture;
 use crate::models::spec::ExpertSpec;
-use crate::ops::dtype::Rounded;
 use crate::ops::gated::gated;
 use crate::ops::lanes::Isa;
 use crate::ops::matmul::matmul_into;
 use crate::ops::pool::Turn;
+use crate::ops::rounded::Rounded;
 use crate::ops::rounding::Rounding;
 use crate::ops::rowwise::{Activation, softmax};
 
