@@ -229,6 +229,7 @@ def table(place):
     print(cpu())
     print(f"ceilings: {ours['read_gb_per_second']:.1f} GB/s read, "
           f"{ours['fma_gflop_per_second']:.0f} GFLOP/s of fused multiply-adds"
+          + (f", {ours['dot_gflop_per_second']:.0f} of VDPBF16PS" if "dot_gflop_per_second" in ours else "")
           + (f", {ours['amx_gflop_per_second']:.0f} of AMX" if "amx_gflop_per_second" in ours else ""))
     print("tokens/s, medians of", len(list(place.glob("ours-*.json"))), "rounds, best float type\n")
     print("| test | targon-engine |" + "".join(f" {name} | ratio |" for name in peers))

@@ -45,7 +45,7 @@ impl KvCache {
         let (heads, head_dim) = (attention.heads, self.dims.head_dim);
         let plan = Plan::new(segments, attention, self.dims.kv_heads, turn.threads());
         out.set_rows(qkv.len() / row_len);
-        let out = out.pieces();
+        let out = out.pieces(turn.isa());
         let finish = |row: usize, head: usize, result: &mut Partial| {
             // SAFETY: each (row, head) is finished by one task.
             unsafe { out.round(row, head * head_dim, result.mean(head_dim)) };

@@ -17,7 +17,7 @@ pub fn gated(
 ) {
     let (inter, isa) = (out.cols(), turn.isa());
     out.set_rows(x.rows());
-    let out = out.pieces();
+    let out = out.pieces(isa);
     matmul_gated(turn, gate_up, x, |token, rows, gate, up| {
         // Half of the last block may be padding alone.
         let len = inter.min(rows.end).saturating_sub(rows.start);

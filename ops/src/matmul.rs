@@ -170,6 +170,12 @@ fn scatter_row(dtype: Dtype, lane: usize, row: &[u16], block: &mut [u16]) {
     }
 }
 
+/// Panics where weights and inputs do not fit each other or the instruction set.
+fn check(turn: &Turn<'_>, w: &Packed, x: &Rounded) {
+    assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
+    assert!(x.suits(turn.isa()), "the inputs were filled for another instruction set");
+}
+
 /// `epilogue(token, rows, products)` for every token and block of `w`, on all threads; calls with
 /// equal tokens have disjoint rows. `products` holds `w[rows] * x[token]`.
 pub(super) fn matmul(
@@ -178,7 +184,7 @@ pub(super) fn matmul(
     x: &Rounded,
     epilogue: impl Fn(usize, Range<usize>, &[f32]) + Sync,
 ) {
-    assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
+    check(turn, w, x);
     let unit = Unit::of(turn.isa(), w.dtype, x.rows());
     for_each_task(turn, unit, w.blocks(), x.rows(), |task| {
         let (block, vecs) = (task.block, vecs_of(&task));
@@ -218,7 +224,7 @@ pub(super) fn matmul_gated(
     x: &Rounded,
     combine: impl Fn(usize, Range<usize>, &mut [f32], &[f32]) + Sync,
 ) {
-    assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
+    check(turn, w, x);
     let unit = Unit::of(turn.isa(), w.dtype, x.rows());
     for_each_task(turn, unit, w.blocks() / 2, x.rows(), |task| {
         let (mut started, vecs) = (unit.start(), vecs_of(&task));

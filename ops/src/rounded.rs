@@ -2,9 +2,11 @@
 //!
 //! - `bits` are the 16-bit patterns: what proofs commit to, and what the tiles of AMX multiply;
 //! - `values` are the same numbers as f32, for fused multiply-adds;
-//! - `fours` are the bits in the order of VDPBF16PS ([`fours_into`]).
+//! - `fours` are the bits of bf16 values in the order of VDPBF16PS ([`fours_into`]), where the
+//!   instruction set has it.
 
-use super::dtype::Dtype;
+use super::dtype::{Dtype, round_bf16, round_f16};
+use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::Disjoint;
 use super::product::Input;
 use std::ops::Range;
@@ -19,12 +21,14 @@ pub struct Rounded {
     bits: Vec<u16>,   // (rows, cols)
     values: Vec<f32>, // (rows, cols)
     fours: Vec<u32>,  // (rows, fours_len(cols))
+    has_fours: bool,
 }
 
 impl Rounded {
     /// No rows of `cols` elements.
     pub fn new(dtype: Dtype, cols: usize) -> Self {
-        Self { dtype, cols, bits: Vec::new(), values: Vec::new(), fours: Vec::new() }
+        let (bits, values, fours) = (Vec::new(), Vec::new(), Vec::new());
+        Self { dtype, cols, bits, values, fours, has_fours: dtype == Dtype::Bf16 }
     }
 
     /// Sets the number of rows; new rows are zero.
@@ -64,6 +68,11 @@ impl Rounded {
         &self.values[row * self.cols..][..self.cols]
     }
 
+    /// Whether each row has every form that products with `isa` read.
+    pub(super) fn suits(&self, isa: Isa) -> bool {
+        self.has_fours || self.dtype == Dtype::F16 || !isa.has_dot()
+    }
+
     /// Row `row` as products of vectors read it.
     #[inline(always)]
     pub(super) fn input(&self, row: usize) -> Input<'_> {
@@ -71,18 +80,23 @@ impl Rounded {
         Input { values: self.values(row), fours: &self.fours[row * len..][..len] }
     }
 
-    /// All rows, to be filled by tasks that own disjoint rows or columns.
-    pub fn pieces(&mut self) -> Pieces<'_> {
+    /// All rows, to be filled for products with `isa` by tasks that own disjoint rows or columns.
+    pub fn pieces(&mut self, isa: Isa) -> Pieces<'_> {
         let (dtype, cols) = (self.dtype, self.cols);
+        self.has_fours = dtype == Dtype::Bf16 && isa.has_dot();
         let (bits, values) = (Disjoint::new(&mut self.bits), Disjoint::new(&mut self.values));
-        Pieces { dtype, cols, bits, values, fours: Disjoint::new(&mut self.fours) }
+        Pieces { dtype, cols, isa, bits, values, fours: Disjoint::new(&mut self.fours) }
     }
 
     /// Rounds `x` into row `row`.
     pub fn set_row(&mut self, row: usize, x: &[f32]) {
-        assert_eq!(x.len(), self.cols);
-        // SAFETY: the only piece.
-        unsafe { self.pieces().round(row, 0, x) };
+        let (range, len) = (row * self.cols..(row + 1) * self.cols, fours_len(self.cols));
+        let (bits, values) = (&mut self.bits[range.clone()], &mut self.values[range]);
+        values.copy_from_slice(x);
+        round(self.dtype, bits, values);
+        if self.has_fours {
+            fours_into(values, &mut self.fours[row * len..][..len]);
+        }
     }
 
     /// Copies row `from` of `source` into row `row`.
@@ -92,6 +106,7 @@ impl Rounded {
         self.bits[range.clone()].copy_from_slice(source.bits(from));
         self.values[range].copy_from_slice(source.values(from));
         self.fours[row * len..][..len].copy_from_slice(source.input(from).fours);
+        self.has_fours &= source.has_fours;
     }
 }
 
@@ -99,6 +114,7 @@ impl Rounded {
 pub struct Pieces<'a> {
     dtype: Dtype,
     cols: usize,
+    isa: Isa,
     bits: Disjoint<'a, u16>,
     values: Disjoint<'a, f32>,
     fours: Disjoint<'a, u32>,
@@ -116,7 +132,7 @@ impl Pieces<'_> {
         unsafe { self.fill(row, first, x.len(), |values| values.copy_from_slice(x)) };
     }
 
-    /// Calls `compute` with `len` columns of `row` from `first` on, and rounds what it leaves there.
+    /// Rounds what `compute` leaves in `len` columns of `row` from `first` on.
     ///
     /// # Safety
     /// As for [`round`](Self::round).
@@ -128,7 +144,7 @@ impl Pieces<'_> {
         len: usize,
         compute: impl FnOnce(&mut [f32]),
     ) {
-        assert!(first % FOUR == 0 && first + len <= self.cols);
+        assert!(first.is_multiple_of(FOUR) && first + len <= self.cols);
         let at = row * self.cols + first;
         let fours_at = row * fours_len(self.cols) + first / 2;
         // SAFETY: the caller's promise.
@@ -137,12 +153,54 @@ impl Pieces<'_> {
             (bits, values, self.fours.piece(fours_at..fours_at + fours_len(len)))
         };
         compute(values);
-        for (bits, value) in bits.iter_mut().zip(&mut *values) {
-            *bits = self.dtype.round(*value);
-            *value = self.dtype.widen(*bits);
+        dispatch(self.isa, Round { dtype: self.dtype, bits, values, fours });
+    }
+}
+
+/// Rounds values, and gives them the forms that products read.
+struct Round<'a> {
+    dtype: Dtype,
+    bits: &'a mut [u16],
+    values: &'a mut [f32],
+    fours: &'a mut [u32],
+}
+
+impl Kernel for Round<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { dtype, bits, values, fours } = self;
+        round(dtype, bits, values);
+        if !L::HAS_DOT || dtype != Dtype::Bf16 {
+            return;
         }
-        if self.dtype == Dtype::Bf16 {
-            fours_into(values, fours);
+        let (whole, rest) = values.as_chunks::<LANES>();
+        let (to, to_rest) = fours.as_chunks_mut::<{ LANES / 2 }>();
+        for (values, fours) in whole.iter().zip(&mut *to) {
+            // SAFETY: 16 values, and half as many places.
+            unsafe { L::load(values.as_ptr()).store_fours(fours.as_mut_ptr()) };
+        }
+        fours_into(rest, to.get_mut(whole.len()).map_or(to_rest, |to| to));
+    }
+}
+
+/// Rounds `values` to `dtype`, as bits and in place.
+#[inline(always)]
+fn round(dtype: Dtype, bits: &mut [u16], values: &mut [f32]) {
+    // A loop for each type: each is turned into vectors.
+    match dtype {
+        Dtype::Bf16 => {
+            for (bits, value) in bits.iter_mut().zip(values) {
+                *bits = round_bf16(*value);
+                *value = f32::from_bits(u32::from(*bits) << 16);
+            }
+        }
+        Dtype::F16 => {
+            for (bits, value) in bits.iter_mut().zip(values) {
+                *bits = round_f16(*value);
+                *value = dtype.widen(*bits);
+            }
         }
     }
 }
@@ -174,6 +232,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn rows_that_were_filled_for_another_instruction_set_are_told() {
+        for isa in Isa::available() {
+            let mut rounded = Rounded::new(Dtype::Bf16, 64);
+            rounded.set_rows(1);
+            assert!(rounded.suits(isa));
+            // SAFETY: the only pieces.
+            unsafe { rounded.pieces(Isa::SCALAR).round(0, 0, &[1.0; 64]) };
+            assert_eq!(rounded.suits(isa), !isa.has_dot(), "{isa}");
+            let mut copy = Rounded::new(Dtype::Bf16, 64);
+            copy.set_rows(1);
+            copy.copy_row(0, &rounded, 0);
+            assert_eq!(copy.suits(isa), rounded.suits(isa), "{isa}");
+            // SAFETY: as above.
+            unsafe { rounded.pieces(isa).round(0, 0, &[1.0; 64]) };
+            assert!(rounded.suits(isa) && rounded.suits(Isa::SCALAR), "{isa}");
+        }
+    }
+
+    #[test]
     fn elements_that_are_two_apart_share_one_of_a_four() {
         let mut fours = [0; 4];
         fours_into(&[1.0, 2.0, 3.0, 4.0, -1.0, -2.0], &mut fours);
@@ -195,10 +272,11 @@ mod tests {
             whole.set_row(1, &row);
             copy.copy_row(1, &whole, 1);
             let half = cols / 2 / FOUR * FOUR;
+            let all = pieces.pieces(Isa::best());
             // SAFETY: one piece after the other.
             unsafe {
-                pieces.pieces().round(1, 0, &row[..half]);
-                pieces.pieces().round(1, half, &row[half..]);
+                all.round(1, 0, &row[..half]);
+                all.round(1, half, &row[half..]);
             }
             let mut fours = vec![0; fours_len(cols)];
             fours_into(whole.values(1), &mut fours);
@@ -206,7 +284,9 @@ mod tests {
                 let widened = rounded.bits(1).iter().map(|bits| Dtype::Bf16.widen(*bits));
                 assert!(widened.eq(rounded.values(1).iter().copied()), "{cols}");
                 assert_eq!(rounded.bits(1), whole.bits(1));
-                assert_eq!(rounded.input(1).fours, fours, "{cols}");
+                if rounded.has_fours {
+                    assert_eq!(rounded.input(1).fours, fours, "{cols}");
+                }
                 assert!(rounded.input(0).fours.iter().all(|four| *four == 0));
             }
         }

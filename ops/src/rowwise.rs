@@ -35,7 +35,7 @@ impl Norm {
         let cols = self.cols();
         let rows = x.len() / cols;
         out.set_rows(rows);
-        let out = out.pieces();
+        let out = out.pieces(turn.isa());
         turn.run_ranges(rows, 8, |range| {
             for row in range {
                 let norm = |values: &mut [f32]| {

@@ -1,9 +1,10 @@
-//! Measures the most that this machine can do: reading memory, and fused multiply-adds. Other
+//! Measures the most that this machine can do: reading memory, and multiply-adds. Other
 //! measurements are compared with these figures.
 
 use super::host::caches_bytes;
 use crate::clock::Clock;
 use crate::ops::buffer::Buffer;
+use crate::ops::dtype::Dtype;
 use crate::ops::lanes::{Kernel, Lanes, dispatch};
 use crate::ops::pool::Turn;
 use std::hint::black_box;
@@ -93,9 +94,36 @@ impl Kernel for Fma {
     }
 }
 
-/// Operations a second of products of many rows: with tiles where the instruction set has them.
-pub(super) fn product_peak(turn: &Turn<'_>) -> f64 {
-    tile_peak(turn).unwrap_or_else(|| fma_peak(turn))
+struct Dots(usize);
+
+impl Kernel for Dots {
+    type Out = f32;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let (w, x) = (L::splat(black_box(0.999)), black_box(0x3a80_3a80));
+        let mut acc = [L::splat(1.0); 12];
+        for _ in 0..self.0 {
+            for a in &mut acc {
+                *a = w.dot_bf16(&x, *a);
+            }
+        }
+        acc.into_iter().map(L::sum).sum()
+    }
+}
+
+/// Operations a second of products of many rows of `dtype`, by what multiplies them.
+pub(super) fn product_peak(turn: &Turn<'_>, dtype: Dtype) -> f64 {
+    let of_bf16 = || tile_peak(turn).or_else(|| dot_peak(turn));
+    let own = if dtype == Dtype::Bf16 { of_bf16() } else { None };
+    own.unwrap_or_else(|| fma_peak(turn))
+}
+
+/// Operations a second of VDPBF16PS on all threads.
+pub(super) fn dot_peak(turn: &Turn<'_>) -> Option<f64> {
+    let multiply = |rounds| {
+        black_box(dispatch(turn.isa(), Dots(rounds)));
+    };
+    turn.isa().has_dot().then(|| peak(turn, 12 * 16 * 4, multiply))
 }
 
 /// Operations a second of AMX on all threads, on what its tiles hold.

@@ -4,7 +4,7 @@
 //! streams through HTTP (`serve`).
 
 use super::arguments::BenchArgs;
-use super::ceilings::{fma_peak, read_bandwidth, tile_peak};
+use super::ceilings::{dot_peak, fma_peak, read_bandwidth, tile_peak};
 use super::figures::Figures;
 use super::load::{REPEATS, request};
 use super::{host, runs, serve};
@@ -63,6 +63,9 @@ pub fn run(device: Device, path: &Path, extent: Extent) -> anyhow::Result<Figure
     let mut figures = Figures::default();
     figures.push("read_gb_per_second", vec![read_bandwidth(&pool.turn())? / 1e9]);
     figures.push("fma_gflop_per_second", vec![fma_peak(&pool.turn()) / 1e9]);
+    if let Some(peak) = dot_peak(&pool.turn()) {
+        figures.push("dot_gflop_per_second", vec![peak / 1e9]);
+    }
     if let Some(peak) = tile_peak(&pool.turn()) {
         figures.push("amx_gflop_per_second", vec![peak / 1e9]);
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 /// Takes the lines of a measurement's text, as they come.
 pub type Say<'a> = &'a mut dyn FnMut(String);
 
-/// Compute threads for every core, with the instruction set that `TARGON_ISA` names, or the fastest.
+/// Compute threads for every core, with the instruction set that `TARGON_ISA` names or the fastest.
 ///
 /// # Errors
 /// When this CPU has no such set, or threads cannot be started.

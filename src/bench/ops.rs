@@ -17,8 +17,8 @@ pub fn run(say: Say<'_>) -> anyhow::Result<()> {
     let turn = pool.turn();
     say(format!("{} threads, {}", turn.threads(), turn.isa()));
     let bandwidth = read_bandwidth(&turn)? / 1e9;
-    let peak = product_peak(&turn) / 1e9;
-    say(format!("read bandwidth {bandwidth:6.1} GB/s   FMA peak {peak:6.1} GFLOP/s"));
+    let peak = product_peak(&turn, Dtype::Bf16) / 1e9;
+    say(format!("read bandwidth {bandwidth:6.1} GB/s   bf16 peak {peak:6.1} GFLOP/s"));
     for (rows, cols) in [(576, 576), (3072, 576), (576, 1536), (49_152, 576)] {
         product(say, &turn, (rows, cols), (bandwidth, peak))?;
     }

@@ -67,7 +67,7 @@ fn measured_device(ceilings: &Ceilings) -> DeviceSpec {
 /// The row of these runs, in tokens a second; `None` where there is none.
 pub(super) fn row(
     spec: &Spec,
-    ceilings: &Ceilings,
+    (ceilings, efficiency): (&Ceilings, Efficiency),
     size: RowSize,
     runs: Vec<f64>,
 ) -> Option<ReportRow> {
@@ -76,7 +76,7 @@ pub(super) fn row(
     let (bytes_per_second, operations_per_second) = (bytes * speed.mean, operations * speed.mean);
     let of_bandwidth = bytes_per_second / ceilings.read_bandwidth;
     let of_peak = operations_per_second / ceilings.fma_peak;
-    let predicted = size.predicted(spec, &measured_device(ceilings), Some(Efficiency::OF_CEILINGS));
+    let predicted = size.predicted(spec, &measured_device(ceilings), Some(efficiency));
     let table =
         ceilings.table.as_ref().and_then(|table| named(std::slice::from_ref(&table.device)).ok());
     let datasheet = table.and_then(|found| found.into_iter().next()).map(|device| {
@@ -124,7 +124,7 @@ mod tests {
         let spec = LLAMA_8B.spec();
         let table = TableCeilings { device: "ryzen-9950x".into(), bandwidth: 89.6e9, peak: 4.4e12 };
         let ceilings = Ceilings { read_bandwidth: 100e9, fma_peak: 1e12, table: Some(table) };
-        row(&spec, &ceilings, size, vec![speed; 3]).unwrap()
+        row(&spec, (&ceilings, Efficiency::OF_CEILINGS), size, vec![speed; 3]).unwrap()
     }
 
     #[test]

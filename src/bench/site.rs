@@ -7,11 +7,13 @@ use super::ceilings::{Peaks, product_peak, read_bandwidth};
 use super::conditions::Mark;
 use super::energy::Counters;
 use super::plan::devices::{DeviceSpec, of_card, of_cpu};
+use super::plan::predict::Efficiency;
 use super::report::facts::Machine;
 use crate::engine::memory::memory;
 use crate::engine::plan::Bytes;
 use crate::models::Model;
 use crate::models::device::Device;
+use crate::ops::dtype::Dtype;
 use crate::ops::pool::Pool;
 use anyhow::ensure;
 use std::path::Path;
@@ -22,6 +24,7 @@ const KV_SHARE: f64 = 0.6;
 /// What a model is measured on.
 pub struct Site {
     pub(super) pool: Pool,
+    dtype: Dtype,
     #[cfg(feature = "cuda")]
     card: Option<CardSite>,
 }
@@ -58,12 +61,13 @@ impl Site {
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => {
                 let card = CardSite::open(number, (model.arithmetic, model.dtype))?;
-                Ok(Self { pool: pool.clone(), card: Some(card) })
+                Ok(Self { pool: pool.clone(), dtype: model.dtype, card: Some(card) })
             }
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(number) => anyhow::bail!("this build measures no card, got cuda:{number}"),
             Device::Auto | Device::Cpu => Ok(Self {
                 pool: pool.clone(),
+                dtype: model.dtype,
                 #[cfg(feature = "cuda")]
                 card: None,
             }),
@@ -105,7 +109,21 @@ impl Site {
             return card.peaks(&self.pool);
         }
         let turn = self.pool.turn();
-        Ok(Peaks { read_bandwidth: read_bandwidth(&turn)?, fma_peak: product_peak(&turn) })
+        let fma_peak = product_peak(&turn, self.dtype);
+        Ok(Peaks { read_bandwidth: read_bandwidth(&turn)?, fma_peak })
+    }
+
+    /// What this engine reaches of these ceilings.
+    pub(super) fn efficiency(&self) -> Efficiency {
+        let isa = self.pool.turn().isa();
+        #[cfg(feature = "cuda")]
+        if self.card.is_some() {
+            return Efficiency::OF_CEILINGS;
+        }
+        match self.dtype == Dtype::Bf16 && isa.has_dot() && !isa.has_tiles() {
+            true => Efficiency::OF_DOT_CEILINGS,
+            false => Efficiency::OF_CEILINGS,
+        }
     }
 
     /// Measures the peak of multiply-adds.
@@ -117,7 +135,7 @@ impl Site {
         if let Some(card) = self.card() {
             return card.peak(&self.pool);
         }
-        Ok(product_peak(&self.pool.turn()))
+        Ok(product_peak(&self.pool.turn(), self.dtype))
     }
 
     /// Refuses sizes for which there is no room: `batch` sequences with `blocks` KV blocks in all.

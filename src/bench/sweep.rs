@@ -205,7 +205,8 @@ impl Bench<'_> {
         let spec = &self.engine.info().spec;
         let is_whole = runs.len() == self.setup.runs;
         let mean = joules.iter().sum::<f64>() / joules.len().max(1) as f64;
-        let measured = row(spec, self.ceilings, size, runs);
+        let ceilings = (self.ceilings, self.site.efficiency());
+        let measured = row(spec, ceilings, size, runs);
         let joules_per_token = (!joules.is_empty()).then_some(mean);
         report.rows.extend(measured.map(|row| ReportRow { joules_per_token, ..row }));
         Ok(is_whole)

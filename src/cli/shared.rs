@@ -133,8 +133,8 @@ pub(super) struct ComputeArgs {
     /// Compute threads for all models; by default all cores.
     #[arg(long, env = "TARGON_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Instruction set of the kernels (amx, avx512, avx2, neon or scalar); by default the fastest.
-    /// Results do not change.
+    /// Instruction set of the kernels (amx, avx512-bf16, avx512, avx2, neon or scalar); by default
+    /// the fastest. Results do not change.
     #[arg(long, env = "TARGON_ISA")]
     isa: Option<Isa>,
 }

@@ -215,7 +215,8 @@ fn mistakes_exit_with_one_and_say_what_to_do() {
     assert!(err.contains("--update.key have no effect without --autoupdate"), "{err}");
     let (code, _, err) = run(&["serve", "--isa", "mmx"]);
     assert!(
-        code == 1 && err.contains("unknown instruction set `mmx`; known: amx, avx512, "),
+        code == 1
+            && err.contains("unknown instruction set `mmx`; known: amx, avx512-bf16, avx512, "),
         "{err}"
     );
     let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };

@@ -63,6 +63,16 @@ impl Isa {
         self.0 == Set::Amx
     }
 
+    /// Whether products of bf16 values use VDPBF16PS.
+    pub fn has_dot(self) -> bool {
+        match self.0 {
+            Set::Avx512Bf16 => true,
+            #[cfg(target_arch = "x86_64")]
+            Set::Amx => super::dot::is_usable(),
+            _ => false,
+        }
+    }
+
     pub(super) fn set(self) -> Set {
         self.0
     }

@@ -37,7 +37,7 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
         Set::Avx512Bf16 => unsafe { avx512::run_with_dot(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above; AMX needs AVX-512 too, and was not asked for its BF16.
-        Set::Amx if dot::is_usable() => unsafe { avx512::run_with_dot(kernel) },
+        Set::Amx if isa.has_dot() => unsafe { avx512::run_with_dot(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Set::Amx | Set::Avx512 => unsafe { avx512::run(kernel) },

@@ -101,8 +101,8 @@ pub trait Lanes: Copy + Send + Sync {
         // SAFETY: the caller's promise; the odd element of a pair follows the even one.
         unsafe { halves(first.add(1), second.add(1)) }
     }
-    /// Writes lanes that hold bf16 values as halves to the first 8 places at `to`: of each four, the
-    /// first and the third are in one place, the second and the fourth in the next.
+    /// Writes lanes that are bf16 values to 8 places at `to`, as halves: of each four values, the
+    /// first and the third to one place, the second and the fourth to the next.
     ///
     /// # Safety
     /// `to` must be writable for 8 values.

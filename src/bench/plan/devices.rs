@@ -59,8 +59,8 @@ const fn large_gpu(
     DeviceSpec { mma_share: MMA_SHARE_OF_LARGER, ..gpu(name, numbers, source) }
 }
 
-/// A processor: cores, GHz with all of them busy on vectors, f32 operations a core and cycle,
-/// bandwidth in GB/s, watts.
+/// A processor: cores, GHz with all of them busy on vectors, operations of bf16 products a core and
+/// cycle, bandwidth in GB/s, watts.
 const fn cpu(
     name: &'static str,
     (cores, ghz, per_cycle, bandwidth, power): (f64, f64, f64, f64, f64),
@@ -90,13 +90,13 @@ pub const DEVICES: [DeviceSpec; 11] = [
     ),
     cpu(
         "epyc-9654",
-        (96.0, 2.4, 32.0, 460.8, 360.0),
-        "AMD EPYC 9654 at base clock, 12 channels DDR5-4800, two 256-bit FMA units",
+        (96.0, 2.4, 64.0, 460.8, 360.0),
+        "AMD EPYC 9654 at base clock, 12 channels DDR5-4800, two 256-bit bf16 units",
     ),
     cpu(
         "epyc-9965",
-        (192.0, 2.25, 64.0, 576.0, 500.0),
-        "AMD EPYC 9965 at base clock, 12 channels DDR5-6000, two 512-bit FMA units",
+        (192.0, 2.25, 128.0, 576.0, 500.0),
+        "AMD EPYC 9965 at base clock, 12 channels DDR5-6000, two 512-bit bf16 units",
     ),
     cpu(
         "xeon-8480",
@@ -105,8 +105,8 @@ pub const DEVICES: [DeviceSpec; 11] = [
     ),
     cpu(
         "ryzen-9950x",
-        (16.0, 4.3, 64.0, 89.6, 170.0),
-        "AMD Ryzen 9 9950X at base clock, 2 channels DDR5-5600, two 512-bit FMA units",
+        (16.0, 4.3, 128.0, 89.6, 170.0),
+        "AMD Ryzen 9 9950X at base clock, 2 channels DDR5-5600, two 512-bit bf16 units",
     ),
 ];
 

@@ -22,6 +22,8 @@ impl Efficiency {
     /// What this engine reaches of a processor's ceilings that were measured in the same run
     /// (docs/hardware.md); of a datasheet's numbers it is less.
     pub const OF_CEILINGS: Self = Self { memory: 0.72, compute: 0.70 };
+    /// The same where VDPBF16PS multiplies: what comes between products takes a larger share.
+    pub const OF_DOT_CEILINGS: Self = Self { compute: 0.52, ..Self::OF_CEILINGS };
 
     /// What this engine is taken to reach. It was measured on processors only, and against their
     /// measured ceilings, so for every card this is an assumption: half of what its instruction can
@@ -29,7 +31,7 @@ impl Efficiency {
     pub fn assumed(device: &DeviceSpec) -> Self {
         match device.kind {
             DeviceKind::Gpu => Self { memory: 0.7, compute: 0.5 * device.mma_share },
-            DeviceKind::Cpu => Self { memory: 0.6, compute: 0.6 },
+            DeviceKind::Cpu => Self { memory: 0.6, compute: 0.45 },
         }
     }
 }
