@@ -76,7 +76,7 @@ fn canon_from_products(w: &[f32], x: &[f32]) -> f32 {
 
 /// Other orders that someone might use.
 const OTHERS: [(&str, Order); 5] = [
-    ("one accumulator, odd then even (VDPBF16PS)", |w, x| {
+    ("one accumulator, odd then even (VDPBF16PS on pairs as they lie)", |w, x| {
         (0..w.len()).fold(0.0, |sum, k| w[k ^ 1].mul_add(x[k ^ 1], sum))
     }),
     ("one accumulator, ascending", |w, x| {
