@@ -196,57 +196,38 @@ unsafe fn dots<L: Lanes, const T: usize, const V: usize>(
     inputs: &[At; T],
     next: Option<*const u16>,
 ) -> ([[L; V]; T], [[L; V]; T]) {
+    static ZEROS: [u16; VEC_STRIDE] = [0; VEC_STRIDE];
     let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
     let is_beside = 2 * T * V <= L::CHAINS;
-    for p in (0..count).step_by(2) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let pairs = TwoPairs::of(w, p, (count, stride));
-            dot_step::<L, T, V, false>(pairs, inputs, p, &mut even);
+    // SAFETY: the caller's promise.
+    unsafe {
+        for p in 0..count / 2 {
+            let first = w.add(2 * p * stride);
+            let pairs = (first, (first.add(stride), VEC_STRIDE));
+            dot_step::<L, T, V, false>(pairs, inputs, 2 * p, &mut even);
             if is_beside {
-                prefetch_pair::<V>(next, p * stride);
-                prefetch_pair::<V>(next, (p + 1) * stride);
-                dot_step::<L, T, V, true>(pairs, inputs, p, &mut odd);
+                prefetch_pair::<V>(next, 2 * p * stride);
+                prefetch_pair::<V>(next, (2 * p + 1) * stride);
+                dot_step::<L, T, V, true>(pairs, inputs, 2 * p, &mut odd);
             }
         }
-    }
-    if !is_beside {
-        for p in (0..count).step_by(2) {
-            prefetch_pair::<V>(next, p * stride);
-            prefetch_pair::<V>(next, (p + 1) * stride);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let pairs = TwoPairs::of(w, p, (count, stride));
-                dot_step::<L, T, V, true>(pairs, inputs, p, &mut odd);
+        if !is_beside {
+            for p in 0..count / 2 {
+                let first = w.add(2 * p * stride);
+                prefetch_pair::<V>(next, 2 * p * stride);
+                prefetch_pair::<V>(next, (2 * p + 1) * stride);
+                let pairs = (first, (first.add(stride), VEC_STRIDE));
+                dot_step::<L, T, V, true>(pairs, inputs, 2 * p, &mut odd);
             }
+        }
+        if count % 2 == 1 {
+            // After the last pair lies another matrix or nothing: it counts as zeros.
+            let pairs = (w.add((count - 1) * stride), (ZEROS.as_ptr(), 0));
+            dot_step::<L, T, V, false>(pairs, inputs, count - 1, &mut even);
+            dot_step::<L, T, V, true>(pairs, inputs, count - 1, &mut odd);
         }
     }
     (even, odd)
-}
-
-/// Pairs `p` and `p + 1` of k: where their first vectors lie, and how far apart those of the second
-/// are. Where a block ends with the first, the second is zero.
-#[derive(Clone, Copy)]
-struct TwoPairs {
-    first: *const u16,
-    second: *const u16,
-    second_stride: usize,
-}
-
-impl TwoPairs {
-    /// # Safety
-    /// `w` must be readable for `count` pairs `stride` apart, of which `p` is one.
-    #[inline(always)]
-    unsafe fn of(w: *const u16, p: usize, (count, stride): (usize, usize)) -> Self {
-        static ZEROS: [u16; VEC_STRIDE] = [0; VEC_STRIDE];
-        // SAFETY: the caller's promise.
-        let first = unsafe { w.add(p * stride) };
-        match p + 1 < count {
-            // SAFETY: the caller's promise.
-            true => Self { first, second: unsafe { first.add(stride) }, second_stride: VEC_STRIDE },
-            false => Self { first, second: ZEROS.as_ptr(), second_stride: 0 },
-        }
-    }
 }
 
 /// One step of the odd or the even chains.
@@ -255,7 +236,7 @@ impl TwoPairs {
 /// The pairs must be readable for `V` vectors, the inputs at `p` and `p + 1`.
 #[inline(always)]
 unsafe fn dot_step<L: Lanes, const T: usize, const V: usize, const ODD: bool>(
-    pairs: TwoPairs,
+    (first, (second, second_stride)): (*const u16, (*const u16, usize)),
     inputs: &[At; T],
     p: usize,
     acc: &mut [[L; V]; T],
@@ -264,8 +245,8 @@ unsafe fn dot_step<L: Lanes, const T: usize, const V: usize, const ODD: bool>(
     for v in 0..V {
         // SAFETY: the caller's promise.
         row[v] = unsafe {
-            let first = pairs.first.add(v * VEC_STRIDE);
-            let second = pairs.second.add(v * pairs.second_stride);
+            let first = first.add(v * VEC_STRIDE);
+            let second = second.add(v * second_stride);
             if ODD { L::odd_halves(first, second) } else { L::even_halves(first, second) }
         };
     }
