@@ -58,7 +58,8 @@ pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usiz
     }
 }
 
-/// A row of inputs, rounded to 16 bits: as f32, and as [`fours_into`](super::rounded) has them.
+/// A row of inputs, rounded to 16 bits: as f32, and as [`fours_into`](super::rounded) has them, an
+/// element for each pair and one more where their number is odd.
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {
     pub(super) values: &'a [f32],
@@ -103,7 +104,7 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
     let mut inputs = [At::NOWHERE; T];
     for (t, input) in inputs.iter_mut().enumerate() {
         let x = x(t);
-        assert!(x.values.len() == 2 * pairs && x.fours.len() >= pairs);
+        assert!(x.values.len() == 2 * pairs && x.fours.len() == pairs.next_multiple_of(2));
         *input = x.start();
     }
     let mut acc = [[L::splat(0.0); V]; T];
@@ -137,7 +138,7 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
 ///
 /// # Safety
 /// `w` must be readable for `count` pairs `stride` apart of `V` vectors each, each input for
-/// 2 * `count` values.
+/// 2 * `count` values and as many fours as those take.
 #[inline(always)]
 pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     w: *const u16,

@@ -261,10 +261,11 @@ impl<const N: usize, const PAIRS: usize> Row<N, PAIRS> {
         }
     }
 
-    /// The first `count` values.
+    /// The first `count` values, an even number.
     #[inline(always)]
     fn first(&self, count: usize) -> Input<'_> {
-        Input { values: &self.values[..count], fours: &self.fours[..count / 2] }
+        let fours = &self.fours[..(count / 2).next_multiple_of(2)];
+        Input { values: &self.values[..count], fours }
     }
 }
 
