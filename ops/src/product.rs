@@ -58,7 +58,7 @@ pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usiz
     }
 }
 
-/// A row of inputs, rounded to 16 bits: as f32, and as [`fours_into`](super::rounded) has them, an
+/// A row of inputs, rounded to 16 bits: as f32, and as `rounded::fours_into` has them, an
 /// element for each pair and one more where their number is odd.
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {

@@ -2,7 +2,7 @@
 //!
 //! - `bits` are the 16-bit patterns: what proofs commit to, and what the tiles of AMX multiply;
 //! - `values` are the same numbers as f32, for fused multiply-adds;
-//! - `fours` are the bits of bf16 values in the order of VDPBF16PS ([`fours_into`]), where the
+//! - `fours` are the bits of bf16 values in the order of VDPBF16PS (`fours_into`), where the
 //!   instruction set has it.
 
 use super::dtype::{Dtype, round_bf16, round_f16};
