@@ -171,8 +171,8 @@ impl Tile<'_> {
     }
 
     /// Turns scores into weights relative to each query's new maximum, rounded to the cache's type,
-    /// updates the sums and returns them, with the factors on what was accumulated before. A query
-    /// that sees nothing of the block gets weights of zero and a factor of one.
+    /// and updates the sums. Returns the weights, and the factors on what was accumulated before. A
+    /// query that sees nothing of the block gets weights of zero and a factor of one.
     #[inline(always)]
     fn soften<L: Lanes, const T: usize, const F16: bool>(
         &self,

@@ -69,6 +69,7 @@ fn halves(numbers: &mut Lcg) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Isa, dispatch};
     use super::*;
 
     #[test]
@@ -81,6 +82,37 @@ mod tests {
             differ += usize::from(right != sum.to_array().map(f32::to_bits));
         }
         assert!(differ > STEPS / 2, "only {differ} of {STEPS} steps differ");
+    }
+
+    /// What is put into halves, from vectors of pairs and from lanes.
+    struct Halves;
+
+    impl Kernel for Halves {
+        type Out = ([u32; LANES], [u32; LANES], [u32; LANES / 2]);
+
+        fn run<L: Lanes>(self) -> Self::Out {
+            let pairs: [u16; 4 * LANES] = std::array::from_fn(|i| 0x100 * i as u16 + 0x41);
+            let (first, second) = (pairs.as_ptr(), pairs[2 * LANES..].as_ptr());
+            let mut fours = [0; LANES / 2];
+            // SAFETY: 32 values from each pointer on, and 8 places.
+            let (even, odd) = unsafe {
+                lanes::<L>(std::array::from_fn(|i| (i as u32 + 7) << 16))
+                    .store_fours(fours.as_mut_ptr());
+                (L::even_halves(first, second), L::odd_halves(first, second))
+            };
+            (even.to_array().map(f32::to_bits), odd.to_array().map(f32::to_bits), fours)
+        }
+    }
+
+    #[test]
+    fn halves_are_the_same_on_every_instruction_set() {
+        let want = Halves.run::<Scalar>();
+        assert_eq!(want.0[1], (0x241 << 16) | 0x2241);
+        assert_eq!(want.1[1], (0x341 << 16) | 0x2341);
+        assert_eq!(want.2[..4], [0x7_0009, 0x8_000a, 0xb_000d, 0xc_000e]);
+        for isa in Isa::available() {
+            assert_eq!(dispatch(isa, Halves), want, "{isa}");
+        }
     }
 
     #[test]
