@@ -58,8 +58,8 @@ pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usiz
     }
 }
 
-/// A row of inputs, rounded to 16 bits: as f32, and as `rounded::fours_into` has them, an
-/// element for each pair and one more where their number is odd.
+/// A row of inputs, rounded to 16 bits: as f32, or as `rounded::fours_into` has them, an element
+/// for each pair and one more where their number is odd. What the product does not read is empty.
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {
     pub(super) values: &'a [f32],
@@ -82,11 +82,11 @@ impl Input<'_> {
 impl At {
     pub(super) const NOWHERE: At = At { values: std::ptr::null(), fours: std::ptr::null() };
 
-    /// # Safety
-    /// The row must have `k` values, a multiple of four, before others.
-    unsafe fn add(self, k: usize) -> At {
-        // SAFETY: the caller's promise; two of each four values share one element of `fours`.
-        unsafe { At { values: self.values.add(k), fours: self.fours.add(k / 2) } }
+    /// The place of the values from `k` on, a multiple of four: two of each four values share one
+    /// element of `fours`.
+    fn add(self, k: usize) -> At {
+        // One of them points to nothing, and is not read.
+        At { values: self.values.wrapping_add(k), fours: self.fours.wrapping_add(k / 2) }
     }
 }
 
@@ -104,7 +104,10 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
     let mut inputs = [At::NOWHERE; T];
     for (t, input) in inputs.iter_mut().enumerate() {
         let x = x(t);
-        assert!(x.values.len() == 2 * pairs && x.fours.len() == pairs.next_multiple_of(2));
+        assert!(match L::HAS_DOT && !F16 {
+            true => x.fours.len() == pairs.next_multiple_of(2),
+            false => x.values.len() == 2 * pairs,
+        });
         *input = x.start();
     }
     let mut acc = [[L::splat(0.0); V]; T];
@@ -113,8 +116,7 @@ pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: b
         let count = (pairs - first).min(BLOCK_PAIRS);
         let mut at = inputs;
         for x in &mut at {
-            // SAFETY: each input has 2 * `pairs` values.
-            *x = unsafe { x.add(2 * first) };
+            *x = x.add(2 * first);
         }
         let next = next.map(|next| next.as_ptr().wrapping_add(first * stride));
         // SAFETY: `first + count` pairs are in bounds by the assertions above.

@@ -2,8 +2,10 @@
 //!
 //! - `bits` are the 16-bit patterns: what proofs commit to, and what the tiles of AMX multiply;
 //! - `values` are the same numbers as f32, for fused multiply-adds;
-//! - `fours` are the bits of bf16 values in the order of VDPBF16PS (`fours_into`), where the
-//!   instruction set has it.
+//! - `fours` are the bits of bf16 values in the order of VDPBF16PS (`fours_into`).
+//!
+//! Of the last two a row has the one that its instruction set reads, because what nobody reads
+//! would be written to memory all the same.
 
 use super::dtype::{Dtype, round_bf16, round_f16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
@@ -18,29 +20,37 @@ const FOUR: usize = 4;
 pub struct Rounded {
     dtype: Dtype,
     cols: usize,
-    bits: Vec<u16>,   // (rows, cols)
-    values: Vec<f32>, // (rows, cols)
-    fours: Vec<u32>,  // (rows, fours_len(cols))
-    has_fours: bool,
+    bits: Vec<u16>,           // (rows, cols)
+    values: Option<Vec<f32>>, // (rows, cols)
+    fours: Option<Vec<u32>>,  // (rows, fours_len(cols))
+}
+
+/// Whether products of `dtype` with `isa` read `fours`, and else `values`.
+fn reads_fours(dtype: Dtype, isa: Isa) -> bool {
+    dtype == Dtype::Bf16 && isa.has_dot()
 }
 
 impl Rounded {
-    /// No rows of `cols` elements.
+    /// No rows of `cols` elements, in every form.
     pub fn new(dtype: Dtype, cols: usize) -> Self {
-        let (bits, values, fours) = (Vec::new(), Vec::new(), Vec::new());
-        Self { dtype, cols, bits, values, fours, has_fours: dtype == Dtype::Bf16 }
+        let fours = (dtype == Dtype::Bf16).then(Vec::new);
+        Self { dtype, cols, bits: Vec::new(), values: Some(Vec::new()), fours }
     }
 
     /// Sets the number of rows; new rows are zero.
     pub fn set_rows(&mut self, rows: usize) {
         self.bits.resize(rows * self.cols, 0);
-        self.values.resize(rows * self.cols, 0.0);
-        self.fours.resize(rows * fours_len(self.cols), 0);
+        if let Some(values) = &mut self.values {
+            values.resize(rows * self.cols, 0.0);
+        }
+        if let Some(fours) = &mut self.fours {
+            fours.resize(rows * fours_len(self.cols), 0);
+        }
     }
 
     /// Rows of the matrix, one for each output.
     pub fn rows(&self) -> usize {
-        self.values.len() / self.cols
+        self.bits.len() / self.cols
     }
 
     /// Elements in a row.
@@ -63,51 +73,82 @@ impl Rounded {
         &self.bits[rows.start * self.cols..rows.end * self.cols]
     }
 
-    /// Row `row`, widened to f32: `cols` values.
-    pub fn values(&self, row: usize) -> &[f32] {
-        &self.values[row * self.cols..][..self.cols]
+    /// Row `row` as f32: `cols` values.
+    pub fn widened(&self, row: usize) -> Vec<f32> {
+        self.bits(row).iter().map(|bits| self.dtype.widen(*bits)).collect()
     }
 
     /// Whether each row has every form that products with `isa` read.
     pub(super) fn suits(&self, isa: Isa) -> bool {
-        self.has_fours || self.dtype == Dtype::F16 || !isa.has_dot()
+        match reads_fours(self.dtype, isa) {
+            true => self.fours.is_some(),
+            false => self.values.is_some(),
+        }
     }
 
-    /// Row `row` as products of vectors read it.
+    /// Row `row` as products of vectors read it; a form that it lacks is empty.
     #[inline(always)]
     pub(super) fn input(&self, row: usize) -> Input<'_> {
         let len = fours_len(self.cols);
-        Input { values: self.values(row), fours: &self.fours[row * len..][..len] }
+        let values = self.values.as_ref().map(|all| &all[row * self.cols..][..self.cols]);
+        let fours = self.fours.as_ref().map(|all| &all[row * len..][..len]);
+        Input { values: values.unwrap_or_default(), fours: fours.unwrap_or_default() }
     }
 
     /// All rows, to be filled for products with `isa` by tasks that own disjoint rows or columns.
     pub fn pieces(&mut self, isa: Isa) -> Pieces<'_> {
-        let (dtype, cols) = (self.dtype, self.cols);
-        self.has_fours = dtype == Dtype::Bf16 && isa.has_dot();
-        let (bits, values) = (Disjoint::new(&mut self.bits), Disjoint::new(&mut self.values));
-        Pieces { dtype, cols, isa, bits, values, fours: Disjoint::new(&mut self.fours) }
+        let (dtype, cols, rows) = (self.dtype, self.cols, self.rows());
+        let (has_values, has_fours) = match reads_fours(dtype, isa) {
+            true => (None, Some(rows * fours_len(cols))),
+            false => (Some(rows * cols), None),
+        };
+        let values = resized(&mut self.values, has_values).map(Disjoint::new);
+        let fours = resized(&mut self.fours, has_fours).map(Disjoint::new);
+        Pieces { dtype, cols, isa, bits: Disjoint::new(&mut self.bits), values, fours }
     }
 
     /// Rounds `x` into row `row`.
     pub fn set_row(&mut self, row: usize, x: &[f32]) {
         let (range, len) = (row * self.cols..(row + 1) * self.cols, fours_len(self.cols));
-        let (bits, values) = (&mut self.bits[range.clone()], &mut self.values[range]);
-        values.copy_from_slice(x);
-        round(self.dtype, bits, values);
-        if self.has_fours {
-            fours_into(values, &mut self.fours[row * len..][..len]);
+        let bits = &mut self.bits[range.clone()];
+        let mut rounded = x.to_vec();
+        round(self.dtype, bits, &mut rounded);
+        if let Some(fours) = &mut self.fours {
+            fours_into(&rounded, &mut fours[row * len..][..len]);
+        }
+        if let Some(values) = &mut self.values {
+            values[range].copy_from_slice(&rounded);
         }
     }
 
-    /// Copies row `from` of `source` into row `row`.
+    /// Copies row `from` of `source` into row `row`, in the forms that both have; others are lost.
     pub fn copy_row(&mut self, row: usize, source: &Rounded, from: usize) {
         assert_eq!((self.cols, self.dtype), (source.cols, source.dtype));
         let (range, len) = (row * self.cols..(row + 1) * self.cols, fours_len(self.cols));
         self.bits[range.clone()].copy_from_slice(source.bits(from));
-        self.values[range].copy_from_slice(source.values(from));
-        self.fours[row * len..][..len].copy_from_slice(source.input(from).fours);
-        self.has_fours &= source.has_fours;
+        let input = source.input(from);
+        match &mut self.values {
+            Some(values) if source.values.is_some() => values[range].copy_from_slice(input.values),
+            values => *values = None,
+        }
+        match &mut self.fours {
+            Some(fours) if source.fours.is_some() => {
+                fours[row * len..][..len].copy_from_slice(input.fours);
+            }
+            fours => *fours = None,
+        }
     }
+}
+
+/// Makes a form have `len` elements, or gives it up.
+fn resized<T: Copy + Default>(form: &mut Option<Vec<T>>, len: Option<usize>) -> Option<&mut [T]> {
+    let Some(len) = len else {
+        *form = None;
+        return None;
+    };
+    let all = form.get_or_insert_default();
+    all.resize(len, T::default());
+    Some(all)
 }
 
 /// Rows that tasks fill in disjoint pieces.
@@ -116,8 +157,8 @@ pub struct Pieces<'a> {
     cols: usize,
     isa: Isa,
     bits: Disjoint<'a, u16>,
-    values: Disjoint<'a, f32>,
-    fours: Disjoint<'a, u32>,
+    values: Option<Disjoint<'a, f32>>,
+    fours: Option<Disjoint<'a, u32>>,
 }
 
 impl Pieces<'_> {
@@ -128,41 +169,28 @@ impl Pieces<'_> {
     /// phase.
     #[inline(always)]
     pub unsafe fn round(&self, row: usize, first: usize, x: &[f32]) {
-        // SAFETY: the caller's promise.
-        unsafe { self.fill(row, first, x.len(), |values| values.copy_from_slice(x)) };
-    }
-
-    /// Rounds what `compute` leaves in `len` columns of `row` from `first` on.
-    ///
-    /// # Safety
-    /// As for [`round`](Self::round).
-    #[inline(always)]
-    pub unsafe fn fill(
-        &self,
-        row: usize,
-        first: usize,
-        len: usize,
-        compute: impl FnOnce(&mut [f32]),
-    ) {
-        assert!(first.is_multiple_of(FOUR) && first + len <= self.cols);
+        assert!(first.is_multiple_of(FOUR) && first + x.len() <= self.cols);
         let at = row * self.cols + first;
         let fours_at = row * fours_len(self.cols) + first / 2;
+        let all = at..at + x.len();
         // SAFETY: the caller's promise.
         let (bits, values, fours) = unsafe {
-            let (bits, values) = (self.bits.piece(at..at + len), self.values.piece(at..at + len));
-            (bits, values, self.fours.piece(fours_at..fours_at + fours_len(len)))
+            let values = self.values.as_ref().map(|values| values.piece(all.clone()));
+            let fours = self.fours.as_ref();
+            let fours = fours.map(|f| f.piece(fours_at..fours_at + fours_len(x.len())));
+            (self.bits.piece(all), values, fours)
         };
-        compute(values);
-        dispatch(self.isa, Round { dtype: self.dtype, bits, values, fours });
+        dispatch(self.isa, Round { dtype: self.dtype, x, bits, values, fours });
     }
 }
 
 /// Rounds values, and gives them the forms that products read.
 struct Round<'a> {
     dtype: Dtype,
+    x: &'a [f32],
     bits: &'a mut [u16],
-    values: &'a mut [f32],
-    fours: &'a mut [u32],
+    values: Option<&'a mut [f32]>,
+    fours: Option<&'a mut [u32]>,
 }
 
 impl Kernel for Round<'_> {
@@ -170,17 +198,27 @@ impl Kernel for Round<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { dtype, bits, values, fours } = self;
-        round(dtype, bits, values);
-        if !L::HAS_DOT || dtype != Dtype::Bf16 {
-            return;
+        let Self { dtype, x, bits, values, fours } = self;
+        if let Some(values) = values {
+            values.copy_from_slice(x);
+            round(dtype, bits, values);
         }
-        let (whole, rest) = values.as_chunks::<LANES>();
-        for (values, fours) in whole.iter().zip(fours.chunks_exact_mut(LANES / 2)) {
+        let Some(fours) = fours else { return };
+        let (whole, rest) = x.as_chunks::<LANES>();
+        let (bits, rest_bits) = bits.as_chunks_mut::<LANES>();
+        let (places, rest_places) = fours.split_at_mut(whole.len() * LANES / 2);
+        let places = places.chunks_exact_mut(LANES / 2);
+        for ((x, bits), places) in whole.iter().zip(bits).zip(places) {
+            let mut values = *x;
+            round(dtype, bits, &mut values);
             // SAFETY: 16 values, and half as many places.
-            unsafe { L::load(values.as_ptr()).store_fours(fours.as_mut_ptr()) };
+            unsafe { L::load(values.as_ptr()).store_fours(places.as_mut_ptr()) };
         }
-        fours_into(rest, &mut fours[whole.len() * LANES / 2..]);
+        let mut last = [0.0; LANES];
+        let last = &mut last[..rest.len()];
+        last.copy_from_slice(rest);
+        round(dtype, rest_bits, last);
+        fours_into(last, rest_places);
     }
 }
 
@@ -239,13 +277,15 @@ mod tests {
             // SAFETY: the only pieces.
             unsafe { rounded.pieces(Isa::SCALAR).round(0, 0, &[1.0; 64]) };
             assert_eq!(rounded.suits(isa), !isa.has_dot(), "{isa}");
+            assert!(rounded.suits(Isa::SCALAR), "{isa}");
             let mut copy = Rounded::new(Dtype::Bf16, 64);
             copy.set_rows(1);
             copy.copy_row(0, &rounded, 0);
             assert_eq!(copy.suits(isa), rounded.suits(isa), "{isa}");
             // SAFETY: as above.
             unsafe { rounded.pieces(isa).round(0, 0, &[1.0; 64]) };
-            assert!(rounded.suits(isa) && rounded.suits(Isa::SCALAR), "{isa}");
+            assert!(rounded.suits(isa), "{isa}");
+            assert_eq!(rounded.suits(Isa::SCALAR), !isa.has_dot(), "{isa}");
         }
     }
 
@@ -277,16 +317,23 @@ mod tests {
                 all.round(1, 0, &row[..half]);
                 all.round(1, half, &row[half..]);
             }
+            let widened: Vec<f32> = row.iter().map(|x| Dtype::Bf16.widen(round_bf16(*x))).collect();
             let mut fours = vec![0; fours_len(cols)];
-            fours_into(whole.values(1), &mut fours);
+            fours_into(&widened, &mut fours);
+            assert!(pieces.values.is_some() != pieces.fours.is_some());
             for rounded in [&whole, &pieces, &copy] {
-                let widened = rounded.bits(1).iter().map(|bits| Dtype::Bf16.widen(*bits));
-                assert!(widened.eq(rounded.values(1).iter().copied()), "{cols}");
-                assert_eq!(rounded.bits(1), whole.bits(1));
-                if rounded.has_fours {
-                    assert_eq!(rounded.input(1).fours, fours, "{cols}");
+                let bits = rounded.bits(1).iter().map(|bits| Dtype::Bf16.widen(*bits));
+                assert!(bits.eq(widened.iter().copied()), "{cols}");
+                let (zero, input) = (rounded.input(0), rounded.input(1));
+                if rounded.values.is_some() {
+                    assert_eq!(input.values, widened, "{cols}");
                 }
-                assert!(rounded.input(0).fours.iter().all(|four| *four == 0));
+                if rounded.fours.is_some() {
+                    assert_eq!(input.fours, fours, "{cols}");
+                }
+                assert!(
+                    zero.values.iter().all(|x| *x == 0.0) && zero.fours.iter().all(|f| *f == 0)
+                );
             }
         }
     }

@@ -160,7 +160,7 @@ mod tests {
         rounding.add(&turn, Some(&norm), &mut row(96), &mut outcomes[5]);
         let mut rounded = Rounded::new(Dtype::Bf16, 96);
         rounding.norm_rows(&turn, &norm, &row(96), &mut rounded);
-        outcomes.push(rounded.values(0).to_vec());
+        outcomes.push(rounded.widened(0));
         outcomes
     }
 

@@ -37,13 +37,12 @@ impl Norm {
         out.set_rows(rows);
         let out = out.pieces(turn.isa());
         turn.run_ranges(rows, 8, |range| {
+            let mut values = vec![0.0; cols];
             for row in range {
-                let norm = |values: &mut [f32]| {
-                    values.copy_from_slice(&x[row * cols..(row + 1) * cols]);
-                    self.apply(turn.isa(), values);
-                };
+                values.copy_from_slice(&x[row * cols..(row + 1) * cols]);
+                self.apply(turn.isa(), &mut values);
                 // SAFETY: each row belongs to one task.
-                unsafe { out.fill(row, 0, cols, norm) };
+                unsafe { out.round(row, 0, &values) };
             }
         });
     }

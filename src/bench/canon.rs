@@ -115,7 +115,7 @@ fn chains(say: Say<'_>, turn: &Turn<'_>, (rows, cols): (usize, usize)) -> anyhow
     let mut x = Rounded::new(Dtype::Bf16, cols);
     x.set_rows(tokens);
     (0..tokens).for_each(|t| x.set_row(t, &vec![0.01 * (t + 1) as f32; cols]));
-    let inputs: Vec<f32> = (0..tokens).flat_map(|t| x.values(t).to_vec()).collect();
+    let inputs: Vec<f32> = (0..tokens).flat_map(|t| x.widened(t)).collect();
     let mut out = vec![0.0; tokens * rows];
     let (mut canon, mut single) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..RUNS {

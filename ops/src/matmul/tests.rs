@@ -115,7 +115,7 @@ fn for_each_product(
             w.row_into(r, &mut row);
             for t in 0..tokens {
                 let place = format!("{isa} {dtype} {rows} x {cols}, row {r}, token {t}");
-                check(&place, &row, x.values(t), out[t * rows + r]);
+                check(&place, &row, &x.widened(t), out[t * rows + r]);
             }
         }
     }

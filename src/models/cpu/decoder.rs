@@ -259,7 +259,7 @@ impl Decoder {
 fn coarsen(grid: Option<Grid>, rows: &mut Rounded) {
     let Some(grid) = grid else { return };
     for row in 0..rows.rows() {
-        let mut values = rows.values(row).to_vec();
+        let mut values = rows.widened(row);
         grid.apply(rows.cols(), &mut values);
         rows.set_row(row, &values);
     }

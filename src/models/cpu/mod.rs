@@ -95,7 +95,8 @@ fn read(
             // SAFETY: each row of logits belongs to one ask, which is one task.
             unsafe { logits.piece(place * vocab..(place + 1) * vocab) }
         });
-        let hidden = HiddenRow { bits: hidden.bits(i), values: hidden.values(i) };
+        let values = hidden.widened(i);
+        let hidden = HiddenRow { bits: hidden.bits(i), values: &values };
         // The panic's own words and place are in the log by the panic hook.
         catch_unwind(AssertUnwindSafe(|| answer(turn.isa(), &asks[i], hidden, row)))
             .unwrap_or(Err(RowFault::Panicked))

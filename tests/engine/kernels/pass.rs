@@ -417,7 +417,7 @@ fn on_the_cpu(decoder: &Decoder, pool: &Pool, ids: &[u32], blocks: usize) -> [Ve
     let rows = decoder.final_rows(&turn, &all, &scratch);
     let mut logits = Vec::new();
     decoder.logits(&turn, &rows, &mut logits);
-    [all.iter().flat_map(|r| rows.values(*r).to_vec()).collect(), logits]
+    [all.iter().flat_map(|r| rows.widened(*r)).collect(), logits]
 }
 
 fn segment(rows: std::ops::Range<usize>, start: usize, blocks: Vec<u32>) -> Segment {
