@@ -207,8 +207,13 @@ fn claim<'a>(
     request: &'a Request,
     answer: &'a Answer,
 ) -> Claim<'a> {
-    let (seed, proof) = (question.seed, question.proof);
-    Claim { seed, choice, proof, ..Claim::new(request, answer) }
+    Claim {
+        seed: question.seed,
+        choice,
+        proof: question.proof,
+        limit_is_free: question.limit_is_free,
+        ..Claim::new(request, answer)
+    }
 }
 
 /// Reads every choice, writes all of them again, and compares.

@@ -71,12 +71,22 @@ pub struct Claim<'a> {
     pub answer: &'a Answer,
     /// Whether a final end token may be missing from the answer: some stacks do not send it.
     pub end_is_implied: bool,
+    /// Whether the request names no limit: its server's context is one, which is not known here.
+    pub limit_is_free: bool,
 }
 
 impl<'a> Claim<'a> {
     /// The only choice of a request without a seed or a proof, whose answer says how it ends.
     pub fn new(request: &'a Request, answer: &'a Answer) -> Self {
-        Self { request, seed: None, choice: 0, proof: None, answer, end_is_implied: false }
+        Self {
+            request,
+            seed: None,
+            choice: 0,
+            proof: None,
+            answer,
+            end_is_implied: false,
+            limit_is_free: false,
+        }
     }
 }
 

@@ -54,6 +54,8 @@ pub struct Question {
     pub proof: Option<Challenge>,
     /// The prompts by ids, and how many choices each has.
     pub prompts: Prompts,
+    /// The server chooses how long an answer may be: by its context.
+    pub(super) limit_is_free: bool,
     /// The server chooses how tokens are named.
     names_are_free: bool,
     /// The server chooses which distribution log-probabilities describe.
@@ -81,6 +83,7 @@ impl Question {
             seed: body["seed"].as_i64(),
             proof: asked(body, hotkey)?,
             prompts: Prompts { prompts, n: understood.n },
+            limit_is_free: has_free_limit(body),
             names_are_free: body["return_tokens_as_token_ids"].is_null(),
             mode_is_free: body["logprobs_mode"].is_null(),
             understood,
@@ -146,6 +149,12 @@ fn first_name(body: &Value) -> Option<&str> {
     })
 }
 
+/// Whether a body names no limit, and none is implied: completions have one of 16 tokens.
+fn has_free_limit(body: &Value) -> bool {
+    let is_limited = ["max_tokens", "max_completion_tokens"].iter().any(|k| !body[*k].is_null());
+    body.get("messages").is_some() && !is_limited
+}
+
 fn asked(body: &Value, hotkey: Option<&str>) -> Result<Option<Challenge>, QuestionError> {
     let Some(scheme) = body["proof"]["scheme"].as_str() else { return Ok(None) };
     let scheme: Scheme = scheme.parse().map_err(QuestionError::Scheme)?;
@@ -166,8 +175,7 @@ pub async fn understand(
     body: &Value,
     now_ms: u64,
 ) -> Result<Understood, QuestionError> {
-    let is_limited = ["max_tokens", "max_completion_tokens"].iter().any(|k| !body[*k].is_null());
-    if body["proof"].is_object() && body.get("messages").is_some() && !is_limited {
+    if body["proof"].is_object() && has_free_limit(body) {
         return Err(QuestionError::NoLimit);
     }
     let entropy = Entropy::seeded(0);

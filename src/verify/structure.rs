@@ -1,5 +1,6 @@
 //! Checks what needs no forward pass: counts, ids, text, stop rules, weight values.
 
+use super::answer::Answer;
 use super::{Claim, Reason, Rejection, Stop};
 use crate::engine::draw::Draw;
 use crate::engine::output::FinishReason;
@@ -41,6 +42,9 @@ pub fn check(claim: &Claim<'_>, text: &Text, context_max: usize) -> Result<Walk,
             Reason::TooShort,
             "an answer has at least one token; this one has none".into(),
         );
+    }
+    if count > request.max_tokens && claim.limit_is_free {
+        return Err(unknown_limit());
     }
     if count > request.max_tokens {
         let what = format!("at most {} tokens were asked for, got {count}", request.max_tokens);
@@ -90,6 +94,9 @@ fn replay(claim: &Claim<'_>, text: &Text) -> Result<Walk, Stop> {
             None if place == last && may_end_unsent(claim, text) => {
                 piece.push_str(&transcript.finish());
             }
+            None if place == last && claim.limit_is_free && may_be_cut(answer) => {
+                return Err(unknown_limit());
+            }
             None if place == last => {
                 let what = "an output ends by an end token, a stop rule or its limit, this by none";
                 return reject(Reason::EarlyEnd, what.into());
@@ -123,6 +130,17 @@ fn may_end_unsent(claim: &Claim<'_>, text: &Text) -> bool {
     let (request, count) = (claim.request, claim.answer.ids.len());
     let has_ends = !request.end_ids(text).is_empty() || !request.stop.ids.is_empty();
     claim.end_is_implied && has_ends && count + 1 >= request.min_tokens
+}
+
+/// Whether an answer does not say that it ended by itself.
+fn may_be_cut(answer: &Answer) -> bool {
+    answer.finish_reason.as_deref().is_none_or(|reason| reason == "length")
+}
+
+fn unknown_limit() -> Stop {
+    let what = "the request names no `max_tokens`, so where the server's context ends an answer is \
+                not known";
+    Stop::Fault(what.into())
 }
 
 fn describe(reason: &FinishReason) -> String {

@@ -809,6 +809,33 @@ async fn what_the_request_left_open_is_unscored_and_not_passed() {
     assert!(matches!(&verdict, Verdict::Unscored(why) if why.contains("return_token_ids")));
 }
 
+#[tokio::test]
+async fn where_an_answer_ends_that_has_no_limit_is_known_to_its_server_alone() {
+    let site = site(common::options());
+    let mut verifier = common::verifier(&site.served);
+    let greedy = json!({
+        "temperature": 0, "return_token_ids": true, "logprobs": true, "logprobs_mode": "scaled",
+    });
+    let limited = chat(greedy);
+    let mut sent = ask(&site, &limited).await;
+    assert_eq!(verdict(&verifier, &limited, &sent).await, Verdict::Pass);
+    let mut body = limited.clone();
+    remove(&mut body, "max_tokens");
+    let is_unknown =
+        |verdict: Verdict| matches!(verdict, Verdict::Unscored(why) if why.contains("max_tokens"));
+    // A server of a smaller context cuts here.
+    assert!(is_unknown(verdict(&verifier, &body, &sent).await));
+    // That an answer ended by itself can be told from its ids.
+    let mut ended = sent.clone();
+    ended["choices"][0]["finish_reason"] = json!("stop");
+    expect(&verdict(&verifier, &body, &ended).await, Reason::EarlyEnd, "no end token");
+    // A server of a larger context goes on where ours would end.
+    let prompt = sent["usage"]["prompt_tokens"].as_u64().unwrap();
+    verifier.context_max = usize::try_from(prompt).unwrap() + 6;
+    sent["choices"][0]["finish_reason"] = json!("stop");
+    assert!(is_unknown(verdict(&verifier, &body, &sent).await));
+}
+
 #[test]
 fn a_line_that_cannot_be_read_is_a_rejection_of_that_line() {
     let nested = |depth: usize| {
