@@ -93,6 +93,7 @@ pub fn rulings(
     let few = format!("{rare} tokens have a rank of {RANK_RARE} or more, below {rare_max}");
     vec![
         length,
+        unlikely_end(claim, rows, known(temperature)),
         skipped_end(rows, known(temperature)),
         hardly_possible(rows),
         whole(Reason::UnlikelyTokens, 2 * not_first >= count, first),
@@ -101,6 +102,19 @@ pub fn rulings(
         whole(Reason::UnlikelyToken, rare >= rare_max, few),
         random_places(rows, temperature, chance),
     ]
+}
+
+/// Whether an answer ends before its limit by an end token that is hardly possible there: it was
+/// cut. One that was not sent is held to the same rank ([`check_implied_end`]).
+fn unlikely_end(claim: &Claim<'_>, rows: &[RowEvidence], known: u32) -> Ruling {
+    let is_early = rows.len() < claim.request.max_tokens;
+    let end = rows.last().filter(|row| is_early && row.end_rank == Some(row.rank));
+    let is_broken = end.is_some_and(|row| row.rank > known);
+    let what = match end {
+        Some(RowEvidence { rank, .. }) => format!("the end has rank {rank}, at most {known}"),
+        None => format!("an early end has a rank of at most {known}"),
+    };
+    Ruling { reason: Reason::EarlyEnd, what, broken_at: is_broken.then(|| rows.len() - 1) }
 }
 
 /// Whether an end token was more probable than an improbable one that was taken in its place.

@@ -197,6 +197,26 @@ mod tests {
         }
     }
 
+    /// An answer that was cut, and the end token of rank `rank` sent: a miner saves what it does
+    /// not compute.
+    #[test]
+    fn an_early_end_that_was_sent_must_be_likely() {
+        let checked = |rank: u32, count: usize, tokens_max: usize| {
+            let mut rows: Vec<RowEvidence> = (0..count).map(|_| row(1)).collect();
+            rows.last_mut().map(|last| (last.rank, last.end_rank) = (rank, Some(rank)));
+            let (request, answer) = (sampled(tokens_max, 0.8), Answer::default());
+            let own = targon::check(&claimed(&request, &answer), &rows, &Limits::default(), 1);
+            let own = own.err().map(|stop| match stop {
+                Stop::Rejected(rejection) => rejection.reason.name(),
+                Stop::Fault(why) => panic!("{why}"),
+            });
+            (own, rule(&rows, 0.8, tokens_max, true))
+        };
+        assert_eq!(checked(15, 30, 80), (Some("EARLY_END"), Some("EARLY_END")));
+        assert_eq!(checked(14, 30, 80), (None, None), "among 10 T + 6");
+        assert_eq!(checked(15, 30, 30), (None, None), "the limit ended it");
+    }
+
     /// One answer on which the rules differ: rows, temperature, the original, this program.
     type Difference = (Vec<RowEvidence>, f32, Option<&'static str>, Option<&'static str>);
 
