@@ -54,12 +54,17 @@ need_rust() {
         fail "Rust $want or newer is needed, this is $have" "rustup update stable"
 }
 
-# Unpacks a Python package into a directory, without installing anything of it:
-# unpack_wheel NAME==VERSION DIRECTORY HINT
-unpack_wheel() {
+# Unpacks Python packages into a directory, without installing anything of them:
+# unpack_wheels DIRECTORY HINT NAME==VERSION ...
+unpack_wheels() {
+    local place=$1 hint=$2 wheel
+    shift 2
     need_commands python3:python3
     python3 -m pip --version >/dev/null 2>&1 || need_packages python3-pip
-    python3 -m pip download --quiet --no-deps --dest "$2" "$1" >&2 ||
-        fail "the package $1 could not be downloaded" "check the network; or $3"
-    python3 -m zipfile -e "$2"/*.whl "$2"
+    python3 -m pip download --quiet --no-deps --dest "$place" "$@" >&2 ||
+        fail "the package $1 could not be downloaded" "check the network; or $hint"
+    for wheel in "$place"/*.whl; do
+        python3 -m zipfile -e "$wheel" "$place"
+        rm "$wheel"
+    done
 }

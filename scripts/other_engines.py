@@ -29,7 +29,7 @@ class Llama:
         self.process = subprocess.Popen(
             [program, args.llama, str(args.threads), args.llama_cache],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.channels = file.get("llama.embedding_length")
+        self.channels = file.own("embedding_length")
         self.vocabulary = len(file.get("tokenizer.ggml.tokens"))
 
     def rows(self, tokens, at_once):

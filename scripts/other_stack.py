@@ -21,7 +21,7 @@ its rows always come from one pass over an answer. `scripts/bench-peers` makes t
 engines.
 
 `pip install torch transformers==5.24.0 gguf blake3`; `scripts/fetch-model` and
-`targon-engine calibrate` come first. For GGUF files of the Llama architecture.
+`targon-engine calibrate` come first. For GGUF files of the architectures llama and qwen2.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import transformers
 from blake3 import blake3
 from other_engines import Llama, Vllm
 from proof_reference import first_u64, ids, listed, named, u32
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 CHUNK_ROWS = 32
 SCHEMES = {"residue-v1": 1, "residue-v1-u4": 2}
@@ -275,6 +275,7 @@ HF_PARTS = {
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
+ARCHITECTURES = ("llama", "qwen2")  # by the names that transformers has for them too
 HF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -286,16 +287,22 @@ def hf_name(name):
     return f"model.layers.{layer}.{HF_PARTS[part]}.{suffix}"
 
 
+def stored_name(name):
+    """A type as the engine calls it: Q4_K is Q4K."""
+    return name.replace("_K", "K").encode()
+
+
 class File:
     """A GGUF file: weights, configuration, vocabulary, and the hash of its weights."""
 
     def __init__(self, path):
         self.reader = gguf.GGUFReader(path)
-        assert self.get("general.architecture") == "llama", "only the Llama architecture is built"
-        assert self.get("llama.rope.scaling.type") in (None, "none"), "no rope scaling is built"
+        self.architecture = self.get("general.architecture")
+        assert self.architecture in ARCHITECTURES, f"{self.architecture} is not built"
+        assert self.own("rope.scaling.type") in (None, "none"), "no rope scaling is built"
         self.tensors = sorted(self.reader.tensors, key=lambda tensor: hf_name(tensor.name))
-        self.heads = self.get("llama.attention.head_count")
-        self.kv_heads = self.get("llama.attention.head_count_kv") or self.heads
+        self.heads = self.own("attention.head_count")
+        self.kv_heads = self.own("attention.head_count_kv") or self.heads
         names = ["eos_token_id", "eot_token_id", "eom_token_id"]
         self.end_ids = {self.get(f"tokenizer.ggml.{name}") for name in names} - {None}
 
@@ -303,12 +310,15 @@ class File:
         field = self.reader.fields.get(key)
         return field.contents() if field else None
 
+    def own(self, key):
+        return self.get(f"{self.architecture}.{key}")
+
     def weights_root(self):
         """In order of the Hugging Face names, each under the file's own name."""
         parts = []
         for tensor in self.tensors:
             shape = tensor.shape.tolist()[::-1]
-            parts += [listed(tensor.name.encode()), listed(tensor.tensor_type.name.encode()),
+            parts += [listed(tensor.name.encode()), listed(stored_name(tensor.tensor_type.name)),
                       u32(len(shape)), struct.pack(f"<{len(shape)}q", *shape),
                       blake3(tensor.data.tobytes()).digest()]
         return named("targon-engine/weights/1", u32(len(self.tensors)), *parts)
@@ -320,7 +330,7 @@ class File:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             values = torch.from_numpy(np.array(values, np.float32))
             for part, heads in (("attn_q.", self.heads), ("attn_k.", self.kv_heads)):
-                if part in tensor.name:
+                if part in tensor.name and self.architecture == "llama":
                     # llama.cpp interleaves the rotary halves of each head.
                     pairs = values.view(heads, values.shape[0] // heads // 2, 2, -1)
                     values = pairs.transpose(1, 2).reshape(values.shape)
@@ -329,18 +339,20 @@ class File:
         return state
 
     def config(self):
-        return LlamaConfig(
+        length = self.own("attention.key_length")
+        return AutoConfig.for_model(
+            self.architecture,
             vocab_size=len(self.get("tokenizer.ggml.tokens")),
-            hidden_size=self.get("llama.embedding_length"),
-            intermediate_size=self.get("llama.feed_forward_length"),
-            num_hidden_layers=self.get("llama.block_count"),
+            hidden_size=self.own("embedding_length"),
+            intermediate_size=self.own("feed_forward_length"),
+            num_hidden_layers=self.own("block_count"),
             num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            head_dim=self.get("llama.attention.key_length"),
-            max_position_embeddings=self.get("llama.context_length"),
-            rms_norm_eps=self.get("llama.attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=self.own("context_length"),
+            rms_norm_eps=self.own("attention.layer_norm_rms_epsilon"),
             rope_parameters={"rope_type": "default",
-                             "rope_theta": self.get("llama.rope.freq_base") or 10000.0},
+                             "rope_theta": self.own("rope.freq_base") or 10000.0},
             tie_word_embeddings=not any(t.name == "output.weight" for t in self.tensors),
+            **({"head_dim": length} if length else {}),
         )
 
     @functools.cached_property
@@ -386,7 +398,7 @@ class Stack:
         version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         assert version >= (5, 24), f"transformers 5.24 or newer, not {transformers.__version__}"
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
-        self.model = LlamaForCausalLM._from_config(
+        self.model = AutoModelForCausalLM.from_config(
             self.file.config(), dtype=dtype, attn_implementation=args.attention).eval()
         state = self.file.state()
         for name, values in state.items() if args.weights else ():

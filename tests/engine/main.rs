@@ -7,6 +7,7 @@ mod common;
 
 mod calibration;
 mod canon;
+mod changed_weights;
 mod checkpoints;
 mod drafts;
 mod endings;

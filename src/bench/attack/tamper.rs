@@ -5,11 +5,12 @@ use crate::models::checkpoint::Checkpoint;
 use crate::models::cpu::decoder::Decoder;
 use crate::models::error::LoadError;
 use crate::models::grid::{Fp8Scale, Grid};
+use crate::models::spec::Spec;
 use crate::ops::dtype::Dtype;
 use crate::ops::lcg::Lcg;
 use crate::ops::pool::Pool;
+use anyhow::bail;
 use safetensors::tensor::{Dtype as Stored, TensorView};
-use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,14 +42,18 @@ pub enum Tamper {
 /// The decoder of a checkpoint with its matrices changed; `scratch` holds the altered file.
 ///
 /// # Errors
-/// When the model is not a dense one of Llama's kind, or a file cannot be read or written.
+/// When the model is a mixture of experts, or a file cannot be read or written.
 pub fn tampered(
     checkpoint: &Checkpoint,
     pool: &Pool,
     tamper: Tamper,
     scratch: &Path,
 ) -> anyhow::Result<Decoder> {
-    write(checkpoint, tamper, scratch)?;
+    let spec = checkpoint.spec()?;
+    if spec.feed_forward.experts.is_some() {
+        bail!("weights of a mixture of experts ({}) are not changed here", spec.family.name);
+    }
+    write(checkpoint, &spec, tamper, scratch)?;
     let altered = Checkpoint::open(scratch)?;
     let spec = Arc::new(altered.spec()?);
     Ok(Decoder::load(&altered, &spec, Dtype::Bf16, pool, |_, _| {})?)
@@ -60,13 +65,17 @@ pub fn int8_head(head: &mut [f32]) {
     Grid::integers(8, 0).apply(head.len(), head);
 }
 
-fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> anyhow::Result<()> {
-    let layers = checkpoint.config["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
+fn write(
+    checkpoint: &Checkpoint,
+    spec: &Spec,
+    tamper: Tamper,
+    scratch: &Path,
+) -> anyhow::Result<()> {
     let mut tensors = Vec::new();
-    for name in names(&checkpoint.config, layers) {
+    for name in spec.tensor_names().into_iter().filter(|name| checkpoint.has(name)) {
         let (shape, mut values) = read(checkpoint, &name)?;
         if shape.len() == 2 && name.starts_with("model.layers.") {
-            change(tamper, &name, layers, shape[1], &mut values);
+            change(tamper, &name, spec.layers, shape[1], &mut values);
         }
         let bits = values.iter().flat_map(|x| Dtype::Bf16.round(*x).to_le_bytes());
         tensors.push((name, shape, bits.collect::<Vec<u8>>()));
@@ -79,28 +88,6 @@ fn write(checkpoint: &Checkpoint, tamper: Tamper, scratch: &Path) -> anyhow::Res
     safetensors::serialize_to_file(views, None, &scratch.join("model.safetensors"))?;
     let config = checkpoint.config.to_string();
     Ok(std::fs::write(scratch.join("config.json"), config)?)
-}
-
-/// The tensors of a dense Llama.
-fn names(config: &Value, layers: usize) -> Vec<String> {
-    let mut names = vec!["model.embed_tokens.weight".to_owned(), "model.norm.weight".to_owned()];
-    if config["tie_word_embeddings"] != true {
-        names.push("lm_head.weight".into());
-    }
-    let parts = [
-        "input_layernorm",
-        "post_attention_layernorm",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ];
-    let of_layer = |i: usize| parts.map(|part| format!("model.layers.{i}.{part}.weight"));
-    names.extend((0..layers).flat_map(of_layer));
-    names
 }
 
 fn read(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<usize>, Vec<f32>), LoadError> {
