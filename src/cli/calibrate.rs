@@ -27,6 +27,7 @@ use crate::verify::calibrate::{
 use crate::verify::classes::{ClassFit, fits, narrowest};
 use crate::verify::limits_file::{self, LimitsFile, Share, ValueSpread};
 use crate::verify::statistic::ByRows;
+use crate::verify::{Limits, rounding_energy};
 use clap::Args;
 use comfy_table::Table;
 use std::path::{Path, PathBuf};
@@ -112,13 +113,20 @@ fn whiten(args: &CalibrateArgs) -> Result<(), Failure> {
         let located = runtime.block_on(locate(config, &bars)).map_err(Failure::user)?;
         let model = Model::load(&located.path, dtype, &pool, |_, _| {}).map_err(Failure::user)?;
         let renewed = Identity::recalibrated(&model, &pool).map_err(Failure::user)?;
-        let Recalibrated { identity: Identity { weights_root, calibration, .. }, rows, path } =
-            renewed;
+        let Recalibrated { identity, rows, path } = renewed;
+        let rounding =
+            rounding_energy::of_model(&model, &identity, &pool).map_err(Failure::user)?;
+        let Identity { weights_root, calibration, .. } = identity;
         outln!("{name}");
         outln!("  weights root  {}", to_hex(&weights_root));
         outln!("  calibration   {}", to_hex(&calibration_hash(&calibration)));
         let (channels, shift) = (calibration.channels(), calibration.shift);
         outln!("  {channels} channels from {rows} rows, shift {shift}, in {}", path.display());
+        if let Some(energy) = rounding {
+            let limit = Limits::default().scaled(energy / rounding_energy::MEASURED).energy_u8;
+            let most = format!("a chunk has an energy of at most {limit:.0} by default");
+            outln!("  rounding      moves rows by an energy of {energy:.1}: {most}");
+        }
     }
     Ok(())
 }

@@ -10,7 +10,6 @@ use super::tables::bordered;
 use super::verify_html;
 use crate::entropy::Entropy;
 use crate::lifecycle::verifiers::{VerifierRules, Verifiers};
-use crate::models::text::Text;
 use crate::verify::capture::{Capture, CheckedChoice};
 use crate::verify::captures::{CapturedLine, Captures};
 use crate::verify::evidence::{Calibrated, Observed, weigh};
@@ -82,28 +81,17 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
     let evidence = args.evidence.as_deref().map(EvidenceFile::open).transpose();
     let evidence = evidence.map_err(Failure::user)?;
-    let own = file.as_ref().map_or_else(Limits::default, |f| f.limits);
-    let limits = Limits { exact: args.exact || own.exact, ..own };
+    let limits = file.as_ref().map(|f| f.limits);
     let rates = file.as_ref().map_or_else(Calibrated::default, |f| f.rates);
-    let rules = VerifierRules { limits, scrutiny: args.scrutiny.asked() };
+    let rules = VerifierRules { limits, exact: args.exact, scrutiny: args.scrutiny.asked() };
     let models = (args.models.path.as_path(), args.models.read(&[])?);
     let verifiers = Verifiers::new(models, args.compute.pool()?, rules, Arc::new(Bars::new()));
     let captures = Captures::open(&args.file).map_err(Failure::user)?;
     let (runtime, entropy) = (runtime()?, Entropy::system());
     let account = evidence.map(|store| Account { store, rates, entropy: entropy.clone() });
     let (worst, is_warned, sections) = (0, false, Vec::new());
-    let mut checking = Checking {
-        args,
-        file,
-        limits,
-        runtime,
-        entropy,
-        verifiers,
-        account,
-        worst,
-        is_warned,
-        sections,
-    };
+    let mut checking =
+        Checking { args, file, runtime, entropy, verifiers, account, worst, is_warned, sections };
     let mut is_empty = true;
     for line in captures {
         is_empty = false;
@@ -127,7 +115,6 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 struct Checking<'a> {
     args: &'a VerifyArgs,
     file: Option<LimitsFile>,
-    limits: Limits,
     runtime: Runtime,
     entropy: Entropy,
     verifiers: Verifiers,
@@ -165,7 +152,7 @@ impl Checking<'_> {
             Ok(question) => {
                 let verification = self.args.verification(&verifier, &self.entropy);
                 let checked = verification.capture(question, &capture);
-                self.choices(&place, &capture, &checked, &verifier.model.text)
+                self.choices(&place, &capture, &checked, &verifier)
             }
             Err(why) => {
                 self.unread(&place, &Verdict::Unscored(why.to_string()));
@@ -179,15 +166,15 @@ impl Checking<'_> {
         place: &str,
         capture: &Capture,
         checked: &[CheckedChoice],
-        model: &Text,
+        verifier: &Verifier,
     ) -> Result<(), Failure> {
+        let (model, limits) = (&verifier.model.text, &verifier.limits);
         for checked in checked {
             self.worst = self.worst.max(weight(&checked.report.verdict));
             if self.args.exact && checked.profile != Profile::Proof && !self.is_warned {
                 tracing::warn!("{place}: --exact says nothing of an answer without a proof");
                 self.is_warned = true;
             }
-            let limits = &self.limits;
             let tally = self.account.as_mut().map(|a| a.add(place, capture, checked, limits));
             let tally = tally.transpose()?;
             let finding = CheckedAnswer { place, checked, tally: tally.as_ref(), model, limits };

@@ -14,7 +14,8 @@ use std::path::PathBuf;
 
 /// What verifiers must check with, so that samples show all that honest answers do.
 pub const MEASURING: VerifierRules = VerifierRules {
-    limits: Limits::NONE,
+    limits: Some(Limits::NONE),
+    exact: false,
     scrutiny: WantedScrutiny { twin: Some(TwinPolicy::Always), ..WantedScrutiny::NOTHING },
 };
 

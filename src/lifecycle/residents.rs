@@ -13,11 +13,12 @@ use crate::ops::pool::Pool;
 use crate::proof::codec::to_hex;
 use crate::validator::run::resident::Resident;
 use crate::validator::run::residents::{Residents, Sized};
+use crate::verify::Verifier;
 use crate::verify::evidence::Calibrated;
 use crate::verify::file::FileError;
 use crate::verify::limits_file::{self, LimitsFile};
+use crate::verify::rounding_energy::default_limits;
 use crate::verify::scrutiny::WantedScrutiny;
-use crate::verify::{Limits, Verifier};
 use anyhow::{Context, anyhow};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -240,7 +241,8 @@ impl Loader {
         let scrutiny = scrutiny.on(&model)?;
         let identity = Identity::of(&model, &self.pool)?;
         let own = limits.of(to_hex(&identity.portable_hash()));
-        let mut limits = own.map_or_else(Limits::default, |file| file.limits);
+        let default = || default_limits(&model, &identity, &self.pool);
+        let mut limits = own.map_or_else(default, |file| Ok(file.limits))?;
         limits.exact |= exact;
         let rates = own.map_or_else(Calibrated::default, |file| file.rates);
         // One context writes prompts; the others are those of verifications.

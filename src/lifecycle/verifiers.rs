@@ -8,6 +8,7 @@ use crate::models::Identity;
 use crate::ops::pool::Pool;
 use crate::verify::capture::Capture;
 use crate::verify::question::{Question, QuestionError};
+use crate::verify::rounding_energy::default_limits;
 use crate::verify::scrutiny::WantedScrutiny;
 use crate::verify::{Limits, Verifier};
 use std::collections::HashMap;
@@ -62,8 +63,10 @@ impl VerifierError {
 /// What verifiers check answers with.
 #[derive(Clone, Copy, Debug)]
 pub struct VerifierRules {
-    /// The limits between honest and not.
-    pub limits: Limits,
+    /// The limits between honest and not; by default each model's own.
+    pub limits: Option<Limits>,
+    /// Whether rows must be equal bit for bit, whatever the limits say.
+    pub exact: bool,
     /// How closely suspicious answers are looked at.
     pub scrutiny: WantedScrutiny,
 }
@@ -71,7 +74,7 @@ pub struct VerifierRules {
 impl VerifierRules {
     /// The default limits, and one prefill for each answer.
     pub fn plain() -> Self {
-        Self { limits: Limits::default(), scrutiny: WantedScrutiny::NOTHING }
+        Self { limits: None, exact: false, scrutiny: WantedScrutiny::NOTHING }
     }
 }
 
@@ -158,7 +161,7 @@ pub async fn load_verifier(
 async fn load_one(
     config: ModelConfig,
     pool: &Pool,
-    VerifierRules { limits, scrutiny }: VerifierRules,
+    VerifierRules { limits, exact, scrutiny }: VerifierRules,
     shown: &dyn Progress,
 ) -> anyhow::Result<Verifier> {
     let located = load::locate(config, shown).await?;
@@ -166,6 +169,8 @@ async fn load_one(
     let model = located.load_model(pool, |_, _| {})?;
     let scrutiny = scrutiny.on(&model)?;
     let identity = Identity::of(&model, pool)?;
+    let mut limits = limits.map_or_else(|| default_limits(&model, &identity, pool), Ok)?;
+    limits.exact |= exact;
     Ok(Verifier::new(
         Arc::new(model),
         Arc::new(identity),

@@ -126,7 +126,11 @@ pub fn compute(model: &Model, pool: &Pool) -> Result<(Calibration, usize), LoadE
     Ok((calibration, rows.len() / channels))
 }
 
-fn pieces(model: &Model) -> Result<Vec<Vec<u32>>, LoadError> {
+/// The text as pieces of ids, each of which begins a sequence.
+///
+/// # Errors
+/// When it cannot be tokenised.
+pub fn pieces(model: &Model) -> Result<Vec<Vec<u32>>, LoadError> {
     let vocab = model.spec.vocab as u32;
     let limit = PIECE_TOKENS_MAX.min(model.spec.context);
     let mut pieces = Vec::new();
@@ -160,7 +164,10 @@ fn of_pass(fault: PassFault) -> LoadError {
 
 /// Hash of everything that the pass depends on: the canon, weights and their type, shape and
 /// options of the model, the ids of the text.
-fn inputs(model: &Model, root: &Hash) -> Result<Hash, LoadError> {
+///
+/// # Errors
+/// When the text cannot be tokenised.
+pub fn inputs(model: &Model, root: &Hash) -> Result<Hash, LoadError> {
     let mut e = Encoder::new("targon-engine/calibration-inputs/1");
     e.u32(VERSION).bytes(CANON.as_bytes());
     e.raw(root).bytes(model.dtype.to_string().as_bytes());

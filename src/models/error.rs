@@ -76,7 +76,7 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    pub(super) fn invalid(path: &Path, what: impl ToString) -> Self {
+    pub(crate) fn invalid(path: &Path, what: impl ToString) -> Self {
         LoadError::Invalid { path: path.to_owned(), what: what.to_string() }
     }
 }

@@ -1,5 +1,5 @@
 //! Remembers values that were computed from checkpoints: weights roots by the identity of their
-//! files, and hashes of calibrations by their inputs.
+//! files, and hashes of calibrations and rounding energies by what they are computed from.
 //!
 //! It is one file of the cache, written by this program alone. A damaged file is ignored, because
 //! everything in it can be computed again.
@@ -14,10 +14,10 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Version of the file.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Entries of a kind; one more, and all others of its kind are forgotten.
 const ENTRIES_MAX: usize = 1024;
-/// Bytes of the file: two kinds of entries, each entry two hashes in hexadecimal.
+/// Bytes of the file: three kinds of entries, each entry two hashes in hexadecimal at most.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Changes of the file by this process, one at a time.
@@ -56,6 +56,9 @@ struct Stored {
 struct Kept {
     roots: BTreeMap<String, String>,
     calibrations: BTreeMap<String, String>,
+    /// Numbers, as their bits.
+    #[serde(default)]
+    roundings: BTreeMap<String, String>,
 }
 
 impl Remembered<'_> {
@@ -69,14 +72,27 @@ impl Remembered<'_> {
         from_hex(self.read().calibrations.get(&to_hex(inputs))?).ok()
     }
 
+    /// The rounding energy of a model whose calibration has these inputs.
+    pub fn rounding(self, inputs: &Hash) -> Option<f64> {
+        let kept = self.read();
+        let bits = u64::from_str_radix(kept.roundings.get(&to_hex(inputs))?, 16).ok()?;
+        Some(f64::from_bits(bits)).filter(|energy| energy.is_finite() && *energy >= 0.0)
+    }
+
     /// Remembers a weights root.
     pub fn keep_root(self, identity: &Hash, root: &Hash) {
-        self.change(|kept| insert(&mut kept.roots, identity, root));
+        self.change(|kept| insert(&mut kept.roots, identity, to_hex(root)));
     }
 
     /// Remembers the hash of a calibration.
     pub fn keep_calibration(self, inputs: &Hash, calibration: &Hash) {
-        self.change(|kept| insert(&mut kept.calibrations, inputs, calibration));
+        self.change(|kept| insert(&mut kept.calibrations, inputs, to_hex(calibration)));
+    }
+
+    /// Remembers the rounding energy of a model.
+    pub fn keep_rounding(self, inputs: &Hash, energy: f64) {
+        let bits = format!("{:x}", energy.to_bits());
+        self.change(|kept| insert(&mut kept.roundings, inputs, bits));
     }
 
     fn path(self) -> PathBuf {
@@ -113,11 +129,11 @@ impl Remembered<'_> {
     }
 }
 
-fn insert(entries: &mut BTreeMap<String, String>, key: &Hash, value: &Hash) {
+fn insert(entries: &mut BTreeMap<String, String>, key: &Hash, value: String) {
     if entries.len() >= ENTRIES_MAX {
         entries.clear();
     }
-    entries.insert(to_hex(key), to_hex(value));
+    entries.insert(to_hex(key), value);
 }
 
 /// Why a file of what was remembered is not used.
@@ -147,7 +163,7 @@ fn parse(bytes: &[u8]) -> Result<Kept, CacheFileError> {
 
 fn check(kept: &Kept) -> serde_json::Result<String> {
     let bytes = serde_json::to_vec(kept)?;
-    Ok(to_hex(&Encoder::new("targon-engine/remembered/2").bytes(&bytes).finish()))
+    Ok(to_hex(&Encoder::new("targon-engine/remembered/3").bytes(&bytes).finish()))
 }
 
 #[cfg(test)]
@@ -161,7 +177,16 @@ mod tests {
         assert_eq!(remembered.root(&[1; 32]), None);
         remembered.keep_root(&[1; 32], &[2; 32]);
         remembered.keep_calibration(&[1; 32], &[3; 32]);
+        remembered.keep_rounding(&[1; 32], 0.1);
         assert_eq!(remembered.root(&[1; 32]), Some([2; 32]));
+        assert_eq!(
+            (remembered.rounding(&[1; 32]), remembered.rounding(&[2; 32])),
+            (Some(0.1), None)
+        );
+        for energy in [f64::NAN, f64::INFINITY, -1.0] {
+            remembered.keep_rounding(&[3; 32], energy);
+            assert_eq!(remembered.rounding(&[3; 32]), None, "{energy} is none");
+        }
         assert_eq!(remembered.calibration(&[1; 32]), Some([3; 32]));
         let whole = std::fs::read(remembered.path()).unwrap();
         for at in 0..whole.len() {
@@ -182,8 +207,9 @@ mod tests {
         let mut kept = Kept::default();
         for i in 0..=ENTRIES_MAX as u64 {
             let key: Hash = *blake3::hash(&i.to_le_bytes()).as_bytes();
-            insert(&mut kept.roots, &key, &key);
-            insert(&mut kept.calibrations, &key, &key);
+            insert(&mut kept.roots, &key, to_hex(&key));
+            insert(&mut kept.calibrations, &key, to_hex(&key));
+            insert(&mut kept.roundings, &key, format!("{:x}", f64::MAX.to_bits()));
             if i + 1 == ENTRIES_MAX as u64 {
                 Remembered(dir.path()).change(|all| *all = std::mem::take(&mut kept));
                 kept = Remembered(dir.path()).read();

@@ -2,16 +2,19 @@
 
 use super::places::FAST_ROWS;
 use super::report::{ChunkEvidence, Report};
-use super::statistic::{ByRows, Statistic};
+use super::statistic::{ByRows, ROWS, Statistic};
 use crate::files::KeyError;
 use crate::models::margin::MARGIN_CLIP;
-use crate::proof::Scheme;
 use crate::proof::residue::ResidueBits;
+use crate::proof::{CHUNK_ROWS, Scheme};
 use serde::{Deserialize, Serialize};
 
 /// Margins that the limit of their mean was measured on: those of a fast check of a long answer,
 /// which looks at its last row and others.
 const MARGINS: usize = FAST_ROWS + 1;
+
+/// Limits of energies are not scaled down further: some of an energy is what residues drop.
+const FACTOR_MIN: f64 = 1.0 / 64.0;
 
 /// Limits between honest and not. The defaults spare an honest miner that computes in bf16 with
 /// another library (`docs/verification.md` has the measurement); classes of miners with smaller
@@ -89,6 +92,42 @@ impl Limits {
         agreement: 0.0,
         exact: false,
     };
+
+    /// The same for a model whose rows are moved by rounding with so many times the energy of those
+    /// that the limits were measured on.
+    ///
+    /// An honest row is wild now and then, in models that rounding moves little too, and then as
+    /// far away as one that is made up. So below one, where few rows count and none is left out,
+    /// there is room for one of those in the place of what rounding is less. A limit of four bits
+    /// is not above what it was: nearly all of the way to made-up rows is used up there.
+    pub fn scaled(self, factor: f64) -> Self {
+        let factor = factor.max(FACTOR_MIN);
+        let wild = |bits: ResidueBits, rows: usize| {
+            (1.0 - factor).max(0.0) * bits.forged_energy() / rows as f64
+        };
+        let wide = |limit: f64, wild: f64, most: f64| (limit * factor + wild).min(most);
+        // A step of four bits is four of eight, and what a residue drops is a twelfth.
+        let narrow = |limit: f64, of_eight: f64, wild: f64| {
+            limit.min(of_eight * factor / 16.0 + 0.25 + wild)
+        };
+        let (eight, four) = (ResidueBits::U8, ResidueBits::U4);
+        // From 32 rows on a statistic leaves out three of them at either end.
+        let among = |place: usize, bits| if place == 0 { wild(bits, ROWS[0]) } else { 0.0 };
+        let trimmed_u8 = |place: usize| {
+            wide(self.trimmed_u8.0[place], among(place, eight), eight.forged_energy())
+        };
+        let trimmed_u4 = |place: usize| {
+            narrow(self.trimmed_u4.0[place], self.trimmed_u8.0[place], among(place, four))
+        };
+        let (chunk, least) = (CHUNK_ROWS, eight.forged_least(CHUNK_ROWS));
+        Self {
+            energy_u8: wide(self.energy_u8, wild(eight, chunk), least),
+            energy_u4: narrow(self.energy_u4, self.energy_u8, wild(four, chunk)),
+            trimmed_u8: ByRows(std::array::from_fn(trimmed_u8)),
+            trimmed_u4: ByRows(std::array::from_fn(trimmed_u4)),
+            ..self
+        }
+    }
 
     /// The largest energy of a chunk of `scheme`; TOPLOC has none.
     pub fn energy(&self, scheme: Scheme) -> Option<f64> {
@@ -286,6 +325,46 @@ mod tests {
         assert!(!is_open(&limits, &[10.0, 500.0]) && !is_open(&never, &[700.0]));
         assert!(!is_open(&limits, &[700.0, f64::NAN]));
         assert!(!is_open(&Limits { exact: true, ..limits }, &[700.0]));
+    }
+
+    #[test]
+    fn limits_of_energies_follow_the_rounding_of_the_model() {
+        let limits = Limits::default();
+        let [half, same, tenfold] = [0.5, 1.0, 10.0].map(|factor| limits.scaled(factor));
+        assert_eq!(same, limits);
+        let made_up = ResidueBits::U8.forged_energy();
+        assert_eq!((half.energy_u8, half.trimmed_u8.0[2]), (330.0 + made_up / 64.0, 112.5));
+        assert_eq!(half.trimmed_u8.0[0], 615.0 + made_up / 16.0);
+        // One row that is made up, among honest ones, is no reason for a rejection.
+        let quiet = limits.scaled(0.1);
+        let chunk = |wild: f64| ChunkEvidence {
+            rows: 32,
+            energy: Some((31.0 * 10.0 + wild * made_up) / 32.0),
+            ..ChunkEvidence::default()
+        };
+        assert!(!quiet.is_over(Scheme::Residue, &chunk(1.0)));
+        assert!(quiet.is_over(Scheme::Residue, &chunk(2.0)), "two are");
+        // Rows that are made up must stay above them.
+        assert_eq!(tenfold.energy_u8, ResidueBits::U8.forged_least(32));
+        assert_eq!(tenfold.trimmed_u8.0[0], ResidueBits::U8.forged_energy());
+        assert_eq!(tenfold.trimmed_u8.0[4], 1250.0);
+        // Four bits have little room below them: half of 660 is 20.6 in their steps.
+        assert_eq!((half.energy_u4, tenfold.energy_u4), (18.5, 18.5));
+        let four = ResidueBits::U4.forged_energy();
+        assert_eq!(limits.scaled(0.25).energy_u4, 660.0 / 64.0 + 0.25 + 0.75 * four / 32.0);
+        assert_eq!((half.trimmed_u4.0[4], tenfold.trimmed_u4.0[4]), (125.0 / 32.0 + 0.25, 7.7));
+        // What is in units of rounding, of logits or of shares is what it was.
+        let others = |l: Limits| Limits {
+            energy_u8: 0.0,
+            energy_u4: 0.0,
+            trimmed_u8: ByRows::all(0.0),
+            trimmed_u4: ByRows::all(0.0),
+            ..l
+        };
+        assert_eq!(others(half), others(limits));
+        // A model whose twin has its rows has limits as well.
+        assert_eq!(limits.scaled(0.0), limits.scaled(FACTOR_MIN));
+        assert_eq!(limits.scaled(0.0).check(), Ok(()));
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub mod prefill;
 pub mod proof;
 pub mod question;
 mod report;
+pub mod rounding_energy;
 pub mod rows;
 pub mod scrutiny;
 pub mod statistic;

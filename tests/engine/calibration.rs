@@ -9,6 +9,7 @@ use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
 use targon_engine::proof::codec::to_hex;
 use targon_engine::proof::commit::calibration_hash;
+use targon_engine::verify::rounding_energy;
 
 /// What loading a model with its identity may take, whatever lies in the cache.
 const BUDGET: Duration = Duration::from_secs(30);
@@ -187,4 +188,26 @@ fn weights_that_keep_their_time_and_size_are_seen_to_have_changed() {
     std::fs::File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
     assert_eq!(std::fs::metadata(&file).unwrap().modified().unwrap(), time);
     assert_ne!(place.identity(&place.model()).unwrap().weights_root, before.weights_root);
+}
+
+#[test]
+fn a_models_rounding_is_the_same_on_every_instruction_set_and_another_models_is_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, other] = [3, 4].map(|seed| {
+        let dir = dir.path().join(seed.to_string());
+        common::write_checkpoint(&dir, &common::tiny_config(), seed);
+        dir
+    });
+    let energy = |dir: &Path, isa| {
+        let pool = Pool::new(2, isa).unwrap();
+        let model = Model::load(dir, None, &pool, |_, _| {}).unwrap();
+        let identity = Identity::compute(&model, &pool).unwrap();
+        rounding_energy::compute(&model, &identity, &pool).unwrap().unwrap()
+    };
+    let scalar = energy(&one, Isa::SCALAR);
+    assert!(scalar > 0.0, "{scalar}");
+    for isa in Isa::available() {
+        assert_eq!(energy(&one, isa).to_bits(), scalar.to_bits(), "{isa}");
+    }
+    assert_ne!(energy(&other, Isa::SCALAR), scalar);
 }

@@ -7,9 +7,10 @@ use targon_engine::clock::Clock;
 use targon_engine::engine::output::{Ended, FinishReason};
 use targon_engine::engine::request::Request;
 use targon_engine::engine::{Engine, Options};
-use targon_engine::models::Model;
+use targon_engine::models::{Identity, Model};
 use targon_engine::ops::lanes::Isa;
 use targon_engine::ops::pool::Pool;
+use targon_engine::verify::rounding_energy;
 
 fn engine() -> &'static Engine {
     static ENGINE: OnceLock<Engine> = OnceLock::new();
@@ -120,4 +121,14 @@ fn a_long_prompt_is_prefilled_in_chunks_and_answered() {
     let steps = engine().submit(Request::greedy(ids, 9)).unwrap().collect_blocking().unwrap().steps;
     let text: String = steps.iter().map(|s| s.text.as_str()).collect();
     assert!(text.contains("quick brown fox"), "{text}");
+}
+
+/// The default limits were measured on answers of this model.
+#[test]
+fn its_rounding_is_that_of_the_default_limits() {
+    let pool = Pool::new(2, Isa::best()).unwrap();
+    let model = Model::load(&common::smollm2(), None, &pool, |_, _| {}).unwrap();
+    let identity = Identity::compute(&model, &pool).unwrap();
+    let energy = rounding_energy::compute(&model, &identity, &pool).unwrap();
+    assert_eq!(energy, Some(rounding_energy::MEASURED));
 }

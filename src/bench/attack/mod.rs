@@ -30,6 +30,7 @@ use crate::ops::pool::Pool;
 use crate::proof::Scheme;
 use crate::verify::evidence::Calibrated;
 use crate::verify::limits_file::LimitsFile;
+use crate::verify::rounding_energy::default_limits;
 use crate::verify::scrutiny::Scrutiny;
 use crate::verify::{Depth, Limits};
 use answers::AnswerMaker;
@@ -59,8 +60,10 @@ pub struct AttackSetup {
     pub tokens: Option<usize>,
     /// Only attacks whose name holds this.
     pub only: Option<String>,
-    /// Limits of one answer.
-    pub limits: Limits,
+    /// Limits of one answer; the model's default ones where there are none.
+    pub limits: Option<Limits>,
+    /// Whether rows must be equal bit for bit, whatever the limits say.
+    pub exact: bool,
     /// The file that they come from, which must be for the model.
     pub limits_file: Option<(PathBuf, LimitsFile)>,
     /// How closely answers are looked at.
@@ -77,7 +80,8 @@ impl AttackSetup {
             honest,
             tokens: None,
             only: None,
-            limits: Limits::default(),
+            limits: None,
+            exact: false,
             limits_file: None,
             scrutiny: Scrutiny::default(),
             rates: Calibrated::default(),
@@ -153,7 +157,10 @@ impl AttackBench {
             file.check_model(path, &subject.identity.portable_hash())?;
         }
         let attacks = chosen(subject.model.spec.layers, setup.only.as_deref())?;
-        let verifier = AttackVerifier::new(&subject, setup.limits, setup.scrutiny);
+        let default = || default_limits(&subject.model, &subject.identity, pool);
+        let mut limits = setup.limits.map_or_else(default, Ok)?;
+        limits.exact |= setup.exact;
+        let verifier = AttackVerifier::new(&subject, limits, setup.scrutiny);
         let asks = |from: usize, count: usize, tokens: usize| {
             let tokens = setup.tokens.unwrap_or(tokens);
             let some = all.iter().enumerate().skip(from).take(count);

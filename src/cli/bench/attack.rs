@@ -12,7 +12,7 @@ use crate::cli::shared::ComputeArgs;
 use crate::cli::tables::bordered;
 use crate::verify::evidence::Calibrated;
 use crate::verify::scrutiny::{Scrutiny, TwinPolicy};
-use crate::verify::{FastRows, Limits, limits_file};
+use crate::verify::{FastRows, limits_file};
 use clap::Args;
 use comfy_table::Table;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 /// Arguments of `bench attack`.
 #[derive(Args)]
 pub(in crate::cli) struct AttackArgs {
-    /// A checkpoint directory or GGUF file of a dense Llama.
+    /// A checkpoint directory or GGUF file of a dense model.
     model: PathBuf,
     /// Prompts that every attack is run on.
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(2..=1000))]
@@ -68,14 +68,12 @@ pub(super) fn run(args: &AttackArgs) -> Result<(), Failure> {
         std::fs::create_dir_all(out).map_err(|e| cannot_write(out, &e))?;
     }
     let file = args.limits.as_deref().map(limits_file::read).transpose().map_err(Failure::user)?;
-    let (limits, rates) = match &file {
-        Some(file) => (file.limits, file.rates),
-        None => (Limits::default(), Calibrated::default()),
-    };
+    let rates = file.as_ref().map_or_else(Calibrated::default, |file| file.rates);
     let setup = AttackSetup {
         tokens: args.tokens.map(usize::from),
         only: args.only.clone(),
-        limits: Limits { exact: args.exact || limits.exact, ..limits },
+        limits: file.as_ref().map(|file| file.limits),
+        exact: args.exact,
         limits_file: args.limits.clone().zip(file),
         scrutiny: Scrutiny {
             twin: args.twin,
