@@ -203,7 +203,8 @@ mod tests {
     fn an_early_end_that_was_sent_must_be_likely() {
         let checked = |rank: u32, count: usize, tokens_max: usize| {
             let mut rows: Vec<RowEvidence> = (0..count).map(|_| row(1)).collect();
-            rows.last_mut().map(|last| (last.rank, last.end_rank) = (rank, Some(rank)));
+            let last = &mut rows[count - 1];
+            (last.rank, last.end_rank) = (rank, Some(rank));
             let (request, answer) = (sampled(tokens_max, 0.8), Answer::default());
             let own = targon::check(&claimed(&request, &answer), &rows, &Limits::default(), 1);
             let own = own.err().map(|stop| match stop {
