@@ -13,7 +13,7 @@ use super::buffer::Buffer;
 use super::dtype::{Dtype, round_bf16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
-use super::product::{BLOCK_K, VEC_STRIDE, offset, product};
+use super::product::{BLOCK_K, Input, Inputs, VEC_STRIDE, offset, product};
 use super::rounded::Rounded;
 use super::tasks::{Grain, Task, Tasks};
 use std::ops::Range;
@@ -369,16 +369,9 @@ impl<S: FnMut(usize, &[f32])> Kernel for BlockProduct<'_, S> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { part, mut sink } = self;
-        for tokens in tiles(part.tokens.clone(), TILE_TOKENS, 1) {
-            let first = tokens.start;
-            match tokens.len() {
-                1 => part.tile::<L, 1>(first, &mut sink),
-                2 => part.tile::<L, 2>(first, &mut sink),
-                3 => part.tile::<L, 3>(first, &mut sink),
-                4 => part.tile::<L, 4>(first, &mut sink),
-                5 => part.tile::<L, 5>(first, &mut sink),
-                _ => part.tile::<L, TILE_TOKENS>(first, &mut sink),
-            }
+        match part.w.dtype {
+            Dtype::Bf16 => part.by_lanes::<L, false>(&mut sink),
+            Dtype::F16 => part.by_lanes::<L, true>(&mut sink),
         }
     }
 }
@@ -400,15 +393,39 @@ impl Part<'_> {
     }
 
     #[inline(always)]
-    fn tile<L: Lanes, const T: usize>(&self, first: usize, sink: &mut impl FnMut(usize, &[f32])) {
+    fn by_lanes<L: Lanes, const F16: bool>(&self, sink: &mut impl FnMut(usize, &[f32])) {
+        for tokens in tiles(self.tokens.clone(), TILE_TOKENS, 1) {
+            match tokens.len() {
+                1 => self.tile::<L, 1, F16>(tokens.start, sink),
+                2 => self.tile::<L, 2, F16>(tokens.start, sink),
+                3 => self.tile::<L, 3, F16>(tokens.start, sink),
+                4 => self.tile::<L, 4, F16>(tokens.start, sink),
+                5 => self.tile::<L, 5, F16>(tokens.start, sink),
+                _ => self.tile::<L, TILE_TOKENS, F16>(tokens.start, sink),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<L: Lanes, const T: usize, const F16: bool>(
+        &self,
+        first: usize,
+        sink: &mut impl FnMut(usize, &[f32]),
+    ) {
+        let mut rows = [Input::NOTHING; T];
+        for t in 0..T {
+            rows[t] = self.x.input(first + t);
+        }
+        let x = Inputs::new(self.w.cols / 2, rows);
+        let asks_ahead = first == self.tokens.start && T >= AHEAD_TOKENS_MIN;
         let mut out = [[0.0; BLOCK_ROWS]; T];
         let mut vec = self.vecs.start;
         while vec < self.vecs.end {
             let most = if T > HALF_TILE_TOKENS { L::ROW_VECS.min(2) } else { L::ROW_VECS };
             vec += match (self.vecs.end - vec).min(most) {
-                4 => self.vecs::<L, T, 4>(first, vec, &mut out),
-                2 | 3 => self.vecs::<L, T, 2>(first, vec, &mut out),
-                _ => self.vecs::<L, T, 1>(first, vec, &mut out),
+                4 => self.vecs::<L, T, 4, F16>(&x, vec, asks_ahead, &mut out),
+                2 | 3 => self.vecs::<L, T, 2, F16>(&x, vec, asks_ahead, &mut out),
+                _ => self.vecs::<L, T, 1, F16>(&x, vec, asks_ahead, &mut out),
             };
         }
         for (t, out) in out.iter().enumerate() {
@@ -418,21 +435,16 @@ impl Part<'_> {
 
     /// `V` vectors of 16 rows from vector `vec` on; returns `V`.
     #[inline(always)]
-    fn vecs<L: Lanes, const T: usize, const V: usize>(
+    fn vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
         &self,
-        first: usize,
+        x: &Inputs<'_, L, T, F16>,
         vec: usize,
+        asks_ahead: bool,
         out: &mut [[f32; BLOCK_ROWS]; T],
     ) -> usize {
         let w = &self.w.block(self.block)[vec * VEC_STRIDE..];
-        let is_first = first == self.tokens.start;
-        let ahead = (is_first && T >= AHEAD_TOKENS_MIN).then(|| self.w.ahead(self.block, vec));
-        let next = ahead.flatten();
-        let (pairs, x) = ((self.w.cols / 2, PAIR_STRIDE), |t| self.x.input(first + t));
-        let acc = match self.w.dtype {
-            Dtype::Bf16 => product::<L, T, V, false>(w, pairs, x, next),
-            Dtype::F16 => product::<L, T, V, true>(w, pairs, x, next),
-        };
+        let next = if asks_ahead { self.w.ahead(self.block, vec) } else { None };
+        let acc = product::<L, T, V, F16>(w, PAIR_STRIDE, x, next);
         for t in 0..T {
             for v in 0..V {
                 out[t][(vec + v) * LANES..][..LANES].copy_from_slice(&acc[t][v].to_array());

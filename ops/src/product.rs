@@ -41,6 +41,7 @@
 
 use super::dtype::Dtype;
 use super::lanes::{LANES, Lanes, prefetch};
+use std::marker::PhantomData;
 
 /// Elements of k in a block: two chains of half as many.
 pub const BLOCK_K: usize = 32;
@@ -74,6 +75,8 @@ pub(super) struct At {
 }
 
 impl Input<'_> {
+    pub(super) const NOTHING: Self = Self { values: &[], fours: &[] };
+
     pub(super) fn start(self) -> At {
         At { values: self.values.as_ptr(), fours: self.fours.as_ptr() }
     }
@@ -90,31 +93,45 @@ impl At {
     }
 }
 
-/// Products of `T` rows of inputs with `V` vectors of 16 outputs from `w` on: `pairs` pairs of k
-/// that lie `stride` apart. Input `t` is `x(t)`, 2 * `pairs` values. `next` lies as `w` does and is
-/// read after it, so it is prefetched meanwhile.
+/// `T` rows of inputs, 2 * `pairs` values each, in the form that products of `L` read. They are
+/// looked up once for all outputs of a tile.
+pub(super) struct Inputs<'x, L, const T: usize, const F16: bool> {
+    starts: [At; T],
+    pairs: usize,
+    rows: PhantomData<(L, &'x [f32])>,
+}
+
+impl<'x, L: Lanes, const T: usize, const F16: bool> Inputs<'x, L, T, F16> {
+    #[inline(always)]
+    pub(super) fn new(pairs: usize, rows: [Input<'x>; T]) -> Self {
+        let mut starts = [At::NOWHERE; T];
+        for (start, row) in starts.iter_mut().zip(rows) {
+            assert!(match L::HAS_DOT && !F16 {
+                true => row.fours.len() == pairs.next_multiple_of(2),
+                false => row.values.len() == 2 * pairs,
+            });
+            *start = row.start();
+        }
+        Self { starts, pairs, rows: PhantomData }
+    }
+}
+
+/// Products of `T` rows of inputs with `V` vectors of 16 outputs from `w` on, whose pairs of k lie
+/// `stride` apart. `next` lies as `w` does and is read after it, so it is prefetched meanwhile.
 #[inline(always)]
-pub(super) fn product<'x, L: Lanes, const T: usize, const V: usize, const F16: bool>(
+pub(super) fn product<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     w: &[u16],
-    (pairs, stride): (usize, usize),
-    x: impl Fn(usize) -> Input<'x>,
+    stride: usize,
+    x: &Inputs<'_, L, T, F16>,
     next: Option<&[u16]>,
 ) -> [[L; V]; T] {
+    let pairs = x.pairs;
     assert!(pairs > 0 && w.len() >= (pairs - 1) * stride + V * VEC_STRIDE);
-    let mut inputs = [At::NOWHERE; T];
-    for (t, input) in inputs.iter_mut().enumerate() {
-        let x = x(t);
-        assert!(match L::HAS_DOT && !F16 {
-            true => x.fours.len() == pairs.next_multiple_of(2),
-            false => x.values.len() == 2 * pairs,
-        });
-        *input = x.start();
-    }
     let mut acc = [[L::splat(0.0); V]; T];
     let mut first = 0;
     while first < pairs {
         let count = (pairs - first).min(BLOCK_PAIRS);
-        let mut at = inputs;
+        let mut at = x.starts;
         for x in &mut at {
             *x = x.add(2 * first);
         }

@@ -8,7 +8,7 @@
 //! would be written to memory all the same.
 
 use super::dtype::{Dtype, round_bf16, round_f16};
-use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
+use super::lanes::{Isa, Kernel, LANES, Lanes, Scalar, dispatch};
 use super::pool::Disjoint;
 use super::product::Input;
 use std::ops::Range;
@@ -111,14 +111,9 @@ impl Rounded {
     pub fn set_row(&mut self, row: usize, x: &[f32]) {
         let (range, len) = (row * self.cols..(row + 1) * self.cols, fours_len(self.cols));
         let bits = &mut self.bits[range.clone()];
-        let mut rounded = x.to_vec();
-        round(self.dtype, bits, &mut rounded);
-        if let Some(fours) = &mut self.fours {
-            fours_into(&rounded, &mut fours[row * len..][..len]);
-        }
-        if let Some(values) = &mut self.values {
-            values[range].copy_from_slice(&rounded);
-        }
+        let values = self.values.as_mut().map(|all| &mut all[range]);
+        let fours = self.fours.as_mut().map(|all| &mut all[row * len..][..len]);
+        Round { dtype: self.dtype, x, bits, values, fours }.run::<Scalar>();
     }
 
     /// Copies row `from` of `source` into row `row`, in the forms that both have; others are lost.
@@ -184,6 +179,11 @@ impl Pieces<'_> {
     }
 }
 
+/// Rounds `x` to `dtype`, as bits alone.
+pub(super) fn round_bits(isa: Isa, dtype: Dtype, x: &[f32], bits: &mut [u16]) {
+    dispatch(isa, Round { dtype, x, bits, values: None, fours: None });
+}
+
 /// Rounds values, and gives them the forms that products read.
 struct Round<'a> {
     dtype: Dtype,
@@ -198,46 +198,53 @@ impl Kernel for Round<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { dtype, x, bits, values, fours } = self;
-        if let Some(values) = values {
-            values.copy_from_slice(x);
-            round(dtype, bits, values);
+        match self.dtype {
+            Dtype::Bf16 => self.bf16::<L>(),
+            Dtype::F16 => self.f16(),
         }
-        let Some(fours) = fours else { return };
-        let (whole, rest) = x.as_chunks::<LANES>();
-        let (bits, rest_bits) = bits.as_chunks_mut::<LANES>();
-        let (places, rest_places) = fours.split_at_mut(whole.len() * LANES / 2);
-        let places = places.chunks_exact_mut(LANES / 2);
-        for ((x, bits), places) in whole.iter().zip(bits).zip(places) {
-            let mut values = *x;
-            round(dtype, bits, &mut values);
-            // SAFETY: 16 values, and half as many places.
-            unsafe { L::load(values.as_ptr()).store_fours(places.as_mut_ptr()) };
-        }
-        let mut last = [0.0; LANES];
-        let last = &mut last[..rest.len()];
-        last.copy_from_slice(rest);
-        round(dtype, rest_bits, last);
-        fours_into(last, rest_places);
     }
 }
 
-/// Rounds `values` to `dtype`, as bits and in place.
-#[inline(always)]
-fn round(dtype: Dtype, bits: &mut [u16], values: &mut [f32]) {
-    // A loop for each type: each is turned into vectors.
-    match dtype {
-        Dtype::Bf16 => {
-            for (bits, value) in bits.iter_mut().zip(values) {
-                *bits = round_bf16(*value);
-                *value = f32::from_bits(u32::from(*bits) << 16);
+impl Round<'_> {
+    #[inline(always)]
+    fn bf16<L: Lanes>(self) {
+        let Self { x, bits, mut values, mut fours, .. } = self;
+        let (whole, rest) = x.as_chunks::<LANES>();
+        let (bits, rest_bits) = bits.as_chunks_mut::<LANES>();
+        for (v, (x, bits)) in whole.iter().zip(bits).enumerate() {
+            // SAFETY: chunks and slices have 16 values, those of fours 8.
+            unsafe {
+                let nearest = L::load(x.as_ptr()).nearest_bf16();
+                nearest.store_bf16(bits.as_mut_ptr());
+                if let Some(values) = &mut values {
+                    nearest.store(values[v * LANES..][..LANES].as_mut_ptr());
+                }
+                if let Some(fours) = &mut fours {
+                    nearest.store_fours(fours[v * LANES / 2..][..LANES / 2].as_mut_ptr());
+                }
             }
         }
-        Dtype::F16 => {
-            for (bits, value) in bits.iter_mut().zip(values) {
-                *bits = round_f16(*value);
-                *value = dtype.widen(*bits);
-            }
+        let mut last = [0.0; LANES];
+        let last = &mut last[..rest.len()];
+        for ((last, bits), x) in last.iter_mut().zip(rest_bits).zip(rest) {
+            *bits = round_bf16(*x);
+            *last = f32::from_bits(u32::from(*bits) << 16);
+        }
+        if let Some(values) = values {
+            values[whole.len() * LANES..].copy_from_slice(last);
+        }
+        if let Some(fours) = fours {
+            fours_into(last, &mut fours[whole.len() * LANES / 2..]);
+        }
+    }
+
+    #[inline(always)]
+    fn f16(self) {
+        for (bits, x) in self.bits.iter_mut().zip(self.x) {
+            *bits = round_f16(*x);
+        }
+        for (value, bits) in self.values.into_iter().flatten().zip(self.bits) {
+            *value = Dtype::F16.widen(*bits);
         }
     }
 }
@@ -286,6 +293,30 @@ mod tests {
             unsafe { rounded.pieces(isa).round(0, 0, &[1.0; 64]) };
             assert!(rounded.suits(isa), "{isa}");
             assert_eq!(rounded.suits(Isa::SCALAR), !isa.has_dot(), "{isa}");
+        }
+    }
+
+    /// Every sign, exponent and kept mantissa, with what is cut off zero, below, at and above half.
+    #[test]
+    fn every_instruction_set_rounds_every_kind_of_value_alike() {
+        let lows = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let bits = lows.iter().flat_map(|low| (0..=0xffff).map(move |high| high << 16 | low));
+        let row: Vec<f32> = bits.map(f32::from_bits).collect();
+        let want: Vec<u16> = row.iter().map(|x| round_bf16(*x)).collect();
+        let cut: Vec<u16> = row.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+        assert_ne!(want, cut, "rounding must be more than cutting off");
+        for isa in Isa::available() {
+            let mut rounded = Rounded::new(Dtype::Bf16, row.len());
+            rounded.set_rows(1);
+            // SAFETY: the only piece.
+            unsafe { rounded.pieces(isa).round(0, 0, &row) };
+            assert!(rounded.bits(0) == want, "{isa}");
+            let widened = rounded.widened(0);
+            let mut fours = vec![0; fours_len(row.len())];
+            fours_into(&widened, &mut fours);
+            let same = |a: &[f32]| a.iter().zip(&widened).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(rounded.values.as_deref().is_none_or(same), "{isa}");
+            assert!(rounded.fours.is_none_or(|all| all == fours), "{isa}");
         }
     }
 

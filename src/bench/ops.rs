@@ -2,11 +2,12 @@
 
 use super::ceilings::{best_of, product_peak, read_bandwidth};
 use super::host::{self, Say};
-use crate::ops::attention::{Attention, KvCache, KvDims, Segment};
+use crate::ops::attention::{Attention, BLOCK_TOKENS, KvCache, KvDims, Segment};
 use crate::ops::dtype::Dtype;
 use crate::ops::matmul::{Packed, matmul_into};
 use crate::ops::pool::Turn;
 use crate::ops::rounded::Rounded;
+use std::ops::Range;
 
 /// Measures matrix products and attention, on an otherwise idle machine.
 ///
@@ -22,7 +23,8 @@ pub fn run(say: Say<'_>) -> anyhow::Result<()> {
     for (rows, cols) in [(576, 576), (3072, 576), (576, 1536), (49_152, 576)] {
         product(say, &turn, (rows, cols), (bandwidth, peak))?;
     }
-    attention(say, &turn, peak)
+    attention(say, &turn, peak)?;
+    long_contexts(say, &turn, bandwidth)
 }
 
 fn product(
@@ -83,6 +85,45 @@ fn attention(say: Say<'_>, turn: &Turn<'_>, peak: f64) -> anyhow::Result<()> {
              ({:3.0} % of peak)",
             seconds * 1e6,
             100.0 * flops / peak
+        ));
+    }
+    Ok(())
+}
+
+/// Attention of rows that each see a long context, in all layers of SmolLM2's shape: as many bytes
+/// as no cache of a processor holds.
+fn long_contexts(say: Say<'_>, turn: &Turn<'_>, bandwidth: f64) -> anyhow::Result<()> {
+    let dims = KvDims { layers: 30, kv_heads: 3, head_dim: 64 };
+    let (heads, context) = (9, 8000);
+    let args = Attention { heads, scale: 0.125, softcap: None, window: None };
+    let row_len = (heads + 2 * dims.kv_heads) * dims.head_dim;
+    let (blocks, k_at) = (context / BLOCK_TOKENS, heads * dims.head_dim);
+    for rows in [1, 4] {
+        let qkv: Vec<f32> = (0..context * row_len).map(|i| (i % 97) as f32 * 0.01).collect();
+        let mut cache = KvCache::new(dims, Dtype::Bf16, rows * blocks)?;
+        let mut out = Rounded::new(Dtype::Bf16, k_at);
+        let segment = |row: usize, rows: Range<usize>, start: usize| {
+            let blocks = row * blocks..(row + 1) * blocks;
+            Segment { rows, start, blocks: blocks.map(|b| b as u32).collect() }
+        };
+        for (row, layer) in (0..rows).flat_map(|row| (0..dims.layers).map(move |l| (row, l))) {
+            cache.store(turn, layer, &[segment(row, 0..context, 0)], (&qkv, row_len, k_at));
+        }
+        let last: Vec<Segment> =
+            (0..rows).map(|row| segment(row, row..row + 1, context - 1)).collect();
+        let qkv = &qkv[..rows * row_len];
+        let seconds = best_of(20, || {
+            for layer in 0..dims.layers {
+                cache.attend(turn, layer, args, &last, (qkv, row_len), &mut out);
+            }
+        });
+        let bytes = (rows * blocks * dims.block_bytes()) as f64 / seconds / 1e9;
+        say(format!(
+            "attention {rows:4} rows at contexts of {context}, {} layers  {:8.2} ms  {bytes:6.1} \
+             GB/s ({:3.0} % of read)",
+            dims.layers,
+            seconds * 1e3,
+            100.0 * bytes / bandwidth
         ));
     }
     Ok(())

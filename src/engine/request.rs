@@ -52,7 +52,7 @@ pub struct Request {
     pub top_logprobs: usize,
     /// Report these ids in place of the most probable ones.
     pub logprob_ids: Vec<u32>,
-    /// Which distribution log-probabilities describe.
+    /// Which distribution log-probabilities of the output describe; a prompt's are raw.
     pub logprob_mode: LogprobMode,
     /// Report every prompt token's log-probability, with this many alternatives.
     pub prompt_logprobs: Option<usize>,

@@ -138,7 +138,8 @@ impl Compare<'_> {
             match (field.rule, is_empty(sent)) {
                 (_, true) if may_miss || is_empty(want) => {}
                 (_, true) if !want.is_object() => {
-                    let what = format!("{name} is missing, it must be {}", short(want));
+                    let lack = if sent.is_null() { "missing" } else { "empty" };
+                    let what = format!("{name} is {lack}, it must be {}", short(want));
                     return Err(Rejection::new(field.reason, what));
                 }
                 (rule, _) => {
@@ -358,6 +359,16 @@ mod tests {
         assert_eq!(with("prompt_token_ids", json!([1, 3])), Some(Reason::BadIds));
         assert_eq!(with("finish_reason", json!("stop")), Some(Reason::EarlyEnd));
         assert_eq!(with("text", json!(7)), Some(Reason::TextMismatch));
+    }
+
+    #[test]
+    fn what_is_empty_is_not_called_missing() {
+        let compare = Compare { is_own: false, has_prompt_rows: false, prompt: &[], end: None };
+        let want = json!({"index": 0, "text": "a"});
+        for (sent, lack) in [(json!({"index": 0}), "missing"), (json!({"text": ""}), "empty")] {
+            let rejection = compare.choice("choice 0", &want, &sent).unwrap_err();
+            assert_eq!(rejection.what, format!("choice 0.text is {lack}, it must be \"a\""));
+        }
     }
 
     #[test]

@@ -211,7 +211,7 @@ async fn chosen_ids_are_reported_in_place_of_the_most_probable() {
 }
 
 #[tokio::test]
-async fn chosen_ids_leave_the_prompts_alternatives_alone() {
+async fn the_outputs_settings_leave_the_prompts_log_probabilities_alone() {
     let site = site(common::options());
     let rows = |extra: Value| {
         let site = &site;
@@ -222,6 +222,10 @@ async fn chosen_ids_leave_the_prompts_alternatives_alone() {
         "prompt_logprobs": 2, "logprobs": 1, "logprob_token_ids": [250, 251, 252],
     }));
     assert_eq!(chosen.await["prompt_logprobs"], plain["prompt_logprobs"]);
+    let scaled = rows(json!({
+        "prompt_logprobs": 2, "logprobs": 1, "logprobs_mode": "scaled", "temperature": 0.3,
+    }));
+    assert_eq!(scaled.await["prompt_logprobs"], plain["prompt_logprobs"]);
 }
 
 #[tokio::test]

@@ -7,8 +7,10 @@
 
 use crate::buffer::Buffer;
 use crate::dtype::Dtype;
+use crate::lanes::LANES;
 use crate::pool::{Disjoint, Turn};
 use crate::product::offset;
+use crate::rounded::round_bits;
 use std::io;
 use std::ops::Range;
 
@@ -72,6 +74,25 @@ impl BlockLayout {
     #[inline(always)]
     pub fn value(self, slot: usize, d: usize) -> usize {
         offset(self.dtype, 2 * self.head_dim, d, slot)
+    }
+
+    /// Writes the key of the position `slot` among the block's keys. Places are counted on from the
+    /// first ones, which takes half the time of asking for each.
+    fn scatter_key(self, bits: &[u16], slot: usize, keys: &mut [u16]) {
+        let (even, odd) = (self.key(slot, 0), self.key(slot, 1));
+        for (pair, bits) in bits.chunks_exact(2).enumerate() {
+            keys[even + pair * KEY_STRIDE] = bits[0];
+            keys[odd + pair * KEY_STRIDE] = bits[1];
+        }
+    }
+
+    /// The same of its value, whole vectors.
+    fn scatter_value(self, bits: &[u16], slot: usize, values: &mut [u16]) {
+        let step = self.value(slot, 1) - self.value(slot, 0);
+        for (vec, bits) in bits.chunks_exact(LANES).enumerate() {
+            let to = values[self.value(slot, vec * LANES)..].iter_mut().step_by(step);
+            to.zip(bits).for_each(|(to, bits)| *to = *bits);
+        }
     }
 }
 
@@ -150,10 +171,12 @@ impl KvCache {
                 }
                 let k = &qkv[row * row_len + k_at + head * head_dim..][..head_dim];
                 let v = &qkv[row * row_len + k_at + (kv_heads + head) * head_dim..][..head_dim];
-                for (d, (k, v)) in k.iter().zip(v).enumerate() {
-                    keys[layout.key(slot, d)] = dtype.round(*k);
-                    values[layout.value(slot, d)] = dtype.round(*v);
-                }
+                let mut bits = [0; HEAD_DIM_MAX];
+                let bits = &mut bits[..head_dim];
+                round_bits(turn.isa(), dtype, k, bits);
+                layout.scatter_key(bits, slot, keys);
+                round_bits(turn.isa(), dtype, v, bits);
+                layout.scatter_value(bits, slot, values);
             }
         });
     }

@@ -3,10 +3,10 @@
 use super::cache::{BLOCK_TOKENS, HEAD_DIM_MAX, KEY_STRIDE, KvCache, Segment};
 use super::layer::{Attention, PARTITION_BLOCKS, PARTITION_TOKENS};
 use super::partial::Partial;
-use crate::dtype::{Dtype, round_bf16, round_f16};
+use crate::dtype::{Dtype, round_f16};
 use crate::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::math;
-use crate::product::{At, Input, VEC_STRIDE, block, product};
+use crate::product::{At, Input, Inputs, VEC_STRIDE, block, product};
 use std::ops::Range;
 
 /// Queries of one tile at most.
@@ -197,13 +197,10 @@ impl Tile<'_> {
             }
             let mut vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
             let max = L::splat(part[t].max);
-            for v in &mut vecs {
-                *v = math::exp(v.sub(max));
+            for v in 0..KEY_VECS {
+                vecs[v] = nearest::<L, F16>(math::exp(vecs[v].sub(max)));
+                weights[t].set::<L, F16>(v, vecs[v]);
             }
-            let mut exact = [0.0; BLOCK_TOKENS];
-            store_vecs(&vecs, &mut exact);
-            weights[t].round::<L, F16>(&exact);
-            let vecs: [L; KEY_VECS] = load_vecs(&weights[t].values);
             part[t].sum = part[t].sum.mul_add(rescale[t], vecs[0].add(vecs[1]).sum());
         }
         (weights, rescale)
@@ -242,21 +239,22 @@ impl<const N: usize, const PAIRS: usize> Row<N, PAIRS> {
     /// Rounds `from`, whole vectors, to the cache's type.
     #[inline(always)]
     fn round<L: Lanes, const F16: bool>(&mut self, from: &[f32]) {
-        let fours = self.fours.chunks_exact_mut(LANES / 2);
-        let to = self.values.chunks_exact_mut(LANES).zip(fours);
-        for (from, (values, fours)) in from.chunks_exact(LANES).zip(to) {
-            let mut bits = [0; LANES];
-            for (bits, x) in bits.iter_mut().zip(from) {
-                *bits = if F16 { round_f16(*x) } else { round_bf16(*x) };
-            }
-            // SAFETY: arrays and chunks have 16 values, those of fours 8.
-            unsafe {
-                let bits = bits.as_ptr();
-                let widened = if F16 { L::load_f16(bits) } else { L::load_bf16(bits) };
-                widened.store(values.as_mut_ptr());
-                if L::HAS_DOT && !F16 {
-                    widened.store_fours(fours.as_mut_ptr());
-                }
+        for (v, from) in from.chunks_exact(LANES).enumerate() {
+            // SAFETY: chunks have 16 values.
+            self.set::<L, F16>(v, nearest::<L, F16>(unsafe { L::load(from.as_ptr()) }));
+        }
+    }
+
+    /// Sets vector `v` of it to values of the cache's type.
+    #[inline(always)]
+    fn set<L: Lanes, const F16: bool>(&mut self, v: usize, values: L) {
+        let places = &mut self.fours[v * LANES / 2..][..LANES / 2];
+        // SAFETY: the slices have 16 and 8 values.
+        unsafe {
+            if L::HAS_DOT && !F16 {
+                values.store_fours(places.as_mut_ptr());
+            } else {
+                values.store(self.values[v * LANES..][..LANES].as_mut_ptr());
             }
         }
     }
@@ -269,6 +267,17 @@ impl<const N: usize, const PAIRS: usize> Row<N, PAIRS> {
     }
 }
 
+/// The lanes rounded to the cache's type.
+#[inline(always)]
+fn nearest<L: Lanes, const F16: bool>(x: L) -> L {
+    if !F16 {
+        return x.nearest_bf16();
+    }
+    let bits = x.to_array().map(round_f16);
+    // SAFETY: the array holds 16 values.
+    unsafe { L::load_f16(bits.as_ptr()) }
+}
+
 /// `scores[t][j] = sum_d queries[t][d] * keys[j][d]`, the keys of the `next` block being
 /// prefetched.
 #[inline(always)]
@@ -278,10 +287,14 @@ fn scores<L: Lanes, const T: usize, const F16: bool>(
     queries: &[Query; T],
     next: Option<&[u16]>,
 ) -> [Scores; T] {
-    let (pairs, query) = ((head_dim / 2, KEY_STRIDE), |t: usize| queries[t].first(head_dim));
+    let mut rows = [Input::NOTHING; T];
+    for t in 0..T {
+        rows[t] = queries[t].first(head_dim);
+    }
+    let queries = Inputs::new(head_dim / 2, rows);
     let mut scores = [[0.0_f32; BLOCK_TOKENS]; T];
     if L::ROW_VECS >= KEY_VECS {
-        let acc = product::<L, T, KEY_VECS, F16>(keys, pairs, query, next);
+        let acc = product::<L, T, KEY_VECS, F16>(keys, KEY_STRIDE, &queries, next);
         for t in 0..T {
             store_vecs(&acc[t], &mut scores[t]);
         }
@@ -289,7 +302,7 @@ fn scores<L: Lanes, const T: usize, const F16: bool>(
     }
     for v in 0..KEY_VECS {
         let (keys, next) = (&keys[v * VEC_STRIDE..], next.map(|next| &next[v * VEC_STRIDE..]));
-        let acc = product::<L, T, 1, F16>(keys, pairs, query, next);
+        let acc = product::<L, T, 1, F16>(keys, KEY_STRIDE, &queries, next);
         for t in 0..T {
             scores[t][v * LANES..][..LANES].copy_from_slice(&acc[t][0].to_array());
         }

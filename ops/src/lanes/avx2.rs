@@ -1,6 +1,7 @@
 //! Implements the lanes with AVX2: two registers each.
 
 use super::{Kernel, Lanes};
+use crate::dtype::BF16_FLUSH;
 use std::arch::x86_64::*;
 
 /// Sixteen lanes in two registers.
@@ -36,6 +37,22 @@ impl Avx2 {
     fn from_bits(lo: __m256i, hi: __m256i) -> Self {
         simd!(Self(_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)))
     }
+}
+
+/// Half of the lanes of [`Lanes::nearest_bf16`].
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nearest_bf16(x: __m256) -> __m256 {
+    let bits = _mm256_castps_si256(x);
+    let last = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let half = _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+    let nearest = _mm256_blendv_epi8(_mm256_add_epi32(bits, half), quiet, is_nan);
+    let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+    let size = _mm256_andnot_ps(_mm256_set1_ps(-0.0), x);
+    let is_kept = _mm256_cmp_ps::<_CMP_NLT_UQ>(size, _mm256_set1_ps(BF16_FLUSH));
+    _mm256_and_ps(_mm256_castsi256_ps(_mm256_and_si256(nearest, high)), is_kept)
 }
 
 /// The last three levels of the tree of [`Lanes::sum`].
@@ -169,6 +186,24 @@ impl Lanes for Avx2 {
     unsafe fn load_f16(from: *const u16) -> Self {
         let widen = |at: *const u16| simd!(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())));
         simd!(Self(widen(from), widen(from.add(8))))
+    }
+
+    #[inline(always)]
+    fn nearest_bf16(self) -> Self {
+        Self(simd!(nearest_bf16(self.0)), simd!(nearest_bf16(self.1)))
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        const LOW_QUARTERS_FIRST: i32 = 0b11_01_10_00;
+        simd!({
+            let quarters = _mm256_packus_epi32(
+                _mm256_srli_epi32::<16>(_mm256_castps_si256(self.0)),
+                _mm256_srli_epi32::<16>(_mm256_castps_si256(self.1)),
+            );
+            let bits = _mm256_permute4x64_epi64::<LOW_QUARTERS_FIRST>(quarters);
+            _mm256_storeu_si256(to.cast(), bits);
+        });
     }
 
     #[inline(always)]

@@ -5,6 +5,7 @@
 //! one of the odd ones, so the halves of a lane hold elements that are 2 apart.
 
 use super::{Kernel, Lanes};
+use crate::dtype::BF16_FLUSH;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -187,6 +188,30 @@ impl<const DOT: bool> Lanes for Avx512<DOT> {
             let low = _mm512_srli_epi32::<16>(_mm512_shuffle_epi32::<THIRD_AND_FOURTH>(bits));
             let places = _mm512_maskz_compress_epi32(FIRST_AND_SECOND, _mm512_or_si512(bits, low));
             _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(places));
+        });
+    }
+
+    #[inline(always)]
+    fn nearest_bf16(self) -> Self {
+        simd!({
+            let bits = _mm512_castps_si512(self.0);
+            let last = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+            let nearest = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), is_nan, quiet);
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let flush = _mm512_set1_ps(BF16_FLUSH);
+            let is_kept = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(_mm512_abs_ps(self.0), flush);
+            Self(_mm512_castsi512_ps(_mm512_maskz_and_epi32(is_kept, nearest, high)))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        simd!({
+            let high = _mm512_srli_epi32::<16>(_mm512_castps_si512(self.0));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(high));
         });
     }
 

@@ -1,5 +1,7 @@
 //! Defines what a vector of sixteen lanes can do, and computations that are written over it.
 
+use crate::dtype::round_bf16;
+
 /// Lanes in one vector, whatever the hardware width.
 pub const LANES: usize = 16;
 
@@ -114,6 +116,24 @@ pub trait Lanes: Copy + Send + Sync {
             // SAFETY: the caller's promise.
             unsafe { *to.add(place) = bits[first] | bits[first + 2] >> 16 };
         }
+    }
+
+    /// The lanes rounded to bf16 as [`round_bf16`] does it.
+    #[inline(always)]
+    fn nearest_bf16(self) -> Self {
+        let nearest = self.to_array().map(|x| f32::from_bits(u32::from(round_bf16(x)) << 16));
+        // SAFETY: `nearest` holds 16 values.
+        unsafe { Self::load(nearest.as_ptr()) }
+    }
+    /// Writes lanes that are bf16 values to 16 places at `to`, as bits.
+    ///
+    /// # Safety
+    /// `to` must be writable for 16 values.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        let bits = self.to_array().map(|x| (x.to_bits() >> 16) as u16);
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(bits) };
     }
 
     /// The lanes as an array.

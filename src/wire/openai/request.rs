@@ -116,7 +116,7 @@ pub struct Common {
     #[serde(default, deserialize_with = "logprobs")]
     #[schema(value_type = Option<FlagOrCount>)]
     pub logprobs: Option<Logprobs>,
-    /// `raw` or `scaled`.
+    /// `raw` or `scaled`: of the output. A prompt's log-probabilities are always raw.
     pub logprobs_mode: Option<String>,
     /// Report every prompt token's log-probability, with this many alternatives.
     #[serde(default, deserialize_with = "integer")]

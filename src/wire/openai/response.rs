@@ -120,7 +120,8 @@ pub struct Response<C> {
     /// Ids of the prompt, where asked for (chat; completions have them in choices).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
-    /// Which distribution log-probabilities describe, where they are reported.
+    /// Which distribution log-probabilities of the output describe, where they are reported.
+    /// Those of a prompt are always raw, because nothing was drawn there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs_mode: Option<&'static str>,
     /// How many tokens the request took, where that is asked for.
