@@ -365,7 +365,9 @@ mod tests {
     fn what_is_empty_is_not_called_missing() {
         let compare = Compare { is_own: false, has_prompt_rows: false, prompt: &[], end: None };
         let want = json!({"index": 0, "text": "a"});
-        for (sent, lack) in [(json!({"index": 0}), "missing"), (json!({"text": ""}), "empty")] {
+        for (sent, lack) in
+            [(json!({"index": 0}), "missing"), (json!({"index": 0, "text": ""}), "empty")]
+        {
             let rejection = compare.choice("choice 0", &want, &sent).unwrap_err();
             assert_eq!(rejection.what, format!("choice 0.text is {lack}, it must be \"a\""));
         }
