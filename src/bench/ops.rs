@@ -98,8 +98,8 @@ fn long_contexts(say: Say<'_>, turn: &Turn<'_>, bandwidth: f64) -> anyhow::Resul
     let args = Attention { heads, scale: 0.125, softcap: None, window: None };
     let row_len = (heads + 2 * dims.kv_heads) * dims.head_dim;
     let (blocks, k_at) = (context / BLOCK_TOKENS, heads * dims.head_dim);
+    let qkv: Vec<f32> = (0..context * row_len).map(|i| (i % 97) as f32 * 0.01).collect();
     for rows in [1, 4] {
-        let qkv: Vec<f32> = (0..context * row_len).map(|i| (i % 97) as f32 * 0.01).collect();
         let mut cache = KvCache::new(dims, Dtype::Bf16, rows * blocks)?;
         let mut out = Rounded::new(Dtype::Bf16, k_at);
         let segment = |row: usize, rows: Range<usize>, start: usize| {

@@ -153,6 +153,7 @@ impl KvCache {
         let KvDims { kv_heads, head_dim, .. } = self.dims;
         let (block_len, head_len, dtype) =
             (self.dims.block_len(), BLOCK_TOKENS * head_dim, self.dtype);
+        assert!(head_dim.is_multiple_of(LANES) && head_dim <= HEAD_DIM_MAX);
         let layout = self.layout();
         let KvLayer { keys, values } = &mut self.layers[layer];
         let (keys, values) = (Disjoint::new(keys), Disjoint::new(values));

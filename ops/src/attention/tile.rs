@@ -248,11 +248,10 @@ impl<const N: usize, const PAIRS: usize> Row<N, PAIRS> {
     /// Sets vector `v` of it to values of the cache's type.
     #[inline(always)]
     fn set<L: Lanes, const F16: bool>(&mut self, v: usize, values: L) {
-        let places = &mut self.fours[v * LANES / 2..][..LANES / 2];
-        // SAFETY: the slices have 16 and 8 values.
+        // SAFETY: the slices have 8 and 16 values.
         unsafe {
             if L::HAS_DOT && !F16 {
-                values.store_fours(places.as_mut_ptr());
+                values.store_fours(self.fours[v * LANES / 2..][..LANES / 2].as_mut_ptr());
             } else {
                 values.store(self.values[v * LANES..][..LANES].as_mut_ptr());
             }
