@@ -13,7 +13,7 @@ use super::buffer::Buffer;
 use super::dtype::{Dtype, round_bf16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
-use super::product::{BLOCK_K, Input, Inputs, VEC_STRIDE, offset, product};
+use super::product::{BLOCK_K, Input, Inputs, Pairing, VEC_STRIDE, product};
 use super::rounded::Rounded;
 use super::tasks::{Grain, Task, Tasks};
 use std::ops::Range;
@@ -26,11 +26,8 @@ const TILE_TOKENS: usize = 6;
 const HALF_TILE_TOKENS: usize = 4;
 /// How far ahead of a product its weights are prefetched: two blocks of k.
 const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
-/// Tokens from which a product uses AMX, by counting instructions: a block of k costs vectors 64
-/// rounds of two multiply-adds a token, and tiles about as many for up to 16 tokens.
-const AMX_TOKENS_MIN: usize = 3;
 /// Tokens of a tile from which weights are prefetched; for fewer it gained nothing.
-const AHEAD_TOKENS_MIN: usize = 3;
+const AHEAD_TOKENS_MIN: usize = 4;
 /// Bytes that are packed in one turn while others wait for theirs.
 const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
@@ -43,7 +40,8 @@ pub struct Packed {
     rows: usize,
     cols: usize,
     dtype: Dtype,
-    data: Buffer, // (blocks, cols / 2, BLOCK_ROWS, 2)
+    pairing: Pairing,
+    data: Buffer, // (blocks, stored cols / 2, BLOCK_ROWS, 2)
 }
 
 impl Packed {
@@ -58,7 +56,8 @@ impl Packed {
         dtype: Dtype,
         fill: impl Fn(usize, &mut [u16]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
-        Self::pack_by(|blocks, task| turn.run(blocks, task), shape, dtype, fill)
+        let pairing = Pairing::of(turn.isa(), dtype);
+        Self::pack_by(|blocks, task| turn.run(blocks, task), shape, (dtype, pairing), fill)
     }
 
     /// The same in many short turns, between which others have theirs: engines go on while a model
@@ -78,19 +77,20 @@ impl Packed {
                 pool.turn().run(each.min(blocks - first), |i| task(first + i));
             }
         };
-        Self::pack_by(in_turns, (rows, cols), dtype, fill)
+        let pairing = Pairing::of(pool.turn().isa(), dtype);
+        Self::pack_by(in_turns, (rows, cols), (dtype, pairing), fill)
     }
 
     /// Packs block by block; `run` calls a task for each of so many.
     fn pack_by<E: Send + From<std::io::Error>>(
         run: impl Fn(usize, &(dyn Fn(usize) + Sync)),
         (rows, cols): (usize, usize),
-        dtype: Dtype,
+        (dtype, pairing): (Dtype, Pairing),
         fill: impl Fn(usize, &mut [u16]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         assert!(cols % 2 == 0, "the packed layout needs an even number of columns");
         let blocks = rows.div_ceil(BLOCK_ROWS);
-        let block_len = BLOCK_ROWS * cols;
+        let block_len = BLOCK_ROWS * pairing.stored(cols);
         let mut data = Buffer::zeroed(blocks * block_len)?;
         let shared = Disjoint::new(&mut data);
         let failure = parking_lot::Mutex::new(None);
@@ -103,12 +103,12 @@ impl Packed {
                     failure.lock().get_or_insert(e);
                     return;
                 }
-                scatter_row(dtype, lane, &row, out);
+                scatter_row((dtype, pairing), lane, &row, out);
             }
         });
         match failure.into_inner() {
             Some(e) => Err(e),
-            None => Ok(Self { rows, cols, dtype, data }),
+            None => Ok(Self { rows, cols, dtype, pairing, data }),
         }
     }
 
@@ -134,9 +134,10 @@ impl Packed {
 
     /// Copies row `row` out of the packed layout, widened (an embedding lookup).
     pub fn row_into(&self, row: usize, out: &mut [f32]) {
-        let block = &self.data[row / BLOCK_ROWS * BLOCK_ROWS * self.cols..];
+        let block = self.block(row / BLOCK_ROWS);
         for (k, out) in out[..self.cols].iter_mut().enumerate() {
-            *out = self.dtype.widen(block[offset(self.dtype, PAIR_STRIDE, row % BLOCK_ROWS, k)]);
+            let at = self.pairing.offset(self.dtype, PAIR_STRIDE, row % BLOCK_ROWS, k);
+            *out = self.dtype.widen(block[at]);
         }
     }
 
@@ -144,13 +145,17 @@ impl Packed {
         self.rows.div_ceil(BLOCK_ROWS)
     }
 
+    fn block_len(&self) -> usize {
+        BLOCK_ROWS * self.pairing.stored(self.cols)
+    }
+
     fn block(&self, block: usize) -> &[u16] {
-        &self.data[block * BLOCK_ROWS * self.cols..][..BLOCK_ROWS * self.cols]
+        &self.data[block * self.block_len()..][..self.block_len()]
     }
 
     /// What lies [`AHEAD`] behind vector `vec` of `block`, in this block or the next ones.
     fn ahead(&self, block: usize, vec: usize) -> Option<&[u16]> {
-        self.data.get(block * BLOCK_ROWS * self.cols + vec * VEC_STRIDE + AHEAD..)
+        self.data.get(block * self.block_len() + vec * VEC_STRIDE + AHEAD..)
     }
 
     /// Rows of these vectors of `block` that exist (the last block may be padded).
@@ -160,19 +165,21 @@ impl Packed {
     }
 }
 
-fn scatter_row(dtype: Dtype, lane: usize, row: &[u16], block: &mut [u16]) {
+fn scatter_row((dtype, pairing): (Dtype, Pairing), lane: usize, row: &[u16], block: &mut [u16]) {
     for (k, bits) in row.iter().enumerate() {
         let flushed = match dtype {
             Dtype::Bf16 => round_bf16(dtype.widen(*bits)),
             Dtype::F16 => *bits,
         };
-        block[offset(dtype, PAIR_STRIDE, lane, k)] = flushed;
+        block[pairing.offset(dtype, PAIR_STRIDE, lane, k)] = flushed;
     }
 }
 
 /// Panics where weights and inputs do not fit each other or the instruction set.
 fn check(turn: &Turn<'_>, w: &Packed, x: &Rounded) {
     assert_eq!((w.cols, w.dtype), (x.cols(), x.dtype()), "matmul operands do not fit");
+    let pairing = Pairing::of(turn.isa(), w.dtype);
+    assert_eq!(w.pairing, pairing, "the weights were packed for another instruction set");
     assert!(x.suits(turn.isa()), "the inputs were filled for another instruction set");
 }
 
@@ -185,7 +192,7 @@ pub(super) fn matmul(
     epilogue: impl Fn(usize, Range<usize>, &[f32]) + Sync,
 ) {
     check(turn, w, x);
-    let unit = Unit::of(turn.isa(), w.dtype, x.rows());
+    let unit = Unit::of(turn.isa(), w);
     for_each_task(turn, unit, w.blocks(), x.rows(), |task| {
         let (block, vecs) = (task.block, vecs_of(&task));
         let rows = w.rows_of(block, &vecs);
@@ -225,7 +232,7 @@ pub(super) fn matmul_gated(
     combine: impl Fn(usize, Range<usize>, &mut [f32], &[f32]) + Sync,
 ) {
     check(turn, w, x);
-    let unit = Unit::of(turn.isa(), w.dtype, x.rows());
+    let unit = Unit::of(turn.isa(), w);
     for_each_task(turn, unit, w.blocks() / 2, x.rows(), |task| {
         let (mut started, vecs) = (unit.start(), vecs_of(&task));
         let mut gates = [[0.0; BLOCK_ROWS]; ROWS_MAX];
@@ -272,9 +279,11 @@ enum Started {
 }
 
 impl Unit {
-    fn of(isa: Isa, dtype: Dtype, tokens: usize) -> Self {
-        let suits = isa.has_tiles() && dtype == Dtype::Bf16 && tokens >= AMX_TOKENS_MIN;
-        if suits { Self::Tiles(isa) } else { Self::Lanes(isa) }
+    fn of(isa: Isa, w: &Packed) -> Self {
+        match w.pairing {
+            Pairing::Chains => Self::Lanes(isa),
+            Pairing::Neighbours => Self::Tiles(isa),
+        }
     }
 
     /// Pieces of `tokens` that it multiplies at once.
@@ -299,7 +308,10 @@ impl Unit {
     fn start(self) -> Started {
         match self {
             Self::Lanes(isa) => Started::Lanes(isa),
-            Self::Tiles(isa) => isa.tiles().map_or(Started::Lanes(isa), Started::Tiles),
+            Self::Tiles(isa) => match isa.tiles() {
+                Some(tiles) => Started::Tiles(tiles),
+                None => unreachable!("weights in pairs of neighbours were packed for tiles"),
+            },
         }
     }
 }
@@ -416,7 +428,7 @@ impl Part<'_> {
         for t in 0..T {
             rows[t] = self.x.input(first + t);
         }
-        let x = Inputs::new(self.w.cols / 2, rows);
+        let x = Inputs::new(self.w.pairing.stored(self.w.cols) / 2, rows);
         let asks_ahead = first == self.tokens.start && T >= AHEAD_TOKENS_MIN;
         let mut out = [[0.0; BLOCK_ROWS]; T];
         let mut vec = self.vecs.start;

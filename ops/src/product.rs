@@ -10,7 +10,7 @@
 //! 512,000 outputs of a Sapphire Rapids), and what two FMAs repeat on every other CPU and on a GPU.
 //! [`amx`](super::amx) uses that instruction itself. VDPBF16PS of AVX-512 BF16 adds two products to
 //! an accumulator one after the other, so it is two steps of a chain at once where its operands
-//! hold elements that are 2 apart.
+//! hold elements that are 2 apart, as weights do here.
 //!
 //! # Zeros
 //!
@@ -34,13 +34,15 @@
 //!
 //! # Layout
 //!
-//! 16 outputs lie side by side, k in pairs. bf16 pairs are interleaved element by element; f16
-//! pairs keep 16 odd elements, then 16 even ones (what a widening load reads). 16 pairs of bf16
-//! over 16 outputs, loaded with the stride of a pair, are a B tile of AMX, and rows of inputs as
-//! they lie are its A tiles. f16 would need interleaved pairs for that.
+//! 16 outputs lie side by side, and k in pairs of two steps of one chain: of each four elements of
+//! k the first and the third, then the second and the fourth. The last four are filled up with
+//! zeros. In a pair of bf16 values the first is the high half of each output's 32 bits and the
+//! second the low one: an operand of VDPBF16PS, of which a mask or a shift makes f32. A pair of f16
+//! values is 16 firsts, then 16 seconds: what a widening load reads. Tiles of AMX read bf16 values
+//! in [pairs of neighbours](Pairing::Neighbours).
 
 use super::dtype::Dtype;
-use super::lanes::{LANES, Lanes, prefetch};
+use super::lanes::{Isa, LANES, Lanes, prefetch};
 use std::marker::PhantomData;
 
 /// Elements of k in a block: two chains of half as many.
@@ -49,18 +51,57 @@ const BLOCK_PAIRS: usize = BLOCK_K / 2;
 /// 16-bit values of one pair of k over 16 outputs.
 pub(super) const VEC_STRIDE: usize = 2 * LANES;
 
-/// Where element `k` of output `lane` lies in a matrix whose pairs of k are `stride` apart.
-#[inline(always)]
-pub(super) fn offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usize {
-    let vec = k / 2 * stride + lane / LANES * VEC_STRIDE;
-    match dtype {
-        Dtype::Bf16 => vec + lane % LANES * 2 + k % 2,
-        Dtype::F16 => vec + lane % LANES + (1 - k % 2) * LANES,
+/// Elements of k whose chains share two pairs.
+pub(super) const FOUR: usize = 4;
+
+/// Which elements of k are a pair.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Pairing {
+    /// Two steps of one chain: 0 and 2, 1 and 3, 4 and 6, ...
+    Chains,
+    /// Neighbours, of bf16 values: 0 and 1, 2 and 3, ... 16 pairs of 16 outputs, loaded with the
+    /// stride of a pair, are a B tile of AMX, and rows of inputs as they lie are its A tiles.
+    Neighbours,
+}
+
+impl Pairing {
+    /// That of weights which `isa` multiplies.
+    pub(super) fn of(isa: Isa, dtype: Dtype) -> Self {
+        if isa.has_tiles() && dtype == Dtype::Bf16 { Self::Neighbours } else { Self::Chains }
+    }
+
+    /// Elements of k that are stored for `cols` of them, an even number.
+    pub(super) fn stored(self, cols: usize) -> usize {
+        match self {
+            Self::Chains => cols.next_multiple_of(FOUR),
+            Self::Neighbours => cols,
+        }
+    }
+
+    /// Where element `k` of output `lane` lies in a matrix whose pairs are `stride` apart.
+    #[inline(always)]
+    pub(super) fn offset(self, dtype: Dtype, stride: usize, lane: usize, k: usize) -> usize {
+        match self {
+            Self::Chains => chain_offset(dtype, stride, lane, k),
+            Self::Neighbours => k / 2 * stride + 2 * lane + k % 2,
+        }
     }
 }
 
-/// A row of inputs, rounded to 16 bits: as f32, or as `rounded::fours_into` has them, an element
-/// for each pair and one more where their number is odd. What the product does not read is empty.
+/// The same with pairs of [`Pairing::Chains`].
+#[inline(always)]
+pub(super) fn chain_offset(dtype: Dtype, stride: usize, lane: usize, k: usize) -> usize {
+    let (pair, is_second) = (k / FOUR * 2 + k % 2, k / 2 % 2);
+    let vec = pair * stride + lane / LANES * VEC_STRIDE;
+    match dtype {
+        Dtype::Bf16 => vec + lane % LANES * 2 + (1 - is_second),
+        Dtype::F16 => vec + lane % LANES + is_second * LANES,
+    }
+}
+
+/// A row of inputs, rounded to 16 bits and filled up with zeros to whole fours: as f32, or as
+/// `rounded::fours_into` has them, an element for each pair. What the product does not read is
+/// empty.
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {
     pub(super) values: &'a [f32],
@@ -104,10 +145,11 @@ pub(super) struct Inputs<'x, L, const T: usize, const F16: bool> {
 impl<'x, L: Lanes, const T: usize, const F16: bool> Inputs<'x, L, T, F16> {
     #[inline(always)]
     pub(super) fn new(pairs: usize, rows: [Input<'x>; T]) -> Self {
+        assert!(pairs.is_multiple_of(2), "two pairs are a four");
         let mut starts = [At::NOWHERE; T];
         for (start, row) in starts.iter_mut().zip(rows) {
             assert!(match L::HAS_DOT && !F16 {
-                true => row.fours.len() == pairs.next_multiple_of(2),
+                true => row.fours.len() == pairs,
                 false => row.values.len() == 2 * pairs,
             });
             *start = row.start();
@@ -156,8 +198,8 @@ pub(super) fn product<L: Lanes, const T: usize, const V: usize, const F16: bool>
 /// the lines would be waited for.
 ///
 /// # Safety
-/// `w` must be readable for `count` pairs `stride` apart of `V` vectors each, each input for
-/// 2 * `count` values and as many fours as those take.
+/// `w` must be readable for `count` pairs, an even number, `stride` apart of `V` vectors each, each
+/// input for 2 * `count` values or `count` fours.
 #[inline(always)]
 pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     w: *const u16,
@@ -166,23 +208,20 @@ pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: 
     next: Option<*const u16>,
 ) -> [[L; V]; T] {
     let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
+    let is_beside = 2 * T * V <= L::CHAINS;
     // SAFETY: the caller's promise.
     unsafe {
-        if L::HAS_DOT && !F16 {
-            (even, odd) = dots::<L, T, V>(w, (count, stride), inputs, next);
-        } else if 2 * T * V <= L::CHAINS {
-            for p in 0..count {
-                prefetch_pair::<V>(next, p * stride);
-                step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
-                step::<L, T, V, F16, true>(w.add(p * stride), inputs, 2 * p + 1, &mut odd);
+        for p in (0..count).step_by(2) {
+            steps::<L, T, V, F16, false>(w.add(p * stride), inputs, p, &mut even);
+            if is_beside {
+                prefetch_pairs::<V>(next, p * stride, stride);
+                steps::<L, T, V, F16, true>(w.add((p + 1) * stride), inputs, p, &mut odd);
             }
-        } else {
-            for p in 0..count {
-                step::<L, T, V, F16, false>(w.add(p * stride), inputs, 2 * p, &mut even);
-            }
-            for p in 0..count {
-                prefetch_pair::<V>(next, p * stride);
-                step::<L, T, V, F16, true>(w.add(p * stride), inputs, 2 * p + 1, &mut odd);
+        }
+        if !is_beside {
+            for p in (0..count).step_by(2) {
+                prefetch_pairs::<V>(next, p * stride, stride);
+                steps::<L, T, V, F16, true>(w.add((p + 1) * stride), inputs, p, &mut odd);
             }
         }
     }
@@ -194,97 +233,56 @@ pub(super) unsafe fn block<L: Lanes, const T: usize, const V: usize, const F16: 
     even
 }
 
-/// Prefetches `V` vectors of pairs at `next` plus `offset`.
+/// Prefetches `V` vectors of two pairs at `next` plus `offset`.
 #[inline(always)]
-fn prefetch_pair<const V: usize>(next: Option<*const u16>, offset: usize) {
+fn prefetch_pairs<const V: usize>(next: Option<*const u16>, offset: usize, stride: usize) {
     if let Some(next) = next {
         for v in 0..V {
             prefetch(next.wrapping_add(offset + v * VEC_STRIDE));
+            prefetch(next.wrapping_add(offset + stride + v * VEC_STRIDE));
         }
     }
 }
 
-/// The two chains of a block by [`dot_bf16`](Lanes::dot_bf16): two pairs of k are one step of each.
-/// They take turns as in [`block`].
+/// Two steps of the odd or the even chains: the pair at `w`. `p` is the first pair of its four.
 ///
 /// # Safety
-/// As for [`block`].
+/// `w` must be readable for `V` vectors of a pair, each input from its value 2 * `p` on for four.
 #[inline(always)]
-unsafe fn dots<L: Lanes, const T: usize, const V: usize>(
+unsafe fn steps<L: Lanes, const T: usize, const V: usize, const F16: bool, const ODD: bool>(
     w: *const u16,
-    (count, stride): (usize, usize),
-    inputs: &[At; T],
-    next: Option<*const u16>,
-) -> ([[L; V]; T], [[L; V]; T]) {
-    static ZEROS: [u16; VEC_STRIDE] = [0; VEC_STRIDE];
-    let (mut even, mut odd) = ([[L::splat(0.0); V]; T], [[L::splat(0.0); V]; T]);
-    let is_beside = 2 * T * V <= L::CHAINS;
-    // SAFETY: the caller's promise.
-    unsafe {
-        for p in 0..count / 2 {
-            let first = w.add(2 * p * stride);
-            let pairs = (first, (first.add(stride), VEC_STRIDE));
-            dot_step::<L, T, V, false>(pairs, inputs, 2 * p, &mut even);
-            if is_beside {
-                prefetch_pair::<V>(next, 2 * p * stride);
-                prefetch_pair::<V>(next, (2 * p + 1) * stride);
-                dot_step::<L, T, V, true>(pairs, inputs, 2 * p, &mut odd);
-            }
-        }
-        if !is_beside {
-            for p in 0..count / 2 {
-                let first = w.add(2 * p * stride);
-                prefetch_pair::<V>(next, 2 * p * stride);
-                prefetch_pair::<V>(next, (2 * p + 1) * stride);
-                let pairs = (first, (first.add(stride), VEC_STRIDE));
-                dot_step::<L, T, V, true>(pairs, inputs, 2 * p, &mut odd);
-            }
-        }
-        if count % 2 == 1 {
-            // After the last pair lies another matrix or nothing: it counts as zeros.
-            let pairs = (w.add((count - 1) * stride), (ZEROS.as_ptr(), 0));
-            dot_step::<L, T, V, false>(pairs, inputs, count - 1, &mut even);
-            dot_step::<L, T, V, true>(pairs, inputs, count - 1, &mut odd);
-        }
-    }
-    (even, odd)
-}
-
-/// One step of the odd or the even chains.
-///
-/// # Safety
-/// The pairs must be readable for `V` vectors, the inputs at `p` and `p + 1`.
-#[inline(always)]
-unsafe fn dot_step<L: Lanes, const T: usize, const V: usize, const ODD: bool>(
-    (first, (second, second_stride)): (*const u16, (*const u16, usize)),
     inputs: &[At; T],
     p: usize,
     acc: &mut [[L; V]; T],
 ) {
-    let mut row = [L::splat(0.0); V];
-    for v in 0..V {
-        // SAFETY: the caller's promise.
-        row[v] = unsafe {
-            let first = first.add(v * VEC_STRIDE);
-            let second = second.add(v * second_stride);
-            if ODD { L::odd_halves(first, second) } else { L::even_halves(first, second) }
-        };
-    }
-    for t in 0..T {
-        // SAFETY: the caller's promise.
-        let x = unsafe { &*inputs[t].fours.add(p + usize::from(ODD)) };
-        for v in 0..V {
-            acc[t][v] = row[v].dot_bf16(x, acc[t][v]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if L::HAS_DOT && !F16 {
+            let mut row = [L::splat(0.0); V];
+            for v in 0..V {
+                row[v] = L::load(w.add(v * VEC_STRIDE).cast());
+            }
+            for t in 0..T {
+                let x = &*inputs[t].fours.add(p + usize::from(ODD));
+                for v in 0..V {
+                    acc[t][v] = row[v].dot_bf16(x, acc[t][v]);
+                }
+            }
+        } else {
+            let k = 2 * p + usize::from(ODD);
+            step::<L, T, V, F16, false>(w, inputs, k, acc);
+            step::<L, T, V, F16, true>(w, inputs, k + 2, acc);
         }
     }
 }
 
-/// One k of a tile: the odd or the even elements of the pairs at `w`.
+/// One step: the first or the second elements of the pair at `w`, which are element `k` of the
+/// inputs.
 ///
 /// # Safety
-/// `w` must be readable for `V` vectors of pairs, each input at `k`.
+/// `w` must be readable for `V` vectors of a pair, each input at `k`.
 #[inline(always)]
-unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const ODD: bool>(
+unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const SECOND: bool>(
     w: *const u16,
     inputs: &[At; T],
     k: usize,
@@ -295,7 +293,7 @@ unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const 
     let mut row = [L::splat(0.0); V];
     for v in 0..V {
         // SAFETY: the caller's promise.
-        row[v] = unsafe { widen::<L, F16, ODD>(w.add(v * VEC_STRIDE)) };
+        row[v] = unsafe { widen::<L, F16, SECOND>(w.add(v * VEC_STRIDE)) };
     }
     for t in 0..T {
         // SAFETY: the caller's promise.
@@ -306,19 +304,19 @@ unsafe fn step<L: Lanes, const T: usize, const V: usize, const F16: bool, const 
     }
 }
 
-/// The odd or even elements of 16 packed pairs.
+/// The first or the second elements of a pair over 16 outputs.
 ///
 /// # Safety
-/// `pairs` must be readable for 32 values.
+/// `pair` must be readable for 32 values.
 #[inline(always)]
-unsafe fn widen<L: Lanes, const F16: bool, const ODD: bool>(pairs: *const u16) -> L {
+unsafe fn widen<L: Lanes, const F16: bool, const SECOND: bool>(pair: *const u16) -> L {
     // SAFETY: the caller's promise.
     unsafe {
-        match (F16, ODD) {
-            (true, true) => L::load_f16(pairs),
-            (true, false) => L::load_f16(pairs.add(LANES)),
-            (false, true) => L::odd_bf16(pairs),
-            (false, false) => L::even_bf16(pairs),
+        match (F16, SECOND) {
+            (true, false) => L::load_f16(pair),
+            (true, true) => L::load_f16(pair.add(LANES)),
+            (false, false) => L::high_bf16(pair),
+            (false, true) => L::low_bf16(pair),
         }
     }
 }

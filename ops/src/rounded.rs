@@ -4,30 +4,41 @@
 //! - `values` are the same numbers as f32, for fused multiply-adds;
 //! - `fours` are the bits of bf16 values in the order of VDPBF16PS (`fours_into`).
 //!
-//! Of the last two a row has the one that its instruction set reads, because what nobody reads
-//! would be written to memory all the same.
+//! The last two are filled up with zeros to whole fours, as weights are. Of them a row has what its
+//! instruction set reads, because what nobody reads would be written to memory all the same.
 
 use super::dtype::{Dtype, round_bf16, round_f16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, Scalar, dispatch};
 use super::pool::Disjoint;
-use super::product::Input;
+use super::product::{FOUR, Input, Pairing};
 use std::ops::Range;
-
-/// Values of a row that share two elements of `fours`.
-const FOUR: usize = 4;
 
 /// Rows rounded to a dtype, ready to enter a matrix product.
 pub struct Rounded {
     dtype: Dtype,
     cols: usize,
     bits: Vec<u16>,           // (rows, cols)
-    values: Option<Vec<f32>>, // (rows, cols)
+    values: Option<Vec<f32>>, // (rows, values_len(cols))
     fours: Option<Vec<u32>>,  // (rows, fours_len(cols))
 }
 
-/// Whether products of `dtype` with `isa` read `fours`, and else `values`.
-fn reads_fours(dtype: Dtype, isa: Isa) -> bool {
-    dtype == Dtype::Bf16 && isa.has_dot()
+/// What products read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Bits,
+    Values,
+    Fours,
+}
+
+impl Form {
+    /// That of products of `dtype` with `isa`.
+    fn of(dtype: Dtype, isa: Isa) -> Self {
+        match Pairing::of(isa, dtype) {
+            Pairing::Neighbours => Self::Bits,
+            Pairing::Chains if dtype == Dtype::Bf16 && isa.has_dot() => Self::Fours,
+            Pairing::Chains => Self::Values,
+        }
+    }
 }
 
 impl Rounded {
@@ -41,7 +52,7 @@ impl Rounded {
     pub fn set_rows(&mut self, rows: usize) {
         self.bits.resize(rows * self.cols, 0);
         if let Some(values) = &mut self.values {
-            values.resize(rows * self.cols, 0.0);
+            values.resize(rows * values_len(self.cols), 0.0);
         }
         if let Some(fours) = &mut self.fours {
             fours.resize(rows * fours_len(self.cols), 0);
@@ -78,29 +89,31 @@ impl Rounded {
         self.bits(row).iter().map(|bits| self.dtype.widen(*bits)).collect()
     }
 
-    /// Whether each row has every form that products with `isa` read.
+    /// Whether each row has the form that products with `isa` read.
     pub(super) fn suits(&self, isa: Isa) -> bool {
-        match reads_fours(self.dtype, isa) {
-            true => self.fours.is_some(),
-            false => self.values.is_some(),
+        match Form::of(self.dtype, isa) {
+            Form::Bits => true,
+            Form::Values => self.values.is_some(),
+            Form::Fours => self.fours.is_some(),
         }
     }
 
     /// Row `row` as products of vectors read it; a form that it lacks is empty.
     #[inline(always)]
     pub(super) fn input(&self, row: usize) -> Input<'_> {
-        let len = fours_len(self.cols);
-        let values = self.values.as_ref().map(|all| &all[row * self.cols..][..self.cols]);
-        let fours = self.fours.as_ref().map(|all| &all[row * len..][..len]);
+        let (values_len, fours_len) = (values_len(self.cols), fours_len(self.cols));
+        let values = self.values.as_ref().map(|all| &all[row * values_len..][..values_len]);
+        let fours = self.fours.as_ref().map(|all| &all[row * fours_len..][..fours_len]);
         Input { values: values.unwrap_or_default(), fours: fours.unwrap_or_default() }
     }
 
     /// All rows, to be filled for products with `isa` by tasks that own disjoint rows or columns.
     pub fn pieces(&mut self, isa: Isa) -> Pieces<'_> {
         let (dtype, cols, rows) = (self.dtype, self.cols, self.rows());
-        let (has_values, has_fours) = match reads_fours(dtype, isa) {
-            true => (None, Some(rows * fours_len(cols))),
-            false => (Some(rows * cols), None),
+        let (has_values, has_fours) = match Form::of(dtype, isa) {
+            Form::Bits => (None, None),
+            Form::Values => (Some(rows * values_len(cols)), None),
+            Form::Fours => (None, Some(rows * fours_len(cols))),
         };
         let values = resized(&mut self.values, has_values).map(Disjoint::new);
         let fours = resized(&mut self.fours, has_fours).map(Disjoint::new);
@@ -109,26 +122,28 @@ impl Rounded {
 
     /// Rounds `x` into row `row`.
     pub fn set_row(&mut self, row: usize, x: &[f32]) {
-        let (range, len) = (row * self.cols..(row + 1) * self.cols, fours_len(self.cols));
-        let bits = &mut self.bits[range.clone()];
-        let values = self.values.as_mut().map(|all| &mut all[range]);
-        let fours = self.fours.as_mut().map(|all| &mut all[row * len..][..len]);
+        let (values_len, fours_len) = (values_len(self.cols), fours_len(self.cols));
+        let bits = &mut self.bits[row * self.cols..][..self.cols];
+        let values = self.values.as_mut().map(|all| &mut all[row * values_len..][..self.cols]);
+        let fours = self.fours.as_mut().map(|all| &mut all[row * fours_len..][..fours_len]);
         Round { dtype: self.dtype, x, bits, values, fours }.run::<Scalar>();
     }
 
     /// Copies row `from` of `source` into row `row`, in the forms that both have; others are lost.
     pub fn copy_row(&mut self, row: usize, source: &Rounded, from: usize) {
         assert_eq!((self.cols, self.dtype), (source.cols, source.dtype));
-        let (range, len) = (row * self.cols..(row + 1) * self.cols, fours_len(self.cols));
-        self.bits[range.clone()].copy_from_slice(source.bits(from));
+        let (values_len, fours_len) = (values_len(self.cols), fours_len(self.cols));
+        self.bits[row * self.cols..][..self.cols].copy_from_slice(source.bits(from));
         let input = source.input(from);
         match &mut self.values {
-            Some(values) if source.values.is_some() => values[range].copy_from_slice(input.values),
+            Some(values) if source.values.is_some() => {
+                values[row * values_len..][..values_len].copy_from_slice(input.values);
+            }
             values => *values = None,
         }
         match &mut self.fours {
             Some(fours) if source.fours.is_some() => {
-                fours[row * len..][..len].copy_from_slice(input.fours);
+                fours[row * fours_len..][..fours_len].copy_from_slice(input.fours);
             }
             fours => *fours = None,
         }
@@ -165,15 +180,15 @@ impl Pieces<'_> {
     #[inline(always)]
     pub unsafe fn round(&self, row: usize, first: usize, x: &[f32]) {
         assert!(first.is_multiple_of(FOUR) && first + x.len() <= self.cols);
-        let at = row * self.cols + first;
+        let all = |at: usize| at..at + x.len();
+        let values_at = row * values_len(self.cols) + first;
         let fours_at = row * fours_len(self.cols) + first / 2;
-        let all = at..at + x.len();
         // SAFETY: the caller's promise.
         let (bits, values, fours) = unsafe {
-            let values = self.values.as_ref().map(|values| values.piece(all.clone()));
+            let values = self.values.as_ref().map(|values| values.piece(all(values_at)));
             let fours = self.fours.as_ref();
             let fours = fours.map(|f| f.piece(fours_at..fours_at + fours_len(x.len())));
-            (self.bits.piece(all), values, fours)
+            (self.bits.piece(all(row * self.cols + first)), values, fours)
         };
         dispatch(self.isa, Round { dtype: self.dtype, x, bits, values, fours });
     }
@@ -249,6 +264,11 @@ impl Round<'_> {
     }
 }
 
+/// Elements of the form `values` for `len` values.
+fn values_len(len: usize) -> usize {
+    len.next_multiple_of(FOUR)
+}
+
 /// Elements that [`fours_into`] makes of `len` values.
 fn fours_len(len: usize) -> usize {
     2 * len.div_ceil(FOUR)
@@ -283,7 +303,8 @@ mod tests {
             assert!(rounded.suits(isa));
             // SAFETY: the only pieces.
             unsafe { rounded.pieces(Isa::SCALAR).round(0, 0, &[1.0; 64]) };
-            assert_eq!(rounded.suits(isa), !isa.has_dot(), "{isa}");
+            let form = Form::of(Dtype::Bf16, isa);
+            assert_eq!(rounded.suits(isa), form != Form::Fours, "{isa}");
             assert!(rounded.suits(Isa::SCALAR), "{isa}");
             let mut copy = Rounded::new(Dtype::Bf16, 64);
             copy.set_rows(1);
@@ -292,7 +313,7 @@ mod tests {
             // SAFETY: as above.
             unsafe { rounded.pieces(isa).round(0, 0, &[1.0; 64]) };
             assert!(rounded.suits(isa), "{isa}");
-            assert_eq!(rounded.suits(Isa::SCALAR), !isa.has_dot(), "{isa}");
+            assert_eq!(rounded.suits(Isa::SCALAR), form == Form::Values, "{isa}");
         }
     }
 
@@ -351,13 +372,17 @@ mod tests {
             let widened: Vec<f32> = row.iter().map(|x| Dtype::Bf16.widen(round_bf16(*x))).collect();
             let mut fours = vec![0; fours_len(cols)];
             fours_into(&widened, &mut fours);
-            assert!(pieces.values.is_some() != pieces.fours.is_some());
+            let form = Form::of(Dtype::Bf16, Isa::best());
+            assert_eq!(pieces.values.is_some(), form == Form::Values);
+            assert_eq!(pieces.fours.is_some(), form == Form::Fours);
             for rounded in [&whole, &pieces, &copy] {
                 let bits = rounded.bits(1).iter().map(|bits| Dtype::Bf16.widen(*bits));
                 assert!(bits.eq(widened.iter().copied()), "{cols}");
                 let (zero, input) = (rounded.input(0), rounded.input(1));
                 if rounded.values.is_some() {
-                    assert_eq!(input.values, widened, "{cols}");
+                    assert_eq!(input.values[..cols], widened, "{cols}");
+                    assert!(input.values[cols..].iter().all(|x| x.to_bits() == 0), "{cols}");
+                    assert!(input.values.len().is_multiple_of(FOUR), "{cols}");
                 }
                 if rounded.fours.is_some() {
                     assert_eq!(input.fours, fours, "{cols}");

@@ -58,7 +58,7 @@ fn decode(turn: &Turn<'_>, context: usize) -> anyhow::Result<f64> {
     }))
 }
 
-/// All tiles of a product with one chain for each output, k in ascending pairs, odd element first:
+/// All tiles of a product with one chain for each output, pair by pair as they lie:
 /// the fewest additions that a product can have. What the canon costs is measured against it.
 struct OneChain<'a> {
     weights: &'a [u16], // (blocks, cols / 2, 64, 2)
@@ -78,15 +78,15 @@ impl Kernel for OneChain<'_> {
             for first in (0..tokens).step_by(6) {
                 let mut acc = [[L::splat(0.0); 4]; 6];
                 for k in 0..self.cols {
-                    let (odd, pair) = (k % 2 == 0, k / 2);
+                    let (is_first, pair) = (k % 2 == 0, k / 2);
                     let mut row = [L::splat(0.0); 4];
                     for (v, row) in row.iter_mut().enumerate() {
                         let at = weights[pair * 128 + v * 32..][..32].as_ptr();
                         // SAFETY: the slice has 32 values.
-                        *row = unsafe { if odd { L::odd_bf16(at) } else { L::even_bf16(at) } };
+                        *row = unsafe { if is_first { L::high_bf16(at) } else { L::low_bf16(at) } };
                     }
                     for (t, acc) in acc.iter_mut().enumerate() {
-                        let x = self.inputs[(first + t) * self.cols + 2 * pair + usize::from(odd)];
+                        let x = self.inputs[(first + t) * self.cols + k];
                         for (acc, row) in acc.iter_mut().zip(row) {
                             *acc = row.mul_add(L::splat(x), *acc);
                         }

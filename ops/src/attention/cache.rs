@@ -3,13 +3,13 @@
 //! Keys of a head are a packed matrix with positions side by side and the head dimension in pairs;
 //! values one with the head dimension side by side and positions in pairs
 //! ([`product`](crate::product)). So scores and weighted values are both products of the
-//! canon, and both are what an AMX tile reads.
+//! canon.
 
 use crate::buffer::Buffer;
 use crate::dtype::Dtype;
 use crate::lanes::LANES;
 use crate::pool::{Disjoint, Turn};
-use crate::product::offset;
+use crate::product::{FOUR, chain_offset};
 use crate::rounded::round_bits;
 use std::io;
 use std::ops::Range;
@@ -67,22 +67,23 @@ impl BlockLayout {
     /// Element `d` of the key of the position `slot` of the block, among the block's keys.
     #[inline(always)]
     pub fn key(self, slot: usize, d: usize) -> usize {
-        offset(self.dtype, KEY_STRIDE, slot, d)
+        chain_offset(self.dtype, KEY_STRIDE, slot, d)
     }
 
     /// Element `d` of the value of the position `slot` of the block, among the block's values.
     #[inline(always)]
     pub fn value(self, slot: usize, d: usize) -> usize {
-        offset(self.dtype, 2 * self.head_dim, d, slot)
+        chain_offset(self.dtype, 2 * self.head_dim, d, slot)
     }
 
     /// Writes the key of the position `slot` among the block's keys. Places are counted on from the
     /// first ones, which takes half the time of asking for each.
     fn scatter_key(self, bits: &[u16], slot: usize, keys: &mut [u16]) {
-        let (even, odd) = (self.key(slot, 0), self.key(slot, 1));
-        for (pair, bits) in bits.chunks_exact(2).enumerate() {
-            keys[even + pair * KEY_STRIDE] = bits[0];
-            keys[odd + pair * KEY_STRIDE] = bits[1];
+        let first: [usize; FOUR] = std::array::from_fn(|d| self.key(slot, d));
+        for (keys, bits) in keys.chunks_exact_mut(2 * KEY_STRIDE).zip(bits.chunks_exact(FOUR)) {
+            for (at, bits) in first.into_iter().zip(bits) {
+                keys[at] = *bits;
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use super::partial::Partial;
 use crate::dtype::{Dtype, round_f16};
 use crate::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::math;
-use crate::product::{At, Input, Inputs, VEC_STRIDE, block, product};
+use crate::product::{At, FOUR, Input, Inputs, VEC_STRIDE, block, product};
 use std::ops::Range;
 
 /// Queries of one tile at most.
@@ -158,7 +158,7 @@ impl Tile<'_> {
                     ..seen.end.clamp(base, base + BLOCK_TOKENS) - base;
             }
             let (weights, rescale) = self.soften::<L, T, F16>(&mut scores, &valid, part);
-            let pairs = (end - base).min(BLOCK_TOKENS).div_ceil(2);
+            let pairs = (end - base).min(BLOCK_TOKENS).next_multiple_of(FOUR) / 2;
             let values = Values { pairs, head_dim, now: values, next: next.map(|next| next.1) };
             accumulate::<L, T, F16>(values, &weights, rescale, part);
         }
@@ -258,11 +258,10 @@ impl<const N: usize, const PAIRS: usize> Row<N, PAIRS> {
         }
     }
 
-    /// The first `count` values, an even number.
+    /// The first `count` values, whole fours.
     #[inline(always)]
     fn first(&self, count: usize) -> Input<'_> {
-        let fours = &self.fours[..(count / 2).next_multiple_of(2)];
-        Input { values: &self.values[..count], fours }
+        Input { values: &self.values[..count], fours: &self.fours[..count / 2] }
     }
 }
 
@@ -366,7 +365,8 @@ fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     rescale: [f32; T],
     part: &mut [Partial; T],
 ) {
-    assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX && pairs <= BLOCK_TOKENS / 2);
+    assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX);
+    assert!(pairs <= BLOCK_TOKENS / 2 && pairs.is_multiple_of(2));
     assert!(pairs == 0 || now.len() >= (pairs - 1) * 2 * head_dim + 2 * (d + V * LANES));
     let mut inputs = [At::NOWHERE; T];
     for t in 0..T {

@@ -156,7 +156,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn odd_bf16(pairs: *const u16) -> Self {
+    unsafe fn high_bf16(pairs: *const u16) -> Self {
         simd!({
             let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
             Self::from_bits(
@@ -167,7 +167,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn even_bf16(pairs: *const u16) -> Self {
+    unsafe fn low_bf16(pairs: *const u16) -> Self {
         simd!(Self::from_bits(
             _mm256_slli_epi32::<16>(_mm256_loadu_si256(pairs.cast())),
             _mm256_slli_epi32::<16>(_mm256_loadu_si256(pairs.add(16).cast())),

@@ -40,15 +40,6 @@ macro_rules! simd {
     };
 }
 
-/// The high halves of lanes, as a mask of 16-bit elements: no vector register is taken for it.
-const HIGH: u32 = 0xaaaa_aaaa;
-
-/// Bits of `high` in the high halves, bits of `low` in the low ones.
-#[inline(always)]
-fn halves(high: __m512i, low: __m512i) -> __m512 {
-    simd!(_mm512_castsi512_ps(_mm512_mask_mov_epi16(low, HIGH, high)))
-}
-
 /// `sum` and the two products of each lane of `w` and of the lane `x`. As an intrinsic the compiler
 /// would repeat `x` in a register first, by VBROADCASTSS, which costs Zen 4 a tenth of its speed.
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -134,7 +125,7 @@ impl<const DOT: bool> Lanes for Avx512<DOT> {
     }
 
     #[inline(always)]
-    unsafe fn odd_bf16(pairs: *const u16) -> Self {
+    unsafe fn high_bf16(pairs: *const u16) -> Self {
         Self(simd!(_mm512_castsi512_ps(_mm512_and_si512(
             _mm512_loadu_si512(pairs.cast()),
             _mm512_set1_epi32(0xffff_0000_u32 as i32)
@@ -142,7 +133,7 @@ impl<const DOT: bool> Lanes for Avx512<DOT> {
     }
 
     #[inline(always)]
-    unsafe fn even_bf16(pairs: *const u16) -> Self {
+    unsafe fn low_bf16(pairs: *const u16) -> Self {
         Self(simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(pairs.cast())))))
     }
 
@@ -161,22 +152,6 @@ impl<const DOT: bool> Lanes for Avx512<DOT> {
     #[inline(always)]
     fn dot_bf16(self, x: &u32, c: Self) -> Self {
         Self(simd!(dot(c.0, self.0, x)))
-    }
-
-    #[inline(always)]
-    unsafe fn even_halves(first: *const u16, second: *const u16) -> Self {
-        Self(simd!(halves(
-            _mm512_slli_epi32::<16>(_mm512_loadu_si512(first.cast())),
-            _mm512_loadu_si512(second.cast())
-        )))
-    }
-
-    #[inline(always)]
-    unsafe fn odd_halves(first: *const u16, second: *const u16) -> Self {
-        Self(simd!(halves(
-            _mm512_loadu_si512(first.cast()),
-            _mm512_srli_epi32::<16>(_mm512_loadu_si512(second.cast()))
-        )))
     }
 
     #[inline(always)]

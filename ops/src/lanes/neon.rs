@@ -106,13 +106,13 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    unsafe fn odd_bf16(pairs: *const u16) -> Self {
+    unsafe fn high_bf16(pairs: *const u16) -> Self {
         let mask = simd!(vdupq_n_u32(0xffff_0000));
         Self::from_bits(|i| simd!(vandq_u32(vld1q_u32(pairs.add(8 * i).cast()), mask)))
     }
 
     #[inline(always)]
-    unsafe fn even_bf16(pairs: *const u16) -> Self {
+    unsafe fn low_bf16(pairs: *const u16) -> Self {
         Self::from_bits(|i| simd!(vshlq_n_u32::<16>(vld1q_u32(pairs.add(8 * i).cast()))))
     }
 

@@ -90,13 +90,13 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn odd_bf16(pairs: *const u16) -> Self {
+    unsafe fn high_bf16(pairs: *const u16) -> Self {
         // SAFETY: the caller promises 32 readable values.
         Self::from_fn(|i| widen(unsafe { pairs.add(2 * i + 1).read() }))
     }
 
     #[inline(always)]
-    unsafe fn even_bf16(pairs: *const u16) -> Self {
+    unsafe fn low_bf16(pairs: *const u16) -> Self {
         // SAFETY: the caller promises 32 readable values.
         Self::from_fn(|i| widen(unsafe { pairs.add(2 * i).read() }))
     }

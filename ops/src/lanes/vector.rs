@@ -50,16 +50,16 @@ pub trait Lanes: Copy + Send + Sync {
     /// `self * 2^n`, n being the integer in the low bits of `magic` (see
     /// [`exp`](crate::math::exp)). `self` must lie in [0.5, 2] and n in [-126, 127].
     fn scale_by_power(self, magic: Self) -> Self;
-    /// The odd elements of 16 interleaved bf16 pairs.
+    /// The bf16 values in the high halves of 16 lanes' bits.
     ///
     /// # Safety
     /// `pairs` must be readable for 32 values.
-    unsafe fn odd_bf16(pairs: *const u16) -> Self;
-    /// The even elements of 16 interleaved bf16 pairs.
+    unsafe fn high_bf16(pairs: *const u16) -> Self;
+    /// Those in the low halves.
     ///
     /// # Safety
     /// `pairs` must be readable for 32 values.
-    unsafe fn even_bf16(pairs: *const u16) -> Self;
+    unsafe fn low_bf16(pairs: *const u16) -> Self;
     /// 16 consecutive bf16 values.
     ///
     /// # Safety
@@ -83,25 +83,6 @@ pub trait Lanes: Copy + Send + Sync {
         }
         // SAFETY: `sums` holds 16 values.
         unsafe { Self::load(sums.as_ptr()) }
-    }
-    /// The even elements of two vectors of interleaved bf16 pairs, as bits: those of `first` in the
-    /// high half of each lane, those of `second` in the low one.
-    ///
-    /// # Safety
-    /// Both must be readable for 32 values.
-    #[inline(always)]
-    unsafe fn even_halves(first: *const u16, second: *const u16) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { halves(first, second) }
-    }
-    /// The odd elements in the same way.
-    ///
-    /// # Safety
-    /// Both must be readable for 32 values.
-    #[inline(always)]
-    unsafe fn odd_halves(first: *const u16, second: *const u16) -> Self {
-        // SAFETY: the caller's promise; the odd element of a pair follows the even one.
-        unsafe { halves(first.add(1), second.add(1)) }
     }
     /// Writes lanes that are bf16 values to 8 places at `to`, as halves: of each four values, the
     /// first and the third to one place, the second and the fourth to the next.
@@ -168,22 +149,6 @@ pub trait Lanes: Copy + Send + Sync {
         }
         lanes[0]
     }
-}
-
-/// Every other bf16 value at `first` and at `second`, as bits: the high and the low half of lanes.
-///
-/// # Safety
-/// Both must be readable for 31 values.
-#[inline(always)]
-unsafe fn halves<L: Lanes>(first: *const u16, second: *const u16) -> L {
-    let mut lanes = [0.0; LANES];
-    for (i, lane) in lanes.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        let (high, low) = unsafe { (*first.add(2 * i), *second.add(2 * i)) };
-        *lane = f32::from_bits(u32::from(high) << 16 | u32::from(low));
-    }
-    // SAFETY: `lanes` holds 16 values.
-    unsafe { L::load(lanes.as_ptr()) }
 }
 
 /// A computation written once over [`Lanes`]. `run` must be `#[inline(always)]`.
