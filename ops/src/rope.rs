@@ -6,7 +6,7 @@
 use super::lanes::{Kernel, LANES, Lanes, dispatch};
 use super::math;
 use super::pool::{Disjoint, Turn};
-use super::rowwise::load_padded;
+use super::rowwise::{load_padded, store_padded};
 use std::f64::consts::TAU;
 
 /// How frequencies are stretched for long contexts.
@@ -146,11 +146,8 @@ impl Kernel for Rotate<'_> {
         for at in (0..half).step_by(LANES) {
             let (x, y) = (load_padded::<L>(&first[at..]), load_padded::<L>(&second[at..half]));
             let (cos, sin) = (load_padded::<L>(&self.cos[at..]), load_padded::<L>(&self.sin[at..]));
-            let rotated = x.mul_add(cos, L::splat(0.0).sub(y.mul(sin))).to_array();
-            let count = (half - at).min(LANES);
-            first[at..at + count].copy_from_slice(&rotated[..count]);
-            let rotated = y.mul_add(cos, x.mul(sin)).to_array();
-            second[at..at + count].copy_from_slice(&rotated[..count]);
+            store_padded(x.mul_add(cos, L::splat(0.0).sub(y.mul(sin))), &mut first[at..]);
+            store_padded(y.mul_add(cos, x.mul(sin)), &mut second[at..half]);
         }
     }
 }

@@ -62,7 +62,7 @@ impl Norm {
     }
 
     /// What a row is multiplied by before the gain.
-    pub(super) fn scale(&self, isa: Isa, row: &mut [f32]) -> f32 {
+    pub(super) fn scale(&self, isa: Isa, row: &[f32]) -> f32 {
         dispatch(isa, Scale { row, eps: self.eps })
     }
 
@@ -74,7 +74,7 @@ impl Norm {
 
 /// `1 / sqrt(mean(x^2) + eps)`.
 struct Scale<'a> {
-    row: &'a mut [f32],
+    row: &'a [f32],
     eps: f32,
 }
 
@@ -84,10 +84,10 @@ impl Kernel for Scale<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) -> f32 {
         let mut squares = L::splat(0.0);
-        for_each_vec::<L>(self.row, |x, _| {
+        for at in (0..self.row.len()).step_by(LANES) {
+            let x = load_padded::<L>(&self.row[at..]);
             squares = x.mul_add(x, squares);
-            x
-        });
+        }
         let mean = squares.sum() / self.row.len() as f32;
         1.0 / (mean + self.eps).sqrt()
     }
@@ -104,7 +104,7 @@ impl Kernel for NormRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         assert_eq!(self.row.len(), self.norm.cols());
-        let scale = L::splat(Scale { row: &mut *self.row, eps: self.norm.eps }.run::<L>());
+        let scale = L::splat(Scale { row: self.row, eps: self.norm.eps }.run::<L>());
         let weight = &self.norm.weight;
         for_each_vec::<L>(self.row, |x, at| x.mul(scale).mul(load_padded::<L>(&weight[at..])));
     }
@@ -115,9 +115,8 @@ impl Kernel for NormRow<'_> {
 fn for_each_vec<L: Lanes>(row: &mut [f32], mut f: impl FnMut(L, usize) -> L) {
     let mut at = 0;
     while at < row.len() {
-        let y = f(load_padded::<L>(&row[at..]), at).to_array();
-        let count = (row.len() - at).min(LANES);
-        row[at..at + count].copy_from_slice(&y[..count]);
+        let y = f(load_padded::<L>(&row[at..]), at);
+        store_padded(y, &mut row[at..]);
         at += LANES;
     }
 }
@@ -133,6 +132,16 @@ pub(super) fn load_padded<L: Lanes>(from: &[f32]) -> L {
     padded[..from.len()].copy_from_slice(from);
     // SAFETY: the array has 16 values.
     unsafe { L::load(padded.as_ptr()) }
+}
+
+/// Writes the first lanes to `to`: 16, or as many as it has room for.
+#[inline(always)]
+pub(super) fn store_padded<L: Lanes>(x: L, to: &mut [f32]) {
+    if to.len() >= LANES {
+        // SAFETY: room for 16 values was just counted.
+        return unsafe { x.store(to.as_mut_ptr()) };
+    }
+    to.copy_from_slice(&x.to_array()[..to.len()]);
 }
 
 /// Activation of a gated feed-forward layer.

@@ -18,6 +18,13 @@ impl Partial {
     pub(super) const NOTHING: Self =
         Self { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; HEAD_DIM_MAX] };
 
+    /// Brings it back to that state, for heads of `head_dim` elements.
+    #[inline(always)]
+    pub(super) fn clear(&mut self, head_dim: usize) {
+        (self.max, self.sum) = (f32::NEG_INFINITY, 0.0);
+        self.out[..head_dim].fill(0.0);
+    }
+
     /// 32-bit values of a stored one.
     pub(super) fn stored_len(head_dim: usize) -> usize {
         head_dim + 2

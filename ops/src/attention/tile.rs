@@ -7,6 +7,7 @@ use crate::dtype::{Dtype, round_f16};
 use crate::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::math;
 use crate::product::{At, FOUR, Input, Inputs, VEC_STRIDE, block, product};
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Queries of one tile at most.
@@ -14,8 +15,6 @@ pub(super) const TILE_QUERIES: usize = 6;
 const KEY_VECS: usize = BLOCK_TOKENS / LANES;
 const VALUE_VECS: usize = 4;
 
-/// Scores or weights of the positions of a block.
-type Scores = [f32; BLOCK_TOKENS];
 /// `N` values rounded to the cache's type, in the forms of an [`Input`]; `PAIRS` is half of `N`.
 #[derive(Clone, Copy)]
 struct Row<const N: usize, const PAIRS: usize> {
@@ -42,27 +41,54 @@ pub(super) struct Tile<'a> {
     pub(super) qkv: (&'a [f32], usize),
 }
 
-/// Computes a tile; `sink` gets the row, the head and the result of each query. Each width is a
-/// function of its own, whose frame stays small without optimisation too.
+/// Room for the queries of a tile. It is kept from one tile to the next, because filling it with
+/// zeros would take a tenth of a short one's time.
+struct Room {
+    queries: [Query; TILE_QUERIES],
+    weights: [Weights; TILE_QUERIES],
+    part: [Partial; TILE_QUERIES],
+    total: [Partial; TILE_QUERIES],
+}
+
+thread_local! {
+    static ROOM: RefCell<Room> = const { RefCell::new(Room::NEW) };
+}
+
+impl Room {
+    const NEW: Self = Self {
+        queries: [Query::ZERO; TILE_QUERIES],
+        weights: [Weights::ZERO; TILE_QUERIES],
+        part: [Partial::NOTHING; TILE_QUERIES],
+        total: [Partial::NOTHING; TILE_QUERIES],
+    };
+}
+
+/// Computes a tile; `sink` gets the row, the head and the result of each query.
 pub(super) fn run(isa: Isa, tile: Tile<'_>, sink: impl Fn(usize, usize, &mut Partial)) {
+    ROOM.with_borrow_mut(|room| run_in(room, isa, tile, sink));
+}
+
+/// Each width is a function of its own, whose frame stays small without optimisation too.
+fn run_in(room: &mut Room, isa: Isa, tile: Tile<'_>, sink: impl Fn(usize, usize, &mut Partial)) {
     match (tile.cache.dtype, tile.queries.len()) {
-        (Dtype::Bf16, 1) => dispatch(isa, Run::<_, 1, false> { tile, sink }),
-        (Dtype::Bf16, 2) => dispatch(isa, Run::<_, 2, false> { tile, sink }),
-        (Dtype::Bf16, 3) => dispatch(isa, Run::<_, 3, false> { tile, sink }),
-        (Dtype::Bf16, 4) => dispatch(isa, Run::<_, 4, false> { tile, sink }),
-        (Dtype::Bf16, 5) => dispatch(isa, Run::<_, 5, false> { tile, sink }),
-        (Dtype::Bf16, _) => dispatch(isa, Run::<_, TILE_QUERIES, false> { tile, sink }),
-        (Dtype::F16, 1) => dispatch(isa, Run::<_, 1, true> { tile, sink }),
-        (Dtype::F16, 2) => dispatch(isa, Run::<_, 2, true> { tile, sink }),
-        (Dtype::F16, 3) => dispatch(isa, Run::<_, 3, true> { tile, sink }),
-        (Dtype::F16, 4) => dispatch(isa, Run::<_, 4, true> { tile, sink }),
-        (Dtype::F16, 5) => dispatch(isa, Run::<_, 5, true> { tile, sink }),
-        (Dtype::F16, _) => dispatch(isa, Run::<_, TILE_QUERIES, true> { tile, sink }),
+        (Dtype::Bf16, 1) => dispatch(isa, Run::<_, 1, false> { room, tile, sink }),
+        (Dtype::Bf16, 2) => dispatch(isa, Run::<_, 2, false> { room, tile, sink }),
+        (Dtype::Bf16, 3) => dispatch(isa, Run::<_, 3, false> { room, tile, sink }),
+        (Dtype::Bf16, 4) => dispatch(isa, Run::<_, 4, false> { room, tile, sink }),
+        (Dtype::Bf16, 5) => dispatch(isa, Run::<_, 5, false> { room, tile, sink }),
+        (Dtype::Bf16, _) => dispatch(isa, Run::<_, TILE_QUERIES, false> { room, tile, sink }),
+        (Dtype::F16, 1) => dispatch(isa, Run::<_, 1, true> { room, tile, sink }),
+        (Dtype::F16, 2) => dispatch(isa, Run::<_, 2, true> { room, tile, sink }),
+        (Dtype::F16, 3) => dispatch(isa, Run::<_, 3, true> { room, tile, sink }),
+        (Dtype::F16, 4) => dispatch(isa, Run::<_, 4, true> { room, tile, sink }),
+        (Dtype::F16, 5) => dispatch(isa, Run::<_, 5, true> { room, tile, sink }),
+        (Dtype::F16, _) => dispatch(isa, Run::<_, TILE_QUERIES, true> { room, tile, sink }),
     }
 }
 
 /// A tile of `T` queries.
 struct Run<'a, S, const T: usize, const F16: bool> {
+    room: &'a mut Room,
     tile: Tile<'a>,
     sink: S,
 }
@@ -94,23 +120,23 @@ where
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let tile = &self.tile;
+        let Self { room: Room { queries, weights, part, total }, tile, sink } = self;
+        let (queries, weights) = (&mut queries[..T], &mut weights[..T]);
+        let (part, total) = (&mut part[..T], &mut total[..T]);
         let head_dim = tile.cache.dims.head_dim;
-        let (mut queries, mut seen) = ([Query::ZERO; T], [const { 0..0 }; T]);
+        let mut seen = [const { 0..0 }; T];
         for t in 0..T {
             let ((row, head), (qkv, row_len)) = (tile.query(t), tile.qkv);
             let from = &qkv[row * row_len + head * head_dim..][..head_dim];
             queries[t].round::<L, F16>(from);
             seen[t] = tile.attention.seen(tile.segment.position(row));
         }
-        let mut total = [Partial::NOTHING; T];
         if let Some(partition) = tile.partition {
-            tile.partition::<L, T, F16>(partition, &queries, &seen, &mut total);
+            tile.partition::<L, T, F16>(partition, (queries, &seen), weights, total);
         } else {
-            let mut part = [Partial::NOTHING; T];
+            total.iter_mut().for_each(|total| total.clear(head_dim));
             for partition in partitions(&seen) {
-                part.fill(Partial::NOTHING);
-                tile.partition::<L, T, F16>(partition, &queries, &seen, &mut part);
+                tile.partition::<L, T, F16>(partition, (queries, &seen), weights, part);
                 for t in 0..T {
                     total[t].append::<L>(&part[t], head_dim);
                 }
@@ -118,7 +144,7 @@ where
         }
         for (t, result) in total.iter_mut().enumerate() {
             let (row, head) = tile.query(t);
-            (self.sink)(row, head, result);
+            sink(row, head, result);
         }
     }
 }
@@ -132,16 +158,19 @@ impl Tile<'_> {
         (self.segment.rows.start + index / group, self.kv_head * group + index % group)
     }
 
-    /// The online softmax over the blocks of one partition, ascending, into `part`.
+    /// The online softmax over the blocks of one partition, ascending, into `part`; `weights` is
+    /// room for those of a block.
     #[inline(always)]
     fn partition<L: Lanes, const T: usize, const F16: bool>(
         &self,
         partition: usize,
-        queries: &[Query; T],
-        seen: &[Range<usize>; T],
-        part: &mut [Partial; T],
+        (queries, seen): (&[Query], &[Range<usize>; T]),
+        weights: &mut [Weights],
+        part: &mut [Partial],
     ) {
         let head_dim = self.cache.dims.head_dim;
+        part.iter_mut().for_each(|part| part.clear(head_dim));
+        let mut so_far = SoFar { max: L::splat(f32::NEG_INFINITY), sum: L::splat(0.0) };
         let first = seen.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
         let end = seen.iter().map(|s| s.end).max().unwrap_or(0);
         let own = partition * PARTITION_BLOCKS..(partition + 1) * PARTITION_BLOCKS;
@@ -151,16 +180,20 @@ impl Tile<'_> {
             let (keys, values) = self.block(block);
             let next = (block + 1 < blocks).then(|| self.block(block + 1));
             let next_keys = next.map(|(keys, _)| keys);
-            let mut scores = scores::<L, T, F16>(keys, head_dim, queries, next_keys);
+            let scores = scores::<L, T, F16>(keys, head_dim, queries, next_keys);
             let mut valid = [const { 0..0 }; T];
             for (valid, seen) in valid.iter_mut().zip(seen) {
                 *valid = seen.start.clamp(base, base + BLOCK_TOKENS) - base
                     ..seen.end.clamp(base, base + BLOCK_TOKENS) - base;
             }
-            let (weights, rescale) = self.soften::<L, T, F16>(&mut scores, &valid, part);
+            let rescale = self.soften::<L, T, F16>(scores, &valid, &mut so_far, weights);
             let pairs = (end - base).min(BLOCK_TOKENS).next_multiple_of(FOUR) / 2;
             let values = Values { pairs, head_dim, now: values, next: next.map(|next| next.1) };
-            accumulate::<L, T, F16>(values, &weights, rescale, part);
+            accumulate::<L, T, F16>(values, weights, rescale, part);
+        }
+        let (max, sum) = (so_far.max.to_array(), so_far.sum.to_array());
+        for (t, part) in part.iter_mut().enumerate() {
+            (part.max, part.sum) = (max[t], sum[t]);
         }
     }
 
@@ -171,60 +204,78 @@ impl Tile<'_> {
     }
 
     /// Turns scores into weights relative to each query's new maximum, rounded to the cache's type,
-    /// and updates the sums. Returns the weights, and the factors on what was accumulated before. A
-    /// query that sees nothing of the block gets weights of zero and a factor of one.
+    /// and updates the sums. Returns the factors on what was accumulated before. A query that sees
+    /// nothing of the block gets weights of zero and a factor of one.
     #[inline(always)]
     fn soften<L: Lanes, const T: usize, const F16: bool>(
         &self,
-        scores: &mut [Scores; T],
+        mut scores: [[L; KEY_VECS]; T],
         valid: &[Range<usize>; T],
-        part: &mut [Partial; T],
-    ) -> ([Weights; T], [f32; T]) {
-        let mut falls = [0.0_f32; LANES]; // old maximum - new maximum
+        so_far: &mut SoFar<L>,
+        weights: &mut [Weights],
+    ) -> [f32; LANES] {
+        let mut larger = [L::splat(0.0); T];
         for t in 0..T {
-            let block_max = self.mask::<L>(&mut scores[t], &valid[t]);
-            let old = part[t].max;
-            part[t].max = if old > block_max { old } else { block_max };
-            falls[t] = if valid[t].is_empty() { 0.0 } else { old - part[t].max };
+            self.mask(&mut scores[t], &valid[t]);
+            larger[t] = scores[t][0].max(scores[t][1]);
         }
-        // SAFETY: the array holds 16 values.
-        let factors = math::exp(unsafe { L::load(falls.as_ptr()) }).to_array();
-        let (mut weights, mut rescale) = ([Weights::ZERO; T], [1.0; T]);
+        let max = so_far.max.max(L::max_lanes(&larger));
+        let mut falls = so_far.max.sub(max);
+        so_far.max = max;
+        if valid.iter().any(Range::is_empty) {
+            let mut each = falls.to_array();
+            for t in 0..T {
+                each[t] = if valid[t].is_empty() { 0.0 } else { each[t] };
+            }
+            // SAFETY: the array holds 16 values.
+            falls = unsafe { L::load(each.as_ptr()) };
+        }
+        let (factors, max) = (math::exp(falls), max.to_array());
+        let mut sums = [L::splat(0.0); T];
         for t in 0..T {
-            rescale[t] = factors[t];
             if valid[t].is_empty() {
+                weights[t] = Weights::ZERO;
                 continue;
             }
-            let mut vecs: [L; KEY_VECS] = load_vecs(&scores[t]);
-            let max = L::splat(part[t].max);
+            let max = L::splat(max[t]);
             for v in 0..KEY_VECS {
-                vecs[v] = nearest::<L, F16>(math::exp(vecs[v].sub(max)));
-                weights[t].set::<L, F16>(v, vecs[v]);
+                scores[t][v] = nearest::<L, F16>(math::exp(scores[t][v].sub(max)));
+                weights[t].set::<L, F16>(v, scores[t][v]);
             }
-            part[t].sum = part[t].sum.mul_add(rescale[t], vecs[0].add(vecs[1]).sum());
+            sums[t] = scores[t][0].add(scores[t][1]);
         }
-        (weights, rescale)
+        so_far.sum = so_far.sum.mul_add(factors, L::sums(&sums));
+        factors.to_array()
     }
 
-    /// Scales and caps one query's scores, puts -infinity where it does not see, and returns the
-    /// largest.
+    /// Scales and caps one query's scores, and puts -infinity where it does not see.
     #[inline(always)]
-    fn mask<L: Lanes>(&self, scores: &mut Scores, valid: &Range<usize>) -> f32 {
-        let mut vecs: [L; KEY_VECS] = load_vecs(scores);
-        for v in &mut vecs {
+    fn mask<L: Lanes>(&self, scores: &mut [L; KEY_VECS], valid: &Range<usize>) {
+        for v in &mut *scores {
             *v = v.mul(L::splat(self.attention.scale));
             if let Some(cap) = self.attention.softcap {
                 *v = math::tanh(v.div(L::splat(cap))).mul(L::splat(cap));
             }
         }
-        store_vecs(&vecs, scores);
-        if *valid != (0..BLOCK_TOKENS) {
-            scores[..valid.start].fill(f32::NEG_INFINITY);
-            scores[valid.end..].fill(f32::NEG_INFINITY);
-            vecs = load_vecs(scores);
+        if *valid == (0..BLOCK_TOKENS) {
+            return;
         }
-        vecs[0].max(vecs[1]).max_lane()
+        for (v, vec) in scores.iter_mut().enumerate() {
+            let mut each = vec.to_array();
+            for (i, score) in each.iter_mut().enumerate() {
+                let is_seen = valid.contains(&(v * LANES + i));
+                *score = if is_seen { *score } else { f32::NEG_INFINITY };
+            }
+            // SAFETY: the array holds 16 values.
+            *vec = unsafe { L::load(each.as_ptr()) };
+        }
     }
+}
+
+/// The largest scores so far and the sums of the weights relative to them; lanes are queries.
+struct SoFar<L> {
+    max: L,
+    sum: L,
 }
 
 /// Partitions that hold what these queries see.
@@ -282,47 +333,26 @@ fn nearest<L: Lanes, const F16: bool>(x: L) -> L {
 fn scores<L: Lanes, const T: usize, const F16: bool>(
     keys: &[u16],
     head_dim: usize,
-    queries: &[Query; T],
+    queries: &[Query],
     next: Option<&[u16]>,
-) -> [Scores; T] {
+) -> [[L; KEY_VECS]; T] {
     let mut rows = [Input::NOTHING; T];
     for t in 0..T {
         rows[t] = queries[t].first(head_dim);
     }
     let queries = Inputs::new(head_dim / 2, rows);
-    let mut scores = [[0.0_f32; BLOCK_TOKENS]; T];
     if L::ROW_VECS >= KEY_VECS {
-        let acc = product::<L, T, KEY_VECS, F16>(keys, KEY_STRIDE, &queries, next);
-        for t in 0..T {
-            store_vecs(&acc[t], &mut scores[t]);
-        }
-        return scores;
+        return product::<L, T, KEY_VECS, F16>(keys, KEY_STRIDE, &queries, next);
     }
+    let mut scores = [[L::splat(0.0); KEY_VECS]; T];
     for v in 0..KEY_VECS {
         let (keys, next) = (&keys[v * VEC_STRIDE..], next.map(|next| &next[v * VEC_STRIDE..]));
         let acc = product::<L, T, 1, F16>(keys, KEY_STRIDE, &queries, next);
         for t in 0..T {
-            scores[t][v * LANES..][..LANES].copy_from_slice(&acc[t][0].to_array());
+            scores[t][v] = acc[t][0];
         }
     }
     scores
-}
-
-#[inline(always)]
-fn load_vecs<L: Lanes>(from: &Scores) -> [L; KEY_VECS] {
-    let mut vecs = [L::splat(0.0); KEY_VECS];
-    for (v, vec) in vecs.iter_mut().enumerate() {
-        // SAFETY: the array holds KEY_VECS times 16 values.
-        *vec = unsafe { L::load(from.as_ptr().add(v * LANES)) };
-    }
-    vecs
-}
-
-#[inline(always)]
-fn store_vecs<L: Lanes>(vecs: &[L; KEY_VECS], to: &mut Scores) {
-    for (v, vec) in vecs.iter().enumerate() {
-        to[v * LANES..][..LANES].copy_from_slice(&vec.to_array());
-    }
 }
 
 /// Values of a block, of which the first `pairs` pairs of positions are read, and those of the next
@@ -340,9 +370,9 @@ struct Values<'a> {
 #[inline(always)]
 fn accumulate<L: Lanes, const T: usize, const F16: bool>(
     values: Values<'_>,
-    weights: &[Weights; T],
-    rescale: [f32; T],
-    part: &mut [Partial; T],
+    weights: &[Weights],
+    rescale: [f32; LANES],
+    part: &mut [Partial],
 ) {
     let mut d = 0;
     while d < values.head_dim {
@@ -361,9 +391,9 @@ fn accumulate<L: Lanes, const T: usize, const F16: bool>(
 fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     Values { pairs, head_dim, now, next }: Values<'_>,
     d: usize,
-    weights: &[Weights; T],
-    rescale: [f32; T],
-    part: &mut [Partial; T],
+    weights: &[Weights],
+    rescale: [f32; LANES],
+    part: &mut [Partial],
 ) {
     assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX);
     assert!(pairs <= BLOCK_TOKENS / 2 && pairs.is_multiple_of(2));

@@ -207,4 +207,59 @@ impl<const DOT: bool> Lanes for Avx512<DOT> {
             super::avx2::max_tree(half)
         })
     }
+
+    #[inline(always)]
+    fn sums<const T: usize>(of: &[Self; T]) -> Self {
+        simd!(Self(tree::<false>(&eight(of))))
+    }
+
+    #[inline(always)]
+    fn max_lanes<const T: usize>(of: &[Self; T]) -> Self {
+        simd!(Self(tree::<true>(&eight(of))))
+    }
+}
+
+/// `of`, filled up with zeros.
+#[inline(always)]
+fn eight<const DOT: bool, const T: usize>(of: &[Avx512<DOT>; T]) -> [__m512; 8] {
+    const { assert!(T <= 8) };
+    let mut all = [simd!(_mm512_setzero_ps()); 8];
+    for t in 0..T {
+        all[t] = of[t].0;
+    }
+    all
+}
+
+/// Lane t is the sum or the largest lane of vector t, in the tree of one vector: its halves, then
+/// quarters, and so on. At each level the halves of two vectors become one vector.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn tree<const MAX: bool>(of: &[__m512; 8]) -> __m512 {
+    let quarters = |a: __m512, b: __m512| {
+        // Lanes i and i + 8 of a in the first two quarters, those of b in the others.
+        let (low, high) = (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+        join::<MAX>(low, high)
+    };
+    let four = |a: __m512, b: __m512| {
+        // i and i + 4: a quarter for each of four vectors.
+        let (low, high) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        join::<MAX>(low, high)
+    };
+    let first = four(quarters(of[0], of[1]), quarters(of[2], of[3]));
+    let second = four(quarters(of[4], of[5]), quarters(of[6], of[7]));
+    // i and i + 2: half a quarter for each of eight.
+    let (low, high) =
+        (_mm512_shuffle_ps::<0x44>(first, second), _mm512_shuffle_ps::<0xee>(first, second));
+    let two = join::<MAX>(low, high);
+    let (low, high) = (_mm512_permute_ps::<0xa0>(two), _mm512_permute_ps::<0xf5>(two));
+    let one = join::<MAX>(low, high);
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14);
+    _mm512_permutexvar_ps(order, one)
+}
+
+/// The sums or the larger lanes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn join<const MAX: bool>(a: __m512, b: __m512) -> __m512 {
+    if MAX { _mm512_max_ps(a, b) } else { _mm512_add_ps(a, b) }
 }

@@ -149,6 +149,28 @@ pub trait Lanes: Copy + Send + Sync {
         }
         lanes[0]
     }
+
+    /// Lane t is the [`sum`](Self::sum) of `of[t]`; those beyond `T` say nothing.
+    #[inline(always)]
+    fn sums<const T: usize>(of: &[Self; T]) -> Self {
+        let mut lanes = [0.0; LANES];
+        for t in 0..T {
+            lanes[t] = of[t].sum();
+        }
+        // SAFETY: `lanes` holds 16 values.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    /// Lane t is the [largest lane](Self::max_lane) of `of[t]`; those beyond `T` say nothing.
+    #[inline(always)]
+    fn max_lanes<const T: usize>(of: &[Self; T]) -> Self {
+        let mut lanes = [0.0; LANES];
+        for t in 0..T {
+            lanes[t] = of[t].max_lane();
+        }
+        // SAFETY: `lanes` holds 16 values.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
 }
 
 /// A computation written once over [`Lanes`]. `run` must be `#[inline(always)]`.
@@ -157,4 +179,68 @@ pub trait Kernel {
     type Out;
     /// The computation.
     fn run<L: Lanes>(self) -> Self::Out;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Isa, Scalar, dispatch};
+    use super::*;
+    use crate::lcg::Lcg;
+
+    /// The sums and the largest lanes of one to six vectors, at once and one by one.
+    struct Reductions;
+
+    impl Kernel for Reductions {
+        type Out = Vec<[u32; 2]>;
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) -> Self::Out {
+            let mut numbers = Lcg::new(5);
+            let mut out = Vec::new();
+            for _ in 0..64 {
+                reduce::<L, 1>(&mut numbers, &mut out);
+                reduce::<L, 2>(&mut numbers, &mut out);
+                reduce::<L, 3>(&mut numbers, &mut out);
+                reduce::<L, 6>(&mut numbers, &mut out);
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    fn reduce<L: Lanes, const T: usize>(numbers: &mut Lcg, out: &mut Vec<[u32; 2]>) {
+        let mut of = [L::splat(0.0); T];
+        for vec in &mut of {
+            let lanes: [f32; LANES] = std::array::from_fn(|_| value(numbers.bits()));
+            // SAFETY: an array of 16 values.
+            *vec = unsafe { L::load(lanes.as_ptr()) };
+        }
+        let (sums, largest) = (L::sums(&of).to_array(), L::max_lanes(&of).to_array());
+        for t in 0..T {
+            let bits = |x: f32| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() };
+            assert_eq!(bits(sums[t]), bits(of[t].sum()), "sum {t} of {T}");
+            assert_eq!(bits(largest[t]), bits(of[t].max_lane()), "largest of {t} of {T}");
+            out.push([bits(sums[t]), bits(largest[t])]);
+        }
+    }
+
+    /// Of any size; now and then what scores of masked or damaged positions are.
+    fn value(bits: u32) -> f32 {
+        match bits >> 24 {
+            0 | 1 => f32::NEG_INFINITY,
+            2 => f32::NAN,
+            3 => -0.0,
+            _ => (bits & 0xffff) as f32 * 2.0_f32.powi((bits >> 16 & 15) as i32 - 20) - 1.0,
+        }
+    }
+
+    #[test]
+    fn sums_and_largest_lanes_are_the_same_on_every_instruction_set() {
+        let want = Reductions.run::<Scalar>();
+        let plain = |[sum, max]: &[u32; 2]| f32::from_bits(*sum) != f32::from_bits(*max);
+        assert!(want.iter().filter(|of| plain(of)).count() > want.len() / 2);
+        for isa in Isa::available() {
+            assert_eq!(dispatch(isa, Reductions), want, "{isa}");
+        }
+    }
 }
