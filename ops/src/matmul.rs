@@ -13,7 +13,7 @@ use super::buffer::Buffer;
 use super::dtype::{Dtype, round_bf16};
 use super::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use super::pool::{Disjoint, Pool, Turn};
-use super::product::{BLOCK_K, Input, Inputs, Pairing, VEC_STRIDE, product};
+use super::product::{BLOCK_K, Input, Inputs, Pairing, VEC_STRIDE, product, vecs_at_once};
 use super::rounded::Rounded;
 use super::tasks::{Grain, Task, Tasks};
 use std::ops::Range;
@@ -26,8 +26,9 @@ const TILE_TOKENS: usize = 6;
 const HALF_TILE_TOKENS: usize = 4;
 /// How far ahead of a product its weights are prefetched: two blocks of k.
 const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
-/// Tokens of a tile from which weights are prefetched; for fewer it gained nothing.
-const AHEAD_TOKENS_MIN: usize = 4;
+/// Tokens of a tile from which weights are prefetched, with VDPBF16PS and without. For fewer it
+/// gained nothing where a block is read in one stream.
+const AHEAD_TOKENS_MIN: [usize; 2] = [4, 3];
 /// Bytes that are packed in one turn while others wait for theirs.
 const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
@@ -429,11 +430,13 @@ impl Part<'_> {
             rows[t] = self.x.input(first + t);
         }
         let x = Inputs::new(self.w.pairing.stored(self.w.cols) / 2, rows);
-        let asks_ahead = first == self.tokens.start && T >= AHEAD_TOKENS_MIN;
+        let most = if T > HALF_TILE_TOKENS { ROW_VECS / 2 } else { ROW_VECS };
+        let most = vecs_at_once::<L>(T).min(most);
+        let gains = T >= AHEAD_TOKENS_MIN[usize::from(!L::HAS_DOT || F16)] || most < ROW_VECS;
+        let asks_ahead = gains && first == self.tokens.start;
         let mut out = [[0.0; BLOCK_ROWS]; T];
         let mut vec = self.vecs.start;
         while vec < self.vecs.end {
-            let most = if T > HALF_TILE_TOKENS { L::ROW_VECS.min(2) } else { L::ROW_VECS };
             vec += match (self.vecs.end - vec).min(most) {
                 4 => self.vecs::<L, T, 4, F16>(&x, vec, asks_ahead, &mut out),
                 2 | 3 => self.vecs::<L, T, 2, F16>(&x, vec, asks_ahead, &mut out),

@@ -51,6 +51,8 @@ const BLOCK_PAIRS: usize = BLOCK_K / 2;
 /// 16-bit values of one pair of k over 16 outputs.
 pub(super) const VEC_STRIDE: usize = 2 * LANES;
 
+/// Vectors of outputs that a product computes at once at most.
+pub(super) const VECS_MAX: usize = 4;
 /// Elements of k whose chains share two pairs.
 pub(super) const FOUR: usize = 4;
 
@@ -156,6 +158,16 @@ impl<'x, L: Lanes, const T: usize, const F16: bool> Inputs<'x, L, T, F16> {
         }
         Self { starts, pairs, rows: PhantomData }
     }
+}
+
+/// Vectors of outputs, at most [`VECS_MAX`], that products of `tokens` rows compute at once: their
+/// sums and their weights fit into registers.
+pub(super) const fn vecs_at_once<L: Lanes>(tokens: usize) -> usize {
+    let mut vecs = VECS_MAX;
+    while vecs > 1 && vecs * (tokens + 1) >= L::REGISTERS {
+        vecs /= 2;
+    }
+    vecs
 }
 
 /// Products of `T` rows of inputs with `V` vectors of 16 outputs from `w` on, whose pairs of k lie
@@ -271,7 +283,7 @@ unsafe fn steps<L: Lanes, const T: usize, const V: usize, const F16: bool, const
         } else {
             let k = 2 * p + usize::from(ODD);
             step::<L, T, V, F16, false>(w, inputs, k, acc);
-            step::<L, T, V, F16, true>(w, inputs, k + 2, acc);
+            step::<L, T, V, F16, true>(L::again(w), inputs, k + 2, acc);
         }
     }
 }

@@ -6,14 +6,13 @@ use super::partial::Partial;
 use crate::dtype::{Dtype, round_f16};
 use crate::lanes::{Isa, Kernel, LANES, Lanes, dispatch};
 use crate::math;
-use crate::product::{At, FOUR, Input, Inputs, VEC_STRIDE, block, product};
+use crate::product::{At, FOUR, Input, Inputs, VEC_STRIDE, block, product, vecs_at_once};
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Queries of one tile at most.
 pub(super) const TILE_QUERIES: usize = 6;
 const KEY_VECS: usize = BLOCK_TOKENS / LANES;
-const VALUE_VECS: usize = 4;
 
 /// `N` values rounded to the cache's type, in the forms of an [`Input`]; `PAIRS` is half of `N`.
 #[derive(Clone, Copy)]
@@ -341,7 +340,7 @@ fn scores<L: Lanes, const T: usize, const F16: bool>(
         rows[t] = queries[t].first(head_dim);
     }
     let queries = Inputs::new(head_dim / 2, rows);
-    if L::ROW_VECS >= KEY_VECS {
+    if vecs_at_once::<L>(T) >= KEY_VECS {
         return product::<L, T, KEY_VECS, F16>(keys, KEY_STRIDE, &queries, next);
     }
     let mut scores = [[L::splat(0.0); KEY_VECS]; T];
@@ -376,17 +375,16 @@ fn accumulate<L: Lanes, const T: usize, const F16: bool>(
 ) {
     let mut d = 0;
     while d < values.head_dim {
-        if L::ROW_VECS == VALUE_VECS && values.head_dim - d >= VALUE_VECS * LANES {
-            accumulate_vecs::<L, T, VALUE_VECS, F16>(values, d, weights, rescale, part);
-            d += VALUE_VECS * LANES;
-        } else {
-            accumulate_vecs::<L, T, 1, F16>(values, d, weights, rescale, part);
-            d += LANES;
-        }
+        let vecs = vecs_at_once::<L>(T).min((values.head_dim - d) / LANES);
+        d += match vecs {
+            4 => accumulate_vecs::<L, T, 4, F16>(values, d, weights, rescale, part),
+            2 | 3 => accumulate_vecs::<L, T, 2, F16>(values, d, weights, rescale, part),
+            _ => accumulate_vecs::<L, T, 1, F16>(values, d, weights, rescale, part),
+        };
     }
 }
 
-/// The elements of the head from `d` on, `V` vectors.
+/// The elements of the head from `d` on, `V` vectors; returns how many they are.
 #[inline(always)]
 fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     Values { pairs, head_dim, now, next }: Values<'_>,
@@ -394,7 +392,7 @@ fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
     weights: &[Weights],
     rescale: [f32; LANES],
     part: &mut [Partial],
-) {
+) -> usize {
     assert!(d + V * LANES <= head_dim && head_dim <= HEAD_DIM_MAX);
     assert!(pairs <= BLOCK_TOKENS / 2 && pairs.is_multiple_of(2));
     assert!(pairs == 0 || now.len() >= (pairs - 1) * 2 * head_dim + 2 * (d + V * LANES));
@@ -416,4 +414,5 @@ fn accumulate_vecs<L: Lanes, const T: usize, const V: usize, const F16: bool>(
             }
         }
     }
+    V * LANES
 }

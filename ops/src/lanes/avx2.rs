@@ -2,6 +2,7 @@
 
 use super::{Kernel, Lanes};
 use crate::dtype::BF16_FLUSH;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Sixteen lanes in two registers.
@@ -82,8 +83,8 @@ pub(super) unsafe fn max_tree(v: __m256) -> f32 {
 }
 
 impl Lanes for Avx2 {
-    const ROW_VECS: usize = 1;
-    const CHAINS: usize = 6; // of two registers each; 16 in all
+    const REGISTERS: usize = 8; // of two registers each; 16 in all
+    const CHAINS: usize = 6;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -153,6 +154,15 @@ impl Lanes for Avx2 {
                 _mm256_slli_epi32::<23>(_mm256_castps_si256(m))
             )))
         })
+    }
+
+    #[inline(always)]
+    fn again(mut from: *const u16) -> *const u16 {
+        // SAFETY: no instruction.
+        unsafe {
+            asm!("/* {0} */", inout(reg) from, options(pure, nomem, nostack, preserves_flags))
+        };
+        from
     }
 
     #[inline(always)]

@@ -57,8 +57,8 @@ fn dot(mut sum: __m512, w: __m512, x: &u32) -> __m512 {
 }
 
 impl<const DOT: bool> Lanes for Avx512<DOT> {
-    const ROW_VECS: usize = 4;
-    const CHAINS: usize = 24; // of 32 registers
+    const REGISTERS: usize = 32;
+    const CHAINS: usize = 24;
     const HAS_DOT: bool = DOT;
 
     #[inline(always)]

@@ -32,8 +32,8 @@ impl Neon {
 }
 
 impl Lanes for Neon {
-    const ROW_VECS: usize = 1;
-    const CHAINS: usize = 6; // of four registers each; 32 in all
+    const REGISTERS: usize = 8; // of four registers each; 32 in all
+    const CHAINS: usize = 6;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

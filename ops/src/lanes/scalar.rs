@@ -21,7 +21,7 @@ impl Scalar {
 }
 
 impl Lanes for Scalar {
-    const ROW_VECS: usize = 1;
+    const REGISTERS: usize = 8;
     const CHAINS: usize = 6;
 
     #[inline(always)]

@@ -10,8 +10,8 @@ const HIGH: u32 = 0xffff_0000;
 
 /// Sixteen f32 values; the text of [`lanes`](super) is the contract.
 pub trait Lanes: Copy + Send + Sync {
-    /// Vectors of 16 output rows that a matrix tile keeps in registers.
-    const ROW_VECS: usize;
+    /// Vectors that fit into the registers.
+    const REGISTERS: usize;
     /// Accumulators that a tile keeps in registers. Where the two chains of all its outputs fit,
     /// they run side by side, else one after the other. The bits are the same.
     const CHAINS: usize;
@@ -97,6 +97,13 @@ pub trait Lanes: Copy + Send + Sync {
             // SAFETY: the caller's promise.
             unsafe { *to.add(place) = bits[first] | bits[first + 2] >> 16 };
         }
+    }
+
+    /// The same place, of which the compiler does not know that it is the same: what was loaded from
+    /// it is loaded again where registers are too few to keep it.
+    #[inline(always)]
+    fn again(from: *const u16) -> *const u16 {
+        from
     }
 
     /// The lanes rounded to bf16 as [`round_bf16`] does it.
