@@ -157,12 +157,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn again(mut from: *const u16) -> *const u16 {
+    fn again(from: *const u16) -> *const u16 {
+        let mut address = from.addr();
         // SAFETY: no instruction.
         unsafe {
-            asm!("/* {0} */", inout(reg) from, options(pure, nomem, nostack, preserves_flags))
-        };
-        from
+            asm!("/* {0} */", inout(reg) address, options(pure, nomem, nostack, preserves_flags));
+        }
+        from.with_addr(address)
     }
 
     #[inline(always)]

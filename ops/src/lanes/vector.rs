@@ -99,8 +99,8 @@ pub trait Lanes: Copy + Send + Sync {
         }
     }
 
-    /// The same place, of which the compiler does not know that it is the same: what was loaded from
-    /// it is loaded again where registers are too few to keep it.
+    /// The same place, of which the compiler does not know that it is the same: what was loaded
+    /// from it is loaded again where registers are too few to keep it.
     #[inline(always)]
     fn again(from: *const u16) -> *const u16 {
         from

@@ -23,7 +23,7 @@ impl Efficiency {
     /// (docs/hardware.md); of a datasheet's numbers it is less.
     pub const OF_CEILINGS: Self = Self { memory: 0.72, compute: 0.70 };
     /// The same where VDPBF16PS multiplies: what comes between products takes a larger share.
-    pub const OF_DOT_CEILINGS: Self = Self { compute: 0.52, ..Self::OF_CEILINGS };
+    pub const OF_DOT_CEILINGS: Self = Self { compute: 0.62, ..Self::OF_CEILINGS };
 
     /// What this engine is taken to reach. It was measured on processors only, and against their
     /// measured ceilings, so for every card this is an assumption: half of what its instruction can
