@@ -39,7 +39,7 @@
 //! zeros. In a pair of bf16 values the first is the high half of each output's 32 bits and the
 //! second the low one: an operand of VDPBF16PS, of which a mask or a shift makes f32. A pair of f16
 //! values is 16 firsts, then 16 seconds: what a widening load reads. Tiles of AMX read bf16 values
-//! in [pairs of neighbours](Pairing::Neighbours).
+//! in pairs of neighbours (`Pairing`).
 
 use super::dtype::Dtype;
 use super::lanes::{Isa, LANES, Lanes, prefetch};
