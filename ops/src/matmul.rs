@@ -26,9 +26,11 @@ const TILE_TOKENS: usize = 6;
 const HALF_TILE_TOKENS: usize = 4;
 /// How far ahead of a product its weights are prefetched: two blocks of k.
 const AHEAD: usize = 2 * BLOCK_K / 2 * PAIR_STRIDE;
-/// Tokens of a tile from which weights are prefetched, with VDPBF16PS and without. For fewer it
-/// gained nothing where a block is read in one stream.
-const AHEAD_TOKENS_MIN: [usize; 2] = [4, 3];
+/// Tokens of a tile from which weights are prefetched. For fewer it gained nothing where a block is
+/// read in one stream.
+const AHEAD_TOKENS_MIN: usize = 3;
+/// The same with VDPBF16PS.
+const AHEAD_TOKENS_MIN_DOT: usize = 4;
 /// Bytes that are packed in one turn while others wait for theirs.
 const TURN_BYTES: usize = 8 << 20;
 /// 16-bit values of one pair of k over a block.
@@ -432,7 +434,9 @@ impl Part<'_> {
         let x = Inputs::new(self.w.pairing.stored(self.w.cols) / 2, rows);
         let most = if T > HALF_TILE_TOKENS { ROW_VECS / 2 } else { ROW_VECS };
         let most = vecs_at_once::<L>(T).min(most);
-        let gains = T >= AHEAD_TOKENS_MIN[usize::from(!L::HAS_DOT || F16)] || most < ROW_VECS;
+        let has_dot = L::HAS_DOT && !F16;
+        let tokens_min = if has_dot { AHEAD_TOKENS_MIN_DOT } else { AHEAD_TOKENS_MIN };
+        let gains = T >= tokens_min || most < ROW_VECS;
         let asks_ahead = gains && first == self.tokens.start;
         let mut out = [[0.0; BLOCK_ROWS]; T];
         let mut vec = self.vecs.start;

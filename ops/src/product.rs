@@ -205,9 +205,9 @@ pub(super) fn product<L: Lanes, const T: usize, const V: usize, const F16: bool>
 }
 
 /// One block: `even + odd`. With many outputs the chains take turns, because both would not fit
-/// into the registers; the block's weights are in the nearest cache by then. What lies at `next` as
-/// the block does at `w` is prefetched, a line for each line that is read: asked for all at once,
-/// the lines would be waited for.
+/// into the registers; each reads pairs of its own. What lies at `next` as the block does at `w` is
+/// prefetched beside the odd pairs, line by line: asked for all at once, the lines would be waited
+/// for.
 ///
 /// # Safety
 /// `w` must be readable for `count` pairs, an even number, `stride` apart of `V` vectors each, each

@@ -64,7 +64,7 @@ fn cpu(system: &System, cores: usize) -> Finding {
 fn amx(cpu_info: &str, usable: impl FnOnce() -> Result<(), TilesError>) -> Option<Finding> {
     let has = |flag: &str| cpu_info.split_whitespace().any(|word| word == flag);
     has("amx_bf16").then(|| match usable() {
-        Ok(()) => Finding::new("amx", Level::Ok, "products of several rows use its tiles"),
+        Ok(()) => Finding::new("amx", Level::Ok, "products of bf16 use its tiles"),
         Err(why) => {
             Finding::new("amx", Level::Warning, format!("the processor has AMX, not used: {why}"))
                 .hint("bits are the same without it, and prompts take several times as long")

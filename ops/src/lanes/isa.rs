@@ -12,7 +12,7 @@ pub struct Isa(Set);
 /// The instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Set {
-    /// AVX-512, and the bf16 tiles of AMX for products of several rows.
+    /// AVX-512, and the bf16 tiles of AMX for products.
     Amx,
     /// AVX-512 as below, and its BF16 for products.
     Avx512Bf16,

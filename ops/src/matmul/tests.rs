@@ -241,6 +241,21 @@ fn no_sum_is_subnormal_because_tiny_magnitudes_are_flushed() {
 }
 
 #[test]
+fn weights_that_lie_for_another_instruction_set_are_refused() {
+    let sets = Isa::available_and_emulated();
+    for (of, isa) in sets.iter().flat_map(|of| sets.iter().map(move |isa| (*of, *isa))) {
+        let (packer, pool) = (Pool::new(1, of).unwrap(), Pool::new(1, isa).unwrap());
+        let (w, _) = packed(&packer.turn(), 64, 32, Dtype::Bf16);
+        let mut x = Rounded::new(Dtype::Bf16, 32);
+        x.set_rows(1);
+        let mut out = [0.0; 64];
+        let multiply = || matmul_into(&pool.turn(), &w, &x, &mut out);
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(multiply));
+        assert_eq!(done.is_ok(), of.has_tiles() == isa.has_tiles(), "{of} for {isa}");
+    }
+}
+
+#[test]
 fn rows_come_back_out_of_the_packed_layout() {
     let pool = Pool::new(1, Isa::SCALAR).unwrap();
     for dtype in [Dtype::Bf16, Dtype::F16] {
